@@ -1,0 +1,1 @@
+"""The numbers of routing: embeddings, clusters, profiles, prices, scores. No HTTP, no environment, no clock."""

@@ -1,0 +1,96 @@
+"""A cluster map as a folder: manifest.json and clusters.npz, held together by digests. Never pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from router_core.clustering import ClusterMap
+from router_core.errors import InvalidArtifact, InvalidInput
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+ARRAYS = "clusters.npz"
+BUILTIN_MAP = Path(__file__).parent / "assets" / "map"
+
+
+def save_map(cluster_map: ClusterMap, folder: Path) -> None:
+    """Write `folder` so that `load_map` gives the same map, with the same id. The manifest goes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    np.savez(buffer, centroids=cluster_map.centroids)
+    arrays = buffer.getvalue()
+    (folder / ARRAYS).write_bytes(arrays)
+    manifest = {
+        "format": FORMAT,
+        "id": cluster_map.id,
+        "embedder": cluster_map.embedder_id,
+        "clusters": cluster_map.size,
+        "dimension": cluster_map.dimension,
+        "top": cluster_map.top,
+        "temperature": cluster_map.temperature,
+        "names": list(cluster_map.names),
+        "sha256": hashlib.sha256(arrays).hexdigest(),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_map(folder: Path) -> ClusterMap:
+    """Read a folder that `save_map` wrote.
+
+    Raises:
+        InvalidArtifact: a file is missing or broken, the format is unknown, or a digest does not match.
+    """
+    manifest = _read_manifest(folder / MANIFEST)
+    try:
+        arrays = (folder / ARRAYS).read_bytes()
+    except OSError as exc:
+        raise InvalidArtifact(f"{folder / ARRAYS} cannot be read: {exc.strerror}") from exc
+    if hashlib.sha256(arrays).hexdigest() != manifest.get("sha256"):
+        raise InvalidArtifact(f"{folder / ARRAYS} does not match the digest in its manifest; make the map again")
+    cluster_map = _assemble(folder, arrays, manifest)
+    if cluster_map.id != manifest.get("id"):
+        raise InvalidArtifact(f"{folder / MANIFEST} was changed: its id does not match its content")
+    return cluster_map
+
+
+@lru_cache(maxsize=1)
+def builtin_map() -> ClusterMap:
+    """The map that ships with the package."""
+    return load_map(BUILTIN_MAP)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise InvalidArtifact(
+            f"{path} cannot be read: {exc.strerror}; a map is a folder made by `uniroute fit`"
+        ) from exc
+    except ValueError as exc:
+        raise InvalidArtifact(f"{path} is not JSON: {exc}") from exc
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise InvalidArtifact(f"{path} is not a cluster map of format {FORMAT}")
+    return manifest
+
+
+def _assemble(folder: Path, arrays: bytes, manifest: dict[str, Any]) -> ClusterMap:
+    try:
+        with np.load(io.BytesIO(arrays), allow_pickle=False) as loaded:
+            centroids = loaded["centroids"]
+        return ClusterMap(
+            centroids,
+            embedder_id=manifest["embedder"],
+            names=manifest["names"],
+            top=manifest["top"],
+            temperature=manifest["temperature"],
+        )
+    except (KeyError, TypeError, ValueError, zipfile.BadZipFile, InvalidInput) as exc:
+        raise InvalidArtifact(f"{folder} is not a complete cluster map: {exc}") from exc

@@ -1,0 +1,134 @@
+"""What was decided, and, worked out only when somebody looks, why. The rule itself is scoring.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from router_core.eligibility import Eligibility
+from router_core.flips import flip_lambdas
+from router_core.types import Assignment, Doubles
+
+Z = 1.645
+"""Standard normal quantile of the 90 % interval around an expected error."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """The m models that one prompt may go to, in order of name; each array (m,) float64."""
+
+    names: tuple[str, ...]
+    errors: Doubles
+    labels: Doubles
+    """How many labels an expected error is worth."""
+    costs_usd: Doubles
+    costs: Doubles
+    scores: Doubles
+    output_tokens: Doubles
+    seconds: Doubles
+
+    def rescored(self, scores: Doubles) -> Scores:
+        return replace(self, scores=scores)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredCandidate:
+    """One row of a decision. `error_low` and `error_high` bound the expected error with 90 % confidence."""
+
+    model: str
+    expected_error: float
+    error_low: float
+    error_high: float
+    expected_cost_usd: float
+    cost: float
+    score: float
+    output_tokens: float
+    seconds: float
+    flips_at_lambda: float | None
+    """The λ nearest to the one in use that makes this model the choice; None where no λ does."""
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingDecision:
+    """Unpacks as `chosen, score, scores`."""
+
+    table: Scores
+    choice: int
+    """Row of `table`."""
+    lambda_: float
+    tie: float
+    assignment: Assignment | None
+    """Φ(x); None where the prompt could not be placed."""
+    cluster_names: tuple[str, ...] = ()
+    eligibility: Eligibility | None = None
+    """Who was ruled out before scoring."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.chosen, self.score, self.scores))
+
+    @cached_property
+    def chosen(self) -> str:
+        return self.table.names[self.choice]
+
+    @property
+    def score(self) -> float:
+        return float(self.table.scores[self.choice])
+
+    @cached_property
+    def scores(self) -> Mapping[str, float]:
+        return dict(zip(self.table.names, self.table.scores.tolist(), strict=True))
+
+    @cached_property
+    def ranking(self) -> tuple[str, ...]:
+        """All eligible models: the choice, then by score, cost and name."""
+        order = np.lexsort((self.table.costs, self.table.scores)).tolist()
+        return (self.chosen, *(self.table.names[row] for row in order if row != self.choice))
+
+    @cached_property
+    def clusters(self) -> tuple[tuple[int, str, float], ...]:
+        """(number, name, weight), heaviest first; empty where the prompt could not be placed."""
+        if self.assignment is None:
+            return ()
+        ids, weights = self.assignment.ids[0].tolist(), self.assignment.weights[0].tolist()
+        return tuple(
+            (cluster, self.cluster_names[cluster], weight) for cluster, weight in zip(ids, weights, strict=True)
+        )
+
+    @property
+    def ineligible(self) -> Mapping[str, str]:
+        """Ruled-out model → why."""
+        return self.eligibility.why if self.eligibility else {}
+
+    @cached_property
+    def candidates(self) -> tuple[ScoredCandidate, ...]:
+        """In order of `ranking`, with intervals and the λ at which each would be chosen."""
+        table = self.table
+        flips = flip_lambdas(table.errors, table.costs, self.lambda_, self.tie)
+        low, high = wilson_interval(table.errors, table.labels)
+        columns = (
+            table.errors,
+            low,
+            high,
+            table.costs_usd,
+            table.costs,
+            table.scores,
+            table.output_tokens,
+            table.seconds,
+        )
+        flips_or_none = [None if math.isnan(flip) else flip for flip in flips.tolist()]
+        values = zip(table.names, *(column.tolist() for column in columns), flips_or_none, strict=True)
+        rows = {row.model: row for row in (ScoredCandidate(*value) for value in values)}
+        return tuple(rows[name] for name in self.ranking)
+
+
+def wilson_interval(rates: Doubles, labels: Doubles) -> tuple[Doubles, Doubles]:
+    """90 % bounds of rates measured on so many labels (Wilson 1927); with no labels, from 0 to 1."""
+    n = np.maximum(labels, 1e-9)
+    centre = (rates + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z * np.sqrt(rates * (1 - rates) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
+    return np.clip(centre - half, 0.0, 1.0), np.clip(centre + half, 0.0, 1.0)

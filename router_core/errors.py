@@ -1,0 +1,49 @@
+"""What can go wrong with the numbers.
+
+RouterCoreError
+├── InvalidInput (ValueError)      a value that the caller can correct
+│   ├── InvalidProfile             wrong length, errors outside [0, 1], negative labels
+│   ├── InvalidPrice               negative, NaN or infinite
+│   ├── InvalidArtifact            missing file, broken manifest, digest that does not match
+│   └── InvalidValidationSet       a line of a JSONL file; the message names the line
+├── MapMismatch                    a profile or map measured with another cluster map or embedder
+└── NoEligibleModel                every candidate was ruled out; carries why, per model
+"""
+
+from collections.abc import Mapping
+
+
+class RouterCoreError(Exception):
+    """The root. Catch it to catch everything this package raises on purpose."""
+
+
+class InvalidInput(RouterCoreError, ValueError):
+    """A value the caller can correct; the message says which and how."""
+
+
+class InvalidProfile(InvalidInput):
+    """Error rates or label weights that cannot be a profile."""
+
+
+class InvalidPrice(InvalidInput):
+    """A price that is negative, NaN or infinite. Unknown is None, never 0."""
+
+
+class InvalidArtifact(InvalidInput):
+    """A folder that is not a cluster map, or whose digest does not match its manifest."""
+
+
+class InvalidValidationSet(InvalidInput):
+    """A validation set that cannot be used; the message names the line."""
+
+
+class MapMismatch(RouterCoreError):
+    """Two parts that were made for different cluster maps or embedders."""
+
+
+class NoEligibleModel(RouterCoreError):
+    """No candidate is left. `why` maps each ruled-out model to the reason."""
+
+    def __init__(self, message: str, why: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.why = dict(why)

@@ -1,0 +1,138 @@
+"""The models that may be chosen, laid out as matrices once per snapshot. What a request needs is eligibility.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_core.clustering import ClusterMap
+from router_core.errors import MapMismatch
+from router_core.pricing import PriceColumns
+from router_core.profiles import Profile
+from router_core.recipes import SHRINKAGE, SHRUNK, Recipe
+from router_core.types import UNKNOWN_CAPABILITIES, Capabilities, Doubles, Price
+
+UNMEASURED_OUTPUT_TOKENS = 256.0
+"""Expected of a model while no answer of any model was measured."""
+UNKNOWN = -1
+"""In a capability column, beside 0 (unable) and 1 (able)."""
+NO_LIMIT = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One model as routing sees it. A missing profile or price keeps it from being chosen, never from being listed."""
+
+    name: str
+    profile: Profile | None
+    price: Price | None
+    capabilities: Capabilities = UNKNOWN_CAPABILITIES
+    healthy: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """M candidates in order of name, so that the first of equals is the first by name. Build it with `build`."""
+
+    names: tuple[str, ...]
+    candidates: Mapping[str, Candidate]
+    index: Mapping[str, int]
+    healthy: NDArray[np.bool_]
+    """(M,)"""
+    errors: Doubles
+    """(M, K) error rates; NaN without a profile."""
+    mean_errors: Doubles
+    """(M,)"""
+    label_weights: Doubles
+    """(M, K) labels behind each rate, the shrinkage included."""
+    total_labels: Doubles
+    """(M,)"""
+    output_tokens: Doubles
+    """(M, K); a model without measured answers takes the mean of the others."""
+    seconds: Doubles
+    """(M, K)"""
+    prices: PriceColumns
+    able: Mapping[str, NDArray[np.int8]]
+    """need → (M,) of 1, 0, or UNKNOWN."""
+    max_input_tokens: NDArray[np.int64]
+    max_output_tokens: NDArray[np.int64]
+    cluster_names: tuple[str, ...] = ()
+
+    @classmethod
+    def build(cls, candidates: Sequence[Candidate], cluster_map: ClusterMap, recipe: Recipe = SHRUNK) -> Pool:
+        """Lay out `candidates`.
+
+        Raises:
+            MapMismatch: a profile was measured on another map than `cluster_map`.
+        """
+        ordered = sorted(candidates, key=lambda candidate: candidate.name)
+        for candidate in ordered:
+            _check_map(candidate, cluster_map)
+        profiles = [candidate.profile for candidate in ordered]
+        blank = np.full(cluster_map.size, np.nan)
+        names = tuple(candidate.name for candidate in ordered)
+        return cls(
+            names=names,
+            candidates=MappingProxyType({candidate.name: candidate for candidate in ordered}),
+            index=MappingProxyType({name: row for row, name in enumerate(names)}),
+            healthy=np.array([candidate.healthy for candidate in ordered], dtype=np.bool_),
+            errors=_rows([p.errors(recipe) if p else blank for p in profiles], cluster_map.size),
+            mean_errors=np.array([p.mean_error if p else np.nan for p in profiles]),
+            label_weights=_rows([p.labels + SHRINKAGE if p else blank for p in profiles], cluster_map.size),
+            total_labels=np.array([p.total_labels if p else np.nan for p in profiles]),
+            output_tokens=_filled(
+                [p.output_tokens() if p else blank for p in profiles], UNMEASURED_OUTPUT_TOKENS, blank
+            ),
+            seconds=_filled([p.seconds() if p else blank for p in profiles], 0.0, blank),
+            prices=PriceColumns.of([candidate.price for candidate in ordered]),
+            able=_capability_columns([candidate.capabilities for candidate in ordered]),
+            max_input_tokens=_limits([candidate.capabilities.max_input_tokens for candidate in ordered]),
+            max_output_tokens=_limits([candidate.capabilities.max_output_tokens for candidate in ordered]),
+            cluster_names=cluster_map.names,
+        )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _check_map(candidate: Candidate, cluster_map: ClusterMap) -> None:
+    profile = candidate.profile
+    if profile is None:
+        return
+    if profile.map_id != cluster_map.id:
+        raise MapMismatch(
+            f"the profile of {candidate.name} was measured on map {profile.map_id}, but {cluster_map.id} is in use; "
+            "profile the model again"
+        )
+    if profile.labels.size != cluster_map.size:
+        raise MapMismatch(
+            f"the profile of {candidate.name} has {profile.labels.size} clusters, the map {cluster_map.size}"
+        )
+
+
+def _rows(rows: Sequence[Doubles], clusters: int) -> Doubles:
+    return np.array(rows, dtype=np.float64).reshape(len(rows), clusters)
+
+
+def _filled(rows: Sequence[Doubles], default: float, blank: Doubles) -> Doubles:
+    """Rows that are NaN become the mean of the measured ones, or `default` where nothing was measured."""
+    matrix = _rows(rows, blank.size)
+    measured = ~np.isnan(matrix).any(axis=1)
+    matrix[~measured] = matrix[measured].mean(axis=0) if measured.any() else default
+    return matrix
+
+
+def _limits(values: Sequence[int | None]) -> NDArray[np.int64]:
+    return np.array([NO_LIMIT if value is None else value for value in values], dtype=np.int64)
+
+
+def _capability_columns(capabilities: Sequence[Capabilities]) -> Mapping[str, NDArray[np.int8]]:
+    def column(need: str) -> NDArray[np.int8]:
+        stated = [getattr(capability, need) for capability in capabilities]
+        return np.array([UNKNOWN if value is None else int(value) for value in stated], dtype=np.int8)
+
+    return MappingProxyType({need: column(need) for need in ("tools", "vision", "audio", "json_schema")})

@@ -1,0 +1,221 @@
+"""Ψ(m): what a model got wrong in each cluster, kept as sums so that profiles merge. Leaves prices out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from router_core.errors import InvalidProfile, MapMismatch
+from router_core.recipes import SHRINKAGE, SHRUNK, Recipe, mean_error
+from router_core.types import Assignment, Doubles
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """One model on one cluster map. All arrays are (K,) float64; read the rates through `errors`."""
+
+    map_id: str
+    error_sums: Doubles
+    """Σ_j w_jk·e_jm over labelled prompts; beyond [0, labels] by up to SHRINKAGE where rates were handed over."""
+    labels: Doubles
+    """Σ_j w_jk over labelled prompts: the label weight behind each rate."""
+    token_sums: Doubles
+    second_sums: Doubles
+    answers: Doubles
+    """Σ_j w_jk over answered prompts: the weight behind tokens and seconds, unlabelled answers included."""
+    measured_at: str | None = None
+    """RFC 3339, UTC."""
+
+    def __post_init__(self) -> None:
+        weights = (self.labels, self.token_sums, self.second_sums, self.answers)
+        if {array.shape for array in weights} != {self.error_sums.shape} or self.labels.ndim != 1:
+            raise InvalidProfile("a profile's arrays must all have one entry per cluster")
+        if not all(np.isfinite(array).all() and (array >= 0).all() for array in weights):
+            raise InvalidProfile("a profile's weights must be finite and 0 or more")
+        if not (np.abs(self.error_sums - self.labels / 2) <= self.labels / 2 + SHRINKAGE + 1e-6).all():
+            raise InvalidProfile("a profile's errors must lie in [0, 1]")
+
+    @property
+    def total_labels(self) -> float:
+        return float(self.labels.sum())
+
+    @property
+    def mean_error(self) -> float:
+        return mean_error(float(self.error_sums.sum()), self.total_labels)
+
+    @property
+    def mean_output_tokens(self) -> float | None:
+        return _mean(self.token_sums, self.answers)
+
+    @property
+    def mean_seconds(self) -> float | None:
+        return _mean(self.second_sums, self.answers)
+
+    def errors(self, recipe: Recipe = SHRUNK) -> Doubles:
+        """(K,) error rates in [0, 1]."""
+        return recipe.error_rates(self.error_sums, self.labels)
+
+    def output_tokens(self) -> Doubles:
+        """(K,) expected output tokens, shrunk towards the model's own mean; NaN where no answer was ever counted."""
+        return _shrunk_means(self.token_sums, self.answers)
+
+    def seconds(self) -> Doubles:
+        """(K,) expected seconds until the answer is complete; NaN as above."""
+        return _shrunk_means(self.second_sums, self.answers)
+
+    def merged(self, other: Profile) -> Profile:
+        """The profile of both measurements together."""
+        if other.map_id != self.map_id:
+            raise MapMismatch(f"cannot merge a profile of map {other.map_id} into one of map {self.map_id}")
+        return Profile(
+            map_id=self.map_id,
+            error_sums=self.error_sums + other.error_sums,
+            labels=self.labels + other.labels,
+            token_sums=self.token_sums + other.token_sums,
+            second_sums=self.second_sums + other.second_sums,
+            answers=self.answers + other.answers,
+            measured_at=max(filter(None, (self.measured_at, other.measured_at)), default=None),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The document that `from_json` reads; the sums make the round trip exact."""
+        return {
+            "map": self.map_id,
+            "errors": self.errors().tolist(),
+            "labels": self.labels.tolist(),
+            "mean_error": self.mean_error,
+            "mean_output_tokens": self.mean_output_tokens,
+            "mean_seconds": self.mean_seconds,
+            "measured_at": self.measured_at,
+            "error_sums": self.error_sums.tolist(),
+            "token_sums": self.token_sums.tolist(),
+            "second_sums": self.second_sums.tolist(),
+            "answers": self.answers.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Profile:
+        """Read a profile; `map`, `errors` and `labels` suffice, so that one can be written by hand.
+
+        Raises:
+            InvalidProfile: naming the field.
+        """
+        map_id = document.get("map")
+        if not isinstance(map_id, str) or not map_id:
+            raise InvalidProfile("profile.map must be the id of the cluster map it was measured on")
+        labels = _numbers(document, "labels")
+        error_sums = _error_sums(document, labels)
+        answers = _numbers(document, "answers", default=labels)
+        measured_at = document.get("measured_at")
+        if not isinstance(measured_at, str | None):
+            raise InvalidProfile(f"profile.measured_at must be an RFC 3339 time or null; got {measured_at!r}")
+        return cls(
+            map_id=map_id,
+            error_sums=error_sums,
+            labels=labels,
+            token_sums=_sums(document, "token_sums", "mean_output_tokens", answers),
+            second_sums=_sums(document, "second_sums", "mean_seconds", answers),
+            answers=answers if _has_means(document) else np.zeros_like(answers),
+            measured_at=measured_at,
+        )
+
+
+def measure(
+    map_id: str,
+    clusters: int,
+    assignment: Assignment,
+    scores: Doubles,
+    *,
+    output_tokens: Doubles,
+    seconds: Doubles,
+    measured_at: str | None = None,
+) -> Profile:
+    """Build a profile from n graded prompts.
+
+    Args:
+        map_id: the cluster map that made `assignment`.
+        clusters: K.
+        assignment: Φ of the n prompts, in any order.
+        scores: (n,) in [0, 1]; NaN is unlabelled and counts for nothing.
+        output_tokens, seconds: (n,) of each answer; NaN where there was none.
+
+    Raises:
+        InvalidProfile: a score outside [0, 1], or lengths that differ.
+    """
+    if not len(scores) == len(assignment) == len(output_tokens) == len(seconds):
+        raise InvalidProfile(f"{len(assignment)} prompts were assigned but {len(scores)} have scores")
+    if ((scores < 0) | (scores > 1)).any():
+        raise InvalidProfile("scores must lie in [0, 1]; leave an unlabelled prompt NaN")
+    weights = assignment.dense(clusters)
+    labelled = ~np.isnan(scores)
+    answered = ~(np.isnan(output_tokens) | np.isnan(seconds))
+    return Profile(
+        map_id=map_id,
+        error_sums=weights[labelled].T @ (1.0 - scores[labelled]),
+        labels=weights[labelled].sum(axis=0),
+        token_sums=weights[answered].T @ output_tokens[answered],
+        second_sums=weights[answered].T @ seconds[answered],
+        answers=weights[answered].sum(axis=0),
+        measured_at=measured_at,
+    )
+
+
+def _mean(sums: Doubles, weights: Doubles) -> float | None:
+    total = float(weights.sum())
+    return float(sums.sum()) / total if total > 0 else None
+
+
+def _shrunk_means(sums: Doubles, weights: Doubles) -> Doubles:
+    mean = _mean(sums, weights)
+    if mean is None:
+        return np.full_like(weights, np.nan)
+    return (sums + SHRINKAGE * mean) / (weights + SHRINKAGE)
+
+
+def _numbers(document: Mapping[str, Any], field: str, default: Doubles | None = None, *, least: float = 0.0) -> Doubles:
+    value = document.get(field)
+    if value is None and default is not None:
+        return default
+    try:
+        numbers = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        numbers = np.full(1, np.nan)
+    if numbers.ndim != 1 or not numbers.size or not (np.isfinite(numbers).all() and (numbers >= least).all()):
+        raise InvalidProfile(f"profile.{field} must be a list with one number per cluster, each {least:g} or more")
+    return numbers
+
+
+def _error_sums(document: Mapping[str, Any], labels: Doubles) -> Doubles:
+    if document.get("error_sums") is not None:
+        return _numbers(document, "error_sums", least=-SHRINKAGE)
+    errors = _numbers(document, "errors")
+    if errors.shape != labels.shape:
+        raise InvalidProfile(f"profile.errors has {errors.size} entries but profile.labels has {labels.size}")
+    if (errors > 1).any():
+        raise InvalidProfile("profile.errors must lie in [0, 1]")
+    return _unshrunk(errors, labels)
+
+
+def _unshrunk(errors: Doubles, labels: Doubles) -> Doubles:
+    """The sums that the shrunk recipe turns back into `errors`: n·e + s·(e − ē), with ē by its own definition."""
+    weighted = errors * (labels + SHRINKAGE)
+    implied_mean = (weighted.sum() + 0.5) / (labels.sum() + 1.0 + SHRINKAGE * labels.size)
+    return cast(Doubles, weighted - SHRINKAGE * implied_mean)
+
+
+def _has_means(document: Mapping[str, Any]) -> bool:
+    return any(document.get(field) is not None for field in ("token_sums", "mean_output_tokens"))
+
+
+def _sums(document: Mapping[str, Any], field: str, mean_field: str, answers: Doubles) -> Doubles:
+    if document.get(field) is not None:
+        return _numbers(document, field)
+    mean = document.get(mean_field)
+    if mean is None:
+        return np.zeros_like(answers)
+    if isinstance(mean, bool) or not isinstance(mean, int | float) or not np.isfinite(mean) or mean < 0:
+        raise InvalidProfile(f"profile.{mean_field} must be a number, 0 or more; got {mean!r}")
+    return answers * float(mean)

@@ -1,0 +1,120 @@
+"""The library door: route a text with no server. Profiles and costs are plain mappings that may change at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from router_core.artifact import builtin_map
+from router_core.clustering import ClusterMap
+from router_core.decision import RoutingDecision, Scores
+from router_core.embedding import static_embedder
+from router_core.errors import InvalidInput, InvalidProfile, MapMismatch, NoEligibleModel
+from router_core.flips import choose
+from router_core.profiles import Profile
+from router_core.recipes import SHRINKAGE, SHRUNK, Recipe
+from router_core.scoring import TIE
+from router_core.types import Assignment, Doubles, Embedder
+
+DEFAULT_CACHE = Path.home() / ".cache" / "uniroute"
+
+Rates: TypeAlias = Profile | ArrayLike
+"""A measured profile, or K error rates in [0, 1]."""
+
+
+class Router:
+    """`chosen, score, scores = router.route("What is 17 times 23?")`."""
+
+    def __init__(
+        self,
+        *,
+        model_profile: Mapping[str, Rates] | None = None,
+        cost_by_model: Mapping[str, float] | None = None,
+        cluster_map: ClusterMap | None = None,
+        embedder: Embedder | None = None,
+        recipe: Recipe = SHRUNK,
+        tie: float = TIE,
+    ) -> None:
+        """
+        Args:
+            model_profile: model → Ψ(m). May be assigned to at any time.
+            cost_by_model: model → cost of one request, in any unit; λ is in its inverse. May be assigned to, too.
+            cluster_map: the built-in map unless given.
+            embedder: the static embedder unless given; distilled into the user's cache on first use.
+            recipe: how a measured profile becomes rates.
+            tie: scores this close to the best are equal; the cheapest of them is chosen.
+
+        Raises:
+            MapMismatch: the map was fitted on another embedder's vectors.
+        """
+        self.cluster_map = cluster_map or builtin_map()
+        self.embedder = embedder or static_embedder(DEFAULT_CACHE)
+        if self.embedder.id != self.cluster_map.embedder_id:
+            raise MapMismatch(f"the map was fitted with {self.cluster_map.embedder_id}, not with {self.embedder.id}")
+        self.model_profile: Mapping[str, Rates] = model_profile or {}
+        self.cost_by_model: Mapping[str, float] = cost_by_model or {}
+        self._recipe = recipe
+        self._tie = tie
+
+    def route(
+        self, text: str, candidate_models: Collection[str] | None = None, lambda_: float = 0.4
+    ) -> RoutingDecision:
+        """Choose the model with the smallest Φ(x)·Ψ(m) + λ·cost(m) for `text`.
+
+        Raises:
+            NoEligibleModel: there is nothing to choose from.
+            InvalidInput: a candidate has no profile or no cost, or λ is negative or not finite.
+            MapMismatch: a profile was measured on another map.
+        """
+        if not (np.isfinite(lambda_) and lambda_ >= 0):
+            raise InvalidInput(f"lambda_ must be a finite number, 0 or more; got {lambda_!r}")
+        names = tuple(sorted(set(self.model_profile if candidate_models is None else candidate_models)))
+        if not names:
+            raise NoEligibleModel("there is no model to choose from; assign model_profile", {})
+        assignment = self.cluster_map.assign(self.embedder.embed([text]))
+        table = self._table(names, assignment, lambda_)
+        return RoutingDecision(
+            table=table,
+            choice=choose(table.scores, table.costs, self._tie),
+            lambda_=lambda_,
+            tie=self._tie,
+            assignment=assignment,
+            cluster_names=self.cluster_map.names,
+        )
+
+    def _table(self, names: tuple[str, ...], assignment: Assignment, lambda_: float) -> Scores:
+        ids, weights = assignment.ids[0], assignment.weights[0].astype(np.float64)
+        errors = np.array([self._rates(name)[ids] @ weights for name in names])
+        labels = np.array([1.0 / (weights**2 / (self._labels(name)[ids] + SHRINKAGE)).sum() for name in names])
+        costs = np.array([self._cost(name) for name in names])
+        unknown = np.full(len(names), np.nan)
+        return Scores(names, errors, labels, unknown, costs, errors + lambda_ * costs, unknown, unknown)
+
+    def _rates(self, name: str) -> Doubles:
+        profile = self._profile(name)
+        rates = profile.errors(self._recipe) if isinstance(profile, Profile) else np.asarray(profile, dtype=np.float64)
+        if rates.shape != (self.cluster_map.size,) or not ((rates >= 0) & (rates <= 1)).all():
+            raise InvalidProfile(f"the profile of {name} must be {self.cluster_map.size} error rates in [0, 1]")
+        return rates
+
+    def _labels(self, name: str) -> Doubles:
+        profile = self._profile(name)
+        return profile.labels if isinstance(profile, Profile) else np.zeros(self.cluster_map.size)
+
+    def _profile(self, name: str) -> Rates:
+        if name not in self.model_profile:
+            raise InvalidInput(f"{name} has no profile; assign model_profile[{name!r}]")
+        profile = self.model_profile[name]
+        if isinstance(profile, Profile) and profile.map_id != self.cluster_map.id:
+            raise MapMismatch(f"the profile of {name} was measured on map {profile.map_id}, not {self.cluster_map.id}")
+        return profile
+
+    def _cost(self, name: str) -> float:
+        cost = self.cost_by_model.get(name)
+        if cost is None or not np.isfinite(cost) or cost < 0:
+            raise InvalidInput(f"the cost of {name} must be a finite number, 0 or more; got {cost!r}")
+        return float(cost)

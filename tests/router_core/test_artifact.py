@@ -1,0 +1,58 @@
+"""Maps on disk."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from router_core.artifact import ARRAYS, MANIFEST, builtin_map, load_map, save_map
+from router_core.embedding import StaticEmbedder
+from router_core.errors import InvalidArtifact
+from tests.router_core.makers import a_map
+
+
+def test_a_saved_map_assigns_as_before(tmp_path: Path) -> None:
+    saved = a_map(top=2)
+    save_map(saved, tmp_path / "map")
+    loaded = load_map(tmp_path / "map")
+    vectors = np.array([[0.6, 0.8, 0.0]], dtype=np.float32)
+    assert loaded.id == saved.id
+    assert loaded.names == saved.names
+    assert np.array_equal(loaded.assign(vectors).weights, saved.assign(vectors).weights)
+
+
+@pytest.mark.parametrize(("key", "value"), [("temperature", 0.5), ("embedder", "another"), ("top", 3)])
+def test_a_manifest_that_was_edited_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    save_map(a_map(), tmp_path)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest | {key: value}))
+    with pytest.raises(InvalidArtifact, match="does not match"):
+        load_map(tmp_path)
+
+
+def test_arrays_that_were_changed_are_refused(tmp_path: Path) -> None:
+    save_map(a_map(), tmp_path)
+    with (tmp_path / ARRAYS).open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(InvalidArtifact, match="digest"):
+        load_map(tmp_path)
+
+
+@pytest.mark.parametrize("manifest", ["", "[]", '{"format": 99}', "{"])
+def test_a_folder_that_is_no_map_is_refused(tmp_path: Path, manifest: str) -> None:
+    (tmp_path / MANIFEST).write_text(manifest)
+    with pytest.raises(InvalidArtifact, match="manifest"):
+        load_map(tmp_path)
+
+
+def test_a_missing_folder_is_refused_with_what_would_help(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArtifact, match="uniroute fit"):
+        load_map(tmp_path / "nowhere")
+
+
+def test_the_builtin_map_belongs_to_the_builtin_embedder(embedder: StaticEmbedder) -> None:
+    cluster_map = builtin_map()
+    assert cluster_map.embedder_id == embedder.id
+    assert cluster_map.dimension == embedder.dimension
+    assert len(set(cluster_map.names)) == cluster_map.size

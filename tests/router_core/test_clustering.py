@@ -1,0 +1,76 @@
+"""Φ: the same call for fitting, profiling and serving."""
+
+import numpy as np
+import pytest
+
+from router_core.clustering import ClusterMap, spherical_kmeans
+from router_core.errors import InvalidInput
+from router_core.types import Floats
+from tests.router_core.makers import a_map
+
+
+def unit_rows(n: int, d: int = 6, seed: int = 0) -> Floats:
+    rows = np.random.default_rng(seed).normal(size=(n, d))
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), dtype=np.float32)
+
+
+def test_weights_are_the_softmax_of_cosines_over_the_temperature() -> None:
+    vector = np.array([[0.8, 0.6, 0.0]], dtype=np.float32)
+    assignment = a_map(top=2).assign(vector)
+    ratio = np.exp((0.8 - 0.6) / 0.05)
+    assert assignment.ids.tolist() == [[0, 1]]
+    assert assignment.weights[0] == pytest.approx([ratio / (1 + ratio), 1 / (1 + ratio)], rel=1e-5)
+
+
+def test_top_one_is_the_hard_assignment_of_the_paper() -> None:
+    vectors = unit_rows(50, 3)
+    assignment = a_map(top=1).assign(vectors)
+    assert assignment.ids[:, 0].tolist() == vectors.argmax(axis=1).tolist()
+    assert (assignment.weights == 1.0).all()
+
+
+def test_one_by_one_equals_all_at_once() -> None:
+    cluster_map = ClusterMap(unit_rows(20, seed=1), embedder_id="e", top=5)
+    vectors = unit_rows(40)
+    at_once = cluster_map.assign(vectors).dense(20)
+    one_by_one = np.vstack([cluster_map.assign(vectors[row : row + 1]).dense(20) for row in range(40)])
+    assert one_by_one == pytest.approx(at_once, abs=1e-6)
+    assert at_once.sum(axis=1) == pytest.approx(np.ones(40))
+
+
+def test_the_prompts_that_were_fitted_are_served_in_the_cluster_they_were_fitted_to() -> None:
+    centres = np.eye(6, dtype=np.float32)
+    noisy = np.repeat(centres, 30, axis=0) + np.random.default_rng(2).normal(0, 0.02, (180, 6))
+    vectors = np.asarray(noisy / np.linalg.norm(noisy, axis=1, keepdims=True), dtype=np.float32)
+    cluster_map = ClusterMap(spherical_kmeans(vectors, 6), embedder_id="e", top=1)
+    nearest = cluster_map.assign(vectors).ids[:, 0].reshape(6, 30)
+    assert (nearest == nearest[:, :1]).all()
+    assert len(set(nearest[:, 0].tolist())) == 6
+
+
+def test_centroids_lie_on_the_unit_sphere() -> None:
+    assert np.linalg.norm(spherical_kmeans(unit_rows(200), 8), axis=1) == pytest.approx(np.ones(8), abs=1e-5)
+
+
+def test_the_same_seed_fits_the_same_map() -> None:
+    vectors = unit_rows(300)
+    assert np.array_equal(spherical_kmeans(vectors, 8, seed=3), spherical_kmeans(vectors, 8, seed=3))
+
+
+def test_the_id_follows_everything_that_decides_an_assignment_and_nothing_else() -> None:
+    centroids = unit_rows(4)
+    base = ClusterMap(centroids, embedder_id="e")
+    assert ClusterMap(centroids, embedder_id="e", names=list("abcd")).id == base.id
+    others = [
+        ClusterMap(centroids[::-1].copy(), embedder_id="e"),
+        ClusterMap(centroids, embedder_id="f"),
+        ClusterMap(centroids, embedder_id="e", top=2),
+        ClusterMap(centroids, embedder_id="e", temperature=0.1),
+        base.hardened(),
+    ]
+    assert len({base.id, *(other.id for other in others)}) == 6
+
+
+def test_more_clusters_than_distinct_prompts_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="2 distinct"):
+        spherical_kmeans(np.repeat(unit_rows(2), 5, axis=0), 3)

@@ -1,0 +1,49 @@
+"""At which λ another model would be chosen: every answer is checked by asking the rule itself."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router_core.flips import choose, flip_lambdas
+
+LINES = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 5)), min_size=1, max_size=8)
+
+
+def test_two_models_change_places_where_their_scores_come_within_the_tie() -> None:
+    """0.1 + λ·1 against 0.3: equal at 0.2, and the cheaper wins from 0.195 on."""
+    flips = flip_lambdas(np.array([0.1, 0.3]), np.array([1.0, 0.0]), 0.1, tie=0.005)
+    assert flips == pytest.approx([0.1, 0.195])
+
+
+def test_the_choice_itself_stands_at_the_lambda_in_use() -> None:
+    flips = flip_lambdas(np.array([0.1, 0.3]), np.array([1.0, 0.0]), 0.7, tie=0.005)
+    assert flips[1] == 0.7
+    assert flips[0] == pytest.approx(0.195, abs=1e-6)
+
+
+def test_a_model_that_is_worse_and_dearer_is_never_chosen() -> None:
+    flips = flip_lambdas(np.array([0.1, 0.5]), np.array([0.0, 1.0]), 0.1, tie=0.005)
+    assert math.isnan(flips[1])
+
+
+@given(LINES, st.floats(0, 10))
+def test_every_lambda_that_is_told_makes_the_model_the_choice(lines: list[tuple[float, float]], lambda_: float) -> None:
+    errors, costs = np.array([e for e, _ in lines]), np.array([c for _, c in lines])
+    for row, flip in enumerate(flip_lambdas(errors, costs, lambda_, tie=0.005)):
+        if not math.isnan(flip):
+            assert choose(errors + flip * costs, costs, 0.005) == row
+
+
+@given(LINES, st.floats(0, 10), st.floats(0, 10))
+def test_no_model_that_some_lambda_chooses_is_left_without_one(
+    lines: list[tuple[float, float]], lambda_: float, other: float
+) -> None:
+    """Costs on a grid, so that no crossing lies closer to another than rounding can tell."""
+    errors = np.round([e for e, _ in lines], 2)
+    costs = np.round([c for _, c in lines], 1)
+    chosen = choose(errors + other * costs, costs, 0.005)
+    flip = flip_lambdas(errors, costs, lambda_, tie=0.005)[chosen]
+    assert abs(flip - lambda_) <= abs(other - lambda_) + 1e-6
