@@ -16,6 +16,14 @@ BATCH = 512
 NAME_WORDS = 3
 WORD = re.compile(r"[^\W\d_]{3,}")
 SMOOTHING = 1e-3
+FUNCTION_WORDS = frozenset(
+    """about above after again all also and any are because been before being below between both but can could did does
+    doing down during each few for from further had has have having her here hers him his how into its itself just more
+    most not now off once only other our out over own same she should some such than that the their them then there
+    these they this those through too under until very was were what when where which while who whom why will with
+    would you your yours following answer come question""".split()  # noqa: SIM905
+)
+"""English words that name nothing, however distinctive."""
 
 Progress = Callable[[str, int, int], None]
 """Told the step, how much of it is done, and how much there is."""
@@ -58,7 +66,7 @@ def cluster_names(prompts: Sequence[str], nearest: Indices, clusters: int) -> li
     """Per cluster, the words whose share of its prompts most exceeds that elsewhere (frequency times log-odds)."""
     inside = [Counter[str]() for _ in range(clusters)]
     for prompt, cluster in zip(prompts, nearest, strict=True):
-        inside[cluster].update(set(WORD.findall(prompt.lower())))
+        inside[cluster].update(set(WORD.findall(prompt.lower())) - FUNCTION_WORDS)
     sizes = np.bincount(nearest, minlength=clusters)
     everywhere = sum(inside, Counter[str]())
     return [_name(words, int(sizes[k]), everywhere, len(prompts)) or f"cluster {k}" for k, words in enumerate(inside)]
