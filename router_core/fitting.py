@@ -14,7 +14,8 @@ from router_core.types import Embedder, Floats, Indices
 
 BATCH = 512
 NAME_WORDS = 3
-WORD = re.compile(r"[^\W\d_]{3,}")
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]{2}|[^\W\d_]{3,}")
+"""Words, and pairs of the characters of scripts that put no spaces between words."""
 SMOOTHING = 1e-3
 FUNCTION_WORDS = frozenset(
     """about above after again all also and any are because been before being below between both but can could did does

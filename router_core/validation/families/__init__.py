@@ -1,0 +1,1 @@
+"""The built-in families, one noun a file. Each makes prompts whose right answers our own code knows."""

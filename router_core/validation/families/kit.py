@@ -1,0 +1,112 @@
+"""What the families are made of: drafts, levels, and the frames of multiple-choice questions. No subject matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from random import Random
+from typing import TypeVar
+
+from router_core.validation.families.tables import Question, read_questions
+from router_core.validation.graders import ChoiceGrader, Grader
+
+SHORT = 256
+"""Tokens for answers of a word or a line; room for a model that explains itself first."""
+LONG = 512
+"""Tokens for answers that take working out, and for texts and code."""
+
+LEVELS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A prompt that has no id yet. `reference` is an answer that the grader accepts."""
+
+    text: str
+    grader: Grader
+    reference: str
+    level: int
+    max_tokens: int = SHORT
+    language: str = "en"
+    system: str | None = None
+
+
+Row = TypeVar("Row")
+
+Drafts = Callable[[Random], Iterator[Draft]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a family: `count` prompts are taken from what `drafts` yields, None: all of a table.
+
+    The section's own name is the family's unless another is stated.
+    """
+
+    name: str
+    count: int | None
+    drafts: Drafts
+    family: str | None = None
+
+
+def by_levels(draw: Callable[[Random, int], Draft]) -> Drafts:
+    """Endless drafts, levels 1, 2, 3 in turn."""
+
+    def drafts(rng: Random) -> Iterator[Draft]:
+        for level in cycle(LEVELS):
+            yield draw(rng, level)
+
+    return drafts
+
+
+def of_rows(rows: Sequence[Row], draw: Callable[[Random, Row], Draft]) -> Drafts:
+    """One draft for each row of a table, in random order."""
+
+    def drafts(rng: Random) -> Iterator[Draft]:
+        for row in rng.sample(rows, len(rows)):
+            yield draw(rng, row)
+
+    return drafts
+
+
+CHOICE_FRAMES = (
+    "{question}\n{dots}\nAnswer:",
+    "{question}\n\n{brackets}\n\nReply with the letter of the right option.",
+    "Question: {question}\nOptions:\n{round}\nWhich one is correct? Give its letter.",
+    "{question}\n\nChoose one:\n{brackets}\nSay only the letter.",
+    (
+        "Pick the correct option.\n\n{question}\n{dots}\n\nYou may explain, but close with the line 'Answer:' and a"
+        " letter."
+    ),
+)
+
+
+def choice(rng: Random, question: Question, frames: Sequence[str] = CHOICE_FRAMES, *, language: str = "en") -> Draft:
+    """The question in one of the frames, its options in random order."""
+    options = [question.right, *question.wrong]
+    rng.shuffle(options)
+    letters = "ABCDEFGHIJ"[: len(options)]
+    answer = letters[options.index(question.right)]
+    listed = list(zip(letters, options, strict=True))
+    text = rng.choice(frames).format(
+        question=question.text,
+        dots="\n".join(f"{letter}. {option}" for letter, option in listed),
+        brackets="\n".join(f"{letter}) {option}" for letter, option in listed),
+        round="\n".join(f"({letter}) {option}" for letter, option in listed),
+    )
+    return Draft(text, ChoiceGrader(answer, tuple(options)), answer, question.level, language=language)
+
+
+def choices(name: str) -> Drafts:
+    """Multiple choice over a table of questions."""
+
+    def drafts(rng: Random) -> Iterator[Draft]:
+        yield from of_rows(read_questions(name), choice)(rng)
+
+    return drafts
+
+
+def joined(items: Sequence[str], last: str = "and") -> str:
+    """ "a, b and c"."""
+    return f"{', '.join(items[:-1])} {last} {items[-1]}" if len(items) > 1 else items[0]

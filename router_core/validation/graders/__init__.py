@@ -1,0 +1,61 @@
+"""The graders, and the one table from a `type` to its class. Each judges text; none calls a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from router_core.errors import InvalidValidationSet
+from router_core.validation.fields import JsonObject, nearest_hint, shown
+from router_core.validation.graders.base import MAX_ANSWER_CHARS, Grader
+from router_core.validation.graders.choice import ChoiceGrader
+from router_core.validation.graders.exact import ExactGrader, SequenceGrader
+from router_core.validation.graders.json_schema import JsonSchemaGrader
+from router_core.validation.graders.judge import JudgeGrader
+from router_core.validation.graders.numeric import NumericGrader
+from router_core.validation.graders.patterns import RegexGrader
+from router_core.validation.graders.python import PythonGrader
+from router_core.validation.graders.sql import SqlGrader
+from router_core.validation.graders.terms import ContainsGrader, Terms, WritingGrader
+
+__all__ = [
+    "GRADER_TYPES",
+    "MAX_ANSWER_CHARS",
+    "ChoiceGrader",
+    "ContainsGrader",
+    "ExactGrader",
+    "Grader",
+    "JsonSchemaGrader",
+    "JudgeGrader",
+    "NumericGrader",
+    "PythonGrader",
+    "RegexGrader",
+    "SequenceGrader",
+    "SqlGrader",
+    "Terms",
+    "WritingGrader",
+    "parse_grader",
+]
+
+GRADER_TYPES: Mapping[str, Callable[[JsonObject], Grader]] = {
+    ChoiceGrader.type: ChoiceGrader.from_json,
+    ContainsGrader.type: ContainsGrader.from_json,
+    ExactGrader.type: ExactGrader.from_json,
+    JsonSchemaGrader.type: JsonSchemaGrader.from_json,
+    JudgeGrader.type: JudgeGrader.from_json,
+    NumericGrader.type: NumericGrader.from_json,
+    PythonGrader.type: PythonGrader.from_json,
+    RegexGrader.type: RegexGrader.from_json,
+    SequenceGrader.type: SequenceGrader.from_json,
+    SqlGrader.type: SqlGrader.from_json,
+    WritingGrader.type: WritingGrader.from_json,
+}
+
+
+def parse_grader(spec: Mapping[str, object]) -> Grader:
+    """The grader that the object describes. Raises InvalidValidationSet naming the field and the fix."""
+    kind = spec.get("type")
+    if not isinstance(kind, str):
+        raise InvalidValidationSet(f"field 'grader.type' must be one of {', '.join(GRADER_TYPES)}; got {shown(kind)}")
+    if kind not in GRADER_TYPES:
+        raise InvalidValidationSet(f"field 'grader.type' is unknown: {kind!r}{nearest_hint(kind, GRADER_TYPES)}")
+    return GRADER_TYPES[kind](dict(spec))

@@ -1,0 +1,104 @@
+"""Finds the answer within a chat reply: thinking, markdown, fences and lead-ins removed. Judges nothing."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from router_core.validation.graders.base import MAX_ANSWER_CHARS
+
+_THINK_ENDS = ("</think>", "</thinking>", "</reasoning>")
+_THINK_STARTS = ("<think>", "<thinking>", "<reasoning>")
+_FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:\n[ \t]*)?```", re.DOTALL)
+_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]{0,200}\}){0,200})\}")
+_BOLD = re.compile(r"\*\*([^*\n]{1,300})\*\*")
+_QUOTED = re.compile(r"(?:(?<!\w)'|[\"“«「`])([^'\"“”«»「」`\n]{1,300})(?:'(?!\w)|[\"”»」`])")
+_LEAD_IN = re.compile(
+    r"(?:\banswers?|\bresults?|\boutputs?|\brespuesta|\bresultado|\bsalida|\bréponse|\brésultat|\bresposta|\bantwort"
+    r"|\bergebnis|答案|结果|结论|输出|答え|正解|答)"
+    r"[^\S\n]*(?:correcta|correcte|correta|final|finale)?[^\S\n]*"
+    r"(?:\([^)\n]{0,40}\)|of [^\n:=.]{1,60}?|to [^\n:=.]{1,60}?)?[^\S\n]*"
+    r"(?:(?:is|are|was|would be|will be|should be|es|est|é|ist|lautet|是|为|は)\b[^\S\n]*[:：]?|[:：=]|是|为|は)"
+    r"[^\S\n]*",
+    re.IGNORECASE,
+)
+_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
+
+
+def visible(answer: str) -> str:
+    """The reply without its thinking; a thought that never ended leaves only what came before it."""
+    text = answer[:MAX_ANSWER_CHARS].replace("\r\n", "\n")
+    for mark in _THINK_ENDS:
+        text = text.rpartition(mark)[2]
+    for mark in _THINK_STARTS:
+        text = text.partition(mark)[0]
+    return text.translate(_INVISIBLE).strip()
+
+
+def plain(text: str) -> str:
+    """Full-width forms made ordinary, emphasis marks and LaTeX delimiters removed."""
+    text = unicodedata.normalize("NFKC", text).replace("−", "-").replace("’", "'")
+    text = re.sub(r"\*\*|__|\\[(\[\])]|\\[,;!]", "", text)
+    text = re.sub(r"\\[dt]?frac\{([^{}]{1,40})\}\{([^{}]{1,40})\}", r"\1/\2", text)
+    return re.sub(r"\\(?:text|mathrm|mathbf)\{([^{}]{0,80})\}", r"\1", text)
+
+
+def boxed(text: str) -> str | None:
+    """The content of the last \\boxed{…}."""
+    found = _BOXED.findall(text)
+    return found[-1] if found else None
+
+
+def fenced(text: str) -> list[str]:
+    """The contents of the ``` blocks, first to last."""
+    return _FENCE.findall(text)
+
+
+def bolds(text: str) -> list[str]:
+    return _BOLD.findall(text)
+
+
+def after_lead_in(text: str) -> str | None:
+    """What follows the last "the answer is", "Answer:", "答案是", "la respuesta es", to the end of its line.
+
+    When that line is empty ("Answer:" alone), the next line that is not.
+    """
+    last = None
+    for match in _LEAD_IN.finditer(text):
+        rest = text[match.end() :].lstrip()
+        line = rest.partition("\n")[0].strip()
+        last = line or last
+    return last
+
+
+def lines_of(text: str) -> list[str]:
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def candidates(answer: str) -> list[str]:
+    """Every part of the reply that could be meant as the answer, as written; the whole reply comes first."""
+    text = visible(answer)
+    found = [text, *fenced(text)[-1:], *bolds(text)[-1:], *lines_of(text)[:1], *lines_of(text)[-1:]]
+    for part in (boxed(text), after_lead_in(text), after_lead_in(plain(text))):
+        if part is not None:
+            found.append(part)
+    return [*found, *_few_quoted(text)]
+
+
+def _few_quoted(text: str) -> list[str]:
+    """ "The reverse of 'abc' is 'cba'": the first and the last quotation of a reply that has few."""
+    quoted = _QUOTED.findall(text)
+    return [quoted[0], quoted[-1]] if 0 < len(set(quoted)) <= 3 else []
+
+
+def folded(text: str) -> str:
+    """For comparison: width, case, accents of Latin letters and runs of white space made equal."""
+    text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")
+    letters = unicodedata.normalize("NFKD", text)
+    kept = "".join(letter for letter in letters if not "\u0300" <= letter <= "\u036f")
+    return " ".join(unicodedata.normalize("NFC", kept).split())
+
+
+def trimmed(text: str) -> str:
+    """Without the quotes, emphasis and closing punctuation that people put around an answer."""
+    return text.strip().strip("*`_\"'“”‘’«»「」『』【】 \t").rstrip(".。!！,;").strip("*`_\"'“”‘’«»「」『』 \t")
