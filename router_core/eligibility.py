@@ -48,17 +48,18 @@ class Eligibility:
         return Eligibility(self.pool, self.rows[passed[self.rows]], (*self.checks, (passed, reason)))
 
 
-def eligible(pool: Pool, needs: Needs, allowed: Collection[str] | None = None) -> Eligibility:
+def eligible(pool: Pool, needs: Needs, allowed: Collection[str] | None = None, *, measured: bool = True) -> Eligibility:
     """Rule models out before any is scored.
 
     Args:
         pool: the snapshot's models.
         needs: what this request asks for.
         allowed: names that this request or its key is restricted to; None is no restriction.
+        measured: whether a model needs a profile; one without can be called, but not compared.
     """
     left = np.ones(len(pool), dtype=np.bool_)
     checks = []
-    for passed, reason in _fixed_checks(pool, needs, allowed):
+    for passed, reason in _fixed_checks(pool, needs, allowed, measured=measured):
         left &= passed
         checks.append((passed, reason))
     for need, ability in ABILITIES.items():
@@ -69,11 +70,14 @@ def eligible(pool: Pool, needs: Needs, allowed: Collection[str] | None = None) -
     return Eligibility(pool=pool, rows=np.flatnonzero(left), checks=tuple(checks))
 
 
-def _fixed_checks(pool: Pool, needs: Needs, allowed: Collection[str] | None) -> Iterator[tuple[Mask, str]]:
+def _fixed_checks(
+    pool: Pool, needs: Needs, allowed: Collection[str] | None, *, measured: bool
+) -> Iterator[tuple[Mask, str]]:
     if allowed is not None:
         yield _listed(pool, allowed), "not among the models that this request may use"
     yield pool.healthy, "unhealthy"
-    yield ~np.isnan(pool.mean_errors), "not profiled on this cluster map"
+    if measured:
+        yield ~np.isnan(pool.mean_errors), "not profiled on this cluster map"
     yield ~np.isnan(pool.prices.input), "no price is known; state one, or free: true"
     yield (
         pool.max_input_tokens >= needs.prompt_tokens,

@@ -1,0 +1,117 @@
+"""The ASGI app: routes, the guard before them, and every error as JSON. Collaborators come in through Services."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from proxy.auth import Guard
+from proxy.edge import Edge
+from proxy.errors import ClientGone, ProxyError, describe, plain_error
+from proxy.foreign_errors import FOREIGN, translated
+from proxy.onboarding import measuring_on_start
+from proxy.routes import admin, admin_jobs, chat, health, models, route
+from proxy.services import Services, ServicesHolder, open_services
+from proxy.settings import Settings, load_settings
+
+ROUTERS = (health.router, chat.router, models.router, route.router, admin.router, admin_jobs.router)
+EXPOSED = ("x-request-id", "x-uniroute-model", "x-uniroute-decision", "x-uniroute-reason", "x-uniroute-overhead-ms")
+
+
+def create_app(services: Services) -> FastAPI:
+    """Over services that somebody else opened and will close."""
+    return _build(services.settings, ServicesHolder(services))
+
+
+def from_environment(environ: Mapping[str, str] | None = None) -> FastAPI:
+    """For `uvicorn proxy.app:from_environment --factory`: settings now, services with the app's lifespan."""
+    environ = os.environ if environ is None else environ
+    configure_logs()
+    config = environ.get("UNIROUTE_CONFIG")
+    return measuring_on_start(from_settings(load_settings(Path(config) if config else None, environ), environ))
+
+
+def from_settings(settings: Settings, environ: Mapping[str, str] | None = None) -> FastAPI:
+    """Services are opened with the app's lifespan. `environ`: where os.environ/NAME is looked up."""
+    return _build(settings, ServicesHolder(), os.environ if environ is None else environ)
+
+
+def _build(settings: Settings, holder: ServicesHolder, environ: Mapping[str, str] | None = None) -> FastAPI:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if holder.is_open:
+            yield
+            return
+        async with open_services(settings, environ or {}) as services:
+            holder.open(services)
+            yield
+
+    app = FastAPI(
+        title="UniRoute",
+        lifespan=lifespan,
+        openapi_url=None,
+        redirect_slashes=False,
+        middleware=_middleware(settings, holder),
+        exception_handlers={
+            ProxyError: _refused,
+            HTTPException: _plain,
+            ClientGone: _nobody,
+            **dict.fromkeys(FOREIGN, _foreign),
+        },
+    )
+    app.state.holder = holder
+    for router in ROUTERS:
+        app.include_router(router)
+    return app
+
+
+def _middleware(settings: Settings, holder: ServicesHolder) -> list[Middleware]:
+    pages = settings.allowed_origins
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=list(pages),
+        allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+        allow_headers=["*"],
+        expose_headers=list(EXPOSED),
+    )
+    guard = Middleware(Guard, settings=settings, state=lambda: holder.services.state.current)
+    return [Middleware(Edge, holder=holder), *([cors] if pages else []), guard]
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    status, body, headers = describe(error)  # type: ignore[arg-type]  # registered for ProxyError
+    return JSONResponse(body, status, headers)
+
+
+async def _foreign(request: Request, error: Exception) -> Response:
+    return await _refused(request, translated(error))
+
+
+async def _plain(_: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        raise error
+    return JSONResponse(plain_error(error.status_code, str(error.detail)), error.status_code, error.headers)
+
+
+async def _nobody(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)
+
+
+def configure_logs() -> None:
+    """Lines of ours to stderr, once, unless somebody has arranged for them."""
+    ours = logging.getLogger("uniroute")
+    if not ours.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        ours.addHandler(handler)
+        ours.setLevel(logging.INFO)

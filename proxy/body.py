@@ -1,0 +1,44 @@
+"""A request's bytes, within limits: JSON by its content type, uncompressed, no larger than allowed. Does not parse."""
+
+from __future__ import annotations
+
+from starlette.requests import ClientDisconnect, Request
+
+from proxy.errors import BadRequest, BodyTooLarge, ClientGone, NotJson
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """Raises NotJson, BodyTooLarge, ClientGone."""
+    _check_headers(request, limit)
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        async for piece in request.stream():
+            size += len(piece)
+            if size > limit:
+                raise _too_large(limit)
+            pieces.append(piece)
+    except ClientDisconnect:
+        raise ClientGone("the client left before its body was complete") from None
+    return b"".join(pieces)
+
+
+def _check_headers(request: Request, limit: int) -> None:
+    kinds = request.headers.getlist("content-type")
+    kind = kinds[0].partition(";")[0].strip().lower() if kinds else "application/json"
+    if len(kinds) > 1 or not (kind == "application/json" or kind.endswith("+json")):
+        raise NotJson(f"the content type must be application/json; got {', '.join(kinds)[:100]!r}")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise NotJson(f"compressed bodies are not read; got content-encoding {encoding[:40]!r}")
+    length = request.headers.get("content-length")
+    if length is None:
+        return
+    if not (length.isascii() and length.isdigit()):
+        raise BadRequest("content-length must be a number", param="content-length")
+    if int(length) > limit:
+        raise _too_large(limit)
+
+
+def _too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the body is larger than {limit} bytes (max_body_bytes)")

@@ -1,0 +1,151 @@
+"""What a price map in LiteLLM's format knows of a model: price, limits, abilities. Imports no litellm, no network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from router_core.errors import InvalidInput, InvalidPrice
+from router_core.types import Capabilities, Price
+
+BUNDLED = "model_prices_and_context_window_backup.json"
+SPECIMEN = "sample_spec"
+TEXT_MODES = frozenset({None, "chat", "completion", "responses"})
+RUNS_LOCALLY = frozenset({"ollama", "ollama_chat", "lemonade", "lm_studio"})
+"""Providers whose zero price is a price. Elsewhere it stands for a trial, a subscription or "not known"."""
+
+
+class InvalidPriceMap(InvalidInput):
+    """A document that is not a price map; the message names the entry."""
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogEntry:
+    provider: str
+    price: Price | None
+    capabilities: Capabilities
+    reasoning: bool
+    """Known to think before it answers."""
+
+
+class Catalog:
+    """Entries by LiteLLM's model name."""
+
+    def __init__(self, entries: Mapping[str, CatalogEntry]) -> None:
+        self._entries = entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def find(self, model: str) -> CatalogEntry | None:
+        """The entry of `provider/model`, or of its bare name if that is listed under the same provider."""
+        if entry := self._entries.get(model):
+            return entry
+        provider, _, bare = model.partition("/")
+        for name in _shorter(bare):
+            entry = self._entries.get(name)
+            if entry and _same_provider(provider, entry.provider):
+                return entry
+        return None
+
+
+def parse_price_map(document: object) -> Catalog:
+    """Check the whole document, then read its text models.
+
+    Raises:
+        InvalidPriceMap: one broken entry refuses the map, so that a damaged feed changes nothing.
+    """
+    if not isinstance(document, dict):
+        raise InvalidPriceMap(f"a price map is a JSON object of models; got {type(document).__name__}")
+    entries = {
+        name: _entry(name, listed)
+        for name, listed in document.items()
+        if name != SPECIMEN and _checked(name, listed).get("mode") in TEXT_MODES
+    }
+    if not any(entry.price for entry in entries.values()):
+        raise InvalidPriceMap("the price map states no price of any text model")
+    return Catalog(entries)
+
+
+@lru_cache(maxsize=1)
+def bundled_catalog() -> Catalog:
+    """The map that the installed litellm carries."""
+    spec = find_spec("litellm")
+    if spec is None or not spec.submodule_search_locations:
+        raise InvalidPriceMap("litellm is not installed, so its price map cannot be read")
+    path = Path(spec.submodule_search_locations[0]) / BUNDLED
+    return parse_price_map(json.loads(path.read_bytes()))
+
+
+def _shorter(bare: str) -> Iterator[str]:
+    """gemini-2.5-pro; for bedrock/converse/us.anthropic.claude-…: that, then without each leading part."""
+    while bare:
+        yield bare
+        _, _, bare = bare.partition("/")
+
+
+def _same_provider(asked: str, listed: str) -> bool:
+    """vertex_ai lists vertex_ai-language-models, bedrock lists bedrock_converse."""
+    return listed == asked or listed.startswith((f"{asked}-", f"{asked}_"))
+
+
+def _checked(name: str, listed: object) -> dict[str, Any]:
+    if not isinstance(listed, dict):
+        raise InvalidPriceMap(f"{name}: an entry must be a JSON object; got {listed!r}")
+    return listed
+
+
+def _entry(name: str, listed: dict[str, Any]) -> CatalogEntry:
+    provider = str(listed.get("litellm_provider") or name.partition("/")[0])
+    return CatalogEntry(
+        provider=provider,
+        price=_price(name, listed, provider),
+        capabilities=Capabilities(
+            max_input_tokens=_limit(listed, "max_input_tokens") or _limit(listed, "max_tokens"),
+            max_output_tokens=_limit(listed, "max_output_tokens"),
+            tools=_ability(listed, "supports_function_calling"),
+            vision=_ability(listed, "supports_vision"),
+            audio=_ability(listed, "supports_audio_input"),
+            json_schema=_ability(listed, "supports_response_schema"),
+        ),
+        reasoning=listed.get("supports_reasoning") is True,
+    )
+
+
+def _price(name: str, listed: dict[str, Any], provider: str) -> Price | None:
+    per_input, per_output = (_amount(name, listed, f"{side}_cost_per_token") for side in ("input", "output"))
+    cached, written = (_amount(name, listed, f"cache_{side}_input_token_cost") for side in ("read", "creation"))
+    if per_input is None or per_output is None:
+        return None
+    if per_input == per_output == 0 and (provider not in RUNS_LOCALLY or name.endswith("-cloud")):
+        return None
+    try:
+        return Price(per_input, per_output, cached, written)
+    except InvalidPrice as error:
+        raise InvalidPriceMap(f"{name}: {error}") from error
+
+
+def _amount(name: str, listed: dict[str, Any], field: str) -> float | None:
+    value = listed.get(field)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidPriceMap(f"{name}: {field} must be a number of USD per token; got {value!r}")
+    return float(value)
+
+
+def _limit(listed: dict[str, Any], field: str) -> int | None:
+    """A context window; some entries of the real map carry text here, which is as good as unknown."""
+    value = listed.get(field)
+    return int(value) if isinstance(value, int | float) and not isinstance(value, bool) and value >= 1 else None
+
+
+def _ability(listed: dict[str, Any], field: str) -> bool | None:
+    """Stated, or unknown: the map lists what a model can do and seldom what it cannot."""
+    value = listed.get(field)
+    return value if isinstance(value, bool) else None

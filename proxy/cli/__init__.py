@@ -1,0 +1,66 @@
+"""The command `uniroute`. Commands import what they need when they run, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from proxy.cli.fit import fit
+from proxy.cli.keys import keys
+from proxy.cli.models import models
+from proxy.cli.prices import prices
+from proxy.cli.route import route
+from proxy.cli.serving import demo, serve, worker
+from proxy.cli.validation import validation
+
+app = typer.Typer(
+    name="uniroute",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Send each prompt to the model most likely to get it right for the money.",
+)
+for command in (serve, demo, worker, route, fit):
+    app.command()(command)
+for group, name in ((models, "models"), (keys, "keys"), (prices, "prices"), (validation, "validation")):
+    app.add_typer(group, name=name)
+
+
+def main() -> None:
+    """Run; a mistake of the user's or failed work is one line on stderr and exit status 2 or 1."""
+    try:
+        app(prog_name="uniroute")
+    except SystemExit:
+        raise  # so that the imports below are for errors alone
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output left; Python would complain when flushing
+        sys.exit(1)
+    except _bad_argument() as error:
+        _stop(error, 2)
+    except _failed_work() as error:
+        _stop(error, 1)
+
+
+def _bad_argument() -> tuple[type[Exception], ...]:
+    from proxy.console import BadArgument
+    from proxy.settings_sources import SettingsError
+
+    return (BadArgument, SettingsError)
+
+
+def _failed_work() -> tuple[type[Exception], ...]:
+    from proxy.console import CommandError
+    from proxy.local_models import LocalModelError
+    from proxy.prices import FeedFailed
+    from proxy.registry import RegistryError
+    from proxy.store import StoreUnavailable
+    from router_core.errors import RouterCoreError
+
+    return (CommandError, FeedFailed, LocalModelError, RegistryError, StoreUnavailable, RouterCoreError)
+
+
+def _stop(error: Exception, status: int) -> None:
+    sys.stderr.write(f"uniroute: {' '.join(str(error).split())}\n")
+    sys.exit(status)

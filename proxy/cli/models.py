@@ -1,0 +1,141 @@
+"""`uniroute models`: add, list, show, re-measure and remove models of a running server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from proxy.cli.options import JsonOption, UrlOption, admin_client
+
+if TYPE_CHECKING:
+    from proxy.cli.client import ServerClient
+
+models = typer.Typer(no_args_is_help=True, help="Models of a running server. Needs UNIROUTE_ADMIN_KEY.")
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The name that clients see.")]
+PromptsOption = Annotated[int | None, typer.Option("--prompts", min=1, help="Validation prompts to ask it.")]
+MaxUsdOption = Annotated[float | None, typer.Option("--max-usd", min=0.0, help="What the questions may cost.")]
+NoWaitOption = Annotated[bool, typer.Option("--no-wait", help="Do not wait until it is measured.")]
+ProfileOption = Annotated[Path | None, typer.Option("--profile", help="A ready profile (JSON) instead of asking.")]
+OutcomesOption = Annotated[Path | None, typer.Option("--outcomes", help="Scored prompts (JSONL) instead of asking.")]
+KeyOption = Annotated[str | None, typer.Option("--api-key-env", help="The server's variable that holds its key.")]
+ParamOption = Annotated[list[str] | None, typer.Option("--param", help="KEY=VALUE, as temperature=0; repeatable.")]
+
+
+@models.command()
+def add(
+    name: NameArgument,
+    model: Annotated[str, typer.Option("--model", help="LiteLLM's name of it, as openai/gpt-6-luna.")],
+    api_base: Annotated[str | None, typer.Option("--api-base", help="Its address, if not the provider's own.")] = None,
+    api_key_env: KeyOption = None,
+    param: ParamOption = None,
+    input_cost: Annotated[float | None, typer.Option("--input-cost", help="USD per million prompt tokens.")] = None,
+    output_cost: Annotated[float | None, typer.Option("--output-cost", help="USD per million answer tokens.")] = None,
+    prompts: PromptsOption = None,
+    max_usd: MaxUsdOption = None,
+    profile: ProfileOption = None,
+    outcomes: OutcomesOption = None,
+    url: UrlOption = None,
+    *,
+    free: Annotated[bool, typer.Option("--free", help="It costs nothing: it runs on your own machine.")] = False,
+    no_wait: NoWaitOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Add a model while the server runs, measure it, and let it take traffic.
+
+    Without a cost and without --free its price comes from LiteLLM's price map.
+    """
+    from proxy.cli import model_bodies as bodies
+
+    body = {
+        "model_name": name,
+        "litellm_params": bodies.litellm_params(model, api_base, api_key_env, param or []),
+        "model_info": bodies.model_info(input_cost, output_cost, free=free),
+        "profile": bodies.profile(name, prompts, max_usd, profile, outcomes),
+    }
+    with admin_client(url) as server:
+        answer = server.call("POST", "/admin/models", body)
+        _finish(server, answer, no_wait=no_wait, as_json=as_json)
+
+
+@models.command("profile")
+def profile_again(
+    name: NameArgument,
+    prompts: PromptsOption = None,
+    max_usd: MaxUsdOption = None,
+    profile: ProfileOption = None,
+    outcomes: OutcomesOption = None,
+    url: UrlOption = None,
+    *,
+    no_wait: NoWaitOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a model again. Its old profile serves until the new one is ready."""
+    from proxy.cli import model_bodies as bodies
+
+    body = bodies.profile(name, prompts, max_usd, profile, outcomes)
+    with admin_client(url) as server:
+        answer = server.call("POST", f"/admin/models/{name}/profile", body)
+        _finish(server, answer, no_wait=no_wait, as_json=as_json)
+
+
+@models.command("list")
+def list_models(url: UrlOption = None, *, as_json: JsonOption = False) -> None:
+    """Every model with its state, mean error and price."""
+    from proxy import console
+
+    with admin_client(url) as server:
+        answer = server.call("GET", "/admin/models")
+    if as_json:
+        console.emit_json(answer["models"])
+        return
+    columns = ("model", "state", "mean error", "$/M in", "$/M out", "price from")
+    console.table(columns, [_row(card) for card in answer["models"]])
+
+
+@models.command()
+def show(name: NameArgument, url: UrlOption = None) -> None:
+    """Everything known of one model, as JSON."""
+    from proxy import console
+
+    with admin_client(url) as server:
+        console.emit_json(server.call("GET", f"/admin/models/{name}"))
+
+
+@models.command()
+def remove(name: NameArgument, url: UrlOption = None) -> None:
+    """Take a model out of traffic and forget its profile."""
+    from proxy import console
+
+    with admin_client(url) as server:
+        server.call("DELETE", f"/admin/models/{name}")
+    console.note(f"{name} is removed")
+
+
+def _finish(server: ServerClient, answer: Mapping[str, Any], *, no_wait: bool, as_json: bool) -> None:
+    """Wait for the job unless told not to; failed work ends the command with status 1."""
+    from proxy import console
+
+    job = answer["job"]
+    if job is not None and not no_wait:
+        with console.progress() as bars:
+            ended = server.follow(job, bars)
+        if ended["state"] != "ready":
+            raise console.CommandError(f"{answer['model']}: measuring it {ended['state']}: {ended['error']}")
+    elif job is not None and not as_json:
+        console.note(f"job {job} measures it; it takes traffic when that is ready")
+    card = server.call("GET", f"/admin/models/{answer['model']}")
+    if as_json:
+        console.emit_json({"job": job, **card})
+    elif card["profile"] is not None:
+        console.say(f"{card['model']} is {card['state']}: mean error {card['profile']['mean_error']:.2f}")
+
+
+def _row(card: Mapping[str, Any]) -> tuple[str, ...]:
+    price = card["price"] or {}
+    per_million = [price.get(f"{side}_cost_per_token") for side in ("input", "output")]
+    shown = [f"{usd * 1e6:.4g}" if usd is not None else "unknown" for usd in per_million]
+    error = card.get("mean_error")
+    return (card["model"], card["state"], "" if error is None else f"{error:.2f}", *shown, price.get("source", ""))

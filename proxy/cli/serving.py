@@ -1,0 +1,98 @@
+"""`uniroute serve`, `demo` and `worker`: the long-running commands."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from proxy.cli.options import ConfigOption, DataDirOption, read_settings, run
+
+if TYPE_CHECKING:
+    from proxy.settings import ModelEntry, Settings
+
+HostOption = Annotated[str | None, typer.Option("--host", help="Address to listen on; 127.0.0.1 if not set.")]
+PortOption = Annotated[int | None, typer.Option("--port", help="Port; 8000 if not set, 0 for a free one.")]
+
+
+def serve(
+    config: ConfigOption = None,
+    host: HostOption = None,
+    port: PortOption = None,
+    workers: Annotated[int | None, typer.Option("--workers", help="Processes that share the port.")] = None,
+    data_dir: DataDirOption = None,
+    *,
+    detect: Annotated[
+        bool, typer.Option("--detect", help="Also offer models of providers whose key is set, and of an Ollama.")
+    ] = False,
+) -> None:
+    """Serve the OpenAI-compatible API until Ctrl-C."""
+    from logging.config import dictConfig
+
+    from proxy import console
+    from proxy.serve import LOGGING, address, announce_ready, leave_on_sigterm, listen, run_server
+    from proxy.serve_store import owned_store
+
+    leave_on_sigterm()
+    dictConfig(LOGGING)
+    settings = read_settings(config, host=host, port=port, workers=workers, data_dir=data_dir)
+    if detect:
+        settings = _with_detected(settings)
+    bound = listen(settings.host, settings.port)
+    with owned_store(settings, console.note):
+        console.note(f"UniRoute at {address(bound)}/v1, data in {settings.data_dir}")
+        _tell_models(settings.model_list)
+        announce_ready(address(bound), console.note)
+        if not run_server(settings, bound):
+            raise console.CommandError("the server did not start; the lines above say why")
+
+
+def demo(
+    prompts: Annotated[
+        int, typer.Option("--prompts", min=20, max=150, help="Questions that each model is asked.")
+    ] = 30,
+    port: PortOption = None,
+    data_dir: DataDirOption = None,
+    *,
+    once: Annotated[bool, typer.Option("--once", help="End after the three prompts.")] = False,
+) -> None:
+    """Three real models on this machine, measured and routed. Needs no key and no network."""
+    from proxy.demo import run_demo
+    from proxy.serve import leave_on_sigterm
+
+    leave_on_sigterm()
+    run_demo(read_settings(None, port=port, data_dir=data_dir), prompts=prompts, once=once)
+
+
+def worker(config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
+    """Measure models for servers that use the same store, until Ctrl-C."""
+    from logging.config import dictConfig
+
+    from proxy.serve import LOGGING
+    from proxy.worker import work
+
+    dictConfig(LOGGING)
+    run(work(read_settings(config, data_dir=data_dir)))
+
+
+def _with_detected(settings: Settings) -> Settings:
+    from proxy import console
+    from proxy.catalog import bundled_catalog
+    from proxy.detect import PROVIDERS, detect_models, with_detected
+
+    found = detect_models(os.environ, bundled_catalog())
+    if not found:
+        keys = ", ".join(provider.key for provider in PROVIDERS)
+        console.note(f"--detect found no model: none of {keys} is set, and no Ollama answers on port 11434")
+    return with_detected(settings, found)
+
+
+def _tell_models(models: Sequence[ModelEntry]) -> None:
+    from proxy import console
+
+    for model in models:
+        console.note(f"  {model.model_name}  ({model.litellm_params['model']})")
+    if not models:
+        console.note("  no models are configured; add one with `uniroute models add` (needs UNIROUTE_ADMIN_KEY)")

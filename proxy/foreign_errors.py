@@ -1,0 +1,24 @@
+"""Exceptions of other rooms that reach HTTP, and what each is over HTTP. One table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from proxy.errors import BadRequest, Conflict, ProxyError, Unavailable, UnknownName
+from proxy.registry import DefinedInConfig, NameTaken, UnknownModel
+from proxy.store import StoreUnavailable
+from router_core.errors import InvalidInput, MapMismatch
+
+FOREIGN: Mapping[type[Exception], type[ProxyError]] = {
+    StoreUnavailable: Unavailable,
+    NameTaken: Conflict,
+    DefinedInConfig: Conflict,
+    UnknownModel: UnknownName,
+    InvalidInput: BadRequest,
+    MapMismatch: BadRequest,
+}
+
+
+def translated(error: Exception) -> ProxyError:
+    kind = next(FOREIGN[kind] for kind in type(error).__mro__ if kind in FOREIGN)
+    return kind(str(error))

@@ -1,0 +1,77 @@
+"""taskiq over a Redis stream, with JSON only and no busy loop. It carries job ids; the lease decides who works."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import AsyncGenerator
+from typing import Any, cast
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from taskiq.serializers import JSONSerializer
+from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
+
+log = logging.getLogger("uniroute.jobs")
+
+STREAM = "uniroute:tasks"
+GROUP = "uniroute"
+RESULTS = "uniroute:result"
+LONGEST_STREAM = 1000
+RESULT_KEPT_S = 3600
+BLOCK_MS = 2000
+AGAIN_S = 1.0
+
+Fetched = list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]
+
+
+class JobBroker(RedisStreamBroker):  # type: ignore[misc]  # taskiq_redis is not checked: its stubs name old redis types
+    """Delivers at most once and without acknowledgement: a message that is lost is sent again by the sweeper.
+
+    The base class claims what others left unacknowledged after ten minutes, under a lock that costs two writes every
+    two seconds; it also ends at the first error of Redis, whereupon taskiq calls it again at once, without end.
+    """
+
+    def __init__(self, url: str) -> None:
+        limits: dict[str, Any] = {"socket_timeout": 2 * BLOCK_MS / 1000, "socket_connect_timeout": 1.0, "protocol": 2}
+        consumer = f"{socket.gethostname()}-{os.getpid()}"
+        super().__init__(
+            url,
+            STREAM,
+            consumer_group_name=GROUP,
+            consumer_name=consumer,
+            consumer_id="0",
+            maxlen=LONGEST_STREAM,
+            **limits,
+        )
+        results = RedisAsyncResultBackend(
+            url, serializer=JSONSerializer(), result_ex_time=RESULT_KEPT_S, prefix_str=RESULTS, **limits
+        )
+        self.with_result_backend(results).with_serializer(JSONSerializer())
+        self.closing = False
+
+    async def listen(self) -> AsyncGenerator[bytes, None]:
+        """Job messages, until `closing`."""
+        async with Redis(connection_pool=self.connection_pool) as client:
+            while not self.closing:
+                try:
+                    fetched = await client.xreadgroup(
+                        GROUP, self.consumer_name, {STREAM: ">"}, count=1, block=BLOCK_MS, noack=True
+                    )
+                except (RedisError, OSError) as error:
+                    log.debug("the job stream cannot be read: %s", error)
+                    await asyncio.sleep(AGAIN_S)
+                    await self.declare_group()
+                    continue
+                for _, entries in cast(Fetched, fetched):
+                    for _, fields in entries:
+                        yield fields[b"data"]
+
+    async def declare_group(self) -> None:
+        """Also after the store was emptied. Redis away: the next round tries again."""
+        try:
+            await self._declare_consumer_group()
+        except (RedisError, OSError) as error:
+            log.debug("the job stream cannot be declared: %s", error)

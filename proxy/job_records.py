@@ -1,0 +1,117 @@
+"""A profiling job and an answer within it, as types, as JSON and as Redis stores them. No Redis."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+JOBS: Final = "uniroute:jobs"
+"""Every job's id by the time it was submitted; `:open` is the set of the unfinished, `:models` each model's latest."""
+OPEN: Final = f"{JOBS}:open"
+LATEST: Final = f"{JOBS}:models"
+UNFINISHED = frozenset({"queued", "running"})
+KEPT_S = 30 * 86_400
+"""How long a finished job can still be read."""
+
+
+def job_key(job_id: str) -> str:
+    return f"uniroute:job:{job_id}"
+
+
+def answers_key(job_id: str) -> str:
+    return f"{job_key(job_id)}:answers"
+
+
+def reserved_key(job_id: str) -> str:
+    return f"{job_key(job_id)}:reserved"
+
+
+def lease_key(job_id: str) -> str:
+    return f"{job_key(job_id)}:lease"
+
+
+def kick_key(job_id: str) -> str:
+    return f"{job_key(job_id)}:kicked"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Measuring one model. `done` counts prompts that ended in any way; labelled are done - failed - unlabelled."""
+
+    id: str
+    model: str
+    state: str
+    """queued, running, ready, failed or cancelled."""
+    done: int
+    total: int
+    failed: int
+    """Prompts that the model did not answer, after all retries."""
+    unlabelled: int
+    """Answers that say nothing of right or wrong: cut off by our limit, empty after thinking, not judged."""
+    spent_usd: float | None
+    """None: the model has no known price."""
+    eta_s: float | None
+    error: str | None
+    fingerprint: str = ""
+    max_usd: float | None = None
+
+    @property
+    def unfinished(self) -> bool:
+        return self.state in UNFINISHED
+
+    def to_json(self) -> dict[str, Any]:
+        """What an administrator is shown."""
+        shown = ("id", "model", "state", "done", "total", "failed", "unlabelled", "spent_usd", "eta_s", "error")
+        return {name: getattr(self, name) for name in shown}
+
+    @classmethod
+    def from_fields(cls, job_id: str, stored: Mapping[str, str]) -> Job | None:
+        """None where the hash is missing, or not one of ours."""
+        if not {"model", "state"} <= stored.keys():
+            return None
+        return cls(
+            id=job_id,
+            model=stored["model"],
+            state=stored["state"],
+            done=int(_number(stored.get("done")) or 0),
+            total=int(_number(stored.get("total")) or 0),
+            failed=int(_number(stored.get("failed")) or 0),
+            unlabelled=int(_number(stored.get("unlabelled")) or 0),
+            spent_usd=_number(stored.get("spent_usd")),
+            eta_s=_number(stored.get("eta_s")),
+            error=stored.get("error") or None,
+            fingerprint=stored.get("fingerprint", ""),
+            max_usd=_number(stored.get("max_usd")),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PromptAnswer:
+    """What became of one validation prompt. None: not known."""
+
+    score: float | None = None
+    """In [0, 1]; None: unlabelled."""
+    output_tokens: float | None = None
+    seconds: float | None = None
+    cost_usd: float | None = None
+    finish_reason: str | None = None
+    failed: bool = False
+
+    def to_json(self) -> str:
+        return json.dumps({column.name: getattr(self, column.name) for column in fields(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> PromptAnswer:
+        stored = json.loads(text)
+        return cls(**{column.name: stored.get(column.name) for column in fields(cls)})
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

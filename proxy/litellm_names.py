@@ -1,0 +1,45 @@
+"""Names of LiteLLM's configuration without meaning here: its files load with a warning instead of an error."""
+
+from __future__ import annotations
+
+import re
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+SECTIONS = _words("""
+    litellm_settings router_settings general_settings environment_variables credential_list mcp_servers mcp_tools
+    guardrails prompts vector_store_registry search_tools files_settings finetune_settings callback_settings
+    assistant_settings batch_settings include policies agents skills cache
+""")
+
+PARAMS = _words("""
+    rpm tpm itpm otpm weight order tags tag_regex max_budget budget_duration default_api_key_tpm_limit
+    default_api_key_rpm_limit max_file_size_mb use_in_pass_through configurable_clientside_auth_params
+    litellm_credential_name litellm_trace_id provider_affinity_header max_parallel_requests cooldown_time
+    allow_client_keepalive_override keepalive_seconds use_litellm_proxy region_name max_retries timeout
+    stream_timeout
+""")
+"""Keys of `litellm_params` that steer LiteLLM's own proxy. They are dropped: waiting and retrying are set here."""
+
+_INFO = _words("""
+    id db_model updated_at updated_by created_at created_by base_model tier team_id team_public_model_name blocked
+    discoverable access_windows access_groups litellm_provider mode max_tokens metadata description comment rules source
+    supported_endpoints supported_modalities supported_output_modalities supported_regions supported_audio_formats
+    deprecation_date tpm rpm output_vector_size tiered_pricing off_peak_pricing prompt_cache_min_tokens
+    supported_openai_params health_check_model health_check_timeout disable_background_health_check
+    supports_audio_output supports_video_input supports_image_input supports_pdf_input supports_url_context
+    supports_parallel_function_calling supports_tool_choice supports_prompt_caching supports_reasoning
+    supports_system_messages supports_native_streaming supports_web_search supports_computer_use
+    supports_assistant_prefill supports_embedding_image_input supports_multimodal supports_tool_search
+    supports_sampling_params supports_native_structured_output
+""")
+_INFO_COSTS = re.compile(
+    r"\w+_cost_per_(?!token$)\w+|\w+_token_cost_above_\w+|\w+_token_cost_(batches|flex|priority)|cost_per_second"
+)
+
+
+def is_model_info_of_litellm(key: str) -> bool:
+    return key in _INFO or _INFO_COSTS.fullmatch(key) is not None

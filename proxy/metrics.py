@@ -1,0 +1,49 @@
+"""Counters and histograms for Prometheus. Labels are registered models, reasons and endings: nothing a caller wrote."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_OVERHEAD = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
+
+
+class Metrics:
+    """One registry per app, so that two apps in a process do not share counts."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = self._counter("requests", "Requests by who answered, why and how it ended", "reason", "ending")
+        self.attempts_failed = self._counter("upstream_failures", "Upstream attempts that failed", "status")
+        self.tokens = self._counter("tokens", "Tokens that upstreams reported", "kind")
+        self.cost = self._counter("cost_usd", "Cost at the live price")
+        self.degraded = Counter(
+            "uniroute_degraded_total", "Requests routed without looking at the prompt", registry=self.registry
+        )
+        self.usage_dropped = Counter(
+            "uniroute_usage_dropped_total", "Usage records dropped while Redis was away", registry=self.registry
+        )
+        self.errors = Counter(
+            "uniroute_errors_total", "Responses that were errors, by status", ["status"], registry=self.registry
+        )
+        self.in_flight = Gauge("uniroute_in_flight", "Chat requests being served", registry=self.registry)
+        self.state_version = Gauge(
+            "uniroute_state_version", "Version of the routing state in use", registry=self.registry
+        )
+        self.store_available = Gauge(
+            "uniroute_store_available", "1 while the store answers this process", registry=self.registry
+        )
+        self.overhead = self._histogram(
+            "overhead_seconds", "From the request's arrival to the upstream call", _OVERHEAD
+        )
+        self.first_token = self._histogram("time_to_first_chunk_seconds", "Until the first content", _SECONDS, "model")
+        self.seconds = self._histogram("request_seconds", "Until the end", _SECONDS, "model")
+
+    def expose(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"uniroute_{name}_total", text, ["model", *labels], registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"uniroute_{name}", text, labels, buckets=buckets, registry=self.registry)

@@ -1,0 +1,115 @@
+"""What a caller may ask of the routing itself: the header `lambda`, the body's `uniroute`, OpenRouter's extras."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from proxy.errors import BadRequest
+
+LAMBDA_HEADERS = ("lambda", "x-uniroute-lambda")
+KNOWN = ("lambda", "models", "max_cost_usd", "latency_weight", "session", "fallbacks")
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_SHOWN = 60
+
+
+@dataclass(frozen=True)
+class Options:
+    """None: not stated, the settings decide."""
+
+    lambda_: float | None = None
+    models: tuple[str, ...] | None = None
+    """The only candidates."""
+    max_cost_usd: float | None = None
+    latency_weight: float | None = None
+    session: str | None = None
+    fallbacks: bool | None = None
+
+
+def read_options(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) -> Options:
+    """The body wins over the header. Raises BadRequest naming the field."""
+    stated = body.get("uniroute", {})
+    if not isinstance(stated, dict):
+        raise BadRequest("`uniroute` must be an object", param="uniroute")
+    for name in stated:
+        if name not in KNOWN:
+            raise BadRequest(f"`uniroute.{name[:_SHOWN]}` is not an option{_nearest(name)}", param="uniroute")
+    from_header = _header_lambda(headers)
+    own = _amount(stated, "lambda")
+    return Options(
+        lambda_=from_header if own is None else own,
+        models=_models(body, stated),
+        max_cost_usd=_amount(stated, "max_cost_usd"),
+        latency_weight=_amount(stated, "latency_weight"),
+        session=_session(stated),
+        fallbacks=_fallbacks(body, stated),
+    )
+
+
+def _nearest(name: str) -> str:
+    near = difflib.get_close_matches(name, KNOWN, n=1)
+    return f"; did you mean `{near[0]}`?" if near else f"; known are {', '.join(KNOWN)}"
+
+
+def _header_lambda(headers: Sequence[tuple[str, str]]) -> float | None:
+    values = [(name, value) for name, value in headers if name in LAMBDA_HEADERS]
+    if not values:
+        return None
+    name, text = values[0]
+    if len(values) > 1:
+        raise BadRequest("the header `lambda` is given more than once", param=name)
+    if not _NUMBER.fullmatch(text.strip(" \t")):
+        raise BadRequest(_not_an_amount(f"the header `{name}`", text), param=name)
+    return _checked(float(text), f"the header `{name}`", name, text)
+
+
+def _amount(stated: Mapping[str, Any], name: str) -> float | None:
+    value = stated.get(name)
+    if value is None:
+        return None
+    label, param = f"`uniroute.{name}`", f"uniroute.{name}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BadRequest(_not_an_amount(label, value), param=param)
+    try:
+        return _checked(float(value), label, param, value)
+    except OverflowError:
+        raise BadRequest(_not_an_amount(label, "a number of too many digits"), param=param) from None
+
+
+def _checked(number: float, label: str, param: str, shown: object) -> float:
+    if not (math.isfinite(number) and number >= 0):
+        raise BadRequest(_not_an_amount(label, shown), param=param)
+    return number + 0.0  # -0.0 becomes 0.0
+
+
+def _not_an_amount(label: str, shown: object) -> str:
+    return f"{label} must be a finite number, 0 or more; got {str(shown)[:_SHOWN]!r}"
+
+
+def _models(body: Mapping[str, Any], stated: Mapping[str, Any]) -> tuple[str, ...] | None:
+    param, value = ("uniroute.models", stated["models"]) if "models" in stated else ("models", body.get("models"))
+    if value is None:
+        return None
+    if not isinstance(value, list) or not value or not all(isinstance(name, str) and name for name in value):
+        raise BadRequest(f"`{param}` must be a list of model names with at least one", param=param)
+    return tuple(dict.fromkeys(value))
+
+
+def _session(stated: Mapping[str, Any]) -> str | None:
+    value = stated.get("session")
+    if value is not None and not (isinstance(value, str) and 0 < len(value) <= 255):
+        raise BadRequest("`uniroute.session` must be a text of 1 to 255 characters", param="uniroute.session")
+    return value
+
+
+def _fallbacks(body: Mapping[str, Any], stated: Mapping[str, Any]) -> bool | None:
+    provider = body.get("provider")
+    inherited = provider.get("allow_fallbacks") if isinstance(provider, dict) else None
+    value = stated.get("fallbacks", inherited)
+    if value is not None and not isinstance(value, bool):
+        raise BadRequest("`uniroute.fallbacks` must be true or false", param="uniroute.fallbacks")
+    return value

@@ -1,0 +1,65 @@
+"""One chat request, from parsed body to response. Knows the order of things and nothing of how each is done."""
+
+from __future__ import annotations
+
+from starlette.responses import Response
+
+from proxy.choosing import Choice, choose
+from proxy.errors import UpstreamFailure
+from proxy.forwarding import Forwarder
+from proxy.meter import Books, Meter
+from proxy.records import ClientKey
+from proxy.request import ChatRequest
+from proxy.services import Services
+from proxy.sse import dump
+from proxy.streaming import EventStream
+from proxy.trace import Trace
+
+__all__ = ["Choice", "handle"]
+
+
+async def handle(
+    services: Services, request: ChatRequest, key: ClientKey | None, trace: Trace, started: float
+) -> Response:
+    """`started`: monotonic seconds at which the request arrived. Raises ProxyError before anything was sent."""
+    state = services.state.current
+    choice = await choose(request, key, state, services.settings, services.assigner)
+    if choice.degraded:
+        services.metrics.degraded.inc()
+    books = Books(services.state, services.usage, services.metrics, services.live)
+    meter = Meter(books, choice, key, trace, started)
+    forwarder = Forwarder(services.upstream, state, request, trace, meter)
+    return await (_stream(forwarder) if request.stream else _complete(forwarder))
+
+
+async def _complete(forwarder: Forwarder) -> Response:
+    meter = forwarder.meter
+    ending = "client_gone"
+    try:
+        answer = await forwarder.complete()
+        ending = "complete"
+        return Response(dump(answer), media_type="application/json", headers=meter.headers())
+    except UpstreamFailure as failure:
+        ending = "failed"
+        meter.failed(failure)
+        failure.headers |= meter.headers()
+        raise
+    finally:
+        meter.finish(ending)
+
+
+async def _stream(forwarder: Forwarder) -> Response:
+    meter = forwarder.meter
+    ending: str | None = "client_gone"
+    try:
+        stream = await forwarder.open_stream()
+        ending = None
+    except UpstreamFailure as failure:
+        ending = "failed"
+        meter.failed(failure)
+        failure.headers |= meter.headers()
+        raise
+    finally:
+        if ending is not None:
+            meter.finish(ending)
+    return EventStream(stream, meter, meter.headers(), include_usage=forwarder.request.include_usage)

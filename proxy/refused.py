@@ -1,0 +1,71 @@
+"""Fields of a caller's body that would steer the provider layer. Names only; what is allowed passes by."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from proxy.errors import ControlFieldRefused
+from proxy.words import words
+
+_NAMES = words("""
+    api_base base_url api_key api_version api_type organization deployment_id engine client shared_session transport
+    extra_headers headers default_headers extra_query extra_body_headers provider_specific_header
+    provider_affinity_header litellm_params litellm_metadata litellm_call_id litellm_logging_obj litellm_session_id
+    litellm_trace_id litellm_system_prompt litellm_request_debug litellm_credential_name model_list model_info
+    custom_llm_provider use_litellm_proxy proxy_server_request use_in_pass_through router mock_response mock_tool_calls
+    mock_timeout mock_delay fallbacks context_window_fallback_dict context_window_fallbacks content_policy_fallbacks
+    default_fallbacks num_retries max_retries retry_policy retry_strategy cooldown_time timeout request_timeout
+    stream_timeout force_timeout drop_params additional_drop_params allowed_openai_params ssl_verify
+    azure azure_ad_token azure_ad_token_provider azure_username azure_password azure_scope tenant_id client_id
+    client_secret use_xai_oauth gigachat_access_token gigachat_auth_url gigachat_scope region_name
+    input_cost_per_token output_cost_per_token input_cost_per_second output_cost_per_second cost_per_second
+    callbacks success_callback failure_callback service_callback logger_fn no-log caching cache cache_key
+    preset_cache_key guardrails prompt_id prompt_variables prompt_label prompt_version acompletion
+    atext_completion text_completion initial_prompt_value final_prompt_value roles bos_token eos_token hf_model_name
+    base_model ensure_alternating_roles user_continue_message assistant_continue_message supports_system_message
+    merge_reasoning_content_in_choices enable_json_schema_validation disable_add_transform_inline_image_block
+    model_file_id_mapping enable_prompt_caching cache_control_injection_points
+""")
+_FAMILIES = re.compile(r"(aws|vertex|azure|gigachat|oci|watsonx|litellm|sagemaker|databricks)_.*|_skip_.*")
+_ADDRESSES_AND_KEYS = words("""
+    api_base base_url api_key api_version extra_headers headers default_headers litellm_params litellm_metadata
+    custom_llm_provider model_list mock_response azure_ad_token aws_access_key_id aws_secret_access_key
+    aws_session_token vertex_credentials ssl_verify callbacks success_callback failure_callback
+""")
+"""Refused inside `metadata` too, where everything else is the caller's own vocabulary."""
+
+
+def refuse_control_fields(body: Mapping[str, Any]) -> None:
+    """Raises ControlFieldRefused naming the field. Never looks into messages, tools or schemas: those are content."""
+    for name in body:
+        if is_control_field(name):
+            raise _refusal(name)
+    _refuse_within(body.get("extra_body"), "extra_body", is_control_field)
+    _refuse_within(body.get("metadata"), "metadata", _is_address_or_key)
+
+
+def is_control_field(name: str) -> bool:
+    return name.lower() in _NAMES or _FAMILIES.fullmatch(name.lower()) is not None
+
+
+def _is_address_or_key(name: str) -> bool:
+    return name.lower() in _ADDRESSES_AND_KEYS
+
+
+def _refuse_within(value: Any, path: str, refused: Callable[[str], bool]) -> None:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if refused(name):
+                raise _refusal(f"{path}.{name}")
+            _refuse_within(inner, f"{path}.{name}", refused)
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_within(inner, path, refused)
+
+
+def _refusal(path: str) -> ControlFieldRefused:
+    return ControlFieldRefused(
+        f"`{path}` is set by whoever runs this proxy, not by a request; remove it from the body", param=path
+    )

@@ -1,0 +1,115 @@
+"""/admin/models: adding, reading, changing and removing models while the server runs."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from starlette.responses import JSONResponse
+
+from proxy.admin_bodies import Asking, read_addition, read_patch, read_price, read_profile
+from proxy.errors import UnknownName
+from proxy.model_cards import card_of
+from proxy.records import ModelRecord
+from proxy.registry import DefinedInConfig
+from proxy.routes.context import OurServices, json_object
+from proxy.services import Services
+from proxy.store import StoreUnavailable
+
+router = APIRouter(prefix="/admin/models")
+
+
+@router.post("", response_model=None)
+async def add_model(request: Request, services: OurServices) -> Response:
+    """202 with the job that measures it, or 201 where its profile came along."""
+    body = await json_object(request, services)
+    map_id = services.state.current.cluster_map.id
+    addition = read_addition(body, services.settings, services.environ, map_id, time.time())
+    await services.registry.add_model(addition.record)
+    try:
+        return await _profile(services, addition.record, addition.profile, 201)
+    except StoreUnavailable:
+        with suppress(StoreUnavailable):
+            await services.registry.remove_model(addition.record.name)
+        raise
+
+
+@router.get("", response_model=None)
+async def list_models(services: OurServices) -> dict[str, Any]:
+    state = services.state.current
+    cards = [await card_of(services, state, name, with_profile=False) for name in sorted(state.models)]
+    return {"models": cards, "state_version": state.version}
+
+
+@router.post("/{name:path}/profile", response_model=None)
+async def measure_again(name: str, request: Request, services: OurServices) -> Response:
+    """Ask the model again, or put a ready profile in place of its own. The old one serves until then."""
+    record = _record(services, name)
+    body = await json_object(request, services)
+    stated = body.get("profile", body)
+    profile = read_profile(stated, services.settings, services.state.current.cluster_map.id)
+    return await _profile(services, record, profile, 200)
+
+
+@router.put("/{name:path}/pricing", response_model=None)
+async def put_price(name: str, request: Request, services: OurServices) -> dict[str, Any]:
+    _record(services, name)
+    price = read_price(await json_object(request, services))
+    version = await services.registry.put_price(name, price, "admin")
+    await services.state.wait_for_version(version or 0)
+    card = await card_of(services, services.state.current, name, with_profile=False)
+    return {"model": name, "price": card["price"]}
+
+
+@router.get("/{name:path}", response_model=None)
+async def get_model(name: str, services: OurServices) -> dict[str, Any]:
+    _record(services, name)
+    return await card_of(services, services.state.current, name, with_profile=True)
+
+
+@router.patch("/{name:path}", response_model=None)
+async def change_model(name: str, request: Request, services: OurServices) -> dict[str, Any]:
+    """A change of litellm_params sets the profile aside: it was measured on another arm."""
+    record = _record(services, name)
+    _not_configured(record)
+    changed = read_patch(await json_object(request, services), record, services.settings, services.environ)
+    version = await services.registry.update_model(changed)
+    services.live.forget(name)
+    await services.state.wait_for_version(version)
+    return await card_of(services, services.state.current, name, with_profile=False)
+
+
+@router.delete("/{name:path}", response_model=None)
+async def remove_model(name: str, services: OurServices) -> Response:
+    """Requests that the model serves already are finished; a job that measures it is cancelled."""
+    _not_configured(_record(services, name))
+    job = await services.jobs.for_model(name)
+    if job is not None:
+        await services.jobs.cancel(job.id)
+    version = await services.registry.remove_model(name)
+    services.live.forget(name)
+    await services.state.wait_for_version(version)
+    return Response(status_code=204)
+
+
+async def _profile(services: Services, record: ModelRecord, profile: Asking | Any, done: int) -> Response:
+    if isinstance(profile, Asking):
+        job = await services.jobs.submit(record.name, profile.prompts, profile.max_usd)
+        return JSONResponse({"model": record.name, "job": job.id}, 202)
+    version = await services.registry.put_profile(record, profile)
+    await services.state.wait_for_version(version)
+    return JSONResponse({"model": record.name, "job": None}, done)
+
+
+def _record(services: Services, name: str) -> ModelRecord:
+    record = services.state.current.models.get(name)
+    if record is None:
+        raise UnknownName(f"no model named {name[:128]!r} is registered", param="model")
+    return record
+
+
+def _not_configured(record: ModelRecord) -> None:
+    if record.source == "config":
+        raise DefinedInConfig(f"the model {record.name!r} is defined in the configuration file; change it there")

@@ -1,0 +1,35 @@
+"""Is the process up, can it route, and what has it counted. Never calls a model, never waits for Redis."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import JSONResponse
+
+from proxy.routes.context import OurServices
+
+router = APIRouter()
+
+
+@router.get("/healthz", response_model=None)
+async def healthz() -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/readyz", response_model=None)
+async def readyz(request: Request) -> Response:
+    """Ready once a state was read, whatever Redis does later."""
+    holder = request.app.state.holder
+    if not holder.is_open or not holder.services.state.loaded:
+        return JSONResponse({"status": "starting"}, 503)
+    state = holder.services.state
+    return JSONResponse(
+        {"status": "ready", "state_version": state.current.version, "store": "up" if state.available else "away"}
+    )
+
+
+@router.get("/metrics", response_model=None)
+async def metrics(services: OurServices) -> Response:
+    services.metrics.state_version.set(services.state.current.version)
+    services.metrics.store_available.set(services.state.available)
+    return Response(services.metrics.expose(), headers={"content-type": CONTENT_TYPE_LATEST})

@@ -1,0 +1,21 @@
+"""POST /v1/route: the decision for a chat body, as JSON. Nothing is forwarded."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from proxy.body import read_body
+from proxy.choosing import choose, to_json
+from proxy.request import parse_chat
+from proxy.routes.context import Caller, OurServices, headers_of
+from proxy.sse import dump
+
+router = APIRouter()
+
+
+@router.post("/v1/route", response_model=None)
+async def route(request: Request, services: OurServices, key: Caller) -> Response:
+    raw = await read_body(request, services.settings.max_body_bytes)
+    parsed = parse_chat(raw, headers_of(request))
+    choice = await choose(parsed, key, services.state.current, services.settings, services.assigner, explain=True)
+    return Response(dump(to_json(choice)), media_type="application/json")

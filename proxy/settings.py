@@ -1,0 +1,262 @@
+"""Every setting, typed, with its default. Where they are read from is settings_sources; nothing else reads them."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import re
+import string
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+
+from proxy.settings_sources import SettingsError, environment_values, file_values, split_list, unknown
+from router_core.types import Price
+
+__all__ = [
+    "ModelEntry",
+    "ModelInfo",
+    "ProfileSettings",
+    "Settings",
+    "SettingsError",
+    "check_exposure",
+    "check_model_name",
+    "load_settings",
+    "resolve_secret",
+]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
+RESERVED_NAMES = frozenset({"auto", "uniroute/auto", "uniroute/best", "uniroute/cheap"})
+_REFERENCE = "os.environ/"
+
+
+def check_model_name(name: str) -> str:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(
+            f"a model name is 1 to 128 of A-Z a-z 0-9 . _ : / @ - and starts with a letter or digit; got {name!r}"
+        )
+    if name in RESERVED_NAMES:
+        raise ValueError(f"{name!r} is the name that asks for routing; give the model another name")
+    return name
+
+
+def resolve_secret(value: str, environ: Mapping[str, str], allowed_env: Collection[str] = ()) -> str:
+    """`os.environ/NAME` → the variable's value; other text is itself. SettingsError if NAME is unset or not allowed."""
+    if not value.startswith(_REFERENCE):
+        return value
+    name = value.removeprefix(_REFERENCE)
+    if name.startswith("UNIROUTE_") or not (name.endswith("_API_KEY") or name in allowed_env):
+        raise SettingsError(
+            f"{value}: only variables named *_API_KEY, or listed in allowed_env, may be used; got {name!r}"
+        )
+    if not environ.get(name):
+        raise SettingsError(f"{value}: the environment variable {name} is not set; export it before starting")
+    return environ[name]
+
+
+def _finite_at_least_zero(value: float) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"must be a finite number, 0 or more; got {value!r}")
+    return value
+
+
+Amount = Annotated[float, AfterValidator(_finite_at_least_zero)]
+Count = Annotated[int, Field(ge=1)]
+Names = Annotated[tuple[str, ...], BeforeValidator(split_list)]
+ModelName = Annotated[str, AfterValidator(check_model_name)]
+AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=())
+
+
+class ModelInfo(_Frozen):
+    """What is known of a model, under LiteLLM's names. None: unknown. Prices are USD per token."""
+
+    input_cost_per_token: Amount | None = None
+    output_cost_per_token: Amount | None = None
+    cache_read_input_token_cost: Amount | None = None
+    cache_creation_input_token_cost: Amount | None = None
+    free: bool = False
+    max_input_tokens: Count | None = None
+    max_output_tokens: Count | None = None
+    supports_function_calling: bool | None = None
+    supports_vision: bool | None = None
+    supports_audio_input: bool | None = None
+    supports_response_schema: bool | None = None
+
+    @model_validator(mode="after")
+    def _price_is_whole(self) -> ModelInfo:
+        stated = (self.input_cost_per_token, self.output_cost_per_token)
+        if (stated[0] is None) != (stated[1] is None):
+            raise ValueError("a price needs both input_cost_per_token and output_cost_per_token; one is missing")
+        if self.free and any(stated):
+            raise ValueError("free: true and a price contradict each other; remove one")
+        return self
+
+
+class ModelEntry(_Frozen):
+    """One model of `model_list`. `litellm_params` reach the provider layer whole; keys in them are never shown."""
+
+    model_name: ModelName
+    litellm_params: dict[str, Any]
+    model_info: ModelInfo = ModelInfo()
+
+    @model_validator(mode="after")
+    def _names_a_model(self) -> ModelEntry:
+        model = self.litellm_params.get("model")
+        if not isinstance(model, str) or not model:
+            raise ValueError("litellm_params needs `model`, as in openai/gpt-4.1-mini")
+        return self
+
+    def __repr_args__(self) -> list[tuple[str | None, Any]]:
+        shown = {key: value for key, value in self.litellm_params.items() if key in ("model", "api_base")}
+        return [("model_name", self.model_name), ("litellm_params", shown), ("model_info", self.model_info)]
+
+
+class ProfileSettings(_Frozen):
+    """How a model is measured: how many validation prompts, for how much money, how many at once."""
+
+    prompts: Annotated[int, Field(ge=1, le=1000)] = 60
+    max_usd: Amount = 1.0
+    concurrency: Annotated[int, Field(ge=1, le=64)] = 4
+    on_start: bool = True
+    timeout_s: Annotated[Amount, Field(gt=0)] = 120
+
+
+class Settings(_Frozen):
+    model_list: tuple[ModelEntry, ...] = ()
+    lambda_: Amount = Field(default=0.1, alias="lambda")
+    route_names: Names = ("auto",)
+    latency_weight: Amount = 0.0
+    cost_unit: Literal["reference", "cents"] = "reference"
+    reference_price: Price = Price(2.5e-6, 1e-5)
+    default_model: str | None = None
+    validation_set: str = "builtin"
+    map: str = "builtin"
+    embedder: str = "static"
+    recipe: str = "shrunk"
+    profile: ProfileSettings = ProfileSettings()
+    judge_model: str | None = None
+    allowed_env: Names = ()
+    allowed_hosts: Names = ()
+    allowed_origins: Names = ()
+    price_refresh_minutes: Amount = 0
+    price_url: str | None = Field(default=None, repr=False)
+    max_body_bytes: Count = 20_000_000
+    fallback_attempts: Annotated[int, Field(ge=1, le=20)] = 3
+    request_timeout_s: Annotated[Amount, Field(gt=0)] = 600
+    redis_url: str | None = Field(default=None, repr=False)
+    admin_key: SecretStr | None = None
+    data_dir: Annotated[AbsolutePath, Field(validate_default=True)] = Path("~/.local/share/uniroute")
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
+
+    @model_validator(mode="after")
+    def _names_fit_together(self) -> Settings:
+        seen: set[str] = set()
+        for entry in self.model_list:
+            if entry.model_name in seen:
+                raise ValueError(
+                    f"model_list: the name {entry.model_name!r} is given twice; one name is one arm with its own error"
+                    " profile, so give each deployment its own name"
+                )
+            seen.add(entry.model_name)
+        if "*" not in self.route_names and (taken := seen.intersection(self.route_names)):
+            raise ValueError(f"route_names: {sorted(taken)[0]!r} is also a model; a name either routes or is a model")
+        if self.admin_key is not None and len(self.admin_key.get_secret_value()) < 8:
+            raise ValueError("admin_key: is too short to protect anything; use 8 characters or more")
+        return self
+
+
+def _variables() -> dict[str, tuple[str, ...]]:
+    """PROFILE_PROMPTS → ("profile", "prompts"): each setting's variable, without the prefix."""
+    nested: dict[str, Collection[str]] = {
+        "profile": ProfileSettings.model_fields,
+        "reference_price": Price.__dataclass_fields__,
+    }
+    paths: dict[str, tuple[str, ...]] = {}
+    for name in setting_names():
+        if name in nested:
+            paths |= {f"{name}_{key}".upper(): (name, key) for key in nested[name]}
+        elif name != "model_list":
+            paths[name.upper()] = (name,)
+    return paths
+
+
+def setting_names() -> tuple[str, ...]:
+    """As they are written in YAML: `lambda`, not `lambda_`."""
+    return tuple(field.alias or name for name, field in Settings.model_fields.items())
+
+
+def load_settings(
+    config: Path | None, environ: Mapping[str, str], overrides: Mapping[str, object] | None = None
+) -> Settings:
+    """File, then environment, then overrides (the command line); the later wins. Raises SettingsError."""
+    names = setting_names()
+    values: dict[str, Any] = file_values(config, names, ModelInfo.model_fields) if config else {}
+    if environ.get("XDG_DATA_HOME"):
+        values.setdefault("data_dir", Path(environ["XDG_DATA_HOME"]) / "uniroute")
+    _merge(values, environment_values(environ, _variables()))
+    for key, value in (overrides or {}).items():
+        if key not in names:
+            raise unknown("command line", key, names)
+        if value is not None:
+            values[key] = value
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError(_first_problem(error, config)) from None
+
+
+def _merge(values: dict[str, Any], more: Mapping[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            values[key] = {**values[key], **value}
+        else:
+            values[key] = value
+
+
+def _first_problem(error: ValidationError, config: Path | None) -> str:
+    """One line: where, which key, what was wrong, with the value unless it may be a secret."""
+    problem = error.errors(include_url=False)[0]
+    source = f"{config}: " if config else ""
+    keys = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]]
+    path = "".join(keys).removeprefix(".")
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        known = ProfileSettings.model_fields if problem["loc"][0] == "profile" else Price.__dataclass_fields__
+        return str(unknown(f"{source}{'.'.join(map(str, problem['loc'][:-1]))}", problem["loc"][-1], known))
+    value = problem["input"]
+    simple = isinstance(value, (str, int, float, bool)) and not {"admin_key", "redis_url"} & set(problem["loc"])
+    got = f"; got {value!r}" if simple and "got " not in message else ""
+    return f"{source}{path}{': ' if path else ''}{message[:1].lower() + message[1:]}{got}"
+
+
+def check_exposure(settings: Settings, *, keys_required: bool) -> None:
+    """Refuse to listen beyond this machine while anyone may call. `keys_required`: a client key was made once."""
+    if not (keys_required or is_loopback(settings.host)):
+        raise SettingsError(
+            f"host: listening on {settings.host!r} is open to others, and no client key exists; make one with"
+            " `uniroute keys create NAME`, or listen on 127.0.0.1"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip(string.whitespace + "[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,155 @@
+"""Where settings come from: a YAML file and UNIROUTE_* variables, as plain mappings. No types, no checks of values."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from proxy.litellm_names import PARAMS, SECTIONS, is_model_info_of_litellm
+
+log = logging.getLogger("uniroute.settings")
+
+PREFIX = "UNIROUTE_"
+OTHER_VARIABLES = frozenset({"CONFIG", "URL", "API_KEY"})
+"""Variables that are not settings: where the configuration is, and what the command line talks to and with."""
+_SET_BY_KUBERNETES = re.compile(r"SERVICE_\w+|PORT_\d+_\w+")
+_PRICES = (
+    "input_cost_per_token",
+    "output_cost_per_token",
+    "cache_read_input_token_cost",
+    "cache_creation_input_token_cost",
+)
+
+
+class SettingsError(Exception):
+    """A setting that cannot be used. One line: the file, the key, the value and what would fix it."""
+
+
+def unknown(where: str, key: object, known: Collection[str]) -> SettingsError:
+    near = difflib.get_close_matches(str(key), sorted(known), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+    return SettingsError(f"{where}: unknown key {str(key)!r}; {hint}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The whole file as one mapping; an empty file is an empty one."""
+    try:
+        loaded = yaml.load(path.read_text("utf-8"), Loader=_Loader)  # noqa: S506  a SafeLoader, made stricter
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror}); give a file with --config") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{path}: is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    return _mapping(loaded, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, refusing a key that is written twice (the plain one silently keeps the last)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def file_values(path: Path, fields: Collection[str], info_fields: Collection[str]) -> dict[str, Any]:
+    """The settings that a configuration file states: its `uniroute` section, flat, and `model_list`."""
+    document = read_yaml(path)
+    for section in document:
+        if section in SECTIONS:
+            log.warning("%s: section %r is LiteLLM's and has no meaning here; it is ignored", path, section)
+        elif section not in ("model_list", "uniroute"):
+            raise unknown(str(path), section, {"model_list", "uniroute"})
+    values = dict(_mapping(document.get("uniroute"), f"{path}: uniroute"))
+    for key in values:
+        if key not in fields or key == "model_list":
+            raise unknown(f"{path}: uniroute", key, set(fields) - {"model_list"})
+    entries = document.get("model_list") or []
+    if not isinstance(entries, list):
+        raise SettingsError(f"{path}: model_list must be a list of models; got {entries!r}")
+    values["model_list"] = [_entry(entry, f"{path}: model_list[{i}]", info_fields) for i, entry in enumerate(entries)]
+    return values
+
+
+def _entry(raw: object, where: str, info_fields: Collection[str]) -> dict[str, Any]:
+    """One model, without LiteLLM's own keys; a price in `litellm_params` is moved to `model_info`."""
+    entry = dict(_mapping(raw, where))
+    for key in entry:
+        if key not in ("model_name", "litellm_params", "model_info"):
+            raise unknown(where, key, {"model_name", "litellm_params", "model_info"})
+    params = dict(_mapping(entry.get("litellm_params"), f"{where}.litellm_params"))
+    info = dict(_mapping(entry.get("model_info"), f"{where}.model_info"))
+    for price in _PRICES:
+        if price in params:
+            info.setdefault(price, params.pop(price))
+    for key in sorted(PARAMS & params.keys()):
+        log.warning("%s.litellm_params: %r is LiteLLM's and has no meaning here; it is ignored", where, key)
+        del params[key]
+    for key in [key for key in info if key not in info_fields]:
+        if not is_model_info_of_litellm(key):
+            raise unknown(f"{where}.model_info", key, info_fields)
+        log.warning("%s.model_info: %r is LiteLLM's and has no meaning here; it is ignored", where, key)
+        del info[key]
+    return {**entry, "litellm_params": params, "model_info": info}
+
+
+def environment_values(environ: Mapping[str, str], paths: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """Settings stated as UNIROUTE_<NAME>. `paths`: PROFILE_PROMPTS → where its value goes, ("profile", "prompts")."""
+    values: dict[str, Any] = {}
+    for variable in sorted(environ):
+        name = variable.removeprefix(PREFIX)
+        if name == variable or name in OTHER_VARIABLES or _set_by_kubernetes(name, environ[variable]):
+            continue
+        if name not in paths:
+            _report_variable(variable, name, paths)
+            continue
+        *parents, last = paths[name]
+        target = values
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[last] = environ[variable]
+    return values
+
+
+def split_list(value: object) -> object:
+    """A list written in one variable: JSON, or names with commas between them."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"is not a JSON list ({error})") from None
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _set_by_kubernetes(name: str, value: str) -> bool:
+    """A Kubernetes service called `uniroute` puts UNIROUTE_PORT=tcp://10.0.0.7:8000 and more into every pod."""
+    return _SET_BY_KUBERNETES.fullmatch(name) is not None or (name == "PORT" and value.startswith("tcp://"))
+
+
+def _report_variable(variable: str, name: str, known: Collection[str]) -> None:
+    near = difflib.get_close_matches(name, sorted([*known, *OTHER_VARIABLES]), n=1, cutoff=0.8)
+    if near:
+        raise SettingsError(f"environment: unknown variable {variable}; did you mean {PREFIX}{near[0]}?")
+    log.warning("environment: %s is not a setting; it is ignored", variable)
+
+
+def _mapping(value: object, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise SettingsError(f"{where} must be a mapping of keys to values; got {value!r}")
+    return value

@@ -1,0 +1,74 @@
+"""Bytes of an event stream to data payloads, and payloads to bytes. Cuts on line feeds only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+MAX_EVENT_BYTES = 64 * 2**20
+
+
+class EventTooLong(ValueError):
+    """One event grew past MAX_EVENT_BYTES."""
+
+
+class EventCutter:
+    """Feed it bytes, however they are split; it gives the data of each whole event.
+
+    U+2028, U+0085 and form feeds inside JSON are not line ends, which str.splitlines would make of them.
+    """
+
+    def __init__(self) -> None:
+        self._rest: list[bytes] = []
+        self._data: list[bytes] = []
+        self._size = 0
+
+    def feed(self, piece: bytes) -> list[bytes]:
+        first, *lines = piece.split(b"\n")
+        self._rest.append(first)
+        self._size += len(piece)
+        if self._size > MAX_EVENT_BYTES:
+            raise EventTooLong(f"one event of the stream is larger than {MAX_EVENT_BYTES} bytes")
+        if not lines:
+            return []
+        whole = [b"".join(self._rest), *lines[:-1]]
+        self._rest = [lines[-1]]
+        return [data for line in whole if (data := self._line(line)) is not None]
+
+    def close(self) -> list[bytes]:
+        """What a stream that ends without its last blank line still holds."""
+        return [data for line in (b"".join(self._rest), b"") if (data := self._line(line)) is not None]
+
+    def _line(self, line: bytes) -> bytes | None:
+        line = line.removesuffix(b"\r")
+        if line.startswith(b"data:"):
+            self._data.append(line[5:].removeprefix(b" "))
+            return None
+        if line or not self._data:
+            return None
+        data = b"\n".join(self._data)
+        self._data, self._size = [], 0
+        return data
+
+
+def event(payload: Mapping[str, Any]) -> bytes:
+    return b"data: " + dump(payload) + b"\n\n"
+
+
+def dump(payload: Mapping[str, Any]) -> bytes:
+    """Compact JSON. Half characters, which models do send when they cut an emoji in two, stay escaped."""
+    try:
+        return json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        return json.dumps(payload, separators=(",", ":")).encode()
+
+
+def loads(data: bytes) -> Any:
+    """JSON from an upstream. ValueError, also where it is nested beyond the stack."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

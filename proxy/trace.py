@@ -1,0 +1,31 @@
+"""Request ids that a caller may state: passed on and echoed. No other header of a caller goes upstream."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+@dataclass(frozen=True)
+class Trace:
+    request_id: str
+    traceparent: str | None = None
+
+    def headers(self) -> dict[str, str]:
+        """What goes upstream and back to the caller."""
+        parent = {} if self.traceparent is None else {"traceparent": self.traceparent}
+        return {"x-request-id": self.request_id, **parent}
+
+
+def trace_of(headers: Headers) -> Trace:
+    """The caller's own ids where they are well formed, else a new one."""
+    stated, parents = headers.getlist("x-request-id"), headers.getlist("traceparent")
+    good = len(stated) == 1 and _REQUEST_ID.fullmatch(stated[0])
+    traced = len(parents) == 1 and _TRACEPARENT.fullmatch(parents[0])
+    return Trace(stated[0] if good else f"req-{uuid.uuid4().hex}", parents[0] if traced else None)

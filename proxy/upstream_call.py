@@ -1,0 +1,117 @@
+"""A model record and a caller's body to the arguments of one litellm call. No I/O; secrets come in resolved."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from proxy.words import words
+
+VERBATIM = frozenset(
+    {
+        "openai",
+        "custom_openai",
+        "hosted_vllm",
+        "lm_studio",
+        "llamafile",
+        "litellm_proxy",
+        "docker_model_runner",
+        "xinference",
+        "openai_like",
+    }
+)
+"""Providers that read OpenAI's own body: with an address of their own, the caller's goes to them as it is."""
+
+_OPENAI_HOSTS = ("api.openai.com",)
+
+CHAT_FIELDS = words("""
+    functions function_call temperature top_p n stop max_tokens max_completion_tokens modalities prediction audio
+    presence_penalty frequency_penalty logit_bias user response_format seed tools tool_choice parallel_tool_calls
+    logprobs top_logprobs reasoning_effort verbosity safety_identifier service_tier store prompt_cache_key thinking
+    web_search_options
+""")
+"""OpenAI's chat fields that litellm translates for each provider. All others travel in `extra_body`."""
+
+OPENAI_ONLY = frozenset({"metadata", "store", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"})
+"""Book-keeping at OpenAI. Other formats have no place for it and answer 400, so it stays here."""
+
+PROVIDER_PARAMS = words("""
+    api_base base_url api_key api_version organization custom_llm_provider extra_headers headers ssl_verify
+    deployment_id azure_ad_token tenant_id client_id client_secret azure_username azure_password azure_scope
+    supports_system_message merge_reasoning_content_in_choices base_model hf_model_name drop_params
+    additional_drop_params allowed_openai_params
+""")
+PROVIDER_FAMILIES = ("aws_", "vertex_", "azure_", "oci_", "watsonx_", "databricks_", "gigachat_", "sagemaker_")
+
+_SAME_LIMIT = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """What litellm makes of a model name: who serves it, and where."""
+
+    name: str
+    model: str
+    api_base: str | None
+
+    @property
+    def verbatim(self) -> bool:
+        """The caller's body is this provider's own format, at an address that someone configured."""
+        return self.name in VERBATIM and bool(self.api_base) and not self._is_openai()
+
+    @property
+    def openai_format(self) -> bool:
+        return self.name in VERBATIM or self.name == "azure"
+
+    def _is_openai(self) -> bool:
+        return any(host in (self.api_base or "") for host in _OPENAI_HOSTS)
+
+
+def is_provider_param(name: str) -> bool:
+    return name in PROVIDER_PARAMS or name.startswith(PROVIDER_FAMILIES)
+
+
+def arm_body(litellm_params: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
+    """The caller's body over the arm's own fixed parameters (temperature, max_tokens, system …): the caller wins."""
+    fixed = {
+        name: value
+        for name, value in litellm_params.items()
+        if name not in ("model", "system", "extra_body") and not is_provider_param(name)
+    }
+    fixed |= litellm_params.get("extra_body") or {}
+    stated = {name for name, value in body.items() if value is not None}
+    kept = {name: value for name, value in fixed.items() if not stated & {name, _SAME_LIMIT.get(name)}}
+    merged = {**kept, **{name: value for name, value in body.items() if value is not None or name not in kept}}
+    system = litellm_params.get("system")
+    if system and not any(message.get("role") in ("system", "developer") for message in body["messages"]):
+        merged["messages"] = [{"role": "system", "content": system}, *body["messages"]]
+    return merged
+
+
+def call_arguments(provider: Provider, body: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
+    """What the caller's part of a litellm call is. `body` has been through arm_body."""
+    sent = {name: value for name, value in body.items() if name not in ("model", "stream", "stream_options")}
+    if stream:
+        sent["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
+    if provider.verbatim:
+        # litellm gets a blank turn and the real body overrides it: it checks, rewrites and logs what it is shown
+        return {
+            "messages": [{"role": "user", "content": "-"}],
+            "extra_body": sent,
+            "stream": stream,
+            "_skip_responses_api_bridge": True,
+        }
+    fields = {name: value for name, value in sent.items() if name in CHAT_FIELDS and value is not None}
+    rest = {name: value for name, value in sent.items() if name not in CHAT_FIELDS}
+    arguments = {"messages": rest.pop("messages"), "stream": stream}
+    if stream:
+        arguments["stream_options"] = rest.pop("stream_options")
+    if not provider.openai_format:
+        fields, rest = _without(fields, OPENAI_ONLY), _without(rest, OPENAI_ONLY)
+    return copy.deepcopy({**arguments, **fields, **({"extra_body": rest} if rest else {})})  # litellm rewrites in place
+
+
+def _without(fields: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in names}

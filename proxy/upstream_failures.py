@@ -1,0 +1,76 @@
+"""litellm's and HTTP's exceptions to one UpstreamFailure, with the upstream's own status and words."""
+
+from __future__ import annotations
+
+import re
+
+import httpx
+
+from proxy.errors import UpstreamFailure
+
+_CLASS_NAMES = re.compile(r"^(litellm\.\w+: )*")
+
+
+def failure_of(error: Exception, response: httpx.Response | None, model: str) -> UpstreamFailure:
+    """`response`: the last one that the pool saw for this call."""
+    if response is not None and response.is_error:
+        return _refused(response, model)
+    if response is not None and response.is_redirect:
+        return UpstreamFailure(f"{model} answered with a redirect, which is not followed")
+    if response is not None and response.is_success and (content := _content(response)):
+        message = f"{model} answered with status 200 and no completion"
+        return UpstreamFailure(message, status=502, body=content, headers=response.headers)
+    if _is_timeout(error):
+        return UpstreamFailure(f"{model} did not answer in time", timed_out=True)
+    if _is_connection(error) or isinstance(error, httpx.HTTPError):
+        return UpstreamFailure(f"{model} cannot be reached")
+    if response is not None:
+        return UpstreamFailure(f"{model} broke off its answer: {_first_line(error)}")
+    return _of_litellm(error, model)
+
+
+def _refused(response: httpx.Response, model: str) -> UpstreamFailure:
+    status = response.status_code
+    message = f"{model} answered with status {status}"
+    return UpstreamFailure(message, status=status, body=_content(response), headers=response.headers)
+
+
+def _content(response: httpx.Response) -> bytes:
+    """Nothing where it was streamed, or not read at all."""
+    try:
+        return response.content
+    except httpx.ResponseNotRead:
+        return b""
+
+
+def _is_timeout(error: BaseException) -> bool:
+    return any("Timeout" in type(cause).__name__ for cause in _causes(error))
+
+
+def _is_connection(error: BaseException) -> bool:
+    return any(isinstance(cause, (httpx.TransportError, OSError)) for cause in _causes(error))
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    found: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in found:
+        found.append(current)
+        current = current.__cause__ or current.__context__
+    return found
+
+
+def _of_litellm(error: Exception, model: str) -> UpstreamFailure:
+    """Refused before anything was sent: a parameter or message that this provider has no form for, a missing key.
+
+    Another model may still take the request. A key that is missing here is no fault of the caller's key.
+    """
+    ours = type(error).__name__ in ("AuthenticationError", "PermissionDeniedError", "NotFoundError")
+    return UpstreamFailure(f"{model}: {_first_line(error)}", status=None if ours else 400, retryable=True)
+
+
+def _first_line(error: Exception) -> str:
+    """litellm's message without its own class names and hints."""
+    text = str(getattr(error, "message", "") or error) or type(error).__name__
+    first = text.splitlines()[0].partition(" To drop these, ")[0]
+    return _CLASS_NAMES.sub("", first)[:500]

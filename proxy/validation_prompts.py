@@ -1,0 +1,64 @@
+"""The validation set with the clusters of each prompt, embedded once per process in a thread. Asks nobody."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from router_core.clustering import ClusterMap
+from router_core.types import Assignment, Doubles, Embedder
+from router_core.validation.builtin import builtin_validation_set
+from router_core.validation.loading import load_validation_set
+from router_core.validation.prompts import ValidationPrompt, ValidationSet
+from router_core.validation.selection import choose_prompts
+
+BUILTIN = "builtin"
+
+
+@dataclass(frozen=True)
+class PlacedPrompts:
+    """Prompts and, in the same order, their clusters."""
+
+    prompts: tuple[ValidationPrompt, ...]
+    assignment: Assignment
+    clusters: int
+
+    def chosen(self, count: int) -> PlacedPrompts:
+        """At most `count` of them, spread over clusters and families: the same ones for every model."""
+        families = [prompt.family for prompt in self.prompts]
+        rows = choose_prompts(self.assignment, self.clusters, count, families=families)
+        assignment = Assignment(self.assignment.ids[rows], self.assignment.weights[rows])
+        return PlacedPrompts(tuple(self.prompts[row] for row in rows), assignment, self.clusters)
+
+
+class ValidationPrompts:
+    """Loads and places the configured set when it is first needed."""
+
+    def __init__(self, source: str, embedder: Embedder) -> None:
+        self._source = source
+        self._embedder = embedder
+        self._placed: dict[str, PlacedPrompts] = {}
+        self._placing = asyncio.Lock()
+
+    async def placed(self, cluster_map: ClusterMap) -> PlacedPrompts:
+        """Raises InvalidValidationSet."""
+        async with self._placing:
+            if cluster_map.id not in self._placed:
+                self._placed = {cluster_map.id: await asyncio.to_thread(self._place, cluster_map)}
+            return self._placed[cluster_map.id]
+
+    def _place(self, cluster_map: ClusterMap) -> PlacedPrompts:
+        chosen = self._load()
+        vectors = self._embedder.embed([prompt.text for prompt in chosen])
+        return PlacedPrompts(chosen.prompts, cluster_map.assign(vectors), cluster_map.size)
+
+    def _load(self) -> ValidationSet:
+        return builtin_validation_set() if self._source == BUILTIN else load_validation_set(Path(self._source))
+
+
+def column(values: list[float | None]) -> Doubles:
+    """(n,) float64; None becomes NaN."""
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)

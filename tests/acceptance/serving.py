@@ -1,0 +1,64 @@
+"""`uniroute serve` with several worker processes, and what a test asks of it."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from typing import Any, Self
+
+import openai
+
+from router_core.validation.prompts import ValidationPrompt
+from tests.support.server import ROOT, ProxyProcess
+
+PRICE = 1e-7
+"""USD per input token of a cheap arm; the dear one costs a hundred times as much."""
+READY_S = 90.0
+
+
+class ServedProxy(ProxyProcess):
+    """Two workers behind one port, as the command starts them."""
+
+    workers = 2
+
+    def start(self) -> Self:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "proxy.cli", "serve", "--port", str(port), "--workers", str(self.workers)]
+        self._process = subprocess.Popen(command, env=self._environ, cwd=ROOT, stdout=self._log, stderr=self._log)
+        self._wait_until_ready()
+        return self
+
+    def add(self, name: str, api_base: str, price: float, prompts: int) -> str:
+        """Hot-add and return the job's id."""
+        body = {
+            "model_name": name,
+            "litellm_params": {"model": f"openai/{name}", "api_base": api_base, "api_key": "os.environ/ARM_API_KEY"},
+            "model_info": {"input_cost_per_token": price, "output_cost_per_token": 4 * price},
+            "profile": {"prompts": prompts, "max_usd": 10.0},
+        }
+        reply = self.admin("POST", "/admin/models", body)
+        assert reply.status_code == 202, reply.text
+        return str(reply.json()["job"])
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        document: dict[str, Any] = self.admin("GET", f"/admin/jobs/{job_id}").json()
+        return document
+
+    def wait_for(self, job_id: str) -> dict[str, Any]:
+        """Poll until the job has ended."""
+        deadline = time.monotonic() + READY_S
+        while (job := self.job(job_id))["state"] in ("queued", "running"):
+            assert time.monotonic() < deadline, job
+            time.sleep(0.05)
+        return job
+
+
+def ask(base_url: str, prompt: ValidationPrompt, **extra: Any) -> tuple[str, str]:
+    """One routed request over a connection of its own: (model, answer)."""
+    with openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=20) as client:
+        answer = client.chat.completions.create(model="auto", messages=[dict(m) for m in prompt.messages], **extra)  # type: ignore[misc]
+    return answer.model, answer.choices[0].message.content or ""

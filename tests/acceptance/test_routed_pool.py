@@ -1,0 +1,152 @@
+"""Four models that were measured live: maths, code, Chinese, and one that knows all at a hundred times the price."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from router_core.validation.prompts import ValidationPrompt
+from tests.acceptance.kinds import KINDS, Library
+from tests.acceptance.serving import PRICE, ServedProxy, ask
+from tests.support.upstream import ScriptedUpstream
+
+SPECIALISTS = ("maths", "code", "chinese")
+PROMPTS = 200
+MOST_MISSED = 0.1
+pytestmark = pytest.mark.timeout(300)
+
+
+class Pool:
+    """The proxy and the models behind it."""
+
+    def __init__(self, proxy: ServedProxy, library: Library, upstreams: dict[str, ScriptedUpstream]) -> None:
+        self.proxy = proxy
+        self.library = library
+        self.upstreams = upstreams
+
+    def answers(self, kind: str, **extra: Any) -> list[tuple[str, bool]]:
+        """(model, was it right) for the held-back prompts of one kind."""
+        asked = [(prompt, *ask(self.proxy.url, prompt, **extra)) for prompt in self.library.of_kind(kind)]
+        return [(model, self.library.is_right(prompt, answer)) for prompt, model, answer in asked]
+
+    def decision(self, prompt: ValidationPrompt, lambda_: float) -> dict[str, Any]:
+        body = {"model": "auto", "messages": list(prompt.messages)}
+        reply = httpx.post(f"{self.proxy.url}/v1/route", json=body, headers={"lambda": str(lambda_)}, timeout=10)
+        document: dict[str, Any] = reply.raise_for_status().json()
+        return document
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Pool]:
+    library = Library.open()
+    skills = {kind: library.skill(kind) for kind in SPECIALISTS} | {"dear": library.skill()}
+    upstreams = {name: ScriptedUpstream(skill).start() for name, skill in skills.items()}
+    folder = tmp_path_factory.mktemp("pool")
+    with ServedProxy(folder, embedder_cache, {"model_list": []}, {"ARM_API_KEY": "sk-arm"}) as proxy:
+        jobs = [
+            proxy.add(name, upstream.url, 100 * PRICE if name == "dear" else PRICE, PROMPTS)
+            for name, upstream in upstreams.items()
+        ]
+        for job in jobs:
+            ended = proxy.wait_for(job)
+            assert (ended["state"], ended["done"], ended["error"]) == ("ready", PROMPTS, None), ended
+        yield Pool(proxy, library, upstreams)
+    for upstream in upstreams.values():
+        upstream.stop()
+
+
+@pytest.mark.parametrize("kind", SPECIALISTS)
+def test_at_lambda_zero_prompts_go_to_a_model_that_answers_them(pool: Pool, kind: str) -> None:
+    answers = pool.answers(kind, extra_headers={"lambda": "0"})
+    assert len(answers) >= 20
+    assert sum(not right for _, right in answers) <= MOST_MISSED * len(answers)
+
+
+@pytest.mark.parametrize("kind", SPECIALISTS)
+def test_at_a_higher_lambda_the_dear_model_gets_none_and_the_rest_still_know(pool: Pool, kind: str) -> None:
+    answers = pool.answers(kind, extra_headers={"lambda": "0.4"})
+    assert all(model != "dear" for model, _ in answers)
+    assert sum(not right for _, right in answers) <= MOST_MISSED * len(answers)
+
+
+def test_the_lambda_of_one_request_moves_that_request_alone(pool: Pool) -> None:
+    prompt = next(p for p in pool.library.held_back if p.family not in set().union(*KINDS.values()))
+    assert ask(pool.proxy.url, prompt, extra_headers={"lambda": "0"})[0] == "dear"
+    assert ask(pool.proxy.url, prompt, extra_headers={"lambda": "5"})[0] != "dear"
+    assert ask(pool.proxy.url, prompt, extra_headers={"lambda": "0"})[0] == "dear"
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 0.1, 0.4])
+def test_the_dry_run_predicts_what_then_happens(pool: Pool, lambda_: float) -> None:
+    prompts = [prompt for kind in SPECIALISTS for prompt in pool.library.of_kind(kind, most=4)]
+    predicted = [pool.decision(prompt, lambda_)["model"] for prompt in prompts]
+    asked = [ask(pool.proxy.url, prompt, extra_headers={"lambda": str(lambda_)})[0] for prompt in prompts]
+    assert asked == predicted
+
+
+def test_a_decision_says_at_which_lambda_it_would_flip(pool: Pool) -> None:
+    prompt = pool.library.of_kind("maths")[0]
+    decision = pool.decision(prompt, 0.4)
+    flips = {row["model"]: row["flips_at_lambda"] for row in decision["candidates"]}
+    assert flips[decision["model"]] == 0.4
+    for model, flip in flips.items():
+        if flip is not None:
+            assert pool.decision(prompt, flip)["model"] == model
+
+
+def test_a_price_put_by_an_admin_is_used_by_every_process_within_a_second(pool: Pool) -> None:
+    prompt = pool.library.of_kind("code")[0]
+    before = pool.decision(prompt, 0.4)["model"]
+    price = {"input_cost_per_token": 1.0, "output_cost_per_token": 1.0}
+    try:
+        assert pool.proxy.admin("PUT", f"/admin/models/{before}/pricing", price).status_code == 200
+        time.sleep(1.0)
+        assert before not in {ask(pool.proxy.url, prompt, extra_headers={"lambda": "0.4"})[0] for _ in range(20)}
+    finally:
+        price = {"input_cost_per_token": PRICE, "output_cost_per_token": 4 * PRICE}
+        pool.proxy.admin("PUT", f"/admin/models/{before}/pricing", price)
+        time.sleep(1.0)
+    assert pool.decision(prompt, 0.4)["model"] == before
+
+
+def test_a_fifth_model_joins_under_traffic_and_takes_its_kind_on_every_process(pool: Pool) -> None:
+    newcomers = pool.library.of_kind("spanish")
+    failures: list[str] = []
+    stop = threading.Event()
+    traffic = threading.Thread(target=_traffic, args=(pool, stop, failures))
+    traffic.start()
+    try:
+        with ScriptedUpstream(pool.library.skill("spanish")) as fifth:
+            job = pool.proxy.wait_for(pool.proxy.add("spanish", fifth.url, PRICE, PROMPTS))
+            assert job["state"] == "ready"
+            time.sleep(1.0)
+            chosen = [ask(pool.proxy.url, prompt, extra_headers={"lambda": "0.4"})[0] for prompt in newcomers]
+            assert chosen.count("spanish") >= 0.9 * len(chosen)
+            again = [ask(pool.proxy.url, newcomers[0], extra_headers={"lambda": "0.4"})[0] for _ in range(20)]
+            assert set(again) == {"spanish"}
+            stop.set()
+            traffic.join()
+            assert pool.proxy.admin("DELETE", "/admin/models/spanish").status_code in (200, 204)
+    finally:
+        stop.set()
+        traffic.join()
+    assert failures == []
+
+
+def _traffic(pool: Pool, stop: threading.Event, failures: list[str]) -> None:
+    """Twenty requests a second until told to stop, at most a minute."""
+    prompts = [prompt for kind in SPECIALISTS for prompt in pool.library.of_kind(kind)]
+    with httpx.Client(base_url=pool.proxy.url, timeout=10) as client:
+        for turn in range(1200):
+            if stop.wait(0.05):
+                return
+            body = {"model": "auto", "messages": list(prompts[turn % len(prompts)].messages)}
+            reply = client.post("/v1/chat/completions", json=body)
+            if reply.status_code != 200:
+                failures.append(f"{reply.status_code}: {reply.text[:200]}")

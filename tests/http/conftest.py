@@ -1,0 +1,79 @@
+"""One real proxy for the session with two arms, a good dear one and a fair cheap one, each a scripted server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.support.server import ProxyProcess, arm
+from tests.support.upstream import ScriptedUpstream
+
+CANARY = "sk-canary-3f9a7c"
+"""The arms' provider key: it may be seen by the upstreams alone."""
+HEADERS = {"authorization": "Bearer whatever"}
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """At λ=0.1 "fair" is chosen, at λ=0 "good"."""
+
+    proxy: ProxyProcess
+    fair: ScriptedUpstream
+    good: ScriptedUpstream
+
+    @property
+    def url(self) -> str:
+        return self.proxy.url
+
+    @property
+    def base_url(self) -> str:
+        return f"{self.proxy.url}/v1"
+
+
+@pytest.fixture(scope="session")
+def session_fleet(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Fleet]:
+    folder = tmp_path_factory.mktemp("proxy")
+    with ScriptedUpstream(lambda _: "The fair answer.") as fair, ScriptedUpstream(lambda _: "The good answer.") as good:
+        config = {
+            "model_list": [
+                arm("fair", fair.url, price=1e-7, supports_function_calling=True),
+                arm("good", good.url, price=1e-5, supports_function_calling=True, supports_vision=True),
+            ],
+            "uniroute": {"route_names": ["*"], "max_body_bytes": 1_000_000, "profile": {"on_start": False}},
+        }
+        with ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": CANARY}) as proxy:
+            proxy.put_profile("fair", 0.3)
+            proxy.put_profile("good", 0.1)
+            yield Fleet(proxy, fair, good)
+
+
+@pytest.fixture
+def fleet(session_fleet: Fleet) -> Fleet:
+    for upstream in (session_fleet.fair, session_fleet.good):
+        upstream.script.clear()
+        upstream.history.clear()
+        upstream.always = None
+    return session_fleet
+
+
+@pytest.fixture
+def client(fleet: Fleet) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=fleet.base_url, api_key="none", max_retries=0, timeout=20) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def async_client(fleet: Fleet) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=fleet.base_url, api_key="none", max_retries=0, timeout=20) as opened:
+        yield opened
+
+
+@pytest.fixture
+def http(fleet: Fleet) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=fleet.url, timeout=20) as opened:
+        yield opened

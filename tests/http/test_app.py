@@ -1,0 +1,52 @@
+"""The app over services that somebody else opened, and web pages that were allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import pytest
+
+from proxy.app import create_app
+from proxy.services import open_services
+from proxy.settings import Settings, SettingsError
+
+PAGE = "https://page.example"
+pytestmark = pytest.mark.filterwarnings("ignore:Item .* on TypedDict:UserWarning")
+
+
+def settings(folder: Path, embedder_cache: Path, **more: object) -> Settings:
+    for table in embedder_cache.glob("static-*"):
+        (folder / table.name).symlink_to(table)
+    return Settings.model_validate({"data_dir": folder, **more})
+
+
+async def test_an_allowed_page_may_call_and_no_other(tmp_path: Path, embedder_cache: Path) -> None:
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,lambda"}
+    async with open_services(settings(tmp_path, embedder_cache, allowed_origins=[PAGE]), {}) as services:
+        transport = httpx.ASGITransport(app=create_app(services))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
+            preflight = await client.options("/v1/chat/completions", headers={"origin": PAGE, **asked})
+            allowed = await client.get("/v1/models", headers={"origin": PAGE})
+            foreign = await client.get("/v1/models", headers={"origin": "https://evil.example"})
+
+    assert (preflight.status_code, preflight.headers["access-control-allow-origin"]) == (200, PAGE)
+    assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, PAGE)
+    assert foreign.status_code == 403
+    assert "access-control-allow-origin" not in foreign.headers
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"host": "0.0.0.0"}, "open to others"),
+        ({"map": "/nowhere"}, "map"),
+        ({"recipe": "guess"}, "recipe"),
+    ],
+)
+async def test_what_cannot_work_is_refused_at_start(
+    tmp_path: Path, embedder_cache: Path, more: dict[str, object], words: str
+) -> None:
+    with pytest.raises(SettingsError, match=words):
+        async with open_services(settings(tmp_path, embedder_cache, **more), {}):
+            pass

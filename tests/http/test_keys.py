@@ -1,0 +1,139 @@
+"""A proxy for which a client key was made: nobody comes in without one, ever again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from proxy.keys import KeyLatch
+from proxy.records import ClientKey
+from proxy.registry import Registry
+from proxy.settings import Settings
+from proxy.store import Store
+from tests.support.server import ADMIN_KEY, ProxyProcess, arm
+from tests.support.upstream import ScriptedUpstream, wait_until
+
+ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
+
+
+@dataclass(frozen=True)
+class Keyed:
+    proxy: ProxyProcess
+    whole: str
+    """May use every model."""
+    limited: str
+    """May use "first" alone."""
+
+    def client(self, key: str) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.proxy.url}/v1", api_key=key, max_retries=0, timeout=10)
+
+    def status(self, **headers: str) -> int:
+        return httpx.get(f"{self.proxy.url}/v1/models", headers=headers, timeout=10).status_code
+
+
+def with_registry(folder: Path, work: Any) -> Any:
+    async def run() -> Any:
+        store = await Store.open(Settings(data_dir=folder))
+        try:
+            return await work(Registry(store, (), KeyLatch(folder)))
+        finally:
+            await store.close()
+
+    return asyncio.run(run())
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Keyed]:
+    folder = tmp_path_factory.mktemp("keyed")
+    with ScriptedUpstream() as upstream:
+        config = {
+            "model_list": [arm("first", upstream.url), arm("second", upstream.url)],
+            "uniroute": {"profile": {"on_start": False}},
+        }
+        with ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "sk-x"}) as proxy:
+            _, whole = with_registry(folder, lambda registry: registry.create_key("whole"))
+            _, limited = with_registry(folder, lambda registry: registry.create_key("limited", ("first",)))
+            opened = Keyed(proxy, whole, limited)
+            assert wait_until(lambda: opened.status(authorization=f"Bearer {limited}") == 200)
+            yield opened
+
+
+def test_a_call_without_a_good_key_is_an_authentication_error(keyed: Keyed) -> None:
+    for key in ("garbage", "x" * 10_000, keyed.whole[:-1], keyed.whole.upper()):
+        with pytest.raises(openai.AuthenticationError) as caught:
+            keyed.client(key).chat.completions.create(model="first", messages=ASK)
+        assert caught.value.code == "invalid_api_key"
+    assert keyed.status() == 401
+
+
+def test_a_good_key_comes_in_under_either_header(keyed: Keyed) -> None:
+    assert keyed.client(keyed.whole).chat.completions.create(model="second", messages=ASK).model == "second"
+    assert keyed.status(**{"x-api-key": keyed.whole}) == 200
+    assert keyed.status(authorization=f"Bearer {ADMIN_KEY}") == 200
+
+
+def test_a_limited_key_sees_and_uses_its_models_alone(keyed: Keyed) -> None:
+    client = keyed.client(keyed.limited)
+
+    assert [model.id for model in client.models.list()][-1] == "first"
+    assert client.chat.completions.create(model="first", messages=ASK).model == "first"
+    with pytest.raises(openai.PermissionDeniedError):
+        client.chat.completions.create(model="second", messages=ASK)
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("second")
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="gpt-4o", messages=ASK)
+    assert caught.value.code == "model_not_found"
+
+
+def test_a_decision_shows_a_limited_key_its_models_alone(keyed: Keyed) -> None:
+    headers = {"authorization": f"Bearer {keyed.limited}"}
+    body = {"model": "auto", "messages": ASK}
+    before = httpx.post(f"{keyed.proxy.url}/v1/route", json=body, headers=headers)
+    keyed.proxy.put_profile("first", 0.1)
+    keyed.proxy.put_profile("second", 0.1)
+    after = httpx.post(f"{keyed.proxy.url}/v1/route", json=body, headers=headers)
+
+    assert before.status_code == 503
+    assert "second" not in before.text + after.text
+    assert after.json()["model"] == "first"
+
+
+def test_client_keys_do_not_open_the_admin_side(keyed: Keyed) -> None:
+    headers = {"authorization": f"Bearer {keyed.whole}"}
+
+    assert httpx.get(f"{keyed.proxy.url}/admin/models", headers=headers).status_code == 401
+
+
+def test_health_is_open_and_metrics_are_not(keyed: Keyed) -> None:
+    statuses = [httpx.get(f"{keyed.proxy.url}{path}").status_code for path in ("/healthz", "/readyz", "/metrics")]
+
+    assert statuses == [200, 200, 401]
+
+
+def test_web_pages_and_foreign_hosts_are_refused(keyed: Keyed) -> None:
+    key = {"authorization": f"Bearer {keyed.whole}"}
+
+    assert keyed.status(**key, origin="http://evil.example") == 403
+    assert keyed.status(**key, host="evil.example") == 403
+    assert keyed.status(**key, origin=keyed.proxy.url) == 200
+
+
+def test_revoking_the_last_key_closes_the_door_for_good(keyed: Keyed) -> None:
+    async def revoke_all(registry: Registry) -> tuple[ClientKey, ...]:
+        keys = await registry.list_keys()
+        for key in keys:
+            await registry.revoke_key(key.id)
+        return keys
+
+    with_registry(keyed.proxy.folder, revoke_all)
+
+    assert wait_until(lambda: keyed.status(authorization=f"Bearer {keyed.whole}") == 401)
+    assert keyed.status() == 401

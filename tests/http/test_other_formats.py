@@ -1,0 +1,163 @@
+"""An upstream of another format, Anthropic's: litellm translates, and the outside stays OpenAI's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+
+from proxy.errors import UpstreamFailure
+from proxy.records import ModelRecord
+from proxy.settings import ModelInfo, Settings
+from proxy.upstream import LitellmUpstream
+from tests.support.answers import Step
+from tests.support.upstream import ScriptedUpstream
+
+ASK: Any = [{"role": "user", "content": "hi"}]
+MESSAGE: dict[str, Any] = {
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "model": "claude",
+    "content": [{"type": "text", "text": "Hello"}],
+    "stop_reason": "end_turn",
+    "usage": {"input_tokens": 5, "output_tokens": 2, "cache_read_input_tokens": 3},
+}
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Item .* on TypedDict:UserWarning")
+"""Of litellm's own models, when pydantic first sees them."""
+
+
+def event(kind: str, **data: Any) -> bytes:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n".encode()
+
+
+BEGIN = [
+    event("message_start", message={**MESSAGE, "content": [], "stop_reason": None}),
+    event("content_block_start", index=0, content_block={"type": "text", "text": ""}),
+    event("content_block_delta", index=0, delta={"type": "text_delta", "text": "Hello"}),
+]
+END = [
+    event("content_block_stop", index=0),
+    event("message_delta", delta={"stop_reason": "end_turn", "stop_sequence": None}, usage={"output_tokens": 2}),
+    event("message_stop"),
+]
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedUpstream]:
+    with ScriptedUpstream() as opened:
+        yield opened
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[LitellmUpstream]:
+    opened = LitellmUpstream(Settings(), {"CLAUDE_API_KEY": "sk-claude"})
+    await opened.prepare()
+    yield opened
+    await opened.aclose()
+
+
+def claude(server: ScriptedUpstream, **params: Any) -> ModelRecord:
+    stated = {
+        "model": "anthropic/claude-sonnet-4-5",
+        "api_base": server.url.removesuffix("/v1"),
+        "api_key": "os.environ/CLAUDE_API_KEY",
+        **params,
+    }
+    return ModelRecord("claude", stated, ModelInfo(), "admin", 0.0)
+
+
+async def test_an_answer_is_translated(upstream: LitellmUpstream, server: ScriptedUpstream) -> None:
+    server.then(Step(body=MESSAGE))
+    answer = await upstream.complete(
+        claude(server, system="Be brief."), {"messages": ASK, "metadata": {"team": "blue"}}
+    )
+
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": "Hello"}
+    assert (answer["usage"]["prompt_tokens"], answer["usage"]["prompt_tokens_details"]["cached_tokens"]) == (8, 3)
+    assert (server.last.path, server.last.headers["x-api-key"]) == ("/v1/messages", "sk-claude")
+    assert server.last.body["system"][0]["text"] == "Be brief."
+    assert "metadata" not in server.last.body
+
+
+async def test_a_stream_is_translated_and_usage_comes_without_choices(
+    upstream: LitellmUpstream, server: ScriptedUpstream
+) -> None:
+    server.then(Step(events=[*BEGIN, *END], done=False))
+    chunks = [chunk async for chunk in await upstream.stream(claude(server), {"messages": ASK})]
+
+    assert chunks[0]["choices"][0]["delta"]["content"] == "Hello"
+    assert (chunks[-1]["choices"], chunks[-1]["usage"]["completion_tokens"]) == ([], 2)
+
+
+@pytest.mark.parametrize(
+    "step", [Step(events=BEGIN, done=False), Step(events=[*BEGIN, *END], cut_after=3)], ids=["ended", "cut"]
+)
+async def test_a_truncated_stream_is_not_taken_for_a_whole_one(
+    upstream: LitellmUpstream, server: ScriptedUpstream, step: Step
+) -> None:
+    server.then(step)
+    with pytest.raises(UpstreamFailure, match="ended before"):
+        [chunk async for chunk in await upstream.stream(claude(server), {"messages": ASK})]
+
+
+async def test_statuses_pass_through(upstream: LitellmUpstream, server: ScriptedUpstream) -> None:
+    overloaded = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
+    server.then(Step(status=529, body=overloaded, headers={"retry-after": "3"}))
+    with pytest.raises(UpstreamFailure) as caught:
+        await upstream.complete(claude(server), {"messages": ASK})
+
+    assert (caught.value.status, caught.value.retryable, caught.value.retry_after) == (529, True, "3")
+
+
+async def test_a_parameter_without_a_counterpart_is_said_and_another_model_may_try(
+    upstream: LitellmUpstream, server: ScriptedUpstream
+) -> None:
+    with pytest.raises(UpstreamFailure, match="does not support parameters") as caught:
+        await upstream.complete(claude(server), {"messages": ASK, "logprobs": True})
+
+    assert (caught.value.status, caught.value.retryable) == (400, True)
+    assert server.history == []
+
+
+async def test_a_missing_key_is_no_fault_of_the_caller(upstream: LitellmUpstream, server: ScriptedUpstream) -> None:
+    with pytest.raises(UpstreamFailure, match="no key") as caught:
+        await upstream.complete(claude(server, api_key="os.environ/MISSING_API_KEY"), {"messages": ASK})
+
+    assert caught.value.status is None
+
+
+async def test_redirects_are_not_followed(upstream: LitellmUpstream, server: ScriptedUpstream) -> None:
+    server.then(Step(status=307, headers={"location": server.url}, body=b""))
+    with pytest.raises(UpstreamFailure, match="redirect"):
+        await upstream.complete(claude(server), {"messages": ASK})
+
+    assert len(server.history) == 1
+
+
+async def test_an_upstream_that_is_not_there_is_told_so(upstream: LitellmUpstream) -> None:
+    gone = ModelRecord("m", {"model": "openai/m", "api_base": "http://127.0.0.1:1/v1"}, ModelInfo(), "admin", 0.0)
+    with pytest.raises(UpstreamFailure, match="cannot be reached") as caught:
+        await upstream.complete(gone, {"messages": ASK})
+
+    assert caught.value.retryable
+
+
+@pytest.mark.parametrize("provider", ["hosted_vllm", "lm_studio", "custom_openai"])
+async def test_local_servers_get_the_body_verbatim(
+    upstream: LitellmUpstream, server: ScriptedUpstream, provider: str
+) -> None:
+    record = ModelRecord(
+        "m", {"model": f"{provider}/m", "api_base": server.url, "api_key": "k"}, ModelInfo(), "admin", 0.0
+    )
+    body: Any = {"messages": [{"role": "user", "content": [{"type": "new_part"}]}], "weird": 1, "metadata": {"a": "b"}}
+    answer = await upstream.complete(record, body)
+    chunks = [chunk async for chunk in await upstream.stream(record, body)]
+
+    assert {**server.history[0].body, "stream": False} == {**body, "model": "m", "stream": False}
+    assert answer["system_fingerprint"] == chunks[0]["system_fingerprint"] == "fp_scripted"
+    assert chunks[-1]["choices"] == []

@@ -1,0 +1,34 @@
+"""A real Valkey for the session on a unix socket, emptied before each test."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from proxy.embedded import EmbeddedValkey
+from proxy.store import Store
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
+    server = EmbeddedValkey(tmp_path_factory.mktemp("store"))
+    server.ensure()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def store(valkey: EmbeddedValkey) -> AsyncIterator[Store]:
+    opened = Store(f"unix://{valkey.socket_path}")
+    await opened.client.flushall()
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def second_store(store: Store) -> AsyncIterator[Store]:
+    """Another process's connection to the same server."""
+    opened = Store(store.url)
+    yield opened
+    await opened.close()

@@ -1,0 +1,84 @@
+"""The guard's decisions: keys, Host, Origin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+from starlette.datastructures import Headers
+
+from proxy.auth import check_host, check_origin, presented
+from proxy.errors import Forbidden, Unauthenticated
+from proxy.settings import Settings
+
+
+def headers(*pairs: tuple[str, str]) -> Headers:
+    return Headers(raw=[(name.encode(), value.encode("latin-1")) for name, value in pairs])
+
+
+def settings(**values: Any) -> Settings:
+    return Settings.model_validate({"admin_key": SecretStr("12345678"), **values})
+
+
+@pytest.mark.parametrize(
+    ("sent", "key"),
+    [
+        ([("authorization", "Bearer abc")], b"abc"),
+        ([("authorization", "bearer   abc ")], b"abc"),
+        ([("x-api-key", "abc")], b"abc"),
+        ([("authorization", "Bearer abc"), ("x-api-key", "other")], b"abc"),
+        ([("authorization", "Bearer \xe9")], b"\xe9"),
+        ([("authorization", "Bearer ")], None),
+        ([], None),
+    ],
+)
+def test_a_key_is_found(sent: list[tuple[str, str]], key: bytes | None) -> None:
+    assert presented(headers(*sent)) == key
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        [("authorization", "Basic abc")],
+        [("authorization", "abc")],
+        [("authorization", "Bearer " + "x" * 10_000)],
+        [("authorization", "Bearer a"), ("authorization", "Bearer b")],
+        [("x-api-key", "a"), ("x-api-key", "a")],
+    ],
+)
+def test_what_cannot_be_one_key_is_refused(sent: list[tuple[str, str]]) -> None:
+    with pytest.raises(Unauthenticated):
+        presented(headers(*sent))
+
+
+@pytest.mark.parametrize("host", ["localhost:8000", "127.0.0.1", "[::1]:8000", "LOCALHOST", "llm.example:80"])
+def test_hosts_that_are_served(host: str) -> None:
+    check_host(headers(("host", host)), settings(allowed_hosts=["llm.example"]))
+
+
+@pytest.mark.parametrize(
+    "sent", [["evil.example"], ["127.0.0.1.evil.example"], [""], [], ["localhost", "evil.example"], ["[::1"]]
+)
+def test_hosts_that_are_not_served_on_loopback(sent: list[str]) -> None:
+    with pytest.raises(Forbidden):
+        check_host(headers(*(("host", host) for host in sent)), settings())
+
+
+def test_beyond_loopback_every_host_is_served_until_some_are_named() -> None:
+    check_host(headers(("host", "proxy:8000")), settings(host="0.0.0.0"))
+    with pytest.raises(Forbidden):
+        check_host(headers(("host", "proxy:8000")), settings(host="0.0.0.0", allowed_hosts=["llm.example"]))
+
+
+@pytest.mark.parametrize("origin", ["http://localhost:8000", "https://page.example"])
+def test_pages_that_may_call(origin: str) -> None:
+    check_origin(headers(("host", "localhost:8000"), ("origin", origin)), ("https://page.example",))
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://localhost:3000", "https://page.example.evil.example"]
+)
+def test_pages_that_may_not(origin: str) -> None:
+    with pytest.raises(Forbidden):
+        check_origin(headers(("host", "localhost:8000"), ("origin", origin)), ("https://page.example",))

@@ -1,0 +1,212 @@
+"""Workers die, stop, lose Redis or meet: a job goes on, once, and loses nothing that was answered."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from proxy.embedded import EmbeddedValkey
+from proxy.job_records import Job, PromptAnswer
+from proxy.jobs import Jobs
+from proxy.leases import LeaseLost, Leases
+from proxy.ledger import Ledger
+from proxy.store import Store
+from proxy.stored import PROFILES
+from router_core.profiles import Profile
+from tests.support.makers import a_record, until
+from tests.support.measured import a_bench, knows, model_at, settings_for
+from tests.support.upstream import ScriptedUpstream
+
+
+def asked(upstream: ScriptedUpstream) -> Counter[str]:
+    return Counter(request.body["messages"][-1]["content"] for request in upstream.history)
+
+
+def figures(profile: Profile) -> list[list[float]]:
+    return [profile.error_sums.tolist(), profile.labels.tolist(), profile.token_sums.tolist()]
+
+
+async def finished(jobs: Jobs, job: Job, timeout_s: float = 20.0) -> Job:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        latest = await jobs.get(job.id)
+        assert latest is not None
+        if not latest.unfinished:
+            return latest
+        assert time.monotonic() < deadline, f"still {latest.state} with {latest.done} of {latest.total}"
+        await asyncio.sleep(0.02)
+
+
+async def an_uninterrupted_profile(store: Store, folder: Path, upstream: ScriptedUpstream) -> Profile:
+    async with a_bench(store, folder, model_at(upstream.url)) as bench:
+        job = await finished(bench.jobs, await bench.jobs.submit("small", 40, 1.0))
+        assert job.state == "ready"
+        await until(lambda: "small" in bench.state.current.profiles)
+        return bench.state.current.profiles["small"]
+
+
+@asynccontextmanager
+async def a_killed_worker(folder: Path, upstream: ScriptedUpstream, after: int) -> AsyncIterator[float]:
+    """A process that owned store and job, killed with its server after so many prompts; when that was."""
+    command = [sys.executable, "-m", "tests.support.job_runner", str(folder), upstream.url]
+    runner = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    await until(lambda: len(upstream.history) >= after, timeout_s=15)
+    server = await _server_pid(folder)
+    runner.kill()
+    os.kill(server, signal.SIGKILL)
+    await runner.wait()
+    yield time.monotonic()
+
+
+async def _server_pid(folder: Path) -> int:
+    store = Store(f"unix://{EmbeddedValkey(folder).socket_path}")
+    info = await store.client.info("server")
+    await store.close()
+    return int(info["process_id"])
+
+
+async def test_after_kill_9_of_all_processes_the_job_resumes_and_the_profile_is_that_of_an_uninterrupted_one(
+    store: Store, tmp_path: Path
+) -> None:
+    with ScriptedUpstream(knows("north", "west"), slow_s=0.05) as upstream:
+        async with a_killed_worker(tmp_path, upstream, after=12) as killed_at:
+            restarted = await Store.open(settings_for(tmp_path))
+            job = await Ledger(restarted).for_model("small")
+            assert job is not None
+            kept = await Ledger(restarted).answers(job.id)
+            assert len(kept) >= 8
+            before = len(upstream.history)
+            async with a_bench(restarted, tmp_path, model_at(upstream.url)) as bench:
+                await until(lambda: len(upstream.history) > before, timeout_s=15)
+                resumed_after = time.monotonic() - killed_at
+                assert (await finished(bench.jobs, job)).state == "ready"
+                await until(lambda: "small" in bench.state.current.profiles)
+                resumed = bench.state.current.profiles["small"]
+            await restarted.close()
+    assert resumed_after < 15
+    texts = {f"{('north', 'east', 'south', 'west')[int(p[1:]) % 4]} say the number {p[1:]}" for p in kept}
+    again = asked(upstream)
+    assert all(again[text] == 1 for text in texts)
+    assert len(again) == 40
+    with ScriptedUpstream(knows("north", "west")) as upstream:
+        assert figures(resumed) == figures(await an_uninterrupted_profile(store, tmp_path, upstream))
+
+
+async def test_a_worker_that_stops_hands_its_job_over_at_once(
+    store: Store, second_store: Store, tmp_path: Path
+) -> None:
+    with ScriptedUpstream(knows("north"), slow_s=0.05) as upstream:
+        record = model_at(upstream.url)
+        async with (
+            a_bench(store, tmp_path, record) as one,
+            a_bench(second_store, tmp_path, record, worker=False) as two,
+        ):
+            job = await one.jobs.submit("small", 40, 1.0)
+            await until(lambda: len(upstream.history) >= 4)
+            await one.jobs.stop_worker()
+            seen = len(upstream.history)
+            await two.jobs.start_worker()
+            assert await until(lambda: len(upstream.history) > seen) < 1.5
+            assert (await finished(two.jobs, job)).state == "ready"
+
+
+async def test_two_workers_never_ask_the_same_prompt(store: Store, second_store: Store, tmp_path: Path) -> None:
+    with ScriptedUpstream(knows("north"), slow_s=0.02) as upstream:
+        record = model_at(upstream.url)
+        async with a_bench(store, tmp_path, record) as one, a_bench(second_store, tmp_path, record) as two:
+            job = await one.jobs.submit("small", 40, 1.0)
+            for _ in range(5):
+                await two.jobs.worker.kick(job.id)
+            assert (await finished(two.jobs, job)).done == 40
+    assert set(asked(upstream).values()) == {1}
+
+
+async def test_a_job_survives_a_redis_that_stops_and_comes_back(tmp_path: Path) -> None:
+    server = EmbeddedValkey(tmp_path / "elsewhere")
+    await asyncio.to_thread(server.ensure)
+    store = Store(f"unix://{server.socket_path}")
+    with ScriptedUpstream(knows("north"), slow_s=0.05) as upstream:
+        async with a_bench(store, tmp_path, model_at(upstream.url)) as bench:
+            job = await bench.jobs.submit("small", 40, 1.0)
+            await until(lambda: len(upstream.history) >= 8)
+            await asyncio.to_thread(server.stop)
+            await until(lambda: not bench.state.available)
+            await asyncio.to_thread(server.ensure)
+            over = await finished(bench.jobs, job)
+    assert (over.state, over.done) == ("ready", 40)
+    assert set(asked(upstream).values()) == {1}
+    await store.close()
+    await asyncio.to_thread(server.stop)
+
+
+async def test_an_emptied_store_ends_its_jobs_and_takes_new_ones(store: Store, tmp_path: Path) -> None:
+    with ScriptedUpstream(knows("north"), slow_s=0.05) as upstream:
+        async with a_bench(store, tmp_path, model_at(upstream.url)) as bench:
+            await bench.jobs.submit("small", 40, 1.0)
+            await until(lambda: len(upstream.history) >= 4)
+            await store.client.flushall()
+            await until(lambda: not bench.jobs.worker.working_on)
+            await bench.registry.add_model(bench.record)
+            assert (await finished(bench.jobs, await bench.jobs.submit("small", 20, 1.0))).state == "ready"
+
+
+async def test_who_lost_the_lease_can_write_nothing_more(store: Store, tmp_path: Path) -> None:
+    ledger, leases = Ledger(store), Leases(store)
+    job_id = await ledger.submit(a_record(), 20, 1.0)
+    old = await leases.take(job_id)
+    assert old is not None
+    assert await leases.take(job_id) is None
+    await leases.release(old)
+    new = await leases.take(job_id)
+    assert new is not None
+    assert not await leases.renew(old)
+    for write in (
+        ledger.begin(old, 20, priced=True),
+        ledger.reserve(old, "p1", 0.1),
+        ledger.checkpoint(old, "p1", PromptAnswer(score=1.0), None),
+        ledger.fail(old, "too late"),
+    ):
+        with pytest.raises(LeaseLost):
+            await write
+    assert await ledger.answers(job_id) == {}
+    assert await store.client.hlen(PROFILES) == 0
+
+
+async def test_money_that_a_dead_worker_had_set_aside_counts_as_spent(store: Store, tmp_path: Path) -> None:
+    ledger, leases = Ledger(store), Leases(store)
+    job_id = await ledger.submit(a_record(), 20, 1.0)
+    dead = await leases.take(job_id)
+    assert dead is not None
+    await ledger.begin(dead, 20, priced=True)
+    await ledger.reserve(dead, "p1", 0.25)
+    await ledger.reserve(dead, "p2", 0.5)
+    await ledger.checkpoint(dead, "p1", PromptAnswer(score=1.0, cost_usd=0.125), None)
+    await leases.release(dead)
+    heir = await leases.take(job_id)
+    assert heir is not None
+    await ledger.begin(heir, 20, priced=True)
+    job = await ledger.get(job_id)
+    assert job is not None
+    assert job.spent_usd == 0.625
+
+
+async def test_work_ends_before_a_lease_that_cannot_be_renewed_does(store: Store, tmp_path: Path) -> None:
+    ledger, leases = Ledger(store), Leases(store)
+    lease = await leases.take(await ledger.submit(a_record(), 20, 1.0))
+    assert lease is not None
+    work = asyncio.create_task(asyncio.Event().wait())
+    holding = asyncio.create_task(leases.while_held(lease, work))
+    await ledger.cancel(lease.job_id)
+    await until(holding.done)
+    assert isinstance(holding.exception(), LeaseLost)
+    assert work.cancelled()

@@ -1,0 +1,63 @@
+"""Stored entries: round trips, fingerprints, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from proxy.records import ClientKey, InvalidRecord, LivePrice, ModelRecord, StoredProfile
+from router_core.errors import InvalidPrice
+from router_core.types import Price
+from tests.support.makers import a_profile, a_record
+
+
+def test_a_record_comes_back_as_it_was_stored() -> None:
+    record = a_record(api_key="os.environ/SMALL_API_KEY")
+    assert ModelRecord.from_json("small", record.to_json()) == record
+
+
+def test_the_fingerprint_follows_what_decides_answers_and_not_the_key() -> None:
+    record = a_record(api_key="os.environ/A_API_KEY")
+    assert a_record(api_key="os.environ/B_API_KEY").fingerprint == record.fingerprint
+    assert a_record(api_key="os.environ/A_API_KEY", temperature=1.5).fingerprint != record.fingerprint
+
+
+def test_a_record_never_shows_its_key() -> None:
+    assert "canary" not in repr(a_record(api_key="canary"))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "null", '{"litellm_params": 3}', '{"litellm_params": {}}', "[" * 100_000]
+)
+def test_a_broken_record_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRecord):
+        ModelRecord.from_json("small", text)
+
+
+def test_a_price_comes_back_as_it_was_stored() -> None:
+    live = LivePrice(Price(1e-7, 3e-7, cache_read_input_token_cost=5e-8), "admin", 1_700_000_000.5)
+    assert LivePrice.from_fields(live.to_fields(), seen_at=0) == live
+
+
+def test_a_foreign_price_without_source_or_time_is_external_and_dated_when_seen() -> None:
+    live = LivePrice.from_fields({"input_cost_per_token": "1e-7", "output_cost_per_token": "3e-7"}, seen_at=42.0)
+    assert (live.source, live.updated_at) == ("external", 42.0)
+
+
+@pytest.mark.parametrize("amount", ["nan", "-1", "inf", "", "free", "1e309"])
+def test_a_price_that_is_no_amount_is_refused(amount: str) -> None:
+    with pytest.raises(InvalidPrice):
+        LivePrice.from_fields({"input_cost_per_token": amount, "output_cost_per_token": "1e-6"}, seen_at=0)
+
+
+def test_a_stored_profile_comes_back_with_its_sums() -> None:
+    entry = StoredProfile("abc", a_profile())
+    back = StoredProfile.from_json(entry.to_json())
+    assert back.fingerprint == "abc"
+    assert back.profile.error_sums.tolist() == entry.profile.error_sums.tolist()
+
+
+def test_a_key_comes_back_and_its_models_must_be_a_list() -> None:
+    key = ClientKey("id", "team", "00ff", 1.0, ("small",))
+    assert ClientKey.from_json("id", key.to_json()) == key
+    with pytest.raises(InvalidRecord):
+        ClientKey.from_json("id", '{"digest": "00", "created_at": 1, "models": "small"}')

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import logging
+import pickle
+from pathlib import Path
+
+import pytest
+
+from proxy.settings import (
+    Settings,
+    SettingsError,
+    check_exposure,
+    check_model_name,
+    load_settings,
+    resolve_secret,
+    setting_names,
+)
+
+ONE_MODEL = """
+model_list:
+  - model_name: small
+    litellm_params: {model: openai/small, api_base: "http://127.0.0.1:9001/v1", api_key: sk-canary}
+    model_info: {input_cost_per_token: 1e-7, output_cost_per_token: 4.0e-7, max_input_tokens: 32000}
+"""
+
+
+def a_file(folder: Path, text: str) -> Path:
+    path = folder / "uniroute.yaml"
+    path.write_text(text, "utf-8")
+    return path
+
+
+def refusal(folder: Path, text: str, **environ: str) -> str:
+    with pytest.raises(SettingsError) as refused:
+        load_settings(a_file(folder, text), environ)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_nothing_stated_gives_the_documented_defaults() -> None:
+    settings = load_settings(None, {})
+    assert (settings.lambda_, settings.route_names, settings.host, settings.port) == (0.1, ("auto",), "127.0.0.1", 8000)
+    assert settings.profile.prompts == 60
+    assert settings.data_dir == Path("~/.local/share/uniroute").expanduser()
+
+
+def test_a_litellm_model_list_loads_and_yaml_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
+    (model,) = load_settings(a_file(tmp_path, ONE_MODEL), {}).model_list
+    assert model.model_name == "small"
+    assert model.model_info.input_cost_per_token == 1e-7
+    assert model.model_info.supports_vision is None
+
+
+def test_the_environment_overrules_the_file_and_the_command_line_overrules_both(tmp_path: Path) -> None:
+    path = a_file(tmp_path, "uniroute: {lambda: 0.2, port: 1, profile: {prompts: 40, max_usd: 2}}")
+    environ = {"UNIROUTE_LAMBDA": "0.3", "UNIROUTE_PORT": "2", "UNIROUTE_PROFILE_PROMPTS": "50"}
+    settings = load_settings(path, environ, {"port": 3, "host": None})
+    assert (settings.lambda_, settings.port, settings.host) == (0.3, 3, "127.0.0.1")
+    assert (settings.profile.prompts, settings.profile.max_usd) == (50, 2)
+
+
+def test_lists_in_a_variable_are_comma_separated_or_json() -> None:
+    assert load_settings(None, {"UNIROUTE_ROUTE_NAMES": "auto, gpt-4o"}).route_names == ("auto", "gpt-4o")
+    assert load_settings(None, {"UNIROUTE_ROUTE_NAMES": '["*"]'}).route_names == ("*",)
+
+
+def test_every_setting_but_the_models_can_be_given_as_a_variable() -> None:
+    samples = {
+        "cost_unit": "cents",
+        "admin_key": "long-enough",
+        "profile": None,
+        "reference_price": None,
+        "data_dir": "/tmp/x",
+        "workers": "2",
+        "fallback_attempts": "2",
+        "port": "2",
+    }
+    for name in setting_names():
+        value = samples.get(name, "1")
+        if name != "model_list" and value is not None:
+            load_settings(None, {f"UNIROUTE_{name.upper()}": value})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("uniroute: {lamda: 1}", ["'lamda'", "did you mean 'lambda'"]),
+        ("uniroute: {profile: {promts: 30}}", ["'promts'", "did you mean 'prompts'"]),
+        ("modellist: []", ["'modellist'", "did you mean 'model_list'"]),
+        ("model_list: [{model_name: a, litellm_parms: {}}]", ["model_list[0]", "did you mean 'litellm_params'"]),
+        (
+            "model_list: [{model_name: a, litellm_params: {model: x}, model_info: {supports_visoin: true}}]",
+            ["did you mean 'supports_vision'"],
+        ),
+        ("model_list: [{model_name: a b, litellm_params: {model: x}}]", ["model_list[0].model_name", "'a b'"]),
+        ("model_list: [{model_name: auto, litellm_params: {model: x}}]", ["'auto'", "routing"]),
+        ("model_list: [{model_name: a, litellm_params: {}}]", ["litellm_params needs `model`"]),
+        (
+            "model_list: [{model_name: a, litellm_params: {model: x}, model_info: {input_cost_per_token: .nan}}]",
+            ["model_info.input_cost_per_token", "finite"],
+        ),
+        (
+            "model_list: [{model_name: a, litellm_params: {model: x}, model_info: {input_cost_per_token: 1.0e-7}}]",
+            ["output_cost_per_token", "missing"],
+        ),
+        ("uniroute: {lambda: -1}", ["lambda", "-1"]),
+        ("uniroute: {map: a, map: b}", ["'map' twice"]),
+        ("uniroute: [", ["not valid YAML"]),
+        ("- 1", ["must be a mapping"]),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_key_and_the_fix(tmp_path: Path, text: str, words: list[str]) -> None:
+    message = refusal(tmp_path, text)
+    assert "uniroute.yaml" in message
+    assert [word for word in words if word not in message] == []
+
+
+def test_one_name_for_two_deployments_is_refused(tmp_path: Path) -> None:
+    entry = "{model_name: a, litellm_params: {model: x}}"
+    assert "given twice" in refusal(tmp_path, f"model_list: [{entry}, {entry}]")
+
+
+def test_a_misspelt_variable_is_refused_and_a_foreign_one_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(SettingsError, match="did you mean UNIROUTE_LAMBDA"):
+        load_settings(None, {"UNIROUTE_LAMBA": "1"})
+    load_settings(None, {"UNIROUTE_IMAGE_TAG": "1"})
+    assert "UNIROUTE_IMAGE_TAG is not a setting" in caplog.text
+
+
+def test_variables_that_kubernetes_sets_for_a_service_named_uniroute_are_no_settings() -> None:
+    environ = {
+        "UNIROUTE_PORT": "tcp://10.0.0.7:8000",
+        "UNIROUTE_SERVICE_HOST": "10.0.0.7",
+        "UNIROUTE_PORT_8000_TCP": "x",
+    }
+    assert load_settings(None, environ).port == 8000
+
+
+def test_litellm_keys_without_meaning_here_are_dropped_with_a_warning_that_names_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = """
+    litellm_settings: {drop_params: true}
+    model_list:
+      - model_name: a
+        litellm_params: {model: x, rpm: 5, input_cost_per_token: 1.0e-6, output_cost_per_token: 2.0e-6}
+        model_info: {mode: chat}
+    """
+    with caplog.at_level(logging.WARNING):
+        (model,) = load_settings(a_file(tmp_path, text), {}).model_list
+    assert all(f"{key!r} is LiteLLM's" in caplog.text for key in ("litellm_settings", "rpm", "mode"))
+    assert model.litellm_params == {"model": "x"}
+    assert model.model_info.output_cost_per_token == 2e-6
+
+
+def test_no_repr_shows_a_secret(tmp_path: Path) -> None:
+    environ = {"UNIROUTE_ADMIN_KEY": "canary-admin", "UNIROUTE_REDIS_URL": "redis://:canary@localhost"}
+    settings = load_settings(a_file(tmp_path, ONE_MODEL), environ)
+    assert "canary" not in f"{settings!r} {settings} {settings.model_list[0]!r}"
+    with pytest.raises(SettingsError) as refused:
+        load_settings(None, {"UNIROUTE_ADMIN_KEY": "canary"})
+    assert "canary" not in str(refused.value)
+
+
+def test_settings_reach_another_process_whole(tmp_path: Path) -> None:
+    settings = load_settings(a_file(tmp_path, ONE_MODEL), {"UNIROUTE_ADMIN_KEY": "canary-admin"})
+    assert pickle.loads(pickle.dumps(settings)) == settings
+
+
+def test_only_provider_keys_may_be_referred_to() -> None:
+    environ = {"A_API_KEY": "k1", "AWS_SECRET": "k2", "UNIROUTE_ADMIN_KEY": "k3", "UNIROUTE_X_API_KEY": "k4"}
+    assert resolve_secret("literal", environ) == "literal"
+    assert resolve_secret("os.environ/A_API_KEY", environ) == "k1"
+    assert resolve_secret("os.environ/AWS_SECRET", environ, ["AWS_SECRET"]) == "k2"
+    for name in ("AWS_SECRET", "UNIROUTE_ADMIN_KEY", "UNIROUTE_X_API_KEY", "B_API_KEY"):
+        with pytest.raises(SettingsError, match=name):
+            resolve_secret(f"os.environ/{name}", environ, ["UNIROUTE_ADMIN_KEY"])
+
+
+@pytest.mark.parametrize("name", ["a", "openai/gpt-4.1@eu:1", "9" * 128])
+def test_names_with_the_documented_characters_are_accepted(name: str) -> None:
+    assert check_model_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a b", "a\n", "é", "a" * 129, "uniroute/best"])
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"model name|routing"):
+        check_model_name(name)
+
+
+def test_listening_beyond_this_machine_needs_a_client_key() -> None:
+    check_exposure(Settings(host="::1"), keys_required=False)
+    check_exposure(Settings(host="0.0.0.0"), keys_required=True)
+    for host in ("0.0.0.0", "::", "10.1.2.3", "example.org"):
+        with pytest.raises(SettingsError, match="uniroute keys create"):
+            check_exposure(Settings(host=host), keys_required=False)

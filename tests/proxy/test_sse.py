@@ -1,0 +1,52 @@
+"""Event streams, however the bytes are split."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from proxy.sse import MAX_EVENT_BYTES, EventCutter, EventTooLong, dump, event, loads
+
+STREAM = (
+    'data: {"a":"x\u2028y\u0085z\x0b"}\n\n: comment\r\n\r\nevent: e\r\ndata:{"b":\r\ndata: 2}\r\n\r\n\ndata: [DONE]\n\n'
+).encode()
+EVENTS = ['{"a":"x\u2028y\u0085z\x0b"}'.encode(), b'{"b":\n2}', b"[DONE]"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_every_split_gives_the_same_events(size: int) -> None:
+    cutter = EventCutter()
+    pieces = [STREAM[start : start + size] for start in range(0, len(STREAM), size)]
+
+    assert [data for piece in pieces for data in cutter.feed(piece)] == EVENTS
+    assert cutter.close() == []
+
+
+def test_an_event_without_its_blank_line_is_there_at_the_end() -> None:
+    cutter = EventCutter()
+
+    assert cutter.feed(b'data: {"a": 1}\ndata: ') == []
+    assert cutter.close() == [b'{"a": 1}\n']
+
+
+def test_an_event_without_an_end_is_bounded() -> None:
+    cutter = EventCutter()
+    for _ in range(MAX_EVENT_BYTES // 2**20):
+        cutter.feed(b"x" * 2**20)
+    with pytest.raises(EventTooLong):
+        cutter.feed(b"x")
+
+
+def test_half_characters_are_written_as_they_came() -> None:
+    half = loads(b'{"a": "\\ud83d"}')
+
+    assert dump(half) == b'{"a":"\\ud83d"}'
+    assert event({"a": "字"}) == 'data: {"a":"字"}\n\n'.encode()
+
+
+def test_nesting_beyond_the_stack_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="nested"):
+        loads(b"[" * 200_000)
+    with pytest.raises(json.JSONDecodeError):
+        loads(b"{")

@@ -1,0 +1,89 @@
+"""`uniroute` as users run it: a process of its own, with a data directory and nothing of our environment's keys."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+ADMIN_KEY = "admin-key-of-the-tests"
+START_S = 60.0
+_ADDRESS = re.compile(r"UniRoute at (http://\S+)/v1")
+
+
+def environment(data_dir: Path, embedder_cache: Path | None = None, **more: str) -> dict[str, str]:
+    """`embedder_cache`: where the distilled table is already, so that nothing distils it again."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    for table in embedder_cache.glob("static-*") if embedder_cache else ():
+        if not (data_dir / table.name).exists():
+            (data_dir / table.name).symlink_to(table)
+    ours = {
+        name: value for name, value in os.environ.items() if not name.endswith("_API_KEY") and "UNIROUTE" not in name
+    }
+    return {**ours, "PYTHONPATH": str(ROOT), "UNIROUTE_DATA_DIR": str(data_dir), "COLUMNS": "120", **more}
+
+
+def run_command(
+    *arguments: str | Path, environ: Mapping[str, str], timeout_s: float = 60
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "proxy.cli", *map(str, arguments)]
+    return subprocess.run(
+        command, env=dict(environ), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+
+
+class ServeCommand:
+    """`uniroute serve` on a free port, until the block ends. `log` is what it wrote."""
+
+    def __init__(self, *arguments: str | Path, environ: Mapping[str, str], log: Path) -> None:
+        self._command = [sys.executable, "-m", "proxy.cli", "serve", "--port", "0", *map(str, arguments)]
+        self._environ = dict(environ)
+        self._log = log
+        self.process: subprocess.Popen[bytes] | None = None
+        self.url = ""
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def __enter__(self) -> ServeCommand:
+        with self._log.open("wb") as output:
+            self.process = subprocess.Popen(self._command, env=self._environ, cwd=ROOT, stdout=output, stderr=output)
+        try:
+            self._wait_until_ready()
+        except AssertionError:
+            self.stop(signal.SIGKILL)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
+        """The exit status."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        return self.process.wait(30)
+
+    def _wait_until_ready(self) -> None:
+        assert self.process is not None
+        deadline = time.monotonic() + START_S
+        while "ready after" not in self.log:
+            assert self.process.poll() is None, self.log
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.05)
+        found = _ADDRESS.search(self.log)
+        assert found, self.log
+        self.url = found[1]

@@ -1,0 +1,70 @@
+"""Small parts for tests of the state: a cluster map of four corners, records, profiles, a live state holder."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from proxy.catalog import bundled_catalog
+from proxy.keys import KeyLatch
+from proxy.live import LiveExpectations
+from proxy.records import ModelRecord
+from proxy.registry import Registry
+from proxy.settings import ModelInfo
+from proxy.snapshot import Surroundings
+from proxy.state import StateHolder
+from proxy.store import Store
+from router_core.clustering import ClusterMap
+from router_core.profiles import Profile
+
+CORNERS = ClusterMap(np.eye(4, dtype=np.float32), embedder_id="corners", top=2)
+PRICED: dict[str, Any] = {"input_cost_per_token": 1e-6, "output_cost_per_token": 4e-6}
+
+
+def a_record(
+    name: str = "small", *, source: Any = "admin", info: dict[str, Any] | None = None, **params: Any
+) -> ModelRecord:
+    litellm_params = {"model": f"openai/{name}", "api_base": "http://127.0.0.1:9/v1", **params}
+    stated = ModelInfo.model_validate(PRICED if info is None else info)
+    return ModelRecord(name, litellm_params, stated, source, 1_700_000_000.0)
+
+
+def a_profile(errors: Sequence[float] = (0.1, 0.2, 0.3, 0.4), map_id: str = CORNERS.id) -> Profile:
+    document = {"map": map_id, "errors": list(errors), "labels": [5.0] * len(errors)}
+    return Profile.from_json({**document, "mean_output_tokens": 50.0, "mean_seconds": 1.0})
+
+
+def surroundings(*configured: ModelRecord, live: LiveExpectations | None = None) -> Surroundings:
+    return Surroundings(CORNERS, {record.name: record for record in configured}, bundled_catalog(), live=live)
+
+
+def a_registry(store: Store, folder: Path, *configured: str) -> Registry:
+    return Registry(store, configured, KeyLatch(folder))
+
+
+@asynccontextmanager
+async def following(
+    store: Store, folder: Path, *configured: ModelRecord, live: LiveExpectations | None = None
+) -> AsyncIterator[StateHolder]:
+    """A started StateHolder: what one more process would see."""
+    holder = StateHolder(store, surroundings(*configured, live=live), KeyLatch(folder))
+    await holder.start()
+    try:
+        yield holder
+    finally:
+        await holder.stop()
+
+
+async def until(happened: Callable[[], Any], timeout_s: float = 5.0) -> float:
+    """Seconds until `happened()` was true; fails the test when it never is."""
+    started = time.monotonic()
+    while not happened():
+        assert time.monotonic() - started < timeout_s, "did not happen in time"
+        await asyncio.sleep(0.01)
+    return time.monotonic() - started

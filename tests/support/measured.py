@@ -1,0 +1,127 @@
+"""A small validation set over four clusters, a model server that knows some of it, and all that a job needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from proxy.answering import UpstreamAnswerer
+from proxy.asking import Patience
+from proxy.errors import UpstreamFailure
+from proxy.jobs import Jobs
+from proxy.records import ModelRecord
+from proxy.registry import Registry
+from proxy.settings import Settings
+from proxy.state import StateHolder
+from proxy.store import Store
+from router_core.types import Floats
+from tests.support.makers import a_record, a_registry, following
+
+FAMILIES = ("north", "east", "south", "west")
+IMPATIENT = Patience(attempts=3, first_wait_s=0.01, longest_wait_s=0.05, timeout_s=2.0)
+
+
+class CornersEmbedder:
+    """The first word of a text says where it lies."""
+
+    id = "corners"
+    dimension = 4
+
+    def embed(self, texts: Sequence[str]) -> Floats:
+        vectors = np.full((len(texts), 4), 0.1, dtype=np.float32)
+        for row, text in enumerate(texts):
+            word = text.split(" ", 1)[0]
+            vectors[row, FAMILIES.index(word) if word in FAMILIES else 0] = 1.0
+        return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
+
+
+class HttpUpstream:
+    """The smallest provider layer: one POST, errors as the real one raises them."""
+
+    async def complete(self, record: ModelRecord, body: Mapping[str, Any]) -> dict[str, Any]:
+        async with httpx.AsyncClient(timeout=5, trust_env=False, verify=False) as client:
+            try:
+                response = await client.post(f"{record.litellm_params['api_base']}/chat/completions", json=dict(body))
+            except httpx.HTTPError as error:
+                raise UpstreamFailure(f"{record.name} cannot be reached") from error
+        if response.is_error:
+            raise UpstreamFailure(
+                f"{record.name} answered with status {response.status_code}",
+                status=response.status_code,
+                headers=response.headers,
+            )
+        answered: dict[str, Any] = response.json()
+        return answered
+
+
+def write_validation_set(path: Path, count: int = 40, **more: Any) -> Path:
+    """Prompt n asks for n, in one of four families."""
+    lines = [
+        {
+            "id": f"p{n}",
+            "family": FAMILIES[n % 4],
+            "prompt": f"{FAMILIES[n % 4]} say the number {n}",
+            "grader": {"type": "numeric", "answer": n},
+            "max_tokens": 50,
+            **more,
+        }
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def knows(*families: str) -> Any:
+    """A skill that answers the prompts of these families and is wrong elsewhere."""
+
+    def answer(prompt: str) -> str:
+        family, number = prompt.split(" ", 1)[0], prompt.rsplit(" ", 1)[-1]
+        return f"The number is {number if family in families else -1}"
+
+    return answer
+
+
+def settings_for(folder: Path, **more: Any) -> Settings:
+    if not (folder / "prompts.jsonl").exists():
+        write_validation_set(folder / "prompts.jsonl")
+    return Settings.model_validate({"data_dir": folder, "validation_set": str(folder / "prompts.jsonl"), **more})
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One process's worth of what jobs need."""
+
+    state: StateHolder
+    registry: Registry
+    jobs: Jobs
+    record: ModelRecord
+
+
+def model_at(url: str, **params: Any) -> ModelRecord:
+    return a_record("small", api_base=url, **params)
+
+
+@asynccontextmanager
+async def a_bench(
+    store: Store, folder: Path, record: ModelRecord, *, worker: bool = True, patience: Patience = IMPATIENT, **more: Any
+) -> AsyncIterator[Bench]:
+    """Jobs over the store, the model registered unless it is configured."""
+    configured = (record,) if record.source == "config" else ()
+    async with AsyncExitStack() as closing:
+        state = await closing.enter_async_context(following(store, folder, *configured))
+        answerer = UpstreamAnswerer(HttpUpstream())
+        jobs = Jobs(store, state, answerer, CornersEmbedder(), settings_for(folder, **more), patience)
+        closing.push_async_callback(jobs.close)
+        registry = a_registry(store, folder, *(r.name for r in configured))
+        if not configured:
+            await registry.add_model(record)
+        if worker:
+            await jobs.start_worker()
+        yield Bench(state, registry, jobs, record)

@@ -1,0 +1,80 @@
+"""The real thing: SmolLM2 under llama.cpp, measured and routed. Needs the packages of the extra `demo`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+import yaml
+
+from proxy.local_models import LocalModelError, smollm2, start_llama
+from tests.support.command import ServeCommand, environment, run_command
+from tests.support.server import uniform_profile
+
+
+@pytest.fixture(scope="module")
+def smollm2_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with start_llama(smollm2(), tmp_path_factory.mktemp("llama") / "log.txt", context=4096) as server:
+        yield server.api_base
+
+
+def test_a_routed_prompt_is_streamed_from_a_real_model(
+    smollm2_address: str, tmp_path: Path, embedder_cache: Path
+) -> None:
+    params = {"model": "openai/smollm2", "api_base": smollm2_address, "temperature": 0, "system": "Answer briefly."}
+    model = {"model_name": "smollm2", "litellm_params": params, "model_info": {"free": True}}
+    section = {"profile": {"on_start": False}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model_list": [model], "uniroute": section}))
+    (tmp_path / "profile.json").write_text(json.dumps(uniform_profile(0.8)))
+    environ = environment(tmp_path / "data", embedder_cache, UNIROUTE_ADMIN_KEY="admin-of-the-tests")
+    with ServeCommand("--config", tmp_path / "config.yaml", environ=environ, log=tmp_path / "log.txt") as server:
+        handed = ("models", "profile", "smollm2", "--profile", tmp_path / "profile.json", "--url", server.url)
+        assert run_command(*handed, environ=environ).returncode == 0
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+            stream = client.chat.completions.create(
+                model="auto",
+                messages=[{"role": "user", "content": "What is the capital of France?"}],
+                max_tokens=40,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+            chunks = list(stream)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(pieces).strip()
+    assert len(pieces) > 3
+    assert {chunk.model for chunk in chunks} == {"smollm2"}
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens > 3
+
+
+def test_a_model_that_cannot_be_loaded_says_so_and_leaves_no_process(tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"not a model")
+    with pytest.raises(LocalModelError, match=r"broken\.gguf"):
+        start_llama(tmp_path / "broken.gguf", tmp_path / "log.txt")
+
+
+def test_a_local_model_ends_when_it_is_closed(tmp_path: Path) -> None:
+    with start_llama(smollm2(), tmp_path / "log.txt", context=512) as server:
+        assert server.process.poll() is None
+    assert server.process.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_demo_measures_three_models_and_streams_three_answers(tmp_path: Path, embedder_cache: Path) -> None:
+    environ = environment(tmp_path / "data", embedder_cache)
+    (tmp_path / "data" / "demo").mkdir()
+    for table in embedder_cache.glob("static-*"):
+        (tmp_path / "data" / "demo" / table.name).symlink_to(table)
+    ended = run_command("demo", "--once", "--prompts", "24", "--port", "0", environ=environ, timeout_s=380)
+    assert ended.returncode == 0, ended.stderr
+    errors = [
+        float(error) for error in re.findall(r"\d\.\d\d", re.findall(r"^  mean error .*$", ended.stdout, re.M)[0])
+    ]
+    assert errors[0] < errors[2]
+    assert len(re.findall(r"x-uniroute-model: (smollm2|gemma3-base)", ended.stdout)) == 3
+    assert ended.stdout.count("chosen at λ") == 3
