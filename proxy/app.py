@@ -19,7 +19,7 @@ from proxy.auth import Guard
 from proxy.edge import Edge
 from proxy.errors import ClientGone, ProxyError, describe, plain_error
 from proxy.foreign_errors import FOREIGN, translated
-from proxy.onboarding import measuring_on_start
+from proxy.jobs.onboarding import measuring_on_start
 from proxy.routes import admin, admin_jobs, chat, health, models, route
 from proxy.services import Services, ServicesHolder, open_services
 from proxy.settings import Settings, load_settings

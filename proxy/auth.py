@@ -13,9 +13,9 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from proxy.errors import Forbidden, ProxyError, Unauthenticated, describe
-from proxy.records import ClientKey
 from proxy.settings import Settings, is_loopback
-from proxy.snapshot import RoutingState
+from proxy.state.records import ClientKey
+from proxy.state.snapshot import RoutingState
 
 log = logging.getLogger("uniroute.auth")
 

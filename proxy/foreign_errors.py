@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from proxy.errors import BadRequest, Conflict, ProxyError, Unavailable, UnknownName
-from proxy.registry import DefinedInConfig, NameTaken, UnknownModel
-from proxy.store import StoreUnavailable
+from proxy.state.registry import DefinedInConfig, NameTaken, UnknownModel
+from proxy.state.store import StoreUnavailable
 from router_core.errors import InvalidInput, MapMismatch
 
 FOREIGN: Mapping[type[Exception], type[ProxyError]] = {

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from starlette.responses import Response
 
-from proxy.choosing import Choice, choose
 from proxy.errors import UpstreamFailure
-from proxy.forwarding import Forwarder
-from proxy.meter import Books, Meter
-from proxy.records import ClientKey
-from proxy.request import ChatRequest
+from proxy.recording.meter import Books, Meter
+from proxy.relay.forwarding import Forwarder
+from proxy.relay.sse import dump
+from proxy.relay.streaming import EventStream
+from proxy.routing.choosing import Choice, choose
+from proxy.routing.request import ChatRequest
 from proxy.services import Services
-from proxy.sse import dump
-from proxy.streaming import EventStream
+from proxy.state.records import ClientKey
 from proxy.trace import Trace
 
 __all__ = ["Choice", "handle"]

@@ -10,24 +10,24 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from proxy.answering import UpstreamAnswerer
-from proxy.assigning import Assigner, deadline_of
-from proxy.catalog import bundled_catalog
-from proxy.jobs import Jobs
-from proxy.keys import KeyLatch
-from proxy.live import LiveExpectations
-from proxy.metrics import Metrics
-from proxy.prices import PriceFeed
-from proxy.provider_layer import import_litellm
-from proxy.records import ModelRecord
-from proxy.registry import Registry
+from proxy.jobs.answering import UpstreamAnswerer
+from proxy.jobs.jobs import Jobs
+from proxy.recording.metrics import Metrics
+from proxy.recording.usage import UsageRecorder
+from proxy.routing.assigning import Assigner, deadline_of
 from proxy.settings import Settings, SettingsError, check_exposure
-from proxy.snapshot import Surroundings
-from proxy.state import StateHolder
-from proxy.store import Store
+from proxy.state.catalog import bundled_catalog
+from proxy.state.holder import StateHolder
+from proxy.state.keys import KeyLatch
+from proxy.state.live import LiveExpectations
+from proxy.state.prices import PriceFeed
+from proxy.state.records import ModelRecord
+from proxy.state.registry import Registry
+from proxy.state.snapshot import Surroundings
+from proxy.state.store import Store
 from proxy.tasks import end
-from proxy.upstream import LitellmUpstream
-from proxy.usage import UsageRecorder
+from proxy.upstream.client import LitellmUpstream
+from proxy.upstream.provider_layer import import_litellm
 from router_core.artifact import builtin_map, load_map
 from router_core.clustering import ClusterMap
 from router_core.embedding import open_embedder

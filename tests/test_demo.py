@@ -11,7 +11,7 @@ import openai
 import pytest
 import yaml
 
-from proxy.local_models import LocalModelError, smollm2, start_llama
+from proxy.demo.local_models import LocalModelError, smollm2, start_llama
 from tests.support.command import ServeCommand, environment, run_command
 from tests.support.server import uniform_profile
 

@@ -44,18 +44,18 @@ def main() -> None:
 
 
 def _bad_argument() -> tuple[type[Exception], ...]:
-    from proxy.console import BadArgument
+    from proxy.cli.console import BadArgument
     from proxy.settings_sources import SettingsError
 
     return (BadArgument, SettingsError)
 
 
 def _failed_work() -> tuple[type[Exception], ...]:
-    from proxy.console import CommandError
-    from proxy.local_models import LocalModelError
-    from proxy.prices import FeedFailed
-    from proxy.registry import RegistryError
-    from proxy.store import StoreUnavailable
+    from proxy.cli.console import CommandError
+    from proxy.demo.local_models import LocalModelError
+    from proxy.state.prices import FeedFailed
+    from proxy.state.registry import RegistryError
+    from proxy.state.store import StoreUnavailable
     from router_core.errors import RouterCoreError
 
     return (CommandError, FeedFailed, LocalModelError, RegistryError, StoreUnavailable, RouterCoreError)

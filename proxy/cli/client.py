@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import httpx
 
-from proxy.console import CommandError, Progress
+from proxy.cli.console import CommandError, Progress
 
 _POLL_S = 0.3
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]

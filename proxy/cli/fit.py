@@ -21,9 +21,9 @@ def fit(
     as_json: JsonOption = False,
 ) -> None:
     """Fit a cluster map on unlabelled prompts. Profiles measured on another map do not carry over."""
-    from proxy import console
+    from proxy.cli import console
     from proxy.cli.options import read_settings
-    from proxy.prompt_files import read_prompts
+    from proxy.cli.prompt_files import read_prompts
     from router_core.artifact import save_map
     from router_core.embedding import open_embedder
     from router_core.fitting import fit_map

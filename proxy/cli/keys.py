@@ -10,7 +10,7 @@ import typer
 from proxy.cli.options import ConfigOption, DataDirOption, JsonOption, open_registry, read_settings, run
 
 if TYPE_CHECKING:
-    from proxy.records import ClientKey
+    from proxy.state.records import ClientKey
 
 keys = typer.Typer(no_args_is_help=True, help="Client keys. The first one closes the door to calls without a key.")
 
@@ -25,7 +25,7 @@ def create(
     as_json: JsonOption = False,
 ) -> None:
     """Make a key and show it, once."""
-    from proxy import console
+    from proxy.cli import console
 
     async def work() -> tuple[ClientKey, str]:
         async with open_registry(read_settings(config, data_dir=data_dir)) as registry:
@@ -42,7 +42,7 @@ def create(
 @keys.command("list")
 def list_keys(config: ConfigOption = None, data_dir: DataDirOption = None, *, as_json: JsonOption = False) -> None:
     """Show the keys, never their text."""
-    from proxy import console
+    from proxy.cli import console
 
     async def work() -> tuple[ClientKey, ...]:
         async with open_registry(read_settings(config, data_dir=data_dir)) as registry:
@@ -63,7 +63,7 @@ def revoke(
     data_dir: DataDirOption = None,
 ) -> None:
     """Refuse this key from now on. Calls without any key stay refused too."""
-    from proxy import console
+    from proxy.cli import console
 
     async def work() -> None:
         async with open_registry(read_settings(config, data_dir=data_dir)) as registry:

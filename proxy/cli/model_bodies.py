@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from proxy.console import BadArgument, note
+from proxy.cli.console import BadArgument, note
 from proxy.settings import load_settings
 
 
@@ -66,7 +66,7 @@ def _read_profile(path: Path) -> dict[str, Any]:
 
 def _from_outcomes(path: Path, name: str) -> dict[str, Any]:
     """Measured here, with the map and the embedder of our own settings; the server refuses another map's profile."""
-    from proxy.outcomes import profile_from_outcomes
+    from proxy.jobs.outcomes import profile_from_outcomes
     from router_core.artifact import builtin_map, load_map
     from router_core.embedding import open_embedder
 

@@ -84,7 +84,7 @@ def profile_again(
 @models.command("list")
 def list_models(url: UrlOption = None, *, as_json: JsonOption = False) -> None:
     """Every model with its state, mean error and price."""
-    from proxy import console
+    from proxy.cli import console
 
     with admin_client(url) as server:
         answer = server.call("GET", "/admin/models")
@@ -98,7 +98,7 @@ def list_models(url: UrlOption = None, *, as_json: JsonOption = False) -> None:
 @models.command()
 def show(name: NameArgument, url: UrlOption = None) -> None:
     """Everything known of one model, as JSON."""
-    from proxy import console
+    from proxy.cli import console
 
     with admin_client(url) as server:
         console.emit_json(server.call("GET", f"/admin/models/{name}"))
@@ -107,7 +107,7 @@ def show(name: NameArgument, url: UrlOption = None) -> None:
 @models.command()
 def remove(name: NameArgument, url: UrlOption = None) -> None:
     """Take a model out of traffic and forget its profile."""
-    from proxy import console
+    from proxy.cli import console
 
     with admin_client(url) as server:
         server.call("DELETE", f"/admin/models/{name}")
@@ -116,7 +116,7 @@ def remove(name: NameArgument, url: UrlOption = None) -> None:
 
 def _finish(server: ServerClient, answer: Mapping[str, Any], *, no_wait: bool, as_json: bool) -> None:
     """Wait for the job unless told not to; failed work ends the command with status 1."""
-    from proxy import console
+    from proxy.cli import console
 
     job = answer["job"]
     if job is not None and not no_wait:

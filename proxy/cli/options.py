@@ -12,8 +12,8 @@ import typer
 
 if TYPE_CHECKING:
     from proxy.cli.client import ServerClient
-    from proxy.registry import Registry
     from proxy.settings import Settings
+    from proxy.state.registry import Registry
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ def read_settings(config: Path | None, **overrides: object) -> Settings:
 def admin_client(url: str | None) -> ServerClient:
     """For admin calls; BadArgument without UNIROUTE_ADMIN_KEY."""
     from proxy.cli.client import ServerClient
-    from proxy.console import BadArgument
+    from proxy.cli.console import BadArgument
 
     key = os.environ.get("UNIROUTE_ADMIN_KEY")
     if not key:
@@ -67,9 +67,9 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 @asynccontextmanager
 async def open_registry(settings: Settings) -> AsyncIterator[Registry]:
     """The store itself, with no server needed; a running server's embedded store is joined."""
-    from proxy.keys import KeyLatch
-    from proxy.registry import Registry
-    from proxy.store import Store
+    from proxy.state.keys import KeyLatch
+    from proxy.state.registry import Registry
+    from proxy.state.store import Store
 
     store = await Store.open(settings)
     try:

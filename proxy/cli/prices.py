@@ -28,8 +28,8 @@ def sync(
     as_json: JsonOption = False,
 ) -> None:
     """Fetch prices now. Without a URL, `price_url` or the map that comes with LiteLLM."""
-    from proxy import console
-    from proxy.price_sync import sync_once
+    from proxy.cli import console
+    from proxy.cli.price_sync import sync_once
 
     report = run(sync_once(read_settings(config, data_dir=data_dir), feed))
     if as_json:

@@ -19,7 +19,7 @@ def route(
     as_json: JsonOption = False,
 ) -> None:
     """Ask a running server which model it would choose."""
-    from proxy import console
+    from proxy.cli import console
     from proxy.cli.options import caller_client
 
     body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": prompt}]}
@@ -35,7 +35,7 @@ def route(
 
 def show_decision(decision: Mapping[str, Any]) -> None:
     """The choice, the prompt's clusters, every candidate with its figures, and who was ruled out."""
-    from proxy import console
+    from proxy.cli import console
 
     console.say(f"{decision['model']}  ({decision['reason']}, λ = {decision['lambda']:g})")
     near = [f"{c['name']} {c['weight']:.0%}" for c in decision["clusters"][:3]]

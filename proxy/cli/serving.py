@@ -31,9 +31,9 @@ def serve(
     """Serve the OpenAI-compatible API until Ctrl-C."""
     from logging.config import dictConfig
 
-    from proxy import console
-    from proxy.serve import LOGGING, address, announce_ready, leave_on_sigterm, listen, run_server
-    from proxy.serve_store import owned_store
+    from proxy.cli import console
+    from proxy.cli.serve import LOGGING, address, announce_ready, leave_on_sigterm, listen, run_server
+    from proxy.cli.serve_store import owned_store
 
     leave_on_sigterm()
     dictConfig(LOGGING)
@@ -59,8 +59,8 @@ def demo(
     once: Annotated[bool, typer.Option("--once", help="End after the three prompts.")] = False,
 ) -> None:
     """Three real models on this machine, measured and routed. Needs no key and no network."""
-    from proxy.demo import run_demo
-    from proxy.serve import leave_on_sigterm
+    from proxy.cli.serve import leave_on_sigterm
+    from proxy.demo.run import run_demo
 
     leave_on_sigterm()
     run_demo(read_settings(None, port=port, data_dir=data_dir), prompts=prompts, once=once)
@@ -70,17 +70,17 @@ def worker(config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
     """Measure models for servers that use the same store, until Ctrl-C."""
     from logging.config import dictConfig
 
-    from proxy.serve import LOGGING
-    from proxy.worker import work
+    from proxy.cli.serve import LOGGING
+    from proxy.cli.worker import work
 
     dictConfig(LOGGING)
     run(work(read_settings(config, data_dir=data_dir)))
 
 
 def _with_detected(settings: Settings) -> Settings:
-    from proxy import console
-    from proxy.catalog import bundled_catalog
-    from proxy.detect import PROVIDERS, detect_models, with_detected
+    from proxy.cli import console
+    from proxy.cli.detect import PROVIDERS, detect_models, with_detected
+    from proxy.state.catalog import bundled_catalog
 
     found = detect_models(os.environ, bundled_catalog())
     if not found:
@@ -90,7 +90,7 @@ def _with_detected(settings: Settings) -> Settings:
 
 
 def _tell_models(models: Sequence[ModelEntry]) -> None:
-    from proxy import console
+    from proxy.cli import console
 
     for model in models:
         console.note(f"  {model.model_name}  ({model.litellm_params['model']})")

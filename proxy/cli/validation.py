@@ -21,7 +21,7 @@ SetArgument = Annotated[str, typer.Argument(metavar="[FILE]", help="A JSONL file
 @validation.command("list")
 def list_families(source: SetArgument = "builtin", *, as_json: JsonOption = False) -> None:
     """Families of the set, with the number of prompts and how they are graded."""
-    from proxy import console
+    from proxy.cli import console
 
     chosen = open_set(source)
     prompts = Counter(prompt.family for prompt in chosen)
@@ -40,7 +40,7 @@ def export(
     out: Annotated[Path | None, typer.Option("--out", help="Write here instead of stdout.")] = None,
 ) -> None:
     """Write the set as JSONL, one prompt a line: a start for your own."""
-    from proxy import console
+    from proxy.cli import console
 
     lines = [json.dumps(prompt.to_json(), ensure_ascii=False) for prompt in open_set(source)]
     if out is None:
@@ -56,7 +56,7 @@ def export(
 @validation.command()
 def check(source: SetArgument = "builtin", data_dir: DataDirOption = None, *, as_json: JsonOption = False) -> None:
     """Read a set, report the first broken line, and say which clusters of the map it leaves thin."""
-    from proxy import console
+    from proxy.cli import console
     from router_core.artifact import builtin_map, load_map
     from router_core.embedding import open_embedder
     from router_core.validation.coverage import coverage, thin_clusters

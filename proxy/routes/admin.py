@@ -9,14 +9,14 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
-from proxy.admin_bodies import Asking, read_addition, read_patch, read_price, read_profile
 from proxy.errors import UnknownName
-from proxy.model_cards import card_of
-from proxy.records import ModelRecord
-from proxy.registry import DefinedInConfig
+from proxy.routes.admin_bodies import Asking, read_addition, read_patch, read_price, read_profile
 from proxy.routes.context import OurServices, json_object
+from proxy.routes.model_cards import card_of
 from proxy.services import Services
-from proxy.store import StoreUnavailable
+from proxy.state.records import ModelRecord
+from proxy.state.registry import DefinedInConfig
+from proxy.state.store import StoreUnavailable
 
 router = APIRouter(prefix="/admin/models")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from proxy.body import read_body
-from proxy.disconnect import until_gone
 from proxy.pipeline import handle
-from proxy.request import parse_chat
+from proxy.relay.disconnect import until_gone
 from proxy.routes.context import Caller, OurServices, arrived_at, headers_of, trace_of
+from proxy.routing.request import parse_chat
 
 router = APIRouter()
 

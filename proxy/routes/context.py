@@ -9,9 +9,9 @@ from fastapi import Depends, Request
 from proxy.auth import KEY_IN_SCOPE
 from proxy.body import read_body
 from proxy.edge import ARRIVED, TRACE
-from proxy.records import ClientKey
-from proxy.request import parse_object
+from proxy.routing.request import parse_object
 from proxy.services import Services
+from proxy.state.records import ClientKey
 from proxy.trace import Trace
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from fastapi import APIRouter
 
 from proxy.errors import UnknownName
-from proxy.names import ALIASES, ANY, usable_models
 from proxy.routes.context import Caller, OurServices
+from proxy.routing.names import ALIASES, ANY, usable_models
 from proxy.services import Services
 
 router = APIRouter()

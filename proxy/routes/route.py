@@ -5,10 +5,10 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from proxy.body import read_body
-from proxy.choosing import choose, to_json
-from proxy.request import parse_chat
+from proxy.relay.sse import dump
 from proxy.routes.context import Caller, OurServices, headers_of
-from proxy.sse import dump
+from proxy.routing.choosing import choose, to_json
+from proxy.routing.request import parse_chat
 
 router = APIRouter()
 

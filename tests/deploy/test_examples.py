@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy.catalog import bundled_catalog
 from proxy.settings import Settings, load_settings, resolve_secret
+from proxy.state.catalog import bundled_catalog
 from tests.test_house import ROOT
 
 EXAMPLES = sorted((ROOT / "deploy" / "examples").glob("*.yaml"))

@@ -12,11 +12,11 @@ import httpx
 import openai
 import pytest
 
-from proxy.keys import KeyLatch
-from proxy.records import ClientKey
-from proxy.registry import Registry
 from proxy.settings import Settings
-from proxy.store import Store
+from proxy.state.keys import KeyLatch
+from proxy.state.records import ClientKey
+from proxy.state.registry import Registry
+from proxy.state.store import Store
 from tests.support.server import ADMIN_KEY, ProxyProcess, arm
 from tests.support.upstream import ScriptedUpstream, wait_until
 

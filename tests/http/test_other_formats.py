@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from proxy.errors import UpstreamFailure
-from proxy.records import ModelRecord
 from proxy.settings import ModelInfo, Settings
-from proxy.upstream import LitellmUpstream
+from proxy.state.records import ModelRecord
+from proxy.upstream.client import LitellmUpstream
 from tests.support.answers import Step
 from tests.support.upstream import ScriptedUpstream
 

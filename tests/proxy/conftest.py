@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from proxy.embedded import EmbeddedValkey
-from proxy.store import Store
+from proxy.state.embedded import EmbeddedValkey
+from proxy.state.store import Store
 
 
 @pytest.fixture(scope="session")

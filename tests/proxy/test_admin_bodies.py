@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from proxy.admin_bodies import Addition, Asking, read_addition, read_patch, read_price, shown_params
 from proxy.errors import BadRequest
+from proxy.routes.admin_bodies import Addition, Asking, read_addition, read_patch, read_price, shown_params
 from proxy.settings import Settings
 from router_core.errors import InvalidInput
 from router_core.profiles import Profile

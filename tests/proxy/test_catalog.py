@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from proxy.catalog import InvalidPriceMap, bundled_catalog, parse_price_map
+from proxy.state.catalog import InvalidPriceMap, bundled_catalog, parse_price_map
 
 ONE = {
     "gpt-x": {"litellm_provider": "openai", "input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6, "mode": "chat"}
@@ -62,5 +62,7 @@ def test_one_broken_entry_refuses_the_whole_map(broken: object) -> None:
 
 
 def test_reading_the_map_imports_no_litellm() -> None:
-    program = "import sys; from proxy.catalog import bundled_catalog as b; b(); sys.exit('litellm' in sys.modules)"
+    program = (
+        "import sys; from proxy.state.catalog import bundled_catalog as b; b(); sys.exit('litellm' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from proxy.assigning import Assigner, RoutingLate
-from proxy.choosing import Choice, choose, to_json
 from proxy.errors import Forbidden, NothingAble, TooLong, Unavailable, UnknownName
-from proxy.options import Options
-from proxy.records import ClientKey, StoredProfile
-from proxy.request import ChatRequest
+from proxy.routing.assigning import Assigner, RoutingLate
+from proxy.routing.choosing import Choice, choose, to_json
+from proxy.routing.options import Options
+from proxy.routing.request import ChatRequest
 from proxy.settings import Settings
-from proxy.snapshot import RoutingState, build_state
-from proxy.stored import Stored
+from proxy.state.records import ClientKey, StoredProfile
+from proxy.state.snapshot import RoutingState, build_state
+from proxy.state.stored import Stored
 from router_core.types import Floats
 from tests.support.makers import a_profile, a_record, surroundings
 

@@ -9,9 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from proxy.catalog import bundled_catalog, parse_price_map
-from proxy.detect import PROVIDERS, detect_models, with_detected
+from proxy.cli.detect import PROVIDERS, detect_models, with_detected
 from proxy.settings import ModelEntry, Settings
+from proxy.state.catalog import bundled_catalog, parse_price_map
 
 NOBODY = "http://127.0.0.1:9"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from proxy.features import CUT, MEDIA_TOKENS, estimate_tokens, needs_of, routing_text
+from proxy.routing.features import CUT, MEDIA_TOKENS, estimate_tokens, needs_of, routing_text
 
 LONG = "Please explain in detail how a steam engine converts heat into motion."
 IMAGE: Any = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1_000_000}}

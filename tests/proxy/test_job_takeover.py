@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from proxy.embedded import EmbeddedValkey
-from proxy.job_records import Job, PromptAnswer
-from proxy.jobs import Jobs
-from proxy.leases import LeaseLost, Leases
-from proxy.ledger import Ledger
-from proxy.store import Store
-from proxy.stored import PROFILES
+from proxy.jobs.jobs import Jobs
+from proxy.jobs.leases import LeaseLost, Leases
+from proxy.jobs.ledger import Ledger
+from proxy.jobs.records import Job, PromptAnswer
+from proxy.state.embedded import EmbeddedValkey
+from proxy.state.store import Store
+from proxy.state.stored import PROFILES
 from router_core.profiles import Profile
 from tests.support.makers import a_record, until
 from tests.support.measured import a_bench, knows, model_at, settings_for

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from proxy.job_records import Job
-from proxy.jobs import Jobs
-from proxy.registry import UnknownModel
-from proxy.store import Store
-from proxy.stored import PROFILES
+from proxy.jobs.jobs import Jobs
+from proxy.jobs.records import Job
+from proxy.state.registry import UnknownModel
+from proxy.state.store import Store
+from proxy.state.stored import PROFILES
 from tests.support.answers import Step
 from tests.support.makers import a_profile, a_record, until
 from tests.support.measured import a_bench, knows, model_at, write_validation_set

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from proxy.live import LiveExpectations
+from proxy.state.live import LiveExpectations
 from tests.support.makers import a_profile
 
 

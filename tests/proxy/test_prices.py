@@ -12,10 +12,10 @@ from threading import Thread
 
 import pytest
 
-from proxy.price_sync import sync_once
-from proxy.prices import LARGEST_FEED, FeedFailed, PriceFeed, fetch_catalog, sync_prices
+from proxy.cli.price_sync import sync_once
 from proxy.settings import Settings
-from proxy.store import Store
+from proxy.state.prices import LARGEST_FEED, FeedFailed, PriceFeed, fetch_catalog, sync_prices
+from proxy.state.store import Store
 from proxy.tasks import end
 from router_core.types import Price
 from tests.support.makers import a_record, a_registry, following, until

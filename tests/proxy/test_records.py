@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.records import ClientKey, InvalidRecord, LivePrice, ModelRecord, StoredProfile
+from proxy.state.records import ClientKey, InvalidRecord, LivePrice, ModelRecord, StoredProfile
 from router_core.errors import InvalidPrice
 from router_core.types import Price
 from tests.support.makers import a_profile, a_record

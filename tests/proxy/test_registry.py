@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from proxy.keys import KeyLatch, digest_of
-from proxy.registry import DefinedInConfig, NameTaken, UnknownKey, UnknownModel
-from proxy.store import Store, StoreUnavailable
-from proxy.stored import CHANGED, MODELS, PRICING, PROFILES, VERSION, price_key
+from proxy.state.keys import KeyLatch, digest_of
+from proxy.state.registry import DefinedInConfig, NameTaken, UnknownKey, UnknownModel
+from proxy.state.store import Store, StoreUnavailable
+from proxy.state.stored import CHANGED, MODELS, PRICING, PROFILES, VERSION, price_key
 from router_core.types import Price
 from tests.support.makers import a_profile, a_record, a_registry
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import BadRequest, ControlFieldRefused
-from proxy.request import MAX_DEPTH, ChatRequest, parse_chat, parse_object
+from proxy.routing.request import MAX_DEPTH, ChatRequest, parse_chat, parse_object
 
 ASK: Any = [{"role": "user", "content": "hi"}]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from proxy.embedded import EmbeddedValkey
-from proxy.live import LiveExpectations
-from proxy.store import Store
-from proxy.stored import KEYS, MODELS, PRICING, PROFILES, VERSION, price_key
+from proxy.state.embedded import EmbeddedValkey
+from proxy.state.live import LiveExpectations
+from proxy.state.store import Store
+from proxy.state.stored import KEYS, MODELS, PRICING, PROFILES, VERSION, price_key
 from router_core.types import Price
 from tests.support.makers import CORNERS, a_profile, a_record, a_registry, following, until
 

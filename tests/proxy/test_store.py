@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from proxy.embedded import LONGEST_SOCKET_PATH, EmbeddedStoreFailed, EmbeddedValkey, private_folder, socket_path
 from proxy.settings import Settings
-from proxy.store import Store, StoreUnavailable
+from proxy.state.embedded import LONGEST_SOCKET_PATH, EmbeddedStoreFailed, EmbeddedValkey, private_folder, socket_path
+from proxy.state.store import Store, StoreUnavailable
 
 OWNER = """
 import sys, time
 from pathlib import Path
-from proxy.embedded import EmbeddedValkey
+from proxy.state.embedded import EmbeddedValkey
 EmbeddedValkey(Path(sys.argv[1])).ensure()
 print("up", flush=True)
 time.sleep(60)
@@ -95,7 +95,7 @@ async def test_a_server_whose_owner_was_killed_is_adopted_with_its_data(tmp_path
 async def test_a_server_that_is_alive_but_silent_is_never_joined_by_a_second_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxy.embedded.STARTING_S", 0.5)
+    monkeypatch.setattr("proxy.state.embedded.STARTING_S", 0.5)
     owner = await an_owner(tmp_path)
     guest = await Store.open(settings(tmp_path))
     pid = int((await guest.client.info("server"))["process_id"])

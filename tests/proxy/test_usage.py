@@ -7,8 +7,17 @@ from typing import Any
 
 import pytest
 
-from proxy.store import Store, StoreUnavailable
-from proxy.usage import MOST_QUEUED, STREAM, TOTALS, TokenCounts, UsageRecord, UsageRecorder, cost_usd, counts_of
+from proxy.recording.usage import (
+    MOST_QUEUED,
+    STREAM,
+    TOTALS,
+    TokenCounts,
+    UsageRecord,
+    UsageRecorder,
+    cost_usd,
+    counts_of,
+)
+from proxy.state.store import Store, StoreUnavailable
 from router_core.types import Price
 
 PRICE = Price(1e-6, 4e-6, cache_read_input_token_cost=1e-7)

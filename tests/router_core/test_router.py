@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from router_core import Router
 from router_core.embedding import StaticEmbedder
 from router_core.errors import InvalidInput, InvalidProfile, MapMismatch, NoEligibleModel
 from router_core.profiles import Profile
-from router_core import Router
 from tests.router_core.makers import FirstLetterEmbedder, a_map, a_profile
 
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from proxy.catalog import bundled_catalog
-from proxy.keys import KeyLatch
-from proxy.live import LiveExpectations
-from proxy.records import ModelRecord
-from proxy.registry import Registry
 from proxy.settings import ModelInfo
-from proxy.snapshot import Surroundings
-from proxy.state import StateHolder
-from proxy.store import Store
+from proxy.state.catalog import bundled_catalog
+from proxy.state.holder import StateHolder
+from proxy.state.keys import KeyLatch
+from proxy.state.live import LiveExpectations
+from proxy.state.records import ModelRecord
+from proxy.state.registry import Registry
+from proxy.state.snapshot import Surroundings
+from proxy.state.store import Store
 from router_core.clustering import ClusterMap
 from router_core.profiles import Profile
 

@@ -12,15 +12,15 @@ from typing import Any
 import httpx
 import numpy as np
 
-from proxy.answering import UpstreamAnswerer
-from proxy.asking import Patience
 from proxy.errors import UpstreamFailure
-from proxy.jobs import Jobs
-from proxy.records import ModelRecord
-from proxy.registry import Registry
+from proxy.jobs.answering import UpstreamAnswerer
+from proxy.jobs.asking import Patience
+from proxy.jobs.jobs import Jobs
 from proxy.settings import Settings
-from proxy.state import StateHolder
-from proxy.store import Store
+from proxy.state.holder import StateHolder
+from proxy.state.records import ModelRecord
+from proxy.state.registry import Registry
+from proxy.state.store import Store
 from router_core.types import Floats
 from tests.support.makers import a_record, a_registry, following
 

@@ -1,0 +1,100 @@
+"""Models this machine can reach already: provider keys in the environment, an Ollama on its port. Asks no provider."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from proxy.settings import ModelEntry, ModelInfo, Settings, check_model_name
+from proxy.state.catalog import Catalog
+
+log = logging.getLogger("uniroute.detect")
+
+OLLAMA_URL = "http://127.0.0.1:11434"
+_OLLAMA_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A provider of hosted models: the variable of its key, LiteLLM's prefix for it, and which models are offered."""
+
+    key: str
+    prefix: str
+    models: tuple[str, ...]
+
+
+PROVIDERS = (
+    Provider("OPENAI_API_KEY", "openai/", ("gpt-6-luna", "gpt-6.1-sol")),
+    Provider("ANTHROPIC_API_KEY", "anthropic/", ("claude-haiku-5-5", "claude-sonnet-5-5", "claude-opus-5-5")),
+    Provider("GEMINI_API_KEY", "gemini/", ("gemini-3.5-flash-lite", "gemini-3.8-flash", "gemini-4-argon")),
+    Provider("MISTRAL_API_KEY", "mistral/", ("mistral-small-2603", "mistral-large-4")),
+    Provider("GROQ_API_KEY", "groq/", ("openai/gpt-oss-20b", "openai/gpt-oss-120b")),
+    Provider("DEEPSEEK_API_KEY", "deepseek/", ("deepseek-v4-flash", "deepseek-v4-pro")),
+    Provider("XAI_API_KEY", "xai/", ("grok-4.3", "grok-4.7")),
+    Provider("CEREBRAS_API_KEY", "cerebras/", ("gpt-oss-120b", "qwen-3.8-27b")),
+    Provider("TOGETHERAI_API_KEY", "together_ai/", ("zai-org/GLM-5.3-Flash", "moonshotai/Kimi-K3")),
+)
+
+
+def detect_models(
+    environ: Mapping[str, str], catalog: Catalog, *, ollama_url: str = OLLAMA_URL
+) -> tuple[ModelEntry, ...]:
+    """Hosted models whose key is set and whose price the catalog knows, then every chat model of the Ollama."""
+    return (*_hosted(environ, catalog), *_ollama(ollama_url))
+
+
+def with_detected(settings: Settings, found: Sequence[ModelEntry]) -> Settings:
+    """The settings with the found models added; a configured name, or the same LiteLLM model, stays as configured."""
+    names = {entry.model_name for entry in settings.model_list}
+    models = {entry.litellm_params["model"] for entry in settings.model_list}
+    new = [e for e in found if e.model_name not in names and e.litellm_params["model"] not in models]
+    return settings.model_copy(update={"model_list": (*settings.model_list, *new)})
+
+
+def _hosted(environ: Mapping[str, str], catalog: Catalog) -> list[ModelEntry]:
+    return [
+        ModelEntry(
+            model_name=provider.prefix + model,
+            litellm_params={"model": provider.prefix + model, "api_key": f"os.environ/{provider.key}"},
+        )
+        for provider in PROVIDERS
+        if environ.get(provider.key)
+        for model in provider.models
+        if (known := catalog.find(provider.prefix + model)) and known.price
+    ]
+
+
+def _ollama(url: str) -> list[ModelEntry]:
+    return [
+        ModelEntry(
+            model_name=f"ollama/{name}",
+            litellm_params={"model": f"ollama_chat/{name}", "api_base": url},
+            model_info=ModelInfo(free=True),
+        )
+        for name in _ollama_names(url)
+    ]
+
+
+def _ollama_names(url: str) -> list[str]:
+    """Names of the models that it holds, without embedding models; empty where nothing answers."""
+    import httpx
+
+    try:
+        reply = httpx.get(f"{url}/api/tags", timeout=_OLLAMA_TIMEOUT_S, trust_env=False)
+        names = [str(model["name"]) for model in reply.raise_for_status().json()["models"]]
+    except httpx.ConnectError:
+        return []
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        log.warning("something answers at %s, but not as Ollama does: %r", url, error)
+        return []
+    return [name for name in names if "embed" not in name and _is_usable(name)]
+
+
+def _is_usable(name: str) -> bool:
+    try:
+        check_model_name(f"ollama/{name}")
+    except ValueError as error:
+        log.warning("Ollama's model %r is left out: %s", name, error)
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""`uniroute demo`: real models on this machine, measured and routed by a server of its own."""

@@ -1,0 +1,132 @@
+"""One answer of one model, as profiling needs it. How the model is reached is upstream; when to try again is asking."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, Protocol
+
+from proxy.errors import UpstreamFailure
+from proxy.state.records import ModelRecord
+
+WORTH_RETRYING = frozenset({408, 409, 425, 429})
+LONGEST_REASON = 300
+HINTS: Mapping[int, str] = {
+    400: "the provider refuses the request: check litellm_params",
+    401: "the provider refuses the key: check litellm_params.api_key and its variable",
+    403: "the provider refuses the key for this model",
+    404: "check litellm_params.model and api_base",
+    429: "the provider limits the rate or the quota is used up: try later, or with a lower profile.concurrency",
+}
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back. None: the provider did not say."""
+
+    text: str
+    finish_reason: str | None
+    prompt_tokens: int | None
+    output_tokens: int | None
+    """Reasoning included, as it is billed."""
+    reasoned: bool
+    seconds: float
+
+
+class AnswerFailed(Exception):
+    """The model gave no answer; the message says why and what may help."""
+
+    def __init__(self, message: str, *, status: int | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
+
+    @property
+    def worth_retrying(self) -> bool:
+        return self.status is None or self.status in WORTH_RETRYING or self.status >= 500
+
+
+class Answerer(Protocol):
+    async def answer(
+        self, record: ModelRecord, messages: Sequence[Message], *, max_tokens: int, timeout_s: float
+    ) -> Answer:
+        """Raises AnswerFailed, also when `timeout_s` is over."""
+
+
+class Upstream(Protocol):
+    async def complete(self, record: ModelRecord, body: Mapping[str, Any]) -> dict[str, Any]:
+        """An OpenAI chat completion, or UpstreamFailure."""
+
+
+class UpstreamAnswerer:
+    """Asks through the same provider layer that serves requests, so that a profile measures what is served."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self._upstream = upstream
+
+    async def answer(
+        self, record: ModelRecord, messages: Sequence[Message], *, max_tokens: int, timeout_s: float
+    ) -> Answer:
+        body = {"model": record.name, "messages": [dict(message) for message in messages], "max_tokens": max_tokens}
+        started = monotonic()
+        try:
+            async with asyncio.timeout(timeout_s):
+                completion = await self._upstream.complete(record, body)
+        except TimeoutError as error:
+            raise AnswerFailed(f"{record.name} did not answer within {timeout_s:g} s") from error
+        except UpstreamFailure as error:
+            raise _failed(error) from error
+        return read_answer(completion, monotonic() - started, record.name)
+
+
+def read_answer(completion: Mapping[str, Any], seconds: float, model: str) -> Answer:
+    """The first choice of an OpenAI completion. Raises AnswerFailed where there is none."""
+    choices = completion.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = choice.get("message") if isinstance(choice, Mapping) else None
+    if not isinstance(choice, Mapping) or not isinstance(message, Mapping):
+        raise AnswerFailed(f"{model} answered without any choice", status=502)
+    usage = _mapping(completion.get("usage"))
+    thought = _count(_mapping(usage.get("completion_tokens_details")).get("reasoning_tokens"))
+    return Answer(
+        text=_text(message.get("content")),
+        finish_reason=choice.get("finish_reason"),
+        prompt_tokens=_count(usage.get("prompt_tokens")),
+        output_tokens=_count(usage.get("completion_tokens")),
+        reasoned=bool(thought or message.get("reasoning_content") or message.get("reasoning")),
+        seconds=seconds,
+    )
+
+
+def _failed(error: UpstreamFailure) -> AnswerFailed:
+    """The upstream's words are left out: some providers repeat the key in them."""
+    hint = HINTS.get(error.status or 0)
+    reason = f"{error}; {hint}" if hint else str(error)
+    return AnswerFailed(reason[:LONGEST_REASON], status=error.status, retry_after_s=_seconds(error.retry_after))
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """Retry-After in seconds; its other form, a date, is as good as none: our own back-off then counts."""
+    try:
+        seconds = float(retry_after or "")
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds < float("inf") else None
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
+    return content if isinstance(content, str) else ""
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

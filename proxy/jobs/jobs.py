@@ -1,0 +1,108 @@
+"""Profiling jobs as the rest of the proxy sees them. How they are worked on is worker, what they do profiling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from proxy.jobs.answering import Answerer
+from proxy.jobs.asking import Patience
+from proxy.jobs.ledger import Ledger
+from proxy.jobs.measuring import Measuring
+from proxy.jobs.records import Job, PromptAnswer
+from proxy.jobs.validation_prompts import PlacedPrompts, ValidationPrompts
+from proxy.jobs.worker import JobWorker
+from proxy.settings import Settings
+from proxy.state.holder import StateHolder
+from proxy.state.registry import UnknownModel
+from proxy.state.store import Store, StoreUnavailable
+from router_core.types import Embedder
+
+__all__ = ["Job", "Jobs", "outcome_lines"]
+
+
+class Jobs:
+    """One per process. Submitting needs no worker; a worker may be in this process or in any other."""
+
+    def __init__(
+        self,
+        store: Store,
+        state: StateHolder,
+        answerer: Answerer,
+        embedder: Embedder,
+        settings: Settings,
+        patience: Patience | None = None,
+    ) -> None:
+        self._state = state
+        self._ledger = Ledger(store)
+        self._prompts = ValidationPrompts(settings.validation_set, embedder)
+        patience = patience or Patience(timeout_s=settings.profile.timeout_s)
+        measuring = Measuring(settings, state, answerer, self._ledger, self._prompts, patience)
+        self.worker = JobWorker(store, self._ledger, measuring.measure)
+
+    async def submit(self, model: str, prompts: int, max_usd: float | None) -> Job:
+        """Measure a registered model; an unfinished job for the same arm is returned instead of a second one.
+
+        Raises:
+            UnknownModel, ValueError: no such model, no prompt asked for.
+            StoreUnavailable: nothing was submitted.
+        """
+        if prompts < 1:
+            raise ValueError(f"prompts must be 1 or more; got {prompts}")
+        await self._state.refresh()
+        record = self._state.current.models.get(model)
+        if record is None:
+            raise UnknownModel(f"no model named {model!r} is registered")
+        job_id = await self._ledger.submit(record, prompts, max_usd)
+        await self.worker.kick(job_id)
+        job = await self._ledger.get(job_id)
+        if job is None:
+            raise StoreUnavailable("the job that was just stored is gone: the store was emptied")
+        return job
+
+    async def get(self, job_id: str) -> Job | None:
+        return await self._ledger.get(job_id)
+
+    async def for_model(self, name: str) -> Job | None:
+        """The model's latest job."""
+        return await self._ledger.for_model(name)
+
+    async def cancel(self, job_id: str) -> bool:
+        """Its worker stops at the next answer, or within two seconds. False: there was nothing left to cancel."""
+        return await self._ledger.cancel(job_id)
+
+    async def outcomes(self, job_id: str) -> list[dict[str, Any]]:
+        """The graded answers of a job as lines of an outcomes file; prompts without a label are left out."""
+        job = await self._ledger.get(job_id)
+        if job is None:
+            return []
+        placed = await self._prompts.placed(self._state.current.cluster_map)
+        return outcome_lines(placed, job.model, await self._ledger.answers(job_id))
+
+    async def start_worker(self) -> None:
+        """Work on jobs in this process's event loop. Redis may be away for now."""
+        await self.worker.start()
+
+    async def stop_worker(self) -> None:
+        """Give the jobs back: another worker goes on with them at once."""
+        await self.worker.stop()
+
+    async def run_forever(self) -> None:
+        """What `uniroute worker` does until it is cancelled."""
+        await self.worker.run()
+
+    async def close(self) -> None:
+        await self.worker.close()
+
+
+def outcome_lines(placed: PlacedPrompts, model: str, answers: Mapping[str, PromptAnswer]) -> list[dict[str, Any]]:
+    """`{"id", "source", "prompt", "scores": {model: score}, "output_tokens": {model: n}}` for each labelled prompt."""
+    lines = []
+    for prompt in placed.prompts:
+        answer = answers.get(prompt.id)
+        if answer is None or answer.score is None:
+            continue
+        line = {"id": prompt.id, "source": prompt.family, "prompt": prompt.text, "scores": {model: answer.score}}
+        tokens = {} if answer.output_tokens is None else {"output_tokens": {model: answer.output_tokens}}
+        lines.append({**line, **tokens})
+    return lines

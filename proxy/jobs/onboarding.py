@@ -1,0 +1,75 @@
+"""Measures configured models that have no profile yet, when a process starts. How a model is measured is jobs'."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+from proxy.state.store import StoreUnavailable
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from proxy.services import Services
+
+log = logging.getLogger("uniroute.onboarding")
+
+_RETRY_S = 1.0
+
+
+def measuring_on_start(app: FastAPI) -> FastAPI:
+    """The same app; its lifespan also measures what was never measured."""
+    opened = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def lifespan(served: FastAPI) -> AsyncIterator[Any]:
+        async with opened(served) as state, onboarding(app.state.holder.services):
+            yield state
+
+    app.router.lifespan_context = lifespan
+    return app
+
+
+@contextlib.asynccontextmanager
+async def onboarding(services: Services) -> AsyncIterator[None]:
+    """Runs beside the serving, so that other models answer meanwhile."""
+    task = asyncio.create_task(measure_unmeasured(services), name="uniroute-onboarding")
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def measure_unmeasured(services: Services) -> None:
+    """One job a model, however many processes ask for it. Waits for a store that is away."""
+    waiting = list(services.settings.model_list) if services.settings.profile.on_start else []
+    while waiting:
+        try:
+            await _submit(services, waiting[0].model_name)
+            del waiting[0]
+        except StoreUnavailable:
+            await asyncio.sleep(_RETRY_S)
+
+
+async def _submit(services: Services, name: str) -> None:
+    await services.state.refresh()
+    state = services.state.current
+    asking = services.settings.profile
+    if name in state.profiles:
+        return
+    if name not in state.prices:
+        log.warning("model %s has no price, so it is not measured: state one in model_info, or free: true", name)
+        return
+    job = await services.jobs.submit(name, asking.prompts, asking.max_usd)
+    log.info(
+        "model %s has no profile: asking it %d prompts for at most $%g (job %s)",
+        name,
+        asking.prompts,
+        asking.max_usd,
+        job.id,
+    )

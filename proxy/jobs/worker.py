@@ -1,0 +1,176 @@
+"""Working on jobs in this process: taken from taskiq's stream, held by a lease, looked after by a sweeper."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from taskiq.acks import AcknowledgeType
+from taskiq.exceptions import SendTaskError
+from taskiq.receiver import Receiver
+
+from proxy.jobs.broker import JobBroker
+from proxy.jobs.leases import Lease, LeaseLost, Leases
+from proxy.jobs.ledger import Ledger
+from proxy.jobs.records import OPEN, job_key, kick_key, lease_key
+from proxy.state.store import Store, StoreUnavailable
+from proxy.tasks import end
+
+log = logging.getLogger("uniroute.jobs")
+
+SWEEP_S = 2.0
+KICKED_S = 5.0
+"""How long a job that was put on the stream is given to be taken up, before it is put there again."""
+JOBS_AT_ONCE = 4
+STOPPING_S = 3.0
+
+Measure = Callable[[Lease], Awaitable[None]]
+
+
+class JobWorker:
+    """Puts jobs on the stream, and once started takes them from there."""
+
+    def __init__(self, store: Store, ledger: Ledger, measure: Measure) -> None:
+        self._store = store
+        self._ledger = ledger
+        self._measure = measure
+        self._leases = Leases(store)
+        self._broker = JobBroker(store.url)
+        self._task = self._broker.register_task(_function(self._work_on), task_name="uniroute.profile")
+        self._stopping = asyncio.Event()
+        self._background: tuple[asyncio.Task[Any], ...] = ()
+        self._working: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def working_on(self) -> frozenset[str]:
+        """Ids of the jobs that this process holds now."""
+        return frozenset(self._working)
+
+    async def kick(self, job_id: str) -> None:
+        """Put a job on the stream. If that fails, the sweeper does it later: the job itself is stored."""
+        try:
+            async with self._store.asking("start a job") as client:
+                await client.set(kick_key(job_id), "1", px=int(KICKED_S * 1000))
+                await self._task.kiq(job_id)
+        except (StoreUnavailable, SendTaskError) as error:
+            log.warning("job %s starts later: %s", job_id, error)
+
+    async def start(self) -> None:
+        """Take jobs from now on, in this event loop. Redis may be away for now."""
+        self._stopping.clear()
+        self._broker.closing = False
+        self._broker.is_worker_process = True
+        await self._broker.declare_group()
+        receiver = Receiver(
+            self._broker,
+            max_async_tasks=JOBS_AT_ONCE,
+            run_startup=False,
+            ack_type=AcknowledgeType.WHEN_RECEIVED,
+            wait_tasks_timeout=STOPPING_S,
+        )
+        self._background = (
+            asyncio.create_task(receiver.listen(self._stopping), name="uniroute-jobs"),
+            asyncio.create_task(self._sweep(), name="uniroute-job-sweeper"),
+        )
+
+    async def run(self) -> None:
+        """Until cancelled, or until the worker fails."""
+        await self.start()
+        try:
+            await asyncio.gather(*self._background)
+        finally:
+            await self.stop()
+
+    async def stop(self) -> None:
+        """Give the jobs back: another worker goes on with them at once."""
+        if not self._background:
+            return
+        self._broker.closing = True
+        self._stopping.set()
+        given_back = tuple(self._working)
+        await end(*self._working.values())
+        await end(*self._background)
+        self._background = ()
+        for job_id in given_back:
+            await self.kick(job_id)
+
+    async def close(self) -> None:
+        await self.stop()
+        await self._broker.shutdown()
+
+    async def _work_on(self, job_id: str) -> None:
+        """taskiq's task. It never fails: what can go wrong ends in the job, or is tried again by the sweeper."""
+        if self._broker.closing or job_id in self._working:
+            return
+        work = asyncio.create_task(self._attempt(job_id), name=f"uniroute-job-{job_id}")
+        self._working[job_id] = work
+        try:
+            await asyncio.wait({work})
+            await end(work)
+        finally:
+            del self._working[job_id]
+
+    async def _attempt(self, job_id: str) -> None:
+        try:
+            lease = await self._leases.take(job_id)
+            if lease is None:
+                return
+            try:
+                await self._held(lease)
+            finally:
+                with contextlib.suppress(StoreUnavailable):  # then it runs out by itself
+                    await self._leases.release(lease)
+        except (LeaseLost, StoreUnavailable) as reason:
+            log.warning("job %s is left to be taken up again: %s", job_id, reason)
+
+    async def _held(self, lease: Lease) -> None:
+        work = asyncio.ensure_future(self._measure(lease))
+        await self._leases.while_held(lease, work)
+        error = work.exception()
+        if isinstance(error, LeaseLost | StoreUnavailable):
+            raise error
+        if error is not None:  # a fault of ours: trying again would fail, and cost, for ever
+            log.error("job %s failed unexpectedly", lease.job_id, exc_info=error)
+            await self._ledger.fail(lease, f"unexpected {type(error).__name__}; the log of the worker says more")
+
+    async def _sweep(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                for job_id in await self._abandoned():
+                    await self.kick(job_id)
+            except StoreUnavailable as error:
+                log.debug("jobs are not looked after for now: %s", error)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SWEEP_S):
+                    await self._stopping.wait()
+
+    async def _abandoned(self) -> list[str]:
+        """Unfinished jobs that nobody works on and that wait on no stream for all we know."""
+        async with self._store.asking("look after jobs") as client:
+            job_ids = await _plain(client.smembers(OPEN))
+            async with client.pipeline(transaction=False) as pipe:
+                for job_id in job_ids:
+                    for key in (lease_key(job_id), kick_key(job_id), job_key(job_id)):
+                        pipe.exists(key)
+                known = await pipe.execute()
+            states = list(zip(job_ids, known[0::3], known[1::3], known[2::3], strict=True))
+            if gone := [job_id for job_id, _, _, stored in states if not stored]:
+                await _plain(client.srem(OPEN, *gone))
+        return [job_id for job_id, held, kicked, stored in states if stored and not held and not kicked]
+
+
+def _function(method: Callable[[str], Awaitable[None]]) -> Callable[[str], Coroutine[Any, Any, None]]:
+    """taskiq renames what it registers, and a method cannot be renamed."""
+
+    async def profile(job_id: str) -> None:
+        await method(job_id)
+
+    return profile
+
+
+async def _plain(reply: Any) -> Any:
+    # redis-py types one method for its blocking and its asyncio client: "Awaitable[T] | T".
+    return await reply

@@ -1,0 +1,1 @@
+"""What a request took: usage and cost, metrics, the one log line."""

@@ -1,0 +1,209 @@
+"""Bodies of admin calls, checked whole before anything is written. No Redis, no HTTP."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from pydantic import ValidationError
+
+from proxy.errors import BadRequest
+from proxy.litellm_names import PARAMS, is_model_info_of_litellm
+from proxy.routing.refused import is_control_field
+from proxy.settings import ModelEntry, ProfileSettings, Settings, SettingsError, resolve_secret
+from proxy.state.records import PRICE_FIELDS, ModelRecord
+from proxy.upstream.call import is_provider_param
+from router_core.profiles import Profile
+from router_core.types import Price
+
+_REFERENCE = "os.environ/"
+_SECRETS = re.compile(r".*(api_key|access_key|_token|secret|password|credential).*(?<!tokens)", re.IGNORECASE)
+_SECRET_HEADERS = re.compile(r"authorization|cookie|.*(api-?key|token|secret).*", re.IGNORECASE)
+_ADD = ("model_name", "litellm_params", "model_info", "profile")
+_PATCH = ("litellm_params", "model_info")
+_KEY_GOES_TO = ("api_base", "base_url", "custom_llm_provider")
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Measure by asking the model so many prompts for so much money."""
+
+    prompts: int
+    max_usd: float
+
+
+@dataclass(frozen=True)
+class Addition:
+    record: ModelRecord
+    profile: Asking | Profile
+
+
+def read_addition(
+    body: Mapping[str, Any], settings: Settings, environ: Mapping[str, str], map_id: str, now: float
+) -> Addition:
+    """Raises BadRequest, or InvalidProfile, naming the field."""
+    _known_only(body, _ADD, "")
+    name = body.get("model_name")
+    if name in settings.route_names:
+        raise BadRequest(f"{name!r} is one of route_names: it asks for routing", param="model_name")
+    entry = _entry(name, body.get("litellm_params"), body.get("model_info"))
+    _check_params(entry.litellm_params, settings, environ)
+    profile = read_profile(body.get("profile"), settings, map_id)
+    return Addition(ModelRecord.of_entry(entry, "admin", now), profile)
+
+
+def read_patch(
+    body: Mapping[str, Any], record: ModelRecord, settings: Settings, environ: Mapping[str, str]
+) -> ModelRecord:
+    """Stated fields replace, null removes; what is not stated stays. Raises BadRequest."""
+    _known_only(body, _PATCH, "")
+    stated = _object(body.get("litellm_params"), "litellm_params")
+    params = _merged(record.litellm_params, stated)
+    moved = [name for name in _KEY_GOES_TO if params.get(name) != record.litellm_params.get(name)]
+    if moved and "api_key" in record.litellm_params and "api_key" not in stated:
+        raise BadRequest(
+            f"`{moved[0]}` changes where the key is sent: state api_key again", param="litellm_params.api_key"
+        )
+    info = _merged(record.info.model_dump(exclude_defaults=True), _object(body.get("model_info"), "model_info"))
+    entry = _entry(record.name, params, info)
+    _check_params(entry.litellm_params, settings, environ)
+    return ModelRecord.of_entry(entry, record.source, record.created_at)
+
+
+def read_profile(stated: Any, settings: Settings, map_id: str) -> Asking | Profile:
+    """A ready profile where it has `errors` or `error_sums`, else how to ask."""
+    document = _object(stated, "profile")
+    if "errors" in document or "error_sums" in document:
+        profile = Profile.from_json(document)
+        if profile.map_id != map_id:
+            raise BadRequest(
+                f"the profile was measured on map {profile.map_id}, this server uses {map_id}", param="profile"
+            )
+        return profile
+    _known_only(document, ("prompts", "max_usd"), "profile.")
+    defaults = settings.profile
+    try:
+        asked = ProfileSettings(
+            prompts=document.get("prompts", defaults.prompts), max_usd=document.get("max_usd", defaults.max_usd)
+        )
+    except ValidationError as error:
+        raise _invalid(error, "profile.") from None
+    return Asking(asked.prompts, asked.max_usd)
+
+
+def read_price(body: Mapping[str, Any]) -> Price:
+    """The whole price. Raises BadRequest, or InvalidPrice, naming the field."""
+    _known_only(body, PRICE_FIELDS, "")
+    stated = {name: value for name, value in body.items() if value is not None}
+    for name, value in stated.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise BadRequest(f"`{name}` must be a number of USD per token; got {value!r}"[:200], param=name)
+    for name in PRICE_FIELDS[:2]:
+        if name not in stated:
+            raise BadRequest(f"`{name}` is missing: a price replaces the whole price before it", param=name)
+    try:
+        return Price(**{name: float(value) for name, value in stated.items()})
+    except OverflowError:
+        raise BadRequest("a price must be a finite number of USD per token") from None
+
+
+def shown_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """litellm_params without secrets: references to the environment are shown, literal keys and headers are not."""
+    return {name: _shown(name, value) for name, value in params.items()}
+
+
+def _shown(name: str, value: Any) -> Any:
+    if isinstance(value, str) and value.startswith(_REFERENCE):
+        return value
+    if name in ("extra_headers", "headers") and isinstance(value, Mapping):
+        return dict.fromkeys(value, "***")
+    return "***" if _SECRETS.fullmatch(name) else value
+
+
+def _entry(name: Any, params: Any, info: Any) -> ModelEntry:
+    stated = {key: value for key, value in _object(info, "model_info").items() if not is_model_info_of_litellm(key)}
+    document = {"model_name": name, "litellm_params": params, "model_info": stated}
+    try:
+        return ModelEntry.model_validate(document)
+    except ValidationError as error:
+        raise _invalid(error, "") from None
+
+
+def _check_params(params: Mapping[str, Any], settings: Settings, environ: Mapping[str, str]) -> None:
+    for name, value in params.items():
+        if name in PARAMS or (is_control_field(name) and not is_provider_param(name)):
+            raise BadRequest(f"`litellm_params.{name}` has no meaning here", param=f"litellm_params.{name}")
+        if is_provider_param(name):
+            _check_provider_param(name, value, settings, environ)
+    _check_address(params.get("api_base") or params.get("base_url"))
+
+
+def _check_provider_param(name: str, value: Any, settings: Settings, environ: Mapping[str, str]) -> None:
+    param = f"litellm_params.{name}"
+    if isinstance(value, Mapping):
+        for inner, text in value.items():
+            literal = isinstance(text, str) and not text.startswith(_REFERENCE)
+            if literal and _SECRET_HEADERS.fullmatch(inner):
+                raise _literal(f"{param}.{inner}")
+            _check_provider_param(f"{name}.{inner}", text, settings, environ)
+    elif isinstance(value, str) and value.startswith(_REFERENCE):
+        try:
+            resolve_secret(value, environ, settings.allowed_env)
+        except SettingsError as error:
+            raise BadRequest(f"`{param}`: {error}", param=param) from None
+    elif value is not None and _SECRETS.fullmatch(name):
+        raise _literal(param)
+
+
+def _literal(param: str) -> BadRequest:
+    return BadRequest(
+        f"`{param}` must name a variable of the server's environment, as os.environ/NAME_API_KEY: a literal"
+        " key would be stored",
+        param=param,
+    )
+
+
+def _check_address(address: Any) -> None:
+    if address is None or (isinstance(address, str) and address.startswith(_REFERENCE)):
+        return
+    try:
+        parts = urlsplit(address) if isinstance(address, str) else None
+        good = parts is not None and parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.username
+    except ValueError:
+        good = False
+    if not good:
+        raise BadRequest(
+            "`litellm_params.api_base` must be an http or https address without a user name",
+            param="litellm_params.api_base",
+        )
+
+
+def _object(value: Any, param: str) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise BadRequest(f"`{param}` must be an object", param=param)
+    return value
+
+
+def _merged(before: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in {**before, **stated}.items() if value is not None}
+
+
+def _known_only(body: Mapping[str, Any], known: Collection[str], prefix: str) -> None:
+    for name in body:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean `{prefix}{near[0]}`?" if near else f"known are {', '.join(known)}"
+            raise BadRequest(f"`{prefix}{name[:60]}` is not known here; {hint}", param=f"{prefix}{name[:60]}")
+
+
+def _invalid(error: ValidationError, prefix: str) -> BadRequest:
+    problem = error.errors(include_url=False, include_input=False)[0]
+    path = prefix + ".".join(map(str, problem["loc"]))
+    message = problem["msg"].removeprefix("Value error, ")
+    return BadRequest(f"`{path}`: {message}" if path else message, param=path or None)

@@ -1,0 +1,58 @@
+"""What the model name of a request asks for, and which models it may reach. No scores."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from enum import Enum
+
+from proxy.errors import Forbidden, UnknownName
+from proxy.routing.options import Options
+from proxy.settings import Settings
+from proxy.state.records import ClientKey
+from proxy.state.snapshot import RoutingState
+
+
+class Way(Enum):
+    SCORED = "auto"
+    BEST = "uniroute/best"
+    CHEAP = "uniroute/cheap"
+    PINNED = ""
+
+
+ALIASES = {"auto": Way.SCORED, "uniroute/auto": Way.SCORED, "uniroute/best": Way.BEST, "uniroute/cheap": Way.CHEAP}
+ANY = "*"
+
+
+def way_of(name: str, settings: Settings, state: RoutingState, key: ClientKey | None) -> Way:
+    """Raises UnknownName, and Forbidden where the key may not use this model."""
+    if name in ALIASES:
+        return ALIASES[name]
+    if name in settings.route_names and name != ANY:
+        return Way.SCORED
+    if name in state.models:
+        _check_allowed(name, key)
+        return Way.PINNED
+    if ANY in settings.route_names:
+        return Way.SCORED
+    raise UnknownName(f'the model {name[:128]!r} does not exist; use "auto", or one of GET /v1/models', param="model")
+
+
+def usable_models(state: RoutingState, key: ClientKey | None) -> tuple[str, ...]:
+    """Every registered name that this key may use, sorted."""
+    return tuple(name for name in sorted(state.models) if key is None or key.models is None or name in key.models)
+
+
+def candidates(options: Options, state: RoutingState, key: ClientKey | None) -> Collection[str] | None:
+    """Names that a choice is restricted to; None: all. Raises UnknownName and Forbidden for names asked for."""
+    if options.models is None:
+        return None if key is None or key.models is None else key.models
+    for name in options.models:
+        if name not in state.models:
+            raise UnknownName(f"the model {name[:128]!r} of `models` does not exist", param="models")
+        _check_allowed(name, key)
+    return options.models
+
+
+def _check_allowed(name: str, key: ClientKey | None) -> None:
+    if key is not None and key.models is not None and name not in key.models:
+        raise Forbidden(f"this key may not use the model {name!r}", param="model")

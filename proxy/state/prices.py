@@ -1,0 +1,171 @@
+"""The price feed: a price map fetched, checked whole, then stored for the models it knows. States no price itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Protocol
+from urllib.parse import urlsplit
+
+import httpx
+
+from proxy.settings import Settings
+from proxy.state.catalog import Catalog, InvalidPriceMap, bundled_catalog, parse_price_map
+from proxy.state.holder import StateHolder
+from proxy.state.records import LivePrice, ModelRecord
+from proxy.state.registry import Registry, UnknownModel
+from proxy.state.store import Store, StoreUnavailable
+from router_core.types import Price
+
+log = logging.getLogger("uniroute.prices")
+
+LARGEST_FEED = 20_000_000
+FEED_TIMEOUT_S = 15.0
+TURN = "uniroute:pricing-feed"
+"""Held by the process whose turn it is to read the feed."""
+FIRST_LOOK_S = 1.0
+
+
+class Priced(Protocol):
+    """A RoutingState, or as much of one as the feed needs."""
+
+    @property
+    def models(self) -> Mapping[str, ModelRecord]: ...
+
+    @property
+    def prices(self) -> Mapping[str, LivePrice]: ...
+
+
+class FeedFailed(Exception):
+    """The feed could not be read or is no price map. Every price stays as it was."""
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What a reading of the feed did, by model name."""
+
+    source: str
+    updated: Mapping[str, Price] = field(default_factory=dict)
+    unchanged: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    """Priced by an administrator, a foreign writer, or for the bundled map by model_info: not the feed's to change."""
+    unknown: tuple[str, ...] = ()
+    """Not in the feed, or there without a price."""
+
+    def to_json(self) -> dict[str, object]:
+        prices = {name: asdict(price) for name, price in self.updated.items()}
+        lists = {name: list(getattr(self, name)) for name in ("unchanged", "kept", "unknown")}
+        return {"source": self.source, "updated": prices, **lists}
+
+
+async def sync_prices(registry: Registry, state: Priced, url: str | None = None) -> SyncReport:
+    """Store the feed's prices of the registered models. `url` None: the map that the installed litellm carries.
+
+    Raises:
+        FeedFailed: nothing was changed.
+        StoreUnavailable: what was not stored yet is not; repeat it.
+    """
+    catalog = bundled_catalog() if url is None else await fetch_catalog(url)
+    outcomes: dict[str, list[str]] = {"updated": [], "unchanged": [], "kept": [], "unknown": []}
+    listed = {name: _listed(catalog, record, by_name=url is not None) for name, record in state.models.items()}
+    for name, price in sorted(listed.items()):
+        outcomes[await _synced(registry, state, name, price, bundled=url is None)].append(name)
+    updated = {name: price for name in outcomes.pop("updated") if (price := listed[name])}
+    return SyncReport(_shown(url), updated, **{kind: tuple(names) for kind, names in outcomes.items()})
+
+
+async def _synced(registry: Registry, state: Priced, name: str, price: Price | None, *, bundled: bool) -> str:
+    """Which list of the report the model belongs to."""
+    now = state.prices.get(name)
+    if price is None:
+        return "unknown"
+    if not _may_change(now, state.models[name], bundled=bundled) or not await _stored(registry, name, price):
+        return "kept"
+    return "unchanged" if now and now.price == price else "updated"
+
+
+async def fetch_catalog(url: str) -> Catalog:
+    """Raises FeedFailed: not reached, a redirect, an error status, too large, not JSON, or not a whole price map."""
+    try:
+        return parse_price_map(json.loads(await _fetch(url)))
+    except (httpx.HTTPError, TimeoutError) as error:
+        raise FeedFailed(f"the price feed cannot be read: {type(error).__name__} {error}") from error
+    except (httpx.InvalidURL, InvalidPriceMap, ValueError, RecursionError) as error:
+        raise FeedFailed(f"the price feed is refused, prices stay as they are: {error}") from error
+
+
+async def _fetch(url: str) -> bytes:
+    body = bytearray()
+    async with (
+        asyncio.timeout(2 * FEED_TIMEOUT_S),
+        httpx.AsyncClient(timeout=FEED_TIMEOUT_S, follow_redirects=False) as client,
+        client.stream("GET", url) as response,
+    ):
+        if response.status_code != httpx.codes.OK:
+            raise FeedFailed(f"the price feed answered with status {response.status_code}; redirects are not followed")
+        async for piece in response.aiter_bytes():
+            body += piece
+            if len(body) > LARGEST_FEED:
+                raise FeedFailed(f"the price feed is larger than {LARGEST_FEED} bytes")
+    return bytes(body)
+
+
+class PriceFeed:
+    """Reads the feed every `price_refresh_minutes`, in one process at a time."""
+
+    def __init__(self, settings: Settings, store: Store, registry: Registry, state: StateHolder) -> None:
+        self._period_s = settings.price_refresh_minutes * 60
+        self._url = settings.price_url
+        self._store = store
+        self._registry = registry
+        self._state = state
+
+    async def run(self) -> None:
+        """For ever; returns at once where no feed is wanted. A failure is logged and the next reading tries again."""
+        if self._period_s <= 0:
+            return
+        while True:
+            try:
+                if await self._our_turn():
+                    report = await sync_prices(self._registry, self._state.current, self._url)
+                    log.info("price feed %s: %d prices changed", report.source, len(report.updated))
+            except (FeedFailed, StoreUnavailable) as error:
+                log.warning("%s", error)
+            await asyncio.sleep(min(self._period_s, max(FIRST_LOOK_S, self._period_s / 4)))
+
+    async def _our_turn(self) -> bool:
+        async with self._store.asking("read the price feed") as client:
+            return bool(await client.set(TURN, "1", nx=True, px=max(1, int(self._period_s * 1000))))
+
+
+def _listed(catalog: Catalog, record: ModelRecord, *, by_name: bool) -> Price | None:
+    """By litellm's name; a feed of one's own may also list the registered name."""
+    names = [str(record.litellm_params["model"]), *([record.name] if by_name else [])]
+    found = (catalog.find(name) for name in names)
+    return next((entry.price for entry in found if entry and entry.price), None)
+
+
+def _may_change(price: LivePrice | None, record: ModelRecord, *, bundled: bool) -> bool:
+    """`free: true` is a statement about the machine. A price in model_info yields to a feed, not to the bundled map."""
+    if record.info.free:
+        return False
+    return price is None or price.source in ("sync", "litellm") or (price.source == "model_info" and not bundled)
+
+
+async def _stored(registry: Registry, name: str, price: Price) -> bool:
+    """False: somebody stated a price meanwhile, or the model is gone."""
+    try:
+        return await registry.put_price(name, price, "sync") is not None
+    except UnknownModel:
+        return False
+
+
+def _shown(url: str | None) -> str:
+    """Where the prices came from, without what may be a secret."""
+    if url is None:
+        return "litellm"
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"

@@ -1,0 +1,140 @@
+"""RoutingState: everything a request needs to know, immutable, built from configuration and stored entries. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from proxy.settings import ModelInfo
+from proxy.state.catalog import Catalog, CatalogEntry
+from proxy.state.live import LiveExpectations
+from proxy.state.records import PRICE_FIELDS, ClientKey, LivePrice, ModelRecord
+from proxy.state.stored import Stored
+from router_core.clustering import ClusterMap
+from router_core.pool import Candidate, Pool
+from router_core.profiles import Profile
+from router_core.recipes import SHRUNK, Recipe
+from router_core.types import FREE, Capabilities, Price
+
+_STATED_ABILITIES = {
+    "max_input_tokens": "max_input_tokens",
+    "max_output_tokens": "max_output_tokens",
+    "tools": "supports_function_calling",
+    "vision": "supports_vision",
+    "audio": "supports_audio_input",
+    "json_schema": "supports_response_schema",
+}
+
+
+@dataclass(frozen=True)
+class RoutingState:
+    """Read once per request, replaced whole."""
+
+    version: int
+    cluster_map: ClusterMap
+    pool: Pool
+    models: Mapping[str, ModelRecord]
+    prices: Mapping[str, LivePrice]
+    profiles: Mapping[str, Profile]
+    """Those in use: of this map and of the model as it is now. As measured, without live traffic."""
+    set_aside: Mapping[str, str]
+    """Models whose stored profile is not used, and why."""
+    keys: Mapping[str, ClientKey]
+    """By digest; revoked ones are not here."""
+    keys_required: bool
+
+    def standing(self, name: str) -> str:
+        """ready, foreign_profile, unprofiled or unpriced. Whether it is being profiled is the jobs' to say."""
+        if name not in self.profiles:
+            return "foreign_profile" if name in self.set_aside else "unprofiled"
+        return "ready" if name in self.prices else "unpriced"
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a process brings to every state that it builds."""
+
+    cluster_map: ClusterMap
+    configured: Mapping[str, ModelRecord]
+    catalog: Catalog
+    recipe: Recipe = SHRUNK
+    live: LiveExpectations | None = None
+
+
+def build_state(stored: Stored, around: Surroundings, *, keys_latched: bool) -> RoutingState:
+    """Configured models win over stored ones of the same name. Profiles of another map or model are set aside."""
+    models = {**stored.models, **around.configured}
+    known = {name: around.catalog.find(str(record.litellm_params["model"])) for name, record in models.items()}
+    prices = prices_of(models, stored, known)
+    set_aside = {name: why for name in models if (why := _unusable(name, models, stored, around.cluster_map))}
+    profiles = {
+        name: entry.profile for name, entry in stored.profiles.items() if name in models and name not in set_aside
+    }
+    expected = _with_live_traffic(profiles, around.live)
+    candidates = [
+        Candidate(
+            name=name,
+            profile=expected.get(name),
+            price=prices[name].price if name in prices else None,
+            capabilities=capabilities_of(record.info, known[name]),
+        )
+        for name, record in sorted(models.items())
+    ]
+    return RoutingState(
+        version=stored.version,
+        cluster_map=around.cluster_map,
+        pool=Pool.build(candidates, around.cluster_map, around.recipe),
+        models=models,
+        prices=prices,
+        profiles=profiles,
+        set_aside=set_aside,
+        keys={key.digest: key for key in stored.keys.values() if not key.revoked},
+        keys_required=keys_latched or stored.keys_exist,
+    )
+
+
+def prices_of(
+    models: Mapping[str, ModelRecord], stored: Stored, known: Mapping[str, CatalogEntry | None]
+) -> dict[str, LivePrice]:
+    """The price in force of each model that has one."""
+    found = {name: price_of(record.info, stored.prices.get(name), known[name]) for name, record in models.items()}
+    return {name: price for name, price in found.items() if price is not None}
+
+
+def price_of(info: ModelInfo, stored: LivePrice | None, known: CatalogEntry | None) -> LivePrice | None:
+    """The stored price, else the stated one, else litellm's, else None: unknown is never zero."""
+    if stored is not None:
+        return stored
+    if info.free:
+        return LivePrice(FREE, "model_info")
+    if info.input_cost_per_token is not None and info.output_cost_per_token is not None:
+        return LivePrice(Price(**{name: getattr(info, name) for name in PRICE_FIELDS}), "model_info")
+    return LivePrice(known.price, "litellm") if known and known.price else None
+
+
+def capabilities_of(info: ModelInfo, known: CatalogEntry | None) -> Capabilities:
+    """What was stated, then what litellm's map knows."""
+    stated = {ability: getattr(info, source) for ability, source in _STATED_ABILITIES.items()}
+    listed = known.capabilities if known else Capabilities()
+    merged = {
+        column.name: getattr(listed, column.name) if stated[column.name] is None else stated[column.name]
+        for column in fields(Capabilities)
+    }
+    return Capabilities(**merged)
+
+
+def _unusable(name: str, models: Mapping[str, ModelRecord], stored: Stored, cluster_map: ClusterMap) -> str | None:
+    entry = stored.profiles.get(name)
+    if entry is None:
+        return None
+    if entry.profile.map_id != cluster_map.id or len(entry.profile.labels) != cluster_map.size:
+        return f"measured on cluster map {entry.profile.map_id}, this one is {cluster_map.id}; profile the model again"
+    if entry.fingerprint != models[name].fingerprint:
+        return "measured before litellm_params were changed; profile the model again"
+    return None
+
+
+def _with_live_traffic(profiles: Mapping[str, Profile], live: LiveExpectations | None) -> Mapping[str, Profile]:
+    if live is None:
+        return profiles
+    return {name: live.blended(name, profile) for name, profile in profiles.items()}

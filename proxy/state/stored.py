@@ -1,0 +1,155 @@
+"""Reading all that Redis holds of models, profiles, keys and prices, however broken. Writes are registry."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, TypeVar
+
+from redis.exceptions import RedisError
+
+from proxy.state.records import ClientKey, LivePrice, ModelRecord, StoredProfile
+from proxy.state.store import Store
+from router_core.errors import InvalidInput
+
+log = logging.getLogger("uniroute.state")
+
+VERSION: Final = "uniroute:version"
+MODELS: Final = "uniroute:models"
+PROFILES: Final = "uniroute:profiles"
+KEYS: Final = "uniroute:keys"
+PRICING: Final = "uniroute:pricing"
+"""The channel on which whoever writes a price publishes the model's name; with `:<model>` the hash itself."""
+CHANGED: Final = "uniroute:changed"
+"""The channel on which every other change publishes the new version."""
+
+_MOST_COMPLAINTS = 1000
+_Entry = TypeVar("_Entry")
+_Raw = Mapping[str, str]
+
+
+def price_key(model: str) -> str:
+    return f"{PRICING}:{model}"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One consistent reading, parsed. An entry that cannot be read is its last good value, or absent."""
+
+    version: int = -1
+    """-1: nothing was read yet."""
+    models: Mapping[str, ModelRecord] = field(default_factory=dict)
+    profiles: Mapping[str, StoredProfile] = field(default_factory=dict)
+    keys: Mapping[str, ClientKey] = field(default_factory=dict)
+    """By id."""
+    keys_exist: bool = True
+    """Also when they cannot be read: the door is open only where it is known that no key was made."""
+    prices: Mapping[str, LivePrice] = field(default_factory=dict)
+
+
+class StoredReader:
+    """Reads again what changed. Keeps the last good reading; complains about each broken entry once."""
+
+    def __init__(self, store: Store, clock: Callable[[], float]) -> None:
+        self._store = store
+        self._clock = clock
+        self._raw_prices: dict[str, object] = {}
+        self._complaints: set[str] = set()
+        self.last = Stored()
+
+    async def read(self, configured: Collection[str], *, whole: bool = False) -> bool:
+        """Bring `last` up to date; whether it changed.
+
+        Args:
+            configured: models of the configuration, which are priced here too.
+            whole: read all even if the version is the same: after an emptied store it may count as before.
+
+        Raises:
+            StoreUnavailable: `last` is then as it was.
+        """
+        names = sorted({*configured, *self.last.models})
+        version, *raw_prices = await self._pipeline([("GET", VERSION), *(("HGETALL", price_key(n)) for n in names)])
+        before = self.last
+        if whole or self._version(version) != self.last.version:
+            self.last = await self._read_all()
+            if added := sorted(set(self.last.models) - set(names)):
+                names += added
+                raw_prices += await self._pipeline([("HGETALL", price_key(name)) for name in added])
+        prices = self._prices(dict(zip(names, raw_prices, strict=True)))
+        if prices != self.last.prices:
+            self.last = replace(self.last, prices=prices)
+        return self.last is not before
+
+    async def _pipeline(self, commands: list[tuple[str, str]], *, transaction: bool = False) -> list[Any]:
+        async with self._store.asking("read the state") as client, client.pipeline(transaction=transaction) as pipe:
+            for command in commands:
+                pipe.execute_command(*command)
+            return await pipe.execute(raise_on_error=False)
+
+    async def _read_all(self) -> Stored:
+        commands = [("GET", VERSION), ("HGETALL", MODELS), ("HGETALL", PROFILES), ("HGETALL", KEYS)]
+        version, models, profiles, keys = await self._pipeline(commands, transaction=True)
+        return Stored(
+            version=self._version(version),
+            models=self._entries(MODELS, models, self.last.models, ModelRecord.from_json),
+            profiles=self._entries(PROFILES, profiles, self.last.profiles, _stored_profile),
+            keys=self._entries(KEYS, keys, self.last.keys, ClientKey.from_json),
+            keys_exist=not isinstance(keys, dict) or bool(keys),
+            prices=self.last.prices,
+        )
+
+    def _version(self, raw: object) -> int:
+        try:
+            return int(raw or 0)  # type: ignore[call-overload, no-any-return]
+        except (TypeError, ValueError):
+            self._complain(VERSION, "holds no number; changes of models are not seen until it is deleted")
+            return self.last.version
+
+    def _entries(
+        self, key: str, raw: object, last: Mapping[str, _Entry], parse: Callable[[str, str], _Entry]
+    ) -> Mapping[str, _Entry]:
+        if not isinstance(raw, dict):
+            self._complain(key, f"cannot be read, the last reading stays: {raw}")
+            return last
+        entries: dict[str, _Entry] = {}
+        for name, text in raw.items():
+            try:
+                entries[name] = parse(name, text)
+            except InvalidInput as error:
+                self._complain(f"{key} {name}", str(error))
+                if name in last:
+                    entries[name] = last[name]
+        return entries
+
+    def _prices(self, raw_prices: Mapping[str, object]) -> Mapping[str, LivePrice]:
+        prices: dict[str, LivePrice] = {}
+        for name, raw in raw_prices.items():
+            last = self.last.prices.get(name)
+            if raw != self._raw_prices.get(name) or isinstance(raw, RedisError):
+                last = self._price(name, raw, last)
+            if last is not None:
+                prices[name] = last
+        self._raw_prices = dict(raw_prices)
+        return prices
+
+    def _price(self, name: str, raw: object, last: LivePrice | None) -> LivePrice | None:
+        if not raw:
+            return None
+        try:
+            if not isinstance(raw, dict):
+                raise InvalidInput(str(raw))
+            return LivePrice.from_fields(raw, self._clock())
+        except InvalidInput as error:
+            self._complain(price_key(name), f"{error}; {'the last good price stays' if last else 'ignored'}")
+            return last
+
+    def _complain(self, where: str, what: str) -> None:
+        complaint = f"{where}: {what}"
+        if complaint not in self._complaints and len(self._complaints) < _MOST_COMPLAINTS:
+            self._complaints.add(complaint)
+            log.warning("stored entry skipped: %s", complaint)
+
+
+def _stored_profile(_name: str, text: str) -> StoredProfile:
+    return StoredProfile.from_json(text)

@@ -1,0 +1,1 @@
+"""Calls to models, through litellm. Knows no routing and no client."""

@@ -1,0 +1,228 @@
+"""Calls to models through litellm's SDK, and what really came back. Never litellm.proxy, no retries, no callbacks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import httpx
+
+from proxy.errors import UpstreamFailure
+from proxy.settings import Settings, SettingsError, resolve_secret
+from proxy.state.records import ModelRecord
+from proxy.upstream.call import Provider, arm_body, call_arguments, is_provider_param
+from proxy.upstream.failures import failure_of
+from proxy.upstream.provider_layer import handler_over, import_litellm, warm_up
+from proxy.upstream.wire import CONNECT_TIMEOUT_S, Exchange, chunks_of, is_finished, open_pool, watched
+
+__all__ = ["LitellmUpstream", "UpstreamFailure"]
+
+log = logging.getLogger("uniroute.upstream")
+
+MOST_CLIENTS = 256
+Chunks = AsyncIterator[dict[str, Any]]
+
+
+class LitellmUpstream:
+    """One per process, on one event loop. `prepare` before the first call."""
+
+    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
+        self._settings = settings
+        self._environ = environ
+        self._litellm: Any = None
+        self._pool = open_pool(settings.request_timeout_s)
+        self._handler: Any = None
+        self._clients: OrderedDict[tuple[str, ...], Any] = OrderedDict()
+
+    async def prepare(self) -> None:
+        """Imports litellm, which takes seconds, in a thread."""
+        if self._litellm is None:
+            litellm = await asyncio.to_thread(import_litellm)
+            await warm_up(litellm)
+            self._handler = handler_over(self._pool)
+            self._litellm = litellm
+
+    async def complete(
+        self, record: ModelRecord, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """The whole answer in OpenAI's format, untouched where that is the upstream's own. Raises UpstreamFailure."""
+        await self.prepare()
+        with watched() as exchange:
+            provider, arguments = self._arguments(record, body, headers, stream=False)
+            try:
+                answer = await self._litellm.acompletion(**arguments)
+            except self._failures as error:
+                relayed = exchange.completion() if provider.openai_format else None
+                if relayed is None:
+                    raise failure_of(error, exchange.response, record.name) from error
+                return relayed
+            relayed = exchange.completion() if provider.openai_format and exchange.is_chat_format else None
+            return relayed or _plain(answer)
+
+    async def stream(
+        self, record: ModelRecord, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
+    ) -> Chunks:
+        """Chunks in OpenAI's format, the last with usage and no choices. Close it to close the upstream's connection.
+
+        Raises:
+            UpstreamFailure: here if the upstream refused, later where the stream breaks or ends without its end.
+        """
+        await self.prepare()
+        with watched() as exchange:
+            provider, arguments = self._arguments(record, body, headers, stream=True)
+            try:
+                answer = await self._litellm.acompletion(**arguments)
+            except self._failures as error:
+                raise failure_of(error, exchange.response, record.name) from error
+            if provider.openai_format and exchange.is_chat_format:
+                return await self._relayed(exchange, record)
+            return self._converted(answer, exchange, record)
+
+    async def _relayed(self, exchange: Exchange, record: ModelRecord) -> Chunks:
+        response = exchange.response
+        if response is None:
+            raise UpstreamFailure(f"{record.name} gave no response")
+        if "event-stream" in response.headers.get("content-type", "event-stream"):
+            return chunks_of(response)
+        try:
+            body = await response.aread()
+        except httpx.HTTPError as error:
+            raise UpstreamFailure(f"{record.name} broke off its answer") from error
+        raise UpstreamFailure(f"{record.name} answered a stream with something else", status=502, body=body)
+
+    async def _converted(self, answer: Any, exchange: Exchange, record: ModelRecord) -> Chunks:
+        """Chunks that litellm made of another format; its usage chunk carries a choice, ours none."""
+        finished, first_id = False, None
+        try:
+            async for converted in answer:
+                chunk = _plain(converted)
+                first_id = chunk["id"] = first_id or chunk.get("id")  # it gives some formats a new id with every chunk
+                if chunk.get("usage") and finished:
+                    chunk["choices"] = []
+                if is_finished(chunk):
+                    if _is_made_up(answer):
+                        break
+                    finished = True
+                yield chunk
+        except self._failures as error:
+            raise failure_of(error, exchange.response, record.name) from error
+        finally:
+            if exchange.response is not None:
+                await exchange.response.aclose()
+        if not finished:
+            raise UpstreamFailure("the model's stream ended before its answer did")
+
+    async def aclose(self) -> None:
+        await self._pool.aclose()
+
+    @property
+    def _failures(self) -> tuple[type[Exception], ...]:
+        import openai
+
+        return (openai.OpenAIError, httpx.HTTPError, ValueError)
+
+    def _arguments(
+        self, record: ModelRecord, body: Mapping[str, Any], headers: Mapping[str, str] | None, *, stream: bool
+    ) -> tuple[Provider, dict[str, Any]]:
+        params = self._provider_params(record)
+        provider = self._provider(record, params)
+        merged = arm_body(record.litellm_params, body)
+        own_headers = {**(params.pop("extra_headers", None) or {}), **(headers or {})}
+        return provider, {
+            **params,
+            **call_arguments(provider, merged, stream=stream),
+            "model": record.litellm_params["model"],
+            "client": self._client(provider, params),
+            "extra_headers": own_headers or None,
+            "timeout": self._timeout(provider),
+            "max_retries": 0,
+            "_skip_mcp_handler": True,
+            "no-log": True,
+        }
+
+    def _provider_params(self, record: ModelRecord) -> dict[str, Any]:
+        """Addresses, keys and the like, with os.environ/NAME resolved now, so that nothing else ever holds a key."""
+        params = {name: value for name, value in record.litellm_params.items() if is_provider_param(name)}
+        if "base_url" in params:
+            params["api_base"] = params.pop("base_url")
+        try:
+            return {name: self._resolved(value) for name, value in params.items()}
+        except SettingsError as error:
+            log.error("model %s: %s", record.name, error)
+            raise UpstreamFailure(f"{record.name}: this server has no key for it", retryable=True) from None
+
+    def _resolved(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return resolve_secret(value, self._environ, self._settings.allowed_env)
+        if isinstance(value, dict):
+            return {name: self._resolved(inner) for name, inner in value.items()}
+        return value
+
+    def _provider(self, record: ModelRecord, params: Mapping[str, Any]) -> Provider:
+        try:
+            model, name, _, api_base = self._litellm.get_llm_provider(
+                record.litellm_params["model"],
+                custom_llm_provider=params.get("custom_llm_provider"),
+                api_base=params.get("api_base"),
+                api_key=params.get("api_key"),
+            )
+        except self._failures as error:
+            raise failure_of(error, None, record.name) from error
+        return Provider(name, model, api_base or params.get("api_base"))
+
+    def _client(self, provider: Provider, params: Mapping[str, Any]) -> Any:
+        """Our pool behind the client class that this provider takes; azure and a few others bring their own."""
+        if provider.name == "azure":
+            return None
+        if provider.name in _OPENAI_SDK:
+            return self._openai_client(provider, params)
+        return self._handler
+
+    def _openai_client(self, provider: Provider, params: Mapping[str, Any]) -> Any:
+        import openai
+
+        key = params.get("api_key") or self._environ.get("OPENAI_API_KEY") or "-"
+        base = provider.api_base or "https://api.openai.com/v1"
+        known = (base, key, str(params.get("organization")))
+        if known not in self._clients:
+            self._clients[known] = openai.AsyncOpenAI(
+                api_key=key,
+                base_url=base,
+                organization=params.get("organization"),
+                http_client=self._pool,
+                max_retries=0,
+            )
+            if len(self._clients) > MOST_CLIENTS:
+                self._clients.popitem(last=False)
+        return self._clients[known]
+
+    def _timeout(self, provider: Provider) -> Any:
+        whole = self._settings.request_timeout_s
+        if provider.name not in _OPENAI_SDK:
+            return whole
+        return httpx.Timeout(whole, connect=min(CONNECT_TIMEOUT_S, whole))
+
+
+_OPENAI_SDK = frozenset({"openai", "custom_openai", "lm_studio", "llamafile", "litellm_proxy", "docker_model_runner"})
+"""Providers for which litellm takes an AsyncOpenAI; the others take its own handler around our pool."""
+
+
+def _is_made_up(answer: Any) -> bool:
+    """Where the upstream broke off, litellm ends the stream with "stop". This is what it was really told."""
+    told = ("received_finish_reason", "intermittent_finish_reason")
+    return all(hasattr(answer, name) for name in told) and not any(getattr(answer, name) for name in told)
+
+
+def _plain(answer: Any) -> dict[str, Any]:
+    """litellm's object as JSON, without the fields that it adds to every message."""
+    plain: dict[str, Any] = answer.model_dump(mode="json", exclude_none=True, exclude={"provider_specific_fields"})
+    for choice in plain.get("choices", ()):
+        for part in ("message", "delta"):
+            if isinstance(choice.get(part), dict):
+                choice[part].pop("provider_specific_fields", None)
+                if part == "message":
+                    choice[part].setdefault("content", None)
+    return plain

@@ -1,0 +1,123 @@
+"""The HTTP side of upstream calls: one pool that follows no redirect, and a look at what really came back."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from proxy.errors import UpstreamFailure
+from proxy.relay.sse import EventCutter, EventTooLong, loads
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CONNECT_TIMEOUT_S = 10.0
+
+
+class Exchange:
+    """The last HTTP response of one upstream call, as the pool saw it: litellm's own objects lose fields."""
+
+    def __init__(self) -> None:
+        self.response: httpx.Response | None = None
+
+    @property
+    def is_chat_format(self) -> bool:
+        return self.response is not None and self.response.request.url.path.endswith("/chat/completions")
+
+    def completion(self) -> dict[str, Any] | None:
+        """The body of a successful answer in OpenAI's format; None if it is anything else."""
+        if self.response is None or self.response.status_code != 200 or not self.response.is_stream_consumed:
+            return None
+        try:
+            body = loads(self.response.content)
+        except ValueError:
+            return None
+        return body if isinstance(body, dict) and isinstance(body.get("choices"), list) else None
+
+
+_current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
+
+
+@contextmanager
+def watched() -> Iterator[Exchange]:
+    """Every response that the pool receives in this context is noted on the exchange."""
+    exchange = Exchange()
+    token = _current.set(exchange)
+    try:
+        yield exchange
+    finally:
+        _current.reset(token)
+
+
+async def _note(response: httpx.Response) -> None:
+    exchange = _current.get()
+    if exchange is not None:
+        exchange.response = response
+
+
+HOOKS: Mapping[str, list[Any]] = {"response": [_note]}
+
+
+def open_pool(timeout_s: float) -> httpx.AsyncClient:
+    """No redirects: an upstream's address comes from its administrator alone. No cookies."""
+    return httpx.AsyncClient(
+        follow_redirects=False,
+        timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s)),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=200, keepalive_expiry=30),
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+        event_hooks=dict(HOOKS),
+    )
+
+
+async def chunks_of(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    """The chunks of a stream in OpenAI's format, untouched. UpstreamFailure where it breaks or ends too early."""
+    cutter, finished = EventCutter(), False
+    try:
+        async for piece in response.aiter_bytes():
+            for data in cutter.feed(piece):
+                if data.strip() == b"[DONE]":
+                    return
+                chunk = _chunk(data)
+                finished = finished or is_finished(chunk)
+                yield chunk
+        for data in cutter.close():
+            if data.strip() == b"[DONE]":
+                return
+            chunk = _chunk(data)
+            finished = finished or is_finished(chunk)
+            yield chunk
+    except (httpx.HTTPError, httpx.StreamError, EventTooLong) as error:
+        timed_out = isinstance(error, httpx.TimeoutException)
+        raise UpstreamFailure(f"the model's stream broke: {_kind(error)}", timed_out=timed_out) from error
+    finally:
+        await response.aclose()
+    if not finished:
+        raise UpstreamFailure("the model's stream ended before its answer did")
+
+
+def _chunk(data: bytes) -> dict[str, Any]:
+    try:
+        chunk = loads(data)
+    except ValueError as error:
+        raise UpstreamFailure("the model sent an event that is not JSON") from error
+    if not isinstance(chunk, dict):
+        raise UpstreamFailure("the model sent an event that is not a JSON object")
+    if chunk.get("error"):
+        raise UpstreamFailure("the model reported an error within its stream", status=502, body=chunk)
+    return chunk
+
+
+def is_finished(chunk: Mapping[str, Any]) -> bool:
+    choices = chunk.get("choices")
+    return isinstance(choices, list) and any(
+        isinstance(choice, dict) and choice.get("finish_reason") for choice in choices
+    )
+
+
+def _kind(error: Exception) -> str:
+    return type(error).__name__
