@@ -147,7 +147,7 @@ class Settings(_Frozen):
     validation_set: str = "builtin"
     map: str = "builtin"
     embedder: str = "static"
-    recipe: str = "shrunk"
+    recipe: Literal["shrunk", "raw", "laplace"] = "shrunk"
     profile: ProfileSettings = ProfileSettings()
     judge_model: str | None = None
     allowed_env: Names = ()

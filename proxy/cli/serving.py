@@ -34,12 +34,14 @@ def serve(
     from proxy.cli import console
     from proxy.cli.serve import LOGGING, address, announce_ready, leave_on_sigterm, listen, run_server
     from proxy.cli.serve_store import owned_store
+    from proxy.preflight import check_files
 
     leave_on_sigterm()
     dictConfig(LOGGING)
     settings = read_settings(config, host=host, port=port, workers=workers, data_dir=data_dir)
     if detect:
         settings = _with_detected(settings)
+    check_files(settings)
     bound = listen(settings.host, settings.port)
     with owned_store(settings, console.note):
         console.note(f"UniRoute at {address(bound)}/v1, data in {settings.data_dir}")
@@ -72,9 +74,12 @@ def worker(config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
 
     from proxy.cli.serve import LOGGING
     from proxy.cli.worker import work
+    from proxy.preflight import check_files
 
     dictConfig(LOGGING)
-    run(work(read_settings(config, data_dir=data_dir)))
+    settings = read_settings(config, data_dir=data_dir)
+    check_files(settings)
+    run(work(settings))
 
 
 def _with_detected(settings: Settings) -> Settings:

@@ -91,13 +91,14 @@ def test_the_dry_run_predicts_what_then_happens(pool: Pool, lambda_: float) -> N
 
 
 def test_a_decision_says_at_which_lambda_it_would_flip(pool: Pool) -> None:
+    """A step beyond it, because expected costs follow the traffic of each process."""
     prompt = pool.library.of_kind("maths")[0]
     decision = pool.decision(prompt, 0.4)
     flips = {row["model"]: row["flips_at_lambda"] for row in decision["candidates"]}
     assert flips[decision["model"]] == 0.4
-    for model, flip in flips.items():
-        if flip is not None:
-            assert pool.decision(prompt, flip)["model"] == model
+    assert 0 < flips["dear"] < 0.4
+    assert pool.decision(prompt, 0.9 * flips["dear"])["model"] == "dear"
+    assert pool.decision(prompt, 1.1 * flips["dear"])["model"] != "dear"
 
 
 def test_a_price_put_by_an_admin_is_used_by_every_process_within_a_second(pool: Pool) -> None:

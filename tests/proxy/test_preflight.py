@@ -1,0 +1,57 @@
+"""What `uniroute serve` refuses before it listens: one line, exit 2, nothing begun."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from proxy.preflight import check_files
+from proxy.settings import Settings, SettingsError, load_settings
+from router_core.recipes import RECIPES
+from tests.support.command import environment, run_command
+
+BROKEN_SET = (
+    '{"prompt": "2+2?", "grader": {"type": "numeric", "answer": 4}}\n{"prompt": "x", "grader": {"type": "numerc"}}\n'
+)
+
+
+def settings_of(**stated: object) -> Settings:
+    return Settings.model_validate({"data_dir": Path("/nowhere"), **stated})
+
+
+def test_the_builtin_map_and_set_are_always_there() -> None:
+    check_files(settings_of())
+
+
+def test_a_map_that_is_no_map_is_named() -> None:
+    with pytest.raises(SettingsError, match=r"^map: .*uniroute fit"):
+        check_files(settings_of(map="/nowhere/map"))
+
+
+def test_a_broken_validation_line_is_named_by_its_number(tmp_path: Path) -> None:
+    (tmp_path / "set.jsonl").write_text(BROKEN_SET)
+    with pytest.raises(SettingsError, match=r"^validation_set: .*line 2.*'numeric'"):
+        check_files(settings_of(validation_set=str(tmp_path / "set.jsonl")))
+
+
+def test_a_missing_validation_set_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"^validation_set: .*none\.jsonl"):
+        check_files(settings_of(validation_set=str(tmp_path / "none.jsonl")))
+
+
+def test_every_recipe_can_be_set_and_no_other() -> None:
+    assert set(get_args(Settings.model_fields["recipe"].annotation)) == set(RECIPES)
+    with pytest.raises(SettingsError, match="recipe"):
+        load_settings(None, {"UNIROUTE_RECIPE": "foo"})
+
+
+def test_serve_says_it_in_one_line_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("uniroute:\n  map: nowhere\n")
+    ended = run_command("serve", "--config", config, "--port", "0", environ=environment(tmp_path / "data"))
+    assert ended.returncode == 2
+    assert ended.stderr.strip().startswith("uniroute: map: ")
+    assert ended.stderr.count("\n") == 1
+    assert list((tmp_path / "data").iterdir()) == []
