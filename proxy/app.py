@@ -20,6 +20,7 @@ from proxy.edge import Edge
 from proxy.errors import ClientGone, ProxyError, describe, plain_error
 from proxy.foreign_errors import FOREIGN, translated
 from proxy.jobs.onboarding import measuring_on_start
+from proxy.relay.sse import dump
 from proxy.routes import admin, admin_jobs, chat, health, models, route
 from proxy.services import Services, ServicesHolder, open_services
 from proxy.settings import Settings, load_settings
@@ -90,7 +91,7 @@ def _middleware(settings: Settings, holder: ServicesHolder) -> list[Middleware]:
 
 async def _refused(_: Request, error: Exception) -> Response:
     status, body, headers = describe(error)  # type: ignore[arg-type]  # registered for ProxyError
-    return JSONResponse(body, status, headers)
+    return Response(dump(body), status, headers, "application/json")
 
 
 async def _foreign(request: Request, error: Exception) -> Response:

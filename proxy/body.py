@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from starlette.requests import ClientDisconnect, Request
 
-from proxy.errors import BadRequest, BodyTooLarge, ClientGone, NotJson
+from proxy.errors import BadRequest, BodyTooLarge, BodyTooSlow, ClientGone, NotJson
+
+IDLE_S = 30.0
+"""How long a client may send nothing in the middle of its body."""
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """Raises NotJson, BodyTooLarge, ClientGone."""
+async def read_body(request: Request, limit: int, *, idle_s: float = IDLE_S) -> bytes:
+    """Raises NotJson, BodyTooLarge, BodyTooSlow, ClientGone."""
     _check_headers(request, limit)
     pieces: list[bytes] = []
     size = 0
     try:
-        async for piece in request.stream():
-            size += len(piece)
-            if size > limit:
-                raise _too_large(limit)
-            pieces.append(piece)
+        async with asyncio.timeout(idle_s) as patience:
+            async for piece in request.stream():
+                patience.reschedule(asyncio.get_running_loop().time() + idle_s)
+                size += len(piece)
+                if size > limit:
+                    raise _too_large(limit)
+                pieces.append(piece)
     except ClientDisconnect:
         raise ClientGone("the client left before its body was complete") from None
+    except TimeoutError:
+        raise BodyTooSlow(f"no more of the body came for {idle_s:g} s, after {size} bytes") from None
     return b"".join(pieces)
 
 

@@ -8,6 +8,7 @@ ProxyError
 ├── UnknownName              404  a model that does not exist
 │   └── UnknownJob           404
 ├── Conflict                 409  the name is taken, or the configuration file owns it
+├── BodyTooSlow              408  the rest of the body did not come
 ├── BodyTooLarge             413
 ├── NotJson                  415  content type or encoding
 ├── NothingAble              400  no candidate can take this request; says why, per model
@@ -70,6 +71,10 @@ class Conflict(ProxyError):
     """The name is taken, or its definition lives elsewhere."""
 
 
+class BodyTooSlow(ProxyError):
+    """A body that stopped in its middle."""
+
+
 class BodyTooLarge(ProxyError):
     """More bytes than `max_body_bytes`."""
 
@@ -127,6 +132,7 @@ _TABLE: Mapping[type[ProxyError], tuple[int, str, str | None]] = {
     UnknownName: (404, "invalid_request_error", "model_not_found"),
     UnknownJob: (404, "invalid_request_error", "job_not_found"),
     Conflict: (409, "invalid_request_error", "conflict"),
+    BodyTooSlow: (408, "invalid_request_error", "request_timeout"),
     BodyTooLarge: (413, "invalid_request_error", "request_too_large"),
     NotJson: (415, "invalid_request_error", "unsupported_media_type"),
     NothingAble: (400, "invalid_request_error", "no_eligible_model"),
@@ -173,12 +179,21 @@ def _own_words(error: UpstreamFailure) -> dict[str, Any]:
     """The upstream's error object in OpenAI's shape, with `code` as text; other texts put into that shape."""
     body = _parsed(error.body)
     if isinstance(body, Mapping) and isinstance(body.get("error"), Mapping):
-        inner = {"message": error.message, "type": "upstream_error", "param": None, "code": None, **body["error"]}
-        if inner["code"] is not None and not isinstance(inner["code"], str):
-            inner["code"] = str(inner["code"])
-        return {**body, "error": inner}
+        return {**body, "error": _openais_shape(body["error"], error.message)}
     kind, code = _OF_STATUS.get(error.status or 502, ("upstream_error", None))
     return error_object(_words_of(body) or error.message, kind, code)
+
+
+def _openais_shape(stated: Mapping[str, Any], message: str) -> dict[str, Any]:
+    """Its own fields kept; those that clients read as text are text, and the message is never missing."""
+    said = _text(stated.get("message")) or message
+    kind = _text(stated.get("type")) or "upstream_error"
+    shaped = error_object(said, kind, _text(stated.get("code")), stated.get("param"))["error"]
+    return {**stated, **shaped}
+
+
+def _text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value)
 
 
 def _parsed(body: Mapping[str, Any] | bytes | None) -> Any:
@@ -196,6 +211,6 @@ def _words_of(body: Any) -> str | None:
         return body.strip() or None
     if isinstance(body, Mapping):
         for name in ("error", "message", "detail"):
-            if isinstance(body.get(name), str):
-                return str(body[name])
+            if body.get(name):
+                return _text(body[name])
     return None

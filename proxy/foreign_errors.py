@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from proxy.errors import BadRequest, Conflict, ProxyError, Unavailable, UnknownName
-from proxy.state.registry import DefinedInConfig, NameTaken, UnknownModel
+from proxy.state.registry import ChangedMeanwhile, DefinedInConfig, NameTaken, UnknownModel
 from proxy.state.store import StoreUnavailable
 from router_core.errors import InvalidInput, MapMismatch
 
@@ -13,6 +13,7 @@ FOREIGN: Mapping[type[Exception], type[ProxyError]] = {
     StoreUnavailable: Unavailable,
     NameTaken: Conflict,
     DefinedInConfig: Conflict,
+    ChangedMeanwhile: Conflict,
     UnknownModel: UnknownName,
     InvalidInput: BadRequest,
     MapMismatch: BadRequest,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,11 +60,22 @@ def event(payload: Mapping[str, Any]) -> bytes:
 
 
 def dump(payload: Mapping[str, Any]) -> bytes:
-    """Compact JSON. Half characters, which models do send when they cut an emoji in two, stay escaped."""
+    """Compact JSON. Half characters, which models do send when they cut an emoji in two, stay escaped; NaN is null."""
     try:
-        return json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode()
+        return json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:
-        return json.dumps(payload, separators=(",", ":")).encode()
+        return json.dumps(_finite(payload), separators=(",", ":")).encode()
+    except ValueError:
+        return dump(_finite(payload))
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities, which JSON has no words for and upstreams send all the same, as null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list) else value
 
 
 def loads(data: bytes) -> Any:

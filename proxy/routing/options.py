@@ -108,8 +108,11 @@ def _session(stated: Mapping[str, Any]) -> str | None:
 
 def _fallbacks(body: Mapping[str, Any], stated: Mapping[str, Any]) -> bool | None:
     provider = body.get("provider")
-    inherited = provider.get("allow_fallbacks") if isinstance(provider, dict) else None
-    value = stated.get("fallbacks", inherited)
+    if not isinstance(provider, dict | None):
+        raise BadRequest("`provider` must be an object", param="provider")
+    inherited = (provider or {}).get("allow_fallbacks")
+    own = stated.get("fallbacks")
+    param, value = ("provider.allow_fallbacks", inherited) if own is None else ("uniroute.fallbacks", own)
     if value is not None and not isinstance(value, bool):
-        raise BadRequest("`uniroute.fallbacks` must be true or false", param="uniroute.fallbacks")
+        raise BadRequest(f"`{param}` must be true or false", param=param)
     return value

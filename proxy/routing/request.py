@@ -13,6 +13,8 @@ from proxy.routing.options import Options, read_options
 from proxy.routing.refused import refuse_control_fields
 
 MAX_DEPTH = 64
+MAX_VALUES = 300_000
+"""Texts, numbers, lists and objects in one body, all levels together: each is looked at on the event loop."""
 _OURS = frozenset({"uniroute", "models", "route", "provider"})
 """Ours, and OpenRouter's: they mean something here and nothing to an upstream."""
 
@@ -49,7 +51,13 @@ def parse_chat(raw: bytes, headers: list[tuple[str, str]]) -> ChatRequest:
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
-    """A JSON object: UTF-8, finite numbers, whole characters, at most MAX_DEPTH levels. Raises BadRequest."""
+    """A JSON object: UTF-8, finite numbers, whole characters, at most MAX_DEPTH levels and MAX_VALUES values.
+
+    Raises:
+        BadRequest: saying what is wrong, and where.
+    """
+    if raw.count(b"[") > MAX_VALUES:  # millions of lists keep the garbage collector busy for seconds
+        raise BadRequest(f"the body holds more than {MAX_VALUES} lists")
     try:
         value = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
@@ -71,9 +79,13 @@ def _refuse_constant(name: str) -> Never:
 def _check_values(document: dict[str, Any]) -> None:
     """What parses but cannot be written again: infinite numbers, half characters, nests that exhaust the stack."""
     level: list[Any] = [document]
+    seen = 0
     for _ in range(MAX_DEPTH):
+        seen += len(level)
         inner: list[Any] = []
         for value in level:
+            if seen + len(inner) > MAX_VALUES:
+                raise BadRequest(f"the body holds more than {MAX_VALUES} values")
             if isinstance(value, dict):
                 inner.extend(value.keys())
                 inner.extend(value.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.words import words
@@ -55,6 +55,7 @@ class Provider:
     name: str
     model: str
     api_base: str | None
+    api_key: str | None = field(default=None, repr=False)
 
     @property
     def verbatim(self) -> bool:
@@ -94,7 +95,8 @@ def call_arguments(provider: Provider, body: Mapping[str, Any], *, stream: bool)
     """What the caller's part of a litellm call is. `body` has been through arm_body."""
     sent = {name: value for name, value in body.items() if name not in ("model", "stream", "stream_options")}
     if stream:
-        sent["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
+        options = body.get("stream_options")
+        sent["stream_options"] = {**(options if isinstance(options, Mapping) else {}), "include_usage": True}
     if provider.verbatim:
         # litellm gets a blank turn and the real body overrides it: it checks, rewrites and logs what it is shown
         return {

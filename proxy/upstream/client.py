@@ -14,15 +14,18 @@ from proxy.errors import UpstreamFailure
 from proxy.settings import Settings, SettingsError, resolve_secret
 from proxy.state.records import ModelRecord
 from proxy.upstream.call import Provider, arm_body, call_arguments, is_provider_param
-from proxy.upstream.failures import failure_of
+from proxy.upstream.failures import failure_of, no_completion, without
 from proxy.upstream.provider_layer import handler_over, import_litellm, warm_up
 from proxy.upstream.wire import CONNECT_TIMEOUT_S, Exchange, chunks_of, is_finished, open_pool, watched
+from proxy.words import words
 
 __all__ = ["LitellmUpstream", "UpstreamFailure"]
 
 log = logging.getLogger("uniroute.upstream")
 
 MOST_CLIENTS = 256
+ODD_BODIES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What litellm raises where a caller's or a model's JSON has another shape than it expects."""
 Chunks = AsyncIterator[dict[str, Any]]
 
 
@@ -57,10 +60,14 @@ class LitellmUpstream:
             except self._failures as error:
                 relayed = exchange.completion() if provider.openai_format else None
                 if relayed is None:
-                    raise failure_of(error, exchange.response, record.name) from error
+                    raise without(provider.api_key, failure_of(error, exchange.response, record.name)) from error
                 return relayed
-            relayed = exchange.completion() if provider.openai_format and exchange.is_chat_format else None
-            return relayed or _plain(answer)
+            if not (provider.openai_format and exchange.is_chat_format):
+                return _plain(answer)
+            relayed = exchange.completion()
+            if relayed is None:
+                raise without(provider.api_key, no_completion(exchange.response, record.name))
+            return relayed
 
     async def stream(
         self, record: ModelRecord, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
@@ -76,12 +83,12 @@ class LitellmUpstream:
             try:
                 answer = await self._litellm.acompletion(**arguments)
             except self._failures as error:
-                raise failure_of(error, exchange.response, record.name) from error
+                raise without(provider.api_key, failure_of(error, exchange.response, record.name)) from error
             if provider.openai_format and exchange.is_chat_format:
-                return await self._relayed(exchange, record)
+                return await self._relayed(exchange, record, provider)
             return self._converted(answer, exchange, record)
 
-    async def _relayed(self, exchange: Exchange, record: ModelRecord) -> Chunks:
+    async def _relayed(self, exchange: Exchange, record: ModelRecord, provider: Provider) -> Chunks:
         response = exchange.response
         if response is None:
             raise UpstreamFailure(f"{record.name} gave no response")
@@ -91,7 +98,8 @@ class LitellmUpstream:
             body = await response.aread()
         except httpx.HTTPError as error:
             raise UpstreamFailure(f"{record.name} broke off its answer") from error
-        raise UpstreamFailure(f"{record.name} answered a stream with something else", status=502, body=body)
+        failure = UpstreamFailure(f"{record.name} answered a stream with something else", status=502, body=body)
+        raise without(provider.api_key, failure)
 
     async def _converted(self, answer: Any, exchange: Exchange, record: ModelRecord) -> Chunks:
         """Chunks that litellm made of another format; its usage chunk carries a choice, ours none."""
@@ -122,7 +130,7 @@ class LitellmUpstream:
     def _failures(self) -> tuple[type[Exception], ...]:
         import openai
 
-        return (openai.OpenAIError, httpx.HTTPError, ValueError)
+        return (openai.OpenAIError, httpx.HTTPError, httpx.StreamError, *ODD_BODIES)
 
     def _arguments(
         self, record: ModelRecord, body: Mapping[str, Any], headers: Mapping[str, str] | None, *, stream: bool
@@ -163,51 +171,61 @@ class LitellmUpstream:
 
     def _provider(self, record: ModelRecord, params: Mapping[str, Any]) -> Provider:
         try:
-            model, name, _, api_base = self._litellm.get_llm_provider(
+            model, name, key, api_base = self._litellm.get_llm_provider(
                 record.litellm_params["model"],
                 custom_llm_provider=params.get("custom_llm_provider"),
                 api_base=params.get("api_base"),
                 api_key=params.get("api_key"),
             )
         except self._failures as error:
-            raise failure_of(error, None, record.name) from error
-        return Provider(name, model, api_base or params.get("api_base"))
+            log.error("model %s: %s", record.name, error)
+            message = f"{record.name}: no provider is known by its name {record.litellm_params['model'][:128]!r}"
+            raise UpstreamFailure(message, retryable=True) from error
+        return Provider(name, model, api_base or params.get("api_base"), params.get("api_key") or key)
 
     def _client(self, provider: Provider, params: Mapping[str, Any]) -> Any:
         """Our pool behind the client class that this provider takes; azure and a few others bring their own."""
         if provider.name == "azure":
             return None
-        if provider.name in _OPENAI_SDK:
+        if self._takes_openais_sdk(provider):
             return self._openai_client(provider, params)
         return self._handler
+
+    def _takes_openais_sdk(self, provider: Provider) -> bool:
+        compatible = provider.name in self._litellm.openai_compatible_providers and provider.name not in _OWN_HANDLER
+        return compatible or provider.name in _OPENAI_SDK
 
     def _openai_client(self, provider: Provider, params: Mapping[str, Any]) -> Any:
         import openai
 
-        key = params.get("api_key") or self._environ.get("OPENAI_API_KEY") or "-"
-        base = provider.api_base or "https://api.openai.com/v1"
-        known = (base, key, str(params.get("organization")))
+        at_openai = provider.name == "openai" and not provider.api_base
+        key = provider.api_key or (self._environ.get("OPENAI_API_KEY") if at_openai else None) or "-"
+        base, organization = provider.api_base or "https://api.openai.com/v1", params.get("organization")
+        known = (base, key, str(organization))
         if known not in self._clients:
-            self._clients[known] = openai.AsyncOpenAI(
-                api_key=key,
-                base_url=base,
-                organization=params.get("organization"),
-                http_client=self._pool,
-                max_retries=0,
-            )
+            client = openai.AsyncOpenAI(api_key=key, base_url=base, http_client=self._pool, max_retries=0)
+            if organization or not at_openai:
+                # it reads OPENAI_ORG_ID and OPENAI_PROJECT_ID by itself, and would name them to anybody
+                client.organization, client.project = organization, None
+            self._clients[known] = client
             if len(self._clients) > MOST_CLIENTS:
                 self._clients.popitem(last=False)
         return self._clients[known]
 
     def _timeout(self, provider: Provider) -> Any:
         whole = self._settings.request_timeout_s
-        if provider.name not in _OPENAI_SDK:
+        if not self._takes_openais_sdk(provider):
             return whole
         return httpx.Timeout(whole, connect=min(CONNECT_TIMEOUT_S, whole))
 
 
 _OPENAI_SDK = frozenset({"openai", "custom_openai", "lm_studio", "llamafile", "litellm_proxy", "docker_model_runner"})
-"""Providers for which litellm takes an AsyncOpenAI; the others take its own handler around our pool."""
+"""Providers for which litellm takes an AsyncOpenAI, with most of its `openai_compatible_providers`."""
+
+_OWN_HANDLER = words("""
+    deepseek azure_ai fireworks_ai together_ai ragflow xai groq cometapi hosted_vllm edenai github_copilot chatgpt
+""")
+"""Those that take litellm's own handler around our pool after all, as every other provider does."""
 
 
 def _is_made_up(answer: Any) -> bool:

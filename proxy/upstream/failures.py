@@ -8,6 +8,8 @@ import httpx
 
 from proxy.errors import UpstreamFailure
 
+_SHORTEST_KEY = 8
+"""What is shorter is a stand-in such as "-" or "none"."""
 _CLASS_NAMES = re.compile(r"^(litellm\.\w+: )*")
 
 
@@ -17,9 +19,8 @@ def failure_of(error: Exception, response: httpx.Response | None, model: str) ->
         return _refused(response, model)
     if response is not None and response.is_redirect:
         return UpstreamFailure(f"{model} answered with a redirect, which is not followed")
-    if response is not None and response.is_success and (content := _content(response)):
-        message = f"{model} answered with status 200 and no completion"
-        return UpstreamFailure(message, status=502, body=content, headers=response.headers)
+    if response is not None and response.is_success and _content(response):
+        return no_completion(response, model)
     if _is_timeout(error):
         return UpstreamFailure(f"{model} did not answer in time", timed_out=True)
     if _is_connection(error) or isinstance(error, httpx.HTTPError):
@@ -27,6 +28,23 @@ def failure_of(error: Exception, response: httpx.Response | None, model: str) ->
     if response is not None:
         return UpstreamFailure(f"{model} broke off its answer: {_first_line(error)}")
     return _of_litellm(error, model)
+
+
+def no_completion(response: httpx.Response | None, model: str) -> UpstreamFailure:
+    """It said that all was well, and sent something else than a completion."""
+    message = f"{model} answered with success and no completion"
+    if response is None:
+        return UpstreamFailure(message)
+    return UpstreamFailure(message, status=502, body=_content(response), headers=response.headers)
+
+
+def without(key: str | None, failure: UpstreamFailure) -> UpstreamFailure:
+    """The same, less the provider's key, which some servers repeat in their words."""
+    if key and len(key) >= _SHORTEST_KEY:
+        failure.message = failure.message.replace(key, "***")
+        if isinstance(failure.body, bytes):
+            failure.body = failure.body.replace(key.encode(), b"***")
+    return failure
 
 
 def _refused(response: httpx.Response, model: str) -> UpstreamFailure:
@@ -39,7 +57,7 @@ def _content(response: httpx.Response) -> bytes:
     """Nothing where it was streamed, or not read at all."""
     try:
         return response.content
-    except httpx.ResponseNotRead:
+    except httpx.StreamError:
         return b""
 
 
@@ -66,7 +84,12 @@ def _of_litellm(error: Exception, model: str) -> UpstreamFailure:
     Another model may still take the request. A key that is missing here is no fault of the caller's key.
     """
     ours = type(error).__name__ in ("AuthenticationError", "PermissionDeniedError", "NotFoundError")
-    return UpstreamFailure(f"{model}: {_first_line(error)}", status=None if ours else 400, retryable=True)
+    said = _first_line(error)
+    if ours:
+        return UpstreamFailure(f"{model}: {said}", retryable=True)
+    return UpstreamFailure(
+        f"{model} cannot be sent this request in its provider's format: {said}", status=400, retryable=True
+    )
 
 
 def _first_line(error: Exception) -> str:

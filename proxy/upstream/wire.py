@@ -31,13 +31,20 @@ class Exchange:
 
     def completion(self) -> dict[str, Any] | None:
         """The body of a successful answer in OpenAI's format; None if it is anything else."""
-        if self.response is None or self.response.status_code != 200 or not self.response.is_stream_consumed:
+        if self.response is None or not self.response.is_success:
             return None
         try:
             body = loads(self.response.content)
-        except ValueError:
+        except (ValueError, httpx.StreamError):  # not JSON, or not read
             return None
-        return body if isinstance(body, dict) and isinstance(body.get("choices"), list) else None
+        return body if isinstance(body, dict) and _has_choices(body) and not body.get("error") else None
+
+
+def _has_choices(body: Mapping[str, Any]) -> bool:
+    choices = body.get("choices")
+    if not isinstance(choices, list) or not choices:
+        return False
+    return all(isinstance(choice, dict) and isinstance(choice.get("message"), dict) for choice in choices)
 
 
 _current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
@@ -76,20 +83,14 @@ def open_pool(timeout_s: float) -> httpx.AsyncClient:
 
 async def chunks_of(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     """The chunks of a stream in OpenAI's format, untouched. UpstreamFailure where it breaks or ends too early."""
-    cutter, finished = EventCutter(), False
+    begun = finished = False
     try:
-        async for piece in response.aiter_bytes():
-            for data in cutter.feed(piece):
-                if data.strip() == b"[DONE]":
-                    return
-                chunk = _chunk(data)
-                finished = finished or is_finished(chunk)
-                yield chunk
-        for data in cutter.close():
-            if data.strip() == b"[DONE]":
-                return
+        async for data in _payloads(response):
+            if data == b"[DONE]":
+                finished = begun
+                break
             chunk = _chunk(data)
-            finished = finished or is_finished(chunk)
+            begun, finished = True, finished or is_finished(chunk)
             yield chunk
     except (httpx.HTTPError, httpx.StreamError, EventTooLong) as error:
         timed_out = isinstance(error, httpx.TimeoutException)
@@ -100,7 +101,20 @@ async def chunks_of(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
         raise UpstreamFailure("the model's stream ended before its answer did")
 
 
+async def _payloads(response: httpx.Response) -> AsyncIterator[bytes]:
+    """The data of each event, blank ones left out."""
+    cutter = EventCutter()
+    async for piece in response.aiter_bytes():
+        for data in cutter.feed(piece):
+            if payload := data.strip():
+                yield payload
+    for data in cutter.close():
+        if payload := data.strip():
+            yield payload
+
+
 def _chunk(data: bytes) -> dict[str, Any]:
+    """Raises UpstreamFailure. No choices and no delta, which some servers say as null, become what clients expect."""
     try:
         chunk = loads(data)
     except ValueError as error:
@@ -109,6 +123,12 @@ def _chunk(data: bytes) -> dict[str, Any]:
         raise UpstreamFailure("the model sent an event that is not a JSON object")
     if chunk.get("error"):
         raise UpstreamFailure("the model reported an error within its stream", status=502, body=chunk)
+    choices = chunk["choices"] = [] if chunk.get("choices") is None else chunk["choices"]
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+        raise UpstreamFailure("the model sent a chunk whose `choices` are not a list of objects")
+    for choice in choices:
+        if choice.get("delta") is None:
+            choice["delta"] = {}
     return chunk
 
 

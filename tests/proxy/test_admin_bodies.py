@@ -20,7 +20,7 @@ PARAMS: Any = {"model": "openai/new", "api_base": "http://127.0.0.1:9/v1", "api_
 
 def addition(params: Any = None, **body: Any) -> Addition:
     whole = {"model_name": "team/new", "litellm_params": {**PARAMS, **(params or {})}, **body}
-    return read_addition(whole, Settings(route_names=("gpt-4o",)), ENVIRON, CORNERS.id, 1.0)
+    return read_addition(whole, Settings(route_names=("gpt-4o",)), ENVIRON, CORNERS, 1.0)
 
 
 def test_a_model_is_asked_by_default() -> None:
@@ -139,3 +139,21 @@ def test_no_secret_is_shown() -> None:
         "max_tokens": 5,
         "aws_secret_access_key": "***",
     }
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("extra_headers", "x"),
+        ("extra_headers", {"X-Team": 5}),
+        ("extra_headers", {"X-Team": "a\r\nb"}),
+        ("extra_body", "x"),
+        ("system", 5),
+        ("organization", 5),
+        ("custom_llm_provider", 5),
+        ("api_base", "http://127.0.0.1:9/v1\r\nX: y"),
+    ],
+)
+def test_parameters_that_every_call_would_stumble_over_are_refused_at_once(field: str, value: Any) -> None:
+    with pytest.raises(BadRequest, match=f"litellm_params.{field}"):
+        addition({field: value})

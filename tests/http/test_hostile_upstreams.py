@@ -1,0 +1,98 @@
+"""Upstreams that answer nonsense: the client gets an error in OpenAI's shape, never a 500 of ours or a wrong 200."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.http.conftest import CANARY, Fleet
+from tests.support.answers import Step
+
+ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
+SAID: Any = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": None}]}
+END: Any = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+
+
+def ask(http: httpx.Client, fleet: Fleet, step: Step, *, stream: bool = False) -> httpx.Response:
+    fleet.fair.then(step)
+    return http.post("/v1/chat/completions", json={"model": "fair", "messages": ASK, "stream": stream})
+
+
+def events(reply: httpx.Response) -> list[Any]:
+    data = [line.removeprefix("data: ") for line in reply.text.split("\n") if line.startswith("data: ")]
+    return [json.loads(line) for line in data if line != "[DONE]"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"error": {"message": "\\ud800 half a character"}}',
+        b'{"error": {"message": "no number", "seen": NaN}}',
+        b'{"error": {"message": null, "type": null, "code": 7}}',
+        b'{"error": {"message": {"text": "nested"}, "type": 5}}',
+        b'{"detail": [{"loc": ["body"], "msg": "bad"}]}',
+    ],
+)
+def test_any_error_body_keeps_its_status_and_gets_a_text(
+    http: httpx.Client, fleet: Fleet, body: bytes, stream: bool
+) -> None:
+    reply = ask(http, fleet, Step(status=422, body=body), stream=stream)
+    error = reply.json()["error"]
+
+    assert reply.status_code == 422
+    assert isinstance(error["message"], str)
+    assert isinstance(error["type"], str)
+    assert error["code"] in (None, "7")
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        Step(body={"choices": []}),
+        Step(body={"choices": [None]}),
+        Step(body={"choices": [{"message": None, "finish_reason": "stop"}]}),
+        Step(body={"choices": [], "error": {"message": "boom", "code": 5}}),
+        Step(headers={"content-encoding": "gzip"}, body=b"this is not gzip"),
+        Step(status=204, body=b""),
+    ],
+)
+def test_success_without_a_completion_is_an_error(http: httpx.Client, fleet: Fleet, step: Step) -> None:
+    reply = ask(http, fleet, step)
+
+    assert reply.status_code == 502
+    assert reply.json()["error"]["message"]
+
+
+def test_numbers_that_json_does_not_have_become_null(http: httpx.Client, fleet: Fleet) -> None:
+    said = (
+        b'{"choices": [{"index": 0, "message": {"content": "hi"}, "finish_reason": "stop", "score": NaN}], "x": 1e999}'
+    )
+    reply = ask(http, fleet, Step(body=said))
+
+    assert reply.json()["choices"][0]["score"] is reply.json()["x"] is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_key_that_the_upstream_repeats_is_hidden(http: httpx.Client, fleet: Fleet, stream: bool) -> None:
+    words = f"Incorrect API key provided: {CANARY}"
+    reply = ask(http, fleet, Step(status=401, body={"error": {"message": words}}), stream=stream)
+
+    assert reply.status_code == 401
+    assert reply.json()["error"]["message"] == "Incorrect API key provided: ***"
+
+
+@pytest.mark.parametrize("said", [[], [{"choices": 5}], [{"choices": [None]}]])
+def test_a_stream_of_nothing_is_an_error(http: httpx.Client, fleet: Fleet, said: list[Any]) -> None:
+    assert ask(http, fleet, Step(events=said), stream=True).status_code == 502
+
+
+def test_null_choices_null_deltas_and_blank_events_do_no_harm(http: httpx.Client, fleet: Fleet) -> None:
+    odd: list[Any] = [{"choices": None}, {"choices": [{"index": 0, "delta": None}]}, b"data:\n\n", SAID, END]
+    shown = events(ask(http, fleet, Step(events=odd), stream=True))
+
+    assert [chunk["choices"] for chunk in shown[:2]] == [[], [{"index": 0, "delta": {}}]]
+    assert shown[2]["choices"][0]["delta"]["content"] == "hi"

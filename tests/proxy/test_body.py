@@ -1,0 +1,26 @@
+"""A request's bytes as they come in: the parts that a whole server would be slow to show."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from starlette.requests import Request
+from starlette.types import Message
+
+from proxy.body import read_body
+from proxy.errors import BodyTooSlow
+
+
+async def test_a_body_that_stops_in_its_middle_is_given_up() -> None:
+    waiting: list[Message] = [{"type": "http.request", "body": b'{"model"', "more_body": True}]
+
+    async def receive() -> Message:
+        if waiting:
+            return waiting.pop()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    request = Request({"type": "http", "method": "POST", "headers": []}, receive)
+    with pytest.raises(BodyTooSlow, match="after 8 bytes"):
+        await read_body(request, 1000, idle_s=0.05)

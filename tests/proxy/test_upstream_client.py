@@ -1,0 +1,96 @@
+"""Which key goes where, and which client each provider gets: real calls to a scripted server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from proxy.errors import UpstreamFailure
+from proxy.settings import Settings
+from proxy.upstream.call import Provider
+from proxy.upstream.client import LitellmUpstream
+from tests.support.answers import Step
+from tests.support.makers import a_record
+from tests.support.upstream import ScriptedUpstream
+
+OPENAI_KEY = "sk-of-openai-alone"
+BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
+CLAUDE: Any = {
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "model": "claude",
+    "content": [{"type": "text", "text": "hi"}],
+    "stop_reason": "end_turn",
+    "usage": {"input_tokens": 1, "output_tokens": 1},
+}
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[LitellmUpstream]:
+    opened = LitellmUpstream(Settings(), {"OPENAI_API_KEY": OPENAI_KEY})
+    await opened.prepare()
+    yield opened
+    await opened.aclose()
+
+
+@pytest.mark.parametrize("model", ["openai/x", "custom_openai/x", "lm_studio/x", "llamafile/x", "gpt-4o-mini"])
+async def test_openais_key_is_not_sent_to_an_address_of_somebody_else(
+    upstream: LitellmUpstream, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", OPENAI_KEY)
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-of-openai-alone")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "project-of-openai-alone")
+    with ScriptedUpstream() as server:
+        await upstream.complete(a_record(model=model, api_base=server.url), BODY)
+
+        assert not any("of-openai-alone" in value for value in server.last.headers.values())
+
+
+async def test_openai_itself_gets_its_key_from_the_environment(upstream: LitellmUpstream) -> None:
+    client = upstream._openai_client(Provider("openai", "gpt-4o-mini", None), {})
+
+    assert (client.api_key, client.base_url.host) == (OPENAI_KEY, "api.openai.com")
+
+
+@pytest.mark.parametrize("name", ["nvidia_nim", "perplexity", "cerebras", "moonshot", "github", "xinference", "groq"])
+async def test_openai_compatible_providers_are_reached(upstream: LitellmUpstream, name: str) -> None:
+    with ScriptedUpstream() as server:
+        server.then(Step(extra={"service_tier": "default"}))
+        record = a_record(model=f"{name}/x", api_base=server.url, api_key="key-of-this-one")
+        answer = await upstream.complete(record, BODY)
+
+        assert answer["choices"][0]["message"]["content"]
+        assert server.last.headers["authorization"] == "Bearer key-of-this-one"
+
+
+@pytest.mark.parametrize("field", ["tools", "web_search_options"])
+async def test_a_field_that_a_translation_stumbles_over_is_the_requests_fault(
+    upstream: LitellmUpstream, field: str
+) -> None:
+    with ScriptedUpstream() as server:
+        server.then(Step(body=CLAUDE))
+        record = a_record(model="anthropic/claude-3-5-sonnet-20241022", api_base=server.url, api_key="key-of-this-one")
+        with pytest.raises(UpstreamFailure) as caught:
+            await upstream.complete(record, {**BODY, field: 5})
+
+    assert caught.value.status == 400
+    assert "format" in caught.value.message
+
+
+async def test_a_model_of_no_known_provider_is_not_the_callers_fault(upstream: LitellmUpstream) -> None:
+    with pytest.raises(UpstreamFailure, match="no provider is known") as caught:
+        await upstream.complete(a_record(model="nonsense"), BODY)
+
+    assert caught.value.status is None
+    assert caught.value.retryable
+
+
+async def test_an_arms_broken_stream_options_do_not_break_its_streams(upstream: LitellmUpstream) -> None:
+    with ScriptedUpstream() as server:
+        record = a_record(model="openai/x", api_base=server.url, stream_options=5)
+        chunks = [chunk async for chunk in await upstream.stream(record, {**BODY, "stream": True})]
+
+    assert chunks[-1]["usage"]
