@@ -19,8 +19,9 @@ PARAMS = _words("""
     rpm tpm itpm otpm weight order tags tag_regex max_budget budget_duration default_api_key_tpm_limit
     default_api_key_rpm_limit max_file_size_mb use_in_pass_through configurable_clientside_auth_params
     litellm_credential_name litellm_trace_id provider_affinity_header max_parallel_requests cooldown_time
-    allow_client_keepalive_override keepalive_seconds use_litellm_proxy region_name max_retries timeout
-    stream_timeout
+    allow_client_keepalive_override keepalive_seconds use_litellm_proxy region_name max_retries num_retries timeout
+    stream_timeout request_timeout force_timeout retry_policy allowed_fails allowed_fails_policy routing_strategy
+    fallbacks default_fallbacks context_window_fallbacks content_policy_fallbacks caching
 """)
 """Keys of `litellm_params` that steer LiteLLM's own proxy. They are dropped: waiting and retrying are set here."""
 

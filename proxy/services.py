@@ -8,8 +8,8 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
+from proxy.cluster_maps import open_map
 from proxy.jobs.answering import UpstreamAnswerer
 from proxy.jobs.jobs import Jobs
 from proxy.recording.metrics import Metrics
@@ -28,7 +28,6 @@ from proxy.state.store import Store
 from proxy.tasks import end
 from proxy.upstream.client import LitellmUpstream
 from proxy.upstream.provider_layer import import_litellm
-from router_core.artifact import builtin_map, load_map
 from router_core.clustering import ClusterMap
 from router_core.embedding import open_embedder
 from router_core.errors import RouterCoreError
@@ -114,7 +113,7 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
 
 def _open_routing(settings: Settings) -> tuple[ClusterMap, Assigner]:
     try:
-        cluster_map = builtin_map() if settings.map == "builtin" else load_map(Path(settings.map))
+        cluster_map = open_map(settings)
         embedder = open_embedder(settings.embedder, settings.data_dir, log.info)
     except (RouterCoreError, OSError) as error:
         raise SettingsError(f"map, embedder: {error}") from error
@@ -129,6 +128,4 @@ def _open_routing(settings: Settings) -> tuple[ClusterMap, Assigner]:
 def _surroundings(settings: Settings, cluster_map: ClusterMap, live: LiveExpectations) -> Surroundings:
     now = time.time()
     configured = {entry.model_name: ModelRecord.of_entry(entry, "config", now) for entry in settings.model_list}
-    if settings.recipe not in RECIPES:
-        raise SettingsError(f"recipe: must be one of {', '.join(RECIPES)}; got {settings.recipe!r}")
     return Surroundings(cluster_map, configured, bundled_catalog(), RECIPES[settings.recipe], live)

@@ -21,8 +21,10 @@ from pydantic import (
     model_validator,
 )
 
+from proxy.litellm_params import check_shapes
+from proxy.settings_problems import first_problem
 from proxy.settings_sources import SettingsError, environment_values, file_values, split_list, unknown
-from router_core.types import Price
+from router_core.types import DEAREST, Price
 
 __all__ = [
     "ModelEntry",
@@ -33,6 +35,7 @@ __all__ = [
     "check_exposure",
     "check_model_name",
     "load_settings",
+    "referred_variable",
     "resolve_secret",
 ]
 
@@ -46,20 +49,30 @@ def check_model_name(name: str) -> str:
         raise ValueError(
             f"a model name is 1 to 128 of A-Z a-z 0-9 . _ : / @ - and starts with a letter or digit; got {name!r}"
         )
+    if {".", ".."}.intersection(name.split("/")):
+        raise ValueError(f"a model name is part of a URL and cannot hold the steps . and .. ; got {name!r}")
     if name in RESERVED_NAMES:
         raise ValueError(f"{name!r} is the name that asks for routing; give the model another name")
     return name
 
 
-def resolve_secret(value: str, environ: Mapping[str, str], allowed_env: Collection[str] = ()) -> str:
-    """`os.environ/NAME` → the variable's value; other text is itself. SettingsError if NAME is unset or not allowed."""
-    if not value.startswith(_REFERENCE):
-        return value
+def referred_variable(value: object, allowed_env: Collection[str] = ()) -> str | None:
+    """NAME of `os.environ/NAME`, None for any other value. SettingsError if that variable may not be used."""
+    if not isinstance(value, str) or not value.startswith(_REFERENCE):
+        return None
     name = value.removeprefix(_REFERENCE)
     if name.startswith("UNIROUTE_") or not (name.endswith("_API_KEY") or name in allowed_env):
         raise SettingsError(
             f"{value}: only variables named *_API_KEY, or listed in allowed_env, may be used; got {name!r}"
         )
+    return name
+
+
+def resolve_secret(value: str, environ: Mapping[str, str], allowed_env: Collection[str] = ()) -> str:
+    """`os.environ/NAME` → the variable's value; other text is itself. SettingsError if NAME is unset or not allowed."""
+    name = referred_variable(value, allowed_env)
+    if name is None:
+        return value
     if not environ.get(name):
         raise SettingsError(f"{value}: the environment variable {name} is not set; export it before starting")
     return environ[name]
@@ -71,8 +84,23 @@ def _finite_at_least_zero(value: float) -> float:
     return value
 
 
-Amount = Annotated[float, AfterValidator(_finite_at_least_zero)]
-Count = Annotated[int, Field(ge=1)]
+def _not_boolean(value: object) -> object:
+    """YAML's `yes` and `on` are booleans, which would pass for the number 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number; got {str(value).lower()}")
+    return value
+
+
+def _redis_address(value: str | None) -> str | None:
+    if value is not None and not value.startswith(("redis://", "rediss://", "unix://")):
+        raise ValueError("must start with redis://, rediss:// or unix://")
+    return value
+
+
+Amount = Annotated[float, BeforeValidator(_not_boolean), AfterValidator(_finite_at_least_zero)]
+Whole = Annotated[int, BeforeValidator(_not_boolean)]
+Count = Annotated[Whole, Field(ge=1, le=10**12)]
+TokenCost = Annotated[Amount, Field(le=DEAREST)]
 Names = Annotated[tuple[str, ...], BeforeValidator(split_list)]
 ModelName = Annotated[str, AfterValidator(check_model_name)]
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
@@ -85,10 +113,10 @@ class _Frozen(BaseModel):
 class ModelInfo(_Frozen):
     """What is known of a model, under LiteLLM's names. None: unknown. Prices are USD per token."""
 
-    input_cost_per_token: Amount | None = None
-    output_cost_per_token: Amount | None = None
-    cache_read_input_token_cost: Amount | None = None
-    cache_creation_input_token_cost: Amount | None = None
+    input_cost_per_token: TokenCost | None = None
+    output_cost_per_token: TokenCost | None = None
+    cache_read_input_token_cost: TokenCost | None = None
+    cache_creation_input_token_cost: TokenCost | None = None
     free: bool = False
     max_input_tokens: Count | None = None
     max_output_tokens: Count | None = None
@@ -119,6 +147,7 @@ class ModelEntry(_Frozen):
         model = self.litellm_params.get("model")
         if not isinstance(model, str) or not model:
             raise ValueError("litellm_params needs `model`, as in openai/gpt-4.1-mini")
+        check_shapes(self.litellm_params)
         return self
 
     def __repr_args__(self) -> list[tuple[str | None, Any]]:
@@ -129,9 +158,9 @@ class ModelEntry(_Frozen):
 class ProfileSettings(_Frozen):
     """How a model is measured: how many validation prompts, for how much money, how many at once."""
 
-    prompts: Annotated[int, Field(ge=1, le=1000)] = 60
+    prompts: Annotated[Whole, Field(ge=1, le=1000)] = 60
     max_usd: Amount = 1.0
-    concurrency: Annotated[int, Field(ge=1, le=64)] = 4
+    concurrency: Annotated[Whole, Field(ge=1, le=64)] = 4
     on_start: bool = True
     timeout_s: Annotated[Amount, Field(gt=0)] = 120
 
@@ -156,14 +185,24 @@ class Settings(_Frozen):
     price_refresh_minutes: Amount = 0
     price_url: str | None = Field(default=None, repr=False)
     max_body_bytes: Count = 20_000_000
-    fallback_attempts: Annotated[int, Field(ge=1, le=20)] = 3
+    fallback_attempts: Annotated[Whole, Field(ge=1, le=20)] = 3
     request_timeout_s: Annotated[Amount, Field(gt=0)] = 600
-    redis_url: str | None = Field(default=None, repr=False)
+    redis_url: Annotated[str | None, AfterValidator(_redis_address)] = Field(default=None, repr=False)
     admin_key: SecretStr | None = None
     data_dir: Annotated[AbsolutePath, Field(validate_default=True)] = Path("~/.local/share/uniroute")
     host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    workers: Annotated[int, Field(ge=1, le=256)] = 1
+    port: Annotated[Whole, Field(ge=0, le=65535)] = 8000
+    workers: Annotated[Whole, Field(ge=1, le=256)] = 1
+
+    @model_validator(mode="after")
+    def _keys_may_be_used(self) -> Settings:
+        for number, entry in enumerate(self.model_list):
+            for key, value in entry.litellm_params.items():
+                try:
+                    referred_variable(value, self.allowed_env)
+                except SettingsError as refusal:
+                    raise ValueError(f"model_list[{number}].litellm_params.{key}: {refusal}") from None
+        return self
 
     @model_validator(mode="after")
     def _names_fit_together(self) -> Settings:
@@ -182,12 +221,14 @@ class Settings(_Frozen):
         return self
 
 
+def _nested() -> dict[str, Collection[str]]:
+    """The settings that are mappings, with their keys."""
+    return {"profile": ProfileSettings.model_fields, "reference_price": Price.__dataclass_fields__}
+
+
 def _variables() -> dict[str, tuple[str, ...]]:
     """PROFILE_PROMPTS → ("profile", "prompts"): each setting's variable, without the prefix."""
-    nested: dict[str, Collection[str]] = {
-        "profile": ProfileSettings.model_fields,
-        "reference_price": Price.__dataclass_fields__,
-    }
+    nested = _nested()
     paths: dict[str, tuple[str, ...]] = {}
     for name in setting_names():
         if name in nested:
@@ -219,7 +260,7 @@ def load_settings(
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        raise SettingsError(_first_problem(error, config)) from None
+        raise SettingsError(first_problem(error, config, _nested())) from None
 
 
 def _merge(values: dict[str, Any], more: Mapping[str, Any]) -> None:
@@ -228,22 +269,6 @@ def _merge(values: dict[str, Any], more: Mapping[str, Any]) -> None:
             values[key] = {**values[key], **value}
         else:
             values[key] = value
-
-
-def _first_problem(error: ValidationError, config: Path | None) -> str:
-    """One line: where, which key, what was wrong, with the value unless it may be a secret."""
-    problem = error.errors(include_url=False)[0]
-    source = f"{config}: " if config else ""
-    keys = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]]
-    path = "".join(keys).removeprefix(".")
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        known = ProfileSettings.model_fields if problem["loc"][0] == "profile" else Price.__dataclass_fields__
-        return str(unknown(f"{source}{'.'.join(map(str, problem['loc'][:-1]))}", problem["loc"][-1], known))
-    value = problem["input"]
-    simple = isinstance(value, (str, int, float, bool)) and not {"admin_key", "redis_url"} & set(problem["loc"])
-    got = f"; got {value!r}" if simple and "got " not in message else ""
-    return f"{source}{path}{': ' if path else ''}{message[:1].lower() + message[1:]}{got}"
 
 
 def check_exposure(settings: Settings, *, keys_required: bool) -> None:

@@ -47,8 +47,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise SettingsError(f"{path}: is not UTF-8 text") from None
     except yaml.YAMLError as error:
-        raise SettingsError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+        raise SettingsError(f"{path}: is not valid YAML: {_yaml_problem(error)}") from None
     return _mapping(loaded, str(path))
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """What is wrong and the line of the file, without the parser's picture of it."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
 
 
 class _Loader(yaml.SafeLoader):

@@ -12,6 +12,9 @@ from router_core.errors import InvalidProfile, MapMismatch
 from router_core.recipes import SHRINKAGE, SHRUNK, Recipe, mean_error
 from router_core.types import Assignment, Doubles
 
+MOST = 1e12
+"""Of labels, tokens or seconds: what is beyond is a mistake, and would overflow."""
+
 
 @dataclass(frozen=True, eq=False)
 class Profile:
@@ -25,12 +28,14 @@ class Profile:
     token_sums: Doubles
     second_sums: Doubles
     answers: Doubles
-    """Σ_j w_jk over answered prompts: the weight behind tokens and seconds, unlabelled answers included."""
+    """Σ_j w_jk over answers of known length: the weight behind the tokens, unlabelled answers included."""
+    timed_answers: Doubles
+    """The same over answers of known duration: the weight behind the seconds."""
     measured_at: str | None = None
     """RFC 3339, UTC."""
 
     def __post_init__(self) -> None:
-        weights = (self.labels, self.token_sums, self.second_sums, self.answers)
+        weights = (self.labels, self.token_sums, self.second_sums, self.answers, self.timed_answers)
         if {array.shape for array in weights} != {self.error_sums.shape} or self.labels.ndim != 1:
             raise InvalidProfile("a profile's arrays must all have one entry per cluster")
         if not all(np.isfinite(array).all() and (array >= 0).all() for array in weights):
@@ -52,7 +57,7 @@ class Profile:
 
     @property
     def mean_seconds(self) -> float | None:
-        return _mean(self.second_sums, self.answers)
+        return _mean(self.second_sums, self.timed_answers)
 
     def errors(self, recipe: Recipe = SHRUNK) -> Doubles:
         """(K,) error rates in [0, 1]."""
@@ -64,7 +69,7 @@ class Profile:
 
     def seconds(self) -> Doubles:
         """(K,) expected seconds until the answer is complete; NaN as above."""
-        return _shrunk_means(self.second_sums, self.answers)
+        return _shrunk_means(self.second_sums, self.timed_answers)
 
     def merged(self, other: Profile) -> Profile:
         """The profile of both measurements together."""
@@ -77,6 +82,7 @@ class Profile:
             token_sums=self.token_sums + other.token_sums,
             second_sums=self.second_sums + other.second_sums,
             answers=self.answers + other.answers,
+            timed_answers=self.timed_answers + other.timed_answers,
             measured_at=max(filter(None, (self.measured_at, other.measured_at)), default=None),
         )
 
@@ -94,6 +100,7 @@ class Profile:
             "token_sums": self.token_sums.tolist(),
             "second_sums": self.second_sums.tolist(),
             "answers": self.answers.tolist(),
+            "timed_answers": self.timed_answers.tolist(),
         }
 
     @classmethod
@@ -109,6 +116,7 @@ class Profile:
         labels = _numbers(document, "labels")
         error_sums = _error_sums(document, labels)
         answers = _numbers(document, "answers", default=labels)
+        timed_answers = _numbers(document, "timed_answers", default=answers)
         measured_at = document.get("measured_at")
         if not isinstance(measured_at, str | None):
             raise InvalidProfile(f"profile.measured_at must be an RFC 3339 time or null; got {measured_at!r}")
@@ -117,8 +125,9 @@ class Profile:
             error_sums=error_sums,
             labels=labels,
             token_sums=_sums(document, "token_sums", "mean_output_tokens", answers),
-            second_sums=_sums(document, "second_sums", "mean_seconds", answers),
-            answers=answers if _has_means(document) else np.zeros_like(answers),
+            second_sums=_sums(document, "second_sums", "mean_seconds", timed_answers),
+            answers=_behind(document, ("token_sums", "mean_output_tokens"), answers),
+            timed_answers=_behind(document, ("second_sums", "mean_seconds"), timed_answers),
             measured_at=measured_at,
         )
 
@@ -140,7 +149,7 @@ def measure(
         clusters: K.
         assignment: Φ of the n prompts, in any order.
         scores: (n,) in [0, 1]; NaN is unlabelled and counts for nothing.
-        output_tokens, seconds: (n,) of each answer; NaN where there was none.
+        output_tokens, seconds: (n,) of each answer; NaN where it is not known. Each counts without the other.
 
     Raises:
         InvalidProfile: a score outside [0, 1], or lengths that differ.
@@ -151,14 +160,15 @@ def measure(
         raise InvalidProfile("scores must lie in [0, 1]; leave an unlabelled prompt NaN")
     weights = assignment.dense(clusters)
     labelled = ~np.isnan(scores)
-    answered = ~(np.isnan(output_tokens) | np.isnan(seconds))
+    counted, timed = ~np.isnan(output_tokens), ~np.isnan(seconds)
     return Profile(
         map_id=map_id,
         error_sums=weights[labelled].T @ (1.0 - scores[labelled]),
         labels=weights[labelled].sum(axis=0),
-        token_sums=weights[answered].T @ output_tokens[answered],
-        second_sums=weights[answered].T @ seconds[answered],
-        answers=weights[answered].sum(axis=0),
+        token_sums=weights[counted].T @ output_tokens[counted],
+        second_sums=weights[timed].T @ seconds[timed],
+        answers=weights[counted].sum(axis=0),
+        timed_answers=weights[timed].sum(axis=0),
         measured_at=measured_at,
     )
 
@@ -181,10 +191,12 @@ def _numbers(document: Mapping[str, Any], field: str, default: Doubles | None = 
         return default
     try:
         numbers = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = np.full(1, np.nan)
-    if numbers.ndim != 1 or not numbers.size or not (np.isfinite(numbers).all() and (numbers >= least).all()):
-        raise InvalidProfile(f"profile.{field} must be a list with one number per cluster, each {least:g} or more")
+    if numbers.ndim != 1 or not numbers.size or not ((numbers >= least) & (numbers <= MOST)).all():
+        raise InvalidProfile(
+            f"profile.{field} must be a list with one number per cluster, each from {least:g} to {MOST:g}"
+        )
     return numbers
 
 
@@ -206,8 +218,10 @@ def _unshrunk(errors: Doubles, labels: Doubles) -> Doubles:
     return cast(Doubles, weighted - SHRINKAGE * implied_mean)
 
 
-def _has_means(document: Mapping[str, Any]) -> bool:
-    return any(document.get(field) is not None for field in ("token_sums", "mean_output_tokens"))
+def _behind(document: Mapping[str, Any], stated: tuple[str, ...], weights: Doubles) -> Doubles:
+    """The weights, if any of the fields that they are behind is stated; else none: unknown is not zero tokens."""
+    known = any(document.get(field) is not None for field in stated)
+    return weights if known else np.zeros_like(weights)
 
 
 def _sums(document: Mapping[str, Any], field: str, mean_field: str, answers: Doubles) -> Doubles:
@@ -216,6 +230,6 @@ def _sums(document: Mapping[str, Any], field: str, mean_field: str, answers: Dou
     mean = document.get(mean_field)
     if mean is None:
         return np.zeros_like(answers)
-    if isinstance(mean, bool) or not isinstance(mean, int | float) or not np.isfinite(mean) or mean < 0:
-        raise InvalidProfile(f"profile.{mean_field} must be a number, 0 or more; got {mean!r}")
+    if isinstance(mean, bool) or not isinstance(mean, int | float) or not 0 <= mean <= MOST:
+        raise InvalidProfile(f"profile.{mean_field} must be a number from 0 to {MOST:g}; got {str(mean)[:40]}")
     return answers * float(mean)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
@@ -49,6 +48,10 @@ class Assignment:
         return rows
 
 
+DEAREST = 1e6
+"""USD per token: what is beyond is a mistake, and sums of it would overflow."""
+
+
 @dataclass(frozen=True, slots=True)
 class Price:
     """USD per token, under LiteLLM's field names. A cached price that is not stated is the input price."""
@@ -61,8 +64,8 @@ class Price:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise InvalidPrice(f"{field.name} must be a finite number of USD per token, 0 or more; got {value!r}")
+            if value is not None and not 0 <= value <= DEAREST:
+                raise InvalidPrice(f"{field.name} must be USD per token, from 0 to {DEAREST:g}; got {value!r}")
 
 
 FREE = Price(0.0, 0.0)

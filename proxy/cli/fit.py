@@ -22,17 +22,16 @@ def fit(
 ) -> None:
     """Fit a cluster map on unlabelled prompts. Profiles measured on another map do not carry over."""
     from proxy.cli import console
+    from proxy.cli.inputs import empty_folder, opened_embedder
     from proxy.cli.options import read_settings
     from proxy.cli.prompt_files import read_prompts
     from router_core.artifact import save_map
-    from router_core.embedding import open_embedder
     from router_core.fitting import fit_map
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise console.BadArgument(f"--out: {out} exists and is not an empty folder; choose another")
     settings = read_settings(None, data_dir=data_dir)
     texts = list(read_prompts(prompts))
-    opened = open_embedder(embedder, settings.data_dir, console.note)
+    empty_folder(out, "--out")
+    opened = opened_embedder(embedder, settings.data_dir)
     with console.progress() as bars:
         fitted = fit_map(texts, opened, clusters, seed=seed, progress=bars.update)
     save_map(fitted, out)

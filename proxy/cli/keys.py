@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,8 @@ def create(
 ) -> None:
     """Make a key and show it, once."""
     from proxy.cli import console
+
+    _check(name, models or ())
 
     async def work() -> tuple[ClientKey, str]:
         async with open_registry(read_settings(config, data_dir=data_dir)) as registry:
@@ -71,6 +74,20 @@ def revoke(
 
     run(work())
     console.note(f"key {key_id} is revoked")
+
+
+def _check(name: str, models: Sequence[str]) -> None:
+    """A model may be added after the key that allows it; a name that no model can have is a slip."""
+    from proxy.cli.console import BadArgument
+    from proxy.settings import check_model_name
+
+    if not name.strip():
+        raise BadArgument("NAME: is empty; say whose key it is")
+    try:
+        for model in models:
+            check_model_name(model)
+    except ValueError as error:
+        raise BadArgument(f"--model: {error}") from None
 
 
 def _shown(key: ClientKey) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from proxy.cli.console import BadArgument, note
+from proxy.cli.console import BadArgument
 from proxy.settings import load_settings
 
 
@@ -66,20 +66,25 @@ def _read_profile(path: Path) -> dict[str, Any]:
 
 def _from_outcomes(path: Path, name: str) -> dict[str, Any]:
     """Measured here, with the map and the embedder of our own settings; the server refuses another map's profile."""
+    from proxy.cli.inputs import opened_embedder, readable
+    from proxy.cluster_maps import open_map
     from proxy.jobs.outcomes import profile_from_outcomes
-    from router_core.artifact import builtin_map, load_map
-    from router_core.embedding import open_embedder
 
+    readable(path, "--outcomes")
     config = os.environ.get("UNIROUTE_CONFIG")
     settings = load_settings(Path(config) if config else None, os.environ)
-    cluster_map = builtin_map() if settings.map == "builtin" else load_map(Path(settings.map))
-    embedder = open_embedder(settings.embedder, settings.data_dir, note)
+    cluster_map = open_map(settings)
+    embedder = opened_embedder(settings.embedder, settings.data_dir)
     return profile_from_outcomes(path, name, cluster_map, embedder).to_json()
 
 
 def _value(text: str) -> Any:
-    """0.5 is a number, true a boolean, anything that is not JSON the text itself."""
+    """0.5 is a number, true a boolean, anything that is not JSON (NaN too) the text itself."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_no_number)
     except ValueError:
         return text
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(word)

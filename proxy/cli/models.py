@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxy.cli.options import JsonOption, UrlOption, admin_client
+from proxy.cli.options import JsonOption, UrlOption, admin_client, finite
 
 if TYPE_CHECKING:
     from proxy.cli.client import ServerClient
@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 models = typer.Typer(no_args_is_help=True, help="Models of a running server. Needs UNIROUTE_ADMIN_KEY.")
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The name that clients see.")]
 PromptsOption = Annotated[int | None, typer.Option("--prompts", min=1, help="Validation prompts to ask it.")]
-MaxUsdOption = Annotated[float | None, typer.Option("--max-usd", min=0.0, help="What the questions may cost.")]
+MaxUsdOption = Annotated[
+    float | None, typer.Option("--max-usd", min=0.0, callback=finite, help="What the questions may cost.")
+]
+InputCostOption = Annotated[
+    float | None, typer.Option("--input-cost", min=0.0, callback=finite, help="USD per million prompt tokens.")
+]
+OutputCostOption = Annotated[
+    float | None, typer.Option("--output-cost", min=0.0, callback=finite, help="USD per million answer tokens.")
+]
 NoWaitOption = Annotated[bool, typer.Option("--no-wait", help="Do not wait until it is measured.")]
 ProfileOption = Annotated[Path | None, typer.Option("--profile", help="A ready profile (JSON) instead of asking.")]
 OutcomesOption = Annotated[Path | None, typer.Option("--outcomes", help="Scored prompts (JSONL) instead of asking.")]
@@ -31,8 +39,8 @@ def add(
     api_base: Annotated[str | None, typer.Option("--api-base", help="Its address, if not the provider's own.")] = None,
     api_key_env: KeyOption = None,
     param: ParamOption = None,
-    input_cost: Annotated[float | None, typer.Option("--input-cost", help="USD per million prompt tokens.")] = None,
-    output_cost: Annotated[float | None, typer.Option("--output-cost", help="USD per million answer tokens.")] = None,
+    input_cost: InputCostOption = None,
+    output_cost: OutputCostOption = None,
     prompts: PromptsOption = None,
     max_usd: MaxUsdOption = None,
     profile: ProfileOption = None,
@@ -119,18 +127,19 @@ def _finish(server: ServerClient, answer: Mapping[str, Any], *, no_wait: bool, a
     from proxy.cli import console
 
     job = answer["job"]
+    if job is not None and no_wait and not as_json:
+        console.note(f"job {job} measures it; `uniroute models show {answer['model']}` says how far it is")
+        return
     if job is not None and not no_wait:
         with console.progress() as bars:
             ended = server.follow(job, bars)
         if ended["state"] != "ready":
             raise console.CommandError(f"{answer['model']}: measuring it {ended['state']}: {ended['error']}")
-    elif job is not None and not as_json:
-        console.note(f"job {job} measures it; it takes traffic when that is ready")
     card = server.call("GET", f"/admin/models/{answer['model']}")
     if as_json:
         console.emit_json({"job": job, **card})
     elif card["profile"] is not None:
-        console.say(f"{card['model']} is {card['state']}: mean error {card['profile']['mean_error']:.2f}")
+        console.say(f"{card['model_name']} is {card['state']}: mean error {card['profile']['mean_error']:.2f}")
 
 
 def _row(card: Mapping[str, Any]) -> tuple[str, ...]:
@@ -138,4 +147,4 @@ def _row(card: Mapping[str, Any]) -> tuple[str, ...]:
     per_million = [price.get(f"{side}_cost_per_token") for side in ("input", "output")]
     shown = [f"{usd * 1e6:.4g}" if usd is not None else "unknown" for usd in per_million]
     error = card.get("mean_error")
-    return (card["model"], card["state"], "" if error is None else f"{error:.2f}", *shown, price.get("source", ""))
+    return (card["model_name"], card["state"], "" if error is None else f"{error:.2f}", *shown, price.get("source", ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
     from proxy.state.registry import Registry
 
 T = TypeVar("T")
+
+
+def finite(value: float | None) -> float | None:
+    """For options that are numbers: `inf` and `nan` parse as such, and no JSON can carry them."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"must be a finite number; got {value}")
+    return value
+
 
 ConfigOption = Annotated[
     Path | None,

@@ -31,6 +31,8 @@ def sync(
     from proxy.cli import console
     from proxy.cli.price_sync import sync_once
 
+    if feed is not None and not feed.startswith(("http://", "https://")):
+        raise console.BadArgument(f"URL: must start with http:// or https://; got {feed!r}")
     report = run(sync_once(read_settings(config, data_dir=data_dir), feed))
     if as_json:
         console.emit_json(report.to_json())
@@ -42,6 +44,8 @@ def sync(
     for kind in ("unchanged", "kept", "unknown"):
         if names := getattr(report, kind):
             console.say(f"  {kind}: {', '.join(names)}")
+    if not (report.updated or report.unchanged or report.kept or report.unknown):
+        console.note("the store has no models; those of a configuration file are priced with --config FILE")
 
 
 def _per_million(price: Price) -> tuple[str, str]:

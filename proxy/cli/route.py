@@ -7,12 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from proxy.cli.options import JsonOption, UrlOption
+from proxy.cli.options import JsonOption, UrlOption, finite
+
+LambdaOption = Annotated[
+    float | None, typer.Option("--lambda", min=0.0, callback=finite, help="Cost weight for this one.")
+]
 
 
 def route(
     prompt: Annotated[str, typer.Argument(help="The user's text.")],
-    cost_weight: Annotated[float | None, typer.Option("--lambda", min=0.0, help="Cost weight for this one.")] = None,
+    cost_weight: LambdaOption = None,
     model: Annotated[str, typer.Option("--model", help="auto, uniroute/best, uniroute/cheap.")] = "auto",
     url: UrlOption = None,
     *,
@@ -42,7 +46,8 @@ def show_decision(decision: Mapping[str, Any]) -> None:
     if near:
         console.say(f"  prompt is near: {'; '.join(near)}")
     rows = [candidate_row(candidate) for candidate in decision["candidates"]]
-    console.table(("model", "expected error", "expected cost", "score", "chosen at λ"), rows)
+    if rows:
+        console.table(("model", "expected error", "expected cost", "score", "chosen at λ"), rows)
     for ruled_out in decision["ineligible"]:
         console.say(f"  {ruled_out['model']}: not eligible, {ruled_out['why']}")
 

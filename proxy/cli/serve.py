@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -18,7 +17,7 @@ import uvicorn
 from proxy.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from starlette.types import ASGIApp
 
 _BACKLOG = 2048
 _DRAIN_S = 30
@@ -42,13 +41,14 @@ class AppFactory:
     settings: Settings
     parent: int
 
-    def __call__(self) -> FastAPI:
+    def __call__(self) -> ASGIApp:
         from proxy.app import from_settings
+        from proxy.cli.startup import PlainStart
         from proxy.jobs.onboarding import measuring_on_start
 
         if os.getpid() != self.parent:
             _end_with(self.parent)
-        return measuring_on_start(from_settings(self.settings))
+        return PlainStart(measuring_on_start(from_settings(self.settings)))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -99,8 +99,13 @@ def run_server(settings: Settings, bound: socket.socket) -> bool:
     if settings.workers > 1:
         return _run_workers(config, bound)
     server = uvicorn.Server(config)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises again, at the end, the signal that ended it
+    try:
         server.run([bound])
+    except KeyboardInterrupt:
+        pass  # uvicorn raises again, at the end, the signal that ended it
+    except SystemExit as ended:
+        if ended.code != uvicorn.config.STARTUP_FAILURE:
+            raise
     return server.started
 
 
@@ -126,24 +131,32 @@ class BackgroundServer:
 
     def __init__(self, settings: Settings, bound: socket.socket, logging: dict[str, Any]) -> None:
         self._server = uvicorn.Server(server_config(settings, logging=logging))
-        self._thread = threading.Thread(target=self._server.run, args=([bound],), name="uniroute-server", daemon=True)
+        self._bound = bound
+        self._ended = threading.Event()  # a join() that Ctrl-C interrupts would count the thread as ended
+        self._thread = threading.Thread(target=self._run, name="uniroute-server", daemon=True)
 
     def start(self, timeout_s: float = 120) -> bool:
         """Whether it serves; False when starting failed."""
         self._thread.start()
         deadline = time.monotonic() + timeout_s
-        while self._thread.is_alive() and not self._server.started and time.monotonic() < deadline:
+        while not self._ended.is_set() and not self._server.started and time.monotonic() < deadline:
             time.sleep(0.02)
         return self._server.started
 
     def wait(self) -> None:
         """Until it has ended by itself."""
-        while self._thread.is_alive():
-            self._thread.join(0.5)
+        while not self._ended.wait(0.5):
+            pass
 
     def stop(self) -> None:
         self._server.should_exit = True
-        self._thread.join(_DRAIN_S + 10)
+        self._ended.wait(_DRAIN_S + 10)
+
+    def _run(self) -> None:
+        try:
+            self._server.run([self._bound])
+        finally:
+            self._ended.set()
 
 
 def announce_ready(url: str, announce: Callable[[str], None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +11,7 @@ import typer
 from proxy.cli.options import ConfigOption, DataDirOption, read_settings, run
 
 if TYPE_CHECKING:
-    from proxy.settings import ModelEntry, Settings
+    from proxy.settings import Settings
 
 HostOption = Annotated[str | None, typer.Option("--host", help="Address to listen on; 127.0.0.1 if not set.")]
 PortOption = Annotated[int | None, typer.Option("--port", help="Port; 8000 if not set, 0 for a free one.")]
@@ -45,7 +45,7 @@ def serve(
     bound = listen(settings.host, settings.port)
     with owned_store(settings, console.note):
         console.note(f"UniRoute at {address(bound)}/v1, data in {settings.data_dir}")
-        _tell_models(settings.model_list)
+        tell_models(settings, os.environ)
         announce_ready(address(bound), console.note)
         if not run_server(settings, bound):
             raise console.CommandError("the server did not start; the lines above say why")
@@ -53,7 +53,7 @@ def serve(
 
 def demo(
     prompts: Annotated[
-        int, typer.Option("--prompts", min=20, max=150, help="Questions that each model is asked.")
+        int, typer.Option("--prompts", min=24, max=150, help="Questions that each model is asked.")
     ] = 30,
     port: PortOption = None,
     data_dir: DataDirOption = None,
@@ -94,10 +94,17 @@ def _with_detected(settings: Settings) -> Settings:
     return with_detected(settings, found)
 
 
-def _tell_models(models: Sequence[ModelEntry]) -> None:
+def tell_models(settings: Settings, environ: Mapping[str, str]) -> None:
+    """What is served, and what the configuration counts on that is not there."""
     from proxy.cli import console
+    from proxy.settings import referred_variable
 
-    for model in models:
+    for model in settings.model_list:
         console.note(f"  {model.model_name}  ({model.litellm_params['model']})")
-    if not models:
+        for value in model.litellm_params.values():
+            if (name := referred_variable(value, settings.allowed_env)) and not environ.get(name):
+                console.note(f"    its key is missing: the environment variable {name} is not set")
+    if not settings.model_list:
         console.note("  no models are configured; add one with `uniroute models add` (needs UNIROUTE_ADMIN_KEY)")
+    if settings.default_model and settings.default_model not in {m.model_name for m in settings.model_list}:
+        console.note(f"  default_model: {settings.default_model!r} is not configured; it counts once it is added")

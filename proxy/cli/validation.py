@@ -57,14 +57,14 @@ def export(
 def check(source: SetArgument = "builtin", data_dir: DataDirOption = None, *, as_json: JsonOption = False) -> None:
     """Read a set, report the first broken line, and say which clusters of the map it leaves thin."""
     from proxy.cli import console
-    from router_core.artifact import builtin_map, load_map
-    from router_core.embedding import open_embedder
+    from proxy.cli.inputs import opened_embedder
+    from proxy.cluster_maps import open_map
     from router_core.validation.coverage import coverage, thin_clusters
 
     chosen = open_set(source)
     settings = read_settings(None, data_dir=data_dir)
-    cluster_map = builtin_map() if settings.map == "builtin" else load_map(Path(settings.map))
-    embedder = open_embedder(settings.embedder, settings.data_dir, console.note)
+    cluster_map = open_map(settings)
+    embedder = opened_embedder(settings.embedder, settings.data_dir)
     labels = coverage(cluster_map.assign(embedder.embed([prompt.text for prompt in chosen])), cluster_map.size)
     thin = [(k, cluster_map.names[k], float(labels[k])) for k in thin_clusters(labels)]
     if as_json:
@@ -78,8 +78,9 @@ def check(source: SetArgument = "builtin", data_dir: DataDirOption = None, *, as
 
 
 def open_set(source: str) -> ValidationSet:
-    """`builtin` or a JSONL path. Raises InvalidValidationSet naming the line."""
+    """`builtin` or a JSONL path. Raises BadArgument, and InvalidValidationSet naming the line."""
+    from proxy.cli.inputs import readable
     from router_core.validation.builtin import builtin_validation_set
     from router_core.validation.loading import load_validation_set
 
-    return builtin_validation_set() if source == "builtin" else load_validation_set(Path(source))
+    return builtin_validation_set() if source == "builtin" else load_validation_set(readable(Path(source), "FILE"))

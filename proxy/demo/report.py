@@ -23,7 +23,7 @@ Scores = Mapping[str, float]
 
 def show_profiles(client: ServerClient, settings: Settings, arms: Sequence[Arm]) -> None:
     cards = [client.call("GET", f"/admin/models/{arm.name}") for arm in arms]
-    names = [card["model"] for card in cards]
+    names = [card["model_name"] for card in cards]
     answers = asyncio.run(read_scores(settings, [card["job"]["id"] for card in cards]))
     say()
     by_family(names, answers)
@@ -79,7 +79,7 @@ def by_cluster(cards: Sequence[Mapping[str, Any]]) -> None:
         for k in best
     ]
     title = f"By cluster: expected error in the {len(rows)} of {cluster_map.size} clusters with the most labels"
-    table(("cluster", "labels", *(card["model"] for card in cards)), rows, title=title)
+    table(("cluster", "labels", *(card["model_name"] for card in cards)), rows, title=title)
 
 
 def over_all(cards: Sequence[Mapping[str, Any]]) -> None:
@@ -89,4 +89,4 @@ def over_all(cards: Sequence[Mapping[str, Any]]) -> None:
         ("mean output tokens", *(f"{card['profile']['mean_output_tokens']:.0f}" for card in cards)),
         ("mean seconds", *(f"{card['profile']['mean_seconds']:.1f}" for card in cards)),
     ]
-    table(("over all", *(card["model"] for card in cards)), rows)
+    table(("over all", *(card["model_name"] for card in cards)), rows)

@@ -95,7 +95,7 @@ def measure_arms(client: ServerClient, arms: Sequence[tuple[Arm, str]], prompts:
         say(
             f"  {arm.name:<12} {arm.about}; notional price ${arm.input_cost:g} in, ${arm.output_cost:g} out per million"
         )
-    known = {card["model"] for card in client.call("GET", "/admin/models")["models"]}
+    known = {card["model_name"] for card in client.call("GET", "/admin/models")["models"]}
     jobs = {}
     for arm, api_base in arms:
         if arm.name in known:  # from an earlier demo, at an address that is gone

@@ -10,6 +10,7 @@ from time import monotonic
 
 from proxy.jobs.answering import Answer, Answerer, AnswerFailed, Message
 from proxy.state.records import ModelRecord
+from router_core.pricing import TokenUsage, bill_usd
 from router_core.types import Price
 
 THINKING_TOKENS = 4096
@@ -69,7 +70,7 @@ def cost_of(answer: Answer, price: Price, at_most: float) -> float:
     """USD of one answer; `at_most` where the provider did not count."""
     if answer.prompt_tokens is None or answer.output_tokens is None:
         return at_most
-    return answer.prompt_tokens * price.input_cost_per_token + answer.output_tokens * price.output_cost_per_token
+    return bill_usd(price, TokenUsage(answer.prompt_tokens, 0, answer.output_tokens))
 
 
 def most_it_can_cost(messages: Sequence[Message], record: ModelRecord, price: Price, max_tokens: int) -> float:

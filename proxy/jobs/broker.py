@@ -67,7 +67,8 @@ class JobBroker(RedisStreamBroker):  # type: ignore[misc]  # taskiq_redis is not
                     continue
                 for _, entries in cast(Fetched, fetched):
                     for _, fields in entries:
-                        yield fields[b"data"]
+                        if data := fields.get(b"data"):  # anybody may write to the stream
+                            yield data
 
     async def declare_group(self) -> None:
         """Also after the store was emptied. Redis away: the next round tries again."""

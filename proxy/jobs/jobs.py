@@ -67,9 +67,19 @@ class Jobs:
         """The model's latest job."""
         return await self._ledger.for_model(name)
 
+    async def latest(self) -> Mapping[str, Job]:
+        """Each model's latest job, in two round trips."""
+        return await self._ledger.latest()
+
     async def cancel(self, job_id: str) -> bool:
         """Its worker stops at the next answer, or within two seconds. False: there was nothing left to cancel."""
         return await self._ledger.cancel(job_id)
+
+    async def cancel_for(self, model: str, why: str) -> None:
+        """Stop measuring this model, if it is being measured."""
+        job = await self._ledger.for_model(model)
+        if job is not None and job.unfinished:
+            await self._ledger.cancel(job.id, why)
 
     async def outcomes(self, job_id: str) -> list[dict[str, Any]]:
         """The graded answers of a job as lines of an outcomes file; prompts without a label are left out."""

@@ -87,11 +87,11 @@ redis.call('EXPIRE', KEYS[3], {KEPT_S})
 redis.call('DEL', KEYS[1], KEYS[4])
 return 1
 """
-# KEYS: job, open, answers. ARGV: id.
+# KEYS: job, open, answers. ARGV: id, why.
 _CANCEL = f"""
 local state = redis.call('HGET', KEYS[1], 'state')
 if state ~= 'queued' and state ~= 'running' then return 0 end
-redis.call('HSET', KEYS[1], 'state', 'cancelled', 'eta_s', '')
+redis.call('HSET', KEYS[1], 'state', 'cancelled', 'error', ARGV[2], 'eta_s', '')
 redis.call('SREM', KEYS[2], ARGV[1])
 redis.call('EXPIRE', KEYS[1], {KEPT_S})
 redis.call('EXPIRE', KEYS[3], {KEPT_S})
@@ -130,10 +130,21 @@ class Ledger:
             job_id = await _plain(client.hget(LATEST, name))
         return await self.get(job_id) if job_id else None
 
-    async def cancel(self, job_id: str) -> bool:
+    async def latest(self) -> dict[str, Job]:
+        """Each model's latest job."""
+        async with self._store.asking("read the jobs") as client:
+            ids = await _hash(client, LATEST)
+            async with client.pipeline(transaction=False) as pipe:
+                for job_id in ids.values():
+                    pipe.hgetall(job_key(job_id))
+                stored = await pipe.execute()
+        found = {name: Job.from_fields(ids[name], fields) for name, fields in zip(ids, stored, strict=True)}
+        return {name: job for name, job in found.items() if job is not None}
+
+    async def cancel(self, job_id: str, why: str = "") -> bool:
         """False where there was nothing left to cancel."""
         keys = [job_key(job_id), OPEN, answers_key(job_id)]
-        return bool(await self._run("cancel a job", _CANCEL, keys, [job_id]))
+        return bool(await self._run("cancel a job", _CANCEL, keys, [job_id, why]))
 
     async def answers(self, job_id: str) -> dict[str, PromptAnswer]:
         """Prompt id to what became of it."""

@@ -23,6 +23,8 @@ from router_core.types import Price
 
 log = logging.getLogger("uniroute.jobs")
 
+CHANGED_ARM = "litellm_params were changed while the model was being measured; profile it again"
+
 
 class CannotMeasure(Exception):
     """The job fails before a prompt is asked; the message says what to change."""
@@ -63,11 +65,19 @@ class Measuring:
             await self._ledger.fail(lease, error)
             return
         verdict = await self._carry_out(job, lease, record)
+        if verdict.profile is not None and not await self._is_still(record):
+            verdict = Verdict(error=CHANGED_ARM)
         if verdict.profile is None:
             await self._ledger.fail(lease, verdict.error or "")
         else:
             await self._ledger.finish(lease, record, verdict.profile)
         log.info("job %s for model %s: %s", job.id, job.model, verdict.error or "ready")
+
+    async def _is_still(self, record: ModelRecord) -> bool:
+        """Whether what was measured is what is served: only then is its profile of any use."""
+        await self._state.refresh()
+        now = self._state.current.models.get(record.name)
+        return now is None or now.fingerprint == record.fingerprint  # None: removed, as `finish` finds and says
 
     async def _carry_out(self, job: Job, lease: Lease, record: ModelRecord) -> Verdict:
         cluster_map = self._state.current.cluster_map
@@ -86,7 +96,7 @@ class Measuring:
     def _arm(self, job: Job, record: ModelRecord) -> Arm:
         """Money that cannot be counted cannot be capped, so a model without a price is measured only without a cap."""
         if job.fingerprint and job.fingerprint != record.fingerprint:
-            raise CannotMeasure("litellm_params were changed while the model was being measured; profile it again")
+            raise CannotMeasure(CHANGED_ARM)
         price = self._state.current.prices.get(record.name)
         if price is None and job.max_usd is not None:
             raise CannotMeasure(

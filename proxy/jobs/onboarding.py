@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from proxy.state.store import StoreUnavailable
+from proxy.tasks import end
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -40,9 +41,7 @@ async def onboarding(services: Services) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        await end(task)
 
 
 async def measure_unmeasured(services: Services) -> None:

@@ -119,10 +119,10 @@ async def _side_by_side(
         if tasks:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     finally:
-        failed = [task for task in tasks if task.done() and not task.cancelled() and task.exception()]
         await cancel_until_done(tasks)
-    for task in failed:
-        task.result()
+        failures = [error for task in tasks if not task.cancelled() and (error := task.exception())]
+    if failures:  # what one of them loses, a lease say, the others lose too
+        raise failures[0]
 
 
 async def _stored(write: Callable[[], Awaitable[None]]) -> None:

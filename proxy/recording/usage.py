@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from redis.exceptions import RedisError
+
 from proxy.state.store import Store, StoreUnavailable
 from proxy.tasks import end
 from router_core.pricing import TokenUsage, bill_usd
@@ -129,7 +131,9 @@ class UsageRecorder:
                 stored = {"record": json.dumps(asdict(entry))}
                 pipe.xadd(STREAM, stored, maxlen=MOST_ENTRIES, approximate=True)  # type: ignore[arg-type]
                 _add_to_totals(pipe, entry)
-            await pipe.execute()
+            replies = await pipe.execute(raise_on_error=False)  # what broke the rest of it once would again, for ever
+        if broken := [reply for reply in replies if isinstance(reply, RedisError)]:
+            log.warning("%d of %d usage figures were not counted: %s", len(broken), len(replies), broken[0])
         for entry in batch:
             if self._queue and self._queue[0] is entry:
                 self._queue.popleft()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -12,21 +13,23 @@ from starlette.responses import JSONResponse
 from proxy.errors import UnknownName
 from proxy.routes.admin_bodies import Asking, read_addition, read_patch, read_price, read_profile
 from proxy.routes.context import OurServices, json_object
-from proxy.routes.model_cards import card_of
+from proxy.routes.model_cards import card_of, cards_of
 from proxy.services import Services
 from proxy.state.records import ModelRecord
-from proxy.state.registry import DefinedInConfig
+from proxy.state.registry import ChangedMeanwhile, DefinedInConfig
 from proxy.state.store import StoreUnavailable
 
 router = APIRouter(prefix="/admin/models")
+
+ATTEMPTS = 5
 
 
 @router.post("", response_model=None)
 async def add_model(request: Request, services: OurServices) -> Response:
     """202 with the job that measures it, or 201 where its profile came along."""
     body = await json_object(request, services)
-    map_id = services.state.current.cluster_map.id
-    addition = read_addition(body, services.settings, services.environ, map_id, time.time())
+    cluster_map = services.state.current.cluster_map
+    addition = read_addition(body, services.settings, services.environ, cluster_map, time.time())
     await services.registry.add_model(addition.record)
     try:
         return await _profile(services, addition.record, addition.profile, 201)
@@ -38,56 +41,53 @@ async def add_model(request: Request, services: OurServices) -> Response:
 
 @router.get("", response_model=None)
 async def list_models(services: OurServices) -> dict[str, Any]:
-    state = services.state.current
-    cards = [await card_of(services, state, name, with_profile=False) for name in sorted(state.models)]
-    return {"models": cards, "state_version": state.version}
+    version = services.state.current.version
+    return {"models": await cards_of(services), "state_version": version}
 
 
 @router.post("/{name:path}/profile", response_model=None)
 async def measure_again(name: str, request: Request, services: OurServices) -> Response:
     """Ask the model again, or put a ready profile in place of its own. The old one serves until then."""
-    record = _record(services, name)
+    record = await _record(services, name)
     body = await json_object(request, services)
     stated = body.get("profile", body)
-    profile = read_profile(stated, services.settings, services.state.current.cluster_map.id)
+    profile = read_profile(stated, services.settings, services.state.current.cluster_map)
     return await _profile(services, record, profile, 200)
 
 
 @router.put("/{name:path}/pricing", response_model=None)
 async def put_price(name: str, request: Request, services: OurServices) -> dict[str, Any]:
-    _record(services, name)
+    await _record(services, name)
     price = read_price(await json_object(request, services))
     version = await services.registry.put_price(name, price, "admin")
     await services.state.wait_for_version(version or 0)
-    card = await card_of(services, services.state.current, name, with_profile=False)
+    card = await card_of(services, name, with_profile=False)
     return {"model": name, "price": card["price"]}
 
 
 @router.get("/{name:path}", response_model=None)
 async def get_model(name: str, services: OurServices) -> dict[str, Any]:
-    _record(services, name)
-    return await card_of(services, services.state.current, name, with_profile=True)
+    await _record(services, name)
+    return await card_of(services, name, with_profile=True)
 
 
 @router.patch("/{name:path}", response_model=None)
 async def change_model(name: str, request: Request, services: OurServices) -> dict[str, Any]:
-    """A change of litellm_params sets the profile aside: it was measured on another arm."""
-    record = _record(services, name)
-    _not_configured(record)
-    changed = read_patch(await json_object(request, services), record, services.settings, services.environ)
-    version = await services.registry.update_model(changed)
-    services.live.forget(name)
+    """A change of litellm_params sets the profile aside, and ends the job that measures it: it is another arm now."""
+    stated = await json_object(request, services)
+    before, changed, version = await _changed(services, name, stated)
+    if changed.fingerprint != before.fingerprint:
+        services.live.forget(name)
+        await services.jobs.cancel_for(name, "litellm_params were changed; profile the model again")
     await services.state.wait_for_version(version)
-    return await card_of(services, services.state.current, name, with_profile=False)
+    return await card_of(services, name, with_profile=False)
 
 
 @router.delete("/{name:path}", response_model=None)
 async def remove_model(name: str, services: OurServices) -> Response:
     """Requests that the model serves already are finished; a job that measures it is cancelled."""
-    _not_configured(_record(services, name))
-    job = await services.jobs.for_model(name)
-    if job is not None:
-        await services.jobs.cancel(job.id)
+    _not_configured(await _record(services, name))
+    await services.jobs.cancel_for(name, "the model was removed")
     version = await services.registry.remove_model(name)
     services.live.forget(name)
     await services.state.wait_for_version(version)
@@ -103,7 +103,25 @@ async def _profile(services: Services, record: ModelRecord, profile: Asking | An
     return JSONResponse({"model": record.name, "job": None}, done)
 
 
-def _record(services: Services, name: str) -> ModelRecord:
+async def _changed(services: Services, name: str, stated: Mapping[str, Any]) -> tuple[ModelRecord, ModelRecord, int]:
+    """The record before and after, and the version that made it so. Made from what is stored now, not from what this
+    process saw last: a change that another process has just acknowledged stays."""
+    for _ in range(ATTEMPTS):
+        await services.state.refresh()
+        as_of = services.state.current.version
+        record = await _record(services, name)
+        _not_configured(record)
+        changed = read_patch(stated, record, services.settings, services.environ)
+        with suppress(ChangedMeanwhile):
+            return record, changed, await services.registry.update_model(changed, as_of=as_of)
+    raise ChangedMeanwhile(f"{name!r} is being changed by others all the time; repeat the request")
+
+
+async def _record(services: Services, name: str) -> ModelRecord:
+    """Also of a model that another process added a moment ago."""
+    if name not in services.state.current.models:
+        with suppress(StoreUnavailable):
+            await services.state.refresh()
     record = services.state.current.models.get(name)
     if record is None:
         raise UnknownName(f"no model named {name[:128]!r} is registered", param="model")

@@ -17,6 +17,7 @@ from proxy.routing.refused import is_control_field
 from proxy.settings import ModelEntry, ProfileSettings, Settings, SettingsError, resolve_secret
 from proxy.state.records import PRICE_FIELDS, ModelRecord
 from proxy.upstream.call import is_provider_param
+from router_core.clustering import ClusterMap
 from router_core.profiles import Profile
 from router_core.types import Price
 
@@ -43,7 +44,7 @@ class Addition:
 
 
 def read_addition(
-    body: Mapping[str, Any], settings: Settings, environ: Mapping[str, str], map_id: str, now: float
+    body: Mapping[str, Any], settings: Settings, environ: Mapping[str, str], cluster_map: ClusterMap, now: float
 ) -> Addition:
     """Raises BadRequest, or InvalidProfile, naming the field."""
     _known_only(body, _ADD, "")
@@ -52,7 +53,7 @@ def read_addition(
         raise BadRequest(f"{name!r} is one of route_names: it asks for routing", param="model_name")
     entry = _entry(name, body.get("litellm_params"), body.get("model_info"))
     _check_params(entry.litellm_params, settings, environ)
-    profile = read_profile(body.get("profile"), settings, map_id)
+    profile = read_profile(body.get("profile"), settings, cluster_map)
     return Addition(ModelRecord.of_entry(entry, "admin", now), profile)
 
 
@@ -74,14 +75,18 @@ def read_patch(
     return ModelRecord.of_entry(entry, record.source, record.created_at)
 
 
-def read_profile(stated: Any, settings: Settings, map_id: str) -> Asking | Profile:
+def read_profile(stated: Any, settings: Settings, cluster_map: ClusterMap) -> Asking | Profile:
     """A ready profile where it has `errors` or `error_sums`, else how to ask."""
     document = _object(stated, "profile")
     if "errors" in document or "error_sums" in document:
         profile = Profile.from_json(document)
-        if profile.map_id != map_id:
+        if profile.map_id != cluster_map.id:
             raise BadRequest(
-                f"the profile was measured on map {profile.map_id}, this server uses {map_id}", param="profile"
+                f"the profile was measured on map {profile.map_id}, this server uses {cluster_map.id}", param="profile"
+            )
+        if profile.labels.size != cluster_map.size:
+            raise BadRequest(
+                f"the profile has {profile.labels.size} clusters, the map {cluster_map.size}", param="profile"
             )
         return profile
     _known_only(document, ("prompts", "max_usd"), "profile.")

@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
+from proxy.errors import UnknownName
+from proxy.jobs.records import Job
 from proxy.routes.admin_bodies import shown_params
 from proxy.services import Services
 from proxy.state.records import LivePrice
 from proxy.state.snapshot import RoutingState
 from proxy.state.store import StoreUnavailable
 
-UNFINISHED = ("queued", "running")
+Known = TypeVar("Known")
 
 
-async def card_of(services: Services, state: RoutingState, name: str, *, with_profile: bool) -> dict[str, Any]:
+async def cards_of(services: Services) -> list[dict[str, Any]]:
+    """A card of every model, by name, without the profile's figures."""
+    state = services.state.current
+    jobs = await _known(services, services.jobs.latest) or {}
+    return [_card(state, name, jobs.get(name), with_profile=False) for name in sorted(state.models)]
+
+
+async def card_of(services: Services, name: str, *, with_profile: bool) -> dict[str, Any]:
+    job = await _known(services, lambda: services.jobs.for_model(name))
+    state = services.state.current
+    if name not in state.models:
+        raise UnknownName(f"the model {name!r} was removed just now", param="model")
+    return _card(state, name, job, with_profile=with_profile)
+
+
+def _card(state: RoutingState, name: str, job: Job | None, *, with_profile: bool) -> dict[str, Any]:
     record = state.models[name]
-    job = await _job(services, name)
-    measuring = job is not None and job["state"] in UNFINISHED
+    measuring = job is not None and job.unfinished
     standing = state.standing(name)
     profile = state.profiles.get(name)
     card: dict[str, Any] = {
-        "model": name,
+        "model_name": name,
         "litellm_params": shown_params(record.litellm_params),
         "model_info": record.info.model_dump(exclude_defaults=True),
         "source": record.source,
@@ -31,7 +48,7 @@ async def card_of(services: Services, state: RoutingState, name: str, *, with_pr
         "state": "profiling" if measuring and standing in ("unprofiled", "foreign_profile") else standing,
         "why": state.set_aside.get(name),
         "price": _price(state.prices.get(name)),
-        "job": job,
+        "job": None if job is None else job.to_json(),
     }
     if with_profile:
         card["profile"] = None if profile is None else profile.to_json()
@@ -40,13 +57,14 @@ async def card_of(services: Services, state: RoutingState, name: str, *, with_pr
     return card
 
 
-async def _job(services: Services, name: str) -> dict[str, Any] | None:
-    """None also while Redis is away: reading models does not need it."""
+async def _known(services: Services, ask: Callable[[], Awaitable[Known]]) -> Known | None:
+    """None while Redis is away: reading models needs no jobs, and does not wait for them."""
+    if not services.state.available:
+        return None
     try:
-        job = await services.jobs.for_model(name)
+        return await ask()
     except StoreUnavailable:
         return None
-    return None if job is None else job.to_json()
 
 
 def _price(live: LivePrice | None) -> dict[str, Any] | None:

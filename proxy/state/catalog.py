@@ -16,6 +16,7 @@ from router_core.types import Capabilities, Price
 BUNDLED = "model_prices_and_context_window_backup.json"
 SPECIMEN = "sample_spec"
 TEXT_MODES = frozenset({None, "chat", "completion", "responses"})
+LARGEST_WINDOW = 10**12
 RUNS_LOCALLY = frozenset({"ollama", "ollama_chat", "lemonade", "lm_studio"})
 """Providers whose zero price is a price. Elsewhere it stands for a trial, a subscription or "not known"."""
 
@@ -65,7 +66,7 @@ def parse_price_map(document: object) -> Catalog:
     entries = {
         name: _entry(name, listed)
         for name, listed in document.items()
-        if name != SPECIMEN and _checked(name, listed).get("mode") in TEXT_MODES
+        if name != SPECIMEN and _is_text(_checked(name, listed).get("mode"))
     }
     if not any(entry.price for entry in entries.values()):
         raise InvalidPriceMap("the price map states no price of any text model")
@@ -92,6 +93,10 @@ def _shorter(bare: str) -> Iterator[str]:
 def _same_provider(asked: str, listed: str) -> bool:
     """vertex_ai lists vertex_ai-language-models, bedrock lists bedrock_converse."""
     return listed == asked or listed.startswith((f"{asked}-", f"{asked}_"))
+
+
+def _is_text(mode: object) -> bool:
+    return (mode is None or isinstance(mode, str)) and mode in TEXT_MODES
 
 
 def _checked(name: str, listed: object) -> dict[str, Any]:
@@ -136,13 +141,18 @@ def _amount(name: str, listed: dict[str, Any], field: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidPriceMap(f"{name}: {field} must be a number of USD per token; got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise InvalidPriceMap(f"{name}: {field} is too large to be a number of USD per token") from error
 
 
 def _limit(listed: dict[str, Any], field: str) -> int | None:
     """A context window; some entries of the real map carry text here, which is as good as unknown."""
     value = listed.get(field)
-    return int(value) if isinstance(value, int | float) and not isinstance(value, bool) and value >= 1 else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= LARGEST_WINDOW:
+        return None
+    return int(value)
 
 
 def _ability(listed: dict[str, Any], field: str) -> bool | None:

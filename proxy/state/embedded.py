@@ -34,7 +34,7 @@ class EmbeddedStoreFailed(Exception):
 
 
 class EmbeddedValkey:
-    """The server of one data directory. Whoever holds the file lock owns it; the others use its socket."""
+    """The server of one data directory. Whoever holds the file lock owns it and stops it; all who use it start it."""
 
     def __init__(self, data_dir: Path) -> None:
         self._folder = data_dir / "valkey"
@@ -47,15 +47,16 @@ class EmbeddedValkey:
         return self._lock is not None
 
     def ensure(self) -> None:
-        """Return once the server answers, having started or adopted it if nobody owns it. Blocks for up to 15 s.
+        """Return once the server answers, having started it if it is not alive. Blocks for up to 15 s.
 
         Raises:
-            EmbeddedStoreFailed: it did not start, or its owner does not let it answer.
+            EmbeddedStoreFailed: it did not start, or is alive and does not answer.
         """
         private_folder(self._folder)
         deadline = time.monotonic() + STARTING_S
         while not self._answers():
-            if self.take_ownership() and not self._starting():
+            self.take_ownership()
+            if not self._starting():  # also where another process owns it: that one may be no more than a supervisor
                 self._start()
             if time.monotonic() > deadline:
                 raise EmbeddedStoreFailed(
@@ -129,16 +130,16 @@ class EmbeddedValkey:
 
     def _shut_down(self) -> None:
         self._ask(b"SHUTDOWN")
-        if self._process is not None:
+        process, self._process = self._process, None
+        if process is not None and process.poll() is None:
             try:
-                self._process.wait(STOPPING_S)
+                process.wait(STOPPING_S)
             except subprocess.TimeoutExpired:
                 log.warning("the embedded store did not stop within %g s and is killed", STOPPING_S)
-                self._process.kill()
-                self._process.wait()
-            self._process = None
+                process.kill()
+                process.wait()
             return
-        deadline = time.monotonic() + STOPPING_S
+        deadline = time.monotonic() + STOPPING_S  # it is the child of another process
         while self._answers() and time.monotonic() < deadline:
             time.sleep(0.02)
 

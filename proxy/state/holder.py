@@ -25,6 +25,7 @@ POLL_S = 0.5
 SETTLE_S = 0.02
 """Messages that come this close together are one change."""
 LIVE_REFRESH_S = 5.0
+UNUSABLE_S = 5.0
 
 
 class StateHolder:
@@ -106,6 +107,9 @@ class StateHolder:
                 with contextlib.suppress(StoreUnavailable):  # said by _away already
                     await self._store.keep_up(answering=False)
                 await asyncio.sleep(POLL_S)
+            except (ValueError, ArithmeticError) as error:  # it reads well and cannot be laid out
+                log.error("what is stored makes no state, the last one stays in use", exc_info=error)
+                await asyncio.sleep(UNUSABLE_S)
 
     async def _listen(self, client: Redis) -> None:
         async with client.pubsub() as pubsub:

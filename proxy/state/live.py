@@ -44,14 +44,21 @@ class LiveExpectations:
         sums = self._sums.get(model)
         if sums is None:
             return profile
-        prior = min(1.0, PRIOR_ANSWERS / max(float(profile.answers.sum()), 1e-9))
+        prior = _prior(profile.answers)
+        timed_prior = _prior(profile.timed_answers)
         return replace(
             profile,
             token_sums=cast(Doubles, prior * profile.token_sums + sums[_TOKENS]),
-            second_sums=cast(Doubles, prior * profile.second_sums + sums[_SECONDS]),
+            second_sums=cast(Doubles, timed_prior * profile.second_sums + sums[_SECONDS]),
             answers=cast(Doubles, prior * profile.answers + sums[_WEIGHT]),
+            timed_answers=cast(Doubles, timed_prior * profile.timed_answers + sums[_WEIGHT]),
         )
 
     def forget(self, model: str) -> None:
         """After a model was removed or changed."""
         self._sums.pop(model, None)
+
+
+def _prior(answers: Doubles) -> float:
+    """What one validation answer counts: all together no more than PRIOR_ANSWERS."""
+    return min(1.0, PRIOR_ANSWERS / max(float(answers.sum()), 1e-9))

@@ -32,8 +32,10 @@ local version = changed()
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
 return version
 """
+# ARGV: name, record, and where it matters the version that the record was made from.
 _UPDATE_MODEL = f"""{_CHANGED}
 if redis.call('HEXISTS', KEYS[2], ARGV[1]) == 0 then return -1 end
+if ARGV[3] ~= '' and (redis.call('GET', KEYS[1]) or '0') ~= ARGV[3] then return -2 end
 local version = changed()
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
 return version
@@ -83,6 +85,10 @@ class UnknownModel(RegistryError):
     """No model of this name is registered."""
 
 
+class ChangedMeanwhile(RegistryError):
+    """What is stored is no longer what the change was made from."""
+
+
 class DefinedInConfig(RegistryError):
     """The model is the configuration file's to change."""
 
@@ -108,13 +114,21 @@ class Registry:
             raise NameTaken(f"a model named {record.name!r} exists; PATCH changes it, DELETE removes it")
         return version
 
-    async def update_model(self, record: ModelRecord) -> int:
-        """Replace the record of this name. Raises UnknownModel or DefinedInConfig."""
+    async def update_model(self, record: ModelRecord, *, as_of: int | None = None) -> int:
+        """Replace the record of this name.
+
+        Args:
+            as_of: refuse if anything was written since this version.
+
+        Raises:
+            UnknownModel, DefinedInConfig, ChangedMeanwhile.
+        """
         self._not_configured(record.name)
-        return self._known(
-            record.name,
-            await self._write("change a model", _UPDATE_MODEL, [MODELS], [record.name, record.to_json()]),
-        )
+        arguments = [record.name, record.to_json(), "" if as_of is None else str(as_of)]
+        version = await self._write("change a model", _UPDATE_MODEL, [MODELS], arguments)
+        if version == -2:
+            raise ChangedMeanwhile(f"the model {record.name!r} may have been changed since version {as_of}")
+        return self._known(record.name, version)
 
     async def remove_model(self, name: str) -> int:
         """Its profile and price go with it. Raises UnknownModel or DefinedInConfig."""

@@ -11,13 +11,15 @@ from urllib.parse import quote, urlsplit
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as ConnectionFailed
 from redis.exceptions import RedisError
 
 from proxy.settings import Settings
 from proxy.state.embedded import EmbeddedStoreFailed, EmbeddedValkey
 
 ANSWER_S = 1.0
-OPERATION_S = 3.0
+OPERATION_S = 1.2
+"""All of an operation: a silent server is not asked again after the first ANSWER_S, whatever redis-py retries."""
 CONNECTIONS = 32
 
 
@@ -38,7 +40,8 @@ class Store:
             socket_timeout=ANSWER_S,
             socket_connect_timeout=ANSWER_S,
             max_connections=CONNECTIONS,
-            retry=Retry(NoBackoff(), 1),  # for a pooled connection that went stale; our writes may be repeated
+            # For a pooled connection that went stale; our writes may be repeated.
+            retry=Retry(NoBackoff(), 1, supported_errors=(ConnectionFailed,)),
         )
 
     @classmethod

@@ -41,11 +41,11 @@ def test_an_added_model_takes_the_very_next_request(fleet: Fleet, added: str) ->
 def test_its_card_shows_price_state_and_profile_but_no_key(fleet: Fleet, added: str) -> None:
     card = fleet.proxy.admin("GET", f"/admin/models/{added}").json()
 
-    assert (card["model"], card["state"], card["source"]) == (added, "ready", "admin")
+    assert (card["model_name"], card["state"], card["source"]) == (added, "ready", "admin")
     assert (card["price"]["input_cost_per_token"], card["price"]["source"]) == (1e-8, "model_info")
     assert set(uniform_profile(0.0)) <= set(card["profile"])
     assert card["litellm_params"]["api_key"] == "os.environ/ARM_API_KEY"
-    assert added in {listed["model"] for listed in fleet.proxy.admin("GET", "/admin/models").json()["models"]}
+    assert added in {listed["model_name"] for listed in fleet.proxy.admin("GET", "/admin/models").json()["models"]}
 
 
 def test_a_taken_name_is_refused(fleet: Fleet, added: str) -> None:

@@ -41,7 +41,6 @@ async def test_an_allowed_page_may_call_and_no_other(tmp_path: Path, embedder_ca
     [
         ({"host": "0.0.0.0"}, "open to others"),
         ({"map": "/nowhere"}, "map"),
-        ({"recipe": "guess"}, "recipe"),
     ],
 )
 async def test_what_cannot_work_is_refused_at_start(

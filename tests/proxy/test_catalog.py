@@ -66,3 +66,12 @@ def test_reading_the_map_imports_no_litellm() -> None:
         "import sys; from proxy.state.catalog import bundled_catalog as b; b(); sys.exit('litellm' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_figures_and_modes_that_make_no_sense_are_unknown_and_break_nothing() -> None:
+    listed = {"input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6, "max_input_tokens": 10**400}
+    catalog = parse_price_map({"m": listed, "odd": {"mode": ["chat"]}})
+    entry = catalog.find("m")
+    assert entry is not None
+    assert entry.capabilities.max_input_tokens is None
+    assert len(catalog) == 1

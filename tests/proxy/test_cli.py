@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from proxy.cli.model_bodies import litellm_params
 from tests.support.command import environment, run_command
 
 HEAVY = ("torch", "litellm", "faiss", "numpy", "pydantic", "redis", "fastapi", "uvicorn", "openai", "httpx", "rich")
@@ -40,6 +41,13 @@ def test_help_lists_the_commands_and_loads_nothing_heavy(tmp_path: Path) -> None
         (["nonsense"], "nonsense"),
         (["models", "list"], "UNIROUTE_ADMIN_KEY"),
         (["fit", "/nowhere.txt", "--out", "map"], "/nowhere.txt"),
+        (["fit", "README.md", "--out", "/proc/map"], "/proc/map"),
+        (["route", "hello", "--lambda", "inf"], "--lambda"),
+        (["models", "add", "a", "--model", "openai/a", "--output-cost", "inf"], "--output-cost"),
+        (["validation", "check", "/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["prices", "sync", "nowhere"], "http://"),
+        (["keys", "create", " "], "NAME"),
+        (["keys", "create", "bob", "--model", "a b"], "'a b'"),
     ],
 )
 def test_bad_arguments_end_with_status_2_and_say_which(tmp_path: Path, arguments: list[str], words: str) -> None:
@@ -116,6 +124,21 @@ def test_fit_makes_the_same_map_of_the_same_prompts_and_refuses_to_overwrite(
     assert (made[0]["prompts"], made[0]["clusters"]) == (40, 4)
     again = run_command("fit", tmp_path / "a.txt", "--clusters", "4", "--out", tmp_path / "one", environ=environ)
     assert (again.returncode, "not an empty folder" in one_line(again)) == (2, True)
+
+
+@pytest.mark.slow  # it imports torch
+def test_an_embedder_that_cannot_be_had_is_failed_work_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\nthree")
+    arguments = ("fit", tmp_path / "a.txt", "--clusters", "2", "--embedder", "no/such", "--out", tmp_path / "map")
+    ended = run_command(*arguments, environ=environment(tmp_path, HF_HUB_OFFLINE="1"))
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.strip().splitlines()[-1].startswith("uniroute: the embedder 'no/such' cannot be loaded")
+
+
+def test_a_word_that_json_has_no_number_for_stays_a_word() -> None:
+    sent = litellm_params("openai/a", None, None, ["a=0.5", "b=NaN", "c=Infinity", "d=true"])
+    assert (sent["a"], sent["b"], sent["c"], sent["d"]) == (0.5, "NaN", "Infinity", True)
 
 
 def test_a_broken_line_of_prompts_is_named(tmp_path: Path) -> None:

@@ -81,6 +81,18 @@ def test_progress_goes_to_stderr_in_plain_lines_where_there_is_no_terminal(
     assert ended.stdout.startswith("lines is ready: mean error ")
 
 
+def test_no_wait_names_the_job_and_claims_nothing_of_the_old_profile(
+    served: tuple[ServeCommand, dict[str, str]], upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    _, environ = served
+    (tmp_path / "profile.json").write_text(json.dumps(uniform_profile(0.25)))
+    add("unhurried", upstream, environ, "--free", "--profile", tmp_path / "profile.json")
+    ended = run_command("models", "profile", "unhurried", "--prompts", "20", "--no-wait", environ=environ)
+    assert (ended.returncode, ended.stdout) == (0, "")
+    assert "uniroute models show unhurried" in ended.stderr
+    assert run_command("models", "profile", "unhurried", "--prompts", "20", environ=environ).returncode == 0
+
+
 def test_a_ready_profile_is_taken_and_nothing_is_asked(
     served: tuple[ServeCommand, dict[str, str]], upstream: ScriptedUpstream, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from proxy.jobs.broker import STREAM
 from proxy.jobs.jobs import Jobs
 from proxy.jobs.records import Job
 from proxy.state.registry import UnknownModel
@@ -225,6 +227,42 @@ async def test_a_model_removed_while_it_is_measured_leaves_nothing_behind(store:
             over = await ended(bench.jobs, job)
     assert (over.state, over.error) == ("failed", "the model was removed")
     assert await store.client.hlen(PROFILES) == 0
+
+
+async def test_an_arm_that_changed_while_it_was_measured_is_not_ready(store: Store, tmp_path: Path) -> None:
+    with ScriptedUpstream(knows("north"), slow_s=0.02) as upstream:
+        async with a_bench(store, tmp_path, model_at(upstream.url)) as bench:
+            job = await bench.jobs.submit("small", 20, 1.0)
+            await until(lambda: len(upstream.history) >= 2)
+            await bench.registry.update_model(model_at(upstream.url, temperature=1))
+            over = await ended(bench.jobs, job)
+    assert over.state == "failed"
+    assert "litellm_params were changed" in (over.error or "")
+    assert await store.client.hlen(PROFILES) == 0
+
+
+async def test_measuring_is_stopped_for_a_reason_and_leaves_no_task_behind(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ScriptedUpstream(knows("north"), slow_s=0.05) as upstream:
+        async with a_bench(store, tmp_path, model_at(upstream.url), profile={"concurrency": 8}) as bench:
+            job = await bench.jobs.submit("small", 40, 1.0)
+            await until(lambda: len(upstream.history) >= 8)
+            await bench.jobs.cancel_for("small", "the model was removed")
+            await until(lambda: not bench.jobs.worker.working_on)
+            cancelled = (await bench.jobs.latest())["small"]
+            gc.collect()
+    assert (cancelled.id, cancelled.state, cancelled.error) == (job.id, "cancelled", "the model was removed")
+    assert "never retrieved" not in caplog.text
+
+
+async def test_what_others_write_to_the_stream_stops_no_worker(store: Store, tmp_path: Path) -> None:
+    with ScriptedUpstream(knows("north")) as upstream:
+        async with a_bench(store, tmp_path, model_at(upstream.url)) as bench:
+            for entry in ({"word": "foreign"}, {"data": "garbage"}, {"data": "[]"}):
+                await store.client.xadd(STREAM, entry)  # type: ignore[arg-type]
+            job = await ended(bench.jobs, await bench.jobs.submit("small", 20, 1.0), timeout_s=4.0)
+            assert job.state == "ready"
 
 
 async def test_a_judge_is_asked_for_what_no_rule_can_grade_and_paid_from_the_same_budget(

@@ -26,7 +26,11 @@ def test_a_record_never_shows_its_key() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{", "null", '{"litellm_params": 3}', '{"litellm_params": {}}', "[" * 100_000]
+    "text",
+    [
+        *("", "[]", "{", "null", '{"litellm_params": 3}', '{"litellm_params": {}}', "[" * 100_000),
+        '{"litellm_params": {"model": "m"}, "model_info": {"max_input_tokens": 1%s}}' % ("0" * 30),
+    ],
 )
 def test_a_broken_record_is_refused(text: str) -> None:
     with pytest.raises(InvalidRecord):
@@ -43,7 +47,7 @@ def test_a_foreign_price_without_source_or_time_is_external_and_dated_when_seen(
     assert (live.source, live.updated_at) == ("external", 42.0)
 
 
-@pytest.mark.parametrize("amount", ["nan", "-1", "inf", "", "free", "1e309"])
+@pytest.mark.parametrize("amount", ["nan", "-1", "inf", "", "free", "1e309", "1e300"])
 def test_a_price_that_is_no_amount_is_refused(amount: str) -> None:
     with pytest.raises(InvalidPrice):
         LivePrice.from_fields({"input_cost_per_token": amount, "output_cost_per_token": "1e-6"}, seen_at=0)

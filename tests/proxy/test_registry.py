@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from proxy.state.keys import KeyLatch, digest_of
-from proxy.state.registry import DefinedInConfig, NameTaken, UnknownKey, UnknownModel
+from proxy.state.registry import ChangedMeanwhile, DefinedInConfig, NameTaken, UnknownKey, UnknownModel
 from proxy.state.store import Store, StoreUnavailable
 from proxy.state.stored import CHANGED, MODELS, PRICING, PROFILES, VERSION, price_key
 from router_core.types import Price
@@ -126,3 +126,12 @@ async def _messages(pubsub: object, count: int):  # type: ignore[no-untyped-def]
         if message is not None:
             count -= 1
             yield message
+
+
+async def test_a_change_made_from_what_is_no_longer_stored_is_refused(store: Store, tmp_path: Path) -> None:
+    registry = a_registry(store, tmp_path)
+    seen = await registry.add_model(a_record())
+    now = await registry.put_price("small", Price(1e-6, 1e-6))
+    with pytest.raises(ChangedMeanwhile):
+        await registry.update_model(a_record(temperature=1), as_of=seen)
+    assert await registry.update_model(a_record(temperature=1), as_of=now) == seen + 2

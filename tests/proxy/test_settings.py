@@ -67,6 +67,8 @@ def test_lists_in_a_variable_are_comma_separated_or_json() -> None:
 def test_every_setting_but_the_models_can_be_given_as_a_variable() -> None:
     samples = {
         "cost_unit": "cents",
+        "recipe": "raw",
+        "redis_url": "redis://127.0.0.1",
         "admin_key": "long-enough",
         "profile": None,
         "reference_price": None,
@@ -105,6 +107,21 @@ def test_every_setting_but_the_models_can_be_given_as_a_variable() -> None:
         ),
         ("uniroute: {lambda: -1}", ["lambda", "-1"]),
         ("uniroute: {map: a, map: b}", ["'map' twice"]),
+        ("uniroute: {lambda: yes}", ["lambda: must be a number; got true"]),
+        ("uniroute: {profile: {prompts: true}}", ["profile.prompts: must be a number"]),
+        ("uniroute: {profile: 60}", ["profile: must be a mapping", "60"]),
+        ("uniroute: {route_names: 5}", ["route_names: must be a list; got 5"]),
+        (
+            "uniroute: {reference_price: {input_cost_per_token: 1, output_cost_per_tokn: 1}}",
+            ["'output_cost_per_token'"],
+        ),
+        ("uniroute: {redis_url: 'localhost:6379'}", ["redis_url: must start with redis://"]),
+        ("uniroute:\n  lambda: [\n", ["not valid YAML: line 3, column 1"]),
+        ("model_list: [{litellm_params: {model: x}}]", ["model_list[0].model_name: is missing"]),
+        (
+            "model_list: [{model_name: a, litellm_params: {model: x, api_key: os.environ/UNIROUTE_ADMIN_KEY}}]",
+            ["model_list[0].litellm_params.api_key", "'UNIROUTE_ADMIN_KEY'"],
+        ),
         ("uniroute: [", ["not valid YAML"]),
         ("- 1", ["must be a mapping"]),
     ],
@@ -182,7 +199,7 @@ def test_names_with_the_documented_characters_are_accepted(name: str) -> None:
     assert check_model_name(name) == name
 
 
-@pytest.mark.parametrize("name", ["", "-a", "a b", "a\n", "é", "a" * 129, "uniroute/best"])
+@pytest.mark.parametrize("name", ["", "a/../b", "a/.", "-a", "a b", "a\n", "é", "a" * 129, "uniroute/best"])
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"model name|routing"):
         check_model_name(name)
@@ -194,3 +211,20 @@ def test_listening_beyond_this_machine_needs_a_client_key() -> None:
     for host in ("0.0.0.0", "::", "10.1.2.3", "example.org"):
         with pytest.raises(SettingsError, match="uniroute keys create"):
             check_exposure(Settings(host=host), keys_required=False)
+
+
+def test_a_redis_address_that_is_refused_does_not_show_its_password(tmp_path: Path) -> None:
+    assert "canary" not in refusal(tmp_path, "uniroute: {redis_url: 'http://:canary@host'}")
+
+
+def test_a_variable_that_allowed_env_lists_may_be_named_before_it_is_set(tmp_path: Path) -> None:
+    model = "{model_name: a, litellm_params: {model: x, api_key: os.environ/TOKEN}}"
+    text = f"model_list: [{model}]\nuniroute: {{allowed_env: [TOKEN]}}"
+    assert load_settings(a_file(tmp_path, text), {}).allowed_env == ("TOKEN",)
+
+
+def test_retries_of_litellm_are_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = "model_list: [{model_name: a, litellm_params: {model: x, num_retries: 3, temperature: 0}}]"
+    (model,) = load_settings(a_file(tmp_path, text), {}).model_list
+    assert model.litellm_params == {"model": "x", "temperature": 0}
+    assert "'num_retries'" in caplog.text

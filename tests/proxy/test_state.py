@@ -12,6 +12,7 @@ from proxy.state.embedded import EmbeddedValkey
 from proxy.state.live import LiveExpectations
 from proxy.state.store import Store
 from proxy.state.stored import KEYS, MODELS, PRICING, PROFILES, VERSION, price_key
+from router_core.profiles import Profile
 from router_core.types import Price
 from tests.support.makers import CORNERS, a_profile, a_record, a_registry, following, until
 
@@ -201,3 +202,27 @@ async def test_live_traffic_reaches_the_pool_but_not_the_profile(store: Store, t
         await holder.refresh()
         assert holder.current.pool.output_tokens[0, 0] > 700
         assert holder.current.profiles["small"].output_tokens()[0] == 50
+
+
+class BrokenOnce(LiveExpectations):
+    """Figures that cannot be laid out, the first time."""
+
+    asked = 0
+
+    def blended(self, model: str, profile: Profile) -> Profile:
+        self.asked += 1
+        if self.asked == 1:
+            raise OverflowError("int too large to convert")
+        return profile
+
+
+async def test_figures_that_cannot_be_laid_out_do_not_end_the_following(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("proxy.state.holder.UNUSABLE_S", 0.05)
+    registry, live = a_registry(store, tmp_path, "small"), BrokenOnce(4)
+    async with following(store, tmp_path, a_record(source="config"), live=live) as holder:
+        await registry.put_profile(a_record(), a_profile())
+        await until(lambda: holder.current.standing("small") == "ready")
+    assert live.asked > 1
+    assert "the last one stays in use" in caplog.text

@@ -20,7 +20,8 @@ OWNER = """
 import sys, time
 from pathlib import Path
 from proxy.state.embedded import EmbeddedValkey
-EmbeddedValkey(Path(sys.argv[1])).ensure()
+server = EmbeddedValkey(Path(sys.argv[1]))
+server.ensure()
 print("up", flush=True)
 time.sleep(60)
 """
@@ -120,6 +121,21 @@ async def test_a_guest_starts_the_server_again_when_its_owner_has_stopped_it(tmp
     await guest.close()
 
 
+async def test_a_killed_server_is_started_by_whoever_needs_it_even_if_its_owner_only_waits(tmp_path: Path) -> None:
+    owner = await an_owner(tmp_path)
+    guest = await Store.open(settings(tmp_path))
+    await guest.client.set("word", "kept")
+    os.kill(int((await guest.client.info("server"))["process_id"]), signal.SIGKILL)
+    await guest.keep_up(answering=False)
+    assert await guest.client.get("word") == "kept"
+    assert not server_of(guest).owned
+    owner.kill()
+    await owner.wait()
+    await guest.keep_up(answering=True)
+    await guest.close()
+    assert not server_of(guest)._answers()
+
+
 async def test_ctrl_c_to_the_group_does_not_stop_the_server(tmp_path: Path) -> None:
     owner = await an_owner(tmp_path)
     os.killpg(owner.pid, signal.SIGINT)
@@ -167,7 +183,7 @@ async def test_a_redis_that_never_answers_is_given_up_within_its_time_limit() ->
     store = Store(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}")
     started = time.monotonic()
     assert not await store.available()
-    assert time.monotonic() - started < 3.5
+    assert time.monotonic() - started < 1.5
     await store.close()
     hung_up.set()
     server.close()

@@ -81,3 +81,14 @@ async def test_the_queue_is_bounded_and_says_what_it_drops(store: Store) -> None
         recorder.record(a_record())
 
     assert (recorder.queued, len(dropped)) == (MOST_QUEUED, 3)
+
+
+async def test_figures_that_cannot_be_counted_are_left_out_and_hold_nothing_up(store: Store) -> None:
+    await store.client.lpush(f"{TOTALS}:small", "wrong type")
+    recorder = UsageRecorder(store)
+    recorder.record(a_record())
+    await recorder.flush()
+    await recorder.flush()
+
+    assert recorder.queued == 0
+    assert await store.client.xlen(STREAM) == 1

@@ -47,6 +47,23 @@ def test_unlabelled_answers_still_tell_how_long_answers_are() -> None:
     assert profile.output_tokens()[1] > profile.output_tokens()[0]
 
 
+def test_tokens_and_seconds_count_each_without_the_other() -> None:
+    three = an_assignment(0, 0, 1)
+    tokens, seconds = np.array([10.0, 30.0, NAN]), np.array([NAN, 2.0, 4.0])
+    profile = measure("m", 3, three, np.ones(3), output_tokens=tokens, seconds=seconds)
+    assert (profile.mean_output_tokens, profile.mean_seconds) == (20.0, 3.0)
+    untimed = measure("m", 3, three, np.ones(3), output_tokens=tokens, seconds=np.full(3, NAN))
+    assert (untimed.mean_output_tokens, untimed.mean_seconds) == (20.0, None)
+    assert np.isnan(Profile.from_json(untimed.to_json()).seconds()).all()
+
+
+def test_a_profile_written_before_seconds_had_their_own_weight_reads_the_same() -> None:
+    profile = measured((0, 1), [1.0, 0.0], [10.0, 30.0])
+    document = profile.to_json()
+    del document["timed_answers"]
+    assert Profile.from_json(document).mean_seconds == profile.mean_seconds == 2.0
+
+
 def test_a_model_that_never_answered_has_no_mean_length() -> None:
     profile = measured((0,), [NAN], [NAN])
     assert profile.mean_output_tokens is None
@@ -76,7 +93,7 @@ def test_profiles_of_two_maps_do_not_merge() -> None:
 def test_a_profile_survives_json_exactly() -> None:
     profile = measured((0, 1, 1, 2), [1.0, 0.3, 0.0, NAN], [3.0, 5.0, 7.0, 9.0])
     again = Profile.from_json(json.loads(json.dumps(profile.to_json())))
-    for array in ("error_sums", "labels", "token_sums", "second_sums", "answers"):
+    for array in ("error_sums", "labels", "token_sums", "second_sums", "answers", "timed_answers"):
         assert np.array_equal(getattr(again, array), getattr(profile, array))
 
 
@@ -98,7 +115,9 @@ def test_rates_written_by_hand_come_back_as_written(rows: list[tuple[float, floa
         ({"errors": "many"}, "profile.errors"),
         ({"labels": None}, "profile.labels"),
         ({"labels": [[1.0], [1.0], [1.0]]}, "profile.labels"),
+        ({"labels": [10**400, 1, 1]}, "profile.labels"),
         ({"mean_output_tokens": -3}, "profile.mean_output_tokens"),
+        ({"mean_seconds": 10**400}, "profile.mean_seconds"),
         ({"measured_at": 17}, "profile.measured_at"),
         ({"error_sums": [9.0, 9.0, 9.0]}, "errors must lie in"),
     ],
