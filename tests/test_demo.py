@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +16,7 @@ import pytest
 import yaml
 
 from proxy.demo.local_models import LocalModelError, smollm2, start_llama
+from proxy.state.embedded import socket_path
 from tests.support.command import ServeCommand, environment, run_command
 from tests.support.server import uniform_profile
 
@@ -61,6 +66,32 @@ def test_a_local_model_ends_when_it_is_closed(tmp_path: Path) -> None:
     with start_llama(smollm2(), tmp_path / "log.txt", context=512) as server:
         assert server.process.poll() is None
     assert server.process.returncode == 0
+
+
+def test_ctrl_c_while_the_demo_serves_leaves_no_store_behind(tmp_path: Path, embedder_cache: Path) -> None:
+    code = """
+from proxy.cli.serve import LOGGING, BackgroundServer, listen
+from proxy.cli.serve_store import owned_store
+from proxy.demo.run import wait_for_ctrl_c
+from proxy.settings import load_settings
+import os
+settings = load_settings(None, os.environ)
+with owned_store(settings, print):
+    server = BackgroundServer(settings, listen("127.0.0.1", 0), LOGGING)
+    print(server.start(), flush=True)
+    wait_for_ctrl_c(server)
+    server.stop()
+"""
+    environ = environment(tmp_path / "data", embedder_cache)
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "True\n"
+        process.send_signal(signal.SIGINT)
+        told, _ = process.communicate(timeout=30)
+    assert (process.returncode, told) == (0, "stopping\n")
+    with socket.socket(socket.AF_UNIX) as connection:
+        assert connection.connect_ex(str(socket_path(tmp_path / "data" / "valkey"))) != 0
 
 
 @pytest.mark.slow
