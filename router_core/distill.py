@@ -1,14 +1,9 @@
-"""The static table: every vocabulary token passed alone through all-MiniLM-L6-v2. Run once per data directory.
-
-`python -m router_core.distill FOLDER` does the work in a process of its own, so that torch never lives in a server.
-"""
+"""The static table: every vocabulary token passed alone through all-MiniLM-L6-v2. Where it is kept is embedding.py."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-import sys
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,32 +29,16 @@ def model_folder() -> Path:
 
 
 def distill(folder: Path, model: Path | None = None) -> None:
-    """Write `folder` with table.npy, (V, d) float32, mean-centred unit rows, and the tokenizer. Takes about 15 s.
-
-    The folder appears at once and whole, so that two processes may race.
+    """Write `folder` with table.npy, (V, d) float32, mean-centred unit rows, and the tokenizer. Takes half a minute.
 
     Raises:
         InvalidArtifact: the weights are not all-MiniLM-L6-v2's.
     """
     model = model or model_folder()
     _check_weights(model / "model.safetensors")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".distilling-"))
-    try:
-        np.save(scratch / TABLE, _centred(_token_vectors(model)))
-        shutil.copy(model / TOKENIZER, scratch / TOKENIZER)
-        _publish(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _publish(scratch: Path, folder: Path) -> None:
-    scratch.chmod(0o755)
-    try:
-        scratch.rename(folder)
-    except OSError:
-        if not (folder / TABLE).exists():
-            raise
+    folder.mkdir(parents=True)
+    np.save(folder / TABLE, _centred(_token_vectors(model)))
+    shutil.copy(model / TOKENIZER, folder / TOKENIZER)
 
 
 def _check_weights(weights: Path) -> None:
@@ -89,7 +68,3 @@ def _token_vectors(model: Path) -> Floats:
 def _centred(vectors: Floats) -> Floats:
     vectors = vectors - vectors.mean(axis=0)
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
-
-
-if __name__ == "__main__":
-    distill(Path(sys.argv[1]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from router_core.types import Embedder, Floats
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+DISTILLING = "import pathlib, sys; from router_core.distill import distill; distill(pathlib.Path(sys.argv[1]))"
 TOKEN_WEIGHTS = Path(__file__).parent / "assets" / "token_weights.npy"
 
 
@@ -112,7 +114,7 @@ def static_embedder(cache_dir: Path, announce: Callable[[str], None] = lambda _m
     """
     folder = cache_dir / f"static-{distill.RECIPE}"
     if not (folder / distill.TABLE).exists():
-        announce("distilling the embedding table from all-MiniLM-L6-v2 (once, about 20 seconds)")
+        announce("distilling the embedding table from all-MiniLM-L6-v2 (once, about half a minute)")
         _distill_apart(folder)
     return StaticEmbedder.load(folder)
 
@@ -125,10 +127,22 @@ def open_embedder(kind: str, cache_dir: Path, announce: Callable[[str], None] = 
 
 
 def _distill_apart(folder: Path) -> None:
-    command = [sys.executable, "-m", distill.__name__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode:
-        raise InvalidArtifact(f"the embedding table could not be made: {(done.stderr.strip() or 'killed')[-500:]}")
+    """In a process of its own, so that torch never lives in a server.
+
+    The folder appears at once and whole, so that two processes may race.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".distilling-") as scratch:
+        made = Path(scratch) / folder.name
+        command = [sys.executable, "-c", DISTILLING, str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        if done.returncode:
+            raise InvalidArtifact(f"the embedding table could not be made: {(done.stderr.strip() or 'killed')[-500:]}")
+        try:
+            made.rename(folder)
+        except OSError:
+            if not (folder / distill.TABLE).exists():
+                raise
 
 
 def _encodable(text: str) -> str:

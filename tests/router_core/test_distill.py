@@ -1,0 +1,29 @@
+"""Making the static table: once, whole, and only from the weights that it is named after."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from router_core.distill import TABLE, TOKENIZER, distill, model_folder
+from router_core.errors import InvalidArtifact
+
+
+def test_other_weights_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"something else")
+    with pytest.raises(InvalidArtifact, match="sha256"):
+        distill(tmp_path / "made", tmp_path)
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_table_has_a_centred_unit_row_for_every_token(embedder_cache: Path) -> None:
+    table = np.load(embedder_cache / "static-1" / TABLE)
+    vocabulary = (model_folder() / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    assert table.shape == (len(vocabulary), 384)
+    assert np.linalg.norm(table, axis=1) == pytest.approx(np.ones(len(table)), abs=1e-5)
+    assert np.linalg.norm(table.mean(axis=0)) < 0.1
+
+
+def test_the_cache_holds_the_table_and_nothing_half_made(embedder_cache: Path) -> None:
+    assert {path.name for path in (embedder_cache / "static-1").iterdir()} == {TABLE, TOKENIZER}
+    assert list(embedder_cache.glob(".distilling-*")) == []
