@@ -41,8 +41,7 @@ async def _complete(forwarder: Forwarder) -> Response:
         return Response(dump(answer), media_type="application/json", headers=meter.headers())
     except UpstreamFailure as failure:
         ending = "failed"
-        meter.failed(failure)
-        failure.headers |= meter.headers()
+        _note(meter, failure)
         raise
     finally:
         meter.finish(ending)
@@ -56,10 +55,15 @@ async def _stream(forwarder: Forwarder) -> Response:
         ending = None
     except UpstreamFailure as failure:
         ending = "failed"
-        meter.failed(failure)
-        failure.headers |= meter.headers()
+        _note(meter, failure)
         raise
     finally:
         if ending is not None:
             meter.finish(ending)
     return EventStream(stream, meter, meter.headers(), include_usage=forwarder.request.include_usage)
+
+
+def _note(meter: Meter, failure: UpstreamFailure) -> None:
+    """Counted, and told with the decision that led there."""
+    meter.failed(failure)
+    failure.headers |= meter.headers()

@@ -61,14 +61,27 @@ async def choose(
         NothingAble, Unavailable: no candidate is left.
     """
     way = way_of(request.model, settings, state, key)
-    asked = _Asked(way, candidates(request.options, state, key), needs_of(request.body), _terms(request, way, settings))
-    if way is Way.PINNED:
-        return await _pinned(request, asked, key, state, settings, assigner, explain=explain)
-    return await _routed(request, asked, key, state, settings, assigner)
+    asked = _Asked(
+        request=request,
+        key=key,
+        state=state,
+        settings=settings,
+        way=way,
+        allowed=candidates(request.options, state, key),
+        needs=needs_of(request.body),
+        terms=_terms(request, way, settings),
+    )
+    return await (_pinned(asked, assigner, explain=explain) if way is Way.PINNED else _routed(asked, assigner))
 
 
 @dataclass(frozen=True)
 class _Asked:
+    """One request against one snapshot: what it asks for, and what it may have."""
+
+    request: ChatRequest
+    key: ClientKey | None
+    state: RoutingState
+    settings: Settings
     way: Way
     allowed: Collection[str] | None
     needs: Needs
@@ -88,27 +101,18 @@ def _terms(request: ChatRequest, way: Way, settings: Settings) -> Terms:
     )
 
 
-async def _pinned(
-    request: ChatRequest,
-    asked: _Asked,
-    key: ClientKey | None,
-    state: RoutingState,
-    settings: Settings,
-    assigner: Assigner,
-    *,
-    explain: bool,
-) -> Choice:
+async def _pinned(asked: _Asked, assigner: Assigner, *, explain: bool) -> Choice:
     """The named model; others are scored only to fall back on, or to explain."""
-    fallbacks = request.options.fallbacks is True
-    choice = Choice(_new_id(), request.model, "pinned", asked.terms.lambda_, (request.model,), None, {})
+    name, fallbacks = asked.request.model, asked.request.options.fallbacks is True
+    choice = Choice(_new_id(), name, "pinned", asked.terms.lambda_, (name,), None, {})
     if not (fallbacks or explain):
         return choice
     try:
-        scored = await _routed(request, asked, key, state, settings, assigner)
+        scored = await _routed(asked, assigner)
     except (NothingAble, Unavailable):
         return choice
-    others = tuple(name for name in _ranking(scored) if name != request.model)
-    order = (request.model, *others)[: settings.fallback_attempts] if fallbacks else (request.model,)
+    others = tuple(other for other in _ranking(scored) if other != name)
+    order = (name, *others)[: asked.settings.fallback_attempts] if fallbacks else (name,)
     return replace(choice, order=order, decision=scored.decision, ineligible=scored.ineligible)
 
 
@@ -116,20 +120,14 @@ def _ranking(choice: Choice) -> tuple[str, ...]:
     return choice.decision.ranking if choice.decision else choice.order
 
 
-async def _routed(
-    request: ChatRequest,
-    asked: _Asked,
-    key: ClientKey | None,
-    state: RoutingState,
-    settings: Settings,
-    assigner: Assigner,
-) -> Choice:
+async def _routed(asked: _Asked, assigner: Assigner) -> Choice:
+    request, state, settings = asked.request, asked.state, asked.settings
     eligibility = eligible(state.pool, asked.needs, asked.allowed)
-    usable = usable_models(state, key)
+    usable = usable_models(state, asked.key)
     if not eligibility.rows.size:
-        stand_in = _stand_in(asked, state, settings, eligibility)
+        stand_in = _stand_in(asked, eligibility)
         if stand_in is None:
-            raise _nothing_left(asked, state, usable, eligibility.why)
+            raise _nothing_left(asked, usable, eligibility.why)
         return stand_in
     text = routing_text(request.body["messages"])
     degraded = None
@@ -142,7 +140,7 @@ async def _routed(
     except ROUTING_FAILURES as error:
         degraded = f"{type(error).__name__}: {error}"
         log.warning("routing degraded: %s", degraded)
-        decision, order = _without_looking(eligibility, asked, settings, usable)
+        decision, order = _without_looking(asked, eligibility, usable)
     attempts = 1 if request.options.fallbacks is False else settings.fallback_attempts
     return Choice(
         id=_new_id(),
@@ -165,7 +163,7 @@ def _rank(asked: _Asked, eligibility: Eligibility, assignment: Assignment | None
 
 
 def _without_looking(
-    eligibility: Eligibility, asked: _Asked, settings: Settings, usable: tuple[str, ...]
+    asked: _Asked, eligibility: Eligibility, usable: tuple[str, ...]
 ) -> tuple[RoutingDecision, tuple[str, ...]]:
     """The default model if it is eligible, then by mean error."""
     try:
@@ -173,15 +171,16 @@ def _without_looking(
     except NoEligibleModel as error:
         raise NothingAble(f"{error}{_because(error.why, usable)}", param="uniroute.max_cost_usd") from None
     order = decision.ranking
-    if settings.default_model in order:
-        order = (settings.default_model, *(name for name in order if name != settings.default_model))
+    default = asked.settings.default_model
+    if default in order:
+        order = (default, *(name for name in order if name != default))
     return decision, order
 
 
-def _stand_in(asked: _Asked, state: RoutingState, settings: Settings, eligibility: Eligibility) -> Choice | None:
+def _stand_in(asked: _Asked, eligibility: Eligibility) -> Choice | None:
     """The default model while nothing is measured yet, if it could answer: a new deployment serves from the start."""
-    name = settings.default_model
-    able = eligible(state.pool, asked.needs, asked.allowed, measured=False).names
+    name = asked.settings.default_model
+    able = eligible(asked.state.pool, asked.needs, asked.allowed, measured=False).names
     if name is None or name not in able or asked.terms.max_cost_usd is not None:
         return None
     reason = "no model that could answer is profiled yet"
@@ -189,15 +188,13 @@ def _stand_in(asked: _Asked, state: RoutingState, settings: Settings, eligibilit
     return Choice(_new_id(), name, "degraded", asked.terms.lambda_, (name,), None, ineligible, degraded=reason)
 
 
-def _nothing_left(
-    asked: _Asked, state: RoutingState, usable: tuple[str, ...], why: Mapping[str, str]
-) -> NothingAble | Unavailable:
+def _nothing_left(asked: _Asked, usable: tuple[str, ...], why: Mapping[str, str]) -> NothingAble | Unavailable:
     if not usable:
         return Unavailable("no model is registered that this request may use")
     because = _because(why, usable)
-    if not eligible(state.pool, Needs(), asked.allowed).rows.size:
+    if not eligible(asked.state.pool, Needs(), asked.allowed).rows.size:
         return Unavailable(f"no model can be chosen yet{because}")
-    if eligible(state.pool, replace(asked.needs, prompt_tokens=0), asked.allowed).rows.size:
+    if eligible(asked.state.pool, replace(asked.needs, prompt_tokens=0), asked.allowed).rows.size:
         tokens = asked.needs.prompt_tokens
         return TooLong(
             f"the request of about {tokens} tokens fits no model's context window{because}", param="messages"
