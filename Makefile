@@ -40,7 +40,7 @@ serve: $(VENV)/installed
 test: lint
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-all: lint
+test-all: $(VENV)/installed-ray lint
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/installed-dev
@@ -80,4 +80,8 @@ $(VENV)/installed-demo: $(VENV)/installed
 
 $(VENV)/installed-dev: $(VENV)/installed-demo
 	$(PROJECT) ".[dev]"
+	@touch $@
+
+$(VENV)/installed-ray: $(VENV)/installed-dev
+	$(PROJECT) ".[ray]"
 	@touch $@

@@ -5,7 +5,8 @@ RouterCoreError
 │   ├── InvalidProfile             wrong length, errors outside [0, 1], negative labels
 │   ├── InvalidPrice               negative, NaN or infinite
 │   ├── InvalidArtifact            missing file, broken manifest, digest that does not match
-│   └── InvalidValidationSet       a line of a JSONL file; the message names the line
+│   ├── InvalidValidationSet       a line of a JSONL file; the message names the line
+│   └── InvalidOutcomes            a line of an outcomes file, or a model of it; the message names which
 ├── MapMismatch                    a profile or map measured with another cluster map or embedder
 └── NoEligibleModel                every candidate was ruled out; carries why, per model
 """
@@ -35,6 +36,10 @@ class InvalidArtifact(InvalidInput):
 
 class InvalidValidationSet(InvalidInput):
     """A validation set that cannot be used; the message names the line."""
+
+
+class InvalidOutcomes(InvalidInput):
+    """An outcomes file or its prices that cannot be used; the message names the line or the model."""
 
 
 class MapMismatch(RouterCoreError):

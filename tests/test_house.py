@@ -13,7 +13,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("router_core", "proxy")
-HEAVY = ("torch", "sentence_transformers", "transformers", "litellm", "faiss", "xllamacpp", "openai", "sklearn")
+HEAVY = (
+    *("torch", "sentence_transformers", "transformers", "litellm", "faiss", "xllamacpp", "openai", "sklearn"),
+    *("pyarrow", "ray"),
+)
 LONGEST_FILE = 300
 LONGEST_FUNCTION = 50
 OUTSIDE_WORLD = frozenset(

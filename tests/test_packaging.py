@@ -113,7 +113,7 @@ def third_party(*folders: str) -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.parametrize(("folders", "extras"), [(PACKAGES, ("demo",)), (("tests",), ("demo", "dev"))])
+@pytest.mark.parametrize(("folders", "extras"), [(PACKAGES, ("demo", "parquet", "ray")), (("tests",), ("demo", "dev"))])
 def test_whatever_is_imported_is_declared(folders: tuple[str, ...], extras: tuple[str, ...]) -> None:
     names = {canonicalize_name(requirement.name) for requirement in declared(*extras)}
     assert {name: files for name, files in third_party(*folders).items() if name not in names} == {}

@@ -47,7 +47,8 @@ def emit_json(value: object) -> None:
 
 
 class Progress(Protocol):
-    def update(self, label: str, done: int, total: int, remark: str = "") -> None: ...
+    def update(self, label: str, done: int, total: int, remark: str = "") -> None:
+        """`total` is 0 while nobody knows it."""
 
 
 @contextmanager
@@ -84,14 +85,15 @@ class _Bars:
 
 class _Lines:
     def __init__(self) -> None:
-        self._last: dict[str, tuple[float, int]] = {}
+        self._last: dict[str, tuple[float, tuple[int, int]]] = {}
 
     def update(self, label: str, done: int, total: int, remark: str = "") -> None:
-        then, before = self._last.get(label, (0.0, -1))
-        if done == before or (done < total and time.monotonic() - then < _LINE_EVERY_S):
+        then, before = self._last.get(label, (0.0, (-1, -1)))
+        complete = 0 < total <= done
+        if (done, total) == before or (not complete and time.monotonic() - then < _LINE_EVERY_S):
             return
-        self._last[label] = (time.monotonic(), done)
-        note(f"{label}: {done}/{total} {remark}".rstrip())
+        self._last[label] = (time.monotonic(), (done, total))
+        note(f"{label}: {done}{f'/{total}' if total else ''} {remark}".rstrip())
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "") -> None:

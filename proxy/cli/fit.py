@@ -1,44 +1,100 @@
-"""`uniroute fit`: a cluster map from your own prompts."""
+"""`uniroute fit`: a cluster map from your own prompts, few or many."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from proxy.cli.options import DataDirOption, JsonOption
 
+if TYPE_CHECKING:
+    from proxy.cli.console import Progress
+    from proxy.cli.fit_steps import Order, Steps
+    from router_core.clustering import ClusterMap
+    from router_core.sampling import PromptSample
+    from router_core.types import Indices
+
+PROMPTS_HELP = 'Text (one prompt a line), JSONL (.gz too) or Parquet files; rows have a "prompt" or "messages".'
+RAY_HELP = """Read and embed on Ray: `local` starts one on this machine, else the address of yours. The map is the same.
+Each file is read by one worker, and must have the same path on every machine. Needs pip install 'uniroute[ray]'."""
+
 
 def fit(
-    prompts: Annotated[list[Path], typer.Argument(help="Text (one prompt a line) or JSONL files; .gz too.")],
+    prompts: Annotated[list[Path], typer.Argument(help=PROMPTS_HELP)],
     out: Annotated[Path, typer.Option("--out", help="Folder to write the map to.")],
     clusters: Annotated[int, typer.Option("--clusters", min=2, max=4096, help="K, how many clusters.")] = 64,
     seed: Annotated[int, typer.Option("--seed", help="Same prompts, same seed: same map.")] = 0,
     embedder: Annotated[str, typer.Option("--embedder", help="static, transformer, or a model's name.")] = "static",
     data_dir: DataDirOption = None,
+    ray: Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help=RAY_HELP)] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="With --ray: embedders at once; by default one per CPU.")
+    ] = None,
     *,
+    count: Annotated[
+        bool, typer.Option("--count", help="Then assign every prompt, and say how many each cluster has.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit a cluster map on unlabelled prompts. Profiles measured on another map do not carry over."""
-    from proxy.cli import console
-    from proxy.cli.inputs import empty_folder, opened_embedder
-    from proxy.cli.options import read_settings
-    from proxy.cli.prompt_files import read_prompts
-    from router_core.artifact import save_map
-    from router_core.fitting import fit_map
+    """Fit a cluster map on unlabelled prompts. Profiles measured on another map do not carry over.
 
+    Any number of prompts: they are streamed, and K-means sees a sample of the distinct ones, drawn by --seed: 256 for
+    each cluster, and at least 16,384.
+    """
+    from proxy.cli import console
+    from proxy.cli.fit_steps import Order
+    from proxy.cli.inputs import empty_folder
+    from proxy.cli.options import read_settings
+    from proxy.cli.prompt_files import check_prompt_files
+    from router_core.artifact import save_map
+    from router_core.fitting import distinct_prompts, fit_embedded
+
+    if workers and not ray:
+        raise console.BadArgument("--workers is for --ray; one process embeds without it")
     settings = read_settings(None, data_dir=data_dir)
-    texts = list(read_prompts(prompts))
+    check_prompt_files(prompts)
     empty_folder(out, "--out")
-    opened = opened_embedder(embedder, settings.data_dir)
-    with console.progress() as bars:
-        fitted = fit_map(texts, opened, clusters, seed=seed, progress=bars.update)
-    save_map(fitted, out)
-    if as_json:
-        console.emit_json({"map": fitted.id, "clusters": fitted.size, "prompts": len(texts), "folder": str(out)})
+    order = Order(prompts, clusters, seed, embedder, settings.data_dir)
+    with console.progress() as bars, _steps(order, bars, ray, workers) as steps:
+        sample = steps.sample()
+        embedded = steps.embed(distinct_prompts(sample, clusters))
+        fitted = fit_embedded(embedded, clusters, seed=seed, progress=bars.update)
+        save_map(fitted, out)
+        counts = steps.count(fitted) if count else None
+    _tell_json(fitted, sample, counts, out) if as_json else _tell(fitted, sample, counts, out)
+
+
+@contextmanager
+def _steps(order: Order, bars: Progress, ray: str | None, workers: int | None) -> Iterator[Steps]:
+    from proxy.cli.fit_steps import StepsHere
+
+    if ray is None:
+        yield StepsHere(order, bars)
         return
-    console.say(f"{out}: map {fitted.id} with {fitted.size} clusters of {len(texts)} prompts")
+    from proxy.cli.fit_on_ray import steps_on_ray
+
+    with steps_on_ray(order, bars, ray, workers) as steps:
+        yield steps
+
+
+def _tell(fitted: ClusterMap, sample: PromptSample, counts: Indices | None, out: Path) -> None:
+    from proxy.cli import console
+
+    console.say(
+        f"{out}: map {fitted.id} with {fitted.size} clusters of {len(sample):,} distinct prompts, {sample.read:,} read"
+    )
     for number, name in enumerate(fitted.names):
-        console.say(f"  {number:>3}  {name}")
+        console.say(f"  {number:>3}  {'' if counts is None else f'{counts[number]:>10,}  '}{name}")
     console.say(f"use it with `map: {out}` in the uniroute section, or UNIROUTE_MAP={out}")
+
+
+def _tell_json(fitted: ClusterMap, sample: PromptSample, counts: Indices | None, out: Path) -> None:
+    from proxy.cli import console
+
+    document = {"map": fitted.id, "clusters": fitted.size, "prompts": sample.read, "sampled": len(sample)}
+    counted = {} if counts is None else {"counts": counts.tolist()}
+    console.emit_json(document | counted | {"folder": str(out)})

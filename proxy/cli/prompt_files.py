@@ -1,26 +1,54 @@
-"""Prompts for fitting a map, read one by one from text or JSONL files, gzipped or not. No fitting."""
+"""Prompts for fitting a map, read one by one from text, JSONL (gzipped or not) or Parquet files. No fitting."""
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from proxy.cli.console import BadArgument
+from proxy.cli.inputs import readable
+from proxy.routing.features import CUT, routing_text
+
+_PARQUET_ROWS = 1024
+_PARQUET_BUFFER = 1 << 20
+_FIELDS = ("prompt", "messages")
+_NEEDS = 'needs "prompt" (text) or "messages" (a list of chat messages)'
+
+
+def check_prompt_files(paths: Iterable[Path]) -> None:
+    """Whether all of them can be read, before the first is. Raises BadArgument."""
+    for path in paths:
+        readable(path, "PROMPTS")
+        if _reader(path) is _parquet and find_spec("pyarrow") is None:
+            raise BadArgument(f"{path}: reading Parquet needs pyarrow; pip install 'uniroute[parquet]'")
 
 
 def read_prompts(paths: Iterable[Path]) -> Iterator[str]:
-    """One text per line; in `*.jsonl` and `*.jsonl.gz` the object's "prompt", or the user turns of its "messages"."""
+    """One text per line of a text file; of JSONL and Parquet the "prompt", or the user turns of the "messages".
+
+    A text too long to be looked at whole when it is routed is cut as it is then.
+    """
     for path in paths:
-        read = _jsonl if path.name.removesuffix(".gz").endswith((".jsonl", ".ndjson")) else _text
         try:
-            yield from read(path)
+            for text in _reader(path)(path):
+                yield text if len(text) <= 2 * CUT else routing_text([{"role": "user", "content": text}])
         except OSError as error:
             raise BadArgument(f"{path}: cannot be read ({error.strerror or error})") from None
+        except (EOFError, zlib.error):
+            raise BadArgument(f"{path}: its compressed data is broken or cut off; make the file again") from None
         except UnicodeDecodeError:
             raise BadArgument(f"{path}: is not UTF-8 text") from None
+
+
+def _reader(path: Path) -> Callable[[Path], Iterator[str]]:
+    if path.suffix == ".parquet":
+        return _parquet
+    return _jsonl if path.name.removesuffix(".gz").endswith((".jsonl", ".ndjson")) else _text
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -41,8 +69,33 @@ def _jsonl(path: Path) -> Iterator[str]:
         except ValueError as error:
             raise BadArgument(f"{path}, line {number}: is not JSON ({error})") from None
         if text is None:
-            raise BadArgument(f'{path}, line {number}: needs "prompt" (text) or "messages" (a list of chat messages)')
+            raise BadArgument(f"{path}, line {number}: {_NEEDS}")
         yield text
+
+
+def _parquet(path: Path) -> Iterator[str]:
+    for number, row in enumerate(_parquet_rows(path), 1):
+        text = _prompt_of(row)
+        if text is None:
+            raise BadArgument(f"{path}, row {number}: {_NEEDS}")
+        yield text
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Only the columns that are read, a buffer of each at a time."""
+    from pyarrow.lib import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as file:
+            columns = [name for name in _FIELDS if name in file.schema_arrow.names]
+            if not columns:
+                found = ", ".join(file.schema_arrow.names) or "none"
+                raise BadArgument(f"{path}: {_NEEDS} as a column; it has {found}")
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=columns, use_threads=False):
+                yield from batch.to_pylist()
+    except ArrowException as error:
+        raise BadArgument(f"{path}: is not a Parquet file that can be read ({error})") from None
 
 
 def _prompt_of(row: Any) -> str | None:

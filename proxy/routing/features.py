@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from router_core.tokens import BYTES_PER_TOKEN, text_bytes
 from router_core.types import Needs
 
 CUT = 2_000
@@ -12,7 +13,6 @@ CUT = 2_000
 SHORT = 60
 """A newest turn of fewer characters is read together with the turns before it ("yes", "continue")."""
 EARLIER_TURNS = 2
-BYTES_PER_TOKEN = 4
 MEDIA_TOKENS = 800
 """One image, audio clip or file, whatever its size: attachments are never scanned."""
 _MOST_TOKENS = 10**9
@@ -107,7 +107,7 @@ def estimate_tokens(body: Mapping[str, Any]) -> int:
     while waiting:
         value = waiting.pop()
         if isinstance(value, str):
-            size += len(value) if value.isascii() else len(value.encode("utf-8", "replace"))
+            size += text_bytes(value)
         elif isinstance(value, list):
             waiting.extend(value)
         elif isinstance(value, Mapping):

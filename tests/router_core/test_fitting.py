@@ -1,9 +1,15 @@
 """Fitting a map from prompts."""
 
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 import pytest
 
+from router_core.clustering import spherical_kmeans
 from router_core.errors import InvalidInput
-from router_core.fitting import cluster_names, fit_map, token_weights
+from router_core.fitting import BATCH, batches, count_nearest, embed_prompts, fit_map, token_weights
+from router_core.sampling import SMALLEST
+from router_core.types import Floats
 from tests.router_core.makers import FirstLetterEmbedder
 
 PROMPTS = ["apple pie", "apple cake", "banana bread", "banana split", "cherry tart", "cherry jam"]
@@ -34,9 +40,52 @@ def test_frequent_tokens_weigh_little() -> None:
     assert weights[2] == pytest.approx(0.001, rel=0.01)
 
 
-def test_a_word_that_is_everywhere_names_nothing() -> None:
-    import numpy as np
+class NumberEmbedder:
+    """A prompt is a number; its vector lies at that many degrees. Remembers how many it was asked for at once."""
 
-    prompts = ["answer the sum", "answer the sum", "answer the poem", "answer the poem"]
-    names = cluster_names(prompts, np.array([0, 0, 1, 1]), 2)
-    assert [name.split(",")[0] for name in names] == ["sum", "poem"]
+    id = "number"
+    dimension = 2
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def embed(self, texts: Sequence[str]) -> Floats:
+        self.asked.append(len(texts))
+        angles = np.radians([float(text) for text in texts])
+        return np.column_stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
+
+
+def numbers(count: int) -> Iterator[str]:
+    """Read once, and never a list."""
+    return (str(n % 90 + n / count) for n in range(count))
+
+
+def test_of_few_prompts_all_are_clustered_in_the_order_they_came_in() -> None:
+    embedder = NumberEmbedder()
+    prompts = [*numbers(3_000)]
+    cluster_map = fit_map(numbers(3_000), embedder, 5, seed=3)
+    assert np.array_equal(cluster_map.centroids, spherical_kmeans(embedder.embed(prompts), 5, seed=3))
+
+
+def test_of_many_prompts_only_a_sample_is_embedded_batch_by_batch() -> None:
+    embedder = NumberEmbedder()
+    fit_map(numbers(3 * SMALLEST), embedder, 5)
+    assert sum(embedder.asked) == SMALLEST
+    assert max(embedder.asked) == BATCH
+
+
+def test_the_same_seed_draws_and_fits_the_same() -> None:
+    one, two, other = (fit_map(numbers(2 * SMALLEST), NumberEmbedder(), 5, seed=seed) for seed in (1, 1, 2))
+    assert one.id == two.id != other.id
+
+
+def test_embedding_in_batches_is_embedding_at_once() -> None:
+    prompts = [*numbers(2 * BATCH + 1)]
+    assert np.array_equal(embed_prompts(prompts, NumberEmbedder()), NumberEmbedder().embed(prompts))
+
+
+def test_every_prompt_is_counted_in_its_nearest_cluster() -> None:
+    hard = fit_map(PROMPTS, FirstLetterEmbedder(), 3).hardened()
+    counts = sum(count_nearest(batch, FirstLetterEmbedder(), hard) for batch in batches(["apple", " ", *PROMPTS]))
+    named = {name.split(",")[0]: count for name, count in zip(hard.names, np.asarray(counts).tolist(), strict=True)}
+    assert named == {"apple": 3, "banana": 2, "cherry": 2}

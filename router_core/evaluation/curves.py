@@ -1,0 +1,127 @@
+"""A deferral curve, and what is read off it. No cleaning: a noisy curve gains nothing. Makes no curve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from router_core.types import Doubles
+
+BUDGETS = 200
+SLACK = 1e-12
+"""Relative: sums of the same numbers in another order are the same cost, or quality."""
+NAN = float("nan")
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """What a router costs and achieves at L cost weights λ, ascending from 0 to infinity. Never sorted, never cleaned.
+
+    Between two consecutive points lie their mixtures: each prompt goes by the one or the other λ, by lot.
+    """
+
+    costs: Doubles
+    """(L,) mean over the test prompts. NOT monotone when it is noisy."""
+    qualities: Doubles
+    """(L,) mean score."""
+
+    def __post_init__(self) -> None:
+        if self.costs.ndim != 1 or not self.costs.size or self.costs.shape != self.qualities.shape:
+            raise ValueError(
+                f"a curve needs as many costs as qualities; got {self.costs.shape}, {self.qualities.shape}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Anchors:
+    """What a curve is compared with: single models on the same test prompts, in mean cost and mean score."""
+
+    cheapest: float
+    best: float
+    """Cost of the model with the best mean score."""
+    dearest: float
+    best_quality: float
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """NaN where undefined."""
+
+    area: float
+    paper_area: float
+    paper_area_half: float
+    qnc: float
+    """Least cost that reaches the best single model's quality, relative to that model's cost."""
+    peak: float
+    """The best quality on the curve."""
+    perf_gain: float
+    """How far the peak is above the best single model, as a share of its quality."""
+    cost_save: float
+    """1 − QNC."""
+
+
+def quality_within(curve: Curve, budgets: Doubles) -> Doubles:
+    """The quality that each budget buys: at the first point, in order of λ, that costs no more.
+
+    Unless that is the very first point, the budget is spent to the end: the point is mixed with the one before it,
+    which is above the budget. A budget below the whole curve gets the last point.
+    """
+    costs, qualities = curve.costs, curve.qualities
+    limits = budgets + SLACK * np.abs(budgets)
+    first = np.searchsorted(-np.minimum.accumulate(costs), -limits)
+    here = np.minimum(first, costs.size - 1)
+    before = np.maximum(here - 1, 0)
+    mixed = (first > 0) & (first < costs.size)
+    span = np.where(mixed, costs[before] - costs[here], 1.0)
+    share = np.where(mixed, np.clip((costs[before] - budgets) / span, 0.0, 1.0), 1.0)
+    return np.asarray(qualities[before] + share * (qualities[here] - qualities[before]))
+
+
+def area(curve: Curve, cheapest: float, best: float) -> float:
+    """Mean quality over BUDGETS equally spaced budgets, ends included; NaN where the best model is the cheapest."""
+    if not best > cheapest:
+        return NAN
+    return float(quality_within(curve, np.linspace(cheapest, best, BUDGETS)).mean())
+
+
+def paper_area(curve: Curve, cheapest: float, dearest: float, share: float = 1.0) -> float:
+    """UniRoute's own (arXiv 2502.08773): ∫ quality over cost ÷ dearest, from the cheapest up to `share`.
+
+    Exact: between two costs of the curve the quality is linear in the budget. NaN where there is no budget between.
+    """
+    low, high = cheapest, share * dearest
+    if not high > low:
+        return NAN
+    edges = np.unique(np.concatenate(([low, high], np.clip(curve.costs, low, high))))
+    middles = (edges[1:] + edges[:-1]) / 2
+    return float(np.diff(edges) @ quality_within(curve, middles)) / dearest
+
+
+def least_cost(curve: Curve, quality: float) -> float:
+    """The least cost at which `quality` is reached, on a point or between two consecutive ones; NaN if nowhere."""
+    costs, qualities = curve.costs, curve.qualities
+    reached = qualities >= quality - SLACK * abs(quality)
+    crossing = np.flatnonzero(reached[1:] != reached[:-1])
+    start, rise = qualities[crossing], qualities[crossing + 1] - qualities[crossing]
+    share = np.clip((quality - start) / rise, 0.0, 1.0)
+    between = costs[crossing] + share * (costs[crossing + 1] - costs[crossing])
+    return float(np.concatenate((costs[reached], between)).min(initial=np.inf)) if reached.any() else NAN
+
+
+def figures(curve: Curve, anchors: Anchors) -> Figures:
+    qnc = _ratio(least_cost(curve, anchors.best_quality), anchors.best)
+    peak = float(curve.qualities.max())
+    return Figures(
+        area=area(curve, anchors.cheapest, anchors.best),
+        paper_area=paper_area(curve, anchors.cheapest, anchors.dearest),
+        paper_area_half=paper_area(curve, anchors.cheapest, anchors.dearest, 0.5),
+        qnc=qnc,
+        peak=peak,
+        perf_gain=_ratio(peak, anchors.best_quality) - 1.0,
+        cost_save=1.0 - qnc,
+    )
+
+
+def _ratio(value: float, of: float) -> float:
+    return value / of if of > 0 else NAN

@@ -1,0 +1,187 @@
+"""Which model answered which prompt how well, and for how much. Reads files, asks no model."""
+
+from __future__ import annotations
+
+import difflib
+from array import array
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_core.errors import InvalidOutcomes
+from router_core.evaluation.outcome_rows import OutcomeRow, parse_row, read_rows
+from router_core.evaluation.price_file import read_prices
+from router_core.pricing import PriceColumns
+from router_core.tokens import estimate_tokens
+from router_core.types import Doubles, Price
+from router_core.validation.fields import shown
+
+Selection = NDArray[np.int64] | NDArray[np.bool_] | slice
+NAMED = 5
+"""Models that one message names; the others are counted."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """n prompts, all different, and M models. Every prompt has one label or more, and in a whole file every model."""
+
+    prompts: tuple[str, ...]
+    models: tuple[str, ...]
+    """Sorted."""
+    scores: Doubles
+    """(n, M) in [0, 1]; NaN where the model was not asked: unlabelled, not wrong."""
+    prompt_tokens: Doubles
+    """(n,) estimated from the text."""
+    output_tokens: Doubles
+    """(n, M); NaN where not measured."""
+    prices: tuple[Price, ...]
+    sources: tuple[str, ...]
+    """"" where not stated."""
+
+    def usd(self) -> Doubles:
+        """(n, M) what each answer cost, never NaN.
+
+        A length that was not measured is the model's mean among these prompts; where none of them was measured, the
+        prompt alone is billed. So bill first and select rows after, lest the mean move with the selection.
+        """
+        price = PriceColumns.of(self.prices)
+        return np.asarray(self.prompt_tokens[:, None] * price.input + self._billed_tokens() * price.output)
+
+    def _billed_tokens(self) -> Doubles:
+        measured = ~np.isnan(self.output_tokens)
+        sums = np.where(measured, self.output_tokens, 0.0).sum(axis=0)
+        means = sums / np.maximum(measured.sum(axis=0), 1)
+        return np.where(measured, self.output_tokens, means)
+
+    def of(self, rows: Selection, columns: Selection | None = None) -> Outcomes:
+        """These prompts and models alone, in the order of the indices (a mask or a slice: in the order they are in)."""
+        kept = np.arange(len(self.prompts))[rows]
+        among = np.arange(len(self.models))[slice(None) if columns is None else columns]
+        return Outcomes(
+            prompts=tuple(self.prompts[row] for row in kept),
+            models=tuple(self.models[column] for column in among),
+            scores=self.scores[np.ix_(kept, among)],
+            prompt_tokens=self.prompt_tokens[kept],
+            output_tokens=self.output_tokens[np.ix_(kept, among)],
+            prices=tuple(self.prices[column] for column in among),
+            sources=tuple(self.sources[row] for row in kept),
+        )
+
+
+def read_outcomes(outcomes: Path, prices: Path) -> Outcomes:
+    """An outcomes file (JSONL, gzipped or not) and its prices file (JSON).
+
+    Lines with the same prompt, to the letter, become one prompt, each model with the mean of its scores and lengths
+    there. So files of one model each may simply be joined, and no prompt can be on both sides of a split, seen before
+    it is tested. Ids are not looked at.
+
+    Raises:
+        InvalidOutcomes: naming the file and the line, or the model, and what would fix it.
+    """
+    table = _Table(str(outcomes), str(prices))
+    return table.collect(read_rows(outcomes), read_prices(prices))
+
+
+def outcomes_from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], prices: Mapping[str, Price]) -> Outcomes:
+    """The same from (where, row) pairs: `where` begins the message of an error in that row, as in "FILE, line 3"."""
+    return _Table("the outcomes", "the prices").collect(rows, prices)
+
+
+class _Column:
+    """One model's scores, or lengths, as they are met: several on one prompt if it happens."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        """Where the first was met."""
+        self._prompts, self._values = array("q"), array("d")
+
+    def add(self, prompt: int, value: float) -> None:
+        self._prompts.append(prompt)
+        self._values.append(value)
+
+    def means(self, prompts: int) -> Doubles:
+        """(prompts,); NaN where there is none."""
+        counts = np.bincount(self._prompts, minlength=prompts)
+        sums = np.bincount(self._prompts, weights=self._values, minlength=prompts)
+        return np.asarray(np.divide(sums, counts, out=np.full(prompts, np.nan), where=counts > 0))
+
+
+@dataclass
+class _Table:
+    """Outcomes in the making. The two names begin the messages that are about no line."""
+
+    name: str
+    prices_name: str
+    prompts: dict[str, int] = field(default_factory=dict)
+    sources: list[str] = field(default_factory=list)
+    scores: dict[str, _Column] = field(default_factory=dict)
+    output_tokens: dict[str, _Column] = field(default_factory=dict)
+
+    def collect(self, rows: Iterable[tuple[str, Mapping[str, Any]]], prices: Mapping[str, Price]) -> Outcomes:
+        for where, row in rows:
+            self._add(where, parse_row(where, row))
+        self._check_models()
+        self._check_prices(prices)
+        models = tuple(sorted(self.scores))
+        return Outcomes(
+            prompts=tuple(self.prompts),
+            models=models,
+            scores=self._matrix(self.scores, models),
+            prompt_tokens=np.array([estimate_tokens(prompt) for prompt in self.prompts], dtype=np.float64),
+            output_tokens=self._matrix(self.output_tokens, models),
+            prices=tuple(prices[model] for model in models),
+            sources=tuple(self.sources),
+        )
+
+    def _add(self, where: str, row: OutcomeRow) -> None:
+        prompt = self.prompts.setdefault(row.prompt, len(self.prompts))
+        if prompt == len(self.sources):
+            self.sources.append("")
+        self.sources[prompt] = self.sources[prompt] or row.source
+        for columns, values in ((self.scores, row.scores), (self.output_tokens, row.output_tokens)):
+            for model, value in values.items():
+                if model not in columns:
+                    columns[model] = _Column(where)
+                columns[model].add(prompt, value)
+
+    def _matrix(self, columns: Mapping[str, _Column], models: Sequence[str]) -> Doubles:
+        matrix = np.full((len(self.prompts), len(models)), np.nan)
+        for number, model in enumerate(models):
+            if model in columns:
+                matrix[:, number] = columns[model].means(len(matrix))
+        return matrix
+
+    def _check_models(self) -> None:
+        if not self.scores:
+            raise InvalidOutcomes(f"{self.name}: there is no prompt in it; write one JSON object a line")
+        if len(self.scores) == 1:
+            only = shown(*self.scores)
+            raise InvalidOutcomes(f"{self.name}: {only} is the only model scored; routing needs two models or more")
+        for model, column in self.output_tokens.items():
+            if model not in self.scores:
+                unscored = f"output_tokens has {shown(model)}, which no line scores; take it out"
+                raise InvalidOutcomes(f"{column.where}: {unscored}{_nearest(model, self.scores)}")
+
+    def _check_prices(self, prices: Mapping[str, Price]) -> None:
+        for model, column in self.scores.items():
+            if model not in prices:
+                unpriced = f"{shown(model)} is scored but has no price; add it to {self.prices_name}"
+                raise InvalidOutcomes(f"{column.where}: {unpriced}{_nearest(model, prices)}")
+        if unscored := sorted(prices.keys() - self.scores.keys()):
+            vain = f"{shown(unscored[0])} is priced but no line of {self.name} scores it; take it out of the prices"
+            others = f", and so with {_listed(unscored[1:])}" if len(unscored) > 1 else ""
+            raise InvalidOutcomes(f"{self.prices_name}: {vain}{others}")
+
+
+def _nearest(word: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {shown(near[0])}?)" if near else ""
+
+
+def _listed(models: Sequence[str]) -> str:
+    more = f" and {len(models) - NAMED} more" if len(models) > NAMED else ""
+    return ", ".join(map(shown, models[:NAMED])) + more

@@ -1,0 +1,31 @@
+"""Any number of prompts, generated: words of one family of our own validation set, drawn by a seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+from router_core.validation.builtin import builtin_validation_set
+
+SHORTEST, LONGEST = 8, 60
+"""Words of a prompt."""
+
+
+def generated_prompts(count: int, seed: int = 0) -> Iterator[str]:
+    """Nearly all distinct: each ends with a number below `count`."""
+    rng = Random(seed)
+    families: dict[str, list[str]] = {}
+    for prompt in builtin_validation_set():
+        families.setdefault(prompt.family, []).extend(prompt.text.split())
+    words = list(families.values())
+    for _ in range(count):
+        drawn = rng.choices(rng.choice(words), k=rng.randint(SHORTEST, LONGEST))
+        yield f"{' '.join(drawn)} {rng.randrange(count)}"
+
+
+def write_prompts(path: Path, count: int) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for prompt in generated_prompts(count):
+            file.write(json.dumps({"prompt": prompt}) + "\n")

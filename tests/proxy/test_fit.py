@@ -1,0 +1,178 @@
+"""`uniroute fit` on files of many prompts: what is read, how it is told, and the same map from several workers."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy.cli.console import BadArgument
+from proxy.cli.fit_steps import told
+from proxy.cli.prompt_files import check_prompt_files, read_prompts
+from proxy.routing.features import CUT, routing_text
+from tests.bench.prompts import generated_prompts
+from tests.support.command import environment, run_command
+
+
+def write_parquet(path: Path, **columns: Any) -> Path:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table(columns), path, row_group_size=2)
+    return path
+
+
+def write_jsonl(path: Path, prompts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return path
+
+
+def fitted(*arguments: str | Path, environ: dict[str, str]) -> dict[str, Any]:
+    ended = run_command("fit", *arguments, "--json", environ=environ, timeout_s=170)
+    assert ended.returncode == 0, ended.stderr
+    document: dict[str, Any] = json.loads(ended.stdout)
+    return document
+
+
+def test_parquet_gives_the_prompts_of_its_rows(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", prompt=["one", "two", "three"], other=[1, 2, 3])
+    assert list(read_prompts([path])) == ["one", "two", "three"]
+
+
+def test_parquet_gives_the_user_turns_of_its_messages(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "no"}, {"role": "user", "content": "yes"}, {"role": "user", "content": "!"}]
+    path = write_parquet(tmp_path / "a.parquet", messages=[turns])
+    assert list(read_prompts([path])) == ["yes\n!"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"prompt": ["one", "two", None]}, "a.parquet, row 3: needs"),
+        ({"prompt": [1, 2]}, "a.parquet, row 1: needs"),
+        ({"text": ["one"], "id": ["1"]}, "it has text, id"),
+    ],
+)
+def test_a_parquet_file_that_cannot_be_used_is_told_by_row_or_column(
+    tmp_path: Path, columns: dict[str, Any], words: str
+) -> None:
+    path = write_parquet(tmp_path / "a.parquet", **columns)
+    with pytest.raises(BadArgument, match=words):
+        list(read_prompts([path]))
+
+
+def test_what_is_no_parquet_file_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_text("one\ntwo\n")
+    with pytest.raises(BadArgument, match="not a Parquet file"):
+        list(read_prompts([tmp_path / "a.parquet"]))
+
+
+def test_without_pyarrow_the_extra_is_named_before_anything_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.touch()
+    code = f"""if True:
+        import sys
+        sys.modules["pyarrow"] = None
+        from pathlib import Path
+        from proxy.cli.prompt_files import check_prompt_files
+        check_prompt_files([Path({str(path)!r})])"""
+    ended = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True)
+    assert "pip install 'uniroute[parquet]'" in ended.stderr.splitlines()[-1]
+
+
+def test_a_later_file_that_is_missing_is_told_before_the_first_is_read(tmp_path: Path) -> None:
+    with pytest.raises(BadArgument, match=r"nowhere\.txt"):
+        check_prompt_files([write_jsonl(tmp_path / "a.jsonl", ["one"]), tmp_path / "nowhere.txt"])
+
+
+def test_a_gzip_file_that_is_cut_off_is_told_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress("\n".join(generated_prompts(100)).encode())[:-20])
+    with pytest.raises(BadArgument, match=r"a\.txt\.gz: its compressed data is broken"):
+        list(read_prompts([path]))
+
+
+def test_a_long_prompt_is_fitted_as_it_is_routed(tmp_path: Path) -> None:
+    long = "a" * CUT + "b" * CUT + "c" * CUT
+    assert list(read_prompts([write_jsonl(tmp_path / "a.jsonl", [long, "  short "])])) == [
+        routing_text([{"role": "user", "content": long}]),
+        "  short ",
+    ]
+
+
+class Remembering:
+    def __init__(self) -> None:
+        self.updates: list[tuple[str, int, int, str]] = []
+
+    def update(self, label: str, done: int, total: int, remark: str = "") -> None:
+        self.updates.append((label, done, total, remark))
+
+
+def test_reading_tells_how_many_and_how_fast_and_in_the_end_that_it_is_complete() -> None:
+    bars = Remembering()
+    assert sum(1 for _ in told(("x" for _ in range(25_000)), "reading", bars)) == 25_000
+    assert [update[:3] for update in bars.updates] == [
+        ("reading", 10_000, 0),
+        ("reading", 20_000, 0),
+        ("reading", 25_000, 25_000),
+    ]
+    assert all(update[3].endswith("/s") for update in bars.updates)
+
+
+def test_files_of_all_kinds_make_the_map_that_one_file_of_them_makes(tmp_path: Path, embedder_cache: Path) -> None:
+    environ = environment(tmp_path / "data", embedder_cache)
+    prompts = list(generated_prompts(300))
+    files = [
+        write_jsonl(tmp_path / "a.jsonl", prompts[:100]),
+        write_parquet(tmp_path / "b.parquet", prompt=prompts[100:200]),
+        write_jsonl(tmp_path / "c.jsonl", [*prompts[200:], prompts[0]]),
+    ]
+    several = fitted(*files, "--clusters", "8", "--count", "--out", tmp_path / "several", environ=environ)
+    single = write_jsonl(tmp_path / "all.jsonl", prompts)
+    one = fitted(single, "--clusters", "8", "--out", tmp_path / "one", environ=environ)
+    assert several["map"] == one["map"]
+    assert (several["prompts"], several["sampled"], sum(several["counts"])) == (301, 300, 301)
+    assert len(several["counts"]) == 8
+
+
+def test_workers_are_for_ray_only(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["one"])
+    ended = run_command("fit", path, "--workers", "2", "--out", tmp_path / "map", environ=environment(tmp_path))
+    assert (ended.returncode, "--workers is for --ray" in ended.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nowhere"])
+def test_a_ray_that_is_not_there_is_told_at_once(tmp_path: Path, address: str) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["one"])
+    arguments = ("fit", path, "--ray", address, "--out", tmp_path / "map")
+    ended = run_command(*arguments, environ=environment(tmp_path), timeout_s=30)
+    assert (ended.returncode, f"--ray {address}: " in ended.stderr) == (2, True)
+
+
+@pytest.mark.slow  # a Ray of two workers is started
+@pytest.mark.timeout(360)
+def test_two_ray_workers_fit_the_map_that_one_process_fits(tmp_path: Path, embedder_cache: Path) -> None:
+    environ = environment(tmp_path / "data", embedder_cache)
+    prompts = [*generated_prompts(20_000), "a lone surrogate \ud800", "word " * 3_000]
+    files = [write_jsonl(tmp_path / f"{n}.jsonl", prompts[n::3]) for n in range(3)]
+    same: tuple[str | Path, ...] = (*files, files[0], "--clusters", "16", "--seed", "5", "--count")
+    one = fitted(*same, "--out", tmp_path / "one", environ=environ)
+    two = fitted(*same, "--ray", "local", "--workers", "2", "--out", tmp_path / "two", environ=environ)
+    del one["folder"], two["folder"]
+    assert one == two
+    assert (one["prompts"] > 20_000, one["sampled"]) == (True, 16_384)
+
+
+@pytest.mark.slow  # a Ray is started
+def test_a_broken_line_is_named_by_a_ray_worker_too(tmp_path: Path) -> None:
+    prompts = tmp_path / "a.jsonl"
+    prompts.write_text('{"prompt": "one"}\n{"text": "two"}\n')
+    arguments = ("fit", prompts, "--ray", "local", "--workers", "1", "--out", tmp_path / "map")
+    ended = run_command(*arguments, environ=environment(tmp_path), timeout_s=170)
+    assert (ended.returncode, "a.jsonl, line 2: needs" in ended.stderr) == (2, True)
+    assert "Traceback" not in ended.stderr

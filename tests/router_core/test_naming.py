@@ -1,0 +1,11 @@
+"""What a cluster is called."""
+
+import numpy as np
+
+from router_core.naming import cluster_names
+
+
+def test_a_word_that_is_everywhere_names_nothing() -> None:
+    prompts = ["answer the sum", "answer the sum", "answer the poem", "answer the poem"]
+    names = cluster_names(prompts, np.array([0, 0, 1, 1]), 2)
+    assert [name.split(",")[0] for name in names] == ["sum", "poem"]
