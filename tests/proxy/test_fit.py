@@ -146,6 +146,7 @@ def test_workers_are_for_ray_only(tmp_path: Path) -> None:
     assert (ended.returncode, "--workers is for --ray" in ended.stderr) == (2, True)
 
 
+@pytest.mark.slow  # needs Ray
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nowhere"])
 def test_a_ray_that_is_not_there_is_told_at_once(tmp_path: Path, address: str) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["one"])
