@@ -67,6 +67,10 @@ async def put_price(name: str, request: Request, services: OurServices) -> dict[
 
 @router.get("/{name:path}", response_model=None)
 async def get_model(name: str, services: OurServices) -> dict[str, Any]:
+    """As it is now: whoever saw its job end finds its profile in use."""
+    if services.state.available:
+        with suppress(StoreUnavailable):
+            await services.state.refresh()
     await _record(services, name)
     return await card_of(services, name, with_profile=True)
 
