@@ -40,7 +40,7 @@ def _near_intervals(errors: Doubles, costs: Doubles, tie: float) -> tuple[Double
     """(m,) bounds of the λ at which each row lies within `tie` of every other: λ(c_m − c_j) ≤ e_j − e_m + tie."""
     slack = errors[None, :] - errors[:, None] + tie
     dearer_by = costs[:, None] - costs[None, :]
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         crossing = slack / dearer_by
     high = np.where(dearer_by > 0, crossing, np.inf).min(axis=1)
     low = np.maximum(np.where(dearer_by < 0, crossing, 0.0).max(axis=1), 0.0)
