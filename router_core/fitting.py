@@ -12,7 +12,7 @@ from router_core.clustering import TEMPERATURE, TOP, ClusterMap, spherical_kmean
 from router_core.errors import InvalidInput
 from router_core.naming import cluster_names
 from router_core.sampling import PromptSample, sample_prompts
-from router_core.types import Embedder, Floats, Indices
+from router_core.types import Doubles, Embedder, Floats, Indices
 
 BATCH = 512
 """Texts that an embedder is given at once."""
@@ -92,6 +92,19 @@ def fit_embedded(
     hard = ClusterMap(centroids, embedder_id=embedded.embedder_id, top=1)
     names = cluster_names(embedded.texts, hard.assign(embedded.vectors).ids[:, 0], clusters)
     return ClusterMap(centroids, embedder_id=embedded.embedder_id, names=names, top=top, temperature=temperature)
+
+
+def fit_with_history(
+    embedded: EmbeddedPrompts,
+    scores: Doubles,
+    models: Sequence[str],
+    clusters: int,
+    *,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> ClusterMap:
+    """The map of prompts of which some are scored: (n, R) scores in [0, 1] of R known models, NaN where unlabelled."""
+    return fit_embedded(embedded, clusters, seed=seed, progress=progress)
 
 
 def batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from router_core.types import Doubles
+from router_core.types import Doubles, Indices
 
 NUDGE = 1e-9
 """Relative step into an open interval, well above rounding and well below any λ that people write."""
@@ -12,8 +12,13 @@ NUDGE = 1e-9
 
 def choose(scores: Doubles, costs: Doubles, tie: float) -> int:
     """Row of the cheapest among those within `tie` of the best score; the first of equally cheap ones."""
-    near = np.flatnonzero(scores <= scores.min() + tie)
-    return int(near[np.argmin(costs[near])])
+    return int(choose_each(scores[None, :], costs[None, :], tie)[0])
+
+
+def choose_each(scores: Doubles, costs: Doubles, tie: float) -> Indices:
+    """(n,) the same for each row of (n, m) scores and costs."""
+    near = scores <= scores.min(axis=1, keepdims=True) + tie
+    return np.asarray(np.where(near, costs, np.inf).argmin(axis=1))
 
 
 def flip_lambdas(errors: Doubles, costs: Doubles, lambda_: float, tie: float) -> Doubles:

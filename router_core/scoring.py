@@ -116,7 +116,7 @@ def _expected(matrix: Doubles, assignment: Assignment | None) -> Doubles:
     """(M, K) by cluster to (M,) for this prompt."""
     if assignment is None:
         return np.asarray(matrix.mean(axis=1))
-    return np.asarray(matrix[:, assignment.ids[0]] @ assignment.weights[0].astype(np.float64))
+    return np.asarray(assignment.expected(matrix)[0])
 
 
 def _capped(pool: Pool, output_tokens: Doubles, needs: Needs) -> Doubles:

@@ -47,6 +47,10 @@ class Assignment:
         np.put_along_axis(rows, self.ids, self.weights.astype(np.float64), axis=1)
         return rows
 
+    def expected(self, by_cluster: Doubles) -> Doubles:
+        """(n, M) of an (M, K) matrix: Φ·Ψ where that is error rates. NaN where a cluster that counts has none."""
+        return np.asarray(np.einsum("np,mnp->nm", self.weights.astype(np.float64), by_cluster[:, self.ids]))
+
 
 DEAREST = 1e6
 """USD per token: what is beyond is a mistake, and sums of it would overflow."""
