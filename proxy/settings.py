@@ -176,7 +176,7 @@ class Settings(_Frozen):
     validation_set: str = "builtin"
     map: str = "builtin"
     embedder: str = "static"
-    recipe: Literal["shrunk", "raw", "laplace"] = "shrunk"
+    recipe: Literal["pooled", "shrunk", "raw", "laplace"] = "pooled"
     profile: ProfileSettings = ProfileSettings()
     judge_model: str | None = None
     allowed_env: Names = ()

@@ -6,18 +6,24 @@ import hashlib
 import io
 import json
 import zipfile
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from router_core.clustering import ClusterMap
 from router_core.errors import InvalidArtifact, InvalidInput
+from router_core.history import History
+from router_core.response import ResponseClusters
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 ARRAYS = "clusters.npz"
+RESPONSE = ("weights", "offsets", "centroids")
+HISTORY = ("overlap", "error_sums", "labels")
 BUILTIN_MAP = Path(__file__).parent / "assets" / "map"
 
 
@@ -25,7 +31,7 @@ def save_map(cluster_map: ClusterMap, folder: Path) -> None:
     """Write `folder` so that `load_map` gives the same map, with the same id. The manifest goes last."""
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
-    np.savez(buffer, centroids=cluster_map.centroids)
+    np.savez(buffer, allow_pickle=False, **_arrays(cluster_map))
     arrays = buffer.getvalue()
     (folder / ARRAYS).write_bytes(arrays)
     manifest = {
@@ -33,13 +39,25 @@ def save_map(cluster_map: ClusterMap, folder: Path) -> None:
         "id": cluster_map.id,
         "embedder": cluster_map.embedder_id,
         "clusters": cluster_map.size,
+        "response_clusters": cluster_map.response.size if cluster_map.response else 0,
         "dimension": cluster_map.dimension,
         "top": cluster_map.top,
         "temperature": cluster_map.temperature,
+        "response_top": cluster_map.response.top if cluster_map.response else None,
         "names": list(cluster_map.names),
+        "known_models": list(cluster_map.history.models) if cluster_map.history else None,
         "sha256": hashlib.sha256(arrays).hexdigest(),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _arrays(cluster_map: ClusterMap) -> dict[str, Any]:
+    arrays: dict[str, Any] = {"centroids": cluster_map.centroids}
+    if response := cluster_map.response:
+        arrays |= {f"response_{name}": getattr(response, name) for name in RESPONSE}
+    if history := cluster_map.history:
+        arrays |= {f"history_{name}": getattr(history, name) for name in HISTORY}
+    return arrays
 
 
 def load_map(folder: Path) -> ClusterMap:
@@ -84,13 +102,28 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _assemble(folder: Path, arrays: bytes, manifest: dict[str, Any]) -> ClusterMap:
     try:
         with np.load(io.BytesIO(arrays), allow_pickle=False) as loaded:
-            centroids = loaded["centroids"]
-        return ClusterMap(
-            centroids,
-            embedder_id=manifest["embedder"],
-            names=manifest["names"],
-            top=manifest["top"],
-            temperature=manifest["temperature"],
-        )
+            return ClusterMap(
+                loaded["centroids"],
+                embedder_id=manifest["embedder"],
+                names=manifest["names"],
+                top=manifest["top"],
+                temperature=manifest["temperature"],
+                response=_response(loaded, manifest),
+                history=_history(loaded, manifest),
+            )
     except (KeyError, TypeError, ValueError, zipfile.BadZipFile, InvalidInput) as exc:
         raise InvalidArtifact(f"{folder} is not a complete cluster map: {exc}") from exc
+
+
+def _response(loaded: Mapping[str, NDArray[Any]], manifest: dict[str, Any]) -> ResponseClusters | None:
+    if not manifest["response_clusters"]:
+        return None
+    weights, offsets, centroids = (loaded[f"response_{name}"] for name in RESPONSE)
+    return ResponseClusters(weights, offsets, centroids, top=manifest["response_top"])
+
+
+def _history(loaded: Mapping[str, NDArray[Any]], manifest: dict[str, Any]) -> History | None:
+    if manifest["known_models"] is None:
+        return None
+    overlap, error_sums, labels = (loaded[f"history_{name}"] for name in HISTORY)
+    return History(overlap, tuple(manifest["known_models"]), error_sums, labels)

@@ -1,26 +1,31 @@
-"""Φ: unit vectors to weights over clusters, and the fitting of the centroids. Texts and files are elsewhere."""
+"""Φ: unit vectors to weights over clusters. Where the centroids come from is fitting.py; files are elsewhere."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from router_core.errors import InvalidInput
-from router_core.types import Assignment, Floats
+from router_core.history import History
+from router_core.response import ResponseClusters
+from router_core.types import Assignment, Doubles, Floats
 
 if TYPE_CHECKING:
     import faiss
 
 TOP = 8
 TEMPERATURE = 0.05
+SPREAD = 0.4
+"""Cosine distance over which two clusters cease to be alike, before anything is measured."""
 
 
 class ClusterMap:
-    """K centroids on the unit sphere. Fitting, profiling and serving all go through `assign`."""
+    """K centroids on the unit sphere, and what is known of them. Fitting, profiling and serving go through `assign`."""
 
     def __init__(
         self,
@@ -30,14 +35,18 @@ class ClusterMap:
         names: Sequence[str] = (),
         top: int = TOP,
         temperature: float = TEMPERATURE,
+        response: ResponseClusters | None = None,
+        history: History | None = None,
     ) -> None:
         """
         Args:
             centroids: (K, d) float32, rows of unit length.
             embedder_id: the embedder whose vectors these are; others are refused by whoever joins the two.
-            names: a short name per cluster, for people.
+            names: a short name per cluster, for people; those of the response clusters last.
             top: p, how many clusters share a prompt. 1 is the hard assignment of the paper.
             temperature: τ of the softmax over cosines.
+            response: more clusters; a prompt then belongs half to these and half to the centroids.
+            history: of all clusters, the response clusters last.
         """
         if centroids.ndim != 2 or not len(centroids):
             raise InvalidInput(f"centroids must be a (K, d) matrix; got shape {centroids.shape}")
@@ -46,16 +55,17 @@ class ClusterMap:
         self.centroids = np.ascontiguousarray(centroids, dtype=np.float32)
         self.centroids.setflags(write=False)
         self.embedder_id = embedder_id
-        self.names = tuple(names) or tuple(f"cluster {k}" for k in range(len(centroids)))
+        self.response = response
+        self.history = history
+        self.names = tuple(names) or tuple(f"cluster {k}" for k in range(self.size))
         self.top = min(top, len(centroids))
         self.temperature = temperature
-        if len(self.names) != len(centroids):
-            raise InvalidInput(f"{len(self.names)} names for {len(centroids)} clusters")
+        self._check()
 
     @property
     def size(self) -> int:
-        """K."""
-        return len(self.centroids)
+        """How many clusters there are, response clusters included."""
+        return len(self.centroids) + (self.response.size if self.response else 0)
 
     @property
     def dimension(self) -> int:
@@ -63,10 +73,24 @@ class ClusterMap:
 
     @cached_property
     def id(self) -> str:
-        """Digest of all that decides an assignment. Names are not part of it."""
+        """Digest of all that decides an assignment. Names and history are not part of it."""
         digest = hashlib.sha256(self.centroids.tobytes())
         digest.update(f"{self.centroids.shape} {self.embedder_id} {self.top} {self.temperature!r}".encode())
+        if self.response:
+            for array in (self.response.weights, self.response.offsets, self.response.centroids):
+                digest.update(array.tobytes())
+            digest.update(f"{self.response.centroids.shape} {self.response.top}".encode())
         return digest.hexdigest()[:16]
+
+    @cached_property
+    def views(self) -> tuple[View, ...]:
+        """The groups of clusters that each hold a prompt once, or the half of it."""
+        centroids = self.centroids.astype(np.float64)
+        alike = np.exp((centroids @ centroids.T - 1.0) / SPREAD)
+        if self.response is None:
+            return (View(slice(0, self.size), 1.0, alike),)
+        split = len(self.centroids)
+        return (View(slice(0, split), 0.5, alike), View(slice(split, self.size), 0.5, self.response.likeness()))
 
     @cached_property
     def _index(self) -> faiss.IndexFlatIP:
@@ -78,37 +102,60 @@ class ClusterMap:
 
     def assign(self, vectors: Floats) -> Assignment:
         """Weights ∝ exp(cos/τ) over the p nearest clusters of each row of `vectors`, (n, d) and of unit length."""
-        cosines, ids = self._index.search(np.ascontiguousarray(vectors, dtype=np.float32), self.top)
+        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+        cosines, ids = self._index.search(vectors, self.top)
         weights = np.exp((cosines - cosines[:, :1]) / self.temperature)
-        return Assignment(ids=ids, weights=weights / weights.sum(axis=1, keepdims=True))
+        near = Assignment(ids=ids, weights=weights / weights.sum(axis=1, keepdims=True))
+        if self.response is None:
+            return near
+        return _joined(near, self.response.assign(vectors), len(self.centroids))
 
     def hardened(self) -> ClusterMap:
-        """The same clusters, each prompt wholly in its nearest: another map, with another id."""
+        """The same centroids, each prompt wholly in its nearest: another map with another id, without history."""
         return ClusterMap(
-            self.centroids, embedder_id=self.embedder_id, names=self.names, top=1, temperature=self.temperature
+            self.centroids,
+            embedder_id=self.embedder_id,
+            names=self.names[: len(self.centroids)],
+            top=1,
+            temperature=self.temperature,
         )
 
+    def with_history(self, history: History) -> ClusterMap:
+        """The same map, with the same id."""
+        return ClusterMap(
+            self.centroids,
+            embedder_id=self.embedder_id,
+            names=self.names,
+            top=self.top,
+            temperature=self.temperature,
+            response=self.response,
+            history=history,
+        )
 
-def spherical_kmeans(vectors: Floats, clusters: int, *, seed: int = 0, iterations: int = 25) -> Floats:
-    """Fit (K, d) unit centroids to (n, d) unit vectors by FAISS, which samples 256 vectors per cluster when n is large.
+    def _check(self) -> None:
+        if len(self.names) != self.size:
+            raise InvalidInput(f"{len(self.names)} names for {self.size} clusters")
+        if self.response and self.response.weights.shape[0] != self.dimension:
+            raise InvalidInput(
+                f"response clusters of {self.response.weights.shape[0]} dimensions, not {self.dimension}"
+            )
+        if self.history and len(self.history.overlap) != self.size:
+            raise InvalidInput(f"a history of {len(self.history.overlap)} clusters for {self.size}")
 
-    Raises:
-        InvalidInput: fewer distinct vectors than clusters.
-    """
-    import faiss
 
-    distinct = len(np.unique(vectors, axis=0))
-    if not 1 <= clusters <= distinct:
-        raise InvalidInput(f"{clusters} clusters cannot be fitted to {distinct} distinct prompts; ask for fewer")
-    kmeans = faiss.Kmeans(
-        vectors.shape[1],
-        clusters,
-        niter=iterations,
-        nredo=3,
-        seed=seed,
-        spherical=True,
-        min_points_per_centroid=1,
-        verbose=False,
-    )
-    kmeans.train(np.ascontiguousarray(vectors, dtype=np.float32))
-    return np.asarray(kmeans.centroids, dtype=np.float32)
+@dataclass(frozen=True, eq=False)
+class View:
+    """Clusters that together hold a share of every prompt."""
+
+    columns: slice
+    share: float
+    likeness: Doubles
+    """(k, k) how alike two of them are before anything is measured; 1 on the diagonal."""
+
+
+def _joined(near: Assignment, alike: Assignment, offset: int) -> Assignment:
+    """Half a prompt by each, heaviest cluster first."""
+    ids = np.concatenate((near.ids, alike.ids + offset), axis=1)
+    weights = np.concatenate((near.weights, alike.weights), axis=1) / np.float32(2)
+    order = np.argsort(-weights, axis=1, kind="stable")
+    return Assignment(np.take_along_axis(ids, order, axis=1), np.take_along_axis(weights, order, axis=1))

@@ -8,9 +8,12 @@ from itertools import islice
 
 import numpy as np
 
-from router_core.clustering import TEMPERATURE, TOP, ClusterMap, spherical_kmeans
+from router_core.clustering import TEMPERATURE, TOP, ClusterMap
 from router_core.errors import InvalidInput
+from router_core.history import LARGEST, history_of
+from router_core.kmeans import kmeans
 from router_core.naming import cluster_names
+from router_core.response import ResponseClusters, fit_response
 from router_core.sampling import PromptSample, sample_prompts
 from router_core.types import Doubles, Embedder, Floats, Indices
 
@@ -85,13 +88,14 @@ def fit_embedded(
     temperature: float = TEMPERATURE,
     progress: Progress = no_progress,
 ) -> ClusterMap:
-    """The map of prompts that are embedded already, wherever that was done."""
+    """The map of prompts that are embedded already, wherever that was done, and of which no model is known."""
     progress("clustering", 0, 1)
-    centroids = spherical_kmeans(embedded.vectors, clusters, seed=seed)
+    centroids = kmeans(embedded.vectors, clusters, seed=seed)
     progress("clustering", 1, 1)
     hard = ClusterMap(centroids, embedder_id=embedded.embedder_id, top=1)
     names = cluster_names(embedded.texts, hard.assign(embedded.vectors).ids[:, 0], clusters)
-    return ClusterMap(centroids, embedder_id=embedded.embedder_id, names=names, top=top, temperature=temperature)
+    plain = ClusterMap(centroids, embedder_id=embedded.embedder_id, names=names, top=top, temperature=temperature)
+    return remembering(plain, embedded, np.empty((len(embedded.texts), 0)), ())
 
 
 def fit_with_history(
@@ -103,8 +107,40 @@ def fit_with_history(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> ClusterMap:
-    """The map of prompts of which some are scored: (n, R) scores in [0, 1] of R known models, NaN where unlabelled."""
-    return fit_embedded(embedded, clusters, seed=seed, progress=progress)
+    """The map of prompts of which some are scored: (n, R) scores in [0, 1] of R known models, NaN where unlabelled.
+
+    Known models with enough labels give it response clusters beside those of the embedding.
+    """
+    plain = fit_embedded(embedded, clusters, seed=seed, progress=progress)
+    response = fit_response(embedded.vectors, scores, seed=seed)
+    fitted = plain if response is None else _with_response(plain, response, embedded)
+    return remembering(fitted, embedded, scores, models)
+
+
+def remembering(
+    cluster_map: ClusterMap, embedded: EmbeddedPrompts, scores: Doubles, models: Sequence[str]
+) -> ClusterMap:
+    """The same map with what these prompts and (n, R) scores tell of its clusters: the same id, better estimates.
+
+    A map of more than LARGEST clusters stays as it is.
+    """
+    if cluster_map.size > LARGEST:
+        return cluster_map
+    assignment = cluster_map.assign(embedded.vectors)
+    return cluster_map.with_history(history_of(assignment, cluster_map.size, scores, models))
+
+
+def _with_response(plain: ClusterMap, response: ResponseClusters, embedded: EmbeddedPrompts) -> ClusterMap:
+    nearest = response.assign(embedded.vectors).ids[:, 0]
+    names = (*plain.names, *cluster_names(embedded.texts, nearest, response.size))
+    return ClusterMap(
+        plain.centroids,
+        embedder_id=plain.embedder_id,
+        names=names,
+        top=plain.top,
+        temperature=plain.temperature,
+        response=response,
+    )
 
 
 def batches(texts: Iterable[str]) -> Iterator[list[str]]:

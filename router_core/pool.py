@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.clustering import ClusterMap
+from router_core.error_rates import ErrorRates
 from router_core.errors import MapMismatch
 from router_core.pricing import PriceColumns
 from router_core.profiles import Profile
-from router_core.recipes import SHRINKAGE, SHRUNK, Recipe
+from router_core.recipes import SHRINKAGE
 from router_core.types import UNKNOWN_CAPABILITIES, Capabilities, Doubles, Price
 
 UNMEASURED_OUTPUT_TOKENS = 256.0
@@ -63,8 +64,10 @@ class Pool:
     cluster_names: tuple[str, ...] = ()
 
     @classmethod
-    def build(cls, candidates: Sequence[Candidate], cluster_map: ClusterMap, recipe: Recipe = SHRUNK) -> Pool:
-        """Lay out `candidates`.
+    def build(
+        cls, candidates: Sequence[Candidate], cluster_map: ClusterMap, error_rates: ErrorRates | None = None
+    ) -> Pool:
+        """Lay out `candidates`. `error_rates` of the same map: the pooled recipe, unless given.
 
         Raises:
             MapMismatch: a profile was measured on another map than `cluster_map`.
@@ -80,7 +83,7 @@ class Pool:
             candidates=MappingProxyType({candidate.name: candidate for candidate in ordered}),
             index=MappingProxyType({name: row for row, name in enumerate(names)}),
             healthy=np.array([candidate.healthy for candidate in ordered], dtype=np.bool_),
-            errors=_rows([p.errors(recipe) if p else blank for p in profiles], cluster_map.size),
+            errors=(error_rates or ErrorRates(cluster_map)).of(profiles),
             mean_errors=np.array([p.mean_error if p else np.nan for p in profiles]),
             label_weights=_rows([p.labels + SHRINKAGE if p else blank for p in profiles], cluster_map.size),
             total_labels=np.array([p.total_labels if p else np.nan for p in profiles]),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from router_core.errors import InvalidProfile, MapMismatch
-from router_core.recipes import SHRINKAGE, SHRUNK, Recipe, mean_error
+from router_core.recipes import SHRINKAGE, mean_error, shrunk_rates
 from router_core.types import Assignment, Doubles
 
 MOST = 1e12
@@ -18,11 +18,11 @@ MOST = 1e12
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """One model on one cluster map. All arrays are (K,) float64; read the rates through `errors`."""
+    """One model on one cluster map. All arrays are (K,) float64. The rates it is routed by are error_rates.py."""
 
     map_id: str
     error_sums: Doubles
-    """Σ_j w_jk·e_jm over labelled prompts; beyond [0, labels] by up to SHRINKAGE where rates were handed over."""
+    """Σ_j w_jk·e_jm over labelled prompts."""
     labels: Doubles
     """Σ_j w_jk over labelled prompts: the label weight behind each rate."""
     token_sums: Doubles
@@ -33,6 +33,8 @@ class Profile:
     """The same over answers of known duration: the weight behind the seconds."""
     measured_at: str | None = None
     """RFC 3339, UTC."""
+    stated: Doubles | None = None
+    """Error rates that were handed over as such, to be served as they are."""
 
     def __post_init__(self) -> None:
         weights = (self.labels, self.token_sums, self.second_sums, self.answers, self.timed_answers)
@@ -40,7 +42,8 @@ class Profile:
             raise InvalidProfile("a profile's arrays must all have one entry per cluster")
         if not all(np.isfinite(array).all() and (array >= 0).all() for array in weights):
             raise InvalidProfile("a profile's weights must be finite and 0 or more")
-        if not (np.abs(self.error_sums - self.labels / 2) <= self.labels / 2 + SHRINKAGE + 1e-6).all():
+        rates_ok = self.stated is None or ((self.stated >= 0) & (self.stated <= 1)).all()
+        if not rates_ok or not ((self.error_sums >= 0) & (self.error_sums <= self.labels * (1 + 1e-6) + 1e-6)).all():
             raise InvalidProfile("a profile's errors must lie in [0, 1]")
 
     @property
@@ -59,9 +62,9 @@ class Profile:
     def mean_seconds(self) -> float | None:
         return _mean(self.second_sums, self.timed_answers)
 
-    def errors(self, recipe: Recipe = SHRUNK) -> Doubles:
-        """(K,) error rates in [0, 1]."""
-        return recipe.error_rates(self.error_sums, self.labels)
+    def errors(self) -> Doubles:
+        """(K,) error rates in [0, 1] by this profile alone: as stated, or the shrunk recipe."""
+        return shrunk_rates(self.error_sums[None, :], self.labels[None, :])[0] if self.stated is None else self.stated
 
     def output_tokens(self) -> Doubles:
         """(K,) expected output tokens, shrunk towards the model's own mean; NaN where no answer was ever counted."""
@@ -72,7 +75,7 @@ class Profile:
         return _shrunk_means(self.second_sums, self.timed_answers)
 
     def merged(self, other: Profile) -> Profile:
-        """The profile of both measurements together."""
+        """The profile of both measurements together: their sums count, whatever rates were stated."""
         if other.map_id != self.map_id:
             raise MapMismatch(f"cannot merge a profile of map {other.map_id} into one of map {self.map_id}")
         return Profile(
@@ -86,17 +89,22 @@ class Profile:
             measured_at=max(filter(None, (self.measured_at, other.measured_at)), default=None),
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """The document that `from_json` reads; the sums make the round trip exact."""
+    def to_json(self, errors: Doubles | None = None) -> dict[str, Any]:
+        """The document that `from_json` reads; the sums make the round trip exact.
+
+        `errors`: the rates to show, where they are not this profile's alone.
+        """
+        rates = self.errors() if errors is None else errors
+        sums = {} if self.stated is not None else {"error_sums": self.error_sums.tolist()}
         return {
             "map": self.map_id,
-            "errors": self.errors().tolist(),
+            "errors": rates.tolist(),
             "labels": self.labels.tolist(),
             "mean_error": self.mean_error,
             "mean_output_tokens": self.mean_output_tokens,
             "mean_seconds": self.mean_seconds,
             "measured_at": self.measured_at,
-            "error_sums": self.error_sums.tolist(),
+            **sums,
             "token_sums": self.token_sums.tolist(),
             "second_sums": self.second_sums.tolist(),
             "answers": self.answers.tolist(),
@@ -107,6 +115,8 @@ class Profile:
     def from_json(cls, document: Mapping[str, Any]) -> Profile:
         """Read a profile; `map`, `errors` and `labels` suffice, so that one can be written by hand.
 
+        Rates without `error_sums` are served as they are stated.
+
         Raises:
             InvalidProfile: naming the field.
         """
@@ -114,7 +124,7 @@ class Profile:
         if not isinstance(map_id, str) or not map_id:
             raise InvalidProfile("profile.map must be the id of the cluster map it was measured on")
         labels = _numbers(document, "labels")
-        error_sums = _error_sums(document, labels)
+        error_sums, stated = _errors(document, labels)
         answers = _numbers(document, "answers", default=labels)
         timed_answers = _numbers(document, "timed_answers", default=answers)
         measured_at = document.get("measured_at")
@@ -129,6 +139,7 @@ class Profile:
             answers=_behind(document, ("token_sums", "mean_output_tokens"), answers),
             timed_answers=_behind(document, ("second_sums", "mean_seconds"), timed_answers),
             measured_at=measured_at,
+            stated=stated,
         )
 
 
@@ -185,7 +196,7 @@ def _shrunk_means(sums: Doubles, weights: Doubles) -> Doubles:
     return (sums + SHRINKAGE * mean) / (weights + SHRINKAGE)
 
 
-def _numbers(document: Mapping[str, Any], field: str, default: Doubles | None = None, *, least: float = 0.0) -> Doubles:
+def _numbers(document: Mapping[str, Any], field: str, default: Doubles | None = None) -> Doubles:
     value = document.get(field)
     if value is None and default is not None:
         return default
@@ -193,29 +204,21 @@ def _numbers(document: Mapping[str, Any], field: str, default: Doubles | None = 
         numbers = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
         numbers = np.full(1, np.nan)
-    if numbers.ndim != 1 or not numbers.size or not ((numbers >= least) & (numbers <= MOST)).all():
-        raise InvalidProfile(
-            f"profile.{field} must be a list with one number per cluster, each from {least:g} to {MOST:g}"
-        )
+    if numbers.ndim != 1 or not numbers.size or not ((numbers >= 0) & (numbers <= MOST)).all():
+        raise InvalidProfile(f"profile.{field} must be a list with one number per cluster, each from 0 to {MOST:g}")
     return numbers
 
 
-def _error_sums(document: Mapping[str, Any], labels: Doubles) -> Doubles:
+def _errors(document: Mapping[str, Any], labels: Doubles) -> tuple[Doubles, Doubles | None]:
+    """Error sums, and the rates if they were stated instead."""
     if document.get("error_sums") is not None:
-        return _numbers(document, "error_sums", least=-SHRINKAGE)
+        return _numbers(document, "error_sums"), None
     errors = _numbers(document, "errors")
     if errors.shape != labels.shape:
         raise InvalidProfile(f"profile.errors has {errors.size} entries but profile.labels has {labels.size}")
     if (errors > 1).any():
         raise InvalidProfile("profile.errors must lie in [0, 1]")
-    return _unshrunk(errors, labels)
-
-
-def _unshrunk(errors: Doubles, labels: Doubles) -> Doubles:
-    """The sums that the shrunk recipe turns back into `errors`: n·e + s·(e − ē), with ē by its own definition."""
-    weighted = errors * (labels + SHRINKAGE)
-    implied_mean = (weighted.sum() + 0.5) / (labels.sum() + 1.0 + SHRINKAGE * labels.size)
-    return cast(Doubles, weighted - SHRINKAGE * implied_mean)
+    return errors * labels, errors
 
 
 def _behind(document: Mapping[str, Any], stated: tuple[str, ...], weights: Doubles) -> Doubles:

@@ -13,10 +13,11 @@ from router_core.artifact import builtin_map
 from router_core.clustering import ClusterMap
 from router_core.decision import RoutingDecision, Scores
 from router_core.embedding import static_embedder
+from router_core.error_rates import ErrorRates
 from router_core.errors import InvalidInput, InvalidProfile, MapMismatch, NoEligibleModel
 from router_core.flips import choose
 from router_core.profiles import Profile
-from router_core.recipes import SHRINKAGE, SHRUNK, Recipe
+from router_core.recipes import POOLED, SHRINKAGE, Recipe
 from router_core.scoring import TIE
 from router_core.types import Assignment, Doubles, Embedder
 
@@ -36,7 +37,7 @@ class Router:
         cost_by_model: Mapping[str, float] | None = None,
         cluster_map: ClusterMap | None = None,
         embedder: Embedder | None = None,
-        recipe: Recipe = SHRUNK,
+        recipe: Recipe = POOLED,
         tie: float = TIE,
     ) -> None:
         """
@@ -45,7 +46,7 @@ class Router:
             cost_by_model: model → cost of one request, in any unit; λ is in its inverse. May be assigned to, too.
             cluster_map: the built-in map unless given.
             embedder: the static embedder unless given; distilled into the user's cache on first use.
-            recipe: how a measured profile becomes rates.
+            recipe: how measured profiles become rates.
             tie: scores this close to the best are equal; the cheapest of them is chosen.
 
         Raises:
@@ -57,7 +58,7 @@ class Router:
             raise MapMismatch(f"the map was fitted with {self.cluster_map.embedder_id}, not with {self.embedder.id}")
         self.model_profile: Mapping[str, Rates] = model_profile or {}
         self.cost_by_model: Mapping[str, float] = cost_by_model or {}
-        self._recipe = recipe
+        self._error_rates = ErrorRates(self.cluster_map, recipe)
         self._tie = tie
 
     def route(
@@ -88,15 +89,25 @@ class Router:
 
     def _table(self, names: tuple[str, ...], assignment: Assignment, lambda_: float) -> Scores:
         ids, weights = assignment.ids[0], assignment.weights[0].astype(np.float64)
-        errors = np.array([self._rates(name)[ids] @ weights for name in names])
+        errors = self._rates(names)[:, ids] @ weights
         labels = np.array([1.0 / (weights**2 / (self._labels(name)[ids] + SHRINKAGE)).sum() for name in names])
         costs = np.array([self._cost(name) for name in names])
         unknown = np.full(len(names), np.nan)
         return Scores(names, errors, labels, unknown, costs, errors + lambda_ * costs, unknown, unknown)
 
-    def _rates(self, name: str) -> Doubles:
-        profile = self._profile(name)
-        rates = profile.errors(self._recipe) if isinstance(profile, Profile) else np.asarray(profile, dtype=np.float64)
+    def _rates(self, names: tuple[str, ...]) -> Doubles:
+        """(M, K). Rates of measured profiles come of all that were measured on this map, candidates or not."""
+        stated = {name: profile for name in names if not isinstance(profile := self._profile(name), Profile)}
+        measured = {
+            name: profile
+            for name, profile in sorted(self.model_profile.items())
+            if isinstance(profile, Profile) and profile.map_id == self.cluster_map.id
+        }
+        rates = dict(zip(measured, self._error_rates.of(list(measured.values())), strict=True))
+        return np.array([self._checked(name, stated[name]) if name in stated else rates[name] for name in names])
+
+    def _checked(self, name: str, stated: ArrayLike) -> Doubles:
+        rates = np.asarray(stated, dtype=np.float64)
         if rates.shape != (self.cluster_map.size,) or not ((rates >= 0) & (rates <= 1)).all():
             raise InvalidProfile(f"the profile of {name} must be {self.cluster_map.size} error rates in [0, 1]")
         return rates

@@ -51,7 +51,7 @@ def _card(state: RoutingState, name: str, job: Job | None, *, with_profile: bool
         "job": None if job is None else job.to_json(),
     }
     if with_profile:
-        card["profile"] = None if profile is None else profile.to_json()
+        card["profile"] = None if profile is None else profile.to_json(state.pool.errors[state.pool.index[name]])
     elif profile is not None:
         card["mean_error"], card["measured_at"] = profile.mean_error, profile.measured_at
     return card

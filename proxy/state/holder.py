@@ -76,19 +76,20 @@ class StateHolder:
                 self.available = True
                 log.info("the store at %s answers", self._store.name)
             if changed or self._live_moved():
-                self._swap()
+                await self._swap()
 
     async def wait_for_version(self, version: int) -> None:
         """Return once the current state has what was written as `version`. StoreUnavailable as `refresh`."""
         if self._current.version < version:
             await self.refresh()
 
-    def _swap(self) -> None:
+    async def _swap(self) -> None:
+        """Laid out in a thread: the rates of many models take longer than a request may wait."""
         if self._reader.last.keys and not self._latch.closed:
             self._latch.close()
         live = self._around.live
         self._live_seen = (live.observed if live else 0, time.monotonic())
-        self._current = self._build()
+        self._current = await asyncio.to_thread(self._build)
 
     def _build(self) -> RoutingState:
         return build_state(self._reader.last, self._around, keys_latched=self._latch.closed)

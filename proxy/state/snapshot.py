@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 from proxy.settings import ModelInfo
 from proxy.state.catalog import Catalog, CatalogEntry
@@ -11,9 +12,10 @@ from proxy.state.live import LiveExpectations
 from proxy.state.records import PRICE_FIELDS, ClientKey, LivePrice, ModelRecord
 from proxy.state.stored import Stored
 from router_core.clustering import ClusterMap
+from router_core.error_rates import ErrorRates
 from router_core.pool import Candidate, Pool
 from router_core.profiles import Profile
-from router_core.recipes import SHRUNK, Recipe
+from router_core.recipes import POOLED, Recipe
 from router_core.types import FREE, Capabilities, Price
 
 _STATED_ABILITIES = {
@@ -57,8 +59,13 @@ class Surroundings:
     cluster_map: ClusterMap
     configured: Mapping[str, ModelRecord]
     catalog: Catalog
-    recipe: Recipe = SHRUNK
+    recipe: Recipe = POOLED
     live: LiveExpectations | None = None
+
+    @cached_property
+    def error_rates(self) -> ErrorRates:
+        """Of one state after the other: most of them come of a price or a key, and need no new rates."""
+        return ErrorRates(self.cluster_map, self.recipe)
 
 
 def build_state(stored: Stored, around: Surroundings, *, keys_latched: bool) -> RoutingState:
@@ -83,7 +90,7 @@ def build_state(stored: Stored, around: Surroundings, *, keys_latched: bool) -> 
     return RoutingState(
         version=stored.version,
         cluster_map=around.cluster_map,
-        pool=Pool.build(candidates, around.cluster_map, around.recipe),
+        pool=Pool.build(candidates, around.cluster_map, around.error_rates),
         models=models,
         prices=prices,
         profiles=profiles,

@@ -9,6 +9,7 @@ import pytest
 from router_core.artifact import ARRAYS, MANIFEST, builtin_map, load_map, save_map
 from router_core.embedding import StaticEmbedder
 from router_core.errors import InvalidArtifact
+from router_core.fitting import EmbeddedPrompts, fit_with_history
 from tests.router_core.makers import a_map
 
 
@@ -20,6 +21,23 @@ def test_a_saved_map_assigns_as_before(tmp_path: Path) -> None:
     assert loaded.id == saved.id
     assert loaded.names == saved.names
     assert np.array_equal(loaded.assign(vectors).weights, saved.assign(vectors).weights)
+
+
+def test_a_map_with_a_history_comes_back_with_it(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(600, 3)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    scores = rng.integers(0, 2, (600, 3)).astype(np.float64)
+    saved = fit_with_history(EmbeddedPrompts(["word"] * 600, vectors, "e"), scores, ("x", "y", "z"), 4)
+    save_map(saved, tmp_path)
+    loaded = load_map(tmp_path)
+    assert loaded.id == saved.id
+    assert np.array_equal(loaded.assign(vectors).weights, saved.assign(vectors).weights)
+    assert loaded.history is not None
+    assert saved.history is not None
+    assert loaded.history.models == ("x", "y", "z")
+    for name in ("overlap", "error_sums", "labels"):
+        assert np.array_equal(getattr(loaded.history, name), getattr(saved.history, name))
 
 
 @pytest.mark.parametrize(("key", "value"), [("temperature", 0.5), ("embedder", "another"), ("top", 3)])

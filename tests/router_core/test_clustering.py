@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from router_core.clustering import ClusterMap, spherical_kmeans
+from router_core.clustering import ClusterMap
 from router_core.errors import InvalidInput
+from router_core.kmeans import kmeans
 from router_core.types import Floats
 from tests.router_core.makers import a_map
 
@@ -42,19 +43,19 @@ def test_the_prompts_that_were_fitted_are_served_in_the_cluster_they_were_fitted
     centres = np.eye(6, dtype=np.float32)
     noisy = np.repeat(centres, 30, axis=0) + np.random.default_rng(2).normal(0, 0.02, (180, 6))
     vectors = np.asarray(noisy / np.linalg.norm(noisy, axis=1, keepdims=True), dtype=np.float32)
-    cluster_map = ClusterMap(spherical_kmeans(vectors, 6), embedder_id="e", top=1)
+    cluster_map = ClusterMap(kmeans(vectors, 6), embedder_id="e", top=1)
     nearest = cluster_map.assign(vectors).ids[:, 0].reshape(6, 30)
     assert (nearest == nearest[:, :1]).all()
     assert len(set(nearest[:, 0].tolist())) == 6
 
 
 def test_centroids_lie_on_the_unit_sphere() -> None:
-    assert np.linalg.norm(spherical_kmeans(unit_rows(200), 8), axis=1) == pytest.approx(np.ones(8), abs=1e-5)
+    assert np.linalg.norm(kmeans(unit_rows(200), 8), axis=1) == pytest.approx(np.ones(8), abs=1e-5)
 
 
 def test_the_same_seed_fits_the_same_map() -> None:
     vectors = unit_rows(300)
-    assert np.array_equal(spherical_kmeans(vectors, 8, seed=3), spherical_kmeans(vectors, 8, seed=3))
+    assert np.array_equal(kmeans(vectors, 8, seed=3), kmeans(vectors, 8, seed=3))
 
 
 def test_the_id_follows_everything_that_decides_an_assignment_and_nothing_else() -> None:
@@ -73,4 +74,4 @@ def test_the_id_follows_everything_that_decides_an_assignment_and_nothing_else()
 
 def test_more_clusters_than_distinct_prompts_are_refused() -> None:
     with pytest.raises(InvalidInput, match="2 distinct"):
-        spherical_kmeans(np.repeat(unit_rows(2), 5, axis=0), 3)
+        kmeans(np.repeat(unit_rows(2), 5, axis=0), 3)

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 
-from router_core.clustering import spherical_kmeans
 from router_core.errors import InvalidInput
 from router_core.fitting import BATCH, batches, count_nearest, embed_prompts, fit_map, token_weights
+from router_core.kmeans import kmeans
 from router_core.sampling import SMALLEST
 from router_core.types import Floats
 from tests.router_core.makers import FirstLetterEmbedder
@@ -64,7 +64,7 @@ def test_of_few_prompts_all_are_clustered_in_the_order_they_came_in() -> None:
     embedder = NumberEmbedder()
     prompts = [*numbers(3_000)]
     cluster_map = fit_map(numbers(3_000), embedder, 5, seed=3)
-    assert np.array_equal(cluster_map.centroids, spherical_kmeans(embedder.embed(prompts), 5, seed=3))
+    assert np.array_equal(cluster_map.centroids, kmeans(embedder.embed(prompts), 5, seed=3))
 
 
 def test_of_many_prompts_only_a_sample_is_embedded_batch_by_batch() -> None:

@@ -1,0 +1,38 @@
+"""Ψ of all models together."""
+
+import numpy as np
+import pytest
+
+from router_core.clustering import ClusterMap
+from router_core.error_rates import ErrorRates
+from router_core.profiles import Profile
+from router_core.recipes import SHRUNK, Recipe
+from router_core.types import Doubles
+from tests.router_core.makers import a_map, a_profile
+
+
+def measured(errors: float, labels: float = 4.0) -> Profile:
+    document = {"map": a_map().id, "error_sums": [errors] * 3, "labels": [labels] * 3}
+    return Profile.from_json(document)
+
+
+def test_rates_that_were_stated_are_served_as_they_are() -> None:
+    rates = ErrorRates(a_map()).of([a_profile([0.1, 0.9, 0.3], labels=1.0), None, measured(1.0)])
+    assert rates[0].tolist() == [0.1, 0.9, 0.3]
+    assert np.isnan(rates[1]).all()
+    assert rates[2] == pytest.approx([0.26] * 3, abs=0.05)
+
+
+def test_rates_are_computed_again_only_when_sums_have_changed() -> None:
+    calls = []
+
+    def counted(error_sums: Doubles, labels: Doubles, cluster_map: ClusterMap) -> Doubles:
+        calls.append(len(error_sums))
+        return SHRUNK.rates(error_sums, labels, cluster_map)
+
+    rates = ErrorRates(a_map(), Recipe("counted", hard=False, rates=counted))
+    first = rates.of([measured(1.0), measured(2.0)])
+    assert np.array_equal(rates.of([measured(1.0), None, measured(2.0)])[[0, 2]], first)
+    assert calls == [2]
+    rates.of([measured(1.0), measured(3.0)])
+    assert calls == [2, 2]
