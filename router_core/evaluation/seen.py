@@ -32,6 +32,8 @@ class Asked:
     """(N,) of the known prompts."""
     scores: Doubles
     """(N, M) in [0, 1], NaN where unlabelled."""
+    output_tokens: Doubles
+    """(N, M) NaN where not measured."""
 
 
 Estimator = Callable[[Asked, Floats], Doubles]

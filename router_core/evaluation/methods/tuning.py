@@ -1,0 +1,62 @@
+"""Choosing a method's constant on the known models: each is asked as little as the new ones, and tested on the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from router_core.evaluation.seen import Asked, Known
+from router_core.types import Doubles, Floats, Indices
+
+DRAWS = 3
+HELD_OUT = 600
+"""Prompts that a draw is tested on."""
+
+Choice = TypeVar("Choice")
+Estimate = Callable[[Choice, Asked, Floats], Doubles]
+
+
+class Tuned(Generic[Choice]):
+    """The choice with the least squared error on the known models, found once for each number of labels."""
+
+    def __init__(self, known: Known, choices: Sequence[Choice], estimate: Estimate[Choice], default: Choice) -> None:
+        self._known = known
+        self._choices = choices
+        self._estimate = estimate
+        self._default = default
+        self._found: dict[int, Choice] = {}
+
+    def choice(self, labels: int) -> Choice:
+        """With no known model, or no prompt to test on: the default."""
+        if not self._known.models or labels >= len(self._known.vectors):
+            return self._default
+        if labels not in self._found:
+            rng = np.random.default_rng((self._known.seed, labels))
+            losses = np.sum(
+                [self._losses(rng.permutation(len(self._known.vectors)), labels) for _ in range(DRAWS)], axis=0
+            )
+            self._found[labels] = self._choices[int(np.argmin(losses))]
+        return self._found[labels]
+
+    def _losses(self, order: Indices, labels: int) -> list[float]:
+        asked, tested = order[:labels], order[labels : labels + HELD_OUT]
+        scores = self._known.scores
+        seen = Asked(asked, scores[asked], np.full((labels, scores.shape[1]), np.nan))
+        truth = 1.0 - scores[tested]
+        vectors = self._known.vectors[tested]
+        return [float(np.nanmean((self._estimate(choice, seen, vectors) - truth) ** 2)) for choice in self._choices]
+
+
+def means(asked: Asked) -> Doubles:
+    """(M,) smoothed mean errors of the labels, (Σe + ½)/(n + 1): one half without any."""
+    labelled = ~np.isnan(asked.scores)
+    return np.asarray((np.where(labelled, 1.0 - asked.scores, 0.0).sum(axis=0) + 0.5) / (labelled.sum(axis=0) + 1.0))
+
+
+def sums(weights: Doubles, asked: Asked) -> tuple[Doubles, Doubles]:
+    """(M, K) error sums and labels of the N asked prompts, (N, K) weights."""
+    labelled = ~np.isnan(asked.scores)
+    errors = np.where(labelled, 1.0 - asked.scores, 0.0)
+    return np.asarray(errors.T @ weights), np.asarray(labelled.T.astype(np.float64) @ weights)

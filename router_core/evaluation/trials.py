@@ -1,0 +1,96 @@
+"""One trial: which prompts are test, which models are new, in which order prompts are asked. Routes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_core.evaluation.curves import Anchors
+from router_core.evaluation.outcomes import Outcomes
+from router_core.evaluation.plan import Plan, test_prompts
+from router_core.evaluation.seen import Asked, Known
+from router_core.pricing import CENT_USD
+from router_core.types import Doubles, Floats, Indices, Price
+
+
+@dataclass(frozen=True, eq=False)
+class TestSet:
+    """t prompts that every one of the M new models has a score on."""
+
+    vectors: Floats
+    """(t, d)"""
+    scores: Doubles
+    """(t, M)"""
+    cents: Doubles
+    """(t, M) what each answer is billed."""
+    prompt_tokens: Doubles
+    """(t,)"""
+
+    def anchors(self) -> Anchors:
+        """The new models one by one."""
+        costs, qualities = self.cents.mean(axis=0), self.scores.mean(axis=0)
+        best = int(np.lexsort((costs, -qualities))[0])
+        return Anchors(float(costs.min()), float(costs[best]), float(costs.max()), float(qualities[best]))
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    known: Known
+    new_models: tuple[str, ...]
+    prices: tuple[Price, ...]
+    """(M,) of the new models."""
+    lengths_known: NDArray[np.bool_]
+    """(M,) whether the file measures how long a new model's answers are; if not, the prompt alone is billed."""
+    test: TestSet
+    order: Indices
+    """(n,) the known prompts by chance, as they are asked: with more labels, the same ones first."""
+    scores: Doubles
+    """(n, M) of the new models on the known prompts."""
+    output_tokens: Doubles
+    """(n, M)"""
+
+    def asked(self, rows: Indices) -> Asked:
+        """What the new models answered to these of the known prompts."""
+        return Asked(rows, self.scores[rows], self.output_tokens[rows])
+
+
+def trials(outcomes: Outcomes, vectors: Floats, plan: Plan) -> Iterator[Trial]:
+    """`vectors` are of the prompts, (n, d)."""
+    cents = outcomes.usd() / CENT_USD
+    for number in range(plan.trials):
+        yield _trial(outcomes, vectors, cents, plan, number)
+
+
+def _trial(outcomes: Outcomes, vectors: Floats, cents: Doubles, plan: Plan, number: int) -> Trial:
+    rng = np.random.default_rng((plan.seed, number))
+    prompts, models = rng.permutation(len(outcomes.prompts)), rng.permutation(len(outcomes.models))
+    tested = test_prompts(prompts.size)
+    test, train = np.sort(prompts[:tested]), np.sort(prompts[tested:])
+    count = plan.new_models(models.size)
+    new, known = np.sort(models[:count]), np.sort(models[count:])
+    test = test[~np.isnan(outcomes.scores[np.ix_(test, new)]).any(axis=1)]
+    return Trial(
+        known=Known(
+            texts=[outcomes.prompts[row] for row in train],
+            vectors=vectors[train],
+            scores=outcomes.scores[np.ix_(train, known)],
+            models=tuple(outcomes.models[column] for column in known),
+            embedder_id=plan.embedder_id,
+            seed=int(rng.integers(2**31)),
+        ),
+        new_models=tuple(outcomes.models[column] for column in new),
+        prices=tuple(outcomes.prices[column] for column in new),
+        lengths_known=np.asarray((~np.isnan(outcomes.output_tokens[:, new])).any(axis=0)),
+        test=TestSet(
+            vectors[test],
+            outcomes.scores[np.ix_(test, new)],
+            cents[np.ix_(test, new)],
+            outcomes.prompt_tokens[test],
+        ),
+        order=rng.permutation(train.size),
+        scores=outcomes.scores[np.ix_(train, new)],
+        output_tokens=outcomes.output_tokens[np.ix_(train, new)],
+    )
