@@ -29,7 +29,7 @@ class PlacedPrompts:
     def chosen(self, count: int) -> PlacedPrompts:
         """At most `count` of them, spread over clusters and families: the same ones for every model."""
         families = [prompt.family for prompt in self.prompts]
-        rows = choose_prompts(self.assignment, self.clusters, count, families=families)
+        rows = choose_prompts(self.assignment, count, families=families)
         assignment = Assignment(self.assignment.ids[rows], self.assignment.weights[rows])
         return PlacedPrompts(tuple(self.prompts[row] for row in rows), assignment, self.clusters)
 

@@ -21,6 +21,7 @@ class Deployment:
     """A map fitted on the train prompts and the known models; new models join it by what they were asked."""
 
     def __init__(self, known: Known) -> None:
+        self._seed = known.seed
         embedded = EmbeddedPrompts(known.texts, known.vectors, known.embedder_id)
         clusters = min(CLUSTERS, len(known.texts))
         self.cluster_map: ClusterMap = fit_with_history(
@@ -30,7 +31,7 @@ class Deployment:
 
     def choose(self, count: int) -> Indices:
         """(count,) train prompts to ask a new model, as `uniroute models add` chooses them."""
-        return choose_prompts(self.assignment, self.cluster_map.size, count, families=[""] * len(self.assignment))
+        return choose_prompts(self.assignment, count, families=[""] * len(self.assignment), seed=self._seed)
 
     def pool(self, asked: Asked, prices: Sequence[Price]) -> Pool:
         """The new models, in their order, with the profiles that they would get."""
