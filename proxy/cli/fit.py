@@ -19,13 +19,17 @@ if TYPE_CHECKING:
     from router_core.types import Indices
 
 PROMPTS_HELP = 'Text (one prompt a line), JSONL (.gz too) or Parquet files; rows have a "prompt" or "messages".'
+OUTCOMES_HELP = """Scored prompts (JSONL), read with the others: the map remembers how hard its clusters are and how the
+scored models differ. Of three models or more, each scored on 500 prompts, it has clusters of prompts that they find
+alike. A new model then needs fewer answers."""
 RAY_HELP = """Read and embed on Ray: `local` starts one on this machine, else the address of yours. The map is the same.
 Each file is read by one worker, and must have the same path on every machine. Needs pip install 'uniroute[ray]'."""
 
 
 def fit(
-    prompts: Annotated[list[Path], typer.Argument(help=PROMPTS_HELP)],
     out: Annotated[Path, typer.Option("--out", help="Folder to write the map to.")],
+    prompts: Annotated[list[Path] | None, typer.Argument(help=PROMPTS_HELP)] = None,
+    outcomes: Annotated[Path | None, typer.Option("--outcomes", help=OUTCOMES_HELP)] = None,
     clusters: Annotated[int, typer.Option("--clusters", min=2, max=4096, help="K, how many clusters.")] = 64,
     seed: Annotated[int, typer.Option("--seed", help="Same prompts, same seed: same map.")] = 0,
     embedder: Annotated[str, typer.Option("--embedder", help="static, transformer, or a model's name.")] = "static",
@@ -48,21 +52,26 @@ def fit(
     from proxy.cli import console
     from proxy.cli.fit_steps import Order
     from proxy.cli.inputs import empty_folder
+    from proxy.cli.known_models import known_models
     from proxy.cli.options import read_settings
     from proxy.cli.prompt_files import check_prompt_files
     from router_core.artifact import save_map
-    from router_core.fitting import distinct_prompts, fit_embedded
+    from router_core.fitting import distinct_prompts, fit_with_history
 
+    paths = [*(prompts or ()), *([outcomes] if outcomes else ())]
+    if not paths:
+        raise console.BadArgument("there is nothing to fit to: give files of prompts, or --outcomes")
     if workers and not ray:
         raise console.BadArgument("--workers is for --ray; one process embeds without it")
     settings = read_settings(None, data_dir=data_dir)
-    check_prompt_files(prompts)
+    check_prompt_files(paths)
     empty_folder(out, "--out")
-    order = Order(prompts, clusters, seed, embedder, settings.data_dir)
+    order = Order(paths, clusters, seed, embedder, settings.data_dir)
     with console.progress() as bars, _steps(order, bars, ray, workers) as steps:
         sample = steps.sample()
         embedded = steps.embed(distinct_prompts(sample, clusters))
-        fitted = fit_embedded(embedded, clusters, seed=seed, progress=bars.update)
+        known = known_models(outcomes, embedded.texts)
+        fitted = fit_with_history(embedded, known.scores, known.models, clusters, seed=seed, progress=bars.update)
         save_map(fitted, out)
         counts = steps.count(fitted) if count else None
     _tell_json(fitted, sample, counts, out) if as_json else _tell(fitted, sample, counts, out)
@@ -87,14 +96,25 @@ def _tell(fitted: ClusterMap, sample: PromptSample, counts: Indices | None, out:
     console.say(
         f"{out}: map {fitted.id} with {fitted.size} clusters of {len(sample):,} distinct prompts, {sample.read:,} read"
     )
+    if fitted.history and (known := fitted.history.models):
+        alike = f", and gave it {fitted.response.size} of the clusters" if fitted.response else ""
+        console.say(f"it remembers {len(known)} models{alike}: {', '.join(known)}")
     for number, name in enumerate(fitted.names):
-        console.say(f"  {number:>3}  {'' if counts is None else f'{counts[number]:>10,}  '}{name}")
+        counted = "" if counts is None else f"{counts[number]:>10,}  " if number < counts.size else " " * 12
+        console.say(f"  {number:>3}  {counted}{name}")
     console.say(f"use it with `map: {out}` in the uniroute section, or UNIROUTE_MAP={out}")
 
 
 def _tell_json(fitted: ClusterMap, sample: PromptSample, counts: Indices | None, out: Path) -> None:
     from proxy.cli import console
 
-    document = {"map": fitted.id, "clusters": fitted.size, "prompts": sample.read, "sampled": len(sample)}
+    document: dict[str, object] = {
+        "map": fitted.id,
+        "clusters": fitted.size,
+        "response_clusters": fitted.response.size if fitted.response else 0,
+        "known_models": list(fitted.history.models) if fitted.history else [],
+        "prompts": sample.read,
+        "sampled": len(sample),
+    }
     counted = {} if counts is None else {"counts": counts.tolist()}
     console.emit_json(document | counted | {"folder": str(out)})

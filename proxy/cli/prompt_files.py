@@ -12,7 +12,7 @@ from typing import Any
 
 from proxy.cli.console import BadArgument
 from proxy.cli.inputs import readable
-from proxy.routing.features import CUT, routing_text
+from router_core.excerpt import excerpt
 
 _PARQUET_ROWS = 1024
 _PARQUET_BUFFER = 1 << 20
@@ -35,8 +35,7 @@ def read_prompts(paths: Iterable[Path]) -> Iterator[str]:
     """
     for path in paths:
         try:
-            for text in _reader(path)(path):
-                yield text if len(text) <= 2 * CUT else routing_text([{"role": "user", "content": text}])
+            yield from map(excerpt, _reader(path)(path))
         except OSError as error:
             raise BadArgument(f"{path}: cannot be read ({error.strerror or error})") from None
         except (EOFError, zlib.error):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from router_core.excerpt import CUT as CUT
+from router_core.excerpt import excerpt
 from router_core.tokens import BYTES_PER_TOKEN, text_bytes
 from router_core.types import Needs
 
-CUT = 2_000
-"""Characters kept from each end of a long text."""
 SHORT = 60
 """A newest turn of fewer characters is read together with the turns before it ("yes", "continue")."""
 EARLIER_TURNS = 2
@@ -38,7 +38,7 @@ def routing_text(messages: Sequence[Any]) -> str:
     kept = [newest]
     if len(newest) < SHORT:
         kept += [text for text, _ in zip(turns, range(EARLIER_TURNS), strict=False)]
-    return "\n".join(_cut(text) for text in reversed(kept))
+    return "\n".join(excerpt(text) for text in reversed(kept))
 
 
 def _user_turns(messages: Sequence[Any]) -> Iterator[str]:
@@ -57,10 +57,6 @@ def _text_of(content: Any) -> str:
         return ""
     parts = (part for part in content if isinstance(part, Mapping) and part.get("type") in _TEXT_PARTS)
     return "\n".join(part["text"] for part in parts if isinstance(part.get("text"), str))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 2 * CUT else f"{text[:CUT]}\n{text[-CUT:]}"
 
 
 def needs_of(body: Mapping[str, Any]) -> Needs:

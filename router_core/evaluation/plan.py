@@ -9,7 +9,7 @@ from router_core.evaluation.outcomes import Outcomes
 
 TEST_SHARE = 0.3
 LABELS = (25, 50, 100, 200, 400)
-TRIALS = 40
+TRIALS = 60
 UNSEEN = 1 / 3
 
 
@@ -48,7 +48,10 @@ class Plan:
             )
         train = len(outcomes.prompts) - test_prompts(len(outcomes.prompts))
         if self.labels[-1] > train:
-            raise InvalidInput(f"labels={self.labels[-1]} is more than the {train} prompts that are left to train on")
+            raise InvalidInput(
+                f"{self.labels[-1]} labels are more than the {train} prompts that are left to train on:"
+                " give smaller --labels, or more prompts"
+            )
 
 
 def test_prompts(prompts: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -22,9 +23,10 @@ from router_core.evaluation.outcomes import Outcomes
 from router_core.evaluation.plan import Plan, test_prompts
 from router_core.evaluation.results import HeatMap, Protocol, Results
 from router_core.evaluation.seen import Asked, Estimator, Known, Method
+from router_core.evaluation.spreading import one_thread, spread
 from router_core.evaluation.summary import Measured, estimate, measured, summed_up
 from router_core.evaluation.sweep import deferral_curve
-from router_core.evaluation.trials import Trial, trials
+from router_core.evaluation.trials import Trial, draw_trial
 from router_core.fitting import Progress, no_progress
 from router_core.pool import Pool
 from router_core.pricing import CENT_USD
@@ -45,28 +47,45 @@ METHODS = ("cheapest", "best_single", "random_mix", *ESTIMATED, OURS, "oracle")
 _Found = dict[str, dict[int, list[Measured]]]
 
 
-def run_study(outcomes: Outcomes, vectors: Floats, plan: Plan, progress: Progress = no_progress) -> Results:
-    """`vectors`: (n, d) of the prompts, as the product embeds them.
+def run_study(
+    outcomes: Outcomes, vectors: Floats, plan: Plan, progress: Progress = no_progress, *, workers: int = 1
+) -> Results:
+    """The plan's trials, spread over so many processes; the figures are the same for any number of them.
+
+    Args:
+        vectors: (n, d) of the prompts, as the product embeds them.
 
     Raises:
         InvalidInput: too few models or prompts for the plan.
     """
     plan.check(outcomes)
     found: _Found = defaultdict(lambda: defaultdict(list))
-    for number, trial in enumerate(trials(outcomes, vectors, plan)):
+    progress("trials", 0, plan.trials)
+    trials = spread(partial(_measured_trial, outcomes, vectors, plan), range(plan.trials), min(workers, plan.trials))
+    for number, trial in enumerate(trials, 1):
         progress("trials", number, plan.trials)
-        for labels, curves in _curves(trial, plan).items():
-            for method, curve in curves.items():
-                found[method][labels].append(measured(curve, trial.test.anchors()))
-    progress("trials", plan.trials, plan.trials)
-    return _results(outcomes, vectors, plan, found)
+        for labels, methods in trial.items():
+            for method, seen in methods.items():
+                found[method][labels].append(seen)
+    with one_thread():
+        return _results(outcomes, vectors, plan, found)
+
+
+def _measured_trial(outcomes: Outcomes, vectors: Floats, plan: Plan, number: int) -> dict[int, dict[str, Measured]]:
+    """N → method → what it makes of the trial of this number."""
+    trial = draw_trial(outcomes, vectors, plan, number)
+    anchors = trial.test.anchors()
+    return {
+        labels: {method: measured(curve, anchors) for method, curve in curves.items()}
+        for labels, curves in _curves(trial, plan).items()
+    }
 
 
 def _curves(trial: Trial, plan: Plan) -> dict[int, dict[str, Curve]]:
     """N → method → what it makes of this trial."""
     if not len(trial.test.scores):
         raise InvalidInput(f"no test prompt is scored for all of {', '.join(trial.new_models)}; score them on more")
-    served = _Served(trial)
+    served = Served(trial)
     estimators = {name: method(trial.known) for name, method in ESTIMATED.items()}
     oracle = deferral_curve(1.0 - trial.test.scores, trial.test.cents, trial.test)
     chosen = served.deployment.choose(plan.labels[-1])
@@ -78,7 +97,7 @@ def _curves(trial: Trial, plan: Plan) -> dict[int, dict[str, Curve]]:
     return found
 
 
-class _Served:
+class Served:
     """The product in one trial."""
 
     def __init__(self, trial: Trial) -> None:
@@ -98,7 +117,7 @@ class _Served:
         return (self._trial.test.prompt_tokens[:, None] * pool.prices.input + tokens * pool.prices.output) / CENT_USD
 
 
-def _side_by_side(trial: Trial, served: _Served, estimators: Mapping[str, Estimator], asked: Asked) -> dict[str, Curve]:
+def _side_by_side(trial: Trial, served: Served, estimators: Mapping[str, Estimator], asked: Asked) -> dict[str, Curve]:
     pool = served.pool(asked)
     cents, test = served.expected_cents(pool), trial.test
     errors, mean_cents = means(asked), cents.mean(axis=0)

@@ -7,7 +7,7 @@ from itertools import permutations
 import numpy as np
 
 from router_core.evaluation.curves import Curve
-from router_core.evaluation.trials import TestSet
+from router_core.evaluation.trials import HeldOut
 from router_core.flips import choose_each
 from router_core.scoring import TIE
 from router_core.types import Doubles, Indices
@@ -16,13 +16,13 @@ POINTS = 256
 """Cost weights λ between 0 and infinity."""
 
 
-def deferral_curve(errors: Doubles, cents: Doubles, test: TestSet) -> Curve:
+def deferral_curve(errors: Doubles, cents: Doubles, test: HeldOut) -> Curve:
     """Route the t test prompts at many λ by (t, M) expected errors and (t, M) expected costs; bill what is true."""
     choices = [choose_each(errors + weight * cents, cents, TIE) for weight in cost_weights(errors, cents)]
     return curve_of([*choices, cents.argmin(axis=1)], test)
 
 
-def curve_of(choices: list[Indices], test: TestSet) -> Curve:
+def curve_of(choices: list[Indices], test: HeldOut) -> Curve:
     """One point for each (t,) choice of models."""
     rows = np.arange(len(test.scores))
     return Curve(

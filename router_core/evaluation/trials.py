@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,7 @@ from router_core.types import Doubles, Floats, Indices, Price
 
 
 @dataclass(frozen=True, eq=False)
-class TestSet:
+class HeldOut:
     """t prompts that every one of the M new models has a score on."""
 
     vectors: Floats
@@ -44,7 +43,7 @@ class Trial:
     """(M,) of the new models."""
     lengths_known: NDArray[np.bool_]
     """(M,) whether the file measures how long a new model's answers are; if not, the prompt alone is billed."""
-    test: TestSet
+    test: HeldOut
     order: Indices
     """(n,) the known prompts by chance, as they are asked: with more labels, the same ones first."""
     scores: Doubles
@@ -57,14 +56,9 @@ class Trial:
         return Asked(rows, self.scores[rows], self.output_tokens[rows])
 
 
-def trials(outcomes: Outcomes, vectors: Floats, plan: Plan) -> Iterator[Trial]:
-    """`vectors` are of the prompts, (n, d)."""
+def draw_trial(outcomes: Outcomes, vectors: Floats, plan: Plan, number: int) -> Trial:
+    """The plan's trial of this number, from 0. `vectors` are of the prompts, (n, d)."""
     cents = outcomes.usd() / CENT_USD
-    for number in range(plan.trials):
-        yield _trial(outcomes, vectors, cents, plan, number)
-
-
-def _trial(outcomes: Outcomes, vectors: Floats, cents: Doubles, plan: Plan, number: int) -> Trial:
     rng = np.random.default_rng((plan.seed, number))
     prompts, models = rng.permutation(len(outcomes.prompts)), rng.permutation(len(outcomes.models))
     tested = test_prompts(prompts.size)
@@ -84,7 +78,7 @@ def _trial(outcomes: Outcomes, vectors: Floats, cents: Doubles, plan: Plan, numb
         new_models=tuple(outcomes.models[column] for column in new),
         prices=tuple(outcomes.prices[column] for column in new),
         lengths_known=np.asarray((~np.isnan(outcomes.output_tokens[:, new])).any(axis=0)),
-        test=TestSet(
+        test=HeldOut(
             vectors[test],
             outcomes.scores[np.ix_(test, new)],
             cents[np.ix_(test, new)],

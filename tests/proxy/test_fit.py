@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from proxy.cli.console import BadArgument
 from proxy.cli.fit_steps import told
+from proxy.cli.known_models import known_models
 from proxy.cli.prompt_files import check_prompt_files, read_prompts
 from proxy.routing.features import CUT, routing_text
+from router_core.excerpt import excerpt
 from tests.bench.prompts import generated_prompts
 from tests.support.command import environment, run_command
 
@@ -37,6 +40,45 @@ def fitted(*arguments: str | Path, environ: dict[str, str]) -> dict[str, Any]:
     assert ended.returncode == 0, ended.stderr
     document: dict[str, Any] = json.loads(ended.stdout)
     return document
+
+
+def write_outcomes(path: Path, prompts: list[str]) -> Path:
+    """Of three models, each right where the prompt has its letter."""
+    rows = [{"prompt": prompt, "scores": {m: float(m in prompt) for m in "aeo"}} for prompt in prompts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_scores_are_found_by_prompt_and_repeats_count_as_their_mean(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "one", "scores": {"x": 1.0}},
+        {"prompt": "one", "scores": {"x": 0.0, "y": 1.0}},
+        {"prompt": "elsewhere", "scores": {"y": 0.0}},
+        {"prompt": "l" * 9_000, "scores": {"y": 0.25}},
+    ]
+    path = tmp_path / "outcomes.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    known = known_models(path, ["two", excerpt("l" * 9_000), "one"])
+    assert known.models == ("x", "y")
+    assert np.array_equal(known.scores, [[np.nan, np.nan], [np.nan, 0.25], [0.5, 1.0]], equal_nan=True)
+    assert known_models(None, ["two"]).scores.shape == (1, 0)
+
+
+def test_a_map_fitted_with_outcomes_remembers_the_models(tmp_path: Path, embedder_cache: Path) -> None:
+    environ = environment(tmp_path / "data", embedder_cache)
+    outcomes = write_outcomes(tmp_path / "outcomes.jsonl", generated_prompts(700))
+    alone = fitted("--outcomes", outcomes, "--clusters", "8", "--out", tmp_path / "alone", environ=environ)
+    assert (alone["known_models"], alone["clusters"]) == (["a", "e", "o"], 8 + alone["response_clusters"])
+    assert alone["response_clusters"] > 0
+    more = write_jsonl(tmp_path / "more.jsonl", ["a prompt of another kind", "and one more"])
+    both = fitted(more, "--outcomes", outcomes, "--clusters", "8", "--out", tmp_path / "both", environ=environ)
+    assert both["sampled"] == alone["sampled"] + 2
+
+
+def test_nothing_to_fit_to_is_refused(tmp_path: Path, embedder_cache: Path) -> None:
+    ended = run_command("fit", "--out", tmp_path / "map", environ=environment(tmp_path))
+    assert ended.returncode == 2
+    assert "--outcomes" in ended.stderr
 
 
 def test_parquet_gives_the_prompts_of_its_rows(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
+
 from router_core.clustering import ClusterMap
 from router_core.evaluation.methods.tuning import Tuned, sums
 from router_core.evaluation.seen import Asked, Estimator, Known
@@ -38,6 +40,11 @@ def _kmeans(known: Known, recipe: Recipe) -> Estimator:
 
 @lru_cache(maxsize=2 * len(SIZES))
 def hard_map(known: Known, size: int) -> ClusterMap:
-    """Hard clusters of the train prompts; fewer where the prompts are fewer."""
-    centroids = kmeans(known.vectors, min(size, len(known.vectors)), seed=known.seed % 2**16)
+    """Hard clusters of the train prompts."""
+    centroids = kmeans(known.vectors, clusters_within(known, size), seed=known.seed % 2**16)
     return ClusterMap(centroids, embedder_id=known.embedder_id, top=1)
+
+
+def clusters_within(known: Known, wanted: int) -> int:
+    """So many clusters, or one for each distinct vector where those are fewer."""
+    return min(wanted, len(np.unique(known.vectors, axis=0)))

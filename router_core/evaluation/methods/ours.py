@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from router_core.clustering import ClusterMap
+from router_core.evaluation.methods.kmeans import clusters_within
 from router_core.evaluation.seen import Asked, Known
 from router_core.fitting import EmbeddedPrompts, fit_with_history
 from router_core.pool import Candidate, Pool
@@ -23,7 +24,7 @@ class Deployment:
     def __init__(self, known: Known) -> None:
         self._seed = known.seed
         embedded = EmbeddedPrompts(known.texts, known.vectors, known.embedder_id)
-        clusters = min(CLUSTERS, len(known.texts))
+        clusters = clusters_within(known, CLUSTERS)
         self.cluster_map: ClusterMap = fit_with_history(
             embedded, known.scores, known.models, clusters, seed=known.seed % 2**16
         )
