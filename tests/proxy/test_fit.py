@@ -6,6 +6,7 @@ import gzip
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def fitted(*arguments: str | Path, environ: dict[str, str]) -> dict[str, Any]:
     return document
 
 
-def write_outcomes(path: Path, prompts: list[str]) -> Path:
+def write_outcomes(path: Path, prompts: Iterable[str]) -> Path:
     """Of three models, each right where the prompt has its letter."""
     rows = [{"prompt": prompt, "scores": {m: float(m in prompt) for m in "aeo"}} for prompt in prompts]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
