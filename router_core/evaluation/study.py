@@ -74,6 +74,8 @@ def run_study(
 def _measured_trial(outcomes: Outcomes, vectors: Floats, plan: Plan, number: int) -> dict[int, dict[str, Measured]]:
     """N → method → what it makes of the trial of this number."""
     trial = draw_trial(outcomes, vectors, plan, number)
+    if not len(trial.test.scores):
+        raise InvalidInput(f"no test prompt is scored for all of {', '.join(trial.new_models)}; score them on more")
     anchors = trial.test.anchors()
     return {
         labels: {method: measured(curve, anchors) for method, curve in curves.items()}
@@ -83,8 +85,6 @@ def _measured_trial(outcomes: Outcomes, vectors: Floats, plan: Plan, number: int
 
 def _curves(trial: Trial, plan: Plan) -> dict[int, dict[str, Curve]]:
     """N → method → what it makes of this trial."""
-    if not len(trial.test.scores):
-        raise InvalidInput(f"no test prompt is scored for all of {', '.join(trial.new_models)}; score them on more")
     served = Served(trial)
     estimators = {name: method(trial.known) for name, method in ESTIMATED.items()}
     oracle = deferral_curve(1.0 - trial.test.scores, trial.test.cents, trial.test)

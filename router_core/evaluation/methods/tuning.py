@@ -29,7 +29,7 @@ class Tuned(Generic[Choice]):
         self._found: dict[int, Choice] = {}
 
     def choice(self, labels: int) -> Choice:
-        """With no known model, or no prompt to test on: the default."""
+        """With nothing to test on, or no difference between the choices: the default."""
         if not self._known.models or labels >= len(self._known.vectors):
             return self._default
         if labels not in self._found:
@@ -37,7 +37,7 @@ class Tuned(Generic[Choice]):
             losses = np.sum(
                 [self._losses(rng.permutation(len(self._known.vectors)), labels) for _ in range(DRAWS)], axis=0
             )
-            self._found[labels] = self._choices[int(np.argmin(losses))]
+            self._found[labels] = self._choices[int(np.argmin(losses))] if np.ptp(losses) > 0 else self._default
         return self._found[labels]
 
     def _losses(self, order: Indices, labels: int) -> list[float]:
@@ -46,7 +46,13 @@ class Tuned(Generic[Choice]):
         seen = Asked(asked, scores[asked], np.full((labels, scores.shape[1]), np.nan))
         truth = 1.0 - scores[tested]
         vectors = self._known.vectors[tested]
-        return [float(np.nanmean((self._estimate(choice, seen, vectors) - truth) ** 2)) for choice in self._choices]
+        return [squared_error(self._estimate(choice, seen, vectors), truth) for choice in self._choices]
+
+
+def squared_error(expected: Doubles, truth: Doubles) -> float:
+    """The mean over what is labelled; 0 where nothing is."""
+    labelled = ~np.isnan(truth)
+    return float(((expected[labelled] - truth[labelled]) ** 2).sum()) / max(int(labelled.sum()), 1)
 
 
 def means(asked: Asked) -> Doubles:

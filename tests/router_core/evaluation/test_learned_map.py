@@ -1,0 +1,123 @@
+"""Training of the learned map: that it goes downhill, sees what K-means does not, and never ends above its start."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from router_core.evaluation.methods.kmeans import kmeans_raw
+from router_core.evaluation.methods.learned_map import (
+    Answers,
+    SoftMap,
+    answers_of,
+    gradient,
+    learned_map,
+    log_loss,
+    rates_of,
+    starting_map,
+    train,
+    trained_map,
+)
+from router_core.evaluation.seen import Asked, Known
+from router_core.types import Doubles, Floats
+from tests.router_core.evaluation.toys import a_known
+
+
+def faint(count: int) -> tuple[Floats, Doubles]:
+    """(n, 8) vectors and (n, 3) scores: who is right is the sign of the last axis, the faintest of all."""
+    vectors = np.random.default_rng(0).normal(size=(count, 8))
+    vectors[:, -1] = np.where(np.arange(count) % 2, 0.5, -0.5)
+    first = vectors[:, [-1]] > 0
+    scores = np.hstack((first, ~first, first)).astype(np.float64)
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32), scores
+
+
+def a_faint_history(count: int = 1200) -> Known:
+    """Of the first two models."""
+    vectors, scores = faint(count)
+    return a_known(vectors, scores[:, :2])
+
+
+def test_the_gradient_is_the_slope_of_the_log_loss() -> None:
+    rng = np.random.default_rng(0)
+    soft = SoftMap(rng.normal(size=(3, 4)).astype(np.float32), rng.normal(size=4).astype(np.float32))
+    vectors = rng.normal(size=(20, 3)).astype(np.float32)
+    labelled = (rng.random((20, 2)) < 0.8).astype(np.float32)
+    answers = Answers(vectors, labelled * (rng.random((20, 2)) < 0.5).astype(np.float32), labelled)
+    rates = rng.uniform(0.1, 0.9, (2, 4)).astype(np.float32)
+    slope, offset = gradient(soft, rates, answers)
+
+    def rise(by: SoftMap, back: SoftMap) -> float:
+        return (log_loss(by, rates, answers) - log_loss(back, rates, answers)) / 0.02
+
+    for at in np.ndindex(3, 4):
+        step = np.zeros((3, 4), dtype=np.float32)
+        step[at] = 0.01
+        above, below = replace(soft, slope=soft.slope + step), replace(soft, slope=soft.slope - step)
+        assert slope[at] == pytest.approx(rise(above, below), abs=2e-4)
+    for cluster in range(4):
+        move = (0.01 * np.eye(4)[cluster]).astype(np.float32)
+        above, below = replace(soft, offset=soft.offset + move), replace(soft, offset=soft.offset - move)
+        assert offset[cluster] == pytest.approx(rise(above, below), abs=2e-4)
+
+
+def test_it_sees_what_kmeans_does_not() -> None:
+    vectors, scores = faint(1500)
+    known = a_known(vectors[:1200], scores[:1200, :2])
+    rows = np.arange(100)
+    some = Asked(rows, scores[rows, 2:], np.full((100, 1), np.nan))
+    losses = [
+        float(((method(known)(some, vectors[1200:]) - (1.0 - scores[1200:, 2:])) ** 2).mean())
+        for method in (learned_map, kmeans_raw)
+    ]
+    assert losses[0] < 0.5 * losses[1]
+
+
+def test_training_leaves_the_start_behind_where_there_is_something_to_learn() -> None:
+    known = a_faint_history()
+    answers, start, trained = answers_of(known), starting_map(known), trained_map(known)
+    losses = [log_loss(soft, rates_of(soft, answers), answers) for soft in (start, trained)]
+    assert losses[1] < 0.5 * losses[0]
+
+
+def test_noisy_answers_in_many_dimensions_still_teach_it() -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(2800, 128))
+    vectors[:, -1] = 1.5 * np.sign(vectors[:, -1])
+    first = vectors[:, [-1]] > 0
+    noisy = np.hstack((first, ~first)) ^ (rng.random((2800, 2)) < 0.3)
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    every = a_known(vectors.astype(np.float32), noisy.astype(np.float64))
+    known, fresh = replace(every, vectors=every.vectors[:2400], scores=every.scores[:2400]), np.arange(2400, 2800)
+    answers = answers_of(known)
+    start, trained = (
+        log_loss(soft, rates_of(soft, answers), answers_of(every).at(fresh))
+        for soft in (starting_map(known), trained_map(known))
+    )
+    assert trained < start - 0.004
+
+
+@pytest.mark.parametrize("contrary", [False, True])
+def test_it_never_ends_above_its_start_on_what_is_held_out(contrary: bool) -> None:
+    known = a_faint_history()
+    answers, start = answers_of(known), starting_map(known)
+    fitted, held_out = answers.at(np.arange(1000)), answers.at(np.arange(1000, 1200))
+    if contrary:
+        held_out = replace(held_out, errors=1.0 - held_out.errors)
+    trained = train(start, fitted, held_out, np.random.default_rng(0))
+    losses = [log_loss(soft, rates_of(soft, fitted), held_out) for soft in (start, trained)]
+    assert losses[1] <= losses[0]
+
+
+def test_known_models_without_a_label_teach_nothing() -> None:
+    vectors, _ = faint(200)
+    known = a_known(vectors, np.full((200, 2), np.nan))
+    assert trained_map(known).slope.tolist() == starting_map(known).slope.tolist()
+
+
+def test_unlabelled_known_prompts_do_not_move_the_rates() -> None:
+    soft = SoftMap(np.eye(2, dtype=np.float32) * 50, np.zeros(2, dtype=np.float32))
+    known = a_known(np.eye(2, dtype=np.float32)[[0, 0, 0, 1]], np.array([[1.0], [0.0], [np.nan], [1.0]]))
+    assert rates_of(soft, answers_of(known))[0] == pytest.approx([0.5, 0.01], abs=0.01)
