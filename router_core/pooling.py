@@ -28,6 +28,7 @@ USUAL_SCALE, SCALE_PENALTY = 0.5, 0.25
 """The scale expected beforehand, and how strongly: with few labels the likelihood alone would go to extremes."""
 MISFIT, TINY = 0.3, 1e-9
 """The share of the noise that does not overlap as the map's own prompts do; and for clusters without any label."""
+LEAST_NOISE = 0.02
 STEPS = 4
 PRIOR_MODELS = 10.0
 """How many models the prior covariance counts as."""
@@ -82,10 +83,11 @@ def _rates(errors: Doubles, labels: Doubles, overlap: Doubles, likeness: Doubles
 def _evidence(errors: Doubles, labels: Doubles, overlap: Doubles, difficulty: Doubles) -> _Evidence:
     root = np.sqrt(labels)
     gram = root[:, :, None] * root[:, None, :] * overlap
-    alone = labels[:, :, None] * np.eye(len(overlap))
-    return _Evidence(
-        errors - gram @ difficulty, gram, NOISE * ((1 - MISFIT) * gram + MISFIT * alone) + TINY * np.eye(len(overlap))
-    )
+    own = np.eye(len(overlap))
+    spread = (1 - MISFIT) * gram + MISFIT * labels[:, :, None] * own
+    means = (errors.sum(axis=1) + 0.5) / (labels.sum(axis=1) + 1.0)
+    noise = np.maximum(means * (1.0 - means), LEAST_NOISE)
+    return _Evidence(errors - gram @ difficulty, gram, noise[:, None, None] * spread + TINY * own)
 
 
 def _difficulty(errors: Doubles, labels: Doubles) -> Doubles:
