@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from proxy.cli.model_outcomes import outcomes
 from proxy.cli.options import JsonOption, UrlOption, admin_client, finite
 
 if TYPE_CHECKING:
@@ -120,6 +121,9 @@ def remove(name: NameArgument, url: UrlOption = None) -> None:
     with admin_client(url) as server:
         server.call("DELETE", f"/admin/models/{name}")
     console.note(f"{name} is removed")
+
+
+models.command()(outcomes)
 
 
 def _finish(server: ServerClient, answer: Mapping[str, Any], *, no_wait: bool, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""/admin/jobs: how far measuring a model is, and stopping it."""
+"""/admin/jobs: how far measuring a model is, what it answered, and stopping it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from proxy.errors import UnknownJob
+from proxy.jobs.records import Job
 from proxy.routes.context import OurServices
 
 router = APIRouter(prefix="/admin/jobs")
@@ -14,17 +15,27 @@ router = APIRouter(prefix="/admin/jobs")
 
 @router.get("/{job_id}", response_model=None)
 async def get_job(job_id: str, services: OurServices) -> dict[str, Any]:
-    job = await services.jobs.get(job_id)
-    if job is None:
-        raise UnknownJob(f"no job has the id {job_id[:100]!r}", param="job")
-    shown: dict[str, Any] = job.to_json()
+    shown: dict[str, Any] = (await _job(job_id, services)).to_json()
     return shown
+
+
+@router.get("/{job_id}/outcomes", response_model=None)
+async def get_outcomes(job_id: str, services: OurServices) -> dict[str, Any]:
+    """The graded answers so far, as lines of an outcomes file, for as long as the job itself can be read."""
+    await _job(job_id, services)
+    return {"outcomes": await services.jobs.outcomes(job_id)}
 
 
 @router.delete("/{job_id}", response_model=None)
 async def cancel_job(job_id: str, services: OurServices) -> dict[str, Any]:
     """The job as it is after that; a finished one stays as it was."""
-    if await services.jobs.get(job_id) is None:
-        raise UnknownJob(f"no job has the id {job_id[:100]!r}", param="job")
+    await _job(job_id, services)
     await services.jobs.cancel(job_id)
     return await get_job(job_id, services)
+
+
+async def _job(job_id: str, services: OurServices) -> Job:
+    job = await services.jobs.get(job_id)
+    if job is None:
+        raise UnknownJob(f"no job has the id {job_id[:100]!r}", param="job")
+    return job
