@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from proxy.cli.calibrate import calibrate
 from proxy.cli.fit import fit
 from proxy.cli.keys import keys
 from proxy.cli.models import models
@@ -22,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Send each prompt to the model most likely to get it right for the money.",
 )
-for command in (serve, demo, worker, route, fit):
+for command in (serve, demo, worker, route, fit, calibrate):
     app.command()(command)
 for group, name in ((models, "models"), (keys, "keys"), (prices, "prices"), (validation, "validation")):
     app.add_typer(group, name=name)

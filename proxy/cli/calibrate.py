@@ -1,0 +1,170 @@
+"""`uniroute calibrate`: the λ for a share of the best model's quality, or for a budget, from the deployed profiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from proxy.cli.options import ConfigOption, DataDirOption, JsonOption, UrlOption, finite
+
+if TYPE_CHECKING:
+    from proxy.cli.traffic import Traffic
+    from proxy.settings import Settings
+    from router_core.calibration import Expectations, Point, Single
+
+PROMPTS_HELP = """A sample of your traffic instead of the validation set: text (one prompt a line), JSONL (.gz too) or
+Parquet files; repeatable."""
+QUALITY_HELP = "The cheapest way to this share of the best single model's expected quality, as 0.98."
+BUDGET_HELP = "The best that is expected to cost no more than these USD per 1,000 requests."
+QualityOption = Annotated[float | None, typer.Option("--quality", min=0.0, callback=finite, help=QUALITY_HELP)]
+BudgetOption = Annotated[float | None, typer.Option("--budget-usd-per-1k", min=0.0, callback=finite, help=BUDGET_HELP)]
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """One of the two is stated."""
+
+    quality: float | None
+    budget_usd_per_1k: float | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is found, and beside what."""
+
+    found: Point
+    best: Single
+    interval: tuple[float, float] | None
+    """Of `relative`, with 90 % confidence."""
+    labels: Mapping[str, float]
+    """model → how many it was measured on."""
+    traffic: Traffic
+    cost_unit: str
+
+    @property
+    def relative(self) -> float | None:
+        """Quality as a share of the best single model's; None where that is always wrong."""
+        return self.found.quality / self.best.quality if self.best.quality > 0 else None
+
+
+def calibrate(
+    quality: QualityOption = None,
+    budget_usd_per_1k: BudgetOption = None,
+    prompts: Annotated[list[Path] | None, typer.Option("--prompts", metavar="FILE", help=PROMPTS_HELP)] = None,
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    url: UrlOption = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Which λ to set, and what it should cost, by the profiles and prices of a running server.
+
+    Give the configuration of that server: map, embedder, cost unit and validation set are read from it. Costs are those
+    of the prompts' text, without system prompts, tools, earlier turns, or the middle of very long ones.
+    """
+    from proxy.cli import console
+    from proxy.cli.options import read_settings
+    from proxy.cli.traffic import opened_traffic
+
+    if (quality is None) == (budget_usd_per_1k is None):
+        raise console.BadArgument("give --quality or --budget-usd-per-1k, and not both")
+    settings = read_settings(config, data_dir=data_dir)
+    traffic = opened_traffic(settings, prompts or [])
+    answer = _answer(settings, traffic, Goal(quality, budget_usd_per_1k), url)
+    if as_json:
+        console.emit_json(_document(answer))
+    else:
+        _tell(answer)
+
+
+def _answer(settings: Settings, traffic: Traffic, goal: Goal, url: str | None) -> Answer:
+    """By the server's rule: its text of a prompt, its estimate of tokens, its costs."""
+    import numpy as np
+
+    from proxy.cli import console
+    from proxy.cli.deployed import deployed_pool, opened_map
+    from proxy.cli.options import admin_client
+    from proxy.routing.features import needs_of, routing_text
+    from router_core.calibration import expectations
+    from router_core.calibration_doubt import relative_interval
+    from router_core.fitting import embed_prompts
+    from router_core.scoring import Terms
+
+    with admin_client(url) as server:
+        cluster_map, embedder = opened_map(settings)
+        pool = deployed_pool(server, cluster_map)
+    with console.progress() as bars:
+        vectors = embed_prompts([routing_text(messages) for messages in traffic.prompts], embedder, bars.update)
+    tokens = [needs_of({"messages": list(messages)}).prompt_tokens for messages in traffic.prompts]
+    terms = Terms(
+        latency_weight=settings.latency_weight, cost_unit=settings.cost_unit, reference=settings.reference_price
+    )
+    assignment = cluster_map.assign(vectors)
+    expected = expectations(pool, assignment, np.array(tokens, dtype=np.float64), terms)
+    found = _found(expected, goal)
+    interval = relative_interval(expected, found, pool, assignment)
+    labels = {name: float(pool.total_labels[pool.index[name]]) for name in expected.models}
+    return Answer(found, expected.best_single(), interval, labels, traffic, settings.cost_unit)
+
+
+def _found(expected: Expectations, goal: Goal) -> Point:
+    from router_core.calibration import best_within, cheapest_reaching
+
+    if goal.quality is not None:
+        return cheapest_reaching(expected, goal.quality)
+    return best_within(expected, (goal.budget_usd_per_1k or 0.0) / 1e3)
+
+
+def _document(answer: Answer) -> dict[str, Any]:
+    found, best = answer.found, answer.best
+    return {
+        "lambda": found.lambda_,
+        "quality": found.quality,
+        "relative_quality": answer.relative,
+        "relative_interval": None if answer.interval is None else list(answer.interval),
+        "usd_per_1k": 1e3 * found.usd,
+        "best_single": {"model": best.model, "quality": best.quality, "usd_per_1k": 1e3 * best.usd},
+        "shares": dict(found.shares),
+        "prompts": len(answer.traffic.prompts),
+        "cost_unit": answer.cost_unit,
+    }
+
+
+def _tell(answer: Answer) -> None:
+    from proxy.cli import console
+
+    found, best, traffic = answer.found, answer.best, answer.traffic
+    console.say(f"λ = {found.lambda_:g}, expected over {len(traffic.prompts):,} prompts of {traffic.name}")
+    rows = [
+        (f"at λ = {found.lambda_:g}", f"{found.quality:.3f}", _share(answer.relative), _usd(found.usd)),
+        (f"always {best.model}, the best single model", f"{best.quality:.3f}", _share(1.0), _usd(best.usd)),
+    ]
+    console.table(("", "expected quality", "of the best", "$ per 1,000 requests"), rows)
+    used = {name: share for name, share in found.shares.items() if share > 0}
+    console.table(("model", "share of requests"), [(name, _share(share)) for name, share in used.items()])
+    if never := [name for name in found.shares if name not in used]:
+        console.say(f"  none of them to {', '.join(never)}")
+    if answer.interval:
+        console.say(_doubt(answer, *answer.interval))
+    console.say(f"to set it: `lambda: {found.lambda_:g}` in the uniroute section (cost_unit: {answer.cost_unit})")
+    console.say(f"to try it: the header `lambda: {found.lambda_:g}` on any request for `auto`")
+
+
+def _doubt(answer: Answer, low: float, high: float) -> str:
+    fewest = min(answer.labels, key=answer.labels.__getitem__)
+    return (
+        f"it may be {_share(low)} to {_share(high)} of the best (fewest labels: {answer.labels[fewest]:.0f}, {fewest}),"
+        " and rather less than more: models are chosen by the estimates that they are judged by"
+    )
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+def _usd(usd: float) -> str:
+    return f"{1e3 * usd:,.4f}"
