@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("router_core", "proxy")
 HEAVY = (
     *("torch", "sentence_transformers", "transformers", "litellm", "faiss", "xllamacpp", "openai", "sklearn"),
-    *("pyarrow", "ray"),
+    *("pyarrow", "ray", "matplotlib", "plotly"),
 )
 LONGEST_FILE = 300
 LONGEST_FUNCTION = 50

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from proxy.cli.calibrate import calibrate
+from proxy.cli.evaluate import evaluate
 from proxy.cli.fit import fit
 from proxy.cli.keys import keys
 from proxy.cli.models import models
@@ -23,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Send each prompt to the model most likely to get it right for the money.",
 )
-for command in (serve, demo, worker, route, fit, calibrate):
+for command in (serve, demo, worker, route, fit, evaluate, calibrate):
     app.command()(command)
 for group, name in ((models, "models"), (keys, "keys"), (prices, "prices"), (validation, "validation")):
     app.add_typer(group, name=name)

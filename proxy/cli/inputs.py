@@ -1,4 +1,4 @@
-"""What several commands read and write: files that are there, folders that can be made, an embedder. Parses nothing."""
+"""What several commands read and write: files, folders that can be made, an embedder. Parses nothing."""
 
 from __future__ import annotations
 
@@ -18,6 +18,18 @@ def readable(path: Path, where: str) -> Path:
             return path
     except OSError as error:
         raise BadArgument(f"{where}: {path} cannot be read ({error.strerror})") from None
+
+
+def writable(path: Path, where: str) -> Path:
+    """The path, once its file has been opened for writing: before the work, not after it. Raises BadArgument.
+
+    What is in the file stays until it is written; a new one is empty until then.
+    """
+    try:
+        with path.open("ab"):
+            return path
+    except OSError as error:
+        raise BadArgument(f"{where}: {path} cannot be written ({error.strerror})") from None
 
 
 def empty_folder(path: Path, where: str) -> Path:

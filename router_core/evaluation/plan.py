@@ -36,7 +36,7 @@ class Plan:
 
     def new_models(self, models: int) -> int:
         """How many of so many models are new in a trial."""
-        return models if self.unseen == 0 else max(1, round(self.unseen * models))
+        return new_models(self.unseen, models)
 
     def check(self, outcomes: Outcomes) -> None:
         """Raises InvalidInput where there is too little to follow the plan."""
@@ -52,6 +52,21 @@ class Plan:
                 f"{self.labels[-1]} labels are more than the {train} prompts that are left to train on:"
                 " give smaller --labels, or more prompts"
             )
+
+
+def new_models(unseen: float, models: int) -> int:
+    return models if unseen == 0 else max(1, round(unseen * models))
+
+
+def usual_unseen(models: int) -> float:
+    """A third; 0 where that leaves nothing to choose from."""
+    return UNSEEN if new_models(UNSEEN, models) >= 2 else 0.0
+
+
+def usual_labels(prompts: int) -> tuple[int, ...]:
+    """Those of LABELS that the train prompts suffice for, of so many in all; at least the first."""
+    train = prompts - test_prompts(prompts)
+    return tuple(labels for labels in LABELS if labels <= train) or LABELS[:1]
 
 
 def test_prompts(prompts: int) -> int:

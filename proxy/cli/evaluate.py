@@ -1,0 +1,167 @@
+"""`uniroute evaluate`: how good the choices are, on outcomes of models: of new ones by trials, or of those deployed."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from proxy.cli.options import ConfigOption, DataDirOption, JsonOption, UrlOption
+
+if TYPE_CHECKING:
+    from proxy.settings import Settings
+    from router_core.evaluation.outcomes import Outcomes
+    from router_core.evaluation.plan import Plan
+    from router_core.evaluation.results import Results
+
+OUTCOMES_HELP = (
+    "Which model answered which prompt how well (JSONL, gzipped or not); `uniroute models outcomes` writes one."
+)
+PRICES_HELP = "What the models cost (JSON), in USD per token under LiteLLM's field names."
+LABELS_HELP = (
+    "N, how many prompts each new model is asked, with commas; by default 25,50,100,200,400 as far as they go."
+)
+UNSEEN_HELP = """The share of the models that is new in a trial; the others are known by all their answers. 0: all are
+new. By default a third, or 0 where that is only one model."""
+DEPLOYED_HELP = """Instead of trials: the map, the profiles and the prices of a running server, on outcomes of models of
+the same names."""
+
+
+def evaluate(
+    outcomes: Annotated[Path, typer.Option("--outcomes", metavar="FILE", help=OUTCOMES_HELP)],
+    prices: Annotated[Path | None, typer.Option("--prices", metavar="FILE", help=PRICES_HELP)] = None,
+    labels: Annotated[str | None, typer.Option("--labels", metavar="N,N…", help=LABELS_HELP)] = None,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Random splits; by default 100.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Same files, same seed: same figures.")] = 0,
+    unseen: Annotated[float | None, typer.Option("--unseen", min=0.0, max=1.0, help=UNSEEN_HELP)] = None,
+    embedder: Annotated[
+        str | None,
+        typer.Option("--embedder", help="static, transformer, or a model's name; by default the configured."),
+    ] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with all figures.")] = None,
+    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write the curve as a picture.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="Processes; by default one per CPU. The figures are the same."),
+    ] = None,
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    url: UrlOption = None,
+    *,
+    deployed: Annotated[bool, typer.Option("--deployed", help=DEPLOYED_HELP)] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure routing on outcomes: quality against cost, beside other methods on the same prompts and answers.
+
+    After the protocol of UniRoute's paper: in each trial 30 % of the prompts are test prompts, and the new models are
+    seen through N answers to the others.
+    """
+    from proxy.cli.inputs import readable, writable
+    from proxy.cli.options import read_settings
+
+    readable(outcomes, "--outcomes")
+    for path, where in ((html, "--html"), (svg, "--svg")):
+        if path:
+            writable(path, where)
+    settings = read_settings(config, data_dir=data_dir)
+    if deployed:
+        _refuse_with_deployed(
+            {"--prices": prices, "--labels": labels, "--trials": trials, "--unseen": unseen, "--embedder": embedder}
+        )
+        results = _deployed(outcomes, settings, url)
+    else:
+        order = Order(outcomes, prices, _numbers(labels), trials, seed, unseen)
+        results = _studied(order, embedder or settings.embedder, settings.data_dir, workers)
+    _show(results, html, svg, as_json=as_json)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What was asked for; what is None is as usual for the file."""
+
+    outcomes: Path
+    prices: Path | None
+    labels: tuple[int, ...] | None
+    trials: int | None
+    seed: int
+    unseen: float | None
+
+
+def _refuse_with_deployed(stated: dict[str, object]) -> None:
+    from proxy.cli.console import BadArgument
+
+    for option, value in stated.items():
+        if value is not None:
+            raise BadArgument(f"{option} is for trials; --deployed takes what is deployed, as it is")
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    from proxy.cli.console import BadArgument
+
+    if text is None:
+        return None
+    try:
+        return tuple(sorted({int(number) for number in text.split(",")}))
+    except ValueError:
+        raise BadArgument(f"--labels: {text!r} is not whole numbers with commas, as 25,50,100") from None
+
+
+def _deployed(outcomes: Path, settings: Settings, url: str | None) -> Results:
+    from proxy.cli import console
+    from proxy.cli.deployed import deployed_results
+
+    results, common = deployed_results(outcomes, settings, url)
+    for models, where in ((common.only_scored, "not deployed"), (common.only_deployed, f"not in {outcomes.name}")):
+        if models:
+            console.note(f"left out, {where}: {', '.join(models)}")
+    return results
+
+
+def _studied(order: Order, embedder: str, data_dir: Path, workers: int | None) -> Results:
+    from proxy.cli import console
+    from proxy.cli.inputs import opened_embedder, readable
+    from proxy.routing.features import routing_text
+    from router_core.evaluation.outcomes import read_outcomes
+    from router_core.evaluation.study import run_study
+    from router_core.fitting import embed_prompts
+
+    if order.prices is None:
+        raise console.BadArgument("--prices: give the prices of the models that --outcomes scores")
+    outcomes = read_outcomes(order.outcomes, readable(order.prices, "--prices"))
+    opened = opened_embedder(embedder, data_dir)
+    plan = _plan(order, outcomes, opened.id)
+    plan.check(outcomes)
+    texts = [routing_text([{"role": "user", "content": prompt}]) for prompt in outcomes.prompts]
+    with console.progress() as bars:
+        vectors = embed_prompts(texts, opened, bars.update)
+        return run_study(outcomes, vectors, plan, bars.update, workers=workers or os.cpu_count() or 1)
+
+
+def _plan(order: Order, outcomes: Outcomes, embedder_id: str) -> Plan:
+    from router_core.evaluation.plan import TRIALS, Plan, usual_labels, usual_unseen
+
+    return Plan(
+        outcomes_name=order.outcomes.name,
+        embedder_id=embedder_id,
+        labels=usual_labels(len(outcomes.prompts)) if order.labels is None else order.labels,
+        trials=order.trials or TRIALS,
+        seed=order.seed,
+        unseen=usual_unseen(len(outcomes.models)) if order.unseen is None else order.unseen,
+    )
+
+
+def _show(results: Results, html: Path | None, svg: Path | None, *, as_json: bool) -> None:
+    from proxy.cli import console
+    from proxy.cli.study.document import document
+    from proxy.cli.study.page import write_page
+    from proxy.cli.study.svg import write_svg
+    from proxy.cli.study.table import tell
+
+    console.emit_json(document(results)) if as_json else tell(results)
+    for path, write in ((html, write_page), (svg, write_svg)):
+        if path:
+            write(results, path)
+            console.note(f"{path} is written")

@@ -1,0 +1,107 @@
+"""A study in the terminal: what was run, Area, what ours is ahead or behind, and the other figures for one N."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from proxy.cli import console
+from proxy.cli.study.names import LOOKS, OURS
+from proxy.cli.study.numbers import number, points, points_apart
+from proxy.cli.study.rivals import best_rivals
+from proxy.cli.study.words import middle, protocol_sentences, undefined_sentence
+from router_core.evaluation.intervals import Difference
+from router_core.evaluation.results import MethodFigures, Results
+
+FIGURES: Mapping[str, Callable[[MethodFigures], str]] = {
+    "QNC": lambda figures: number(figures.qnc.mean, ".2f"),
+    "reached": lambda figures: number(figures.reached, ".0%"),
+    "peak": lambda figures: number(100 * figures.peak.mean, ".1f"),
+    "PerfGain": lambda figures: number(figures.perf_gain.mean, "+z.1%"),
+    "CostSave": lambda figures: number(figures.cost_save.mean, "+z.1%"),
+    "paper's Area": lambda figures: number(100 * figures.paper_area.mean, ".1f"),
+    "Area(50 %)": lambda figures: number(100 * figures.paper_area_half.mean, ".1f"),
+}
+MEANINGS = (
+    "QNC: the least cost that has the best single model's quality, as a share of that model's, where it is reached.",
+    "Peak: the best quality ×100, whatever it costs. PerfGain, CostSave: over the best single model. The paper's Area",
+    "is UniRoute's own, ×100, over all costs up to the dearest model's, or up to half of it.",
+)
+
+
+def tell(results: Results, labels: int | None = None) -> None:
+    """`labels`: the N of the table that has room for one; the middle one unless said."""
+    for sentence in protocol_sentences(results):
+        console.say(sentence)
+    console.say()
+    _tell_areas(results)
+    console.say()
+    _tell_differences(results)
+    console.say()
+    _tell_figures(results, labels or middle(results))
+    if results.chosen:
+        console.say()
+        _tell_chosen(results)
+
+
+def _columns(results: Results) -> list[str]:
+    return [f"N = {labels}" for labels in results.protocol.labels]
+
+
+def _tell_areas(results: Results) -> None:
+    title = "Area ×100: mean quality over all budgets between the cheapest and the best single model"
+    rows = [
+        (LOOKS[method].label, *(points(figures.area) for figures in by_labels.values()))
+        for method, by_labels in results.methods.items()
+    ]
+    console.table(("method", *_columns(results)), rows, title=title)
+    if undefined := undefined_sentence(results):
+        console.say(undefined)
+
+
+def _tell_differences(results: Results) -> None:
+    """The mark of the best rival is as wide as no mark, so that figures stay below each other."""
+    best = best_rivals(results)
+
+    def cell(method: str, labels: int, found: Difference) -> str:
+        return points_apart(found) + (" *" if best.get(labels) == method else "  ")
+
+    rows = [
+        (f"less {LOOKS[method].label}", *(cell(method, labels, found) for labels, found in by_labels.items()))
+        for method, by_labels in results.differences.items()
+    ]
+    if best:
+        rows += _best_rows(results, best)
+    columns = [f"{column}  " for column in _columns(results)]
+    console.table(
+        ("ours", *columns), rows, title="Area ×100 of ours, less that of each other, on the same test prompts"
+    )
+
+
+def _best_rows(results: Results, best: Mapping[int, str]) -> list[tuple[str, ...]]:
+    """Once more, for who reads the last lines only."""
+    found = {labels: results.differences[method][labels] for labels, method in best.items()}
+    every = results.protocol.labels
+    return [
+        ("* the best rival", *(f"{LOOKS[best[n]].short}  " if n in best else "–  " for n in every)),
+        ("less the best rival", *(f"{points_apart(found[n])}  " if n in best else "–  " for n in every)),
+    ]
+
+
+def _tell_figures(results: Results, labels: int) -> None:
+    rows = [
+        (LOOKS[method].label, *(cell(by_labels[labels]) for cell in FIGURES.values()))
+        for method, by_labels in results.methods.items()
+    ]
+    console.table((f"N = {labels}", *FIGURES), rows, title="The other figures; their intervals are in --json")
+    for line in MEANINGS:
+        console.say(line)
+
+
+def _tell_chosen(results: Results) -> None:
+    random = results.methods[OURS]
+    rows = [
+        (f"{labels}", points(found), points(random[labels].area), points_apart(results.chosen_differences[labels]))
+        for labels, found in results.chosen.items()
+    ]
+    title = "Area ×100 of ours on N prompts chosen as `uniroute models add` does, and on random ones"
+    console.table(("N", "chosen", "random", "chosen less random"), rows, title=title)
