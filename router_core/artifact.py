@@ -17,12 +17,15 @@ from numpy.typing import NDArray
 from router_core.clustering import ClusterMap
 from router_core.errors import InvalidArtifact, InvalidInput
 from router_core.history import History
+from router_core.learned_map import LearnedMap
 from router_core.response import ResponseClusters
+from router_core.taught import TaughtClusters, array_names, arrays_of
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 ARRAYS = "clusters.npz"
-RESPONSE = ("weights", "offsets", "centroids")
+TAUGHT: Mapping[str, type[ResponseClusters | LearnedMap]] = {"response": ResponseClusters, "learned": LearnedMap}
+"""Kinds of taught clusters, by the name that begins their arrays' names."""
 HISTORY = ("overlap", "error_sums", "labels")
 BUILTIN_MAP = Path(__file__).parent / "assets" / "map"
 
@@ -39,11 +42,10 @@ def save_map(cluster_map: ClusterMap, folder: Path) -> None:
         "id": cluster_map.id,
         "embedder": cluster_map.embedder_id,
         "clusters": cluster_map.size,
-        "response_clusters": cluster_map.response.size if cluster_map.response else 0,
+        "taught": [{"kind": _kind(clusters), "top": clusters.top} for clusters in cluster_map.taught],
         "dimension": cluster_map.dimension,
         "top": cluster_map.top,
         "temperature": cluster_map.temperature,
-        "response_top": cluster_map.response.top if cluster_map.response else None,
         "names": list(cluster_map.names),
         "known_models": list(cluster_map.history.models) if cluster_map.history else None,
         "sha256": hashlib.sha256(arrays).hexdigest(),
@@ -53,8 +55,8 @@ def save_map(cluster_map: ClusterMap, folder: Path) -> None:
 
 def _arrays(cluster_map: ClusterMap) -> dict[str, Any]:
     arrays: dict[str, Any] = {"centroids": cluster_map.centroids}
-    if response := cluster_map.response:
-        arrays |= {f"response_{name}": getattr(response, name) for name in RESPONSE}
+    for clusters in cluster_map.taught:
+        arrays |= {f"{_kind(clusters)}_{name}": array for name, array in arrays_of(clusters).items()}
     if history := cluster_map.history:
         arrays |= {f"history_{name}": getattr(history, name) for name in HISTORY}
     return arrays
@@ -108,18 +110,20 @@ def _assemble(folder: Path, arrays: bytes, manifest: dict[str, Any]) -> ClusterM
                 names=manifest["names"],
                 top=manifest["top"],
                 temperature=manifest["temperature"],
-                response=_response(loaded, manifest),
+                taught=[_taught(loaded, **stated) for stated in manifest["taught"]],
                 history=_history(loaded, manifest),
             )
     except (KeyError, TypeError, ValueError, zipfile.BadZipFile, InvalidInput) as exc:
         raise InvalidArtifact(f"{folder} is not a complete cluster map: {exc}") from exc
 
 
-def _response(loaded: Mapping[str, NDArray[Any]], manifest: dict[str, Any]) -> ResponseClusters | None:
-    if not manifest["response_clusters"]:
-        return None
-    weights, offsets, centroids = (loaded[f"response_{name}"] for name in RESPONSE)
-    return ResponseClusters(weights, offsets, centroids, top=manifest["response_top"])
+def _taught(loaded: Mapping[str, NDArray[Any]], *, kind: str, top: int) -> TaughtClusters:
+    made = TAUGHT[kind]
+    return made(**{name: loaded[f"{kind}_{name}"] for name in array_names(made)}, top=top)
+
+
+def _kind(clusters: TaughtClusters) -> str:
+    return next(kind for kind, made in TAUGHT.items() if isinstance(clusters, made))
 
 
 def _history(loaded: Mapping[str, NDArray[Any]], manifest: dict[str, Any]) -> History | None:

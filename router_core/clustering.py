@@ -6,13 +6,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from router_core.errors import InvalidInput
 from router_core.history import History
-from router_core.response import ResponseClusters
+from router_core.taught import TaughtClusters, arrays_of
 from router_core.types import Assignment, Doubles, Floats
 
 if TYPE_CHECKING:
@@ -35,18 +36,19 @@ class ClusterMap:
         names: Sequence[str] = (),
         top: int = TOP,
         temperature: float = TEMPERATURE,
-        response: ResponseClusters | None = None,
+        taught: Sequence[TaughtClusters] = (),
         history: History | None = None,
     ) -> None:
         """
         Args:
             centroids: (K, d) float32, rows of unit length.
             embedder_id: the embedder whose vectors these are; others are refused by whoever joins the two.
-            names: a short name per cluster, for people; those of the response clusters last.
+            names: a short name per cluster, for people; those of the taught clusters last.
             top: p, how many clusters share a prompt. 1 is the hard assignment of the paper.
             temperature: τ of the softmax over cosines.
-            response: more clusters; a prompt then belongs half to these and half to the centroids.
-            history: of all clusters, the response clusters last.
+            taught: more clusters, that known models made. A prompt then belongs in equal shares to the centroids and to
+                each of these groups.
+            history: of all clusters, the taught ones last.
         """
         if centroids.ndim != 2 or not len(centroids):
             raise InvalidInput(f"centroids must be a (K, d) matrix; got shape {centroids.shape}")
@@ -55,7 +57,7 @@ class ClusterMap:
         self.centroids = np.ascontiguousarray(centroids, dtype=np.float32)
         self.centroids.setflags(write=False)
         self.embedder_id = embedder_id
-        self.response = response
+        self.taught = tuple(taught)
         self.history = history
         self.names = tuple(names) or tuple(f"cluster {k}" for k in range(self.size))
         self.top = min(top, len(centroids))
@@ -64,8 +66,8 @@ class ClusterMap:
 
     @property
     def size(self) -> int:
-        """How many clusters there are, response clusters included."""
-        return len(self.centroids) + (self.response.size if self.response else 0)
+        """How many clusters there are, the taught ones included."""
+        return self._ends[-1]
 
     @property
     def dimension(self) -> int:
@@ -76,21 +78,28 @@ class ClusterMap:
         """Digest of all that decides an assignment. Names and history are not part of it."""
         digest = hashlib.sha256(self.centroids.tobytes())
         digest.update(f"{self.centroids.shape} {self.embedder_id} {self.top} {self.temperature!r}".encode())
-        if self.response:
-            for array in (self.response.weights, self.response.offsets, self.response.centroids):
+        for clusters in self.taught:
+            for array in arrays_of(clusters).values():
                 digest.update(array.tobytes())
-            digest.update(f"{self.response.centroids.shape} {self.response.top}".encode())
+            digest.update(f"{type(clusters).__name__} {clusters.size} {clusters.top}".encode())
         return digest.hexdigest()[:16]
 
     @cached_property
     def views(self) -> tuple[View, ...]:
-        """The groups of clusters that each hold a prompt once, or the half of it."""
+        """The groups of clusters that each hold the same share of every prompt."""
         centroids = self.centroids.astype(np.float64)
-        alike = np.exp((centroids @ centroids.T - 1.0) / SPREAD)
-        if self.response is None:
-            return (View(slice(0, self.size), 1.0, alike),)
-        split = len(self.centroids)
-        return (View(slice(0, split), 0.5, alike), View(slice(split, self.size), 0.5, self.response.likeness()))
+        alike = [np.exp((centroids @ centroids.T - 1.0) / SPREAD), *(clusters.likeness() for clusters in self.taught)]
+        share = 1.0 / len(alike)
+        starts = (0, *self._ends[:-1])
+        return tuple(
+            View(slice(start, end), share, likeness)
+            for start, end, likeness in zip(starts, self._ends, alike, strict=True)
+        )
+
+    @cached_property
+    def _ends(self) -> tuple[int, ...]:
+        """Where each group of clusters ends."""
+        return tuple(accumulate((len(self.centroids), *(clusters.size for clusters in self.taught))))
 
     @cached_property
     def _index(self) -> faiss.IndexFlatIP:
@@ -106,9 +115,9 @@ class ClusterMap:
         cosines, ids = self._index.search(vectors, self.top)
         weights = np.exp((cosines - cosines[:, :1]) / self.temperature)
         near = Assignment(ids=ids, weights=weights / weights.sum(axis=1, keepdims=True))
-        if self.response is None:
+        if not self.taught:
             return near
-        return _joined(near, self.response.assign(vectors), len(self.centroids))
+        return _joined([near, *(clusters.assign(vectors) for clusters in self.taught)], (0, *self._ends[:-1]))
 
     def hardened(self) -> ClusterMap:
         """The same centroids, each prompt wholly in its nearest: another map with another id, without history."""
@@ -128,17 +137,16 @@ class ClusterMap:
             names=self.names,
             top=self.top,
             temperature=self.temperature,
-            response=self.response,
+            taught=self.taught,
             history=history,
         )
 
     def _check(self) -> None:
         if len(self.names) != self.size:
             raise InvalidInput(f"{len(self.names)} names for {self.size} clusters")
-        if self.response and self.response.weights.shape[0] != self.dimension:
-            raise InvalidInput(
-                f"response clusters of {self.response.weights.shape[0]} dimensions, not {self.dimension}"
-            )
+        for clusters in self.taught:
+            if clusters.dimension != self.dimension:
+                raise InvalidInput(f"taught clusters of {clusters.dimension} dimensions, not {self.dimension}")
         if self.history and len(self.history.overlap) != self.size:
             raise InvalidInput(f"a history of {len(self.history.overlap)} clusters for {self.size}")
 
@@ -153,9 +161,9 @@ class View:
     """(k, k) how alike two of them are before anything is measured; 1 on the diagonal."""
 
 
-def _joined(near: Assignment, alike: Assignment, offset: int) -> Assignment:
-    """Half a prompt by each, heaviest cluster first."""
-    ids = np.concatenate((near.ids, alike.ids + offset), axis=1)
-    weights = np.concatenate((near.weights, alike.weights), axis=1) / np.float32(2)
+def _joined(parts: Sequence[Assignment], starts: Sequence[int]) -> Assignment:
+    """An equal share of the prompt by each, heaviest cluster first."""
+    ids = np.concatenate([part.ids + start for part, start in zip(parts, starts, strict=True)], axis=1)
+    weights = np.asarray(np.concatenate([part.weights for part in parts], axis=1) / np.float32(len(parts)), np.float32)
     order = np.argsort(-weights, axis=1, kind="stable")
     return Assignment(np.take_along_axis(ids, order, axis=1), np.take_along_axis(weights, order, axis=1))

@@ -13,8 +13,9 @@ from router_core.errors import InvalidInput
 from router_core.history import LARGEST, history_of
 from router_core.kmeans import kmeans
 from router_core.naming import cluster_names
-from router_core.response import ResponseClusters, fit_response
 from router_core.sampling import PromptSample, sample_prompts
+from router_core.taught import TaughtClusters
+from router_core.teaching import fit_taught
 from router_core.types import Doubles, Embedder, Floats, Indices
 
 BATCH = 512
@@ -109,12 +110,11 @@ def fit_with_history(
 ) -> ClusterMap:
     """The map of prompts of which some are scored: (n, R) scores in [0, 1] of R known models, NaN where unlabelled.
 
-    Known models with enough labels give it response clusters beside those of the embedding.
+    Known models with enough labels give it clusters of their own beside those of the embedding.
     """
     plain = fit_embedded(embedded, clusters, seed=seed, progress=progress)
-    response = fit_response(embedded.vectors, scores, seed=seed)
-    fitted = plain if response is None else _with_response(plain, response, embedded)
-    return remembering(fitted, embedded, scores, models)
+    taught = fit_taught(embedded.vectors, scores, seed=seed)
+    return remembering(_with_taught(plain, taught, embedded), embedded, scores, models)
 
 
 def remembering(
@@ -130,16 +130,17 @@ def remembering(
     return cluster_map.with_history(history_of(assignment, cluster_map.size, scores, models))
 
 
-def _with_response(plain: ClusterMap, response: ResponseClusters, embedded: EmbeddedPrompts) -> ClusterMap:
-    nearest = response.assign(embedded.vectors).ids[:, 0]
-    names = (*plain.names, *cluster_names(embedded.texts, nearest, response.size))
+def _with_taught(plain: ClusterMap, taught: Sequence[TaughtClusters], embedded: EmbeddedPrompts) -> ClusterMap:
+    names = list(plain.names)
+    for clusters in taught:
+        names += cluster_names(embedded.texts, clusters.assign(embedded.vectors).ids[:, 0], clusters.size)
     return ClusterMap(
         plain.centroids,
         embedder_id=plain.embedder_id,
         names=names,
         top=plain.top,
         temperature=plain.temperature,
-        response=response,
+        taught=taught,
     )
 
 

@@ -1,4 +1,4 @@
-"""Clusters of prompts that the known models find alike, read off the embedding. The embedding's own: clustering.py."""
+"""Clusters of prompts that known models find alike, by the errors that a ridge expects of each."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ TOP = 8
 RIDGE = 10.0
 SHARPNESS = 12.0
 """Of the softmax over squared distances, per known model: with R of them its temperature is R/12."""
-LEAST_MODELS = 3
-LEAST_LABELS = 500
-"""Fewer tell nothing that the embedding's own clusters don't: there are no response clusters then."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +40,10 @@ class ResponseClusters:
     def size(self) -> int:
         return len(self.centroids)
 
+    @property
+    def dimension(self) -> int:
+        return len(self.weights)
+
     def assign(self, vectors: Floats) -> Assignment:
         """Weights ∝ exp(−distance²/τ) over the p nearest of each row of `vectors`, (n, d)."""
         distances = _squared_distances(vectors @ self.weights + self.offsets, self.centroids)
@@ -58,12 +59,9 @@ class ResponseClusters:
         return np.asarray(np.exp(-distances / max(float(distances.mean()), 1e-12)))
 
 
-def fit_response(vectors: Floats, scores: Doubles, *, seed: int) -> ResponseClusters | None:
-    """Fit to n prompts, (n, d), and (n, R) scores of known models, NaN where unlabelled; None if they are too few."""
-    enough = (~np.isnan(scores)).sum(axis=0) >= LEAST_LABELS
-    if enough.sum() < LEAST_MODELS:
-        return None
-    fitted = [_ridge(vectors, 1.0 - column) for column in scores[:, enough].T]
+def fit_response(vectors: Floats, scores: Doubles, *, seed: int) -> ResponseClusters:
+    """Fit to n prompts, (n, d), and (n, R) scores in [0, 1] of known models, NaN where unlabelled."""
+    fitted = [_ridge(vectors, 1.0 - column) for column in scores.T]
     weights = np.stack([slope for slope, _ in fitted], axis=1)
     offsets = np.array([offset for _, offset in fitted], dtype=np.float32)
     expected = vectors @ weights + offsets

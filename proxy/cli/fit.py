@@ -97,7 +97,7 @@ def _tell(fitted: ClusterMap, sample: PromptSample, counts: Indices | None, out:
         f"{out}: map {fitted.id} with {fitted.size} clusters of {len(sample):,} distinct prompts, {sample.read:,} read"
     )
     if fitted.history and (known := fitted.history.models):
-        alike = f", and gave it {fitted.response.size} of the clusters" if fitted.response else ""
+        alike = f", and gave it {fitted.size - len(fitted.centroids)} of the clusters" if fitted.taught else ""
         console.say(f"it remembers {len(known)} models{alike}: {', '.join(known)}")
     for number, name in enumerate(fitted.names):
         counted = "" if counts is None else f"{counts[number]:>10,}  " if number < counts.size else " " * 12
@@ -111,7 +111,7 @@ def _tell_json(fitted: ClusterMap, sample: PromptSample, counts: Indices | None,
     document: dict[str, object] = {
         "map": fitted.id,
         "clusters": fitted.size,
-        "response_clusters": fitted.response.size if fitted.response else 0,
+        "taught_clusters": fitted.size - len(fitted.centroids),
         "known_models": list(fitted.history.models) if fitted.history else [],
         "prompts": sample.read,
         "sampled": len(sample),

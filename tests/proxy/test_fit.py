@@ -69,8 +69,8 @@ def test_a_map_fitted_with_outcomes_remembers_the_models(tmp_path: Path, embedde
     environ = environment(tmp_path / "data", embedder_cache)
     outcomes = write_outcomes(tmp_path / "outcomes.jsonl", generated_prompts(700))
     alone = fitted("--outcomes", outcomes, "--clusters", "8", "--out", tmp_path / "alone", environ=environ)
-    assert (alone["known_models"], alone["clusters"]) == (["a", "e", "o"], 8 + alone["response_clusters"])
-    assert alone["response_clusters"] > 0
+    assert (alone["known_models"], alone["clusters"]) == (["a", "e", "o"], 8 + alone["taught_clusters"])
+    assert alone["taught_clusters"] > 0
     more = write_jsonl(tmp_path / "more.jsonl", ["a prompt of another kind", "and one more"])
     both = fitted(more, "--outcomes", outcomes, "--clusters", "8", "--out", tmp_path / "both", environ=environ)
     assert both["sampled"] == alone["sampled"] + 2

@@ -6,7 +6,8 @@ import pytest
 from router_core.clustering import ClusterMap
 from router_core.errors import InvalidInput
 from router_core.fitting import EmbeddedPrompts, fit_with_history
-from router_core.response import LEAST_LABELS, ResponseClusters, fit_response
+from router_core.response import ResponseClusters, fit_response
+from router_core.teaching import LEAST_LABELS, fit_taught
 from router_core.types import Doubles, Floats
 
 SPREAD = 20
@@ -24,7 +25,6 @@ def prompts(n: int = 600) -> tuple[Floats, Doubles]:
 def test_prompts_are_put_together_by_who_is_right_on_them() -> None:
     vectors, scores = prompts()
     response = fit_response(vectors, scores, seed=0)
-    assert response is not None
     nearest = response.assign(vectors).ids[:, 0]
     shares = np.array([scores[nearest == k, 0].mean() for k in np.unique(nearest)])
     assert np.abs(shares - 0.5).mean() > 0.4
@@ -33,36 +33,36 @@ def test_prompts_are_put_together_by_who_is_right_on_them() -> None:
 def test_weights_sum_to_one_and_one_by_one_equals_all_at_once() -> None:
     vectors, scores = prompts()
     response = fit_response(vectors, scores, seed=0)
-    assert response is not None
     at_once = response.assign(vectors[:SPREAD]).dense(response.size)
     one_by_one = [response.assign(vectors[row : row + 1]).dense(response.size)[0] for row in range(SPREAD)]
     assert at_once.sum(axis=1) == pytest.approx(np.ones(SPREAD), abs=1e-6)
     assert np.array(one_by_one) == pytest.approx(at_once, abs=1e-3)
 
 
-def test_few_models_or_few_labels_give_none() -> None:
+def test_few_models_or_few_labels_teach_nothing() -> None:
     vectors, scores = prompts()
-    assert fit_response(vectors, scores[:, :2], seed=0) is None
+    assert len(fit_taught(vectors, scores, seed=0)) == 2
+    assert fit_taught(vectors, scores[:, :2], seed=0) == ()
     scores[LEAST_LABELS - 1 :, 0] = np.nan
-    assert fit_response(vectors, scores, seed=0) is None
+    assert fit_taught(vectors, scores, seed=0) == ()
 
 
 def test_a_model_that_is_always_right_tells_nothing_and_breaks_nothing() -> None:
     vectors, scores = prompts()
     scores[:, 1] = 1.0
     response = fit_response(vectors, scores, seed=0)
-    assert response is not None
     assert np.isfinite(response.assign(vectors).weights).all()
 
 
-def test_a_prompt_belongs_half_to_the_clusters_of_either_kind_heaviest_first() -> None:
+def test_a_prompt_belongs_to_the_clusters_of_every_kind_in_equal_shares_heaviest_first() -> None:
     vectors, scores = prompts()
     fitted = fit_with_history(EmbeddedPrompts(["alpha beta"] * 600, vectors, "e"), scores, ("x", "y", "z"), 6)
-    assert fitted.response is not None
     dense = fitted.assign(vectors).dense(fitted.size)
     weights = fitted.assign(vectors).weights
-    assert fitted.size == 6 + fitted.response.size == len(fitted.names)
-    assert dense[:, :6].sum(axis=1) == pytest.approx(np.full(600, 0.5), abs=1e-6)
+    assert fitted.size == 6 + sum(clusters.size for clusters in fitted.taught) == len(fitted.names)
+    assert len(fitted.views) == 3
+    for view in fitted.views:
+        assert dense[:, view.columns].sum(axis=1) == pytest.approx(np.full(600, 1 / 3), abs=1e-6)
     assert (np.diff(weights, axis=1) <= 0).all()
 
 
@@ -73,10 +73,10 @@ def test_the_map_of_a_history_remembers_it_and_hardened_forgets() -> None:
     assert fitted.history.models == ("x", "y", "z")
     assert fitted.history.labels.sum(axis=1) == pytest.approx([600.0] * 3, abs=1e-3)
     hard = fitted.hardened()
-    assert (hard.size, hard.history, hard.response) == (6, None, None)
+    assert (hard.size, hard.history, hard.taught) == (6, None, ())
 
 
-def test_response_clusters_are_part_of_a_maps_id_and_history_is_not() -> None:
+def test_taught_clusters_are_part_of_a_maps_id_and_history_is_not() -> None:
     vectors, scores = prompts()
     embedded = EmbeddedPrompts(["alpha beta"] * 600, vectors, "e")
     with_history = fit_with_history(embedded, scores, ("x", "y", "z"), 6)
@@ -93,4 +93,4 @@ def test_arrays_that_do_not_fit_each_other_are_refused() -> None:
         ResponseClusters(three, np.zeros(3, dtype=np.float32), three, top=9)
     response = ResponseClusters(three, np.zeros(3, dtype=np.float32), three, top=1)
     with pytest.raises(InvalidInput, match="dimensions"):
-        ClusterMap(np.eye(3, dtype=np.float32), embedder_id="e", response=response)
+        ClusterMap(np.eye(3, dtype=np.float32), embedder_id="e", taught=[response])

@@ -8,21 +8,23 @@ import numpy as np
 import pytest
 
 from router_core.evaluation.methods.kmeans import kmeans_raw
-from router_core.evaluation.methods.learned_map import (
+from router_core.evaluation.methods.learned_map import learned_map
+from router_core.evaluation.seen import Asked
+from router_core.learned_map import LearnedMap
+from router_core.map_training import (
     Answers,
-    SoftMap,
     answers_of,
+    fit_learned_map,
     gradient,
-    learned_map,
     log_loss,
     rates_of,
     starting_map,
     train,
-    trained_map,
 )
-from router_core.evaluation.seen import Asked, Known
 from router_core.types import Doubles, Floats
 from tests.router_core.evaluation.toys import a_known
+
+CLUSTERS = 16
 
 
 def faint(count: int) -> tuple[Floats, Doubles]:
@@ -34,22 +36,29 @@ def faint(count: int) -> tuple[Floats, Doubles]:
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32), scores
 
 
-def a_faint_history(count: int = 1200) -> Known:
+def a_faint_history(count: int = 1200) -> tuple[Floats, Doubles]:
     """Of the first two models."""
     vectors, scores = faint(count)
-    return a_known(vectors, scores[:, :2])
+    return vectors, scores[:, :2]
+
+
+def trained_and_start(vectors: Floats, scores: Doubles) -> tuple[LearnedMap, LearnedMap]:
+    return (
+        fit_learned_map(vectors, scores, seed=0, clusters=CLUSTERS),
+        starting_map(vectors, CLUSTERS, seed=0),
+    )
 
 
 def test_the_gradient_is_the_slope_of_the_log_loss() -> None:
     rng = np.random.default_rng(0)
-    soft = SoftMap(rng.normal(size=(3, 4)).astype(np.float32), rng.normal(size=4).astype(np.float32))
+    soft = LearnedMap(rng.normal(size=(3, 4)).astype(np.float32), rng.normal(size=4).astype(np.float32), 4)
     vectors = rng.normal(size=(20, 3)).astype(np.float32)
     labelled = (rng.random((20, 2)) < 0.8).astype(np.float32)
     answers = Answers(vectors, labelled * (rng.random((20, 2)) < 0.5).astype(np.float32), labelled)
     rates = rng.uniform(0.1, 0.9, (2, 4)).astype(np.float32)
     slope, offset = gradient(soft, rates, answers)
 
-    def rise(by: SoftMap, back: SoftMap) -> float:
+    def rise(by: LearnedMap, back: LearnedMap) -> float:
         return (log_loss(by, rates, answers) - log_loss(back, rates, answers)) / 0.02
 
     for at in np.ndindex(3, 4):
@@ -76,10 +85,10 @@ def test_it_sees_what_kmeans_does_not() -> None:
 
 
 def test_training_leaves_the_start_behind_where_there_is_something_to_learn() -> None:
-    known = a_faint_history()
-    answers, start, trained = answers_of(known), starting_map(known), trained_map(known)
-    losses = [log_loss(soft, rates_of(soft, answers), answers) for soft in (start, trained)]
-    assert losses[1] < 0.5 * losses[0]
+    history = a_faint_history()
+    answers = answers_of(*history)
+    trained, start = (log_loss(soft, rates_of(soft, answers), answers) for soft in trained_and_start(*history))
+    assert trained < 0.5 * start
 
 
 def test_noisy_answers_in_many_dimensions_still_teach_it() -> None:
@@ -89,20 +98,18 @@ def test_noisy_answers_in_many_dimensions_still_teach_it() -> None:
     first = vectors[:, [-1]] > 0
     noisy = np.hstack((first, ~first)) ^ (rng.random((2800, 2)) < 0.3)
     vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    every = a_known(vectors.astype(np.float32), noisy.astype(np.float64))
-    known, fresh = replace(every, vectors=every.vectors[:2400], scores=every.scores[:2400]), np.arange(2400, 2800)
-    answers = answers_of(known)
-    start, trained = (
-        log_loss(soft, rates_of(soft, answers), answers_of(every).at(fresh))
-        for soft in (starting_map(known), trained_map(known))
+    vectors, scores = vectors.astype(np.float32), noisy.astype(np.float64)
+    answers, fresh = answers_of(vectors[:2400], scores[:2400]), answers_of(vectors[2400:], scores[2400:])
+    trained, start = (
+        log_loss(soft, rates_of(soft, answers), fresh) for soft in trained_and_start(vectors[:2400], scores[:2400])
     )
     assert trained < start - 0.004
 
 
 @pytest.mark.parametrize("contrary", [False, True])
 def test_it_never_ends_above_its_start_on_what_is_held_out(contrary: bool) -> None:
-    known = a_faint_history()
-    answers, start = answers_of(known), starting_map(known)
+    vectors, scores = a_faint_history()
+    answers, start = answers_of(vectors, scores), starting_map(vectors, CLUSTERS, seed=0)
     fitted, held_out = answers.at(np.arange(1000)), answers.at(np.arange(1000, 1200))
     if contrary:
         held_out = replace(held_out, errors=1.0 - held_out.errors)
@@ -113,11 +120,11 @@ def test_it_never_ends_above_its_start_on_what_is_held_out(contrary: bool) -> No
 
 def test_known_models_without_a_label_teach_nothing() -> None:
     vectors, _ = faint(200)
-    known = a_known(vectors, np.full((200, 2), np.nan))
-    assert trained_map(known).slope.tolist() == starting_map(known).slope.tolist()
+    trained, start = trained_and_start(vectors, np.full((200, 2), np.nan))
+    assert trained.slope.tolist() == start.slope.tolist()
 
 
 def test_unlabelled_known_prompts_do_not_move_the_rates() -> None:
-    soft = SoftMap(np.eye(2, dtype=np.float32) * 50, np.zeros(2, dtype=np.float32))
-    known = a_known(np.eye(2, dtype=np.float32)[[0, 0, 0, 1]], np.array([[1.0], [0.0], [np.nan], [1.0]]))
-    assert rates_of(soft, answers_of(known))[0] == pytest.approx([0.5, 0.01], abs=0.01)
+    soft = LearnedMap(np.eye(2, dtype=np.float32) * 50, np.zeros(2, dtype=np.float32), 2)
+    answers = answers_of(np.eye(2, dtype=np.float32)[[0, 0, 0, 1]], np.array([[1.0], [0.0], [np.nan], [1.0]]))
+    assert rates_of(soft, answers)[0] == pytest.approx([0.5, 0.01], abs=0.01)

@@ -1,0 +1,148 @@
+"""Training of a learned map: Adam on the log loss of Φ(x)·Ψ(m) over known models, Ψ held to its weighted means.
+
+It starts as the softmax of cosines to K-means centroids, and stops where prompts that are held out gain nothing more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from router_core.kmeans import kmeans
+from router_core.learned_map import TOP, LearnedMap
+from router_core.types import Doubles, Floats, Indices
+
+CLUSTERS = 32
+SHARPNESS = 10.0
+"""Of the softmax over cosines that training starts from: a temperature of 0.1."""
+EPOCHS, PATIENCE = 80, 8
+"""Passes over the prompts; and after how many without a gain on the held-out ones it stops, in place of decay."""
+BATCH = 256
+RATE = 0.01
+HELD_OUT = 0.1
+FIRST, SECOND, TINY = 0.9, 0.999, 1e-8
+"""Adam's constants (arXiv 1412.6980)."""
+SURE = 0.01
+"""Rates are kept this far from 0 and 1 in training, where the log loss has no end."""
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What R known models made of n prompts."""
+
+    vectors: Floats
+    """(n, d)"""
+    errors: Floats
+    """(n, R), 0 where unlabelled."""
+    labelled: Floats
+    """(n, R), 1 or 0."""
+
+    def at(self, rows: Indices) -> Answers:
+        return Answers(self.vectors[rows], self.errors[rows], self.labelled[rows])
+
+
+def fit_learned_map(vectors: Floats, scores: Doubles, *, seed: int, clusters: int = CLUSTERS) -> LearnedMap:
+    """Fit to n prompts, (n, d), and (n, R) scores in [0, 1] of known models, NaN where unlabelled.
+
+    A tenth of the prompts that are labelled at all is held out, to know when to stop.
+    """
+    start = starting_map(vectors, clusters, seed=seed)
+    answers = answers_of(vectors, scores)
+    told = np.flatnonzero(answers.labelled.any(axis=1))
+    if told.size < 2:
+        return start
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(told)
+    split = max(1, round(HELD_OUT * order.size))
+    return train(start, answers.at(order[split:]), answers.at(order[:split]), rng)
+
+
+def starting_map(vectors: Floats, clusters: int, *, seed: int) -> LearnedMap:
+    """Soft K-means: what training has to be better than."""
+    distinct = len(np.unique(vectors, axis=0))
+    centroids = kmeans(vectors, min(clusters, distinct), seed=seed)
+    offset = np.zeros(len(centroids), dtype=np.float32)
+    return LearnedMap(np.float32(SHARPNESS) * centroids.T, offset, min(TOP, len(centroids)))
+
+
+def train(start: LearnedMap, fitted: Answers, held_out: Answers, rng: np.random.Generator) -> LearnedMap:
+    """The map of the epoch with the least log loss on what is held out; the start is one of them."""
+    learner = _Learner(start)
+    best, least, best_epoch = start, np.inf, 0
+    for epoch in range(EPOCHS + 1):
+        rates = rates_of(learner.map, fitted)
+        loss = log_loss(learner.map, rates, held_out)
+        if loss < least:
+            best, least, best_epoch = learner.map, loss, epoch
+        if epoch - best_epoch >= PATIENCE:
+            break
+        learner.epoch(fitted, rates, rng.permutation(len(fitted.vectors)))
+    return best
+
+
+def answers_of(vectors: Floats, scores: Doubles) -> Answers:
+    labelled = ~np.isnan(scores)
+    errors = np.where(labelled, 1.0 - scores, 0.0)
+    return Answers(vectors, errors.astype(np.float32), labelled.astype(np.float32))
+
+
+def rates_of(learned: LearnedMap, answers: Answers) -> Floats:
+    """(R, K) Ψ: mean errors under Φ; a cluster without any prompt has the model's mean."""
+    weights = learned.weights(answers.vectors)
+    overall = (answers.errors.sum(axis=0) + 0.5) / (answers.labelled.sum(axis=0) + 1.0)
+    rates = (answers.errors.T @ weights + SURE * overall[:, None]) / (answers.labelled.T @ weights + SURE)
+    return np.asarray(np.clip(rates, SURE, 1.0 - SURE), dtype=np.float32)
+
+
+def log_loss(learned: LearnedMap, rates: Floats, answers: Answers) -> float:
+    """Mean over the labels, in nats; infinite without any."""
+    expected = learned.weights(answers.vectors) @ rates.T
+    right = answers.labelled - answers.errors
+    total = float((answers.errors * np.log(expected) + right * np.log(1.0 - expected)).sum())
+    labels = float(answers.labelled.sum())
+    return -total / labels if labels else np.inf
+
+
+def gradient(learned: LearnedMap, rates: Floats, answers: Answers) -> tuple[Floats, Floats]:
+    """Of the log loss by slope and offset, `rates` held."""
+    weights = learned.weights(answers.vectors)
+    expected = weights @ rates.T
+    slack = (answers.labelled * expected - answers.errors) / (expected * (1.0 - expected))
+    pull = slack @ rates / max(float(answers.labelled.sum()), 1.0)
+    logits = weights * (pull - (weights * pull).sum(axis=1, keepdims=True))
+    return np.asarray(answers.vectors.T @ logits), np.asarray(logits.sum(axis=0))
+
+
+class _Learner:
+    """Adam on slope and offset, a batch at a time."""
+
+    def __init__(self, start: LearnedMap) -> None:
+        self.map = start
+        self._steps = 0
+        self._slope, self._offset = _Moments(start.slope), _Moments(start.offset)
+
+    def epoch(self, answers: Answers, rates: Floats, order: Indices) -> None:
+        for start in range(0, order.size, BATCH):
+            self._step(answers.at(order[start : start + BATCH]), rates)
+
+    def _step(self, answers: Answers, rates: Floats) -> None:
+        slope, offset = gradient(self.map, rates, answers)
+        self._steps += 1
+        self.map = LearnedMap(
+            self.map.slope - self._slope.stretch(slope, self._steps),
+            self.map.offset - self._offset.stretch(offset, self._steps),
+            self.map.top,
+        )
+
+
+class _Moments:
+    def __init__(self, like: Floats) -> None:
+        self._mean, self._square = np.zeros_like(like), np.zeros_like(like)
+
+    def stretch(self, slope: Floats, steps: int) -> Floats:
+        """How far to go down at this step, the first being 1."""
+        self._mean = np.asarray(FIRST * self._mean + (1 - FIRST) * slope)
+        self._square = np.asarray(SECOND * self._square + (1 - SECOND) * slope**2)
+        mean, square = self._mean / (1 - FIRST**steps), self._square / (1 - SECOND**steps)
+        return np.asarray(RATE * mean / (np.sqrt(square) + TINY))
