@@ -29,7 +29,9 @@ def cluster_names(prompts: Sequence[str], nearest: Indices, clusters: int) -> li
     for prompt, cluster in zip(prompts, nearest, strict=True):
         inside[cluster].update(set(WORD.findall(prompt.lower())) - FUNCTION_WORDS)
     sizes = np.bincount(nearest, minlength=clusters)
-    everywhere = sum(inside, Counter[str]())
+    everywhere = Counter[str]()
+    for words in inside:
+        everywhere.update(words)
     return [_name(words, int(sizes[k]), everywhere, len(prompts)) or f"cluster {k}" for k, words in enumerate(inside)]
 
 

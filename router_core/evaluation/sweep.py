@@ -18,6 +18,7 @@ POINTS = 256
 
 def deferral_curve(errors: Doubles, cents: Doubles, test: HeldOut) -> Curve:
     """Route the t test prompts at many λ by (t, M) expected errors and (t, M) expected costs; bill what is true."""
+    errors, cents = np.asfortranarray(errors), np.asfortranarray(cents)  # few columns: reduced faster so
     choices = [choose_each(errors + weight * cents, cents, TIE) for weight in cost_weights(errors, cents)]
     return curve_of([*choices, cents.argmin(axis=1)], test)
 

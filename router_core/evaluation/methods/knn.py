@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from router_core.evaluation.methods.tuning import Tuned, squared_error
+from router_core.evaluation.methods.tuning import Tuned, labelled_alike, squared_error
 from router_core.evaluation.seen import Asked, Estimator, Known
 from router_core.types import Doubles, Floats
 
@@ -33,16 +33,15 @@ def neighbour_means(cosines: Floats, asked: Asked, k: int) -> Doubles:
 
     A cosine of -inf is no neighbour, and not in the mean either.
     """
-    expected = np.empty((len(cosines), asked.scores.shape[1]))
-    for model, scores in enumerate(asked.scores.T):
-        labelled = ~np.isnan(scores)
-        errors, likeness = 1.0 - scores[labelled], cosines[:, labelled]
+    expected = np.full((len(cosines), asked.scores.shape[1]), 0.5)
+    for rows, models in labelled_alike(asked):
+        errors, likeness = 1.0 - asked.scores[np.ix_(rows, models)], cosines[:, rows]
         others = np.isfinite(likeness)
-        overall = (others @ errors + 0.5) / (others.sum(axis=1) + 1.0)
+        overall = (others @ errors + 0.5) / (others.sum(axis=1, keepdims=True) + 1.0)
         nearest = np.argsort(-likeness, axis=1, kind="stable")[:, :k]
         counted = np.take_along_axis(others, nearest, axis=1)
-        total = (errors[nearest] * counted).sum(axis=1)
-        expected[:, model] = (total + SMOOTHING * overall) / (counted.sum(axis=1) + SMOOTHING)
+        total = np.einsum("tk,tkm->tm", counted, errors[nearest])
+        expected[:, models] = (total + SMOOTHING * overall) / (counted.sum(axis=1, keepdims=True) + SMOOTHING)
     return expected
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
-from router_core.evaluation.methods.tuning import Tuned, means
+from router_core.evaluation.methods.tuning import Tuned, labelled_alike, means
 from router_core.evaluation.seen import Asked, Estimator, Known
-from router_core.types import Doubles, Floats, Indices
+from router_core.types import Doubles, Floats
 
 STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)
 UNTUNED = 0.0
@@ -32,18 +30,10 @@ def ridge(known: Known) -> Estimator:
 def linear_errors(seen: Doubles, asked: Asked, vectors: Floats, strength: float) -> Doubles:
     """(t, M) errors expected of (t, d) vectors, from the (N, d) that were asked; models of the same labels at once."""
     expected = np.tile(means(asked), (len(vectors), 1))
-    for rows, models in _alike(asked):
+    for rows, models in labelled_alike(asked):
         errors = 1.0 - asked.scores[np.ix_(rows, models)]
         expected[:, models] += _slopes(seen[rows], errors - errors.mean(axis=0), vectors, strength)
     return np.asarray(np.clip(expected, 0.0, 1.0))
-
-
-def _alike(asked: Asked) -> Iterator[tuple[Indices, Indices]]:
-    """Asked prompts, and the models labelled on just these. Models without a label are left out."""
-    labelled = ~np.isnan(asked.scores)
-    for pattern in np.unique(labelled, axis=1).T:
-        if pattern.any():
-            yield np.flatnonzero(pattern), np.flatnonzero((labelled == pattern[:, None]).all(axis=0))
 
 
 def _slopes(seen: Doubles, errors: Doubles, vectors: Floats, strength: float) -> Doubles:
@@ -61,7 +51,7 @@ def _slopes(seen: Doubles, errors: Doubles, vectors: Floats, strength: float) ->
 def left_one_out(seen: Doubles, asked: Asked) -> float:
     """The strength with the least squared error on each asked prompt, told by the others."""
     losses = np.zeros(len(STRENGTHS))
-    for rows, models in _alike(asked):
+    for rows, models in labelled_alike(asked):
         if rows.size > 1:
             losses += left_out_losses(seen[rows], 1.0 - asked.scores[np.ix_(rows, models)])
     return STRENGTHS[int(np.argmin(losses))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -66,3 +66,11 @@ def sums(weights: Doubles, asked: Asked) -> tuple[Doubles, Doubles]:
     labelled = ~np.isnan(asked.scores)
     errors = np.where(labelled, 1.0 - asked.scores, 0.0)
     return np.asarray(errors.T @ weights), np.asarray(labelled.T.astype(np.float64) @ weights)
+
+
+def labelled_alike(asked: Asked) -> Iterator[tuple[Indices, Indices]]:
+    """Asked prompts, and the models labelled on just these. Models without a label are left out."""
+    labelled = ~np.isnan(asked.scores)
+    for pattern in np.unique(labelled, axis=1).T:
+        if pattern.any():
+            yield np.flatnonzero(pattern), np.flatnonzero((labelled == pattern[:, None]).all(axis=0))
