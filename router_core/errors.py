@@ -8,6 +8,7 @@ RouterCoreError
 │   ├── InvalidValidationSet       a line of a JSONL file; the message names the line
 │   └── InvalidOutcomes            a line of an outcomes file, or a model of it; the message names which
 ├── MapMismatch                    a profile or map measured with another cluster map or embedder
+├── WorkerLost                     a process that worked for this one was killed
 └── NoEligibleModel                every candidate was ruled out; carries why, per model
 """
 
@@ -44,6 +45,10 @@ class InvalidOutcomes(InvalidInput):
 
 class MapMismatch(RouterCoreError):
     """Two parts that were made for different cluster maps or embedders."""
+
+
+class WorkerLost(RouterCoreError):
+    """A process that worked for this one was killed: most often memory ran out."""
 
 
 class NoEligibleModel(RouterCoreError):

@@ -19,7 +19,7 @@ from router_core.history import History
 from router_core.types import Doubles
 
 NOISE = 0.15
-"""Variance of one label about its rate: of a yes or no of probability 0.2 or 0.8, near enough for all."""
+"""The unit of prior variances: about that of a label of probability 0.2 or 0.8."""
 ABILITY, ALIKE, OWN = 0.15, 0.2, 0.13
 """Prior variances of a deviation, in units of NOISE: over all clusters, over alike ones, in each alone."""
 SCALES = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)

@@ -10,7 +10,7 @@ from router_core.taught import TaughtClusters
 from router_core.types import Doubles, Floats
 
 LEAST_MODELS = 3
-LEAST_LABELS = 500
+LEAST_LABELS = 100
 """Fewer tell nothing that the embedding's own clusters don't: then nothing is taught."""
 
 

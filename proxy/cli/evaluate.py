@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,7 +35,7 @@ def evaluate(
     outcomes: Annotated[Path, typer.Option("--outcomes", metavar="FILE", help=OUTCOMES_HELP)],
     prices: Annotated[Path | None, typer.Option("--prices", metavar="FILE", help=PRICES_HELP)] = None,
     labels: Annotated[str | None, typer.Option("--labels", metavar="N,N…", help=LABELS_HELP)] = None,
-    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Random splits; by default 100.")] = None,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Random splits; by default 200.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Same files, same seed: same figures.")] = 0,
     unseen: Annotated[float | None, typer.Option("--unseen", min=0.0, max=1.0, help=UNSEEN_HELP)] = None,
     embedder: Annotated[
@@ -59,18 +60,18 @@ def evaluate(
     After the protocol of UniRoute's paper: in each trial 30 % of the prompts are test prompts, and the new models are
     seen through N answers to the others.
     """
-    from proxy.cli.inputs import readable, writable
+    from proxy.cli.inputs import all_apart, readable, utf8_name, writable
     from proxy.cli.options import read_settings
 
-    readable(outcomes, "--outcomes")
+    utf8_name(readable(outcomes, "--outcomes"), "--outcomes")
+    all_apart({"--outcomes": outcomes, "--prices": prices, "--config": config, "--html": html, "--svg": svg})
     for path, where in ((html, "--html"), (svg, "--svg")):
         if path:
             writable(path, where)
     settings = read_settings(config, data_dir=data_dir)
     if deployed:
-        _refuse_with_deployed(
-            {"--prices": prices, "--labels": labels, "--trials": trials, "--unseen": unseen, "--embedder": embedder}
-        )
+        stated = {"--prices": prices, "--labels": labels, "--trials": trials, "--seed": seed or None}
+        _refuse_with_deployed({**stated, "--unseen": unseen, "--embedder": embedder, "--workers": workers})
         results = _deployed(outcomes, settings, url)
     else:
         order = Order(outcomes, prices, _numbers(labels), trials, seed, unseen)
@@ -100,13 +101,17 @@ def _refuse_with_deployed(stated: dict[str, object]) -> None:
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:
     from proxy.cli.console import BadArgument
+    from router_core.validation.fields import shown
 
     if text is None:
         return None
     try:
-        return tuple(sorted({int(number) for number in text.split(",")}))
+        numbers = sorted({int(number) for number in text.split(",")})
     except ValueError:
-        raise BadArgument(f"--labels: {text!r} is not whole numbers with commas, as 25,50,100") from None
+        numbers = []
+    if not numbers or numbers[0] < 1:
+        raise BadArgument(f"--labels: {shown(text)} is not whole numbers from 1 with commas, as 25,50,100")
+    return tuple(numbers)
 
 
 def _deployed(outcomes: Path, settings: Settings, url: str | None) -> Results:
@@ -160,8 +165,19 @@ def _show(results: Results, html: Path | None, svg: Path | None, *, as_json: boo
     from proxy.cli.study.svg import write_svg
     from proxy.cli.study.table import tell
 
-    console.emit_json(document(results)) if as_json else tell(results)
-    for path, write in ((html, write_page), (svg, write_svg)):
-        if path:
-            write(results, path)
-            console.note(f"{path} is written")
+    try:
+        for path, where, write in ((html, "--html", write_page), (svg, "--svg", write_svg)):
+            if path:
+                _write(results, path, where, write)
+    finally:  # the files first, as `| head` ends what is told; and it is told whatever the disk says
+        console.emit_json(document(results)) if as_json else tell(results)
+
+
+def _write(results: Results, path: Path, where: str, write: Callable[[Results, Path], None]) -> None:
+    from proxy.cli.console import CommandError, note
+
+    try:
+        write(results, path)
+    except OSError as error:
+        raise CommandError(f"{where}: {path} cannot be written ({error.strerror or error})") from None
+    note(f"{path} is written")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PROMPTS_HELP = 'Text (one prompt a line), JSONL (.gz too) or Parquet files; rows have a "prompt" or "messages".'
 OUTCOMES_HELP = """Scored prompts (JSONL), read with the others: the map remembers how hard its clusters are and how the
-scored models differ. Of three models or more, each scored on 500 prompts, it has clusters of prompts that they find
+scored models differ. Of three models or more, each scored on 100 prompts, it has clusters of prompts that they find
 alike. A new model then needs fewer answers."""
 RAY_HELP = """Read and embed on Ray: `local` starts one on this machine, else the address of yours. The map is the same.
 Each file is read by one worker, and must have the same path on every machine. Needs pip install 'uniroute[ray]'."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,23 @@ def writable(path: Path, where: str) -> Path:
         raise BadArgument(f"{where}: {path} cannot be written ({error.strerror})") from None
 
 
+def utf8_name(path: Path, where: str) -> Path:
+    """The path, if what is written may tell the file's name. Raises BadArgument: a name can be any bytes."""
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        raise BadArgument(f"{where}: the name of {path} is not UTF-8 text; rename the file") from None
+    return path
+
+
+def all_apart(files: Mapping[str, Path | None]) -> None:
+    """By option. Raises BadArgument where two are one file: what is written would replace what was read."""
+    found: dict[Path, str] = {}
+    for where, path in files.items():
+        if path and found.setdefault(path.resolve(), where) != where:
+            raise BadArgument(f"{where}: {path} is the file of {found[path.resolve()]} too; give another")
+
+
 def empty_folder(path: Path, where: str) -> Path:
     """The path, made a folder if it is none: before the work, not after it. Raises BadArgument."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -50,7 +68,7 @@ def opened_embedder(kind: str, data_dir: Path) -> Embedder:
     try:
         embedder = open_embedder(kind, data_dir, note)
         embedder.embed(["."])
-    except OSError as error:
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CommandError(f"the embedder {kind!r} cannot be loaded: {reason}") from None
     return embedder

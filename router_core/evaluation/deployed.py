@@ -166,7 +166,7 @@ def _figures(seen: Measured, draws: Sequence[Measured]) -> MethodFigures:
         paper_area=estimate("paper_area"),
         paper_area_half=estimate("paper_area_half"),
         qnc=estimate("qnc"),
-        reached=float(np.mean([not np.isnan(draw.figures.qnc) for draw in draws])),
+        reached=float(np.mean([draw.reached for draw in draws])),
         peak=estimate("peak"),
         perf_gain=estimate("perf_gain"),
         cost_save=estimate("cost_save"),

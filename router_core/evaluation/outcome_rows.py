@@ -106,6 +106,15 @@ def parse_row(where: str, row: Mapping[str, Any]) -> OutcomeRow:
     )
 
 
+def _is_text(name: str) -> bool:
+    """JSON can state a lone surrogate, and no file can take one."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _got(row: Mapping[str, Any], field: str) -> str:
     return shown(row[field]) if field in row else "none"
 
@@ -117,6 +126,8 @@ def _numbers(where: str, row: Mapping[str, Any], field: str, most: float, fix: s
     if not isinstance(values, Mapping):
         raise InvalidOutcomes(f'{where}: "{field}" must be an object, a number for each model; got {shown(values)}')
     for model, value in values.items():
+        if not _is_text(model):
+            raise InvalidOutcomes(f"{where}: {field} names {shown(model)}, a lone surrogate; write the name as UTF-8")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
             raise InvalidOutcomes(
                 f"{where}: {field}[{shown(model)}] must be a number from 0 to {most:g}; got {shown(value)}; {fix}"

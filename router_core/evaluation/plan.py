@@ -9,7 +9,7 @@ from router_core.evaluation.outcomes import Outcomes
 
 TEST_SHARE = 0.3
 LABELS = (25, 50, 100, 200, 400)
-TRIALS = 60
+TRIALS = 200
 UNSEEN = 1 / 3
 
 
@@ -46,11 +46,12 @@ class Plan:
                 f"unseen={self.unseen:g} of {models} models leaves {new} new one, and routing needs two to choose from:"
                 " give --unseen 0, where all are new, or a larger share"
             )
-        train = len(outcomes.prompts) - test_prompts(len(outcomes.prompts))
+        prompts = len(outcomes.prompts)
+        train = prompts - test_prompts(prompts)
         if self.labels[-1] > train:
             raise InvalidInput(
-                f"{self.labels[-1]} labels are more than the {train} prompts that are left to train on:"
-                " give smaller --labels, or more prompts"
+                f"{self.labels[-1]} labels are more than the {train} prompts that are left to train on, of {prompts}"
+                " that differ: give smaller --labels, or more prompts"
             )
 
 

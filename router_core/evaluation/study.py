@@ -26,11 +26,12 @@ from router_core.evaluation.seen import Asked, Estimator, Known, Method
 from router_core.evaluation.spreading import one_thread, spread
 from router_core.evaluation.summary import Measured, estimate, measured, summed_up
 from router_core.evaluation.sweep import deferral_curve
-from router_core.evaluation.trials import Trial, draw_trial
+from router_core.evaluation.trials import Split, Trial, draw_split, draw_trial
 from router_core.fitting import Progress, no_progress
 from router_core.pool import Pool
 from router_core.pricing import CENT_USD
 from router_core.types import Doubles, Floats
+from router_core.validation.fields import shown
 
 OURS, CHOSEN = "ours", "chosen"
 ESTIMATED: Mapping[str, Method] = {
@@ -56,9 +57,11 @@ def run_study(
         vectors: (n, d) of the prompts, as the product embeds them.
 
     Raises:
-        InvalidInput: too few models or prompts for the plan.
+        InvalidInput: too few models, prompts or scores for the plan; before anything is run.
     """
     plan.check(outcomes)
+    for number in range(plan.trials):
+        _check_split(outcomes, draw_split(outcomes, plan, number))
     found: _Found = defaultdict(lambda: defaultdict(list))
     progress("trials", 0, plan.trials)
     trials = spread(partial(_measured_trial, outcomes, vectors, plan), range(plan.trials), min(workers, plan.trials))
@@ -74,13 +77,23 @@ def run_study(
 def _measured_trial(outcomes: Outcomes, vectors: Floats, plan: Plan, number: int) -> dict[int, dict[str, Measured]]:
     """N → method → what it makes of the trial of this number."""
     trial = draw_trial(outcomes, vectors, plan, number)
-    if not len(trial.test.scores):
-        raise InvalidInput(f"no test prompt is scored for all of {', '.join(trial.new_models)}; score them on more")
     anchors = trial.test.anchors()
     return {
         labels: {method: measured(curve, anchors) for method, curve in curves.items()}
         for labels, curves in _curves(trial, plan).items()
     }
+
+
+def _check_split(outcomes: Outcomes, split: Split) -> None:
+    """Raises InvalidInput where new models have no test prompt in common."""
+    if split.test.size:
+        return
+    scored = {outcomes.models[column]: int((~np.isnan(outcomes.scores[:, column])).sum()) for column in split.new}
+    fewest = min(scored, key=scored.__getitem__)
+    raise InvalidInput(
+        f"no test prompt is scored for all of {', '.join(scored)}; score them on more, or leave out {shown(fewest)},"
+        f" which is scored on {scored[fewest]} of {len(outcomes.prompts)} prompts only"
+    )
 
 
 def _curves(trial: Trial, plan: Plan) -> dict[int, dict[str, Curve]]:

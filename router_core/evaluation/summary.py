@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from router_core.evaluation.curves import BUDGETS, Anchors, Curve, Figures, figures, quality_within
+from router_core.evaluation.curves import BUDGETS, SLACK, Anchors, Curve, Figures, figures, quality_within
 from router_core.evaluation.intervals import bootstrap_interval
 from router_core.evaluation.results import Estimate, MethodFigures
 from router_core.types import Doubles
@@ -24,6 +24,11 @@ class Measured:
     """(BUDGETS,) from the best single model's cost down to the cheapest's, relative to the former."""
     qualities: Doubles
     """(BUDGETS,)"""
+
+    @property
+    def reached(self) -> bool:
+        """Whether it has the best single model's quality, whatever that costs: where it is free, QNC is undefined."""
+        return not self.figures.perf_gain < -SLACK  # NaN where that model is always wrong, and anything is as good
 
 
 def measured(curve: Curve, anchors: Anchors) -> Measured:
@@ -42,7 +47,7 @@ def summed_up(trials: Sequence[Measured], *, seed: int) -> MethodFigures:
         paper_area=estimate_of("paper_area"),
         paper_area_half=estimate_of("paper_area_half"),
         qnc=estimate_of("qnc"),
-        reached=float(np.mean([not np.isnan(trial.figures.qnc) for trial in trials])),
+        reached=float(np.mean([trial.reached for trial in trials])),
         peak=estimate_of("peak"),
         perf_gain=estimate_of("perf_gain"),
         cost_save=estimate_of("cost_save"),

@@ -56,16 +56,41 @@ class Trial:
         return Asked(rows, self.scores[rows], self.output_tokens[rows])
 
 
-def draw_trial(outcomes: Outcomes, vectors: Floats, plan: Plan, number: int) -> Trial:
-    """The plan's trial of this number, from 0. `vectors` are of the prompts, (n, d)."""
-    cents = outcomes.usd() / CENT_USD
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Rows and columns of the outcomes, ascending."""
+
+    test: Indices
+    """Only the prompts that every new model has a score on."""
+    train: Indices
+    new: Indices
+    known: Indices
+    seed: int
+    """Of whatever else is drawn by chance in the trial."""
+    order: Indices
+    """Places in `train`, as they are asked."""
+
+
+def draw_split(outcomes: Outcomes, plan: Plan, number: int) -> Split:
+    """Of the plan's trial of this number, from 0."""
     rng = np.random.default_rng((plan.seed, number))
     prompts, models = rng.permutation(len(outcomes.prompts)), rng.permutation(len(outcomes.models))
-    tested = test_prompts(prompts.size)
-    test, train = np.sort(prompts[:tested]), np.sort(prompts[tested:])
-    count = plan.new_models(models.size)
-    new, known = np.sort(models[:count]), np.sort(models[count:])
-    test = test[~np.isnan(outcomes.scores[np.ix_(test, new)]).any(axis=1)]
+    tested, count = test_prompts(prompts.size), plan.new_models(models.size)
+    test, new = np.sort(prompts[:tested]), np.sort(models[:count])
+    return Split(
+        test=test[~np.isnan(outcomes.scores[np.ix_(test, new)]).any(axis=1)],
+        train=np.sort(prompts[tested:]),
+        new=new,
+        known=np.sort(models[count:]),
+        seed=int(rng.integers(2**31)),
+        order=rng.permutation(prompts.size - tested),
+    )
+
+
+def draw_trial(outcomes: Outcomes, vectors: Floats, plan: Plan, number: int) -> Trial:
+    """The plan's trial of this number, from 0. `vectors` are of the prompts, (n, d)."""
+    cents, split = outcomes.usd() / CENT_USD, draw_split(outcomes, plan, number)
+    test, train, new, known = split.test, split.train, split.new, split.known
     return Trial(
         known=Known(
             texts=[outcomes.prompts[row] for row in train],
@@ -73,7 +98,7 @@ def draw_trial(outcomes: Outcomes, vectors: Floats, plan: Plan, number: int) -> 
             scores=outcomes.scores[np.ix_(train, known)],
             models=tuple(outcomes.models[column] for column in known),
             embedder_id=plan.embedder_id,
-            seed=int(rng.integers(2**31)),
+            seed=split.seed,
         ),
         new_models=tuple(outcomes.models[column] for column in new),
         prices=tuple(outcomes.prices[column] for column in new),
@@ -84,7 +109,7 @@ def draw_trial(outcomes: Outcomes, vectors: Floats, plan: Plan, number: int) -> 
             cents[np.ix_(test, new)],
             outcomes.prompt_tokens[test],
         ),
-        order=rng.permutation(train.size),
+        order=split.order,
         scores=outcomes.scores[np.ix_(train, new)],
         output_tokens=outcomes.output_tokens[np.ix_(train, new)],
     )

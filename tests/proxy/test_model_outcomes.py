@@ -119,6 +119,18 @@ def test_deployed_profiles_are_judged_on_an_outcomes_file(
     assert ours.peak.mean > cheapest.peak.mean
 
 
+def test_what_is_exported_is_what_evaluate_reads(served: tuple[ServeCommand, Environ], tmp_path: Path) -> None:
+    files = "--outcomes", str(tmp_path / "outcomes.jsonl"), "--prices", str(tmp_path / "prices.json")
+    exporting = run_command("models", "outcomes", "--out", files[1], *files[2:], environ=served[1])
+    assert exporting.returncode == 0, exporting.stderr
+    studied = run_command("evaluate", *files, "--labels", "5,10", "--trials", "3", "--json", environ=served[1])
+    deployed = run_command("evaluate", *files[:2], "--deployed", "--json", environ=served[1])
+    for ended in (studied, deployed):
+        assert ended.returncode == 0, ended.stderr
+        assert json.loads(ended.stdout)["protocol"]["models"] == ["all", "team/half"]
+    assert "left out, not in outcomes.jsonl: handed" in deployed.stderr
+
+
 def test_lines_are_joined_by_their_prompt() -> None:
     line = {"id": "1", "source": "s", "prompt": "p"}
     first = {**line, "scores": {"a": 1.0}}

@@ -62,6 +62,7 @@ def test_what_is_not_stated_is_absent_not_zero() -> None:
         (row(output_tokens=12), '"output_tokens" must be an object'),
         (row(seconds={"small": "fast"}), "seconds['small']"),
         (row(source=3), '"source"'),
+        (row(scores={"\ud800": 1}), "scores names '\\ud800', a lone surrogate"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_refused_by_line_with_the_value(broken: dict[str, Any], told: str) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+from threading import Event
+
 import faiss
 import pytest
 from threadpoolctl import threadpool_info
 
-from router_core.errors import InvalidInput
+from router_core.errors import InvalidInput, WorkerLost
 from router_core.evaluation.spreading import spread
 from router_core.evaluation.study import METHODS, run_study
 from tests.router_core.evaluation.toys import a_plan, two_kinds, vectors_of
+from tests.support.process_group import process_group
 
 
 def threads(_item: int) -> tuple[int, int]:
@@ -47,3 +53,39 @@ def test_figures_do_not_depend_on_how_many_processes_found_them() -> None:
     )
     assert [one.methods[method][20].area for method in METHODS] == [two.methods[method][20].area for method in METHODS]
     assert told[: len(told) // 2] == told[len(told) // 2 :]
+
+
+def stuck(_item: int) -> None:
+    """Says who it is, and never ends by itself."""
+    print(os.getpid(), flush=True)  # noqa: T201
+    Event().wait()
+
+
+def heeds_interrupts(_item: int) -> bool:
+    return signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def leave(_item: int) -> None:
+    os._exit(9)
+
+
+def test_a_worker_that_was_killed_is_told() -> None:
+    with pytest.raises(WorkerLost, match="give fewer workers"):
+        list(spread(leave, range(3), 2))
+
+
+STUCK = [sys.executable, "-c", f"from {__name__} import spread, stuck; list(spread(stuck, range(4), 2))"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_workers_leave_with_who_started_them_however_that_ends(how: signal.Signals) -> None:
+    with process_group(STUCK) as group:
+        assert len({group.stdout.readline() for _ in range(2)}) == 2
+        os.kill(group.pid, how)
+        told, _, status = group.end()
+    assert (told, status) == ("", -how)
+
+
+def test_no_worker_sees_the_ctrl_c_that_a_terminal_sends_to_all() -> None:
+    assert list(spread(heeds_interrupts, range(4), 2)) == [False] * 4
+    assert heeds_interrupts(0)

@@ -206,8 +206,10 @@ def test_models_that_were_never_asked_the_same_prompt_cannot_be_compared() -> No
     outcomes = two_kinds()
     outcomes.scores[::2, 0] = np.nan
     outcomes.scores[1::2, 1] = np.nan
-    with pytest.raises(InvalidInput, match="no test prompt is scored for all of left, right"):
-        studied(outcomes)
+    outcomes.scores[:30, 0] = np.nan
+    told = "no test prompt is scored for all of left, right; .* leave out 'left', which is scored on 30 of 90 prompts"
+    with pytest.raises(InvalidInput, match=told):
+        run_study(outcomes, vectors_of(outcomes), ALL_NEW, lambda *_: pytest.fail("it was begun"))
 
 
 def test_a_file_of_a_handful_of_prompts_can_be_studied() -> None:

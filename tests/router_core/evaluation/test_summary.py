@@ -50,6 +50,12 @@ def test_quality_that_is_not_reached_has_no_cost_and_is_counted() -> None:
     assert (found.reached, found.qnc.trials, found.qnc.mean) == pytest.approx((0.5, 1, 1.0))
 
 
+def test_quality_that_is_free_is_reached_though_no_share_of_nothing_is_a_cost() -> None:
+    free = Anchors(cheapest=0.0, best=0.0, dearest=9.0, best_quality=0.8)
+    found = summed_up([measured(a_line(0.8), free), measured(a_line(0.6), free)], seed=0)
+    assert (found.reached, found.qnc.trials) == (0.5, 0)
+
+
 def test_an_interval_holds_its_mean() -> None:
     area = summed_up([measured(a_line(top), ANCHORS) for top in (0.5, 0.6, 0.7, 0.8)], seed=0).area
     assert area.low < area.mean < area.high

@@ -1,0 +1,58 @@
+"""What a plan takes for granted where nothing is said, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from router_core.errors import InvalidInput
+from router_core.evaluation import plan
+from router_core.evaluation.plan import LABELS, UNSEEN, new_models, usual_labels, usual_unseen
+from tests.router_core.evaluation.toys import SIX, a_plan, two_kinds
+
+
+@pytest.mark.parametrize(("models", "unseen"), [(2, 0.0), (4, 0.0), (5, UNSEEN), (6, UNSEEN), (30, UNSEEN)])
+def test_a_third_of_the_models_is_new_where_that_leaves_a_choice_and_else_all_are(models: int, unseen: float) -> None:
+    assert usual_unseen(models) == unseen
+
+
+@pytest.mark.parametrize("models", range(2, 40))
+def test_two_models_or_more_are_new_as_usual(models: int) -> None:
+    assert 2 <= new_models(usual_unseen(models), models) <= models
+
+
+@pytest.mark.parametrize(
+    ("prompts", "labels"),
+    [(36, (25,)), (70, (25,)), (71, (25, 50)), (570, LABELS[:4]), (571, LABELS), (30_000, LABELS)],
+)
+def test_labels_go_as_far_as_the_train_prompts_do(prompts: int, labels: tuple[int, ...]) -> None:
+    """Of 71 prompts 21 are test prompts, and 50 are left."""
+    assert usual_labels(prompts) == labels
+
+
+def test_with_too_few_prompts_for_any_labels_the_fewest_are_left_to_be_refused() -> None:
+    assert usual_labels(10) == LABELS[:1]
+    with pytest.raises(InvalidInput, match=r"25 labels are more than the 7 prompts .* of 10 that differ"):
+        a_plan(labels=usual_labels(10)).check(two_kinds(10))
+
+
+@pytest.mark.parametrize(("prompts", "tested"), [(1, 1), (4, 1), (5, 2), (90, 27)])
+def test_three_of_ten_prompts_are_test_prompts_and_one_always_is(prompts: int, tested: int) -> None:
+    assert plan.test_prompts(prompts) == tested
+
+
+def test_one_new_model_leaves_nothing_to_choose_from() -> None:
+    with pytest.raises(InvalidInput, match=r"unseen=0\.2 of 6 models leaves 1 new one"):
+        a_plan(unseen=0.2).check(two_kinds(90, SIX))
+
+
+@pytest.mark.parametrize("labels", [(), (0, 5), (5, 5), (10, 5)])
+def test_labels_ascend_from_one(labels: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidInput, match="labels must be ascending whole numbers, 1 or more"):
+        a_plan(labels=labels)
+
+
+def test_trials_and_the_share_of_new_models_have_their_range() -> None:
+    with pytest.raises(InvalidInput, match="trials must be 1 or more; got 0"):
+        a_plan(trials=0)
+    with pytest.raises(InvalidInput, match="unseen must be from 0 to 1; got nan"):
+        a_plan(unseen=float("nan"))
