@@ -103,7 +103,7 @@ def deployed_results(path: Path, settings: Settings, url: str | None) -> tuple[R
     texts = [routing_text([{"role": "user", "content": prompt}]) for prompt in outcomes.prompts]
     with console.progress() as bars:
         assignment = cluster_map.assign(embed_prompts(texts, embedder, bars.update))
-    return evaluate_deployed(outcomes, pool, assignment, outcomes_name=path.name), common
+    return evaluate_deployed(outcomes, pool, assignment, outcomes_name=path.name, embedder_id=embedder.id), common
 
 
 def price_of(card: Mapping[str, Any]) -> Price | None:

@@ -121,7 +121,7 @@ def _deployed(outcomes: Path, settings: Settings, url: str | None) -> Results:
     results, common = deployed_results(outcomes, settings, url)
     for models, where in ((common.only_scored, "not deployed"), (common.only_deployed, f"not in {outcomes.name}")):
         if models:
-            console.note(f"left out, {where}: {', '.join(models)}")
+            console.note(f"left out, {where}: {' '.join(', '.join(models).split())}")
     return results
 
 

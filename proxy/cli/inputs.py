@@ -24,13 +24,17 @@ def readable(path: Path, where: str) -> Path:
 def writable(path: Path, where: str) -> Path:
     """The path, once its file has been opened for writing: before the work, not after it. Raises BadArgument.
 
-    What is in the file stays until it is written; a new one is empty until then.
+    Nothing is changed: what is in the file stays, and one that is not there is not there afterwards.
     """
+    new = not path.exists()
     try:
         with path.open("ab"):
-            return path
+            pass
+        if new:
+            path.unlink()
     except OSError as error:
         raise BadArgument(f"{where}: {path} cannot be written ({error.strerror})") from None
+    return path
 
 
 def utf8_name(path: Path, where: str) -> Path:

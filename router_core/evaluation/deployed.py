@@ -54,6 +54,7 @@ def evaluate_deployed(
     assignment: Assignment,
     *,
     outcomes_name: str,
+    embedder_id: str,
     seed: int = 0,
     draws: int = DRAWS,
 ) -> Results:
@@ -79,6 +80,7 @@ def evaluate_deployed(
     return Results(
         protocol=Protocol(
             outcomes=outcomes_name,
+            embedder=embedder_id,
             prompts=len(outcomes.prompts),
             models=common.models,
             labels=(labels,),

@@ -47,7 +47,7 @@ class Plan:
                 " give --unseen 0, where all are new, or a larger share"
             )
         prompts = len(outcomes.prompts)
-        train = prompts - test_prompts(prompts)
+        train = prompts - tested_prompts(prompts)
         if self.labels[-1] > train:
             raise InvalidInput(
                 f"{self.labels[-1]} labels are more than the {train} prompts that are left to train on, of {prompts}"
@@ -66,10 +66,10 @@ def usual_unseen(models: int) -> float:
 
 def usual_labels(prompts: int) -> tuple[int, ...]:
     """Those of LABELS that the train prompts suffice for, of so many in all; at least the first."""
-    train = prompts - test_prompts(prompts)
+    train = prompts - tested_prompts(prompts)
     return tuple(labels for labels in LABELS if labels <= train) or LABELS[:1]
 
 
-def test_prompts(prompts: int) -> int:
+def tested_prompts(prompts: int) -> int:
     """How many of so many prompts are test prompts."""
     return max(1, round(TEST_SHARE * prompts))

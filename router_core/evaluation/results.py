@@ -16,6 +16,8 @@ class Protocol:
 
     outcomes: str
     """The file's name."""
+    embedder: str
+    """The id of what embedded the prompts."""
     prompts: int
     models: tuple[str, ...]
     labels: tuple[int, ...]

@@ -20,7 +20,7 @@ from router_core.evaluation.methods.ours import Deployment
 from router_core.evaluation.methods.ridge import ridge
 from router_core.evaluation.methods.tuning import means
 from router_core.evaluation.outcomes import Outcomes
-from router_core.evaluation.plan import Plan, test_prompts
+from router_core.evaluation.plan import Plan, tested_prompts
 from router_core.evaluation.results import HeatMap, Protocol, Results
 from router_core.evaluation.seen import Asked, Estimator, Known, Method
 from router_core.evaluation.spreading import one_thread, spread
@@ -173,6 +173,7 @@ def _protocol(outcomes: Outcomes, plan: Plan) -> Protocol:
     new = plan.new_models(len(outcomes.models))
     return Protocol(
         outcomes=plan.outcomes_name,
+        embedder=plan.embedder_id,
         prompts=len(outcomes.prompts),
         models=outcomes.models,
         labels=plan.labels,
@@ -181,7 +182,7 @@ def _protocol(outcomes: Outcomes, plan: Plan) -> Protocol:
         unseen=plan.unseen,
         known_models=len(outcomes.models) - new,
         new_models=new,
-        test_prompts=test_prompts(len(outcomes.prompts)),
+        test_prompts=tested_prompts(len(outcomes.prompts)),
         measured_lengths=not np.isnan(outcomes.output_tokens).all(),
     )
 

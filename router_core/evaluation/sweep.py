@@ -39,8 +39,10 @@ def cost_weights(errors: Doubles, cents: Doubles) -> Doubles:
         dearer_by = cents[:, dear] - cents[:, cheap]
         worth = errors[:, cheap] - errors[:, dear]
         overtaken = (dearer_by > 0) & (worth > 0)
-        crossings.append(worth[overtaken] / dearer_by[overtaken])
+        with np.errstate(over="ignore"):  # prices next to nothing are overtaken at no λ that can be written down
+            crossings.append(worth[overtaken] / dearer_by[overtaken])
     found = np.concatenate(crossings)
+    found = found[np.isfinite(found)]
     if not found.size:
         return np.zeros(1)
     return np.concatenate(([0.0], np.quantile(found, np.linspace(0.0, 1.0, POINTS))))

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from router_core.evaluation.curves import Anchors
 from router_core.evaluation.outcomes import Outcomes
-from router_core.evaluation.plan import Plan, test_prompts
+from router_core.evaluation.plan import Plan, tested_prompts
 from router_core.evaluation.seen import Asked, Known
 from router_core.pricing import CENT_USD
 from router_core.types import Doubles, Floats, Indices, Price
@@ -75,7 +75,7 @@ def draw_split(outcomes: Outcomes, plan: Plan, number: int) -> Split:
     """Of the plan's trial of this number, from 0."""
     rng = np.random.default_rng((plan.seed, number))
     prompts, models = rng.permutation(len(outcomes.prompts)), rng.permutation(len(outcomes.models))
-    tested, count = test_prompts(prompts.size), plan.new_models(models.size)
+    tested, count = tested_prompts(prompts.size), plan.new_models(models.size)
     test, new = np.sort(prompts[:tested]), np.sort(models[:count])
     return Split(
         test=test[~np.isnan(outcomes.scores[np.ix_(test, new)]).any(axis=1)],

@@ -43,7 +43,9 @@ def the_outcomes(*scores: Mapping[str, float], lengths: bool = True) -> Outcomes
 def the_results(outcomes: Outcomes | None = None, **more: Any) -> Results:
     outcomes = outcomes or the_outcomes()
     clusters = [0, 0, 1, 1][: len(outcomes.prompts)]
-    return evaluate_deployed(outcomes, the_pool(), an_assignment(*clusters), outcomes_name="file", draws=50, **more)
+    return evaluate_deployed(
+        outcomes, the_pool(), an_assignment(*clusters), outcomes_name="file", embedder_id="toy", draws=50, **more
+    )
 
 
 def test_profiles_that_know_who_can_do_what_cost_half_and_miss_nothing() -> None:

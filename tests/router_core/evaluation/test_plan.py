@@ -37,7 +37,7 @@ def test_with_too_few_prompts_for_any_labels_the_fewest_are_left_to_be_refused()
 
 @pytest.mark.parametrize(("prompts", "tested"), [(1, 1), (4, 1), (5, 2), (90, 27)])
 def test_three_of_ten_prompts_are_test_prompts_and_one_always_is(prompts: int, tested: int) -> None:
-    assert plan.test_prompts(prompts) == tested
+    assert plan.tested_prompts(prompts) == tested
 
 
 def test_one_new_model_leaves_nothing_to_choose_from() -> None:

@@ -57,6 +57,11 @@ def test_cost_weights_lie_where_a_dear_model_ceases_to_be_worth_it() -> None:
     assert (np.diff(weights) >= 0).all()
 
 
+def test_prices_next_to_nothing_are_weighed_by_the_cost_weights_that_there_are() -> None:
+    weights = cost_weights(np.array([[0.5, 0.1], [0.5, 0.1]]), np.array([[1e-320, 2e-320], [1.0, 2.0]]))
+    assert weights.max() == pytest.approx(0.4)
+
+
 def test_without_a_dear_model_that_is_better_there_is_nothing_to_weigh() -> None:
     assert cost_weights(*of_two((0.1, 0.8), (0.1, 0.1))).tolist() == [0.0]
     assert cost_weights(np.array([[0.9, 0.1]]), np.array([[2.0, 2.0]])).tolist() == [0.0]
