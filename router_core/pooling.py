@@ -22,13 +22,15 @@ NOISE = 0.15
 """The unit of prior variances: about that of a label of probability 0.2 or 0.8."""
 ABILITY, ALIKE, OWN = 0.15, 0.2, 0.13
 """Prior variances of a deviation, in units of NOISE: over all clusters, over alike ones, in each alone."""
-SCALES = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
-"""What ALIKE and OWN may be multiplied by."""
+SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""What ALIKE and OWN may be multiplied by: however alike models look by few labels, they differ somewhere."""
 USUAL_SCALE, SCALE_PENALTY = 0.5, 0.25
 """The scale expected beforehand, and how strongly: with few labels the likelihood alone would go to extremes."""
-MISFIT, TINY = 0.3, 1e-9
+MISFIT, TINY = 0.15, 1e-9
 """The share of the noise that does not overlap as the map's own prompts do; and for clusters without any label."""
 LEAST_NOISE = 0.02
+BALANCING = 30
+"""Steps towards a Gram matrix whose rows sum to the labels."""
 STEPS = 4
 PRIOR_MODELS = 10.0
 """How many models the prior covariance counts as."""
@@ -81,13 +83,25 @@ def _rates(errors: Doubles, labels: Doubles, overlap: Doubles, likeness: Doubles
 
 
 def _evidence(errors: Doubles, labels: Doubles, overlap: Doubles, difficulty: Doubles) -> _Evidence:
-    root = np.sqrt(labels)
-    gram = root[:, :, None] * root[:, None, :] * overlap
-    own = np.eye(len(overlap))
+    gram, own = _gram(labels, overlap), np.eye(len(overlap))
     spread = (1 - MISFIT) * gram + MISFIT * labels[:, :, None] * own
     means = (errors.sum(axis=1) + 0.5) / (labels.sum(axis=1) + 1.0)
     noise = np.maximum(means * (1.0 - means), LEAST_NOISE)
     return _Evidence(errors - gram @ difficulty, gram, noise[:, None, None] * spread + TINY * own)
+
+
+def _gram(labels: Doubles, overlap: Doubles) -> Doubles:
+    """(M, K, K) for (M, K) labels: the weights of each prompt sum to one, and so a row sums to the labels in it.
+
+    Overlaps were seen on other prompts; by themselves they would credit a cluster with answers that were never given.
+    """
+    root = np.sqrt(labels)
+    gram = root[:, :, None] * root[:, None, :] * overlap
+    scale = np.ones_like(labels)
+    for _ in range(BALANCING):
+        rows = scale * np.einsum("mkl,ml->mk", gram, scale)
+        scale *= np.sqrt(np.divide(labels, rows, out=np.ones_like(rows), where=rows > 0))
+    return np.asarray(gram * scale[:, :, None] * scale[:, None, :])
 
 
 def _difficulty(errors: Doubles, labels: Doubles) -> Doubles:
