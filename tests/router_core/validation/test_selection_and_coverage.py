@@ -30,10 +30,17 @@ def test_every_cluster_is_asked_its_share() -> None:
         assert np.bincount(clusters[chosen]) == pytest.approx([50, 30, 15, 5], abs=2)
 
 
-def test_within_a_cluster_every_family_is_asked_its_share() -> None:
-    families = np.array(["sums"] * 300 + ["code"] * 100)
-    chosen = choose_prompts(hard(*[0] * 400), 40, families=families.tolist())
+def test_a_family_is_asked_by_the_root_of_its_size() -> None:
+    families = np.array(["sums"] * 900 + ["code"] * 100)
+    chosen = choose_prompts(hard(*[0] * 1000), 40, families=families.tolist())
     assert (families[chosen] == "code").sum() == pytest.approx(10, abs=2)
+
+
+def test_within_a_family_every_cluster_is_asked_its_share() -> None:
+    clusters = np.repeat([0, 1, 0, 1], [300, 100, 100, 300])
+    families = np.repeat(["sums", "code"], [400, 400])
+    chosen = choose_prompts(hard(*clusters), 80, families=families.tolist())
+    assert np.bincount(clusters[chosen[families[chosen] == "sums"]]) == pytest.approx([30, 10], abs=2)
 
 
 @settings(max_examples=25, deadline=None)
