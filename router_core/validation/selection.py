@@ -1,4 +1,4 @@
-"""Which validation prompts to ask when not all can be: a fair sample of the whole set. No text, no embedding."""
+"""Which validation prompts to ask when not all can be: every kind, every cluster, and by lot. No text, no embedding."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from router_core.types import Assignment, Indices
+from router_core.types import Assignment, Doubles, Indices
 
-GOLDEN = (5**0.5 - 1) / 2
+DRAWN = 3
+"""Prompts that a question is picked from. A whole family would leave no cluster thin, and give its oddest prompts."""
+FIRST = 0.5
+"""Label weight that a cluster counts as having beforehand."""
 
 
 def choose_prompts(assignment: Assignment, count: int, *, families: Sequence[str], seed: int = 0) -> Indices:
-    """(min(count, n),) row numbers, in the order to ask them.
+    """(min(count, n),) row numbers, in the order to ask them. The first n of a bigger choice are the smaller one.
 
-    The prompts are lined up by family, within a family by cluster, and within a cluster by lot; then every so-manyth is
-    asked. So each cluster of a family gets its share of the family's questions, and which of its prompts are asked is
-    left to chance: those at the centre of a cluster are not like the others. The steps are golden sections, so that any
-    number of questions is spread evenly and the first n of a bigger choice are the smaller one.
+    Each question goes to the family that is furthest behind its share, and is, of a few of its prompts drawn by lot,
+    the one that adds most to Σ_k log(½ + W_k), W_k being the label weight of cluster k so far. By lot, because prompts
+    at the centre of a cluster are not like the others.
 
     A family's share goes with the root of its size: how many prompts of a kind a set has says little of how many there
     will be in traffic, and the small kinds are to be measured too.
@@ -25,8 +27,28 @@ def choose_prompts(assignment: Assignment, count: int, *, families: Sequence[str
     if len(families) != len(assignment):
         raise ValueError(f"{len(assignment)} prompts but {len(families)} families")
     rng = np.random.default_rng(seed)
-    family_of = np.unique(np.asarray(families, dtype=str), return_inverse=True)[1].reshape(-1)
-    lined_up = np.lexsort((rng.random(len(families)), assignment.ids[:, 0], family_of))
-    crowd = np.bincount(family_of)[family_of[lined_up]]
-    turns = (np.arange(len(families)) * GOLDEN + rng.random()) % 1.0 * np.sqrt(crowd)
-    return np.asarray(lined_up[np.argsort(turns, kind="stable")][:count])
+    weights = assignment.dense(int(assignment.ids.max(initial=-1)) + 1)
+    left = _rows_by_family(families)
+    shares = np.sqrt([len(rows) for rows in left])
+    asked = rng.random(len(left))  # who begins is drawn, too
+    covered = np.full(weights.shape[1], FIRST)
+    chosen = np.empty(min(count, len(families)), dtype=np.int64)
+    for place in range(chosen.size):
+        family = int(np.argmin(np.where([bool(rows) for rows in left], asked / shares, np.inf)))
+        drawn = rng.permutation(left[family])[:DRAWN]
+        row = int(drawn[_widest(weights[drawn], covered)])
+        left[family].remove(row)
+        chosen[place] = row
+        asked[family] += 1
+        covered += weights[row]
+    return chosen
+
+
+def _rows_by_family(families: Sequence[str]) -> list[list[int]]:
+    family_of = np.asarray(families, dtype=str)
+    return [np.flatnonzero(family_of == family).tolist() for family in np.unique(family_of)]
+
+
+def _widest(weights: Doubles, covered: Doubles) -> int:
+    """Which of the (d, K) rows adds most to the (K,) label weights so far."""
+    return int(np.argmax(np.log1p(weights / covered).sum(axis=1)))

@@ -23,11 +23,12 @@ def soft(rng: np.random.Generator, prompts: int, clusters: int, top: int = 3) ->
     return Assignment(ids, weights)
 
 
-def test_every_cluster_is_asked_its_share() -> None:
+def test_small_clusters_are_asked_more_than_by_lot_and_large_ones_less() -> None:
     clusters = np.repeat([0, 1, 2, 3], [500, 300, 150, 50])
     for seed in range(5):
-        chosen = choose_prompts(hard(*clusters), 100, families=["a"] * 1000, seed=seed)
-        assert np.bincount(clusters[chosen]) == pytest.approx([50, 30, 15, 5], abs=2)
+        asked = np.bincount(clusters[choose_prompts(hard(*clusters), 100, families=["a"] * 1000, seed=seed)])
+        assert asked[3] >= 10
+        assert asked[0] <= 35
 
 
 def test_a_family_is_asked_by_the_root_of_its_size() -> None:
@@ -36,11 +37,12 @@ def test_a_family_is_asked_by_the_root_of_its_size() -> None:
     assert (families[chosen] == "code").sum() == pytest.approx(10, abs=2)
 
 
-def test_within_a_family_every_cluster_is_asked_its_share() -> None:
-    clusters = np.repeat([0, 1, 0, 1], [300, 100, 100, 300])
-    families = np.repeat(["sums", "code"], [400, 400])
-    chosen = choose_prompts(hard(*clusters), 80, families=families.tolist())
-    assert np.bincount(clusters[chosen[families[chosen] == "sums"]]) == pytest.approx([30, 10], abs=2)
+def test_a_prompt_that_every_cluster_has_a_share_in_is_not_always_the_first() -> None:
+    """As it would be, if the widest of all were asked."""
+    ids, weights = np.tile(np.arange(3), (30, 1)), np.full((30, 3), [0.98, 0.01, 0.01], dtype=np.float32)
+    weights[0] = 1 / 3
+    first = {int(choose_prompts(Assignment(ids, weights), 1, families=["a"] * 30, seed=seed)[0]) for seed in range(9)}
+    assert len(first) > 1
 
 
 @settings(max_examples=25, deadline=None)
