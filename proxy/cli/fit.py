@@ -44,7 +44,7 @@ def fit(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit a cluster map on unlabelled prompts. Profiles measured on another map do not carry over.
+    """Fit a cluster map on unlabelled prompts. Models are measured on it anew: by their recorded answers, if any.
 
     Any number of prompts: they are streamed, and K-means sees a sample of the distinct ones, drawn by --seed: 256 for
     each cluster, and at least 16,384.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
 from proxy.jobs.answering import Answerer
 from proxy.jobs.asking import Patience
+from proxy.jobs.carrying import CarryingOver
 from proxy.jobs.ledger import Ledger
 from proxy.jobs.measuring import Measuring
 from proxy.jobs.records import Job, PromptAnswer
@@ -16,6 +18,7 @@ from proxy.settings import Settings
 from proxy.state.holder import StateHolder
 from proxy.state.registry import UnknownModel
 from proxy.state.store import Store, StoreUnavailable
+from proxy.tasks import end
 from router_core.types import Embedder
 
 __all__ = ["Job", "Jobs", "outcome_lines"]
@@ -38,10 +41,12 @@ class Jobs:
         self._prompts = ValidationPrompts(settings.validation_set, embedder)
         patience = patience or Patience(timeout_s=settings.profile.timeout_s)
         measuring = Measuring(settings, state, answerer, self._ledger, self._prompts, patience)
-        self.worker = JobWorker(store, self._ledger, measuring.measure)
+        self.worker = JobWorker(store, self._ledger, measuring.measure, state.current.cluster_map.id)
+        self._carrying = CarryingOver(settings, state, self._ledger, self._prompts, self.worker.kick)
+        self._carrying_task: asyncio.Task[None] | None = None
 
     async def submit(self, model: str, prompts: int, max_usd: float | None) -> Job:
-        """Measure a registered model; an unfinished job for the same arm is returned instead of a second one.
+        """Ask a registered model; an unfinished job that asks the same arm is returned instead of a second one.
 
         Raises:
             UnknownModel, ValueError: no such model, no prompt asked for.
@@ -59,6 +64,10 @@ class Jobs:
         if job is None:
             raise StoreUnavailable("the job that was just stored is gone: the store was emptied")
         return job
+
+    async def carry_over(self, model: str) -> bool:
+        """Whether what the model answered on another map is carried over to this one. Raises StoreUnavailable."""
+        return await self._carrying.carry_over(model)
 
     async def get(self, job_id: str) -> Job | None:
         return await self._ledger.get(job_id)
@@ -90,18 +99,17 @@ class Jobs:
         return outcome_lines(placed, job.model, await self._ledger.answers(job_id))
 
     async def start_worker(self) -> None:
-        """Work on jobs in this process's event loop. Redis may be away for now."""
+        """Work on jobs in this process's event loop, and submit those that a new map makes. Redis may be away."""
         await self.worker.start()
+        self._carrying_task = asyncio.create_task(self._carrying.run(), name="uniroute-carrying-over")
 
     async def stop_worker(self) -> None:
         """Give the jobs back: another worker goes on with them at once."""
+        await end(self._carrying_task)
         await self.worker.stop()
 
-    async def run_forever(self) -> None:
-        """What `uniroute worker` does until it is cancelled."""
-        await self.worker.run()
-
     async def close(self) -> None:
+        await end(self._carrying_task)
         await self.worker.close()
 
 

@@ -20,10 +20,11 @@ HEARTBEAT_S = 2.0
 DOUBTFUL_S = 4.0
 """Without a renewal for this long work stops: the next failed attempt might end after the lease does."""
 
-# KEYS: job, lease. ARGV: token, lease in ms. Repeating it with the same token is harmless.
+# KEYS: job, lease. ARGV: token, lease in ms, the worker's map. Repeating it with the same token is harmless.
 _TAKE = """
-local state = redis.call('HGET', KEYS[1], 'state')
+local state, only = unpack(redis.call('HMGET', KEYS[1], 'state', 'map'))
 if state ~= 'queued' and state ~= 'running' then return 0 end
+if only and only ~= ARGV[3] then return 0 end
 if not redis.call('SET', KEYS[2], ARGV[1], 'NX', 'PX', ARGV[2]) and redis.call('GET', KEYS[2]) ~= ARGV[1] then
   return 0
 end
@@ -51,13 +52,14 @@ class Lease:
 
 
 class Leases:
-    """Takes, renews and releases leases."""
+    """Takes, renews and releases leases, for a worker that measures on one cluster map."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, map_id: str = "") -> None:
         self._store = store
+        self._map_id = map_id
 
     async def take(self, job_id: str) -> Lease | None:
-        """None: the job is over, or somebody is at it. Raises StoreUnavailable."""
+        """None: the job is over, or somebody is at it, or it is for another map. Raises StoreUnavailable."""
         lease = Lease(job_id)
         return lease if await self._run("take a job", _TAKE, lease) else None
 
@@ -89,4 +91,6 @@ class Leases:
     async def _run(self, what: str, script: str, lease: Lease) -> Any:
         keys = [job_key(lease.job_id), lease_key(lease.job_id), kick_key(lease.job_id)]
         async with self._store.asking(what) as client:
-            return await client.register_script(script)(keys=keys, args=[lease.token, int(LEASE_S * 1000)])
+            return await client.register_script(script)(
+                keys=keys, args=[lease.token, int(LEASE_S * 1000), self._map_id]
+            )

@@ -81,11 +81,13 @@ class Measuring:
 
     async def _carry_out(self, job: Job, lease: Lease, record: ModelRecord) -> Verdict:
         cluster_map = self._state.current.cluster_map
+        answered = await self._ledger.answers(job.id)
         try:
-            arm = self._arm(job, record)
-            placed = (await self._prompts.placed(cluster_map)).chosen(job.total)
+            placed = (await self._prompts.placed(cluster_map)).chosen(job.total, answered)
+            waiting = tuple(prompt for prompt in placed.prompts if prompt.id not in answered)
+            arm = self._arm(job, record, asked=bool(waiting))
             judge = Judge(self._judge_named, self._settings.judge_model)
-            judge.check(placed.prompts, capped=job.max_usd is not None)
+            judge.check(waiting, capped=job.max_usd is not None)
         except (CannotMeasure, NoJudge, InvalidInput) as reason:
             return Verdict(error=str(reason))
         await self._ledger.begin(lease, len(placed.prompts), priced=arm.price is not None)
@@ -93,12 +95,12 @@ class Measuring:
         profiling = Profiling(begun, lease, self._ledger, placed)
         return await profiling.run(arm, judge, concurrency=self._settings.profile.concurrency, map_id=cluster_map.id)
 
-    def _arm(self, job: Job, record: ModelRecord) -> Arm:
-        """Money that cannot be counted cannot be capped, so a model without a price is measured only without a cap."""
+    def _arm(self, job: Job, record: ModelRecord, *, asked: bool) -> Arm:
+        """Money that cannot be counted cannot be capped, so a model without a price is asked only without a cap."""
         if job.fingerprint and job.fingerprint != record.fingerprint:
             raise CannotMeasure(CHANGED_ARM)
         price = self._state.current.prices.get(record.name)
-        if price is None and job.max_usd is not None:
+        if asked and price is None and job.max_usd is not None:
             raise CannotMeasure(
                 f"no price is known for {record.name!r}, so max_usd cannot be kept: put a price, or state it or"
                 " free: true in model_info, and profile the model again"

@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from proxy.state.store import StoreUnavailable
+from proxy.state.store import until_it_answers
 from proxy.tasks import end
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from proxy.services import Services
 
 log = logging.getLogger("uniroute.onboarding")
-
-_RETRY_S = 1.0
 
 
 def measuring_on_start(app: FastAPI) -> FastAPI:
@@ -46,20 +45,15 @@ async def onboarding(services: Services) -> AsyncIterator[None]:
 
 async def measure_unmeasured(services: Services) -> None:
     """One job a model, however many processes ask for it. Waits for a store that is away."""
-    waiting = list(services.settings.model_list) if services.settings.profile.on_start else []
-    while waiting:
-        try:
-            await _submit(services, waiting[0].model_name)
-            del waiting[0]
-        except StoreUnavailable:
-            await asyncio.sleep(_RETRY_S)
+    for model in services.settings.model_list if services.settings.profile.on_start else ():
+        await until_it_answers(partial(_submit, services, model.model_name))
 
 
 async def _submit(services: Services, name: str) -> None:
     await services.state.refresh()
     state = services.state.current
     asking = services.settings.profile
-    if name in state.profiles:
+    if name in state.profiles or await services.jobs.carry_over(name):
         return
     if name not in state.prices:
         log.warning("model %s has no price, so it is not measured: state one in model_info, or free: true", name)

@@ -15,7 +15,7 @@ from proxy.jobs.leases import Lease
 from proxy.jobs.ledger import Ledger
 from proxy.jobs.records import Job, PromptAnswer
 from proxy.jobs.validation_prompts import PlacedPrompts, column
-from proxy.state.store import StoreUnavailable
+from proxy.state.store import until_it_answers
 from proxy.tasks import cancel_until_done
 from router_core.profiles import Profile, measure
 from router_core.validation.prompts import ValidationPrompt
@@ -23,7 +23,6 @@ from router_core.validation.prompts import ValidationPrompt
 ENOUGH_LABELS = 20
 FAILURES_IN_A_ROW = 5
 """So many prompts that fail one after the other, their retries included, end the asking."""
-STORE_AGAIN_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -66,24 +65,26 @@ class Profiling:
                 self._stopped = f"max_usd={self._job.max_usd:g} does not allow another prompt"
                 return
             self._ended += 1
-            await _stored(lambda prompt=prompt, ended=ended: self._checkpoint(prompt.id, ended))  # type: ignore[misc]
+            await until_it_answers(lambda prompt=prompt, ended=ended: self._checkpoint(prompt.id, ended))  # type: ignore[misc]
             if examiner.failures_in_a_row >= FAILURES_IN_A_ROW:
                 self._stopped = f"{FAILURES_IN_A_ROW} prompts in a row failed: {examiner.last_failure}"
 
     async def _reserve(self, prompt_id: str, usd: float) -> None:
-        await _stored(lambda: self._ledger.reserve(self._lease, prompt_id, usd))
+        await until_it_answers(lambda: self._ledger.reserve(self._lease, prompt_id, usd))
 
     async def _checkpoint(self, prompt_id: str, ended: PromptAnswer) -> None:
         pace = (monotonic() - self._started) / self._ended
         await self._ledger.checkpoint(self._lease, prompt_id, ended, pace * (self._left - self._ended))
 
-    def _verdict(self, answers: Mapping[str, PromptAnswer], map_id: str) -> Verdict:
+    def _verdict(self, stored: Mapping[str, PromptAnswer], map_id: str) -> Verdict:
         """Enough labels make a profile even where the money or the model gave out before the end."""
+        answers = {prompt.id: stored[prompt.id] for prompt in self._placed.prompts if prompt.id in stored}
         asked, total = len(answers), len(self._placed.prompts)
         labelled = sum(answer.score is not None for answer in answers.values())
         needed = min(ENOUGH_LABELS, total)
         if labelled >= needed:
-            return Verdict(profile_of(self._placed, answers, map_id, datetime.now(UTC)))
+            measured_at = self._job.measured_at or _rfc3339(datetime.now(UTC))
+            return Verdict(profile_of(self._placed, answers, map_id, measured_at))
         failed = sum(answer.failed for answer in answers.values())
         reason = f"{self._stopped}; " if self._stopped else ""
         return Verdict(
@@ -92,9 +93,7 @@ class Profiling:
         )
 
 
-def profile_of(
-    placed: PlacedPrompts, answers: Mapping[str, PromptAnswer], map_id: str, measured_at: datetime
-) -> Profile:
+def profile_of(placed: PlacedPrompts, answers: Mapping[str, PromptAnswer], map_id: str, measured_at: str) -> Profile:
     """The sums run over the prompts in their own order, so that the order of the answers leaves no trace."""
     ended = [answers.get(prompt.id, PromptAnswer()) for prompt in placed.prompts]
     return measure(
@@ -104,8 +103,12 @@ def profile_of(
         column([answer.score for answer in ended]),
         output_tokens=column([answer.output_tokens for answer in ended]),
         seconds=column([answer.seconds for answer in ended]),
-        measured_at=measured_at.isoformat(timespec="seconds").replace("+00:00", "Z"),
+        measured_at=measured_at,
     )
+
+
+def _rfc3339(time: datetime) -> str:
+    return time.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 async def _side_by_side(
@@ -123,12 +126,3 @@ async def _side_by_side(
         failures = [error for task in tasks if not task.cancelled() and (error := task.exception())]
     if failures:  # what one of them loses, a lease say, the others lose too
         raise failures[0]
-
-
-async def _stored(write: Callable[[], Awaitable[None]]) -> None:
-    """An answer was paid for: write it once Redis is back. Whoever holds the lease ends us if that takes too long."""
-    while True:
-        try:
-            return await write()
-        except StoreUnavailable:
-            await asyncio.sleep(STORE_AGAIN_S)

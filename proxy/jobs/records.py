@@ -57,6 +57,8 @@ class Job:
     error: str | None
     fingerprint: str = ""
     max_usd: float | None = None
+    measured_at: str | None = None
+    """RFC 3339, UTC: when the answers were given that it took from an earlier job. None: it took none."""
 
     @property
     def unfinished(self) -> bool:
@@ -85,6 +87,7 @@ class Job:
             error=stored.get("error") or None,
             fingerprint=stored.get("fingerprint", ""),
             max_usd=_number(stored.get("max_usd")),
+            measured_at=stored.get("measured_at") or None,
         )
 
 
@@ -107,6 +110,29 @@ class PromptAnswer:
     def from_json(cls, text: str) -> PromptAnswer:
         stored = json.loads(text)
         return cls(**{column.name: stored.get(column.name) for column in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Answers to an earlier job that a new one begins with: done, and paid for already."""
+
+    earlier: str
+    """The id of the job that they were given to."""
+    map_id: str
+    """The cluster map to measure on: no worker of another one takes the job."""
+    answers: Mapping[str, PromptAnswer]
+    """By prompt id."""
+    measured_at: str | None
+
+    @property
+    def labels(self) -> int:
+        return sum(answer.score is not None for answer in self.answers.values())
+
+    def to_fields(self) -> dict[str, Any]:
+        """What they add to the hash of the new job."""
+        done = len(self.answers)
+        counted = {"done": done, "unlabelled": done - self.labels}
+        return {**counted, "map": self.map_id, "measured_at": self.measured_at or ""}
 
 
 def _number(text: str | None) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +27,17 @@ class PlacedPrompts:
     assignment: Assignment
     clusters: int
 
-    def chosen(self, count: int) -> PlacedPrompts:
-        """At most `count` of them, spread over clusters and families: the same ones for every model."""
+    def chosen(self, count: int, answered: Collection[str] = ()) -> PlacedPrompts:
+        """At most `count` of them, spread over clusters and families: the same ones for every model.
+
+        Those `answered` already, by id, are all among them, whichever they are; the others fill up to `count`.
+        """
         families = [prompt.family for prompt in self.prompts]
-        rows = choose_prompts(self.assignment, count, families=families)
+        ranked = choose_prompts(self.assignment, len(self.prompts), families=families).tolist()
+        fixed = {row for row in ranked if self.prompts[row].id in answered}
+        others = [row for row in ranked if row not in fixed]
+        wanted = fixed.union(others[: max(0, count - len(fixed))])
+        rows = [row for row in ranked if row in wanted]
         assignment = Assignment(self.assignment.ids[rows], self.assignment.weights[rows])
         return PlacedPrompts(tuple(self.prompts[row] for row in rows), assignment, self.clusters)
 

@@ -33,11 +33,11 @@ Measure = Callable[[Lease], Awaitable[None]]
 class JobWorker:
     """Puts jobs on the stream, and once started takes them from there."""
 
-    def __init__(self, store: Store, ledger: Ledger, measure: Measure) -> None:
+    def __init__(self, store: Store, ledger: Ledger, measure: Measure, map_id: str) -> None:
         self._store = store
         self._ledger = ledger
         self._measure = measure
-        self._leases = Leases(store)
+        self._leases = Leases(store, map_id)
         self._broker = JobBroker(store.url)
         self._task = self._broker.register_task(_function(self._work_on), task_name="uniroute.profile")
         self._stopping = asyncio.Event()
@@ -75,14 +75,6 @@ class JobWorker:
             asyncio.create_task(receiver.listen(self._stopping), name="uniroute-jobs"),
             asyncio.create_task(self._sweep(), name="uniroute-job-sweeper"),
         )
-
-    async def run(self) -> None:
-        """Until cancelled, or until the worker fails."""
-        await self.start()
-        try:
-            await asyncio.gather(*self._background)
-        finally:
-            await self.stop()
 
     async def stop(self) -> None:
         """Give the jobs back: another worker goes on with them at once."""

@@ -103,17 +103,20 @@ class StoredProfile:
 
     fingerprint: str
     profile: Profile
+    job: str | None = None
+    """The job that measured it. None: it was handed over."""
 
     def to_json(self) -> str:
-        return json.dumps({"fingerprint": self.fingerprint, "profile": self.profile.to_json()})
+        stored = {"fingerprint": self.fingerprint, "profile": self.profile.to_json(), "job": self.job}
+        return json.dumps(stored)
 
     @classmethod
     def from_json(cls, text: str) -> StoredProfile:
         stored = _object(text)
-        fingerprint, profile = stored.get("fingerprint"), stored.get("profile")
-        if not isinstance(fingerprint, str) or not isinstance(profile, dict):
-            raise InvalidRecord("a stored profile needs `fingerprint` and `profile`")
-        return cls(fingerprint, Profile.from_json(profile))
+        fingerprint, profile, job = stored.get("fingerprint"), stored.get("profile"), stored.get("job")
+        if not isinstance(fingerprint, str) or not isinstance(profile, dict) or not isinstance(job, str | None):
+            raise InvalidRecord("a stored profile needs `fingerprint` and `profile`, and `job` as an id or null")
+        return cls(fingerprint, Profile.from_json(profile), job)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from proxy.state.keys import KeyLatch, digest_of, new_secret
 from proxy.state.records import ClientKey, InvalidRecord, LivePrice, ModelRecord, StoredProfile
 from proxy.state.store import Store
-from proxy.state.stored import CHANGED, KEYS, MODELS, PRICING, PROFILES, VERSION, price_key
+from proxy.state.stored import CHANGED, EARLIER, KEYS, MODELS, PRICING, PROFILES, VERSION, price_key
 from router_core.profiles import Profile
 from router_core.types import Price
 
@@ -45,7 +45,8 @@ if redis.call('HEXISTS', KEYS[2], ARGV[1]) == 0 then return -1 end
 local version = changed()
 redis.call('HDEL', KEYS[2], ARGV[1])
 redis.pcall('HDEL', KEYS[3], ARGV[1])
-redis.call('DEL', KEYS[4])
+redis.pcall('HDEL', KEYS[4], ARGV[1])
+redis.call('DEL', KEYS[5])
 return version
 """
 # ARGV: name, "1" if configured, "1" if a price that somebody stated stays, then the fields.
@@ -63,6 +64,7 @@ return version
 _PUT_PROFILE = f"""{_CHANGED}
 if ARGV[2] ~= '1' and redis.call('HEXISTS', KEYS[2], ARGV[1]) == 0 then return -1 end
 local version = changed()
+redis.pcall('HDEL', KEYS[4], ARGV[1])
 redis.call('HSET', KEYS[3], ARGV[1], ARGV[3])
 return version
 """
@@ -133,7 +135,7 @@ class Registry:
     async def remove_model(self, name: str) -> int:
         """Its profile and price go with it. Raises UnknownModel or DefinedInConfig."""
         self._not_configured(name)
-        keys = [MODELS, PROFILES, price_key(name)]
+        keys = [MODELS, PROFILES, EARLIER, price_key(name)]
         return self._known(name, await self._write("remove a model", _REMOVE_MODEL, keys, [name]))
 
     async def put_price(self, name: str, price: Price, source: str = "admin") -> int | None:
@@ -148,7 +150,7 @@ class Registry:
         """Store a profile of this model as it is now. Raises UnknownModel."""
         entry = StoredProfile(record.fingerprint, profile).to_json()
         arguments = [record.name, self._flag(record.name), entry]
-        version = await self._write("store a profile", _PUT_PROFILE, [MODELS, PROFILES], arguments)
+        version = await self._write("store a profile", _PUT_PROFILE, [MODELS, PROFILES, EARLIER], arguments)
         return self._known(record.name, version)
 
     async def create_key(self, name: str, models: tuple[str, ...] | None = None) -> tuple[ClientKey, str]:

@@ -9,7 +9,7 @@ from functools import cached_property
 from proxy.settings import ModelInfo
 from proxy.state.catalog import Catalog, CatalogEntry
 from proxy.state.live import LiveExpectations
-from proxy.state.records import PRICE_FIELDS, ClientKey, LivePrice, ModelRecord
+from proxy.state.records import PRICE_FIELDS, ClientKey, LivePrice, ModelRecord, StoredProfile
 from proxy.state.stored import Stored
 from router_core.clustering import ClusterMap
 from router_core.error_rates import ErrorRates
@@ -41,6 +41,8 @@ class RoutingState:
     """Those in use: of this map and of the model as it is now. As measured, without live traffic."""
     set_aside: Mapping[str, str]
     """Models whose stored profile is not used, and why."""
+    elsewhere: Mapping[str, StoredProfile]
+    """Those of them that were measured as they are now, but on another map."""
     keys: Mapping[str, ClientKey]
     """By digest; revoked ones are not here."""
     keys_required: bool
@@ -73,10 +75,10 @@ def build_state(stored: Stored, around: Surroundings, *, keys_latched: bool) -> 
     models = {**stored.models, **around.configured}
     known = {name: around.catalog.find(str(record.litellm_params["model"])) for name, record in models.items()}
     prices = prices_of(models, stored, known)
-    set_aside = {name: why for name in models if (why := _unusable(name, models, stored, around.cluster_map))}
-    profiles = {
-        name: entry.profile for name, entry in stored.profiles.items() if name in models and name not in set_aside
-    }
+    profiles = _in_use(models, stored, around.cluster_map)
+    unused = {name: stored.profiles[name] for name in models if name in stored.profiles and name not in profiles}
+    set_aside = {name: _why_unused(entry, around.cluster_map) for name, entry in unused.items()}
+    elsewhere = {name: entry for name, entry in unused.items() if entry.fingerprint == models[name].fingerprint}
     expected = _with_live_traffic(profiles, around.live)
     candidates = [
         Candidate(
@@ -95,6 +97,7 @@ def build_state(stored: Stored, around: Surroundings, *, keys_latched: bool) -> 
         prices=prices,
         profiles=profiles,
         set_aside=set_aside,
+        elsewhere=elsewhere,
         keys={key.digest: key for key in stored.keys.values() if not key.revoked},
         keys_required=keys_latched or stored.keys_exist,
     )
@@ -130,15 +133,25 @@ def capabilities_of(info: ModelInfo, known: CatalogEntry | None) -> Capabilities
     return Capabilities(**merged)
 
 
-def _unusable(name: str, models: Mapping[str, ModelRecord], stored: Stored, cluster_map: ClusterMap) -> str | None:
-    entry = stored.profiles.get(name)
-    if entry is None:
-        return None
-    if entry.profile.map_id != cluster_map.id or len(entry.profile.labels) != cluster_map.size:
-        return f"measured on cluster map {entry.profile.map_id}, this one is {cluster_map.id}; profile the model again"
-    if entry.fingerprint != models[name].fingerprint:
+def _in_use(models: Mapping[str, ModelRecord], stored: Stored, cluster_map: ClusterMap) -> dict[str, Profile]:
+    """Of each model what was measured of it, as it is now, on this map: last, or before the map was changed."""
+    found = {}
+    for name, record in models.items():
+        for entry in (stored.profiles.get(name), stored.earlier.get(name)):
+            if entry and entry.fingerprint == record.fingerprint and _is_of(entry.profile, cluster_map):
+                found[name] = entry.profile
+                break
+    return found
+
+
+def _is_of(profile: Profile, cluster_map: ClusterMap) -> bool:
+    return profile.map_id == cluster_map.id and len(profile.labels) == cluster_map.size
+
+
+def _why_unused(entry: StoredProfile, cluster_map: ClusterMap) -> str:
+    if _is_of(entry.profile, cluster_map):
         return "measured before litellm_params were changed; profile the model again"
-    return None
+    return f"measured on cluster map {entry.profile.map_id}, this one is {cluster_map.id}; profile the model again"
 
 
 def _with_live_traffic(profiles: Mapping[str, Profile], live: LiveExpectations | None) -> Mapping[str, Profile]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -21,6 +21,7 @@ ANSWER_S = 1.0
 OPERATION_S = 1.2
 """All of an operation: a silent server is not asked again after the first ANSWER_S, whatever redis-py retries."""
 CONNECTIONS = 32
+AGAIN_S = 0.5
 
 
 class StoreUnavailable(Exception):
@@ -107,6 +108,15 @@ class Store:
         await self.client.aclose()
         if self.embedded is not None:
             await asyncio.to_thread(self.embedded.stop)
+
+
+async def until_it_answers(operation: Callable[[], Awaitable[None]]) -> None:
+    """Again and again while the store is away. Whoever cannot wait for ever ends us."""
+    while True:
+        try:
+            return await operation()
+        except StoreUnavailable:
+            await asyncio.sleep(AGAIN_S)
 
 
 async def _awaited(reply: Any) -> Any:

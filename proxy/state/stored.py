@@ -18,6 +18,8 @@ log = logging.getLogger("uniroute.state")
 VERSION: Final = "uniroute:version"
 MODELS: Final = "uniroute:models"
 PROFILES: Final = "uniroute:profiles"
+EARLIER: Final = f"{PROFILES}:earlier"
+"""The profile of a model on the map before, for processes that still use that map, or will again."""
 KEYS: Final = "uniroute:keys"
 PRICING: Final = "uniroute:pricing"
 """The channel on which whoever writes a price publishes the model's name; with `:<model>` the hash itself."""
@@ -41,6 +43,8 @@ class Stored:
     """-1: nothing was read yet."""
     models: Mapping[str, ModelRecord] = field(default_factory=dict)
     profiles: Mapping[str, StoredProfile] = field(default_factory=dict)
+    earlier: Mapping[str, StoredProfile] = field(default_factory=dict)
+    """The same answers on the map before."""
     keys: Mapping[str, ClientKey] = field(default_factory=dict)
     """By id."""
     keys_exist: bool = True
@@ -88,12 +92,13 @@ class StoredReader:
             return await pipe.execute(raise_on_error=False)
 
     async def _read_all(self) -> Stored:
-        commands = [("GET", VERSION), ("HGETALL", MODELS), ("HGETALL", PROFILES), ("HGETALL", KEYS)]
-        version, models, profiles, keys = await self._pipeline(commands, transaction=True)
+        commands = [("GET", VERSION), *(("HGETALL", key) for key in (MODELS, PROFILES, EARLIER, KEYS))]
+        version, models, profiles, earlier, keys = await self._pipeline(commands, transaction=True)
         return Stored(
             version=self._version(version),
             models=self._entries(MODELS, models, self.last.models, ModelRecord.from_json),
             profiles=self._entries(PROFILES, profiles, self.last.profiles, _stored_profile),
+            earlier=self._entries(EARLIER, earlier, self.last.earlier, _stored_profile),
             keys=self._entries(KEYS, keys, self.last.keys, ClientKey.from_json),
             keys_exist=not isinstance(keys, dict) or bool(keys),
             prices=self.last.prices,

@@ -54,9 +54,9 @@ def test_a_price_that_is_no_amount_is_refused(amount: str) -> None:
 
 
 def test_a_stored_profile_comes_back_with_its_sums() -> None:
-    entry = StoredProfile("abc", a_profile())
+    entry = StoredProfile("abc", a_profile(), "job")
     back = StoredProfile.from_json(entry.to_json())
-    assert back.fingerprint == "abc"
+    assert (back.fingerprint, back.job) == ("abc", "job")
     assert back.profile.error_sums.tolist() == entry.profile.error_sums.tolist()
 
 

@@ -40,8 +40,10 @@ def a_profile(errors: Sequence[float] = (0.1, 0.2, 0.3, 0.4), map_id: str = CORN
     return Profile.from_json({**document, "mean_output_tokens": 50.0, "mean_seconds": 1.0})
 
 
-def surroundings(*configured: ModelRecord, live: LiveExpectations | None = None) -> Surroundings:
-    return Surroundings(CORNERS, {record.name: record for record in configured}, bundled_catalog(), live=live)
+def surroundings(
+    *configured: ModelRecord, live: LiveExpectations | None = None, cluster_map: ClusterMap = CORNERS
+) -> Surroundings:
+    return Surroundings(cluster_map, {record.name: record for record in configured}, bundled_catalog(), live=live)
 
 
 def a_registry(store: Store, folder: Path, *configured: str) -> Registry:
@@ -50,10 +52,15 @@ def a_registry(store: Store, folder: Path, *configured: str) -> Registry:
 
 @asynccontextmanager
 async def following(
-    store: Store, folder: Path, *configured: ModelRecord, live: LiveExpectations | None = None
+    store: Store,
+    folder: Path,
+    *configured: ModelRecord,
+    live: LiveExpectations | None = None,
+    cluster_map: ClusterMap = CORNERS,
 ) -> AsyncIterator[StateHolder]:
     """A started StateHolder: what one more process would see."""
-    holder = StateHolder(store, surroundings(*configured, live=live), KeyLatch(folder))
+    around = surroundings(*configured, live=live, cluster_map=cluster_map)
+    holder = StateHolder(store, around, KeyLatch(folder))
     await holder.start()
     try:
         yield holder

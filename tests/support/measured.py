@@ -21,8 +21,9 @@ from proxy.state.holder import StateHolder
 from proxy.state.records import ModelRecord
 from proxy.state.registry import Registry
 from proxy.state.store import Store
+from router_core.clustering import ClusterMap
 from router_core.types import Floats
-from tests.support.makers import a_record, a_registry, following
+from tests.support.makers import CORNERS, a_record, a_registry, following
 
 FAMILIES = ("north", "east", "south", "west")
 IMPATIENT = Patience(attempts=3, first_wait_s=0.01, longest_wait_s=0.05, timeout_s=2.0)
@@ -110,12 +111,19 @@ def model_at(url: str, **params: Any) -> ModelRecord:
 
 @asynccontextmanager
 async def a_bench(
-    store: Store, folder: Path, record: ModelRecord, *, worker: bool = True, patience: Patience = IMPATIENT, **more: Any
+    store: Store,
+    folder: Path,
+    record: ModelRecord,
+    *,
+    worker: bool = True,
+    patience: Patience = IMPATIENT,
+    cluster_map: ClusterMap = CORNERS,
+    **more: Any,
 ) -> AsyncIterator[Bench]:
     """Jobs over the store, the model registered unless it is configured."""
     configured = (record,) if record.source == "config" else ()
     async with AsyncExitStack() as closing:
-        state = await closing.enter_async_context(following(store, folder, *configured))
+        state = await closing.enter_async_context(following(store, folder, *configured, cluster_map=cluster_map))
         answerer = UpstreamAnswerer(HttpUpstream())
         jobs = Jobs(store, state, answerer, CornersEmbedder(), settings_for(folder, **more), patience)
         closing.push_async_callback(jobs.close)

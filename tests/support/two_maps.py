@@ -1,0 +1,55 @@
+"""A second map over the four corners, and a model that was measured on the first."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import numpy as np
+
+from proxy.jobs.jobs import Jobs
+from proxy.jobs.records import Job
+from proxy.state.records import ModelRecord
+from proxy.state.store import Store
+from router_core.clustering import ClusterMap
+from router_core.profiles import Profile
+from tests.support.makers import until
+from tests.support.measured import Bench, a_bench
+
+_HALF = 0.5**0.5
+HALVES = ClusterMap(
+    np.array([[_HALF, _HALF, 0, 0], [0, 0, _HALF, _HALF]], dtype=np.float32), embedder_id="corners", top=1
+)
+"""North and east are one cluster, south and west the other."""
+
+
+async def ended(jobs: Jobs, job: Job, timeout_s: float = 15.0) -> Job:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        latest = await jobs.get(job.id)
+        assert latest is not None
+        if not latest.unfinished:
+            return latest
+        assert time.monotonic() < deadline, f"still {latest.state} with {latest.done} of {latest.total}"
+        await asyncio.sleep(0.02)
+
+
+async def measured_on_corners(store: Store, folder: Path, record: ModelRecord, prompts: int = 24) -> Profile:
+    """The model registered, and its profile on the first map, whose process then ends."""
+    async with a_bench(store, folder, record) as bench:
+        job = await ended(bench.jobs, await bench.jobs.submit(record.name, prompts, 1.0))
+        assert job.state == "ready", job.error
+        return await profile_in_use(bench)
+
+
+async def profile_in_use(bench: Bench, timeout_s: float = 8.0) -> Profile:
+    """Once there is one on the map of this process."""
+    await until(lambda: bench.record.name in bench.state.current.profiles, timeout_s)
+    return bench.state.current.profiles[bench.record.name]
+
+
+async def latest_job(bench: Bench) -> Job:
+    job = await bench.jobs.for_model(bench.record.name)
+    assert job is not None
+    return job
