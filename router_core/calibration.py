@@ -111,7 +111,7 @@ def expectations(
     if not routable.size:
         raise NoEligibleModel("no model has both a profile and a price", {})
     output_tokens = np.minimum(assignment.expected(pool.output_tokens), pool.max_output_tokens)
-    usd = prompt_tokens[:, None] * pool.prices.input + output_tokens * pool.prices.output
+    usd = pool.prices.expected_usd(prompt_tokens[:, None], output_tokens)
     waiting = terms.latency_weight * assignment.expected(pool.seconds)
     unit = _unit_usd(prompt_tokens, output_tokens[:, profiled].mean(axis=1), terms)
     return Expectations(

@@ -50,8 +50,8 @@ class PriceColumns:
             output=np.array([np.nan if price is None else price.output_cost_per_token for price in prices]),
         )
 
-    def expected_usd(self, prompt_tokens: int, output_tokens: Doubles) -> Doubles:
-        """(M,) USD for `prompt_tokens` in and (M,) `output_tokens` out."""
+    def expected_usd(self, prompt_tokens: int | Doubles, output_tokens: Doubles) -> Doubles:
+        """(M,) USD for `prompt_tokens` in and (M,) `output_tokens` out; (n, M) for (n, 1) and (n, M) of n prompts."""
         return self.input * prompt_tokens + self.output * output_tokens
 
 

@@ -43,6 +43,12 @@ class Anchors:
     dearest: float
     best_quality: float
 
+    @classmethod
+    def of(cls, costs: Doubles, qualities: Doubles) -> Anchors:
+        """Of (M,) single models; the cheapest of equals is the best."""
+        best = int(np.lexsort((costs, -qualities))[0])
+        return cls(float(costs.min()), float(costs[best]), float(costs.max()), float(qualities[best]))
+
 
 @dataclass(frozen=True, slots=True)
 class Figures:

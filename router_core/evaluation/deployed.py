@@ -15,22 +15,21 @@ import numpy as np
 from router_core.errors import InvalidInput
 from router_core.evaluation.curves import Anchors, Curve
 from router_core.evaluation.deployed_outcomes import common_models
-from router_core.evaluation.intervals import LEVEL, Difference
+from router_core.evaluation.intervals import Difference, percentile_interval
 from router_core.evaluation.methods import single
 from router_core.evaluation.outcomes import Outcomes
 from router_core.evaluation.results import Estimate, HeatMap, MethodFigures, Protocol, Results
-from router_core.evaluation.summary import Measured, measured
+from router_core.evaluation.summary import Measured, measured, method_figures
 from router_core.evaluation.sweep import cost_weights
 from router_core.flips import choose_each
 from router_core.pool import Pool
-from router_core.pricing import CENT_USD
+from router_core.pricing import CENT_USD, PriceColumns
 from router_core.scoring import TIE
 from router_core.types import Assignment, Doubles, Indices
 
 OURS = "ours"
 DRAWS = 500
 """Of the bootstrap."""
-NAN = float("nan")
 
 Method = Callable[[Doubles], Curve]
 """(n,) weights of the test prompts, which sum to one, to the curve on prompts so weighted."""
@@ -111,12 +110,12 @@ def _test(outcomes: Outcomes, pool: Pool, assignment: Assignment, models: Sequen
         )
     lengths_known = (~np.isnan(outcomes.output_tokens[:, columns])).any(axis=0)
     tokens = assignment.expected(pool.output_tokens[rows]) * lengths_known
-    prompt_usd = outcomes.prompt_tokens[:, None] * pool.prices.input[rows]
+    prices = PriceColumns(pool.prices.input[rows], pool.prices.output[rows])
     return _Test(
         scores=outcomes.scores[np.ix_(scored, columns)],
         cents=outcomes.usd()[np.ix_(scored, columns)] / CENT_USD,
         expected_errors=assignment.expected(pool.errors[rows])[scored],
-        expected_cents=(prompt_usd + tokens * pool.prices.output[rows])[scored] / CENT_USD,
+        expected_cents=prices.expected_usd(outcomes.prompt_tokens[:, None], tokens)[scored] / CENT_USD,
         measured_lengths=bool(lengths_known.any()),
     )
 
@@ -146,9 +145,7 @@ def _routed(test: _Test, errors: Doubles, cents: Doubles) -> Method:
 
 
 def _measured(methods: Mapping[str, Method], test: _Test, weights: Doubles) -> dict[str, Measured]:
-    costs, qualities = weights @ test.cents, weights @ test.scores
-    best = int(np.lexsort((costs, -qualities))[0])
-    anchors = Anchors(float(costs.min()), float(costs[best]), float(costs.max()), float(qualities[best]))
+    anchors = Anchors.of(weights @ test.cents, weights @ test.scores)
     return {name: measured(method(weights), anchors) for name, method in methods.items()}
 
 
@@ -161,34 +158,16 @@ def _bootstrap(prompts: int, draws: int, seed: int) -> Iterator[Doubles]:
 def _figures(seen: Measured, draws: Sequence[Measured]) -> MethodFigures:
     def estimate(name: str) -> Estimate:
         values = np.array([getattr(draw.figures, name) for draw in draws])
-        return Estimate(getattr(seen.figures, name), *_interval(values), int((~np.isnan(values)).sum()))
+        return Estimate(getattr(seen.figures, name), *percentile_interval(values), int((~np.isnan(values)).sum()))
 
-    return MethodFigures(
-        area=estimate("area"),
-        paper_area=estimate("paper_area"),
-        paper_area_half=estimate("paper_area_half"),
-        qnc=estimate("qnc"),
-        reached=float(np.mean([draw.reached for draw in draws])),
-        peak=estimate("peak"),
-        perf_gain=estimate("perf_gain"),
-        cost_save=estimate("cost_save"),
-        curve=Curve(seen.budgets, seen.qualities),
-    )
+    return method_figures(estimate, draws, Curve(seen.budgets, seen.qualities))
 
 
 def _difference(seen: Mapping[str, Measured], draws: Sequence[Mapping[str, Measured]], other: str) -> Difference:
     def gap(drawn: Mapping[str, Measured]) -> float:
         return drawn[OURS].figures.area - drawn[other].figures.area
 
-    return Difference(gap(seen), *_interval(np.array([gap(draw) for draw in draws])))
-
-
-def _interval(values: Doubles) -> tuple[float, float]:
-    known = values[~np.isnan(values)]
-    if not known.size:
-        return NAN, NAN
-    low, high = np.quantile(known, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    return float(low), float(high)
+    return Difference(gap(seen), *percentile_interval(np.array([gap(draw) for draw in draws])))
 
 
 def _heat_map(pool: Pool, models: Sequence[str], rows: Indices) -> HeatMap:

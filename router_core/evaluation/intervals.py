@@ -31,7 +31,15 @@ def bootstrap_interval(values: Doubles, *, seed: int, level: float = LEVEL, draw
     if not known.size:
         return NAN, NAN
     drawn = np.random.default_rng(seed).integers(known.size, size=(draws, known.size))
-    low, high = np.quantile(known[drawn].mean(axis=1), ((1 - level) / 2, (1 + level) / 2))
+    return percentile_interval(known[drawn].mean(axis=1), level=level)
+
+
+def percentile_interval(drawn: Doubles, *, level: float = LEVEL) -> tuple[float, float]:
+    """Of what (D,) bootstrap draws gave; NaN ones are left out, and with none left it is NaN."""
+    known = drawn[~np.isnan(drawn)]
+    if not known.size:
+        return NAN, NAN
+    low, high = np.quantile(known, ((1 - level) / 2, (1 + level) / 2))
     return float(low), float(high)
 
 

@@ -48,8 +48,7 @@ class Outcomes:
         A length that was not measured is the model's mean among these prompts; where none of them was measured, the
         prompt alone is billed. So bill first and select rows after, lest the mean move with the selection.
         """
-        price = PriceColumns.of(self.prices)
-        return np.asarray(self.prompt_tokens[:, None] * price.input + self._billed_tokens() * price.output)
+        return PriceColumns.of(self.prices).expected_usd(self.prompt_tokens[:, None], self._billed_tokens())
 
     def _billed_tokens(self) -> Doubles:
         measured = ~np.isnan(self.output_tokens)

@@ -127,7 +127,7 @@ class Served:
     def expected_cents(self, pool: Pool) -> Doubles:
         """(t, M) by the lengths that were seen; what routing goes by, whatever the method."""
         tokens = self._placed.expected(pool.output_tokens) * self._trial.lengths_known
-        return (self._trial.test.prompt_tokens[:, None] * pool.prices.input + tokens * pool.prices.output) / CENT_USD
+        return pool.prices.expected_usd(self._trial.test.prompt_tokens[:, None], tokens) / CENT_USD
 
 
 def _side_by_side(trial: Trial, served: Served, estimators: Mapping[str, Estimator], asked: Asked) -> dict[str, Curve]:

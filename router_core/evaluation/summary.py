@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -42,16 +42,16 @@ def summed_up(trials: Sequence[Measured], *, seed: int) -> MethodFigures:
     def estimate_of(name: str) -> Estimate:
         return estimate(np.array([getattr(trial.figures, name) for trial in trials]), seed=seed)
 
+    curve = Curve(_mean([trial.budgets for trial in trials]), _mean([trial.qualities for trial in trials]))
+    return method_figures(estimate_of, trials, curve)
+
+
+def method_figures(estimate_of: Callable[[str], Estimate], drawn: Sequence[Measured], curve: Curve) -> MethodFigures:
+    """`estimate_of` each of the fields of Figures; `drawn`: the trials, or draws, that reach the best model or not."""
     return MethodFigures(
-        area=estimate_of("area"),
-        paper_area=estimate_of("paper_area"),
-        paper_area_half=estimate_of("paper_area_half"),
-        qnc=estimate_of("qnc"),
-        reached=float(np.mean([trial.reached for trial in trials])),
-        peak=estimate_of("peak"),
-        perf_gain=estimate_of("perf_gain"),
-        cost_save=estimate_of("cost_save"),
-        curve=Curve(_mean([trial.budgets for trial in trials]), _mean([trial.qualities for trial in trials])),
+        **{field.name: estimate_of(field.name) for field in fields(Figures)},
+        reached=float(np.mean([each.reached for each in drawn])),
+        curve=curve,
     )
 
 

@@ -30,9 +30,7 @@ class HeldOut:
 
     def anchors(self) -> Anchors:
         """The new models one by one."""
-        costs, qualities = self.cents.mean(axis=0), self.scores.mean(axis=0)
-        best = int(np.lexsort((costs, -qualities))[0])
-        return Anchors(float(costs.min()), float(costs[best]), float(costs.max()), float(qualities[best]))
+        return Anchors.of(self.cents.mean(axis=0), self.scores.mean(axis=0))
 
 
 @dataclass(frozen=True, eq=False)
