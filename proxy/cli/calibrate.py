@@ -86,19 +86,16 @@ def _answer(settings: Settings, traffic: Traffic, goal: Goal, url: str | None) -
     import numpy as np
 
     from proxy.cli import console
-    from proxy.cli.deployed import deployed_pool, opened_map
-    from proxy.cli.options import admin_client
-    from proxy.routing.features import needs_of, routing_text
+    from proxy.cli.deployed import opened_deployment
+    from proxy.cli.traffic import embedded
+    from proxy.routing.features import needs_of
     from router_core.calibration import expectations
     from router_core.calibration_doubt import relative_interval
-    from router_core.fitting import embed_prompts
     from router_core.scoring import Terms
 
-    with admin_client(url) as server:
-        cluster_map, embedder = opened_map(settings)
-        pool = deployed_pool(server, cluster_map)
+    cluster_map, embedder, pool = opened_deployment(settings, url)
     with console.progress() as bars:
-        vectors = embed_prompts([routing_text(messages) for messages in traffic.prompts], embedder, bars.update)
+        vectors = embedded(traffic.prompts, embedder, bars)
     tokens = [needs_of({"messages": list(messages)}).prompt_tokens for messages in traffic.prompts]
     terms = Terms(
         latency_weight=settings.latency_weight, cost_unit=settings.cost_unit, reference=settings.reference_price

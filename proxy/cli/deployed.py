@@ -34,6 +34,15 @@ def opened_map(settings: Settings) -> tuple[ClusterMap, Embedder]:
     return cluster_map, embedder
 
 
+def opened_deployment(settings: Settings, url: str | None) -> tuple[ClusterMap, Embedder, Pool]:
+    """The map, the embedder and the models of a running server. Raises CommandError; BadArgument without its key."""
+    from proxy.cli.options import admin_client
+
+    with admin_client(url) as server:
+        cluster_map, embedder = opened_map(settings)
+        return cluster_map, embedder, deployed_pool(server, cluster_map)
+
+
 def deployed_pool(server: ServerClient, cluster_map: ClusterMap) -> Pool:
     """Every model of the server, with the error rates that it serves. Lengths are as measured, without live traffic.
 
@@ -88,21 +97,14 @@ def deployed_results(path: Path, settings: Settings, url: str | None) -> tuple[R
     Billed at the prices of now. Raises CommandError as above, and what `read_deployed` and `evaluate_deployed` raise.
     """
     from proxy.cli import console
-    from proxy.cli.inputs import readable
-    from proxy.cli.options import admin_client
-    from proxy.routing.features import routing_text
+    from proxy.cli.traffic import embedded, user_turn
     from router_core.evaluation.deployed import evaluate_deployed
     from router_core.evaluation.deployed_outcomes import read_deployed
-    from router_core.fitting import embed_prompts
 
-    readable(path, "--outcomes")
-    with admin_client(url) as server:
-        cluster_map, embedder = opened_map(settings)
-        pool = deployed_pool(server, cluster_map)
+    cluster_map, embedder, pool = opened_deployment(settings, url)
     outcomes, common = read_deployed(path, pool)
-    texts = [routing_text([{"role": "user", "content": prompt}]) for prompt in outcomes.prompts]
     with console.progress() as bars:
-        assignment = cluster_map.assign(embed_prompts(texts, embedder, bars.update))
+        assignment = cluster_map.assign(embedded(map(user_turn, outcomes.prompts), embedder, bars))
     return evaluate_deployed(outcomes, pool, assignment, outcomes_name=path.name, embedder_id=embedder.id), common
 
 

@@ -128,10 +128,9 @@ def _deployed(outcomes: Path, settings: Settings, url: str | None) -> Results:
 def _studied(order: Order, embedder: str, data_dir: Path, workers: int | None) -> Results:
     from proxy.cli import console
     from proxy.cli.inputs import opened_embedder, readable
-    from proxy.routing.features import routing_text
+    from proxy.cli.traffic import embedded, user_turn
     from router_core.evaluation.outcomes import read_outcomes
     from router_core.evaluation.study import run_study
-    from router_core.fitting import embed_prompts
 
     if order.prices is None:
         raise console.BadArgument("--prices: give the prices of the models that --outcomes scores")
@@ -139,9 +138,8 @@ def _studied(order: Order, embedder: str, data_dir: Path, workers: int | None) -
     opened = opened_embedder(embedder, data_dir)
     plan = _plan(order, outcomes, opened.id)
     plan.check(outcomes)
-    texts = [routing_text([{"role": "user", "content": prompt}]) for prompt in outcomes.prompts]
     with console.progress() as bars:
-        vectors = embed_prompts(texts, opened, bars.update)
+        vectors = embedded(map(user_turn, outcomes.prompts), opened, bars)
         return run_study(outcomes, vectors, plan, bars.update, workers=workers or os.cpu_count() or 1)
 
 

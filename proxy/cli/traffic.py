@@ -1,4 +1,4 @@
-"""The prompts that a calibration is about: the validation set, or a sample of files. Routes none of them."""
+"""Prompts as they would be sent, and as the proxy embeds them: of the validation set, or of files. Routes none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from proxy.cli.prompt_files import check_prompt_files, read_prompts
 from proxy.cli.validation import open_set
 
 if TYPE_CHECKING:
+    from proxy.cli.console import Progress
     from proxy.settings import Settings
+    from router_core.types import Embedder, Floats
+
+Messages = Sequence[Mapping[str, str]]
 
 SAMPLED = 5_000
 """Prompts of files that are looked at, drawn by chance with a fixed seed."""
@@ -22,10 +26,10 @@ SAMPLED = 5_000
 
 @dataclass(frozen=True)
 class Traffic:
-    """Prompts as they would be sent: the messages of each."""
+    """The messages of each prompt."""
 
     name: str
-    prompts: Sequence[Sequence[Mapping[str, str]]]
+    prompts: Sequence[Messages]
 
 
 def opened_traffic(settings: Settings, paths: Sequence[Path]) -> Traffic:
@@ -37,7 +41,19 @@ def opened_traffic(settings: Settings, paths: Sequence[Path]) -> Traffic:
     texts = sample(text for text in read_prompts(paths) if text.strip())
     if not texts:
         raise BadArgument(f"--prompts: there is no prompt in {', '.join(map(str, paths))}")
-    return Traffic(", ".join(path.name for path in paths), [[{"role": "user", "content": text}] for text in texts])
+    return Traffic(", ".join(path.name for path in paths), [user_turn(text) for text in texts])
+
+
+def user_turn(text: str) -> Messages:
+    return [{"role": "user", "content": text}]
+
+
+def embedded(prompts: Iterable[Messages], embedder: Embedder, bars: Progress) -> Floats:
+    """(n, d) of n prompts, by the text that a server would look at."""
+    from proxy.routing.features import routing_text
+    from router_core.fitting import embed_prompts
+
+    return embed_prompts([routing_text(messages) for messages in prompts], embedder, bars.update)
 
 
 def sample(texts: Iterable[str], size: int = SAMPLED) -> list[str]:

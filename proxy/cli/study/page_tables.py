@@ -7,7 +7,7 @@ from html import escape
 
 from proxy.cli.study.names import LOOKS, OURS
 from proxy.cli.study.numbers import number, percent, points, points_apart, ratio
-from proxy.cli.study.words import middle
+from proxy.cli.study.words import columns, middle
 from router_core.evaluation.results import MethodFigures, Results
 
 FIGURES: Mapping[str, Callable[[MethodFigures], str]] = {
@@ -44,18 +44,14 @@ def _heading(title: str, reading: str) -> str:
     return f'<h2>{escape(title)}</h2>\n<p class="reading">{escape(reading)}</p>'
 
 
-def _columns(results: Results) -> list[str]:
-    return [f"N = {labels}" for labels in results.protocol.labels]
-
-
 def _areas(results: Results) -> str:
     rows = {method: [points(each.area) for each in found.values()] for method, found in results.methods.items()}
-    return _methods("Area", _columns(results), rows)
+    return _methods("Area", columns(results), rows)
 
 
 def _differences(results: Results) -> str:
     rows = {method: [points_apart(each) for each in found.values()] for method, found in results.differences.items()}
-    return _methods("Differences", _columns(results), rows)
+    return _methods("Differences", columns(results), rows)
 
 
 def _chosen(results: Results) -> str:
@@ -65,7 +61,7 @@ def _chosen(results: Results) -> str:
         ("random", [points(random[labels].area) for labels in results.chosen]),
         ("chosen less random", [points_apart(found) for found in results.chosen_differences.values()]),
     ]
-    return _table("Chosen and random prompts", _columns(results), [_row(*row) for row in rows])
+    return _table("Chosen and random prompts", columns(results), [_row(*row) for row in rows])
 
 
 def _figures(results: Results, labels: int) -> str:

@@ -8,7 +8,7 @@ from proxy.cli import console
 from proxy.cli.study.names import LOOKS, OURS
 from proxy.cli.study.numbers import number, points, points_apart
 from proxy.cli.study.rivals import best_rivals
-from proxy.cli.study.words import middle, protocol_sentences, undefined_sentence
+from proxy.cli.study.words import columns, middle, protocol_sentences, undefined_sentence
 from router_core.evaluation.intervals import Difference
 from router_core.evaluation.results import MethodFigures, Results
 
@@ -43,17 +43,13 @@ def tell(results: Results, labels: int | None = None) -> None:
         _tell_chosen(results)
 
 
-def _columns(results: Results) -> list[str]:
-    return [f"N = {labels}" for labels in results.protocol.labels]
-
-
 def _tell_areas(results: Results) -> None:
     title = "Area ×100: mean quality over all budgets between the cheapest and the best single model"
     rows = [
         (LOOKS[method].label, *(points(figures.area) for figures in by_labels.values()))
         for method, by_labels in results.methods.items()
     ]
-    console.table(("method", *_columns(results)), rows, title=title)
+    console.table(("method", *columns(results)), rows, title=title)
     if undefined := undefined_sentence(results):
         console.say(undefined)
 
@@ -71,10 +67,8 @@ def _tell_differences(results: Results) -> None:
     ]
     if best:
         rows += _best_rows(results, best)
-    columns = [f"{column}  " for column in _columns(results)]
-    console.table(
-        ("ours", *columns), rows, title="Area ×100 of ours, less that of each other, on the same test prompts"
-    )
+    wide = [f"{column}  " for column in columns(results)]
+    console.table(("ours", *wide), rows, title="Area ×100 of ours, less that of each other, on the same test prompts")
 
 
 def _best_rows(results: Results, best: Mapping[int, str]) -> list[tuple[str, ...]]:

@@ -16,6 +16,11 @@ def middle(results: Results) -> int:
     return results.protocol.labels[len(results.protocol.labels) // 2]
 
 
+def columns(results: Results) -> list[str]:
+    """What the columns of a table by N are called."""
+    return [f"N = {labels}" for labels in results.protocol.labels]
+
+
 def protocol_sentences(results: Results) -> list[str]:
     """What it was run on, how, and what a cost and an interval are."""
     protocol = results.protocol
