@@ -13,8 +13,8 @@ from proxy.state.records import ModelRecord
 from proxy.state.store import Store
 from tests.support.answers import Step
 from tests.support.makers import CORNERS, a_profile, a_record, until
-from tests.support.measured import CornersEmbedder, a_bench, knows, model_at, write_validation_set
-from tests.support.two_maps import HALVES, ended, latest_job, measured_on_corners, profile_in_use
+from tests.support.measured import CornersEmbedder, a_bench, ended, knows, model_at, write_validation_set
+from tests.support.two_maps import HALVES, latest_job, measured_on_corners, profile_in_use
 from tests.support.upstream import ScriptedUpstream
 
 

@@ -11,20 +11,20 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from proxy.jobs.jobs import Jobs
 from proxy.jobs.leases import LeaseLost, Leases
 from proxy.jobs.ledger import Ledger
-from proxy.jobs.records import Job, PromptAnswer
+from proxy.jobs.records import PromptAnswer
 from proxy.state.embedded import EmbeddedValkey
 from proxy.state.store import Store
 from proxy.state.stored import PROFILES
 from router_core.profiles import Profile
 from tests.support.makers import a_record, until
-from tests.support.measured import a_bench, knows, model_at, settings_for
+from tests.support.measured import a_bench, ended, knows, model_at, settings_for
 from tests.support.upstream import ScriptedUpstream
 
 
@@ -36,15 +36,7 @@ def figures(profile: Profile) -> list[list[float]]:
     return [profile.error_sums.tolist(), profile.labels.tolist(), profile.token_sums.tolist()]
 
 
-async def finished(jobs: Jobs, job: Job, timeout_s: float = 20.0) -> Job:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        latest = await jobs.get(job.id)
-        assert latest is not None
-        if not latest.unfinished:
-            return latest
-        assert time.monotonic() < deadline, f"still {latest.state} with {latest.done} of {latest.total}"
-        await asyncio.sleep(0.02)
+finished = partial(ended, timeout_s=20.0)
 
 
 async def an_uninterrupted_profile(store: Store, folder: Path, upstream: ScriptedUpstream) -> Profile:

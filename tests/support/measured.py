@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from proxy.errors import UpstreamFailure
 from proxy.jobs.answering import UpstreamAnswerer
 from proxy.jobs.asking import Patience
 from proxy.jobs.jobs import Jobs
+from proxy.jobs.records import Job
 from proxy.settings import Settings
 from proxy.state.holder import StateHolder
 from proxy.state.records import ModelRecord
@@ -133,3 +136,15 @@ async def a_bench(
         if worker:
             await jobs.start_worker()
         yield Bench(state, registry, jobs, record)
+
+
+async def ended(jobs: Jobs, job: Job, timeout_s: float = 15.0) -> Job:
+    """The job once it is over."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        latest = await jobs.get(job.id)
+        assert latest is not None
+        if not latest.unfinished:
+            return latest
+        assert time.monotonic() < deadline, f"still {latest.state} with {latest.done} of {latest.total}"
+        await asyncio.sleep(0.02)

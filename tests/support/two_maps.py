@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from pathlib import Path
 
 import numpy as np
 
-from proxy.jobs.jobs import Jobs
 from proxy.jobs.records import Job
 from proxy.state.records import ModelRecord
 from proxy.state.store import Store
 from router_core.clustering import ClusterMap
 from router_core.profiles import Profile
 from tests.support.makers import until
-from tests.support.measured import Bench, a_bench
+from tests.support.measured import Bench, a_bench, ended
 
 _HALF = 0.5**0.5
 HALVES = ClusterMap(
     np.array([[_HALF, _HALF, 0, 0], [0, 0, _HALF, _HALF]], dtype=np.float32), embedder_id="corners", top=1
 )
 """North and east are one cluster, south and west the other."""
-
-
-async def ended(jobs: Jobs, job: Job, timeout_s: float = 15.0) -> Job:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        latest = await jobs.get(job.id)
-        assert latest is not None
-        if not latest.unfinished:
-            return latest
-        assert time.monotonic() < deadline, f"still {latest.state} with {latest.done} of {latest.total}"
-        await asyncio.sleep(0.02)
 
 
 async def measured_on_corners(store: Store, folder: Path, record: ModelRecord, prompts: int = 24) -> Profile:
