@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import math
-import re
 import string
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -12,19 +10,26 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     SecretStr,
     ValidationError,
     model_validator,
 )
 
-from proxy.litellm_params import check_shapes
+from proxy.model_entries import ModelEntry, ModelInfo
+from proxy.setting_types import (
+    Amount,
+    Count,
+    Frozen,
+    Names,
+    Whole,
+    check_model_name,
+    referred_variable,
+    resolve_secret,
+)
 from proxy.settings_problems import first_problem
-from proxy.settings_sources import SettingsError, environment_values, file_values, split_list, unknown
-from router_core.types import DEAREST, Price
+from proxy.settings_sources import SettingsError, environment_values, file_values, unknown
+from router_core.types import Price
 
 __all__ = [
     "ModelEntry",
@@ -39,57 +44,6 @@ __all__ = [
     "resolve_secret",
 ]
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
-RESERVED_NAMES = frozenset({"auto", "uniroute/auto", "uniroute/best", "uniroute/cheap"})
-_REFERENCE = "os.environ/"
-
-
-def check_model_name(name: str) -> str:
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(
-            f"a model name is 1 to 128 of A-Z a-z 0-9 . _ : / @ - and starts with a letter or digit; got {name!r}"
-        )
-    if {".", ".."}.intersection(name.split("/")):
-        raise ValueError(f"a model name is part of a URL and cannot hold the steps . and .. ; got {name!r}")
-    if name in RESERVED_NAMES:
-        raise ValueError(f"{name!r} is the name that asks for routing; give the model another name")
-    return name
-
-
-def referred_variable(value: object, allowed_env: Collection[str] = ()) -> str | None:
-    """NAME of `os.environ/NAME`, None for any other value. SettingsError if that variable may not be used."""
-    if not isinstance(value, str) or not value.startswith(_REFERENCE):
-        return None
-    name = value.removeprefix(_REFERENCE)
-    if name.startswith("UNIROUTE_") or not (name.endswith("_API_KEY") or name in allowed_env):
-        raise SettingsError(
-            f"{value}: only variables named *_API_KEY, or listed in allowed_env, may be used; got {name!r}"
-        )
-    return name
-
-
-def resolve_secret(value: str, environ: Mapping[str, str], allowed_env: Collection[str] = ()) -> str:
-    """`os.environ/NAME` → the variable's value; other text is itself. SettingsError if NAME is unset or not allowed."""
-    name = referred_variable(value, allowed_env)
-    if name is None:
-        return value
-    if not environ.get(name):
-        raise SettingsError(f"{value}: the environment variable {name} is not set; export it before starting")
-    return environ[name]
-
-
-def _finite_at_least_zero(value: float) -> float:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"must be a finite number, 0 or more; got {value!r}")
-    return value
-
-
-def _not_boolean(value: object) -> object:
-    """YAML's `yes` and `on` are booleans, which would pass for the number 1."""
-    if isinstance(value, bool):
-        raise ValueError(f"must be a number; got {str(value).lower()}")
-    return value
-
 
 def _redis_address(value: str | None) -> str | None:
     if value is not None and not value.startswith(("redis://", "rediss://", "unix://")):
@@ -97,65 +51,10 @@ def _redis_address(value: str | None) -> str | None:
     return value
 
 
-Amount = Annotated[float, BeforeValidator(_not_boolean), AfterValidator(_finite_at_least_zero)]
-Whole = Annotated[int, BeforeValidator(_not_boolean)]
-Count = Annotated[Whole, Field(ge=1, le=10**12)]
-TokenCost = Annotated[Amount, Field(le=DEAREST)]
-Names = Annotated[tuple[str, ...], BeforeValidator(split_list)]
-ModelName = Annotated[str, AfterValidator(check_model_name)]
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=())
-
-
-class ModelInfo(_Frozen):
-    """What is known of a model, under LiteLLM's names. None: unknown. Prices are USD per token."""
-
-    input_cost_per_token: TokenCost | None = None
-    output_cost_per_token: TokenCost | None = None
-    cache_read_input_token_cost: TokenCost | None = None
-    cache_creation_input_token_cost: TokenCost | None = None
-    free: bool = False
-    max_input_tokens: Count | None = None
-    max_output_tokens: Count | None = None
-    supports_function_calling: bool | None = None
-    supports_vision: bool | None = None
-    supports_audio_input: bool | None = None
-    supports_response_schema: bool | None = None
-
-    @model_validator(mode="after")
-    def _price_is_whole(self) -> ModelInfo:
-        stated = (self.input_cost_per_token, self.output_cost_per_token)
-        if (stated[0] is None) != (stated[1] is None):
-            raise ValueError("a price needs both input_cost_per_token and output_cost_per_token; one is missing")
-        if self.free and any(stated):
-            raise ValueError("free: true and a price contradict each other; remove one")
-        return self
-
-
-class ModelEntry(_Frozen):
-    """One model of `model_list`. `litellm_params` reach the provider layer whole; keys in them are never shown."""
-
-    model_name: ModelName
-    litellm_params: dict[str, Any]
-    model_info: ModelInfo = ModelInfo()
-
-    @model_validator(mode="after")
-    def _names_a_model(self) -> ModelEntry:
-        model = self.litellm_params.get("model")
-        if not isinstance(model, str) or not model:
-            raise ValueError("litellm_params needs `model`, as in openai/gpt-4.1-mini")
-        check_shapes(self.litellm_params)
-        return self
-
-    def __repr_args__(self) -> list[tuple[str | None, Any]]:
-        shown = {key: value for key, value in self.litellm_params.items() if key in ("model", "api_base")}
-        return [("model_name", self.model_name), ("litellm_params", shown), ("model_info", self.model_info)]
-
-
-class ProfileSettings(_Frozen):
+class ProfileSettings(Frozen):
     """How a model is measured: how many validation prompts, for how much money, how many at once."""
 
     prompts: Annotated[Whole, Field(ge=1, le=1000)] = 60
@@ -165,7 +64,7 @@ class ProfileSettings(_Frozen):
     timeout_s: Annotated[Amount, Field(gt=0)] = 120
 
 
-class Settings(_Frozen):
+class Settings(Frozen):
     model_list: tuple[ModelEntry, ...] = ()
     lambda_: Amount = Field(default=0.1, alias="lambda")
     route_names: Names = ("auto",)

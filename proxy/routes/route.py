@@ -7,7 +7,8 @@ from fastapi import APIRouter, Request, Response
 from proxy.body import read_body
 from proxy.relay.sse import dump
 from proxy.routes.context import Caller, OurServices, headers_of
-from proxy.routing.choosing import choose, to_json
+from proxy.routing.choosing import choose
+from proxy.routing.explaining import to_json
 from proxy.routing.request import parse_chat
 
 router = APIRouter()

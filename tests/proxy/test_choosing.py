@@ -12,7 +12,8 @@ import pytest
 
 from proxy.errors import Forbidden, NothingAble, TooLong, Unavailable, UnknownName
 from proxy.routing.assigning import Assigner, RoutingLate
-from proxy.routing.choosing import Choice, choose, to_json
+from proxy.routing.choosing import Choice, choose
+from proxy.routing.explaining import to_json
 from proxy.routing.options import Options
 from proxy.routing.request import ChatRequest
 from proxy.settings import Settings

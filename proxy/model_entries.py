@@ -1,0 +1,57 @@
+"""A model as a configuration file or an administrator states it: how it is reached, and what is known of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import model_validator
+
+from proxy.litellm_params import check_shapes
+from proxy.setting_types import Count, Frozen, ModelName, TokenCost
+
+__all__ = ["ModelEntry", "ModelInfo"]
+
+
+class ModelInfo(Frozen):
+    """What is known of a model, under LiteLLM's names. None: unknown. Prices are USD per token."""
+
+    input_cost_per_token: TokenCost | None = None
+    output_cost_per_token: TokenCost | None = None
+    cache_read_input_token_cost: TokenCost | None = None
+    cache_creation_input_token_cost: TokenCost | None = None
+    free: bool = False
+    max_input_tokens: Count | None = None
+    max_output_tokens: Count | None = None
+    supports_function_calling: bool | None = None
+    supports_vision: bool | None = None
+    supports_audio_input: bool | None = None
+    supports_response_schema: bool | None = None
+
+    @model_validator(mode="after")
+    def _price_is_whole(self) -> ModelInfo:
+        stated = (self.input_cost_per_token, self.output_cost_per_token)
+        if (stated[0] is None) != (stated[1] is None):
+            raise ValueError("a price needs both input_cost_per_token and output_cost_per_token; one is missing")
+        if self.free and any(stated):
+            raise ValueError("free: true and a price contradict each other; remove one")
+        return self
+
+
+class ModelEntry(Frozen):
+    """One model of `model_list`. `litellm_params` reach the provider layer whole; keys in them are never shown."""
+
+    model_name: ModelName
+    litellm_params: dict[str, Any]
+    model_info: ModelInfo = ModelInfo()
+
+    @model_validator(mode="after")
+    def _names_a_model(self) -> ModelEntry:
+        model = self.litellm_params.get("model")
+        if not isinstance(model, str) or not model:
+            raise ValueError("litellm_params needs `model`, as in openai/gpt-4.1-mini")
+        check_shapes(self.litellm_params)
+        return self
+
+    def __repr_args__(self) -> list[tuple[str | None, Any]]:
+        shown = {key: value for key, value in self.litellm_params.items() if key in ("model", "api_base")}
+        return [("model_name", self.model_name), ("litellm_params", shown), ("model_info", self.model_info)]
