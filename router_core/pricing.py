@@ -12,6 +12,7 @@ from router_core.types import Doubles, Price
 REFERENCE = Price(input_cost_per_token=2.5e-6, output_cost_per_token=1e-5)
 """The fixed price that makes costs scale-free: $2.50 in and $10 out per million tokens."""
 CENT_USD = 0.01
+PICO = 10**12
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,11 @@ def bill_usd(price: Price, usage: TokenUsage) -> float:
         + usage.cached_tokens * cached_price
         + usage.output_tokens * price.output_cost_per_token
     )
+
+
+def picousd(usd: float) -> int:
+    """Whole picodollars: sums of them are exact, where sums of floats drift. A token of $1e-9 is still 1,000 of them."""
+    return round(usd * PICO)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

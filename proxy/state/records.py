@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from proxy.settings import ModelEntry, ModelInfo
+from proxy.state.key_limits import NO_LIMITS, KeyLimits
 from router_core.errors import InvalidInput, InvalidPrice
 from router_core.profiles import Profile
 from router_core.types import Price
@@ -131,6 +132,7 @@ class ClientKey:
     models: tuple[str, ...] | None = None
     """The models this key may use; None: all."""
     revoked: bool = False
+    limits: KeyLimits = NO_LIMITS
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from router_core.errors import InvalidPrice
-from router_core.pricing import PriceColumns, TokenUsage, bill_usd, reference_usd
+from router_core.pricing import PriceColumns, TokenUsage, bill_usd, picousd, reference_usd
 from router_core.types import Price
 
 
@@ -17,6 +17,11 @@ def test_each_token_is_paid_once_at_its_own_price() -> None:
 
 def test_cached_tokens_without_a_price_cost_the_input_price() -> None:
     assert bill_usd(Price(1e-6, 0.0), TokenUsage(10, 90, 5)) == pytest.approx(1e-4)
+
+
+def test_bills_in_picodollars_add_up_exactly() -> None:
+    one = bill_usd(Price(1e-7, 4e-7), TokenUsage(fresh_tokens=3, cached_tokens=0, output_tokens=7))
+    assert sum(picousd(one) for _ in range(10_000)) == 10_000 * (3 * 100_000 + 7 * 400_000)
 
 
 def test_an_unknown_price_stays_unknown() -> None:
