@@ -107,12 +107,18 @@ class UpstreamFailure(ProxyError):
         headers: Mapping[str, str] | None = None,
         retryable: bool | None = None,
         timed_out: bool = False,
+        lost: bool = False,
+        overflow: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.body = body
         self.headers = {name: value for name, value in (headers or {}).items() if name.lower() in _KEPT_HEADERS}
         self.timed_out = timed_out
+        self.lost = lost
+        """The connection was there, and died before a byte of an answer: worth asking the same model once more."""
+        self.overflow = overflow
+        """The prompt is longer than this model's context window; another's may be larger."""
         self.retryable = _is_retryable(status) if retryable is None else retryable
 
     @property
@@ -179,9 +185,13 @@ def _own_words(error: UpstreamFailure) -> dict[str, Any]:
     """The upstream's error object in OpenAI's shape, with `code` as text; other texts put into that shape."""
     body = _parsed(error.body)
     if isinstance(body, Mapping) and isinstance(body.get("error"), Mapping):
-        return {**body, "error": _openais_shape(body["error"], error.message)}
-    kind, code = _OF_STATUS.get(error.status or 502, ("upstream_error", None))
-    return error_object(_words_of(body) or error.message, kind, code)
+        shaped = {**body, "error": _openais_shape(body["error"], error.message)}
+    else:
+        kind, code = _OF_STATUS.get(error.status or 502, ("upstream_error", None))
+        shaped = error_object(_words_of(body) or error.message, kind, code)
+    if error.overflow:
+        shaped["error"]["code"] = shaped["error"]["code"] or "context_length_exceeded"
+    return shaped
 
 
 def _openais_shape(stated: Mapping[str, Any], message: str) -> dict[str, Any]:

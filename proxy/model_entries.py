@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import model_validator
 
 from proxy.litellm_params import check_shapes
-from proxy.setting_types import Count, Frozen, ModelName, TokenCost
+from proxy.setting_types import Count, Frozen, ModelName, Seconds, TokenCost
 
 __all__ = ["ModelEntry", "ModelInfo"]
 
@@ -26,6 +26,9 @@ class ModelInfo(Frozen):
     supports_vision: bool | None = None
     supports_audio_input: bool | None = None
     supports_response_schema: bool | None = None
+    connect_timeout_s: Seconds | None = None
+    first_token_timeout_s: Seconds | None = None
+    idle_timeout_s: Seconds | None = None
 
     @model_validator(mode="after")
     def _price_is_whole(self) -> ModelInfo:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from starlette.responses import Response
 
 from proxy.errors import UpstreamFailure
 from proxy.recording.meter import Books, Meter
 from proxy.relay.forwarding import Forwarder
 from proxy.relay.sse import dump
-from proxy.relay.streaming import EventStream
+from proxy.relay.streaming import EventStream, close_opened
 from proxy.routing.choosing import Choice, choose
 from proxy.routing.request import ChatRequest
 from proxy.services import Services
@@ -28,7 +30,7 @@ async def handle(
         services.metrics.degraded.inc()
     books = Books(services.state, services.usage, services.metrics, services.live)
     meter = Meter(books, choice, key, trace, started)
-    forwarder = Forwarder(services.upstream, state, request, trace, meter)
+    forwarder = Forwarder(services.upstream, services.settings, state, request, trace, meter)
     return await (_stream(forwarder) if request.stream else _complete(forwarder))
 
 
@@ -48,10 +50,14 @@ async def _complete(forwarder: Forwarder) -> Response:
 
 
 async def _stream(forwarder: Forwarder) -> Response:
-    meter = forwarder.meter
+    """Status and headers wait for the first content, so that a failure is told as one; but not for ever."""
+    meter, keep_alive_s = forwarder.meter, forwarder.settings.keep_alive_s
+    opening = asyncio.create_task(forwarder.open_stream())
     ending: str | None = "client_gone"
     try:
-        stream = await forwarder.open_stream()
+        await asyncio.wait({opening}, timeout=keep_alive_s)
+        if opening.done():
+            opening.result()
         ending = None
     except UpstreamFailure as failure:
         ending = "failed"
@@ -60,7 +66,8 @@ async def _stream(forwarder: Forwarder) -> Response:
     finally:
         if ending is not None:
             meter.finish(ending)
-    return EventStream(stream, meter, meter.headers(), include_usage=forwarder.request.include_usage)
+            await close_opened(opening)
+    return EventStream(opening, meter, keep_alive_s=keep_alive_s, include_usage=forwarder.request.include_usage)
 
 
 def _note(meter: Meter, failure: UpstreamFailure) -> None:

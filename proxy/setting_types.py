@@ -67,6 +67,7 @@ def _not_boolean(value: object) -> object:
 Amount = Annotated[float, BeforeValidator(_not_boolean), AfterValidator(_finite_at_least_zero)]
 Whole = Annotated[int, BeforeValidator(_not_boolean)]
 Count = Annotated[Whole, Field(ge=1, le=10**12)]
+Seconds = Annotated[Amount, Field(gt=0)]
 TokenCost = Annotated[Amount, Field(le=DEAREST)]
 Names = Annotated[tuple[str, ...], BeforeValidator(split_list)]
 ModelName = Annotated[str, AfterValidator(check_model_name)]

@@ -22,6 +22,7 @@ from proxy.setting_types import (
     Count,
     Frozen,
     Names,
+    Seconds,
     Whole,
     check_model_name,
     referred_variable,
@@ -61,7 +62,7 @@ class ProfileSettings(Frozen):
     max_usd: Amount = 1.0
     concurrency: Annotated[Whole, Field(ge=1, le=64)] = 4
     on_start: bool = True
-    timeout_s: Annotated[Amount, Field(gt=0)] = 120
+    timeout_s: Seconds = 120
 
 
 class Settings(Frozen):
@@ -85,7 +86,12 @@ class Settings(Frozen):
     price_url: str | None = Field(default=None, repr=False)
     max_body_bytes: Count = 20_000_000
     fallback_attempts: Annotated[Whole, Field(ge=1, le=20)] = 3
-    request_timeout_s: Annotated[Amount, Field(gt=0)] = 600
+    request_timeout_s: Seconds = 600
+    connect_timeout_s: Seconds = 5
+    first_token_timeout_s: Seconds = 300
+    idle_timeout_s: Seconds = 120
+    stream_timeout_s: Seconds = 3600
+    keep_alive_s: Seconds = 15
     redis_url: Annotated[str | None, AfterValidator(_redis_address)] = Field(default=None, repr=False)
     admin_key: SecretStr | None = None
     data_dir: Annotated[AbsolutePath, Field(validate_default=True)] = Path("~/.local/share/uniroute")

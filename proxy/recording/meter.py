@@ -37,23 +37,25 @@ class Meter:
         self.choice = choice
         self.model = choice.model
         self.reason = choice.reason
-        self.overhead_s = 0.0
+        self.overhead_s: float | None = None
+        """From the request's arrival to the first upstream call; None: there was none yet."""
         self._books = books
         self._key = key
         self._trace = trace
-        self._started = started
+        self.started = started
+        """Monotonic seconds at which the request arrived."""
         self._asked = started
         self._first: float | None = None
         self._counts = TokenCounts()
         self._finished = False
 
     def asking(self, model: str) -> None:
-        """`model` is asked now; the time before the first such call is our own."""
+        """`model` is asked now."""
         self._asked = time.monotonic()
-        if model == self.choice.model:
-            self.overhead_s = self._asked - self._started
+        if self.overhead_s is None:
+            self.overhead_s = self._asked - self.started
             self._books.metrics.overhead.observe(self.overhead_s)
-        else:
+        if model != self.choice.model:
             self.reason = "fallback"
         self.model = model
         self._counts, self._first = TokenCounts(), None
@@ -69,6 +71,11 @@ class Meter:
             self.model,
             failure or "it gave an empty answer",
         )
+
+    @property
+    def has_content(self) -> bool:
+        """Whether the model asked last has said anything."""
+        return self._first is not None
 
     def first_content(self) -> None:
         if self._first is None:
@@ -99,8 +106,11 @@ class Meter:
             "x-uniroute-model": self.model,
             "x-uniroute-decision": self.choice.id,
             "x-uniroute-reason": self.reason,
-            "x-uniroute-overhead-ms": f"{self.overhead_s * 1000:.2f}",
+            "x-uniroute-overhead-ms": self._overhead_ms(),
         }
+
+    def _overhead_ms(self) -> str:
+        return f"{(self.overhead_s or 0.0) * 1000:.2f}"
 
     def _record(self, ending: str) -> UsageRecord:
         now = time.monotonic()
@@ -118,8 +128,8 @@ class Meter:
             output_tokens=counts.output_tokens,
             reasoning_tokens=counts.reasoning_tokens,
             cost_usd=cost_usd(counts, live_price.price if live_price else None),
-            seconds=now - self._started,
-            first_token_s=None if self._first is None else self._first - self._started,
+            seconds=now - self.started,
+            first_token_s=None if self._first is None else self._first - self.started,
         )
         self._books.usage.record(entry)
         self._count_tokens(entry)
@@ -153,7 +163,7 @@ class Meter:
             "key": entry.key_id or "-",
             "tokens": f"{entry.prompt_tokens or '?'}+{entry.output_tokens or '?'}",
             "cost_usd": "?" if entry.cost_usd is None else f"{entry.cost_usd:.8f}",
-            "overhead_ms": f"{self.overhead_s * 1000:.2f}",
+            "overhead_ms": self._overhead_ms(),
             "first_s": "-" if entry.first_token_s is None else f"{entry.first_token_s:.3f}",
             "seconds": f"{entry.seconds:.3f}",
         }

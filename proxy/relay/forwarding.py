@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from time import monotonic
+from typing import Any, TypeVar
 
 from proxy.errors import UpstreamFailure
 from proxy.recording.meter import Meter
-from proxy.relay.chunks import has_content, is_empty_answer
+from proxy.relay.beginning import OpenStream, begin
+from proxy.relay.chunks import is_empty_answer
 from proxy.routing.request import ChatRequest
+from proxy.settings import Settings
+from proxy.state.records import ModelRecord
 from proxy.state.snapshot import RoutingState
+from proxy.timeouts import Timeouts, timeouts_for
 from proxy.trace import Trace
-from proxy.upstream.client import Chunks, LitellmUpstream
+from proxy.upstream.client import LitellmUpstream
 
-
-@dataclass
-class OpenStream:
-    """A stream that has begun: what was read while waiting for content, and the rest."""
-
-    held: list[dict[str, Any]]
-    rest: Chunks
-    ended: bool = False
-    """Nothing is left to read, and it ended well."""
-
-    async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
-        for chunk in self.held:
-            yield chunk
-        async for chunk in self.rest:
-            yield chunk
-
-    async def aclose(self) -> None:
-        close = getattr(self.rest, "aclose", None)
-        if close is not None:
-            await close()
+Answer = TypeVar("Answer")
+Ask = Callable[[ModelRecord, Timeouts], Awaitable[Answer]]
 
 
 @dataclass(frozen=True)
@@ -41,6 +29,7 @@ class Forwarder:
     """The models of one request's choice, asked one after the other."""
 
     upstream: LitellmUpstream
+    settings: Settings
     state: RoutingState
     request: ChatRequest
     trace: Trace
@@ -48,62 +37,66 @@ class Forwarder:
 
     async def complete(self) -> dict[str, Any]:
         """The first whole answer. Raises the last UpstreamFailure."""
-        for name, is_last in self._order():
-            try:
-                answer = await self.upstream.complete(self.state.models[name], self._body(name), self.trace.headers())
-            except UpstreamFailure as failure:
-                self._pass_over_or_raise(failure, is_last=is_last)
-                continue
-            self.meter.used(answer.get("usage"))
-            if is_last or not is_empty_answer(answer):
-                return {**answer, "model": name}
-            self.meter.passed_over(None)
-        raise UpstreamFailure("no model was asked")
+        return await self._first(self._answer, is_empty_answer)
 
     async def open_stream(self) -> OpenStream:
         """The first stream with content. Raises the last UpstreamFailure."""
-        for name, is_last in self._order():
+        return await self._first(self._begin, lambda stream: stream.is_empty)
+
+    async def _first(self, ask: Ask[Answer], is_empty: Callable[[Answer], bool]) -> Answer:
+        order = [name for name in self.meter.choice.order if name in self.state.models]
+        for place, name in enumerate(order, start=1):
+            is_last = place == len(order)
             try:
-                stream = await self._begin(name)
+                answer = await self._asked(self.state.models[name], ask)
             except UpstreamFailure as failure:
-                self._pass_over_or_raise(failure, is_last=is_last)
+                if is_last or not failure.retryable or self._late():
+                    raise
+                self.meter.passed_over(failure)
                 continue
-            if is_last or not stream.ended or not is_empty_answer({"choices": _all_choices(stream.held)}):
-                return stream
+            if is_last or not is_empty(answer):
+                return answer
             self.meter.passed_over(None)
         raise UpstreamFailure("no model was asked")
 
-    def _order(self) -> list[tuple[str, bool]]:
-        order = [name for name in self.meter.choice.order if name in self.state.models]
-        return [(name, place == len(order)) for place, name in enumerate(order, start=1)]
-
-    def _body(self, name: str) -> Mapping[str, Any]:
-        self.meter.asking(name)
-        return self.request.body
-
-    def _pass_over_or_raise(self, failure: UpstreamFailure, *, is_last: bool) -> None:
-        if is_last or not failure.retryable:
-            raise failure
-        self.meter.passed_over(failure)
-
-    async def _begin(self, name: str) -> OpenStream:
-        """Reads up to the first content, or to the end if there is none."""
-        chunks = await self.upstream.stream(self.state.models[name], self._body(name), self.trace.headers())
-        stream = OpenStream([], chunks)
+    async def _asked(self, record: ModelRecord, ask: Ask[Answer]) -> Answer:
+        """One model, and once more where its connection died before it said anything."""
         try:
-            async for chunk in chunks:
-                stream.held.append(chunk)
-                if chunk.get("usage"):
-                    self.meter.used(chunk["usage"])
-                if has_content(chunk):
-                    self.meter.first_content()
-                    return stream
-        except BaseException:
-            await stream.aclose()
-            raise
-        stream.ended = True
-        return stream
+            return await self._in_time(record, ask)
+        except UpstreamFailure as failure:
+            if not failure.lost or self._late():
+                raise
+            self.meter.passed_over(failure)
+            return await self._in_time(record, ask)
 
+    async def _in_time(self, record: ModelRecord, ask: Ask[Answer]) -> Answer:
+        timeouts = self._timeouts(record)
+        left_s = self.meter.started + timeouts.total_s - monotonic()
+        self.meter.asking(record.name)
+        try:
+            async with asyncio.timeout(min(timeouts.first_token_s, left_s)):
+                return await ask(record, timeouts)
+        except TimeoutError:
+            stated = "first_token_timeout_s" if timeouts.first_token_s < left_s else "request_timeout_s"
+            message = f"{record.name} gave no answer within {min(timeouts.first_token_s, left_s):.3g} s ({stated})"
+            raise UpstreamFailure(message, timed_out=True) from None
 
-def _all_choices(chunks: list[dict[str, Any]]) -> list[Any]:
-    return [choice for chunk in chunks for choice in chunk.get("choices") or ()]
+    async def _answer(self, record: ModelRecord, timeouts: Timeouts) -> dict[str, Any]:
+        answer = await self.upstream.complete(record, *self._sent(), connect_s=timeouts.connect_s)
+        self.meter.used(answer.get("usage"))
+        return {**answer, "model": record.name}
+
+    async def _begin(self, record: ModelRecord, timeouts: Timeouts) -> OpenStream:
+        chunks = await self.upstream.stream(record, *self._sent(), connect_s=timeouts.connect_s)
+        return await begin(chunks, self.meter, timeouts.idle_s, self.settings.stream_timeout_s)
+
+    def _sent(self) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+        return self.request.body, self.trace.headers()
+
+    def _timeouts(self, record: ModelRecord) -> Timeouts:
+        return timeouts_for(self.settings, record.info, self.request.options.timeouts)
+
+    def _late(self) -> bool:
+        """Nobody is asked any more: the time for all attempts together is over."""
+        stated = self.request.options.timeouts.total_s or self.settings.request_timeout_s
+        return monotonic() - self.meter.started >= min(stated, self.settings.request_timeout_s)

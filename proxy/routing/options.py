@@ -6,13 +6,15 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from proxy.errors import BadRequest
+from proxy.timeouts import NOTHING_STATED, StatedTimeouts
 
 LAMBDA_HEADERS = ("lambda", "x-uniroute-lambda")
-KNOWN = ("lambda", "models", "max_cost_usd", "latency_weight", "session", "fallbacks")
+KNOWN = ("lambda", "models", "max_cost_usd", "latency_weight", "session", "fallbacks", "timeouts")
+TIMEOUTS = tuple(column.name for column in fields(StatedTimeouts))
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _SHOWN = 60
 
@@ -28,6 +30,7 @@ class Options:
     latency_weight: float | None = None
     session: str | None = None
     fallbacks: bool | None = None
+    timeouts: StatedTimeouts = NOTHING_STATED
 
 
 def read_options(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) -> Options:
@@ -47,12 +50,13 @@ def read_options(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) ->
         latency_weight=_amount(stated, "latency_weight"),
         session=_session(stated),
         fallbacks=_fallbacks(body, stated),
+        timeouts=_timeouts(stated),
     )
 
 
-def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(name, KNOWN, n=1)
-    return f"; did you mean `{near[0]}`?" if near else f"; known are {', '.join(KNOWN)}"
+def _nearest(name: str, known: Sequence[str] = KNOWN) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean `{near[0]}`?" if near else f"; known are {', '.join(known)}"
 
 
 def _header_lambda(headers: Sequence[tuple[str, str]]) -> float | None:
@@ -67,11 +71,11 @@ def _header_lambda(headers: Sequence[tuple[str, str]]) -> float | None:
     return _checked(float(text), f"the header `{name}`", name, text)
 
 
-def _amount(stated: Mapping[str, Any], name: str) -> float | None:
+def _amount(stated: Mapping[str, Any], name: str, path: str = "uniroute") -> float | None:
     value = stated.get(name)
     if value is None:
         return None
-    label, param = f"`uniroute.{name}`", f"uniroute.{name}"
+    label, param = f"`{path}.{name}`", f"{path}.{name}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BadRequest(_not_an_amount(label, value), param=param)
     try:
@@ -116,3 +120,19 @@ def _fallbacks(body: Mapping[str, Any], stated: Mapping[str, Any]) -> bool | Non
     if value is not None and not isinstance(value, bool):
         raise BadRequest(f"`{param}` must be true or false", param=param)
     return value
+
+
+def _timeouts(stated: Mapping[str, Any]) -> StatedTimeouts:
+    path, value = "uniroute.timeouts", stated.get("timeouts")
+    if value is None:
+        return NOTHING_STATED
+    if not isinstance(value, dict):
+        raise BadRequest(f"`{path}` must be an object of seconds", param=path)
+    for name in value:
+        if name not in TIMEOUTS:
+            raise BadRequest(f"`{path}.{name[:_SHOWN]}` is not known{_nearest(name, TIMEOUTS)}", param=path)
+    seconds = {name: _amount(value, name, path) for name in TIMEOUTS}
+    for name, amount in seconds.items():
+        if amount == 0:
+            raise BadRequest(f"`{path}.{name}` must be more than 0 seconds", param=f"{path}.{name}")
+    return StatedTimeouts(**seconds)

@@ -16,7 +16,7 @@ from proxy.state.records import ModelRecord
 from proxy.upstream.call import Provider, arm_body, call_arguments, is_provider_param
 from proxy.upstream.failures import failure_of, no_completion, without
 from proxy.upstream.provider_layer import handler_over, import_litellm, warm_up
-from proxy.upstream.wire import CONNECT_TIMEOUT_S, Exchange, chunks_of, is_finished, open_pool, watched
+from proxy.upstream.wire import Exchange, chunks_of, is_event_stream, is_finished, open_pool, watched
 from proxy.words import words
 
 __all__ = ["LitellmUpstream", "UpstreamFailure"]
@@ -36,7 +36,8 @@ class LitellmUpstream:
         self._settings = settings
         self._environ = environ
         self._litellm: Any = None
-        self._pool = open_pool(settings.request_timeout_s)
+        self._longest_s = max(settings.request_timeout_s, settings.stream_timeout_s)  # shorter ones are the attempts'
+        self._pool = open_pool(self._longest_s)
         self._handler: Any = None
         self._clients: OrderedDict[tuple[str, ...], Any] = OrderedDict()
 
@@ -49,11 +50,16 @@ class LitellmUpstream:
             self._litellm = litellm
 
     async def complete(
-        self, record: ModelRecord, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
+        self,
+        record: ModelRecord,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str] | None = None,
+        *,
+        connect_s: float | None = None,
     ) -> dict[str, Any]:
         """The whole answer in OpenAI's format, untouched where that is the upstream's own. Raises UpstreamFailure."""
         await self.prepare()
-        with watched() as exchange:
+        with watched(connect_s or self._settings.connect_timeout_s) as exchange:
             provider, arguments = self._arguments(record, body, headers, stream=False)
             try:
                 answer = await self._litellm.acompletion(**arguments)
@@ -70,7 +76,12 @@ class LitellmUpstream:
             return relayed
 
     async def stream(
-        self, record: ModelRecord, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
+        self,
+        record: ModelRecord,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str] | None = None,
+        *,
+        connect_s: float | None = None,
     ) -> Chunks:
         """Chunks in OpenAI's format, the last with usage and no choices. Close it to close the upstream's connection.
 
@@ -78,7 +89,7 @@ class LitellmUpstream:
             UpstreamFailure: here if the upstream refused, later where the stream breaks or ends without its end.
         """
         await self.prepare()
-        with watched() as exchange:
+        with watched(connect_s or self._settings.connect_timeout_s) as exchange:
             provider, arguments = self._arguments(record, body, headers, stream=True)
             try:
                 answer = await self._litellm.acompletion(**arguments)
@@ -92,7 +103,7 @@ class LitellmUpstream:
         response = exchange.response
         if response is None:
             raise UpstreamFailure(f"{record.name} gave no response")
-        if "event-stream" in response.headers.get("content-type", "event-stream"):
+        if is_event_stream(response):
             return chunks_of(response)
         try:
             body = await response.aread()
@@ -145,7 +156,7 @@ class LitellmUpstream:
             "model": record.litellm_params["model"],
             "client": self._client(provider, params),
             "extra_headers": own_headers or None,
-            "timeout": self._timeout(provider),
+            "timeout": self._longest_s,
             "max_retries": 0,
             "_skip_mcp_handler": True,
             "no-log": True,
@@ -211,12 +222,6 @@ class LitellmUpstream:
             if len(self._clients) > MOST_CLIENTS:
                 self._clients.popitem(last=False)
         return self._clients[known]
-
-    def _timeout(self, provider: Provider) -> Any:
-        whole = self._settings.request_timeout_s
-        if not self._takes_openais_sdk(provider):
-            return whole
-        return httpx.Timeout(whole, connect=min(CONNECT_TIMEOUT_S, whole))
 
 
 _OPENAI_SDK = frozenset({"openai", "custom_openai", "lm_studio", "llamafile", "litellm_proxy", "docker_model_runner"})

@@ -10,6 +10,13 @@ from proxy.errors import UpstreamFailure
 
 _SHORTEST_KEY = 8
 """What is shorter is a stand-in such as "-" or "none"."""
+_OVERFLOW = re.compile(
+    rb"context_length_exceeded|maximum context length|context (window|size|length)|(prompt|input|request) is too long"
+    rb"|too many (input )?tokens|input token count|exceeds? .{0,40}(token limit|maximum .{0,20}tokens)",
+    re.IGNORECASE,
+)
+"""What OpenAI, vLLM, llama.cpp, Anthropic, Gemini and Bedrock say of a prompt that does not fit."""
+_LOOKED_AT = 4096
 _CLASS_NAMES = re.compile(r"^(litellm\.\w+: )*")
 
 
@@ -23,6 +30,8 @@ def failure_of(error: Exception, response: httpx.Response | None, model: str) ->
         return no_completion(response, model)
     if _is_timeout(error):
         return UpstreamFailure(f"{model} did not answer in time", timed_out=True)
+    if response is None and _is_lost(error):
+        return UpstreamFailure(f"{model} closed the connection without an answer", lost=True)
     if _is_connection(error) or isinstance(error, httpx.HTTPError):
         return UpstreamFailure(f"{model} cannot be reached")
     if response is not None:
@@ -48,9 +57,12 @@ def without(key: str | None, failure: UpstreamFailure) -> UpstreamFailure:
 
 
 def _refused(response: httpx.Response, model: str) -> UpstreamFailure:
-    status = response.status_code
+    status, body = response.status_code, _content(response)
     message = f"{model} answered with status {status}"
-    return UpstreamFailure(message, status=status, body=_content(response), headers=response.headers)
+    overflow = status in (400, 413, 422) and _OVERFLOW.search(body[:_LOOKED_AT]) is not None
+    return UpstreamFailure(
+        message, status=status, body=body, headers=response.headers, overflow=overflow, retryable=overflow or None
+    )
 
 
 def _content(response: httpx.Response) -> bytes:
@@ -63,6 +75,11 @@ def _content(response: httpx.Response) -> bytes:
 
 def _is_timeout(error: BaseException) -> bool:
     return any("Timeout" in type(cause).__name__ for cause in _causes(error))
+
+
+def _is_lost(error: BaseException) -> bool:
+    lost = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
+    return any(isinstance(cause, lost) for cause in _causes(error))
 
 
 def _is_connection(error: BaseException) -> bool:

@@ -16,13 +16,15 @@ from proxy.relay.sse import EventCutter, EventTooLong, loads
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CONNECT_TIMEOUT_S = 10.0
+MOST_ANSWER_BYTES = 128 * 2**20
+"""Of an answer that is no stream: it is held whole."""
 
 
 class Exchange:
     """The last HTTP response of one upstream call, as the pool saw it: litellm's own objects lose fields."""
 
-    def __init__(self) -> None:
+    def __init__(self, connect_s: float) -> None:
+        self.connect_s = connect_s
         self.response: httpx.Response | None = None
 
     @property
@@ -51,9 +53,9 @@ _current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
 
 
 @contextmanager
-def watched() -> Iterator[Exchange]:
-    """Every response that the pool receives in this context is noted on the exchange."""
-    exchange = Exchange()
+def watched(connect_s: float) -> Iterator[Exchange]:
+    """What the pool receives in this context is noted on the exchange; it connects within `connect_s`."""
+    exchange = Exchange(connect_s)
     token = _current.set(exchange)
     try:
         yield exchange
@@ -61,20 +63,56 @@ def watched() -> Iterator[Exchange]:
         _current.reset(token)
 
 
+async def _hurry(request: httpx.Request) -> None:
+    """Here, where every provider's calls come by: litellm hands most of them one timeout for everything."""
+    exchange = _current.get()
+    if exchange is not None:
+        limits = request.extensions.get("timeout") or {}
+        request.extensions["timeout"] = {**limits, "connect": exchange.connect_s}
+
+
 async def _note(response: httpx.Response) -> None:
     exchange = _current.get()
     if exchange is not None:
         exchange.response = response
+    if not is_event_stream(response):
+        response.stream = _Bounded(response.stream)
 
 
-HOOKS: Mapping[str, list[Any]] = {"response": [_note]}
+HOOKS: Mapping[str, list[Any]] = {"request": [_hurry], "response": [_note]}
+
+
+class AnswerTooLong(httpx.TransportError):
+    """More than MOST_ANSWER_BYTES that are no stream."""
+
+
+class _Bounded(httpx.AsyncByteStream):
+    """A body that is given up once it is larger than can be held."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        size = 0
+        async for piece in self._stream:
+            size += len(piece)
+            if size > MOST_ANSWER_BYTES:
+                raise AnswerTooLong(f"the answer is larger than {MOST_ANSWER_BYTES} bytes")
+            yield piece
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+def is_event_stream(response: httpx.Response) -> bool:
+    return "event-stream" in response.headers.get("content-type", "event-stream")
 
 
 def open_pool(timeout_s: float) -> httpx.AsyncClient:
     """No redirects: an upstream's address comes from its administrator alone. No cookies."""
     return httpx.AsyncClient(
         follow_redirects=False,
-        timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s)),
+        timeout=httpx.Timeout(timeout_s),
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=200, keepalive_expiry=30),
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         event_hooks=dict(HOOKS),
@@ -93,8 +131,11 @@ async def chunks_of(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
             begun, finished = True, finished or is_finished(chunk)
             yield chunk
     except (httpx.HTTPError, httpx.StreamError, EventTooLong) as error:
-        timed_out = isinstance(error, httpx.TimeoutException)
-        raise UpstreamFailure(f"the model's stream broke: {_kind(error)}", timed_out=timed_out) from error
+        raise UpstreamFailure(
+            f"the model's stream broke: {_kind(error)}",
+            timed_out=isinstance(error, httpx.TimeoutException),
+            lost=not begun and isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError),
+        ) from error
     finally:
         await response.aclose()
     if not finished:

@@ -10,8 +10,11 @@ import httpx
 import openai
 import pytest
 
+from tests.http.ranked import asking, ranked, started_ranked
 from tests.support.server import ProxyProcess, arm
 from tests.support.upstream import ScriptedUpstream
+
+__all__ = ["asking", "ranked", "started_ranked"]
 
 CANARY = "sk-canary-3f9a7c"
 """The arms' provider key: it may be seen by the upstreams alone."""

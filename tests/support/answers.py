@@ -34,6 +34,10 @@ class Step:
     done: bool = True
     hang: bool = False
     """Say nothing until the client leaves."""
+    drop: bool = False
+    """Read the request and drop the connection without a byte."""
+    flood: bool = False
+    """Send a body without end, until the client leaves."""
 
 
 def usage_of(prompt: str, answer: str) -> Json:

@@ -109,6 +109,10 @@ class ScriptedUpstream:
         try:
             if step.hang:
                 await watch
+            elif step.drop:
+                writer.transport.abort()
+            elif step.flood:
+                await _flood(writer, received, step)
             else:
                 await self._answer(writer, received, step)
         finally:
@@ -143,6 +147,13 @@ async def _stream(writer: asyncio.StreamWriter, received: Received, step: Step, 
         if received.client_left.is_set():
             return
     received.answered = True
+
+
+async def _flood(writer: asyncio.StreamWriter, received: Received, step: Step) -> None:
+    writer.write(_head(step, "application/json", None))
+    while not received.client_left.is_set():
+        writer.write(b" " * 2**20)
+        await writer.drain()
 
 
 def _events(body: Json, step: Step, words: str) -> Iterator[bytes]:

@@ -1,0 +1,84 @@
+"""A model's stream from its first event to its first content, and what is left of it. Asks nobody."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+from proxy.errors import UpstreamFailure
+from proxy.recording.meter import Meter
+from proxy.relay.chunks import has_content, is_empty_answer
+from proxy.upstream.client import Chunks
+
+MOST_HELD = 1000
+"""Chunks without content before the first with some: more is no beginning of an answer."""
+
+
+@dataclass
+class OpenStream:
+    """A stream that has begun: what was read while waiting for content, and the rest."""
+
+    rest: Chunks
+    idle_s: float
+    """How long the rest may be silent."""
+    until: float
+    """Monotonic seconds at which it is given up, however lively it is."""
+    held: list[dict[str, Any]] = field(default_factory=list)
+    ended: bool = False
+    """Nothing is left to read, and it ended well."""
+
+    @property
+    def is_empty(self) -> bool:
+        """It ended without a word, and nothing kept it from speaking."""
+        return self.ended and is_empty_answer(
+            {"choices": [choice for chunk in self.held for choice in chunk.get("choices") or ()]}
+        )
+
+    async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
+        """Raises UpstreamFailure where it breaks, stops, or goes on for too long."""
+        for chunk in self.held:
+            yield chunk
+        self.held = []
+        with suppress(StopAsyncIteration):
+            while not self.ended:
+                yield await self._next()
+
+    async def _next(self) -> dict[str, Any]:
+        left_s = self.until - monotonic()
+        try:
+            async with asyncio.timeout(min(self.idle_s, left_s)):
+                return await anext(self.rest)
+        except TimeoutError:
+            reason = f"was silent for {self.idle_s:g} s (idle_timeout_s)"
+            if left_s <= self.idle_s:
+                reason = "took longer than stream_timeout_s"
+            raise UpstreamFailure(f"the model's stream {reason}", timed_out=True) from None
+
+    async def aclose(self) -> None:
+        close = getattr(self.rest, "aclose", None)
+        if close is not None:
+            await close()
+
+
+async def begin(chunks: Chunks, meter: Meter, idle_s: float, longest_s: float) -> OpenStream:
+    """Reads up to the first content, or to the end if there is none. Closes `chunks` where that fails."""
+    stream = OpenStream(chunks, idle_s, monotonic() + longest_s)
+    try:
+        async for chunk in chunks:
+            stream.held.append(chunk)
+            if chunk.get("usage"):
+                meter.used(chunk["usage"])
+            if has_content(chunk):
+                meter.first_content()
+                return stream
+            if len(stream.held) >= MOST_HELD:
+                raise UpstreamFailure(f"the model sent {MOST_HELD} chunks without any content")
+    except BaseException:
+        await stream.aclose()
+        raise
+    stream.ended = True
+    return stream

@@ -1,0 +1,50 @@
+"""How long a model is waited for: stated by a request, else for the model, else by the settings. Holds no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from proxy.model_entries import ModelInfo
+from proxy.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds."""
+
+    connect_s: float
+    first_token_s: float
+    """From asking one model to its first content; of an answer that is no stream, to all of it."""
+    idle_s: float
+    """Between two events of a stream, once content has come."""
+    total_s: float
+    """From the request's arrival to the first content of whichever model answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class StatedTimeouts:
+    """What one request states. None: not stated."""
+
+    connect_s: float | None = None
+    first_token_s: float | None = None
+    idle_s: float | None = None
+    total_s: float | None = None
+
+    def as_stated(self) -> Mapping[str, float]:
+        pairs = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: seconds for name, seconds in pairs.items() if seconds is not None}
+
+
+NOTHING_STATED = StatedTimeouts()
+
+
+def timeouts_for(settings: Settings, info: ModelInfo, stated: StatedTimeouts = NOTHING_STATED) -> Timeouts:
+    """No request waits longer in all than `request_timeout_s`, whatever it states."""
+    total_s = min(stated.total_s or settings.request_timeout_s, settings.request_timeout_s)
+    return Timeouts(
+        connect_s=stated.connect_s or info.connect_timeout_s or settings.connect_timeout_s,
+        first_token_s=stated.first_token_s or info.first_token_timeout_s or settings.first_token_timeout_s,
+        idle_s=stated.idle_s or info.idle_timeout_s or settings.idle_timeout_s,
+        total_s=total_s,
+    )

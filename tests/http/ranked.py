@@ -1,0 +1,73 @@
+"""A proxy with four models in a known order, and time limits short enough to wait for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.server import ProxyProcess, arm
+from tests.support.upstream import ScriptedUpstream
+
+ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
+LIMITS = {"request_timeout_s": 5, "idle_timeout_s": 0.4, "stream_timeout_s": 2, "keep_alive_s": 0.2}
+
+
+def says(words: str) -> Callable[[str], str]:
+    return lambda _: words
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """At λ=0.1 first is chosen, then second, third, fourth."""
+
+    proxy: ProxyProcess
+    models: tuple[ScriptedUpstream, ...]
+
+    @property
+    def asked(self) -> list[int]:
+        return [len(model.history) for model in self.models]
+
+
+@pytest.fixture(scope="module")
+def started_ranked(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Ranked]:
+    names = ("first", "second", "third", "fourth")
+    with contextlib.ExitStack() as closing:
+        models = [closing.enter_context(ScriptedUpstream(says(f"The {name} answer."))) for name in names]
+        config = {
+            "model_list": [arm(name, model.url, price=1e-7) for name, model in zip(names, models, strict=True)],
+            "uniroute": {**LIMITS, "profile": {"on_start": False}},
+        }
+        folder = tmp_path_factory.mktemp("attempts")
+        proxy = closing.enter_context(ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "sk-ranked"}))
+        for place, name in enumerate(names):
+            proxy.put_profile(name, 0.1 + 0.1 * place)
+        yield Ranked(proxy, tuple(models))
+
+
+@pytest.fixture
+def ranked(started_ranked: Ranked) -> Ranked:
+    for model in started_ranked.models:
+        model.script.clear()
+        model.history.clear()
+        model.always = None
+    return started_ranked
+
+
+@pytest.fixture
+def asking(ranked: Ranked) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=ranked.proxy.url, timeout=20) as opened:
+        yield opened
+
+
+def ask(http: httpx.Client, **body: Any) -> httpx.Response:
+    return http.post("/v1/chat/completions", json={"model": "auto", "messages": ASK, **body})
+
+
+def error_of(events: list[Any]) -> str:
+    return str(events[-1]["error"]["message"])
