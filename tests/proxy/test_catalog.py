@@ -120,9 +120,8 @@ def test_a_list_of_modalities_tells_what_the_flags_leave_open() -> None:
 
 def test_a_model_whose_parallel_calls_can_be_switched_off_makes_them() -> None:
     assert known_of(supports_parallel_tool_use_config=True).parallel_tools is True
-    assert known_of(
-        supports_parallel_tool_use_config=True, supports_parallel_function_calling=False
-    ).parallel_tools is (False)
+    denied = known_of(supports_parallel_tool_use_config=True, supports_parallel_function_calling=False)
+    assert denied.parallel_tools is False
 
 
 def test_the_old_name_of_a_limit_is_the_window_only_where_it_is_not_the_output() -> None:
