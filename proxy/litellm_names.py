@@ -31,11 +31,10 @@ _INFO = _words("""
     supported_endpoints supported_modalities supported_output_modalities supported_regions supported_audio_formats
     deprecation_date tpm rpm output_vector_size tiered_pricing off_peak_pricing prompt_cache_min_tokens
     supported_openai_params health_check_model health_check_timeout disable_background_health_check
-    supports_audio_output supports_video_input supports_image_input supports_pdf_input supports_url_context
-    supports_parallel_function_calling supports_tool_choice supports_prompt_caching supports_reasoning
-    supports_system_messages supports_native_streaming supports_web_search supports_computer_use
-    supports_assistant_prefill supports_embedding_image_input supports_multimodal supports_tool_search
-    supports_sampling_params supports_native_structured_output
+    supports_image_input supports_url_context supports_tool_choice supports_prompt_caching supports_system_messages
+    supports_native_streaming supports_web_search supports_computer_use supports_assistant_prefill
+    supports_embedding_image_input supports_multimodal supports_tool_search supports_sampling_params
+    supports_native_structured_output
 """)
 _INFO_COSTS = re.compile(
     r"\w+_cost_per_(?!token$)\w+|\w+_token_cost_above_\w+|\w+_token_cost_(batches|flex|priority)|cost_per_second"

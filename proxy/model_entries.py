@@ -23,12 +23,17 @@ class ModelInfo(Frozen):
     max_input_tokens: Count | None = None
     max_output_tokens: Count | None = None
     supports_function_calling: bool | None = None
+    supports_parallel_function_calling: bool | None = None
     supports_vision: bool | None = None
+    supports_video_input: bool | None = None
     supports_audio_input: bool | None = None
+    supports_audio_output: bool | None = None
+    supports_pdf_input: bool | None = None
     supports_response_schema: bool | None = None
     connect_timeout_s: Seconds | None = None
     first_token_timeout_s: Seconds | None = None
     idle_timeout_s: Seconds | None = None
+    supports_reasoning: bool | None = None
 
     @model_validator(mode="after")
     def _price_is_whole(self) -> ModelInfo:

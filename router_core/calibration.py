@@ -107,7 +107,7 @@ def expectations(
     if not len(assignment):
         raise InvalidInput("there is no prompt to expect anything of")
     profiled = ~np.isnan(pool.mean_errors)
-    routable = np.flatnonzero(pool.healthy & profiled & ~np.isnan(pool.prices.input))
+    routable = np.flatnonzero(profiled & ~np.isnan(pool.prices.input))
     if not routable.size:
         raise NoEligibleModel("no model has both a profile and a price", {})
     output_tokens = np.minimum(assignment.expected(pool.output_tokens), pool.max_output_tokens)

@@ -1,24 +1,43 @@
-"""Which models may answer a request at all: measured, priced, healthy, allowed, able. Scores are scoring.py."""
+"""Which models may answer a request at all: allowed, not resting, measured, priced, able. Scores are scoring.py."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from enum import IntEnum
 from functools import cached_property
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from router_core.pool import UNKNOWN, Pool
-from router_core.types import Needs
+from router_core.types import ABILITIES, Doubles, Needs
 
 Mask = NDArray[np.bool_]
+RESTING = "resting after failures"
+_ROUNDING = 1 + 1e-9
+"""A cap stated per million tokens and a price stated per token may differ in their last bit and be the same."""
 
-ABILITIES: Mapping[str, str] = MappingProxyType(
-    {"tools": "call tools", "vision": "read images", "audio": "hear audio", "json_schema": "keep to a JSON schema"}
-)
-"""need → what a model that lacks it cannot do."""
+
+class Stage(IntEnum):
+    """Of the first stage that a model fails it is told every reason, and none of the later ones."""
+
+    LISTED = 0
+    STANDING = 1
+    NEEDS = 2
+    """What the request asks, and is known not to fit."""
+    UNKNOWN = 3
+    """What nobody knows of this model, while another is known to be able."""
+    COST = 4
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Check:
+    stage: Stage
+    passed: Mask
+    """(M,)"""
+    reason: str
+    """What the others are told."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +46,7 @@ class Eligibility:
 
     pool: Pool
     rows: NDArray[np.int64]
-    checks: tuple[tuple[Mask, str], ...] = field(repr=False)
-    """(M,) of who passed, and what the others are told; the first failed check counts."""
+    checks: tuple[Check, ...] = field(repr=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -36,65 +54,95 @@ class Eligibility:
 
     @cached_property
     def why(self) -> dict[str, str]:
-        """Ruled-out model → one sentence."""
-        reasons: dict[str, str] = {}
-        for passed, reason in self.checks:
-            for row in np.flatnonzero(~passed):
-                reasons.setdefault(self.pool.names[row], reason)
-        return reasons
+        """Ruled-out model → its reasons, separated by commas. Those that were nearest to be left come first."""
+        failed: dict[int, tuple[Stage, list[str]]] = {}
+        for check in sorted(self.checks, key=lambda check: check.stage):
+            for row in np.flatnonzero(~check.passed).tolist():
+                stage, reasons = failed.setdefault(row, (check.stage, []))
+                if stage == check.stage:
+                    reasons.append(check.reason)
+        rows = sorted(failed, key=lambda row: (-failed[row][0], row))
+        return {self.pool.names[row]: ", ".join(failed[row][1]) for row in rows}
 
     def narrowed(self, passed: Mask, reason: str) -> Eligibility:
-        """What is left after one more check, (M,) of who passed."""
-        return Eligibility(self.pool, self.rows[passed[self.rows]], (*self.checks, (passed, reason)))
+        """What is left after the costs are known, (M,) of who passed."""
+        return Eligibility(self.pool, self.rows[passed[self.rows]], (*self.checks, Check(Stage.COST, passed, reason)))
 
 
-def eligible(pool: Pool, needs: Needs, allowed: Collection[str] | None = None, *, measured: bool = True) -> Eligibility:
+def eligible(
+    pool: Pool,
+    needs: Needs,
+    allowed: Collection[str] | None = None,
+    *,
+    measured: bool = True,
+    resting: Collection[str] = (),
+) -> Eligibility:
     """Rule models out before any is scored.
+
+    First go those that are known not to fit. Then, need by need, those of unknown ability, as long as one of the models
+    left is known to be able: so nothing is left only where every model is known not to fit.
 
     Args:
         pool: the snapshot's models.
         needs: what this request asks for.
         allowed: names that this request or its key is restricted to; None is no restriction.
         measured: whether a model needs a profile; one without can be called, but not compared.
+        resting: names that failed too often lately to be asked now.
     """
     left = np.ones(len(pool), dtype=np.bool_)
     checks = []
-    for passed, reason in _fixed_checks(pool, needs, allowed, measured=measured):
-        left &= passed
-        checks.append((passed, reason))
-    for need, ability in ABILITIES.items():
-        if getattr(needs, need):
-            passed = _able(pool.able[need], left)
-            left &= passed
-            checks.append((passed, f"not known to {ability}"))
+    for check in (*_standing(pool, allowed, resting, measured=measured), *_known(pool, needs)):
+        left &= check.passed
+        checks.append(check)
+    for ability in needs.abilities:
+        column = pool.able[ability]
+        able = left & (column == 1)
+        if able.any():
+            left = able
+            checks.append(Check(Stage.UNKNOWN, column != UNKNOWN, f"not known to {ABILITIES[ability]}"))
     return Eligibility(pool=pool, rows=np.flatnonzero(left), checks=tuple(checks))
 
 
-def _fixed_checks(
-    pool: Pool, needs: Needs, allowed: Collection[str] | None, *, measured: bool
-) -> Iterator[tuple[Mask, str]]:
+def _standing(
+    pool: Pool, allowed: Collection[str] | None, resting: Collection[str], *, measured: bool
+) -> Iterator[Check]:
+    """What holds for every request of this caller now."""
     if allowed is not None:
-        yield _listed(pool, allowed), "not among the models that this request may use"
-    yield pool.healthy, "unhealthy"
+        yield Check(Stage.LISTED, _listed(pool, allowed), "not among the models that this request may use")
+    if resting:
+        yield Check(Stage.STANDING, ~_listed(pool, resting), RESTING)
     if measured:
-        yield ~np.isnan(pool.mean_errors), "not profiled on this cluster map"
-    yield ~np.isnan(pool.prices.input), "no price is known; state one, or free: true"
-    yield (
-        pool.max_input_tokens >= needs.prompt_tokens,
-        f"context window below about {needs.prompt_tokens} prompt tokens",
-    )
-    if needs.max_output_tokens is not None:
-        reason = f"cannot answer with {needs.max_output_tokens} tokens"
-        yield pool.max_output_tokens >= needs.max_output_tokens, reason
+        yield Check(Stage.STANDING, ~np.isnan(pool.mean_errors), "not profiled on this cluster map")
+    yield Check(Stage.STANDING, ~np.isnan(pool.prices.input), "no price is known; state one, or free: true")
 
 
-def _listed(pool: Pool, allowed: Collection[str]) -> Mask:
+def _known(pool: Pool, needs: Needs) -> Iterator[Check]:
+    """What this request asks, against what is known of each model. What is not known passes."""
+    yield Check(Stage.NEEDS, pool.max_input_tokens >= needs.prompt_tokens, _too_long(needs.prompt_tokens))
+    limit = needs.max_output_tokens
+    if limit is not None:
+        yield Check(Stage.NEEDS, pool.max_output_tokens >= limit, f"cannot answer with {limit} tokens")
+        # written so that nothing is added to NO_LIMIT, and a prompt that is too long by itself is told so once
+        room = pool.max_input_tokens - needs.prompt_tokens
+        fits = ~pool.shares_window | (room < 0) | (room >= limit)
+        yield Check(Stage.NEEDS, fits, f"{_too_long(needs.prompt_tokens)} and {limit} of an answer")
+    yield from _within(pool.prices.input, needs.max_input_cost_per_token, "input")
+    yield from _within(pool.prices.output, needs.max_output_cost_per_token, "output")
+    for ability in needs.abilities:
+        yield Check(Stage.NEEDS, pool.able[ability] != 0, f"cannot {ABILITIES[ability]}")
+
+
+def _within(prices: Doubles, cap: float | None, side: str) -> Iterator[Check]:
+    if cap is not None:
+        reason = f"{side} price above {cap * 1e6:g} USD per million tokens"
+        yield Check(Stage.NEEDS, ~(prices > cap * _ROUNDING), reason)
+
+
+def _too_long(prompt_tokens: int) -> str:
+    return f"context window below about {prompt_tokens} prompt tokens"
+
+
+def _listed(pool: Pool, names: Collection[str]) -> Mask:
     mask = np.zeros(len(pool), dtype=np.bool_)
-    mask[[pool.index[name] for name in allowed if name in pool.index]] = True
+    mask[[pool.index[name] for name in names if name in pool.index]] = True
     return mask
-
-
-def _able(column: NDArray[np.int8], left: Mask) -> Mask:
-    """Known ability first: a model of unknown ability passes only where none of those left is known to be able."""
-    able = column == 1
-    return able if (able & left).any() else np.equal(column, UNKNOWN)

@@ -15,7 +15,7 @@ from router_core.errors import MapMismatch
 from router_core.pricing import PriceColumns
 from router_core.profiles import Profile
 from router_core.recipes import SHRINKAGE
-from router_core.types import UNKNOWN_CAPABILITIES, Capabilities, Doubles, Price
+from router_core.types import ABILITIES, UNKNOWN_CAPABILITIES, Capabilities, Doubles, Price
 
 UNMEASURED_OUTPUT_TOKENS = 256.0
 """Expected of a model while no answer of any model was measured."""
@@ -32,7 +32,6 @@ class Candidate:
     profile: Profile | None
     price: Price | None
     capabilities: Capabilities = UNKNOWN_CAPABILITIES
-    healthy: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +41,6 @@ class Pool:
     names: tuple[str, ...]
     candidates: Mapping[str, Candidate]
     index: Mapping[str, int]
-    healthy: NDArray[np.bool_]
-    """(M,)"""
     errors: Doubles
     """(M, K) error rates; NaN without a profile."""
     mean_errors: Doubles
@@ -58,9 +55,11 @@ class Pool:
     """(M, K)"""
     prices: PriceColumns
     able: Mapping[str, NDArray[np.int8]]
-    """need → (M,) of 1, 0, or UNKNOWN."""
+    """ability → (M,) of 1, 0, or UNKNOWN."""
     max_input_tokens: NDArray[np.int64]
     max_output_tokens: NDArray[np.int64]
+    shares_window: NDArray[np.bool_]
+    """(M,) whether prompt and answer must fit `max_input_tokens` together."""
     cluster_names: tuple[str, ...] = ()
 
     @classmethod
@@ -82,7 +81,6 @@ class Pool:
             names=names,
             candidates=MappingProxyType({candidate.name: candidate for candidate in ordered}),
             index=MappingProxyType({name: row for row, name in enumerate(names)}),
-            healthy=np.array([candidate.healthy for candidate in ordered], dtype=np.bool_),
             errors=(error_rates or ErrorRates(cluster_map)).of(profiles),
             mean_errors=np.array([p.mean_error if p else np.nan for p in profiles]),
             label_weights=_rows([p.labels + SHRINKAGE if p else blank for p in profiles], cluster_map.size),
@@ -95,6 +93,7 @@ class Pool:
             able=_capability_columns([candidate.capabilities for candidate in ordered]),
             max_input_tokens=_limits([candidate.capabilities.max_input_tokens for candidate in ordered]),
             max_output_tokens=_limits([candidate.capabilities.max_output_tokens for candidate in ordered]),
+            shares_window=np.array([candidate.capabilities.shares_window for candidate in ordered], dtype=np.bool_),
             cluster_names=cluster_map.names,
         )
 
@@ -134,8 +133,8 @@ def _limits(values: Sequence[int | None]) -> NDArray[np.int64]:
 
 
 def _capability_columns(capabilities: Sequence[Capabilities]) -> Mapping[str, NDArray[np.int8]]:
-    def column(need: str) -> NDArray[np.int8]:
-        stated = [getattr(capability, need) for capability in capabilities]
+    def column(ability: str) -> NDArray[np.int8]:
+        stated = [getattr(capability, ability) for capability in capabilities]
         return np.array([UNKNOWN if value is None else int(value) for value in stated], dtype=np.int8)
 
-    return MappingProxyType({need: column(need) for need in ("tools", "vision", "audio", "json_schema")})
+    return MappingProxyType({ability: column(ability) for ability in ABILITIES})

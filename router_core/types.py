@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -82,12 +83,40 @@ class Capabilities:
     max_input_tokens: int | None = None
     max_output_tokens: int | None = None
     tools: bool | None = None
+    parallel_tools: bool | None = None
+    """Several calls in one turn."""
     vision: bool | None = None
-    audio: bool | None = None
+    video: bool | None = None
+    audio_input: bool | None = None
+    audio_output: bool | None = None
+    files: bool | None = None
+    """PDF and the like, as an attachment."""
     json_schema: bool | None = None
+    reasoning: bool | None = None
+    """Thinks before it answers, and takes the parameters that say how much."""
+
+    @property
+    def shares_window(self) -> bool:
+        """Whether prompt and answer have one window: no output limit is known apart, or it is no smaller."""
+        return self.max_output_tokens is None or self.max_output_tokens >= (self.max_input_tokens or 0)
 
 
 UNKNOWN_CAPABILITIES = Capabilities()
+
+ABILITIES: Mapping[str, str] = MappingProxyType(
+    {
+        "tools": "call tools",
+        "parallel_tools": "call several tools in one turn",
+        "vision": "read images",
+        "video": "watch video",
+        "audio_input": "hear audio",
+        "audio_output": "answer in audio",
+        "files": "read files",
+        "json_schema": "keep to a JSON schema",
+        "reasoning": "take reasoning parameters",
+    }
+)
+"""What a request may need and a model may lack, a field of Capabilities and of Needs each → in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +128,20 @@ class Needs:
     """The request's own limit for one answer, if it states one."""
     answers: int = 1
     """OpenAI's `n`: how many answers are paid for."""
+    max_input_cost_per_token: float | None = None
+    """USD; a model whose price is above it is ruled out."""
+    max_output_cost_per_token: float | None = None
     tools: bool = False
+    parallel_tools: bool = False
     vision: bool = False
-    audio: bool = False
+    video: bool = False
+    audio_input: bool = False
+    audio_output: bool = False
+    files: bool = False
     json_schema: bool = False
+    reasoning: bool = False
+
+    @property
+    def abilities(self) -> tuple[str, ...]:
+        """Those of ABILITIES that are asked for, in their order."""
+        return tuple(ability for ability in ABILITIES if getattr(self, ability))

@@ -106,11 +106,12 @@ class Measuring:
                 " free: true in model_info, and profile the model again"
             )
         known = bundled_catalog().find(str(record.litellm_params["model"]))
+        capabilities = capabilities_of(record.info, known)
         return Arm(
             asker=Asker(self._answerer, record, self._patience),
             price=None if price is None else price.price,
-            thinks=bool(known and known.reasoning),
-            max_output_tokens=capabilities_of(record.info, known).max_output_tokens,
+            thinks=capabilities.reasoning is True,
+            max_output_tokens=capabilities.max_output_tokens,
         )
 
     def _judge_named(self, name: str) -> tuple[Asker, Price | None]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from proxy.routing.features import needs_of
 from proxy.routing.names import Way
 from proxy.routing.request import ChatRequest
 from proxy.settings import Settings
@@ -26,6 +27,16 @@ class Asked:
     allowed: Collection[str] | None
     needs: Needs
     terms: Terms
+
+
+def needs_within(request: ChatRequest) -> Needs:
+    """What the body needs, at prices within the request's caps."""
+    provider = request.options.provider
+    return replace(
+        needs_of(request.body),
+        max_input_cost_per_token=provider.max_input_cost_per_token,
+        max_output_cost_per_token=provider.max_output_cost_per_token,
+    )
 
 
 def terms_of(request: ChatRequest, way: Way, settings: Settings) -> Terms:

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from proxy.errors import NothingAble, Unavailable
-from proxy.routing.asked import Asked, terms_of
+from proxy.routing.asked import Asked, needs_within, terms_of
 from proxy.routing.assigning import Assigner, RoutingLate
-from proxy.routing.features import needs_of, routing_text
-from proxy.routing.names import Way, candidates, usable_models, way_of
-from proxy.routing.refusals import because, nothing_left
+from proxy.routing.features import routing_text
+from proxy.routing.names import Way, candidates, way_of
+from proxy.routing.refusals import RuledOut, nothing_left, too_dear
 from proxy.routing.request import ChatRequest
 from proxy.settings import Settings
 from proxy.state.records import ClientKey
@@ -68,7 +68,7 @@ async def choose(
         settings=settings,
         way=way,
         allowed=candidates(request.options, state, key),
-        needs=needs_of(request.body),
+        needs=needs_within(request),
         terms=terms_of(request, way, settings),
     )
     return await (_pinned(asked, assigner, explain=explain) if way is Way.PINNED else _routed(asked, assigner))
@@ -96,11 +96,10 @@ def _ranking(choice: Choice) -> tuple[str, ...]:
 async def _routed(asked: Asked, assigner: Assigner) -> Choice:
     request, state, settings = asked.request, asked.state, asked.settings
     eligibility = eligible(state.pool, asked.needs, asked.allowed)
-    usable = usable_models(state, asked.key)
     if not eligibility.rows.size:
         stand_in = _stand_in(asked, eligibility)
         if stand_in is None:
-            raise nothing_left(asked, usable, eligibility.why)
+            raise nothing_left(asked, eligibility)
         return stand_in
     text = routing_text(request.body["messages"])
     degraded = None
@@ -109,11 +108,11 @@ async def _routed(asked: Asked, assigner: Assigner) -> Choice:
         decision = _rank(asked, eligibility, assignment)
         order = decision.ranking
     except NoEligibleModel as error:  # within max_cost_usd
-        raise NothingAble(f"{error}{because(error.why, usable)}", param="uniroute.max_cost_usd") from None
+        raise too_dear(asked, error) from None
     except ROUTING_FAILURES as error:
         degraded = f"{type(error).__name__}: {error}"
         log.warning("routing degraded: %s", degraded)
-        decision, order = _without_looking(asked, eligibility, usable)
+        decision, order = _without_looking(asked, eligibility)
     attempts = 1 if request.options.fallbacks is False else settings.fallback_attempts
     return Choice(
         id=_new_id(),
@@ -122,7 +121,7 @@ async def _routed(asked: Asked, assigner: Assigner) -> Choice:
         lambda_=asked.terms.lambda_,
         order=order[:attempts],
         decision=decision,
-        ineligible={name: why for name, why in decision.ineligible.items() if name in usable},
+        ineligible=RuledOut(asked, decision.eligibility),
         degraded=degraded,
     )
 
@@ -135,14 +134,12 @@ def _rank(asked: Asked, eligibility: Eligibility, assignment: Assignment | None)
     return rank(eligibility, assignment, asked.needs, asked.terms)
 
 
-def _without_looking(
-    asked: Asked, eligibility: Eligibility, usable: tuple[str, ...]
-) -> tuple[RoutingDecision, tuple[str, ...]]:
+def _without_looking(asked: Asked, eligibility: Eligibility) -> tuple[RoutingDecision, tuple[str, ...]]:
     """The default model if it is eligible, then by mean error."""
     try:
         decision = rank_by_mean(eligibility, asked.needs, asked.terms)
     except NoEligibleModel as error:
-        raise NothingAble(f"{error}{because(error.why, usable)}", param="uniroute.max_cost_usd") from None
+        raise too_dear(asked, error) from None
     order = decision.ranking
     default = asked.settings.default_model
     if default in order:
@@ -157,7 +154,7 @@ def _stand_in(asked: Asked, eligibility: Eligibility) -> Choice | None:
     if name is None or name not in able or asked.terms.max_cost_usd is not None:
         return None
     reason = "no model that could answer is profiled yet"
-    ineligible = {other: why for other, why in eligibility.why.items() if other != name}
+    ineligible = RuledOut(asked, eligibility, but=name)
     return Choice(_new_id(), name, "degraded", asked.terms.lambda_, (name,), None, ineligible, degraded=reason)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from proxy.routing.attachments import Contents, contents
 from router_core.excerpt import CUT as CUT
 from router_core.excerpt import excerpt
-from router_core.tokens import BYTES_PER_TOKEN, text_bytes
+from router_core.tokens import BYTES_PER_TOKEN
 from router_core.types import Needs
 
 SHORT = 60
@@ -16,19 +17,10 @@ EARLIER_TURNS = 2
 MEDIA_TOKENS = 800
 """One image, audio clip or file, whatever its size: attachments are never scanned."""
 _MOST_TOKENS = 10**9
+_MOST_ANSWERS = 128
 _TEXT_PARTS = ("text", "input_text")
-_MEDIA = {
-    "image_url": "vision",
-    "input_image": "vision",
-    "image": "vision",
-    "input_audio": "audio",
-    "audio": "audio",
-    "audio_url": "audio",
-    "file": "file",
-    "input_file": "file",
-    "document": "file",
-    "video_url": "vision",
-}
+_NO_THINKING = ("", "none", "minimal", "disable")
+"""Efforts that ask a model not to think, or hardly: one that cannot does as well."""
 
 
 def routing_text(messages: Sequence[Any]) -> str:
@@ -60,16 +52,96 @@ def _text_of(content: Any) -> str:
 
 
 def needs_of(body: Mapping[str, Any]) -> Needs:
-    media = _media(body.get("messages"))
+    read = _read(body)
     return Needs(
-        prompt_tokens=estimate_tokens(body),
+        prompt_tokens=_tokens(read),
         max_output_tokens=_count(body.get("max_completion_tokens")) or _count(body.get("max_tokens")),
-        answers=min(_count(body.get("n")) or 1, 128),
-        tools=bool(body.get("tools") or body.get("functions")),
-        vision="vision" in media,
-        audio="audio" in media or bool(body.get("audio")) or "audio" in _items(body.get("modalities")),
-        json_schema=_is_schema(body.get("response_format")),
+        answers=min(_count(body.get("n")) or 1, _MOST_ANSWERS),
+        **dict.fromkeys(_stated(body, read), True),
     )
+
+
+def asked_for(body: Mapping[str, Any]) -> dict[str, str]:
+    """Ability that the body needs → what in it asks for that, in the caller's own words."""
+    return _stated(body, _read(body))
+
+
+def estimate_tokens(body: Mapping[str, Any]) -> int:
+    """Bytes of UTF-8 text in everything the model reads, by four. Attachments count flat, and are not looked into."""
+    return _tokens(_read(body))
+
+
+def _tokens(read: Contents) -> int:
+    return min(read.text_bytes // BYTES_PER_TOKEN + read.attachments * MEDIA_TOKENS, _MOST_TOKENS)
+
+
+def _read(body: Mapping[str, Any]) -> Contents:
+    """`needs` of what it returns: ability → as in "messages[3] has image_url"."""
+    schemas = contents((body.get(name) for name in ("tools", "functions", "response_format")), parts=False)
+    found = Contents(text_bytes=schemas.text_bytes)
+    for place, message in enumerate(_items(body.get("messages"))):
+        here = contents((message,), parts=True)
+        found.text_bytes += here.text_bytes
+        found.attachments += here.attachments
+        for ability, kind in here.needs.items():
+            found.needs.setdefault(ability, f"messages[{place}] has {kind}")
+    return found
+
+
+def _stated(body: Mapping[str, Any], read: Contents) -> dict[str, str]:
+    asked = _tools(body) | read.needs
+    if isinstance(body.get("audio"), Mapping):
+        asked["audio_output"] = "`audio`"
+    elif "audio" in _items(body.get("modalities")):
+        asked["audio_output"] = "`modalities`"
+    response_format = body.get("response_format")
+    # of a mere JSON object ({"type": "json_object"}) the price map knows nothing for any model: no need is made of it
+    if isinstance(response_format, Mapping) and response_format.get("type") == "json_schema":
+        asked["json_schema"] = "`response_format`"
+    for name, asks in _REASONING:
+        if asks(body.get(name)):
+            asked.setdefault("reasoning", f"`{name}`")
+    return asked
+
+
+def _tools(body: Mapping[str, Any]) -> dict[str, str]:
+    """A conversation that carries calls needs a model that reads calls, even where it offers no tool any more."""
+    called = [
+        (place, len(_items(message.get("tool_calls"))))
+        for place, message in enumerate(_items(body.get("messages")))
+        if isinstance(message, Mapping) and _items(message.get("tool_calls"))
+    ]
+    asked = {}
+    offered = next((name for name in ("tools", "functions") if _items(body.get(name))), None)
+    if offered:
+        asked["tools"] = f"`{offered}`"
+    elif called:
+        asked["tools"] = f"messages[{called[0][0]}] has tool_calls"
+    together = next(((place, count) for place, count in called if count > 1), None)
+    if offered and body.get("parallel_tool_calls") is True:
+        asked["parallel_tools"] = "`parallel_tool_calls`"
+    elif together:
+        asked["parallel_tools"] = f"messages[{together[0]}] has {together[1]} tool_calls"
+    return asked
+
+
+def _is_effort(value: Any) -> bool:
+    return isinstance(value, str) and value not in _NO_THINKING
+
+
+def _is_reasoning(value: Any) -> bool:
+    """OpenRouter's object: an effort, a budget of tokens, or plainly enabled."""
+    if not isinstance(value, Mapping) or value.get("enabled") is False:
+        return False
+    return value.get("enabled") is True or _is_effort(value.get("effort")) or bool(_count(value.get("max_tokens")))
+
+
+def _is_thinking(value: Any) -> bool:
+    """Anthropic's object; "adaptive" leaves it to the model, which must know how."""
+    return isinstance(value, Mapping) and value.get("type") in ("enabled", "adaptive")
+
+
+_REASONING = (("reasoning_effort", _is_effort), ("reasoning", _is_reasoning), ("thinking", _is_thinking))
 
 
 def _count(value: Any) -> int | None:
@@ -79,42 +151,3 @@ def _count(value: Any) -> int | None:
 
 def _items(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
-
-
-def _is_schema(response_format: Any) -> bool:
-    return isinstance(response_format, Mapping) and response_format.get("type") == "json_schema"
-
-
-def _media(messages: Any) -> set[str]:
-    return {
-        kind
-        for message in _items(messages)
-        if isinstance(message, Mapping)
-        for part in _items(message.get("content"))
-        if isinstance(part, Mapping) and isinstance(part.get("type"), str)
-        if (kind := _MEDIA.get(part["type"])) is not None
-    }
-
-
-def estimate_tokens(body: Mapping[str, Any]) -> int:
-    """Bytes of UTF-8 text in everything the model reads, by four. Attachments count flat, and are not looked into."""
-    size = media = 0
-    waiting: list[Any] = [body.get(name) for name in ("messages", "tools", "functions", "response_format")]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, str):
-            size += text_bytes(value)
-        elif isinstance(value, list):
-            waiting.extend(value)
-        elif isinstance(value, Mapping):
-            if _is_media(value):
-                media += 1
-            else:
-                size += sum(len(name) for name in value)
-                waiting.extend(value.values())
-    return size // BYTES_PER_TOKEN + media * MEDIA_TOKENS
-
-
-def _is_media(part: Mapping[str, Any]) -> bool:
-    kind = part.get("type")
-    return isinstance(kind, str) and kind in _MEDIA

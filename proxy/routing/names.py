@@ -43,14 +43,28 @@ def usable_models(state: RoutingState, key: ClientKey | None) -> tuple[str, ...]
 
 
 def candidates(options: Options, state: RoutingState, key: ClientKey | None) -> Collection[str] | None:
-    """Names that a choice is restricted to; None: all. Raises UnknownName and Forbidden for names asked for."""
-    if options.models is None:
-        return None if key is None or key.models is None else key.models
-    for name in options.models:
+    """Names that a choice is restricted to, by the key and by each list of the request; None: all.
+
+    Raises:
+        UnknownName, Forbidden: of a name asked for. One to be ignored need not exist: then it is no candidate anyway.
+    """
+    lists = [_asked(options.models, "models", state, key), _asked(options.provider.only, "provider.only", state, key)]
+    if key is not None:
+        lists.append(key.models)
+    restricting = [set(names) for names in lists if names is not None]
+    if not options.provider.ignore:
+        return set.intersection(*restricting) if restricting else None
+    return set.intersection(set(state.models), *restricting) - set(options.provider.ignore)
+
+
+def _asked(
+    names: tuple[str, ...] | None, param: str, state: RoutingState, key: ClientKey | None
+) -> tuple[str, ...] | None:
+    for name in names or ():
         if name not in state.models:
-            raise UnknownName(f"the model {name[:128]!r} of `models` does not exist", param="models")
+            raise UnknownName(f"the model {name[:128]!r} of `{param}` does not exist", param=param)
         _check_allowed(name, key)
-    return options.models
+    return names
 
 
 def _check_allowed(name: str, key: ClientKey | None) -> None:

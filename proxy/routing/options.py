@@ -11,6 +11,7 @@ from typing import Any
 
 from proxy.errors import BadRequest
 from proxy.timeouts import NOTHING_STATED, StatedTimeouts
+from proxy.routing.provider import NO_PROVIDER, Provider, read_provider
 
 LAMBDA_HEADERS = ("lambda", "x-uniroute-lambda")
 KNOWN = ("lambda", "models", "max_cost_usd", "latency_weight", "session", "fallbacks", "timeouts")
@@ -31,6 +32,7 @@ class Options:
     session: str | None = None
     fallbacks: bool | None = None
     timeouts: StatedTimeouts = NOTHING_STATED
+    provider: Provider = NO_PROVIDER
 
 
 def read_options(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) -> Options:
@@ -43,13 +45,15 @@ def read_options(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) ->
             raise BadRequest(f"`uniroute.{name[:_SHOWN]}` is not an option{_nearest(name)}", param="uniroute")
     from_header = _header_lambda(headers)
     own = _amount(stated, "lambda")
+    provider = read_provider(body)
     return Options(
         lambda_=from_header if own is None else own,
         models=_models(body, stated),
         max_cost_usd=_amount(stated, "max_cost_usd"),
         latency_weight=_amount(stated, "latency_weight"),
         session=_session(stated),
-        fallbacks=_fallbacks(body, stated),
+        fallbacks=_fallbacks(stated, provider),
+        provider=provider,
         timeouts=_timeouts(stated),
     )
 
@@ -110,11 +114,7 @@ def _session(stated: Mapping[str, Any]) -> str | None:
     return value
 
 
-def _fallbacks(body: Mapping[str, Any], stated: Mapping[str, Any]) -> bool | None:
-    provider = body.get("provider")
-    if not isinstance(provider, dict | None):
-        raise BadRequest("`provider` must be an object", param="provider")
-    inherited = (provider or {}).get("allow_fallbacks")
+def _fallbacks(stated: Mapping[str, Any], provider: Provider) -> bool | None:
     own = stated.get("fallbacks")
     param, value = ("provider.allow_fallbacks", inherited) if own is None else ("uniroute.fallbacks", own)
     if value is not None and not isinstance(value, bool):
@@ -136,3 +136,6 @@ def _timeouts(stated: Mapping[str, Any]) -> StatedTimeouts:
         if amount == 0:
             raise BadRequest(f"`{path}.{name}` must be more than 0 seconds", param=f"{path}.{name}")
     return StatedTimeouts(**seconds)
+    if not isinstance(own, bool | None):
+        raise BadRequest("`uniroute.fallbacks` must be true or false", param="uniroute.fallbacks")
+    return provider.allow_fallbacks if own is None else own

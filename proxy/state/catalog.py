@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -30,8 +30,6 @@ class CatalogEntry:
     provider: str
     price: Price | None
     capabilities: Capabilities
-    reasoning: bool
-    """Known to think before it answers."""
 
 
 class Catalog:
@@ -42,6 +40,9 @@ class Catalog:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def __iter__(self) -> Iterator[CatalogEntry]:
+        return iter(self._entries.values())
 
     def find(self, model: str) -> CatalogEntry | None:
         """The entry of `provider/model`, or of its bare name if that is listed under the same provider."""
@@ -110,15 +111,30 @@ def _entry(name: str, listed: dict[str, Any]) -> CatalogEntry:
     return CatalogEntry(
         provider=provider,
         price=_price(name, listed, provider),
-        capabilities=Capabilities(
-            max_input_tokens=_limit(listed, "max_input_tokens") or _limit(listed, "max_tokens"),
-            max_output_tokens=_limit(listed, "max_output_tokens"),
-            tools=_ability(listed, "supports_function_calling"),
-            vision=_ability(listed, "supports_vision"),
-            audio=_ability(listed, "supports_audio_input"),
-            json_schema=_ability(listed, "supports_response_schema"),
+        capabilities=_capabilities(listed),
+    )
+
+
+def _capabilities(listed: dict[str, Any]) -> Capabilities:
+    reads, answers = _modalities(listed, "supported_modalities"), _modalities(listed, "supported_output_modalities")
+    largest_output = _limit(listed, "max_output_tokens")
+    # max_tokens is the older name of either limit: of the output where that is known, else of the window
+    window = _limit(listed, "max_input_tokens") or (None if largest_output else _limit(listed, "max_tokens"))
+    return Capabilities(
+        max_input_tokens=window,
+        max_output_tokens=largest_output,
+        tools=_ability(listed, "supports_function_calling"),
+        parallel_tools=_first_known(
+            _ability(listed, "supports_parallel_function_calling"),
+            _ability(listed, "supports_parallel_tool_use_config"),
         ),
-        reasoning=listed.get("supports_reasoning") is True,
+        vision=_first_known(_ability(listed, "supports_vision"), reads("image")),
+        video=_first_known(_ability(listed, "supports_video_input"), reads("video")),
+        audio_input=_first_known(_ability(listed, "supports_audio_input"), reads("audio")),
+        audio_output=_first_known(_ability(listed, "supports_audio_output"), answers("audio")),
+        files=_ability(listed, "supports_pdf_input"),
+        json_schema=_ability(listed, "supports_response_schema"),
+        reasoning=_ability(listed, "supports_reasoning"),
     )
 
 
@@ -159,3 +175,13 @@ def _ability(listed: dict[str, Any], field: str) -> bool | None:
     """Stated, or unknown: the map lists what a model can do and seldom what it cannot."""
     value = listed.get(field)
     return value if isinstance(value, bool) else None
+
+
+def _modalities(listed: dict[str, Any], field: str) -> Callable[[str], bool | None]:
+    """Whether a list of modalities names one; where there is a list, what it does not name is not there."""
+    value = listed.get(field)
+    return lambda modality: modality in value if isinstance(value, list) and value else None
+
+
+def _first_known(*answers: bool | None) -> bool | None:
+    return next((answer for answer in answers if answer is not None), None)

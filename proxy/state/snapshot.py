@@ -22,10 +22,16 @@ _STATED_ABILITIES = {
     "max_input_tokens": "max_input_tokens",
     "max_output_tokens": "max_output_tokens",
     "tools": "supports_function_calling",
+    "parallel_tools": "supports_parallel_function_calling",
     "vision": "supports_vision",
-    "audio": "supports_audio_input",
+    "video": "supports_video_input",
+    "audio_input": "supports_audio_input",
+    "audio_output": "supports_audio_output",
+    "files": "supports_pdf_input",
     "json_schema": "supports_response_schema",
+    "reasoning": "supports_reasoning",
 }
+"""Field of Capabilities → the field of model_info that states it."""
 
 
 @dataclass(frozen=True)

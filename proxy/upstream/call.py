@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,14 @@ PROVIDER_PARAMS = words("""
 """)
 PROVIDER_FAMILIES = ("aws_", "vertex_", "azure_", "oci_", "watsonx_", "databricks_", "gigachat_", "sagemaker_")
 
-_SAME_LIMIT = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+_MEANINGS = (
+    words("max_tokens max_completion_tokens"),
+    words("reasoning_effort reasoning thinking thinking_budget enable_thinking"),
+    words("tools functions"),
+    words("tool_choice function_call"),
+)
+"""Names of one thing: who states one of them has stated the thing."""
+_SAME_MEANING = {name: names for names in _MEANINGS for name in names}
 
 
 @dataclass(frozen=True)
@@ -75,20 +82,29 @@ def is_provider_param(name: str) -> bool:
 
 
 def arm_body(litellm_params: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
-    """The caller's body over the arm's own fixed parameters (temperature, max_tokens, system …): the caller wins."""
+    """The caller's body over the arm's own fixed parameters (temperature, max_tokens, system …): the caller wins.
+
+    Field by field, and whole: what the caller states under one name of a thing takes the place of the arm's under any,
+    and nothing within an object is mixed. A null states nothing. A system or developer message takes that of `system`.
+    """
     fixed = {
         name: value
         for name, value in litellm_params.items()
         if name not in ("model", "system", "extra_body") and not is_provider_param(name)
     }
     fixed |= litellm_params.get("extra_body") or {}
-    stated = {name for name, value in body.items() if value is not None}
-    kept = {name: value for name, value in fixed.items() if not stated & {name, _SAME_LIMIT.get(name)}}
-    merged = {**kept, **{name: value for name, value in body.items() if value is not None or name not in kept}}
+    stated = _with_same_meaning(name for name, value in body.items() if value is not None)
+    kept = {name: value for name, value in fixed.items() if name not in stated and value is not None}
+    settled = _with_same_meaning(kept)
+    merged = {**kept, **{name: value for name, value in body.items() if value is not None or name not in settled}}
     system = litellm_params.get("system")
     if system and not any(message.get("role") in ("system", "developer") for message in body["messages"]):
         merged["messages"] = [{"role": "system", "content": system}, *body["messages"]]
     return merged
+
+
+def _with_same_meaning(names: Iterable[str]) -> set[str]:
+    return {other for name in names for other in _SAME_MEANING.get(name, (name,))}
 
 
 def call_arguments(provider: Provider, body: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
-from proxy.state.catalog import InvalidPriceMap, bundled_catalog, parse_price_map
+from proxy.model_entries import ModelInfo
+from proxy.state.catalog import CatalogEntry, InvalidPriceMap, bundled_catalog, parse_price_map
+from proxy.state.snapshot import capabilities_of
+from router_core.types import ABILITIES, Capabilities
 
 ONE = {
     "gpt-x": {"litellm_provider": "openai", "input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6, "mode": "chat"}
@@ -75,3 +79,66 @@ def test_figures_and_modes_that_make_no_sense_are_unknown_and_break_nothing() ->
     assert entry is not None
     assert entry.capabilities.max_input_tokens is None
     assert len(catalog) == 1
+
+
+def known_of(**listed: Any) -> Capabilities:
+    entry = parse_price_map({"m": {"input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6, **listed}}).find("m")
+    assert entry is not None
+    return entry.capabilities
+
+
+@pytest.mark.parametrize(
+    ("field", "ability"),
+    [
+        ("supports_function_calling", "tools"),
+        ("supports_parallel_function_calling", "parallel_tools"),
+        ("supports_vision", "vision"),
+        ("supports_video_input", "video"),
+        ("supports_audio_input", "audio_input"),
+        ("supports_audio_output", "audio_output"),
+        ("supports_pdf_input", "files"),
+        ("supports_response_schema", "json_schema"),
+        ("supports_reasoning", "reasoning"),
+    ],
+)
+@pytest.mark.parametrize("value", [True, False, None, "yes"])
+def test_each_ability_is_read_as_stated_and_anything_but_a_flag_is_unknown(
+    field: str, ability: str, value: object
+) -> None:
+    expected = value if isinstance(value, bool) else None
+
+    assert known_of(**{field: value}) == Capabilities(**{ability: expected})
+
+
+def test_a_list_of_modalities_tells_what_the_flags_leave_open() -> None:
+    listed = known_of(supported_modalities=["text", "image"], supported_output_modalities=["text"])
+
+    assert (listed.vision, listed.video, listed.audio_input, listed.audio_output) == (True, False, False, False)
+    assert known_of(supported_modalities=["text"], supports_vision=True).vision is True
+    assert known_of(supported_modalities="image").vision is None
+
+
+def test_a_model_whose_parallel_calls_can_be_switched_off_makes_them() -> None:
+    assert known_of(supports_parallel_tool_use_config=True).parallel_tools is True
+    denied = known_of(supports_parallel_tool_use_config=True, supports_parallel_function_calling=False)
+    assert denied.parallel_tools is False
+
+
+def test_the_old_name_of_a_limit_is_the_window_only_where_it_is_not_the_output() -> None:
+    assert known_of(max_tokens=100).max_input_tokens == 100
+    assert known_of(max_tokens=100, max_output_tokens=100).max_input_tokens is None
+    assert known_of(max_tokens=100, max_input_tokens=50).max_input_tokens == 50
+
+
+def test_the_bundled_map_knows_of_every_ability_who_has_it() -> None:
+    known = [entry.capabilities for entry in bundled_catalog()]
+
+    assert all(any(getattr(each, ability) is True for each in known) for ability in ABILITIES)
+
+
+def test_what_model_info_states_wins_over_the_map_for_every_ability() -> None:
+    known = CatalogEntry("openai", None, Capabilities(**dict.fromkeys(ABILITIES, False)))
+    stated = {name: True for name in ModelInfo.model_fields if name.startswith("supports_")}
+
+    assert capabilities_of(ModelInfo(), known) == known.capabilities
+    assert capabilities_of(ModelInfo(**stated), known) == Capabilities(**dict.fromkeys(ABILITIES, True))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from proxy.routing.features import CUT, MEDIA_TOKENS, estimate_tokens, needs_of, routing_text
+from proxy.routing.features import CUT, MEDIA_TOKENS, asked_for, estimate_tokens, needs_of, routing_text
+from proxy.words import words
 
 LONG = "Please explain in detail how a steam engine converts heat into motion."
 IMAGE: Any = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1_000_000}}
@@ -54,33 +58,108 @@ def test_a_turn_without_text_is_passed_over(content: Any) -> None:
     assert routing_text([user(content)]) == ""
 
 
-def test_attachments_count_flat_and_are_not_looked_into() -> None:
-    assert estimate_tokens({"messages": [user([IMAGE])]}) < 2 * MEDIA_TOKENS
-    assert estimate_tokens({"messages": [user("word " * 4000)]}) == pytest.approx(5000, rel=0.01)
-    assert estimate_tokens({"messages": [user("字" * 1000)]}) == pytest.approx(750, rel=0.05)
+class Unread(str):
+    """Text that nobody may go through: an attachment of 15 MB costs what one of a byte does."""
+
+    __slots__ = ()
+
+    def _refuse(self, *_: object, **__: object) -> Any:
+        raise AssertionError("an attachment was read")
+
+    encode = isascii = __iter__ = __len__ = __getitem__ = find = index = count = split = __contains__ = _refuse
 
 
-def test_tool_schemas_count_as_tokens() -> None:
-    tools = [{"type": "function", "function": {"name": "f", "description": "x" * 4000}}]
-
-    assert estimate_tokens({"messages": [user("hi")], "tools": tools}) > 1000
+BIG = "A" * 15_000_000
+DATA_URL = Unread("data:image/png;base64," + BIG)
+CALL: Any = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
 @pytest.mark.parametrize(
-    ("body", "need"),
+    "message",
     [
-        ({"tools": [{}]}, "tools"),
-        ({"functions": [{}]}, "tools"),
-        ({"messages": [user([IMAGE])]}, "vision"),
-        ({"messages": [user([{"type": "input_audio", "input_audio": {}}])]}, "audio"),
-        ({"modalities": ["text", "audio"]}, "audio"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "json_schema"),
+        user([{"type": "image_url", "image_url": {"url": DATA_URL}}]),
+        user([{"type": "image_url", "image_url": DATA_URL}]),
+        user([{"type": "input_audio", "input_audio": {"data": Unread(BIG), "format": "wav"}}]),
+        user([{"type": "file", "file": {"filename": "a.pdf", "file_data": DATA_URL}}]),
+        user([{"type": "a kind of tomorrow", "payload": {"url": DATA_URL}}]),
+        {"role": "tool", "content": [{"type": "image_url", "image_url": {"url": DATA_URL}}]},
+        user([{"type": "tool_result", "content": [{"type": "image", "source": {"data": Unread(BIG)}}]}]),
+        {"role": "assistant", "content": None, "audio": {"id": "a", "data": Unread(BIG)}},
+        {"role": "assistant", "content": "", "images": [{"type": "image_url", "image_url": {"url": DATA_URL}}]},
     ],
 )
-def test_what_a_request_needs_is_seen(body: dict[str, Any], need: str) -> None:
-    needs = needs_of({"messages": [user("hi")], **body})
+def test_attachments_count_flat_and_are_not_looked_into(message: dict[str, Any]) -> None:
+    body = {"messages": [message, user(LONG)]}
 
-    assert {name for name in ("tools", "vision", "audio", "json_schema") if getattr(needs, name)} == {need}
+    assert needs_of(body).prompt_tokens == pytest.approx(MEDIA_TOKENS, abs=100)
+    assert routing_text(body["messages"]) == LONG
+
+
+def test_text_is_counted_by_its_bytes() -> None:
+    assert estimate_tokens({"messages": [user("word " * 4000)]}) == pytest.approx(5000, rel=0.01)
+    assert estimate_tokens({"messages": [user("字" * 1000)]}) == pytest.approx(750, rel=0.05)
+    assert estimate_tokens({"messages": [user("data:" + "x" * 8000)]}) > 2000
+
+
+@pytest.mark.parametrize("field", ["messages", "tools", "functions", "response_format"])
+def test_everything_that_a_model_reads_is_counted(field: str) -> None:
+    said = {"type": "file", "name": "f", "description": "x" * 4000, "enum": list(range(1000))}
+    value: Any = [{"role": "user", "content": "hi", "extra": said}] if field == "messages" else [said]
+
+    assert estimate_tokens({field: value}) > 1900
+
+
+@pytest.mark.parametrize(
+    ("body", "asked"),
+    [
+        ({"tools": [{}]}, {"tools": "`tools`"}),
+        ({"functions": [{}]}, {"tools": "`functions`"}),
+        ({"tools": [], "parallel_tool_calls": True}, {}),
+        ({"tools": [{}], "parallel_tool_calls": True}, {"tools": "`tools`", "parallel_tools": "`parallel_tool_calls`"}),
+        ({"tools": [{}], "parallel_tool_calls": False}, {"tools": "`tools`"}),
+        ({"messages": [{"role": "assistant", "tool_calls": [CALL]}]}, {"tools": "messages[0] has tool_calls"}),
+        (
+            {"messages": [user("hi"), {"role": "assistant", "tool_calls": [CALL, CALL]}], "tools": [{}]},
+            {"tools": "`tools`", "parallel_tools": "messages[1] has 2 tool_calls"},
+        ),
+        ({"messages": [user("hi"), user([IMAGE])]}, {"vision": "messages[1] has image_url"}),
+        ({"messages": [user([{"type": "video_url"}])]}, {"video": "messages[0] has video_url"}),
+        ({"messages": [user([{"type": "input_audio"}])]}, {"audio_input": "messages[0] has input_audio"}),
+        ({"messages": [user([{"type": "document"}])]}, {"files": "messages[0] has document"}),
+        ({"messages": [user([{"type": "tool_result", "content": [IMAGE]}])]}, {"vision": "messages[0] has image_url"}),
+        ({"modalities": ["text", "audio"]}, {"audio_output": "`modalities`"}),
+        ({"audio": {"voice": "alloy", "format": "wav"}}, {"audio_output": "`audio`"}),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, {"json_schema": "`response_format`"}),
+        ({"response_format": {"type": "json_object"}}, {}),
+        ({"tools": [{"parameters": {"content": [{"type": "file"}]}}]}, {"tools": "`tools`"}),
+    ],
+)
+def test_what_a_request_needs_is_told_in_the_callers_words(body: dict[str, Any], asked: dict[str, str]) -> None:
+    whole = {"messages": [user("hi")], **body}
+
+    assert asked_for(whole) == asked
+    assert set(needs_of(whole).abilities) == set(asked)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "thinks"),
+    [
+        ("reasoning_effort", "low", True),
+        ("reasoning_effort", "none", False),
+        ("reasoning_effort", "minimal", False),
+        ("reasoning_effort", None, False),
+        ("reasoning", {"effort": "high"}, True),
+        ("reasoning", {"max_tokens": 2000}, True),
+        ("reasoning", {"enabled": True}, True),
+        ("reasoning", {"enabled": False, "effort": "high"}, False),
+        ("reasoning", {"exclude": True}, False),
+        ("thinking", {"type": "enabled", "budget_tokens": 1024}, True),
+        ("thinking", {"type": "adaptive"}, True),
+        ("thinking", {"type": "disabled"}, False),
+    ],
+)
+def test_reasoning_is_needed_where_the_caller_wants_thinking(field: str, value: Any, thinks: bool) -> None:
+    assert needs_of({"messages": [user("hi")], field: value}).reasoning is thinks
 
 
 @pytest.mark.parametrize(
@@ -99,3 +178,45 @@ def test_limits_are_read_where_they_are_numbers(body: dict[str, Any], limit: int
     needs = needs_of({"messages": [user("hi")], **body})
 
     assert (needs.max_output_tokens, needs.answers) == (limit, answers)
+
+
+WORDS = st.sampled_from(
+    sorted(
+        words("""
+            role content type text user assistant tool image_url input_audio file tool_result data url images audio
+            messages tools functions response_format json_schema modalities parallel_tool_calls reasoning thinking
+            reasoning_effort effort enabled tool_calls max_tokens max_completion_tokens n data:x;base64,AAAA
+        """)
+    )
+)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | WORDS
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS | st.text(max_size=4), inner, max_size=5),
+    max_leaves=30,
+)
+MESSAGES = st.lists(st.dictionaries(WORDS, JSON, max_size=5) | JSON, max_size=4)
+
+
+@given(st.dictionaries(WORDS | st.text(max_size=4), JSON, max_size=8), JSON | MESSAGES)
+def test_no_body_breaks_the_reading_of_it(body: dict[str, Any], messages: Any) -> None:
+    body = {**body, "messages": messages}
+    needs = needs_of(body)
+    size = len(json.dumps(body))
+
+    assert 0 <= needs.prompt_tokens == estimate_tokens(body) <= MEDIA_TOKENS * (1 + size)
+    assert 1 <= needs.answers <= 128
+    assert needs.max_output_tokens is None or 0 < needs.max_output_tokens < 10**9
+    assert set(asked_for(body)) == set(needs.abilities)
+    if isinstance(messages, list):
+        assert len(routing_text(messages)) <= 3 * (2 * CUT + 2)
+
+
+@given(st.lists(st.dictionaries(WORDS, JSON, max_size=5), max_size=4), st.dictionaries(WORDS, JSON, max_size=5))
+def test_one_more_message_never_makes_a_request_smaller_or_need_less(
+    messages: list[dict[str, Any]], more: dict[str, Any]
+) -> None:
+    before, after = needs_of({"messages": messages}), needs_of({"messages": [*messages, more]})
+
+    assert after.prompt_tokens >= before.prompt_tokens
+    assert set(after.abilities) >= set(before.abilities)

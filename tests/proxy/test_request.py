@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import BadRequest, ControlFieldRefused
+from proxy.routing.provider import Provider
 from proxy.routing.request import MAX_DEPTH, ChatRequest, parse_chat, parse_object
 
 ASK: Any = [{"role": "user", "content": "hi"}]
@@ -48,6 +49,17 @@ def test_usage_is_asked_for_only_by_include_usage() -> None:
         ({"uniroute": {"lambda": True}}, "uniroute.lambda"),
         ({"uniroute": {"lambda": -1}}, "uniroute.lambda"),
         ({"uniroute": {"max_cost_usd": 10**400}}, "uniroute.max_cost_usd"),
+        ({"provider": []}, "provider"),
+        ({"provider": {"allow_fallbacks": "no"}}, "provider.allow_fallbacks"),
+        ({"provider": {"only": "small"}}, "provider.only"),
+        ({"provider": {"ignore": [3]}}, "provider.ignore"),
+        ({"provider": {"max_price": 3}}, "provider.max_price"),
+        ({"provider": {"max_price": {"input": 3}}}, "provider.max_price"),
+        ({"provider": {"max_price": {"prompt": -1}}}, "provider.max_price.prompt"),
+        ({"provider": {"max_price": {"prompt": True}}}, "provider.max_price.prompt"),
+        ({"provider": {"max_price": {"prompt": 10**400}}}, "provider.max_price.prompt"),
+        ({"provider": {"max_price": {"completion": "1,5"}}}, "provider.max_price.completion"),
+        ({"provider": {"max_price": {"completion": "٣"}}}, "provider.max_price.completion"),
     ],
 )
 def test_a_wrong_field_is_named(body: dict[str, Any], param: str) -> None:
@@ -55,6 +67,16 @@ def test_a_wrong_field_is_named(body: dict[str, Any], param: str) -> None:
         parsed(**body)
 
     assert caught.value.param == param
+
+
+def test_openrouters_provider_is_read_as_far_as_it_means_something_here() -> None:
+    stated = {"only": ["a", "a"], "ignore": ["b"], "sort": "price", "max_price": {"prompt": 2, "completion": "1.5"}}
+    read = parsed(provider=stated).options.provider
+
+    assert (read.only, read.ignore) == (("a",), ("b",))
+    assert (read.max_input_cost_per_token, read.max_output_cost_per_token) == (2e-6, 1.5e-6)
+    assert parsed(provider={"max_price": {"prompt": None, "request": 1, "image": 2}}).options.provider == Provider()
+    assert parsed(provider=None).options.provider == Provider()
 
 
 @pytest.mark.parametrize("name", ["lambda", "x-uniroute-lambda"])

@@ -27,8 +27,58 @@ def test_one_limit_under_two_names_is_one_limit(stated: str, fixed: str) -> None
     assert arm_body({"model": "m", fixed: 10}, {"messages": ASK, stated: 99}) == {"messages": ASK, stated: 99}
 
 
-def test_a_null_of_the_caller_does_not_undo_the_arm() -> None:
-    assert arm_body({"model": "m", "temperature": 0.2}, {"messages": ASK, "temperature": None})["temperature"] == 0.2
+THINKING: dict[str, Any] = {
+    "reasoning_effort": "low",
+    "reasoning": {"effort": "high"},
+    "thinking": {"type": "disabled"},
+    "enable_thinking": False,
+}
+
+
+@pytest.mark.parametrize("stated", THINKING)
+@pytest.mark.parametrize("fixed", THINKING)
+def test_how_much_to_think_is_one_thing_under_all_its_names(fixed: str, stated: str) -> None:
+    params = {"model": "m", "extra_body": {fixed: "the arm's", "thinking_budget": 1}}
+
+    assert arm_body(params, {"messages": ASK, stated: THINKING[stated]}) == {"messages": ASK, stated: THINKING[stated]}
+
+
+@pytest.mark.parametrize(("fixed", "stated"), [("tools", "functions"), ("tool_choice", "function_call")])
+def test_the_callers_tools_take_the_place_of_the_arms_under_the_older_name_too(fixed: str, stated: str) -> None:
+    assert arm_body({"model": "m", fixed: ["arm"]}, {"messages": ASK, stated: []}) == {"messages": ASK, stated: []}
+
+
+def test_an_object_of_the_caller_is_not_mixed_with_the_arms() -> None:
+    params = {"model": "m", "extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
+    stated = {"messages": ASK, "chat_template_kwargs": {"other": 1}}
+
+    assert arm_body(params, stated) == stated
+
+
+@pytest.mark.parametrize("name", ["temperature", "stop", "seed"])
+def test_a_null_of_the_caller_does_not_undo_the_arm(name: str) -> None:
+    assert arm_body({"model": "m", name: 2}, {"messages": ASK, name: None}) == {"messages": ASK, name: 2}
+
+
+def test_a_null_under_another_name_does_not_stand_beside_the_arms_value() -> None:
+    body = {"messages": ASK, "max_tokens": None, "thinking": None, "user": None}
+    merged = arm_body({"model": "m", "max_completion_tokens": 10, "reasoning_effort": "low"}, body)
+
+    assert merged == {"messages": ASK, "max_completion_tokens": 10, "reasoning_effort": "low", "user": None}
+
+
+@pytest.mark.parametrize("value", [[], "", 0, False])
+def test_an_empty_value_is_stated(value: object) -> None:
+    assert arm_body({"model": "m", "stop": ["x"]}, {"messages": ASK, "stop": value})["stop"] == value
+
+
+def test_an_arm_cannot_take_the_callers_messages_or_model() -> None:
+    fixed = {"messages": [], "model": "other", "stream": True}
+    asked = {"model": "auto", "messages": ASK}
+    arguments = call_arguments(LOCAL, arm_body({"model": "m", "extra_body": fixed}, asked), stream=False)
+
+    assert arguments["extra_body"] == {"messages": ASK}
+    assert arguments["stream"] is False
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])

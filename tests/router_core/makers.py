@@ -49,12 +49,11 @@ def a_candidate(
     price: Price | None = FREE,
     *,
     capabilities: Capabilities = UNKNOWN_CAPABILITIES,
-    healthy: bool = True,
     tokens: float | None = 100.0,
     seconds: float = 1.0,
 ) -> Candidate:
     profile = None if errors is None else a_profile(errors, tokens=tokens, seconds=seconds)
-    return Candidate(name, profile, price, capabilities, healthy)
+    return Candidate(name, profile, price, capabilities)
 
 
 def a_pool(*candidates: Candidate) -> Pool:

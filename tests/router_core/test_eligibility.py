@@ -1,13 +1,22 @@
 """Who may answer, and what the others are told."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from router_core.eligibility import eligible
 from router_core.errors import MapMismatch
-from router_core.pool import Pool
+from router_core.pool import Candidate, Pool
 from router_core.profiles import Profile
-from router_core.types import FREE, Capabilities, Needs
+from router_core.types import ABILITIES, FREE, Capabilities, Needs, Price
 from tests.router_core.makers import a_candidate, a_map, a_pool
+
+
+def able(name: str, **capabilities: Any) -> Candidate:
+    return a_candidate(name, capabilities=Capabilities(**capabilities))
 
 
 def test_a_model_without_a_price_is_not_free() -> None:
@@ -16,10 +25,11 @@ def test_a_model_without_a_price_is_not_free() -> None:
     assert "price" in left.why["unpriced"]
 
 
-def test_unprofiled_and_unhealthy_models_are_left_out_with_their_own_reason() -> None:
-    left = eligible(a_pool(a_candidate("new", errors=None), a_candidate("down", healthy=False)), Needs())
-    assert left.names == ()
-    assert left.why == {"new": "not profiled on this cluster map", "down": "unhealthy"}
+def test_unprofiled_and_resting_models_are_left_out_with_their_own_reason() -> None:
+    pool = a_pool(a_candidate("new", errors=None), a_candidate("down"), a_candidate("up"))
+    left = eligible(pool, Needs(), resting={"down", "stranger"})
+    assert left.names == ("up",)
+    assert left.why == {"new": "not profiled on this cluster map", "down": "resting after failures"}
 
 
 def test_an_allow_list_leaves_only_its_own_and_ignores_strangers() -> None:
@@ -28,34 +38,114 @@ def test_an_allow_list_leaves_only_its_own_and_ignores_strangers() -> None:
 
 
 def test_a_prompt_longer_than_the_window_rules_the_model_out() -> None:
-    small = a_candidate("small", capabilities=Capabilities(max_input_tokens=1000))
-    left = eligible(a_pool(small, a_candidate("unlimited")), Needs(prompt_tokens=1001))
+    left = eligible(a_pool(able("small", max_input_tokens=1000), a_candidate("unlimited")), Needs(prompt_tokens=1001))
     assert left.names == ("unlimited",)
     assert "1001" in left.why["small"]
 
 
 def test_an_answer_longer_than_the_model_can_write_rules_it_out() -> None:
-    short = a_candidate("short", capabilities=Capabilities(max_output_tokens=100))
+    short = able("short", max_output_tokens=100)
     assert eligible(a_pool(short), Needs(max_output_tokens=101)).names == ()
     assert eligible(a_pool(short), Needs(max_output_tokens=100)).names == ("short",)
 
 
-@pytest.mark.parametrize("need", ["tools", "vision", "audio", "json_schema"])
-def test_a_model_known_to_lack_an_ability_never_gets_the_request(need: str) -> None:
-    unable = a_candidate("unable", capabilities=Capabilities(**{need: False}))
-    assert eligible(a_pool(unable), Needs(**{need: True})).names == ()
-    assert eligible(a_pool(unable), Needs()).names == ("unable",)
+@pytest.mark.parametrize(("output", "shared"), [(None, True), (1000, True), (2000, True), (999, False)])
+def test_prompt_and_answer_share_one_window_unless_the_answer_has_a_smaller_limit(
+    output: int | None, shared: bool
+) -> None:
+    pool = a_pool(able("model", max_input_tokens=1000, max_output_tokens=output))
+    assert eligible(pool, Needs(prompt_tokens=600, max_output_tokens=400)).names == ("model",)
+    both = eligible(pool, Needs(prompt_tokens=600, max_output_tokens=401))
+    assert both.names == (() if shared else ("model",))
+    assert not shared or both.why["model"] == "context window below about 600 prompt tokens and 401 of an answer"
 
 
-def test_an_unknown_ability_is_trusted_only_while_nobody_is_known_to_have_it() -> None:
-    unknown, able = a_candidate("unknown"), a_candidate("able", capabilities=Capabilities(vision=True))
-    assert eligible(a_pool(unknown), Needs(vision=True)).names == ("unknown",)
-    assert eligible(a_pool(unknown, able), Needs(vision=True)).names == ("able",)
+def test_a_model_of_unknown_window_takes_any_prompt_and_answer() -> None:
+    assert eligible(a_pool(a_candidate("model")), Needs(prompt_tokens=10**9, max_output_tokens=10**9)).names
+
+
+def test_a_price_above_the_callers_cap_rules_a_model_out() -> None:
+    pool = a_pool(a_candidate("cheap", price=Price(1e-6, 2e-6)), a_candidate("dear", price=Price(1e-5, 2e-6)))
+    assert eligible(pool, Needs(max_output_cost_per_token=2e-6)).names == ("cheap", "dear")
+    left = eligible(pool, Needs(max_input_cost_per_token=2e-6))
+    assert left.names == ("cheap",)
+    assert left.why == {"dear": "input price above 2 USD per million tokens"}
+
+
+@pytest.mark.parametrize("ability", ABILITIES)
+def test_a_model_known_to_lack_an_ability_never_gets_the_request(ability: str) -> None:
+    pool = a_pool(able("unable", **{ability: False}))
+    assert eligible(pool, Needs(**{ability: True})).names == ()
+    assert eligible(pool, Needs()).names == ("unable",)
+
+
+@pytest.mark.parametrize("ability", ABILITIES)
+def test_an_unknown_ability_is_trusted_only_while_nobody_is_known_to_have_it(ability: str) -> None:
+    unknown, known = a_candidate("unknown"), able("able", **{ability: True})
+    assert eligible(a_pool(unknown), Needs(**{ability: True})).names == ("unknown",)
+    left = eligible(a_pool(unknown, known), Needs(**{ability: True}))
+    assert left.names == ("able",)
+    assert left.why == {"unknown": f"not known to {ABILITIES[ability]}"}
 
 
 def test_an_able_model_that_is_already_ruled_out_does_not_count_against_the_unknown() -> None:
     able = a_candidate("able", price=None, capabilities=Capabilities(vision=True))
     assert eligible(a_pool(a_candidate("unknown"), able), Needs(vision=True)).names == ("unknown",)
+
+
+def test_a_model_that_fails_a_later_need_does_not_count_against_the_unknown_of_an_earlier() -> None:
+    pool = a_pool(able("blind", tools=True, vision=False), able("sees", vision=True))
+    assert eligible(pool, Needs(tools=True, vision=True)).names == ("sees",)
+
+
+def test_every_need_that_a_model_fails_is_told_and_nothing_that_is_moot() -> None:
+    blind = able("blind", tools=False, vision=False, max_input_tokens=10)
+    unpriced = a_candidate("unpriced", price=None, capabilities=Capabilities(tools=False))
+    why = eligible(a_pool(blind, unpriced), Needs(tools=True, vision=True, prompt_tokens=11)).why
+    assert why["blind"] == "context window below about 11 prompt tokens, cannot call tools, cannot read images"
+    assert why["unpriced"] == "no price is known; state one, or free: true"
+
+
+KNOWN = st.sampled_from([True, False, None])
+CAPABILITIES = st.builds(
+    Capabilities,
+    max_input_tokens=st.sampled_from([None, 100, 1000]),
+    max_output_tokens=st.sampled_from([None, 50, 1000]),
+    **dict.fromkeys(ABILITIES, KNOWN),
+)
+NEEDS = st.builds(
+    Needs,
+    prompt_tokens=st.integers(0, 1200),
+    max_output_tokens=st.sampled_from([None, 10, 60]),
+    max_input_cost_per_token=st.sampled_from([None, 0.0]),
+    **dict.fromkeys(ABILITIES, st.booleans()),
+)
+ONE_MORE = st.sampled_from(
+    [*({ability: True} for ability in ABILITIES), {"max_input_cost_per_token": 0.0}, {"prompt_tokens": 1300}]
+)
+
+
+@given(st.lists(CAPABILITIES, max_size=6), NEEDS, ONE_MORE)
+def test_one_more_need_only_narrows_the_choice_or_leaves_it_to_models_of_unknown_ability(
+    capabilities: list[Capabilities], needs: Needs, more: dict[str, Any]
+) -> None:
+    pool = a_pool(*(a_candidate(f"m{place}", capabilities=each) for place, each in enumerate(capabilities)))
+    before, after = eligible(pool, needs), eligible(pool, replace(needs, **more))
+
+    assert set(after.names) <= set(before.names) or not set(after.names) & set(before.names)
+    returned = set(after.names) - set(before.names)
+    assert all(before.why[name].startswith("not known to") for name in returned)
+
+
+@given(st.lists(CAPABILITIES, max_size=6), NEEDS)
+def test_every_model_is_left_or_has_a_reason_and_nobody_is_left_only_for_what_is_known(
+    capabilities: list[Capabilities], needs: Needs
+) -> None:
+    pool = a_pool(*(a_candidate(f"m{place}", capabilities=each) for place, each in enumerate(capabilities)))
+    left = eligible(pool, needs)
+
+    assert sorted([*left.names, *left.why]) == list(pool.names)
+    assert left.names or not any("not known to" in reason for reason in left.why.values())
 
 
 def test_a_profile_of_another_map_is_refused_when_the_pool_is_built() -> None:

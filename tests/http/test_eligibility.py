@@ -1,0 +1,133 @@
+"""Requests that not every model can take, through a real server: who is asked, and what a caller is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.server import ProxyProcess, arm
+from tests.support.upstream import ScriptedUpstream
+
+IMAGE: Any = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 400_000}}
+CALL: Any = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+ABILITIES = ("function_calling", "parallel_function_calling", "vision", "pdf_input", "response_schema", "reasoning")
+
+
+def supporting(*able: str) -> dict[str, bool]:
+    return {f"supports_{ability}": ability in able for ability in ABILITIES}
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[ProxyProcess]:
+    """plain is the cheapest and can do nothing but talk in a window of 1,000 tokens; agent calls tools; seer sees."""
+    folder = tmp_path_factory.mktemp("eligibility")
+    with ScriptedUpstream() as server:
+        config = {
+            "model_list": [
+                arm("plain", server.url, price=1e-7, max_input_tokens=1000, **supporting()),
+                arm("agent", server.url, price=1e-6, **supporting("function_calling", "response_schema")),
+                arm("seer", server.url, price=1e-5, max_output_tokens=500, **supporting("vision", "pdf_input")),
+            ],
+            "uniroute": {"profile": {"on_start": False}},
+        }
+        with ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "k"}) as started:
+            for name in ("plain", "agent", "seer"):
+                started.put_profile(name, 0.2)
+            yield started
+
+
+def ask(proxy: ProxyProcess, content: Any = "Who was the first person on the moon?", **body: Any) -> httpx.Response:
+    whole = {"model": "auto", "messages": [{"role": "user", "content": content}], **body}
+    return httpx.post(f"{proxy.url}/v1/chat/completions", json=whole, timeout=20)
+
+
+@pytest.mark.parametrize(
+    ("body", "model"),
+    [
+        ({}, "plain"),
+        ({"tools": [TOOL]}, "agent"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}}, "agent"),
+        ({"response_format": {"type": "json_object"}}, "plain"),
+        ({"reasoning_effort": "none"}, "plain"),
+        ({"content": [{"type": "text", "text": "What is this?"}, IMAGE]}, "seer"),
+        ({"content": [{"type": "file", "file": {"file_data": "data:application/pdf;base64,AAAA"}}]}, "seer"),
+        ({"max_tokens": 2000}, "agent"),
+        ({"content": "word " * 2000}, "agent"),
+        ({"provider": {"ignore": ["plain"]}}, "agent"),
+        ({"provider": {"only": ["seer", "agent"], "ignore": ["agent"]}}, "seer"),
+    ],
+)
+def test_the_cheapest_model_that_can_take_a_request_answers_it(
+    proxy: ProxyProcess, body: dict[str, Any], model: str
+) -> None:
+    answer = ask(proxy, **body)
+
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["model"] == model
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        (
+            {"tools": [TOOL], "content": [IMAGE]},
+            "no_eligible_model",
+            "no model can take this request, which needs a model to call tools (`tools`), to read images (messages[0] "
+            "has image_url) (agent: cannot read images; plain: cannot call tools, cannot read images; "
+            "seer: cannot call tools)",
+        ),
+        (
+            {"tools": [TOOL], "parallel_tool_calls": True},
+            "no_eligible_model",
+            "to call several tools in one turn (`parallel_tool_calls`)",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [CALL, CALL]}]},
+            "no_eligible_model",
+            "(messages[1] has 2 tool_calls)",
+        ),
+        (
+            {"thinking": {"type": "enabled", "budget_tokens": 9}},
+            "no_eligible_model",
+            "parameters (`thinking`)",
+        ),
+        ({"provider": {"max_price": {"prompt": 0.01}}}, "no_eligible_model", "input price above 0.01 USD per million"),
+        ({"provider": {"ignore": ["plain", "agent", "seer"]}}, "no_eligible_model", "leave no model"),
+        (
+            {"content": "word " * 2000, "models": ["plain"], "max_tokens": 5},
+            "context_length_exceeded",
+            "plain: context window below about 25",
+        ),
+        (
+            {"content": "word " * 600, "models": ["plain"], "max_tokens": 600},
+            "context_length_exceeded",
+            "and 600 of an answer",
+        ),
+    ],
+)
+def test_a_request_that_nobody_can_take_says_which_need_rules_out_whom(
+    proxy: ProxyProcess, body: dict[str, Any], code: str, said: str
+) -> None:
+    refused = ask(proxy, **body)
+    error = refused.json()["error"]
+
+    assert (refused.status_code, error["code"], error["type"]) == (400, code, "invalid_request_error")
+    assert said in error["message"]
+
+
+def test_the_dry_run_tells_every_need_that_a_model_fails(proxy: ProxyProcess) -> None:
+    body = {"model": "auto", "messages": [{"role": "user", "content": [IMAGE]}], "reasoning_effort": "high"}
+    pinned = {**body, "model": "plain"}
+    shown = httpx.post(f"{proxy.url}/v1/route", json={**body, "reasoning_effort": None}, timeout=20).json()
+    served = httpx.post(f"{proxy.url}/v1/chat/completions", json=pinned, timeout=20)
+
+    assert shown["ineligible"] == [
+        {"model": "agent", "why": "cannot read images"},
+        {"model": "plain", "why": "cannot read images"},
+    ]
+    assert (served.status_code, served.headers["x-uniroute-reason"]) == (200, "pinned")

@@ -1,0 +1,112 @@
+"""What arrives at a model when its own parameters and the caller's meet: real calls to a scripted server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from proxy.settings import Settings
+from proxy.upstream.client import LitellmUpstream
+from tests.support.answers import Step
+from tests.support.makers import a_record
+from tests.support.upstream import ScriptedUpstream
+
+ASK: Any = {"role": "user", "content": "hi"}
+ARM: dict[str, Any] = {
+    "temperature": 0.1,
+    "max_tokens": 50,
+    "stop": ["###"],
+    "reasoning_effort": "low",
+    "system": "You are the arm.",
+    "extra_body": {"min_p": 0.05, "chat_template_kwargs": {"enable_thinking": False}},
+}
+CLAUDE: Any = {
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "model": "claude",
+    "content": [{"type": "text", "text": "hi"}],
+    "stop_reason": "end_turn",
+    "usage": {"input_tokens": 1, "output_tokens": 1},
+}
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[LitellmUpstream]:
+    opened = LitellmUpstream(Settings(), {})
+    await opened.prepare()
+    yield opened
+    await opened.aclose()
+
+
+async def arriving(upstream: LitellmUpstream, body: dict[str, Any], *, stream: bool = False) -> dict[str, Any]:
+    with ScriptedUpstream() as server:
+        record = a_record(model="openai/m", api_base=server.url, api_key="k", **ARM)
+        if stream:
+            async for _ in await upstream.stream(record, {"model": "auto", **body}):
+                pass
+        else:
+            await upstream.complete(record, {"model": "auto", **body})
+        return server.last.body
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_where_the_caller_states_nothing_the_arms_parameters_arrive(
+    upstream: LitellmUpstream, *, stream: bool
+) -> None:
+    sent = await arriving(upstream, {"messages": [ASK]}, stream=stream)
+
+    assert sent["messages"] == [{"role": "system", "content": "You are the arm."}, ASK]
+    assert {name: sent[name] for name in ("temperature", "max_tokens", "stop", "reasoning_effort", "min_p")} == {
+        "temperature": 0.1,
+        "max_tokens": 50,
+        "stop": ["###"],
+        "reasoning_effort": "low",
+        "min_p": 0.05,
+    }
+    assert sent["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_the_caller_states_arrives_and_nothing_of_the_arm_beside_it(
+    upstream: LitellmUpstream, *, stream: bool
+) -> None:
+    stated: dict[str, Any] = {
+        "messages": [{"role": "developer", "content": "Mine."}, ASK],
+        "temperature": 0,
+        "max_completion_tokens": 900,
+        "stop": ["END"],
+        "thinking": {"type": "enabled", "budget_tokens": 1024},
+        "min_p": 0.5,
+        "chat_template_kwargs": {"custom": True},
+    }
+    sent = await arriving(upstream, stated, stream=stream)
+
+    assert {name: value for name, value in sent.items() if not name.startswith("stream")} == {**stated, "model": "m"}
+
+
+async def test_nulls_of_the_caller_leave_the_arms_values(upstream: LitellmUpstream) -> None:
+    sent = await arriving(upstream, {"messages": [ASK], "temperature": None, "max_completion_tokens": None})
+
+    assert (sent["temperature"], sent["max_tokens"]) == (0.1, 50)
+    assert "max_completion_tokens" not in sent
+
+
+async def test_of_another_format_too_the_callers_limit_system_and_thinking_arrive(upstream: LitellmUpstream) -> None:
+    with ScriptedUpstream() as server:
+        server.then(Step(body=CLAUDE))
+        fixed: dict[str, Any] = {
+            "max_tokens": 50,
+            "system": "The arm.",
+            "thinking": {"type": "enabled", "budget_tokens": 2000},
+        }
+        record = a_record(model="anthropic/claude-sonnet-4-5", api_base=server.url, api_key="k", **fixed)
+        stated = {"messages": [{"role": "system", "content": "Mine."}, ASK], "max_completion_tokens": 9000}
+        await upstream.complete(record, {"model": "auto", **stated, "reasoning_effort": "low"})
+        sent = server.last.body
+
+    assert sent["max_tokens"] == 9000
+    assert [part["text"] for part in sent["system"]] == ["Mine."]
+    assert sent["thinking"]["budget_tokens"] != 2000

@@ -1,0 +1,143 @@
+"""What is said when nobody can take a request, and to whom; and what narrows a choice: lists, caps, the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy.errors import Forbidden, NothingAble, TooLong, Unavailable, UnknownName
+from proxy.routing.asked import Asked, needs_within, terms_of
+from proxy.routing.names import Way
+from proxy.routing.options import Options
+from proxy.routing.provider import Provider
+from proxy.routing.refusals import nothing_left
+from proxy.routing.request import ChatRequest
+from proxy.settings import Settings
+from proxy.state.records import ClientKey, StoredProfile
+from proxy.state.snapshot import RoutingState, build_state
+from proxy.state.stored import Stored
+from router_core.eligibility import eligible
+from tests.support.choices import LIMITED, LONG, a_state, chosen
+from tests.support.makers import a_profile, a_record, surroundings
+
+
+def lacking(**info: Any) -> RoutingState:
+    return a_state(cheap=info, dear=info)
+
+
+async def refusal(**asked: Any) -> str:
+    with pytest.raises(NothingAble) as refused:
+        await chosen(**asked)
+    return refused.value.message
+
+
+async def test_what_cannot_be_served_says_why() -> None:
+    with pytest.raises(TooLong, match="cheap: context window below about 1253 prompt tokens"):
+        await chosen(text="word " * 1000, state=lacking(max_input_tokens=100))
+    with pytest.raises(TooLong, match="and 900 of an answer"):
+        await chosen(state=lacking(max_input_tokens=910), body={"max_tokens": 900})
+    assert "max_cost_usd" in await refusal(max_cost_usd=0.0)
+    with pytest.raises(Unavailable, match="unmeasured: not profiled"):
+        await chosen(models=("unmeasured",))
+    with pytest.raises(Unavailable, match="no model is registered"):
+        await chosen(key=ClientKey("k", "n", "d", 0.0, ()))
+
+
+async def test_a_need_that_nobody_meets_is_named_with_where_it_was_asked_for() -> None:
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]}
+    state = a_state(cheap={"supports_vision": False}, dear={"supports_vision": False, "max_output_tokens": 10})
+    body = {"messages": [{"role": "user", "content": LONG}, image], "max_tokens": 11}
+
+    assert await refusal(state=state, body=body) == (
+        "no model can take this request, which needs a model to read images (messages[1] has image_url) ("
+        "cheap: cannot read images; dear: cannot answer with 11 tokens, cannot read images; "
+        "unmeasured: not profiled on this cluster map)"
+    )
+
+
+async def test_a_limit_that_no_answer_of_any_model_has_is_not_told_as_a_long_prompt() -> None:
+    assert "cannot answer with 1000 tokens" in await refusal(
+        state=lacking(max_output_tokens=10), body={"max_tokens": 1000}
+    )
+
+
+async def test_a_refusal_names_no_model_that_the_caller_may_not_use() -> None:
+    key = ClientKey("k1", "limited", "digest", 0.0, ("cheap",))
+    body: dict[str, Any] = {"tools": [{}]}
+    said = await refusal(state=lacking(supports_function_calling=False), key=key, body=body)
+    narrowed = await refusal(state=lacking(supports_function_calling=False), models=("cheap",), body=body)
+
+    assert "cheap: cannot call tools" in said
+    assert not {"dear", "unmeasured"} & set(said.replace(":", " ").split())
+    assert said == narrowed
+
+
+async def test_a_refusal_over_many_models_stays_short() -> None:
+    priced = {"input_cost_per_token": 1e-7, "output_cost_per_token": 1e-7, "supports_function_calling": False}
+    records = {name: a_record(name, info=priced) for name in (f"{place:03}" + "m" * 125 for place in range(500))}
+    profiles = {name: StoredProfile(record.fingerprint, a_profile()) for name, record in records.items()}
+    stored = Stored(version=1, models=records, profiles=profiles, keys_exist=False)
+    state = build_state(stored, surroundings(), keys_latched=False)
+    said = await refusal(state=state, body={"tools": [{}]})
+
+    assert len(said) < 3000
+    assert said.endswith("; and 490 more)")
+
+
+async def test_a_refusal_while_the_able_rest_says_so() -> None:
+    asked = an_asked(a_state())
+    error = nothing_left(asked, eligible(asked.state.pool, asked.needs, resting={"cheap", "dear"}))
+
+    assert isinstance(error, Unavailable)
+    assert "rests after failures (cheap: resting after failures; dear: resting" in error.message
+
+
+def an_asked(state: RoutingState) -> Asked:
+    request = ChatRequest({"messages": [{"role": "user", "content": LONG}]}, "auto", False, False, Options())
+    settings = Settings.model_validate({"data_dir": Path("/nowhere")})
+    terms = terms_of(request, Way.SCORED, settings)
+    return Asked(request, None, state, settings, Way.SCORED, None, needs_within(request), terms)
+
+
+async def test_openrouters_lists_name_models_here() -> None:
+    assert (await chosen(provider=Provider(only=("dear",)))).order == ("dear",)
+    assert (await chosen(provider=Provider(ignore=("cheap", "openai")))).order == ("dear",)
+    assert (await chosen(models=("cheap", "dear"), provider=Provider(only=("dear", "unmeasured")))).order == ("dear",)
+    with pytest.raises(UnknownName, match=r"provider\.only"):
+        await chosen(provider=Provider(only=("nobody",)))
+    with pytest.raises(Forbidden):
+        await chosen(key=LIMITED, provider=Provider(only=("cheap",)))
+    for provider in (Provider(only=()), Provider(only=("dear",), ignore=("dear",))):
+        assert "leave no model" in await refusal(provider=provider)
+
+
+async def test_ignoring_a_model_opens_none_that_the_key_may_not_use() -> None:
+    assert (await chosen(key=LIMITED, provider=Provider(ignore=("unmeasured",)))).order == ("dear",)
+    assert "leave no model" in await refusal(key=LIMITED, provider=Provider(ignore=("dear",)))
+
+
+async def test_a_price_cap_rules_out_what_is_dearer() -> None:
+    assert (await chosen(lambda_=0.0, provider=Provider(max_output_cost_per_token=1e-6))).order == ("cheap",)
+    said = await refusal(provider=Provider(max_input_cost_per_token=1e-8))
+    assert "cheap: input price above 0.01 USD per million tokens" in said
+
+
+async def test_who_is_ruled_out_is_worked_out_only_for_whoever_asks() -> None:
+    choice = await chosen()
+    assert choice.decision is not None
+    kept = vars(choice.decision.eligibility)
+
+    assert "why" not in kept
+    assert dict(choice.ineligible) == {"unmeasured": "not profiled on this cluster map"} == kept["why"]
+
+
+async def test_a_stand_in_shows_no_model_that_the_key_may_not_use() -> None:
+    priced = {"input_cost_per_token": 1e-7, "output_cost_per_token": 1e-7}
+    records = {name: a_record(name, info=priced) for name in ("new", "old", "secret")}
+    state = build_state(Stored(version=1, models=records, keys_exist=False), surroundings(), keys_latched=False)
+    key = ClientKey("k", "n", "d", 0.0, ("new", "old"))
+    choice = await chosen(state=state, settings={"default_model": "new"}, key=key)
+
+    assert list(choice.ineligible) == ["old"]

@@ -1,0 +1,76 @@
+"""A state of three models, and the choice that is made among them, with an embedder that can be held."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from proxy.routing.assigning import Assigner
+from proxy.routing.choosing import Choice, choose
+from proxy.routing.options import Options
+from proxy.routing.request import ChatRequest
+from proxy.settings import Settings
+from proxy.state.records import ClientKey, StoredProfile
+from proxy.state.snapshot import RoutingState, build_state
+from proxy.state.stored import Stored
+from router_core.types import Floats
+from tests.support.makers import a_profile, a_record, surroundings
+
+LONG = "A question that is long enough to be read without the turns before it, that is."
+LIMITED = ClientKey("k1", "limited", "digest", 0.0, ("dear",))
+
+
+class Corners:
+    """Every text lies in the first corner. `hold` keeps it from answering."""
+
+    id = "corners"
+    dimension = 4
+
+    def __init__(self) -> None:
+        self.free = threading.Event()
+        self.free.set()
+
+    def embed(self, texts: Sequence[str]) -> Floats:
+        self.free.wait(5)
+        if texts == ["broken"]:
+            raise ValueError("no such text")
+        return np.tile(np.eye(4, dtype=np.float32)[0], (len(texts), 1))
+
+
+def a_state(**abilities: Any) -> RoutingState:
+    """cheap: 30 % errors at a five-hundredth of the price; dear: 10 %; unmeasured: neither."""
+    prices = {"cheap": 1e-7, "dear": 5e-5, "unmeasured": 1e-7}
+    records = {
+        name: a_record(
+            name, info={"input_cost_per_token": price, "output_cost_per_token": price, **abilities.get(name, {})}
+        )
+        for name, price in prices.items()
+    }
+    errors = {"cheap": 0.3, "dear": 0.1}
+    profiles = {
+        name: StoredProfile(records[name].fingerprint, a_profile([error] * 4)) for name, error in errors.items()
+    }
+    stored = Stored(version=1, models=records, profiles=profiles, keys_exist=False)
+    return build_state(stored, surroundings(), keys_latched=False)
+
+
+async def chosen(
+    model: str = "auto",
+    text: str = LONG,
+    *,
+    key: ClientKey | None = None,
+    state: RoutingState | None = None,
+    assigner: Assigner | None = None,
+    settings: dict[str, Any] | None = None,
+    explain: bool = False,
+    body: dict[str, Any] | None = None,
+    **options: Any,
+) -> Choice:
+    content = {"messages": [{"role": "user", "content": text}], **(body or {})}
+    request = ChatRequest(content, model, False, False, Options(**options))
+    found = Settings.model_validate({"data_dir": Path("/nowhere"), **(settings or {})})
+    return await choose(request, key, state or a_state(), found, assigner or Assigner(Corners(), 1.0), explain=explain)
