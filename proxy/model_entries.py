@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from proxy.litellm_params import check_shapes
-from proxy.setting_types import Count, Frozen, ModelName, TokenCost
+from proxy.setting_types import Count, Frozen, ModelName, TokenCost, Whole
 
 __all__ = ["ModelEntry", "ModelInfo"]
 
@@ -26,6 +26,10 @@ class ModelInfo(Frozen):
     supports_vision: bool | None = None
     supports_audio_input: bool | None = None
     supports_response_schema: bool | None = None
+    max_parallel_requests: Count | None = None
+    """Of one process. None: no cap."""
+    max_queued_requests: Annotated[Whole, Field(ge=0, le=10_000)] | None = None
+    """Beyond these. None: as many as `max_parallel_requests`."""
 
     @model_validator(mode="after")
     def _price_is_whole(self) -> ModelInfo:

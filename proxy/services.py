@@ -10,6 +10,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from proxy.cluster_maps import open_map
+from proxy.health.capacity import Capacities
+from proxy.health.exposition import HealthCollector
+from proxy.health.health import ModelHealth
+from proxy.health.roster import Roster
+from proxy.health.sharing import HealthSharing
 from proxy.jobs.answering import UpstreamAnswerer
 from proxy.jobs.jobs import Jobs
 from proxy.recording.metrics import Metrics
@@ -48,6 +53,8 @@ class Services:
     usage: UsageRecorder
     metrics: Metrics
     live: LiveExpectations
+    health: ModelHealth
+    capacities: Capacities
     environ: Mapping[str, str]
 
 
@@ -96,6 +103,8 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
         closing.push_async_callback(state.stop)
         check_exposure(settings, keys_required=state.current.keys_required)
         metrics = Metrics()
+        health, watching = _watch_health(settings, store, state, metrics)
+        closing.push_async_callback(end, *watching)
         usage = UsageRecorder(store, metrics.usage_dropped.inc)
         usage.start()
         closing.push_async_callback(usage.stop)
@@ -108,7 +117,33 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
         jobs = Jobs(store, state, UpstreamAnswerer(upstream), assigner.embedder, settings)
         closing.push_async_callback(jobs.close)
         await jobs.start_worker()
-        yield Services(settings, store, state, registry, jobs, assigner, upstream, usage, metrics, live, environ)
+        yield Services(
+            settings=settings,
+            store=store,
+            state=state,
+            registry=registry,
+            jobs=jobs,
+            assigner=assigner,
+            upstream=upstream,
+            usage=usage,
+            metrics=metrics,
+            live=live,
+            health=health,
+            capacities=Capacities(),
+            environ=environ,
+        )
+
+
+def _watch_health(
+    settings: Settings, store: Store, state: StateHolder, metrics: Metrics
+) -> tuple[ModelHealth, list[asyncio.Task[None]]]:
+    """The health of the models, what of it is shown and shared, and the tasks that keep it so."""
+    health = ModelHealth(settings.breaker)
+    metrics.registry.register(HealthCollector(health, lambda: state.current.models))
+    sharing = HealthSharing(store, health, lambda: state.current.models)
+    roster = Roster(health, lambda: state.current.models)
+    running = {"uniroute-health": sharing.run(), "uniroute-roster": roster.run()}
+    return health, [asyncio.create_task(work, name=name) for name, work in running.items()]
 
 
 def _open_routing(settings: Settings) -> tuple[ClusterMap, Assigner]:
