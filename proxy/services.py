@@ -103,8 +103,7 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
         closing.push_async_callback(state.stop)
         check_exposure(settings, keys_required=state.current.keys_required)
         metrics = Metrics()
-        health, watching = _watch_health(settings, store, state, metrics)
-        closing.push_async_callback(end, *watching)
+        health = await closing.enter_async_context(_watched_health(settings, store, state, metrics))
         usage = UsageRecorder(store, metrics.usage_dropped.inc)
         usage.start()
         closing.push_async_callback(usage.stop)
@@ -134,16 +133,21 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
         )
 
 
-def _watch_health(
+@asynccontextmanager
+async def _watched_health(
     settings: Settings, store: Store, state: StateHolder, metrics: Metrics
-) -> tuple[ModelHealth, list[asyncio.Task[None]]]:
-    """The health of the models, what of it is shown and shared, and the tasks that keep it so."""
+) -> AsyncIterator[ModelHealth]:
+    """The health of the models, shown, shared with other processes, and forgotten with the models."""
     health = ModelHealth(settings.breaker)
     metrics.registry.register(HealthCollector(health, lambda: state.current.models))
     sharing = HealthSharing(store, health, lambda: state.current.models)
-    roster = Roster(health, lambda: state.current.models)
-    running = {"uniroute-health": sharing.run(), "uniroute-roster": roster.run()}
-    return health, [asyncio.create_task(work, name=name) for name, work in running.items()]
+    sharing.start()
+    looking = asyncio.create_task(Roster(health, lambda: state.current.models).run(), name="uniroute-roster")
+    try:
+        yield health
+    finally:
+        await end(looking)
+        await sharing.stop()
 
 
 def _open_routing(settings: Settings) -> tuple[ClusterMap, Assigner]:

@@ -17,6 +17,7 @@ from redis.exceptions import RedisError
 
 from proxy.health.health import Change, ModelHealth
 from proxy.state.store import Store, StoreUnavailable, until_it_answers
+from proxy.tasks import end
 
 log = logging.getLogger("uniroute.health")
 
@@ -50,13 +51,15 @@ class HealthSharing:
         self._one_at_a_time = asyncio.Lock()
         """A reading that overtook a writing would bring back what was just ended."""
         self._complaints: set[str] = set()
+        self._running: list[asyncio.Task[None]] = []
         health.watch(self._note)
 
-    async def run(self) -> None:
-        """Until it is cancelled."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._tell_on())
-            group.create_task(self._listen_on())
+    def start(self) -> None:
+        loops = {"uniroute-health-told": self._tell_on(), "uniroute-health-heard": self._listen_on()}
+        self._running = [asyncio.create_task(loop, name=name) for name, loop in loops.items()]
+
+    async def stop(self) -> None:
+        await end(*self._running)
 
     def _note(self, change: Change) -> None:
         if change.from_elsewhere:
