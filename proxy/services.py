@@ -116,20 +116,9 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
         jobs = Jobs(store, state, UpstreamAnswerer(upstream), assigner.embedder, settings)
         closing.push_async_callback(jobs.close)
         await jobs.start_worker()
+        room = Capacities()
         yield Services(
-            settings=settings,
-            store=store,
-            state=state,
-            registry=registry,
-            jobs=jobs,
-            assigner=assigner,
-            upstream=upstream,
-            usage=usage,
-            metrics=metrics,
-            live=live,
-            health=health,
-            capacities=Capacities(),
-            environ=environ,
+            settings, store, state, registry, jobs, assigner, upstream, usage, metrics, live, health, room, environ
         )
 
 
