@@ -13,6 +13,7 @@ ProxyError
 ├── NotJson                  415  content type or encoding
 ├── NothingAble              400  no candidate can take this request; says why, per model
 │   └── TooLong              400  for the context window of every candidate
+├── ModelBusy                429  as many requests as it may be asked at once, and its queue is full
 ├── Unavailable              503  nothing to route to yet, or the store is away
 └── UpstreamFailure               a model did not answer: its own status and body, or 502, 504
 ClientGone                        nobody is left to answer
@@ -21,6 +22,7 @@ ClientGone                        nobody is left to answer
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,12 +37,13 @@ class ClientGone(Exception):
 
 
 class ProxyError(Exception):
-    """The root. `param` names the offending field in the caller's own words."""
+    """The root. `param` names the offending field in the caller's own words; `headers` go with the response."""
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    def __init__(self, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.headers = dict(headers or {})
 
 
 class BadRequest(ProxyError):
@@ -89,6 +92,14 @@ class NothingAble(ProxyError):
 
 class TooLong(NothingAble):
     """More tokens than any candidate's context window."""
+
+
+class ModelBusy(ProxyError):
+    """A model has no place for this request; `retry_after_s` says when it probably has."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message, param="model", headers={"retry-after": str(math.ceil(retry_after_s))})
+        self.retry_after_s = retry_after_s
 
 
 class Unavailable(ProxyError):
@@ -143,6 +154,7 @@ _TABLE: Mapping[type[ProxyError], tuple[int, str, str | None]] = {
     NotJson: (415, "invalid_request_error", "unsupported_media_type"),
     NothingAble: (400, "invalid_request_error", "no_eligible_model"),
     TooLong: (400, "invalid_request_error", "context_length_exceeded"),
+    ModelBusy: (429, "rate_limit_error", "model_busy"),
     Unavailable: (503, "server_error", "unavailable"),
     UpstreamFailure: (502, "upstream_error", "upstream_failed"),
 }
@@ -171,7 +183,7 @@ def describe(error: ProxyError) -> tuple[int, dict[str, Any], dict[str, str]]:
     if isinstance(error, UpstreamFailure):
         return _describe_upstream(error)
     status, kind, code = next(_TABLE[kind] for kind in type(error).__mro__ if kind in _TABLE)
-    return status, error_object(error.message, kind, code, error.param), {}
+    return status, error_object(error.message, kind, code, error.param), error.headers
 
 
 def _describe_upstream(error: UpstreamFailure) -> tuple[int, dict[str, Any], dict[str, str]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from proxy.litellm_params import check_shapes
-from proxy.setting_types import Count, Frozen, ModelName, Seconds, TokenCost
+from proxy.setting_types import Count, Frozen, ModelName, Seconds, TokenCost, Whole
 
 __all__ = ["ModelEntry", "ModelInfo"]
 
@@ -30,10 +30,14 @@ class ModelInfo(Frozen):
     supports_audio_output: bool | None = None
     supports_pdf_input: bool | None = None
     supports_response_schema: bool | None = None
+    supports_reasoning: bool | None = None
     connect_timeout_s: Seconds | None = None
     first_token_timeout_s: Seconds | None = None
     idle_timeout_s: Seconds | None = None
-    supports_reasoning: bool | None = None
+    max_parallel_requests: Count | None = None
+    """Of one process. None: no cap."""
+    max_queued_requests: Annotated[Whole, Field(ge=0, le=10_000)] | None = None
+    """Beyond these. None: as many as `max_parallel_requests`."""
 
     @model_validator(mode="after")
     def _price_is_whole(self) -> ModelInfo:

@@ -10,6 +10,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from proxy.cluster_maps import open_map
+from proxy.health.capacity import Capacities
+from proxy.health.exposition import HealthCollector
+from proxy.health.health import ModelHealth
+from proxy.health.roster import Roster
+from proxy.health.sharing import HealthSharing
 from proxy.jobs.answering import UpstreamAnswerer
 from proxy.jobs.jobs import Jobs
 from proxy.recording.metrics import Metrics
@@ -48,6 +53,8 @@ class Services:
     usage: UsageRecorder
     metrics: Metrics
     live: LiveExpectations
+    health: ModelHealth
+    capacities: Capacities
     environ: Mapping[str, str]
 
 
@@ -96,6 +103,7 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
         closing.push_async_callback(state.stop)
         check_exposure(settings, keys_required=state.current.keys_required)
         metrics = Metrics()
+        health = await closing.enter_async_context(_watched_health(settings, store, state, metrics))
         usage = UsageRecorder(store, metrics.usage_dropped.inc)
         usage.start()
         closing.push_async_callback(usage.stop)
@@ -108,7 +116,27 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
         jobs = Jobs(store, state, UpstreamAnswerer(upstream), assigner.embedder, settings)
         closing.push_async_callback(jobs.close)
         await jobs.start_worker()
-        yield Services(settings, store, state, registry, jobs, assigner, upstream, usage, metrics, live, environ)
+        room = Capacities()
+        yield Services(
+            settings, store, state, registry, jobs, assigner, upstream, usage, metrics, live, health, room, environ
+        )
+
+
+@asynccontextmanager
+async def _watched_health(
+    settings: Settings, store: Store, state: StateHolder, metrics: Metrics
+) -> AsyncIterator[ModelHealth]:
+    """The health of the models, shown, shared with other processes, and forgotten with the models."""
+    health = ModelHealth(settings.breaker)
+    metrics.registry.register(HealthCollector(health, lambda: state.current.models))
+    sharing = HealthSharing(store, health, lambda: state.current.models)
+    sharing.start()
+    looking = asyncio.create_task(Roster(health, lambda: state.current.models).run(), name="uniroute-roster")
+    try:
+        yield health
+    finally:
+        await end(looking)
+        await sharing.stop()
 
 
 def _open_routing(settings: Settings) -> tuple[ClusterMap, Assigner]:

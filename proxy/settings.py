@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from proxy.health.policy import HealthPolicy
 from proxy.model_entries import ModelEntry, ModelInfo
 from proxy.setting_types import (
     Amount,
@@ -92,6 +93,8 @@ class Settings(Frozen):
     idle_timeout_s: Seconds = 120
     stream_timeout_s: Seconds = 3600
     keep_alive_s: Seconds = 15
+    breaker: HealthPolicy = HealthPolicy()
+    queue_wait_s: Annotated[Amount, Field(le=3600)] = 5
     redis_url: Annotated[str | None, AfterValidator(_redis_address)] = Field(default=None, repr=False)
     admin_key: SecretStr | None = None
     data_dir: Annotated[AbsolutePath, Field(validate_default=True)] = Path("~/.local/share/uniroute")
@@ -128,7 +131,11 @@ class Settings(Frozen):
 
 def _nested() -> dict[str, Collection[str]]:
     """The settings that are mappings, with their keys."""
-    return {"profile": ProfileSettings.model_fields, "reference_price": Price.__dataclass_fields__}
+    return {
+        "profile": ProfileSettings.model_fields,
+        "reference_price": Price.__dataclass_fields__,
+        "breaker": HealthPolicy.model_fields,
+    }
 
 
 def _variables() -> dict[str, tuple[str, ...]]:

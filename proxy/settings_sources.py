@@ -20,12 +20,14 @@ PREFIX = "UNIROUTE_"
 OTHER_VARIABLES = frozenset({"CONFIG", "URL", "API_KEY"})
 """Variables that are not settings: where the configuration is, and what the command line talks to and with."""
 _SET_BY_KUBERNETES = re.compile(r"SERVICE_\w+|PORT_\d+_\w+")
-_PRICES = (
+_INFO_IN_PARAMS = (
     "input_cost_per_token",
     "output_cost_per_token",
     "cache_read_input_token_cost",
     "cache_creation_input_token_cost",
+    "max_parallel_requests",
 )
+"""What LiteLLM reads in `litellm_params` and is said in `model_info` here."""
 
 
 class SettingsError(Exception):
@@ -92,16 +94,16 @@ def file_values(path: Path, fields: Collection[str], info_fields: Collection[str
 
 
 def _entry(raw: object, where: str, info_fields: Collection[str]) -> dict[str, Any]:
-    """One model, without LiteLLM's own keys; a price in `litellm_params` is moved to `model_info`."""
+    """One model, without LiteLLM's own keys; prices and `max_parallel_requests` are moved to `model_info`."""
     entry = dict(_mapping(raw, where))
     for key in entry:
         if key not in ("model_name", "litellm_params", "model_info"):
             raise unknown(where, key, {"model_name", "litellm_params", "model_info"})
     params = dict(_mapping(entry.get("litellm_params"), f"{where}.litellm_params"))
     info = dict(_mapping(entry.get("model_info"), f"{where}.model_info"))
-    for price in _PRICES:
-        if price in params:
-            info.setdefault(price, params.pop(price))
+    for key in _INFO_IN_PARAMS:
+        if key in params:
+            info.setdefault(key, params.pop(key))
     for key in sorted(PARAMS & params.keys()):
         log.warning("%s.litellm_params: %r is LiteLLM's and has no meaning here; it is ignored", where, key)
         del params[key]

@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from proxy.cli import app
+from proxy.health.policy import HealthPolicy
 from proxy.settings import ProfileSettings, Settings, load_settings, setting_names
 from proxy.state.stored import PRICING, price_key
 
@@ -18,9 +19,12 @@ README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
 ROWS = dict(re.findall(r"^\| `([^`]+)` \| ([^|]*) \|", README, re.MULTILINE))
 
 
+GROUPS = {"profile": ProfileSettings.model_fields, "breaker": HealthPolicy.model_fields}
+
+
 def documented_settings() -> list[str]:
-    plain = [name for name in setting_names() if name != "profile"]
-    return [*plain, *(f"profile.{name}" for name in ProfileSettings.model_fields)]
+    plain = [name for name in setting_names() if name not in GROUPS]
+    return [*plain, *(f"{group}.{name}" for group, names in GROUPS.items() for name in names)]
 
 
 @pytest.mark.parametrize("name", documented_settings())
@@ -45,7 +49,7 @@ def test_the_listed_default_is_the_default(name: str) -> None:
 def default_of(name: str) -> Any:
     settings = load_settings(None, {})
     group, _, field = name.rpartition(".")
-    owner = settings.profile if group else settings
+    owner = getattr(settings, group) if group else settings
     return getattr(owner, "lambda_" if field == "lambda" else field)
 
 

@@ -80,6 +80,8 @@ async def change_model(name: str, request: Request, services: OurServices) -> di
     """A change of litellm_params sets the profile aside, and ends the job that measures it: it is another arm now."""
     stated = await json_object(request, services)
     before, changed, version = await _changed(services, name, stated)
+    if changed.litellm_params != before.litellm_params:  # also another key: it may be what was wrong
+        services.health.forget(name)
     if changed.fingerprint != before.fingerprint:
         services.live.forget(name)
         await services.jobs.cancel_for(name, "litellm_params were changed; profile the model again")
@@ -94,6 +96,7 @@ async def remove_model(name: str, services: OurServices) -> Response:
     await services.jobs.cancel_for(name, "the model was removed")
     version = await services.registry.remove_model(name)
     services.live.forget(name)
+    services.health.forget(name)
     await services.state.wait_for_version(version)
     return Response(status_code=204)
 

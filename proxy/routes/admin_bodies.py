@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from proxy.errors import BadRequest
 from proxy.litellm_names import PARAMS, is_model_info_of_litellm
 from proxy.routing.refused import is_control_field
-from proxy.settings import ModelEntry, ProfileSettings, Settings, SettingsError, resolve_secret
+from proxy.settings import ModelEntry, ModelInfo, ProfileSettings, Settings, SettingsError, resolve_secret
 from proxy.state.records import PRICE_FIELDS, ModelRecord
 from proxy.upstream.call import is_provider_param
 from router_core.clustering import ClusterMap
@@ -141,7 +141,8 @@ def _entry(name: Any, params: Any, info: Any) -> ModelEntry:
 def _check_params(params: Mapping[str, Any], settings: Settings, environ: Mapping[str, str]) -> None:
     for name, value in params.items():
         if name in PARAMS or (is_control_field(name) and not is_provider_param(name)):
-            raise BadRequest(f"`litellm_params.{name}` has no meaning here", param=f"litellm_params.{name}")
+            elsewhere = "; state it in `model_info`" if name in ModelInfo.model_fields else ""
+            raise BadRequest(f"`litellm_params.{name}` has no meaning here{elsewhere}", param=f"litellm_params.{name}")
         if is_provider_param(name):
             _check_provider_param(name, value, settings, environ)
     _check_address(params.get("api_base") or params.get("base_url"))

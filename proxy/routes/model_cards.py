@@ -23,7 +23,8 @@ async def cards_of(services: Services) -> list[dict[str, Any]]:
     """A card of every model, by name, without the profile's figures."""
     state = services.state.current
     jobs = await _known(services, services.jobs.latest) or {}
-    return [_card(state, name, jobs.get(name), with_profile=False) for name in sorted(state.models)]
+    cards = [_card(state, name, jobs.get(name), with_profile=False) for name in sorted(state.models)]
+    return [{**card, "health": services.health.standing(card["model_name"])} for card in cards]
 
 
 async def card_of(services: Services, name: str, *, with_profile: bool) -> dict[str, Any]:
@@ -31,7 +32,7 @@ async def card_of(services: Services, name: str, *, with_profile: bool) -> dict[
     state = services.state.current
     if name not in state.models:
         raise UnknownName(f"the model {name!r} was removed just now", param="model")
-    return _card(state, name, job, with_profile=with_profile)
+    return {**_card(state, name, job, with_profile=with_profile), "health": services.health.standing(name)}
 
 
 def _card(state: RoutingState, name: str, job: Job | None, *, with_profile: bool) -> dict[str, Any]:

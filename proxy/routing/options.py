@@ -116,10 +116,9 @@ def _session(stated: Mapping[str, Any]) -> str | None:
 
 def _fallbacks(stated: Mapping[str, Any], provider: Provider) -> bool | None:
     own = stated.get("fallbacks")
-    param, value = ("provider.allow_fallbacks", inherited) if own is None else ("uniroute.fallbacks", own)
-    if value is not None and not isinstance(value, bool):
-        raise BadRequest(f"`{param}` must be true or false", param=param)
-    return value
+    if not isinstance(own, bool | None):
+        raise BadRequest("`uniroute.fallbacks` must be true or false", param="uniroute.fallbacks")
+    return provider.allow_fallbacks if own is None else own
 
 
 def _timeouts(stated: Mapping[str, Any]) -> StatedTimeouts:
@@ -136,6 +135,3 @@ def _timeouts(stated: Mapping[str, Any]) -> StatedTimeouts:
         if amount == 0:
             raise BadRequest(f"`{path}.{name}` must be more than 0 seconds", param=f"{path}.{name}")
     return StatedTimeouts(**seconds)
-    if not isinstance(own, bool | None):
-        raise BadRequest("`uniroute.fallbacks` must be true or false", param="uniroute.fallbacks")
-    return provider.allow_fallbacks if own is None else own

@@ -71,6 +71,7 @@ def test_every_setting_but_the_models_can_be_given_as_a_variable() -> None:
         "redis_url": "redis://127.0.0.1",
         "admin_key": "long-enough",
         "profile": None,
+        "breaker": None,
         "reference_price": None,
         "data_dir": "/tmp/x",
         "workers": "2",

@@ -1,0 +1,45 @@
+"""A clock that the test moves, failures as upstreams cause them, and the health that one process shares."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from typing import Any
+
+from proxy.errors import UpstreamFailure
+from proxy.health.health import ModelHealth
+from proxy.health.policy import HealthPolicy
+from proxy.health.sharing import HealthSharing
+from proxy.state.store import Store
+
+
+class Clock:
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def a_failure(status: int | None = 500, body: bytes | None = b"", **more: Any) -> UpstreamFailure:
+    return UpstreamFailure("the upstream's own words, sk-canary", status=status, body=body, **more)
+
+
+def fail(health: ModelHealth, model: str = "small", times: int = 5, status: int | None = 500, **more: Any) -> None:
+    for _ in range(times):
+        health.begin(model).failed(a_failure(status, **more))
+
+
+@asynccontextmanager
+async def a_sharing(
+    store: Store, health: ModelHealth | None = None, known: Collection[str] = ("small", "large")
+) -> AsyncIterator[ModelHealth]:
+    """What one more process knows, while its sharing runs."""
+    health = health or ModelHealth(HealthPolicy())
+    sharing = HealthSharing(store, health, lambda: known)
+    sharing.start()
+    try:
+        yield health
+        assert [task for task in sharing._running if task.done()] == []
+    finally:
+        await sharing.stop()

@@ -1,0 +1,276 @@
+"""The breaker's rules, each on a clock that the test moves."""
+
+from __future__ import annotations
+
+import pytest
+
+from proxy.health.breaker import PROBE_S, Breaker
+from proxy.health.policy import HealthPolicy
+from proxy.health.verdicts import Verdict, Weight
+
+FAILED = Verdict(Weight.COUNTED, "status 500")
+CALLERS = Verdict(Weight.ANSWERED, "status 400")
+UNSENT = Verdict(Weight.UNSENT, "status 400")
+OUR_KEY = Verdict(Weight.AT_ONCE, "status 401")
+OUR_ADDRESS = Verdict(Weight.AT_ONCE_UNLESS_SERVING, "status 404")
+
+
+def asked_for(seconds: float) -> Verdict:
+    return Verdict(Weight.AT_ONCE, "status 429", seconds)
+
+
+def a_breaker(**policy: float) -> Breaker:
+    return Breaker(HealthPolicy.model_validate(policy))
+
+
+def fail(breaker: Breaker, times: int, now: float = 0.0, verdict: Verdict = FAILED) -> None:
+    for _ in range(times):
+        breaker.failed(breaker.begin(now), verdict, now)
+
+
+def succeed(breaker: Breaker, times: int, now: float = 0.0) -> None:
+    for _ in range(times):
+        breaker.succeeded(breaker.begin(now), now)
+
+
+def an_open_one() -> Breaker:
+    """For ten seconds from 0 on."""
+    breaker = a_breaker()
+    fail(breaker, 5)
+    return breaker
+
+
+def test_the_fifth_failure_opens_it_for_the_cooldown_and_says_why() -> None:
+    breaker = a_breaker()
+    fail(breaker, 4)
+    assert breaker.closed
+    fail(breaker, 1)
+    assert breaker.resting_s(0.0) == 10.0
+    assert breaker.why == "5 of 5 attempts failed within 30 s, the last: status 500"
+
+
+def test_failures_that_are_less_than_half_of_the_attempts_do_not_open_it() -> None:
+    breaker = a_breaker()
+    succeed(breaker, 6)
+    fail(breaker, 5)
+    assert breaker.closed
+    fail(breaker, 1)
+    assert not breaker.closed
+
+
+def test_a_share_is_reached_exactly_whatever_its_binary_fraction() -> None:
+    breaker = a_breaker(share=0.1, failures=3)
+    succeed(breaker, 27)
+    fail(breaker, 3)
+    assert not breaker.closed
+
+
+def test_failures_before_the_window_are_forgotten() -> None:
+    breaker = a_breaker()
+    fail(breaker, 4, now=0.0)
+    fail(breaker, 1, now=30.0)
+    assert breaker.closed
+
+
+def test_abandoned_attempts_weigh_nothing() -> None:
+    breaker = a_breaker()
+    for _ in range(20):
+        breaker.abandoned(breaker.begin(0.0))
+    fail(breaker, 5)
+    assert not breaker.closed
+
+
+def test_after_the_cooldown_one_is_the_probe_and_others_see_it_at_rest() -> None:
+    breaker = an_open_one()
+    assert not breaker.begin(9.9).probe
+    assert breaker.resting_s(10.0) is None
+    probe = breaker.begin(10.0)
+    assert probe.probe
+    assert breaker.resting_s(11.0) == PROBE_S - 1
+    assert not breaker.begin(11.0).probe
+    breaker.succeeded(probe, 12.0)
+    assert breaker.closed
+    assert breaker.resting_s(12.0) is None
+
+
+def test_after_it_closed_counting_starts_afresh() -> None:
+    breaker = an_open_one()
+    succeed(breaker, 1, now=10.0)
+    fail(breaker, 4, now=10.0)
+    assert breaker.closed
+
+
+def test_each_failing_probe_doubles_the_rest_up_to_the_longest() -> None:
+    breaker, now, rests = an_open_one(), 0.0, []
+    for _ in range(7):
+        rests.append(breaker.cooling_s(now))
+        now += rests[-1]
+        fail(breaker, 1, now)
+    assert rests == [10, 20, 40, 80, 160, 300, 300]
+    assert breaker.why == "a probe: status 500"
+
+
+def test_after_a_recovery_the_rest_is_the_shortest_again() -> None:
+    breaker = an_open_one()
+    fail(breaker, 1, now=10.0)
+    succeed(breaker, 1, now=30.0)
+    fail(breaker, 5, now=31.0)
+    assert breaker.cooling_s(31.0) == 10.0
+
+
+def test_an_abandoned_probe_makes_way_at_once() -> None:
+    breaker = an_open_one()
+    breaker.abandoned(breaker.begin(10.0))
+    assert breaker.resting_s(10.0) is None
+    assert breaker.begin(10.0).probe
+
+
+def test_a_probe_that_never_reports_makes_way_and_may_still_succeed_but_not_fail() -> None:
+    breaker = an_open_one()
+    lost = breaker.begin(10.0)
+    assert not breaker.begin(10.0 + PROBE_S - 1).probe
+    second = breaker.begin(10.0 + PROBE_S)
+    assert second.probe
+    breaker.failed(lost, FAILED, 11.0 + PROBE_S)
+    assert breaker.cooling_s(11.0 + PROBE_S) == 0
+    breaker.succeeded(lost, 12.0 + PROBE_S)
+    assert breaker.closed
+
+
+def test_what_began_before_it_opened_says_nothing_after_it_closed() -> None:
+    breaker = a_breaker()
+    old = [breaker.begin(0.0) for _ in range(10)]
+    fail(breaker, 5)
+    succeed(breaker, 1, now=10.0)
+    for permit in old:
+        breaker.failed(permit, FAILED, 11.0)
+    assert breaker.closed
+
+
+def test_neither_a_straggler_nor_one_that_was_asked_all_the_same_ends_a_rest() -> None:
+    breaker = a_breaker()
+    straggler = breaker.begin(0.0)
+    fail(breaker, 5)
+    breaker.succeeded(straggler, 1.0)
+    succeed(breaker, 3, now=2.0)
+    fail(breaker, 3, now=3.0)
+    assert breaker.cooling_s(3.0) == 7.0
+
+
+def test_a_success_beside_a_slow_probe_closes_it() -> None:
+    breaker = an_open_one()
+    breaker.begin(10.0)
+    succeed(breaker, 1, now=11.0)
+    assert breaker.closed
+
+
+def test_a_stated_wait_rests_it_at_once_for_as_long_and_no_longer_than_the_longest() -> None:
+    for stated, rest in ((7.0, 7.0), (0.25, 0.25), (86_400.0, 300.0)):
+        breaker = a_breaker()
+        fail(breaker, 1, verdict=asked_for(stated))
+        assert breaker.cooling_s(0.0) == rest
+
+
+def test_a_later_and_longer_wait_counts_also_of_attempts_that_began_before() -> None:
+    breaker = a_breaker()
+    old = breaker.begin(0.0)
+    fail(breaker, 1, verdict=asked_for(10.0))
+    breaker.failed(old, asked_for(60.0), 1.0)
+    assert breaker.cooling_s(1.0) == 60.0
+    fail(breaker, 1, now=2.0, verdict=asked_for(5.0))
+    assert breaker.cooling_s(2.0) == 59.0
+
+
+def test_a_storm_of_the_same_wait_is_one_change() -> None:
+    breaker = a_breaker()
+    permits = [breaker.begin(0.0) for _ in range(100)]
+    for place, permit in enumerate(permits):
+        breaker.failed(permit, asked_for(300.0), place / 200)
+    assert (breaker.epoch, breaker.opened) == (1, 1)
+
+
+def test_a_probe_that_is_told_to_wait_rests_for_that_and_not_for_the_double() -> None:
+    breaker = an_open_one()
+    fail(breaker, 1, now=10.0, verdict=asked_for(3.0))
+    assert breaker.cooling_s(10.0) == 3.0
+
+
+def test_our_own_key_refused_rests_it_at_once_even_between_successes() -> None:
+    breaker = a_breaker()
+    succeed(breaker, 50)
+    fail(breaker, 1, verdict=OUR_KEY)
+    assert breaker.cooling_s(0.0) == 10.0
+
+
+def test_one_callers_404_does_not_take_a_model_from_others_that_it_serves() -> None:
+    unused, serving = a_breaker(), a_breaker()
+    fail(unused, 1, verdict=OUR_ADDRESS)
+    succeed(serving, 4)
+    fail(serving, 4, verdict=OUR_ADDRESS)
+    assert unused.cooling_s(0.0) == 10.0
+    assert serving.closed
+    fail(serving, 1, verdict=OUR_ADDRESS)
+    assert serving.cooling_s(0.0) == 10.0
+
+
+def test_a_callers_mistake_proves_that_the_upstream_is_there() -> None:
+    breaker = a_breaker()
+    fail(breaker, 6, verdict=CALLERS)
+    fail(breaker, 5)
+    assert breaker.closed
+    probed = an_open_one()
+    fail(probed, 1, now=10.0, verdict=CALLERS)
+    assert probed.closed
+
+
+def test_what_was_never_sent_decides_no_probe() -> None:
+    breaker = an_open_one()
+    fail(breaker, 1, now=10.0, verdict=UNSENT)
+    assert not breaker.closed
+    assert breaker.begin(10.0).probe
+
+
+def test_a_probe_that_is_answering_lets_others_in_and_one_that_then_breaks_reopens_for_the_double() -> None:
+    breaker = an_open_one()
+    probe = breaker.begin(10.0)
+    breaker.answering(probe, 11.0)
+    assert breaker.closed
+    breaker.failed(probe, FAILED, 12.0)
+    assert breaker.cooling_s(12.0) == 20.0
+
+
+def test_a_probe_that_answered_to_its_end_is_one_success() -> None:
+    breaker = an_open_one()
+    probe = breaker.begin(10.0)
+    breaker.answering(probe, 11.0)
+    breaker.succeeded(probe, 12.0)
+    fail(breaker, 5, now=12.0)
+    assert breaker.cooling_s(12.0) == 10.0
+
+
+def test_what_was_adopted_gets_a_probe_when_its_time_is_over_and_doubles_when_that_fails() -> None:
+    breaker = a_breaker()
+    breaker.adopt(40.0, "said elsewhere", 0.0)
+    assert breaker.resting_s(0.0) == 40.0
+    assert breaker.opened == 0
+    probe = breaker.begin(40.0)
+    assert probe.probe
+    breaker.failed(probe, FAILED, 41.0)
+    assert breaker.cooling_s(41.0) == 80.0
+
+
+@pytest.mark.parametrize("found_first", [True, False])
+def test_lifting_takes_back_what_was_adopted_and_leaves_what_was_found(found_first: bool) -> None:
+    breaker = a_breaker()
+    if found_first:
+        fail(breaker, 5)
+    breaker.adopt(200.0, "said elsewhere", 0.0)
+    breaker.lift()
+    assert breaker.closed is not found_first
+    assert breaker.cooling_s(0.0) == (10.0 if found_first else 0.0)
+
+
+def test_adopting_is_never_for_longer_than_the_longest() -> None:
+    breaker = a_breaker()
+    breaker.adopt(1e9, "said elsewhere", 0.0)
+    assert breaker.cooling_s(0.0) == 300.0

@@ -1,0 +1,129 @@
+"""Whatever happens in whatever order: never two probes at once, no rest beyond the longest, none of the well."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from proxy.health.breaker import PROBE_S, Breaker, Permit
+from proxy.health.policy import HealthPolicy
+from proxy.health.verdicts import Verdict, Weight
+
+POLICY = HealthPolicy(failures=3, cooldown_s=5, longest_cooldown_s=45)
+VERDICTS = st.builds(
+    Verdict, st.sampled_from(Weight), st.just("status 500"), st.one_of(st.none(), st.floats(0.01, 1e6))
+)
+SECONDS = st.floats(0.01, 1e6)
+ROUNDING_S = 1e-6
+
+
+class BreakerMachine(RuleBasedStateMachine):
+    begun = Bundle("begun")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.breaker = Breaker(POLICY)
+        self.now = 1000.0
+        self.probes: dict[Permit, float] = {}
+
+    @rule(target=begun)
+    def begin(self) -> Permit:
+        askable = self.breaker.resting_s(self.now) is None
+        permit = self.breaker.begin(self.now)
+        assert permit.probe == (askable and not self.breaker.closed)
+        if permit.probe:
+            live = [p for p, at in self.probes.items() if p.epoch == permit.epoch and self.now < at + PROBE_S]
+            assert live == []
+            self.probes[permit] = self.now
+        return permit
+
+    @rule(seconds=st.floats(0, 70))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(permit=begun)
+    def answering(self, permit: Permit) -> None:
+        self.breaker.answering(permit, self.now)
+
+    @rule(permit=consumes(begun))
+    def succeed(self, permit: Permit) -> None:
+        cooling = self.breaker.cooling_s(self.now)
+        self.probes.pop(permit, None)
+        self.breaker.succeeded(permit, self.now)
+        assert self.breaker.cooling_s(self.now) == cooling
+
+    @rule(permit=consumes(begun))
+    def abandon(self, permit: Permit) -> None:
+        before = (self.breaker.epoch, self.breaker.cooling_s(self.now))
+        self.probes.pop(permit, None)
+        self.breaker.abandoned(permit)
+        assert (self.breaker.epoch, self.breaker.cooling_s(self.now)) == before
+
+    @rule(permit=consumes(begun), verdict=VERDICTS)
+    def fail(self, permit: Permit, verdict: Verdict) -> None:
+        cooling = self.breaker.cooling_s(self.now)
+        self.probes.pop(permit, None)
+        self.breaker.failed(permit, verdict, self.now)
+        assert self.breaker.cooling_s(self.now) >= cooling
+
+    @rule(seconds=SECONDS)
+    def rest(self, seconds: float) -> None:
+        self.breaker.rest(seconds, "said so", self.now)
+        assert not self.breaker.closed
+
+    @rule(seconds=SECONDS)
+    def adopt(self, seconds: float) -> None:
+        self.breaker.adopt(seconds, "said elsewhere", self.now)
+        assert not self.breaker.closed
+
+    @rule()
+    def lift(self) -> None:
+        found = self.breaker.found_s(self.now)
+        self.breaker.lift()
+        assert self.breaker.found_s(self.now) == found
+
+    @invariant()
+    def it_never_rests_for_longer_than_the_longest(self) -> None:
+        assert self.breaker.cooling_s(self.now) <= POLICY.longest_cooldown_s + ROUNDING_S
+        assert (self.breaker.resting_s(self.now) or 0.0) <= max(POLICY.longest_cooldown_s, PROBE_S) + ROUNDING_S
+
+    @invariant()
+    def a_closed_one_is_well_and_a_resting_one_says_why(self) -> None:
+        if self.breaker.closed:
+            assert (self.breaker.resting_s(self.now), self.breaker.why) == (None, None)
+        else:
+            assert self.breaker.why
+
+
+TestBreakerMachine = BreakerMachine.TestCase
+TestBreakerMachine.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+
+
+@given(st.lists(st.floats(0, 20), max_size=200))
+def test_a_model_of_which_two_thirds_of_the_attempts_succeed_never_rests(gaps: list[float]) -> None:
+    breaker, now = Breaker(HealthPolicy()), 0.0
+    for place, gap in enumerate(gaps):
+        now += gap
+        permit = breaker.begin(now)
+        if place % 3 == 2:
+            breaker.failed(permit, Verdict(Weight.COUNTED, "status 500"), now)
+        else:
+            breaker.succeeded(permit, now)
+        assert breaker.closed
+
+
+@given(st.lists(st.tuples(st.floats(0, 400), st.booleans()), max_size=60))
+def test_a_model_that_answers_again_is_served_again(past: list[tuple[float, bool]]) -> None:
+    breaker, now = Breaker(HealthPolicy()), 0.0
+    for gap, failed in past:
+        now += gap
+        permit = breaker.begin(now)
+        if failed:
+            breaker.failed(permit, Verdict(Weight.COUNTED, "status 500"), now)
+        else:
+            breaker.succeeded(permit, now)
+    now += HealthPolicy().longest_cooldown_s
+    assert breaker.resting_s(now) is None
+    breaker.succeeded(breaker.begin(now), now)
+    assert breaker.closed

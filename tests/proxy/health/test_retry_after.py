@@ -1,0 +1,38 @@
+"""What an upstream may write into `retry-after`, and what is made of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from proxy.health.retry_after import stated_wait_s
+
+NOW = 1_800_000_000.0  # Fri, 15 Jan 2027 08:00:00 GMT
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "7"}, 7.0),
+        ({"Retry-After": " 0.5 "}, 0.5),
+        ({"retry-after-ms": "250"}, 0.25),
+        ({"retry-after-ms": "250", "retry-after": "7"}, 0.25),
+        ({"retry-after-ms": "soon", "retry-after": "7"}, 7.0),
+        ({"retry-after": "Fri, 15 Jan 2027 08:01:30 GMT"}, 90.0),
+        ({"retry-after": "Fri, 15 Jan 2027 09:01:30 +0100"}, 90.0),
+        ({"retry-after": "9" * 90}, float("9" * 90)),
+    ],
+)
+def test_seconds_milliseconds_and_dates_are_read(headers: dict[str, str], seconds: float) -> None:
+    assert stated_wait_s(headers, NOW) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "0", "-3", "+3", "nan", "inf", "1e9", "soon", "7,5", "７", "9" * 101, "\x00"),
+        *("Fri, 15 Jan 2027 07:59:59 GMT", "Fri, 99 Jan 2027 08:00:00 GMT", "Mon, 01 Jan 0001 00:00:00 +2359"),
+    ],
+)
+def test_nothing_negative_past_or_garbled_is(text: str) -> None:
+    assert stated_wait_s({"retry-after": text}, NOW) is None
+    assert stated_wait_s({}, NOW) is None
