@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from proxy.errors import BadRequest
-from proxy.timeouts import NOTHING_STATED, StatedTimeouts
 from proxy.routing.provider import NO_PROVIDER, Provider, read_provider
+from proxy.timeouts import NOTHING_STATED, StatedTimeouts
 
 LAMBDA_HEADERS = ("lambda", "x-uniroute-lambda")
 KNOWN = ("lambda", "models", "max_cost_usd", "latency_weight", "session", "fallbacks", "timeouts")
