@@ -7,10 +7,12 @@ from starlette.responses import Response
 from proxy.errors import UpstreamFailure
 from proxy.recording.meter import Books, Meter
 from proxy.relay.forwarding import Forwarder
+from proxy.relay.marks import AnswerMarks
 from proxy.relay.sse import dump
 from proxy.relay.streaming import EventStream
 from proxy.routing.choosing import Choice, choose
 from proxy.routing.request import ChatRequest
+from proxy.routing.thread import thread_of
 from proxy.services import Services
 from proxy.state.records import ClientKey
 from proxy.trace import Trace
@@ -23,11 +25,15 @@ async def handle(
 ) -> Response:
     """`started`: monotonic seconds at which the request arrived. Raises ProxyError before anything was sent."""
     state = services.state.current
-    choice = await choose(request, key, state, services.settings, services.assigner)
+    thread = await thread_of(services.conversations, request, key, services.settings)
+    choice = await choose(request, key, state, services.settings, services.assigner, thread=thread)
     if choice.degraded:
         services.metrics.degraded.inc()
+    if choice.left:
+        services.metrics.conversations_moved.inc()
     books = Books(services.state, services.usage, services.metrics, services.live)
-    meter = Meter(books, choice, key, trace, started)
+    marks = AnswerMarks(services.conversations, thread, request.body["messages"])
+    meter = Meter(books, choice, key, trace, started, marks)
     forwarder = Forwarder(services.upstream, state, request, trace, meter)
     return await (_stream(forwarder) if request.stream else _complete(forwarder))
 

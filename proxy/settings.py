@@ -22,6 +22,7 @@ from proxy.setting_types import (
     Count,
     Frozen,
     Names,
+    Switch,
     Whole,
     check_model_name,
     referred_variable,
@@ -84,6 +85,9 @@ class Settings(Frozen):
     price_refresh_minutes: Amount = 0
     price_url: str | None = Field(default=None, repr=False)
     max_body_bytes: Count = 20_000_000
+    sticky_sessions: Switch = "auto"
+    session_ttl_s: Count = 3600
+    prompt_cache_s: Amount = 300
     fallback_attempts: Annotated[Whole, Field(ge=1, le=20)] = 3
     request_timeout_s: Annotated[Amount, Field(gt=0)] = 600
     redis_url: Annotated[str | None, AfterValidator(_redis_address)] = Field(default=None, repr=False)

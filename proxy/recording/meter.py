@@ -11,6 +11,7 @@ from typing import Any
 from proxy.errors import UpstreamFailure
 from proxy.recording.metrics import Metrics
 from proxy.recording.usage import TokenCounts, UsageRecord, UsageRecorder, cost_usd, counts_of
+from proxy.relay.marks import AnswerMarks
 from proxy.routing.choosing import Choice
 from proxy.state.holder import StateHolder
 from proxy.state.live import LiveExpectations
@@ -33,8 +34,17 @@ class Books:
 class Meter:
     """One per request. `finish` is synchronous, and only its first call counts."""
 
-    def __init__(self, books: Books, choice: Choice, key: ClientKey | None, trace: Trace, started: float) -> None:
+    def __init__(
+        self,
+        books: Books,
+        choice: Choice,
+        key: ClientKey | None,
+        trace: Trace,
+        started: float,
+        marks: AnswerMarks,
+    ) -> None:
         self.choice = choice
+        self.marks = marks
         self.model = choice.model
         self.reason = choice.reason
         self.overhead_s = 0.0
@@ -92,6 +102,7 @@ class Meter:
             metrics.first_token.labels(self.model).observe(entry.first_token_s)
         if ending == "complete":
             self._observe_live()
+            self.marks.finish(self.model, self._counts.whole)
         self._log(entry)
 
     def headers(self) -> dict[str, str]:

@@ -37,6 +37,13 @@ class TokenCounts:
     output_tokens: int | None = None
     reasoning_tokens: int | None = None
 
+    @property
+    def whole(self) -> int | None:
+        """Prompt and answer together."""
+        if self.prompt_tokens is None or self.output_tokens is None:
+            return None
+        return self.prompt_tokens + self.output_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class UsageRecord:

@@ -55,6 +55,7 @@ class Forwarder:
                 self._pass_over_or_raise(failure, is_last=is_last)
                 continue
             self.meter.used(answer.get("usage"))
+            self.meter.marks.answer(answer, name)
             if is_last or not is_empty_answer(answer):
                 return {**answer, "model": name}
             self.meter.passed_over(None)

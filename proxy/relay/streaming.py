@@ -73,6 +73,7 @@ class EventStream(Response):
         shown = False
         last: dict[str, Any] = {}
         async for chunk in self._stream:
+            self._meter.marks.see(chunk, self._meter.model)
             last = {**chunk, "model": self._meter.model}
             if chunk.get("usage"):
                 usage = chunk["usage"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from proxy.routing.names import Way
 from proxy.routing.request import ChatRequest
+from proxy.routing.thread import Thread
 from proxy.settings import Settings
 from proxy.state.records import ClientKey
 from proxy.state.snapshot import RoutingState
@@ -26,9 +27,10 @@ class Asked:
     allowed: Collection[str] | None
     needs: Needs
     terms: Terms
+    thread: Thread
 
 
-def terms_of(request: ChatRequest, way: Way, settings: Settings) -> Terms:
+def terms_of(request: ChatRequest, way: Way, settings: Settings, thread: Thread) -> Terms:
     options = request.options
     stated = settings.lambda_ if options.lambda_ is None else options.lambda_
     weight = settings.latency_weight if options.latency_weight is None else options.latency_weight
@@ -38,4 +40,5 @@ def terms_of(request: ChatRequest, way: Way, settings: Settings) -> Terms:
         max_cost_usd=options.max_cost_usd,
         cost_unit=settings.cost_unit,
         reference=settings.reference_price,
+        cached=thread.cached(settings),
     )

@@ -14,6 +14,8 @@ from proxy.routing.features import needs_of, routing_text
 from proxy.routing.names import Way, candidates, usable_models, way_of
 from proxy.routing.refusals import because, nothing_left
 from proxy.routing.request import ChatRequest
+from proxy.routing.sticking import held
+from proxy.routing.thread import NO_THREAD, Thread
 from proxy.settings import Settings
 from proxy.state.records import ClientKey
 from proxy.state.snapshot import RoutingState
@@ -43,6 +45,8 @@ class Choice:
     """Among the models that the caller may use."""
     degraded: str | None = None
     """Why the prompt was not looked at."""
+    left: str | None = None
+    """Who should have gone on with this conversation, and cannot."""
 
 
 async def choose(
@@ -52,6 +56,7 @@ async def choose(
     settings: Settings,
     assigner: Assigner,
     *,
+    thread: Thread = NO_THREAD,
     explain: bool = False,
 ) -> Choice:
     """The choice for this request. `explain`: score the candidates even where the name alone decides.
@@ -69,9 +74,12 @@ async def choose(
         way=way,
         allowed=candidates(request.options, state, key),
         needs=needs_of(request.body),
-        terms=terms_of(request, way, settings),
+        terms=terms_of(request, way, settings, thread),
+        thread=thread,
     )
-    return await (_pinned(asked, assigner, explain=explain) if way is Way.PINNED else _routed(asked, assigner))
+    if way is Way.PINNED:
+        return await _pinned(asked, assigner, explain=explain)
+    return held(asked, await _routed(asked, assigner))
 
 
 async def _pinned(asked: Asked, assigner: Assigner, *, explain: bool) -> Choice:
@@ -103,11 +111,12 @@ async def _routed(asked: Asked, assigner: Assigner) -> Choice:
             raise nothing_left(asked, usable, eligibility.why)
         return stand_in
     text = routing_text(request.body["messages"])
-    degraded = None
+    degraded, won_by_cache = None, False
     try:
         assignment = await assigner.assign(text, state.cluster_map) if text else None
         decision = _rank(asked, eligibility, assignment)
         order = decision.ranking
+        won_by_cache = _won_by_cache(asked, eligibility, assignment, decision)
     except NoEligibleModel as error:  # within max_cost_usd
         raise NothingAble(f"{error}{because(error.why, usable)}", param="uniroute.max_cost_usd") from None
     except ROUTING_FAILURES as error:
@@ -118,7 +127,7 @@ async def _routed(asked: Asked, assigner: Assigner) -> Choice:
     return Choice(
         id=_new_id(),
         model=order[0],
-        reason="only_candidate" if len(order) == 1 else "degraded" if degraded else "scored",
+        reason=_reason(order, degraded=degraded is not None, won_by_cache=won_by_cache),
         lambda_=asked.terms.lambda_,
         order=order[:attempts],
         decision=decision,
@@ -133,6 +142,25 @@ def _rank(asked: Asked, eligibility: Eligibility, assignment: Assignment | None)
     if assignment is None:
         return rank_by_mean(eligibility, asked.needs, asked.terms)
     return rank(eligibility, assignment, asked.needs, asked.terms)
+
+
+def _won_by_cache(
+    asked: Asked, eligibility: Eligibility, assignment: Assignment | None, decision: RoutingDecision
+) -> bool:
+    """Whether the session's last model would not have been chosen if it had to read the prompt afresh."""
+    if asked.terms.cached is None or decision.chosen != asked.terms.cached[0]:
+        return False
+    afresh = replace(asked, terms=replace(asked.terms, cached=None))
+    try:
+        return _rank(afresh, eligibility, assignment).chosen != decision.chosen
+    except NoEligibleModel:  # too dear then
+        return True
+
+
+def _reason(order: tuple[str, ...], *, degraded: bool, won_by_cache: bool) -> str:
+    if len(order) == 1:
+        return "only_candidate"
+    return "degraded" if degraded else "sticky" if won_by_cache else "scored"
 
 
 def _without_looking(
