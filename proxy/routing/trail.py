@@ -12,6 +12,8 @@ SAMPLE = 4096
 """Characters of each end that are hashed, with the length: enough to tell two texts apart, however long they are."""
 MOST_CALLS = 32
 """Of one turn: one that is recognised is enough."""
+MOST_PARTS = 2048
+"""Of one list: the newest tell whose it is."""
 RANDOM_CHARACTERS = 8
 SHORT_NAME = 4
 """A shorter name of a function may stand in a random id by chance, and makes none look random."""
@@ -224,7 +226,7 @@ def _text(value: Any) -> str:
 
 
 def _mappings(value: Any) -> list[Mapping[str, Any]]:
-    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+    return [item for item in value[-MOST_PARTS:] if isinstance(item, Mapping)] if isinstance(value, list) else []
 
 
 def _mark(kind: str, text: Excerpt, question: Excerpt, *, short: int) -> str:
