@@ -6,8 +6,6 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from proxy.routing.asked import Asked
 from router_core.eligibility import eligible
 
@@ -48,10 +46,8 @@ def _may_answer(asked: Asked, choice: Choice, name: str) -> bool:
     """Eligible for this request. One that is not profiled can be called, but not be held to `max_cost_usd`."""
     if choice.decision is not None and name in choice.decision.table.names:
         return True
-    pool = asked.state.pool
-    if name not in pool.index or not np.isnan(pool.mean_errors[pool.index[name]]):
-        return False
-    return asked.terms.max_cost_usd is None and name in eligible(pool, asked.needs, asked.allowed, measured=False).names
+    able = eligible(asked.state.pool, asked.needs, asked.allowed, measured=False).names
+    return asked.terms.max_cost_usd is None and name in able
 
 
 def _left(asked: Asked, choice: Choice, name: str) -> Choice:

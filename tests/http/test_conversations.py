@@ -26,7 +26,7 @@ SIGNATURE = "EqQBCgIYAhIM1gbcDa9GJwZA2b3hGgxBdjrkzLoky3dl1pkiMOYds"
 
 @dataclass(frozen=True)
 class Pair:
-    """Two processes, one Valkey. "warm" and "cold" are alike but for their price, which the cache of "warm" can halve."""
+    """Two processes, one Valkey. "warm" and "cold" differ in price alone, and the cache of "warm" can halve it."""
 
     proxies: tuple[ProxyProcess, ProxyProcess]
     fair: ScriptedUpstream
@@ -174,6 +174,23 @@ def test_a_loop_whose_model_fails_may_go_on_elsewhere(pair: Pair) -> None:
     first, _ = pair.ask(0, ASK, BEST, tools=TOOLS)
     _, who = pair.ask(0, [*ASK, first, result(first)], tools=TOOLS)
     assert who == ("fair", "fallback")
+
+
+def test_a_loop_that_must_leave_its_model_is_counted_and_says_why(pair: Pair) -> None:
+    def moved() -> float:
+        metrics = httpx.get(f"{pair.proxies[0].url}/metrics", timeout=10).text
+        (line,) = [line for line in metrics.splitlines() if line.startswith("uniroute_conversations_moved_total ")]
+        return float(line.split()[1])
+
+    pair.good.then(calling("call_9pw1qnYScqvMov"))
+    first, _ = pair.ask(0, ASK, BEST, tools=TOOLS)
+    body = {"model": "auto", "messages": [*ASK, first, result(first)], "uniroute": {"models": ["fair"]}}
+    before = moved()
+    reply = httpx.post(f"{pair.proxies[0].url}/v1/chat/completions", json=body, timeout=20)
+    assert (reply.headers["x-uniroute-model"], moved()) == ("fair", before + 1)
+    shown = httpx.post(f"{pair.proxies[0].url}/v1/route", json=body, timeout=20).json()
+    assert "not among the models" in {row["model"]: row["why"] for row in shown["ineligible"]}["good"]
+    assert "cannot stay with model=good" in pair.proxies[0].log
 
 
 def session_turn(pair: Pair, session: str, tokens: int) -> tuple[str, str]:

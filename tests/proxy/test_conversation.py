@@ -101,6 +101,11 @@ def test_reasoning_of_the_turn_that_called_is_surer_than_its_calls() -> None:
     )
 
 
+def test_calls_of_a_loop_that_is_over_are_not_looked_for() -> None:
+    thinking_call = {**CALL, "reasoning_content": THINKING["reasoning_content"]}
+    assert past_of([ASK, thinking_call, RESULT, ANSWER, ASK]).marks == past_of([ASK, THINKING, ASK]).marks
+
+
 @given(st.lists(JSON, max_size=6) | JSON)
 def test_no_body_makes_it_fail(messages: Any) -> None:
     past_of(messages)

@@ -118,6 +118,13 @@ async def test_a_session_id_is_stored_nowhere_in_clear(memory: Conversations, st
     assert not [text for text in held if "canary" in str(text) or "call_0" in str(text)]
 
 
+@pytest.mark.parametrize("index", [None, "0", [], {}])
+async def test_an_odd_index_of_an_answer_is_its_place(memory: Conversations, index: Any) -> None:
+    marks = AnswerMarks(memory, NO_THREAD, [ASK])
+    marks.answer({"choices": [{"index": index, "message": CALL}]}, "small")
+    assert (await thread(memory, ASK, CALL, RESULT)).producer == "small"
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
     lambda inner: (

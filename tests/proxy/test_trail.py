@@ -75,6 +75,18 @@ def test_counting_ids_whose_arguments_cannot_be_compared_leave_no_mark() -> None
     )
 
 
+@pytest.mark.parametrize("broken", ['{"city": ', "[" * SAMPLE, "NaN", "\ud800", "9" * SAMPLE])
+def test_arguments_that_are_no_json_are_compared_as_they_are(broken: str) -> None:
+    assert marks(a_call(arguments=broken)) == marks(a_call(arguments=broken))
+    assert marks(a_call(arguments=broken)) != marks(a_call(arguments=broken[:-1]))
+
+
+@pytest.mark.parametrize("index", [None, "0", [], {}, 1.5])
+def test_a_call_with_an_odd_index_stands_where_it_stands(index: Any) -> None:
+    call = {**a_call()["tool_calls"][0], "index": index}
+    assert marks({"tool_calls": [call]}) == marks(a_call())
+
+
 def test_an_empty_call_is_a_call_without_arguments() -> None:
     assert marks(a_call(arguments="")) == marks(a_call(arguments="{}"))
 
@@ -155,8 +167,16 @@ def test_thinking_blocks_that_come_in_pieces_are_the_blocks_that_are_sent_back()
         {"thinking_blocks": [{"type": "thinking", "thinking": piece, "signature": signature}]}
         for piece, signature in ((LONG, None), ("", "s1" * 40), ("But ", None), (LONG, ""), ("", "s2" * 40))
     ]
-    assert marks(*pieces) == marks({"thinking_blocks": [THOUGHT, second]})
-    assert set(marks(*pieces)).isdisjoint(marks({"thinking_blocks": [THOUGHT]}))
+    assert marks(*pieces) == marks({"thinking_blocks": [THOUGHT, second]}) == marks({"thinking_blocks": [second]})
+
+
+def test_reasoning_details_are_told_apart_by_their_index() -> None:
+    first, second = ({"type": "reasoning.text", "text": f"{name}: {LONG}", "index": name} for name in (0, 1))
+    assert marks({"reasoning_details": [first, second]}) == marks({"reasoning_details": [second]})
+    pieces = [{**second, "text": "1: "}, {**second, "text": LONG}]
+    assert marks(*({"reasoning_details": [piece]} for piece in (first, *pieces))) == marks(
+        {"reasoning_details": [second]}
+    )
 
 
 def test_redacted_thinking_is_recognised_by_its_data() -> None:
