@@ -46,6 +46,8 @@ def _may_answer(asked: Asked, choice: Choice, name: str) -> bool:
     """Eligible for this request. One that is not profiled can be called, but not be held to `max_cost_usd`."""
     if choice.decision is not None and name in choice.decision.table.names:
         return True
+    if name in asked.state.profiles:  # it could have been scored, and something spoke against it
+        return False
     able = eligible(asked.state.pool, asked.needs, asked.allowed, measured=False).names
     return asked.terms.max_cost_usd is None and name in able
 

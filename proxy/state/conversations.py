@@ -24,7 +24,7 @@ from proxy.tasks import end
 log = logging.getLogger("uniroute.conversations")
 
 PREFIX: Final = "uniroute:conversation"
-ASK_S = 0.05
+ASK_S = 0.04
 """How long a request waits for Redis, once."""
 AGAIN_S = 1.0
 """After Redis did not answer, one request in so many seconds asks it again."""

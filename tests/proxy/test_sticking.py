@@ -15,18 +15,22 @@ import numpy as np
 import pytest
 
 from proxy.errors import NothingAble
+from proxy.routing.asked import Asked
 from proxy.routing.assigning import Assigner
 from proxy.routing.choosing import Choice, choose
 from proxy.routing.explaining import to_json
+from proxy.routing.names import Way
 from proxy.routing.options import Options
 from proxy.routing.request import ChatRequest
-from proxy.routing.thread import Thread
+from proxy.routing.sticking import held
+from proxy.routing.thread import NO_THREAD, Thread
 from proxy.settings import Settings
 from proxy.state.conversations import LastTurn
 from proxy.state.records import ClientKey, StoredProfile
 from proxy.state.snapshot import RoutingState, build_state
 from proxy.state.stored import Stored
-from router_core.types import Floats
+from router_core.scoring import Terms
+from router_core.types import Floats, Needs
 from tests.support.makers import a_profile, a_record, surroundings
 
 THOUSAND_TOKENS = "word " * 797
@@ -133,6 +137,14 @@ async def test_a_producer_that_may_not_answer_is_left_and_said_to_be(options: di
     choice = await chosen(LOOP, **options)
     assert (choice.model, choice.reason, choice.left) == ("cold", "scored", "plain")
     assert why in choice.ineligible["plain"]
+
+
+async def test_a_producer_that_could_be_scored_and_was_not_is_left_whatever_the_reason() -> None:
+    request = ChatRequest({"messages": []}, "auto", stream=False, include_usage=False, options=Options())
+    settings = Settings.model_validate({"data_dir": Path("/nowhere")})
+    asked = Asked(request, None, a_state(), settings, Way.SCORED, None, Needs(), Terms(), LOOP)
+    routed = await chosen(NO_THREAD, models=("warm", "cold"))
+    assert held(asked, routed).left == "plain"
 
 
 async def test_a_producer_that_is_gone_is_left() -> None:
