@@ -6,13 +6,15 @@ import asyncio
 
 from starlette.responses import Response
 
-from proxy.errors import UpstreamFailure
+from proxy.errors import ModelBusy, UpstreamFailure
 from proxy.recording.meter import Books, Meter
-from proxy.relay.forwarding import Forwarder
+from proxy.relay.forwarding import Forwarder, Outlets
+from proxy.relay.marks import AnswerMarks
 from proxy.relay.sse import dump
 from proxy.relay.streaming import EventStream, close_opened
 from proxy.routing.choosing import Choice, choose
 from proxy.routing.request import ChatRequest
+from proxy.routing.thread import thread_of
 from proxy.services import Services
 from proxy.state.records import ClientKey
 from proxy.trace import Trace
@@ -25,12 +27,18 @@ async def handle(
 ) -> Response:
     """`started`: monotonic seconds at which the request arrived. Raises ProxyError before anything was sent."""
     state = services.state.current
-    choice = await choose(request, key, state, services.settings, services.assigner)
+    thread = await thread_of(services.conversations, request, key, services.settings)
+    resting = services.health.resting()
+    choice = await choose(request, key, state, services.settings, services.assigner, thread=thread, resting=resting)
     if choice.degraded:
         services.metrics.degraded.inc()
+    if choice.left:
+        services.metrics.conversations_moved.inc()
     books = Books(services.state, services.usage, services.metrics, services.live)
-    meter = Meter(books, choice, key, trace, started)
-    forwarder = Forwarder(services.upstream, services.settings, state, request, trace, meter)
+    marks = AnswerMarks(services.conversations, thread, request.body["messages"])
+    meter = Meter(books, choice, key, trace, started, marks)
+    outlets = Outlets(services.upstream, services.health, services.capacities, services.settings)
+    forwarder = Forwarder(outlets, state, request, trace, meter)
     return await (_stream(forwarder) if request.stream else _complete(forwarder))
 
 
@@ -41,9 +49,9 @@ async def _complete(forwarder: Forwarder) -> Response:
         answer = await forwarder.complete()
         ending = "complete"
         return Response(dump(answer), media_type="application/json", headers=meter.headers())
-    except UpstreamFailure as failure:
-        ending = "failed"
-        _note(meter, failure)
+    except (UpstreamFailure, ModelBusy) as failure:
+        ending = "busy" if isinstance(failure, ModelBusy) else "failed"
+        failure.headers |= meter.headers()  # told with the decision that led there
         raise
     finally:
         meter.finish(ending)
@@ -51,7 +59,7 @@ async def _complete(forwarder: Forwarder) -> Response:
 
 async def _stream(forwarder: Forwarder) -> Response:
     """Status and headers wait for the first content, so that a failure is told as one; but not for ever."""
-    meter, keep_alive_s = forwarder.meter, forwarder.settings.keep_alive_s
+    meter, keep_alive_s = forwarder.meter, forwarder.outlets.settings.keep_alive_s
     opening = asyncio.create_task(forwarder.open_stream())
     ending: str | None = "client_gone"
     try:
@@ -59,18 +67,12 @@ async def _stream(forwarder: Forwarder) -> Response:
         if opening.done():
             opening.result()
         ending = None
-    except UpstreamFailure as failure:
-        ending = "failed"
-        _note(meter, failure)
+    except (UpstreamFailure, ModelBusy) as failure:
+        ending = "busy" if isinstance(failure, ModelBusy) else "failed"
+        failure.headers |= meter.headers()  # told with the decision that led there
         raise
     finally:
         if ending is not None:
             meter.finish(ending)
             await close_opened(opening)
     return EventStream(opening, meter, keep_alive_s=keep_alive_s, include_usage=forwarder.request.include_usage)
-
-
-def _note(meter: Meter, failure: UpstreamFailure) -> None:
-    """Counted, and told with the decision that led there."""
-    meter.failed(failure)
-    failure.headers |= meter.headers()

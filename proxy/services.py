@@ -22,6 +22,7 @@ from proxy.recording.usage import UsageRecorder
 from proxy.routing.assigning import Assigner, deadline_of
 from proxy.settings import Settings, SettingsError, check_exposure
 from proxy.state.catalog import bundled_catalog
+from proxy.state.conversations import Conversations
 from proxy.state.holder import StateHolder
 from proxy.state.keys import KeyLatch
 from proxy.state.live import LiveExpectations
@@ -55,6 +56,7 @@ class Services:
     live: LiveExpectations
     health: ModelHealth
     capacities: Capacities
+    conversations: Conversations
     environ: Mapping[str, str]
 
 
@@ -107,6 +109,9 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
         usage = UsageRecorder(store, metrics.usage_dropped.inc)
         usage.start()
         closing.push_async_callback(usage.stop)
+        conversations = _conversations(store, settings, metrics)
+        conversations.start()
+        closing.push_async_callback(conversations.stop)
         registry = Registry(store, around.configured, latch)
         await assigner.warm(cluster_map)
         await importing
@@ -116,9 +121,21 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
         jobs = Jobs(store, state, UpstreamAnswerer(upstream), assigner.embedder, settings)
         closing.push_async_callback(jobs.close)
         await jobs.start_worker()
-        room = Capacities()
         yield Services(
-            settings, store, state, registry, jobs, assigner, upstream, usage, metrics, live, health, room, environ
+            settings=settings,
+            store=store,
+            state=state,
+            registry=registry,
+            jobs=jobs,
+            assigner=assigner,
+            upstream=upstream,
+            usage=usage,
+            metrics=metrics,
+            live=live,
+            health=health,
+            capacities=Capacities(),
+            conversations=conversations,
+            environ=environ,
         )
 
 
@@ -151,6 +168,15 @@ def _open_routing(settings: Settings) -> tuple[ClusterMap, Assigner]:
             f" ({cluster_map.embedder_id}); choose that one, or fit a map with this one"
         )
     return cluster_map, Assigner(embedder, deadline_of(settings.embedder))
+
+
+def _conversations(store: Store, settings: Settings, metrics: Metrics) -> Conversations:
+    return Conversations(
+        store,
+        settings.session_ttl_s,
+        on_missed=metrics.conversations_missed.inc,
+        on_dropped=metrics.conversations_dropped.inc,
+    )
 
 
 def _surroundings(settings: Settings, cluster_map: ClusterMap, live: LiveExpectations) -> Surroundings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -64,11 +64,17 @@ def _not_boolean(value: object) -> object:
     return value
 
 
+def _as_written(value: object) -> object:
+    """YAML's `on` and `off` are booleans."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 Amount = Annotated[float, BeforeValidator(_not_boolean), AfterValidator(_finite_at_least_zero)]
 Whole = Annotated[int, BeforeValidator(_not_boolean)]
 Count = Annotated[Whole, Field(ge=1, le=10**12)]
 Seconds = Annotated[Amount, Field(gt=0)]
 TokenCost = Annotated[Amount, Field(le=DEAREST)]
+Switch = Annotated[Literal["off", "auto", "on"], BeforeValidator(_as_written)]
 Names = Annotated[tuple[str, ...], BeforeValidator(split_list)]
 ModelName = Annotated[str, AfterValidator(check_model_name)]
 

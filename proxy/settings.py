@@ -24,6 +24,7 @@ from proxy.setting_types import (
     Frozen,
     Names,
     Seconds,
+    Switch,
     Whole,
     check_model_name,
     referred_variable,
@@ -86,6 +87,9 @@ class Settings(Frozen):
     price_refresh_minutes: Amount = 0
     price_url: str | None = Field(default=None, repr=False)
     max_body_bytes: Count = 20_000_000
+    sticky_sessions: Switch = "auto"
+    session_ttl_s: Count = 3600
+    prompt_cache_s: Amount = 300
     fallback_attempts: Annotated[Whole, Field(ge=1, le=20)] = 3
     request_timeout_s: Seconds = 600
     connect_timeout_s: Seconds = 5

@@ -21,6 +21,10 @@ class Timeouts:
     total_s: float
     """From the request's arrival to the first content of whichever model answers."""
 
+    def hastier_than(self, usual: Timeouts) -> bool:
+        """Missing one of these may be no fault of the model."""
+        return any(getattr(self, column.name) < getattr(usual, column.name) for column in fields(self))
+
 
 @dataclass(frozen=True, slots=True)
 class StatedTimeouts:

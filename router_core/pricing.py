@@ -27,14 +27,17 @@ class TokenUsage:
 
 def bill_usd(price: Price, usage: TokenUsage) -> float:
     """What an answer cost, in USD. Cached tokens without a price of their own cost the input price."""
-    cached_price = price.cache_read_input_token_cost
-    if cached_price is None:
-        cached_price = price.input_cost_per_token
     return (
         usage.fresh_tokens * price.input_cost_per_token
-        + usage.cached_tokens * cached_price
+        + usage.cached_tokens * cached_usd(price)
         + usage.output_tokens * price.output_cost_per_token
     )
+
+
+def cached_usd(price: Price) -> float:
+    """USD for a cached prompt token."""
+    cached = price.cache_read_input_token_cost
+    return price.input_cost_per_token if cached is None else cached
 
 
 def picousd(usd: float) -> int:
@@ -48,17 +51,26 @@ class PriceColumns:
 
     input: Doubles
     output: Doubles
+    cached: Doubles
+    """Of prompt tokens that the model has read a moment ago; the input price where no other is stated."""
 
     @classmethod
     def of(cls, prices: Sequence[Price | None]) -> PriceColumns:
         return cls(
             input=np.array([np.nan if price is None else price.input_cost_per_token for price in prices]),
             output=np.array([np.nan if price is None else price.output_cost_per_token for price in prices]),
+            cached=np.array([np.nan if price is None else cached_usd(price) for price in prices]),
         )
 
-    def expected_usd(self, prompt_tokens: int | Doubles, output_tokens: Doubles) -> Doubles:
-        """(M,) USD for `prompt_tokens` in and (M,) `output_tokens` out; (n, M) for (n, 1) and (n, M) of n prompts."""
-        return self.input * prompt_tokens + self.output * output_tokens
+    def expected_usd(
+        self, prompt_tokens: int | Doubles, output_tokens: Doubles, cached_tokens: int | Doubles = 0
+    ) -> Doubles:
+        """(M,) USD for `prompt_tokens` in and (M,) `output_tokens` out; (n, M) for (n, 1) and (n, M) of n prompts.
+
+        `cached_tokens`, (M,): how many of the prompt's each model has in its cache.
+        """
+        fresh_tokens = prompt_tokens - cached_tokens
+        return self.input * fresh_tokens + self.cached * cached_tokens + self.output * output_tokens
 
 
 def reference_usd(prompt_tokens: int, output_tokens: float, reference: Price = REFERENCE) -> float:

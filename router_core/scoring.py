@@ -34,6 +34,8 @@ class Terms:
     reference: Price = REFERENCE
     tie: float = TIE
     """Scores this close to the best are equal; the cheapest of them is chosen."""
+    cached: tuple[str, int] | None = None
+    """A model, and how many tokens of this prompt it has in its cache; all others read the prompt afresh."""
 
 
 def rank(eligibility: Eligibility, assignment: Assignment | None, needs: Needs, terms: Terms) -> RoutingDecision:
@@ -93,7 +95,7 @@ def _score(
     output_tokens = _expected(pool.output_tokens, assignment)
     billed_tokens = _capped(pool, output_tokens, needs) * needs.answers
     seconds = _expected(pool.seconds, assignment)
-    usd = pool.prices.expected_usd(needs.prompt_tokens, billed_tokens)
+    usd = pool.prices.expected_usd(needs.prompt_tokens, billed_tokens, _cached_tokens(pool, needs, terms))
     unit = _unit_usd(pool, billed_tokens, needs, terms)
     if terms.max_cost_usd is not None:
         eligibility = _within(eligibility, usd, terms.max_cost_usd)
@@ -122,6 +124,16 @@ def _expected(matrix: Doubles, assignment: Assignment | None) -> Doubles:
 def _capped(pool: Pool, output_tokens: Doubles, needs: Needs) -> Doubles:
     capped = np.minimum(output_tokens, pool.max_output_tokens)
     return capped if needs.max_output_tokens is None else np.minimum(capped, needs.max_output_tokens)
+
+
+def _cached_tokens(pool: Pool, needs: Needs, terms: Terms) -> int | Doubles:
+    """(M,), or 0 for all."""
+    if terms.cached is None or terms.cached[0] not in pool.index:
+        return 0
+    model, tokens = terms.cached
+    cached = np.zeros(len(pool))
+    cached[pool.index[model]] = min(tokens, needs.prompt_tokens)
+    return cached
 
 
 def _unit_usd(pool: Pool, billed_tokens: Doubles, needs: Needs, terms: Terms) -> float:

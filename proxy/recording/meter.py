@@ -11,6 +11,7 @@ from typing import Any
 from proxy.errors import UpstreamFailure
 from proxy.recording.metrics import Metrics
 from proxy.recording.usage import TokenCounts, UsageRecord, UsageRecorder, cost_usd, counts_of
+from proxy.relay.marks import AnswerMarks
 from proxy.routing.choosing import Choice
 from proxy.state.holder import StateHolder
 from proxy.state.live import LiveExpectations
@@ -18,6 +19,8 @@ from proxy.state.records import ClientKey
 from proxy.trace import Trace
 
 log = logging.getLogger("uniroute.request")
+
+_EMPTY = "it gave an empty answer"
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,17 @@ class Books:
 class Meter:
     """One per request. `finish` is synchronous, and only its first call counts."""
 
-    def __init__(self, books: Books, choice: Choice, key: ClientKey | None, trace: Trace, started: float) -> None:
+    def __init__(
+        self,
+        books: Books,
+        choice: Choice,
+        key: ClientKey | None,
+        trace: Trace,
+        started: float,
+        marks: AnswerMarks,
+    ) -> None:
         self.choice = choice
+        self.marks = marks
         self.model = choice.model
         self.reason = choice.reason
         self.overhead_s: float | None = None
@@ -47,10 +59,12 @@ class Meter:
         self._asked = started
         self._first: float | None = None
         self._counts = TokenCounts()
+        self._fault: str | None = None
         self._finished = False
 
     def asking(self, model: str) -> None:
         """`model` is asked now."""
+        self._pass_over()
         self._asked = time.monotonic()
         if self.overhead_s is None:
             self.overhead_s = self._asked - self.started
@@ -59,18 +73,6 @@ class Meter:
             self.reason = "fallback"
         self.model = model
         self._counts, self._first = TokenCounts(), None
-
-    def passed_over(self, failure: UpstreamFailure | None) -> None:
-        """The model asked last gave nothing to relay, and the next one is asked."""
-        self._books.metrics.attempts_failed.labels(self.model, _status(failure)).inc()
-        self._record("empty" if failure is None else "failed")
-        log.warning(
-            "request=%s decision=%s model=%s passed over: %s",
-            self._trace.request_id,
-            self.choice.id,
-            self.model,
-            failure or "it gave an empty answer",
-        )
 
     @property
     def has_content(self) -> bool:
@@ -85,7 +87,23 @@ class Meter:
         self._counts = counts_of(usage)
 
     def failed(self, failure: UpstreamFailure) -> None:
+        """The model asked last gave no answer, or broke it off."""
         self._books.metrics.attempts_failed.labels(self.model, _status(failure)).inc()
+        self._fault = str(failure)
+
+    def empty(self) -> None:
+        """The model asked last gave an answer without a word in it."""
+        self._books.metrics.attempts_failed.labels(self.model, "empty").inc()
+        self._fault = _EMPTY
+
+    def _pass_over(self) -> None:
+        """Nothing of the model asked last will be relayed: it is recorded by itself."""
+        fault, self._fault = self._fault, None
+        if fault is None:
+            return
+        self._record("empty" if fault is _EMPTY else "failed")
+        request, decision = self._trace.request_id, self.choice.id
+        log.warning("request=%s decision=%s model=%s passed over: %s", request, decision, self.model, fault)
 
     def finish(self, ending: str) -> None:
         if self._finished:
@@ -99,6 +117,7 @@ class Meter:
             metrics.first_token.labels(self.model).observe(entry.first_token_s)
         if ending == "complete":
             self._observe_live()
+            self.marks.finish(self.model, self._counts.whole)
         self._log(entry)
 
     def headers(self) -> dict[str, str]:
@@ -170,7 +189,5 @@ class Meter:
         log.info(" ".join(f"{name}={value}" for name, value in facts.items()))
 
 
-def _status(failure: UpstreamFailure | None) -> str:
-    if failure is None:
-        return "empty"
+def _status(failure: UpstreamFailure) -> str:
     return "timeout" if failure.timed_out else str(failure.status or "unreachable")

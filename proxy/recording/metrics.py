@@ -23,6 +23,19 @@ class Metrics:
         self.usage_dropped = Counter(
             "uniroute_usage_dropped_total", "Usage records dropped while Redis was away", registry=self.registry
         )
+        self.conversations_moved = Counter(
+            "uniroute_conversations_moved_total",
+            "Tool loops and reasoning that had to leave the model that produced them",
+            registry=self.registry,
+        )
+        self.conversations_missed = Counter(
+            "uniroute_conversations_missed_total", "Conversations that Redis could not recall", registry=self.registry
+        )
+        self.conversations_dropped = Counter(
+            "uniroute_conversations_dropped_total",
+            "Conversations forgotten while Redis was away",
+            registry=self.registry,
+        )
         self.errors = Counter(
             "uniroute_errors_total", "Responses that were errors, by status", ["status"], registry=self.registry
         )

@@ -37,6 +37,13 @@ class TokenCounts:
     output_tokens: int | None = None
     reasoning_tokens: int | None = None
 
+    @property
+    def whole(self) -> int | None:
+        """Prompt and answer together."""
+        if self.prompt_tokens is None or self.output_tokens is None:
+            return None
+        return self.prompt_tokens + self.output_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class UsageRecord:
@@ -49,7 +56,7 @@ class UsageRecord:
     key_id: str | None
     reason: str
     ending: str
-    """complete, empty, failed, broken (after content), client_gone."""
+    """complete, empty, failed, busy (nobody had a place), broken (after content), client_gone."""
     prompt_tokens: int | None
     cached_tokens: int | None
     output_tokens: int | None

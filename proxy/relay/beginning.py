@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from proxy.errors import UpstreamFailure
 from proxy.recording.meter import Meter
 from proxy.relay.chunks import has_content, is_empty_answer
+from proxy.relay.turns import Turn
 from proxy.upstream.client import Chunks
 
 MOST_HELD = 1000
@@ -23,6 +23,7 @@ class OpenStream:
     """A stream that has begun: what was read while waiting for content, and the rest."""
 
     rest: Chunks
+    turn: Turn
     idle_s: float
     """How long the rest may be silent."""
     until: float
@@ -43,9 +44,14 @@ class OpenStream:
         for chunk in self.held:
             yield chunk
         self.held = []
-        with suppress(StopAsyncIteration):
+        try:
             while not self.ended:
                 yield await self._next()
+        except StopAsyncIteration:
+            self.turn.answered()
+        except UpstreamFailure as failure:
+            self.turn.failed(failure)
+            raise
 
     async def _next(self) -> dict[str, Any]:
         left_s = self.until - monotonic()
@@ -59,26 +65,29 @@ class OpenStream:
             raise UpstreamFailure(f"the model's stream {reason}", timed_out=True) from None
 
     async def aclose(self) -> None:
+        self.turn.close()
         close = getattr(self.rest, "aclose", None)
         if close is not None:
             await close()
 
 
-async def begin(chunks: Chunks, meter: Meter, idle_s: float, longest_s: float) -> OpenStream:
-    """Reads up to the first content, or to the end if there is none. Closes `chunks` where that fails."""
-    stream = OpenStream(chunks, idle_s, monotonic() + longest_s)
+async def begin(stream: OpenStream, meter: Meter) -> OpenStream:
+    """Reads up to the first content, or to the end if there is none. Closes the stream where that fails."""
     try:
-        async for chunk in chunks:
+        async for chunk in stream.rest:
             stream.held.append(chunk)
             if chunk.get("usage"):
                 meter.used(chunk["usage"])
             if has_content(chunk):
-                meter.first_content()
+                stream.turn.begun()
                 return stream
             if len(stream.held) >= MOST_HELD:
                 raise UpstreamFailure(f"the model sent {MOST_HELD} chunks without any content")
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, UpstreamFailure):
+            stream.turn.failed(error)
         await stream.aclose()
         raise
     stream.ended = True
+    stream.turn.answered()
     return stream

@@ -21,7 +21,7 @@ def is_empty_answer(body: Mapping[str, Any]) -> bool:
 
 
 def finish_reasons(body: Mapping[str, Any]) -> set[str]:
-    return {choice["finish_reason"] for choice in _choices(body) if isinstance(choice.get("finish_reason"), str)}
+    return {choice["finish_reason"] for choice in choices_of(body) if isinstance(choice.get("finish_reason"), str)}
 
 
 def is_usage_chunk(chunk: Mapping[str, Any]) -> bool:
@@ -34,14 +34,14 @@ def usage_chunk(like: Mapping[str, Any], usage: object) -> dict[str, Any]:
     return {**kept, "choices": [], "usage": usage}
 
 
-def _choices(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def choices_of(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     choices = body.get("choices")
     if isinstance(choices, list):
         yield from (choice for choice in choices if isinstance(choice, Mapping))
 
 
 def _parts(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    for choice in _choices(body):
+    for choice in choices_of(body):
         for name in ("message", "delta"):
             part = choice.get(name)
             if isinstance(part, Mapping):

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any, TypeVar
 
-from proxy.errors import UpstreamFailure
+from proxy.errors import ModelBusy, UpstreamFailure
+from proxy.health.capacity import Capacities, CapacityLimits
+from proxy.health.health import ModelHealth
 from proxy.recording.meter import Meter
 from proxy.relay.beginning import OpenStream, begin
 from proxy.relay.chunks import is_empty_answer
+from proxy.relay.turns import Turn
 from proxy.routing.request import ChatRequest
 from proxy.settings import Settings
 from proxy.state.records import ModelRecord
@@ -21,82 +24,149 @@ from proxy.trace import Trace
 from proxy.upstream.client import LitellmUpstream
 
 Answer = TypeVar("Answer")
-Ask = Callable[[ModelRecord, Timeouts], Awaitable[Answer]]
+Ask = Callable[[ModelRecord, Timeouts, Turn], Awaitable[Answer]]
+
+
+class Resting(Exception):
+    """The model may not be asked now. Never told to anybody: another is asked, or this one after all."""
+
+
+@dataclass(frozen=True)
+class Outlets:
+    """What it takes to ask models."""
+
+    upstream: LitellmUpstream
+    health: ModelHealth
+    capacities: Capacities
+    settings: Settings
 
 
 @dataclass(frozen=True)
 class Forwarder:
     """The models of one request's choice, asked one after the other."""
 
-    upstream: LitellmUpstream
-    settings: Settings
+    outlets: Outlets
     state: RoutingState
     request: ChatRequest
     trace: Trace
     meter: Meter
 
     async def complete(self) -> dict[str, Any]:
-        """The first whole answer. Raises the last UpstreamFailure."""
+        """The first whole answer. Raises the last UpstreamFailure, or ModelBusy where all are busy."""
         return await self._first(self._answer, is_empty_answer)
 
     async def open_stream(self) -> OpenStream:
-        """The first stream with content. Raises the last UpstreamFailure."""
+        """The first stream with content. Raises as `complete`."""
         return await self._first(self._begin, lambda stream: stream.is_empty)
 
     async def _first(self, ask: Ask[Answer], is_empty: Callable[[Answer], bool]) -> Answer:
-        order = [name for name in self.meter.choice.order if name in self.state.models]
-        for place, name in enumerate(order, start=1):
-            is_last = place == len(order)
+        """In rank. Those that rest are asked only where nobody else could be, and then the one that recovers first."""
+        outcome: Answer | UpstreamFailure | None = None
+        busy: list[ModelBusy] = []
+        rested: list[str] = []
+        asked = 0
+        for name in self._order():
             try:
-                answer = await self._asked(self.state.models[name], ask)
-            except UpstreamFailure as failure:
-                if is_last or not failure.retryable or self._late():
-                    raise
-                self.meter.passed_over(failure)
+                outcome = await self._asked(name, ask)
+            except Resting:
+                rested.append(name)
                 continue
-            if is_last or not is_empty(answer):
-                return answer
-            self.meter.passed_over(None)
-        raise UpstreamFailure("no model was asked")
+            except ModelBusy as full:
+                busy.append(full)
+                continue
+            except UpstreamFailure as failure:
+                outcome = failure
+            asked += 1
+            if self._settles(outcome, is_empty) or asked == self.meter.choice.attempts or self._late():
+                break
+        if outcome is None and rested and not busy:
+            return await self._asked(self._soonest(rested), ask, resting_too=True)
+        return _told(outcome, busy)
 
-    async def _asked(self, record: ModelRecord, ask: Ask[Answer]) -> Answer:
+    def _settles(self, outcome: Answer | UpstreamFailure, is_empty: Callable[[Answer], bool]) -> bool:
+        """Whether nobody else need be asked."""
+        if isinstance(outcome, UpstreamFailure):
+            return not outcome.retryable
+        if is_empty(outcome):
+            self.meter.empty()
+            return False
+        return True
+
+    def _order(self) -> list[str]:
+        return [name for name in self.meter.choice.order if name in self.state.models]
+
+    async def _asked(self, name: str, ask: Ask[Answer], *, resting_too: bool = False) -> Answer:
         """One model, and once more where its connection died before it said anything."""
         try:
-            return await self._in_time(record, ask)
+            return await self._in_turn(name, ask, resting_too=resting_too)
         except UpstreamFailure as failure:
             if not failure.lost or self._late():
                 raise
-            self.meter.passed_over(failure)
-            return await self._in_time(record, ask)
+        return await self._in_turn(name, ask, resting_too=True)
 
-    async def _in_time(self, record: ModelRecord, ask: Ask[Answer]) -> Answer:
-        timeouts = self._timeouts(record)
+    async def _in_turn(self, name: str, ask: Ask[Answer], *, resting_too: bool) -> Answer:
+        outlets, record = self.outlets, self.state.models[name]
+        if not resting_too and name in outlets.health.resting():
+            raise Resting(name)
+        limits = CapacityLimits.of(record.info, outlets.settings.queue_wait_s)
+        slot = await outlets.capacities.slot(name, limits)
+        if not resting_too and name in outlets.health.resting():  # since then, or somebody else is the probe
+            slot.release()
+            raise Resting(name)
+        timeouts = timeouts_for(outlets.settings, record.info, self.request.options.timeouts)
+        usual = timeouts_for(outlets.settings, record.info)
+        turn = Turn(self.meter, outlets.health.begin(name), slot, hurried=timeouts.hastier_than(usual))
+        self.meter.asking(name)
+        try:
+            return await self._in_time(record, ask, timeouts, turn)
+        except UpstreamFailure as failure:
+            turn.failed(failure)
+            raise
+        except BaseException:
+            turn.close()
+            raise
+
+    async def _in_time(self, record: ModelRecord, ask: Ask[Answer], timeouts: Timeouts, turn: Turn) -> Answer:
         left_s = self.meter.started + timeouts.total_s - monotonic()
-        self.meter.asking(record.name)
         try:
             async with asyncio.timeout(min(timeouts.first_token_s, left_s)):
-                return await ask(record, timeouts)
+                return await ask(record, timeouts, turn)
         except TimeoutError:
             stated = "first_token_timeout_s" if timeouts.first_token_s < left_s else "request_timeout_s"
             message = f"{record.name} gave no answer within {min(timeouts.first_token_s, left_s):.3g} s ({stated})"
             raise UpstreamFailure(message, timed_out=True) from None
 
-    async def _answer(self, record: ModelRecord, timeouts: Timeouts) -> dict[str, Any]:
-        answer = await self.upstream.complete(record, *self._sent(), connect_s=timeouts.connect_s)
+    async def _answer(self, record: ModelRecord, timeouts: Timeouts, turn: Turn) -> dict[str, Any]:
+        answer = await self.outlets.upstream.complete(record, *self._sent(), connect_s=timeouts.connect_s)
+        turn.answered()
         self.meter.used(answer.get("usage"))
+        self.meter.marks.answer(answer, record.name)
         return {**answer, "model": record.name}
 
-    async def _begin(self, record: ModelRecord, timeouts: Timeouts) -> OpenStream:
-        chunks = await self.upstream.stream(record, *self._sent(), connect_s=timeouts.connect_s)
-        return await begin(chunks, self.meter, timeouts.idle_s, self.settings.stream_timeout_s)
+    async def _begin(self, record: ModelRecord, timeouts: Timeouts, turn: Turn) -> OpenStream:
+        chunks = await self.outlets.upstream.stream(record, *self._sent(), connect_s=timeouts.connect_s)
+        stream = OpenStream(chunks, turn, timeouts.idle_s, monotonic() + self.outlets.settings.stream_timeout_s)
+        return await begin(stream, self.meter)
 
     def _sent(self) -> tuple[Mapping[str, Any], Mapping[str, str]]:
         return self.request.body, self.trace.headers()
 
-    def _timeouts(self, record: ModelRecord) -> Timeouts:
-        return timeouts_for(self.settings, record.info, self.request.options.timeouts)
+    def _soonest(self, rested: list[str]) -> str:
+        resting = self.outlets.health.resting()
+        return min(rested, key=lambda name: resting.get(name, 0.0))
 
     def _late(self) -> bool:
         """Nobody is asked any more: the time for all attempts together is over."""
-        stated = self.request.options.timeouts.total_s or self.settings.request_timeout_s
-        return monotonic() - self.meter.started >= min(stated, self.settings.request_timeout_s)
+        whole = self.outlets.settings.request_timeout_s
+        return monotonic() - self.meter.started >= min(self.request.options.timeouts.total_s or whole, whole)
+
+
+def _told(outcome: Answer | UpstreamFailure | None, busy: list[ModelBusy]) -> Answer:
+    """What came of the last model that was asked; where none could be, when the first of them has a place."""
+    if isinstance(outcome, UpstreamFailure):
+        raise outcome
+    if outcome is not None:
+        return outcome
+    if busy:
+        raise min(busy, key=lambda full: full.retry_after_s)
+    raise UpstreamFailure("no model was asked")

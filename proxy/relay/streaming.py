@@ -10,7 +10,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from proxy.errors import ClientGone, UpstreamFailure, describe
+from proxy.errors import ClientGone, ModelBusy, ProxyError, UpstreamFailure, describe
 from proxy.recording.meter import Meter
 from proxy.relay.beginning import OpenStream
 from proxy.relay.chunks import is_usage_chunk, usage_chunk
@@ -60,9 +60,8 @@ class EventStream(Response):
                 async for chunk in self._chunks(await self._opening):
                     await self._send(send, event(chunk))
                 ending = "complete"
-            except UpstreamFailure as failure:
+            except (UpstreamFailure, ModelBusy) as failure:
                 ending = "broken" if self._meter.has_content else "failed"
-                self._meter.failed(failure)
                 await self._send(send, event(_error_event(failure)))
             finally:
                 keeping.cancel()
@@ -77,6 +76,7 @@ class EventStream(Response):
         shown = False
         last: dict[str, Any] = {}
         async for chunk in stream:
+            self._meter.marks.see(chunk, self._meter.model)
             last = {**chunk, "model": self._meter.model}
             if chunk.get("usage"):
                 usage = chunk["usage"]
@@ -111,6 +111,6 @@ async def close_opened(opening: Opening) -> None:
         await opening.result().aclose()
 
 
-def _error_event(failure: UpstreamFailure) -> Mapping[str, Any]:
+def _error_event(failure: ProxyError) -> Mapping[str, Any]:
     _, body, _ = describe(failure)
     return {"error": body["error"]}

@@ -10,6 +10,7 @@ from proxy.routes.context import Caller, OurServices, headers_of
 from proxy.routing.choosing import choose
 from proxy.routing.explaining import to_json
 from proxy.routing.request import parse_chat
+from proxy.routing.thread import thread_of
 
 router = APIRouter()
 
@@ -18,5 +19,8 @@ router = APIRouter()
 async def route(request: Request, services: OurServices, key: Caller) -> Response:
     raw = await read_body(request, services.settings.max_body_bytes)
     parsed = parse_chat(raw, headers_of(request))
-    choice = await choose(parsed, key, services.state.current, services.settings, services.assigner, explain=True)
+    settings, state = services.settings, services.state.current
+    thread = await thread_of(services.conversations, parsed, key, settings)
+    resting = services.health.resting()
+    choice = await choose(parsed, key, state, settings, services.assigner, thread=thread, resting=resting, explain=True)
     return Response(dump(to_json(choice)), media_type="application/json")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from proxy.routing.features import needs_of
 from proxy.routing.names import Way
 from proxy.routing.request import ChatRequest
+from proxy.routing.thread import Thread
 from proxy.settings import Settings
 from proxy.state.records import ClientKey
 from proxy.state.snapshot import RoutingState
 from router_core.scoring import Terms
 from router_core.types import Needs
+
+NOBODY: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,9 @@ class Asked:
     allowed: Collection[str] | None
     needs: Needs
     terms: Terms
+    thread: Thread
+    resting: Mapping[str, float] = field(default_factory=lambda: NOBODY)
+    """Models that failed too often lately → seconds until they may be asked again."""
 
 
 def needs_within(request: ChatRequest) -> Needs:
@@ -39,7 +46,7 @@ def needs_within(request: ChatRequest) -> Needs:
     )
 
 
-def terms_of(request: ChatRequest, way: Way, settings: Settings) -> Terms:
+def terms_of(request: ChatRequest, way: Way, settings: Settings, thread: Thread) -> Terms:
     options = request.options
     stated = settings.lambda_ if options.lambda_ is None else options.lambda_
     weight = settings.latency_weight if options.latency_weight is None else options.latency_weight
@@ -49,4 +56,5 @@ def terms_of(request: ChatRequest, way: Way, settings: Settings) -> Terms:
         max_cost_usd=options.max_cost_usd,
         cost_unit=settings.cost_unit,
         reference=settings.reference_price,
+        cached=thread.cached(settings),
     )

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from proxy.errors import NothingAble, Unavailable
-from proxy.routing.asked import Asked, needs_within, terms_of
+from proxy.routing.asked import NOBODY, Asked, needs_within, terms_of
 from proxy.routing.assigning import Assigner, RoutingLate
 from proxy.routing.features import routing_text
 from proxy.routing.names import Way, candidates, way_of
 from proxy.routing.refusals import RuledOut, nothing_left, too_dear
 from proxy.routing.request import ChatRequest
+from proxy.routing.sticking import held
+from proxy.routing.thread import NO_THREAD, Thread
 from proxy.settings import Settings
 from proxy.state.records import ClientKey
 from proxy.state.snapshot import RoutingState
@@ -36,13 +38,17 @@ class Choice:
     reason: str
     lambda_: float
     order: tuple[str, ...]
-    """Who is asked, first to last; more than one only where falling back is allowed."""
+    """Who may be asked, first to last; more than one only where falling back is allowed."""
     decision: RoutingDecision | None
     """None: no model was scored."""
     ineligible: Mapping[str, str]
     """Among the models that the caller may use."""
     degraded: str | None = None
     """Why the prompt was not looked at."""
+    attempts: int = 1
+    """How many of `order` may be asked."""
+    left: str | None = None
+    """Who should have gone on with this conversation, and cannot."""
 
 
 async def choose(
@@ -52,9 +58,16 @@ async def choose(
     settings: Settings,
     assigner: Assigner,
     *,
+    thread: Thread = NO_THREAD,
+    resting: Mapping[str, float] = NOBODY,
     explain: bool = False,
 ) -> Choice:
-    """The choice for this request. `explain`: score the candidates even where the name alone decides.
+    """The choice for this request.
+
+    Args:
+        thread: what is remembered of the conversation that it continues.
+        resting: models that failed too often lately → seconds until they may be asked again.
+        explain: score the candidates even where the name alone decides.
 
     Raises:
         UnknownName, Forbidden: of a name in the request.
@@ -69,9 +82,13 @@ async def choose(
         way=way,
         allowed=candidates(request.options, state, key),
         needs=needs_within(request),
-        terms=terms_of(request, way, settings),
+        terms=terms_of(request, way, settings, thread),
+        thread=thread,
+        resting=resting,
     )
-    return await (_pinned(asked, assigner, explain=explain) if way is Way.PINNED else _routed(asked, assigner))
+    if way is Way.PINNED:
+        return await _pinned(asked, assigner, explain=explain)
+    return held(asked, await _routed(asked, assigner))
 
 
 async def _pinned(asked: Asked, assigner: Assigner, *, explain: bool) -> Choice:
@@ -85,8 +102,9 @@ async def _pinned(asked: Asked, assigner: Assigner, *, explain: bool) -> Choice:
     except (NothingAble, Unavailable):
         return choice
     others = tuple(other for other in _ranking(scored) if other != name)
-    order = (name, *others)[: asked.settings.fallback_attempts] if fallbacks else (name,)
-    return replace(choice, order=order, decision=scored.decision, ineligible=scored.ineligible)
+    attempts = asked.settings.fallback_attempts if fallbacks else 1
+    order = (name, *others) if fallbacks else (name,)
+    return replace(choice, order=order, attempts=attempts, decision=scored.decision, ineligible=scored.ineligible)
 
 
 def _ranking(choice: Choice) -> tuple[str, ...]:
@@ -95,35 +113,49 @@ def _ranking(choice: Choice) -> tuple[str, ...]:
 
 async def _routed(asked: Asked, assigner: Assigner) -> Choice:
     request, state, settings = asked.request, asked.state, asked.settings
-    eligibility = eligible(state.pool, asked.needs, asked.allowed)
+    eligibility, all_rest = _eligible(asked)
     if not eligibility.rows.size:
         stand_in = _stand_in(asked, eligibility)
         if stand_in is None:
             raise nothing_left(asked, eligibility)
         return stand_in
     text = routing_text(request.body["messages"])
-    degraded = None
+    degraded, won_by_cache = None, False
     try:
         assignment = await assigner.assign(text, state.cluster_map) if text else None
         decision = _rank(asked, eligibility, assignment)
         order = decision.ranking
+        won_by_cache = _won_by_cache(asked, eligibility, assignment, decision)
     except NoEligibleModel as error:  # within max_cost_usd
         raise too_dear(asked, error) from None
     except ROUTING_FAILURES as error:
         degraded = f"{type(error).__name__}: {error}"
         log.warning("routing degraded: %s", degraded)
         decision, order = _without_looking(asked, eligibility)
-    attempts = 1 if request.options.fallbacks is False else settings.fallback_attempts
+    if all_rest:  # whoever recovers first
+        degraded, order = "every model that could answer rests", tuple(sorted(order, key=asked.resting.__getitem__))
+    alone = request.options.fallbacks is False
     return Choice(
         id=_new_id(),
         model=order[0],
-        reason="only_candidate" if len(order) == 1 else "degraded" if degraded else "scored",
+        reason=_reason(order, degraded=degraded is not None, won_by_cache=won_by_cache),
         lambda_=asked.terms.lambda_,
-        order=order[:attempts],
+        order=order[:1] if alone else order,
+        attempts=1 if alone else settings.fallback_attempts,
         decision=decision,
         ineligible=RuledOut(asked, decision.eligibility),
         degraded=degraded,
     )
+
+
+def _eligible(asked: Asked) -> tuple[Eligibility, bool]:
+    """Who may be scored, and whether these are models that rest: where all who could answer do, one must be tried."""
+    pool, needs, allowed = asked.state.pool, asked.needs, asked.allowed
+    eligibility = eligible(pool, needs, allowed, resting=asked.resting)
+    if eligibility.rows.size or not asked.resting:
+        return eligibility, False
+    with_resting = eligible(pool, needs, allowed)
+    return (with_resting, True) if with_resting.rows.size else (eligibility, False)
 
 
 def _rank(asked: Asked, eligibility: Eligibility, assignment: Assignment | None) -> RoutingDecision:
@@ -132,6 +164,25 @@ def _rank(asked: Asked, eligibility: Eligibility, assignment: Assignment | None)
     if assignment is None:
         return rank_by_mean(eligibility, asked.needs, asked.terms)
     return rank(eligibility, assignment, asked.needs, asked.terms)
+
+
+def _won_by_cache(
+    asked: Asked, eligibility: Eligibility, assignment: Assignment | None, decision: RoutingDecision
+) -> bool:
+    """Whether the session's last model would not have been chosen if it had to read the prompt afresh."""
+    if asked.terms.cached is None or decision.chosen != asked.terms.cached[0]:
+        return False
+    afresh = replace(asked, terms=replace(asked.terms, cached=None))
+    try:
+        return _rank(afresh, eligibility, assignment).chosen != decision.chosen
+    except NoEligibleModel:  # too dear then
+        return True
+
+
+def _reason(order: tuple[str, ...], *, degraded: bool, won_by_cache: bool) -> str:
+    if len(order) == 1:
+        return "only_candidate"
+    return "degraded" if degraded else "sticky" if won_by_cache else "scored"
 
 
 def _without_looking(asked: Asked, eligibility: Eligibility) -> tuple[RoutingDecision, tuple[str, ...]]:

@@ -6,11 +6,12 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from proxy.errors import BadRequest
 from proxy.routing.provider import NO_PROVIDER, Provider, read_provider
+from proxy.routing.sessions import LONGEST_ID, inherited_session, is_session_id
 from proxy.timeouts import NOTHING_STATED, StatedTimeouts
 
 LAMBDA_HEADERS = ("lambda", "x-uniroute-lambda")
@@ -29,7 +30,8 @@ class Options:
     """The only candidates."""
     max_cost_usd: float | None = None
     latency_weight: float | None = None
-    session: str | None = None
+    session: str | None = field(default=None, repr=False)
+    """Ours, or the first that the client's own headers and fields name."""
     fallbacks: bool | None = None
     timeouts: StatedTimeouts = NOTHING_STATED
     provider: Provider = NO_PROVIDER
@@ -51,7 +53,7 @@ def read_options(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) ->
         models=_models(body, stated),
         max_cost_usd=_amount(stated, "max_cost_usd"),
         latency_weight=_amount(stated, "latency_weight"),
-        session=_session(stated),
+        session=_session(stated) or inherited_session(body, headers),
         fallbacks=_fallbacks(stated, provider),
         provider=provider,
         timeouts=_timeouts(stated),
@@ -109,8 +111,11 @@ def _models(body: Mapping[str, Any], stated: Mapping[str, Any]) -> tuple[str, ..
 
 def _session(stated: Mapping[str, Any]) -> str | None:
     value = stated.get("session")
-    if value is not None and not (isinstance(value, str) and 0 < len(value) <= 255):
-        raise BadRequest("`uniroute.session` must be a text of 1 to 255 characters", param="uniroute.session")
+    if value is None:
+        return None
+    if not isinstance(value, str) or not is_session_id(value):
+        message = f"`uniroute.session` must be a text of 1 to {LONGEST_ID} characters"
+        raise BadRequest(message, param="uniroute.session")
     return value
 
 

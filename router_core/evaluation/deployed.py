@@ -110,7 +110,7 @@ def _test(outcomes: Outcomes, pool: Pool, assignment: Assignment, models: Sequen
         )
     lengths_known = (~np.isnan(outcomes.output_tokens[:, columns])).any(axis=0)
     tokens = assignment.expected(pool.output_tokens[rows]) * lengths_known
-    prices = PriceColumns(pool.prices.input[rows], pool.prices.output[rows])
+    prices = PriceColumns(pool.prices.input[rows], pool.prices.output[rows], pool.prices.cached[rows])
     return _Test(
         scores=outcomes.scores[np.ix_(scored, columns)],
         cents=outcomes.usd()[np.ix_(scored, columns)] / CENT_USD,

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from tests.http.ranked import asking, ranked, started_ranked
-from tests.support.server import ProxyProcess, arm
+from tests.support.server import TIRELESS, ProxyProcess, arm
 from tests.support.upstream import ScriptedUpstream
 
 __all__ = ["asking", "ranked", "started_ranked"]
@@ -47,7 +47,12 @@ def session_fleet(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path
                 arm("fair", fair.url, price=1e-7, supports_function_calling=True),
                 arm("good", good.url, price=1e-5, supports_function_calling=True, supports_vision=True),
             ],
-            "uniroute": {"route_names": ["*"], "max_body_bytes": 1_000_000, "profile": {"on_start": False}},
+            "uniroute": {
+                "route_names": ["*"],
+                "max_body_bytes": 1_000_000,
+                "profile": {"on_start": False},
+                "breaker": TIRELESS,
+            },
         }
         with ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": CANARY}) as proxy:
             proxy.put_profile("fair", 0.3)

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.server import ProxyProcess, arm
+from tests.support.server import TIRELESS, ProxyProcess, arm
 from tests.support.upstream import ScriptedUpstream
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
@@ -41,7 +41,7 @@ def started_ranked(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Pat
         models = [closing.enter_context(ScriptedUpstream(says(f"The {name} answer."))) for name in names]
         config = {
             "model_list": [arm(name, model.url, price=1e-7) for name, model in zip(names, models, strict=True)],
-            "uniroute": {**LIMITS, "profile": {"on_start": False}},
+            "uniroute": {**LIMITS, "profile": {"on_start": False}, "breaker": TIRELESS},
         }
         folder = tmp_path_factory.mktemp("attempts")
         proxy = closing.enter_context(ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "sk-ranked"}))

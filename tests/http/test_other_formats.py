@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from proxy.errors import UpstreamFailure
+from proxy.routing.conversation import past_of
+from proxy.routing.trail import Trail, newest_question
 from proxy.settings import ModelInfo, Settings
 from proxy.state.records import ModelRecord
 from proxy.upstream.client import LitellmUpstream
@@ -103,6 +105,46 @@ async def test_a_truncated_stream_is_not_taken_for_a_whole_one(
     server.then(step)
     with pytest.raises(UpstreamFailure, match="ended before"):
         [chunk async for chunk in await upstream.stream(claude(server), {"messages": ASK})]
+
+
+THOUGHT = "It is polite to greet whoever greets. " * 10
+SIGNATURE = "EqQBCgIYAhIM1gbcDa9GJwZA2b3hGgxBdjrkzLoky3dl1pkiMOYds"
+CALL_ID = "toolu_01A09q90qw90lq917835lq9"
+THINKING = [
+    BEGIN[0],
+    event("content_block_start", index=0, content_block={"type": "thinking", "thinking": "", "signature": ""}),
+    event("content_block_delta", index=0, delta={"type": "thinking_delta", "thinking": THOUGHT[:50]}),
+    event("content_block_delta", index=0, delta={"type": "thinking_delta", "thinking": THOUGHT[50:]}),
+    event("content_block_delta", index=0, delta={"type": "signature_delta", "signature": SIGNATURE}),
+    event("content_block_stop", index=0),
+    event(
+        "content_block_start", index=1, content_block={"type": "tool_use", "id": CALL_ID, "name": "greet", "input": {}}
+    ),
+    event("content_block_delta", index=1, delta={"type": "input_json_delta", "partial_json": '{"whom": "you"}'}),
+    event("content_block_stop", index=1),
+    *END[1:],
+]
+
+
+async def test_thinking_and_calls_leave_the_marks_of_what_a_client_sends_back(
+    upstream: LitellmUpstream, server: ScriptedUpstream
+) -> None:
+    thinking = {"type": "thinking", "thinking": THOUGHT, "signature": SIGNATURE}
+    call = {"type": "tool_use", "id": CALL_ID, "name": "greet", "input": {"whom": "you"}}
+    server.then(Step(events=THINKING, done=False), Step(body={**MESSAGE, "content": [thinking, call]}))
+    body = {"messages": ASK, "max_tokens": 2000}
+    streamed, whole = Trail(), Trail()
+    async for chunk in await upstream.stream(claude(server), body):
+        for choice in chunk["choices"]:
+            streamed.add(choice["delta"])
+    whole.add((await upstream.complete(claude(server), body))["choices"][0]["message"])
+
+    question = newest_question(ASK)
+    function = {"name": "greet", "arguments": "{}"}
+    returned = {"role": "assistant", "tool_calls": [{"id": CALL_ID, "type": "function", "function": function}]}
+    blocks = past_of([*ASK, {**returned, "thinking_blocks": [thinking]}, {"role": "tool", "content": "Hello"}]).marks
+    for trail in (streamed, whole):
+        assert {*trail.reasoning_marks(question), *trail.call_marks(question)} == set(blocks)
 
 
 async def test_statuses_pass_through(upstream: LitellmUpstream, server: ScriptedUpstream) -> None:

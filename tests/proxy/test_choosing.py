@@ -42,7 +42,8 @@ async def test_a_registered_name_is_served_as_named_even_unmeasured() -> None:
 
 
 async def test_attempts_are_bounded_and_can_be_one() -> None:
-    assert (await chosen(settings={"fallback_attempts": 1})).order == ("cheap",)
+    assert (await chosen()).attempts == 3
+    assert (await chosen(settings={"fallback_attempts": 1})).attempts == 1
     assert (await chosen(fallbacks=False)).order == ("cheap",)
 
 

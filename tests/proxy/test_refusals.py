@@ -14,6 +14,7 @@ from proxy.routing.options import Options
 from proxy.routing.provider import Provider
 from proxy.routing.refusals import nothing_left
 from proxy.routing.request import ChatRequest
+from proxy.routing.thread import NO_THREAD
 from proxy.settings import Settings
 from proxy.state.records import ClientKey, StoredProfile
 from proxy.state.snapshot import RoutingState, build_state
@@ -97,8 +98,8 @@ async def test_a_refusal_while_the_able_rest_says_so() -> None:
 def an_asked(state: RoutingState) -> Asked:
     request = ChatRequest({"messages": [{"role": "user", "content": LONG}]}, "auto", False, False, Options())
     settings = Settings.model_validate({"data_dir": Path("/nowhere")})
-    terms = terms_of(request, Way.SCORED, settings)
-    return Asked(request, None, state, settings, Way.SCORED, None, needs_within(request), terms)
+    terms = terms_of(request, Way.SCORED, settings, NO_THREAD)
+    return Asked(request, None, state, settings, Way.SCORED, None, needs_within(request), terms, NO_THREAD)
 
 
 async def test_openrouters_lists_name_models_here() -> None:

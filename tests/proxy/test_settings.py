@@ -68,6 +68,7 @@ def test_every_setting_but_the_models_can_be_given_as_a_variable() -> None:
     samples = {
         "cost_unit": "cents",
         "recipe": "raw",
+        "sticky_sessions": "on",
         "redis_url": "redis://127.0.0.1",
         "admin_key": "long-enough",
         "profile": None,

@@ -1,7 +1,11 @@
 """The rule, on numbers that can be checked by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from router_core.eligibility import eligible
 from router_core.errors import NoEligibleModel
@@ -89,6 +93,43 @@ def test_a_price_cap_rules_out_by_expected_cost_and_says_so() -> None:
     assert "max_cost_usd=0.001" in decision.ineligible["dear"]
     with pytest.raises(NoEligibleModel, match="cheapest"):
         rank(left, an_assignment(0), NO_NEEDS, Terms(max_cost_usd=1e-9))
+
+
+CACHING = Price(1e-5, 0.0, cache_read_input_token_cost=1e-6)
+
+
+def test_tokens_in_a_models_cache_are_expected_at_its_cached_price_and_all_others_read_afresh() -> None:
+    needs = Needs(prompt_tokens=1000)
+    left = eligible(a_pool(a_candidate("warm", price=CACHING), a_candidate("cold", price=CACHING)), needs)
+
+    def usd(terms: Terms) -> dict[str, float]:
+        return {row.model: row.expected_cost_usd for row in rank(left, an_assignment(0), needs, terms).candidates}
+
+    assert usd(Terms(cached=("warm", 800))) == pytest.approx({"warm": 0.0028, "cold": 0.01})
+    assert usd(Terms(cached=("warm", 5000))) == pytest.approx({"warm": 0.001, "cold": 0.01})
+    assert usd(Terms(cached=("nobody", 800))) == usd(Terms()) == pytest.approx({"warm": 0.01, "cold": 0.01})
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1e-4), st.floats(0, 1)), min_size=1, max_size=6),
+    st.integers(0, 20_000),
+    st.floats(0, 5),
+)
+def test_every_lambda_that_is_told_of_a_half_cached_prompt_makes_the_model_the_choice(
+    models: list[tuple[float, float, float]], cached: int, lambda_: float
+) -> None:
+    """A model's prices: input, and the share of it that a cached token costs."""
+    needs = Needs(prompt_tokens=10_000)
+    candidates = [
+        a_candidate(str(place), (error,) * 3, Price(price, price, price * share))
+        for place, (error, price, share) in enumerate(models)
+    ]
+    terms = Terms(lambda_=lambda_, cached=("0", cached))
+    left = eligible(a_pool(*candidates), needs)
+    for row in rank(left, an_assignment(0), needs, terms).candidates:
+        if row.flips_at_lambda is not None:
+            flipped = replace(terms, lambda_=row.flips_at_lambda)
+            assert rank(left, an_assignment(0), needs, flipped).chosen == row.model
 
 
 def test_nobody_eligible_is_an_error_that_carries_every_reason() -> None:

@@ -20,6 +20,8 @@ from router_core.artifact import builtin_map
 ROOT = Path(__file__).parent.parent.parent
 ADMIN_KEY = "admin-key-of-the-tests"
 START_S = 60.0
+TIRELESS = {"cooldown_s": 0.001, "longest_cooldown_s": 0.001}
+"""A breaker for tests of other things: no model rests for longer than a test needs for its next request."""
 POLL_S = 0.05
 
 

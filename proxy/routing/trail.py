@@ -1,0 +1,238 @@
+"""What an assistant turn can be recognised by later: digests of its tool calls and of its reasoning. Never fails."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+SAMPLE = 4096
+"""Characters of each end that are hashed, with the length: enough to tell two texts apart, however long they are."""
+MOST_CALLS = 32
+"""Of one turn: one that is recognised is enough."""
+MOST_PARTS = 2048
+"""Of one list: the newest tell whose it is."""
+RANDOM_CHARACTERS = 8
+SHORT_NAME = 4
+"""A shorter name of a function may stand in a random id by chance, and makes none look random."""
+SHORT_SIGNATURE = 32
+SHORT_REASONING = 200
+
+_TEXTS = ("reasoning_content", "reasoning")
+_BLOCKS = ("thinking_blocks", "reasoning_details", "content")
+_BLOCK_TYPES = ("thinking", "redacted_thinking", "reasoning")
+"""Parts of `content` that are reasoning; in the other fields every block is."""
+_BLOCK_TEXTS = ("thinking", "text", "summary")
+_BLOCK_SIGNATURES = ("signature", "data")
+_OLD_CALL = -1
+"""Where the one `function_call` of a turn stands among its calls."""
+
+
+class Excerpt:
+    """Both ends and the length of a text, however it comes in pieces."""
+
+    __slots__ = ("_head", "_tail", "length")
+
+    def __init__(self, text: str = "") -> None:
+        self._head = self._tail = ""
+        self.length = 0
+        self.add(text)
+
+    def add(self, text: str) -> None:
+        if len(self._head) < SAMPLE:
+            self._head += text[: SAMPLE - len(self._head)]
+        self._tail = (self._tail + text[-SAMPLE:])[-SAMPLE:]
+        self.length += len(text)
+
+    @property
+    def whole(self) -> str | None:
+        """The text, where it is short enough to have been kept."""
+        return self._head if self.length <= SAMPLE else None
+
+    @property
+    def sample(self) -> tuple[str, str, str]:
+        return self._head, self._tail, str(self.length)
+
+
+class Trail:
+    """One assistant turn, whole or in deltas: both leave the same marks. Feed it with `add`."""
+
+    def __init__(self) -> None:
+        self._calls: list[_Call] = []
+        self._open: dict[int, _Call] = {}
+        self._texts: dict[str, Excerpt] = {}
+        self._blocks: dict[str, _Block] = {}
+
+    def add(self, part: Mapping[str, Any]) -> None:
+        """A message, or one delta of a stream."""
+        for place, call in enumerate(_mappings(part.get("tool_calls"))):
+            index = call.get("index")
+            self._add_call(index if isinstance(index, int) else place, call.get("id"), call.get("function"))
+        if isinstance(part.get("function_call"), Mapping):
+            self._add_call(_OLD_CALL, None, part["function_call"])
+        for name in _TEXTS:
+            if isinstance(text := part.get(name), str) and text:
+                self._texts.setdefault(name, Excerpt()).add(text)
+        for name in _BLOCKS:
+            for block in _mappings(part.get(name)):
+                self._add_block(name, block)
+        if isinstance(part.get("signature"), str):
+            self._block("signature").add({"signature": part["signature"]})
+
+    @property
+    def has_reasoning(self) -> bool:
+        return bool(self._texts or self._blocks)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self._calls or self.has_reasoning)
+
+    def reasoning_marks(self, question: Excerpt) -> Iterator[str]:
+        """The surest first. `question`: the newest user turn before this one, which tells short texts apart."""
+        blocks = self._blocks.values()
+        for signature in (block.signature for block in blocks if block.signature.length):
+            yield _mark("signature", signature, question, short=SHORT_SIGNATURE)
+        for text in (*(block.text for block in blocks if block.text.length), *self._texts.values()):
+            yield _mark("reasoning", text, question, short=SHORT_REASONING)
+
+    def call_marks(self, question: Excerpt) -> Iterator[str]:
+        for call in self._calls:
+            if (mark := call.mark(question)) is not None:
+                yield mark
+
+    def _add_call(self, index: int, call_id: Any, function: Any) -> None:
+        stated = call_id if isinstance(call_id, str) else ""
+        call = self._open.get(index)
+        if call is None or (stated and call.id and stated != call.id):
+            if len(self._calls) >= MOST_CALLS:
+                return
+            call = self._open[index] = _Call()
+            self._calls.append(call)
+        call.id = call.id or stated
+        if isinstance(function, Mapping):
+            call.add(function)
+
+    def _add_block(self, name: str, block: Mapping[str, Any]) -> None:
+        kind = block.get("type")
+        if name == "content" and kind == "tool_use":
+            self._add_call(len(self._calls), block.get("id"), {"name": block.get("name"), "arguments": None})
+        elif name != "content" or kind in _BLOCK_TYPES:
+            self._block(name).add(block)
+
+    def _block(self, name: str) -> _Block:
+        return self._blocks.setdefault(name, _Block())
+
+
+class _Call:
+    """A tool call that was made."""
+
+    __slots__ = ("_arguments", "_is_text", "_name", "id")
+
+    def __init__(self) -> None:
+        self.id = ""
+        self._name = ""
+        self._arguments = Excerpt()
+        self._is_text = True
+
+    def add(self, function: Mapping[str, Any]) -> None:
+        name, arguments = function.get("name"), function.get("arguments", "")
+        if isinstance(name, str):
+            self._name = self._name or name[:SAMPLE]
+        if isinstance(arguments, str):
+            self._arguments.add(arguments)
+        else:
+            self._is_text = False
+
+    def mark(self, question: Excerpt) -> str | None:
+        """By its id alone where that is unique; else with what was called, how, and for which question.
+
+        Servers that count (call_0, functions.x:0) give every conversation the same ids. None: it cannot be told apart.
+        """
+        if is_random(self.id, self._name):
+            return _digest("call", *Excerpt(self.id).sample)
+        if not self._is_text:
+            return None
+        called = (*Excerpt(self.id).sample, self._name, *_canonical(self._arguments))
+        return _digest("counted", *called, *question.sample)
+
+
+class _Block:
+    """The last block of reasoning of one field."""
+
+    __slots__ = ("_index", "signature", "text")
+
+    def __init__(self) -> None:
+        self._begin(None)
+
+    def add(self, block: Mapping[str, Any]) -> None:
+        """A block, or a piece of one: text after a signature, or another index, begins the next."""
+        index = block.get("index")
+        text = "".join(_text(block.get(name)) for name in _BLOCK_TEXTS)
+        if (text and self.signature.length) or (index is not None and index != self._index):
+            self._begin(index)
+        self.text.add(text)
+        for name in _BLOCK_SIGNATURES:
+            self.signature.add(_text(block.get(name)))
+
+    def _begin(self, index: Any) -> None:
+        self._index = index
+        self.text, self.signature = Excerpt(), Excerpt()
+
+
+def newest_question(messages: Sequence[Any], before: int | None = None) -> Excerpt:
+    """The text of the newest user turn among `messages[:before]`."""
+    for place in range(len(messages) if before is None else before, 0, -1):
+        message = messages[place - 1]
+        if isinstance(message, Mapping) and message.get("role") == "user":
+            return _question(message.get("content"))
+    return Excerpt()
+
+
+def is_random(call_id: str, name: str = "") -> bool:
+    """Whether no other call will have this id: in some word of it that is not the function's name, letters and digits
+    change over as they do in at least RANDOM_CHARACTERS random ones."""
+    rest = call_id[:SAMPLE].replace(name, " ") if len(name) >= SHORT_NAME else call_id[:SAMPLE]
+    long_words = re.findall(rf"[A-Za-z0-9]{{{RANDOM_CHARACTERS},}}", rest)
+    return any(len(re.findall(r"[0-9]+|[A-Za-z]+", word)) > 2 for word in long_words)
+
+
+def _question(content: Any) -> Excerpt:
+    if isinstance(content, str):
+        return Excerpt(content)
+    question = Excerpt()
+    for part in _mappings(content):
+        question.add(_text(part.get("text")))
+    return question
+
+
+def _canonical(arguments: Excerpt) -> tuple[str, ...]:
+    """Clients parse arguments and write them again, with other spaces."""
+    text = arguments.whole
+    if text is None:
+        return arguments.sample
+    try:
+        return (json.dumps(json.loads(text or "{}"), sort_keys=True),)
+    except (ValueError, RecursionError):
+        return (text,)
+
+
+def _text(value: Any) -> str:
+    """Of a field that holds a text, or a list of parts with texts."""
+    if isinstance(value, str):
+        return value
+    return "".join(part["text"] for part in _mappings(value) if isinstance(part.get("text"), str))
+
+
+def _mappings(value: Any) -> list[Mapping[str, Any]]:
+    return [item for item in value[-MOST_PARTS:] if isinstance(item, Mapping)] if isinstance(value, list) else []
+
+
+def _mark(kind: str, text: Excerpt, question: Excerpt, *, short: int) -> str:
+    return _digest(kind, *text.sample, *(question.sample if text.length < short else ()))
+
+
+def _digest(*texts: str) -> str:
+    """SHA-256. As JSON, so that no two lists of texts are written alike, and half characters are written at all."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()

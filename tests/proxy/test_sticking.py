@@ -1,0 +1,221 @@
+"""Which conversations stay with their model, and when a session is worth staying for; the numbers are by hand.
+
+One question of 1,000 tokens, answers of 50 tokens that cost nothing, λ = 0.1: read afresh, "warm" costs $0.01 and
+"cold" $0.004; each token that "warm" has in its cache costs it $9e-6 less, so 667 of them make it the cheaper one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from proxy.errors import NothingAble
+from proxy.routing.asked import Asked
+from proxy.routing.assigning import Assigner
+from proxy.routing.choosing import Choice, choose
+from proxy.routing.explaining import to_json
+from proxy.routing.names import Way
+from proxy.routing.options import Options
+from proxy.routing.request import ChatRequest
+from proxy.routing.sticking import held
+from proxy.routing.thread import NO_THREAD, Thread
+from proxy.settings import Settings
+from proxy.state.conversations import LastTurn
+from proxy.state.records import ClientKey, StoredProfile
+from proxy.state.snapshot import RoutingState, build_state
+from proxy.state.stored import Stored
+from router_core.scoring import Terms
+from router_core.types import Floats, Needs
+from tests.support.makers import a_profile, a_record, surroundings
+
+THOUSAND_TOKENS = "word " * 797
+"""With the names of its fields 4,000 bytes."""
+PRICES: dict[str, dict[str, Any]] = {
+    "cold": {"input_cost_per_token": 4e-6, "output_cost_per_token": 0.0},
+    "warm": {"input_cost_per_token": 1e-5, "output_cost_per_token": 0.0, "cache_read_input_token_cost": 1e-6},
+    "plain": {"input_cost_per_token": 2e-5, "output_cost_per_token": 0.0},
+    "unmeasured": {"input_cost_per_token": 4e-6, "output_cost_per_token": 0.0},
+}
+
+
+class Corner:
+    """Every text lies in the first corner; "broken" cannot be read."""
+
+    id = "corners"
+    dimension = 4
+
+    def embed(self, texts: Sequence[str]) -> Floats:
+        if texts == ["broken"]:
+            raise ValueError("no such text")
+        return np.tile(np.eye(4, dtype=np.float32)[0], (len(texts), 1))
+
+
+def a_state(**info: dict[str, Any]) -> RoutingState:
+    records = {name: a_record(name, info={**stated, **info.get(name, {})}) for name, stated in PRICES.items()}
+    profiles = {
+        name: StoredProfile(record.fingerprint, a_profile([0.2] * 4))
+        for name, record in records.items()
+        if name != "unmeasured"
+    }
+    stored = Stored(version=1, models=records, profiles=profiles, keys_exist=False)
+    return build_state(stored, surroundings(), keys_latched=False)
+
+
+async def chosen(
+    thread: Thread,
+    model: str = "auto",
+    *,
+    text: str = THOUSAND_TOKENS,
+    key: ClientKey | None = None,
+    state: RoutingState | None = None,
+    settings: dict[str, Any] | None = None,
+    body: dict[str, Any] | None = None,
+    explain: bool = False,
+    **options: Any,
+) -> Choice:
+    content = {"messages": [{"role": "user", "content": text}], **(body or {})}
+    request = ChatRequest(content, model, stream=False, include_usage=False, options=Options(**options))
+    found = Settings.model_validate({"data_dir": Path("/nowhere"), **(settings or {})})
+    assigner = Assigner(Corner(), 1.0)
+    return await choose(request, key, state or a_state(), found, assigner, thread=thread, explain=explain)
+
+
+LOOP = Thread(producer="plain")
+REASONING = Thread(producer="plain", has_reasoning=True)
+
+
+async def test_a_tool_loop_stays_with_its_producer_and_may_fall_back() -> None:
+    choice = await chosen(LOOP)
+    assert (choice.model, choice.reason, choice.order) == ("plain", "sticky", ("plain", "cold", "warm"))
+    assert (await chosen(LOOP, fallbacks=False)).order == ("plain",)
+    assert (await chosen(LOOP, settings={"fallback_attempts": 2})).attempts == 2
+
+
+async def test_reasoning_that_others_did_not_sign_goes_to_nobody_else_unless_asked() -> None:
+    assert (await chosen(REASONING)).order == ("plain",)
+    assert (await chosen(REASONING, fallbacks=True)).order == ("plain", "cold", "warm")
+
+
+@pytest.mark.parametrize("name", ["auto", "uniroute/best", "uniroute/cheap"])
+async def test_it_stays_whichever_way_was_asked_for(name: str) -> None:
+    assert (await chosen(LOOP, name)).model == "plain"
+
+
+async def test_a_named_model_is_the_callers_word() -> None:
+    choice = await chosen(LOOP, "cold")
+    assert (choice.model, choice.reason) == ("cold", "pinned")
+
+
+async def test_it_stays_even_where_the_prompt_cannot_be_looked_at() -> None:
+    choice = await chosen(LOOP, text="broken")
+    assert (choice.model, choice.reason, choice.degraded is not None) == ("plain", "sticky", True)
+
+
+async def test_a_producer_that_is_not_profiled_can_still_go_on() -> None:
+    loop = Thread(producer="unmeasured")
+    assert (await chosen(loop)).model == "unmeasured"
+    assert (await chosen(loop, max_cost_usd=1.0)).model == "cold"
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"models": ("warm", "cold")}, "not among the models"),
+        ({"key": ClientKey("k", "n", "d", 0.0, ("warm", "cold"))}, "ruled out"),
+        ({"state": a_state(plain={"max_input_tokens": 10})}, "context window"),
+        ({"state": a_state(plain={"supports_function_calling": False}), "body": {"tools": [{}]}}, "call tools"),
+        ({"max_cost_usd": 0.015}, "max_cost_usd"),
+    ],
+    ids=["request", "key", "window", "tools", "price"],
+)
+async def test_a_producer_that_may_not_answer_is_left_and_said_to_be(options: dict[str, Any], why: str) -> None:
+    choice = await chosen(LOOP, **options)
+    assert (choice.model, choice.reason, choice.left) == ("cold", "scored", "plain")
+    assert why in choice.ineligible["plain"]
+
+
+async def test_a_producer_that_could_be_scored_and_was_not_is_left_whatever_the_reason() -> None:
+    request = ChatRequest({"messages": []}, "auto", stream=False, include_usage=False, options=Options())
+    settings = Settings.model_validate({"data_dir": Path("/nowhere")})
+    asked = Asked(request, None, a_state(), settings, Way.SCORED, None, Needs(), Terms(), LOOP)
+    routed = await chosen(NO_THREAD, models=("warm", "cold"))
+    assert held(asked, routed).left == "plain"
+
+
+async def test_a_producer_that_is_gone_is_left() -> None:
+    choice = await chosen(Thread(producer="removed"), explain=True)
+    assert (choice.model, choice.left) == ("cold", "removed")
+    assert {"model": "removed", "why": "not registered any more"} in to_json(choice)["ineligible"]
+
+
+async def test_an_unknown_producer_changes_nothing() -> None:
+    choice = await chosen(Thread(has_reasoning=True))
+    assert (choice.model, choice.reason, choice.left) == ("cold", "scored", None)
+
+
+def session(tokens: int | None, *, model: str = "warm", age_s: float = 10.0) -> Thread:
+    return Thread(session="digest", last=LastTurn(model, tokens, age_s))
+
+
+@pytest.mark.parametrize(("tokens", "model", "reason"), [(660, "cold", "scored"), (670, "warm", "sticky")])
+async def test_a_session_stays_where_what_is_cached_makes_it_the_cheaper_one(
+    tokens: int, model: str, reason: str
+) -> None:
+    choice = await chosen(session(tokens))
+    assert (choice.model, choice.reason) == (model, reason)
+
+
+async def test_the_decision_shows_the_cached_price() -> None:
+    """800 of 1,000 tokens: 200 × $1e-5 + 800 × $1e-6; the reference is 1,000 × $2.5e-6 + 50 × $1e-5 = $0.003."""
+    shown = {row["model"]: row for row in to_json(await chosen(session(800), explain=True))["candidates"]}
+    assert shown["warm"]["expected_cost_usd"] == pytest.approx(0.0028)
+    assert shown["warm"]["score"] == pytest.approx(0.2 + 0.1 * 0.0028 / 0.003)
+    assert shown["cold"]["expected_cost_usd"] == pytest.approx(0.004)
+    assert shown["warm"]["flips_at_lambda"] == 0.1
+    assert shown["cold"]["flips_at_lambda"] is None  # as good, and dearer now
+
+
+async def test_no_more_can_be_cached_than_there_is() -> None:
+    shown = to_json(await chosen(session(10**9), explain=True))
+    assert shown["candidates"][0]["expected_cost_usd"] == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize(
+    "thread",
+    [session(None), session(900, age_s=301.0), session(900, model="plain"), session(900, model="removed")],
+    ids=["tokens unknown", "cache gone cold", "no cached price", "removed"],
+)
+async def test_without_a_warm_cache_a_session_is_routed_like_any_other(thread: Thread) -> None:
+    choice = await chosen(thread)
+    assert (choice.model, choice.reason) == ("cold", "scored")
+
+
+async def test_what_would_have_been_chosen_anyway_is_scored() -> None:
+    assert (await chosen(session(900), models=("warm", "plain"))).reason == "scored"
+    assert (await chosen(session(900), models=("warm",))).reason == "only_candidate"
+
+
+async def test_a_session_may_come_under_the_price_cap_by_its_cache_alone() -> None:
+    choice = await chosen(session(900), models=("warm", "plain"), max_cost_usd=0.005)
+    assert (choice.model, choice.reason) == ("warm", "only_candidate")
+    with pytest.raises(NothingAble):
+        await chosen(session(None), models=("warm", "plain"), max_cost_usd=0.005)
+
+
+async def test_off_and_on_are_what_they_say() -> None:
+    off, on = {"sticky_sessions": "off"}, {"sticky_sessions": "on"}
+    assert (await chosen(session(900), settings=off)).model == "cold"
+    stuck = await chosen(session(None, model="plain", age_s=3000.0), settings=on)
+    assert (stuck.model, stuck.reason, stuck.order) == ("plain", "sticky", ("plain", "cold", "warm"))
+    assert (await chosen(session(1, model="plain"), settings=on, models=("cold", "warm"))).model == "cold"
+    assert (await chosen(replace(LOOP, last=LastTurn("warm", 1, 0.0)), settings=on)).model == "plain"
+
+
+@pytest.mark.parametrize(("written", "read"), [(True, "on"), (False, "off"), ("auto", "auto")])
+def test_yamls_on_and_off_are_read_as_written(written: Any, read: str) -> None:
+    assert Settings.model_validate({"sticky_sessions": written}).sticky_sessions == read

@@ -1,0 +1,144 @@
+"""From an answer to the next request: what is remembered, for whom, and what is asked of Redis meanwhile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.relay.marks import AnswerMarks
+from proxy.routing.options import Options
+from proxy.routing.request import ChatRequest
+from proxy.routing.thread import NO_THREAD, Thread, thread_of
+from proxy.settings import Settings
+from proxy.state.conversations import Conversations
+from proxy.state.records import ClientKey
+from proxy.state.store import Store
+
+ASK: Any = {"role": "user", "content": "What is the weather?"}
+CALL: Any = {
+    "role": "assistant",
+    "content": None,
+    "reasoning_content": "The user wants to know how it is outside. " * 10,
+    "tool_calls": [{"id": "call_0", "type": "function", "function": {"name": "weather", "arguments": '{"at":"here"}'}}],
+}
+RESULT: Any = {"role": "tool", "tool_call_id": "call_0", "content": "Rain."}
+FIRST, SECOND = (ClientKey(name, name, "digest", 0.0) for name in ("k1", "k2"))
+
+
+@pytest.fixture
+def memory(store: Store) -> Conversations:
+    return Conversations(store, 60)
+
+
+async def thread(
+    memory: Conversations, *messages: Any, key: ClientKey | None = None, session: str | None = None, mode: str = "auto"
+) -> Thread:
+    request = ChatRequest({"messages": list(messages)}, "auto", False, False, Options(session=session))
+    return await thread_of(memory, request, key, Settings.model_validate({"sticky_sessions": mode}))
+
+
+async def answered(
+    memory: Conversations, *messages: Any, answer: Any = CALL, model: str = "small", **options: Any
+) -> AnswerMarks:
+    marks = AnswerMarks(memory, await thread(memory, *messages, **options), list(messages))
+    marks.answer({"choices": [{"index": 0, "message": answer, "finish_reason": "tool_calls"}]}, model)
+    marks.finish(model, 70)
+    return marks
+
+
+async def test_the_next_turn_of_a_loop_knows_who_called(memory: Conversations) -> None:
+    await answered(memory, ASK)
+    assert await thread(memory, ASK, CALL, RESULT) == Thread(has_reasoning=True, producer="small")
+    bare = {name: value for name, value in CALL.items() if name != "reasoning_content"}
+    assert await thread(memory, ASK, bare, RESULT) == Thread(producer="small")
+    assert (await thread(memory, {**ASK, "content": "Another question?"}, bare, RESULT)).producer is None
+
+
+async def test_two_conversations_with_the_same_counted_ids_are_not_mixed(memory: Conversations) -> None:
+    bare = {name: value for name, value in CALL.items() if name != "reasoning_content"}
+    other = {**ASK, "content": "And is it cold?"}
+    await answered(memory, ASK, answer=bare, model="small")
+    await answered(memory, other, answer=bare, model="large")
+    assert (await thread(memory, ASK, bare, RESULT)).producer == "small"
+    assert (await thread(memory, other, bare, RESULT)).producer == "large"
+
+
+async def test_another_key_recalls_nothing_of_ours(memory: Conversations) -> None:
+    await answered(memory, ASK, key=FIRST, session="mine")
+    ours = await thread(memory, ASK, key=FIRST, session="mine")
+    assert ours.last is not None
+    assert (ours.last.model, ours.last.tokens) == ("small", 70)
+    for stranger in (SECOND, None):
+        assert (await thread(memory, ASK, key=stranger, session="mine")).last is None
+        assert (await thread(memory, ASK, CALL, RESULT, key=stranger)).producer is None
+    assert (await thread(memory, ASK, CALL, RESULT, key=FIRST)).producer == "small"
+
+
+async def test_with_sessions_off_nothing_of_them_is_read_or_written(memory: Conversations, store: Store) -> None:
+    await answered(memory, ASK, answer={"role": "assistant", "content": "Rain."}, session="mine", mode="off")
+    await memory.flush()
+    assert await store.client.keys("uniroute:conversation:*") == []
+    await answered(memory, ASK, session="mine")
+    assert (await thread(memory, ASK, session="mine", mode="off")).last is None
+    assert (await thread(memory, ASK, CALL, RESULT, mode="off")).producer == "small"
+
+
+async def test_a_stream_is_remembered_with_its_last_piece_before_its_usage(memory: Conversations) -> None:
+    marks = AnswerMarks(memory, NO_THREAD, [ASK])
+    pieces: list[Any] = [
+        {"delta": {"role": "assistant", "reasoning_content": CALL["reasoning_content"][:50]}},
+        {"delta": {"reasoning_content": CALL["reasoning_content"][50:]}},
+        {"delta": {"tool_calls": [{"index": 0, **CALL["tool_calls"][0]}]}},
+        {"delta": {}, "finish_reason": "tool_calls"},
+    ]
+    for piece in pieces[:3]:
+        marks.see({"choices": [{"index": 0, **piece}]}, "small")
+    assert (await thread(memory, ASK, CALL, RESULT)).producer is None
+    marks.see({"choices": [{"index": 0, **pieces[3]}]}, "small")
+    assert (await thread(memory, ASK, CALL, RESULT)).producer == "small"
+
+
+async def test_every_answer_of_several_is_remembered(memory: Conversations) -> None:
+    marks = AnswerMarks(memory, NO_THREAD, [ASK])
+    texts = ["One way to think about it. " * 10, "Another way to think about it. " * 10]
+    messages = [{"role": "assistant", "content": "Yes.", "reasoning_content": text} for text in texts]
+    marks.answer({"choices": [{"index": place, "message": one} for place, one in enumerate(messages)]}, "small")
+    assert [(await thread(memory, ASK, one, ASK)).producer for one in messages] == ["small", "small"]
+
+
+async def test_a_session_id_is_stored_nowhere_in_clear(memory: Conversations, store: Store) -> None:
+    marks = await answered(memory, ASK, session="canary-session")
+    await memory.flush()
+    keys = await store.client.keys("*")
+    assert keys
+    held = [*keys, *[await store.client.get(key) for key in keys], repr(marks._thread), *memory._local]
+    assert not [text for text in held if "canary" in str(text) or "call_0" in str(text)]
+
+
+@pytest.mark.parametrize("index", [None, "0", [], {}])
+async def test_an_odd_index_of_an_answer_is_its_place(memory: Conversations, index: Any) -> None:
+    marks = AnswerMarks(memory, NO_THREAD, [ASK])
+    marks.answer({"choices": [{"index": index, "message": CALL}]}, "small")
+    assert (await thread(memory, ASK, CALL, RESULT)).producer == "small"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["choices", "index", "delta", "message", "finish_reason", "content"]), inner)
+    ),
+    max_leaves=20,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["choices", "usage"]), JSON), JSON)
+def test_no_chunk_makes_it_fail(chunk: dict[str, Any], message: Any) -> None:
+    memory = Conversations(Store("unix:///nowhere"), 60)
+    marks = AnswerMarks(memory, NO_THREAD, [message])
+    marks.see(chunk, "small")
+    marks.answer(chunk, "small")
+    marks.finish("small", None)
