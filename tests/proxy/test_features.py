@@ -109,6 +109,14 @@ def test_everything_that_a_model_reads_is_counted(field: str) -> None:
     assert estimate_tokens({field: value}) > 1900
 
 
+@pytest.mark.parametrize("name", ["anyOf", "content"])
+def test_a_word_of_a_schema_is_no_attachment(name: str) -> None:
+    parameters = {name: [{"type": "file", "description": "x" * 4000}]}
+
+    assert 1000 < estimate_tokens({"tools": [{"parameters": parameters}]}) < 1100
+    assert 1000 < estimate_tokens({"tools": [{"default": {"data": "x" * 4000}}]}) < 1100
+
+
 @pytest.mark.parametrize(
     ("body", "asked"),
     [
@@ -131,6 +139,7 @@ def test_everything_that_a_model_reads_is_counted(field: str) -> None:
         ({"audio": {"voice": "alloy", "format": "wav"}}, {"audio_output": "`audio`"}),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, {"json_schema": "`response_format`"}),
         ({"response_format": {"type": "json_object"}}, {}),
+        ({"messages": [{"role": "assistant", "content": "a", "annotations": [{"type": "file"}]}]}, {}),
         ({"tools": [{"parameters": {"content": [{"type": "file"}]}}]}, {"tools": "`tools`"}),
     ],
 )

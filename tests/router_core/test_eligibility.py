@@ -72,6 +72,12 @@ def test_a_price_above_the_callers_cap_rules_a_model_out() -> None:
     assert left.why == {"dear": "input price above 2 USD per million tokens"}
 
 
+def test_a_price_at_the_cap_is_within_it_however_each_was_written() -> None:
+    assert 0.019 / 1e6 < 1.9e-8
+    pool = a_pool(a_candidate("model", price=Price(1.9e-8, 0.0)))
+    assert eligible(pool, Needs(max_input_cost_per_token=0.019 / 1e6)).names == ("model",)
+
+
 @pytest.mark.parametrize("ability", ABILITIES)
 def test_a_model_known_to_lack_an_ability_never_gets_the_request(ability: str) -> None:
     pool = a_pool(able("unable", **{ability: False}))
