@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.routing.features import CUT, MEDIA_TOKENS, asked_for, estimate_tokens, needs_of, routing_text
@@ -207,6 +207,7 @@ JSON = st.recursive(
 MESSAGES = st.lists(st.dictionaries(WORDS, JSON, max_size=5) | JSON, max_size=4)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(WORDS | st.text(max_size=4), JSON, max_size=8), JSON | MESSAGES)
 def test_no_body_breaks_the_reading_of_it(body: dict[str, Any], messages: Any) -> None:
     body = {**body, "messages": messages}
@@ -221,6 +222,7 @@ def test_no_body_breaks_the_reading_of_it(body: dict[str, Any], messages: Any) -
         assert len(routing_text(messages)) <= 3 * (2 * CUT + 2)
 
 
+@settings(deadline=None)
 @given(st.lists(st.dictionaries(WORDS, JSON, max_size=5), max_size=4), st.dictionaries(WORDS, JSON, max_size=5))
 def test_one_more_message_never_makes_a_request_smaller_or_need_less(
     messages: list[dict[str, Any]], more: dict[str, Any]

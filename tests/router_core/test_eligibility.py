@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router_core.eligibility import eligible
@@ -131,6 +131,7 @@ ONE_MORE = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(CAPABILITIES, max_size=6), NEEDS, ONE_MORE)
 def test_one_more_need_only_narrows_the_choice_or_leaves_it_to_models_of_unknown_ability(
     capabilities: list[Capabilities], needs: Needs, more: dict[str, Any]
@@ -143,6 +144,7 @@ def test_one_more_need_only_narrows_the_choice_or_leaves_it_to_models_of_unknown
     assert all(before.why[name].startswith("not known to") for name in returned)
 
 
+@settings(deadline=None)
 @given(st.lists(CAPABILITIES, max_size=6), NEEDS)
 def test_every_model_is_left_or_has_a_reason_and_nobody_is_left_only_for_what_is_known(
     capabilities: list[Capabilities], needs: Needs
