@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.pool import UNKNOWN, Pool
+from router_core.pool import Pool
 from router_core.types import ABILITIES, Doubles, Needs
 
 Mask = NDArray[np.bool_]
@@ -95,11 +95,10 @@ def eligible(
         left &= check.passed
         checks.append(check)
     for ability in needs.abilities:
-        column = pool.able[ability]
-        able = left & (column == 1)
-        if able.any():
-            left = able
-            checks.append(Check(Stage.UNKNOWN, column != UNKNOWN, f"not known to {ABILITIES[ability]}"))
+        able = pool.able[ability] == 1
+        if (left & able).any():
+            left &= able
+            checks.append(Check(Stage.UNKNOWN, able, f"not known to {ABILITIES[ability]}"))
     return Eligibility(pool=pool, rows=np.flatnonzero(left), checks=tuple(checks))
 
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.routing.features import CUT, MEDIA_TOKENS, asked_for, estimate_tokens, needs_of, routing_text
@@ -109,6 +109,14 @@ def test_everything_that_a_model_reads_is_counted(field: str) -> None:
     assert estimate_tokens({field: value}) > 1900
 
 
+@pytest.mark.parametrize("name", ["anyOf", "content"])
+def test_a_word_of_a_schema_is_no_attachment(name: str) -> None:
+    parameters = {name: [{"type": "file", "description": "x" * 4000}]}
+
+    assert 1000 < estimate_tokens({"tools": [{"parameters": parameters}]}) < 1100
+    assert 1000 < estimate_tokens({"tools": [{"default": {"data": "x" * 4000}}]}) < 1100
+
+
 @pytest.mark.parametrize(
     ("body", "asked"),
     [
@@ -131,6 +139,7 @@ def test_everything_that_a_model_reads_is_counted(field: str) -> None:
         ({"audio": {"voice": "alloy", "format": "wav"}}, {"audio_output": "`audio`"}),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, {"json_schema": "`response_format`"}),
         ({"response_format": {"type": "json_object"}}, {}),
+        ({"messages": [{"role": "assistant", "content": "a", "annotations": [{"type": "file"}]}]}, {}),
         ({"tools": [{"parameters": {"content": [{"type": "file"}]}}]}, {"tools": "`tools`"}),
     ],
 )
@@ -198,6 +207,7 @@ JSON = st.recursive(
 MESSAGES = st.lists(st.dictionaries(WORDS, JSON, max_size=5) | JSON, max_size=4)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(WORDS | st.text(max_size=4), JSON, max_size=8), JSON | MESSAGES)
 def test_no_body_breaks_the_reading_of_it(body: dict[str, Any], messages: Any) -> None:
     body = {**body, "messages": messages}
@@ -212,6 +222,7 @@ def test_no_body_breaks_the_reading_of_it(body: dict[str, Any], messages: Any) -
         assert len(routing_text(messages)) <= 3 * (2 * CUT + 2)
 
 
+@settings(deadline=None)
 @given(st.lists(st.dictionaries(WORDS, JSON, max_size=5), max_size=4), st.dictionaries(WORDS, JSON, max_size=5))
 def test_one_more_message_never_makes_a_request_smaller_or_need_less(
     messages: list[dict[str, Any]], more: dict[str, Any]

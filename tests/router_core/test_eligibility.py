@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router_core.eligibility import eligible
@@ -72,6 +72,12 @@ def test_a_price_above_the_callers_cap_rules_a_model_out() -> None:
     assert left.why == {"dear": "input price above 2 USD per million tokens"}
 
 
+def test_a_price_at_the_cap_is_within_it_however_each_was_written() -> None:
+    assert 0.019 / 1e6 < 1.9e-8
+    pool = a_pool(a_candidate("model", price=Price(1.9e-8, 0.0)))
+    assert eligible(pool, Needs(max_input_cost_per_token=0.019 / 1e6)).names == ("model",)
+
+
 @pytest.mark.parametrize("ability", ABILITIES)
 def test_a_model_known_to_lack_an_ability_never_gets_the_request(ability: str) -> None:
     pool = a_pool(able("unable", **{ability: False}))
@@ -125,6 +131,7 @@ ONE_MORE = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(CAPABILITIES, max_size=6), NEEDS, ONE_MORE)
 def test_one_more_need_only_narrows_the_choice_or_leaves_it_to_models_of_unknown_ability(
     capabilities: list[Capabilities], needs: Needs, more: dict[str, Any]
@@ -137,6 +144,7 @@ def test_one_more_need_only_narrows_the_choice_or_leaves_it_to_models_of_unknown
     assert all(before.why[name].startswith("not known to") for name in returned)
 
 
+@settings(deadline=None)
 @given(st.lists(CAPABILITIES, max_size=6), NEEDS)
 def test_every_model_is_left_or_has_a_reason_and_nobody_is_left_only_for_what_is_known(
     capabilities: list[Capabilities], needs: Needs
