@@ -116,9 +116,9 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
         jobs = Jobs(store, state, UpstreamAnswerer(upstream), assigner.embedder, settings)
         closing.push_async_callback(jobs.close)
         await jobs.start_worker()
-        room = Capacities()
+        places = Capacities()
         yield Services(
-            settings, store, state, registry, jobs, assigner, upstream, usage, metrics, live, health, room, environ
+            settings, store, state, registry, jobs, assigner, upstream, usage, metrics, live, health, places, environ
         )
 
 

@@ -59,9 +59,9 @@ def test_failures_that_are_less_than_half_of_the_attempts_do_not_open_it() -> No
 
 
 def test_a_share_is_reached_exactly_whatever_its_binary_fraction() -> None:
-    breaker = a_breaker(share=0.1, failures=3)
-    succeed(breaker, 27)
-    fail(breaker, 3)
+    breaker = a_breaker(share=0.07, failures=7)
+    succeed(breaker, 93)
+    fail(breaker, 7)
     assert not breaker.closed
 
 
@@ -155,6 +155,14 @@ def test_neither_a_straggler_nor_one_that_was_asked_all_the_same_ends_a_rest() -
     succeed(breaker, 3, now=2.0)
     fail(breaker, 3, now=3.0)
     assert breaker.cooling_s(3.0) == 7.0
+
+
+def test_what_began_before_it_opened_decides_no_probe_however_well_it_ends() -> None:
+    breaker = a_breaker()
+    straggler = breaker.begin(0.0)
+    fail(breaker, 5)
+    breaker.succeeded(straggler, 11.0)
+    assert breaker.begin(11.0).probe
 
 
 def test_a_success_beside_a_slow_probe_closes_it() -> None:
