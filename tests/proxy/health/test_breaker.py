@@ -247,6 +247,15 @@ def test_a_probe_that_is_answering_lets_others_in_and_one_that_then_breaks_reope
     assert breaker.cooling_s(12.0) == 20.0
 
 
+def test_a_long_probe_that_breaks_after_others_were_served_takes_it_from_nobody() -> None:
+    breaker = an_open_one()
+    probe = breaker.begin(10.0)
+    breaker.answering(probe, 11.0)
+    succeed(breaker, 1, now=12.0)
+    breaker.failed(probe, FAILED, 500.0)
+    assert breaker.closed
+
+
 def test_a_probe_that_answered_to_its_end_is_one_success() -> None:
     breaker = an_open_one()
     probe = breaker.begin(10.0)
@@ -265,6 +274,15 @@ def test_what_was_adopted_gets_a_probe_when_its_time_is_over_and_doubles_when_th
     assert probe.probe
     breaker.failed(probe, FAILED, 41.0)
     assert breaker.cooling_s(41.0) == 80.0
+
+
+def test_a_probe_that_succeeds_while_others_say_to_wait_makes_way_for_another_after_that() -> None:
+    breaker = an_open_one()
+    probe = breaker.begin(10.0)
+    breaker.adopt(5.0, "said elsewhere", 11.0)
+    breaker.succeeded(probe, 12.0)
+    assert breaker.cooling_s(12.0) == 4.0
+    assert breaker.begin(16.0).probe
 
 
 @pytest.mark.parametrize("found_first", [True, False])
