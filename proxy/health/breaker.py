@@ -89,6 +89,7 @@ class Breaker:
             return
         if not self.closed:
             self._close()
+        self._confirming = None  # whoever else succeeded has confirmed it too
         self._last_rest_s = 0.0
         self._window.add(now, failed=False)
 
@@ -157,7 +158,6 @@ class Breaker:
         self.why = why
         self.epoch += 1
         self._probe = self._confirming = None
-        self._window.clear()
 
     def _close(self) -> None:
         self._found_until = self._adopted_until = self.why = None

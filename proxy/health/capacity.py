@@ -64,8 +64,8 @@ class _Room:
 
     @property
     def full(self) -> bool:
-        """Neither a place nor a place in the queue. Those who came before go first."""
-        return (not self.has_place or bool(self.waiting)) and len(self.waiting) >= self.limits.max_queued
+        """Neither a place nor a place in the queue."""
+        return not self.has_place and len(self.waiting) >= self.limits.max_queued
 
     def under(self, limits: CapacityLimits) -> _Room:
         """The newest limits are everybody's: whoever may come in under them does."""
@@ -104,7 +104,7 @@ class Capacities:
         room = self._rooms.setdefault(model, _Room(limits)).under(limits)
         if room.full:
             raise self._busy(model, room)
-        if room.has_place and not room.waiting:
+        if room.has_place:  # and so nobody waits for one
             room.running += 1
         else:
             await self._wait(model, room)

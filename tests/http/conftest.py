@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -38,26 +40,33 @@ class Fleet:
         return f"{self.proxy.url}/v1"
 
 
-@pytest.fixture(scope="session")
-def session_fleet(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Fleet]:
-    folder = tmp_path_factory.mktemp("proxy")
+@contextmanager
+def open_fleet(folder: Path, embedder_cache: Path, **more: Any) -> Iterator[Fleet]:
+    """`more`: settings of its own, and `model_info` of both arms as `info`."""
+    info = more.pop("info", {})
     with ScriptedUpstream(lambda _: "The fair answer.") as fair, ScriptedUpstream(lambda _: "The good answer.") as good:
         config = {
             "model_list": [
-                arm("fair", fair.url, price=1e-7, supports_function_calling=True),
-                arm("good", good.url, price=1e-5, supports_function_calling=True, supports_vision=True),
+                arm("fair", fair.url, price=1e-7, supports_function_calling=True, **info),
+                arm("good", good.url, price=1e-5, supports_function_calling=True, supports_vision=True, **info),
             ],
             "uniroute": {
                 "route_names": ["*"],
                 "max_body_bytes": 1_000_000,
                 "profile": {"on_start": False},
-                "breaker": TIRELESS,
+                **more,
             },
         }
         with ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": CANARY}) as proxy:
             proxy.put_profile("fair", 0.3)
             proxy.put_profile("good", 0.1)
             yield Fleet(proxy, fair, good)
+
+
+@pytest.fixture(scope="session")
+def session_fleet(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Fleet]:
+    with open_fleet(tmp_path_factory.mktemp("proxy"), embedder_cache, breaker=TIRELESS) as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,8 +13,15 @@ from redis import Redis
 
 from proxy.health.sharing import CHANNEL, health_key
 from proxy.state.embedded import socket_path
-from tests.http.conftest import Fleet
+from tests.http.conftest import Fleet, open_fleet
 from tests.support.upstream import wait_until
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Fleet]:
+    with open_fleet(tmp_path_factory.mktemp("health"), embedder_cache) as opened:
+        yield opened
+
 
 WELL = {"state": "well", "recovers_in_s": None, "why": None}
 

@@ -59,9 +59,9 @@ def test_failures_that_are_less_than_half_of_the_attempts_do_not_open_it() -> No
 
 
 def test_a_share_is_reached_exactly_whatever_its_binary_fraction() -> None:
-    breaker = a_breaker(share=0.1, failures=3)
-    succeed(breaker, 27)
-    fail(breaker, 3)
+    breaker = a_breaker(share=0.07, failures=7)
+    succeed(breaker, 93)
+    fail(breaker, 7)
     assert not breaker.closed
 
 
@@ -157,6 +157,14 @@ def test_neither_a_straggler_nor_one_that_was_asked_all_the_same_ends_a_rest() -
     assert breaker.cooling_s(3.0) == 7.0
 
 
+def test_what_began_before_it_opened_decides_no_probe_however_well_it_ends() -> None:
+    breaker = a_breaker()
+    straggler = breaker.begin(0.0)
+    fail(breaker, 5)
+    breaker.succeeded(straggler, 11.0)
+    assert breaker.begin(11.0).probe
+
+
 def test_a_success_beside_a_slow_probe_closes_it() -> None:
     breaker = an_open_one()
     breaker.begin(10.0)
@@ -239,6 +247,15 @@ def test_a_probe_that_is_answering_lets_others_in_and_one_that_then_breaks_reope
     assert breaker.cooling_s(12.0) == 20.0
 
 
+def test_a_long_probe_that_breaks_after_others_were_served_takes_it_from_nobody() -> None:
+    breaker = an_open_one()
+    probe = breaker.begin(10.0)
+    breaker.answering(probe, 11.0)
+    succeed(breaker, 1, now=12.0)
+    breaker.failed(probe, FAILED, 500.0)
+    assert breaker.closed
+
+
 def test_a_probe_that_answered_to_its_end_is_one_success() -> None:
     breaker = an_open_one()
     probe = breaker.begin(10.0)
@@ -257,6 +274,15 @@ def test_what_was_adopted_gets_a_probe_when_its_time_is_over_and_doubles_when_th
     assert probe.probe
     breaker.failed(probe, FAILED, 41.0)
     assert breaker.cooling_s(41.0) == 80.0
+
+
+def test_a_probe_that_succeeds_while_others_say_to_wait_makes_way_for_another_after_that() -> None:
+    breaker = an_open_one()
+    probe = breaker.begin(10.0)
+    breaker.adopt(5.0, "said elsewhere", 11.0)
+    breaker.succeeded(probe, 12.0)
+    assert breaker.cooling_s(12.0) == 4.0
+    assert breaker.begin(16.0).probe
 
 
 @pytest.mark.parametrize("found_first", [True, False])

@@ -114,6 +114,15 @@ def test_a_forgotten_model_is_well_and_attempts_on_what_it_was_say_nothing_of_it
     assert health.opened() == {}
 
 
+def test_what_still_runs_on_a_model_as_it_was_cannot_rest_what_it_is_now() -> None:
+    health, changes = a_health()
+    old = [health.begin("small") for _ in range(10)]
+    health.forget("small")
+    for attempt in old:
+        attempt.failed(a_failure(429, headers={"retry-after": "60"}))
+    assert (health.resting(), changes) == ({}, [])
+
+
 def test_forgetting_one_that_was_well_is_no_change() -> None:
     health, changes = a_health()
     health.begin("small").succeeded()

@@ -11,7 +11,7 @@ import pytest
 
 from proxy.health.health import ModelHealth
 from proxy.health.policy import HealthPolicy
-from proxy.health.sharing import CHANNEL, UNSAID, health_key
+from proxy.health.sharing import CHANNEL, UNSAID, HealthSharing, health_key
 from proxy.state.store import Store
 from tests.proxy.health.makers import a_sharing, fail
 from tests.support.makers import until
@@ -119,6 +119,35 @@ async def test_a_quick_end_is_not_undone_by_what_was_told_before(store: Store, s
         await until(lambda: state(there, "large") == "resting")
         await until(lambda: state(there) == "well")
         assert state(here) == "well"
+
+
+async def test_a_key_that_is_yet_to_be_deleted_is_not_adopted_again(store: Store) -> None:
+    health = ModelHealth(HealthPolicy())
+    sharing = HealthSharing(store, health, lambda: ("small",))
+    await store.client.set(health_key("small"), "told before it ended", px=9000)
+    health.rest("small", 9, "found")
+    health.forget("small")
+    await sharing._read(("small",), told=False)
+    assert state(health) == "well"
+    sharing.start()
+    await until(lambda: sharing._untold == {})
+    await sharing._read(("small",), told=False)
+    await sharing.stop()
+    assert state(health) == "well"
+
+
+async def test_reading_again_after_the_time_is_over_does_not_spare_it_the_probe(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxy.health.sharing.REREAD_S", 0.0)
+    monkeypatch.setattr("proxy.health.sharing.LISTEN_S", 0.01)
+    async with a_sharing(store) as health:
+        await store.client.set(health_key("small"), "over soon", px=300)
+        await until(lambda: state(health) == "resting")
+        await until(lambda: state(health) != "resting")
+        await store.client.set(health_key("large"), "read after it", px=9000)
+        await until(lambda: state(health, "large") == "resting")
+        assert state(health) == "probing"
 
 
 @pytest.mark.parametrize(

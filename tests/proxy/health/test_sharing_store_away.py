@@ -74,6 +74,17 @@ async def test_a_frozen_redis_holds_up_nobody_and_hears_it_once_it_thaws(
         await until(lambda: set(there.resting()) == {"small", "large"}, 15)
 
 
+async def test_a_process_ends_while_redis_is_frozen(server: EmbeddedValkey, stores: tuple[Store, Store]) -> None:
+    pid = int((await stores[0].client.info("server"))["process_id"])
+    try:
+        async with asyncio.timeout(10), a_sharing(stores[0]) as here:
+            os.kill(pid, signal.SIGSTOP)
+            fail(here)
+            await asyncio.sleep(0.1)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 async def test_a_rest_that_is_over_when_redis_is_back_is_not_told_any_more(
     server: EmbeddedValkey, stores: tuple[Store, Store]
 ) -> None:

@@ -1,0 +1,140 @@
+"""Models that fail too often rest, and models with a cap are asked no more than it says: seen by clients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.http.conftest import Fleet, open_fleet
+from tests.support.answers import Step, error_body
+from tests.support.upstream import wait_until
+
+ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
+DOWN = Step(status=500, body=error_body("down", "server_error", None))
+BREAKER = {"failures": 3, "cooldown_s": 1.0, "longest_cooldown_s": 30}
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Fleet]:
+    info = {"max_parallel_requests": 1, "max_queued_requests": 0}
+    folder = tmp_path_factory.mktemp("breaker")
+    with open_fleet(folder, embedder_cache, breaker=BREAKER, queue_wait_s=5, info=info) as fleet:
+        yield fleet
+
+
+@pytest.fixture
+def resting(opened: Fleet) -> Fleet:
+    """Both well, whatever the test before has done."""
+    for upstream in (opened.fair, opened.good):
+        upstream.script.clear()
+        upstream.always = None
+    assert wait_until(lambda: ask(opened, "fair").is_success and ask(opened, "good").is_success, 10)
+    assert wait_until(lambda: states(opened) == ["well", "well"], 10)
+    for upstream in (opened.fair, opened.good):
+        upstream.history.clear()
+    return opened
+
+
+def ask(fleet: Fleet, model: str = "auto", **body: Any) -> httpx.Response:
+    body = {"model": model, "messages": ASK, **body}
+    return httpx.post(f"{fleet.base_url}/chat/completions", json=body, timeout=20)
+
+
+def states(fleet: Fleet) -> list[str]:
+    return [card["health"]["state"] for card in fleet.proxy.admin("GET", "/admin/models").json()["models"]]
+
+
+def bring_down(fleet: Fleet, *names: str) -> None:
+    for name in names:
+        getattr(fleet, name).always = DOWN
+        assert wait_until(lambda name=name: ask(fleet, name).is_success or state_of(fleet, name) == "resting")
+
+
+def state_of(fleet: Fleet, name: str) -> str:
+    return str(fleet.proxy.admin("GET", f"/admin/models/{name}").json()["health"]["state"])
+
+
+def test_a_model_that_keeps_failing_is_not_asked_any_more(resting: Fleet) -> None:
+    bring_down(resting, "fair")
+    asked = len(resting.fair.history)
+    reply = ask(resting)
+
+    assert (reply.headers["x-uniroute-model"], reply.headers["x-uniroute-reason"]) == ("good", "only_candidate")
+    assert len(resting.fair.history) == asked
+    shown = httpx.post(f"{resting.base_url}/route", json={"model": "auto", "messages": ASK}).json()
+    assert shown["ineligible"] == [{"model": "fair", "why": "resting after failures"}]
+
+
+def test_it_is_tried_again_with_real_traffic(resting: Fleet) -> None:
+    bring_down(resting, "fair")
+    resting.fair.always = None
+
+    assert wait_until(lambda: ask(resting).headers["x-uniroute-model"] == "fair")
+    assert state_of(resting, "fair") == "well"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_when_all_rest_the_one_that_recovers_first_is_tried(resting: Fleet, stream: bool) -> None:
+    resting.good.then(Step(status=429, headers={"retry-after": "20"}, body=error_body("slow", "rate_limit", None)))
+    assert ask(resting, "good").status_code == 429
+    bring_down(resting, "fair")
+    resting.fair.always = None
+    reply = ask(resting, stream=stream)
+
+    assert reply.status_code == 200
+    assert (reply.headers["x-uniroute-model"], reply.headers["x-uniroute-reason"]) == ("fair", "degraded")
+    profile = resting.proxy.admin("PATCH", "/admin/models/good", {}).status_code
+    assert profile == 409  # configured: it recovers by itself
+    assert ask(resting, "good").status_code == 200  # named, so asked
+
+
+def test_how_long_the_upstream_asks_to_be_left_alone_is_kept_to(resting: Fleet) -> None:
+    resting.fair.then(Step(status=429, headers={"retry-after": "2"}, body=error_body("slow", "rate_limit", None)))
+    assert ask(resting, "fair").headers["retry-after"] == "2"
+
+    assert state_of(resting, "fair") == "resting"
+    assert ask(resting).headers["x-uniroute-model"] == "good"
+
+
+def test_a_limit_shorter_than_ours_is_no_fault_of_the_model(resting: Fleet) -> None:
+    resting.fair.always = Step(hang=True)
+    for _ in range(5):
+        assert ask(resting, "fair", uniroute={"timeouts": {"first_token_s": 0.05}}).status_code == 504
+    assert state_of(resting, "fair") == "well"
+
+
+def test_a_full_model_sends_the_next_request_to_the_next_in_rank(resting: Fleet) -> None:
+    resting.fair.then(Step(delay_s=1.0))
+    with ThreadPoolExecutor(2) as clients:
+        first = clients.submit(ask, resting)
+        assert wait_until(lambda: bool(resting.fair.history))
+        second = ask(resting)
+        assert (second.headers["x-uniroute-model"], second.headers["x-uniroute-reason"]) == ("good", "fallback")
+        assert first.result().headers["x-uniroute-model"] == "fair"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_when_all_are_full_the_client_is_told_when_to_come_back(resting: Fleet, stream: bool) -> None:
+    resting.fair.then(Step(hang=True))
+    resting.good.then(Step(hang=True))
+    limit = {"timeouts": {"first_token_s": 1.5}}
+    with ThreadPoolExecutor(2) as clients:
+        waiting = [clients.submit(ask, resting, name, uniroute=limit) for name in ("fair", "good")]
+        assert wait_until(lambda: bool(resting.fair.history and resting.good.history))
+        reply = ask(resting, stream=stream)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (429, "model_busy")
+        assert int(reply.headers["retry-after"]) >= 1
+        assert [answer.result().status_code for answer in waiting] == [504, 504]
+
+
+def test_a_client_that_leaves_gives_its_place_back(resting: Fleet) -> None:
+    resting.fair.then(Step(message={"content": "word " * 100}, drip_s=0.05))
+    body = {"model": "fair", "messages": ASK, "stream": True}
+    with httpx.stream("POST", f"{resting.base_url}/chat/completions", json=body) as reply:
+        assert next(reply.iter_lines())
+    assert wait_until(lambda: ask(resting, "fair").status_code == 200)
