@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from proxy.routing.cost_weight import cost_weight
 from proxy.routing.names import Way
 from proxy.routing.request import ChatRequest
 from proxy.settings import Settings
@@ -28,12 +29,12 @@ class Asked:
     terms: Terms
 
 
-def terms_of(request: ChatRequest, way: Way, settings: Settings) -> Terms:
+def terms_of(request: ChatRequest, way: Way, settings: Settings, key: ClientKey | None) -> Terms:
+    """Raises BadRequest or Forbidden where the key's bounds of λ are left."""
     options = request.options
-    stated = settings.lambda_ if options.lambda_ is None else options.lambda_
     weight = settings.latency_weight if options.latency_weight is None else options.latency_weight
     return Terms(
-        lambda_=0.0 if way is Way.BEST else stated,
+        lambda_=cost_weight(request, way, settings, key),
         latency_weight=weight,
         max_cost_usd=options.max_cost_usd,
         cost_unit=settings.cost_unit,

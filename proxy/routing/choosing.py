@@ -58,6 +58,7 @@ async def choose(
 
     Raises:
         UnknownName, Forbidden: of a name in the request.
+        BadRequest: of a λ that the key may not use.
         NothingAble, Unavailable: no candidate is left.
     """
     way = way_of(request.model, settings, state, key)
@@ -69,7 +70,7 @@ async def choose(
         way=way,
         allowed=candidates(request.options, state, key),
         needs=needs_of(request.body),
-        terms=terms_of(request, way, settings),
+        terms=terms_of(request, way, settings, key),
     )
     return await (_pinned(asked, assigner, explain=explain) if way is Way.PINNED else _routed(asked, assigner))
 
@@ -157,7 +158,8 @@ def _stand_in(asked: Asked, eligibility: Eligibility) -> Choice | None:
     if name is None or name not in able or asked.terms.max_cost_usd is not None:
         return None
     reason = "no model that could answer is profiled yet"
-    ineligible = {other: why for other, why in eligibility.why.items() if other != name}
+    usable = usable_models(asked.state, asked.key)
+    ineligible = {other: why for other, why in eligibility.why.items() if other != name and other in usable}
     return Choice(_new_id(), name, "degraded", asked.terms.lambda_, (name,), None, ineligible, degraded=reason)
 
 
