@@ -26,7 +26,7 @@ CREATE_KEY, CHANGE_KEY, ROTATE_KEY, REVOKE_KEY = "keys.create", "keys.change", "
 ADD_MODEL, CHANGE_MODEL, REMOVE_MODEL = "models.add", "models.change", "models.remove"
 PROFILE_MODEL, PRICE_MODEL, CANCEL_JOB = "models.profile", "models.price", "jobs.cancel"
 _ACTIONS = tuple(
-    (method, re.compile(path), action)
+    (method, re.compile(path, re.DOTALL), action)
     for method, path, action in (
         ("POST", r"/admin/keys()", CREATE_KEY),
         ("POST", r"/admin/keys/(.+)/rotate", ROTATE_KEY),
@@ -58,7 +58,7 @@ class Author:
 
     def log(self, action: str, target: str, outcome: object) -> None:
         """One line whatever a caller wrote: nothing of it can end the line, and a key put in a URL is masked."""
-        shown = SECRET.sub("***", quote(target, safe="/:@", errors="replace")[:_SHOWN]) or "-"
+        shown = SECRET.sub("***", quote(target, safe="/:@", errors="replace"))[:_SHOWN] or "-"
         log.info(
             "who=%s action=%s target=%s outcome=%s request=%s", self.who, action, shown, outcome, self.request_id or "-"
         )
