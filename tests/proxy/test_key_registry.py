@@ -86,6 +86,7 @@ async def test_a_rotation_gives_a_new_secret_and_ends_the_old_one_at_once_or_aft
     assert [abrupt.opens_with(digest_of(secret), clock.now) for secret in (first, second, third)] == [
         *(False, False, True)
     ]
+    assert (abrupt.previous_digest, abrupt.previous_until) == (None, None)  # so that no clock set back revives it
     assert (abrupt.id, abrupt.name, abrupt.created_at) == (made.id, "team", made.created_at)
 
 
@@ -242,6 +243,7 @@ async def test_the_trail_keeps_its_last_lines_and_shows_a_foreign_one_as_such(st
             pipe.xadd(AUDIT, {"line": "not ours"})
         await pipe.execute()
     await registry.put_price("small", Price(1e-6, 1e-6))
+    assert await store.client.xlen(AUDIT) == 10_000
     await AuditTrail(store, ANN).note("jobs.cancel", "j1")
     assert await store.client.xlen(AUDIT) == 10_000
     newest, second, third = await AuditTrail(store, ANN).latest(3)
