@@ -57,6 +57,7 @@ async def test_a_key_is_stored_with_all_its_terms_and_never_with_its_secret(stor
     terms = KeyChange({"role": "viewer", "lambda_min": 0.1, "expires_at": 2e9}, {"usd_per_day": 2.5})
     key, secret = await keys.create("team", ("small",), terms)
     assert SECRET.fullmatch(secret)
+    assert KeyLatch(tmp_path).closed
     assert await keys.find(key.id) == key
     assert (key.role, key.lambda_min, key.expires_at, key.models) == ("viewer", 0.1, 2e9, ("small",))
     assert key.limits == KeyLimits(usd_per_day=2.5)
