@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -214,4 +216,18 @@ def test_a_key_in_an_address_or_twice_is_no_key(keyed_proxy: KeyedProxy) -> None
         httpx.get(url, headers={b"authorization": "Bearer ключ".encode()}),
     ]
     assert [(reply.status_code, reply.json()["error"]["code"]) for reply in refused] == [(401, "invalid_api_key")] * 6
+    assert keyed_proxy.opens(key)
+
+
+@pytest.mark.parametrize("sent", [b"\0", b"KEY\0", b"\0KEY", b"KEY\r\n\tKEY", b"\x7fKEY"])
+def test_a_key_with_bytes_that_no_header_holds_is_refused_and_the_server_goes_on(
+    keyed_proxy: KeyedProxy, sent: bytes
+) -> None:
+    key = keyed_proxy.make()
+    address = urlsplit(keyed_proxy.proxy.url)
+    head = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nauthorization: Bearer "
+    with socket.create_connection((address.hostname, address.port or 0), 5) as client:
+        client.sendall(head + sent.replace(b"KEY", key.secret.encode()) + b"\r\n\r\n")
+        answer = client.recv(65_536)
+    assert answer.split(b" ", 2)[1] in (b"400", b"401"), answer
     assert keyed_proxy.opens(key)
