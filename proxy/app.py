@@ -15,17 +15,21 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from proxy.audited import Audited
 from proxy.auth import Guard
 from proxy.edge import Edge
 from proxy.errors import ClientGone, ProxyError, describe, plain_error
 from proxy.foreign_errors import FOREIGN, translated
 from proxy.jobs.onboarding import measuring_on_start
 from proxy.relay.sse import dump
-from proxy.routes import admin, admin_jobs, chat, health, models, route
+from proxy.routes import admin, admin_audit, admin_jobs, admin_keys, chat, health, models, route
 from proxy.services import Services, ServicesHolder, open_services
 from proxy.settings import Settings, load_settings
 
-ROUTERS = (health.router, chat.router, models.router, route.router, admin.router, admin_jobs.router)
+ROUTERS = (
+    *(health.router, chat.router, models.router, route.router),
+    *(admin.router, admin_jobs.router, admin_keys.router, admin_audit.router),
+)
 EXPOSED = ("x-request-id", "x-uniroute-model", "x-uniroute-decision", "x-uniroute-reason", "x-uniroute-overhead-ms")
 
 
@@ -86,7 +90,7 @@ def _middleware(settings: Settings, holder: ServicesHolder) -> list[Middleware]:
         expose_headers=list(EXPOSED),
     )
     guard = Middleware(Guard, settings=settings, state=lambda: holder.services.state.current)
-    return [Middleware(Edge, holder=holder), *([cors] if pages else []), guard]
+    return [Middleware(Edge, holder=holder), *([cors] if pages else []), Middleware(Audited), guard]
 
 
 async def _refused(_: Request, error: Exception) -> Response:

@@ -4,37 +4,54 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import logging
+import time
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from proxy.errors import Forbidden, ProxyError, Unauthenticated, describe
+from proxy.roles import check_role, is_admin_side
 from proxy.settings import Settings, is_loopback
-from proxy.state.records import ClientKey
+from proxy.state.audit import NOBODY, ROOT
+from proxy.state.client_keys import ClientKey
 from proxy.state.snapshot import RoutingState
 
-log = logging.getLogger("uniroute.auth")
-
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
-ADMIN = "/admin"
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 KEY_IN_SCOPE = "uniroute.key"
+WHO_IN_SCOPE = "uniroute.who"
 _MOST_KEY_BYTES = 4096
 
 
-class Guard:
-    """Pure ASGI. Puts the caller's ClientKey, or None where none is needed, into the scope."""
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """Who came in: `root`, the id of a key, or `-` where none is needed."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, state: Callable[[], RoutingState]) -> None:
+    who: str
+    key: ClientKey | None = None
+
+
+class Guard:
+    """Pure ASGI. Puts the caller's ClientKey, or None where none is needed, into the scope, and who it is."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        state: Callable[[], RoutingState],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.app = app
         self._settings = settings
         self._state = state
+        self._clock = clock
         admin = settings.admin_key
-        self._admin_digest = _digest(admin.get_secret_value().encode()) if admin else None
+        self._root_digest = _digest(admin.get_secret_value().encode()) if admin else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -44,7 +61,7 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
             return
         try:
-            scope[KEY_IN_SCOPE] = self._admit(scope["path"], Headers(scope=scope))
+            self._admit(scope)
         except ProxyError as refusal:
             status, body, headers = describe(refusal)
             challenge = {"www-authenticate": "Bearer"} if status == 401 else {}
@@ -52,36 +69,39 @@ class Guard:
             return
         await self.app(scope, receive, send)
 
-    def _admit(self, path: str, headers: Headers) -> ClientKey | None:
-        if path in OPEN_PATHS:
-            return None
+    def _admit(self, scope: Scope) -> None:
+        path = path_of(scope)
+        caller = Admitted(NOBODY) if path in OPEN_PATHS else self._caller(path, Headers(scope=scope))
+        scope[KEY_IN_SCOPE], scope[WHO_IN_SCOPE] = caller.key, caller.who
+        if caller.key is not None:
+            check_role(caller.key.role, scope["method"], path)
+
+    def _caller(self, path: str, headers: Headers) -> Admitted:
         check_host(headers, self._settings)
         check_origin(headers, self._settings.allowed_origins)
-        if path == ADMIN or path.startswith(f"{ADMIN}/"):
-            self._admit_admin(headers)
-            return None
-        return self._client(headers)
+        if is_admin_side(path):
+            if self._root_digest is None:
+                raise Forbidden("the admin side is off: set UNIROUTE_ADMIN_KEY and start again")
+        elif not self._state().keys_required:
+            return Admitted(NOBODY)
+        return self._known(presented(headers))
 
-    def _admit_admin(self, headers: Headers) -> None:
-        if self._admin_digest is None:
-            raise Forbidden("the admin side is off: set UNIROUTE_ADMIN_KEY and start again")
-        if not self._is_admin(presented(headers)):
-            raise Unauthenticated("this call needs the admin key: Authorization: Bearer …")
-
-    def _client(self, headers: Headers) -> ClientKey | None:
-        state = self._state()
-        if not state.keys_required:
-            return None
-        key = presented(headers)
-        if self._is_admin(key):
-            return None
-        known = state.keys.get(_digest(key)) if key else None
-        if known is None or known.revoked:
+    def _known(self, secret: bytes | None) -> Admitted:
+        """The digest is looked up, and compared again in constant time; the secret itself is compared with nothing."""
+        digest = _digest(secret) if secret else ""
+        if self._root_digest is not None and hmac.compare_digest(digest, self._root_digest):
+            return Admitted(ROOT)
+        key, now = self._state().keys.get(digest), self._clock()
+        if key is None or key.revoked or not key.opens_with(digest, now):
             raise Unauthenticated("no valid API key was given; send one as Authorization: Bearer …, or as x-api-key")
-        return known
+        if key.expired(now):
+            raise Unauthenticated("this API key has expired; ask whoever made it for another one")
+        return Admitted(key.id, key)
 
-    def _is_admin(self, key: bytes | None) -> bool:
-        return bool(key) and self._admin_digest is not None and hmac.compare_digest(_digest(key), self._admin_digest)
+
+def path_of(scope: Scope) -> str:
+    """As the router matches it: without the prefix that the server is mounted under."""
+    return get_route_path(scope)
 
 
 def presented(headers: Headers) -> bytes | None:
@@ -89,21 +109,24 @@ def presented(headers: Headers) -> bytes | None:
     bearers, plain = headers.getlist("authorization"), headers.getlist("x-api-key")
     if len(bearers) > 1 or len(plain) > 1:
         raise Unauthenticated("more than one API key was given")
-    if bearers:
-        scheme, _, value = bearers[0].partition(" ")
-        if scheme.lower() != "bearer":
-            raise Unauthenticated("the Authorization header must be `Bearer` and a key")
-        key = value.strip()
-    else:
-        key = plain[0].strip() if plain else ""
-    raw = key.encode("latin-1")
+    sent = {key for key in (*map(_bearer, bearers), *(text.strip(" \t") for text in plain)) if key}
+    if len(sent) > 1:
+        raise Unauthenticated("Authorization and x-api-key hold different API keys; send one of them")
+    raw = "".join(sent).encode("latin-1")
     if len(raw) > _MOST_KEY_BYTES:
         raise Unauthenticated("this cannot be an API key: it is too long")
     return raw or None
 
 
-def _digest(key: bytes | None) -> str:
-    return hashlib.sha256(key or b"").hexdigest()
+def _bearer(header: str) -> str:
+    scheme, _, value = header.partition(" ")
+    if scheme.lower() != "bearer":
+        raise Unauthenticated("the Authorization header must be `Bearer` and a key")
+    return value.strip(" \t")
+
+
+def _digest(key: bytes) -> str:
+    return hashlib.sha256(key).hexdigest()
 
 
 def check_host(headers: Headers, settings: Settings) -> None:

@@ -6,7 +6,8 @@ ProxyError
 ├── Unauthenticated          401  no key, or not one of ours
 ├── Forbidden                403  the key, Host or Origin may not do this
 ├── UnknownName              404  a model that does not exist
-│   └── UnknownJob           404
+│   ├── UnknownJob           404
+│   └── UnknownClientKey     404
 ├── Conflict                 409  the name is taken, or the configuration file owns it
 ├── BodyTooSlow              408  the rest of the body did not come
 ├── BodyTooLarge             413
@@ -68,6 +69,10 @@ class UnknownName(ProxyError):
 
 class UnknownJob(UnknownName):
     """A job by an id that none has."""
+
+
+class UnknownClientKey(UnknownName):
+    """A client key by an id that none has."""
 
 
 class Conflict(ProxyError):
@@ -148,6 +153,7 @@ _TABLE: Mapping[type[ProxyError], tuple[int, str, str | None]] = {
     Forbidden: (403, "permission_error", "permission_denied"),
     UnknownName: (404, "invalid_request_error", "model_not_found"),
     UnknownJob: (404, "invalid_request_error", "job_not_found"),
+    UnknownClientKey: (404, "invalid_request_error", "key_not_found"),
     Conflict: (409, "invalid_request_error", "conflict"),
     BodyTooSlow: (408, "invalid_request_error", "request_timeout"),
     BodyTooLarge: (413, "invalid_request_error", "request_too_large"),

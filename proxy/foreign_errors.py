@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from proxy.errors import BadRequest, Conflict, ProxyError, Unavailable, UnknownName
-from proxy.state.registry import ChangedMeanwhile, DefinedInConfig, NameTaken, UnknownModel
+from proxy.errors import BadRequest, Conflict, ProxyError, Unavailable, UnknownClientKey, UnknownName
+from proxy.state.registry import ChangedMeanwhile, DefinedInConfig, KeyIsOver, NameTaken, UnknownKey, UnknownModel
 from proxy.state.store import StoreUnavailable
 from router_core.errors import InvalidInput, MapMismatch
 
@@ -14,6 +14,8 @@ FOREIGN: Mapping[type[Exception], type[ProxyError]] = {
     NameTaken: Conflict,
     DefinedInConfig: Conflict,
     ChangedMeanwhile: Conflict,
+    KeyIsOver: Conflict,
+    UnknownKey: UnknownClientKey,
     UnknownModel: UnknownName,
     InvalidInput: BadRequest,
     MapMismatch: BadRequest,
@@ -22,4 +24,4 @@ FOREIGN: Mapping[type[Exception], type[ProxyError]] = {
 
 def translated(error: Exception) -> ProxyError:
     kind = next(FOREIGN[kind] for kind in type(error).__mro__ if kind in FOREIGN)
-    return kind(str(error))
+    return kind(str(error), param=getattr(error, "param", None))

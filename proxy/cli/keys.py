@@ -1,17 +1,38 @@
-"""`uniroute keys`: client keys, made and revoked in the store itself, with no server needed."""
+"""`uniroute keys`: client keys, made, changed and revoked in the store itself, with no server needed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from proxy.cli.key_options import (
+    ExpiresOption,
+    KeyId,
+    LambdaMaxOption,
+    LambdaMinOption,
+    LambdaOption,
+    ModelsOption,
+    RequestsOption,
+    RoleOption,
+    TokensOption,
+    UsdPerDayOption,
+    UsdPerMonthOption,
+    checked,
+    key_body,
+    rows_of,
+    seconds_of,
+)
 from proxy.cli.options import ConfigOption, DataDirOption, JsonOption, open_registry, read_settings, run
 
 if TYPE_CHECKING:
-    from proxy.state.records import ClientKey
+    from proxy.state.client_keys import ClientKey
+    from proxy.state.key_registry import KeyRegistry
+
+T = TypeVar("T")
 
 keys = typer.Typer(no_args_is_help=True, help="Client keys. The first one closes the door to calls without a key.")
 
@@ -19,81 +40,155 @@ keys = typer.Typer(no_args_is_help=True, help="Client keys. The first one closes
 @keys.command()
 def create(
     name: Annotated[str, typer.Argument(help="Whose key it is.")],
-    models: Annotated[list[str] | None, typer.Option("--model", help="Allow only this model; repeatable.")] = None,
+    models: ModelsOption = None,
+    role: RoleOption = None,
+    expires_in: ExpiresOption = None,
+    lambda_default: LambdaOption = None,
+    lambda_min: LambdaMinOption = None,
+    lambda_max: LambdaMaxOption = None,
+    requests_per_minute: RequestsOption = None,
+    tokens_per_minute: TokensOption = None,
+    usd_per_day: UsdPerDayOption = None,
+    usd_per_month: UsdPerMonthOption = None,
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
     *,
     as_json: JsonOption = False,
 ) -> None:
     """Make a key and show it, once."""
-    from proxy.cli import console
+    from proxy.routes.key_bodies import read_new_key
+    from proxy.state.audit import CREATE_KEY
 
-    _check(name, models or ())
+    limits = _limits(requests_per_minute, tokens_per_minute, usd_per_day, usd_per_month)
+    lambdas = {"lambda_default": lambda_default, "lambda_min": lambda_min, "lambda_max": lambda_max}
+    body = key_body(expires_in, models, name=name, role=role, **lambdas, **limits)
+    whose, stated = checked(lambda: read_new_key(body, time.time()))
+    made = _with_keys(config, data_dir, lambda registry: registry.create(whose, None, stated))
+    _written(CREATE_KEY, made[0])
+    _show_secret(*made, as_json=as_json)
 
-    async def work() -> tuple[ClientKey, str]:
-        async with open_registry(read_settings(config, data_dir=data_dir)) as registry:
-            return await registry.create_key(name, tuple(models) if models else None)
 
-    key, secret = run(work())
-    if as_json:
-        console.emit_json({**_shown(key), "key": secret})
-        return
-    console.say(secret)
-    console.note(f"key {key.id} for {name}; it is not shown again. Clients send it as `Authorization: Bearer …`.")
+@keys.command()
+def update(
+    key_id: KeyId,
+    name: Annotated[str | None, typer.Option("--name", help="Whose key it is.")] = None,
+    models: ModelsOption = None,
+    role: RoleOption = None,
+    expires_in: ExpiresOption = None,
+    lambda_default: LambdaOption = None,
+    lambda_min: LambdaMinOption = None,
+    lambda_max: LambdaMaxOption = None,
+    requests_per_minute: RequestsOption = None,
+    tokens_per_minute: TokensOption = None,
+    usd_per_day: UsdPerDayOption = None,
+    usd_per_month: UsdPerMonthOption = None,
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    *,
+    all_models: Annotated[bool, typer.Option("--all-models", help="Allow every model again.")] = False,
+) -> None:
+    """Change what a key may do. What is not stated stays; `none` takes a limit away."""
+    from proxy.cli.console import BadArgument, emit_json
+    from proxy.routes.key_bodies import read_key_change, shown_key
+    from proxy.state.audit import CHANGE_KEY
+
+    limits = _limits(requests_per_minute, tokens_per_minute, usd_per_day, usd_per_month)
+    lambdas = {"lambda_default": lambda_default, "lambda_min": lambda_min, "lambda_max": lambda_max}
+    body = key_body(expires_in, models, name=name, role=role, **lambdas, **limits)
+    if all_models:
+        if models:
+            raise BadArgument("--all-models: does not go with --model; give one of them")
+        body["models"] = None
+    if not body:
+        raise BadArgument("nothing is stated that should change; see `uniroute keys update --help`")
+    stated = checked(lambda: read_key_change(body, time.time()))
+    key = _with_keys(config, data_dir, lambda registry: registry.change(key_id, stated))
+    _written(CHANGE_KEY, key)
+    emit_json(shown_key(key))
+
+
+@keys.command()
+def rotate(
+    key_id: KeyId,
+    grace: Annotated[str, typer.Option("--grace", metavar="TIME", help="How long the old secret still opens.")] = "0s",
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Give a key a new secret and show it, once. The one before opens until the grace ends."""
+    from proxy.routes.key_bodies import read_grace
+    from proxy.state.audit import ROTATE_KEY
+
+    grace_s = checked(lambda: read_grace({"grace_s": seconds_of(grace, "--grace")}))
+    made = _with_keys(config, data_dir, lambda registry: registry.rotate(key_id, grace_s))
+    _written(ROTATE_KEY, made[0])
+    _show_secret(*made, as_json=as_json)
 
 
 @keys.command("list")
 def list_keys(config: ConfigOption = None, data_dir: DataDirOption = None, *, as_json: JsonOption = False) -> None:
     """Show the keys, never their text."""
     from proxy.cli import console
+    from proxy.routes.key_bodies import shown_key
 
-    async def work() -> tuple[ClientKey, ...]:
-        async with open_registry(read_settings(config, data_dir=data_dir)) as registry:
-            return await registry.list_keys()
-
-    shown = [_shown(key) for key in run(work())]
+    found = _with_keys(config, data_dir, lambda registry: registry.listed())
     if as_json:
-        console.emit_json(shown)
+        console.emit_json([shown_key(key) for key in found])
         return
-    rows = [(k["id"], k["name"], k["created_at"], "revoked" if k["revoked"] else _models(k["models"])) for k in shown]
-    console.table(("id", "name", "created", "models"), rows)
+    console.table(("id", "name", "role", "state", "expires", "models"), rows_of(found, time.time()))
 
 
 @keys.command()
-def revoke(
-    key_id: Annotated[str, typer.Argument(metavar="ID", help="As `keys list` shows it.")],
-    config: ConfigOption = None,
-    data_dir: DataDirOption = None,
-) -> None:
-    """Refuse this key from now on. Calls without any key stay refused too."""
+def show(key_id: KeyId, config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
+    """What one key may do, as JSON; never its text."""
+    from proxy.cli.console import emit_json
+    from proxy.routes.key_bodies import shown_key
+
+    emit_json(shown_key(_with_keys(config, data_dir, lambda registry: registry.find(key_id))))
+
+
+@keys.command()
+def revoke(key_id: KeyId, config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
+    """Refuse this key from now on, for good. Calls without any key stay refused too."""
     from proxy.cli import console
+    from proxy.state.audit import REVOKE_KEY
 
-    async def work() -> None:
-        async with open_registry(read_settings(config, data_dir=data_dir)) as registry:
-            await registry.revoke_key(key_id)
-
-    run(work())
+    _written(REVOKE_KEY, _with_keys(config, data_dir, lambda registry: registry.revoke(key_id)))
     console.note(f"key {key_id} is revoked")
 
 
-def _check(name: str, models: Sequence[str]) -> None:
-    """A model may be added after the key that allows it; a name that no model can have is a slip."""
-    from proxy.cli.console import BadArgument
-    from proxy.settings import check_model_name
+def _with_keys(config: Path | None, data_dir: Path | None, act: Callable[[KeyRegistry], Awaitable[T]]) -> T:
+    settings = read_settings(config, data_dir=data_dir)
 
-    if not name.strip():
-        raise BadArgument("NAME: is empty; say whose key it is")
-    try:
-        for model in models:
-            check_model_name(model)
-    except ValueError as error:
-        raise BadArgument(f"--model: {error}") from None
+    async def work() -> T:
+        async with open_registry(settings) as registry:
+            return await act(registry.keys)
+
+    done: T = checked(lambda: run(work()))
+    return done
 
 
-def _shown(key: ClientKey) -> dict[str, Any]:
-    created = datetime.fromtimestamp(key.created_at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    return {"id": key.id, "name": key.name, "created_at": created, "models": key.models, "revoked": key.revoked}
+def _limits(*values: str | None) -> dict[str, str | None]:
+    from proxy.state.client_keys import LIMITS
+
+    return dict(zip(LIMITS, values, strict=True))
 
 
-def _models(models: tuple[str, ...] | None) -> str:
-    return "all" if models is None else ", ".join(models)
+def _written(action: str, key: ClientKey) -> None:
+    """The store has the audit line already; this one is for whoever listens to the log."""
+    from proxy.state.audit import CLI
+
+    CLI.log(action, key.id, "done")
+
+
+def _show_secret(key: ClientKey, secret: str, *, as_json: bool) -> None:
+    from proxy.cli import console
+    from proxy.routes.key_bodies import shown_key
+
+    if as_json:
+        shown: dict[str, Any] = {**shown_key(key), "key": secret}
+        console.emit_json(shown)
+        return
+    console.say(secret)
+    console.note(f"key {key.id} for {key.name}; it is not shown again. Clients send it as `Authorization: Bearer …`.")

@@ -76,12 +76,14 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 @asynccontextmanager
 async def open_registry(settings: Settings) -> AsyncIterator[Registry]:
     """The store itself, with no server needed; a running server's embedded store is joined."""
+    from proxy.state.audit import CLI
     from proxy.state.keys import KeyLatch
     from proxy.state.registry import Registry
     from proxy.state.store import Store
 
     store = await Store.open(settings)
     try:
-        yield Registry(store, [entry.model_name for entry in settings.model_list], KeyLatch(settings.data_dir))
+        configured = [entry.model_name for entry in settings.model_list]
+        yield Registry(store, configured, KeyLatch(settings.data_dir), CLI)
     finally:
         await store.close()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from proxy.settings import Settings
+from proxy.state.audit import CLI
 from proxy.state.catalog import bundled_catalog
 from proxy.state.keys import KeyLatch
 from proxy.state.prices import SyncReport, sync_prices
@@ -36,7 +37,7 @@ async def sync_once(settings: Settings, url: str | None = None) -> SyncReport:
         configured = {entry.model_name: ModelRecord.of_entry(entry, "config", 0.0) for entry in settings.model_list}
         reader = StoredReader(store, time.time)
         await reader.read(configured)
-        registry = Registry(store, configured, KeyLatch(settings.data_dir))
+        registry = Registry(store, configured, KeyLatch(settings.data_dir), CLI)
         return await sync_prices(registry, _priced(reader.last, configured), url or settings.price_url)
     finally:
         await store.close()

@@ -54,6 +54,6 @@ async def _keys_required(store: Store, settings: Settings) -> bool:
     latch = KeyLatch(settings.data_dir)
     if not latch.closed:
         with contextlib.suppress(StoreUnavailable):
-            if await Registry(store, (), latch).list_keys():
+            if await Registry(store, (), latch).keys.listed():
                 latch.close()
     return latch.closed

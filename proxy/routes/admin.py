@@ -12,9 +12,10 @@ from starlette.responses import JSONResponse
 
 from proxy.errors import UnknownName
 from proxy.routes.admin_bodies import Asking, read_addition, read_patch, read_price, read_profile
-from proxy.routes.context import OurServices, json_object
+from proxy.routes.context import AdminServices, Audit, json_object
 from proxy.routes.model_cards import card_of, cards_of
 from proxy.services import Services
+from proxy.state.audit import PROFILE_MODEL
 from proxy.state.records import ModelRecord
 from proxy.state.registry import ChangedMeanwhile, DefinedInConfig
 from proxy.state.store import StoreUnavailable
@@ -25,7 +26,7 @@ ATTEMPTS = 5
 
 
 @router.post("", response_model=None)
-async def add_model(request: Request, services: OurServices) -> Response:
+async def add_model(request: Request, services: AdminServices) -> Response:
     """202 with the job that measures it, or 201 where its profile came along."""
     body = await json_object(request, services)
     cluster_map = services.state.current.cluster_map
@@ -40,23 +41,26 @@ async def add_model(request: Request, services: OurServices) -> Response:
 
 
 @router.get("", response_model=None)
-async def list_models(services: OurServices) -> dict[str, Any]:
+async def list_models(services: AdminServices) -> dict[str, Any]:
     version = services.state.current.version
     return {"models": await cards_of(services), "state_version": version}
 
 
 @router.post("/{name:path}/profile", response_model=None)
-async def measure_again(name: str, request: Request, services: OurServices) -> Response:
+async def measure_again(name: str, request: Request, services: AdminServices, audit: Audit) -> Response:
     """Ask the model again, or put a ready profile in place of its own. The old one serves until then."""
     record = await _record(services, name)
     body = await json_object(request, services)
     stated = body.get("profile", body)
     profile = read_profile(stated, services.settings, services.state.current.cluster_map)
-    return await _profile(services, record, profile, 200)
+    reply = await _profile(services, record, profile, 200)
+    if isinstance(profile, Asking):
+        await audit.note(PROFILE_MODEL, name)
+    return reply
 
 
 @router.put("/{name:path}/pricing", response_model=None)
-async def put_price(name: str, request: Request, services: OurServices) -> dict[str, Any]:
+async def put_price(name: str, request: Request, services: AdminServices) -> dict[str, Any]:
     await _record(services, name)
     price = read_price(await json_object(request, services))
     version = await services.registry.put_price(name, price, "admin")
@@ -66,7 +70,7 @@ async def put_price(name: str, request: Request, services: OurServices) -> dict[
 
 
 @router.get("/{name:path}", response_model=None)
-async def get_model(name: str, services: OurServices) -> dict[str, Any]:
+async def get_model(name: str, services: AdminServices) -> dict[str, Any]:
     """As it is now: whoever saw its job end finds its profile in use."""
     if services.state.available:
         with suppress(StoreUnavailable):
@@ -76,7 +80,7 @@ async def get_model(name: str, services: OurServices) -> dict[str, Any]:
 
 
 @router.patch("/{name:path}", response_model=None)
-async def change_model(name: str, request: Request, services: OurServices) -> dict[str, Any]:
+async def change_model(name: str, request: Request, services: AdminServices) -> dict[str, Any]:
     """A change of litellm_params sets the profile aside, and ends the job that measures it: it is another arm now."""
     stated = await json_object(request, services)
     before, changed, version = await _changed(services, name, stated)
@@ -90,7 +94,7 @@ async def change_model(name: str, request: Request, services: OurServices) -> di
 
 
 @router.delete("/{name:path}", response_model=None)
-async def remove_model(name: str, services: OurServices) -> Response:
+async def remove_model(name: str, services: AdminServices) -> Response:
     """Requests that the model serves already are finished; a job that measures it is cancelled."""
     _not_configured(await _record(services, name))
     await services.jobs.cancel_for(name, "the model was removed")

@@ -47,7 +47,7 @@ def read_addition(
     body: Mapping[str, Any], settings: Settings, environ: Mapping[str, str], cluster_map: ClusterMap, now: float
 ) -> Addition:
     """Raises BadRequest, or InvalidProfile, naming the field."""
-    _known_only(body, _ADD, "")
+    known_only(body, _ADD, "")
     name = body.get("model_name")
     if name in settings.route_names:
         raise BadRequest(f"{name!r} is one of route_names: it asks for routing", param="model_name")
@@ -61,7 +61,7 @@ def read_patch(
     body: Mapping[str, Any], record: ModelRecord, settings: Settings, environ: Mapping[str, str]
 ) -> ModelRecord:
     """Stated fields replace, null removes; what is not stated stays. Raises BadRequest."""
-    _known_only(body, _PATCH, "")
+    known_only(body, _PATCH, "")
     stated = _object(body.get("litellm_params"), "litellm_params")
     params = _merged(record.litellm_params, stated)
     moved = [name for name in _KEY_GOES_TO if params.get(name) != record.litellm_params.get(name)]
@@ -89,7 +89,7 @@ def read_profile(stated: Any, settings: Settings, cluster_map: ClusterMap) -> As
                 f"the profile has {profile.labels.size} clusters, the map {cluster_map.size}", param="profile"
             )
         return profile
-    _known_only(document, ("prompts", "max_usd"), "profile.")
+    known_only(document, ("prompts", "max_usd"), "profile.")
     defaults = settings.profile
     try:
         asked = ProfileSettings(
@@ -102,7 +102,7 @@ def read_profile(stated: Any, settings: Settings, cluster_map: ClusterMap) -> As
 
 def read_price(body: Mapping[str, Any]) -> Price:
     """The whole price. Raises BadRequest, or InvalidPrice, naming the field."""
-    _known_only(body, PRICE_FIELDS, "")
+    known_only(body, PRICE_FIELDS, "")
     stated = {name: value for name, value in body.items() if value is not None}
     for name, value in stated.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -200,7 +200,7 @@ def _merged(before: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, A
     return {name: value for name, value in {**before, **stated}.items() if value is not None}
 
 
-def _known_only(body: Mapping[str, Any], known: Collection[str], prefix: str) -> None:
+def known_only(body: Mapping[str, Any], known: Collection[str], prefix: str) -> None:
     for name in body:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

@@ -8,7 +8,8 @@ from fastapi import APIRouter
 
 from proxy.errors import UnknownJob
 from proxy.jobs.records import Job
-from proxy.routes.context import OurServices
+from proxy.routes.context import Audit, OurServices
+from proxy.state.audit import CANCEL_JOB
 
 router = APIRouter(prefix="/admin/jobs")
 
@@ -27,10 +28,11 @@ async def get_outcomes(job_id: str, services: OurServices) -> dict[str, Any]:
 
 
 @router.delete("/{job_id}", response_model=None)
-async def cancel_job(job_id: str, services: OurServices) -> dict[str, Any]:
+async def cancel_job(job_id: str, services: OurServices, audit: Audit) -> dict[str, Any]:
     """The job as it is after that; a finished one stays as it was."""
     await _job(job_id, services)
-    await services.jobs.cancel(job_id)
+    if await services.jobs.cancel(job_id):
+        await audit.note(CANCEL_JOB, job_id)
     return await get_job(job_id, services)
 
 

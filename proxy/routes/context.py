@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
-from proxy.auth import KEY_IN_SCOPE
+from proxy.auth import KEY_IN_SCOPE, WHO_IN_SCOPE
 from proxy.body import read_body
 from proxy.edge import ARRIVED, TRACE
 from proxy.routing.request import parse_object
 from proxy.services import Services
+from proxy.state.audit import AuditTrail, Author
 from proxy.state.records import ClientKey
 from proxy.trace import Trace
 
@@ -27,6 +29,26 @@ async def key_of(request: Request) -> ClientKey | None:
 
 OurServices = Annotated[Services, Depends(services_of)]
 Caller = Annotated[ClientKey | None, Depends(key_of)]
+
+
+async def author_of(request: Request) -> Author:
+    return Author(request.scope[WHO_IN_SCOPE], trace_of(request).request_id)
+
+
+Writing = Annotated[Author, Depends(author_of)]
+
+
+async def admin_services_of(services: OurServices, author: Writing) -> Services:
+    """Whatever is written to this registry has an audit line."""
+    return replace(services, registry=services.registry.by(author))
+
+
+async def audit_of(services: OurServices, author: Writing) -> AuditTrail:
+    return AuditTrail(services.store, author)
+
+
+AdminServices = Annotated[Services, Depends(admin_services_of)]
+Audit = Annotated[AuditTrail, Depends(audit_of)]
 
 
 def trace_of(request: Request) -> Trace:
@@ -46,3 +68,9 @@ def headers_of(request: Request) -> list[tuple[str, str]]:
 async def json_object(request: Request, services: Services) -> dict[str, Any]:
     """Raises BadRequest, NotJson, BodyTooLarge."""
     return parse_object(await read_body(request, services.settings.max_body_bytes))
+
+
+async def json_object_or_nothing(request: Request, services: Services) -> dict[str, Any]:
+    """No body at all is an empty object."""
+    raw = await read_body(request, services.settings.max_body_bytes)
+    return parse_object(raw) if raw else {}

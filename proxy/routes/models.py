@@ -9,7 +9,8 @@ from fastapi import APIRouter
 
 from proxy.errors import UnknownName
 from proxy.routes.context import Caller, OurServices
-from proxy.routing.names import ALIASES, ANY, usable_models
+from proxy.routing.cost_weight import may_ask
+from proxy.routing.names import ALIASES, ANY, Way, usable_models
 from proxy.services import Services
 
 router = APIRouter()
@@ -33,6 +34,8 @@ def _listed(services: Services, key: Caller) -> Iterator[dict[str, Any]]:
     usable = usable_models(state, key)
     routed = dict.fromkeys((*ALIASES, *(name for name in services.settings.route_names if name != ANY)))
     for name in routed:
+        if not may_ask(ALIASES.get(name, Way.SCORED), key):
+            continue
         yield _model(name, 0, "uniroute")
     for name in usable:
         yield _model(name, int(state.models[name].created_at), state.models[name].source)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from proxy.routing.cost_weight import cost_weight
 from proxy.routing.features import needs_of
 from proxy.routing.names import Way
 from proxy.routing.request import ChatRequest
@@ -46,12 +47,12 @@ def needs_within(request: ChatRequest) -> Needs:
     )
 
 
-def terms_of(request: ChatRequest, way: Way, settings: Settings, thread: Thread) -> Terms:
+def terms_of(request: ChatRequest, way: Way, settings: Settings, key: ClientKey | None, thread: Thread) -> Terms:
+    """Raises BadRequest or Forbidden where the key's bounds of λ are left."""
     options = request.options
-    stated = settings.lambda_ if options.lambda_ is None else options.lambda_
     weight = settings.latency_weight if options.latency_weight is None else options.latency_weight
     return Terms(
-        lambda_=0.0 if way is Way.BEST else stated,
+        lambda_=cost_weight(request, way, settings, key),
         latency_weight=weight,
         max_cost_usd=options.max_cost_usd,
         cost_unit=settings.cost_unit,

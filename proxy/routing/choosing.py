@@ -71,6 +71,7 @@ async def choose(
 
     Raises:
         UnknownName, Forbidden: of a name in the request.
+        BadRequest: of a λ that the key may not use.
         NothingAble, Unavailable: no candidate is left.
     """
     way = way_of(request.model, settings, state, key)
@@ -82,7 +83,7 @@ async def choose(
         way=way,
         allowed=candidates(request.options, state, key),
         needs=needs_within(request),
-        terms=terms_of(request, way, settings, thread),
+        terms=terms_of(request, way, settings, key, thread),
         thread=thread,
         resting=resting,
     )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 from pathlib import Path
 
 PREFIX = "ur-"
+SECRET = re.compile(rf"{PREFIX}[A-Za-z0-9_-]{{43}}")
+"""What a secret looks like, wherever one was put by mistake."""
 
 
 def new_secret() -> str:

@@ -1,4 +1,4 @@
-"""What is stored of a model, its price and a client key, as types and as JSON. No Redis."""
+"""What is stored of a model and its price, as types and as JSON. A client key is client_keys. No Redis."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from proxy.settings import ModelEntry, ModelInfo
-from proxy.state.key_limits import NO_LIMITS, KeyLimits
-from router_core.errors import InvalidInput, InvalidPrice
+from proxy.state.client_keys import ClientKey
+from proxy.state.stored_json import InvalidRecord, json_object, unix_time
+from router_core.errors import InvalidPrice
 from router_core.profiles import Profile
 from router_core.types import Price
 
+__all__ = ["PRICE_FIELDS", "ClientKey", "InvalidRecord", "LivePrice", "ModelRecord", "StoredProfile"]
+
 PRICE_FIELDS = tuple(column.name for column in fields(Price))
-
-
-class InvalidRecord(InvalidInput):
-    """A stored entry that is not what we write; the message says what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class ModelRecord:
 
     @classmethod
     def from_json(cls, name: str, text: str) -> ModelRecord:
-        stored = _object(text)
+        stored = json_object(text)
         try:
             entry = ModelEntry.model_validate(
                 {
@@ -67,7 +66,7 @@ class ModelRecord:
             )
         except ValidationError as error:
             raise InvalidRecord(f"not a model: {error.errors()[0]['msg']}") from error
-        return cls.of_entry(entry, "admin", _time(stored.get("created_at")))
+        return cls.of_entry(entry, "admin", unix_time(stored.get("created_at")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +91,7 @@ class LivePrice:
         except TypeError as error:
             raise InvalidPrice("a price needs both input_cost_per_token and output_cost_per_token") from error
         try:
-            updated_at = _time(float(stored.get("updated_at") or seen_at))
+            updated_at = unix_time(float(stored.get("updated_at") or seen_at))
         except (ValueError, InvalidRecord):
             updated_at = seen_at
         return cls(price, stored.get("source") or "external", updated_at)
@@ -113,56 +112,11 @@ class StoredProfile:
 
     @classmethod
     def from_json(cls, text: str) -> StoredProfile:
-        stored = _object(text)
+        stored = json_object(text)
         fingerprint, profile, job = stored.get("fingerprint"), stored.get("profile"), stored.get("job")
         if not isinstance(fingerprint, str) or not isinstance(profile, dict) or not isinstance(job, str | None):
             raise InvalidRecord("a stored profile needs `fingerprint` and `profile`, and `job` as an id or null")
         return cls(fingerprint, Profile.from_json(profile), job)
-
-
-@dataclass(frozen=True, slots=True)
-class ClientKey:
-    """A client key as it is stored: its digest, never the key."""
-
-    id: str
-    name: str
-    digest: str
-    """SHA-256, hexadecimal."""
-    created_at: float
-    models: tuple[str, ...] | None = None
-    """The models this key may use; None: all."""
-    revoked: bool = False
-    limits: KeyLimits = NO_LIMITS
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, key_id: str, text: str) -> ClientKey:
-        stored = _object(text)
-        models, revoked, digest = stored.get("models"), stored.get("revoked", False), stored.get("digest")
-        if not isinstance(digest, str) or not isinstance(revoked, bool):
-            raise InvalidRecord("a key needs its digest, and `revoked` as true or false")
-        if not (models is None or (isinstance(models, list) and all(isinstance(name, str) for name in models))):
-            raise InvalidRecord("a key's models must be a list of names or null")
-        allowed = None if models is None else tuple(models)
-        return cls(key_id, str(stored.get("name", "")), digest, _time(stored.get("created_at")), allowed, revoked)
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        stored = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRecord(f"not JSON: {error}") from error
-    if not isinstance(stored, dict):
-        raise InvalidRecord(f"must be a JSON object; got {type(stored).__name__}")
-    return stored
-
-
-def _time(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e11:
-        raise InvalidRecord(f"a time must be Unix seconds; got {value!r}")
-    return float(value)
 
 
 def _amount(name: str, text: str) -> float:

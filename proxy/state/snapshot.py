@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -50,7 +50,7 @@ class RoutingState:
     elsewhere: Mapping[str, StoredProfile]
     """Those of them that were measured as they are now, but on another map."""
     keys: Mapping[str, ClientKey]
-    """By digest; revoked ones are not here."""
+    """By the digest of each secret, also of one before the last rotation; revoked ones are not here."""
     keys_required: bool
 
     def standing(self, name: str) -> str:
@@ -104,9 +104,14 @@ def build_state(stored: Stored, around: Surroundings, *, keys_latched: bool) -> 
         profiles=profiles,
         set_aside=set_aside,
         elsewhere=elsewhere,
-        keys={key.digest: key for key in stored.keys.values() if not key.revoked},
+        keys=_by_digest([key for key in stored.keys.values() if not key.revoked]),
         keys_required=keys_latched or stored.keys_exist,
     )
+
+
+def _by_digest(keys: Collection[ClientKey]) -> dict[str, ClientKey]:
+    earlier = {key.previous_digest: key for key in keys if key.previous_digest is not None}
+    return earlier | {key.digest: key for key in keys}
 
 
 def prices_of(

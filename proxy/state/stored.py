@@ -37,7 +37,7 @@ def price_key(model: str) -> str:
 
 @dataclass(frozen=True)
 class Stored:
-    """One consistent reading, parsed. An entry that cannot be read is its last good value, or absent."""
+    """One consistent reading, parsed. An entry that cannot be read is its last good value; a key is absent."""
 
     version: int = -1
     """-1: nothing was read yet."""
@@ -99,7 +99,7 @@ class StoredReader:
             models=self._entries(MODELS, models, self.last.models, ModelRecord.from_json),
             profiles=self._entries(PROFILES, profiles, self.last.profiles, _stored_profile),
             earlier=self._entries(EARLIER, earlier, self.last.earlier, _stored_profile),
-            keys=self._entries(KEYS, keys, self.last.keys, ClientKey.from_json),
+            keys=self._entries(KEYS, keys, self.last.keys, ClientKey.from_json, else_last=False),
             keys_exist=not isinstance(keys, dict) or bool(keys),
             prices=self.last.prices,
         )
@@ -112,8 +112,15 @@ class StoredReader:
             return self.last.version
 
     def _entries(
-        self, key: str, raw: object, last: Mapping[str, _Entry], parse: Callable[[str, str], _Entry]
+        self,
+        key: str,
+        raw: object,
+        last: Mapping[str, _Entry],
+        parse: Callable[[str, str], _Entry],
+        *,
+        else_last: bool = True,
     ) -> Mapping[str, _Entry]:
+        """`else_last`: an entry that cannot be read is what it was; not so a key, which may have been taken away."""
         if not isinstance(raw, dict):
             self._complain(key, f"cannot be read, the last reading stays: {raw}")
             return last
@@ -123,7 +130,7 @@ class StoredReader:
                 entries[name] = parse(name, text)
             except InvalidInput as error:
                 self._complain(f"{key} {name}", str(error))
-                if name in last:
+                if else_last and name in last:
                     entries[name] = last[name]
         return entries
 

@@ -1,4 +1,4 @@
-"""One real proxy for the session with two arms, a good dear one and a fair cheap one, each a scripted server."""
+"""What the HTTP tests share: one proxy with a good dear arm and a fair cheap one, and one whose door needs keys."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from tests.http.ranked import asking, ranked, started_ranked
+from tests.support.keyed import KeyedProxy
 from tests.support.server import TIRELESS, ProxyProcess, arm
 from tests.support.upstream import ScriptedUpstream
 
@@ -94,3 +95,20 @@ async def async_client(fleet: Fleet) -> AsyncIterator[openai.AsyncOpenAI]:
 def http(fleet: Fleet) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=fleet.url, timeout=20) as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def keyed_proxy(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[KeyedProxy]:
+    """At λ=0.1 "fair" is chosen, at λ=0 "good"."""
+    with ScriptedUpstream() as upstream:
+        config = {
+            "model_list": [arm("fair", upstream.url, price=1e-7), arm("good", upstream.url, price=1e-5)],
+            "uniroute": {"profile": {"on_start": False}},
+        }
+        folder = tmp_path_factory.mktemp("admin-keys")
+        environ = {"ARM_API_KEY": "sk-x"}
+        with ProxyProcess(folder, embedder_cache, config, environ) as proxy, KeyedProxy(proxy) as opened:
+            proxy.put_profile("fair", 0.3)
+            proxy.put_profile("good", 0.1)
+            opened.make(name="closes the door")
+            yield opened

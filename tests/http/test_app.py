@@ -36,6 +36,31 @@ async def test_an_allowed_page_may_call_and_no_other(tmp_path: Path, embedder_ca
     assert "access-control-allow-origin" not in foreign.headers
 
 
+async def test_a_change_of_a_key_is_in_force_here_when_it_is_answered(tmp_path: Path, embedder_cache: Path) -> None:
+    root = {"authorization": "Bearer root-key-of-the-test"}
+    async with open_services(settings(tmp_path, embedder_cache, admin_key="root-key-of-the-test"), {}) as services:
+        await services.state.stop()  # nothing but the call itself brings the news
+        transport = httpx.ASGITransport(app=create_app(services))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
+
+            async def opens(key: str | None) -> bool:
+                headers = {"x-api-key": key} if key else {}
+                return (await client.get("/v1/models", headers=headers)).status_code == 200
+
+            assert await opens(None)
+            made = (await client.post("/admin/keys", json={"name": "team"}, headers=root)).json()
+            assert [await opens(key) for key in (None, made["key"])] == [False, True]
+            path = f"/admin/keys/{made['id']}"
+            rotated = (await client.post(f"{path}/rotate", headers=root)).json()
+            assert [await opens(key) for key in (made["key"], rotated["key"])] == [False, True]
+            await client.patch(path, json={"expires_in_s": 0}, headers=root)
+            assert not await opens(rotated["key"])
+            await client.patch(path, json={"expires_in_s": 60}, headers=root)
+            assert await opens(rotated["key"])
+            await client.delete(path, headers=root)
+            assert not await opens(rotated["key"])
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -27,8 +27,10 @@ def settings(**values: Any) -> Settings:
         ([("authorization", "Bearer abc")], b"abc"),
         ([("authorization", "bearer   abc ")], b"abc"),
         ([("x-api-key", "abc")], b"abc"),
-        ([("authorization", "Bearer abc"), ("x-api-key", "other")], b"abc"),
+        ([("authorization", "Bearer abc"), ("x-api-key", "abc")], b"abc"),
+        ([("authorization", "Bearer "), ("x-api-key", "abc")], b"abc"),
         ([("authorization", "Bearer \xe9")], b"\xe9"),
+        ([("authorization", "Bearer abc\xa0")], b"abc\xa0"),
         ([("authorization", "Bearer ")], None),
         ([], None),
     ],
@@ -45,6 +47,7 @@ def test_a_key_is_found(sent: list[tuple[str, str]], key: bytes | None) -> None:
         [("authorization", "Bearer " + "x" * 10_000)],
         [("authorization", "Bearer a"), ("authorization", "Bearer b")],
         [("x-api-key", "a"), ("x-api-key", "a")],
+        [("authorization", "Bearer abc"), ("x-api-key", "other")],
     ],
 )
 def test_what_cannot_be_one_key_is_refused(sent: list[tuple[str, str]]) -> None:

@@ -118,3 +118,16 @@ async def test_without_a_default_model_a_deployment_with_nothing_measured_says_s
 async def test_the_default_model_stands_in_only_where_it_could_answer() -> None:
     with pytest.raises(Unavailable):
         await chosen(state=only_unmeasured(), settings={"default_model": "new"}, key=LIMITED)
+
+
+async def test_the_stand_in_tells_a_limited_key_of_its_own_models_alone() -> None:
+    names = ("new", "other", "secret")
+    records = {name: a_record(name) for name in names}
+    state = build_state(Stored(version=1, models=records, keys_exist=False), surroundings(), keys_latched=False)
+    key = ClientKey("k", "team", "0a", 0.0, ("new", "other"))
+    assert (await chosen(state=state, settings={"default_model": "new"}, key=key)).ineligible.keys() == {"other"}
+
+
+async def test_a_key_states_lambda_where_the_request_does_not() -> None:
+    best = ClientKey("k", "team", "0a", 0.0, lambda_default=0.0)
+    assert [(await chosen(key=key)).model for key in (None, best)] == ["cheap", "dear"]

@@ -98,7 +98,7 @@ async def test_a_refusal_while_the_able_rest_says_so() -> None:
 def an_asked(state: RoutingState) -> Asked:
     request = ChatRequest({"messages": [{"role": "user", "content": LONG}]}, "auto", False, False, Options())
     settings = Settings.model_validate({"data_dir": Path("/nowhere")})
-    terms = terms_of(request, Way.SCORED, settings, NO_THREAD)
+    terms = terms_of(request, Way.SCORED, settings, None, NO_THREAD)
     return Asked(request, None, state, settings, Way.SCORED, None, needs_within(request), terms, NO_THREAD)
 
 

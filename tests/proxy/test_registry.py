@@ -98,15 +98,15 @@ async def test_a_write_over_a_key_of_the_wrong_type_is_refused_whole(store: Stor
 
 async def test_a_key_is_shown_once_and_stored_as_a_digest(store: Store, tmp_path: Path) -> None:
     registry = a_registry(store, tmp_path)
-    key, secret = await registry.create_key("team", ("small",))
+    key, secret = await registry.keys.create("team", ("small",))
     assert secret.startswith("ur-")
     assert key.digest == digest_of(secret)
-    assert await registry.list_keys() == (key,)
+    assert await registry.keys.listed() == (key,)
     assert secret not in str(await store.client.hgetall("uniroute:keys"))
-    await registry.revoke_key(key.id)
-    assert [known.revoked for known in await registry.list_keys()] == [True]
+    await registry.keys.revoke(key.id)
+    assert [known.revoked for known in await registry.keys.listed()] == [True]
     with pytest.raises(UnknownKey):
-        await registry.revoke_key("nobody")
+        await registry.keys.revoke("nobody")
 
 
 async def test_without_redis_a_write_says_so_and_no_key_is_demanded(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ async def test_without_redis_a_write_says_so_and_no_key_is_demanded(tmp_path: Pa
     with pytest.raises(StoreUnavailable, match="could not add a model"):
         await registry.add_model(a_record())
     with pytest.raises(StoreUnavailable):
-        await registry.create_key("team")
+        await registry.keys.create("team")
     assert not KeyLatch(tmp_path).closed
     await store.close()
 

@@ -102,7 +102,7 @@ async def test_a_key_of_the_wrong_type_leaves_the_last_state_and_is_said_once(
     registry = a_registry(store, tmp_path)
     await registry.add_model(a_record())
     await registry.put_profile(a_record(), a_profile())
-    await registry.create_key("team")
+    await registry.keys.create("team")
     await registry.put_price("small", Price(1e-6, 2e-6))
     async with following(store, tmp_path) as holder:
         before = holder.current
@@ -142,9 +142,9 @@ async def test_keys_once_made_stay_required_after_revoking_all_and_after_an_empt
     registry = a_registry(store, tmp_path)
     async with following(store, tmp_path / "other-machine") as elsewhere:
         assert not elsewhere.current.keys_required
-        key, _ = await registry.create_key("team")
+        key, _ = await registry.keys.create("team")
         await until(lambda: key.digest in elsewhere.current.keys)
-        await registry.revoke_key(key.id)
+        await registry.keys.revoke(key.id)
         await until(lambda: key.digest not in elsewhere.current.keys)
         assert elsewhere.current.keys_required
         await store.client.flushall()

@@ -1,0 +1,177 @@
+"""A client key as it is stored: its digest, what it may do, until when. What it used is limits' business. No Redis."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, get_args
+
+from proxy.state.key_limits import NO_LIMITS, KeyLimits
+from proxy.state.stored_json import InvalidRecord, is_unix_time, json_object
+
+Role = Literal["client", "viewer", "admin"]
+ROLES: tuple[Role, ...] = get_args(Role)
+LIMITS = tuple(column.name for column in fields(KeyLimits))
+MOST_USD = 1e6
+"""The largest limit: sums of whole picodollars stay exact far beyond it."""
+MOST_PER_MINUTE = 10**12
+
+
+class InvalidKey(InvalidRecord):
+    """What a key cannot be; `param` is the field."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+@dataclass(frozen=True, slots=True)
+class ClientKey:
+    """Checked whole when it is made: raises InvalidKey. Times are Unix seconds; None is no bound."""
+
+    id: str
+    name: str
+    digest: str = field(repr=False)
+    """SHA-256, hexadecimal."""
+    created_at: float
+    models: tuple[str, ...] | None = None
+    """The models this key may use; None: all."""
+    revoked: bool = False
+    limits: KeyLimits = NO_LIMITS
+    role: Role = "client"
+    expires_at: float | None = None
+    lambda_default: float | None = None
+    """The λ of a request that states none; None: the settings', moved within the bounds."""
+    lambda_min: float | None = None
+    lambda_max: float | None = None
+    previous_digest: str | None = field(default=None, repr=False)
+    """Of the secret before the last rotation, which opens until `previous_until`."""
+    previous_until: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, (good, must_be) in _FIELDS.items():
+            _check(name, getattr(self, name), good, must_be)
+        for name, (good, must_be) in _LIMIT_FIELDS.items():
+            _check(name, getattr(self.limits, name), good, must_be)
+        _check_lambdas(self)
+        if (self.previous_digest is None) != (self.previous_until is None):
+            raise InvalidKey("`previous_digest` and `previous_until` belong together")
+
+    def opens_with(self, digest: str, now: float) -> bool:
+        """Whether this is the digest of its secret or, within the grace of a rotation, of the one before."""
+        if hmac.compare_digest(digest, self.digest):
+            return True
+        if self.previous_digest is None or self.previous_until is None:
+            return False
+        return hmac.compare_digest(digest, self.previous_digest) and now < self.previous_until
+
+    def expired(self, now: float) -> bool:
+        return self.expires_at is not None and now >= self.expires_at
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, key_id: str, text: str) -> ClientKey:
+        """A field that is not known here may be a restriction that is not kept here: such a record is refused too."""
+        stored = json_object(text)
+        limits, models = stored.get("limits"), stored.get("models")
+        if not isinstance(limits, dict | None):
+            raise InvalidKey("`limits` must be an object", "limits")
+        try:
+            given = {
+                **stored,
+                "id": key_id,
+                "name": stored.get("name", ""),
+                "models": tuple(models) if isinstance(models, list) else models,
+                "limits": KeyLimits(**(limits or {})),
+            }
+            return cls(**given)
+        except TypeError as error:
+            raise InvalidKey(f"its fields are not those of a key: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class KeyChange:
+    """Fields of a key and of its limits, by name, and what they become. The others stay."""
+
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    limits: Mapping[str, Any] = field(default_factory=dict)
+
+    def of(self, key: ClientKey) -> ClientKey:
+        """Raises InvalidKey."""
+        return replace(key, **self.fields, limits=replace(key.limits, **self.limits))
+
+
+def _check(name: str, value: object, good: Callable[[Any], bool], must_be: str) -> None:
+    if not good(value):
+        shown = "something else" if "digest" in name else f"{value!r}"[:100]
+        raise InvalidKey(f"`{name}` must be {must_be}; got {shown}", name)
+
+
+def _check_lambdas(key: ClientKey) -> None:
+    low, high, default = key.lambda_min, key.lambda_max, key.lambda_default
+    if low is not None and high is not None and low > high:
+        raise InvalidKey(f"`lambda_min` is {low:g}, above `lambda_max`, which is {high:g}", "lambda_min")
+    if default is not None and default != within(default, low, high):
+        bounds = f"{low or 0:g} and {'any' if high is None else format(high, 'g')}"
+        raise InvalidKey(f"`lambda_default` is {default:g}, not between {bounds}, the key's bounds", "lambda_default")
+
+
+def within(value: float, low: float | None, high: float | None) -> float:
+    """The nearest to `value` between two bounds, None being no bound."""
+    raised = value if low is None else max(value, low)
+    return raised if high is None else min(raised, high)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and value != "" and value.isascii()
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+
+
+def _amount_up_to(most: float) -> Callable[[object], bool]:
+    return lambda value: not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value <= most
+
+
+def _is_count(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int) and 1 <= value <= MOST_PER_MINUTE
+
+
+def _or_none(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or good(value)
+
+
+_TIME = (_or_none(is_unix_time), "a time in Unix seconds, or null")
+_LAMBDA = (_or_none(_amount_up_to(sys.float_info.max)), "a finite number, 0 or more, or null")
+_COUNT = (_or_none(_is_count), "a whole number of 1 or more, or null")
+_USD = (_or_none(_amount_up_to(MOST_USD)), f"an amount of USD from 0 to {MOST_USD:,.0f}, or null")
+_FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (_is_text, "a text"),
+    "digest": (_is_digest, "a digest"),
+    "created_at": (is_unix_time, "a time in Unix seconds"),
+    "models": (_or_none(_is_list), "a list of model names, or null"),
+    "revoked": (lambda value: isinstance(value, bool), "true or false"),
+    "role": (lambda value: value in ROLES, f"one of {', '.join(ROLES)}"),
+    "expires_at": _TIME,
+    "lambda_default": _LAMBDA,
+    "lambda_min": _LAMBDA,
+    "lambda_max": _LAMBDA,
+    "previous_digest": (_or_none(_is_digest), "a digest, or null"),
+    "previous_until": _TIME,
+}
+_LIMIT_FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "requests_per_minute": _COUNT,
+    "tokens_per_minute": _COUNT,
+    "usd_per_day": _USD,
+    "usd_per_month": _USD,
+}

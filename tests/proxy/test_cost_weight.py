@@ -1,0 +1,74 @@
+"""λ of a request within its key's bounds: what was stated is refused outside of them, what was not is moved inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from proxy.errors import BadRequest, Forbidden
+from proxy.routing.cost_weight import cost_weight, may_ask
+from proxy.routing.names import ALIASES, Way
+from proxy.routing.options import Options
+from proxy.routing.request import ChatRequest
+from proxy.settings import Settings
+from proxy.state.client_keys import ClientKey
+
+
+def weight(name: str = "auto", stated: float | None = None, **bounds: Any) -> float:
+    key = ClientKey("k", "team", "0a", 0.0, **bounds) if bounds else None
+    request = ChatRequest({}, name, False, False, Options(lambda_=stated))
+    return cost_weight(request, ALIASES.get(name, Way.PINNED), Settings.model_validate({"lambda": 0.1}), key)
+
+
+def test_the_request_comes_before_the_key_and_the_key_before_the_settings() -> None:
+    assert weight() == 0.1
+    assert weight(lambda_default=0.3) == 0.3
+    assert weight(stated=0.7, lambda_default=0.3) == 0.7
+    assert weight(lambda_default=0.0) == 0.0
+
+
+def test_what_nobody_stated_is_moved_within_the_bounds() -> None:
+    assert weight(lambda_min=0.5) == 0.5
+    assert weight(lambda_max=0.05) == 0.05
+    assert weight(lambda_min=0.05, lambda_max=0.5) == 0.1
+
+
+@pytest.mark.parametrize("stated", [0.2, 0.35, 0.5])
+def test_the_bounds_are_within_them(stated: float) -> None:
+    assert weight(stated=stated, lambda_min=0.2, lambda_max=0.5) == stated
+
+
+@pytest.mark.parametrize(
+    ("stated", "bounds", "words"),
+    [
+        (0.19, {"lambda_min": 0.2, "lambda_max": 0.5}, "`lambda` is 0.19; for this key it is from 0.2 to 0.5"),
+        (0.51, {"lambda_min": 0.2, "lambda_max": 0.5}, "from 0.2 to 0.5"),
+        (0.0, {"lambda_min": 0.2}, "0.2 or more"),
+        (1e300, {"lambda_max": 1.0}, "from 0 to 1"),
+    ],
+)
+@pytest.mark.parametrize("name", ["auto", "a-model"])
+def test_a_stated_value_outside_the_bounds_is_refused_by_name(
+    name: str, stated: float, bounds: dict[str, float], words: str
+) -> None:
+    with pytest.raises(BadRequest, match=words) as caught:
+        weight(name, stated, **bounds)
+    assert caught.value.param == "lambda"
+
+
+def test_the_names_that_stand_for_a_value_obey_the_bounds_too() -> None:
+    assert weight("uniroute/best", 0.4) == 0.0
+    assert weight("uniroute/best", lambda_max=1.0, lambda_default=0.5) == 0.0
+    assert weight("uniroute/cheap", lambda_min=0.2) == 0.2
+    with pytest.raises(Forbidden, match=r"'uniroute/best' asks for λ = 0; for this key λ is 0.2 or more"):
+        weight("uniroute/best", lambda_min=0.2)
+    with pytest.raises(Forbidden, match=r"'uniroute/cheap' asks for the cheapest model.*from 0 to 9"):
+        weight("uniroute/cheap", lambda_max=9.0)
+
+
+def test_only_the_names_that_the_bounds_leave_room_for_may_be_asked() -> None:
+    low, high = ClientKey("k", "n", "0a", 0.0, lambda_min=0.1), ClientKey("k", "n", "0a", 0.0, lambda_max=0.1)
+    assert [may_ask(Way.BEST, key) for key in (None, low, high)] == [True, False, True]
+    assert [may_ask(Way.CHEAP, key) for key in (None, low, high)] == [True, True, False]
+    assert all(may_ask(Way.SCORED, key) for key in (None, low, high))
