@@ -7,6 +7,7 @@ import pytest
 from proxy.errors import Forbidden, Unavailable, UnknownName
 from proxy.routing.assigning import Assigner, RoutingLate
 from proxy.routing.explaining import to_json
+from proxy.state.client_keys import ClientKey
 from proxy.state.snapshot import RoutingState, build_state
 from proxy.state.stored import Stored
 from tests.support.choices import LIMITED, Corners, a_state, chosen
