@@ -26,7 +26,11 @@ from proxy.services import Services, ServicesHolder, open_services
 from proxy.settings import Settings, load_settings
 
 ROUTERS = (health.router, chat.router, models.router, route.router, admin.router, admin_jobs.router)
-EXPOSED = ("x-request-id", "x-uniroute-model", "x-uniroute-decision", "x-uniroute-reason", "x-uniroute-overhead-ms")
+EXPOSED = (
+    *("x-request-id", "x-uniroute-model", "x-uniroute-decision", "x-uniroute-reason", "x-uniroute-overhead-ms"),
+    *(f"x-ratelimit-{what}-{kind}" for kind in ("requests", "tokens") for what in ("limit", "remaining", "reset")),
+    "retry-after",
+)
 
 
 def create_app(services: Services) -> FastAPI:

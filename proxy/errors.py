@@ -13,6 +13,8 @@ ProxyError
 ├── NotJson                  415  content type or encoding
 ├── NothingAble              400  no candidate can take this request; says why, per model
 │   └── TooLong              400  for the context window of every candidate
+├── RateLimited              429  the key may not send so much so soon
+│   └── BudgetExceeded       429  the key has spent what it may
 ├── Unavailable              503  nothing to route to yet, or the store is away
 └── UpstreamFailure               a model did not answer: its own status and body, or 502, 504
 ClientGone                        nobody is left to answer
@@ -35,12 +37,13 @@ class ClientGone(Exception):
 
 
 class ProxyError(Exception):
-    """The root. `param` names the offending field in the caller's own words."""
+    """The root. `param` names the offending field in the caller's own words; `headers` go with the response."""
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    def __init__(self, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.headers = dict(headers or {})
 
 
 class BadRequest(ProxyError):
@@ -91,6 +94,14 @@ class TooLong(NothingAble):
     """More tokens than any candidate's context window."""
 
 
+class RateLimited(ProxyError):
+    """A limit of the key: more requests or tokens than it may use so soon."""
+
+
+class BudgetExceeded(RateLimited):
+    """A limit of the key: it has spent what it may, or has set it aside."""
+
+
 class Unavailable(ProxyError):
     """Not now: no model is routable yet, or the store cannot be written."""
 
@@ -137,6 +148,8 @@ _TABLE: Mapping[type[ProxyError], tuple[int, str, str | None]] = {
     NotJson: (415, "invalid_request_error", "unsupported_media_type"),
     NothingAble: (400, "invalid_request_error", "no_eligible_model"),
     TooLong: (400, "invalid_request_error", "context_length_exceeded"),
+    RateLimited: (429, "rate_limit_error", "rate_limit_exceeded"),
+    BudgetExceeded: (429, "insufficient_quota", "insufficient_quota"),
     Unavailable: (503, "server_error", "unavailable"),
     UpstreamFailure: (502, "upstream_error", "upstream_failed"),
 }
@@ -165,7 +178,7 @@ def describe(error: ProxyError) -> tuple[int, dict[str, Any], dict[str, str]]:
     if isinstance(error, UpstreamFailure):
         return _describe_upstream(error)
     status, kind, code = next(_TABLE[kind] for kind in type(error).__mro__ if kind in _TABLE)
-    return status, error_object(error.message, kind, code, error.param), {}
+    return status, error_object(error.message, kind, code, error.param), error.headers
 
 
 def _describe_upstream(error: UpstreamFailure) -> tuple[int, dict[str, Any], dict[str, str]]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from starlette.responses import Response
 
 from proxy.errors import UpstreamFailure
+from proxy.limits.claims import claim_of
+from proxy.limits.standing import Granted
 from proxy.recording.meter import Books, Meter
+from proxy.relay.chunks import content_bytes
 from proxy.relay.forwarding import Forwarder
 from proxy.relay.sse import dump
 from proxy.relay.streaming import EventStream
@@ -13,6 +16,7 @@ from proxy.routing.choosing import Choice, choose
 from proxy.routing.request import ChatRequest
 from proxy.services import Services
 from proxy.state.records import ClientKey
+from proxy.state.snapshot import RoutingState
 from proxy.trace import Trace
 
 __all__ = ["Choice", "handle"]
@@ -27,9 +31,17 @@ async def handle(
     if choice.degraded:
         services.metrics.degraded.inc()
     books = Books(services.state, services.usage, services.metrics, services.live)
-    meter = Meter(books, choice, key, trace, started)
+    granted = await _granted(services, state, choice, key)
+    meter = Meter(books, choice, key, trace, started, granted)
     forwarder = Forwarder(services.upstream, state, request, trace, meter)
     return await (_stream(forwarder) if request.stream else _complete(forwarder))
+
+
+async def _granted(services: Services, state: RoutingState, choice: Choice, key: ClientKey | None) -> Granted | None:
+    """The one round trip to Redis before a request is sent, for keys that have limits."""
+    if key is None or not key.limits.any:
+        return None
+    return await services.limiter.reserve(key, claim_of(choice, state, services.settings, key.limits))
 
 
 async def _complete(forwarder: Forwarder) -> Response:
@@ -37,6 +49,7 @@ async def _complete(forwarder: Forwarder) -> Response:
     ending = "client_gone"
     try:
         answer = await forwarder.complete()
+        meter.received(content_bytes(answer))
         ending = "complete"
         return Response(dump(answer), media_type="application/json", headers=meter.headers())
     except UpstreamFailure as failure:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from proxy.cluster_maps import open_map
 from proxy.jobs.answering import UpstreamAnswerer
 from proxy.jobs.jobs import Jobs
+from proxy.limits.limiter import Limiter
 from proxy.recording.metrics import Metrics
 from proxy.recording.usage import UsageRecorder
 from proxy.routing.assigning import Assigner, deadline_of
@@ -46,6 +47,7 @@ class Services:
     assigner: Assigner
     upstream: LitellmUpstream
     usage: UsageRecorder
+    limiter: Limiter
     metrics: Metrics
     live: LiveExpectations
     environ: Mapping[str, str]
@@ -99,6 +101,8 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
         usage = UsageRecorder(store, metrics.usage_dropped.inc)
         usage.start()
         closing.push_async_callback(usage.stop)
+        limiter = Limiter(store, metrics, open_without_store=settings.limits_without_store == "allow")
+        closing.push_async_callback(limiter.close)
         registry = Registry(store, around.configured, latch)
         await assigner.warm(cluster_map)
         await importing
@@ -108,7 +112,9 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
         jobs = Jobs(store, state, UpstreamAnswerer(upstream), assigner.embedder, settings)
         closing.push_async_callback(jobs.close)
         await jobs.start_worker()
-        yield Services(settings, store, state, registry, jobs, assigner, upstream, usage, metrics, live, environ)
+        yield Services(
+            settings, store, state, registry, jobs, assigner, upstream, usage, limiter, metrics, live, environ
+        )
 
 
 def _open_routing(settings: Settings) -> tuple[ClusterMap, Assigner]:

@@ -38,7 +38,7 @@ def bill_usd(price: Price, usage: TokenUsage) -> float:
 
 
 def picousd(usd: float) -> int:
-    """Whole picodollars: sums of them are exact, where sums of floats drift. A token of $1e-9 is still 1,000 of them."""
+    """Whole picodollars: sums of them are exact, where sums of floats drift. A token of $1e-9 is 1,000 of them."""
     return round(usd * PICO)
 
 

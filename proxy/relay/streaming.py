@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from proxy.errors import ClientGone, UpstreamFailure, describe
 from proxy.recording.meter import Meter
-from proxy.relay.chunks import is_usage_chunk, usage_chunk
+from proxy.relay.chunks import content_bytes, is_usage_chunk, usage_chunk
 from proxy.relay.disconnect import until_gone
 from proxy.relay.forwarding import OpenStream
 from proxy.relay.sse import DONE, KEEP_ALIVE, event
@@ -73,6 +73,7 @@ class EventStream(Response):
         shown = False
         last: dict[str, Any] = {}
         async for chunk in self._stream:
+            self._meter.received(content_bytes(chunk))
             last = {**chunk, "model": self._meter.model}
             if chunk.get("usage"):
                 usage = chunk["usage"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from proxy.errors import NothingAble, Unavailable
 from proxy.routing.asked import Asked, terms_of
@@ -21,7 +21,7 @@ from router_core.decision import RoutingDecision
 from router_core.eligibility import Eligibility, eligible
 from router_core.errors import NoEligibleModel, RouterCoreError
 from router_core.scoring import rank, rank_by_cost, rank_by_mean
-from router_core.types import Assignment
+from router_core.types import Assignment, Needs
 
 log = logging.getLogger("uniroute.routing")
 
@@ -43,6 +43,8 @@ class Choice:
     """Among the models that the caller may use."""
     degraded: str | None = None
     """Why the prompt was not looked at."""
+    needs: Needs = field(default_factory=Needs)
+    """What the request asks for, whoever answers."""
 
 
 async def choose(
@@ -71,7 +73,8 @@ async def choose(
         needs=needs_of(request.body),
         terms=terms_of(request, way, settings),
     )
-    return await (_pinned(asked, assigner, explain=explain) if way is Way.PINNED else _routed(asked, assigner))
+    choice = await (_pinned(asked, assigner, explain=explain) if way is Way.PINNED else _routed(asked, assigner))
+    return replace(choice, needs=asked.needs)
 
 
 async def _pinned(asked: Asked, assigner: Assigner, *, explain: bool) -> Choice:

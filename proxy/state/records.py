@@ -146,7 +146,8 @@ class ClientKey:
         if not (models is None or (isinstance(models, list) and all(isinstance(name, str) for name in models))):
             raise InvalidRecord("a key's models must be a list of names or null")
         allowed = None if models is None else tuple(models)
-        return cls(key_id, str(stored.get("name", "")), digest, _time(stored.get("created_at")), allowed, revoked)
+        created_at, limits = _time(stored.get("created_at")), _limits(stored.get("limits"))
+        return cls(key_id, str(stored.get("name", "")), digest, created_at, allowed, revoked, limits)
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -157,6 +158,13 @@ def _object(text: str) -> dict[str, Any]:
     if not isinstance(stored, dict):
         raise InvalidRecord(f"must be a JSON object; got {type(stored).__name__}")
     return stored
+
+
+def _limits(stored: object) -> KeyLimits:
+    try:
+        return NO_LIMITS if stored is None else KeyLimits(**stored)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise InvalidRecord(f"a key's limits cannot be read: {error}") from error
 
 
 def _time(value: object) -> float:
