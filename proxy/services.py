@@ -101,7 +101,12 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
         usage = UsageRecorder(store, metrics.usage_dropped.inc)
         usage.start()
         closing.push_async_callback(usage.stop)
-        limiter = Limiter(store, metrics, open_without_store=settings.limits_without_store == "allow")
+        limiter = Limiter(
+            store,
+            metrics,
+            open_without_store=settings.limits_without_store == "allow",
+            timeout_s=settings.limits_timeout_s,
+        )
         closing.push_async_callback(limiter.close)
         registry = Registry(store, around.configured, latch)
         await assigner.warm(cluster_map)

@@ -87,6 +87,7 @@ class Settings(Frozen):
     fallback_attempts: Annotated[Whole, Field(ge=1, le=20)] = 3
     request_timeout_s: Annotated[Amount, Field(gt=0)] = 600
     reserve_output_tokens: Count = 4096
+    limits_timeout_s: Annotated[Amount, Field(gt=0, le=1)] = 0.05
     limits_without_store: Literal["refuse", "allow"] = "refuse"
     redis_url: Annotated[str | None, AfterValidator(_redis_address)] = Field(default=None, repr=False)
     admin_key: SecretStr | None = None

@@ -13,12 +13,13 @@ from redis.exceptions import NoScriptError, RedisError
 from proxy.state.store import Store, StoreUnavailable
 from proxy.tasks import end
 
+TIMEOUT_S = 0.05
 SLICE_S = 0.01
-SLICES = 5
-"""A silent Redis is waited for so many slices: 50 ms. While this process itself is busy a slice takes longer, and that
-is no silence: each ends only after the event loop has looked for an answer."""
+"""A silent Redis is waited for in slices. While this process itself is busy a slice takes longer, and that is no
+silence: each ends only after the event loop has looked for an answer."""
 PAUSE_S = 1.0
-MOST_AT_ONCE = 100
+MOST_AT_ONCE = 32
+"""In one round trip. Redis runs them before it answers the first: more of them would look like a silence."""
 _WHAT = "check the limits of a key"
 _ENDED = f"could not {_WHAT}: the server is shutting down"
 
@@ -37,19 +38,24 @@ class Question:
 class Asking:
     """One script, asked over one connection at a time. One per process."""
 
-    def __init__(self, store: Store, script: str) -> None:
+    def __init__(self, store: Store, script: str, timeout_s: float = TIMEOUT_S) -> None:
         self._store = store
+        self._timeout_s = timeout_s
         self._script = store.client.register_script(script)
         self._waiting: deque[Question] = deque()
         self._silent: str | None = None
         self._asking: asyncio.Task[None] | None = None
         self._listening: asyncio.Task[None] | None = None
 
-    async def ask(self, key: str, arguments: Collection[str | int | float]) -> Any:
-        """The script's answer.
+    @property
+    def silent(self) -> bool:
+        return self._silent is not None
+
+    def ask(self, key: str, arguments: Collection[str | int | float]) -> asyncio.Future[Any]:
+        """The script's answer; it comes also where nobody waits for it any more.
 
         Raises:
-            NotAsked: after a silence, until Redis answers again.
+            NotAsked: at once, after a silence, until Redis answers again.
             StoreUnavailable: an error in place of an answer, or none in time; it may have been heard all the same.
         """
         if self._silent is not None:
@@ -58,7 +64,7 @@ class Asking:
         self._waiting.append(question)
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._ask_all(), name="uniroute-limits-asking")
-        return await question.answer
+        return question.answer
 
     async def close(self) -> None:
         await end(self._asking, self._listening)
@@ -66,8 +72,7 @@ class Asking:
 
     async def _ask_all(self) -> None:
         while self._waiting:
-            questions = [self._waiting.popleft() for _ in range(min(MOST_AT_ONCE, len(self._waiting)))]
-            asked = [question for question in questions if not question.answer.done()]  # some clients have left
+            asked = [self._waiting.popleft() for _ in range(min(MOST_AT_ONCE, len(self._waiting)))]
             try:
                 for question, answer in zip(asked, await self._in_time(asked), strict=True):
                     _tell(question, answer)
@@ -79,7 +84,7 @@ class Asking:
     async def _in_time(self, questions: list[Question]) -> list[Any]:
         asking = asyncio.create_task(self._send(questions))
         try:
-            for _ in range(SLICES):
+            for _ in range(max(1, round(self._timeout_s / SLICE_S))):
                 await asyncio.wait({asking}, timeout=SLICE_S)
                 if asking.done():
                     return asking.result()
@@ -87,7 +92,7 @@ class Asking:
             if not asking.done():
                 asking.add_done_callback(_forget)
                 asking.cancel()
-        waited = f"{SLICES * SLICE_S * 1000:.0f} ms"
+        waited = f"{self._timeout_s * 1000:.0f} ms"
         raise StoreUnavailable(f"could not {_WHAT}: Redis at {self._store.name} did not answer within {waited}")
 
     async def _send(self, questions: list[Question]) -> list[Any]:
@@ -113,11 +118,14 @@ class Asking:
             _fail(question, error)
 
     async def _listen(self) -> None:
-        """Until Redis answers again, so that no request has to find out."""
+        """Until Redis answers again, and in time, so that no request has to find out."""
+        loop = asyncio.get_running_loop()
         while self._silent is not None:
-            await asyncio.sleep(PAUSE_S)
-            if await self._store.available():
+            asked = loop.time()
+            if await self._store.available() and loop.time() - asked <= self._timeout_s:
                 self._silent = None
+            else:
+                await asyncio.sleep(PAUSE_S)
 
 
 def _tell(question: Question, answer: Any) -> None:
@@ -125,12 +133,12 @@ def _tell(question: Question, answer: Any) -> None:
         error = StoreUnavailable(f"could not {_WHAT}: Redis says {answer}")
         error.__cause__ = answer
         _fail(question, error)
-    elif not question.answer.done():
+    else:
         question.answer.set_result(answer)
 
 
 def _fail(question: Question, error: StoreUnavailable) -> None:
-    if not question.answer.done():  # by a client that left
+    if not question.answer.done():
         question.answer.set_exception(error)
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from redis.exceptions import ResponseError
 
-from proxy.limits.asking import Asking, NotAsked
+from proxy.limits.asking import TIMEOUT_S, Asking, NotAsked
 from proxy.limits.bucket import Buckets, corrected, leaked, taken
 from proxy.limits.claims import Claim
 from proxy.limits.refusals import budget_exceeded, not_checked, rate_limited, too_large
@@ -41,14 +41,15 @@ class Limiter:
         metrics: Metrics,
         *,
         open_without_store: bool = False,
+        timeout_s: float = TIMEOUT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`open_without_store`: keys with spend limits are served while Redis does not answer."""
+        """`open_without_store`: keys with spend limits are served while Redis does not answer within `timeout_s`."""
         self._store = store
         self._metrics = metrics
         self._open = open_without_store
         self._clock = clock
-        self._asking = Asking(store, RESERVE)
+        self._asking = Asking(store, RESERVE, timeout_s)
         self._settle = store.client.register_script(SETTLE)
         self._buckets = Buckets()
         self._away = False
@@ -68,16 +69,23 @@ class Limiter:
             self._metrics.limited.labels("tokens").inc()
             raise too_large(limits, claim)
         try:
-            verdict, *reply = await self._asking.ask(state_key(key.id), _arguments(key, claim))
+            verdict, *reply = await self._answer(key, claim)
         except NotAsked as error:
             return self._without_store(key, claim, error, reservation=None)
         except StoreUnavailable as error:
             return self._without_store(key, claim, error, reservation=claim.id)
-        except asyncio.CancelledError:
-            self._give_back_soon(key.id, claim.id)
-            raise
         self._back()
         return self._decided(key, claim, verdict, Standing.of_reply(reply))
+
+    @property
+    def silent(self) -> bool:
+        """Redis did not answer, and is not asked."""
+        return self._asking.silent
+
+    @property
+    def strays(self) -> int:
+        """Reservations that wait to be given back."""
+        return len(self._strays)
 
     def give_back(self, granted: Granted) -> None:
         """Of a request that was never sent, and has no usage record: as soon as Redis answers."""
@@ -89,6 +97,14 @@ class Limiter:
         """What could not be given back ends by itself."""
         await self._asking.close()
         await end(self._giving_back)
+
+    async def _answer(self, key: ClientKey, claim: Claim) -> list[str]:
+        answer = self._asking.ask(state_key(key.id), _arguments(key, claim))
+        try:
+            return list(await asyncio.shield(answer))
+        except asyncio.CancelledError:  # the client left, and what is granted to it now is nobody's
+            answer.add_done_callback(lambda _: self._give_back_soon(key.id, claim.id))
+            raise
 
     def _decided(self, key: ClientKey, claim: Claim, verdict: str, standing: Standing) -> Granted:
         if verdict == "granted":
