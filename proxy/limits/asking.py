@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import TimeoutError as RanOut
 
 from proxy.state.store import Store, StoreUnavailable
 from proxy.tasks import end
@@ -87,7 +88,9 @@ class Asking:
             for _ in range(max(1, round(self._timeout_s / SLICE_S))):
                 await asyncio.wait({asking}, timeout=SLICE_S)
                 if asking.done():
-                    return asking.result()
+                    if not _ran_out(asking):
+                        return asking.result()
+                    asking = asyncio.create_task(self._send(questions))  # this process was too busy to see an answer
         finally:
             if not asking.done():
                 asking.add_done_callback(_forget)
@@ -140,6 +143,11 @@ def _tell(question: Question, answer: Any) -> None:
 def _fail(question: Question, error: StoreUnavailable) -> None:
     if not question.answer.done():
         question.answer.set_exception(error)
+
+
+def _ran_out(asking: asyncio.Task[Any]) -> bool:
+    error = asking.exception()
+    return error is not None and isinstance(error.__cause__, (TimeoutError, RanOut))
 
 
 def _forget(asking: asyncio.Task[Any]) -> None:

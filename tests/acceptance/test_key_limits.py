@@ -1,4 +1,4 @@
-"""Two servers over one Redis keep one budget; one that is killed holds nothing back; a frozen Redis stops money alone."""
+"""Two servers over one Redis keep one budget; a killed one holds nothing back; a frozen Redis stops money alone."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ def test_two_hundred_requests_at_once_over_two_servers_never_spend_more_than_the
     with ThreadPoolExecutor(40) as clients:
         replies = list(clients.map(lambda n: ask((patient.first, patient.second)[n % 2], key), range(200)))
     answered = [reply for reply in replies if reply.status_code == 200]
-    refused = [reply.json()["error"]["code"] for reply in replies if reply.status_code != 200]
+    refused = [reply.json()["error"] for reply in replies if reply.status_code != 200]
 
-    assert set(refused) == {"insufficient_quota"}
+    assert [error for error in refused if error["code"] != "insufficient_quota"] == []
     assert len(answered) * COST + 40 * SET_ASIDE > 2.0 - 2 * SET_ASIDE
     assert wait_until(lambda: key.open == 0, 10)
     assert key.spent_usd == pytest.approx(len(answered) * COST)
