@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import threading
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import openai
 import pytest
 import redis
 
+from proxy.recording.usage import STREAM
 from proxy.state.embedded import EmbeddedValkey
 from tests.support.answers import Step
 from tests.support.limited_keys import LimitedKey
@@ -44,6 +47,11 @@ class Limited:
         base_url = f"{self.proxy.url}/v1"
         return openai.OpenAI(base_url=base_url, api_key=key.secret, max_retries=max_retries, timeout=20)
 
+    def records(self, key: LimitedKey) -> list[dict[str, Any]]:
+        stored: Any = self.store.xrange(STREAM, "-", "+")
+        entries = [json.loads(fields[b"record"]) for _, fields in stored]
+        return [entry for entry in entries if entry["key_id"] == key.id]
+
     def metric(self, name: str) -> float:
         headers = {"authorization": f"Bearer {ADMIN_KEY}"}
         text = httpx.get(f"{self.proxy.url}/metrics", headers=headers).text
@@ -58,6 +66,7 @@ def session_limited(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Pa
         config = {
             "model_list": [
                 arm("priced", upstream.url, price=PRICE, max_output_tokens=1000),
+                arm("other", upstream.url, price=PRICE),
                 {**arm("unpriced", upstream.url), "model_info": {}},
             ],
             "uniroute": {"profile": {"on_start": False}, "limits_timeout_s": 1.0, "request_timeout_s": 2.0},
@@ -66,6 +75,8 @@ def session_limited(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Pa
             ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "sk-x"}) as proxy,
             redis.Redis(unix_socket_path=str(EmbeddedValkey(folder).socket_path)) as store,
         ):
+            proxy.put_profile("priced", 0.1)
+            proxy.put_profile("other", 0.1)
             yield Limited(proxy, upstream, store)
 
 
@@ -76,6 +87,11 @@ def limited(session_limited: Limited) -> Limited:
     upstream.history.clear()
     upstream.always = Step(usage=USAGE)
     return session_limited
+
+
+def refused_by(client: openai.OpenAI, **more: Any) -> None:
+    with contextlib.suppress(openai.APIError):
+        ask(client, **more)
 
 
 def ask(client: openai.OpenAI, **more: Any) -> Any:
@@ -154,6 +170,21 @@ def test_what_a_request_cost_takes_the_place_of_what_was_set_aside(limited: Limi
     assert (key.spent_usd, key.reserved_usd) == (COST, 0.0)
 
 
+def test_a_model_that_is_passed_over_leaves_what_was_set_aside_to_the_next(limited: Limited) -> None:
+    key = limited.key(usd_per_month=1.0)
+    limited.upstream.then(Step(status=500, body={"error": {"message": "no"}}), Step(hang=True))
+    more = {"max_tokens": 1000, "extra_body": {"uniroute": {"fallbacks": True}}}
+    asking = threading.Thread(target=refused_by, args=(limited.client(key),), kwargs=more)
+    asking.start()
+    assert wait_until(lambda: [entry["ending"] for entry in limited.records(key)] == ["failed"])
+    held = key.open
+    asking.join()
+
+    assert held == 1
+    assert wait_until(lambda: key.open == 0)
+    assert [entry["reservation"] for entry in limited.records(key)] == [None, limited.records(key)[1]["decision"]]
+
+
 def test_a_key_without_limits_is_counted_too(limited: Limited) -> None:
     key = limited.key()
     ask(limited.client(key))
@@ -183,7 +214,8 @@ def test_an_answer_that_breaks_off_is_estimated_by_what_came(limited: Limited, b
         list(ask(limited.client(key), stream=True).parse())
 
     assert wait_until(lambda: key.open == 0)
-    prompt = 8 * PRICE
+    prompt = 7 * PRICE
+    assert [entry["estimated"] for entry in limited.records(key)] == [True]
     assert prompt < key.spent_usd <= prompt + 20 * 4 * PRICE
 
 
@@ -196,7 +228,8 @@ def test_a_client_that_leaves_pays_for_the_prompt_and_what_it_was_sent(limited: 
     stream.close()
 
     assert wait_until(lambda: key.open == 0)
-    assert 0 < key.spent_usd < COST
+    assert 7 * PRICE < key.spent_usd < COST
+    assert [entry["ending"] for entry in limited.records(key)] == ["client_gone"]
 
 
 def test_a_model_that_never_reports_usage_is_estimated(limited: Limited) -> None:

@@ -103,6 +103,17 @@ async def test_tokens_that_were_not_reported_stay_as_they_were_set_aside(store: 
         await limiter.reserve(key, claim("2", tokens=200))
 
 
+async def test_tokens_without_a_reservation_are_no_debt_of_a_minute_that_is_long_over(
+    store: Store, limiter: Limiter
+) -> None:
+    """Records that waited while Redis was away, and whose requests this process' own bucket has let through."""
+    key = a_key(tokens_per_minute=1000)
+    await limiter.reserve(key, claim("1", tokens=10))
+    await settle(store, Granted(key.id, None, {}), tokens=30_000)
+
+    assert (await limiter.reserve(key, claim("2", tokens=900))).reservation == "2"
+
+
 async def test_what_can_never_fit_is_not_to_be_asked_again(limiter: Limiter) -> None:
     with pytest.raises(RateLimited, match="smaller max_tokens") as refused:
         await limiter.reserve(a_key(tokens_per_minute=100), claim(tokens=101))
@@ -165,6 +176,28 @@ async def test_a_reservation_of_somebody_who_died_ends_by_itself(store: Store, l
 
     assert (await limiter.reserve(key, claim("2", picousd=5 * CENT))).reservation == "2"
     assert await reserved(store, key) == 5 * CENT
+
+
+async def test_what_was_lost_of_a_key_is_no_credit(store: Store, limiter: Limiter) -> None:
+    key = a_key(usd_per_day=0.05)
+    granted = await limiter.reserve(key, claim("1", picousd=5 * CENT))
+    await store.client.hdel(state_key(key.id), "reserved")
+    await settle(store, granted, picousd=0)
+
+    assert await reserved(store, key) == 0
+
+
+async def test_all_that_is_kept_of_a_key_goes_by_itself_but_not_before_its_reservations_and_debts(
+    store: Store, limiter: Limiter
+) -> None:
+    key = a_key(usd_per_day=0.05, tokens_per_minute=10)
+    granted = await limiter.reserve(key, claim("1", tokens=10, picousd=CENT))
+    names = [f"{PREFIX}{{{key.id}}}:{name}" for name in ("state", "held", "open")]
+    kept = [await store.client.ttl(name) for name in names]
+    await settle(store, granted, tokens=1000, picousd=CENT)
+
+    assert all(600 < seconds <= 660 for seconds in kept)
+    assert await store.client.ttl(state_key(key.id)) > 99 * 60
 
 
 async def test_asked_again_after_a_broken_connection_it_is_set_aside_once(store: Store, limiter: Limiter) -> None:
