@@ -30,7 +30,11 @@ ROUTERS = (
     *(health.router, chat.router, models.router, route.router),
     *(admin.router, admin_jobs.router, admin_keys.router, admin_audit.router),
 )
-EXPOSED = ("x-request-id", "x-uniroute-model", "x-uniroute-decision", "x-uniroute-reason", "x-uniroute-overhead-ms")
+EXPOSED = (
+    *("x-request-id", "x-uniroute-model", "x-uniroute-decision", "x-uniroute-reason", "x-uniroute-overhead-ms"),
+    *(f"x-ratelimit-{what}-{kind}" for kind in ("requests", "tokens") for what in ("limit", "remaining", "reset")),
+    "retry-after",
+)
 
 
 def create_app(services: Services) -> FastAPI:

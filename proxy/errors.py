@@ -15,6 +15,8 @@ ProxyError
 ├── NothingAble              400  no candidate can take this request; says why, per model
 │   └── TooLong              400  for the context window of every candidate
 ├── ModelBusy                429  as many requests as it may be asked at once, and its queue is full
+├── RateLimited              429  the key may not send so much so soon
+│   └── BudgetExceeded       429  the key has spent what it may
 ├── Unavailable              503  nothing to route to yet, or the store is away
 └── UpstreamFailure               a model did not answer: its own status and body, or 502, 504
 ClientGone                        nobody is left to answer
@@ -107,6 +109,14 @@ class ModelBusy(ProxyError):
         self.retry_after_s = retry_after_s
 
 
+class RateLimited(ProxyError):
+    """A limit of the key: more requests or tokens than it may use so soon."""
+
+
+class BudgetExceeded(RateLimited):
+    """A limit of the key: it has spent what it may, or has set it aside."""
+
+
 class Unavailable(ProxyError):
     """Not now: no model is routable yet, or the store cannot be written."""
 
@@ -161,6 +171,8 @@ _TABLE: Mapping[type[ProxyError], tuple[int, str, str | None]] = {
     NothingAble: (400, "invalid_request_error", "no_eligible_model"),
     TooLong: (400, "invalid_request_error", "context_length_exceeded"),
     ModelBusy: (429, "rate_limit_error", "model_busy"),
+    RateLimited: (429, "rate_limit_error", "rate_limit_exceeded"),
+    BudgetExceeded: (429, "insufficient_quota", "insufficient_quota"),
     Unavailable: (503, "server_error", "unavailable"),
     UpstreamFailure: (502, "upstream_error", "upstream_failed"),
 }

@@ -7,7 +7,10 @@ import asyncio
 from starlette.responses import Response
 
 from proxy.errors import ModelBusy, UpstreamFailure
+from proxy.limits.claims import claim_of
+from proxy.limits.standing import Granted
 from proxy.recording.meter import Books, Meter
+from proxy.relay.chunks import content_bytes
 from proxy.relay.forwarding import Forwarder, Outlets
 from proxy.relay.marks import AnswerMarks
 from proxy.relay.sse import dump
@@ -17,6 +20,7 @@ from proxy.routing.request import ChatRequest
 from proxy.routing.thread import thread_of
 from proxy.services import Services
 from proxy.state.records import ClientKey
+from proxy.state.snapshot import RoutingState
 from proxy.trace import Trace
 
 __all__ = ["Choice", "handle"]
@@ -35,11 +39,19 @@ async def handle(
     if choice.left:
         services.metrics.conversations_moved.inc()
     books = Books(services.state, services.usage, services.metrics, services.live)
+    granted = await _granted(services, state, choice, key)
     marks = AnswerMarks(services.conversations, thread, request.body["messages"])
-    meter = Meter(books, choice, key, trace, started, marks)
+    meter = Meter(books, choice, key, trace, started, marks, granted)
     outlets = Outlets(services.upstream, services.health, services.capacities, services.settings)
     forwarder = Forwarder(outlets, state, request, trace, meter)
     return await (_stream(forwarder) if request.stream else _complete(forwarder))
+
+
+async def _granted(services: Services, state: RoutingState, choice: Choice, key: ClientKey | None) -> Granted | None:
+    """The one round trip to Redis before a request is sent, for keys that have limits."""
+    if key is None or not key.limits.any:
+        return None
+    return await services.limiter.reserve(key, claim_of(choice, state, services.settings, key.limits))
 
 
 async def _complete(forwarder: Forwarder) -> Response:
@@ -47,6 +59,7 @@ async def _complete(forwarder: Forwarder) -> Response:
     ending = "client_gone"
     try:
         answer = await forwarder.complete()
+        meter.received(content_bytes(answer))
         ending = "complete"
         return Response(dump(answer), media_type="application/json", headers=meter.headers())
     except (UpstreamFailure, ModelBusy) as failure:

@@ -17,6 +17,7 @@ from proxy.health.roster import Roster
 from proxy.health.sharing import HealthSharing
 from proxy.jobs.answering import UpstreamAnswerer
 from proxy.jobs.jobs import Jobs
+from proxy.limits.limiter import Limiter
 from proxy.recording.metrics import Metrics
 from proxy.recording.usage import UsageRecorder
 from proxy.routing.assigning import Assigner, deadline_of
@@ -52,6 +53,7 @@ class Services:
     assigner: Assigner
     upstream: LitellmUpstream
     usage: UsageRecorder
+    limiter: Limiter
     metrics: Metrics
     live: LiveExpectations
     health: ModelHealth
@@ -112,6 +114,13 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
         conversations = _conversations(store, settings, metrics)
         conversations.start()
         closing.push_async_callback(conversations.stop)
+        limiter = Limiter(
+            store,
+            metrics,
+            open_without_store=settings.limits_without_store == "allow",
+            timeout_s=settings.limits_timeout_s,
+        )
+        closing.push_async_callback(limiter.close)
         registry = Registry(store, around.configured, latch)
         await assigner.warm(cluster_map)
         await importing
@@ -135,6 +144,7 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
             health=health,
             capacities=Capacities(),
             conversations=conversations,
+            limiter=limiter,
             environ=environ,
         )
 

@@ -99,6 +99,9 @@ class Settings(Frozen):
     keep_alive_s: Seconds = 15
     breaker: HealthPolicy = HealthPolicy()
     queue_wait_s: Annotated[Amount, Field(le=3600)] = 5
+    reserve_output_tokens: Count = 4096
+    limits_timeout_s: Annotated[Amount, Field(gt=0, le=1)] = 0.05
+    limits_without_store: Literal["refuse", "allow"] = "refuse"
     redis_url: Annotated[str | None, AfterValidator(_redis_address)] = Field(default=None, repr=False)
     admin_key: SecretStr | None = None
     data_dir: Annotated[AbsolutePath, Field(validate_default=True)] = Path("~/.local/share/uniroute")

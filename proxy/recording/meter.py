@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from proxy.errors import UpstreamFailure
+from proxy.limits.standing import Granted
+from proxy.recording.estimate import Received, cost_of
 from proxy.recording.metrics import Metrics
-from proxy.recording.usage import TokenCounts, UsageRecord, UsageRecorder, cost_usd, counts_of
+from proxy.recording.usage import TokenCounts, UsageRecord, UsageRecorder, counts_of
 from proxy.relay.marks import AnswerMarks
 from proxy.routing.choosing import Choice
 from proxy.state.holder import StateHolder
@@ -44,7 +46,9 @@ class Meter:
         trace: Trace,
         started: float,
         marks: AnswerMarks,
+        granted: Granted | None = None,
     ) -> None:
+        """`granted`: what was set aside of the key's limits."""
         self.choice = choice
         self.marks = marks
         self.model = choice.model
@@ -56,6 +60,9 @@ class Meter:
         self._trace = trace
         self.started = started
         """Monotonic seconds at which the request arrived."""
+        self._granted = granted
+        self._received_bytes = 0
+        self._timed_out = False
         self._asked = started
         self._first: float | None = None
         self._counts = TokenCounts()
@@ -73,6 +80,7 @@ class Meter:
             self.reason = "fallback"
         self.model = model
         self._counts, self._first = TokenCounts(), None
+        self._received_bytes, self._timed_out = 0, False
 
     @property
     def has_content(self) -> bool:
@@ -86,8 +94,13 @@ class Meter:
     def used(self, usage: object) -> None:
         self._counts = counts_of(usage)
 
+    def received(self, content_bytes: int) -> None:
+        """So much more of an answer, for the estimate where no usage is reported."""
+        self._received_bytes += content_bytes
+
     def failed(self, failure: UpstreamFailure) -> None:
         """The model asked last gave no answer, or broke it off."""
+        self._timed_out = failure.timed_out
         self._books.metrics.attempts_failed.labels(self.model, _status(failure)).inc()
         self._fault = str(failure)
 
@@ -109,7 +122,7 @@ class Meter:
         if self._finished:
             return
         self._finished = True
-        entry = self._record(ending)
+        entry = self._record(ending, self._granted)
         metrics = self._books.metrics
         metrics.requests.labels(self.model, self.reason, ending).inc()
         metrics.seconds.labels(self.model).observe(entry.seconds)
@@ -126,15 +139,20 @@ class Meter:
             "x-uniroute-decision": self.choice.id,
             "x-uniroute-reason": self.reason,
             "x-uniroute-overhead-ms": self._overhead_ms(),
+            **(self._granted.headers if self._granted else {}),
         }
 
     def _overhead_ms(self) -> str:
         return f"{(self.overhead_s or 0.0) * 1000:.2f}"
 
-    def _record(self, ending: str) -> UsageRecord:
+    def _record(self, ending: str, granted: Granted | None = None) -> UsageRecord:
+        """`granted`: settled with this record. Models that were passed over leave it to the one that answers."""
         now = time.monotonic()
         live_price = self._books.state.current.prices.get(self.model)
         counts = self._counts
+        received = Received(self.choice.needs.prompt_tokens, self._received_bytes)
+        billed = ending != "failed" or self._timed_out
+        cost = cost_of(counts, live_price.price if live_price else None, received, billed=billed)
         entry = UsageRecord(
             decision=self.choice.id,
             at=time.time(),
@@ -146,11 +164,15 @@ class Meter:
             cached_tokens=counts.cached_tokens,
             output_tokens=counts.output_tokens,
             reasoning_tokens=counts.reasoning_tokens,
-            cost_usd=cost_usd(counts, live_price.price if live_price else None),
+            cost_usd=cost.usd,
             seconds=now - self.started,
             first_token_s=None if self._first is None else self._first - self.started,
+            reservation=granted.reservation if granted else None,
+            estimated=cost.estimated,
         )
         self._books.usage.record(entry)
+        if granted and counts.prompt_tokens is not None and counts.output_tokens is not None:
+            granted.used(counts.prompt_tokens + counts.output_tokens)
         self._count_tokens(entry)
         return entry
 

@@ -36,6 +36,15 @@ class Metrics:
             "Conversations forgotten while Redis was away",
             registry=self.registry,
         )
+        self.limited = Counter(
+            "uniroute_limited_total", "Requests refused by a limit of their key", ["limit"], registry=self.registry
+        )
+        self.limits_unchecked = Counter(
+            "uniroute_limits_unchecked_total",
+            "Requests of limited keys while Redis did not answer: local, refused or open",
+            ["outcome"],
+            registry=self.registry,
+        )
         self.errors = Counter(
             "uniroute_errors_total", "Responses that were errors, by status", ["status"], registry=self.registry
         )

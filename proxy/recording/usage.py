@@ -8,13 +8,15 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from redis.exceptions import RedisError
 
+from proxy.limits.scripts import SETTLE, state_key
 from proxy.state.store import Store, StoreUnavailable
 from proxy.tasks import end
-from router_core.pricing import TokenUsage, bill_usd
+from router_core.pricing import TokenUsage, bill_usd, picousd
 from router_core.types import Price
 
 log = logging.getLogger("uniroute.usage")
@@ -65,6 +67,10 @@ class UsageRecord:
     """None: tokens or price unknown."""
     seconds: float
     first_token_s: float | None
+    reservation: str | None = None
+    """What was set aside of the key's limits, and is settled with this record."""
+    estimated: bool = False
+    """The cost is an estimate: the model reported no usage."""
 
 
 def counts_of(usage: object) -> TokenCounts:
@@ -103,6 +109,7 @@ class UsageRecorder:
     def __init__(self, store: Store, on_dropped: Callable[[], None] = lambda: None) -> None:
         self._store = store
         self._on_dropped = on_dropped
+        self._settle = store.client.register_script(SETTLE)
         self._queue: deque[UsageRecord] = deque()
         self._writing: asyncio.Task[None] | None = None
 
@@ -138,6 +145,8 @@ class UsageRecorder:
                 stored = {"record": json.dumps(asdict(entry))}
                 pipe.xadd(STREAM, stored, maxlen=MOST_ENTRIES, approximate=True)  # type: ignore[arg-type]
                 _add_to_totals(pipe, entry)
+                if entry.key_id is not None:
+                    await self._settle(keys=[state_key(entry.key_id)], args=_settling(entry), client=pipe)
             replies = await pipe.execute(raise_on_error=False)  # what broke the rest of it once would again, for ever
         if broken := [reply for reply in replies if isinstance(reply, RedisError)]:
             log.warning("%d of %d usage figures were not counted: %s", len(broken), len(replies), broken[0])
@@ -154,6 +163,15 @@ class UsageRecorder:
                 await asyncio.sleep(RETRY_S)
             if len(self._queue) < BATCH:
                 await asyncio.sleep(FLUSH_S)
+
+
+def _settling(entry: UsageRecord) -> list[str]:
+    """What the script is told of a client key's record; '' is unknown."""
+    known = entry.prompt_tokens is not None and entry.output_tokens is not None
+    tokens = str((entry.prompt_tokens or 0) + (entry.output_tokens or 0)) if known else ""
+    cost = "" if entry.cost_usd is None else str(picousd(entry.cost_usd))
+    day = datetime.fromtimestamp(entry.at, UTC).strftime("%Y-%m-%d")
+    return [entry.key_id or "", entry.reservation or "", tokens, cost, day, day[:7]]
 
 
 def _add_to_totals(pipe: Any, entry: UsageRecord) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from router_core.tokens import text_bytes
+
 _CONTENT = ("content", "tool_calls", "function_call", "refusal", "reasoning_content", "reasoning", "audio", "images")
 _EMPTY_BY_RIGHT = frozenset({"length", "content_filter", "max_tokens"})
 """Ends of an answer that another model is not asked to better: the limit was the caller's, the filter a verdict."""
@@ -13,6 +15,26 @@ _EMPTY_BY_RIGHT = frozenset({"length", "content_filter", "max_tokens"})
 def has_content(body: Mapping[str, Any]) -> bool:
     """Of a chunk or a whole completion."""
     return any(part.get(name) for part in _parts(body) for name in _CONTENT)
+
+
+def content_bytes(body: Mapping[str, Any]) -> int:
+    """UTF-8 bytes of what a model wrote in a chunk or a whole completion; sounds and images are not counted."""
+    size = 0
+    for part in _parts(body):
+        for name in _CONTENT:
+            size += _text_size(part.get(name))
+    return size
+
+
+def _text_size(value: Any) -> int:
+    """Of a text, or of the names and arguments of calls."""
+    if isinstance(value, str):
+        return text_bytes(value)
+    if isinstance(value, list):
+        return sum(_text_size(call.get("function")) for call in value if isinstance(call, Mapping))
+    if isinstance(value, Mapping):
+        return _text_size(value.get("name")) + _text_size(value.get("arguments"))
+    return 0
 
 
 def is_empty_answer(body: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from proxy.errors import ClientGone, ModelBusy, ProxyError, UpstreamFailure, describe
 from proxy.recording.meter import Meter
 from proxy.relay.beginning import OpenStream
-from proxy.relay.chunks import is_usage_chunk, usage_chunk
+from proxy.relay.chunks import content_bytes, is_usage_chunk, usage_chunk
 from proxy.relay.disconnect import until_gone
 from proxy.relay.sse import DONE, KEEP_ALIVE, event
 from proxy.tasks import cancel_until_done
@@ -77,6 +77,7 @@ class EventStream(Response):
         last: dict[str, Any] = {}
         async for chunk in stream:
             self._meter.marks.see(chunk, self._meter.model)
+            self._meter.received(content_bytes(chunk))
             last = {**chunk, "model": self._meter.model}
             if chunk.get("usage"):
                 usage = chunk["usage"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from proxy.errors import NothingAble, Unavailable
 from proxy.routing.asked import NOBODY, Asked, needs_within, terms_of
@@ -23,7 +23,7 @@ from router_core.decision import RoutingDecision
 from router_core.eligibility import Eligibility, eligible
 from router_core.errors import NoEligibleModel, RouterCoreError
 from router_core.scoring import rank, rank_by_cost, rank_by_mean
-from router_core.types import Assignment
+from router_core.types import Assignment, Needs
 
 log = logging.getLogger("uniroute.routing")
 
@@ -49,6 +49,8 @@ class Choice:
     """How many of `order` may be asked."""
     left: str | None = None
     """Who should have gone on with this conversation, and cannot."""
+    needs: Needs = field(default_factory=Needs)
+    """What the request asks for, whoever answers."""
 
 
 async def choose(
@@ -88,8 +90,10 @@ async def choose(
         resting=resting,
     )
     if way is Way.PINNED:
-        return await _pinned(asked, assigner, explain=explain)
-    return held(asked, await _routed(asked, assigner))
+        choice = await _pinned(asked, assigner, explain=explain)
+    else:
+        choice = held(asked, await _routed(asked, assigner))
+    return replace(choice, needs=asked.needs)
 
 
 async def _pinned(asked: Asked, assigner: Assigner, *, explain: bool) -> Choice:

@@ -67,6 +67,7 @@ def test_lists_in_a_variable_are_comma_separated_or_json() -> None:
 def test_every_setting_but_the_models_can_be_given_as_a_variable() -> None:
     samples = {
         "cost_unit": "cents",
+        "limits_without_store": "allow",
         "recipe": "raw",
         "sticky_sessions": "on",
         "redis_url": "redis://127.0.0.1",

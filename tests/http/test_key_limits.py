@@ -1,0 +1,260 @@
+"""A proxy with limited keys, as OpenAI's client meets it: headers, refusals, and what each ending costs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import redis
+
+from proxy.recording.usage import STREAM
+from proxy.state.embedded import EmbeddedValkey
+from tests.support.answers import Step
+from tests.support.limited_keys import LimitedKey
+from tests.support.server import ADMIN_KEY, ProxyProcess, arm
+from tests.support.upstream import ScriptedUpstream, wait_until
+
+ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
+PRICE = 1e-4
+"""USD per prompt token; four times that per token of an answer."""
+USAGE = {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150}
+COST = 0.03
+
+
+@dataclass(frozen=True)
+class Limited:
+    proxy: ProxyProcess
+    upstream: ScriptedUpstream
+    store: redis.Redis
+
+    def key(self, **limits: Any) -> LimitedKey:
+        """Known to the proxy."""
+        key = LimitedKey.put(self.store, **limits)
+        headers = {"authorization": f"Bearer {key.secret}"}
+        assert wait_until(lambda: httpx.get(f"{self.proxy.url}/v1/models", headers=headers).status_code == 200)
+        return key
+
+    def client(self, key: LimitedKey, *, max_retries: int = 0) -> openai.OpenAI:
+        base_url = f"{self.proxy.url}/v1"
+        return openai.OpenAI(base_url=base_url, api_key=key.secret, max_retries=max_retries, timeout=20)
+
+    def records(self, key: LimitedKey) -> list[dict[str, Any]]:
+        stored: Any = self.store.xrange(STREAM, "-", "+")
+        entries = [json.loads(fields[b"record"]) for _, fields in stored]
+        return [entry for entry in entries if entry["key_id"] == key.id]
+
+    def metric(self, name: str) -> float:
+        headers = {"authorization": f"Bearer {ADMIN_KEY}"}
+        text = httpx.get(f"{self.proxy.url}/metrics", headers=headers).text
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+
+@pytest.fixture(scope="module")
+def session_limited(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Limited]:
+    folder = tmp_path_factory.mktemp("limited")
+    with ScriptedUpstream() as upstream:
+        config = {
+            "model_list": [
+                arm("priced", upstream.url, price=PRICE, max_output_tokens=1000),
+                arm("other", upstream.url, price=PRICE),
+                {**arm("unpriced", upstream.url), "model_info": {}},
+            ],
+            "uniroute": {"profile": {"on_start": False}, "limits_timeout_s": 1.0, "request_timeout_s": 2.0},
+        }
+        with (
+            ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "sk-x"}) as proxy,
+            redis.Redis(unix_socket_path=str(EmbeddedValkey(folder).socket_path)) as store,
+        ):
+            proxy.put_profile("priced", 0.1)
+            proxy.put_profile("other", 0.1)
+            yield Limited(proxy, upstream, store)
+
+
+@pytest.fixture
+def limited(session_limited: Limited) -> Limited:
+    upstream = session_limited.upstream
+    upstream.script.clear()
+    upstream.history.clear()
+    upstream.always = Step(usage=USAGE)
+    return session_limited
+
+
+def refused_by(client: openai.OpenAI, **more: Any) -> None:
+    with contextlib.suppress(openai.APIError):
+        ask(client, **more)
+
+
+def ask(client: openai.OpenAI, **more: Any) -> Any:
+    return client.chat.completions.with_raw_response.create(**{"model": "priced", "messages": ASK, **more})
+
+
+def test_every_answer_says_what_is_left_of_the_minute(limited: Limited) -> None:
+    client = limited.client(limited.key(requests_per_minute=10, tokens_per_minute=6000))
+    plain = ask(client, max_tokens=90)
+    stream = ask(client, max_tokens=90, stream=True)
+    list(stream.parse())
+
+    assert plain.headers["x-ratelimit-limit-requests"] == "10"
+    assert plain.headers["x-ratelimit-remaining-requests"] == "9"
+    assert plain.headers["x-ratelimit-reset-requests"] == "6s"
+    assert stream.headers["x-ratelimit-remaining-requests"] == "8"
+    assert stream.headers["x-ratelimit-limit-tokens"] == "6000"
+    assert 5700 <= int(stream.headers["x-ratelimit-remaining-tokens"]) < 5950
+    assert re.fullmatch(r"[\d.]+m?s", stream.headers["x-ratelimit-reset-tokens"])
+
+
+def test_a_key_without_limits_is_told_of_none(limited: Limited) -> None:
+    headers = ask(limited.client(limited.key())).headers
+
+    assert [name for name in headers if name.startswith("x-ratelimit")] == []
+
+
+def test_the_request_too_many_is_a_rate_limit_error_that_says_when(limited: Limited) -> None:
+    client = limited.client(limited.key(requests_per_minute=2))
+    ask(client)
+    ask(client)
+    with pytest.raises(openai.RateLimitError) as refused:
+        ask(client)
+
+    assert refused.value.code == "rate_limit_exceeded"
+    assert 1 <= int(refused.value.response.headers["retry-after"]) <= 30
+    assert refused.value.response.headers["x-ratelimit-remaining-requests"] == "0"
+    assert len(limited.upstream.history) == 2
+
+
+def test_the_client_waits_as_told_and_then_gets_its_answer(limited: Limited) -> None:
+    client = limited.client(limited.key(requests_per_minute=60), max_retries=2)
+    for _ in range(61):
+        ask(client)
+
+    assert len(limited.upstream.history) == 61
+
+
+def test_a_spent_budget_is_said_once_and_not_asked_again(limited: Limited) -> None:
+    key = limited.key(usd_per_day=0.05)
+    client = limited.client(key, max_retries=3)
+    ask(client, max_tokens=10)
+    assert wait_until(lambda: key.spent_usd == COST)
+    refused_before = limited.metric('uniroute_limited_total{limit="day"}')
+    with pytest.raises(openai.RateLimitError) as refused:
+        ask(client, max_tokens=100)
+
+    assert (refused.value.code, refused.value.type) == ("insufficient_quota", "insufficient_quota")
+    assert "$0.05 a day: $0.03 are spent" in refused.value.message
+    assert refused.value.response.headers["x-should-retry"] == "false"
+    assert limited.metric('uniroute_limited_total{limit="day"}') == refused_before + 1
+    assert len(limited.upstream.history) == 1
+
+
+def test_what_a_request_cost_takes_the_place_of_what_was_set_aside(limited: Limited) -> None:
+    key = limited.key(usd_per_month=1.0)
+    limited.upstream.then(Step(usage=USAGE, delay_s=0.3))
+    asking = threading.Thread(target=ask, args=(limited.client(key),), kwargs={"max_tokens": 1000})
+    asking.start()
+    assert wait_until(lambda: key.open == 1)
+    set_aside = key.reserved_usd
+    asking.join()
+
+    assert 0.4 < set_aside < 0.41
+    assert wait_until(lambda: key.open == 0)
+    assert (key.spent_usd, key.reserved_usd) == (COST, 0.0)
+
+
+def test_a_model_that_is_passed_over_leaves_what_was_set_aside_to_the_next(limited: Limited) -> None:
+    key = limited.key(usd_per_month=1.0)
+    limited.upstream.then(Step(status=500, body={"error": {"message": "no"}}), Step(hang=True))
+    more = {"max_tokens": 1000, "extra_body": {"uniroute": {"fallbacks": True}}}
+    asking = threading.Thread(target=refused_by, args=(limited.client(key),), kwargs=more)
+    asking.start()
+    assert wait_until(lambda: [entry["ending"] for entry in limited.records(key)] == ["failed"])
+    held = key.open
+    asking.join()
+
+    assert held == 1
+    assert wait_until(lambda: key.open == 0)
+    assert [entry["reservation"] for entry in limited.records(key)] == [None, limited.records(key)[1]["decision"]]
+
+
+def test_a_key_without_limits_is_counted_too(limited: Limited) -> None:
+    key = limited.key()
+    ask(limited.client(key))
+
+    assert wait_until(lambda: key.spent_usd == COST)
+
+
+def test_a_refusal_of_the_model_costs_nothing_and_still_says_what_is_left(limited: Limited) -> None:
+    key = limited.key(usd_per_day=1.0, requests_per_minute=10)
+    limited.upstream.then(Step(status=400, body={"error": {"message": "no", "type": "invalid_request_error"}}))
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(limited.client(key))
+
+    assert refused.value.response.headers["x-ratelimit-remaining-requests"] == "9"
+    assert wait_until(lambda: key.open == 0)
+    assert (key.spent_usd, key.reserved_usd) == (0.0, 0.0)
+
+
+EIGHT_BYTES = b'data: {"choices": [{"delta": {"content": "12345678"}}]}\n\n'
+
+
+@pytest.mark.parametrize("broken", [Step(cut_after=6), Step(events=[EIGHT_BYTES], done=False)])
+def test_an_answer_that_breaks_off_is_estimated_by_what_came(limited: Limited, broken: Step) -> None:
+    key = limited.key(usd_per_day=1.0)
+    limited.upstream.then(broken)
+    with pytest.raises((openai.APIError, httpx.HTTPError)):
+        list(ask(limited.client(key), stream=True).parse())
+
+    assert wait_until(lambda: key.open == 0)
+    prompt = 7 * PRICE
+    assert [entry["estimated"] for entry in limited.records(key)] == [True]
+    assert prompt < key.spent_usd <= prompt + 20 * 4 * PRICE
+
+
+def test_a_client_that_leaves_pays_for_the_prompt_and_what_it_was_sent(limited: Limited) -> None:
+    key = limited.key(usd_per_day=1.0)
+    limited.upstream.then(Step(message={"content": "word " * 50}, drip_s=0.1, usage=USAGE))
+    stream = limited.client(key).chat.completions.create(model="priced", messages=ASK, stream=True)
+    for _, _ in zip(range(4), stream, strict=False):
+        pass
+    stream.close()
+
+    assert wait_until(lambda: key.open == 0)
+    assert 7 * PRICE < key.spent_usd < COST
+    assert [entry["ending"] for entry in limited.records(key)] == ["client_gone"]
+
+
+def test_a_model_that_never_reports_usage_is_estimated(limited: Limited) -> None:
+    key = limited.key(usd_per_day=1.0)
+    answer = {"choices": [{"index": 0, "message": {"content": "x" * 400}, "finish_reason": "stop"}]}
+    limited.upstream.then(Step(body=answer))
+    ask(limited.client(key))
+
+    assert wait_until(lambda: key.open == 0)
+    assert 100 * 4 * PRICE < key.spent_usd < 110 * 4 * PRICE
+
+
+def test_a_model_of_unknown_price_is_no_way_around_a_budget(limited: Limited) -> None:
+    with pytest.raises(openai.BadRequestError, match="no price"):
+        ask(limited.client(limited.key(usd_per_day=1.0)), model="unpriced")
+
+    assert ask(limited.client(limited.key(requests_per_minute=5)), model="unpriced").headers["x-request-id"]
+    assert len(limited.upstream.history) == 1
+
+
+def test_a_dry_run_and_the_list_of_models_use_nothing(limited: Limited) -> None:
+    key = limited.key(requests_per_minute=1)
+    headers = {"authorization": f"Bearer {key.secret}"}
+    for _ in range(3):
+        body = {"model": "priced", "messages": ASK}
+        assert httpx.post(f"{limited.proxy.url}/v1/route", json=body, headers=headers).status_code == 200
+
+    assert ask(limited.client(key)).headers["x-ratelimit-remaining-requests"] == "0"

@@ -1,0 +1,287 @@
+"""Limits as requests meet them, over two processes' connections to one real store."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from proxy.errors import BudgetExceeded, RateLimited, describe
+from proxy.limits.claims import Claim
+from proxy.limits.limiter import Limiter
+from proxy.limits.refusals import dollars, next_start
+from proxy.limits.scripts import PREFIX, SETTLE, state_key
+from proxy.limits.standing import Granted, duration
+from proxy.recording.metrics import Metrics
+from proxy.state.records import ClientKey
+from proxy.state.store import Store
+from router_core.pricing import PICO
+from tests.support.limited_keys import a_key
+from tests.support.makers import until
+
+CENT = PICO // 100
+PATIENT_S = 1.0
+"""This machine may be busy."""
+
+
+def claim(name: str = "r", *, tokens: int = 0, picousd: int = 0) -> Claim:
+    return Claim(name, tokens, picousd, 600)
+
+
+async def settle(store: Store, granted: Granted, *, tokens: int | str = "", picousd: int | str = "") -> None:
+    """As the usage record does."""
+    arguments = [granted.key_id, granted.reservation or "", str(tokens), str(picousd), "2026-01-01", "2026-01"]
+    await store.client.register_script(SETTLE)(keys=[state_key(granted.key_id)], args=arguments)
+
+
+async def reserved(store: Store, key: ClientKey) -> int:
+    stored: Any = await store.client.hget(state_key(key.id), "reserved")
+    return int(stored or 0)
+
+
+@pytest.fixture
+async def limiter(store: Store) -> AsyncIterator[Limiter]:
+    opened = Limiter(store, Metrics(), timeout_s=PATIENT_S)
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def second(second_store: Store) -> AsyncIterator[Limiter]:
+    opened = Limiter(second_store, Metrics(), timeout_s=PATIENT_S)
+    yield opened
+    await opened.close()
+
+
+async def test_requests_of_all_processes_are_counted_together(limiter: Limiter, second: Limiter) -> None:
+    key = a_key(requests_per_minute=2)
+    first = await limiter.reserve(key, claim("1"))
+    await second.reserve(key, claim("2"))
+    with pytest.raises(RateLimited) as refused:
+        await limiter.reserve(key, claim("3"))
+
+    status, body, headers = describe(refused.value)
+    assert first.headers["x-ratelimit-limit-requests"] == "2"
+    assert first.headers["x-ratelimit-remaining-requests"] == "1"
+    assert first.headers["x-ratelimit-reset-requests"] == "30s"
+    assert (status, body["error"]["code"], body["error"]["type"]) == (429, "rate_limit_exceeded", "rate_limit_error")
+    assert "2 requests per minute" in body["error"]["message"]
+    assert 28 <= int(headers["retry-after"]) <= 30
+    assert headers["x-ratelimit-remaining-requests"] == "0"
+
+
+async def test_tokens_are_set_aside_and_corrected_by_what_was_used(store: Store, limiter: Limiter) -> None:
+    key = a_key(tokens_per_minute=1000)
+    first = await limiter.reserve(key, claim("1", tokens=900))
+    with pytest.raises(RateLimited, match="needs 200"):
+        await limiter.reserve(key, claim("2", tokens=200))
+    await settle(store, first, tokens=100)
+    second = await limiter.reserve(key, claim("3", tokens=200))
+
+    assert 700 <= int(second.headers["x-ratelimit-remaining-tokens"]) <= 720
+    assert re.fullmatch(r"1[78](\.\d+)?s", second.headers["x-ratelimit-reset-tokens"])
+
+
+async def test_tokens_beyond_what_was_set_aside_are_a_debt(store: Store, limiter: Limiter) -> None:
+    key = a_key(tokens_per_minute=1000)
+    await settle(store, await limiter.reserve(key, claim("1", tokens=10)), tokens=3000)
+    with pytest.raises(RateLimited) as refused:
+        await limiter.reserve(key, claim("2", tokens=1))
+
+    assert 115 <= int(refused.value.headers["retry-after"]) <= 121
+
+
+async def test_tokens_that_were_not_reported_stay_as_they_were_set_aside(store: Store, limiter: Limiter) -> None:
+    key = a_key(tokens_per_minute=1000)
+    await settle(store, await limiter.reserve(key, claim("1", tokens=900)))
+
+    with pytest.raises(RateLimited):
+        await limiter.reserve(key, claim("2", tokens=200))
+
+
+async def test_tokens_without_a_reservation_are_no_debt_of_a_minute_that_is_long_over(
+    store: Store, limiter: Limiter
+) -> None:
+    """Records that waited while Redis was away, and whose requests this process' own bucket has let through."""
+    key = a_key(tokens_per_minute=1000)
+    await limiter.reserve(key, claim("1", tokens=10))
+    await settle(store, Granted(key.id, None, {}), tokens=30_000)
+
+    assert (await limiter.reserve(key, claim("2", tokens=900))).reservation == "2"
+
+
+async def test_what_can_never_fit_is_not_to_be_asked_again(limiter: Limiter) -> None:
+    with pytest.raises(RateLimited, match="smaller max_tokens") as refused:
+        await limiter.reserve(a_key(tokens_per_minute=100), claim(tokens=101))
+
+    assert refused.value.headers == {"x-should-retry": "false"}
+
+
+@pytest.mark.parametrize("period", ["day", "month"])
+async def test_money_is_set_aside_settled_and_refused_beyond_the_limit(
+    store: Store, limiter: Limiter, second: Limiter, period: str
+) -> None:
+    key = a_key(**{f"usd_per_{period}": 0.05})
+    await settle(store, await limiter.reserve(key, claim("1", picousd=4 * CENT)), picousd=3 * CENT)
+    await second.reserve(key, claim("2", picousd=2 * CENT))
+    with pytest.raises(BudgetExceeded) as refused:
+        await limiter.reserve(key, claim("3", picousd=3 * CENT))
+
+    status, body, headers = describe(refused.value)
+    message = body["error"]["message"]
+    assert (status, body["error"]["type"], body["error"]["code"]) == (429, "insufficient_quota", "insufficient_quota")
+    assert headers == {"x-should-retry": "false"}
+    for told in (f"$0.05 a {period}", "$0.03 are spent", "$0.02 are set aside", "cost $0.03", "begins again at 2"):
+        assert told in message
+
+
+async def test_what_only_requests_under_way_stand_against_may_be_asked_again_soon(limiter: Limiter) -> None:
+    key = a_key(usd_per_day=0.05)
+    await limiter.reserve(key, claim("1", picousd=4 * CENT))
+    with pytest.raises(BudgetExceeded, match="when they have ended") as refused:
+        await limiter.reserve(key, claim("2", picousd=2 * CENT))
+
+    assert refused.value.headers == {"retry-after": "1"}
+
+
+async def test_a_request_that_costs_nothing_is_within_any_budget(store: Store, limiter: Limiter) -> None:
+    key = a_key(usd_per_day=0.01)
+    await settle(store, await limiter.reserve(key, claim("1", picousd=CENT)), picousd=2 * CENT)
+
+    assert (await limiter.reserve(key, claim("2"))).reservation == "2"
+
+
+async def test_what_is_given_back_may_be_used_at_once_and_is_given_back_once(store: Store, limiter: Limiter) -> None:
+    key = a_key(usd_per_day=0.05, tokens_per_minute=1000)
+    granted = await limiter.reserve(key, claim("1", tokens=900, picousd=4 * CENT))
+    kept = await limiter.reserve(key, claim("2", tokens=50, picousd=CENT))
+    for _ in range(2):
+        limiter.give_back(granted)
+        await until(lambda: not limiter.strays)
+
+    assert await reserved(store, key) == CENT
+    again = await limiter.reserve(key, claim("3", tokens=900, picousd=4 * CENT))
+    assert int(again.headers["x-ratelimit-remaining-tokens"]) <= 60
+    assert kept.reservation == "2"
+
+
+async def test_a_reservation_of_somebody_who_died_ends_by_itself(store: Store, limiter: Limiter) -> None:
+    key = a_key(usd_per_day=0.05)
+    await limiter.reserve(key, claim("1", picousd=5 * CENT))
+    await store.client.zadd(f"{PREFIX}{{{key.id}}}:open", {"1": 0})
+
+    assert (await limiter.reserve(key, claim("2", picousd=5 * CENT))).reservation == "2"
+    assert await reserved(store, key) == 5 * CENT
+
+
+async def test_what_was_lost_of_a_key_is_no_credit(store: Store, limiter: Limiter) -> None:
+    key = a_key(usd_per_day=0.05)
+    granted = await limiter.reserve(key, claim("1", picousd=5 * CENT))
+    await store.client.hdel(state_key(key.id), "reserved")
+    await settle(store, granted, picousd=0)
+
+    assert await reserved(store, key) == 0
+
+
+async def test_all_that_is_kept_of_a_key_goes_by_itself_but_not_before_its_reservations_and_debts(
+    store: Store, limiter: Limiter
+) -> None:
+    key = a_key(usd_per_day=0.05, tokens_per_minute=10)
+    granted = await limiter.reserve(key, claim("1", tokens=10, picousd=CENT))
+    names = [f"{PREFIX}{{{key.id}}}:{name}" for name in ("state", "held", "open")]
+    kept = [await store.client.ttl(name) for name in names]
+    await settle(store, granted, tokens=1000, picousd=CENT)
+
+    assert all(600 < seconds <= 660 for seconds in kept)
+    assert await store.client.ttl(state_key(key.id)) > 99 * 60
+
+
+async def test_asked_again_after_a_broken_connection_it_is_set_aside_once(store: Store, limiter: Limiter) -> None:
+    key = a_key(usd_per_day=0.05, requests_per_minute=1)
+    await limiter.reserve(key, claim("1", picousd=5 * CENT))
+    await limiter.reserve(key, claim("1", picousd=5 * CENT))
+
+    assert await reserved(store, key) == 5 * CENT
+
+
+async def test_a_client_that_leaves_while_it_is_asked_leaves_nothing_behind(store: Store, limiter: Limiter) -> None:
+    key = a_key(usd_per_day=1.0)
+    for number in range(20):
+        asking = asyncio.create_task(limiter.reserve(key, claim(f"{number}", picousd=CENT)))
+        for _ in range(number):
+            await asyncio.sleep(0)
+        asking.cancel()
+        if not isinstance((await asyncio.gather(asking, return_exceptions=True))[0], asyncio.CancelledError):
+            limiter.give_back(asking.result())
+    await limiter.reserve(a_key(requests_per_minute=1), claim("asked after all of them"))
+    await until(lambda: not limiter.strays)
+
+    assert await reserved(store, key) == 0
+
+
+async def test_together_they_never_spend_more_than_the_limit_and_what_answers_cost_beyond_their_reservation(
+    store: Store, limiter: Limiter, second: Limiter
+) -> None:
+    """400 requests at once over two connections: each sets 1 cent aside, and costs up to 1.2."""
+    key, chance = a_key(usd_per_day=1.0), random.Random(7)
+    costs = [chance.randrange(CENT * 6 // 5) for _ in range(400)]
+    connections = asyncio.Semaphore(8)
+
+    async def one(number: int) -> int:
+        try:
+            granted = await (limiter, second)[number % 2].reserve(key, claim(str(number), picousd=CENT))
+        except BudgetExceeded:
+            return 0
+        async with connections:
+            await settle(store, granted, picousd=costs[number])
+        return costs[number]
+
+    paid = await asyncio.gather(*map(one, range(400)))
+    beyond = sum(max(0, cost - CENT) for cost in paid)
+    counters = [key async for key in store.client.scan_iter(f"{PREFIX}{{{key.id}}}:day:*")]
+
+    assert [await store.client.get(counter) for counter in counters] == [str(sum(paid))]
+    assert sum(paid) <= PICO + beyond
+    assert sum(map(bool, paid)) >= 90
+    assert await reserved(store, key) == 0
+
+
+async def test_as_fast_as_can_be_asked_no_more_is_granted_than_a_full_bucket_and_its_refill(
+    store: Store, limiter: Limiter, second: Limiter
+) -> None:
+    key = a_key(requests_per_minute=300)
+    began: Any = await store.client.time()
+
+    async def one(number: int) -> bool:
+        try:
+            return bool(await (limiter, second)[number % 2].reserve(key, claim(str(number))))
+        except RateLimited:
+            return False
+
+    granted = sum(await asyncio.gather(*map(one, range(1000))))
+    ended: Any = await store.client.time()
+    seconds = ended[0] - began[0] + (ended[1] - began[1]) / 1e6
+
+    assert 300 <= granted <= 300 + 5 * seconds + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0, "0s"), (0.012, "12ms"), (1, "1s"), (8.64, "8.64s"), (60, "1m0s"), (360, "6m0s"), (3723.5, "1h2m3.5s")],
+)
+def test_times_are_told_as_openai_tells_them(seconds: float, told: str) -> None:
+    assert duration(seconds) == told
+
+
+def test_dollars_and_days_are_told_in_full() -> None:
+    assert [dollars(n) for n in (0, 5 * PICO, PICO * 5 // 4, 250, 1_500_000)] == ["$0", "$5", "$1.25", *DUST]
+    assert next_start("day", 1_798_761_599) == "2027-01-01T00:00:00Z"
+    assert next_start("month", 1_798_761_599) == "2027-01-01T00:00:00Z"
+    assert next_start("month", 1_767_225_600) == "2026-02-01T00:00:00Z"
+
+
+DUST = ("$0.00000000025", "$0.000001")

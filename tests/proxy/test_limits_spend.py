@@ -1,0 +1,165 @@
+"""Money in every order of reserving, settling, giving back and ending: the store agrees with a ledger kept by hand."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+import redis
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
+
+from proxy.limits.scripts import PREFIX, RESERVE, SETTLE, state_key
+from proxy.state.embedded import EmbeddedValkey
+from router_core.pricing import PICO
+
+LIMIT = 1_000 * 10**9
+AMOUNTS = st.integers(0, 400 * 10**9)
+CONNECTIONS = st.integers(0, 2)
+
+
+class Ledger(RuleBasedStateMachine):
+    """Each step over one of three connections."""
+
+    socket = ""
+    reservations = Bundle("reservations")
+    ended = Bundle("ended")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clients = [redis.Redis(unix_socket_path=self.socket, decode_responses=True) for _ in range(3)]
+        self.key = uuid.uuid4().hex
+        self.root = f"{PREFIX}{{{self.key}}}:"
+        self.spent = 0
+        self.beyond = 0
+        """What requests cost more than was reserved for them."""
+        self.open: dict[str, int] = {}
+
+    def teardown(self) -> None:
+        for client in self.clients:
+            client.close()
+
+    @rule(target=reservations, at=CONNECTIONS, amount=AMOUNTS)
+    def reserve(self, at: int, amount: int) -> Any:
+        reservation = uuid.uuid4().hex
+        verdict, *_ = self._reserve(at, reservation, amount)
+        granted = not amount or self.spent + sum(self.open.values()) + amount <= LIMIT
+        assert (verdict == "granted") == granted
+        if not granted:
+            return multiple()
+        self.open[reservation] = amount
+        return reservation
+
+    @rule(at=CONNECTIONS, reservation=reservations)
+    def reserve_again(self, at: int, reservation: str) -> None:
+        """A connection that broke before its answer came."""
+        if reservation in self.open:
+            assert self._reserve(at, reservation, self.open[reservation])[0] == "granted"
+
+    @rule(target=ended, at=CONNECTIONS, reservation=consumes(reservations), cost=AMOUNTS)
+    def settle(self, at: int, reservation: str, cost: int) -> str:
+        self._settle(at, reservation, str(cost))
+        self.spent += cost
+        self.beyond += max(0, cost - self.open.pop(reservation, 0))
+        return reservation
+
+    @rule(target=ended, at=CONNECTIONS, reservation=consumes(reservations))
+    def settle_unknown(self, at: int, reservation: str) -> str:
+        """Then it cost what was reserved."""
+        self._settle(at, reservation, "")
+        self.spent += self.open.pop(reservation, 0)
+        return reservation
+
+    @rule(at=CONNECTIONS, reservation=reservations | ended)
+    def give_back(self, at: int, reservation: str) -> None:
+        self._settle(at, reservation, "0")
+        self.open.pop(reservation, None)
+
+    @rule(at=CONNECTIONS, reservation=reservations)
+    def end(self, at: int, reservation: str) -> None:
+        """Its time is over, and another reservation is the first to notice."""
+        if reservation in self.open:
+            self.clients[at].zadd(f"{self.root}open", {reservation: 0})
+            self.open.pop(reservation)
+            self._reserve(at, "one of nothing", 0)
+            self.open["one of nothing"] = 0
+
+    @invariant()
+    def agrees(self) -> None:
+        client = self.clients[0]
+        assert int(client.hget(f"{self.root}state", "reserved") or 0) == sum(self.open.values())
+        assert client.zcard(f"{self.root}open") == client.hlen(f"{self.root}held") == len(self.open)
+        for period in ("day", "month"):
+            counters: Any = client.keys(f"{self.root}{period}:*")
+            assert sum(int(client.get(counter) or 0) for counter in counters) == self.spent
+        assert self.spent + sum(self.open.values()) <= LIMIT + self.beyond
+
+    def _reserve(self, at: int, reservation: str, amount: int) -> Any:
+        arguments = [self.key, reservation, 600, 0, amount, "", "", LIMIT, 10 * LIMIT]
+        return self.clients[at].eval(RESERVE, 1, state_key(self.key), *map(str, arguments))
+
+    def _settle(self, at: int, reservation: str, cost: str) -> None:
+        day = today(self.clients[at])
+        self.clients[at].eval(SETTLE, 1, state_key(self.key), self.key, reservation, "", cost, day, day[:7])
+
+
+def test_the_store_agrees_with_the_ledger_and_overruns_by_the_stated_bound_at_most(valkey: EmbeddedValkey) -> None:
+    Ledger.socket = str(valkey.socket_path)
+    run_state_machine_as_test(Ledger, settings=settings(max_examples=50, stateful_step_count=40, deadline=None))
+
+
+@pytest.fixture
+def client(valkey: EmbeddedValkey) -> Any:
+    with redis.Redis(unix_socket_path=str(valkey.socket_path), decode_responses=True) as opened:
+        opened.flushall()
+        yield opened
+
+
+def test_small_amounts_add_up_exactly_on_top_of_a_large_one(client: Any) -> None:
+    """Past what a Lua number can hold."""
+    settle = client.register_script(SETTLE)
+    settle(keys=[state_key("k")], args=["k", "", "", str(9 * 10**17), "2026-01-01", "2026-01"])
+    for _ in range(100):
+        settle(keys=[state_key("k")], args=["k", "", "", "1", "2026-01-01", "2026-01"])
+
+    assert client.get(f"{PREFIX}{{k}}:day:2026-01-01") == str(9 * 10**17 + 100)
+
+
+def test_a_record_without_a_reservation_counts_for_a_limit_that_is_set_later(client: Any) -> None:
+    day = today(client)
+    client.eval(SETTLE, 1, state_key("k"), "k", "", "", str(2 * PICO), day, day[:7])
+    arguments = ["k", "r", 600, 0, 10**9, "", "", PICO, ""]
+
+    assert client.eval(RESERVE, 1, state_key("k"), *map(str, arguments))[0] == "day"
+
+
+def test_a_cost_belongs_to_the_day_of_its_reservation_whatever_the_recorders_clock_says(client: Any) -> None:
+    client.eval(RESERVE, 1, state_key("k"), "k", "r", "600", "0", str(PICO), "", "", "", "")
+    client.eval(SETTLE, 1, state_key("k"), "k", "r", "", str(PICO), "1999-01-01", "1999-01")
+
+    assert client.get(f"{PREFIX}{{k}}:day:{today(client)}") == str(PICO)
+    assert client.get(f"{PREFIX}{{k}}:month:{today(client)[:7]}") == str(PICO)
+
+
+def test_counters_of_a_period_go_a_while_after_it(client: Any) -> None:
+    client.eval(SETTLE, 1, state_key("k"), "k", "", "", str(PICO), "2026-01-31", "2026-01")
+    kept = {key.rpartition("}:")[2].partition(":")[0]: client.ttl(key) for key in client.keys(f"{PREFIX}*")}
+
+    assert kept["day"] > 86_400
+    assert kept["month"] > 31 * 86_400
+
+
+def today(client: Any) -> str:
+    seconds, _ = client.time()
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d")

@@ -1,0 +1,156 @@
+"""Redis away, frozen, emptied or spoilt: money is refused, rates hold in this process, and nobody waits for long."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy.errors import RateLimited, Unavailable, describe
+from proxy.limits.claims import Claim
+from proxy.limits.limiter import Limiter
+from proxy.limits.scripts import state_key
+from proxy.recording.metrics import Metrics
+from proxy.state.embedded import EmbeddedValkey
+from proxy.state.store import Store
+from router_core.pricing import PICO
+from tests.support.limited_keys import a_key
+from tests.support.makers import until
+
+CENT = PICO // 100
+
+
+def claim(name: str = "r", *, tokens: int = 0, picousd: int = 0) -> Claim:
+    return Claim(name, tokens, picousd, 600)
+
+
+def unchecked(metrics: Metrics, outcome: str) -> float:
+    return metrics.registry.get_sample_value("uniroute_limits_unchecked_total", {"outcome": outcome}) or 0
+
+
+@pytest.fixture
+async def away() -> AsyncIterator[Store]:
+    opened = Store("redis://127.0.0.1:1/0")
+    yield opened
+    await opened.close()
+
+
+async def test_without_redis_keys_with_a_spend_limit_are_refused(away: Store) -> None:
+    metrics = Metrics()
+    limiter = Limiter(away, metrics)
+    for number in range(3):
+        with pytest.raises(Unavailable) as refused:
+            await limiter.reserve(a_key(usd_per_month=5.0, requests_per_minute=10), claim(str(number), picousd=CENT))
+        status, body, headers = describe(refused.value)
+        assert (status, body["error"]["code"], headers["retry-after"]) == (503, "unavailable", "1")
+        assert "budget of this key cannot be checked" in body["error"]["message"]
+
+    assert unchecked(metrics, "refused") == 3
+    await limiter.close()
+
+
+async def test_without_redis_rates_hold_in_this_process(away: Store) -> None:
+    metrics = Metrics()
+    limiter = Limiter(away, metrics, clock=lambda: 1000.0)
+    key = a_key(requests_per_minute=3, tokens_per_minute=1000)
+    first = await limiter.reserve(key, claim("1", tokens=900))
+    with pytest.raises(RateLimited, match="tokens per minute"):
+        await limiter.reserve(key, claim("2", tokens=200))
+    first.used(100)
+    second = await limiter.reserve(key, claim("3", tokens=200))
+    await limiter.reserve(key, claim("4", tokens=200))
+    with pytest.raises(RateLimited, match="requests per minute"):
+        await limiter.reserve(key, claim("5", tokens=1))
+
+    assert second.headers["x-ratelimit-remaining-tokens"] == "700"
+    assert second.headers["x-ratelimit-remaining-requests"] == "1"
+    assert unchecked(metrics, "local") == 5
+    await limiter.close()
+
+
+async def test_a_setting_opens_keys_with_a_spend_limit_and_their_rates_still_hold(
+    away: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = Metrics()
+    limiter = Limiter(away, metrics, open_without_store=True)
+    key = a_key(usd_per_day=0.01, requests_per_minute=2)
+    for number in range(2):
+        assert (await limiter.reserve(key, claim(str(number), picousd=5 * CENT))).key_id == key.id
+    with pytest.raises(RateLimited):
+        await limiter.reserve(key, claim("3", picousd=5 * CENT))
+
+    assert unchecked(metrics, "open") == 3
+    assert [record.message.count("served unchecked") for record in caplog.records] == [1]
+    await limiter.close()
+
+
+@contextmanager
+def frozen(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+async def test_a_frozen_redis_is_waited_for_by_the_first_and_limits_go_on_when_it_wakes(tmp_path: Path) -> None:
+    server = EmbeddedValkey(tmp_path)
+    server.ensure()
+    store = Store(f"unix://{server.socket_path}")
+    limiter = Limiter(store, Metrics())
+    key, rated = a_key(usd_per_day=0.05), a_key(requests_per_minute=1000)
+    info: Any = await store.client.info("server")
+    await limiter.reserve(key, claim("before", picousd=CENT))
+    with frozen(int(info["process_id"])):
+        started = time.monotonic()
+        with pytest.raises(Unavailable):
+            await limiter.reserve(key, claim("first", picousd=CENT))
+        assert time.monotonic() - started < 0.5
+        started = time.monotonic()
+        for number in range(200):
+            await limiter.reserve(rated, claim(str(number)))
+            with pytest.raises(Unavailable):
+                await limiter.reserve(key, claim(f"later-{number}", picousd=CENT))
+        assert time.monotonic() - started < 5  # with 50 ms for each it were 20
+    await until(lambda: not limiter.silent and not limiter.strays)
+
+    assert (await limiter.reserve(key, claim("after", picousd=CENT))).reservation == "after"
+    assert await store.client.hget(state_key(key.id), "reserved") == str(2 * CENT)
+    await limiter.close()
+    await store.close()
+    server.stop()
+
+
+async def test_an_emptied_redis_begins_again_and_owes_nothing(store: Store) -> None:
+    limiter = Limiter(store, Metrics(), timeout_s=1.0)
+    key = a_key(usd_per_day=0.05, tokens_per_minute=100)
+    granted = await limiter.reserve(key, claim("1", tokens=100, picousd=5 * CENT))
+    await store.client.flushall()
+    await store.client.script_flush()
+    await limiter.reserve(key, claim("2", tokens=50, picousd=5 * CENT))
+    limiter.give_back(granted)
+    await until(lambda: not limiter.strays)
+
+    assert await store.client.hget(state_key(key.id), "reserved") == str(5 * CENT)
+    await limiter.close()
+
+
+async def test_a_key_whose_entry_is_spoilt_is_alone_in_its_trouble(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    limiter = Limiter(store, Metrics(), timeout_s=1.0)
+    spoilt, good = a_key(usd_per_day=1.0), a_key(usd_per_day=1.0)
+    await store.client.set(state_key(spoilt.id), "not a hash")
+    for number in range(3):
+        with pytest.raises(Unavailable):
+            await limiter.reserve(spoilt, claim(f"s{number}", picousd=CENT))
+        assert (await limiter.reserve(good, claim(f"g{number}", picousd=CENT))).reservation == f"g{number}"
+
+    assert [spoilt.id in record.message for record in caplog.records if record.levelname == "WARNING"] == [True]
+    await limiter.close()

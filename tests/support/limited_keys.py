@@ -1,0 +1,67 @@
+"""Client keys with limits put straight into a store, and what the store says of their use."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+
+from proxy.limits.scripts import PREFIX, SETTLE, state_key
+from proxy.state.key_limits import KeyLimits
+from proxy.state.keys import digest_of, new_secret
+from proxy.state.records import ClientKey
+from proxy.state.stored import CHANGED, KEYS, VERSION
+from router_core.pricing import PICO
+
+
+def a_key(**limits: Any) -> ClientKey:
+    return ClientKey(uuid.uuid4().hex[:12], "limited", digest_of("x"), 1.0, limits=KeyLimits(**limits))
+
+
+@dataclass(frozen=True)
+class LimitedKey:
+    id: str
+    secret: str
+    store: redis.Redis
+
+    @classmethod
+    def put(cls, store: redis.Redis, **limits: Any) -> LimitedKey:
+        """Known to running processes within a second."""
+        secret = new_secret()
+        key = ClientKey(uuid.uuid4().hex[:12], "limited", digest_of(secret), 1.0, limits=KeyLimits(**limits))
+        store.hset(KEYS, key.id, key.to_json())
+        store.publish(CHANGED, str(store.incr(VERSION)))
+        return cls(key.id, secret, store)
+
+    @property
+    def spent_usd(self) -> float:
+        """Of the only day that there was."""
+        days: Any = self.store.keys(f"{PREFIX}{{{self.id}}}:day:*")
+        return sum(int(_text(self.store.get(day))) for day in days) / PICO
+
+    @property
+    def reserved_usd(self) -> float:
+        return int(_text(self.store.hget(state_key(self.id), "reserved"))) / PICO
+
+    @property
+    def open(self) -> int:
+        """Reservations that are not settled."""
+        return int(_text(self.store.zcard(f"{PREFIX}{{{self.id}}}:open")))
+
+    def let_reservations_end(self) -> None:
+        """As if their time were over."""
+        name = f"{PREFIX}{{{self.id}}}:open"
+        members: Any = self.store.zrange(name, 0, -1)
+        for member in members:
+            self.store.zadd(name, {member: 0})
+
+    def spend(self, usd: float, day: str = "2026-01-31") -> None:
+        """A request of an earlier day."""
+        arguments = [self.id, "", "", str(round(usd * PICO)), day, day[:7]]
+        self.store.eval(SETTLE, 1, state_key(self.id), *arguments)
+
+
+def _text(value: Any) -> str:
+    return "0" if value is None else value.decode() if isinstance(value, bytes) else str(value)
