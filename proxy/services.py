@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from proxy.cluster_maps import open_map
 from proxy.jobs.answering import UpstreamAnswerer
 from proxy.jobs.jobs import Jobs
+from proxy.recording.journals import Journals
 from proxy.recording.metrics import Metrics
-from proxy.recording.usage import UsageRecorder
+from proxy.recording.recorder import UsageRecorder
 from proxy.routing.assigning import Assigner, deadline_of
 from proxy.settings import Settings, SettingsError, check_exposure
 from proxy.state.catalog import bundled_catalog
@@ -96,7 +97,8 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
         closing.push_async_callback(state.stop)
         check_exposure(settings, keys_required=state.current.keys_required)
         metrics = Metrics()
-        usage = UsageRecorder(store, metrics.usage_dropped.inc)
+        journals = Journals(settings.data_dir / "usage", settings.usage_journal_max_bytes)
+        usage = UsageRecorder(store, journals, metrics.usage_dropped.inc)
         usage.start()
         closing.push_async_callback(usage.stop)
         registry = Registry(store, around.configured, latch)

@@ -86,6 +86,8 @@ class Settings(Frozen):
     max_body_bytes: Count = 20_000_000
     fallback_attempts: Annotated[Whole, Field(ge=1, le=20)] = 3
     request_timeout_s: Annotated[Amount, Field(gt=0)] = 600
+    drain_s: Annotated[Whole, Field(ge=1, le=3600)] = 30
+    usage_journal_max_bytes: Count = 256_000_000
     redis_url: Annotated[str | None, AfterValidator(_redis_address)] = Field(default=None, repr=False)
     admin_key: SecretStr | None = None
     data_dir: Annotated[AbsolutePath, Field(validate_default=True)] = Path("~/.local/share/uniroute")

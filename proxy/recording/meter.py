@@ -10,7 +10,8 @@ from typing import Any
 
 from proxy.errors import UpstreamFailure
 from proxy.recording.metrics import Metrics
-from proxy.recording.usage import TokenCounts, UsageRecord, UsageRecorder, cost_usd, counts_of
+from proxy.recording.recorder import UsageRecorder
+from proxy.recording.usage import TokenCounts, UsageRecord, cost_usd, counts_of
 from proxy.routing.choosing import Choice
 from proxy.state.holder import StateHolder
 from proxy.state.live import LiveExpectations
