@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 _BACKLOG = 2048
-_ADOPTION_S = 2  # by then a worker has taken over the embedded store of its dead parent, and will stop it
 _KEEP_ALIVE_S = 75  # longer than a load balancer's 60, so that it is never we who close first
 _LINE = {"format": "%(asctime)s %(levelname)s %(name)s %(message)s", "datefmt": "%Y-%m-%dT%H:%M:%S%z"}
 LOGGING: dict[str, Any] = {
@@ -185,7 +184,6 @@ def _end_with(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        time.sleep(_ADOPTION_S)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="uniroute-parent-watch", daemon=True).start()
