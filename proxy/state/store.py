@@ -21,6 +21,7 @@ from proxy.state.silence import Silence
 
 OPERATION_S = 0.75
 """All of an operation, whatever redis-py retries: an admin call that meets a silent server answers within a second."""
+READING_S = 0.05
 CONNECTIONS = 32
 AGAIN_S = 0.5
 
@@ -82,7 +83,7 @@ class Store:
         if (silent_s := self._silence.seconds) is not None:
             raise StoreUnavailable(f"could not {what}: Redis at {self.name} has not answered for {silent_s:.1f} s")
         try:
-            async with asyncio.timeout(OPERATION_S):
+            async with _within(OPERATION_S):
                 yield self.client
         except (RedisError, OSError, TimeoutError) as error:
             if isinstance(error, NoAnswer | TimeoutError):
@@ -120,6 +121,18 @@ class Store:
                 await asyncio.wait({self._starting})
                 _ = self._starting.exception()  # looked at, so that asyncio does not log it as forgotten
             await asyncio.to_thread(self.embedded.stop)
+
+
+@asynccontextmanager
+async def _within(seconds: float) -> AsyncIterator[None]:
+    """As asyncio.timeout; but where this process itself was kept busy, what has arrived meanwhile is read first."""
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(None) as limit:
+        ending = loop.call_later(seconds, lambda: limit.reschedule(loop.time() + READING_S))
+        try:
+            yield
+        finally:
+            ending.cancel()
 
 
 async def until_it_answers(operation: Callable[[], Awaitable[None]]) -> None:
