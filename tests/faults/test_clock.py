@@ -62,7 +62,9 @@ def test_a_day_forward_and_two_back_break_nothing(
 
             assert [gateway.ask(CONFIGURED).status_code for _ in range(3)] == [200] * 3
             asked += 3
-            assert gateway.put_price().json()["price"]["age_s"] < 60
+            shown: Any = gateway.admin("GET", f"/models/{CONFIGURED}").json()["price"]
+            assert shown["updated_at"] is None or shown["age_s"] >= 0
+            assert 0 <= gateway.put_price().json()["price"]["age_s"] < 60
             assert wait_until(lambda job=job: gateway.admin("GET", f"/jobs/{job}").json()["state"] == "ready", 60)
             with gateway.embedded_store() as client:
                 assert wait_until(lambda client=client, asked=asked: counted(client) == asked, 10)
