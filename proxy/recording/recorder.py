@@ -14,10 +14,11 @@ from proxy.recording.scripts import (
     JOURNALS,
     MOST_ENTRIES,
     NO_SETTLING,
+    REFUSED,
     STREAM,
     apply_script,
-    arguments_of,
 )
+from proxy.recording.tally import Tally
 from proxy.recording.usage import UsageRecord
 from proxy.state.store import Store, StoreUnavailable
 from proxy.tasks import end
@@ -89,15 +90,11 @@ class UsageRecorder:
     async def _applied(self, journal: Journal) -> bool:
         """One batch. False: there was none."""
         batch = _next_of(journal)
-        arguments, broken = _arguments(batch)
-        if arguments:
-            async with self._store.asking("record usage"):
-                last, uncounted = await self._apply(
-                    keys=[JOURNALS, STREAM], args=[journal.id, journal.applied, MOST_ENTRIES, *arguments]
-                )
-            if last < journal.applied:
-                log.warning("the store went back: usage after record %d of %s is sent again", last, journal.path)
-                journal.rewind(last)
+        tally, broken = _tally_of(batch)
+        if batch.entries:
+            applied, uncounted = await self._send(journal, batch, tally)
+            if uncounted == REFUSED:
+                self._go_on_after(journal, applied)
                 return True
             if uncounted:
                 log.warning("%d usage figures of %d records were not counted", uncounted, len(batch.entries))
@@ -106,6 +103,21 @@ class UsageRecorder:
             log.error("%d lines of the usage journal %s cannot be read and are left out", broken, journal.path)
             self._drop(broken)
         return bool(batch.entries)
+
+    async def _send(self, journal: Journal, batch: Batch, tally: Tally) -> tuple[int, int]:
+        first, last = batch.entries[0].number, batch.entries[-1].number
+        arguments = [journal.id, journal.applied, first, last, MOST_ENTRIES, *tally.words()]
+        async with self._store.asking("record usage"):
+            applied, uncounted = await self._apply(keys=[JOURNALS, STREAM], args=arguments)
+        return int(applied), int(uncounted)
+
+    def _go_on_after(self, journal: Journal, applied: int) -> None:
+        """The store says what it has: more than we heard of, since a reply was lost, or less, since it went back."""
+        if applied < journal.applied:
+            log.warning("the store went back: usage after record %d of %s is sent again", applied, journal.path)
+            journal.rewind(applied)
+        else:
+            journal.applied = applied
 
     def _remove(self, journal: Journal) -> None:
         """First the file, then its number in Redis: without the number it would be applied again."""
@@ -159,13 +171,12 @@ def _next_of(journal: Journal) -> Batch:
         raise StoreUnavailable(f"could not record usage: {journal.path} cannot be read: {error}") from error
 
 
-def _arguments(batch: Batch) -> tuple[list[str | int], int]:
-    """For the script, and how many lines are no records of ours."""
-    arguments: list[str | int] = []
-    broken = batch.broken
+def _tally_of(batch: Batch) -> tuple[Tally, int]:
+    """And how many lines are no records of ours."""
+    tally, broken = Tally(), batch.broken
     for entry in batch.entries:
         try:
-            arguments += arguments_of(entry)
+            tally.add(entry.text, entry.fields)
         except ValueError:
             broken += 1
-    return arguments, broken
+    return tally, broken

@@ -1,21 +1,14 @@
-"""The Lua scripts by which usage reaches Redis, each record once. Asks nobody."""
+"""The Lua scripts by which usage reaches Redis, each batch once. What a batch adds up to is tally."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from typing import Any, Final
-
-from proxy.recording.journal import Entry
+from typing import Final
 
 STREAM: Final = "uniroute:usage"
-TOTALS: Final = "uniroute:usage:totals"
-"""With `:<model>`, the hash of what a model used."""
-KEY_TOTALS: Final = "uniroute:usage:key"
-"""With `:<id>`, the hash of what a client key used."""
 JOURNALS: Final = "uniroute:usage:journals"
 """Hash: journal id → number of the last record applied, or `done:` and when it was."""
 MOST_ENTRIES = 100_000
-COLUMNS = ("ending", "prompt_tokens", "cached_tokens", "output_tokens", "reasoning_tokens", "cost_picousd", "cost_usd")
+REFUSED = -1
 
 NO_SETTLING = """
 local function settle(key_id, reservation_id, tokens, picousd, day, month)
@@ -24,57 +17,36 @@ end
 """What a client key's record does to its limits. All arguments are texts: amounts can be larger than what a Lua number
 holds exactly, and where one is unknown it is ''. Whatever it raises is counted, and holds nothing up."""
 
-# KEYS: journals, stream. ARGV: journal, the number known to be applied, most entries of the stream; then 13 a record:
-# number, text, model, key, reservation, day, and the COLUMNS. Returns the last number applied before, and how many
-# figures could not be counted. With fewer applied than was known nothing is done: the store is an older one.
+# KEYS: journals, stream. ARGV: journal, the number known to be applied, first and last number of this batch, most
+# entries of the stream; how many texts and these; how many sums and these, three words each; settlements, six each.
+# Returns the last number applied and how many figures could not be counted, or REFUSED: the batch is not what comes
+# next, since some of it is applied, or the store is an older one than was known.
 # The first write is no pcall: where the store takes none (full, a replica, its disk) the whole script must fail.
 _APPLY = f"""
-local WIDTH, TOTALS, KEY_TOTALS = 13, '{TOTALS}:', '{KEY_TOTALS}:'
-local journal, known = ARGV[1], tonumber(ARGV[2])
-local stored = redis.call('HGET', KEYS[1], journal) or '0'
-local last = tonumber(stored) or math.huge
-if last == math.huge then return {{known, 0}} end
-if last < known then return {{last, 0}} end
-if tonumber(ARGV[#ARGV - WIDTH + 1]) <= last then return {{last, 0}} end
-redis.call('HSET', KEYS[1], journal, ARGV[#ARGV - WIDTH + 1])
+local journal, known, first, last = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
+local applied = tonumber(redis.call('HGET', KEYS[1], journal) or '0')
+if not applied then return {{tonumber(last), 0}} end
+if applied < known or applied >= first then return {{applied, {REFUSED}}} end
+redis.call('HSET', KEYS[1], journal, last)
 local uncounted = 0
 local function try(...)
   local reply = redis.pcall(...)
   if type(reply) == 'table' and reply.err then uncounted = uncounted + 1 end
 end
-local function add(hash, at)
-  try('HINCRBY', hash, 'requests', 1)
-  try('HINCRBY', hash, ARGV[at], 1)
-  for place, name in ipairs({{'prompt_tokens', 'cached_tokens', 'output_tokens', 'reasoning_tokens'}}) do
-    local count = ARGV[at + place]
-    if count ~= '' and count ~= '0' then try('HINCRBY', hash, name, count) end
-  end
-  if ARGV[at + 5] == '' then
-    try('HINCRBY', hash, 'cost_unknown', 1)
-  else
-    try('HINCRBY', hash, 'cost_picousd', ARGV[at + 5])
-    try('HINCRBYFLOAT', hash, 'cost_usd', ARGV[at + 6])
-  end
+local at = 6
+for place = at + 1, at + tonumber(ARGV[at]) do
+  try('XADD', KEYS[2], 'MAXLEN', '~', ARGV[5], '*', 'record', ARGV[place])
 end
-local function tokens(at)
-  local prompt, output = ARGV[at + 1], ARGV[at + 3]
-  if prompt == '' or output == '' then return '' end
-  return string.format('%.0f', tonumber(prompt) + tonumber(output))
+at = at + 1 + tonumber(ARGV[at])
+for place = at + 1, at + 3 * tonumber(ARGV[at]), 3 do
+  local field = ARGV[place + 1]
+  try(field == 'cost_usd' and 'HINCRBYFLOAT' or 'HINCRBY', ARGV[place], field, ARGV[place + 2])
 end
-for at = 4, #ARGV, WIDTH do
-  if tonumber(ARGV[at]) > last then
-    try('XADD', KEYS[2], 'MAXLEN', '~', ARGV[3], '*', 'record', ARGV[at + 1])
-    add(TOTALS .. ARGV[at + 2], at + 6)
-    local key = ARGV[at + 3]
-    if key ~= '' then
-      add(KEY_TOTALS .. key, at + 6)
-      local day = ARGV[at + 5]
-      local settled = pcall(settle, key, ARGV[at + 4], tokens(at + 6), ARGV[at + 11], day, string.sub(day, 1, 7))
-      if not settled then uncounted = uncounted + 1 end
-    end
-  end
+at = at + 1 + 3 * tonumber(ARGV[at])
+for place = at, #ARGV, 6 do
+  if not pcall(settle, unpack(ARGV, place, place + 5)) then uncounted = uncounted + 1 end
 end
-return {{last, uncounted}}
+return {{tonumber(last), uncounted}}
 """
 
 # KEYS: journals. ARGV: journal, seconds. A field is kept for a while: an attempt to apply the journal's last records
@@ -95,18 +67,3 @@ FINISHED_KEPT_S = 3600
 def apply_script(settle_function: str = NO_SETTLING) -> str:
     """`settle_function`: Lua text of a local function `settle` with the parameters of NO_SETTLING's."""
     return settle_function + _APPLY
-
-
-def arguments_of(entry: Entry) -> list[str | int]:
-    """One record for the script. Raises ValueError: it is not one that we wrote."""
-    fields = entry.fields
-    try:
-        day = datetime.fromtimestamp(fields["at"], UTC).strftime("%Y-%m-%d")
-        named = [_text(fields[name]) for name in ("model", "key_id", "reservation")]
-        return [entry.number, entry.text, *named, day, *(_text(fields[name]) for name in COLUMNS)]
-    except (KeyError, TypeError, OverflowError, OSError) as error:
-        raise ValueError(f"not a usage record: {type(error).__name__} {error}") from error
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)

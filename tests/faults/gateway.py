@@ -13,7 +13,7 @@ import httpx
 import redis
 import yaml
 
-from proxy.recording.scripts import TOTALS
+from proxy.recording.tally import TOTALS
 from proxy.state.embedded import socket_path
 from tests.support.command import ADMIN_KEY, ServeCommand, environment
 from tests.support.server import arm, uniform_profile

@@ -11,7 +11,8 @@ import pytest
 
 from proxy.recording.journals import Journals
 from proxy.recording.recorder import UsageRecorder
-from proxy.recording.scripts import JOURNALS, KEY_TOTALS, STREAM, TOTALS
+from proxy.recording.scripts import JOURNALS, STREAM
+from proxy.recording.tally import KEY_TOTALS, TOTALS
 from proxy.recording.usage import UsageRecord
 from proxy.state.store import Store, StoreUnavailable
 
@@ -175,6 +176,15 @@ async def test_a_store_that_went_back_gets_again_what_it_lost(store: Store, tmp_
     recorder.record(a_record())
     await recorder.flush()
     assert (await totals(store))["requests"] == "8"
+
+
+async def test_a_cost_beyond_all_measure_is_unknown_and_spoils_no_sum(store: Store, tmp_path: Path) -> None:
+    recorder = a_recorder(store, tmp_path)
+    recorder.record(a_record(cost=1e13))
+    recorder.record(a_record(cost=0.25))
+    await recorder.flush()
+    counted = await totals(store)
+    assert (counted["cost_picousd"], counted["cost_unknown"]) == (str(25 * 10**10), "1")
 
 
 async def test_figures_that_cannot_be_counted_are_left_out_and_hold_nothing_up(store: Store, tmp_path: Path) -> None:
