@@ -125,5 +125,6 @@ def test_a_full_disk_refuses_changes_loses_none_and_heals(
             assert wait_until(lambda: gateway.ready()["store"] == "up", 15)
             shown: Any = gateway.admin("GET", f"/models/{CONFIGURED}").json()["price"]
             assert shown["input_cost_per_token"] == pytest.approx(price)
-            assert wait_until(lambda: gateway.add("late").status_code == 201, 15)
+            assert wait_until(lambda: gateway.put_price().status_code == 200, 15)
+            assert gateway.add("after").status_code == 201
             assert wait_until(lambda: counted(client) == 6, 15), counted(client)
