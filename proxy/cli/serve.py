@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 _BACKLOG = 2048
-_DRAIN_S = 30
-_ADOPTION_S = 2  # by then a worker has taken over the embedded store of its dead parent, and will stop it
 _KEEP_ALIVE_S = 75  # longer than a load balancer's 60, so that it is never we who close first
 _LINE = {"format": "%(asctime)s %(levelname)s %(name)s %(message)s", "datefmt": "%Y-%m-%dT%H:%M:%S%z"}
 LOGGING: dict[str, Any] = {
@@ -89,7 +87,7 @@ def server_config(settings: Settings, *, logging: dict[str, Any] | None = LOGGIN
         server_header=False,
         backlog=_BACKLOG,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=_DRAIN_S,
+        timeout_graceful_shutdown=settings.drain_s,
     )
 
 
@@ -131,6 +129,7 @@ class BackgroundServer:
 
     def __init__(self, settings: Settings, bound: socket.socket, logging: dict[str, Any]) -> None:
         self._server = uvicorn.Server(server_config(settings, logging=logging))
+        self._drain_s = settings.drain_s
         self._bound = bound
         self._ended = threading.Event()  # a join() that Ctrl-C interrupts would count the thread as ended
         self._thread = threading.Thread(target=self._run, name="uniroute-server", daemon=True)
@@ -150,7 +149,7 @@ class BackgroundServer:
 
     def stop(self) -> None:
         self._server.should_exit = True
-        self._ended.wait(_DRAIN_S + 10)
+        self._ended.wait(self._drain_s + 10)
 
     def _run(self) -> None:
         try:
@@ -185,7 +184,6 @@ def _end_with(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        time.sleep(_ADOPTION_S)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="uniroute-parent-watch", daemon=True).start()

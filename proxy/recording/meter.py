@@ -12,7 +12,8 @@ from proxy.errors import UpstreamFailure
 from proxy.limits.standing import Granted
 from proxy.recording.estimate import Received, cost_of
 from proxy.recording.metrics import Metrics
-from proxy.recording.usage import TokenCounts, UsageRecord, UsageRecorder, counts_of
+from proxy.recording.recorder import UsageRecorder
+from proxy.recording.usage import TokenCounts, UsageRecord, counts_of
 from proxy.relay.marks import AnswerMarks
 from proxy.routing.choosing import Choice
 from proxy.state.holder import StateHolder

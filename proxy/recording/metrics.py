@@ -21,7 +21,12 @@ class Metrics:
             "uniroute_degraded_total", "Requests routed without looking at the prompt", registry=self.registry
         )
         self.usage_dropped = Counter(
-            "uniroute_usage_dropped_total", "Usage records dropped while Redis was away", registry=self.registry
+            "uniroute_usage_dropped_total",
+            "Usage records dropped: neither Redis nor the disk took them",
+            registry=self.registry,
+        )
+        self.usage_journal = Gauge(
+            "uniroute_usage_journal_bytes", "Usage journals of this process on disk", registry=self.registry
         )
         self.conversations_moved = Counter(
             "uniroute_conversations_moved_total",

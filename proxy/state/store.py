@@ -13,13 +13,15 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as ConnectionFailed
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as NoAnswer
 
 from proxy.settings import Settings
 from proxy.state.embedded import EmbeddedStoreFailed, EmbeddedValkey
+from proxy.state.silence import Silence
 
-ANSWER_S = 1.0
-OPERATION_S = 1.2
-"""All of an operation: a silent server is not asked again after the first ANSWER_S, whatever redis-py retries."""
+OPERATION_S = 0.75
+"""All of an operation, whatever redis-py retries: an admin call that meets a silent server answers within a second."""
+READING_S = 0.05
 CONNECTIONS = 32
 AGAIN_S = 0.5
 
@@ -34,12 +36,14 @@ class Store:
     def __init__(self, url: str, embedded: EmbeddedValkey | None = None) -> None:
         self.url = url
         self.embedded = embedded
+        self._silence = Silence(url)
+        self._starting: asyncio.Task[None] | None = None
         self.client: Redis = Redis.from_url(
             url,
             decode_responses=True,
             encoding_errors="replace",  # a foreign writer's broken bytes must not break the connection
-            socket_timeout=ANSWER_S,
-            socket_connect_timeout=ANSWER_S,
+            socket_timeout=OPERATION_S,
+            socket_connect_timeout=OPERATION_S,
             max_connections=CONNECTIONS,
             # For a pooled connection that went stale; our writes may be repeated.
             retry=Retry(NoBackoff(), 1, supported_errors=(ConnectionFailed,)),
@@ -71,13 +75,19 @@ class Store:
     async def asking(self, what: str) -> AsyncIterator[Redis]:
         """The client, for one operation. `what` completes "could not …".
 
+        A server that was silent is not waited for a second time: until it answers a ping, all are refused at once.
+
         Raises:
             StoreUnavailable: in place of every failure of Redis.
         """
+        if (silent_s := self._silence.seconds) is not None:
+            raise StoreUnavailable(f"could not {what}: Redis at {self.name} has not answered for {silent_s:.1f} s")
         try:
-            async with asyncio.timeout(OPERATION_S):
+            async with _within(OPERATION_S):
                 yield self.client
         except (RedisError, OSError, TimeoutError) as error:
+            if isinstance(error, NoAnswer | TimeoutError):
+                self._silence.begin()
             reason = str(error) or type(error).__name__
             raise StoreUnavailable(f"could not {what}: Redis at {self.name} says {reason}") from error
 
@@ -88,26 +98,41 @@ class Store:
         except StoreUnavailable:
             return False
 
-    async def keep_up(self, *, answering: bool) -> None:
-        """Take over an embedded server whose owner has gone; start it again if it is not answering.
+    async def keep_up(self) -> None:
+        """Start an embedded server again that does not answer.
 
         Raises:
             StoreUnavailable: it cannot be started.
         """
         if self.embedded is None:
             return
+        self._starting = asyncio.create_task(asyncio.to_thread(self.embedded.ensure))
         try:
-            if answering:
-                self.embedded.take_ownership()
-            else:
-                await asyncio.to_thread(self.embedded.ensure)
-        except EmbeddedStoreFailed as error:
+            await asyncio.shield(self._starting)
+        except (EmbeddedStoreFailed, OSError) as error:
             raise StoreUnavailable(str(error)) from error
 
     async def close(self) -> None:
+        await self._silence.close()
         await self.client.aclose()
         if self.embedded is not None:
+            self.embedded.closing = True
+            if self._starting is not None:  # a thread ends when it likes; after us it would start a server for nobody
+                await asyncio.wait({self._starting})
+                _ = self._starting.exception()  # looked at, so that asyncio does not log it as forgotten
             await asyncio.to_thread(self.embedded.stop)
+
+
+@asynccontextmanager
+async def _within(seconds: float) -> AsyncIterator[None]:
+    """As asyncio.timeout; but where this process itself was kept busy, what has arrived meanwhile is read first."""
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(None) as limit:
+        ending = loop.call_later(seconds, lambda: limit.reschedule(loop.time() + READING_S))
+        try:
+            yield
+        finally:
+            ending.cancel()
 
 
 async def until_it_answers(operation: Callable[[], Awaitable[None]]) -> None:

@@ -16,7 +16,7 @@ import openai
 import pytest
 import redis
 
-from proxy.recording.usage import STREAM
+from proxy.recording.scripts import STREAM
 from proxy.state.embedded import EmbeddedValkey
 from tests.support.answers import Step
 from tests.support.limited_keys import LimitedKey

@@ -8,15 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from proxy.settings import Settings
 from proxy.state.embedded import LONGEST_SOCKET_PATH, EmbeddedStoreFailed, EmbeddedValkey, private_folder, socket_path
-from proxy.state.store import Store, StoreUnavailable
+from proxy.state.store import OPERATION_S, Store, StoreUnavailable
 
-OWNER = """
+HUNG_S = 1.5
+USER = """
 import sys, time
 from pathlib import Path
 from proxy.state.embedded import EmbeddedValkey
@@ -36,31 +39,59 @@ def server_of(store: Store) -> EmbeddedValkey:
     return store.embedded
 
 
-async def an_owner(folder: Path) -> asyncio.subprocess.Process:
-    """Another process, with a process group of its own, that owns the server of this folder."""
-    command = [sys.executable, "-c", OWNER, str(folder)]
-    owner = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, process_group=0)
-    assert owner.stdout is not None
-    assert await owner.stdout.readline() == b"up\n"
-    return owner
+async def another_user(folder: Path) -> asyncio.subprocess.Process:
+    """Another process, with a process group of its own, that started the server of this folder."""
+    command = [sys.executable, "-c", USER, str(folder)]
+    user = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, process_group=0)
+    assert user.stdout is not None
+    assert await user.stdout.readline() == b"up\n"
+    return user
 
 
-async def test_the_first_process_owns_the_server_and_others_join_it(tmp_path: Path) -> None:
-    owner, guest = await Store.open(settings(tmp_path)), await Store.open(settings(tmp_path))
-    await owner.client.set("word", "kept")
-    assert await guest.client.get("word") == "kept"
-    assert server_of(owner).owned
-    assert not server_of(guest).owned
-    await guest.close()
-    assert await owner.available()
-    await owner.close()
+async def pid_of(store: Store) -> int:
+    return int((await store.client.info("server"))["process_id"])
 
 
-async def test_what_was_written_is_there_after_the_owner_stopped(tmp_path: Path) -> None:
+async def test_the_last_to_leave_stops_the_server_whoever_started_it(tmp_path: Path) -> None:
+    first, second = await Store.open(settings(tmp_path)), await Store.open(settings(tmp_path))
+    await first.client.set("word", "kept")
+    await first.close()
+    assert await second.client.get("word") == "kept"
+    await second.close()
+    assert not EmbeddedValkey(tmp_path)._answers()
+
+
+async def test_of_two_that_leave_at_once_neither_starts_it_again_or_leaves_it_running(tmp_path: Path) -> None:
+    for _ in range(5):
+        stores = [await Store.open(settings(tmp_path)) for _ in range(3)]
+        await asyncio.gather(*(store.close() for store in stores))
+        assert not server_of(stores[0])._is_alive()
+
+
+async def test_who_comes_while_the_last_one_leaves_gets_a_server_of_its_own(tmp_path: Path) -> None:
+    leaving = await Store.open(settings(tmp_path))
+    _, coming = await asyncio.gather(leaving.close(), Store.open(settings(tmp_path)))
+    assert await coming.available()
+    await coming.close()
+
+
+async def test_a_restart_that_is_under_way_when_a_process_closes_leaves_nothing_running(tmp_path: Path) -> None:
+    store = await Store.open(settings(tmp_path))
+    process = server_of(store)._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    restart = asyncio.create_task(store.keep_up())
+    await asyncio.sleep(0)
+    restart.cancel()  # as whoever follows the store is cancelled; the thread goes on
+    await store.close()
+    assert not server_of(store)._is_alive()
+
+
+async def test_what_was_written_is_there_after_the_server_stopped(tmp_path: Path) -> None:
     store = await Store.open(settings(tmp_path))
     await store.client.set("word", "kept")
     await store.close()
-    assert not EmbeddedValkey(tmp_path)._answers()
     store = await Store.open(settings(tmp_path))
     assert await store.client.get("word") == "kept"
     await store.close()
@@ -75,74 +106,72 @@ async def test_nothing_acknowledged_is_lost_when_every_process_is_killed(tmp_pat
     process.kill()
     process.wait()
     assert not await store.available()
-    await store.keep_up(answering=False)
+    await store.keep_up()
     assert await store.client.llen("list") == 50
     await store.close()
 
 
-async def test_a_server_whose_owner_was_killed_is_adopted_with_its_data(tmp_path: Path) -> None:
-    owner = await an_owner(tmp_path)
-    guest = await Store.open(settings(tmp_path))
-    await guest.client.set("word", "kept")
-    owner.kill()
-    await owner.wait()
-    await guest.keep_up(answering=True)
-    assert server_of(guest).owned
-    assert await guest.client.get("word") == "kept"
-    await guest.close()
-    assert not server_of(guest)._answers()
+async def test_a_server_whose_users_were_all_killed_is_joined_with_its_data(tmp_path: Path) -> None:
+    user = await another_user(tmp_path)
+    user.kill()
+    await user.wait()
+    store = await Store.open(settings(tmp_path))
+    assert await store.available()
+    await store.close()
+    assert not server_of(store)._is_alive()
 
 
 async def test_a_server_that_is_alive_but_silent_is_never_joined_by_a_second_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("proxy.state.embedded.STARTING_S", 0.5)
-    owner = await an_owner(tmp_path)
-    guest = await Store.open(settings(tmp_path))
-    pid = int((await guest.client.info("server"))["process_id"])
+    user = await another_user(tmp_path)
+    store = await Store.open(settings(tmp_path))
+    pid = await pid_of(store)
     os.kill(pid, signal.SIGSTOP)
-    owner.kill()
-    await owner.wait()
+    user.kill()
+    await user.wait()
     with pytest.raises(StoreUnavailable, match="does not answer"):
-        await guest.keep_up(answering=False)
+        await store.keep_up()
     os.kill(pid, signal.SIGCONT)
-    await guest.keep_up(answering=False)
-    assert int((await guest.client.info("server"))["process_id"]) == pid
-    await guest.close()
+    await store.keep_up()
+    assert await pid_of(store) == pid
+    await store.close()
 
 
-async def test_a_guest_starts_the_server_again_when_its_owner_has_stopped_it(tmp_path: Path) -> None:
-    owner, guest = await Store.open(settings(tmp_path)), await Store.open(settings(tmp_path))
-    await owner.client.set("word", "kept")
-    await owner.close()
-    assert not await guest.available()
-    await guest.keep_up(answering=False)
-    assert await guest.client.get("word") == "kept"
-    await guest.close()
+async def test_a_killed_server_is_started_by_whoever_needs_it_even_if_its_parent_only_waits(tmp_path: Path) -> None:
+    user = await another_user(tmp_path)
+    store = await Store.open(settings(tmp_path))
+    await store.client.set("word", "kept")
+    os.kill(await pid_of(store), signal.SIGKILL)
+    await store.keep_up()
+    assert await store.client.get("word") == "kept"
+    user.kill()
+    await user.wait()
+    await store.close()
+    assert not server_of(store)._is_alive()
 
 
-async def test_a_killed_server_is_started_by_whoever_needs_it_even_if_its_owner_only_waits(tmp_path: Path) -> None:
-    owner = await an_owner(tmp_path)
-    guest = await Store.open(settings(tmp_path))
-    await guest.client.set("word", "kept")
-    os.kill(int((await guest.client.info("server"))["process_id"]), signal.SIGKILL)
-    await guest.keep_up(answering=False)
-    assert await guest.client.get("word") == "kept"
-    assert not server_of(guest).owned
-    owner.kill()
-    await owner.wait()
-    await guest.keep_up(answering=True)
-    await guest.close()
-    assert not server_of(guest)._answers()
+async def test_a_server_that_died_of_an_error_is_started_again(tmp_path: Path) -> None:
+    store = await Store.open(settings(tmp_path))
+    process = server_of(store)._process
+    assert process is not None
+    await store.client.config_set("save", "")
+    os.kill(process.pid, signal.SIGABRT)
+    process.wait()
+    process.returncode = 1  # what it ends with when its disk is full
+    await store.keep_up()
+    assert await store.available()
+    await store.close()
 
 
 async def test_ctrl_c_to_the_group_does_not_stop_the_server(tmp_path: Path) -> None:
-    owner = await an_owner(tmp_path)
-    os.killpg(owner.pid, signal.SIGINT)
-    await owner.wait()
-    guest = await Store.open(settings(tmp_path))
-    assert await guest.available()
-    await guest.close()
+    user = await another_user(tmp_path)
+    os.killpg(user.pid, signal.SIGINT)
+    await user.wait()
+    store = await Store.open(settings(tmp_path))
+    assert await store.available()
+    await store.close()
 
 
 async def test_a_long_data_directory_gets_a_short_private_socket(tmp_path: Path) -> None:
@@ -173,6 +202,39 @@ async def test_an_absent_redis_is_a_clear_error_without_its_password() -> None:
     await store.close()
 
 
+async def test_a_silent_redis_is_waited_for_once_and_asked_again_when_it_answers(tmp_path: Path) -> None:
+    opened = await Store.open(settings(tmp_path))
+    pid = await pid_of(opened)
+    os.kill(pid, signal.SIGSTOP)
+    started = time.monotonic()
+    assert not await opened.available()
+    assert time.monotonic() - started < HUNG_S
+    for _ in range(20):
+        with pytest.raises(StoreUnavailable, match=r"could not store a word: Redis at .* has not answered for"):
+            async with opened.asking("store a word"):
+                pytest.fail("it was asked")
+    os.kill(pid, signal.SIGCONT)
+    await until_async(opened.available)
+    await opened.close()
+
+
+async def until_async(happened: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(5):
+        while True:
+            if await happened():
+                return
+            await asyncio.sleep(0.01)
+
+
+async def test_an_answer_that_came_while_this_process_was_busy_is_no_silence(store: Store) -> None:
+    async with store.asking("keep busy") as client:
+        reply: Any = asyncio.ensure_future(client.ping())
+        await asyncio.sleep(0.05)  # it is sent
+        time.sleep(OPERATION_S)  # noqa: ASYNC251  what a process does that imports or computes
+        assert await reply
+    assert await store.available()
+
+
 async def test_a_redis_that_never_answers_is_given_up_within_its_time_limit() -> None:
     async def silent(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await hung_up.wait()
@@ -183,7 +245,7 @@ async def test_a_redis_that_never_answers_is_given_up_within_its_time_limit() ->
     store = Store(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}")
     started = time.monotonic()
     assert not await store.available()
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < HUNG_S
     await store.close()
     hung_up.set()
     server.close()

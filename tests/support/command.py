@@ -42,8 +42,9 @@ class ServeCommand:
     """`uniroute serve` on a free port, until the block ends. `log` is what it wrote."""
 
     def __init__(self, *arguments: str | Path, environ: Mapping[str, str], log: Path) -> None:
+        self.arguments = arguments
+        self.environ = dict(environ)
         self._command = [sys.executable, "-m", "proxy.cli", "serve", "--port", "0", *map(str, arguments)]
-        self._environ = dict(environ)
         self._log = log
         self.process: subprocess.Popen[bytes] | None = None
         self.url = ""
@@ -59,7 +60,7 @@ class ServeCommand:
 
     def __enter__(self) -> ServeCommand:
         with self._log.open("wb") as output:
-            self.process = subprocess.Popen(self._command, env=self._environ, cwd=ROOT, stdout=output, stderr=output)
+            self.process = subprocess.Popen(self._command, env=self.environ, cwd=ROOT, stdout=output, stderr=output)
         try:
             self._wait_until_ready()
         except AssertionError:

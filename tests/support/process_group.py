@@ -34,8 +34,13 @@ class ProcessGroup:
 
     def workers(self) -> list[int]:
         """The ids of the processes that multiprocessing started for it."""
-        found = subprocess.run(["pgrep", "-P", str(self.pid), "-f", "spawn_main"], capture_output=True, text=True)
-        return [int(pid) for pid in found.stdout.split()]
+        return children_of(self.pid)
+
+
+def children_of(pid: int) -> list[int]:
+    """The ids of the processes that multiprocessing started for it."""
+    found = subprocess.run(["pgrep", "-P", str(pid), "-f", "spawn_main"], capture_output=True, text=True)
+    return [int(found_pid) for found_pid in found.stdout.split()]
 
 
 @contextmanager

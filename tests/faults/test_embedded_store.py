@@ -1,0 +1,130 @@
+"""The embedded store, killed with all the others or out of disk: what was acknowledged stays, and it comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from proxy.state.embedded import socket_path
+from proxy.state.keys import KeyLatch
+from proxy.state.registry import Registry
+from proxy.state.store import Store
+from tests.faults.gateway import CONFIGURED, Gateway, a_gateway, counted, embedded_pid
+from tests.support.command import ServeCommand
+from tests.support.process_group import children_of
+from tests.support.server import uniform_profile
+from tests.support.upstream import ScriptedUpstream, wait_until
+
+ROOM = "16m"
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[ScriptedUpstream]:
+    with ScriptedUpstream(lambda _: "42") as started:
+        yield started
+
+
+async def a_client_key(gateway: Gateway) -> str:
+    store = Store(f"unix://{socket_path(gateway.data_dir / 'valkey')}")
+    _, secret = await Registry(store, (), KeyLatch(gateway.data_dir)).keys.create("a client")
+    await store.close()
+    return secret
+
+
+def test_nothing_acknowledged_is_lost_when_every_process_is_killed(
+    tmp_path: Path, embedder_cache: Path, upstream: ScriptedUpstream
+) -> None:
+    with a_gateway(tmp_path, embedder_cache, upstream, "--workers", "2") as gateway:
+        everyone = [embedded_pid(gateway), *children_of(gateway.server.pid), gateway.server.pid]
+        assert gateway.add("added").status_code == 201
+        key = asyncio.run(a_client_key(gateway))
+        assert gateway.put_price("added", 7e-6).status_code == 200
+        gateway = replace(gateway, client_key=key)
+        assert wait_until(lambda: gateway.ask().status_code == 200)
+        answered = 1
+        for _ in range(20):
+            answered += gateway.ask().status_code == 200
+        assert gateway.admin("POST", f"/models/{CONFIGURED}/profile", uniform_profile(0.45)).status_code == 200
+        for pid in everyone:
+            os.kill(pid, signal.SIGKILL)
+        gateway.server.stop()
+
+    with ServeCommand(*gateway.server.arguments, environ=gateway.server.environ, log=tmp_path / "again.txt") as server:
+        gateway = replace(gateway, server=server)
+        added = gateway.admin("GET", "/models/added").json()
+        assert (added["state"], added["price"]["input_cost_per_token"]) == ("ready", 7e-6)
+        assert added["profile"]["mean_error"] == pytest.approx(0.1, abs=0.01)
+        configured = gateway.admin("GET", f"/models/{CONFIGURED}").json()["profile"]
+        assert configured["mean_error"] == pytest.approx(0.45, abs=0.01)
+        assert gateway.ask().status_code == 200
+        assert replace(gateway, client_key=None).ask().status_code == 401
+        with gateway.embedded_store() as client:
+            assert wait_until(lambda: counted(client) == answered + 1, 15), (counted(client), answered)
+
+
+class OnSmallDisk(ServeCommand):
+    """With its data directory on a file system of ROOM bytes, in a mount namespace of its own."""
+
+    def __init__(self, *arguments: str | Path, environ: dict[str, str], log: Path) -> None:
+        super().__init__(*arguments, environ=environ, log=log)
+        self.data_dir = Path(environ["UNIROUTE_DATA_DIR"])
+        tables = [str(table.resolve()) for table in self.data_dir.glob("static-*")]
+        disk = shlex.quote(str(self.data_dir))
+        script = f"mount -t tmpfs -o size={ROOM},mode=700 none {disk} && ln -s {shlex.join(tables)} {disk} && exec "
+        self._command = ["unshare", "-rm", "sh", "-c", script + shlex.join(self._command)]
+
+    @property
+    def disk(self) -> Path:
+        """The data directory as the server sees it."""
+        return Path(f"/proc/{self.pid}/root{self.data_dir}")
+
+    def fill(self) -> None:
+        with (self.disk / "fill").open("wb", buffering=0) as file:
+            try:
+                while file.write(b"\0" * 4096):
+                    pass
+            except OSError:
+                return
+
+
+def may_mount() -> bool:
+    tried = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, check=False)
+    return tried.returncode == 0
+
+
+@pytest.mark.skipif(not may_mount(), reason="this kernel or container lets nobody mount a small file system")
+def test_a_full_disk_refuses_changes_loses_none_and_heals(
+    tmp_path: Path, embedder_cache: Path, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.faults.gateway.ServeCommand", OnSmallDisk)
+    with a_gateway(tmp_path, embedder_cache, upstream) as gateway:
+        server = gateway.server
+        assert isinstance(server, OnSmallDisk)
+        with redis.Redis(unix_socket_path=f"{server.disk}/valkey/valkey.sock", decode_responses=True) as client:
+            assert gateway.ask().status_code == 200
+            server.fill()
+            price, refused = 1e-6, False
+            while not refused:
+                refused = gateway.put_price(usd=price + 1e-8).status_code == 503
+                price += 0 if refused else 1e-8
+            assert [gateway.ask().status_code for _ in range(5)] == [200] * 5
+            assert gateway.add("late").status_code == 503
+            assert gateway.ready()["status"] == "ready"
+
+            (server.disk / "fill").unlink()
+            assert wait_until(lambda: gateway.ready()["store"] == "up", 15)
+            shown: Any = gateway.admin("GET", f"/models/{CONFIGURED}").json()["price"]
+            assert shown["input_cost_per_token"] == pytest.approx(price)
+            assert wait_until(lambda: gateway.put_price().status_code == 200, 15)
+            assert gateway.add("after").status_code == 201
+            assert wait_until(lambda: counted(client) == 6, 15), counted(client)

@@ -1,0 +1,98 @@
+"""A worker killed in the middle of a stream, and an orderly end while streams are open and Redis is away."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.faults.gateway import CONFIGURED, a_gateway, counted, journalled
+from tests.support.answers import Step
+from tests.support.command import ServeCommand
+from tests.support.process_group import children_of
+from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.valkey import OwnValkey
+
+DRAIN_S = 2
+
+
+@pytest.fixture
+def upstream() -> Iterator[ScriptedUpstream]:
+    with ScriptedUpstream(lambda _: "42") as started:
+        yield started
+
+
+def words(count: int) -> Step:
+    """A stream of so many words, ten a second."""
+    return Step(message={"role": "assistant", "content": "word " * count}, drip_s=0.1)
+
+
+def read_to_the_end(pieces: Iterator[bytes]) -> tuple[str, bool]:
+    """What came, and whether the connection ended as a response should."""
+    seen = b""
+    try:
+        for piece in pieces:
+            seen += piece
+    except httpx.TransportError:
+        return seen.decode(), False
+    return seen.decode(), True
+
+
+def serving(answer: httpx.Response, pids: list[int]) -> int:
+    """Which of the processes has this connection."""
+    client_port = answer.extensions["network_stream"].get_extra_info("client_addr")[1]
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    sockets = {f"socket:[{row[9]}]" for row in rows if int(row[2].split(":")[1], 16) == client_port}
+    (found,) = [pid for pid in pids if sockets & {str(file.readlink()) for file in Path(f"/proc/{pid}/fd").iterdir()}]
+    return found
+
+
+def test_a_worker_killed_in_a_stream_breaks_that_stream_alone(
+    tmp_path: Path, embedder_cache: Path, upstream: ScriptedUpstream
+) -> None:
+    with a_gateway(tmp_path, embedder_cache, upstream, "--workers", "2") as gateway:
+        workers = children_of(gateway.server.pid)
+        assert [gateway.ask(CONFIGURED).status_code for _ in range(10)] == [200] * 10
+        upstream.then(words(300))
+        with gateway.streaming() as answer:
+            pieces = answer.iter_raw()
+            assert b"data:" in next(pieces)
+            killed = serving(answer, workers)
+            os.kill(killed, signal.SIGKILL)
+            text, ended_well = read_to_the_end(pieces)
+        assert (ended_well, "[DONE]" in text) == (False, False)
+
+        assert [gateway.ask(CONFIGURED).status_code for _ in range(10)] == [200] * 10
+        assert wait_until(lambda: len(set(children_of(gateway.server.pid)) - {killed}) == 2, 20)
+        with gateway.embedded_store() as client:
+            assert wait_until(lambda: counted(client) == 20, 20), counted(client)
+
+
+def test_sigterm_lets_streams_end_cuts_the_late_and_loses_no_record_while_redis_is_away(
+    tmp_path: Path, embedder_cache: Path, upstream: ScriptedUpstream
+) -> None:
+    with OwnValkey(tmp_path / "valkey") as valkey:
+        environ = {"UNIROUTE_REDIS_URL": valkey.url}
+        with a_gateway(tmp_path, embedder_cache, upstream, environ=environ, drain_s=DRAIN_S) as gateway:
+            valkey.stop()
+            upstream.then(words(5), words(300))
+            with gateway.streaming() as short, gateway.streaming() as long:
+                told = time.monotonic()
+                os.kill(gateway.server.pid, signal.SIGTERM)
+                assert "[DONE]" in short.read().decode()
+                text, ended_well = read_to_the_end(long.iter_raw())
+            assert (ended_well, "[DONE]" in text) == (False, False)
+            assert gateway.server.stop() == 0
+            assert DRAIN_S <= time.monotonic() - told < DRAIN_S + 10
+        assert sorted(record["ending"] for record in journalled(gateway.data_dir)) == ["client_gone", "complete"]
+
+        valkey.start()
+        again = ServeCommand(*gateway.server.arguments, environ=gateway.server.environ, log=tmp_path / "again.txt")
+        with again, valkey.client() as client:
+            assert wait_until(lambda: counted(client) == 2, 10)
+            assert wait_until(lambda: journalled(gateway.data_dir) == [], 10)

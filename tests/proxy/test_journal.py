@@ -1,0 +1,170 @@
+"""The journal of usage: what was written is read in order, by whoever comes next, whatever the disk did."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy.recording import journals as journals_module
+from proxy.recording.journal import Journal
+from proxy.recording.journals import Journals
+
+LARGE = 10**9
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+from proxy.recording.journals import Journals
+journals = Journals(Path(sys.argv[1]), 10**9)
+for number in range(int(sys.argv[2])):
+    journals.append('{"n": %d}' % number)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def a_text(number: int) -> str:
+    return json.dumps({"n": number})
+
+
+def read_all(journal: Journal, most: int = 10) -> list[int]:
+    """The `n` of every record, each batch marked as applied."""
+    found: list[int] = []
+    while entries := (batch := journal.read(most)).entries:
+        found += [entry.fields["n"] for entry in entries]
+        journal.mark(batch)
+    return found
+
+
+def test_what_is_written_is_read_in_order_and_once(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for number in range(25):
+        journal.append(a_text(number))
+    assert [entry.number for entry in journal.read(3).entries] == [1, 2, 3]
+    assert [entry.number for entry in journal.read(3).entries] == [1, 2, 3]  # until it is marked
+    assert read_all(journal) == list(range(25))
+    assert read_all(journal) == []
+    assert journal.through
+    journal.append(a_text(25))
+    assert (journal.through, read_all(journal)) == (False, [25])
+
+
+def test_a_killed_process_leaves_every_record_to_the_next(tmp_path: Path) -> None:
+    killed = subprocess.run([sys.executable, "-c", WRITER, str(tmp_path), "500"], check=False)
+    assert killed.returncode == -signal.SIGKILL
+
+    journals = Journals(tmp_path, LARGE)
+    journals.adopt()
+    (left, _) = journals.all
+    assert read_all(left, 200) == list(range(500))
+
+
+def test_a_journal_in_use_is_nobody_elses(tmp_path: Path) -> None:
+    ours, theirs = Journals(tmp_path, LARGE), Journals(tmp_path, LARGE)
+    ours.append(a_text(0))
+    theirs.adopt()
+    assert len(theirs.all) == 1
+    ours.close()
+    theirs.adopt()
+    assert read_all(theirs.all[0]) == [0]
+
+
+def test_a_journal_is_taken_over_by_one_process_only(tmp_path: Path) -> None:
+    first, second, third = (Journals(tmp_path, LARGE) for _ in range(3))
+    first.append(a_text(0))
+    first.close()
+    second.adopt()
+    third.adopt()
+    assert (len(second.all), len(third.all)) == (2, 1)
+
+
+def test_a_line_cut_off_by_a_kill_and_a_line_of_garbage_cost_nothing_else(tmp_path: Path) -> None:
+    whole = b'{"seq": 1, "n": 1}\n\x00\xff garbage\n{"seq": 2, "n": 2}\n{"seq": 3, "n"'
+    (tmp_path / "dead.jsonl").write_bytes(whole)
+    journal = Journal.left_behind(tmp_path / "dead.jsonl")
+    assert journal is not None
+    batch = journal.read(10)
+    assert ([entry.fields["n"] for entry in batch.entries], batch.broken) == ([1, 2], 1)
+    journal.mark(batch)
+    assert (journal.read(10).entries, journal.read(10).broken) == ([], 0)
+
+
+def test_a_line_longer_than_anything_of_ours_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "dead.jsonl").write_bytes(b"x" * 600_000 + b'\n{"seq": 2, "n": 2}\n')
+    journal = Journal.left_behind(tmp_path / "dead.jsonl")
+    assert journal is not None
+    assert [entry.fields["n"] for entry in journal.read(10).entries] == [2]
+
+
+def test_after_a_rewind_the_records_past_that_point_come_again(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for number in range(5):
+        journal.append(a_text(number))
+    read_all(journal)
+    journal.rewind(2)
+    assert read_all(journal) == [2, 3, 4]
+
+
+def test_a_disk_that_takes_half_a_line_or_nothing_loses_no_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk, as the kernel shows it to a process: a part of the line, then none of it."""
+    real, room = os.write, [len(b'{"seq": 1, "n": 0}\n') + 7]
+
+    def write(file: int, data: bytes) -> int:
+        if not room[0]:
+            raise OSError(28, "No space left on device")
+        taken = real(file, data[: room[0]])
+        room[0] -= taken
+        return taken
+
+    monkeypatch.setattr("proxy.recording.journal.os.write", write)
+    journals = Journals(tmp_path, LARGE)
+    for number in range(4):
+        assert journals.append(a_text(number))
+    (journal,) = journals.all
+    assert journal.path.read_bytes() == b'{"seq": 1, "n": 0}\n'
+    assert [entry.fields["n"] for entry in journal.read(10).entries] == [0, 1, 2, 3]
+    assert [record.levelname for record in caplog.records] == ["ERROR"]  # one line, however many records
+
+    room[0] = 10**6
+    journals.write_waiting()
+    assert (journals.append(a_text(4)), read_all(journal)) == (True, [0, 1, 2, 3, 4])
+    assert journal.path.read_bytes().count(b"\n") == 5
+
+
+def test_records_wait_in_memory_where_the_folder_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "usage").write_text("a file is in the way")
+    journals = Journals(tmp_path / "usage", LARGE)
+    assert journals.append(a_text(0))
+    assert [entry.fields["n"] for entry in journals.all[0].read(10).entries] == [0]
+    (tmp_path / "usage").unlink()
+    journals.write_waiting()
+    assert journals.bytes > 0
+
+
+def test_memory_is_bounded_and_says_what_it_drops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journals_module, "MOST_WAITING", 3)
+    (tmp_path / "usage").write_text("a file is in the way")
+    journals = Journals(tmp_path / "usage", LARGE)
+    assert [journals.append(a_text(number)) for number in range(5)] == [True] * 3 + [False] * 2
+    assert journals.close() == 3
+
+
+def test_the_newest_are_dropped_where_the_journals_are_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journals = Journals(tmp_path, 2000)
+    kept = [journals.append(a_text(number)) for number in range(200)]
+    assert kept == sorted(kept, reverse=True)
+    assert 0 < journals.bytes <= 2000
+    found: list[Any] = [number for journal in journals.all for number in read_all(journal)]
+    assert found == list(range(sum(kept)))
+    assert len([record for record in caplog.records if "dropped" in record.message]) == 1
+
+    for journal in journals.all[:-1]:
+        journals.remove(journal)
+    assert journals.append(a_text(0))
