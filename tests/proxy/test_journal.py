@@ -83,6 +83,18 @@ def test_a_journal_is_taken_over_by_one_process_only(tmp_path: Path) -> None:
     assert (len(second.all), len(third.all)) == (2, 1)
 
 
+def test_a_journal_that_was_finished_while_it_was_being_opened_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dead.jsonl").write_text('{"seq": 1, "n": 1}\n')
+
+    def lock_late(file: int, how: int) -> None:
+        (tmp_path / "dead.jsonl").unlink()  # by the process that had the lock until now
+
+    monkeypatch.setattr("proxy.recording.journal.fcntl.flock", lock_late)
+    assert Journal.left_behind(tmp_path / "dead.jsonl") is None
+
+
 def test_a_line_cut_off_by_a_kill_and_a_line_of_garbage_cost_nothing_else(tmp_path: Path) -> None:
     whole = b'{"seq": 1, "n": 1}\n\x00\xff garbage\n{"seq": 2, "n": 2}\n{"seq": 3, "n"'
     (tmp_path / "dead.jsonl").write_bytes(whole)
