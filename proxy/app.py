@@ -21,9 +21,10 @@ from proxy.edge import Edge
 from proxy.errors import ClientGone, ProxyError, describe, plain_error
 from proxy.foreign_errors import FOREIGN, translated
 from proxy.jobs.onboarding import measuring_on_start
+from proxy.opening import open_services
 from proxy.relay.sse import dump
 from proxy.routes import admin, admin_audit, admin_jobs, admin_keys, chat, health, models, route
-from proxy.services import Services, ServicesHolder, open_services
+from proxy.services import Services, ServicesHolder
 from proxy.settings import Settings, load_settings
 
 ROUTERS = (

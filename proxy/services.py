@@ -1,46 +1,25 @@
-"""The collaborators of one process, opened together and closed together. No routes."""
+"""The collaborators of one process, and where an app finds them. How they are opened is opening."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from proxy.cluster_maps import open_map
 from proxy.health.capacity import Capacities
-from proxy.health.exposition import HealthCollector
 from proxy.health.health import ModelHealth
-from proxy.health.roster import Roster
-from proxy.health.sharing import HealthSharing
-from proxy.jobs.answering import UpstreamAnswerer
 from proxy.jobs.jobs import Jobs
 from proxy.limits.limiter import Limiter
-from proxy.limits.scripts import SETTLE_FUNCTION
-from proxy.recording.journals import Journals
 from proxy.recording.metrics import Metrics
 from proxy.recording.recorder import UsageRecorder
-from proxy.routing.assigning import Assigner, deadline_of
-from proxy.settings import Settings, SettingsError, check_exposure
-from proxy.state.catalog import bundled_catalog
+from proxy.routing.assigning import Assigner
+from proxy.settings import Settings
 from proxy.state.conversations import Conversations
 from proxy.state.holder import StateHolder
-from proxy.state.keys import KeyLatch
 from proxy.state.live import LiveExpectations
-from proxy.state.prices import PriceFeed
-from proxy.state.records import ModelRecord
 from proxy.state.registry import Registry
-from proxy.state.snapshot import Surroundings
 from proxy.state.store import Store
-from proxy.tasks import end
 from proxy.upstream.client import LitellmUpstream
-from proxy.upstream.provider_layer import import_litellm
-from router_core.clustering import ClusterMap
-from router_core.embedding import open_embedder
-from router_core.errors import RouterCoreError
-from router_core.recipes import RECIPES
 
 log = logging.getLogger("uniroute")
 
@@ -82,117 +61,3 @@ class ServicesHolder:
 
     def open(self, services: Services) -> None:
         self._services = services
-
-
-@asynccontextmanager
-async def open_services(settings: Settings, environ: Mapping[str, str]) -> AsyncIterator[Services]:
-    """Everything, in order, and closed in the reverse order. Slow imports and loads run beside each other, in threads.
-
-    Raises:
-        SettingsError: a setting that cannot work here: an unreadable map, an open door to others.
-        StoreUnavailable: the embedded store cannot run.
-    """
-    async with AsyncExitStack() as closing:
-        upstream = LitellmUpstream(settings, environ)
-        closing.push_async_callback(upstream.aclose)
-        importing = asyncio.create_task(asyncio.to_thread(import_litellm))
-        closing.push_async_callback(end, importing)
-        cluster_map, assigner = await asyncio.to_thread(_open_routing, settings)
-        closing.callback(assigner.close)
-        store = await Store.open(settings)
-        closing.push_async_callback(store.close)
-        live = LiveExpectations(cluster_map.size)
-        latch = KeyLatch(settings.data_dir)
-        around = await asyncio.to_thread(_surroundings, settings, cluster_map, live)
-        state = StateHolder(store, around, latch)
-        await state.start()
-        closing.push_async_callback(state.stop)
-        check_exposure(settings, keys_required=state.current.keys_required)
-        metrics = Metrics()
-        health = await closing.enter_async_context(_watched_health(settings, store, state, metrics))
-        journals = Journals(settings.data_dir / "usage", settings.usage_journal_max_bytes)
-        usage = UsageRecorder(store, journals, metrics.usage_dropped.inc, settle_function=SETTLE_FUNCTION)
-        usage.start()
-        closing.push_async_callback(usage.stop)
-        conversations = _conversations(store, settings, metrics)
-        conversations.start()
-        closing.push_async_callback(conversations.stop)
-        limiter = Limiter(
-            store,
-            metrics,
-            open_without_store=settings.limits_without_store == "allow",
-            timeout_s=settings.limits_timeout_s,
-        )
-        closing.push_async_callback(limiter.close)
-        registry = Registry(store, around.configured, latch)
-        await assigner.warm(cluster_map)
-        await importing
-        await upstream.prepare()
-        feeding = asyncio.create_task(PriceFeed(settings, store, registry, state).run(), name="uniroute-prices")
-        closing.push_async_callback(end, feeding)
-        jobs = Jobs(store, state, UpstreamAnswerer(upstream), assigner.embedder, settings)
-        closing.push_async_callback(jobs.close)
-        await jobs.start_worker()
-        yield Services(
-            settings=settings,
-            store=store,
-            state=state,
-            registry=registry,
-            jobs=jobs,
-            assigner=assigner,
-            upstream=upstream,
-            usage=usage,
-            metrics=metrics,
-            live=live,
-            health=health,
-            capacities=Capacities(),
-            conversations=conversations,
-            limiter=limiter,
-            environ=environ,
-        )
-
-
-@asynccontextmanager
-async def _watched_health(
-    settings: Settings, store: Store, state: StateHolder, metrics: Metrics
-) -> AsyncIterator[ModelHealth]:
-    """The health of the models, shown, shared with other processes, and forgotten with the models."""
-    health = ModelHealth(settings.breaker)
-    metrics.registry.register(HealthCollector(health, lambda: state.current.models))
-    sharing = HealthSharing(store, health, lambda: state.current.models)
-    sharing.start()
-    looking = asyncio.create_task(Roster(health, lambda: state.current.models).run(), name="uniroute-roster")
-    try:
-        yield health
-    finally:
-        await end(looking)
-        await sharing.stop()
-
-
-def _open_routing(settings: Settings) -> tuple[ClusterMap, Assigner]:
-    try:
-        cluster_map = open_map(settings)
-        embedder = open_embedder(settings.embedder, settings.data_dir, log.info)
-    except (RouterCoreError, OSError) as error:
-        raise SettingsError(f"map, embedder: {error}") from error
-    if embedder.id != cluster_map.embedder_id:
-        raise SettingsError(
-            f"embedder: {settings.embedder!r} ({embedder.id}) is not what the map was fitted with"
-            f" ({cluster_map.embedder_id}); choose that one, or fit a map with this one"
-        )
-    return cluster_map, Assigner(embedder, deadline_of(settings.embedder))
-
-
-def _conversations(store: Store, settings: Settings, metrics: Metrics) -> Conversations:
-    return Conversations(
-        store,
-        settings.session_ttl_s,
-        on_missed=metrics.conversations_missed.inc,
-        on_dropped=metrics.conversations_dropped.inc,
-    )
-
-
-def _surroundings(settings: Settings, cluster_map: ClusterMap, live: LiveExpectations) -> Surroundings:
-    now = time.time()
-    configured = {entry.model_name: ModelRecord.of_entry(entry, "config", now) for entry in settings.model_list}
-    return Surroundings(cluster_map, configured, bundled_catalog(), RECIPES[settings.recipe], live)

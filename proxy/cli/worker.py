@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 
-from proxy.services import open_services
+from proxy.opening import open_services
 from proxy.settings import Settings
 
 log = logging.getLogger("uniroute.worker")

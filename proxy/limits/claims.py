@@ -31,14 +31,19 @@ class Claim:
 
 
 def claim_of(choice: Choice, state: RoutingState, settings: Settings, limits: KeyLimits) -> Claim:
-    """Of a request that any model of `choice.order` may answer.
+    """Of a request that any model which is asked may answer.
 
     Raises:
         NothingAble: money is limited, and a model's price is not known.
     """
     tokens = 0 if limits.tokens_per_minute is None else _tokens(choice, state, limits.tokens_per_minute)
-    picodollars = max(_picousd(choice, state, settings, name) for name in choice.order) if limits.money else 0
+    picodollars = max(_picousd(choice, state, settings, name) for name in _asked(choice)) if limits.money else 0
     return Claim(choice.id, tokens, min(picodollars, MOST_PICOUSD), settings.request_timeout_s + MARGIN_S)
+
+
+def _asked(choice: Choice) -> tuple[str, ...]:
+    """Who will be asked, unless somebody before them is busy or rests."""
+    return choice.order[: choice.attempts]
 
 
 def _tokens(choice: Choice, state: RoutingState, per_minute: int) -> int:
@@ -46,7 +51,7 @@ def _tokens(choice: Choice, state: RoutingState, per_minute: int) -> int:
     needs, pool = choice.needs, state.pool
     if needs.max_output_tokens is not None:
         return needs.prompt_tokens + needs.answers * needs.max_output_tokens
-    usual = max(float(pool.output_tokens[pool.index[name]].mean()) for name in choice.order)
+    usual = max(float(pool.output_tokens[pool.index[name]].mean()) for name in _asked(choice))
     return max(needs.prompt_tokens, min(needs.prompt_tokens + needs.answers * round(usual), per_minute))
 
 

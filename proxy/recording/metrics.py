@@ -17,42 +17,23 @@ class Metrics:
         self.attempts_failed = self._counter("upstream_failures", "Upstream attempts that failed", "status")
         self.tokens = self._counter("tokens", "Tokens that upstreams reported", "kind")
         self.cost = self._counter("cost_usd", "Cost at the live price")
-        self.degraded = Counter(
-            "uniroute_degraded_total", "Requests routed without looking at the prompt", registry=self.registry
-        )
-        self.usage_dropped = Counter(
-            "uniroute_usage_dropped_total",
-            "Usage records dropped: neither Redis nor the disk took them",
-            registry=self.registry,
-        )
+        self.degraded = self._total("degraded", "Requests routed without looking at the prompt")
+        self.usage_dropped = self._total("usage_dropped", "Usage records dropped: neither Redis nor the disk took them")
         self.usage_journal = Gauge(
             "uniroute_usage_journal_bytes", "Usage journals of this process on disk", registry=self.registry
         )
-        self.conversations_moved = Counter(
-            "uniroute_conversations_moved_total",
-            "Tool loops and reasoning that had to leave the model that produced them",
-            registry=self.registry,
+        self.conversations_moved = self._total(
+            "conversations_moved", "Tool loops and reasoning that had to leave the model that produced them"
         )
-        self.conversations_missed = Counter(
-            "uniroute_conversations_missed_total", "Conversations that Redis could not recall", registry=self.registry
+        self.conversations_missed = self._total("conversations_missed", "Conversations that Redis could not recall")
+        self.conversations_dropped = self._total(
+            "conversations_dropped", "Conversations forgotten while Redis was away"
         )
-        self.conversations_dropped = Counter(
-            "uniroute_conversations_dropped_total",
-            "Conversations forgotten while Redis was away",
-            registry=self.registry,
+        self.limited = self._total("limited", "Requests refused by a limit of their key", "limit")
+        self.limits_unchecked = self._total(
+            "limits_unchecked", "Requests of limited keys while Redis did not answer: local, refused or open", "outcome"
         )
-        self.limited = Counter(
-            "uniroute_limited_total", "Requests refused by a limit of their key", ["limit"], registry=self.registry
-        )
-        self.limits_unchecked = Counter(
-            "uniroute_limits_unchecked_total",
-            "Requests of limited keys while Redis did not answer: local, refused or open",
-            ["outcome"],
-            registry=self.registry,
-        )
-        self.errors = Counter(
-            "uniroute_errors_total", "Responses that were errors, by status", ["status"], registry=self.registry
-        )
+        self.errors = self._total("errors", "Responses that were errors, by status", "status")
         self.in_flight = Gauge("uniroute_in_flight", "Chat requests being served", registry=self.registry)
         self.state_version = Gauge(
             "uniroute_state_version", "Version of the routing state in use", registry=self.registry
@@ -69,8 +50,12 @@ class Metrics:
     def expose(self) -> bytes:
         return generate_latest(self.registry)
 
+    def _total(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"uniroute_{name}_total", text, labels, registry=self.registry)
+
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"uniroute_{name}_total", text, ["model", *labels], registry=self.registry)
+        """Of a model, first of all."""
+        return self._total(name, text, "model", *labels)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(f"uniroute_{name}", text, labels, buckets=buckets, registry=self.registry)

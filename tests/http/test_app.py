@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from proxy.app import create_app
-from proxy.services import open_services
+from proxy.opening import open_services
 from proxy.settings import Settings, SettingsError
 
 PAGE = "https://page.example"

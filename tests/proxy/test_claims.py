@@ -25,7 +25,7 @@ MICRO = 10**6
 
 def a_choice(*order: str, prompt: int = 1000, most: int | None = None, answers: int = 1) -> Choice:
     needs = Needs(prompt_tokens=prompt, max_output_tokens=most, answers=answers)
-    return Choice("dec-1", order[0], "scored", 0.1, order, None, {}, needs=needs)
+    return Choice("dec-1", order[0], "scored", 0.1, order, None, {}, attempts=len(order), needs=needs)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from proxy.cluster_maps import open_map
-from proxy.services import _open_routing
+from proxy.opening import _open_routing
 from proxy.settings import Settings
 from router_core.clustering import ClusterMap
 

@@ -1,0 +1,168 @@
+"""Opening the collaborators of a process, in order, and closing them in reverse. What they are is services."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Protocol, TypeVar
+
+from proxy.cluster_maps import open_map
+from proxy.health.capacity import Capacities
+from proxy.health.exposition import HealthCollector
+from proxy.health.health import ModelHealth
+from proxy.health.roster import Roster
+from proxy.health.sharing import HealthSharing
+from proxy.jobs.answering import UpstreamAnswerer
+from proxy.jobs.jobs import Jobs
+from proxy.limits.limiter import Limiter
+from proxy.limits.scripts import SETTLE_FUNCTION
+from proxy.recording.journals import Journals
+from proxy.recording.metrics import Metrics
+from proxy.recording.recorder import UsageRecorder
+from proxy.routing.assigning import Assigner, deadline_of
+from proxy.services import Services
+from proxy.settings import Settings, SettingsError, check_exposure
+from proxy.state.catalog import bundled_catalog
+from proxy.state.conversations import Conversations
+from proxy.state.holder import StateHolder
+from proxy.state.keys import KeyLatch
+from proxy.state.live import LiveExpectations
+from proxy.state.prices import PriceFeed
+from proxy.state.records import ModelRecord
+from proxy.state.registry import Registry
+from proxy.state.snapshot import Surroundings
+from proxy.state.store import Store
+from proxy.tasks import end
+from proxy.upstream.client import LitellmUpstream
+from proxy.upstream.provider_layer import import_litellm
+from router_core.clustering import ClusterMap
+from router_core.embedding import open_embedder
+from router_core.errors import RouterCoreError
+from router_core.recipes import RECIPES
+
+log = logging.getLogger("uniroute")
+
+
+@asynccontextmanager
+async def open_services(settings: Settings, environ: Mapping[str, str]) -> AsyncIterator[Services]:
+    """Everything, in order, and closed in the reverse order. Slow imports and loads run beside each other, in threads.
+
+    Raises:
+        SettingsError: a setting that cannot work here: an unreadable map, an open door to others.
+        StoreUnavailable: the embedded store cannot run.
+    """
+    async with AsyncExitStack() as closing:
+        upstream = LitellmUpstream(settings, environ)
+        closing.push_async_callback(upstream.aclose)
+        importing = asyncio.create_task(asyncio.to_thread(import_litellm))
+        closing.push_async_callback(end, importing)
+        cluster_map, assigner = await asyncio.to_thread(_open_routing, settings)
+        closing.callback(assigner.close)
+        store = await Store.open(settings)
+        closing.push_async_callback(store.close)
+        live, latch = LiveExpectations(cluster_map.size), KeyLatch(settings.data_dir)
+        around = await asyncio.to_thread(_surroundings, settings, cluster_map, live)
+        state = StateHolder(store, around, latch)
+        await state.start()
+        closing.push_async_callback(state.stop)
+        check_exposure(settings, keys_required=state.current.keys_required)
+        metrics = Metrics()
+        health = await closing.enter_async_context(_watched_health(settings, store, state, metrics))
+        usage = await closing.enter_async_context(_running(_recorder(store, settings, metrics)))
+        conversations = await closing.enter_async_context(_running(_conversations(store, settings, metrics)))
+        limiter = _limiter(store, settings, metrics)
+        closing.push_async_callback(limiter.close)
+        registry = Registry(store, around.configured, latch)
+        await assigner.warm(cluster_map)
+        await importing
+        await upstream.prepare()
+        feeding = asyncio.create_task(PriceFeed(settings, store, registry, state).run(), name="uniroute-prices")
+        closing.push_async_callback(end, feeding)
+        jobs = Jobs(store, state, UpstreamAnswerer(upstream), assigner.embedder, settings)
+        closing.push_async_callback(jobs.close)
+        await jobs.start_worker()
+        yield Services(
+            *(settings, store, state, registry, jobs, assigner, upstream, usage, limiter, metrics, live, health),
+            capacities=Capacities(),
+            conversations=conversations,
+            environ=environ,
+        )
+
+
+class _Background(Protocol):
+    def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+Running = TypeVar("Running", bound=_Background)
+
+
+@asynccontextmanager
+async def _running(task: Running) -> AsyncIterator[Running]:
+    task.start()
+    try:
+        yield task
+    finally:
+        await task.stop()
+
+
+def _recorder(store: Store, settings: Settings, metrics: Metrics) -> UsageRecorder:
+    journals = Journals(settings.data_dir / "usage", settings.usage_journal_max_bytes)
+    return UsageRecorder(store, journals, metrics.usage_dropped.inc, settle_function=SETTLE_FUNCTION)
+
+
+def _limiter(store: Store, settings: Settings, metrics: Metrics) -> Limiter:
+    return Limiter(
+        store,
+        metrics,
+        open_without_store=settings.limits_without_store == "allow",
+        timeout_s=settings.limits_timeout_s,
+    )
+
+
+@asynccontextmanager
+async def _watched_health(
+    settings: Settings, store: Store, state: StateHolder, metrics: Metrics
+) -> AsyncIterator[ModelHealth]:
+    """The health of the models, shown, shared with other processes, and forgotten with the models."""
+    health = ModelHealth(settings.breaker)
+    metrics.registry.register(HealthCollector(health, lambda: state.current.models))
+    looking = asyncio.create_task(Roster(health, lambda: state.current.models).run(), name="uniroute-roster")
+    try:
+        async with _running(HealthSharing(store, health, lambda: state.current.models)):
+            yield health
+    finally:
+        await end(looking)
+
+
+def _open_routing(settings: Settings) -> tuple[ClusterMap, Assigner]:
+    try:
+        cluster_map = open_map(settings)
+        embedder = open_embedder(settings.embedder, settings.data_dir, log.info)
+    except (RouterCoreError, OSError) as error:
+        raise SettingsError(f"map, embedder: {error}") from error
+    if embedder.id != cluster_map.embedder_id:
+        raise SettingsError(
+            f"embedder: {settings.embedder!r} ({embedder.id}) is not what the map was fitted with"
+            f" ({cluster_map.embedder_id}); choose that one, or fit a map with this one"
+        )
+    return cluster_map, Assigner(embedder, deadline_of(settings.embedder))
+
+
+def _conversations(store: Store, settings: Settings, metrics: Metrics) -> Conversations:
+    return Conversations(
+        store,
+        settings.session_ttl_s,
+        on_missed=metrics.conversations_missed.inc,
+        on_dropped=metrics.conversations_dropped.inc,
+    )
+
+
+def _surroundings(settings: Settings, cluster_map: ClusterMap, live: LiveExpectations) -> Surroundings:
+    now = time.time()
+    configured = {entry.model_name: ModelRecord.of_entry(entry, "config", now) for entry in settings.model_list}
+    return Surroundings(cluster_map, configured, bundled_catalog(), RECIPES[settings.recipe], live)
