@@ -14,6 +14,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from proxy.brake import Brake
 from proxy.errors import Forbidden, ProxyError, Unauthenticated, describe
 from proxy.roles import check_role, is_admin_side
 from proxy.settings import Settings, is_loopback
@@ -50,6 +51,7 @@ class Guard:
         self._settings = settings
         self._state = state
         self._clock = clock
+        self._brake = Brake(time.monotonic)
         admin = settings.admin_key
         self._root_digest = _digest(admin.get_secret_value().encode()) if admin else None
 
@@ -64,6 +66,8 @@ class Guard:
             self._admit(scope)
         except ProxyError as refusal:
             status, body, headers = describe(refusal)
+            if status == 401:
+                await self._brake.hold()
             challenge = {"www-authenticate": "Bearer"} if status == 401 else {}
             await JSONResponse(body, status, {**headers, **challenge})(scope, receive, send)
             return
