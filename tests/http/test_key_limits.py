@@ -16,6 +16,7 @@ import openai
 import pytest
 import redis
 
+from proxy.limits.scripts import state_key
 from proxy.recording.scripts import STREAM
 from proxy.state.embedded import EmbeddedValkey
 from tests.support.answers import Step
@@ -182,14 +183,18 @@ def test_a_model_that_is_passed_over_leaves_what_was_set_aside_to_the_next(limit
 
     assert held == 1
     assert wait_until(lambda: key.open == 0)
-    assert [entry["reservation"] for entry in limited.records(key)] == [None, limited.records(key)[1]["decision"]]
+    passed_over, timed_out = limited.records(key)
+    assert (passed_over["reservation"], timed_out["reservation"]) == (None, timed_out["decision"])
+    assert (passed_over["cost_usd"], timed_out["estimated"]) == (0.0, True)
+    assert key.spent_usd == pytest.approx(7 * PRICE)
 
 
-def test_a_key_without_limits_is_counted_too(limited: Limited) -> None:
+def test_a_key_without_limits_is_counted_too_and_makes_no_round_trip_before(limited: Limited) -> None:
     key = limited.key()
     ask(limited.client(key))
 
     assert wait_until(lambda: key.spent_usd == COST)
+    assert not limited.store.exists(state_key(key.id))
 
 
 def test_a_refusal_of_the_model_costs_nothing_and_still_says_what_is_left(limited: Limited) -> None:

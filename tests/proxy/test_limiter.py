@@ -191,7 +191,8 @@ async def test_all_that_is_kept_of_a_key_goes_by_itself_but_not_before_its_reser
     store: Store, limiter: Limiter
 ) -> None:
     key = a_key(usd_per_day=0.05, tokens_per_minute=10)
-    granted = await limiter.reserve(key, claim("1", tokens=10, picousd=CENT))
+    granted = await limiter.reserve(key, claim("1", tokens=9, picousd=CENT))
+    await limiter.reserve(key, Claim("short", tokens=1, picousd=CENT, lives_s=1))
     names = [f"{PREFIX}{{{key.id}}}:{name}" for name in ("state", "held", "open")]
     kept = [await store.client.ttl(name) for name in names]
     await settle(store, granted, tokens=1000, picousd=CENT)
