@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import re
 from collections.abc import Callable, Collection
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from proxy.errors import Forbidden, ProxyError, Unauthenticated, describe
+from proxy.errors import BadRequest, Forbidden, ProxyError, Unauthenticated, describe
 from proxy.settings import Settings, is_loopback
 from proxy.state.records import ClientKey
 from proxy.state.snapshot import RoutingState
@@ -24,6 +24,7 @@ ADMIN = "/admin"
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 KEY_IN_SCOPE = "uniroute.key"
 _MOST_KEY_BYTES = 4096
+_HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 
 
 class Guard:
@@ -55,6 +56,8 @@ class Guard:
     def _admit(self, path: str, headers: Headers) -> ClientKey | None:
         if path in OPEN_PATHS:
             return None
+        if not path.isprintable():
+            raise BadRequest("the path holds characters that cannot be printed")
         check_host(headers, self._settings)
         check_origin(headers, self._settings.allowed_origins)
         if path == ADMIN or path.startswith(f"{ADMIN}/"):
@@ -112,6 +115,8 @@ def check_host(headers: Headers, settings: Settings) -> None:
     if len(hosts) != 1:
         raise Forbidden("a request needs exactly one Host header")
     name = _host_name(hosts[0])
+    if not name:
+        raise Forbidden(f"the Host {hosts[0][:100]!r} is not the name of a host")
     open_to_all = not is_loopback(settings.host) and not settings.allowed_hosts
     if open_to_all or name in LOOPBACK_NAMES or name == settings.host or name in _names(settings.allowed_hosts):
         return
@@ -129,10 +134,9 @@ def check_origin(headers: Headers, allowed: Collection[str]) -> None:
 
 
 def _host_name(host: str) -> str:
-    try:
-        return (urlsplit(f"//{host}").hostname or "").lower()
-    except ValueError:
-        return ""
+    """Empty where it is no name or address with at most a port: no user, no path, no second host behind a trick."""
+    found = _HOST.fullmatch(host)
+    return found[1].strip("[]").lower() if found else ""
 
 
 def _names(allowed: Collection[str]) -> set[str]:

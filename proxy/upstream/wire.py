@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from proxy.descriptors import shares
 from proxy.errors import UpstreamFailure
 from proxy.relay.sse import EventCutter, EventTooLong, loads
 
@@ -72,10 +73,11 @@ HOOKS: Mapping[str, list[Any]] = {"response": [_note]}
 
 def open_pool(timeout_s: float) -> httpx.AsyncClient:
     """No redirects: an upstream's address comes from its administrator alone. No cookies."""
+    most = shares().upstreams
     return httpx.AsyncClient(
         follow_redirects=False,
         timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s)),
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=200, keepalive_expiry=30),
+        limits=httpx.Limits(max_connections=most, max_keepalive_connections=min(200, most), keepalive_expiry=30),
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         event_hooks=dict(HOOKS),
     )
