@@ -31,6 +31,8 @@ def import_litellm() -> Any:
     litellm.turn_off_message_logging = True
     litellm.drop_params = False
     litellm.modify_params = False
+    litellm.user_url_validation = True  # some formats carry media within: it fetches them, and must not from inside
+    litellm.user_url_allowed_hosts = []
     for hooks in ("callbacks", "input_callback", "success_callback", "failure_callback", "service_callback"):
         setattr(litellm, hooks, [])
     warnings.filterwarnings("ignore", message="Item .* on TypedDict", category=UserWarning)  # of its own models
