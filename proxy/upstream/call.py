@@ -24,6 +24,9 @@ VERBATIM = frozenset(
 )
 """Providers that read OpenAI's own body: with an address of their own, the caller's goes to them as it is."""
 
+STRAYING = frozenset({"aiohttp_openai"})
+"""Providers that litellm reaches by a client that follows redirects, whatever it is told."""
+
 _OPENAI_HOSTS = ("api.openai.com",)
 
 CHAT_FIELDS = words("""

@@ -13,7 +13,7 @@ import httpx
 from proxy.errors import UpstreamFailure
 from proxy.settings import Settings, SettingsError, resolve_secret
 from proxy.state.records import ModelRecord
-from proxy.upstream.call import Provider, arm_body, call_arguments, is_provider_param
+from proxy.upstream.call import STRAYING, Provider, arm_body, call_arguments, is_provider_param
 from proxy.upstream.failures import failure_of, no_completion, without
 from proxy.upstream.provider_layer import handler_over, import_litellm, warm_up
 from proxy.upstream.wire import CONNECT_TIMEOUT_S, Exchange, chunks_of, is_finished, open_pool, watched
@@ -181,6 +181,8 @@ class LitellmUpstream:
             log.error("model %s: %s", record.name, error)
             message = f"{record.name}: no provider is known by its name {record.litellm_params['model'][:128]!r}"
             raise UpstreamFailure(message, retryable=True) from error
+        if name in STRAYING:
+            raise UpstreamFailure(f"{record.name}: {name} is not served, for it follows redirects", retryable=True)
         return Provider(name, model, api_base or params.get("api_base"), params.get("api_key") or key)
 
     def _client(self, provider: Provider, params: Mapping[str, Any]) -> Any:

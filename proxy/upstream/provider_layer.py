@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import warnings
@@ -38,7 +39,34 @@ def import_litellm() -> Any:
     warnings.filterwarnings("ignore", message="Item .* on TypedDict", category=UserWarning)  # of its own models
     for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # its error lines carry prompts
+    _follow_no_redirect()
     return litellm
+
+
+def _follow_no_redirect() -> None:
+    """For the providers that bring a client of their own. A redirect would take the prompt, and in some formats the
+    key, to wherever the upstream points, and litellm has no setting against it."""
+    from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler, HTTPHandler
+    from litellm.llms.openai.common_utils import BaseOpenAILLM
+
+    for owner, name in ((AsyncHTTPHandler, "create_client"), (HTTPHandler, "create_client")):
+        setattr(owner, name, _staying(getattr(owner, name)))
+    for name in ("_get_async_http_client", "_get_sync_http_client"):
+        setattr(BaseOpenAILLM, name, staticmethod(_staying(getattr(BaseOpenAILLM, name))))
+
+
+def _staying(make: Any) -> Any:
+    if hasattr(make, "__wrapped__"):
+        return make  # a second import of litellm in one process
+
+    @functools.wraps(make)
+    def made(*arguments: Any, **named: Any) -> Any:
+        client = make(*arguments, **named)
+        if client is not None:
+            client.follow_redirects = False
+        return client
+
+    return made
 
 
 async def warm_up(litellm: Any) -> None:

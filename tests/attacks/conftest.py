@@ -64,7 +64,12 @@ def attacked(serving: Attacked) -> Attacked:
     return serving
 
 
-@pytest.fixture
-def http(attacked: Attacked) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=attacked.server.url, timeout=20) as opened:
+@pytest.fixture(scope="session")
+def session_http(serving: Attacked) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=serving.server.url, timeout=20) as opened:
         yield opened
+
+
+@pytest.fixture
+def http(attacked: Attacked, session_http: httpx.Client) -> httpx.Client:
+    return session_http
