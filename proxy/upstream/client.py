@@ -130,7 +130,7 @@ class LitellmUpstream:
     def _failures(self) -> tuple[type[Exception], ...]:
         import openai
 
-        return (openai.OpenAIError, httpx.HTTPError, httpx.StreamError, *ODD_BODIES)
+        return (openai.OpenAIError, httpx.HTTPError, httpx.StreamError, OSError, *ODD_BODIES)
 
     def _arguments(
         self, record: ModelRecord, body: Mapping[str, Any], headers: Mapping[str, str] | None, *, stream: bool

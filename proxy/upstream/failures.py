@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 
 import httpx
@@ -23,6 +24,8 @@ def failure_of(error: Exception, response: httpx.Response | None, model: str) ->
         return no_completion(response, model)
     if _is_timeout(error):
         return UpstreamFailure(f"{model} did not answer in time", timed_out=True)
+    if _is_out_of_descriptors(error):
+        return UpstreamFailure(f"{model} cannot be reached: this server has no file descriptor left for it")
     if _is_connection(error) or isinstance(error, httpx.HTTPError):
         return UpstreamFailure(f"{model} cannot be reached")
     if response is not None:
@@ -67,6 +70,10 @@ def _is_timeout(error: BaseException) -> bool:
 
 def _is_connection(error: BaseException) -> bool:
     return any(isinstance(cause, (httpx.TransportError, OSError)) for cause in _causes(error))
+
+
+def _is_out_of_descriptors(error: BaseException) -> bool:
+    return any(isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE) for cause in _causes(error))
 
 
 def _causes(error: BaseException) -> list[BaseException]:

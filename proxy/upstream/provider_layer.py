@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -70,16 +71,26 @@ def _staying(make: Any) -> Any:
 
 
 async def warm_up(litellm: Any) -> None:
-    """One call of each kind to nowhere: litellm imports half of itself on the first, which takes a second."""
+    """Calls of each kind to nowhere: litellm imports half of itself on the first, and more on the first that fails."""
     import openai
 
-    nowhere = httpx.MockTransport(lambda _: httpx.Response(200, json=_ANSWER))
+    nowhere = httpx.MockTransport(_nowhere)
     async with httpx.AsyncClient(transport=nowhere) as pool:
         client = openai.AsyncOpenAI(api_key="-", base_url="http://nowhere.invalid/v1", http_client=pool, max_retries=0)
         for stream in (False, True):
             await litellm.acompletion(
                 model="openai/warm-up", messages=[{"role": "user", "content": "-"}], client=client, stream=stream
             )
+        with contextlib.suppress(openai.OpenAIError):
+            await litellm.acompletion(
+                model="openai/unreachable", messages=[{"role": "user", "content": "-"}], client=client, max_retries=0
+            )
+
+
+def _nowhere(request: httpx.Request) -> httpx.Response:
+    if b"unreachable" in request.content:
+        raise httpx.ConnectError("nowhere")
+    return httpx.Response(200, json=_ANSWER)
 
 
 def handler_over(pool: httpx.AsyncClient) -> Any:

@@ -41,8 +41,11 @@ def run_command(
 class ServeCommand:
     """`uniroute serve` on a free port, until the block ends. `log` is what it wrote."""
 
-    def __init__(self, *arguments: str | Path, environ: Mapping[str, str], log: Path) -> None:
-        self._command = [sys.executable, "-m", "proxy.cli", "serve", "--port", "0", *map(str, arguments)]
+    def __init__(
+        self, *arguments: str | Path, environ: Mapping[str, str], log: Path, descriptors: int | None = None
+    ) -> None:
+        limited = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}:{descriptors}"]
+        self._command = [*limited, sys.executable, "-m", "proxy.cli", "serve", "--port", "0", *map(str, arguments)]
         self._environ = dict(environ)
         self._log = log
         self.process: subprocess.Popen[bytes] | None = None
