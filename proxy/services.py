@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from proxy.cluster_maps import open_map
 from proxy.jobs.answering import UpstreamAnswerer
@@ -48,7 +48,7 @@ class Services:
     usage: UsageRecorder
     metrics: Metrics
     live: LiveExpectations
-    environ: Mapping[str, str]
+    environ: Mapping[str, str] = field(repr=False)
 
 
 class ServicesHolder:

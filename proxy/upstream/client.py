@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping
 from typing import Any
 
 import httpx
@@ -13,7 +14,7 @@ import httpx
 from proxy.errors import UpstreamFailure
 from proxy.settings import Settings, SettingsError, resolve_secret
 from proxy.state.records import ModelRecord
-from proxy.upstream.call import STRAYING, Provider, arm_body, call_arguments, is_provider_param
+from proxy.upstream.call import STRAYING, Provider, arm_body, call_arguments, is_provider_param, secrets_of
 from proxy.upstream.failures import failure_of, no_completion, without
 from proxy.upstream.provider_layer import handler_over, import_litellm, warm_up
 from proxy.upstream.wire import CONNECT_TIMEOUT_S, Exchange, chunks_of, is_finished, open_pool, watched
@@ -60,13 +61,13 @@ class LitellmUpstream:
             except self._failures as error:
                 relayed = exchange.completion() if provider.openai_format else None
                 if relayed is None:
-                    raise without(provider.api_key, failure_of(error, exchange.response, record.name)) from error
+                    raise without(provider.secrets, failure_of(error, exchange.response, record.name)) from error
                 return relayed
             if not (provider.openai_format and exchange.is_chat_format):
                 return _plain(answer)
             relayed = exchange.completion()
             if relayed is None:
-                raise without(provider.api_key, no_completion(exchange.response, record.name))
+                raise without(provider.secrets, no_completion(exchange.response, record.name))
             return relayed
 
     async def stream(
@@ -83,25 +84,25 @@ class LitellmUpstream:
             try:
                 answer = await self._litellm.acompletion(**arguments)
             except self._failures as error:
-                raise without(provider.api_key, failure_of(error, exchange.response, record.name)) from error
+                raise without(provider.secrets, failure_of(error, exchange.response, record.name)) from error
             if provider.openai_format and exchange.is_chat_format:
                 return await self._relayed(exchange, record, provider)
-            return self._converted(answer, exchange, record)
+            return _quoting_no(provider.secrets, self._converted(answer, exchange, record))
 
     async def _relayed(self, exchange: Exchange, record: ModelRecord, provider: Provider) -> Chunks:
         response = exchange.response
         if response is None:
             raise UpstreamFailure(f"{record.name} gave no response")
         if "event-stream" in response.headers.get("content-type", "event-stream"):
-            return chunks_of(response)
+            return _quoting_no(provider.secrets, chunks_of(response))
         try:
             body = await response.aread()
         except httpx.HTTPError as error:
             raise UpstreamFailure(f"{record.name} broke off its answer") from error
         failure = UpstreamFailure(f"{record.name} answered a stream with something else", status=502, body=body)
-        raise without(provider.api_key, failure)
+        raise without(provider.secrets, failure)
 
-    async def _converted(self, answer: Any, exchange: Exchange, record: ModelRecord) -> Chunks:
+    async def _converted(self, answer: Any, exchange: Exchange, record: ModelRecord) -> AsyncGenerator[dict[str, Any]]:
         """Chunks that litellm made of another format; its usage chunk carries a choice, ours none."""
         finished, first_id = False, None
         try:
@@ -183,7 +184,8 @@ class LitellmUpstream:
             raise UpstreamFailure(message, retryable=True) from error
         if name in STRAYING:
             raise UpstreamFailure(f"{record.name}: {name} is not served, for it follows redirects", retryable=True)
-        return Provider(name, model, api_base or params.get("api_base"), params.get("api_key") or key)
+        key = params.get("api_key") or key
+        return Provider(name, model, api_base or params.get("api_base"), key, secrets_of(params, key))
 
     def _client(self, provider: Provider, params: Mapping[str, Any]) -> Any:
         """Our pool behind the client class that this provider takes; azure and a few others bring their own."""
@@ -228,6 +230,16 @@ _OWN_HANDLER = words("""
     deepseek azure_ai fireworks_ai together_ai ragflow xai groq cometapi hosted_vllm edenai github_copilot chatgpt
 """)
 """Those that take litellm's own handler around our pool after all, as every other provider does."""
+
+
+async def _quoting_no(secrets: Collection[str], chunks: AsyncGenerator[dict[str, Any]]) -> Chunks:
+    """The same chunks; where they end in a failure, it is told without the provider's keys."""
+    async with contextlib.aclosing(chunks):
+        try:
+            async for chunk in chunks:
+                yield chunk
+        except UpstreamFailure as failure:
+            raise without(secrets, failure) from failure.__cause__
 
 
 def _is_made_up(answer: Any) -> bool:

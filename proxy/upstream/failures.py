@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import httpx
 
 from proxy.errors import UpstreamFailure
 
-_SHORTEST_KEY = 8
-"""What is shorter is a stand-in such as "-" or "none"."""
 _CLASS_NAMES = re.compile(r"^(litellm\.\w+: )*")
 
 
@@ -41,13 +41,27 @@ def no_completion(response: httpx.Response | None, model: str) -> UpstreamFailur
     return UpstreamFailure(message, status=502, body=_content(response), headers=response.headers)
 
 
-def without(key: str | None, failure: UpstreamFailure) -> UpstreamFailure:
-    """The same, less the provider's key, which some servers repeat in their words."""
-    if key and len(key) >= _SHORTEST_KEY:
-        failure.message = failure.message.replace(key, "***")
-        if isinstance(failure.body, bytes):
-            failure.body = failure.body.replace(key.encode(), b"***")
+def without(secrets: Collection[str], failure: UpstreamFailure) -> UpstreamFailure:
+    """The same, less the provider's keys, which some servers repeat in their words."""
+    failure.message = _without(secrets, failure.message)
+    failure.args = (failure.message,)
+    failure.body = _without(secrets, failure.body)
+    failure.headers = _without(secrets, failure.headers)
     return failure
+
+
+def _without(secrets: Collection[str], value: Any) -> Any:
+    if isinstance(value, str):
+        for secret in secrets:
+            value = value.replace(secret, "***")
+        return value
+    if isinstance(value, bytes):
+        for secret in secrets:
+            value = value.replace(secret.encode(), b"***")
+        return value
+    if isinstance(value, Mapping):
+        return {_without(secrets, name): _without(secrets, inner) for name, inner in value.items()}
+    return [_without(secrets, inner) for inner in value] if isinstance(value, list) else value
 
 
 def _refused(response: httpx.Response, model: str) -> UpstreamFailure:

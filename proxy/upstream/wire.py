@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -83,7 +83,7 @@ def open_pool(timeout_s: float) -> httpx.AsyncClient:
     )
 
 
-async def chunks_of(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+async def chunks_of(response: httpx.Response) -> AsyncGenerator[dict[str, Any]]:
     """The chunks of a stream in OpenAI's format, untouched. UpstreamFailure where it breaks or ends too early."""
     begun = finished = False
     try:
