@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from proxy.errors import UpstreamFailure
+from proxy.errors import BadRequest, UpstreamFailure
 from proxy.settings import Settings, SettingsError, resolve_secret
 from proxy.state.records import ModelRecord
 from proxy.upstream.call import STRAYING, Provider, arm_body, call_arguments, is_provider_param, secrets_of
@@ -123,6 +123,15 @@ class LitellmUpstream:
                 await exchange.response.aclose()
         if not finished:
             raise UpstreamFailure("the model's stream ended before its answer did")
+
+    def check_provider(self, record: ModelRecord) -> None:
+        """Raises BadRequest where no provider is known by the model's name. `prepare` first."""
+        stated = record.litellm_params
+        address = stated.get("base_url") or stated.get("api_base")
+        try:
+            self._provider(record, {"api_base": address, "custom_llm_provider": stated.get("custom_llm_provider")})
+        except UpstreamFailure as failure:
+            raise BadRequest(failure.message, param="litellm_params.model") from None
 
     async def aclose(self) -> None:
         await self._pool.aclose()
