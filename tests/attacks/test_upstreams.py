@@ -7,9 +7,12 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from tests.attacks.conftest import ADMIN, ASK, PROVIDER_KEY, Attacked
-from tests.support.answers import Step
+from tests.support.answers import Step, sse
 from tests.support.server import arm, uniform_profile
 from tests.support.upstream import ScriptedUpstream
 
@@ -127,3 +130,27 @@ def test_an_address_that_is_none_cannot_be_added(http: httpx.Client, name: str, 
 
     assert reply.status_code == 400, reply.text
     assert http.get("/admin/models/odd", headers=ADMIN).status_code == 404
+
+
+EVENTS = st.lists(
+    st.sampled_from([SAID, END, b": ping\n\n", b"data: [DONE]\n\n", {"choices": []}, {"error": {"message": "no"}}]),
+    max_size=5,
+)
+
+
+@given(EVENTS, st.data())
+@hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_client_reads_the_same_for_every_split(
+    session_http: httpx.Client, serving: Attacked, events: list[Any], data: st.DataObject
+) -> None:
+    """The whole way: one upstream that writes the events as they are, one that cuts their bytes anywhere."""
+    raw = b"".join(sse(event) for event in events)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=6)))
+    pieces = [raw[start:end] for start, end in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
+    serving.fair.script.clear()
+    serving.fair.then(Step(events=[raw], done=False), Step(events=pieces, done=False))
+    whole, split = ask(session_http, stream=True), ask(session_http, stream=True)
+
+    assert (split.status_code, split.text) == (whole.status_code, whole.text)
+    if whole.status_code == 200:
+        assert whole.text.count("[DONE]") + whole.text.count('data: {"error"') == 1
