@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from proxy.openapi.operations import OPEN, OPERATIONS, Operation
-from proxy.openapi.schemas import AMOUNT, ANSWERS, BODIES, FREE, NAME, TEXT, Schema, ref
+from proxy.openapi.schemas import ANSWERS, BODIES, FREE, NAME, TEXT, WEIGHT, Schema, ref
 
 _IDS: Schema = {"type": "string", "minLength": 1, "maxLength": 128, "pattern": "^[A-Za-z0-9_-]+$"}
 _PARAMETERS = {"name": NAME, "id": _IDS}
@@ -62,7 +62,7 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
         for name, kind in operation.parameters.items()
     ]
     if operation.takes_lambda:
-        found += [{"name": "lambda", "in": "header", "description": "The cost weight.", "schema": AMOUNT}]
+        found += [{"name": "lambda", "in": "header", "description": "The cost weight.", "schema": WEIGHT}]
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from proxy.routing.options import MOST
 from router_core.types import DEAREST
 
 Schema = dict[str, Any]
@@ -14,6 +15,7 @@ NUMBER: Schema = {"type": "number"}
 POSITIVE: Schema = {"type": "number", "minimum": 0}
 COUNT: Schema = {"type": "integer", "minimum": 0}
 AMOUNT: Schema = {"type": "number", "minimum": 0}
+WEIGHT: Schema = {**AMOUNT, "maximum": MOST}
 SHARE: Schema = {"type": "number", "minimum": 0, "maximum": 1}
 NAME: Schema = {"type": "string", "pattern": r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}$"}
 FREE: Schema = {"type": "object", "additionalProperties": True}
@@ -66,10 +68,10 @@ BODIES: Mapping[str, Schema] = {
     ),
     "Options": closed(
         {
-            "lambda": null_or(AMOUNT),
+            "lambda": null_or(WEIGHT),
             "models": null_or(listed({"type": "string", "minLength": 1}, minItems=1)),
-            "max_cost_usd": null_or(AMOUNT),
-            "latency_weight": null_or(AMOUNT),
+            "max_cost_usd": null_or(WEIGHT),
+            "latency_weight": null_or(WEIGHT),
             "session": null_or({"type": "string", "minLength": 1, "maxLength": 255}),
             "fallbacks": null_or({"type": "boolean"}),
         }

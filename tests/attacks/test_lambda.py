@@ -24,7 +24,7 @@ def ask(attacked: Attacked, *lines: bytes) -> Answer:
         "０.５".encode(), "٠٫٥".encode(), "½".encode(), "०.५".encode(), "0.5\u200b".encode(), b"\xbd",
         b"  ", b"0x1", b"0b1", b"1_0",
         b"0.1 0.2", b"0.1;", b"0.1, 0.2", b"--1", b"+-1", b"1e", b"e5", b".", b"true", b"null", b"0.1#", b"'0.1'",
-        b"1e99999999999", b"9" * 400, b"0.1\x0b", b"{{1}}", b"__import__('os')", b"1/2",
+        b"1e99999999999", b"1e13", b"1e308", b"9" * 400, b"0.1\x0b", b"{{1}}", b"__import__('os')", b"1/2",
     ],
 )  # fmt: skip
 def test_what_is_no_amount_is_refused_and_named(attacked: Attacked, name: bytes, value: bytes) -> None:
@@ -60,7 +60,7 @@ def test_given_twice_it_is_refused(attacked: Attacked, lines: tuple[bytes, ...])
 @pytest.mark.parametrize(
     ("value", "meant"),
     [(b"0", 0.0), (b"-0", 0.0), (b"-0.0", 0.0), (b"+1", 1.0), (b"1e-3", 0.001), (b"1e-999", 0.0), (b"\t0.5 \t", 0.5),
-     (b"1e308", 1e308), (b"00.5", 0.5), (b"1.", 1.0)],
+     (b"1e12", 1e12), (b"00.5", 0.5), (b"1.", 1.0)],
 )  # fmt: skip
 def test_an_amount_is_taken(attacked: Attacked, value: bytes, meant: float) -> None:
     answer = ask(attacked, b"lambda: " + value)
