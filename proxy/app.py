@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -23,12 +24,12 @@ from proxy.foreign_errors import FOREIGN, translated
 from proxy.jobs.onboarding import measuring_on_start
 from proxy.opening import open_services
 from proxy.relay.sse import dump
-from proxy.routes import admin, admin_audit, admin_jobs, admin_keys, chat, health, models, route
+from proxy.routes import admin, admin_audit, admin_jobs, admin_keys, chat, health, models, openapi, route
 from proxy.services import Services, ServicesHolder
 from proxy.settings import Settings, load_settings
 
 ROUTERS = (
-    *(health.router, chat.router, models.router, route.router),
+    *(health.router, chat.router, models.router, route.router, openapi.router),
     *(admin.router, admin_jobs.router, admin_keys.router, admin_audit.router),
 )
 EXPOSED = (
@@ -107,10 +108,19 @@ async def _foreign(request: Request, error: Exception) -> Response:
     return await _refused(request, translated(error))
 
 
-async def _plain(_: Request, error: Exception) -> Response:
+async def _plain(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
-    return JSONResponse(plain_error(error.status_code, str(error.detail)), error.status_code, error.headers)
+    headers = {"allow": _allowed(request.scope["path"])} if error.status_code == 405 else error.headers
+    return JSONResponse(plain_error(error.status_code, str(error.detail)), error.status_code, headers)
+
+
+def _allowed(path: str) -> str:
+    """The methods of all routes of this path, the longest where some hold others; the framework names one route's."""
+    routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
+    found = [route for route in routes if route.path_regex.match(path)]
+    best = max((route.path for route in found), key=len, default="")
+    return ", ".join(sorted({method for route in found if route.path == best for method in route.methods or ()}))
 
 
 async def _nobody(_: Request, __: Exception) -> Response:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from starlette._utils import get_route_path
 from starlette.datastructures import Headers
@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from proxy.brake import Brake
-from proxy.errors import Forbidden, ProxyError, Unauthenticated, describe
+from proxy.errors import BadRequest, Forbidden, ProxyError, Unauthenticated, describe
 from proxy.roles import check_role, is_admin_side
 from proxy.settings import Settings, is_loopback
 from proxy.state.audit import NOBODY, ROOT
@@ -27,6 +27,7 @@ LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 KEY_IN_SCOPE = "uniroute.key"
 WHO_IN_SCOPE = "uniroute.who"
 _MOST_KEY_BYTES = 4096
+_HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,8 @@ class Guard:
             check_role(caller.key.role, scope["method"], path)
 
     def _caller(self, path: str, headers: Headers) -> Admitted:
+        if not path.isprintable():
+            raise BadRequest("the path holds characters that cannot be printed")
         check_host(headers, self._settings)
         check_origin(headers, self._settings.allowed_origins)
         if is_admin_side(path):
@@ -139,6 +142,8 @@ def check_host(headers: Headers, settings: Settings) -> None:
     if len(hosts) != 1:
         raise Forbidden("a request needs exactly one Host header")
     name = _host_name(hosts[0])
+    if not name:
+        raise Forbidden(f"the Host {hosts[0][:100]!r} is not the name of a host")
     open_to_all = not is_loopback(settings.host) and not settings.allowed_hosts
     if open_to_all or name in LOOPBACK_NAMES or name == settings.host or name in _names(settings.allowed_hosts):
         return
@@ -156,10 +161,9 @@ def check_origin(headers: Headers, allowed: Collection[str]) -> None:
 
 
 def _host_name(host: str) -> str:
-    try:
-        return (urlsplit(f"//{host}").hostname or "").lower()
-    except ValueError:
-        return ""
+    """Empty where it is no name or address with at most a port: no user, no path, no second host behind a trick."""
+    found = _HOST.fullmatch(host)
+    return found[1].strip("[]").lower() if found else ""
 
 
 def _names(allowed: Collection[str]) -> set[str]:

@@ -10,17 +10,21 @@ from proxy.errors import BadRequest, BodyTooLarge, BodyTooSlow, ClientGone, NotJ
 
 IDLE_S = 30.0
 """How long a client may send nothing in the middle of its body."""
+WHOLE_S = 300.0
+"""How long it may take over all of it: a byte now and then is not enough."""
 
 
-async def read_body(request: Request, limit: int, *, idle_s: float = IDLE_S) -> bytes:
+async def read_body(request: Request, limit: int, *, idle_s: float = IDLE_S, whole_s: float = WHOLE_S) -> bytes:
     """Raises NotJson, BodyTooLarge, BodyTooSlow, ClientGone."""
     _check_headers(request, limit)
     pieces: list[bytes] = []
     size = 0
+    now = asyncio.get_running_loop().time
+    end = now() + whole_s
     try:
-        async with asyncio.timeout(idle_s) as patience:
+        async with asyncio.timeout(min(idle_s, whole_s)) as patience:
             async for piece in request.stream():
-                patience.reschedule(asyncio.get_running_loop().time() + idle_s)
+                patience.reschedule(min(now() + idle_s, end))
                 size += len(piece)
                 if size > limit:
                     raise _too_large(limit)
@@ -28,7 +32,7 @@ async def read_body(request: Request, limit: int, *, idle_s: float = IDLE_S) -> 
     except ClientDisconnect:
         raise ClientGone("the client left before its body was complete") from None
     except TimeoutError:
-        raise BodyTooSlow(f"no more of the body came for {idle_s:g} s, after {size} bytes") from None
+        raise BodyTooSlow(f"the body came too slowly: {size} bytes, and then nothing in time") from None
     return b"".join(pieces)
 
 

@@ -1,4 +1,4 @@
-"""The outermost layer: request ids on every response, and the one place where any failure becomes a 500."""
+"""The outermost layer: request ids on every response, 503 to whoever is one too many, and any failure as a 500."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from proxy.auth import OPEN_PATHS
 from proxy.errors import error_object
 from proxy.trace import trace_of
 
@@ -21,6 +22,9 @@ log = logging.getLogger("uniroute.edge")
 TRACE = "uniroute.trace"
 ARRIVED = "uniroute.arrived"
 """Monotonic seconds."""
+CROWDED = "uniroute.crowded"
+"""In the scope where the connection is one more than this process has room for."""
+_RETRY_AFTER_S = "1"
 
 
 class Edge:
@@ -46,6 +50,9 @@ class Edge:
                 self._count(message["status"])
             await send(message)
 
+        if scope.get(CROWDED):
+            await self._crowded(scope, receive, send_with_ids)
+            return
         try:
             await self.app(scope, receive, send_with_ids)
         except Exception:  # the outermost, and the only one: nothing of it may reach the caller
@@ -54,6 +61,21 @@ class Edge:
                 message = f"an error of ours, logged under request id {trace.request_id}"
                 body = error_object(message, "server_error", "internal_error")
                 await JSONResponse(body, 500)(scope, receive, send_with_ids)
+
+    async def _crowded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A probe must not take a full process for a dead one."""
+
+        async def send_and_close(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["connection"] = "close"
+            await send(message)
+
+        if scope["path"] in OPEN_PATHS:
+            await self.app(scope, receive, send_and_close)
+            return
+        body = error_object("this server has no room for one more connection", "server_error", "too_many_connections")
+        busy = JSONResponse(body, 503, {"retry-after": _RETRY_AFTER_S})
+        await busy(scope, receive, send_and_close)
 
     def _count(self, status: int) -> None:
         if status >= 400 and self._holder.is_open:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from proxy.health.capacity import Capacities
 from proxy.health.health import ModelHealth
@@ -40,7 +40,7 @@ class Services:
     health: ModelHealth
     capacities: Capacities
     conversations: Conversations
-    environ: Mapping[str, str]
+    environ: Mapping[str, str] = field(repr=False)
 
 
 class ServicesHolder:

@@ -88,7 +88,7 @@ def file_values(path: Path, fields: Collection[str], info_fields: Collection[str
             raise unknown(f"{path}: uniroute", key, set(fields) - {"model_list"})
     entries = document.get("model_list") or []
     if not isinstance(entries, list):
-        raise SettingsError(f"{path}: model_list must be a list of models; got {entries!r}")
+        raise SettingsError(f"{path}: model_list must be a list of models; got {_kind(entries)}")
     values["model_list"] = [_entry(entry, f"{path}: model_list[{i}]", info_fields) for i, entry in enumerate(entries)]
     return values
 
@@ -161,5 +161,11 @@ def _mapping(value: object, where: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise SettingsError(f"{where} must be a mapping of keys to values; got {value!r}")
+        raise SettingsError(f"{where} must be a mapping of keys to values; got {_kind(value)}")
     return value
+
+
+def _kind(value: object) -> str:
+    """What stands in the wrong place may hold a key: it is not repeated."""
+    words = {"list": "a list", "dict": "a mapping", "str": "a text"}
+    return words.get(type(value).__name__, f"a {type(value).__name__}")

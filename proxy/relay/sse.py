@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ class EventCutter:
         self._rest: list[bytes] = []
         self._data: list[bytes] = []
         self._size = 0
+        self._begun = False
 
     def feed(self, piece: bytes) -> list[bytes]:
         first, *lines = piece.split(b"\n")
@@ -44,6 +46,8 @@ class EventCutter:
         return [data for line in (b"".join(self._rest), b"") if (data := self._line(line)) is not None]
 
     def _line(self, line: bytes) -> bytes | None:
+        if not self._begun:
+            self._begun, line = True, line.removeprefix(codecs.BOM_UTF8)
         line = line.removesuffix(b"\r")
         if line.startswith(b"data:"):
             self._data.append(line[5:].removeprefix(b" "))

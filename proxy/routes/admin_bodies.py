@@ -145,7 +145,8 @@ def _check_params(params: Mapping[str, Any], settings: Settings, environ: Mappin
             raise BadRequest(f"`litellm_params.{name}` has no meaning here{elsewhere}", param=f"litellm_params.{name}")
         if is_provider_param(name):
             _check_provider_param(name, value, settings, environ)
-    _check_address(params.get("api_base") or params.get("base_url"))
+    for name in ("api_base", "base_url"):
+        _check_address(name, params.get(name))
 
 
 def _check_provider_param(name: str, value: Any, settings: Settings, environ: Mapping[str, str]) -> None:
@@ -173,7 +174,7 @@ def _literal(param: str) -> BadRequest:
     )
 
 
-def _check_address(address: Any) -> None:
+def _check_address(name: str, address: Any) -> None:
     if address is None or (isinstance(address, str) and address.startswith(_REFERENCE)):
         return
     try:
@@ -183,8 +184,8 @@ def _check_address(address: Any) -> None:
         good = False
     if not good:
         raise BadRequest(
-            "`litellm_params.api_base` must be an http or https address without a user name",
-            param="litellm_params.api_base",
+            f"`litellm_params.{name}` must be an http or https address without a user name",
+            param=f"litellm_params.{name}",
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -19,6 +18,8 @@ KNOWN = ("lambda", "models", "max_cost_usd", "latency_weight", "session", "fallb
 TIMEOUTS = tuple(column.name for column in fields(StatedTimeouts))
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _SHOWN = 60
+MOST = 1e12
+"""Of λ, dollars and dollars per second: what is beyond is a mistake, and costs reckoned with it would be infinite."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,13 @@ def _amount(stated: Mapping[str, Any], name: str, path: str = "uniroute") -> flo
 
 
 def _checked(number: float, label: str, param: str, shown: object) -> float:
-    if not (math.isfinite(number) and number >= 0):
+    if not 0 <= number <= MOST:  # also of NaN
         raise BadRequest(_not_an_amount(label, shown), param=param)
     return number + 0.0  # -0.0 becomes 0.0
 
 
 def _not_an_amount(label: str, shown: object) -> str:
-    return f"{label} must be a finite number, 0 or more; got {str(shown)[:_SHOWN]!r}"
+    return f"{label} must be a finite number from 0 to {MOST:g}; got {str(shown)[:_SHOWN]!r}"
 
 
 def _models(body: Mapping[str, Any], stated: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,15 +21,28 @@ _NAMES = words("""
     stream_timeout force_timeout drop_params additional_drop_params allowed_openai_params ssl_verify
     azure azure_ad_token azure_ad_token_provider azure_username azure_password azure_scope tenant_id client_id
     client_secret use_xai_oauth gigachat_access_token gigachat_auth_url gigachat_scope region_name
-    input_cost_per_token output_cost_per_token input_cost_per_second output_cost_per_second cost_per_second
-    callbacks success_callback failure_callback service_callback logger_fn no-log caching cache cache_key
+    callbacks success_callback failure_callback service_callback logger_fn no-log no_log caching cache cache_key
     preset_cache_key guardrails prompt_id prompt_variables prompt_label prompt_version acompletion
     atext_completion text_completion initial_prompt_value final_prompt_value roles bos_token eos_token hf_model_name
     base_model ensure_alternating_roles user_continue_message assistant_continue_message supports_system_message
     merge_reasoning_content_in_choices enable_json_schema_validation disable_add_transform_inline_image_block
-    model_file_id_mapping enable_prompt_caching cache_control_injection_points
+    model_file_id_mapping enable_prompt_caching cache_control_injection_points timeout_by_service_tier
+    stream_timeout_by_service_tier configurable_clientside_auth_params fireworks_forward_user_id bedrock_tags
+    cost_per_query cost_per_second tiered_pricing data_residency output_vector_size secret_fields search_tool_name
+    aembedding aimg_generation allm_passthrough_route async_call allow_client_keepalive_override allowed_model_region
+    attempted_targets caching_groups client_side_timeout complete_response completion_call_id custom_prompt_dict
+    fallback_depth fastest_response hugging_face replicate together_ai keepalive_seconds log_client_error_tracebacks
+    max_agentic_loops max_budget budget_duration max_fallbacks max_file_size_mb max_parallel_requests model_alias_map
+    model_config prompt_environment routing_strategy rust self silent_model stream_chunk_size stream_response tag_regex
+    enable_tag_filtering turn_off_message_logging use_chat_completions_api use_client default_api_key_rpm_limit
+    default_api_key_tpm_limit
 """)
-_FAMILIES = re.compile(r"(aws|vertex|azure|gigachat|oci|watsonx|litellm|sagemaker|databricks)_.*|_skip_.*")
+_FAMILIES = re.compile(
+    r"_.*|.*_cost_per_.*|cache_(creation|read)_input_.*|(auto|adaptive|complexity|quality)_router_.*"
+    r"|(aws|vertex|azure|gigachat|oci|watsonx|litellm|sagemaker|databricks|s3|gcs|regional)_.*"
+    r"|(arize|dd|humanloop|langfuse|langsmith|newrelic|posthog|signoz|wandb|weave)_.*"
+    r"|anthropic_(disable|federation|identity|issuer|keycloak|organization|service)_.*|openai_(identity|service)_.*"
+)
 _ADDRESSES_AND_KEYS = words("""
     api_base base_url api_key api_version extra_headers headers default_headers litellm_params litellm_metadata
     custom_llm_provider model_list mock_response azure_ad_token aws_access_key_id aws_secret_access_key
@@ -37,21 +51,43 @@ _ADDRESSES_AND_KEYS = words("""
 """Refused inside `metadata` too, where everything else is the caller's own vocabulary."""
 
 
+_READ_BY_NAME = words("""
+    model messages stream stream_options uniroute models provider route metadata extra_body max_tokens
+    max_completion_tokens n tools tool_choice functions response_format modalities audio user store
+""")
+_INVISIBLE = re.compile(r"[\s\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]")
+
+
 def refuse_control_fields(body: Mapping[str, Any]) -> None:
     """Raises ControlFieldRefused naming the field. Never looks into messages, tools or schemas: those are content."""
     for name in body:
         if is_control_field(name):
             raise _refusal(name)
-    _refuse_within(body.get("extra_body"), "extra_body", is_control_field)
+        if name not in _READ_BY_NAME and _plain(name) in _READ_BY_NAME:
+            raise _look_alike(name)
+    _refuse_within(body.get("extra_body"), "extra_body", _steers_within)
     _refuse_within(body.get("metadata"), "metadata", _is_address_or_key)
 
 
 def is_control_field(name: str) -> bool:
-    return name.lower() in _NAMES or _FAMILIES.fullmatch(name.lower()) is not None
+    plain = _plain(name)
+    return plain in _NAMES or _FAMILIES.fullmatch(plain) is not None
+
+
+def _steers_within(name: str) -> bool:
+    """A server that unpacks `extra_body` would read these in place of what was checked."""
+    return is_control_field(name) or _plain(name) in ("model", "messages", "stream", "stream_options", "extra_body")
 
 
 def _is_address_or_key(name: str) -> bool:
-    return name.lower() in _ADDRESSES_AND_KEYS
+    return _plain(name) in _ADDRESSES_AND_KEYS
+
+
+def _plain(name: str) -> str:
+    """As the least careful reader would take it: some match names without regard to case, Go's even to U+017F for s."""
+    if name.isascii():
+        return name.strip().lower()
+    return _INVISIBLE.sub("", unicodedata.normalize("NFKC", name)).casefold()
 
 
 def _refuse_within(value: Any, path: str, refused: Callable[[str], bool]) -> None:
@@ -68,4 +104,10 @@ def _refuse_within(value: Any, path: str, refused: Callable[[str], bool]) -> Non
 def _refusal(path: str) -> ControlFieldRefused:
     return ControlFieldRefused(
         f"`{path}` is set by whoever runs this proxy, not by a request; remove it from the body", param=path
+    )
+
+
+def _look_alike(name: str) -> ControlFieldRefused:
+    return ControlFieldRefused(
+        f"`{ascii(name)[1:-1][:60]}` could be read as `{_plain(name)}`; write it so, or remove it", param=name[:60]
     )

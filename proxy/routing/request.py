@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Never
@@ -51,7 +52,7 @@ def parse_chat(raw: bytes, headers: list[tuple[str, str]]) -> ChatRequest:
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
-    """A JSON object: UTF-8, finite numbers, whole characters, at most MAX_DEPTH levels and MAX_VALUES values.
+    """A JSON object: UTF-8, finite numbers, whole characters, no key twice, MAX_DEPTH levels and MAX_VALUES values.
 
     Raises:
         BadRequest: saying what is wrong, and where.
@@ -59,7 +60,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     if raw.count(b"[") > MAX_VALUES:  # millions of lists keep the garbage collector busy for seconds
         raise BadRequest(f"the body holds more than {MAX_VALUES} lists")
     try:
-        value = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant)
+        value = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise BadRequest(f"the body is not UTF-8: byte {error.start} cannot be read") from None
     except RecursionError:
@@ -70,6 +71,15 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         raise BadRequest("the body must be a JSON object")
     _check_values(value)
     return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a key given twice some parsers take the first, others the last: what is checked might not be what is used."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise BadRequest(f"the body gives the key {twice[:60]!r} twice in one object", param=twice[:60])
+    return made
 
 
 def _refuse_constant(name: str) -> Never:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,9 @@ VERBATIM = frozenset(
     }
 )
 """Providers that read OpenAI's own body: with an address of their own, the caller's goes to them as it is."""
+
+STRAYING = frozenset({"aiohttp_openai"})
+"""Providers that litellm reaches by a client that follows redirects, whatever it is told."""
 
 _OPENAI_HOSTS = ("api.openai.com",)
 
@@ -54,6 +58,10 @@ _MEANINGS = (
 """Names of one thing: who states one of them has stated the thing."""
 _SAME_MEANING = {name: names for names in _MEANINGS for name in names}
 
+_SECRET = re.compile(r"key|token|secret|password|credential")
+_SHORTEST_SECRET = 8
+"""What is shorter is a stand-in such as "-" or "none"."""
+
 
 @dataclass(frozen=True)
 class Provider:
@@ -63,6 +71,8 @@ class Provider:
     model: str
     api_base: str | None
     api_key: str | None = field(default=None, repr=False)
+    secrets: frozenset[str] = field(default=frozenset(), repr=False)
+    """What must not come back to a caller in this provider's words."""
 
     @property
     def verbatim(self) -> bool:
@@ -79,6 +89,15 @@ class Provider:
 
 def is_provider_param(name: str) -> bool:
     return name in PROVIDER_PARAMS or name.startswith(PROVIDER_FAMILIES)
+
+
+def secrets_of(params: Mapping[str, Any], *keys: str | None) -> frozenset[str]:
+    """Keys, tokens and the like, and whatever is sent in headers. `params`: a model's, resolved."""
+    found = [*keys, *(value for name, value in params.items() if _SECRET.search(name))]
+    for name in ("extra_headers", "headers"):
+        sent = params.get(name)
+        found += [part for value in sent.values() for part in str(value).split()] if isinstance(sent, Mapping) else []
+    return frozenset(value for value in found if isinstance(value, str) and len(value) >= _SHORTEST_SECRET)
 
 
 def arm_body(litellm_params: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping
 from typing import Any
 
 import httpx
 
-from proxy.errors import UpstreamFailure
+from proxy.errors import BadRequest, UpstreamFailure
 from proxy.settings import Settings, SettingsError, resolve_secret
 from proxy.state.records import ModelRecord
-from proxy.upstream.call import Provider, arm_body, call_arguments, is_provider_param
+from proxy.upstream.call import STRAYING, Provider, arm_body, call_arguments, is_provider_param, secrets_of
 from proxy.upstream.failures import failure_of, no_completion, without
 from proxy.upstream.provider_layer import handler_over, import_litellm, warm_up
 from proxy.upstream.wire import Exchange, chunks_of, is_event_stream, is_finished, open_pool, watched
@@ -66,13 +67,13 @@ class LitellmUpstream:
             except self._failures as error:
                 relayed = exchange.completion() if provider.openai_format else None
                 if relayed is None:
-                    raise without(provider.api_key, failure_of(error, exchange.response, record.name)) from error
+                    raise without(provider.secrets, failure_of(error, exchange.response, record.name)) from error
                 return relayed
             if not (provider.openai_format and exchange.is_chat_format):
                 return _plain(answer)
             relayed = exchange.completion()
             if relayed is None:
-                raise without(provider.api_key, no_completion(exchange.response, record.name))
+                raise without(provider.secrets, no_completion(exchange.response, record.name))
             return relayed
 
     async def stream(
@@ -94,25 +95,25 @@ class LitellmUpstream:
             try:
                 answer = await self._litellm.acompletion(**arguments)
             except self._failures as error:
-                raise without(provider.api_key, failure_of(error, exchange.response, record.name)) from error
+                raise without(provider.secrets, failure_of(error, exchange.response, record.name)) from error
             if provider.openai_format and exchange.is_chat_format:
                 return await self._relayed(exchange, record, provider)
-            return self._converted(answer, exchange, record)
+            return _quoting_no(provider.secrets, self._converted(answer, exchange, record))
 
     async def _relayed(self, exchange: Exchange, record: ModelRecord, provider: Provider) -> Chunks:
         response = exchange.response
         if response is None:
             raise UpstreamFailure(f"{record.name} gave no response")
         if is_event_stream(response):
-            return chunks_of(response)
+            return _quoting_no(provider.secrets, chunks_of(response))
         try:
             body = await response.aread()
         except httpx.HTTPError as error:
             raise UpstreamFailure(f"{record.name} broke off its answer") from error
         failure = UpstreamFailure(f"{record.name} answered a stream with something else", status=502, body=body)
-        raise without(provider.api_key, failure)
+        raise without(provider.secrets, failure)
 
-    async def _converted(self, answer: Any, exchange: Exchange, record: ModelRecord) -> Chunks:
+    async def _converted(self, answer: Any, exchange: Exchange, record: ModelRecord) -> AsyncGenerator[dict[str, Any]]:
         """Chunks that litellm made of another format; its usage chunk carries a choice, ours none."""
         finished, first_id = False, None
         try:
@@ -134,6 +135,15 @@ class LitellmUpstream:
         if not finished:
             raise UpstreamFailure("the model's stream ended before its answer did")
 
+    def check_provider(self, record: ModelRecord) -> None:
+        """Raises BadRequest where no provider is known by the model's name. `prepare` first."""
+        stated = record.litellm_params
+        address = stated.get("base_url") or stated.get("api_base")
+        try:
+            self._provider(record, {"api_base": address, "custom_llm_provider": stated.get("custom_llm_provider")})
+        except UpstreamFailure as failure:
+            raise BadRequest(failure.message, param="litellm_params.model") from None
+
     async def aclose(self) -> None:
         await self._pool.aclose()
 
@@ -141,7 +151,7 @@ class LitellmUpstream:
     def _failures(self) -> tuple[type[Exception], ...]:
         import openai
 
-        return (openai.OpenAIError, httpx.HTTPError, httpx.StreamError, *ODD_BODIES)
+        return (openai.OpenAIError, httpx.HTTPError, httpx.StreamError, OSError, *ODD_BODIES)
 
     def _arguments(
         self, record: ModelRecord, body: Mapping[str, Any], headers: Mapping[str, str] | None, *, stream: bool
@@ -192,7 +202,10 @@ class LitellmUpstream:
             log.error("model %s: %s", record.name, error)
             message = f"{record.name}: no provider is known by its name {record.litellm_params['model'][:128]!r}"
             raise UpstreamFailure(message, retryable=True) from error
-        return Provider(name, model, api_base or params.get("api_base"), params.get("api_key") or key)
+        if name in STRAYING:
+            raise UpstreamFailure(f"{record.name}: {name} is not served, for it follows redirects", retryable=True)
+        key = params.get("api_key") or key
+        return Provider(name, model, api_base or params.get("api_base"), key, secrets_of(params, key))
 
     def _client(self, provider: Provider, params: Mapping[str, Any]) -> Any:
         """Our pool behind the client class that this provider takes; azure and a few others bring their own."""
@@ -231,6 +244,16 @@ _OWN_HANDLER = words("""
     deepseek azure_ai fireworks_ai together_ai ragflow xai groq cometapi hosted_vllm edenai github_copilot chatgpt
 """)
 """Those that take litellm's own handler around our pool after all, as every other provider does."""
+
+
+async def _quoting_no(secrets: Collection[str], chunks: AsyncGenerator[dict[str, Any]]) -> Chunks:
+    """The same chunks; where they end in a failure, it is told without the provider's keys."""
+    async with contextlib.aclosing(chunks):
+        try:
+            async for chunk in chunks:
+                yield chunk
+        except UpstreamFailure as failure:
+            raise without(secrets, failure) from failure.__cause__
 
 
 def _is_made_up(answer: Any) -> bool:

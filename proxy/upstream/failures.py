@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import re
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import httpx
 
 from proxy.errors import UpstreamFailure
 
-_SHORTEST_KEY = 8
-"""What is shorter is a stand-in such as "-" or "none"."""
 _OVERFLOW = re.compile(
     rb"context_length_exceeded|maximum context length|context (window|size|length)|(prompt|input|request) is too long"
     rb"|too many (input )?tokens|input token count|exceeds? .{0,40}(token limit|maximum .{0,20}tokens)",
@@ -32,6 +33,8 @@ def failure_of(error: Exception, response: httpx.Response | None, model: str) ->
         return UpstreamFailure(f"{model} did not answer in time", timed_out=True)
     if response is None and _is_lost(error):
         return UpstreamFailure(f"{model} closed the connection without an answer", lost=True)
+    if _is_out_of_descriptors(error):
+        return UpstreamFailure(f"{model} cannot be reached: this server has no file descriptor left for it")
     if _is_connection(error) or isinstance(error, httpx.HTTPError):
         return UpstreamFailure(f"{model} cannot be reached")
     if response is not None:
@@ -47,13 +50,27 @@ def no_completion(response: httpx.Response | None, model: str) -> UpstreamFailur
     return UpstreamFailure(message, status=502, body=_content(response), headers=response.headers)
 
 
-def without(key: str | None, failure: UpstreamFailure) -> UpstreamFailure:
-    """The same, less the provider's key, which some servers repeat in their words."""
-    if key and len(key) >= _SHORTEST_KEY:
-        failure.message = failure.message.replace(key, "***")
-        if isinstance(failure.body, bytes):
-            failure.body = failure.body.replace(key.encode(), b"***")
+def without(secrets: Collection[str], failure: UpstreamFailure) -> UpstreamFailure:
+    """The same, less the provider's keys, which some servers repeat in their words."""
+    failure.message = _without(secrets, failure.message)
+    failure.args = (failure.message,)
+    failure.body = _without(secrets, failure.body)
+    failure.headers = _without(secrets, failure.headers)
     return failure
+
+
+def _without(secrets: Collection[str], value: Any) -> Any:
+    if isinstance(value, str):
+        for secret in secrets:
+            value = value.replace(secret, "***")
+        return value
+    if isinstance(value, bytes):
+        for secret in secrets:
+            value = value.replace(secret.encode(), b"***")
+        return value
+    if isinstance(value, Mapping):
+        return {_without(secrets, name): _without(secrets, inner) for name, inner in value.items()}
+    return [_without(secrets, inner) for inner in value] if isinstance(value, list) else value
 
 
 def _refused(response: httpx.Response, model: str) -> UpstreamFailure:
@@ -84,6 +101,10 @@ def _is_lost(error: BaseException) -> bool:
 
 def _is_connection(error: BaseException) -> bool:
     return any(isinstance(cause, (httpx.TransportError, OSError)) for cause in _causes(error))
+
+
+def _is_out_of_descriptors(error: BaseException) -> bool:
+    return any(isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE) for cause in _causes(error))
 
 
 def _causes(error: BaseException) -> list[BaseException]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import os
 import warnings
@@ -31,25 +33,64 @@ def import_litellm() -> Any:
     litellm.turn_off_message_logging = True
     litellm.drop_params = False
     litellm.modify_params = False
+    litellm.user_url_validation = True  # some formats carry media within: it fetches them, and must not from inside
+    litellm.user_url_allowed_hosts = []
     for hooks in ("callbacks", "input_callback", "success_callback", "failure_callback", "service_callback"):
         setattr(litellm, hooks, [])
     warnings.filterwarnings("ignore", message="Item .* on TypedDict", category=UserWarning)  # of its own models
     for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # its error lines carry prompts
+    _follow_no_redirect()
     return litellm
 
 
+def _follow_no_redirect() -> None:
+    """For the providers that bring a client of their own. A redirect would take the prompt, and in some formats the
+    key, to wherever the upstream points, and litellm has no setting against it."""
+    from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler, HTTPHandler
+    from litellm.llms.openai.common_utils import BaseOpenAILLM
+
+    for owner, name in ((AsyncHTTPHandler, "create_client"), (HTTPHandler, "create_client")):
+        setattr(owner, name, _staying(getattr(owner, name)))
+    for name in ("_get_async_http_client", "_get_sync_http_client"):
+        setattr(BaseOpenAILLM, name, staticmethod(_staying(getattr(BaseOpenAILLM, name))))
+
+
+def _staying(make: Any) -> Any:
+    if hasattr(make, "__wrapped__"):
+        return make  # a second import of litellm in one process
+
+    @functools.wraps(make)
+    def made(*arguments: Any, **named: Any) -> Any:
+        client = make(*arguments, **named)
+        if client is not None:
+            client.follow_redirects = False
+        return client
+
+    return made
+
+
 async def warm_up(litellm: Any) -> None:
-    """One call of each kind to nowhere: litellm imports half of itself on the first, which takes a second."""
+    """Calls of each kind to nowhere: litellm imports half of itself on the first, and more on the first that fails."""
     import openai
 
-    nowhere = httpx.MockTransport(lambda _: httpx.Response(200, json=_ANSWER))
+    nowhere = httpx.MockTransport(_nowhere)
     async with httpx.AsyncClient(transport=nowhere) as pool:
         client = openai.AsyncOpenAI(api_key="-", base_url="http://nowhere.invalid/v1", http_client=pool, max_retries=0)
         for stream in (False, True):
             await litellm.acompletion(
                 model="openai/warm-up", messages=[{"role": "user", "content": "-"}], client=client, stream=stream
             )
+        with contextlib.suppress(openai.OpenAIError):
+            await litellm.acompletion(
+                model="openai/unreachable", messages=[{"role": "user", "content": "-"}], client=client, max_retries=0
+            )
+
+
+def _nowhere(request: httpx.Request) -> httpx.Response:
+    if b"unreachable" in request.content:
+        raise httpx.ConnectError("nowhere")
+    return httpx.Response(200, json=_ANSWER)
 
 
 def handler_over(pool: httpx.AsyncClient) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from proxy.descriptors import shares
 from proxy.errors import UpstreamFailure
 from proxy.relay.sse import EventCutter, EventTooLong, loads
 
@@ -110,16 +111,17 @@ def is_event_stream(response: httpx.Response) -> bool:
 
 def open_pool(timeout_s: float) -> httpx.AsyncClient:
     """No redirects: an upstream's address comes from its administrator alone. No cookies."""
+    most = shares().upstreams
     return httpx.AsyncClient(
         follow_redirects=False,
         timeout=httpx.Timeout(timeout_s),
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=200, keepalive_expiry=30),
+        limits=httpx.Limits(max_connections=most, max_keepalive_connections=min(200, most), keepalive_expiry=30),
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         event_hooks=dict(HOOKS),
     )
 
 
-async def chunks_of(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+async def chunks_of(response: httpx.Response) -> AsyncGenerator[dict[str, Any]]:
     """The chunks of a stream in OpenAI's format, untouched. UpstreamFailure where it breaks or ends too early."""
     begun = finished = False
     try:

@@ -164,3 +164,12 @@ def test_request_ids_and_traces_are_passed_on_and_echoed(fleet: Fleet) -> None:
     assert not {"x-secret", "x-forwarded-for"} & set(seen)
     assert wrong.headers["x-request-id"].startswith("req-")
     assert "traceparent" not in wrong.headers
+
+
+def test_a_model_of_no_known_provider_is_refused_at_once(fleet: Fleet) -> None:
+    entry = addition(fleet, "nobodys")
+    entry["litellm_params"] = {"model": "nobodys-model"}
+    reply = fleet.proxy.admin("POST", "/admin/models", entry)
+
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "litellm_params.model")
+    assert fleet.proxy.admin("GET", "/admin/models/nobodys").status_code == 404

@@ -160,8 +160,8 @@ def test_bad_bodies_are_refused_before_anything_else(
     assert reply.json()["error"]["message"]
 
 
-def test_a_byte_order_mark_and_repeated_keys_are_taken(http: httpx.Client) -> None:
-    body = b'\xef\xbb\xbf{"model": "nobody", "model": "fair", "messages": [{"role": "user", "content": "hi"}]}'
+def test_a_byte_order_mark_is_taken(http: httpx.Client) -> None:
+    body = b'\xef\xbb\xbf{"model": "fair", "messages": [{"role": "user", "content": "hi"}]}'
     reply = http.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
 
     assert reply.json()["model"] == "fair"

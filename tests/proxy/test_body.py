@@ -22,5 +22,15 @@ async def test_a_body_that_stops_in_its_middle_is_given_up() -> None:
         raise AssertionError
 
     request = Request({"type": "http", "method": "POST", "headers": []}, receive)
-    with pytest.raises(BodyTooSlow, match="after 8 bytes"):
+    with pytest.raises(BodyTooSlow, match="8 bytes, and then nothing"):
         await read_body(request, 1000, idle_s=0.05)
+
+
+async def test_a_body_that_drips_is_given_up_all_the_same() -> None:
+    async def receive() -> Message:
+        await asyncio.sleep(0)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    request = Request({"type": "http", "method": "POST", "headers": []}, receive)
+    with pytest.raises(BodyTooSlow):
+        await read_body(request, 10**9, idle_s=5, whole_s=0.05)

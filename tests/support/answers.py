@@ -57,7 +57,7 @@ def newest_user_text(body: Mapping[str, Any]) -> str:
         if isinstance(content, str):
             return content
         parts = content if isinstance(content, list) else []
-        return " ".join(part.get("text", "") for part in parts if isinstance(part, dict))
+        return " ".join(str(part.get("text") or "") for part in parts if isinstance(part, dict))
     return ""
 
 

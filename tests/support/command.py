@@ -41,10 +41,13 @@ def run_command(
 class ServeCommand:
     """`uniroute serve` on a free port, until the block ends. `log` is what it wrote."""
 
-    def __init__(self, *arguments: str | Path, environ: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self, *arguments: str | Path, environ: Mapping[str, str], log: Path, descriptors: int | None = None
+    ) -> None:
+        limited = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}:{descriptors}"]
         self.arguments = arguments
         self.environ = dict(environ)
-        self._command = [sys.executable, "-m", "proxy.cli", "serve", "--port", "0", *map(str, arguments)]
+        self._command = [*limited, sys.executable, "-m", "proxy.cli", "serve", "--port", "0", *map(str, arguments)]
         self._log = log
         self.process: subprocess.Popen[bytes] | None = None
         self.url = ""

@@ -1,0 +1,75 @@
+"""One `uniroute serve` for the session, to be attacked: two arms, an admin key, the limits of a small machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.support.command import ADMIN_KEY, ServeCommand, environment
+from tests.support.server import arm, uniform_profile
+from tests.support.upstream import ScriptedUpstream
+
+PROVIDER_KEY = "sk-canary-of-the-provider"
+MAX_BODY_BYTES = 1_000_000
+ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
+ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """At λ=0.1 "fair" is chosen, at λ=0 "good"."""
+
+    server: ServeCommand
+    fair: ScriptedUpstream
+    good: ScriptedUpstream
+
+    @property
+    def address(self) -> tuple[str, int]:
+        url = httpx.URL(self.server.url)
+        return url.host, url.port or 80
+
+
+@pytest.fixture(scope="session")
+def serving(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Attacked]:
+    folder = tmp_path_factory.mktemp("attacked")
+    environ = environment(folder / "data", embedder_cache, UNIROUTE_ADMIN_KEY=ADMIN_KEY, ARM_API_KEY=PROVIDER_KEY)
+    with ScriptedUpstream(lambda _: "The fair answer.") as fair, ScriptedUpstream(lambda _: "The good answer.") as good:
+        able = {"supports_function_calling": True, "supports_vision": True}
+        config = {
+            "model_list": [arm("fair", fair.url, price=1e-7, **able), arm("good", good.url, price=1e-5, **able)],
+            "uniroute": {"max_body_bytes": MAX_BODY_BYTES, "profile": {"on_start": False}},
+        }
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        with ServeCommand("--config", folder / "config.yaml", environ=environ, log=folder / "log.txt") as server:
+            for name, error in (("fair", 0.3), ("good", 0.1)):
+                reply = httpx.post(
+                    f"{server.url}/admin/models/{name}/profile", json=uniform_profile(error), headers=ADMIN
+                )
+                assert reply.status_code == 200, reply.text
+            yield Attacked(server, fair, good)
+
+
+@pytest.fixture
+def attacked(serving: Attacked) -> Attacked:
+    for upstream in (serving.fair, serving.good):
+        upstream.script.clear()
+        upstream.history.clear()
+        upstream.always = None
+    return serving
+
+
+@pytest.fixture(scope="session")
+def session_http(serving: Attacked) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=serving.server.url, timeout=20) as opened:
+        yield opened
+
+
+@pytest.fixture
+def http(attacked: Attacked, session_http: httpx.Client) -> httpx.Client:
+    return session_http

@@ -1,0 +1,128 @@
+"""File descriptors run out: who is too many is told so, the rest are served, and it ends when they leave."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from tests.attacks.conftest import ASK
+from tests.support.answers import Step
+from tests.support.command import ServeCommand, environment
+from tests.support.server import arm
+from tests.support.upstream import ScriptedUpstream, wait_until
+
+DESCRIPTORS = 260
+BODY = b'{"model":"fair","messages":[{"role":"user","content":"hi"}]}'
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(BODY) + BODY
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[ScriptedUpstream]:
+    with ScriptedUpstream() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path, upstream: ScriptedUpstream
+) -> Iterator[ServeCommand]:
+    folder = tmp_path_factory.mktemp("few")
+    config = {"model_list": [arm("fair", upstream.url)], "uniroute": {"profile": {"on_start": False}}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    environ = environment(folder / "data", embedder_cache, ARM_API_KEY="sk-x")
+    arguments = ("--config", folder / "config.yaml")
+    with (
+        ServeCommand(*arguments, environ=environ, log=folder / "log.txt", descriptors=DESCRIPTORS) as started,
+        httpx.Client(base_url=started.url) as client,
+    ):
+        assert ask(client).status_code == 200  # whatever is opened at the first request is open now
+        yield started
+
+
+def ask(client: httpx.Client) -> httpx.Response:
+    return client.post("/v1/chat/completions", json={"model": "fair", "messages": ASK}, timeout=20)
+
+
+def open_files(server: ServeCommand) -> int:
+    return sum(1 for _ in Path(f"/proc/{server.pid}/fd").iterdir())
+
+
+def answer(connection: socket.socket) -> bytes:
+    """What has been said so far; b"closed" where nothing was and the connection is gone."""
+    connection.settimeout(2)
+    try:
+        return connection.recv(65536) or b"closed"
+    except ConnectionError:
+        return b"closed"
+
+
+def test_more_clients_than_descriptors_are_told_so_and_the_rest_are_served(
+    server: ServeCommand, upstream: ScriptedUpstream
+) -> None:
+    before = open_files(server)
+    url = httpx.URL(server.url)
+    upstream.always = Step(hang=True)
+    with ExitStack() as clients:
+        held: list[socket.socket] = []
+        for number in range(70):  # each holds a connection to us and one of ours to the model
+            held.append(clients.enter_context(socket.create_connection((url.host, url.port or 80))))
+            held[-1].sendall(POST)
+            assert wait_until(lambda number=number: len(upstream.history) > number + 1)
+        beyond = [clients.enter_context(socket.create_connection((url.host, url.port or 80))) for _ in range(300)]
+        for connection in beyond:
+            with suppress(ConnectionError):
+                connection.sendall(POST)
+        told = {answer(connection).partition(b"\r\n")[0] for connection in beyond}
+        assert told == {b"HTTP/1.1 503 Service Unavailable", b"closed"}
+        assert httpx.get(f"{server.url}/healthz").status_code == 200
+        refused = httpx.post(f"{server.url}/v1/chat/completions", json={"model": "fair", "messages": ASK})
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert refused.json()["error"]["code"] == "too_many_connections"
+        assert open_files(server) < DESCRIPTORS - 20
+    upstream.always = None
+    assert wait_until(lambda: open_files(server) <= before)
+    with httpx.Client(base_url=server.url) as client:
+        assert ask(client).status_code == 200
+    assert "Traceback" not in server.log
+
+
+def test_a_model_that_cannot_be_reached_for_want_of_descriptors_is_a_clear_502(
+    server: ServeCommand, upstream: ScriptedUpstream
+) -> None:
+    with httpx.Client(base_url=server.url, timeout=20) as client:
+        assert ask(client).status_code == 200
+        limit = (open_files(server), DESCRIPTORS)
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, limit)
+        try:
+            reply = ask(client)
+            used = cpu_s(server.pid)
+            knocking = [socket.create_connection((client.base_url.host, client.base_url.port or 80)) for _ in range(20)]
+            shut = {answer(connection) for connection in knocking}
+            time.sleep(0.5)
+            spent = cpu_s(server.pid) - used
+            probe = client.get("/healthz")
+        finally:
+            resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
+            for connection in knocking:
+                connection.close()
+        again = ask(client)
+
+    assert reply.status_code == 502, server.log[-6000:]
+    assert (reply.status_code, "no file descriptor" in reply.json()["error"]["message"]) == (502, True)
+    assert shut == {b"closed"}
+    assert spent < 0.4, "accept went round and round"
+    assert (probe.status_code, again.status_code) == (200, 200)
+
+
+def cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

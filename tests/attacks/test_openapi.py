@@ -1,0 +1,80 @@
+"""The OpenAPI document is true: every route is in it, and requests made from it are answered as it says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from fastapi.routing import APIRoute
+
+from proxy.app import ROUTERS
+from proxy.openapi.document import document
+from tests.attacks.conftest import ADMIN
+from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
+from tests.support.server import arm, uniform_profile
+from tests.support.upstream import ScriptedUpstream
+
+CHECKS = (
+    *("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_headers_conformance"),
+    *("response_schema_conformance", "negative_data_rejection", "missing_required_header", "unsupported_method"),
+    *("allow_header_conformance", "ignored_auth"),
+)
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[ServeCommand]:
+    """A server for which a client key was made, so that every door is shut."""
+    folder = tmp_path_factory.mktemp("described")
+    environ = environment(folder / "data", embedder_cache, UNIROUTE_ADMIN_KEY=ADMIN_KEY, ARM_API_KEY="sk-x")
+    with ScriptedUpstream() as upstream:
+        config = {"model_list": [arm("fair", upstream.url)], "uniroute": {"profile": {"on_start": False}}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        assert run_command("keys", "create", "somebody", environ=environ).returncode == 0
+        with ServeCommand("--config", folder / "config.yaml", environ=environ, log=folder / "log.txt") as server:
+            url = f"{server.url}/admin/models/fair/profile"
+            assert httpx.post(url, json=uniform_profile(0.1), headers=ADMIN).status_code == 200
+            yield server
+
+
+def routes() -> set[tuple[str, str]]:
+    found = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
+    return {(method.lower(), route.path.replace(":path}", "}")) for route in found for method in route.methods or ()}
+
+
+def test_every_route_is_described_and_nothing_else() -> None:
+    described = {(method, path) for path, methods in document()["paths"].items() for method in methods}
+
+    assert described == routes()
+
+
+def test_the_document_is_behind_the_clients_door(described: ServeCommand) -> None:
+    assert httpx.get(f"{described.url}/openapi.json").status_code == 401
+    assert httpx.get(f"{described.url}/openapi.json", headers=ADMIN).json() == document()
+    for path in ("/docs", "/redoc", "/docs/oauth2-redirect"):
+        assert httpx.get(described.url + path, headers=ADMIN).status_code == 404
+
+
+def schemathesis(server: ServeCommand, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"]
+    command += ["--header", f"Authorization: Bearer {ADMIN_KEY}", "--checks", ",".join(CHECKS), "--no-color"]
+    command += ["--request-timeout", "20", "--seed", "1", "--generation-database", "none", *more]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=570, check=False)
+
+
+def test_requests_made_from_it_are_answered_as_it_says(described: ServeCommand, tmp_path: Path) -> None:
+    ended = schemathesis(described, tmp_path, "--phases", "examples,coverage,fuzzing", "--max-examples", "10")
+
+    assert ended.returncode == 0, ended.stdout[-8000:] + ended.stderr[-2000:]
+    assert "Traceback" not in described.log
+
+
+@pytest.mark.slow
+def test_many_more_of_them_are(described: ServeCommand, tmp_path: Path) -> None:
+    ended = schemathesis(described, tmp_path, "--max-examples", "200", "--max-time", "240")
+
+    assert ended.returncode == 0, ended.stdout[-8000:] + ended.stderr[-2000:]

@@ -1,0 +1,101 @@
+"""A redirect would take the prompt, and in some formats the key, to wherever an upstream points: none is followed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy.errors import UpstreamFailure
+from proxy.settings import ModelInfo, Settings
+from proxy.state.records import ModelRecord
+from proxy.upstream.client import LitellmUpstream
+from proxy.upstream.provider_layer import import_litellm
+from tests.attacks.conftest import ASK
+from tests.support.answers import Step
+from tests.support.upstream import ScriptedUpstream
+
+SOME = (
+    *(
+        "aiohttp_openai",
+        "anthropic",
+        "anthropic_text",
+        "azure",
+        "bedrock",
+        "cloudflare",
+        "cohere_chat",
+        "gemini",
+        "groq",
+    ),
+    *("maritalk", "mistral", "ollama", "openai", "openai_like", "oobabooga", "text-completion-codestral"),
+)
+"""One or more of each way in which litellm comes by its client."""
+MORE: dict[str, dict[str, Any]] = {
+    "azure": {"api_version": "2024-10-21"},
+    "bedrock": {"aws_access_key_id": "a", "aws_secret_access_key": "b", "aws_region_name": "us-east-1"},
+}
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[ScriptedUpstream]:
+    with ScriptedUpstream() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def pointing(elsewhere: ScriptedUpstream) -> Iterator[ScriptedUpstream]:
+    with ScriptedUpstream() as started:
+        started.always = Step(status=307, headers={"location": f"{elsewhere.url}/x"}, body=b"")
+        yield started
+
+
+@pytest.fixture
+async def client(tmp_path: Path) -> AsyncIterator[LitellmUpstream]:
+    opened = LitellmUpstream(Settings(data_dir=tmp_path, request_timeout_s=3), {"ARM_API_KEY": "sk-of-the-provider"})
+    await opened.prepare()
+    yield opened
+    await opened.aclose()
+
+
+async def ask(client: LitellmUpstream, provider: str, api_base: str) -> None:
+    params = {"model": f"{provider}/x", "api_base": api_base, "api_key": "os.environ/ARM_API_KEY"}
+    record = ModelRecord("m", params | MORE.get(provider, {}), ModelInfo(), "config", 0.0)
+    body = {"model": "m", "messages": ASK}
+    for stream in (False, True):
+        with contextlib.suppress(UpstreamFailure):
+            async with asyncio.timeout(5):
+                if stream:
+                    async for _ in await client.stream(record, body):
+                        pass
+                else:
+                    await client.complete(record, body)
+
+
+@pytest.mark.parametrize("provider", SOME)
+async def test_a_redirect_is_not_followed(
+    client: LitellmUpstream, pointing: ScriptedUpstream, elsewhere: ScriptedUpstream, provider: str
+) -> None:
+    await ask(client, provider, pointing.url)
+
+    assert elsewhere.history == []
+
+
+@pytest.mark.slow
+async def test_no_provider_that_litellm_knows_follows_a_redirect(
+    client: LitellmUpstream, pointing: ScriptedUpstream, elsewhere: ScriptedUpstream
+) -> None:
+    pointing.history.clear()
+    asked = []
+    for provider in sorted({kind.value for kind in import_litellm().LlmProviders}):
+        with contextlib.suppress(TimeoutError):
+            await ask(client, provider, pointing.url)
+        asked += [provider] if pointing.history else []
+        pointing.history.clear()
+        assert elsewhere.history == [], provider
+
+    assert len(asked) > 60

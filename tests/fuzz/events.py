@@ -1,0 +1,43 @@
+"""A coverage-guided fuzzer on the cutter of event streams: `python -m tests.fuzz.events CORPUS`. Ends at a fault.
+
+However the bytes are split, the events are the same, and each is read or refused.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import atheris
+
+with atheris.instrument_imports(include=["proxy.relay", "proxy.upstream.wire", "json"]):
+    from proxy.errors import UpstreamFailure
+    from proxy.relay.chunks import finish_reasons, has_content, is_empty_answer, is_usage_chunk
+    from proxy.relay.sse import EventCutter, event
+    from proxy.upstream.wire import _chunk
+
+
+def one_input(data: bytes) -> None:
+    """The first two bytes say how large the pieces are."""
+    raw = data[2:]
+    whole = _cut([raw])
+    for size in {1 + byte % 16 for byte in data[:2]}:
+        if _cut([raw[start : start + size] for start in range(0, len(raw), size)]) != whole:
+            raise AssertionError("another split, other events")
+    for found in whole:
+        try:
+            chunk = _chunk(found)
+        except UpstreamFailure:
+            continue
+        has_content(chunk), is_empty_answer(chunk), is_usage_chunk(chunk), finish_reasons(chunk)
+        if len(_cut([event(chunk)])) != 1:
+            raise AssertionError("one chunk is not one event")
+
+
+def _cut(pieces: list[bytes]) -> list[bytes]:
+    cutter = EventCutter()
+    return [data for piece in pieces for data in cutter.feed(piece)] + cutter.close()
+
+
+if __name__ == "__main__":
+    atheris.Setup(sys.argv, one_input)
+    atheris.Fuzz()

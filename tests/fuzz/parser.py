@@ -1,0 +1,35 @@
+"""A coverage-guided fuzzer on the parser of bodies: `python -m tests.fuzz.parser CORPUS`. Ends at a fault.
+
+Whatever is taken is written and read again, and read by everything that reads a body before it is forwarded.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import atheris
+
+with atheris.instrument_imports(include=["proxy.routing", "json"]):
+    from proxy.errors import BadRequest
+    from proxy.relay.sse import dump
+    from proxy.routing.features import needs_of, routing_text
+    from proxy.routing.request import parse_chat
+
+
+def one_input(data: bytes) -> None:
+    """The first byte says how much of the rest is a header; what follows is the body."""
+    cut = data[0] % 24 if data else 0
+    header, raw = data[1 : 1 + cut].decode("latin-1"), data[1 + cut :]
+    try:
+        request = parse_chat(raw, [("lambda", header)] if header else [])
+    except BadRequest:
+        return
+    routing_text(request.body["messages"])
+    needs_of(request.body)
+    if parse_chat(dump(request.body), []).body != request.body:
+        raise AssertionError("what was written is not what was read")
+
+
+if __name__ == "__main__":
+    atheris.Setup(sys.argv, one_input)
+    atheris.Fuzz()

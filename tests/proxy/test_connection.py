@@ -1,0 +1,225 @@
+"""A client's connection over real sockets: slow, large, too many. The app behind it says what it was asked."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import uvicorn
+
+from proxy import connection
+from proxy.connection import ClientConnection
+from proxy.edge import CROWDED
+from proxy.malformed import HEAD_BYTES, HEADERS, URL_BYTES
+from tests.support.makers import until
+from tests.support.wire import Answer, send
+
+GET = b"GET / HTTP/1.1\r\nhost: a\r\n"
+POST = b"POST / HTTP/1.1\r\nhost: a\r\n"
+UPGRADE = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAAP__\r\n"
+
+
+class Hasty(ClientConnection):
+    head_s = 0.3
+    stall_s = 0.3
+    patience_s = 0.1
+
+
+async def tell(scope: Any, receive: Any, send: Any) -> None:
+    """What was asked, as JSON; 32 MiB more of it where the path is /large."""
+    if scope["type"] != "http":
+        return
+    body, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        body, more = body + message["body"], message["more_body"]
+    names = [name.decode() for name, _ in scope["headers"]]
+    said = json.dumps({"path": scope["path"], "body": body.decode(), "names": names, "crowded": scope.get(CROWDED)})
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+    for _ in range(512 if scope["path"] == "/large" else 0):
+        await send({"type": "http.response.body", "body": b" " * 65536, "more_body": True})
+    await send({"type": "http.response.body", "body": said.encode(), "more_body": False})
+
+
+@asynccontextmanager
+async def served(kind: type[ClientConnection] = ClientConnection) -> AsyncIterator[tuple[uvicorn.Server, Any]]:
+    bound = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(tell, http=kind, lifespan="off", log_config=None, ws="none")
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve([bound]))
+    await until(lambda: server.started)
+    try:
+        yield server, bound.getsockname()
+    finally:
+        server.should_exit = True
+        await serving
+        bound.close()
+
+
+async def sent(address: Any, *pieces: bytes, wait_s: float = 0.3) -> list[Answer]:
+    return await asyncio.to_thread(send, address, *pieces, wait_s=wait_s)
+
+
+def told(answer: Answer) -> Any:
+    """The body of a chunked answer of one chunk."""
+    return json.loads(answer.body.split(b"\r\n")[1])
+
+
+async def test_what_begins_and_does_not_go_on_is_told_so() -> None:
+    async with served(Hasty) as (_, address):
+        (answer,) = await sent(address, GET + b"x-slow: ")
+
+    assert (answer.status, answer.code, answer.closed) == (408, "request_timeout", True)
+
+
+async def test_a_byte_now_and_then_buys_no_time() -> None:
+    async with served(Hasty) as (server, address):
+        reader, writer = await asyncio.open_connection(*address)
+        for byte in (GET + b"x: " + b"y" * 1000)[:40]:
+            writer.write(bytes((byte,)))
+            await asyncio.sleep(0.02)
+        reply = await asyncio.wait_for(reader.read(), 5)
+        writer.close()
+
+    assert reply.startswith(b"HTTP/1.1 408 ")
+    assert not server.server_state.connections
+
+
+@pytest.mark.parametrize("said", [b"", b"\r\n\r\n"])
+async def test_who_asks_nothing_is_shown_out(said: bytes) -> None:
+    async with served(Hasty) as (_, address):
+        assert await sent(address, said, wait_s=5) == []
+
+
+async def test_the_next_request_of_a_connection_has_its_own_time() -> None:
+    async with served(Hasty) as (_, address):
+        reader, writer = await asyncio.open_connection(*address)
+        for _ in range(3):
+            writer.write(GET + b"\r\n")
+            assert (await reader.readuntil(b"0\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+            await asyncio.sleep(0.2)
+        writer.write(GET)
+        late = await asyncio.wait_for(reader.read(), 5)
+        writer.close()
+
+    assert late.startswith(b"HTTP/1.1 408 ")
+
+
+async def test_a_client_that_does_not_read_is_cut_off() -> None:
+    async with served(Hasty) as (server, address):
+        with socket.create_connection(address) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.sendall(GET.replace(b"/", b"/large", 1) + b"\r\n")
+            await until(lambda: len(server.server_state.connections) == 1)
+            await until(lambda: not server.server_state.connections)
+            assert not server.server_state.tasks
+
+
+@pytest.mark.parametrize(
+    ("raw", "status", "code"),
+    [
+        (b"GET /" + b"a" * URL_BYTES + b" HTTP/1.1\r\nhost: a\r\n\r\n", 414, "uri_too_long"),
+        (b"GET /" + b"a" * 10**6, 414, "uri_too_long"),
+        (GET + b"x: y\r\n" * HEADERS + b"\r\n", 431, "request_headers_too_large"),
+        (GET + b"x: " + b"y" * HEAD_BYTES + b"\r\n\r\n", 431, "request_headers_too_large"),
+        (GET + (b"x: " + b"y" * 4000 + b"\r\n") * 20 + b"\r\n", 431, "request_headers_too_large"),
+        (GET + b"x: " + b"y" * 10**6, 431, "request_headers_too_large"),
+        (GET + b"x" * 10**6, 431, "request_headers_too_large"),
+        (POST + b"transfer-encoding: chunked\r\n\r\n1;x=" + b"y" * 10**6, 431, "request_headers_too_large"),
+        (POST + b"transfer-encoding: chunked\r\n\r\n0\r\nx: " + b"y" * 10**6, 431, "request_headers_too_large"),
+        (POST + b"transfer-encoding: chunked\r\n\r\n0\r\n" + b"x: y\r\n" * 99999, 431, "request_headers_too_large"),
+        (b"\r\n" * 10**5, 431, "request_headers_too_large"),
+    ],
+)  # fmt: skip
+async def test_what_is_too_large_is_told_so_and_not_kept(raw: bytes, status: int, code: str) -> None:
+    pieces = [raw[start : start + 20_000] for start in range(0, len(raw), 20_000)]
+    async with served() as (_, address):
+        (answer,) = await sent(address, *pieces)
+
+    assert (answer.status, answer.code, answer.closed) == (status, code, True)
+    assert answer.headers["x-request-id"]
+
+
+async def test_the_largest_that_is_allowed_is_served() -> None:
+    headers = b"".join(b"x-%d: %s\r\n" % (n, b"y" * 450) for n in range(HEADERS - 1))
+    async with served() as (_, address):
+        (answer,) = await sent(address, GET + headers + b"\r\n")
+
+    assert answer.status == 200
+
+
+async def test_trailers_are_no_headers() -> None:
+    async with served() as (_, address):
+        body = b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nauthorization: Bearer x\r\n\r\n"
+        (answer,) = await sent(address, POST + body)
+
+    assert told(answer) == {"path": "/", "body": "{}", "names": ["host", "transfer-encoding"], "crowded": None}
+
+
+@pytest.mark.parametrize(
+    "framing", [b"content-length: 2\r\n\r\n{}", b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"]
+)
+@pytest.mark.parametrize("split", [0, 1, 2])
+async def test_an_offer_of_another_protocol_is_passed_over_and_its_body_is_read(framing: bytes, split: int) -> None:
+    head, _, body = (POST + UPGRADE + framing).partition(b"\r\n\r\n")
+    raw = head + b"\r\n\r\n" + body + GET.replace(b"/", b"/next", 1) + b"\r\n"
+    cut = len(head) + 4 + split
+    async with served() as (_, address):
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(raw[:cut])
+        await writer.drain()
+        await asyncio.sleep(0.02)
+        writer.write(raw[cut:])
+        answers = [await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 5) for _ in range(2)]
+        writer.close()
+
+    assert [b'"body": "{}"' in answers[0], b'"path": "/next"' in answers[1]] == [True, True]
+
+
+async def test_nonsense_in_the_middle_of_an_answer_is_no_part_of_it() -> None:
+    async with served() as (_, address):
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(GET.replace(b"/", b"/large", 1) + b"\r\n")
+        begun = await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"\x00nonsense\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            begun += await asyncio.wait_for(reader.read(), 5)
+        writer.close()
+
+    assert begun.count(b"HTTP/1.1 ") == 1
+    assert b"invalid_http_request" not in begun
+
+
+async def test_too_many_connections_are_told_so_and_idle_ones_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "most_connections", lambda: 4)
+    monkeypatch.setattr(connection, "LINGERING", 2)
+    async with served(Hasty) as (server, address):
+        busy = [socket.create_connection(address) for _ in range(4)]
+        for client in busy:
+            client.sendall(POST + b"content-length: 9\r\n\r\n")
+        await until(lambda: len(server.server_state.tasks) == 4)
+        (crowded,) = await sent(address, GET + b"\r\n")
+        lingering = [socket.create_connection(address) for _ in range(2)]
+        dropped = await sent(address, GET + b"\r\n")
+        for client in (*busy, *lingering):
+            client.close()
+        await until(lambda: not server.server_state.connections)
+        idle = [socket.create_connection(address) for _ in range(4)]
+        await until(lambda: len(server.server_state.connections) == 4)
+        await asyncio.sleep(2 * Hasty.patience_s)
+        (served_again,) = await sent(address, GET + b"\r\n")
+        first_of_all = await asyncio.to_thread(idle[0].recv, 1)
+        for client in idle:
+            client.close()
+
+    assert (told(crowded)["crowded"], dropped) == (True, [])
+    assert told(served_again)["crowded"] is None
+    assert first_of_all == b""
