@@ -1,0 +1,76 @@
+"""What is looked at while a run goes on: does the server answer, do its processes live. Changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+
+import httpx
+
+from tests.chaos.processes import connections_of, workers_of
+from tests.chaos.world import WORKERS, World, serving_port
+
+EVERY_S = 0.2
+ANSWER_S = 10.0
+MANY = 64
+"""Connections at once, so that each worker takes some."""
+
+
+@dataclass
+class Watch:
+    """`/healthz` over a connection of its own each time, and the process ids of the workers."""
+
+    world: World
+    asked: int = 0
+    failed: list[float] = field(default_factory=list)
+    """Monotonic seconds at which it did not answer 200."""
+    longest_s: float = 0.0
+    """Between two answers, less the pause between two questions."""
+    seen: set[int] = field(default_factory=set)
+    """Process ids of workers."""
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        answered = time.monotonic()
+        while True:
+            self.seen |= workers_of(self.world.server.pid).keys()
+            self.asked += 1
+            asked = time.monotonic()
+            if await self._healthy():
+                self.longest_s = max(self.longest_s, time.monotonic() - answered - EVERY_S)
+                answered = time.monotonic()
+            else:
+                self.failed.append(asked)
+            await asyncio.sleep(EVERY_S)
+
+    async def _healthy(self) -> bool:
+        try:
+            async with httpx.AsyncClient(trust_env=False, timeout=ANSWER_S) as client:
+                return (await client.get(f"{self.world.server.url}/healthz")).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+
+async def serving_workers(world: World, within_s: float = 30.0) -> int:
+    """How many workers answer at the end: each holds some of many connections that got an answer."""
+    deadline = time.monotonic() + within_s
+    serving = 0
+    while serving < WORKERS and time.monotonic() < deadline:
+        await asyncio.sleep(EVERY_S)
+        serving = max(serving, await _serving(world))
+    return serving
+
+
+async def _serving(world: World) -> int:
+    async with AsyncExitStack() as closing:
+        clients = [
+            await closing.enter_async_context(httpx.AsyncClient(trust_env=False, timeout=ANSWER_S)) for _ in range(MANY)
+        ]
+        url = f"{world.server.url}/healthz"
+        answers = await asyncio.gather(*(client.get(url) for client in clients), return_exceptions=True)
+        if not all(isinstance(answer, httpx.Response) and answer.is_success for answer in answers):
+            return 0
+        workers = workers_of(world.server.pid)
+        return sum(connections_of(pid, serving_port(world)) > 0 for pid in workers)
