@@ -45,6 +45,9 @@ class Ask:
     extra: Json
     rng: Random
 
+    def sdk(self, doors: Doors) -> Any:
+        return doors.sdk.with_options(api_key=self.key).chat.completions.with_raw_response
+
     @property
     def all_headers(self) -> Mapping[str, str]:
         return {**self.headers, "authorization": f"Bearer {self.key}"}
@@ -110,21 +113,16 @@ async def streamed(doors: Doors, ask: Ask) -> Got:
 
 
 async def sdk_plain(doors: Doors, ask: Ask) -> Got:
-    raw = await doors.sdk.with_options(api_key=ask.key).chat.completions.with_raw_response.create(
-        **_for_sdk(ask, stream=False)
-    )
+    raw = await ask.sdk(doors).create(**_for_sdk(ask, stream=False))
     return _got(raw.http_response, judge_body(ask.question, raw.parse().model_dump()))
 
 
 async def sdk_streamed(doors: Doors, ask: Ask) -> Got:
     """It does not show [DONE]: a stream that ends without an error is, to its user, complete."""
-    raw = await doors.sdk.with_options(api_key=ask.key).chat.completions.with_raw_response.create(
-        **_for_sdk(ask, stream=True)
-    )
+    raw = await ask.sdk(doors).create(**_for_sdk(ask, stream=True))
     text, model = "", None
     try:
-        parsed: Any = raw.parse()
-        async for chunk in parsed:
+        async for chunk in raw.parse():
             model = chunk.model
             text += "".join(choice.delta.content or "" for choice in chunk.choices)
     except openai.APIError as error:

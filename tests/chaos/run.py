@@ -38,7 +38,7 @@ async def chaos(folder: Path, embedder_cache: Path, seed: int, seconds: float, p
     with a_world(folder, embedder_cache, seed) as world:
         await serving_workers(world)
         watch = Watch(world)
-        watching = asyncio.create_task(watch.run())
+        watching = asyncio.gather(watch.run(), watch.watch_ourselves())
         faults, administrator = Faults(world, Random(f"{seed}/faults")), Administrator(world, Random(f"{seed}/admin"))
         started = time.monotonic()
         async with Doors.open(world.server.url) as doors:

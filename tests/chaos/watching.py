@@ -14,6 +14,7 @@ from tests.chaos.world import WORKERS, World, serving_port
 
 EVERY_S = 0.2
 ANSWER_S = 10.0
+SLOW_S = 1.0
 MANY = 64
 """Connections at once, so that each worker takes some."""
 
@@ -26,24 +27,36 @@ class Watch:
     asked: int = 0
     failed: list[float] = field(default_factory=list)
     """Monotonic seconds at which it did not answer 200."""
+    slow: list[tuple[float, float]] = field(default_factory=list)
+    """When it was asked, and how many seconds its answer took, where those were SLOW_S or more."""
     longest_s: float = 0.0
-    """Between two answers, less the pause between two questions."""
+    """Of its answers."""
+    longest_own_s: float = 0.0
+    """For which this very process was late: the machine was too busy, or we were."""
     seen: set[int] = field(default_factory=set)
     """Process ids of workers."""
 
     async def run(self) -> None:
         """Until it is cancelled."""
-        answered = time.monotonic()
         while True:
             self.seen |= workers_of(self.world.server.pid).keys()
             self.asked += 1
             asked = time.monotonic()
-            if await self._healthy():
-                self.longest_s = max(self.longest_s, time.monotonic() - answered - EVERY_S)
-                answered = time.monotonic()
-            else:
+            healthy = await self._healthy()
+            answered = time.monotonic()
+            self.longest_s = max(self.longest_s, answered - asked)
+            if not healthy:
                 self.failed.append(asked)
+            elif answered - asked >= SLOW_S:
+                self.slow.append((asked, answered - asked))
             await asyncio.sleep(EVERY_S)
+
+    async def watch_ourselves(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            started = time.monotonic()
+            await asyncio.sleep(EVERY_S)
+            self.longest_own_s = max(self.longest_own_s, time.monotonic() - started - EVERY_S)
 
     async def _healthy(self) -> bool:
         try:
