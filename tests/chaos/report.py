@@ -100,10 +100,8 @@ def _facts(run: Run) -> Iterator[Row]:
     yield "complete records of answers without usage", _count(run.account.unreported)
     yield "/healthz", f"{watch.asked:,} asked, {len(watch.failed)} failed, longest wait {watch.longest_s:.2f} s"
     for asked, lasted in watch.slow:
-        before = max(
-            (fault for fault in run.faults if fault.began < asked + lasted), key=lambda f: f.began, default=None
-        )
-        yield "  a slow one", f"{lasted:.2f} s{f', {asked - before.began:.1f} s after {before.kind}' if before else ''}"
+        meanwhile = {fault.kind for fault in run.faults if fault.began < asked + lasted and asked < fault.ended + 1}
+        yield "  a slow one", f"{lasted:.2f} s, meanwhile {', '.join(sorted(meanwhile)) or 'nothing'}"
     yield "longest that the run itself was held up", f"{watch.longest_own_s:.2f} s"
     yield "worker processes seen", str(len(watch.seen))
     yield "admin calls", ", ".join(f"{call} {count}" for call, count in sorted(administrator.answers.items()))

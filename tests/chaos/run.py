@@ -124,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--per-second", type=float, default=30, help="requests that are asked each second, at most")
+    parser.add_argument("--per-second", type=float, default=25, help="requests that are asked each second, at most")
     parser.add_argument("--data-dir", type=Path, help="where an embedding table is already")
     parser.add_argument("--keep", type=Path, help="a new folder for logs and ledgers, kept afterwards")
     arguments = parser.parse_args()

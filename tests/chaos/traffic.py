@@ -22,7 +22,7 @@ class Traffic:
     keys: Sequence[str]
     rng: Random
     per_second: float
-    clients: int = 24
+    clients: int = 12
     outcomes: list[Outcome] = field(default_factory=list)
     asked: int = 0
 

@@ -13,7 +13,7 @@ from tests.chaos.processes import connections_of, workers_of
 from tests.chaos.world import WORKERS, World, serving_port
 
 EVERY_S = 0.2
-ANSWER_S = 10.0
+ANSWER_S = 30.0
 SLOW_S = 1.0
 MANY = 64
 """Connections at once, so that each worker takes some."""
