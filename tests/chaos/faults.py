@@ -65,7 +65,7 @@ class Faults:
         try:
             await asyncio.sleep(self.rng.uniform(0.2, 3.0))
         finally:
-            self.world.store.start()
+            await asyncio.to_thread(self.world.store.start)
         return True
 
     async def upstream_killed(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 import httpx
@@ -38,18 +37,12 @@ class Watch:
 
     async def run(self) -> None:
         """Until it is cancelled."""
-        while True:
-            self.seen |= workers_of(self.world.server.pid).keys()
-            self.asked += 1
-            asked = time.monotonic()
-            healthy = await self._healthy()
-            answered = time.monotonic()
-            self.longest_s = max(self.longest_s, answered - asked)
-            if not healthy:
-                self.failed.append(asked)
-            elif answered - asked >= SLOW_S:
-                self.slow.append((asked, answered - asked))
-            await asyncio.sleep(EVERY_S)
+        anew = httpx.Limits(max_keepalive_connections=0)
+        async with httpx.AsyncClient(trust_env=False, timeout=ANSWER_S, limits=anew) as client:
+            while True:
+                self.seen |= workers_of(self.world.server.pid).keys()
+                await self._ask(client)
+                await asyncio.sleep(EVERY_S)
 
     async def watch_ourselves(self) -> None:
         """Until it is cancelled."""
@@ -58,16 +51,26 @@ class Watch:
             await asyncio.sleep(EVERY_S)
             self.longest_own_s = max(self.longest_own_s, time.monotonic() - started - EVERY_S)
 
-    async def _healthy(self) -> bool:
+    async def _ask(self, client: httpx.AsyncClient) -> None:
+        self.asked += 1
+        asked = time.monotonic()
+        healthy = await self._healthy(client)
+        lasted = time.monotonic() - asked
+        self.longest_s = max(self.longest_s, lasted)
+        if not healthy:
+            self.failed.append(asked)
+        elif lasted >= SLOW_S:
+            self.slow.append((asked, lasted))
+
+    async def _healthy(self, client: httpx.AsyncClient) -> bool:
         try:
-            async with httpx.AsyncClient(trust_env=False, timeout=ANSWER_S) as client:
-                return (await client.get(f"{self.world.server.url}/healthz")).status_code == 200
+            return (await client.get(f"{self.world.server.url}/healthz")).status_code == 200
         except httpx.HTTPError:
             return False
 
 
-async def serving_workers(world: World, within_s: float = 30.0) -> int:
-    """How many workers answer at the end: each holds some of many connections that got an answer."""
+async def serving_workers(world: World, within_s: float = 60.0) -> int:
+    """How many workers answer: each holds some of many connections that got an answer."""
     deadline = time.monotonic() + within_s
     serving = 0
     while serving < WORKERS and time.monotonic() < deadline:
@@ -77,12 +80,10 @@ async def serving_workers(world: World, within_s: float = 30.0) -> int:
 
 
 async def _serving(world: World) -> int:
-    async with AsyncExitStack() as closing:
-        clients = [
-            await closing.enter_async_context(httpx.AsyncClient(trust_env=False, timeout=ANSWER_S)) for _ in range(MANY)
-        ]
-        url = f"{world.server.url}/healthz"
-        answers = await asyncio.gather(*(client.get(url) for client in clients), return_exceptions=True)
+    limits = httpx.Limits(max_connections=MANY, max_keepalive_connections=MANY)
+    async with httpx.AsyncClient(trust_env=False, timeout=ANSWER_S, limits=limits) as client:
+        asked = (client.get(f"{world.server.url}/healthz") for _ in range(MANY))
+        answers = await asyncio.gather(*asked, return_exceptions=True)
         if not all(isinstance(answer, httpx.Response) and answer.is_success for answer in answers):
             return 0
         workers = workers_of(world.server.pid)
