@@ -27,6 +27,7 @@ class Metrics:
             "uniroute_errors_total", "Responses that were errors, by status", ["status"], registry=self.registry
         )
         self.in_flight = Gauge("uniroute_in_flight", "Chat requests being served", registry=self.registry)
+        self.tasks = Gauge("uniroute_tasks", "asyncio tasks of this process", registry=self.registry)
         self.state_version = Gauge(
             "uniroute_state_version", "Version of the routing state in use", registry=self.registry
         )

@@ -15,7 +15,7 @@ from typing import Any
 from router_core.pricing import picousd
 from tests.chaos.behaviours import SILENT
 from tests.chaos.ledger import Attempt
-from tests.chaos.outcomes import ACCOUNTED, COMPLETE, DROPPED, EMPTY, Outcome
+from tests.chaos.outcomes import ACCOUNTED, COMPLETE, DROPPED, EMPTY, Outcome, Span
 from tests.chaos.questions import ARMS
 from tests.chaos.world import Logged
 
@@ -99,12 +99,12 @@ def _unaccounted(evidence: Evidence) -> Iterator[str]:
         said = f"{outcome.question.id} ({outcome.client}): {outcome.ending}, {outcome.verdict.detail}"
         if outcome.ending not in ACCOUNTED:
             yield said
-        if outcome.ending == DROPPED and not _near_a_kill(outcome, evidence.kills):
+        if outcome.ending == DROPPED and not near_a_kill(outcome.span, evidence.kills):
             yield f"{said}, though no worker was killed"
 
 
-def _near_a_kill(outcome: Outcome, kills: Iterable[float]) -> bool:
-    began, ended = outcome.started - AROUND_A_KILL_S, outcome.ended + AROUND_A_KILL_S
+def near_a_kill(span: Span, kills: Iterable[float]) -> bool:
+    began, ended = span[0] - AROUND_A_KILL_S, span[1] + AROUND_A_KILL_S
     return any(began <= kill <= ended for kill in kills)
 
 
@@ -164,7 +164,7 @@ def _undone(evidence: Evidence, books: _Books) -> Iterator[str]:
         decisions[question].add(decision)
     for attempt in evidence.attempts:
         outcome = by_question.get(attempt.question)
-        if not attempt.whole or outcome is None or _near_a_kill(outcome, evidence.kills):
+        if not attempt.whole or outcome is None or near_a_kill(outcome.span, evidence.kills):
             continue
         recorded = [record for decision in decisions[attempt.question] for record in books.records[decision]]
         if not any(record["model"] == attempt.arm for record in recorded):

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from tests.chaos.outcomes import error_problem
+from tests.chaos.outcomes import Span, error_problem
 from tests.chaos.world import World, unused_address
 from tests.support.server import arm as entry_of
 from tests.support.server import uniform_profile
@@ -31,20 +31,17 @@ class Administrator:
     answers: Counter[str] = field(default_factory=Counter)
     """By call and status."""
     problems: list[str] = field(default_factory=list)
-    dropped: list[float] = field(default_factory=list)
-    """Monotonic seconds at which a call got no answer."""
+    dropped: list[Span] = field(default_factory=list)
+    """When a call was made that got no answer."""
     longest_s: float = 0.0
     possible: set[float] = field(default_factory=set)
     """Input prices that may be in force: the last acknowledged one, and those since whose call had no clear end."""
 
     async def run(self, until: float) -> None:
-        price = 1e-6
-        body = {**entry_of(NAME, unused_address(), price=price, max_input_tokens=1), "profile": uniform_profile(0.01)}
-        await self._call("POST", "/admin/models", body, kind="add")
-        self.possible = {price}
+        changes = (self._put_price, self._put_price, self._change, self._list)
         while time.monotonic() < until:
             await asyncio.sleep(PAUSE_S)
-            await self.rng.choice((self._put_price, self._put_price, self._change, self._list))()
+            await (self.rng.choice(changes) if self.possible else self._add)()
 
     async def check(self) -> None:
         """Once all is calm again: every worker knows of every change within seconds."""
@@ -61,6 +58,13 @@ class Administrator:
         if reply is None or reply.status_code != 200:
             return None
         return float(reply.json()["price"]["input_cost_per_token"])
+
+    async def _add(self) -> None:
+        price = 1e-6
+        body = {**entry_of(NAME, unused_address(), price=price, max_input_tokens=1), "profile": uniform_profile(0.01)}
+        reply = await self._call("POST", "/admin/models", body, kind="add")
+        if reply is not None and reply.status_code in (201, 409):
+            self.possible = {price}
 
     async def _put_price(self) -> None:
         price = self.rng.randint(1, 1000) / 1e9
@@ -84,11 +88,11 @@ class Administrator:
             reply = await asyncio.to_thread(self.world.admin, method, path, body)
         except httpx.HTTPError:
             self.answers[f"{kind}: {_DROPPED}"] += 1
-            self.dropped.append(started)
+            self.dropped.append((started, time.monotonic()))
             return None
         self.longest_s = max(self.longest_s, time.monotonic() - started)
         self.answers[f"{kind}: {reply.status_code}"] += 1
-        if reply.status_code not in (200, 201, 503):
+        if reply.status_code not in (200, 201, 409, 503):
             self.problems.append(f"{method} {path} answered {reply.status_code}: {reply.text[:200]}")
         if reply.is_error and (problem := error_problem(reply.json())):
             self.problems.append(f"{method} {path} answered {reply.status_code}: {problem}")

@@ -27,7 +27,7 @@ from tests.chaos.outcomes import (
 )
 from tests.chaos.questions import Json, Question
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 """Longer than any request may take by the run's settings: who waits longer hangs."""
 STALL_S = (1.0, 3.0)
 LONG_WORDS = 60_000

@@ -1,7 +1,7 @@
 """A model server that keeps its own books: `python -m tests.chaos.ledger_upstream --port 9001 --ledger FILE --seed 7`.
 
 OpenAI's chat completions over HTTP/1.1 with kept connections. How each request is answered is drawn from the seed, the
-question, the arm and how often this process was asked the same; `--faultless` answers all of them rightly.
+question, the arm and how often this process was asked the same; `--mix` names the table that it is drawn from.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 from types import MappingProxyType
 
-from tests.chaos.behaviours import WHOLE, Behaviour, Gone, drawn
+from tests.chaos.behaviours import MIXES, Behaviour, Gone, drawn
 from tests.chaos.ledger import Ledger
 from tests.chaos.questions import Json, Question, question_in
 from tests.chaos.wording import Exchange
@@ -70,10 +70,10 @@ class HttpReply:
 
 
 class LedgerUpstream:
-    def __init__(self, ledger: Ledger, seed: int, *, faultless: bool = False) -> None:
+    def __init__(self, ledger: Ledger, seed: int, mix: str) -> None:
         self._ledger = ledger
         self._seed = seed
-        self._faultless = faultless
+        self._mix = MIXES[mix]
         self._asked: Counter[tuple[str, str]] = Counter()
 
     async def serve(self, port: int) -> None:
@@ -110,7 +110,7 @@ class LedgerUpstream:
     def _behaviour(self, question: Question, arm: str) -> tuple[Behaviour, Random]:
         self._asked[question.id, arm] += 1
         rng = Random(f"{self._seed}/{question.id}/{arm}/{self._asked[question.id, arm]}")
-        return (WHOLE if self._faultless else drawn(rng)), rng
+        return drawn(rng, self._mix), rng
 
 
 async def _read(reader: asyncio.StreamReader) -> Json | None:
@@ -129,9 +129,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--ledger", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--faultless", action="store_true", help="answer everything, and rightly")
+    parser.add_argument("--mix", choices=list(MIXES), default="chaos")
     arguments = parser.parse_args()
-    upstream = LedgerUpstream(Ledger(arguments.ledger), arguments.seed, faultless=arguments.faultless)
+    upstream = LedgerUpstream(Ledger(arguments.ledger), arguments.seed, arguments.mix)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(upstream.serve(arguments.port))
 

@@ -27,6 +27,8 @@ MALFORMED = "malformed"
 HUNG = "hung"
 OTHERS_FAULT = frozenset({429, 500, 502, 503, 504})
 """What a good request may be refused with; 500 is an upstream's own."""
+Span = tuple[float, float]
+"""Monotonic seconds, from and to."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class Outcome:
     ended: float
     status: int | None = None
     decision: str | None = None
+
+    @property
+    def span(self) -> Span:
+        return self.started, self.ended
 
     @property
     def ending(self) -> str:

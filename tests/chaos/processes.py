@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,12 +17,16 @@ from tests.support.command import ROOT
 
 STARTED_S = 15.0
 POLL_S = 0.02
+PORTS = (20_000, 32_000)
+"""Below those that Linux, macOS and the BSDs take for outgoing connections."""
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as bound:
-        port: int = bound.getsockname()[1]
-    return port
+    """One that no outgoing connection is given while its owner is being started again."""
+    while True:
+        port = random.SystemRandom().randrange(*PORTS)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 class Restartable:
@@ -87,10 +92,10 @@ def a_store(folder: Path) -> Restartable:
     return Restartable([str(get_binary_path()), *arguments], port, folder / "log.txt")
 
 
-def an_upstream(ledger: Path, seed: int, *, faultless: bool = False) -> Restartable:
+def an_upstream(ledger: Path, seed: int, mix: str = "chaos") -> Restartable:
     port = free_port()
     command = [sys.executable, "-m", "tests.chaos.ledger_upstream", "--port", str(port), "--ledger", str(ledger)]
-    command += ["--seed", str(seed), *(["--faultless"] if faultless else [])]
+    command += ["--seed", str(seed), "--mix", mix]
     return Restartable(command, port, ledger.with_suffix(".log"))
 
 

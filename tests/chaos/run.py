@@ -19,7 +19,7 @@ from random import Random
 
 from proxy.cli import console
 from router_core.embedding import static_embedder
-from tests.chaos.accounting import AROUND_A_KILL_S, Evidence, account
+from tests.chaos.accounting import Evidence, account, near_a_kill
 from tests.chaos.administrator import Administrator
 from tests.chaos.clients import Doors
 from tests.chaos.faults import Faults
@@ -99,12 +99,10 @@ def _of_processes(world: World, watch: Watch, faults: Faults, serving: int) -> I
 
 def _of_health(watch: Watch, administrator: Administrator, faults: Faults) -> Iterator[str]:
     """A call may get no answer only where a worker was just killed."""
-    for at in watch.failed:
-        if not any(abs(kill - at) <= AROUND_A_KILL_S for kill in faults.kills):
-            yield f"/healthz did not answer at {at:.1f} s, though no worker was killed"
-    for at in administrator.dropped:
-        if not any(abs(kill - at) <= AROUND_A_KILL_S for kill in faults.kills):
-            yield f"an admin call was dropped at {at:.1f} s, though no worker was killed"
+    for what, spans in (("/healthz", watch.failed), ("an admin call", administrator.dropped)):
+        for span in spans:
+            if not near_a_kill(span, faults.kills):
+                yield f"{what} got no answer for {span[1] - span[0]:.1f} s, though no worker was killed"
 
 
 def _of_the_log(world: World) -> Iterator[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
+from tests.chaos.outcomes import Span
 from tests.chaos.processes import connections_of, workers_of
 from tests.chaos.world import WORKERS, World, serving_port
 
@@ -24,8 +25,8 @@ class Watch:
 
     world: World
     asked: int = 0
-    failed: list[float] = field(default_factory=list)
-    """Monotonic seconds at which it did not answer 200."""
+    failed: list[Span] = field(default_factory=list)
+    """When it was asked and did not answer 200."""
     slow: list[tuple[float, float]] = field(default_factory=list)
     """When it was asked, and how many seconds its answer took, where those were SLOW_S or more."""
     longest_s: float = 0.0
@@ -58,7 +59,7 @@ class Watch:
         lasted = time.monotonic() - asked
         self.longest_s = max(self.longest_s, lasted)
         if not healthy:
-            self.failed.append(asked)
+            self.failed.append((asked, asked + lasted))
         elif lasted >= SLOW_S:
             self.slow.append((asked, lasted))
 

@@ -29,7 +29,7 @@ SETTINGS: Mapping[str, Any] = {
     "first_token_timeout_s": 3,
     "idle_timeout_s": 2,
     "request_timeout_s": 8,
-    "stream_timeout_s": 25,
+    "stream_timeout_s": 15,
     "keep_alive_s": 1,
     "profile": {"on_start": False},
 }
@@ -91,13 +91,13 @@ class World:
 
 @contextmanager
 def a_world(
-    folder: Path, embedder_cache: Path, seed: int, *, faultless: bool = False, workers: int = WORKERS
+    folder: Path, embedder_cache: Path, seed: int, *, mix: str = "chaos", workers: int = WORKERS
 ) -> Iterator[World]:
     """Started, the arms measured, three keys made."""
     with ExitStack() as closing:
         store = a_store(folder / "store")
         ledgers = tuple(folder / f"ledger-{number}.jsonl" for number in range(2))
-        upstreams = tuple(an_upstream(ledger, seed, faultless=faultless) for ledger in ledgers)
+        upstreams = tuple(an_upstream(ledger, seed, mix) for ledger in ledgers)
         for process in (store, *upstreams):
             process.start()
             closing.callback(process.stop)
