@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import sys
 import tempfile
 import time
@@ -27,6 +28,7 @@ from proxy.cli import console
 from router_core.embedding import static_embedder
 from tests.bench.lean_client import LeanClient
 from tests.bench.process_facts import Facts, facts_of
+from tests.chaos.processes import tcp_connections
 from tests.chaos.questions import ARMS, Json, a_question
 from tests.chaos.world import World, a_world, serving_port
 
@@ -36,6 +38,8 @@ WARM_UP = 500
 """Requests before the start is measured: what is loaded and filled once is no growth."""
 IDLE_S = 32.0
 """Longer than a kept upstream connection may be idle."""
+SOME, WORDS_ROUTED = 5, 400
+"""Every fifth word touches every page of the table; so many of them are short enough for routing to read them all."""
 MOST_GROWTH = 1.0
 """Percent of the resident size per 100,000 requests."""
 KINDS: Mapping[str, float] = {
@@ -104,9 +108,11 @@ class Load:
 async def soak(world: World, requests: int, connections: int) -> tuple[list[Facts], Counter[str]]:
     """Facts at rest before, every EVERY requests, and at rest afterwards."""
     load = Load(serving_port(world), world.keys, Random(7), connections)
+    await touch_table(world)
     await load.run(WARM_UP)
     facts = [await _at_rest(world, load)]
     _row(facts[0], 0.0)
+    _connections(world)
     while load.asked < WARM_UP + requests:
         started = time.monotonic()
         await load.run(min(EVERY, WARM_UP + requests - load.asked))
@@ -114,7 +120,21 @@ async def soak(world: World, requests: int, connections: int) -> tuple[list[Fact
         _row(facts[-1], EVERY / (time.monotonic() - started))
     facts.append(await _at_rest(world, load))
     _row(facts[-1], 0.0)
+    _connections(world)
     return facts, load.seen
+
+
+async def touch_table(world: World) -> None:
+    """Dry runs over all the vocabulary: the embedding table is mapped, and would become resident bit by bit."""
+    tokenizer = json.loads(next((world.folder / "data").glob("static-*/tokenizer.json")).read_text())
+    words = [word for word in tokenizer["model"]["vocab"] if word.isalpha()][::SOME]
+    client = LeanClient(serving_port(world))
+    for start in range(0, len(words), WORDS_ROUTED):
+        text = " ".join(words[start : start + WORDS_ROUTED])
+        body = {"model": "auto", "messages": [{"role": "user", "content": text}]}
+        status, _ = await client.post("/v1/route", body, {"authorization": f"Bearer {world.keys[0]}"})
+        assert status == 200
+    client.close()
 
 
 async def _at_rest(world: World, load: Load) -> Facts:
@@ -149,6 +169,17 @@ def verdicts(facts: Sequence[Facts]) -> list[str]:
     if growth(facts) > MOST_GROWTH:
         found.append(f"memory grew by {growth(facts):.2f} % per 100,000 requests")
     return found
+
+
+def _connections(world: World) -> None:
+    """Whose the sockets are, beside those that listen or are no TCP."""
+    ours, names = serving_port(world), {world.store.port: "store"}
+    names |= {upstream.port: "upstreams" for upstream in world.upstreams}
+    found = Counter(
+        "clients" if local == ours else names.get(remote, "others")
+        for local, remote in tcp_connections(world.server.pid)
+    )
+    console.say("           " + ", ".join(f"{count} to {whom}" for whom, count in sorted(found.items())))
 
 
 def _row(facts: Facts, rate: float) -> None:

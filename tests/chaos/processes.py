@@ -17,6 +17,8 @@ from tests.support.command import ROOT
 
 STARTED_S = 15.0
 POLL_S = 0.02
+ESTABLISHED = ("01", "08")
+"""The second was closed by the other side, and not yet by ours."""
 PORTS = (20_000, 32_000)
 """Below those that Linux, macOS and the BSDs take for outgoing connections."""
 
@@ -117,15 +119,24 @@ def _age_s(pid: int) -> float:
 
 def connections_of(pid: int, port: int) -> int:
     """How many established connections to this port of loopback a process serves."""
+    return sum(local == port for local, _ in tcp_connections(pid))
+
+
+def tcp_connections(pid: int) -> list[tuple[int, int]]:
+    """Local and remote port of each established connection of a process, IPv4."""
     inodes = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(OSError):
             target = str(link.readlink())
             if target.startswith("socket:["):
                 inodes.add(target[len("socket:[") : -1])
-    served = 0
+    found = []
     for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()
-        local_port, state, inode = int(fields[1].rpartition(":")[2], 16), fields[3], fields[9]
-        served += local_port == port and state == "01" and inode in inodes
-    return served
+        if fields[3] in ESTABLISHED and fields[9] in inodes:
+            found.append((_port(fields[1]), _port(fields[2])))
+    return found
+
+
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2], 16)
