@@ -35,6 +35,7 @@ class Metrics:
         )
         self.errors = self._total("errors", "Responses that were errors, by status", "status")
         self.in_flight = Gauge("uniroute_in_flight", "Chat requests being served", registry=self.registry)
+        self.tasks = Gauge("uniroute_tasks", "asyncio tasks of this process", registry=self.registry)
         self.state_version = Gauge(
             "uniroute_state_version", "Version of the routing state in use", registry=self.registry
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse
@@ -30,6 +32,7 @@ async def readyz(request: Request) -> Response:
 
 @router.get("/metrics", response_model=None)
 async def metrics(services: OurServices) -> Response:
+    services.metrics.tasks.set(len(asyncio.all_tasks()))
     services.metrics.state_version.set(services.state.current.version)
     services.metrics.store_available.set(services.state.available)
     services.metrics.usage_journal.set(services.usage.journal_bytes)

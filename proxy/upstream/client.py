@@ -16,7 +16,7 @@ from proxy.settings import Settings, SettingsError, resolve_secret
 from proxy.state.records import ModelRecord
 from proxy.upstream.call import STRAYING, Provider, arm_body, call_arguments, is_provider_param, secrets_of
 from proxy.upstream.failures import failure_of, no_completion, without
-from proxy.upstream.provider_layer import handler_over, import_litellm, warm_up
+from proxy.upstream.provider_layer import handler_over, import_litellm, keep_no_books, warm_up
 from proxy.upstream.wire import Exchange, chunks_of, is_event_stream, is_finished, open_pool, watched
 from proxy.words import words
 
@@ -62,6 +62,7 @@ class LitellmUpstream:
         await self.prepare()
         with watched(connect_s or self._settings.connect_timeout_s) as exchange:
             provider, arguments = self._arguments(record, body, headers, stream=False)
+            keep_no_books()
             try:
                 answer = await self._litellm.acompletion(**arguments)
             except self._failures as error:
@@ -90,8 +91,9 @@ class LitellmUpstream:
             UpstreamFailure: here if the upstream refused, later where the stream breaks or ends without its end.
         """
         await self.prepare()
-        with watched(connect_s or self._settings.connect_timeout_s) as exchange:
+        with watched(connect_s or self._settings.connect_timeout_s, streams=True) as exchange:
             provider, arguments = self._arguments(record, body, headers, stream=True)
+            keep_no_books()
             try:
                 answer = await self._litellm.acompletion(**arguments)
             except self._failures as error:

@@ -70,6 +70,17 @@ def _staying(make: Any) -> Any:
     return made
 
 
+def keep_no_books() -> None:
+    """For what this task calls from now on: litellm makes no log entry of it.
+
+    Without callbacks nobody would read one, and it is made on the event loop: a third of what a call costs, and where
+    a model fails with many words, a search through all of them.
+    """
+    from litellm._internal_context import is_internal_call
+
+    is_internal_call.set(True)
+
+
 async def warm_up(litellm: Any) -> None:
     """Calls of each kind to nowhere: litellm imports half of itself on the first, and more on the first that fails."""
     import openai

@@ -19,18 +19,34 @@ if TYPE_CHECKING:
 
 MOST_ANSWER_BYTES = 128 * 2**20
 """Of an answer that is no stream: it is held whole."""
+MOST_ERROR_BYTES = 16 * 2**10
+"""Of an error's body. litellm searches the words of an error again and again, on the event loop: a few megabytes of
+them held up every other request for 20 s."""
 
 
 class Exchange:
     """The last HTTP response of one upstream call, as the pool saw it: litellm's own objects lose fields."""
 
-    def __init__(self, connect_s: float) -> None:
+    def __init__(self, connect_s: float, *, streams: bool = False) -> None:
         self.connect_s = connect_s
+        self.streams = streams
+        """Whether a stream was asked for."""
         self.response: httpx.Response | None = None
 
     @property
     def is_chat_format(self) -> bool:
         return self.response is not None and self.response.request.url.path.endswith("/chat/completions")
+
+    @property
+    def has_sense(self) -> bool:
+        """Of an answer that was read whole: that it may be shown to litellm."""
+        if self.is_chat_format:
+            return self.completion() is not None
+        try:
+            body = loads(self.response.content) if self.response is not None else None
+        except ValueError:
+            return False
+        return isinstance(body, dict) and not body.get("error")
 
     def completion(self) -> dict[str, Any] | None:
         """The body of a successful answer in OpenAI's format; None if it is anything else."""
@@ -54,9 +70,9 @@ _current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
 
 
 @contextmanager
-def watched(connect_s: float) -> Iterator[Exchange]:
+def watched(connect_s: float, *, streams: bool = False) -> Iterator[Exchange]:
     """What the pool receives in this context is noted on the exchange; it connects within `connect_s`."""
-    exchange = Exchange(connect_s)
+    exchange = Exchange(connect_s, streams=streams)
     token = _current.set(exchange)
     try:
         yield exchange
@@ -76,8 +92,15 @@ async def _note(response: httpx.Response) -> None:
     exchange = _current.get()
     if exchange is not None:
         exchange.response = response
-    if not is_event_stream(response):
+    if response.is_error:
+        response.stream = _Beginning(response.stream)
+        return
+    if not is_event_stream(response) or not (exchange and exchange.streams):
         response.stream = _Bounded(response.stream)
+    if exchange is not None and not exchange.streams and response.is_success:
+        await response.aread()
+        if not exchange.has_sense:
+            raise NoAnswer("success, and nothing that could be an answer")
 
 
 HOOKS: Mapping[str, list[Any]] = {"request": [_hurry], "response": [_note]}
@@ -85,6 +108,28 @@ HOOKS: Mapping[str, list[Any]] = {"request": [_hurry], "response": [_note]}
 
 class AnswerTooLong(httpx.TransportError):
     """More than MOST_ANSWER_BYTES that are no stream."""
+
+
+class NoAnswer(httpx.TransportError):
+    """Said to be a success, and no JSON, or not what was asked for."""
+
+
+class _Beginning(httpx.AsyncByteStream):
+    """The first MOST_ERROR_BYTES of a body; the rest is not read."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        left = MOST_ERROR_BYTES
+        async for piece in self._stream:
+            yield piece[:left]
+            left -= len(piece)
+            if left <= 0:
+                return
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
 
 
 class _Bounded(httpx.AsyncByteStream):

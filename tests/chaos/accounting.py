@@ -1,0 +1,216 @@
+"""The books of a run: what clients saw, what upstreams gave, what is on record. Pure; every discrepancy is a sentence.
+
+Bounds. A record that says `complete` costs exactly what the upstream's ledger says of that answer, in picodollars, and
+nothing where the upstream reported nothing. Any other record is of an attempt that was broken off, and costs between
+nothing and the whole answer of that attempt.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from router_core.pricing import picousd
+from tests.chaos.behaviours import SILENT
+from tests.chaos.ledger import Attempt
+from tests.chaos.outcomes import ACCOUNTED, COMPLETE, DROPPED, EMPTY, Outcome, Span
+from tests.chaos.questions import ARMS
+from tests.chaos.world import Logged
+
+Record = Mapping[str, Any]
+AROUND_A_KILL_S = 2.0
+"""A connection of a killed worker may be found dead that much later, and its answer be unrecorded."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    outcomes: Sequence[Outcome]
+    attempts: Sequence[Attempt]
+    records: Sequence[Record]
+    logged: Sequence[Logged]
+    totals: Mapping[str, Mapping[str, str]]
+    kills: Sequence[float] = ()
+    """When workers were killed, in monotonic seconds."""
+
+
+@dataclass
+class Account:
+    problems: list[str] = field(default_factory=list)
+    complete_pico: int = 0
+    """Recorded for what is on record as complete."""
+    ledger_pico: int = 0
+    """The upstreams' own sum for the same."""
+    aborted_pico: int = 0
+    aborted_bound_pico: int = 0
+    unreported: int = 0
+    """Complete records without a cost, of answers without usage."""
+    endings: Counter[str] = field(default_factory=Counter)
+    """Of the records."""
+
+
+def account(evidence: Evidence) -> Account:
+    books = _Books(evidence)
+    found = Account(endings=Counter(record["ending"] for record in evidence.records))
+    for problems in (
+        _unaccounted(evidence),
+        _unrecorded(evidence, books),
+        _miscounted(evidence, books, found),
+        _undone(evidence, books),
+        _repeated(evidence),
+        _unlogged(evidence, books),
+        _wrong_totals(evidence),
+        _silent_answers(evidence),
+    ):
+        found.problems += problems
+    return found
+
+
+class _Books:
+    """The evidence by its keys."""
+
+    def __init__(self, evidence: Evidence) -> None:
+        self.question = {line.decision: line.question for line in evidence.logged}
+        self.attempts: dict[tuple[str, str], list[Attempt]] = defaultdict(list)
+        for attempt in evidence.attempts:
+            self.attempts[attempt.question, attempt.arm].append(attempt)
+        self.records: dict[str, list[Record]] = defaultdict(list)
+        for record in evidence.records:
+            self.records[record["decision"]].append(record)
+
+    def attempts_of(self, record: Record) -> list[Attempt]:
+        return self.attempts[self.question.get(record["decision"], ""), record["model"]]
+
+
+def spent_pico(record: Record) -> int | None:
+    """None: unknown."""
+    exact = record.get("cost_picousd")
+    if exact is not None:
+        return int(exact)
+    return None if record["cost_usd"] is None else picousd(record["cost_usd"])
+
+
+def _unaccounted(evidence: Evidence) -> Iterator[str]:
+    """Every request has one clear end; a connection may drop only where a worker was just killed."""
+    asked = Counter(outcome.question.id for outcome in evidence.outcomes)
+    yield from (f"{question} was asked {count} times" for question, count in asked.items() if count > 1)
+    for outcome in evidence.outcomes:
+        said = f"{outcome.question.id} ({outcome.client}): {outcome.ending}, {outcome.verdict.detail}"
+        if outcome.ending not in ACCOUNTED:
+            yield said
+        if outcome.ending == DROPPED and not near_a_kill(outcome.span, evidence.kills):
+            yield f"{said}, though no worker was killed"
+
+
+def near_a_kill(span: Span, kills: Iterable[float]) -> bool:
+    began, ended = span[0] - AROUND_A_KILL_S, span[1] + AROUND_A_KILL_S
+    return any(began <= kill <= ended for kill in kills)
+
+
+def _unrecorded(evidence: Evidence, books: _Books) -> Iterator[str]:
+    """What a client saw complete is on record as that, once, under the model that it saw."""
+    for outcome in evidence.outcomes:
+        if outcome.ending not in (COMPLETE, EMPTY):
+            continue
+        records = books.records[outcome.decision or ""]
+        complete = [record["model"] for record in records if record["ending"] == COMPLETE]
+        if complete != [outcome.verdict.model]:
+            yield (
+                f"{outcome.question.id} ({outcome.client}) was answered by {outcome.verdict.model}, decision"
+                f" {outcome.decision}; on record as complete: {complete or 'nothing'}"
+            )
+
+
+def _miscounted(evidence: Evidence, books: _Books, found: Account) -> Iterator[str]:
+    """What is on record as complete was given whole, and costs what the upstream says; the rest is within its bound."""
+    for record in evidence.records:
+        attempts = books.attempts_of(record)
+        name = f"{record['decision']} ({books.question.get(record['decision'])}, {record['model']}, {record['ending']})"
+        spent = spent_pico(record)
+        if record["ending"] == COMPLETE:
+            yield from _complete_problem(name, spent, record, [attempt for attempt in attempts if attempt.whole], found)
+            continue
+        bound = max((_cost(attempt) for attempt in attempts), default=0)
+        found.aborted_pico += spent or 0
+        found.aborted_bound_pico += bound
+        if not 0 <= (spent or 0) <= bound:
+            yield f"{name} is broken off and costs {spent}, more than the whole answer's {bound}"
+
+
+def _complete_problem(
+    name: str, spent: int | None, record: Record, given: Sequence[Attempt], found: Account
+) -> Iterator[str]:
+    if not given:
+        yield f"{name} is on record as complete, and no upstream gave it whole"
+        return
+    owed = {ARMS[attempt.arm].spend_pico(attempt.usage) for attempt in given}
+    if spent not in owed:
+        yield f"{name} costs {spent} picodollars on record and {owed} in the upstream's ledger"
+    found.unreported += spent is None
+    found.complete_pico += spent or 0
+    found.ledger_pico += (spent if spent in owed else next(iter(owed))) or 0
+
+
+def _cost(attempt: Attempt) -> int:
+    return ARMS[attempt.arm].spend_pico(attempt.usage) or 0
+
+
+def _undone(evidence: Evidence, books: _Books) -> Iterator[str]:
+    """Whatever an upstream gave whole is on record in some way, unless its worker was killed."""
+    by_question = {outcome.question.id: outcome for outcome in evidence.outcomes}
+    decisions: dict[str, set[str]] = defaultdict(set)
+    for decision, question in books.question.items():
+        decisions[question].add(decision)
+    for attempt in evidence.attempts:
+        outcome = by_question.get(attempt.question)
+        if not attempt.whole or outcome is None or near_a_kill(outcome.span, evidence.kills):
+            continue
+        recorded = [record for decision in decisions[attempt.question] for record in books.records[decision]]
+        if not any(record["model"] == attempt.arm for record in recorded):
+            yield f"{attempt.arm} answered {attempt.question} ({attempt.behaviour}), and nothing is on record of it"
+
+
+def _repeated(evidence: Evidence) -> Iterator[str]:
+    """No record is there twice. Two of one decision and model differ in their time."""
+    seen = Counter((record["decision"], record["model"], record["at"]) for record in evidence.records)
+    yield from (f"{decision} ({model}) is on record {n} times" for (decision, model, _), n in seen.items() if n > 1)
+
+
+def _unlogged(evidence: Evidence, books: _Books) -> Iterator[str]:
+    """The log and the records tell the same: each line has its record, each record its line."""
+    lines = Counter((line.decision, line.model, line.ending) for line in evidence.logged if line.ending)
+    final = Counter((record["decision"], record["model"], record["ending"]) for record in evidence.records)
+    yield from (f"{_named(books, *line)} is logged and not on record" for line in lines if line not in final)
+    for decision in books.records:
+        if decision not in books.question:
+            yield f"{decision} is on record and not in the log"
+
+
+def _named(books: _Books, decision: str, model: str, ending: str | None) -> str:
+    return f"{decision} ({books.question[decision]}, {model}, {ending})"
+
+
+def _wrong_totals(evidence: Evidence) -> Iterator[str]:
+    """The sums per model are those of the records, to the picodollar."""
+    for arm in ARMS:
+        records = [record for record in evidence.records if record["model"] == arm]
+        stored = evidence.totals.get(arm, {})
+        if int(stored.get("requests", 0)) != len(records):
+            yield f"{arm}: {stored.get('requests')} requests in the totals, {len(records)} on record"
+        spent = sum(spent_pico(record) or 0 for record in records)
+        if _total_pico(stored) != spent:
+            yield f"{arm}: {_total_pico(stored)} picodollars in the totals, {spent} on record"
+
+
+def _total_pico(stored: Mapping[str, str]) -> int:
+    exact = stored.get("cost_picousd")
+    return int(exact) if exact is not None else picousd(float(stored.get("cost_usd", 0)))
+
+
+def _silent_answers(evidence: Evidence) -> Iterator[str]:
+    """A client that got no word, where no upstream had answered with none."""
+    silent = {attempt.question for attempt in evidence.attempts if attempt.behaviour == SILENT}
+    for outcome in evidence.outcomes:
+        if outcome.ending == EMPTY and outcome.question.id not in silent:
+            yield f"{outcome.question.id} ({outcome.client}) got no word, and no upstream had said none"

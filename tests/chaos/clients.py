@@ -1,0 +1,244 @@
+"""How clients ask: the official one and plain HTTP, some of which leave early or stop reading. Judged in outcomes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import httpx
+import openai
+
+from tests.chaos.outcomes import (
+    DROPPED,
+    HUNG,
+    LEFT,
+    Verdict,
+    judge_body,
+    judge_events,
+    judge_part,
+    judge_refusal,
+    judge_text,
+)
+from tests.chaos.questions import Json, Question
+
+PATIENCE_S = 60.0
+"""Longer than any request may take by the run's settings: who waits longer hangs."""
+STALL_S = (1.0, 3.0)
+LONG_WORDS = 60_000
+"""Of an answer that does not fit into the buffers between a model and a client that does not read."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request, ready to be sent."""
+
+    question: Question
+    model: str
+    key: str
+    headers: Mapping[str, str]
+    extra: Json
+    rng: Random
+
+    def sdk(self, doors: Doors) -> Any:
+        return doors.sdk.with_options(api_key=self.key).chat.completions.with_raw_response
+
+    @property
+    def all_headers(self) -> Mapping[str, str]:
+        return {**self.headers, "authorization": f"Bearer {self.key}"}
+
+    def body(self, *, stream: bool) -> Json:
+        messages = [{"role": "user", "content": self.question.prompt}]
+        options = {"stream_options": {"include_usage": True}} if stream and self.rng.random() < 0.5 else {}
+        return {"model": self.model, "messages": messages, "stream": stream, **options, **self.extra}
+
+
+@dataclass(frozen=True)
+class Got:
+    verdict: Verdict
+    status: int | None = None
+    decision: str | None = None
+
+
+@dataclass(frozen=True)
+class Doors:
+    """The ways into one server."""
+
+    http: httpx.AsyncClient
+    narrow: httpx.AsyncClient
+    """Its sockets hold little that is not read."""
+    sdk: openai.AsyncOpenAI
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, url: str) -> AsyncIterator[Doors]:
+        little = [(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)]
+        async with AsyncExitStack() as closing:
+            yield cls(
+                await closing.enter_async_context(_client(url)),
+                await closing.enter_async_context(
+                    _client(url, transport=httpx.AsyncHTTPTransport(socket_options=little))
+                ),
+                await closing.enter_async_context(
+                    openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
+                ),
+            )
+
+
+def _client(url: str, **more: Any) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=url, timeout=PATIENCE_S, trust_env=False, **more)
+
+
+Client = Callable[[Doors, Ask], Awaitable[Got]]
+
+
+async def plain(doors: Doors, ask: Ask) -> Got:
+    reply = await doors.http.post("/v1/chat/completions", json=ask.body(stream=False), headers=ask.all_headers)
+    if reply.is_error:
+        return _refused(reply)
+    return _got(reply, judge_body(ask.question, _json(reply.content)))
+
+
+async def streamed(doors: Doors, ask: Ask) -> Got:
+    async with _stream(doors.http, ask) as reply:
+        if reply.is_error:
+            await reply.aread()
+            return _refused(reply)
+        return _got(reply, judge_events(ask.question, [event async for event in _events(reply)]))
+
+
+async def sdk_plain(doors: Doors, ask: Ask) -> Got:
+    raw = await ask.sdk(doors).create(**_for_sdk(ask, stream=False))
+    return _got(raw.http_response, judge_body(ask.question, raw.parse().model_dump()))
+
+
+async def sdk_streamed(doors: Doors, ask: Ask) -> Got:
+    """It does not show [DONE]: a stream that ends without an error is, to its user, complete."""
+    raw = await ask.sdk(doors).create(**_for_sdk(ask, stream=True))
+    text, model = "", None
+    try:
+        async for chunk in raw.parse():
+            model = chunk.model
+            text += "".join(choice.delta.content or "" for choice in chunk.choices)
+    except openai.APIError as error:
+        if isinstance(error, openai.APIConnectionError):
+            raise
+        event = b"data: " + json.dumps({"error": error.body}).encode()
+        verdict = judge_part(ask.question, text)
+        return _got(raw.http_response, judge_events(ask.question, [event]) if verdict.ending == LEFT else verdict)
+    return _got(raw.http_response, judge_text(ask.question, text, model, ended=True))
+
+
+async def leaving_early(doors: Doors, ask: Ask) -> Got:
+    """Before the first byte, as a rule."""
+    work = asyncio.create_task(ask.rng.choice((plain, streamed))(doors, ask))
+    done, _ = await asyncio.wait({work}, timeout=ask.rng.uniform(0.0, 0.05))
+    if done:
+        return work.result()
+    work.cancel()
+    await asyncio.wait({work})
+    return Got(Verdict(LEFT)) if work.cancelled() else work.result()
+
+
+async def leaving_midway(doors: Doors, ask: Ask) -> Got:
+    stays = ask.rng.randint(1, 4)
+    events = []
+    async with _stream(doors.http, ask) as reply:
+        if reply.is_error:
+            await reply.aread()
+            return _refused(reply)
+        async for event in _events(reply):
+            events.append(event)
+            if len(events) == stays:
+                return _got(reply, judge_part(ask.question, text_of(events)))
+        return _got(reply, judge_events(ask.question, events))
+
+
+async def stalling(doors: Doors, ask: Ask) -> Got:
+    """Reads a little of a long answer, then nothing for a while, then all of it."""
+    events = []
+    async with _stream(doors.narrow, ask) as reply:
+        if reply.is_error:
+            await reply.aread()
+            return _refused(reply)
+        async for event in _events(reply):
+            events.append(event)
+            if len(events) == 2:
+                await asyncio.sleep(ask.rng.uniform(*STALL_S))
+        return _got(reply, judge_events(ask.question, events))
+
+
+CLIENTS: Mapping[str, tuple[float, Client]] = {
+    "plain": (24, plain),
+    "streamed": (24, streamed),
+    "SDK plain": (16, sdk_plain),
+    "SDK streamed": (16, sdk_streamed),
+    "leaves early": (8, leaving_early),
+    "leaves midway": (8, leaving_midway),
+    "stalls": (1, stalling),
+}
+"""With their weights."""
+
+
+async def asked(client: Client, doors: Doors, ask: Ask) -> Got:
+    """Whatever comes of it, also where the connection does not hold."""
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            return await client(doors, ask)
+    except openai.APIStatusError as error:
+        return _refused(error.response)
+    except (TimeoutError, httpx.TimeoutException, openai.APITimeoutError) as error:
+        return Got(Verdict(HUNG, f"nothing more within {PATIENCE_S:g} s ({type(error).__name__})"))
+    except (httpx.TransportError, openai.APIConnectionError) as error:
+        return Got(Verdict(DROPPED, f"{type(error).__name__}: {error}"))
+
+
+def text_of(events: list[bytes]) -> str:
+    """Of the chunks among them."""
+    said = ""
+    for event in events:
+        payload = _json(event.removeprefix(b"data: "))
+        for choice in payload.get("choices") or () if isinstance(payload, dict) else ():
+            said += choice["delta"].get("content") or ""
+    return said
+
+
+def _for_sdk(ask: Ask, *, stream: bool) -> Json:
+    body = ask.body(stream=stream)
+    own = {"uniroute": body.pop("uniroute")} if "uniroute" in body else {}
+    return {**body, "extra_headers": dict(ask.headers), "extra_body": own}
+
+
+def _stream(client: httpx.AsyncClient, ask: Ask) -> Any:
+    return client.stream("POST", "/v1/chat/completions", json=ask.body(stream=True), headers=ask.all_headers)
+
+
+async def _events(reply: httpx.Response) -> AsyncIterator[bytes]:
+    """Each without its blank line; what follows the last blank line too, if there is any."""
+    rest = b""
+    async for piece in reply.aiter_bytes():
+        *whole, rest = (rest + piece).split(b"\n\n")
+        for event in whole:
+            yield event
+    if rest:
+        yield rest
+
+
+def _refused(reply: httpx.Response) -> Got:
+    return _got(reply, judge_refusal(reply.status_code, reply.headers, _json(reply.content)))
+
+
+def _got(reply: httpx.Response, verdict: Verdict) -> Got:
+    return Got(verdict, reply.status_code, reply.headers.get("x-uniroute-decision"))
+
+
+def _json(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except ValueError:
+        return raw

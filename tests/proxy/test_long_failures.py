@@ -1,0 +1,109 @@
+"""A model that fails with megabytes of words, or answers a plain question with a flood, holds up nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from proxy.errors import UpstreamFailure
+from proxy.settings import Settings
+from proxy.upstream.client import LitellmUpstream
+from proxy.upstream.wire import MOST_ERROR_BYTES
+from tests.support.answers import Step
+from tests.support.makers import a_record
+from tests.support.upstream import ScriptedUpstream
+
+BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
+WORDS = "what went wrong is a long story. " * 60_000
+CHUNKS = b'data: {"choices": [{"index": 0, "delta": {}}]}\n\n' * 20_000
+HELD_UP_S = 2.0
+"""Generous: without their guards each of these takes ten times as long."""
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[LitellmUpstream]:
+    opened = LitellmUpstream(Settings(), {})
+    await opened.prepare()
+    yield opened
+    await opened.aclose()
+
+
+async def failing(upstream: LitellmUpstream, step: Step, model: str) -> tuple[UpstreamFailure, float]:
+    """And for how long nothing else could run meanwhile."""
+    longest_s = 0.0
+
+    async def tick() -> None:
+        nonlocal longest_s
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.01)
+            longest_s = max(longest_s, time.monotonic() - before)
+
+    with ScriptedUpstream() as server:
+        server.then(step)
+        ticking = asyncio.create_task(tick())
+        await asyncio.sleep(0.05)
+        with pytest.raises(UpstreamFailure) as failed:
+            await upstream.complete(a_record(model=model, api_base=server.url, api_key="sk-arm-of-the-test"), BODY)
+        await asyncio.sleep(0.05)
+        ticking.cancel()
+    return failed.value, longest_s
+
+
+@pytest.mark.parametrize("model", ["openai/x", "anthropic/claude-x"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        Step(status=500, body={"error": {"message": WORDS}}),
+        Step(status=400, body=WORDS.encode()),
+        Step(body=WORDS.encode()),
+        Step(headers={"content-type": "text/event-stream"}, body=CHUNKS),
+    ],
+)
+async def test_many_words_of_a_failing_model_hold_up_no_other_request(
+    upstream: LitellmUpstream, step: Step, model: str
+) -> None:
+    _, longest_s = await failing(upstream, step, model)
+
+    assert longest_s < HELD_UP_S
+
+
+@pytest.mark.parametrize("model", ["openai/x", "anthropic/claude-x"])
+@pytest.mark.parametrize(
+    "body", [{"error": {"message": WORDS}}, {"choices": [], "said": WORDS}, {"choices": [{"message": WORDS}]}]
+)
+async def test_a_success_that_is_none_holds_up_no_other_request(
+    upstream: LitellmUpstream, body: dict[str, Any], model: str
+) -> None:
+    failure, longest_s = await failing(upstream, Step(body=body), model)
+
+    assert failure.message.endswith("success and no completion")
+    assert longest_s < HELD_UP_S
+
+
+async def test_of_a_long_error_the_beginning_is_passed_on(upstream: LitellmUpstream) -> None:
+    said = {"error": {"message": "x" * (MOST_ERROR_BYTES - 100)}}
+    short, _ = await failing(upstream, Step(status=503, body=said), "openai/x")
+    long, _ = await failing(upstream, Step(status=503, body={"error": {"message": WORDS}}), "openai/x")
+
+    assert isinstance(short.body, bytes)
+    assert json.loads(short.body) == said
+    assert isinstance(long.body, bytes)
+    assert len(long.body) == MOST_ERROR_BYTES
+    assert long.status == 503
+
+
+async def test_litellm_keeps_no_books_of_a_call(upstream: LitellmUpstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    from litellm.litellm_core_utils.litellm_logging import Logging
+
+    kept: list[str] = []
+    monkeypatch.setattr(Logging, "failure_handler", lambda *_: kept.append("failure"))
+    monkeypatch.setattr(Logging, "_failure_handler_helper_fn", lambda *_: kept.append("failure"))
+    await failing(upstream, Step(status=500, body={"error": {"message": "short"}}), "openai/x")
+
+    assert kept == []
