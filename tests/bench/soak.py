@@ -2,7 +2,7 @@
 
 One `uniroute serve` over a real Valkey, two upstream processes on loopback, and clients of every kind: answered whole,
 streamed and not; gone before the first byte and midway; with sessions and tool calls; failing because of an upstream or
-of themselves. Every 5,000 requests one row; at the end how memory grew over the last half, as a share of what is
+of themselves. Every 5,000 requests a row; at the end how memory grew over the last half, as a share of what is
 resident, and whether descriptors, sockets and tasks are back where they were before. Exits 1 where they are not, or
 where memory grew by more than 1 % per 100,000 requests.
 """
@@ -33,8 +33,7 @@ from tests.chaos.questions import ARMS, Json, a_question
 from tests.chaos.world import World, a_world, serving_port
 
 PATH = "/v1/chat/completions"
-EVERY = 1_000
-WARM_UP = 500
+WARM_UP = 2_000
 """Requests before the start is measured: what is loaded and filled once is no growth."""
 IDLE_S = 32.0
 """Longer than a kept upstream connection may be idle."""
@@ -105,8 +104,8 @@ class Load:
         return body, headers
 
 
-async def soak(world: World, requests: int, connections: int) -> tuple[list[Facts], Counter[str]]:
-    """Facts at rest before, every EVERY requests, and at rest afterwards."""
+async def soak(world: World, requests: int, connections: int, every: int) -> tuple[list[Facts], Counter[str]]:
+    """Facts at rest before, every so many requests, and at rest afterwards."""
     load = Load(serving_port(world), world.keys, Random(7), connections)
     await touch_table(world)
     await load.run(WARM_UP)
@@ -115,9 +114,9 @@ async def soak(world: World, requests: int, connections: int) -> tuple[list[Fact
     _connections(world)
     while load.asked < WARM_UP + requests:
         started = time.monotonic()
-        await load.run(min(EVERY, WARM_UP + requests - load.asked))
+        await load.run(min(every, WARM_UP + requests - load.asked))
         facts.append(await _facts(world, load))
-        _row(facts[-1], EVERY / (time.monotonic() - started))
+        _row(facts[-1], (facts[-1].requests - facts[-2].requests) / (time.monotonic() - started))
     facts.append(await _at_rest(world, load))
     _row(facts[-1], 0.0)
     _connections(world)
@@ -195,7 +194,7 @@ def main() -> None:
         static_embedder(cache, console.note)
         with a_world(Path(temporary), cache, 7, mix="quick", workers=1) as world:
             console.say(" requests  RSS MiB  PSS MiB anon MiB   fds socks tasks  req/s")
-            facts, seen = asyncio.run(soak(world, arguments.requests, arguments.connections))
+            facts, seen = asyncio.run(soak(world, arguments.requests, arguments.connections, arguments.every))
     for what, count in sorted(seen.items()):
         console.say(f"  {what}: {count:,}")
     console.say(f"growth of resident memory over the last half: {growth(facts):+.2f} % per 100,000 requests")
@@ -208,6 +207,7 @@ def main() -> None:
 def _arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=100_000)
+    parser.add_argument("--every", type=int, default=5_000, help="requests between two rows")
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument("--data-dir", type=Path, help="where an embedding table is already")
     return parser.parse_args()
