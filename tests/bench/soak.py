@@ -68,16 +68,24 @@ class Load:
     async def _connection(self, rng: Random) -> None:
         client = LeanClient(self.port)
         while self.asked < self.goal:
-            self.asked += 1
-            kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
-            try:
-                self.seen[f"{kind} {await self._one(client, kind, rng)}"] += 1
-            except (OSError, asyncio.IncompleteReadError) as error:
-                self.seen[f"{kind} {type(error).__name__}"] += 1
-                client.close()
+            await self._counted(client, rng.choices(list(KINDS), list(KINDS.values()))[0], rng)
         client.close()
 
-    async def _one(self, client: LeanClient, kind: str, rng: Random) -> str:
+    async def one(self, kind: str) -> None:
+        """By itself."""
+        client = LeanClient(self.port)
+        await self._counted(client, kind, self.rng)
+        client.close()
+
+    async def _counted(self, client: LeanClient, kind: str, rng: Random) -> None:
+        self.asked += 1
+        try:
+            self.seen[f"{kind} {await self._asked(client, kind, rng)}"] += 1
+        except (OSError, asyncio.IncompleteReadError) as error:
+            self.seen[f"{kind} {type(error).__name__}"] += 1
+            client.close()
+
+    async def _asked(self, client: LeanClient, kind: str, rng: Random) -> str:
         body, headers = self._request(kind, rng)
         if kind.startswith("leaves"):
             await client.leave(PATH, body, headers, bytes_read=0 if kind == "leaves early" else 600)
@@ -137,9 +145,9 @@ async def touch_table(world: World) -> None:
 
 
 async def _at_rest(world: World, load: Load) -> Facts:
-    """After idle connections to upstreams have expired, which the pool notices with the next request."""
+    """After idle connections to upstreams have expired, which the pool notices with its next request."""
     await asyncio.sleep(IDLE_S)
-    await load.run(1)
+    await load.one("plain")
     return await _facts(world, load)
 
 
