@@ -2,7 +2,7 @@
 
 One `uniroute serve` over a real Valkey, two upstream processes on loopback, and clients of every kind: answered whole,
 streamed and not; gone before the first byte and midway; with sessions and tool calls; failing because of an upstream or
-of themselves. Every 5,000 requests one row; at the end how memory grew over the last half, as a share of what is
+of themselves. Every 5,000 requests a row; at the end how memory grew over the last half, as a share of what is
 resident, and whether descriptors, sockets and tasks are back where they were before. Exits 1 where they are not, or
 where memory grew by more than 1 % per 100,000 requests.
 """
@@ -33,8 +33,7 @@ from tests.chaos.questions import ARMS, Json, a_question
 from tests.chaos.world import World, a_world, serving_port
 
 PATH = "/v1/chat/completions"
-EVERY = 1_000
-WARM_UP = 500
+WARM_UP = 2_000
 """Requests before the start is measured: what is loaded and filled once is no growth."""
 IDLE_S = 32.0
 """Longer than a kept upstream connection may be idle."""
@@ -69,16 +68,24 @@ class Load:
     async def _connection(self, rng: Random) -> None:
         client = LeanClient(self.port)
         while self.asked < self.goal:
-            self.asked += 1
-            kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
-            try:
-                self.seen[f"{kind} {await self._one(client, kind, rng)}"] += 1
-            except (OSError, asyncio.IncompleteReadError) as error:
-                self.seen[f"{kind} {type(error).__name__}"] += 1
-                client.close()
+            await self._counted(client, rng.choices(list(KINDS), list(KINDS.values()))[0], rng)
         client.close()
 
-    async def _one(self, client: LeanClient, kind: str, rng: Random) -> str:
+    async def one(self, kind: str) -> None:
+        """By itself."""
+        client = LeanClient(self.port)
+        await self._counted(client, kind, self.rng)
+        client.close()
+
+    async def _counted(self, client: LeanClient, kind: str, rng: Random) -> None:
+        self.asked += 1
+        try:
+            self.seen[f"{kind} {await self._asked(client, kind, rng)}"] += 1
+        except (OSError, asyncio.IncompleteReadError) as error:
+            self.seen[f"{kind} {type(error).__name__}"] += 1
+            client.close()
+
+    async def _asked(self, client: LeanClient, kind: str, rng: Random) -> str:
         body, headers = self._request(kind, rng)
         if kind.startswith("leaves"):
             await client.leave(PATH, body, headers, bytes_read=0 if kind == "leaves early" else 600)
@@ -105,8 +112,8 @@ class Load:
         return body, headers
 
 
-async def soak(world: World, requests: int, connections: int) -> tuple[list[Facts], Counter[str]]:
-    """Facts at rest before, every EVERY requests, and at rest afterwards."""
+async def soak(world: World, requests: int, connections: int, every: int) -> tuple[list[Facts], Counter[str]]:
+    """Facts at rest before, every so many requests, and at rest afterwards."""
     load = Load(serving_port(world), world.keys, Random(7), connections)
     await touch_table(world)
     await load.run(WARM_UP)
@@ -115,9 +122,9 @@ async def soak(world: World, requests: int, connections: int) -> tuple[list[Fact
     _connections(world)
     while load.asked < WARM_UP + requests:
         started = time.monotonic()
-        await load.run(min(EVERY, WARM_UP + requests - load.asked))
+        await load.run(min(every, WARM_UP + requests - load.asked))
         facts.append(await _facts(world, load))
-        _row(facts[-1], EVERY / (time.monotonic() - started))
+        _row(facts[-1], (facts[-1].requests - facts[-2].requests) / (time.monotonic() - started))
     facts.append(await _at_rest(world, load))
     _row(facts[-1], 0.0)
     _connections(world)
@@ -138,9 +145,9 @@ async def touch_table(world: World) -> None:
 
 
 async def _at_rest(world: World, load: Load) -> Facts:
-    """After idle connections to upstreams have expired, which the pool notices with the next request."""
+    """After idle connections to upstreams have expired, which the pool notices with its next request."""
     await asyncio.sleep(IDLE_S)
-    await load.run(1)
+    await load.one("plain")
     return await _facts(world, load)
 
 
@@ -195,7 +202,7 @@ def main() -> None:
         static_embedder(cache, console.note)
         with a_world(Path(temporary), cache, 7, mix="quick", workers=1) as world:
             console.say(" requests  RSS MiB  PSS MiB anon MiB   fds socks tasks  req/s")
-            facts, seen = asyncio.run(soak(world, arguments.requests, arguments.connections))
+            facts, seen = asyncio.run(soak(world, arguments.requests, arguments.connections, arguments.every))
     for what, count in sorted(seen.items()):
         console.say(f"  {what}: {count:,}")
     console.say(f"growth of resident memory over the last half: {growth(facts):+.2f} % per 100,000 requests")
@@ -208,6 +215,7 @@ def main() -> None:
 def _arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=100_000)
+    parser.add_argument("--every", type=int, default=5_000, help="requests between two rows")
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument("--data-dir", type=Path, help="where an embedding table is already")
     return parser.parse_args()
