@@ -120,7 +120,7 @@ async def test_a_client_that_does_not_read_is_cut_off() -> None:
             client.sendall(GET.replace(b"/", b"/large", 1) + b"\r\n")
             await until(lambda: len(server.server_state.connections) == 1)
             await until(lambda: not server.server_state.connections)
-            assert not server.server_state.tasks
+            await until(lambda: not server.server_state.tasks)
 
 
 @pytest.mark.parametrize(
