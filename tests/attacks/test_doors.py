@@ -39,12 +39,11 @@ def test_no_spelling_of_the_path_opens_the_admin_side(attacked: Attacked, target
     assert status in ((200,) if target.startswith(b"/healthz?") else (400, 401, 404))
 
 
-@pytest.mark.parametrize("path", ["%00", "%0a", "%0d%0aset-cookie:x", "%7f", "%1b[2J", "%e2%80%ae", "%ff"])
+@pytest.mark.parametrize("path", ["%00", "%0a", "%0d%0aset-cookie:x", "%7f", "%1b[2J", "%e2%80%ae", "auto%0a"])
 def test_a_path_that_cannot_be_printed_is_refused_and_not_repeated(attacked: Attacked, path: str) -> None:
     (answer,) = send(attacked.address, f"GET /v1/models/{path} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
 
-    assert answer.status in (400, 404)
-    assert not {"\x00", "\n", "\r", "\x1b", "\x7f", "\u202e"} & set(answer.json()["error"]["message"])
+    assert (answer.status, "cannot be printed" in answer.json()["error"]["message"]) == (400, True)
     assert "set-cookie" not in answer.headers
 
 
