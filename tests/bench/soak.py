@@ -37,6 +37,8 @@ WARM_UP = 2_000
 """Requests before the start is measured: what is loaded and filled once is no growth."""
 IDLE_S = 32.0
 """Longer than a kept upstream connection may be idle."""
+OF_ONE_REQUEST = 3
+"""Connections that the request of a rest may have opened itself: as many as it may ask models."""
 SOME, WORDS_ROUTED = 5, 400
 """Every fifth word touches every page of the table; so many of them are short enough for routing to read them all."""
 MOST_GROWTH = 1.0
@@ -170,8 +172,8 @@ def verdicts(facts: Sequence[Facts]) -> list[str]:
     before, after = facts[0], facts[-1]
     found = [
         f"{name}: {getattr(before, name)} before and {getattr(after, name)} after"
-        for name in ("descriptors", "sockets", "tasks")
-        if getattr(after, name) > getattr(before, name)
+        for name, own in (("descriptors", OF_ONE_REQUEST), ("sockets", OF_ONE_REQUEST), ("tasks", 0))
+        if getattr(after, name) > getattr(before, name) + own
     ]
     if growth(facts) > MOST_GROWTH:
         found.append(f"memory grew by {growth(facts):.2f} % per 100,000 requests")
