@@ -6,6 +6,7 @@ from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any
 
+from proxy.openapi.key_schemas import KEYS
 from proxy.openapi.operations import OPEN, OPERATIONS, Operation
 from proxy.openapi.schemas import ANSWERS, BODIES, FREE, NAME, TEXT, WEIGHT, Schema, ref
 
@@ -30,6 +31,7 @@ def document() -> dict[str, Any]:
             "schemas": {
                 **BODIES,
                 **ANSWERS,
+                **KEYS,
                 "Document": FREE,
                 "Profiling": {"anyOf": [ref("Asking"), ref("Profile")]},
             },
@@ -52,7 +54,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
     }
     if operation.body:
         content = {"application/json": {"schema": ref(operation.body)}}
-        described["requestBody"] = {"required": True, "content": content}
+        described["requestBody"] = {"required": operation.body_needed, "content": content}
     return described
 
 
@@ -63,6 +65,9 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
     ]
     if operation.takes_lambda:
         found += [{"name": "lambda", "in": "header", "description": "The cost weight.", "schema": WEIGHT}]
+    if operation.takes_limit:
+        schema = {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}
+        found += [{"name": "limit", "in": "query", "schema": schema}]
     return found
 
 

@@ -25,8 +25,10 @@ class Operation:
     """Status → name of a schema; None: no body, "text": not JSON."""
     who: str = CLIENT
     body: str | None = None
+    body_needed: bool = True
     errors: tuple[int, ...] = ()
     takes_lambda: bool = False
+    takes_limit: bool = False
     any_status: bool = False
     """A model's own status passes through, whichever it is."""
     parameters: Mapping[str, str] = field(default_factory=dict)
@@ -41,7 +43,9 @@ class Operation:
 
 _NAMED = {"name": "name"}
 _JOB = {"job_id": "id"}
+_KEY = {"key_id": "id"}
 _MODELS = "/admin/models"
+_KEYS = "/admin/keys"
 
 OPERATIONS = (
     Operation("post", "/v1/chat/completions", "Ask the model that is chosen for this prompt", {200: "Completion"},
@@ -71,4 +75,14 @@ OPERATIONS = (
     Operation("get", "/admin/jobs/{job_id}/outcomes", "Its graded answers", {200: "Outcomes"}, who=ADMIN, errors=(404,),
               parameters=_JOB),
     Operation("delete", "/admin/jobs/{job_id}", "Stop it", {200: "Job"}, who=ADMIN, errors=(404,), parameters=_JOB),
+    Operation("get", _KEYS, "Every client key", {200: "Keys"}, who=ADMIN),
+    Operation("post", _KEYS, "Make a client key; its secret is shown once", {201: "Secret"}, who=ADMIN, body="NewKey"),
+    Operation("get", _KEYS + "/{key_id}", "A client key", {200: "Key"}, who=ADMIN, errors=(404,), parameters=_KEY),
+    Operation("patch", _KEYS + "/{key_id}", "Change it", {200: "Key"}, who=ADMIN, body="KeyChange", errors=(404, 409),
+              parameters=_KEY),
+    Operation("delete", _KEYS + "/{key_id}", "Revoke it, for good", {204: None}, who=ADMIN, errors=(404, 409),
+              parameters=_KEY),
+    Operation("post", _KEYS + "/{key_id}/rotate", "Give it a new secret, shown once", {200: "Secret"}, who=ADMIN,
+              body="Rotation", body_needed=False, errors=(404, 409), parameters=_KEY),
+    Operation("get", "/admin/audit", "Who changed what, newest first", {200: "Audit"}, who=ADMIN, takes_limit=True),
 )  # fmt: skip

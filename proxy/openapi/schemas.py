@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from proxy.routing.options import MOST
+from proxy.routing.options import MOST, TIMEOUTS
 from router_core.types import DEAREST
 
 Schema = dict[str, Any]
@@ -16,6 +16,7 @@ POSITIVE: Schema = {"type": "number", "minimum": 0}
 COUNT: Schema = {"type": "integer", "minimum": 0}
 AMOUNT: Schema = {"type": "number", "minimum": 0}
 WEIGHT: Schema = {**AMOUNT, "maximum": MOST}
+SECONDS: Schema = {"type": "number", "exclusiveMinimum": 0, "maximum": MOST}
 SHARE: Schema = {"type": "number", "minimum": 0, "maximum": 1}
 NAME: Schema = {"type": "string", "pattern": r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}$"}
 FREE: Schema = {"type": "object", "additionalProperties": True}
@@ -51,7 +52,11 @@ def opened(properties: Mapping[str, Schema], *required: str, **more: Any) -> Sch
 PRICES = ("input_cost_per_token", "output_cost_per_token")
 CACHED = ("cache_read_input_token_cost", "cache_creation_input_token_cost")
 TOKEN_COST: Schema = {"type": "number", "minimum": 0, "maximum": DEAREST}
-ABILITIES = ("function_calling", "vision", "audio_input", "response_schema")
+ABILITIES = (
+    *("function_calling", "parallel_function_calling", "vision", "video_input", "audio_input", "audio_output"),
+    *("pdf_input", "response_schema", "reasoning"),
+)
+WAITS = ("connect_timeout_s", "first_token_timeout_s", "idle_timeout_s")
 
 BODIES: Mapping[str, Schema] = {
     "ChatBody": opened(
@@ -74,6 +79,7 @@ BODIES: Mapping[str, Schema] = {
             "latency_weight": null_or(WEIGHT),
             "session": null_or({"type": "string", "minLength": 1, "maxLength": 255}),
             "fallbacks": null_or({"type": "boolean"}),
+            "timeouts": null_or(closed(dict.fromkeys(TIMEOUTS, null_or(SECONDS)))),
         }
     ),
     "Addition": closed(
@@ -95,6 +101,9 @@ BODIES: Mapping[str, Schema] = {
             **dict.fromkeys((*PRICES, *CACHED), null_or(TOKEN_COST)),
             **dict.fromkeys(("max_input_tokens", "max_output_tokens"), null_or({"type": "integer", "minimum": 1})),
             **{f"supports_{ability}": null_or({"type": "boolean"}) for ability in ABILITIES},
+            **dict.fromkeys(WAITS, null_or(SECONDS)),
+            "max_parallel_requests": null_or({"type": "integer", "minimum": 1}),
+            "max_queued_requests": null_or({"type": "integer", "minimum": 0, "maximum": 10_000}),
             "free": {"type": "boolean"},
         },
         description="Fields that are not listed must be LiteLLM's.",

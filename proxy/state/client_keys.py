@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hmac
 import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
@@ -18,6 +17,8 @@ LIMITS = tuple(column.name for column in fields(KeyLimits))
 MOST_USD = 1e6
 """The largest limit: sums of whole picodollars stay exact far beyond it."""
 MOST_PER_MINUTE = 10**12
+MOST_LAMBDA = 1e12
+"""As of a request: times a cost it stays finite."""
 
 
 class InvalidKey(InvalidRecord):
@@ -152,7 +153,7 @@ def _or_none(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 _TIME = (_or_none(is_unix_time), "a time in Unix seconds, or null")
-_LAMBDA = (_or_none(_amount_up_to(sys.float_info.max)), "a finite number, 0 or more, or null")
+_LAMBDA = (_or_none(_amount_up_to(MOST_LAMBDA)), f"a number from 0 to {MOST_LAMBDA:g}, or null")
 _COUNT = (_or_none(_is_count), "a whole number of 1 or more, or null")
 _USD = (_or_none(_amount_up_to(MOST_USD)), f"an amount of USD from 0 to {MOST_USD:,.0f}, or null")
 _FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
