@@ -1,8 +1,9 @@
 """The books of a run: what clients saw, what upstreams gave, what is on record. Pure; every discrepancy is a sentence.
 
-Bounds. A record that says `complete` costs exactly what the upstream's ledger says of that answer, in picodollars, and
-nothing where the upstream reported nothing. Any other record is of an attempt that was broken off, and costs between
-nothing and the whole answer of that attempt.
+Bounds. A record that says `complete` costs exactly what the upstream's ledger says of that answer, in picodollars.
+Where the upstream reported nothing, and of an attempt that was broken off, the cost is an estimate and marked so:
+between nothing and the whole prompt and answer of that attempt, four bytes to a token. Of a request that a client left
+before it reached its upstream it is the prompt at most: nobody can tell that it did not arrive.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from proxy.routing.features import estimate_tokens
 from router_core.pricing import picousd
+from router_core.tokens import BYTES_PER_TOKEN
 from tests.chaos.behaviours import SILENT
 from tests.chaos.ledger import Attempt
 from tests.chaos.outcomes import ACCOUNTED, COMPLETE, DROPPED, EMPTY, Outcome, Span
-from tests.chaos.questions import ARMS
+from tests.chaos.questions import ARMS, Arm, Question
 from tests.chaos.world import Logged
 
 Record = Mapping[str, Any]
@@ -44,8 +47,10 @@ class Account:
     """The upstreams' own sum for the same."""
     aborted_pico: int = 0
     aborted_bound_pico: int = 0
-    unreported: int = 0
-    """Complete records without a cost, of answers without usage."""
+    estimated: int = 0
+    """Complete records of answers without usage."""
+    estimated_pico: int = 0
+    estimated_bound_pico: int = 0
     endings: Counter[str] = field(default_factory=Counter)
     """Of the records."""
 
@@ -75,12 +80,19 @@ class _Books:
         self.attempts: dict[tuple[str, str], list[Attempt]] = defaultdict(list)
         for attempt in evidence.attempts:
             self.attempts[attempt.question, attempt.arm].append(attempt)
+        self._questions = {outcome.question.id: outcome.question for outcome in evidence.outcomes}
         self.records: dict[str, list[Record]] = defaultdict(list)
         for record in evidence.records:
             self.records[record["decision"]].append(record)
 
     def attempts_of(self, record: Record) -> list[Attempt]:
         return self.attempts[self.question.get(record["decision"], ""), record["model"]]
+
+    def bound(self, record: Record, attempts: Sequence[Attempt]) -> int:
+        """The most that a record of one of these attempts may cost."""
+        question = self._questions.get(self.question.get(record["decision"], ""))
+        prompt = _prompt_cost(ARMS[record["model"]], question) if question else 0
+        return max((_cost(attempt, question) for attempt in attempts), default=prompt)
 
 
 def spent_pico(record: Record) -> int | None:
@@ -129,9 +141,10 @@ def _miscounted(evidence: Evidence, books: _Books, found: Account) -> Iterator[s
         name = f"{record['decision']} ({books.question.get(record['decision'])}, {record['model']}, {record['ending']})"
         spent = spent_pico(record)
         if record["ending"] == COMPLETE:
-            yield from _complete_problem(name, spent, record, [attempt for attempt in attempts if attempt.whole], found)
+            given = [attempt for attempt in attempts if attempt.whole]
+            yield from _complete_problem(name, spent, record, given, books.bound(record, given), found)
             continue
-        bound = max((_cost(attempt) for attempt in attempts), default=0)
+        bound = books.bound(record, attempts)
         found.aborted_pico += spent or 0
         found.aborted_bound_pico += bound
         if not 0 <= (spent or 0) <= bound:
@@ -139,21 +152,39 @@ def _miscounted(evidence: Evidence, books: _Books, found: Account) -> Iterator[s
 
 
 def _complete_problem(
-    name: str, spent: int | None, record: Record, given: Sequence[Attempt], found: Account
+    name: str, spent: int | None, record: Record, given: Sequence[Attempt], bound: int, found: Account
 ) -> Iterator[str]:
     if not given:
         yield f"{name} is on record as complete, and no upstream gave it whole"
         return
+    if record.get("estimated"):
+        found.estimated += 1
+        found.estimated_pico += spent or 0
+        found.estimated_bound_pico += bound
+        if any(attempt.usage is not None for attempt in given):
+            yield f"{name} is estimated, though its upstream reported its usage"
+        if not 0 < (spent or 0) <= bound:
+            yield f"{name} is estimated at {spent}, which is not between 0 and {bound}"
+        return
     owed = {ARMS[attempt.arm].spend_pico(attempt.usage) for attempt in given}
     if spent not in owed:
         yield f"{name} costs {spent} picodollars on record and {owed} in the upstream's ledger"
-    found.unreported += spent is None
     found.complete_pico += spent or 0
     found.ledger_pico += (spent if spent in owed else next(iter(owed))) or 0
 
 
-def _cost(attempt: Attempt) -> int:
-    return ARMS[attempt.arm].spend_pico(attempt.usage) or 0
+def _cost(attempt: Attempt, question: Question | None) -> int:
+    """What was reported, or what it may be estimated at, whichever is more."""
+    arm = ARMS[attempt.arm]
+    reported = arm.spend_pico(attempt.usage) or 0
+    if question is None:
+        return reported
+    answer = -(-len(question.answer(arm.name)) // BYTES_PER_TOKEN)
+    return max(reported, _prompt_cost(arm, question) + answer * arm.output_pico)
+
+
+def _prompt_cost(arm: Arm, question: Question) -> int:
+    return estimate_tokens({"messages": [{"role": "user", "content": question.prompt}]}) * arm.input_pico
 
 
 def _undone(evidence: Evidence, books: _Books) -> Iterator[str]:

@@ -90,14 +90,16 @@ def _spend(run: Run) -> Iterator[Row]:
     account = run.account
     yield "complete, on record", f"{account.complete_pico:,}"
     yield "complete, in the upstreams' ledgers", f"{account.ledger_pico:,}"
-    yield "broken off, on record", f"{account.aborted_pico:,}"
-    yield "broken off, at most (the whole answers)", f"{account.aborted_bound_pico:,}"
+    yield "complete without usage, estimated", f"{account.estimated_pico:,}"
+    yield "complete without usage, at most", f"{account.estimated_bound_pico:,}"
+    yield "broken off, estimated", f"{account.aborted_pico:,}"
+    yield "broken off, at most", f"{account.aborted_bound_pico:,}"
 
 
 def _facts(run: Run) -> Iterator[Row]:
     watch, administrator = run.watch, run.administrator
     yield "records", ", ".join(f"{ending} {count:,}" for ending, count in sorted(run.account.endings.items()))
-    yield "complete records of answers without usage", _count(run.account.unreported)
+    yield "complete records of answers without usage", _count(run.account.estimated)
     yield "/healthz", f"{watch.asked:,} asked, {len(watch.failed)} failed, longest wait {watch.longest_s:.2f} s"
     for asked, lasted in watch.slow:
         meanwhile = {fault.kind for fault in run.faults if fault.began < asked + lasted and asked < fault.ended + 1}
