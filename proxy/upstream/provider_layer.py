@@ -38,6 +38,7 @@ def import_litellm() -> Any:
     for hooks in ("callbacks", "input_callback", "success_callback", "failure_callback", "service_callback"):
         setattr(litellm, hooks, [])
     warnings.filterwarnings("ignore", message="Item .* on TypedDict", category=UserWarning)  # of its own models
+    warnings.filterwarnings("ignore", message="coroutine '.*acompletion' was never awaited", category=RuntimeWarning)
     for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # its error lines carry prompts
     _follow_no_redirect()
@@ -108,6 +109,12 @@ def handler_over(pool: httpx.AsyncClient) -> Any:
     """litellm's own client class over our pool, for the providers that do not go through OpenAI's SDK."""
     from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler
 
-    handler = AsyncHTTPHandler(event_hooks=HOOKS, follow_redirects=False)
+    class OnceHandler(AsyncHTTPHandler):  # type: ignore[misc]  # a base that mypy does not follow
+        """Where a connection died, litellm asks again through a client of its own: twice billed, and once recorded."""
+
+        async def single_connection_post_request(self, *_: Any, **__: Any) -> Any:
+            raise  # what it is called within the handling of
+
+    handler = OnceHandler(event_hooks=HOOKS, follow_redirects=False)
     handler.client = pool
     return handler

@@ -94,3 +94,14 @@ async def test_an_arms_broken_stream_options_do_not_break_its_streams(upstream: 
         chunks = [chunk async for chunk in await upstream.stream(record, {**BODY, "stream": True})]
 
     assert chunks[-1]["usage"]
+
+
+@pytest.mark.parametrize("model", ["openai/x", "anthropic/claude-sonnet-4-5", "hosted_vllm/x", "gemini/gemini-2.5-pro"])
+async def test_a_connection_that_dies_is_one_request_and_said_to_have_died(
+    upstream: LitellmUpstream, model: str
+) -> None:
+    with ScriptedUpstream() as server:
+        server.always = Step(drop=True)
+        with pytest.raises(UpstreamFailure) as caught:
+            await upstream.complete(a_record(model=model, api_base=server.url, api_key="sk-of-somebody"), BODY)
+        assert (len(server.history), caught.value.lost) == (1, True)
