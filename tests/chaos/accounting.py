@@ -76,7 +76,8 @@ class _Books:
     """The evidence by its keys."""
 
     def __init__(self, evidence: Evidence) -> None:
-        self.question = {line.decision: line.question for line in evidence.logged}
+        seen = {outcome.decision: outcome.question.id for outcome in evidence.outcomes if outcome.decision}
+        self.question = {**seen, **{line.decision: line.question for line in evidence.logged}}
         self.attempts: dict[tuple[str, str], list[Attempt]] = defaultdict(list)
         for attempt in evidence.attempts:
             self.attempts[attempt.question, attempt.arm].append(attempt)
@@ -137,6 +138,8 @@ def _unrecorded(evidence: Evidence, books: _Books) -> Iterator[str]:
 def _miscounted(evidence: Evidence, books: _Books, found: Account) -> Iterator[str]:
     """What is on record as complete was given whole, and costs what the upstream says; the rest is within its bound."""
     for record in evidence.records:
+        if record["decision"] not in books.question:
+            continue  # told of by _unlogged
         attempts = books.attempts_of(record)
         name = f"{record['decision']} ({books.question.get(record['decision'])}, {record['model']}, {record['ending']})"
         spent = spent_pico(record)
@@ -209,13 +212,14 @@ def _repeated(evidence: Evidence) -> Iterator[str]:
 
 
 def _unlogged(evidence: Evidence, books: _Books) -> Iterator[str]:
-    """The log and the records tell the same: each line has its record, each record its line."""
+    """The log and the records tell the same: each line has its record, each record its line. A worker that is killed
+    may be so between the two, for one request at a time: the record is written first."""
     lines = Counter((line.decision, line.model, line.ending) for line in evidence.logged if line.ending)
     final = Counter((record["decision"], record["model"], record["ending"]) for record in evidence.records)
     yield from (f"{_named(books, *line)} is logged and not on record" for line in lines if line not in final)
-    for decision in books.records:
-        if decision not in books.question:
-            yield f"{decision} is on record and not in the log"
+    logged = {line.decision for line in evidence.logged}
+    missing = sorted(decision for decision in books.records if decision not in logged)
+    yield from (f"{decision} is on record and not in the log" for decision in missing[len(evidence.kills) :])
 
 
 def _named(books: _Books, decision: str, model: str, ending: str | None) -> str:
