@@ -77,9 +77,9 @@ class StoredReader:
         before = self.last
         if whole or self._version(version) != self.last.version:
             self.last = await self._read_all()
-            if added := sorted(set(self.last.models) - set(names)):
-                names += added
-                raw_prices += await self._pipeline([("HGETALL", price_key(name)) for name in added])
+            # and the prices again: those that were read before may be older than this version
+            names = sorted({*configured, *self.last.models})
+            raw_prices = await self._pipeline([("HGETALL", price_key(name)) for name in names])
         prices = self._prices(dict(zip(names, raw_prices, strict=True)))
         if prices != self.last.prices:
             self.last = replace(self.last, prices=prices)

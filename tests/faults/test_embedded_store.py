@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,13 @@ class OnSmallDisk(ServeCommand):
                 return
 
 
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A socket's path has little room, and is seen through /proc here."""
+    with tempfile.TemporaryDirectory(prefix="u-") as folder:
+        yield Path(folder)
+
+
 def may_mount() -> bool:
     tried = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, check=False)
     return tried.returncode == 0
@@ -104,10 +112,10 @@ def may_mount() -> bool:
 
 @pytest.mark.skipif(not may_mount(), reason="this kernel or container lets nobody mount a small file system")
 def test_a_full_disk_refuses_changes_loses_none_and_heals(
-    tmp_path: Path, embedder_cache: Path, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+    short_path: Path, embedder_cache: Path, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tests.faults.gateway.ServeCommand", OnSmallDisk)
-    with a_gateway(tmp_path, embedder_cache, upstream) as gateway:
+    with a_gateway(short_path, embedder_cache, upstream) as gateway:
         server = gateway.server
         assert isinstance(server, OnSmallDisk)
         with redis.Redis(unix_socket_path=f"{server.disk}/valkey/valkey.sock", decode_responses=True) as client:
