@@ -96,7 +96,7 @@ $(VENV)/installed-dev: $(VENV)/installed-demo
 
 # Atheris has wheels for Linux alone; elsewhere the extra is empty, and its tests say that they are skipped.
 $(VENV)/installed-all: $(VENV)/installed-dev
-	$(PROJECT) ".[ray,fuzz]"
+	$(PROJECT) ".[ray,fuzz,clock]"
 	@touch $@
 
 $(VENV)/installed-audit: $(VENV)/installed

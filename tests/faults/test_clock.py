@@ -16,7 +16,11 @@ from tests.faults.test_embedded_store import a_client_key
 from tests.support.server import arm
 from tests.support.upstream import ScriptedUpstream, wait_until
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="libfaketime is loaded as Linux loads libraries")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="libfaketime is loaded as Linux loads libraries"),
+    pytest.mark.skipif(find_spec("libfaketime") is None, reason="libfaketime comes with the extra `clock`"),
+]
 
 
 def the_library() -> Path:
