@@ -6,8 +6,8 @@ import asyncio
 
 from starlette.responses import Response
 
-from proxy.errors import ModelBusy, UpstreamFailure
-from proxy.limits.claims import claim_of
+from proxy.errors import BudgetExceeded, ModelBusy, UpstreamFailure
+from proxy.limits.claims import claim_of, no_dearer, within_claim
 from proxy.limits.standing import Granted
 from proxy.recording.meter import Books, Meter
 from proxy.relay.chunks import content_bytes
@@ -39,7 +39,7 @@ async def handle(
     if choice.left:
         services.metrics.conversations_moved.inc()
     books = Books(services.state, services.usage, services.metrics, services.live)
-    granted = await _granted(services, state, choice, key)
+    choice, granted = await _granted(services, state, choice, key)
     marks = AnswerMarks(services.conversations, thread, request.body["messages"])
     meter = Meter(books, choice, key, trace, started, marks, granted)
     outlets = Outlets(services.upstream, services.health, services.capacities, services.settings)
@@ -47,11 +47,22 @@ async def handle(
     return await (_stream(forwarder) if request.stream else _complete(forwarder))
 
 
-async def _granted(services: Services, state: RoutingState, choice: Choice, key: ClientKey | None) -> Granted | None:
-    """The one round trip to Redis before a request is sent, for keys that have limits."""
+async def _granted(
+    services: Services, state: RoutingState, choice: Choice, key: ClientKey | None
+) -> tuple[Choice, Granted | None]:
+    """The one round trip to Redis before a request is sent, for keys that have limits. A second one where a budget has
+    room for the chosen model, and not for a dearer one to fall back on: the request then goes without that."""
     if key is None or not key.limits.any:
-        return None
-    return await services.limiter.reserve(key, claim_of(choice, state, services.settings, key.limits))
+        return choice, None
+    limits, settings = key.limits, services.settings
+    choice = within_claim(choice, limits)
+    try:
+        return choice, await services.limiter.reserve(key, claim_of(choice, state, settings, limits))
+    except BudgetExceeded:
+        cheaper = no_dearer(choice, state, settings)
+        if cheaper.order == choice.order:
+            raise
+        return cheaper, await services.limiter.reserve(key, claim_of(cheaper, state, settings, limits))
 
 
 async def _complete(forwarder: Forwarder) -> Response:

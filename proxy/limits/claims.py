@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from proxy.errors import NothingAble
 from proxy.routing.choosing import Choice
@@ -30,6 +30,18 @@ class Claim:
     """After so long it is given back even if nobody says what became of the request."""
 
 
+def within_claim(choice: Choice, limits: KeyLimits) -> Choice:
+    """Of a key with a budget no others are asked than those that money is set aside for, however many are busy."""
+    return replace(choice, order=choice.order[: choice.attempts]) if limits.money else choice
+
+
+def no_dearer(choice: Choice, state: RoutingState, settings: Settings) -> Choice:
+    """Without the models to fall back on that may cost more than the chosen one."""
+    most = _picousd(choice, state, settings, choice.order[0])
+    left = tuple(name for name in choice.order if _picousd(choice, state, settings, name) <= most)
+    return replace(choice, order=left)
+
+
 def claim_of(choice: Choice, state: RoutingState, settings: Settings, limits: KeyLimits) -> Claim:
     """Of a request that any model which is asked may answer.
 
@@ -42,7 +54,7 @@ def claim_of(choice: Choice, state: RoutingState, settings: Settings, limits: Ke
 
 
 def _asked(choice: Choice) -> tuple[str, ...]:
-    """Who will be asked, unless somebody before them is busy or rests."""
+    """Who will be asked; where money is limited nobody else, and otherwise unless one of them is busy or rests."""
     return choice.order[: choice.attempts]
 
 

@@ -152,7 +152,7 @@ class Meter:
         live_price = self._books.state.current.prices.get(self.model)
         counts = self._counts
         received = Received(self.choice.needs.prompt_tokens, self._received_bytes)
-        billed = ending != "failed" or self._timed_out
+        billed = self._may_be_billed(ending)
         cost = cost_of(counts, live_price.price if live_price else None, received, billed=billed)
         entry = UsageRecord(
             decision=self.choice.id,
@@ -176,6 +176,14 @@ class Meter:
             granted.used(counts.prompt_tokens + counts.output_tokens)
         self._count_tokens(entry)
         return entry
+
+    def _may_be_billed(self, ending: str) -> bool:
+        """Whether the model asked last began, as far as is known. One that was never asked did not."""
+        if self.overhead_s is None or ending == "busy":
+            return False
+        if ending == "client_gone" and self._fault is not None and not self.has_content:
+            return self._timed_out  # it had failed already, and the client left before another was asked
+        return ending != "failed" or self._timed_out
 
     def _count_tokens(self, entry: UsageRecord) -> None:
         metrics = self._books.metrics

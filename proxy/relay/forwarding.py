@@ -70,27 +70,22 @@ class Forwarder:
                 outcome = await self._asked(name, ask)
             except Resting:
                 rested.append(name)
-                continue
             except ModelBusy as full:
                 busy.append(full)
-                continue
             except UpstreamFailure as failure:
-                outcome = failure
-            asked += 1
-            if self._settles(outcome, is_empty) or asked == self.meter.choice.attempts or self._late():
+                outcome, asked = failure, asked + 1
+                if not failure.retryable:
+                    break
+            else:
+                asked += 1
+                if not is_empty(outcome):
+                    return outcome
+                self.meter.empty()
+            if asked == self.meter.choice.attempts or self._left_s() <= 0:
                 break
         if outcome is None and rested and not busy:
             return await self._asked(self._soonest(rested), ask, resting_too=True)
         return _told(outcome, busy)
-
-    def _settles(self, outcome: Answer | UpstreamFailure, is_empty: Callable[[Answer], bool]) -> bool:
-        """Whether nobody else need be asked."""
-        if isinstance(outcome, UpstreamFailure):
-            return not outcome.retryable
-        if is_empty(outcome):
-            self.meter.empty()
-            return False
-        return True
 
     def _order(self) -> list[str]:
         return [name for name in self.meter.choice.order if name in self.state.models]
@@ -100,7 +95,7 @@ class Forwarder:
         try:
             return await self._in_turn(name, ask, resting_too=resting_too)
         except UpstreamFailure as failure:
-            if not failure.lost or self._late():
+            if not failure.lost or self._left_s() <= 0:
                 raise
         return await self._in_turn(name, ask, resting_too=True)
 
@@ -108,11 +103,14 @@ class Forwarder:
         outlets, record = self.outlets, self.state.models[name]
         if not resting_too and name in outlets.health.resting():
             raise Resting(name)
-        limits = CapacityLimits.of(record.info, outlets.settings.queue_wait_s)
-        slot = await outlets.capacities.slot(name, limits)
+        waits_s = max(0.0, min(outlets.settings.queue_wait_s, self._left_s()))
+        slot = await outlets.capacities.slot(name, CapacityLimits.of(record.info, waits_s))
         if not resting_too and name in outlets.health.resting():  # since then, or somebody else is the probe
             slot.release()
             raise Resting(name)
+        if self._left_s() <= 0:  # the wait for a place took it: no fault of this model
+            slot.release()
+            raise UpstreamFailure("no model was asked in time (request_timeout_s)", timed_out=True, retryable=False)
         timeouts = timeouts_for(outlets.settings, record.info, self.request.options.timeouts)
         usual = timeouts_for(outlets.settings, record.info)
         turn = Turn(self.meter, outlets.health.begin(name), slot, hurried=timeouts.hastier_than(usual))
@@ -127,7 +125,7 @@ class Forwarder:
             raise
 
     async def _in_time(self, record: ModelRecord, ask: Ask[Answer], timeouts: Timeouts, turn: Turn) -> Answer:
-        left_s = self.meter.started + timeouts.total_s - monotonic()
+        left_s = self._left_s()
         try:
             async with asyncio.timeout(min(timeouts.first_token_s, left_s)):
                 return await ask(record, timeouts, turn)
@@ -155,10 +153,10 @@ class Forwarder:
         resting = self.outlets.health.resting()
         return min(rested, key=lambda name: resting.get(name, 0.0))
 
-    def _late(self) -> bool:
-        """Nobody is asked any more: the time for all attempts together is over."""
+    def _left_s(self) -> float:
+        """Of the time for all attempts together. Without any, nobody is asked any more."""
         whole = self.outlets.settings.request_timeout_s
-        return monotonic() - self.meter.started >= min(self.request.options.timeouts.total_s or whole, whole)
+        return self.meter.started + min(self.request.options.timeouts.total_s or whole, whole) - monotonic()
 
 
 def _told(outcome: Answer | UpstreamFailure | None, busy: list[ModelBusy]) -> Answer:

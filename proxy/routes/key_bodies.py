@@ -10,6 +10,7 @@ from proxy.errors import BadRequest
 from proxy.routes.admin_bodies import known_only
 from proxy.settings import check_model_name
 from proxy.state.client_keys import LIMITS, ClientKey, KeyChange
+from proxy.state.stored_json import is_unix_time
 
 _PLAIN = ("lambda_default", "lambda_min", "lambda_max")
 _EXPIRY = ("expires_at", "expires_in_s")
@@ -67,8 +68,8 @@ def shown_key(key: ClientKey) -> dict[str, Any]:
 
 
 def _name(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip() or len(value) > _LONGEST_NAME:
-        raise BadRequest(f"`name` must say whose key it is, in 1 to {_LONGEST_NAME} characters", param="name")
+    if not isinstance(value, str) or not value.strip() or len(value) > _LONGEST_NAME or not value.isprintable():
+        raise BadRequest(f"`name` must say whose key it is, in 1 to {_LONGEST_NAME} printable characters", param="name")
     return value
 
 
@@ -96,7 +97,7 @@ def _expiry(body: Mapping[str, Any], now: float) -> float | None:
 def _time(value: Any) -> float:
     try:
         at = datetime.fromisoformat(value) if isinstance(value, str) else None
-        if at is not None and at.tzinfo is not None:
+        if at is not None and at.tzinfo is not None and is_unix_time(at.timestamp()):
             return at.timestamp()
     except (ValueError, OverflowError):
         pass

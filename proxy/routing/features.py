@@ -17,7 +17,8 @@ EARLIER_TURNS = 2
 MEDIA_TOKENS = 800
 """One image, audio clip or file, whatever its size: attachments are never scanned."""
 _MOST_TOKENS = 10**9
-_MOST_ANSWERS = 128
+MOST_ANSWERS = 128
+"""OpenAI's bound of `n`. Without one, a request could cost any multiple of what is set aside for it."""
 _TEXT_PARTS = ("text", "input_text")
 _NO_THINKING = ("", "none", "minimal", "disable")
 """Efforts that ask a model not to think, or hardly: one that cannot does as well."""
@@ -56,7 +57,7 @@ def needs_of(body: Mapping[str, Any]) -> Needs:
     return Needs(
         prompt_tokens=_tokens(read),
         max_output_tokens=_count(body.get("max_completion_tokens")) or _count(body.get("max_tokens")),
-        answers=min(_count(body.get("n")) or 1, _MOST_ANSWERS),
+        answers=min(_count(body.get("n")) or 1, MOST_ANSWERS),
         **dict.fromkeys(_stated(body, read), True),
     )
 

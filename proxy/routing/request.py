@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Never
 
 from proxy.errors import BadRequest
+from proxy.routing.features import MOST_ANSWERS
 from proxy.routing.options import Options, read_options
 from proxy.routing.refused import refuse_control_fields
 
@@ -38,6 +39,7 @@ def parse_chat(raw: bytes, headers: list[tuple[str, str]]) -> ChatRequest:
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise BadRequest('`model` must be the name of a model, or "auto" to have one chosen', param="model")
+    _check_answers(body.get("n"))
     if not isinstance(body.get("messages"), list) or not body["messages"]:
         raise BadRequest("`messages` must be a list with at least one message", param="messages")
     if not all(isinstance(message, dict) for message in body["messages"]):
@@ -49,6 +51,11 @@ def parse_chat(raw: bytes, headers: list[tuple[str, str]]) -> ChatRequest:
         include_usage=_asks_for_usage(body),
         options=read_options(body, headers),
     )
+
+
+def _check_answers(n: Any) -> None:
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MOST_ANSWERS):
+        raise BadRequest(f"`n` must be a whole number from 1 to {MOST_ANSWERS}; got {n!r}"[:200], param="n")
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
@@ -132,4 +139,7 @@ def _asks_for_usage(body: Mapping[str, Any]) -> bool:
         return False
     if not isinstance(options, dict):
         raise BadRequest("`stream_options` must be an object", param="stream_options")
+    if not isinstance(options.get("include_usage"), bool | None):
+        name = "stream_options.include_usage"
+        raise BadRequest(f"`{name}` must be true or false", param=name)
     return options.get("include_usage") is True

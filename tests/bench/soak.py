@@ -31,6 +31,7 @@ from tests.bench.process_facts import Facts, facts_of
 from tests.chaos.processes import tcp_connections
 from tests.chaos.questions import ARMS, Json, a_question
 from tests.chaos.world import World, a_world, serving_port
+from tests.support.command import ADMIN_KEY
 
 PATH = "/v1/chat/completions"
 WARM_UP = 2_000
@@ -154,7 +155,7 @@ async def _at_rest(world: World, load: Load) -> Facts:
 
 
 async def _facts(world: World, load: Load) -> Facts:
-    return await asyncio.to_thread(facts_of, world.server.pid, world.server.url, world.keys[0], load.asked)
+    return await asyncio.to_thread(facts_of, world.server.pid, world.server.url, ADMIN_KEY, load.asked)
 
 
 def growth(facts: Sequence[Facts]) -> float:

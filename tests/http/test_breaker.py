@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +10,10 @@ from typing import Any
 
 import httpx
 import pytest
+from redis import Redis
 
+from proxy.recording.scripts import STREAM
+from proxy.state.embedded import socket_path
 from tests.http.conftest import Fleet, open_fleet
 from tests.support.answers import Step, error_body
 from tests.support.upstream import wait_until
@@ -142,3 +146,27 @@ def test_a_client_that_leaves_gives_its_place_back(resting: Fleet) -> None:
     with httpx.stream("POST", f"{resting.base_url}/chat/completions", json=body) as reply:
         assert next(reply.iter_lines())
     assert wait_until(lambda: ask(resting, "fair").status_code == 200)
+
+
+def test_waiting_for_a_place_counts_in_the_time_for_all_attempts(resting: Fleet) -> None:
+    """`fair` is busy for longer than the request has: who was not asked is neither blamed nor billed."""
+    resting.fair.then(Step(hang=True))
+    with ThreadPoolExecutor(1) as clients:
+        first = clients.submit(ask, resting, "fair", uniroute={"timeouts": {"first_token_s": 2}})
+        assert wait_until(lambda: bool(resting.fair.history))
+        reply = ask(resting, "fair", uniroute={"timeouts": {"total_s": 0.3}})
+        assert reply.status_code == 429
+        assert first.result().status_code == 504
+    assert len(resting.fair.history) == 1
+    assert states(resting) == ["well", "well"]
+    assert wait_until(lambda: record_of(resting, reply) is not None)
+    record = record_of(resting, reply)
+    assert record
+    assert (record["ending"], record["cost_usd"], record["estimated"]) == ("busy", 0.0, False)
+
+
+def record_of(fleet: Fleet, reply: httpx.Response) -> dict[str, Any] | None:
+    with Redis(unix_socket_path=str(socket_path(fleet.proxy.folder / "valkey")), decode_responses=True) as client:
+        found: Any = client.xrevrange(STREAM, count=20)
+    records = [json.loads(fields["record"]) for _, fields in found]
+    return next((one for one in records if one["decision"] == reply.headers["x-uniroute-decision"]), None)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from proxy.errors import NothingAble
-from proxy.limits.claims import MARGIN_S, MOST_PICOUSD, claim_of
+from proxy.limits.claims import MARGIN_S, MOST_PICOUSD, claim_of, no_dearer, within_claim
 from proxy.routing.choosing import Choice
 from proxy.settings import Settings
 from proxy.state.key_limits import KeyLimits
@@ -89,3 +90,14 @@ def test_a_claim_beyond_all_measure_fits_a_counter(state: RoutingState) -> None:
     claim = claim_of(a_choice("cheap", most=10**15), state, SETTINGS, MONEY)
 
     assert claim.picousd == MOST_PICOUSD
+
+
+def test_where_money_is_limited_nobody_is_asked_for_whom_none_is_set_aside() -> None:
+    choice = replace(a_choice("cheap", "short", "dear"), attempts=2)
+    assert within_claim(choice, MONEY).order == ("cheap", "short")
+    assert within_claim(choice, KeyLimits(requests_per_minute=5)).order == ("cheap", "short", "dear")
+
+
+def test_dearer_models_can_be_left_out_of_those_to_fall_back_on(state: RoutingState) -> None:
+    assert no_dearer(a_choice("cheap", "dear", "short", most=100), state, SETTINGS).order == ("cheap", "short")
+    assert no_dearer(a_choice("dear", "cheap", most=100), state, SETTINGS).order == ("dear", "cheap")

@@ -175,3 +175,9 @@ def test_depth_is_bounded_and_not_by_the_stack() -> None:
 def test_what_is_not_a_json_object_is_refused(raw: bytes) -> None:
     with pytest.raises(BadRequest):
         parse_object(raw)
+
+
+@pytest.mark.parametrize("n", [0, -1, 129, 10**9, 1.5, "2", True])
+def test_a_number_of_answers_that_no_server_gives_is_refused(n: Any) -> None:
+    with pytest.raises(BadRequest, match="`n` must be a whole number from 1 to 128"):
+        parse_chat(json.dumps({"model": "auto", "messages": [{"role": "user", "content": "hi"}], "n": n}).encode(), [])
