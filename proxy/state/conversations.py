@@ -28,7 +28,7 @@ ASK_S = 0.04
 """How long a request waits for Redis, once."""
 AGAIN_S = 1.0
 """After Redis did not answer, one request in so many seconds asks it again."""
-MOST_LOCAL = 20_000
+MOST_LOCAL = 4_096
 MOST_QUEUED = 20_000
 BATCH = 500
 SETTLE_S = 0.01

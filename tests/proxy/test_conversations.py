@@ -229,7 +229,7 @@ async def test_while_redis_is_away_what_is_to_be_written_waits_within_bounds() -
     memory.remember([f"call-{number}" for number in range(MOST_QUEUED + 3)], "small")
     assert len(dropped) == 3
     assert (len(memory._queue), len(memory._local)) == (MOST_QUEUED, MOST_LOCAL)
-    assert await memory.recall(["call-5"], None) == Recalled("small")
+    assert await memory.recall([f"call-{MOST_QUEUED}"], None) == Recalled("small")
     assert await memory.recall(["call-1"], None) == Recalled()
     await memory.stop()
     await away.close()
