@@ -74,8 +74,7 @@ async def _complete(forwarder: Forwarder) -> Response:
         ending = "complete"
         return Response(dump(answer), media_type="application/json", headers=meter.headers())
     except (UpstreamFailure, ModelBusy) as failure:
-        ending = "busy" if isinstance(failure, ModelBusy) else "failed"
-        failure.headers |= meter.headers()  # told with the decision that led there
+        ending = _refused(meter, failure)
         raise
     finally:
         meter.finish(ending)
@@ -92,11 +91,16 @@ async def _stream(forwarder: Forwarder) -> Response:
             opening.result()
         ending = None
     except (UpstreamFailure, ModelBusy) as failure:
-        ending = "busy" if isinstance(failure, ModelBusy) else "failed"
-        failure.headers |= meter.headers()  # told with the decision that led there
+        ending = _refused(meter, failure)
         raise
     finally:
         if ending is not None:
             meter.finish(ending)
             await close_opened(opening)
     return EventStream(opening, meter, keep_alive_s=keep_alive_s, include_usage=forwarder.request.include_usage)
+
+
+def _refused(meter: Meter, failure: UpstreamFailure | ModelBusy) -> str:
+    """The ending. The failure is told with the decision that led there."""
+    failure.headers |= meter.headers()
+    return "busy" if isinstance(failure, ModelBusy) else "failed"

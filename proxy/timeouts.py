@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from proxy.model_entries import ModelInfo
@@ -35,20 +34,19 @@ class StatedTimeouts:
     idle_s: float | None = None
     total_s: float | None = None
 
-    def as_stated(self) -> Mapping[str, float]:
-        pairs = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: seconds for name, seconds in pairs.items() if seconds is not None}
-
 
 NOTHING_STATED = StatedTimeouts()
 
 
-def timeouts_for(settings: Settings, info: ModelInfo, stated: StatedTimeouts = NOTHING_STATED) -> Timeouts:
+def total_s(settings: Settings, stated: StatedTimeouts) -> float:
     """No request waits longer in all than `request_timeout_s`, whatever it states."""
-    total_s = min(stated.total_s or settings.request_timeout_s, settings.request_timeout_s)
+    return min(stated.total_s or settings.request_timeout_s, settings.request_timeout_s)
+
+
+def timeouts_for(settings: Settings, info: ModelInfo, stated: StatedTimeouts = NOTHING_STATED) -> Timeouts:
     return Timeouts(
         connect_s=stated.connect_s or info.connect_timeout_s or settings.connect_timeout_s,
         first_token_s=stated.first_token_s or info.first_token_timeout_s or settings.first_token_timeout_s,
         idle_s=stated.idle_s or info.idle_timeout_s or settings.idle_timeout_s,
-        total_s=total_s,
+        total_s=total_s(settings, stated),
     )

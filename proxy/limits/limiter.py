@@ -11,6 +11,7 @@ from typing import Literal
 
 from redis.exceptions import ResponseError
 
+from proxy.errors import ProxyError
 from proxy.limits.asking import TIMEOUT_S, Asking, NotAsked
 from proxy.limits.bucket import Buckets, corrected, leaked, taken
 from proxy.limits.claims import Claim
@@ -119,7 +120,7 @@ class Limiter:
         self._note(key, error)
         try:
             return self._locally(key, claim, str(error), reservation)
-        except BaseException:
+        except ProxyError:
             if reservation is not None:
                 self._give_back_soon(key.id, reservation)
             raise

@@ -66,13 +66,18 @@ class OpenStream:
 
     async def aclose(self) -> None:
         self.turn.close()
+        await self.close_rest()
+
+    async def close_rest(self) -> None:
+        """The upstream's connection alone: how the turn ended is told by whoever knows."""
         close = getattr(self.rest, "aclose", None)
         if close is not None:
             await close()
 
 
 async def begin(stream: OpenStream, meter: Meter) -> OpenStream:
-    """Reads up to the first content, or to the end if there is none. Closes the stream where that fails."""
+    """Reads up to the first content, or to the end if there is none. Where that fails it closes the connection, and
+    leaves the turn to the caller: a limit that cuts this off is known out there, as a failure of the model."""
     try:
         async for chunk in stream.rest:
             stream.held.append(chunk)
@@ -83,10 +88,8 @@ async def begin(stream: OpenStream, meter: Meter) -> OpenStream:
                 return stream
             if len(stream.held) >= MOST_HELD:
                 raise UpstreamFailure(f"the model sent {MOST_HELD} chunks without any content")
-    except BaseException as error:
-        if isinstance(error, UpstreamFailure):
-            stream.turn.failed(error)
-        await stream.aclose()
+    except BaseException:
+        await stream.close_rest()
         raise
     stream.ended = True
     stream.turn.answered()

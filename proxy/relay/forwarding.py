@@ -19,7 +19,7 @@ from proxy.routing.request import ChatRequest
 from proxy.settings import Settings
 from proxy.state.records import ModelRecord
 from proxy.state.snapshot import RoutingState
-from proxy.timeouts import Timeouts, timeouts_for
+from proxy.timeouts import Timeouts, timeouts_for, total_s
 from proxy.trace import Trace
 from proxy.upstream.client import LitellmUpstream
 
@@ -155,8 +155,7 @@ class Forwarder:
 
     def _left_s(self) -> float:
         """Of the time for all attempts together. Without any, nobody is asked any more."""
-        whole = self.outlets.settings.request_timeout_s
-        return self.meter.started + min(self.request.options.timeouts.total_s or whole, whole) - monotonic()
+        return self.meter.started + total_s(self.outlets.settings, self.request.options.timeouts) - monotonic()
 
 
 def _told(outcome: Answer | UpstreamFailure | None, busy: list[ModelBusy]) -> Answer:
