@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as ConnectionFailed
@@ -22,7 +22,8 @@ from proxy.state.silence import Silence
 OPERATION_S = 0.75
 """All of an operation, whatever redis-py retries: an admin call that meets a silent server answers within a second."""
 READING_S = 0.05
-CONNECTIONS = 32
+CONNECTIONS = 16
+"""At most: a server of one thread answers no faster over more. Further operations wait for one, within OPERATION_S."""
 AGAIN_S = 0.5
 
 
@@ -38,8 +39,9 @@ class Store:
         self.embedded = embedded
         self._silence = Silence(url)
         self._starting: asyncio.Task[None] | None = None
-        self.client: Redis = Redis.from_url(
+        pool = BlockingConnectionPool.from_url(
             url,
+            timeout=None,
             decode_responses=True,
             encoding_errors="replace",  # a foreign writer's broken bytes must not break the connection
             socket_timeout=OPERATION_S,
@@ -48,6 +50,7 @@ class Store:
             # For a pooled connection that went stale; our writes may be repeated.
             retry=Retry(NoBackoff(), 1, supported_errors=(ConnectionFailed,)),
         )
+        self.client: Redis = Redis.from_pool(pool)
 
     @classmethod
     async def open(cls, settings: Settings) -> Store:

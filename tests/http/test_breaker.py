@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +21,7 @@ from tests.support.upstream import wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 DOWN = Step(status=500, body=error_body("down", "server_error", None))
-BREAKER = {"failures": 3, "cooldown_s": 1.0, "longest_cooldown_s": 30}
+BREAKER: Any = {"failures": 3, "cooldown_s": 1.0, "longest_cooldown_s": 30}
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +164,19 @@ def test_waiting_for_a_place_counts_in_the_time_for_all_attempts(resting: Fleet)
     record = record_of(resting, reply)
     assert record
     assert (record["ending"], record["cost_usd"], record["estimated"]) == ("busy", 0.0, False)
+
+
+def test_a_stream_that_begins_and_says_nothing_counts_as_one_failure_each(tmp_path: Path, embedder_cache: Path) -> None:
+    """Its headers have come: the limit cuts off the waiting for content, not the call."""
+    patient = {**BREAKER, "cooldown_s": 30}
+    with open_fleet(tmp_path, embedder_cache, breaker=patient, info={"first_token_timeout_s": 0.3}) as fleet:
+        fleet.fair.always = Step(message={"content": "late"}, drip_s=30)
+        for _ in range(BREAKER["failures"]):
+            assert state_of(fleet, "fair") == "well"
+            assert ask(fleet, "fair", stream=True).status_code == 504
+        assert state_of(fleet, "fair") == "resting"
+        told = httpx.get(f"{fleet.url}/metrics").text
+    assert re.findall(r'uniroute_upstream_failures_total\{model="fair",status="timeout"\} (\S+)', told) == ["3.0"]
 
 
 def record_of(fleet: Fleet, reply: httpx.Response) -> dict[str, Any] | None:

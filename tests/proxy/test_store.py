@@ -16,7 +16,7 @@ import pytest
 
 from proxy.settings import Settings
 from proxy.state.embedded import LONGEST_SOCKET_PATH, EmbeddedStoreFailed, EmbeddedValkey, private_folder, socket_path
-from proxy.state.store import OPERATION_S, Store, StoreUnavailable
+from proxy.state.store import CONNECTIONS, OPERATION_S, Store, StoreUnavailable
 
 HUNG_S = 1.5
 USER = """
@@ -50,6 +50,19 @@ async def another_user(folder: Path) -> asyncio.subprocess.Process:
 
 async def pid_of(store: Store) -> int:
     return int((await store.client.info("server"))["process_id"])
+
+
+async def test_more_operations_than_connections_wait_for_one(tmp_path: Path) -> None:
+    store = await Store.open(settings(tmp_path))
+
+    async def count() -> int:
+        async with store.asking("count") as client:
+            return int(await client.incr("count"))
+
+    counts = await asyncio.gather(*(count() for _ in range(10 * CONNECTIONS)))
+    assert sorted(counts) == list(range(1, 10 * CONNECTIONS + 1))
+    assert (await store.client.info("clients"))["connected_clients"] <= CONNECTIONS
+    await store.close()
 
 
 async def test_the_last_to_leave_stops_the_server_whoever_started_it(tmp_path: Path) -> None:
