@@ -15,6 +15,7 @@ import numpy as np
 
 from router_core import distill
 from router_core.errors import InvalidArtifact
+from router_core.tokenizing import WordTokenizer
 from router_core.types import Embedder, Floats
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class StaticEmbedder:
             raise InvalidArtifact(f"the token table has {len(table)} rows but there are {len(token_weights)} weights")
         self._table = table
         self._weights = token_weights
-        self._tokenizer = tokenizer
+        self._words = WordTokenizer(tokenizer)
 
     @classmethod
     def load(cls, folder: Path, token_weights: Path = TOKEN_WEIGHTS) -> StaticEmbedder:
@@ -61,8 +62,7 @@ class StaticEmbedder:
 
     def tokens(self, text: str) -> list[int]:
         """Vocabulary ids of `text`, without the model's special tokens."""
-        ids: list[int] = self._tokenizer.encode(_encodable(text), add_special_tokens=False).ids
-        return ids
+        return self._words.ids(_encodable(text))
 
     def embed(self, texts: Sequence[str]) -> Floats:
         """(n, d) float32 of unit length; a text without any token gives a zero row."""
