@@ -1,0 +1,95 @@
+"""A process and its children as /proc shows them: CPU, memory, descriptors. Starts each on the cores it is given."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+TICKS = os.sysconf("SC_CLK_TCK")
+START_S = 120.0
+
+
+def tree(pid: int) -> list[int]:
+    """The process and all that it started, those of its children included."""
+    found, waiting = [], [pid]
+    while waiting:
+        current = waiting.pop()
+        found.append(current)
+        for task in Path(f"/proc/{current}/task").glob("*"):
+            waiting += [int(child) for child in (task / "children").read_text().split()]
+    return found
+
+
+def cpu_s(pid: int) -> float:
+    """User and system seconds of the whole tree."""
+    total = 0
+    for one in tree(pid):
+        fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+        total += int(fields[11]) + int(fields[12])
+    return total / TICKS
+
+
+def memory_mib(pid: int) -> float:
+    """Proportional set size of the whole tree."""
+    kib = 0
+    for one in tree(pid):
+        for line in Path(f"/proc/{one}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                kib += int(line.split()[1])
+    return kib / 1024
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        port: int = bound.getsockname()[1]
+        return port
+
+
+@contextmanager
+def started(
+    command: Sequence[str | Path],
+    *,
+    core: int,
+    environ: Mapping[str, str] | None = None,
+    log: Path,
+    cwd: Path | None = None,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a group of its own on one core, ended with all that it started."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*map(str, command)],
+            env=None if environ is None else dict(environ),
+            cwd=cwd,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+
+
+def until_listening(port: int, process: subprocess.Popen[bytes], log: Path) -> float:
+    """Seconds until something answers on the port."""
+    began = time.monotonic()
+    while time.monotonic() - began < START_S:
+        if process.poll() is not None:
+            break
+        try:
+            with socket.create_connection(("127.0.0.1", port), 1):
+                return time.monotonic() - began
+        except OSError:
+            time.sleep(0.01)
+    raise SystemExit(f"it did not start: {log.read_text('utf-8', 'replace')[-2000:]}")
