@@ -28,6 +28,7 @@ from proxy.malformed import (
     Refusal,
     answer_of,
 )
+from proxy.relay.disconnect import LEAVING, Leaving
 
 log = logging.getLogger("uniroute.connection")
 
@@ -76,6 +77,7 @@ class ClientConnection(HttpToolsProtocol):
         self._deaf = False
         """What the parser says is known already."""
         self._crowded = self._refused = False
+        self._leaving = Leaving()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -91,6 +93,7 @@ class ClientConnection(HttpToolsProtocol):
         self._stop_timers()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
+        self._leaving.left()
 
     def data_received(self, data: bytes) -> None:
         if self._refused or self.transport.is_closing():
@@ -137,6 +140,7 @@ class ClientConnection(HttpToolsProtocol):
         if self._deaf:
             return
         super().on_message_begin()
+        self.scope[LEAVING] = self._leaving  # type: ignore[literal-required]
         self._in_head = self._moved = True
         self._head_bytes = 0
         if self._crowded:
@@ -218,6 +222,7 @@ class ClientConnection(HttpToolsProtocol):
                 return
             self.cycle.disconnected = True  # whoever waits for the rest of this body
             self.cycle.message_event.set()
+            self._leaving.left()
         self.transport.write(answer_of(why, self.server_state.default_headers))
         self._refused = True
         self.flow.resume_reading()

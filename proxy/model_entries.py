@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from proxy.litellm_params import check_shapes
-from proxy.setting_types import Count, Frozen, ModelName, Seconds, TokenCost, Whole
+from proxy.setting_types import Count, Forward, Frozen, ModelName, Seconds, TokenCost, Whole
 
 __all__ = ["ModelEntry", "ModelInfo"]
 
@@ -34,6 +34,8 @@ class ModelInfo(Frozen):
     connect_timeout_s: Seconds | None = None
     first_token_timeout_s: Seconds | None = None
     idle_timeout_s: Seconds | None = None
+    forward: Forward = "auto"
+    """relay: OpenAI's format goes through as it is. translate: litellm writes the provider's. auto: as the provider."""
     max_parallel_requests: Count | None = None
     """Of one process. None: no cap."""
     max_queued_requests: Annotated[Whole, Field(ge=0, le=10_000)] | None = None

@@ -36,8 +36,8 @@ from proxy.state.registry import Registry
 from proxy.state.snapshot import Surroundings
 from proxy.state.store import Store
 from proxy.tasks import end
-from proxy.upstream.client import LitellmUpstream
-from proxy.upstream.provider_layer import import_litellm
+from proxy.upstream.resolving import Resolver
+from proxy.upstream.upstream import Upstream
 from router_core.clustering import ClusterMap
 from router_core.embedding import open_embedder
 from router_core.errors import RouterCoreError
@@ -55,17 +55,18 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
         StoreUnavailable: the embedded store cannot run.
     """
     async with AsyncExitStack() as closing:
-        upstream = LitellmUpstream(settings, environ)
+        upstream = Upstream(settings, environ)
         closing.push_async_callback(upstream.aclose)
-        importing = asyncio.create_task(asyncio.to_thread(import_litellm))
-        closing.push_async_callback(end, importing)
+        resolver = Resolver(settings.data_dir, environ)
+        resolving = asyncio.create_task(_configured(settings, resolver))
+        closing.push_async_callback(end, resolving)
         cluster_map, assigner = await asyncio.to_thread(_open_routing, settings)
         closing.callback(assigner.close)
         store = await Store.open(settings)
         closing.push_async_callback(store.close)
         live, latch = LiveExpectations(cluster_map.size), KeyLatch(settings.data_dir)
-        around = await asyncio.to_thread(_surroundings, settings, cluster_map, live)
-        state = StateHolder(store, around, latch)
+        around = await _surroundings(settings, cluster_map, live, await resolving)
+        state = StateHolder(store, around, latch, lambda now: upstream.serve(now.models))
         await state.start()
         closing.push_async_callback(state.stop)
         check_exposure(settings, keys_required=state.current.keys_required)
@@ -77,8 +78,7 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
         closing.push_async_callback(limiter.close)
         registry = Registry(store, around.configured, latch)
         await assigner.warm(cluster_map)
-        await importing
-        await upstream.prepare()
+        await upstream.open()
         feeding = asyncio.create_task(PriceFeed(settings, store, registry, state).run(), name="uniroute-prices")
         closing.push_async_callback(end, feeding)
         jobs = Jobs(store, state, UpstreamAnswerer(upstream), assigner.embedder, settings)
@@ -88,6 +88,7 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
             *(settings, store, state, registry, jobs, assigner, upstream, usage, limiter, metrics, live, health),
             capacities=Capacities(),
             conversations=conversations,
+            resolver=resolver,
             environ=environ,
         )
 
@@ -162,7 +163,14 @@ def _conversations(store: Store, settings: Settings, metrics: Metrics) -> Conver
     )
 
 
-def _surroundings(settings: Settings, cluster_map: ClusterMap, live: LiveExpectations) -> Surroundings:
+async def _configured(settings: Settings, resolver: Resolver) -> dict[str, ModelRecord]:
     now = time.time()
-    configured = {entry.model_name: ModelRecord.of_entry(entry, "config", now) for entry in settings.model_list}
-    return Surroundings(cluster_map, configured, bundled_catalog(), RECIPES[settings.recipe], live)
+    records = [ModelRecord.of_entry(entry, "config", now) for entry in settings.model_list]
+    return {record.name: record for record in await resolver.resolve_all(records)}
+
+
+async def _surroundings(
+    settings: Settings, cluster_map: ClusterMap, live: LiveExpectations, configured: Mapping[str, ModelRecord]
+) -> Surroundings:
+    catalog = await asyncio.to_thread(bundled_catalog)
+    return Surroundings(cluster_map, configured, catalog, RECIPES[settings.recipe], live)

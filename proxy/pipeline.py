@@ -13,7 +13,6 @@ from proxy.recording.meter import Books, Meter
 from proxy.relay.chunks import content_bytes
 from proxy.relay.forwarding import Forwarder, Outlets
 from proxy.relay.marks import AnswerMarks
-from proxy.relay.sse import dump
 from proxy.relay.streaming import EventStream, close_opened
 from proxy.routing.choosing import Choice, choose
 from proxy.routing.request import ChatRequest
@@ -70,9 +69,10 @@ async def _complete(forwarder: Forwarder) -> Response:
     ending = "client_gone"
     try:
         answer = await forwarder.complete()
-        meter.received(content_bytes(answer))
+        meter.received(content_bytes(answer.body))
+        shown = answer.named(meter.model)
         ending = "complete"
-        return Response(dump(answer), media_type="application/json", headers=meter.headers())
+        return Response(shown, media_type="application/json", headers=meter.headers())
     except (UpstreamFailure, ModelBusy) as failure:
         ending = _refused(meter, failure)
         raise

@@ -19,7 +19,8 @@ from proxy.state.holder import StateHolder
 from proxy.state.live import LiveExpectations
 from proxy.state.registry import Registry
 from proxy.state.store import Store
-from proxy.upstream.client import LitellmUpstream
+from proxy.upstream.resolving import Resolver
+from proxy.upstream.upstream import Upstream
 
 log = logging.getLogger("uniroute")
 
@@ -32,7 +33,7 @@ class Services:
     registry: Registry
     jobs: Jobs
     assigner: Assigner
-    upstream: LitellmUpstream
+    upstream: Upstream
     usage: UsageRecorder
     limiter: Limiter
     metrics: Metrics
@@ -40,6 +41,7 @@ class Services:
     health: ModelHealth
     capacities: Capacities
     conversations: Conversations
+    resolver: Resolver
     environ: Mapping[str, str] = field(repr=False)
 
 

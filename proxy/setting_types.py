@@ -16,6 +16,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
 RESERVED_NAMES = frozenset({"auto", "uniroute/auto", "uniroute/best", "uniroute/cheap"})
 _REFERENCE = "os.environ/"
 
+Forward = Literal["relay", "translate", "auto"]
+"""How requests reach a model: as they are, or in its provider's own format, or as is right for the provider."""
+
 
 def check_model_name(name: str) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from proxy.errors import UpstreamFailure
 from proxy.state.records import ModelRecord
+from proxy.upstream.payload import Payload
 
 WORTH_RETRYING = frozenset({408, 409, 425, 429})
 LONGEST_REASON = 300
@@ -58,7 +59,7 @@ class Answerer(Protocol):
 
 
 class Upstream(Protocol):
-    async def complete(self, record: ModelRecord, body: Mapping[str, Any]) -> dict[str, Any]:
+    async def complete(self, record: ModelRecord, body: Mapping[str, Any]) -> Payload:
         """An OpenAI chat completion, or UpstreamFailure."""
 
 
@@ -75,7 +76,7 @@ class UpstreamAnswerer:
         started = monotonic()
         try:
             async with asyncio.timeout(timeout_s):
-                completion = await self._upstream.complete(record, body)
+                completion = (await self._upstream.complete(record, body)).body
         except TimeoutError as error:
             raise AnswerFailed(f"{record.name} did not answer within {timeout_s:g} s") from error
         except UpstreamFailure as error:

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any
 
 from proxy.errors import UpstreamFailure
 from proxy.recording.meter import Meter
 from proxy.relay.chunks import has_content, is_empty_answer
 from proxy.relay.turns import Turn
-from proxy.upstream.client import Chunks
+from proxy.upstream.payload import Payload
+from proxy.upstream.upstream import Blocks
 
 MOST_HELD = 1000
 """Chunks without content before the first with some: more is no beginning of an answer."""
@@ -22,13 +22,13 @@ MOST_HELD = 1000
 class OpenStream:
     """A stream that has begun: what was read while waiting for content, and the rest."""
 
-    rest: Chunks
+    rest: Blocks
     turn: Turn
     idle_s: float
     """How long the rest may be silent."""
     until: float
     """Monotonic seconds at which it is given up, however lively it is."""
-    held: list[dict[str, Any]] = field(default_factory=list)
+    held: list[Payload] = field(default_factory=list)
     ended: bool = False
     """Nothing is left to read, and it ended well."""
 
@@ -36,14 +36,14 @@ class OpenStream:
     def is_empty(self) -> bool:
         """It ended without a word, and nothing kept it from speaking."""
         return self.ended and is_empty_answer(
-            {"choices": [choice for chunk in self.held for choice in chunk.get("choices") or ()]}
+            {"choices": [choice for chunk in self.held for choice in chunk.body.get("choices") or ()]}
         )
 
-    async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
-        """Raises UpstreamFailure where it breaks, stops, or goes on for too long."""
-        for chunk in self.held:
-            yield chunk
-        self.held = []
+    async def __aiter__(self) -> AsyncIterator[list[Payload]]:
+        """Blocks of chunks. Raises UpstreamFailure where it breaks, stops, or goes on for too long."""
+        held, self.held = self.held, []
+        if held:
+            yield held
         try:
             while not self.ended:
                 yield await self._next()
@@ -53,7 +53,7 @@ class OpenStream:
             self.turn.failed(failure)
             raise
 
-    async def _next(self) -> dict[str, Any]:
+    async def _next(self) -> list[Payload]:
         left_s = self.until - monotonic()
         try:
             async with asyncio.timeout(min(self.idle_s, left_s)):
@@ -79,11 +79,9 @@ async def begin(stream: OpenStream, meter: Meter) -> OpenStream:
     """Reads up to the first content, or to the end if there is none. Where that fails it closes the connection, and
     leaves the turn to the caller: a limit that cuts this off is known out there, as a failure of the model."""
     try:
-        async for chunk in stream.rest:
-            stream.held.append(chunk)
-            if chunk.get("usage"):
-                meter.used(chunk["usage"])
-            if has_content(chunk):
+        async for block in stream.rest:
+            stream.held += block
+            if _has_begun(block, meter):
                 stream.turn.begun()
                 return stream
             if len(stream.held) >= MOST_HELD:
@@ -94,3 +92,10 @@ async def begin(stream: OpenStream, meter: Meter) -> OpenStream:
     stream.ended = True
     stream.turn.answered()
     return stream
+
+
+def _has_begun(block: list[Payload], meter: Meter) -> bool:
+    for chunk in block:
+        if chunk.body.get("usage"):
+            meter.used(chunk.body["usage"])
+    return any(has_content(chunk.body) for chunk in block)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from proxy.errors import ModelBusy, UpstreamFailure
 from proxy.health.capacity import Capacities, CapacityLimits
@@ -21,7 +21,8 @@ from proxy.state.records import ModelRecord
 from proxy.state.snapshot import RoutingState
 from proxy.timeouts import Timeouts, timeouts_for, total_s
 from proxy.trace import Trace
-from proxy.upstream.client import LitellmUpstream
+from proxy.upstream.payload import Payload
+from proxy.upstream.upstream import Upstream
 
 Answer = TypeVar("Answer")
 Ask = Callable[[ModelRecord, Timeouts, Turn], Awaitable[Answer]]
@@ -35,7 +36,7 @@ class Resting(Exception):
 class Outlets:
     """What it takes to ask models."""
 
-    upstream: LitellmUpstream
+    upstream: Upstream
     health: ModelHealth
     capacities: Capacities
     settings: Settings
@@ -51,9 +52,9 @@ class Forwarder:
     trace: Trace
     meter: Meter
 
-    async def complete(self) -> dict[str, Any]:
+    async def complete(self) -> Payload:
         """The first whole answer. Raises the last UpstreamFailure, or ModelBusy where all are busy."""
-        return await self._first(self._answer, is_empty_answer)
+        return await self._first(self._answer, lambda answer: is_empty_answer(answer.body))
 
     async def open_stream(self) -> OpenStream:
         """The first stream with content. Raises as `complete`."""
@@ -134,20 +135,23 @@ class Forwarder:
             message = f"{record.name} gave no answer within {min(timeouts.first_token_s, left_s):.3g} s ({stated})"
             raise UpstreamFailure(message, timed_out=True) from None
 
-    async def _answer(self, record: ModelRecord, timeouts: Timeouts, turn: Turn) -> dict[str, Any]:
-        answer = await self.outlets.upstream.complete(record, *self._sent(), connect_s=timeouts.connect_s)
+    async def _answer(self, record: ModelRecord, timeouts: Timeouts, turn: Turn) -> Payload:
+        request, upstream = self.request, self.outlets.upstream
+        answer = await upstream.complete(
+            record, request.body, self.trace.headers(), raw=request.raw, connect_s=timeouts.connect_s
+        )
         turn.answered()
-        self.meter.used(answer.get("usage"))
-        self.meter.marks.answer(answer, record.name)
-        return {**answer, "model": record.name}
+        self.meter.used(answer.body.get("usage"))
+        self.meter.marks.answer(answer.body, record.name)
+        return answer
 
     async def _begin(self, record: ModelRecord, timeouts: Timeouts, turn: Turn) -> OpenStream:
-        chunks = await self.outlets.upstream.stream(record, *self._sent(), connect_s=timeouts.connect_s)
-        stream = OpenStream(chunks, turn, timeouts.idle_s, monotonic() + self.outlets.settings.stream_timeout_s)
+        request, upstream = self.request, self.outlets.upstream
+        blocks = await upstream.stream(
+            record, request.body, self.trace.headers(), raw=request.raw, connect_s=timeouts.connect_s
+        )
+        stream = OpenStream(blocks, turn, timeouts.idle_s, monotonic() + self.outlets.settings.stream_timeout_s)
         return await begin(stream, self.meter)
-
-    def _sent(self) -> tuple[Mapping[str, Any], Mapping[str, str]]:
-        return self.request.body, self.trace.headers()
 
     def _soonest(self, rested: list[str]) -> str:
         resting = self.outlets.health.resting()

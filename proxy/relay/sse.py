@@ -30,6 +30,29 @@ class EventCutter:
         self._begun = False
 
     def feed(self, piece: bytes) -> list[bytes]:
+        """Raises EventTooLong."""
+        if self._is_between and b"\r" not in piece:
+            whole, gap, rest = piece.rpartition(b"\n\n")
+            if gap:
+                return self._usual(whole) + (self._lines(rest) if rest else [])
+        return self._lines(piece)
+
+    @property
+    def _is_between(self) -> bool:
+        """Nothing of an event is held."""
+        return self._begun and not self._data and not any(self._rest)
+
+    def _usual(self, whole: bytes) -> list[bytes]:
+        """Of events that are over: most are one line of data, and need no look at their lines."""
+        found = []
+        for event in whole.split(b"\n\n"):
+            if event.startswith(b"data: ") and b"\n" not in event:
+                found.append(event[6:])
+            else:
+                found += [data for line in (*event.split(b"\n"), b"") if (data := self._line(line)) is not None]
+        return found
+
+    def _lines(self, piece: bytes) -> list[bytes]:
         first, *lines = piece.split(b"\n")
         self._rest.append(first)
         self._size += len(piece)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from starlette.responses import Response
@@ -13,9 +13,10 @@ from starlette.types import Receive, Scope, Send
 from proxy.errors import ClientGone, ModelBusy, ProxyError, UpstreamFailure, describe
 from proxy.recording.meter import Meter
 from proxy.relay.beginning import OpenStream
-from proxy.relay.chunks import content_bytes, is_usage_chunk, usage_chunk
 from proxy.relay.disconnect import until_gone
-from proxy.relay.sse import DONE, KEEP_ALIVE, event
+from proxy.relay.keeping_alive import KeepAlive
+from proxy.relay.showing import Shown
+from proxy.relay.sse import DONE, event
 from proxy.tasks import cancel_until_done
 
 HEADERS = {
@@ -38,11 +39,10 @@ class EventStream(Response):
         self._meter = meter
         self._keep_alive_s = keep_alive_s
         self._include_usage = include_usage
-        self._sent_at = float("-inf")
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await until_gone(receive, self._relay(send))
+            await until_gone(scope, receive, self._relay(send))
         except ClientGone:
             return
         finally:
@@ -53,56 +53,33 @@ class EventStream(Response):
         ending = "client_gone"
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            if self._opening.done():
-                self._sent_at = time.monotonic()
-            keeping = asyncio.create_task(self._keep_alive(send))
+            keeping = KeepAlive(partial(_send, send), self._keep_alive_s, sent=self._opening.done())
             try:
-                async for chunk in self._chunks(await self._opening):
-                    await self._send(send, event(chunk))
+                await self._events(send, keeping)
                 ending = "complete"
             except (UpstreamFailure, ModelBusy) as failure:
                 ending = "broken" if self._meter.has_content else "failed"
-                await self._send(send, event(_error_event(failure)))
+                await _send(send, event(_error_event(failure)))
             finally:
-                keeping.cancel()
+                keeping.stop()
         finally:
             self._meter.finish(ending)  # before the client reads the end: what was answered is on record
             await close_opened(self._opening)
         await send({"type": "http.response.body", "body": DONE if ending == "complete" else b"", "more_body": False})
 
-    async def _chunks(self, stream: OpenStream) -> AsyncIterator[dict[str, Any]]:
-        """What the client is shown: our name for the model, and usage as it asked for."""
-        usage: object = None
-        shown = False
-        last: dict[str, Any] = {}
-        async for chunk in stream:
-            self._meter.marks.see(chunk, self._meter.model)
-            self._meter.received(content_bytes(chunk))
-            last = {**chunk, "model": self._meter.model}
-            if chunk.get("usage"):
-                usage = chunk["usage"]
-                self._meter.used(usage)
-                shown = shown or (self._include_usage and is_usage_chunk(chunk))
-                if not self._include_usage:
-                    if is_usage_chunk(chunk):
-                        continue
-                    del last["usage"]
-            yield last
-        if self._include_usage and usage is not None and not shown:
-            yield usage_chunk(last, usage)
+    async def _events(self, send: Send, keeping: KeepAlive) -> None:
+        stream = await self._opening
+        shown = Shown(self._meter, include_usage=self._include_usage)
+        async for block in stream:
+            if data := shown.block(block):
+                keeping.sending()
+                await _send(send, data)
+        if data := shown.end():
+            await _send(send, data)
 
-    async def _send(self, send: Send, data: bytes) -> None:
-        self._sent_at = time.monotonic()
-        await send({"type": "http.response.body", "body": data, "more_body": True})
 
-    async def _keep_alive(self, send: Send) -> None:
-        """Comments between events while the upstream thinks, so that no proxy on the way gives up."""
-        while True:
-            waited = time.monotonic() - self._sent_at
-            if waited >= self._keep_alive_s:
-                await self._send(send, KEEP_ALIVE)
-                waited = 0.0
-            await asyncio.sleep(self._keep_alive_s - waited)
+async def _send(send: Send, data: bytes) -> None:
+    await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
 async def close_opened(opening: Opening) -> None:

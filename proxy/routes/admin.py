@@ -31,13 +31,13 @@ async def add_model(request: Request, services: AdminServices) -> Response:
     body = await json_object(request, services)
     cluster_map = services.state.current.cluster_map
     addition = read_addition(body, services.settings, services.environ, cluster_map, time.time())
-    services.upstream.check_provider(addition.record)
-    await services.registry.add_model(addition.record)
+    record = await services.resolver.resolve(addition.record)
+    await services.registry.add_model(record)
     try:
-        return await _profile(services, addition.record, addition.profile, 201)
+        return await _profile(services, record, addition.profile, 201)
     except StoreUnavailable:
         with suppress(StoreUnavailable):
-            await services.registry.remove_model(addition.record.name)
+            await services.registry.remove_model(record.name)
         raise
 
 
@@ -123,8 +123,7 @@ async def _changed(services: Services, name: str, stated: Mapping[str, Any]) -> 
         as_of = services.state.current.version
         record = await _record(services, name)
         _not_configured(record)
-        changed = read_patch(stated, record, services.settings, services.environ)
-        services.upstream.check_provider(changed)
+        changed = await services.resolver.resolve(read_patch(stated, record, services.settings, services.environ))
         with suppress(ChangedMeanwhile):
             return record, changed, await services.registry.update_model(changed, as_of=as_of)
     raise ChangedMeanwhile(f"{name!r} is being changed by others all the time; repeat the request")

@@ -19,4 +19,4 @@ async def chat(request: Request, services: OurServices, key: Caller) -> Response
     parsed = parse_chat(raw, headers_of(request))
     work = handle(services, parsed, key, trace_of(request), arrived_at(request))
     with services.metrics.in_flight.track_inprogress():
-        return await until_gone(request.receive, work)
+        return await until_gone(request.scope, request.receive, work)

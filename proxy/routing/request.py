@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Never
 
 from proxy.errors import BadRequest
@@ -30,6 +31,8 @@ class ChatRequest:
     include_usage: bool
     """The caller asked for the usage chunk of a stream."""
     options: Options
+    raw: bytes | None = field(default=None, repr=False)
+    """What `body` was parsed from, byte for byte; None where that held more than goes upstream."""
 
 
 def parse_chat(raw: bytes, headers: list[tuple[str, str]]) -> ChatRequest:
@@ -44,12 +47,14 @@ def parse_chat(raw: bytes, headers: list[tuple[str, str]]) -> ChatRequest:
         raise BadRequest("`messages` must be a list with at least one message", param="messages")
     if not all(isinstance(message, dict) for message in body["messages"]):
         raise BadRequest("every item of `messages` must be an object with `role` and `content`", param="messages")
+    ours = not _OURS.isdisjoint(body)
     return ChatRequest(
-        body={name: value for name, value in body.items() if name not in _OURS},
+        body={name: value for name, value in body.items() if name not in _OURS} if ours else body,
         model=model,
         stream=_flag(body, "stream"),
         include_usage=_asks_for_usage(body),
         options=read_options(body, headers),
+        raw=None if ours else raw.removeprefix(codecs.BOM_UTF8),
     )
 
 

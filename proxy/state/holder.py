@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from redis.asyncio import Redis
@@ -31,12 +32,21 @@ UNUSABLE_S = 5.0
 class StateHolder:
     """One per process. Without Redis the last state stays; before the first reading the door is closed to all."""
 
-    def __init__(self, store: Store, around: Surroundings, latch: KeyLatch) -> None:
+    def __init__(
+        self,
+        store: Store,
+        around: Surroundings,
+        latch: KeyLatch,
+        on_change: Callable[[RoutingState], None] = lambda _: None,
+    ) -> None:
+        """`on_change`: is told of the first state, and of every other as it comes into use."""
         self._store = store
+        self._on_change = on_change
         self._around = around
         self._latch = latch
         self._reader = StoredReader(store, time.time)
         self._current = self._build()
+        on_change(self._current)
         self._following: asyncio.Task[None] | None = None
         self._refreshing = asyncio.Lock()
         self._live_seen = (0, 0.0)
@@ -90,6 +100,7 @@ class StateHolder:
         live = self._around.live
         self._live_seen = (live.observed if live else 0, time.monotonic())
         self._current = await asyncio.to_thread(self._build)
+        self._on_change(self._current)
 
     def _build(self) -> RoutingState:
         return build_state(self._reader.last, self._around, keys_latched=self._latch.closed)

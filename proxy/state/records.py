@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from proxy.settings import ModelEntry, ModelInfo
 from proxy.state.client_keys import ClientKey
+from proxy.state.resolved import Resolved
 from proxy.state.stored_json import InvalidRecord, json_object, unix_time
 from router_core.errors import InvalidPrice
 from router_core.profiles import Profile
@@ -33,6 +34,8 @@ class ModelRecord:
     source: Literal["config", "admin"]
     created_at: float
     """Unix seconds."""
+    resolved: Resolved | None = None
+    """Who serves it, once that was looked up."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -50,6 +53,7 @@ class ModelRecord:
             "litellm_params": dict(self.litellm_params),
             "model_info": self.info.model_dump(exclude_defaults=True),
             "created_at": self.created_at,
+            **({"resolved": self.resolved.to_json()} if self.resolved else {}),
         }
         return json.dumps(stored, sort_keys=True)
 
@@ -66,7 +70,8 @@ class ModelRecord:
             )
         except ValidationError as error:
             raise InvalidRecord(f"not a model: {error.errors()[0]['msg']}") from error
-        return cls.of_entry(entry, "admin", unix_time(stored.get("created_at")))
+        resolved = Resolved.from_json(stored["resolved"]) if stored.get("resolved") else None
+        return replace(cls.of_entry(entry, "admin", unix_time(stored.get("created_at"))), resolved=resolved)
 
 
 @dataclass(frozen=True, slots=True)

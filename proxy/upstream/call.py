@@ -28,7 +28,7 @@ VERBATIM = frozenset(
 STRAYING = frozenset({"aiohttp_openai"})
 """Providers that litellm reaches by a client that follows redirects, whatever it is told."""
 
-_OPENAI_HOSTS = ("api.openai.com",)
+_OPENAI_HOST = "api.openai.com"
 
 CHAT_FIELDS = words("""
     functions function_call temperature top_p n stop max_tokens max_completion_tokens modalities prediction audio
@@ -77,14 +77,15 @@ class Provider:
     @property
     def verbatim(self) -> bool:
         """The caller's body is this provider's own format, at an address that someone configured."""
-        return self.name in VERBATIM and bool(self.api_base) and not self._is_openai()
+        return self.name in VERBATIM and bool(self.api_base) and not is_openais(self.api_base or "")
 
     @property
     def openai_format(self) -> bool:
         return self.name in VERBATIM or self.name == "azure"
 
-    def _is_openai(self) -> bool:
-        return any(host in (self.api_base or "") for host in _OPENAI_HOSTS)
+
+def is_openais(address: str) -> bool:
+    return _OPENAI_HOST in address
 
 
 def is_provider_param(name: str) -> bool:

@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 from typing import Any
 
 import httpx
 
-from proxy.errors import BadRequest, UpstreamFailure
+from proxy.errors import UpstreamFailure
 from proxy.settings import Settings, SettingsError, resolve_secret
 from proxy.state.records import ModelRecord
 from proxy.upstream.call import STRAYING, Provider, arm_body, call_arguments, is_provider_param, secrets_of
@@ -27,7 +27,7 @@ log = logging.getLogger("uniroute.upstream")
 MOST_CLIENTS = 256
 ODD_BODIES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What litellm raises where a caller's or a model's JSON has another shape than it expects."""
-Chunks = AsyncIterator[dict[str, Any]]
+Chunks = AsyncGenerator[dict[str, Any]]
 
 
 class LitellmUpstream:
@@ -41,6 +41,10 @@ class LitellmUpstream:
         self._pool = open_pool(self._longest_s)
         self._handler: Any = None
         self._clients: OrderedDict[tuple[str, ...], Any] = OrderedDict()
+
+    @property
+    def ready(self) -> bool:
+        return self._litellm is not None
 
     async def prepare(self) -> None:
         """Imports litellm, which takes seconds, in a thread."""
@@ -74,7 +78,7 @@ class LitellmUpstream:
                 return _plain(answer)
             relayed = exchange.completion()
             if relayed is None:
-                raise without(provider.secrets, no_completion(exchange.response, record.name))
+                raise without(provider.secrets, _none_in(exchange.response, record.name))
             return relayed
 
     async def stream(
@@ -136,15 +140,6 @@ class LitellmUpstream:
                 await exchange.response.aclose()
         if not finished:
             raise UpstreamFailure("the model's stream ended before its answer did")
-
-    def check_provider(self, record: ModelRecord) -> None:
-        """Raises BadRequest where no provider is known by the model's name. `prepare` first."""
-        stated = record.litellm_params
-        address = stated.get("base_url") or stated.get("api_base")
-        try:
-            self._provider(record, {"api_base": address, "custom_llm_provider": stated.get("custom_llm_provider")})
-        except UpstreamFailure as failure:
-            raise BadRequest(failure.message, param="litellm_params.model") from None
 
     async def aclose(self) -> None:
         await self._pool.aclose()
@@ -246,6 +241,10 @@ _OWN_HANDLER = words("""
     deepseek azure_ai fireworks_ai together_ai ragflow xai groq cometapi hosted_vllm edenai github_copilot chatgpt
 """)
 """Those that take litellm's own handler around our pool after all, as every other provider does."""
+
+
+def _none_in(response: httpx.Response | None, model: str) -> UpstreamFailure:
+    return no_completion(model, response.content, response.headers) if response is not None else no_completion(model)
 
 
 async def _quoting_no(secrets: Collection[str], chunks: AsyncGenerator[dict[str, Any]]) -> Chunks:

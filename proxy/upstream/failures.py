@@ -24,30 +24,55 @@ _CLASS_NAMES = re.compile(r"^(litellm\.\w+: )*")
 def failure_of(error: Exception, response: httpx.Response | None, model: str) -> UpstreamFailure:
     """`response`: the last one that the pool saw for this call."""
     if response is not None and response.is_error:
-        return _refused(response, model)
+        return refused(response.status_code, _content(response), response.headers, model)
     if response is not None and response.is_redirect:
-        return UpstreamFailure(f"{model} answered with a redirect, which is not followed")
+        return redirecting(model)
     if response is not None and response.is_success and _content(response):
-        return no_completion(response, model)
+        return no_completion(model, _content(response), response.headers)
     if _is_timeout(error):
         return UpstreamFailure(f"{model} did not answer in time", timed_out=True)
     if response is None and _is_lost(error):
-        return UpstreamFailure(f"{model} closed the connection without an answer", lost=True)
-    if _is_out_of_descriptors(error):
-        return UpstreamFailure(f"{model} cannot be reached: this server has no file descriptor left for it")
+        return lost(model)
     if _is_connection(error) or isinstance(error, httpx.HTTPError):
-        return UpstreamFailure(f"{model} cannot be reached")
+        return unreachable(error, model)
     if response is not None:
         return UpstreamFailure(f"{model} broke off its answer: {_first_line(error)}")
     return _of_litellm(error, model)
 
 
-def no_completion(response: httpx.Response | None, model: str) -> UpstreamFailure:
+def no_completion(model: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> UpstreamFailure:
     """It said that all was well, and sent something else than a completion."""
-    message = f"{model} answered with success and no completion"
-    if response is None:
-        return UpstreamFailure(message)
-    return UpstreamFailure(message, status=502, body=_content(response), headers=response.headers)
+    return UpstreamFailure(
+        f"{model} answered with success and no completion",
+        status=None if body is None else 502,
+        body=body,
+        headers=headers,
+    )
+
+
+def refused(status: int, body: bytes, headers: Mapping[str, str], model: str) -> UpstreamFailure:
+    overflow = status in (400, 413, 422) and _OVERFLOW.search(body[:_LOOKED_AT]) is not None
+    return UpstreamFailure(
+        f"{model} answered with status {status}",
+        status=status,
+        body=body,
+        headers=headers,
+        overflow=overflow,
+        retryable=overflow or None,
+    )
+
+
+def redirecting(model: str) -> UpstreamFailure:
+    return UpstreamFailure(f"{model} answered with a redirect, which is not followed")
+
+
+def lost(model: str) -> UpstreamFailure:
+    return UpstreamFailure(f"{model} closed the connection without an answer", lost=True)
+
+
+def unreachable(error: BaseException, model: str) -> UpstreamFailure:
+    why = ": this server has no file descriptor left for it" if _is_out_of_descriptors(error) else ""
+    return UpstreamFailure(f"{model} cannot be reached{why}")
 
 
 def without(secrets: Collection[str], failure: UpstreamFailure) -> UpstreamFailure:
@@ -71,15 +96,6 @@ def _without(secrets: Collection[str], value: Any) -> Any:
     if isinstance(value, Mapping):
         return {_without(secrets, name): _without(secrets, inner) for name, inner in value.items()}
     return [_without(secrets, inner) for inner in value] if isinstance(value, list) else value
-
-
-def _refused(response: httpx.Response, model: str) -> UpstreamFailure:
-    status, body = response.status_code, _content(response)
-    message = f"{model} answered with status {status}"
-    overflow = status in (400, 413, 422) and _OVERFLOW.search(body[:_LOOKED_AT]) is not None
-    return UpstreamFailure(
-        message, status=status, body=body, headers=response.headers, overflow=overflow, retryable=overflow or None
-    )
 
 
 def _content(response: httpx.Response) -> bytes:

@@ -56,10 +56,10 @@ class Exchange:
             body = loads(self.response.content)
         except (ValueError, httpx.StreamError):  # not JSON, or not read
             return None
-        return body if isinstance(body, dict) and _has_choices(body) and not body.get("error") else None
+        return body if isinstance(body, dict) and has_choices(body) and not body.get("error") else None
 
 
-def _has_choices(body: Mapping[str, Any]) -> bool:
+def has_choices(body: Mapping[str, Any]) -> bool:
     choices = body.get("choices")
     if not isinstance(choices, list) or not choices:
         return False

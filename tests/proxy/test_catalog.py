@@ -138,7 +138,7 @@ def test_the_bundled_map_knows_of_every_ability_who_has_it() -> None:
 
 def test_what_model_info_states_wins_over_the_map_for_every_ability() -> None:
     known = CatalogEntry("openai", None, Capabilities(**dict.fromkeys(ABILITIES, False)))
-    stated = {name: True for name in ModelInfo.model_fields if name.startswith("supports_")}
+    stated: Any = {name: True for name in ModelInfo.model_fields if name.startswith("supports_")}
 
     assert capabilities_of(ModelInfo(), known) == known.capabilities
     assert capabilities_of(ModelInfo(**stated), known) == Capabilities(**dict.fromkeys(ABILITIES, True))

@@ -24,6 +24,7 @@ from proxy.state.holder import StateHolder
 from proxy.state.records import ModelRecord
 from proxy.state.registry import Registry
 from proxy.state.store import Store
+from proxy.upstream.payload import Payload
 from router_core.clustering import ClusterMap
 from router_core.types import Floats
 from tests.support.makers import CORNERS, a_record, a_registry, following
@@ -49,7 +50,7 @@ class CornersEmbedder:
 class HttpUpstream:
     """The smallest provider layer: one POST, errors as the real one raises them."""
 
-    async def complete(self, record: ModelRecord, body: Mapping[str, Any]) -> dict[str, Any]:
+    async def complete(self, record: ModelRecord, body: Mapping[str, Any]) -> Payload:
         async with httpx.AsyncClient(timeout=5, trust_env=False, verify=False) as client:
             try:
                 response = await client.post(f"{record.litellm_params['api_base']}/chat/completions", json=dict(body))
@@ -61,8 +62,7 @@ class HttpUpstream:
                 status=response.status_code,
                 headers=response.headers,
             )
-        answered: dict[str, Any] = response.json()
-        return answered
+        return Payload(response.json())
 
 
 def write_validation_set(path: Path, count: int = 40, **more: Any) -> Path:

@@ -1,0 +1,90 @@
+"""The bytes of a relayed stream to blocks of chunks: what one reading held. Knows the format, reads from nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from proxy.errors import UpstreamFailure
+from proxy.relay.sse import EventCutter, EventTooLong
+from proxy.upstream.payload import Payload, parsed
+
+_DONE = b"[DONE]"
+
+
+class ChunkReader:
+    """Feed it what was read; it gives the chunks of each whole event, until the stream is `over`."""
+
+    def __init__(self) -> None:
+        self._cutter = EventCutter()
+        self.begun = False
+        """A chunk has come."""
+        self.finished = False
+        """The answer has come to its end: a finish_reason, or [DONE] after something."""
+        self.over = False
+        """Nothing more is to be read."""
+        self.failure: UpstreamFailure | None = None
+        """What ended it, after the chunks before."""
+
+    def feed(self, piece: bytes) -> list[Payload]:
+        try:
+            return self._block(self._cutter.feed(piece))
+        except EventTooLong as error:
+            return self._fail(UpstreamFailure(f"the model's stream broke: {type(error).__name__}"))
+
+    def close(self) -> list[Payload]:
+        """Nothing more comes."""
+        block = self._block(self._cutter.close())
+        self.over = True
+        return block
+
+    def _block(self, events: list[bytes]) -> list[Payload]:
+        block: list[Payload] = []
+        for event in events:
+            data = event.strip()
+            if not data:
+                continue
+            if data == _DONE:
+                self.finished, self.over = self.begun, True
+                break
+            try:
+                chunk = chunk_of(data)
+            except UpstreamFailure as failure:
+                self._fail(failure)
+                break
+            block.append(chunk)
+            self.begun = True
+            self.finished = self.finished or _is_finished(chunk.body)
+        return block
+
+    def _fail(self, failure: UpstreamFailure) -> list[Payload]:
+        self.failure, self.over = failure, True
+        return []
+
+
+def chunk_of(data: bytes) -> Payload:
+    """Raises UpstreamFailure. No choices and no delta, which some servers say as null, become what clients expect."""
+    try:
+        chunk, raw = parsed(data)
+    except ValueError as error:
+        raise UpstreamFailure("the model sent an event that is not JSON") from error
+    if not isinstance(chunk, dict):
+        raise UpstreamFailure("the model sent an event that is not a JSON object")
+    if chunk.get("error"):
+        raise UpstreamFailure("the model reported an error within its stream", status=502, body=chunk)
+    choices = chunk.get("choices")
+    if choices is None:
+        choices, raw = [], None
+        chunk["choices"] = choices
+    if not isinstance(choices, list):
+        raise UpstreamFailure("the model sent a chunk whose `choices` are not a list of objects")
+    for choice in choices:
+        if not isinstance(choice, dict):
+            raise UpstreamFailure("the model sent a chunk whose `choices` are not a list of objects")
+        if choice.get("delta") is None:
+            choice["delta"], raw = {}, None
+    return Payload(chunk, raw)
+
+
+def _is_finished(chunk: Mapping[str, Any]) -> bool:
+    return any(choice.get("finish_reason") for choice in chunk["choices"])

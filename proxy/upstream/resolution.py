@@ -1,0 +1,100 @@
+"""Which way a model is reached, by its parameters: what is plain without litellm, and what it makes of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from typing import Any
+
+from proxy.setting_types import Forward
+from proxy.state.resolved import Resolved
+from proxy.upstream.call import STRAYING, VERBATIM, is_openais, is_provider_param
+from proxy.words import words
+
+SPEAKERS = VERBATIM | words("azure deepseek fireworks_ai groq mistral openrouter together_ai xai")
+"""Providers that read OpenAI's chat completions and answer in them: `auto` relays to these."""
+
+RELAYED = words("api_base base_url api_key organization custom_llm_provider extra_headers headers")
+"""Parameters of a model that a relayed call has a place for. Whoever states others wants litellm's handling."""
+
+DEFAULT_BASES = {"openai": "https://api.openai.com/v1", "openrouter": "https://openrouter.ai/api/v1"}
+"""Where litellm goes without saying so."""
+
+LIMITS = ("max_tokens", "max_completion_tokens")
+_PROBE = 7
+
+
+class NotResolved(ValueError):
+    """No provider is known by this name, or not one that can be reached in the way that was asked for."""
+
+
+def address_of(params: Mapping[str, Any]) -> str | None:
+    stated: str | None = params.get("base_url") or params.get("api_base")
+    return stated
+
+
+def questions(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What the answer depends on, and no secret: names of parameters, values of three."""
+    return {
+        "model": params["model"],
+        "api_base": address_of(params),
+        "custom_llm_provider": params.get("custom_llm_provider"),
+        "stated": sorted(name for name in params if is_provider_param(name)),
+    }
+
+
+def plainly(params: Mapping[str, Any], forward: Forward) -> Resolved | None:
+    """Of a server with an address that reads OpenAI's format, as its provider's name says. None: ask litellm."""
+    address, (prefix, _, bare) = address_of(params), str(params["model"]).partition("/")
+    provider = params.get("custom_llm_provider") or prefix
+    if provider not in VERBATIM or not address or is_openais(address) or not bare:
+        return None
+    model = bare if prefix == provider else params["model"]
+    translated = forward == "translate" or (forward == "auto" and _needs_litellm(params))
+    return Resolved("translate" if translated else "relay", model, provider, address)
+
+
+def by_litellm(litellm: Any, asked: Mapping[str, Any], forward: Forward) -> Resolved:
+    """Raises NotResolved, and what litellm raises."""
+    model, provider, _, base = litellm.get_llm_provider(
+        asked["model"], custom_llm_provider=asked["custom_llm_provider"], api_base=asked["api_base"]
+    )
+    if provider in STRAYING:
+        raise NotResolved(f"{provider} is not served, for it follows redirects")
+    base = asked["api_base"] or base or DEFAULT_BASES.get(provider)
+    if forward == "translate" or not _is_relayed(provider, base, asked["stated"], forward):
+        return Resolved("translate", model, provider)
+    return Resolved("relay", model, provider, base, _key_variable(litellm, asked), _renames(litellm, model, provider))
+
+
+def _is_relayed(provider: str, base: str | None, stated: Collection[str], forward: Forward) -> bool:
+    if forward == "relay":
+        if not base:
+            raise NotResolved(f"forward: relay needs api_base: {provider} has no address that is known")
+        return True
+    if provider == "azure" and "/openai/v1" not in (base or ""):
+        return False  # the older interface, with deployments and versions in the path
+    return provider in SPEAKERS and bool(base) and not set(stated) - RELAYED
+
+
+def _needs_litellm(params: Mapping[str, Any]) -> bool:
+    return bool({name for name in params if is_provider_param(name)} - RELAYED)
+
+
+def _key_variable(litellm: Any, asked: Mapping[str, Any]) -> str | None:
+    """Where litellm would look for a key, were there none; only known while no key is in the environment."""
+    missing = litellm.validate_environment(asked["model"])["missing_keys"]
+    return next((name for name in missing if name.endswith("_KEY")), None)
+
+
+def _renames(litellm: Any, model: str, provider: str) -> dict[str, str]:
+    """What the provider calls OpenAI's limits of an answer."""
+    import openai
+
+    found = {}
+    for name, other in (LIMITS, LIMITS[::-1]):
+        with suppress(openai.OpenAIError):  # it knows no such field at all
+            sent = litellm.get_optional_params(model=model, custom_llm_provider=provider, **{name: _PROBE})
+            if sent.get(other) == _PROBE:
+                found[name] = other
+    return found

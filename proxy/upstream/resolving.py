@@ -1,0 +1,158 @@
+"""Finding out once which way each model is reached, and keeping it in the data directory. Calls no model."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from proxy.errors import BadRequest, Unavailable
+from proxy.state.records import ModelRecord
+from proxy.state.resolved import Resolved
+from proxy.state.stored_json import InvalidRecord
+from proxy.upstream.resolution import plainly, questions
+
+log = logging.getLogger("uniroute.upstream")
+
+FILE = "providers.json"
+MOST_KEPT = 2000
+PATIENCE_S = 60.0
+"""litellm's import takes 3 s, and far longer on a machine that is busy with other starts."""
+
+
+class NotAsked(Exception):
+    """litellm could not be run."""
+
+
+class Resolver:
+    """`environ`: of it the addresses alone, which litellm reads too, are handed on."""
+
+    def __init__(self, data_dir: Path, environ: Mapping[str, str]) -> None:
+        self._path = data_dir / FILE
+        self._addresses = {name: value for name, value in environ.items() if name.endswith(("_API_BASE", "_BASE_URL"))}
+
+    async def resolve(self, record: ModelRecord) -> ModelRecord:
+        """With `resolved`.
+
+        Raises:
+            BadRequest: no provider is known by the model's name, or not in the way that was asked for.
+            Unavailable: litellm could not be asked.
+        """
+        try:
+            (found,) = await self._found([record])
+        except NotAsked as error:
+            raise Unavailable(f"the provider of {record.name} could not be looked up: {error}") from error
+        if isinstance(found, str):
+            raise BadRequest(f"{record.name}: {found}", param="litellm_params.model")
+        return replace(record, resolved=found)
+
+    async def resolve_all(self, records: Iterable[ModelRecord]) -> list[ModelRecord]:
+        """Those that cannot be resolved stay as they are, and what is wrong with them is logged."""
+        known = list(records)
+        try:
+            found = await self._found(known)
+        except NotAsked as error:
+            log.warning("providers could not be looked up, models are translated: %s", error)
+            found = [plainly(record.litellm_params, record.info.forward) or str(error) for record in known]
+        for record, each in zip(known, found, strict=True):
+            if isinstance(each, str):
+                log.error("model %s: %s", record.name, each)
+        pairs = zip(known, found, strict=True)
+        return [replace(record, resolved=each) if isinstance(each, Resolved) else record for record, each in pairs]
+
+    async def _found(self, records: Sequence[ModelRecord]) -> list[Resolved | str]:
+        """What each was resolved to, or why it cannot be. Raises NotAsked."""
+        plain = [plainly(record.litellm_params, record.info.forward) for record in records]
+        asked = [
+            {**questions(record.litellm_params), "forward": record.info.forward}
+            for record, found in zip(records, plain, strict=True)
+            if found is None
+        ]
+        answers = iter(await self._answers(asked) if asked else [])
+        return [next(answers) if found is None else found for found in plain]
+
+    async def _answers(self, asked: Sequence[Mapping[str, Any]]) -> list[Resolved | str]:
+        marks = [self._mark(each) for each in asked]
+        kept = self._kept()
+        missing = {mark: each for mark, each in zip(marks, asked, strict=True) if mark not in kept}
+        if missing:
+            found = dict(zip(missing, await self._by_litellm(list(missing.values())), strict=True))
+            kept |= found
+            await asyncio.to_thread(self._keep, found)
+        return [_read(kept[mark]) for mark in marks]
+
+    async def _by_litellm(self, asked: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        command = [sys.executable, "-m", "proxy.upstream.resolving_process"]
+        pipe = asyncio.subprocess.PIPE
+        try:
+            child = await asyncio.create_subprocess_exec(
+                *command, stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.DEVNULL, env=self._environment()
+            )
+        except OSError as error:
+            raise NotAsked(f"no process for it: {error}") from error
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                out, _ = await child.communicate(json.dumps(list(asked)).encode())
+            answers: list[dict[str, Any]] = json.loads(out)
+        except (TimeoutError, ValueError, OSError) as error:
+            raise NotAsked(f"litellm did not say ({type(error).__name__})") from error
+        finally:
+            if child.returncode is None:
+                child.kill()
+                await child.wait()
+        return answers
+
+    def _environment(self) -> dict[str, str]:
+        """No keys: so litellm says which it would look for."""
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH", "TMPDIR") if name in os.environ}
+        path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), kept.get("PYTHONPATH"))))
+        return {**self._addresses, **kept, "PYTHONPATH": path}
+
+    def _mark(self, asked: Mapping[str, Any]) -> str:
+        text = json.dumps([version("litellm"), self._addresses, asked], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def _kept(self) -> dict[str, Any]:
+        try:
+            kept = json.loads(self._path.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return kept if isinstance(kept, dict) else {}
+
+    def _keep(self, found: Mapping[str, Any]) -> None:
+        """Beside what other processes have found meanwhile."""
+        try:
+            with _alone(self._path.with_suffix(".lock")):
+                kept = [*self._kept().items(), *found.items()][-MOST_KEPT:]
+                written = self._path.with_suffix(".new")
+                written.write_text(json.dumps(dict(kept)), "utf-8")
+                written.replace(self._path)
+        except OSError as error:
+            log.warning("providers are looked up again at the next start: %s", error)
+
+
+def _read(answer: Any) -> Resolved | str:
+    if isinstance(answer, dict) and isinstance(answer.get("refused"), str):
+        return str(answer["refused"])
+    try:
+        return Resolved.from_json(answer.get("resolved") if isinstance(answer, dict) else None)
+    except InvalidRecord as error:
+        return str(error)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,107 @@
+"""Where a relayed model is: its address, the headers it is called with, what a caller's body becomes. No I/O."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from proxy.errors import UpstreamFailure
+from proxy.settings import Settings, SettingsError, resolve_secret
+from proxy.state.records import ModelRecord
+from proxy.state.resolved import Resolved
+from proxy.upstream.call import arm_body, is_provider_param, secrets_of
+from proxy.upstream.request_bytes import outgoing
+from proxy.upstream.resolution import address_of
+
+log = logging.getLogger("uniroute.upstream")
+
+PATH = "/chat/completions"
+_OWN_HEADERS = ("extra_headers", "headers")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One relayed model, its secrets resolved."""
+
+    name: str
+    url: str
+    headers: Mapping[str, str] = field(repr=False)
+    model: str
+    renames: Mapping[str, str]
+    fixed: Mapping[str, Any] | None = field(repr=False)
+    """The model's parameters, where some of them are for the body."""
+    secrets: frozenset[str] = field(repr=False)
+
+    def body(self, body: Mapping[str, Any], raw: bytes | None, *, stream: bool) -> bytes:
+        """`raw`: what `body` was parsed from, if all of it is for the upstream."""
+        sent = body if self.fixed is None else arm_body(self.fixed, body)
+        if not self.renames.keys().isdisjoint(sent):
+            sent = {self.renames.get(name, name): value for name, value in sent.items()}
+        return outgoing(raw if sent is body else None, sent, self.model, stream=stream)
+
+
+class Targets:
+    """Made when a model is first asked, and again when its record is another."""
+
+    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
+        self._settings = settings
+        self._environ = environ
+        self._made: dict[str, tuple[ModelRecord, Target]] = {}
+
+    def of(self, record: ModelRecord, resolved: Resolved) -> Target:
+        """Raises UpstreamFailure where a key or an address is missing."""
+        made = self._made.get(record.name)
+        if made is not None and made[0] is record:
+            return made[1]
+        try:
+            target = self._target(record, resolved)
+        except SettingsError as error:
+            log.error("model %s: %s", record.name, error)
+            raise UpstreamFailure(f"{record.name}: this server has no key for it", retryable=True) from None
+        self._made[record.name] = (record, target)
+        return target
+
+    def forget_others(self, models: Mapping[str, ModelRecord]) -> None:
+        self._made = {name: made for name, made in self._made.items() if models.get(name) is made[0]}
+
+    def _target(self, record: ModelRecord, resolved: Resolved) -> Target:
+        params = record.litellm_params
+        base = self._value(address_of(params) or resolved.api_base or "")
+        key = self._key(params, resolved)
+        own = {
+            name: {field: self._value(text) for field, text in (params.get(name) or {}).items()}
+            for name in _OWN_HEADERS
+        }
+        headers = {"content-type": "application/json", "accept-encoding": "identity", "user-agent": "uniroute"}
+        if key:
+            headers["authorization"] = f"Bearer {key}"
+        if params.get("organization"):
+            headers["openai-organization"] = self._value(params["organization"])
+        for each in own.values():
+            headers |= {name.lower(): text for name, text in each.items()}
+        return Target(
+            name=record.name,
+            url=url_of(base),
+            headers=headers,
+            model=resolved.model,
+            renames=resolved.renames,
+            fixed=params if any(name != "model" and not is_provider_param(name) for name in params) else None,
+            secrets=secrets_of({**params, "api_key": key, **own}, key),
+        )
+
+    def _key(self, params: Mapping[str, Any], resolved: Resolved) -> str | None:
+        if params.get("api_key"):
+            return self._value(params["api_key"])
+        return self._environ.get(resolved.key_variable) if resolved.key_variable else None
+
+    def _value(self, stated: str) -> str:
+        return resolve_secret(stated, self._environ, self._settings.allowed_env)
+
+
+def url_of(base: str) -> str:
+    """Of chat completions below `base`, whose query stays."""
+    address, mark, query = base.partition("?")
+    path = address.rstrip("/")
+    return (path if path.endswith(PATH) else path + PATH) + mark + query

@@ -1,0 +1,116 @@
+"""Both ways to a model behind one interface: relayed where it speaks OpenAI's format, else translated by litellm."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from proxy.settings import Settings
+from proxy.state.records import ModelRecord
+from proxy.state.resolved import Resolved
+from proxy.tasks import end
+from proxy.upstream.client import LitellmUpstream
+from proxy.upstream.payload import Payload
+from proxy.upstream.relay import RelayUpstream
+from proxy.upstream.resolution import plainly
+
+log = logging.getLogger("uniroute.upstream")
+
+Blocks = AsyncIterator[list[Payload]]
+"""Chunks of a stream, those together that came together."""
+LOADING = "its provider's format is still being loaded"
+
+
+class Upstream:
+    """One per process, on one event loop. litellm is imported when a model first needs it, in a thread."""
+
+    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
+        self._relay = RelayUpstream(settings, environ)
+        self._translate = LitellmUpstream(settings, environ)
+        self._loading: asyncio.Task[None] | None = None
+
+    async def complete(
+        self,
+        record: ModelRecord,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str] | None = None,
+        *,
+        raw: bytes | None = None,
+        connect_s: float | None = None,
+    ) -> Payload:
+        """The whole answer in OpenAI's format.
+
+        Args:
+            raw: what `body` was parsed from, if all of it is for the upstream: then it goes there as it is.
+
+        Raises:
+            UpstreamFailure: there is none.
+        """
+        resolved = relayed(record)
+        if resolved is not None:
+            return await self._relay.complete(record, resolved, body, headers or {}, raw=raw, connect_s=connect_s)
+        await self.loaded()
+        return Payload(await self._translate.complete(record, body, headers, connect_s=connect_s))
+
+    async def stream(
+        self,
+        record: ModelRecord,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str] | None = None,
+        *,
+        raw: bytes | None = None,
+        connect_s: float | None = None,
+    ) -> Blocks:
+        """Chunks in OpenAI's format, the last with usage and no choices. Close it to close the upstream's connection.
+
+        Raises:
+            UpstreamFailure: here if the upstream refused, later where the stream breaks or ends without its end.
+        """
+        resolved = relayed(record)
+        if resolved is not None:
+            return await self._relay.stream(record, resolved, body, headers or {}, raw=raw, connect_s=connect_s)
+        await self.loaded()
+        return _one_by_one(await self._translate.stream(record, body, headers, connect_s=connect_s))
+
+    async def open(self) -> None:
+        """Whatever the first request would wait for otherwise. litellm only where a model needs it."""
+        self._relay.open()
+        if self._loading is not None:
+            await self.loaded()
+
+    def serve(self, models: Mapping[str, ModelRecord]) -> None:
+        """These are the models from now on."""
+        self._relay.targets.forget_others(models)
+        if self._loading is None and any(relayed(record) is None for record in models.values()):
+            log.info("loading litellm, for models of other formats than OpenAI's")
+            self._loading = asyncio.create_task(self._translate.prepare(), name="uniroute-litellm")
+
+    async def loaded(self) -> None:
+        """Return once translation is there. An import that failed is raised here."""
+        if self._loading is None:
+            self._loading = asyncio.create_task(self._translate.prepare(), name="uniroute-litellm")
+        await asyncio.shield(self._loading)
+
+    def answers(self, record: ModelRecord) -> bool:
+        """Whether it could be called now, and would not have to wait until litellm is loaded."""
+        return self._translate.ready or relayed(record) is not None
+
+    async def aclose(self) -> None:
+        await end(self._loading)
+        await self._relay.aclose()
+        await self._translate.aclose()
+
+
+def relayed(record: ModelRecord) -> Resolved | None:
+    """What it was resolved to, if it is relayed."""
+    resolved = record.resolved or plainly(record.litellm_params, record.info.forward)
+    return resolved if resolved is not None and resolved.way == "relay" else None
+
+
+async def _one_by_one(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[list[Payload]]:
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            yield [Payload(chunk)]
