@@ -40,7 +40,7 @@ class RelayUpstream:
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
         self.targets = Targets(settings, environ)
         self._connect_s = settings.connect_timeout_s
-        self._proxies = Proxies(environ)
+        self._proxies = Proxies()
         self._opened: aiohttp.ClientSession | None = None
         self._certificates = _certificates_of(environ)
         self._draining: set[asyncio.Task[None]] = set()
