@@ -78,7 +78,9 @@ import os
 settings = load_settings(None, os.environ)
 with owned_store(settings, print):
     server = BackgroundServer(settings, listen("127.0.0.1", 0), LOGGING)
-    print(server.start(), flush=True)
+    assert server.start()
+    wait = server.wait
+    server.wait = lambda: (print("serving", flush=True), wait())
     wait_for_ctrl_c(server)
     server.stop()
 """
@@ -86,7 +88,7 @@ with owned_store(settings, print):
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "True\n"
+        assert process.stdout.readline() == "serving\n"
         process.send_signal(signal.SIGINT)
         told, _ = process.communicate(timeout=30)
     assert (process.returncode, told) == (0, "stopping\n")

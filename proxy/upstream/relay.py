@@ -187,6 +187,7 @@ class RelayedStream:
 
     async def _read(self) -> bytes:
         import aiohttp
+        from aiohttp.http_exceptions import ContentEncodingError
 
         try:
             return await self._response.content.readany()
@@ -195,7 +196,7 @@ class RelayedStream:
             raise UpstreamFailure(
                 f"the model's stream broke: {type(error).__name__}",
                 timed_out=isinstance(error, TimeoutError),
-                lost=not self._reader.begun,
+                lost=not self._reader.begun and not isinstance(error.__cause__, ContentEncodingError),
             ) from error
 
     async def aclose(self) -> None:
@@ -244,7 +245,7 @@ async def _read(response: aiohttp.ClientResponse, target: Target, most: int) -> 
                 response.close()
                 raise UpstreamFailure(f"{target.name} broke off its answer: it is larger than {most} bytes")
     except (aiohttp.ClientError, OSError) as error:
-        raise UpstreamFailure(f"{target.name} broke off its answer: {type(error).__name__}", lost=not size) from error
+        raise UpstreamFailure(f"{target.name} broke off its answer: {type(error).__name__}") from error
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 

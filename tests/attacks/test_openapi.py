@@ -74,6 +74,7 @@ def test_requests_made_from_it_are_answered_as_it_says(described: ServeCommand, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_many_more_of_them_are(described: ServeCommand, tmp_path: Path) -> None:
     ended = schemathesis(described, tmp_path, "--max-examples", "200", "--max-time", "240")
 

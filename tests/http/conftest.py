@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +65,31 @@ def open_fleet(folder: Path, embedder_cache: Path, **more: Any) -> Iterator[Flee
             yield Fleet(proxy, fair, good)
 
 
+BOTH_WAYS = pytest.mark.parametrize("fleet", ["auto", "translate"], indirect=True)
+"""For tests of what must be the same whichever way a model is reached. By itself it is relayed to."""
+
+
 @pytest.fixture(scope="session")
-def session_fleet(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Fleet]:
-    with open_fleet(tmp_path_factory.mktemp("proxy"), embedder_cache, breaker=TIRELESS) as opened:
+def fleets(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Callable[[str], Fleet]]:
+    """By the way in which their models are reached; each is opened once, if a test wants it."""
+    with ExitStack() as closing:
+
+        @cache
+        def opened(way: str) -> Fleet:
+            folder = tmp_path_factory.mktemp("proxy")
+            return closing.enter_context(open_fleet(folder, embedder_cache, breaker=TIRELESS, info={"forward": way}))
+
         yield opened
 
 
 @pytest.fixture
-def fleet(session_fleet: Fleet) -> Fleet:
-    for upstream in (session_fleet.fair, session_fleet.good):
+def fleet(fleets: Callable[[str], Fleet], request: pytest.FixtureRequest) -> Fleet:
+    fleet = fleets(getattr(request, "param", "auto"))
+    for upstream in (fleet.fair, fleet.good):
         upstream.script.clear()
         upstream.history.clear()
         upstream.always = None
-    return session_fleet
+    return fleet
 
 
 @pytest.fixture

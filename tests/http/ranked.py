@@ -34,13 +34,18 @@ class Ranked:
         return [len(model.history) for model in self.models]
 
 
-@pytest.fixture(scope="module")
-def started_ranked(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Ranked]:
+@pytest.fixture(scope="module", params=["relay", "translate"])
+def started_ranked(
+    tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path, request: pytest.FixtureRequest
+) -> Iterator[Ranked]:
     names = ("first", "second", "third", "fourth")
     with contextlib.ExitStack() as closing:
         models = [closing.enter_context(ScriptedUpstream(says(f"The {name} answer."))) for name in names]
         config = {
-            "model_list": [arm(name, model.url, price=1e-7) for name, model in zip(names, models, strict=True)],
+            "model_list": [
+                arm(name, model.url, price=1e-7, forward=request.param)
+                for name, model in zip(names, models, strict=True)
+            ],
             "uniroute": {**LIMITS, "profile": {"on_start": False}, "breaker": TIRELESS},
         }
         folder = tmp_path_factory.mktemp("attempts")

@@ -56,8 +56,11 @@ class Pair:
         return int(stats.get("cmdstat_mget", {}).get("calls", 0))
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Pair]:
+@pytest.fixture(scope="module", params=["relay", "translate"])
+def both(
+    tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path, request: pytest.FixtureRequest
+) -> Iterator[Pair]:
+    way = {"forward": request.param}
     folder = tmp_path_factory.mktemp("pair")
     server = EmbeddedValkey(folder / "valkey")
     server.ensure()
@@ -66,10 +69,10 @@ def both(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iter
         dear, cached = {"price": 1e-5, "output_cost_per_token": 0.0}, {"cache_read_input_token_cost": 1e-6}
         config = {
             "model_list": [
-                arm("fair", fair.url, price=1e-7, supports_function_calling=True),
-                arm("good", good.url, price=1e-5, supports_function_calling=True),
-                arm("warm", good.url, **dear, **cached),
-                arm("cold", fair.url, price=4e-6, output_cost_per_token=0.0),
+                arm("fair", fair.url, price=1e-7, supports_function_calling=True, **way),
+                arm("good", good.url, price=1e-5, supports_function_calling=True, **way),
+                arm("warm", good.url, **dear, **cached, **way),
+                arm("cold", fair.url, price=4e-6, output_cost_per_token=0.0, **way),
             ],
             "uniroute": {"profile": {"on_start": False}},
         }

@@ -12,9 +12,11 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from tests.http.conftest import Fleet
+from tests.http.conftest import BOTH_WAYS, Fleet
 from tests.support.answers import Step
 from tests.support.upstream import wait_until
+
+pytestmark = BOTH_WAYS
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 SOON_S = 1.0

@@ -8,8 +8,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.http.conftest import CANARY, Fleet
+from tests.http.conftest import BOTH_WAYS, CANARY, Fleet
 from tests.support.answers import Step
+
+pytestmark = BOTH_WAYS
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 SAID: Any = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": None}]}

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from tests.http.conftest import Fleet
+from tests.http.conftest import BOTH_WAYS, Fleet
 from tests.support.answers import Step
+
+pytestmark = BOTH_WAYS
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

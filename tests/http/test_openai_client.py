@@ -7,8 +7,10 @@ from typing import Any
 import openai
 import pytest
 
-from tests.http.conftest import CANARY, Fleet
+from tests.http.conftest import BOTH_WAYS, CANARY, Fleet
 from tests.support.answers import Step
+
+pytestmark = BOTH_WAYS
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 TOOL: Any = {

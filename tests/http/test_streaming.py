@@ -9,8 +9,10 @@ import httpx
 import openai
 import pytest
 
-from tests.http.conftest import Fleet
+from tests.http.conftest import BOTH_WAYS, Fleet
 from tests.support.answers import Step, error_body
+
+pytestmark = BOTH_WAYS
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 
