@@ -102,12 +102,12 @@ class Meter:
     def failed(self, failure: UpstreamFailure) -> None:
         """The model asked last gave no answer, or broke it off."""
         self._timed_out = failure.timed_out
-        self._books.metrics.attempts_failed.labels(self.model, _status(failure)).inc()
+        self._books.metrics.attempts_failed.add((self.model, _status(failure)))
         self._fault = str(failure)
 
     def empty(self) -> None:
         """The model asked last gave an answer without a word in it."""
-        self._books.metrics.attempts_failed.labels(self.model, "empty").inc()
+        self._books.metrics.attempts_failed.add((self.model, "empty"))
         self._fault = _EMPTY
 
     def _pass_over(self) -> None:
@@ -125,10 +125,11 @@ class Meter:
         self._finished = True
         entry = self._record(ending, self._granted)
         metrics = self._books.metrics
-        metrics.requests.labels(self.model, self.reason, ending).inc()
-        metrics.seconds.labels(self.model).observe(entry.seconds)
+        model = (self.model,)
+        metrics.requests.add((self.model, self.reason, ending))
+        metrics.seconds.observe(entry.seconds, model)
         if entry.first_token_s is not None:
-            metrics.first_token.labels(self.model).observe(entry.first_token_s)
+            metrics.first_token.observe(entry.first_token_s, model)
         if ending == "complete":
             self._observe_live()
             self.marks.finish(self.model, self._counts.whole)
@@ -187,12 +188,15 @@ class Meter:
 
     def _count_tokens(self, entry: UsageRecord) -> None:
         metrics = self._books.metrics
-        counted = {"prompt": entry.prompt_tokens, "cached": entry.cached_tokens, "output": entry.output_tokens}
-        for kind, count in counted.items():
+        for kind, count in (
+            ("prompt", entry.prompt_tokens),
+            ("cached", entry.cached_tokens),
+            ("output", entry.output_tokens),
+        ):
             if count:
-                metrics.tokens.labels(self.model, kind).inc(count)
+                metrics.tokens.add((self.model, kind), count)
         if entry.cost_usd:
-            metrics.cost.labels(self.model).inc(entry.cost_usd)
+            metrics.cost.add((self.model,), entry.cost_usd)
 
     def _observe_live(self) -> None:
         """How long real answers of this model are in these clusters, for the decisions to come."""
