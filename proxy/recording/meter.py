@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from proxy.errors import UpstreamFailure
 from proxy.limits.standing import Granted
+from proxy.log_lines import info
 from proxy.recording.estimate import Received, cost_of
 from proxy.recording.metrics import Metrics
 from proxy.recording.recorder import UsageRecorder
@@ -208,20 +207,15 @@ class Meter:
         self._books.live.observe(self.model, ids, weights, self._counts.output_tokens, seconds)
 
     def _log(self, entry: UsageRecord) -> None:
-        facts: Mapping[str, Any] = {
-            "request": self._trace.request_id,
-            "decision": entry.decision,
-            "model": entry.model,
-            "reason": entry.reason,
-            "ending": entry.ending,
-            "key": entry.key_id or "-",
-            "tokens": f"{entry.prompt_tokens or '?'}+{entry.output_tokens or '?'}",
-            "cost_usd": "?" if entry.cost_usd is None else f"{entry.cost_usd:.8f}",
-            "overhead_ms": self._overhead_ms(),
-            "first_s": "-" if entry.first_token_s is None else f"{entry.first_token_s:.3f}",
-            "seconds": f"{entry.seconds:.3f}",
-        }
-        log.info(" ".join(f"{name}={value}" for name, value in facts.items()))
+        cost = "?" if entry.cost_usd is None else f"{entry.cost_usd:.8f}"
+        first = "-" if entry.first_token_s is None else f"{entry.first_token_s:.3f}"
+        info(
+            log,
+            f"request={self._trace.request_id} decision={entry.decision} model={entry.model} reason={entry.reason}"
+            f" ending={entry.ending} key={entry.key_id or '-'}"
+            f" tokens={entry.prompt_tokens or '?'}+{entry.output_tokens or '?'} cost_usd={cost}"
+            f" overhead_ms={self._overhead_ms()} first_s={first} seconds={entry.seconds:.3f}",
+        )
 
 
 def _status(failure: UpstreamFailure) -> str:

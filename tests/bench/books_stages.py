@@ -107,7 +107,7 @@ def uvloop_or_not() -> Any:
 
 async def _measure(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="uniroute-bench-") as name, _emptied_pipe() as pipe:
-        dictConfig({**LOGGING, "handlers": {"stderr": {**LOGGING["handlers"]["stderr"], "stream": pipe}}})
+        dictConfig({**LOGGING, "handlers": {"stderr": {**LOGGING["handlers"]["stderr"], "fd": pipe.fileno()}}})
         async with _room(Path(name)) as room:
             if arguments.profile:
                 await _profile(room, arguments.times)
@@ -120,7 +120,9 @@ async def _measure(arguments: argparse.Namespace) -> None:
 
 def _emptied_pipe() -> Any:
     """Where log lines go: a pipe, as a container's runtime reads it."""
-    reader = subprocess.Popen([sys.executable, "-c", "import os\nwhile os.read(0, 1 << 16): pass"], stdin=subprocess.PIPE)
+    reader = subprocess.Popen(
+        [sys.executable, "-c", "import os\nwhile os.read(0, 1 << 16): pass"], stdin=subprocess.PIPE
+    )
     assert reader.stdin is not None
     return os.fdopen(os.dup(reader.stdin.fileno()), "w", buffering=1)
 
@@ -166,7 +168,10 @@ def _stages(room: Room) -> list[tuple[str, Work]]:
         ("headers", _headers(room)),
         ("finish", _finishes(room)),
         ("one plain chunk", _chunks(room, chunk)),
-        ("one chunk with a call", _chunks(room, _chunk({"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]}))),
+        (
+            "one chunk with a call",
+            _chunks(room, _chunk({"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]})),
+        ),
         ("reserve, alone", _reserves(room, limited, at_once=1)),
         ("reserve, 16 at once", _reserves(room, limited, at_once=16)),
         ("request without a key, all but chunks", _requests(room, None)),
