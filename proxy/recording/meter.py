@@ -202,9 +202,8 @@ class Meter:
         decision = self.choice.decision
         if self._books.live is None or decision is None or decision.assignment is None:
             return
-        ids, weights = decision.assignment.ids[0].tolist(), decision.assignment.weights[0].tolist()
-        seconds = time.monotonic() - self._asked
-        self._books.live.observe(self.model, ids, weights, self._counts.output_tokens, seconds)
+        over, seconds = decision.assignment, time.monotonic() - self._asked
+        self._books.live.observe(self.model, over.ids[0], over.weights[0], self._counts.output_tokens, seconds)
 
     def _log(self, entry: UsageRecord) -> None:
         cost = "?" if entry.cost_usd is None else f"{entry.cost_usd:.8f}"

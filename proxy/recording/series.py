@@ -18,6 +18,9 @@ from prometheus_client.utils import floatToGoString
 Labels = tuple[str, ...]
 
 
+_written: Callable[[float], str] = floatToGoString
+
+
 class Counted(Collector):
     """A counter: `add` what is not negative."""
 
@@ -68,7 +71,7 @@ class Distribution(Collector):
     def collect(self) -> Iterator[Metric]:
         name, text, labels = self._family
         family = HistogramMetricFamily(name, text, labels=labels)
-        bounds = [floatToGoString(bound) for bound in (*self._bounds, float("inf"))]
+        bounds = [_written(bound) for bound in (*self._bounds, float("inf"))]
         for values, child in list(self._children.items()):
             family.add_metric(values, list(zip(bounds, accumulate(child.counts), strict=True)), sum_value=child.sum)
             family.add_sample(f"{name}_created", dict(zip(labels, values, strict=True)), child.created)

@@ -1,4 +1,4 @@
-"""The commonest chunk, told from all others at once: one choice, and in its delta a text and nothing else. Reads only."""
+"""The commonest chunk, told from others at once: one choice, and in its delta a text and nothing else. Reads only."""
 
 from __future__ import annotations
 

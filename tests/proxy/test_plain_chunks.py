@@ -84,7 +84,10 @@ def test_a_part_that_leaves_no_marks_changes_no_trail(part: dict[str, Any], name
 
 
 def test_marks_are_there_when_the_last_text_is_what_ends_the_answer() -> None:
-    ended = [{"choices": [REASONING]}, {"choices": [{"delta": {"content": "."}, "finish_reason": "stop"}]}]
+    ended: list[dict[str, Any]] = [
+        {"choices": [REASONING]},
+        {"choices": [{"delta": {"content": "."}, "finish_reason": "stop"}]},
+    ]
     assert remembered(ended[:1]) == []
     assert len(remembered(ended)) == 1
 

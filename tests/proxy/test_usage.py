@@ -40,7 +40,5 @@ def test_what_was_not_reported_costs_unknown_not_nothing(usage: Any) -> None:
 @pytest.mark.parametrize("cost", [None, 0.0, 1.25e-7, 9_000.000_000_000_001, 1e13])
 def test_a_record_is_plain_json_of_all_its_fields(cost: float | None) -> None:
     """Processes of an earlier version may read it. A cost of 1e13 is more picodollars than 64 bits hold."""
-    record = UsageRecord(
-        "dec-1", 1.7e9 + 0.1, "größe", "key-1", "scored", "complete", 10, None, 5, None, cost, 1.5, 0.5
-    )
+    record = UsageRecord("dec-1", 1.7e9 + 0.1, "größe", "k", "scored", "complete", 10, None, 5, None, cost, 1.5, 0.5)
     assert json.loads(record.to_json()) == {**asdict(record), "cost_picousd": record.cost_picousd}
