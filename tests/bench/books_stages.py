@@ -11,81 +11,31 @@ import argparse
 import asyncio
 import gc
 import os
-import subprocess
-import sys
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from logging.config import dictConfig
 from pathlib import Path
 from typing import Any
 
 from proxy.cli import console
 from proxy.cli.serve import LOGGING
-from proxy.health.capacity import Capacities, CapacityLimits
-from proxy.health.health import ModelHealth
-from proxy.health.policy import HealthPolicy
 from proxy.limits.claims import claim_of, within_claim
-from proxy.limits.limiter import Limiter
-from proxy.limits.scripts import SETTLE_FUNCTION
-from proxy.limits.standing import Granted
-from proxy.recording.journals import Journals
-from proxy.recording.meter import Books, Meter
-from proxy.recording.metrics import Metrics
-from proxy.recording.recorder import UsageRecorder
+from proxy.recording.meter import Meter
 from proxy.relay.chunks import content_bytes, has_content
 from proxy.relay.marks import AnswerMarks
-from proxy.relay.turns import Turn
-from proxy.routing.choosing import Choice
 from proxy.routing.options import Options
 from proxy.routing.request import ChatRequest
 from proxy.routing.thread import NO_THREAD, thread_of
-from proxy.settings import Settings
-from proxy.state.conversations import Conversations
-from proxy.state.embedded import EmbeddedValkey
-from proxy.state.live import LiveExpectations
 from proxy.state.records import ClientKey
-from proxy.state.snapshot import RoutingState
-from proxy.state.store import Store
 from proxy.trace import Trace
-from tests.support.choices import a_state, chosen
+from tests.bench.books_room import SHORT, USAGE, Room, begun, emptied_pipe, open_room
 from tests.support.limited_keys import a_key
-from tests.support.makers import a_record, following
 
-CHUNKS = 50
-USAGE = {"prompt_tokens": 412, "completion_tokens": 96, "prompt_tokens_details": {"cached_tokens": 256}}
 LIMITS: dict[str, Any] = {"requests_per_minute": 10**9, "tokens_per_minute": 10**12, "usd_per_day": 10**6}
-SHORT = [{"role": "user", "content": "What is the capital of the country that I was born in?"}]
 LONG = [{"role": role, "content": f"turn {place}"} for place in range(30) for role in ("user", "assistant")]
-
-
-@dataclass(frozen=True)
-class Room:
-    """What a process keeps its books with."""
-
-    books: Books
-    health: ModelHealth
-    capacities: Capacities
-    limiter: Limiter
-    memory: Conversations
-    settings: Settings
-    routing: RoutingState
-    choice: Choice
-
-    def meter(self, key: ClientKey | None = None, granted: Granted | None = None) -> Meter:
-        choice = replace(self.choice, id=f"dec-{uuid.uuid4().hex}")
-        marks = AnswerMarks(self.memory, NO_THREAD, SHORT)
-        return Meter(self.books, choice, key, Trace("req-1"), time.monotonic(), marks, granted)
-
-    async def turn(self, meter: Meter) -> Turn:
-        """As forwarding takes it."""
-        self.health.resting()
-        slot = await self.capacities.slot(self.choice.model, CapacityLimits(64, 64, 5.0))
-        self.health.resting()
-        return Turn(meter, self.health.begin(self.choice.model), slot, hurried=False)
 
 
 def main() -> None:
@@ -106,52 +56,14 @@ def uvloop_or_not() -> Any:
 
 
 async def _measure(arguments: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory(prefix="uniroute-bench-") as name, _emptied_pipe() as pipe:
+    with tempfile.TemporaryDirectory(prefix="uniroute-bench-") as name, emptied_pipe() as pipe:
         dictConfig({**LOGGING, "handlers": {"stderr": {**LOGGING["handlers"]["stderr"], "fd": pipe.fileno()}}})
-        async with _room(Path(name)) as room:
+        async with open_room(Path(name)) as room:
             if arguments.profile:
                 await _profile(room, arguments.times)
                 return
-            rows = [(what, f"{await _least_us(arguments, work):.2f}") for what, work in _stages(room)]
-            recorded, sent = await _recorder_us(room, arguments)
-            rows += [("record: to_json and journal", f"{recorded:.2f}"), ("journal to Redis, a record", f"{sent:.2f}")]
-            console.table(("stage", "CPU us"), rows, title="the least of the rounds")
-
-
-def _emptied_pipe() -> Any:
-    """Where log lines go: a pipe, as a container's runtime reads it."""
-    reader = subprocess.Popen(
-        [sys.executable, "-c", "import os\nwhile os.read(0, 1 << 16): pass"], stdin=subprocess.PIPE
-    )
-    assert reader.stdin is not None
-    return os.fdopen(os.dup(reader.stdin.fileno()), "w", buffering=1)
-
-
-@asynccontextmanager
-async def _room(folder: Path) -> AsyncIterator[Room]:
-    server = EmbeddedValkey(folder)
-    await asyncio.to_thread(server.ensure)
-    store = Store(f"unix://{server.socket_path}")
-    try:
-        metrics, live = Metrics(), LiveExpectations(4)
-        async with following(store, folder, a_record("cheap"), a_record("dear"), live=live) as state:
-            usage = UsageRecorder(store, Journals(folder / "usage", 10**9), settle_function=SETTLE_FUNCTION)
-            routing, limiter = a_state(), Limiter(store, metrics, timeout_s=5.0)
-            yield Room(
-                books=Books(state, usage, metrics, live),
-                health=ModelHealth(HealthPolicy()),
-                capacities=Capacities(),
-                limiter=limiter,
-                memory=Conversations(store, 3600),
-                settings=Settings(data_dir=folder),
-                routing=routing,
-                choice=await chosen(state=routing),
-            )
-            await limiter.close()
-            await usage.stop()
-    finally:
-        await store.close()
-        await asyncio.to_thread(server.stop)
+            rows = [(what, *await _least_us(room, arguments, work)) for what, work in _stages(room)]
+            console.table(("stage", "CPU us", "Valkey's"), rows, title="the least of the rounds")
 
 
 Work = Callable[[int], Awaitable[None]]
@@ -168,6 +80,8 @@ def _stages(room: Room) -> list[tuple[str, Work]]:
         ("turn: rests, place, breaker", _turns(room)),
         ("headers", _headers(room)),
         ("finish", _finishes(room)),
+        ("of it: the record and its journal", _records(room)),
+        ("afterwards: a record from the journal to Redis", _flushes(room)),
         ("one plain chunk", _chunks(room, chunk)),
         (
             "one chunk with a call",
@@ -227,7 +141,7 @@ def _headers(room: Room) -> Work:
 
 def _finishes(room: Room) -> Work:
     async def work(times: int) -> None:
-        meters = [_begun(room.meter()) for _ in range(times)]
+        meters = [begun(room.meter()) for _ in range(times)]
         before = time.process_time()
         for meter in meters:
             meter.finish("complete")
@@ -236,11 +150,26 @@ def _finishes(room: Room) -> Work:
     return work
 
 
-def _begun(meter: Meter) -> Meter:
-    meter.asking(meter.choice.model)
-    meter.first_content()
-    meter.used(USAGE)
-    return meter
+def _records(room: Room) -> Work:
+    usage, entry = room.books.usage, begun(room.meter())._record("complete")
+
+    async def work(times: int) -> None:
+        for _ in range(times):
+            usage.record(entry)
+
+    return work
+
+
+def _flushes(room: Room) -> Work:
+    usage, record = room.books.usage, _records(room)
+
+    async def work(times: int) -> None:
+        await record(times)
+        before = time.process_time()
+        await usage.flush()
+        work.own = time.process_time() - before  # type: ignore[attr-defined]
+
+    return work
 
 
 def _chunk(delta: dict[str, Any]) -> dict[str, Any]:
@@ -307,34 +236,21 @@ def _together(one: Callable[[], Awaitable[None]], at_once: int) -> Work:
     return work
 
 
-async def _least_us(arguments: argparse.Namespace, work: Work) -> float:
+async def _least_us(room: Room, arguments: argparse.Namespace, work: Work) -> tuple[str, str]:
+    """Of this process, and of the store."""
     taken: list[float] = []
+    store_taken: list[float] = []
     await work(16)
     for _ in range(arguments.rounds):
         gc.collect()
-        before = time.process_time()
+        store_before, before = await room.valkey_s(), time.process_time()
         await work(arguments.times)
         spent = time.process_time() - before
         taken.append(getattr(work, "own", spent))
+        store_taken.append(await room.valkey_s() - store_before)
+        await room.books.usage.flush()
         await asyncio.sleep(0.05)  # so that the connections to the store are read, and none is taken for silent
-    return min(taken) / int(arguments.times) * 1e6
-
-
-async def _recorder_us(room: Room, arguments: argparse.Namespace) -> tuple[float, float]:
-    """To write a record down, and then to bring it to Redis."""
-    usage = room.books.usage
-    entry = _begun(room.meter())._record("complete")
-    await usage.flush()
-    recorded, sent = [], []
-    for _ in range(arguments.rounds):
-        begun = time.process_time()
-        for _ in range(arguments.times):
-            usage.record(entry)
-        written = time.process_time()
-        await usage.flush()
-        recorded.append(written - begun)
-        sent.append(time.process_time() - written)
-    return min(recorded) / arguments.times * 1e6, min(sent) / arguments.times * 1e6
+    return f"{min(taken) / arguments.times * 1e6:.2f}", f"{min(store_taken) / arguments.times * 1e6:.0f}"
 
 
 async def _profile(room: Room, times: int) -> None:
