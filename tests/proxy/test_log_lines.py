@@ -106,6 +106,12 @@ def test_whoever_else_listens_gets_a_record(caplog: pytest.LogCaptureFixture) ->
     assert record.filename == "test_log_lines.py"
 
 
+def test_each_of_two_handlers_has_its_line(log: logging.Logger, pipe: Pipe) -> None:
+    log.addHandler(LineHandler(pipe.writer))
+    info(log, "twice")
+    assert pipe.lines() == ["INFO uniroute.piped twice"] * 2
+
+
 def test_a_filter_and_another_format_are_heeded(log: logging.Logger, pipe: Pipe) -> None:
     a_handler(log).setFormatter(logging.Formatter("2026-01-31T00:00:00+0000 %(message)s!"))
     info(log, "other format")
@@ -158,6 +164,17 @@ def test_a_reader_that_is_behind_is_not_waited_for_and_gets_every_line(log: logg
     writer.join(10)
     info(log, "after")
     assert (pipe.lines(), a_handler(log).dropped) == (["INFO uniroute.piped after"], 0)
+
+
+def test_no_line_overtakes_those_that_wait(log: logging.Logger, pipe: Pipe) -> None:
+    said: list[str] = []
+    for number in range(3000):  # the reader is slower than we are, but it reads
+        info(log, f"number={number}")
+        if number % 100 == 0:
+            said += _whole_lines(pipe)
+    while len(said) < 3000:
+        said += _whole_lines(pipe)
+    assert [line.split()[2] for line in said] == [f"number={number}" for number in range(3000)]
 
 
 def test_lines_without_room_are_dropped_counted_and_told_of(
