@@ -36,11 +36,11 @@ async def test_a_connection_that_went_stale_is_opened_again(store: Store, second
 
 
 async def test_a_connection_that_is_lost_on_the_way_is_tried_again(store: Store, second_store: Store) -> None:
-    asked = asyncio.create_task(exchange(store.client, [packed("BLPOP queue 9".split())]))
+    asked = asyncio.create_task(exchange(store.client, [packed(["BLPOP", "queue", "9"])]))
     await _blocked(second_store)
-    await exchange(second_store.client, [packed("CLIENT KILL TYPE normal SKIPME yes".split())])
+    await exchange(second_store.client, [packed(["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"])])
     await _blocked(second_store)
-    await exchange(second_store.client, [packed("RPUSH queue found".split())])
+    await exchange(second_store.client, [packed(["RPUSH", "queue", "found"])])
     assert await asked == [["queue", "found"]]
 
 
@@ -61,4 +61,4 @@ async def _blocked(store: Store) -> None:
     """Until somebody waits in Redis."""
     async with asyncio.timeout(10):
         while not (await exchange(store.client, [packed(("CLIENT", "LIST", "FLAGS", "b"))]))[0]:
-            await asyncio.sleep(0.01)
+            pass
