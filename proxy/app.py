@@ -22,6 +22,7 @@ from proxy.edge import Edge
 from proxy.errors import ClientGone, ProxyError, describe, plain_error
 from proxy.foreign_errors import FOREIGN, translated
 from proxy.jobs.onboarding import measuring_on_start
+from proxy.log_lines import LineHandler
 from proxy.opening import open_services
 from proxy.relay.sse import dump
 from proxy.routes import admin, admin_audit, admin_jobs, admin_keys, chat, health, models, openapi, route
@@ -131,7 +132,5 @@ def configure_logs() -> None:
     """Lines of ours to stderr, once, unless somebody has arranged for them."""
     ours = logging.getLogger("uniroute")
     if not ours.handlers and not logging.getLogger().handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-        ours.addHandler(handler)
+        ours.addHandler(LineHandler())
         ours.setLevel(logging.INFO)

@@ -57,6 +57,8 @@ class Breaker:
 
     def cooling_s(self, now: float) -> float:
         """Seconds until it is half-open; 0 when it is, or closed."""
+        if self.closed:
+            return 0.0
         return max(now, *(until for until in (self._found_until, self._adopted_until) if until is not None), now) - now
 
     def resting_s(self, now: float) -> float | None:

@@ -101,11 +101,12 @@ class Capacities:
         Raises:
             ModelBusy: the queue is full, or the wait was too long.
         """
-        room = self._rooms.setdefault(model, _Room(limits)).under(limits)
-        if room.full:
-            raise self._busy(model, room)
+        room = self._rooms.get(model)
+        room = self._rooms.setdefault(model, _Room(limits)) if room is None else room.under(limits)
         if room.has_place:  # and so nobody waits for one
             room.running += 1
+        elif room.full:
+            raise self._busy(model, room)
         else:
             await self._wait(model, room)
         taken_at = self._clock()

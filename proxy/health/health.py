@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
@@ -48,20 +47,17 @@ class Attempt:
     def answering(self) -> None:
         """Its first content has come: others need not wait for the end of a probe. It may be left out."""
         if not self._over:
-            with self._health._changing(self._model, self._breaker) as now:
-                self._breaker.answering(self._permit, now)
+            self._health._change(self._model, self._breaker, self._breaker.answering, self._permit)
 
     def succeeded(self) -> None:
         if self._ends():
-            with self._health._changing(self._model, self._breaker) as now:
-                self._breaker.succeeded(self._permit, now)
+            self._health._change(self._model, self._breaker, self._breaker.succeeded, self._permit)
 
     def failed(self, failure: UpstreamFailure) -> None:
         """What it says of the model is decided in `verdicts`: many failures are the caller's own."""
         if self._ends():
             verdict = verdict_of(failure, self._health.unix_time())
-            with self._health._changing(self._model, self._breaker) as now:
-                self._breaker.failed(self._permit, verdict, now)
+            self._health._change(self._model, self._breaker, self._breaker.failed, self._permit, verdict)
 
     def abandoned(self) -> None:
         """The client left, or its own time limit, shorter than ours, was over: that says nothing of the model."""
@@ -118,14 +114,13 @@ class ModelHealth:
         if not seconds > 0:
             return
         breaker = self._of(model)
-        with self._changing(model, breaker, from_elsewhere=from_elsewhere) as now:
-            (breaker.adopt if from_elsewhere else breaker.rest)(seconds, why, now)
+        act = breaker.adopt if from_elsewhere else breaker.rest
+        self._change(model, breaker, act, seconds, why, from_elsewhere=from_elsewhere)
 
     def lift(self, model: str) -> None:
         """Another process says that it is well: what was adopted is over, what was found here stays."""
         if (breaker := self._open.get(model)) is not None:
-            with self._changing(model, breaker, from_elsewhere=True):
-                breaker.lift()
+            self._change(model, breaker, lambda _: breaker.lift(), from_elsewhere=True)
 
     def forget(self, model: str, *, from_elsewhere: bool = False) -> None:
         """An administrator removed or changed it. Attempts on what it was before say nothing of it any more."""
@@ -161,11 +156,12 @@ class ModelHealth:
             breaker = self._breakers[model] = Breaker(self.policy)
         return breaker
 
-    @contextmanager
-    def _changing(self, model: str, breaker: Breaker, *, from_elsewhere: bool = False) -> Iterator[float]:
-        """Yields the time. What others may want to hear of is told to them after it."""
+    def _change(
+        self, model: str, breaker: Breaker, act: Callable[..., None], *given: Any, from_elsewhere: bool = False
+    ) -> None:
+        """`act` with what is given and the time. What others may want to hear of is told to them after it."""
         epoch, now = breaker.epoch, self._clock()
-        yield now
+        act(*given, now)
         if breaker.epoch == epoch or self._breakers.get(model) is not breaker:
             return
         if breaker.closed:

@@ -11,6 +11,7 @@ from typing import Any
 from redis.exceptions import NoScriptError, RedisError
 from redis.exceptions import TimeoutError as RanOut
 
+from proxy.state.packed import exchange, packed
 from proxy.state.store import Store, StoreUnavailable
 from proxy.tasks import end
 
@@ -100,14 +101,15 @@ class Asking:
 
     async def _send(self, questions: list[Question]) -> list[Any]:
         """In one round trip; in three where Redis does not know the script yet."""
-        async with self._store.asking(_WHAT) as client, client.pipeline(transaction=False) as pipe:
-            for question in questions:
-                pipe.evalsha(self._script.sha, 1, question.key, *map(str, question.arguments))
-            answers = await pipe.execute(raise_on_error=False)
+        async with self._store.asking(_WHAT) as client:
+            answers = await exchange(client, [self._command(question) for question in questions])
             if not any(isinstance(answer, NoScriptError) for answer in answers):
                 return answers
             await client.script_load(self._script.script)
         return await self._send(questions)
+
+    def _command(self, question: Question) -> bytes:
+        return packed(("EVALSHA", self._script.sha, "1", question.key, *map(str, question.arguments)))
 
     def _fall_silent(self, error: StoreUnavailable, questions: list[Question]) -> None:
         self._silent = str(error)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from proxy.errors import NothingAble
 from proxy.routing.choosing import Choice
 from proxy.settings import Settings
 from proxy.state.key_limits import KeyLimits
 from proxy.state.snapshot import RoutingState
 from router_core.pricing import picousd
-from router_core.types import Price
+from router_core.types import Doubles, Price
 
 MARGIN_S = 30.0
 """From the last moment of a request until its usage record must have reached Redis."""
@@ -63,8 +65,13 @@ def _tokens(choice: Choice, state: RoutingState, per_minute: int) -> int:
     needs, pool = choice.needs, state.pool
     if needs.max_output_tokens is not None:
         return needs.prompt_tokens + needs.answers * needs.max_output_tokens
-    usual = max(float(pool.output_tokens[pool.index[name]].mean()) for name in _asked(choice))
+    usual = max(_mean(pool.output_tokens[pool.index[name]]) for name in _asked(choice))
     return max(needs.prompt_tokens, min(needs.prompt_tokens + needs.answers * round(usual), per_minute))
+
+
+def _mean(row: Doubles) -> float:
+    """As its method, in a fifth of the time."""
+    return float(np.add.reduce(row)) / len(row)
 
 
 def _picousd(choice: Choice, state: RoutingState, settings: Settings, name: str) -> int:

@@ -102,7 +102,7 @@ class Limiter:
     async def _answer(self, key: ClientKey, claim: Claim) -> list[str]:
         answer = self._asking.ask(state_key(key.id), _arguments(key, claim))
         try:
-            return list(await asyncio.shield(answer))
+            return str(await asyncio.shield(answer)).split()
         except asyncio.CancelledError:  # the client left, and what is granted to it now is nobody's
             answer.add_done_callback(lambda _: self._give_back_soon(key.id, claim.id))
             raise

@@ -104,7 +104,8 @@ SETTLE: Final = f"{SETTLE_FUNCTION} return settle(unpack(ARGV))"
 # KEYS[1]: the key's state. ARGV: key id, reservation, seconds until it ends by itself, tokens, picodollars, then the
 # limits, '' where there is none: requests a minute, tokens a minute, picodollars a day, a month.
 # Returns what stands against it, or 'granted'; then what is used with it: requests, tokens, picodollars of the day, of
-# the month and reserved, and Redis' time. What is refused uses nothing, and what costs nothing is within any budget.
+# the month and reserved, and Redis' time; as one text of seven words, which is read in a third of the time of a list.
+# What is refused uses nothing, and what costs nothing is within any budget.
 # Asked again, a granted one is granted.
 RESERVE: Final = f"""{_SHARED}{DATE}
 local key_id, reservation, lives = ARGV[1], ARGV[2], tonumber(ARGV[3])
@@ -129,7 +130,8 @@ for kind, per_minute in pairs(rates) do
 end
 local function reply(verdict)
   local requests, tokens = string.format('%.17g', used.requests), string.format('%.17g', used.tokens)
-  return {{verdict, requests, tokens, spent.day, spent.month, reserved, string.format('%.6f', now)}}
+  local words = {{verdict, requests, tokens, spent.day, spent.month, reserved, string.format('%.6f', now)}}
+  return table.concat(words, ' ')
 end
 if redis.call('HEXISTS', root .. 'held', reservation) == 1 then return reply('granted') end
 for _, period in ipairs({{'day', 'month'}}) do

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 CHUNK = 256 * 1024
 """Bytes that are read at once. A line is a few hundred."""
 _NUMBER = re.compile(rb'\{"seq": (\d{1,15}), ')
@@ -138,7 +140,7 @@ class Journal:
 
     def _write(self, line: bytes) -> bool:
         try:
-            file = self._opened()
+            file = self._opened() if self._file is None else self._file
             written = os.write(file, line)
             if written < len(line):  # a full disk takes what fits, and the next line must not begin behind that
                 os.ftruncate(file, self.size)
@@ -185,11 +187,20 @@ class Journal:
         number = int(found[1]) if found else None
         if number is not None and number <= self.applied:
             return
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError):
-            fields = None
+        fields = _parsed(line)
         if number is None or not isinstance(fields, dict):
             batch.broken += 1
             return
         batch.entries.append(Entry(number, line.decode().rstrip("\n"), fields))
+
+
+def _parsed(line: bytes) -> Any:
+    """None where it is no JSON. NaN and half characters, which are none to orjson, are read as they always were."""
+    try:
+        return orjson.loads(line)
+    except ValueError:
+        pass
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None

@@ -26,6 +26,8 @@ class Journals:
         self._segment_bytes = min(SEGMENT_BYTES, max(1, max_bytes // 4))
         self._current = Journal(folder)
         self._others: list[Journal] = []
+        self._others_bytes = 0
+        """They do not grow any more, and are added up once."""
         self._troubles: set[str] = set()
 
     @property
@@ -35,12 +37,12 @@ class Journals:
 
     @property
     def bytes(self) -> int:
-        return sum(journal.size for journal in self.all)
+        return self._others_bytes + self._current.size
 
     def append(self, text: str) -> bool:
         """Whether the record is kept. It is not where `max_bytes` are full of what Redis did not take yet."""
         current = self._writable()
-        if self.bytes + len(text) + NUMBERED > self._max_bytes:
+        if self._others_bytes + current.size + len(text) + NUMBERED > self._max_bytes:
             return self._dropped(f"the usage journals in {self._folder} have {self._max_bytes} bytes, their limit")
         if len(current.waiting) >= MOST_WAITING:
             return self._dropped(f"{MOST_WAITING} usage records wait for room in {self._folder}")
@@ -65,6 +67,7 @@ class Journals:
             if journal is not None:
                 log.info("the usage journal %s of a process that has ended is read (%d bytes)", path, journal.size)
                 self._others.insert(0, journal)
+                self._others_bytes += journal.size
 
     def is_open(self, journal: Journal) -> bool:
         """Whether more may be written to it."""
@@ -77,6 +80,7 @@ class Journals:
             self._current = Journal(self._folder)
         else:
             self._others.remove(journal)
+            self._others_bytes -= journal.size
         self._troubles.discard("full")
 
     def close(self) -> int:
@@ -85,12 +89,13 @@ class Journals:
         lost = len(self._current.waiting)
         for journal in self.all:
             journal.close()
-        self._current, self._others = Journal(self._folder), []
+        self._current, self._others, self._others_bytes = Journal(self._folder), [], 0
         return lost
 
     def _writable(self) -> Journal:
         if self._current.size >= self._segment_bytes and not self._current.waiting:
             self._others.append(self._current)
+            self._others_bytes += self._current.size
             self._current = Journal(self._folder)
         return self._current
 

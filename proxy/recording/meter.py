@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from proxy.errors import UpstreamFailure
 from proxy.limits.standing import Granted
+from proxy.log_lines import info
 from proxy.recording.estimate import Received, cost_of
 from proxy.recording.metrics import Metrics
 from proxy.recording.recorder import UsageRecorder
@@ -102,12 +101,12 @@ class Meter:
     def failed(self, failure: UpstreamFailure) -> None:
         """The model asked last gave no answer, or broke it off."""
         self._timed_out = failure.timed_out
-        self._books.metrics.attempts_failed.labels(self.model, _status(failure)).inc()
+        self._books.metrics.attempts_failed.add((self.model, _status(failure)))
         self._fault = str(failure)
 
     def empty(self) -> None:
         """The model asked last gave an answer without a word in it."""
-        self._books.metrics.attempts_failed.labels(self.model, "empty").inc()
+        self._books.metrics.attempts_failed.add((self.model, "empty"))
         self._fault = _EMPTY
 
     def _pass_over(self) -> None:
@@ -125,10 +124,11 @@ class Meter:
         self._finished = True
         entry = self._record(ending, self._granted)
         metrics = self._books.metrics
-        metrics.requests.labels(self.model, self.reason, ending).inc()
-        metrics.seconds.labels(self.model).observe(entry.seconds)
+        model = (self.model,)
+        metrics.requests.add((self.model, self.reason, ending))
+        metrics.seconds.observe(entry.seconds, model)
         if entry.first_token_s is not None:
-            metrics.first_token.labels(self.model).observe(entry.first_token_s)
+            metrics.first_token.observe(entry.first_token_s, model)
         if ending == "complete":
             self._observe_live()
             self.marks.finish(self.model, self._counts.whole)
@@ -187,37 +187,34 @@ class Meter:
 
     def _count_tokens(self, entry: UsageRecord) -> None:
         metrics = self._books.metrics
-        counted = {"prompt": entry.prompt_tokens, "cached": entry.cached_tokens, "output": entry.output_tokens}
-        for kind, count in counted.items():
+        for kind, count in (
+            ("prompt", entry.prompt_tokens),
+            ("cached", entry.cached_tokens),
+            ("output", entry.output_tokens),
+        ):
             if count:
-                metrics.tokens.labels(self.model, kind).inc(count)
+                metrics.tokens.add((self.model, kind), count)
         if entry.cost_usd:
-            metrics.cost.labels(self.model).inc(entry.cost_usd)
+            metrics.cost.add((self.model,), entry.cost_usd)
 
     def _observe_live(self) -> None:
         """How long real answers of this model are in these clusters, for the decisions to come."""
         decision = self.choice.decision
         if self._books.live is None or decision is None or decision.assignment is None:
             return
-        ids, weights = decision.assignment.ids[0].tolist(), decision.assignment.weights[0].tolist()
-        seconds = time.monotonic() - self._asked
-        self._books.live.observe(self.model, ids, weights, self._counts.output_tokens, seconds)
+        over, seconds = decision.assignment, time.monotonic() - self._asked
+        self._books.live.observe(self.model, over.ids[0], over.weights[0], self._counts.output_tokens, seconds)
 
     def _log(self, entry: UsageRecord) -> None:
-        facts: Mapping[str, Any] = {
-            "request": self._trace.request_id,
-            "decision": entry.decision,
-            "model": entry.model,
-            "reason": entry.reason,
-            "ending": entry.ending,
-            "key": entry.key_id or "-",
-            "tokens": f"{entry.prompt_tokens or '?'}+{entry.output_tokens or '?'}",
-            "cost_usd": "?" if entry.cost_usd is None else f"{entry.cost_usd:.8f}",
-            "overhead_ms": self._overhead_ms(),
-            "first_s": "-" if entry.first_token_s is None else f"{entry.first_token_s:.3f}",
-            "seconds": f"{entry.seconds:.3f}",
-        }
-        log.info(" ".join(f"{name}={value}" for name, value in facts.items()))
+        cost = "?" if entry.cost_usd is None else f"{entry.cost_usd:.8f}"
+        first = "-" if entry.first_token_s is None else f"{entry.first_token_s:.3f}"
+        info(
+            log,
+            f"request={self._trace.request_id} decision={entry.decision} model={entry.model} reason={entry.reason}"
+            f" ending={entry.ending} key={entry.key_id or '-'}"
+            f" tokens={entry.prompt_tokens or '?'}+{entry.output_tokens or '?'} cost_usd={cost}"
+            f" overhead_ms={self._overhead_ms()} first_s={first} seconds={entry.seconds:.3f}",
+        )
 
 
 def _status(failure: UpstreamFailure) -> str:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from proxy.log_lines import lines_dropped
+from proxy.recording.series import Counted, Distribution
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _OVERHEAD = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
@@ -48,15 +55,29 @@ class Metrics:
         self.first_token = self._histogram("time_to_first_chunk_seconds", "Until the first content", _SECONDS, "model")
         self.seconds = self._histogram("request_seconds", "Until the end", _SECONDS, "model")
 
+        self.registry.register(_LogLines())
+
     def expose(self) -> bytes:
         return generate_latest(self.registry)
 
     def _total(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"uniroute_{name}_total", text, labels, registry=self.registry)
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        """Of a model, first of all."""
-        return self._total(name, text, "model", *labels)
+    def _counter(self, name: str, text: str, *labels: str) -> Counted:
+        """Of a model, first of all; written with every request."""
+        counter = Counted(f"uniroute_{name}", text, ("model", *labels))
+        self.registry.register(counter)
+        return counter
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(f"uniroute_{name}", text, labels, buckets=buckets, registry=self.registry)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Distribution:
+        histogram = Distribution(f"uniroute_{name}", text, labels, buckets)
+        self.registry.register(histogram)
+        return histogram
+
+
+class _LogLines(Collector):
+    """Of the process, whose standard error it is."""
+
+    def collect(self) -> Iterator[Metric]:
+        text = "Log lines of this process dropped: nobody read its standard error"
+        yield CounterMetricFamily("uniroute_log_lines_dropped", text, value=lines_dropped())

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Final
 
 TOTALS: Final = "uniroute:usage:totals"
@@ -13,6 +14,7 @@ TOTALS: Final = "uniroute:usage:totals"
 KEY_TOTALS: Final = "uniroute:usage:key"
 """With `:<id>`, the hash of what a client key used."""
 COUNTED = ("prompt_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")
+DAY_S = 86_400
 LARGEST = 10**18
 """A sum in Redis has 63 bits. What a single request cannot have used is taken as unknown, not as the end of the sum."""
 
@@ -34,7 +36,7 @@ class Tally:
         try:
             amounts = _amounts(record)
             model, key_id, reservation = record["model"], record["key_id"], record["reservation"] or ""
-            day = datetime.fromtimestamp(record["at"], UTC).strftime("%Y-%m-%d")
+            day = _day(int(record["at"] // DAY_S))
         except (KeyError, TypeError, OverflowError, OSError) as error:
             raise ValueError(f"not a usage record: {type(error).__name__} {error}") from error
         self.texts.append(text)
@@ -54,6 +56,12 @@ class Tally:
     def _count(self, key: str, amounts: Mapping[str, int | float]) -> None:
         for name, amount in amounts.items():
             self.sums[key, name] += amount
+
+
+@lru_cache(maxsize=8)
+def _day(number: int) -> str:
+    """UTC, of the day that is so many after the first of Unix time."""
+    return datetime.fromtimestamp(number * DAY_S, UTC).strftime("%Y-%m-%d")
 
 
 def _amounts(record: Mapping[str, Any]) -> dict[str, int | float]:

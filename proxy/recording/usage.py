@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
+
+import orjson
 
 from router_core.pricing import TokenUsage, bill_usd, picousd
 from router_core.types import Price
@@ -59,10 +62,16 @@ class UsageRecord:
         return None if self.cost_usd is None else picousd(self.cost_usd)
 
     def to_json(self) -> str:
-        return json.dumps({name: getattr(self, name) for name in _STORED})
+        stored = dict(zip(_STORED, (*_values(self), self.cost_picousd), strict=True))
+        try:
+            return orjson.dumps(stored).decode()
+        except TypeError:  # a cost beyond 64 bits
+            return json.dumps(stored)
 
 
-_STORED = (*(column.name for column in fields(UsageRecord)), "cost_picousd")
+_NAMES = tuple(column.name for column in fields(UsageRecord))
+_STORED = (*_NAMES, "cost_picousd")
+_values = attrgetter(*_NAMES)
 
 
 def counts_of(usage: object) -> TokenCounts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from proxy.relay.plain import plain_text
 from router_core.tokens import text_bytes
 
 _CONTENT = ("content", "tool_calls", "function_call", "refusal", "reasoning_content", "reasoning", "audio", "images")
@@ -14,11 +15,17 @@ _EMPTY_BY_RIGHT = frozenset({"length", "content_filter", "max_tokens"})
 
 def has_content(body: Mapping[str, Any]) -> bool:
     """Of a chunk or a whole completion."""
+    plain = plain_text(body)
+    if plain is not None:
+        return bool(plain)
     return any(part.get(name) for part in _parts(body) for name in _CONTENT)
 
 
 def content_bytes(body: Mapping[str, Any]) -> int:
     """UTF-8 bytes of what a model wrote in a chunk or a whole completion; sounds and images are not counted."""
+    plain = plain_text(body)
+    if plain is not None:
+        return text_bytes(plain)
     size = 0
     for part in _parts(body):
         for name in _CONTENT:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from proxy.relay.chunks import choices_of
+from proxy.relay.plain import plain_text
 from proxy.routing.thread import Thread
-from proxy.routing.trail import Trail, newest_question
+from proxy.routing.trail import Trail, leaves_marks, newest_question
 from proxy.state.conversations import Conversations, scoped
 
 MOST_CHOICES = 16
@@ -25,13 +26,14 @@ class AnswerMarks:
 
     def see(self, chunk: Mapping[str, Any], model: str) -> None:
         """Before `chunk` goes out: once its last piece is with the caller, the next turn may arrive anywhere."""
+        if plain_text(chunk) is not None and not (self._trails and chunk["choices"][0].get("finish_reason")):
+            return  # the text of an answer is no mark of it, and it has none yet, or goes on
         ended = False
         for place, choice in enumerate(choices_of(chunk)):
             index = choice.get("index")
-            trail = self._trail(index if isinstance(index, int) else place)
             for name in ("message", "delta"):
-                if trail is not None and isinstance(choice.get(name), Mapping):
-                    trail.add(choice[name])
+                if isinstance(part := choice.get(name), Mapping) and leaves_marks(part):
+                    self._add(index if isinstance(index, int) else place, part)
             ended = ended or bool(choice.get("finish_reason"))
         if ended:
             self._remember(model)
@@ -45,10 +47,12 @@ class AnswerMarks:
         if self._thread.session is not None:
             self._memory.remember([self._thread.session], model, tokens)
 
-    def _trail(self, index: int) -> Trail | None:
+    def _add(self, index: int, part: Mapping[str, Any]) -> None:
+        """Of the first choices with a mark; those with none need no memory."""
         if index not in self._trails and len(self._trails) < MOST_CHOICES:
             self._trails[index] = Trail()
-        return self._trails.get(index)
+        if (trail := self._trails.get(index)) is not None:
+            trail.add(part)
 
     def _remember(self, model: str) -> None:
         trails = [trail for trail in self._trails.values() if not trail.is_empty]

@@ -34,7 +34,7 @@ def past_of(messages: Any) -> Past:
     marks: list[str] = []
     for place in range(len(messages) - 1, -1, -1):
         message = messages[place]
-        if not isinstance(message, Mapping):
+        if not isinstance(message, (dict, Mapping)):  # most are a dict, which is told faster
             continue
         if message.get("role") != "assistant":
             in_tool_loop = in_tool_loop or (newest and _is_result(message))
@@ -65,14 +65,18 @@ def _is_result(message: Mapping[str, Any]) -> bool:
 def _trail(message: Mapping[str, Any], *, calls: bool) -> Trail | None:
     """None where there is nothing to see, which is quick to tell of most turns of a long conversation."""
     content = message.get("content")
-    if not (calls or isinstance(content, list) or any(message.get(name) for name in _CARRYING)):
+    if not (calls or isinstance(content, list) or _carries(message)):
         return None
     trail = Trail()
     trail.add(message)
     return trail if calls or trail.has_reasoning else None
 
 
-_CARRYING = ("reasoning_content", "reasoning", "reasoning_details", "thinking_blocks", "signature")
+def _carries(message: Mapping[str, Any]) -> bool:
+    return not _CARRYING.isdisjoint(message) and any(message.get(name) for name in _CARRYING)
+
+
+_CARRYING = frozenset({"reasoning_content", "reasoning", "reasoning_details", "thinking_blocks", "signature"})
 
 
 def _distinct(marks: Sequence[str]) -> tuple[str, ...]:

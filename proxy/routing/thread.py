@@ -40,5 +40,7 @@ async def thread_of(memory: Conversations, request: ChatRequest, key: ClientKey 
     past = past_of(request.body["messages"])
     name = request.options.session
     session = None if name is None or settings.sticky_sessions == "off" else scoped(scope, f"session:{name}")
+    if session is None and not past.marks:
+        return Thread(scope, None, past.has_reasoning)
     recalled = await memory.recall([scoped(scope, mark) for mark in past.marks], session)
     return Thread(scope, session, past.has_reasoning, recalled.producer, recalled.last)

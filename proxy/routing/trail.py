@@ -26,6 +26,7 @@ _BLOCK_TYPES = ("thinking", "redacted_thinking", "reasoning")
 """Parts of `content` that are reasoning; in the other fields every block is."""
 _BLOCK_TEXTS = ("thinking", "text", "summary")
 _BLOCK_SIGNATURES = ("signature", "data")
+_LEAVING_MARKS = frozenset({"tool_calls", "function_call", "signature", *_TEXTS, *_BLOCKS}) - {"content"}
 _OLD_CALL = -1
 """Where the one `function_call` of a turn stands among its calls."""
 
@@ -66,7 +67,7 @@ class Trail:
         self._blocks: dict[str, _Block] = {}
 
     def add(self, part: Mapping[str, Any]) -> None:
-        """A message, or one delta of a stream."""
+        """A message, or one delta of a stream. One of which `leaves_marks` is not true changes nothing."""
         for place, call in enumerate(_mappings(part.get("tool_calls"))):
             index = call.get("index")
             self._add_call(index if isinstance(index, int) else place, call.get("id"), call.get("function"))
@@ -179,6 +180,11 @@ class _Block:
     def _begin(self, index: Any) -> None:
         self._index = index
         self.text, self.signature = Excerpt(), Excerpt()
+
+
+def leaves_marks(part: Mapping[str, Any]) -> bool:
+    """Whether a message or a delta has a field that a Trail looks into; a text alone as `content` is none."""
+    return isinstance(part.get("content"), list) or not _LEAVING_MARKS.isdisjoint(part)
 
 
 def newest_question(messages: Sequence[Any], before: int | None = None) -> Excerpt:

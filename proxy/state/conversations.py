@@ -12,7 +12,7 @@ import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final
 
 from redis.exceptions import RedisError
@@ -141,7 +141,7 @@ class Conversations:
             return
         async with self._store.asking("remember conversations") as client, client.pipeline(transaction=False) as pipe:
             for digest, answer in batch:
-                pipe.set(_key(digest), json.dumps(asdict(answer)), ex=self._ttl_s)
+                pipe.set(_key(digest), _stored(answer), ex=self._ttl_s)
             replies = await pipe.execute(raise_on_error=False)
         if broken := [reply for reply in replies if isinstance(reply, RedisError)]:
             log.warning("%d of %d conversations are not remembered: %s", len(broken), len(replies), broken[0])
@@ -223,6 +223,10 @@ class Conversations:
 
 def _key(digest: str) -> str:
     return f"{PREFIX}:{digest}"
+
+
+def _stored(answer: _Answer) -> str:
+    return json.dumps({"model": answer.model, "tokens": answer.tokens, "at": answer.at})
 
 
 def _parsed(text: str) -> _Answer | None:

@@ -157,3 +157,11 @@ def test_a_session_header_given_twice_names_no_session() -> None:
 
 def test_a_session_id_is_not_shown_with_the_options() -> None:
     assert "canary" not in repr(read_options({"uniroute": {"session": "canary"}}, []))
+
+
+@pytest.mark.parametrize(
+    "name", ["signature", "reasoning_content", "reasoning", "reasoning_details", "thinking_blocks"]
+)
+@pytest.mark.parametrize("nothing", ["", None, []])
+def test_a_field_of_reasoning_with_nothing_in_it_is_no_reasoning(name: str, nothing: Any) -> None:
+    assert past_of([{"role": "assistant", "content": "Rain.", name: nothing}]) == NO_PAST

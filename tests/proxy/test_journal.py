@@ -106,6 +106,15 @@ def test_a_line_cut_off_by_a_kill_and_a_line_of_garbage_cost_nothing_else(tmp_pa
     assert (journal.read(10).entries, journal.read(10).broken) == ([], 0)
 
 
+def test_lines_of_the_json_module_are_read_whatever_it_wrote(tmp_path: Path) -> None:
+    odd: list[dict[str, Any]] = [{"n": float("inf")}, {"n": "\ud800"}, {"n": None, "more": [1.5, "é"]}]
+    lines = [json.dumps({"seq": place, **fields}) for place, fields in enumerate(odd, 1)]
+    (tmp_path / "dead.jsonl").write_text("\n".join(lines) + "\n")
+    journal = Journal.left_behind(tmp_path / "dead.jsonl")
+    assert journal is not None
+    assert [entry.fields["n"] for entry in journal.read(10).entries] == [float("inf"), "\ud800", None]
+
+
 def test_a_line_longer_than_anything_of_ours_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "dead.jsonl").write_bytes(b"x" * 600_000 + b'\n{"seq": 2, "n": 2}\n')
     journal = Journal.left_behind(tmp_path / "dead.jsonl")
@@ -180,3 +189,19 @@ def test_the_newest_are_dropped_where_the_journals_are_full(tmp_path: Path, capl
     for journal in journals.all[:-1]:
         journals.remove(journal)
     assert journals.append(a_text(0))
+
+
+def test_the_bytes_of_the_journals_are_those_of_their_files(tmp_path: Path) -> None:
+    left = Journals(tmp_path, LARGE)
+    left.append(a_text(0))
+    left.close()
+    journals = Journals(tmp_path, 4000)
+    for number in range(100):
+        journals.append(a_text(number))
+        assert journals.bytes == sum(journal.size for journal in journals.all)
+    journals.adopt()
+    assert len(journals.all) > 2
+    assert journals.bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    for journal in journals.all:
+        journals.remove(journal)
+        assert journals.bytes == sum(path.stat().st_size for path in tmp_path.iterdir())

@@ -107,7 +107,7 @@ class Ledger(RuleBasedStateMachine):
 
     def _reserve(self, at: int, reservation: str, amount: int) -> Any:
         arguments = [self.key, reservation, 600, 0, amount, "", "", LIMIT, 10 * LIMIT]
-        return self.clients[at].eval(RESERVE, 1, state_key(self.key), *map(str, arguments))
+        return self.clients[at].eval(RESERVE, 1, state_key(self.key), *map(str, arguments)).split()
 
     def _settle(self, at: int, reservation: str, cost: str) -> None:
         day = today(self.clients[at])
@@ -141,7 +141,7 @@ def test_a_record_without_a_reservation_counts_for_a_limit_that_is_set_later(cli
     client.eval(SETTLE, 1, state_key("k"), "k", "", "", str(2 * PICO), day, day[:7])
     arguments = ["k", "r", 600, 0, 10**9, "", "", PICO, ""]
 
-    assert client.eval(RESERVE, 1, state_key("k"), *map(str, arguments))[0] == "day"
+    assert client.eval(RESERVE, 1, state_key("k"), *map(str, arguments)).split()[0] == "day"
 
 
 def test_a_cost_belongs_to_the_day_of_its_reservation_whatever_the_recorders_clock_says(client: Any) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from proxy.state.live import LiveExpectations
+from proxy.state.live import AT_ONCE, LiveExpectations
 from tests.support.makers import a_profile
 
 
@@ -39,3 +42,44 @@ def test_an_answer_without_a_token_count_is_left_out() -> None:
     live = LiveExpectations(4)
     live.observe("m", [0], [1.0], tokens=None, seconds=1.0)
     assert live.observed == 0
+
+
+ANSWERS = st.tuples(
+    st.sampled_from([([0], [1.0]), ([2, 1], [0.75, 0.25]), ([3, 0, 1], [0.5, 0.25, 0.25])]),
+    st.integers(0, 10_000),
+    st.floats(0, 600),
+    st.booleans(),
+)
+
+
+@given(st.lists(ANSWERS, max_size=30))
+@settings(max_examples=60, deadline=None)
+def test_answers_that_are_added_up_together_come_to_what_they_do_one_by_one(answers: list[tuple]) -> None:  # type: ignore[type-arg]
+    live, profile, keep = LiveExpectations(4, half_life=10), a_profile(), 0.5**0.1
+    sums = np.zeros((3, 4))
+    for (ids, weights), tokens, seconds, asked in answers:
+        live.observe("m", np.array(ids), np.array(weights, dtype=np.float32), tokens, seconds)
+        sums *= keep
+        sums[:, ids] += np.outer((tokens, seconds, 1.0), weights)
+        if asked:
+            live.blended("m", profile)
+    blended = live.blended("m", profile)
+    np.testing.assert_allclose(blended.token_sums - profile.token_sums, sums[0], atol=1e-6)
+    np.testing.assert_allclose(blended.second_sums - profile.second_sums, sums[1], atol=1e-6)
+    np.testing.assert_allclose(blended.answers - profile.answers, sums[2], atol=1e-9)
+
+
+def test_answers_do_not_pile_up_where_nobody_asks() -> None:
+    live = LiveExpectations(4)
+    for _ in range(3 * AT_ONCE):
+        live.observe("m", [0], [1.0], tokens=5, seconds=1.0)
+        assert len(live._new.get("m", [])) < AT_ONCE
+
+
+@pytest.mark.parametrize("answers", [1, AT_ONCE])
+def test_a_model_that_was_forgotten_has_no_answers(answers: int) -> None:
+    live, profile = LiveExpectations(4), a_profile()
+    for _ in range(answers):
+        live.observe("m", [0], [1.0], tokens=5, seconds=1.0)
+    live.forget("m")
+    assert live.blended("m", profile) is profile

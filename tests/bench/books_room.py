@@ -1,0 +1,115 @@
+"""What a process keeps its books with, for benches: the real parts, opened and closed. Measures nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from proxy.health.capacity import Capacities, CapacityLimits
+from proxy.health.health import ModelHealth
+from proxy.health.policy import HealthPolicy
+from proxy.limits.limiter import Limiter
+from proxy.limits.scripts import SETTLE_FUNCTION
+from proxy.recording.journals import Journals
+from proxy.recording.meter import Books, Meter
+from proxy.recording.metrics import Metrics
+from proxy.recording.recorder import UsageRecorder
+from proxy.relay.marks import AnswerMarks
+from proxy.relay.turns import Turn
+from proxy.routing.choosing import Choice
+from proxy.routing.thread import NO_THREAD
+from proxy.settings import Settings
+from proxy.state.conversations import Conversations
+from proxy.state.embedded import EmbeddedValkey
+from proxy.state.live import LiveExpectations
+from proxy.state.snapshot import RoutingState
+from proxy.state.store import Store
+from proxy.trace import Trace
+from tests.support.choices import a_state, chosen
+from tests.support.makers import a_record, following
+
+USAGE = {"prompt_tokens": 412, "completion_tokens": 96, "prompt_tokens_details": {"cached_tokens": 256}}
+SHORT = [{"role": "user", "content": "What is the capital of the country that I was born in?"}]
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a process keeps its books with."""
+
+    store: Store
+    books: Books
+    health: ModelHealth
+    capacities: Capacities
+    limiter: Limiter
+    memory: Conversations
+    settings: Settings
+    routing: RoutingState
+    choice: Choice
+
+    def meter(self) -> Meter:
+        marks = AnswerMarks(self.memory, NO_THREAD, SHORT)
+        return Meter(self.books, self.choice, None, Trace("req-1"), time.monotonic(), marks)
+
+    async def turn(self, meter: Meter) -> Turn:
+        """As forwarding takes it."""
+        self.health.resting()
+        slot = await self.capacities.slot(self.choice.model, CapacityLimits(64, 64, 5.0))
+        self.health.resting()
+        return Turn(meter, self.health.begin(self.choice.model), slot, hurried=False)
+
+    async def valkey_s(self) -> float:
+        """CPU seconds that the store has taken."""
+        taken: Any = await self.store.client.info("cpu")
+        return float(taken["used_cpu_user"]) + float(taken["used_cpu_sys"])
+
+
+def begun(meter: Meter) -> Meter:
+    meter.asking(meter.choice.model)
+    meter.first_content()
+    meter.used(USAGE)
+    return meter
+
+
+def emptied_pipe() -> Any:
+    """Where log lines go: a pipe, as a container's runtime reads it."""
+    reader = subprocess.Popen(
+        [sys.executable, "-c", "import os\nwhile os.read(0, 1 << 16): pass"], stdin=subprocess.PIPE
+    )
+    assert reader.stdin is not None
+    return os.fdopen(os.dup(reader.stdin.fileno()), "w", buffering=1)
+
+
+@asynccontextmanager
+async def open_room(folder: Path) -> AsyncIterator[Room]:
+    server = EmbeddedValkey(folder)
+    await asyncio.to_thread(server.ensure)
+    store = Store(f"unix://{server.socket_path}")
+    try:
+        metrics, live = Metrics(), LiveExpectations(4)
+        async with following(store, folder, a_record("cheap"), a_record("dear"), live=live) as state:
+            usage = UsageRecorder(store, Journals(folder / "usage", 10**9), settle_function=SETTLE_FUNCTION)
+            routing, limiter = a_state(), Limiter(store, metrics, timeout_s=5.0)
+            yield Room(
+                store=store,
+                books=Books(state, usage, metrics, live),
+                health=ModelHealth(HealthPolicy()),
+                capacities=Capacities(),
+                limiter=limiter,
+                memory=Conversations(store, 3600),
+                settings=Settings(data_dir=folder),
+                routing=routing,
+                choice=await chosen(state=routing),
+            )
+            await limiter.close()
+            await usage.stop()
+    finally:
+        await store.close()
+        await asyncio.to_thread(server.stop)

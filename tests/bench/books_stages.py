@@ -1,0 +1,270 @@
+"""CPU time of everything that is written down about a request, by stage: `python -m tests.bench.books_stages`.
+
+The real parts: a journal on disk, an embedded Valkey, the metrics of a process, and log lines to a pipe that another
+process empties. Microseconds of CPU of this process, user and system, for one request and for one streamed chunk; each
+the least of several rounds. What a request waits for is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from logging.config import dictConfig
+from pathlib import Path
+from typing import Any
+
+from proxy.cli import console
+from proxy.cli.serve import LOGGING
+from proxy.limits.claims import claim_of, within_claim
+from proxy.recording.meter import Meter
+from proxy.relay.chunks import content_bytes, has_content
+from proxy.relay.marks import AnswerMarks
+from proxy.routing.options import Options
+from proxy.routing.request import ChatRequest
+from proxy.routing.thread import NO_THREAD, thread_of
+from proxy.state.records import ClientKey
+from proxy.trace import Trace
+from tests.bench.books_room import SHORT, USAGE, Room, begun, emptied_pipe, open_room
+from tests.support.limited_keys import a_key
+
+LIMITS: dict[str, Any] = {"requests_per_minute": 10**9, "tokens_per_minute": 10**12, "usd_per_day": 10**6}
+LONG = [{"role": role, "content": f"turn {place}"} for place in range(30) for role in ("user", "assistant")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--times", type=int, default=1_000, help="in a round")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--profile", action="store_true", help="cProfile of the request without a key, instead")
+    arguments = parser.parse_args()
+    uvloop_or_not().run(_measure(arguments))
+
+
+def uvloop_or_not() -> Any:
+    if os.name != "posix":
+        return asyncio
+    import uvloop
+
+    return uvloop
+
+
+async def _measure(arguments: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(prefix="uniroute-bench-") as name, emptied_pipe() as pipe:
+        dictConfig({**LOGGING, "handlers": {"stderr": {**LOGGING["handlers"]["stderr"], "fd": pipe.fileno()}}})
+        async with open_room(Path(name)) as room:
+            if arguments.profile:
+                await _profile(room, arguments.times)
+                return
+            rows = [(what, *await _least_us(room, arguments, work)) for what, work in _stages(room)]
+            console.table(("stage", "CPU us", "Valkey's"), rows, title="the least of the rounds")
+
+
+Work = Callable[[int], Awaitable[None]]
+
+
+def _stages(room: Room) -> list[tuple[str, Work]]:
+    plain, limited = a_key(), a_key(**LIMITS)
+    chunk = _chunk({"content": " word"})
+    call = _chunk({"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]})
+    return [
+        ("thread of one turn", _threads(room, SHORT)),
+        ("thread of 60 turns", _threads(room, LONG)),
+        ("meter and marks", _meters(room)),
+        ("turn: rests, place, breaker", _turns(room)),
+        ("headers", _headers(room)),
+        ("finish", _finishes(room)),
+        ("of it: the record and its journal", _records(room)),
+        ("afterwards: a record from the journal to Redis", _flushes(room)),
+        ("one plain chunk", _chunks(room, chunk)),
+        (
+            "one chunk with a call",
+            _chunks(room, call),
+        ),
+        ("reserve, alone", _reserves(room, limited, at_once=1)),
+        ("reserve, 16 at once", _reserves(room, limited, at_once=16)),
+        ("request without a key, all but chunks", _requests(room, None)),
+        ("request with a key", _requests(room, plain)),
+        ("request with a limited key, 16 at once", _requests(room, limited, at_once=16)),
+    ]
+
+
+def _threads(room: Room, messages: list[Any]) -> Work:
+    request = ChatRequest({"messages": messages}, "auto", False, False, Options())
+
+    async def work(times: int) -> None:
+        for _ in range(times):
+            await thread_of(room.memory, request, None, room.settings)
+
+    return work
+
+
+def _meters(room: Room) -> Work:
+    choice, trace = room.choice, Trace("req-1")
+
+    async def work(times: int) -> None:
+        for _ in range(times):
+            Meter(room.books, choice, None, trace, 0.0, AnswerMarks(room.memory, NO_THREAD, SHORT))
+
+    return work
+
+
+def _turns(room: Room) -> Work:
+    meter = room.meter()
+
+    async def work(times: int) -> None:
+        for _ in range(times):
+            turn = await room.turn(meter)
+            turn.begun()
+            turn.answered()
+            turn.close()
+
+    return work
+
+
+def _headers(room: Room) -> Work:
+    meter = room.meter()
+    meter.asking(meter.choice.model)
+
+    async def work(times: int) -> None:
+        for _ in range(times):
+            meter.headers()
+
+    return work
+
+
+def _finishes(room: Room) -> Work:
+    async def work(times: int) -> None:
+        meters = [begun(room.meter()) for _ in range(times)]
+        before = time.process_time()
+        for meter in meters:
+            meter.finish("complete")
+        work.own = time.process_time() - before  # type: ignore[attr-defined]
+
+    return work
+
+
+def _records(room: Room) -> Work:
+    usage, entry = room.books.usage, begun(room.meter())._record("complete")
+
+    async def work(times: int) -> None:
+        for _ in range(times):
+            usage.record(entry)
+
+    return work
+
+
+def _flushes(room: Room) -> Work:
+    usage, record = room.books.usage, _records(room)
+
+    async def work(times: int) -> None:
+        await record(times)
+        before = time.process_time()
+        await usage.flush()
+        work.own = time.process_time() - before  # type: ignore[attr-defined]
+
+    return work
+
+
+def _chunk(delta: dict[str, Any]) -> dict[str, Any]:
+    about = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1_700_000_000, "model": "cheap"}
+    return {**about, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+
+
+def _chunks(room: Room, chunk: dict[str, Any]) -> Work:
+    """What streaming asks of the books, chunk by chunk."""
+
+    async def work(times: int) -> None:
+        meter = room.meter()
+        for _ in range(times):
+            has_content(chunk)
+            meter.marks.see(chunk, meter.model)
+            meter.received(content_bytes(chunk))
+            if chunk.get("usage"):
+                meter.used(chunk["usage"])
+
+    return work
+
+
+def _reserves(room: Room, key: ClientKey, *, at_once: int) -> Work:
+    async def one() -> None:
+        choice = within_claim(replace(room.choice, id=uuid.uuid4().hex), key.limits)
+        claim = claim_of(choice, room.routing, room.settings, key.limits)
+        await room.limiter.reserve(key, replace(claim, lives_s=0.001))
+
+    return _together(one, at_once)
+
+
+def _requests(room: Room, key: ClientKey | None, *, at_once: int = 1) -> Work:
+    """As pipeline and streaming go about it."""
+    request = ChatRequest({"messages": SHORT}, "auto", True, False, Options())
+
+    async def one() -> None:
+        thread = await thread_of(room.memory, request, key, room.settings)
+        choice, granted = room.choice, None
+        if key is not None and key.limits.any:
+            choice = within_claim(replace(choice, id=uuid.uuid4().hex), key.limits)
+            granted = await room.limiter.reserve(key, claim_of(choice, room.routing, room.settings, key.limits))
+        marks = AnswerMarks(room.memory, thread, SHORT)
+        meter = Meter(room.books, choice, key, Trace("req-1"), time.monotonic(), marks, granted)
+        turn = await room.turn(meter)
+        meter.asking(choice.model)
+        turn.begun()
+        meter.headers()
+        meter.used(USAGE)
+        turn.answered()
+        meter.finish("complete")
+        turn.close()
+
+    return _together(one, at_once)
+
+
+def _together(one: Callable[[], Awaitable[None]], at_once: int) -> Work:
+    async def worker(times: int) -> None:
+        for _ in range(times):
+            await one()
+
+    async def work(times: int) -> None:
+        await asyncio.gather(*(worker(times // at_once) for _ in range(at_once)))
+
+    return work
+
+
+async def _least_us(room: Room, arguments: argparse.Namespace, work: Work) -> tuple[str, str]:
+    """Of this process, and of the store."""
+    taken: list[float] = []
+    store_taken: list[float] = []
+    await work(16)
+    for _ in range(arguments.rounds):
+        gc.collect()
+        store_before, before = await room.valkey_s(), time.process_time()
+        await work(arguments.times)
+        spent = time.process_time() - before
+        taken.append(getattr(work, "own", spent))
+        store_taken.append(await room.valkey_s() - store_before)
+        await room.books.usage.flush()
+        await asyncio.sleep(0.05)  # so that the connections to the store are read, and none is taken for silent
+    return f"{min(taken) / arguments.times * 1e6:.2f}", f"{min(store_taken) / arguments.times * 1e6:.0f}"
+
+
+async def _profile(room: Room, times: int) -> None:
+    import cProfile
+    import pstats
+
+    work = _requests(room, None)
+    await work(100)
+    profile = cProfile.Profile()
+    profile.enable()
+    await work(times)
+    profile.disable()
+    pstats.Stats(profile).sort_stats("tottime").print_stats(45)
+
+
+if __name__ == "__main__":
+    main()

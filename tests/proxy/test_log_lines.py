@@ -1,0 +1,213 @@
+"""Log lines: one each, whole and in order, said before the process can be killed, and never waited for."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from proxy import log_lines
+from proxy.log_lines import LineFormatter, LineHandler, info
+from proxy.recording.metrics import Metrics
+
+LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} (.*)")
+KILLED = """
+import logging, os, signal
+from proxy.log_lines import LineHandler, info
+log = logging.getLogger("uniroute.request")
+logging.getLogger().addHandler(LineHandler())
+log.setLevel("INFO")
+for number in range(1000):
+    info(log, f"number={number}")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+BUFFER = 4 * 4096
+
+
+class Pipe:
+    def __init__(self) -> None:
+        self.reader, self.writer = os.pipe()
+        fcntl.fcntl(self.writer, fcntl.F_SETPIPE_SZ, BUFFER)
+
+    def lines(self) -> list[str]:
+        """What has come, without the times."""
+        return [_untimed(line) for line in os.read(self.reader, 2**20).decode().splitlines()]
+
+    def close(self) -> None:
+        for fd in (self.reader, self.writer):
+            try:
+                os.close(fd)
+            except OSError:
+                continue
+
+
+def _untimed(line: str) -> str:
+    found = LINE.fullmatch(line)
+    assert found, line
+    return found[1]
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    opened = Pipe()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def log(pipe: Pipe) -> logging.Logger:
+    """As a server has it, beneath a root of its own: no one else listens, pytest neither."""
+    root = logging.RootLogger(logging.WARNING)
+    root.addHandler(LineHandler(pipe.writer))
+    logger = logging.Manager(root).getLogger("uniroute.piped")
+    logger.setLevel(logging.INFO)
+    return logger
+
+
+def a_handler(log: logging.Logger) -> LineHandler:
+    assert log.parent is not None
+    (handler,) = log.parent.handlers
+    assert isinstance(handler, LineHandler)
+    return handler
+
+
+@pytest.mark.parametrize("message", ["model=small seconds=0.1", "100 % größer", "half \ud800", ""])
+def test_the_line_is_what_a_record_would_have_become(log: logging.Logger, pipe: Pipe, message: str) -> None:
+    info(log, message)
+    log.info(message)
+    quick, recorded = pipe.lines()
+    assert quick == recorded == f"INFO uniroute.piped {message}".encode("utf-8", "backslashreplace").decode()
+
+
+def test_no_record_is_made_where_the_line_is_all(
+    log: logging.Logger, pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(log, "makeRecord", lambda *facts, **more: made.append(facts))
+    info(log, "quick")
+    assert (made, pipe.lines()) == ([], ["INFO uniroute.piped quick"])
+
+
+def test_whoever_else_listens_gets_a_record(caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("uniroute.request.heard")
+    log.addHandler(LineHandler())
+    with caplog.at_level(logging.INFO, log.name):
+        info(log, "heard")
+    log.handlers.clear()
+    (record,) = caplog.records
+    assert (record.name, record.levelname, record.getMessage()) == ("uniroute.request.heard", "INFO", "heard")
+    assert record.filename == "test_log_lines.py"
+
+
+def test_each_of_two_handlers_has_its_line(log: logging.Logger, pipe: Pipe) -> None:
+    log.addHandler(LineHandler(pipe.writer))
+    info(log, "twice")
+    assert pipe.lines() == ["INFO uniroute.piped twice"] * 2
+
+
+def test_a_filter_and_another_format_are_heeded(log: logging.Logger, pipe: Pipe) -> None:
+    a_handler(log).setFormatter(logging.Formatter("2026-01-31T00:00:00+0000 %(message)s!"))
+    info(log, "other format")
+    a_handler(log).setFormatter(LineFormatter())
+    a_handler(log).addFilter(lambda record: "secret" not in record.getMessage())
+    info(log, "secret")
+    a_handler(log).filters.clear()
+    log.addFilter(lambda record: "hidden" not in record.getMessage())
+    info(log, "hidden")
+    info(log, "shown")
+    assert pipe.lines() == ["other format!", "INFO uniroute.piped shown"]
+
+
+def test_what_is_below_the_level_is_not_said(log: logging.Logger, pipe: Pipe) -> None:
+    a_handler(log).setLevel(logging.WARNING)
+    info(log, "handler")
+    a_handler(log).setLevel(logging.NOTSET)
+    log.setLevel(logging.WARNING)
+    info(log, "logger")
+    log.warning("at %s", "last")
+    assert pipe.lines() == ["WARNING uniroute.piped at last"]
+
+
+def test_arguments_that_do_not_fit_break_nothing(
+    log: logging.Logger, pipe: Pipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.info("%d", "no number")
+    log.info("next")
+    assert pipe.lines() == ["INFO uniroute.piped next"]
+    assert "Logging error" in capsys.readouterr().err
+
+
+def test_a_process_that_is_killed_has_said_all_its_lines() -> None:
+    killed = subprocess.run([sys.executable, "-c", KILLED], check=False, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL
+    said = [_untimed(line) for line in killed.stderr.splitlines()]
+    assert said == [f"INFO uniroute.request number={number}" for number in range(1000)]
+
+
+def test_a_reader_that_is_behind_is_not_waited_for_and_gets_every_line(log: logging.Logger, pipe: Pipe) -> None:
+    for number in range(1000):  # far more than the pipe holds, and nobody reads
+        info(log, f"number={number} {'x' * (9000 if number == 500 else 60)}")
+    assert a_handler(log)._waiting
+    writer = a_handler(log)._writer
+    said: list[str] = []
+    while len(said) < 1000:
+        said += _whole_lines(pipe)
+    assert [line.split()[2] for line in said] == [f"number={number}" for number in range(1000)]
+    assert writer is not None
+    writer.join(10)
+    info(log, "after")
+    assert (pipe.lines(), a_handler(log).dropped) == (["INFO uniroute.piped after"], 0)
+
+
+def test_no_line_overtakes_those_that_wait(log: logging.Logger, pipe: Pipe) -> None:
+    said: list[str] = []
+    for number in range(3000):  # the reader is slower than we are, but it reads
+        info(log, f"number={number}")
+        if number % 100 == 0:
+            said += _whole_lines(pipe)
+    while len(said) < 3000:
+        said += _whole_lines(pipe)
+    assert [line.split()[2] for line in said] == [f"number={number}" for number in range(3000)]
+
+
+def test_lines_without_room_are_dropped_counted_and_told_of(
+    log: logging.Logger, pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_lines, "MOST_WAITING", 2000)
+    for number in range(300):
+        info(log, f"number={number}")
+    dropped, writer = a_handler(log).dropped, a_handler(log)._writer
+    said = _whole_lines(pipe)
+    while not said[-1].startswith("WARNING"):
+        said += _whole_lines(pipe)
+    assert writer is not None
+    writer.join(10)
+    assert said[-1] == f"WARNING uniroute {dropped} log lines were dropped: standard error was not read"
+    assert [line.split()[2] for line in said[:-1]] == [f"number={number}" for number in range(300 - dropped)]
+    assert dropped > 0
+
+
+def test_a_reader_that_is_gone_breaks_nothing_and_is_counted(
+    log: logging.Logger, pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.close(pipe.reader)
+    info(log, "nobody")
+    log.info("reads")
+    assert a_handler(log).dropped == 2
+    monkeypatch.setattr(logging.getLogger(), "handlers", [a_handler(log)])
+    assert b"uniroute_log_lines_dropped_total 2.0" in Metrics().expose()
+
+
+def _whole_lines(pipe: Pipe) -> list[str]:
+    """The next of them, at least one."""
+    data = os.read(pipe.reader, 2**16)
+    while not data.endswith(b"\n"):
+        data += os.read(pipe.reader, 2**16)
+    return [_untimed(line) for line in data.decode().splitlines()]

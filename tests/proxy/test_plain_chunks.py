@@ -1,0 +1,111 @@
+"""The quick way of the commonest chunk comes to what the general way does, and is taken where it should be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from proxy.relay.chunks import content_bytes, has_content
+from proxy.relay.marks import AnswerMarks
+from proxy.relay.plain import plain_text
+from proxy.routing.thread import NO_THREAD
+from proxy.routing.trail import Excerpt, Trail, leaves_marks
+from proxy.state.conversations import Conversations
+from proxy.state.store import Store
+
+QUESTION = [{"role": "user", "content": "And then?"}]
+TEXTS = st.text(st.sampled_from("a字😀\ud800 "), max_size=6)
+CALLS = [{"index": 0, "id": "call_9Kq2Xw7Lm4", "function": {"name": "find", "arguments": "{}"}}]
+VALUES: st.SearchStrategy[Any] = (
+    st.none() | TEXTS | st.booleans() | st.sampled_from([0, [], {}, CALLS, {"name": "f"}, [{"type": "thinking"}]])
+)
+FIELDS = (
+    *("content", "role", "tool_calls", "function_call", "refusal", "reasoning_content", "reasoning", "audio", "images"),
+    *("thinking_blocks", "reasoning_details", "signature", "made_up"),
+)
+DELTAS = st.dictionaries(st.sampled_from(["content", "content", *FIELDS]), VALUES, max_size=4) | TEXTS.map(
+    lambda text: {"content": text}
+)
+CHOICES = st.fixed_dictionaries(
+    {"delta": DELTAS},
+    optional={
+        "index": st.sampled_from([0, 0, 1, None, "0"]),
+        "finish_reason": st.sampled_from([None, None, "stop", ""]),
+        "message": DELTAS,
+        "logprobs": st.none(),
+    },
+)
+CHUNKS = st.fixed_dictionaries({"choices": st.lists(CHOICES, max_size=2) | st.none()}, optional={"usage": st.none()})
+REASONING = {"delta": {"reasoning_content": "Let me see. " * 30}}
+
+
+def in_general(chunk: dict[str, Any]) -> dict[str, Any]:
+    """The same chunk as mappings that the quick way does not take."""
+    choices = chunk["choices"]
+    return chunk if choices is None else {**chunk, "choices": [MappingProxyType(choice) for choice in choices]}
+
+
+def remembered(chunks: Sequence[dict[str, Any]]) -> list[str]:
+    memory = Conversations(Store("unix:///nowhere"), 60)
+    marks = AnswerMarks(memory, NO_THREAD, QUESTION)
+    for chunk in chunks:
+        marks.see(chunk, "small")
+    return list(memory._local)
+
+
+@given(CHUNKS)
+@settings(max_examples=400, deadline=None)
+def test_content_and_its_bytes_are_those_of_the_general_way(chunk: dict[str, Any]) -> None:
+    general = in_general(chunk)
+    assert plain_text(general) is None
+    assert (has_content(chunk), content_bytes(chunk)) == (has_content(general), content_bytes(general))
+
+
+@given(st.lists(CHUNKS, max_size=5))
+@example([{"choices": [REASONING]}, {"choices": [{"delta": {"content": "."}, "finish_reason": "stop"}]}])
+@settings(max_examples=300, deadline=None)
+def test_a_stream_leaves_the_marks_of_the_general_way(chunks: list[dict[str, Any]]) -> None:
+    assert remembered(chunks) == remembered([in_general(chunk) for chunk in chunks])
+
+
+@given(DELTAS, st.text(max_size=3))
+@settings(max_examples=300, deadline=None)
+def test_a_part_that_leaves_no_marks_changes_no_trail(part: dict[str, Any], name: str) -> None:
+    trail = Trail()
+    trail.add({"role": "assistant", name: "x", **part})
+    if not leaves_marks(part):
+        assert trail.is_empty
+        assert not [*trail.reasoning_marks(Excerpt()), *trail.call_marks(Excerpt())]
+
+
+def test_marks_are_there_when_the_last_text_is_what_ends_the_answer() -> None:
+    ended: list[dict[str, Any]] = [
+        {"choices": [REASONING]},
+        {"choices": [{"delta": {"content": "."}, "finish_reason": "stop"}]},
+    ]
+    assert remembered(ended[:1]) == []
+    assert len(remembered(ended)) == 1
+
+
+@pytest.mark.parametrize(
+    ("delta", "text"),
+    [
+        ({"content": " word"}, " word"),
+        ({"role": "assistant", "content": ""}, ""),
+        ({"role": None, "content": "a", "tool_calls": None, "refusal": None}, "a"),
+        ({"content": "a", "tool_calls": []}, None),
+        ({"content": "a", "reasoning_content": "b"}, None),
+        ({"content": None}, None),
+        ({}, None),
+    ],
+)
+def test_what_is_plain(delta: dict[str, Any], text: str | None) -> None:
+    choice = {"index": 0, "delta": delta, "finish_reason": None}
+    assert plain_text({"choices": [choice]}) == text
+    assert plain_text({"choices": [choice, choice]}) is None
+    assert plain_text({"choices": [{**choice, "message": delta}]}) is None
