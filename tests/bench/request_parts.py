@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import cProfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +26,10 @@ from proxy.recording.metrics import Metrics
 from proxy.recording.recorder import UsageRecorder
 from proxy.routing.asked import Asked, needs_within, terms_of
 from proxy.routing.assigning import Assigner
-from proxy.routing.choosing import choose
 from proxy.routing.conversation import past_of
 from proxy.routing.features import routing_text
 from proxy.routing.names import Way
-from proxy.routing.request import ChatRequest, parse_chat
+from proxy.routing.request import ChatRequest
 from proxy.routing.thread import NO_THREAD
 from proxy.services import Services
 from proxy.settings import Settings

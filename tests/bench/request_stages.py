@@ -8,7 +8,6 @@ Each figure is the median over bodies, all of them different, of the fastest of 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import statistics
 import tempfile
