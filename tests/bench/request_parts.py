@@ -173,6 +173,7 @@ class Wire:
         upstream: Any = self._services.upstream
         sent = _request(raw)
         self._transport.answered.clear()
+        forget(self._services)
         started = time.process_time_ns()
         self._connection.data_received(sent)
         await self._transport.answered.wait()
@@ -191,6 +192,12 @@ class Wire:
                 await self._asked(raw)
         profile.disable()
         profile.dump_stats(path)
+
+
+def forget(services: Services) -> None:
+    """Every prompt is a new one, as most are: rounds over the same bodies would flatter."""
+    for generation in (services.assigner._young, services.assigner._old):
+        generation.clear()
 
 
 def _request(raw: bytes) -> bytes:

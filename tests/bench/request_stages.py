@@ -27,7 +27,7 @@ from proxy.services import Services
 from router_core.embedding import static_embedder
 from tests.bench.overhead.bodies import KINDS
 from tests.bench.prompts import generated_prompts
-from tests.bench.request_parts import HEADERS, Prepare, Wire, a_routing_state, open_parts, stage_functions
+from tests.bench.request_parts import HEADERS, Prepare, Wire, a_routing_state, forget, open_parts, stage_functions
 
 MODELS = (10, 100, 1_000)
 SIZES = ("short", "2 KB", "agent")
@@ -104,6 +104,7 @@ async def cost(stage: Stage, bodies: Sequence[bytes], rounds: int) -> float:
 def stages(services: Services) -> dict[str, Stage]:
     async def chosen(raw: bytes) -> int:
         request = parse_chat(raw, HEADERS)
+        forget(services)
         started = time.process_time_ns()
         await choose(request, None, services.state.current, services.settings, services.assigner)
         return time.process_time_ns() - started
