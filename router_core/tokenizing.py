@@ -28,7 +28,6 @@ LONGEST_WORD = 32
 _PARTS = re.compile(r"[0-9A-Za-z]+|[!-/:-@\[-`{-~]")
 """Of a piece of printable ASCII: every mark of punctuation stands alone."""
 _PLAIN_ASCII = re.compile(r"[\t\n\r -~]*")
-_SPACES = re.compile(r"[ \t\n\r]+")
 
 
 class WordTokenizer:
@@ -37,8 +36,7 @@ class WordTokenizer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         """`tokenizer`: of BERT's normalizer and pre-tokenizer, without truncation or padding."""
         self._tokenizer = tokenizer
-        special = [re.escape(token.content) for token in tokenizer.get_added_tokens_decoder().values()]
-        self._special = re.compile("|".join(special) or r"(?!)")
+        self._special = tuple(token.content for token in tokenizer.get_added_tokens_decoder().values())
         self._young: dict[str, Packed] = {}
         self._old: dict[str, Packed] = {}
 
@@ -68,7 +66,7 @@ class WordTokenizer:
     def _found(self, text: str) -> tuple[Sequence[str], list[Packed | None]] | None:
         """Its pieces, and the ids of those that are remembered. None where it holds a special token: these are taken
         out of a text before anything is split."""
-        if "[" in text and self._special.search(text):
+        if "[" in text and any(token in text for token in self._special):
             return None
         pieces = _pieces(text)
         return pieces, list(map(self._young.get, pieces))
@@ -135,4 +133,8 @@ def _missing(packed: Sequence[Packed | None]) -> list[int]:
 
 def _pieces(text: str) -> list[str]:
     """What BERT would look at apart from everything around it, or more than that together."""
-    return text.split() if _PLAIN_ASCII.fullmatch(text) else [piece for piece in _SPACES.split(text) if piece]
+    if text.isascii() and (text.isprintable() or _PLAIN_ASCII.fullmatch(text)):
+        return text.split()
+    for space in "\t\n\r":
+        text = text.replace(space, " ")
+    return list(filter(None, text.split(" ")))
