@@ -110,6 +110,10 @@ class Pool:
         return ~np.isnan(self.mean_errors)
 
     @cached_property
+    def all_profiled(self) -> bool:
+        return bool(self.profiled.all())
+
+    @cached_property
     def ready_rows(self) -> NDArray[np.int64]:
         """Those that are profiled and priced."""
         return np.flatnonzero(self.profiled & ~np.isnan(self.prices.input))

@@ -150,7 +150,9 @@ def _unit_usd(pool: Pool, billed_tokens: Doubles, needs: Needs, terms: Terms) ->
     """What a cost of one is: c_ref of this request, its output the mean over the profiled models; or a cent."""
     if terms.cost_unit == "cents":
         return CENT_USD
-    return reference_usd(needs.prompt_tokens, float(billed_tokens[pool.profiled].mean()), terms.reference)
+    profiled = billed_tokens if pool.all_profiled else billed_tokens[pool.profiled]
+    mean_tokens = float(np.add.reduce(profiled)) / len(profiled)  # as mean() does, without what it asks before
+    return reference_usd(needs.prompt_tokens, mean_tokens, terms.reference)
 
 
 def _within(eligibility: Eligibility, usd: Doubles, max_cost_usd: float) -> Eligibility:
