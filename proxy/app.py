@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import AsyncIterator, Mapping
@@ -19,12 +20,11 @@ from starlette.responses import JSONResponse, Response
 from proxy.audited import Audited
 from proxy.auth import Guard
 from proxy.edge import Edge
-from proxy.errors import ClientGone, ProxyError, describe, plain_error
-from proxy.foreign_errors import FOREIGN, translated
+from proxy.errors import plain_error
 from proxy.jobs.onboarding import measuring_on_start
 from proxy.log_lines import LineHandler
 from proxy.opening import open_services
-from proxy.relay.sse import dump
+from proxy.refusing import TOLD, response_of
 from proxy.routes import admin, admin_audit, admin_jobs, admin_keys, chat, health, models, openapi, route
 from proxy.services import Services, ServicesHolder
 from proxy.settings import Settings, load_settings
@@ -66,7 +66,12 @@ def _build(settings: Settings, holder: ServicesHolder, environ: Mapping[str, str
             return
         async with open_services(settings, environ or {}) as services:
             holder.open(services)
-            yield
+            gc.collect()
+            gc.freeze()  # what is there now stays: to look through all of it took tenths of a second, again and again
+            try:
+                yield
+            finally:
+                gc.unfreeze()
 
     app = FastAPI(
         title="UniRoute",
@@ -75,10 +80,8 @@ def _build(settings: Settings, holder: ServicesHolder, environ: Mapping[str, str
         redirect_slashes=False,
         middleware=_middleware(settings, holder),
         exception_handlers={
-            ProxyError: _refused,
+            **dict.fromkeys(TOLD, _told),
             HTTPException: _plain,
-            ClientGone: _nobody,
-            **dict.fromkeys(FOREIGN, _foreign),
         },
     )
     app.state.holder = holder
@@ -97,16 +100,12 @@ def _middleware(settings: Settings, holder: ServicesHolder) -> list[Middleware]:
         expose_headers=list(EXPOSED),
     )
     guard = Middleware(Guard, settings=settings, state=lambda: holder.services.state.current)
-    return [Middleware(Edge, holder=holder), *([cors] if pages else []), Middleware(Audited), guard]
+    edge, direct = Middleware(Edge, holder=holder), Middleware(chat.Chat, holder=holder)
+    return [edge, *([cors] if pages else []), Middleware(Audited), guard, direct]
 
 
-async def _refused(_: Request, error: Exception) -> Response:
-    status, body, headers = describe(error)  # type: ignore[arg-type]  # registered for ProxyError
-    return Response(dump(body), status, headers, "application/json")
-
-
-async def _foreign(request: Request, error: Exception) -> Response:
-    return await _refused(request, translated(error))
+async def _told(_: Request, error: Exception) -> Response:
+    return response_of(error)
 
 
 async def _plain(request: Request, error: Exception) -> Response:
@@ -122,10 +121,6 @@ def _allowed(path: str) -> str:
     found = [route for route in routes if route.path_regex.match(path)]
     best = max((route.path for route in found), key=len, default="")
     return ", ".join(sorted({method for route in found if route.path == best for method in route.methods or ()}))
-
-
-async def _nobody(_: Request, __: Exception) -> Response:
-    return Response(status_code=499)
 
 
 def configure_logs() -> None:

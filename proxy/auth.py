@@ -10,12 +10,12 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from starlette._utils import get_route_path
-from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from proxy.brake import Brake
 from proxy.errors import BadRequest, Forbidden, ProxyError, Unauthenticated, describe
+from proxy.head import Headers, head_of
 from proxy.roles import check_role, is_admin_side
 from proxy.settings import Settings, is_loopback
 from proxy.state.audit import NOBODY, ROOT
@@ -27,6 +27,8 @@ LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 KEY_IN_SCOPE = "uniroute.key"
 WHO_IN_SCOPE = "uniroute.who"
 _MOST_KEY_BYTES = 4096
+_MOST_SERVED, _LONGEST_SERVED = 64, 255
+"""Of the values of Host that are remembered."""
 _HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 
 
@@ -36,6 +38,9 @@ class Admitted:
 
     who: str
     key: ClientKey | None = None
+
+
+_NOBODY = Admitted(NOBODY)
 
 
 class Guard:
@@ -53,6 +58,8 @@ class Guard:
         self._state = state
         self._clock = clock
         self._brake = Brake(time.monotonic)
+        self._served: set[str] = set()
+        """Values of Host that were found to be served: most requests bring the same few."""
         admin = settings.admin_key
         self._root_digest = _digest(admin.get_secret_value().encode()) if admin else None
 
@@ -76,7 +83,7 @@ class Guard:
 
     def _admit(self, scope: Scope) -> None:
         path = path_of(scope)
-        caller = Admitted(NOBODY) if path in OPEN_PATHS else self._caller(path, Headers(scope=scope))
+        caller = _NOBODY if path in OPEN_PATHS else self._caller(path, head_of(scope))
         scope[KEY_IN_SCOPE], scope[WHO_IN_SCOPE] = caller.key, caller.who
         if caller.key is not None:
             check_role(caller.key.role, scope["method"], path)
@@ -84,14 +91,21 @@ class Guard:
     def _caller(self, path: str, headers: Headers) -> Admitted:
         if not path.isprintable():
             raise BadRequest("the path holds characters that cannot be printed")
-        check_host(headers, self._settings)
-        check_origin(headers, self._settings.allowed_origins)
+        self._check_address(headers)
         if is_admin_side(path):
             if self._root_digest is None:
                 raise Forbidden("the admin side is off: set UNIROUTE_ADMIN_KEY and start again")
         elif not self._state().keys_required:
-            return Admitted(NOBODY)
+            return _NOBODY
         return self._known(presented(headers))
+
+    def _check_address(self, headers: Headers) -> None:
+        hosts = headers.getlist("host")
+        if len(hosts) != 1 or hosts[0] not in self._served:
+            check_host(headers, self._settings)
+            if len(self._served) < _MOST_SERVED and len(hosts[0]) <= _LONGEST_SERVED:
+                self._served.add(hosts[0])
+        check_origin(headers, self._settings.allowed_origins)
 
     def _known(self, secret: bytes | None) -> Admitted:
         """The digest is looked up, and compared again in constant time; the secret itself is compared with nothing."""
@@ -155,7 +169,8 @@ def check_origin(headers: Headers, allowed: Collection[str]) -> None:
     for origin in headers.getlist("origin"):
         if origin in allowed:
             continue
-        if origin.lower() in (f"{scheme}://{headers.get('host', '').lower()}" for scheme in ("http", "https")):
+        host = next(iter(headers.getlist("host")), "").lower()
+        if origin.lower() in (f"{scheme}://{host}" for scheme in ("http", "https")):
             continue
         raise Forbidden(f"calls from the web page at {origin[:100]!r} are not allowed; see allowed_origins")
 

@@ -6,13 +6,14 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy.auth import OPEN_PATHS
 from proxy.errors import error_object
-from proxy.trace import trace_of
+from proxy.head import head_of
+from proxy.trace import Trace, trace_of
 
 if TYPE_CHECKING:
     from proxy.services import ServicesHolder
@@ -24,7 +25,16 @@ ARRIVED = "uniroute.arrived"
 """Monotonic seconds."""
 CROWDED = "uniroute.crowded"
 """In the scope where the connection is one more than this process has room for."""
+_IDS = (b"x-request-id", b"traceparent")
 _RETRY_AFTER_S = "1"
+
+
+def _state(message: Message, trace: Trace) -> None:
+    headers = message.setdefault("headers", [])
+    if isinstance(headers, list) and not any(name in _IDS for name, _ in headers):
+        headers += trace.raw_headers
+    else:
+        MutableHeaders(scope=message).update(trace.headers())
 
 
 class Edge:
@@ -38,7 +48,7 @@ class Edge:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        trace = scope[TRACE] = trace_of(Headers(scope=scope))
+        trace = scope[TRACE] = trace_of(head_of(scope))
         scope[ARRIVED] = time.monotonic()
         started = False
 
@@ -46,7 +56,7 @@ class Edge:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message).update(trace.headers())
+                _state(message, trace)
                 self._count(message["status"])
             await send(message)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from router_core.eligibility import Eligibility
 from router_core.flips import flip_lambdas
+from router_core.ranking import Ranking
 from router_core.types import Assignment, Doubles
 
 Z = 1.645
@@ -19,18 +20,33 @@ Z = 1.645
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
-    """The m models that one prompt may go to, in order of name; each array (m,) float64."""
+class Details:
+    """What the m scores were made of, beyond what it takes to choose; each array (m,) float64."""
 
-    names: tuple[str, ...]
-    errors: Doubles
     labels: Doubles
     """How many labels an expected error is worth."""
     costs_usd: Doubles
-    costs: Doubles
-    scores: Doubles
     output_tokens: Doubles
     seconds: Doubles
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """The m models that one prompt may go to, in order of name; each array (m,) float64."""
+
+    names: Sequence[str]
+    errors: Doubles
+    costs: Doubles
+    scores: Doubles
+    work_out: Callable[[], Details] = field(repr=False)
+
+    @cached_property
+    def details(self) -> Details:
+        return self.work_out()
+
+    @property
+    def costs_usd(self) -> Doubles:
+        return self.details.costs_usd
 
     def rescored(self, scores: Doubles) -> Scores:
         return replace(self, scores=scores)
@@ -84,8 +100,11 @@ class RoutingDecision:
         return dict(zip(self.table.names, self.table.scores.tolist(), strict=True))
 
     @cached_property
-    def ranking(self) -> tuple[str, ...]:
+    def ranking(self) -> Sequence[str]:
         """All eligible models: the choice, then by score, cost and name."""
+        return Ranking(self.chosen, len(self.table.scores), self._ranked)
+
+    def _ranked(self) -> tuple[str, ...]:
         order = np.lexsort((self.table.costs, self.table.scores)).tolist()
         return (self.chosen, *(self.table.names[row] for row in order if row != self.choice))
 
@@ -107,18 +126,18 @@ class RoutingDecision:
     @cached_property
     def candidates(self) -> tuple[ScoredCandidate, ...]:
         """In order of `ranking`, with intervals and the λ at which each would be chosen."""
-        table = self.table
+        table, details = self.table, self.table.details
         flips = flip_lambdas(table.errors, table.costs, self.lambda_, self.tie)
-        low, high = wilson_interval(table.errors, table.labels)
+        low, high = wilson_interval(table.errors, details.labels)
         columns = (
             table.errors,
             low,
             high,
-            table.costs_usd,
+            details.costs_usd,
             table.costs,
             table.scores,
-            table.output_tokens,
-            table.seconds,
+            details.output_tokens,
+            details.seconds,
         )
         flips_or_none = [None if math.isnan(flip) else flip for flip in flips.tolist()]
         values = zip(table.names, *(column.tolist() for column in columns), flips_or_none, strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.pool import Pool
+from router_core.ranking import NamesOfRows
 from router_core.types import ABILITIES, Doubles, Needs
 
 Mask = NDArray[np.bool_]
@@ -46,17 +47,18 @@ class Eligibility:
 
     pool: Pool
     rows: NDArray[np.int64]
-    checks: tuple[Check, ...] = field(repr=False)
+    checked: Callable[[], Sequence[Check]] = field(repr=False)
+    """Every check that was made, or need not be made because all pass it."""
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.pool.names[row] for row in self.rows)
+    def names(self) -> Sequence[str]:
+        return self.pool.names if len(self.rows) == len(self.pool) else NamesOfRows(self.pool.names, self.rows)
 
     @cached_property
     def why(self) -> dict[str, str]:
         """Ruled-out model → its reasons, separated by commas. Those that were nearest to be left come first."""
         failed: dict[int, tuple[Stage, list[str]]] = {}
-        for check in sorted(self.checks, key=lambda check: check.stage):
+        for check in sorted(self.checked(), key=lambda check: check.stage):
             for row in np.flatnonzero(~check.passed).tolist():
                 stage, reasons = failed.setdefault(row, (check.stage, []))
                 if stage == check.stage:
@@ -66,7 +68,9 @@ class Eligibility:
 
     def narrowed(self, passed: Mask, reason: str) -> Eligibility:
         """What is left after the costs are known, (M,) of who passed."""
-        return Eligibility(self.pool, self.rows[passed[self.rows]], (*self.checks, Check(Stage.COST, passed, reason)))
+        checked = self.checked
+        rows = self.rows[passed[self.rows]]
+        return Eligibility(self.pool, rows, lambda: (*checked(), Check(Stage.COST, passed, reason)))
 
 
 def eligible(
@@ -89,6 +93,29 @@ def eligible(
         measured: whether a model needs a profile; one without can be called, but not compared.
         resting: names that failed too often lately to be asked now.
     """
+    if allowed is None and measured and not resting and _all_can(pool, needs):
+        return Eligibility(pool, pool.ready_rows, lambda: _checks(pool, needs, None, (), measured=True)[1])
+    left, checks = _checks(pool, needs, allowed, resting, measured=measured)
+    return Eligibility(pool, np.flatnonzero(left), lambda: checks)
+
+
+def _all_can(pool: Pool, needs: Needs) -> bool:
+    """Whether every model is known to take what is asked: then only what holds for every request rules any out."""
+    window, output = pool.least
+    limit = needs.max_output_tokens or 0
+    return (
+        needs.prompt_tokens + limit <= window
+        and limit <= output
+        and needs.max_input_cost_per_token is None
+        and needs.max_output_cost_per_token is None
+        and not needs.abilities
+    )
+
+
+def _checks(
+    pool: Pool, needs: Needs, allowed: Collection[str] | None, resting: Collection[str], *, measured: bool
+) -> tuple[Mask, Sequence[Check]]:
+    """(M,) who passed all, and each check."""
     left = np.ones(len(pool), dtype=np.bool_)
     checks = []
     for check in (*_standing(pool, allowed, resting, measured=measured), *_known(pool, needs)):
@@ -99,7 +126,7 @@ def eligible(
         if (left & able).any():
             left &= able
             checks.append(Check(Stage.UNKNOWN, able, f"not known to {ABILITIES[ability]}"))
-    return Eligibility(pool=pool, rows=np.flatnonzero(left), checks=tuple(checks))
+    return left, checks
 
 
 def _standing(

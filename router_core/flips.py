@@ -12,7 +12,7 @@ NUDGE = 1e-9
 
 def choose(scores: Doubles, costs: Doubles, tie: float) -> int:
     """Row of the cheapest among those within `tie` of the best score; the first of equally cheap ones."""
-    return int(choose_each(scores[None, :], costs[None, :], tie)[0])
+    return int(np.where(scores <= scores.min() + tie, costs, np.inf).argmin())
 
 
 def choose_each(scores: Doubles, costs: Doubles, tie: float) -> Indices:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
@@ -53,6 +54,8 @@ class Pool:
     """(M, K); a model without measured answers takes the mean of the others."""
     seconds: Doubles
     """(M, K)"""
+    errors_and_tokens: Doubles
+    """(K, 2M) the two that every choice reads, by cluster: error rates, then output tokens."""
     prices: PriceColumns
     able: Mapping[str, NDArray[np.int8]]
     """ability → (M,) of 1, 0, or UNKNOWN."""
@@ -77,17 +80,18 @@ class Pool:
         profiles = [candidate.profile for candidate in ordered]
         blank = np.full(cluster_map.size, np.nan)
         names = tuple(candidate.name for candidate in ordered)
+        errors = (error_rates or ErrorRates(cluster_map)).of(profiles)
+        tokens = _filled([p.output_tokens() if p else blank for p in profiles], UNMEASURED_OUTPUT_TOKENS, blank)
         return cls(
             names=names,
             candidates=MappingProxyType({candidate.name: candidate for candidate in ordered}),
             index=MappingProxyType({name: row for row, name in enumerate(names)}),
-            errors=(error_rates or ErrorRates(cluster_map)).of(profiles),
+            errors=errors,
             mean_errors=np.array([p.mean_error if p else np.nan for p in profiles]),
             label_weights=_rows([p.labels + SHRINKAGE if p else blank for p in profiles], cluster_map.size),
             total_labels=np.array([p.total_labels if p else np.nan for p in profiles]),
-            output_tokens=_filled(
-                [p.output_tokens() if p else blank for p in profiles], UNMEASURED_OUTPUT_TOKENS, blank
-            ),
+            output_tokens=tokens,
+            errors_and_tokens=np.ascontiguousarray(np.concatenate((errors, tokens)).T),
             seconds=_filled([p.seconds() if p else blank for p in profiles], 0.0, blank),
             prices=PriceColumns.of([candidate.price for candidate in ordered]),
             able=_capability_columns([candidate.capabilities for candidate in ordered]),
@@ -99,6 +103,37 @@ class Pool:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @cached_property
+    def profiled(self) -> NDArray[np.bool_]:
+        """(M,)"""
+        return ~np.isnan(self.mean_errors)
+
+    @cached_property
+    def all_profiled(self) -> bool:
+        return bool(self.profiled.all())
+
+    @cached_property
+    def ready_rows(self) -> NDArray[np.int64]:
+        """Those that are profiled and priced."""
+        return np.flatnonzero(self.profiled & ~np.isnan(self.prices.input))
+
+    @cached_property
+    def output_caps(self) -> Doubles:
+        """(M,) `max_output_tokens`."""
+        return self.max_output_tokens.astype(np.float64)
+
+    @cached_property
+    def mean_output_tokens(self) -> Doubles:
+        """(M,) over clusters."""
+        return np.asarray(self.output_tokens.mean(axis=1))
+
+    @cached_property
+    def least(self) -> tuple[int, int]:
+        """Tokens of prompt and answer together, and of an answer alone, that fit every model."""
+        if not self.names:
+            return 0, 0
+        return int(self.max_input_tokens.min()), int(self.max_output_tokens.min())
 
 
 def _check_map(candidate: Candidate, cluster_map: ClusterMap) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from router_core.artifact import builtin_map
 from router_core.clustering import ClusterMap
-from router_core.decision import RoutingDecision, Scores
+from router_core.decision import Details, RoutingDecision, Scores
 from router_core.embedding import static_embedder
 from router_core.error_rates import ErrorRates
 from router_core.errors import InvalidInput, InvalidProfile, MapMismatch, NoEligibleModel
@@ -93,7 +93,8 @@ class Router:
         labels = np.array([1.0 / (weights**2 / (self._labels(name)[ids] + SHRINKAGE)).sum() for name in names])
         costs = np.array([self._cost(name) for name in names])
         unknown = np.full(len(names), np.nan)
-        return Scores(names, errors, labels, unknown, costs, errors + lambda_ * costs, unknown, unknown)
+        details = Details(labels, unknown, unknown, unknown)
+        return Scores(names, errors, costs, errors + lambda_ * costs, lambda: details)
 
     def _rates(self, names: tuple[str, ...]) -> Doubles:
         """(M, K). Rates of measured profiles come of all that were measured on this map, candidates or not."""

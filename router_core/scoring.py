@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from router_core.decision import RoutingDecision, Scores
+from router_core.decision import Details, RoutingDecision, Scores
 from router_core.eligibility import Eligibility
 from router_core.errors import NoEligibleModel
 from router_core.flips import choose
@@ -92,37 +92,47 @@ def _score(
     pool = eligibility.pool
     if not eligibility.rows.size:
         raise NoEligibleModel("no model can answer this request", eligibility.why)
-    output_tokens = _expected(pool.output_tokens, assignment)
+    errors, output_tokens = _expected(pool, assignment)
     billed_tokens = _capped(pool, output_tokens, needs) * needs.answers
-    seconds = _expected(pool.seconds, assignment)
     usd = pool.prices.expected_usd(needs.prompt_tokens, billed_tokens, _cached_tokens(pool, needs, terms))
     unit = _unit_usd(pool, billed_tokens, needs, terms)
     if terms.max_cost_usd is not None:
         eligibility = _within(eligibility, usd, terms.max_cost_usd)
     rows = eligibility.rows
-    errors, labels = _errors(pool, rows, assignment)
-    costs = (usd[rows] + terms.latency_weight * seconds[rows]) / unit
+    some = slice(None) if len(rows) == len(pool) else rows
+    worth = usd + terms.latency_weight * _seconds(pool, assignment) if terms.latency_weight else usd
+    costs, errors = worth[some] / unit, errors[some]
     return eligibility, Scores(
         names=eligibility.names,
         errors=errors,
-        labels=labels,
-        costs_usd=usd[rows],
         costs=costs,
         scores=errors + terms.lambda_ * costs,
-        output_tokens=billed_tokens[rows],
-        seconds=seconds[rows],
+        work_out=lambda: Details(
+            labels=_labels(pool, rows, assignment),
+            costs_usd=usd[rows],
+            output_tokens=billed_tokens[rows],
+            seconds=_seconds(pool, assignment)[rows],
+        ),
     )
 
 
-def _expected(matrix: Doubles, assignment: Assignment | None) -> Doubles:
-    """(M, K) by cluster to (M,) for this prompt."""
+def _expected(pool: Pool, assignment: Assignment | None) -> tuple[Doubles, Doubles]:
+    """(M,) Φ·Ψ and (M,) output tokens for this prompt."""
     if assignment is None:
-        return np.asarray(matrix.mean(axis=1))
-    return np.asarray(assignment.expected(matrix)[0])
+        return pool.mean_errors, pool.mean_output_tokens
+    both = assignment.expected_of(pool.errors_and_tokens)
+    return both[: len(pool)], both[len(pool) :]
+
+
+def _seconds(pool: Pool, assignment: Assignment | None) -> Doubles:
+    """(M,)"""
+    if assignment is None:
+        return np.asarray(pool.seconds.mean(axis=1))
+    return np.asarray(assignment.expected(pool.seconds)[0])
 
 
 def _capped(pool: Pool, output_tokens: Doubles, needs: Needs) -> Doubles:
-    capped = np.minimum(output_tokens, pool.max_output_tokens)
+    capped = np.minimum(output_tokens, pool.output_caps)
     return capped if needs.max_output_tokens is None else np.minimum(capped, needs.max_output_tokens)
 
 
@@ -140,8 +150,9 @@ def _unit_usd(pool: Pool, billed_tokens: Doubles, needs: Needs, terms: Terms) ->
     """What a cost of one is: c_ref of this request, its output the mean over the profiled models; or a cent."""
     if terms.cost_unit == "cents":
         return CENT_USD
-    profiled = ~np.isnan(pool.mean_errors)
-    return reference_usd(needs.prompt_tokens, float(billed_tokens[profiled].mean()), terms.reference)
+    profiled = billed_tokens if pool.all_profiled else billed_tokens[pool.profiled]
+    mean_tokens = float(np.add.reduce(profiled)) / len(profiled)  # as mean() does, without what it asks before
+    return reference_usd(needs.prompt_tokens, mean_tokens, terms.reference)
 
 
 def _within(eligibility: Eligibility, usd: Doubles, max_cost_usd: float) -> Eligibility:
@@ -156,10 +167,10 @@ def _within(eligibility: Eligibility, usd: Doubles, max_cost_usd: float) -> Elig
     return left
 
 
-def _errors(pool: Pool, rows: Indices, assignment: Assignment | None) -> tuple[Doubles, Doubles]:
-    """(m,) Φ·Ψ, and the (m,) labels that it is worth: a weighted mean of rates has the variance of so many."""
+def _labels(pool: Pool, rows: Indices, assignment: Assignment | None) -> Doubles:
+    """(m,) labels that Φ·Ψ is worth: a weighted mean of rates has the variance of so many."""
     if assignment is None:
-        return pool.mean_errors[rows], pool.total_labels[rows]
+        return pool.total_labels[rows]
     weights = assignment.weights[0].astype(np.float64)
     block = np.ix_(rows, assignment.ids[0])
-    return pool.errors[block] @ weights, 1.0 / ((weights**2 / pool.label_weights[block]).sum(axis=1))
+    return np.asarray(1.0 / ((weights**2 / pool.label_weights[block]).sum(axis=1)))

@@ -48,6 +48,12 @@ class Assignment:
         np.put_along_axis(rows, self.ids, self.weights.astype(np.float64), axis=1)
         return rows
 
+    def expected_of(self, by_cluster: Doubles) -> Doubles:
+        """(M,) of a (K, M) matrix for one prompt. Equal columns give equal values: sums are made alike for each."""
+        rows = by_cluster.take(self.ids[0], axis=0)
+        rows *= self.weights[0, :, None]
+        return np.asarray(np.add.reduce(rows, axis=0))
+
     def expected(self, by_cluster: Doubles) -> Doubles:
         """(n, M) of an (M, K) matrix: Φ·Ψ where that is error rates. NaN where a cluster that counts has none."""
         return np.asarray(np.einsum("np,mnp->nm", self.weights.astype(np.float64), by_cluster[:, self.ids]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -55,7 +56,7 @@ def claim_of(choice: Choice, state: RoutingState, settings: Settings, limits: Ke
     return Claim(choice.id, tokens, min(picodollars, MOST_PICOUSD), settings.request_timeout_s + MARGIN_S)
 
 
-def _asked(choice: Choice) -> tuple[str, ...]:
+def _asked(choice: Choice) -> Sequence[str]:
     """Who will be asked; where money is limited nobody else, and otherwise unless one of them is busy or rests."""
     return choice.order[: choice.attempts]
 

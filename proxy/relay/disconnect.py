@@ -3,83 +3,99 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope
 
 from proxy.errors import ClientGone
-from proxy.tasks import cancel_until_done
+from proxy.tasks import AGAIN_S
 
 T = TypeVar("T")
 
 LEAVING = "uniroute.leaving"
 """In the scope of a request whose connection says by itself that it was lost."""
-AGAIN_S = 0.1
 
 
 class Leaving:
-    """One connection, and the tasks that work for whoever is at its other end."""
+    """One connection, and whoever wants to know that it is no more."""
 
     def __init__(self) -> None:
         self.gone = False
-        self._cancellations = 0
-        self._working: set[asyncio.Task[Any]] = set()
+        self.told: set[Callable[[], None]] = set()
 
     def left(self) -> None:
-        """Cancels them until they are over: some libraries swallow a cancellation that comes with a result."""
         self.gone = True
-        self._cancellations += 1
-        for task in self._working:
-            task.cancel()
-        if self._working:
-            asyncio.get_running_loop().call_later(AGAIN_S, self.left)
-
-    async def during(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, within this task. Raises ClientGone."""
-        task = asyncio.current_task()
-        if task is None or self.gone:
-            work.close()
-            raise ClientGone("the client closed its connection")
-        self._working.add(task)
-        try:
-            return await work
-        except asyncio.CancelledError:
-            if self._took_back(task):
-                raise ClientGone("the client closed its connection") from None
-            raise
-        finally:
-            self._working.discard(task)
-
-    def _took_back(self, task: asyncio.Task[Any]) -> bool:
-        """Whether nobody else wants the task to end."""
-        for _ in range(self._cancellations):
-            task.uncancel()
-        return self.gone and task.cancelling() == 0
+        for tell in tuple(self.told):
+            tell()
 
 
 async def until_gone(scope: Scope, receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`. Raises ClientGone, after `work` was cancelled and has ended, when the client leaves first.
 
-    The request's body must have been read: what else arrives can then only be the disconnect.
+    The request's body must have been read: what else arrives can then only be the disconnect. `work` runs in the task
+    of whoever calls; only under another server than ours a second one watches.
     """
     leaving: Leaving | None = scope.get(LEAVING)
-    return await (_watching(receive, work) if leaving is None else leaving.during(work))
-
-
-async def _watching(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Under another server than ours."""
-    working, watching = asyncio.create_task(work), asyncio.create_task(_gone(receive))
+    if leaving is not None:
+        return await _during(leaving, work)
+    leaving = Leaving()
+    watching = asyncio.create_task(_watch(receive, leaving))
     try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGone("the client closed its connection")
-        return working.result()
+        return await _during(leaving, work)
     finally:
-        await cancel_until_done((working, watching))
-        _ = working.cancelled() or working.exception()  # looked at, so that asyncio does not log it as forgotten
+        watching.cancel()
 
 
-async def _gone(receive: Receive) -> None:
+async def _during(leaving: Leaving, work: Coroutine[Any, Any, T]) -> T:
+    working = asyncio.current_task()
+    if working is None or leaving.gone:
+        work.close()
+        raise ClientGone("the client closed its connection")
+    ending = _Ending(working)
+    leaving.told.add(ending.begin)
+    try:
+        result = await work
+    except BaseException:
+        if ending.over():
+            raise ClientGone("the client closed its connection") from None
+        raise
+    finally:
+        leaving.told.discard(ending.begin)
+    if ending.over():  # `work` made nothing of being cancelled
+        raise ClientGone("the client closed its connection")
+    return result
+
+
+class _Ending:
+    """Cancels once the client has left, and again until that is noticed: under Python 3.11 `asyncio.wait_for`, through
+    which redis-py sends, swallows a cancellation that arrives together with its result."""
+
+    def __init__(self, working: asyncio.Task[Any]) -> None:
+        self._working = working
+        self._before = working.cancelling()
+        self._cancelled = 0
+        self._again: asyncio.TimerHandle | None = None
+        self._over = False
+
+    def begin(self) -> None:
+        if self._over:  # it was told of after the work had ended
+            return
+        self._cancelled += 1
+        self._working.cancel()
+        self._again = asyncio.get_running_loop().call_later(AGAIN_S, self.begin)
+
+    def over(self) -> bool:
+        """Whether the client had left, and nobody else wants this task to end. What was asked here is taken back."""
+        self._over = True
+        if self._again is not None:
+            self._again.cancel()
+        for _ in range(self._cancelled):
+            self._working.uncancel()
+        return self._cancelled > 0 and self._working.cancelling() <= self._before
+
+
+async def _watch(receive: Receive, leaving: Leaving) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    leaving.left()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from time import monotonic
 from typing import TypeVar
@@ -88,8 +88,8 @@ class Forwarder:
             return await self._asked(self._soonest(rested), ask, resting_too=True)
         return _told(outcome, busy)
 
-    def _order(self) -> list[str]:
-        return [name for name in self.meter.choice.order if name in self.state.models]
+    def _order(self) -> Iterator[str]:
+        return (name for name in self.meter.choice.order if name in self.state.models)
 
     async def _asked(self, name: str, ask: Ask[Answer], *, resting_too: bool = False) -> Answer:
         """One model, and once more where its connection died before it said anything."""

@@ -60,11 +60,6 @@ def arrived_at(request: Request) -> float:
     return float(request.scope[ARRIVED])
 
 
-def headers_of(request: Request) -> list[tuple[str, str]]:
-    """Every header, repeated ones repeated."""
-    return [(name.lower(), value) for name, value in request.headers.items()]
-
-
 async def json_object(request: Request, services: Services) -> dict[str, Any]:
     """Raises BadRequest, NotJson, BodyTooLarge."""
     return parse_object(await read_body(request, services.settings.max_body_bytes))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from proxy.body import read_body
+from proxy.head import head_of
 from proxy.relay.sse import dump
-from proxy.routes.context import Caller, OurServices, headers_of
+from proxy.routes.context import Caller, OurServices
 from proxy.routing.choosing import choose
 from proxy.routing.explaining import to_json
+from proxy.routing.options import READ_HEADERS
 from proxy.routing.request import parse_chat
 from proxy.routing.thread import thread_of
 
@@ -18,7 +20,7 @@ router = APIRouter()
 @router.post("/v1/route", response_model=None)
 async def route(request: Request, services: OurServices, key: Caller) -> Response:
     raw = await read_body(request, services.settings.max_body_bytes)
-    parsed = parse_chat(raw, headers_of(request))
+    parsed = parse_chat(raw, head_of(request.scope).pairs(READ_HEADERS))
     settings, state = services.settings, services.state.current
     thread = await thread_of(services.conversations, parsed, key, settings)
     resting = services.health.resting()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from proxy.routing.cost_weight import cost_weight
@@ -40,10 +40,8 @@ class Asked:
 def needs_within(request: ChatRequest) -> Needs:
     """What the body needs, at prices within the request's caps."""
     provider = request.options.provider
-    return replace(
-        needs_of(request.body),
-        max_input_cost_per_token=provider.max_input_cost_per_token,
-        max_output_cost_per_token=provider.max_output_cost_per_token,
+    return needs_of(
+        request.body, request.contents, (provider.max_input_cost_per_token, provider.max_output_cost_per_token)
     )
 
 

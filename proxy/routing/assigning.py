@@ -1,17 +1,21 @@
-"""A prompt's clusters within a deadline. Embedding runs in one bounded executor, never on the event loop."""
+"""A prompt's clusters within a deadline. What may take longer than changing threads runs in one bounded executor."""
 
 from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
 
 from router_core.clustering import ClusterMap
+from router_core.embedding import StaticEmbedder
 from router_core.types import Assignment, Embedder
 
 STATIC_DEADLINE_S = 0.05
 TRANSFORMER_DEADLINE_S = 0.5
 WORKERS = 2
 MOST_WAITING = 64
+MOST_REMEMBERED = 2_048
+"""Prompts of one generation; two are kept."""
 
 
 class RoutingLate(Exception):
@@ -19,20 +23,40 @@ class RoutingLate(Exception):
 
 
 class Assigner:
-    """Φ(x) for one prompt at a time."""
+    """Φ(x) for one prompt at a time. Of prompts that come again it keeps a digest and their clusters."""
 
     def __init__(self, embedder: Embedder, deadline_s: float) -> None:
         self.embedder = embedder
         self.deadline_s = deadline_s
         self._executor = ThreadPoolExecutor(WORKERS, thread_name_prefix="embedding")
         self._waiting = 0
+        self._young: dict[tuple[str, bytes], Assignment] = {}
+        self._old: dict[tuple[str, bytes], Assignment] = {}
 
     async def warm(self, cluster_map: ClusterMap) -> None:
         """The first prompt pays for nothing that could be loaded before."""
         await asyncio.get_running_loop().run_in_executor(self._executor, self._assign, "warm up", cluster_map)
 
     async def assign(self, text: str, cluster_map: ClusterMap) -> Assignment:
-        """One row. Raises RoutingLate."""
+        """One row, read-only. Raises RoutingLate."""
+        key = cluster_map.id, blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        found = self._young.get(key)
+        if found is None:
+            found = self._old.get(key) or self._at_hand(text, cluster_map) or await self._in_time(text, cluster_map)
+            self._remember(key, found)
+        return found
+
+    def _at_hand(self, text: str, cluster_map: ClusterMap) -> Assignment | None:
+        """On the event loop, where that takes less than to change threads twice."""
+        vector = self.embedder.embed_at_hand(text) if isinstance(self.embedder, StaticEmbedder) else None
+        return None if vector is None else _read_only(cluster_map.assign(vector))
+
+    def _remember(self, key: tuple[str, bytes], assignment: Assignment) -> None:
+        self._young[key] = assignment
+        if len(self._young) > MOST_REMEMBERED:
+            self._old, self._young = self._young, {}
+
+    async def _in_time(self, text: str, cluster_map: ClusterMap) -> Assignment:
         if self._waiting >= MOST_WAITING:
             raise RoutingLate("too many prompts wait to be embedded")
         self._waiting += 1
@@ -50,7 +74,14 @@ class Assigner:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _assign(self, text: str, cluster_map: ClusterMap) -> Assignment:
-        return cluster_map.assign(self.embedder.embed([text]))
+        return _read_only(cluster_map.assign(self.embedder.embed([text])))
+
+
+def _read_only(assignment: Assignment) -> Assignment:
+    """Many requests may share it."""
+    for array in (assignment.ids, assignment.weights):
+        array.setflags(write=False)
+    return assignment
 
 
 def deadline_of(embedder_kind: str) -> float:

@@ -10,9 +10,9 @@ from router_core.tokens import text_bytes
 
 SCALAR_BYTES = 4
 """A number, true or false: about one token."""
-_PARTS = ("content", "images")
+PARTS = ("content", "images")
 """Lists under these names hold parts, in a message as in a tool's result; anywhere else `type` is somebody's word."""
-_TEXTS = ("content", "text")
+TEXTS = ("content", "text")
 _BINARY = frozenset({"data", "file_data", "b64_json"})
 _ATTACHED = {
     "image_url": "vision",
@@ -53,7 +53,7 @@ def contents(values: Iterable[Any], *, parts: bool) -> Contents:
         elif isinstance(value, list):
             waiting.extend((item, is_part) for item in value)
         elif isinstance(value, Mapping):
-            if is_part and (ability := _attached(value)) is not None:
+            if is_part and (ability := attached(value)) is not None:
                 found.attachments += 1
                 found.needs.setdefault(ability, value["type"])
             else:
@@ -66,17 +66,17 @@ def contents(values: Iterable[Any], *, parts: bool) -> Contents:
 def _open(value: Mapping[str, Any], found: Contents, waiting: list[tuple[Any, bool]], *, parts: bool) -> None:
     for name, inner in value.items():
         found.text_bytes += text_bytes(name)
-        if parts and isinstance(inner, str) and _is_binary(name, inner):
+        if parts and isinstance(inner, str) and is_binary(name, inner):
             found.attachments += 1
         else:
-            waiting.append((inner, parts and name in _PARTS and isinstance(inner, list)))
+            waiting.append((inner, parts and name in PARTS and isinstance(inner, list)))
 
 
-def _attached(part: Mapping[str, Any]) -> str | None:
+def attached(part: Mapping[str, Any]) -> str | None:
     kind = part.get("type")
     return _ATTACHED.get(kind) if isinstance(kind, str) else None
 
 
-def _is_binary(name: str, text: str) -> bool:
+def is_binary(name: str, text: str) -> bool:
     """Bytes written as text: an answer's audio sent back, an attachment of a type that nobody has told us of."""
-    return name in _BINARY or (name not in _TEXTS and text.startswith("data:"))
+    return name in _BINARY or (name not in TEXTS and text.startswith("data:"))

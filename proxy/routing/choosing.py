@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import uuid
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from proxy.errors import NothingAble, Unavailable
@@ -37,7 +37,7 @@ class Choice:
     model: str
     reason: str
     lambda_: float
-    order: tuple[str, ...]
+    order: Sequence[str]
     """Who may be asked, first to last; more than one only where falling back is allowed."""
     decision: RoutingDecision | None
     """None: no model was scored."""
@@ -90,16 +90,14 @@ async def choose(
         resting=resting,
     )
     if way is Way.PINNED:
-        choice = await _pinned(asked, assigner, explain=explain)
-    else:
-        choice = held(asked, await _routed(asked, assigner))
-    return replace(choice, needs=asked.needs)
+        return await _pinned(asked, assigner, explain=explain)
+    return held(asked, await _routed(asked, assigner))
 
 
 async def _pinned(asked: Asked, assigner: Assigner, *, explain: bool) -> Choice:
     """The named model; others are scored only to fall back on, or to explain."""
     name, fallbacks = asked.request.model, asked.request.options.fallbacks is True
-    choice = Choice(_new_id(), name, "pinned", asked.terms.lambda_, (name,), None, {})
+    choice = Choice(_new_id(), name, "pinned", asked.terms.lambda_, (name,), None, {}, needs=asked.needs)
     if not (fallbacks or explain):
         return choice
     try:
@@ -112,7 +110,7 @@ async def _pinned(asked: Asked, assigner: Assigner, *, explain: bool) -> Choice:
     return replace(choice, order=order, attempts=attempts, decision=scored.decision, ineligible=scored.ineligible)
 
 
-def _ranking(choice: Choice) -> tuple[str, ...]:
+def _ranking(choice: Choice) -> Sequence[str]:
     return choice.decision.ranking if choice.decision else choice.order
 
 
@@ -145,11 +143,12 @@ async def _routed(asked: Asked, assigner: Assigner) -> Choice:
         model=order[0],
         reason=_reason(order, degraded=degraded is not None, won_by_cache=won_by_cache),
         lambda_=asked.terms.lambda_,
-        order=order[:1] if alone else order,
+        order=(order[0],) if alone else order,
         attempts=1 if alone else settings.fallback_attempts,
         decision=decision,
         ineligible=RuledOut(asked, decision.eligibility),
         degraded=degraded,
+        needs=asked.needs,
     )
 
 
@@ -184,13 +183,13 @@ def _won_by_cache(
         return True
 
 
-def _reason(order: tuple[str, ...], *, degraded: bool, won_by_cache: bool) -> str:
+def _reason(order: Sequence[str], *, degraded: bool, won_by_cache: bool) -> str:
     if len(order) == 1:
         return "only_candidate"
     return "degraded" if degraded else "sticky" if won_by_cache else "scored"
 
 
-def _without_looking(asked: Asked, eligibility: Eligibility) -> tuple[RoutingDecision, tuple[str, ...]]:
+def _without_looking(asked: Asked, eligibility: Eligibility) -> tuple[RoutingDecision, Sequence[str]]:
     """The default model if it is eligible, then by mean error."""
     try:
         decision = rank_by_mean(eligibility, asked.needs, asked.terms)
@@ -198,7 +197,7 @@ def _without_looking(asked: Asked, eligibility: Eligibility) -> tuple[RoutingDec
         raise too_dear(asked, error) from None
     order = decision.ranking
     default = asked.settings.default_model
-    if default in order:
+    if default is not None and default in order:
         order = (default, *(name for name in order if name != default))
     return decision, order
 
@@ -211,8 +210,18 @@ def _stand_in(asked: Asked, eligibility: Eligibility) -> Choice | None:
         return None
     reason = "no model that could answer is profiled yet"
     ineligible = RuledOut(asked, eligibility, but=name)
-    return Choice(_new_id(), name, "degraded", asked.terms.lambda_, (name,), None, ineligible, degraded=reason)
+    return Choice(
+        id=_new_id(),
+        model=name,
+        reason="degraded",
+        lambda_=asked.terms.lambda_,
+        order=(name,),
+        decision=None,
+        ineligible=ineligible,
+        degraded=reason,
+        needs=asked.needs,
+    )
 
 
 def _new_id() -> str:
-    return f"dec-{uuid.uuid4().hex}"
+    return f"dec-{os.urandom(16).hex()}"

@@ -19,6 +19,9 @@ MEDIA_TOKENS = 800
 _MOST_TOKENS = 10**9
 MOST_ANSWERS = 128
 """OpenAI's bound of `n`. Without one, a request could cost any multiple of what is set aside for it."""
+PriceCaps = tuple[float | None, float | None]
+"""USD per token, in and out. None: no cap."""
+NO_CAPS: PriceCaps = (None, None)
 _TEXT_PARTS = ("text", "input_text")
 _NO_THINKING = ("", "none", "minimal", "disable")
 """Efforts that ask a model not to think, or hardly: one that cannot does as well."""
@@ -52,12 +55,15 @@ def _text_of(content: Any) -> str:
     return "\n".join(part["text"] for part in parts if isinstance(part.get("text"), str))
 
 
-def needs_of(body: Mapping[str, Any]) -> Needs:
-    read = _read(body)
+def needs_of(body: Mapping[str, Any], read: Contents | None = None, caps: PriceCaps = NO_CAPS) -> Needs:
+    """`read`: what the body holds, where somebody has counted it already."""
+    read = _read(body) if read is None else read
     return Needs(
         prompt_tokens=_tokens(read),
         max_output_tokens=_count(body.get("max_completion_tokens")) or _count(body.get("max_tokens")),
         answers=min(_count(body.get("n")) or 1, MOST_ANSWERS),
+        max_input_cost_per_token=caps[0],
+        max_output_cost_per_token=caps[1],
         **dict.fromkeys(_stated(body, read), True),
     )
 
@@ -108,9 +114,9 @@ def _stated(body: Mapping[str, Any], read: Contents) -> dict[str, str]:
 def _tools(body: Mapping[str, Any]) -> dict[str, str]:
     """A conversation that carries calls needs a model that reads calls, even where it offers no tool any more."""
     called = [
-        (place, len(_items(message.get("tool_calls"))))
+        (place, len(message["tool_calls"]))
         for place, message in enumerate(_items(body.get("messages")))
-        if isinstance(message, Mapping) and _items(message.get("tool_calls"))
+        if isinstance(message, dict) and _items(message.get("tool_calls"))
     ]
     asked = {}
     offered = next((name for name in ("tools", "functions") if _items(body.get(name))), None)

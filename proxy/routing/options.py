@@ -10,6 +10,7 @@ from typing import Any
 
 from proxy.errors import BadRequest
 from proxy.routing.provider import NO_PROVIDER, Provider, read_provider
+from proxy.routing.sessions import HEADERS as SESSION_HEADERS
 from proxy.routing.sessions import LONGEST_ID, inherited_session, is_session_id
 from proxy.timeouts import NOTHING_STATED, StatedTimeouts
 
@@ -38,8 +39,16 @@ class Options:
     provider: Provider = NO_PROVIDER
 
 
+NOTHING_ASKED = Options()
+READ_HEADERS = (*LAMBDA_HEADERS, *SESSION_HEADERS)
+"""The names of the headers that are read here."""
+_READ_FIELDS = frozenset({"uniroute", "models", "provider", "prompt_cache_key", "metadata"})
+
+
 def read_options(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) -> Options:
     """The body wins over the header. Raises BadRequest naming the field."""
+    if _READ_FIELDS.isdisjoint(body) and not any(name in READ_HEADERS for name, _ in headers):
+        return NOTHING_ASKED
     stated = body.get("uniroute", {})
     if not isinstance(stated, dict):
         raise BadRequest("`uniroute` must be an object", param="uniroute")

@@ -58,15 +58,27 @@ _READ_BY_NAME = words("""
 _INVISIBLE = re.compile(r"[\s\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]")
 
 
+USUAL = words("""
+    model messages stream stream_options max_tokens max_completion_tokens temperature top_p n stop seed tools
+    tool_choice parallel_tool_calls response_format reasoning_effort presence_penalty frequency_penalty logprobs
+    top_logprobs logit_bias user store metadata extra_body uniroute models provider route
+""")
+"""None of them is a control field, or looks like one that is read: they need not be compared with each family."""
+
+
 def refuse_control_fields(body: Mapping[str, Any]) -> None:
     """Raises ControlFieldRefused naming the field. Never looks into messages, tools or schemas: those are content."""
     for name in body:
+        if name in USUAL:
+            continue
         if is_control_field(name):
             raise _refusal(name)
         if name not in _READ_BY_NAME and _plain(name) in _READ_BY_NAME:
             raise _look_alike(name)
-    _refuse_within(body.get("extra_body"), "extra_body", _steers_within)
-    _refuse_within(body.get("metadata"), "metadata", _is_address_or_key)
+    if "extra_body" in body:
+        _refuse_within(body["extra_body"], "extra_body", _steers_within)
+    if "metadata" in body:
+        _refuse_within(body["metadata"], "metadata", _is_address_or_key)
 
 
 def is_control_field(name: str) -> bool:

@@ -9,6 +9,7 @@ import pytest
 
 from proxy.errors import BadRequest, ControlFieldRefused
 from proxy.routing.provider import Provider
+from proxy.routing.refused import USUAL, is_control_field
 from proxy.routing.request import MAX_DEPTH, ChatRequest, parse_chat, parse_object
 
 ASK: Any = [{"role": "user", "content": "hi"}]
@@ -22,6 +23,12 @@ def test_the_body_is_kept_whole_less_our_own_fields() -> None:
     request = parsed(top_k=1, metadata={"a": "b"}, uniroute={"session": "s"}, models=["a"], route="x", provider={})
 
     assert request.body == {"model": "auto", "messages": ASK, "top_k": 1, "metadata": {"a": "b"}}
+
+
+def test_the_bytes_are_kept_as_they_came() -> None:
+    raw = b'\xef\xbb\xbf {"model" : "auto", "uniroute": {}, "messages": [{"role": "user", "content": "\\u0068i"}]} '
+
+    assert parse_chat(raw, []).raw == raw
 
 
 def test_usage_is_asked_for_only_by_include_usage() -> None:
@@ -146,6 +153,10 @@ def test_a_control_field_is_refused_wherever_it_reaches_the_provider_layer(path:
         parsed(**{first: value})
 
     assert caught.value.param == path
+
+
+def test_no_field_that_is_taken_for_usual_is_a_control_field() -> None:
+    assert [name for name in USUAL if is_control_field(name) or name != name.strip().lower()] == []
 
 
 def test_content_may_use_every_word() -> None:

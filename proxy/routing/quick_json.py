@@ -1,0 +1,158 @@
+"""A JSON object read by orjson, and what else has to be known of it in one walk. Leaves every doubt to exact_json."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from proxy.routing.attachments import PARTS, SCALAR_BYTES, TEXTS, Contents, attached, is_binary
+from proxy.routing.exact_json import MAX_DEPTH, MAX_VALUES
+from router_core.tokens import text_bytes
+
+_UNREAD, _SCHEMA, _CHAT, _PART = range(4)
+"""How a model reads a value: not at all, as it is, as a message or within one, as a part of a message."""
+_MODES = {"messages": _CHAT, "tools": _SCHEMA, "functions": _SCHEMA, "response_format": _SCHEMA}
+_LARGEST = 2.0**63
+"""A float beyond it may have been a whole number, for which orjson has no more than 64 bits."""
+_ESCAPED_COLON = re.compile(rb"\\u003[aA]")
+_AT_ONCE = 2**20
+"""Bytes of a body whose texts are put together to be counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    document: dict[str, Any]
+    contents: Contents
+    """Of its messages and schemas together."""
+
+
+def quick_object(raw: bytes) -> Read | None:
+    """None: something may be wrong with it, and exact_json has to say what, if anything is.
+
+    Of a key given twice orjson keeps the last. Colons tell: each belongs to a key or stands in a text. Where none of a
+    text is written as an escape, `raw` has at least as many as what was read has keys and colons in texts, and more
+    wherever something was dropped.
+    """
+    if len(raw) > MAX_VALUES and raw.count(b"[") > MAX_VALUES:
+        return None
+    try:
+        document = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return None
+    if type(document) is not dict:
+        return None
+    walk = _Walk()
+    if not walk.over(document) or (b"\\" in raw and _ESCAPED_COLON.search(raw)):
+        return None
+    read, colons = _weighed(walk.read, len(raw))
+    colons += _weighed(walk.unread, len(raw))[1]
+    if len(raw) - len(raw.replace(b":", b"")) != walk.keys + colons:  # count() looks at each byte by itself
+        return None
+    return Read(document, Contents(read + SCALAR_BYTES * walk.scalars, walk.attachments, walk.needs))
+
+
+def _weighed(texts: Sequence[str], size: int) -> tuple[int, int]:
+    """Bytes of UTF-8, and colons."""
+    if size > _AT_ONCE:
+        return sum(map(text_bytes, texts)), sum(text.count(":") for text in texts)
+    together = "".join(texts)
+    return text_bytes(together), together.count(":")
+
+
+class _Walk:
+    """What a document of orjson's making holds, level by level; of each level by how it is read."""
+
+    __slots__ = ("_inner", "_items", "attachments", "keys", "needs", "read", "scalars", "sound", "unread")
+
+    def __init__(self) -> None:
+        self.keys = self.scalars = self.attachments = self._items = 0
+        self.needs: dict[str, str] = {}
+        self.read: list[str] = []
+        """Texts that a model reads, names of fields among them."""
+        self.unread: list[str] = []
+        self.sound = True
+        self._inner: tuple[list[Any], ...] = ([], [], [], [])
+
+    def over(self, document: dict[str, Any]) -> bool:
+        """Whether it has few enough levels and values, and its numbers are what they were written as."""
+        self.keys = len(document)
+        self.unread.extend(document)
+        for name, value in document.items():
+            mode = _MODES.get(name, _UNREAD)
+            self._held((value,), self.read if mode else self.unread, mode)
+        for _ in range(MAX_DEPTH - 2):
+            level, self._inner = self._inner, ([], [], [], [])
+            if not any(level) or self._values > MAX_VALUES:
+                break
+            for mode, values in enumerate(level):
+                if values:
+                    self._messages(values, mode) if mode >= _CHAT else self._plain(values, mode)
+        return self.sound and self._values <= MAX_VALUES and not any(self._inner)
+
+    @property
+    def _values(self) -> int:
+        """As exact_json counts them: a key is one too."""
+        return 1 + 2 * self.keys + self._items
+
+    def _plain(self, values: Iterable[Any], mode: int) -> None:
+        into = self.read if mode else self.unread
+        for value in values:
+            if type(value) is dict:
+                self.keys += len(value)
+                into.extend(value)
+                self._held(value.values(), into, mode)
+            else:
+                self._items += len(value)
+                self._held(value, into, mode)
+
+    def _held(self, values: Iterable[Any], into: list[str], mode: int) -> None:
+        inner = self._inner[mode]
+        for value in values:
+            kind = type(value)
+            if kind is str:
+                into.append(value)
+            elif kind is dict or kind is list:
+                inner.append(value)
+            elif value is not None:
+                self._scalar(value, mode)
+
+    def _messages(self, values: Iterable[Any], mode: int) -> None:
+        for value in values:
+            if type(value) is list:
+                self._items += len(value)
+                self._held(value, self.read, mode)
+            elif mode == _PART and (ability := attached(value)) is not None:
+                self.attachments += 1
+                self.needs.setdefault(ability, value["type"])
+                self._plain((value,), _UNREAD)
+            else:
+                self.keys += len(value)
+                self.read.extend(value)
+                self._fields(value)
+
+    def _fields(self, value: dict[str, Any]) -> None:
+        read, inner = self.read, self._inner
+        for name, held in value.items():
+            kind = type(held)
+            if kind is str:
+                if name in TEXTS or not is_binary(name, held):
+                    read.append(held)
+                else:
+                    self.attachments += 1
+                    self.unread.append(held)
+            elif kind is list:
+                inner[_PART if name in PARTS else _CHAT].append(held)
+            elif kind is dict:
+                inner[_CHAT].append(held)
+            elif held is not None:
+                self._scalar(held, _CHAT)
+
+    def _scalar(self, value: Any, mode: int) -> None:
+        if mode:
+            self.scalars += 1
+        if type(value) is float and not -_LARGEST < value < _LARGEST:
+            self.sound = False

@@ -1,0 +1,232 @@
+"""What request_stages measures with: a state of many models, services without a store, a connection to nowhere."""
+
+from __future__ import annotations
+
+import asyncio
+import cProfile
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvicorn
+from uvicorn.server import ServerState
+
+from proxy.app import create_app
+from proxy.cli.serve import server_config
+from proxy.connection import ClientConnection
+from proxy.health.capacity import Capacities
+from proxy.health.health import ModelHealth
+from proxy.limits.limiter import Limiter
+from proxy.recording.journals import Journals
+from proxy.recording.metrics import Metrics
+from proxy.recording.recorder import UsageRecorder
+from proxy.routing.asked import Asked, needs_within, terms_of
+from proxy.routing.assigning import Assigner
+from proxy.routing.conversation import past_of
+from proxy.routing.features import routing_text
+from proxy.routing.names import Way
+from proxy.routing.request import ChatRequest
+from proxy.routing.thread import NO_THREAD
+from proxy.services import Services
+from proxy.settings import Settings
+from proxy.state.conversations import Conversations
+from proxy.state.live import LiveExpectations
+from proxy.state.records import ModelRecord, StoredProfile
+from proxy.state.snapshot import RoutingState, build_state
+from proxy.state.store import Store
+from proxy.state.stored import Stored
+from router_core.artifact import builtin_map
+from router_core.eligibility import Eligibility, eligible
+from router_core.embedding import StaticEmbedder
+from router_core.scoring import rank
+from router_core.types import Assignment
+from tests.support.makers import a_record, surroundings
+
+HEADERS = [("host", "127.0.0.1:8000"), ("content-type", "application/json"), ("user-agent", "bench")]
+ANSWER: Mapping[str, Any] = {
+    "id": "chatcmpl-1",
+    "object": "chat.completion",
+    "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Yes."}}],
+    "usage": {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11},
+}
+Prepare = Callable[[ChatRequest], Any]
+
+
+@dataclass(frozen=True)
+class Still:
+    """A state that stays."""
+
+    current: RoutingState
+
+
+class Noting:
+    """An upstream that answers at once, and says when it was asked."""
+
+    asked_ns = 0
+
+    async def complete(self, *_: object, **__: object) -> dict[str, Any]:
+        self.asked_ns = time.process_time_ns()
+        return dict(ANSWER)
+
+
+def a_routing_state(models: int) -> RoutingState:
+    """Measured models at random prices."""
+    from router_core.profiles import Profile
+
+    rng = np.random.default_rng(models)
+    cluster_map = builtin_map()
+    records: dict[str, ModelRecord] = {}
+    profiles: dict[str, StoredProfile] = {}
+    for number in range(models):
+        name = f"model-{number}"
+        prices = dict(zip(("input_cost_per_token", "output_cost_per_token"), rng.uniform(1e-7, 1e-5, 2), strict=True))
+        records[name] = a_record(name, info={**prices, "max_input_tokens": 200_000})
+        rates = {"errors": rng.uniform(size=cluster_map.size).tolist(), "labels": [2.0] * cluster_map.size}
+        measured = {"map": cluster_map.id, **rates, "mean_output_tokens": rng.uniform(50, 500), "mean_seconds": 1.0}
+        profiles[name] = StoredProfile(records[name].fingerprint, Profile.from_json(measured))
+    stored = Stored(version=1, models=records, profiles=profiles, keys_exist=False)
+    return build_state(stored, surroundings(cluster_map=cluster_map), keys_latched=False)
+
+
+def open_parts(folder: Path, embedder: StaticEmbedder, state: RoutingState, closing: AsyncExitStack) -> Services:
+    """Services whose store nobody runs: a request without a session or a limit asks none."""
+    settings = Settings.model_validate({"data_dir": folder})
+    store, metrics, assigner = Store(f"unix://{folder}/none"), Metrics(), Assigner(embedder, 5.0)
+    closing.callback(assigner.close)
+    closing.push_async_callback(store.close)
+    nobody: Any = None
+    still, noting = Still(state), Noting()
+    usage = UsageRecorder(store, Journals(folder, 10**9))
+    return Services(
+        settings=settings,
+        store=store,
+        state=still,  # type: ignore[arg-type]
+        registry=nobody,
+        jobs=nobody,
+        resolver=nobody,
+        assigner=assigner,
+        upstream=noting,  # type: ignore[arg-type]
+        usage=usage,
+        limiter=Limiter(store, metrics),
+        metrics=metrics,
+        live=LiveExpectations(state.cluster_map.size),
+        health=ModelHealth(settings.breaker),
+        capacities=Capacities(),
+        conversations=Conversations(store, 3600),
+        environ={},
+    )
+
+
+class Transport:
+    """Takes everything and keeps nothing; says when an answer is whole."""
+
+    def __init__(self) -> None:
+        self.answered = asyncio.Event()
+
+    def write(self, data: bytes) -> None:
+        if data.endswith(b"}"):
+            self.answered.set()
+
+    def get_extra_info(self, _: str, default: object = None) -> object:
+        return default
+
+    def is_closing(self) -> bool:
+        return False
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Wire:
+    """One kept-alive connection, and what its requests cost."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        config: uvicorn.Config = server_config(services.settings, logging=None)
+        config.load()
+        app = create_app(services)
+        config.loaded_app = app
+        self._app = app
+        self._transport = Transport()
+        self._connection = ClientConnection(config, ServerState(), {})
+        self._connection.connection_made(self._transport)  # type: ignore[arg-type]
+
+    def whole(self) -> dict[str, Callable[[bytes], Awaitable[int]]]:
+        return {"socket to upstream": self._to_upstream, "socket to answer": self._to_answer}
+
+    async def _to_upstream(self, raw: bytes) -> int:
+        return (await self._asked(raw))[0]
+
+    async def _to_answer(self, raw: bytes) -> int:
+        return (await self._asked(raw))[1]
+
+    async def _asked(self, raw: bytes) -> tuple[int, int]:
+        upstream: Any = self._services.upstream
+        sent = _request(raw)
+        self._transport.answered.clear()
+        forget(self._services)
+        started = time.process_time_ns()
+        self._connection.data_received(sent)
+        await self._transport.answered.wait()
+        ended = time.process_time_ns()
+        await asyncio.sleep(0)
+        return upstream.asked_ns - started, ended - started
+
+    async def profiled(self, bodies: Sequence[bytes], path: str) -> None:
+        """Of what runs on the event loop."""
+        for raw in bodies:
+            await self._asked(raw)
+        profile = cProfile.Profile()
+        profile.enable()
+        for _ in range(20):
+            for raw in bodies:
+                await self._asked(raw)
+        profile.disable()
+        profile.dump_stats(path)
+
+
+def forget(services: Services) -> None:
+    """Every prompt is a new one, as most are: rounds over the same bodies would flatter."""
+    for generation in (services.assigner._young, services.assigner._old):
+        generation.clear()
+
+
+def _request(raw: bytes) -> bytes:
+    lines = [f"{name}: {value}" for name, value in (*HEADERS, ("content-length", str(len(raw))))]
+    return "\r\n".join(("POST /v1/chat/completions HTTP/1.1", *lines, "", "")).encode() + raw
+
+
+def stage_functions(services: Services) -> dict[str, tuple[Prepare, Callable[[Any], object]]]:
+    """Stage → what it is given of a request, and what it does. Their sum is less than the whole: glue is not in it."""
+    state, settings = services.state.current, services.settings
+    embedder, cluster_map = services.assigner.embedder, state.cluster_map
+
+    def asked(request: ChatRequest) -> Asked:
+        terms = terms_of(request, Way.SCORED, settings, None, NO_THREAD)
+        return Asked(request, None, state, settings, Way.SCORED, None, needs_within(request), terms, NO_THREAD)
+
+    def left(request: ChatRequest) -> tuple[Asked, Eligibility, Assignment]:
+        one = asked(request)
+        placed = cluster_map.assign(embedder.embed([routing_text(request.body["messages"])]))
+        return one, eligible(state.pool, one.needs), placed
+
+    return {
+        "past of the conversation": (lambda request: request.body["messages"], past_of),
+        "needs": (lambda request: request, needs_within),
+        "routing text": (lambda request: request.body["messages"], routing_text),
+        "tokens of the text": (lambda request: routing_text(request.body["messages"]), embedder.tokens),  # type: ignore[attr-defined]
+        "embedding, tokens too": (lambda request: [routing_text(request.body["messages"])], embedder.embed),
+        "clusters": (lambda request: embedder.embed([routing_text(request.body["messages"])]), cluster_map.assign),
+        "eligibility": (asked, lambda one: eligible(state.pool, one.needs)),
+        "scores": (left, lambda given: rank(given[1], given[2], given[0].needs, given[0].terms).chosen),
+    }

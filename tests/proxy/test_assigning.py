@@ -1,0 +1,103 @@
+"""A prompt's clusters: the same at hand, from another thread and remembered."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from proxy.routing import assigning
+from proxy.routing.assigning import Assigner
+from router_core.artifact import builtin_map
+from router_core.clustering import ClusterMap
+from router_core.embedding import LONGEST_AT_HAND, StaticEmbedder
+from router_core.types import Assignment, Floats
+from tests.support.choices import Corners
+from tests.support.makers import CORNERS
+
+FAMILIAR = "what is the sum of these two numbers"
+
+
+def unheard_of(characters: int) -> str:
+    letters = random.Random(characters)
+    words = ("".join(letters.choices("bcdfghjklmnpqrstvwxz", k=9)) for _ in range(characters // 10))
+    return " ".join(words)
+
+
+class Watched(StaticEmbedder):
+    """Says in which threads it was asked, and for what it was too long at hand."""
+
+    threads: list[str]
+
+    @classmethod
+    def like(cls, embedder: StaticEmbedder) -> Watched:
+        made = cls.__new__(cls)
+        vars(made).update(vars(embedder), threads=[])
+        return made
+
+    def embed(self, texts: Sequence[str]) -> Floats:
+        self.threads.append(threading.current_thread().name)
+        return super().embed(texts)
+
+
+def same(one: Assignment, other: Assignment) -> bool:
+    return np.array_equal(one.ids, other.ids) and np.array_equal(one.weights, other.weights)
+
+
+@pytest.mark.parametrize("text", [FAMILIAR, "", "?!", "Ünïcödé 漢字 \U0001f600", "half \ud800 a character", "[SEP] x"])
+async def test_a_prompt_has_the_same_clusters_whichever_way_they_are_found(embedder: StaticEmbedder, text: str) -> None:
+    cluster_map, assigner = builtin_map(), Assigner(embedder, 5.0)
+    expected = cluster_map.assign(embedder.embed([text]))
+
+    for _ in range(3):  # with words that are new, with known ones, and remembered whole
+        assert same(await assigner.assign(text, cluster_map), expected)
+    assigner.close()
+
+
+async def test_only_what_takes_long_changes_threads(embedder: StaticEmbedder) -> None:
+    watched = Watched.like(embedder)
+    assigner, cluster_map = Assigner(watched, 30.0), builtin_map()
+    for text in (FAMILIAR, f"{FAMILIAR} {unheard_of(400)}", " ".join([FAMILIAR] * 100)):
+        await assigner.assign(text, cluster_map)
+    assert watched.threads == []
+
+    for text in (unheard_of(4_000), "a [CLS] b", "x " * LONGEST_AT_HAND):
+        await assigner.assign(text, cluster_map)
+    assert [name[:9] for name in watched.threads] == ["embedding"] * 3
+    assigner.close()
+
+
+async def test_what_comes_again_is_not_embedded_again() -> None:
+    texts: list[str] = []
+
+    class Seen(Corners):
+        def embed(self, asked: Sequence[str]) -> Floats:
+            texts.extend(asked)
+            return super().embed(asked)
+
+    assigner = Assigner(Seen(), 5.0)
+    first = await assigner.assign("one", CORNERS)
+
+    assert await assigner.assign("one", CORNERS) is first
+    assert [array.flags.writeable for array in (first.ids, first.weights)] == [False, False]
+    assert texts == ["one"]
+    other = ClusterMap(np.eye(4, dtype=np.float32), embedder_id="corners", top=3)
+    assert (await assigner.assign("one", other)).ids.shape == (1, 3)
+    assert texts == ["one", "one"]
+    assigner.close()
+
+
+async def test_it_remembers_a_bounded_number_and_no_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assigning, "MOST_REMEMBERED", 8)
+    assigner = Assigner(Corners(), 5.0)
+    for number in range(50):
+        await assigner.assign(f"prompt {number}", CORNERS)
+        await assigner.assign("always", CORNERS)
+    kept = (*assigner._young, *assigner._old)
+
+    assert len(kept) <= 2 * 9
+    assert all(len(digest) == 16 and b"prompt" not in digest for _, digest in kept)
+    assigner.close()

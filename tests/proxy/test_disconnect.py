@@ -1,0 +1,139 @@
+"""Work for a client that may leave: cancelled with it, and with nobody else's cancellation taken for that."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import pytest
+from starlette.types import Message, Scope
+
+from proxy.errors import ClientGone
+from proxy.relay.disconnect import LEAVING, Leaving, until_gone
+
+
+class Client:
+    """Leaves when it is told to; its server says so by itself, or as every ASGI server does."""
+
+    def __init__(self, *, told: bool) -> None:
+        self._leaves = asyncio.Event()
+        self._leaving = Leaving()
+        self.scope: Scope = {LEAVING: self._leaving} if told else {}
+
+    def leave(self) -> None:
+        self._leaves.set()
+        asyncio.get_running_loop().call_soon(self._leaving.left)  # as a connection is lost: between two steps of tasks
+
+    async def receive(self) -> Message:
+        await self._leaves.wait()
+        return {"type": "http.disconnect"}
+
+    async def during(self, work: Any) -> Any:
+        return await until_gone(self.scope, self.receive, work)
+
+
+@pytest.fixture(params=[True, False], ids=["told", "received"])
+def client(request: pytest.FixtureRequest) -> Client:
+    return Client(told=request.param)
+
+
+async def value(held: Any) -> Any:
+    await asyncio.sleep(0)
+    return held
+
+
+async def test_what_the_work_gives_is_given(client: Client) -> None:
+    assert await client.during(value(3)) == 3
+
+
+async def test_what_the_work_raises_is_raised(client: Client) -> None:
+    async def failing() -> None:
+        raise ValueError("of its own")
+
+    with pytest.raises(ValueError, match="of its own"):
+        await client.during(failing())
+
+
+async def test_the_work_has_ended_when_the_client_is_said_to_be_gone(client: Client) -> None:
+    ended = asyncio.Event()
+
+    async def work() -> None:
+        client.leave()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)  # closing takes a moment
+            ended.set()
+
+    with pytest.raises(ClientGone):
+        await client.during(work())
+    assert ended.is_set()
+    await asyncio.sleep(0)  # and nothing of the cancellation is left in this task
+
+
+@pytest.mark.parametrize("then", ["return", "raise"])
+async def test_work_that_makes_nothing_of_its_cancellation_is_cancelled_again(client: Client, then: str) -> None:
+    tries = 0
+
+    async def work() -> None:
+        nonlocal tries
+        client.leave()
+        while tries < 2:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                tries += 1
+        if then == "raise":
+            raise OSError("the connection was closed")
+
+    async with asyncio.timeout(5):
+        with pytest.raises(ClientGone):
+            await client.during(work())
+    assert tries == 2
+
+
+async def test_a_cancellation_from_outside_is_not_taken_for_a_client_that_left(client: Client) -> None:
+    waiting = asyncio.create_task(client.during(asyncio.Event().wait()))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+    both = asyncio.create_task(client.during(asyncio.Event().wait()))
+    await asyncio.sleep(0)
+    client.leave()
+    await asyncio.sleep(0)
+    both.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await both
+
+
+async def test_a_time_limit_around_it_is_told_as_one(client: Client) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await client.during(asyncio.Event().wait())
+
+
+async def test_a_client_that_leaves_as_the_work_ends_cancels_nothing_that_follows(client: Client) -> None:
+    async def work() -> None:
+        client.leave()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+
+    for turns in range(6):
+        client = Client(told=bool(client.scope))
+        with contextlib.suppress(ClientGone):
+            await client.during(work())
+        for _ in range(3):
+            await asyncio.sleep(0)
+    current = asyncio.current_task()
+    assert current is not None
+    assert current.cancelling() == 0
+
+
+async def test_nobody_watches_any_more_when_the_work_has_ended(client: Client) -> None:
+    await client.during(value(1))
+    await asyncio.sleep(0)
+
+    assert asyncio.all_tasks() == {asyncio.current_task()}
