@@ -31,8 +31,12 @@ async def handle(
     """`started`: monotonic seconds at which the request arrived. Raises ProxyError before anything was sent."""
     state = services.state.current
     thread = await thread_of(services.conversations, request, key, services.settings)
-    resting = services.health.resting()
-    choice = await choose(request, key, state, services.settings, services.assigner, thread=thread, resting=resting)
+    choice = await choose(
+        *(request, key, state, services.settings, services.assigner),
+        thread=thread,
+        resting=services.health.resting(),
+        loading=services.upstream.loading,
+    )
     if choice.degraded:
         services.metrics.degraded.inc()
     if choice.left:

@@ -16,6 +16,9 @@ from router_core.types import ABILITIES, Doubles, Needs
 
 Mask = NDArray[np.bool_]
 RESTING = "resting after failures"
+LOADING = "what it takes to call this model is still being loaded"
+Absent = Sequence[tuple[Collection[str], str]]
+"""Models that may not be asked now, and why."""
 _ROUNDING = 1 + 1e-9
 """A cap stated per million tokens and a price stated per token may differ in their last bit and be the same."""
 
@@ -80,6 +83,7 @@ def eligible(
     *,
     measured: bool = True,
     resting: Collection[str] = (),
+    loading: Collection[str] = (),
 ) -> Eligibility:
     """Rule models out before any is scored.
 
@@ -92,10 +96,12 @@ def eligible(
         allowed: names that this request or its key is restricted to; None is no restriction.
         measured: whether a model needs a profile; one without can be called, but not compared.
         resting: names that failed too often lately to be asked now.
+        loading: names that this process cannot call yet.
     """
-    if allowed is None and measured and not resting and _all_can(pool, needs):
+    absent = [(names, why) for names, why in ((resting, RESTING), (loading, LOADING)) if names]
+    if allowed is None and measured and not absent and _all_can(pool, needs):
         return Eligibility(pool, pool.ready_rows, lambda: _checks(pool, needs, None, (), measured=True)[1])
-    left, checks = _checks(pool, needs, allowed, resting, measured=measured)
+    left, checks = _checks(pool, needs, allowed, absent, measured=measured)
     return Eligibility(pool, np.flatnonzero(left), lambda: checks)
 
 
@@ -113,12 +119,12 @@ def _all_can(pool: Pool, needs: Needs) -> bool:
 
 
 def _checks(
-    pool: Pool, needs: Needs, allowed: Collection[str] | None, resting: Collection[str], *, measured: bool
+    pool: Pool, needs: Needs, allowed: Collection[str] | None, absent: Absent, *, measured: bool
 ) -> tuple[Mask, Sequence[Check]]:
     """(M,) who passed all, and each check."""
     left = np.ones(len(pool), dtype=np.bool_)
     checks = []
-    for check in (*_standing(pool, allowed, resting, measured=measured), *_known(pool, needs)):
+    for check in (*_standing(pool, allowed, absent, measured=measured), *_known(pool, needs)):
         left &= check.passed
         checks.append(check)
     for ability in needs.abilities:
@@ -129,14 +135,12 @@ def _checks(
     return left, checks
 
 
-def _standing(
-    pool: Pool, allowed: Collection[str] | None, resting: Collection[str], *, measured: bool
-) -> Iterator[Check]:
+def _standing(pool: Pool, allowed: Collection[str] | None, absent: Absent, *, measured: bool) -> Iterator[Check]:
     """What holds for every request of this caller now."""
     if allowed is not None:
         yield Check(Stage.LISTED, _listed(pool, allowed), "not among the models that this request may use")
-    if resting:
-        yield Check(Stage.STANDING, ~_listed(pool, resting), RESTING)
+    for names, why in absent:
+        yield Check(Stage.STANDING, ~_listed(pool, names), why)
     if measured:
         yield Check(Stage.STANDING, ~np.isnan(pool.mean_errors), "not profiled on this cluster map")
     yield Check(Stage.STANDING, ~np.isnan(pool.prices.input), "no price is known; state one, or free: true")

@@ -23,6 +23,11 @@ async def route(request: Request, services: OurServices, key: Caller) -> Respons
     parsed = parse_chat(raw, head_of(request.scope).pairs(READ_HEADERS))
     settings, state = services.settings, services.state.current
     thread = await thread_of(services.conversations, parsed, key, settings)
-    resting = services.health.resting()
-    choice = await choose(parsed, key, state, settings, services.assigner, thread=thread, resting=resting, explain=True)
+    choice = await choose(
+        *(parsed, key, state, settings, services.assigner),
+        thread=thread,
+        resting=services.health.resting(),
+        loading=services.upstream.loading,
+        explain=True,
+    )
     return Response(dump(to_json(choice)), media_type="application/json")

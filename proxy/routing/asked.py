@@ -35,6 +35,8 @@ class Asked:
     thread: Thread
     resting: Mapping[str, float] = field(default_factory=lambda: NOBODY)
     """Models that failed too often lately → seconds until they may be asked again."""
+    loading: Collection[str] = ()
+    """Models that this process cannot call yet."""
 
 
 def needs_within(request: ChatRequest) -> Needs:

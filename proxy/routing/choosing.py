@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from proxy.errors import NothingAble, Unavailable
@@ -62,6 +62,7 @@ async def choose(
     *,
     thread: Thread = NO_THREAD,
     resting: Mapping[str, float] = NOBODY,
+    loading: Collection[str] = (),
     explain: bool = False,
 ) -> Choice:
     """The choice for this request.
@@ -69,6 +70,7 @@ async def choose(
     Args:
         thread: what is remembered of the conversation that it continues.
         resting: models that failed too often lately → seconds until they may be asked again.
+        loading: models that this process cannot call yet.
         explain: score the candidates even where the name alone decides.
 
     Raises:
@@ -88,6 +90,7 @@ async def choose(
         terms=terms_of(request, way, settings, key, thread),
         thread=thread,
         resting=resting,
+        loading=loading,
     )
     if way is Way.PINNED:
         return await _pinned(asked, assigner, explain=explain)
@@ -155,10 +158,10 @@ async def _routed(asked: Asked, assigner: Assigner) -> Choice:
 def _eligible(asked: Asked) -> tuple[Eligibility, bool]:
     """Who may be scored, and whether these are models that rest: where all who could answer do, one must be tried."""
     pool, needs, allowed = asked.state.pool, asked.needs, asked.allowed
-    eligibility = eligible(pool, needs, allowed, resting=asked.resting)
+    eligibility = eligible(pool, needs, allowed, resting=asked.resting, loading=asked.loading)
     if eligibility.rows.size or not asked.resting:
         return eligibility, False
-    with_resting = eligible(pool, needs, allowed)
+    with_resting = eligible(pool, needs, allowed, loading=asked.loading)
     return (with_resting, True) if with_resting.rows.size else (eligibility, False)
 
 

@@ -21,7 +21,6 @@ log = logging.getLogger("uniroute.upstream")
 
 Blocks = AsyncIterator[list[Payload]]
 """Chunks of a stream, those together that came together."""
-LOADING = "its provider's format is still being loaded"
 
 
 class Upstream:
@@ -31,6 +30,7 @@ class Upstream:
         self._relay = RelayUpstream(settings, environ)
         self._translate = LitellmUpstream(settings, environ)
         self._loading: asyncio.Task[None] | None = None
+        self._translated: frozenset[str] = frozenset()
 
     async def complete(
         self,
@@ -84,7 +84,8 @@ class Upstream:
     def serve(self, models: Mapping[str, ModelRecord]) -> None:
         """These are the models from now on."""
         self._relay.targets.forget_others(models)
-        if self._loading is None and any(relayed(record) is None for record in models.values()):
+        self._translated = frozenset(name for name, record in models.items() if relayed(record) is None)
+        if self._loading is None and self._translated:
             log.info("loading litellm, for models of other formats than OpenAI's")
             self._loading = asyncio.create_task(self._translate.prepare(), name="uniroute-litellm")
 
@@ -94,9 +95,10 @@ class Upstream:
             self._loading = asyncio.create_task(self._translate.prepare(), name="uniroute-litellm")
         await asyncio.shield(self._loading)
 
-    def answers(self, record: ModelRecord) -> bool:
-        """Whether it could be called now, and would not have to wait until litellm is loaded."""
-        return self._translate.ready or relayed(record) is not None
+    @property
+    def loading(self) -> frozenset[str]:
+        """Models that could not be called now: they are called once litellm is there."""
+        return frozenset() if self._translate.ready else self._translated
 
     async def aclose(self) -> None:
         await end(self._loading)
