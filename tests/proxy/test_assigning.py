@@ -64,7 +64,7 @@ async def test_only_what_takes_long_changes_threads(embedder: StaticEmbedder) ->
         await assigner.assign(text, cluster_map)
     assert watched.threads == []
 
-    for text in (unheard_of(4_000), "a [CLS] b", "x " * LONGEST_AT_HAND):
+    for text in (unheard_of(4_000), "a [CLS] b", f"{FAMILIAR} " * (LONGEST_AT_HAND // 20)):
         await assigner.assign(text, cluster_map)
     assert [name[:9] for name in watched.threads] == ["embedding"] * 3
     assigner.close()

@@ -212,3 +212,13 @@ def test_a_web_socket_is_closed() -> None:
         return sent
 
     assert asyncio.run(exchange()) == [{"type": "websocket.close", "code": 1008}]
+
+
+def test_a_host_that_was_served_opens_the_door_to_no_other_and_not_to_two() -> None:
+    door = Door(latched=False)
+    assert door()[0] == 200
+    for hosts in ([b"evil.example"], [b"localhost", b"localhost"], [b"localhost", b"evil.example"], []):
+        scope = {"type": "http", "method": "GET", "path": "/v1/models", "query_string": b""}
+        headers = [(b"host", host) for host in hosts]
+        assert asyncio.run(door._exchange({**scope, "headers": headers}))[0] == 403
+        assert asyncio.run(door._exchange({**scope, "headers": headers}))[0] == 403

@@ -45,6 +45,7 @@ NEEDS = st.builds(
     max_output_tokens=st.none() | st.integers(1, 2000),
     answers=st.integers(1, 3),
     max_input_cost_per_token=st.none() | PRICES,
+    max_output_cost_per_token=st.none() | PRICES,
     tools=st.booleans(),
 )
 PLACED = st.lists(st.floats(0.01, 1), min_size=3, max_size=3).flatmap(
