@@ -32,7 +32,7 @@ class Server:
     """One program; its rows differ in the model that is asked for."""
 
     rows: Mapping[str, str]
-    command: Sequence[str | Path]
+    command: Sequence[object]
     port: int
     log: Path
     environ: Mapping[str, str] | None = None

@@ -1,4 +1,4 @@
-"""FastAPI before litellm's SDK and nothing else: what any gateway on it pays. Arguments: the upstream's URL, its own port."""
+"""FastAPI before litellm's SDK, nothing else: what any gateway on it pays. Arguments: the upstream's URL, its port."""
 
 from __future__ import annotations
 

@@ -206,11 +206,11 @@ class Load:
 
     def _events(self, answer: bytes) -> int:
         """0 without [DONE]. Chunks seldom cut an event: they are put together only where something is missing."""
-        for text in (lambda: answer, lambda: b"\n" + body_of(answer)):
-            found: bytes = text()
-            if b"\ndata: [DONE]" in found and (events := found.count(b"\ndata:")) >= self.job.fewest_events:
-                return events
-        return 0
+        return self._counted(answer) or self._counted(b"\n" + body_of(answer))
+
+    def _counted(self, text: bytes) -> int:
+        events = text.count(b"\ndata:")
+        return events if b"\ndata: [DONE]" in text and events >= self.job.fewest_events else 0
 
     def _fail(self, reason: str, answer: bytes) -> None:
         self.measured.failed += 1

@@ -71,7 +71,7 @@ def free_port() -> int:
 
 @contextmanager
 def started(
-    command: Sequence[str | Path],
+    command: Sequence[object],
     *,
     core: int,
     environ: Mapping[str, str] | None = None,

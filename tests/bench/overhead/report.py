@@ -81,7 +81,9 @@ def print_report(results: Results, kinds: Sequence[str]) -> None:
     for kind in kinds:
         _table(results, _of_kind(kind), f"Bodies: {kind}")
     _table(
-        results, PROCESS, "Processes: fresh, alone; then after so many requests. PSS and RSS of all that belongs to it"
+        results,
+        PROCESS,
+        "Processes, each alone: fresh, and after so many requests. All that a server starts is counted",
     )
     _print_ratios(results)
     _print_ceiling(results)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tests.bench.overhead.contenders import ROUTED
@@ -39,13 +39,12 @@ class Worked:
 class Results:
     rows: Sequence[str]
     """Names, the direct one first."""
-    processes: Mapping[str, str]
-    """Row → the row by whose name its process was started."""
     outcomes: dict[tuple[str, str], list[Outcome]] = field(default_factory=lambda: defaultdict(list))
     """By case and row, one per round."""
     beside: dict[tuple[str, str], list[Outcome]] = field(default_factory=lambda: defaultdict(list))
     """The direct path at that row's rate, just before it."""
     starts: dict[str, list[Start]] = field(default_factory=lambda: defaultdict(list))
+    """By the first row of a server, as is `worked`."""
     worked: dict[str, Worked] = field(default_factory=dict)
     rates: dict[tuple[str, str], float] = field(default_factory=dict)
     about: dict[str, object] = field(default_factory=dict)
@@ -118,12 +117,12 @@ def rate(case: str) -> Callable[[Results, str], Sequence[float]]:
 
 
 def started(of: Callable[[Start], float]) -> Callable[[Results, str], Sequence[float]]:
-    return lambda results, row: [of(start) for start in results.starts.get(results.processes.get(row, ""), [])]
+    return lambda results, row: [of(start) for start in results.starts.get(row, [])]
 
 
 def worked(of: Callable[[Worked], float]) -> Callable[[Results, str], Sequence[float]]:
     def value(results: Results, row: str) -> Sequence[float]:
-        found = results.worked.get(results.processes.get(row, ""))
+        found = results.worked.get(row)
         return [of(found)] if found else []
 
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,7 +92,7 @@ class Bench:
         return Outcome(figures, measured.requests, measured.failed, _why(measured))
 
     def _spent(self, row: Row) -> tuple[float, float, float, float]:
-        gateway = cpu_s(row.pid) if row.pid else 0.0
+        gateway = cpu_s(row.pid) if row.pid else math.nan
         return time.monotonic(), gateway, self.upstream.cpu_s, core_busy_s(self.cores.gateway)
 
     def _requests(self, case: Case, row: Row) -> Path:
@@ -104,7 +105,7 @@ class Bench:
 
 
 def latencies(measured: Measured) -> dict[str, float]:
-    found = {}
+    found: dict[str, float] = {}
     for prefix, times in (("", measured.times_s), ("first_", measured.first_s)):
         ordered = sorted(times)
         found |= {f"{prefix}p{share}_ms": _at(ordered, share / 100) for share in PERCENTILES}
@@ -114,13 +115,13 @@ def latencies(measured: Measured) -> dict[str, float]:
 def rates(measured: Measured, case: Case, gateway_s: float) -> dict[str, float]:
     """A stream counts for its fifty chunks, however many events a gateway makes of them."""
     per_s = measured.counted / measured.seconds
-    cpu_ms = gateway_s * 1000 / measured.requests if measured.requests else float("nan")
+    cpu_ms = gateway_s * 1000 / measured.requests if measured.requests else math.nan
     found = {"per_s": per_s, "cpu_ms": cpu_ms}
     return found | ({"chunks_per_s": per_s * CHUNKS, "chunk_us": cpu_ms * 1000 / CHUNKS} if case.stream else {})
 
 
 def _at(ordered: Sequence[float], share: float) -> float:
-    return ordered[min(int(len(ordered) * share), len(ordered) - 1)] * 1000 if ordered else float("nan")
+    return ordered[min(int(len(ordered) * share), len(ordered) - 1)] * 1000 if ordered else math.nan
 
 
 def _why(measured: Measured) -> str:

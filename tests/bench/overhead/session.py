@@ -57,7 +57,6 @@ class Plan:
 def measured(plan: Plan, bench: Bench, servers: Sequence[Server]) -> Results:
     results = Results(
         rows=[DIRECT, *(row for server in servers for row in server.rows)],
-        processes={row: name_of(server) for server in servers for row in server.rows},
     )
     for server in servers:
         if server.prepare:
@@ -106,7 +105,7 @@ def rows_of(server: Server, started: Running) -> list[Row]:
 
 
 def _find_rates(bench: Bench, rows: Sequence[Row], results: Results) -> None:
-    """Half of what ours does when it is asked all the time; for who does less, half of that. Also warms everybody up."""
+    """Half of what ours does when it is asked all the time; for who does less, half of that. Warms everybody up."""
     for case, saturating in RATES.items():
         most: dict[str, float] = {}
         for row in rows[1:]:
