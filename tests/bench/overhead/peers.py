@@ -9,7 +9,10 @@ import venv
 from pathlib import Path
 
 LITELLM = "litellm[proxy]==1.106.2"
-PORTKEY = "@portkey-ai/gateway@1.15.2"
+PORTKEY, PORTKEY_VERSION = "@portkey-ai/gateway", "1.15.2"
+HONO, HONO_VERSION = "@hono/node-server", "1.13.8"
+"""What Portkey answers with. It asks for ^1.3.3, but from 1.14 on a fetched answer's headers cannot be changed, which
+Portkey does with those of streams: all of them fail with 500."""
 
 
 def litellm_program(folder: Path) -> Path:
@@ -22,17 +25,25 @@ def litellm_program(folder: Path) -> Path:
 
 
 def portkey_script(folder: Path) -> Path:
-    script = folder / "portkey" / "node_modules/@portkey-ai/gateway/build/start-server.js"
-    if not script.exists():
+    home = folder / "portkey"
+    if (_version(home, PORTKEY), _version(home, HONO)) != (PORTKEY_VERSION, HONO_VERSION):
         if shutil.which("npm") is None:
             raise SystemExit("Portkey runs on Node; install it, with npm, or leave --peers out")
-        subprocess.run(["npm", "install", "--silent", "--prefix", str(folder / "portkey"), PORTKEY], check=True)
-    return script
+        wanted = {"dependencies": {PORTKEY: PORTKEY_VERSION}, "overrides": {HONO: HONO_VERSION}}
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "package-lock.json").unlink(missing_ok=True)
+        (home / "package.json").write_text(json.dumps(wanted))
+        subprocess.run(["npm", "install", "--silent", "--ignore-scripts"], cwd=home, check=True)
+    return home / "node_modules" / PORTKEY / "build" / "start-server.js"
+
+
+def _version(home: Path, package: str) -> str:
+    manifest = home / "node_modules" / package / "package.json"
+    return str(json.loads(manifest.read_text())["version"]) if manifest.exists() else ""
 
 
 def versions(folder: Path) -> dict[str, str]:
-    """As installed, which may be another than would be installed now."""
-    package = folder / "portkey/node_modules/@portkey-ai/gateway/package.json"
+    """As installed; LiteLLM's may be another than would be installed now."""
     found = next((folder / "litellm").glob("lib/python*/site-packages/litellm-*.dist-info"), None)
     litellm = found.name.removeprefix("litellm-").removesuffix(".dist-info") if found else "?"
-    return {"LiteLLM proxy": litellm, "Portkey": str(json.loads(package.read_text())["version"])}
+    return {"LiteLLM proxy": litellm, "Portkey": _version(folder / "portkey", PORTKEY)}

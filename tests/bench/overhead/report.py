@@ -83,7 +83,7 @@ def print_report(results: Results, kinds: Sequence[str]) -> None:
     _table(
         results,
         PROCESS,
-        "Processes, each alone: fresh, and after so many requests. All that a server starts is counted",
+        "Processes, each alone: fresh, and after so many requests. What a server starts is counted",
     )
     _print_ratios(results)
     _print_ceiling(results)
