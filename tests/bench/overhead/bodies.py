@@ -73,6 +73,15 @@ KINDS: Mapping[str, tuple[Make, int]] = {
     "agent": (agent, 60),
 }
 """Kind → how one is made, and how many there are before marks alone tell them apart."""
+FEWEST, LARGEST_FILE = 2, 20_000_000
+
+
+def kind_of(name: str) -> tuple[Make, int]:
+    """Of `KINDS`, or as many characters as the name says."""
+    if not name.isdecimal():
+        return KINDS[name]
+    size = int(name)
+    return sized(size), max(FEWEST, min(1_000, LARGEST_FILE // size))
 
 
 def write_requests(

@@ -15,6 +15,7 @@ from subprocess import Popen
 import yaml
 
 from proxy.model_entries import ModelInfo
+from router_core.artifact import load_map
 from tests.bench.overhead.processes import free_port, started, until_it_answers
 from tests.support.command import ADMIN_KEY, ROOT, environment
 from tests.support.server import arm, uniform_profile
@@ -82,29 +83,41 @@ def ours(
     *,
     models: int = MODELS,
     embedder_cache: Path | None = None,
+    cluster_map: Path | None = None,
     info: Mapping[str, object] | None = None,
     **settings: object,
 ) -> Server:
-    """`info`: more of each model; `settings`: of the configuration's own section."""
+    """`cluster_map`: a folder, else the built-in one; `info`: more of each model; `settings`: of our own section."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"model-{n}" for n in range(models)]
     arms = [arm(name, upstream_url, price=1e-7 * (n + 1), **(info or {})) for n, name in enumerate(names)]
-    config = {"model_list": arms, "uniroute": {"profile": {"on_start": False}, **settings}}
+    mapped = {"map": str(cluster_map)} if cluster_map else {}
+    config = {"model_list": arms, "uniroute": {"profile": {"on_start": False}, **mapped, **settings}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     environ = environment(folder / "data", embedder_cache, ARM_API_KEY="sk-bench", UNIROUTE_ADMIN_KEY=ADMIN_KEY)
     port = free_port()
     command = [sys.executable, "-m", "proxy.cli", "serve", "--port", str(port), "--config", folder / "config.yaml"]
-    return Server(rows, command, port, folder / "log.txt", environ, prepare=lambda s, core: _profile(s, core, names))
+    profiles = {name: a_profile(0.2 + 0.5 * n / models, cluster_map) for n, name in enumerate(names)}
+    return Server(rows, command, port, folder / "log.txt", environ, prepare=lambda s, core: _profile(s, core, profiles))
 
 
-def _profile(server: Server, core: int, names: Sequence[str]) -> None:
+def a_profile(error: float, folder: Path | None) -> Mapping[str, object]:
+    """The same error in every cluster."""
+    if folder is None:
+        return uniform_profile(error)
+    fitted = load_map(folder)
+    rates = {"errors": [error] * fitted.size, "labels": [50.0] * fitted.size}
+    return {**uniform_profile(error), "map": fitted.id, **rates}
+
+
+def _profile(server: Server, core: int, profiles: Mapping[str, Mapping[str, object]]) -> None:
     """A run that is not timed: profiles are kept, and so is the embedding table, where there was none."""
     headers = {"authorization": f"Bearer {ADMIN_KEY}", "content-type": "application/json"}
     with started(server.command, core=core, environ=server.environ, log=server.log, cwd=ROOT) as process:
         until_it_answers(lambda: _status(server.port, "GET", "/readyz") == 200, process, server.log)
-        for n, name in enumerate(names):
-            document = json.dumps(uniform_profile(0.2 + 0.5 * n / len(names)))
-            status = _status(server.port, "POST", f"/admin/models/{name}/profile", document, headers)
+        for name, profile in profiles.items():
+            path = f"/admin/models/{name}/profile"
+            status = _status(server.port, "POST", path, json.dumps(profile), headers)
             if status != 200:
                 raise SystemExit(f"the profile of {name} was answered with {status}")
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.bench.overhead.bodies import KINDS, write_requests
+from tests.bench.overhead.bodies import kind_of, write_requests
 from tests.bench.overhead.compiled import Upstream, run
 from tests.bench.overhead.load import Job, Measured
 from tests.bench.overhead.processes import core_busy_s, cpu_s
@@ -99,7 +99,7 @@ class Bench:
         words = (case.kind, row.name, case.stream, case.pace_ms)
         path = self.folder / "-".join(str(word).replace(" ", "_") for word in words)
         if not path.exists():
-            kind = KINDS[case.kind]
+            kind = kind_of(case.kind)
             write_requests(path, kind, row.model, stream=case.stream, pace_ms=case.pace_ms, headers=row.headers)
         return path
 
