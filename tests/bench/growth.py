@@ -23,11 +23,11 @@ from proxy.cli import console
 from proxy.descriptors import raise_limit
 from proxy.state.embedded import socket_path
 from router_core.embedding import static_embedder
-from tests.bench.open_streams import FIGURES as OF_STREAMS
-from tests.bench.open_streams import with_open_streams
+from tests.bench.open_streams import FORMS, with_open_streams
 from tests.bench.overhead.__main__ import two_cores
 from tests.bench.overhead.compiled import Upstream
-from tests.bench.overhead.contenders import ROUTED, Server, ours, running
+from tests.bench.overhead.contenders import ROUTED, ours, profiled
+from tests.bench.overhead.processes import memory
 from tests.bench.overhead.results import median
 from tests.bench.overhead.rounds import Bench, Case, Row
 from tests.bench.overhead.session import rows_of
@@ -44,6 +44,8 @@ PARTS = ("models", "clusters", "bodies", "redis", "streams")
 PROMPTS = 20_000
 """That maps are fitted on, generated."""
 ROUNDS = 3
+TURNS = 2
+"""Answers on each of sixteen connections that a round lasts for at least."""
 NOISE = 1.25
 """Times its cause that a figure may grow before it is said to grow faster."""
 
@@ -82,24 +84,19 @@ class Growing:
 
     @contextmanager
     def served(self, name: str, **config: Any) -> Iterator[Row]:
-        server = self._server(name, **config)
-        with running(server, self.bench.cores.gateway) as started:
-            yield rows_of(server, started)[0]
-
-    def _server(self, name: str, **config: Any) -> Server:
         console.note(f"starting {name}")
         folder, url = self.bench.folder / name.replace(" ", "-"), self.bench.upstream.url
         server = ours(folder, url, {ROUTED: "auto"}, embedder_cache=self.table, **config)
-        assert server.prepare
-        server.prepare(server, self.bench.cores.gateway)
-        return server
+        with profiled(server, self.bench.cores.gateway) as started:
+            yield rows_of(server, started)[0]
 
     def point(self, name: str, cause: float, row: Row, kind: str = "mixed") -> Point:
         """Medians of a few short rounds."""
         found: dict[str, list[float]] = {figure.title: [] for figure in OF_REQUESTS}
         for number in range(ROUNDS + 1):
             alone = self.bench.measure(Case("alone", kind, connections=1), row)
-            many = self.bench.measure(Case("many", kind), row)
+            long_enough = max(self.bench.seconds, TURNS * alone.figures["p50_ms"] * 16 / 1000)
+            many = self.bench.measure(Case("many", kind), row, seconds=long_enough)
             self.failed += alone.failed + many.failed
             if number:  # the first warms up
                 measured = (alone.figures["p50_ms"], many.figures["per_s"], many.figures["cpu_ms"])
@@ -146,10 +143,11 @@ def without_redis(growing: Growing) -> Iterator[Point]:
 def over_streams(growing: Growing) -> Iterator[Point]:
     with growing.served("streams") as row:
         growing.point("warming up", 0, row)
+        alone = memory(row.pid).pss
         for count in scaled(STREAMS, growing.scale):
-            values, failed = with_open_streams(growing.bench, row, count)
-            growing.failed += failed
-            yield Point(f"{count:,} open streams", count, dict(zip(OF_STREAMS, values, strict=True)))
+            seen = with_open_streams(growing.bench, row, count, alone)
+            growing.failed += seen.failed
+            yield Point(f"{seen.open:,} open streams", seen.open, seen.figures)
 
 
 def scaled(values: Sequence[int], scale: float) -> list[int]:
@@ -164,7 +162,7 @@ def _store_pid(data_dir: Path) -> int:
 
 
 Part = tuple[Callable[[Growing], Iterator[Point]], Sequence[Figure]]
-STREAM_FIGURES = tuple(Figure(title, form) for title, form in OF_STREAMS.items())
+STREAM_FIGURES = tuple(Figure(title, form) for title, form in FORMS.items())
 WORK: Mapping[str, Part] = {
     "models": (over_models, OF_REQUESTS),
     "clusters": (over_clusters, OF_REQUESTS),

@@ -4,45 +4,55 @@ from __future__ import annotations
 
 import math
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
+from tests.bench.overhead.compiled import begun
 from tests.bench.overhead.processes import cpu_s, memory
-from tests.bench.overhead.rounds import Bench, Case, Outcome, Row
+from tests.bench.overhead.rounds import Bench, Case, Row
 from tests.chaos.processes import tcp_connections
 
-PACE_MS = 400
-"""Between two events of a stream, which lasts twenty seconds then."""
-FIGURES = {"PSS MiB": ",.0f", "KiB a stream": ",.0f", "p50 ms beside": ".2f", "p99 ms beside": ".2f", "CPU %": ".0f"}
-OPEN_S, POLL_S = 15.0, 0.1
+PACE_MS = 2_000
+"""Between two events of a stream, which would last for almost two minutes."""
+FORMS = {"PSS MiB": ",.0f", "KiB a stream": ",.0f", "p50 ms beside": ".2f", "p99 ms beside": ".2f", "CPU %": ".1f"}
+OPEN_S, POLL_S, SETTLED_S = 40.0, 0.1, 1.0
+FEW = 100
+"""Streams below which other things weigh more than they."""
 
 
-def with_open_streams(bench: Bench, row: Row, count: int) -> tuple[list[float], int]:
-    """`FIGURES`, and how many requests failed. KiB are NaN of fewer than a hundred: other things weigh more."""
-    before = memory(row.pid).pss
+@dataclass(frozen=True)
+class Seen:
+    open: int
+    """Fewer than were asked for where the server cannot open so many within `OPEN_S`."""
+    figures: Mapping[str, float]
+    failed: int
+
+
+def with_open_streams(bench: Bench, row: Row, count: int, alone_mib: float) -> Seen:
+    """`alone_mib`: the server's size before any stream."""
     held = Case("held open", "short", stream=True, connections=count, pace_ms=PACE_MS)
-    with ThreadPoolExecutor(1) as pool:
-        streams = pool.submit(bench.measure, held, row, seconds=60.0, most=count)
-        reached = _until_open(row, bench.upstream.port, count, streams)
-        now, spent, began = memory(row.pid).pss, cpu_s(row.pid), time.monotonic()
-        time.sleep(1.0)
+    idle = _open(row, bench)
+    with begun(bench.job(held, row, seconds=600, most=count), bench.cores.load):
+        _until(lambda: _open(row, bench) >= count)
+        time.sleep(SETTLED_S)
+        size, spent, began = memory(row.pid).pss, cpu_s(row.pid), time.monotonic()
+        time.sleep(2 * PACE_MS / 1000)
         busy = (cpu_s(row.pid) - spent) / (time.monotonic() - began)
         beside = bench.measure(Case("beside", connections=1), row, seconds=1.5)
-        if streams.done():
-            raise SystemExit(
-                f"only {reached} of {count} streams were open at once: the first ended before the last began"
-            )
-        ended = streams.result()
-    each = (now - before) * 1024 / count if count >= 100 else math.nan
-    figures = [now, each, beside.figures["p50_ms"], beside.figures["p99_ms"], 100 * busy]
-    return figures, beside.failed + ended.failed
+        reached = min(count, _open(row, bench))
+    _until(lambda: _open(row, bench) <= idle)
+    each = (size - alone_mib) * 1024 / reached if reached >= FEW else math.nan
+    values = (size, each, beside.figures["p50_ms"], beside.figures["p99_ms"], 100 * busy)
+    return Seen(reached, dict(zip(FORMS, values, strict=True)), beside.failed)
 
 
-def _until_open(row: Row, upstream: int, count: int, streams: Future[Outcome]) -> int:
-    """How many there are once all are, or no more come."""
-    deadline, found = time.monotonic() + OPEN_S, 0
-    while time.monotonic() < deadline and not streams.done():
-        found = sum(remote == upstream for _, remote in tcp_connections(row.pid))
-        if found >= count:
-            break
+def _open(row: Row, bench: Bench) -> int:
+    """Connections to the upstream; up to sixteen may be idle."""
+    return sum(remote == bench.upstream.port for _, remote in tcp_connections(row.pid))
+
+
+def _until(reached: Callable[[], bool]) -> None:
+    """Or no longer than `OPEN_S`."""
+    deadline = time.monotonic() + OPEN_S
+    while not reached() and time.monotonic() < deadline:
         time.sleep(POLL_S)
-    return found

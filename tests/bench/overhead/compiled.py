@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Self
@@ -75,6 +77,22 @@ class Upstream:
     @property
     def cpu_s(self) -> float:
         return cpu_s(self._process.pid)
+
+
+@contextmanager
+def begun(job: Job, core: int) -> Iterator[None]:
+    """Load while the block lasts; what it measures is lost."""
+    process = subprocess.Popen(
+        [*program(LOAD), *job.arguments],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+    )
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def run(job: Job, core: int, command: tuple[str, ...] | None = None) -> tuple[Measured, float]:

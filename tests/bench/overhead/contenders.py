@@ -6,7 +6,8 @@ import http.client
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.support.server import arm, uniform_profile
 ROUTED, PINNED, TRANSLATED = "ours, routed", "ours, pinned", "ours, routed, translated"
 FLOOR, LITELLM, PORTKEY = "FastAPI + litellm SDK", "LiteLLM proxy", "Portkey"
 MODELS = 2
+PUT_AT_ONCE = 8
 CHOOSES_ITS_WAY = "forward" in ModelInfo.model_fields
 """Whether a model says if it is relayed or translated. Else there is one way, and one row for it."""
 PERMIT_NO_KEY = "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY"
@@ -38,8 +40,8 @@ class Server:
     log: Path
     environ: Mapping[str, str] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
-    prepare: Callable[[Server, int], None] | None = None
-    """Once, before its first start is timed; gets the core."""
+    profiles: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    """By model, to be put once: they are kept from one start to the next."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def ours(
     port = free_port()
     command = [sys.executable, "-m", "proxy.cli", "serve", "--port", str(port), "--config", folder / "config.yaml"]
     profiles = {name: a_profile(0.2 + 0.5 * n / models, cluster_map) for n, name in enumerate(names)}
-    return Server(rows, command, port, folder / "log.txt", environ, prepare=lambda s, core: _profile(s, core, profiles))
+    return Server(rows, command, port, folder / "log.txt", environ, profiles=profiles)
 
 
 def a_profile(error: float, folder: Path | None) -> Mapping[str, object]:
@@ -110,16 +112,22 @@ def a_profile(error: float, folder: Path | None) -> Mapping[str, object]:
     return {**uniform_profile(error), "map": fitted.id, **rates}
 
 
-def _profile(server: Server, core: int, profiles: Mapping[str, Mapping[str, object]]) -> None:
-    """A run that is not timed: profiles are kept, and so is the embedding table, where there was none."""
-    headers = {"authorization": f"Bearer {ADMIN_KEY}", "content-type": "application/json"}
+@contextmanager
+def profiled(server: Server, core: int) -> Iterator[Running]:
+    """Started, and its models measured. Not timed: this start may also have made the embedding table."""
     with started(server.command, core=core, environ=server.environ, log=server.log, cwd=ROOT) as process:
-        until_it_answers(lambda: _status(server.port, "GET", "/readyz") == 200, process, server.log)
-        for name, profile in profiles.items():
-            path = f"/admin/models/{name}/profile"
-            status = _status(server.port, "POST", path, json.dumps(profile), headers)
-            if status != 200:
-                raise SystemExit(f"the profile of {name} was answered with {status}")
+        ready_s = until_it_answers(lambda: _status(server.port, "GET", "/readyz") == 200, process, server.log)
+        with ThreadPoolExecutor(PUT_AT_ONCE) as pool:
+            list(pool.map(lambda name: _put_profile(server, name), server.profiles))
+        yield Running(process, ready_s)
+
+
+def _put_profile(server: Server, name: str) -> None:
+    headers = {"authorization": f"Bearer {ADMIN_KEY}", "content-type": "application/json"}
+    path, document = f"/admin/models/{name}/profile", json.dumps(server.profiles[name])
+    status = _status(server.port, "POST", path, document, headers)
+    if status != 200:
+        raise SystemExit(f"the profile of {name} was answered with {status}")
 
 
 def sdk_floor(folder: Path, upstream_url: str) -> Server:

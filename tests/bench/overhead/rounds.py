@@ -67,18 +67,7 @@ class Bench:
     _seed: int = 0
 
     def measure(self, case: Case, row: Row, *, seconds: float | None = None, most: int = 0) -> Outcome:
-        self._seed += 10_000_000
-        job = Job(
-            row.port,
-            str(self._requests(case, row)),
-            case.connections,
-            seconds or self.seconds,
-            warm_s=0.0 if most else 0.3,
-            rate=case.rate,
-            most=most,
-            fewest_events=CHUNKS if case.stream else 0,
-            seed=self._seed,
-        )
+        job = self.job(case, row, seconds=seconds, most=most)
         before = self._spent(row)
         measured, load_cpu_s = run(job, self.cores.load)
         wall, gateway, upstream, core = (b - a for a, b in zip(before, self._spent(row), strict=True))
@@ -90,6 +79,20 @@ class Bench:
             "others": (core - gateway) / wall,
         }
         return Outcome(figures, measured.requests, measured.failed, _why(measured))
+
+    def job(self, case: Case, row: Row, *, seconds: float | None = None, most: int = 0) -> Job:
+        self._seed += 10_000_000
+        return Job(
+            row.port,
+            str(self._requests(case, row)),
+            case.connections,
+            seconds or self.seconds,
+            warm_s=0.0 if most else 0.3,
+            rate=case.rate,
+            most=most,
+            fewest_events=CHUNKS if case.stream else 0,
+            seed=self._seed,
+        )
 
     def _spent(self, row: Row) -> tuple[float, float, float, float]:
         gateway = cpu_s(row.pid) if row.pid else math.nan

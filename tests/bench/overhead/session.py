@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from proxy.cli import console
-from tests.bench.overhead.contenders import ROUTED, Running, Server, running
+from tests.bench.overhead.contenders import ROUTED, Running, Server, profiled, running
 from tests.bench.overhead.processes import Memory, memory
 from tests.bench.overhead.results import (
     DIRECT,
@@ -59,9 +59,10 @@ def measured(plan: Plan, bench: Bench, servers: Sequence[Server]) -> Results:
         rows=[DIRECT, *(row for server in servers for row in server.rows)],
     )
     for server in servers:
-        if server.prepare:
+        if server.profiles:
             console.note(f"preparing {name_of(server)}")
-            server.prepare(server, bench.cores.gateway)
+            with profiled(server, bench.cores.gateway):
+                pass
     _time_starts(plan, bench, servers, results)
     with _all_running(bench, servers) as rows:
         _find_rates(bench, rows, results)
