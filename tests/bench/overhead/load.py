@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -19,6 +20,9 @@ from typing import Any
 from tests.bench.overhead.bodies import MARK, read_records
 
 GRACE_S = 20.0
+CHUNKED, UNTIL_CLOSED = -1.0, math.inf
+_TAIL = 8
+"""Pieces that surely hold the last seven bytes: each has one or more."""
 _LETTERS = b"abcdefghijklmnopqrstuvwxyz"
 
 
@@ -72,6 +76,8 @@ class Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self._transport: Any = None
         self._pieces: list[bytes] = []
+        self._received = 0
+        self._needed: float | None = None
         self._asked: asyncio.Future[bytes | None] | None = None
         self._first = b""
         self.first_at = 0.0
@@ -81,23 +87,28 @@ class Connection(asyncio.Protocol):
 
     async def ask(self, request: bytes, first: bytes) -> bytes | None:
         """The answer as it came, None if it was broken off. `first`: what its first byte or event begins with."""
-        self._pieces, self.first_at, self._first = [], 0.0, first
+        self._pieces, self._received, self._needed = [], 0, None
+        self.first_at, self._first = 0.0, first
         self._asked = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         return await self._asked
 
     def data_received(self, data: bytes) -> None:
         self._pieces.append(data)
+        self._received += len(data)
         if not self.first_at and self._first in (data if len(self._pieces) == 1 else b"".join(self._pieces)):
             self.first_at = time.perf_counter()
-        if data.endswith((b"\r\n\r\n", b"}", b"\n")) or len(data) < 8:
-            received = b"".join(self._pieces)
-            if is_whole(received):
-                self._end(received)
+        if self._needed is None:
+            self._needed = length_of(b"".join(self._pieces))
+        if self._needed == CHUNKED:
+            whole = b"".join(self._pieces[-_TAIL:]).endswith(b"\r\n0\r\n\r\n")
+        else:
+            whole = self._needed is not None and self._received >= self._needed
+        if whole:
+            self._end(b"".join(self._pieces))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        received = b"".join(self._pieces)
-        self._end(received if b"\r\n\r\n" in received and not _framed(received) else None)
+        self._end(b"".join(self._pieces) if self._needed == UNTIL_CLOSED and exc is None else None)
 
     def _end(self, received: bytes | None) -> None:
         if self._asked and not self._asked.done():
@@ -108,17 +119,16 @@ class Connection(asyncio.Protocol):
         return bool(self._transport.is_closing())
 
 
-def _framed(received: bytes) -> bool:
-    head = received.partition(b"\r\n\r\n")[0].lower()
-    return b"\r\ncontent-length:" in head or b"\r\ntransfer-encoding:" in head
-
-
-def is_whole(received: bytes) -> bool:
-    head, parted, body = received.partition(b"\r\n\r\n")
+def length_of(received: bytes) -> float | None:
+    """Of the whole answer, head included, or how its end is known. None while its head is not there."""
+    head, parted, _ = received.partition(b"\r\n\r\n")
+    if not parted:
+        return None
     head = head.lower()
-    if (at := head.find(b"\r\ncontent-length:")) >= 0:
-        return bool(parted) and len(body) >= int(head[at + 17 :].split(b"\r\n", 1)[0])
-    return b"\r\ntransfer-encoding:" in head and (body == b"0\r\n\r\n" or body.endswith(b"\r\n0\r\n\r\n"))
+    if b"\r\ntransfer-encoding:" in head:
+        return CHUNKED
+    at = head.find(b"\r\ncontent-length:")
+    return len(head) + 4 + int(head[at + 17 :].split(b"\r\n", 1)[0]) if at >= 0 else UNTIL_CLOSED
 
 
 def body_of(received: bytes) -> bytes:
