@@ -76,7 +76,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peers", action="store_true", help="also LiteLLM's proxy and Portkey")
     parser.add_argument("--peers-dir", type=Path, default=PEERS, help=f"where they are installed; {PEERS}")
     parser.add_argument("--rounds", type=int, help="3, or 2 with --quick")
-    parser.add_argument("--seconds", type=float, help="of each round of each case; 2, or 1 with --quick")
+    parser.add_argument("--seconds", type=float, help="of each round of each case; 1.5, or 1 with --quick")
     parser.add_argument("--kinds", help=f"of bodies, comma-separated, beside mixed: {', '.join(OTHERS)}")
     parser.add_argument("--requests", type=int, help="until memory is looked at again; 20,000, or 5,000 if --quick")
     parser.add_argument("--only", default="", help="comma-separated parts of names of rows")
@@ -93,9 +93,10 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     usual = [] if quick else OTHERS
     plan = Plan(
         rounds=arguments.rounds or (2 if quick else 3),
-        seconds=arguments.seconds or (1.0 if quick else 2.0),
+        seconds=arguments.seconds or (1.0 if quick else 1.5),
         kinds=usual if kinds is None else [kind for kind in kinds.split(",") if kind],
         worked_requests=arguments.requests or (5_000 if quick else 20_000),
+        worked_s=240.0 if arguments.peers else 90.0,
     )
     if unknown := [kind for kind in plan.kinds if kind not in KINDS]:
         raise SystemExit(f"--kinds: there is no {unknown[0]!r}; there are {', '.join(KINDS)}")
