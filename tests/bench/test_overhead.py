@@ -154,11 +154,18 @@ def test_the_command_prints_a_row_for_each_contender_and_nothing_fails(embedder_
     assert all(document["starts"][ROUTED][0]["idle"][size] > 0 for size in ("rss", "pss"))
 
 
-def results(failed: int = 0) -> Results:
+def results(failed: int = 0, upstream_core: float = 0.1) -> Results:
     made = Results(rows=["direct", ROUTED, "other"])
     made.starts[ROUTED].append(Start(2.0, Memory(100.0, 80.0)))
     made.starts["other"].append(Start(8.0, Memory(300.0, 280.0)))
-    figures = {"per_s": 1.0, "p50_ms": 1.0, "p99_ms": 2.0, "load_core": 0.1, "others": 0.0}
+    figures = {
+        "per_s": 1.0,
+        "p50_ms": 1.0,
+        "p99_ms": 2.0,
+        "load_core": 0.95,
+        "upstream_core": upstream_core,
+        "others": 0.0,
+    }
     made.beside[HALF, "other"].append(Outcome(figures, 10, 0, ""))
     made.outcomes[HALF, "other"].append(Outcome(figures, 10, failed, "3 status" if failed else ""))
     return made
@@ -169,6 +176,16 @@ def test_what_failed_is_said_in_every_report() -> None:
     assert results(failed=3).failures() == ["other, half the saturating rate: 3 of 10 requests failed: 3 status"]
     assert "FAILED" in markdown(results(failed=3))
     assert "FAILED" not in markdown(results())
+
+
+def test_what_may_be_the_limit_instead_of_the_gateway_is_said() -> None:
+    busy = "other, half the saturating rate: load and upstream used 95% of their core; they may be the limit"
+
+    assert results().doubts() == [busy]
+    assert results(upstream_core=0.5).doubts() == [
+        "other, half the saturating rate: the upstream is only 2.0 times as fast",
+        busy,
+    ]
 
 
 def test_a_ratio_says_how_many_times_as_good_ours_is() -> None:

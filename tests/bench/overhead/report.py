@@ -131,7 +131,9 @@ def _times(value: float) -> str:
 def _print_ceiling(results: Results) -> None:
     requests, chunks = (median(column.of(results, DIRECT)) for column in (PER_S, CHUNKS_PER_S))
     console.say(f"\nCeiling: without a gateway {requests:,.0f} requests/s and {chunks:,.0f} chunks/s")
-    console.say("  (load and upstream share one core; every event is a write of its own)")
+    plain, streamed = results.upstream_alone(at_once(16), "per_s"), results.upstream_alone(STREAM, "chunks_per_s")
+    console.say("  (load and upstream on one core, every event a write of its own; the upstream alone, by its CPU,")
+    console.say(f"  {plain:,.0f} requests/s and {streamed:,.0f} chunks/s)")
 
 
 def _print_trust(results: Results) -> None:

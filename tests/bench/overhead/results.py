@@ -16,7 +16,7 @@ DIRECT = "direct"
 HALF, HALF_STREAM = "half the saturating rate", "half the saturating rate, streamed"
 STREAM, PACED = "streamed, 16 at once", "streamed, 64 at once, an event per 5 ms"
 ENOUGH = 5.0
-"""Times as fast as a gateway must the path without one be, or what is measured is the load."""
+"""Times as fast as a gateway must the upstream be, by the CPU that it takes, or it is a part of what is measured."""
 BUSY = 0.9
 """Of the load's core: from here on the generator may be the limit."""
 
@@ -69,25 +69,19 @@ class Results:
 
     def doubts(self) -> list[str]:
         """Where what was measured may be something else than the gateway."""
-        return [*self._slow_path(), *self._busy_load()]
-
-    def _slow_path(self) -> list[str]:
         found = []
-        for case in sorted({case for case, _ in self.outcomes}):
-            direct = median(self.series(case, DIRECT, "per_s"))
-            for row in self.rows[1:]:
-                mine = median(self.series(case, row, "per_s"))
-                if (case, row) not in self.rates and case != PACED and direct < ENOUGH * mine:
-                    found.append(f"{row}, {case}: the direct path makes only {direct / mine:.1f} times as many")
+        for (case, row), outcomes in self.outcomes.items():
+            load, upstream = (median([o.figures[core] for o in outcomes]) for core in ("load_core", "upstream_core"))
+            if row != DIRECT and upstream > 1 / ENOUGH:
+                found.append(f"{row}, {case}: the upstream is only {1 / upstream:.1f} times as fast")
+            if row != DIRECT and load > BUSY:
+                found.append(f"{row}, {case}: load and upstream used {load:.0%} of their core; they may be the limit")
         return found
 
-    def _busy_load(self) -> list[str]:
-        shares = {key: median([o.figures["load_core"] for o in found]) for key, found in self.outcomes.items()}
-        return [
-            f"{row}, {case}: load and upstream used {share:.0%} of their core; they may be the limit"
-            for (case, row), share in shares.items()
-            if share > BUSY and row != DIRECT
-        ]
+    def upstream_alone(self, case: str, figure: str) -> float:
+        """What it would do with its core for itself: by the CPU that it took."""
+        rates, shares = self.series(case, DIRECT, figure), self.series(case, DIRECT, "upstream_core")
+        return median([rate / share for rate, share in zip(rates, shares, strict=True) if share])
 
     def disturbance(self) -> tuple[float, float]:
         """What others took of the gateway's core while it was measured: median and most, as shares."""

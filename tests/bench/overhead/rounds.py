@@ -75,6 +75,7 @@ class Bench:
             **latencies(measured),
             **rates(measured, case, gateway),
             "gateway_core": gateway / wall,
+            "upstream_core": upstream / wall,
             "load_core": (load_cpu_s + upstream) / wall,
             "others": (core - gateway) / wall,
         }
