@@ -22,7 +22,13 @@ def app(upstream_url: str) -> FastAPI:
     async def chat(request: Request) -> Response:
         body = await request.json()
         body["model"] = f"openai/{body['model']}"
-        answer: Any = await litellm.acompletion(**body, api_base=upstream_url, api_key="-", max_retries=0)
+        answer: Any = await litellm.acompletion(
+            **body,
+            api_base=upstream_url,
+            api_key="-",
+            max_retries=0,
+            _skip_mcp_handler=True,  # it would import `mcp` where there are tools
+        )
         if not body.get("stream"):
             return Response(answer.model_dump_json(), media_type="application/json")
 
