@@ -1,204 +1,136 @@
-"""What the proxy costs, on one core, beside others: `python -m tests.bench.overhead [--peers]`.
+"""What the proxy costs, on one core, beside others: `python -m tests.bench.overhead [--quick | --peers]`.
 
-The gateway has one core to itself, load and upstream the other. Rounds are interleaved, so that what the machine does
-meanwhile hits all alike; medians over rounds, in brackets the smallest and largest.
+The gateway has one core to itself; the load and a loopback upstream that costs next to nothing have another. Rounds are
+interleaved, so that what the machine does meanwhile hits all alike: medians over rounds, in brackets the least and the
+most. --quick: ours and the direct path, two minutes. Without: also FastAPI over litellm's SDK, what any gateway on it
+pays, ten minutes. --peers: also LiteLLM's proxy and Portkey, installed on first use, twenty-five. Linux, two cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
-import subprocess
+import platform
 import sys
 import tempfile
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from proxy.cli import console
-from tests.bench.overhead.bodies import KINDS, write_bodies
-from tests.bench.overhead.contenders import Contender, litellm_proxy, ours, portkey, sdk_floor
-from tests.bench.overhead.load import Job
-from tests.bench.overhead.processes import cpu_s, memory_mib
-from tests.support.command import ROOT
+from router_core.embedding import static_embedder
+from tests.bench.overhead import peers
+from tests.bench.overhead.bodies import KINDS
+from tests.bench.overhead.compiled import LOAD, UPSTREAM, Upstream, program
+from tests.bench.overhead.contenders import (
+    CHOOSES_ITS_WAY,
+    PINNED,
+    ROUTED,
+    TRANSLATED,
+    Server,
+    litellm_proxy,
+    ours,
+    portkey,
+    sdk_floor,
+)
+from tests.bench.overhead.report import as_json, markdown, print_report
+from tests.bench.overhead.rounds import Bench, Cores
+from tests.bench.overhead.session import Plan, measured
+from tests.conftest import CACHE
 
-LOAD_CORE = 1
-CONNECTIONS = (1, 16, 64)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One column of the table."""
-
-    title: str
-    kind: str
-    stream: bool
-    connections: int
-    rate: float = 0.0
-
-
-@dataclass(frozen=True)
-class Round:
-    per_s: float
-    chunks_per_s: float
-    p50_ms: float
-    p95_ms: float
-    p99_ms: float
-    first_p50_ms: float
-    cpu_ms: float
-    """Of the gateway, per request."""
-    failed: int
+OTHERS = [kind for kind in KINDS if kind != "mixed"]
+PEERS = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "uniroute-bench"
 
 
 def main() -> None:
     arguments = _arguments()
-    with tempfile.TemporaryDirectory(prefix="uniroute-bench-") as name, ExitStack() as closing:
-        folder = Path(name)
-        upstream = closing.enter_context(Upstream())
-        contenders = _contenders(arguments, folder, upstream, closing)
-        cases = _cases(arguments)
-        rounds: dict[tuple[str, str], list[Round]] = defaultdict(list)
-        for number in range(arguments.rounds):
-            for case in cases:
-                for contender in contenders:
-                    console.note(f"round {number + 1} of {arguments.rounds}: {case.title}, {contender.name}")
-                    rounds[case.title, contender.name].append(_round(case, contender, folder, arguments.seconds))
-        _print(cases, contenders, rounds)
+    plan, began = _plan(arguments), time.monotonic()
+    static_embedder(arguments.table, console.note)
+    with tempfile.TemporaryDirectory(prefix="uniroute-bench-") as name:
+        folder, cores = Path(name), two_cores()
+        with Upstream(folder, cores.load) as upstream:
+            servers = _servers(arguments, folder, upstream.url)
+            results = measured(plan, Bench(folder, cores, upstream, plan.seconds), servers)
+    results.about |= _about(arguments, time.monotonic() - began)
+    if arguments.json:
+        console.emit_json(as_json(results))
+    else:
+        print_report(results, plan.kinds)
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(results), "utf-8")
+    sys.exit(1 if results.failures() else 0)
+
+
+def two_cores() -> Cores:
+    if not hasattr(os, "sched_getaffinity"):
+        raise SystemExit("the bench pins processes to cores, which only Linux does")
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise SystemExit("the bench needs two cores: one for the gateway, one for load and upstream")
+    return Cores(gateway=cores[0], load=cores[1])
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each round and case")
-    parser.add_argument("--rate", type=float, default=200.0, help="requests a second of the open-loop case")
-    parser.add_argument("--kinds", default="mixed", help=f"comma-separated: {', '.join(KINDS)}")
-    parser.add_argument("--peers", type=Path, help="also LiteLLM's proxy and Portkey, installed in this folder")
-    parser.add_argument("--only", default="", help="comma-separated parts of names of contenders")
-    parser.add_argument(
-        "--data-dir", type=lambda text: Path(text).absolute(), help="where an embedding table is already"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="ours and the direct path alone")
+    parser.add_argument("--peers", action="store_true", help="also LiteLLM's proxy and Portkey")
+    parser.add_argument("--peers-dir", type=Path, default=PEERS, help=f"where they are installed; {PEERS}")
+    parser.add_argument("--rounds", type=int, help="3, or 2 with --quick")
+    parser.add_argument("--seconds", type=float, help="of each round of each case; 1.5, or 1 with --quick")
+    parser.add_argument("--kinds", help=f"of bodies, comma-separated, beside mixed: {', '.join(OTHERS)}")
+    parser.add_argument("--requests", type=int, help="until memory is looked at again; 20,000, or 5,000 if --quick")
+    parser.add_argument("--only", default="", help="comma-separated parts of names of rows")
+    parser.add_argument("--json", action="store_true", help="every figure of every round, on stdout alone")
+    parser.add_argument("--markdown", type=Path, help="also write the short table to this file")
+    parser.add_argument("--table", type=Path, default=CACHE, help="where the embedding table is, or is made")
+    arguments = parser.parse_args()
+    arguments.table = arguments.table.absolute()
+    return arguments
+
+
+def _plan(arguments: argparse.Namespace) -> Plan:
+    quick, kinds = arguments.quick, arguments.kinds
+    usual = [] if quick else OTHERS
+    plan = Plan(
+        rounds=arguments.rounds or (2 if quick else 3),
+        seconds=arguments.seconds or (1.0 if quick else 1.5),
+        kinds=usual if kinds is None else [kind for kind in kinds.split(",") if kind],
+        worked_requests=arguments.requests or (5_000 if quick else 20_000),
+        worked_s=240.0 if arguments.peers else 90.0,
     )
-    return parser.parse_args()
+    if unknown := [kind for kind in plan.kinds if kind not in KINDS]:
+        raise SystemExit(f"--kinds: there is no {unknown[0]!r}; there are {', '.join(KINDS)}")
+    return plan
 
 
-def _cases(arguments: argparse.Namespace) -> list[Case]:
-    cases = []
-    for kind in arguments.kinds.split(","):
-        cases += [Case(f"{kind}, {n} at once", kind, False, n) for n in CONNECTIONS]
-        cases.append(Case(f"{kind}, streamed, 16 at once", kind, True, 16))
-        cases.append(Case(f"{kind}, {arguments.rate:g}/s", kind, False, 64, arguments.rate))
-        cases.append(Case(f"{kind}, streamed, {arguments.rate:g}/s", kind, True, 64, arguments.rate))
-    return cases
-
-
-class Upstream:
-    """The model server, on the load's core. Enters as its port."""
-
-    def __enter__(self) -> int:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.bench.overhead.upstream"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=ROOT,
-            preexec_fn=lambda: os.sched_setaffinity(0, {LOAD_CORE}),
-        )
-        assert self._process.stdout
-        return int(self._process.stdout.readline())
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait(10)
-
-
-def _contenders(arguments: argparse.Namespace, folder: Path, upstream: int, closing: ExitStack) -> list[Contender]:
-    table = arguments.data_dir
-    openers: dict[str, Any] = {
-        "ours, routed": ours("ours, routed", "auto", embedder_cache=table),
-        "ours, pinned": ours("ours, pinned", "model-0", embedder_cache=table),
-        "FastAPI + litellm SDK": sdk_floor,
-    }
+def _servers(arguments: argparse.Namespace, folder: Path, url: str) -> Sequence[Server]:
+    table = arguments.table
+    servers = [ours(folder / "ours", url, {ROUTED: "auto", PINNED: "model-0"}, embedder_cache=table)]
+    if CHOOSES_ITS_WAY:
+        info = {"forward": "translate"}
+        servers.append(ours(folder / "translated", url, {TRANSLATED: "auto"}, embedder_cache=table, info=info))
+    if not arguments.quick:
+        servers.append(sdk_floor(folder / "floor", url))
     if arguments.peers:
-        openers |= {"LiteLLM proxy": litellm_proxy(arguments.peers), "Portkey": portkey(arguments.peers)}
-    wanted = [name for name in openers if any(part in name for part in arguments.only.split(","))]
-    contenders = [Contender("direct", upstream, 0, 0.0, "bench")]
-    for name in wanted:
-        place = folder / name.replace(" ", "-").replace(",", "")
-        place.mkdir()
-        console.note(f"starting {name}")
-        contenders.append(closing.enter_context(openers[name](place, upstream)))
-    return contenders
+        servers.append(litellm_proxy(folder / "litellm", url, peers.litellm_program(arguments.peers_dir)))
+        servers.append(portkey(folder / "portkey", url, peers.portkey_script(arguments.peers_dir)))
+    parts = arguments.only.split(",")
+    return [server for server in servers if any(part in row for part in parts for row in server.rows)]
 
 
-def _round(case: Case, contender: Contender, folder: Path, seconds: float) -> Round:
-    file = folder / f"{case.kind}-{contender.model}-{case.stream}.jsonl"
-    if not file.exists():
-        write_bodies(file, case.kind, contender.model, stream=case.stream)
-    job = Job(contender.port, str(file), case.connections, seconds, case.rate, dict(contender.headers))
-    before = cpu_s(contender.pid) if contender.pid else 0.0
-    measured = _load(job)
-    spent = (cpu_s(contender.pid) if contender.pid else 0.0) - before
-    times, first = sorted(measured["times_s"]), sorted(measured["first_s"])
-    count = max(measured["requests"], 1)
-    return Round(
-        per_s=measured["requests"] / measured["seconds"],
-        chunks_per_s=measured["events"] / measured["seconds"],
-        p50_ms=_at(times, 0.50),
-        p95_ms=_at(times, 0.95),
-        p99_ms=_at(times, 0.99),
-        first_p50_ms=_at(first, 0.50),
-        cpu_ms=spent * 1000 / count,
-        failed=measured["failed"],
-    )
-
-
-def _load(job: Job) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.bench.overhead.load", json.dumps(asdict(job))],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, {LOAD_CORE}),
-    )
-    measured: dict[str, Any] = json.loads(done.stdout)
-    return measured
-
-
-def _at(ordered: Sequence[float], share: float) -> float:
-    return ordered[min(int(len(ordered) * share), len(ordered) - 1)] * 1000 if ordered else float("nan")
-
-
-FIGURES: Sequence[tuple[str, Callable[[Round], float], str]] = (
-    ("requests/s", lambda one: one.per_s, ",.0f"),
-    ("chunks/s", lambda one: one.chunks_per_s, ",.0f"),
-    ("p50 ms", lambda one: one.p50_ms, ".2f"),
-    ("p95 ms", lambda one: one.p95_ms, ".2f"),
-    ("p99 ms", lambda one: one.p99_ms, ".2f"),
-    ("first p50 ms", lambda one: one.first_p50_ms, ".2f"),
-    ("CPU ms", lambda one: one.cpu_ms, ".3f"),
-)
-
-
-def _print(cases: Sequence[Case], contenders: Sequence[Contender], rounds: dict[tuple[str, str], list[Round]]) -> None:
-    for case in cases:
-        rows = []
-        for contender in contenders:
-            seen = rounds[case.title, contender.name]
-            failed = sum(one.failed for one in seen)
-            rows.append(
-                (contender.name, *(_spread([of(one) for one in seen], form) for _, of, form in FIGURES), str(failed))
-            )
-        console.table(("", *(name for name, _, _ in FIGURES), "failed"), rows, title=case.title)
-    rows = [(c.name, f"{c.ready_s:.1f}", f"{memory_mib(c.pid):.0f}") for c in contenders if c.pid]
-    console.table(("", "ready after s", "PSS MiB at the end"), rows)
-
-
-def _spread(values: Sequence[float], form: str) -> str:
-    return f"{statistics.median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
+def _about(arguments: argparse.Namespace, seconds: float) -> dict[str, object]:
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "command": "python -m tests.bench.overhead " + " ".join(sys.argv[1:]),
+        "cpu": models[0].partition(": ")[2] if models else "?",
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load": "C" if len(program(LOAD)) == 1 else "Python",
+        "upstream": "C" if len(program(UPSTREAM)) == 1 else "Python",
+        "peers": peers.versions(arguments.peers_dir) if arguments.peers else {},
+        "seconds": round(seconds),
+    }
 
 
 if __name__ == "__main__":

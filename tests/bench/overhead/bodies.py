@@ -1,10 +1,14 @@
-"""Requests of the kinds that gateways see, all different, so that no cache flatters anybody."""
+"""Requests of the kinds that gateways see, no two alike, so that no cache flatters anybody.
+
+One word in twenty is a mark (`MARK`), which the load generator replaces by eight letters that it uses once: a text that
+was sent before never comes again, and neither do all its words.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,72 +16,127 @@ from typing import Any
 from tests.bench.prompts import generated_prompts
 
 Body = dict[str, Any]
+MARK = "@" * 8
+MARKED = 20
 LIMIT = 64
+"""Tokens that each request asks for."""
 
 
-def short(prompts: Iterator[str], _: Random) -> Body:
-    """About 200 characters."""
-    return {"messages": [{"role": "user", "content": next(prompts)[:200]}]}
+def short(words: Iterator[str], _: Random) -> Body:
+    """200 characters."""
+    return _asked(words, 200)
 
 
-def medium(prompts: Iterator[str], _: Random) -> Body:
+def medium(words: Iterator[str], _: Random) -> Body:
     """2 KB of the newest turn."""
-    return {"messages": [{"role": "user", "content": _text(prompts, 2_000)}]}
+    return _asked(words, 2_000)
 
 
-def mixed(prompts: Iterator[str], rng: Random) -> Body:
+def mixed(words: Iterator[str], rng: Random) -> Body:
     """Up to 2 KB, as chats are."""
-    return {"messages": [{"role": "user", "content": _text(prompts, rng.choice((60, 200, 500, 1_000, 2_000)))}]}
+    return _asked(words, rng.choice((60, 200, 500, 1_000, 2_000)))
 
 
-def large(prompts: Iterator[str], _: Random) -> Body:
+def large(words: Iterator[str], _: Random) -> Body:
     """100 KB in one turn."""
-    return {"messages": [{"role": "user", "content": _text(prompts, 100_000)}]}
+    return _asked(words, 100_000)
 
 
-def agent(prompts: Iterator[str], rng: Random) -> Body:
+def agent(words: Iterator[str], rng: Random) -> Body:
     """60 turns with tool calls and results, and 40 tools."""
     parameters = {"type": "object", "properties": {"path": {"type": "string"}, "limit": {"type": "integer"}}}
-    tools = [
-        {
-            "type": "function",
-            "function": {"name": f"tool_{n}", "description": _text(prompts, 200), "parameters": parameters},
-        }
-        for n in range(40)
-    ]
-    messages: list[Body] = [{"role": "system", "content": _text(prompts, 2_000)}]
+    described = [{"name": f"tool_{n}", "description": _text(words, 200), "parameters": parameters} for n in range(40)]
+    messages: list[Body] = [{"role": "system", "content": _text(words, 2_000)}]
     for turn in range(15):
         call = {"id": f"call_{rng.randrange(10**12)}", "type": "function"}
-        called = {**call, "function": {"name": f"tool_{turn}", "arguments": json.dumps({"path": _text(prompts, 40)})}}
+        called = {**call, "function": {"name": f"tool_{turn}", "arguments": json.dumps({"path": _text(words, 40)})}}
         messages += [
-            {"role": "user", "content": _text(prompts, 150)},
+            {"role": "user", "content": _text(words, 150)},
             {"role": "assistant", "content": None, "tool_calls": [called]},
-            {"role": "tool", "tool_call_id": call["id"], "content": _text(prompts, 600)},
-            {"role": "assistant", "content": _text(prompts, 200)},
+            {"role": "tool", "tool_call_id": call["id"], "content": _text(words, 600)},
+            {"role": "assistant", "content": _text(words, 200)},
         ]
-    messages.append({"role": "user", "content": _text(prompts, 150)})
-    return {"messages": messages, "tools": tools}
+    messages.append({"role": "user", "content": _text(words, 150)})
+    return {"messages": messages, "tools": [{"type": "function", "function": each} for each in described]}
 
 
-KINDS: Mapping[str, tuple[Callable[[Iterator[str], Random], Body], int]] = {
-    "short": (short, 2_000),
+def sized(characters: int) -> Callable[[Iterator[str], Random], Body]:
+    return lambda words, _: _asked(words, characters)
+
+
+Make = Callable[[Iterator[str], Random], Body]
+KINDS: Mapping[str, tuple[Make, int]] = {
+    "short": (short, 1_000),
     "2 KB": (medium, 1_000),
-    "mixed": (mixed, 2_000),
+    "mixed": (mixed, 1_000),
     "100 KB": (large, 60),
     "agent": (agent, 60),
 }
-"""Kind → how one is made, and how many different ones there are."""
+"""Kind → how one is made, and how many there are before marks alone tell them apart."""
+FEWEST, LARGEST_FILE = 2, 20_000_000
 
 
-def write_bodies(path: Path, kind: str, model: str, *, stream: bool) -> Path:
-    make, count = KINDS[kind]
-    prompts, rng = generated_prompts(10**9, seed=len(kind)), Random(count)
-    with path.open("w", encoding="utf-8") as file:
+def kind_of(name: str) -> tuple[Make, int]:
+    """Of `KINDS`, or as many characters as the name says."""
+    if not name.isdecimal():
+        return KINDS[name]
+    size = int(name)
+    return sized(size), max(FEWEST, min(1_000, LARGEST_FILE // size))
+
+
+def write_requests(
+    path: Path,
+    kind: tuple[Make, int],
+    model: str,
+    *,
+    stream: bool,
+    pace_ms: int = 0,
+    headers: Mapping[str, str] | None = None,
+) -> Path:
+    """A file of records: a 32-bit length, then a whole HTTP request. `pace_ms`: between the events of its stream."""
+    make, count = kind
+    words, rng = _words(count), Random(count)
+    more = {"stream": stream, **({"user": f"pace-{pace_ms}"} if pace_ms else {})}
+    stated = {"host": "127.0.0.1", "content-type": "application/json", **(headers or {})}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in stated.items())
+    with path.open("wb") as file:
         for _ in range(count):
-            body = {"model": model, **make(prompts, rng), "max_tokens": LIMIT, "stream": stream}
-            file.write(json.dumps(body, separators=(",", ":")) + "\n")
+            content = {"model": model, **make(words, rng), "max_tokens": LIMIT, **more}
+            body = json.dumps(content, separators=(",", ":")).encode()
+            head = f"POST /v1/chat/completions HTTP/1.1\r\n{lines}content-length: {len(body)}\r\n\r\n"
+            write_record(file, head.encode() + body)
     return path
 
 
-def _text(prompts: Iterator[str], characters: int) -> str:
-    return " ".join(islice(prompts, 1 + characters // 40))[:characters]
+def write_record(file: Any, record: bytes) -> None:
+    """In this machine's byte order, as the C programs read it."""
+    file.write(len(record).to_bytes(4, sys.byteorder) + record)
+
+
+def read_records(path: Path) -> list[bytes]:
+    rest, records = path.read_bytes(), []
+    while rest:
+        end = 4 + int.from_bytes(rest[:4], sys.byteorder)
+        records.append(rest[4:end])
+        rest = rest[end:]
+    return records
+
+
+def _words(seed: int) -> Iterator[str]:
+    rng = Random(seed)
+    for prompt in generated_prompts(10**9, seed):
+        for word in prompt.split():
+            yield MARK if rng.randrange(MARKED) == 0 else word
+
+
+def _asked(words: Iterator[str], characters: int) -> Body:
+    return {"messages": [{"role": "user", "content": _text(words, characters)}]}
+
+
+def _text(words: Iterator[str], characters: int) -> str:
+    """Begins with a mark. A mark that is cut off at its end is none."""
+    found, length = [MARK], len(MARK)
+    while length < characters:
+        found.append(next(words))
+        length += 1 + len(found[-1])
+    return " ".join(found)[:characters].rstrip("@ ") if length > characters else " ".join(found)

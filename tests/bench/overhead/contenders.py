@@ -1,146 +1,161 @@
-"""What stands between the load and the upstream: ours, litellm's SDK alone, gateways of others. Measures nothing."""
+"""What stands between the load and the upstream: how each server is started and asked. Measures nothing."""
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
-import subprocess
 import sys
-import venv
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import Popen
 
 import yaml
 
-from tests.bench.overhead.processes import free_port, started, until_listening
+from proxy.model_entries import ModelInfo
+from router_core.artifact import load_map
+from tests.bench.overhead.processes import free_port, started, until_it_answers
 from tests.support.command import ADMIN_KEY, ROOT, environment
 from tests.support.server import arm, uniform_profile
 
-GATEWAY_CORE = 0
+ROUTED, PINNED, TRANSLATED = "ours, routed", "ours, pinned", "ours, routed, translated"
+FLOOR, LITELLM, PORTKEY = "FastAPI + litellm SDK", "LiteLLM proxy", "Portkey"
 MODELS = 2
+PUT_AT_ONCE = 8
+CHOOSES_ITS_WAY = "forward" in ModelInfo.model_fields
+"""Whether a model says if it is relayed or translated. Else there is one way, and one row for it."""
 PERMIT_NO_KEY = "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY"
 
 
 @dataclass(frozen=True)
-class Contender:
-    """Something that answers OpenAI's calls on a port."""
+class Server:
+    """One program; its rows differ in the model that is asked for."""
 
-    name: str
+    rows: Mapping[str, str]
+    command: Sequence[object]
     port: int
-    pid: int
-    ready_s: float
-    model: str = "auto"
+    log: Path
+    environ: Mapping[str, str] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    profiles: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    """By model, to be put once: they are kept from one start to the next."""
 
 
-Opened = AbstractContextManager[Contender]
-Opener = Callable[[Path, int], Opened]
-"""A folder to work in and the upstream's port."""
-
-
-def ours(
-    name: str, model: str, *, models: int = MODELS, embedder_cache: Path | None = None, **settings: object
-) -> Opener:
-    @contextmanager
-    def opened(folder: Path, upstream: int) -> Iterator[Contender]:
-        url = f"http://127.0.0.1:{upstream}/v1"
-        config = {
-            "model_list": [arm(f"model-{n}", url, price=1e-7 * (n + 1)) for n in range(models)],
-            "uniroute": {"profile": {"on_start": False}, **settings},
-        }
-        (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        more = {"ARM_API_KEY": "sk-bench", "UNIROUTE_ADMIN_KEY": ADMIN_KEY}
-        environ = environment(folder / "data", embedder_cache, **more)
-        port, log = free_port(), folder / "log.txt"
-        command: list[str | Path] = [
-            sys.executable,
-            "-m",
-            "proxy.cli",
-            "serve",
-            "--port",
-            str(port),
-            "--config",
-            folder / "config.yaml",
-        ]
-        with started(command, core=GATEWAY_CORE, environ=environ, log=log, cwd=ROOT) as process:
-            ready_s = until_listening(port, process, log)
-            for n in range(models):
-                _profile(f"http://127.0.0.1:{port}", f"model-{n}", 0.2 + 0.5 * n / models)
-            yield Contender(name, port, process.pid, ready_s, model)
-
-    return opened
-
-
-def _profile(url: str, name: str, error: float) -> None:
-    import httpx
-
-    headers = {"authorization": f"Bearer {ADMIN_KEY}"}
-    reply = httpx.post(f"{url}/admin/models/{name}/profile", json=uniform_profile(error), headers=headers, timeout=60)
-    reply.raise_for_status()
+@dataclass(frozen=True)
+class Running:
+    process: Popen[bytes]
+    ready_s: float
+    """Until it has answered a first completion."""
 
 
 @contextmanager
-def sdk_floor(folder: Path, upstream: int) -> Iterator[Contender]:
-    port, log = free_port(), folder / "log.txt"
-    command: list[str | Path] = [sys.executable, "-m", "tests.bench.overhead.floor", str(upstream), str(port)]
-    with started(command, core=GATEWAY_CORE, log=log, cwd=ROOT) as process:
-        yield Contender("FastAPI + litellm SDK", port, process.pid, until_listening(port, process, log), "bench")
+def running(server: Server, core: int) -> Iterator[Running]:
+    with started(server.command, core=core, environ=server.environ, log=server.log, cwd=ROOT) as process:
+        yield Running(process, until_it_answers(lambda: answers(server), process, server.log))
 
 
-def litellm_proxy(cache: Path) -> Opener:
-    """From PyPI into an environment of its own, at the pinned version."""
-
-    @contextmanager
-    def opened(folder: Path, upstream: int) -> Iterator[Contender]:
-        python = _environment(cache / "litellm", "litellm[proxy]==1.106.2")
-        entry = {"model": "openai/bench", "api_base": f"http://127.0.0.1:{upstream}/v1", "api_key": "-"}
-        (folder / "config.yaml").write_text(
-            yaml.safe_dump({"model_list": [{"model_name": "bench", "litellm_params": entry}]})
-        )
-        port, log = free_port(), folder / "log.txt"
-        command: list[str | Path] = [
-            python.with_name("litellm"),
-            "--config",
-            folder / "config.yaml",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-        ]
-        environ = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", PERMIT_NO_KEY: "true"}
-        with started(command, core=GATEWAY_CORE, environ=environ, log=log) as process:
-            yield Contender("LiteLLM proxy", port, process.pid, until_listening(port, process, log), "bench")
-
-    return opened
+def answers(server: Server) -> bool:
+    body = {"model": next(iter(server.rows.values())), "messages": [{"role": "user", "content": "Are you there?"}]}
+    headers = {"content-type": "application/json", **server.headers}
+    return _status(server.port, "POST", "/v1/chat/completions", json.dumps(body), headers) == 200
 
 
-def portkey(cache: Path) -> Opener:
-    """From npm."""
-
-    @contextmanager
-    def opened(folder: Path, upstream: int) -> Iterator[Contender]:
-        home = cache / "portkey"
-        script = home / "node_modules/@portkey-ai/gateway/build/start-server.js"
-        if not script.exists():
-            home.mkdir(parents=True, exist_ok=True)
-            subprocess.run(["npm", "install", "--prefix", str(home), "@portkey-ai/gateway"], check=True)
-        port, log = free_port(), folder / "log.txt"
-        command: list[str | Path] = ["node", script, "--headless", f"--port={port}"]
-        headers = {
-            "x-portkey-provider": "openai",
-            "x-portkey-custom-host": f"http://127.0.0.1:{upstream}/v1",
-            "authorization": "Bearer -",
-        }
-        with started(command, core=GATEWAY_CORE, log=log, environ={**os.environ, "NODE_ENV": "production"}) as process:
-            yield Contender("Portkey", port, process.pid, until_listening(port, process, log), "bench", headers)
-
-    return opened
+def _status(
+    port: int, method: str, path: str, body: str | None = None, headers: Mapping[str, str] | None = None
+) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request(method, path, body, dict(headers or {}))
+        answer = connection.getresponse()
+        answer.read()
+        return answer.status
+    except http.client.HTTPException as broken:
+        raise OSError(str(broken)) from broken
+    finally:
+        connection.close()
 
 
-def _environment(folder: Path, *packages: str) -> Path:
-    python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
-    return python
+def ours(
+    folder: Path,
+    upstream_url: str,
+    rows: Mapping[str, str],
+    *,
+    models: int = MODELS,
+    embedder_cache: Path | None = None,
+    cluster_map: Path | None = None,
+    info: Mapping[str, object] | None = None,
+    **settings: object,
+) -> Server:
+    """`cluster_map`: a folder, else the built-in one; `info`: more of each model; `settings`: of our own section."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"model-{n}" for n in range(models)]
+    arms = [arm(name, upstream_url, price=1e-7 * (n + 1), **(info or {})) for n, name in enumerate(names)]
+    mapped = {"map": str(cluster_map)} if cluster_map else {}
+    config = {"model_list": arms, "uniroute": {"profile": {"on_start": False}, **mapped, **settings}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    environ = environment(folder / "data", embedder_cache, ARM_API_KEY="sk-bench", UNIROUTE_ADMIN_KEY=ADMIN_KEY)
+    port = free_port()
+    command = [sys.executable, "-m", "proxy.cli", "serve", "--port", str(port), "--config", folder / "config.yaml"]
+    profiles = {name: a_profile(0.2 + 0.5 * n / models, cluster_map) for n, name in enumerate(names)}
+    return Server(rows, command, port, folder / "log.txt", environ, profiles=profiles)
+
+
+def a_profile(error: float, folder: Path | None) -> Mapping[str, object]:
+    """The same error in every cluster."""
+    if folder is None:
+        return uniform_profile(error)
+    fitted = load_map(folder)
+    rates = {"errors": [error] * fitted.size, "labels": [50.0] * fitted.size}
+    return {**uniform_profile(error), "map": fitted.id, **rates}
+
+
+@contextmanager
+def profiled(server: Server, core: int) -> Iterator[Running]:
+    """Started, and its models measured. Not timed: this start may also have made the embedding table."""
+    with started(server.command, core=core, environ=server.environ, log=server.log, cwd=ROOT) as process:
+        ready_s = until_it_answers(lambda: _status(server.port, "GET", "/readyz") == 200, process, server.log)
+        with ThreadPoolExecutor(PUT_AT_ONCE) as pool:
+            list(pool.map(lambda name: _put_profile(server, name), server.profiles))
+        yield Running(process, ready_s)
+
+
+def _put_profile(server: Server, name: str) -> None:
+    headers = {"authorization": f"Bearer {ADMIN_KEY}", "content-type": "application/json"}
+    path, document = f"/admin/models/{name}/profile", json.dumps(server.profiles[name])
+    status = _status(server.port, "POST", path, document, headers)
+    if status != 200:
+        raise SystemExit(f"the profile of {name} was answered with {status}")
+
+
+def sdk_floor(folder: Path, upstream_url: str) -> Server:
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    command = [sys.executable, "-m", "tests.bench.overhead.floor", upstream_url, str(port)]
+    return Server({FLOOR: "bench"}, command, port, folder / "log.txt")
+
+
+def litellm_proxy(folder: Path, upstream_url: str, program: Path) -> Server:
+    folder.mkdir(parents=True, exist_ok=True)
+    params = {"model": "openai/bench", "api_base": upstream_url, "api_key": "-"}
+    entry = {"model_name": "bench", "litellm_params": params}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model_list": [entry]}))
+    port = free_port()
+    command = [program, "--config", folder / "config.yaml", "--host", "127.0.0.1", "--port", str(port)]
+    environ = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", PERMIT_NO_KEY: "true"}
+    return Server({LITELLM: "bench"}, command, port, folder / "log.txt", environ)
+
+
+def portkey(folder: Path, upstream_url: str, script: Path) -> Server:
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    headers = {
+        "x-portkey-provider": "openai",
+        "x-portkey-custom-host": upstream_url,
+        "authorization": "Bearer -",
+    }
+    environ = {**os.environ, "NODE_ENV": "production"}
+    command = ["node", script, "--headless", f"--port={port}"]
+    return Server({PORTKEY: "bench"}, command, port, folder / "log.txt", environ, headers)

@@ -1,4 +1,4 @@
-"""FastAPI before litellm's SDK and nothing else: what any gateway on it pays. Arguments: upstream's port, its own."""
+"""FastAPI before litellm's SDK, nothing else: what any gateway on it pays. Arguments: the upstream's URL, its port."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
 
-def app(upstream: int) -> FastAPI:
+def app(upstream_url: str) -> FastAPI:
     os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
     import litellm
 
@@ -23,7 +23,11 @@ def app(upstream: int) -> FastAPI:
         body = await request.json()
         body["model"] = f"openai/{body['model']}"
         answer: Any = await litellm.acompletion(
-            **body, api_base=f"http://127.0.0.1:{upstream}/v1", api_key="-", max_retries=0
+            **body,
+            api_base=upstream_url,
+            api_key="-",
+            max_retries=0,
+            _skip_mcp_handler=True,  # it would import `mcp` where there are tools
         )
         if not body.get("stream"):
             return Response(answer.model_dump_json(), media_type="application/json")
@@ -39,4 +43,4 @@ def app(upstream: int) -> FastAPI:
 
 
 if __name__ == "__main__":
-    uvicorn.run(app(int(sys.argv[1])), host="127.0.0.1", port=int(sys.argv[2]), log_level="error", access_log=False)
+    uvicorn.run(app(sys.argv[1]), host="127.0.0.1", port=int(sys.argv[2]), log_level="error", access_log=False)

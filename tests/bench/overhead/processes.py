@@ -6,8 +6,9 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -34,14 +35,32 @@ def cpu_s(pid: int) -> float:
     return total / TICKS
 
 
-def memory_mib(pid: int) -> float:
-    """Proportional set size of the whole tree."""
-    kib = 0
+@dataclass(frozen=True)
+class Memory:
+    """MiB of the whole tree. What processes share counts once in the proportional size, and in each one's resident."""
+
+    rss: float
+    pss: float
+
+
+def memory(pid: int) -> Memory:
+    kib = {"Rss": 0, "Pss": 0}
     for one in tree(pid):
-        for line in Path(f"/proc/{one}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                kib += int(line.split()[1])
-    return kib / 1024
+        for line in Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()[1:]:
+            name, _, rest = line.partition(":")
+            if name in kib:
+                kib[name] += int(rest.split()[0])
+    return Memory(kib["Rss"] / 1024, kib["Pss"] / 1024)
+
+
+def core_busy_s(core: int) -> float:
+    """Seconds that a core has worked for anybody, those taken by other guests of the machine included."""
+    for line in Path("/proc/stat").read_text().splitlines():
+        name, *fields = line.split()
+        if name == f"cpu{core}":
+            user, nice, system, _idle, _waiting, irq, soft, stolen = map(int, fields[:8])
+            return (user + nice + system + irq + soft + stolen) / TICKS
+    raise ValueError(f"there is no core {core}")
 
 
 def free_port() -> int:
@@ -52,7 +71,7 @@ def free_port() -> int:
 
 @contextmanager
 def started(
-    command: Sequence[str | Path],
+    command: Sequence[object],
     *,
     core: int,
     environ: Mapping[str, str] | None = None,
@@ -81,15 +100,16 @@ def started(
             process.wait()
 
 
-def until_listening(port: int, process: subprocess.Popen[bytes], log: Path) -> float:
-    """Seconds until something answers on the port."""
+def until_it_answers(
+    ask: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, limit_s: float = START_S
+) -> float:
+    """Seconds until `ask` is true; it may raise OSError meanwhile. SystemExit with the log's end where it never is."""
     began = time.monotonic()
-    while time.monotonic() - began < START_S:
-        if process.poll() is not None:
-            break
+    while time.monotonic() - began < limit_s and process.poll() is None:
         try:
-            with socket.create_connection(("127.0.0.1", port), 1):
+            if ask():
                 return time.monotonic() - began
         except OSError:
-            time.sleep(0.01)
+            pass
+        time.sleep(0.01)
     raise SystemExit(f"it did not start: {log.read_text('utf-8', 'replace')[-2000:]}")

@@ -1,36 +1,40 @@
-"""A model server that costs next to nothing: OpenAI's format from prepared bytes.
+"""A model server that costs next to nothing: OpenAI's format from prepared bytes. The Python one of two.
 
-`python -m tests.bench.overhead.upstream` prints its port and serves until its stdin is closed. Plain answers have 50
-words, streams 50 chunks; a model name that ends in `-paced` streams one chunk per 20 ms.
+`python -m tests.bench.overhead.upstream RECORDS` prints its port and serves until its stdin is closed, as
+upstream.c does, which takes its place where there is a compiler. `write_answers` makes the records for both.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
+from tests.bench.overhead.bodies import read_records, write_record
+
 CHUNKS = 50
-PACE_S = 0.02
-WORDS = "word " * CHUNKS
 USAGE = {"prompt_tokens": 20, "completion_tokens": CHUNKS, "total_tokens": CHUNKS + 20}
 _BASE = {"id": "chatcmpl-bench", "created": 1_700_000_000, "model": "bench", "system_fingerprint": "fp_bench"}
+_STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
 def plain() -> bytes:
-    message = {"role": "assistant", "content": WORDS}
+    """Fifty words."""
+    message = {"role": "assistant", "content": "word " * CHUNKS}
     choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
     body = json.dumps({**_BASE, "object": "chat.completion", "choices": [choice], "usage": USAGE}).encode()
     return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
 
 
-def events() -> list[bytes]:
+def events(chunks: int = CHUNKS) -> list[bytes]:
     """As OpenAI sends them: the role, the words, the end, the usage, [DONE]."""
     base = {**_BASE, "object": "chat.completion.chunk"}
     deltas: list[dict[str, Any]] = [
         {"role": "assistant", "content": ""},
-        *({"content": "word "} for _ in range(CHUNKS)),
+        *({"content": "word "} for _ in range(chunks)),
     ]
     shown = [{**base, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
     shown.append({**base, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
@@ -38,17 +42,20 @@ def events() -> list[bytes]:
     return [b"data: %s\n\n" % json.dumps(event).encode() for event in shown] + [b"data: [DONE]\n\n"]
 
 
-STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-PLAIN = plain()
-EVENTS = [b"%x\r\n%s\r\n" % (len(event), event) for event in events()]
-LAST = b"0\r\n\r\n"
-STREAM = STREAM_HEAD + b"".join(EVENTS) + LAST
+def write_answers(path: Path) -> Path:
+    """The plain answer, then the writes of a stream: the first with its head, the last with its end."""
+    first, *others = [b"%x\r\n%s\r\n" % (len(event), event) for event in events()]
+    with path.open("wb") as file:
+        for record in (plain(), _STREAM_HEAD + first, *others[:-1], others[-1] + b"0\r\n\r\n"):
+            write_record(file, record)
+    return path
 
 
 class Answering(asyncio.Protocol):
     """Requests one after another on a kept-alive connection; of a body only what decides the answer is looked at."""
 
-    def __init__(self) -> None:
+    def __init__(self, records: list[bytes]) -> None:
+        self._plain, *self._events = records
         self._received = b""
         self._transport: Any = None
 
@@ -58,36 +65,40 @@ class Answering(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._received = self._received + data if self._received else data
         while (end := self._received.find(b"\r\n\r\n")) >= 0:
-            head = self._received[:end].lower()
-            at = head.find(b"content-length:")
-            length = int(head[at + 15 :].split(b"\r\n", 1)[0]) if at >= 0 else 0
-            if len(self._received) < end + 4 + length:
+            body_at, head = end + 4, self._received[:end].lower()
+            if b"transfer-encoding:" in head:
+                last = self._received.find(b"\r\n0\r\n\r\n", end)
+                whole = last + 7 if last >= 0 else sys.maxsize
+            else:
+                at = head.find(b"content-length:")
+                whole = body_at + (int(head[at + 15 :].split(b"\r\n", 1)[0]) if at >= 0 else 0)
+            if len(self._received) < whole:
                 return
-            body = self._received[end + 4 : end + 4 + length]
-            self._received = self._received[end + 4 + length :]
+            body, self._received = self._received[body_at:whole], self._received[whole:]
             self._answer(body)
 
     def _answer(self, body: bytes) -> None:
-        if b'"stream":true' not in body and b'"stream": true' not in body:
-            self._transport.write(PLAIN)
-        elif b"-paced" in body:
-            asyncio.get_running_loop().create_task(self._pace())
+        if b'"stream":true' in body or b'"stream": true' in body:
+            asyncio.get_running_loop().create_task(self._stream(_pace_s(body)))
         else:
-            self._transport.write(STREAM)
+            self._transport.write(self._plain)
 
-    async def _pace(self) -> None:
-        self._transport.write(STREAM_HEAD)
-        for event in EVENTS:
+    async def _stream(self, pace_s: float) -> None:
+        for event in self._events:
             if self._transport.is_closing():
                 return
             self._transport.write(event)
-            await asyncio.sleep(PACE_S)
-        self._transport.write(LAST)
+            await asyncio.sleep(pace_s)
 
 
-async def serve() -> None:
+def _pace_s(body: bytes) -> float:
+    stated = re.search(rb'"pace-(\d+)', body)
+    return int(stated[1]) / 1000 if stated else 0.0
+
+
+async def serve(records: list[bytes]) -> None:
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(Answering, "127.0.0.1", 0, backlog=4096)
+    server = await loop.create_server(lambda: Answering(records), "127.0.0.1", 0, backlog=4096)
     print(server.sockets[0].getsockname()[1], flush=True)  # noqa: T201
     await loop.run_in_executor(None, sys.stdin.read)
 
@@ -95,4 +106,4 @@ async def serve() -> None:
 if __name__ == "__main__":
     import uvloop
 
-    uvloop.run(serve())
+    uvloop.run(serve(read_records(Path(sys.argv[1]))))

@@ -1,0 +1,58 @@
+"""What streams cost that are merely open: memory of each, and a plain request beside them. Starts no server."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from tests.bench.overhead.compiled import begun
+from tests.bench.overhead.processes import cpu_s, memory
+from tests.bench.overhead.rounds import Bench, Case, Row
+from tests.chaos.processes import tcp_connections
+
+PACE_MS = 2_000
+"""Between two events of a stream, which would last for almost two minutes."""
+FORMS = {"PSS MiB": ",.0f", "KiB a stream": ",.0f", "p50 ms beside": ".2f", "p99 ms beside": ".2f", "CPU %": ".1f"}
+OPEN_S, POLL_S, SETTLED_S = 40.0, 0.1, 1.0
+FEW = 100
+"""Streams below which other things weigh more than they."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    open: int
+    """Fewer than were asked for where the server cannot open so many within `OPEN_S`."""
+    figures: Mapping[str, float]
+    failed: int
+
+
+def with_open_streams(bench: Bench, row: Row, count: int, alone_mib: float) -> Seen:
+    """`alone_mib`: the server's size before any stream."""
+    held = Case("held open", "short", stream=True, connections=count, pace_ms=PACE_MS)
+    idle = _open(row, bench)
+    with begun(bench.job(held, row, seconds=600, most=count), bench.cores.load):
+        _until(lambda: _open(row, bench) >= count)
+        time.sleep(SETTLED_S)
+        size, spent, began = memory(row.pid).pss, cpu_s(row.pid), time.monotonic()
+        time.sleep(2 * PACE_MS / 1000)
+        busy = (cpu_s(row.pid) - spent) / (time.monotonic() - began)
+        beside = bench.measure(Case("beside", connections=1), row, seconds=1.5)
+        reached = min(count, _open(row, bench))
+    _until(lambda: _open(row, bench) <= idle)
+    each = (size - alone_mib) * 1024 / reached if reached >= FEW else math.nan
+    values = (size, each, beside.figures["p50_ms"], beside.figures["p99_ms"], 100 * busy)
+    return Seen(reached, dict(zip(FORMS, values, strict=True)), beside.failed)
+
+
+def _open(row: Row, bench: Bench) -> int:
+    """Connections to the upstream; up to sixteen may be idle."""
+    return sum(remote == bench.upstream.port for _, remote in tcp_connections(row.pid))
+
+
+def _until(reached: Callable[[], bool]) -> None:
+    """Or no longer than `OPEN_S`."""
+    deadline = time.monotonic() + OPEN_S
+    while not reached() and time.monotonic() < deadline:
+        time.sleep(POLL_S)
