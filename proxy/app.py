@@ -12,10 +12,10 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from proxy.audited import Audited
 from proxy.auth import Guard
@@ -73,35 +73,50 @@ def _build(settings: Settings, holder: ServicesHolder, environ: Mapping[str, str
             finally:
                 gc.unfreeze()
 
-    app = FastAPI(
+    app = Layered(
         title="UniRoute",
         lifespan=lifespan,
         openapi_url=None,
         redirect_slashes=False,
-        middleware=_middleware(settings, holder),
         exception_handlers={
             **dict.fromkeys(TOLD, _told),
             HTTPException: _plain,
         },
     )
     app.state.holder = holder
+    app.outermost = _layers(app.framework, settings, holder)
     for router in ROUTERS:
         app.include_router(router)
     return app
 
 
-def _middleware(settings: Settings, holder: ServicesHolder) -> list[Middleware]:
+class Layered(FastAPI):
+    """The framework within our own layers, not around them: its outermost ones cost a chat request, and every event of
+    a stream, more than routing does."""
+
+    outermost: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await (self.framework if scope["type"] == "lifespan" else self.outermost)(scope, receive, send)
+
+    async def framework(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await super().__call__(scope, receive, send)
+
+
+def _layers(framework: ASGIApp, settings: Settings, holder: ServicesHolder) -> ASGIApp:
+    direct = chat.Chat(framework, holder=holder)
+    guarded = Audited(Guard(direct, settings=settings, state=lambda: holder.services.state.current))
     pages = settings.allowed_origins
-    cors = Middleware(
-        CORSMiddleware,
+    if not pages:
+        return Edge(guarded, holder=holder)
+    cors = CORSMiddleware(
+        guarded,
         allow_origins=list(pages),
         allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
         allow_headers=["*"],
         expose_headers=list(EXPOSED),
     )
-    guard = Middleware(Guard, settings=settings, state=lambda: holder.services.state.current)
-    edge, direct = Middleware(Edge, holder=holder), Middleware(chat.Chat, holder=holder)
-    return [edge, *([cors] if pages else []), Middleware(Audited), guard, direct]
+    return Edge(cors, holder=holder)
 
 
 async def _told(_: Request, error: Exception) -> Response:
