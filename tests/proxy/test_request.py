@@ -26,9 +26,13 @@ def test_the_body_is_kept_whole_less_our_own_fields() -> None:
 
 
 def test_the_bytes_are_kept_as_they_came() -> None:
-    raw = b'\xef\xbb\xbf {"model" : "auto", "uniroute": {}, "messages": [{"role": "user", "content": "\\u0068i"}]} '
+    raw = b' {"model" : "auto", "messages": [{"role": "user", "content": "\\u0068i"}]} '
 
-    assert parse_chat(raw, []).raw == raw
+    assert parse_chat(b"\xef\xbb\xbf" + raw, []).raw == raw
+
+
+def test_the_bytes_are_not_kept_where_some_of_them_are_ours() -> None:
+    assert parse_chat(b'{"model": "auto", "uniroute": {}, "messages": [{"role": "user"}]}', []).raw is None
 
 
 def test_usage_is_asked_for_only_by_include_usage() -> None:
