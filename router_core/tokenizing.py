@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from router_core.types import Indices
+from router_core.word_pieces import word_pieces
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -37,6 +39,7 @@ class WordTokenizer:
         """`tokenizer`: of BERT's normalizer and pre-tokenizer, without truncation or padding."""
         self._tokenizer = tokenizer
         self._special = tuple(token.content for token in tokenizer.get_added_tokens_decoder().values())
+        self._pieces_of = word_pieces(tokenizer)
         self._young: dict[str, Packed] = {}
         self._old: dict[str, Packed] = {}
 
@@ -100,15 +103,22 @@ class WordTokenizer:
         missing = [part for part in parts if part not in known]
         if not missing:
             return known
-        encoded = self._tokenizer.encode(missing, is_pretokenized=True, add_special_tokens=False)
-        learned: list[list[int]] = [[] for _ in missing]
-        for token, place in zip(encoded.ids, encoded.word_ids, strict=True):
-            if place is not None:  # as it would be for a special token; none is added
-                learned[place].append(token)
-        for part, tokens in zip(missing, learned, strict=True):
-            known[part] = np.array(tokens, dtype=np.int64).tobytes()
+        plain = [part for part in missing if part.isascii() and part.isalnum()] if self._pieces_of else []
+        learned = {part: self._pieces_of(part) for part in plain} if self._pieces_of else {}
+        others = [part for part in missing if part not in learned]
+        for part, tokens in (learned | (self._asked(others) if others else {})).items():
+            known[part] = array("q", tokens).tobytes()
             self._remember(part, known[part])
         return known
+
+    def _asked(self, parts: Sequence[str]) -> dict[str, list[int]]:
+        """What the tokenizer itself says."""
+        encoded = self._tokenizer.encode(parts, is_pretokenized=True, add_special_tokens=False)
+        found: list[list[int]] = [[] for _ in parts]
+        for token, place in zip(encoded.ids, encoded.word_ids, strict=True):
+            if place is not None:  # as it would be for a special token; none is added
+                found[place].append(token)
+        return dict(zip(parts, found, strict=True))
 
     def _remembered(self, piece: str) -> Packed | None:
         ids = self._young.get(piece)

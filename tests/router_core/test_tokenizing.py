@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from router_core import distill, tokenizing
 from router_core.tokenizing import WordTokenizer
+from router_core.word_pieces import word_pieces
 from tests.bench.prompts import generated_prompts
 
 ODD = [
@@ -67,3 +68,15 @@ def test_forgetting_old_words_changes_nothing(tokenizer: Tokenizer, monkeypatch:
         assert few.ids(text) == plain(tokenizer, text)
     assert len(few._young) <= 51
     assert len(few._old) <= 51
+
+
+@given(word=st.text(st.sampled_from("aeinrstXYZ019zq"), min_size=1, max_size=110))
+def test_plain_words_fall_into_the_same_pieces(tokenizer: Tokenizer, word: str) -> None:
+    pieces_of = word_pieces(tokenizer)
+
+    assert pieces_of is not None
+    assert pieces_of(word) == plain(tokenizer, word)
+
+
+def test_a_tokenizer_of_another_kind_is_asked_itself() -> None:
+    assert word_pieces(Tokenizer(models.BPE())) is None
