@@ -90,6 +90,9 @@ class WordTokenizer:
             ids = self._remembered(piece)
             if ids is not None:
                 known[piece] = ids
+            elif self._pieces_of and piece.isascii() and piece.isalnum():
+                known[piece] = array("q", self._pieces_of(piece)).tobytes()
+                self._remember(piece, known[piece])
             else:
                 parts_of[piece] = _PARTS.findall(piece) if piece.isascii() and piece.isprintable() else [piece]
         of_parts = self._learned(list({part for parts in parts_of.values() for part in parts}))
@@ -103,13 +106,18 @@ class WordTokenizer:
         missing = [part for part in parts if part not in known]
         if not missing:
             return known
-        plain = [part for part in missing if part.isascii() and part.isalnum()] if self._pieces_of else []
-        learned = {part: self._pieces_of(part) for part in plain} if self._pieces_of else {}
-        others = [part for part in missing if part not in learned]
-        for part, tokens in (learned | (self._asked(others) if others else {})).items():
+        for part, tokens in self._looked_up(missing).items():
             known[part] = array("q", tokens).tobytes()
             self._remember(part, known[part])
         return known
+
+    def _looked_up(self, parts: Sequence[str]) -> dict[str, list[int]]:
+        found = {}
+        if self._pieces_of:
+            found = {part: self._pieces_of(part) for part in parts if part.isascii() and part.isalnum()}
+        if others := [part for part in parts if part not in found]:
+            found |= self._asked(others)
+        return found
 
     def _asked(self, parts: Sequence[str]) -> dict[str, list[int]]:
         """What the tokenizer itself says."""

@@ -7,7 +7,7 @@ name, a number, a slip of the keyboard.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,20 +33,28 @@ def word_pieces(tokenizer: Tokenizer) -> PiecesOf | None:
     beginnings = {word: token for word, token in vocabulary.items() if not word.startswith(prefix)}
     endings = {word.removeprefix(prefix): token for word, token in vocabulary.items() if word.startswith(prefix)}
     unknown, most = [vocabulary[model["unk_token"]]], int(model["max_input_chars_per_word"])
-    longest = max(map(len, vocabulary))
+    reach = (_reach(beginnings), _reach(endings))
 
     def pieces_of(word: str) -> list[int]:
         if len(word) > most:
             return unknown
-        word, found, start, known = word.lower(), list[int](), 0, beginnings
+        word, found, start, known, longest = word.lower(), list[int](), 0, beginnings, reach[0]
         while start < len(word):
-            end = min(len(word), start + longest)
+            end = start + longest.get(word[start : start + 2], 1)  # a slice may end behind its word
             while (token := known.get(word[start:end])) is None:
                 end -= 1
-                if end == start:
+                if end <= start:
                     return unknown
             found.append(token)
-            start, known = end, endings
+            start, known, longest = min(end, len(word)), endings, reach[1]
         return found
 
     return pieces_of
+
+
+def _reach(vocabulary: Iterable[str]) -> dict[str, int]:
+    """The first two characters → those of the longest entry that begins so: most look no further than that."""
+    found = dict[str, int]()
+    for word in vocabulary:
+        found[word[:2]] = max(len(word), found.get(word[:2], 1))
+    return found

@@ -118,7 +118,9 @@ def _tools(body: Mapping[str, Any]) -> dict[str, str]:
         for place, message in enumerate(_items(body.get("messages")))
         if isinstance(message, dict) and _items(message.get("tool_calls"))
     ]
-    asked = {}
+    asked: dict[str, str] = {}
+    if not called and _TOOLS.isdisjoint(body):
+        return asked
     offered = next((name for name in ("tools", "functions") if _items(body.get(name))), None)
     if offered:
         asked["tools"] = f"`{offered}`"
@@ -148,6 +150,8 @@ def _is_thinking(value: Any) -> bool:
     return isinstance(value, Mapping) and value.get("type") in ("enabled", "adaptive")
 
 
+_TOOLS = frozenset({"tools", "functions"})
+"""Without either, and without calls, no tool has to do with a request."""
 _REASONING = (("reasoning_effort", _is_effort), ("reasoning", _is_reasoning), ("thinking", _is_thinking))
 
 
