@@ -21,7 +21,10 @@ from router_core.types import Embedder, Floats, Indices
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-DISTILLING = "import pathlib, sys; from router_core.distill import distill; distill(pathlib.Path(sys.argv[1]))"
+DISTILLING = (
+    "import functools, pathlib, sys; from router_core.distill import distill; "
+    "distill(pathlib.Path(sys.argv[1]), progress=functools.partial(print, flush=True))"
+)
 LONGEST_AT_HAND = 10_000
 """Characters; more than routing ever reads of a request."""
 TOKEN_WEIGHTS = Path(__file__).parent / "assets" / "token_weights.npy"
@@ -114,20 +117,25 @@ class TransformerEmbedder:
         return _unit(np.asarray(vectors, dtype=np.float32))
 
 
-def static_embedder(cache_dir: Path, announce: Callable[[str], None] = lambda _message: None) -> StaticEmbedder:
+def static_embedder(
+    cache_dir: Path,
+    announce: Callable[[str], None] = lambda _message: None,
+    progress: distill.Progress = lambda _done, _total: None,
+) -> StaticEmbedder:
     """Open the static embedder in `cache_dir`, distilling it first where it is missing.
 
     Args:
         cache_dir: one per machine is enough; every version of the recipe has a folder of its own.
         announce: told once, before the only step that takes seconds.
+        progress: told of that step, how many tokens are done and of how many.
 
     Raises:
         InvalidArtifact: distilling failed; the message ends with what it printed last.
     """
     folder = cache_dir / f"static-{distill.RECIPE}"
     if not (folder / distill.TABLE).exists():
-        announce("distilling the embedding table from all-MiniLM-L6-v2 (once, about half a minute)")
-        _distill_apart(folder)
+        announce("distilling the embedding table from all-MiniLM-L6-v2 (once, about 20 s)")
+        _distill_apart(folder, progress)
     return StaticEmbedder.load(folder)
 
 
@@ -138,7 +146,7 @@ def open_embedder(kind: str, cache_dir: Path, announce: Callable[[str], None] = 
     return TransformerEmbedder(None if kind == "transformer" else kind)
 
 
-def _distill_apart(folder: Path) -> None:
+def _distill_apart(folder: Path, progress: distill.Progress) -> None:
     """In a process of its own, so that torch never lives in a server.
 
     The folder appears at once and whole, so that two processes may race.
@@ -146,10 +154,17 @@ def _distill_apart(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".distilling-") as scratch:
         made = Path(scratch) / folder.name
-        command = [sys.executable, "-c", DISTILLING, str(made)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-        if done.returncode:
-            raise InvalidArtifact(f"the embedding table could not be made: {(done.stderr.strip() or 'killed')[-500:]}")
+        said = Path(scratch) / "said"
+        with said.open("w") as errors:
+            command = [sys.executable, "-c", DISTILLING, str(made)]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as child:  # noqa: S603
+                for line in child.stdout or ():
+                    told = line.split()
+                    if len(told) == 2 and line.replace(" ", "").strip().isdecimal():  # else a library's own words
+                        progress(int(told[0]), int(told[1]))
+        if child.returncode:
+            reason = said.read_text("utf-8", "replace").strip() or "killed"
+            raise InvalidArtifact(f"the embedding table could not be made: {reason[-500:]}")
         try:
             made.rename(folder)
         except OSError:

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from proxy.cli import console
 from proxy.settings import Settings, SettingsError, check_exposure
 from proxy.state.keys import KeyLatch
 from proxy.state.registry import Registry
@@ -35,7 +36,8 @@ def _embedding_table(settings: Settings, announce: Callable[[str], None]) -> Non
     if settings.embedder == "static":
         from router_core.embedding import static_embedder
 
-        static_embedder(settings.data_dir, announce)
+        with console.progress() as bars:
+            static_embedder(settings.data_dir, announce, lambda done, total: bars.update("tokens", done, total))
 
 
 async def _checked_store(settings: Settings) -> Store:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from router_core import embedding
 from router_core.distill import TABLE, TOKENIZER, distill, model_folder
 from router_core.errors import InvalidArtifact
 
@@ -14,6 +15,16 @@ def test_other_weights_are_refused_and_nothing_is_written(tmp_path: Path) -> Non
     with pytest.raises(InvalidArtifact, match="sha256"):
         distill(tmp_path / "made", tmp_path)
     assert not (tmp_path / "made").exists()
+
+
+def test_how_far_it_is_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = "import pathlib, sys; print(1, 4); print('a hint'); print(4, 4); pathlib.Path(sys.argv[1]).mkdir()"
+    monkeypatch.setattr(embedding, "DISTILLING", made)
+    told: list[tuple[int, int]] = []
+    embedding._distill_apart(tmp_path / "static", lambda done, total: told.append((done, total)))
+
+    assert told == [(1, 4), (4, 4)]
+    assert (tmp_path / "static").is_dir()
 
 
 def test_the_table_has_a_centred_unit_row_for_every_token(embedder_cache: Path) -> None:
