@@ -25,7 +25,7 @@ def with_model(raw: bytes, body: Mapping[str, Any], model: str) -> bytes | None:
     stated = body.get("model")
     if not isinstance(stated, str):
         return None
-    return _in_front(raw, stated, model) or _anywhere(raw, body, model)
+    return _in_front(raw, stated, model) or _anywhere(raw, model)
 
 
 def _in_front(raw: bytes, stated: str, model: str) -> bytes | None:
@@ -38,13 +38,13 @@ def _in_front(raw: bytes, stated: str, model: str) -> bytes | None:
     return None
 
 
-def _anywhere(raw: bytes, body: Mapping[str, Any], model: str) -> bytes | None:
+def _anywhere(raw: bytes, model: str) -> bytes | None:
     for place, found in enumerate(_MODEL.finditer(raw)):
         if place == _MOST_PLACES:
             return None
         start, end = found.span(1)
         changed = raw[:start] + _value(model) + raw[end:]
-        if _is_outermost(raw, found.start(), end) or _says(changed, {**body, "model": model}):
+        if _is_outermost(raw, found.start(), end) or _is_renamed(raw, changed, model):
             return changed
     return None
 
@@ -54,9 +54,10 @@ def _is_outermost(raw: bytes, start: int, end: int) -> bool:
     return raw.count(b"{", 0, start) == 1 or raw.count(b"}", end) == 1
 
 
-def _says(raw: bytes, body: Mapping[str, Any]) -> bool:
+def _is_renamed(raw: bytes, changed: bytes, model: str) -> bool:
+    """Both read by one parser, whatever it makes of large numbers."""
     try:
-        return bool(orjson.loads(raw) == body)
+        return bool(orjson.loads(changed) == {**orjson.loads(raw), "model": model})
     except orjson.JSONDecodeError:
         return False
 
