@@ -90,7 +90,7 @@ def bodies(draw: st.DrawFn) -> dict[str, Any]:
     if draw(st.booleans()):
         body["tools"] = TOOLS
     body.pop("stream", None)
-    stated = draw(st.sampled_from([{}, {"stream": True}, {"stream": False}, {"stream": None}]))
+    stated: dict[str, Any] = draw(st.sampled_from([{}, {"stream": True}, {"stream": False}, {"stream": None}]))
     options = draw(st.sampled_from(OPTIONS))
     return draw(shuffled({**body, **stated, **options}))
 
