@@ -39,12 +39,18 @@ def _in_front(raw: bytes, stated: str, model: str) -> bytes | None:
 
 
 def _anywhere(raw: bytes, model: str) -> bytes | None:
+    """Where it is not plain that a place is the outermost, what comes of it is read: by the same parser as `raw`, so
+    that it does not matter what that makes of large numbers."""
+    wanted: Any = None
     for place, found in enumerate(_MODEL.finditer(raw)):
         if place == _MOST_PLACES:
             return None
         start, end = found.span(1)
         changed = raw[:start] + _value(model) + raw[end:]
-        if _is_outermost(raw, found.start(), end) or _is_renamed(raw, changed, model):
+        if _is_outermost(raw, found.start(), end):
+            return changed
+        wanted = wanted or {**_read(raw), "model": model}
+        if _read(changed) == wanted:
             return changed
     return None
 
@@ -54,12 +60,13 @@ def _is_outermost(raw: bytes, start: int, end: int) -> bool:
     return raw.count(b"{", 0, start) == 1 or raw.count(b"}", end) == 1
 
 
-def _is_renamed(raw: bytes, changed: bytes, model: str) -> bool:
-    """Both read by one parser, whatever it makes of large numbers."""
+def _read(raw: bytes) -> dict[str, Any]:
+    """Nothing where another parser than this made sense of it."""
     try:
-        return bool(orjson.loads(changed) == {**orjson.loads(raw), "model": model})
+        read: dict[str, Any] = orjson.loads(raw)
     except orjson.JSONDecodeError:
-        return False
+        return {}
+    return read
 
 
 @lru_cache(maxsize=1024)

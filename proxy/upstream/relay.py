@@ -85,7 +85,7 @@ class RelayUpstream:
         """Raises UpstreamFailure: here if the upstream refused, later where the stream breaks or ends too early."""
         target = self.targets.of(record, resolved)
         response = await self._post(target, target.body(body, raw, stream=True), headers, connect_s)
-        if "event-stream" in response.headers.get("content-type", "event-stream"):
+        if "event-stream" in response.headers.get("content-type", "event-stream").lower():
             return RelayedStream(self, response, target.secrets)
         try:
             said = await _read(response, target, MOST_ANSWER_BYTES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from proxy.errors import BadRequest, UpstreamFailure
 from proxy.settings import ModelInfo, Settings
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
+from proxy.upstream.call import is_openais
 from proxy.upstream.resolution import plainly
 from proxy.upstream.resolving import FILE, Resolver
 from proxy.upstream.targets import Targets, url_of
@@ -153,6 +155,41 @@ def test_a_provider_is_reached_in_the_way_that_it_speaks(found: list[ModelRecord
 )
 def test_what_is_plain_needs_no_litellm(record: ModelRecord, expected: Resolved | None) -> None:
     assert plainly(record.litellm_params, record.info.forward) == expected
+
+
+@pytest.mark.parametrize(
+    ("address", "openais"),
+    [
+        ("https://api.openai.com/v1", True),
+        ("https://eu.api.openai.com", True),
+        ("HTTPS://API.OPENAI.COM:443/v1", True),
+        ("https://elsewhere.example/api.openai.com/v1", False),
+        ("https://api.openai.com.elsewhere.example/v1", False),
+        ("https://api.openai.com@elsewhere.example/v1", False),
+        ("https://elsewhere.example/?x=api.openai.com", False),
+        ("https://notapi.openai.com/v1", False),
+    ],
+)
+def test_openais_key_is_for_openais_hosts(address: str, openais: bool) -> None:
+    """The name of the host within another address is no such host."""
+    assert is_openais(address) == openais
+
+
+def test_that_litellm_cannot_be_loaded_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "litellm", None)
+
+    async def serve() -> frozenset[str]:
+        upstream = Upstream(Settings(), {})
+        upstream.serve({"m": stated("translate", model="openai/x", api_base=NEAR)})
+        with pytest.raises(ImportError):
+            await upstream.loaded()
+        await upstream.aclose()
+        return upstream.loading
+
+    assert asyncio.run(serve()) == {"m"}
+    assert "litellm cannot be loaded" in caplog.text
 
 
 @pytest.mark.parametrize(
