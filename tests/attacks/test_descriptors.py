@@ -56,6 +56,12 @@ def open_files(server: ServeCommand) -> int:
     return sum(1 for _ in Path(f"/proc/{server.pid}/fd").iterdir())
 
 
+def first_free(server: ServeCommand) -> int:
+    """The number that the next descriptor would get: others beyond it may be open."""
+    used = {int(file.name) for file in Path(f"/proc/{server.pid}/fd").iterdir()}
+    return min(set(range(len(used) + 1)) - used)
+
+
 def answer(connection: socket.socket) -> bytes:
     """What has been said so far; b"closed" where nothing was and the connection is gone."""
     connection.settimeout(2)
@@ -100,7 +106,7 @@ def test_a_model_that_cannot_be_reached_for_want_of_descriptors_is_a_clear_502(
 ) -> None:
     with httpx.Client(base_url=server.url, timeout=20) as client:
         assert ask(client).status_code == 200
-        limit = (open_files(server), DESCRIPTORS)
+        limit = (first_free(server), DESCRIPTORS)
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, limit)
         try:
             reply = ask(client)
