@@ -139,7 +139,7 @@ class UpstreamFailure(ProxyError):
         super().__init__(message)
         self.status = status
         self.body = body
-        self.headers = {name: value for name, value in (headers or {}).items() if name.lower() in _KEPT_HEADERS}
+        self.headers = {name.lower(): text for name, text in (headers or {}).items() if name.lower() in _KEPT_HEADERS}
         self.timed_out = timed_out
         self.lost = lost
         """The connection was there, and died before a byte of an answer: worth asking the same model once more."""

@@ -53,4 +53,4 @@ class Shown:
             return chunk
         if only_usage:
             return None
-        return Payload({name: value for name, value in body.items() if name != "usage"})
+        return chunk.without("usage")

@@ -28,7 +28,7 @@ VERBATIM = frozenset(
 STRAYING = frozenset({"aiohttp_openai"})
 """Providers that litellm reaches by a client that follows redirects, whatever it is told."""
 
-_OPENAI_HOST = "api.openai.com"
+_AT_OPENAI = re.compile(r"https?://(?:[a-z0-9-]+\.)*api\.openai\.com(?::\d+)?(?:[/?#]|$)", re.IGNORECASE)
 
 CHAT_FIELDS = words("""
     functions function_call temperature top_p n stop max_tokens max_completion_tokens modalities prediction audio
@@ -85,7 +85,7 @@ class Provider:
 
 
 def is_openais(address: str) -> bool:
-    return _OPENAI_HOST in address
+    return _AT_OPENAI.match(address) is not None
 
 
 def is_provider_param(name: str) -> bool:

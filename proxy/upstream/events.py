@@ -7,7 +7,7 @@ from typing import Any
 
 from proxy.errors import UpstreamFailure
 from proxy.relay.sse import EventCutter, EventTooLong
-from proxy.upstream.payload import Payload, parsed
+from proxy.upstream.payload import Payload, exactly, parsed
 
 _DONE = b"[DONE]"
 
@@ -73,17 +73,20 @@ def chunk_of(data: bytes) -> Payload:
     if chunk.get("error"):
         raise UpstreamFailure("the model reported an error within its stream", status=502, body=chunk)
     choices = chunk.get("choices")
-    if choices is None:
-        choices, raw = [], None
-        chunk["choices"] = choices
-    if not isinstance(choices, list):
+    if not isinstance(choices, list | None) or not all(isinstance(choice, dict) for choice in choices or ()):
         raise UpstreamFailure("the model sent a chunk whose `choices` are not a list of objects")
-    for choice in choices:
-        if not isinstance(choice, dict):
-            raise UpstreamFailure("the model sent a chunk whose `choices` are not a list of objects")
-        if choice.get("delta") is None:
-            choice["delta"], raw = {}, None
+    if choices is None or any(choice.get("delta") is None for choice in choices):
+        return Payload(_filled(exactly(data, chunk)))
     return Payload(chunk, raw)
+
+
+def _filled(chunk: dict[str, Any]) -> dict[str, Any]:
+    if chunk.get("choices") is None:
+        chunk["choices"] = []
+    for choice in chunk["choices"]:
+        if choice.get("delta") is None:
+            choice["delta"] = {}
+    return chunk
 
 
 def _is_finished(chunk: Mapping[str, Any]) -> bool:

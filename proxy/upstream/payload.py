@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import orjson
 
 from proxy.relay.sse import dump, loads
+from proxy.upstream.model_member import with_model
 
 
 @dataclass(slots=True)
@@ -22,10 +22,17 @@ class Payload:
     def named(self, model: str) -> bytes:
         """As JSON, under our name for the model: the upstream's own bytes but for the value of `model`."""
         if self.raw is not None:
-            renamed = with_model(self.raw, self.body.get("model"), model)
+            renamed = with_model(self.raw, self.body, model)
             if renamed is not None:
                 return renamed
-        return dump({**self.body, "model": model})
+        return dump({**self._exact(), "model": model})
+
+    def without(self, name: str) -> Payload:
+        """All but this member."""
+        return Payload({each: value for each, value in self._exact().items() if each != name})
+
+    def _exact(self) -> dict[str, Any]:
+        return self.body if self.raw is None else exactly(self.raw, self.body)
 
 
 def parsed(data: bytes) -> tuple[Any, bytes | None]:
@@ -40,27 +47,10 @@ def parsed(data: bytes) -> tuple[Any, bytes | None]:
         return loads(data), None
 
 
-def with_model(raw: bytes, stated: Any, model: str) -> bytes | None:
-    """`raw` with another value of its outermost `model`, which is `stated`; None where that cannot be seen at once.
-
-    No object begins in front of the place that is changed, but the outermost: so it is of this one.
-    """
-    if not isinstance(stated, str):
-        return None
-    for written in _written(stated):
-        place = raw.find(written)
-        if place > 0 and raw.find(b"{", 1, place) < 0:
-            return raw[:place] + _member(model) + raw[place + len(written) :]
-    return None
-
-
-@lru_cache(maxsize=1024)
-def _written(model: str) -> tuple[bytes, ...]:
-    """The member as the usual encoders write it."""
-    value = orjson.dumps(model)
-    return (b'"model":' + value, b'"model": ' + value)
-
-
-@lru_cache(maxsize=1024)
-def _member(model: str) -> bytes:
-    return b'"model":' + orjson.dumps(model)
+def exactly(data: bytes, body: dict[str, Any]) -> dict[str, Any]:
+    """What is to be written again. orjson, which made `body` of it, rounds whole numbers beyond 64 bits."""
+    try:
+        read: dict[str, Any] = loads(data)
+    except ValueError:  # nested deeper than this parser follows
+        return body
+    return read

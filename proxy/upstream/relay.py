@@ -30,6 +30,8 @@ log = logging.getLogger("uniroute.upstream")
 KEPT_ALIVE_S = 30
 DRAIN_S = 1.0
 """How long the end of a stream is waited for after its last word, to use the connection again."""
+LONGEST_HEADER = 64 * 2**10
+"""Of an answer: some servers behind others send a policy or cookies of many kilobytes."""
 IN_ONE_PIECE = 2**20
 """A larger body is written bit by bit, so that others get a turn."""
 
@@ -83,7 +85,7 @@ class RelayUpstream:
         """Raises UpstreamFailure: here if the upstream refused, later where the stream breaks or ends too early."""
         target = self.targets.of(record, resolved)
         response = await self._post(target, target.body(body, raw, stream=True), headers, connect_s)
-        if "event-stream" in response.headers.get("content-type", "event-stream"):
+        if "event-stream" in response.headers.get("content-type", "event-stream").lower():
             return RelayedStream(self, response, target.secrets)
         try:
             said = await _read(response, target, MOST_ANSWER_BYTES)
@@ -143,6 +145,8 @@ class RelayUpstream:
                     ssl=ssl.create_default_context(cafile=self._certificates),
                 ),
                 cookie_jar=aiohttp.DummyCookieJar(),
+                max_line_size=LONGEST_HEADER,
+                max_field_size=LONGEST_HEADER,
                 trust_env=False,  # it would look for a .netrc file with every request; proxies are ours
             )
         return self._opened
@@ -267,8 +271,14 @@ def _failure_of(error: Exception, model: str) -> UpstreamFailure:
 
     if isinstance(error, TimeoutError):
         return UpstreamFailure(f"{model} did not answer in time", timed_out=True)
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return UpstreamFailure(f"{model} cannot be reached: its certificate is not trusted (SSL_CERT_FILE)")
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.InvalidURL | ValueError):
         return unreachable(error, model)
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return UpstreamFailure(f"{model} cannot be reached: the HTTP proxy answered with status {error.status}")
+    if isinstance(error, aiohttp.ClientResponseError):  # it may have worked for this, so it is not asked again
+        return UpstreamFailure(f"{model} answered with something that is not HTTP")
     if isinstance(error, aiohttp.ClientError):
         return lost(model)
     return unreachable(error, model)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
 from proxy.relay.sse import dump
+from proxy.upstream.model_member import with_model
 
-_MODEL = re.compile(rb'(?<!\\)"model"[ \t\r\n]*:[ \t\r\n]*"(?:[^"\\]|\\.)*"')
-_MOST_PLACES = 8
-"""Members called `model` that are tried, where tools and schemas have some of their own."""
 _USAGE = b'"stream_options":{"include_usage":true},'
 
 
@@ -26,7 +23,7 @@ def outgoing(raw: bytes | None, body: Mapping[str, Any], model: str, *, stream: 
     """
     asks_usage = _asks_usage(body)
     if raw is not None and (asks_usage or "stream_options" not in body):
-        spliced = _with_model(raw, body, model)
+        spliced = with_model(raw, body, model)
         if spliced is not None:
             return spliced if asks_usage or not stream else _asking_usage(spliced)
     sent = {**body, "model": model}
@@ -35,6 +32,8 @@ def outgoing(raw: bytes | None, body: Mapping[str, Any], model: str, *, stream: 
         sent["stream_options"] = {**(options if isinstance(options, Mapping) else {}), "include_usage": True}
     else:
         sent.pop("stream_options", None)
+        if sent.get("stream"):  # a parameter of the model's own, which this caller did not ask for
+            del sent["stream"]
     return written(sent)
 
 
@@ -54,27 +53,3 @@ def _asks_usage(body: Mapping[str, Any]) -> bool:
 def _asking_usage(raw: bytes) -> bytes:
     start = raw.index(b"{") + 1
     return raw[:start] + _USAGE + raw[start:]
-
-
-def _with_model(raw: bytes, body: Mapping[str, Any], model: str) -> bytes | None:
-    """Another value of the outermost `model`. None: it is written in a way that is not seen at once."""
-    value = orjson.dumps(model)
-    for place, found in enumerate(_MODEL.finditer(raw)):
-        if place == _MOST_PLACES:
-            return None
-        changed = raw[: found.start()] + b'"model":' + value + raw[found.end() :]
-        if _is_outermost(raw, *found.span()) or _says(changed, {**body, "model": model}):
-            return changed
-    return None
-
-
-def _is_outermost(raw: bytes, start: int, end: int) -> bool:
-    """No object begins before it but the outermost, or none ends behind it but that."""
-    return raw.count(b"{", 0, start) == 1 or raw.count(b"}", end) == 1
-
-
-def _says(raw: bytes, body: Mapping[str, Any]) -> bool:
-    try:
-        return bool(orjson.loads(raw) == body)
-    except orjson.JSONDecodeError:
-        return False

@@ -61,16 +61,20 @@ def by_litellm(litellm: Any, asked: Mapping[str, Any], forward: Forward) -> Reso
     )
     if provider in STRAYING:
         raise NotResolved(f"{provider} is not served, for it follows redirects")
-    base = asked["api_base"] or base or DEFAULT_BASES.get(provider)
+    compatible = provider in SPEAKERS or provider in litellm.openai_compatible_providers
+    base = asked["api_base"] or (base or DEFAULT_BASES.get(provider) if compatible else None)
     if forward == "translate" or not _is_relayed(provider, base, asked["stated"], forward):
         return Resolved("translate", model, provider)
-    return Resolved("relay", model, provider, base, _key_variable(litellm, asked), _renames(litellm, model, provider))
+    key = None if provider in VERBATIM and not is_openais(base or "") else _key_variable(litellm, model, provider)
+    return Resolved("relay", model, provider, base, key, _renames(litellm, model, provider))
 
 
 def _is_relayed(provider: str, base: str | None, stated: Collection[str], forward: Forward) -> bool:
     if forward == "relay":
         if not base:
-            raise NotResolved(f"forward: relay needs api_base: {provider} has no address that is known")
+            raise NotResolved(
+                f"forward: relay needs api_base: {provider} has no address that is known to speak OpenAI's"
+            )
         return True
     if provider == "azure" and "/openai/v1" not in (base or ""):
         return False  # the older interface, with deployments and versions in the path
@@ -81,10 +85,11 @@ def _needs_litellm(params: Mapping[str, Any]) -> bool:
     return bool({name for name in params if is_provider_param(name)} - RELAYED)
 
 
-def _key_variable(litellm: Any, asked: Mapping[str, Any]) -> str | None:
+def _key_variable(litellm: Any, model: str, provider: str) -> str | None:
     """Where litellm would look for a key, were there none; only known while no key is in the environment."""
-    missing = litellm.validate_environment(asked["model"])["missing_keys"]
-    return next((name for name in missing if name.endswith("_KEY")), None)
+    missing: list[str] = litellm.validate_environment(f"{provider}/{model}")["missing_keys"]
+    named = [name for name in missing if name.endswith("_API_KEY")]  # bedrock's are no keys of this kind
+    return next((name for name in named if name.startswith(provider.upper())), named[0] if named else None)
 
 
 def _renames(litellm: Any, model: str, provider: str) -> dict[str, str]:

@@ -103,20 +103,22 @@ class Resolver:
         try:
             async with asyncio.timeout(PATIENCE_S):
                 out, _ = await child.communicate(json.dumps(list(asked)).encode())
-            answers: list[dict[str, Any]] = json.loads(out)
+            answers = json.loads(out)
         except (TimeoutError, ValueError, OSError) as error:
             raise NotAsked(f"litellm did not say ({type(error).__name__})") from error
         finally:
             if child.returncode is None:
                 child.kill()
                 await child.wait()
+        if not isinstance(answers, list) or len(answers) != len(asked) or not all(map(_is_answer, answers)):
+            raise NotAsked("litellm said something else than was asked")
         return answers
 
     def _environment(self) -> dict[str, str]:
-        """No keys: so litellm says which it would look for."""
+        """No keys, nor what litellm would read of a .env file: so it says which keys it would look for."""
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH", "TMPDIR") if name in os.environ}
         path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), kept.get("PYTHONPATH"))))
-        return {**self._addresses, **kept, "PYTHONPATH": path}
+        return {**self._addresses, **kept, "PYTHONPATH": path, "LITELLM_MODE": "PRODUCTION"}
 
     def _mark(self, asked: Mapping[str, Any]) -> str:
         text = json.dumps([version("litellm"), self._addresses, asked], sort_keys=True)
@@ -127,7 +129,7 @@ class Resolver:
             kept = json.loads(self._path.read_bytes())
         except (OSError, ValueError):
             return {}
-        return kept if isinstance(kept, dict) else {}
+        return {mark: each for mark, each in kept.items() if _is_answer(each)} if isinstance(kept, dict) else {}
 
     def _keep(self, found: Mapping[str, Any]) -> None:
         """Beside what other processes have found meanwhile."""
@@ -141,13 +143,20 @@ class Resolver:
             log.warning("providers are looked up again at the next start: %s", error)
 
 
+def _is_answer(kept: Any) -> bool:
+    """Not what a broken file or another version left."""
+    try:
+        _read(kept)
+    except InvalidRecord:
+        return False
+    return True
+
+
 def _read(answer: Any) -> Resolved | str:
+    """What it was resolved to, or why it is refused. Raises InvalidRecord."""
     if isinstance(answer, dict) and isinstance(answer.get("refused"), str):
         return str(answer["refused"])
-    try:
-        return Resolved.from_json(answer.get("resolved") if isinstance(answer, dict) else None)
-    except InvalidRecord as error:
-        return str(error)
+    return Resolved.from_json(answer.get("resolved") if isinstance(answer, dict) else None)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.errors import UpstreamFailure
-from proxy.settings import Settings, SettingsError, resolve_secret
+from proxy.settings import Settings, SettingsError, referred_variable, resolve_secret
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
 from proxy.upstream.call import arm_body, is_provider_param, secrets_of
@@ -38,8 +38,16 @@ class Target:
         """`raw`: what `body` was parsed from, if all of it is for the upstream."""
         sent = body if self.fixed is None else arm_body(self.fixed, body)
         if not self.renames.keys().isdisjoint(sent):
-            sent = {self.renames.get(name, name): value for name, value in sent.items()}
+            sent = self._renamed(sent)
         return outgoing(raw if sent is body else None, sent, self.model, stream=stream)
+
+    def _renamed(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Of two names for one thing the one that says something counts; where both do, the provider's own."""
+        sent = {name: value for name, value in body.items() if name not in self.renames}
+        for name, other in self.renames.items():
+            if body.get(name) is not None and sent.get(other) is None:
+                sent[other] = body[name]
+        return sent
 
 
 class Targets:
@@ -94,7 +102,8 @@ class Targets:
     def _key(self, params: Mapping[str, Any], resolved: Resolved) -> str | None:
         if params.get("api_key"):
             return self._value(params["api_key"])
-        return self._environ.get(resolved.key_variable) if resolved.key_variable else None
+        name = referred_variable(f"os.environ/{resolved.key_variable}") if resolved.key_variable else None
+        return self._environ.get(name) if name else None
 
     def _value(self, stated: str) -> str:
         return resolve_secret(stated, self._environ, self._settings.allowed_env)

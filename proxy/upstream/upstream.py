@@ -87,13 +87,16 @@ class Upstream:
         self._translated = frozenset(name for name, record in models.items() if relayed(record) is None)
         if self._loading is None and self._translated:
             log.info("loading litellm, for models of other formats than OpenAI's")
-            self._loading = asyncio.create_task(self._translate.prepare(), name="uniroute-litellm")
+            self._load()
 
     async def loaded(self) -> None:
         """Return once translation is there. An import that failed is raised here."""
-        if self._loading is None:
-            self._loading = asyncio.create_task(self._translate.prepare(), name="uniroute-litellm")
-        await asyncio.shield(self._loading)
+        await asyncio.shield(self._loading or self._load())
+
+    def _load(self) -> asyncio.Task[None]:
+        self._loading = asyncio.create_task(self._translate.prepare(), name="uniroute-litellm")
+        self._loading.add_done_callback(_said_if_failed)
+        return self._loading
 
     @property
     def loading(self) -> frozenset[str]:
@@ -110,6 +113,11 @@ def relayed(record: ModelRecord) -> Resolved | None:
     """What it was resolved to, if it is relayed."""
     resolved = record.resolved or plainly(record.litellm_params, record.info.forward)
     return resolved if resolved is not None and resolved.way == "relay" else None
+
+
+def _said_if_failed(loading: asyncio.Task[None]) -> None:
+    if not loading.cancelled() and (error := loading.exception()) is not None:
+        log.error("litellm cannot be loaded, so models of other formats than OpenAI's cannot be called: %s", error)
 
 
 async def _one_by_one(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[list[Payload]]:

@@ -69,6 +69,8 @@ def served_with_canaries(folder: Path, embedder_cache: Path) -> Iterator[Canarie
             model("named", upstream.url, api_key="os.environ/ARM_API_KEY"),
             model("literal", upstream.url, api_key=LITERAL_KEY, extra_headers={"x-tenant-secret": HEADER}),
         ]
+        models.append(model("translated", upstream.url, api_key="os.environ/ARM_API_KEY"))
+        models[-1]["model_info"]["forward"] = "translate"
         models.append({**model("other", upstream.url), "model_info": {"free": True}})
         models[-1]["litellm_params"] |= {"model": "anthropic/claude-x", "api_key": "os.environ/ARM_API_KEY"}
         config = {"model_list": models, "uniroute": {"profile": {"on_start": False}}}

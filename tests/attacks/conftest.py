@@ -35,12 +35,19 @@ class Attacked:
         return url.host, url.port or 80
 
 
+BOTH_WAYS = pytest.mark.parametrize("serving", ["auto", "translate"], indirect=True, scope="session")
+"""For tests of what an upstream does: by itself it is relayed to."""
+
+
 @pytest.fixture(scope="session")
-def serving(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Attacked]:
+def serving(
+    tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path, request: pytest.FixtureRequest
+) -> Iterator[Attacked]:
     folder = tmp_path_factory.mktemp("attacked")
     environ = environment(folder / "data", embedder_cache, UNIROUTE_ADMIN_KEY=ADMIN_KEY, ARM_API_KEY=PROVIDER_KEY)
     with ScriptedUpstream(lambda _: "The fair answer.") as fair, ScriptedUpstream(lambda _: "The good answer.") as good:
-        able = {"supports_function_calling": True, "supports_vision": True}
+        able: dict[str, Any] = {"supports_function_calling": True, "supports_vision": True}
+        able["forward"] = getattr(request, "param", "auto")
         config = {
             "model_list": [arm("fair", fair.url, price=1e-7, **able), arm("good", good.url, price=1e-5, **able)],
             "uniroute": {"max_body_bytes": MAX_BODY_BYTES, "profile": {"on_start": False}},

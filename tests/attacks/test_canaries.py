@@ -34,6 +34,7 @@ from tests.support.upstream import wait_until
 
 KNOWN = {
     "named": f"no: Bearer {PROVIDER_KEY}",
+    "translated": f"no: Bearer {PROVIDER_KEY}",
     "other": f"no: x-api-key {PROVIDER_KEY}",
     "literal": f"no: Bearer {LITERAL_KEY} with {HEADER}",
 }
@@ -67,14 +68,14 @@ def found(*texts: str, secrets: tuple[str, ...] = SECRETS) -> list[str]:
 
 
 def test_the_keys_are_where_they_are_due(canaries: Canaries) -> None:
-    for name, key in (("named", PROVIDER_KEY), ("literal", LITERAL_KEY)):
+    for name, key in (("translated", PROVIDER_KEY), ("named", PROVIDER_KEY), ("literal", LITERAL_KEY)):
         assert canaries.ask(name).status_code == 200
         assert canaries.upstream.last.headers["authorization"] == f"Bearer {key}"
         assert found(json.dumps(canaries.upstream.last.body)) == []
     assert canaries.upstream.last.headers["x-tenant-secret"] == HEADER
 
 
-@pytest.mark.parametrize("name", ["named", "literal", "other"])
+@pytest.mark.parametrize("name", ["named", "translated", "literal", "other"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_upstream_that_repeats_the_keys_is_not_quoted(canaries: Canaries, name: str, stream: bool) -> None:
     said = KNOWN[name]

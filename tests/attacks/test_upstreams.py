@@ -11,10 +11,12 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tests.attacks.conftest import ADMIN, ASK, PROVIDER_KEY, Attacked
+from tests.attacks.conftest import ADMIN, ASK, BOTH_WAYS, PROVIDER_KEY, Attacked
 from tests.support.answers import Step, sse
 from tests.support.server import arm, uniform_profile
 from tests.support.upstream import ScriptedUpstream
+
+pytestmark = BOTH_WAYS
 
 SAID: Any = {"choices": [{"index": 0, "delta": {"content": "hé字"}, "finish_reason": None}]}
 END: Any = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}

@@ -33,6 +33,8 @@ SETTINGS: Mapping[str, Any] = {
     "keep_alive_s": 1,
     "profile": {"on_start": False},
 }
+FORWARD = ("translate", "relay", "relay", "translate")
+"""How the arms are reached, by their place: each upstream in both ways."""
 USAGE_STREAM, USAGE_TOTALS = "uniroute:usage", "uniroute:usage:totals"
 _LOGGED = re.compile(r"request=(?P<request>\S+) decision=(?P<decision>\S+) model=(?P<model>\S+)(?P<rest>[^\n]*)")
 _ENDING = re.compile(r" ending=(\S+)")
@@ -130,7 +132,7 @@ def _config(folder: Path, upstreams: tuple[Restartable, ...]) -> Path:
     entries = []
     for place, arm in enumerate(ARMS.values()):
         base = f"http://127.0.0.1:{upstreams[place % len(upstreams)].port}/v1"
-        entries.append(entry_of(arm.name, base, **arm.model_info))
+        entries.append(entry_of(arm.name, base, forward=FORWARD[place], **arm.model_info))
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump({"model_list": entries, "uniroute": dict(SETTINGS)}))
     return path

@@ -101,10 +101,11 @@ def a_gateway(
     upstream: ScriptedUpstream,
     *arguments: str,
     environ: Mapping[str, str] | None = None,
+    forward: str = "auto",
     **section: Any,
 ) -> Iterator[Gateway]:
     """`uniroute serve` with its data in `folder`; `section`: settings of the configuration file."""
-    entry = arm(CONFIGURED, upstream.url)
+    entry = arm(CONFIGURED, upstream.url, forward=forward)
     section = {"profile": {"on_start": False}, **section}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"model_list": [entry], "uniroute": section}))

@@ -19,6 +19,7 @@ from tests.support.upstream import ScriptedUpstream, wait_until
 from tests.support.valkey import OwnValkey, frozen
 
 DRAIN_S = 2
+BOTH_WAYS = pytest.mark.parametrize("forward", ["relay", "translate"])
 
 
 @pytest.fixture
@@ -52,10 +53,11 @@ def serving(answer: httpx.Response, pids: list[int]) -> int:
     return found
 
 
+@BOTH_WAYS
 def test_a_worker_killed_in_a_stream_breaks_that_stream_alone(
-    tmp_path: Path, embedder_cache: Path, upstream: ScriptedUpstream
+    tmp_path: Path, embedder_cache: Path, upstream: ScriptedUpstream, forward: str
 ) -> None:
-    with a_gateway(tmp_path, embedder_cache, upstream, "--workers", "2") as gateway:
+    with a_gateway(tmp_path, embedder_cache, upstream, "--workers", "2", forward=forward) as gateway:
         workers = children_of(gateway.server.pid)
         with frozen(embedded_pid(gateway)):  # so that what the worker recorded is in its journal alone
             assert [gateway.ask(CONFIGURED).status_code for _ in range(20)] == [200] * 20
@@ -74,12 +76,14 @@ def test_a_worker_killed_in_a_stream_breaks_that_stream_alone(
             assert wait_until(lambda: counted(client) == 30, 20), counted(client)
 
 
+@BOTH_WAYS
 def test_sigterm_lets_streams_end_cuts_the_late_and_loses_no_record_while_redis_is_away(
-    tmp_path: Path, embedder_cache: Path, upstream: ScriptedUpstream
+    tmp_path: Path, embedder_cache: Path, upstream: ScriptedUpstream, forward: str
 ) -> None:
     with OwnValkey(tmp_path / "valkey") as valkey:
         environ = {"UNIROUTE_REDIS_URL": valkey.url}
-        with a_gateway(tmp_path, embedder_cache, upstream, environ=environ, drain_s=DRAIN_S) as gateway:
+        opened = a_gateway(tmp_path, embedder_cache, upstream, environ=environ, forward=forward, drain_s=DRAIN_S)
+        with opened as gateway:
             valkey.stop()
             upstream.then(words(5), words(300))
             with gateway.streaming() as short, gateway.streaming() as long:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from proxy.errors import UpstreamFailure
 from proxy.settings import Settings
+from proxy.state.records import ModelRecord
 from proxy.upstream.call import Provider
 from proxy.upstream.client import LitellmUpstream
+from proxy.upstream.provider_layer import import_litellm
+from proxy.upstream.resolution import by_litellm, plainly, questions
+from proxy.upstream.upstream import Upstream
 from tests.support.answers import Step
 from tests.support.makers import a_record
 from tests.support.upstream import ScriptedUpstream
 
 OPENAI_KEY = "sk-of-openai-alone"
+OPENAIS = ["openai/x", "custom_openai/x", "lm_studio/x", "llamafile/x", "gpt-4o-mini"]
+COMPATIBLE = ["nvidia_nim", "perplexity", "cerebras", "moonshot", "github", "xinference", "groq"]
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 CLAUDE: Any = {
     "id": "msg_1",
@@ -36,7 +43,14 @@ async def upstream() -> AsyncIterator[LitellmUpstream]:
     await opened.aclose()
 
 
-@pytest.mark.parametrize("model", ["openai/x", "custom_openai/x", "lm_studio/x", "llamafile/x", "gpt-4o-mini"])
+def resolved(record: ModelRecord, forward: Any) -> ModelRecord:
+    """As it is stored once litellm was asked."""
+    params = record.litellm_params
+    found = plainly(params, forward) or by_litellm(import_litellm(), questions(params), forward)
+    return replace(record, resolved=found)
+
+
+@pytest.mark.parametrize("model", OPENAIS)
 async def test_openais_key_is_not_sent_to_an_address_of_somebody_else(
     upstream: LitellmUpstream, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
@@ -49,13 +63,29 @@ async def test_openais_key_is_not_sent_to_an_address_of_somebody_else(
         assert not any("of-openai-alone" in value for value in server.last.headers.values())
 
 
+@pytest.mark.parametrize("model", OPENAIS)
+async def test_openais_key_is_not_relayed_to_an_address_of_somebody_else(
+    monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    with ScriptedUpstream() as server:
+        record = resolved(a_record(model=model, api_base=server.url), "auto")
+        for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+            monkeypatch.setenv(name, OPENAI_KEY)
+        upstream = Upstream(Settings(), {"OPENAI_API_KEY": OPENAI_KEY})
+        answer = await upstream.complete(record, BODY)
+        await upstream.aclose()
+
+        assert answer.raw is not None
+        assert not any(OPENAI_KEY in value for value in server.last.headers.values())
+
+
 async def test_openai_itself_gets_its_key_from_the_environment(upstream: LitellmUpstream) -> None:
     client = upstream._openai_client(Provider("openai", "gpt-4o-mini", None), {})
 
     assert (client.api_key, client.base_url.host) == (OPENAI_KEY, "api.openai.com")
 
 
-@pytest.mark.parametrize("name", ["nvidia_nim", "perplexity", "cerebras", "moonshot", "github", "xinference", "groq"])
+@pytest.mark.parametrize("name", COMPATIBLE)
 async def test_openai_compatible_providers_are_reached(upstream: LitellmUpstream, name: str) -> None:
     with ScriptedUpstream() as server:
         server.then(Step(extra={"service_tier": "default"}))
@@ -64,6 +94,18 @@ async def test_openai_compatible_providers_are_reached(upstream: LitellmUpstream
 
         assert answer["choices"][0]["message"]["content"]
         assert server.last.headers["authorization"] == "Bearer key-of-this-one"
+
+
+@pytest.mark.parametrize("name", COMPATIBLE)
+async def test_openai_compatible_providers_are_relayed_to_where_that_is_asked_for(name: str) -> None:
+    upstream = Upstream(Settings(), {})
+    with ScriptedUpstream() as server:
+        record = resolved(a_record(model=f"{name}/x", api_base=server.url, api_key="key-of-this-one"), "relay")
+        answer = await upstream.complete(record, BODY)
+        await upstream.aclose()
+
+        assert answer.raw is not None
+        assert (server.last.headers["authorization"], server.last.body["model"]) == ("Bearer key-of-this-one", "x")
 
 
 @pytest.mark.parametrize("field", ["tools", "web_search_options"])

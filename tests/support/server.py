@@ -58,6 +58,11 @@ class ProxyProcess:
     def log(self) -> str:
         return (self.folder / "log.txt").read_text()
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def start(self) -> Self:
         with socket.create_server(("127.0.0.1", 0)) as bound:
             self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"

@@ -35,6 +35,8 @@ class Received:
     headers: dict[str, str]
     body: Json
     at: float = field(default_factory=time.monotonic)
+    raw: bytes = b""
+    """What `body` was parsed from."""
     answered: bool = False
     client_left: threading.Event = field(default_factory=threading.Event)
     """The client closed the connection before the answer was complete."""
@@ -182,7 +184,7 @@ async def _read(reader: asyncio.StreamReader) -> Received:
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:] if line)}
     raw = await reader.readexactly(int(headers.get("content-length", "0")))
-    return Received(path=head[0].split(" ")[1], headers=headers, body=json.loads(raw or b"{}"))
+    return Received(path=head[0].split(" ")[1], headers=headers, body=json.loads(raw or b"{}"), raw=raw)
 
 
 async def _watch(reader: asyncio.StreamReader, received: Received) -> None:

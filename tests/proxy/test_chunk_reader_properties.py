@@ -1,0 +1,120 @@
+"""What the quick ways of reading a stream make of it: the same as the slow ones, for every split of its bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import httpx
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from proxy.errors import UpstreamFailure
+from proxy.relay.sse import EventCutter
+from proxy.upstream.events import ChunkReader
+from proxy.upstream.wire import chunks_of
+
+SAID: Any = {"model": "m", "choices": [{"index": 0, "delta": {"content": "é\u2028字"}, "finish_reason": None}]}
+END: Any = {"model": "m", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+ODD: list[Any] = [
+    *({"choices": None}, {"choices": [{"delta": None}]}, {"choices": 5}, {"choices": [None]}, {"choices": []}, {}),
+    *(7, None, [], {"error": {"message": "boom"}}, {"error": None, "choices": []}, {"big": 10**40, "choices": None}),
+    {"choices": [], "usage": {"total_tokens": 1}},
+]
+LINES = st.sampled_from(
+    [
+        *(b"data: " + json.dumps(each, ensure_ascii=False).encode() for each in [SAID, SAID, SAID, END, *ODD]),
+        *(b"data:" + json.dumps(SAID).encode(), b"data: [DONE]", b"data:[DONE]", b"data:", b"data: ", b"data:  7"),
+        *(b"data: NaN", b'data: {"choices": [], "x": NaN}', b'data: {"choices": [], "x": "\\ud83d"}', b"data: {"),
+        *(
+            b": ping",
+            b"event: error",
+            b"id: 1",
+            b"nonsense",
+            b"",
+            b"\r",
+            b"\xef\xbb\xbfdata: 1",
+            b"data: \xff",
+            b" data: 1",
+        ),
+        *(b'data: {"choices":', b"data: []}"),
+    ]
+)
+ENDS = st.sampled_from([b"\n\n", b"\n\n", b"\n\n", b"\n", b"\r\n\r\n", b"\n\n\n", b"\r\n", b"\n\r\n", b""])
+STREAMS = st.lists(st.tuples(LINES, ENDS), max_size=10).map(lambda parts: b"".join(line + end for line, end in parts))
+
+
+@st.composite
+def pieces(draw: st.DrawFn, raw: bytes) -> list[bytes]:
+    cuts = sorted(draw(st.lists(st.integers(0, len(raw)), max_size=8)))
+    return [raw[start:end] for start, end in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
+
+
+class Slow(EventCutter):
+    """By lines alone."""
+
+    def feed(self, piece: bytes) -> list[bytes]:
+        return self._lines(piece)
+
+
+def cut(cutter: EventCutter, parts: Sequence[bytes]) -> list[bytes]:
+    return [data for part in parts for data in cutter.feed(part)] + cutter.close()
+
+
+@given(STREAMS | st.text("da:t \n\r{\ufeff", max_size=80).map(str.encode), st.data())
+@settings(max_examples=500, deadline=None)
+@example(b"data: a\n\ndata: b\n\n: c\n\n\ndata: d\ndata: e\n\ndata: f", None)
+def test_the_quick_way_cuts_as_lines_do(raw: bytes, data: st.DataObject | None) -> None:
+    expected = cut(Slow(), [raw])
+    splits = [[raw], [bytes((byte,)) for byte in raw], *([raw[:at], raw[at:]] for at in range(min(len(raw), 60)))]
+    if data is not None:
+        splits.append(data.draw(pieces(raw)))
+
+    assert all(cut(EventCutter(), split) == expected for split in splits)
+
+
+def formerly(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | None]:
+    async def body() -> AsyncIterator[bytes]:
+        for part in parts:
+            yield part
+
+    async def read() -> tuple[list[Any], tuple[Any, ...] | None]:
+        found: list[Any] = []
+        try:
+            async for chunk in chunks_of(httpx.Response(200, content=body())):
+                found.append(chunk)
+        except UpstreamFailure as failure:
+            return found, told(failure)
+        return found, None
+
+    return asyncio.run(read())
+
+
+def told(failure: UpstreamFailure) -> tuple[Any, ...]:
+    return failure.message, failure.status, failure.body, failure.lost, failure.retryable
+
+
+def now(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | None]:
+    reader, found, left = ChunkReader(), [], [part for part in parts if part]
+    while not reader.over:
+        block = reader.feed(left.pop(0)) if left else reader.close()
+        found += [json.loads(chunk.named("m")) for chunk in block]
+    if reader.failure is not None:
+        return found, told(reader.failure)
+    return found, None if reader.finished else told(UpstreamFailure("the model's stream ended before its answer did"))
+
+
+def as_shown(chunks: list[Any]) -> list[Any]:
+    """NaN is no JSON: it is shown as null."""
+    return [json.loads(json.dumps({**chunk, "model": "m"}).replace("NaN", "null")) for chunk in chunks]
+
+
+@given(STREAMS, st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_stream_is_read_as_it_was_formerly(raw: bytes, data: st.DataObject) -> None:
+    parts = data.draw(pieces(raw))
+    chunks, failure = formerly(parts)
+
+    assert now(parts) == (as_shown(chunks), failure)

@@ -1,0 +1,179 @@
+"""The relay's connections: used again, given up, closed when a client leaves; certificates and proxies on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy.settings import Settings
+from proxy.upstream.upstream import Upstream
+from tests.support.makers import until
+from tests.support.raw_upstream import DONE, END, JSON, SAID, STREAM_HEAD, RawUpstream, Said, chunked, plain
+from tests.support.relaying import BODY, KEY, SHORT, a_model, failing, streamed, whole
+
+SOON_S = 1.0
+WHOLE = Said(chunked(SAID, END, DONE))
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[Upstream]:
+    opened = Upstream(Settings(), {"ARM_API_KEY": KEY})
+    yield opened
+    await opened.aclose()
+
+
+@pytest.mark.parametrize(
+    "after",
+    [(), (SAID * 3,), (b"data: {broken\n\n",), (b"x" * 2**21,)],
+    ids=["silence", "events", "nonsense", "flood"],
+)
+async def test_what_comes_after_done_is_waited_for_by_nobody(upstream: Upstream, after: tuple[bytes, ...]) -> None:
+    """The coding of the body never ends: its connection is given up, and not used again."""
+    async with RawUpstream(Said(chunked(SAID, END, DONE, *after, end=b""), "hang"), WHOLE) as server:
+        async with asyncio.timeout(SOON_S / 2):
+            assert len(await streamed(upstream, a_model(server))) == 2
+        await until(lambda: server.open == 0, 3)
+        assert len(await streamed(upstream, a_model(server))) == 2
+        assert server.connections == 2
+
+
+async def test_connections_are_used_again(upstream: Upstream) -> None:
+    async with RawUpstream(WHOLE) as server:
+        for _ in range(5):
+            assert len(await streamed(upstream, a_model(server))) == 2
+            await asyncio.sleep(0.02)  # the end of the coding may come behind the last word
+        server.script.append(plain())
+        server.script.popleft()
+        for _ in range(5):
+            await whole(upstream, a_model(server))
+        assert server.connections == 1
+
+
+async def test_a_kept_connection_that_the_server_closed_costs_no_request(upstream: Upstream) -> None:
+    async with RawUpstream(Said(plain().pieces, "close")) as server:
+        for _ in range(5):
+            await whole(upstream, a_model(server))
+            await until(lambda: server.open == 0)
+            await asyncio.sleep(0.01)  # until it has reached this side
+        assert (len(server.bodies), server.connections) == (5, 5)
+
+
+async def test_a_kept_connection_that_dies_under_a_request_is_told_as_lost_and_not_repeated_here(
+    upstream: Upstream,
+) -> None:
+    async with RawUpstream(plain(), Said((), "reset"), plain()) as server:
+        await whole(upstream, a_model(server))
+        failure = await failing(upstream, a_model(server), whole)
+        assert (failure.lost, len(server.bodies), server.connections) == (True, 2, 1)
+        await whole(upstream, a_model(server))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        Said((), "hang"),
+        Said((SHORT,), "hang"),
+        Said((STREAM_HEAD + b"\r\n",), "hang"),
+        Said(chunked(SAID, end=b""), "hang"),
+        Said(chunked(SAID, END, end=b""), "hang"),
+    ],
+    ids=["before the headers", "in a body", "after the headers", "after a chunk", "after the last word"],
+)
+@pytest.mark.parametrize("ask", [whole, streamed])
+async def test_leaving_at_any_stage_closes_the_connection(
+    upstream: Upstream, said: Said, ask: Callable[..., Any]
+) -> None:
+    async with RawUpstream(said) as server:
+        asking = asyncio.create_task(ask(upstream, a_model(server)))
+        await until(lambda: bool(server.bodies))
+        await asyncio.sleep(0.05)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await until(lambda: server.open == 0, SOON_S)
+
+
+@pytest.mark.parametrize("size", [2**20 - 1, 2**20, 3 * 2**20])
+async def test_a_large_body_arrives_whole(upstream: Upstream, size: int) -> None:
+    body = {**BODY, "messages": [{"role": "user", "content": "é" * (size // 2)}]}
+    async with RawUpstream(plain()) as server:
+        await upstream.complete(a_model(server), body)
+        assert len(server.bodies[0]) > size - 100
+        assert b"\xc3\xa9" * (size // 2) in server.bodies[0]
+
+
+async def test_many_streams_at_once_leave_no_connection_behind(upstream: Upstream) -> None:
+    async with RawUpstream(WHOLE) as server:
+        found = await asyncio.gather(*(streamed(upstream, a_model(server)) for _ in range(200)))
+        assert {len(chunks) for chunks in found} == {2}
+        before = server.connections
+        await asyncio.sleep(0.1)
+        await asyncio.gather(*(streamed(upstream, a_model(server)) for _ in range(100)))
+        assert (before <= 200, server.connections - before) == (True, 0)
+        await upstream.aclose()
+        await until(lambda: server.open == 0)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Signed by itself, for 127.0.0.1; with its key in one file."""
+    folder = tmp_path_factory.mktemp("tls")
+    made = folder / "both.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
+    out = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
+    subprocess.run([*command, *names, *out], check=True, capture_output=True)
+    made.write_text((folder / "key.pem").read_text() + (folder / "cert.pem").read_text())
+    return made
+
+
+def served_by(certificate: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    return context
+
+
+async def test_an_unknown_certificate_is_said_to_be_the_reason(upstream: Upstream, certificate: Path) -> None:
+    async with RawUpstream(plain(), tls=served_by(certificate)) as server:
+        for ask in (whole, streamed):
+            failure = await failing(upstream, a_model(server), ask)
+            assert ("certificate" in failure.message, failure.lost) == (True, False)
+        assert server.bodies == []
+
+
+async def test_a_certificate_of_the_systems_is_taken_where_it_is_asked_for(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    upstream = Upstream(Settings(), {"ARM_API_KEY": KEY, "SSL_CERT_FILE": str(certificate)})
+    async with RawUpstream(plain(), tls=served_by(certificate)) as server:
+        assert await whole(upstream, a_model(server)) == JSON.replace(b"theirs", b"ours")
+    await upstream.aclose()
+
+
+async def test_a_proxy_of_the_environment_is_used_but_for_those_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with RawUpstream(plain()) as proxy, RawUpstream(plain()) as near:
+        monkeypatch.setenv("http_proxy", f"127.0.0.1:{proxy.port}")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        upstream = Upstream(Settings(), {"ARM_API_KEY": KEY})
+        far = a_model(near, api_base="http://far.invalid/v1")
+        await whole(upstream, far)
+        await whole(upstream, a_model(near))
+        await upstream.aclose()
+        assert (len(proxy.bodies), len(near.bodies)) == (1, 1)
+        assert proxy.heads[0].startswith(b"POST http://far.invalid/v1/chat/completions HTTP/1.1\r\n")
+
+
+async def test_a_proxy_that_refuses_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with RawUpstream(plain(b"", status=b"407 Who are you")) as proxy:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
+        upstream = Upstream(Settings(), {"ARM_API_KEY": KEY})
+        failure = await failing(upstream, a_model(proxy, api_base="https://far.invalid/v1"), whole)
+        await upstream.aclose()
+        assert ("407" in failure.message, failure.lost, len(proxy.heads)) == (True, False, 1)
+        assert KEY.encode() not in proxy.heads[0]

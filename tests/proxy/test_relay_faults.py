@@ -1,0 +1,157 @@
+"""The relay over upstreams that break, lie and answer oddly: real sockets, and what the caller would be told."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import AsyncIterator
+
+import pytest
+
+from proxy.settings import Settings
+from proxy.state.records import ModelRecord
+from proxy.upstream.relay import LONGEST_HEADER
+from proxy.upstream.upstream import Upstream
+from tests.support.makers import until
+from tests.support.raw_upstream import DONE, END, JSON, SAID, STREAM_HEAD, RawUpstream, Said, chunked, plain
+from tests.support.relaying import BODY, KEY, SHORT, a_model, failing, streamed, whole
+
+WHOLE = Said(chunked(SAID, END, DONE))
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[Upstream]:
+    opened = Upstream(Settings(), {"ARM_API_KEY": KEY})
+    yield opened
+    await opened.aclose()
+
+
+@pytest.mark.parametrize(
+    ("said", "lost"),
+    [
+        (Said((), "reset"), True),
+        (Said((), "close"), True),
+        (Said((b"HTTP/1.1 200 O",), "close"), True),
+        (Said((SHORT[:60],), "close"), True),
+        (Said((SHORT[:-20],), "reset"), False),
+        (Said((SHORT,), "close"), False),
+        (Said((b"HTTP/1.1 200 OK\r\ncontent-length: 20\r\n\r\n" + JSON,), "close"), False),
+        (Said((b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n50\r\n" + JSON[:20],), "close"), False),
+        (Said((b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n" + JSON,), "close"), False),
+        (Said((b"SMTP ready\r\n\r\n",), "close"), False),
+        (Said((b"HTTP/1.1 200 OK\r\nx: " + b"y" * (LONGEST_HEADER + 1) + b"\r\n\r\n",), "close"), False),
+        (plain(b"", status=b"204 No Content"), False),
+        (plain(b""), False),
+        (plain(b"\xff\xfe{}"), False),
+        (plain(b'{"error": {"message": "boom"}}'), False),
+        (plain(b"[" * 100_000), False),
+    ],
+)
+async def test_an_answer_that_is_none_is_one_request_and_a_failure(upstream: Upstream, said: Said, lost: bool) -> None:
+    """`lost`: nothing was answered, so that the model may be asked once more; else it has done its work."""
+    async with RawUpstream(said) as server:
+        failure = await failing(upstream, a_model(server), whole)
+        assert (failure.lost, len(server.bodies)) == (lost, 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "lost", "chunks"),
+    [
+        (Said((STREAM_HEAD + b"\r\n",), "reset"), False, 0),
+        (Said((STREAM_HEAD + b"\r\n",), "close"), False, 0),
+        (Said(chunked(end=b""), "close"), True, 0),
+        (Said(chunked(end=b""), "reset"), True, 0),
+        (Said(chunked(SAID, end=b""), "reset"), False, 1),
+        (Said((*chunked(SAID, end=b""), b"50\r\nda"), "close"), False, 1),
+        (Said(chunked(SAID)), False, 1),
+        (Said(chunked(SAID, b"data: {nonsense\n\n")), False, 1),
+        (Said(chunked(b"data: 7\n\n")), False, 0),
+        (Said(chunked(SAID, b'data: {"error": {"message": "boom"}}\n\n', END, DONE)), False, 1),
+        (Said(chunked(DONE)), False, 0),
+        (Said(chunked()), False, 0),
+        (plain(b"", status=b"204 No Content", head=b""), False, 0),
+        (plain(JSON), False, 0),
+    ],
+)
+async def test_a_stream_that_ends_before_its_answer_is_a_failure(
+    upstream: Upstream, said: Said, lost: bool, chunks: int
+) -> None:
+    seen = []
+
+    async def ask(upstream: Upstream, record: ModelRecord) -> None:
+        async for block in await upstream.stream(record, {**BODY, "stream": True}):
+            seen.extend(block)
+
+    async with RawUpstream(said) as server:
+        failure = await failing(upstream, a_model(server), ask)
+        assert (failure.lost, len(seen), len(server.bodies)) == (lost, chunks, 1)
+
+
+@pytest.mark.parametrize("status", [b"300 Many", b"302 Found", b"304 Same", b"307 Elsewhere"])
+async def test_no_redirect_is_followed(upstream: Upstream, status: bytes) -> None:
+    async with RawUpstream(WHOLE) as elsewhere, RawUpstream() as server:
+        location = f"location: {elsewhere.url}\r\n".encode()
+        server.script.append(plain(b"", head=location, status=status))
+        for ask in (whole, streamed):
+            assert "redirect" in (await failing(upstream, a_model(server), ask)).message
+        assert elsewhere.connections == 0
+
+
+async def test_an_error_of_a_megabyte_is_cut_and_its_connection_closed(upstream: Upstream) -> None:
+    async with RawUpstream(plain(b'{"error": "' + b"x" * 2**20, status=b"400 Bad")) as server:
+        for ask in (whole, streamed):
+            failure = await failing(upstream, a_model(server), ask)
+            assert (failure.status, len(failure.body or b"")) == (400, 16 * 2**10)
+        await until(lambda: server.open == 0)
+
+
+async def test_the_wait_that_an_upstream_asks_for_is_kept_however_it_is_spelt(upstream: Upstream) -> None:
+    async with RawUpstream(
+        plain(b"{}", head=b"Retry-After: 7\r\nRETRY-AFTER-MS: 7000\r\n", status=b"429 No")
+    ) as server:
+        failure = await failing(upstream, a_model(server), whole)
+
+    assert failure.headers == {"retry-after": "7", "retry-after-ms": "7000"}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        Said((b"HTTP/1.0 200 OK\r\ncontent-type: application/json\r\n\r\n" + JSON,), "close"),
+        plain(gzip.compress(JSON), head=b"content-encoding: gzip\r\n"),
+        plain(head=b"x-long: " + b"y" * 30_000 + b"\r\n"),
+        plain(head=b"content-type: application/json\r\n" + b"".join(b"x-%d: y\r\n" % each for each in range(100))),
+        Said((b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n", *plain().pieces)),
+        Said(tuple(bytes((byte,)) for byte in plain().pieces[0])),
+    ],
+)
+async def test_odd_but_whole_answers_arrive_as_they_are(upstream: Upstream, said: Said) -> None:
+    async with RawUpstream(said) as server:
+        assert await whole(upstream, a_model(server)) == JSON.replace(b"theirs", b"ours")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        Said((b"HTTP/1.0 200 OK\r\ncontent-type: text/event-stream\r\n\r\n", SAID, END), "close"),
+        Said((STREAM_HEAD + b"content-encoding: gzip\r\n\r\n", gzip.compress(SAID + END)), "close"),
+        Said(chunked(b"\xef\xbb\xbf", SAID.replace(b"\n", b"\r\n"), END)),
+        Said(chunked(*(bytes((byte,)) for byte in SAID + END))),
+        Said(chunked(SAID, DONE)),
+        Said(chunked(b": ping\n\nevent: x\nid: 3\n\n", SAID, b"retry: 1\n\n", END[:-2])),
+    ],
+)
+async def test_odd_but_whole_streams_arrive_as_they_are(upstream: Upstream, said: Said) -> None:
+    async with RawUpstream(said) as server:
+        found = await streamed(upstream, a_model(server))
+
+    whole_events = [each[6:].strip().replace(b"theirs", b"ours") for each in (SAID, END)]
+    assert found == whole_events[: len(found)]
+    assert found
+
+
+async def test_thousands_of_events_in_one_reading_are_blocks_of_many(upstream: Upstream) -> None:
+    async with RawUpstream(Said(chunked(SAID * 2000 + END))) as server:
+        sizes = [len(block) async for block in await upstream.stream(a_model(server), {**BODY, "stream": True})]
+
+    assert sum(sizes) == 2001
+    assert len(sizes) < 200

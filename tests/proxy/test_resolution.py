@@ -1,0 +1,253 @@
+"""Which way each provider is reached, as litellm itself says, and which key goes there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy.errors import BadRequest, UpstreamFailure
+from proxy.settings import ModelInfo, Settings
+from proxy.state.records import ModelRecord
+from proxy.state.resolved import Resolved
+from proxy.upstream.call import is_openais
+from proxy.upstream.resolution import plainly
+from proxy.upstream.resolving import FILE, Resolver
+from proxy.upstream.targets import Targets, url_of
+from proxy.upstream.upstream import Upstream, relayed
+from tests.support.makers import a_record
+from tests.support.upstream import ScriptedUpstream
+
+NEAR = "http://127.0.0.1:9/v1"
+AZURE = "https://r.openai.azure.com"
+AZURE_V1 = f"{AZURE}/openai/v1/"
+CANARY = "sk-canary-of-the-environment"
+BODY: Any = {"model": "auto", "messages": [{"role": "user", "content": "hi"}]}
+RENAMED = {"max_completion_tokens": "max_tokens"}
+
+
+def stated(forward: Any = "auto", **params: Any) -> ModelRecord:
+    info = ModelInfo.model_validate({"free": True, "forward": forward})
+    return replace(a_record("m"), litellm_params=params, info=info)
+
+
+def relay(provider: str, model: str, base: str, key: str | None = None, renames: Any = None) -> Resolved:
+    return Resolved("relay", model, provider, base, key, renames or {})
+
+
+def translate(provider: str, model: str = "x", base: str | None = None) -> Resolved:
+    return Resolved("translate", model, provider, base)
+
+
+FOUND: list[tuple[ModelRecord, Resolved | str]] = [
+    (stated(model="openai/gpt-4o"), relay("openai", "gpt-4o", "https://api.openai.com/v1", "OPENAI_API_KEY")),
+    (stated(model="gpt-4o-mini"), relay("openai", "gpt-4o-mini", "https://api.openai.com/v1", "OPENAI_API_KEY")),
+    (
+        stated(model="openai/o3"),
+        relay("openai", "o3", "https://api.openai.com/v1", "OPENAI_API_KEY", {"max_tokens": "max_completion_tokens"}),
+    ),
+    (
+        stated(model="openai/gpt-4o", api_base="https://api.openai.com/v1"),
+        relay("openai", "gpt-4o", "https://api.openai.com/v1", "OPENAI_API_KEY"),
+    ),
+    (stated(model="gpt-4o-mini", api_base=NEAR), relay("openai", "gpt-4o-mini", NEAR)),  # no key to others
+    (stated(model="custom_openai/x"), translate("custom_openai")),
+    (
+        stated(model="azure/x", api_base=f"{AZURE}/openai/v1"),
+        relay("azure", "x", f"{AZURE}/openai/v1", "AZURE_API_KEY"),
+    ),
+    (stated(model="azure/x", api_base=AZURE, api_version="2024-10-21"), translate("azure")),
+    (stated(model="deepseek/x"), relay("deepseek", "x", "https://api.deepseek.com/beta", "DEEPSEEK_API_KEY")),
+    (stated(model="groq/a/b"), relay("groq", "a/b", "https://api.groq.com/openai/v1", "GROQ_API_KEY", RENAMED)),
+    (stated(model="groq/x", api_base=NEAR), relay("groq", "x", NEAR, "GROQ_API_KEY", RENAMED)),
+    (stated(model="groq/x", base_url=NEAR), relay("groq", "x", NEAR, "GROQ_API_KEY", RENAMED)),
+    (
+        stated(model="x", custom_llm_provider="groq"),
+        relay("groq", "x", "https://api.groq.com/openai/v1", "GROQ_API_KEY", RENAMED),
+    ),
+    (stated(model="mistral/x"), relay("mistral", "x", "https://api.mistral.ai/v1", "MISTRAL_API_KEY", RENAMED)),
+    (stated(model="openrouter/a/b"), relay("openrouter", "a/b", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY")),
+    (stated(model="together_ai/x"), relay("together_ai", "x", "https://api.together.ai/v1", "TOGETHERAI_API_KEY")),
+    (
+        stated(model="fireworks_ai/x"),
+        relay("fireworks_ai", "x", "https://api.fireworks.ai/inference/v1", "FIREWORKS_AI_API_KEY", RENAMED),
+    ),
+    (stated(model="xai/x"), relay("xai", "x", "https://api.x.ai/v1", "XAI_API_KEY", RENAMED)),
+    (stated(model="groq/x", api_base=NEAR, ssl_verify=False), translate("groq")),
+    (stated(model="groq/x", api_base=NEAR, drop_params=True), translate("groq")),
+    (stated("translate", model="groq/x", api_base=NEAR), translate("groq")),
+    *[
+        (stated(model=f"{name}/x", api_base=NEAR), translate(name))
+        for name in ("anthropic", "gemini", "ollama", "ollama_chat", "bedrock", "cohere_chat", "vertex_ai")
+    ],
+    (stated("relay", model="anthropic/x", api_base=NEAR), relay("anthropic", "x", NEAR, "ANTHROPIC_API_KEY", RENAMED)),
+    (stated("relay", model="gemini/x", api_base=NEAR), relay("gemini", "x", NEAR, "GEMINI_API_KEY")),
+    (stated("relay", model="bedrock/x", api_base=NEAR), relay("bedrock", "x", NEAR, None, RENAMED)),
+    (stated("relay", model="ollama/x", api_base=NEAR), relay("ollama", "x", NEAR)),
+    *[
+        (stated("relay", model=f"{name}/x"), "forward: relay needs api_base")
+        for name in ("anthropic", "gemini", "ollama", "bedrock", "azure", "hosted_vllm")
+    ],
+    *[
+        (stated(forward, **params), "no provider is known by its name")
+        for forward in ("auto", "relay", "translate")
+        for params in ({"model": "nonsense/x", "api_base": NEAR}, {"model": "nonsense"}, {"model": "nonsense/x"})
+    ],
+    (stated(model="aiohttp_openai/x", api_base=NEAR), "follows redirects"),
+]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[ModelRecord | str]:
+    """One process is asked for all of them."""
+    resolver = Resolver(tmp_path_factory.mktemp("resolving"), {})
+
+    async def each() -> list[ModelRecord | str]:
+        await resolver.resolve_all([record for record, _ in FOUND])
+        told: list[ModelRecord | str] = []
+        for record, _ in FOUND:
+            try:
+                told.append(await resolver.resolve(record))
+            except BadRequest as error:
+                told.append(f"{error.param}: {error.message}")
+        return told
+
+    return asyncio.run(each())
+
+
+@pytest.mark.parametrize("place", range(len(FOUND)), ids=[f"{r.info.forward}-{r.litellm_params}" for r, _ in FOUND])
+def test_a_provider_is_reached_in_the_way_that_it_speaks(found: list[ModelRecord | str], place: int) -> None:
+    told, expected = found[place], FOUND[place][1]
+    if isinstance(expected, str):
+        assert isinstance(told, str)
+        assert told.startswith("litellm_params.model: m: ")
+        assert expected in told
+    else:
+        assert isinstance(told, ModelRecord)
+        assert told.resolved == expected
+        assert (relayed(told) is not None) == (expected.way == "relay")
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (stated(model="openai/a/b", api_base=NEAR), relay("openai", "a/b", NEAR)),
+        (stated(model="hosted_vllm/x", base_url=NEAR, api_base="http://no"), relay("hosted_vllm", "x", NEAR)),
+        (stated(model="a/b", custom_llm_provider="openai", api_base=NEAR), relay("openai", "a/b", NEAR)),
+        (stated(model="openai/x", custom_llm_provider="openai", api_base=NEAR), relay("openai", "x", NEAR)),
+        (
+            stated(model="openai/x", api_base=NEAR, api_key="k", headers={}, organization="o"),
+            relay("openai", "x", NEAR),
+        ),
+        (stated("translate", model="openai/x", api_base=NEAR), translate("openai", base=NEAR)),
+        (stated(model="openai/x", api_base=NEAR, ssl_verify=False), translate("openai", base=NEAR)),
+        (stated("relay", model="openai/x", api_base=NEAR, temperature=1), relay("openai", "x", NEAR)),
+        (stated(model="openai/x"), None),
+        (stated(model="openai/x", api_base="https://api.openai.com/v1"), None),
+        (stated(model="groq/x", api_base=NEAR), None),
+        (stated(model="openai", api_base=NEAR), None),
+    ],
+)
+def test_what_is_plain_needs_no_litellm(record: ModelRecord, expected: Resolved | None) -> None:
+    assert plainly(record.litellm_params, record.info.forward) == expected
+
+
+@pytest.mark.parametrize(
+    ("address", "openais"),
+    [
+        ("https://api.openai.com/v1", True),
+        ("https://eu.api.openai.com", True),
+        ("HTTPS://API.OPENAI.COM:443/v1", True),
+        ("https://elsewhere.example/api.openai.com/v1", False),
+        ("https://api.openai.com.elsewhere.example/v1", False),
+        ("https://api.openai.com@elsewhere.example/v1", False),
+        ("https://elsewhere.example/?x=api.openai.com", False),
+        ("https://notapi.openai.com/v1", False),
+    ],
+)
+def test_openais_key_is_for_openais_hosts(address: str, openais: bool) -> None:
+    """The name of the host within another address is no such host."""
+    assert is_openais(address) == openais
+
+
+def test_that_litellm_cannot_be_loaded_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "litellm", None)
+
+    async def serve() -> frozenset[str]:
+        upstream = Upstream(Settings(), {})
+        upstream.serve({"m": stated("translate", model="openai/x", api_base=NEAR)})
+        with pytest.raises(ImportError):
+            await upstream.loaded()
+        await upstream.aclose()
+        return upstream.loading
+
+    assert asyncio.run(serve()) == {"m"}
+    assert "litellm cannot be loaded" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("base", "url"),
+    [
+        (NEAR, f"{NEAR}/chat/completions"),
+        (f"{NEAR}/", f"{NEAR}/chat/completions"),
+        (f"{NEAR}/chat/completions", f"{NEAR}/chat/completions"),
+        (f"{NEAR}?api-version=preview", f"{NEAR}/chat/completions?api-version=preview"),
+    ],
+)
+def test_chat_completions_are_below_the_address(base: str, url: str) -> None:
+    assert url_of(base) == url
+
+
+async def test_a_key_of_the_environment_is_sent_and_kept_nowhere(tmp_path: Path) -> None:
+    environ = {"MISTRAL_API_KEY": CANARY}
+    with ScriptedUpstream() as server:
+        record = await Resolver(tmp_path, environ).resolve(stated(model="mistral/x", api_base=server.url))
+        upstream = Upstream(Settings(), environ)
+        body = {**BODY, "max_completion_tokens": 7}
+        await upstream.complete(record, body, raw=json.dumps(body).encode())
+        await upstream.aclose()
+
+        assert server.last.headers["authorization"] == f"Bearer {CANARY}"
+        assert (server.last.body["max_tokens"], "max_completion_tokens" in server.last.body) == (7, False)
+    assert record.resolved is not None
+    target = Targets(Settings(), environ).of(record, record.resolved)
+    kept = (tmp_path / FILE).read_text() + record.to_json() + repr(record) + repr(target) + repr(record.resolved)
+    assert "MISTRAL_API_KEY" in kept
+    assert CANARY not in kept
+
+
+@pytest.mark.parametrize("variable", ["UNIROUTE_ADMIN_KEY", "AWS_SECRET_ACCESS_KEY", "HOME", "UNIROUTE_X_API_KEY"])
+def test_a_record_that_names_another_secret_gets_none(variable: str) -> None:
+    """Whoever can write to the store may not read the environment."""
+    record = a_record()
+    with pytest.raises(UpstreamFailure, match="no key"):
+        Targets(Settings(), {variable: CANARY}).of(record, Resolved("relay", "m", "x", NEAR, variable))
+
+
+@pytest.mark.parametrize("forward", ["auto", "relay", "translate"])
+async def test_a_model_that_an_older_version_stored_still_answers(forward: str) -> None:
+    with ScriptedUpstream() as server:
+        record = stated(forward, model="openai/x", api_base=server.url, api_key="sk-of-the-arm")
+        stored = ModelRecord.from_json("m", record.to_json())
+        upstream = Upstream(Settings(), {})
+        answer = await upstream.complete(stored, BODY)
+        await upstream.aclose()
+
+    assert (stored.resolved, answer.body["object"]) == (None, "chat.completion")
+    assert (answer.raw is not None) == (forward != "translate")
+
+
+@pytest.mark.parametrize("resolved", [relay("groq", "x", NEAR, "GROQ_API_KEY", RENAMED), translate("anthropic")])
+def test_what_was_resolved_is_stored_with_the_model(resolved: Resolved) -> None:
+    record = stated(model="groq/x", api_base=NEAR)
+    kept = replace(record, resolved=resolved)
+
+    assert ModelRecord.from_json("m", kept.to_json()).resolved == resolved
+    assert kept.fingerprint == record.fingerprint

@@ -1,0 +1,147 @@
+"""litellm asked by a process of its own: without any key, once for each model, and not at all where that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy.errors import Unavailable
+from proxy.settings import ModelInfo
+from proxy.state.records import ModelRecord
+from proxy.state.resolved import Resolved
+from proxy.upstream import resolving
+from proxy.upstream.resolving import FILE, Resolver
+from proxy.upstream.upstream import relayed
+from tests.support.makers import a_record
+from tests.support.process_group import children_of
+
+NEAR = "http://127.0.0.1:9/v1"
+CANARY = "sk-canary-of-the-environment"
+
+
+def stated(**params: Any) -> ModelRecord:
+    return replace(a_record("m"), litellm_params=params, info=ModelInfo(free=True))
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In place of Python: it writes its environment to a file and goes on as it is told by another."""
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\nenv > {tmp_path}/environ\necho >> {tmp_path}/asked\n. {tmp_path}/then\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    return tmp_path
+
+
+def answering(folder: Path, *answers: Any) -> None:
+    (folder / "answers").write_text(json.dumps(answers))
+    (folder / "then").write_text(f"cat > /dev/null; cat {folder}/answers")
+
+
+ONE = stated(model="groq/x", api_base=NEAR)
+DYING = ["exit 3", "kill -9 $$", "exec sleep 60"]
+DYING += [f"cat > /dev/null; echo '{said}'" for said in ("nonsense", "[]", "[7]", "{}", '[{"resolved": {}}]')]
+FOUND = Resolved("relay", "x", "groq", NEAR, "GROQ_API_KEY")
+ANSWER = {"resolved": FOUND.to_json()}
+
+
+async def test_no_key_is_in_the_environment_of_who_is_asked(asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GROQ_API_KEY", CANARY)
+    monkeypatch.setenv("SOME_SECRET", CANARY)
+    answering(asked, ANSWER)
+    environ = {"GROQ_API_KEY": CANARY, "GROQ_API_BASE": "http://base", "UNIROUTE_ADMIN_KEY": CANARY}
+    await Resolver(asked / "data", environ).resolve(ONE)
+    seen = (asked / "environ").read_text()
+
+    assert "GROQ_API_BASE=http://base\n" in seen
+    assert "LITELLM_MODE=PRODUCTION\n" in seen  # else it reads a .env file
+    assert CANARY not in seen
+
+
+async def test_what_was_found_is_not_asked_again(asked: Path) -> None:
+    answering(asked, ANSWER)
+    first = await Resolver(asked / "data", {}).resolve(ONE)
+    again = await Resolver(asked / "data", {}).resolve(ONE)
+    assert (first.resolved, (asked / "asked").read_text()) == (again.resolved, "\n")
+
+    await Resolver(asked / "data", {"GROQ_API_BASE": "http://other"}).resolve(ONE)
+    assert (asked / "asked").read_text() == "\n\n"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    ["", "{", "[]", "7", "null", "\x00", '{"%s": 7}', '{"%s": {}}', '{"%s": {"resolved": {"way": "relay"}}}',
+     '{"%s": {"resolved": {"way": "astray"}}}', '{"%s": {"refused": 5}}'],
+)  # fmt: skip
+async def test_a_broken_file_is_as_good_as_none(asked: Path, broken: str) -> None:
+    answering(asked, ANSWER)
+    await Resolver(asked / "data", {}).resolve(ONE)
+    (mark,) = json.loads((asked / "data" / FILE).read_text())
+    (asked / "data" / FILE).write_text(broken.replace("%s", mark))
+
+    assert (await Resolver(asked / "data", {}).resolve(ONE)).resolved == FOUND
+    assert json.loads((asked / "data" / FILE).read_text()) == {mark: ANSWER}
+
+
+async def test_several_at_once_write_one_file(asked: Path) -> None:
+    answering(asked, ANSWER)
+    records = [stated(model=f"groq/{number}", api_base=NEAR) for number in range(12)]
+    await asyncio.gather(*(Resolver(asked / "data", {}).resolve(record) for record in records))
+
+    assert len(json.loads((asked / "data" / FILE).read_text())) == 12
+    assert {path.name for path in (asked / "data").iterdir()} == {FILE, "providers.lock"}
+
+
+async def test_two_processes_at_once_write_one_file(tmp_path: Path) -> None:
+    program = (
+        "import asyncio, sys, json; from pathlib import Path; from proxy.upstream.resolving import Resolver\n"
+        "resolver = Resolver(Path(sys.argv[1]), {})\n"
+        "for number in range(200): resolver._keep({f'{sys.argv[2]}-{number}': {'refused': 'no'}})\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    running = [await asyncio.create_subprocess_exec(*command, name) for name in ("a", "b")]
+
+    assert [await each.wait() for each in running] == [0, 0]
+    assert len(json.loads((tmp_path / FILE).read_text())) == 400
+
+
+async def test_a_folder_that_cannot_be_written_is_no_hindrance(asked: Path) -> None:
+    answering(asked, ANSWER)
+    (asked / "data").write_text("a file")
+
+    assert (await Resolver(asked / "data", {}).resolve(ONE)).resolved is not None
+
+
+@pytest.mark.parametrize("then", DYING)
+async def test_who_cannot_be_asked_is_a_503_and_at_start_means_translation(
+    asked: Path, monkeypatch: pytest.MonkeyPatch, then: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(resolving, "PATIENCE_S", 0.3)
+    (asked / "then").write_text(then)
+    resolver = Resolver(asked / "data", {})
+    with pytest.raises(Unavailable, match="provider of m could not be looked up"):
+        await resolver.resolve(ONE)
+    odd, plain = await resolver.resolve_all([ONE, stated(model="openai/x", api_base=NEAR)])
+
+    assert (odd, relayed(odd)) == (ONE, None)
+    assert plain.resolved == Resolved("relay", "x", "openai", NEAR)
+    assert "models are translated" in caplog.text
+    assert not (asked / "data" / FILE).exists()
+    assert not [pid for pid in children_of(os.getpid()) if "sleep" in command_of(pid)]
+
+
+async def test_who_cannot_be_started_is_a_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    with pytest.raises(Unavailable):
+        await Resolver(tmp_path, {}).resolve(ONE)

@@ -1,0 +1,51 @@
+"""A model that is relayed to, asked directly: what came of it, under our name for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from proxy.errors import UpstreamFailure
+from proxy.state.records import ModelRecord
+from proxy.upstream.upstream import Upstream
+from tests.support.makers import a_record
+from tests.support.raw_upstream import JSON, RawUpstream
+
+KEY = "sk-canary-of-the-relay"
+BODY: dict[str, Any] = {"model": "auto", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def a_model(server: RawUpstream, **params: Any) -> ModelRecord:
+    stated = {"model": "openai/theirs", "api_base": server.url, "api_key": "os.environ/ARM_API_KEY"}
+    return replace(a_record("ours"), litellm_params={**stated, **params})
+
+
+async def whole(upstream: Upstream, record: ModelRecord) -> bytes:
+    return (await upstream.complete(record, BODY)).named("ours")
+
+
+async def streamed(upstream: Upstream, record: ModelRecord) -> list[bytes]:
+    found: list[bytes] = []
+    stream: Any = await upstream.stream(record, {**BODY, "stream": True})
+    try:
+        async for block in stream:
+            found += [chunk.named("ours") for chunk in block]
+    finally:
+        await stream.aclose()
+    return found
+
+
+async def failing(upstream: Upstream, record: ModelRecord, ask: Callable[..., Any]) -> UpstreamFailure:
+    with pytest.raises(UpstreamFailure) as caught:
+        async with asyncio.timeout(5):
+            await ask(upstream, record)
+    assert KEY not in f"{caught.value.message}{caught.value.body!r}{caught.value.headers}"
+    return caught.value
+
+
+SHORT = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 500\r\n\r\n" + JSON
+"""It says that there is more to come."""
