@@ -65,6 +65,7 @@ def cut(cutter: EventCutter, parts: Sequence[bytes]) -> list[bytes]:
 
 @given(STREAMS | st.text("da:t \n\r{\ufeff", max_size=80).map(str.encode), st.data())
 @settings(max_examples=500, deadline=None)
+@example(b"data: a\n\ndata: b\r\n\ndata: c\n\n", None)
 @example(b"data: a\n\ndata: b\n\n: c\n\n\ndata: d\ndata: e\n\ndata: f", None)
 def test_the_quick_way_cuts_as_lines_do(raw: bytes, data: st.DataObject | None) -> None:
     expected = cut(Slow(), [raw])
