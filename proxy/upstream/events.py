@@ -10,6 +10,7 @@ from proxy.relay.sse import EventCutter, EventTooLong
 from proxy.upstream.payload import Payload, exactly, parsed
 
 _DONE = b"[DONE]"
+_ODD_CHOICES = "the model sent a chunk whose `choices` are not a list of objects"
 
 
 class ChunkReader:
@@ -73,11 +74,14 @@ def chunk_of(data: bytes) -> Payload:
     if chunk.get("error"):
         raise UpstreamFailure("the model reported an error within its stream", status=502, body=chunk)
     choices = chunk.get("choices")
-    if not isinstance(choices, list | None) or not all(isinstance(choice, dict) for choice in choices or ()):
-        raise UpstreamFailure("the model sent a chunk whose `choices` are not a list of objects")
-    if choices is None or any(choice.get("delta") is None for choice in choices):
-        return Payload(_filled(exactly(data, chunk)))
-    return Payload(chunk, raw)
+    if not isinstance(choices, list | None):
+        raise UpstreamFailure(_ODD_CHOICES)
+    whole = choices is not None
+    for choice in choices or ():
+        if not isinstance(choice, dict):
+            raise UpstreamFailure(_ODD_CHOICES)
+        whole = whole and choice.get("delta") is not None
+    return Payload(chunk, raw) if whole else Payload(_filled(exactly(data, chunk)))
 
 
 def _filled(chunk: dict[str, Any]) -> dict[str, Any]:

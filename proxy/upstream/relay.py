@@ -7,6 +7,7 @@ import io
 import logging
 import ssl
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from proxy.descriptors import shares
@@ -108,11 +109,11 @@ class RelayUpstream:
         try:
             response = await self.open().post(
                 target.url,
-                data=body if len(body) < IN_ONE_PIECE else io.BytesIO(body),
+                data=aiohttp.BytesPayload(body) if len(body) < IN_ONE_PIECE else io.BytesIO(body),
                 headers={**target.headers, **headers},
                 allow_redirects=False,
                 proxy=self._proxies.of(target.url),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s or self._connect_s),
+                timeout=_within(connect_s or self._connect_s),
             )
         except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
             raise without(target.secrets, _failure_of(error, target.name)) from error
@@ -211,6 +212,13 @@ class RelayedStream:
             self._upstream.give_back(self._response)
         else:
             self._response.close()
+
+
+@lru_cache(maxsize=64)
+def _within(connect_s: float) -> aiohttp.ClientTimeout:
+    import aiohttp
+
+    return aiohttp.ClientTimeout(total=None, sock_connect=connect_s)
 
 
 def _certificates_of(environ: Mapping[str, str]) -> str | None:
