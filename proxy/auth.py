@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from proxy.brake import Brake
-from proxy.errors import BadRequest, Forbidden, ProxyError, Unauthenticated, describe
+from proxy.errors import BadRequest, Forbidden, ProxyError, Unauthenticated, Unavailable, describe
 from proxy.head import Headers, head_of
 from proxy.roles import check_role, is_admin_side
 from proxy.settings import Settings, is_loopback
@@ -112,7 +112,10 @@ class Guard:
         digest = _digest(secret) if secret else ""
         if self._root_digest is not None and hmac.compare_digest(digest, self._root_digest):
             return Admitted(ROOT)
-        key, now = self._state().keys.get(digest), self._clock()
+        state, now = self._state(), self._clock()
+        key = state.keys.get(digest)
+        if key is None and digest and not state.known:
+            raise Unavailable("the API keys of this server cannot be read yet: its store does not answer; try again")
         if key is None or key.revoked or not key.opens_with(digest, now):
             raise Unauthenticated("no valid API key was given; send one as Authorization: Bearer …, or as x-api-key")
         if key.expired(now):

@@ -60,7 +60,7 @@ class StateHolder:
     @property
     def loaded(self) -> bool:
         """Whether Redis was ever read: what readiness means, whatever Redis does later."""
-        return self._reader.last.version >= 0
+        return self._current.known
 
     async def start(self) -> None:
         """Read once and follow from then on. Redis may be away; then the first reading comes when it is back."""

@@ -53,6 +53,11 @@ class RoutingState:
     """By the digest of each secret, also of one before the last rotation; revoked ones are not here."""
     keys_required: bool
 
+    @property
+    def known(self) -> bool:
+        """Whether anything was read from the store yet, and so whose keys there are."""
+        return self.version >= 0
+
     def standing(self, name: str) -> str:
         """ready, foreign_profile, unprofiled or unpriced. Whether it is being profiled is the jobs' to say."""
         if name not in self.profiles:

@@ -32,9 +32,17 @@ BEARER = {"authorization": f"Bearer {SECRET}"}
 class Door:
     """A guard before an app that answers 200 with who came in."""
 
-    def __init__(self, *keys: ClientKey, root: str | None = ROOT_KEY, now: float = NOON, latched: bool = True) -> None:
+    def __init__(
+        self,
+        *keys: ClientKey,
+        root: str | None = ROOT_KEY,
+        now: float = NOON,
+        latched: bool = True,
+        read: bool = True,
+    ) -> None:
+        """`read`: whether the store has answered yet, since this process started."""
         settings = Settings(admin_key=SecretStr(root) if root else None)
-        stored = Stored(version=1, keys={key.id: key for key in keys}, keys_exist=bool(keys))
+        stored = Stored(version=1, keys={key.id: key for key in keys}, keys_exist=bool(keys)) if read else Stored()
         state = build_state(stored, surroundings(), keys_latched=latched)
         self.now = now
         self._guard = Guard(self._app, settings, lambda: state, lambda: self.now)
@@ -70,6 +78,14 @@ def bearer(secret: str | bytes) -> tuple[bytes, bytes]:
 
 def plain(secret: str) -> tuple[bytes, bytes]:
     return b"x-api-key", secret.encode()
+
+
+def test_before_any_key_could_be_read_none_is_called_wrong() -> None:
+    door = Door(KEY, read=False)
+
+    assert door("/v1/models", "GET", bearer(SECRET))[0] == 503
+    assert door("/v1/models")[0] == 401
+    assert door("/v1/models", "GET", bearer(ROOT_KEY)) == (200, "root None")
 
 
 def test_a_key_the_root_key_and_no_key_are_told_apart() -> None:
