@@ -80,9 +80,9 @@ class StaticEmbedder:
         """(1, d), the same as `embed` gives, in a fraction of a millisecond. None: it would take longer."""
         if len(text) > LONGEST_AT_HAND or (ids := self._words.indices_at_hand(_encodable(text))) is None:
             return None
-        vector = np.zeros((1, self.dimension), dtype=np.float32)
-        self._put(vector[0], ids)
-        return _unit(vector)
+        if not ids.size:
+            return np.zeros((1, self.dimension), dtype=np.float32)
+        return _unit_row(self._weights.take(ids) @ self._table.take(ids, axis=0))
 
     def _put(self, row: Floats, ids: Indices) -> None:
         if ids.size:
@@ -175,6 +175,12 @@ def _distill_apart(folder: Path, progress: distill.Progress) -> None:
 def _encodable(text: str) -> str:
     """Lone surrogates, legal in JSON, cannot be tokenised: they become question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _unit_row(vector: Floats) -> Floats:
+    """(1, d). What `_unit` does, bit by bit, of one row."""
+    norm = np.sqrt(np.add.reduce(vector * vector))
+    return (vector / norm if norm > 0 else vector).reshape(1, -1)
 
 
 def _unit(vectors: Floats) -> Floats:

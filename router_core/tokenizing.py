@@ -62,7 +62,7 @@ class WordTokenizer:
         if found is None:
             return None
         pieces, packed = found
-        if None in packed and sum(len(pieces[place]) for place in _missing(packed)) > NEW_CHARACTERS:
+        if None in packed and _new_characters(pieces, packed) > NEW_CHARACTERS:
             return None
         return np.frombuffer(b"".join(self._completed(pieces, packed)), dtype=np.int64)
 
@@ -76,77 +76,41 @@ class WordTokenizer:
 
     def _completed(self, pieces: Sequence[str], packed: list[Packed | None]) -> list[Packed]:
         if None in packed:
-            places = _missing(packed)
-            known = self._known([pieces[place] for place in places])
-            for place in places:
-                packed[place] = known[pieces[place]]
+            for place, ids in enumerate(packed):
+                if ids is None:
+                    packed[place] = self._met(pieces[place])
         return packed  # type: ignore[return-value]  # nothing is missing any more
 
-    def _known(self, pieces: Sequence[str]) -> dict[str, Packed]:
-        """Of every piece: remembered, put together from remembered parts, or asked of the tokenizer."""
-        known = dict[str, Packed]()
-        parts_of = dict[str, list[str]]()
-        for piece in pieces:
-            ids = self._remembered(piece)
-            if ids is not None:
-                known[piece] = ids
-            elif self._pieces_of and piece.isascii() and piece.isalnum():
-                known[piece] = array("q", self._pieces_of(piece)).tobytes()
-                self._remember(piece, known[piece])
-            else:
-                parts_of[piece] = _PARTS.findall(piece) if piece.isascii() and piece.isprintable() else [piece]
-        of_parts = self._learned(list({part for parts in parts_of.values() for part in parts}))
-        for piece, parts in parts_of.items():
-            known[piece] = b"".join(map(of_parts.__getitem__, parts))
-            self._remember(piece, known[piece])
-        return known
-
-    def _learned(self, parts: Sequence[str]) -> dict[str, Packed]:
-        known = {part: ids for part in parts if (ids := self._remembered(part)) is not None}
-        missing = [part for part in parts if part not in known]
-        if not missing:
-            return known
-        for part, tokens in self._looked_up(missing).items():
-            known[part] = array("q", tokens).tobytes()
-            self._remember(part, known[part])
-        return known
-
-    def _looked_up(self, parts: Sequence[str]) -> dict[str, list[int]]:
-        found = {}
-        if self._pieces_of:
-            found = {part: self._pieces_of(part) for part in parts if part.isascii() and part.isalnum()}
-        if others := [part for part in parts if part not in found]:
-            found |= self._asked(others)
-        return found
-
-    def _asked(self, parts: Sequence[str]) -> dict[str, list[int]]:
-        """What the tokenizer itself says."""
-        encoded = self._tokenizer.encode(parts, is_pretokenized=True, add_special_tokens=False)
-        found: list[list[int]] = [[] for _ in parts]
-        for token, place in zip(encoded.ids, encoded.word_ids, strict=True):
-            if place is not None:  # as it would be for a special token; none is added
-                found[place].append(token)
-        return dict(zip(parts, found, strict=True))
-
-    def _remembered(self, piece: str) -> Packed | None:
-        ids = self._young.get(piece)
-        if ids is None and (ids := self._old.get(piece)) is not None:
+    def _met(self, piece: str) -> Packed:
+        """Of a piece that is not among the young: it is from now on."""
+        ids = self._old.get(piece)
+        if ids is None:
+            ids = self._looked_up(piece)
+        if len(piece) <= LONGEST_WORD:
             self._young[piece] = ids
+            if len(self._young) > MOST_WORDS:
+                self._old, self._young = self._young, {}
         return ids
 
-    def _remember(self, piece: str, ids: Packed) -> None:
-        if len(piece) > LONGEST_WORD:
-            return
-        self._young[piece] = ids
-        if len(self._young) > MOST_WORDS:
-            self._old, self._young = self._young, {}
+    def _looked_up(self, piece: str) -> Packed:
+        """A plain word is cut here, a piece of printable ASCII at its marks; the tokenizer is asked of the rest."""
+        if self._pieces_of is not None and piece.isascii():
+            if piece.isalnum():
+                return array("q", self._pieces_of(piece)).tobytes()
+            if len(piece) > 1 and piece.isprintable():
+                return b"".join(self._young.get(part) or self._met(part) for part in _PARTS.findall(piece))
+        return array("q", self._asked(piece)).tobytes()
+
+    def _asked(self, piece: str) -> list[int]:
+        encoded = self._tokenizer.encode([piece], is_pretokenized=True, add_special_tokens=False)
+        return [token for token, place in zip(encoded.ids, encoded.word_ids, strict=True) if place is not None]
 
     def _encoded(self, text: str) -> Indices:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
 
-def _missing(packed: Sequence[Packed | None]) -> list[int]:
-    return [place for place, ids in enumerate(packed) if ids is None]
+def _new_characters(pieces: Sequence[str], packed: Sequence[Packed | None]) -> int:
+    return sum(len(piece) for piece, ids in zip(pieces, packed, strict=True) if ids is None)
 
 
 def _pieces(text: str) -> list[str]:
