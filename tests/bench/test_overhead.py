@@ -135,6 +135,7 @@ def test_no_two_requests_are_alike_though_one_is_sent_again_and_again(load: tupl
     assert MARK.encode() not in b"".join(received)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_command_prints_a_row_for_each_contender_and_nothing_fails(embedder_cache: Path, tmp_path: Path) -> None:
     table = tmp_path / "table.md"
