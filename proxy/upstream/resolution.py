@@ -49,6 +49,8 @@ def plainly(params: Mapping[str, Any], forward: Forward) -> Resolved | None:
     provider = params.get("custom_llm_provider") or prefix
     if provider not in VERBATIM or not address or is_openais(address) or not bare:
         return None
+    if forward == "relay" and _needs_litellm(params):
+        return None  # it is refused there
     model = bare if prefix == provider else params["model"]
     translated = forward == "translate" or (forward == "auto" and _needs_litellm(params))
     return Resolved("translate" if translated else "relay", model, provider, address)
@@ -74,6 +76,10 @@ def _is_relayed(provider: str, base: str | None, stated: Collection[str], forwar
         if not base:
             raise NotResolved(
                 f"forward: relay needs api_base: {provider} has no address that is known to speak OpenAI's"
+            )
+        if without_place := sorted(set(stated) - RELAYED):
+            raise NotResolved(
+                f"forward: relay has no place for litellm_params.{without_place[0]}; leave one of them out"
             )
         return True
     if provider == "azure" and "/openai/v1" not in (base or ""):

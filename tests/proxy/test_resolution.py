@@ -98,6 +98,10 @@ FOUND: list[tuple[ModelRecord, Resolved | str]] = [
         for forward in ("auto", "relay", "translate")
         for params in ({"model": "nonsense/x", "api_base": NEAR}, {"model": "nonsense"}, {"model": "nonsense/x"})
     ],
+    *[
+        (stated("relay", model=model, api_base=NEAR, ssl_verify=False), "no place for litellm_params.ssl_verify")
+        for model in ("groq/x", "openai/x")
+    ],
     (stated(model="aiohttp_openai/x", api_base=NEAR), "follows redirects"),
 ]
 
