@@ -103,7 +103,7 @@ def test_the_demo_measures_three_models_and_streams_three_answers(tmp_path: Path
     (tmp_path / "data" / "demo").mkdir()
     for table in embedder_cache.glob("static-*"):
         (tmp_path / "data" / "demo" / table.name).symlink_to(table)
-    ended = run_command("demo", "--once", "--prompts", "24", "--port", "0", environ=environ, timeout_s=380)
+    ended = run_command("demo", "--once", "--prompts", "30", "--port", "0", environ=environ, timeout_s=380)
     assert ended.returncode == 0, ended.stderr
     errors = [
         float(error) for error in re.findall(r"\d\.\d\d", re.findall(r"^  mean error .*$", ended.stdout, re.M)[0])
