@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Coroutine
 from typing import Any
 
 log = logging.getLogger("uniroute")
@@ -28,6 +28,21 @@ async def cancel_until_done(tasks: Collection[asyncio.Task[Any]]) -> None:
             interrupted = error
     if interrupted is not None:
         raise interrupted
+
+
+async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """`work` is done when this returns, also where we are cancelled meanwhile, which is told afterwards: what is closed
+    halfway stays open for ever."""
+    working = asyncio.create_task(work)
+    interrupted: asyncio.CancelledError | None = None
+    while not working.done():
+        try:
+            await asyncio.wait({working})
+        except asyncio.CancelledError as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
+    working.result()
 
 
 async def end(*tasks: asyncio.Task[Any] | None) -> None:

@@ -14,6 +14,7 @@ import httpx
 from proxy.errors import UpstreamFailure
 from proxy.settings import Settings, SettingsError, resolve_secret
 from proxy.state.records import ModelRecord
+from proxy.tasks import to_its_end
 from proxy.upstream.call import STRAYING, Provider, arm_body, call_arguments, is_provider_param, secrets_of
 from proxy.upstream.failures import failure_of, no_completion, without
 from proxy.upstream.provider_layer import handler_over, import_litellm, keep_no_books, warm_up
@@ -137,7 +138,7 @@ class LitellmUpstream:
             raise failure_of(error, exchange.response, record.name) from error
         finally:
             if exchange.response is not None:
-                await exchange.response.aclose()
+                await to_its_end(exchange.response.aclose())
         if not finished:
             raise UpstreamFailure("the model's stream ended before its answer did")
 

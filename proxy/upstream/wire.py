@@ -13,6 +13,7 @@ import httpx
 from proxy.descriptors import shares
 from proxy.errors import UpstreamFailure
 from proxy.relay.sse import EventCutter, EventTooLong, loads
+from proxy.tasks import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -184,7 +185,7 @@ async def chunks_of(response: httpx.Response) -> AsyncGenerator[dict[str, Any]]:
             lost=not begun and isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError),
         ) from error
     finally:
-        await response.aclose()
+        await to_its_end(response.aclose())
     if not finished:
         raise UpstreamFailure("the model's stream ended before its answer did")
 
