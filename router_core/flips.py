@@ -8,6 +8,8 @@ from router_core.types import Doubles, Indices
 
 NUDGE = 1e-9
 """Relative step into an open interval, well above rounding and well below any λ that people write."""
+DEAREST_LAMBDA = 1e12
+"""Nobody asks for more, and beyond costs that are next to nothing would decide, or overflow."""
 
 
 def choose(scores: Doubles, costs: Doubles, tie: float) -> int:
@@ -22,12 +24,13 @@ def choose_each(scores: Doubles, costs: Doubles, tie: float) -> Indices:
 
 
 def flip_lambdas(errors: Doubles, costs: Doubles, lambda_: float, tie: float) -> Doubles:
-    """(m,) per row the λ ≥ 0 nearest to `lambda_` at which `choose` picks it; NaN where there is none.
+    """(m,) per row the λ from 0 to DEAREST_LAMBDA nearest to `lambda_` at which `choose` picks it; NaN: there is none.
 
     A row is near enough to the best on one interval of λ (the best score is concave in λ), and is chosen there wherever
     no cheaper row is near enough too.
     """
     low, high = _near_intervals(errors, costs, tie)
+    high = np.minimum(high, DEAREST_LAMBDA)
     flips = np.full(len(costs), np.nan)
     cheaper = np.empty((0, 2))
     for row in np.argsort(costs, kind="stable"):

@@ -47,3 +47,10 @@ def test_no_model_that_some_lambda_chooses_is_left_without_one(
     chosen = choose(errors + other * costs, costs, 0.005)
     flip = flip_lambdas(errors, costs, lambda_, tie=0.005)[chosen]
     assert abs(flip - lambda_) <= abs(other - lambda_) + 1e-6
+
+
+def test_no_lambda_is_told_that_nobody_can_ask_for() -> None:
+    flips = flip_lambdas(np.array([0.5, 0.2, 0.1]), np.array([0.0, 1e-300, 5.0]), 0.1, 1e-12)
+
+    assert np.isnan(flips[0])  # the cheapest, by so little that λ would have to be beyond all bounds
+    assert flips[1:] == pytest.approx([0.1, 0.02], rel=1e-6)
