@@ -8,7 +8,11 @@ import logging
 import ssl
 from collections.abc import Collection, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import aiohttp
+import certifi
+from aiohttp.http_exceptions import ContentEncodingError
 
 from proxy.descriptors import shares
 from proxy.errors import UpstreamFailure
@@ -22,9 +26,6 @@ from proxy.upstream.payload import Payload, parsed
 from proxy.upstream.proxies import Proxies
 from proxy.upstream.targets import Target, Targets
 from proxy.upstream.wire import MOST_ANSWER_BYTES, MOST_ERROR_BYTES, has_choices
-
-if TYPE_CHECKING:
-    import aiohttp
 
 log = logging.getLogger("uniroute.upstream")
 
@@ -104,8 +105,6 @@ class RelayUpstream:
         self, target: Target, body: bytes, headers: Mapping[str, str], connect_s: float | None
     ) -> aiohttp.ClientResponse:
         """A response that may hold an answer. Raises UpstreamFailure."""
-        import aiohttp
-
         try:
             response = await self.open().post(
                 target.url,
@@ -137,8 +136,6 @@ class RelayUpstream:
     def open(self) -> aiohttp.ClientSession:
         """The pool, on this event loop; before the first request, so that none waits for it."""
         if self._opened is None:
-            import aiohttp
-
             self._opened = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(
                     limit=shares().upstreams,
@@ -191,9 +188,6 @@ class RelayedStream:
         raise StopAsyncIteration
 
     async def _read(self) -> bytes:
-        import aiohttp
-        from aiohttp.http_exceptions import ContentEncodingError
-
         try:
             return await self._response.content.readany()
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
@@ -216,8 +210,6 @@ class RelayedStream:
 
 @lru_cache(maxsize=64)
 def _within(connect_s: float) -> aiohttp.ClientTimeout:
-    import aiohttp
-
     return aiohttp.ClientTimeout(total=None, sock_connect=connect_s)
 
 
@@ -225,14 +217,10 @@ def _certificates_of(environ: Mapping[str, str]) -> str | None:
     """Mozilla's, as every HTTP client of Python brings them, unless the system's are asked for (None)."""
     if environ.get("SSL_CERT_FILE") or environ.get("SSL_CERT_DIR"):
         return None
-    import certifi
-
     return certifi.where()
 
 
 async def _drain(response: aiohttp.ClientResponse) -> None:
-    import aiohttp
-
     try:
         async with asyncio.timeout(DRAIN_S):
             while not response.content.at_eof():
@@ -248,8 +236,6 @@ async def _read(response: aiohttp.ClientResponse, target: Target, most: int) -> 
     """All of a body. Raises UpstreamFailure where it breaks off or is larger than can be held."""
     pieces, size = [], 0
     try:
-        import aiohttp
-
         while piece := await response.content.readany():
             pieces.append(piece)
             size += len(piece)
@@ -263,8 +249,6 @@ async def _read(response: aiohttp.ClientResponse, target: Target, most: int) -> 
 
 async def _beginning(response: aiohttp.ClientResponse, target: Target) -> bytes:
     """Of an error's body; what broke off says as much as it said."""
-    import aiohttp
-
     said = b""
     try:
         while len(said) < MOST_ERROR_BYTES and (piece := await response.content.readany()):
@@ -275,8 +259,6 @@ async def _beginning(response: aiohttp.ClientResponse, target: Target) -> bytes:
 
 
 def _failure_of(error: Exception, model: str) -> UpstreamFailure:
-    import aiohttp
-
     if isinstance(error, TimeoutError):
         return UpstreamFailure(f"{model} did not answer in time", timed_out=True)
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
