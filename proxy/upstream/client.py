@@ -16,9 +16,10 @@ from proxy.settings import Settings, SettingsError, resolve_secret
 from proxy.state.records import ModelRecord
 from proxy.tasks import to_its_end
 from proxy.upstream.call import STRAYING, Provider, arm_body, call_arguments, is_provider_param, secrets_of
+from proxy.upstream.events import is_finished
 from proxy.upstream.failures import failure_of, no_completion, without
 from proxy.upstream.provider_layer import handler_over, import_litellm, keep_no_books, warm_up
-from proxy.upstream.wire import Exchange, chunks_of, is_event_stream, is_finished, open_pool, watched
+from proxy.upstream.wire import Exchange, chunks_of, is_event_stream, open_pool, watched
 from proxy.words import words
 
 __all__ = ["LitellmUpstream", "UpstreamFailure"]

@@ -1,13 +1,16 @@
-"""The bytes of a relayed stream to blocks of chunks: what one reading held. Knows the format, reads from nobody."""
+"""The bytes of a stream in OpenAI's format to blocks of chunks: what one reading held. Reads from nobody."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from proxy.errors import UpstreamFailure
 from proxy.relay.sse import EventCutter, EventTooLong
 from proxy.upstream.payload import Payload, exactly, parsed
+
+Parse = Callable[[bytes], tuple[Any, bytes | None]]
+"""An event's data to JSON, and its bytes where they may be shown as they are."""
 
 _DONE = b"[DONE]"
 _ODD_CHOICES = "the model sent a chunk whose `choices` are not a list of objects"
@@ -16,8 +19,9 @@ _ODD_CHOICES = "the model sent a chunk whose `choices` are not a list of objects
 class ChunkReader:
     """Feed it what was read; it gives the chunks of each whole event, until the stream is `over`."""
 
-    def __init__(self) -> None:
+    def __init__(self, parse: Parse = parsed) -> None:
         self._cutter = EventCutter()
+        self._parse = parse
         self.begun = False
         """A chunk has come."""
         self.finished = False
@@ -39,6 +43,13 @@ class ChunkReader:
         self.over = True
         return block
 
+    @property
+    def fault(self) -> UpstreamFailure | None:
+        """Of a stream that is over: what was wrong with how it ended."""
+        if self.failure is None and not self.finished:
+            return UpstreamFailure("the model's stream ended before its answer did")
+        return self.failure
+
     def _block(self, events: list[bytes]) -> list[Payload]:
         block: list[Payload] = []
         for event in events:
@@ -49,13 +60,13 @@ class ChunkReader:
                 self.finished, self.over = self.begun, True
                 break
             try:
-                chunk = chunk_of(data)
+                chunk = chunk_of(data, self._parse)
             except UpstreamFailure as failure:
                 self._fail(failure)
                 break
             block.append(chunk)
             self.begun = True
-            self.finished = self.finished or _is_finished(chunk.body)
+            self.finished = self.finished or is_finished(chunk.body)
         return block
 
     def _fail(self, failure: UpstreamFailure) -> list[Payload]:
@@ -63,10 +74,10 @@ class ChunkReader:
         return []
 
 
-def chunk_of(data: bytes) -> Payload:
+def chunk_of(data: bytes, parse: Parse = parsed) -> Payload:
     """Raises UpstreamFailure. No choices and no delta, which some servers say as null, become what clients expect."""
     try:
-        chunk, raw = parsed(data)
+        chunk, raw = parse(data)
     except ValueError as error:
         raise UpstreamFailure("the model sent an event that is not JSON") from error
     if not isinstance(chunk, dict):
@@ -93,8 +104,8 @@ def _filled(chunk: dict[str, Any]) -> dict[str, Any]:
     return chunk
 
 
-def _is_finished(chunk: Mapping[str, Any]) -> bool:
-    for choice in chunk["choices"]:  # noqa: SIM110  # any() over a generator takes three times as long
+def is_finished(chunk: Mapping[str, Any]) -> bool:
+    for choice in chunk.get("choices") or ():  # noqa: SIM110  # any() over a generator takes three times as long
         if choice.get("finish_reason"):
             return True
     return False

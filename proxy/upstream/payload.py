@@ -47,6 +47,11 @@ def parsed(data: bytes) -> tuple[Any, bytes | None]:
         return loads(data), None
 
 
+def exact(data: bytes) -> tuple[Any, None]:
+    """As `parsed`, every number as it was written, for what is to be written again. Raises ValueError."""
+    return loads(data), None
+
+
 def exactly(data: bytes, body: dict[str, Any]) -> dict[str, Any]:
     """What is to be written again. orjson, which made `body` of it, rounds whole numbers beyond 64 bits."""
     try:

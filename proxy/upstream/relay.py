@@ -181,10 +181,8 @@ class RelayedStream:
             if block:
                 return block
         await self.aclose()
-        if reader.failure is not None:
-            raise without(self._secrets, reader.failure)
-        if not reader.finished:
-            raise UpstreamFailure("the model's stream ended before its answer did")
+        if (fault := reader.fault) is not None:
+            raise without(self._secrets, fault)
         raise StopAsyncIteration
 
     async def _read(self) -> bytes:

@@ -12,8 +12,10 @@ import httpx
 
 from proxy.descriptors import shares
 from proxy.errors import UpstreamFailure
-from proxy.relay.sse import EventCutter, EventTooLong, loads
+from proxy.relay.sse import loads
 from proxy.tasks import to_its_end
+from proxy.upstream.events import ChunkReader
+from proxy.upstream.payload import exact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -169,64 +171,23 @@ def open_pool(timeout_s: float) -> httpx.AsyncClient:
 
 async def chunks_of(response: httpx.Response) -> AsyncGenerator[dict[str, Any]]:
     """The chunks of a stream in OpenAI's format, untouched. UpstreamFailure where it breaks or ends too early."""
-    begun = finished = False
+    reader = ChunkReader(exact)
     try:
-        async for data in _payloads(response):
-            if data == b"[DONE]":
-                finished = begun
+        async for piece in response.aiter_bytes():
+            for chunk in reader.feed(piece):
+                yield chunk.body
+            if reader.over:
                 break
-            chunk = _chunk(data)
-            begun, finished = True, finished or is_finished(chunk)
-            yield chunk
-    except (httpx.HTTPError, httpx.StreamError, EventTooLong) as error:
+        if not reader.over:
+            for chunk in reader.close():
+                yield chunk.body
+    except (httpx.HTTPError, httpx.StreamError) as error:
         raise UpstreamFailure(
-            f"the model's stream broke: {_kind(error)}",
+            f"the model's stream broke: {type(error).__name__}",
             timed_out=isinstance(error, httpx.TimeoutException),
-            lost=not begun and isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError),
+            lost=not reader.begun and isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError),
         ) from error
     finally:
         await to_its_end(response.aclose())
-    if not finished:
-        raise UpstreamFailure("the model's stream ended before its answer did")
-
-
-async def _payloads(response: httpx.Response) -> AsyncIterator[bytes]:
-    """The data of each event, blank ones left out."""
-    cutter = EventCutter()
-    async for piece in response.aiter_bytes():
-        for data in cutter.feed(piece):
-            if payload := data.strip():
-                yield payload
-    for data in cutter.close():
-        if payload := data.strip():
-            yield payload
-
-
-def _chunk(data: bytes) -> dict[str, Any]:
-    """Raises UpstreamFailure. No choices and no delta, which some servers say as null, become what clients expect."""
-    try:
-        chunk = loads(data)
-    except ValueError as error:
-        raise UpstreamFailure("the model sent an event that is not JSON") from error
-    if not isinstance(chunk, dict):
-        raise UpstreamFailure("the model sent an event that is not a JSON object")
-    if chunk.get("error"):
-        raise UpstreamFailure("the model reported an error within its stream", status=502, body=chunk)
-    choices = chunk["choices"] = [] if chunk.get("choices") is None else chunk["choices"]
-    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
-        raise UpstreamFailure("the model sent a chunk whose `choices` are not a list of objects")
-    for choice in choices:
-        if choice.get("delta") is None:
-            choice["delta"] = {}
-    return chunk
-
-
-def is_finished(chunk: Mapping[str, Any]) -> bool:
-    choices = chunk.get("choices")
-    return isinstance(choices, list) and any(
-        isinstance(choice, dict) and choice.get("finish_reason") for choice in choices
-    )
-
-
-def _kind(error: Exception) -> str:
-    return type(error).__name__
+    if (fault := reader.fault) is not None:
+        raise fault

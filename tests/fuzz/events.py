@@ -9,11 +9,12 @@ import sys
 
 import atheris
 
-with atheris.instrument_imports(include=["proxy.relay", "proxy.upstream.wire", "json"]):
+with atheris.instrument_imports(include=["proxy.relay", "proxy.upstream.events", "proxy.upstream.payload", "json"]):
     from proxy.errors import UpstreamFailure
     from proxy.relay.chunks import finish_reasons, has_content, is_empty_answer, is_usage_chunk
     from proxy.relay.sse import EventCutter, event
-    from proxy.upstream.wire import _chunk
+    from proxy.upstream.events import chunk_of
+    from proxy.upstream.payload import exact
 
 
 def one_input(data: bytes) -> None:
@@ -25,11 +26,11 @@ def one_input(data: bytes) -> None:
             raise AssertionError("another split, other events")
     for found in whole:
         try:
-            chunk = _chunk(found)
+            chunk, shown = chunk_of(found, exact).body, chunk_of(found).named("m")
         except UpstreamFailure:
             continue
         has_content(chunk), is_empty_answer(chunk), is_usage_chunk(chunk), finish_reasons(chunk)
-        if len(_cut([event(chunk)])) != 1:
+        if len(_cut([event(chunk)])) != 1 or len(_cut([b"data: " + shown + b"\n\n"])) != 1:
             raise AssertionError("one chunk is not one event")
 
 

@@ -76,7 +76,42 @@ def test_the_quick_way_cuts_as_lines_do(raw: bytes, data: st.DataObject | None) 
     assert all(cut(EventCutter(), split) == expected for split in splits)
 
 
-def formerly(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | None]:
+def spelled_out(raw: bytes) -> tuple[list[Any], tuple[Any, ...] | None]:
+    """What a stream says, event by event of its lines: its chunks, and what is wrong with it."""
+    found: list[Any] = []
+    begun = finished = False
+    try:
+        for data in filter(None, map(bytes.strip, cut(Slow(), [raw]))):
+            if data == b"[DONE]":
+                finished = begun
+                break
+            found.append(a_chunk(data))
+            begun = True
+            finished = finished or any(choice.get("finish_reason") for choice in found[-1]["choices"])
+    except UpstreamFailure as failure:
+        return found, told(failure)
+    return found, None if finished else told(UpstreamFailure("the model's stream ended before its answer did"))
+
+
+def a_chunk(data: bytes) -> Any:
+    try:
+        chunk = json.loads(data)
+    except ValueError:
+        raise UpstreamFailure("the model sent an event that is not JSON") from None
+    if not isinstance(chunk, dict):
+        raise UpstreamFailure("the model sent an event that is not a JSON object")
+    if chunk.get("error"):
+        raise UpstreamFailure("the model reported an error within its stream", status=502, body=chunk)
+    choices = chunk["choices"] = [] if chunk.get("choices") is None else chunk["choices"]
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+        raise UpstreamFailure("the model sent a chunk whose `choices` are not a list of objects")
+    for choice in choices:
+        if choice.get("delta") is None:
+            choice["delta"] = {}
+    return chunk
+
+
+def translated(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | None]:
     async def body() -> AsyncIterator[bytes]:
         for part in parts:
             yield part
@@ -97,7 +132,7 @@ def told(failure: UpstreamFailure) -> tuple[Any, ...]:
     return failure.message, failure.status, failure.body, failure.lost, failure.retryable
 
 
-def now(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | None]:
+def relayed(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | None]:
     reader, found, left = ChunkReader(), [], [part for part in parts if part]
     while not reader.over:
         block = reader.feed(left.pop(0)) if left else reader.close()
@@ -114,8 +149,10 @@ def as_shown(chunks: list[Any]) -> list[Any]:
 
 @given(STREAMS, st.data())
 @settings(max_examples=300, deadline=None)
-def test_a_stream_is_read_as_it_was_formerly(raw: bytes, data: st.DataObject) -> None:
+def test_a_stream_is_read_as_it_is_spelled_out(raw: bytes, data: st.DataObject) -> None:
     parts = data.draw(pieces(raw))
-    chunks, failure = formerly(parts)
+    chunks, failure = spelled_out(raw)
 
-    assert now(parts) == (as_shown(chunks), failure)
+    assert relayed(parts) == (as_shown(chunks), failure)
+    found, fault = translated(parts)
+    assert (as_shown(found), fault) == (as_shown(chunks), failure)
