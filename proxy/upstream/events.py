@@ -92,7 +92,9 @@ def chunk_of(data: bytes, parse: Parse = parsed) -> Payload:
         if not isinstance(choice, dict):
             raise UpstreamFailure(_ODD_CHOICES)
         whole = whole and choice.get("delta") is not None
-    return Payload(chunk, raw) if whole else Payload(_filled(exactly(data, chunk)))
+    if not whole or b"\n" in data or b"\r" in data:  # an event is one line here
+        return Payload(_filled(exactly(data, chunk)))
+    return Payload(chunk, raw)
 
 
 def _filled(chunk: dict[str, Any]) -> dict[str, Any]:
