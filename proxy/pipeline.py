@@ -16,13 +16,13 @@ from proxy.relay.marks import AnswerMarks
 from proxy.relay.streaming import EventStream, close_opened
 from proxy.routing.choosing import Choice, choose
 from proxy.routing.request import ChatRequest
-from proxy.routing.thread import thread_of
+from proxy.routing.thread import Thread, thread_of
 from proxy.services import Services
 from proxy.state.records import ClientKey
 from proxy.state.snapshot import RoutingState
 from proxy.trace import Trace
 
-__all__ = ["Choice", "handle"]
+__all__ = ["Choice", "chosen", "handle"]
 
 
 async def handle(
@@ -30,13 +30,7 @@ async def handle(
 ) -> Response:
     """`started`: monotonic seconds at which the request arrived. Raises ProxyError before anything was sent."""
     state = services.state.current
-    thread = await thread_of(services.conversations, request, key, services.settings)
-    choice = await choose(
-        *(request, key, state, services.settings, services.assigner),
-        thread=thread,
-        resting=services.health.resting(),
-        loading=services.upstream.loading,
-    )
+    choice, thread = await chosen(services, state, request, key)
     if choice.degraded:
         services.metrics.degraded.inc()
     if choice.left:
@@ -48,6 +42,21 @@ async def handle(
     outlets = Outlets(services.upstream, services.health, services.capacities, services.settings)
     forwarder = Forwarder(outlets, state, request, trace, meter)
     return await (_stream(forwarder) if request.stream else _complete(forwarder))
+
+
+async def chosen(
+    services: Services, state: RoutingState, request: ChatRequest, key: ClientKey | None, *, explain: bool = False
+) -> tuple[Choice, Thread]:
+    """As things are now, and the conversation that the request goes on with. Raises as `choose`."""
+    thread = await thread_of(services.conversations, request, key, services.settings)
+    choice = await choose(
+        *(request, key, state, services.settings, services.assigner),
+        thread=thread,
+        resting=services.health.resting(),
+        loading=services.upstream.loading,
+        explain=explain,
+    )
+    return choice, thread
 
 
 async def _granted(

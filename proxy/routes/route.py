@@ -6,13 +6,12 @@ from fastapi import APIRouter, Request, Response
 
 from proxy.body import read_body
 from proxy.head import head_of
+from proxy.pipeline import chosen
 from proxy.relay.sse import dump
 from proxy.routes.context import Caller, OurServices
-from proxy.routing.choosing import choose
 from proxy.routing.explaining import to_json
 from proxy.routing.options import READ_HEADERS
 from proxy.routing.request import parse_chat
-from proxy.routing.thread import thread_of
 
 router = APIRouter()
 
@@ -21,13 +20,5 @@ router = APIRouter()
 async def route(request: Request, services: OurServices, key: Caller) -> Response:
     raw = await read_body(request, services.settings.max_body_bytes)
     parsed = parse_chat(raw, head_of(request.scope).pairs(READ_HEADERS))
-    settings, state = services.settings, services.state.current
-    thread = await thread_of(services.conversations, parsed, key, settings)
-    choice = await choose(
-        *(parsed, key, state, settings, services.assigner),
-        thread=thread,
-        resting=services.health.resting(),
-        loading=services.upstream.loading,
-        explain=True,
-    )
+    choice, _ = await chosen(services, services.state.current, parsed, key, explain=True)
     return Response(dump(to_json(choice)), media_type="application/json")
