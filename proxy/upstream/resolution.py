@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -49,10 +49,11 @@ def plainly(params: Mapping[str, Any], forward: Forward) -> Resolved | None:
     provider = params.get("custom_llm_provider") or prefix
     if provider not in VERBATIM or not address or is_openais(address) or not bare:
         return None
-    if forward == "relay" and _needs_litellm(params):
+    without_place = _without_place(filter(is_provider_param, params))
+    if forward == "relay" and without_place:
         return None  # it is refused there
     model = bare if prefix == provider else params["model"]
-    translated = forward == "translate" or (forward == "auto" and _needs_litellm(params))
+    translated = forward == "translate" or bool(without_place)
     return Resolved("translate" if translated else "relay", model, provider, address)
 
 
@@ -77,18 +78,19 @@ def _is_relayed(provider: str, base: str | None, stated: Collection[str], forwar
             raise NotResolved(
                 f"forward: relay needs api_base: {provider} has no address that is known to speak OpenAI's"
             )
-        if without_place := sorted(set(stated) - RELAYED):
+        if without_place := _without_place(stated):
             raise NotResolved(
                 f"forward: relay has no place for litellm_params.{without_place[0]}; leave one of them out"
             )
         return True
     if provider == "azure" and "/openai/v1" not in (base or ""):
         return False  # the older interface, with deployments and versions in the path
-    return provider in SPEAKERS and bool(base) and not set(stated) - RELAYED
+    return provider in SPEAKERS and bool(base) and not _without_place(stated)
 
 
-def _needs_litellm(params: Mapping[str, Any]) -> bool:
-    return bool({name for name in params if is_provider_param(name)} - RELAYED)
+def _without_place(stated: Iterable[str]) -> list[str]:
+    """Parameters for the provider that only litellm can do something with."""
+    return sorted(set(stated) - RELAYED)
 
 
 def _key_variable(litellm: Any, model: str, provider: str) -> str | None:
