@@ -73,20 +73,22 @@ class StaticEmbedder:
         """(n, d) float32 of unit length; a text without any token gives a zero row."""
         vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
         for row, text in enumerate(texts):
-            self._put(vectors[row], self._words.indices(_encodable(text)))
-        return _unit(vectors)
+            vectors[row] = self._vector(self._words.indices(_encodable(text)))
+        return vectors
 
     def embed_at_hand(self, text: str) -> Floats | None:
         """(1, d), the same as `embed` gives, in a fraction of a millisecond. None: it would take longer."""
         if len(text) > LONGEST_AT_HAND or (ids := self._words.indices_at_hand(_encodable(text))) is None:
             return None
-        if not ids.size:
-            return np.zeros((1, self.dimension), dtype=np.float32)
-        return _unit_row(self._weights.take(ids) @ self._table.take(ids, axis=0))
+        return self._vector(ids).reshape(1, -1)
 
-    def _put(self, row: Floats, ids: Indices) -> None:
-        if ids.size:
-            row[:] = self._weights.take(ids) @ self._table.take(ids, axis=0)
+    def _vector(self, ids: Indices) -> Floats:
+        """(d,), of unit length or zeros."""
+        if not ids.size:
+            return np.zeros(self.dimension, dtype=np.float32)
+        vector = self._weights.take(ids) @ self._table.take(ids, axis=0)
+        norm = np.sqrt(np.add.reduce(vector * vector))
+        return np.asarray(vector / norm if norm > 0 else vector, dtype=np.float32)
 
 
 class TransformerEmbedder:
@@ -175,12 +177,6 @@ def _distill_apart(folder: Path, progress: distill.Progress) -> None:
 def _encodable(text: str) -> str:
     """Lone surrogates, legal in JSON, cannot be tokenised: they become question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _unit_row(vector: Floats) -> Floats:
-    """(1, d). What `_unit` does, bit by bit, of one row."""
-    norm = np.sqrt(np.add.reduce(vector * vector))
-    return (vector / norm if norm > 0 else vector).reshape(1, -1)
 
 
 def _unit(vectors: Floats) -> Floats:
