@@ -7,6 +7,7 @@ import io
 import logging
 import ssl
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -38,6 +39,20 @@ IN_ONE_PIECE = 2**20
 """A larger body is written bit by bit, so that others get a turn."""
 
 
+@dataclass(frozen=True, slots=True)
+class RelayedCall:
+    """One request to one model."""
+
+    record: ModelRecord
+    resolved: Resolved
+    body: Mapping[str, Any]
+    headers: Mapping[str, str]
+    raw: bytes | None
+    """What `body` was parsed from, if all of it is for the upstream."""
+    connect_s: float | None
+    """None: as in the settings."""
+
+
 class RelayUpstream:
     """One per process, on one event loop."""
 
@@ -49,19 +64,10 @@ class RelayUpstream:
         self._certificates = _certificates_of(environ)
         self._draining: set[asyncio.Task[None]] = set()
 
-    async def complete(
-        self,
-        record: ModelRecord,
-        resolved: Resolved,
-        body: Mapping[str, Any],
-        headers: Mapping[str, str],
-        *,
-        raw: bytes | None,
-        connect_s: float | None,
-    ) -> Payload:
+    async def complete(self, call: RelayedCall) -> Payload:
         """The whole answer. Raises UpstreamFailure."""
-        target = self.targets.of(record, resolved)
-        response = await self._post(target, target.body(body, raw, stream=False), headers, connect_s)
+        target = self.targets.of(call.record, call.resolved)
+        response = await self._post(target, call, stream=False)
         try:
             answer = await _read(response, target, MOST_ANSWER_BYTES)
         finally:
@@ -74,19 +80,10 @@ class RelayUpstream:
             raise without(target.secrets, no_completion(target.name, answer, response.headers))
         return Payload(completion, data)
 
-    async def stream(
-        self,
-        record: ModelRecord,
-        resolved: Resolved,
-        body: Mapping[str, Any],
-        headers: Mapping[str, str],
-        *,
-        raw: bytes | None,
-        connect_s: float | None,
-    ) -> RelayedStream:
+    async def stream(self, call: RelayedCall) -> RelayedStream:
         """Raises UpstreamFailure: here if the upstream refused, later where the stream breaks or ends too early."""
-        target = self.targets.of(record, resolved)
-        response = await self._post(target, target.body(body, raw, stream=True), headers, connect_s)
+        target = self.targets.of(call.record, call.resolved)
+        response = await self._post(target, call, stream=True)
         if "event-stream" in response.headers.get("content-type", "event-stream").lower():
             return RelayedStream(self, response, target.secrets)
         try:
@@ -101,18 +98,17 @@ class RelayUpstream:
         if self._opened is not None:
             await self._opened.close()
 
-    async def _post(
-        self, target: Target, body: bytes, headers: Mapping[str, str], connect_s: float | None
-    ) -> aiohttp.ClientResponse:
+    async def _post(self, target: Target, call: RelayedCall, *, stream: bool) -> aiohttp.ClientResponse:
         """A response that may hold an answer. Raises UpstreamFailure."""
+        body = target.body(call.body, call.raw, stream=stream)
         try:
             response = await self.open().post(
                 target.url,
                 data=aiohttp.BytesPayload(body) if len(body) < IN_ONE_PIECE else io.BytesIO(body),
-                headers={**target.headers, **headers},
+                headers={**target.headers, **call.headers},
                 allow_redirects=False,
                 proxy=self._proxies.of(target.url),
-                timeout=_within(connect_s or self._connect_s),
+                timeout=_within(call.connect_s or self._connect_s),
             )
         except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
             raise without(target.secrets, _failure_of(error, target.name)) from error

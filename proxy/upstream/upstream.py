@@ -14,7 +14,7 @@ from proxy.state.resolved import Resolved
 from proxy.tasks import end
 from proxy.upstream.client import LitellmUpstream
 from proxy.upstream.payload import Payload
-from proxy.upstream.relay import RelayUpstream
+from proxy.upstream.relay import RelayedCall, RelayUpstream
 from proxy.upstream.resolution import plainly
 
 log = logging.getLogger("uniroute.upstream")
@@ -51,7 +51,7 @@ class Upstream:
         """
         resolved = relayed(record)
         if resolved is not None:
-            return await self._relay.complete(record, resolved, body, headers or {}, raw=raw, connect_s=connect_s)
+            return await self._relay.complete(RelayedCall(record, resolved, body, headers or {}, raw, connect_s))
         await self.loaded()
         return Payload(await self._translate.complete(record, body, headers, connect_s=connect_s))
 
@@ -71,7 +71,7 @@ class Upstream:
         """
         resolved = relayed(record)
         if resolved is not None:
-            return await self._relay.stream(record, resolved, body, headers or {}, raw=raw, connect_s=connect_s)
+            return await self._relay.stream(RelayedCall(record, resolved, body, headers or {}, raw, connect_s))
         await self.loaded()
         return _one_by_one(await self._translate.stream(record, body, headers, connect_s=connect_s))
 
@@ -91,6 +91,8 @@ class Upstream:
 
     async def loaded(self) -> None:
         """Return once translation is there. An import that failed is raised here."""
+        if self._translate.ready:
+            return
         await asyncio.shield(self._loading or self._load())
 
     def _load(self) -> asyncio.Task[None]:
