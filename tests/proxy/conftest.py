@@ -1,4 +1,4 @@
-"""A real Valkey for the session on a unix socket, emptied before each test."""
+"""A real Valkey for the session on a unix socket, emptied before each test; and the way to models."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from proxy.settings import Settings
 from proxy.state.embedded import EmbeddedValkey
 from proxy.state.store import Store
+from proxy.upstream.upstream import Upstream
+from tests.support.relaying import KEY
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +35,10 @@ async def second_store(store: Store) -> AsyncIterator[Store]:
     opened = Store(store.url)
     yield opened
     await opened.close()
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[Upstream]:
+    opened = Upstream(Settings(), {"ARM_API_KEY": KEY})
+    yield opened
+    await opened.aclose()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,9 @@ from proxy.settings import Settings
 from proxy.upstream.upstream import Upstream
 from tests.support.makers import until
 from tests.support.raw_upstream import DONE, END, JSON, SAID, STREAM_HEAD, RawUpstream, Said, chunked, plain
-from tests.support.relaying import BODY, KEY, SHORT, a_model, failing, streamed, whole
+from tests.support.relaying import BODY, KEY, SHORT, WHOLE, a_model, failing, streamed, whole
 
 SOON_S = 1.0
-WHOLE = Said(chunked(SAID, END, DONE))
-
-
-@pytest.fixture
-async def upstream() -> AsyncIterator[Upstream]:
-    opened = Upstream(Settings(), {"ARM_API_KEY": KEY})
-    yield opened
-    await opened.aclose()
 
 
 @pytest.mark.parametrize(

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import AsyncIterator
 
 import pytest
 
-from proxy.settings import Settings
 from proxy.state.records import ModelRecord
 from proxy.upstream.relay import LONGEST_HEADER
 from proxy.upstream.upstream import Upstream
 from tests.support.makers import until
 from tests.support.raw_upstream import DONE, END, JSON, SAID, STREAM_HEAD, RawUpstream, Said, chunked, plain
-from tests.support.relaying import BODY, KEY, SHORT, a_model, failing, streamed, whole
-
-WHOLE = Said(chunked(SAID, END, DONE))
-
-
-@pytest.fixture
-async def upstream() -> AsyncIterator[Upstream]:
-    opened = Upstream(Settings(), {"ARM_API_KEY": KEY})
-    yield opened
-    await opened.aclose()
+from tests.support.relaying import BODY, SHORT, WHOLE, a_model, failing, streamed, whole
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ from proxy.errors import UpstreamFailure
 from proxy.state.records import ModelRecord
 from proxy.upstream.upstream import Upstream
 from tests.support.makers import a_record
-from tests.support.raw_upstream import JSON, RawUpstream
+from tests.support.raw_upstream import DONE, END, JSON, SAID, RawUpstream, Said, chunked
 
 KEY = "sk-canary-of-the-relay"
+WHOLE = Said(chunked(SAID, END, DONE))
 BODY: dict[str, Any] = {"model": "auto", "messages": [{"role": "user", "content": "hi"}]}
 
 
