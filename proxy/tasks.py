@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Coroutine
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine
+from typing import Any, TypeVar
 
 log = logging.getLogger("uniroute")
 
 AGAIN_S = 0.1
+PATIENCE_S = 5.0
+"""With a library that was cancelled, until it is once more."""
+
+T = TypeVar("T")
 
 
 async def cancel_until_done(tasks: Collection[asyncio.Task[Any]]) -> None:
@@ -30,19 +34,44 @@ async def cancel_until_done(tasks: Collection[asyncio.Task[Any]]) -> None:
         raise interrupted
 
 
-async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
-    """`work` is done when this returns, also where we are cancelled meanwhile, which is told afterwards: what is closed
-    halfway stays open for ever."""
+async def to_its_end(work: Coroutine[Any, Any, T], *, cancelled_again_s: float | None = None) -> T:
+    """What came of `work`, which is over when this returns, however often we are cancelled meanwhile: that is told
+    afterwards. What is closed halfway stays open for ever.
+
+    Args:
+        cancelled_again_s: `work` is cancelled with us, once, and once more when this has passed. None: never.
+    """
     working = asyncio.create_task(work)
     interrupted: asyncio.CancelledError | None = None
     while not working.done():
         try:
-            await asyncio.wait({working})
+            await asyncio.wait({working}, timeout=cancelled_again_s if interrupted else None)
+            again = cancelled_again_s is not None
         except asyncio.CancelledError as error:
+            again = cancelled_again_s is not None and interrupted is None
             interrupted = error
-    if interrupted is not None:
-        raise interrupted
-    working.result()
+        if again:
+            working.cancel()
+    if interrupted is None:
+        return working.result()
+    if not working.cancelled():
+        working.exception()  # nobody is left to tell
+    raise interrupted
+
+
+async def read_gently(source: AsyncIterator[T]) -> AsyncGenerator[T]:
+    """`source`, each reading of which is cancelled once: most libraries then close what they hold, and are interrupted
+    in that by a second time."""
+    while True:
+        try:
+            item = await to_its_end(_next(source), cancelled_again_s=PATIENCE_S)
+        except StopAsyncIteration:
+            return
+        yield item
+
+
+async def _next(source: AsyncIterator[T]) -> T:
+    return await anext(source)
 
 
 async def end(*tasks: asyncio.Task[Any] | None) -> None:

@@ -14,7 +14,7 @@ import httpx
 from proxy.errors import UpstreamFailure
 from proxy.settings import Settings, SettingsError, resolve_secret
 from proxy.state.records import ModelRecord
-from proxy.tasks import to_its_end
+from proxy.tasks import PATIENCE_S, read_gently, to_its_end
 from proxy.upstream.call import STRAYING, Provider, arm_body, call_arguments, is_provider_param, secrets_of
 from proxy.upstream.events import is_finished
 from proxy.upstream.failures import failure_of, no_completion, without
@@ -70,7 +70,7 @@ class LitellmUpstream:
             provider, arguments = self._arguments(record, body, headers, stream=False)
             keep_no_books()
             try:
-                answer = await self._litellm.acompletion(**arguments)
+                answer = await self._called(arguments)
             except self._failures as error:
                 relayed = exchange.completion() if provider.openai_format else None
                 if relayed is None:
@@ -101,12 +101,18 @@ class LitellmUpstream:
             provider, arguments = self._arguments(record, body, headers, stream=True)
             keep_no_books()
             try:
-                answer = await self._litellm.acompletion(**arguments)
+                answer = await self._called(arguments)
             except self._failures as error:
                 raise without(provider.secrets, failure_of(error, exchange.response, record.name)) from error
+            except BaseException:
+                await exchange.aclose()
+                raise
             if provider.openai_format and exchange.is_chat_format:
                 return await self._relayed(exchange, record, provider)
             return _quoting_no(provider.secrets, self._converted(answer, exchange, record))
+
+    async def _called(self, arguments: Mapping[str, Any]) -> Any:
+        return await to_its_end(self._litellm.acompletion(**arguments), cancelled_again_s=PATIENCE_S)
 
     async def _relayed(self, exchange: Exchange, record: ModelRecord, provider: Provider) -> Chunks:
         response = exchange.response
@@ -125,7 +131,7 @@ class LitellmUpstream:
         """Chunks that litellm made of another format; its usage chunk carries a choice, ours none."""
         finished, first_id = False, None
         try:
-            async for converted in answer:
+            async for converted in read_gently(answer):
                 chunk = _plain(converted)
                 first_id = chunk["id"] = first_id or chunk.get("id")  # it gives some formats a new id with every chunk
                 if chunk.get("usage") and finished:
@@ -138,8 +144,7 @@ class LitellmUpstream:
         except self._failures as error:
             raise failure_of(error, exchange.response, record.name) from error
         finally:
-            if exchange.response is not None:
-                await to_its_end(exchange.response.aclose())
+            await exchange.aclose()
         if not finished:
             raise UpstreamFailure("the model's stream ended before its answer did")
 

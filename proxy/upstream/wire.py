@@ -13,7 +13,7 @@ import httpx
 from proxy.descriptors import shares
 from proxy.errors import UpstreamFailure
 from proxy.relay.sse import loads
-from proxy.tasks import to_its_end
+from proxy.tasks import read_gently, to_its_end
 from proxy.upstream.events import ChunkReader
 from proxy.upstream.payload import exact
 
@@ -35,6 +35,11 @@ class Exchange:
         self.streams = streams
         """Whether a stream was asked for."""
         self.response: httpx.Response | None = None
+
+    async def aclose(self) -> None:
+        """The upstream's connection, for certain."""
+        if self.response is not None:
+            await to_its_end(self.response.aclose())
 
     @property
     def is_chat_format(self) -> bool:
@@ -173,7 +178,7 @@ async def chunks_of(response: httpx.Response) -> AsyncGenerator[dict[str, Any]]:
     """The chunks of a stream in OpenAI's format, untouched. UpstreamFailure where it breaks or ends too early."""
     reader = ChunkReader(exact)
     try:
-        async for piece in response.aiter_bytes():
+        async for piece in read_gently(response.aiter_bytes()):
             for chunk in reader.feed(piece):
                 yield chunk.body
             if reader.over:
