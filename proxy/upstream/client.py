@@ -14,12 +14,12 @@ import httpx
 from proxy.errors import UpstreamFailure
 from proxy.settings import Settings, SettingsError, resolve_secret
 from proxy.state.records import ModelRecord
-from proxy.tasks import PATIENCE_S, read_gently, to_its_end
+from proxy.tasks import PATIENCE_S, end, read_gently, to_its_end
 from proxy.upstream.call import STRAYING, Provider, arm_body, call_arguments, is_provider_param, secrets_of
 from proxy.upstream.events import is_finished
 from proxy.upstream.failures import failure_of, no_completion, without
 from proxy.upstream.provider_layer import handler_over, import_litellm, keep_no_books, warm_up
-from proxy.upstream.wire import Exchange, chunks_of, is_event_stream, open_pool, watched
+from proxy.upstream.wire import Exchange, chunks_of, close_idle, is_event_stream, open_pool, watched
 from proxy.words import words
 
 __all__ = ["LitellmUpstream", "UpstreamFailure"]
@@ -42,6 +42,7 @@ class LitellmUpstream:
         self._longest_s = max(settings.request_timeout_s, settings.stream_timeout_s)  # shorter ones are the attempts'
         self._pool = open_pool(self._longest_s)
         self._handler: Any = None
+        self._tidying: asyncio.Task[None] | None = None
         self._clients: OrderedDict[tuple[str, ...], Any] = OrderedDict()
 
     @property
@@ -54,6 +55,7 @@ class LitellmUpstream:
             litellm = await asyncio.to_thread(import_litellm)
             await warm_up(litellm)
             self._handler = handler_over(self._pool)
+            self._tidying = asyncio.create_task(close_idle(self._pool), name="uniroute-idle-connections")
             self._litellm = litellm
 
     async def complete(
@@ -149,6 +151,7 @@ class LitellmUpstream:
             raise UpstreamFailure("the model's stream ended before its answer did")
 
     async def aclose(self) -> None:
+        await end(self._tidying)
         await self._pool.aclose()
 
     @property

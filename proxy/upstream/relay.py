@@ -26,11 +26,10 @@ from proxy.upstream.failures import lost, no_completion, redirecting, refused, u
 from proxy.upstream.payload import Payload, parsed
 from proxy.upstream.proxies import Proxies
 from proxy.upstream.targets import Target, Targets
-from proxy.upstream.wire import MOST_ANSWER_BYTES, MOST_ERROR_BYTES, has_choices
+from proxy.upstream.wire import KEPT_ALIVE_S, MOST_ANSWER_BYTES, MOST_ERROR_BYTES, has_choices
 
 log = logging.getLogger("uniroute.upstream")
 
-KEPT_ALIVE_S = 30
 DRAIN_S = 1.0
 """How long the end of a stream is waited for after its last word, to use the connection again."""
 LONGEST_HEADER = 64 * 2**10

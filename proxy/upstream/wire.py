@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +21,8 @@ from proxy.upstream.payload import exact
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+KEPT_ALIVE_S = 30
+"""A connection to an upstream, after its last answer."""
 MOST_ANSWER_BYTES = 128 * 2**20
 """Of an answer that is no stream: it is held whole."""
 MOST_ERROR_BYTES = 16 * 2**10
@@ -168,10 +171,24 @@ def open_pool(timeout_s: float) -> httpx.AsyncClient:
     return httpx.AsyncClient(
         follow_redirects=False,
         timeout=httpx.Timeout(timeout_s),
-        limits=httpx.Limits(max_connections=most, max_keepalive_connections=min(200, most), keepalive_expiry=30),
+        limits=httpx.Limits(
+            max_connections=most, max_keepalive_connections=min(200, most), keepalive_expiry=KEPT_ALIVE_S
+        ),
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         event_hooks=dict(HOOKS),
     )
+
+
+async def close_idle(pool: httpx.AsyncClient, every_s: float = KEPT_ALIVE_S / 2) -> None:
+    """For ever. By itself httpx looks for connections that were idle for too long only when a request comes."""
+    transports: tuple[Any, ...] = (pool._transport, *pool._mounts.values())  # the second: through a proxy
+    layers = [transport._pool for transport in transports if transport is not None]
+    while True:
+        await asyncio.sleep(every_s)
+        for layer in layers:
+            for connection in layer.connections:
+                if connection.has_expired():
+                    await connection.aclose()
 
 
 async def chunks_of(response: httpx.Response) -> AsyncGenerator[dict[str, Any]]:
