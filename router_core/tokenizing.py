@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Packed = bytes
 """Ids as int64, one after the other: texts are put together of them without a look at each."""
 
-MOST_WORDS = 32_768
+MOST_WORDS = 16_384
 """Words of one generation; two are kept."""
 NEW_CHARACTERS = 512
 """Of words that were not met before: to look them up takes about a microsecond a character."""

@@ -179,8 +179,9 @@ def open_pool(timeout_s: float) -> httpx.AsyncClient:
     )
 
 
-async def close_idle(pool: httpx.AsyncClient, every_s: float = KEPT_ALIVE_S / 2) -> None:
-    """For ever. By itself httpx looks for connections that were idle for too long only when a request comes."""
+async def close_idle(pool: httpx.AsyncClient, every_s: float = 1.0) -> None:
+    """For ever. By itself httpx looks for connections that were idle for too long, or that their upstream closed, only
+    when a request comes."""
     transports: tuple[Any, ...] = (pool._transport, *pool._mounts.values())  # the second: through a proxy
     layers = [transport._pool for transport in transports if transport is not None]
     while True:
