@@ -5,18 +5,16 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from router_core.types import Indices
-from router_core.word_pieces import word_pieces
+from router_core.word_pieces import Packed, word_pieces
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-Packed = bytes
-"""Ids as int64, one after the other: texts are put together of them without a look at each."""
 
 MOST_WORDS = 16_384
 """Words of one generation; two are kept."""
@@ -30,6 +28,10 @@ LONGEST_WORD = 32
 _PARTS = re.compile(r"[0-9A-Za-z]+|[!-/:-@\[-`{-~]")
 """Of a piece of printable ASCII: every mark of punctuation stands alone."""
 _PLAIN_ASCII = re.compile(r"[\t\n\r -~]*")
+_ALONE = "\u3400-\u4dbf\u4e00-\u9fff、。,?!:;“”‘’《》()「」『』"
+"""Ideographs, and marks that stand among them: BERT sets each apart, and so a sentence without spaces has words."""
+_IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
+_WITH_IDEOGRAPHS = re.compile(f"[{_ALONE}]|[^ \t\n\r{_ALONE}]+")
 
 
 class WordTokenizer:
@@ -51,54 +53,59 @@ class WordTokenizer:
     def indices(self, text: str) -> Indices:
         """The same, to index arrays with."""
         found = self._found(text)
-        if found is None:
-            return self._encoded(text)
-        pieces, packed = found
-        return np.frombuffer(b"".join(self._completed(pieces, packed)), dtype=np.int64)
+        return self._encoded(text) if found is None else self._joined(found)
 
     def indices_at_hand(self, text: str) -> Indices | None:
         """The same. None: more of the text than NEW_CHARACTERS would have to be looked up, which takes longer."""
         found = self._found(text)
-        if found is None:
+        if found is None or found.new_characters > NEW_CHARACTERS:
             return None
-        pieces, packed = found
-        if None in packed and _new_characters(pieces, packed) > NEW_CHARACTERS:
-            return None
-        return np.frombuffer(b"".join(self._completed(pieces, packed)), dtype=np.int64)
+        return self._joined(found)
 
-    def _found(self, text: str) -> tuple[Sequence[str], list[Packed | None]] | None:
-        """Its pieces, and the ids of those that are remembered. None where it holds a special token: these are taken
-        out of a text before anything is split."""
+    def _found(self, text: str) -> _Found | None:
+        """None where it holds a special token: these are taken out of a text before anything is split."""
         if "[" in text and any(token in text for token in self._special):
             return None
         pieces = _pieces(text)
-        return pieces, list(map(self._young.get, pieces))
+        packed = list(map(self._young.get, pieces))
+        if None not in packed:
+            return _Found(pieces, packed)
+        missing = [place for place, ids in enumerate(packed) if ids is None]
+        old, new = self._old, []
+        for place in missing:
+            packed[place] = ids = old.get(pieces[place])
+            if ids is None:
+                new.append(place)
+            else:
+                self._remember(pieces[place], ids)
+        return _Found(pieces, packed, new)
 
-    def _completed(self, pieces: Sequence[str], packed: list[Packed | None]) -> list[Packed]:
-        if None in packed:
-            for place, ids in enumerate(packed):
-                if ids is None:
-                    packed[place] = self._met(pieces[place])
-        return packed  # type: ignore[return-value]  # nothing is missing any more
+    def _joined(self, found: _Found) -> Indices:
+        pieces, packed = found.pieces, found.packed
+        for place in found.new:
+            packed[place] = self._met(pieces[place])
+        return np.frombuffer(b"".join(packed), dtype=np.int64)  # type: ignore[arg-type]  # nothing is missing any more
 
     def _met(self, piece: str) -> Packed:
-        """Of a piece that is not among the young: it is from now on."""
-        ids = self._old.get(piece)
-        if ids is None:
-            ids = self._looked_up(piece)
+        """Of a piece that is not remembered: it is from now on."""
+        ids = self._looked_up(piece)
         if len(piece) <= LONGEST_WORD:
-            self._young[piece] = ids
-            if len(self._young) > MOST_WORDS:
-                self._old, self._young = self._young, {}
+            self._remember(piece, ids)
         return ids
+
+    def _remember(self, piece: str, ids: Packed) -> None:
+        self._young[piece] = ids
+        if len(self._young) > MOST_WORDS:
+            self._old, self._young = self._young, {}
 
     def _looked_up(self, piece: str) -> Packed:
         """A plain word is cut here, a piece of printable ASCII at its marks; the tokenizer is asked of the rest."""
         if self._pieces_of is not None and piece.isascii():
             if piece.isalnum():
-                return array("q", self._pieces_of(piece)).tobytes()
+                return self._pieces_of(piece)
             if len(piece) > 1 and piece.isprintable():
-                return b"".join(self._young.get(part) or self._met(part) for part in _PARTS.findall(piece))
+                young, old = self._young, self._old
+                return b"".join([young.get(part) or old.get(part) or self._met(part) for part in _PARTS.findall(piece)])
         return array("q", self._asked(piece)).tobytes()
 
     def _asked(self, piece: str) -> list[int]:
@@ -109,14 +116,26 @@ class WordTokenizer:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
 
-def _new_characters(pieces: Sequence[str], packed: Sequence[Packed | None]) -> int:
-    return sum(len(piece) for piece, ids in zip(pieces, packed, strict=True) if ids is None)
+@dataclass(slots=True)
+class _Found:
+    """Pieces of a text, and the ids of those that are remembered."""
+
+    pieces: list[str]
+    packed: list[Packed | None]
+    new: Sequence[int] = ()
+    """Places of the others."""
+
+    @property
+    def new_characters(self) -> int:
+        return sum([len(self.pieces[place]) for place in self.new])
 
 
 def _pieces(text: str) -> list[str]:
     """What BERT would look at apart from everything around it, or more than that together."""
     if text.isascii() and (text.isprintable() or _PLAIN_ASCII.fullmatch(text)):
         return text.split()
+    if _IDEOGRAPH.search(text):
+        return _WITH_IDEOGRAPHS.findall(text)
     for space in "\t\n\r":
         text = text.replace(space, " ")
     return list(filter(None, text.split(" ")))

@@ -7,14 +7,19 @@ name, a number, a slip of the keyboard.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-PiecesOf = Callable[[str], list[int]]
+Packed = bytes
+"""Ids as int64, one after the other: texts are put together of them without a look at each."""
+PiecesOf = Callable[[str], Packed]
 """A word of ASCII letters and digits → its ids."""
+_HEAD = 3
+"""Characters that say how much further the longest entry that begins with them reaches: most words need no more."""
 
 
 def word_pieces(tokenizer: Tokenizer) -> PiecesOf | None:
@@ -29,32 +34,37 @@ def word_pieces(tokenizer: Tokenizer) -> PiecesOf | None:
     ):
         return None
     prefix: str = model["continuing_subword_prefix"]
-    vocabulary: dict[str, int] = model["vocab"]
-    beginnings = {word: token for word, token in vocabulary.items() if not word.startswith(prefix)}
-    endings = {word.removeprefix(prefix): token for word, token in vocabulary.items() if word.startswith(prefix)}
-    unknown, most = [vocabulary[model["unk_token"]]], int(model["max_input_chars_per_word"])
-    reach = (_reach(beginnings), _reach(endings))
+    ids: dict[str, Packed] = {word: token.to_bytes(8, sys.byteorder) for word, token in model["vocab"].items()}
+    unknown, most = ids[model["unk_token"]], int(model["max_input_chars_per_word"])
+    beginnings = _Entries({word: packed for word, packed in ids.items() if not word.startswith(prefix)})
+    endings = _Entries({word.removeprefix(prefix): packed for word, packed in ids.items() if word.startswith(prefix)})
 
-    def pieces_of(word: str) -> list[int]:
-        if len(word) > most:
+    def pieces_of(word: str) -> Packed:
+        size = len(word)
+        if size > most:
             return unknown
-        word, found, start, known, longest = word.lower(), list[int](), 0, beginnings, reach[0]
-        while start < len(word):
-            end = start + longest.get(word[start : start + 2], 1)  # a slice may end behind its word
-            while (token := known.get(word[start:end])) is None:
+        word, found, start, entries = word.lower(), list[Packed](), 0, beginnings
+        while start < size:
+            known, head = entries.known, word[start : start + _HEAD]
+            end = start + entries.reach.get(head, _HEAD - 1)  # a slice may end behind its word
+            while (packed := known.get(word[start:end])) is None:
                 end -= 1
                 if end <= start:
                     return unknown
-            found.append(token)
-            start, known, longest = min(end, len(word)), endings, reach[1]
-        return found
+            found.append(packed)
+            start, entries = end, endings
+        return b"".join(found)
 
     return pieces_of
 
 
-def _reach(vocabulary: Iterable[str]) -> dict[str, int]:
-    """The first two characters → those of the longest entry that begins so: most look no further than that."""
-    found = dict[str, int]()
-    for word in vocabulary:
-        found[word[:2]] = max(len(word), found.get(word[:2], 1))
-    return found
+class _Entries:
+    """Of a vocabulary: those that begin a word, or those that go on with one."""
+
+    def __init__(self, known: dict[str, Packed]) -> None:
+        self.known = known
+        self.reach: dict[str, int] = {}
+        """The first _HEAD characters → those of the longest entry that begins so."""
+        for word in known:
+            head = word[:_HEAD]
+            self.reach[head] = max(len(word), self.reach.get(head, 1))

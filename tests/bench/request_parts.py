@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import cProfile
+import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -39,6 +40,7 @@ from proxy.state.records import ModelRecord, StoredProfile
 from proxy.state.snapshot import RoutingState, build_state
 from proxy.state.store import Store
 from proxy.state.stored import Stored
+from proxy.upstream.payload import Payload
 from router_core.artifact import builtin_map
 from router_core.eligibility import Eligibility, eligible
 from router_core.embedding import StaticEmbedder
@@ -53,6 +55,7 @@ ANSWER: Mapping[str, Any] = {
     "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Yes."}}],
     "usage": {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11},
 }
+ANSWER_BYTES = json.dumps(ANSWER).encode()
 Prepare = Callable[[ChatRequest], Any]
 
 
@@ -67,10 +70,11 @@ class Noting:
     """An upstream that answers at once, and says when it was asked."""
 
     asked_ns = 0
+    loading: frozenset[str] = frozenset()
 
-    async def complete(self, *_: object, **__: object) -> dict[str, Any]:
+    async def complete(self, *_: object, **__: object) -> Payload:
         self.asked_ns = time.process_time_ns()
-        return dict(ANSWER)
+        return Payload(dict(ANSWER), ANSWER_BYTES)
 
 
 def a_routing_state(models: int) -> RoutingState:
