@@ -9,6 +9,8 @@ from starlette.requests import Request
 from proxy.errors import BadRequest, BodyTooLarge, BodyTooSlow, ClientGone, NotJson
 from proxy.head import Headers, head_of
 
+WHOLE = "uniroute.whole"
+"""In the scope of a request whose body has come: nothing has to be waited for."""
 IDLE_S = 30.0
 """How long a client may send nothing in the middle of its body."""
 WHOLE_S = 300.0
@@ -23,7 +25,7 @@ async def read_body(request: Request, limit: int, *, idle_s: float = IDLE_S, who
     now = asyncio.get_running_loop().time
     end = now() + whole_s
     try:
-        async with asyncio.timeout(min(idle_s, whole_s)) as patience:
+        async with asyncio.timeout(None if request.scope.get(WHOLE) else min(idle_s, whole_s)) as patience:
             while True:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":

@@ -12,6 +12,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from proxy.body import WHOLE
 from proxy.descriptors import shares
 from proxy.edge import CROWDED
 from proxy.malformed import (
@@ -187,6 +188,7 @@ class ClientConnection(HttpToolsProtocol):
         self._moved = True
         if not (self.parser.should_upgrade() and self._body_expected()):
             super().on_message_complete()
+            self.scope[WHOLE] = True  # type: ignore[literal-required]
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

@@ -36,7 +36,7 @@ class Head:
 
     def pairs(self, names: Sequence[str]) -> list[tuple[str, str]]:
         """Those of `names` that were sent, repeated ones repeated."""
-        return [(name, value) for name in names for value in self.getlist(name)]
+        return [(name, value) for name in names if name.encode() in self._by_name for value in self.getlist(name)]
 
 
 def head_of(scope: Scope) -> Head:

@@ -22,7 +22,10 @@ class Timeouts:
 
     def hastier_than(self, usual: Timeouts) -> bool:
         """Missing one of these may be no fault of the model."""
-        return any(getattr(self, column.name) < getattr(usual, column.name) for column in fields(self))
+        return self is not usual and any(getattr(self, name) < getattr(usual, name) for name in _NAMES)
+
+
+_NAMES = tuple(column.name for column in fields(Timeouts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,9 @@ class Metrics:
             "limits_unchecked", "Requests of limited keys while Redis did not answer: local, refused or open", "outcome"
         )
         self.errors = self._total("errors", "Responses that were errors, by status", "status")
-        self.in_flight = Gauge("uniroute_in_flight", "Chat requests being served", registry=self.registry)
+        self.in_flight = 0
+        in_flight = Gauge("uniroute_in_flight", "Chat requests being served", registry=self.registry)
+        in_flight.set_function(lambda: self.in_flight)
         self.tasks = Gauge("uniroute_tasks", "asyncio tasks of this process", registry=self.registry)
         self.state_version = Gauge(
             "uniroute_state_version", "Version of the routing state in use", registry=self.registry

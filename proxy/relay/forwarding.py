@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from time import monotonic
 from typing import TypeVar
 
@@ -19,7 +20,7 @@ from proxy.routing.request import ChatRequest
 from proxy.settings import Settings
 from proxy.state.records import ModelRecord
 from proxy.state.snapshot import RoutingState
-from proxy.timeouts import Timeouts, timeouts_for, total_s
+from proxy.timeouts import NOTHING_STATED, Timeouts, timeouts_for, total_s
 from proxy.trace import Trace
 from proxy.upstream.payload import Payload
 from proxy.upstream.upstream import Upstream
@@ -112,8 +113,8 @@ class Forwarder:
         if self._left_s() <= 0:  # the wait for a place took it: no fault of this model
             slot.release()
             raise UpstreamFailure("no model was asked in time (request_timeout_s)", timed_out=True, retryable=False)
-        timeouts = timeouts_for(outlets.settings, record.info, self.request.options.timeouts)
-        usual = timeouts_for(outlets.settings, record.info)
+        usual, stated = timeouts_for(outlets.settings, record.info), self.request.options.timeouts
+        timeouts = usual if stated is NOTHING_STATED else timeouts_for(outlets.settings, record.info, stated)
         turn = Turn(self.meter, outlets.health.begin(name), slot, hurried=timeouts.hastier_than(usual))
         self.meter.asking(name)
         try:
@@ -159,7 +160,11 @@ class Forwarder:
 
     def _left_s(self) -> float:
         """Of the time for all attempts together. Without any, nobody is asked any more."""
-        return self.meter.started + total_s(self.outlets.settings, self.request.options.timeouts) - monotonic()
+        return self._until - monotonic()
+
+    @cached_property
+    def _until(self) -> float:
+        return self.meter.started + total_s(self.outlets.settings, self.request.options.timeouts)
 
 
 def _told(outcome: Answer | UpstreamFailure | None, busy: list[ModelBusy]) -> Answer:

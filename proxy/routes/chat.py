@@ -48,5 +48,8 @@ async def answer(request: Request, services: Services) -> Response:
     raw = await read_body(request, services.settings.max_body_bytes)
     parsed = parse_chat(raw, head_of(request.scope).pairs(READ_HEADERS))
     work = handle(services, parsed, request.scope[KEY_IN_SCOPE], trace_of(request), arrived_at(request))
-    with services.metrics.in_flight.track_inprogress():
+    services.metrics.in_flight += 1
+    try:
         return await until_gone(request.scope, request.receive, work)
+    finally:
+        services.metrics.in_flight -= 1

@@ -32,8 +32,9 @@ DELTAS = st.dictionaries(st.sampled_from(["content", "content", *FIELDS]), VALUE
     lambda text: {"content": text}
 )
 CHOICES = st.fixed_dictionaries(
-    {"delta": DELTAS},
+    {},
     optional={
+        "delta": DELTAS,
         "index": st.sampled_from([0, 0, 1, None, "0"]),
         "finish_reason": st.sampled_from([None, None, "stop", ""]),
         "message": DELTAS,
@@ -98,7 +99,8 @@ def test_marks_are_there_when_the_last_text_is_what_ends_the_answer() -> None:
         ({"content": " word"}, " word"),
         ({"role": "assistant", "content": ""}, ""),
         ({"role": None, "content": "a", "tool_calls": None, "refusal": None}, "a"),
-        ({"content": "a", "tool_calls": []}, None),
+        ({"content": "a", "tool_calls": [], "reasoning_content": ""}, "a"),
+        ({"content": "a", "tool_calls": [{}]}, None),
         ({"content": "a", "reasoning_content": "b"}, None),
         ({"content": None}, None),
         ({}, None),
@@ -107,5 +109,6 @@ def test_marks_are_there_when_the_last_text_is_what_ends_the_answer() -> None:
 def test_what_is_plain(delta: dict[str, Any], text: str | None) -> None:
     choice = {"index": 0, "delta": delta, "finish_reason": None}
     assert plain_text({"choices": [choice]}) == text
+    assert plain_text({"choices": [{"index": 0, "message": delta}]}) == text
     assert plain_text({"choices": [choice, choice]}) is None
     assert plain_text({"choices": [{**choice, "message": delta}]}) is None
