@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import logging
 import ssl
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-import aiohttp
 import certifi
-from aiohttp.http_exceptions import ContentEncodingError
 
 from proxy.descriptors import shares
 from proxy.errors import UpstreamFailure
@@ -21,21 +17,20 @@ from proxy.settings import Settings
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
 from proxy.tasks import end
+from proxy.upstream.connection import BrokenOff, Connection, NotHttp, Unanswered
+from proxy.upstream.connections import Connections, Origin, ProxyRefused
 from proxy.upstream.events import ChunkReader
 from proxy.upstream.failures import lost, no_completion, redirecting, refused, unreachable, without
 from proxy.upstream.payload import Payload, parsed
-from proxy.upstream.proxies import Proxies
 from proxy.upstream.targets import Target, Targets
-from proxy.upstream.wire import KEPT_ALIVE_S, MOST_ANSWER_BYTES, MOST_ERROR_BYTES, has_choices
+from proxy.upstream.wire import MOST_ANSWER_BYTES, MOST_ERROR_BYTES, has_choices
 
 log = logging.getLogger("uniroute.upstream")
 
 DRAIN_S = 1.0
 """How long the end of a stream is waited for after its last word, to use the connection again."""
-LONGEST_HEADER = 64 * 2**10
-"""Of an answer: some servers behind others send a policy or cookies of many kilobytes."""
-IN_ONE_PIECE = 2**20
-"""A larger body is written bit by bit, so that others get a turn."""
+_ENDS = (Unanswered, BrokenOff, NotHttp, OSError)
+"""Of a connection in the middle of an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,104 +47,109 @@ class RelayedCall:
     """None: as in the settings."""
 
 
+class Answer:
+    """What an upstream says on one connection, until it is given back or dropped."""
+
+    def __init__(self, connections: Connections, origin: Origin, connection: Connection) -> None:
+        self._connections = connections
+        self._origin = origin
+        self._connection: Connection | None = connection
+        self.read = connection.read
+        self.status = connection.status or 0
+        self.headers: Mapping[str, str] = connection.headers
+
+    @property
+    def ended(self) -> bool:
+        return self._connection is None or self._connection.ended
+
+    def done(self) -> None:
+        """The connection is kept where the answer has ended, and closed where it has not. Again is harmless."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._connections.give_back(self._origin, connection)
+
+
 class RelayUpstream:
     """One per process, on one event loop."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
         self.targets = Targets(settings, environ)
         self._connect_s = settings.connect_timeout_s
-        self._proxies = Proxies()
-        self._opened: aiohttp.ClientSession | None = None
-        self._certificates = _certificates_of(environ)
+        self._connections = Connections(shares().upstreams, lambda: _context_of(environ))
         self._draining: set[asyncio.Task[None]] = set()
 
     async def complete(self, call: RelayedCall) -> Payload:
         """The whole answer. Raises UpstreamFailure."""
         target = self.targets.of(call.record, call.resolved)
-        response = await self._post(target, call, stream=False)
+        answer = await self._post(target, call, stream=False)
         try:
-            answer = await _read(response, target, MOST_ANSWER_BYTES)
+            said = await _read(answer, target, MOST_ANSWER_BYTES)
         finally:
-            response.release()
+            answer.done()
         try:
-            completion, data = parsed(answer)
+            completion, data = parsed(said)
         except ValueError:
             completion = data = None
         if not isinstance(completion, dict) or completion.get("error") or not has_choices(completion):
-            raise without(target.secrets, no_completion(target.name, answer, response.headers))
+            raise without(target.secrets, no_completion(target.name, said, answer.headers))
         return Payload(completion, data)
 
     async def stream(self, call: RelayedCall) -> RelayedStream:
         """Raises UpstreamFailure: here if the upstream refused, later where the stream breaks or ends too early."""
         target = self.targets.of(call.record, call.resolved)
-        response = await self._post(target, call, stream=True)
-        if "event-stream" in response.headers.get("content-type", "event-stream").lower():
-            return RelayedStream(self, response, target.secrets)
+        answer = await self._post(target, call, stream=True)
+        if "event-stream" in answer.headers.get("content-type", "event-stream").lower():
+            return RelayedStream(self, answer, target.secrets)
         try:
-            said = await _read(response, target, MOST_ANSWER_BYTES)
+            said = await _read(answer, target, MOST_ANSWER_BYTES)
         finally:
-            response.close()
+            answer.done()
         failure = UpstreamFailure(f"{target.name} answered a stream with something else", status=502, body=said)
         raise without(target.secrets, failure)
 
     async def aclose(self) -> None:
         await end(*self._draining)
-        if self._opened is not None:
-            await self._opened.close()
+        await self._connections.aclose()
 
-    async def _post(self, target: Target, call: RelayedCall, *, stream: bool) -> aiohttp.ClientResponse:
-        """A response that may hold an answer. Raises UpstreamFailure."""
+    async def _post(self, target: Target, call: RelayedCall, *, stream: bool) -> Answer:
+        """One that may hold a completion. Raises UpstreamFailure."""
         body = target.body(call.body, call.raw, stream=stream)
         try:
-            response = await self.open().post(
-                target.url,
-                data=aiohttp.BytesPayload(body) if len(body) < IN_ONE_PIECE else io.BytesIO(body),
-                headers={**target.headers, **call.headers},
-                allow_redirects=False,
-                proxy=self._proxies.of(target.url),
-                timeout=_within(call.connect_s or self._connect_s),
-            )
-        except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
+            answer = await self._asked(target, call, body)
+        except (ProxyRefused, *_ENDS) as error:
             raise without(target.secrets, _failure_of(error, target.name)) from error
-        if response.status == 200:
-            return response
-        await self._refuse(response, target)
-        return response
+        if answer.status != 200:
+            await self._refuse(answer, target)
+        return answer
 
-    async def _refuse(self, response: aiohttp.ClientResponse, target: Target) -> None:
+    async def _asked(self, target: Target, call: RelayedCall, body: bytes) -> Answer:
+        connection = await self._connections.take(target.heads.origin, call.connect_s or self._connect_s)
+        try:
+            await connection.send(target.heads.head(call.headers), body)
+            await connection.answered()
+        except BaseException:
+            self._connections.drop(connection)
+            raise
+        return Answer(self._connections, target.heads.origin, connection)
+
+    async def _refuse(self, answer: Answer, target: Target) -> None:
         """Raises for whatever status is no success."""
-        if 200 <= response.status < 300:
+        if 200 <= answer.status < 300:
             return
         try:
-            if response.status < 400:
+            if answer.status < 400:
                 raise redirecting(target.name)
-            said = await _beginning(response, target)
-            raise without(target.secrets, refused(response.status, said, response.headers, target.name))
+            said = await _beginning(answer, target)
+            raise without(target.secrets, refused(answer.status, said, answer.headers, target.name))
         finally:
-            response.close()
+            answer.done()
 
-    def open(self) -> aiohttp.ClientSession:
-        """The pool, on this event loop; before the first request, so that none waits for it."""
-        if self._opened is None:
-            self._opened = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(
-                    limit=shares().upstreams,
-                    keepalive_timeout=KEPT_ALIVE_S,
-                    ssl=ssl.create_default_context(cafile=self._certificates),
-                ),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                max_line_size=LONGEST_HEADER,
-                max_field_size=LONGEST_HEADER,
-                trust_env=False,  # it would look for a .netrc file with every request; proxies are ours
-            )
-        return self._opened
-
-    def give_back(self, response: aiohttp.ClientResponse) -> None:
+    def give_back(self, answer: Answer) -> None:
         """The connection of a stream that said its last word, as soon as nothing more is on the way."""
-        if response.content.at_eof() or response.connection is None:
-            response.release()
+        if answer.ended:
+            answer.done()
             return
-        task = asyncio.create_task(_drain(response), name="uniroute-drain")
+        task = asyncio.create_task(_drain(answer), name="uniroute-drain")
         self._draining.add(task)
         task.add_done_callback(self._draining.discard)
 
@@ -157,9 +157,9 @@ class RelayUpstream:
 class RelayedStream:
     """Blocks of chunks, each what one reading held. To be closed, however it ended."""
 
-    def __init__(self, upstream: RelayUpstream, response: aiohttp.ClientResponse, secrets: Collection[str]) -> None:
+    def __init__(self, upstream: RelayUpstream, answer: Answer, secrets: Collection[str]) -> None:
         self._upstream = upstream
-        self._response = response
+        self._answer = answer
         self._secrets = secrets
         self._reader = ChunkReader()
         self._closed = False
@@ -182,13 +182,12 @@ class RelayedStream:
 
     async def _read(self) -> bytes:
         try:
-            return await self._response.content.readany()
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            self._response.close()
+            return await self._answer.read()
+        except _ENDS as error:
+            self._answer.done()
             raise UpstreamFailure(
                 f"the model's stream broke: {type(error).__name__}",
-                timed_out=isinstance(error, TimeoutError),
-                lost=not self._reader.begun and not isinstance(error.__cause__, ContentEncodingError),
+                lost=not self._reader.begun and not isinstance(error, NotHttp),
             ) from error
 
     async def aclose(self) -> None:
@@ -196,57 +195,49 @@ class RelayedStream:
             return
         self._closed = True
         if self._reader.over and self._reader.failure is None:
-            self._upstream.give_back(self._response)
+            self._upstream.give_back(self._answer)
         else:
-            self._response.close()
+            self._answer.done()
 
 
-@lru_cache(maxsize=64)
-def _within(connect_s: float) -> aiohttp.ClientTimeout:
-    return aiohttp.ClientTimeout(total=None, sock_connect=connect_s)
+def _context_of(environ: Mapping[str, str]) -> ssl.SSLContext:
+    """Of Mozilla's certificates, as every HTTP client of Python brings them, unless the system's are asked for."""
+    systems = environ.get("SSL_CERT_FILE") or environ.get("SSL_CERT_DIR")
+    return ssl.create_default_context(cafile=None if systems else certifi.where())
 
 
-def _certificates_of(environ: Mapping[str, str]) -> str | None:
-    """Mozilla's, as every HTTP client of Python brings them, unless the system's are asked for (None)."""
-    if environ.get("SSL_CERT_FILE") or environ.get("SSL_CERT_DIR"):
-        return None
-    return certifi.where()
-
-
-async def _drain(response: aiohttp.ClientResponse) -> None:
+async def _drain(answer: Answer) -> None:
     try:
         async with asyncio.timeout(DRAIN_S):
-            while not response.content.at_eof():
-                await response.content.readany()
-        response.release()
-    except (TimeoutError, aiohttp.ClientError, OSError):
+            while await answer.read():
+                pass
+    except (TimeoutError, *_ENDS):
         pass
     finally:
-        response.close()
+        answer.done()
 
 
-async def _read(response: aiohttp.ClientResponse, target: Target, most: int) -> bytes:
+async def _read(answer: Answer, target: Target, most: int) -> bytes:
     """All of a body. Raises UpstreamFailure where it breaks off or is larger than can be held."""
     pieces, size = [], 0
     try:
-        while piece := await response.content.readany():
+        while piece := await answer.read():
             pieces.append(piece)
             size += len(piece)
             if size > most:
-                response.close()
                 raise UpstreamFailure(f"{target.name} broke off its answer: it is larger than {most} bytes")
-    except (aiohttp.ClientError, OSError) as error:
+    except _ENDS as error:
         raise UpstreamFailure(f"{target.name} broke off its answer: {type(error).__name__}") from error
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-async def _beginning(response: aiohttp.ClientResponse, target: Target) -> bytes:
+async def _beginning(answer: Answer, target: Target) -> bytes:
     """Of an error's body; what broke off says as much as it said."""
     said = b""
     try:
-        while len(said) < MOST_ERROR_BYTES and (piece := await response.content.readany()):
+        while len(said) < MOST_ERROR_BYTES and (piece := await answer.read()):
             said += piece
-    except (aiohttp.ClientError, OSError):
+    except _ENDS:
         log.info("%s broke off the words of its error", target.name)
     return said[:MOST_ERROR_BYTES]
 
@@ -254,14 +245,12 @@ async def _beginning(response: aiohttp.ClientResponse, target: Target) -> bytes:
 def _failure_of(error: Exception, model: str) -> UpstreamFailure:
     if isinstance(error, TimeoutError):
         return UpstreamFailure(f"{model} did not answer in time", timed_out=True)
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+    if isinstance(error, ssl.SSLCertVerificationError):
         return UpstreamFailure(f"{model} cannot be reached: its certificate is not trusted (SSL_CERT_FILE)")
-    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.InvalidURL | ValueError):
-        return unreachable(error, model)
-    if isinstance(error, aiohttp.ClientHttpProxyError):
-        return UpstreamFailure(f"{model} cannot be reached: the HTTP proxy answered with status {error.status}")
-    if isinstance(error, aiohttp.ClientResponseError):  # it may have worked for this, so it is not asked again
+    if isinstance(error, ProxyRefused):
+        return UpstreamFailure(f"{model} cannot be reached: {error}")
+    if isinstance(error, NotHttp):  # it may have worked for this, so it is not asked again
         return UpstreamFailure(f"{model} answered with something that is not HTTP")
-    if isinstance(error, aiohttp.ClientError):
+    if isinstance(error, Unanswered):
         return lost(model)
     return unreachable(error, model)

@@ -12,6 +12,9 @@ from proxy.settings import Settings, SettingsError, referred_variable, resolve_s
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
 from proxy.upstream.call import arm_body, is_provider_param, secrets_of
+from proxy.upstream.failures import unreachable
+from proxy.upstream.heads import Heads, heads_of
+from proxy.upstream.proxies import Proxies
 from proxy.upstream.request_bytes import outgoing
 from proxy.upstream.resolution import address_of
 
@@ -26,8 +29,7 @@ class Target:
     """One relayed model, its secrets resolved."""
 
     name: str
-    url: str
-    headers: Mapping[str, str] = field(repr=False)
+    heads: Heads = field(repr=False)
     model: str
     renames: Mapping[str, str]
     fixed: Mapping[str, Any] | None = field(repr=False)
@@ -56,6 +58,7 @@ class Targets:
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
         self._settings = settings
         self._environ = environ
+        self._proxies = Proxies()
         self._made: dict[str, tuple[ModelRecord, Target]] = {}
 
     def of(self, record: ModelRecord, resolved: Resolved) -> Target:
@@ -68,6 +71,9 @@ class Targets:
         except SettingsError as error:
             log.error("model %s: %s", record.name, error)
             raise UpstreamFailure(f"{record.name}: this server has no key for it", retryable=True) from None
+        except ValueError as error:
+            log.error("model %s: %s", record.name, error)
+            raise unreachable(error, record.name) from None
         self._made[record.name] = (record, target)
         return target
 
@@ -87,12 +93,12 @@ class Targets:
             headers["authorization"] = f"Bearer {key}"
         if params.get("organization"):
             headers["openai-organization"] = self._value(params["organization"])
+        url = url_of(base)
         for each in own.values():
             headers |= {name.lower(): text for name, text in each.items()}
         return Target(
             name=record.name,
-            url=url_of(base),
-            headers=headers,
+            heads=heads_of(url, headers, self._proxies.of(url)),
             model=resolved.model,
             renames=resolved.renames,
             fixed=params if any(name != "model" and not is_provider_param(name) for name in params) else None,

@@ -77,7 +77,6 @@ class Upstream:
 
     async def open(self) -> None:
         """Whatever the first request would wait for otherwise. litellm only where a model needs it."""
-        self._relay.open()
         if self._loading is not None:
             await self.loaded()
 

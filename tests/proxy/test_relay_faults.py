@@ -7,7 +7,7 @@ import gzip
 import pytest
 
 from proxy.state.records import ModelRecord
-from proxy.upstream.relay import LONGEST_HEADER
+from proxy.upstream.connection import LONGEST_HEADER
 from proxy.upstream.upstream import Upstream
 from tests.support.makers import until
 from tests.support.raw_upstream import DONE, END, JSON, SAID, STREAM_HEAD, RawUpstream, Said, chunked, plain

@@ -1,0 +1,247 @@
+"""One connection to an upstream, in HTTP/1.1: a request out, its answer back, and again. Knows no pool and no model."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import httptools
+
+LONGEST_HEADER = 64 * 2**10
+"""Of an answer: some servers behind others send a policy or cookies of many kilobytes."""
+MOST_HEADER_BYTES = 256 * 2**10
+MOST_UNREAD = 256 * 2**10
+"""Bytes of an answer that wait for their reader; then the upstream waits."""
+MOST_UNPACKED = 16 * 2**20
+"""Bytes that one reading may come to, where an upstream compresses its answer though it was asked not to."""
+PIECE = 256 * 2**10
+"""A larger body is written bit by bit, so that others get a turn."""
+_GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
+
+
+class Unanswered(ConnectionError):
+    """The connection ended before there was the head of an answer."""
+
+
+class BrokenOff(ConnectionError):
+    """The connection ended in the middle of an answer, or what came was none."""
+
+
+class NotHttp(Exception):
+    """Something else than an answer in HTTP/1.x, or one that nobody should read."""
+
+
+class Unpacker(Protocol):
+    """zlib's."""
+
+    @property
+    def unconsumed_tail(self) -> bytes: ...
+
+    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
+
+
+class Connection(asyncio.Protocol):
+    """`send`, `answered`, `read` until it is empty, and then again, or `close`. Used by one request at a time."""
+
+    def __init__(self, on_lost: Callable[[Connection], None] = lambda _: None) -> None:
+        self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
+        self._transport: Any = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._changed: asyncio.Future[None] | None = None
+        self._lost = self._writing_paused = self._reading_paused = self._half_sent = False
+        self._begin()
+        self._busy = False
+
+    def _begin(self) -> None:
+        self._busy = True
+        self.status: int | None = None
+        """None: the head of the answer has not come yet."""
+        self.headers: dict[str, str] = {}
+        """In lower case; of a repeated one the last."""
+        self.ended = False
+        """All of the answer has come; what is unread of it still can be read."""
+        self._kept = False
+        self._head_bytes = 0
+        self._pieces: deque[bytes] = deque()
+        self._unread = 0
+        self._fault: Exception | None = None
+        self._unpacker: Unpacker | None = None
+
+    async def send(self, head: bytes, body: bytes | None) -> None:
+        """`head` without the length of the body, which is added. Never fails: `answered` tells."""
+        self._begin()
+        if body is None:
+            self._transport.write(head + b"\r\n")
+            return
+        head = b"%bcontent-length: %d\r\n\r\n" % (head, len(body))
+        if len(body) <= PIECE:
+            self._transport.write(head + body)
+            return
+        self._transport.write(head)
+        for start in range(0, len(body), PIECE):
+            while self._writing_paused and not self._over:
+                await self._change()
+            if self._over:  # it has heard enough, or nobody listens
+                self._half_sent = True
+                return
+            self._transport.write(body[start : start + PIECE])
+            await asyncio.sleep(0)
+
+    async def answered(self) -> None:
+        """Once `status` and `headers` are there. Raises Unanswered or NotHttp."""
+        while self.status is None:
+            if self._fault is not None:
+                raise self._fault
+            await self._change()
+
+    async def read(self) -> bytes:
+        """What has come of the body, at least a byte; nothing at its end. Raises BrokenOff or NotHttp."""
+        while not self._pieces:
+            if self.ended:
+                return b""
+            if self._fault is not None:
+                raise self._fault
+            await self._change()
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        self._unread = 0
+        if self._reading_paused:
+            self._reading_paused = False
+            self._transport.resume_reading()
+        return data
+
+    @property
+    def reusable(self) -> bool:
+        """The answer has ended, and the upstream expects another request."""
+        spoilt = self._lost or self._half_sent or self._reading_paused
+        return self._kept and not spoilt and not self._transport.is_closing()
+
+    def rest(self) -> None:
+        """No request is under way until the next `send`: whatever comes now is nobody's answer."""
+        self._busy = False
+
+    def close(self) -> None:
+        self._transport.abort()
+
+    async def secure(self, context: Any, host: str) -> None:
+        """TLS from now on, after a proxy has made way."""
+        self._parser = httptools.HttpResponseParser(self)
+        self._transport = await self._loop.start_tls(self._transport, self, context, server_hostname=host)
+
+    @property
+    def _over(self) -> bool:
+        return self._fault is not None or self.status is not None
+
+    async def _change(self) -> None:
+        self._changed = self._loop.create_future()
+        try:
+            await self._changed
+        finally:
+            self._changed = None
+
+    def _wake(self) -> None:
+        if self._changed is not None and not self._changed.done():
+            self._changed.set_result(None)
+
+    def _fail(self, fault: Exception) -> None:
+        if self._fault is None and not self.ended:
+            self._fault = fault
+        self._wake()
+
+    # the transport's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        if not self._busy or self._fault is not None:
+            self.close()
+            return
+        if self.status is None:
+            self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            cause = error.__context__
+            self._fail(cause if isinstance(cause, NotHttp) else NotHttp(str(error)))
+            self._kept = False
+            self.close()
+            return
+        if self.status is None and self._head_bytes > MOST_HEADER_BYTES:
+            self._fail(NotHttp("the head of the answer has no end"))
+            self.close()
+        self._wake()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._lost = True
+        if self.status is None:
+            self._fail(Unanswered("the connection was closed"))
+        elif not self.ended:
+            self._end_of_data(error)
+        self._on_lost(self)
+
+    def _end_of_data(self, error: Exception | None) -> None:
+        """It ends an answer whose length nobody told."""
+        if "content-length" in self.headers or "transfer-encoding" in self.headers:
+            self._fail(BrokenOff(str(error or "the connection was closed")))
+        self.ended = self._fault is None
+        self._wake()
+
+    def pause_writing(self) -> None:
+        self._writing_paused = True
+
+    def resume_writing(self) -> None:
+        self._writing_paused = False
+        self._wake()
+
+    # the parser's side
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.status is not None:
+            return  # a trailer
+        if len(value) > LONGEST_HEADER:
+            raise NotHttp("a header of the answer is too long")
+        self.headers[name.decode("latin-1").lower()] = value.decode("latin-1").strip()
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if self.ended:
+            raise NotHttp("a second answer came to one request")
+        if status == 101:
+            raise NotHttp("the upstream wants to speak another protocol")
+        if status < 200:
+            self.headers = {}  # more than a hint is to come
+            return
+        coding = self.headers.get("content-encoding", "identity").lower()
+        if coding in ("gzip", "x-gzip", "deflate"):
+            self._unpacker = zlib.decompressobj(_GZIP_OR_ZLIB)
+        elif coding not in ("identity", ""):
+            raise NotHttp(f"the answer is coded as {coding[:40]}, though it was to be plain")
+        self.status = status
+
+    def on_body(self, body: bytes) -> None:
+        if self._unpacker is not None:
+            body = self._unpacked(self._unpacker, body)
+        if body:
+            self._pieces.append(body)
+        self._unread += len(body)
+        if self._unread > MOST_UNREAD and not self._reading_paused:
+            self._reading_paused = True
+            self._transport.pause_reading()
+
+    def on_message_complete(self) -> None:
+        if self.status is not None:
+            self.ended, self._kept = True, self._parser.should_keep_alive()
+
+    def _unpacked(self, unpacker: Unpacker, body: bytes) -> bytes:
+        try:
+            plain = unpacker.decompress(body, MOST_UNPACKED)
+        except zlib.error as error:
+            raise NotHttp(f"the answer cannot be unpacked: {error}") from None
+        if unpacker.unconsumed_tail:
+            raise NotHttp("the answer unpacks to more than can be held")
+        return plain

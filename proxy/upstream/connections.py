@@ -1,0 +1,218 @@
+"""Connections to upstreams, kept for the next request: opened within a time, through a proxy where one is named."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import ssl
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import unquote, urlsplit
+
+import aiohappyeyeballs
+
+from proxy.upstream.connection import Connection
+
+KEPT_ALIVE_S = 30.0
+"""A connection, after its last answer."""
+SWEEP_S = 1.0
+_EYEBALLS_S = 0.25
+"""Until the next address of a name is tried beside the first (RFC 8305)."""
+
+
+class ProxyRefused(Exception):
+    """The HTTP proxy on the way gave no way."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"the HTTP proxy answered with status {status}")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who is at the other end, and by which proxy. Connections of one origin serve one another's requests."""
+
+    host: str
+    port: int
+    tls: bool
+    proxy: str | None = None
+
+    @property
+    def tunnels(self) -> bool:
+        return self.proxy is not None and self.tls
+
+
+class Connections:
+    """One per process, on one event loop. To be closed."""
+
+    def __init__(self, most: int, context: Callable[[], ssl.SSLContext]) -> None:
+        """
+        Args:
+            most: open at once; who comes then waits for a place.
+            context: for TLS, made when it is first needed.
+        """
+        self._most = most
+        self._make_context = context
+        self._context: ssl.SSLContext | None = None
+        self._busy = 0
+        self._idle: dict[Origin, dict[Connection, float]] = {}
+        """The newest last, each with the time at which it is given up."""
+        self._idle_count = 0
+        self._places: deque[asyncio.Future[None]] = deque()
+        self._sweeping: asyncio.TimerHandle | None = None
+
+    async def take(self, origin: Origin, within_s: float) -> Connection:
+        """A kept one, else a new one: for `give_back` or `drop`.
+
+        Raises:
+            TimeoutError: it was not there in time.
+            OSError, ProxyRefused: it cannot be opened.
+        """
+        idle = self._idle.get(origin)
+        if idle:
+            connection, _ = idle.popitem()
+            self._idle_count -= 1
+            self._busy += 1
+            return connection
+        if self._busy >= self._most or self._places:
+            await self._place()
+        else:
+            self._busy += 1
+        try:
+            while self._busy + self._idle_count > self._most and self._idle_count:
+                self._drop_oldest()
+            async with asyncio.timeout(within_s):
+                return await self._opened(origin)
+        except BaseException:
+            self._leave()
+            raise
+
+    def give_back(self, origin: Origin, connection: Connection) -> None:
+        """Kept, where another request can go over it."""
+        if not connection.reusable:
+            self.drop(connection)
+            return
+        connection.rest()
+        self._idle.setdefault(origin, {})[connection] = asyncio.get_running_loop().time() + KEPT_ALIVE_S
+        self._idle_count += 1
+        self._leave()
+        if self._sweeping is None:
+            self._sweep()
+
+    def drop(self, connection: Connection) -> None:
+        connection.close()
+        self._leave()
+
+    async def aclose(self) -> None:
+        """Those that are idle. The others are closed by whoever uses them."""
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        for idle in self._idle.values():
+            for connection in idle:
+                connection.close()
+        self._idle.clear()
+        self._idle_count = 0
+        await asyncio.sleep(0)
+
+    async def _place(self) -> None:
+        """Returns with a place that is ours already."""
+        place = asyncio.get_running_loop().create_future()
+        self._places.append(place)
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():
+                self._leave()
+            raise
+
+    def _leave(self) -> None:
+        """A place is free: it is that of the next who waits for one."""
+        while self._places:
+            place = self._places.popleft()
+            if not place.done():
+                place.set_result(None)
+                return
+        self._busy -= 1
+
+    async def _opened(self, origin: Origin) -> Connection:
+        if origin.proxy is None:
+            return await self._connected(origin.host, origin.port, tls=origin.tls)
+        proxy = urlsplit(origin.proxy)
+        port = proxy.port or (443 if proxy.scheme == "https" else 80)
+        connection = await self._connected(proxy.hostname or "", port, tls=proxy.scheme == "https")
+        if origin.tls:
+            try:
+                await self._tunnel(connection, origin)
+            except BaseException:
+                connection.close()
+                raise
+        return connection
+
+    async def _connected(self, host: str, port: int, *, tls: bool) -> Connection:
+        loop = asyncio.get_running_loop()
+        addresses = await loop.getaddrinfo(host, port, type=1)
+        _, connection = await loop.create_connection(
+            lambda: Connection(self._lost),
+            sock=await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=_EYEBALLS_S),
+            ssl=self._tls if tls else None,
+            server_hostname=host if tls else None,
+        )
+        return connection
+
+    async def _tunnel(self, connection: Connection, origin: Origin) -> None:
+        authority = authority_of(origin.host, origin.port)
+        lines = [f"CONNECT {authority} HTTP/1.1", f"host: {authority}"]
+        if credentials := credentials_of(origin.proxy or ""):
+            lines.append(f"proxy-authorization: {credentials}")
+        await connection.send(("\r\n".join(lines) + "\r\n").encode(), None)
+        await connection.answered()
+        if connection.status != 200:
+            raise ProxyRefused(connection.status or 0)
+        await connection.secure(self._tls, origin.host)
+
+    @property
+    def _tls(self) -> ssl.SSLContext:
+        if self._context is None:
+            self._context = self._make_context()
+        return self._context
+
+    def _lost(self, connection: Connection) -> None:
+        for idle in self._idle.values():
+            if idle.pop(connection, None) is not None:
+                self._idle_count -= 1
+                return
+
+    def _drop_oldest(self) -> None:
+        idle = min((idle for idle in self._idle.values() if idle), key=lambda each: next(iter(each.values())))
+        connection = next(iter(idle))
+        del idle[connection]
+        self._idle_count -= 1
+        connection.close()
+
+    def _sweep(self) -> None:
+        """Closes what was idle for too long, as long as anything is."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for origin, idle in list(self._idle.items()):
+            for connection, until in list(idle.items()):
+                if until > now:
+                    break
+                del idle[connection]
+                self._idle_count -= 1
+                connection.close()
+            if not idle:
+                del self._idle[origin]
+        self._sweeping = loop.call_later(SWEEP_S, self._sweep) if self._idle else None
+
+
+def authority_of(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def credentials_of(url: str) -> str | None:
+    """Those that an address holds, as a header has them."""
+    parts = urlsplit(url)
+    if parts.username is None:
+        return None
+    pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return "Basic " + base64.b64encode(pair.encode()).decode()

@@ -1,0 +1,69 @@
+"""The head of a request to an upstream, in bytes, and where it goes. Sends nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from urllib.parse import SplitResult, quote, urlsplit
+
+from proxy.upstream.connections import Origin, authority_of, credentials_of
+
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")
+_PORTS = {"http": 80, "https": 443}
+_OURS = frozenset({"content-length", "transfer-encoding"})
+"""Nobody states how long our body is but we."""
+_PATH = "/%:@!$&'()*+,;=~-._?[]"
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Of all requests to one address, without the length of the body."""
+
+    origin: Origin
+    line: bytes = field(repr=False)
+    headers: Mapping[str, str] = field(repr=False)
+    usual: bytes = field(repr=False)
+
+    def head(self, more: Mapping[str, str]) -> bytes:
+        """With these headers too, which win over those of the address. They are known to be well formed."""
+        if self.headers.keys().isdisjoint(more):
+            return self.usual + _lines(more)
+        return self.line + _lines({**self.headers, **more})
+
+
+def heads_of(url: str, headers: Mapping[str, str], proxy: str | None) -> Heads:
+    """`headers`: names in lower case. Raises ValueError: such an address cannot be asked, or such a header sent."""
+    parts = urlsplit(url)
+    if parts.scheme not in _PORTS or not parts.hostname:
+        raise ValueError("an address is http:// or https://, and names a host")
+    host = parts.hostname if parts.hostname.isascii() else parts.hostname.encode("idna").decode()
+    origin = Origin(host, parts.port or _PORTS[parts.scheme], parts.scheme == "https", proxy)
+    sent = {name: value for name, value in headers.items() if name not in _OURS}
+    for name, value in sent.items():
+        if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
+            raise ValueError(f"the header {name[:64]!r} cannot be sent")
+    sent.setdefault("host", _host(parts, origin))
+    if credentials := credentials_of(url):
+        sent.setdefault("authorization", credentials)
+    if proxy is not None and not origin.tls and (credentials := credentials_of(proxy)):
+        sent["proxy-authorization"] = credentials
+    line = f"POST {_target(parts, sent['host'], origin)} HTTP/1.1\r\n".encode()
+    return Heads(origin, line, sent, line + _lines(sent))
+
+
+def _target(parts: SplitResult, host: str, origin: Origin) -> str:
+    """Of the request: a proxy on the way is told the whole address."""
+    path = quote(parts.path, safe=_PATH) or "/"
+    asked = f"{path}?{quote(parts.query, safe=_PATH)}" if parts.query else path
+    return asked if origin.proxy is None or origin.tls else f"http://{host}{asked}"
+
+
+def _host(parts: SplitResult, origin: Origin) -> str:
+    authority = authority_of(origin.host, origin.port)
+    return authority.rpartition(":")[0] if origin.port == _PORTS[parts.scheme] else authority
+
+
+def _lines(headers: Mapping[str, str]) -> bytes:
+    return "".join([f"{name}: {value}\r\n" for name, value in headers.items()]).encode()
