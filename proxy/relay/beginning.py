@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from time import monotonic
@@ -10,6 +9,7 @@ from time import monotonic
 from proxy.errors import UpstreamFailure
 from proxy.recording.meter import Meter
 from proxy.relay.chunks import has_content, is_empty_answer
+from proxy.relay.silence import Silence
 from proxy.relay.turns import Turn
 from proxy.upstream.payload import Payload
 from proxy.upstream.upstream import Blocks
@@ -44,25 +44,26 @@ class OpenStream:
         held, self.held = self.held, []
         if held:
             yield held
+        silence = Silence(self.idle_s, self.until)
         try:
             while not self.ended:
-                yield await self._next()
+                yield await silence.during(anext(self.rest))
         except StopAsyncIteration:
             self.turn.answered()
+        except TimeoutError:
+            self.turn.failed(failure := self._too_slow())
+            raise failure from None
         except UpstreamFailure as failure:
             self.turn.failed(failure)
             raise
+        finally:
+            silence.close()
 
-    async def _next(self) -> list[Payload]:
-        left_s = self.until - monotonic()
-        try:
-            async with asyncio.timeout(min(self.idle_s, left_s)):
-                return await anext(self.rest)
-        except TimeoutError:
-            reason = f"was silent for {self.idle_s:g} s (idle_timeout_s)"
-            if left_s <= self.idle_s:
-                reason = "took longer than stream_timeout_s"
-            raise UpstreamFailure(f"the model's stream {reason}", timed_out=True) from None
+    def _too_slow(self) -> UpstreamFailure:
+        reason = f"was silent for {self.idle_s:g} s (idle_timeout_s)"
+        if monotonic() >= self.until:
+            reason = "took longer than stream_timeout_s"
+        return UpstreamFailure(f"the model's stream {reason}", timed_out=True)
 
     async def aclose(self) -> None:
         self.turn.close()
