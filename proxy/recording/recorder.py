@@ -26,6 +26,8 @@ from proxy.tasks import end
 log = logging.getLogger("uniroute.usage")
 
 BATCH = 200
+AT_ONCE = 40
+"""Records that are added up before requests get a turn."""
 FLUSH_S = 0.5
 RETRY_S = 1.0
 ADOPT_S = 5.0
@@ -90,7 +92,7 @@ class UsageRecorder:
     async def _applied(self, journal: Journal) -> bool:
         """One batch. False: there was none."""
         batch = _next_of(journal)
-        tally, broken = _tally_of(batch)
+        tally, broken = await _tally_of(batch)
         if batch.entries:
             applied, uncounted = await self._send(journal, batch, tally)
             if uncounted == REFUSED:
@@ -171,10 +173,12 @@ def _next_of(journal: Journal) -> Batch:
         raise StoreUnavailable(f"could not record usage: {journal.path} cannot be read: {error}") from error
 
 
-def _tally_of(batch: Batch) -> tuple[Tally, int]:
-    """And how many lines are no records of ours."""
+async def _tally_of(batch: Batch) -> tuple[Tally, int]:
+    """And how many lines are no records of ours. Requests get a turn meanwhile."""
     tally, broken = Tally(), batch.broken
-    for entry in batch.entries:
+    for place, entry in enumerate(batch.entries):
+        if place % AT_ONCE == 0:
+            await asyncio.sleep(0)
         try:
             tally.add(entry.text, entry.fields)
         except ValueError:
