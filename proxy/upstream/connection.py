@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import zlib
 from collections import deque
 from collections.abc import Callable
@@ -13,10 +14,11 @@ import httptools
 LONGEST_HEADER = 64 * 2**10
 """Of an answer: some servers behind others send a policy or cookies of many kilobytes."""
 MOST_HEADER_BYTES = 256 * 2**10
+"""Of all that is no body and comes in one go: a head, the hints before it, the size of a chunk, trailers."""
 MOST_UNREAD = 256 * 2**10
 """Bytes of an answer that wait for their reader; then the upstream waits."""
 MOST_UNPACKED = 16 * 2**20
-"""Bytes that one reading may come to, where an upstream compresses its answer though it was asked not to."""
+"""Bytes that may wait for their reader, where an upstream compresses its answer though it was asked not to."""
 PIECE = 256 * 2**10
 """A larger body is written bit by bit, so that others get a turn."""
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
@@ -38,7 +40,7 @@ class Unpacker(Protocol):
     """zlib's."""
 
     @property
-    def unconsumed_tail(self) -> bytes: ...
+    def unused_data(self) -> bytes: ...
 
     def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
 
@@ -51,6 +53,7 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: Any = None
         self._parser = httptools.HttpResponseParser(self)
+        self._incoming = select.poll()
         self._changed: asyncio.Future[None] | None = None
         self._lost = self._writing_paused = self._reading_paused = self._half_sent = False
         self._begin()
@@ -65,7 +68,7 @@ class Connection(asyncio.Protocol):
         self.ended = False
         """All of the answer has come; what is unread of it still can be read."""
         self._kept = False
-        self._head_bytes = 0
+        self._since_body = 0
         self._pieces: deque[bytes] = deque()
         self._unread = 0
         self._fault: Exception | None = None
@@ -120,6 +123,11 @@ class Connection(asyncio.Protocol):
         spoilt = self._lost or self._half_sent or self._reading_paused
         return self._kept and not spoilt and not self._transport.is_closing()
 
+    @property
+    def silent(self) -> bool:
+        """While it rests: nothing has come, not even the end, that the event loop did not get round to yet."""
+        return not self._incoming.poll(0)
+
     def rest(self) -> None:
         """No request is under way until the next `send`: whatever comes now is nobody's answer."""
         self._busy = False
@@ -128,7 +136,10 @@ class Connection(asyncio.Protocol):
         self._transport.abort()
 
     async def secure(self, context: Any, host: str) -> None:
-        """TLS from now on, after a proxy has made way."""
+        """TLS from now on, after a proxy has made way. Raises NotHttp: it said more than that."""
+        if self._pieces:
+            raise NotHttp("something came before the way was free")
+        self.rest()
         self._parser = httptools.HttpResponseParser(self)
         self._transport = await self._loop.start_tls(self._transport, self, context, server_hostname=host)
 
@@ -156,13 +167,13 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
+        self._incoming.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
     def data_received(self, data: bytes) -> None:
         if not self._busy or self._fault is not None:
             self.close()
             return
-        if self.status is None:
-            self._head_bytes += len(data)
+        self._since_body += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -171,8 +182,8 @@ class Connection(asyncio.Protocol):
             self._kept = False
             self.close()
             return
-        if self.status is None and self._head_bytes > MOST_HEADER_BYTES:
-            self._fail(NotHttp("the head of the answer has no end"))
+        if self._since_body > MOST_HEADER_BYTES:
+            self._fail(NotHttp("the answer goes on without saying anything"))
             self.close()
         self._wake()
 
@@ -186,10 +197,13 @@ class Connection(asyncio.Protocol):
 
     def _end_of_data(self, error: Exception | None) -> None:
         """It ends an answer whose length nobody told."""
-        if "content-length" in self.headers or "transfer-encoding" in self.headers:
+        if error is not None or "content-length" in self.headers or "transfer-encoding" in self.headers:
             self._fail(BrokenOff(str(error or "the connection was closed")))
         self.ended = self._fault is None
         self._wake()
+
+    def eof_received(self) -> None:
+        self.close()  # else it would be open until all of the request is sent, which nobody may read
 
     def pause_writing(self) -> None:
         self._writing_paused = True
@@ -200,6 +214,10 @@ class Connection(asyncio.Protocol):
 
     # the parser's side
 
+    def on_message_begin(self) -> None:
+        if self.ended:  # the beginning of it is enough: the rest would be the answer to the next request
+            raise NotHttp("a second answer came to one request")
+
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.status is not None:
             return  # a trailer
@@ -209,8 +227,6 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        if self.ended:
-            raise NotHttp("a second answer came to one request")
         if status == 101:
             raise NotHttp("the upstream wants to speak another protocol")
         if status < 200:
@@ -226,8 +242,10 @@ class Connection(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         if self._unpacker is not None:
             body = self._unpacked(self._unpacker, body)
-        if body:
-            self._pieces.append(body)
+        if not body:
+            return
+        self._pieces.append(body)
+        self._since_body = 0
         self._unread += len(body)
         if self._unread > MOST_UNREAD and not self._reading_paused:
             self._reading_paused = True
@@ -238,10 +256,13 @@ class Connection(asyncio.Protocol):
             self.ended, self._kept = True, self._parser.should_keep_alive()
 
     def _unpacked(self, unpacker: Unpacker, body: bytes) -> bytes:
+        room = MOST_UNPACKED - self._unread
         try:
-            plain = unpacker.decompress(body, MOST_UNPACKED)
+            plain = unpacker.decompress(body, room + 1)
         except zlib.error as error:
             raise NotHttp(f"the answer cannot be unpacked: {error}") from None
-        if unpacker.unconsumed_tail:
+        if len(plain) > room:
             raise NotHttp("the answer unpacks to more than can be held")
+        if unpacker.unused_data:
+            raise NotHttp("the answer goes on behind the end of what was packed")
         return plain

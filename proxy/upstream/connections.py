@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import aiohappyeyeballs
 
-from proxy.upstream.connection import Connection
+from proxy.upstream.connection import Connection, NotHttp
 
 KEPT_ALIVE_S = 30.0
 """A connection, after its last answer."""
@@ -23,9 +23,6 @@ _EYEBALLS_S = 0.25
 
 class ProxyRefused(Exception):
     """The HTTP proxy on the way gave no way."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(f"the HTTP proxy answered with status {status}")
 
 
 @dataclass(frozen=True)
@@ -60,6 +57,7 @@ class Connections:
         self._idle_count = 0
         self._places: deque[asyncio.Future[None]] = deque()
         self._sweeping: asyncio.TimerHandle | None = None
+        self._closed = False
 
     async def take(self, origin: Origin, within_s: float) -> Connection:
         """A kept one, else a new one: for `give_back` or `drop`.
@@ -68,16 +66,12 @@ class Connections:
             TimeoutError: it was not there in time.
             OSError, ProxyRefused: it cannot be opened.
         """
-        idle = self._idle.get(origin)
-        if idle:
-            connection, _ = idle.popitem()
-            self._idle_count -= 1
-            self._busy += 1
-            return connection
         if self._busy >= self._most or self._places:
             await self._place()
         else:
             self._busy += 1
+        if (kept := self._kept(origin)) is not None:
+            return kept
         try:
             while self._busy + self._idle_count > self._most and self._idle_count:
                 self._drop_oldest()
@@ -87,9 +81,20 @@ class Connections:
             self._leave()
             raise
 
+    def _kept(self, origin: Origin) -> Connection | None:
+        """The one that was used last, if another request can still go over it."""
+        idle = self._idle.get(origin)
+        while idle:
+            connection, _ = idle.popitem()
+            self._idle_count -= 1
+            if connection.reusable and connection.silent:
+                return connection
+            connection.close()
+        return None
+
     def give_back(self, origin: Origin, connection: Connection) -> None:
         """Kept, where another request can go over it."""
-        if not connection.reusable:
+        if self._closed or not connection.reusable:
             self.drop(connection)
             return
         connection.rest()
@@ -105,6 +110,7 @@ class Connections:
 
     async def aclose(self) -> None:
         """Those that are idle. The others are closed by whoever uses them."""
+        self._closed = True
         if self._sweeping is not None:
             self._sweeping.cancel()
         for idle in self._idle.values():
@@ -122,14 +128,16 @@ class Connections:
             await place
         except asyncio.CancelledError:
             if place.done() and not place.cancelled():
-                self._leave()
+                self._leave()  # it was given to us in this moment
+            elif place in self._places:
+                self._places.remove(place)
             raise
 
     def _leave(self) -> None:
         """A place is free: it is that of the next who waits for one."""
         while self._places:
             place = self._places.popleft()
-            if not place.done():
+            if not place.done():  # else whoever waited was cancelled in this moment
                 place.set_result(None)
                 return
         self._busy -= 1
@@ -165,10 +173,13 @@ class Connections:
         if credentials := credentials_of(origin.proxy or ""):
             lines.append(f"proxy-authorization: {credentials}")
         await connection.send(("\r\n".join(lines) + "\r\n").encode(), None)
-        await connection.answered()
-        if connection.status != 200:
-            raise ProxyRefused(connection.status or 0)
-        await connection.secure(self._tls, origin.host)
+        try:
+            await connection.answered()
+            if connection.status != 200:
+                raise ProxyRefused(f"the HTTP proxy answered with status {connection.status}")
+            await connection.secure(self._tls, origin.host)
+        except NotHttp as error:  # nothing has gone to the model yet
+            raise ProxyRefused(f"the HTTP proxy answered otherwise than in HTTP: {error}") from error
 
     @property
     def _tls(self) -> ssl.SSLContext:

@@ -11,6 +11,7 @@ from proxy.upstream.connections import Origin, authority_of, credentials_of
 
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")
+_HOST = re.compile(r"[!-~]+")
 _PORTS = {"http": 80, "https": 443}
 _OURS = frozenset({"content-length", "transfer-encoding"})
 """Nobody states how long our body is but we."""
@@ -35,11 +36,10 @@ class Heads:
 
 def heads_of(url: str, headers: Mapping[str, str], proxy: str | None) -> Heads:
     """`headers`: names in lower case. Raises ValueError: such an address cannot be asked, or such a header sent."""
-    parts = urlsplit(url)
-    if parts.scheme not in _PORTS or not parts.hostname:
-        raise ValueError("an address is http:// or https://, and names a host")
-    host = parts.hostname if parts.hostname.isascii() else parts.hostname.encode("idna").decode()
-    origin = Origin(host, parts.port or _PORTS[parts.scheme], parts.scheme == "https", proxy)
+    parts, host, port = _known("an address", url)
+    if proxy is not None:
+        _known("the address of an HTTP proxy", proxy)
+    origin = Origin(host, port, parts.scheme == "https", proxy)
     sent = {name: value for name, value in headers.items() if name not in _OURS}
     for name, value in sent.items():
         if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
@@ -49,15 +49,24 @@ def heads_of(url: str, headers: Mapping[str, str], proxy: str | None) -> Heads:
         sent.setdefault("authorization", credentials)
     if proxy is not None and not origin.tls and (credentials := credentials_of(proxy)):
         sent["proxy-authorization"] = credentials
-    line = f"POST {_target(parts, sent['host'], origin)} HTTP/1.1\r\n".encode()
+    line = f"POST {_target(parts, origin)} HTTP/1.1\r\n".encode()
     return Heads(origin, line, sent, line + _lines(sent))
 
 
-def _target(parts: SplitResult, host: str, origin: Origin) -> str:
+def _known(what: str, url: str) -> tuple[SplitResult, str, int]:
+    """Its parts, host and port. Raises ValueError: nobody can be reached by it."""
+    parts = urlsplit(url)
+    host = (parts.hostname or "").encode("idna").decode()
+    if parts.scheme not in _PORTS or not _HOST.fullmatch(host):
+        raise ValueError(f"{what} is http:// or https://, and names a host")
+    return parts, host, parts.port or _PORTS[parts.scheme]
+
+
+def _target(parts: SplitResult, origin: Origin) -> str:
     """Of the request: a proxy on the way is told the whole address."""
     path = quote(parts.path, safe=_PATH) or "/"
     asked = f"{path}?{quote(parts.query, safe=_PATH)}" if parts.query else path
-    return asked if origin.proxy is None or origin.tls else f"http://{host}{asked}"
+    return asked if origin.proxy is None or origin.tls else f"http://{_host(parts, origin)}{asked}"
 
 
 def _host(parts: SplitResult, origin: Origin) -> str:

@@ -1,8 +1,9 @@
-"""A real Valkey for the session on a unix socket, emptied before each test; and the way to models."""
+"""A real Valkey for the session on a unix socket, emptied before each test; the way to models; a certificate."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from proxy.state.embedded import EmbeddedValkey
 from proxy.state.store import Store
 from proxy.upstream.upstream import Upstream
 from tests.support.relaying import KEY
+from tests.support.tls import a_certificate
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +44,8 @@ async def upstream() -> AsyncIterator[Upstream]:
     opened = Upstream(Settings(), {"ARM_API_KEY": KEY})
     yield opened
     await opened.aclose()
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return a_certificate(tmp_path_factory.mktemp("tls"))

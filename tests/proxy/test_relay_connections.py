@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from proxy.upstream.upstream import Upstream
 from tests.support.makers import until
 from tests.support.raw_upstream import DONE, END, JSON, SAID, STREAM_HEAD, RawUpstream, Said, chunked, plain
 from tests.support.relaying import BODY, KEY, SHORT, WHOLE, a_model, failing, streamed, whole
+from tests.support.tls import served_by
 
 SOON_S = 1.0
 
@@ -109,25 +108,6 @@ async def test_many_streams_at_once_leave_no_connection_behind(upstream: Upstrea
         assert (before <= 200, server.connections - before) == (True, 0)
         await upstream.aclose()
         await until(lambda: server.open == 0)
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Signed by itself, for 127.0.0.1; with its key in one file."""
-    folder = tmp_path_factory.mktemp("tls")
-    made = folder / "both.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
-    out = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
-    subprocess.run([*command, *names, *out], check=True, capture_output=True)
-    made.write_text((folder / "key.pem").read_text() + (folder / "cert.pem").read_text())
-    return made
-
-
-def served_by(certificate: Path) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    return context
 
 
 async def test_an_unknown_certificate_is_said_to_be_the_reason(upstream: Upstream, certificate: Path) -> None:

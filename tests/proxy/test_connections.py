@@ -1,0 +1,295 @@
+"""Connections to upstreams on uvloop: how many, how long, and what nobody may make of them. Models are left out."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import os
+import ssl
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+
+from proxy.upstream import connections as pool
+from proxy.upstream.connection import BrokenOff, NotHttp, Unanswered
+from proxy.upstream.connections import Connections, Origin, ProxyRefused
+from tests.support.connecting import HEAD, all_places_are_free, asked, at, served, tunnelling
+from tests.support.makers import until
+from tests.support.raw_upstream import JSON, RawUpstream, Said, plain
+from tests.support.tls import a_certificate, served_by
+
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n"
+PACKED = b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\n"
+OTHER = plain(b"other").pieces[0]
+WAY = b"HTTP/1.1 200 OK\r\n\r\n"
+MIB = 2**20
+pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def event_loop_policy() -> Any:
+    return uvloop.EventLoopPolicy()
+
+
+@pytest.fixture
+async def connections(certificate: Path) -> AsyncIterator[Connections]:
+    """Two at once."""
+    assert isinstance(asyncio.get_running_loop(), uvloop.Loop)
+    opened = Connections(2, lambda: ssl.create_default_context(cafile=certificate))
+    yield opened
+    await opened.aclose()
+
+
+async def test_ten_requests_share_two_connections_whoever_gives_up(connections: Connections) -> None:
+    async with RawUpstream(plain()) as server:
+        asking = [asyncio.create_task(asked(connections, at(server))) for _ in range(10)]
+        await asyncio.sleep(0)
+        for waiting in asking[3:9:2]:
+            waiting.cancel()
+        found = await asyncio.gather(*asking, return_exceptions=True)
+        assert found.count((200, JSON)) == 7
+        assert server.connections == 2
+        await all_places_are_free(connections, at(server))
+
+
+@pytest.mark.parametrize("tls", [False, True])
+async def test_whoever_leaves_at_any_moment_takes_no_place_along(
+    connections: Connections, certificate: Path, tls: bool
+) -> None:
+    async with RawUpstream(plain(), tls=served_by(certificate) if tls else None) as server:
+        origin = at(server, tls=tls)
+        for turns in range(25):
+            asking = [asyncio.create_task(asked(connections, origin)) for _ in range(4)]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            for one in asking[::-1] if turns % 2 else asking:
+                one.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+        await all_places_are_free(connections, origin)
+        await connections.aclose()
+        await until(lambda: server.open == 0)
+
+
+async def test_nobody_overtakes_who_waits_for_a_place(certificate: Path) -> None:
+    connections = Connections(1, ssl.create_default_context)
+    async with RawUpstream(plain()) as server:
+        first = await connections.take(at(server), 1)
+        await first.send(HEAD, b"{}")
+        await first.answered()
+        await until(lambda: first.ended)
+        waiting = asyncio.create_task(asked(connections, at(server)))
+        await asyncio.sleep(0)
+        connections.give_back(at(server), first)
+        connections.drop(await connections.take(at(server), 1))
+        assert (waiting.done(), server.connections) == (True, 1)
+
+
+async def test_what_is_idle_for_another_model_makes_room(connections: Connections) -> None:
+    async with RawUpstream(plain()) as one, RawUpstream(plain()) as two, RawUpstream(plain()) as three:
+        for server in (one, two, three):
+            await asked(connections, at(server))
+        await until(lambda: (one.open, two.open, three.open) == (0, 1, 1))
+
+
+async def test_an_idle_connection_is_given_up_in_time(
+    connections: Connections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "KEPT_ALIVE_S", 0.05)
+    monkeypatch.setattr(pool, "SWEEP_S", 0.02)
+    async with RawUpstream(plain()) as server:
+        for _ in range(2):
+            await asked(connections, at(server))
+            await until(lambda: server.open == 0)
+        assert server.connections == 2
+
+
+async def test_what_is_given_back_after_the_end_is_closed(connections: Connections) -> None:
+    async with RawUpstream(plain()) as server:
+        asking = asyncio.create_task(asked(connections, at(server)))
+        await until(lambda: server.open == 1)
+        await connections.aclose()
+        assert await asking == (200, JSON)
+        await until(lambda: server.open == 0)
+
+
+@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.parametrize("said", [OTHER, b"H", b"\r\n"])
+async def test_what_comes_unasked_is_nobodys_answer(connections: Connections, said: bytes, seen: bool) -> None:
+    writers = []
+
+    async def handle(_: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        writer.write(plain().pieces[0])
+        await reader.read()
+
+    async with served(handle) as origin:
+        assert await asked(connections, origin) == (200, JSON)
+        os.write(writers[0].get_extra_info("socket").fileno(), said)  # at once
+        if seen:
+            await asyncio.sleep(0.02)
+        assert await asked(connections, origin) == (200, JSON)
+        assert len(writers) == 2
+
+
+@pytest.mark.parametrize("more", [OTHER, OTHER[:20], b"H", b'{"more": 1}'])
+async def test_what_comes_behind_an_answer_is_not_the_next(connections: Connections, more: bytes) -> None:
+    async with RawUpstream(Said((plain().pieces[0] + more,)), plain()) as server:
+        for _ in range(2):
+            assert await asked(connections, at(server)) == (200, JSON)
+        assert server.connections == 2
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        CHUNKED + b"content-length: 2\r\n\r\n2\r\nhi\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\nhi!",
+        b"HTTP/1.1 200 OK\r\ncontent-length: -2\r\n\r\nhi",
+        b"HTTP/1.1 101 Over\r\nconnection: upgrade\r\nupgrade: x\r\n\r\nhi",
+        CHUNKED + b"\r\n-2\r\nhi\r\n0\r\n\r\n",
+        CHUNKED + b"\r\n" + b"f" * 17 + b"\r\nhi",
+        CHUNKED + b"\r\n3\r\nhi\r\n0\r\n\r\n",
+        PACKED + b"\r\n" + gzip.compress(b"hi") + b"more",
+    ],
+)
+async def test_an_answer_of_doubtful_length_is_none(connections: Connections, said: bytes) -> None:
+    async with RawUpstream(Said((said,), "hang")) as server:
+        with pytest.raises(NotHttp):
+            await asked(connections, at(server))
+        await until(lambda: server.open == 0)
+
+
+async def test_a_body_without_length_that_is_reset_is_broken_off(connections: Connections) -> None:
+    async with RawUpstream(Said((b"HTTP/1.1 200 OK\r\n\r\nhalf",), "reset")) as server:
+        with pytest.raises(BrokenOff):
+            await asked(connections, at(server))
+
+
+@pytest.mark.parametrize(
+    ("first", "again"),
+    [
+        (b"HTTP/1.1 200 OK\r\nx: ", b"y" * 1000),
+        (b"HTTP/1.1 200 OK\r\n", b"x: y\r\n" * 1000),
+        (b"", b"HTTP/1.1 103 Early Hints\r\n\r\n" * 1000),
+        (CHUNKED + b"\r\n2\r\nhi\r\n0\r\nx: ", b"y" * 1000),
+        (CHUNKED + b"\r\n2\r\nhi\r\n0\r\n", b"x: y\r\n" * 1000),
+        (CHUNKED + b"\r\n2;x=", b"y" * 1000),
+        (PACKED + b"\r\n" + gzip.compress(b"")[:10], b"\0\0\0\xff\xff" * 1000),
+    ],
+    ids=["header", "headers", "hints", "trailer", "trailers", "extension", "empty blocks"],
+)
+async def test_what_never_ends_and_says_nothing_is_refused(
+    connections: Connections, first: bytes, again: bytes
+) -> None:
+    async def handle(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(first)
+        while True:
+            writer.write(again)
+            await writer.drain()
+
+    async with served(handle) as origin:
+        with pytest.raises(NotHttp):
+            await asked(connections, origin)
+
+
+@pytest.mark.parametrize("chunk", [2000, MIB])
+async def test_a_small_answer_that_unpacks_to_a_huge_one_is_refused(connections: Connections, chunk: int) -> None:
+    packed = gzip.compress(bytes(30 * MIB))
+    parts = [packed[start : start + chunk] for start in range(0, len(packed), chunk)]
+    body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
+    async with RawUpstream(Said((CHUNKED + b"content-encoding: gzip\r\n\r\n" + body,), "hang")) as server:
+        with pytest.raises(NotHttp):
+            await asked(connections, at(server))
+
+
+async def test_a_flood_that_nobody_reads_waits_and_arrives_whole(connections: Connections) -> None:
+    sent = asyncio.Event()
+
+    async def handle(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % (32 * MIB))
+        for piece in [bytes(MIB)] * 32:
+            writer.write(piece)
+            await writer.drain()
+        sent.set()
+
+    async with served(handle) as origin:
+        connection = await connections.take(origin, 1)
+        await connection.send(HEAD, b"{}")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(sent.wait(), 0.5)
+        size = 0
+        while piece := await connection.read():
+            size += len(piece)
+        connections.drop(connection)
+        assert (size, sent.is_set()) == (32 * MIB, True)
+
+
+@pytest.mark.parametrize("head", [b"content-length: 5\r\n", b""], ids=["length", "until it closes"])
+@pytest.mark.parametrize("status", [413, 200])
+async def test_an_answer_before_the_body_was_sent_is_told(connections: Connections, head: bytes, status: int) -> None:
+    """The upstream reads nothing of the body, and stays."""
+    over = asyncio.Event()
+
+    async def handle(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.05)  # until all that fits is on the way
+        writer.write(b"HTTP/1.1 %d Early\r\n%s\r\nlarge" % (status, head))
+        writer.write_eof()
+        await over.wait()
+
+    async with served(handle) as origin:
+        for _ in range(2):
+            assert await asked(connections, origin, bytes(30 * MIB)) == (status, b"large")
+        over.set()
+
+
+async def test_a_tunnel_through_a_proxy_is_used_again(connections: Connections, certificate: Path) -> None:
+    heads = []
+
+    async def handle(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(head)
+        await tunnelling(head, reader, writer)
+
+    async with RawUpstream(plain(), tls=served_by(certificate)) as server, served(handle) as proxy:
+        origin = at(server, f"http://me:p%40ss@127.0.0.1:{proxy.port}", tls=True)
+        for _ in range(2):
+            assert await asked(connections, origin) == (200, JSON)
+        assert heads == [
+            b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nhost: 127.0.0.1:%d\r\nproxy-authorization: Basic bWU6cEBzcw==\r\n\r\n"
+            % (server.port, server.port)
+        ]
+        assert not any(b"authorization" in head for head in server.heads)
+
+
+async def test_a_tunnel_to_somebody_else_is_none(connections: Connections, tmp_path: Path) -> None:
+    other = served_by(a_certificate(tmp_path))
+    async with RawUpstream(plain(), tls=other) as server, served(tunnelling) as proxy:
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await asked(connections, at(server, f"http://127.0.0.1:{proxy.port}", tls=True))
+        assert server.heads == []
+
+
+@pytest.mark.parametrize(
+    ("said", "fault"),
+    [
+        (Said((b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n",), "hang"), ProxyRefused),
+        (Said((b"220 mail ready\r\n",), "hang"), ProxyRefused),
+        (Said((WAY + b"and more",), "hang"), ProxyRefused),
+        (Said((), "close"), Unanswered),
+        (Said((), "hang"), TimeoutError),
+        (Said((WAY,), "hang"), TimeoutError),
+        (Said((WAY,), "close"), OSError),
+    ],
+    ids=["refusal", "nonsense", "more than the way", "end", "silence", "silence on the way", "end on the way"],
+)
+async def test_a_way_that_is_none_is_told_and_closed(
+    connections: Connections, said: Said, fault: type[Exception]
+) -> None:
+    async with RawUpstream(said) as proxy, RawUpstream(plain()) as server:
+        for _ in range(3):
+            with pytest.raises(fault):
+                await connections.take(Origin("far.invalid", 443, True, f"http://127.0.0.1:{proxy.port}"), 0.1)
+        await until(lambda: proxy.open == 0)
+        await all_places_are_free(connections, at(server))
