@@ -160,7 +160,9 @@ async def stored(url: str) -> list[str]:
             "string": client.get, "hash": client.hgetall, "set": client.smembers, "stream": client.xrange,
             "list": lambda name: client.lrange(name, 0, -1), "zset": lambda name: client.zrange(name, 0, -1),
         }  # fmt: skip
-        texts.append(f"{key} {await readers[str(await client.type(key))](key)!r}")
+        kind = str(await client.type(key))
+        if kind != "none":  # else it has expired in this moment
+            texts.append(f"{key} {await readers[kind](key)!r}")
     await client.aclose()
     return texts
 

@@ -89,7 +89,7 @@ def test_it_is_tried_again_with_real_traffic(resting: Fleet) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_when_all_rest_the_one_that_recovers_first_is_tried(resting: Fleet, stream: bool) -> None:
-    resting.good.then(Step(status=429, headers={"retry-after": "4"}, body=error_body("slow", "rate_limit", None)))
+    resting.good.then(Step(status=429, headers={"retry-after": "8"}, body=error_body("slow", "rate_limit", None)))
     assert ask(resting, "good").status_code == 429
     bring_down(resting, "fair")
     resting.fair.always = None
