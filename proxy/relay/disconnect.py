@@ -63,6 +63,9 @@ async def _during(leaving: Leaving, work: Coroutine[Any, Any, T]) -> T:
     finally:
         leaving.told.discard(ending.begin)
     if ending.over():  # `work` made nothing of being cancelled
+        unwanted = getattr(result, "unwanted", None)
+        if unwanted is not None:
+            await unwanted()
         raise ClientGone("the client closed its connection")
     return result
 

@@ -49,6 +49,11 @@ class EventStream(Response):
             self._meter.finish("client_gone")  # only if the relay never ran
             await close_opened(self._opening)
 
+    async def unwanted(self) -> None:
+        """The client has left before it was begun."""
+        self._meter.finish("client_gone")
+        await close_opened(self._opening)
+
     async def _relay(self, send: Send) -> None:
         ending = "client_gone"
         try:
