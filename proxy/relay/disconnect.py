@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope
@@ -12,6 +12,7 @@ from proxy.errors import ClientGone
 from proxy.tasks import AGAIN_S
 
 T = TypeVar("T")
+LetGo = Callable[[T], Awaitable[None]]
 
 LEAVING = "uniroute.leaving"
 """In the scope of a request whose connection says by itself that it was lost."""
@@ -30,24 +31,25 @@ class Leaving:
             tell()
 
 
-async def until_gone(scope: Scope, receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def until_gone(scope: Scope, receive: Receive, work: Coroutine[Any, Any, T], let_go: LetGo[T] | None = None) -> T:
     """The result of `work`. Raises ClientGone, after `work` was cancelled and has ended, when the client leaves first.
 
     The request's body must have been read: what else arrives can then only be the disconnect. `work` runs in the task
-    of whoever calls; only under another server than ours a second one watches.
+    of whoever calls; only under another server than ours a second one watches. `let_go` is given a result that is there
+    in spite of its cancellation, and that nobody will see.
     """
     leaving: Leaving | None = scope.get(LEAVING)
     if leaving is not None:
-        return await _during(leaving, work)
+        return await _during(leaving, work, let_go)
     leaving = Leaving()
     watching = asyncio.create_task(_watch(receive, leaving))
     try:
-        return await _during(leaving, work)
+        return await _during(leaving, work, let_go)
     finally:
         watching.cancel()
 
 
-async def _during(leaving: Leaving, work: Coroutine[Any, Any, T]) -> T:
+async def _during(leaving: Leaving, work: Coroutine[Any, Any, T], let_go: LetGo[T] | None) -> T:
     working = asyncio.current_task()
     if working is None or leaving.gone:
         work.close()
@@ -63,9 +65,8 @@ async def _during(leaving: Leaving, work: Coroutine[Any, Any, T]) -> T:
     finally:
         leaving.told.discard(ending.begin)
     if ending.over():  # `work` made nothing of being cancelled
-        unwanted = getattr(result, "unwanted", None)
-        if unwanted is not None:
-            await unwanted()
+        if let_go is not None:
+            await let_go(result)
         raise ClientGone("the client closed its connection")
     return result
 

@@ -46,12 +46,11 @@ class EventStream(Response):
         except ClientGone:
             return
         finally:
-            self._meter.finish("client_gone")  # only if the relay never ran
-            await close_opened(self._opening)
+            await self.close()
 
-    async def unwanted(self) -> None:
-        """The client has left before it was begun."""
-        self._meter.finish("client_gone")
+    async def close(self) -> None:
+        """Where it was never begun the client had left before. Harmless when repeated."""
+        self._meter.finish("client_gone")  # only if the relay never ran
         await close_opened(self._opening)
 
     async def _relay(self, send: Send) -> None:

@@ -11,6 +11,7 @@ from proxy.head import head_of
 from proxy.pipeline import handle
 from proxy.refusing import TOLD, response_of
 from proxy.relay.disconnect import until_gone
+from proxy.relay.streaming import EventStream
 from proxy.routes.context import arrived_at, trace_of
 from proxy.routing.options import READ_HEADERS
 from proxy.routing.request import parse_chat
@@ -50,6 +51,11 @@ async def answer(request: Request, services: Services) -> Response:
     work = handle(services, parsed, request.scope[KEY_IN_SCOPE], trace_of(request), arrived_at(request))
     services.metrics.in_flight += 1
     try:
-        return await until_gone(request.scope, request.receive, work)
+        return await until_gone(request.scope, request.receive, work, _let_go)
     finally:
         services.metrics.in_flight -= 1
+
+
+async def _let_go(response: Response) -> None:
+    if isinstance(response, EventStream):
+        await response.close()
