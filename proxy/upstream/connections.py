@@ -8,7 +8,7 @@ import ssl
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import aiohappyeyeballs
 
@@ -17,6 +17,7 @@ from proxy.upstream.connection import Connection, NotHttp
 KEPT_ALIVE_S = 30.0
 """A connection, after its last answer."""
 SWEEP_S = 1.0
+PORTS = {"http": 80, "https": 443}
 _EYEBALLS_S = 0.25
 """Until the next address of a name is tried beside the first (RFC 8305)."""
 
@@ -33,10 +34,6 @@ class Origin:
     port: int
     tls: bool
     proxy: str | None = None
-
-    @property
-    def tunnels(self) -> bool:
-        return self.proxy is not None and self.tls
 
 
 class Connections:
@@ -146,8 +143,7 @@ class Connections:
         if origin.proxy is None:
             return await self._connected(origin.host, origin.port, tls=origin.tls)
         proxy = urlsplit(origin.proxy)
-        port = proxy.port or (443 if proxy.scheme == "https" else 80)
-        connection = await self._connected(proxy.hostname or "", port, tls=proxy.scheme == "https")
+        connection = await self._connected(proxy.hostname or "", port_of(proxy), tls=proxy.scheme == "https")
         if origin.tls:
             try:
                 await self._tunnel(connection, origin)
@@ -214,6 +210,10 @@ class Connections:
             if not idle:
                 del self._idle[origin]
         self._sweeping = loop.call_later(SWEEP_S, self._sweep) if self._idle else None
+
+
+def port_of(parts: SplitResult) -> int:
+    return parts.port or PORTS[parts.scheme]
 
 
 def authority_of(host: str, port: int) -> str:

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import SplitResult, quote, urlsplit
 
-from proxy.upstream.connections import Origin, authority_of, credentials_of
+from proxy.upstream.connections import PORTS, Origin, authority_of, credentials_of, port_of
 
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")
 _HOST = re.compile(r"[!-~]+")
-_PORTS = {"http": 80, "https": 443}
 _OURS = frozenset({"content-length", "transfer-encoding"})
 """Nobody states how long our body is but we."""
 _PATH = "/%:@!$&'()*+,;=~-._?[]"
@@ -57,9 +56,9 @@ def _known(what: str, url: str) -> tuple[SplitResult, str, int]:
     """Its parts, host and port. Raises ValueError: nobody can be reached by it."""
     parts = urlsplit(url)
     host = (parts.hostname or "").encode("idna").decode()
-    if parts.scheme not in _PORTS or not _HOST.fullmatch(host):
+    if parts.scheme not in PORTS or not _HOST.fullmatch(host):
         raise ValueError(f"{what} is http:// or https://, and names a host")
-    return parts, host, parts.port or _PORTS[parts.scheme]
+    return parts, host, port_of(parts)
 
 
 def _target(parts: SplitResult, origin: Origin) -> str:
@@ -71,7 +70,7 @@ def _target(parts: SplitResult, origin: Origin) -> str:
 
 def _host(parts: SplitResult, origin: Origin) -> str:
     authority = authority_of(origin.host, origin.port)
-    return authority.rpartition(":")[0] if origin.port == _PORTS[parts.scheme] else authority
+    return authority.rpartition(":")[0] if origin.port == PORTS[parts.scheme] else authority
 
 
 def _lines(headers: Mapping[str, str]) -> bytes:

@@ -15,14 +15,13 @@ from proxy.descriptors import shares
 from proxy.errors import UpstreamFailure
 from proxy.relay.sse import loads
 from proxy.tasks import read_gently, to_its_end
+from proxy.upstream.connections import KEPT_ALIVE_S
 from proxy.upstream.events import ChunkReader
 from proxy.upstream.payload import exact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-KEPT_ALIVE_S = 30
-"""A connection to an upstream, after its last answer."""
 MOST_ANSWER_BYTES = 128 * 2**20
 """Of an answer that is no stream: it is held whole."""
 MOST_ERROR_BYTES = 16 * 2**10
