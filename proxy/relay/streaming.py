@@ -87,10 +87,12 @@ async def _send(send: Send, data: bytes) -> None:
 
 
 async def close_opened(opening: Opening) -> None:
-    """Ends the asking, or closes what was opened. Harmless when repeated."""
-    await cancel_until_done((opening,))
-    if not opening.cancelled() and opening.exception() is None:
-        await opening.result().aclose()
+    """Ends the asking, or closes what was opened, even if we are cancelled meanwhile. Harmless when repeated."""
+    try:
+        await cancel_until_done((opening,))
+    finally:
+        if not opening.cancelled() and opening.exception() is None:
+            await opening.result().aclose()
 
 
 def _error_event(failure: ProxyError) -> Mapping[str, Any]:
