@@ -19,7 +19,8 @@ from proxy.upstream.call import STRAYING, Provider, arm_body, call_arguments, is
 from proxy.upstream.events import is_finished
 from proxy.upstream.failures import failure_of, no_completion, without
 from proxy.upstream.provider_layer import handler_over, import_litellm, keep_no_books, warm_up
-from proxy.upstream.wire import Exchange, chunks_of, close_idle, is_event_stream, open_pool, watched
+from proxy.upstream.tidying import keep_tidy
+from proxy.upstream.wire import Exchange, chunks_of, is_event_stream, open_pool, watched
 from proxy.words import words
 
 __all__ = ["LitellmUpstream", "UpstreamFailure"]
@@ -55,7 +56,7 @@ class LitellmUpstream:
             litellm = await asyncio.to_thread(import_litellm)
             await warm_up(litellm)
             self._handler = handler_over(self._pool)
-            self._tidying = asyncio.create_task(close_idle(self._pool), name="uniroute-idle-connections")
+            self._tidying = asyncio.create_task(keep_tidy(self._pool), name="uniroute-tidying")
             self._litellm = litellm
 
     async def complete(
@@ -110,8 +111,10 @@ class LitellmUpstream:
                 await exchange.aclose()
                 raise
             if provider.openai_format and exchange.is_chat_format:
-                return await self._relayed(exchange, record, provider)
-            return _quoting_no(provider.secrets, self._converted(answer, exchange, record))
+                chunks = await self._relayed(exchange, record, provider)
+            else:
+                chunks = self._converted(answer, exchange, record)
+            return _shown(chunks, exchange, provider.secrets)
 
     async def _called(self, arguments: Mapping[str, Any]) -> Any:
         return await to_its_end(self._litellm.acompletion(**arguments), cancelled_again_s=PATIENCE_S)
@@ -121,7 +124,7 @@ class LitellmUpstream:
         if response is None:
             raise UpstreamFailure(f"{record.name} gave no response")
         if is_event_stream(response):
-            return _quoting_no(provider.secrets, chunks_of(response))
+            return chunks_of(response)
         try:
             body = await response.aread()
         except httpx.HTTPError as error:
@@ -145,8 +148,6 @@ class LitellmUpstream:
                 yield chunk
         except self._failures as error:
             raise failure_of(error, exchange.response, record.name) from error
-        finally:
-            await exchange.aclose()
         if not finished:
             raise UpstreamFailure("the model's stream ended before its answer did")
 
@@ -257,14 +258,16 @@ def _none_in(response: httpx.Response | None, model: str) -> UpstreamFailure:
     return no_completion(model, response.content, response.headers) if response is not None else no_completion(model)
 
 
-async def _quoting_no(secrets: Collection[str], chunks: AsyncGenerator[dict[str, Any]]) -> Chunks:
-    """The same chunks; where they end in a failure, it is told without the provider's keys."""
-    async with contextlib.aclosing(chunks):
-        try:
+async def _shown(chunks: Chunks, exchange: Exchange, secrets: Collection[str]) -> Chunks:
+    """The same chunks, and then the upstream's connection is closed. A failure is told without the provider's keys."""
+    try:
+        async with contextlib.aclosing(chunks):
             async for chunk in chunks:
                 yield chunk
-        except UpstreamFailure as failure:
-            raise without(secrets, failure) from failure.__cause__
+    except UpstreamFailure as failure:
+        raise without(secrets, failure) from failure.__cause__
+    finally:
+        await exchange.aclose()
 
 
 def _is_made_up(answer: Any) -> bool:

@@ -1,12 +1,12 @@
-"""The HTTP side of upstream calls: one pool that follows no redirect, and a look at what really came back."""
+"""The HTTP side of translated calls: one pool that follows no redirect, and a look at what really came back."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from http.cookiejar import CookieJar, DefaultCookiePolicy
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -29,6 +29,10 @@ MOST_ERROR_BYTES = 16 * 2**10
 them held up every other request for 20 s."""
 
 
+EXCHANGE = "uniroute.exchange"
+"""In the extensions of a request: whose it is."""
+
+
 class Exchange:
     """The last HTTP response of one upstream call, as the pool saw it: litellm's own objects lose fields."""
 
@@ -37,9 +41,17 @@ class Exchange:
         self.streams = streams
         """Whether a stream was asked for."""
         self.response: httpx.Response | None = None
+        self.over_at: float | None = None
+        """Monotonic seconds since which nobody waits for anything of it."""
+
+    def end(self) -> None:
+        """Whatever it still has open is nobody's from now on."""
+        if self.over_at is None:
+            self.over_at = monotonic()
 
     async def aclose(self) -> None:
         """The upstream's connection, for certain."""
+        self.end()
         if self.response is not None:
             await to_its_end(self.response.aclose())
 
@@ -81,13 +93,19 @@ _current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
 
 @contextmanager
 def watched(connect_s: float, *, streams: bool = False) -> Iterator[Exchange]:
-    """What the pool receives in this context is noted on the exchange; it connects within `connect_s`."""
+    """What the pool receives in this context is noted on the exchange; it connects within `connect_s`. The exchange is
+    over at the end, but for a stream, which is until it was closed."""
     exchange = Exchange(connect_s, streams=streams)
     token = _current.set(exchange)
     try:
         yield exchange
+    except BaseException:
+        exchange.end()
+        raise
     finally:
         _current.reset(token)
+    if not streams:
+        exchange.end()
 
 
 async def _hurry(request: httpx.Request) -> None:
@@ -96,6 +114,7 @@ async def _hurry(request: httpx.Request) -> None:
     if exchange is not None:
         limits = request.extensions.get("timeout") or {}
         request.extensions["timeout"] = {**limits, "connect": exchange.connect_s}
+        request.extensions[EXCHANGE] = exchange
 
 
 async def _note(response: httpx.Response) -> None:
@@ -176,19 +195,6 @@ def open_pool(timeout_s: float) -> httpx.AsyncClient:
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         event_hooks=dict(HOOKS),
     )
-
-
-async def close_idle(pool: httpx.AsyncClient, every_s: float = 1.0) -> None:
-    """For ever. By itself httpx looks for connections that were idle for too long, or that their upstream closed, only
-    when a request comes."""
-    transports: tuple[Any, ...] = (pool._transport, *pool._mounts.values())  # the second: through a proxy
-    layers = [transport._pool for transport in transports if transport is not None]
-    while True:
-        await asyncio.sleep(every_s)
-        for layer in layers:
-            for connection in layer.connections:
-                if connection.has_expired():
-                    await connection.aclose()
 
 
 async def chunks_of(response: httpx.Response) -> AsyncGenerator[dict[str, Any]]:

@@ -3,18 +3,51 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
 
 import httpx
+import pytest
 
 from proxy.tasks import end
-from proxy.upstream.wire import close_idle
+from proxy.upstream.tidying import keep_tidy
+from proxy.upstream.wire import chunks_of, open_pool, watched
 from tests.support.makers import until
-from tests.support.raw_upstream import RawUpstream, plain
+from tests.support.raw_upstream import DONE, END, SAID, RawUpstream, Said, chunked, plain
+
+MOST_STEPS = 200
+"""Of the event loop, in which a call is surely through."""
+
+
+@asynccontextmanager
+async def tidied(pool: httpx.AsyncClient) -> AsyncIterator[httpx.AsyncClient]:
+    closing = asyncio.create_task(keep_tidy(pool, every_s=0.02, grace_s=0.1))
+    async with pool:
+        yield pool
+        await end(closing)
+
+
+async def streamed(pool: httpx.AsyncClient, url: str) -> None:
+    with watched(5, streams=True) as exchange:
+        request = pool.build_request("POST", url, content=b"{}")
+        response = await pool.send(request, stream=True)
+    try:
+        async with aclosing(chunks_of(response)) as chunks:
+            async for _ in chunks:
+                pass
+    finally:
+        await exchange.aclose()
+
+
+async def whole(pool: httpx.AsyncClient, url: str) -> None:
+    with watched(5):
+        await pool.post(url + "/chat/completions", content=b"{}")
 
 
 async def test_a_connection_that_was_idle_for_too_long_is_closed_though_nobody_asks() -> None:
-    async with RawUpstream(plain()) as server, httpx.AsyncClient(limits=httpx.Limits(keepalive_expiry=1.0)) as pool:
-        closing = asyncio.create_task(close_idle(pool, every_s=0.02))
+    limits = httpx.Limits(keepalive_expiry=1.0)
+    async with RawUpstream(plain()) as server, tidied(httpx.AsyncClient(limits=limits)) as pool:
         for _ in range(2):
             await pool.get(server.url, headers={"content-length": "0"})
         assert (server.connections, server.open) == (1, 1)
@@ -22,4 +55,30 @@ async def test_a_connection_that_was_idle_for_too_long_is_closed_though_nobody_a
         await until(lambda: server.open == 0)
         await pool.get(server.url, headers={"content-length": "0"})
         assert server.connections == 2
-        await end(closing)
+
+
+@pytest.mark.parametrize(("call", "said"), [(whole, plain()), (streamed, Said(chunked(SAID, END, DONE), "close"))])
+async def test_a_call_that_is_cancelled_at_any_moment_leaves_no_connection_open(call: Any, said: Said) -> None:
+    async with RawUpstream(said) as server, tidied(open_pool(5)) as pool:
+        for steps in range(MOST_STEPS):
+            calling = asyncio.create_task(call(pool, server.url))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            calling.cancel()
+            await asyncio.wait({calling})
+        await until(lambda: in_use(pool) == [])
+
+
+async def test_a_call_that_takes_its_time_keeps_its_connection() -> None:
+    async with RawUpstream(Said(chunked(SAID)[:-1], "hang")) as server, tidied(open_pool(5)) as pool:
+        calling = asyncio.create_task(streamed(pool, server.url))
+        await asyncio.wait({calling}, timeout=0.4)
+
+        assert not calling.done()
+        assert server.open == 1
+        await end(calling)
+
+
+def in_use(pool: Any) -> list[Any]:
+    layer = pool._transport._pool
+    return [*layer._requests, *(each for each in layer.connections if not each.is_idle() and not each.is_closed())]

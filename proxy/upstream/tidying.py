@@ -1,0 +1,47 @@
+"""What httpx leaves open is closed in time: what was idle for too long, and what was cancelled at the wrong moment.
+
+httpx looks for idle connections, and for those that their upstream closed, only when a request comes. And where a task
+is cancelled while it opens or closes a connection, httpcore forgets that connection open, and its place in the pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from proxy.upstream.wire import EXCHANGE, Exchange
+
+if TYPE_CHECKING:
+    import httpx
+
+GRACE_S = 1.0
+"""In which a call that is over closes its connection by itself, as nearly all do."""
+
+
+async def keep_tidy(pool: httpx.AsyncClient, every_s: float = 1.0, grace_s: float = GRACE_S) -> None:
+    """For ever."""
+    transports: tuple[Any, ...] = (pool._transport, *pool._mounts.values())  # the second: through a proxy
+    layers = [transport._pool for transport in transports if transport is not None]
+    while True:
+        await asyncio.sleep(every_s)
+        for layer in layers:
+            _let_go(layer, monotonic() - grace_s)
+            closing = [each for each in layer.connections if each.has_expired() or _is_nobodys(each, layer)]
+            layer._connections = [each for each in layer.connections if each not in closing]
+            for connection in closing:
+                await connection.aclose()
+
+
+def _let_go(layer: Any, before: float) -> None:
+    """Requests of calls that were over by then have lost their connections."""
+    for waiting in list(layer._requests):
+        exchange: Exchange | None = waiting.request.extensions.get(EXCHANGE)
+        if exchange is not None and exchange.over_at is not None and exchange.over_at < before:
+            layer._requests.remove(waiting)
+
+
+def _is_nobodys(connection: Any, layer: Any) -> bool:
+    """In use, or about to be, and by no request: no other will ever get it."""
+    resting = connection.is_idle() or connection.is_closed()
+    return not resting and all(waiting.connection is not connection for waiting in layer._requests)
