@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Protocol, TypeVar
 
+from threadpoolctl import threadpool_limits
+
 from proxy.cluster_maps import open_map
 from proxy.health.capacity import Capacities
 from proxy.health.exposition import HealthCollector
@@ -62,6 +64,8 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
         closing.push_async_callback(end, resolving)
         cluster_map, assigner = await asyncio.to_thread(_open_routing, settings)
         closing.callback(assigner.close)
+        # one prompt is too little to share out: the threads would wait for one another, on cores that others work on
+        closing.enter_context(threadpool_limits(1, user_api="blas"))
         store = await Store.open(settings)
         closing.push_async_callback(store.close)
         live, latch = LiveExpectations(cluster_map.size), KeyLatch(settings.data_dir)

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from proxy.cli import console
+from proxy.state.store import CONNECTIONS
 from router_core.embedding import static_embedder
 from tests.bench.lean_client import LeanClient
 from tests.bench.process_facts import Facts, facts_of
@@ -119,6 +120,7 @@ async def soak(world: World, requests: int, connections: int, every: int) -> tup
     """Facts at rest before, every so many requests, and at rest afterwards."""
     load = Load(serving_port(world), world.keys, Random(7), connections)
     await touch_table(world)
+    await fill_pool(world)
     await load.run(WARM_UP)
     facts = [await _at_rest(world, load)]
     _row(facts[0], 0.0)
@@ -145,6 +147,18 @@ async def touch_table(world: World) -> None:
         status, _ = await client.post("/v1/route", body, {"authorization": f"Bearer {world.keys[0]}"})
         assert status == 200
     client.close()
+
+
+async def fill_pool(world: World) -> None:
+    """Sessions all at once: the connections to the store become as many as were ever needed together."""
+
+    async def one(number: int) -> None:
+        client = LeanClient(serving_port(world))
+        body = {"model": "auto", "messages": [{"role": "user", "content": "Are you there?"}]}
+        await client.post(PATH, body, {"authorization": f"Bearer {world.keys[0]}", "x-session-id": f"first-{number}"})
+        client.close()
+
+    await asyncio.gather(*map(one, range(4 * CONNECTIONS)))
 
 
 async def _at_rest(world: World, load: Load) -> Facts:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from proxy.app import create_app
 from proxy.opening import open_services
@@ -59,6 +60,18 @@ async def test_a_change_of_a_key_is_in_force_here_when_it_is_answered(tmp_path: 
             assert await opens(rotated["key"])
             await client.delete(path, headers=root)
             assert not await opens(rotated["key"])
+
+
+async def test_a_prompt_is_not_shared_out_among_the_cores_that_other_workers_have(
+    tmp_path: Path, embedder_cache: Path
+) -> None:
+    def threads() -> set[int]:
+        return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+    with threadpool_limits(2, user_api="blas"):
+        async with open_services(settings(tmp_path, embedder_cache), {}):
+            assert threads() == {1}
+        assert threads() == {2}
 
 
 @pytest.mark.parametrize(
