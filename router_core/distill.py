@@ -54,19 +54,19 @@ def _check_weights(weights: Path) -> None:
 
 
 def _token_vectors(model: Path, progress: Progress) -> Floats:
+    """(V, d). Without sentence-transformers, whose import alone takes as long as a sixth of all tokens."""
     import torch
-    from sentence_transformers import SentenceTransformer
+    from tokenizers import Tokenizer
+    from transformers import BertModel
 
-    transformer = SentenceTransformer(str(model), device="cpu", local_files_only=True)
-    backbone, tokenizer = transformer[0], transformer.tokenizer
-    sequences = torch.tensor(
-        [[tokenizer.cls_token_id, token, tokenizer.sep_token_id] for token in range(len(tokenizer))]
-    )
+    backbone = BertModel.from_pretrained(str(model), local_files_only=True, add_pooling_layer=False)
+    tokenizer = Tokenizer.from_file(str(model / TOKENIZER))
+    first, last = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    sequences = torch.tensor([[first, token, last] for token in range(tokenizer.get_vocab_size())])
     vectors = list[Floats]()
     with torch.inference_mode():
         for batch in torch.split(sequences, BATCH):
-            hidden = backbone({"input_ids": batch, "attention_mask": torch.ones_like(batch)})["token_embeddings"]
-            vectors.append(hidden.mean(dim=1).numpy())
+            vectors.append(backbone(batch).last_hidden_state.mean(dim=1).numpy())
             progress(sum(map(len, vectors)), len(sequences))
     return np.concatenate(vectors)
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 MOST_WORDS = 16_384
 """Words of one generation; two are kept."""
+MOST_MET_ONCE = 8_192
+"""Words that have still to come again."""
 NEW_CHARACTERS = 512
 """Of words that were not met before: to look them up takes about a microsecond a character."""
 LONGEST_WORD = 32
@@ -44,6 +46,8 @@ class WordTokenizer:
         self._pieces_of = word_pieces(tokenizer)
         self._young: dict[str, Packed] = {}
         self._old: dict[str, Packed] = {}
+        self._once: dict[str, Packed] = {}
+        """Most words that are new never come again, and would push out those that do."""
 
     def ids(self, text: str) -> list[int]:
         """Those of the tokenizer itself, special tokens not added."""
@@ -87,10 +91,16 @@ class WordTokenizer:
         return np.frombuffer(b"".join(packed), dtype=np.int64)  # type: ignore[arg-type]  # nothing is missing any more
 
     def _met(self, piece: str) -> Packed:
-        """Of a piece that is not remembered: it is from now on."""
+        """Of a piece that is not remembered. It is from the second time on."""
+        ids = self._once.pop(piece, None)
+        if ids is not None:
+            self._remember(piece, ids)
+            return ids
         ids = self._looked_up(piece)
         if len(piece) <= LONGEST_WORD:
-            self._remember(piece, ids)
+            self._once[piece] = ids
+            if len(self._once) > MOST_MET_ONCE:
+                self._once = {}
         return ids
 
     def _remember(self, piece: str, ids: Packed) -> None:

@@ -98,6 +98,21 @@ def test_forgetting_old_words_changes_nothing(tokenizer: Tokenizer, monkeypatch:
     assert len(few._old) <= 51
 
 
+def test_words_that_come_once_push_out_none_that_come_again(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizing, "MOST_WORDS", 50)
+    monkeypatch.setattr(tokenizing, "MOST_MET_ONCE", 20)
+    few = WordTokenizer(tokenizer)
+    for _ in range(2):
+        few.ids("said again")
+    for number in range(500):
+        few.ids(f"said{number}once")
+
+    assert set(few._young) == {"said", "again"}
+    assert len(few._once) <= 21
+
+
 @given(word=st.text(st.sampled_from("aeinrstXYZ019zq"), min_size=1, max_size=110))
 def test_plain_words_fall_into_the_same_pieces(tokenizer: Tokenizer, word: str) -> None:
     pieces_of = word_pieces(tokenizer)
