@@ -20,6 +20,8 @@ PiecesOf = Callable[[str], Packed]
 """A word of ASCII letters and digits → its ids."""
 _HEAD = 3
 """Characters that say how much further the longest entry that begins with them reaches: most words need no more."""
+_SHORT = _HEAD - 1
+"""Characters of the entries that names, numbers and slips of the keyboard fall into."""
 
 
 def word_pieces(tokenizer: Tokenizer) -> PiecesOf | None:
@@ -45,9 +47,9 @@ def word_pieces(tokenizer: Tokenizer) -> PiecesOf | None:
             return unknown
         word, found, start, entries = word.lower(), list[Packed](), 0, beginnings
         while start < size:
-            known, head = entries.known, word[start : start + _HEAD]
-            end = start + entries.reach.get(head, _HEAD - 1)  # a slice may end behind its word
-            while (packed := known.get(word[start:end])) is None:
+            reach = entries.reach.get(word[start : start + _HEAD], _SHORT)
+            known, end = entries.short if reach == _SHORT else entries.known, start + reach
+            while (packed := known.get(word[start:end])) is None:  # a slice may end behind its word
                 end -= 1
                 if end <= start:
                     return unknown
@@ -63,8 +65,10 @@ class _Entries:
 
     def __init__(self, known: dict[str, Packed]) -> None:
         self.known = known
+        self.short = {word: packed for word, packed in known.items() if len(word) <= _SHORT}
+        """Few enough to stay in the processor's cache, where all of them together do not."""
         self.reach: dict[str, int] = {}
-        """The first _HEAD characters → those of the longest entry that begins so."""
-        for word in known:
+        """The first _HEAD characters of a longer entry → those of the longest one that begins so."""
+        for word in known.keys() - self.short.keys():
             head = word[:_HEAD]
-            self.reach[head] = max(len(word), self.reach.get(head, 1))
+            self.reach[head] = max(len(word), self.reach.get(head, _HEAD))
