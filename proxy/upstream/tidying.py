@@ -27,9 +27,7 @@ async def keep_tidy(pool: httpx.AsyncClient, every_s: float = 1.0, grace_s: floa
         await asyncio.sleep(every_s)
         for layer in layers:
             _let_go(layer, monotonic() - grace_s)
-            closing = [each for each in layer.connections if each.has_expired() or _is_nobodys(each, layer)]
-            layer._connections = [each for each in layer.connections if each not in closing]
-            for connection in closing:
+            for connection in _taken_out(layer):
                 await connection.aclose()
 
 
@@ -41,7 +39,13 @@ def _let_go(layer: Any, before: float) -> None:
             layer._requests.remove(waiting)
 
 
-def _is_nobodys(connection: Any, layer: Any) -> bool:
-    """In use, or about to be, and by no request: no other will ever get it."""
-    resting = connection.is_idle() or connection.is_closed()
-    return not resting and all(waiting.connection is not connection for waiting in layer._requests)
+def _taken_out(layer: Any) -> list[Any]:
+    """Connections to close: idle for too long, or in use, or about to be, by no request: no other will ever get one."""
+    in_use = {id(waiting.connection) for waiting in layer._requests}
+    kept, closing = list[Any](), list[Any]()
+    for connection in layer.connections:
+        resting = connection.is_idle() or connection.is_closed()
+        gone = connection.has_expired() if resting else id(connection) not in in_use
+        (closing if gone else kept).append(connection)
+    layer._connections = kept
+    return closing
