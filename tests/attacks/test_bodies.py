@@ -18,7 +18,7 @@ JSON = {"content-type": "application/json"}
 DOORS = ("/v1/chat/completions", "/v1/route", "/admin/models")
 START = b'{"model": "fair", "messages": [{"role": "user", "content": "hi"}], '
 MIB = 2**20
-BOMB = gzip.compress(b" " * 50 * MIB)
+BOMB = gzip.compress(b" " * 50 * MIB, mtime=0)
 
 
 def post(http: httpx.Client, path: str, content: bytes, headers: dict[str, str] | None = None) -> httpx.Response:
