@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 from starlette.requests import Request
 
@@ -22,40 +21,27 @@ async def read_body(request: Request, limit: int, *, idle_s: float = IDLE_S, who
     """Raises NotJson, BodyTooLarge, BodyTooSlow, ClientGone."""
     _check_headers(head_of(request.scope), limit)
     pieces: list[bytes] = []
-    if request.scope.get(WHOLE):
-        await _read(request, pieces, limit, lambda: None)
-    else:
-        await _read_patiently(request, pieces, limit, idle_s, whole_s)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-async def _read_patiently(request: Request, pieces: list[bytes], limit: int, idle_s: float, whole_s: float) -> None:
+    size = 0
     now = asyncio.get_running_loop().time
     end = now() + whole_s
     try:
-        async with asyncio.timeout(min(idle_s, whole_s)) as patience:
-            await _read(request, pieces, limit, lambda: patience.reschedule(min(now() + idle_s, end)))
+        async with asyncio.timeout(None if request.scope.get(WHOLE) else min(idle_s, whole_s)) as patience:
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone("the client left before its body was complete")
+                piece = message.get("body", b"")
+                size += len(piece)
+                if size > limit:
+                    raise _too_large(limit)
+                pieces.append(piece)
+                if not message.get("more_body", False):
+                    break
+                if piece:
+                    patience.reschedule(min(now() + idle_s, end))
     except TimeoutError:
-        size = sum(map(len, pieces))
         raise BodyTooSlow(f"the body came too slowly: {size} bytes, and then nothing in time") from None
-
-
-async def _read(request: Request, pieces: list[bytes], limit: int, going_on: Callable[[], None]) -> None:
-    """`going_on` is called where a piece has come and more is to come."""
-    size = 0
-    while True:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone("the client left before its body was complete")
-        piece = message.get("body", b"")
-        size += len(piece)
-        if size > limit:
-            raise _too_large(limit)
-        pieces.append(piece)
-        if not message.get("more_body", False):
-            return
-        if piece:
-            going_on()
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _check_headers(headers: Headers, limit: int) -> None:

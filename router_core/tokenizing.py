@@ -21,7 +21,7 @@ MOST_WORDS = 16_384
 MOST_MET_ONCE = 8_192
 """Words that have still to come again."""
 NEW_CHARACTERS = 512
-"""Of words that were not met before: to look them up takes about a microsecond a character."""
+"""Of words that are not remembered: to look them up takes about a microsecond a character."""
 LONGEST_WORD = 32
 """Characters. Longer pieces are blobs, or scripts without spaces: they would fill the memory and not come again."""
 
