@@ -52,7 +52,7 @@ class Exchange:
     async def aclose(self) -> None:
         """The upstream's connection, for certain."""
         self.end()
-        if self.response is not None:
+        if self.response is not None and not self.response.is_closed:
             await to_its_end(self.response.aclose())
 
     @property
