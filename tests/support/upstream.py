@@ -117,6 +117,9 @@ class ScriptedUpstream:
                 await _flood(writer, received, step)
             else:
                 await self._answer(writer, received, step)
+        except ConnectionError:  # a failed write may tell of it first, and then the watch is cancelled
+            received.client_left.set()
+            raise
         finally:
             watch.cancel()
 
