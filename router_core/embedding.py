@@ -9,24 +9,21 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from router_core import distill
 from router_core.errors import InvalidArtifact
-from router_core.tokenizing import WordTokenizer
-from router_core.types import Embedder, Floats, Indices
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from router_core.tokenizing import Ids, Tokenizer
+from router_core.types import Embedder, Floats
 
 DISTILLING = (
     "import functools, pathlib, sys; from router_core.distill import distill; "
     "distill(pathlib.Path(sys.argv[1]), progress=functools.partial(print, flush=True))"
 )
 LONGEST_AT_HAND = 10_000
-"""Characters; more than routing ever reads of a request."""
+"""Bytes: about a millisecond in the slowest of scripts, and more than routing reads of an English request."""
 TOKEN_WEIGHTS = Path(__file__).parent / "assets" / "token_weights.npy"
 
 
@@ -38,24 +35,20 @@ class StaticEmbedder:
         Args:
             table: (V, d) float32, one row per vocabulary token.
             token_weights: (V,) float32; frequent tokens weigh little (smooth inverse frequency, Arora et al. 2017).
-            tokenizer: without truncation or padding.
+            tokenizer: of that vocabulary.
         """
         if len(table) != len(token_weights):
             raise InvalidArtifact(f"the token table has {len(table)} rows but there are {len(token_weights)} weights")
         self._table = np.asarray(table)  # still mapped, and without what a subclass of arrays costs
         self._weights = token_weights
-        self._words = WordTokenizer(tokenizer)
+        self._tokenizer = tokenizer
 
     @classmethod
     def load(cls, folder: Path, token_weights: Path = TOKEN_WEIGHTS) -> StaticEmbedder:
         """Open a folder that `distill` wrote. No torch is loaded."""
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(folder / distill.TOKENIZER))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
         table = np.load(folder / distill.TABLE, mmap_mode="r", allow_pickle=False)
-        return cls(table, np.load(token_weights, allow_pickle=False), tokenizer)
+        weights = np.load(token_weights, allow_pickle=False)
+        return cls(table, weights, Tokenizer(folder / distill.TOKENIZER))
 
     @cached_property
     def id(self) -> str:
@@ -67,23 +60,24 @@ class StaticEmbedder:
 
     def tokens(self, text: str) -> list[int]:
         """Vocabulary ids of `text`, without the model's special tokens."""
-        return self._words.ids(_encodable(text))
+        ids: list[int] = self._tokenizer.ids(_utf8(text)).tolist()
+        return ids
 
     def embed(self, texts: Sequence[str]) -> Floats:
         """(n, d) float32 of unit length; a text without any token gives a zero row."""
         vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
         for row, text in enumerate(texts):
-            vectors[row] = self._vector(self._words.indices(_encodable(text)))
+            vectors[row] = self._vector(_utf8(text))
         return vectors
 
     def embed_at_hand(self, text: str) -> Floats | None:
         """(1, d), the same as `embed` gives, in a fraction of a millisecond. None: it would take longer."""
-        if len(text) > LONGEST_AT_HAND or (ids := self._words.indices_at_hand(_encodable(text))) is None:
-            return None
-        return self._vector(ids).reshape(1, -1)
+        encoded = _utf8(text)
+        return None if len(encoded) > LONGEST_AT_HAND else self._vector(encoded).reshape(1, -1)
 
-    def _vector(self, ids: Indices) -> Floats:
+    def _vector(self, text: bytes) -> Floats:
         """(d,), of unit length or zeros."""
+        ids: Ids = self._tokenizer.ids(text)
         if not ids.size:
             return np.zeros(self.dimension, dtype=np.float32)
         vector = self._weights.take(ids) @ self._table.take(ids, axis=0)
@@ -112,7 +106,7 @@ class TransformerEmbedder:
     def embed(self, texts: Sequence[str]) -> Floats:
         """(n, d) float32 of unit length; a text of white space gives a zero row."""
         vectors = self._model.encode(
-            [_encodable(text) for text in texts], convert_to_numpy=True, show_progress_bar=False
+            [_utf8(text).decode() for text in texts], convert_to_numpy=True, show_progress_bar=False
         )
         blank = [row for row, text in enumerate(texts) if not text.strip()]
         vectors[blank] = 0.0
@@ -174,9 +168,9 @@ def _distill_apart(folder: Path, progress: distill.Progress) -> None:
                 raise
 
 
-def _encodable(text: str) -> str:
-    """Lone surrogates, legal in JSON, cannot be tokenised: they become question marks."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+def _utf8(text: str) -> bytes:
+    """Lone surrogates, legal in JSON, cannot be encoded: they become question marks."""
+    return text.encode("utf-8", "replace")
 
 
 def _unit(vectors: Floats) -> Floats:

@@ -60,13 +60,13 @@ async def test_a_prompt_has_the_same_clusters_whichever_way_they_are_found(embed
 async def test_only_what_takes_long_changes_threads(embedder: StaticEmbedder) -> None:
     watched = Watched.like(embedder)
     assigner, cluster_map = Assigner(watched, 30.0), builtin_map()
-    for text in (FAMILIAR, f"{FAMILIAR} {unheard_of(400)}", " ".join([FAMILIAR] * 100)):
+    for text in (FAMILIAR, unheard_of(4_000), "a [CLS] b", "漢" * (LONGEST_AT_HAND // 3)):
         await assigner.assign(text, cluster_map)
     assert watched.threads == []
 
-    for text in (unheard_of(4_000), "a [CLS] b", f"{FAMILIAR} " * (LONGEST_AT_HAND // 20)):
+    for text in (FAMILIAR * (LONGEST_AT_HAND // 20), "漢" * (LONGEST_AT_HAND // 3 + 1)):
         await assigner.assign(text, cluster_map)
-    assert [name[:9] for name in watched.threads] == ["embedding"] * 3
+    assert [name[:9] for name in watched.threads] == ["embedding"] * 2
     assigner.close()
 
 

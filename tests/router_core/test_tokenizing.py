@@ -1,18 +1,20 @@
-"""Remembered words change no id: compared with the tokenizer itself, on texts of every kind."""
+"""Ids are those of the tokenizers library, which the embedding model was trained with, on texts of every kind."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from random import Random
 
-import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
 
 from router_core import distill, tokenizing
-from router_core.tokenizing import WordTokenizer
-from router_core.word_pieces import word_pieces
+from router_core.errors import InvalidArtifact
+from router_core.tokenizing import Tokenizer
 from tests.bench.prompts import generated_prompts
 
 ODD = [
@@ -60,66 +62,101 @@ PIECES = st.sampled_from(
 )
 
 
+WORDS = st.text(st.sampled_from("aeinrstXYZ019zq\u00e9\u4e2d\u306e-_'"), min_size=1, max_size=110)
+
+
 @pytest.fixture(scope="module")
-def tokenizer(embedder_cache: Path) -> Tokenizer:
-    opened = Tokenizer.from_file(str(embedder_cache / f"static-{distill.RECIPE}" / distill.TOKENIZER))
+def description(embedder_cache: Path) -> Path:
+    return embedder_cache / f"static-{distill.RECIPE}" / distill.TOKENIZER
+
+
+@pytest.fixture(scope="module")
+def reference(description: Path) -> tokenizers.Tokenizer:
+    opened = tokenizers.Tokenizer.from_file(str(description))
     opened.no_truncation()
     opened.no_padding()
     return opened
 
 
 @pytest.fixture(scope="module")
-def words(tokenizer: Tokenizer) -> WordTokenizer:
-    return WordTokenizer(tokenizer)
+def tokenizer(description: Path) -> Tokenizer:
+    return Tokenizer(description)
 
 
-def plain(tokenizer: Tokenizer, text: str) -> list[int]:
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids
+def ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    found: list[int] = tokenizer.ids(text.encode()).tolist()
+    return found
+
+
+def expected(reference: tokenizers.Tokenizer, text: str) -> list[int]:
+    found: list[int] = reference.encode(text, add_special_tokens=False).ids
+    return found
 
 
 @pytest.mark.parametrize("text", ODD)
-def test_odd_texts_have_the_same_ids(tokenizer: Tokenizer, words: WordTokenizer, text: str) -> None:
-    assert words.ids(text) == words.ids(text) == plain(tokenizer, text)
+def test_odd_texts_have_the_same_ids(reference: tokenizers.Tokenizer, tokenizer: Tokenizer, text: str) -> None:
+    for _ in range(2):  # looked up, and remembered
+        assert ids(tokenizer, text) == expected(reference, text)
 
 
-@given(text=st.one_of(st.text(max_size=60), st.lists(PIECES, max_size=20).map("".join)))
-def test_any_text_has_the_same_ids(tokenizer: Tokenizer, words: WordTokenizer, text: str) -> None:
+@given(text=st.one_of(st.text(max_size=60), st.lists(PIECES, max_size=20).map("".join), WORDS))
+def test_any_text_has_the_same_ids(reference: tokenizers.Tokenizer, tokenizer: Tokenizer, text: str) -> None:
     encodable = text.encode("utf-8", "replace").decode()
-    assert words.ids(encodable) == plain(tokenizer, encodable)
+    assert ids(tokenizer, encodable) == expected(reference, encodable)
 
 
-def test_forgetting_old_words_changes_nothing(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizing, "MOST_WORDS", 50)
-    few = WordTokenizer(tokenizer)
-    for text in generated_prompts(200):
-        assert few.ids(text) == plain(tokenizer, text)
-    assert len(few._young) <= 51
-    assert len(few._old) <= 51
+def test_every_character_has_the_same_ids(reference: tokenizers.Tokenizer, tokenizer: Tokenizer) -> None:
+    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    Random(1).shuffle(characters)
+    for start in range(0, len(characters), 5_000):
+        few = characters[start : start + 5_000]
+        text = " ".join(few) + "".join(few) + "".join(f" a{character}b" for character in few)
+        assert ids(tokenizer, text) == expected(reference, text)
 
 
-def test_words_that_come_once_push_out_none_that_come_again(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+def test_prompts_have_the_same_ids_however_little_is_remembered(
+    reference: tokenizers.Tokenizer, description: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizing, "MOST_WORDS", 50)
-    monkeypatch.setattr(tokenizing, "MOST_MET_ONCE", 20)
-    few = WordTokenizer(tokenizer)
-    for _ in range(2):
-        few.ids("said again")
-    for number in range(500):
-        few.ids(f"said{number}once")
-
-    assert set(few._young) == {"said", "again"}
-    assert len(few._once) <= 21
+    monkeypatch.setattr(tokenizing, "TEXTS_REMEMBERED", 7)
+    forgetful = Tokenizer(description)
+    for text in generated_prompts(200):
+        assert ids(forgetful, text) == expected(reference, text)
 
 
-@given(word=st.text(st.sampled_from("aeinrstXYZ019zq"), min_size=1, max_size=110))
-def test_plain_words_fall_into_the_same_pieces(tokenizer: Tokenizer, word: str) -> None:
-    pieces_of = word_pieces(tokenizer)
+def test_it_forgets_after_so_many_texts(description: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizing, "TEXTS_REMEMBERED", 7)
+    forgetful, asked, forgotten = Tokenizer(description), list[bytes](), list[int]()
 
-    assert pieces_of is not None
-    assert np.frombuffer(pieces_of(word), np.int64).tolist() == plain(tokenizer, word)
+    class Told:
+        def encode(self, text: bytes, _: object) -> None:
+            asked.append(text)
+
+        def clear_cache(self) -> None:
+            forgotten.append(len(asked))
+
+    monkeypatch.setattr(forgetful, "_tokenizer", Told())
+    for _ in range(21):
+        forgetful.ids(b"word")
+    assert forgotten == [6, 13, 20]
 
 
-def test_a_tokenizer_of_another_kind_is_asked_itself() -> None:
-    assert word_pieces(Tokenizer(models.BPE())) is None
+def test_words_that_come_once_take_no_memory(description: Path) -> None:
+    code = (
+        "import sys, pathlib, resource\n"
+        "from router_core.tokenizing import Tokenizer\n"
+        "tokenizer = Tokenizer(pathlib.Path(sys.argv[1]))\n"
+        "def most(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "tokenizer.ids(b'warm'); before = most()\n"
+        "for start in range(0, 1_500_000, 500):\n"
+        "    tokenizer.ids(' '.join(f'w{n}x' for n in range(start, start + 500)).encode())\n"
+        "print(most() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, description], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 8_192  # KiB
+
+
+@pytest.mark.parametrize("damage", ["", "{}", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'])
+def test_a_damaged_description_is_named(tmp_path: Path, damage: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(damage)
+    with pytest.raises(InvalidArtifact, match=r"tokenizer\.json cannot be read: .*; delete it"):
+        Tokenizer(tmp_path / "tokenizer.json")
