@@ -25,15 +25,16 @@ class Tokenizer:
         """`description`: a tokenizer.json of WordPiece; its truncation and padding are left out.
 
         Raises:
-            InvalidArtifact: it is of another kind, or damaged.
+            InvalidArtifact: it is of another kind, damaged, or not there.
         """
         from nanotoken import WordPieceTokenizer, set_cache_entries
 
         set_cache_entries(MOST_WORDS)
         try:
             self._tokenizer = WordPieceTokenizer.from_json(description.read_bytes())
-        except ValueError as error:
-            raise InvalidArtifact(f"{description} cannot be read: {error}; delete it, and it is made again") from None
+        except (OSError, ValueError) as error:
+            folder = description.parent
+            raise InvalidArtifact(f"{description} cannot be read: {error}; delete {folder}, it is made again") from None
         self._texts = count(1)
 
     def ids(self, text: bytes) -> Ids:

@@ -158,5 +158,10 @@ def test_words_that_come_once_take_no_memory(description: Path) -> None:
 @pytest.mark.parametrize("damage", ["", "{}", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'])
 def test_a_damaged_description_is_named(tmp_path: Path, damage: str) -> None:
     (tmp_path / "tokenizer.json").write_text(damage)
-    with pytest.raises(InvalidArtifact, match=r"tokenizer\.json cannot be read: .*; delete it"):
+    with pytest.raises(InvalidArtifact, match=rf"tokenizer\.json cannot be read: .*; delete {tmp_path}"):
+        Tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_description_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArtifact, match=r"tokenizer\.json cannot be read: .*No such file"):
         Tokenizer(tmp_path / "tokenizer.json")
