@@ -41,4 +41,4 @@ class Tokenizer:
         """(n,), special tokens not added. `text` is UTF-8."""
         if next(self._texts) % TEXTS_REMEMBERED == 0:
             self._tokenizer.clear_cache()
-        return self._tokenizer.encode(text, False)  # noqa: FBT003
+        return self._tokenizer.encode(text, add_special_tokens=False)

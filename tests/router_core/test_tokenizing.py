@@ -128,7 +128,7 @@ def test_it_forgets_after_so_many_texts(description: Path, monkeypatch: pytest.M
     forgetful, asked, forgotten = Tokenizer(description), list[bytes](), list[int]()
 
     class Told:
-        def encode(self, text: bytes, _: object) -> None:
+        def encode(self, text: bytes, **_: object) -> None:
             asked.append(text)
 
         def clear_cache(self) -> None:
