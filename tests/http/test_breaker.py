@@ -45,8 +45,11 @@ def resting(opened: Fleet) -> Fleet:
 
 
 def recovered(fleet: Fleet) -> bool:
-    """A rest ends with a good answer after its time."""
-    return ask(fleet, "fair").is_success and ask(fleet, "good").is_success and states(fleet) == ["well", "well"]
+    """A rest ends with a good answer after its time. Who is well is not asked: failures are weighed against answers."""
+    for name, state in zip(("fair", "good"), states(fleet), strict=True):
+        if state != "well":
+            ask(fleet, name)
+    return states(fleet) == ["well", "well"]
 
 
 def ask(fleet: Fleet, model: str = "auto", **body: Any) -> httpx.Response:
