@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 from router_core.errors import InvalidArtifact
 
-Ids = NDArray[np.uint32]
-
 MOST_WORDS = 8_192
 """Whose ids a thread remembers: about 2 MiB. So few that no choice of words can make looking one up slow."""
 TEXTS_REMEMBERED = 4_096
@@ -37,7 +35,7 @@ class Tokenizer:
             raise InvalidArtifact(f"{description} cannot be read: {error}; delete {folder}, it is made again") from None
         self._texts = count(1)
 
-    def ids(self, text: bytes) -> Ids:
+    def ids(self, text: bytes) -> NDArray[np.uint32]:
         """(n,), special tokens not added. `text` is UTF-8."""
         if next(self._texts) % TEXTS_REMEMBERED == 0:
             self._tokenizer.clear_cache()

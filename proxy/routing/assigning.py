@@ -1,4 +1,4 @@
-"""A prompt's clusters within a deadline. What may take longer than changing threads runs in one bounded executor."""
+"""A prompt's clusters within a deadline. What may take longer than a millisecond runs in one bounded executor."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Assigner:
         return found
 
     def _at_hand(self, text: str, cluster_map: ClusterMap) -> Assignment | None:
-        """On the event loop, where that takes less than to change threads twice."""
+        """On the event loop, where that takes about a millisecond at most."""
         vector = self.embedder.embed_at_hand(text) if isinstance(self.embedder, StaticEmbedder) else None
         return None if vector is None else _read_only(cluster_map.assign(vector))
 
