@@ -44,7 +44,7 @@ LAYERS = (
 def locked(layer: Layer) -> dict[str, str]:
     """Return {name: its lines} of everything that the layer needs, whatever is installed before it."""
     extras = [option for extra in layer.extras for option in ("--extra", extra)]
-    command = [Path(sys.executable).parent / "uv", "pip", "compile", "pyproject.toml", "-", *extras, *OPTIONS]
+    command = [str(Path(sys.executable).parent / "uv"), "pip", "compile", "pyproject.toml", "-", *extras, *OPTIONS]
     done = subprocess.run(  # noqa: S603  our own words alone
         command, cwd=ROOT, input="\n".join(layer.packages), stdout=subprocess.PIPE, text=True, check=True
     )
