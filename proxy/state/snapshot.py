@@ -9,7 +9,7 @@ from functools import cached_property
 from proxy.settings import ModelInfo
 from proxy.state.catalog import Catalog, CatalogEntry
 from proxy.state.live import LiveExpectations
-from proxy.state.records import PRICE_FIELDS, ClientKey, LivePrice, ModelRecord, StoredProfile
+from proxy.state.records import ClientKey, LivePrice, ModelRecord, StoredProfile
 from proxy.state.stored import Stored
 from router_core.clustering import ClusterMap
 from router_core.error_rates import ErrorRates
@@ -134,7 +134,7 @@ def price_of(info: ModelInfo, stored: LivePrice | None, known: CatalogEntry | No
     if info.free:
         return LivePrice(FREE, "model_info")
     if info.input_cost_per_token is not None and info.output_cost_per_token is not None:
-        return LivePrice(Price(**{name: getattr(info, name) for name in PRICE_FIELDS}), "model_info")
+        return LivePrice(Price.of(info.model_dump(exclude_none=True)), "model_info")
     return LivePrice(known.price, "litellm") if known and known.price else None
 
 
