@@ -135,11 +135,10 @@ class Price:
         fields = {name: value for name in PRICE_FIELDS if (value := getattr(self, name)) is not None}
         below = self
         for tokens, tier in self.above:
-            suffix = f"_above_{tokens // 1000}k_tokens" if tokens % 1000 == 0 else f"_above_{tokens}_tokens"
             # a tier that states nothing new still says where it begins
             changed = [name for name in PRICE_FIELDS if getattr(tier, name) != getattr(below, name)]
             for name in changed or PRICE_FIELDS[:1]:
-                fields[name + suffix] = getattr(tier, name)
+                fields[flat_price_field(name, tokens)] = getattr(tier, name)
             below = tier
         return fields
 
@@ -155,6 +154,13 @@ def price_field(name: str) -> tuple[str, int | None] | None:
         return name, None
     match = _ABOVE.fullmatch(name)
     return match and (match[1], int(match[2]) * (1000 if match[3] else 1))
+
+
+def flat_price_field(rate: str, tokens: int | None) -> str:
+    """The field that states this rate: `price_field` the other way round, one name for each."""
+    if tokens is None:
+        return rate
+    return f"{rate}_above_{tokens // 1000}k_tokens" if tokens % 1000 == 0 else f"{rate}_above_{tokens}_tokens"
 
 
 def _checked_tier(rates: Mapping[str, Any], tokens: int) -> Price:

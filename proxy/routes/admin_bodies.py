@@ -141,7 +141,7 @@ def _entry(name: Any, params: Any, info: Any) -> ModelEntry:
 def _check_params(params: Mapping[str, Any], settings: Settings, environ: Mapping[str, str]) -> None:
     for name, value in params.items():
         if name in PARAMS or (is_control_field(name) and not is_provider_param(name)):
-            elsewhere = "; state it in `model_info`" if name in ModelInfo.model_fields else ""
+            elsewhere = "; state it in `model_info`" if name in ModelInfo.model_fields or price_field(name) else ""
             raise BadRequest(f"`litellm_params.{name}` has no meaning here{elsewhere}", param=f"litellm_params.{name}")
         if is_provider_param(name):
             _check_provider_param(name, value, settings, environ)
