@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from router_core.types import price_field
+
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -29,7 +31,7 @@ _INFO = _words("""
     id db_model updated_at updated_by created_at created_by base_model tier team_id team_public_model_name blocked
     discoverable access_windows access_groups litellm_provider mode max_tokens metadata description comment rules source
     supported_endpoints supported_modalities supported_output_modalities supported_regions supported_audio_formats
-    deprecation_date tpm rpm output_vector_size tiered_pricing off_peak_pricing prompt_cache_min_tokens
+    deprecation_date tpm rpm output_vector_size off_peak_pricing prompt_cache_min_tokens
     supported_openai_params health_check_model health_check_timeout disable_background_health_check
     supports_image_input supports_url_context supports_tool_choice supports_prompt_caching supports_system_messages
     supports_native_streaming supports_web_search supports_computer_use supports_assistant_prefill
@@ -42,4 +44,4 @@ _INFO_COSTS = re.compile(
 
 
 def is_model_info_of_litellm(key: str) -> bool:
-    return key in _INFO or _INFO_COSTS.fullmatch(key) is not None
+    return price_field(key) is None and (key in _INFO or _INFO_COSTS.fullmatch(key) is not None)

@@ -4,21 +4,38 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
 from proxy.litellm_params import check_shapes
+from proxy.price_fields import with_flat_tiers
 from proxy.setting_types import Count, Forward, Frozen, ModelName, Seconds, TokenCost, Whole
+from router_core.types import PRICE_FIELDS, Price, flat_price_field, price_field
 
 __all__ = ["ModelEntry", "ModelInfo"]
 
 
 class ModelInfo(Frozen):
-    """What is known of a model, under LiteLLM's names. None: unknown. Prices are USD per token."""
+    """What is known of a model, under LiteLLM's names. None: unknown. Prices are USD per token.
+
+    The prices of tiers, `input_cost_per_token_above_200k_tokens` and its like, have names without number: they are kept
+    as extra fields, and nothing else is.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, TokenCost] = Field(init=False)
 
     input_cost_per_token: TokenCost | None = None
     output_cost_per_token: TokenCost | None = None
     cache_read_input_token_cost: TokenCost | None = None
     cache_creation_input_token_cost: TokenCost | None = None
+    cache_creation_input_token_cost_above_1hr: TokenCost | None = None
+    input_cost_per_audio_token: TokenCost | None = None
+    cache_read_input_audio_token_cost: TokenCost | None = None
+    input_cost_per_image_token: TokenCost | None = None
+    output_cost_per_reasoning_token: TokenCost | None = None
+    output_cost_per_audio_token: TokenCost | None = None
+    output_cost_per_image_token: TokenCost | None = None
     free: bool = False
     max_input_tokens: Count | None = None
     max_output_tokens: Count | None = None
@@ -41,13 +58,40 @@ class ModelInfo(Frozen):
     max_queued_requests: Annotated[Whole, Field(ge=0, le=10_000)] | None = None
     """Beyond these. None: as many as `max_parallel_requests`."""
 
+    @property
+    def prices(self) -> dict[str, float]:
+        """What is stated of a price, each under one name."""
+        every = {**{name: getattr(self, name) for name in PRICE_FIELDS}, **self.__pydantic_extra__}
+        return {
+            flat_price_field(*field): value
+            for name, value in every.items()
+            if value is not None and (field := price_field(name)) is not None
+        }
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_prices_are_extra(cls, stated: Any) -> Any:
+        if not isinstance(stated, dict):
+            return stated
+        tiered = dict(with_flat_tiers(stated))
+        unknown = [name for name in tiered if name not in cls.model_fields and price_field(str(name)) is None]
+        if unknown:
+            errors = [InitErrorDetails(type="extra_forbidden", loc=(name,), input=tiered[name]) for name in unknown]
+            raise ValidationError.from_exception_data(cls.__name__, errors)
+        return {name: value for name, value in tiered.items() if name in cls.model_fields or value is not None}
+
     @model_validator(mode="after")
     def _price_is_whole(self) -> ModelInfo:
         stated = (self.input_cost_per_token, self.output_cost_per_token)
         if (stated[0] is None) != (stated[1] is None):
             raise ValueError("a price needs both input_cost_per_token and output_cost_per_token; one is missing")
-        if self.free and any(stated):
+        if self.free and any(self.prices.values()):
             raise ValueError("free: true and a price contradict each other; remove one")
+        Price.of({PRICE_FIELDS[0]: 0.0, PRICE_FIELDS[1]: 0.0, **self.prices})
+        if len(self.prices) != sum(getattr(self, name) is not None for name in PRICE_FIELDS) + len(
+            self.__pydantic_extra__
+        ):
+            raise ValueError("a price of a tier is stated twice, as in above_1k_tokens and above_1000_tokens")
         return self
 
 

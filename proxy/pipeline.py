@@ -10,7 +10,6 @@ from proxy.errors import BudgetExceeded, ModelBusy, UpstreamFailure
 from proxy.limits.claims import claim_of, no_dearer, within_claim
 from proxy.limits.standing import Granted
 from proxy.recording.meter import Books, Meter
-from proxy.relay.chunks import content_bytes
 from proxy.relay.forwarding import Forwarder, Outlets
 from proxy.relay.marks import AnswerMarks
 from proxy.relay.streaming import EventStream, close_opened
@@ -82,7 +81,6 @@ async def _complete(forwarder: Forwarder) -> Response:
     ending = "client_gone"
     try:
         answer = await forwarder.complete()
-        meter.received(content_bytes(answer.body))
         shown = answer.named(meter.model)
         ending = "complete"
         return Response(shown, media_type="application/json", headers=meter.headers())

@@ -32,7 +32,7 @@ from proxy.setting_types import (
 )
 from proxy.settings_problems import first_problem
 from proxy.settings_sources import SettingsError, environment_values, file_values, unknown
-from router_core.types import Price
+from router_core.types import PRICE_FIELDS, Price
 
 __all__ = [
     "ModelEntry",
@@ -142,7 +142,7 @@ def _nested() -> dict[str, Collection[str]]:
     """The settings that are mappings, with their keys."""
     return {
         "profile": ProfileSettings.model_fields,
-        "reference_price": Price.__dataclass_fields__,
+        "reference_price": PRICE_FIELDS,
         "breaker": HealthPolicy.model_fields,
     }
 

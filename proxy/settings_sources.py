@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 
 from proxy.litellm_names import PARAMS, SECTIONS, is_model_info_of_litellm
+from proxy.price_fields import TIERED
+from router_core.types import price_field
 
 log = logging.getLogger("uniroute.settings")
 
@@ -20,14 +22,6 @@ PREFIX = "UNIROUTE_"
 OTHER_VARIABLES = frozenset({"CONFIG", "URL", "API_KEY"})
 """Variables that are not settings: where the configuration is, and what the command line talks to and with."""
 _SET_BY_KUBERNETES = re.compile(r"SERVICE_\w+|PORT_\d+_\w+")
-_INFO_IN_PARAMS = (
-    "input_cost_per_token",
-    "output_cost_per_token",
-    "cache_read_input_token_cost",
-    "cache_creation_input_token_cost",
-    "max_parallel_requests",
-)
-"""What LiteLLM reads in `litellm_params` and is said in `model_info` here."""
 
 
 class SettingsError(Exception):
@@ -101,18 +95,22 @@ def _entry(raw: object, where: str, info_fields: Collection[str]) -> dict[str, A
             raise unknown(where, key, {"model_name", "litellm_params", "model_info"})
     params = dict(_mapping(entry.get("litellm_params"), f"{where}.litellm_params"))
     info = dict(_mapping(entry.get("model_info"), f"{where}.model_info"))
-    for key in _INFO_IN_PARAMS:
-        if key in params:
-            info.setdefault(key, params.pop(key))
+    for key in [key for key in params if _is_price(key) or key == "max_parallel_requests"]:
+        info.setdefault(key, params.pop(key))
     for key in sorted(PARAMS & params.keys()):
         log.warning("%s.litellm_params: %r is LiteLLM's and has no meaning here; it is ignored", where, key)
         del params[key]
-    for key in [key for key in info if key not in info_fields]:
+    for key in [key for key in info if key not in info_fields and not _is_price(key)]:
         if not is_model_info_of_litellm(key):
             raise unknown(f"{where}.model_info", key, info_fields)
         log.warning("%s.model_info: %r is LiteLLM's and has no meaning here; it is ignored", where, key)
         del info[key]
     return {**entry, "litellm_params": params, "model_info": info}
+
+
+def _is_price(key: object) -> bool:
+    """What LiteLLM reads in `litellm_params` as well, and is said in `model_info` here."""
+    return isinstance(key, str) and (key == TIERED or price_field(key) is not None)
 
 
 def environment_values(environ: Mapping[str, str], paths: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:

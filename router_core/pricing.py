@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
-from router_core.types import Doubles, Price
+from router_core.types import Doubles, Indices, Price
 
 REFERENCE = Price(input_cost_per_token=2.5e-6, output_cost_per_token=1e-5)
 """The fixed price that makes costs scale-free: $2.50 in and $10 out per million tokens."""
@@ -17,27 +18,99 @@ PICO = 10**12
 
 @dataclass(frozen=True, slots=True)
 class TokenUsage:
-    """What an upstream reported, in disjoint buckets: a token is counted, and paid, once."""
+    """What a request took, in disjoint buckets: a token is counted, and paid, once."""
 
     fresh_tokens: int
+    """Of the prompt: text, and whatever is not counted apart below."""
     cached_tokens: int
     output_tokens: int
-    """Reasoning tokens included, as providers bill them."""
+    """Of the answer: text, and whatever is not counted apart below."""
+    written_tokens: int = 0
+    """Of the prompt, written to the provider's cache."""
+    written_1h_tokens: int = 0
+    """The same, to be kept for an hour."""
+    audio_input_tokens: int = 0
+    cached_audio_tokens: int = 0
+    image_input_tokens: int = 0
+    reasoning_tokens: int = 0
+    audio_output_tokens: int = 0
+    image_output_tokens: int = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """All that was read, which decides the tier."""
+        return sum(getattr(self, name) for name in RATES_IN)
+
+
+RATES_IN: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "fresh_tokens": ("input_cost_per_token",),
+        "cached_tokens": ("cache_read_input_token_cost", "input_cost_per_token"),
+        "written_tokens": ("cache_creation_input_token_cost", "input_cost_per_token"),
+        "written_1h_tokens": (
+            *("cache_creation_input_token_cost_above_1hr", "cache_creation_input_token_cost"),
+            "input_cost_per_token",
+        ),
+        "audio_input_tokens": ("input_cost_per_audio_token", "input_cost_per_token"),
+        "cached_audio_tokens": (
+            *("cache_read_input_audio_token_cost", "cache_read_input_token_cost"),
+            "input_cost_per_token",
+        ),
+        "image_input_tokens": ("input_cost_per_image_token", "input_cost_per_token"),
+    }
+)
+"""Bucket of TokenUsage → the fields of Price of which the first that is stated is its price."""
+RATES_OUT: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "output_tokens": ("output_cost_per_token",),
+        "reasoning_tokens": ("output_cost_per_reasoning_token", "output_cost_per_token"),
+        "audio_output_tokens": ("output_cost_per_audio_token", "output_cost_per_token"),
+        "image_output_tokens": ("output_cost_per_image_token", "output_cost_per_token"),
+    }
+)
+RATES: Mapping[str, tuple[str, ...]] = MappingProxyType({**RATES_IN, **RATES_OUT})
+_AUDIO_IN = frozenset({"audio_input_tokens", "cached_audio_tokens"})
+
+
+def rate_usd(price: Price, bucket: str) -> float:
+    """USD for a token of this bucket, at one tier."""
+    stated = (getattr(price, name) for name in RATES[bucket])
+    return float(next(usd for usd in stated if usd is not None))
 
 
 def bill_usd(price: Price, usage: TokenUsage) -> float:
-    """What an answer cost, in USD. Cached tokens without a price of their own cost the input price."""
-    return (
-        usage.fresh_tokens * price.input_cost_per_token
-        + usage.cached_tokens * cached_usd(price)
-        + usage.output_tokens * price.output_cost_per_token
+    """What an answer cost, in USD: each bucket at its own price, all at the tier of the whole prompt."""
+    tier = price.at(usage.prompt_tokens) if price.above else price
+    usd = 0.0
+    for bucket in RATES:
+        if tokens := getattr(usage, bucket):
+            usd += tokens * rate_usd(tier, bucket)
+    return usd
+
+
+def max_price_usd(
+    prompt_tokens: int,
+    output_tokens: int,
+    price: Price,
+    *,
+    audio_input: bool = True,
+    audio_output: bool = True,
+    images: bool = True,
+) -> float:
+    """The most that a request of so many tokens can cost, whichever buckets they turn out to be in.
+
+    Args:
+        audio_input, audio_output, images: whether there may be any; what cannot be there makes nothing more expensive.
+    """
+    possible = {bucket for bucket in RATES if images or not bucket.startswith("image_")}
+    possible -= set() if audio_input else _AUDIO_IN
+    possible -= set() if audio_output else {"audio_output_tokens"}
+    tiers = (price, *(tier for tokens, tier in price.above if prompt_tokens > tokens))
+    return max(
+        prompt_tokens * max(rate_usd(tier, bucket) for bucket in RATES_IN if bucket in possible)
+        + output_tokens * max(rate_usd(tier, bucket) for bucket in RATES_OUT if bucket in possible)
+        for tier in tiers
     )
-
-
-def cached_usd(price: Price) -> float:
-    """USD for a cached prompt token."""
-    cached = price.cache_read_input_token_cost
-    return price.input_cost_per_token if cached is None else cached
 
 
 def picousd(usd: float) -> int:
@@ -53,14 +126,38 @@ class PriceColumns:
     output: Doubles
     cached: Doubles
     """Of prompt tokens that the model has read a moment ago; the input price where no other is stated."""
+    above: tuple[tuple[int, PriceColumns], ...] = ()
+    """The columns for prompts of more than so many tokens, where any of the models has such a tier. Ascending."""
 
     @classmethod
     def of(cls, prices: Sequence[Price | None]) -> PriceColumns:
-        return cls(
-            input=np.array([np.nan if price is None else price.input_cost_per_token for price in prices]),
-            output=np.array([np.nan if price is None else price.output_cost_per_token for price in prices]),
-            cached=np.array([np.nan if price is None else cached_usd(price) for price in prices]),
-        )
+        limits = sorted({tokens for price in prices if price is not None for tokens, _ in price.above})
+        above = tuple((tokens, cls._of_tier(prices, tokens + 1)) for tokens in limits)
+        return cls._of_tier(prices, 0, above)
+
+    @classmethod
+    def _of_tier(
+        cls, prices: Sequence[Price | None], prompt_tokens: int, above: tuple[tuple[int, PriceColumns], ...] = ()
+    ) -> PriceColumns:
+        tiers = [None if price is None else price.at(prompt_tokens) for price in prices]
+
+        def column(bucket: str) -> Doubles:
+            return np.array([np.nan if tier is None else rate_usd(tier, bucket) for tier in tiers])
+
+        return cls(column("fresh_tokens"), column("output_tokens"), column("cached_tokens"), above)
+
+    def of_rows(self, rows: Indices) -> PriceColumns:
+        """Of these models alone."""
+        above = tuple((tokens, tier.of_rows(rows)) for tokens, tier in self.above)
+        return PriceColumns(self.input[rows], self.output[rows], self.cached[rows], above)
+
+    def at(self, prompt_tokens: float) -> PriceColumns:
+        """The columns that a prompt of this length is billed at."""
+        columns = self
+        for tokens, tier in self.above:
+            if prompt_tokens > tokens:
+                columns = tier
+        return columns
 
     def expected_usd(
         self, prompt_tokens: int | Doubles, output_tokens: Doubles, cached_tokens: int | Doubles = 0
@@ -69,8 +166,15 @@ class PriceColumns:
 
         `cached_tokens`, (M,): how many of the prompt's each model has in its cache.
         """
+        columns = self.at(prompt_tokens) if self.above and isinstance(prompt_tokens, int) else self
         fresh_tokens = prompt_tokens - cached_tokens
-        return self.input * fresh_tokens + self.cached * cached_tokens + self.output * output_tokens
+        usd = columns.input * fresh_tokens + columns.cached * cached_tokens + columns.output * output_tokens
+        if self.above and not isinstance(prompt_tokens, int):
+            for tokens, tier in self.above:
+                usd = np.where(
+                    prompt_tokens > tokens, tier.expected_usd(prompt_tokens, output_tokens, cached_tokens), usd
+                )
+        return usd
 
 
 def reference_usd(prompt_tokens: int, output_tokens: float, reference: Price = REFERENCE) -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,22 +62,112 @@ class Assignment:
 
 DEAREST = 1e6
 """USD per token: what is beyond is a mistake, and sums of it would overflow."""
+MAX_TIERS = 32
+"""Of one price; the longest table that is known has four."""
 
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """USD per token, under LiteLLM's field names. A cached price that is not stated is the input price."""
+    """USD per token, under LiteLLM's field names. None: no price of its own; `pricing.RATES` says which one counts."""
 
     input_cost_per_token: float
     output_cost_per_token: float
     cache_read_input_token_cost: float | None = None
     cache_creation_input_token_cost: float | None = None
+    cache_creation_input_token_cost_above_1hr: float | None = None
+    """Of tokens that are cached for an hour, not for minutes."""
+    input_cost_per_audio_token: float | None = None
+    cache_read_input_audio_token_cost: float | None = None
+    input_cost_per_image_token: float | None = None
+    output_cost_per_reasoning_token: float | None = None
+    output_cost_per_audio_token: float | None = None
+    output_cost_per_image_token: float | None = None
+    above: tuple[tuple[int, Price], ...] = ()
+    """Tiers: of a prompt longer than so many tokens every token costs this instead. Ascending, each one whole."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in PRICE_FIELDS:
+            value = getattr(self, name)
             if value is not None and not 0 <= value <= DEAREST:
-                raise InvalidPrice(f"{field.name} must be USD per token, from 0 to {DEAREST:g}; got {value!r}")
+                raise InvalidPrice(f"{name} must be USD per token, from 0 to {DEAREST:g}; got {value!r}")
+
+    @classmethod
+    def of(cls, stated: Mapping[str, float | None]) -> Price:
+        """Read LiteLLM's flat fields, `input_cost_per_token_above_200k_tokens` and its like among them.
+
+        What a tier does not state is as it was below. None is not stated; names that are no price are passed over.
+
+        Raises:
+            InvalidPrice: the input or the output price is missing, an amount is none, or one is stated twice.
+        """
+        base: dict[str, float] = {}
+        tiers: dict[int, dict[str, float]] = {}
+        for name, value in stated.items():
+            if value is None or (field := price_field(name)) is None:
+                continue
+            rate, tokens = field
+            rates = base if tokens is None else tiers.setdefault(tokens, {})
+            if rate in rates:
+                raise InvalidPrice(f"{name} is stated twice, under two names")
+            rates[rate] = value
+        if missing := [name for name in PRICE_FIELDS[:2] if name not in base]:
+            raise InvalidPrice(
+                f"a price needs both input_cost_per_token and output_cost_per_token; {missing[0]} is missing"
+            )
+        if len(tiers) > MAX_TIERS:
+            raise InvalidPrice(f"a price has at most {MAX_TIERS} tiers; got {len(tiers)}")
+        above, rates = [], base
+        for tokens in sorted(tiers):
+            rates = rates | tiers[tokens]
+            above.append((tokens, _checked_tier(rates, tokens)))
+        return cls(**base, above=tuple(above))
+
+    def at(self, prompt_tokens: float) -> Price:
+        """The tier that a whole request of such a prompt, its cached tokens included, is billed at."""
+        price = self
+        for tokens, tier in self.above:
+            if prompt_tokens > tokens:
+                price = tier
+        return price
+
+    def stated(self) -> dict[str, float]:
+        """LiteLLM's flat fields, of which `of` makes the same price again."""
+        fields = {name: value for name in PRICE_FIELDS if (value := getattr(self, name)) is not None}
+        below = self
+        for tokens, tier in self.above:
+            # a tier that states nothing new still says where it begins
+            changed = [name for name in PRICE_FIELDS if getattr(tier, name) != getattr(below, name)]
+            for name in changed or PRICE_FIELDS[:1]:
+                fields[flat_price_field(name, tokens)] = getattr(tier, name)
+            below = tier
+        return fields
+
+
+PRICE_FIELDS = tuple(column.name for column in fields(Price) if column.name != "above")
+"""The input and the output price, which every price has, come first."""
+_ABOVE = re.compile(rf"({'|'.join(PRICE_FIELDS)})_above_([0-9]{{1,12}})(k?)_tokens")
+
+
+def price_field(name: str) -> tuple[str, int | None] | None:
+    """The rate that a field states, and above how many prompt tokens (None: from the first). None: it is no price."""
+    if name in PRICE_FIELDS:
+        return name, None
+    match = _ABOVE.fullmatch(name)
+    return match and (match[1], int(match[2]) * (1000 if match[3] else 1))
+
+
+def flat_price_field(rate: str, tokens: int | None) -> str:
+    """The field that states this rate: `price_field` the other way round, one name for each."""
+    if tokens is None:
+        return rate
+    return f"{rate}_above_{tokens // 1000}k_tokens" if tokens % 1000 == 0 else f"{rate}_above_{tokens}_tokens"
+
+
+def _checked_tier(rates: Mapping[str, Any], tokens: int) -> Price:
+    try:
+        return Price(**rates)
+    except InvalidPrice as error:
+        raise InvalidPrice(f"above {tokens} prompt tokens: {error}") from None
 
 
 FREE = Price(0.0, 0.0)

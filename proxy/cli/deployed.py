@@ -110,8 +110,7 @@ def deployed_results(path: Path, settings: Settings, url: str | None) -> tuple[R
 
 def price_of(card: Mapping[str, Any]) -> Price | None:
     """The price in force by a model's card; None where it is not known."""
-    from proxy.state.records import PRICE_FIELDS
-    from router_core.types import Price
+    from router_core.types import Price, price_field
 
     stated = card["price"]
-    return Price(**{name: stated[name] for name in PRICE_FIELDS if name in stated}) if stated else None
+    return Price.of({name: cost for name, cost in stated.items() if price_field(name)}) if stated else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,7 +94,7 @@ def _price(card: Card) -> tuple[str, dict[str, float]]:
     price = price_of(card)
     if price is None:
         raise CommandError(f"--prices: no price of {card['model_name']} is known; state one, or leave the model out")
-    return card["model_name"], {name: cost for name, cost in asdict(price).items() if cost is not None}
+    return card["model_name"], price.stated()
 
 
 def _write(path: Path, where: str, text: str) -> None:

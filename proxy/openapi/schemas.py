@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from proxy.routing.options import MOST, TIMEOUTS
-from router_core.types import DEAREST
+from router_core.types import DEAREST, PRICE_FIELDS
 
 Schema = dict[str, Any]
 
@@ -49,8 +49,9 @@ def opened(properties: Mapping[str, Schema], *required: str, **more: Any) -> Sch
     }
 
 
-PRICES = ("input_cost_per_token", "output_cost_per_token")
-CACHED = ("cache_read_input_token_cost", "cache_creation_input_token_cost")
+PRICES = PRICE_FIELDS[:2]
+BUCKETS = PRICE_FIELDS[2:]
+TIERS = f"^({'|'.join(PRICE_FIELDS)})_above_[0-9]{{1,9}}k?_tokens$"
 TOKEN_COST: Schema = {"type": "number", "minimum": 0, "maximum": DEAREST}
 ABILITIES = (
     *("function_calling", "parallel_function_calling", "vision", "video_input", "audio_input", "audio_output"),
@@ -98,7 +99,7 @@ BODIES: Mapping[str, Schema] = {
     ),
     "Info": opened(
         {
-            **dict.fromkeys((*PRICES, *CACHED), null_or(TOKEN_COST)),
+            **dict.fromkeys((*PRICES, *BUCKETS), null_or(TOKEN_COST)),
             **dict.fromkeys(("max_input_tokens", "max_output_tokens"), null_or({"type": "integer", "minimum": 1})),
             **{f"supports_{ability}": null_or({"type": "boolean"}) for ability in ABILITIES},
             **dict.fromkeys(WAITS, null_or(SECONDS)),
@@ -106,6 +107,7 @@ BODIES: Mapping[str, Schema] = {
             "max_queued_requests": null_or({"type": "integer", "minimum": 0, "maximum": 10_000}),
             "free": {"type": "boolean"},
         },
+        patternProperties={TIERS: null_or(TOKEN_COST)},
         description="Fields that are not listed must be LiteLLM's.",
     ),
     "Asking": closed({"prompts": {"type": "integer", "minimum": 1, "maximum": 1000}, "max_usd": AMOUNT}),
@@ -122,7 +124,12 @@ BODIES: Mapping[str, Schema] = {
         *("map", "errors", "labels"),
     ),
     "Change": closed({"litellm_params": null_or(FREE), "model_info": null_or(FREE)}),
-    "Price": closed({**dict.fromkeys(PRICES, TOKEN_COST), **dict.fromkeys(CACHED, null_or(TOKEN_COST))}, *PRICES),
+    "Price": closed(
+        {**dict.fromkeys(PRICES, TOKEN_COST), **dict.fromkeys(BUCKETS, null_or(TOKEN_COST))},
+        *PRICES,
+        patternProperties={TIERS: null_or(TOKEN_COST)},
+        description="Names of tiers, as input_cost_per_token_above_200k_tokens, may be added to each.",
+    ),
 }
 
 ANSWERS: Mapping[str, Schema] = {
@@ -194,7 +201,7 @@ ANSWERS: Mapping[str, Schema] = {
     ),
     "LivePrice": opened(
         {
-            **dict.fromkeys((*PRICES, *CACHED), POSITIVE),
+            **dict.fromkeys((*PRICES, *BUCKETS), POSITIVE),
             "source": TEXT,
             "updated_at": null_or(TEXT),
             "age_s": null_or({"type": "number", "minimum": 0}),

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import orjson
 
 from proxy.errors import UpstreamFailure
 from proxy.limits.standing import Granted
 from proxy.log_lines import info
-from proxy.recording.estimate import Received, cost_of
+from proxy.recording.estimate import Received, believed, cost_of
 from proxy.recording.metrics import Metrics
 from proxy.recording.recorder import UsageRecorder
-from proxy.recording.usage import TokenCounts, UsageRecord, counts_of
+from proxy.recording.usage import TokenCounts, UsageRecord, counts_of, usage_of
 from proxy.relay.marks import AnswerMarks
 from proxy.routing.choosing import Choice
 from proxy.state.holder import StateHolder
@@ -23,6 +27,8 @@ from proxy.trace import Trace
 log = logging.getLogger("uniroute.request")
 
 _EMPTY = "it gave an empty answer"
+_MOST_DISCARDED = 256 * 1024
+"""Bytes of an answer that was thrown away, and is still looked through for its usage."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Meter:
         """Monotonic seconds at which the request arrived."""
         self._granted = granted
         self._received_bytes = 0
+        self._reported_bytes = 0
         self._timed_out = False
         self._asked = started
         self._first: float | None = None
@@ -80,7 +87,7 @@ class Meter:
             self.reason = "fallback"
         self.model = model
         self._counts, self._first = TokenCounts(), None
-        self._received_bytes, self._timed_out = 0, False
+        self._received_bytes, self._reported_bytes, self._timed_out = 0, 0, False
 
     @property
     def has_content(self) -> bool:
@@ -91,8 +98,17 @@ class Meter:
         if self._first is None:
             self._first = time.monotonic()
 
-    def used(self, usage: object) -> None:
-        self._counts = counts_of(usage)
+    def used(self, told: object) -> None:
+        """Read what a completion or a chunk reports of usage (or `usage` itself): the last report counts.
+
+        It covers what was `received` before. Zeros alone are no report.
+        """
+        if not isinstance(told, Mapping):
+            return
+        usage = usage_of(told)
+        counts = counts_of(told if usage is None else usage)
+        if counts.prompt_tokens or counts.output_tokens:
+            self._counts, self._reported_bytes = counts.after(self._counts), self._received_bytes
 
     def received(self, content_bytes: int) -> None:
         """So much more of an answer, for the estimate where no usage is reported."""
@@ -101,6 +117,7 @@ class Meter:
     def failed(self, failure: UpstreamFailure) -> None:
         """The model asked last gave no answer, or broke it off."""
         self._timed_out = failure.timed_out
+        self.used(_told_in(failure.body))  # an answer that is thrown away was answered, and is paid for
         self._books.metrics.attempts_failed.add((self.model, _status(failure)))
         self._fault = str(failure)
 
@@ -131,7 +148,7 @@ class Meter:
             metrics.first_token.observe(entry.first_token_s, model)
         if ending == "complete":
             self._observe_live()
-            self.marks.finish(self.model, self._counts.whole)
+            self.marks.finish(self.model, self._believed().whole)
         self._log(entry)
 
     def headers(self) -> dict[str, str]:
@@ -150,8 +167,7 @@ class Meter:
         """`granted`: settled with this record. Models that were passed over leave it to the one that answers."""
         now = time.monotonic()
         live_price = self._books.state.current.prices.get(self.model)
-        counts = self._counts
-        received = Received(self.choice.needs.prompt_tokens, self._received_bytes)
+        counts, received = self._believed(), self._received()
         billed = self._may_be_billed(ending)
         cost = cost_of(counts, live_price.price if live_price else None, received, billed=billed)
         entry = UsageRecord(
@@ -170,12 +186,22 @@ class Meter:
             first_token_s=None if self._first is None else self._first - self.started,
             reservation=granted.reservation if granted else None,
             estimated=cost.estimated,
+            cache_write_tokens=counts.written_tokens,
+            audio_input_tokens=counts.audio_input_tokens,
+            audio_output_tokens=counts.audio_output_tokens,
         )
         self._books.usage.record(entry)
         if granted and counts.prompt_tokens is not None and counts.output_tokens is not None:
             granted.used(counts.prompt_tokens + counts.output_tokens)
         self._count_tokens(entry)
         return entry
+
+    def _received(self) -> Received:
+        came = self._received_bytes
+        return Received(self.choice.needs.prompt_tokens, came, came - self._reported_bytes, self.has_content)
+
+    def _believed(self) -> TokenCounts:
+        return believed(self._counts, self._received())
 
     def _may_be_billed(self, ending: str) -> bool:
         """Whether the model asked last began, as far as is known. One that was never asked did not."""
@@ -191,6 +217,10 @@ class Meter:
             ("prompt", entry.prompt_tokens),
             ("cached", entry.cached_tokens),
             ("output", entry.output_tokens),
+            ("cache_write", entry.cache_write_tokens),
+            ("reasoning", entry.reasoning_tokens),
+            ("audio_input", entry.audio_input_tokens),
+            ("audio_output", entry.audio_output_tokens),
         ):
             if count:
                 metrics.tokens.add((self.model, kind), count)
@@ -203,7 +233,7 @@ class Meter:
         if self._books.live is None or decision is None or decision.assignment is None:
             return
         over, seconds = decision.assignment, time.monotonic() - self._asked
-        self._books.live.observe(self.model, over.ids[0], over.weights[0], self._counts.output_tokens, seconds)
+        self._books.live.observe(self.model, over.ids[0], over.weights[0], self._believed().output_tokens, seconds)
 
     def _log(self, entry: UsageRecord) -> None:
         cost = "?" if entry.cost_usd is None else f"{entry.cost_usd:.8f}"
@@ -215,6 +245,18 @@ class Meter:
             f" tokens={entry.prompt_tokens or '?'}+{entry.output_tokens or '?'} cost_usd={cost}"
             f" overhead_ms={self._overhead_ms()} first_s={first} seconds={entry.seconds:.3f}",
         )
+
+
+def _told_in(body: Mapping[str, Any] | bytes | None) -> object:
+    """What a model said that was no answer for the caller, where it is JSON and speaks of usage."""
+    if not isinstance(body, bytes):
+        return body
+    if len(body) > _MOST_DISCARDED or b'"usage' not in body:
+        return None
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
 
 
 def _status(failure: UpstreamFailure) -> str:

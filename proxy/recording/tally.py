@@ -14,6 +14,8 @@ TOTALS: Final = "uniroute:usage:totals"
 KEY_TOTALS: Final = "uniroute:usage:key"
 """With `:<id>`, the hash of what a client key used."""
 COUNTED = ("prompt_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")
+COUNTED_SINCE = ("cache_write_tokens", "audio_input_tokens", "audio_output_tokens")
+"""Not in records that an earlier version wrote."""
 DAY_S = 86_400
 LARGEST = 10**18
 """A sum in Redis has 63 bits. What a single request cannot have used is taken as unknown, not as the end of the sum."""
@@ -67,6 +69,7 @@ def _day(number: int) -> str:
 def _amounts(record: Mapping[str, Any]) -> dict[str, int | float]:
     amounts: dict[str, int | float] = {"requests": 1, str(record["ending"]): 1}
     amounts |= {name: int(record[name]) for name in COUNTED if record[name]}
+    amounts |= {name: int(record[name]) for name in COUNTED_SINCE if record.get(name)}
     cost = record["cost_picousd"]
     if cost is None or not 0 <= cost <= LARGEST:
         return {**amounts, "cost_unknown": 1}

@@ -8,6 +8,7 @@ from time import monotonic
 
 from proxy.errors import UpstreamFailure
 from proxy.recording.meter import Meter
+from proxy.recording.usage import usage_of
 from proxy.relay.chunks import has_content, is_empty_answer
 from proxy.relay.silence import Silence
 from proxy.relay.turns import Turn
@@ -97,6 +98,6 @@ async def begin(stream: OpenStream, meter: Meter) -> OpenStream:
 
 def _has_begun(block: list[Payload], meter: Meter) -> bool:
     for chunk in block:
-        if chunk.body.get("usage"):
-            meter.used(chunk.body["usage"])
+        if usage := usage_of(chunk.body):
+            meter.used(usage)
     return any(has_content(chunk.body) for chunk in block)

@@ -14,7 +14,7 @@ from proxy.health.capacity import Capacities, CapacityLimits
 from proxy.health.health import ModelHealth
 from proxy.recording.meter import Meter
 from proxy.relay.beginning import OpenStream, begin
-from proxy.relay.chunks import is_empty_answer
+from proxy.relay.chunks import content_bytes, is_empty_answer
 from proxy.relay.turns import Turn
 from proxy.routing.request import ChatRequest
 from proxy.settings import Settings
@@ -142,7 +142,8 @@ class Forwarder:
             record, request.body, self.trace.headers(), raw=request.raw, connect_s=timeouts.connect_s
         )
         turn.answered()
-        self.meter.used(answer.body.get("usage"))
+        self.meter.received(content_bytes(answer.body))
+        self.meter.used(answer.body)
         self.meter.marks.answer(answer.body, record.name)
         return answer
 

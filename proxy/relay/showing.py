@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from proxy.recording.meter import Meter
+from proxy.recording.usage import usage_of
 from proxy.relay.chunks import content_bytes, is_usage_chunk, usage_chunk
 from proxy.relay.sse import event
 from proxy.upstream.payload import Payload
@@ -29,7 +30,11 @@ class Shown:
             body = chunk.body
             meter.marks.see(body, model)
             size += content_bytes(body)
-            shown = chunk if not body.get("usage") else self._with_usage(chunk)
+            shown: Payload | None = chunk
+            if usage := usage_of(body):
+                meter.received(size)  # the report is of all that came before, and with it
+                size = 0
+                shown = self._with_usage(chunk, usage)
             if shown is not None:
                 pieces += (b"data: ", shown.named(model), b"\n\n")
         if chunks:
@@ -43,11 +48,12 @@ class Shown:
             return b""
         return event(usage_chunk({**self._last, "model": self._meter.model}, self._usage))
 
-    def _with_usage(self, chunk: Payload) -> Payload | None:
-        body = chunk.body
-        self._usage = body["usage"]
-        self._meter.used(self._usage)
-        only_usage = is_usage_chunk(body)
+    def _with_usage(self, chunk: Payload, usage: object) -> Payload | None:
+        self._usage = usage
+        self._meter.used(usage)
+        if not chunk.body.get("usage"):
+            return chunk
+        only_usage = is_usage_chunk(chunk.body)
         if self._include_usage:
             self._shown = self._shown or only_usage
             return chunk

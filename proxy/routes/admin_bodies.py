@@ -15,11 +15,11 @@ from proxy.errors import BadRequest
 from proxy.litellm_names import PARAMS, is_model_info_of_litellm
 from proxy.routing.refused import is_control_field
 from proxy.settings import ModelEntry, ModelInfo, ProfileSettings, Settings, SettingsError, resolve_secret
-from proxy.state.records import PRICE_FIELDS, ModelRecord
+from proxy.state.records import ModelRecord
 from proxy.upstream.call import is_provider_param
 from router_core.clustering import ClusterMap
 from router_core.profiles import Profile
-from router_core.types import Price
+from router_core.types import PRICE_FIELDS, Price, price_field
 
 _REFERENCE = "os.environ/"
 _SECRETS = re.compile(r".*(api_key|access_key|_token|secret|password|credential).*(?<!tokens)", re.IGNORECASE)
@@ -102,7 +102,7 @@ def read_profile(stated: Any, settings: Settings, cluster_map: ClusterMap) -> As
 
 def read_price(body: Mapping[str, Any]) -> Price:
     """The whole price. Raises BadRequest, or InvalidPrice, naming the field."""
-    known_only(body, PRICE_FIELDS, "")
+    known_only({name: None for name in body if price_field(name) is None}, PRICE_FIELDS, "")
     stated = {name: value for name, value in body.items() if value is not None}
     for name, value in stated.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -111,7 +111,7 @@ def read_price(body: Mapping[str, Any]) -> Price:
         if name not in stated:
             raise BadRequest(f"`{name}` is missing: a price replaces the whole price before it", param=name)
     try:
-        return Price(**{name: float(value) for name, value in stated.items()})
+        return Price.of({name: float(value) for name, value in stated.items()})
     except OverflowError:
         raise BadRequest("a price must be a finite number of USD per token") from None
 
@@ -141,7 +141,7 @@ def _entry(name: Any, params: Any, info: Any) -> ModelEntry:
 def _check_params(params: Mapping[str, Any], settings: Settings, environ: Mapping[str, str]) -> None:
     for name, value in params.items():
         if name in PARAMS or (is_control_field(name) and not is_provider_param(name)):
-            elsewhere = "; state it in `model_info`" if name in ModelInfo.model_fields else ""
+            elsewhere = "; state it in `model_info`" if name in ModelInfo.model_fields or price_field(name) else ""
             raise BadRequest(f"`litellm_params.{name}` has no meaning here{elsewhere}", param=f"litellm_params.{name}")
         if is_provider_param(name):
             _check_provider_param(name, value, settings, environ)

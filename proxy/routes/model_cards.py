@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -72,9 +71,8 @@ def _price(live: LivePrice | None) -> dict[str, Any] | None:
     if live is None:
         return None
     since = live.updated_at
-    stated = {name: value for name, value in asdict(live.price).items() if value is not None}
     return {
-        **stated,
+        **live.price.stated(),
         "source": live.source,
         "updated_at": None if since is None else _rfc3339(since),
         "age_s": None if since is None else round(max(0.0, time.time() - since), 3),

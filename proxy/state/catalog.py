@@ -10,8 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from proxy.price_fields import with_flat_tiers
 from router_core.errors import InvalidInput, InvalidPrice
-from router_core.types import Capabilities, Price
+from router_core.types import PRICE_FIELDS, Capabilities, Price, price_field
 
 BUNDLED = "model_prices_and_context_window_backup.json"
 SPECIMEN = "sample_spec"
@@ -139,19 +140,20 @@ def _capabilities(listed: dict[str, Any]) -> Capabilities:
 
 
 def _price(name: str, listed: dict[str, Any], provider: str) -> Price | None:
-    per_input, per_output = (_amount(name, listed, f"{side}_cost_per_token") for side in ("input", "output"))
-    cached, written = (_amount(name, listed, f"cache_{side}_input_token_cost") for side in ("read", "creation"))
-    if per_input is None or per_output is None:
+    tiered = with_flat_tiers(listed)
+    amounts = {field: _amount(name, tiered, field) for field in tiered if price_field(field)}
+    base = [amounts.get(field) for field in PRICE_FIELDS[:2]]
+    if None in base:
         return None
-    if per_input == per_output == 0 and (provider not in RUNS_LOCALLY or name.endswith("-cloud")):
+    if base == [0, 0] and (provider not in RUNS_LOCALLY or name.endswith("-cloud")):
         return None
     try:
-        return Price(per_input, per_output, cached, written)
+        return Price.of(amounts)
     except InvalidPrice as error:
         raise InvalidPriceMap(f"{name}: {error}") from error
 
 
-def _amount(name: str, listed: dict[str, Any], field: str) -> float | None:
+def _amount(name: str, listed: Mapping[str, Any], field: str) -> float | None:
     value = listed.get(field)
     if value is None:
         return None

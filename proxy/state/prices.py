@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -56,7 +56,7 @@ class SyncReport:
     """Not in the feed, or there without a price."""
 
     def to_json(self) -> dict[str, object]:
-        prices = {name: asdict(price) for name, price in self.updated.items()}
+        prices = {name: price.stated() for name, price in self.updated.items()}
         lists = {name: list(getattr(self, name)) for name in ("unchanged", "kept", "unknown")}
         return {"source": self.source, "updated": prices, **lists}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -17,11 +17,9 @@ from proxy.state.resolved import Resolved
 from proxy.state.stored_json import InvalidRecord, json_object, unix_time
 from router_core.errors import InvalidPrice
 from router_core.profiles import Profile
-from router_core.types import Price
+from router_core.types import Price, price_field
 
-__all__ = ["PRICE_FIELDS", "ClientKey", "InvalidRecord", "LivePrice", "ModelRecord", "StoredProfile"]
-
-PRICE_FIELDS = tuple(column.name for column in fields(Price))
+__all__ = ["ClientKey", "InvalidRecord", "LivePrice", "ModelRecord", "StoredProfile"]
 
 
 @dataclass(frozen=True)
@@ -84,17 +82,13 @@ class LivePrice:
     updated_at: float | None = None
 
     def to_fields(self) -> dict[str, str]:
-        stated = {key: repr(float(value)) for key, value in asdict(self.price).items() if value is not None}
+        stated = {key: repr(float(value)) for key, value in self.price.stated().items()}
         return {**stated, "source": self.source, "updated_at": repr(self.updated_at or 0.0)}
 
     @classmethod
     def from_fields(cls, stored: Mapping[str, str], seen_at: float) -> LivePrice:
         """Read the hash, or raise InvalidPrice. `seen_at` stands in for the time that a foreign writer leaves out."""
-        amounts = {name: _amount(name, stored[name]) for name in PRICE_FIELDS if stored.get(name)}
-        try:
-            price = Price(**amounts)
-        except TypeError as error:
-            raise InvalidPrice("a price needs both input_cost_per_token and output_cost_per_token") from error
+        price = Price.of({name: _amount(name, text) for name, text in stored.items() if text and price_field(name)})
         try:
             updated_at = unix_time(float(stored.get("updated_at") or seen_at))
         except (ValueError, InvalidRecord):

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from proxy.settings import ModelInfo
 from proxy.state.catalog import Catalog, CatalogEntry
 from proxy.state.live import LiveExpectations
-from proxy.state.records import PRICE_FIELDS, ClientKey, LivePrice, ModelRecord, StoredProfile
+from proxy.state.records import ClientKey, LivePrice, ModelRecord, StoredProfile
 from proxy.state.stored import Stored
 from router_core.clustering import ClusterMap
 from router_core.error_rates import ErrorRates
 from router_core.pool import Candidate, Pool
 from router_core.profiles import Profile
 from router_core.recipes import POOLED, Recipe
-from router_core.types import FREE, Capabilities, Price
+from router_core.types import FREE, PRICE_FIELDS, Capabilities, Price
 
 _STATED_ABILITIES = {
     "max_input_tokens": "max_input_tokens",
@@ -133,9 +133,16 @@ def price_of(info: ModelInfo, stored: LivePrice | None, known: CatalogEntry | No
         return stored
     if info.free:
         return LivePrice(FREE, "model_info")
-    if info.input_cost_per_token is not None and info.output_cost_per_token is not None:
-        return LivePrice(Price(**{name: getattr(info, name) for name in PRICE_FIELDS}), "model_info")
-    return LivePrice(known.price, "litellm") if known and known.price else None
+    stated = info.prices
+    if info.input_cost_per_token is not None:
+        return LivePrice(Price.of(stated), "model_info")
+    if known is None or known.price is None:
+        return None
+    if not stated:
+        return LivePrice(known.price, "litellm")
+    # a statement of tiers is one of all tiers
+    listed = known.price.at(0) if any(name not in PRICE_FIELDS for name in stated) else known.price
+    return LivePrice(Price.of({**replace(listed, above=()).stated(), **stated}), "model_info")
 
 
 def capabilities_of(info: ModelInfo, known: CatalogEntry | None) -> Capabilities:

@@ -23,7 +23,7 @@ from router_core.evaluation.summary import Measured, measured, method_figures
 from router_core.evaluation.sweep import cost_weights
 from router_core.flips import choose_each
 from router_core.pool import Pool
-from router_core.pricing import CENT_USD, PriceColumns
+from router_core.pricing import CENT_USD
 from router_core.scoring import TIE
 from router_core.types import Assignment, Doubles, Indices
 
@@ -110,7 +110,7 @@ def _test(outcomes: Outcomes, pool: Pool, assignment: Assignment, models: Sequen
         )
     lengths_known = (~np.isnan(outcomes.output_tokens[:, columns])).any(axis=0)
     tokens = assignment.expected(pool.output_tokens[rows]) * lengths_known
-    prices = PriceColumns(pool.prices.input[rows], pool.prices.output[rows], pool.prices.cached[rows])
+    prices = pool.prices.of_rows(rows)
     return _Test(
         scores=outcomes.scores[np.ix_(scored, columns)],
         cents=outcomes.usd()[np.ix_(scored, columns)] / CENT_USD,

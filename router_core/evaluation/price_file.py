@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from router_core.errors import InvalidOutcomes, InvalidPrice
 from router_core.evaluation.outcome_rows import json_object
-from router_core.types import Price
+from router_core.types import Price, price_field
 from router_core.validation.fields import shown
 
-_COSTS = tuple(field.name for field in fields(Price))
 _NEEDED = ("input_cost_per_token", "output_cost_per_token")
 
 
@@ -35,7 +33,7 @@ def read_prices(path: Path) -> dict[str, Price]:
 def _price(stated: Any, where: str) -> Price:
     if not isinstance(stated, Mapping):
         raise InvalidOutcomes(f"{where} must be an object with {' and '.join(_NEEDED)}; got {shown(stated)}")
-    costs = {name: stated[name] for name in _COSTS if stated.get(name) is not None}
+    costs = {name: cost for name, cost in stated.items() if cost is not None and price_field(name)}
     for name in _NEEDED:
         if name not in costs:
             raise InvalidOutcomes(f"{where} lacks {name}: add it in USD per token, 0 if it is free")
@@ -43,6 +41,6 @@ def _price(stated: Any, where: str) -> Price:
         if isinstance(cost, bool) or not isinstance(cost, int | float):
             raise InvalidOutcomes(f"{where}: {name} must be a number, USD per token; got {shown(cost)}")
     try:
-        return Price(**costs)
+        return Price.of(costs)
     except InvalidPrice as error:
         raise InvalidOutcomes(f"{where}: {error}") from None

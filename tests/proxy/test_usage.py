@@ -1,17 +1,23 @@
-"""Tokens and money: disjoint buckets, and unknown is unknown."""
+"""Tokens and money: every vendor's report is read alike, buckets are disjoint, and unknown is unknown."""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from typing import Any
 
 import pytest
 
-from proxy.recording.usage import TokenCounts, UsageRecord, cost_usd, counts_of
+from proxy.recording.usage import TokenCounts, UsageRecord, buckets_of, cost_usd, counts_of, usage_of
 from router_core.types import Price
 
 PRICE = Price(1e-6, 4e-6, cache_read_input_token_cost=1e-7)
+
+
+def openai(prompt: int, completion: int, total: int | None = None, **more: Any) -> dict[str, Any]:
+    whole = prompt + completion if total is None else total
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": whole, **more}
 
 
 def test_cached_tokens_are_paid_once() -> None:
@@ -35,6 +41,145 @@ def test_what_was_not_reported_costs_unknown_not_nothing(usage: Any) -> None:
     assert counts_of(usage).prompt_tokens is None
     assert cost_usd(counts_of(usage), PRICE) is None
     assert cost_usd(TokenCounts(1, 0, 1, 0), None) is None
+
+
+@pytest.mark.parametrize(
+    ("usage", "prompt", "output"),
+    [
+        (openai(1000, 100, 1600, completion_tokens_details={"reasoning_tokens": 500}), 1000, 600),
+        (openai(1000, 600, completion_tokens_details={"reasoning_tokens": 500}), 1000, 600),
+        (openai(1000, 100, 1600), 1000, 600),
+        (openai(1340, 1505, reasoning_tokens=54_927), 1340, 56_432),
+        (openai(21, 0, 81, completion_tokens_details={"reasoning_tokens": 60}), 21, 60),
+        ({"prompt_tokens": 21, "total_tokens": 81}, 21, 60),
+        ({"completion_tokens": 60, "total_tokens": 81}, 21, 60),
+        ({"prompt_tokens": 0, "completion_tokens": 60, "total_tokens": 81}, 21, 60),
+        (openai(1000, 100, 5), 1000, 100),
+        (openai(0, 0, 50), 0, 0),
+    ],
+    ids=["xai", "openai", "gemini", "perplexity", "thoughts alone", "no output", "no prompt", "zero", "small", "total"],
+)
+def test_the_total_says_whether_reasoning_is_part_of_the_answer(
+    usage: dict[str, Any], prompt: int, output: int
+) -> None:
+    counts = counts_of(usage)
+    assert (counts.prompt_tokens, counts.output_tokens) == (prompt, output)
+
+
+@pytest.mark.parametrize(
+    ("usage", "prompt"),
+    [
+        ({"input_tokens": 100, "cache_read_input_tokens": 500, "cache_creation_input_tokens": 400}, 1000),
+        ({"input_tokens": 1000, "cache_read_input_tokens": 500, "output_tokens": 10, "total_tokens": 1010}, 1000),
+        ({"input_tokens": 500, "cache_read_input_tokens": 500, "output_tokens": 10, "total_tokens": 1010}, 1000),
+        ({"input_tokens": 0, "cache_read_input_tokens": 1000, "output_tokens": 10}, 1000),
+        ({"inputTokens": 100, "cacheReadInputTokens": 900, "outputTokens": 10, "totalTokens": 1010}, 1000),
+        ({"input_tokens": 1000, "input_tokens_details": {"cached_tokens": 900}, "output_tokens": 10}, 1000),
+        (openai(100, 10, cache_creation_input_tokens=900), 1000),
+        (openai(1000, 10, cache_read_input_tokens=900), 1000),
+        ({"prompt_tokens": 1000, "completion_tokens": 10, "input_tokens": 0, "output_tokens": 0}, 1000),
+    ],
+)
+def test_what_a_cache_read_and_wrote_is_counted_in_the_prompt_once(usage: dict[str, Any], prompt: int) -> None:
+    assert counts_of(usage).prompt_tokens == prompt
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        (openai(1000, 10, cached_tokens=800), {"cached_tokens": 800}),
+        (openai(1000, 10, prompt_cache_hit_tokens=800, prompt_cache_miss_tokens=200), {"cached_tokens": 800}),
+        (openai(1000, 10, cached_tokens=800, prompt_tokens_details={"cached_tokens": 0}), {"cached_tokens": 800}),
+        (openai(1000, 10, prompt_tokens_details={"cache_write_tokens": 900}), {"written_tokens": 900}),
+        (openai(1000, 10, prompt_tokens_details={"cache_creation_tokens": 900}), {"written_tokens": 900}),
+        (
+            openai(1000, 10, cache_creation={"ephemeral_5m_input_tokens": 400, "ephemeral_1h_input_tokens": 500}),
+            {"written_tokens": 400, "written_1h_tokens": 500},
+        ),
+        (
+            openai(1000, 10, claude_cache_creation_5_m_tokens=400, claude_cache_creation_1_h_tokens=500),
+            {"written_tokens": 400, "written_1h_tokens": 500},
+        ),
+        (
+            {
+                "promptTokenCount": 1000,
+                "candidatesTokenCount": 10,
+                "thoughtsTokenCount": 20,
+                "totalTokenCount": 1030,
+                "cachedContentTokenCount": 300,
+                "promptTokensDetails": [{"modality": "AUDIO", "tokenCount": 600}, {"modality": "TEXT"}, 5],
+                "cacheTokensDetails": [{"modality": "AUDIO", "tokenCount": 100}],
+            },
+            {"cached_tokens": 200, "cached_audio_tokens": 100, "audio_input_tokens": 500, "reasoning_tokens": 20},
+        ),
+        (
+            openai(
+                1000, 100, prompt_tokens_details={"image_tokens": 700}, completion_tokens_details={"image_tokens": 9}
+            ),
+            {"image_input_tokens": 700, "image_output_tokens": 9},
+        ),
+    ],
+    ids=["moonshot", "deepseek", "both", "openrouter", "litellm", "anthropic", "new-api", "gemini", "images"],
+)
+def test_each_vendors_names_are_known(usage: dict[str, Any], expected: dict[str, int]) -> None:
+    buckets = asdict(buckets_of(counts_of(usage)))
+    apart = {name: tokens for name, tokens in buckets.items() if name not in ("fresh_tokens", "output_tokens")}
+    assert {name: tokens for name, tokens in apart.items() if tokens} == expected
+    assert buckets["fresh_tokens"] >= 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"usage": {"prompt_tokens": 3}},
+        {"usage": None, "choices": [{"index": 0, "delta": {}, "usage": {"prompt_tokens": 3}}]},
+        {"choices": [{"usage": {"prompt_tokens": 3}}, {"usage": None}, "odd"]},
+        {"choices": [], "x_groq": {"id": "req", "usage": {"prompt_tokens": 3}}},
+        {"usageMetadata": {"promptTokenCount": 3}},
+        {"type": "message_start", "message": {"usage": {"input_tokens": 3}}},
+        {"type": "response.completed", "response": {"usage": {"input_tokens": 3}}},
+    ],
+)
+def test_usage_is_found_wherever_a_vendor_puts_it(body: dict[str, Any]) -> None:
+    assert counts_of(usage_of(body)).prompt_tokens == 3
+
+
+@pytest.mark.parametrize("body", [{}, {"choices": "odd"}, {"choices": [None]}, {"x_groq": "odd", "message": None}])
+def test_a_chunk_without_usage_has_none(body: dict[str, Any]) -> None:
+    assert usage_of(body) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        (10.0, 10),
+        (10.5, None),
+        (math.nan, None),
+        (math.inf, None),
+        (-1, None),
+        (10**13, None),
+        (True, None),
+        ("7", None),
+    ],
+)
+def test_a_count_is_a_whole_number_or_unknown(value: Any, read: int | None) -> None:
+    assert counts_of({"prompt_tokens": value}).prompt_tokens == read
+    assert counts_of({"input_tokens": value, "prompt_tokens": "odd"}).prompt_tokens == read
+
+
+def test_parts_are_never_more_than_their_whole() -> None:
+    """A broken report is paid for as many tokens as it says in all."""
+    details = {"cached_tokens": 600, "cache_write_tokens": 400, "audio_tokens": 900, "image_tokens": 900}
+    usage = openai(1000, 100, prompt_tokens_details=details, completion_tokens_details={"audio_tokens": 10**9})
+    buckets = buckets_of(counts_of(usage))
+    assert (buckets.prompt_tokens, buckets.cached_tokens, buckets.written_tokens) == (1000, 600, 400)
+    assert (buckets.audio_output_tokens, buckets.output_tokens) == (100, 0)
+
+
+def test_a_report_of_one_half_keeps_the_other_as_it_was_told() -> None:
+    start = counts_of({"input_tokens": 100, "cache_read_input_tokens": 900, "output_tokens": 1})
+    both = counts_of({"output_tokens": 50}).after(start)
+    assert (both.prompt_tokens, both.cached_tokens, both.output_tokens) == (1000, 900, 50)
 
 
 @pytest.mark.parametrize("cost", [None, 0.0, 1.25e-7, 9_000.000_000_000_001, 1e13])

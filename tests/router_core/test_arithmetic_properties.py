@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,12 +12,23 @@ from hypothesis import strategies as st
 
 from proxy.recording.usage import cost_usd, counts_of
 from router_core.errors import InvalidInput
-from router_core.pricing import TokenUsage, bill_usd, picousd, reference_usd
+from router_core.pricing import TokenUsage, bill_usd, max_price_usd, picousd, reference_usd
 from router_core.profiles import Profile
-from router_core.types import DEAREST, Price
+from router_core.types import DEAREST, PRICE_FIELDS, Price
 
 COST = st.floats(0, 1e-2) | st.floats(0, DEAREST) | st.sampled_from([0.0, -0.0, 1e-12, DEAREST])
-PRICES = st.builds(Price, COST, COST, st.none() | COST, st.none() | COST)
+RATES = st.dictionaries(st.sampled_from(PRICE_FIELDS[2:]), COST)
+TIERS = st.dictionaries(
+    st.sampled_from([f"{rate}_above_{tokens}_tokens" for rate in PRICE_FIELDS for tokens in ("1", "200k", "272k")]),
+    COST,
+)
+PRICES = st.builds(
+    lambda read, out, rates, tiers: Price.of(
+        {"input_cost_per_token": read, "output_cost_per_token": out, **rates, **tiers}
+    ),
+    *(COST, COST, RATES, TIERS),
+)
+FLAT = PRICES.map(lambda price: replace(price, above=()))
 TOKENS = st.integers(0, 10**11)
 ANY: st.SearchStrategy[object] = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just({}) | st.just([])
@@ -33,7 +44,7 @@ K = 4
 SUMS = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 100), st.floats(0, 5000)), min_size=K, max_size=K)
 
 
-@given(PRICES, TOKENS, TOKENS, TOKENS)
+@given(FLAT, TOKENS, TOKENS, TOKENS)
 @settings(deadline=None)
 def test_a_bill_is_never_negative_and_more_tokens_never_cost_less(
     price: Price, fresh: int, cached: int, out: int
@@ -60,22 +71,19 @@ def test_whatever_usage_says_tokens_are_paid_once(price: Price, usage: dict[str,
         assert cost is None
         return
     assert cost is not None
-    dearest = max(price.input_cost_per_token, price.cache_read_input_token_cost or 0)
-    most = counts.prompt_tokens * dearest + counts.output_tokens * price.output_cost_per_token
+    most = max_price_usd(counts.prompt_tokens, counts.output_tokens, price)
     assert 0 <= cost <= most * (1 + 1e-9)
 
 
 @given(PRICES)
 def test_a_price_comes_back_from_json(price: Price) -> None:
-    assert Price(**json.loads(json.dumps(asdict(price)))) == price
+    assert Price.of(json.loads(json.dumps(price.stated()))) == price
 
 
-@given(
-    st.sampled_from([column.name for column in fields(Price)]), st.floats(DEAREST * 1.01) | st.floats(max_value=-1e-300)
-)
+@given(st.sampled_from(PRICE_FIELDS), st.floats(DEAREST * 1.01) | st.floats(max_value=-1e-300))
 def test_a_price_beyond_all_measure_is_refused(name: str, value: float) -> None:
     with pytest.raises(InvalidInput):
-        Price(**{"input_cost_per_token": 0.0, "output_cost_per_token": 0.0, name: value})
+        Price.of({"input_cost_per_token": 0.0, "output_cost_per_token": 0.0, name: value})
 
 
 def profile(rows: list[tuple[float, float, float]]) -> Profile:

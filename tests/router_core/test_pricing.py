@@ -8,10 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router_core.errors import InvalidPrice
-from router_core.pricing import PriceColumns, TokenUsage, bill_usd, picousd, reference_usd
-from router_core.types import Price
+from router_core.pricing import RATES, PriceColumns, TokenUsage, bill_usd, max_price_usd, picousd, reference_usd
+from router_core.types import PRICE_FIELDS, Price
 
 AMOUNTS = st.floats(0, 1e-2)
+LONG = Price.of(
+    {
+        "input_cost_per_token": 1e-6,
+        "output_cost_per_token": 1e-5,
+        "cache_read_input_token_cost": 1e-7,
+        "input_cost_per_token_above_200k_tokens": 2e-6,
+        "cache_read_input_token_cost_above_200k_tokens": 2e-7,
+        "output_cost_per_token_above_272k_tokens": 3e-5,
+    }
+)
+EVERY_RATE = Price(
+    *(1e-6, 2e-6, 3e-6, 4e-6, 5e-6, 6e-6, 7e-6, 8e-6, 9e-6, 10e-6, 11e-6),
+)
 
 
 def test_each_token_is_paid_once_at_its_own_price() -> None:
@@ -68,3 +81,102 @@ def test_the_reference_of_an_empty_request_can_still_be_divided_by() -> None:
 def test_a_price_must_be_a_finite_amount(value: float) -> None:
     with pytest.raises(InvalidPrice, match="output_cost_per_token"):
         Price(1e-6, value)
+
+
+def test_a_long_prompt_is_billed_whole_at_the_price_of_its_tier() -> None:
+    """200,000 tokens are not above 200,000; what a tier does not state stays as below; cached ones count as well."""
+    for usage, picodollars in (
+        (TokenUsage(200_000, 0, 1000), 200_000 * 1_000_000 + 1000 * 10_000_000),
+        (TokenUsage(1, 200_000, 1000), 2_000_000 + 200_000 * 200_000 + 1000 * 10_000_000),
+        (TokenUsage(272_001, 0, 1000), 272_001 * 2_000_000 + 1000 * 30_000_000),
+    ):
+        assert picousd(bill_usd(LONG, usage)) == picodollars
+
+
+@pytest.mark.parametrize(
+    ("bucket", "micro"),
+    [
+        *(("fresh_tokens", 1), ("output_tokens", 2), ("cached_tokens", 3), ("written_tokens", 4)),
+        *(("written_1h_tokens", 5), ("audio_input_tokens", 6), ("cached_audio_tokens", 7), ("image_input_tokens", 8)),
+        *(("reasoning_tokens", 9), ("audio_output_tokens", 10), ("image_output_tokens", 11)),
+    ],
+)
+def test_each_bucket_has_its_own_price(bucket: str, micro: int) -> None:
+    usage = TokenUsage(**{"fresh_tokens": 0, "cached_tokens": 0, "output_tokens": 0, bucket: 1000})
+    assert picousd(bill_usd(EVERY_RATE, usage)) == micro * 10**9
+
+
+def test_a_bucket_without_a_price_of_its_own_costs_the_next_that_is_stated() -> None:
+    plain = {"fresh_tokens": 0, "cached_tokens": 0, "output_tokens": 0}
+    bills = {bucket: bill_usd(Price(1.0, 2.0), TokenUsage(**{**plain, bucket: 1})) for bucket in RATES}
+    answers = {"output_tokens", "reasoning_tokens", "audio_output_tokens", "image_output_tokens"}
+    assert bills == {bucket: 2.0 if bucket in answers else 1.0 for bucket in RATES}
+    hourly = TokenUsage(**{**plain, "written_1h_tokens": 1})
+    assert bill_usd(Price(1.0, 2.0, cache_creation_input_token_cost=1.25), hourly) == 1.25
+
+
+def test_a_price_is_written_as_it_was_read() -> None:
+    stated = LONG.stated()
+    assert Price.of(stated) == LONG
+    assert stated["output_cost_per_token_above_272k_tokens"] == 3e-5
+    assert set(stated) == {
+        *("input_cost_per_token", "output_cost_per_token", "cache_read_input_token_cost"),
+        *("input_cost_per_token_above_200k_tokens", "cache_read_input_token_cost_above_200k_tokens"),
+        "output_cost_per_token_above_272k_tokens",
+    }
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"input_cost_per_token": 1e-6},
+        {"input_cost_per_token_above_200k_tokens": 1e-6, "output_cost_per_token": 1e-6},
+        {"input_cost_per_token": 1e-6, "output_cost_per_token": 1e-6, "output_cost_per_token_above_2k_tokens": -1},
+        {
+            "input_cost_per_token": 0,
+            "output_cost_per_token": 0,
+            "input_cost_per_token_above_2k_tokens": 1,
+            "input_cost_per_token_above_2000_tokens": 2,
+        },
+        {
+            "input_cost_per_token": 0,
+            "output_cost_per_token": 0,
+            **{f"input_cost_per_token_above_{tokens}k_tokens": 1 for tokens in range(33)},
+        },
+    ],
+)
+def test_half_a_price_and_a_contradictory_one_are_refused(stated: dict[str, float]) -> None:
+    with pytest.raises(InvalidPrice, match=r"price|output_cost_per_token|stated twice"):
+        Price.of(stated)
+
+
+def test_expected_costs_follow_the_tier_of_the_prompt() -> None:
+    """One prompt or many at once; a model without tiers, and one without a price, keep theirs."""
+    columns = PriceColumns.of([LONG, Price(1e-6, 1e-5), None])
+    output = np.full(3, 1000.0)
+    lengths = np.array([200_000, 200_001, 272_001])
+    together = columns.expected_usd(lengths[:, None], np.full((3, 3), 1000.0), np.array([1000.0, 0.0, 0.0]))
+    assert together[:, 0] == pytest.approx([0.2091, 0.408202, 0.572202])
+    assert together[:, 1] == pytest.approx([0.21, 0.210001, 0.282001])
+    for row, length in zip(together, lengths.tolist(), strict=True):
+        one = columns.expected_usd(length, output, np.array([1000.0, 0.0, 0.0]))
+        assert row[:2] == pytest.approx(one[:2])
+        assert math.isnan(one[2])
+    assert columns.of_rows(np.array([1, 0])).expected_usd(200_001, output[:2])[1] == pytest.approx(0.410002)
+
+
+def test_the_most_that_a_request_can_cost_is_at_its_dearest_buckets_and_tier() -> None:
+    assert max_price_usd(100, 10, EVERY_RATE) == pytest.approx(100 * 8e-6 + 10 * 11e-6)
+    text_alone = max_price_usd(100, 10, EVERY_RATE, audio_input=False, audio_output=False, images=False)
+    assert text_alone == pytest.approx(100 * 5e-6 + 10 * 9e-6)
+    assert max_price_usd(272_001, 10, LONG) == pytest.approx(272_001 * 2e-6 + 10 * 3e-5)
+    assert max_price_usd(200_000, 10, LONG) == pytest.approx(0.2 + 1e-4)
+
+
+@given(st.lists(AMOUNTS, min_size=11, max_size=11), st.lists(st.integers(0, 10**6), min_size=11, max_size=11))
+def test_no_bill_is_above_the_most_that_it_can_be(rates: list[float], counts: list[int]) -> None:
+    stated = dict(zip(PRICE_FIELDS, rates, strict=True))
+    price = Price.of(stated | {f"{name}_above_1000k_tokens": 2 * rate for name, rate in stated.items()})
+    usage = TokenUsage(*counts)
+    most = max_price_usd(usage.prompt_tokens, sum(counts) - usage.prompt_tokens, price)
+    assert bill_usd(price, usage) <= most * (1 + 1e-9)
