@@ -10,9 +10,10 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from proxy.auth import OPEN_PATHS
+from proxy.auth import OPEN_PATHS, path_of
 from proxy.errors import error_object
 from proxy.head import head_of
+from proxy.refusing import response_of
 from proxy.trace import Trace, trace_of
 
 if TYPE_CHECKING:
@@ -62,6 +63,10 @@ class Edge:
 
         if scope.get(CROWDED):
             await self._crowded(scope, receive, send_with_ids)
+            return
+        if not self._holder.is_open and path_of(scope) not in OPEN_PATHS:
+            # before any key is looked at: nobody knows yet which there are
+            await response_of(self._holder.startup.refusal())(scope, receive, send_with_ids)
             return
         try:
             await self.app(scope, receive, send_with_ids)

@@ -16,7 +16,6 @@ from proxy.cli import console
 from proxy.cli.client import FINISHED, ServerClient
 from proxy.cli.console import CommandError, say
 from proxy.cli.serve import LOGGING, BackgroundServer, address, listen
-from proxy.cli.serve_store import owned_store
 from proxy.demo.arms import Arm, start_arms
 from proxy.demo.chat import ask_three
 from proxy.demo.report import show_profiles
@@ -35,7 +34,6 @@ def run_demo(settings: Settings, *, prompts: int, once: bool) -> None:
         write_easy_prompts(Path(settings.validation_set))
         arms = start_arms(stack, settings.data_dir, say)
         bound = listen_somewhere(settings)
-        stack.enter_context(owned_store(settings, say))
         server = BackgroundServer(settings, bound, file_logging(settings.data_dir / "server.log"))
         stack.callback(server.stop)
         if not server.start():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from hashlib import blake2b
 
+from proxy.tasks import in_own_thread
 from router_core.clustering import ClusterMap
 from router_core.embedding import StaticEmbedder
 from router_core.types import Assignment, Embedder
@@ -35,7 +37,7 @@ class Assigner:
 
     async def warm(self, cluster_map: ClusterMap) -> None:
         """The first prompt pays for nothing that could be loaded before."""
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._assign, "warm up", cluster_map)
+        await in_own_thread(partial(self._assign, "warm up", cluster_map))
 
     async def assign(self, text: str, cluster_map: ClusterMap) -> Assignment:
         """One row, read-only. Raises RoutingLate."""
