@@ -26,6 +26,7 @@ from proxy.jobs.jobs import Jobs
 from proxy.jobs.onboarding import onboarding
 from proxy.limits.limiter import Limiter
 from proxy.limits.scripts import SETTLE_FUNCTION
+from proxy.preflight import check_data_dir
 from proxy.recording.journals import Journals
 from proxy.recording.metrics import Metrics
 from proxy.recording.recorder import UsageRecorder
@@ -73,6 +74,7 @@ async def open_services(
         StoreUnavailable: the embedded store cannot run.
     """
     startup = startup or Startup()
+    check_data_dir(settings)
     async with AsyncExitStack() as closing:
         upstream = Upstream(settings, environ)
         closing.push_async_callback(upstream.aclose)

@@ -19,6 +19,7 @@ from proxy.cli.serve import LOGGING, BackgroundServer, address, listen
 from proxy.demo.arms import Arm, start_arms
 from proxy.demo.chat import ask_three
 from proxy.demo.report import show_profiles
+from proxy.preflight import check_data_dir
 from proxy.settings import Settings, SettingsError
 from router_core.validation.builtin import builtin_validation_set
 
@@ -28,7 +29,9 @@ _SHORT_ANSWER_TOKENS = 256
 
 def run_demo(settings: Settings, *, prompts: int, once: bool) -> None:
     """Ends after the three prompts if `once`, else on Ctrl-C."""
+    check_data_dir(settings)
     settings = demo_settings(settings)
+    check_data_dir(settings)
     started = time.monotonic()
     with ExitStack() as stack:
         write_easy_prompts(Path(settings.validation_set))
