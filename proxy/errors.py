@@ -37,6 +37,11 @@ RETRYABLE = frozenset({408, 429})
 _KEPT_HEADERS = ("retry-after", "retry-after-ms")
 
 
+SHUTTING_DOWN = "this server is shutting down, and the time that open answers had is over; send it again"
+LAST_WORDS_S = 1.0
+"""A client that does not read is told so no longer."""
+
+
 class ClientGone(Exception):
     """The client closed its connection."""
 
