@@ -32,8 +32,8 @@ TICK_S = 0.25
 QUICK_S = 10.0
 """A worker that dies younger than this is started again after a pause, which doubles each time."""
 MAX_PAUSE_S = 30.0
-FIRST_ANSWER = 4
-"""Times the usual timeout, for a worker that is still importing what it needs."""
+FIRST_SIGN_S = 120.0
+"""For a worker that is still importing what it needs."""
 KILL_AFTER_S = 10.0
 """Beyond the time that open answers have."""
 
@@ -181,7 +181,9 @@ class Supervisor:
         code = worker.process.exitcode
         if code is None:
             worker.ask()
-            patience_s = self._settings.worker_health_timeout_s * (1 if worker.was_heard else FIRST_ANSWER)
+            patience_s = self._settings.worker_health_timeout_s
+            if not worker.was_heard:
+                patience_s = max(patience_s, FIRST_SIGN_S)
             if worker.unanswered_s < patience_s:
                 return None
             worker.kill()
