@@ -156,8 +156,7 @@ def run_server(settings: Settings, bound: socket.socket) -> None:
     try:
         server.run([bound])
     except SystemExit:
-        holder = server.holder
-        raise SystemExit(2 if holder and isinstance(holder.startup.failure, SettingsError) else 1) from None
+        raise SystemExit(1) from None
 
 
 def leave_on_sigterm() -> None:

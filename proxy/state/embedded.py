@@ -155,9 +155,11 @@ class EmbeddedValkey:
                 return b""
 
     def _shut_down(self) -> None:
-        self._ask(b"SHUTDOWN")
+        refused = self._ask(b"SHUTDOWN")
         process, self._process = self._process, None
         if process is not None and process.poll() is None:
+            if refused:  # it still reads its files, and heeds a signal alone
+                process.terminate()
             try:
                 process.wait(STOPPING_S)
             except subprocess.TimeoutExpired:

@@ -141,6 +141,18 @@ def test_a_start_is_told_serves_nothing_and_ends_when_asked(
         assert connection.connect_ex(str(socket_path(tmp_path / "data" / "valkey"))) != 0
 
 
+def test_a_worker_that_only_measures_ends_while_it_starts(tmp_path: Path) -> None:
+    with held_up(tmp_path / "data"), starting(tmp_path, "proxy.cli", "worker") as worker:
+        lock = tmp_path / "data" / ".static-1.lock"
+        assert wait_until(lambda: opened_by(worker.process.pid, lock), 60), worker.log
+        assert worker.end(signal.SIGINT) == 0
+        assert quiet(worker.log), worker.log
+
+
+def opened_by(pid: int, path: Path) -> bool:
+    return str(path) in {os.path.realpath(file) for file in Path(f"/proc/{pid}/fd").iterdir()}
+
+
 def test_another_server_of_the_app_listens_at_once_too(tmp_path: Path) -> None:
     port = free_port()
     command = ("uvicorn", "proxy.app:from_environment", "--factory", "--port", str(port))
@@ -154,7 +166,6 @@ def test_another_server_of_the_app_listens_at_once_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "status"),
     [
-        pytest.param(SERVE, 2, id="one worker"),
         pytest.param(TWO, 1, id="two workers", marks=pytest.mark.slow),
         pytest.param(("uvicorn", "proxy.app:from_environment", "--factory", "--port", "0"), 3, id="uvicorn"),
     ],
