@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 from collections.abc import AsyncIterator, Mapping
@@ -21,9 +20,8 @@ from proxy.audited import Audited
 from proxy.auth import Guard
 from proxy.edge import Edge
 from proxy.errors import plain_error
-from proxy.jobs.onboarding import measuring_on_start
 from proxy.log_lines import LineHandler
-from proxy.opening import open_services
+from proxy.opening import opened_beside
 from proxy.refusing import TOLD, response_of
 from proxy.routes import admin, admin_audit, admin_jobs, admin_keys, chat, health, models, openapi, route
 from proxy.services import Services, ServicesHolder
@@ -50,12 +48,17 @@ def from_environment(environ: Mapping[str, str] | None = None) -> FastAPI:
     environ = os.environ if environ is None else environ
     configure_logs()
     config = environ.get("UNIROUTE_CONFIG")
-    return measuring_on_start(from_settings(load_settings(Path(config) if config else None, environ), environ))
+    return from_settings(load_settings(Path(config) if config else None, environ), environ)
 
 
-def from_settings(settings: Settings, environ: Mapping[str, str] | None = None) -> FastAPI:
-    """Services are opened with the app's lifespan. `environ`: where os.environ/NAME is looked up."""
-    return _build(settings, ServicesHolder(), os.environ if environ is None else environ)
+def from_settings(settings: Settings, environ: Mapping[str, str] | None = None, counts: Path | None = None) -> FastAPI:
+    """Services are opened beside the serving, once the server has started it. What was never measured is measured.
+
+    Args:
+        environ: where os.environ/NAME is looked up.
+        counts: the folder in which several workers count.
+    """
+    return _build(settings, ServicesHolder(counts=counts), os.environ if environ is None else environ)
 
 
 def _build(settings: Settings, holder: ServicesHolder, environ: Mapping[str, str] | None = None) -> FastAPI:
@@ -64,14 +67,8 @@ def _build(settings: Settings, holder: ServicesHolder, environ: Mapping[str, str
         if holder.is_open:
             yield
             return
-        async with open_services(settings, environ or {}) as services:
-            holder.open(services)
-            gc.collect()
-            gc.freeze()  # what is there now stays: to look through all of it took tenths of a second, again and again
-            try:
-                yield
-            finally:
-                gc.unfreeze()
+        async with opened_beside(holder, settings, environ or {}):
+            yield
 
     app = Layered(
         title="UniRoute",

@@ -26,6 +26,7 @@ OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 KEY_IN_SCOPE = "uniroute.key"
 WHO_IN_SCOPE = "uniroute.who"
+_RETRY_AFTER_S = "2"
 _MOST_KEY_BYTES = 4096
 _MOST_SERVED, _LONGEST_SERVED = 64, 255
 """Of the values of Host that are remembered."""
@@ -114,8 +115,11 @@ class Guard:
             return Admitted(ROOT)
         state, now = self._state(), self._clock()
         key = state.keys.get(digest)
-        if key is None and digest and not state.known:
-            raise Unavailable("the API keys of this server cannot be read yet: its store does not answer; try again")
+        if key is None and not state.known:
+            raise Unavailable(
+                "the models and API keys here were not read yet: the store, Redis, does not answer; try again",
+                headers={"retry-after": _RETRY_AFTER_S},
+            )
         if key is None or key.revoked or not key.opens_with(digest, now):
             raise Unauthenticated("no valid API key was given; send one as Authorization: Bearer …, or as x-api-key")
         if key.expired(now):

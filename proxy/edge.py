@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING
@@ -10,9 +12,11 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from proxy.auth import OPEN_PATHS
-from proxy.errors import error_object
+from proxy.auth import OPEN_PATHS, path_of
+from proxy.errors import LAST_WORDS_S, SHUTTING_DOWN, ShuttingDown, error_object
 from proxy.head import head_of
+from proxy.refusing import response_of
+from proxy.relay.disconnect import LEAVING
 from proxy.trace import Trace, trace_of
 
 if TYPE_CHECKING:
@@ -60,11 +64,17 @@ class Edge:
                 self._count(message["status"])
             await send(message)
 
-        if scope.get(CROWDED):
-            await self._crowded(scope, receive, send_with_ids)
+        if scope.get(CROWDED) or not self._holder.is_open:
+            await self._turned_away(scope, receive, send_with_ids)
             return
         try:
             await self.app(scope, receive, send_with_ids)
+        except asyncio.CancelledError:
+            if LEAVING not in scope:
+                raise
+            # of a task that is all this request's: the server ends, and this is the last that it does
+            if not started:
+                await _last_words(scope, receive, send_with_ids)
         except Exception:  # the outermost, and the only one: nothing of it may reach the caller
             log.exception("request=%s failed", trace.request_id)
             if not started:
@@ -72,21 +82,33 @@ class Edge:
                 body = error_object(message, "server_error", "internal_error")
                 await JSONResponse(body, 500)(scope, receive, send_with_ids)
 
-    async def _crowded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """A probe must not take a full process for a dead one."""
+    async def _turned_away(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Probes are answered: a full process must not be taken for a dead one, nor one that starts."""
 
         async def send_and_close(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["connection"] = "close"
             await send(message)
 
-        if scope["path"] in OPEN_PATHS:
-            await self.app(scope, receive, send_and_close)
-            return
-        body = error_object("this server has no room for one more connection", "server_error", "too_many_connections")
-        busy = JSONResponse(body, 503, {"retry-after": _RETRY_AFTER_S})
-        await busy(scope, receive, send_and_close)
+        crowded = bool(scope.get(CROWDED))
+        answer: ASGIApp = self.app
+        if path_of(scope) not in OPEN_PATHS:
+            # before any key is looked at: while the server starts nobody knows which there are
+            answer = _busy() if crowded else response_of(self._holder.startup.refusal())
+        await answer(scope, receive, send_and_close if crowded else send)
 
     def _count(self, status: int) -> None:
         if status >= 400 and self._holder.is_open:
             self._holder.services.metrics.errors.labels(str(status)).inc()
+
+
+async def _last_words(scope: Scope, receive: Receive, send: Send) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LAST_WORDS_S):
+            refusal = ShuttingDown(SHUTTING_DOWN, headers={"retry-after": _RETRY_AFTER_S, "connection": "close"})
+            await response_of(refusal)(scope, receive, send)
+
+
+def _busy() -> JSONResponse:
+    body = error_object("this server has no room for one more connection", "server_error", "too_many_connections")
+    return JSONResponse(body, 503, {"retry-after": _RETRY_AFTER_S})

@@ -18,6 +18,8 @@ ProxyError
 ├── RateLimited              429  the key may not send so much so soon
 │   └── BudgetExceeded       429  the key has spent what it may
 ├── Unavailable              503  nothing to route to yet, or the store is away
+│   ├── Starting             503  the server is not ready yet
+│   └── ShuttingDown         503  the server ends, and this answer with it
 └── UpstreamFailure               a model did not answer: its own status and body, or 502, 504
 ClientGone                        nobody is left to answer
 """
@@ -33,6 +35,11 @@ RETRYABLE = frozenset({408, 429})
 """And every 5xx: the next model in rank may still answer."""
 
 _KEPT_HEADERS = ("retry-after", "retry-after-ms")
+
+
+SHUTTING_DOWN = "this server is shutting down, and the time that open answers had is over; send it again"
+LAST_WORDS_S = 1.0
+"""A client that does not read is told so no longer."""
 
 
 class ClientGone(Exception):
@@ -121,6 +128,14 @@ class Unavailable(ProxyError):
     """Not now: no model is routable yet, or the store cannot be written."""
 
 
+class Starting(Unavailable):
+    """Not yet: what the server needs is still being read or made."""
+
+
+class ShuttingDown(Unavailable):
+    """Not any more: the time that open answers were given is over."""
+
+
 class UpstreamFailure(ProxyError):
     """A model did not answer. status None: nothing came back at all."""
 
@@ -174,6 +189,8 @@ _TABLE: Mapping[type[ProxyError], tuple[int, str, str | None]] = {
     RateLimited: (429, "rate_limit_error", "rate_limit_exceeded"),
     BudgetExceeded: (429, "insufficient_quota", "insufficient_quota"),
     Unavailable: (503, "server_error", "unavailable"),
+    Starting: (503, "server_error", "starting"),
+    ShuttingDown: (503, "server_error", "shutting_down"),
     UpstreamFailure: (502, "upstream_error", "upstream_failed"),
 }
 _OF_STATUS = {

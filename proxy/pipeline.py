@@ -10,6 +10,7 @@ from proxy.errors import BudgetExceeded, ModelBusy, UpstreamFailure
 from proxy.limits.claims import claim_of, no_dearer, within_claim
 from proxy.limits.standing import Granted
 from proxy.recording.meter import Books, Meter
+from proxy.relay.disconnect import cut_ending
 from proxy.relay.forwarding import Forwarder, Outlets
 from proxy.relay.marks import AnswerMarks
 from proxy.relay.streaming import EventStream, close_opened
@@ -87,6 +88,9 @@ async def _complete(forwarder: Forwarder) -> Response:
     except (UpstreamFailure, ModelBusy) as failure:
         ending = _refused(meter, failure)
         raise
+    except asyncio.CancelledError:
+        ending = cut_ending()
+        raise
     finally:
         meter.finish(ending)
 
@@ -103,6 +107,9 @@ async def _stream(forwarder: Forwarder) -> Response:
         ending = None
     except (UpstreamFailure, ModelBusy) as failure:
         ending = _refused(meter, failure)
+        raise
+    except asyncio.CancelledError:
+        ending = cut_ending()
         raise
     finally:
         if ending is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from proxy.health.capacity import Capacities
 from proxy.health.health import ModelHealth
@@ -14,6 +15,7 @@ from proxy.recording.metrics import Metrics
 from proxy.recording.recorder import UsageRecorder
 from proxy.routing.assigning import Assigner
 from proxy.settings import Settings
+from proxy.startup import Startup
 from proxy.state.conversations import Conversations
 from proxy.state.holder import StateHolder
 from proxy.state.live import LiveExpectations
@@ -48,8 +50,11 @@ class Services:
 class ServicesHolder:
     """Where an app finds its services once they are open."""
 
-    def __init__(self, services: Services | None = None) -> None:
+    def __init__(self, services: Services | None = None, counts: Path | None = None) -> None:
+        """`counts`: the folder in which several workers count."""
         self._services = services
+        self.counts = counts
+        self.startup = Startup()
 
     @property
     def is_open(self) -> bool:

@@ -110,6 +110,7 @@ class Settings(Frozen):
     host: str = "127.0.0.1"
     port: Annotated[Whole, Field(ge=0, le=65535)] = 8000
     workers: Annotated[Whole, Field(ge=1, le=256)] = 1
+    worker_health_timeout_s: Seconds = 30
 
     @model_validator(mode="after")
     def _keys_may_be_used(self) -> Settings:

@@ -1,10 +1,13 @@
-"""Ending asyncio tasks for certain. Starting them is their owners'."""
+"""Ending asyncio tasks, and the threads that they wait for, for certain."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine
 from typing import Any, TypeVar
 
 log = logging.getLogger("uniroute")
@@ -81,3 +84,66 @@ async def end(*tasks: asyncio.Task[Any] | None) -> None:
     for task in started:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("background task %s failed", task.get_name(), exc_info=error)
+
+
+class _Abandoned(BaseException):
+    """Raised in a thread whose work nobody waits for any more."""
+
+
+async def in_own_thread(work: Callable[[], T]) -> T:
+    """Run what takes seconds, such as an import. Cancelled, end it at its next step in Python.
+
+    An executor's thread would be waited for at the end of the process, however long its work takes.
+    """
+    loop = asyncio.get_running_loop()
+    over: asyncio.Future[T] = loop.create_future()
+    thread = threading.Thread(target=_run, args=(work, loop, over), name="uniroute-loading", daemon=True)
+    thread.start()
+    try:
+        return await asyncio.shield(over)
+    except asyncio.CancelledError:
+        await to_its_end(_abandon(thread))
+        raise
+
+
+async def in_stoppable_thread(work: Callable[[threading.Event], T]) -> T:
+    """Run work that looks at an event and ends soon after it was set, which is when we are cancelled."""
+    stop = threading.Event()
+    working = asyncio.create_task(asyncio.to_thread(work, stop))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        stop.set()
+        await to_its_end(_settled(working))
+        raise
+
+
+def _run(work: Callable[[], T], loop: asyncio.AbstractEventLoop, over: asyncio.Future[T]) -> None:
+    tell: Callable[[], None]
+    try:
+        result = work()
+    except _Abandoned:
+        return
+    except BaseException as error:  # noqa: BLE001  it is raised where the work is waited for
+        failure = error
+        tell = lambda: None if over.done() else over.set_exception(failure)  # noqa: E731
+    else:
+        tell = lambda: None if over.done() else over.set_result(result)  # noqa: E731
+    with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+        loop.call_soon_threadsafe(tell)
+
+
+async def _abandon(thread: threading.Thread) -> None:
+    """Again and again: libraries catch what they do not know. Between its steps C code may take long: it is left."""
+    ident = ctypes.c_ulong(thread.ident or 0)
+    for _ in range(round(PATIENCE_S / AGAIN_S)):
+        if not thread.is_alive():
+            return
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(_Abandoned))
+        await asyncio.sleep(AGAIN_S)
+
+
+async def _settled(working: asyncio.Task[Any]) -> None:
+    await asyncio.wait({working})
+    if not working.cancelled():
+        working.exception()  # nobody is left to tell

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
+import select
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from functools import cached_property
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from router_core import distill
-from router_core.errors import InvalidArtifact
+from router_core.errors import Interrupted, InvalidArtifact
 from router_core.tokenizing import Tokenizer
 from router_core.types import Embedder, Floats
 
@@ -26,6 +32,8 @@ LONGEST_AT_HAND = 10_000
 """Bytes: about a millisecond in the slowest of scripts, and more than routing reads of an English request."""
 ROWS_AT_ONCE = 256
 """Of the table, so that what is copied out of it stays in a core's own cache: half the time for 3,000 tokens."""
+LOOK_AGAIN_S = 0.1
+SCRATCH = ".distilling-"
 TOKEN_WEIGHTS = Path(__file__).parent / "assets" / "token_weights.npy"
 
 
@@ -120,47 +128,99 @@ def static_embedder(
     cache_dir: Path,
     announce: Callable[[str], None] = lambda _message: None,
     progress: distill.Progress = lambda _done, _total: None,
+    stop: threading.Event | None = None,
 ) -> StaticEmbedder:
     """Open the static embedder in `cache_dir`, distilling it first where it is missing.
 
     Args:
         cache_dir: one per machine is enough; every version of the recipe has a folder of its own.
         announce: told once, before the only step that takes seconds.
-        progress: told of that step, how many tokens are done and of how many.
+        progress: told of that step, how many tokens are done and of how many, also where another process takes it.
+        stop: set by whoever does not want it any more.
 
     Raises:
         InvalidArtifact: distilling failed; the message ends with what it printed last.
+        Interrupted: `stop` was set.
     """
     folder = cache_dir / f"static-{distill.RECIPE}"
     if not (folder / distill.TABLE).exists():
-        announce("distilling the embedding table from all-MiniLM-L6-v2 (once, about 20 s)")
-        _distill_apart(folder, progress)
+        stop = stop or threading.Event()
+        with _alone(cache_dir / f".{folder.name}.lock", progress, stop) as lock:
+            if not (folder / distill.TABLE).exists():
+                announce("distilling the embedding table from all-MiniLM-L6-v2 (once, about 20 s)")
+                _distill_apart(folder, partial(_told_to_all, lock, progress), stop)
     return StaticEmbedder.load(folder)
 
 
-def open_embedder(kind: str, cache_dir: Path, announce: Callable[[str], None] = lambda _message: None) -> Embedder:
-    """`static`, `transformer`, or the name of any sentence-transformers model."""
+def open_embedder(
+    kind: str,
+    cache_dir: Path,
+    announce: Callable[[str], None] = lambda _message: None,
+    progress: distill.Progress = lambda _done, _total: None,
+    stop: threading.Event | None = None,
+) -> Embedder:
+    """`static`, `transformer`, or the name of any sentence-transformers model. As `static_embedder`."""
     if kind == "static":
-        return static_embedder(cache_dir, announce)
+        return static_embedder(cache_dir, announce, progress, stop)
     return TransformerEmbedder(None if kind == "transformer" else kind)
 
 
-def _distill_apart(folder: Path, progress: distill.Progress) -> None:
-    """In a process of its own, so that torch never lives in a server.
+@contextmanager
+def _alone(path: Path, progress: distill.Progress, stop: threading.Event) -> Iterator[IO[str]]:
+    """Hold the lock on `path`, in which its holder writes how far it is."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with path.open("a+") as lock:
+        while not _locked(lock):
+            lock.seek(0)
+            _tell(lock.read(), progress)
+            if stop.wait(LOOK_AGAIN_S):
+                raise Interrupted("the embedding table is not waited for any more")
+        yield lock
+        lock.truncate(0)
 
-    The folder appears at once and whole, so that two processes may race.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".distilling-") as scratch:
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _told_to_all(lock: IO[str], progress: distill.Progress, done: int, total: int) -> None:
+    lock.truncate(0)
+    lock.write(f"{done} {total}")
+    lock.flush()
+    progress(done, total)
+
+
+def _tell(line: str, progress: distill.Progress) -> None:
+    told = line.split()
+    if len(told) == 2 and line.replace(" ", "").strip().isdecimal():  # else a library's own words
+        progress(int(told[0]), int(told[1]))
+
+
+def _distill_apart(folder: Path, progress: distill.Progress, stop: threading.Event) -> None:
+    """In a process of its own, so that torch never lives in a server. It ends with us: it finds that nobody reads."""
+    for left in folder.parent.glob(f"{SCRATCH}*"):  # by a process that was killed: who distils is alone
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=SCRATCH) as scratch:
         made = Path(scratch) / folder.name
         said = Path(scratch) / "said"
         with said.open("w") as errors:
             command = [sys.executable, "-c", DISTILLING, str(made)]
-            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as child:  # noqa: S603
-                for line in child.stdout or ():
-                    told = line.split()
-                    if len(told) == 2 and line.replace(" ", "").strip().isdecimal():  # else a library's own words
-                        progress(int(told[0]), int(told[1]))
+            with subprocess.Popen(  # noqa: S603
+                command,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,  # Ctrl-C is for us, who then end it
+            ) as child:
+                try:
+                    for line in _lines(child, stop):
+                        _tell(line, progress)
+                except BaseException:
+                    child.kill()
+                    raise
         if child.returncode:
             reason = said.read_text("utf-8", "replace").strip() or "killed"
             raise InvalidArtifact(f"the embedding table could not be made: {reason[-500:]}")
@@ -169,6 +229,21 @@ def _distill_apart(folder: Path, progress: distill.Progress) -> None:
         except OSError:
             if not (folder / distill.TABLE).exists():
                 raise
+
+
+def _lines(child: subprocess.Popen[bytes], stop: threading.Event) -> Iterator[str]:
+    """What it prints, until it ends. Raises Interrupted soon after `stop` was set."""
+    assert child.stdout is not None
+    pending = b""
+    while not stop.is_set():
+        if not select.select([child.stdout], [], [], LOOK_AGAIN_S)[0]:
+            continue
+        data = os.read(child.stdout.fileno(), 4096)
+        if not data:
+            return
+        *lines, pending = (pending + data).split(b"\n")
+        yield from (line.decode("utf-8", "replace") for line in lines)
+    raise Interrupted("the embedding table is not made any more")
 
 
 def _utf8(text: str) -> bytes:

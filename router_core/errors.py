@@ -9,6 +9,7 @@ RouterCoreError
 │   └── InvalidOutcomes            a line of an outcomes file, or a model of it; the message names which
 ├── MapMismatch                    a profile or map measured with another cluster map or embedder
 ├── WorkerLost                     a process that worked for this one was killed
+├── Interrupted                    whoever asked for it does not want it any more
 └── NoEligibleModel                every candidate was ruled out; carries why, per model
 """
 
@@ -49,6 +50,10 @@ class MapMismatch(RouterCoreError):
 
 class WorkerLost(RouterCoreError):
     """A process that worked for this one was killed: most often memory ran out."""
+
+
+class Interrupted(RouterCoreError):
+    """Work that was stopped by whoever had asked for it."""
 
 
 class NoEligibleModel(RouterCoreError):

@@ -71,18 +71,16 @@ def test_a_local_model_ends_when_it_is_closed(tmp_path: Path) -> None:
 def test_ctrl_c_while_the_demo_serves_leaves_no_store_behind(tmp_path: Path, embedder_cache: Path) -> None:
     code = """
 from proxy.cli.serve import LOGGING, BackgroundServer, listen
-from proxy.cli.serve_store import owned_store
 from proxy.demo.run import wait_for_ctrl_c
 from proxy.settings import load_settings
 import os
 settings = load_settings(None, os.environ)
-with owned_store(settings, print):
-    server = BackgroundServer(settings, listen("127.0.0.1", 0), LOGGING)
-    assert server.start()
-    wait = server.wait
-    server.wait = lambda: (print("serving", flush=True), wait())
-    wait_for_ctrl_c(server)
-    server.stop()
+server = BackgroundServer(settings, listen("127.0.0.1", 0), LOGGING)
+assert server.start()
+wait = server.wait
+server.wait = lambda: (print("serving", flush=True), wait())
+wait_for_ctrl_c(server)
+server.stop()
 """
     environ = environment(tmp_path / "data", embedder_cache)
     command = [sys.executable, "-c", code]

@@ -1,28 +1,36 @@
-"""Starts the server: its socket, the store that it owns, its processes. What is served is app's."""
+"""Run the server: its socket, its configuration, one process or several."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import uvicorn
 
+from proxy.cli import console
 from proxy.connection import ClientConnection
 from proxy.descriptors import raise_limit
 from proxy.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp
+    from fastapi import FastAPI
+
+    from proxy.services import ServicesHolder
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75  # longer than a load balancer's 60, so that it is never we who close first
+_LOOK_AGAIN_S = 0.1
 LOGGING: dict[str, Any] = {
     "version": 1,
     "disable_existing_loggers": False,
@@ -38,16 +46,12 @@ class AppFactory:
     """Makes the app in the process that serves it; travels to worker processes, secrets and all, through a pipe."""
 
     settings: Settings
-    parent: int
+    counts: Path | None = None
 
-    def __call__(self) -> ASGIApp:
+    def __call__(self) -> FastAPI:
         from proxy.app import from_settings
-        from proxy.cli.startup import PlainStart
-        from proxy.jobs.onboarding import measuring_on_start
 
-        if os.getpid() != self.parent:
-            _end_with(self.parent)
-        return PlainStart(measuring_on_start(from_settings(self.settings)))
+        return from_settings(self.settings, counts=self.counts)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -72,9 +76,12 @@ def address(bound: socket.socket) -> str:
     return f"http://[{named}]:{port}" if ":" in named else f"http://{named}:{port}"
 
 
-def server_config(settings: Settings, *, logging: dict[str, Any] | None = LOGGING) -> uvicorn.Config:
+def server_config(
+    settings: Settings, counts: Path | None = None, *, logging: dict[str, Any] | None = LOGGING
+) -> uvicorn.Config:
+    """`counts`: the folder in which several workers count."""
     return uvicorn.Config(
-        AppFactory(settings, os.getpid()),
+        AppFactory(settings, counts),
         factory=True,
         loop="uvloop" if os.name == "posix" else "auto",
         http=ClientConnection,
@@ -92,21 +99,64 @@ def server_config(settings: Settings, *, logging: dict[str, Any] | None = LOGGIN
     )
 
 
-def run_server(settings: Settings, bound: socket.socket) -> bool:
-    """Serve until SIGTERM or Ctrl-C, then let requests finish. Whether it ever served."""
+class Server(uvicorn.Server):
+    """uvicorn's, which a signal ends with status 0, and which a second Ctrl-C does not keep from closing."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.signals = {signal.SIGINT: self.handle_exit, signal.SIGTERM: self.handle_exit}
+
+    @property
+    def holder(self) -> ServicesHolder | None:
+        """Of the app, once it was made."""
+        found: ServicesHolder | None = self.config.loaded_app.state.holder if self.config.loaded else None
+        return found
+
+    @property
+    def is_ready(self) -> bool:
+        return self.holder is not None and self.holder.is_open
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, handler) for number, handler in self.signals.items()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  the shape of signal handlers
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn would leave the store and the journals as they are
+            for task in self.server_state.tasks:
+                task.cancel()
+            await self.lifespan.shutdown()
+
+
+def run_server(settings: Settings, bound: socket.socket) -> None:
+    """Serve until SIGTERM or Ctrl-C, then let requests finish.
+
+    Raises:
+        SystemExit: the server did not start; the log says why.
+    """
     raise_limit()
-    config = server_config(settings)
     if settings.workers > 1:
-        return _run_workers(config, bound)
-    server = uvicorn.Server(config)
+        from proxy.cli.supervisor import Supervisor
+
+        Supervisor(settings, partial(server_config, settings), bound).run()
+        return
+    server = Server(server_config(settings))
     try:
         server.run([bound])
-    except KeyboardInterrupt:
-        pass  # uvicorn raises again, at the end, the signal that ended it
-    except SystemExit as ended:
-        if ended.code != uvicorn.config.STARTUP_FAILURE:
-            raise
-    return server.started
+    except SystemExit:
+        raise SystemExit(1) from None
 
 
 def leave_on_sigterm() -> None:
@@ -118,31 +168,24 @@ def leave_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, leave)
 
 
-def _run_workers(config: uvicorn.Config, bound: socket.socket) -> bool:
-    from uvicorn.supervisors import Multiprocess
-
-    workers = Multiprocess(config, [bound])
-    workers.run()
-    return all(process.exitcode != uvicorn.config.STARTUP_FAILURE for process in workers.processes)
-
-
 class BackgroundServer:
     """A server in a thread of this process, for the demo. It is gone when the process is."""
 
     def __init__(self, settings: Settings, bound: socket.socket, logging: dict[str, Any]) -> None:
-        self._server = uvicorn.Server(server_config(settings, logging=logging))
+        self._server = Server(server_config(settings, logging=logging))
         self._drain_s = settings.drain_s
         self._bound = bound
         self._ended = threading.Event()  # a join() that Ctrl-C interrupts would count the thread as ended
         self._thread = threading.Thread(target=self._run, name="uniroute-server", daemon=True)
 
-    def start(self, timeout_s: float = 120) -> bool:
-        """Whether it serves; False when starting failed."""
+    def start(self) -> bool:
+        """Whether it is ready; False when starting failed."""
         self._thread.start()
-        deadline = time.monotonic() + timeout_s
-        while not self._ended.is_set() and not self._server.started and time.monotonic() < deadline:
-            time.sleep(0.02)
-        return self._server.started
+        with console.progress() as bars:
+            while not self._server.is_ready and not self._ended.wait(_LOOK_AGAIN_S):
+                if self._server.holder is not None:
+                    show(self._server.holder.startup.to_json(), bars)
+        return self._server.is_ready and not self._ended.is_set()
 
     def wait(self) -> None:
         """Until it has ended by itself."""
@@ -161,31 +204,31 @@ class BackgroundServer:
 
 
 def announce_ready(url: str, announce: Callable[[str], None]) -> None:
-    """Say when the server answers, in a thread that ends then."""
+    """Show how far the start is, and say when the server is ready, in a thread that ends then."""
     started = time.monotonic()
 
     def wait() -> None:
-        with httpx.Client(trust_env=False, timeout=5) as client:
-            while not _is_ready(client, url):
-                time.sleep(0.1)
+        with httpx.Client(trust_env=False, timeout=5) as client, console.progress() as bars:
+            while (document := _unready(client, url)) is not None:
+                show(document, bars)
+                time.sleep(_LOOK_AGAIN_S)
         announce(f"ready after {time.monotonic() - started:.1f} s; Ctrl-C ends it")
 
     threading.Thread(target=wait, name="uniroute-announce", daemon=True).start()
 
 
-def _is_ready(client: httpx.Client, url: str) -> bool:
+def show(document: dict[str, Any], bars: console.Progress) -> None:
+    """What /readyz says of steps that are known to take long."""
+    for step in document.get("under_way", ()):
+        if step.get("done"):
+            bars.update(step["what"], step["done"], step["total"])
+
+
+def _unready(client: httpx.Client, url: str) -> dict[str, Any] | None:
+    """What /readyz says while the server is not ready; None once it is."""
     try:
-        return client.get(f"{url}/readyz").is_success
-    except httpx.HTTPError:
-        return False
-
-
-def _end_with(parent: int) -> None:
-    """A worker whose parent was killed ends too, or it would keep the port for ever."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, name="uniroute-parent-watch", daemon=True).start()
+        reply = client.get(f"{url}/readyz")
+        document = reply.json()
+    except (httpx.HTTPError, ValueError):
+        return {}
+    return None if reply.is_success else document if isinstance(document, dict) else {}

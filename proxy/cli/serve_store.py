@@ -1,61 +1,61 @@
-"""What is done once, before any process serves: the embedding table, the store, the open door. Serves nothing."""
+"""What has to be known of the store before anything listens, and keeping an embedded one for several workers."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from proxy.cli import console
-from proxy.settings import Settings, SettingsError, check_exposure
+from proxy.settings import Settings, check_exposure, is_loopback
+from proxy.state.embedded import EmbeddedStoreFailed, EmbeddedValkey
 from proxy.state.keys import KeyLatch
 from proxy.state.registry import Registry
 from proxy.state.store import Store, StoreUnavailable
 
 
-@contextmanager
-def owned_store(settings: Settings, announce: Callable[[str], None]) -> Iterator[None]:
-    """Keeps an embedded store running for all processes. `announce` is told of steps that take seconds.
+def check_open_door(settings: Settings) -> None:
+    """Refuse to listen to others while no client key exists. On loopback nothing is asked.
 
     Raises:
         SettingsError: the server would be open to everybody.
         StoreUnavailable: the embedded store does not start.
     """
-    store = asyncio.run(_checked_store(settings))
-    try:
-        _embedding_table(settings, announce)
-        yield
-    finally:
-        if store.embedded is not None:
-            store.embedded.stop()
+    latch = KeyLatch(settings.data_dir)
+    if not (is_loopback(settings.host) or latch.closed):
+        asyncio.run(_look_for_keys(settings, latch))
+        check_exposure(settings, keys_required=latch.closed)
 
 
-def _embedding_table(settings: Settings, announce: Callable[[str], None]) -> None:
-    """Worker processes find it made, instead of making it each."""
-    if settings.embedder == "static":
-        from router_core.embedding import static_embedder
-
-        with console.progress() as bars:
-            static_embedder(settings.data_dir, announce, lambda done, total: bars.update("tokens", done, total))
-
-
-async def _checked_store(settings: Settings) -> Store:
+async def _look_for_keys(settings: Settings, latch: KeyLatch) -> None:
+    """A store that does not answer counts as one without keys."""
     store = await Store.open(settings)
     try:
-        check_exposure(settings, keys_required=await _keys_required(store, settings))
-    except SettingsError:
-        await store.close()
-        raise
-    await store.client.aclose()
-    return store
-
-
-async def _keys_required(store: Store, settings: Settings) -> bool:
-    """A store that does not answer counts as one without keys: the local latch decides."""
-    latch = KeyLatch(settings.data_dir)
-    if not latch.closed:
         with contextlib.suppress(StoreUnavailable):
             if await Registry(store, (), latch).keys.listed():
                 latch.close()
-    return latch.closed
+    finally:
+        await store.close()
+
+
+@contextmanager
+def kept_store(settings: Settings) -> Iterator[None]:
+    """Use the embedded store, if that is the one, so that it outlives workers that die. They start it themselves."""
+    if settings.redis_url:
+        yield
+        return
+    embedded = EmbeddedValkey(settings.data_dir)
+    joining = threading.Thread(target=_join, args=(embedded,), name="uniroute-store")
+    joining.start()
+    try:
+        yield
+    finally:
+        embedded.closing = True
+        joining.join()
+        embedded.stop()
+
+
+def _join(embedded: EmbeddedValkey) -> None:
+    with contextlib.suppress(EmbeddedStoreFailed):  # the workers find out, and say so
+        embedded.ensure()

@@ -33,7 +33,7 @@ def serve(
 
     from proxy.cli import console
     from proxy.cli.serve import LOGGING, address, announce_ready, leave_on_sigterm, listen, run_server
-    from proxy.cli.serve_store import owned_store
+    from proxy.cli.serve_store import check_open_door
     from proxy.preflight import check_files
 
     leave_on_sigterm()
@@ -42,13 +42,12 @@ def serve(
     if detect:
         settings = _with_detected(settings)
     check_files(settings)
+    check_open_door(settings)
     bound = listen(settings.host, settings.port)
-    with owned_store(settings, console.note):
-        console.note(f"UniRoute at {address(bound)}/v1, data in {settings.data_dir}")
-        tell_models(settings, os.environ)
-        announce_ready(address(bound), console.note)
-        if not run_server(settings, bound):
-            raise console.CommandError("the server did not start; the lines above say why")
+    console.note(f"UniRoute at {address(bound)}/v1, data in {settings.data_dir}")
+    tell_models(settings, os.environ)
+    announce_ready(address(bound), console.note)
+    run_server(settings, bound)
 
 
 def demo(

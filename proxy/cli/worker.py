@@ -14,11 +14,25 @@ log = logging.getLogger("uniroute.worker")
 
 
 async def work(settings: Settings) -> None:
-    """Until SIGTERM or Ctrl-C; an unfinished job is given back to the others."""
-    ended = asyncio.Event()
+    """Until SIGTERM or Ctrl-C; an unfinished job is given back to the others, and a start is not finished."""
+    told = asyncio.Event()
     for ending in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(ending, ended.set)
+        asyncio.get_running_loop().add_signal_handler(ending, told.set)
+    opened = asyncio.Event()
+    measuring = asyncio.create_task(_measure(settings, opened, told))
+    telling = asyncio.create_task(told.wait())
+    await asyncio.wait({measuring, telling}, return_when=asyncio.FIRST_COMPLETED)
+    telling.cancel()
+    if not opened.is_set():
+        measuring.cancel()
+    await asyncio.wait({measuring})
+    if not measuring.cancelled():
+        measuring.result()
+
+
+async def _measure(settings: Settings, opened: asyncio.Event, told: asyncio.Event) -> None:
     unexposed = settings.model_copy(update={"host": "127.0.0.1"})
     async with open_services(unexposed, os.environ) as services:
+        opened.set()
         log.info("measuring models for the store at %s", services.store.name)
-        await ended.wait()
+        await told.wait()

@@ -16,10 +16,10 @@ from proxy.cli import console
 from proxy.cli.client import FINISHED, ServerClient
 from proxy.cli.console import CommandError, say
 from proxy.cli.serve import LOGGING, BackgroundServer, address, listen
-from proxy.cli.serve_store import owned_store
 from proxy.demo.arms import Arm, start_arms
 from proxy.demo.chat import ask_three
 from proxy.demo.report import show_profiles
+from proxy.preflight import check_data_dir
 from proxy.settings import Settings, SettingsError
 from router_core.validation.builtin import builtin_validation_set
 
@@ -29,13 +29,14 @@ _SHORT_ANSWER_TOKENS = 256
 
 def run_demo(settings: Settings, *, prompts: int, once: bool) -> None:
     """Ends after the three prompts if `once`, else on Ctrl-C."""
+    check_data_dir(settings)
     settings = demo_settings(settings)
+    check_data_dir(settings)
     started = time.monotonic()
     with ExitStack() as stack:
         write_easy_prompts(Path(settings.validation_set))
         arms = start_arms(stack, settings.data_dir, say)
         bound = listen_somewhere(settings)
-        stack.enter_context(owned_store(settings, say))
         server = BackgroundServer(settings, bound, file_logging(settings.data_dir / "server.log"))
         stack.callback(server.stop)
         if not server.start():

@@ -7,30 +7,15 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from proxy.state.store import until_it_answers
 from proxy.tasks import end
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
     from proxy.services import Services
 
 log = logging.getLogger("uniroute.onboarding")
-
-
-def measuring_on_start(app: FastAPI) -> FastAPI:
-    """The same app; its lifespan also measures what was never measured."""
-    opened = app.router.lifespan_context
-
-    @contextlib.asynccontextmanager
-    async def lifespan(served: FastAPI) -> AsyncIterator[Any]:
-        async with opened(served) as state, onboarding(app.state.holder.services):
-            yield state
-
-    app.router.lifespan_context = lifespan
-    return app
 
 
 @contextlib.asynccontextmanager

@@ -207,8 +207,8 @@ class Meter:
         """Whether the model asked last began, as far as is known. One that was never asked did not."""
         if self.overhead_s is None or ending == "busy":
             return False
-        if ending == "client_gone" and self._fault is not None and not self.has_content:
-            return self._timed_out  # it had failed already, and the client left before another was asked
+        if ending in ("client_gone", "shutdown") and self._fault is not None and not self.has_content:
+            return self._timed_out  # it had failed already, and the request was cut before another was asked
         return ending != "failed" or self._timed_out
 
     def _count_tokens(self, entry: UsageRecord) -> None:

@@ -68,7 +68,8 @@ class UsageRecord:
     key_id: str | None
     reason: str
     ending: str
-    """complete, empty, failed, busy (nobody had a place), broken (after content), client_gone."""
+    """complete, empty, failed, busy (nobody had a place), broken (after content), client_gone,
+    shutdown (cut by the end of the server)."""
     prompt_tokens: int | None
     cached_tokens: int | None
     output_tokens: int | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope
@@ -16,6 +17,15 @@ LetGo = Callable[[T], Awaitable[None]]
 
 LEAVING = "uniroute.leaving"
 """In the scope of a request whose connection says by itself that it was lost."""
+
+
+_client: ContextVar[Leaving | None] = ContextVar("uniroute_client", default=None)
+
+
+def cut_ending() -> str:
+    """The ending of a request whose task was cancelled: `client_gone`, or `shutdown`: nobody else does that."""
+    leaving = _client.get()
+    return "client_gone" if leaving is None or leaving.gone else "shutdown"
 
 
 class Leaving:
@@ -54,6 +64,7 @@ async def _during(leaving: Leaving, work: Coroutine[Any, Any, T], let_go: LetGo[
     if working is None or leaving.gone:
         work.close()
         raise ClientGone("the client closed its connection")
+    _client.set(leaving)
     ending = _Ending(working)
     leaving.told.add(ending.begin)
     try:

@@ -1,8 +1,9 @@
-"""A stream to the client: whole events, usage only if asked for, one of three endings."""
+"""A stream to the client: whole events, usage only if asked for, one of four endings."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -10,10 +11,19 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from proxy.errors import ClientGone, ModelBusy, ProxyError, UpstreamFailure, describe
+from proxy.errors import (
+    LAST_WORDS_S,
+    SHUTTING_DOWN,
+    ClientGone,
+    ModelBusy,
+    ProxyError,
+    ShuttingDown,
+    UpstreamFailure,
+    describe,
+)
 from proxy.recording.meter import Meter
 from proxy.relay.beginning import OpenStream
-from proxy.relay.disconnect import until_gone
+from proxy.relay.disconnect import cut_ending, until_gone
 from proxy.relay.keeping_alive import KeepAlive
 from proxy.relay.showing import Shown
 from proxy.relay.sse import DONE, event
@@ -28,7 +38,8 @@ Opening = asyncio.Task[OpenStream]
 
 
 class EventStream(Response):
-    """Relays until the upstream ends, breaks, or the client leaves. Closes the upstream's connection in every case."""
+    """Relays until the upstream ends or breaks, the client leaves, or the server ends. Closes the upstream's connection
+    in every case."""
 
     def __init__(self, opening: Opening, meter: Meter, *, keep_alive_s: float, include_usage: bool) -> None:
         """`opening` need not be done: the client then reads comments until some model begins to answer."""
@@ -64,6 +75,12 @@ class EventStream(Response):
             except (UpstreamFailure, ModelBusy) as failure:
                 ending = "broken" if self._meter.has_content else "failed"
                 await _send(send, event(_error_event(failure)))
+            except asyncio.CancelledError:
+                ending = cut_ending()
+                self._meter.finish(ending)
+                if ending == "shutdown":
+                    await _last_words(send)
+                raise
             finally:
                 keeping.stop()
         finally:
@@ -84,6 +101,14 @@ class EventStream(Response):
 
 async def _send(send: Send, data: bytes) -> None:
     await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+async def _last_words(send: Send) -> None:
+    """Tell that the server ends; not for long, for the client may not be reading."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LAST_WORDS_S):
+            await _send(send, event(_error_event(ShuttingDown(SHUTTING_DOWN))))
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def close_opened(opening: Opening) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse
@@ -22,9 +20,11 @@ async def healthz() -> Response:
 async def readyz(request: Request) -> Response:
     """Ready once a state was read, whatever Redis does later."""
     holder = request.app.state.holder
-    if not holder.is_open or not holder.services.state.loaded:
-        return JSONResponse({"status": "starting"}, 503)
+    if not holder.is_open:
+        return JSONResponse(holder.startup.to_json(), 503)
     state = holder.services.state
+    if not state.loaded:
+        return JSONResponse({"status": "starting", "under_way": [{"what": "waiting for Redis"}]}, 503)
     return JSONResponse(
         {"status": "ready", "state_version": state.current.version, "store": "up" if state.available else "away"}
     )
@@ -32,8 +32,4 @@ async def readyz(request: Request) -> Response:
 
 @router.get("/metrics", response_model=None)
 async def metrics(services: OurServices) -> Response:
-    services.metrics.tasks.set(len(asyncio.all_tasks()))
-    services.metrics.state_version.set(services.state.current.version)
-    services.metrics.store_available.set(services.state.available)
-    services.metrics.usage_journal.set(services.usage.journal_bytes)
     return Response(services.metrics.expose(), headers={"content-type": CONTENT_TYPE_LATEST})

@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import IO
 
+from proxy import private
+
 log = logging.getLogger("uniroute.store")
 
 LONGEST_SOCKET_PATH = 100  # bytes: macOS allows 104 and Linux 108, their ending NUL included
@@ -55,6 +57,10 @@ class EmbeddedValkey:
         Raises:
             EmbeddedStoreFailed: it did not start, or is alive and does not answer.
         """
+        try:
+            private.private_folder(self._folder.parent)
+        except private.NotPrivate as error:
+            raise EmbeddedStoreFailed(str(error)) from error
         private_folder(self._folder)
         deadline = time.monotonic() + STARTING_S
         if self._process is not None and self._process.poll() is not None:
@@ -107,9 +113,11 @@ class EmbeddedValkey:
         if alive is None:
             return
         self.socket_path.unlink(missing_ok=True)
+        for left in self._folder.rglob("*"):  # made by a version that left it to the umask
+            private.close_to_others(left)
         options = {"port": "0", "unixsocket": str(self.socket_path), "unixsocketperm": "700", **PERSISTENCE}
         arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
-        with alive, (self._folder / "valkey.log").open("ab") as output:
+        with alive, open(self._folder / "valkey.log", "ab", opener=private.private_opener) as output:
             self._process = subprocess.Popen(  # noqa: S603
                 [str(get_binary_path()), *arguments, "--loglevel", "warning", "--dir", str(self._folder)],
                 stdin=subprocess.DEVNULL,
@@ -118,6 +126,7 @@ class EmbeddedValkey:
                 cwd=self._folder,
                 start_new_session=True,
                 pass_fds=(alive.fileno(),),
+                umask=private.OTHERS,
             )
 
     def _starting(self) -> bool:
@@ -146,9 +155,11 @@ class EmbeddedValkey:
                 return b""
 
     def _shut_down(self) -> None:
-        self._ask(b"SHUTDOWN")
+        refused = self._ask(b"SHUTDOWN")
         process, self._process = self._process, None
         if process is not None and process.poll() is None:
+            if refused:  # it still reads its files, and heeds a signal alone
+                process.terminate()
             try:
                 process.wait(STOPPING_S)
             except subprocess.TimeoutExpired:
@@ -170,7 +181,7 @@ class EmbeddedValkey:
 
 def _locked(path: Path, kind: int) -> IO[bytes] | None:
     """The file, locked; None if another process has it locked otherwise."""
-    file = path.open("ab")
+    file = open(path, "ab", opener=private.private_opener)  # noqa: SIM115  Path.open takes no opener
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -197,3 +208,4 @@ def private_folder(folder: Path) -> None:
         raise EmbeddedStoreFailed(f"cannot use {folder}: {error.strerror}; set UNIROUTE_DATA_DIR elsewhere") from error
     if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022 or not stat.S_ISDIR(found.st_mode):
         raise EmbeddedStoreFailed(f"{folder} must be a folder that only this user can write to")
+    private.close_to_others(folder)

@@ -27,6 +27,7 @@ SETTLE_S = 0.02
 """Messages that come this close together are one change."""
 LIVE_REFRESH_S = 5.0
 UNUSABLE_S = 5.0
+SAY_AGAIN_S = 60.0
 
 
 class StateHolder:
@@ -50,6 +51,7 @@ class StateHolder:
         self._following: asyncio.Task[None] | None = None
         self._refreshing = asyncio.Lock()
         self._live_seen = (0, 0.0)
+        self._said_away: float | None = None
         self.available = False
         """Whether Redis answered when last asked."""
 
@@ -135,8 +137,12 @@ class StateHolder:
                         pass
 
     def _away(self, error: Exception) -> None:
-        if self.available or not self.loaded:
-            log.warning("the store does not answer, the last state stays in use: %s", error)
+        """Say so once, and as long as nothing was ever read once a minute."""
+        waiting = not self.available and self._said_away is not None
+        if not waiting or (not self.loaded and time.monotonic() - (self._said_away or 0) >= SAY_AGAIN_S):
+            kept = "the last state stays in use" if self.loaded else "nothing is served until it does"
+            log.warning("the store does not answer, %s: %s", kept, error)
+            self._said_away = time.monotonic()
         self.available = False
 
 

@@ -8,6 +8,8 @@ import re
 import secrets
 from pathlib import Path
 
+from proxy.private import private_opener
+
 PREFIX = "ur-"
 SECRET = re.compile(rf"{PREFIX}[A-Za-z0-9_-]{{43}}")
 """What a secret looks like, wherever one was put by mistake."""
@@ -36,7 +38,7 @@ class KeyLatch:
     def close(self) -> None:
         if not self.closed:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with self._path.open("w") as file:
+            with open(self._path, "w", opener=private_opener) as file:
                 file.write("A client key was made once; calls without one are refused.\n")
                 file.flush()
                 os.fsync(file.fileno())

@@ -18,6 +18,7 @@ from redis.exceptions import TimeoutError as NoAnswer
 from proxy.settings import Settings
 from proxy.state.embedded import EmbeddedStoreFailed, EmbeddedValkey
 from proxy.state.silence import Silence
+from proxy.tasks import to_its_end
 
 OPERATION_S = 0.75
 """All of an operation, whatever redis-py retries: an admin call that meets a silent server answers within a second."""
@@ -62,10 +63,15 @@ class Store:
         if settings.redis_url:
             return cls(settings.redis_url)
         embedded = EmbeddedValkey(settings.data_dir)
+        starting = asyncio.create_task(asyncio.to_thread(embedded.ensure))
         try:
-            await asyncio.to_thread(embedded.ensure)
+            await asyncio.shield(starting)
         except EmbeddedStoreFailed as error:
             raise StoreUnavailable(str(error)) from error
+        except asyncio.CancelledError:
+            embedded.closing = True  # its thread goes on without us, and would start a server for nobody
+            await to_its_end(_stopped(embedded, starting))
+            raise
         return cls(f"unix://{quote(str(embedded.socket_path))}", embedded)
 
     @property
@@ -136,6 +142,12 @@ async def _within(seconds: float) -> AsyncIterator[None]:
             yield
         finally:
             ending.cancel()
+
+
+async def _stopped(embedded: EmbeddedValkey, starting: asyncio.Task[None]) -> None:
+    await asyncio.wait({starting})
+    _ = starting.exception()  # looked at, so that asyncio does not log it as forgotten
+    await asyncio.to_thread(embedded.stop)
 
 
 async def until_it_answers(operation: Callable[[], Awaitable[None]]) -> None:

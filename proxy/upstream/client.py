@@ -14,7 +14,7 @@ import httpx
 from proxy.errors import UpstreamFailure
 from proxy.settings import Settings, SettingsError, resolve_secret
 from proxy.state.records import ModelRecord
-from proxy.tasks import PATIENCE_S, end, read_gently, to_its_end
+from proxy.tasks import PATIENCE_S, end, in_own_thread, read_gently, to_its_end
 from proxy.upstream.call import STRAYING, Provider, arm_body, call_arguments, is_provider_param, secrets_of
 from proxy.upstream.events import is_finished
 from proxy.upstream.failures import failure_of, no_completion, without
@@ -53,7 +53,7 @@ class LitellmUpstream:
     async def prepare(self) -> None:
         """Imports litellm, which takes seconds, in a thread."""
         if self._litellm is None:
-            litellm = await asyncio.to_thread(import_litellm)
+            litellm = await in_own_thread(import_litellm)
             await warm_up(litellm)
             self._handler = handler_over(self._pool)
             self._tidying = asyncio.create_task(keep_tidy(self._pool), name="uniroute-tidying")

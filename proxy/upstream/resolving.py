@@ -96,7 +96,12 @@ class Resolver:
         pipe = asyncio.subprocess.PIPE
         try:
             child = await asyncio.create_subprocess_exec(
-                *command, stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.DEVNULL, env=self._environment()
+                *command,
+                stdin=pipe,
+                stdout=pipe,
+                stderr=asyncio.subprocess.DEVNULL,
+                env=self._environment(),
+                start_new_session=True,  # Ctrl-C is for us, who then end it
             )
         except OSError as error:
             raise NotAsked(f"no process for it: {error}") from error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -85,19 +87,26 @@ def test_sigterm_lets_streams_end_cuts_the_late_and_loses_no_record_while_redis_
         opened = a_gateway(tmp_path, embedder_cache, upstream, environ=environ, forward=forward, drain_s=DRAIN_S)
         with opened as gateway:
             valkey.stop()
-            upstream.then(words(5), words(300))
-            with gateway.streaming() as short, gateway.streaming() as long:
+            upstream.then(words(5), words(300), Step(delay_s=60))
+            with gateway.streaming() as short, gateway.streaming() as long, ThreadPoolExecutor() as asking:
+                whole = asking.submit(gateway.ask, CONFIGURED)
+                assert wait_until(lambda: len(upstream.history) == 3, 20)
                 told = time.monotonic()
                 os.kill(gateway.server.pid, signal.SIGTERM)
                 assert "[DONE]" in short.read().decode()
                 text, ended_well = read_to_the_end(long.iter_raw())
-            assert (ended_well, "[DONE]" in text) == (False, False)
+            last = json.loads(text.rstrip().rpartition("data: ")[2])
+            assert (ended_well, "[DONE]" in text, last["error"]["code"]) == (True, False, "shutting_down")
+            cut = whole.result()
+            assert (cut.status_code, cut.json()["error"]["code"]) == (503, "shutting_down")
+            assert int(cut.headers["retry-after"]) >= 1
             assert gateway.server.stop() == 0
             assert DRAIN_S <= time.monotonic() - told < DRAIN_S + 10
-        assert sorted(record["ending"] for record in journalled(gateway.data_dir)) == ["client_gone", "complete"]
+            assert "Traceback" not in gateway.server.log
+        assert sorted(record["ending"] for record in journalled(gateway.data_dir)) == ["complete", *["shutdown"] * 2]
 
         valkey.start()
         again = ServeCommand(*gateway.server.arguments, environ=gateway.server.environ, log=tmp_path / "again.txt")
         with again, valkey.client() as client:
-            assert wait_until(lambda: counted(client) == 2, 10)
+            assert wait_until(lambda: counted(client) == 3, 10)
             assert wait_until(lambda: journalled(gateway.data_dir) == [], 10)

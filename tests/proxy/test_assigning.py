@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
 from proxy.routing import assigning
-from proxy.routing.assigning import Assigner
+from proxy.routing.assigning import Assigner, RoutingLate
 from router_core.artifact import builtin_map
 from router_core.clustering import ClusterMap
 from router_core.embedding import LONGEST_AT_HAND, StaticEmbedder
@@ -100,4 +100,55 @@ async def test_it_remembers_a_bounded_number_and_no_prompt(monkeypatch: pytest.M
 
     assert len(kept) <= 2 * 9
     assert all(len(digest) == 16 and b"prompt" not in digest for _, digest in kept)
+    assigner.close()
+
+
+def held() -> Corners:
+    """An embedder that says nothing until it is let go."""
+    embedder = Corners()
+    embedder.free.clear()
+    return embedder
+
+
+class Process:
+    """Seconds that a process has computed, as they are looked at; `after` the looks, `then` is done."""
+
+    def __init__(self, *seconds: float, then: Callable[[], None] = lambda: None) -> None:
+        self.looks = 0
+        self._seconds = seconds
+        self._then = then
+
+    def __call__(self) -> float:
+        self.looks += 1
+        if self.looks == len(self._seconds):
+            self._then()
+        return self._seconds[min(self.looks, len(self._seconds)) - 1]
+
+
+async def test_a_busy_machine_is_not_taken_for_a_slow_embedder() -> None:
+    embedder = held()
+    process = Process(*[0.0] * 8, then=embedder.free.set)  # several deadlines pass, in which it computes nothing
+    assigner = Assigner(embedder, 0.005, process)
+    assert same(await assigner.assign("one", CORNERS), CORNERS.assign(Corners().embed(["one"])))
+    assert 8 <= process.looks < assigning.STARVED
+    assigner.close()
+
+
+async def test_what_computes_longer_than_the_deadline_is_late() -> None:
+    embedder = held()
+    assigner = Assigner(embedder, 0.005, Process(0.0, 0.0, 0.006))
+    with pytest.raises(RoutingLate, match="within 5 ms"):
+        await assigner.assign("one", CORNERS)
+    embedder.free.set()
+    assigner.close()
+
+
+async def test_what_hangs_is_late_however_little_it_computes() -> None:
+    embedder = held()
+    process = Process(0.0)
+    assigner = Assigner(embedder, 0.002, process)
+    with pytest.raises(RoutingLate):
+        await assigner.assign("one", CORNERS)
+    assert process.looks == assigning.STARVED + 2  # at the start, before each wait, and at the end
+    embedder.free.set()
     assigner.close()

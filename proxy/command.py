@@ -1,0 +1,14 @@
+"""The command `uniroute`, which Ctrl-C ends without a traceback also while its parts are imported."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    try:
+        from proxy.cli import main as run
+
+        run()
+    except KeyboardInterrupt:
+        sys.exit(130)

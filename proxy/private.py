@@ -1,0 +1,49 @@
+"""Folders and files that nobody but this user may read: digests of keys, what everybody spends, where models are."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from pathlib import Path
+
+log = logging.getLogger("uniroute")
+
+OTHERS = 0o077
+
+
+class NotPrivate(Exception):
+    """A folder that cannot be kept from others; the message says what would do."""
+
+
+def private_folder(folder: Path) -> None:
+    """Make `folder`, or take what others may do with it from one that is ours.
+
+    Raises:
+        NotPrivate: it cannot be used, or is someone else's and open to others.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mode = stat.S_IMODE(folder.stat().st_mode)
+        if mode & OTHERS:
+            close_to_others(folder)
+            log.info("%s was open to other users (mode %o) and is closed to them", folder, mode)
+    except PermissionError as error:
+        raise NotPrivate(
+            f"{folder} belongs to another user and is open to others, or closed to this one;"
+            f" set UNIROUTE_DATA_DIR to a folder of this user's own, such as {folder / 'uniroute'}"
+        ) from error
+    except OSError as error:
+        raise NotPrivate(f"cannot use {folder}: {error.strerror}; set UNIROUTE_DATA_DIR elsewhere") from error
+
+
+def close_to_others(path: Path) -> None:
+    """Raises OSError."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & OTHERS:
+        path.chmod(mode & ~OTHERS)
+
+
+def private_opener(path: str, flags: int) -> int:
+    """For `open`: a file that is made is for this user alone."""
+    return os.open(path, flags, 0o600)

@@ -1,0 +1,174 @@
+"""Several workers: what they count is one sum, and one that dies is told of and replaced."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from proxy.cli.serve import server_config
+from proxy.cli.supervisor import MAX_PAUSE_S, Place, Supervisor
+from proxy.opening import START_FAILED
+from proxy.recording.metrics import worker_deaths
+from proxy.recording.values import Values
+from proxy.settings import Settings
+from tests.faults.gateway import CONFIGURED, Gateway, a_gateway
+from tests.support.process_group import children_of
+from tests.support.upstream import ScriptedUpstream, wait_until
+
+TIMEOUT_S = 5
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Gateway]:
+    folder = tmp_path_factory.mktemp("workers")
+    with ScriptedUpstream(lambda _: "42") as upstream:
+        opened = a_gateway(folder, embedder_cache, upstream, "--workers", "2", worker_health_timeout_s=TIMEOUT_S)
+        with opened as gateway:
+            yield gateway
+
+
+def scraped_by(gateway: Gateway, pid: int) -> dict[str, float]:
+    """Every sample, asked of one worker: of new connections until one is its own."""
+    headers = {"authorization": f"Bearer {gateway.client_key}"} if gateway.client_key else {}
+    while True:
+        with httpx.stream("GET", f"{gateway.url}/metrics", headers=headers, timeout=20) as answer:
+            port = answer.extensions["network_stream"].get_extra_info("client_addr")[1]
+            found = served_by(port, [pid])
+            answer.read()
+        if found:
+            families = text_string_to_metric_families(answer.text)
+            return {f"{s.name}{sorted(s.labels.items())}": s.value for family in families for s in family.samples}
+
+
+def served_by(client_port: int, pids: list[int]) -> list[int]:
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    sockets = {f"socket:[{row[9]}]" for row in rows if int(row[2].split(":")[1], 16) == client_port}
+    return [pid for pid in pids if sockets & open_files(pid)]
+
+
+def open_files(pid: int) -> set[str]:
+    found = set()
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            found.add(str(file.readlink()))
+        except OSError:
+            continue
+    return found
+
+
+def ask(gateway: Gateway, times: int) -> None:
+    with ThreadPoolExecutor(8) as asking:
+        assert set(asking.map(lambda _: gateway.ask(CONFIGURED).status_code, range(times))) == {200}
+
+
+def requests(samples: dict[str, float]) -> float:
+    return sum(value for name, value in samples.items() if name.startswith("uniroute_requests_total"))
+
+
+def counted(samples: dict[str, float]) -> dict[str, float]:
+    """What never goes back, but the times at which it began."""
+    return {n: v for n, v in samples.items() if re.match(r"\w+_(total|count|sum|bucket)\b", n)}
+
+
+def both_ready(gateway: Gateway, gone: set[int]) -> Callable[[], bool]:
+    """Two workers, none of those that are gone, which both have counted themselves in."""
+
+    def there() -> bool:
+        workers = set(children_of(gateway.server.pid)) - gone
+        return len(workers) == 2 and all(served_by_any(gateway, pid) for pid in workers)
+
+    return there
+
+
+def served_by_any(gateway: Gateway, pid: int) -> bool:
+    with httpx.stream("GET", f"{gateway.url}/readyz", timeout=20) as answer:
+        port = answer.extensions["network_stream"].get_extra_info("client_addr")[1]
+        return answer.status_code == 200 and bool(served_by(port, [pid]))
+
+
+def test_every_metric_is_the_sum_over_workers_also_after_one_was_killed(gateway: Gateway) -> None:
+    ask(gateway, 40)
+    one, other = children_of(gateway.server.pid)
+    seen = [scraped_by(gateway, pid) for pid in (one, other)]
+    assert counted(seen[0]) == counted(seen[1])
+    assert requests(seen[0]) == 40
+    assert seen[0].keys() == seen[1].keys()
+    assert all(
+        sum(1 for name in seen[0] if name.startswith(gauge)) == 1 for gauge in ("uniroute_in_flight", "uniroute_tasks")
+    )
+
+    os.kill(one, signal.SIGKILL)
+    assert wait_until(lambda: "killed by SIGKILL" in gateway.server.log, 20)
+    after = counted(scraped_by(gateway, other))
+    assert all(after[name] >= value for name, value in counted(seen[0]).items())
+    assert after["uniroute_worker_deaths_total[('cause', 'SIGKILL')]"] == 1
+
+    assert wait_until(both_ready(gateway, {one}), 60), gateway.server.log
+    ask(gateway, 20)
+    (new,) = set(children_of(gateway.server.pid)) - {one, other}
+    again = [scraped_by(gateway, pid) for pid in (new, other)]
+    assert counted(again[0]) == counted(again[1])
+    assert requests(again[0]) == 60
+
+
+def test_a_worker_that_gives_no_sign_of_life_is_killed_said_and_replaced(gateway: Gateway) -> None:
+    stopped, other = children_of(gateway.server.pid)
+    os.kill(stopped, signal.SIGSTOP)
+    assert wait_until(lambda: f"worker {stopped} died" in gateway.server.log, 30)
+    (line,) = [line for line in gateway.server.log.splitlines() if f"worker {stopped} died" in line]
+    assert "WARNING" in line
+    assert f"gave no sign of life for {TIMEOUT_S} s" in line
+    assert scraped_by(gateway, other)["uniroute_worker_deaths_total[('cause', 'unresponsive')]"] == 1
+
+
+def dying(exitcode: int, lived_s: float) -> Any:
+    return SimpleNamespace(process=SimpleNamespace(pid=1, exitcode=exitcode), lived_s=lived_s, is_ready=False)
+
+
+@pytest.fixture
+def supervisor() -> Iterator[Supervisor]:
+    settings = Settings(workers=2)
+    with socket.socket() as bound:
+        made = Supervisor(settings, lambda counts: server_config(settings, counts), bound)
+        made._deaths = worker_deaths(Values())
+        yield made
+
+
+def test_a_worker_that_dies_at_once_again_and_again_is_started_ever_later(
+    supervisor: Supervisor, caplog: pytest.LogCaptureFixture
+) -> None:
+    place, pauses = Place(), []
+    for _ in range(8):
+        place.worker = dying(-signal.SIGSEGV, lived_s=0.5)
+        before = time.monotonic()
+        supervisor._look_after(place)
+        pauses.append(round(place.due - before))
+        supervisor._look_after(place)
+        assert place.worker is None  # not before its time
+    assert pauses == [1, 2, 4, 8, 16, MAX_PAUSE_S, MAX_PAUSE_S, MAX_PAUSE_S]
+    assert "killed by SIGSEGV; another is started in 4 s" in caplog.messages[2]
+
+    place.worker = dying(1, lived_s=3600)
+    supervisor._look_after(place)
+    assert (place.due <= time.monotonic(), "ended with status 1; another is started now" in caplog.text) == (True, True)
+
+
+@pytest.mark.parametrize(("ever_ready", "ends"), [(False, True), (True, False)])
+def test_a_start_that_fails_ends_all_only_while_nobody_was_ready(
+    supervisor: Supervisor, ever_ready: bool, ends: bool
+) -> None:
+    supervisor._ever_ready = ever_ready
+    supervisor._look_after(Place(dying(START_FAILED, lived_s=3)))
+    assert supervisor._ending.is_set() == ends

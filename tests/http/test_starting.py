@@ -1,0 +1,198 @@
+"""A server that is still starting: it listens, says how far it is, serves nothing, and ends when it is told to."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from proxy.state.embedded import socket_path
+from tests.support.command import ADMIN_KEY, ROOT, environment
+from tests.support.upstream import wait_until
+from tests.support.valkey import OwnValkey, free_port
+
+CHAT = {"model": "auto", "messages": [{"role": "user", "content": "hi"}]}
+ROOT_KEY = {"authorization": f"Bearer {ADMIN_KEY}"}
+
+
+class Starting:
+    """A server as a process, which nobody waits for to be ready."""
+
+    def __init__(self, folder: Path, *command: str | Path, **environ: str) -> None:
+        self._log = folder / "log.txt"
+        self.data_dir = folder / "data"
+        variables = {**environment(self.data_dir), "UNIROUTE_ADMIN_KEY": ADMIN_KEY, **environ}
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *map(str, command)],
+                env=variables,
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def listening(self, url: str = "") -> httpx.Client:
+        """A client of it, once /healthz answers. `url`: where it does not say so itself."""
+
+        def answers() -> bool:
+            nonlocal url
+            assert self.process.poll() is None, self.log
+            found = re.search(r"UniRoute at (http://\S+)/v1", self.log)
+            url = found[1] if found else url
+            try:
+                return bool(url) and httpx.get(f"{url}/healthz", timeout=20).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        assert wait_until(answers, 90), self.log
+        return httpx.Client(base_url=url, timeout=30)
+
+    def end(self, *signals: signal.Signals) -> int:
+        """The exit status, after the signals that a terminal sends to every process of it."""
+        for number in signals or (signal.SIGTERM,):
+            os.killpg(self.process.pid, number)
+        return self.process.wait(40)
+
+
+@contextmanager
+def starting(folder: Path, *command: str | Path, **environ: str) -> Iterator[Starting]:
+    server = Starting(folder, *command, **environ)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            os.killpg(server.process.pid, signal.SIGKILL)
+            server.process.wait(20)
+
+
+@contextmanager
+def held_up(data_dir: Path, told: str = "4096 30522") -> Iterator[None]:
+    """Somebody else makes the embedding table, and has come so far."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with (data_dir / ".static-1.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write(told)
+        lock.flush()
+        yield
+
+
+def members(group: int) -> list[str]:
+    """The command lines of a process group that are still there."""
+    found = subprocess.run(["pgrep", "-a", "-g", str(group)], capture_output=True, text=True).stdout
+    return [line for line in found.splitlines() if line]
+
+
+def quiet(log: str) -> bool:
+    return not any(word in log for word in ("Traceback", "ERROR", "CRITICAL"))
+
+
+SERVE = ("proxy.cli", "serve", "--port", "0")
+TWO = (*SERVE, "--workers", "2")
+ONCE, TWICE = (signal.SIGINT,), (signal.SIGINT, signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("command", "signals"),
+    [
+        pytest.param(SERVE, TWICE, id="one worker, Ctrl-C twice"),
+        pytest.param(TWO, ONCE, id="two workers, Ctrl-C"),
+        pytest.param(SERVE, ONCE, id="one worker, Ctrl-C", marks=pytest.mark.slow),
+        pytest.param(TWO, TWICE, id="two workers, Ctrl-C twice", marks=pytest.mark.slow),
+        pytest.param(TWO, (signal.SIGTERM,), id="two workers, SIGTERM to all", marks=pytest.mark.slow),
+    ],
+)
+def test_a_start_is_told_serves_nothing_and_ends_when_asked(
+    tmp_path: Path, command: tuple[str, ...], signals: tuple[signal.Signals, ...]
+) -> None:
+    with held_up(tmp_path / "data"), starting(tmp_path, *command) as server, server.listening() as client:
+        assert wait_until(lambda: "30522" in client.get("/readyz").text, 60)
+        unready = client.get("/readyz")
+        step = {"what": "distilling the embedding table", "done": 4096, "total": 30522}
+        assert (unready.status_code, step in unready.json()["under_way"]) == (503, True)
+
+        refusal = client.post("/v1/chat/completions", json=CHAT, headers=ROOT_KEY)
+        assert (refusal.status_code, refusal.json()["error"]["code"]) == (503, "starting")
+        assert int(refusal.headers["retry-after"]) >= 1
+        assert "4096 of 30522 tokens" in refusal.json()["error"]["message"]
+        others = [client.get(path, headers=ROOT_KEY).status_code for path in ("/metrics", "/admin/models", "/nowhere")]
+        assert others == [503, 503, 503]
+
+        assert server.end(*signals) == 0
+        assert quiet(server.log), server.log
+        assert wait_until(lambda: not members(server.process.pid), 5), members(server.process.pid)
+    with socket.socket(socket.AF_UNIX) as connection:
+        assert connection.connect_ex(str(socket_path(tmp_path / "data" / "valkey"))) != 0
+
+
+def test_a_worker_that_only_measures_ends_while_it_starts(tmp_path: Path) -> None:
+    with held_up(tmp_path / "data"), starting(tmp_path, "proxy.cli", "worker") as worker:
+        lock = tmp_path / "data" / ".static-1.lock"
+        assert wait_until(lambda: opened_by(worker.process.pid, lock), 60), worker.log
+        assert worker.end(signal.SIGINT) == 0
+        assert quiet(worker.log), worker.log
+
+
+def opened_by(pid: int, path: Path) -> bool:
+    return str(path) in {os.path.realpath(file) for file in Path(f"/proc/{pid}/fd").iterdir()}
+
+
+def test_another_server_of_the_app_listens_at_once_too(tmp_path: Path) -> None:
+    port = free_port()
+    command = ("uvicorn", "proxy.app:from_environment", "--factory", "--port", str(port))
+    with held_up(tmp_path / "data"), starting(tmp_path, *command) as server:
+        with server.listening(f"http://127.0.0.1:{port}") as client:
+            assert wait_until(lambda: "30522" in client.get("/readyz").text, 60)
+        server.end(signal.SIGINT, signal.SIGINT)
+        assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        pytest.param(TWO, 1, id="two workers", marks=pytest.mark.slow),
+        pytest.param(("uvicorn", "proxy.app:from_environment", "--factory", "--port", "0"), 3, id="uvicorn"),
+    ],
+)
+def test_a_start_that_fails_ends_the_process_and_says_why(
+    tmp_path: Path, command: tuple[str, ...], status: int
+) -> None:
+    with starting(tmp_path, *command, UNIROUTE_EMBEDDER="transformer") as server:
+        assert server.process.wait(90) == status
+        assert "is not what the map was fitted with" in server.log
+        assert "Traceback" not in server.log
+
+
+def test_without_redis_a_start_waits_says_so_once_and_goes_on(tmp_path: Path, embedder_cache: Path) -> None:
+    environ = environment(tmp_path / "data", embedder_cache)
+    away = free_port()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"uniroute": {"profile": {"on_start": False}}}))
+    command = (*SERVE, "--config", tmp_path / "config.yaml")
+    url = f"redis://127.0.0.1:{away}/0"
+    with starting(tmp_path, *command, **environ, UNIROUTE_REDIS_URL=url) as server, server.listening() as client:
+        assert wait_until(lambda: "waiting for Redis" in client.get("/readyz").text, 60)
+        refusals: list[Any] = [client.post("/v1/chat/completions", json=CHAT) for _ in range(3)]
+        assert {reply.status_code for reply in refusals} == {503}
+        assert "Redis, does not answer" in refusals[0].json()["error"]["message"]
+        assert refusals[0].headers["retry-after"]
+
+        with OwnValkey(tmp_path / "valkey", away):
+            assert wait_until(lambda: client.get("/readyz").status_code == 200, 20)
+            assert server.log.count("WARNING uniroute.state") == 1, server.log
+            assert server.end(signal.SIGINT) == 0
