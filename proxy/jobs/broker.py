@@ -14,6 +14,8 @@ from redis.exceptions import RedisError
 from taskiq.serializers import JSONSerializer
 from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
 
+from proxy.state.redis_server import RedisServer
+
 log = logging.getLogger("uniroute.jobs")
 
 STREAM = "uniroute:tasks"
@@ -23,6 +25,8 @@ LONGEST_STREAM = 1000
 RESULT_KEPT_S = 3600
 BLOCK_MS = 2000
 AGAIN_S = 1.0
+UNUSED = "redis://127.0.0.1"
+"""taskiq wants a URL for pools of its own, which connect to nothing before they are used: ours take their place."""
 
 Fetched = list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]
 
@@ -34,21 +38,22 @@ class JobBroker(RedisStreamBroker):  # type: ignore[misc]  # taskiq_redis is not
     two seconds; it also ends at the first error of Redis, whereupon taskiq calls it again at once, without end.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, server: RedisServer) -> None:
         limits: dict[str, Any] = {"socket_timeout": 2 * BLOCK_MS / 1000, "socket_connect_timeout": 1.0, "protocol": 2}
         consumer = f"{socket.gethostname()}-{os.getpid()}"
         super().__init__(
-            url,
+            UNUSED,
             STREAM,
             consumer_group_name=GROUP,
             consumer_name=consumer,
             consumer_id="0",
             maxlen=LONGEST_STREAM,
-            **limits,
         )
+        self.connection_pool = server.pool(**limits)
         results = RedisAsyncResultBackend(
-            url, serializer=JSONSerializer(), result_ex_time=RESULT_KEPT_S, prefix_str=RESULTS, **limits
+            UNUSED, serializer=JSONSerializer(), result_ex_time=RESULT_KEPT_S, prefix_str=RESULTS
         )
+        results.redis_pool = server.pool(**limits)
         self.with_result_backend(results).with_serializer(JSONSerializer())
         self.closing = False
 

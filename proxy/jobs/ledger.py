@@ -58,7 +58,8 @@ class Ledger:
         bound = [carried.map_id, carried.earlier] if carried else ["", ""]
         arguments = [job_id, record.name, record.fingerprint, now, *bound, 2 * len(stored), *_pairs(stored)]
         keys = [JOBS, OPEN, LATEST, PROFILES, job_key(job_id), answers_key(job_id)]
-        return str(await self._run("submit a job", scripts.SUBMIT, keys, [*arguments, *_pairs(recorded)]))
+        arguments += _pairs(recorded)
+        return str(await self._store.run_durably("submit a job", scripts.SUBMIT, keys, arguments))
 
     async def get(self, job_id: str) -> Job | None:
         async with self._store.asking("read a job") as client:

@@ -38,7 +38,7 @@ class JobWorker:
         self._ledger = ledger
         self._measure = measure
         self._leases = Leases(store, map_id)
-        self._broker = JobBroker(store.url)
+        self._broker = JobBroker(store.server)
         self._task = self._broker.register_task(_function(self._work_on), task_name="uniroute.profile")
         self._stopping = asyncio.Event()
         self._background: tuple[asyncio.Task[Any], ...] = ()

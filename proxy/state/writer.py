@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
-
-from redis.asyncio import Redis
+from typing import Final
 
 from proxy.state.audit import AUDIT, MOST_LINES, Author
 from proxy.state.store import Store
@@ -42,9 +40,5 @@ class Writer:
             StoreUnavailable: it may have been run or not; all our scripts may be run again.
         """
         line = self._author.line(*act) if self._author else ""
-        async with self.store.asking(what) as client:
-            return int(await _run(client, ANNOUNCED + script, [VERSION, *keys, AUDIT], [*arguments, line]))
-
-
-async def _run(client: Redis, script: str, keys: list[str], arguments: list[str]) -> Any:
-    return await client.register_script(script)(keys=keys, args=arguments)
+        keys = [VERSION, *keys, AUDIT]
+        return int(await self.store.run_durably(what, ANNOUNCED + script, keys, [*arguments, line]))
