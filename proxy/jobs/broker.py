@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
+from taskiq import TaskiqResult
 from taskiq.serializers import JSONSerializer
 from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
 
@@ -50,9 +51,7 @@ class JobBroker(RedisStreamBroker):  # type: ignore[misc]  # taskiq_redis is not
             maxlen=LONGEST_STREAM,
         )
         self.connection_pool = server.pool(**limits)
-        results = RedisAsyncResultBackend(
-            UNUSED, serializer=JSONSerializer(), result_ex_time=RESULT_KEPT_S, prefix_str=RESULTS
-        )
+        results = _Results(UNUSED, serializer=JSONSerializer(), result_ex_time=RESULT_KEPT_S, prefix_str=RESULTS)
         results.redis_pool = server.pool(**limits)
         self.with_result_backend(results).with_serializer(JSONSerializer())
         self.closing = False
@@ -81,3 +80,13 @@ class JobBroker(RedisStreamBroker):  # type: ignore[misc]  # taskiq_redis is not
             await self._declare_consumer_group()
         except (RedisError, OSError) as error:
             log.debug("the job stream cannot be declared: %s", error)
+
+
+class _Results(RedisAsyncResultBackend):  # type: ignore[misc]  # as JobBroker
+    """Of no use to us but required. Where one is not kept, taskiq would log a traceback."""
+
+    async def set_result(self, task_id: str, result: TaskiqResult[Any]) -> None:
+        try:
+            await super().set_result(task_id, result)
+        except (RedisError, OSError) as error:
+            log.debug("the result of a task is not kept: %s", error)

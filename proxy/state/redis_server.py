@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import socket
 import ssl
+from collections.abc import Mapping
 from typing import Any, Final
 
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -81,7 +83,7 @@ class RedisServer:
             kwargs["tls"] = self._tls
         if self._sentinels is not None and address.service is not None:
             kind: type[Connection] = _SentinelTlsConnection if self._tls else SentinelManagedConnection
-            return _SentinelPool(address.service, self._sentinels, connection_class=kind, **kwargs)
+            return SentinelPool(address.service, self._sentinels, connection_class=kind, **kwargs)
         host, port = address.hosts[0]
         kind = _TlsConnection if self._tls else Connection
         return BlockingConnectionPool(connection_class=kind, host=host, port=port, **kwargs)
@@ -145,19 +147,25 @@ class _Sentinels:
         complaints = []
         for place, (client, (host, port)) in enumerate(self._clients):
             try:
-                known: Any = await client.sentinel_masters()
+                found = await _known(client, service)
             except (RedisError, OSError) as error:
                 complaints.append(f"{host}:{port} says {_short(error)}")
                 continue
-            found = known.get(service)
             if found is None:
                 complaints.append(f"{host}:{port} watches no {service!r}")
             elif found["is_sdown"] or found["is_odown"] or not found["is_master"]:
                 complaints.append(f"{host}:{port} finds it down")
             else:
                 self._clients.insert(0, self._clients.pop(place))
-                return str(found["ip"]), int(found["port"])
+                return _address(found)
         raise ConnectionFailed(f"no sentinel knows a primary of {service!r}: {'; '.join(complaints)}")
+
+    async def dispute(self, service: str, primary: tuple[str, int]) -> bool:
+        """Whether any of them names another primary, or is about to make one."""
+        asked = [_known(client, service) for client, _ in self._clients]
+        states = await asyncio.gather(*asked, return_exceptions=True)
+        known = [state for state in states if isinstance(state, dict)]
+        return any(_address(state) != primary or "failover_in_progress" in state["flags"] for state in known)
 
     async def aclose(self) -> None:
         for client, _ in self._clients:
@@ -177,11 +185,42 @@ class _SentinelTlsConnection(SentinelManagedConnection, _TlsConnection):
     pass
 
 
-class _SentinelPool(SentinelConnectionPool, BlockingConnectionPool):
-    """Waits for a connection where all are in use, as the pool of a single server does."""
+class SentinelPool(SentinelConnectionPool, BlockingConnectionPool):
+    """Connections to the primary. Waits for one where all are in use, as the pool of a single server does."""
 
     def __init__(self, service: str, sentinels: _Sentinels, **options: Any) -> None:
         super().__init__(service, sentinels, **options)  # type: ignore[no-untyped-call]
+
+    async def look(self) -> bool:
+        """Ask the sentinels; whether the primary is another one since last time. Connections to the old one end."""
+        before = self.master_address
+        with contextlib.suppress(RedisError, OSError):  # without sentinels we stay where we are
+            await self.get_master_address()  # type: ignore[no-untyped-call]
+        return before is not None and self.master_address != before
+
+    async def is_disputed(self, primary: tuple[str, int] | None) -> bool:
+        """Whether what was just written to this primary may be undone."""
+        if primary is None or self.master_address != primary:
+            return True
+        disputed: bool = await self.sentinel_manager.dispute(self.service_name, primary)
+        return disputed
+
+    async def release(self, connection: Any) -> None:
+        """Not to be used again where it leads to a server that was the primary before."""
+        if (connection.host, connection.port) != self.master_address:
+            await connection.disconnect(nowait=True)
+        await super().release(connection)
+
+
+async def _known(client: Redis, service: str) -> dict[str, Any] | None:
+    """What a sentinel says of the service; None: it watches none of that name."""
+    known: Any = await client.sentinel_masters()
+    state: dict[str, Any] | None = known.get(service)
+    return state
+
+
+def _address(state: Mapping[str, Any]) -> tuple[str, int]:
+    return str(state["ip"]), int(state["port"])
 
 
 def _facts(reply: Any) -> dict[str, str]:

@@ -21,7 +21,7 @@ from proxy.redis_address import RedisAddress
 from proxy.settings import Settings, SettingsError
 from proxy.state.embedded import EmbeddedStoreFailed, EmbeddedValkey
 from proxy.state.packed import exchange, packed
-from proxy.state.redis_server import IS_REPLICA, RedisServer, UnsuitableServer
+from proxy.state.redis_server import IS_REPLICA, RedisServer, SentinelPool, UnsuitableServer
 from proxy.state.silence import Silence
 
 OPERATION_S = 0.75
@@ -126,9 +126,12 @@ class Store:
         Raises:
             StoreUnavailable: the script may have been run all the same.
         """
+        pool = self.client.connection_pool
         async with self.asking(what) as client:
-            if not self.server.has_sentinels:
+            if not isinstance(pool, SentinelPool):
                 return await client.register_script(script)(keys=list(keys), args=list(arguments))
+            await pool.look()
+            primary = pool.master_address
             command = ["EVAL", script, str(len(keys)), *map(str, (*keys, *arguments))]
             # One connection for both: WAIT is for what its own connection wrote.
             answer, copies = await exchange(client, [packed(command), packed(["WAIT", "1", str(CONFIRMED_MS)])])
@@ -136,6 +139,8 @@ class Store:
             raise StoreUnavailable(f"could not {what}: Redis at {self.name} {_reason(answer)}") from answer
         if copies != 0:  # also where this user may not ask
             return answer
+        if await pool.is_disputed(primary):
+            raise StoreUnavailable(f"could not {what}: the sentinels of {self.name} make another server the primary")
         log.warning("no replica has what was done to %s within %d ms: a failover would undo it", what, CONFIRMED_MS)
         return answer
 
@@ -145,6 +150,11 @@ class Store:
                 return bool(await _awaited(client.ping()))
         except StoreUnavailable:
             return False
+
+    async def primary_moved(self) -> bool:
+        """Whether the sentinels name another primary than before; to be asked again and again."""
+        pool = self.client.connection_pool
+        return isinstance(pool, SentinelPool) and await pool.look()
 
     async def keep_up(self) -> None:
         """Start an embedded server again that does not answer.

@@ -63,6 +63,9 @@ class OwnValkey:
             assert time.monotonic() < deadline, (self.folder / "valkey.log").read_text()
             time.sleep(0.02)
 
+    def send(self, signal_: signal.Signals) -> None:
+        os.kill(self.pid, signal_)
+
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
         if self._process is not None:
             self._process.send_signal(how)
