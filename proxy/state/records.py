@@ -14,13 +14,14 @@ from pydantic import ValidationError
 from proxy.settings import ModelEntry, ModelInfo
 from proxy.state.client_keys import ClientKey
 from proxy.state.resolved import Resolved
-from proxy.state.stored_json import InvalidRecord, json_object, unix_time
+from proxy.state.stored_json import LAST_TIME, InvalidRecord, json_object, number, unix_time
 from router_core.errors import InvalidPrice
 from router_core.profiles import Profile
 from router_core.types import Price
 
 __all__ = ["PRICE_FIELDS", "ClientKey", "InvalidRecord", "LivePrice", "ModelRecord", "StoredProfile"]
 
+MAX_SOURCE_CHARS = 60
 PRICE_FIELDS = tuple(column.name for column in fields(Price))
 
 
@@ -95,11 +96,8 @@ class LivePrice:
             price = Price(**amounts)
         except TypeError as error:
             raise InvalidPrice("a price needs both input_cost_per_token and output_cost_per_token") from error
-        try:
-            updated_at = unix_time(float(stored.get("updated_at") or seen_at))
-        except (ValueError, InvalidRecord):
-            updated_at = seen_at
-        return cls(price, stored.get("source") or "external", updated_at)
+        updated_at = number(stored.get("updated_at"), LAST_TIME) or seen_at
+        return cls(price, (stored.get("source") or "external")[:MAX_SOURCE_CHARS], updated_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +123,7 @@ class StoredProfile:
 
 
 def _amount(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise InvalidPrice(f"{name} must be a number of USD per token; got {text!r}") from error
+    amount = number(text)
+    if amount is None:
+        raise InvalidPrice(f"{name} must be a number of USD per token, 0 or more; got {text[:60]!r}")
+    return amount

@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as ConnectionFailed
-from redis.exceptions import ReadOnlyError, RedisError
+from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as NoAnswer
 
 from proxy.redis_address import RedisAddress
@@ -38,6 +38,10 @@ log = logging.getLogger("uniroute.store")
 
 class StoreUnavailable(Exception):
     """Redis did not take a write or give a reading. What was asked may be asked again."""
+
+
+class StoreUnreadable(StoreUnavailable):
+    """Redis answers, and holds something else than we would have written. Asking again changes nothing."""
 
 
 class Store:
@@ -116,7 +120,11 @@ class Store:
         except (RedisError, OSError, TimeoutError) as error:
             if isinstance(error, NoAnswer | TimeoutError):
                 self._silence.begin()
-            raise StoreUnavailable(f"could not {what}: Redis at {self.name} {_reason(error)}") from error
+            raise self._failure(what, error) from error
+
+    def _failure(self, what: str, error: Exception) -> StoreUnavailable:
+        kind = StoreUnreadable if _is_of_the_data(error) else StoreUnavailable
+        return kind(f"could not {what}: Redis at {self.name} {_reason(error)}")
 
     async def run_durably(self, what: str, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         """What a script answers that changes what must outlive a failover. Which script does not matter: it is sent.
@@ -136,7 +144,7 @@ class Store:
             # One connection for both: WAIT is for what its own connection wrote.
             answer, copies = await exchange(client, [packed(command), packed(["WAIT", "1", str(CONFIRMED_MS)])])
         if isinstance(answer, RedisError):
-            raise StoreUnavailable(f"could not {what}: Redis at {self.name} {_reason(answer)}") from answer
+            raise self._failure(what, answer) from answer
         if copies != 0:  # also where this user may not ask
             return answer
         if await pool.is_disputed(primary):
@@ -207,11 +215,20 @@ async def _within(seconds: float) -> AsyncIterator[None]:
             ending.cancel()
 
 
+def _is_of_the_data(error: Exception) -> bool:
+    """Whether it is what is stored that a command or a script cannot work with. Redis has one code for it and words."""
+    words = str(error)
+    odd = ("WRONGTYPE", "user_script:"), ("is not an integer", "is not a float", "is not a valid float")
+    return type(error) is ResponseError and (words.startswith(odd[0]) or any(word in words for word in odd[1]))
+
+
 async def until_it_answers(operation: Callable[[], Awaitable[None]]) -> None:
-    """Again and again while the store is away. Whoever cannot wait for ever ends us."""
+    """Again and again while the store is away. Whoever cannot wait for ever ends us. Raises StoreUnreadable."""
     while True:
         try:
             return await operation()
+        except StoreUnreadable:
+            raise
         except StoreUnavailable:
             await asyncio.sleep(AGAIN_S)
 
