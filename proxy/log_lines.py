@@ -13,6 +13,8 @@ import threading
 import time
 from collections import deque
 
+from proxy.plain_text import plain
+
 FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 SECOND = "%Y-%m-%dT%H:%M:%S%z"
 MOST_WAITING = 4 * 2**20
@@ -26,6 +28,11 @@ class LineFormatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__(FORMAT, SECOND)
         self._second = (-1, "")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  its name
+        """What others wrote, a stored name or an upstream's words, ends no line and writes on no terminal."""
+        line = super().formatMessage(record)
+        return line if line.isprintable() else plain(line.encode("utf-8", "backslashreplace").decode(), lines=False)
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: ARG002, N802  its name
         return self.time(record.created)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import string
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from pydantic import (
 
 from proxy.health.policy import HealthPolicy
 from proxy.model_entries import ModelEntry, ModelInfo
+from proxy.redis_address import RedisAddress
 from proxy.setting_types import (
     Amount,
     Count,
@@ -48,12 +50,16 @@ __all__ = [
 ]
 
 
-def _redis_address(value: str | None) -> str | None:
-    if value is not None and not value.startswith(("redis://", "rediss://", "unix://")):
-        raise ValueError("must start with redis://, rediss:// or unix://")
+def _redis_url(value: str | None) -> str | None:
+    if value is not None:
+        RedisAddress.parse(value)
     return value
 
 
+log = logging.getLogger("uniroute.settings")
+
+_REDIS = ("username", "password", "sentinel_username", "sentinel_password", "ca_file", "cert_file", "key_file")
+"""What may be stated of Redis apart from its URL: redis_username and so on."""
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
 
@@ -104,13 +110,44 @@ class Settings(Frozen):
     limits_without_store: Literal["refuse", "allow"] = "refuse"
     drain_s: Annotated[Whole, Field(ge=1, le=3600)] = 30
     usage_journal_max_bytes: Count = 256_000_000
-    redis_url: Annotated[str | None, AfterValidator(_redis_address)] = Field(default=None, repr=False)
+    redis_url: Annotated[str | None, AfterValidator(_redis_url)] = Field(default=None, repr=False)
+    redis_username: str | None = None
+    redis_password: SecretStr | None = None
+    redis_sentinel_username: str | None = None
+    redis_sentinel_password: SecretStr | None = None
+    redis_ca_file: AbsolutePath | None = None
+    redis_cert_file: AbsolutePath | None = None
+    redis_key_file: AbsolutePath | None = None
     admin_key: SecretStr | None = None
     data_dir: Annotated[AbsolutePath, Field(validate_default=True)] = Path("~/.local/share/uniroute")
     host: str = "127.0.0.1"
     port: Annotated[Whole, Field(ge=0, le=65535)] = 8000
     workers: Annotated[Whole, Field(ge=1, le=256)] = 1
     worker_health_timeout_s: Seconds = 30
+
+    @property
+    def redis_address(self) -> RedisAddress | None:
+        """The URL with what is stated apart from it. None: the embedded store."""
+        return None if self.redis_url is None else RedisAddress.parse(self.redis_url, self._stated_of_redis())
+
+    def _stated_of_redis(self) -> dict[str, str]:
+        stated = ((name, getattr(self, f"redis_{name}")) for name in _REDIS)
+        return {
+            name: value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+            for name, value in stated
+            if value is not None
+        }
+
+    @model_validator(mode="after")
+    def _redis_settings_fit_together(self) -> Settings:
+        stated = self._stated_of_redis()
+        if self.redis_url is None and stated:
+            log.warning("redis_%s goes with redis_url, which is not set: it is ignored", next(iter(stated)))
+        try:
+            _ = self.redis_address
+        except ValueError as error:
+            raise ValueError(f"redis_url: {error}") from None
+        return self
 
     @model_validator(mode="after")
     def _keys_may_be_used(self) -> Settings:

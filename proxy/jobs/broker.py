@@ -11,8 +11,13 @@ from typing import Any, cast
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
+from taskiq import TaskiqMessage, TaskiqResult
 from taskiq.serializers import JSONSerializer
 from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
+
+from proxy.state.complaints import Complaints
+from proxy.state.redis_server import RedisServer
+from proxy.state.stored_json import json_object
 
 log = logging.getLogger("uniroute.jobs")
 
@@ -23,6 +28,10 @@ LONGEST_STREAM = 1000
 RESULT_KEPT_S = 3600
 BLOCK_MS = 2000
 AGAIN_S = 1.0
+TASK = "uniroute.profile"
+LARGEST_MESSAGE = 10_000
+UNUSED = "redis://127.0.0.1"
+"""taskiq wants a URL for pools of its own, which connect to nothing before they are used: ours take their place."""
 
 Fetched = list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]
 
@@ -34,23 +43,23 @@ class JobBroker(RedisStreamBroker):  # type: ignore[misc]  # taskiq_redis is not
     two seconds; it also ends at the first error of Redis, whereupon taskiq calls it again at once, without end.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, server: RedisServer) -> None:
         limits: dict[str, Any] = {"socket_timeout": 2 * BLOCK_MS / 1000, "socket_connect_timeout": 1.0, "protocol": 2}
         consumer = f"{socket.gethostname()}-{os.getpid()}"
         super().__init__(
-            url,
+            UNUSED,
             STREAM,
             consumer_group_name=GROUP,
             consumer_name=consumer,
             consumer_id="0",
             maxlen=LONGEST_STREAM,
-            **limits,
         )
-        results = RedisAsyncResultBackend(
-            url, serializer=JSONSerializer(), result_ex_time=RESULT_KEPT_S, prefix_str=RESULTS, **limits
-        )
+        self.connection_pool = server.pool(**limits)
+        results = _Results(UNUSED, serializer=JSONSerializer(), result_ex_time=RESULT_KEPT_S, prefix_str=RESULTS)
+        results.redis_pool = server.pool(**limits)
         self.with_result_backend(results).with_serializer(JSONSerializer())
         self.closing = False
+        self._complaints = Complaints(log, "the job stream holds what is not ours")
 
     async def listen(self) -> AsyncGenerator[bytes, None]:
         """Job messages, until `closing`."""
@@ -61,14 +70,19 @@ class JobBroker(RedisStreamBroker):  # type: ignore[misc]  # taskiq_redis is not
                         GROUP, self.consumer_name, {STREAM: ">"}, count=1, block=BLOCK_MS, noack=True
                     )
                 except (RedisError, OSError) as error:
+                    if "WRONGTYPE" in str(error):
+                        self._complaints.make(STREAM, error)
                     log.debug("the job stream cannot be read: %s", error)
                     await asyncio.sleep(AGAIN_S)
                     await self.declare_group()
                     continue
                 for _, entries in cast(Fetched, fetched):
                     for _, fields in entries:
-                        if data := fields.get(b"data"):  # anybody may write to the stream
+                        data = fields.get(b"data", b"")
+                        if _is_ours(data):
                             yield data
+                        else:
+                            self._complaints.make(STREAM, f"an entry that is no job of ours: {data[:60]!r}")
 
     async def declare_group(self) -> None:
         """Also after the store was emptied. Redis away: the next round tries again."""
@@ -76,3 +90,24 @@ class JobBroker(RedisStreamBroker):  # type: ignore[misc]  # taskiq_redis is not
             await self._declare_consumer_group()
         except (RedisError, OSError) as error:
             log.debug("the job stream cannot be declared: %s", error)
+
+
+def _is_ours(data: bytes) -> bool:
+    """Anybody may write to the stream, and taskiq would log a traceback for each entry that it cannot read."""
+    try:
+        message = TaskiqMessage.model_validate(json_object(data.decode()) if len(data) <= LARGEST_MESSAGE else {})
+        message.parse_labels()
+    except (ValueError, TypeError, LookupError):  # InvalidRecord is a ValueError
+        return False
+    one_job = len(message.args) == 1 and isinstance(message.args[0], str)
+    return one_job and message.task_name == TASK and not message.kwargs
+
+
+class _Results(RedisAsyncResultBackend):  # type: ignore[misc]  # as JobBroker
+    """Of no use to us but required. Where one is not kept, taskiq would log a traceback."""
+
+    async def set_result(self, task_id: str, result: TaskiqResult[Any]) -> None:
+        try:
+            await super().set_result(task_id, result)
+        except (RedisError, OSError) as error:
+            log.debug("the result of a task is not kept: %s", error)

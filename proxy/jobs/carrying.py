@@ -14,7 +14,7 @@ from proxy.jobs.validation_prompts import ValidationPrompts
 from proxy.settings import Settings
 from proxy.state.holder import StateHolder
 from proxy.state.records import ModelRecord, StoredProfile
-from proxy.state.store import until_it_answers
+from proxy.state.store import StoreUnreadable, until_it_answers
 from router_core.errors import InvalidInput
 
 log = logging.getLogger("uniroute.jobs")
@@ -55,7 +55,10 @@ class CarryingOver:
         """Every model once. Waits for a store that is away."""
         await until_it_answers(self._state.refresh)
         for model in sorted(self._state.current.elsewhere):
-            await until_it_answers(partial(self._carry_over_or_tell, model))
+            try:
+                await until_it_answers(partial(self._carry_over_or_tell, model))
+            except StoreUnreadable as error:
+                log.error("the answers of model %s are not carried over: %s", model, error)
 
     async def carry_over(self, model: str) -> bool:
         """Whether the model's answers are carried over: by one job, however many processes ask for it.

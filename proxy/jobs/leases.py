@@ -21,10 +21,12 @@ DOUBTFUL_S = 4.0
 """Without a renewal for this long work stops: the next failed attempt might end after the lease does."""
 
 # KEYS: job, lease. ARGV: token, lease in ms, the worker's map. Repeating it with the same token is harmless.
+# A lease that never ends is nobody's: ours all do.
 _TAKE = """
 local state, only = unpack(redis.call('HMGET', KEYS[1], 'state', 'map'))
 if state ~= 'queued' and state ~= 'running' then return 0 end
 if only and only ~= ARGV[3] then return 0 end
+if redis.call('PTTL', KEYS[2]) == -1 then redis.call('DEL', KEYS[2]) end
 if not redis.call('SET', KEYS[2], ARGV[1], 'NX', 'PX', ARGV[2]) and redis.call('GET', KEYS[2]) ~= ARGV[1] then
   return 0
 end

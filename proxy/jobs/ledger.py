@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from proxy.jobs import scripts
 from proxy.jobs.leases import Lease, LeaseLost
@@ -23,10 +25,13 @@ from proxy.jobs.records import (
     lease_key,
     reserved_key,
 )
-from proxy.state.records import ModelRecord, StoredProfile
+from proxy.state.complaints import Complaints
+from proxy.state.records import InvalidRecord, ModelRecord, StoredProfile
 from proxy.state.store import Store
 from proxy.state.stored import EARLIER, MODELS, PROFILES, VERSION
 from router_core.profiles import Profile
+
+log = logging.getLogger("uniroute.jobs")
 
 
 class Ledger:
@@ -34,6 +39,7 @@ class Ledger:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._complaints = Complaints(log)
 
     async def submit(
         self, record: ModelRecord, prompts: int, max_usd: float | None, carried: Carried | None = None
@@ -58,7 +64,8 @@ class Ledger:
         bound = [carried.map_id, carried.earlier] if carried else ["", ""]
         arguments = [job_id, record.name, record.fingerprint, now, *bound, 2 * len(stored), *_pairs(stored)]
         keys = [JOBS, OPEN, LATEST, PROFILES, job_key(job_id), answers_key(job_id)]
-        return str(await self._run("submit a job", scripts.SUBMIT, keys, [*arguments, *_pairs(recorded)]))
+        arguments += _pairs(recorded)
+        return str(await self._store.run_durably("submit a job", scripts.SUBMIT, keys, arguments))
 
     async def get(self, job_id: str) -> Job | None:
         async with self._store.asking("read a job") as client:
@@ -77,9 +84,14 @@ class Ledger:
             async with client.pipeline(transaction=False) as pipe:
                 for job_id in ids.values():
                     pipe.hgetall(job_key(job_id))
-                stored = await pipe.execute()
-        found = {name: Job.from_fields(ids[name], fields) for name, fields in zip(ids, stored, strict=True)}
-        return {name: job for name, job in found.items() if job is not None}
+                stored = await pipe.execute(raise_on_error=False)
+        found: dict[str, Job] = {}
+        for (name, job_id), fields in zip(ids.items(), stored, strict=True):
+            if isinstance(fields, RedisError):
+                self._complaints.make(job_key(job_id), fields)
+            elif (job := Job.from_fields(job_id, fields)) is not None:
+                found[name] = job
+        return found
 
     async def cancel(self, job_id: str, why: str = "") -> bool:
         """False where there was nothing left to cancel."""
@@ -87,10 +99,16 @@ class Ledger:
         return bool(await self._run("cancel a job", scripts.CANCEL, keys, [job_id, why]))
 
     async def answers(self, job_id: str) -> dict[str, PromptAnswer]:
-        """Prompt id to what became of it."""
+        """Prompt id to what became of it. What cannot be read is left out."""
         async with self._store.asking("read the answers of a job") as client:
             stored = await _hash(client, answers_key(job_id))
-        return {prompt_id: PromptAnswer.from_json(text) for prompt_id, text in stored.items()}
+        answers = {}
+        for prompt_id, text in stored.items():
+            try:
+                answers[prompt_id] = PromptAnswer.from_json(text)
+            except InvalidRecord as error:
+                self._complaints.make(f"{answers_key(job_id)} {prompt_id}", error)
+        return answers
 
     async def begin(self, lease: Lease, total: int, *, priced: bool) -> None:
         """Money that was set aside and never settled, because a worker died, counts as spent."""

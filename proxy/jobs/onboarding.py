@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from proxy.state.store import until_it_answers
+from proxy.state.store import StoreUnreadable, until_it_answers
 from proxy.tasks import end
 
 if TYPE_CHECKING:
@@ -31,7 +31,10 @@ async def onboarding(services: Services) -> AsyncIterator[None]:
 async def measure_unmeasured(services: Services) -> None:
     """One job a model, however many processes ask for it. Waits for a store that is away."""
     for model in services.settings.model_list if services.settings.profile.on_start else ():
-        await until_it_answers(partial(_submit, services, model.model_name))
+        try:
+            await until_it_answers(partial(_submit, services, model.model_name))
+        except StoreUnreadable as error:
+            log.error("model %s is not measured: %s", model.model_name, error)
 
 
 async def _submit(services: Services, name: str) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final
+
+from proxy.state.stored_json import InvalidRecord, json_object, number, whole_number
+from router_core.profiles import MOST
 
 JOBS: Final = "uniroute:jobs"
 """Every job's id by the time it was submitted; `:open` is the set of the unfinished, `:models` each model's latest."""
 OPEN: Final = f"{JOBS}:open"
 LATEST: Final = f"{JOBS}:models"
+MAX_PROMPTS: Final = 1_000_000
+_MOST: Final = {"score": 1.0, "output_tokens": MOST, "seconds": MOST, "cost_usd": MOST}
 UNFINISHED = frozenset({"queued", "running"})
 KEPT_S = 30 * 86_400
 """How long a finished job can still be read."""
@@ -74,19 +78,21 @@ class Job:
         """None where the hash is missing, or not one of ours."""
         if not {"model", "state"} <= stored.keys():
             return None
+        # What cannot be read allows nothing: a limit that is no number is none that was lifted.
+        max_usd = (number(stored["max_usd"]) or 0.0) if stored.get("max_usd") else None
         return cls(
             id=job_id,
             model=stored["model"],
             state=stored["state"],
-            done=int(_number(stored.get("done")) or 0),
-            total=int(_number(stored.get("total")) or 0),
-            failed=int(_number(stored.get("failed")) or 0),
-            unlabelled=int(_number(stored.get("unlabelled")) or 0),
-            spent_usd=_number(stored.get("spent_usd")),
-            eta_s=_number(stored.get("eta_s")),
+            done=whole_number(stored.get("done")) or 0,
+            total=min(whole_number(stored.get("total")) or 0, MAX_PROMPTS),
+            failed=whole_number(stored.get("failed")) or 0,
+            unlabelled=whole_number(stored.get("unlabelled")) or 0,
+            spent_usd=_spent(stored.get("spent_usd"), max_usd),
+            eta_s=number(stored.get("eta_s")),
             error=stored.get("error") or None,
             fingerprint=stored.get("fingerprint", ""),
-            max_usd=_number(stored.get("max_usd")),
+            max_usd=max_usd,
             measured_at=stored.get("measured_at") or None,
         )
 
@@ -108,8 +114,14 @@ class PromptAnswer:
 
     @classmethod
     def from_json(cls, text: str) -> PromptAnswer:
-        stored = json.loads(text)
-        return cls(**{column.name: stored.get(column.name) for column in fields(cls)})
+        """Raises InvalidRecord."""
+        stored = json_object(text)
+        reason, failed = stored.get("finish_reason"), stored.get("failed", False)
+        numbers = {name: stored.get(name) for name in ("score", "output_tokens", "seconds", "cost_usd")}
+        broken = [name for name, value in numbers.items() if value is not None and number(value, _MOST[name]) is None]
+        if broken or not isinstance(reason, str | None) or not isinstance(failed, bool):
+            raise InvalidRecord(f"not an answer to a prompt: {', '.join(broken) or 'finish_reason, failed'}")
+        return cls(**numbers, finish_reason=reason, failed=failed)
 
 
 @dataclass(frozen=True)
@@ -135,9 +147,6 @@ class Carried:
         return {**counted, "map": self.map_id, "measured_at": self.measured_at or ""}
 
 
-def _number(text: str | None) -> float | None:
-    try:
-        value = float(text or "")
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+def _spent(stored: str | None, max_usd: float | None) -> float | None:
+    """What was spent. Where that is no number, all that may be."""
+    return None if not stored else max_usd if (spent := number(stored)) is None else spent

@@ -18,8 +18,9 @@ if earlier ~= '' then
   if not (readable and current) then return '' end
 end
 local latest = redis.call('HGET', KEYS[3], model)
-if latest then
-  local state, of, only = unpack(redis.call('HMGET', 'uniroute:job:' .. latest, 'state', 'fingerprint', 'map'))
+local known = latest and redis.pcall('HMGET', 'uniroute:job:' .. latest, 'state', 'fingerprint', 'map')
+if known and not known.err then
+  local state, of, only = unpack(known)
   if state == 'queued' or state == 'running' then
     if latest == id or (of == fingerprint and (not only or only == map)) then return latest end
     local why = of == fingerprint and 'a newer job took its place' or 'litellm_params were changed'
@@ -31,8 +32,8 @@ if latest then
 end
 redis.call('HSET', KEYS[5], unpack(ARGV, 8, 7 + words))
 for place = 8 + words, #ARGV, 2 do redis.call('HSET', KEYS[6], ARGV[place], ARGV[place + 1]) end
-redis.call('ZADD', KEYS[1], now, id)
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - {KEPT_S})
+redis.pcall('ZADD', KEYS[1], now, id)
+redis.pcall('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - {KEPT_S})
 redis.call('SADD', KEYS[2], id)
 redis.call('HSET', KEYS[3], model, id)
 return id
@@ -41,11 +42,15 @@ return id
 _FENCE = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] or redis.call('HGET', KEYS[2], 'state') ~= 'running' then return -1 end
 """
+# What a foreign writer has put in the place of a count stays as it is: pcall, since a script that raises is repeated,
+# and each time a prompt would be asked again. The first write is no pcall: where none is taken the script must fail.
 BEGIN: Final = f"""{_FENCE}
 redis.call('HSET', KEYS[2], 'total', ARGV[2])
 if ARGV[3] == '1' then
   redis.call('HSETNX', KEYS[2], 'spent_usd', '0')
-  for _, usd in ipairs(redis.call('HVALS', KEYS[4])) do redis.call('HINCRBYFLOAT', KEYS[2], 'spent_usd', usd) end
+  for _, usd in ipairs(redis.pcall('HVALS', KEYS[4])) do
+    if (tonumber(usd) or -1) >= 0 then redis.pcall('HINCRBYFLOAT', KEYS[2], 'spent_usd', usd) end
+  end
 end
 redis.call('DEL', KEYS[4])
 return 1
@@ -54,9 +59,9 @@ RESERVE: Final = f"{_FENCE} return redis.call('HSET', KEYS[4], ARGV[2], ARGV[3])
 CHECKPOINT: Final = f"""{_FENCE}
 redis.call('HDEL', KEYS[4], ARGV[2])
 if redis.call('HSETNX', KEYS[3], ARGV[2], ARGV[3]) == 0 then return 0 end
-redis.call('HINCRBY', KEYS[2], 'done', 1)
-if ARGV[4] ~= '' then redis.call('HINCRBY', KEYS[2], ARGV[4], 1) end
-if ARGV[5] ~= '' then redis.call('HINCRBYFLOAT', KEYS[2], 'spent_usd', ARGV[5]) end
+redis.pcall('HINCRBY', KEYS[2], 'done', 1)
+if ARGV[4] ~= '' then redis.pcall('HINCRBY', KEYS[2], ARGV[4], 1) end
+if ARGV[5] ~= '' then redis.pcall('HINCRBYFLOAT', KEYS[2], 'spent_usd', ARGV[5]) end
 redis.call('HSET', KEYS[2], 'eta_s', ARGV[6])
 return 1
 """

@@ -12,11 +12,12 @@ from taskiq.acks import AcknowledgeType
 from taskiq.exceptions import SendTaskError
 from taskiq.receiver import Receiver
 
-from proxy.jobs.broker import JobBroker
+from proxy.jobs.broker import TASK, JobBroker
 from proxy.jobs.leases import Lease, LeaseLost, Leases
 from proxy.jobs.ledger import Ledger
 from proxy.jobs.records import OPEN, job_key, kick_key, lease_key
-from proxy.state.store import Store, StoreUnavailable
+from proxy.state.complaints import Complaints
+from proxy.state.store import Store, StoreUnavailable, StoreUnreadable
 from proxy.tasks import end
 
 log = logging.getLogger("uniroute.jobs")
@@ -38,11 +39,12 @@ class JobWorker:
         self._ledger = ledger
         self._measure = measure
         self._leases = Leases(store, map_id)
-        self._broker = JobBroker(store.url)
-        self._task = self._broker.register_task(_function(self._work_on), task_name="uniroute.profile")
+        self._broker = JobBroker(store.server)
+        self._task = self._broker.register_task(_function(self._work_on), task_name=TASK)
         self._stopping = asyncio.Event()
         self._background: tuple[asyncio.Task[Any], ...] = ()
         self._working: dict[str, asyncio.Task[None]] = {}
+        self._complaints = Complaints(log, "unfinished jobs are not looked after")
 
     @property
     def working_on(self) -> frozenset[str]:
@@ -122,6 +124,9 @@ class JobWorker:
         work = asyncio.ensure_future(self._measure(lease))
         await self._leases.while_held(lease, work)
         error = work.exception()
+        if isinstance(error, StoreUnreadable):  # it would be so each time, and each time cost a prompt
+            await self._ledger.fail(lease, str(error))
+            return
         if isinstance(error, LeaseLost | StoreUnavailable):
             raise error
         if error is not None:  # a fault of ours: trying again would fail, and cost, for ever
@@ -133,6 +138,8 @@ class JobWorker:
             try:
                 for job_id in await self._abandoned():
                     await self.kick(job_id)
+            except StoreUnreadable as error:
+                self._complaints.make(OPEN, error)
             except StoreUnavailable as error:
                 log.debug("jobs are not looked after for now: %s", error)
             with contextlib.suppress(TimeoutError):
@@ -145,13 +152,14 @@ class JobWorker:
             job_ids = await _plain(client.smembers(OPEN))
             async with client.pipeline(transaction=False) as pipe:
                 for job_id in job_ids:
-                    for key in (lease_key(job_id), kick_key(job_id), job_key(job_id)):
-                        pipe.exists(key)
-                known = await pipe.execute()
+                    for key in (lease_key(job_id), kick_key(job_id)):
+                        pipe.pttl(key)
+                    pipe.hexists(job_key(job_id), "state")
+                known = await pipe.execute(raise_on_error=False)
             states = list(zip(job_ids, known[0::3], known[1::3], known[2::3], strict=True))
-            if gone := [job_id for job_id, _, _, stored in states if not stored]:
+            if gone := [job_id for job_id, _, _, stored in states if stored is not True]:  # or it is no job
                 await _plain(client.srem(OPEN, *gone))
-        return [job_id for job_id, held, kicked, stored in states if stored and not held and not kicked]
+        return [job_id for job_id, held, kicked, stored in states if stored is True and max(held, kicked) <= 0]
 
 
 def _function(method: Callable[[str], Awaitable[None]]) -> Callable[[str], Coroutine[Any, Any, None]]:

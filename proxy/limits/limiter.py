@@ -21,7 +21,7 @@ from proxy.limits.standing import Granted, Standing, rate_headers
 from proxy.recording.metrics import Metrics
 from proxy.state.key_limits import KeyLimits
 from proxy.state.records import ClientKey
-from proxy.state.store import Store, StoreUnavailable
+from proxy.state.store import Store, StoreUnavailable, StoreUnreadable
 from proxy.tasks import end
 from router_core.pricing import picousd
 
@@ -173,6 +173,8 @@ class Limiter:
             try:
                 async with self._store.asking("give back a reservation"):
                     await self._settle(keys=[state_key(key_id)], args=[key_id, reservation, "0", "0", "", ""])
+            except StoreUnreadable as error:
+                log.warning("a reservation of the key %s is not given back, and ends by itself: %s", key_id, error)
             except StoreUnavailable as error:
                 log.debug("a reservation waits to be given back: %s", error)
                 await asyncio.sleep(AGAIN_S)

@@ -56,13 +56,27 @@ end
 local function limits_fill_s(used, per_minute)
   return per_minute > 0 and math.min(86400, math.ceil(used * 60 / per_minute)) or 0
 end
+local function limits_is_count(text) return string.match(text, '^%d+$') and #text <= 19 end
+local function limits_number(text)
+  local number = tonumber(text or '0')
+  return number and number >= 0 and number < 1e15 and number
+end
+local function limits_recount(root)
+  local reserved = 0
+  for _, held in ipairs(redis.call('HVALS', root .. 'held')) do
+    reserved = reserved + (limits_number(string.match(held, '^[^:]*:(%d+):')) or 0)
+  end
+  redis.call('HSET', root .. 'state', 'reserved', string.format('%.0f', reserved))
+  return string.format('%.0f', reserved)
+end
 local function limits_release(root, reservation)
   local held = redis.call('HGET', root .. 'held', reservation) or ''
   local picousd = string.match(held, '^[^:]*:(%d+):') or '0'
   redis.call('HDEL', root .. 'held', reservation)
   redis.call('ZREM', root .. 'open', reservation)
-  if picousd ~= '0' and redis.call('HINCRBY', root .. 'state', 'reserved', '-' .. picousd) < 0 then
-    redis.call('HSET', root .. 'state', 'reserved', '0')
+  if picousd ~= '0' then
+    local left = redis.pcall('HINCRBY', root .. 'state', 'reserved', '-' .. picousd)
+    if type(left) == 'table' or left < 0 then limits_recount(root) end
   end
 end
 """
@@ -78,22 +92,30 @@ local function settle(key_id, reservation, tokens, picousd, day, month)
   local held_tokens, held_picousd, held_day = string.match(held or '', '^([^:]*):(%d+):(.*)$')
   if held_day then day, month = held_day, string.sub(held_day, 1, 7) end
   if picousd == '' then picousd = held_picousd or '0' end
+  local uncounted
   if picousd ~= '0' then
-    redis.call('INCRBY', root .. 'day:' .. day, picousd)
-    redis.call('EXPIRE', root .. 'day:' .. day, {DAY_KEPT_S})
-    redis.call('INCRBY', root .. 'month:' .. month, picousd)
-    redis.call('EXPIRE', root .. 'month:' .. month, {MONTH_KEPT_S})
+    local periods = {{{{'day:' .. day, {DAY_KEPT_S}}}, {{'month:' .. month, {MONTH_KEPT_S}}}}}
+    for _, period in ipairs(periods) do
+      local spent = redis.pcall('INCRBY', root .. period[1], picousd)
+      uncounted = uncounted or (type(spent) == 'table' and spent.err)
+      redis.call('EXPIRE', root .. period[1], period[2])
+    end
   end
-  if not held then return 0 end
+  if not held then
+    if uncounted then error(uncounted) end
+    return 0
+  end
   limits_release(root, reservation)
   local used, at, limit = unpack(redis.call('HMGET', root .. 'state', 'tokens', 'tokens_at', 'tokens_limit'))
+  used, at, limit = used and limits_number(used), at and limits_number(at), limit and limits_number(limit)
+  held_tokens = held_tokens and limits_number(held_tokens)
   if held_tokens and tokens ~= '' and used and at and limit then
     local now = limits_now()
-    used = limits_leaked(tonumber(used), tonumber(at), tonumber(limit), now)
-    used = math.max(0, used + tonumber(tokens) - tonumber(held_tokens))
+    used = math.max(0, limits_leaked(used, at, limit, now) + tonumber(tokens) - held_tokens)
     redis.call('HSET', root .. 'state', 'tokens', string.format('%.17g', used), 'tokens_at', string.format('%.6f', now))
-    limits_keep(root, limits_fill_s(used, tonumber(limit)) + 60)
+    limits_keep(root, limits_fill_s(used, limit) + 60)
   end
+  if uncounted then error(uncounted) end
   return 1
 end
 """
@@ -122,11 +144,25 @@ local spent = {{
   day = redis.call('GET', root .. 'day:' .. today) or '0',
   month = redis.call('GET', root .. 'month:' .. string.sub(today, 1, 7)) or '0',
 }}
+for _, period in ipairs({{'day', 'month'}}) do
+  if not limits_is_count(spent[period]) then
+    if budgets.day or budgets.month then
+      return redis.error_reply(root .. period .. ':* holds no count of picodollars; set it to a whole number')
+    end
+    spent[period] = '0'
+  end
+end
 local reserved = redis.call('HGET', root .. 'state', 'reserved') or '0'
+if not limits_is_count(reserved) then reserved = limits_recount(root) end
 local used = {{requests = 0, tokens = 0}}
 for kind, per_minute in pairs(rates) do
   local level, at = unpack(redis.call('HMGET', root .. 'state', kind, kind .. '_at'))
-  used[kind] = limits_leaked(tonumber(level or '0'), tonumber(at or '0'), per_minute, now)
+  level, at = limits_number(level), limits_number(at)
+  if not (level and at) or at > now + 60 then  -- none of ours, or of a clock that is far from here: full, as of now
+    level, at = per_minute, now
+    redis.call('HSET', root .. 'state', kind, level, kind .. '_at', string.format('%.6f', now))
+  end
+  used[kind] = limits_leaked(level, at, per_minute, now)
 end
 local function reply(verdict)
   local requests, tokens = string.format('%.17g', used.requests), string.format('%.17g', used.tokens)

@@ -21,11 +21,13 @@ holds exactly, and where one is unknown it is ''. Whatever it raises is counted,
 # entries of the stream; how many texts and these; how many sums and these, three words each; settlements, six each.
 # Returns the last number applied and how many figures could not be counted, or REFUSED: the batch is not what comes
 # next, since some of it is applied, or the store is an older one than was known.
+# A number that is none of ours counts as what was known: taken as it is, records would be left out or counted twice.
 # The first write is no pcall: where the store takes none (full, a replica, its disk) the whole script must fail.
 _APPLY = f"""
 local journal, known, first, last = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
-local applied = tonumber(redis.call('HGET', KEYS[1], journal) or '0')
-if not applied then return {{tonumber(last), 0}} end
+local stored = redis.call('HGET', KEYS[1], journal) or '0'
+if string.sub(stored, 1, 5) == 'done:' then return {{tonumber(last), 0}} end
+local applied = string.match(stored, '^%d+$') and #stored <= 15 and tonumber(stored) or known
 if applied < known or applied >= first then return {{applied, {REFUSED}}} end
 redis.call('HSET', KEYS[1], journal, last)
 local uncounted = 0

@@ -41,6 +41,8 @@ _ACTIONS = tuple(
     )
 )
 _SHOWN = 200
+LAST_MS: Final = 253_402_300_799_000
+"""The end of the year 9999. An entry may be given any number as its time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +101,11 @@ class AuditTrail:
 
 
 def _shown(place: str, kept: Mapping[str, str]) -> dict[str, Any]:
-    at = datetime.fromtimestamp(int(place.partition("-")[0]) / 1000, UTC).isoformat(timespec="milliseconds")
+    at = datetime.fromtimestamp(min(int(place.partition("-")[0]), LAST_MS) / 1000, UTC).isoformat(
+        timespec="milliseconds"
+    )
     try:
         line = json_object(kept.get("line", ""))
     except InvalidRecord:
         line = {"who": "?", "action": "?", "target": "?", "outcome": "a line that is not ours", "request": None}
-    return {"at": at.replace("+00:00", "Z"), **line}
+    return {**line, "at": at.replace("+00:00", "Z")}

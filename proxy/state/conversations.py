@@ -18,7 +18,9 @@ from typing import Any, Final
 from redis.exceptions import RedisError
 
 from proxy.settings import check_model_name
+from proxy.state.complaints import Complaints
 from proxy.state.store import Store, StoreUnavailable
+from proxy.state.stored_json import json_object, unix_time, whole_number
 from proxy.tasks import end
 
 log = logging.getLogger("uniroute.conversations")
@@ -34,7 +36,6 @@ BATCH = 500
 SETTLE_S = 0.01
 """Between two writes: what comes meanwhile is written together."""
 RETRY_S = 1.0
-_LARGEST = 1e12
 _FUTURE_S = 60.0
 """How far the clocks of two machines may lie apart."""
 
@@ -86,6 +87,7 @@ class Conversations:
         self._clock = clock
         self._on_missed = on_missed
         self._on_dropped = on_dropped
+        self._complaints = Complaints(log, "a remembered answer is ignored")
         self._local: OrderedDict[str, _Answer] = OrderedDict()
         self._queue: deque[tuple[str, _Answer]] = deque()
         self._queued = asyncio.Event()
@@ -216,6 +218,7 @@ class Conversations:
             return None
         answer = _parsed(text)
         if answer is None:
+            self._complaints.make(PREFIX, "is not what we write")
             self._on_missed()
             return None
         return answer if self._is_current(answer) else None
@@ -232,20 +235,8 @@ def _stored(answer: _Answer) -> str:
 def _parsed(text: str) -> _Answer | None:
     """None where it is not what we write."""
     try:
-        stored = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(stored, dict):
-        return None
-    tokens, at = _number(stored.get("tokens")), _number(stored.get("at"))
-    try:
+        stored = json_object(text)
         model = check_model_name(stored.get("model", ""))
-    except ValueError:
+        return _Answer(model, whole_number(stored.get("tokens")), unix_time(stored.get("at")))
+    except ValueError:  # InvalidRecord is one
         return None
-    return None if at is None else _Answer(model, None if tokens is None else int(tokens), at)
-
-
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _LARGEST:
-        return None
-    return float(value)

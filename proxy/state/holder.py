@@ -126,10 +126,11 @@ class StateHolder:
                 await asyncio.sleep(UNUSABLE_S)
 
     async def _listen(self, client: Redis) -> None:
+        """Until the messages come from elsewhere."""
         async with client.pubsub() as pubsub:
             await pubsub.subscribe(CHANGED, PRICING)
             told = True
-            while True:
+            while not await self._store.primary_moved():
                 await self.refresh(whole=told)
                 if told := await _message(pubsub, POLL_S):
                     await asyncio.sleep(SETTLE_S)

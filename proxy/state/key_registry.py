@@ -20,7 +20,7 @@ from proxy.state.writer import Writer
 # work done; where nothing changes there is no telling, and one line too many is the lesser evil.
 _PUT_KEY = """
 local stored = redis.call('HGET', KEYS[2], ARGV[1]) or ''
-if stored == ARGV[3] and ARGV[2] ~= ARGV[3] then return tonumber(redis.call('GET', KEYS[1]) or 0) end
+if stored == ARGV[3] and ARGV[2] ~= ARGV[3] then return tonumber(version_now()) end
 if stored ~= ARGV[2] then return -1 end
 local version = changed()
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])

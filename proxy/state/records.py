@@ -14,12 +14,14 @@ from pydantic import ValidationError
 from proxy.settings import ModelEntry, ModelInfo
 from proxy.state.client_keys import ClientKey
 from proxy.state.resolved import Resolved
-from proxy.state.stored_json import InvalidRecord, json_object, unix_time
+from proxy.state.stored_json import LAST_TIME, InvalidRecord, json_object, number, unix_time
 from router_core.errors import InvalidPrice
 from router_core.profiles import Profile
 from router_core.types import Price, price_field
 
 __all__ = ["ClientKey", "InvalidRecord", "LivePrice", "ModelRecord", "StoredProfile"]
+
+MAX_SOURCE_CHARS = 60
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,8 @@ class LivePrice:
     def from_fields(cls, stored: Mapping[str, str], seen_at: float) -> LivePrice:
         """Read the hash, or raise InvalidPrice. `seen_at` stands in for the time that a foreign writer leaves out."""
         price = Price.of({name: _amount(name, text) for name, text in stored.items() if text and price_field(name)})
-        try:
-            updated_at = unix_time(float(stored.get("updated_at") or seen_at))
-        except (ValueError, InvalidRecord):
-            updated_at = seen_at
-        return cls(price, stored.get("source") or "external", updated_at)
+        updated_at = number(stored.get("updated_at"), LAST_TIME) or seen_at
+        return cls(price, (stored.get("source") or "external")[:MAX_SOURCE_CHARS], updated_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +118,7 @@ class StoredProfile:
 
 
 def _amount(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise InvalidPrice(f"{name} must be a number of USD per token; got {text!r}") from error
+    amount = number(text)
+    if amount is None:
+        raise InvalidPrice(f"{name} must be a number of USD per token, 0 or more; got {text[:60]!r}")
+    return amount

@@ -45,7 +45,7 @@ return version
 # ARGV: name, record, and where it matters the version that the record was made from.
 _UPDATE_MODEL = """
 if redis.call('HEXISTS', KEYS[2], ARGV[1]) == 0 then return -1 end
-if ARGV[3] ~= '' and (redis.call('GET', KEYS[1]) or '0') ~= ARGV[3] then return -2 end
+if ARGV[3] ~= '' and version_now() ~= ARGV[3] then return -2 end
 local version = changed()
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
 return version
@@ -100,7 +100,7 @@ class Registry:
         """Raises NameTaken. Adding the very same record twice is once."""
         if record.name in self._configured:
             raise NameTaken(f"the model {record.name!r} is defined in the configuration file")
-        arguments = [record.name, record.to_json()]
+        arguments = [record.name, _readable(record)]
         version = await self._writer.run("add a model", _ADD_MODEL, [MODELS], arguments, (ADD_MODEL, record.name))
         if version < 0:
             raise NameTaken(f"a model named {record.name!r} exists; PATCH changes it, DELETE removes it")
@@ -116,7 +116,7 @@ class Registry:
             UnknownModel, DefinedInConfig, ChangedMeanwhile.
         """
         self._not_configured(record.name)
-        arguments = [record.name, record.to_json(), "" if as_of is None else str(as_of)]
+        arguments = [record.name, _readable(record), "" if as_of is None else str(as_of)]
         act = CHANGE_MODEL, record.name
         version = await self._writer.run("change a model", _UPDATE_MODEL, [MODELS], arguments, act)
         if version == -2:
@@ -158,3 +158,10 @@ class Registry:
         if version < 0:
             raise UnknownModel(f"no model named {name!r} is registered")
         return version
+
+
+def _readable(record: ModelRecord) -> str:
+    """As it is stored. Raises InvalidRecord for what could be stored and then not be read: half a character, say."""
+    text = record.to_json()
+    ModelRecord.from_json(record.name, text)
+    return text

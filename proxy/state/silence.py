@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from redis.asyncio import Redis
@@ -12,6 +13,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as NoAnswer
 
+from proxy.state.redis_server import RedisServer
 from proxy.tasks import end
 
 PING_S = 2.0
@@ -22,8 +24,9 @@ AGAIN_S = 0.25
 class Silence:
     """Ends by itself. While it lasts nobody needs to wait for the server."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self, server: RedisServer, before_its_end: Callable[[], Awaitable[None]]) -> None:
+        self._server = server
+        self._before_its_end = before_its_end
         self._since: float | None = None
         self._pinging: asyncio.Task[None] | None = None
 
@@ -41,12 +44,14 @@ class Silence:
         await end(self._pinging)
 
     async def _until_it_answers(self) -> None:
-        client = Redis.from_url(
-            self._url, socket_timeout=PING_S, socket_connect_timeout=PING_S, retry=Retry(NoBackoff(), 0)
+        pool = self._server.pool(
+            socket_timeout=PING_S, socket_connect_timeout=PING_S, retry=Retry(NoBackoff(), 0), timeout=None
         )
+        client = Redis.from_pool(pool)
         try:
             while True:
                 if await _answers(client):
+                    await self._before_its_end()
                     return
                 await asyncio.sleep(AGAIN_S)
         finally:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as ConnectionFailed
-from redis.exceptions import RedisError
+from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as NoAnswer
 
-from proxy.settings import Settings
+from proxy.redis_address import RedisAddress
+from proxy.settings import Settings, SettingsError
 from proxy.state.embedded import EmbeddedStoreFailed, EmbeddedValkey
+from proxy.state.packed import exchange, packed
+from proxy.state.redis_server import IS_REPLICA, RedisServer, SentinelPool, UnsuitableServer
 from proxy.state.silence import Silence
 from proxy.tasks import to_its_end
 
@@ -26,22 +31,31 @@ READING_S = 0.05
 CONNECTIONS = 16
 """At most: a server of one thread answers no faster over more. Further operations wait for one, within OPERATION_S."""
 AGAIN_S = 0.5
+CONFIRMED_MS = 200
+"""How long a replica is waited for, that has an administrator's change too."""
+
+log = logging.getLogger("uniroute.store")
 
 
 class StoreUnavailable(Exception):
     """Redis did not take a write or give a reading. What was asked may be asked again."""
 
 
+class StoreUnreadable(StoreUnavailable):
+    """Redis answers, and holds something else than we would have written. Asking again changes nothing."""
+
+
 class Store:
     """Redis, or the embedded Valkey where no URL was given."""
 
-    def __init__(self, url: str, embedded: EmbeddedValkey | None = None) -> None:
-        self.url = url
+    def __init__(self, address: RedisAddress | str, embedded: EmbeddedValkey | None = None) -> None:
+        """Raises SettingsError where a file of certificates cannot be used."""
+        self.url = address
+        self.server = RedisServer(RedisAddress.parse(address) if isinstance(address, str) else address)
         self.embedded = embedded
-        self._silence = Silence(url)
+        self._silence = Silence(self.server, self._forget_idle_connections)
         self._starting: asyncio.Task[None] | None = None
-        pool = BlockingConnectionPool.from_url(
-            url,
+        pool = self.server.pool(
             timeout=None,
             decode_responses=True,
             encoding_errors="replace",  # a foreign writer's broken bytes must not break the connection
@@ -58,10 +72,17 @@ class Store:
         """Connect, starting the embedded server if it is needed.
 
         Raises:
-            StoreUnavailable: the embedded server cannot run here. A given URL is not tried yet: it may come up later.
+            SettingsError: what answers at the given URL cannot be used. Where nothing answers, it may come up later.
+            StoreUnavailable: the embedded server cannot run here.
         """
-        if settings.redis_url:
-            return cls(settings.redis_url)
+        if (address := settings.redis_address) is not None:
+            store = cls(address)
+            try:
+                await store.check_kind()
+            except SettingsError:
+                await store.close()
+                raise
+            return store
         embedded = EmbeddedValkey(settings.data_dir)
         starting = asyncio.create_task(asyncio.to_thread(embedded.ensure))
         try:
@@ -77,8 +98,16 @@ class Store:
     @property
     def name(self) -> str:
         """Where it is, without any password."""
-        parts = urlsplit(self.url)
-        return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
+        return self.server.name
+
+    async def check_kind(self) -> None:
+        """Raises SettingsError: it answers, and is a Cluster, or a Sentinel that was given as the server."""
+        try:
+            async with self.asking("reach the store") as client:
+                await _awaited(client.ping())
+        except StoreUnavailable as error:
+            if isinstance(error.__cause__, UnsuitableServer):
+                raise SettingsError(f"redis_url: Redis at {self.name} {error.__cause__}") from None
 
     @asynccontextmanager
     async def asking(self, what: str) -> AsyncIterator[Redis]:
@@ -97,8 +126,37 @@ class Store:
         except (RedisError, OSError, TimeoutError) as error:
             if isinstance(error, NoAnswer | TimeoutError):
                 self._silence.begin()
-            reason = str(error) or type(error).__name__
-            raise StoreUnavailable(f"could not {what}: Redis at {self.name} says {reason}") from error
+            raise self._failure(what, error) from error
+
+    def _failure(self, what: str, error: Exception) -> StoreUnavailable:
+        kind = StoreUnreadable if _is_of_the_data(error) else StoreUnavailable
+        return kind(f"could not {what}: Redis at {self.name} {_reason(error)}")
+
+    async def run_durably(self, what: str, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+        """What a script answers that changes what must outlive a failover. Which script does not matter: it is sent.
+
+        Where sentinels may make a replica the primary, a replica is waited for; if none confirms, the log says so.
+
+        Raises:
+            StoreUnavailable: the script may have been run all the same.
+        """
+        pool = self.client.connection_pool
+        async with self.asking(what) as client:
+            if not isinstance(pool, SentinelPool):
+                return await client.register_script(script)(keys=list(keys), args=list(arguments))
+            await pool.look()
+            primary = pool.master_address
+            command = ["EVAL", script, str(len(keys)), *map(str, (*keys, *arguments))]
+            # One connection for both: WAIT is for what its own connection wrote.
+            answer, copies = await exchange(client, [packed(command), packed(["WAIT", "1", str(CONFIRMED_MS)])])
+        if isinstance(answer, RedisError):
+            raise self._failure(what, answer) from answer
+        if copies != 0:  # also where this user may not ask
+            return answer
+        if await pool.is_disputed(primary):
+            raise StoreUnavailable(f"could not {what}: the sentinels of {self.name} make another server the primary")
+        log.warning("no replica has what was done to %s within %d ms: a failover would undo it", what, CONFIRMED_MS)
+        return answer
 
     async def available(self) -> bool:
         try:
@@ -106,6 +164,11 @@ class Store:
                 return bool(await _awaited(client.ping()))
         except StoreUnavailable:
             return False
+
+    async def primary_moved(self) -> bool:
+        """Whether the sentinels name another primary than before; to be asked again and again."""
+        pool = self.client.connection_pool
+        return isinstance(pool, SentinelPool) and await pool.look()
 
     async def keep_up(self) -> None:
         """Start an embedded server again that does not answer.
@@ -124,12 +187,26 @@ class Store:
     async def close(self) -> None:
         await self._silence.close()
         await self.client.aclose()
+        await self.server.close()
         if self.embedded is not None:
             self.embedded.closing = True
             if self._starting is not None:  # a thread ends when it likes; after us it would start a server for nobody
                 await asyncio.wait({self._starting})
                 _ = self._starting.exception()  # looked at, so that asyncio does not log it as forgotten
             await asyncio.to_thread(self.embedded.stop)
+
+    async def _forget_idle_connections(self) -> None:
+        """After a silence they may lead to a server that is the primary no longer."""
+        with contextlib.suppress(RedisError, OSError):
+            await self.client.connection_pool.disconnect(inuse_connections=False)
+
+
+def _reason(error: Exception) -> str:
+    """What completes "Redis at …"."""
+    if isinstance(error, UnsuitableServer):
+        return str(error)
+    said = f"says {str(error) or type(error).__name__}"
+    return f"{said}: it {IS_REPLICA}" if isinstance(error, ReadOnlyError) else said
 
 
 @asynccontextmanager
@@ -150,11 +227,20 @@ async def _stopped(embedded: EmbeddedValkey, starting: asyncio.Task[None]) -> No
     await asyncio.to_thread(embedded.stop)
 
 
+def _is_of_the_data(error: Exception) -> bool:
+    """Whether it is what is stored that a command or a script cannot work with. Redis has one code for it and words."""
+    words = str(error)
+    odd = ("WRONGTYPE", "user_script:"), ("is not an integer", "is not a float", "is not a valid float")
+    return type(error) is ResponseError and (words.startswith(odd[0]) or any(word in words for word in odd[1]))
+
+
 async def until_it_answers(operation: Callable[[], Awaitable[None]]) -> None:
-    """Again and again while the store is away. Whoever cannot wait for ever ends us."""
+    """Again and again while the store is away. Whoever cannot wait for ever ends us. Raises StoreUnreadable."""
     while True:
         try:
             return await operation()
+        except StoreUnreadable:
+            raise
         except StoreUnavailable:
             await asyncio.sleep(AGAIN_S)
 

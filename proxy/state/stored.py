@@ -9,8 +9,10 @@ from typing import Any, Final, TypeVar
 
 from redis.exceptions import RedisError
 
+from proxy.state.complaints import Complaints
 from proxy.state.records import ClientKey, LivePrice, ModelRecord, StoredProfile
 from proxy.state.store import Store
+from proxy.state.stored_json import whole_number
 from router_core.errors import InvalidInput
 
 log = logging.getLogger("uniroute.state")
@@ -26,7 +28,6 @@ PRICING: Final = "uniroute:pricing"
 CHANGED: Final = "uniroute:changed"
 """The channel on which every other change publishes the new version."""
 
-_MOST_COMPLAINTS = 1000
 _Entry = TypeVar("_Entry")
 _Raw = Mapping[str, str]
 
@@ -59,7 +60,7 @@ class StoredReader:
         self._store = store
         self._clock = clock
         self._raw_prices: dict[str, object] = {}
-        self._complaints: set[str] = set()
+        self._complain = Complaints(log).make
         self.last = Stored()
 
     async def read(self, configured: Collection[str], *, whole: bool = False) -> bool:
@@ -105,11 +106,11 @@ class StoredReader:
         )
 
     def _version(self, raw: object) -> int:
-        try:
-            return int(raw or 0)  # type: ignore[call-overload, no-any-return]
-        except (TypeError, ValueError):
-            self._complain(VERSION, "holds no number; changes of models are not seen until it is deleted")
-            return self.last.version
+        """0 where it is none of ours: the next change makes it a number again, see writer."""
+        version = whole_number(raw or 0)
+        if version is None:
+            self._complain(VERSION, "holds no number; changes that others make without telling are not seen")
+        return version or 0
 
     def _entries(
         self,
@@ -155,12 +156,6 @@ class StoredReader:
         except InvalidInput as error:
             self._complain(price_key(name), f"{error}; {'the last good price stays' if last else 'ignored'}")
             return last
-
-    def _complain(self, where: str, what: str) -> None:
-        complaint = f"{where}: {what}"
-        if complaint not in self._complaints and len(self._complaints) < _MOST_COMPLAINTS:
-            self._complaints.add(complaint)
-            log.warning("stored entry skipped: %s", complaint)
 
 
 def _stored_profile(_name: str, text: str) -> StoredProfile:

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
-
-from redis.asyncio import Redis
+from typing import Final
 
 from proxy.state.audit import AUDIT, MOST_LINES, Author
 from proxy.state.store import Store
 from proxy.state.stored import CHANGED, VERSION
+from proxy.state.stored_json import MAX_WHOLE
+
+MAX_DIGITS: Final = len(str(MAX_WHOLE)) - 1
 
 # KEYS[1] is the version, the last of KEYS the audit lines, the last of ARGV the line, or nothing. A script calls this
 # before it changes anything: where one fails midway a line says too much, and no change lacks its line.
+# A version that is none of ours begins again, beyond any that a process may have counted to.
 ANNOUNCED: Final = f"""
 local function changed()
-  local version = redis.call('INCR', KEYS[1])
+  local version = redis.pcall('INCR', KEYS[1])
+  if type(version) == 'table' or version < 1 or version > {MAX_WHOLE} then
+    version = tonumber(redis.call('TIME')[1])
+    redis.call('SET', KEYS[1], version)
+  end
   if ARGV[#ARGV] ~= '' then
     redis.call('XADD', KEYS[#KEYS], 'MAXLEN', '{MOST_LINES}', '*', 'line', ARGV[#ARGV])
   end
   redis.call('PUBLISH', '{CHANGED}', version)
   return version
+end
+local function version_now()
+  local version = redis.pcall('GET', KEYS[1])
+  local ours = type(version) == 'string' and string.match(version, '^%d+$') and #version <= {MAX_DIGITS}
+  return ours and version or '0'
 end
 """
 
@@ -42,9 +53,5 @@ class Writer:
             StoreUnavailable: it may have been run or not; all our scripts may be run again.
         """
         line = self._author.line(*act) if self._author else ""
-        async with self.store.asking(what) as client:
-            return int(await _run(client, ANNOUNCED + script, [VERSION, *keys, AUDIT], [*arguments, line]))
-
-
-async def _run(client: Redis, script: str, keys: list[str], arguments: list[str]) -> Any:
-    return await client.register_script(script)(keys=keys, args=arguments)
+        keys = [VERSION, *keys, AUDIT]
+        return int(await self.store.run_durably(what, ANNOUNCED + script, keys, [*arguments, line]))

@@ -43,7 +43,8 @@ class OwnValkey:
         return self._process.pid
 
     def client(self) -> redis.Redis:
-        return redis.Redis(port=self.port, decode_responses=True)
+        password = self._options.get("requirepass")
+        return redis.Redis(port=self.port, password=password, decode_responses=True)
 
     def start(self) -> Self:
         options = {"port": str(self.port), "bind": "127.0.0.1", "dir": str(self.folder), **self._options}
@@ -61,6 +62,9 @@ class OwnValkey:
                 return
             assert time.monotonic() < deadline, (self.folder / "valkey.log").read_text()
             time.sleep(0.02)
+
+    def send(self, signal_: signal.Signals) -> None:
+        os.kill(self.pid, signal_)
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
         if self._process is not None:
