@@ -60,6 +60,7 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
         upstream = Upstream(settings, environ)
         closing.push_async_callback(upstream.aclose)
         resolver = Resolver(settings.data_dir, environ)
+        closing.push_async_callback(resolver.aclose)
         resolving = asyncio.create_task(_configured(settings, resolver))
         closing.push_async_callback(end, resolving)
         cluster_map, assigner = await asyncio.to_thread(_open_routing, settings)

@@ -25,9 +25,10 @@ async def readyz(request: Request) -> Response:
     if not holder.is_open or not holder.services.state.loaded:
         return JSONResponse({"status": "starting"}, 503)
     state = holder.services.state
-    return JSONResponse(
-        {"status": "ready", "state_version": state.current.version, "store": "up" if state.available else "away"}
-    )
+    shown = {"status": "ready", "state_version": state.current.version, "store": "up" if state.available else "away"}
+    if waiting := holder.services.resolver.waiting:
+        shown["provider_lookups"] = waiting
+    return JSONResponse(shown)
 
 
 @router.get("/metrics", response_model=None)
