@@ -19,6 +19,8 @@ ProxyError
 │   └── BudgetExceeded       429  the key has spent what it may
 ├── Unavailable              503  nothing to route to yet, or the store is away
 └── UpstreamFailure               a model did not answer: its own status and body, or 502, 504
+    ├── AnswerTooLarge       502  more bytes, levels or values than are read
+    └── NoRoomForAnswer      503  the answers that are held already take all the memory they may
 ClientGone                        nobody is left to answer
 """
 
@@ -26,13 +28,18 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from typing import Any
+
+from proxy.health import retry_after
+from proxy.json_shape import check_shape
 
 RETRYABLE = frozenset({408, 429})
 """And every 5xx: the next model in rank may still answer."""
 
-_KEPT_HEADERS = ("retry-after", "retry-after-ms")
+MOST_ERROR_BYTES = 16 * 2**10
+"""Of what an upstream says of its failure."""
 
 
 class ClientGone(Exception):
@@ -138,8 +145,9 @@ class UpstreamFailure(ProxyError):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.body = body
-        self.headers = {name.lower(): text for name, text in (headers or {}).items() if name.lower() in _KEPT_HEADERS}
+        self.body = body[:MOST_ERROR_BYTES] if isinstance(body, bytes) else body
+        stated = {name.lower(): text for name, text in (headers or {}).items()}
+        self.headers = {name: stated[name] for name in retry_after.NAMES if name in stated}
         self.timed_out = timed_out
         self.lost = lost
         """The connection was there, and died before a byte of an answer: worth asking the same model once more."""
@@ -147,9 +155,17 @@ class UpstreamFailure(ProxyError):
         """The prompt is longer than this model's context window; another's may be larger."""
         self.retryable = _is_retryable(status) if retryable is None else retryable
 
-    @property
-    def retry_after(self) -> str | None:
-        return self.headers.get("retry-after")
+
+class AnswerTooLarge(UpstreamFailure):
+    """More of an answer than is read. Callers can bring that about, so it does not count against the model."""
+
+
+class NoRoomForAnswer(UpstreamFailure):
+    """This process holds as much of answers as it may: no fault of the model, and no other one would do better."""
+
+    def __init__(self, message: str) -> None:
+        body = error_object(message, "server_error", "unavailable")
+        super().__init__(message, status=503, body=body, headers={"retry-after": "1"}, retryable=False)
 
 
 def _is_retryable(status: int | None) -> bool:
@@ -205,10 +221,11 @@ def describe(error: ProxyError) -> tuple[int, dict[str, Any], dict[str, str]]:
 
 
 def _describe_upstream(error: UpstreamFailure) -> tuple[int, dict[str, Any], dict[str, str]]:
+    headers = retry_after.told_wait(error.headers, time.time())
     if error.status is None or error.status < 400:
         status, code = (504, "upstream_timeout") if error.timed_out else (502, "upstream_failed")
-        return status, error_object(error.message, "upstream_error", code), error.headers
-    return error.status, _own_words(error), error.headers
+        return status, error_object(error.message, "upstream_error", code), headers
+    return error.status, _own_words(error), headers
 
 
 def _own_words(error: UpstreamFailure) -> dict[str, Any]:
@@ -240,6 +257,7 @@ def _parsed(body: Mapping[str, Any] | bytes | None) -> Any:
     if not isinstance(body, bytes):
         return body
     try:
+        check_shape(body)
         return json.loads(body)
     except (ValueError, RecursionError):
         return body.decode("utf-8", "replace")[:2000]

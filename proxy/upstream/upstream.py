@@ -12,6 +12,7 @@ from proxy.settings import Settings
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
 from proxy.tasks import end
+from proxy.upstream.answer_room import AnswerRoom
 from proxy.upstream.client import LitellmUpstream
 from proxy.upstream.payload import Payload
 from proxy.upstream.relay import RelayedCall, RelayUpstream
@@ -27,8 +28,9 @@ class Upstream:
     """One per process, on one event loop. litellm is imported when a model first needs it, in a thread."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
-        self._relay = RelayUpstream(settings, environ)
-        self._translate = LitellmUpstream(settings, environ)
+        self.room = AnswerRoom(settings.max_answer_bytes, settings.max_answers_in_flight_bytes)
+        self._relay = RelayUpstream(settings, environ, self.room)
+        self._translate = LitellmUpstream(settings, environ, self.room)
         self._loading: asyncio.Task[None] | None = None
         self._translated: frozenset[str] = frozenset()
 
