@@ -20,7 +20,9 @@ ProxyError
 ├── Unavailable              503  nothing to route to yet, or the store is away
 └── UpstreamFailure               a model did not answer: its own status and body, or 502, 504
     ├── AnswerTooLarge       502  more bytes, levels or values than are read
-    └── NoRoomForAnswer      503  the answers that are held already take all the memory they may
+    └── OwnFault             503  this process could not do its part; the model was not to blame
+        ├── NoRoomForAnswer       the answers that are held already take all the memory they may
+        └── CannotTranslate       litellm cannot be imported for now
 ClientGone                        nobody is left to answer
 """
 
@@ -160,12 +162,27 @@ class AnswerTooLarge(UpstreamFailure):
     """More of an answer than is read. Callers can bring that about, so it does not count against the model."""
 
 
-class NoRoomForAnswer(UpstreamFailure):
-    """This process holds as much of answers as it may: no fault of the model, and no other one would do better."""
+class OwnFault(UpstreamFailure):
+    """This process could not do its part: that says nothing of the model."""
+
+    def __init__(self, message: str, *, retry_after_s: float, retryable: bool) -> None:
+        body = error_object(message, "server_error", "unavailable")
+        headers = {"retry-after": str(math.ceil(retry_after_s))}
+        super().__init__(message, status=503, body=body, headers=headers, retryable=retryable)
+
+
+class NoRoomForAnswer(OwnFault):
+    """This process holds as much of answers as it may; no other model would do better."""
 
     def __init__(self, message: str) -> None:
-        body = error_object(message, "server_error", "unavailable")
-        super().__init__(message, status=503, body=body, headers={"retry-after": "1"}, retryable=False)
+        super().__init__(message, retry_after_s=1, retryable=False)
+
+
+class CannotTranslate(OwnFault):
+    """litellm cannot be imported for now; a model that is relayed may still answer."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s=retry_after_s, retryable=True)
 
 
 def _is_retryable(status: int | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamFailure
+from proxy.errors import AnswerTooLarge, OwnFault, UpstreamFailure
 from proxy.health.retry_after import stated_wait_s
 
 
@@ -41,8 +41,8 @@ _STATES_ITS_WAIT = frozenset({429, 503, 529})
 def verdict_of(failure: UpstreamFailure, now: float) -> Verdict:
     """`now`: Unix seconds."""
     status = failure.status
-    if isinstance(failure, NoRoomForAnswer):
-        return Verdict(Weight.UNSENT, "its answer had no room here")
+    if isinstance(failure, OwnFault):
+        return Verdict(Weight.UNSENT, "this process could not do its part")
     if isinstance(failure, AnswerTooLarge):
         return Verdict(Weight.ANSWERED, "its answer was too large")
     if status is None:
