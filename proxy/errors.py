@@ -21,6 +21,10 @@ ProxyError
 │   ├── Starting             503  the server is not ready yet
 │   └── ShuttingDown         503  the server ends, and this answer with it
 └── UpstreamFailure               a model did not answer: its own status and body, or 502, 504
+    ├── AnswerTooLarge       502  more bytes, levels or values than are read
+    └── OwnFault             503  this process could not do its part; the model was not to blame
+        ├── NoRoomForAnswer       the answers that are held already take all the memory they may
+        └── CannotTranslate       litellm cannot be imported for now
 ClientGone                        nobody is left to answer
 """
 
@@ -28,13 +32,18 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from typing import Any
+
+from proxy.health import retry_after
+from proxy.json_shape import check_shape
 
 RETRYABLE = frozenset({408, 429})
 """And every 5xx: the next model in rank may still answer."""
 
-_KEPT_HEADERS = ("retry-after", "retry-after-ms")
+MOST_ERROR_BYTES = 16 * 2**10
+"""Of what an upstream says of its failure."""
 
 
 SHUTTING_DOWN = "this server is shutting down, and the time that open answers had is over; send it again"
@@ -153,8 +162,9 @@ class UpstreamFailure(ProxyError):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.body = body
-        self.headers = {name.lower(): text for name, text in (headers or {}).items() if name.lower() in _KEPT_HEADERS}
+        self.body = body[:MOST_ERROR_BYTES] if isinstance(body, bytes) else body
+        stated = {name.lower(): text for name, text in (headers or {}).items()}
+        self.headers = {name: stated[name] for name in retry_after.NAMES if name in stated}
         self.timed_out = timed_out
         self.lost = lost
         """The connection was there, and died before a byte of an answer: worth asking the same model once more."""
@@ -162,9 +172,32 @@ class UpstreamFailure(ProxyError):
         """The prompt is longer than this model's context window; another's may be larger."""
         self.retryable = _is_retryable(status) if retryable is None else retryable
 
-    @property
-    def retry_after(self) -> str | None:
-        return self.headers.get("retry-after")
+
+class AnswerTooLarge(UpstreamFailure):
+    """More of an answer than is read. Callers can bring that about, so it does not count against the model."""
+
+
+class OwnFault(UpstreamFailure):
+    """This process could not do its part: that says nothing of the model."""
+
+    def __init__(self, message: str, *, retry_after_s: float, retryable: bool) -> None:
+        body = error_object(message, "server_error", "unavailable")
+        headers = {"retry-after": str(math.ceil(retry_after_s))}
+        super().__init__(message, status=503, body=body, headers=headers, retryable=retryable)
+
+
+class NoRoomForAnswer(OwnFault):
+    """This process holds as much of answers as it may; no other model would do better."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retry_after_s=1, retryable=False)
+
+
+class CannotTranslate(OwnFault):
+    """litellm cannot be imported for now; a model that is relayed may still answer."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s=retry_after_s, retryable=True)
 
 
 def _is_retryable(status: int | None) -> bool:
@@ -222,10 +255,11 @@ def describe(error: ProxyError) -> tuple[int, dict[str, Any], dict[str, str]]:
 
 
 def _describe_upstream(error: UpstreamFailure) -> tuple[int, dict[str, Any], dict[str, str]]:
+    headers = retry_after.told_wait(error.headers, time.time())
     if error.status is None or error.status < 400:
         status, code = (504, "upstream_timeout") if error.timed_out else (502, "upstream_failed")
-        return status, error_object(error.message, "upstream_error", code), error.headers
-    return error.status, _own_words(error), error.headers
+        return status, error_object(error.message, "upstream_error", code), headers
+    return error.status, _own_words(error), headers
 
 
 def _own_words(error: UpstreamFailure) -> dict[str, Any]:
@@ -257,6 +291,7 @@ def _parsed(body: Mapping[str, Any] | bytes | None) -> Any:
     if not isinstance(body, bytes):
         return body
     try:
+        check_shape(body)
         return json.loads(body)
     except (ValueError, RecursionError):
         return body.decode("utf-8", "replace")[:2000]

@@ -79,6 +79,7 @@ async def open_services(
         upstream = Upstream(settings, environ)
         closing.push_async_callback(upstream.aclose)
         resolver = Resolver(settings.data_dir, environ)
+        closing.push_async_callback(resolver.aclose)
         resolving = asyncio.create_task(_configured(settings, resolver, startup))
         closing.push_async_callback(end, resolving)
         cluster_map, assigner = await in_stoppable_thread(partial(_open_routing, settings, startup))

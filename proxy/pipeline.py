@@ -14,6 +14,7 @@ from proxy.relay.disconnect import cut_ending
 from proxy.relay.forwarding import Forwarder, Outlets
 from proxy.relay.marks import AnswerMarks
 from proxy.relay.streaming import EventStream, close_opened
+from proxy.relay.whole import WholeAnswer
 from proxy.routing.choosing import Choice, choose
 from proxy.routing.request import ChatRequest
 from proxy.routing.thread import Thread, thread_of
@@ -84,6 +85,8 @@ async def _complete(forwarder: Forwarder) -> Response:
         answer = await forwarder.complete()
         shown = answer.named(meter.model)
         ending = "complete"
+        if answer.held is not None and answer.held.size:
+            return WholeAnswer(shown, answer.held, meter.headers())
         return Response(shown, media_type="application/json", headers=meter.headers())
     except (UpstreamFailure, ModelBusy) as failure:
         ending = _refused(meter, failure)

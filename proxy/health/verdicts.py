@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from proxy.errors import UpstreamFailure
+from proxy.errors import AnswerTooLarge, OwnFault, UpstreamFailure
 from proxy.health.retry_after import stated_wait_s
 
 
@@ -41,6 +41,10 @@ _STATES_ITS_WAIT = frozenset({429, 503, 529})
 def verdict_of(failure: UpstreamFailure, now: float) -> Verdict:
     """`now`: Unix seconds."""
     status = failure.status
+    if isinstance(failure, OwnFault):
+        return Verdict(Weight.UNSENT, "this process could not do its part")
+    if isinstance(failure, AnswerTooLarge):
+        return Verdict(Weight.ANSWERED, "its answer was too large")
     if status is None:
         return Verdict(Weight.COUNTED, "it did not answer in time" if failure.timed_out else "it gave no answer")
     why = f"status {status}"

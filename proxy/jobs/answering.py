@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Protocol
 
-from proxy.errors import UpstreamFailure
+from proxy.errors import AnswerTooLarge, UpstreamFailure
+from proxy.health.retry_after import stated_wait_s
 from proxy.state.records import ModelRecord
 from proxy.upstream.payload import Payload
 
 WORTH_RETRYING = frozenset({408, 409, 425, 429})
 LONGEST_REASON = 300
+LONGEST_ANSWER = 100_000
+"""Characters of an answer that are graded or judged; what is longer is cut."""
+MOST_TOKENS = 10**9
+"""More are no count that a provider means."""
 HINTS: Mapping[int, str] = {
     400: "the provider refuses the request: check litellm_params",
     401: "the provider refuses the key: check litellm_params.api_key and its variable",
@@ -41,13 +47,24 @@ class Answer:
 class AnswerFailed(Exception):
     """The model gave no answer; the message says why and what may help."""
 
-    def __init__(self, message: str, *, status: int | None = None, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        retry_after_s: float | None = None,
+        hopeless: bool = False,
+    ) -> None:
+        """`hopeless`: the same is to be expected of another attempt, whatever the status."""
         super().__init__(message)
         self.status = status
         self.retry_after_s = retry_after_s
+        self._hopeless = hopeless
 
     @property
     def worth_retrying(self) -> bool:
+        if self._hopeless:
+            return False
         return self.status is None or self.status in WORTH_RETRYING or self.status >= 500
 
 
@@ -95,7 +112,7 @@ def read_answer(completion: Mapping[str, Any], seconds: float, model: str) -> An
     thought = _count(_mapping(usage.get("completion_tokens_details")).get("reasoning_tokens"))
     return Answer(
         text=_text(message.get("content")),
-        finish_reason=choice.get("finish_reason"),
+        finish_reason=_word(choice.get("finish_reason")),
         prompt_tokens=_count(usage.get("prompt_tokens")),
         output_tokens=_count(usage.get("completion_tokens")),
         reasoned=bool(thought or message.get("reasoning_content") or message.get("reasoning")),
@@ -107,22 +124,24 @@ def _failed(error: UpstreamFailure) -> AnswerFailed:
     """The upstream's words are left out: some providers repeat the key in them."""
     hint = HINTS.get(error.status or 0)
     reason = f"{error}; {hint}" if hint else str(error)
-    return AnswerFailed(reason[:LONGEST_REASON], status=error.status, retry_after_s=_seconds(error.retry_after))
-
-
-def _seconds(retry_after: str | None) -> float | None:
-    """Retry-After in seconds; its other form, a date, is as good as none: our own back-off then counts."""
-    try:
-        seconds = float(retry_after or "")
-    except ValueError:
-        return None
-    return seconds if 0 <= seconds < float("inf") else None
+    return AnswerFailed(
+        reason[:LONGEST_REASON],
+        status=error.status,
+        retry_after_s=stated_wait_s(error.headers, time.time()),
+        hopeless=isinstance(error, AnswerTooLarge),
+    )
 
 
 def _text(content: Any) -> str:
+    """No more than is graded."""
     if isinstance(content, list):
-        return "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
-    return content if isinstance(content, str) else ""
+        parts = [part.get("text") for part in content[:LONGEST_ANSWER] if isinstance(part, Mapping)]
+        content = "".join(part[:LONGEST_ANSWER] for part in parts if isinstance(part, str))
+    return content[:LONGEST_ANSWER] if isinstance(content, str) else ""
+
+
+def _word(value: Any) -> str | None:
+    return value[:40] if isinstance(value, str) else None
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -130,4 +149,4 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TOKENS else None

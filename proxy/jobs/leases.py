@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
-from proxy.jobs.records import job_key, kick_key, lease_key
+from proxy.jobs.records import KEPT_S, OPEN, answers_key, job_key, kick_key, lease_key, reserved_key
 from proxy.state.store import Store, StoreUnavailable
 from proxy.tasks import end
 
@@ -20,25 +20,54 @@ HEARTBEAT_S = 2.0
 DOUBTFUL_S = 4.0
 """Without a renewal for this long work stops: the next failed attempt might end after the lease does."""
 
-# KEYS: job, lease. ARGV: token, lease in ms, the worker's map. Repeating it with the same token is harmless.
-# A lease that never ends is nobody's: ours all do.
-_TAKE = """
+MOST_TRIES = 5
+"""Workers that may take a job and neither finish it nor give it back: what kills one of them, or freezes it for longer
+than a lease, would do so for ever."""
+GIVEN_UP = (
+    f"given up after {MOST_TRIES} tries: each time the worker that measured the model died or lost its lease, and its"
+    " log says more; profile the model again"
+)
+
+# KEYS: job, lease, kick, answers, reserved, open. ARGV: token, lease in ms, the worker's map, the job's id. Repeating
+# it with the same token is harmless. A lease that never ends is nobody's: ours all do. What was set aside when a job is
+# given up counts as spent.
+_TAKE = f"""
 local state, only = unpack(redis.call('HMGET', KEYS[1], 'state', 'map'))
 if state ~= 'queued' and state ~= 'running' then return 0 end
 if only and only ~= ARGV[3] then return 0 end
 if redis.call('PTTL', KEYS[2]) == -1 then redis.call('DEL', KEYS[2]) end
-if not redis.call('SET', KEYS[2], ARGV[1], 'NX', 'PX', ARGV[2]) and redis.call('GET', KEYS[2]) ~= ARGV[1] then
-  return 0
+if not redis.call('SET', KEYS[2], ARGV[1], 'NX', 'PX', ARGV[2]) then
+  return redis.call('GET', KEYS[2]) == ARGV[1] and 1 or 0
 end
-redis.call('HSET', KEYS[1], 'state', 'running')
-return 1
+local tries = tonumber(redis.call('HGET', KEYS[1], 'tries') or 0)
+if not tries or not (tries >= 0 and tries <= {MOST_TRIES}) then tries = 0 end
+if tries < {MOST_TRIES} then
+  redis.call('HSET', KEYS[1], 'state', 'running', 'tries', tries + 1)
+  return 1
+end
+if redis.call('HEXISTS', KEYS[1], 'spent_usd') == 1 then
+  for _, usd in ipairs(redis.call('HVALS', KEYS[5])) do redis.call('HINCRBYFLOAT', KEYS[1], 'spent_usd', usd) end
+end
+redis.call('HSET', KEYS[1], 'state', 'failed', 'error', '{GIVEN_UP}', 'eta_s', '')
+redis.call('SREM', KEYS[6], ARGV[4])
+redis.call('EXPIRE', KEYS[1], {KEPT_S})
+redis.call('EXPIRE', KEYS[4], {KEPT_S})
+redis.call('DEL', KEYS[2], KEYS[5])
+return 2
 """
 _RENEW = """
 if redis.call('GET', KEYS[2]) ~= ARGV[1] or redis.call('HGET', KEYS[1], 'state') ~= 'running' then return 0 end
 return redis.call('PEXPIRE', KEYS[2], ARGV[2])
 """
+# A job that was given back was not tried in vain.
 _RELEASE = """
-if redis.call('GET', KEYS[2]) == ARGV[1] then redis.call('DEL', KEYS[2], KEYS[3]) end
+if redis.call('GET', KEYS[2]) == ARGV[1] then
+  redis.call('DEL', KEYS[2], KEYS[3])
+  if redis.call('HEXISTS', KEYS[1], 'tries') == 1 then
+    local tries = tonumber(redis.call('HGET', KEYS[1], 'tries'))
+    redis.call('HSET', KEYS[1], 'tries', tries and tries >= 1 and tries - 1 or 0)
+  end
+end
 return 1
 """
 
@@ -61,9 +90,13 @@ class Leases:
         self._map_id = map_id
 
     async def take(self, job_id: str) -> Lease | None:
-        """None: the job is over, or somebody is at it, or it is for another map. Raises StoreUnavailable."""
+        """None: the job is over, or somebody is at it, or it is for another map, or it was tried too often and is over
+        by that. Raises StoreUnavailable."""
         lease = Lease(job_id)
-        return lease if await self._run("take a job", _TAKE, lease) else None
+        taken = await self._run("take a job", _TAKE, lease)
+        if taken == 2:
+            log.error("job %s: %s", job_id, GIVEN_UP)
+        return lease if taken == 1 else None
 
     async def renew(self, lease: Lease) -> bool:
         """False: lost or cancelled. Raises StoreUnavailable."""
@@ -91,8 +124,9 @@ class Leases:
                 await end(work)
 
     async def _run(self, what: str, script: str, lease: Lease) -> Any:
-        keys = [job_key(lease.job_id), lease_key(lease.job_id), kick_key(lease.job_id)]
+        job_id = lease.job_id
+        keys = [job_key(job_id), lease_key(job_id), kick_key(job_id), answers_key(job_id), reserved_key(job_id), OPEN]
         async with self._store.asking(what) as client:
             return await client.register_script(script)(
-                keys=keys, args=[lease.token, int(LEASE_S * 1000), self._map_id]
+                keys=keys, args=[lease.token, int(LEASE_S * 1000), self._map_id, job_id]
             )

@@ -211,5 +211,13 @@ ANSWERS: Mapping[str, Schema] = {
     "Cards": opened({"models": listed(ref("Card")), "state_version": COUNT}, "models", "state_version"),
     "Priced": closed({"model": TEXT, "price": null_or(ref("LivePrice"))}, "model", "price"),
     "Outcomes": closed({"outcomes": listed(FREE)}, "outcomes"),
-    "Status": opened({"status": TEXT, "state_version": COUNT, "store": {"enum": ["up", "away"]}}, "status"),
+    "Status": opened(
+        {
+            "status": TEXT,
+            "state_version": COUNT,
+            "store": {"enum": ["up", "away"]},
+            "provider_lookups": COUNT,
+        },
+        "status",
+    ),
 }

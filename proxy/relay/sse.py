@@ -10,11 +10,11 @@ from typing import Any
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
-MAX_EVENT_BYTES = 64 * 2**20
+MAX_EVENT_BYTES = 20_000_000
 
 
 class EventTooLong(ValueError):
-    """One event grew past MAX_EVENT_BYTES."""
+    """One event grew past what it may."""
 
 
 class EventCutter:
@@ -23,10 +23,12 @@ class EventCutter:
     U+2028, U+0085 and form feeds inside JSON are not line ends, which str.splitlines would make of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MAX_EVENT_BYTES) -> None:
+        self._most = most
         self._rest: list[bytes] = []
         self._data: list[bytes] = []
-        self._size = 0
+        self.size = 0
+        """Bytes of the event that is not over."""
         self._begun = False
 
     def feed(self, piece: bytes) -> list[bytes]:
@@ -55,9 +57,9 @@ class EventCutter:
     def _lines(self, piece: bytes) -> list[bytes]:
         first, *lines = piece.split(b"\n")
         self._rest.append(first)
-        self._size += len(piece)
-        if self._size > MAX_EVENT_BYTES:
-            raise EventTooLong(f"one event of the stream is larger than {MAX_EVENT_BYTES} bytes")
+        self.size += len(piece)
+        if self.size > self._most:
+            raise EventTooLong(f"one event of the stream is larger than {self._most} bytes")
         if not lines:
             return []
         whole = [b"".join(self._rest), *lines[:-1]]
@@ -78,7 +80,7 @@ class EventCutter:
         if line or not self._data:
             return None
         data = b"\n".join(self._data)
-        self._data, self._size = [], 0
+        self._data, self.size = [], 0
         return data
 
 

@@ -25,9 +25,10 @@ async def readyz(request: Request) -> Response:
     state = holder.services.state
     if not state.loaded:
         return JSONResponse({"status": "starting", "under_way": [{"what": "waiting for Redis"}]}, 503)
-    return JSONResponse(
-        {"status": "ready", "state_version": state.current.version, "store": "up" if state.available else "away"}
-    )
+    shown = {"status": "ready", "state_version": state.current.version, "store": "up" if state.available else "away"}
+    if waiting := holder.services.resolver.waiting:
+        shown["provider_lookups"] = waiting
+    return JSONResponse(shown)
 
 
 @router.get("/metrics", response_model=None)

@@ -8,10 +8,7 @@ from collections import Counter
 from typing import Any, Never
 
 from proxy.errors import BadRequest
-
-MAX_DEPTH = 64
-MAX_VALUES = 300_000
-"""Texts, numbers, lists and objects in one body, all levels together: each is looked at on the event loop."""
+from proxy.json_shape import MAX_DEPTH, MAX_VALUES, TooMuchJson, refuse_many
 
 
 def exact_object(raw: bytes) -> dict[str, Any]:
@@ -20,10 +17,11 @@ def exact_object(raw: bytes) -> dict[str, Any]:
     Raises:
         BadRequest: saying what is wrong, and where.
     """
-    if raw.count(b"[") > MAX_VALUES:  # millions of lists keep the garbage collector busy for seconds
-        raise BadRequest(f"the body holds more than {MAX_VALUES} lists")
     try:
+        refuse_many(raw)
         value = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant, object_pairs_hook=_object)
+    except TooMuchJson as error:
+        raise BadRequest(f"the body {error}") from None
     except UnicodeDecodeError as error:
         raise BadRequest(f"the body is not UTF-8: byte {error.start} cannot be read") from None
     except RecursionError:

@@ -9,8 +9,8 @@ from typing import Any
 
 import orjson
 
+from proxy.json_shape import MAX_DEPTH, MAX_VALUES, TooMuchJson, refuse_many
 from proxy.routing.attachments import PARTS, SCALAR_BYTES, TEXTS, Contents, attached, is_binary
-from proxy.routing.exact_json import MAX_DEPTH, MAX_VALUES
 from router_core.tokens import text_bytes
 
 _UNREAD, _SCHEMA, _CHAT, _PART = range(4)
@@ -37,11 +37,10 @@ def quick_object(raw: bytes) -> Read | None:
     text is written as an escape, `raw` has at least as many as what was read has keys and colons in texts, and more
     wherever something was dropped.
     """
-    if len(raw) > MAX_VALUES and raw.count(b"[") > MAX_VALUES:
-        return None
     try:
+        refuse_many(raw)
         document = orjson.loads(raw)
-    except orjson.JSONDecodeError:
+    except (TooMuchJson, orjson.JSONDecodeError):
         return None
     if type(document) is not dict:
         return None

@@ -9,8 +9,6 @@ from typing import Any
 
 from proxy.errors import BadRequest
 from proxy.routing.attachments import Contents
-from proxy.routing.exact_json import MAX_DEPTH as MAX_DEPTH
-from proxy.routing.exact_json import MAX_VALUES as MAX_VALUES
 from proxy.routing.exact_json import exact_object
 from proxy.routing.features import MOST_ANSWERS
 from proxy.routing.options import Options, read_options

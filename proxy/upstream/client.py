@@ -15,6 +15,7 @@ from proxy.errors import UpstreamFailure
 from proxy.settings import Settings, SettingsError, resolve_secret
 from proxy.state.records import ModelRecord
 from proxy.tasks import PATIENCE_S, end, in_own_thread, read_gently, to_its_end
+from proxy.upstream.answer_room import AnswerRoom
 from proxy.upstream.call import STRAYING, Provider, arm_body, call_arguments, is_provider_param, secrets_of
 from proxy.upstream.events import is_finished
 from proxy.upstream.failures import failure_of, no_completion, without
@@ -36,8 +37,9 @@ Chunks = AsyncGenerator[dict[str, Any]]
 class LitellmUpstream:
     """One per process, on one event loop. `prepare` before the first call."""
 
-    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
+    def __init__(self, settings: Settings, environ: Mapping[str, str], room: AnswerRoom | None = None) -> None:
         self._settings = settings
+        self._room = room or AnswerRoom()
         self._environ = environ
         self._litellm: Any = None
         self._longest_s = max(settings.request_timeout_s, settings.stream_timeout_s)  # shorter ones are the attempts'
@@ -55,6 +57,7 @@ class LitellmUpstream:
         if self._litellm is None:
             litellm = await in_own_thread(import_litellm)
             await warm_up(litellm)
+            litellm.aclient_session = self._pool  # for azure, which else gets a client that nobody tidies or bounds
             self._handler = handler_over(self._pool)
             self._tidying = asyncio.create_task(keep_tidy(self._pool), name="uniroute-tidying")
             self._litellm = litellm
@@ -69,7 +72,7 @@ class LitellmUpstream:
     ) -> dict[str, Any]:
         """The whole answer in OpenAI's format, untouched where that is the upstream's own. Raises UpstreamFailure."""
         await self.prepare()
-        with watched(connect_s or self._settings.connect_timeout_s) as exchange:
+        with watched(connect_s or self._settings.connect_timeout_s, room=self._room) as exchange:
             provider, arguments = self._arguments(record, body, headers, stream=False)
             keep_no_books()
             try:
@@ -77,7 +80,7 @@ class LitellmUpstream:
             except self._failures as error:
                 relayed = exchange.completion() if provider.openai_format else None
                 if relayed is None:
-                    raise without(provider.secrets, failure_of(error, exchange.response, record.name)) from error
+                    raise without(provider.secrets, _failure(error, exchange, record)) from error
                 return relayed
             if not (provider.openai_format and exchange.is_chat_format):
                 return _plain(answer)
@@ -100,13 +103,13 @@ class LitellmUpstream:
             UpstreamFailure: here if the upstream refused, later where the stream breaks or ends without its end.
         """
         await self.prepare()
-        with watched(connect_s or self._settings.connect_timeout_s, streams=True) as exchange:
+        with watched(connect_s or self._settings.connect_timeout_s, streams=True, room=self._room) as exchange:
             provider, arguments = self._arguments(record, body, headers, stream=True)
             keep_no_books()
             try:
                 answer = await self._called(arguments)
             except self._failures as error:
-                raise without(provider.secrets, failure_of(error, exchange.response, record.name)) from error
+                raise without(provider.secrets, _failure(error, exchange, record)) from error
             except BaseException:
                 await exchange.aclose()
                 raise
@@ -124,11 +127,11 @@ class LitellmUpstream:
         if response is None:
             raise UpstreamFailure(f"{record.name} gave no response")
         if is_event_stream(response):
-            return chunks_of(response)
+            return chunks_of(response, self._room.largest)
         try:
             body = await response.aread()
         except httpx.HTTPError as error:
-            raise UpstreamFailure(f"{record.name} broke off its answer") from error
+            raise exchange.fault or UpstreamFailure(f"{record.name} broke off its answer") from error
         failure = UpstreamFailure(f"{record.name} answered a stream with something else", status=502, body=body)
         raise without(provider.secrets, failure)
 
@@ -147,12 +150,15 @@ class LitellmUpstream:
                     finished = True
                 yield chunk
         except self._failures as error:
-            raise failure_of(error, exchange.response, record.name) from error
+            raise _failure(error, exchange, record) from error
         if not finished:
             raise UpstreamFailure("the model's stream ended before its answer did")
 
     async def aclose(self) -> None:
         await end(self._tidying)
+        if self._litellm is not None and self._litellm.aclient_session is self._pool:
+            self._litellm.aclient_session = None
+            self._litellm.in_memory_llm_clients_cache.flush_cache()  # of clients around the pool
         await self._pool.aclose()
 
     @property
@@ -216,7 +222,7 @@ class LitellmUpstream:
         return Provider(name, model, api_base or params.get("api_base"), key, secrets_of(params, key))
 
     def _client(self, provider: Provider, params: Mapping[str, Any]) -> Any:
-        """Our pool behind the client class that this provider takes; azure and a few others bring their own."""
+        """Our pool behind the client class that this provider takes; azure's litellm makes around the pool itself."""
         if provider.name == "azure":
             return None
         if self._takes_openais_sdk(provider):
@@ -254,6 +260,10 @@ _OWN_HANDLER = words("""
 """Those that take litellm's own handler around our pool after all, as every other provider does."""
 
 
+def _failure(error: Exception, exchange: Exchange, record: ModelRecord) -> UpstreamFailure:
+    return exchange.fault or failure_of(error, exchange.response, record.name)
+
+
 def _none_in(response: httpx.Response | None, model: str) -> UpstreamFailure:
     return no_completion(model, response.content, response.headers) if response is not None else no_completion(model)
 
@@ -264,8 +274,10 @@ async def _shown(chunks: Chunks, exchange: Exchange, secrets: Collection[str]) -
         async with contextlib.aclosing(chunks):
             async for chunk in chunks:
                 yield chunk
+        if exchange.fault is not None:  # litellm takes a body that breaks off for its end, in some formats
+            raise exchange.fault
     except UpstreamFailure as failure:
-        raise without(secrets, failure) from failure.__cause__
+        raise without(secrets, exchange.fault or failure) from failure.__cause__
     finally:
         await exchange.aclose()
 

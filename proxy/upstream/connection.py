@@ -21,7 +21,7 @@ MOST_UNPACKED = 16 * 2**20
 """Bytes that may wait for their reader, where an upstream compresses its answer though it was asked not to."""
 PIECE = 256 * 2**10
 """A larger body is written bit by bit, so that others get a turn."""
-_GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
+GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 
 
 class Unanswered(ConnectionError):
@@ -234,7 +234,7 @@ class Connection(asyncio.Protocol):
             return
         coding = self.headers.get("content-encoding", "identity").lower()
         if coding in ("gzip", "x-gzip", "deflate"):
-            self._unpacker = zlib.decompressobj(_GZIP_OR_ZLIB)
+            self._unpacker = zlib.decompressobj(GZIP_OR_ZLIB)
         elif coding not in ("identity", ""):
             raise NotHttp(f"the answer is coded as {coding[:40]}, though it was to be plain")
         self.status = status

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from proxy.errors import UpstreamFailure
+from proxy.errors import MOST_ERROR_BYTES, AnswerTooLarge, NoRoomForAnswer, UpstreamFailure
+from proxy.json_shape import SMALL, TooMuchJson
 from proxy.relay.sse import EventCutter, EventTooLong
+from proxy.upstream.answer_room import AnswerRoom, Held
 from proxy.upstream.payload import Payload, exactly, parsed
 
 Parse = Callable[[bytes], tuple[Any, bytes | None]]
@@ -19,8 +21,10 @@ _ODD_CHOICES = "the model sent a chunk whose `choices` are not a list of objects
 class ChunkReader:
     """Feed it what was read; it gives the chunks of each whole event, until the stream is `over`."""
 
-    def __init__(self, parse: Parse = parsed) -> None:
-        self._cutter = EventCutter()
+    def __init__(self, parse: Parse = parsed, room: AnswerRoom | None = None) -> None:
+        self._room = room or AnswerRoom()
+        self._held = Held(self._room)
+        self._cutter = EventCutter(self._room.largest)
         self._parse = parse
         self.begun = False
         """A chunk has come."""
@@ -33,15 +37,25 @@ class ChunkReader:
 
     def feed(self, piece: bytes) -> list[Payload]:
         try:
-            return self._block(self._cutter.feed(piece))
+            events = self._cutter.feed(piece)
+            if self._cutter.size > SMALL or self._held.size:
+                self._hold(self._cutter.size)
         except EventTooLong as error:
-            return self._fail(UpstreamFailure(f"the model's stream broke: {type(error).__name__}"))
+            return self._fail(AnswerTooLarge(f"{error} (max_answer_bytes)"))
+        except NoRoomForAnswer as failure:
+            return self._fail(failure)
+        return self._block(events)
 
     def close(self) -> list[Payload]:
         """Nothing more comes."""
         block = self._block(self._cutter.close())
         self.over = True
+        self.drop()
         return block
+
+    def drop(self) -> None:
+        """What it holds of an event that is not over."""
+        self._held.release()
 
     @property
     def fault(self) -> UpstreamFailure | None:
@@ -49,6 +63,13 @@ class ChunkReader:
         if self.failure is None and not self.finished:
             return UpstreamFailure("the model's stream ended before its answer did")
         return self.failure
+
+    def _hold(self, size: int) -> None:
+        """Of the event that is not over."""
+        if size <= self._held.size:
+            self._held.release()
+        if size > SMALL:
+            self._held.grow_to(size)
 
     def _block(self, events: list[bytes]) -> list[Payload]:
         block: list[Payload] = []
@@ -61,6 +82,8 @@ class ChunkReader:
                 break
             try:
                 chunk = chunk_of(data, self._parse)
+                if len(data) > SMALL:
+                    chunk.held = Held(self._room, len(data))
             except UpstreamFailure as failure:
                 self._fail(failure)
                 break
@@ -71,6 +94,7 @@ class ChunkReader:
 
     def _fail(self, failure: UpstreamFailure) -> list[Payload]:
         self.failure, self.over = failure, True
+        self.drop()
         return []
 
 
@@ -78,12 +102,15 @@ def chunk_of(data: bytes, parse: Parse = parsed) -> Payload:
     """Raises UpstreamFailure. No choices and no delta, which some servers say as null, become what clients expect."""
     try:
         chunk, raw = parse(data)
+    except TooMuchJson as error:
+        raise AnswerTooLarge(f"the model sent an event that {error}") from error
     except ValueError as error:
         raise UpstreamFailure("the model sent an event that is not JSON") from error
     if not isinstance(chunk, dict):
         raise UpstreamFailure("the model sent an event that is not a JSON object")
     if chunk.get("error"):
-        raise UpstreamFailure("the model reported an error within its stream", status=502, body=chunk)
+        said = chunk if len(data) <= MOST_ERROR_BYTES else data
+        raise UpstreamFailure("the model reported an error within its stream", status=502, body=said)
     choices = chunk.get("choices")
     if not isinstance(choices, list | None):
         raise UpstreamFailure(_ODD_CHOICES)

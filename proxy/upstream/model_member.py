@@ -9,9 +9,11 @@ from typing import Any
 
 import orjson
 
-_MODEL = re.compile(rb'(?<!\\)"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]|\\.)*")')
+_MODEL = re.compile(rb'(?<!\\)"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]++|\\.)*+")')
 _MOST_PLACES = 8
 """Members called `model` that are tried, where tools and schemas have some of their own."""
+_LONGEST = 256
+"""Of a name that is looked for as it is, and remembered."""
 _BACKSLASH = ord("\\")
 
 
@@ -23,7 +25,7 @@ def with_model(raw: bytes, body: Mapping[str, Any], model: str) -> bytes | None:
         body: what it says.
     """
     stated = body.get("model")
-    if not isinstance(stated, str):
+    if not isinstance(stated, str) or len(stated) > _LONGEST:
         return None
     return _in_front(raw, stated, model) or _anywhere(raw, model)
 

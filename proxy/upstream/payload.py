@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import asyncio
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from json.decoder import JSONArray, JSONObject
+from json.scanner import py_make_scanner
+from typing import Any, Never
 
 import orjson
 
+from proxy.json_shape import MAX_VALUES_AT_ONCE, check_shape
 from proxy.relay.sse import dump, loads
+from proxy.upstream.answer_room import Held
 from proxy.upstream.model_member import with_model
 
 
@@ -18,6 +25,8 @@ class Payload:
     body: dict[str, Any]
     raw: bytes | None = None
     """As the upstream wrote it. None: no upstream wrote this, or not in a way that every client could read."""
+    held: Held | None = field(default=None, repr=False, compare=False)
+    """Of a large one: the room that it takes, as long as it is here."""
 
     def named(self, model: str) -> bytes:
         """As JSON, under our name for the model: the upstream's own bytes but for the value of `model`."""
@@ -35,12 +44,18 @@ class Payload:
         return self.body if self.raw is None else exactly(self.raw, self.body)
 
 
-def parsed(data: bytes) -> tuple[Any, bytes | None]:
+def parsed(data: bytes, *, checked: bool = False) -> tuple[Any, bytes | None]:
     """JSON, and its bytes where they may be shown as they are: not where they hold NaN, which is no JSON.
 
+    Args:
+        checked: it is known to hold no more than MAX_VALUES_AT_ONCE.
+
     Raises:
+        TooMuchJson: it would take too long.
         ValueError: it is not JSON at all, or nested beyond the stack.
     """
+    if not checked:
+        check_shape(data, MAX_VALUES_AT_ONCE)
     try:
         return orjson.loads(data), data
     except orjson.JSONDecodeError:  # also of half characters and NaN, which models do send
@@ -49,7 +64,28 @@ def parsed(data: bytes) -> tuple[Any, bytes | None]:
 
 def exact(data: bytes) -> tuple[Any, None]:
     """As `parsed`, every number as it was written, for what is to be written again. Raises ValueError."""
+    check_shape(data, MAX_VALUES_AT_ONCE)
     return loads(data), None
+
+
+async def parsed_in_turns(data: bytes) -> tuple[Any, bytes | None]:
+    """As `parsed`, of what holds too much for that: in a thread, by a parser that lets others run meanwhile. The usual
+    ones hold the interpreter until they are done, in whichever thread. Raises ValueError."""
+    return await asyncio.get_running_loop().run_in_executor(_PARSING, _patiently_parsed, data), data
+
+
+def _patiently_parsed(data: bytes) -> Any:
+    return _PATIENT.decode(data.decode())
+
+
+def _refuse_constant(name: str) -> Never:
+    raise ValueError(f"{name} is not a number in JSON")
+
+
+_PARSING = ThreadPoolExecutor(1, "uniroute-parsing")
+_PATIENT: Any = json.JSONDecoder(parse_constant=_refuse_constant)
+_PATIENT.parse_object, _PATIENT.parse_array = JSONObject, JSONArray
+_PATIENT.scan_once = py_make_scanner(_PATIENT)
 
 
 def exactly(data: bytes, body: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -24,7 +25,17 @@ _ANSWER = {
 
 
 def import_litellm() -> Any:
-    """Takes seconds: call it in a thread."""
+    """Takes seconds: call it in a thread. Raises whatever litellm does; it may be called again then."""
+    try:
+        return _imported()
+    except BaseException:
+        # what is left of an import that failed halfway would be taken for its parts by the next one
+        for name in [name for name in sys.modules if name.partition(".")[0] == "litellm"]:
+            del sys.modules[name]
+        raise
+
+
+def _imported() -> Any:
     os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # otherwise its import fetches a price map from the network
     import litellm
 

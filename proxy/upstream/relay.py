@@ -12,18 +12,20 @@ from typing import Any
 import certifi
 
 from proxy.descriptors import shares
-from proxy.errors import UpstreamFailure
+from proxy.errors import MOST_ERROR_BYTES, UpstreamFailure
+from proxy.json_shape import MAX_VALUES_AT_ONCE, SMALL
 from proxy.settings import Settings
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
 from proxy.tasks import end
+from proxy.upstream.answer_room import AnswerBounds, AnswerRoom
 from proxy.upstream.connection import BrokenOff, Connection, NotHttp, Unanswered
 from proxy.upstream.connections import Connections, Origin, ProxyRefused
 from proxy.upstream.events import ChunkReader
 from proxy.upstream.failures import lost, no_completion, redirecting, refused, unreachable, without
-from proxy.upstream.payload import Payload, parsed
+from proxy.upstream.payload import Payload, parsed, parsed_in_turns
 from proxy.upstream.targets import Target, Targets
-from proxy.upstream.wire import MOST_ANSWER_BYTES, MOST_ERROR_BYTES, has_choices
+from proxy.upstream.wire import has_choices
 
 log = logging.getLogger("uniroute.upstream")
 
@@ -72,7 +74,8 @@ class Answer:
 class RelayUpstream:
     """One per process, on one event loop."""
 
-    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
+    def __init__(self, settings: Settings, environ: Mapping[str, str], room: AnswerRoom | None = None) -> None:
+        self.room = room or AnswerRoom()
         self.targets = Targets(settings, environ)
         self._connect_s = settings.connect_timeout_s
         self._connections = Connections(shares().upstreams, lambda: _context_of(environ))
@@ -82,17 +85,19 @@ class RelayUpstream:
         """The whole answer. Raises UpstreamFailure."""
         target = self.targets.of(call.record, call.resolved)
         answer = await self._post(target, call, stream=False)
-        try:
-            said = await _read(answer, target, MOST_ANSWER_BYTES)
-        finally:
-            answer.done()
-        try:
-            completion, data = parsed(said)
-        except ValueError:
-            completion = data = None
-        if not isinstance(completion, dict) or completion.get("error") or not has_choices(completion):
-            raise without(target.secrets, no_completion(target.name, said, answer.headers))
-        return Payload(completion, data)
+        with AnswerBounds(self.room) as bounds:
+            try:
+                said = await _read(answer, target, bounds)
+            finally:
+                answer.done()
+            try:
+                many = bounds.values > MAX_VALUES_AT_ONCE
+                completion, data = await parsed_in_turns(said) if many else parsed(said, checked=len(said) > SMALL)
+            except ValueError:
+                completion = data = None
+            if not isinstance(completion, dict) or completion.get("error") or not has_choices(completion):
+                raise without(target.secrets, no_completion(target.name, said, answer.headers))
+            return Payload(completion, data, bounds.held)
 
     async def stream(self, call: RelayedCall) -> RelayedStream:
         """Raises UpstreamFailure: here if the upstream refused, later where the stream breaks or ends too early."""
@@ -101,7 +106,8 @@ class RelayUpstream:
         if "event-stream" in answer.headers.get("content-type", "event-stream").lower():
             return RelayedStream(self, answer, target.secrets)
         try:
-            said = await _read(answer, target, MOST_ANSWER_BYTES)
+            with AnswerBounds(self.room) as bounds:
+                said = await _read(answer, target, bounds)
         finally:
             answer.done()
         failure = UpstreamFailure(f"{target.name} answered a stream with something else", status=502, body=said)
@@ -161,7 +167,7 @@ class RelayedStream:
         self._upstream = upstream
         self._answer = answer
         self._secrets = secrets
-        self._reader = ChunkReader()
+        self._reader = ChunkReader(room=upstream.room)
         self._closed = False
 
     def __aiter__(self) -> RelayedStream:
@@ -194,6 +200,7 @@ class RelayedStream:
         if self._closed:
             return
         self._closed = True
+        self._reader.drop()
         if self._reader.over and self._reader.failure is None:
             self._upstream.give_back(self._answer)
         else:
@@ -217,15 +224,13 @@ async def _drain(answer: Answer) -> None:
         answer.done()
 
 
-async def _read(answer: Answer, target: Target, most: int) -> bytes:
+async def _read(answer: Answer, target: Target, bounds: AnswerBounds) -> bytes:
     """All of a body. Raises UpstreamFailure where it breaks off or is larger than can be held."""
-    pieces, size = [], 0
+    pieces = []
     try:
         while piece := await answer.read():
+            bounds.add(piece)
             pieces.append(piece)
-            size += len(piece)
-            if size > most:
-                raise UpstreamFailure(f"{target.name} broke off its answer: it is larger than {most} bytes")
     except _ENDS as error:
         raise UpstreamFailure(f"{target.name} broke off its answer: {type(error).__name__}") from error
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)

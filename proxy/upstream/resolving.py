@@ -1,16 +1,13 @@
-"""Finding out once which way each model is reached, and keeping it in the data directory. Calls no model."""
+"""Finding out once which way each model is reached, and keeping it in the data directory."""
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import hashlib
 import json
 import logging
 import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,18 +17,13 @@ from proxy.errors import BadRequest, Unavailable
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
 from proxy.state.stored_json import InvalidRecord
+from proxy.upstream.lookup import Found, Lookup, NotAsked, alone
 from proxy.upstream.resolution import plainly, questions
 
 log = logging.getLogger("uniroute.upstream")
 
 FILE = "providers.json"
 MOST_KEPT = 2000
-PATIENCE_S = 60.0
-"""litellm's import takes 3 s, and far longer on a machine that is busy with other starts."""
-
-
-class NotAsked(Exception):
-    """litellm could not be run."""
 
 
 class Resolver:
@@ -39,7 +31,17 @@ class Resolver:
 
     def __init__(self, data_dir: Path, environ: Mapping[str, str]) -> None:
         self._path = data_dir / FILE
+        lock = self._path.with_suffix(".turn")
+        self._lookup = Lookup(lock, self._environment, self._kept, self._keep_found, _is_answer)
         self._addresses = {name: value for name, value in environ.items() if name.endswith(("_API_BASE", "_BASE_URL"))}
+
+    @property
+    def waiting(self) -> int:
+        """Models whose provider is being looked up."""
+        return self._lookup.waiting
+
+    async def aclose(self) -> None:
+        await self._lookup.aclose()
 
     async def resolve(self, record: ModelRecord) -> ModelRecord:
         """With `resolved`.
@@ -49,6 +51,8 @@ class Resolver:
             Unavailable: litellm could not be asked.
         """
         try:
+            if self.waiting:
+                log.info("the provider of %s is looked up after those of %d other models", record.name, self.waiting)
             (found,) = await self._found([record])
         except NotAsked as error:
             raise Unavailable(f"the provider of {record.name} could not be looked up: {error}") from error
@@ -86,38 +90,8 @@ class Resolver:
         kept = self._kept()
         missing = {mark: each for mark, each in zip(marks, asked, strict=True) if mark not in kept}
         if missing:
-            found = dict(zip(missing, await self._by_litellm(list(missing.values())), strict=True))
-            kept |= found
-            await asyncio.to_thread(self._keep, found)
+            kept |= await self._lookup.answers(missing)
         return [_read(kept[mark]) for mark in marks]
-
-    async def _by_litellm(self, asked: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        command = [sys.executable, "-m", "proxy.upstream.resolving_process"]
-        pipe = asyncio.subprocess.PIPE
-        try:
-            child = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=pipe,
-                stdout=pipe,
-                stderr=asyncio.subprocess.DEVNULL,
-                env=self._environment(),
-                start_new_session=True,  # Ctrl-C is for us, who then end it
-            )
-        except OSError as error:
-            raise NotAsked(f"no process for it: {error}") from error
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                out, _ = await child.communicate(json.dumps(list(asked)).encode())
-            answers = json.loads(out)
-        except (TimeoutError, ValueError, OSError) as error:
-            raise NotAsked(f"litellm did not say ({type(error).__name__})") from error
-        finally:
-            if child.returncode is None:
-                child.kill()
-                await child.wait()
-        if not isinstance(answers, list) or len(answers) != len(asked) or not all(map(_is_answer, answers)):
-            raise NotAsked("litellm said something else than was asked")
-        return answers
 
     def _environment(self) -> dict[str, str]:
         """No keys, nor what litellm would read of a .env file: so it says which keys it would look for."""
@@ -136,10 +110,13 @@ class Resolver:
             return {}
         return {mark: each for mark, each in kept.items() if _is_answer(each)} if isinstance(kept, dict) else {}
 
+    async def _keep_found(self, found: Found) -> None:
+        await asyncio.to_thread(self._keep, found)
+
     def _keep(self, found: Mapping[str, Any]) -> None:
         """Beside what other processes have found meanwhile."""
         try:
-            with _alone(self._path.with_suffix(".lock")):
+            with alone(self._path.with_suffix(".lock")):
                 kept = [*self._kept().items(), *found.items()][-MOST_KEPT:]
                 written = self._path.with_suffix(".new")
                 written.write_text(json.dumps(dict(kept)), "utf-8")
@@ -162,11 +139,3 @@ def _read(answer: Any) -> Resolved | str:
     if isinstance(answer, dict) and isinstance(answer.get("refused"), str):
         return str(answer["refused"])
     return Resolved.from_json(answer.get("resolved") if isinstance(answer, dict) else None)
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -6,12 +6,15 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
+from time import monotonic
 from typing import Any
 
+from proxy.errors import CannotTranslate
 from proxy.settings import Settings
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
 from proxy.tasks import end
+from proxy.upstream.answer_room import AnswerRoom
 from proxy.upstream.client import LitellmUpstream
 from proxy.upstream.payload import Payload
 from proxy.upstream.relay import RelayedCall, RelayUpstream
@@ -19,6 +22,9 @@ from proxy.upstream.resolution import plainly
 
 log = logging.getLogger("uniroute.upstream")
 
+FIRST_PAUSE_S = 10.0
+LONGEST_PAUSE_S = 300.0
+"""Between two attempts to import litellm."""
 Blocks = AsyncIterator[list[Payload]]
 """Chunks of a stream, those together that came together."""
 
@@ -27,9 +33,15 @@ class Upstream:
     """One per process, on one event loop. litellm is imported when a model first needs it, in a thread."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
-        self._relay = RelayUpstream(settings, environ)
-        self._translate = LitellmUpstream(settings, environ)
+        self.room = AnswerRoom(settings.max_answer_bytes, settings.max_answers_in_flight_bytes)
+        self._relay = RelayUpstream(settings, environ, self.room)
+        self._translate = LitellmUpstream(settings, environ, self.room)
         self._loading: asyncio.Task[None] | None = None
+        self._tried = asyncio.Event()
+        """litellm was imported, or could not be."""
+        self._failed: str | None = None
+        """Why it could not, the last time."""
+        self._next_try = 0.0
         self._translated: frozenset[str] = frozenset()
 
     async def complete(
@@ -78,7 +90,7 @@ class Upstream:
     async def open(self) -> None:
         """Whatever the first request would wait for otherwise. litellm only where a model needs it."""
         if self._loading is not None:
-            await self.loaded()
+            await self._tried.wait()
 
     def serve(self, models: Mapping[str, ModelRecord]) -> None:
         """These are the models from now on."""
@@ -89,15 +101,36 @@ class Upstream:
             self._load()
 
     async def loaded(self) -> None:
-        """Return once translation is there. An import that failed is raised here."""
+        """Return once translation is there. Raises CannotTranslate while litellm cannot be imported."""
         if self._translate.ready:
             return
-        await asyncio.shield(self._loading or self._load())
+        if self._loading is None:
+            self._load()
+        await self._tried.wait()
+        if self._failed is not None:
+            raise CannotTranslate(f"{self._failed}; it is tried again", max(1.0, self._next_try - monotonic()))
 
-    def _load(self) -> asyncio.Task[None]:
-        self._loading = asyncio.create_task(self._translate.prepare(), name="uniroute-litellm")
-        self._loading.add_done_callback(_said_if_failed)
-        return self._loading
+    def _load(self) -> None:
+        self._loading = asyncio.create_task(self._try_until_loaded(), name="uniroute-litellm")
+
+    async def _try_until_loaded(self) -> None:
+        pause_s = FIRST_PAUSE_S
+        while not self._translate.ready:
+            try:
+                await self._translate.prepare()
+                self._failed = None
+            except Exception as error:
+                # of half a million lines that are not ours: for want of memory, files or descriptors, all of which end
+                self._failed = f"litellm cannot be imported ({type(error).__name__}: {error})"[:300]
+                log.exception(
+                    "%s: models of other formats than OpenAI's cannot be called; it is tried again in %g s",
+                    *(self._failed, pause_s),
+                )
+                self._next_try = monotonic() + pause_s
+            self._tried.set()
+            if self._failed is not None:
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     @property
     def loading(self) -> frozenset[str]:
@@ -114,11 +147,6 @@ def relayed(record: ModelRecord) -> Resolved | None:
     """What it was resolved to, if it is relayed."""
     resolved = record.resolved or plainly(record.litellm_params, record.info.forward)
     return resolved if resolved is not None and resolved.way == "relay" else None
-
-
-def _said_if_failed(loading: asyncio.Task[None]) -> None:
-    if not loading.cancelled() and (error := loading.exception()) is not None:
-        log.error("litellm cannot be loaded, so models of other formats than OpenAI's cannot be called: %s", error)
 
 
 async def _one_by_one(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[list[Payload]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,22 +13,18 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from proxy.descriptors import shares
-from proxy.errors import UpstreamFailure
+from proxy.errors import MOST_ERROR_BYTES, UpstreamFailure
+from proxy.json_shape import MAX_VALUES_AT_ONCE, check_shape
 from proxy.relay.sse import loads
 from proxy.tasks import read_gently, to_its_end
+from proxy.upstream.answer_room import LARGEST, AnswerBounds, AnswerRoom
+from proxy.upstream.connection import GZIP_OR_ZLIB, PIECE
 from proxy.upstream.connections import KEPT_ALIVE_S
 from proxy.upstream.events import ChunkReader
 from proxy.upstream.payload import exact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-MOST_ANSWER_BYTES = 128 * 2**20
-"""Of an answer that is no stream: it is held whole."""
-MOST_ERROR_BYTES = 16 * 2**10
-"""Of an error's body. litellm searches the words of an error again and again, on the event loop: a few megabytes of
-them held up every other request for 20 s."""
-
 
 EXCHANGE = "uniroute.exchange"
 """In the extensions of a request: whose it is."""
@@ -36,8 +33,11 @@ EXCHANGE = "uniroute.exchange"
 class Exchange:
     """The last HTTP response of one upstream call, as the pool saw it: litellm's own objects lose fields."""
 
-    def __init__(self, connect_s: float, *, streams: bool = False) -> None:
+    def __init__(self, connect_s: float, *, streams: bool = False, room: AnswerRoom | None = None) -> None:
         self.connect_s = connect_s
+        self.bounds = AnswerBounds(room or AnswerRoom(), MAX_VALUES_AT_ONCE)
+        self.fault: UpstreamFailure | None = None
+        """Why its answer was not read to the end, whatever the library in between made of that."""
         self.streams = streams
         """Whether a stream was asked for."""
         self.response: httpx.Response | None = None
@@ -48,6 +48,7 @@ class Exchange:
         """Whatever it still has open is nobody's from now on."""
         if self.over_at is None:
             self.over_at = monotonic()
+        self.bounds.held.release()
 
     async def aclose(self) -> None:
         """The upstream's connection, for certain."""
@@ -65,7 +66,7 @@ class Exchange:
         if self.is_chat_format:
             return self.completion() is not None
         try:
-            body = loads(self.response.content) if self.response is not None else None
+            body = _loads(self.response.content) if self.response is not None else None
         except ValueError:
             return False
         return isinstance(body, dict) and not body.get("error")
@@ -75,10 +76,15 @@ class Exchange:
         if self.response is None or not self.response.is_success:
             return None
         try:
-            body = loads(self.response.content)
+            body = _loads(self.response.content)
         except (ValueError, httpx.StreamError):  # not JSON, or not read
             return None
         return body if isinstance(body, dict) and has_choices(body) and not body.get("error") else None
+
+
+def _loads(data: bytes) -> Any:
+    check_shape(data, MAX_VALUES_AT_ONCE)
+    return loads(data)
 
 
 def has_choices(body: Mapping[str, Any]) -> bool:
@@ -92,10 +98,10 @@ _current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
 
 
 @contextmanager
-def watched(connect_s: float, *, streams: bool = False) -> Iterator[Exchange]:
+def watched(connect_s: float, *, streams: bool = False, room: AnswerRoom | None = None) -> Iterator[Exchange]:
     """What the pool receives in this context is noted on the exchange; it connects within `connect_s`. The exchange is
     over at the end, but for a stream, which is until it was closed."""
-    exchange = Exchange(connect_s, streams=streams)
+    exchange = Exchange(connect_s, streams=streams, room=room)
     token = _current.set(exchange)
     try:
         yield exchange
@@ -121,11 +127,13 @@ async def _note(response: httpx.Response) -> None:
     exchange = _current.get()
     if exchange is not None:
         exchange.response = response
+    if coding := response.headers.pop("content-encoding", ""):
+        response.stream = _Unpacked(response.stream, coding)  # as httpx would, but for what a few bytes unpack to
     if response.is_error:
         response.stream = _Beginning(response.stream)
         return
-    if not is_event_stream(response) or not (exchange and exchange.streams):
-        response.stream = _Bounded(response.stream)
+    if "amazon.eventstream" not in response.headers.get("content-type", ""):  # frames, which tell their own length
+        response.stream = _Bounded(response.stream, exchange or Exchange(0.0), whole=not is_event_stream(response))
     if exchange is not None and not exchange.streams and response.is_success:
         await response.aread()
         if not exchange.has_sense:
@@ -136,7 +144,7 @@ HOOKS: Mapping[str, list[Any]] = {"request": [_hurry], "response": [_note]}
 
 
 class AnswerTooLong(httpx.TransportError):
-    """More than MOST_ANSWER_BYTES that are no stream."""
+    """More than is read of one answer, or more than there is room for."""
 
 
 class NoAnswer(httpx.TransportError):
@@ -162,18 +170,58 @@ class _Beginning(httpx.AsyncByteStream):
 
 
 class _Bounded(httpx.AsyncByteStream):
-    """A body that is given up once it is larger than can be held."""
+    """A body that is given up once it is larger than can be held, or one of its lines where a stream was asked for."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, exchange: Exchange, *, whole: bool) -> None:
+        """`whole`: it is held as a whole, if need be."""
         self._stream = stream
+        self._exchange = exchange
+        self._whole = whole
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        size = 0
+        exchange, size = self._exchange, 0
+        bounds = exchange.bounds
+        add = bounds.add_lines if exchange.streams else bounds.add
         async for piece in self._stream:
             size += len(piece)
-            if size > MOST_ANSWER_BYTES:
-                raise AnswerTooLong(f"the answer is larger than {MOST_ANSWER_BYTES} bytes")
+            try:
+                add(piece)
+                if self._whole and size > bounds.room.largest:
+                    raise bounds.too_large()
+            except UpstreamFailure as failure:
+                exchange.fault = failure
+                raise AnswerTooLong(failure.message) from failure
             yield piece
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+class _Unpacked(httpx.AsyncByteStream):
+    """What a body unpacks to, bit by bit."""
+
+    def __init__(self, stream: Any, coding: str) -> None:
+        """Raises NoAnswer."""
+        if coding.strip().lower() not in ("gzip", "x-gzip", "deflate", "identity"):
+            raise NoAnswer(f"the answer is coded as {coding[:40]}, though it was to be plain")
+        self._stream = stream
+        self._unpacker = zlib.decompressobj(GZIP_OR_ZLIB) if coding.strip().lower() != "identity" else None
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for piece in self._stream:
+            for plain in self._unpacked(piece):
+                yield plain
+
+    def _unpacked(self, piece: bytes) -> Iterator[bytes]:
+        if self._unpacker is None:
+            yield piece
+            return
+        try:
+            while piece:
+                yield self._unpacker.decompress(piece, PIECE)
+                piece = self._unpacker.unconsumed_tail
+        except zlib.error as error:
+            raise NoAnswer(f"the answer cannot be unpacked: {error}") from None
 
     async def aclose(self) -> None:
         await self._stream.aclose()
@@ -192,14 +240,15 @@ def open_pool(timeout_s: float) -> httpx.AsyncClient:
         limits=httpx.Limits(
             max_connections=most, max_keepalive_connections=min(200, most), keepalive_expiry=KEPT_ALIVE_S
         ),
+        headers={"accept-encoding": "identity"},
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         event_hooks=dict(HOOKS),
     )
 
 
-async def chunks_of(response: httpx.Response) -> AsyncGenerator[dict[str, Any]]:
+async def chunks_of(response: httpx.Response, largest: int = LARGEST) -> AsyncGenerator[dict[str, Any]]:
     """The chunks of a stream in OpenAI's format, untouched. UpstreamFailure where it breaks or ends too early."""
-    reader = ChunkReader(exact)
+    reader = ChunkReader(exact, AnswerRoom(largest))  # what is on its way is counted by the pool already
     try:
         async for piece in read_gently(response.aiter_bytes()):
             for chunk in reader.feed(piece):
@@ -216,6 +265,7 @@ async def chunks_of(response: httpx.Response) -> AsyncGenerator[dict[str, Any]]:
             lost=not reader.begun and isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError),
         ) from error
     finally:
+        reader.drop()
         await to_its_end(response.aclose())
     if (fault := reader.fault) is not None:
         raise fault

@@ -101,7 +101,9 @@ def test_too_many_requests_are_told_with_or_without_a_time(
     attacked.fair.always = Step(status=429, headers=headers, body={"error": {"message": "slow down"}})
     reply = ask(http, stream=stream)
 
+    told = {"7": "7", "Wed, 21 Oct 2065 07:28:00 GMT": "3600"}.get(retry_after or "")
     assert (reply.status_code, reply.json()["error"]["message"]) == (429, "slow down")
+    assert reply.headers.get("retry-after") == told
 
 
 def test_a_model_that_is_removed_while_it_answers_finishes(http: httpx.Client, attacked: Attacked) -> None:

@@ -153,7 +153,7 @@ async def test_statuses_pass_through(upstream: LitellmUpstream, server: Scripted
     with pytest.raises(UpstreamFailure) as caught:
         await upstream.complete(claude(server), {"messages": ASK})
 
-    assert (caught.value.status, caught.value.retryable, caught.value.retry_after) == (529, True, "3")
+    assert (caught.value.status, caught.value.retryable, caught.value.headers["retry-after"]) == (529, True, "3")
 
 
 async def test_a_parameter_without_a_counterpart_is_said_and_another_model_may_try(

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from proxy.jobs.leases import LeaseLost, Leases
+from proxy.jobs.leases import GIVEN_UP, MOST_TRIES, LeaseLost, Leases
 from proxy.jobs.ledger import Ledger
-from proxy.jobs.records import PromptAnswer
+from proxy.jobs.records import OPEN, PromptAnswer, job_key, lease_key
 from proxy.state.embedded import EmbeddedValkey
 from proxy.state.store import Store
 from proxy.state.stored import PROFILES
@@ -202,3 +202,52 @@ async def test_work_ends_before_a_lease_that_cannot_be_renewed_does(store: Store
     await until(holding.done)
     assert isinstance(holding.exception(), LeaseLost)
     assert work.cancelled()
+
+
+async def taken_and_lost(store: Store, leases: Leases, job_id: str) -> bool:
+    """By a worker that dies; False where there is nothing left to take."""
+    taken = await leases.take(job_id) is not None
+    await store.client.delete(lease_key(job_id))
+    return taken
+
+
+async def test_a_job_whose_workers_die_is_given_up_and_says_so(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    ledger, leases = Ledger(store), Leases(store)
+    job_id = await ledger.submit(a_record(), 20, 1.0)
+    first = await leases.take(job_id)
+    assert first is not None
+    await ledger.begin(first, 20, priced=True)
+    await ledger.reserve(first, "p1", 0.25)
+    await store.client.delete(lease_key(job_id))
+    tries = [await taken_and_lost(store, leases, job_id) for _ in range(MOST_TRIES)]
+    job = await ledger.get(job_id)
+
+    assert tries == [*[True] * (MOST_TRIES - 1), False]
+    assert job is not None
+    assert (job.state, job.spent_usd) == ("failed", 0.25)
+    assert f"given up after {MOST_TRIES} tries" in (job.error or "")
+    assert GIVEN_UP in caplog.text
+    assert not await store.client.sismember(OPEN, job_id)
+    assert await ledger.submit(a_record(), 20, 1.0) != job_id
+
+
+async def test_a_job_that_is_given_back_was_not_tried_in_vain(store: Store) -> None:
+    ledger, leases = Ledger(store), Leases(store)
+    job_id = await ledger.submit(a_record(), 20, 1.0)
+    for _ in range(2 * MOST_TRIES):
+        lease = await leases.take(job_id)
+        assert lease is not None
+        await leases.release(lease)
+
+
+@pytest.mark.parametrize("stored", ["", "nan", "-5", "1e99", "many", "-inf"])
+async def test_a_count_of_tries_that_is_none_begins_anew(store: Store, stored: str) -> None:
+    ledger, leases = Ledger(store), Leases(store)
+    job_id = await ledger.submit(a_record(), 20, 1.0)
+    await store.client.hset(job_key(job_id), "tries", stored)  # type: ignore[misc]
+    lease = await leases.take(job_id)
+    assert lease is not None
+    await store.client.hset(job_key(job_id), "tries", stored)  # type: ignore[misc]
+    await leases.release(lease)
+
+    assert await leases.take(job_id)

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import UpstreamFailure
+from proxy.errors import MOST_ERROR_BYTES, UpstreamFailure
 from proxy.settings import Settings
 from proxy.upstream.client import LitellmUpstream
-from proxy.upstream.wire import MOST_ERROR_BYTES
 from tests.support.answers import Step
 from tests.support.makers import a_record
 from tests.support.upstream import ScriptedUpstream

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import resource
 from typing import Any
 
 import pytest
 
 from proxy.errors import BadRequest, ControlFieldRefused
+from proxy.json_shape import MAX_DEPTH
 from proxy.routing.provider import Provider
 from proxy.routing.refused import USUAL, is_control_field
-from proxy.routing.request import MAX_DEPTH, ChatRequest, parse_chat, parse_object
+from proxy.routing.request import ChatRequest, parse_chat, parse_object
 
 ASK: Any = [{"role": "user", "content": "hi"}]
 
@@ -184,6 +186,14 @@ def test_depth_is_bounded_and_not_by_the_stack() -> None:
     for levels in (MAX_DEPTH + 1, 900, 200_000):
         with pytest.raises(BadRequest, match="nested deeper"):
             parse_object(nested(levels))
+
+
+@pytest.mark.parametrize("flood", [b"{},", b'"",', b"[],", b"1,"])
+def test_millions_of_values_are_refused_before_they_are_made(flood: bytes) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(BadRequest, match="more than 300000 values"):
+        parse_object(b'{"a":[' + flood * 3_000_000 + b"1]}")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 80_000  # KiB; parsed they take more
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"\xff", b"[]", b"1", b'{"a": NaN}', b'{"a": 1e999}', b'{"a": "\\ud800"}'])

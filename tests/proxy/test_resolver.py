@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,10 @@ from proxy.errors import Unavailable
 from proxy.settings import ModelInfo
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
-from proxy.upstream import resolving
+from proxy.upstream import lookup
 from proxy.upstream.resolving import FILE, Resolver
 from proxy.upstream.upstream import relayed
-from tests.support.makers import a_record
+from tests.support.makers import a_record, until
 from tests.support.process_group import children_of
 
 NEAR = "http://127.0.0.1:9/v1"
@@ -44,14 +45,16 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def answering(folder: Path, *answers: Any) -> None:
-    (folder / "answers").write_text(json.dumps(answers))
-    (folder / "then").write_text(f"cat > /dev/null; cat {folder}/answers")
+def answering(folder: Path, answer: Any) -> None:
+    """The same to each question."""
+    (folder / "answer").write_text(json.dumps(answer) + "\n")
+    (folder / "then").write_text(f"while read question; do cat {folder}/answer; done")
 
 
 ONE = stated(model="groq/x", api_base=NEAR)
 DYING = ["exit 3", "kill -9 $$", "exec sleep 60"]
-DYING += [f"cat > /dev/null; echo '{said}'" for said in ("nonsense", "[]", "[7]", "{}", '[{"resolved": {}}]')]
+DYING += [f"read question; echo '{said}'" for said in ("nonsense", "[]", "7", "{}", '{"resolved": {}}')]
+DYING += ['read question; printf \'{"refused": "no"}\'', "head -c 3000000 /dev/zero", "exec cat"]
 FOUND = Resolved("relay", "x", "groq", NEAR, "GROQ_API_KEY")
 ANSWER = {"resolved": FOUND.to_json()}
 
@@ -97,10 +100,107 @@ async def test_a_broken_file_is_as_good_as_none(asked: Path, broken: str) -> Non
 async def test_several_at_once_write_one_file(asked: Path) -> None:
     answering(asked, ANSWER)
     records = [stated(model=f"groq/{number}", api_base=NEAR) for number in range(12)]
-    await asyncio.gather(*(Resolver(asked / "data", {}).resolve(record) for record in records))
+    one, other = Resolver(asked / "data", {}), Resolver(asked / "data", {})
+    asking = [resolver.resolve(record) for record in records for resolver in (one, other)]
+    assert all(record.resolved == FOUND for record in await asyncio.gather(*asking))
 
+    assert (asked / "asked").read_text() == "\n"
     assert len(json.loads((asked / "data" / FILE).read_text())) == 12
-    assert {path.name for path in (asked / "data").iterdir()} == {FILE, "providers.lock"}
+    assert {path.name for path in (asked / "data").iterdir()} == {FILE, "providers.lock", "providers.turn"}
+    await one.aclose()
+
+
+async def test_eight_models_at_once_are_asked_of_one_process_that_ends_when_it_is_idle(
+    asked: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lookup, "IDLE_S", 0.05)
+    caplog.set_level("INFO")
+    answering(asked, ANSWER)
+    resolver = Resolver(asked / "data", {})
+    asking = [asyncio.create_task(resolver.resolve(stated(model=f"groq/{n}", api_base=NEAR))) for n in range(8)]
+    await asyncio.sleep(0)
+    waiting = resolver.waiting
+    await asyncio.gather(*asking)
+
+    assert (waiting, resolver.waiting, (asked / "asked").read_text()) == (8, 0, "\n")
+    assert "looked up after those of 7 other models" in caplog.text
+    await until(lambda: "litellm said who serves 8 models" in caplog.text)
+    await resolver.resolve(stated(model="groq/later", api_base=NEAR))
+    assert (asked / "asked").read_text() == "\n\n"
+    await resolver.aclose()
+
+
+async def test_a_process_that_cannot_say_fails_all_that_wait_for_it_at_once(asked: Path) -> None:
+    (asked / "then").write_text("exit 3")
+    resolver = Resolver(asked / "data", {})
+    asking = [resolver.resolve(stated(model=f"groq/{n}", api_base=NEAR)) for n in range(8)]
+    ended = await asyncio.gather(*asking, return_exceptions=True)
+
+    assert {type(each) for each in ended} == {Unavailable}
+    assert (asked / "asked").read_text() == "\n"
+
+
+async def test_a_question_over_which_the_process_dies_is_no_other_models_fault(asked: Path) -> None:
+    answering(asked, ANSWER)
+    dying = f"while read question; do case $question in *deadly*) exit 1;; esac; cat {asked}/answer; done"
+    (asked / "then").write_text(dying)
+    resolver = Resolver(asked / "data", {})
+    asking = [resolver.resolve(stated(model=f"groq/{name}", api_base=NEAR)) for name in ("a", "deadly", "b")]
+    first, deadly, last = await asyncio.gather(*asking, return_exceptions=True)
+
+    assert isinstance(deadly, Unavailable)
+    assert isinstance(first, ModelRecord)
+    assert isinstance(last, ModelRecord)
+    assert (first.resolved, last.resolved) == (FOUND, FOUND)
+    await resolver.aclose()
+
+
+async def test_who_leaves_takes_nothing_from_the_others(asked: Path) -> None:
+    answering(asked, ANSWER)
+    resolver = Resolver(asked / "data", {})
+    leaving = asyncio.create_task(resolver.resolve(ONE))
+    await asyncio.sleep(0)
+    staying = asyncio.create_task(resolver.resolve(stated(model="groq/y", api_base=NEAR)))
+    leaving.cancel()
+
+    assert (await staying).resolved == FOUND
+    assert (asked / "asked").read_text() == "\n"
+    await resolver.aclose()
+
+
+async def test_whoever_ends_leaves_no_process_behind(asked: Path) -> None:
+    (asked / "then").write_text("exec sleep 60")
+    resolver = Resolver(asked / "data", {})
+    asking = asyncio.create_task(resolver.resolve(ONE))
+    await until(lambda: (asked / "asked").exists())
+    await resolver.aclose()
+
+    with pytest.raises(Unavailable, match="this process ends"):
+        await asking
+    assert not children_of(os.getpid())
+
+
+async def test_no_more_wait_than_can_be_told_in_time(asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookup, "MOST_WAITING", 1)
+    answering(asked, ANSWER)
+    resolver = Resolver(asked / "data", {})
+    records = [stated(model=f"groq/{n}", api_base=NEAR) for n in range(2)]
+    ended = await asyncio.gather(*map(resolver.resolve, records), return_exceptions=True)
+
+    assert "1 others wait for it" in str(ended[1])
+    await resolver.aclose()
+
+
+def test_what_litellm_takes_is_bounded() -> None:
+    """The limit itself: what asks for more fails in that process."""
+    program = (
+        "from proxy.upstream import resolving_process as asked\n"
+        "asked.MOST_MEMORY = 300 * 2**20; asked.bound_memory()\n"
+        "try: bytearray(2**29)\nexcept MemoryError: print('bounded')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+    assert ended.stdout == "bounded\n"
 
 
 async def test_two_processes_at_once_write_one_file(tmp_path: Path) -> None:
@@ -127,7 +227,7 @@ async def test_a_folder_that_cannot_be_written_is_no_hindrance(asked: Path) -> N
 async def test_who_cannot_be_asked_is_a_503_and_at_start_means_translation(
     asked: Path, monkeypatch: pytest.MonkeyPatch, then: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(resolving, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(lookup, "START_S", 0.3)
     (asked / "then").write_text(then)
     resolver = Resolver(asked / "data", {})
     with pytest.raises(Unavailable, match="provider of m could not be looked up"):

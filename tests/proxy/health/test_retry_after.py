@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.health.retry_after import stated_wait_s
+from proxy.health.retry_after import LONGEST_WAIT_S, stated_wait_s, told_wait
 
 NOW = 1_800_000_000.0  # Fri, 15 Jan 2027 08:00:00 GMT
 
@@ -19,7 +19,10 @@ NOW = 1_800_000_000.0  # Fri, 15 Jan 2027 08:00:00 GMT
         ({"retry-after-ms": "soon", "retry-after": "7"}, 7.0),
         ({"retry-after": "Fri, 15 Jan 2027 08:01:30 GMT"}, 90.0),
         ({"retry-after": "Fri, 15 Jan 2027 09:01:30 +0100"}, 90.0),
-        ({"retry-after": "9" * 90}, float("9" * 90)),
+        ({"retry-after": "9" * 90}, LONGEST_WAIT_S),
+        ({"retry-after-ms": "9" * 90}, LONGEST_WAIT_S),
+        ({"retry-after": "Fri, 15 Jan 2038 08:00:00 GMT"}, LONGEST_WAIT_S),
+        ({"retry-after": "3600.5"}, LONGEST_WAIT_S),
     ],
 )
 def test_seconds_milliseconds_and_dates_are_read(headers: dict[str, str], seconds: float) -> None:
@@ -36,3 +39,21 @@ def test_seconds_milliseconds_and_dates_are_read(headers: dict[str, str], second
 def test_nothing_negative_past_or_garbled_is(text: str) -> None:
     assert stated_wait_s({"retry-after": text}, NOW) is None
     assert stated_wait_s({}, NOW) is None
+
+
+@pytest.mark.parametrize(
+    ("stated", "told"),
+    [
+        ({"retry-after": "7"}, {"retry-after": "7"}),
+        ({"Retry-After": "0.2"}, {"retry-after": "1"}),
+        ({"retry-after": "9" * 90}, {"retry-after": "3600"}),
+        ({"retry-after": "Fri, 15 Jan 2027 08:01:30 GMT"}, {"retry-after": "90"}),
+        ({"retry-after": "Fri, 15 Jan 2999 08:00:00 GMT"}, {"retry-after": "3600"}),
+        ({"retry-after-ms": "250", "retry-after": "7"}, {"retry-after": "1", "retry-after-ms": "250"}),
+        ({"retry-after-ms": "9" * 90}, {"retry-after": "3600", "retry-after-ms": "3600000"}),
+        *(({"retry-after": text}, {}) for text in ("", "-7", "nan", "inf", "1e9", "0", "soon", "9" * 101)),
+        ({"x-request-id": "1"}, {"x-request-id": "1"}),
+    ],
+)
+def test_a_client_is_told_the_wait_that_counts_here_too(stated: dict[str, str], told: dict[str, str]) -> None:
+    assert told_wait(stated, NOW) == told

@@ -1,0 +1,259 @@
+"""No more of an answer is held or parsed than is stated, both ways, and all that was held is given back."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import logging
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamFailure, describe
+from proxy.health.health import ModelHealth
+from proxy.health.policy import HealthPolicy
+from proxy.json_shape import MAX_VALUES, MAX_VALUES_AT_ONCE, SMALL
+from proxy.settings import ModelInfo, Settings
+from proxy.state.records import ModelRecord
+from proxy.upstream.answer_room import AnswerBounds, AnswerRoom, Held
+from proxy.upstream.upstream import Upstream
+from tests.support.makers import until
+from tests.support.raw_upstream import DONE, END, JSON, SAID, STREAM_HEAD, RawUpstream, Said, chunked, plain
+from tests.support.relaying import BODY, a_model, failing, streamed, whole
+
+WAYS = pytest.mark.parametrize("way", ["relay", "translate", "anthropic"])
+KINDS = pytest.mark.parametrize("ask", [whole, streamed])
+GZIP = b"content-type: application/json\r\ncontent-encoding: gzip\r\n"
+EVENT_STREAM = b"content-type: text/event-stream\r\n"
+
+
+@pytest.fixture
+async def upstream(request: pytest.FixtureRequest) -> AsyncIterator[Upstream]:
+    """With little room, so that little is needed to fill it."""
+    opened = Upstream(Settings(max_answer_bytes=4_000_000, max_answers_in_flight_bytes=5_000_000), {})
+    if hasattr(request.node, "callspec") and request.node.callspec.params.get("way", "relay") != "relay":
+        await opened.loaded()
+    yield opened
+    await opened.aclose()
+
+
+def by(way: str, server: RawUpstream) -> ModelRecord:
+    if way == "anthropic":
+        base = server.url.removesuffix("/v1")
+        record = a_model(server, model="anthropic/theirs", api_base=base, api_key="sk-arm-key")
+    elif way == "azure":
+        base = server.url.removesuffix("/v1")
+        record = a_model(server, model="azure/theirs", api_base=base, api_key="sk-arm-key", api_version="2024-10-21")
+    else:
+        record = a_model(server, api_key="sk-arm-key")
+    return replace(record, info=ModelInfo(free=True, forward="auto" if way == "relay" else "translate"))
+
+
+def holding(text: bytes) -> bytes:
+    """A completion with something more."""
+    return JSON[:-1] + b',"more":' + text + b"}"
+
+
+def event(text: bytes) -> bytes:
+    return SAID.rstrip()[:-1] + b',"more":' + text + b"}\n\n"
+
+
+def saying(ask: Any, text: bytes) -> Said:
+    """A whole answer or a stream of which one event holds `text`."""
+    return plain(holding(text)) if ask is whole else Said(chunked(SAID, event(text), END, DONE))
+
+
+@pytest.mark.parametrize("way", ["relay", "translate", "anthropic", "azure"])
+@KINDS
+async def test_a_flood_of_values_is_not_parsed(upstream: Upstream, way: str, ask: Any) -> None:
+    async with RawUpstream(saying(ask, b"[" + b"[]," * 800_000 + b"1]")) as server:
+        failure = await failing(upstream, by(way, server), ask)
+
+        assert isinstance(failure, AnswerTooLarge)
+        assert "values" in failure.message
+    assert upstream.room.taken == 0
+
+
+@WAYS
+@KINDS
+async def test_what_is_nested_too_deeply_is_no_answer(upstream: Upstream, way: str, ask: Any) -> None:
+    async with RawUpstream(saying(ask, b"[" * 600 + b"1" + b"]" * 600)) as server:
+        await failing(upstream, by(way, server), ask)
+
+
+@WAYS
+@KINDS
+@pytest.mark.parametrize("filling", [b" ", b"x"])
+async def test_more_bytes_than_are_read_of_one_answer(upstream: Upstream, way: str, ask: Any, filling: bytes) -> None:
+    text = filling * 4_200_000 if filling == b" " else b'"' + filling * 4_200_000 + b'"'
+    async with RawUpstream(saying(ask, text)) as server:
+        failure = await failing(upstream, by(way, server), ask)
+
+        assert isinstance(failure, AnswerTooLarge)
+        assert "max_answer_bytes" in failure.message
+    assert upstream.room.taken == 0
+
+
+@WAYS
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_unpacks_to_more_than_is_read_is_not_unpacked(upstream: Upstream, way: str, stream: bool) -> None:
+    packed = gzip.compress(event(b'"' + b"x" * 50_000_000 + b'"') if stream else b" " * 50_000_000 + JSON)
+    head = GZIP if not stream else EVENT_STREAM + b"content-encoding: gzip\r\n"
+    async with RawUpstream(plain(packed, head)) as server:
+        await failing(upstream, by(way, server), streamed if stream else whole)
+    assert upstream.room.taken == 0
+
+
+@pytest.mark.parametrize("way", ["relay", "translate"])
+async def test_a_packed_answer_is_read_all_the_same(upstream: Upstream, way: str) -> None:
+    async with RawUpstream(plain(gzip.compress(JSON), GZIP)) as server:
+        assert json.loads(await whole(upstream, by(way, server)))["choices"][0]["message"]["content"] == "hi"
+
+
+@pytest.mark.parametrize("way", ["relay", "translate"])
+@KINDS
+async def test_a_large_answer_arrives_whole(upstream: Upstream, way: str, ask: Any) -> None:
+    text = '"[]{},:é\\' * 200_000
+    async with RawUpstream(saying(ask, json.dumps(text).encode())) as server:
+        said = await ask(upstream, by(way, server))
+
+    assert [text] == [more for each in ([said] if ask is whole else said) if (more := json.loads(each).get("more"))]
+    await until(lambda: upstream.room.taken == 0)
+
+
+@pytest.mark.parametrize("values", [MAX_VALUES_AT_ONCE - 1000, MAX_VALUES - 1000])
+async def test_many_values_of_a_whole_answer_are_read_as_few_are(upstream: Upstream, values: int) -> None:
+    numbers = list(range(values // 2))
+    said = holding(json.dumps(numbers).encode())
+    async with RawUpstream(plain(said)) as server:
+        answer = await upstream.complete(by("relay", server), BODY)
+
+    assert answer.body["more"] == numbers
+    assert answer.named("theirs") == said
+
+
+async def test_an_answer_has_room_or_is_told_so_and_all_of_it_is_given_back(
+    upstream: Upstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with RawUpstream(plain(holding(b'"' + b"x" * 3_000_000 + b'"'))) as server:
+        record = by("relay", server)
+        first = await upstream.complete(record, BODY)
+        failure = await failing(upstream, record, whole)
+        taken = upstream.room.taken
+        del first
+
+        assert isinstance(failure, NoRoomForAnswer)
+        assert taken > 3_000_000
+        assert "max_answers_in_flight_bytes" in caplog.text
+        assert await whole(upstream, record)
+    assert upstream.room.taken == 0
+
+
+@WAYS
+@KINDS
+async def test_who_is_cancelled_gives_its_room_back(upstream: Upstream, way: str, ask: Any) -> None:
+    length = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 9999999\r\n\r\n"
+    head = length if ask is whole else STREAM_HEAD + b"\r\n"
+    beginning = (b'{"a":"' if ask is whole else b'data: {"a":"') + b"x" * 1_000_000
+    async with RawUpstream(Said((head + beginning,), "hang")) as server:
+        asking = asyncio.create_task(ask(upstream, by(way, server)))
+        await until(lambda: upstream.room.taken > 500_000)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+    await until(lambda: upstream.room.taken == 0)
+
+
+@pytest.mark.parametrize("way", ["translate", "anthropic", "azure"])
+async def test_no_connection_to_a_model_outlives_its_process(upstream: Upstream, way: str) -> None:
+    async with RawUpstream(plain()) as server:
+        with suppress(UpstreamFailure):
+            await whole(upstream, by(way, server))
+        kept = server.open
+        await upstream.aclose()
+        await until(lambda: server.open == 0)
+
+    assert kept == 1
+
+
+async def test_a_large_event_is_held_until_it_is_dropped(upstream: Upstream) -> None:
+    async with RawUpstream(saying(streamed, b'"' + b"x" * 1_000_000 + b'"')) as server:
+        stream: Any = await upstream.stream(by("relay", server), {**BODY, "stream": True})
+        most = 0
+        async for block in stream:
+            most = max(most, upstream.room.taken)
+            del block
+
+        assert most >= 1_000_000
+        assert upstream.room.taken == 0
+
+
+@pytest.mark.parametrize("kind", [b"application/json", b"text/event-stream"])
+@pytest.mark.parametrize("ask", [whole, streamed])
+async def test_of_a_failure_the_beginning_alone_is_kept(upstream: Upstream, ask: Any, kind: bytes) -> None:
+    """Also of a success that is none: its words are searched, and parsed once more to be told."""
+    said = b'{"error":{"message":"no"},"more":[' + b"1," * 40_000 + b"1]}"
+    body = b"data: " + said + b"\n\n" if kind == b"text/event-stream" else said
+    async with RawUpstream(plain(body, b"content-type: " + kind + b"\r\n")) as server:
+        failure = await failing(upstream, by("relay", server), ask)
+
+    assert failure.status == 502 or isinstance(failure, UpstreamFailure)
+    assert len(json.dumps(describe(failure)[1])) < 40_000
+
+
+@pytest.mark.parametrize("failure", [AnswerTooLarge("too large"), NoRoomForAnswer("no room")])
+def test_an_answer_too_large_lets_no_model_rest(failure: UpstreamFailure) -> None:
+    health = ModelHealth(HealthPolicy())
+    for _ in range(20):
+        health.begin("small").failed(failure)
+
+    assert not health.resting()
+
+
+def test_without_room_other_models_are_not_asked_and_the_client_may_come_again() -> None:
+    failure = NoRoomForAnswer("no room")
+    status, body, headers = describe(failure)
+
+    assert (status, body["error"]["message"], headers["retry-after"]) == (503, "no room", "1")
+    assert not failure.retryable
+
+
+def test_room_is_given_back_when_nothing_refers_to_the_answer() -> None:
+    room = AnswerRoom(10, 10)
+    held = Held(room, 8)
+    with pytest.raises(NoRoomForAnswer):
+        Held(room, 3)
+    held.grow_to(10)
+    taken = room.taken
+    del held
+
+    assert (taken, room.taken) == (10, 0)
+
+
+@pytest.mark.parametrize("cut", [1, 1000, SMALL - 1, SMALL + 1])
+def test_of_lines_each_is_bounded_by_itself(cut: int) -> None:
+    bounds = AnswerBounds(AnswerRoom(2 * SMALL, 10 * SMALL))
+    text = (b"x" * (SMALL // 3) + b"\n") * 12 + b"y" * (2 * SMALL) + b"\nz"
+    step = max(cut, 100)
+    for start in range(0, len(text), step):
+        bounds.add_lines(text[start : start + step])
+
+    assert bounds.held.size == 0
+    bounds.add_lines(b"y" * SMALL)
+    bounds.add_lines(b"y" * (SMALL - 1))
+    with pytest.raises(AnswerTooLarge):
+        bounds.add_lines(b"yy")
+
+
+def test_a_warning_of_too_little_room_is_not_repeated_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    room = AnswerRoom(10, 10)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(5):
+            with pytest.raises(NoRoomForAnswer):
+                Held(room, 11)
+
+    assert len(caplog.records) == 1

@@ -1,0 +1,68 @@
+"""One answer as profiling reads it, whatever a model's server made of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamFailure
+from proxy.jobs.answering import LONGEST_ANSWER, AnswerFailed, UpstreamAnswerer, read_answer
+from proxy.state.records import ModelRecord
+from tests.support.makers import a_record
+
+ASK = [{"role": "user", "content": "hi"}]
+
+
+class Failing:
+    def __init__(self, failure: UpstreamFailure) -> None:
+        self._failure = failure
+
+    async def complete(self, *_: Any) -> Any:
+        raise self._failure
+
+
+def said(content: Any, **more: Any) -> Any:
+    choice = {"message": {"role": "assistant", "content": content}, "finish_reason": "stop", **more}
+    return {"choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["x" * 3_000_000, [{"type": "text", "text": "x" * 3_000_000}], [{"type": "text", "text": "x" * 400}] * 10_000],
+)
+def test_an_answer_is_cut_before_it_is_graded(content: Any) -> None:
+    assert read_answer(said(content), 0.1, "small").text == "x" * LONGEST_ANSWER
+
+
+@pytest.mark.parametrize("content", [None, 7, {}, [7, {"text": 7}, {"text": None}, {"text": ["x"]}]])
+def test_what_is_no_text_is_an_empty_answer(content: Any) -> None:
+    assert read_answer(said(content), 0.1, "small").text == ""
+
+
+def test_what_is_recorded_of_an_answer_is_small_however_odd_it_was() -> None:
+    odd = said("hi", finish_reason={"a": "x" * 1000})
+    odd["usage"] = {"prompt_tokens": 10**400, "completion_tokens": 10**20}
+    answer = read_answer(odd, 0.1, "small")
+    long = read_answer(said("hi", finish_reason="x" * 1000), 0.1, "small")
+
+    assert (answer.finish_reason, answer.prompt_tokens, answer.output_tokens) == (None, None, None)
+    assert len(long.finish_reason or "") == 40
+
+
+async def failed(failure: UpstreamFailure, record: ModelRecord) -> AnswerFailed:
+    with pytest.raises(AnswerFailed) as caught:
+        await UpstreamAnswerer(Failing(failure)).answer(record, ASK, max_tokens=5, timeout_s=5)
+    return caught.value
+
+
+async def test_an_answer_that_is_too_large_is_not_asked_for_again() -> None:
+    assert not (await failed(AnswerTooLarge("too large"), a_record())).worth_retrying
+    assert (await failed(NoRoomForAnswer("no room"), a_record())).worth_retrying
+
+
+@pytest.mark.parametrize("headers", [{"retry-after": "9" * 90}, {"Retry-After-Ms": "9" * 30}])
+async def test_no_wait_is_beyond_measure(headers: dict[str, str]) -> None:
+    failure = await failed(UpstreamFailure("slow", status=429, headers=headers), a_record())
+
+    assert failure.retry_after_s == 3600

@@ -1,0 +1,99 @@
+"""An import of litellm that fails is told, and tried again: what it failed for may be over."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from proxy.errors import CannotTranslate, describe
+from proxy.health.health import ModelHealth
+from proxy.health.policy import HealthPolicy
+from proxy.settings import Settings
+from proxy.state.records import ModelRecord
+from proxy.upstream import upstream as upstreams
+from proxy.upstream.upstream import Upstream
+from tests.support.makers import a_record, until
+from tests.support.raw_upstream import RawUpstream, plain
+from tests.support.relaying import BODY, a_model
+
+
+class Broken:
+    """Among the finders of modules: litellm begins, and then one of its parts cannot be read."""
+
+    tries = 0
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name == "litellm._logging":
+            self.tries += 1
+            raise OSError(24, "Too many open files")
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
+    import litellm  # noqa: F401  # it is there once `monkeypatch` is undone
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "litellm"]:
+        monkeypatch.delitem(sys.modules, name)
+    finder = Broken()
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    return finder
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[Upstream]:
+    opened = Upstream(Settings(), {})
+    yield opened
+    await opened.aclose()
+
+
+def translated() -> ModelRecord:
+    return a_record("foreign", model="anthropic/x", api_key="sk-arm-key")
+
+
+async def test_an_import_that_failed_is_told_and_tried_again(
+    upstream: Upstream, broken: Broken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstreams, "FIRST_PAUSE_S", 0.01)
+    upstream.serve({"foreign": translated()})
+    await upstream.open()
+    with pytest.raises(CannotTranslate, match=r"OSError.*Too many open files"):
+        await upstream.complete(translated(), BODY)
+    assert upstream.loading == {"foreign"}
+
+    await until(lambda: broken.tries > 2)
+    monkeypatch.undo()
+    await until(lambda: not upstream.loading, timeout_s=60)
+    await upstream.loaded()
+
+
+@pytest.mark.usefixtures("broken")
+async def test_models_that_are_relayed_are_called_all_the_same(upstream: Upstream) -> None:
+    upstream.serve({"foreign": translated()})
+    async with RawUpstream(plain()) as server:
+        answer = await upstream.complete(a_model(server, api_key="sk-arm-key"), BODY)
+
+    assert answer.body["choices"]
+
+
+@pytest.mark.usefixtures("broken")
+async def test_who_asks_meanwhile_is_told_when_to_come_again_and_the_model_is_not_blamed(upstream: Upstream) -> None:
+    with pytest.raises(CannotTranslate) as caught:
+        await upstream.complete(translated(), BODY)
+    status, body, headers = describe(caught.value)
+    health = ModelHealth(HealthPolicy())
+    for _ in range(10):
+        health.begin("foreign").failed(caught.value)
+
+    assert (status, body["error"]["code"], int(headers["retry-after"]) <= 10) == (503, "unavailable", True)
+    assert not health.resting()
+
+
+@pytest.mark.usefixtures("broken")
+async def test_nothing_is_left_of_an_import_that_failed(upstream: Upstream) -> None:
+    with pytest.raises(CannotTranslate):
+        await upstream.loaded()
+
+    assert not [name for name in sys.modules if name.partition(".")[0] == "litellm"]
