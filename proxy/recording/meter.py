@@ -60,6 +60,8 @@ class Meter:
         self._trace = trace
         self.started = started
         """Monotonic seconds at which the request arrived."""
+        self.clamped: int | None = None
+        """The limit of an answer that the model asked last was told in place of the caller's."""
         self._granted = granted
         self._received_bytes = 0
         self._timed_out = False
@@ -80,7 +82,7 @@ class Meter:
             self.reason = "fallback"
         self.model = model
         self._counts, self._first = TokenCounts(), None
-        self._received_bytes, self._timed_out = 0, False
+        self._received_bytes, self._timed_out, self.clamped = 0, False, None
 
     @property
     def has_content(self) -> bool:
@@ -140,11 +142,15 @@ class Meter:
             "x-uniroute-decision": self.choice.id,
             "x-uniroute-reason": self.reason,
             "x-uniroute-overhead-ms": self._overhead_ms(),
+            **({} if self.clamped is None else {"x-uniroute-max-tokens": str(self.clamped)}),
             **(self._granted.headers if self._granted else {}),
         }
 
     def _overhead_ms(self) -> str:
         return f"{(self.overhead_s or 0.0) * 1000:.2f}"
+
+    def _told(self) -> str:
+        return "" if self.clamped is None else f" max_tokens={self.choice.needs.max_output_tokens}>{self.clamped}"
 
     def _record(self, ending: str, granted: Granted | None = None) -> UsageRecord:
         """`granted`: settled with this record. Models that were passed over leave it to the one that answers."""
@@ -213,7 +219,7 @@ class Meter:
             f"request={self._trace.request_id} decision={entry.decision} model={entry.model} reason={entry.reason}"
             f" ending={entry.ending} key={entry.key_id or '-'}"
             f" tokens={entry.prompt_tokens or '?'}+{entry.output_tokens or '?'} cost_usd={cost}"
-            f" overhead_ms={self._overhead_ms()} first_s={first} seconds={entry.seconds:.3f}",
+            f" overhead_ms={self._overhead_ms()} first_s={first} seconds={entry.seconds:.3f}{self._told()}",
         )
 
 
