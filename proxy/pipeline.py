@@ -92,6 +92,8 @@ async def _complete(forwarder: Forwarder) -> Response:
         raise
     finally:
         meter.finish(ending)
+        if ending != "client_gone":
+            await meter.settled()
 
 
 async def _stream(forwarder: Forwarder) -> Response:
@@ -111,6 +113,8 @@ async def _stream(forwarder: Forwarder) -> Response:
         if ending is not None:
             meter.finish(ending)
             await close_opened(opening)
+            if ending != "client_gone":
+                await meter.settled()
     return EventStream(opening, meter, keep_alive_s=keep_alive_s, include_usage=forwarder.request.include_usage)
 
 

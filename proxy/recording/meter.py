@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from dataclasses import dataclass
 
 from proxy.errors import UpstreamFailure
-from proxy.limits.standing import Granted
+from proxy.limits.standing import Granted, Settling
 from proxy.log_lines import info
 from proxy.recording.estimate import Received, cost_of
 from proxy.recording.metrics import Metrics
@@ -70,6 +71,7 @@ class Meter:
         self._counts = TokenCounts()
         self._fault: str | None = None
         self._finished = False
+        self._settling: Settling | None = None
 
     def asking(self, model: str) -> None:
         """`model` is asked now."""
@@ -136,6 +138,11 @@ class Meter:
             self.marks.finish(self.model, self._counts.whole)
         self._log(entry)
 
+    async def settled(self) -> None:
+        """Return once the key's next request is judged by what this one took, or that has been waited for in vain."""
+        if self._settling is not None and self._granted is not None:
+            await asyncio.wait({self._settling}, timeout=self._granted.wait_s)
+
     def headers(self) -> dict[str, str]:
         return {
             "x-uniroute-model": self.model,
@@ -178,8 +185,8 @@ class Meter:
             estimated=cost.estimated,
         )
         self._books.usage.record(entry)
-        if granted and counts.prompt_tokens is not None and counts.output_tokens is not None:
-            granted.used(counts.prompt_tokens + counts.output_tokens)
+        if granted:
+            self._settling = granted.used(counts.whole if billed else (counts.whole or 0), entry.cost_picousd)
         self._count_tokens(entry)
         return entry
 
