@@ -115,6 +115,9 @@ def told_limit(pool: Pool, row: int, needs: Needs) -> int | None:
     limit = needs.max_output_tokens
     if limit is None or not needs.limit_is_cap:
         return limit
+    window, output = pool.least
+    if limit <= output and needs.prompt_tokens + limit <= window:
+        return limit
     rows = slice(row, row + 1)
     return int(min(_left_of_window(pool, needs, limit, rows)[0], pool.max_output_tokens[row]))
 

@@ -147,7 +147,7 @@ ANSWERS: Mapping[str, Schema] = {
             "model": TEXT,
             "reason": TEXT,
             "lambda": {"type": "number", "minimum": 0},
-            "max_tokens": null_or(closed({"stated": COUNT, "sent": null_or(COUNT)}, "stated", "sent")),
+            "max_tokens": null_or(closed({"stated": COUNT, "sent": COUNT}, "stated", "sent")),
             "clusters": listed(closed({"id": COUNT, "name": TEXT, "weight": SHARE}, "id", "name", "weight")),
             "candidates": listed(
                 opened(

@@ -51,7 +51,7 @@ class Choice:
     left: str | None = None
     """Who should have gone on with this conversation, and cannot."""
     max_tokens: int | None = None
-    """The limit of an answer that `model` is told, where the request states one."""
+    """The limit of an answer that `model` is told in place of a larger one that the request states."""
     needs: Needs = field(default_factory=Needs)
     """What the request asks for, whoever answers."""
 
@@ -103,9 +103,8 @@ async def choose(
         choice = await _pinned(asked, assigner, explain=explain)
     else:
         choice = held(asked, await _routed(asked, assigner))
-    if asked.needs.max_output_tokens is None:
-        return choice
-    return replace(choice, max_tokens=choice.told_limit(state.pool, choice.model))
+    told = choice.told_limit(state.pool, choice.model)
+    return choice if told == asked.needs.max_output_tokens else replace(choice, max_tokens=told)
 
 
 async def _pinned(asked: Asked, assigner: Assigner, *, explain: bool) -> Choice:

@@ -35,7 +35,7 @@ def to_json(choice: Choice) -> dict[str, Any]:
     }
 
 
-def _limit(choice: Choice) -> dict[str, int | None] | None:
+def _limit(choice: Choice) -> dict[str, int] | None:
     """Tokens of an answer that the request states, and that the model would be told; None: none are stated."""
     stated = choice.needs.max_output_tokens
-    return None if stated is None else {"stated": stated, "sent": choice.max_tokens}
+    return None if stated is None else {"stated": stated, "sent": choice.max_tokens or stated}

@@ -88,13 +88,14 @@ class Sizes:
 
 def output_limit(body: Mapping[str, Any]) -> int | None:
     """Tokens of one answer, as stated under OpenAI's names; None: not stated. The larger where they differ."""
-    limits = [limit for name in LIMITS if (limit := _positive(body.get(name))) is not None]
-    return max(limits) if limits else None
+    limits = [_positive(body[name]) or 0 for name in LIMITS if name in body]
+    return (max(limits) or None) if limits else None
 
 
 def stated_answers(body: Mapping[str, Any]) -> int:
     """How many answers OpenAI's fields ask for."""
-    return min(max(_positive(body.get(name)) or 1 for name in COUNTS), MOST_ANSWERS)
+    counts = [_positive(body[name]) or 1 for name in COUNTS if name in body]
+    return min(max(counts), MOST_ANSWERS) if counts else 1
 
 
 def check_sizes(body: Mapping[str, Any]) -> None:

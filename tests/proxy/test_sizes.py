@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
@@ -127,6 +127,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(NAMES, VALUES, max_size=8), st.integers(1, 5000))
 def test_no_body_breaks_the_reading_of_its_sizes(body: dict[str, Any], usual: int) -> None:
     sizes = sizes_of(body)
