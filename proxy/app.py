@@ -33,6 +33,7 @@ ROUTERS = (
 )
 EXPOSED = (
     *("x-request-id", "x-uniroute-model", "x-uniroute-decision", "x-uniroute-reason", "x-uniroute-overhead-ms"),
+    "x-uniroute-max-tokens",
     *(f"x-ratelimit-{what}-{kind}" for kind in ("requests", "tokens") for what in ("limit", "remaining", "reset")),
     "retry-after",
 )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from starlette.responses import Response
 
 from proxy.errors import BudgetExceeded, ModelBusy, UpstreamFailure
-from proxy.limits.claims import claim_of, no_dearer, within_claim
+from proxy.limits.claims import Demand, claim_of, no_dearer, within_claim
 from proxy.limits.standing import Granted
 from proxy.recording.meter import Books, Meter
 from proxy.relay.disconnect import cut_ending
@@ -37,7 +38,7 @@ async def handle(
     if choice.left:
         services.metrics.conversations_moved.inc()
     books = Books(services.state, services.usage, services.metrics, services.live)
-    choice, granted = await _granted(services, state, choice, key)
+    choice, granted = await _granted(services, state, request, choice, key)
     marks = AnswerMarks(services.conversations, thread, request.body["messages"])
     meter = Meter(books, choice, key, trace, started, marks, granted)
     outlets = Outlets(services.upstream, services.health, services.capacities, services.settings)
@@ -61,21 +62,21 @@ async def chosen(
 
 
 async def _granted(
-    services: Services, state: RoutingState, choice: Choice, key: ClientKey | None
+    services: Services, state: RoutingState, request: ChatRequest, choice: Choice, key: ClientKey | None
 ) -> tuple[Choice, Granted | None]:
     """The one round trip to Redis before a request is sent, for keys that have limits. A second one where a budget has
     room for the chosen model, and not for a dearer one to fall back on: the request then goes without that."""
     if key is None or not key.limits.any:
         return choice, None
-    limits, settings = key.limits, services.settings
-    choice = within_claim(choice, limits)
+    limits = key.limits
+    demand = Demand(within_claim(choice, limits), request.body, state, services.settings)
     try:
-        return choice, await services.limiter.reserve(key, claim_of(choice, state, settings, limits))
+        return demand.choice, await services.limiter.reserve(key, claim_of(demand, limits))
     except BudgetExceeded:
-        cheaper = no_dearer(choice, state, settings)
-        if cheaper.order == choice.order:
+        cheaper = replace(demand, choice=no_dearer(demand))
+        if cheaper.choice.order == demand.choice.order:
             raise
-        return cheaper, await services.limiter.reserve(key, claim_of(cheaper, state, settings, limits))
+        return cheaper.choice, await services.limiter.reserve(key, claim_of(cheaper, limits))
 
 
 async def _complete(forwarder: Forwarder) -> Response:
@@ -96,6 +97,8 @@ async def _complete(forwarder: Forwarder) -> Response:
         raise
     finally:
         meter.finish(ending)
+        if ending != "client_gone":
+            await meter.settled()
 
 
 async def _stream(forwarder: Forwarder) -> Response:
@@ -118,6 +121,8 @@ async def _stream(forwarder: Forwarder) -> Response:
         if ending is not None:
             meter.finish(ending)
             await close_opened(opening)
+            if ending != "client_gone":
+                await meter.settled()
     return EventStream(opening, meter, keep_alive_s=keep_alive_s, include_usage=forwarder.request.include_usage)
 
 

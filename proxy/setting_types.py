@@ -68,8 +68,13 @@ def _not_boolean(value: object) -> object:
 
 
 def _as_written(value: object) -> object:
-    """YAML's `on` and `off` are booleans."""
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+    """YAML's `on` and `off` are booleans, and a variable of the environment may say so in other words."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return _SWITCHED.get(value.lower(), value) if isinstance(value, str) else value
+
+
+_SWITCHED = {**dict.fromkeys(("true", "yes", "1"), "on"), **dict.fromkeys(("false", "no", "0"), "off")}
 
 
 Amount = Annotated[float, BeforeValidator(_not_boolean), AfterValidator(_finite_at_least_zero)]

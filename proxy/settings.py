@@ -108,6 +108,8 @@ class Settings(Frozen):
     breaker: HealthPolicy = HealthPolicy()
     queue_wait_s: Annotated[Amount, Field(le=3600)] = 5
     reserve_output_tokens: Count = 4096
+    clamp_max_tokens: Switch = "auto"
+    """Whether a limit of an answer above a model's own is lowered to that. auto: where the model is routed."""
     limits_timeout_s: Annotated[Amount, Field(gt=0, le=1)] = 0.05
     limits_without_store: Literal["refuse", "allow"] = "refuse"
     drain_s: Annotated[Whole, Field(ge=1, le=3600)] = 30

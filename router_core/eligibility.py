@@ -21,6 +21,8 @@ Absent = Sequence[tuple[Collection[str], str]]
 """Models that may not be asked now, and why."""
 _ROUNDING = 1 + 1e-9
 """A cap stated per million tokens and a price stated per token may differ in their last bit and be the same."""
+TEMPLATE_TOKENS = 256
+"""What a model's chat template may add to a prompt."""
 
 
 class Stage(IntEnum):
@@ -105,10 +107,39 @@ def eligible(
     return Eligibility(pool, np.flatnonzero(left), lambda: checks)
 
 
+def told_limit(pool: Pool, row: int, needs: Needs) -> int | None:
+    """Tokens of an answer that the request allows this model, as it is told; None: the request states no limit.
+
+    A limit that is a cap is lowered to what the model can do.
+    """
+    limit = needs.max_output_tokens
+    if limit is None or not needs.limit_is_cap:
+        return limit
+    window, output = pool.least
+    if limit <= output and needs.prompt_tokens + limit <= window:
+        return limit
+    rows = slice(row, row + 1)
+    return int(min(_left_of_window(pool, needs, limit, rows)[0], pool.max_output_tokens[row]))
+
+
+def _left_of_window(pool: Pool, needs: Needs, limit: int, rows: slice = slice(None)) -> NDArray[np.int64]:
+    """(M,) tokens that the prompt leaves for an answer, `limit` at most, where the two share a window.
+
+    Where the limit does not fit, the prompt may be twice as long as estimated: the model would refuse a limit that is a
+    token too large. But half of what is left is for the answer.
+    """
+    room = pool.max_input_tokens[rows] - needs.prompt_tokens
+    margin = np.minimum(np.maximum(room, 0) // 2, needs.prompt_tokens + TEMPLATE_TOKENS)
+    return np.where(~pool.shares_window[rows] | (room >= limit), limit, room - margin)
+
+
 def _all_can(pool: Pool, needs: Needs) -> bool:
     """Whether every model is known to take what is asked: then only what holds for every request rules any out."""
     window, output = pool.least
     limit = needs.max_output_tokens or 0
+    if needs.limit_is_cap:
+        output = limit
+        limit = limit if pool.any_shares_window else 0
     return (
         needs.prompt_tokens + limit <= window
         and limit <= output
@@ -150,7 +181,11 @@ def _known(pool: Pool, needs: Needs) -> Iterator[Check]:
     """What this request asks, against what is known of each model. What is not known passes."""
     yield Check(Stage.NEEDS, pool.max_input_tokens >= needs.prompt_tokens, _too_long(needs.prompt_tokens))
     limit = needs.max_output_tokens
-    if limit is not None:
+    if limit is not None and needs.limit_is_cap:
+        usual = np.minimum(np.minimum(pool.mean_output_tokens, pool.max_output_tokens), limit)
+        fits = (pool.max_input_tokens < needs.prompt_tokens) | (_left_of_window(pool, needs, limit) >= usual)
+        yield Check(Stage.NEEDS, fits, f"{_too_long(needs.prompt_tokens)} and an answer")
+    elif limit is not None:
         yield Check(Stage.NEEDS, pool.max_output_tokens >= limit, f"cannot answer with {limit} tokens")
         # written so that nothing is added to NO_LIMIT, and a prompt that is too long by itself is told so once
         room = pool.max_input_tokens - needs.prompt_tokens

@@ -129,6 +129,10 @@ class Pool:
         return np.asarray(self.output_tokens.mean(axis=1))
 
     @cached_property
+    def any_shares_window(self) -> bool:
+        return bool(self.shares_window.any())
+
+    @cached_property
     def least(self) -> tuple[int, int]:
         """Tokens of prompt and answer together, and of an answer alone, that fit every model."""
         if not self.names:

@@ -223,6 +223,8 @@ class Needs:
     prompt_tokens: int = 0
     max_output_tokens: int | None = None
     """The request's own limit for one answer, if it states one."""
+    limit_is_cap: bool = False
+    """The limit is no more than a cap: a model that cannot answer at such length is told a smaller one."""
     answers: int = 1
     """OpenAI's `n`: how many answers are paid for."""
     max_input_cost_per_token: float | None = None

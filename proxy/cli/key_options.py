@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
+from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,31 +28,57 @@ _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 _DURATION = re.compile(r"([0-9]{1,9})([smhdw])")
 
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="As `keys list` shows it.")]
-ModelsOption = Annotated[list[str] | None, typer.Option("--model", help="Allow only this model; repeatable.")]
-RoleOption = Annotated[str | None, typer.Option("--role", help="client (asks models), viewer (reads) or admin.")]
-ExpiresOption = Annotated[
-    str | None, typer.Option("--expires-in", metavar="TIME", help="As 30d, 12h, 90m; 0s is now, none is never.")
-]
-LambdaOption = Annotated[str | None, typer.Option("--lambda", metavar="λ", help="For requests that state none.")]
-LambdaMinOption = Annotated[str | None, typer.Option("--lambda-min", metavar="λ", help="The least λ it may ask for.")]
-LambdaMaxOption = Annotated[str | None, typer.Option("--lambda-max", metavar="λ", help="The largest.")]
-RequestsOption = Annotated[str | None, typer.Option("--requests-per-minute", metavar="N")]
-TokensOption = Annotated[
-    str | None, typer.Option("--tokens-per-minute", metavar="N", help="Of prompt and answer together.")
-]
-UsdPerDayOption = Annotated[str | None, typer.Option("--usd-per-day", metavar="USD", help="From midnight UTC.")]
-UsdPerMonthOption = Annotated[str | None, typer.Option("--usd-per-month", metavar="USD")]
+Body = dict[str, Any]
+"""What was stated of a key, under the names and with the types that POST /admin/keys reads."""
 
 
-def key_body(expires_in: str | None, models: list[str] | None, **options: str | None) -> dict[str, Any]:
-    """The options that were given, under the names and with the types that POST /admin/keys reads."""
-    body: dict[str, Any] = {} if models is None else {"models": models}
+def _stated(
+    models: Annotated[list[str] | None, typer.Option("--model", help="Allow only this model; repeatable.")] = None,
+    role: Annotated[str | None, typer.Option(help="client (asks models), viewer (reads) or admin.")] = None,
+    expires_in: Annotated[
+        str | None, typer.Option(metavar="TIME", help="As 30d, 12h, 90m; 0s is now, none is never.")
+    ] = None,
+    lambda_default: Annotated[
+        str | None, typer.Option("--lambda", metavar="λ", help="For requests that state none.")
+    ] = None,
+    lambda_min: Annotated[str | None, typer.Option(metavar="λ", help="The least λ it may ask for.")] = None,
+    lambda_max: Annotated[str | None, typer.Option(metavar="λ", help="The largest.")] = None,
+    requests_per_minute: Annotated[str | None, typer.Option(metavar="N")] = None,
+    tokens_per_minute: Annotated[str | None, typer.Option(metavar="N", help="Of prompt and answer together.")] = None,
+    usd_per_day: Annotated[str | None, typer.Option(metavar="USD", help="From midnight UTC.")] = None,
+    usd_per_month: Annotated[str | None, typer.Option(metavar="USD")] = None,
+) -> Body:
+    """Every option that says what a key may do; those that were given, as a body."""
+    numbers = {
+        "lambda_default": lambda_default,
+        "lambda_min": lambda_min,
+        "lambda_max": lambda_max,
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "usd_per_day": usd_per_day,
+        "usd_per_month": usd_per_month,
+    }
+    body: Body = {name: value for name, value in (("models", models), ("role", role)) if value is not None}
     if expires_in is not None:
         body["expires_in_s"] = seconds_of(expires_in, "--expires-in")
-    for name, text in options.items():
-        if text is not None:
-            body[name] = text if name in ("name", "role") else _number(text, option_of(name))
-    return body
+    return body | {name: _number(text, option_of(name)) for name, text in numbers.items() if text is not None}
+
+
+def states_a_key(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command every option that says what a key may do, and hand it these as `body`."""
+    stating = inspect.signature(_stated, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True)
+
+    @wraps(command)
+    def stated(**given: Any) -> None:
+        body = _stated(**{name: given.pop(name) for name in stating})
+        command(**given, body=body)
+
+    whose, *others = own.parameters.values()
+    shown = [whose, *stating.values(), *(other for other in others if other.name != "body")]
+    taken = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in shown]
+    stated.__dict__["__signature__"] = own.replace(parameters=taken)
+    return stated
 
 
 def checked(read: Callable[[], Any]) -> Any:

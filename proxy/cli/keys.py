@@ -9,23 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from proxy.cli.key_options import (
-    ExpiresOption,
-    KeyId,
-    LambdaMaxOption,
-    LambdaMinOption,
-    LambdaOption,
-    ModelsOption,
-    RequestsOption,
-    RoleOption,
-    TokensOption,
-    UsdPerDayOption,
-    UsdPerMonthOption,
-    checked,
-    key_body,
-    rows_of,
-    seconds_of,
-)
+from proxy.cli.key_options import Body, KeyId, checked, rows_of, seconds_of, states_a_key
 from proxy.cli.options import ConfigOption, DataDirOption, JsonOption, open_registry, read_settings, run
 
 if TYPE_CHECKING:
@@ -38,30 +22,20 @@ keys = typer.Typer(no_args_is_help=True, help="Client keys. The first one closes
 
 
 @keys.command()
+@states_a_key
 def create(
     name: Annotated[str, typer.Argument(help="Whose key it is.")],
-    models: ModelsOption = None,
-    role: RoleOption = None,
-    expires_in: ExpiresOption = None,
-    lambda_default: LambdaOption = None,
-    lambda_min: LambdaMinOption = None,
-    lambda_max: LambdaMaxOption = None,
-    requests_per_minute: RequestsOption = None,
-    tokens_per_minute: TokensOption = None,
-    usd_per_day: UsdPerDayOption = None,
-    usd_per_month: UsdPerMonthOption = None,
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
     *,
     as_json: JsonOption = False,
+    body: Body,
 ) -> None:
     """Make a key and show it, once."""
     from proxy.routes.key_bodies import read_new_key
     from proxy.state.audit import CREATE_KEY
 
-    limits = _limits(requests_per_minute, tokens_per_minute, usd_per_day, usd_per_month)
-    lambdas = {"lambda_default": lambda_default, "lambda_min": lambda_min, "lambda_max": lambda_max}
-    body = key_body(expires_in, models, name=name, role=role, **lambdas, **limits)
+    body["name"] = name
     whose, stated = checked(lambda: read_new_key(body, time.time()))
     made = _with_keys(config, data_dir, lambda registry: registry.create(whose, None, stated))
     _written(CREATE_KEY, made[0])
@@ -69,34 +43,25 @@ def create(
 
 
 @keys.command()
+@states_a_key
 def update(
     key_id: KeyId,
     name: Annotated[str | None, typer.Option("--name", help="Whose key it is.")] = None,
-    models: ModelsOption = None,
-    role: RoleOption = None,
-    expires_in: ExpiresOption = None,
-    lambda_default: LambdaOption = None,
-    lambda_min: LambdaMinOption = None,
-    lambda_max: LambdaMaxOption = None,
-    requests_per_minute: RequestsOption = None,
-    tokens_per_minute: TokensOption = None,
-    usd_per_day: UsdPerDayOption = None,
-    usd_per_month: UsdPerMonthOption = None,
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
     *,
     all_models: Annotated[bool, typer.Option("--all-models", help="Allow every model again.")] = False,
+    body: Body,
 ) -> None:
     """Change what a key may do. What is not stated stays; `none` takes a limit away."""
     from proxy.cli.console import BadArgument, emit_json
     from proxy.routes.key_bodies import read_key_change, shown_key
     from proxy.state.audit import CHANGE_KEY
 
-    limits = _limits(requests_per_minute, tokens_per_minute, usd_per_day, usd_per_month)
-    lambdas = {"lambda_default": lambda_default, "lambda_min": lambda_min, "lambda_max": lambda_max}
-    body = key_body(expires_in, models, name=name, role=role, **lambdas, **limits)
+    if name is not None:
+        body["name"] = name
     if all_models:
-        if models:
+        if "models" in body:
             raise BadArgument("--all-models: does not go with --model; give one of them")
         body["models"] = None
     if not body:
@@ -167,12 +132,6 @@ def _with_keys(config: Path | None, data_dir: Path | None, act: Callable[[KeyReg
 
     done: T = checked(lambda: run(work()))
     return done
-
-
-def _limits(*values: str | None) -> dict[str, str | None]:
-    from proxy.state.client_keys import LIMITS
-
-    return dict(zip(LIMITS, values, strict=True))
 
 
 def _written(action: str, key: ClientKey) -> None:

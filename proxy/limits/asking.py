@@ -32,18 +32,20 @@ class NotAsked(StoreUnavailable):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Question:
+    script: str
+    """Its digest."""
     key: str
     arguments: Collection[str | int | float]
     answer: asyncio.Future[Any]
 
 
 class Asking:
-    """One script, asked over one connection at a time. One per process."""
+    """Scripts, asked over one connection at a time. One per process."""
 
-    def __init__(self, store: Store, script: str, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, store: Store, scripts: Collection[str], timeout_s: float = TIMEOUT_S) -> None:
         self._store = store
         self._timeout_s = timeout_s
-        self._script = store.client.register_script(script)
+        self._digests = {script: store.client.register_script(script).sha for script in scripts}
         self._waiting: deque[Question] = deque()
         self._silent: str | None = None
         self._asking: asyncio.Task[None] | None = None
@@ -53,8 +55,8 @@ class Asking:
     def silent(self) -> bool:
         return self._silent is not None
 
-    def ask(self, key: str, arguments: Collection[str | int | float]) -> asyncio.Future[Any]:
-        """The script's answer; it comes also where nobody waits for it any more.
+    def ask(self, script: str, key: str, arguments: Collection[str | int | float]) -> asyncio.Future[Any]:
+        """The answer of one of the scripts; it comes also where nobody waits for it any more.
 
         Raises:
             NotAsked: at once, after a silence, until Redis answers again.
@@ -62,7 +64,7 @@ class Asking:
         """
         if self._silent is not None:
             raise NotAsked(self._silent)
-        question = Question(key, arguments, asyncio.get_running_loop().create_future())
+        question = Question(self._digests[script], key, arguments, asyncio.get_running_loop().create_future())
         self._waiting.append(question)
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._ask_all(), name="uniroute-limits-asking")
@@ -100,16 +102,14 @@ class Asking:
         raise StoreUnavailable(f"could not {_WHAT}: Redis at {self._store.name} did not answer within {waited}")
 
     async def _send(self, questions: list[Question]) -> list[Any]:
-        """In one round trip; in three where Redis does not know the script yet."""
+        """In one round trip; in a few where Redis does not know a script yet."""
         async with self._store.asking(_WHAT) as client:
-            answers = await exchange(client, [self._command(question) for question in questions])
+            answers = await exchange(client, [_command(question) for question in questions])
             if not any(isinstance(answer, NoScriptError) for answer in answers):
                 return answers
-            await client.script_load(self._script.script)
+            for script in self._digests:
+                await client.script_load(script)
         return await self._send(questions)
-
-    def _command(self, question: Question) -> bytes:
-        return packed(("EVALSHA", self._script.sha, "1", question.key, *map(str, question.arguments)))
 
     def _fall_silent(self, error: StoreUnavailable, questions: list[Question]) -> None:
         self._silent = str(error)
@@ -131,6 +131,10 @@ class Asking:
                 self._silent = None
             else:
                 await asyncio.sleep(PAUSE_S)
+
+
+def _command(question: Question) -> bytes:
+    return packed(("EVALSHA", question.script, "1", question.key, *map(str, question.arguments)))
 
 
 def _tell(question: Question, answer: Any) -> None:

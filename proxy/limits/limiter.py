@@ -16,9 +16,10 @@ from proxy.limits.asking import TIMEOUT_S, Asking, NotAsked
 from proxy.limits.bucket import Buckets, corrected, leaked, taken
 from proxy.limits.claims import Claim
 from proxy.limits.refusals import budget_exceeded, not_checked, rate_limited, too_large
-from proxy.limits.scripts import RESERVE, SETTLE, state_key
-from proxy.limits.standing import Granted, Standing, rate_headers
+from proxy.limits.scripts import END, RESERVE, SETTLE, state_key
+from proxy.limits.standing import Granted, Settling, Standing, rate_headers
 from proxy.recording.metrics import Metrics
+from proxy.recording.tally import LARGEST
 from proxy.state.key_limits import KeyLimits
 from proxy.state.records import ClientKey
 from proxy.state.store import Store, StoreUnavailable, StoreUnreadable
@@ -50,7 +51,8 @@ class Limiter:
         self._metrics = metrics
         self._open = open_without_store
         self._clock = clock
-        self._asking = Asking(store, RESERVE, timeout_s)
+        self._timeout_s = timeout_s
+        self._asking = Asking(store, (RESERVE, END), timeout_s)
         self._settle = store.client.register_script(SETTLE)
         self._buckets = Buckets()
         self._away = False
@@ -90,7 +92,7 @@ class Limiter:
 
     def give_back(self, granted: Granted) -> None:
         """Of a request that was never sent, and has no usage record: as soon as Redis answers."""
-        granted.used(0)
+        granted.used(0, 0)
         if granted.reservation is not None:
             self._give_back_soon(granted.key_id, granted.reservation)
 
@@ -100,7 +102,7 @@ class Limiter:
         await end(self._giving_back)
 
     async def _answer(self, key: ClientKey, claim: Claim) -> list[str]:
-        answer = self._asking.ask(state_key(key.id), _arguments(key, claim))
+        answer = self._asking.ask(RESERVE, state_key(key.id), _arguments(key, claim))
         try:
             return str(await asyncio.shield(answer)).split()
         except asyncio.CancelledError:  # the client left, and what is granted to it now is nobody's
@@ -109,11 +111,25 @@ class Limiter:
 
     def _decided(self, key: ClientKey, claim: Claim, verdict: str, standing: Standing) -> Granted:
         if verdict == "granted":
-            return Granted(key.id, claim.id, rate_headers(key.limits, standing))
+            headers = rate_headers(key.limits, standing)
+            if not (claim.tokens or claim.picousd):
+                return Granted(key.id, claim.id, headers)
+            return Granted(key.id, claim.id, headers, partial(self._ended, key.id, claim), self._timeout_s)
         self._metrics.limited.labels(verdict).inc()
         if verdict in ("day", "month"):
             raise budget_exceeded(verdict, key.limits, standing, claim)
         raise rate_limited(verdict, key.limits, standing, claim)
+
+    def _ended(self, key_id: str, claim: Claim, tokens: int | None, picousd: int | None) -> Settling | None:
+        """In the store. Where it does not hear of this, what was set aside stays until the usage record is there."""
+        known = picousd is not None and picousd <= LARGEST
+        took = ("" if tokens is None else tokens, picousd if picousd is not None and known else "")
+        try:
+            settling = self._asking.ask(END, state_key(key_id), (key_id, claim.id, *took))
+        except NotAsked:
+            return None
+        settling.add_done_callback(_looked_at)
+        return settling
 
     def _without_store(self, key: ClientKey, claim: Claim, error: StoreUnavailable, reservation: str | None) -> Granted:
         """`reservation`: Redis may have heard of it, and has it then until it is settled."""
@@ -155,8 +171,9 @@ class Limiter:
                 self._buckets[f"{kind}:{key_id}"] = level
         return refused, Standing(levels["requests"].used, levels["tokens"].used)
 
-    def _correct(self, key_id: str, limits: KeyLimits, claimed: int, tokens: int) -> None:
-        if limits.tokens_per_minute is not None:
+    def _correct(self, key_id: str, limits: KeyLimits, claimed: int, tokens: int | None, _: int | None) -> None:
+        """In this process' own bucket."""
+        if limits.tokens_per_minute is not None and tokens is not None:
             name = f"tokens:{key_id}"
             more = tokens - claimed
             self._buckets[name] = corrected(self._buckets[name], limits.tokens_per_minute, more, self._clock())
@@ -196,6 +213,11 @@ class Limiter:
         if self._away:
             log.info("limits are checked in the store again")
         self._away = False
+
+
+def _looked_at(settling: Settling) -> None:
+    if not settling.cancelled() and (error := settling.exception()) is not None:
+        log.debug("what a request took waits for its usage record: %s", error)
 
 
 def _arguments(key: ClientKey, claim: Claim) -> list[str | int | float]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from proxy.limits.bucket import fill_s
 from proxy.state.key_limits import KeyLimits
@@ -25,13 +27,16 @@ class Standing:
     @classmethod
     def of_reply(cls, reply: Sequence[str]) -> Standing:
         """What the script `RESERVE` says after its verdict."""
-        requests, tokens, day, month, reserved, now = reply
-        spent = {"day": int(day), "month": int(month)}
+        requests, tokens, day, month, reserved, ended, now = reply
+        spent = {"day": int(day) + int(ended), "month": int(month) + int(ended)}
         return cls(float(requests), float(tokens), spent, int(reserved), float(now))
 
 
-def _not_kept(_: int) -> None:
-    """Of a reservation in Redis: the usage record settles it there."""
+Settling = asyncio.Future[Any]
+
+
+def _not_kept(_: int | None, __: int | None) -> None:
+    """Of nothing that was set aside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +47,11 @@ class Granted:
     reservation: str | None
     """To be settled by the usage record. None: there is none in Redis."""
     headers: dict[str, str]
-    used: Callable[[int], None] = _not_kept
-    """Is told the tokens that the request took."""
+    used: Callable[[int | None, int | None], Settling | None] = _not_kept
+    """Is told the tokens and picodollars that the request took, as far as they are known. What it returns is done, or
+    has failed, when the next request is judged by them."""
+    wait_s: float = 0.0
+    """How long that is waited for at most."""
 
 
 def rate_headers(limits: KeyLimits, standing: Standing) -> dict[str, str]:

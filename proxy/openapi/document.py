@@ -15,7 +15,10 @@ _PARAMETERS = {"name": NAME, "id": _IDS}
 _STREAMED = ("Completion",)
 _DECISION_HEADERS = {
     name: {"schema": TEXT}
-    for name in ("x-uniroute-model", "x-uniroute-decision", "x-uniroute-reason", "x-uniroute-overhead-ms")
+    for name in (
+        *("x-uniroute-model", "x-uniroute-decision", "x-uniroute-reason", "x-uniroute-overhead-ms"),
+        "x-uniroute-max-tokens",
+    )
 }
 
 

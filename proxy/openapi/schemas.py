@@ -154,6 +154,7 @@ ANSWERS: Mapping[str, Schema] = {
             "model": TEXT,
             "reason": TEXT,
             "lambda": {"type": "number", "minimum": 0},
+            "max_tokens": null_or(closed({"stated": COUNT, "sent": COUNT}, "stated", "sent")),
             "clusters": listed(closed({"id": COUNT, "name": TEXT, "weight": SHARE}, "id", "name", "weight")),
             "candidates": listed(
                 opened(
@@ -170,7 +171,7 @@ ANSWERS: Mapping[str, Schema] = {
             ),
             "ineligible": listed(closed({"model": TEXT, "why": TEXT}, "model", "why")),
         },
-        *("decision", "model", "reason", "lambda", "clusters", "candidates", "ineligible"),
+        *("decision", "model", "reason", "lambda", "max_tokens", "clusters", "candidates", "ineligible"),
     ),
     "Job": opened(
         {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 import orjson
 
 from proxy.errors import UpstreamFailure
-from proxy.limits.standing import Granted
+from proxy.limits.standing import Granted, Settling
 from proxy.log_lines import info
 from proxy.recording.estimate import Received, believed, cost_of
 from proxy.recording.metrics import Metrics
@@ -66,6 +67,8 @@ class Meter:
         self._trace = trace
         self.started = started
         """Monotonic seconds at which the request arrived."""
+        self.clamped: int | None = None
+        """The limit of an answer that the model asked last was told in place of the caller's."""
         self._granted = granted
         self._received_bytes = 0
         self._reported_bytes = 0
@@ -75,6 +78,7 @@ class Meter:
         self._counts = TokenCounts()
         self._fault: str | None = None
         self._finished = False
+        self._settling: Settling | None = None
 
     def asking(self, model: str) -> None:
         """`model` is asked now."""
@@ -88,6 +92,7 @@ class Meter:
         self.model = model
         self._counts, self._first = TokenCounts(), None
         self._received_bytes, self._reported_bytes, self._timed_out = 0, 0, False
+        self.clamped = None
 
     @property
     def has_content(self) -> bool:
@@ -151,17 +156,26 @@ class Meter:
             self.marks.finish(self.model, self._believed().whole)
         self._log(entry)
 
+    async def settled(self) -> None:
+        """Return once the key's next request is judged by what this one took, or that has been waited for in vain."""
+        if self._settling is not None and self._granted is not None:
+            await asyncio.wait({self._settling}, timeout=self._granted.wait_s)
+
     def headers(self) -> dict[str, str]:
         return {
             "x-uniroute-model": self.model,
             "x-uniroute-decision": self.choice.id,
             "x-uniroute-reason": self.reason,
             "x-uniroute-overhead-ms": self._overhead_ms(),
+            **({} if self.clamped is None else {"x-uniroute-max-tokens": str(self.clamped)}),
             **(self._granted.headers if self._granted else {}),
         }
 
     def _overhead_ms(self) -> str:
         return f"{(self.overhead_s or 0.0) * 1000:.2f}"
+
+    def _told(self) -> str:
+        return "" if self.clamped is None else f" max_tokens={self.choice.needs.max_output_tokens}>{self.clamped}"
 
     def _record(self, ending: str, granted: Granted | None = None) -> UsageRecord:
         """`granted`: settled with this record. Models that were passed over leave it to the one that answers."""
@@ -191,8 +205,8 @@ class Meter:
             audio_output_tokens=counts.audio_output_tokens,
         )
         self._books.usage.record(entry)
-        if granted and counts.prompt_tokens is not None and counts.output_tokens is not None:
-            granted.used(counts.prompt_tokens + counts.output_tokens)
+        if granted:
+            self._settling = granted.used(counts.whole if billed else (counts.whole or 0), entry.cost_picousd)
         self._count_tokens(entry)
         return entry
 
@@ -243,7 +257,7 @@ class Meter:
             f"request={self._trace.request_id} decision={entry.decision} model={entry.model} reason={entry.reason}"
             f" ending={entry.ending} key={entry.key_id or '-'}"
             f" tokens={entry.prompt_tokens or '?'}+{entry.output_tokens or '?'} cost_usd={cost}"
-            f" overhead_ms={self._overhead_ms()} first_s={first} seconds={entry.seconds:.3f}",
+            f" overhead_ms={self._overhead_ms()} first_s={first} seconds={entry.seconds:.3f}{self._told()}",
         )
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from time import monotonic
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from proxy.errors import ModelBusy, UpstreamFailure
 from proxy.health.capacity import Capacities, CapacityLimits
@@ -17,6 +17,7 @@ from proxy.relay.beginning import OpenStream, begin
 from proxy.relay.chunks import content_bytes, is_empty_answer
 from proxy.relay.turns import Turn
 from proxy.routing.request import ChatRequest
+from proxy.routing.sizes import limited
 from proxy.settings import Settings
 from proxy.state.records import ModelRecord
 from proxy.state.snapshot import RoutingState
@@ -137,9 +138,9 @@ class Forwarder:
             raise UpstreamFailure(message, timed_out=True) from None
 
     async def _answer(self, record: ModelRecord, timeouts: Timeouts, turn: Turn) -> Payload:
-        request, upstream = self.request, self.outlets.upstream
-        answer = await upstream.complete(
-            record, request.body, self.trace.headers(), raw=request.raw, connect_s=timeouts.connect_s
+        body, raw = self._sent_to(record.name)
+        answer = await self.outlets.upstream.complete(
+            record, body, self.trace.headers(), raw=raw, connect_s=timeouts.connect_s
         )
         turn.answered()
         self.meter.received(content_bytes(answer.body))
@@ -148,12 +149,22 @@ class Forwarder:
         return answer
 
     async def _begin(self, record: ModelRecord, timeouts: Timeouts, turn: Turn) -> OpenStream:
-        request, upstream = self.request, self.outlets.upstream
-        blocks = await upstream.stream(
-            record, request.body, self.trace.headers(), raw=request.raw, connect_s=timeouts.connect_s
+        body, raw = self._sent_to(record.name)
+        blocks = await self.outlets.upstream.stream(
+            record, body, self.trace.headers(), raw=raw, connect_s=timeouts.connect_s
         )
         stream = OpenStream(blocks, turn, timeouts.idle_s, monotonic() + self.outlets.settings.stream_timeout_s)
         return await begin(stream, self.meter)
+
+    def _sent_to(self, name: str) -> tuple[Mapping[str, Any], bytes | None]:
+        """The caller's body and its bytes; where this model is told a smaller limit, another body and no bytes."""
+        request, choice = self.request, self.meter.choice
+        stated = choice.needs.max_output_tokens
+        told = None if stated is None else choice.told_limit(self.state.pool, name)
+        if told is None or told == stated:
+            return request.body, request.raw
+        self.meter.clamped = told
+        return limited(request.body, told), None
 
     def _soonest(self, rested: list[str]) -> str:
         resting = self.outlets.health.resting()

@@ -86,6 +86,7 @@ class EventStream(Response):
         finally:
             self._meter.finish(ending)  # before the client reads the end: what was answered is on record
             await close_opened(self._opening)
+        await self._meter.settled()  # a client that asks again at once is judged by what this answer cost
         await send({"type": "http.response.body", "body": DONE if ending == "complete" else b"", "more_body": False})
 
     async def _events(self, send: Send, keeping: KeepAlive) -> None:

@@ -39,12 +39,16 @@ class Asked:
     """Models that this process cannot call yet."""
 
 
-def needs_within(request: ChatRequest) -> Needs:
+def needs_within(request: ChatRequest, *, limit_is_cap: bool = False) -> Needs:
     """What the body needs, at prices within the request's caps."""
     provider = request.options.provider
-    return needs_of(
-        request.body, request.contents, (provider.max_input_cost_per_token, provider.max_output_cost_per_token)
-    )
+    caps = (provider.max_input_cost_per_token, provider.max_output_cost_per_token)
+    return needs_of(request.body, request.contents, caps, limit_is_cap=limit_is_cap)
+
+
+def is_clamped(way: Way, settings: Settings) -> bool:
+    """Whether a limit of an answer above a model's own is lowered to that."""
+    return settings.clamp_max_tokens == "on" or (settings.clamp_max_tokens == "auto" and way is not Way.PINNED)
 
 
 def terms_of(request: ChatRequest, way: Way, settings: Settings, key: ClientKey | None, thread: Thread) -> Terms:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from proxy.errors import NothingAble, Unavailable
-from proxy.routing.asked import NOBODY, Asked, needs_within, terms_of
+from proxy.routing.asked import NOBODY, Asked, is_clamped, needs_within, terms_of
 from proxy.routing.assigning import Assigner, RoutingLate
 from proxy.routing.features import routing_text
 from proxy.routing.names import Way, candidates, way_of
@@ -20,8 +20,9 @@ from proxy.settings import Settings
 from proxy.state.records import ClientKey
 from proxy.state.snapshot import RoutingState
 from router_core.decision import RoutingDecision
-from router_core.eligibility import Eligibility, eligible
+from router_core.eligibility import Eligibility, eligible, told_limit
 from router_core.errors import NoEligibleModel, RouterCoreError
+from router_core.pool import Pool
 from router_core.scoring import rank, rank_by_cost, rank_by_mean
 from router_core.types import Assignment, Needs
 
@@ -49,8 +50,14 @@ class Choice:
     """How many of `order` may be asked."""
     left: str | None = None
     """Who should have gone on with this conversation, and cannot."""
+    max_tokens: int | None = None
+    """The limit of an answer that `model` is told in place of a larger one that the request states."""
     needs: Needs = field(default_factory=Needs)
     """What the request asks for, whoever answers."""
+
+    def told_limit(self, pool: Pool, name: str) -> int | None:
+        """Tokens of an answer that this model is told; None: the request states no limit."""
+        return told_limit(pool, pool.index[name], self.needs)
 
 
 async def choose(
@@ -86,15 +93,18 @@ async def choose(
         settings=settings,
         way=way,
         allowed=candidates(request.options, state, key),
-        needs=needs_within(request),
+        needs=needs_within(request, limit_is_cap=is_clamped(way, settings)),
         terms=terms_of(request, way, settings, key, thread),
         thread=thread,
         resting=resting,
         loading=loading,
     )
     if way is Way.PINNED:
-        return await _pinned(asked, assigner, explain=explain)
-    return held(asked, await _routed(asked, assigner))
+        choice = await _pinned(asked, assigner, explain=explain)
+    else:
+        choice = held(asked, await _routed(asked, assigner))
+    told = choice.told_limit(state.pool, choice.model)
+    return choice if told == asked.needs.max_output_tokens else replace(choice, max_tokens=told)
 
 
 async def _pinned(asked: Asked, assigner: Assigner, *, explain: bool) -> Choice:

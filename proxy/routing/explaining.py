@@ -16,6 +16,7 @@ def to_json(choice: Choice) -> dict[str, Any]:
         "model": choice.model,
         "reason": choice.reason,
         "lambda": choice.lambda_,
+        "max_tokens": _limit(choice),
         "clusters": [{"id": cluster, "name": name, "weight": weight} for cluster, name, weight in clusters],
         "candidates": [
             {
@@ -32,3 +33,9 @@ def to_json(choice: Choice) -> dict[str, Any]:
         ],
         "ineligible": [{"model": name, "why": why} for name, why in choice.ineligible.items()],
     }
+
+
+def _limit(choice: Choice) -> dict[str, int] | None:
+    """Tokens of an answer that the request states, and that the model would be told; None: none are stated."""
+    stated = choice.needs.max_output_tokens
+    return None if stated is None else {"stated": stated, "sent": choice.max_tokens or stated}

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from proxy.routing.attachments import Contents, contents
+from proxy.routing.sizes import MOST_TOKENS, output_limit, stated_answers
 from router_core.excerpt import CUT as CUT
 from router_core.excerpt import excerpt
 from router_core.tokens import BYTES_PER_TOKEN
@@ -16,9 +17,6 @@ SHORT = 60
 EARLIER_TURNS = 2
 MEDIA_TOKENS = 800
 """One image, audio clip or file, whatever its size: attachments are never scanned."""
-_MOST_TOKENS = 10**9
-MOST_ANSWERS = 128
-"""OpenAI's bound of `n`. Without one, a request could cost any multiple of what is set aside for it."""
 PriceCaps = tuple[float | None, float | None]
 """USD per token, in and out. None: no cap."""
 NO_CAPS: PriceCaps = (None, None)
@@ -55,13 +53,16 @@ def _text_of(content: Any) -> str:
     return "\n".join(part["text"] for part in parts if isinstance(part.get("text"), str))
 
 
-def needs_of(body: Mapping[str, Any], read: Contents | None = None, caps: PriceCaps = NO_CAPS) -> Needs:
+def needs_of(
+    body: Mapping[str, Any], read: Contents | None = None, caps: PriceCaps = NO_CAPS, *, limit_is_cap: bool = False
+) -> Needs:
     """`read`: what the body holds, where somebody has counted it already."""
     read = _read(body) if read is None else read
     return Needs(
         prompt_tokens=_tokens(read),
-        max_output_tokens=_count(body.get("max_completion_tokens")) or _count(body.get("max_tokens")),
-        answers=min(_count(body.get("n")) or 1, MOST_ANSWERS),
+        max_output_tokens=output_limit(body),
+        limit_is_cap=limit_is_cap,
+        answers=stated_answers(body),
         max_input_cost_per_token=caps[0],
         max_output_cost_per_token=caps[1],
         **dict.fromkeys(_stated(body, read), True),
@@ -79,7 +80,7 @@ def estimate_tokens(body: Mapping[str, Any]) -> int:
 
 
 def _tokens(read: Contents) -> int:
-    return min(read.text_bytes // BYTES_PER_TOKEN + read.attachments * MEDIA_TOKENS, _MOST_TOKENS)
+    return min(read.text_bytes // BYTES_PER_TOKEN + read.attachments * MEDIA_TOKENS, MOST_TOKENS)
 
 
 def _read(body: Mapping[str, Any]) -> Contents:
@@ -156,7 +157,7 @@ _REASONING = (("reasoning_effort", _is_effort), ("reasoning", _is_reasoning), ("
 
 
 def _count(value: Any) -> int | None:
-    usable = isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MOST_TOKENS
+    usable = isinstance(value, int) and not isinstance(value, bool) and 0 < value < MOST_TOKENS
     return value if usable else None
 
 

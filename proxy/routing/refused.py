@@ -73,7 +73,7 @@ def refuse_control_fields(body: Mapping[str, Any]) -> None:
             continue
         if is_control_field(name):
             raise _refusal(name)
-        if name not in _READ_BY_NAME and _plain(name) in _READ_BY_NAME:
+        if name not in _READ_BY_NAME and plain_name(name) in _READ_BY_NAME:
             raise _look_alike(name)
     if "extra_body" in body:
         _refuse_within(body["extra_body"], "extra_body", _steers_within)
@@ -82,20 +82,20 @@ def refuse_control_fields(body: Mapping[str, Any]) -> None:
 
 
 def is_control_field(name: str) -> bool:
-    plain = _plain(name)
+    plain = plain_name(name)
     return plain in _NAMES or _FAMILIES.fullmatch(plain) is not None
 
 
 def _steers_within(name: str) -> bool:
     """A server that unpacks `extra_body` would read these in place of what was checked."""
-    return is_control_field(name) or _plain(name) in ("model", "messages", "stream", "stream_options", "extra_body")
+    return is_control_field(name) or plain_name(name) in ("model", "messages", "stream", "stream_options", "extra_body")
 
 
 def _is_address_or_key(name: str) -> bool:
-    return _plain(name) in _ADDRESSES_AND_KEYS
+    return plain_name(name) in _ADDRESSES_AND_KEYS
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """As the least careful reader would take it: some match names without regard to case, Go's even to U+017F for s."""
     if name.isascii():
         return name.strip().lower()
@@ -121,5 +121,5 @@ def _refusal(path: str) -> ControlFieldRefused:
 
 def _look_alike(name: str) -> ControlFieldRefused:
     return ControlFieldRefused(
-        f"`{ascii(name)[1:-1][:60]}` could be read as `{_plain(name)}`; write it so, or remove it", param=name[:60]
+        f"`{ascii(name)[1:-1][:60]}` could be read as `{plain_name(name)}`; write it so, or remove it", param=name[:60]
     )

@@ -10,10 +10,10 @@ from typing import Any
 from proxy.errors import BadRequest
 from proxy.routing.attachments import Contents
 from proxy.routing.exact_json import exact_object
-from proxy.routing.features import MOST_ANSWERS
 from proxy.routing.options import Options, read_options
 from proxy.routing.quick_json import quick_object
 from proxy.routing.refused import refuse_control_fields
+from proxy.routing.sizes import check_sizes
 
 _OURS = frozenset({"uniroute", "models", "route", "provider"})
 """Ours, and OpenRouter's: they mean something here and nothing to an upstream."""
@@ -42,7 +42,7 @@ def parse_chat(raw: bytes, headers: list[tuple[str, str]]) -> ChatRequest:
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise BadRequest('`model` must be the name of a model, or "auto" to have one chosen', param="model")
-    _check_answers(body.get("n"))
+    check_sizes(body)
     if not isinstance(body.get("messages"), list) or not body["messages"]:
         raise BadRequest("`messages` must be a list with at least one message", param="messages")
     if set(map(type, body["messages"])) != {dict}:
@@ -57,11 +57,6 @@ def parse_chat(raw: bytes, headers: list[tuple[str, str]]) -> ChatRequest:
         raw=None if ours else raw.removeprefix(codecs.BOM_UTF8),
         contents=None if read is None else read.contents,
     )
-
-
-def _check_answers(n: Any) -> None:
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MOST_ANSWERS):
-        raise BadRequest(f"`n` must be a whole number from 1 to {MOST_ANSWERS}; got {n!r}"[:200], param="n")
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:

@@ -92,6 +92,11 @@ def is_provider_param(name: str) -> bool:
     return name in PROVIDER_PARAMS or name.startswith(PROVIDER_FAMILIES)
 
 
+def fixes_parameters(litellm_params: Mapping[str, Any]) -> bool:
+    """Whether a model has parameters of its own that go into the body."""
+    return any(name != "model" and not is_provider_param(name) for name in litellm_params)
+
+
 def secrets_of(params: Mapping[str, Any], *keys: str | None) -> frozenset[str]:
     """Keys, tokens and the like, and whatever is sent in headers. `params`: a model's, resolved."""
     found = [*keys, *(value for name, value in params.items() if _SECRET.search(name))]

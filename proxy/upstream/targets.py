@@ -11,7 +11,7 @@ from proxy.errors import UpstreamFailure
 from proxy.settings import Settings, SettingsError, referred_variable, resolve_secret
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
-from proxy.upstream.call import arm_body, is_provider_param, secrets_of
+from proxy.upstream.call import arm_body, fixes_parameters, secrets_of
 from proxy.upstream.failures import unreachable
 from proxy.upstream.heads import Heads, heads_of
 from proxy.upstream.proxies import Proxies
@@ -101,7 +101,7 @@ class Targets:
             heads=heads_of(url, headers, self._proxies.of(url)),
             model=resolved.model,
             renames=resolved.renames,
-            fixed=params if any(name != "model" and not is_provider_param(name) for name in params) else None,
+            fixed=params if fixes_parameters(params) else None,
             secrets=secrets_of({**params, "api_key": key, **own}, key),
         )
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from proxy.cli import console
 from proxy.cli.serve import LOGGING
-from proxy.limits.claims import claim_of, within_claim
+from proxy.limits.claims import Demand, claim_of, within_claim
 from proxy.recording.meter import Meter
 from proxy.relay.chunks import content_bytes, has_content
 from proxy.relay.marks import AnswerMarks
@@ -195,7 +195,7 @@ def _chunks(room: Room, chunk: dict[str, Any]) -> Work:
 def _reserves(room: Room, key: ClientKey, *, at_once: int) -> Work:
     async def one() -> None:
         choice = within_claim(replace(room.choice, id=uuid.uuid4().hex), key.limits)
-        claim = claim_of(choice, room.routing, room.settings, key.limits)
+        claim = claim_of(Demand(choice, {"messages": SHORT}, room.routing, room.settings), key.limits)
         await room.limiter.reserve(key, replace(claim, lives_s=0.001))
 
     return _together(one, at_once)
@@ -210,7 +210,8 @@ def _requests(room: Room, key: ClientKey | None, *, at_once: int = 1) -> Work:
         choice, granted = room.choice, None
         if key is not None and key.limits.any:
             choice = within_claim(replace(choice, id=uuid.uuid4().hex), key.limits)
-            granted = await room.limiter.reserve(key, claim_of(choice, room.routing, room.settings, key.limits))
+            demand = Demand(choice, request.body, room.routing, room.settings)
+            granted = await room.limiter.reserve(key, claim_of(demand, key.limits))
         marks = AnswerMarks(room.memory, thread, SHORT)
         meter = Meter(room.books, choice, key, Trace("req-1"), time.monotonic(), marks, granted)
         turn = await room.turn(meter)

@@ -23,22 +23,29 @@ def supporting(*able: str) -> dict[str, bool]:
 
 
 @pytest.fixture(scope="module")
-def proxy(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[ProxyProcess]:
+def server() -> Iterator[ScriptedUpstream]:
+    with ScriptedUpstream() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def proxy(
+    tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path, server: ScriptedUpstream
+) -> Iterator[ProxyProcess]:
     """plain is the cheapest and can do nothing but talk in a window of 1,000 tokens; agent calls tools; seer sees."""
     folder = tmp_path_factory.mktemp("eligibility")
-    with ScriptedUpstream() as server:
-        config = {
-            "model_list": [
-                arm("plain", server.url, price=1e-7, max_input_tokens=1000, **supporting()),
-                arm("agent", server.url, price=1e-6, **supporting("function_calling", "response_schema")),
-                arm("seer", server.url, price=1e-5, max_output_tokens=500, **supporting("vision", "pdf_input")),
-            ],
-            "uniroute": {"profile": {"on_start": False}},
-        }
-        with ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "k"}) as started:
-            for name in ("plain", "agent", "seer"):
-                started.put_profile(name, 0.2)
-            yield started
+    config = {
+        "model_list": [
+            arm("plain", server.url, price=1e-7, max_input_tokens=1000, **supporting()),
+            arm("agent", server.url, price=1e-6, **supporting("function_calling", "response_schema")),
+            arm("seer", server.url, price=1e-5, max_output_tokens=500, **supporting("vision", "pdf_input")),
+        ],
+        "uniroute": {"profile": {"on_start": False}},
+    }
+    with ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "k"}) as started:
+        for name in ("plain", "agent", "seer"):
+            started.put_profile(name, 0.2)
+        yield started
 
 
 def ask(proxy: ProxyProcess, content: Any = "Who was the first person on the moon?", **body: Any) -> httpx.Response:
@@ -56,7 +63,7 @@ def ask(proxy: ProxyProcess, content: Any = "Who was the first person on the moo
         ({"reasoning_effort": "none"}, "plain"),
         ({"content": [{"type": "text", "text": "What is this?"}, IMAGE]}, "seer"),
         ({"content": [{"type": "file", "file": {"file_data": "data:application/pdf;base64,AAAA"}}]}, "seer"),
-        ({"max_tokens": 2000}, "agent"),
+        ({"max_tokens": 64_000}, "plain"),
         ({"content": "word " * 2000}, "agent"),
         ({"provider": {"ignore": ["plain"]}}, "agent"),
         ({"provider": {"only": ["seer", "agent"], "ignore": ["agent"]}}, "seer"),
@@ -104,9 +111,9 @@ def test_the_cheapest_model_that_can_take_a_request_answers_it(
             "plain: context window below about 25",
         ),
         (
-            {"content": "word " * 600, "models": ["plain"], "max_tokens": 600},
+            {"content": "word " * 790, "models": ["plain"], "max_tokens": 600},
             "context_length_exceeded",
-            "and 600 of an answer",
+            "prompt tokens and an answer",
         ),
     ],
 )
@@ -131,3 +138,33 @@ def test_the_dry_run_tells_every_need_that_a_model_fails(proxy: ProxyProcess) ->
         {"model": "plain", "why": "cannot read images"},
     ]
     assert (served.status_code, served.headers["x-uniroute-reason"]) == (200, "pinned")
+
+
+CAP: Any = {"model": "auto", "models": ["seer"], "messages": [{"role": "user", "content": "hi"}], "max_tokens": 64_000}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_cap_above_a_models_own_is_lowered_and_the_answer_says_so(
+    proxy: ProxyProcess, server: ScriptedUpstream, *, stream: bool
+) -> None:
+    answer = httpx.post(f"{proxy.url}/v1/chat/completions", json={**CAP, "stream": stream}, timeout=20)
+
+    assert (answer.status_code, answer.headers["x-uniroute-max-tokens"]) == (200, "500")
+    assert (server.last.body["max_tokens"], server.last.body.get("models")) == (500, None)
+    assert " max_tokens=64000>500\n" in proxy.log
+
+
+def test_the_dry_run_says_what_a_model_would_be_told(proxy: ProxyProcess) -> None:
+    shown = httpx.post(f"{proxy.url}/v1/route", json=CAP, timeout=20).json()
+    unstated = httpx.post(f"{proxy.url}/v1/route", json={**CAP, "max_tokens": None}, timeout=20).json()
+
+    assert (shown["max_tokens"], unstated["max_tokens"]) == ({"stated": 64_000, "sent": 500}, None)
+
+
+def test_a_model_asked_for_by_name_is_told_what_the_caller_stated(
+    proxy: ProxyProcess, server: ScriptedUpstream
+) -> None:
+    answer = httpx.post(f"{proxy.url}/v1/chat/completions", json={**CAP, "model": "seer", "models": None}, timeout=20)
+
+    assert "x-uniroute-max-tokens" not in answer.headers
+    assert server.last.body["max_tokens"] == 64_000

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,6 +160,31 @@ def test_a_spent_budget_is_said_once_and_not_asked_again(limited: Limited) -> No
     assert len(limited.upstream.history) == 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_key_that_asks_again_at_once_is_judged_by_what_its_last_answer_cost(
+    limited: Limited, *, stream: bool
+) -> None:
+    """Each answer costs $0.03, six times what was set aside for it."""
+    client = limited.client(limited.key(usd_per_day=0.15))
+    for _ in range(5):
+        answer = ask(client, max_tokens=10, stream=stream).parse()
+        if stream:
+            list(answer)
+
+    with pytest.raises(openai.RateLimitError, match=r"\$0.15 are spent, \$0 are set aside"):
+        ask(client, max_tokens=10, stream=stream)
+
+
+def test_a_key_that_is_refused_by_the_model_may_use_what_was_set_aside_at_once(limited: Limited) -> None:
+    client = limited.client(limited.key(usd_per_day=0.05, tokens_per_minute=120))
+    for _ in range(5):
+        limited.upstream.then(Step(status=400, body={"error": {"message": "no", "type": "invalid_request_error"}}))
+        with pytest.raises(openai.BadRequestError):
+            ask(client, max_tokens=100)
+
+    assert len(limited.upstream.history) == 5
+
+
 def test_what_a_request_cost_takes_the_place_of_what_was_set_aside(limited: Limited) -> None:
     key = limited.key(usd_per_month=1.0)
     limited.upstream.then(Step(usage=USAGE, delay_s=0.3))
@@ -169,6 +197,38 @@ def test_what_a_request_cost_takes_the_place_of_what_was_set_aside(limited: Limi
     assert 0.4 < set_aside < 0.41
     assert wait_until(lambda: key.open == 0)
     assert (key.spent_usd, key.reserved_usd) == (COST, 0.0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_ends_while_redis_is_frozen_and_is_paid_for_once_it_wakes(limited: Limited, *, stream: bool) -> None:
+    key = limited.key(usd_per_day=1.0)
+    limited.upstream.then(Step(usage=USAGE, delay_s=0.3))
+    with ThreadPoolExecutor(1) as asking:
+        answer = asking.submit(_read, limited.client(key), stream=stream)
+        assert wait_until(lambda: key.open == 1)
+        with frozen(limited.store):
+            assert answer.result(timeout=15)
+
+    assert wait_until(lambda: key.open == 0)
+    assert (key.spent_usd, key.reserved_usd) == (COST, 0.0)
+    assert wait_until(lambda: _read(limited.client(key), stream=False))  # limits are checked in the store again
+
+
+def _read(client: openai.OpenAI, *, stream: bool) -> bool:
+    try:
+        return bool(list(ask(client, max_tokens=10, stream=stream).parse()))
+    except openai.APIStatusError:
+        return False
+
+
+@contextlib.contextmanager
+def frozen(store: redis.Redis) -> Iterator[None]:
+    info: Any = store.info("server")
+    os.kill(info["process_id"], signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(info["process_id"], signal.SIGCONT)
 
 
 def test_a_model_that_is_passed_over_leaves_what_was_set_aside_to_the_next(limited: Limited) -> None:

@@ -42,6 +42,20 @@ async def test_a_registered_name_is_served_as_named_even_unmeasured() -> None:
     assert (await chosen("unmeasured", fallbacks=True)).order == ("unmeasured", "cheap", "dear")
 
 
+@pytest.mark.parametrize(
+    ("name", "clamp", "told"),
+    [("auto", "auto", 500), ("cheap", "auto", 9000), ("cheap", "on", 500), ("auto", "off", None)],
+)
+async def test_a_cap_is_lowered_for_routed_names_or_as_the_setting_says(
+    name: str, clamp: str, told: int | None
+) -> None:
+    state = a_state(cheap={"max_output_tokens": 500}, dear={"max_output_tokens": 9000})
+    choice = await chosen(name, state=state, body={"max_tokens": 9000}, settings={"clamp_max_tokens": clamp})
+
+    assert choice.model == ("dear" if told is None else "cheap")
+    assert to_json(choice)["max_tokens"] == {"stated": 9000, "sent": told or 9000}
+
+
 async def test_attempts_are_bounded_and_can_be_one() -> None:
     assert (await chosen()).attempts == 3
     assert (await chosen(settings={"fallback_attempts": 1})).attempts == 1

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from proxy.errors import NothingAble
-from proxy.limits.claims import MARGIN_S, MOST_PICOUSD, claim_of, no_dearer, within_claim
+from proxy.limits.claims import MARGIN_S, MOST_PICOUSD, Claim, Demand, claim_of, no_dearer, within_claim
 from proxy.routing.choosing import Choice
 from proxy.settings import Settings
 from proxy.state.key_limits import KeyLimits
 from proxy.state.records import StoredProfile
+from proxy.state.resolved import Resolved
 from proxy.state.snapshot import RoutingState, build_state
 from proxy.state.stored import Stored
 from router_core.types import Needs
@@ -24,34 +25,49 @@ MICRO = 10**6
 """Picodollars in a millionth of a dollar."""
 
 
-def a_choice(*order: str, prompt: int = 1000, most: int | None = None, answers: int = 1) -> Choice:
-    needs = Needs(prompt_tokens=prompt, max_output_tokens=most, answers=answers)
+def a_choice(*order: str, prompt: int = 1000, needs: Needs | None = None) -> Choice:
+    needs = needs or Needs(prompt_tokens=prompt)
     return Choice("dec-1", order[0], "scored", 0.1, order, None, {}, attempts=len(order), needs=needs)
+
+
+def claimed(choice: Choice, state: RoutingState, limits: KeyLimits, **body: Any) -> Claim:
+    return claim_of(Demand(choice, body, state, SETTINGS), limits)
 
 
 @pytest.fixture(scope="module")
 def state() -> RoutingState:
-    """cheap: $1 and $4 per million tokens; dear: ten times that; short: as cheap, at most 500 tokens; unpriced."""
+    """cheap: $1 and $4 per million tokens; dear: ten times that; short: as cheap, at most 500 tokens; unpriced; claude,
+    whose cache is dear to write; qwen, which reasons; arm, whose own parameters state sizes and a prompt of 400 bytes.
+    """
+    cheap = {"input_cost_per_token": 1e-6, "output_cost_per_token": 4e-6}
     infos: dict[str, dict[str, Any]] = {
-        "cheap": {"input_cost_per_token": 1e-6, "output_cost_per_token": 4e-6},
+        "cheap": cheap,
         "dear": {"input_cost_per_token": 1e-5, "output_cost_per_token": 4e-5},
-        "short": {"input_cost_per_token": 1e-6, "output_cost_per_token": 4e-6, "max_output_tokens": 500},
+        "short": {**cheap, "max_output_tokens": 500},
         "unpriced": {},
+        "claude": {**cheap, "cache_creation_input_token_cost": 4e-6},
+        "qwen": {**cheap, "supports_reasoning": True},
+        "arm": cheap,
     }
     records = {name: a_record(name, info=info) for name, info in infos.items()}
+    for name, provider in (("claude", "anthropic"), ("qwen", "dashscope")):
+        resolved = Resolved("translate", name, provider)
+        records[name] = replace(records[name], litellm_params={"model": f"{provider}/{name}"}, resolved=resolved)
+    own: dict[str, Any] = {"system": "x" * 384, "n": 2, "extra_body": {"max_tokens": 7000}}
+    records["arm"] = a_record("arm", info=cheap, **own)
     profiles = {name: StoredProfile(records[name].fingerprint, a_profile()) for name in ("cheap", "dear")}
     return build_state(Stored(1, records, profiles, keys_exist=False), surroundings(), keys_latched=False)
 
 
 def test_the_stated_length_at_the_price_is_set_aside_for_every_answer(state: RoutingState) -> None:
-    claim = claim_of(a_choice("cheap", most=100, answers=3), state, SETTINGS, MONEY)
+    claim = claimed(a_choice("cheap"), state, MONEY, max_tokens=100, n=3)
 
     assert (claim.id, claim.picousd, claim.tokens) == ("dec-1", (1000 + 3 * 400) * MICRO, 0)
     assert claim.lives_s == 100 + MARGIN_S
 
 
 def test_it_is_the_dearest_of_those_that_may_be_asked(state: RoutingState) -> None:
-    claim = claim_of(a_choice("cheap", "dear", most=100), state, SETTINGS, MONEY)
+    claim = claimed(a_choice("cheap", "dear"), state, MONEY, max_tokens=100)
 
     assert claim.picousd == (10_000 + 4000) * MICRO
 
@@ -59,37 +75,89 @@ def test_it_is_the_dearest_of_those_that_may_be_asked(state: RoutingState) -> No
 def test_an_answer_of_no_stated_length_is_set_aside_up_to_the_setting_or_the_models_own_bound(
     state: RoutingState,
 ) -> None:
-    assert claim_of(a_choice("cheap"), state, SETTINGS, MONEY).picousd == (1000 + 4 * 4096) * MICRO
-    assert claim_of(a_choice("short"), state, SETTINGS, MONEY).picousd == (1000 + 4 * 500) * MICRO
-    assert claim_of(a_choice("short", most=9000), state, SETTINGS, MONEY).picousd == (1000 + 4 * 500) * MICRO
+    assert claimed(a_choice("cheap"), state, MONEY).picousd == (1000 + 4 * 4096) * MICRO
+    assert claimed(a_choice("short"), state, MONEY).picousd == (1000 + 4 * 500) * MICRO
+
+
+def test_a_limit_is_set_aside_as_the_model_is_told_it(state: RoutingState) -> None:
+    """Not as its bound is known, where it is told more than that."""
+    capped = a_choice("short", needs=Needs(prompt_tokens=1000, max_output_tokens=9000, limit_is_cap=True))
+
+    assert claimed(a_choice("short"), state, MONEY, max_tokens=9000).picousd == (1000 + 4 * 9000) * MICRO
+    assert claimed(capped, state, MONEY, max_tokens=9000).picousd == (1000 + 4 * 500) * MICRO
+
+
+@pytest.mark.parametrize(
+    ("body", "output"),
+    [
+        ({"max_completion_tokens": 100}, 100),
+        ({"max_tokens": 100, "num_predict": 5000}, 5000),
+        ({"max_tokens": 100, "generationConfig": {"maxOutputTokens": 5000, "candidateCount": 2}}, 10_000),
+        ({"max_tokens": 100, "best_of": 4}, 400),
+        ({"max_tokens": 100, "options": {"num_predict": -1}}, 4096),
+        ({"max_new_tokens": 1}, 4096),
+        ({"max_tokens": 100, "thinking": {"type": "enabled", "budget_tokens": 2000}}, 2100),
+        ({"max_tokens": 100, "reasoning": {"max_tokens": 2000}, "n": 2}, 4200),
+        ({"thinking_budget": 2000}, 6096),
+        ({"max_tokens": 100, "prediction": {"type": "content", "content": "x" * 400}}, 200),
+    ],
+)
+def test_whatever_name_an_upstream_could_read_is_set_aside(
+    state: RoutingState, body: dict[str, Any], output: int
+) -> None:
+    assert claimed(a_choice("cheap"), state, MONEY, **body).picousd == (1000 + 4 * output) * MICRO
+
+
+def test_reasoning_is_not_set_aside_twice_where_the_provider_counts_it_in_the_limit(state: RoutingState) -> None:
+    thinking = {"type": "enabled", "budget_tokens": 2000}
+
+    assert claimed(a_choice("claude"), state, MONEY, max_tokens=3000, thinking=thinking).picousd == 4 * 4000 * MICRO
+    assert claimed(a_choice("claude"), state, MONEY, max_tokens=100, thinking=thinking).picousd == 4 * 3100 * MICRO
+
+
+def test_reasoning_that_a_provider_does_not_limit_is_set_aside_as_an_answer_of_no_stated_length(
+    state: RoutingState,
+) -> None:
+    assert claimed(a_choice("qwen"), state, MONEY, max_tokens=100).picousd == (1000 + 4 * 4196) * MICRO
+
+
+def test_a_models_own_parameters_are_set_aside_as_they_are_sent(state: RoutingState) -> None:
+    assert claimed(a_choice("arm"), state, MONEY, messages=[]).picousd == (1000 + 100 + 4 * 2 * 7000) * MICRO
+    assert claimed(a_choice("arm"), state, MONEY, messages=[], max_tokens=10, n=1).picousd == (1100 + 40) * MICRO
+
+
+def test_a_prompt_is_set_aside_at_the_price_of_writing_it_to_a_cache(state: RoutingState) -> None:
+    assert claimed(a_choice("claude"), state, MONEY, max_tokens=1).picousd == (4 * 1000 + 4) * MICRO
 
 
 def test_a_model_of_unknown_price_is_not_asked_for_a_key_with_a_spend_limit(state: RoutingState) -> None:
     with pytest.raises(NothingAble, match="no price of the model 'unpriced'"):
-        claim_of(a_choice("unpriced"), state, SETTINGS, MONEY)
+        claimed(a_choice("unpriced"), state, MONEY)
 
-    assert claim_of(a_choice("unpriced"), state, SETTINGS, KeyLimits(requests_per_minute=1)).picousd == 0
+    assert claimed(a_choice("unpriced"), state, KeyLimits(requests_per_minute=1)).picousd == 0
 
 
 def test_tokens_are_prompt_and_answers_as_stated_or_as_long_as_usual(state: RoutingState) -> None:
     limits = KeyLimits(tokens_per_minute=100_000)
 
-    assert claim_of(a_choice("cheap", most=100, answers=2), state, SETTINGS, limits).tokens == 1200
-    assert claim_of(a_choice("cheap", answers=2), state, SETTINGS, limits).tokens == 1000 + 2 * 50
+    assert claimed(a_choice("cheap"), state, limits, max_tokens=100, n=2).tokens == 1200
+    assert claimed(a_choice("cheap"), state, limits, n=2).tokens == 1000 + 2 * 50
+    assert claimed(a_choice("cheap"), state, limits, max_tokens=1, num_predict=5000).tokens == 6000
+    assert claimed(a_choice("cheap"), state, limits, max_tokens=1, thinking={"budget_tokens": 5000}).tokens == 6001
 
 
 def test_only_what_was_stated_can_be_too_large_for_a_limit_of_tokens(state: RoutingState) -> None:
     limits = KeyLimits(tokens_per_minute=1020)
 
-    assert claim_of(a_choice("cheap"), state, SETTINGS, limits).tokens == 1020
-    assert claim_of(a_choice("cheap", most=100), state, SETTINGS, limits).tokens == 1100
-    assert claim_of(a_choice("cheap", prompt=2000), state, SETTINGS, limits).tokens == 2000
+    assert claimed(a_choice("cheap"), state, limits).tokens == 1020
+    assert claimed(a_choice("cheap"), state, limits, max_tokens=100).tokens == 1100
+    assert claimed(a_choice("cheap", prompt=2000), state, limits).tokens == 2000
 
 
 def test_a_claim_beyond_all_measure_fits_a_counter(state: RoutingState) -> None:
-    claim = claim_of(a_choice("cheap", most=10**15), state, SETTINGS, MONEY)
+    claim = claimed(a_choice("dear"), state, MONEY, max_tokens=10**400, n=128)
 
-    assert claim.picousd == MOST_PICOUSD
+    assert claim.picousd == MOST_PICOUSD or claim.picousd == 128 * 4 * 10 * 10**9 * MICRO + 10_000 * MICRO
 
 
 def test_where_money_is_limited_nobody_is_asked_for_whom_none_is_set_aside() -> None:
@@ -99,5 +167,7 @@ def test_where_money_is_limited_nobody_is_asked_for_whom_none_is_set_aside() -> 
 
 
 def test_dearer_models_can_be_left_out_of_those_to_fall_back_on(state: RoutingState) -> None:
-    assert no_dearer(a_choice("cheap", "dear", "short", most=100), state, SETTINGS).order == ("cheap", "short")
-    assert no_dearer(a_choice("dear", "cheap", most=100), state, SETTINGS).order == ("dear", "cheap")
+    body = {"max_tokens": 100}
+
+    assert no_dearer(Demand(a_choice("cheap", "dear", "short"), body, state, SETTINGS)).order == ("cheap", "short")
+    assert no_dearer(Demand(a_choice("dear", "cheap"), body, state, SETTINGS)).order == ("dear", "cheap")

@@ -178,7 +178,8 @@ def test_reasoning_is_needed_where_the_caller_wants_thinking(field: str, value: 
         ({"max_tokens": 7, "n": 3}, 7, 3),
         ({"max_completion_tokens": 9, "max_tokens": 7}, 9, 1),
         ({"max_tokens": "7", "n": True}, None, 1),
-        ({"max_tokens": 10**400, "n": -1}, None, 1),
+        ({"max_tokens": 10**400, "n": -1}, 10**9, 1),
+        ({"max_tokens": -1, "best_of": 4}, None, 4),
         ({"n": 10**6}, None, 128),
         ({"tools": 3, "modalities": 4, "response_format": []}, None, 1),
     ],
@@ -216,7 +217,7 @@ def test_no_body_breaks_the_reading_of_it(body: dict[str, Any], messages: Any) -
 
     assert 0 <= needs.prompt_tokens == estimate_tokens(body) <= MEDIA_TOKENS * (1 + size)
     assert 1 <= needs.answers <= 128
-    assert needs.max_output_tokens is None or 0 < needs.max_output_tokens < 10**9
+    assert needs.max_output_tokens is None or 0 < needs.max_output_tokens <= 10**9
     assert set(asked_for(body)) == set(needs.abilities)
     if isinstance(messages, list):
         assert len(routing_text(messages)) <= 3 * (2 * CUT + 2)

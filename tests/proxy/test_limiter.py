@@ -139,6 +139,52 @@ async def test_money_is_set_aside_settled_and_refused_beyond_the_limit(
         assert told in message
 
 
+async def test_what_an_answer_took_counts_before_its_usage_record_comes_and_once_after_it(
+    store: Store, limiter: Limiter, second: Limiter
+) -> None:
+    key = a_key(usd_per_day=0.05, tokens_per_minute=1000)
+    granted = await limiter.reserve(key, claim("1", tokens=900, picousd=4 * CENT))
+    settling = granted.used(100, 3 * CENT)
+    assert settling is not None
+    await settling
+    again = await second.reserve(key, claim("2", tokens=800, picousd=CENT))
+    with pytest.raises(BudgetExceeded, match=r"\$0.03 are spent, \$0.01 are set aside"):
+        await limiter.reserve(key, claim("3", picousd=2 * CENT))
+    await settle(store, granted, tokens=100, picousd=3 * CENT)
+    with pytest.raises(BudgetExceeded, match=r"\$0.03 are spent, \$0.01 are set aside"):
+        await limiter.reserve(key, claim("3", picousd=2 * CENT))
+
+    assert 100 <= int(again.headers["x-ratelimit-remaining-tokens"]) <= 120
+
+
+async def test_an_answer_that_cost_more_than_was_set_aside_is_spent_at_once(limiter: Limiter) -> None:
+    key = a_key(usd_per_day=0.05)
+    settling = (await limiter.reserve(key, claim("1", picousd=CENT))).used(None, 6 * CENT)
+    assert settling is not None
+    await settling
+
+    with pytest.raises(BudgetExceeded, match="begins again"):
+        await limiter.reserve(key, claim("2", picousd=1))
+
+
+async def test_a_cost_that_nobody_knows_is_what_was_set_aside(store: Store, limiter: Limiter) -> None:
+    key = a_key(usd_per_day=0.05)
+    granted = await limiter.reserve(key, claim("1", picousd=4 * CENT))
+    settling = granted.used(None, None)
+    assert settling is not None
+    await settling
+    with pytest.raises(BudgetExceeded, match=r"\$0.04 are spent"):
+        await limiter.reserve(key, claim("2", picousd=2 * CENT))
+    await settle(store, granted)
+
+    with pytest.raises(BudgetExceeded, match=r"\$0.04 are spent"):
+        await limiter.reserve(key, claim("2", picousd=2 * CENT))
+
+
+async def test_a_key_whose_requests_alone_are_counted_makes_no_round_trip_at_the_end(limiter: Limiter) -> None:
+    assert (await limiter.reserve(a_key(requests_per_minute=5), claim("1"))).used(100, CENT) is None
+
+
 async def test_what_only_requests_under_way_stand_against_may_be_asked_again_soon(limiter: Limiter) -> None:
     key = a_key(usd_per_day=0.05)
     await limiter.reserve(key, claim("1", picousd=4 * CENT))

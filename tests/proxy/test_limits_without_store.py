@@ -62,7 +62,7 @@ async def test_without_redis_rates_hold_in_this_process(away: Store) -> None:
     first = await limiter.reserve(key, claim("1", tokens=900))
     with pytest.raises(RateLimited, match="tokens per minute"):
         await limiter.reserve(key, claim("2", tokens=200))
-    first.used(100)
+    first.used(100, None)
     second = await limiter.reserve(key, claim("3", tokens=200))
     await limiter.reserve(key, claim("4", tokens=200))
     with pytest.raises(RateLimited, match="requests per minute"):
@@ -106,12 +106,13 @@ async def test_a_frozen_redis_is_waited_for_by_the_first_and_limits_go_on_when_i
     limiter = Limiter(store, Metrics())
     key, rated = a_key(usd_per_day=0.05), a_key(requests_per_minute=1000)
     info: Any = await store.client.info("server")
-    await limiter.reserve(key, claim("before", picousd=CENT))
+    before = await limiter.reserve(key, claim("before", picousd=CENT))
     with frozen(int(info["process_id"])):
         started = time.monotonic()
         with pytest.raises(Unavailable):
             await limiter.reserve(key, claim("first", picousd=CENT))
         assert time.monotonic() - started < 0.5
+        assert before.used(None, CENT) is None  # an answer ends without waiting, and its record settles it
         started = time.monotonic()
         for number in range(200):
             await limiter.reserve(rated, claim(str(number)))

@@ -23,6 +23,8 @@ from router_core.eligibility import eligible
 from tests.support.choices import LIMITED, LONG, a_state, chosen
 from tests.support.makers import a_profile, a_record, surroundings
 
+UNCLAMPED = {"clamp_max_tokens": "off"}
+
 
 def lacking(**info: Any) -> RoutingState:
     return a_state(cheap=info, dear=info)
@@ -38,7 +40,7 @@ async def test_what_cannot_be_served_says_why() -> None:
     with pytest.raises(TooLong, match="cheap: context window below about 1253 prompt tokens"):
         await chosen(text="word " * 1000, state=lacking(max_input_tokens=100))
     with pytest.raises(TooLong, match="and 900 of an answer"):
-        await chosen(state=lacking(max_input_tokens=910), body={"max_tokens": 900})
+        await chosen(state=lacking(max_input_tokens=910), body={"max_tokens": 900}, settings=UNCLAMPED)
     assert "max_cost_usd" in await refusal(max_cost_usd=0.0)
     with pytest.raises(Unavailable, match="unmeasured: not profiled"):
         await chosen(models=("unmeasured",))
@@ -51,7 +53,7 @@ async def test_a_need_that_nobody_meets_is_named_with_where_it_was_asked_for() -
     state = a_state(cheap={"supports_vision": False}, dear={"supports_vision": False, "max_output_tokens": 10})
     body = {"messages": [{"role": "user", "content": LONG}, image], "max_tokens": 11}
 
-    assert await refusal(state=state, body=body) == (
+    assert await refusal(state=state, body=body, settings=UNCLAMPED) == (
         "no model can take this request, which needs a model to read images (messages[1] has image_url) ("
         "cheap: cannot read images; dear: cannot answer with 11 tokens, cannot read images; "
         "unmeasured: not profiled on this cluster map)"
@@ -60,7 +62,7 @@ async def test_a_need_that_nobody_meets_is_named_with_where_it_was_asked_for() -
 
 async def test_a_limit_that_no_answer_of_any_model_has_is_not_told_as_a_long_prompt() -> None:
     assert "cannot answer with 1000 tokens" in await refusal(
-        state=lacking(max_output_tokens=10), body={"max_tokens": 1000}
+        state=lacking(max_output_tokens=10), body={"max_tokens": 1000}, settings=UNCLAMPED
     )
 
 

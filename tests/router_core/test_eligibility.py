@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router_core.eligibility import eligible
+from router_core.eligibility import eligible, told_limit
 from router_core.errors import MapMismatch
 from router_core.pool import Candidate, Pool
 from router_core.profiles import Profile
@@ -47,6 +47,39 @@ def test_an_answer_longer_than_the_model_can_write_rules_it_out() -> None:
     short = able("short", max_output_tokens=100)
     assert eligible(a_pool(short), Needs(max_output_tokens=101)).names == ()
     assert eligible(a_pool(short), Needs(max_output_tokens=100)).names == ("short",)
+
+
+def test_a_limit_that_is_a_cap_rules_no_model_out_and_is_lowered_to_what_each_can_write() -> None:
+    pool = a_pool(able("short", max_output_tokens=100), able("long", max_output_tokens=9000), a_candidate("unknown"))
+    needs = Needs(max_output_tokens=8000, limit_is_cap=True)
+
+    assert eligible(pool, needs).names == ("long", "short", "unknown")
+    assert [told_limit(pool, pool.index[name], needs) for name in ("short", "long", "unknown")] == [100, 8000, 8000]
+
+
+def test_a_limit_is_told_as_it_is_stated_where_it_is_no_cap() -> None:
+    pool = a_pool(able("short", max_output_tokens=100))
+
+    assert told_limit(pool, 0, Needs(max_output_tokens=8000)) == 8000
+    assert told_limit(pool, 0, Needs(limit_is_cap=True)) is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        (100, 32_000 - 100 - 356),  # the prompt once more, and what a template may add
+        (20_000, 6000),  # half of what is left
+        (31_900, None),  # less than answers usually are
+    ],
+)
+def test_a_cap_leaves_room_in_a_window_for_a_prompt_that_is_longer_than_estimated(prompt: int, told: int) -> None:
+    pool = a_pool(able("model", max_input_tokens=32_000))
+    needs = Needs(prompt_tokens=prompt, max_output_tokens=64_000, limit_is_cap=True)
+    left = eligible(pool, needs)
+
+    assert left.names == (() if told is None else ("model",))
+    assert told is not None or "31900 prompt tokens and an answer" in left.why["model"]
+    assert told is None or told_limit(pool, 0, needs) == told
 
 
 @pytest.mark.parametrize(("output", "shared"), [(None, True), (1000, True), (2000, True), (999, False)])

@@ -1,0 +1,203 @@
+"""How much a body asks a model to write, under every name by which some upstream would read it.
+
+OpenAI's own names state the limit of an answer. All others can only raise what is set aside for it: whether an upstream
+heeds them is not known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from proxy.errors import BadRequest
+from proxy.routing.refused import plain_name
+from proxy.words import words
+from router_core.tokens import BYTES_PER_TOKEN, text_bytes
+
+LIMITS = ("max_completion_tokens", "max_tokens")
+"""Of one answer, its reasoning included."""
+MOST_TOKENS = 10**9
+MOST_ANSWERS = 128
+"""OpenAI's bound of `n`. Without one, a request could cost any multiple of what is set aside for it."""
+COUNTS = ("n", "best_of")
+
+# Without case, underscores and hyphens.
+_OTHER_LIMITS = words("""
+    maxtokens maxcompletiontokens maxoutputtokens maxnewtokens maxtokenstosample maxgenlen maxgentoks maxlength
+    maxtokencount maxoutputlength maxgeneratedtokens maxgenerationtokens maxnewtokencount maxresponsetokens
+    maxresponseoutputtokens numpredict npredict tokenstogenerate
+""")
+_OTHER_COUNTS = words("""
+    n bestof numreturnsequences candidatecount numcompletions numgenerations numresults numbeams beamwidth ncmpl
+""")
+_THINKING = words("thinking thinkingconfig thinkingoptions reasoning reasoningconfig reasoningoptions")
+_BUDGETS = words("""
+    budgettokens tokenbudget thinkingbudget thinkingbudgettokens thinkingtokenbudget maxthinkingtokens thinkingtokens
+    reasoningbudget reasoningbudgettokens reasoningtokenbudget maxreasoningtokens reasoningtokens
+""")
+"""Also every limit within one of these objects."""
+_CONTENT = words("""
+    model messages stream stream_options tools tool_choice functions function_call response_format metadata prediction
+    stop user temperature top_p seed presence_penalty frequency_penalty logit_bias logprobs top_logprobs
+    parallel_tool_calls reasoning_effort store audio modalities verbosity service_tier web_search_options
+    prompt_cache_key safety_identifier guided_json guided_grammar guided_regex guided_choice structured_outputs
+    json_schema response_schema grammar
+""")
+"""Top-level fields that hold no size: content, schemas, and what OpenAI defines."""
+_READ = _CONTENT.union(LIMITS)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What one body says of the size of its answers."""
+
+    limit: int | None = None
+    """Tokens of one answer. None: nothing is stated under OpenAI's names."""
+    other_limit: int = 0
+    """The largest limit under another name."""
+    unlimited: bool = False
+    """One of the other names says that there is no limit, of the answer or of its reasoning."""
+    answers: int = 1
+    thinking: int = 0
+    """Tokens that are stated for reasoning by themselves."""
+    predicted: int = 0
+    """Tokens of `prediction`: those that the model does not take over are paid as output."""
+
+    @property
+    def stated(self) -> bool:
+        """Whether anything is said of how long an answer may be."""
+        return self.limit is not None or self.other_limit > 0 or self.thinking > 0
+
+    def output_tokens(self, usual: int, *, thinking_within: bool = False) -> int:
+        """What all answers together may have.
+
+        Args:
+            usual: tokens to expect of an answer whose length is not limited.
+            thinking_within: the provider counts reasoning within a stated limit, and so accepts no larger budget.
+        """
+        limit = usual if self.limit is None else self.limit
+        if self.unlimited:
+            limit = max(limit, usual)
+        limit = max(limit, self.other_limit)
+        if not (thinking_within and self.limit is not None and self.thinking <= limit):
+            limit += self.thinking
+        return self.answers * (limit + self.predicted)
+
+
+def output_limit(body: Mapping[str, Any]) -> int | None:
+    """Tokens of one answer, as stated under OpenAI's names; None: not stated. The larger where they differ."""
+    limits = [_positive(body[name]) or 0 for name in LIMITS if name in body]
+    return (max(limits) or None) if limits else None
+
+
+def stated_answers(body: Mapping[str, Any]) -> int:
+    """How many answers OpenAI's fields ask for."""
+    counts = [_positive(body[name]) or 1 for name in COUNTS if name in body]
+    return min(max(counts), MOST_ANSWERS) if counts else 1
+
+
+def check_sizes(body: Mapping[str, Any]) -> None:
+    """Refuse sizes that two upstreams could read as two.
+
+    Raises:
+        BadRequest: a limit is no whole number, the two names of it contradict each other, or too many answers are
+            asked for.
+    """
+    stated = [(name, body[name]) for name in LIMITS if body.get(name) is not None]
+    for name, value in stated:
+        if not _is_whole(value):
+            raise BadRequest(f"`{name}` must be a whole number of tokens; got {value!r}"[:200], param=name)
+    if len(stated) > 1 and stated[0][1] != stated[1][1]:
+        (name, value), (other, other_value) = ((name, str(value)[:20]) for name, value in stated)
+        message = f"`{name}` ({value}) and `{other}` ({other_value}) are two names of one limit: send one of them"
+        raise BadRequest(message, param=other)
+    for name in COUNTS:
+        count = body.get(name)
+        if count is not None and not (type(count) is int and 1 <= count <= MOST_ANSWERS):
+            message = f"`{name}` must be a whole number from 1 to {MOST_ANSWERS}; got {count!r}"
+            raise BadRequest(message[:200], param=name)
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, float) and value.is_integer())
+
+
+def limited(body: Mapping[str, Any], limit: int) -> dict[str, Any]:
+    """The same body with another limit of an answer, under the names by which it states one."""
+    return {name: limit if name in LIMITS and value is not None else value for name, value in body.items()}
+
+
+def sizes_of(body: Mapping[str, Any]) -> Sizes:
+    """Everything that some upstream could read of a body. Never fails."""
+    others: list[float] = [0]
+    counts: list[float] = [stated_answers(body)]
+    budgets: list[float] = [0]
+    for name, amount, thinking in _amounts(body):
+        if name in _BUDGETS or (thinking and name in _OTHER_LIMITS):
+            budgets.append(amount)
+        elif name in _OTHER_LIMITS:
+            others.append(amount)
+        elif name in _OTHER_COUNTS:
+            counts.append(amount)
+    return Sizes(
+        limit=output_limit(body),
+        other_limit=_whole(max(others)),
+        unlimited=min(*others, *budgets) < 0,
+        answers=_whole(max(counts)),
+        thinking=_whole(max(budgets)),
+        predicted=_predicted(body.get("prediction")),
+    )
+
+
+def _amounts(body: Mapping[str, Any]) -> Iterator[tuple[str, float, bool]]:
+    """Each number under a plain name, and whether it is within an object about reasoning."""
+    waiting = [(plain_size(name), value, False) for name, value in body.items() if name not in _READ]
+    while waiting:
+        name, value, thinking = waiting.pop()
+        if isinstance(value, Mapping):
+            within = thinking or name in _THINKING
+            waiting += [(plain_size(inner), held, within) for inner, held in value.items()]
+        elif isinstance(value, list):
+            waiting += [(name, held, thinking) for held in value if isinstance(held, Mapping | list)]
+        elif (amount := _amount(value)) is not None:
+            yield name, amount, thinking
+
+
+def plain_size(name: str) -> str:
+    """As a lenient reader compares names: maxOutputTokens and max-output-tokens are max_output_tokens."""
+    return plain_name(name).replace("_", "").replace("-", "")
+
+
+def _amount(value: Any) -> float | None:
+    """A number, also one that is written as a text."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if isinstance(value, str) and len(value) > 40:
+        return None
+    try:
+        amount = float(value)
+    except ValueError:
+        return None
+    except OverflowError:
+        return math.inf
+    return None if math.isnan(amount) else amount
+
+
+def _whole(amount: float) -> int:
+    return math.ceil(min(max(amount, 0), MOST_TOKENS))
+
+
+def _positive(value: Any) -> int | None:
+    """A whole number of tokens. None: not stated; zero and less say so too, to the servers that take them."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        return None
+    return math.ceil(min(value, MOST_TOKENS))
+
+
+def _predicted(prediction: Any) -> int:
+    content = prediction.get("content") if isinstance(prediction, Mapping) else None
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping)]
+    return sum(text_bytes(text) for text in texts if isinstance(text, str)) // BYTES_PER_TOKEN
