@@ -17,7 +17,7 @@ MAX_VALUES_AT_ONCE: Final = 50_000
 """Of what is parsed on the event loop: that takes a few milliseconds."""
 SMALL: Final = 64 * 2**10
 """Bytes. What is no larger can hold neither many values nor take long."""
-_SHALLOW = 512
+SHALLOW: Final = 512
 """Bytes in which at most half as many levels fit, which every part of the program follows."""
 _SLICE = 64 * 2**10
 _NO_STRUCTURE = bytes(set(range(256)).difference(b"[]{},:"))
@@ -78,7 +78,7 @@ class Shape:
 def check_shape(data: bytes, most: int = MAX_VALUES) -> None:
     """Before `data` is parsed. Costs nothing noticeable where it is small. Raises TooMuchJson."""
     size = len(data)
-    if size <= _SHALLOW or (size <= SMALL and data.count(b"[") + data.count(b"{") <= MAX_DEPTH):
+    if size <= SHALLOW or (size <= SMALL and data.count(b"[") + data.count(b"{") <= MAX_DEPTH):
         return
     Shape(most).feed(data)
 

@@ -37,9 +37,10 @@ class ChunkReader:
 
     def feed(self, piece: bytes) -> list[Payload]:
         try:
-            events = self._cutter.feed(piece)
-            if self._cutter.size > SMALL or self._held.size:
-                self._hold(self._cutter.size)
+            cutter = self._cutter
+            events = cutter.feed(piece)
+            if cutter.size > SMALL or self._held.size:
+                self._hold(cutter.size)
         except EventTooLong as error:
             return self._fail(AnswerTooLarge(f"{error} (max_answer_bytes)"))
         except NoRoomForAnswer as failure:

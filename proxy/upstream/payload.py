@@ -6,13 +6,11 @@ import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from json.decoder import JSONArray, JSONObject
-from json.scanner import py_make_scanner
 from typing import Any, Never
 
 import orjson
 
-from proxy.json_shape import MAX_VALUES_AT_ONCE, check_shape
+from proxy.json_shape import MAX_VALUES_AT_ONCE, SHALLOW, check_shape
 from proxy.relay.sse import dump, loads
 from proxy.upstream.answer_room import Held
 from proxy.upstream.model_member import with_model
@@ -54,7 +52,7 @@ def parsed(data: bytes, *, checked: bool = False) -> tuple[Any, bytes | None]:
         TooMuchJson: it would take too long.
         ValueError: it is not JSON at all, or nested beyond the stack.
     """
-    if not checked:
+    if len(data) > SHALLOW and not checked:
         check_shape(data, MAX_VALUES_AT_ONCE)
     try:
         return orjson.loads(data), data
@@ -83,9 +81,10 @@ def _refuse_constant(name: str) -> Never:
 
 
 _PARSING = ThreadPoolExecutor(1, "uniroute-parsing")
+_json: Any = json  # these parts of it have no types
 _PATIENT: Any = json.JSONDecoder(parse_constant=_refuse_constant)
-_PATIENT.parse_object, _PATIENT.parse_array = JSONObject, JSONArray
-_PATIENT.scan_once = py_make_scanner(_PATIENT)
+_PATIENT.parse_object, _PATIENT.parse_array = _json.decoder.JSONObject, _json.decoder.JSONArray
+_PATIENT.scan_once = _json.scanner.py_make_scanner(_PATIENT)
 
 
 def exactly(data: bytes, body: dict[str, Any]) -> dict[str, Any]:

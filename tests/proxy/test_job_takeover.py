@@ -244,10 +244,10 @@ async def test_a_job_that_is_given_back_was_not_tried_in_vain(store: Store) -> N
 async def test_a_count_of_tries_that_is_none_begins_anew(store: Store, stored: str) -> None:
     ledger, leases = Ledger(store), Leases(store)
     job_id = await ledger.submit(a_record(), 20, 1.0)
-    await store.client.hset(job_key(job_id), "tries", stored)  # type: ignore[misc]
+    await store.client.hset(job_key(job_id), "tries", stored)
     lease = await leases.take(job_id)
     assert lease is not None
-    await store.client.hset(job_key(job_id), "tries", stored)  # type: ignore[misc]
+    await store.client.hset(job_key(job_id), "tries", stored)
     await leases.release(lease)
 
     assert await leases.take(job_id)

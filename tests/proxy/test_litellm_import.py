@@ -54,7 +54,7 @@ def translated() -> ModelRecord:
 
 
 async def test_an_import_that_failed_is_told_and_tried_again(
-    upstream: Upstream, broken: Broken, monkeypatch: pytest.MonkeyPatch
+    upstream: Upstream, broken: Broken, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(upstreams, "FIRST_PAUSE_S", 0.01)
     upstream.serve({"foreign": translated()})
@@ -62,6 +62,7 @@ async def test_an_import_that_failed_is_told_and_tried_again(
     with pytest.raises(CannotTranslate, match=r"OSError.*Too many open files"):
         await upstream.complete(translated(), BODY)
     assert upstream.loading == {"foreign"}
+    assert "litellm cannot be imported" in caplog.text
 
     await until(lambda: broken.tries > 2)
     monkeypatch.undo()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -177,23 +176,6 @@ def test_what_is_plain_needs_no_litellm(record: ModelRecord, expected: Resolved 
 def test_openais_key_is_for_openais_hosts(address: str, openais: bool) -> None:
     """The name of the host within another address is no such host."""
     assert is_openais(address) == openais
-
-
-def test_that_litellm_cannot_be_loaded_is_said(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setitem(sys.modules, "litellm", None)
-
-    async def serve() -> frozenset[str]:
-        upstream = Upstream(Settings(), {})
-        upstream.serve({"m": stated("translate", model="openai/x", api_base=NEAR)})
-        with pytest.raises(ImportError):
-            await upstream.loaded()
-        await upstream.aclose()
-        return upstream.loading
-
-    assert asyncio.run(serve()) == {"m"}
-    assert "litellm cannot be loaded" in caplog.text
 
 
 @pytest.mark.parametrize(
