@@ -232,7 +232,7 @@ async def _watched_health(
 ) -> AsyncIterator[ModelHealth]:
     """The health of the models, shown, shared with other processes, and forgotten with the models."""
     health = ModelHealth(settings.breaker)
-    collector = HealthCollector(metrics, health, lambda: state.current.models)
+    collector = HealthCollector(health, lambda: state.current.models, metrics.values)
     metrics.look_at(collector.look)
     metrics.registry.register(collector)
     looking = asyncio.create_task(Roster(health, lambda: state.current.models).run(), name="uniroute-roster")
@@ -243,10 +243,12 @@ async def _watched_health(
         await end(looking)
 
 
-def _open_routing(settings: Settings, startup: Startup, stop: threading.Event) -> tuple[ClusterMap, Assigner]:
+def _open_routing(
+    settings: Settings, startup: Startup | None = None, stop: threading.Event | None = None
+) -> tuple[ClusterMap, Assigner]:
     try:
         cluster_map = open_map(settings)
-        with startup.step("opening the embedding table", "tokens") as step:
+        with (startup or Startup()).step("opening the embedding table", "tokens") as step:
             embedder = open_embedder(settings.embedder, settings.data_dir, log.info, partial(_distilled, step), stop)
     except (RouterCoreError, OSError) as error:
         raise SettingsError(f"map, embedder: {error}") from error

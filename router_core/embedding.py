@@ -200,8 +200,10 @@ def _tell(line: str, progress: distill.Progress) -> None:
         progress(int(told[0]), int(told[1]))
 
 
-def _distill_apart(folder: Path, progress: distill.Progress, stop: threading.Event) -> None:
+def _distill_apart(folder: Path, progress: distill.Progress, stop: threading.Event | None = None) -> None:
     """In a process of its own, so that torch never lives in a server. It ends with us: it finds that nobody reads."""
+    stop = stop or threading.Event()
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     for left in folder.parent.glob(f"{SCRATCH}*"):  # by a process that was killed: who distils is alone
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=SCRATCH) as scratch:

@@ -19,7 +19,7 @@ class Metrics:
 
     def __init__(self, values: Values | None = None) -> None:
         self.registry = CollectorRegistry()
-        self._values = values or Values()
+        self.values = values or Values()
         self._looking: list[Callable[[], None]] = []
         self.requests = self._counter("requests", "Requests by who answered, why and how it ended", "reason", "ending")
         self.attempts_failed = self._counter("upstream_failures", "Upstream attempts that failed", "status")
@@ -54,19 +54,9 @@ class Metrics:
         )
         self.first_token = self._histogram("time_to_first_chunk_seconds", "Until the first content", _SECONDS, "model")
         self.seconds = self._histogram("request_seconds", "Until the end", _SECONDS, "model")
-        self.model_resting = Level(
-            "uniroute_model_resting",
-            "1 while the model is not asked; of several workers, by any of them",
-            ["model"],
-            combine=max,
-            values=self._values,
-        )
-        self.breaker_opened = Counted(
-            "uniroute_breaker_opened", "Times that a process found a model failing", ["model"], values=self._values
-        )
         self._lines_dropped = self._total("log_lines_dropped", "Log lines dropped: nobody read standard error")
         self._lines_told = lines_dropped()
-        self.registry.register(worker_deaths(self._values))
+        self.registry.register(worker_deaths(self.values))
         self.look_at(self._look)
 
     def look_at(self, look: Callable[[], None]) -> None:
@@ -79,7 +69,7 @@ class Metrics:
 
     def expose(self) -> bytes:
         self.look()
-        self._values.refresh()
+        self.values.refresh()
         return generate_latest(self.registry)
 
     def _look(self) -> None:
@@ -89,7 +79,7 @@ class Metrics:
         self._lines_told = dropped
 
     def _total(self, name: str, text: str, *labels: str) -> Counted:
-        counter = Counted(f"uniroute_{name}", text, labels, values=self._values)
+        counter = Counted(f"uniroute_{name}", text, labels, values=self.values)
         self.registry.register(counter)
         return counter
 
@@ -98,12 +88,12 @@ class Metrics:
         return self._total(name, text, "model", *labels)
 
     def _gauge(self, name: str, text: str, combine: Callable[[Iterable[float]], float] = sum) -> Level:
-        gauge = Level(f"uniroute_{name}", text, combine=combine, values=self._values)
+        gauge = Level(f"uniroute_{name}", text, combine=combine, values=self.values)
         self.registry.register(gauge)
         return gauge
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Distribution:
-        histogram = Distribution(f"uniroute_{name}", text, labels, buckets, values=self._values)
+        histogram = Distribution(f"uniroute_{name}", text, labels, buckets, values=self.values)
         self.registry.register(histogram)
         return histogram
 

@@ -84,7 +84,7 @@ def test_before_any_key_could_be_read_none_is_called_wrong() -> None:
     door = Door(KEY, read=False)
 
     assert door("/v1/models", "GET", bearer(SECRET))[0] == 503
-    assert door("/v1/models")[0] == 401
+    assert door("/v1/models")[0] == 503
     assert door("/v1/models", "GET", bearer(ROOT_KEY)) == (200, "root None")
 
 

@@ -140,11 +140,11 @@ def test_folders_of_supervisors_that_were_killed_are_removed(tmp_path: Path, mon
             os.close(holding._index)
         if folder != young:
             os.utime(folder, (0, 0))
-    with shared_folder() as folder:
-        assert folder is not None
-        assert {path.name for path in tmp_path.iterdir()} == {used.name, young.name, folder.name}
-        assert folder.stat().st_mode & 0o077 == 0
-    assert not folder.exists()
+    with shared_folder() as made:
+        assert made is not None
+        assert {path.name for path in tmp_path.iterdir()} == {used.name, young.name, made.name}
+        assert made.stat().st_mode & 0o077 == 0
+    assert not made.exists()
 
 
 def test_every_metric_of_the_registry_is_of_the_shared_kind(tmp_path: Path) -> None:
