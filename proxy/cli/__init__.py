@@ -64,5 +64,7 @@ def _failed_work() -> tuple[type[Exception], ...]:
 
 
 def _stop(error: Exception, status: int) -> None:
-    sys.stderr.write(f"uniroute: {' '.join(str(error).split())}\n")
+    from proxy.plain_text import plain
+
+    sys.stderr.write(f"uniroute: {' '.join(plain(str(error), lines=False).split())}\n")
     sys.exit(status)

@@ -1,4 +1,7 @@
-"""What a person sees and a script reads: progress, tables, JSON. Progress goes to stderr, results to stdout."""
+"""What a person sees and a script reads: progress, tables, JSON. Progress goes to stderr, results to stdout.
+
+Names, reasons and errors come from a store or a server: nothing in them is left for a terminal to obey.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 from unicodedata import east_asian_width
+
+from proxy.plain_text import plain
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -30,20 +35,26 @@ class BadArgument(CommandError):
 
 
 def say(text: str = "") -> None:
-    print(text, flush=True)  # noqa: T201
+    print(plain(text), flush=True)  # noqa: T201
 
 
 def write(text: str) -> None:
     """Without a line end: tokens as they come."""
-    print(text, end="", flush=True)  # noqa: T201
+    print(plain(text), end="", flush=True)  # noqa: T201
 
 
 def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    print(plain(text), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def emit_json(value: object) -> None:
-    say(json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False))
+    """In JSON nothing is left out: what a terminal would obey is written as \\uXXXX."""
+    text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False)
+    say("".join(letter if letter.isprintable() or letter == "\n" else _escaped(letter) for letter in text))
+
+
+def _escaped(letter: str) -> str:
+    return json.dumps(letter)[1:-1]
 
 
 class Progress(Protocol):
@@ -62,11 +73,11 @@ def progress() -> Iterator[Progress]:
     from rich.progress import Progress as RichProgress
 
     columns = (
-        TextColumn("{task.description:<14}"),
+        TextColumn("{task.description:<14}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[remark]}"),
+        TextColumn("{task.fields[remark]}", markup=False),
     )
     with RichProgress(*columns, console=Console(stderr=True)) as bars:
         yield _Bars(bars)
@@ -78,6 +89,7 @@ class _Bars:
         self._tasks: dict[str, TaskID] = {}
 
     def update(self, label: str, done: int, total: int, remark: str = "") -> None:
+        label, remark = plain(label, lines=False), plain(remark, lines=False)
         if label not in self._tasks:
             self._tasks[label] = self._bars.add_task(label, remark=remark)
         self._bars.update(self._tasks[label], completed=done, total=total or None, remark=remark)
@@ -93,12 +105,12 @@ class _Lines:
         if (done, total) == before or (not complete and time.monotonic() - then < _LINE_EVERY_S):
             return
         self._last[label] = (time.monotonic(), (done, total))
-        note(f"{label}: {done}{f'/{total}' if total else ''} {remark}".rstrip())
+        note(plain(f"{label}: {done}{f'/{total}' if total else ''} {remark}".rstrip(), lines=False))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "") -> None:
     """Plain aligned columns, the first to the left, the others to the right; the same on a terminal and in a file."""
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[plain(str(cell), lines=False) for cell in row] for row in rows]
     widths = [max(map(_width, column)) for column in zip(columns, *cells, strict=True)]
     if title:
         say(title)

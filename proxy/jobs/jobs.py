@@ -16,7 +16,8 @@ from proxy.jobs.validation_prompts import PlacedPrompts, ValidationPrompts
 from proxy.jobs.worker import JobWorker
 from proxy.settings import Settings
 from proxy.state.holder import StateHolder
-from proxy.state.registry import UnknownModel
+from proxy.state.records import ModelRecord
+from proxy.state.registry import Registry, UnknownModel
 from proxy.state.store import Store, StoreUnavailable
 from proxy.tasks import end
 from router_core.types import Embedder
@@ -64,6 +65,13 @@ class Jobs:
         if job is None:
             raise StoreUnavailable("the job that was just stored is gone: the store was emptied")
         return job
+
+    async def submitted_with(self, record: ModelRecord, prompts: int, max_usd: float | None, registry: Registry) -> str:
+        """Add a model and submit its job, both or neither; the job's id. Raises StoreUnavailable, NameTaken."""
+        step = self._ledger.submission(record, prompts, max_usd)
+        _, job_id = await registry.add_model_with(record, step)
+        await self.worker.kick(job_id)
+        return job_id
 
     async def carry_over(self, model: str) -> bool:
         """Whether what the model answered on another map is carried over to this one. Raises StoreUnavailable."""

@@ -29,6 +29,7 @@ from proxy.state.complaints import Complaints
 from proxy.state.records import InvalidRecord, ModelRecord, StoredProfile
 from proxy.state.store import Store
 from proxy.state.stored import EARLIER, MODELS, PROFILES, VERSION
+from proxy.state.writer import Step
 from router_core.profiles import Profile
 
 log = logging.getLogger("uniroute.jobs")
@@ -48,6 +49,13 @@ class Ledger:
 
         With `carried` it is "" where the profile is no longer that of the earlier job: somebody measured the model.
         """
+        step = self.submission(record, prompts, max_usd, carried)
+        return str(await self._store.run_durably("submit a job", step.script, step.keys, step.arguments))
+
+    def submission(
+        self, record: ModelRecord, prompts: int, max_usd: float | None, carried: Carried | None = None
+    ) -> Step:
+        """What `submit` does, to be done together with something else."""
         job_id, now = uuid.uuid4().hex[:16], time.time()
         stored = {
             "model": record.name,
@@ -63,9 +71,8 @@ class Ledger:
             recorded = {prompt_id: answer.to_json() for prompt_id, answer in carried.answers.items()}
         bound = [carried.map_id, carried.earlier] if carried else ["", ""]
         arguments = [job_id, record.name, record.fingerprint, now, *bound, 2 * len(stored), *_pairs(stored)]
-        keys = [JOBS, OPEN, LATEST, PROFILES, job_key(job_id), answers_key(job_id)]
-        arguments += _pairs(recorded)
-        return str(await self._store.run_durably("submit a job", scripts.SUBMIT, keys, arguments))
+        keys = (JOBS, OPEN, LATEST, PROFILES, job_key(job_id), answers_key(job_id))
+        return Step(scripts.SUBMIT, keys, (*arguments, *_pairs(recorded)))
 
     async def get(self, job_id: str) -> Job | None:
         async with self._store.asking("read a job") as client:

@@ -27,18 +27,17 @@ ATTEMPTS = 5
 
 @router.post("", response_model=None)
 async def add_model(request: Request, services: AdminServices) -> Response:
-    """202 with the job that measures it, or 201 where its profile came along."""
+    """202 with the job that measures it, or 201 where its profile came along. Stored with either, or not at all."""
     body = await json_object(request, services)
     cluster_map = services.state.current.cluster_map
     addition = read_addition(body, services.settings, services.environ, cluster_map, time.time())
     record = await services.resolver.resolve(addition.record)
-    await services.registry.add_model(record)
-    try:
-        return await _profile(services, record, addition.profile, 201)
-    except StoreUnavailable:
-        with suppress(StoreUnavailable):
-            await services.registry.remove_model(record.name)
-        raise
+    profile = addition.profile
+    if isinstance(profile, Asking):
+        job = await services.jobs.submitted_with(record, profile.prompts, profile.max_usd, services.registry)
+        return JSONResponse({"model": record.name, "job": job}, 202)
+    await _take_effect(services, await services.registry.add_model(record, profile))
+    return JSONResponse({"model": record.name, "job": None}, 201)
 
 
 @router.get("", response_model=None)
@@ -54,7 +53,7 @@ async def measure_again(name: str, request: Request, services: AdminServices, au
     body = await json_object(request, services)
     stated = body.get("profile", body)
     profile = read_profile(stated, services.settings, services.state.current.cluster_map)
-    reply = await _profile(services, record, profile, 200)
+    reply = await _profile(services, record, profile)
     if isinstance(profile, Asking):
         await audit.note(PROFILE_MODEL, name)
     return reply
@@ -65,7 +64,7 @@ async def put_price(name: str, request: Request, services: AdminServices) -> dic
     await _record(services, name)
     price = read_price(await json_object(request, services))
     version = await services.registry.put_price(name, price, "admin")
-    await services.state.wait_for_version(version or 0)
+    await _take_effect(services, version or 0)
     card = await card_of(services, name, with_profile=False)
     return {"model": name, "price": card["price"]}
 
@@ -90,7 +89,7 @@ async def change_model(name: str, request: Request, services: AdminServices) -> 
     if changed.fingerprint != before.fingerprint:
         services.live.forget(name)
         await services.jobs.cancel_for(name, "litellm_params were changed; profile the model again")
-    await services.state.wait_for_version(version)
+    await _take_effect(services, version)
     return await card_of(services, name, with_profile=False)
 
 
@@ -102,17 +101,22 @@ async def remove_model(name: str, services: AdminServices) -> Response:
     version = await services.registry.remove_model(name)
     services.live.forget(name)
     services.health.forget(name)
-    await services.state.wait_for_version(version)
+    await _take_effect(services, version)
     return Response(status_code=204)
 
 
-async def _profile(services: Services, record: ModelRecord, profile: Asking | Any, done: int) -> Response:
+async def _take_effect(services: Services, version: int) -> None:
+    """In this process at once. It is stored and thus said, even if the store goes away now."""
+    with suppress(StoreUnavailable):
+        await services.state.wait_for_version(version)
+
+
+async def _profile(services: Services, record: ModelRecord, profile: Asking | Any) -> Response:
     if isinstance(profile, Asking):
         job = await services.jobs.submit(record.name, profile.prompts, profile.max_usd)
         return JSONResponse({"model": record.name, "job": job.id}, 202)
-    version = await services.registry.put_profile(record, profile)
-    await services.state.wait_for_version(version)
-    return JSONResponse({"model": record.name, "job": None}, done)
+    await _take_effect(services, await services.registry.put_profile(record, profile))
+    return JSONResponse({"model": record.name, "job": None})
 
 
 async def _changed(services: Services, name: str, stated: Mapping[str, Any]) -> tuple[ModelRecord, ModelRecord, int]:

@@ -20,7 +20,7 @@ from proxy.state.registry_errors import (
 )
 from proxy.state.store import Store
 from proxy.state.stored import EARLIER, MODELS, PRICING, PROFILES, price_key
-from proxy.state.writer import Writer
+from proxy.state.writer import Step, Writer
 from router_core.profiles import Profile
 from router_core.types import Price
 
@@ -40,6 +40,10 @@ local stored = redis.call('HGET', KEYS[2], ARGV[1])
 if stored and stored ~= ARGV[2] then return -1 end
 local version = changed()
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
+if ARGV[3] ~= '' then
+  redis.pcall('HDEL', KEYS[4], ARGV[1])
+  redis.call('HSET', KEYS[3], ARGV[1], ARGV[3])
+end
 return version
 """
 # ARGV: name, record, and where it matters the version that the record was made from.
@@ -96,14 +100,28 @@ class Registry:
         """The same, with an audit line in the author's name for each write."""
         return Registry(self._store, self._configured, self._latch, author)
 
-    async def add_model(self, record: ModelRecord) -> int:
-        """Raises NameTaken. Adding the very same record twice is once."""
+    async def add_model(self, record: ModelRecord, profile: Profile | None = None) -> int:
+        """With its profile, or neither. Raises NameTaken. Adding the very same record twice is once."""
+        entry = "" if profile is None else StoredProfile(record.fingerprint, profile).to_json()
+        version = await self._writer.run("add a model", *self._addition(record, entry))
+        return self._added(record, version)
+
+    async def add_model_with(self, record: ModelRecord, step: Step) -> tuple[int, str]:
+        """With what else is written for it, or neither; and what that answers. Raises NameTaken."""
+        version, answer = await self._writer.run_with(step, "add a model", *self._addition(record, ""))
+        return self._added(record, version), answer
+
+    def _addition(self, record: ModelRecord, entry: str) -> tuple[str, list[str], list[str], tuple[str, str]]:
         if record.name in self._configured:
             raise NameTaken(f"the model {record.name!r} is defined in the configuration file")
-        arguments = [record.name, _readable(record)]
-        version = await self._writer.run("add a model", _ADD_MODEL, [MODELS], arguments, (ADD_MODEL, record.name))
+        arguments = [record.name, _readable(record), entry]
+        return _ADD_MODEL, [MODELS, PROFILES, EARLIER], arguments, (ADD_MODEL, record.name)
+
+    def _added(self, record: ModelRecord, version: int) -> int:
         if version < 0:
-            raise NameTaken(f"a model named {record.name!r} exists; PATCH changes it, DELETE removes it")
+            raise NameTaken(
+                f"a model named {record.name!r} exists; PATCH changes it, DELETE removes it, POST …/profile measures it"
+            )
         return version
 
     async def update_model(self, record: ModelRecord, *, as_of: int | None = None) -> int:

@@ -40,6 +40,9 @@ log = logging.getLogger("uniroute.store")
 class StoreUnavailable(Exception):
     """Redis did not take a write or give a reading. What was asked may be asked again."""
 
+    in_doubt = False
+    """Whether a write may have been done although nobody said so."""
+
 
 class StoreUnreadable(StoreUnavailable):
     """Redis answers, and holds something else than we would have written. Asking again changes nothing."""
@@ -130,7 +133,10 @@ class Store:
 
     def _failure(self, what: str, error: Exception) -> StoreUnavailable:
         kind = StoreUnreadable if _is_of_the_data(error) else StoreUnavailable
-        return kind(f"could not {what}: Redis at {self.name} {_reason(error)}")
+        failure = kind(f"could not {what}: Redis at {self.name} {_reason(error)}")
+        heard = not isinstance(error, (ResponseError, UnsuitableServer)) and "connecting to" not in str(error)
+        failure.in_doubt = heard and "no sentinel knows" not in str(error)
+        return failure
 
     async def run_durably(self, what: str, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         """What a script answers that changes what must outlive a failover. Which script does not matter: it is sent.
@@ -143,7 +149,7 @@ class Store:
         pool = self.client.connection_pool
         async with self.asking(what) as client:
             if not isinstance(pool, SentinelPool):
-                return await client.register_script(script)(keys=list(keys), args=list(arguments))
+                return await _awaited(client.eval(script, len(keys), *keys, *arguments))
             await pool.look()
             primary = pool.master_address
             command = ["EVAL", script, str(len(keys)), *map(str, (*keys, *arguments))]
@@ -154,7 +160,9 @@ class Store:
         if copies != 0:  # also where this user may not ask
             return answer
         if await pool.is_disputed(primary):
-            raise StoreUnavailable(f"could not {what}: the sentinels of {self.name} make another server the primary")
+            doubt = StoreUnavailable(f"could not {what}: the sentinels of {self.name} make another server the primary")
+            doubt.in_doubt = True
+            raise doubt
         log.warning("no replica has what was done to %s within %d ms: a failover would undo it", what, CONFIRMED_MS)
         return answer
 

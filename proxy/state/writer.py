@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Final
+from dataclasses import dataclass
+from typing import Any, Final
 
-from proxy.state.audit import AUDIT, MOST_LINES, Author
-from proxy.state.store import Store
+from proxy.state.audit import ADD_MODEL, AUDIT, CREATE_KEY, MOST_LINES, REMOVE_MODEL, ROTATE_KEY, Author
+from proxy.state.store import Store, StoreUnavailable
 from proxy.state.stored import CHANGED, VERSION
 from proxy.state.stored_json import MAX_WHOLE
 
@@ -35,6 +36,25 @@ end
 """
 
 
+# Of a write that may have been done although nobody was told: what is to be done about it.
+_IN_DOUBT: Final = {
+    CREATE_KEY: "nobody was shown its secret: where GET /admin/keys lists the id {target}, revoke it",
+    ROTATE_KEY: "nobody was shown the new secret, and the old one may open no more: rotate it again",
+    ADD_MODEL: "GET /admin/models/{target} shows whether it is; repeat the request where it is not",
+    REMOVE_MODEL: "repeat the request, and a 404 says that it was",
+}
+_REPEAT: Final = "repeat the request, which does no harm"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Another script that is run within a write: both are done, or neither."""
+
+    script: str
+    keys: tuple[str, ...]
+    arguments: tuple[Any, ...]
+
+
 class Writer:
     """Writes for an author; without one, for the service itself, which leaves no audit line."""
 
@@ -54,4 +74,32 @@ class Writer:
         """
         line = self._author.line(*act) if self._author else ""
         keys = [VERSION, *keys, AUDIT]
-        return int(await self.store.run_durably(what, ANNOUNCED + script, keys, [*arguments, line]))
+        return int(await self._run(what, ANNOUNCED + script, keys, [*arguments, line], act))
+
+    async def run_with(
+        self, step: Step, what: str, script: str, keys: list[str], arguments: list[str], act: tuple[str, str]
+    ) -> tuple[int, str]:
+        """As `run`, with a step that is done where the script changes something; and what the step answers."""
+        line = self._author.line(*act) if self._author else ""
+        own_keys, own_arguments = [VERSION, *keys, AUDIT], [*arguments, line]
+        whole = f"""
+        local keys, arguments = {len(own_keys)}, {len(own_arguments)}
+        local function write(KEYS, ARGV) {ANNOUNCED} {script} end
+        local function step(KEYS, ARGV) {step.script} end
+        local version = write({{unpack(KEYS, 1, keys)}}, {{unpack(ARGV, 1, arguments)}})
+        if version < 0 then return {{version, ''}} end
+        return {{version, step({{unpack(KEYS, keys + 1)}}, {{unpack(ARGV, arguments + 1)}})}}
+        """
+        every_key, every_argument = [*own_keys, *step.keys], [*own_arguments, *step.arguments]
+        version, answer = await self._run(what, whole, every_key, every_argument, act)
+        return int(version), str(answer)
+
+    async def _run(self, what: str, script: str, keys: list[str], arguments: list[Any], act: tuple[str, str]) -> Any:
+        try:
+            return await self.store.run_durably(what, script, keys, arguments)
+        except StoreUnavailable as error:
+            if not error.in_doubt:
+                raise
+            action, target = act
+            advice = _IN_DOUBT.get(action, _REPEAT).format(target=target)
+            raise StoreUnavailable(f"{error}. It may have been done all the same: {advice}") from error.__cause__

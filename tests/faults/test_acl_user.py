@@ -28,7 +28,7 @@ def test_the_documented_user_suffices_for_all_that_a_server_does(tmp_path: Path,
         client.execute_command("ACL", "SETUSER", "default", "+@all")
         environ = {"UNIROUTE_REDIS_URL": f"redis://127.0.0.1:{valkey.port}/1"}
         environ |= {"UNIROUTE_REDIS_USERNAME": "uniroute", "UNIROUTE_REDIS_PASSWORD": "pw"}
-        section = {"price_refresh_minutes": 60, "breaker": {"failures": 1, "cooldown_s": 1}}
+        section: dict[str, Any] = {"price_refresh_minutes": 60, "breaker": {"failures": 1, "cooldown_s": 1}}
         with a_gateway(tmp_path, embedder_cache, up, environ=environ, **section) as gateway:
             key = gateway.admin("POST", "/keys", {"name": "k", "usd_per_day": 5, "tokens_per_minute": 10**6}).json()
             rotated = gateway.admin("POST", f"/keys/{key['id']}/rotate", {"grace_s": 60})

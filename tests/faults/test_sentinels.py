@@ -104,9 +104,10 @@ class Setting:
         return Traffic(self.gateway, self.keys)
 
     def primary(self) -> OwnValkey:
-        found: list[OwnValkey] = []
-        assert wait_until(lambda: bool(found) or bool(found.extend(filter(None, [self.group.primary()]))), HEALS_S)
-        return found[0]
+        assert wait_until(lambda: self.group.primary() is not None, HEALS_S)
+        found = self.group.primary()
+        assert found is not None
+        return found
 
     def holds(self, true_of: Callable[[redis.Redis], bool]) -> bool:
         """Of the primary of now, within a while."""

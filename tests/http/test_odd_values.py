@@ -132,8 +132,8 @@ class Served:
 
     def reads(self) -> dict[str, int]:
         """Everything that can be read, and what it is answered with."""
-        paths = ("/admin/models", "/admin/models/kept", "/admin/keys", "/admin/audit?limit=1000", "/admin/jobs/odd")
-        paths = (*paths, "/admin/jobs/odd/outcomes", "/v1/models", "/metrics", "/readyz")
+        admin = ("models", "models/kept", "keys", "audit?limit=1000", "jobs/odd", "jobs/odd/outcomes")
+        paths = (*(f"/admin/{path}" for path in admin), "/v1/models", "/metrics", "/readyz")
         return {path: self.proxy.admin("GET", path).status_code for path in paths}
 
     def changes(self) -> dict[str, int]:
@@ -203,7 +203,7 @@ def fill(client: redis.Redis) -> None:
         pipe.xadd(AUDIT, {"line": "{}"}, id="18446744073709551000-1")
         for number, text in enumerate([*TEXTS, *map(stored, variants(ANSWER))]):
             pipe.hset(answers_key("odd"), f"prompt-{number}", text)
-        pipe.hset(job_key("odd"), mapping=JOB)
+        pipe.hset(job_key("odd"), mapping={**JOB})
         pipe.hset(LATEST, "kept", "odd")
         pipe.execute()
 
