@@ -9,6 +9,7 @@ from typing import Any
 from proxy.jobs.answering import Answerer
 from proxy.jobs.asking import Patience
 from proxy.jobs.carrying import CarryingOver
+from proxy.jobs.grading import GradingProcess
 from proxy.jobs.ledger import Ledger
 from proxy.jobs.measuring import Measuring
 from proxy.jobs.records import Job, PromptAnswer
@@ -40,7 +41,8 @@ class Jobs:
         self._ledger = Ledger(store)
         self._prompts = ValidationPrompts(settings.validation_set, embedder)
         patience = patience or Patience(timeout_s=settings.profile.timeout_s)
-        measuring = Measuring(settings, state, answerer, self._ledger, self._prompts, patience)
+        self._grading = GradingProcess()
+        measuring = Measuring(settings, state, answerer, self._ledger, self._prompts, patience, self._grading)
         self.worker = JobWorker(store, self._ledger, measuring.measure, state.current.cluster_map.id)
         self._carrying = CarryingOver(settings, state, self._ledger, self._prompts, self.worker.kick)
         self._carrying_task: asyncio.Task[None] | None = None
@@ -111,6 +113,7 @@ class Jobs:
     async def close(self) -> None:
         await end(self._carrying_task)
         await self.worker.close()
+        await self._grading.close()
 
 
 def outcome_lines(placed: PlacedPrompts, model: str, answers: Mapping[str, PromptAnswer]) -> list[dict[str, Any]]:

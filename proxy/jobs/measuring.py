@@ -7,6 +7,7 @@ import logging
 from proxy.jobs.answering import Answerer
 from proxy.jobs.asking import Asker, Patience
 from proxy.jobs.examining import Arm
+from proxy.jobs.grading import GradingProcess
 from proxy.jobs.judging import Judge, NoJudge
 from proxy.jobs.leases import Lease, LeaseLost
 from proxy.jobs.ledger import Ledger
@@ -41,6 +42,7 @@ class Measuring:
         ledger: Ledger,
         prompts: ValidationPrompts,
         patience: Patience,
+        grading: GradingProcess,
     ) -> None:
         self._settings = settings
         self._state = state
@@ -48,6 +50,7 @@ class Measuring:
         self._ledger = ledger
         self._prompts = prompts
         self._patience = patience
+        self._grading = grading
 
     async def measure(self, lease: Lease) -> None:
         """Carry out the job of this lease to its end.
@@ -86,7 +89,7 @@ class Measuring:
             placed = (await self._prompts.placed(cluster_map)).chosen(job.total, answered)
             waiting = tuple(prompt for prompt in placed.prompts if prompt.id not in answered)
             arm = self._arm(job, record, asked=bool(waiting))
-            judge = Judge(self._judge_named, self._settings.judge_model)
+            judge = Judge(self._judge_named, self._settings.judge_model, self._grading)
             judge.check(waiting, capped=job.max_usd is not None)
         except (CannotMeasure, NoJudge, InvalidInput) as reason:
             return Verdict(error=str(reason))

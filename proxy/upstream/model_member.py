@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-_MODEL = re.compile(rb'(?<!\\)"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]|\\.)*")')
+_MODEL = re.compile(rb'(?<!\\)"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]++|\\.)*+")')
 _MOST_PLACES = 8
 """Members called `model` that are tried, where tools and schemas have some of their own."""
 _BACKSLASH = ord("\\")
