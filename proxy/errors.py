@@ -18,6 +18,7 @@ ProxyError
 ├── RateLimited              429  the key may not send so much so soon
 │   └── BudgetExceeded       429  the key has spent what it may
 ├── Unavailable              503  nothing to route to yet, or the store is away
+│   └── NotMeasured          503  no model that could answer is measured yet
 └── UpstreamFailure               a model did not answer: its own status and body, or 502, 504
 ClientGone                        nobody is left to answer
 """
@@ -121,6 +122,14 @@ class Unavailable(ProxyError):
     """Not now: no model is routable yet, or the store cannot be written."""
 
 
+class NotMeasured(Unavailable):
+    """No candidate is measured yet. `why` says of each what it lacks."""
+
+    def __init__(self, message: str, why: Mapping[str, str], headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message, headers=headers)
+        self.why = why
+
+
 class UpstreamFailure(ProxyError):
     """A model did not answer. status None: nothing came back at all."""
 
@@ -219,9 +228,18 @@ def _own_words(error: UpstreamFailure) -> dict[str, Any]:
     else:
         kind, code = _OF_STATUS.get(error.status or 502, ("upstream_error", None))
         shaped = error_object(_words_of(body) or error.message, kind, code)
+    if error.status in (401, 403):
+        shaped["error"]["message"] = _not_the_callers_key(error, shaped["error"]["message"])
     if error.overflow:
         shaped["error"]["code"] = shaped["error"]["code"] or "context_length_exceeded"
     return shaped
+
+
+def _not_the_callers_key(error: UpstreamFailure, words: str) -> str:
+    """The provider's words alone read as if the caller's own key were wrong."""
+    what = "" if error.status == 401 else " for this model or request"
+    said = f"; it said: {words}" if words != error.message else ""
+    return f"{error.message}: the provider refused its key{what}, which is this server's and not yours{said}"
 
 
 def _openais_shape(stated: Mapping[str, Any], message: str) -> dict[str, Any]:

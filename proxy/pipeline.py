@@ -6,7 +6,8 @@ import asyncio
 
 from starlette.responses import Response
 
-from proxy.errors import BudgetExceeded, ModelBusy, UpstreamFailure
+from proxy.errors import BudgetExceeded, ModelBusy, NotMeasured, UpstreamFailure
+from proxy.jobs.progress import with_progress
 from proxy.limits.claims import claim_of, no_dearer, within_claim
 from proxy.limits.standing import Granted
 from proxy.recording.meter import Books, Meter
@@ -49,13 +50,16 @@ async def chosen(
 ) -> tuple[Choice, Thread]:
     """As things are now, and the conversation that the request goes on with. Raises as `choose`."""
     thread = await thread_of(services.conversations, request, key, services.settings)
-    choice = await choose(
-        *(request, key, state, services.settings, services.assigner),
-        thread=thread,
-        resting=services.health.resting(),
-        loading=services.upstream.loading,
-        explain=explain,
-    )
+    try:
+        choice = await choose(
+            *(request, key, state, services.settings, services.assigner),
+            thread=thread,
+            resting=services.health.resting(),
+            loading=services.upstream.loading,
+            explain=explain,
+        )
+    except NotMeasured as early:
+        raise with_progress(early, await services.jobs.recent(), services.settings) from None
     return choice, thread
 
 

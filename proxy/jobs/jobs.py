@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ from proxy.tasks import end
 from router_core.types import Embedder
 
 __all__ = ["Job", "Jobs", "outcome_lines"]
+
+RECENT_S = 1.0
 
 
 class Jobs:
@@ -46,6 +49,9 @@ class Jobs:
         self.worker = JobWorker(store, self._ledger, measuring.measure, state.current.cluster_map.id)
         self._carrying = CarryingOver(settings, state, self._ledger, self._prompts, self.worker.kick)
         self._carrying_task: asyncio.Task[None] | None = None
+        self._recent: Mapping[str, Job] = {}
+        self._read_at = -RECENT_S
+        self._reading = asyncio.Lock()
 
     async def submit(self, model: str, prompts: int, max_usd: float | None) -> Job:
         """Ask a registered model; an unfinished job that asks the same arm is returned instead of a second one.
@@ -81,6 +87,17 @@ class Jobs:
     async def latest(self) -> Mapping[str, Job]:
         """Each model's latest job, in two round trips."""
         return await self._ledger.latest()
+
+    async def recent(self) -> Mapping[str, Job]:
+        """As `latest`, at most RECENT_S old, for refusals, of which there may be many; empty while Redis is away."""
+        async with self._reading:
+            if time.monotonic() >= self._read_at + RECENT_S:
+                try:
+                    self._recent = await self._ledger.latest() if self._state.available else {}
+                except StoreUnavailable:
+                    self._recent = {}
+                self._read_at = time.monotonic()
+            return self._recent
 
     async def cancel(self, job_id: str) -> bool:
         """Its worker stops at the next answer, or within two seconds. False: there was nothing left to cancel."""

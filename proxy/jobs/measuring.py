@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 from proxy.jobs.answering import Answerer
@@ -19,6 +20,7 @@ from proxy.state.catalog import bundled_catalog
 from proxy.state.holder import StateHolder
 from proxy.state.records import ModelRecord
 from proxy.state.snapshot import capabilities_of, price_of
+from proxy.state.store import StoreUnavailable
 from router_core.errors import InvalidInput
 from router_core.types import Price
 
@@ -74,7 +76,14 @@ class Measuring:
             await self._ledger.fail(lease, verdict.error or "")
         else:
             await self._ledger.finish(lease, record, verdict.profile)
-        log.info("job %s for model %s: %s", job.id, job.model, verdict.error or "ready")
+        if verdict.error:
+            log.warning("job %s: measuring model %s failed: %s", job.id, job.model, verdict.error)
+            return
+        log.info("job %s for model %s: ready", job.id, job.model)
+        with contextlib.suppress(StoreUnavailable):  # the job is done, whatever can be said of it
+            await self._state.refresh()
+            if doubt := self._state.current.measuring_doubt:
+                log.warning("%s", doubt)
 
     async def _is_still(self, record: ModelRecord) -> bool:
         """Whether what was measured is what is served: only then is its profile of any use."""
