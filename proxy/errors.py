@@ -2,7 +2,8 @@
 
 ProxyError
 ├── BadRequest               400  the caller's body or headers; `param` names the field
-│   └── ControlFieldRefused  400  a field that would steer the provider layer
+│   ├── ControlFieldRefused  400  a field that would steer the provider layer
+│   └── LoopDetected         400  it has passed this router before, or too many
 ├── Unauthenticated          401  no key, or not one of ours
 ├── Forbidden                403  the key, Host or Origin may not do this
 ├── UnknownName              404  a model that does not exist
@@ -56,6 +57,10 @@ class BadRequest(ProxyError):
 
 class ControlFieldRefused(BadRequest):
     """A field that would choose addresses, keys or behaviour of the provider layer."""
+
+
+class LoopDetected(BadRequest):
+    """Routers that lead to one another. Not a 5xx, which each of them would try again elsewhere."""
 
 
 class Unauthenticated(ProxyError):
@@ -168,6 +173,7 @@ def _is_retryable(status: int | None) -> bool:
 _TABLE: Mapping[type[ProxyError], tuple[int, str, str | None]] = {
     BadRequest: (400, "invalid_request_error", None),
     ControlFieldRefused: (400, "invalid_request_error", "field_not_allowed"),
+    LoopDetected: (400, "invalid_request_error", "loop_detected"),
     Unauthenticated: (401, "invalid_request_error", "invalid_api_key"),
     Forbidden: (403, "permission_error", "permission_denied"),
     UnknownName: (404, "invalid_request_error", "model_not_found"),

@@ -7,6 +7,7 @@ import asyncio
 from starlette.responses import Response
 
 from proxy.errors import BudgetExceeded, ModelBusy, NotMeasured, UpstreamFailure
+from proxy.hops import check_hops, instance_id
 from proxy.jobs.progress import with_progress
 from proxy.limits.claims import claim_of, no_dearer, within_claim
 from proxy.limits.standing import Granted
@@ -30,6 +31,8 @@ async def handle(
     services: Services, request: ChatRequest, key: ClientKey | None, trace: Trace, started: float
 ) -> Response:
     """`started`: monotonic seconds at which the request arrived. Raises ProxyError before anything was sent."""
+    if trace.hops:
+        check_hops(trace.hops, instance_id(str(services.settings.data_dir)))
     state = services.state.current
     choice, thread = await chosen(services, state, request, key)
     if choice.degraded:

@@ -12,6 +12,7 @@ from typing import TypeVar
 from proxy.errors import ModelBusy, UpstreamFailure
 from proxy.health.capacity import Capacities, CapacityLimits
 from proxy.health.health import ModelHealth
+from proxy.hops import instance_id
 from proxy.recording.meter import Meter
 from proxy.relay.beginning import OpenStream, begin
 from proxy.relay.chunks import is_empty_answer
@@ -139,7 +140,7 @@ class Forwarder:
     async def _answer(self, record: ModelRecord, timeouts: Timeouts, turn: Turn) -> Payload:
         request, upstream = self.request, self.outlets.upstream
         answer = await upstream.complete(
-            record, request.body, self.trace.headers(), raw=request.raw, connect_s=timeouts.connect_s
+            record, request.body, self._upstream_headers, raw=request.raw, connect_s=timeouts.connect_s
         )
         turn.answered()
         self.meter.used(answer.body.get("usage"))
@@ -149,7 +150,7 @@ class Forwarder:
     async def _begin(self, record: ModelRecord, timeouts: Timeouts, turn: Turn) -> OpenStream:
         request, upstream = self.request, self.outlets.upstream
         blocks = await upstream.stream(
-            record, request.body, self.trace.headers(), raw=request.raw, connect_s=timeouts.connect_s
+            record, request.body, self._upstream_headers, raw=request.raw, connect_s=timeouts.connect_s
         )
         stream = OpenStream(blocks, turn, timeouts.idle_s, monotonic() + self.outlets.settings.stream_timeout_s)
         return await begin(stream, self.meter)
@@ -161,6 +162,10 @@ class Forwarder:
     def _left_s(self) -> float:
         """Of the time for all attempts together. Without any, nobody is asked any more."""
         return self._until - monotonic()
+
+    @cached_property
+    def _upstream_headers(self) -> dict[str, str]:
+        return self.trace.upstream_headers(instance_id(str(self.outlets.settings.data_dir)))
 
     @cached_property
     def _until(self) -> float:
