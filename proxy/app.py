@@ -17,20 +17,29 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from proxy.audited import Audited
-from proxy.auth import Guard
-from proxy.edge import Edge
-from proxy.errors import plain_error
+from proxy.auth import Guard, path_of
+from proxy.edge import TRACE, Edge
+from proxy.errors import error_object, plain_error
 from proxy.log_lines import LineHandler
 from proxy.opening import opened_beside
+from proxy.paths import PLAIN_PATHS, meant_path, unknown_path
 from proxy.refusing import TOLD, response_of
 from proxy.routes import admin, admin_audit, admin_jobs, admin_keys, chat, health, models, openapi, route
 from proxy.services import Services, ServicesHolder
 from proxy.settings import Settings, load_settings
 
+log = logging.getLogger("uniroute.edge")
+
 ROUTERS = (
     *(health.router, chat.router, models.router, route.router, openapi.router),
     *(admin.router, admin_jobs.router, admin_keys.router, admin_audit.router),
 )
+# HEAD wherever GET is: the framework sees to that for plain routes alone. The server sends no body.
+for _router in ROUTERS:
+    for _route in _router.routes:
+        if isinstance(_route, APIRoute) and _route.methods and "GET" in _route.methods:
+            _route.methods.add("HEAD")
+
 EXPOSED = (
     *("x-request-id", "x-uniroute-model", "x-uniroute-decision", "x-uniroute-reason", "x-uniroute-overhead-ms"),
     "x-uniroute-max-tokens",
@@ -95,6 +104,8 @@ class Layered(FastAPI):
     outermost: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (path := path_of(scope)) not in PLAIN_PATHS and (meant := meant_path(path)):
+            scope["path"] = scope.get("root_path", "") + meant  # before the guard: it decides on what is served
         await (self.framework if scope["type"] == "lifespan" else self.outermost)(scope, receive, send)
 
     async def framework(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -124,8 +135,16 @@ async def _told(_: Request, error: Exception) -> Response:
 async def _plain(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
-    headers = {"allow": _allowed(request.scope["path"])} if error.status_code == 405 else error.headers
-    return JSONResponse(plain_error(error.status_code, str(error.detail)), error.status_code, headers)
+    method, path = request.scope["method"], path_of(request.scope)
+    if error.status_code == 404:
+        told = unknown_path(method, path)
+        log.info("request=%s status=404: %s", request.scope[TRACE].request_id, told)
+        return JSONResponse(error_object(told, "invalid_request_error", "unknown_path"), 404)
+    if error.status_code == 405:
+        allowed = _allowed(path)
+        told = f"{method[:20]} is not served at {path[:200]}; {allowed} is"
+        return JSONResponse(plain_error(405, told), 405, {"allow": allowed})
+    return JSONResponse(plain_error(error.status_code, str(error.detail)), error.status_code, error.headers)
 
 
 def _allowed(path: str) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from starlette._utils import get_route_path
@@ -24,6 +24,8 @@ from proxy.state.snapshot import RoutingState
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+AZURES_HEADER = "api-key"
+"""Read for the models alone: the admin side is no part of Azure's API."""
 KEY_IN_SCOPE = "uniroute.key"
 WHO_IN_SCOPE = "uniroute.who"
 _RETRY_AFTER_S = "2"
@@ -96,9 +98,10 @@ class Guard:
         if is_admin_side(path):
             if self._root_digest is None:
                 raise Forbidden("the admin side is off: set UNIROUTE_ADMIN_KEY and start again")
-        elif not self._state().keys_required:
+            return self._known(presented(headers))
+        if not self._state().keys_required:
             return _NOBODY
-        return self._known(presented(headers))
+        return self._known(presented(headers, ("x-api-key", AZURES_HEADER)))
 
     def _check_address(self, headers: Headers) -> None:
         hosts = headers.getlist("host")
@@ -132,14 +135,19 @@ def path_of(scope: Scope) -> str:
     return get_route_path(scope)
 
 
-def presented(headers: Headers) -> bytes | None:
-    """The key that was sent, as bytes. Raises Unauthenticated where there is more than one, or it cannot be a key."""
-    bearers, plain = headers.getlist("authorization"), headers.getlist("x-api-key")
-    if len(bearers) > 1 or len(plain) > 1:
+def presented(headers: Headers, names: Sequence[str] = ("x-api-key",)) -> bytes | None:
+    """The key that was sent, as bytes. Raises Unauthenticated where there is more than one, or it cannot be a key.
+
+    Args:
+        names: headers that hold nothing but a key.
+    """
+    bearers, stated = headers.getlist("authorization"), [headers.getlist(name) for name in names]
+    if len(bearers) > 1 or any(len(values) > 1 for values in stated):
         raise Unauthenticated("more than one API key was given")
+    plain = [value for values in stated for value in values]
     sent = {key for key in (*map(_bearer, bearers), *(text.strip(" \t") for text in plain)) if key}
     if len(sent) > 1:
-        raise Unauthenticated("Authorization and x-api-key hold different API keys; send one of them")
+        raise Unauthenticated(f"Authorization and {' and '.join(names)} hold different API keys; send one of them")
     raw = "".join(sent).encode("latin-1")
     if len(raw) > _MOST_KEY_BYTES:
         raise Unauthenticated("this cannot be an API key: it is too long")

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from typing import Any, NoReturn
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from proxy.body import WHOLE
@@ -179,6 +179,8 @@ class ClientConnection(HttpToolsProtocol):
             self._stop(TWO_HOSTS)
         self._stop_waiting()
         super().on_headers_complete()
+        if self.cycle is not None and self.parser.get_http_version() == "1.0":
+            _end_by_closing(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         self._moved = True
@@ -283,6 +285,23 @@ class ClientConnection(HttpToolsProtocol):
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
+
+
+def _end_by_closing(cycle: RequestResponseCycle) -> None:
+    """HTTP/1.0 knows no chunks: an answer whose length is not stated goes on until the connection is closed."""
+    send, stated = cycle.send, True
+
+    async def send_without_chunks(message: Any) -> None:
+        nonlocal stated
+        if message["type"] == "http.response.start":
+            stated = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            if not stated:
+                cycle.keep_alive = cycle.chunked_encoding = False
+        elif not stated:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.send = send_without_chunks  # type: ignore[method-assign]
 
 
 def _authority(url: bytes) -> bytes:

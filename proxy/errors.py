@@ -2,7 +2,8 @@
 
 ProxyError
 ├── BadRequest               400  the caller's body or headers; `param` names the field
-│   └── ControlFieldRefused  400  a field that would steer the provider layer
+│   ├── ControlFieldRefused  400  a field that would steer the provider layer
+│   └── LoopDetected         400  it has passed this router before, or too many
 ├── Unauthenticated          401  no key, or not one of ours
 ├── Forbidden                403  the key, Host or Origin may not do this
 ├── UnknownName              404  a model that does not exist
@@ -19,7 +20,8 @@ ProxyError
 │   └── BudgetExceeded       429  the key has spent what it may
 ├── Unavailable              503  nothing to route to yet, or the store is away
 │   ├── Starting             503  the server is not ready yet
-│   └── ShuttingDown         503  the server ends, and this answer with it
+│   ├── ShuttingDown         503  the server ends, and this answer with it
+│   └── NotMeasured          503  no model that could answer is measured yet
 └── UpstreamFailure               a model did not answer: its own status and body, or 502, 504
     ├── AnswerTooLarge       502  more bytes, levels or values than are read
     └── OwnFault             503  this process could not do its part; the model was not to blame
@@ -71,6 +73,10 @@ class BadRequest(ProxyError):
 
 class ControlFieldRefused(BadRequest):
     """A field that would choose addresses, keys or behaviour of the provider layer."""
+
+
+class LoopDetected(BadRequest):
+    """Routers that lead to one another. Not a 5xx, which each of them would try again elsewhere."""
 
 
 class Unauthenticated(ProxyError):
@@ -145,6 +151,14 @@ class ShuttingDown(Unavailable):
     """Not any more: the time that open answers were given is over."""
 
 
+class NotMeasured(Unavailable):
+    """No candidate is measured yet. `why` says of each what it lacks."""
+
+    def __init__(self, message: str, why: Mapping[str, str], headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message, headers=headers)
+        self.why = why
+
+
 class UpstreamFailure(ProxyError):
     """A model did not answer. status None: nothing came back at all."""
 
@@ -207,6 +221,7 @@ def _is_retryable(status: int | None) -> bool:
 _TABLE: Mapping[type[ProxyError], tuple[int, str, str | None]] = {
     BadRequest: (400, "invalid_request_error", None),
     ControlFieldRefused: (400, "invalid_request_error", "field_not_allowed"),
+    LoopDetected: (400, "invalid_request_error", "loop_detected"),
     Unauthenticated: (401, "invalid_request_error", "invalid_api_key"),
     Forbidden: (403, "permission_error", "permission_denied"),
     UnknownName: (404, "invalid_request_error", "model_not_found"),
@@ -270,9 +285,18 @@ def _own_words(error: UpstreamFailure) -> dict[str, Any]:
     else:
         kind, code = _OF_STATUS.get(error.status or 502, ("upstream_error", None))
         shaped = error_object(_words_of(body) or error.message, kind, code)
+    if error.status in (401, 403):
+        shaped["error"]["message"] = _not_the_callers_key(error, shaped["error"]["message"])
     if error.overflow:
         shaped["error"]["code"] = shaped["error"]["code"] or "context_length_exceeded"
     return shaped
+
+
+def _not_the_callers_key(error: UpstreamFailure, words: str) -> str:
+    """The provider's words alone read as if the caller's own key were wrong."""
+    what = "" if error.status == 401 else " for this model or request"
+    said = f"; it said: {words}" if words != error.message else ""
+    return f"{error.message}: the provider refused its key{what}, which is this server's and not yours{said}"
 
 
 def _openais_shape(stated: Mapping[str, Any], message: str) -> dict[str, Any]:

@@ -42,6 +42,11 @@ _INFO_COSTS = re.compile(
     r"\w+_cost_per_(?!token$)\w+|\w+_token_cost_above_\w+|\w+_token_cost_(batches|flex|priority)|cost_per_second"
 )
 
+_LONGEST = 200
+"""Characters: what is longer is no name of litellm's, and would take quadratic time to compare."""
+
 
 def is_model_info_of_litellm(key: str) -> bool:
-    return price_field(key) is None and (key in _INFO or _INFO_COSTS.fullmatch(key) is not None)
+    if len(key) > _LONGEST or price_field(key) is not None:
+        return False
+    return key in _INFO or _INFO_COSTS.fullmatch(key) is not None

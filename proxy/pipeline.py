@@ -7,7 +7,9 @@ from dataclasses import replace
 
 from starlette.responses import Response
 
-from proxy.errors import BudgetExceeded, ModelBusy, UpstreamFailure
+from proxy.errors import BudgetExceeded, ModelBusy, NotMeasured, UpstreamFailure
+from proxy.hops import check_hops, instance_id
+from proxy.jobs.progress import with_progress
 from proxy.limits.claims import Demand, claim_of, no_dearer, within_claim
 from proxy.limits.standing import Granted
 from proxy.recording.meter import Books, Meter
@@ -31,6 +33,8 @@ async def handle(
     services: Services, request: ChatRequest, key: ClientKey | None, trace: Trace, started: float
 ) -> Response:
     """`started`: monotonic seconds at which the request arrived. Raises ProxyError before anything was sent."""
+    if trace.hops:
+        check_hops(trace.hops, instance_id(str(services.settings.data_dir)))
     state = services.state.current
     choice, thread = await chosen(services, state, request, key)
     if choice.degraded:
@@ -51,13 +55,16 @@ async def chosen(
 ) -> tuple[Choice, Thread]:
     """As things are now, and the conversation that the request goes on with. Raises as `choose`."""
     thread = await thread_of(services.conversations, request, key, services.settings)
-    choice = await choose(
-        *(request, key, state, services.settings, services.assigner),
-        thread=thread,
-        resting=services.health.resting(),
-        loading=services.upstream.loading,
-        explain=explain,
-    )
+    try:
+        choice = await choose(
+            *(request, key, state, services.settings, services.assigner),
+            thread=thread,
+            resting=services.health.resting(),
+            loading=services.upstream.loading,
+            explain=explain,
+        )
+    except NotMeasured as early:
+        raise with_progress(early, await services.jobs.recent(), services.settings) from None
     return choice, thread
 
 

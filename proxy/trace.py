@@ -1,4 +1,4 @@
-"""Request ids that a caller may state: passed on and echoed. No other header of a caller goes upstream."""
+"""Request ids that a caller may state: passed on and echoed. But for the list of hops no other header goes upstream."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from proxy.head import Headers
+from proxy.hops import HEADER as HOPS
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
@@ -16,9 +17,14 @@ _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-
 class Trace:
     request_id: str
     traceparent: str | None = None
+    hops: tuple[str, ...] = ()
+    """Ids of the routers that it has passed."""
+
+    def upstream_headers(self, own_id: str) -> dict[str, str]:
+        return {**self.headers(), HOPS: ", ".join((*self.hops, own_id))}
 
     def headers(self) -> dict[str, str]:
-        """What goes upstream and back to the caller."""
+        """What goes back to the caller, and upstream."""
         parent = {} if self.traceparent is None else {"traceparent": self.traceparent}
         return {"x-request-id": self.request_id, **parent}
 
@@ -33,4 +39,6 @@ def trace_of(headers: Headers) -> Trace:
     stated, parents = headers.getlist("x-request-id"), headers.getlist("traceparent")
     good = len(stated) == 1 and _REQUEST_ID.fullmatch(stated[0])
     traced = len(parents) == 1 and _TRACEPARENT.fullmatch(parents[0])
-    return Trace(stated[0] if good else f"req-{os.urandom(16).hex()}", parents[0] if traced else None)
+    passed = headers.getlist(HOPS)
+    hops = tuple(hop.strip(" \t") for hop in ",".join(passed).split(",")) if passed else ()
+    return Trace(stated[0] if good else f"req-{os.urandom(16).hex()}", parents[0] if traced else None, hops)

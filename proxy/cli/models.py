@@ -102,6 +102,11 @@ def list_models(url: UrlOption = None, *, as_json: JsonOption = False) -> None:
         return
     columns = ("model", "state", "mean error", "$/M in", "$/M out", "price from")
     console.table(columns, [_row(card) for card in answer["models"]])
+    for card in answer["models"]:
+        if card["why"]:
+            console.note(f"{card['model_name']}: {card['why']}")
+    for warning in dict.fromkeys(card["warning"] for card in answer["models"] if card.get("warning")):
+        console.note(f"warning: {warning}")
 
 
 @models.command()
@@ -144,6 +149,8 @@ def _finish(server: ServerClient, answer: Mapping[str, Any], *, no_wait: bool, a
         console.emit_json({"job": job, **card})
     elif card["profile"] is not None:
         console.say(f"{card['model_name']} is {card['state']}: mean error {card['profile']['mean_error']:.2f}")
+        if card.get("warning"):
+            console.note(f"warning: {card['warning']}")
 
 
 def _row(card: Mapping[str, Any]) -> tuple[str, ...]:
@@ -151,4 +158,12 @@ def _row(card: Mapping[str, Any]) -> tuple[str, ...]:
     per_million = [price.get(f"{side}_cost_per_token") for side in ("input", "output")]
     shown = [f"{usd * 1e6:.4g}" if usd is not None else "unknown" for usd in per_million]
     error = card.get("mean_error")
-    return (card["model_name"], card["state"], "" if error is None else f"{error:.2f}", *shown, price.get("source", ""))
+    job = card["job"] or {}
+    far = f" {job['done']}/{job['total']}" if card["state"] == "profiling" else ""
+    return (
+        card["model_name"],
+        card["state"] + far,
+        "" if error is None else f"{error:.2f}",
+        *shown,
+        price.get("source", ""),
+    )

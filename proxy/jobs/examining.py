@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from proxy.jobs.answering import Answer, AnswerFailed
 from proxy.jobs.asking import THINKING_TOKENS, Asker, cost_of, most_it_can_cost, own_limit
 from proxy.jobs.budget import Budget
-from proxy.jobs.judging import Judge
+from proxy.jobs.judging import CUT_OFF, Judge
 from proxy.jobs.records import PromptAnswer
 from router_core.types import Price
 from router_core.validation.prompts import ValidationPrompt
 
-CUT_OFF = "length"
 THINKING_MARKS = ("<think>", "<thinking>", "<reasoning>")
 
 Reserve = Callable[[str, float], Awaitable[None]]

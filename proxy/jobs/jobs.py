@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from proxy.jobs.answering import Answerer
 from proxy.jobs.asking import Patience
 from proxy.jobs.carrying import CarryingOver
+from proxy.jobs.grading import GradingProcess
 from proxy.jobs.ledger import Ledger
 from proxy.jobs.measuring import Measuring
 from proxy.jobs.records import Job, PromptAnswer
@@ -23,6 +25,8 @@ from proxy.tasks import end
 from router_core.types import Embedder
 
 __all__ = ["Job", "Jobs", "outcome_lines"]
+
+RECENT_S = 1.0
 
 
 class Jobs:
@@ -41,10 +45,14 @@ class Jobs:
         self._ledger = Ledger(store)
         self._prompts = ValidationPrompts(settings.validation_set, embedder)
         patience = patience or Patience(timeout_s=settings.profile.timeout_s)
-        measuring = Measuring(settings, state, answerer, self._ledger, self._prompts, patience)
+        self._grading = GradingProcess()
+        measuring = Measuring(settings, state, answerer, self._ledger, self._prompts, patience, self._grading)
         self.worker = JobWorker(store, self._ledger, measuring.measure, state.current.cluster_map.id)
         self._carrying = CarryingOver(settings, state, self._ledger, self._prompts, self.worker.kick)
         self._carrying_task: asyncio.Task[None] | None = None
+        self._recent: Mapping[str, Job] = {}
+        self._read_at = -RECENT_S
+        self._reading = asyncio.Lock()
 
     async def submit(self, model: str, prompts: int, max_usd: float | None) -> Job:
         """Ask a registered model; an unfinished job that asks the same arm is returned instead of a second one.
@@ -88,6 +96,17 @@ class Jobs:
         """Each model's latest job, in two round trips."""
         return await self._ledger.latest()
 
+    async def recent(self) -> Mapping[str, Job]:
+        """As `latest`, at most RECENT_S old, for refusals, of which there may be many; empty while Redis is away."""
+        async with self._reading:
+            if time.monotonic() >= self._read_at + RECENT_S:
+                try:
+                    self._recent = await self._ledger.latest() if self._state.available else {}
+                except StoreUnavailable:
+                    self._recent = {}
+                self._read_at = time.monotonic()
+            return self._recent
+
     async def cancel(self, job_id: str) -> bool:
         """Its worker stops at the next answer, or within two seconds. False: there was nothing left to cancel."""
         return await self._ledger.cancel(job_id)
@@ -119,6 +138,7 @@ class Jobs:
     async def close(self) -> None:
         await end(self._carrying_task)
         await self.worker.close()
+        await self._grading.close()
 
 
 def outcome_lines(placed: PlacedPrompts, model: str, answers: Mapping[str, PromptAnswer]) -> list[dict[str, Any]]:

@@ -1,18 +1,18 @@
-"""From an answer to a score, or to none: graders in a thread, judges through the model that judges. Stores nothing."""
+"""From an answer to a score, or to none: graders in a child process, judges through the model that judges."""
 
 from __future__ import annotations
 
-import asyncio
-import math
 from collections.abc import Callable
 
 from proxy.jobs.answering import Answer
 from proxy.jobs.asking import Asker, cost_of, most_it_can_cost
+from proxy.jobs.grading import GradingProcess
 from router_core.types import Price
 from router_core.validation.graders import JudgeGrader
 from router_core.validation.prompts import ValidationPrompt
 
 JUDGE_TOKENS = 512
+CUT_OFF = "length"
 
 
 class NoJudge(Exception):
@@ -22,9 +22,12 @@ class NoJudge(Exception):
 class Judge:
     """The models that grade what no rule can."""
 
-    def __init__(self, asker_of: Callable[[str], tuple[Asker, Price | None]], default: str | None) -> None:
+    def __init__(
+        self, asker_of: Callable[[str], tuple[Asker, Price | None]], default: str | None, grading: GradingProcess
+    ) -> None:
         self._find = asker_of
         self._default = default
+        self._grading = grading
         self._found: dict[str, tuple[Asker, Price | None]] = {}
 
     def check(self, prompts: tuple[ValidationPrompt, ...], *, capped: bool) -> None:
@@ -56,15 +59,14 @@ class Judge:
         )
 
     async def score(self, prompt: ValidationPrompt, answer: Answer) -> tuple[float | None, float]:
-        """The score, None where there is none, and what judging cost in USD. Raises AnswerFailed of the judge."""
+        """The score, None where there is none, and what judging cost in USD. Raises AnswerFailed."""
         grader = prompt.grader
         if not isinstance(grader, JudgeGrader):
-            score = await asyncio.to_thread(grader.grade, answer.text)
-            return (None if math.isnan(score) else float(score)), 0.0
+            return await self._grading.grade(prompt, answer.text), 0.0
         asker, price = self._asker_of(grader.model or self._default or "")
         messages = grader.messages(prompt.text, answer.text)
         verdict = await asker.ask(messages, JUDGE_TOKENS)
         cost = 0.0
         if price is not None:
             cost = cost_of(verdict, price, most_it_can_cost(messages, asker.record, price, JUDGE_TOKENS))
-        return grader.parse(verdict.text), cost
+        return (None if verdict.finish_reason == CUT_OFF else grader.parse(verdict.text)), cost

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 from proxy.jobs.answering import Answerer
 from proxy.jobs.asking import Asker, Patience
 from proxy.jobs.examining import Arm
+from proxy.jobs.grading import GradingProcess
 from proxy.jobs.judging import Judge, NoJudge
 from proxy.jobs.leases import Lease, LeaseLost
 from proxy.jobs.ledger import Ledger
@@ -18,6 +20,7 @@ from proxy.state.catalog import bundled_catalog
 from proxy.state.holder import StateHolder
 from proxy.state.records import ModelRecord
 from proxy.state.snapshot import capabilities_of, price_of
+from proxy.state.store import StoreUnavailable
 from router_core.errors import InvalidInput
 from router_core.types import Price
 
@@ -41,6 +44,7 @@ class Measuring:
         ledger: Ledger,
         prompts: ValidationPrompts,
         patience: Patience,
+        grading: GradingProcess,
     ) -> None:
         self._settings = settings
         self._state = state
@@ -48,6 +52,7 @@ class Measuring:
         self._ledger = ledger
         self._prompts = prompts
         self._patience = patience
+        self._grading = grading
 
     async def measure(self, lease: Lease) -> None:
         """Carry out the job of this lease to its end.
@@ -71,7 +76,14 @@ class Measuring:
             await self._ledger.fail(lease, verdict.error or "")
         else:
             await self._ledger.finish(lease, record, verdict.profile)
-        log.info("job %s for model %s: %s", job.id, job.model, verdict.error or "ready")
+        if verdict.error:
+            log.warning("job %s: measuring model %s failed: %s", job.id, job.model, verdict.error)
+            return
+        log.info("job %s for model %s: ready", job.id, job.model)
+        with contextlib.suppress(StoreUnavailable):  # the job is done, whatever can be said of it
+            await self._state.refresh()
+            if doubt := self._state.current.measuring_doubt:
+                log.warning("%s", doubt)
 
     async def _is_still(self, record: ModelRecord) -> bool:
         """Whether what was measured is what is served: only then is its profile of any use."""
@@ -86,7 +98,7 @@ class Measuring:
             placed = (await self._prompts.placed(cluster_map)).chosen(job.total, answered)
             waiting = tuple(prompt for prompt in placed.prompts if prompt.id not in answered)
             arm = self._arm(job, record, asked=bool(waiting))
-            judge = Judge(self._judge_named, self._settings.judge_model)
+            judge = Judge(self._judge_named, self._settings.judge_model, self._grading)
             judge.check(waiting, capped=job.max_usd is not None)
         except (CannotMeasure, NoJudge, InvalidInput) as reason:
             return Verdict(error=str(reason))

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from proxy.errors import ModelBusy, UpstreamFailure
 from proxy.health.capacity import Capacities, CapacityLimits
 from proxy.health.health import ModelHealth
+from proxy.hops import instance_id
 from proxy.recording.meter import Meter
 from proxy.relay.beginning import OpenStream, begin
 from proxy.relay.chunks import content_bytes, is_empty_answer
@@ -140,7 +141,7 @@ class Forwarder:
     async def _answer(self, record: ModelRecord, timeouts: Timeouts, turn: Turn) -> Payload:
         body, raw = self._sent_to(record.name)
         answer = await self.outlets.upstream.complete(
-            record, body, self.trace.headers(), raw=raw, connect_s=timeouts.connect_s
+            record, body, self._upstream_headers, raw=raw, connect_s=timeouts.connect_s
         )
         turn.answered()
         self.meter.received(content_bytes(answer.body))
@@ -151,7 +152,7 @@ class Forwarder:
     async def _begin(self, record: ModelRecord, timeouts: Timeouts, turn: Turn) -> OpenStream:
         body, raw = self._sent_to(record.name)
         blocks = await self.outlets.upstream.stream(
-            record, body, self.trace.headers(), raw=raw, connect_s=timeouts.connect_s
+            record, body, self._upstream_headers, raw=raw, connect_s=timeouts.connect_s
         )
         stream = OpenStream(blocks, turn, timeouts.idle_s, monotonic() + self.outlets.settings.stream_timeout_s)
         return await begin(stream, self.meter)
@@ -173,6 +174,10 @@ class Forwarder:
     def _left_s(self) -> float:
         """Of the time for all attempts together. Without any, nobody is asked any more."""
         return self._until - monotonic()
+
+    @cached_property
+    def _upstream_headers(self) -> dict[str, str]:
+        return self.trace.upstream_headers(instance_id(str(self.outlets.settings.data_dir)))
 
     @cached_property
     def _until(self) -> float:

@@ -22,8 +22,11 @@ from router_core.profiles import Profile
 from router_core.types import PRICE_FIELDS, Price, price_field
 
 _REFERENCE = "os.environ/"
-_SECRETS = re.compile(r".*(api_key|access_key|_token|secret|password|credential).*(?<!tokens)", re.IGNORECASE)
-_SECRET_HEADERS = re.compile(r"authorization|cookie|.*(api-?key|token|secret).*", re.IGNORECASE)
+# DOTALL: a line end hides nothing, and what repeats before one is not tried again and again.
+_SECRETS = re.compile(
+    r"(?!.*tokens\Z).*?(api_key|access_key|_token|secret|password|credential).*", re.IGNORECASE | re.DOTALL
+)
+_SECRET_HEADERS = re.compile(r"authorization|cookie|.*(api-?key|token|secret).*", re.IGNORECASE | re.DOTALL)
 _ADD = ("model_name", "litellm_params", "model_info", "profile")
 _PATCH = ("litellm_params", "model_info")
 _KEY_GOES_TO = ("api_base", "base_url", "custom_llm_provider")

@@ -16,8 +16,11 @@ router = APIRouter(prefix="/admin/jobs")
 
 @router.get("/{job_id}", response_model=None)
 async def get_job(job_id: str, services: OurServices) -> dict[str, Any]:
-    shown: dict[str, Any] = (await _job(job_id, services)).to_json()
-    return shown
+    """With a `warning` where it is ready and no model gets anything right."""
+    job = await _job(job_id, services)
+    shown: dict[str, Any] = job.to_json()
+    doubt = services.state.current.measuring_doubt
+    return {**shown, "warning": doubt} if job.state == "ready" and doubt else shown
 
 
 @router.get("/{job_id}/outcomes", response_model=None)

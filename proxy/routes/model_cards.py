@@ -11,7 +11,7 @@ from proxy.errors import UnknownName
 from proxy.jobs.records import Job
 from proxy.routes.admin_bodies import shown_params
 from proxy.services import Services
-from proxy.state.records import LivePrice
+from proxy.state.records import LivePrice, ModelRecord
 from proxy.state.snapshot import RoutingState
 from proxy.state.store import StoreUnavailable
 
@@ -36,8 +36,7 @@ async def card_of(services: Services, name: str, *, with_profile: bool) -> dict[
 
 def _card(state: RoutingState, name: str, job: Job | None, *, with_profile: bool) -> dict[str, Any]:
     record = state.models[name]
-    measuring = job is not None and job.unfinished
-    standing = state.standing(name)
+    standing, why = _standing(state, record, job)
     profile = state.profiles.get(name)
     card: dict[str, Any] = {
         "model_name": name,
@@ -45,8 +44,9 @@ def _card(state: RoutingState, name: str, job: Job | None, *, with_profile: bool
         "model_info": record.info.model_dump(exclude_defaults=True),
         "source": record.source,
         "created_at": _rfc3339(record.created_at),
-        "state": "profiling" if measuring and standing in ("unprofiled", "foreign_profile") else standing,
-        "why": state.set_aside.get(name),
+        "state": standing,
+        "why": why,
+        "warning": None if profile is None else state.measuring_doubt,
         "price": _price(state.prices.get(name)),
         "job": None if job is None else job.to_json(),
     }
@@ -55,6 +55,17 @@ def _card(state: RoutingState, name: str, job: Job | None, *, with_profile: bool
     elif profile is not None:
         card["mean_error"], card["measured_at"] = profile.mean_error, profile.measured_at
     return card
+
+
+def _standing(state: RoutingState, record: ModelRecord, job: Job | None) -> tuple[str, str | None]:
+    """And why, where it is not measured as it is now."""
+    standing, why = state.standing(record.name), state.set_aside.get(record.name)
+    if standing not in ("unprofiled", "foreign_profile") or job is None:
+        return standing, why
+    if job.unfinished:
+        return "profiling", why
+    failed = job.state == "failed" and job.fingerprint in ("", record.fingerprint)
+    return ("failed", job.error) if failed else (standing, why)
 
 
 async def _known(services: Services, ask: Callable[[], Awaitable[Known]]) -> Known | None:

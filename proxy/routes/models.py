@@ -26,6 +26,8 @@ async def get_model(name: str, services: OurServices, key: Caller) -> dict[str, 
     for model in _listed(services, key):
         if model["id"] == name:
             return model
+    if ANY in services.settings.route_names and name not in services.state.current.models and may_ask(Way.SCORED, key):
+        return _model(name, 0, "uniroute")
     raise UnknownName(f"the model {name[:128]!r} does not exist, or this key may not use it", param="model")
 
 

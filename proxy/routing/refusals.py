@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 
-from proxy.errors import NothingAble, TooLong, Unavailable
+from proxy.errors import NothingAble, NotMeasured, TooLong, Unavailable
 from proxy.routing.asked import Asked
 from proxy.routing.features import asked_for
 from proxy.routing.names import usable_models
@@ -50,7 +50,7 @@ def nothing_left(asked: Asked, eligibility: Eligibility) -> NothingAble | Unavai
         return NothingAble("`models`, `provider.only` and `provider.ignore` together leave no model", param="provider")
     reasons = _because(asked, eligibility.why)
     if not eligible(pool, Needs(), allowed).rows.size:
-        return Unavailable(f"no model can be chosen yet{reasons}")
+        return NotMeasured(f"no model can be chosen yet{reasons}", _of_candidates(asked, eligibility.why))
     if eligible(pool, needs, allowed).rows.size:
         return Unavailable(f"every model that can take this request rests after failures{reasons}")
     if eligible(pool, replace(needs, prompt_tokens=0), allowed).rows.size:
@@ -74,9 +74,16 @@ def _candidates(asked: Asked) -> Collection[str]:
 
 
 def _because(asked: Asked, why: Mapping[str, str]) -> str:
-    """(name: reasons; name: reasons; and 90 more), of bounded length."""
+    return listed(_of_candidates(asked, why))
+
+
+def _of_candidates(asked: Asked, why: Mapping[str, str]) -> dict[str, str]:
     candidates = _candidates(asked)
-    reasons = {name: reason for name, reason in why.items() if name in candidates}
+    return {name: reason for name, reason in why.items() if name in candidates}
+
+
+def listed(reasons: Mapping[str, str]) -> str:
+    """(name: reasons; name: reasons; and 90 more), of bounded length."""
     shown: list[str] = []
     length = 0
     for name, reason in reasons.items():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from proxy.errors import ControlFieldRefused
 from proxy.words import words
+from router_core.unicode import normalized
 
 _NAMES = words("""
     api_base base_url api_key api_version api_type organization deployment_id engine client shared_session transport
@@ -41,7 +41,8 @@ _FAMILIES = re.compile(
     r"_.*|.*_cost_per_.*|cache_(creation|read)_input_.*|(auto|adaptive|complexity|quality)_router_.*"
     r"|(aws|vertex|azure|gigachat|oci|watsonx|litellm|sagemaker|databricks|s3|gcs|regional)_.*"
     r"|(arize|dd|humanloop|langfuse|langsmith|newrelic|posthog|signoz|wandb|weave)_.*"
-    r"|anthropic_(disable|federation|identity|issuer|keycloak|organization|service)_.*|openai_(identity|service)_.*"
+    r"|anthropic_(disable|federation|identity|issuer|keycloak|organization|service)_.*|openai_(identity|service)_.*",
+    re.DOTALL,  # else each repetition is tried up to a line end, in quadratic time
 )
 _ADDRESSES_AND_KEYS = words("""
     api_base base_url api_key api_version extra_headers headers default_headers litellm_params litellm_metadata
@@ -99,7 +100,7 @@ def plain_name(name: str) -> str:
     """As the least careful reader would take it: some match names without regard to case, Go's even to U+017F for s."""
     if name.isascii():
         return name.strip().lower()
-    return _INVISIBLE.sub("", unicodedata.normalize("NFKC", name)).casefold()
+    return _INVISIBLE.sub("", normalized("NFKC", name)).casefold()
 
 
 def _refuse_within(value: Any, path: str, refused: Callable[[str], bool]) -> None:

@@ -33,6 +33,9 @@ _STATED_ABILITIES = {
 }
 """Field of Capabilities → the field of model_info that states it."""
 
+MOSTLY_WRONG = 0.9
+"""A mean error that hardly any model has on prompts and graders that are right."""
+
 
 @dataclass(frozen=True)
 class RoutingState:
@@ -57,6 +60,18 @@ class RoutingState:
     def known(self) -> bool:
         """Whether anything was read from the store yet, and so whose keys there are."""
         return self.version >= 0
+
+    @cached_property
+    def measuring_doubt(self) -> str | None:
+        """What may be wrong with the measuring itself, where no model gets anything right."""
+        errors = [profile.mean_error for profile in self.profiles.values()]
+        if not errors or min(errors) < MOSTLY_WRONG:
+            return None
+        return (
+            f"every measured model is wrong on nearly all validation prompts (the best has a mean error of"
+            f" {min(errors):.2f}): check the graders of the validation set, and what the models answer, with"
+            " `uniroute models outcomes`"
+        )
 
     def standing(self, name: str) -> str:
         """ready, foreign_profile, unprofiled or unpriced. Whether it is being profiled is the jobs' to say."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
+import ssl
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -70,9 +72,29 @@ def lost(model: str) -> UpstreamFailure:
     return UpstreamFailure(f"{model} closed the connection without an answer", lost=True)
 
 
-def unreachable(error: BaseException, model: str) -> UpstreamFailure:
-    why = ": this server has no file descriptor left for it" if _is_out_of_descriptors(error) else ""
-    return UpstreamFailure(f"{model} cannot be reached{why}")
+def unreachable(error: BaseException, model: str, address: str = "") -> UpstreamFailure:
+    """`address`: host and port, where the error itself may not know them."""
+    where = address or _address_of(error)
+    return UpstreamFailure(f"{model} cannot be reached{f' at {where}' if where else ''}: {_why_unreachable(error)}")
+
+
+def _why_unreachable(error: BaseException) -> str:
+    if _is_out_of_descriptors(error):
+        return "this server has no file descriptor left for it"
+    cause = next((each for each in reversed(_causes(error)) if isinstance(each, OSError)), None)
+    if cause is None:
+        return type(error).__name__
+    if not isinstance(cause, ssl.SSLError) and cause.errno is not None and cause.errno > 0:
+        return os.strerror(cause.errno)
+    return str(cause.strerror or cause)[:200]
+
+
+def _address_of(error: BaseException) -> str:
+    for cause in _causes(error):
+        host, port = getattr(cause, "host", None), getattr(cause, "port", None)
+        if isinstance(cause, OSError) and host and port:
+            return f"{host}:{port}"
+    return ""
 
 
 def without(secrets: Collection[str], failure: UpstreamFailure) -> UpstreamFailure:

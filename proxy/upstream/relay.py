@@ -123,7 +123,7 @@ class RelayUpstream:
         try:
             answer = await self._asked(target, call, body)
         except (ProxyRefused, *_ENDS) as error:
-            raise without(target.secrets, _failure_of(error, target.name)) from error
+            raise without(target.secrets, _failure_of(error, target)) from error
         if answer.status != 200:
             await self._refuse(answer, target)
         return answer
@@ -247,7 +247,8 @@ async def _beginning(answer: Answer, target: Target) -> bytes:
     return said[:MOST_ERROR_BYTES]
 
 
-def _failure_of(error: Exception, model: str) -> UpstreamFailure:
+def _failure_of(error: Exception, target: Target) -> UpstreamFailure:
+    model, origin = target.name, target.heads.origin
     if isinstance(error, TimeoutError):
         return UpstreamFailure(f"{model} did not answer in time", timed_out=True)
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -258,4 +259,4 @@ def _failure_of(error: Exception, model: str) -> UpstreamFailure:
         return UpstreamFailure(f"{model} answered with something that is not HTTP")
     if isinstance(error, Unanswered):
         return lost(model)
-    return unreachable(error, model)
+    return unreachable(error, model, f"{origin.host}:{origin.port}")

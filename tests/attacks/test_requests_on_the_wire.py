@@ -135,3 +135,25 @@ def test_the_method_is_the_one_of_the_request(attacked: Attacked, name: bytes) -
     (answer,) = send(attacked.address, WHOLE.replace(LENGTH, LENGTH + name + b": DELETE\r\n"))
 
     assert (answer.status, answer.json()["model"]) == (200, "fair")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_of_http_1_0_gets_its_answer_without_chunks(attacked: Attacked, stream: bool) -> None:
+    body = b'{"model": "fair", "stream": %s, "messages": [{"role": "user", "content": "hi"}]}'
+    body %= str(stream).lower().encode()
+    head = b"POST /v1/chat/completions HTTP/1.0\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head += b"content-length: %d\r\nconnection: keep-alive\r\n\r\n" % len(body)
+    (answer,) = send(attacked.address, head + body, wait_s=5.0)
+
+    assert (answer.status, answer.closed, "transfer-encoding" in answer.headers) == (200, True, False)
+    assert ("content-length" in answer.headers) is not stream
+    assert answer.body[:6] == b"data: " if stream else answer.json()["model"] == "fair"
+    assert not stream or answer.body.endswith(b"data: [DONE]\n\n")
+
+
+def test_the_next_request_of_http_1_1_is_chunked_again(attacked: Attacked) -> None:
+    body = b'{"model": "fair", "stream": true, "messages": [{"role": "user", "content": "hi"}]}'
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    (answer,) = send(attacked.address, head + b"content-length: %d\r\n\r\n" % len(body) + body, wait_s=1.0)
+
+    assert (answer.status, answer.headers["transfer-encoding"], answer.closed) == (200, "chunked", False)

@@ -84,7 +84,20 @@ def test_a_key_that_the_upstream_repeats_is_hidden(http: httpx.Client, fleet: Fl
     reply = ask(http, fleet, Step(status=401, body={"error": {"message": words}}), stream=stream)
 
     assert reply.status_code == 401
-    assert reply.json()["error"]["message"] == "Incorrect API key provided: ***"
+    assert reply.json()["error"]["message"].endswith("it said: Incorrect API key provided: ***")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("body", [b"", b"Forbidden", {"error": {"message": "No such key"}}, {"detail": "No"}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_key_that_the_provider_refuses_is_told_apart_from_the_callers(
+    http: httpx.Client, fleet: Fleet, status: int, body: Any, stream: bool
+) -> None:
+    reply = ask(http, fleet, Step(status=status, body=body), stream=stream)
+
+    assert reply.status_code == status
+    assert "the provider refused its key" in reply.json()["error"]["message"]
+    assert "this server's and not yours" in reply.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("said", [[], [{"choices": 5}], [{"choices": [None]}]])

@@ -279,3 +279,20 @@ async def test_the_answers_of_a_job_are_an_outcomes_file(store: Store, tmp_path:
     assert len(lines) == 20
     north = next(line for line in lines if line["source"] == "north")
     assert (north["scores"], north["output_tokens"]) == ({"small": 1.0}, {"small": 4})
+
+
+async def test_models_that_are_all_wrong_on_nearly_everything_are_doubted_aloud(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ScriptedUpstream(knows()) as upstream:
+        async with a_bench(store, tmp_path, model_at(upstream.url)) as bench:
+            await ended(bench.jobs, await bench.jobs.submit("small", 40, 1.0))
+            await until(lambda: "every measured model is wrong" in caplog.text)
+            doubted = bench.state.current.measuring_doubt
+            await bench.registry.put_profile(bench.record, a_profile())
+            await bench.state.refresh()
+            believed = bench.state.current.measuring_doubt
+
+    assert doubted is not None
+    assert "check the graders" in doubted
+    assert believed is None

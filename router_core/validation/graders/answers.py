@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 
+from router_core.unicode import normalized
 from router_core.validation.graders.base import MAX_ANSWER_CHARS
 
 _THINK_ENDS = ("</think>", "</thinking>", "</reasoning>")
 _THINK_STARTS = ("<think>", "<thinking>", "<reasoning>")
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:\n[ \t]*)?```", re.DOTALL)
-_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]{0,200}\}){0,200})\}")
-_BOLD = re.compile(r"\*\*([^*\n]{1,300})\*\*")
-_QUOTED = re.compile(r"(?:(?<!\w)'|[\"“«「`])([^'\"“”«»「」`\n]{1,300})(?:'(?!\w)|[\"”»」`])")
+_BOXED = re.compile(r"\\boxed\s*+\{((?:[^{}]|\{[^{}]{0,200}+\}){0,200}+)\}")
+_BOLD = re.compile(r"\*\*([^*\n]{1,300}+)\*\*")
+_QUOTED = re.compile(r"(?:(?<!\w)'|[\"“«「`])([^'\"“”«»「」`\n]{1,300}+)(?:'(?!\w)|[\"”»」`])")
+# Blanks are matched possessively: three runs of them that give each other characters take cubic time.
 _LEAD_IN = re.compile(
     r"(?:\banswers?|\bresults?|\boutputs?|\brespuesta|\bresultado|\bsalida|\bréponse|\brésultat|\bresposta|\bantwort"
     r"|\bergebnis|答案|结果|结论|输出|答え|正解|答)"
-    r"[^\S\n]*(?:correcta|correcte|correta|final|finale)?[^\S\n]*"
-    r"(?:\([^)\n]{0,40}\)|of [^\n:=.]{1,60}?|to [^\n:=.]{1,60}?)?[^\S\n]*"
-    r"(?:(?:is|are|was|would be|will be|should be|es|est|é|ist|lautet|是|为|は)\b[^\S\n]*[:：]?|[:：=]|是|为|は)"
-    r"[^\S\n]*",
+    r"[^\S\n]*+(?:correcta|correcte|correta|finale|final)?+[^\S\n]*+"
+    r"(?:\([^)\n]{0,40}+\)|of [^\n:=.]{1,60}?|to [^\n:=.]{1,60}?)?[^\S\n]*+"
+    r"(?:(?:is|are|was|would be|will be|should be|est|es|é|ist|lautet|是|为|は)\b[^\S\n]*+[:：]?|[:：=]|是|为|は)"
+    r"[^\S\n]*+",
     re.IGNORECASE,
 )
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
@@ -37,7 +38,7 @@ def visible(answer: str) -> str:
 
 def plain(text: str) -> str:
     """Full-width forms made ordinary, emphasis marks and LaTeX delimiters removed."""
-    text = unicodedata.normalize("NFKC", text).replace("−", "-").replace("’", "'")
+    text = _compatible(text).replace("−", "-").replace("’", "'")
     text = re.sub(r"\*\*|__|\\[(\[\])]|\\[,;!]", "", text)
     text = re.sub(r"\\[dt]?frac\{([^{}]{1,40})\}\{([^{}]{1,40})\}", r"\1/\2", text)
     return re.sub(r"\\(?:text|mathrm|mathbf)\{([^{}]{0,80})\}", r"\1", text)
@@ -63,12 +64,9 @@ def after_lead_in(text: str) -> str | None:
 
     When that line is empty ("Answer:" alone), the next line that is not.
     """
-    last = None
-    for match in _LEAD_IN.finditer(text):
-        rest = text[match.end() :].lstrip()
-        line = rest.partition("\n")[0].strip()
-        last = line or last
-    return last
+    text = text.rstrip()
+    ends = [end for match in _LEAD_IN.finditer(text) if (end := match.end()) < len(text)]
+    return text[ends[-1] :].lstrip().partition("\n")[0].rstrip() if ends else None
 
 
 def lines_of(text: str) -> list[str]:
@@ -93,10 +91,14 @@ def _few_quoted(text: str) -> list[str]:
 
 def folded(text: str) -> str:
     """For comparison: width, case, accents of Latin letters and runs of white space made equal."""
-    text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")
-    letters = unicodedata.normalize("NFKD", text)
-    kept = "".join(letter for letter in letters if not "\u0300" <= letter <= "\u036f")
-    return " ".join(unicodedata.normalize("NFC", kept).split())
+    text = _compatible(text).casefold().replace("’", "'")
+    kept = "".join(letter for letter in normalized("NFKD", text) if not "\u0300" <= letter <= "\u036f")
+    return " ".join(normalized("NFC", kept).split())
+
+
+def _compatible(text: str) -> str:
+    """Normalize to NFKC. A character can become eighteen, so the length is bounded again."""
+    return normalized("NFKC", text)[:MAX_ANSWER_CHARS]
 
 
 def trimmed(text: str) -> str:

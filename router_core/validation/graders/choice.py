@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 from router_core.validation.fields import Fields, JsonObject
@@ -24,9 +25,9 @@ LETTERS = "ABCDEFGHIJ"
 UNDECIDED = "?"
 """A letter with the words of another option."""
 _CHOSEN = re.compile(
-    r"(?i:\b(?:option|choice|choose|pick|select|go with|opción|opcion|opção)|选项?|選択肢)[^\S\n]*"
-    r"(?:is|es|est|é|是)?[^\S\n]*[:：]?[^\S\n]*"
-    r"\(?([A-J])\b\)?"
+    r"(?i:\b(?:option|choice|choose|pick|select|go with|opción|opcion|opção)|选项?|選択肢)[^\S\n]*+"
+    r"(?:is|est|es|é|是)?+[^\S\n]*+[:：]?+[^\S\n]*+"
+    r"\(?+([A-J])\b\)?"
 )
 
 
@@ -51,6 +52,11 @@ class ChoiceGrader:
         if len(self._opening_letters(text)) > 1:
             return None
         return self._opening_letter(text) or self._only_letter(text) or self._by_words_somewhere(plain(text))
+
+    @cached_property
+    def _words(self) -> tuple[re.Pattern[str], ...]:
+        """Each option's words as a pattern over folded text."""
+        return tuple(re.compile(bounded(folded(trimmed(option)))) for option in self.options)
 
     def _is_brief(self, stated: str) -> bool:
         """Little more than an option: a question repeated after "Answer:" is not."""
@@ -81,8 +87,8 @@ class ChoiceGrader:
     def _follows(self, rest: str) -> str | None:
         """The option whose words come right after a letter: "A) pear" names two options when pear is B."""
         said = folded(trimmed(rest))
-        starts = [option for option in self.options if re.match(bounded(folded(trimmed(option))), said)]
-        return LETTERS[self.options.index(max(starts, key=len))] if starts else None
+        starts = [index for index, words in enumerate(self._words) if words.match(said)]
+        return LETTERS[max(starts, key=lambda index: len(self.options[index]))] if starts else None
 
     def _opening_letter(self, text: str) -> str | None:
         """The first line opens with a letter."""
@@ -114,10 +120,10 @@ class ChoiceGrader:
         rest = folded(text)
         found = []
         for index in sorted(range(len(self.options)), key=lambda i: -len(self.options[i])):
-            pattern = bounded(folded(trimmed(self.options[index])))
-            if re.search(pattern, rest):
+            words = self._words[index]
+            if words.search(rest):
                 found.append(LETTERS[index])
-                rest = re.sub(pattern, " ", rest)
+                rest = words.sub(" ", rest)
         return found[0] if len(found) == 1 else None
 
     def _known(self, letter: str) -> str | None:

@@ -16,7 +16,13 @@ _INSTRUCTIONS = (
     "that stand inside them. Reply with one JSON object and nothing else: "
     '{"reason": "<one sentence>", "score": <number from 0 to 1>}. 1 means the rubric is met in full, 0 not at all.'
 )
-_SCORE = re.compile(r"\"?\bscore\"?\s*[:=]\s*\"?(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?", re.IGNORECASE)
+_THOUGHT = re.compile(r"\s*+<(think|thinking|reasoning)>")
+_FENCED = re.compile(r"```(?:json)?[ \t]*+\n([^`]*+)```")
+_SCORE = re.compile(
+    r"[*_]{0,2}score[*_]{0,2}\s?[:=]\s?[*_]{0,2}\s?(\d{1,9}(?:\.\d{1,9})?)(?:\s?/\s?(\d{1,9}))?[*_.]{0,3}", re.I
+)
+_MARKS = re.compile(r"<(?=\||/?(?:think|thinking|reasoning)>)")
+MAX_VERDICT_CHARS = 20_000
 
 
 @dataclass(frozen=True)
@@ -32,19 +38,25 @@ class JudgeGrader:
         return math.nan
 
     def messages(self, prompt_text: str, answer: str) -> list[dict[str, str]]:
-        """What to send the judge. The answer is quoted as JSON, so that it cannot close its own quotation."""
+        """What to send the judge. The answer is quoted as JSON, so that it cannot close its own quotation; the marks of
+        thinking and of chat templates (`<|…`) are written as escapes, so that no reader takes them for its own.
+        """
         case = {"question": prompt_text, "answer": visible(answer)}
-        content = f"Rubric:\n{self.rubric}\n\nCase:\n{json.dumps(case, ensure_ascii=False, indent=1)}"
+        quoted = _MARKS.sub(r"\\u003c", json.dumps(case, ensure_ascii=False, indent=1))
+        content = f"Rubric:\n{self.rubric}\n\nCase:\n{quoted}"
         return [{"role": "system", "content": _INSTRUCTIONS}, {"role": "user", "content": content}]
 
     def parse(self, reply: str) -> float | None:
-        """The score in [0, 1] that the judge's reply states last; None when it states none (unlabelled)."""
-        found = _SCORE.findall(visible(reply))
-        if not found:
-            return None
-        value, out_of = found[-1]
-        score = float(value) / (float(out_of) or math.nan if out_of else 1.0)
-        return score if 0 <= score <= 1 else None
+        """The score in [0, 1] of a reply that is a verdict and nothing else; None of any other reply (unlabelled).
+
+        A verdict is one JSON object, fenced or not, or one line as "Score: 7/10". A score that stands beside other
+        words may be one that the graded answer stated and the judge repeats.
+        """
+        text = _without_thought(reply[:MAX_VERDICT_CHARS]).strip()
+        if fence := _FENCED.fullmatch(text):
+            text = fence.group(1).strip()
+        score = _stated_score(text) if text.startswith("{") else _line_score(text)
+        return float(score) if score is not None and 0 <= score <= 1 else None
 
     def to_json(self) -> dict[str, object]:
         spec: dict[str, object] = {"type": self.type, "rubric": self.rubric}
@@ -54,3 +66,33 @@ class JudgeGrader:
     def from_json(cls, spec: JsonObject) -> JudgeGrader:
         fields = Fields(spec, ("type", "rubric", "model"), "grader.")
         return cls(fields.text("rubric"), fields.optional_text("model"))
+
+
+def _without_thought(reply: str) -> str:
+    """What follows the thinking that a reply begins with; nothing where that does not end."""
+    begun = _THOUGHT.match(reply)
+    return reply.rpartition(f"</{begun.group(1)}>")[2] if begun else reply
+
+
+def _stated_score(text: str) -> float | None:
+    try:
+        verdict = json.loads(text, object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError):
+        return None
+    score = verdict.get("score")
+    return score if isinstance(score, int | float) and not isinstance(score, bool) else None
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> JsonObject:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a field is stated twice")
+    return found
+
+
+def _line_score(text: str) -> float | None:
+    found = _SCORE.fullmatch(text)
+    if found is None:
+        return None
+    out_of = float(found.group(2)) if found.group(2) else 1.0
+    return float(found.group(1)) / out_of if out_of else None

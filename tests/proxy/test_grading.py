@@ -1,0 +1,92 @@
+"""Answers are graded in a child process: what holds it up or breaks it costs one label and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from proxy.jobs import grading as module
+from proxy.jobs.grading import GradingProcess
+from router_core.validation.graders import ChoiceGrader, Grader, JsonSchemaGrader, JudgeGrader, NumericGrader
+from router_core.validation.prompts import ValidationPrompt
+from tests.support.makers import until
+
+SLOW = JsonSchemaGrader({"contains": {"pattern": "^(x|xx|xxx)*[^x]{2}"}})
+FOR_MINUTES = "[" + ",".join([f'"{"x" * 30}"'] * 600) + "]"
+
+
+@pytest.fixture
+async def grading() -> AsyncIterator[GradingProcess]:
+    opened = GradingProcess()
+    yield opened
+    await opened.close()
+
+
+def a_prompt(grader: Grader) -> ValidationPrompt:
+    return ValidationPrompt("p1", "numbers", ({"role": "user", "content": "6 × 7?"},), grader, 20)
+
+
+async def test_an_answer_is_graded_by_the_grader_of_its_prompt(grading: GradingProcess) -> None:
+    assert await grading.grade(a_prompt(NumericGrader(42)), "The answer is 42.") == 1.0
+    assert await grading.grade(a_prompt(NumericGrader(42)), "The answer is 43.") == 0.0
+    assert await grading.grade(a_prompt(JudgeGrader("x")), "42") is None
+
+
+async def test_what_takes_minutes_is_unlabelled_and_the_next_answer_graded(
+    grading: GradingProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    scores = [await grading.grade(a_prompt(SLOW), answer) for answer in (FOR_MINUTES, '["xx11"]')]
+
+    assert scores == [None, 1.0]
+    assert "validation prompt 'p1' could not be graded by json_schema: it took more than 2 s" in caplog.text
+
+
+async def test_a_grader_that_fails_leaves_its_answer_unlabelled(
+    grading: GradingProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = ChoiceGrader("B", ())
+
+    assert await grading.grade(a_prompt(broken), "B") is None
+    assert "by choice: InvalidValidationSet; it counts as unlabelled" in caplog.text
+
+
+async def test_a_child_that_was_killed_is_started_again(grading: GradingProcess) -> None:
+    await grading.grade(a_prompt(NumericGrader(42)), "1")
+    (child,) = children()
+    os.kill(int(child), signal.SIGKILL)
+
+    await until(lambda: not children())
+    assert await grading.grade(a_prompt(NumericGrader(42)), "42") == 1.0
+
+
+async def test_the_child_is_told_no_keys_and_ends_when_nothing_is_left_to_grade(
+    grading: GradingProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
+    monkeypatch.setattr(module, "IDLE_S", 0.0)
+    await grading.grade(a_prompt(NumericGrader(42)), "42")
+    (child,) = children()
+
+    assert b"sk-canary" not in Path(f"/proc/{child}/environ").read_bytes()  # noqa: ASYNC240 - no disk
+    await until(lambda: not children())
+    assert await grading.grade(a_prompt(NumericGrader(42)), "42") == 1.0
+
+
+async def test_a_cancelled_answer_leaves_nothing_to_be_taken_for_the_next_ones_score(grading: GradingProcess) -> None:
+    await grading.grade(a_prompt(NumericGrader(42)), "1")
+    cancelled = asyncio.create_task(grading.grade(a_prompt(SLOW), FOR_MINUTES))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    cancelled.cancel()
+
+    assert await grading.grade(a_prompt(NumericGrader(42)), "42") == 1.0
+    assert cancelled.cancelled()
+
+
+def children() -> list[str]:
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
