@@ -42,6 +42,7 @@ class Replicas:
         key = LimitedKey.put(self.store, **limits)
         headers = {"authorization": f"Bearer {key.secret}"}
         for proxy in (self.first, self.second):
+            assert wait_until(lambda p=proxy: httpx.get(f"{p.url}/v1/models").status_code == 401)
             assert wait_until(lambda p=proxy: httpx.get(f"{p.url}/v1/models", headers=headers).status_code == 200)
         return key
 

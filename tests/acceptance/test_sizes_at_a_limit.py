@@ -96,11 +96,13 @@ class Servers:
     table: list[str]
 
     def key(self, **limits: Any) -> LimitedKey:
+        """Known to both servers, which ask for keys since they know of the first."""
         key = LimitedKey.put(self.store, **limits)
-        headers = {"authorization": f"Bearer {key.secret}"}
         for proxy in self.proxies:
-            known = partial(self.client.get, f"{proxy.url}/v1/models", headers=headers)
-            assert wait_until(lambda known=known: known().status_code == 200)
+            asked = partial(self.client.get, f"{proxy.url}/v1/models")
+            headers = {"authorization": f"Bearer {key.secret}"}
+            assert wait_until(lambda asked=asked: asked().status_code == 401)
+            assert wait_until(lambda asked=asked, headers=headers: asked(headers=headers).status_code == 200)
         return key
 
     def race(self, key: LimitedKey, way: Way, *, stream: bool) -> list[tuple[int, str]]:
