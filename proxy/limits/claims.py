@@ -20,7 +20,7 @@ from proxy.state.snapshot import RoutingState
 from proxy.upstream.call import arm_body, fixes_parameters
 from proxy.upstream.resolution import address_of
 from proxy.words import words
-from router_core.pricing import picousd
+from router_core.pricing import max_price_usd, picousd
 from router_core.types import Doubles, Price
 
 MARGIN_S = 30.0
@@ -73,7 +73,15 @@ class Demand:
         output = sizes.output_tokens(usual, thinking_within=_thinks_within(self.state.models[name]))
         if not sizes.thinking and self._thinks_apart(name):
             output += sizes.answers * usual
-        return picousd(_largest_usd(_price(self.state, name), prompt, output))
+        needs = self.choice.needs
+        largest_usd = max_price_usd(
+            prompt,
+            output,
+            _price(self.state, name),
+            audio_input=needs.audio_input,
+            audio_output=needs.audio_output,
+        )
+        return picousd(largest_usd)
 
     @cached_property
     def _sizes(self) -> Sizes:
@@ -146,12 +154,6 @@ def _thinks_within(record: ModelRecord) -> bool:
 def _mean(row: Doubles) -> float:
     """As its method, in a fifth of the time."""
     return float(np.add.reduce(row)) / len(row)
-
-
-def _largest_usd(price: Price, prompt_tokens: int, output_tokens: int) -> float:
-    """The most that so many tokens may cost: a prompt may be written to a cache, all of it."""
-    input_price = max(price.input_cost_per_token, price.cache_creation_input_token_cost or 0.0)
-    return prompt_tokens * input_price + output_tokens * price.output_cost_per_token
 
 
 def _price(state: RoutingState, name: str) -> Price:

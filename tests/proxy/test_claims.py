@@ -36,8 +36,10 @@ def claimed(choice: Choice, state: RoutingState, limits: KeyLimits, **body: Any)
 
 @pytest.fixture(scope="module")
 def state() -> RoutingState:
-    """cheap: $1 and $4 per million tokens; dear: ten times that; short: as cheap, at most 500 tokens; unpriced; claude,
-    whose cache is dear to write; qwen, which reasons; arm, whose own parameters state sizes and a prompt of 400 bytes.
+    """cheap: $1 and $4 per million tokens; dear: ten times that; short: as cheap, at most 500 tokens; unpriced.
+
+    claude, whose cache is dear to write; qwen, which reasons; voice, with prices of sound; long, with a tier above
+    200,000 tokens; arm, whose own parameters state sizes and a prompt of 400 bytes.
     """
     cheap = {"input_cost_per_token": 1e-6, "output_cost_per_token": 4e-6}
     infos: dict[str, dict[str, Any]] = {
@@ -47,6 +49,12 @@ def state() -> RoutingState:
         "unpriced": {},
         "claude": {**cheap, "cache_creation_input_token_cost": 4e-6},
         "qwen": {**cheap, "supports_reasoning": True},
+        "voice": {**cheap, "input_cost_per_audio_token": 3e-6, "output_cost_per_audio_token": 2e-5},
+        "long": {
+            **cheap,
+            "input_cost_per_token_above_200k_tokens": 2e-6,
+            "output_cost_per_token_above_200k_tokens": 6e-6,
+        },
         "arm": cheap,
     }
     records = {name: a_record(name, info=info) for name, info in infos.items()}
@@ -128,6 +136,19 @@ def test_a_models_own_parameters_are_set_aside_as_they_are_sent(state: RoutingSt
 
 def test_a_prompt_is_set_aside_at_the_price_of_writing_it_to_a_cache(state: RoutingState) -> None:
     assert claimed(a_choice("claude"), state, MONEY, max_tokens=1).picousd == (4 * 1000 + 4) * MICRO
+
+
+def test_sound_is_set_aside_at_its_own_price_where_it_is_asked_for(state: RoutingState) -> None:
+    spoken = Needs(prompt_tokens=1000, audio_input=True, audio_output=True)
+
+    assert claimed(a_choice("voice", needs=spoken), state, MONEY, max_tokens=100).picousd == (3000 + 2000) * MICRO
+    assert claimed(a_choice("voice"), state, MONEY, max_tokens=100).picousd == (1000 + 400) * MICRO
+
+
+def test_a_long_prompt_is_set_aside_at_the_price_of_its_tier(state: RoutingState) -> None:
+    claim = claimed(a_choice("long", prompt=300_000), state, MONEY, max_tokens=100)
+
+    assert claim.picousd == (600_000 + 600) * MICRO
 
 
 def test_a_model_of_unknown_price_is_not_asked_for_a_key_with_a_spend_limit(state: RoutingState) -> None:
