@@ -175,11 +175,6 @@ class Settings(Frozen):
             seen.add(entry.model_name)
         if "*" not in self.route_names and (taken := seen.intersection(self.route_names)):
             raise ValueError(f"route_names: {sorted(taken)[0]!r} is also a model; a name either routes or is a model")
-        if self.max_answers_in_flight_bytes < self.max_answer_bytes:
-            raise ValueError(
-                "max_answers_in_flight_bytes: must be at least max_answer_bytes, or a large answer has never room;"
-                f" got {self.max_answers_in_flight_bytes}"
-            )
         if self.admin_key is not None and len(self.admin_key.get_secret_value()) < 8:
             raise ValueError("admin_key: is too short to protect anything; use 8 characters or more")
         return self

@@ -22,11 +22,11 @@ class AnswerRoom:
         """
         Args:
             largest: bytes of one answer, or of one event of a stream (`max_answer_bytes`).
-            most: bytes of all that are held at once (`max_answers_in_flight_bytes`).
+            most: bytes of all that are held at once (`max_answers_in_flight_bytes`); there is room for one in any case.
         """
         self.largest = largest
         self.taken = 0
-        self._most = most
+        self._most = max(most, largest)
         self._said_at = -_SAID_EVERY_S
 
     def take(self, size: int) -> None:

@@ -251,6 +251,7 @@ def test_of_lines_each_is_bounded_by_itself(cut: int) -> None:
 
 def test_a_warning_of_too_little_room_is_not_repeated_at_once(caplog: pytest.LogCaptureFixture) -> None:
     room = AnswerRoom(10, 10)
+    AnswerRoom(10, 1).take(10)  # room for one, whatever is set
     with caplog.at_level(logging.WARNING):
         for _ in range(5):
             with pytest.raises(NoRoomForAnswer):
