@@ -43,5 +43,11 @@ _INFO_COSTS = re.compile(
 )
 
 
+_ODD_TIER = re.compile(r"token\w*_above_(?!1hr$|(1hr_above_)?[0-9]+k?_tokens)")
+"""The price of a tier that is misspelt: ignored, it would bill long prompts at too little."""
+
+
 def is_model_info_of_litellm(key: str) -> bool:
-    return price_field(key) is None and (key in _INFO or _INFO_COSTS.fullmatch(key) is not None)
+    if price_field(key) is not None or _ODD_TIER.search(key):
+        return False
+    return key in _INFO or _INFO_COSTS.fullmatch(key) is not None

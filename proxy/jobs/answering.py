@@ -9,6 +9,8 @@ from time import monotonic
 from typing import Any, Protocol
 
 from proxy.errors import UpstreamFailure
+from proxy.recording.estimate import Received, believed
+from proxy.recording.usage import TokenCounts, counts_of, usage_of
 from proxy.state.records import ModelRecord
 from proxy.upstream.payload import Payload
 
@@ -31,11 +33,14 @@ class Answer:
 
     text: str
     finish_reason: str | None
-    prompt_tokens: int | None
-    output_tokens: int | None
-    """Reasoning included, as it is billed."""
+    counts: TokenCounts
     reasoned: bool
     seconds: float
+
+    @property
+    def output_tokens(self) -> int | None:
+        """Reasoning included, as it is billed."""
+        return self.counts.output_tokens
 
 
 class AnswerFailed(Exception):
@@ -91,14 +96,14 @@ def read_answer(completion: Mapping[str, Any], seconds: float, model: str) -> An
     message = choice.get("message") if isinstance(choice, Mapping) else None
     if not isinstance(choice, Mapping) or not isinstance(message, Mapping):
         raise AnswerFailed(f"{model} answered without any choice", status=502)
-    usage = _mapping(completion.get("usage"))
-    thought = _count(_mapping(usage.get("completion_tokens_details")).get("reasoning_tokens"))
+    counts = counts_of(usage_of(completion))
+    text = _text(message.get("content"))
+    counts = believed(counts, Received(0, len(text.encode("utf-8", "replace")), unreported_bytes=0))
     return Answer(
-        text=_text(message.get("content")),
+        text=text,
         finish_reason=choice.get("finish_reason"),
-        prompt_tokens=_count(usage.get("prompt_tokens")),
-        output_tokens=_count(usage.get("completion_tokens")),
-        reasoned=bool(thought or message.get("reasoning_content") or message.get("reasoning")),
+        counts=counts,
+        reasoned=bool(counts.reasoning_tokens or message.get("reasoning_content") or message.get("reasoning")),
         seconds=seconds,
     )
 
@@ -123,11 +128,3 @@ def _text(content: Any) -> str:
     if isinstance(content, list):
         return "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
     return content if isinstance(content, str) else ""
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
