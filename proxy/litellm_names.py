@@ -46,7 +46,11 @@ _LONGEST = 200
 """Characters: what is longer is no name of litellm's, and would take quadratic time to compare."""
 
 
+_ODD_TIER = re.compile(r"token\w*_above_(?!1hr$|(1hr_above_)?[0-9]+k?_tokens)")
+"""The price of a tier that is misspelt: ignored, it would bill long prompts at too little."""
+
+
 def is_model_info_of_litellm(key: str) -> bool:
-    if len(key) > _LONGEST or price_field(key) is not None:
+    if len(key) > _LONGEST or price_field(key) is not None or _ODD_TIER.search(key):
         return False
     return key in _INFO or _INFO_COSTS.fullmatch(key) is not None

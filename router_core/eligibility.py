@@ -191,8 +191,9 @@ def _known(pool: Pool, needs: Needs) -> Iterator[Check]:
         room = pool.max_input_tokens - needs.prompt_tokens
         fits = ~pool.shares_window | (room < 0) | (room >= limit)
         yield Check(Stage.NEEDS, fits, f"{_too_long(needs.prompt_tokens)} and {limit} of an answer")
-    yield from _within(pool.prices.input, needs.max_input_cost_per_token, "input")
-    yield from _within(pool.prices.output, needs.max_output_cost_per_token, "output")
+    prices = pool.prices.at(needs.prompt_tokens)
+    yield from _within(prices.input, needs.max_input_cost_per_token, "input")
+    yield from _within(prices.output, needs.max_output_cost_per_token, "output")
     for ability in needs.abilities:
         yield Check(Stage.NEEDS, pool.able[ability] != 0, f"cannot {ABILITIES[ability]}")
 

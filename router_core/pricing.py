@@ -69,6 +69,7 @@ RATES_OUT: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 RATES: Mapping[str, tuple[str, ...]] = MappingProxyType({**RATES_IN, **RATES_OUT})
+_APART = tuple(bucket for bucket in RATES if bucket not in ("fresh_tokens", "output_tokens"))
 _AUDIO_IN = frozenset({"audio_input_tokens", "cached_audio_tokens"})
 
 
@@ -81,8 +82,8 @@ def rate_usd(price: Price, bucket: str) -> float:
 def bill_usd(price: Price, usage: TokenUsage) -> float:
     """What an answer cost, in USD: each bucket at its own price, all at the tier of the whole prompt."""
     tier = price.at(usage.prompt_tokens) if price.above else price
-    usd = 0.0
-    for bucket in RATES:
+    usd = usage.fresh_tokens * tier.input_cost_per_token + usage.output_tokens * tier.output_cost_per_token
+    for bucket in _APART:
         if tokens := getattr(usage, bucket):
             usd += tokens * rate_usd(tier, bucket)
     return usd

@@ -153,10 +153,23 @@ def _finish(server: ServerClient, answer: Mapping[str, Any], *, no_wait: bool, a
             console.note(f"warning: {card['warning']}")
 
 
+def per_million(price: Mapping[str, Any], rate: str) -> str:
+    """USD per million tokens, and what it becomes for longer prompts: `1.25, 2.5 above 200k`."""
+    from router_core.types import price_field
+
+    if price.get(rate) is None:
+        return "unknown"
+    tiers = [(field[1], usd) for name, usd in price.items() if (field := price_field(name)) and field[0] == rate]
+    shown = []
+    for tokens, usd in sorted(tiers, key=lambda tier: tier[0] or 0):
+        limit = "" if tokens is None else f" above {tokens // 1000}k" if tokens % 1000 == 0 else f" above {tokens}"
+        shown.append(f"{usd * 1e6:.4g}{limit}")
+    return ", ".join(shown)
+
+
 def _row(card: Mapping[str, Any]) -> tuple[str, ...]:
     price = card["price"] or {}
-    per_million = [price.get(f"{side}_cost_per_token") for side in ("input", "output")]
-    shown = [f"{usd * 1e6:.4g}" if usd is not None else "unknown" for usd in per_million]
+    shown = [per_million(price, f"{side}_cost_per_token") for side in ("input", "output")]
     error = card.get("mean_error")
     job = card["job"] or {}
     far = f" {job['done']}/{job['total']}" if card["state"] == "profiling" else ""

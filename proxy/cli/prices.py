@@ -49,4 +49,6 @@ def sync(
 
 
 def _per_million(price: Price) -> tuple[str, str]:
-    return f"{price.input_cost_per_token * 1e6:.4g}", f"{price.output_cost_per_token * 1e6:.4g}"
+    from proxy.cli.models import per_million
+
+    return per_million(price.stated(), "input_cost_per_token"), per_million(price.stated(), "output_cost_per_token")

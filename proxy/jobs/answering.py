@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from proxy.errors import AnswerTooLarge, UpstreamFailure
 from proxy.health.retry_after import stated_wait_s
+from proxy.recording.estimate import Received, believed
+from proxy.recording.usage import TokenCounts, counts_of, usage_of
 from proxy.state.records import ModelRecord
 from proxy.upstream.payload import Payload
 
@@ -37,11 +39,14 @@ class Answer:
 
     text: str
     finish_reason: str | None
-    prompt_tokens: int | None
-    output_tokens: int | None
-    """Reasoning included, as it is billed."""
+    counts: TokenCounts
     reasoned: bool
     seconds: float
+
+    @property
+    def output_tokens(self) -> int | None:
+        """Reasoning included, as it is billed."""
+        return self.counts.output_tokens
 
 
 class AnswerFailed(Exception):
@@ -108,14 +113,14 @@ def read_answer(completion: Mapping[str, Any], seconds: float, model: str) -> An
     message = choice.get("message") if isinstance(choice, Mapping) else None
     if not isinstance(choice, Mapping) or not isinstance(message, Mapping):
         raise AnswerFailed(f"{model} answered without any choice", status=502)
-    usage = _mapping(completion.get("usage"))
-    thought = _count(_mapping(usage.get("completion_tokens_details")).get("reasoning_tokens"))
+    counts = counts_of(usage_of(completion))
+    text = _text(message.get("content"))
+    counts = believed(counts, Received(0, len(text.encode("utf-8", "replace")), unreported_bytes=0))
     return Answer(
-        text=_text(message.get("content")),
+        text=text,
         finish_reason=_word(choice.get("finish_reason")),
-        prompt_tokens=_count(usage.get("prompt_tokens")),
-        output_tokens=_count(usage.get("completion_tokens")),
-        reasoned=bool(thought or message.get("reasoning_content") or message.get("reasoning")),
+        counts=counts,
+        reasoned=bool(counts.reasoning_tokens or message.get("reasoning_content") or message.get("reasoning")),
         seconds=seconds,
     )
 
@@ -142,11 +147,3 @@ def _text(content: Any) -> str:
 
 def _word(value: Any) -> str | None:
     return value[:40] if isinstance(value, str) else None
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TOKENS else None

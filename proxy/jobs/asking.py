@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from time import monotonic
 
 from proxy.jobs.answering import Answer, Answerer, AnswerFailed, Message
+from proxy.recording.usage import cost_usd
 from proxy.state.records import ModelRecord
-from router_core.pricing import TokenUsage, bill_usd
+from router_core.pricing import max_price_usd
 from router_core.types import Price
 
 THINKING_TOKENS = 4096
@@ -68,14 +69,12 @@ def own_limit(record: ModelRecord) -> int | None:
 
 def cost_of(answer: Answer, price: Price, at_most: float) -> float:
     """USD of one answer; `at_most` where the provider did not count."""
-    if answer.prompt_tokens is None or answer.output_tokens is None:
-        return at_most
-    return bill_usd(price, TokenUsage(answer.prompt_tokens, 0, answer.output_tokens))
+    usd = cost_usd(answer.counts, price)
+    return at_most if usd is None else usd
 
 
 def most_it_can_cost(messages: Sequence[Message], record: ModelRecord, price: Price, max_tokens: int) -> float:
     """USD that is set aside before asking: a token is at least one byte of what is sent."""
     sent = [message["content"] for message in messages] + [str(record.litellm_params.get("system") or "")]
     prompt_tokens = sum(len(text.encode("utf-8", "replace")) + TOKENS_PER_MESSAGE for text in sent)
-    dearest_input = max(price.input_cost_per_token, price.cache_creation_input_token_cost or 0.0)
-    return prompt_tokens * dearest_input + max_tokens * price.output_cost_per_token
+    return max_price_usd(prompt_tokens, max_tokens, price, audio_input=False, audio_output=False, images=False)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any
 
 import orjson
@@ -106,28 +107,49 @@ _values = attrgetter(*_NAMES)
 
 MAX_TOKENS = 10**12
 """Of one request; a report of more is none."""
-_PROMPT = ("prompt_tokens", "input_tokens", "promptTokenCount", "inputTokens", "prompt_eval_count")
-_OUTPUT = ("completion_tokens", "output_tokens", "candidatesTokenCount", "outputTokens", "eval_count")
-_TOTAL = ("total_tokens", "totalTokenCount", "totalTokens")
-_PROMPT_DETAILS = ("prompt_tokens_details", "input_tokens_details", "input_token_details", "promptTokensDetails")
-_OUTPUT_DETAILS = ("completion_tokens_details", "output_tokens_details", "output_token_details")
-_GEMINI_OUTPUT_DETAILS = "candidatesTokensDetails"
-_APART_READ = ("cache_read_input_tokens", "cacheReadInputTokens")
-_APART_WRITTEN = ("cache_creation_input_tokens", "cacheWriteInputTokens")
+_APART = frozenset(
+    {"cache_read_input_tokens", "cache_creation_input_tokens", "cacheReadInputTokens", "cacheWriteInputTokens"}
+)
 """Anthropic's and Bedrock's names: beside `input_tokens` they count what that does not."""
-_READ = (
-    *_APART_READ,
-    *("cached_tokens", "prompt_cache_hit_tokens", "num_cached_tokens", "cachedContentTokenCount"),
-    *("cache_read_tokens", "cache_read"),
+
+
+def _meanings(**names: str) -> Mapping[str, str]:
+    return MappingProxyType({name: meaning for meaning, listed in names.items() for name in listed.split()})
+
+
+_READ = "cached_tokens num_cached_tokens prompt_cache_hit_tokens cachedContentTokenCount cache_read_tokens cache_read"
+_WRITTEN = "cache_write_tokens cache_creation_tokens cached_creation_tokens cache_write_input_tokens cache_creation"
+_WRITTEN_5M = "ephemeral_5m_input_tokens claude_cache_creation_5_m_tokens"
+_WRITTEN_1H = "ephemeral_1h_input_tokens claude_cache_creation_1_h_tokens"
+_MEANINGS = _meanings(
+    prompt="prompt_tokens input_tokens promptTokenCount inputTokens prompt_eval_count",
+    output="completion_tokens output_tokens candidatesTokenCount outputTokens eval_count",
+    total="total_tokens totalTokenCount totalTokens",
+    by_tools="toolUsePromptTokenCount",
+    cached=f"{_READ} cache_read_input_tokens cacheReadInputTokens",
+    written=f"{_WRITTEN} cache_creation_input_tokens cacheWriteInputTokens",
+    written_5m=_WRITTEN_5M,
+    written_1h=_WRITTEN_1H,
+    reasoning="reasoning_tokens thoughtsTokenCount",
 )
-_WRITTEN = (
-    *_APART_WRITTEN,
-    *("cache_write_tokens", "cache_creation_tokens", "cached_creation_tokens", "cache_write_input_tokens"),
-    "cache_creation",
+"""What a count in `usage` itself means."""
+_OF_PROMPT_NAMES = _meanings(cached=_READ, written=_WRITTEN, audio_in="audio_tokens", image_in="image_tokens")
+_OF_ANSWER_NAMES = _meanings(
+    reasoning="reasoning_tokens thinking_tokens reasoning", audio_out="audio_tokens", image_out="image_tokens"
 )
-_WRITTEN_5M = ("ephemeral_5m_input_tokens", "claude_cache_creation_5_m_tokens")
-_WRITTEN_1H = ("ephemeral_1h_input_tokens", "claude_cache_creation_1_h_tokens")
-_REASONING = ("reasoning_tokens", "thoughtsTokenCount", "thinking_tokens", "reasoning")
+_OF_CACHED_NAMES = _meanings(audio_cached="audio_tokens")
+_OF_WRITTEN_NAMES = _meanings(written_5m=_WRITTEN_5M, written_1h=_WRITTEN_1H)
+_DETAILS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        **dict.fromkeys(("prompt_tokens_details", "input_tokens_details", "input_token_details"), _OF_PROMPT_NAMES),
+        **dict.fromkeys(("completion_tokens_details", "output_tokens_details"), _OF_ANSWER_NAMES),
+        **dict.fromkeys(("output_token_details", "candidatesTokensDetails"), _OF_ANSWER_NAMES),
+        **dict.fromkeys(("cached_tokens_details", "cacheTokensDetails"), _OF_CACHED_NAMES),
+        **dict.fromkeys(("cache_creation", "cache_creation_token_details"), _OF_WRITTEN_NAMES),
+        "promptTokensDetails": _OF_PROMPT_NAMES,
+    }
+)
+"""Members that are objects, in `usage` or in one another → what a count in them means. Gemini's are lists."""
 _ELSEWHERE = ("usageMetadata", "usage_metadata")
 _WITHIN = ("x_groq", "message", "response")
 """Members of a chunk with a `usage` of their own: Groq's, Anthropic's message_start, events of the Responses API."""
@@ -135,15 +157,21 @@ _WITHIN = ("x_groq", "message", "response")
 
 def usage_of(body: Mapping[str, Any]) -> Any:
     """The usage that a completion or a chunk reports, wherever its vendor puts it; None: it reports none."""
-    return body.get("usage") or _usage_elsewhere(body)
-
-
-def _usage_elsewhere(body: Mapping[str, Any]) -> Any:
+    if usage := body.get("usage"):
+        return usage
     choices = body.get("choices")
-    if choices and type(choices) is list:
+    if type(choices) is list and choices:
+        choice = choices[0]
+        # the middle of a stream, which is most of it, is told at once
+        if type(choice) is dict and not choice.get("finish_reason") and "usage" not in choice and len(choices) == 1:
+            return _usage_beside(body) if "x_groq" in body else None
         for choice in reversed(choices):
             if type(choice) is dict and (usage := choice.get("usage")):
                 return usage
+    return _usage_beside(body)
+
+
+def _usage_beside(body: Mapping[str, Any]) -> Any:
     for name in _ELSEWHERE:
         if usage := body.get(name):
             return usage
@@ -162,50 +190,77 @@ def counts_of(usage: object) -> TokenCounts:
     """
     if not isinstance(usage, Mapping):
         return TokenCounts()
-    into, out = _details(usage, _PROMPT_DETAILS), _details(usage, _OUTPUT_DETAILS)
-    split = _details(usage, ("cache_creation",)) or _details(into, ("cache_creation_token_details",))
-    written_1h = _largest((usage, split), _WRITTEN_1H)
-    written = _largest((usage, into), _WRITTEN)
-    if written_1h is not None:
-        written = max(written or 0, written_1h + (_largest((usage, split), _WRITTEN_5M) or 0))
-    cached = _largest((usage, into), _READ)
-    reasoning = _largest((usage, out), _REASONING)
-    prompt, output = _whole(usage, cached or 0, written or 0, reasoning or 0)
-    modes_in, modes_out = _modes(usage, _PROMPT_DETAILS[-1]), _modes(usage, _GEMINI_OUTPUT_DETAILS)
-    cached_parts = _details(into, ("cached_tokens_details",)) or _modes(usage, "cacheTokensDetails")
-    if not reasoning and output is not None and prompt is not None:
-        # the answer as it was told, and more in the total: thoughts that nobody counts apart
-        told = _first(usage, _OUTPUT)
-        reasoning = output - told if told is not None and output > told else reasoning
+    told: dict[str, int] = {}
+    _read(usage, _MEANINGS, told, depth=0)
+    get = told.get
+    if "written_1h" in told:
+        told["written"] = max(get("written", 0), get("written_5m", 0) + told["written_1h"])
+    if by_tools := get("by_tools"):
+        told["prompt"] = get("prompt", 0) + by_tools
+    prompt, output = get("prompt"), get("output")
+    if not (prompt and output and get("total", prompt + output) == prompt + output and _is_plain(told)):
+        prompt, output = _whole(usage, told)
+        if not get("reasoning") and "output" in told and prompt and output and output > told["output"]:
+            # more in the total than was told: thoughts that nobody counts apart
+            told["reasoning"] = output - told["output"]
     return TokenCounts(
         prompt_tokens=prompt,
-        cached_tokens=cached,
+        cached_tokens=get("cached"),
         output_tokens=output,
-        reasoning_tokens=reasoning,
-        written_tokens=written,
-        written_1h_tokens=written_1h,
-        audio_input_tokens=_largest((into, modes_in), ("audio_tokens",)),
-        cached_audio_tokens=_largest((cached_parts,), ("audio_tokens",)),
-        image_input_tokens=_largest((into, modes_in), ("image_tokens",)),
-        audio_output_tokens=_largest((out, modes_out), ("audio_tokens",)),
-        image_output_tokens=_largest((out, modes_out), ("image_tokens",)),
+        reasoning_tokens=get("reasoning"),
+        written_tokens=get("written"),
+        written_1h_tokens=get("written_1h"),
+        audio_input_tokens=get("audio_in"),
+        cached_audio_tokens=get("audio_cached"),
+        image_input_tokens=get("image_in"),
+        audio_output_tokens=get("audio_out"),
+        image_output_tokens=get("image_out"),
     )
 
 
-def _whole(usage: Mapping[str, Any], cached: int, written: int, reasoning: int) -> tuple[int | None, int | None]:
+def _is_plain(told: Mapping[str, int]) -> bool:
+    return not (told.get("cached") or told.get("written") or told.get("reasoning"))
+
+
+def _read(usage: Mapping[str, Any], names: Mapping[str, str], told: dict[str, int], depth: int) -> None:
+    """Add each count under its meaning, the largest: a figure may stand in several places, in some of them as zero."""
+    for name, value in usage.items():
+        if type(value) is int or type(value) is float:
+            meaning = names.get(name)
+            if meaning is not None and (count := _count(value)) is not None and count >= told.get(meaning, 0):
+                told[meaning] = count
+        elif value and (inner := _DETAILS.get(name)) is not None and depth < _DEPTH:
+            if isinstance(value, list):
+                value = _modes(value)
+            if isinstance(value, Mapping):
+                _read(value, inner, told, depth + 1)
+
+
+_DEPTH = 2
+"""Of details within details, as the kinds of cached tokens are."""
+
+
+def _modes(listed: list[Any]) -> Mapping[str, Any]:
+    """Gemini's list of modalities, as OpenAI's details."""
+    return {
+        f"{part['modality'].lower()}_tokens": part.get("tokenCount")
+        for part in listed
+        if isinstance(part, Mapping) and isinstance(part.get("modality"), str)
+    }
+
+
+def _whole(usage: Mapping[str, Any], told: Mapping[str, int]) -> tuple[int | None, int | None]:
     """All tokens of the prompt and all of the answer."""
-    prompt, output, total = _first(usage, _PROMPT), _first(usage, _OUTPUT), _first(usage, _TOTAL) or 0
-    used_by_tools = _count(usage.get("toolUsePromptTokenCount"))
-    if used_by_tools:
-        prompt = (prompt or 0) + used_by_tools
+    prompt, output, total = told.get("prompt"), told.get("output"), told.get("total", 0)
+    cache, reasoning = told.get("cached", 0) + told.get("written", 0), told.get("reasoning", 0)
     if not prompt:
         # all of it came from a cache, or only the total tells
-        read = max(total - output if output else 0, cached + written)
-        return read or prompt, _answer(output, reasoning)
-    beside = _is_beside(usage, prompt, cached + written)
+        return max(total - output if output else 0, cache) or prompt, _answer(output, reasoning)
+    # an impossible part, or Anthropic's names: it is not in the prompt's count
+    beside = cache > prompt or (not _count(usage.get("prompt_tokens")) and not _APART.isdisjoint(usage))
     if output is None and total <= prompt:
-        return prompt + (cached + written if beside else 0), _answer(output, reasoning)
-    return _agreeing(prompt, output or 0, total, cached + written, reasoning, beside=beside)
+        return prompt + (cache if beside else 0), _answer(output, reasoning)
+    return _agreeing(prompt, output or 0, total, cache, reasoning, beside=beside)
 
 
 def _agreeing(prompt: int, output: int, total: int, cache: int, reasoning: int, *, beside: bool) -> tuple[int, int]:
@@ -227,52 +282,23 @@ def _answer(output: int | None, reasoning: int) -> int | None:
     return (output or 0) + reasoning if reasoning > (output or 0) else output
 
 
-def _is_beside(usage: Mapping[str, Any], prompt: int, cache: int) -> bool:
-    """Whether the names, or the figures, say that what the cache read and wrote is not part of the prompt's count."""
-    if cache > prompt:
-        return True
-    named = any(_count(usage.get(name)) is not None for name in (*_APART_READ, *_APART_WRITTEN))
-    return named and not _count(usage.get("prompt_tokens"))
-
-
-def _details(usage: Mapping[str, Any], names: tuple[str, ...]) -> Mapping[str, Any]:
-    found = (usage.get(name) for name in names)
-    return next((value for value in found if isinstance(value, Mapping)), {})
-
-
-def _modes(usage: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Gemini's list of modalities, as OpenAI's details."""
-    listed = usage.get(name)
-    return dict(_modes_of(listed)) if isinstance(listed, list) else {}
-
-
-def _modes_of(listed: list[Any]) -> Iterator[tuple[str, Any]]:
-    for part in listed:
-        if isinstance(part, Mapping) and isinstance(part.get("modality"), str):
-            yield f"{part['modality'].lower()}_tokens", part.get("tokenCount")
-
-
-def _first(usage: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
-    """The first that is more than nothing: some gateways send several vendors' names, all but one of them zero."""
-    counts = [count for name in names if (count := _count(usage.get(name))) is not None]
-    return next((count for count in counts if count), counts[0] if counts else None)
-
-
-def _largest(parts: tuple[Mapping[str, Any], ...], names: tuple[str, ...]) -> int | None:
-    """The same figure may stand in several places, in some of them as zero."""
-    counts = [count for part in parts for name in names if (count := _count(part.get(name))) is not None]
-    return max(counts, default=None)
-
-
 def _count(value: object) -> int | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_TOKENS else None
 
 
+_parts_of = attrgetter(
+    *("cached_tokens", "reasoning_tokens", "written_tokens", "audio_input_tokens", "image_input_tokens"),
+    *("audio_output_tokens", "image_output_tokens"),
+)
+
+
 def buckets_of(counts: TokenCounts) -> TokenUsage:
     """Make the counts disjoint; none is larger than what is left of its whole. An unknown whole is empty."""
     prompt, output = counts.prompt_tokens or 0, counts.output_tokens or 0
+    if not any(_parts_of(counts)):
+        return TokenUsage(prompt, 0, output)
     cached = min(counts.cached_tokens or 0, prompt)
     written = min(counts.written_tokens or 0, prompt - cached)
     written_1h = min(counts.written_1h_tokens or 0, written)

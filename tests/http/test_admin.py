@@ -63,6 +63,32 @@ def test_a_price_is_used_by_the_next_request(fleet: Fleet, added: str) -> None:
     assert fleet.proxy.admin("PUT", f"/admin/models/{added}/pricing", {"input_cost_per_token": 1}).status_code == 400
 
 
+def test_a_price_of_long_prompts_is_stored_and_shown(fleet: Fleet, added: str) -> None:
+    price = {
+        "input_cost_per_token": 1e-6,
+        "output_cost_per_token": 2e-6,
+        "input_cost_per_audio_token": 3e-6,
+        "input_cost_per_token_above_200k_tokens": 4e-6,
+    }
+    path = f"/admin/models/{added}/pricing"
+    assert fleet.proxy.admin("PUT", path, price).status_code == 200
+    shown = fleet.proxy.admin("GET", f"/admin/models/{added}").json()["price"]
+    assert {name: shown[name] for name in price} == price
+    for wrong in ({"input_cost_per_token_above_200k_tokens": "x"}, {"input_cost_above_200k_tokens": 1.0}):
+        refused = fleet.proxy.admin("PUT", path, {**price, **wrong})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, next(iter(wrong)))
+
+
+def test_prices_of_tiers_are_part_of_model_info(fleet: Fleet, added: str) -> None:
+    info = {"input_cost_per_token_above_200k_tokens": 4e-6}
+    card = fleet.proxy.admin("PATCH", f"/admin/models/{added}", {"model_info": info}).json()
+    assert card["model_info"]["input_cost_per_token_above_200k_tokens"] == 4e-6
+    price = fleet.proxy.admin("GET", f"/admin/models/{added}").json()["price"]
+    assert price["input_cost_per_token_above_200k_tokens"] == 4e-6
+    unknown = fleet.proxy.admin("PATCH", f"/admin/models/{added}", {"model_info": {"input_cost_above_200k_tokens": 1}})
+    assert (unknown.status_code, unknown.json()["error"]["param"]) == (400, "model_info.input_cost_above_200k_tokens")
+
+
 def test_a_changed_arm_is_no_longer_what_was_measured(fleet: Fleet, added: str) -> None:
     patch = {"litellm_params": {"temperature": 0.5}}
     card = fleet.proxy.admin("PATCH", f"/admin/models/{added}", patch).json()

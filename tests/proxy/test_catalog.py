@@ -10,8 +10,8 @@ import pytest
 
 from proxy.model_entries import ModelInfo
 from proxy.state.catalog import CatalogEntry, InvalidPriceMap, bundled_catalog, parse_price_map
-from proxy.state.snapshot import capabilities_of
-from router_core.types import ABILITIES, Capabilities
+from proxy.state.snapshot import capabilities_of, price_of
+from router_core.types import ABILITIES, Capabilities, Price
 
 ONE = {
     "gpt-x": {"litellm_provider": "openai", "input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6, "mode": "chat"}
@@ -142,3 +142,47 @@ def test_what_model_info_states_wins_over_the_map_for_every_ability() -> None:
 
     assert capabilities_of(ModelInfo(), known) == known.capabilities
     assert capabilities_of(ModelInfo(**stated), known) == Capabilities(**dict.fromkeys(ABILITIES, True))
+
+
+def test_the_bundled_map_knows_the_prices_of_long_prompts() -> None:
+    gemini, qwen = (
+        bundled_catalog().find(name) for name in ("gemini/gemini-2.5-pro", "dashscope/qwen-plus-2025-07-28")
+    )
+    assert gemini is not None
+    assert gemini.price is not None
+    assert qwen is not None
+    assert qwen.price is not None
+    assert [gemini.price.at(tokens).input_cost_per_token for tokens in (200_000, 200_001)] == [1.25e-6, 2.5e-6]
+    assert [qwen.price.at(tokens).output_cost_per_reasoning_token for tokens in (1, 256_001)] == [4e-6, 1.2e-5]
+    assert sum(bool(entry.price and entry.price.above) for entry in bundled_catalog()) > 200
+
+
+def test_what_a_tier_of_a_list_leaves_out_costs_its_own_input_price() -> None:
+    tiers = [
+        {
+            "range": [0, 10],
+            "input_cost_per_token": 1.0,
+            "output_cost_per_token": 2.0,
+            "cache_read_input_token_cost": 0.1,
+        },
+        {"range": [10, 20], "input_cost_per_token": 3.0, "output_cost_per_token": 4.0},
+    ]
+    entry = parse_price_map({"x": {"mode": "chat", "tiered_pricing": tiers}}).find("x")
+    assert entry is not None
+    assert entry.price is not None
+    assert entry.price.at(11).cache_read_input_token_cost == 3.0
+
+
+@pytest.mark.parametrize("tiers", ["odd", [3], [{"range": [0, 1]}], [{"range": "x", "input_cost_per_token": 1.0}], []])
+def test_a_list_of_tiers_that_cannot_be_read_is_no_price(tiers: Any) -> None:
+    entry = parse_price_map(ONE | {"x": {"tiered_pricing": tiers}}).find("x")
+    assert entry is not None
+    assert entry.price is None
+
+
+def test_a_part_of_a_price_is_laid_over_the_maps() -> None:
+    known = parse_price_map(ONE).find("gpt-x")
+    price = price_of(ModelInfo(cache_read_input_token_cost=1e-7), None, known)
+    assert price is not None
+    assert price.price == Price(1e-6, 2e-6, cache_read_input_token_cost=1e-7)
+    assert price_of(ModelInfo(cache_read_input_token_cost=1e-7), None, None) is None

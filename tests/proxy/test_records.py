@@ -6,7 +6,7 @@ import pytest
 
 from proxy.state.records import ClientKey, InvalidRecord, LivePrice, ModelRecord, StoredProfile
 from router_core.errors import InvalidPrice
-from router_core.types import Price
+from router_core.types import PRICE_FIELDS, Price
 from tests.support.makers import a_profile, a_record
 
 
@@ -40,6 +40,13 @@ def test_a_broken_record_is_refused(text: str) -> None:
 def test_a_price_comes_back_as_it_was_stored() -> None:
     live = LivePrice(Price(1e-7, 3e-7, cache_read_input_token_cost=5e-8), "admin", 1_700_000_000.5)
     assert LivePrice.from_fields(live.to_fields(), seen_at=0) == live
+
+
+def test_a_price_with_tiers_comes_back_as_it_was_stored_and_keeps_its_names() -> None:
+    stated = {**dict.fromkeys(PRICE_FIELDS, 1e-6), "cache_read_input_token_cost_above_272k_tokens": 2e-6}
+    fields = LivePrice(Price.of(stated), "sync", 1.0).to_fields()
+    assert fields["cache_read_input_token_cost_above_272k_tokens"] == "2e-06"
+    assert LivePrice.from_fields(fields, seen_at=0).price == Price.of(stated)
 
 
 def test_a_foreign_price_without_source_or_time_is_external_and_dated_when_seen() -> None:

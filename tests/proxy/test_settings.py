@@ -231,3 +231,51 @@ def test_retries_of_litellm_are_left_out_with_a_warning(tmp_path: Path, caplog: 
     (model,) = load_settings(a_file(tmp_path, text), {}).model_list
     assert model.litellm_params == {"model": "x", "temperature": 0}
     assert "'num_retries'" in caplog.text
+
+
+def test_every_price_may_be_stated_of_a_model_and_none_is_ignored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = """
+    model_list:
+      - model_name: a
+        litellm_params: {model: x, output_cost_per_reasoning_token: 3.0e-6}
+        model_info: {input_cost_per_token: 1.0e-6, output_cost_per_token: 2.0e-6,
+          input_cost_per_token_above_200k_tokens: 4.0e-6, input_cost_per_audio_token: 5.0e-6}
+      - model_name: b
+        litellm_params: {model: x}
+        model_info: {tiered_pricing: [
+          {range: [32000, 128000], input_cost_per_token: 2.0e-6, output_cost_per_token: 5.0e-6},
+          {range: [0, 32000], input_cost_per_token: 1.0e-6, output_cost_per_token: 4.0e-6}]}
+    """
+    with caplog.at_level(logging.WARNING):
+        first, second = load_settings(a_file(tmp_path, text), {}).model_list
+    assert "ignored" not in caplog.text
+    assert first.model_info.prices == {
+        "input_cost_per_token": 1e-6,
+        "output_cost_per_token": 2e-6,
+        "input_cost_per_audio_token": 5e-6,
+        "output_cost_per_reasoning_token": 3e-6,
+        "input_cost_per_token_above_200k_tokens": 4e-6,
+    }
+    assert second.model_info.prices == {
+        "input_cost_per_token": 1e-6,
+        "output_cost_per_token": 4e-6,
+        "input_cost_per_token_above_32k_tokens": 2e-6,
+        "output_cost_per_token_above_32k_tokens": 5e-6,
+    }
+
+
+@pytest.mark.parametrize(
+    ("price", "words"),
+    [
+        ("input_cost_per_token_above_200k_tokens: -1", "input_cost_per_token_above_200k_tokens"),
+        ("input_cost_per_token_above_200k_tokens: yes", "input_cost_per_token_above_200k_tokens"),
+        ("input_cost_per_token_above_200k_token: 1", "did you mean"),
+        ("input_cost_per_token_above_2k_tokens: 1, input_cost_per_token_above_2000_tokens: 1", "stated twice"),
+        ("free: true, output_cost_per_audio_token: 1", "contradict"),
+    ],
+)
+def test_a_price_that_cannot_be_used_is_refused(tmp_path: Path, price: str, words: str) -> None:
+    text = f"model_list: [{{model_name: a, litellm_params: {{model: x}}, model_info: {{{price}}}}}]"
+    assert words in refusal(tmp_path, text)

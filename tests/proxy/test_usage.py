@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from proxy.cli.models import per_million
+from proxy.jobs.answering import read_answer
+from proxy.jobs.asking import cost_of as cost_of_answer
 from proxy.recording.usage import TokenCounts, UsageRecord, buckets_of, cost_usd, counts_of, usage_of
 from router_core.types import Price
 
@@ -187,3 +190,22 @@ def test_a_record_is_plain_json_of_all_its_fields(cost: float | None) -> None:
     """Processes of an earlier version may read it. A cost of 1e13 is more picodollars than 64 bits hold."""
     record = UsageRecord("dec-1", 1.7e9 + 0.1, "größe", "k", "scored", "complete", 10, None, 5, None, cost, 1.5, 0.5)
     assert json.loads(record.to_json()) == {**asdict(record), "cost_picousd": record.cost_picousd}
+
+
+def test_an_answer_of_a_measuring_job_is_paid_like_any_other() -> None:
+    usage = openai(1000, 100, 1600, completion_tokens_details={"reasoning_tokens": 500}, cached_tokens=800)
+    completion = {"choices": [{"message": {"content": "hi"}}], "usage": usage}
+    answer = read_answer(completion, 1.0, "m")
+    assert answer.output_tokens == 600
+    assert cost_of_answer(answer, PRICE, 9.0) == pytest.approx(200e-6 + 80e-6 + 2400e-6)
+
+
+def test_zeros_beside_an_answer_of_a_measuring_job_are_no_report() -> None:
+    answer = read_answer({"choices": [{"message": {"content": "hi"}}], "usage": openai(0, 0)}, 1.0, "m")
+    assert cost_of_answer(answer, PRICE, 9.0) == 9.0
+
+
+def test_a_listing_shows_what_a_price_becomes_for_long_prompts() -> None:
+    price = {"input_cost_per_token": 1.25e-6, "input_cost_per_token_above_200k_tokens": 2.5e-6}
+    assert per_million(price, "input_cost_per_token") == "1.25, 2.5 above 200k"
+    assert per_million(price, "output_cost_per_token") == "unknown"

@@ -154,3 +154,28 @@ def test_the_cheapest_wins_by_cost_alone() -> None:
 def test_free_models_cost_nothing_and_are_still_told_apart_by_errors() -> None:
     left = eligible(a_pool(a_candidate("good", (0.1,) * 3, FREE), a_candidate("bad", (0.4,) * 3, FREE)), NO_NEEDS)
     assert rank(left, an_assignment(0), NO_NEEDS, Terms(lambda_=100.0)).ranking == ("good", "bad")
+
+
+def test_a_long_prompt_is_expected_at_the_price_of_its_tier() -> None:
+    """$2 against $3 per million tokens, but above 200,000 of them $4."""
+    tiered = Price.of(
+        {"input_cost_per_token": 2e-6, "output_cost_per_token": 0.0, "input_cost_per_token_above_200k_tokens": 4e-6}
+    )
+    pool = a_pool(a_candidate("tiered", price=tiered), a_candidate("flat", price=Price(3e-6, 0.0)))
+    for tokens, cheapest, usd in ((200_000, "tiered", 0.4), (200_001, "flat", 0.600003)):
+        needs = Needs(prompt_tokens=tokens)
+        decision = rank(eligible(pool, needs), an_assignment(0), needs, Terms())
+        assert decision.chosen == cheapest
+        assert decision.candidates[0].expected_cost_usd == pytest.approx(usd)
+
+
+def test_a_cap_of_the_price_is_held_against_the_tier_of_the_prompt() -> None:
+    tiered = Price.of(
+        {"input_cost_per_token": 2e-6, "output_cost_per_token": 0.0, "input_cost_per_token_above_200k_tokens": 4e-6}
+    )
+    pool = a_pool(a_candidate("tiered", price=tiered))
+    left = [
+        list(eligible(pool, Needs(prompt_tokens=tokens, max_input_cost_per_token=3e-6)).names)
+        for tokens in (200_000, 200_001)
+    ]
+    assert left == [["tiered"], []]

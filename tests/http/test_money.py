@@ -1,0 +1,186 @@
+"""The money matrix through a real proxy: reports, prices, ways, streams and endings, to the picodollar."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import redis
+
+from proxy.recording.scripts import STREAM
+from proxy.state.embedded import EmbeddedValkey
+from tests.support.answers import Step
+from tests.support.money import CASES, COSTS, ON_THE_WAY, PRICES, REPORTS, picodollars
+from tests.support.server import TIRELESS, ProxyProcess, arm
+from tests.support.upstream import ScriptedUpstream, wait_until
+
+WAYS = ("relay", "translate")
+SHAPES = ("whole", "at the end", "in the choice", "in x_groq")
+PIECE = "x" * 40
+WAITING = [b": more is coming\n\n"] * 1000
+"""What an upstream says until the client leaves."""
+
+
+@dataclass(frozen=True)
+class Till:
+    """A proxy with a model for each price and way, and what was written down of each request."""
+
+    proxy: ProxyProcess
+    upstream: ScriptedUpstream
+    store: redis.Redis
+
+    records: dict[str, dict[str, Any]]
+    """By decision, as far as they were read."""
+
+    def ask(self, model: str, step: Step, *, stream: bool, leave_after: int | None = None) -> str:
+        """The decision of one request; `leave_after` so many pieces the client leaves."""
+        self.upstream.then(step)
+        body = {"model": model, "stream": stream, "messages": [{"role": "user", "content": "hi"}]}
+        seen = 0
+        with (
+            suppress(httpx.RemoteProtocolError),
+            httpx.stream("POST", f"{self.proxy.url}/v1/chat/completions", json=body, timeout=20) as response,
+        ):
+            decision = response.headers["x-uniroute-decision"]
+            for line in response.iter_lines():
+                seen += PIECE in line
+                if seen == leave_after:
+                    break
+        return decision
+
+    def record(self, decision: str) -> dict[str, Any]:
+        """What was written down of it, which takes half a second."""
+        assert wait_until(lambda: decision in self.records or decision in self._read())
+        return self.records[decision]
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        stored: Any = self.store.xrange(STREAM, "-", "+")
+        entries = [json.loads(fields[b"record"]) for _, fields in stored]
+        self.records.update({entry["decision"]: entry for entry in entries})
+        return self.records
+
+
+@pytest.fixture(scope="module")
+def till(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Till]:
+    folder = tmp_path_factory.mktemp("till")
+    with ScriptedUpstream() as upstream:
+        models = [
+            {**arm(f"{price}-{way}", upstream.url), "model_info": {**stated, "forward": way}}
+            for price, stated in PRICES.items()
+            for way in WAYS
+        ]
+        config = {"model_list": models, "uniroute": {"profile": {"on_start": False}, "breaker": TIRELESS}}
+        with (
+            ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "sk-x"}) as proxy,
+            redis.Redis(unix_socket_path=str(EmbeddedValkey(folder).socket_path)) as store,
+        ):
+            yield Till(proxy, upstream, store, {})
+
+
+def chunk(delta: dict[str, Any], finish: str | None = None, usage: Any = None, **choice: Any) -> dict[str, Any]:
+    choices = [{"index": 0, "delta": delta, "finish_reason": finish, **choice}]
+    return {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": choices} | (
+        {} if usage is None else {"usage": usage}
+    )
+
+
+def answered(shape: str, usage: dict[str, Any]) -> Step:
+    """A complete answer that reports its usage in this place."""
+    if shape == "whole":
+        message = {"role": "assistant", "content": PIECE}
+        return Step(body={"choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": usage})
+    start, stop = chunk({"role": "assistant", "content": PIECE}), chunk({}, "stop")
+    last = {
+        "at the end": [stop, {**stop, "choices": [], "usage": usage}],
+        "in the choice": [chunk({}, "stop", usage=usage)],
+        "in x_groq": [{**stop, "x_groq": {"id": "req", "usage": usage}}],
+    }
+    return Step(events=[start, *last[shape]])
+
+
+PAID = [(use, vendor, price) for use, vendor in CASES for price in COSTS[use]]
+"""Each report at the prices that have something to say of it."""
+
+
+def _broken(till: Till, model: str, events: list[Any]) -> str:
+    return till.ask(model, Step(events=[*events, WAITING[0]], cut_after=len(events)), stream=True)
+
+
+def _left(till: Till, model: str, events: list[Any]) -> str:
+    return till.ask(model, Step(events=[*events, *WAITING], drip_s=0.01), stream=True, leave_after=len(events))
+
+
+UNENDED = {"broken": _broken, "client_gone": _left}
+
+
+@pytest.fixture(scope="module")
+def asked(till: Till) -> dict[tuple[str, ...], str]:
+    """The decision of every request of the matrix. They are made together: each record takes half a second."""
+    decisions: dict[tuple[str, ...], str] = {}
+    for (use, vendor, price), way, shape in product(PAID, WAYS, SHAPES[:2]):
+        step = answered(shape, REPORTS[use][vendor])
+        decisions[use, vendor, price, way, shape] = till.ask(f"{price}-{way}", step, stream=shape != "whole")
+    for told, way, (ending, ask) in product(ON_THE_WAY, WAYS, UNENDED.items()):
+        events = [chunk({"content": PIECE}, usage=usage) for usage in ON_THE_WAY[told][0]]
+        decisions[told, way, ending] = ask(till, f"flat-{way}", events)
+    return decisions
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("use", "vendor", "price"), PAID)
+def test_a_complete_answer_is_paid_as_it_was_reported(
+    till: Till, asked: dict[tuple[str, ...], str], use: str, vendor: str, price: str, way: str
+) -> None:
+    records = [till.record(asked[use, vendor, price, way, shape]) for shape in SHAPES[:2]]
+    assert [record["cost_picousd"] for record in records] == [picodollars(use, price)] * 2
+    assert [record["ending"] for record in records] == ["complete"] * 2
+
+
+@pytest.mark.parametrize("shape", SHAPES[2:])
+@pytest.mark.parametrize("way", WAYS)
+def test_usage_is_found_in_other_places_of_a_stream(till: Till, shape: str, way: str) -> None:
+    step = answered(shape, REPORTS["800 cached"]["moonshot"])
+    record = till.record(till.ask(f"cached-{way}", step, stream=True))
+    assert (record["cost_picousd"], record["cached_tokens"]) == (picodollars("800 cached", "cached"), 800)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("ending", UNENDED)
+@pytest.mark.parametrize("told", ON_THE_WAY)
+def test_an_answer_that_does_not_end_is_paid_as_far_as_it_came(
+    till: Till, asked: dict[tuple[str, ...], str], told: str, ending: str, way: str
+) -> None:
+    record = till.record(asked[told, way, ending])
+    assert (record["ending"], record["cost_picousd"]) == (ending, ON_THE_WAY[told][1])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_reasoning_of_an_answer_that_breaks_off_is_paid_as_well(till: Till, way: str) -> None:
+    events = [chunk({"reasoning_content": PIECE}), chunk({"reasoning_content": PIECE}), chunk({"content": PIECE})]
+    assert till.record(_broken(till, f"flat-{way}", events))["cost_picousd"] == 304_000_000
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_answer_that_is_thrown_away_is_paid(till: Till, way: str) -> None:
+    """It has no choices, so that nobody can be shown it, and says what it cost."""
+    thrown_away = Step(body={"id": "x", "usage": REPORTS["900 written"]["anthropic"]})
+    record = till.record(till.ask(f"written-{way}", thrown_away, stream=False))
+    assert (record["ending"], record["cost_picousd"]) == ("failed", picodollars("900 written", "written"))
+
+
+def test_what_was_used_is_in_the_record_and_the_metrics(till: Till) -> None:
+    till.ask("written-relay", answered("whole", REPORTS["900 written"]["litellm"]), stream=False)
+    sound = till.ask("audio-relay", answered("whole", REPORTS["900 and 90 audio"]["openai"]), stream=False)
+    record = till.record(sound)
+    assert [record[f"{kind}_tokens"] for kind in ("audio_input", "audio_output", "cache_write")] == [900, 90, None]
+    metrics = till.proxy.admin("GET", "/metrics").text
+    assert 'uniroute_tokens_total{kind="cache_write",model="written-relay"}' in metrics
+    totals: Any = till.store.hgetall("uniroute:usage:totals:written-relay")
+    assert int(totals[b"cache_write_tokens"]) >= 900
