@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -152,11 +153,18 @@ def run_server(settings: Settings, bound: socket.socket) -> None:
 
         Supervisor(settings, partial(server_config, settings), bound).run()
         return
-    server = Server(server_config(settings))
     try:
-        server.run([bound])
+        run_to_the_end(Server(server_config(settings)), bound)
     except SystemExit:
         raise SystemExit(1) from None
+
+
+def run_to_the_end(server: Server, bound: socket.socket) -> None:
+    """Run the server of a process that ends with it."""
+    try:
+        server.run([bound])
+    finally:
+        gc.freeze()  # the interpreter would look through all that was imported once more before it ends: for seconds
 
 
 def leave_on_sigterm() -> None:

@@ -19,7 +19,7 @@ from types import FrameType
 
 import uvicorn
 
-from proxy.cli.serve import Server
+from proxy.cli.serve import Server, run_to_the_end
 from proxy.cli.serve_store import kept_store
 from proxy.opening import START_FAILED
 from proxy.recording.metrics import worker_deaths
@@ -239,7 +239,7 @@ def _work(config: uvicorn.Config, bound: socket.socket, pipe: Connection) -> Non
     server = WorkerServer(config)
     threading.Thread(target=_answer, args=(pipe, server), name="uniroute-supervised", daemon=True).start()
     try:
-        server.run([bound])
+        run_to_the_end(server, bound)
     except SystemExit:
         sys.exit(START_FAILED)
 

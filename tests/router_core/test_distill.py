@@ -1,5 +1,8 @@
 """Making the static table: once, whole, and only from the weights that it is named after."""
 
+import fcntl
+import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 
 from router_core import embedding
 from router_core.distill import TABLE, TOKENIZER, distill, model_folder
-from router_core.errors import InvalidArtifact
+from router_core.errors import Interrupted, InvalidArtifact
 
 
 def test_other_weights_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
@@ -25,6 +28,38 @@ def test_how_far_it_is_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     assert told == [(1, 4), (4, 4)]
     assert (tmp_path / "static").is_dir()
+
+
+def test_one_that_is_not_wanted_any_more_ends_with_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    endless = "import os, time; print(os.getpid(), 10**9, flush=True); time.sleep(60)"
+    monkeypatch.setattr(embedding, "DISTILLING", endless)
+    stop, pids = threading.Event(), list[int]()
+
+    def told(pid: int, _: int) -> None:
+        pids.append(pid)
+        stop.set()
+
+    with pytest.raises(Interrupted):
+        embedding.static_embedder(tmp_path, progress=told, stop=stop)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+    assert list(tmp_path.glob(f"{embedding.SCRATCH}*")) == []
+
+
+def test_who_comes_second_is_told_how_far_the_first_is(tmp_path: Path) -> None:
+    stop, told = threading.Event(), list[tuple[int, int]]()
+
+    def follow(done: int, total: int) -> None:
+        told.append((done, total))
+        stop.set()
+
+    with (tmp_path / ".static-1.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("3 4")
+        lock.flush()
+        with pytest.raises(Interrupted):
+            embedding.static_embedder(tmp_path, progress=follow, stop=stop)
+    assert told == [(3, 4)]
 
 
 def test_the_table_has_a_centred_unit_row_for_every_token(embedder_cache: Path) -> None:
