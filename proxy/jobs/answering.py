@@ -20,8 +20,6 @@ WORTH_RETRYING = frozenset({408, 409, 425, 429})
 LONGEST_REASON = 300
 LONGEST_ANSWER = 100_000
 """Characters of an answer that are graded or judged; what is longer is cut."""
-MOST_TOKENS = 10**9
-"""More are no count that a provider means."""
 HINTS: Mapping[int, str] = {
     400: "the provider refuses the request: check litellm_params",
     401: "the provider refuses the key: check litellm_params.api_key and its variable",

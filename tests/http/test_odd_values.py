@@ -94,7 +94,7 @@ KEY = {
     "previous_digest": None,
     "previous_until": None,
 }
-JOB = {
+JOB: dict[Any, Any] = {
     "model": "kept",
     "fingerprint": "f",
     "state": "ready",
@@ -203,7 +203,7 @@ def fill(client: redis.Redis) -> None:
         pipe.xadd(AUDIT, {"line": "{}"}, id="18446744073709551000-1")
         for number, text in enumerate([*TEXTS, *map(stored, variants(ANSWER))]):
             pipe.hset(answers_key("odd"), f"prompt-{number}", text)
-        pipe.hset(job_key("odd"), items=[part for pair in JOB.items() for part in pair])
+        pipe.hset(job_key("odd"), mapping=JOB)
         pipe.hset(LATEST, "kept", "odd")
         pipe.execute()
 

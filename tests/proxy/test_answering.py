@@ -46,7 +46,7 @@ def test_what_is_recorded_of_an_answer_is_small_however_odd_it_was() -> None:
     answer = read_answer(odd, 0.1, "small")
     long = read_answer(said("hi", finish_reason="x" * 1000), 0.1, "small")
 
-    assert (answer.finish_reason, answer.prompt_tokens, answer.output_tokens) == (None, None, None)
+    assert (answer.finish_reason, answer.counts.prompt_tokens, answer.counts.output_tokens) == (None, None, None)
     assert len(long.finish_reason or "") == 40
 
 
