@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from proxy.litellm_params import check_shapes
+from proxy.redaction import shown
 from proxy.setting_types import Count, Forward, Frozen, ModelName, Seconds, TokenCost, Whole
 
 __all__ = ["ModelEntry", "ModelInfo"]
@@ -67,5 +68,5 @@ class ModelEntry(Frozen):
         return self
 
     def __repr_args__(self) -> list[tuple[str | None, Any]]:
-        shown = {key: value for key, value in self.litellm_params.items() if key in ("model", "api_base")}
-        return [("model_name", self.model_name), ("litellm_params", shown), ("model_info", self.model_info)]
+        told = {key: shown(key, value) for key, value in self.litellm_params.items() if key in ("model", "api_base")}
+        return [("model_name", self.model_name), ("litellm_params", told), ("model_info", self.model_info)]

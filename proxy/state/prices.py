@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from proxy.http_clients import async_http_client
 from proxy.settings import Settings
 from proxy.state.catalog import Catalog, InvalidPriceMap, bundled_catalog, parse_price_map
 from proxy.state.holder import StateHolder
@@ -101,7 +102,7 @@ async def _fetch(url: str) -> bytes:
     body = bytearray()
     async with (
         asyncio.timeout(2 * FEED_TIMEOUT_S),
-        httpx.AsyncClient(timeout=FEED_TIMEOUT_S, follow_redirects=False) as client,
+        async_http_client(timeout=FEED_TIMEOUT_S) as client,
         client.stream("GET", url) as response,
     ):
         if response.status_code != httpx.codes.OK:

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 
 from proxy.errors import UpstreamFailure
+from proxy.outbound import OutboundError
 
 _OVERFLOW = re.compile(
     rb"context_length_exceeded|maximum context length|context (window|size|length)|(prompt|input|request) is too long"
@@ -72,6 +73,9 @@ def lost(model: str) -> UpstreamFailure:
 
 def unreachable(error: BaseException, model: str) -> UpstreamFailure:
     why = ": this server has no file descriptor left for it" if _is_out_of_descriptors(error) else ""
+    for cause in _causes(error):
+        if isinstance(cause, OutboundError):
+            why = f": {cause}"
     return UpstreamFailure(f"{model} cannot be reached{why}")
 
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
+from proxy.outbound import Outbound
 from proxy.settings import Settings
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
@@ -27,8 +28,11 @@ class Upstream:
     """One per process, on one event loop. litellm is imported when a model first needs it, in a thread."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
-        self._relay = RelayUpstream(settings, environ)
-        self._translate = LitellmUpstream(settings, environ)
+        outbound = Outbound(environ)
+        for problem in outbound.problems():
+            log.warning("environment: %s", problem)
+        self._relay = RelayUpstream(settings, environ, outbound)
+        self._translate = LitellmUpstream(settings, environ, outbound)
         self._loading: asyncio.Task[None] | None = None
         self._translated: frozenset[str] = frozenset()
 

@@ -97,7 +97,7 @@ def test_a_patch_replaces_what_it_states_and_null_removes() -> None:
 def test_a_new_address_needs_the_key_again() -> None:
     record = a_record("new", api_key="os.environ/NEW_API_KEY")
     moved: Any = {"litellm_params": {"api_base": "http://elsewhere.example/v1"}}
-    with pytest.raises(BadRequest, match="state api_key again"):
+    with pytest.raises(BadRequest, match="state `api_key` again"):
         read_patch(moved, record, Settings(), ENVIRON)
     moved["litellm_params"]["api_key"] = "os.environ/NEW_API_KEY"
 
