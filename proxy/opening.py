@@ -21,6 +21,7 @@ from proxy.jobs.answering import UpstreamAnswerer
 from proxy.jobs.jobs import Jobs
 from proxy.limits.limiter import Limiter
 from proxy.limits.scripts import SETTLE_FUNCTION
+from proxy.preflight import check_named_models
 from proxy.recording.journals import Journals
 from proxy.recording.metrics import Metrics
 from proxy.recording.recorder import UsageRecorder
@@ -74,6 +75,7 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
         await state.start()
         closing.push_async_callback(state.stop)
         check_exposure(settings, keys_required=state.current.keys_required)
+        check_named_models(settings, state.current.models, _is_priced, complete=state.available)
         metrics = Metrics()
         health = await closing.enter_async_context(_watched_health(settings, store, state, metrics))
         usage = await closing.enter_async_context(_running(_recorder(store, settings, metrics)))
@@ -95,6 +97,10 @@ async def open_services(settings: Settings, environ: Mapping[str, str]) -> Async
             resolver=resolver,
             environ=environ,
         )
+
+
+def _is_priced(name: str) -> bool:
+    return bundled_catalog().find(name) is not None
 
 
 class _Background(Protocol):

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from proxy.litellm_names import PARAMS, SECTIONS, is_model_info_of_litellm
+from proxy.litellm_params import unknown_fields
 
 log = logging.getLogger("uniroute.settings")
 
@@ -104,9 +105,11 @@ def _entry(raw: object, where: str, info_fields: Collection[str]) -> dict[str, A
     for key in _INFO_IN_PARAMS:
         if key in params:
             info.setdefault(key, params.pop(key))
-    for key in sorted(PARAMS & params.keys()):
+    for key in sorted(name for name in params if name in PARAMS or is_model_info_of_litellm(str(name))):
         log.warning("%s.litellm_params: %r is LiteLLM's and has no meaning here; it is ignored", where, key)
         del params[key]
+    for key in unknown_fields(params):
+        log.warning("%s.litellm_params: %r is not known here; it is sent in the body of every request", where, key)
     for key in [key for key in info if key not in info_fields]:
         if not is_model_info_of_litellm(key):
             raise unknown(f"{where}.model_info", key, info_fields)

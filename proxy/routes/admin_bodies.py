@@ -11,10 +11,11 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from proxy.errors import BadRequest
-from proxy.litellm_names import PARAMS, is_model_info_of_litellm
+from proxy.litellm_names import is_model_info_of_litellm
+from proxy.litellm_params import ParamError
+from proxy.outbound import OutboundError, ssl_context, trust_of
 from proxy.redaction import Literal, is_reference, literals, shown
-from proxy.routing.refused import is_control_field
-from proxy.settings import ModelEntry, ModelInfo, ProfileSettings, Settings, SettingsError, resolve_secret
+from proxy.settings import ModelEntry, ProfileSettings, Settings, SettingsError, resolve_secret
 from proxy.state.records import PRICE_FIELDS, ModelRecord
 from proxy.upstream.call import is_provider_param
 from proxy.upstream.origins import ADDRESSES, check_secrets_stay
@@ -50,7 +51,7 @@ def read_addition(
     if name in settings.route_names:
         raise BadRequest(f"{name!r} is one of route_names: it asks for routing", param="model_name")
     entry = _entry(name, body.get("litellm_params"), body.get("model_info"))
-    _check_params(entry.litellm_params, settings, environ)
+    _check_params(entry, settings, environ)
     profile = read_profile(body.get("profile"), settings, cluster_map)
     return Addition(ModelRecord.of_entry(entry, "admin", now), profile)
 
@@ -64,7 +65,7 @@ def read_patch(
     params = _merged(record.litellm_params, stated)
     info = _merged(record.info.model_dump(exclude_defaults=True), _object(body.get("model_info"), "model_info"))
     entry = _entry(record.name, params, info)
-    _check_params(entry.litellm_params, settings, environ)
+    _check_params(entry, settings, environ)
     changed = ModelRecord.of_entry(entry, record.source, record.created_at)
     check_secrets_stay(record, changed, stated)
     return changed
@@ -125,11 +126,16 @@ def _entry(name: Any, params: Any, info: Any) -> ModelEntry:
         raise _invalid(error, "") from None
 
 
-def _check_params(params: Mapping[str, Any], settings: Settings, environ: Mapping[str, str]) -> None:
-    for name in params:
-        if name in PARAMS or (is_control_field(name) and not is_provider_param(name)):
-            elsewhere = "; state it in `model_info`" if name in ModelInfo.model_fields else ""
-            raise BadRequest(f"`litellm_params.{name}` has no meaning here{elsewhere}", param=f"litellm_params.{name}")
+def _check_params(entry: ModelEntry, settings: Settings, environ: Mapping[str, str]) -> None:
+    params = entry.litellm_params
+    try:
+        entry.check_effects()
+        if (trusted := params.get("ssl_verify")) is not None and not is_reference(trusted):
+            ssl_context(trust_of(trusted, environ), environ)
+    except ParamError as error:
+        raise BadRequest(str(error), param=error.param) from None
+    except OutboundError as error:
+        raise BadRequest(f"`litellm_params.ssl_verify`: {error}", param="litellm_params.ssl_verify") from None
     for name in ADDRESSES:
         _check_address(name, params.get(name))
     for name, value in params.items():
