@@ -12,6 +12,7 @@ from proxy.cluster_maps import open_map
 from proxy.outbound import OutboundError, ssl_context, trust_of
 from proxy.redaction import is_reference
 from proxy.settings import Settings, SettingsError
+from router_core.embedding import check_embedder
 from router_core.errors import InvalidInput
 from router_core.validation.loading import load_validation_set
 
@@ -24,6 +25,10 @@ def check_files(settings: Settings) -> None:
         open_map(settings)
     except (InvalidInput, OSError) as error:
         raise SettingsError(f"map: {error}") from error
+    try:
+        check_embedder(settings.embedder)
+    except InvalidInput as error:
+        raise SettingsError(f"embedder: {error}") from error
     try:
         if settings.validation_set != "builtin":
             load_validation_set(Path(settings.validation_set))

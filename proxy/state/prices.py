@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,11 +18,11 @@ from proxy.state.holder import StateHolder
 from proxy.state.records import LivePrice, ModelRecord
 from proxy.state.registry import Registry, UnknownModel
 from proxy.state.store import Store, StoreUnavailable
+from router_core.documents import MAX_PRICES_BYTES, parse_json
 from router_core.types import Price
 
 log = logging.getLogger("uniroute.prices")
 
-LARGEST_FEED = 20_000_000
 FEED_TIMEOUT_S = 15.0
 TURN = "uniroute:pricing-feed"
 """Held by the process whose turn it is to read the feed."""
@@ -91,10 +90,10 @@ async def _synced(registry: Registry, state: Priced, name: str, price: Price | N
 async def fetch_catalog(url: str) -> Catalog:
     """Raises FeedFailed: not reached, a redirect, an error status, too large, not JSON, or not a whole price map."""
     try:
-        return parse_price_map(json.loads(await _fetch(url)))
+        return parse_price_map(parse_json(await _fetch(url)))
     except (httpx.HTTPError, TimeoutError) as error:
         raise FeedFailed(f"the price feed cannot be read: {type(error).__name__} {error}") from error
-    except (httpx.InvalidURL, InvalidPriceMap, ValueError, RecursionError) as error:
+    except (httpx.InvalidURL, InvalidPriceMap, ValueError) as error:
         raise FeedFailed(f"the price feed is refused, prices stay as they are: {error}") from error
 
 
@@ -109,8 +108,8 @@ async def _fetch(url: str) -> bytes:
             raise FeedFailed(f"the price feed answered with status {response.status_code}; redirects are not followed")
         async for piece in response.aiter_bytes():
             body += piece
-            if len(body) > LARGEST_FEED:
-                raise FeedFailed(f"the price feed is larger than {LARGEST_FEED} bytes")
+            if len(body) > MAX_PRICES_BYTES:
+                raise FeedFailed(f"the price feed is larger than {MAX_PRICES_BYTES} bytes")
     return bytes(body)
 
 
