@@ -150,6 +150,12 @@ def _shown(value: Any, *, named: bool, depth: int) -> Any:
     return value
 
 
+def bare_address(value: str) -> str:
+    """An address without its user, its password and its query."""
+    parts = _split(value)
+    return value if parts is None else urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
 def shown_address(value: str) -> str:
     """An address without its user, its password and the values of its query; any other text as it is."""
     parts = _split(value)

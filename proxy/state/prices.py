@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from proxy.http_clients import async_http_client
+from proxy.http_clients import WayOutError, async_http_client
 from proxy.settings import Settings
 from proxy.state.catalog import Catalog, InvalidPriceMap, bundled_catalog, parse_price_map
 from proxy.state.holder import StateHolder
@@ -91,6 +91,8 @@ async def fetch_catalog(url: str) -> Catalog:
     """Raises FeedFailed: not reached, a redirect, an error status, too large, not JSON, or not a whole price map."""
     try:
         return parse_price_map(parse_json(await _fetch(url)))
+    except WayOutError as error:
+        raise FeedFailed(f"the price feed cannot be read: {error}") from error
     except (httpx.HTTPError, TimeoutError) as error:
         raise FeedFailed(f"the price feed cannot be read: {type(error).__name__} {error}") from error
     except (httpx.InvalidURL, InvalidPriceMap, ValueError) as error:

@@ -110,7 +110,9 @@ def key_of_call(
 def check_environment_key(record: ModelRecord, environ: Mapping[str, str]) -> None:
     """Raises BadRequest where litellm would look up a key for a provider, and the model is somewhere else."""
     params, resolved = record.litellm_params, record.resolved
-    if resolved is None or resolved.own_address or not address_of(params) or stated_secrets(params):
+    if resolved is None or resolved.own_address or not address_of(params):
+        return
+    if params.get("api_key") or stated_secrets(params):
         return
     if resolved.provider in VERBATIM or not (found := _variable_of(resolved.provider, environ)):
         return

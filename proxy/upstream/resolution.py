@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
+from proxy.redaction import bare_address
 from proxy.setting_types import Forward
 from proxy.state.resolved import Resolved
 from proxy.upstream.call import STRAYING, VERBATIM, is_openais, is_provider_param
@@ -29,9 +30,10 @@ class NotResolved(ValueError):
 
 def questions(params: Mapping[str, Any]) -> dict[str, Any]:
     """What the answer depends on, and no secret: names of parameters, values of three."""
+    address = address_of(params)
     return {
         "model": params["model"],
-        "api_base": address_of(params),
+        "api_base": bare_address(address) if address else address,
         "custom_llm_provider": params.get("custom_llm_provider"),
         "stated": sorted(name for name in params if is_provider_param(name)),
     }
