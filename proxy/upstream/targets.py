@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.errors import UpstreamFailure
-from proxy.outbound import Outbound, OutboundError
+from proxy.outbound import USUAL, Outbound, OutboundError, Trust
 from proxy.settings import Settings, SettingsError, referred_variable, resolve_secret
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
@@ -94,18 +94,22 @@ class Targets:
         if params.get("organization"):
             headers["openai-organization"] = self._value(params["organization"])
         url = url_of(base)
-        trust = params.get("ssl_verify")
-        trust = self._value(trust) if isinstance(trust, str) else trust
+        trust = self._trust(params) if url.startswith("https:") else USUAL
         for each in own.values():
             headers |= {name.lower(): text for name, text in each.items()}
         return Target(
             name=record.name,
-            heads=heads_of(url, headers, self._outbound.proxies.of(url), self._outbound.trust_of(trust)),
+            heads=heads_of(url, headers, self._outbound.proxies.of(url), trust),
             model=resolved.model,
             renames=resolved.renames,
             fixed=params if any(name != "model" and not is_provider_param(name) for name in params) else None,
             secrets=secrets_of({**params, "api_key": key, "api_base": base, **own}, key),
         )
+
+    def _trust(self, params: Mapping[str, Any]) -> Trust:
+        """Raises OutboundError."""
+        stated = params.get("ssl_verify")
+        return self._outbound.trust_of(self._value(stated) if isinstance(stated, str) else stated)
 
     def _key(self, params: Mapping[str, Any], resolved: Resolved) -> str | None:
         if params.get("api_key"):

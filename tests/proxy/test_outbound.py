@@ -178,8 +178,8 @@ async def test_ssl_verify_of_a_model_counts_on_both_ways_and_for_it_alone(certif
 async def test_a_proxy_that_cannot_be_used_is_the_failure_of_the_models_that_need_it(
     forward: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    environ = {"ARM_API_KEY": KEY, "ALL_PROXY": "socks5h://proxy.example:1", "NO_PROXY": "localhost,[::1],fd00::/8"}
-    upstream = Upstream(Settings(), environ)
+    odd = {"ALL_PROXY": "socks5h://proxy.example:1", "NO_PROXY": "localhost,[::1],fd00::/8", "SSL_VERIFY": "maybe"}
+    upstream = Upstream(Settings(), {"ARM_API_KEY": KEY, **odd})
     assert [record.getMessage() for record in caplog.records if "ALL_PROXY" in record.getMessage()] == [
         "environment: ALL_PROXY names a SOCKS proxy, which cannot be used here; give an HTTP proxy"
     ]
