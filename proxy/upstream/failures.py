@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from proxy.errors import UpstreamFailure
+from proxy.outbound import OutboundError
 
 _OVERFLOW = re.compile(
     rb"context_length_exceeded|maximum context length|context (window|size|length)|(prompt|input|request) is too long"
@@ -81,6 +82,9 @@ def unreachable(error: BaseException, model: str, address: str = "") -> Upstream
 def _why_unreachable(error: BaseException) -> str:
     if _is_out_of_descriptors(error):
         return "this server has no file descriptor left for it"
+    for each in _causes(error):
+        if isinstance(each, OutboundError):
+            return str(each)
     cause = next((each for each in reversed(_causes(error)) if isinstance(each, OSError)), None)
     if cause is None:
         return type(error).__name__
