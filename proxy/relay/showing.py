@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from proxy.recording.meter import Meter
-from proxy.relay.chunks import content_bytes, is_usage_chunk, usage_chunk
+from proxy.relay.chunks import content_bytes, is_usage_chunk, says_no_usage, usage_chunk
 from proxy.relay.sse import event
 from proxy.upstream.payload import Payload
 
@@ -29,7 +29,7 @@ class Shown:
             body = chunk.body
             meter.marks.see(body, model)
             size += content_bytes(body)
-            shown = chunk if not body.get("usage") else self._with_usage(chunk)
+            shown = self._with_usage(chunk) if "usage" in body else chunk
             if shown is not None:
                 pieces += (b"data: ", shown.named(model), b"\n\n")
         if chunks:
@@ -45,6 +45,8 @@ class Shown:
 
     def _with_usage(self, chunk: Payload) -> Payload | None:
         body = chunk.body
+        if not body["usage"]:
+            return chunk if self._include_usage or not says_no_usage(body) else None
         self._usage = body["usage"]
         self._meter.used(self._usage)
         only_usage = is_usage_chunk(body)
