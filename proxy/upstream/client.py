@@ -16,11 +16,11 @@ from proxy.settings import Settings, SettingsError, resolve_secret
 from proxy.state.records import ModelRecord
 from proxy.tasks import PATIENCE_S, end, read_gently, to_its_end
 from proxy.upstream.call import STRAYING, Provider, arm_body, call_arguments, is_provider_param, secrets_of
-from proxy.upstream.events import is_finished
-from proxy.upstream.failures import failure_of, no_completion, without
+from proxy.upstream.events import ChoiceEnds, answers_of, is_finished
+from proxy.upstream.failures import failure_of, without
 from proxy.upstream.provider_layer import handler_over, import_litellm, keep_no_books, warm_up
 from proxy.upstream.tidying import keep_tidy
-from proxy.upstream.wire import Exchange, chunks_of, is_event_stream, open_pool, watched
+from proxy.upstream.wire import Exchange, chunks_of, open_pool, watched
 from proxy.words import words
 
 __all__ = ["LitellmUpstream", "UpstreamFailure"]
@@ -69,7 +69,7 @@ class LitellmUpstream:
     ) -> dict[str, Any]:
         """The whole answer in OpenAI's format, untouched where that is the upstream's own. Raises UpstreamFailure."""
         await self.prepare()
-        with watched(connect_s or self._settings.connect_timeout_s) as exchange:
+        with watched(connect_s or self._settings.connect_timeout_s, answers=answers_of(body)) as exchange:
             provider, arguments = self._arguments(record, body, headers, stream=False)
             keep_no_books()
             try:
@@ -77,13 +77,13 @@ class LitellmUpstream:
             except self._failures as error:
                 relayed = exchange.completion() if provider.openai_format else None
                 if relayed is None:
-                    raise without(provider.secrets, failure_of(error, exchange.response, record.name)) from error
+                    raise without(provider.secrets, exchange.failure_of(error, record.name)) from error
                 return relayed
             if not (provider.openai_format and exchange.is_chat_format):
                 return _plain(answer)
             relayed = exchange.completion()
             if relayed is None:
-                raise without(provider.secrets, _none_in(exchange.response, record.name))
+                raise without(provider.secrets, exchange.failure_of(None, record.name))
             return relayed
 
     async def stream(
@@ -100,7 +100,8 @@ class LitellmUpstream:
             UpstreamFailure: here if the upstream refused, later where the stream breaks or ends without its end.
         """
         await self.prepare()
-        with watched(connect_s or self._settings.connect_timeout_s, streams=True) as exchange:
+        answers = answers_of(body)
+        with watched(connect_s or self._settings.connect_timeout_s, streams=True, answers=answers) as exchange:
             provider, arguments = self._arguments(record, body, headers, stream=True)
             keep_no_books()
             try:
@@ -111,7 +112,7 @@ class LitellmUpstream:
                 await exchange.aclose()
                 raise
             if provider.openai_format and exchange.is_chat_format:
-                chunks = await self._relayed(exchange, record, provider)
+                chunks = self._relayed(exchange, record)
             else:
                 chunks = self._converted(answer, exchange, record)
             return _shown(chunks, exchange, provider.secrets)
@@ -119,36 +120,28 @@ class LitellmUpstream:
     async def _called(self, arguments: Mapping[str, Any]) -> Any:
         return await to_its_end(self._litellm.acompletion(**arguments), cancelled_again_s=PATIENCE_S)
 
-    async def _relayed(self, exchange: Exchange, record: ModelRecord, provider: Provider) -> Chunks:
-        response = exchange.response
-        if response is None:
+    def _relayed(self, exchange: Exchange, record: ModelRecord) -> Chunks:
+        if exchange.response is None:
             raise UpstreamFailure(f"{record.name} gave no response")
-        if is_event_stream(response):
-            return chunks_of(response)
-        try:
-            body = await response.aread()
-        except httpx.HTTPError as error:
-            raise UpstreamFailure(f"{record.name} broke off its answer") from error
-        failure = UpstreamFailure(f"{record.name} answered a stream with something else", status=502, body=body)
-        raise without(provider.secrets, failure)
+        return chunks_of(exchange.response, exchange.answers)
 
     async def _converted(self, answer: Any, exchange: Exchange, record: ModelRecord) -> AsyncGenerator[dict[str, Any]]:
         """Chunks that litellm made of another format; its usage chunk carries a choice, ours none."""
-        finished, first_id = False, None
+        ends, first_id = ChoiceEnds(), None
         try:
             async for converted in read_gently(answer):
                 chunk = _plain(converted)
                 first_id = chunk["id"] = first_id or chunk.get("id")  # it gives some formats a new id with every chunk
-                if chunk.get("usage") and finished:
+                if chunk.get("usage") and ends.all():
                     chunk["choices"] = []
-                if is_finished(chunk):
-                    if _is_made_up(answer):
-                        break
-                    finished = True
+                if is_finished(chunk) and _is_made_up(answer):
+                    break
+                ends.see(chunk["choices"])
                 yield chunk
         except self._failures as error:
-            raise failure_of(error, exchange.response, record.name) from error
-        if not finished:
+            if not ends.all(exchange.answers):
+                raise failure_of(error, exchange.response, record.name) from error
+        if not ends.all():
             raise UpstreamFailure("the model's stream ended before its answer did")
 
     async def aclose(self) -> None:
@@ -162,7 +155,12 @@ class LitellmUpstream:
         return (openai.OpenAIError, httpx.HTTPError, httpx.StreamError, OSError, *ODD_BODIES)
 
     def _arguments(
-        self, record: ModelRecord, body: Mapping[str, Any], headers: Mapping[str, str] | None, *, stream: bool
+        self,
+        record: ModelRecord,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str] | None,
+        *,
+        stream: bool,
     ) -> tuple[Provider, dict[str, Any]]:
         params = self._provider_params(record)
         provider = self._provider(record, params)
@@ -252,10 +250,6 @@ _OWN_HANDLER = words("""
     deepseek azure_ai fireworks_ai together_ai ragflow xai groq cometapi hosted_vllm edenai github_copilot chatgpt
 """)
 """Those that take litellm's own handler around our pool after all, as every other provider does."""
-
-
-def _none_in(response: httpx.Response | None, model: str) -> UpstreamFailure:
-    return no_completion(model, response.content, response.headers) if response is not None else no_completion(model)
 
 
 async def _shown(chunks: Chunks, exchange: Exchange, secrets: Collection[str]) -> Chunks:
