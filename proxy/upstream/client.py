@@ -93,6 +93,7 @@ class LitellmUpstream:
         headers: Mapping[str, str] | None = None,
         *,
         connect_s: float | None = None,
+        asks_usage: bool = True,
     ) -> Chunks:
         """Chunks in OpenAI's format, the last with usage and no choices. Close it to close the upstream's connection.
 
@@ -102,7 +103,7 @@ class LitellmUpstream:
         await self.prepare()
         answers = answers_of(body)
         with watched(connect_s or self._settings.connect_timeout_s, streams=True, answers=answers) as exchange:
-            provider, arguments = self._arguments(record, body, headers, stream=True)
+            provider, arguments = self._arguments(record, body, headers, stream=True, asks_usage=asks_usage)
             keep_no_books()
             try:
                 answer = await self._called(arguments)
@@ -161,6 +162,7 @@ class LitellmUpstream:
         headers: Mapping[str, str] | None,
         *,
         stream: bool,
+        asks_usage: bool = True,
     ) -> tuple[Provider, dict[str, Any]]:
         params = self._provider_params(record)
         provider = self._provider(record, params)
@@ -168,7 +170,7 @@ class LitellmUpstream:
         own_headers = {**(params.pop("extra_headers", None) or {}), **(headers or {})}
         return provider, {
             **params,
-            **call_arguments(provider, merged, stream=stream),
+            **call_arguments(provider, merged, stream=stream, asks_usage=asks_usage),
             "model": record.litellm_params["model"],
             "client": self._client(provider, params),
             "extra_headers": own_headers or None,

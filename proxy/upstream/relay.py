@@ -45,6 +45,8 @@ class RelayedCall:
     """What `body` was parsed from, if all of it is for the upstream."""
     connect_s: float | None
     """None: as in the settings."""
+    asks_usage: bool = True
+    """Of a stream, by `stream_options`."""
 
     @property
     def answers(self) -> int:
@@ -108,7 +110,7 @@ class RelayUpstream:
 
     async def _post(self, target: Target, call: RelayedCall, *, stream: bool) -> Answer:
         """One that may hold a completion. Raises UpstreamFailure."""
-        body = target.body(call.body, call.raw, stream=stream)
+        body = target.body(call.body, call.raw, stream=stream, asks_usage=call.asks_usage)
         try:
             answer = await self._asked(target, call, body)
         except (ProxyRefused, *_ENDS) as error:
