@@ -124,7 +124,7 @@ def test_chunks_without_content_are_dropped_however_many_they_are(http: httpx.Cl
 
 
 def test_a_null_usage_is_shown_to_those_who_asked_for_usage(http: httpx.Client, fleet: Fleet) -> None:
-    null = {"id": "x", "object": "chat.completion.chunk", "choices": [], "usage": None}
+    null: dict[str, Any] = {"id": "x", "object": "chat.completion.chunk", "choices": [], "usage": None}
     told = {**null, "prompt_filter_results": [1]}
     fleet.fair.then(Step(events=[null, told, SAID, END]), Step(events=[null, told, SAID, END]))
     body: Any = {"model": "fair", "messages": ASK, "stream": True}
