@@ -117,6 +117,7 @@ def test_a_prompt_that_does_not_fit_is_the_callers_matter_wherever_it_is_told(wo
     ("status", "words"),
     [
         (413, "Request too large on tokens per minute (TPM): Limit 6000, Requested 7000"),
+        (400, "too many tokens: 40,000 per minute are allowed"),
         (429, "This would exceed the rate limit of 40,000 input tokens; your prompt is too long"),
         (500, "failed to allocate a KV cache for a context size of 8192"),
         (401, "no context window for this key"),
