@@ -36,7 +36,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from proxy.health import retry_after
 from proxy.json_shape import check_shape
@@ -167,7 +167,7 @@ class UpstreamFailure(ProxyError):
         message: str,
         *,
         status: int | None = None,
-        body: Mapping[str, Any] | bytes | None = None,
+        body: Mapping[str, Any] | list[Any] | bytes | None = None,
         headers: Mapping[str, str] | None = None,
         retryable: bool | None = None,
         timed_out: bool = False,
@@ -251,6 +251,19 @@ _OF_STATUS = {
 }
 
 
+LONGEST_WORDS = 2000
+"""Characters of an upstream's text that are passed on."""
+LONGEST_REST = 500
+"""Characters of a body that has no text in it."""
+_WORDS = (
+    *("error", "errors", "message", "msg", "detail", "details", "description", "error_description", "error_message"),
+    *("errorMessage", "error_msg", "Message", "base_resp", "status_msg", "reason", "title", "cause"),
+)
+"""Names under which servers put the words of an error, the likeliest first."""
+_DEEPEST_WORDS = 6
+_MOST_WORDS = 8
+
+
 def error_object(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -280,53 +293,81 @@ def _describe_upstream(error: UpstreamFailure) -> tuple[int, dict[str, Any], dic
 def _own_words(error: UpstreamFailure) -> dict[str, Any]:
     """The upstream's error object in OpenAI's shape, with `code` as text; other texts put into that shape."""
     body = _parsed(error.body)
-    if isinstance(body, Mapping) and isinstance(body.get("error"), Mapping):
-        shaped = {**body, "error": _openais_shape(body["error"], error.message)}
-    else:
-        kind, code = _OF_STATUS.get(error.status or 502, ("upstream_error", None))
-        shaped = error_object(_words_of(body) or error.message, kind, code)
+    said = _first_of(body)
+    stated = _error_object_in(said)
+    shaped = _openais_shape(stated, said, error)
     if error.status in (401, 403):
-        shaped["error"]["message"] = _not_the_callers_key(error, shaped["error"]["message"])
-    if error.overflow:
-        shaped["error"]["code"] = shaped["error"]["code"] or "context_length_exceeded"
-    return shaped
+        shaped["message"] = _not_the_callers_key(error, shaped["message"])
+    beside = said if isinstance(said, Mapping) and said.get("error") is stated else {}
+    return {**{name: value for name, value in beside.items() if name != "usage"}, "error": shaped}
+
+
+def _first_of(body: Any) -> Any:
+    """Gemini sends a list with one error in it."""
+    return next((each for each in body if isinstance(each, Mapping)), body) if isinstance(body, list) else body
+
+
+def _error_object_in(said: Any) -> Mapping[str, Any]:
+    """The object that has the error's fields: `error`, or all of it, as vLLM and Mistral write it; else none."""
+    if not isinstance(said, Mapping):
+        return {}
+    if isinstance(said.get("error"), Mapping):
+        return cast(Mapping[str, Any], said["error"])
+    return said if said.get("object") == "error" else {}
 
 
 def _not_the_callers_key(error: UpstreamFailure, words: str) -> str:
     """The provider's words alone read as if the caller's own key were wrong."""
     what = "" if error.status == 401 else " for this model or request"
-    said = f"; it said: {words}" if words != error.message else ""
+    said = f"; it said: {words.removeprefix(error.message).lstrip(': ')}" if words != error.message else ""
     return f"{error.message}: the provider refused its key{what}, which is this server's and not yours{said}"
 
 
-def _openais_shape(stated: Mapping[str, Any], message: str) -> dict[str, Any]:
+def _openais_shape(stated: Mapping[str, Any], said: Any, error: UpstreamFailure) -> dict[str, Any]:
     """Its own fields kept; those that clients read as text are text, and the message is never missing."""
-    said = _text(stated.get("message")) or message
-    kind = _text(stated.get("type")) or "upstream_error"
-    shaped = error_object(said, kind, _text(stated.get("code")), stated.get("param"))["error"]
-    return {**stated, **shaped}
+    kind, code = _OF_STATUS.get(error.status or 502, ("upstream_error", None))
+    if stated:
+        code = _text(stated.get("code"))
+    if error.overflow:
+        code = "context_length_exceeded"
+    message = words_in(stated) or words_in(said) or _with_rest(error.message, said)
+    shaped = error_object(message, _text(stated.get("type")) or kind, code, stated.get("param"))["error"]
+    kept = {name: value for name, value in stated.items() if name != "object"}
+    return {**kept, **shaped}
+
+
+def _with_rest(message: str, said: Any) -> str:
+    """What was said has no words in it: it is shown as it is, cut."""
+    return f"{message}: {(_text(said) or '')[:LONGEST_REST]}" if said not in (None, "", {}, []) else message
 
 
 def _text(value: Any) -> str | None:
     return value if value is None or isinstance(value, str) else json.dumps(value)
 
 
-def _parsed(body: Mapping[str, Any] | bytes | None) -> Any:
+def _parsed(body: Any) -> Any:
     if not isinstance(body, bytes):
         return body
     try:
         check_shape(body)
         return json.loads(body)
     except (ValueError, RecursionError):
-        return body.decode("utf-8", "replace")[:2000]
+        return body.decode("utf-8", "replace")[:LONGEST_WORDS]
 
 
-def _words_of(body: Any) -> str | None:
-    """Error texts of servers that do not follow OpenAI: {"error": "…"}, {"detail": "…"}, plain text."""
-    if isinstance(body, str):
-        return body.strip() or None
-    if isinstance(body, Mapping):
-        for name in ("error", "message", "detail"):
-            if body.get(name):
-                return _text(body[name])
-    return None
+def words_in(said: Any, depth: int = 0) -> str | None:
+    """The first text that tells what went wrong, wherever a server puts it: {"error": …}, {"errors": […]}, {"detail":
+    …}, a `message` that is an object, minimax's `base_resp`, plain text. None: there is none."""
+    if isinstance(said, str):
+        return said.strip()[:LONGEST_WORDS] or None
+    if depth == _DEEPEST_WORDS:
+        return None
+    if isinstance(said, list):
+        found = (words_in(each, depth + 1) for each in said[:_MOST_WORDS])
+    elif isinstance(said, Mapping):
+        if isinstance(said.get("loc"), list) and isinstance(said.get("msg"), str):  # pydantic's: which field it was
+            return f"{'.'.join(map(str, said['loc']))}: {said['msg']}"[:LONGEST_WORDS]
+        found = (words_in(said[name], depth + 1) for name in _WORDS if name in said)
+    else:
+        return None
+    return next((words for words in found if words), None)

@@ -49,6 +49,8 @@ class ModelInfo(Frozen):
     supports_pdf_input: bool | None = None
     supports_response_schema: bool | None = None
     supports_reasoning: bool | None = None
+    supports_stream_options: bool | None = None
+    """Whether it may be sent `stream_options`, by which streams are asked for usage. None: that is found out."""
     connect_timeout_s: Seconds | None = None
     first_token_timeout_s: Seconds | None = None
     idle_timeout_s: Seconds | None = None

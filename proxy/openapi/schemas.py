@@ -105,6 +105,7 @@ BODIES: Mapping[str, Schema] = {
             **dict.fromkeys(WAITS, null_or(SECONDS)),
             "max_parallel_requests": null_or({"type": "integer", "minimum": 1}),
             "max_queued_requests": null_or({"type": "integer", "minimum": 0, "maximum": 10_000}),
+            "supports_stream_options": null_or({"type": "boolean"}),
             "free": {"type": "boolean"},
         },
         patternProperties={TIERS: null_or(TOKEN_COST)},

@@ -261,7 +261,7 @@ class Meter:
         )
 
 
-def _told_in(body: Mapping[str, Any] | bytes | None) -> object:
+def _told_in(body: Mapping[str, Any] | list[Any] | bytes | None) -> object:
     """What a model said that was no answer for the caller, where it is JSON and speaks of usage."""
     if not isinstance(body, bytes):
         return body

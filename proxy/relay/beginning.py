@@ -11,12 +11,17 @@ from proxy.recording.meter import Meter
 from proxy.recording.usage import usage_of
 from proxy.relay.chunks import has_content, is_empty_answer
 from proxy.relay.silence import Silence
+from proxy.relay.sse import dump
 from proxy.relay.turns import Turn
+from proxy.upstream.events import is_finished
 from proxy.upstream.payload import Payload
 from proxy.upstream.upstream import Blocks
 
 MOST_HELD = 1000
-"""Chunks without content before the first with some: more is no beginning of an answer."""
+"""Chunks without content that are kept until the first with some, to be shown before it; more of them are dropped, and
+time alone is the limit. As many again are kept that end a choice or report usage."""
+MOST_HELD_BYTES = 2**20
+"""Of all of them."""
 
 
 @dataclass
@@ -80,24 +85,43 @@ class OpenStream:
 async def begin(stream: OpenStream, meter: Meter) -> OpenStream:
     """Reads up to the first content, or to the end if there is none. Where that fails it closes the connection, and
     leaves the turn to the caller: a limit that cuts this off is known out there, as a failure of the model."""
+    held = _Held()
     try:
         async for block in stream.rest:
-            stream.held += block
-            if _has_begun(block, meter):
+            start = _first_content(block, meter)
+            held.add(block[:start])
+            if start < len(block):
+                stream.held = held.chunks + block[start:]
                 stream.turn.begun()
                 return stream
-            if len(stream.held) >= MOST_HELD:
-                raise UpstreamFailure(f"the model sent {MOST_HELD} chunks without any content")
     except BaseException:
         await stream.close_rest()
         raise
-    stream.ended = True
+    stream.held, stream.ended = held.chunks, True
     stream.turn.answered()
     return stream
 
 
-def _has_begun(block: list[Payload], meter: Meter) -> bool:
+class _Held:
+    """Chunks without content, as many as can be kept."""
+
+    def __init__(self) -> None:
+        self.chunks: list[Payload] = []
+        self._bytes = 0
+
+    def add(self, block: list[Payload]) -> None:
+        for chunk in block:
+            most = 2 * MOST_HELD if usage_of(chunk.body) or is_finished(chunk.body) else MOST_HELD
+            if len(self.chunks) >= most or self._bytes >= MOST_HELD_BYTES:
+                continue
+            self._bytes += len(chunk.raw if chunk.raw is not None else dump(chunk.body))
+            if self._bytes < MOST_HELD_BYTES:
+                self.chunks.append(chunk)
+
+
+def _first_content(block: list[Payload], meter: Meter) -> int:
+    """Its place; that behind the last where none has any."""
     for chunk in block:
         if usage := usage_of(chunk.body):
             meter.used(usage)
-    return any(has_content(chunk.body) for chunk in block)
+    return next((place for place, chunk in enumerate(block) if has_content(chunk.body)), len(block))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from time import monotonic
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from proxy.timeouts import NOTHING_STATED, Timeouts, timeouts_for, total_s
 from proxy.trace import Trace
 from proxy.upstream.payload import Payload
 from proxy.upstream.upstream import Upstream
+from router_core.pool import NO_LIMIT
 
 Answer = TypeVar("Answer")
 Ask = Callable[[ModelRecord, Timeouts, Turn], Awaitable[Answer]]
@@ -54,6 +55,8 @@ class Forwarder:
     request: ChatRequest
     trace: Trace
     meter: Meter
+    overflowed: list[str] = field(default_factory=list)
+    """Models that the prompt was found too long for."""
 
     async def complete(self) -> Payload:
         """The first whole answer. Raises the last UpstreamFailure, or ModelBusy where all are busy."""
@@ -92,7 +95,20 @@ class Forwarder:
         return _told(outcome, busy)
 
     def _order(self) -> Iterator[str]:
-        return (name for name in self.meter.choice.order if name in self.state.models)
+        """Those with more room alone, once the prompt was found too long for a model whose window is known."""
+        for name in self.meter.choice.order:
+            if name in self.state.models and not (self.overflowed and self._is_too_small(name)):
+                yield name
+
+    def _is_too_small(self, name: str) -> bool:
+        window = self._window(name)
+        return any(window <= self._window(other) < NO_LIMIT for other in self.overflowed)
+
+    def _window(self, name: str) -> int:
+        """Tokens that a prompt for this model may have; NO_LIMIT: as many as it says, for all that is known."""
+        pool = self.state.pool
+        place = pool.index.get(name)
+        return NO_LIMIT if place is None else int(pool.max_input_tokens[place])
 
     async def _asked(self, name: str, ask: Ask[Answer], *, resting_too: bool = False) -> Answer:
         """One model, and once more where its connection died before it said anything."""
@@ -123,6 +139,8 @@ class Forwarder:
             return await self._in_time(record, ask, timeouts, turn)
         except UpstreamFailure as failure:
             turn.failed(failure)
+            if failure.overflow:
+                self.overflowed.append(name)
             raise
         except BaseException:
             turn.close()

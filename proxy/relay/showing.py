@@ -6,7 +6,7 @@ from typing import Any
 
 from proxy.recording.meter import Meter
 from proxy.recording.usage import usage_of
-from proxy.relay.chunks import content_bytes, is_usage_chunk, usage_chunk
+from proxy.relay.chunks import content_bytes, is_usage_chunk, says_no_usage, usage_chunk
 from proxy.relay.sse import event
 from proxy.upstream.payload import Payload
 
@@ -35,6 +35,8 @@ class Shown:
                 meter.received(size)  # the report is of all that came before, and with it
                 size = 0
                 shown = self._with_usage(chunk, usage)
+            elif "usage" in body and not self._include_usage and says_no_usage(body):
+                shown = None
             if shown is not None:
                 pieces += (b"data: ", shown.named(model), b"\n\n")
         if chunks:

@@ -1,4 +1,4 @@
-"""Bytes of an event stream to data payloads, and payloads to bytes. Cuts on line feeds only."""
+"""Bytes of an event stream to data payloads, and payloads to bytes. Cuts on line feeds and carriage returns only."""
 
 from __future__ import annotations
 
@@ -17,19 +17,32 @@ class EventTooLong(ValueError):
     """One event grew past what it may."""
 
 
+class ErrorData(bytes):
+    """Data of an event that is called an error."""
+
+
+class RawLine(bytes):
+    """A line of JSON that no field name stands before, as some servers write an error into a stream."""
+
+
 class EventCutter:
     """Feed it bytes, however they are split; it gives the data of each whole event.
 
-    U+2028, U+0085 and form feeds inside JSON are not line ends, which str.splitlines would make of them.
+    U+2028, U+0085 and form feeds inside JSON are not line ends, which str.splitlines would make of them. Data that is
+    called an error comes as ErrorData, and JSON in a line of its own as RawLine. Pings and comments are left out.
     """
 
     def __init__(self, most: int = MAX_EVENT_BYTES) -> None:
         self._most = most
         self._rest: list[bytes] = []
         self._data: list[bytes] = []
+        self._raw: list[bytes] = []
+        self._name = b""
         self.size = 0
         """Bytes of the event that is not over."""
         self._begun = False
+        self._returned = False
+        """The last byte was a carriage return."""
 
     def feed(self, piece: bytes) -> list[bytes]:
         """Raises EventTooLong."""
@@ -42,19 +55,22 @@ class EventCutter:
     @property
     def _is_between(self) -> bool:
         """Nothing of an event is held."""
-        return self._begun and not self._data and not any(self._rest)
+        held = self._data or self._raw or self._name or self._returned
+        return self._begun and not held and not any(self._rest)
 
     def _usual(self, whole: bytes) -> list[bytes]:
         """Of events that are over: most are one line of data, and need no look at their lines."""
         found = []
         for event in whole.split(b"\n\n"):
-            if event.startswith(b"data: ") and b"\n" not in event:
+            if event.startswith(b"data: ") and b"\n" not in event and event[6:7] != b":":
                 found.append(event[6:])
             else:
-                found += [data for line in (*event.split(b"\n"), b"") if (data := self._line(line)) is not None]
+                found += [data for line in (*event.split(b"\n"), b"") for data in self._line(line)]
         return found
 
     def _lines(self, piece: bytes) -> list[bytes]:
+        if b"\r" in piece or self._returned:
+            piece = self._with_line_feeds(piece)
         first, *lines = piece.split(b"\n")
         self._rest.append(first)
         self.size += len(piece)
@@ -64,24 +80,59 @@ class EventCutter:
             return []
         whole = [b"".join(self._rest), *lines[:-1]]
         self._rest = [lines[-1]]
-        return [data for line in whole if (data := self._line(line)) is not None]
+        return [data for line in whole for data in self._line(line)]
+
+    def _with_line_feeds(self, piece: bytes) -> bytes:
+        """A carriage return ends a line too, and with the line feed behind it one line."""
+        if self._returned and piece.startswith(b"\n"):
+            piece = piece[1:]
+            self._returned = False
+        if piece:
+            self._returned = piece.endswith(b"\r")
+        return piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
     def close(self) -> list[bytes]:
         """What a stream that ends without its last blank line still holds."""
-        return [data for line in (b"".join(self._rest), b"") if (data := self._line(line)) is not None]
+        return [data for line in (b"".join(self._rest), b"") for data in self._line(line)]
 
-    def _line(self, line: bytes) -> bytes | None:
+    def _line(self, line: bytes) -> tuple[bytes, ...]:
         if not self._begun:
             self._begun, line = True, line.removeprefix(codecs.BOM_UTF8)
-        line = line.removesuffix(b"\r")
         if line.startswith(b"data:"):
             self._data.append(line[5:].removeprefix(b" "))
-            return None
-        if line or not self._data:
-            return None
-        data = b"\n".join(self._data)
-        self._data, self.size = [], 0
-        return data
+            return ()
+        if line:
+            return self._other_line(line)
+        self.size = 0
+        if not (self._data or self._raw or self._name):
+            return ()
+        return self._event()
+
+    def _event(self) -> tuple[bytes, ...]:
+        """What a blank line ends."""
+        data, raw, name = b"\n".join(self._data), b"\n".join(self._raw), self._name.strip().lower()
+        has_data = bool(self._data)
+        self._data, self._raw, self._name = [], [], b""
+        found: tuple[bytes, ...] = (RawLine(raw),) if raw else ()
+        if name.endswith(b"error"):
+            return (*found, ErrorData(data))
+        if not has_data or name in _PINGS or data.startswith(b":"):
+            return found
+        return (*found, data)
+
+    def _other_line(self, line: bytes) -> tuple[bytes, ...]:
+        if line.startswith(b"event:"):
+            self._name = line[6:]
+        elif line.startswith(b"error:"):  # llama.cpp's
+            return (ErrorData(line[6:].strip()),)
+        elif self._raw or line.lstrip()[:1] == b"{":
+            if not self._raw and line.rstrip().endswith(b"}"):
+                return (RawLine(line),)
+            self._raw.append(line)
+        return ()
+
+
+_PINGS = frozenset({b"ping", b"heartbeat", b"keepalive", b"keep-alive"})
 
 
 def event(payload: Mapping[str, Any]) -> bytes:

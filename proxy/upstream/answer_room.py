@@ -104,15 +104,24 @@ class AnswerBounds:
         """No fewer than it holds."""
         return self._shape.values if self._shape is not None else self._size // 2 + 1
 
+    def add_bytes(self, size: int) -> None:
+        """Of a text that is looked at later, or not here. Raises AnswerTooLarge, NoRoomForAnswer."""
+        self._size += size
+        if self._size > self.room.largest:
+            raise self.too_large()
+        if self._size > SMALL:
+            self.held.grow_to(self._size)
+
     def add(self, piece: bytes) -> None:
         """Raises AnswerTooLarge, NoRoomForAnswer."""
-        self._size += len(piece)
+        self.add_bytes(len(piece))
+        self.look_at(piece)
+
+    def look_at(self, piece: bytes) -> None:
+        """What was added as bytes is JSON. Raises AnswerTooLarge."""
         if self._size <= SMALL:
             self._unseen.append(piece)
             return
-        if self._size > self.room.largest:
-            raise self.too_large()
-        self.held.grow_to(self._size)
         if self._shape is None:
             self._shape, piece, self._unseen = Shape(self._most_values), b"".join((*self._unseen, piece)), []
         try:

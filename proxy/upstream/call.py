@@ -132,10 +132,12 @@ def _with_same_meaning(names: Iterable[str]) -> set[str]:
     return {other for name in names for other in _SAME_MEANING.get(name, (name,))}
 
 
-def call_arguments(provider: Provider, body: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
+def call_arguments(
+    provider: Provider, body: Mapping[str, Any], *, stream: bool, asks_usage: bool = True
+) -> dict[str, Any]:
     """What the caller's part of a litellm call is. `body` has been through arm_body."""
     sent = {name: value for name, value in body.items() if name not in ("model", "stream", "stream_options")}
-    if stream:
+    if stream and asks_usage:
         options = body.get("stream_options")
         sent["stream_options"] = {**(options if isinstance(options, Mapping) else {}), "include_usage": True}
     if provider.verbatim:
@@ -149,7 +151,7 @@ def call_arguments(provider: Provider, body: Mapping[str, Any], *, stream: bool)
     fields = {name: value for name, value in sent.items() if name in CHAT_FIELDS and value is not None}
     rest = {name: value for name, value in sent.items() if name not in CHAT_FIELDS}
     arguments = {"messages": rest.pop("messages"), "stream": stream}
-    if stream:
+    if "stream_options" in rest:
         arguments["stream_options"] = rest.pop("stream_options")
     if not provider.openai_format:
         fields, rest = _without(fields, OPENAI_ONLY), _without(rest, OPENAI_ONLY)

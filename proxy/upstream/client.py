@@ -18,12 +18,12 @@ from proxy.state.records import ModelRecord
 from proxy.tasks import PATIENCE_S, end, in_own_thread, read_gently, to_its_end
 from proxy.upstream.answer_room import AnswerRoom
 from proxy.upstream.call import STRAYING, Provider, arm_body, call_arguments, is_provider_param, secrets_of
-from proxy.upstream.events import is_finished
-from proxy.upstream.failures import failure_of, no_completion, unreachable, without
+from proxy.upstream.events import ChoiceEnds, answers_of, is_finished
+from proxy.upstream.failures import unreachable, without
 from proxy.upstream.origins import STAND_IN, key_of_call
 from proxy.upstream.provider_layer import handler_over, import_litellm, keep_no_books, warm_up
 from proxy.upstream.tidying import keep_tidy
-from proxy.upstream.wire import Exchange, chunks_of, is_event_stream, open_pool, watched
+from proxy.upstream.wire import Exchange, chunks_of, open_pool, watched
 from proxy.words import words
 
 __all__ = ["LitellmUpstream", "UpstreamFailure"]
@@ -81,22 +81,20 @@ class LitellmUpstream:
     ) -> dict[str, Any]:
         """The whole answer in OpenAI's format, untouched where that is the upstream's own. Raises UpstreamFailure."""
         await self.prepare()
-        with watched(connect_s or self._settings.connect_timeout_s, room=self._room) as exchange:
+        with self._watched(record, body, connect_s) as exchange:
             provider, arguments = self._arguments(record, body, headers, exchange)
             keep_no_books()
             try:
                 answer = await self._called(arguments)
             except self._failures as error:
-                relayed = exchange.completion() if provider.openai_format else None
-                if relayed is None:
-                    raise without(provider.secrets, _failure(error, exchange, record)) from error
-                return relayed
+                if not provider.openai_format or exchange.completion is None:
+                    raise without(provider.secrets, exchange.failure_of(error)) from error
+                return exchange.completion
             if not (provider.openai_format and exchange.is_chat_format):
                 return _plain(answer)
-            relayed = exchange.completion()
-            if relayed is None:
-                raise without(provider.secrets, _none_in(exchange.response, record.name))
-            return relayed
+            if exchange.completion is None:
+                raise without(provider.secrets, exchange.failure_of(None))
+            return exchange.completion
 
     async def stream(
         self,
@@ -105,6 +103,7 @@ class LitellmUpstream:
         headers: Mapping[str, str] | None = None,
         *,
         connect_s: float | None = None,
+        asks_usage: bool = True,
     ) -> Chunks:
         """Chunks in OpenAI's format, the last with usage and no choices. Close it to close the upstream's connection.
 
@@ -112,55 +111,49 @@ class LitellmUpstream:
             UpstreamFailure: here if the upstream refused, later where the stream breaks or ends without its end.
         """
         await self.prepare()
-        with watched(connect_s or self._settings.connect_timeout_s, streams=True, room=self._room) as exchange:
-            provider, arguments = self._arguments(record, body, headers, exchange)
+        with self._watched(record, body, connect_s, streams=True) as exchange:
+            provider, arguments = self._arguments(record, body, headers, exchange, asks_usage=asks_usage)
+            exchange.in_openais_format = provider.openai_format
             keep_no_books()
             try:
                 answer = await self._called(arguments)
             except self._failures as error:
-                raise without(provider.secrets, _failure(error, exchange, record)) from error
+                raise without(provider.secrets, exchange.failure_of(error)) from error
             except BaseException:
                 await exchange.aclose()
                 raise
-            if provider.openai_format and exchange.is_chat_format:
-                chunks = await self._relayed(exchange, record, provider)
+            if exchange.response is not None and exchange.is_read_here:
+                chunks = chunks_of(exchange.response, self._room, exchange.answers)
             else:
-                chunks = self._converted(answer, exchange, record)
+                chunks = self._converted(answer, exchange)
             return _shown(chunks, exchange, provider.secrets)
+
+    def _watched(
+        self, record: ModelRecord, body: Mapping[str, Any], connect_s: float | None, *, streams: bool = False
+    ) -> contextlib.AbstractContextManager[Exchange]:
+        within_s = connect_s or self._settings.connect_timeout_s
+        return watched(within_s, streams=streams, answers=answers_of(body), room=self._room, model=record.name)
 
     async def _called(self, arguments: Mapping[str, Any]) -> Any:
         return await to_its_end(self._litellm.acompletion(**arguments), cancelled_again_s=PATIENCE_S)
 
-    async def _relayed(self, exchange: Exchange, record: ModelRecord, provider: Provider) -> Chunks:
-        response = exchange.response
-        if response is None:
-            raise UpstreamFailure(f"{record.name} gave no response")
-        if is_event_stream(response):
-            return chunks_of(response, self._room.largest)
-        try:
-            body = await response.aread()
-        except httpx.HTTPError as error:
-            raise exchange.fault or UpstreamFailure(f"{record.name} broke off its answer") from error
-        failure = UpstreamFailure(f"{record.name} answered a stream with something else", status=502, body=body)
-        raise without(provider.secrets, failure)
-
-    async def _converted(self, answer: Any, exchange: Exchange, record: ModelRecord) -> AsyncGenerator[dict[str, Any]]:
+    async def _converted(self, answer: Any, exchange: Exchange) -> AsyncGenerator[dict[str, Any]]:
         """Chunks that litellm made of another format; its usage chunk carries a choice, ours none."""
-        finished, first_id = False, None
+        ends, first_id = ChoiceEnds(), None
         try:
             async for converted in read_gently(answer):
                 chunk = _plain(converted)
                 first_id = chunk["id"] = first_id or chunk.get("id")  # it gives some formats a new id with every chunk
-                if chunk.get("usage") and finished:
+                if chunk.get("usage") and ends.all():
                     chunk["choices"] = []
-                if is_finished(chunk):
-                    if _is_made_up(answer):
-                        break
-                    finished = True
+                if is_finished(chunk) and _is_made_up(answer):
+                    break
+                ends.see(chunk["choices"])
                 yield chunk
         except self._failures as error:
-            raise _failure(error, exchange, record) from error
-        if not finished:
+            if not ends.all(exchange.answers):
+                raise exchange.failure_of(error) from error
+        if not ends.all():
             raise UpstreamFailure("the model's stream ended before its answer did")
 
     async def aclose(self) -> None:
@@ -177,7 +170,13 @@ class LitellmUpstream:
         return (openai.OpenAIError, httpx.HTTPError, httpx.StreamError, OSError, *ODD_BODIES)
 
     def _arguments(
-        self, record: ModelRecord, body: Mapping[str, Any], headers: Mapping[str, str] | None, exchange: Exchange
+        self,
+        record: ModelRecord,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str] | None,
+        exchange: Exchange,
+        *,
+        asks_usage: bool = True,
     ) -> tuple[Provider, dict[str, Any]]:
         params = self._provider_params(record)
         exchange.transport, exchange.trust = self._pool._transport, self._trust(record, params.pop("ssl_verify", None))
@@ -188,7 +187,7 @@ class LitellmUpstream:
         own_headers = {**(params.pop("extra_headers", None) or {}), **(headers or {})}
         return provider, {
             **params,
-            **call_arguments(provider, merged, stream=exchange.streams),
+            **call_arguments(provider, merged, stream=exchange.streams, asks_usage=asks_usage),
             "model": record.litellm_params["model"],
             "client": self._client(provider, params),
             "extra_headers": own_headers or None,
@@ -288,14 +287,6 @@ _OWN_HANDLER = words("""
     deepseek azure_ai fireworks_ai together_ai ragflow xai groq cometapi hosted_vllm edenai github_copilot chatgpt
 """)
 """Those that take litellm's own handler around our pool after all, as every other provider does."""
-
-
-def _failure(error: Exception, exchange: Exchange, record: ModelRecord) -> UpstreamFailure:
-    return exchange.fault or failure_of(error, exchange.response, record.name)
-
-
-def _none_in(response: httpx.Response | None, model: str) -> UpstreamFailure:
-    return no_completion(model, response.content, response.headers) if response is not None else no_completion(model)
 
 
 async def _shown(chunks: Chunks, exchange: Exchange, secrets: Collection[str]) -> Chunks:

@@ -7,9 +7,11 @@ import select
 import zlib
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import httptools
+
+from proxy.upstream.coding import Unpacker, unpacker_of
 
 LONGEST_HEADER = 64 * 2**10
 """Of an answer: some servers behind others send a policy or cookies of many kilobytes."""
@@ -21,7 +23,6 @@ MOST_UNPACKED = 16 * 2**20
 """Bytes that may wait for their reader, where an upstream compresses its answer though it was asked not to."""
 PIECE = 256 * 2**10
 """A larger body is written bit by bit, so that others get a turn."""
-GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 
 
 class Unanswered(ConnectionError):
@@ -34,15 +35,6 @@ class BrokenOff(ConnectionError):
 
 class NotHttp(Exception):
     """Something else than an answer in HTTP/1.x, or one that nobody should read."""
-
-
-class Unpacker(Protocol):
-    """zlib's."""
-
-    @property
-    def unused_data(self) -> bytes: ...
-
-    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
 
 
 class Connection(asyncio.Protocol):
@@ -73,6 +65,7 @@ class Connection(asyncio.Protocol):
         self._unread = 0
         self._fault: Exception | None = None
         self._unpacker: Unpacker | None = None
+        self._body_begun = False
 
     async def send(self, head: bytes, body: bytes | None) -> None:
         """`head` without the length of the body, which is added. Never fails: `answered` tells."""
@@ -232,14 +225,12 @@ class Connection(asyncio.Protocol):
         if status < 200:
             self.headers = {}  # more than a hint is to come
             return
-        coding = self.headers.get("content-encoding", "identity").lower()
-        if coding in ("gzip", "x-gzip", "deflate"):
-            self._unpacker = zlib.decompressobj(GZIP_OR_ZLIB)
-        elif coding not in ("identity", ""):
-            raise NotHttp(f"the answer is coded as {coding[:40]}, though it was to be plain")
         self.status = status
 
     def on_body(self, body: bytes) -> None:
+        if not self._body_begun:
+            self._body_begun = True
+            self._unpacker = unpacker_of(self.headers.get("content-encoding"), body)
         if self._unpacker is not None:
             body = self._unpacked(self._unpacker, body)
         if not body:

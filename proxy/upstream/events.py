@@ -2,42 +2,215 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from proxy.errors import MOST_ERROR_BYTES, AnswerTooLarge, NoRoomForAnswer, UpstreamFailure
-from proxy.json_shape import SMALL, TooMuchJson
-from proxy.relay.sse import EventCutter, EventTooLong
-from proxy.upstream.answer_room import AnswerRoom, Held
-from proxy.upstream.payload import Payload, exactly, parsed
+from proxy.errors import LONGEST_WORDS, AnswerTooLarge, NoRoomForAnswer, UpstreamFailure
+from proxy.json_shape import MAX_VALUES_AT_ONCE, SMALL, TooMuchJson
+from proxy.relay.sse import ErrorData, EventCutter, EventTooLong, RawLine
+from proxy.upstream.answer_room import AnswerBounds, AnswerRoom, Held
+from proxy.upstream.answers import Joined, chunks_of_completion, form_of, has_choices
+from proxy.upstream.failures import MAY_TELL, error_in, no_completion, reported
+from proxy.upstream.payload import Payload, exact, exactly, parsed, parsed_in_turns
 
 Parse = Callable[[bytes], tuple[Any, bytes | None]]
 """An event's data to JSON, and its bytes where they may be shown as they are."""
 
 _DONE = b"[DONE]"
 _ODD_CHOICES = "the model sent a chunk whose `choices` are not a list of objects"
+_NO_JSON = "the model sent an event that is not JSON"
+_REPORTED = "the model reported an error within its stream"
+MOST_CHOICES = 1024
+"""Of one answer. OpenAI's `n` is 128 at most."""
+_LONGEST_REST = 16 * 2**10
+"""Bytes that are kept of what is neither events nor a completion."""
+LAST_WORDS_S = 5.0
+"""How long more is waited for, usage for example, once every choice has ended."""
+
+
+def answers_of(body: Mapping[str, Any]) -> int:
+    """How many a request asks for."""
+    stated = body.get("n")
+    return stated if type(stated) is int and stated > 1 else 1
+
+
+class ChoiceEnds:
+    """Which choices of an answer have begun, and which of them have ended."""
+
+    def __init__(self) -> None:
+        self._begun: set[int] = set()
+        self._ended: set[int] = set()
+
+    def see(self, choices: list[Any]) -> None:
+        """Raises UpstreamFailure where there are more than anybody asks for."""
+        for place, choice in enumerate(choices):
+            index = choice.get("index")
+            if type(index) is not int:
+                index = place
+            if index not in self._begun:
+                self._begun.add(index)
+                if len(self._begun) > MOST_CHOICES:
+                    raise UpstreamFailure(f"the model's answer has more than {MOST_CHOICES} choices")
+            if choice.get("finish_reason"):
+                self._ended.add(index)
+
+    @property
+    def begun(self) -> bool:
+        return bool(self._begun)
+
+    def all(self, least: int = 1) -> bool:
+        """Whether all that began have ended, and so many at least."""
+        return len(self._ended) == len(self._begun) >= least
 
 
 class ChunkReader:
-    """Feed it what was read; it gives the chunks of each whole event, until the stream is `over`."""
+    """Feed it what was read; it gives the chunks of each whole event, until the stream is `over`.
 
-    def __init__(self, parse: Parse = parsed, room: AnswerRoom | None = None) -> None:
+    A body that is one JSON value becomes the chunks of it, whatever its headers called it.
+    """
+
+    def __init__(
+        self,
+        parse: Parse = parsed,
+        *,
+        room: AnswerRoom | None = None,
+        answers: int = 1,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """
+        Args:
+            room: for what it holds, and for the chunks that it gives, while they are there.
+            answers: how many the caller asked for (`n`).
+            headers: of the response.
+        """
         self._room = room or AnswerRoom()
         self._held = Held(self._room)
+        """For the event that is not over."""
         self._cutter = EventCutter(self._room.largest)
         self._parse = parse
+        self._answers = answers
+        self._headers = headers
+        self._ends = ChoiceEnds()
+        self._head: bytes | None = b""
+        """What came before the first byte that says what this is. None: it is known."""
+        self._json: _JsonBody | None = None
+        self._other: bytes | None = None
+        """The beginning of a body that is neither JSON nor events."""
+        self._told_done = False
         self.begun = False
         """A chunk has come."""
-        self.finished = False
-        """The answer has come to its end: a finish_reason, or [DONE] after something."""
         self.over = False
         """Nothing more is to be read."""
         self.failure: UpstreamFailure | None = None
         """What ended it, after the chunks before."""
 
+    @property
+    def finished(self) -> bool:
+        """The answer has come to its end: of every choice, or [DONE] after something."""
+        return (self._told_done and self._ends.begun) or self._ends.all()
+
     def feed(self, piece: bytes) -> list[Payload]:
+        if self._head is not None:
+            return self._begin(self._head + piece)
+        if self._json is not None:
+            return self._go_on_with_json(self._json, piece)
+        return self._events(piece)
+
+    def close(self) -> list[Payload]:
+        """Nothing more comes."""
+        block: list[Payload] = []
+        if self._head:
+            block = self._events(self._head)
+        if self._json is not None:
+            block = self._of_whole_json(self._json)
+        if not self.over:
+            finished = self.finished
+            block += self._block(self._cutter.close())
+            if finished and self.failure is not None and self.failure.message == _NO_JSON:
+                self.failure = None  # half an event, where the connection broke behind the end of the answer
+        self.over = True
+        self.drop()
+        return block
+
+    def drop(self) -> None:
+        """What it holds of what is not over."""
+        self._held.release()
+        if self._json is not None:
+            self._json.bounds.restart()
+
+    def break_off(self) -> bool:
+        """The connection broke. Whether the answer had ended before, so that this does not matter."""
+        self.over = self._ends.all(self._answers)
+        return self.over
+
+    @property
+    def fault(self) -> UpstreamFailure | None:
+        """Of a stream that is over: what was wrong with how it ended."""
+        if self.failure is not None or self.finished:
+            return self.failure
+        if self._other and not self.begun:
+            return no_completion("the model", self._other, self._headers)
+        return UpstreamFailure("the model's stream ended before its answer did")
+
+    def _begin(self, head: bytes) -> list[Payload]:
+        """Once it is known what this is."""
+        form = form_of(head)
+        if form is None:
+            self._head = head[-_LONGEST_REST:]
+            return []
+        self._head = None
+        if form == "json":
+            self._json = _JsonBody(self._room)
+            return self._go_on_with_json(self._json, head.removeprefix(codecs.BOM_UTF8).lstrip())
+        if form == "other":
+            self._other = b""
+        return self._events(head)
+
+    def _go_on_with_json(self, body: _JsonBody, piece: bytes) -> list[Payload]:
+        had_little = body.size < _LONGEST_REST
         try:
-            cutter = self._cutter
+            body.add(piece)
+        except UpstreamFailure as failure:
+            return self._fail(failure)
+        if had_little and b"\n" in piece:
+            said = body.whole()
+            if _is_of_a_stream(said.partition(b"\n")[0]):
+                return self._events_after_all(body, said)
+        return []
+
+    def _events_after_all(self, body: _JsonBody, said: bytes) -> list[Payload]:
+        body.bounds.restart()
+        self._json = None
+        return self._events(said)
+
+    def _of_whole_json(self, body: _JsonBody) -> list[Payload]:
+        """A completion in place of a stream, or an error."""
+        said = body.whole()
+        try:
+            completion = self._parse(said)[0]
+        except TooMuchJson as error:
+            return self._fail(AnswerTooLarge(f"the model's answer {error}"))
+        except ValueError:  # it only began like JSON
+            self._other = b""
+            return self._events_after_all(body, said)
+        self.over = True
+        if not isinstance(completion, dict) or error_in(completion) is not None or not has_choices(completion):
+            return self._fail(no_completion("the model", completion, self._headers))
+        chunks = chunks_of_completion(exactly(said, completion))
+        try:
+            for chunk in chunks:
+                self._ends.see(chunk["choices"])
+        except UpstreamFailure as failure:
+            return self._fail(failure)
+        self.begun, self._json = True, None
+        return [Payload(chunk, held=body.bounds.held) for chunk in chunks]
+
+    def _events(self, piece: bytes) -> list[Payload]:
+        if self._other is not None and len(self._other) < _LONGEST_REST:
+            self._other = (self._other + piece)[:_LONGEST_REST]
+        cutter = self._cutter
+        try:
             events = cutter.feed(piece)
             if cutter.size > SMALL or self._held.size:
                 self._hold(cutter.size)
@@ -46,24 +219,6 @@ class ChunkReader:
         except NoRoomForAnswer as failure:
             return self._fail(failure)
         return self._block(events)
-
-    def close(self) -> list[Payload]:
-        """Nothing more comes."""
-        block = self._block(self._cutter.close())
-        self.over = True
-        self.drop()
-        return block
-
-    def drop(self) -> None:
-        """What it holds of an event that is not over."""
-        self._held.release()
-
-    @property
-    def fault(self) -> UpstreamFailure | None:
-        """Of a stream that is over: what was wrong with how it ended."""
-        if self.failure is None and not self.finished:
-            return UpstreamFailure("the model's stream ended before its answer did")
-        return self.failure
 
     def _hold(self, size: int) -> None:
         """Of the event that is not over."""
@@ -75,23 +230,45 @@ class ChunkReader:
     def _block(self, events: list[bytes]) -> list[Payload]:
         block: list[Payload] = []
         for event in events:
-            data = event.strip()
-            if not data:
-                continue
-            if data == _DONE:
-                self.finished, self.over = self.begun, True
-                break
             try:
-                chunk = chunk_of(data, self._parse)
-                if len(data) > SMALL:
-                    chunk.held = Held(self._room, len(data))
+                self._add(event, block)
             except UpstreamFailure as failure:
                 self._fail(failure)
+            if self.over:
                 break
-            block.append(chunk)
-            self.begun = True
-            self.finished = self.finished or is_finished(chunk.body)
         return block
+
+    def _add(self, event: bytes, block: list[Payload]) -> None:
+        """Raises UpstreamFailure."""
+        data = event.strip()
+        if type(event) is ErrorData:
+            raise reported(_REPORTED, _error_of(data), self._headers)
+        if not data or (type(event) is RawLine and not _is_of_a_stream(data)):
+            return
+        if data == _DONE:
+            self._told_done = self.over = True
+            return
+        try:
+            said, raw = self._parse(data)
+        except TooMuchJson as error:
+            raise _too_much(error) from error
+        except ValueError as error:
+            self._add_lines(data.split(b"\n"), block, error)
+            return
+        chunk = _chunk(said, raw, data, self._headers)
+        if len(data) > SMALL:
+            chunk.held = Held(self._room, len(data))
+        block.append(chunk)
+        self.begun = True
+        self._ends.see(chunk.body["choices"])
+
+    def _add_lines(self, lines: list[bytes], block: list[Payload], error: ValueError) -> None:
+        """Events of some servers, with no blank line between them."""
+        if len(lines) == 1:
+            raise UpstreamFailure(_NO_JSON) from error
+        for line in lines:
+            if not self.over:
+                self._add(line, block)
 
     def _fail(self, failure: UpstreamFailure) -> list[Payload]:
         self.failure, self.over = failure, True
@@ -99,30 +276,220 @@ class ChunkReader:
         return []
 
 
+class _JsonBody:
+    """All that came of a body that is JSON."""
+
+    def __init__(self, room: AnswerRoom) -> None:
+        self.bounds = AnswerBounds(room, MAX_VALUES_AT_ONCE)
+        self.size = 0
+        self._pieces: list[bytes] = []
+
+    def add(self, piece: bytes) -> None:
+        """Raises AnswerTooLarge, NoRoomForAnswer."""
+        self.bounds.add(piece)
+        self._pieces.append(piece)
+        self.size += len(piece)
+
+    def whole(self) -> bytes:
+        return b"".join(self._pieces)
+
+
+class CompletionReader:
+    """Feed it the body of an answer that is to be no stream; a stream of events is put together all the same."""
+
+    def __init__(
+        self,
+        model: str,
+        bounds: AnswerBounds,
+        parse: Parse | None = None,
+        *,
+        answers: int = 1,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """As ChunkReader.
+
+        Args:
+            bounds: of the body, and what holds its room; the completion has that then.
+            parse: None: as `parsed`.
+        """
+        self._model = model
+        self._bounds = bounds
+        self._parse = parse
+        self._answers = answers
+        self._headers = headers
+        self._pieces: list[bytes] = []
+        self._is_known = False
+        """Whether it is JSON or events."""
+        self._events: ChunkReader | None = None
+        self._joined = Joined()
+
+    @property
+    def finished(self) -> bool:
+        """The answer has come to its end, as far as that shows before the end of the body."""
+        return self._events is not None and self._events.finished
+
+    @property
+    def over(self) -> bool:
+        """Nothing more is to be read."""
+        return self._events is not None and self._events.over
+
+    def feed(self, piece: bytes) -> None:
+        """Raises AnswerTooLarge, NoRoomForAnswer."""
+        self._bounds.add_bytes(len(piece))
+        if self._events is not None:
+            self._join(self._events.feed(piece))
+            return
+        self._pieces.append(piece)
+        if self._is_known:
+            self._bounds.look_at(piece)
+            return
+        head = b"".join(self._pieces)
+        form = form_of(head)
+        if form is None:
+            self._pieces = [head[-_LONGEST_REST:]]
+            return
+        self._is_known = True
+        if form == "events":
+            self._pieces = []
+            self._events = self._event_reader()
+            self._join(self._events.feed(head))
+        else:
+            self._bounds.look_at(head)
+
+    def _event_reader(self) -> ChunkReader:
+        """Of events that are counted as a whole here."""
+        room = AnswerRoom(self._bounds.room.largest)
+        return ChunkReader(exact, room=room, answers=self._answers, headers=self._headers)
+
+    def break_off(self) -> bool:
+        """The connection broke. Whether the answer had ended before."""
+        return self._events is not None and self._events.break_off()
+
+    def completion(self) -> Payload:
+        """Once all has come. Raises UpstreamFailure."""
+        if self._events is not None:
+            return self._put_together(self._events)
+        said = self._said()
+        try:
+            read, raw = parsed(said, checked=len(said) > SMALL) if self._parse is None else self._parse(said)
+        except ValueError as error:
+            return self._of_no_json(said, error)
+        return self._of_json(read, raw)
+
+    async def completion_in_turns(self) -> Payload:
+        """As `completion`, and others get a turn while much is parsed."""
+        if self._events is not None or self._bounds.values <= MAX_VALUES_AT_ONCE:
+            return self.completion()
+        said = self._said()
+        try:
+            read, raw = await parsed_in_turns(said)
+        except ValueError as error:
+            return self._of_no_json(said, error)
+        return self._of_json(read, raw)
+
+    def _said(self) -> bytes:
+        pieces, self._pieces = self._pieces, []
+        return (pieces[0] if len(pieces) == 1 else b"".join(pieces)).removeprefix(codecs.BOM_UTF8)
+
+    def _of_json(self, read: Any, raw: bytes | None) -> Payload:
+        completion = completion_of(self._model, read, raw, self._headers)
+        completion.held = self._bounds.held
+        return completion
+
+    def _of_no_json(self, said: bytes, error: ValueError) -> Payload:
+        """It may only have begun like JSON."""
+        if isinstance(error, TooMuchJson):
+            raise AnswerTooLarge(f"the model's answer {error}") from error
+        events = self._event_reader()
+        self._join(events.feed(said))
+        self._join(events.close())
+        if events.failure is None and not events.begun:
+            raise no_completion(self._model, said, self._headers) from None
+        return self._put_together(events)
+
+    def _put_together(self, events: ChunkReader) -> Payload:
+        if not events.over:
+            self._join(events.close())
+        if (fault := events.fault) is not None:
+            raise fault
+        return Payload(self._joined.completion(), held=self._bounds.held)
+
+    def _join(self, block: list[Payload]) -> None:
+        for chunk in block:
+            self._joined.add(chunk.body)
+
+
+def completion_of(model: str, said: Any, raw: bytes | None, headers: Mapping[str, str] | None = None) -> Payload:
+    """Raises UpstreamFailure: it is none, or tells of an error."""
+    if not isinstance(said, dict) or error_in(said) is not None or not has_choices(said):
+        raise no_completion(model, said, headers)
+    if not said.get("usage"):
+        for choice in said["choices"]:
+            if isinstance(choice.get("usage"), dict):
+                whole = said if raw is None else exactly(raw, said)
+                return Payload({**whole, "usage": choice["usage"]})
+    return Payload(said, raw)
+
+
+def _is_of_a_stream(line: bytes) -> bool:
+    """Whether a line of JSON alone is an error or a chunk, which belongs into an event."""
+    try:
+        said = exact(line)[0]
+    except ValueError:
+        return False
+    return isinstance(said, dict) and (error_in(said) is not None or ("choices" in said and not has_choices(said)))
+
+
+def _error_of(data: bytes) -> Any:
+    """What an event that is called an error says."""
+    try:
+        said = exact(data)[0]
+    except ValueError:
+        return {"error": data.decode("utf-8", "replace")[:LONGEST_WORDS]}
+    return said if error_in(said) is not None else {"error": said}
+
+
 def chunk_of(data: bytes, parse: Parse = parsed) -> Payload:
     """Raises UpstreamFailure. No choices and no delta, which some servers say as null, become what clients expect."""
     try:
-        chunk, raw = parse(data)
+        said, raw = parse(data)
     except TooMuchJson as error:
-        raise AnswerTooLarge(f"the model sent an event that {error}") from error
+        raise _too_much(error) from error
     except ValueError as error:
-        raise UpstreamFailure("the model sent an event that is not JSON") from error
-    if not isinstance(chunk, dict):
+        raise UpstreamFailure(_NO_JSON) from error
+    return _chunk(said, raw, data)
+
+
+def _too_much(error: TooMuchJson) -> AnswerTooLarge:
+    return AnswerTooLarge(f"the model sent an event that {error}")
+
+
+def _chunk(said: Any, raw: bytes | None, data: bytes, headers: Mapping[str, str] | None = None) -> Payload:
+    if not isinstance(said, dict):
         raise UpstreamFailure("the model sent an event that is not a JSON object")
-    if chunk.get("error"):
-        said = chunk if len(data) <= MOST_ERROR_BYTES else data
-        raise UpstreamFailure("the model reported an error within its stream", status=502, body=said)
-    choices = chunk.get("choices")
+    odd = said.get("object") == "error" or not MAY_TELL.isdisjoint(said)
+    choices = said.get("choices")
     if not isinstance(choices, list | None):
+        _raise_if_error(said, headers)
         raise UpstreamFailure(_ODD_CHOICES)
-    whole = choices is not None
+    usual = choices is not None
     for choice in choices or ():
         if not isinstance(choice, dict):
+            _raise_if_error(said, headers)
             raise UpstreamFailure(_ODD_CHOICES)
-        whole = whole and choice.get("delta") is not None
-    if not whole or b"\n" in data or b"\r" in data:  # an event is one line here
-        return Payload(_filled(exactly(data, chunk)))
-    return Payload(chunk, raw)
+        odd = odd or "error" in choice or bool(choice.get("finish_reason"))
+        usual = usual and choice.get("delta") is not None and "usage" not in choice
+    if odd:
+        _raise_if_error(said, headers)
+    if not usual or b"\n" in data or b"\r" in data:  # an event is one line here
+        return Payload(_filled(exactly(data, said)))
+    return Payload(said, raw)
+
+
+def _raise_if_error(said: dict[str, Any], headers: Mapping[str, str] | None) -> None:
+    error = error_in(said)
+    if error is not None:
+        raise reported(_REPORTED, error, headers)
 
 
 def _filled(chunk: dict[str, Any]) -> dict[str, Any]:
@@ -131,6 +498,8 @@ def _filled(chunk: dict[str, Any]) -> dict[str, Any]:
     for choice in chunk["choices"]:
         if choice.get("delta") is None:
             choice["delta"] = {}
+        if isinstance(choice.get("usage"), dict) and not chunk.get("usage"):  # Moonshot's place for it
+            chunk["usage"] = choice["usage"]
     return chunk
 
 

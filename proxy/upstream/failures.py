@@ -3,23 +3,60 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import ssl
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import httpx
 
-from proxy.errors import UpstreamFailure
+from proxy.errors import LONGEST_REST, MOST_ERROR_BYTES, UpstreamFailure, words_in
+from proxy.health import retry_after
+from proxy.json_shape import check_shape
 from proxy.outbound import OutboundError
+from proxy.recording.usage import usage_of
+from proxy.relay.sse import dump, loads
+from proxy.words import words
 
 _OVERFLOW = re.compile(
-    rb"context_length_exceeded|maximum context length|context (window|size|length)|(prompt|input|request) is too long"
-    rb"|too many (input )?tokens|input token count|exceeds? .{0,40}(token limit|maximum .{0,20}tokens)",
+    r"context[_ ]?(length|window|size|limit).{0,40}exceed|exceed.{0,40}(context|token limit|maximum .{0,20}tokens)"
+    r"|max(imum)? (context|model|prompt|input) (length|size|window)|(greater|longer|larger) than the .{0,20}context"
+    r"|context (length|window) of only|context (the )?overflow|(prompt|input|request) (is )?too long"
+    r"|(prompt|input) is too large|too large for model|too many (input |prompt )?tokens"
+    r"|reduce the length of the (messages|prompt|input)|(input|prompt) (token count|tokens?|length).{0,60}exceed"
+    r"|prompt exceeds (the )?max|range of input length|`inputs` (tokens|must have less)|prompt_tokens_exceeded",
     re.IGNORECASE,
 )
-"""What OpenAI, vLLM, llama.cpp, Anthropic, Gemini and Bedrock say of a prompt that does not fit."""
+"""What OpenAI, vLLM, llama.cpp, Ollama, LM Studio, Anthropic, Gemini, Bedrock, Mistral, xAI, Moonshot, Z.ai, MiniMax,
+Cohere, Alibaba and TGI say of a prompt that does not fit, in words or as a code."""
+_CONTEXT = re.compile(r"context (window|size|length)", re.IGNORECASE)
+"""Enough where the status says that the caller's request is at fault."""
+_SURELY = re.compile(r"context_length_exceeded|maximum context length", re.IGNORECASE)
+_RATE = re.compile(r"rate.?limit|too many requests|per (minute|hour|day|second)\b|\bquota\b|\b[rt]pm\b", re.IGNORECASE)
+_CALLERS = frozenset({400, 413, 422})
+"""Statuses that may mean a prompt that is too long, with those of 500 and above, which some servers give it."""
+_STATUS_NAMES = ("code", "status", "status_code", "statusCode", "http_status", "error_code")
+_NAMED = {
+    400: words("""invalid_request_error invalid_request badrequesterror bad_request invalid_argument
+        failed_precondition validation_error exceed_context_size_error context_length_exceeded"""),
+    401: words("authentication_error invalid_api_key unauthenticated unauthorized"),
+    402: words("billing_error insufficient_balance payment_required"),
+    403: words("permission_error permission_denied forbidden"),
+    404: words("not_found_error not_found model_not_found"),
+    413: words("request_too_large"),
+    429: words("""rate_limit_error rate_limit_exceeded rate_limit rate_limited ratelimiterror resource_exhausted
+        too_many_requests insufficient_quota"""),
+    503: words("overloaded_error overloaded unavailable service_unavailable"),
+    504: words("timeout_error timeout deadline_exceeded"),
+}
+_STATUS_OF_NAME = {name: status for status, names in _NAMED.items() for name in names}
+"""Of an error that is told without a number, and within a success."""
+_BROKEN_ENDS = ("error", "abort", "network_error", "insufficient_system_resource")
+"""Values of `finish_reason` of servers that gave up in the middle of an answer."""
+_OF_A_COMPLETION = frozenset({"id", "object", "created", "model", "choices", "usage", "system_fingerprint"})
+_UNDELAYED = re.compile(r"(\d{1,9}(?:\.\d+)?)s?", re.ASCII)
 _LOOKED_AT = 4096
 _CLASS_NAMES = re.compile(r"^(litellm\.\w+: )*")
 
@@ -36,33 +73,205 @@ def failure_of(error: Exception, response: httpx.Response | None, model: str) ->
         return UpstreamFailure(f"{model} did not answer in time", timed_out=True)
     if response is None and _is_lost(error):
         return lost(model)
+    if response is not None and _is_connection(error):
+        return UpstreamFailure(f"{model} broke off its answer: {_broken(error)}")
     if _is_connection(error) or isinstance(error, httpx.HTTPError):
         return unreachable(error, model)
     if response is not None:
-        return UpstreamFailure(f"{model} broke off its answer: {_first_line(error)}")
+        return _within_stream(error, model)
     return _of_litellm(error, model)
 
 
-def no_completion(model: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> UpstreamFailure:
-    """It said that all was well, and sent something else than a completion."""
-    return UpstreamFailure(
-        f"{model} answered with success and no completion",
-        status=None if body is None else 502,
-        body=body,
-        headers=headers,
+def _within_stream(error: Exception, model: str) -> UpstreamFailure:
+    """What litellm raised in the middle of a stream: an error that was told there, or an answer that broke off."""
+    said = _first_line(error)
+    told = reported(
+        f"{model} reported an error", {"error": {"message": said, "code": getattr(error, "status_code", None)}}
     )
+    if told.status is not None and told.status < 500:
+        return told
+    return UpstreamFailure(f"{model} broke off its answer: {said}")
+
+
+def no_completion(model: str, body: Any = None, headers: Mapping[str, str] | None = None) -> UpstreamFailure:
+    """It said that all was well, and sent something else than a completion: an error, or none that is told."""
+    message = f"{model} answered with success and no completion"
+    if body is None:
+        return UpstreamFailure(message, headers=headers)
+    said = _read(body)
+    error = error_in(said)
+    if error is None and _own_status(said) is not None:
+        error = said
+    if error is not None:
+        return reported(message, error, headers)
+    return UpstreamFailure(message, status=502, body=_cut(body), headers=headers)
 
 
 def refused(status: int, body: bytes, headers: Mapping[str, str], model: str) -> UpstreamFailure:
-    overflow = status in (400, 413, 422) and _OVERFLOW.search(body[:_LOOKED_AT]) is not None
+    """An HTTP error."""
+    said = _read(body)
+    text = body[:_LOOKED_AT].decode("utf-8", "replace")
+    return _failure(f"{model} answered with status {status}", _own_status(said) or status, text, said, body, headers)
+
+
+def reported(message: str, error: Any, headers: Mapping[str, str] | None = None) -> UpstreamFailure:
+    """An error told within a success: in a body, in an event of a stream. `error`: as `error_in` gives it."""
+    text = _dumped(error)[:_LOOKED_AT].decode("utf-8", "replace")
+    status = _own_status(error) or _named_status(error) or (429 if _RATE.search(text) else 502)
+    return _failure(message, status, text, error, _cut(error), headers or {})
+
+
+def _failure(message: str, status: int, text: str, said: Any, body: Any, headers: Mapping[str, str]) -> UpstreamFailure:
+    overflow = _is_overflow(status, text)
+    if overflow and status not in _CALLERS:
+        status = 400
+    states_wait = any(name.lower() in retry_after.NAMES for name in headers)
+    if status in (429, 503, 529) and not states_wait and (wait := _wait_in(said)):
+        headers = {**headers, "retry-after": wait}
     return UpstreamFailure(
-        f"{model} answered with status {status}",
-        status=status,
-        body=body,
-        headers=headers,
-        overflow=overflow,
-        retryable=overflow or None,
+        message, status=status, body=body, headers=headers, overflow=overflow, retryable=overflow or None
     )
+
+
+def _is_overflow(status: int, text: str) -> bool:
+    if status < 500 and status not in _CALLERS:
+        return False
+    if _RATE.search(text):  # tokens per minute are no context window
+        return _SURELY.search(text) is not None
+    return _OVERFLOW.search(text) is not None or (status in _CALLERS and _CONTEXT.search(text) is not None)
+
+
+def error_in(said: Any) -> Any:
+    """The part of a body or a chunk that tells of an error, however it does; None where it tells of none."""
+    if isinstance(said, list):
+        return next((error for each in said[:8] if (error := error_in(each)) is not None), None)
+    if not isinstance(said, dict):
+        return None
+    if said.get("object") == "error" or (not MAY_TELL.isdisjoint(said) and _tells_error(said)):
+        told = {name: value for name, value in said.items() if name not in _OF_A_COMPLETION or value == "error"}
+        return {**told, **_usage_in(said)}
+    choices = said.get("choices")
+    for choice in choices if isinstance(choices, list) else ():
+        if isinstance(choice, dict) and ("error" in choice or choice.get("finish_reason") in _BROKEN_ENDS):
+            error = _error_of_choice(choice)
+            if error is not None:
+                return {**error, **_usage_in(said)}
+    return None
+
+
+def _usage_in(said: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What failed in the middle is paid for all the same."""
+    usage = usage_of(said)
+    return {"usage": usage} if usage else {}
+
+
+MAY_TELL = frozenset({"error", "errors", "base_resp", "type", "success", "status", "detail"})
+"""Members of a body beside its choices that may tell of an error; `object` may too."""
+_FAILED = ("error", "failed", "failure")
+
+
+def _tells_error(said: Mapping[str, Any]) -> bool:
+    if is_told(said.get("error")) or said.get("errors") or said.get("type") == "error":
+        return True
+    result = said.get("base_resp")  # minimax
+    if isinstance(result, Mapping) and result.get("status_code") not in (None, 0, "0"):
+        return True
+    failed = said.get("success") is False or said.get("status") in _FAILED or "detail" in said
+    return failed and not said.get("choices")
+
+
+def is_told(error: object) -> bool:
+    """Of the value of `error`: whatever is not null, {} too. False is no error, by its own words."""
+    return error is not None and error is not False
+
+
+def _error_of_choice(choice: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    if is_told(error := choice.get("error")):
+        return {"error": error}
+    reason = choice.get("finish_reason")
+    if reason in _BROKEN_ENDS:
+        return {"error": {"message": f"the model's answer ended with finish_reason {reason!r}"}}
+    return None
+
+
+def _own_status(said: Any) -> int | None:
+    """What the error itself says it is, as a number or a text of one."""
+    for stated in _stated(said):
+        for name in _STATUS_NAMES:
+            value = stated.get(name)
+            if isinstance(value, str) and len(value) == 3 and value.isascii() and value.isdigit():
+                value = int(value)
+            if isinstance(value, int) and not isinstance(value, bool) and 400 <= value <= 599:
+                return value
+    return None
+
+
+def _named_status(said: Any) -> int | None:
+    for stated in _stated(said):
+        for name in ("code", "status", "type"):
+            value = stated.get(name)
+            if isinstance(value, str) and value.lower() in _STATUS_OF_NAME:
+                return _STATUS_OF_NAME[value.lower()]
+    return None
+
+
+def _stated(said: Any) -> Iterator[Mapping[str, Any]]:
+    """The objects that may have an error's fields, the innermost first."""
+    if isinstance(said, list):
+        said = next((each for each in said if isinstance(each, Mapping)), None)
+    if not isinstance(said, Mapping):
+        return
+    for name in ("error", "errors", "base_resp"):
+        inner = said.get(name)
+        if isinstance(inner, list):
+            inner = inner[0] if inner else None
+        if isinstance(inner, Mapping):
+            yield inner
+    yield said
+
+
+def _wait_in(said: Any) -> str | None:
+    """How long to wait, where the body says it and no header: whole seconds, rounded up."""
+    for stated in _stated(said):
+        found = [stated.get(name) for name in ("retry_after", "retry_after_seconds", "retryDelay")]
+        details = stated.get("details")
+        if isinstance(details, list):
+            found += [each.get("retryDelay") for each in details[:8] if isinstance(each, Mapping)]
+        metadata = stated.get("metadata")
+        sent = metadata.get("headers") if isinstance(metadata, Mapping) else None
+        if isinstance(sent, Mapping):
+            found += [value for name, value in sent.items() if str(name).lower() == "retry-after"]
+        for value in found:
+            if (wait := _UNDELAYED.fullmatch(str(value))) is not None:
+                return str(math.ceil(float(wait.group(1))))
+    return None
+
+
+def _read(body: Any) -> Any:
+    if not isinstance(body, bytes):
+        return body
+    try:
+        check_shape(body)
+        return loads(body)
+    except ValueError:
+        return None
+
+
+def _cut(said: Any) -> Any:
+    """As much of it as is kept of a failure: of a long error its words and names alone."""
+    if isinstance(said, bytes) or len(dumped := _dumped(said)) <= MOST_ERROR_BYTES:
+        return said
+    stated = next(_stated(said), {})
+    names = {name: stated[name] for name in _SHORT if len(_dumped(stated.get(name))) <= LONGEST_REST and name in stated}
+    words = words_in(said)
+    return dumped if words is None else {"error": {**names, "message": words}}
+
+
+_SHORT = ("type", "param", *_STATUS_NAMES)
+
+
+def _dumped(said: Any) -> bytes:
+    return dump({"": said})[4:-1]
 
 
 def redirecting(model: str) -> UpstreamFailure:
@@ -139,6 +348,12 @@ def _is_timeout(error: BaseException) -> bool:
 def _is_lost(error: BaseException) -> bool:
     lost = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
     return any(isinstance(cause, lost) for cause in _causes(error))
+
+
+def _broken(error: BaseException) -> str:
+    """The name of the exception that the connection ended with."""
+    found = (type(cause).__name__ for cause in _causes(error) if isinstance(cause, httpx.TransportError))
+    return next(found, type(error).__name__)
 
 
 def _is_connection(error: BaseException) -> bool:

@@ -11,7 +11,6 @@ from typing import Any
 
 from proxy.descriptors import shares
 from proxy.errors import MOST_ERROR_BYTES, UpstreamFailure
-from proxy.json_shape import MAX_VALUES_AT_ONCE, SMALL
 from proxy.outbound import Outbound, OutboundError
 from proxy.settings import Settings
 from proxy.state.records import ModelRecord
@@ -20,11 +19,10 @@ from proxy.tasks import end
 from proxy.upstream.answer_room import AnswerBounds, AnswerRoom
 from proxy.upstream.connection import BrokenOff, Connection, NotHttp, Unanswered
 from proxy.upstream.connections import Connections, Origin, ProxyRefused
-from proxy.upstream.events import ChunkReader
-from proxy.upstream.failures import lost, no_completion, redirecting, refused, unreachable, without
-from proxy.upstream.payload import Payload, parsed, parsed_in_turns
+from proxy.upstream.events import LAST_WORDS_S, ChunkReader, CompletionReader, answers_of
+from proxy.upstream.failures import lost, redirecting, refused, unreachable, without
+from proxy.upstream.payload import Payload
 from proxy.upstream.targets import Target, Targets
-from proxy.upstream.wire import has_choices
 
 log = logging.getLogger("uniroute.upstream")
 
@@ -46,6 +44,12 @@ class RelayedCall:
     """What `body` was parsed from, if all of it is for the upstream."""
     connect_s: float | None
     """None: as in the settings."""
+    asks_usage: bool = True
+    """Of a stream, by `stream_options`."""
+
+    @property
+    def answers(self) -> int:
+        return answers_of(self.body)
 
 
 class Answer:
@@ -87,32 +91,19 @@ class RelayUpstream:
         target = self.targets.of(call.record, call.resolved)
         answer = await self._post(target, call, stream=False)
         with AnswerBounds(self.room) as bounds:
+            reader = CompletionReader(target.name, bounds, answers=call.answers, headers=answer.headers)
             try:
-                said = await _read(answer, target, bounds)
-            finally:
-                answer.done()
-            try:
-                many = bounds.values > MAX_VALUES_AT_ONCE
-                completion, data = await parsed_in_turns(said) if many else parsed(said, checked=len(said) > SMALL)
-            except ValueError:
-                completion = data = None
-            if not isinstance(completion, dict) or completion.get("error") or not has_choices(completion):
-                raise without(target.secrets, no_completion(target.name, said, answer.headers))
-            return Payload(completion, data, bounds.held)
+                await _read(answer, target, reader)
+                return await reader.completion_in_turns()
+            except UpstreamFailure as failure:
+                raise without(target.secrets, failure) from failure.__cause__
 
     async def stream(self, call: RelayedCall) -> RelayedStream:
         """Raises UpstreamFailure: here if the upstream refused, later where the stream breaks or ends too early."""
         target = self.targets.of(call.record, call.resolved)
         answer = await self._post(target, call, stream=True)
-        if "event-stream" in answer.headers.get("content-type", "event-stream").lower():
-            return RelayedStream(self, answer, target.secrets)
-        try:
-            with AnswerBounds(self.room) as bounds:
-                said = await _read(answer, target, bounds)
-        finally:
-            answer.done()
-        failure = UpstreamFailure(f"{target.name} answered a stream with something else", status=502, body=said)
-        raise without(target.secrets, failure)
+        reader = ChunkReader(room=self.room, answers=call.answers, headers=answer.headers)
+        return RelayedStream(self, answer, reader, target.secrets)
 
     async def aclose(self) -> None:
         await end(*self._draining)
@@ -120,7 +111,7 @@ class RelayUpstream:
 
     async def _post(self, target: Target, call: RelayedCall, *, stream: bool) -> Answer:
         """One that may hold a completion. Raises UpstreamFailure."""
-        body = target.body(call.body, call.raw, stream=stream)
+        body = target.body(call.body, call.raw, stream=stream, asks_usage=call.asks_usage)
         try:
             answer = await self._asked(target, call, body)
         except (ProxyRefused, OutboundError, *_ENDS) as error:
@@ -164,11 +155,11 @@ class RelayUpstream:
 class RelayedStream:
     """Blocks of chunks, each what one reading held. To be closed, however it ended."""
 
-    def __init__(self, upstream: RelayUpstream, answer: Answer, secrets: Collection[str]) -> None:
+    def __init__(self, upstream: RelayUpstream, answer: Answer, reader: ChunkReader, secrets: Collection[str]) -> None:
         self._upstream = upstream
         self._answer = answer
         self._secrets = secrets
-        self._reader = ChunkReader(room=upstream.room)
+        self._reader = reader
         self._closed = False
 
     def __aiter__(self) -> RelayedStream:
@@ -179,8 +170,7 @@ class RelayedStream:
         reader = self._reader
         while not reader.over:
             piece = await self._read()
-            block = reader.feed(piece) if piece else reader.close()
-            if block:
+            if not reader.over and (block := reader.feed(piece) if piece else reader.close()):
                 return block
         await self.aclose()
         if (fault := reader.fault) is not None:
@@ -188,10 +178,13 @@ class RelayedStream:
         raise StopAsyncIteration
 
     async def _read(self) -> bytes:
+        """Nothing at the end of the stream, and where it broke off after the end of its answer."""
         try:
-            return await self._answer.read()
+            return await _next(self._answer, self._reader)
         except _ENDS as error:
             self._answer.done()
+            if self._reader.break_off():
+                return b""
             raise UpstreamFailure(
                 f"the model's stream broke: {type(error).__name__}",
                 lost=not self._reader.begun and not isinstance(error, NotHttp),
@@ -219,16 +212,25 @@ async def _drain(answer: Answer) -> None:
         answer.done()
 
 
-async def _read(answer: Answer, target: Target, bounds: AnswerBounds) -> bytes:
-    """All of a body. Raises UpstreamFailure where it breaks off or is larger than can be held."""
-    pieces = []
+async def _next(answer: Answer, reader: ChunkReader | CompletionReader) -> bytes:
+    """What comes next. TimeoutError where the answer has ended and nothing more comes soon."""
+    if not reader.finished:
+        return await answer.read()
+    async with asyncio.timeout(LAST_WORDS_S):
+        return await answer.read()
+
+
+async def _read(answer: Answer, target: Target, reader: CompletionReader) -> None:
+    """All of a body, and the connection is done with. Raises UpstreamFailure where it breaks off or is larger than can
+    be held."""
     try:
-        while piece := await answer.read():
-            bounds.add(piece)
-            pieces.append(piece)
+        while not reader.over and (piece := await _next(answer, reader)):
+            reader.feed(piece)
     except _ENDS as error:
-        raise UpstreamFailure(f"{target.name} broke off its answer: {type(error).__name__}") from error
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if not reader.break_off():
+            raise UpstreamFailure(f"{target.name} broke off its answer: {type(error).__name__}") from error
+    finally:
+        answer.done()
 
 
 async def _beginning(answer: Answer, target: Target) -> bytes:

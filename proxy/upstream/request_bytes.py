@@ -13,26 +13,27 @@ from proxy.upstream.model_member import with_model
 _USAGE = b'"stream_options":{"include_usage":true},'
 
 
-def outgoing(raw: bytes | None, body: Mapping[str, Any], model: str, *, stream: bool) -> bytes:
+def outgoing(raw: bytes | None, body: Mapping[str, Any], model: str, *, stream: bool, asks_usage: bool = True) -> bytes:
     """JSON for the upstream: the caller's body for `model`, and of a stream with usage.
 
     Args:
         raw: what `body` was parsed from, byte for byte; None: it differs, or was made here.
         body: with a text as `model`, if it comes with `raw`.
         model: the upstream's own name for it.
+        asks_usage: whether a stream is asked for usage. False: by the caller neither.
     """
-    asks_usage = _asks_usage(body)
-    if raw is not None and (asks_usage or "stream_options" not in body):
+    as_it_is = "stream_options" not in body if not (stream and asks_usage) else _asks_usage(body)
+    if raw is not None and (as_it_is or "stream_options" not in body):
         spliced = with_model(raw, body, model)
         if spliced is not None:
-            return spliced if asks_usage or not stream else _asking_usage(spliced)
+            return spliced if as_it_is else _asking_usage(spliced)
     sent = {**body, "model": model}
-    if stream:
+    if stream and asks_usage:
         options = body.get("stream_options")
         sent["stream_options"] = {**(options if isinstance(options, Mapping) else {}), "include_usage": True}
     else:
         sent.pop("stream_options", None)
-        if sent.get("stream"):  # a parameter of the model's own, which this caller did not ask for
+        if not stream and sent.get("stream"):  # a parameter of the model's own, which this caller did not ask for
             del sent["stream"]
     return written(sent)
 

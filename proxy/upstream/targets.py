@@ -36,12 +36,12 @@ class Target:
     """The model's parameters, where some of them are for the body."""
     secrets: frozenset[str] = field(repr=False)
 
-    def body(self, body: Mapping[str, Any], raw: bytes | None, *, stream: bool) -> bytes:
+    def body(self, body: Mapping[str, Any], raw: bytes | None, *, stream: bool, asks_usage: bool = True) -> bytes:
         """`raw`: what `body` was parsed from, if all of it is for the upstream."""
         sent = body if self.fixed is None else arm_body(self.fixed, body)
         if not self.renames.keys().isdisjoint(sent):
             sent = self._renamed(sent)
-        return outgoing(raw if sent is body else None, sent, self.model, stream=stream)
+        return outgoing(raw if sent is body else None, sent, self.model, stream=stream, asks_usage=asks_usage)
 
     def _renamed(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Of two names for one thing the one that says something counts; where both do, the provider's own."""

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from time import monotonic
 from typing import Any
 
-from proxy.errors import CannotTranslate
+from proxy.errors import CannotTranslate, UpstreamFailure
 from proxy.outbound import Outbound
 from proxy.settings import Settings
 from proxy.state.records import ModelRecord
@@ -20,6 +20,7 @@ from proxy.upstream.client import LitellmUpstream
 from proxy.upstream.payload import Payload
 from proxy.upstream.relay import RelayedCall, RelayUpstream
 from proxy.upstream.resolution import plainly
+from proxy.upstream.stream_options import StreamOptions
 
 log = logging.getLogger("uniroute.upstream")
 
@@ -40,6 +41,7 @@ class Upstream:
         self.room = AnswerRoom(settings.max_answer_bytes, settings.max_answers_in_flight_bytes)
         self._relay = RelayUpstream(settings, environ, outbound, self.room)
         self._translate = LitellmUpstream(settings, environ, self.room, outbound)
+        self._stream_options = StreamOptions()
         self._loading: asyncio.Task[None] | None = None
         self._tried = asyncio.Event()
         """litellm was imported, or could not be."""
@@ -85,11 +87,34 @@ class Upstream:
         Raises:
             UpstreamFailure: here if the upstream refused, later where the stream breaks or ends without its end.
         """
+        try:
+            return await self._stream(record, body, headers or {}, raw, connect_s)
+        except UpstreamFailure as failure:
+            if not self._stream_options.are_in_doubt(record, failure):
+                raise
+        stream = await self._stream(record, body, headers or {}, raw, connect_s, without_options=True)
+        self._stream_options.were_refused(record)
+        return stream
+
+    async def _stream(
+        self,
+        record: ModelRecord,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str],
+        raw: bytes | None,
+        connect_s: float | None,
+        *,
+        without_options: bool = False,
+    ) -> Blocks:
+        asks_usage = not without_options and self._stream_options.are_sent_to(record)
         resolved = relayed(record)
         if resolved is not None:
-            return await self._relay.stream(RelayedCall(record, resolved, body, headers or {}, raw, connect_s))
+            call = RelayedCall(record, resolved, body, headers, raw, connect_s, asks_usage)
+            return await self._relay.stream(call)
         await self.loaded()
-        return _one_by_one(await self._translate.stream(record, body, headers, connect_s=connect_s))
+        return _one_by_one(
+            await self._translate.stream(record, body, headers, connect_s=connect_s, asks_usage=asks_usage)
+        )
 
     async def open(self) -> None:
         """Whatever the first request would wait for otherwise. litellm only where a model needs it."""
@@ -99,6 +124,7 @@ class Upstream:
     def serve(self, models: Mapping[str, ModelRecord]) -> None:
         """These are the models from now on."""
         self._relay.targets.forget_others(models)
+        self._stream_options.forget_others(models)
         self._translated = frozenset(name for name, record in models.items() if relayed(record) is None)
         if self._loading is None and self._translated:
             log.info("loading litellm, for models of other formats than OpenAI's")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -16,14 +17,16 @@ import httpx
 from proxy.descriptors import shares
 from proxy.errors import MOST_ERROR_BYTES, UpstreamFailure
 from proxy.http_clients import AsyncTransport
-from proxy.json_shape import MAX_VALUES_AT_ONCE, check_shape
+from proxy.json_shape import MAX_VALUES_AT_ONCE
 from proxy.outbound import Outbound, Trust
-from proxy.relay.sse import loads
 from proxy.tasks import read_gently, to_its_end
-from proxy.upstream.answer_room import LARGEST, AnswerBounds, AnswerRoom
-from proxy.upstream.connection import GZIP_OR_ZLIB, PIECE
+from proxy.upstream.answer_room import AnswerBounds, AnswerRoom
+from proxy.upstream.answers import form_of
+from proxy.upstream.coding import Unpacker, unpacker_of
+from proxy.upstream.connection import PIECE
 from proxy.upstream.connections import KEPT_ALIVE_S
-from proxy.upstream.events import ChunkReader
+from proxy.upstream.events import LAST_WORDS_S, ChunkReader, CompletionReader
+from proxy.upstream.failures import error_in, failure_of, no_completion
 from proxy.upstream.payload import exact
 
 if TYPE_CHECKING:
@@ -36,13 +39,33 @@ EXCHANGE = "uniroute.exchange"
 class Exchange:
     """The last HTTP response of one upstream call, as the pool saw it: litellm's own objects lose fields."""
 
-    def __init__(self, connect_s: float, *, streams: bool = False, room: AnswerRoom | None = None) -> None:
+    def __init__(
+        self,
+        connect_s: float,
+        *,
+        streams: bool = False,
+        answers: int = 1,
+        room: AnswerRoom | None = None,
+        model: str = "the model",
+    ) -> None:
+        """
+        Args:
+            streams: whether a stream was asked for.
+            answers: how many were asked for (`n`).
+            room: for what is held of its answer.
+            model: our name for it.
+        """
         self.connect_s = connect_s
-        self.bounds = AnswerBounds(room or AnswerRoom(), MAX_VALUES_AT_ONCE)
-        self.fault: UpstreamFailure | None = None
-        """Why its answer was not read to the end, whatever the library in between made of that."""
+        self.model = model
         self.streams = streams
-        """Whether a stream was asked for."""
+        self.answers = answers
+        self.in_openais_format = False
+        """Whether a stream of it is in the format that we read."""
+        self.bounds = AnswerBounds(room or AnswerRoom(), MAX_VALUES_AT_ONCE)
+        self.completion: dict[str, Any] | None = None
+        """What came as a whole answer in OpenAI's format."""
+        self.fault: UpstreamFailure | None = None
+        """What was wrong with its answer, whatever the library in between made of that."""
         self.trust: Trust | None = None
         """Whose certificates count; None: the usual."""
         self.transport: httpx.AsyncBaseTransport | None = None
@@ -68,47 +91,58 @@ class Exchange:
         return self.response is not None and self.response.request.url.path.endswith("/chat/completions")
 
     @property
-    def has_sense(self) -> bool:
-        """Of an answer that was read whole: that it may be shown to litellm."""
-        if self.is_chat_format:
-            return self.completion() is not None
+    def is_read_here(self) -> bool:
+        """Whether its answer is read by us, and bounded meanwhile, and not by the library in between."""
+        return self.is_chat_format and (self.in_openais_format or not self.streams)
+
+    def begin(self, response: httpx.Response) -> None:
+        """This is its answer, in place of any before."""
+        self.response = response
+        self.completion = self.fault = None
+        self.bounds.restart()
+
+    async def read(self, response: httpx.Response) -> None:
+        """Of an answer that is to be whole. Raises NoAnswer: it may not be shown to the library in between."""
+        if not self.is_chat_format:
+            await response.aread()
+            try:
+                body = exact(response.content)[0]
+            except ValueError:
+                body = None
+            if not isinstance(body, dict) or error_in(body) is not None:
+                raise NoAnswer("success, and nothing that could be an answer")
+            return
+        reader = CompletionReader(self.model, self.bounds, exact, answers=self.answers, headers=response.headers)
+        response.stream = _UntilItsEnd(response.stream, reader, self)
+        await response.aread()
         try:
-            body = _loads(self.response.content) if self.response is not None else None
-        except ValueError:
-            return False
-        return isinstance(body, dict) and not body.get("error")
+            self.completion = reader.completion().body
+        except UpstreamFailure as failure:
+            self.fault = failure
+            raise NoAnswer(failure.message) from failure
 
-    def completion(self) -> dict[str, Any] | None:
-        """The body of a successful answer in OpenAI's format; None if it is anything else."""
-        if self.response is None or not self.response.is_success:
-            return None
-        try:
-            body = _loads(self.response.content)
-        except (ValueError, httpx.StreamError):  # not JSON, or not read
-            return None
-        return body if isinstance(body, dict) and has_choices(body) and not body.get("error") else None
-
-
-def _loads(data: bytes) -> Any:
-    check_shape(data, MAX_VALUES_AT_ONCE)
-    return loads(data)
-
-
-def has_choices(body: Mapping[str, Any]) -> bool:
-    choices = body.get("choices")
-    if not isinstance(choices, list) or not choices:
-        return False
-    return all(isinstance(choice, dict) and isinstance(choice.get("message"), dict) for choice in choices)
+    def failure_of(self, error: Exception | None) -> UpstreamFailure:
+        """What came in place of a completion. `error`: what the library in between made of it."""
+        if self.fault is not None:
+            return self.fault
+        return no_completion(self.model) if error is None else failure_of(error, self.response, self.model)
 
 
 _current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
 
 
 @contextmanager
-def watched(connect_s: float, *, streams: bool = False, room: AnswerRoom | None = None) -> Iterator[Exchange]:
+def watched(
+    connect_s: float,
+    *,
+    streams: bool = False,
+    answers: int = 1,
+    room: AnswerRoom | None = None,
+    model: str = "the model",
+) -> Iterator[Exchange]:
     """What the pool receives in this context is noted on the exchange; it connects within `connect_s`. The exchange is
     over at the end, but for a stream, which is until it was closed."""
-    exchange = Exchange(connect_s, streams=streams, room=room)
+    exchange = Exchange(connect_s, streams=streams, answers=answers, room=room, model=model)
     token = _current.set(exchange)
     try:
         yield exchange
@@ -133,18 +167,17 @@ async def _hurry(request: httpx.Request) -> None:
 async def _note(response: httpx.Response) -> None:
     exchange = _current.get()
     if exchange is not None:
-        exchange.response = response
-    if coding := response.headers.pop("content-encoding", ""):
-        response.stream = _Unpacked(response.stream, coding)  # as httpx would, but for what a few bytes unpack to
+        exchange.begin(response)
+    # as httpx would, but by its bytes, and bit by bit
+    response.stream = _Unpacked(response.stream, response.headers.pop("content-encoding", None))
     if response.is_error:
         response.stream = _Beginning(response.stream)
         return
-    if "amazon.eventstream" not in response.headers.get("content-type", ""):  # frames, which tell their own length
-        response.stream = _Bounded(response.stream, exchange or Exchange(0.0), whole=not is_event_stream(response))
+    framed = "amazon.eventstream" in response.headers.get("content-type", "")  # and its frames tell their own length
+    if not framed and (exchange is None or not exchange.is_read_here):
+        response.stream = _Bounded(response.stream, exchange or Exchange(0.0))
     if exchange is not None and not exchange.streams and response.is_success:
-        await response.aread()
-        if not exchange.has_sense:
-            raise NoAnswer("success, and nothing that could be an answer")
+        await exchange.read(response)
 
 
 HOOKS: Mapping[str, list[Any]] = {"request": [_hurry], "response": [_note]}
@@ -179,21 +212,20 @@ class _Beginning(httpx.AsyncByteStream):
 class _Bounded(httpx.AsyncByteStream):
     """A body that is given up once it is larger than can be held, or one of its lines where a stream was asked for."""
 
-    def __init__(self, stream: Any, exchange: Exchange, *, whole: bool) -> None:
-        """`whole`: it is held as a whole, if need be."""
+    def __init__(self, stream: Any, exchange: Exchange) -> None:
         self._stream = stream
         self._exchange = exchange
-        self._whole = whole
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        exchange, size = self._exchange, 0
+        exchange, size, events = self._exchange, 0, False
         bounds = exchange.bounds
         add = bounds.add_lines if exchange.streams else bounds.add
         async for piece in self._stream:
+            events = events or (size == 0 and form_of(piece) == "events")
             size += len(piece)
             try:
                 add(piece)
-                if self._whole and size > bounds.room.largest:
+                if size > bounds.room.largest and not (exchange.streams and events):
                     raise bounds.too_large()
             except UpstreamFailure as failure:
                 exchange.fault = failure
@@ -204,38 +236,73 @@ class _Bounded(httpx.AsyncByteStream):
         await self._stream.aclose()
 
 
-class _Unpacked(httpx.AsyncByteStream):
-    """What a body unpacks to, bit by bit."""
+class _UntilItsEnd(httpx.AsyncByteStream):
+    """An answer that is to be whole, seen by its reader. Where it is a stream of events all the same, it is over once
+    that has ended."""
 
-    def __init__(self, stream: Any, coding: str) -> None:
-        """Raises NoAnswer."""
-        if coding.strip().lower() not in ("gzip", "x-gzip", "deflate", "identity"):
-            raise NoAnswer(f"the answer is coded as {coding[:40]}, though it was to be plain")
+    def __init__(self, stream: Any, reader: CompletionReader, exchange: Exchange) -> None:
         self._stream = stream
-        self._unpacker = zlib.decompressobj(GZIP_OR_ZLIB) if coding.strip().lower() != "identity" else None
+        self._reader = reader
+        self._exchange = exchange
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for piece in self._stream:
-            for plain in self._unpacked(piece):
-                yield plain
-
-    def _unpacked(self, piece: bytes) -> Iterator[bytes]:
-        if self._unpacker is None:
-            yield piece
-            return
+        reader, pieces = self._reader, aiter(self._stream)
         try:
-            while piece:
-                yield self._unpacker.decompress(piece, PIECE)
-                piece = self._unpacker.unconsumed_tail
-        except zlib.error as error:
-            raise NoAnswer(f"the answer cannot be unpacked: {error}") from None
+            while not reader.over and (piece := await _next(pieces, reader)) is not None:
+                reader.feed(piece)
+                yield piece
+        except UpstreamFailure as failure:
+            self._exchange.fault = failure
+            raise AnswerTooLong(failure.message) from failure
+        except (httpx.TransportError, TimeoutError):
+            if not reader.break_off():
+                raise
 
     async def aclose(self) -> None:
         await self._stream.aclose()
 
 
-def is_event_stream(response: httpx.Response) -> bool:
-    return "event-stream" in response.headers.get("content-type", "event-stream")
+async def _next(pieces: AsyncIterator[bytes], reader: ChunkReader | CompletionReader) -> bytes | None:
+    """What comes next; None at the end. TimeoutError where the answer has ended and nothing more comes soon."""
+    if not reader.finished:
+        return await anext(pieces, None)
+    async with asyncio.timeout(LAST_WORDS_S):
+        return await anext(pieces, None)
+
+
+class _Unpacked(httpx.AsyncByteStream):
+    """A body in plain, whatever its content-encoding says."""
+
+    def __init__(self, stream: Any, coding: str | None) -> None:
+        self._stream = stream
+        self._coding = coding
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        unpacker: Unpacker | None = None
+        begun = False
+        async for piece in self._stream:
+            if not begun and piece:
+                begun, unpacker = True, unpacker_of(self._coding, piece)
+            if unpacker is None:
+                yield piece
+                continue
+            for plain in _unpacked(unpacker, piece):
+                yield plain
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+def _unpacked(unpacker: Unpacker, packed: bytes) -> Iterator[bytes]:
+    """Bit by bit, so that a little that unpacks to much is never held whole."""
+    plain = b""
+    while packed or len(plain) == PIECE:
+        try:
+            plain = unpacker.decompress(packed, PIECE)
+        except zlib.error as error:
+            raise NoAnswer(f"the answer cannot be unpacked: {error}") from None
+        packed = unpacker.unconsumed_tail
+        yield plain
 
 
 def open_pool(timeout_s: float, outbound: Outbound) -> httpx.AsyncClient:
@@ -274,24 +341,29 @@ class CallTransport(httpx.AsyncBaseTransport):
         return await (of_the_call or self._of_none).handle_async_request(request)
 
 
-async def chunks_of(response: httpx.Response, largest: int = LARGEST) -> AsyncGenerator[dict[str, Any]]:
-    """The chunks of a stream in OpenAI's format, untouched. UpstreamFailure where it breaks or ends too early."""
-    reader = ChunkReader(exact, AnswerRoom(largest))  # what is on its way is counted by the pool already
+async def chunks_of(
+    response: httpx.Response, room: AnswerRoom | None = None, answers: int = 1
+) -> AsyncGenerator[dict[str, Any]]:
+    """The chunks of a stream in OpenAI's format, untouched. UpstreamFailure where it breaks or ends too early.
+
+    Args:
+        room: for what is held of it.
+        answers: how many were asked for (`n`).
+    """
+    reader = ChunkReader(exact, room=room, answers=answers, headers=response.headers)
+    pieces = read_gently(response.aiter_bytes())
     try:
-        async for piece in read_gently(response.aiter_bytes()):
-            for chunk in reader.feed(piece):
+        while not reader.over:
+            piece = await _next(pieces, reader)
+            for chunk in reader.close() if piece is None else reader.feed(piece):
                 yield chunk.body
-            if reader.over:
-                break
-        if not reader.over:
-            for chunk in reader.close():
-                yield chunk.body
-    except (httpx.HTTPError, httpx.StreamError) as error:
-        raise UpstreamFailure(
-            f"the model's stream broke: {type(error).__name__}",
-            timed_out=isinstance(error, httpx.TimeoutException),
-            lost=not reader.begun and isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError),
-        ) from error
+    except (httpx.HTTPError, httpx.StreamError, TimeoutError) as error:
+        if not reader.break_off():
+            raise UpstreamFailure(
+                f"the model's stream broke: {type(error).__name__}",
+                timed_out=isinstance(error, httpx.TimeoutException),
+                lost=not reader.begun and isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError),
+            ) from error
     finally:
         reader.drop()
         await to_its_end(response.aclose())

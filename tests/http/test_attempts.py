@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from pathlib import Path
+
 import httpx
 import openai
 import pytest
 
 from tests.http.ranked import ASK, Ranked, ask
 from tests.http.test_streaming import read_stream, text_of
-from tests.support.answers import Step, error_body
+from tests.support.answers import Step, error_body, sse
+from tests.support.server import ProxyProcess, arm
+from tests.support.upstream import ScriptedUpstream
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -65,6 +70,42 @@ def test_too_long_for_the_only_one_is_told_by_its_code(ranked: Ranked) -> None:
     with client, pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="first", messages=ASK)
     assert caught.value.code == "context_length_exceeded"
+
+
+TOO_LONG = error_body("Context size has been exceeded.", "server_error", None)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "step",
+    [Step(status=500, body=TOO_LONG), Step(body=TOO_LONG), Step(body=sse(TOO_LONG))],
+    ids=["500", "200", "event"],
+)
+def test_a_prompt_too_long_goes_to_the_next_wherever_it_is_told(
+    asking: httpx.Client, ranked: Ranked, step: Step, stream: bool
+) -> None:
+    ranked.models[0].then(step)
+    assert ask(asking, stream=stream).headers["x-uniroute-model"] == "second"
+
+
+def test_a_prompt_too_long_goes_to_a_model_with_more_room(tmp_path: Path, embedder_cache: Path) -> None:
+    with ExitStack() as closing:
+        small, smaller, large = (closing.enter_context(ScriptedUpstream()) for _ in range(3))
+        windows = {"small": (small, 8000), "smaller": (smaller, 4000), "large": (large, 32_000)}
+        config = {
+            "model_list": [arm(name, server.url, max_input_tokens=most) for name, (server, most) in windows.items()],
+            "uniroute": {"profile": {"on_start": False}},
+        }
+        proxy = closing.enter_context(ProxyProcess(tmp_path, embedder_cache, config, {"ARM_API_KEY": "k"}))
+        for place, name in enumerate(windows):
+            proxy.put_profile(name, 0.1 + 0.1 * place)
+        small.always = Step(status=400, body=TOO_LONG)
+        with httpx.Client(base_url=proxy.url, timeout=20) as http:
+            assert ask(http).headers["x-uniroute-model"] == "large"
+            assert smaller.history == []
+            large.always = small.always
+            refused = ask(http)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
 def test_an_endless_prelude_is_no_answer(asking: httpx.Client, ranked: Ranked) -> None:

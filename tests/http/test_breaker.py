@@ -120,6 +120,30 @@ def test_a_limit_shorter_than_ours_is_no_fault_of_the_model(resting: Fleet) -> N
     assert state_of(resting, "fair") == "well"
 
 
+def test_a_prompt_too_long_told_within_a_success_rests_nobody(resting: Fleet) -> None:
+    too_long = {"error": {"code": 400, "message": "the request exceeds the available context size"}}
+    for step in [Step(body=too_long), Step(events=[too_long])] * 3:
+        resting.fair.then(step)
+        assert ask(resting, "fair", stream=step.events is not None).status_code == 400
+    assert states(resting) == ["well", "well"]
+
+
+def test_a_limit_told_within_a_stream_is_kept_to(resting: Fleet) -> None:
+    told = {"error": {"code": 429, "message": "Rate limit exceeded"}}
+    resting.fair.then(Step(headers={"retry-after": "2"}, events=[told]))
+    reply = ask(resting, "fair", stream=True)
+    assert (reply.status_code, reply.headers["retry-after"]) == (429, "2")
+    assert states(resting) == ["resting", "well"]
+
+
+def test_connections_that_die_behind_the_end_of_an_answer_rest_nobody(resting: Fleet) -> None:
+    said = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": "stop"}]}
+    for _ in range(BREAKER["failures"]):
+        resting.fair.then(Step(events=[said], cut_after=1))
+        assert ask(resting, "fair", stream=True).text.endswith("data: [DONE]\n\n")
+    assert states(resting) == ["well", "well"]
+
+
 def test_a_full_model_sends_the_next_request_to_the_next_in_rank(resting: Fleet) -> None:
     resting.fair.then(Step(delay_s=1.0))
     with ThreadPoolExecutor(2) as clients:

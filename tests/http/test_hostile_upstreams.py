@@ -111,3 +111,48 @@ def test_null_choices_null_deltas_and_blank_events_do_no_harm(http: httpx.Client
 
     assert [chunk["choices"] for chunk in shown[:2]] == [[], [{"index": 0, "delta": {}}]]
     assert shown[2]["choices"][0]["delta"]["content"] == "hi"
+
+
+def said(delta: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": delta, "finish_reason": None}], **more}
+
+
+@pytest.mark.parametrize("name", ["reasoning_text", "thoughts", "content_parts"])
+def test_content_is_whatever_is_not_empty_by_any_name(http: httpx.Client, fleet: Fleet, name: str) -> None:
+    many = [said({"role": "assistant", "content": ""}), *[said({name: "hm "})] * 1200, END]
+    shown = events(ask(http, fleet, Step(events=many), stream=True))
+
+    assert len(shown) == len(many)
+    assert shown[1]["choices"][0]["delta"] == {name: "hm "}
+
+
+def test_chunks_without_content_are_dropped_however_many_they_are(http: httpx.Client, fleet: Fleet) -> None:
+    empty = [said({"role": "assistant", "content": "", "tool_calls": [], "function_call": {"name": ""}})] * 5000
+    reply = ask(http, fleet, Step(events=[*empty, SAID, END]), stream=True)
+    shown = events(reply)
+
+    assert reply.status_code == 200
+    assert [chunk["choices"][0]["delta"].get("content") for chunk in shown[-2:]] == ["hi", None]
+    assert 1 < len(shown) <= 1100
+
+
+def test_a_null_usage_is_shown_to_those_who_asked_for_usage(http: httpx.Client, fleet: Fleet) -> None:
+    null: dict[str, Any] = {"id": "x", "object": "chat.completion.chunk", "choices": [], "usage": None}
+    told = {**null, "prompt_filter_results": [1]}
+    fleet.fair.then(Step(events=[null, told, SAID, END]), Step(events=[null, told, SAID, END]))
+    body: Any = {"model": "fair", "messages": ASK, "stream": True}
+    unasked = events(http.post("/v1/chat/completions", json=body))
+    asked = events(http.post("/v1/chat/completions", json={**body, "stream_options": {"include_usage": True}}))
+
+    assert [chunk.get("prompt_filter_results") for chunk in unasked] == [[1], None, None]
+    assert len(asked) == 4
+
+
+@pytest.mark.parametrize("told", [{"object": "error", "message": "boom"}, {"error": {}}, {"error": "boom"}])
+def test_an_answer_cut_by_an_error_never_ends_as_if_it_were_whole(
+    http: httpx.Client, fleet: Fleet, told: dict[str, Any]
+) -> None:
+    reply = ask(http, fleet, Step(events=[SAID, told, END]), stream=True)
+
+    assert "[DONE]" not in reply.text
+    assert events(reply)[-1]["error"]["message"]

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import UpstreamFailure
-from proxy.relay.sse import EventCutter
+from proxy.relay.sse import ErrorData, EventCutter, RawLine
 from proxy.upstream.events import ChunkReader
 from proxy.upstream.wire import chunks_of
 
@@ -22,6 +22,10 @@ ODD: list[Any] = [
     *({"choices": None}, {"choices": [{"delta": None}]}, {"choices": 5}, {"choices": [None]}, {"choices": []}, {}),
     *(7, None, [], {"error": {"message": "boom"}}, {"error": None, "choices": []}, {"big": 10**40, "choices": None}),
     {"choices": [], "usage": {"total_tokens": 1}},
+    {"choices": [{"index": 1, "delta": {"content": "b"}}]},
+    {"choices": [{"delta": {}, "usage": {"total_tokens": 1}}]},
+    {"choices": [{"delta": {}, "finish_reason": "error"}]},
+    {"object": "error", "message": "boom"},
 ]
 LINES = st.sampled_from(
     [
@@ -39,11 +43,21 @@ LINES = st.sampled_from(
             b"data: \xff",
             b" data: 1",
         ),
-        *(b'data: {"choices":', b"data: []}"),
+        *(
+            b'data: {"choices":',
+            b"data: []}",
+            b"event: ping",
+            b'error: {"code": 400}',
+            b'{"error": {"code": 429}}',
+            b"{",
+        ),
+        json.dumps(SAID).encode(),
     ]
 )
 ENDS = st.sampled_from([b"\n\n", b"\n\n", b"\n\n", b"\n", b"\r\n\r\n", b"\n\n\n", b"\r\n", b"\n\r\n", b""])
-STREAMS = st.lists(st.tuples(LINES, ENDS), max_size=10).map(lambda parts: b"".join(line + end for line, end in parts))
+STREAMS = st.lists(st.tuples(LINES, ENDS), max_size=10).map(
+    lambda parts: b": hello\n" + b"".join(line + end for line, end in parts)
+)
 
 
 @st.composite
@@ -63,34 +77,82 @@ def cut(cutter: EventCutter, parts: Sequence[bytes]) -> list[bytes]:
     return [data for part in parts for data in cutter.feed(part)] + cutter.close()
 
 
+def typed(found: list[bytes]) -> list[tuple[type, bytes]]:
+    return [(type(data), data) for data in found]
+
+
 @given(STREAMS | st.text("da:t \n\r{\ufeff", max_size=80).map(str.encode), st.data())
 @settings(max_examples=500, deadline=None)
 @example(b"data: a\n\ndata: b\r\n\ndata: c\n\n", None)
 @example(b"data: a\n\ndata: b\n\n: c\n\n\ndata: d\ndata: e\n\ndata: f", None)
 def test_the_quick_way_cuts_as_lines_do(raw: bytes, data: st.DataObject | None) -> None:
-    expected = cut(Slow(), [raw])
+    expected = typed(cut(Slow(), [raw]))
     splits = [[raw], [bytes((byte,)) for byte in raw], *([raw[:at], raw[at:]] for at in range(min(len(raw), 60)))]
     if data is not None:
         splits.append(data.draw(pieces(raw)))
 
-    assert all(cut(EventCutter(), split) == expected for split in splits)
+    assert all(typed(cut(EventCutter(), split)) == expected for split in splits)
 
 
 def spelled_out(raw: bytes) -> tuple[list[Any], tuple[Any, ...] | None]:
     """What a stream says, event by event of its lines: its chunks, and what is wrong with it."""
     found: list[Any] = []
-    begun = finished = False
+    begun, ended = set[int](), set[int]()
+    cutter = Slow()
+    events, last = cutter.feed(raw), cutter.close()
     try:
-        for data in filter(None, map(bytes.strip, cut(Slow(), [raw]))):
-            if data == b"[DONE]":
-                finished = begun
-                break
-            found.append(a_chunk(data))
-            begun = True
-            finished = finished or any(choice.get("finish_reason") for choice in found[-1]["choices"])
+        done = read_all(events, found, begun, ended)
+        whole = bool(begun) and begun == ended
+        try:
+            done = done or read_all(last, found, begun, ended)
+        except UpstreamFailure as failure:
+            if not (whole and "not JSON" in failure.message):  # half an event behind the end of the answer
+                raise
     except UpstreamFailure as failure:
         return found, told(failure)
-    return found, None if finished else told(UpstreamFailure("the model's stream ended before its answer did"))
+    whole = bool(begun) and (done or begun == ended)
+    return found, None if whole else told(UpstreamFailure("the model's stream ended before its answer did"))
+
+
+def read_all(events: list[bytes], found: list[Any], begun: set[int], ended: set[int]) -> bool:
+    """Whether [DONE] came."""
+    while events:
+        event = events.pop(0)
+        data = bytes(event).strip()
+        if isinstance(event, ErrorData):
+            raise an_error(or_text(data), status=502)
+        if isinstance(event, RawLine) and not isinstance(or_text(data), dict):
+            continue
+        if data == b"[DONE]":
+            return True
+        if not data:
+            continue
+        if or_text(data) is data and b"\n" in data:
+            events[:0] = data.split(b"\n")
+            continue
+        found.append(a_chunk(data))
+        for place, choice in enumerate(found[-1]["choices"]):
+            index = choice.get("index", place)
+            begun.add(index)
+            if choice.get("finish_reason"):
+                ended.add(index)
+    return False
+
+
+def or_text(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError:
+        return data
+
+
+def an_error(said: Any, *, status: int) -> UpstreamFailure:
+    if isinstance(said, bytes):
+        said = said.decode("utf-8", "replace")
+    inner = said.get("error", said) if isinstance(said, dict) else said
+    status = inner.get("code", status) if isinstance(inner, dict) else status
+    body = said if isinstance(said, dict) and (said.get("error") or said.get("object") == "error") else {"error": said}
+    return UpstreamFailure("the model reported an error within its stream", status=status, body=body)
 
 
 def a_chunk(data: bytes) -> Any:
@@ -100,15 +162,23 @@ def a_chunk(data: bytes) -> Any:
         raise UpstreamFailure("the model sent an event that is not JSON") from None
     if not isinstance(chunk, dict):
         raise UpstreamFailure("the model sent an event that is not a JSON object")
-    if chunk.get("error"):
-        raise UpstreamFailure("the model reported an error within its stream", status=502, body=chunk)
+    if chunk.get("error") or chunk.get("object") == "error":
+        raise an_error(chunk, status=502)
     choices = chunk["choices"] = [] if chunk.get("choices") is None else chunk["choices"]
+    if any(isinstance(choice, dict) and choice.get("finish_reason") == "error" for choice in as_list(choices)):
+        raise an_error({"error": {"message": "the model's answer ended with finish_reason 'error'"}}, status=502)
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise UpstreamFailure("the model sent a chunk whose `choices` are not a list of objects")
     for choice in choices:
         if choice.get("delta") is None:
             choice["delta"] = {}
+        if "usage" in choice:
+            chunk["usage"] = choice["usage"]
     return chunk
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def translated(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | None]:
@@ -140,9 +210,7 @@ def relayed(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | None]:
         events = [chunk.named("m") for chunk in block]
         assert not any(b"\n" in event or b"\r" in event for event in events), "a client would read on at another line"
         found += map(json.loads, events)
-    if reader.failure is not None:
-        return found, told(reader.failure)
-    return found, None if reader.finished else told(UpstreamFailure("the model's stream ended before its answer did"))
+    return found, None if reader.fault is None else told(reader.fault)
 
 
 def as_shown(chunks: list[Any]) -> list[Any]:
@@ -152,7 +220,8 @@ def as_shown(chunks: list[Any]) -> list[Any]:
 
 @given(STREAMS, st.data())
 @settings(max_examples=300, deadline=None)
-@example(b'data: {"model":"m","choices":\ndata: []}\n\ndata: {"model":"m","choices":\r[]}\n\n', None)
+@example(b'data: {"model":"m","choices":\ndata: []}\n\ndata: {"model":"m","choices":\rdata:[]}\n\n', None)
+@example(b'data: {"choices":[{"index":0}]}\ndata: {"choices":[{"finish_reason":"stop"}]}\ndata: [DONE]\n', None)
 def test_a_stream_is_read_as_it_is_spelled_out(raw: bytes, data: st.DataObject | None) -> None:
     parts = [raw] if data is None else data.draw(pieces(raw))
     chunks, failure = spelled_out(raw)

@@ -1,0 +1,80 @@
+"""Streams are asked for usage by a field that the caller need not have sent, and that not every server knows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from proxy.settings import ModelInfo
+from proxy.state.records import ModelRecord
+from proxy.upstream.upstream import Upstream
+from tests.support.raw_upstream import END, SAID, RawUpstream, Said, chunked, plain
+from tests.support.relaying import BODY, a_model, failing, streamed
+
+pytestmark = pytest.mark.parametrize("way", ["relay", "translate"])
+
+
+def model(server: RawUpstream, way: str, **info: Any) -> ModelRecord:
+    return replace(a_model(server), info=ModelInfo.model_validate({"forward": way, **info}))
+
+
+def text_of(found: list[bytes]) -> str:
+    return "".join(json.loads(event)["choices"][0]["delta"].get("content") or "" for event in found)
+
+
+REFUSAL = b'{"detail": [{"type": "extra_forbidden", "loc": ["body", "stream_options"], "msg": "not permitted"}]}'
+
+
+@pytest.mark.parametrize("status", [b"400 Bad", b"422 No", b"500 Oh"])
+async def test_a_model_that_refuses_stream_options_is_asked_without_them_from_then_on(
+    upstream: Upstream, way: str, status: bytes
+) -> None:
+    async with RawUpstream(plain(REFUSAL, status=status), Said(chunked(SAID, END))) as server:
+        record = model(server, way)
+        for _ in range(2):
+            assert text_of(await streamed(upstream, record)) == "hi"
+        sent = [json.loads(body) for body in server.bodies]
+    assert ["stream_options" in body for body in sent] == [True, False, False]
+    assert {name: value for name, value in sent[0].items() if name != "stream_options"} == sent[1] == sent[2]
+
+
+async def test_a_changed_model_is_asked_anew(upstream: Upstream, way: str) -> None:
+    async with RawUpstream(plain(REFUSAL, status=b"422 No"), Said(chunked(SAID, END))) as server:
+        await streamed(upstream, model(server, way))
+        await streamed(upstream, model(server, way))
+        assert ["stream_options" in json.loads(body) for body in server.bodies] == [True, False, True]
+
+
+async def test_another_fault_and_a_second_refusal_are_told(upstream: Upstream, way: str) -> None:
+    other = plain(b'{"error": {"message": "no such field: stream_option"}}', status=b"400 Bad")
+    async with RawUpstream(other) as server:
+        await failing(upstream, model(server, way), streamed)
+        assert len(server.bodies) == 1
+    async with RawUpstream(plain(REFUSAL, status=b"422 No")) as server:
+        record = model(server, way)
+        assert (await failing(upstream, record, streamed)).status == 422
+        assert len(server.bodies) == 2
+        await failing(upstream, record, streamed)  # nothing was learnt of it
+        assert b"stream_options" in server.bodies[2]
+
+
+@pytest.mark.parametrize(("stated", "sent"), [(True, [True]), (False, [False])])
+async def test_what_is_stated_of_stream_options_is_kept_to(
+    upstream: Upstream, way: str, stated: bool, sent: list[bool]
+) -> None:
+    async with RawUpstream(plain(REFUSAL, status=b"422 No")) as server:
+        await failing(upstream, model(server, way, supports_stream_options=stated), streamed)
+        assert ["stream_options" in json.loads(body) for body in server.bodies] == sent
+
+
+async def test_a_caller_who_asked_for_usage_is_served_without_it(upstream: Upstream, way: str) -> None:
+    asked = {**BODY, "stream": True, "stream_options": {"include_usage": True}}
+    async with RawUpstream(plain(REFUSAL, status=b"422 No"), Said(chunked(SAID, END))) as server:
+        blocks = [
+            block async for block in await upstream.stream(model(server, way), asked, raw=json.dumps(asked).encode())
+        ]
+        assert len(blocks) >= 1
+        assert "stream_options" not in json.loads(server.bodies[1])

@@ -1,0 +1,280 @@
+"""What comes of an upstream's answer, whatever its headers called it and however its connection went, either way."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from proxy.errors import UpstreamFailure
+from proxy.settings import ModelInfo
+from proxy.state.records import ModelRecord
+from proxy.upstream.upstream import Upstream
+from tests.support.raw_upstream import DONE, END, JSON, SAID, RawUpstream, Said, chunked, plain
+from tests.support.relaying import BODY, KEY, a_model, failing, streamed, whole
+
+pytestmark = pytest.mark.parametrize("way", ["relay", "translate"])
+
+EVENTS = SAID + END + DONE
+USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+ERROR = b'{"object": "error", "message": "boom", "code": 503}'
+
+
+def model(server: RawUpstream, way: str, **info: Any) -> ModelRecord:
+    return replace(a_model(server), info=ModelInfo.model_validate({"forward": way, **info}))
+
+
+def data(chunk: Any) -> bytes:
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+
+def choice(index: int = 0, delta: Any = None, reason: str | None = None, **more: Any) -> dict[str, Any]:
+    return {"index": index, "delta": delta or {}, "finish_reason": reason, **more}
+
+
+def chunk(*choices: dict[str, Any], **more: Any) -> bytes:
+    return data({"id": "c", "model": "theirs", "choices": list(choices), **more})
+
+
+def text_of(found: list[bytes], index: int = 0) -> str:
+    choices = [each for event in found for each in json.loads(event)["choices"] if each["index"] == index]
+    return "".join(each["delta"].get("content") or "" for each in choices)
+
+
+def bare(body: bytes, *lines: bytes) -> Said:
+    return plain(body, head=b"".join(line + b"\r\n" for line in lines))
+
+
+AS_CALLED = [
+    (),
+    (b"content-type: text/plain; charset=utf-8",),
+    (b"content-type: application/json",),
+    (b"content-type: Text/Event-Stream",),
+    (b"content-type: text/event-stream", b"content-encoding: none"),
+    (b"content-type: text/event-stream", b"content-encoding: br"),
+    (b"content-encoding: gzip",),
+]
+
+
+@pytest.mark.parametrize("lines", AS_CALLED)
+async def test_events_are_a_stream_and_json_an_answer_whatever_they_are_called(
+    upstream: Upstream, way: str, lines: tuple[bytes, ...]
+) -> None:
+    async with RawUpstream(
+        bare(EVENTS, *lines), bare(JSON, *lines), bare(EVENTS, *lines), bare(JSON, *lines)
+    ) as server:
+        record = model(server, way)
+        assert [text_of(await streamed(upstream, record)) for _ in range(2)] == ["hi", "hi"]
+        answers = [json.loads(await whole(upstream, record)) for _ in range(2)]
+    assert [answer["choices"][0]["message"]["content"] for answer in answers] == ["hi", "hi"]
+
+
+@pytest.mark.parametrize("lines", [(), (b"content-encoding: GZIP",), (b"content-encoding: none",)])
+async def test_what_begins_as_packed_is_unpacked(upstream: Upstream, way: str, lines: tuple[bytes, ...]) -> None:
+    async with RawUpstream(bare(gzip.compress(EVENTS), *lines), bare(gzip.compress(JSON), *lines)) as server:
+        record = model(server, way)
+        assert text_of(await streamed(upstream, record)) == "hi"
+        assert b"hi" in await whole(upstream, record)
+
+
+ENDED = chunk(choice(0, {"content": "hi"}), choice(1, {"content": "ho"})) + chunk(
+    choice(0, {}, "stop"), choice(1, {}, "length"), usage=USAGE
+)
+
+
+@pytest.mark.parametrize("then", ["close", "reset"])
+@pytest.mark.parametrize("ends", [SAID + END, SAID + END + b"data: {half", SAID + DONE, ENDED])
+async def test_an_answer_that_has_ended_is_whole_however_its_connection_ends(
+    upstream: Upstream, way: str, ends: bytes, then: Any
+) -> None:
+    async with RawUpstream(Said(chunked(ends, end=b""), then)) as server:
+        record = model(server, way)
+        assert text_of(await streamed(upstream, record)) == "hi"
+        assert b'"hi"' in await whole(upstream, record)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        chunk(choice(0, {"content": "a"}), choice(1, {"content": "b"})) + chunk(choice(0, {}, "stop")),
+        SAID,
+        chunk(choice(0, {"content": "a"}, "")),
+    ],
+)
+async def test_a_choice_without_its_end_is_a_broken_answer(upstream: Upstream, way: str, said: bytes) -> None:
+    async with RawUpstream(Said(chunked(said)), Said(chunked(said, end=b""), "close")) as server:
+        record = model(server, way)
+        for _ in range(2):
+            await failing(upstream, record, streamed)
+        await failing(upstream, record, whole)
+
+
+async def test_two_answers_were_asked_for_and_the_second_never_began(upstream: Upstream, way: str) -> None:
+    async def two(upstream: Upstream, record: ModelRecord) -> None:
+        async for _ in await upstream.stream(record, {**BODY, "n": 2, "stream": True}):
+            pass
+
+    async with RawUpstream(Said(chunked(SAID, END, end=b""), "close"), Said(chunked(SAID, END))) as server:
+        await failing(upstream, model(server, way), two)
+        await two(upstream, model(server, way))  # a server that knows no `n`
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        b"data: " + ERROR + b"\n\n",
+        b"event: error\ndata: " + ERROR + b"\n\n",
+        b'event: error\ndata: {"message": "boom", "code": 503}\n\n',
+        b'error: {"message": "boom", "code": 503}\n\n',
+        b'{"error": {"message": "boom", "code": 503}}\n\n',
+        b'{\n "error": {\n  "message": "boom", "code": 503}\n}\n\n',
+        b'data: {"error": {"message": "boom", "code": "503"}}\r\n\r\n',
+        chunk({**choice(), "error": {"message": "boom", "code": 503}}),
+        chunk(choice(0, {"content": ""}, "error"), error={"message": "boom", "code": 503}),
+    ],
+)
+@pytest.mark.parametrize("before", [b"", SAID, SAID + END])
+async def test_an_error_within_a_stream_ends_it_whatever_follows(
+    upstream: Upstream, way: str, before: bytes, told: bytes
+) -> None:
+    async with RawUpstream(Said(chunked(before + told, END, DONE))) as server:
+        for ask in (streamed, whole):
+            failure = await failing(upstream, model(server, way), ask)
+            assert (failure.status, "boom" in json.dumps(failure.body)) == (503, True)
+
+
+async def test_the_wait_of_a_success_that_tells_of_a_limit_is_kept(upstream: Upstream, way: str) -> None:
+    body = b'{"error": {"message": "slow down", "code": 429}}'
+    async with RawUpstream(
+        bare(body, b"retry-after: 7"), bare(b"data: " + body + b"\n\n", b"retry-after: 7")
+    ) as server:
+        for _ in range(2):
+            failure = await failing(upstream, model(server, way), streamed)
+            assert (failure.status, failure.headers["retry-after"]) == (429, "7")
+
+
+WHOLE: dict[str, Any] = {
+    "id": "chatcmpl-9",
+    "object": "chat.completion",
+    "created": 7,
+    "model": "ours",
+    "system_fingerprint": "fp",
+    "choices": [
+        {
+            "index": 0,
+            "message": {
+                "role": "assistant",
+                "content": "two words",
+                "refusal": "no more",
+                "reasoning_text": "well then",
+                "audio": {"id": "audio_1", "data": "AAAA", "transcript": "hm", "expires_at": 9},
+                "tool_calls": [
+                    {"id": "call_1", "type": "function", "function": {"name": "find", "arguments": '{"a":1}'}},
+                    {"id": "call_2", "type": "function", "function": {"name": "find", "arguments": "{}"}},
+                ],
+            },
+            "logprobs": {"content": [{"token": "two", "logprob": -0.5}], "refusal": None},
+            "finish_reason": "tool_calls",
+        },
+        {"index": 1, "message": {"role": "assistant", "content": "other"}, "logprobs": None, "finish_reason": "length"},
+    ],
+    "usage": USAGE,
+}
+
+
+async def test_a_whole_answer_in_place_of_a_stream_becomes_one_that_says_the_same(upstream: Upstream, way: str) -> None:
+    async with RawUpstream(plain(json.dumps({**WHOLE, "model": "theirs"}, indent=1).encode())) as server:
+        found = await streamed(upstream, model(server, way))
+    events = [json.loads(event) for event in found]
+    assert {event["object"] for event in events} == {"chat.completion.chunk"}
+    assert (events[-1]["choices"], events[-1]["usage"]) == ([], USAGE)
+
+    async with RawUpstream(Said(chunked(*map(data, events), DONE))) as server:
+        again = json.loads(await whole(upstream, model(server, way)))
+    again["choices"][0]["logprobs"]["refusal"] = None  # null says nothing
+    assert again == WHOLE
+
+
+async def test_a_stream_in_place_of_a_whole_answer_is_put_together(upstream: Upstream, way: str) -> None:
+    pieces = [
+        chunk(choice(0, {"role": "assistant", "content": ""}), id="c1"),
+        chunk(choice(0, {"tool_calls": [call(0, id="call_1", name="find")]})),
+        chunk(choice(0, {"tool_calls": [call(1, id="call_2", name="look", arguments="{")]})),
+        chunk(choice(0, {"tool_calls": [call(0, arguments='{"a"'), call(1, arguments="}")]})),
+        chunk(choice(0, {"tool_calls": [call(0, name="find", arguments=":1}")]})),
+        chunk(choice(0, {"tool_calls": [call(0, id="call_3", name="same", arguments="{}")]})),
+        chunk(choice(1, {"reasoning": "h", "content": "o"})),
+        chunk(choice(1, {"reasoning": "m", "content": "k"}, "stop")),
+        chunk(choice(0, {}, "tool_calls", usage=USAGE)),
+    ]
+    async with RawUpstream(Said(chunked(*pieces))) as server:
+        answer = json.loads(await whole(upstream, model(server, way)))
+
+    first, second = answer["choices"]
+    calls = [
+        (each["id"], each["function"]["name"], each["function"]["arguments"]) for each in first["message"]["tool_calls"]
+    ]
+    assert calls == [("call_1", "find", '{"a":1}'), ("call_2", "look", "{}"), ("call_3", "same", "{}")]
+    assert second["message"] == {"role": "assistant", "content": "ok", "reasoning": "hm"}
+    assert (answer["id"], answer["usage"], second["finish_reason"]) == ("c1", USAGE, "stop")
+
+
+def call(index: int, **said: str) -> dict[str, Any]:
+    function = {name: said[name] for name in ("name", "arguments") if name in said}
+    return {"index": index, **({"id": said["id"], "type": "function"} if "id" in said else {}), "function": function}
+
+
+async def test_calls_without_a_number_are_told_apart_by_their_ids(upstream: Upstream, way: str) -> None:
+    calls = [{**call(0, id=f"call_{name}", name=name, arguments="{"), "index": None} for name in "ab"]
+    more = {"function": {"arguments": "}"}}
+    pieces = [chunk(choice(0, {"tool_calls": [each]})) + chunk(choice(0, {"tool_calls": [more]})) for each in calls]
+    async with RawUpstream(Said(chunked(*pieces, END))) as server:
+        message = json.loads(await whole(upstream, model(server, way)))["choices"][0]["message"]
+    assert [each["function"] for each in message["tool_calls"]] == [{"name": each, "arguments": "{}"} for each in "ab"]
+
+
+async def test_usage_that_stands_in_a_choice_is_the_answers(upstream: Upstream, way: str) -> None:
+    last = chunk(choice(0, {}, "stop", usage=USAGE))
+    body = {"choices": [{"index": 0, "message": {"content": "hi"}, "finish_reason": "stop", "usage": USAGE}]}
+    async with RawUpstream(Said(chunked(SAID, last)), plain(json.dumps(body).encode())) as server:
+        found = await streamed(upstream, model(server, way))
+        answer = json.loads(await whole(upstream, model(server, way)))
+    assert json.loads(found[-1])["usage"] == answer["usage"] == USAGE
+
+
+@pytest.mark.parametrize(
+    "said", [b"<html>no</html>", b"nonsense", b'{"id": null, "choices": null}', b"[]", b'{"choices"']
+)
+async def test_what_is_neither_events_nor_an_answer_is_a_failure_that_shows_it(
+    upstream: Upstream, way: str, said: bytes
+) -> None:
+    async with RawUpstream(plain(said)) as server:
+        for ask in (streamed, whole):
+            assert (await failing(upstream, model(server, way), ask)).status in (502, None)
+
+
+async def test_events_of_servers_that_know_the_format_by_hearsay_are_read(upstream: Upstream, way: str) -> None:
+    odd = [
+        b"event: ping\ndata: ping\n\n: comment\n\ndata: : PROCESSING\n\n" + SAID + END,
+        (SAID + END + DONE).replace(b"\n\n", b"\n"),
+        (SAID + END + DONE).replace(b"\n", b"\r"),
+        SAID[6:] + END[6:],
+    ]
+    for said in odd:
+        async with RawUpstream(Said(chunked(said))) as server:
+            assert text_of(await streamed(upstream, model(server, way))) == "hi"
+
+
+async def test_an_answer_of_more_choices_than_anybody_asks_for_is_refused(upstream: Upstream, way: str) -> None:
+    many = b"".join(chunk(choice(index, {"content": "x"})) for index in range(1100))
+    async with RawUpstream(Said(chunked(many))) as server:
+        assert "choices" in (await failing(upstream, model(server, way), streamed)).message
+
+
+async def test_a_key_that_an_error_in_a_stream_repeats_is_hidden(upstream: Upstream, way: str) -> None:
+    async with RawUpstream(Said(chunked(SAID, b'data: {"error": "key ' + KEY.encode() + b'"}\n\n'))) as server:
+        failure: UpstreamFailure = await failing(upstream, model(server, way), streamed)
+    assert "***" in json.dumps(failure.body)

@@ -1,0 +1,181 @@
+"""What an upstream says went wrong: its own status, the first words that can be found, and what it means."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from proxy.errors import UpstreamFailure, describe
+from proxy.health.verdicts import Weight, verdict_of
+from proxy.upstream.failures import error_in, no_completion, refused, reported
+
+
+def http_error(status: int, said: Any, **headers: str) -> UpstreamFailure:
+    return refused(status, json.dumps(said).encode(), headers, "small")
+
+
+def shown(failure: UpstreamFailure) -> tuple[int, dict[str, Any]]:
+    status, body, _ = describe(failure)
+    error = body["error"]
+    assert all(error[name] is None or isinstance(error[name], str) for name in ("message", "type", "code"))
+    return status, error
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ([{"error": {"code": 400, "message": "Unknown name", "status": "INVALID_ARGUMENT"}}], "Unknown name"),
+        ({"success": False, "errors": [{"code": 5006, "message": "oneOf not met"}], "messages": []}, "oneOf not met"),
+        ({"errors": ["first", "second"]}, "first"),
+        ({"error": "model not loaded"}, "model not loaded"),
+        ({"error": {"message": {"text": 5, "detail": "deep"}}}, "deep"),
+        ({"detail": [{"loc": ["body", "x"], "msg": "field required"}]}, "body.x: field required"),
+        ({"object": "error", "message": {"detail": [{"loc": ["n"], "msg": "no"}]}}, "n: no"),
+        ({"base_resp": {"status_code": 2013, "status_msg": "invalid params"}}, "invalid params"),
+        ({"title": "Gone", "detail": "not here", "status": 404}, "not here"),
+        ({"Message": "as AWS says it"}, "as AWS says it"),
+        ("only a text", "only a text"),
+    ],
+)
+def test_the_first_text_that_can_be_found_is_the_message(said: Any, words: str) -> None:
+    assert shown(http_error(400, said))[1]["message"] == words
+
+
+def test_a_body_without_words_is_shown_itself_and_cut() -> None:
+    assert shown(http_error(400, {"fault": 7}))[1]["message"] == 'small answered with status 400: {"fault": 7}'
+    assert len(shown(http_error(400, {"fault": list(range(999))}))[1]["message"]) < 600
+    assert shown(refused(500, b"", {}, "small"))[1]["message"] == "small answered with status 500"
+
+
+def test_fields_beside_a_flat_message_are_the_errors() -> None:
+    said = {"object": "error", "message": "too warm", "type": "BadRequestError", "param": "temperature", "code": 400}
+    _, error = shown(http_error(400, said))
+    assert (error["type"], error["param"], error["code"]) == ("BadRequestError", "temperature", "400")
+
+
+@pytest.mark.parametrize("stated", [{"code": 429}, {"code": "429"}, {"status": 429}, {"status_code": 429}])
+def test_an_error_has_the_status_that_it_names(stated: dict[str, Any]) -> None:
+    said = {"error": {"message": "slow down", **stated}}
+    assert http_error(500, said).status == reported("x", said).status == no_completion("small", said).status == 429
+
+
+@pytest.mark.parametrize("stated", [{"code": 200}, {"code": 5006}, {"code": True}, {"code": "4290"}, {"status": "x"}])
+def test_what_is_no_status_of_an_error_names_none(stated: dict[str, Any]) -> None:
+    said = {"error": {"message": "no", **stated}}
+    assert (http_error(418, said).status, reported("x", said).status) == (418, 502)
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        ({"error": {"type": "rate_limit_error", "message": "no"}}, 429),
+        ({"error": {"status": "RESOURCE_EXHAUSTED", "message": "no"}}, 429),
+        ({"base_resp": {"status_code": 1002, "status_msg": "rate limit exceeded(RPM)"}}, 429),
+        ({"type": "error", "error": {"type": "overloaded_error", "message": "no"}}, 503),
+        ({"error": {"type": "invalid_request_error", "message": "no"}}, 400),
+        ({"error": {}}, 502),
+    ],
+)
+def test_an_error_without_a_number_is_known_by_its_name_or_words(said: dict[str, Any], status: int) -> None:
+    assert reported("x", error_in(said)).status == status
+
+
+OVERFLOWS = [
+    "This model's maximum context length is 8192 tokens. However, you requested 9000 tokens.",
+    "Your input exceeds the context window of this model.",
+    "the request exceeds the available context size, try increasing it",
+    "Context size has been exceeded.",
+    "prompt is too long: 210000 tokens > 200000 maximum",
+    "input length and `max_tokens` exceed context limit: 190000 + 20000 > 200000",
+    "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).",
+    "Input is too long for requested model.",
+    "Prompt contains 40000 tokens, too large for model with 32768 maximum context length",
+    "This model's maximum prompt length is 131072 but the request contains 537812 tokens.",
+    "Your request exceeded model token limit: 131072",
+    "invalid params, context window exceeds limit",
+    "the input length exceeds the context length",
+    "prompt too long; exceeded max context length by 12 tokens",
+    "Range of input length should be [1, 30720]",
+    "`inputs` tokens + `max_new_tokens` must be <= 4097",
+    "too many tokens: total number of tokens in the prompt cannot exceed 4081",
+    "Trying to keep the first 5000 tokens when context the overflows. It has a context length of only 4096 tokens",
+]
+
+
+@pytest.mark.parametrize("words", OVERFLOWS)
+def test_a_prompt_that_does_not_fit_is_the_callers_matter_wherever_it_is_told(words: str) -> None:
+    said = {"error": {"code": 500, "message": words, "type": "server_error"}}
+    for failure in (http_error(500, said), http_error(400, said["error"]), reported("x", said), reported("x", words)):
+        status, error = shown(failure)
+        assert (status, error["code"], failure.retryable) == (400, "context_length_exceeded", True)
+        assert verdict_of(failure, 0.0).weight is Weight.ANSWERED
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (413, "Request too large on tokens per minute (TPM): Limit 6000, Requested 7000"),
+        (400, "too many tokens: 40,000 per minute are allowed"),
+        (429, "This would exceed the rate limit of 40,000 input tokens; your prompt is too long"),
+        (500, "failed to allocate a KV cache for a context size of 8192"),
+        (401, "no context window for this key"),
+        (500, "CUDA out of memory"),
+    ],
+)
+def test_limits_of_other_kinds_are_no_overflow(status: int, words: str) -> None:
+    failure = http_error(status, {"error": {"message": words}})
+    assert (failure.overflow, failure.status) == (False, status)
+
+
+def test_the_code_of_a_prompt_that_does_not_fit_is_enough() -> None:
+    assert http_error(400, {"error": {"code": "context_length_exceeded", "message": "no"}}).overflow
+    assert reported("x", {"error": {"type": "exceed_context_size_error", "message": "no"}}).overflow
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"retry_after": 7},
+        {"retry_after_seconds": 6.5},
+        {"details": [{"@type": "RetryInfo", "retryDelay": "6.07s"}]},
+        {"metadata": {"headers": {"Retry-After": "7"}}},
+    ],
+)
+def test_a_wait_that_the_body_asks_for_is_kept_where_no_header_does(told: dict[str, Any]) -> None:
+    said = {"error": {"code": 429, "message": "slow", **told}}
+    assert reported("x", said).headers == {"retry-after": "7"}
+    assert http_error(429, said, **{"Retry-After": "3"}).headers == {"retry-after": "3"}
+    assert verdict_of(reported("x", said), 0.0).wait_s == 7.0
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *({"error": {}}, {"error": ""}, {"error": []}, {"error": "boom"}, {"choices": [], "error": {"code": 5}}),
+        *({"object": "error", "message": "boom"}, {"type": "error"}, {"errors": ["boom"]}, [{"error": {}}]),
+        *({"choices": [{"error": {}}]}, {"choices": [{"delta": {}, "finish_reason": "error"}]}),
+        *({"base_resp": {"status_code": 1000}}, {"success": False}, {"status": "error"}, {"detail": "boom"}),
+    ],
+)
+def test_whatever_says_error_is_one(said: Any) -> None:
+    assert error_in(said) is not None
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *({"error": None, "choices": []}, {"error": False, "choices": []}, {"errors": [], "choices": []}, {}, [], 5),
+        *({"choices": [{"error": None, "finish_reason": "stop"}]}, {"base_resp": {"status_code": 0}}),
+        *({"choices": [{"delta": {"content": "error"}}], "detail": "x", "status": "failed"}, {"type": "ping"}),
+    ],
+)
+def test_what_does_not_is_none(said: Any) -> None:
+    assert error_in(said) is None
+
+
+def test_what_a_completion_says_is_not_shown_beside_its_error() -> None:
+    said = {"choices": [{"message": {"content": "half"}}], "usage": {}, "error": {"message": "gone"}, "request_id": "r"}
+    _, body, _ = describe(no_completion("small", said))
+    assert set(body) == {"error", "request_id"}
