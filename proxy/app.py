@@ -34,12 +34,6 @@ ROUTERS = (
     *(health.router, chat.router, models.router, route.router, openapi.router),
     *(admin.router, admin_jobs.router, admin_keys.router, admin_audit.router),
 )
-# HEAD wherever GET is: the framework sees to that for plain routes alone. The server sends no body.
-for _router in ROUTERS:
-    for _route in _router.routes:
-        if isinstance(_route, APIRoute) and _route.methods and "GET" in _route.methods:
-            _route.methods.add("HEAD")
-
 EXPOSED = (
     *("x-request-id", "x-uniroute-model", "x-uniroute-decision", "x-uniroute-reason", "x-uniroute-overhead-ms"),
     "x-uniroute-max-tokens",
@@ -109,6 +103,8 @@ class Layered(FastAPI):
         await (self.framework if scope["type"] == "lifespan" else self.outermost)(scope, receive, send)
 
     async def framework(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD" and "GET" in _methods(path_of(scope)):
+            scope = {**scope, "method": "GET"}  # the server leaves the body out
         await super().__call__(scope, receive, send)
 
 
@@ -141,18 +137,19 @@ async def _plain(request: Request, error: Exception) -> Response:
         log.info("request=%s status=404: %s", request.scope[TRACE].request_id, told)
         return JSONResponse(error_object(told, "invalid_request_error", "unknown_path"), 404)
     if error.status_code == 405:
-        allowed = _allowed(path)
+        allowed = ", ".join(sorted(_methods(path)))
         told = f"{method[:20]} is not served at {path[:200]}; {allowed} is"
         return JSONResponse(plain_error(405, told), 405, {"allow": allowed})
     return JSONResponse(plain_error(error.status_code, str(error.detail)), error.status_code, error.headers)
 
 
-def _allowed(path: str) -> str:
-    """The methods of all routes of this path, the longest where some hold others; the framework names one route's."""
+def _methods(path: str) -> set[str]:
+    """Of all routes of this path, the longest where some hold others; the framework names one route's."""
     routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
     found = [route for route in routes if route.path_regex.match(path)]
     best = max((route.path for route in found), key=len, default="")
-    return ", ".join(sorted({method for route in found if route.path == best for method in route.methods or ()}))
+    methods = {method for route in found if route.path == best for method in route.methods or ()}
+    return methods | {"HEAD"} if "GET" in methods else methods
 
 
 def configure_logs() -> None:

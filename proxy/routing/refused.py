@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from proxy.errors import ControlFieldRefused
+from proxy.errors import BadRequest, ControlFieldRefused
 from proxy.words import words
 from router_core.unicode import normalized
 
@@ -56,6 +56,8 @@ _READ_BY_NAME = words("""
     model messages stream stream_options uniroute models provider route metadata extra_body max_tokens
     max_completion_tokens n tools tool_choice functions response_format modalities audio user store
 """)
+MAX_NAME = 1000
+"""Characters of a name that is not ASCII: to look for the same name in other letters takes microseconds for each."""
 _INVISIBLE = re.compile(r"[\s\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]")
 
 
@@ -100,6 +102,8 @@ def plain_name(name: str) -> str:
     """As the least careful reader would take it: some match names without regard to case, Go's even to U+017F for s."""
     if name.isascii():
         return name.strip().lower()
+    if len(name) > MAX_NAME:
+        raise BadRequest(f"a field's name is longer than {MAX_NAME} characters: {name[:40]!r}…")
     return _INVISIBLE.sub("", normalized("NFKC", name)).casefold()
 
 

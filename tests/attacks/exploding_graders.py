@@ -48,4 +48,5 @@ def readers() -> dict[str, Callable[[str], object]]:
 
 
 if __name__ == "__main__":
+    GRADERS[8].grade("{}")  # its library takes a second to be imported, which is no work on a shape
     read_all(readers(), sys.argv[1])

@@ -57,6 +57,7 @@ def _chat(body: dict[str, Any]) -> object:
 
 
 def _renamed(text: str) -> object:
+    text = text.encode("utf-8", "replace").decode()  # half characters are refused when the body is parsed
     body = {"tools": [{"model": text}, {text: "model"}], "model": text}
     return with_model(json.dumps(body).encode(), body, "other")
 

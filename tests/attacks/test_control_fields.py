@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import ControlFieldRefused, UpstreamFailure
+from proxy.errors import BadRequest, ControlFieldRefused, UpstreamFailure
 from proxy.routing.refused import is_control_field
 from proxy.routing.request import parse_chat
 from proxy.settings import ModelInfo, Settings
@@ -195,3 +195,11 @@ def test_no_disguise_gets_a_control_field_through(name: str) -> None:
 def test_extra_body_may_not_change_what_was_checked(name: str) -> None:
     with pytest.raises(ControlFieldRefused):
         parse_chat(json.dumps({"model": "auto", "messages": ASK, "extra_body": {name: "other"}}).encode(), [])
+
+
+@pytest.mark.parametrize("where", [None, "metadata", "extra_body"])
+def test_a_long_name_in_other_letters_is_refused_before_it_is_compared(where: str | None) -> None:
+    name = "\ufdfa" * 1001
+    fields = {where: {name: 1}} if where else {name: 1}
+    with pytest.raises(BadRequest, match="longer than 1000 characters"):
+        parse_chat(json.dumps({"model": "auto", "messages": ASK, **fields}).encode(), [])

@@ -36,7 +36,9 @@ def test_an_upstreams_own_status_and_words_pass_through(
     with pytest.raises(kind) as caught:
         client.chat.completions.create(model="fair", messages=ASK, stream=stream)
 
-    assert caught.value.body == {"message": "their words", "type": "their_type", "param": None, "code": "their_code"}
+    said = dict(caught.value.body)  # type: ignore[call-overload]
+    assert said.pop("message").endswith("their words")
+    assert said == {"type": "their_type", "param": None, "code": "their_code"}
     assert caught.value.response.headers["x-uniroute-model"] == "fair"
     assert len(fleet.fair.history) == 1
 
@@ -121,7 +123,7 @@ def test_a_candidate_that_nobody_registered_is_not_found(client: openai.OpenAI) 
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/nope", 404), ("GET", "/v1/chat/completions", 405), ("POST", "//v1/chat/completions", 404)],
+    [("GET", "/nope", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/v1/v1/chat/completions", 404)],
 )
 def test_every_error_is_json(http: httpx.Client, method: str, path: str, status: int) -> None:
     reply = http.request(method, str(http.base_url).rstrip("/") + path, content=b"{}")

@@ -197,5 +197,4 @@ def test_the_models_are_listed_with_the_names_that_route(client: openai.OpenAI) 
 
     assert listed == ["auto", "uniroute/auto", "uniroute/best", "uniroute/cheap", "fair", "good"]
     assert client.models.retrieve("uniroute/best").object == "model"
-    with pytest.raises(openai.NotFoundError):
-        client.models.retrieve("nobody")
+    assert client.models.retrieve("a-name-that-is-routed").owned_by == "uniroute"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from tests.support.server import ROOT
 
 CHARACTERS = 20_000
-CPU_S = 3
+CPU_S = 4
 """For one reader and four units: a linear reader needs tenths of a second for them."""
 FEW = (" ", ".", "({[", '"', "\\", "1", "-", "<think>", "```", "\u0301\u0316", "_cost_per_", "{[(\"'`\\* -1")
 """Of each kind one."""

@@ -60,7 +60,7 @@ def accepts(schema: Mapping[str, object], value: object) -> bool:
     """Tell whether `value` is valid. What takes too many steps is not."""
     try:
         return _is_valid(schema, value)
-    except (RecursionError, ArithmeticError, _TooManyReferences):  # 1e999 is no multiple of anything
+    except (RecursionError, ArithmeticError, Unresolvable, _TooManyReferences):  # 1e999 is no multiple of anything
         return False
 
 
