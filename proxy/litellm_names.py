@@ -23,7 +23,7 @@ PARAMS = _words("""
     litellm_credential_name litellm_trace_id provider_affinity_header max_parallel_requests cooldown_time
     allow_client_keepalive_override keepalive_seconds use_litellm_proxy region_name max_retries num_retries timeout
     stream_timeout request_timeout force_timeout retry_policy allowed_fails allowed_fails_policy routing_strategy
-    fallbacks default_fallbacks context_window_fallbacks content_policy_fallbacks caching
+    fallbacks default_fallbacks context_window_fallbacks content_policy_fallbacks caching stream stream_options
 """)
 """Keys of `litellm_params` that steer LiteLLM's own proxy. They are dropped: waiting and retrying are set here."""
 

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
-from proxy.litellm_params import check_shapes
+from proxy.litellm_params import ParamError, check_effects, check_shapes
 from proxy.price_fields import with_flat_tiers
+from proxy.redaction import shown
 from proxy.setting_types import Count, Forward, Frozen, ModelName, Seconds, TokenCost, Whole
 from router_core.types import PRICE_FIELDS, Price, flat_price_field, price_field
 
@@ -112,6 +113,15 @@ class ModelEntry(Frozen):
         check_shapes(self.litellm_params)
         return self
 
+    def check_effects(self) -> None:
+        """Refuse what would be accepted and have no effect. Raises ParamError.
+
+        A record that is stored already is not held to it: what is known may have grown since.
+        """
+        check_effects(self.litellm_params, frozenset(ModelInfo.model_fields))
+        if self.model_info.max_queued_requests is not None and self.model_info.max_parallel_requests is None:
+            raise ParamError("model_info.max_queued_requests", " counts only with max_parallel_requests; state both")
+
     def __repr_args__(self) -> list[tuple[str | None, Any]]:
-        shown = {key: value for key, value in self.litellm_params.items() if key in ("model", "api_base")}
-        return [("model_name", self.model_name), ("litellm_params", shown), ("model_info", self.model_info)]
+        told = {key: shown(key, value) for key, value in self.litellm_params.items() if key in ("model", "api_base")}
+        return [("model_name", self.model_name), ("litellm_params", told), ("model_info", self.model_info)]

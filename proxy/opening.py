@@ -26,7 +26,7 @@ from proxy.jobs.jobs import Jobs
 from proxy.jobs.onboarding import onboarding
 from proxy.limits.limiter import Limiter
 from proxy.limits.scripts import SETTLE_FUNCTION
-from proxy.preflight import check_data_dir
+from proxy.preflight import check_data_dir, check_named_models
 from proxy.recording.journals import Journals
 from proxy.recording.metrics import Metrics
 from proxy.recording.recorder import UsageRecorder
@@ -96,6 +96,7 @@ async def open_services(
             await state.start()
         closing.push_async_callback(state.stop)
         check_exposure(settings, keys_required=state.current.keys_required)
+        check_named_models(settings, state.current.models, _is_priced, complete=state.available)
         metrics = Metrics(open_values(counts))
         health = await closing.enter_async_context(_watched_health(settings, store, state, metrics))
         usage = await closing.enter_async_context(_running(_recorder(store, settings, metrics)))
@@ -178,6 +179,10 @@ async def _hold_open(
         log.exception("the server cannot start" if not holder.is_open else "the server could not be closed")
     if holder.startup.failure is not None and not ending.is_set():
         raise SystemExit(START_FAILED)
+
+
+def _is_priced(name: str) -> bool:
+    return bundled_catalog().find(name) is not None
 
 
 class _Background(Protocol):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import re
 import string
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -18,9 +20,11 @@ from pydantic import (
 )
 
 from proxy.health.policy import HealthPolicy
+from proxy.litellm_params import ParamError
 from proxy.model_entries import ModelEntry, ModelInfo
 from proxy.redis_address import RedisAddress
 from proxy.setting_types import (
+    RESERVED_NAMES,
     Amount,
     Count,
     Frozen,
@@ -60,6 +64,36 @@ log = logging.getLogger("uniroute.settings")
 
 _REDIS = ("username", "password", "sentinel_username", "sentinel_password", "ca_file", "cert_file", "key_file")
 """What may be stated of Redis apart from its URL: redis_username and so on."""
+
+
+def _web_address(value: str | None) -> str | None:
+    parts = urlsplit(value) if value is not None else None
+    if parts is not None and not (parts.scheme in ("http", "https") and parts.hostname):
+        raise ValueError("must start with http:// or https:// and name a host")
+    return value
+
+
+def _host_names(values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?", value):
+            raise ValueError(f"must be names of hosts, as proxy.example.com; got {value!r}")
+    return values
+
+
+def _pages(values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        if value != "null" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#*@A-Z]+", value):
+            raise ValueError(f"must be origins as browsers write them, https://app.example.com; got {value!r}")
+    return values
+
+
+def _variables_of_others(values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        if value.startswith("UNIROUTE_") or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+            raise ValueError(f"must be names of variables, none of them UNIROUTE_…; got {value!r}")
+    return values
+
+
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
 
@@ -87,11 +121,11 @@ class Settings(Frozen):
     recipe: Literal["pooled", "shrunk", "raw", "laplace"] = "pooled"
     profile: ProfileSettings = ProfileSettings()
     judge_model: str | None = None
-    allowed_env: Names = ()
-    allowed_hosts: Names = ()
-    allowed_origins: Names = ()
+    allowed_env: Annotated[Names, AfterValidator(_variables_of_others)] = ()
+    allowed_hosts: Annotated[Names, AfterValidator(_host_names)] = ()
+    allowed_origins: Annotated[Names, AfterValidator(_pages)] = ()
     price_refresh_minutes: Amount = 0
-    price_url: str | None = Field(default=None, repr=False)
+    price_url: Annotated[str | None, AfterValidator(_web_address)] = Field(default=None, repr=False)
     max_body_bytes: Count = 20_000_000
     max_answer_bytes: Count = 20_000_000
     max_answers_in_flight_bytes: Count = 256_000_000
@@ -156,11 +190,16 @@ class Settings(Frozen):
     @model_validator(mode="after")
     def _keys_may_be_used(self) -> Settings:
         for number, entry in enumerate(self.model_list):
+            try:
+                entry.check_effects()
+            except ParamError as refusal:
+                raise ValueError(f"model_list[{number}].{refusal}") from None
             for key, value in entry.litellm_params.items():
-                try:
-                    referred_variable(value, self.allowed_env)
-                except SettingsError as refusal:
-                    raise ValueError(f"model_list[{number}].litellm_params.{key}: {refusal}") from None
+                for path, text in [(key, value), *((f"{key}.{name}", inner) for name, inner in _items(value))]:
+                    try:
+                        referred_variable(text, self.allowed_env)
+                    except SettingsError as refusal:
+                        raise ValueError(f"model_list[{number}].litellm_params.{path}: {refusal}") from None
         return self
 
     @model_validator(mode="after")
@@ -175,9 +214,17 @@ class Settings(Frozen):
             seen.add(entry.model_name)
         if "*" not in self.route_names and (taken := seen.intersection(self.route_names)):
             raise ValueError(f"route_names: {sorted(taken)[0]!r} is also a model; a name either routes or is a model")
+        if self.default_model in RESERVED_NAMES or self.default_model in self.route_names:
+            raise ValueError(
+                f"default_model: {self.default_model!r} asks for routing; name the model that is to answer"
+            )
         if self.admin_key is not None and len(self.admin_key.get_secret_value()) < 8:
             raise ValueError("admin_key: is too short to protect anything; use 8 characters or more")
         return self
+
+
+def _items(value: object) -> list[tuple[str, object]]:
+    return [(str(name), inner) for name, inner in value.items()] if isinstance(value, Mapping) else []
 
 
 def _nested() -> dict[str, Collection[str]]:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from proxy.settings_sources import unknown
 
-_SECRET = frozenset({"admin_key", "redis_url", "redis_password", "redis_sentinel_password"})
+_SECRET = frozenset({"admin_key", "redis_url", "redis_password", "redis_sentinel_password", "price_url"})
 _WORDS = {
     "model_type": "must be a mapping of keys to values",
     "dataclass_type": "must be a mapping of keys to values",

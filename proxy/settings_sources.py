@@ -13,7 +13,9 @@ from typing import Any
 import yaml
 
 from proxy.litellm_names import PARAMS, SECTIONS, is_model_info_of_litellm
+from proxy.litellm_params import unknown_fields
 from proxy.price_fields import TIERED
+from router_core.documents import MAX_CONFIG_BYTES, MAX_DEPTH, MAX_NODES, DocumentTooLarge, read_bounded
 from router_core.types import price_field
 
 log = logging.getLogger("uniroute.settings")
@@ -37,14 +39,57 @@ def unknown(where: str, key: object, known: Collection[str]) -> SettingsError:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The whole file as one mapping; an empty file is an empty one."""
     try:
-        loaded = yaml.load(path.read_text("utf-8"), Loader=_Loader)  # noqa: S506  a SafeLoader, made stricter
+        loaded = _loaded(read_bounded(path, MAX_CONFIG_BYTES).decode("utf-8-sig"))
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read ({error.strerror}); give a file with --config") from None
     except UnicodeDecodeError:
         raise SettingsError(f"{path}: is not UTF-8 text") from None
     except yaml.YAMLError as error:
         raise SettingsError(f"{path}: is not valid YAML: {_yaml_problem(error)}") from None
+    except DocumentTooLarge as error:
+        raise SettingsError(f"{path}: {error}") from None
+    except _ODD_VALUES as error:
+        raise SettingsError(f"{path}: is not valid YAML: a value cannot be read ({error})"[:400]) from None
     return _mapping(loaded, str(path))
+
+
+def _loaded(text: str) -> object:
+    """Raises yaml.YAMLError, DocumentTooLarge, and what YAML's own types stumble over."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _measured(node, {})
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _measured(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """How many nodes and levels it has with each alias written out. An alias is of something above it, so that is
+    known already; or it is around the alias. Raises DocumentTooLarge."""
+    if id(node) in known:
+        measured = known[id(node)]
+        if measured is None:
+            raise DocumentTooLarge(f"line {node.start_mark.line + 1}: an anchor holds an alias of itself")
+        return measured
+    known[id(node)] = None
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        parts = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        parts = node.value
+    size, depth = 1, 1
+    for part in parts:
+        inner, levels = _measured(part, known)
+        size, depth = size + inner, max(depth, 1 + levels)
+    if size > MAX_NODES:
+        raise DocumentTooLarge(f"holds more than {MAX_NODES:,} values, each alias counted as what it stands for")
+    if depth > MAX_DEPTH:
+        raise DocumentTooLarge(f"is nested deeper than {MAX_DEPTH} levels")
+    known[id(node)] = size, depth
+    return size, depth
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
@@ -55,8 +100,23 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
 
 
+_ODD_VALUES = (ValueError, TypeError, LookupError, AttributeError, OverflowError)
+"""What YAML's types raise over dates that are none, numbers of 5,000 digits and the like."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader, refusing a key that is written twice (the plain one silently keeps the last)."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Raises DocumentTooLarge before the stack is too deep."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise DocumentTooLarge(f"is nested deeper than {MAX_DEPTH} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
         seen: set[str] = set()
@@ -97,9 +157,11 @@ def _entry(raw: object, where: str, info_fields: Collection[str]) -> dict[str, A
     info = dict(_mapping(entry.get("model_info"), f"{where}.model_info"))
     for key in [key for key in params if _is_price(key) or key == "max_parallel_requests"]:
         info.setdefault(key, params.pop(key))
-    for key in sorted(PARAMS & params.keys()):
+    for key in sorted(name for name in params if name in PARAMS or is_model_info_of_litellm(str(name))):
         log.warning("%s.litellm_params: %r is LiteLLM's and has no meaning here; it is ignored", where, key)
         del params[key]
+    for key in unknown_fields(params):
+        log.warning("%s.litellm_params: %r is not known here; it is sent in the body of every request", where, key)
     for key in [key for key in info if key not in info_fields and not _is_price(key)]:
         if not is_model_info_of_litellm(key):
             raise unknown(f"{where}.model_info", key, info_fields)
@@ -138,7 +200,7 @@ def split_list(value: object) -> object:
     if value.lstrip().startswith("["):
         try:
             return json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"is not a JSON list ({error})") from None
     return [part.strip() for part in value.split(",") if part.strip()]
 

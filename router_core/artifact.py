@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import zipfile
+import zlib
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.clustering import ClusterMap
-from router_core.errors import InvalidArtifact, InvalidInput
+from router_core.documents import MAX_ARRAYS_BYTES, MAX_MANIFEST_BYTES, DocumentTooLarge, parse_json, read_bounded
+from router_core.errors import InvalidArtifact
 from router_core.history import History
 from router_core.learned_map import LearnedMap
 from router_core.response import ResponseClusters
@@ -70,9 +73,11 @@ def load_map(folder: Path) -> ClusterMap:
     """
     manifest = _read_manifest(folder / MANIFEST)
     try:
-        arrays = (folder / ARRAYS).read_bytes()
+        arrays = read_bounded(folder / ARRAYS, MAX_ARRAYS_BYTES)
     except OSError as exc:
         raise InvalidArtifact(f"{folder / ARRAYS} cannot be read: {exc.strerror}") from exc
+    except DocumentTooLarge as exc:
+        raise InvalidArtifact(f"{folder / ARRAYS} {exc}") from exc
     if hashlib.sha256(arrays).hexdigest() != manifest.get("sha256"):
         raise InvalidArtifact(f"{folder / ARRAYS} does not match the digest in its manifest; make the map again")
     cluster_map = _assemble(folder, arrays, manifest)
@@ -89,11 +94,13 @@ def builtin_map() -> ClusterMap:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(read_bounded(path, MAX_MANIFEST_BYTES).decode())
     except OSError as exc:
         raise InvalidArtifact(
             f"{path} cannot be read: {exc.strerror}; a map is a folder made by `uniroute fit`"
         ) from exc
+    except DocumentTooLarge as exc:
+        raise InvalidArtifact(f"{path} {exc}") from exc
     except ValueError as exc:
         raise InvalidArtifact(f"{path} is not JSON: {exc}") from exc
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -103,6 +110,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _assemble(folder: Path, arrays: bytes, manifest: dict[str, Any]) -> ClusterMap:
     try:
+        _check_sizes(arrays)
         with np.load(io.BytesIO(arrays), allow_pickle=False) as loaded:
             return ClusterMap(
                 loaded["centroids"],
@@ -113,8 +121,22 @@ def _assemble(folder: Path, arrays: bytes, manifest: dict[str, Any]) -> ClusterM
                 taught=[_taught(loaded, **stated) for stated in manifest["taught"]],
                 history=_history(loaded, manifest),
             )
-    except (KeyError, TypeError, ValueError, zipfile.BadZipFile, InvalidInput) as exc:
+    except (KeyError, TypeError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as exc:
         raise InvalidArtifact(f"{folder} is not a complete cluster map: {exc}") from exc
+
+
+def _check_sizes(arrays: bytes) -> None:
+    """Refuse arrays that would unpack to more than the bound, or say that they are larger than what is there."""
+    with zipfile.ZipFile(io.BytesIO(arrays)) as archive:
+        if sum(member.file_size for member in archive.infolist()) > MAX_ARRAYS_BYTES:
+            raise ValueError(f"its arrays are larger than {MAX_ARRAYS_BYTES:,} bytes")
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                shape, _, kind = read_header[version](file)
+            if math.prod(shape) * kind.itemsize > member.file_size:
+                raise ValueError(f"{member.filename} says that it is larger than it is")
 
 
 def _taught(loaded: Mapping[str, NDArray[Any]], *, kind: str, top: int) -> TaughtClusters:

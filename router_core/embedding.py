@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import hashlib
 import os
@@ -34,6 +35,7 @@ ROWS_AT_ONCE = 256
 """Of the table, so that what is copied out of it stays in a core's own cache: half the time for 3,000 tokens."""
 LOOK_AGAIN_S = 0.1
 SCRATCH = ".distilling-"
+MODEL_FILES = ("modules.json", "config.json")
 TOKEN_WEIGHTS = Path(__file__).parent / "assets" / "token_weights.npy"
 
 
@@ -100,7 +102,7 @@ class TransformerEmbedder:
     """A sentence-transformers model; all-MiniLM-L6-v2 from the installed package unless another is named."""
 
     def __init__(self, name: str | None = None) -> None:
-        """`name` is a folder or a model of the hub. Remote code is never run."""
+        """`name` is a folder, or a model of the hub that was downloaded before. No network, and no remote code."""
         self._name = name
         self.id = f"transformer-{name or 'all-MiniLM-L6-v2'}"
 
@@ -108,7 +110,8 @@ class TransformerEmbedder:
     def _model(self) -> Any:
         from sentence_transformers import SentenceTransformer
 
-        return SentenceTransformer(self._name or str(distill.model_folder()), device="cpu", trust_remote_code=False)
+        folder = self._name or str(distill.model_folder())
+        return SentenceTransformer(folder, device="cpu", trust_remote_code=False, local_files_only=True)
 
     @property
     def dimension(self) -> int:
@@ -159,10 +162,40 @@ def open_embedder(
     progress: distill.Progress = lambda _done, _total: None,
     stop: threading.Event | None = None,
 ) -> Embedder:
-    """`static`, `transformer`, or the name of any sentence-transformers model. As `static_embedder`."""
+    """`static`, `transformer`, the folder of a sentence-transformers model, or the name of one that was downloaded.
+
+    Raises:
+        InvalidArtifact: there is no such model on this machine; nothing is downloaded.
+        Interrupted: `stop` was set before the table was made.
+    """
+    check_embedder(kind)
     if kind == "static":
         return static_embedder(cache_dir, announce, progress, stop)
     return TransformerEmbedder(None if kind == "transformer" else kind)
+
+
+def check_embedder(name: str) -> None:
+    """Whether there is one of this name, said before torch is imported, which takes seconds. Raises InvalidArtifact."""
+    if name in ("static", "transformer"):
+        return
+    if Path(name).is_dir():
+        if not any((Path(name) / file).exists() for file in MODEL_FILES):
+            raise InvalidArtifact(f"the folder {name} holds no sentence-transformers model ({MODEL_FILES[0]})")
+        return
+    from huggingface_hub import try_to_load_from_cache
+
+    for repository in (name, f"sentence-transformers/{name}"):
+        try:
+            if any(isinstance(try_to_load_from_cache(repository, file), str) for file in MODEL_FILES):
+                return
+        except ValueError:  # it cannot be a name
+            continue
+    near = difflib.get_close_matches(name, ("static", "transformer"), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"download it first: `hf download {name}`"
+    raise InvalidArtifact(
+        f"no model {name!r} is on this machine: give static, transformer, a folder, or a model of the hub that was"
+        f" downloaded; {hint}"
+    )
 
 
 @contextmanager

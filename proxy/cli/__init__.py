@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 
 import typer
 
@@ -33,12 +35,21 @@ for group, name in ((models, "models"), (keys, "keys"), (prices, "prices"), (val
 def main() -> None:
     """Run; a mistake of the user's or failed work is one line on stderr and exit status 2 or 1."""
     try:
-        app(prog_name="uniroute")
+        try:
+            app(prog_name="uniroute")
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except SystemExit:
         raise  # so that the imports below are for errors alone
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output left; Python would complain when flushing
+        _drop_output()  # the reader of our output left; Python would complain when flushing
         sys.exit(1)
+    except OSError as error:
+        _drop_output()
+        named = f" ({error.filename})" if error.filename else ""
+        what = "the work failed" if named else "the output cannot be written"
+        _stop(CommandFailed(f"{what}: {error.strerror or error}{named}"), 1)
     except _bad_argument() as error:
         _stop(error, 2)
     except _failed_work() as error:
@@ -63,8 +74,20 @@ def _failed_work() -> tuple[type[Exception], ...]:
     return (CommandError, FeedFailed, LocalModelError, RegistryError, StoreUnavailable, RouterCoreError)
 
 
+class CommandFailed(Exception):
+    """What the machine refused: no space, no permission."""
+
+
+def _drop_output() -> None:
+    """Nothing more is written: what is still held would fail again at the end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+
+
 def _stop(error: Exception, status: int) -> None:
     from proxy.plain_text import plain
 
-    sys.stderr.write(f"uniroute: {' '.join(plain(str(error), lines=False).split())}\n")
+    with suppress(OSError):
+        sys.stderr.write(f"uniroute: {' '.join(plain(str(error), lines=False).split())}\n")
     sys.exit(status)

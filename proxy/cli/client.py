@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import httpx
 
-from proxy.cli.console import CommandError, Progress
+from proxy.cli.console import BadArgument, CommandError, Progress
+from proxy.http_clients import WayOutError, http_client
 
 _POLL_S = 0.3
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
@@ -21,12 +22,17 @@ class ServerClient:
     def __init__(self, url: str, key: str | None) -> None:
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self.url = url.rstrip("/")
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        try:
+            self._http = http_client(base_url=self.url, headers=headers, timeout=60)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise BadArgument(f"--url: {url!r} is not an address, as http://127.0.0.1:8000 ({error})") from None
 
     def call(self, method: Method, path: str, body: Mapping[str, Any] | None = None) -> Any:
         try:
             reply = self._http.request(method, path, json=body)
-        except httpx.TransportError as error:
+        except WayOutError as error:
+            raise CommandError(f"the server at {self.url} cannot be reached: {error}") from None
+        except (httpx.TransportError, httpx.InvalidURL) as error:
             raise CommandError(
                 f"no UniRoute server answers at {self.url} ({error}); start one with `uniroute serve`, or give --url"
             ) from None

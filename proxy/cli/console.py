@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 from unicodedata import east_asian_width
 
@@ -35,16 +35,20 @@ class BadArgument(CommandError):
 
 
 def say(text: str = "") -> None:
-    print(plain(text), flush=True)  # noqa: T201
+    write(text + "\n")
 
 
 def write(text: str) -> None:
-    """Without a line end: tokens as they come."""
+    """Without a line end: tokens as they come. Raises CommandError where nobody can take them."""
+    if sys.stdout is None:
+        raise CommandError("the output cannot be written: standard output is closed")
     print(plain(text), end="", flush=True)  # noqa: T201
 
 
 def note(text: str) -> None:
-    print(plain(text), file=sys.stderr, flush=True)  # noqa: T201
+    """On stderr; where that cannot be written nobody is told, and the work goes on."""
+    with suppress(OSError):
+        print(plain(text), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def emit_json(value: object) -> None:

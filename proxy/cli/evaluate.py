@@ -127,13 +127,14 @@ def _deployed(outcomes: Path, settings: Settings, url: str | None) -> Results:
 
 def _studied(order: Order, embedder: str, data_dir: Path, workers: int | None) -> Results:
     from proxy.cli import console
-    from proxy.cli.inputs import opened_embedder, readable
+    from proxy.cli.inputs import known_embedder, opened_embedder, readable
     from proxy.cli.traffic import embedded, user_turn
     from router_core.evaluation.outcomes import read_outcomes
     from router_core.evaluation.study import run_study
 
     if order.prices is None:
         raise console.BadArgument("--prices: give the prices of the models that --outcomes scores")
+    known_embedder(embedder, "--embedder")
     outcomes = read_outcomes(order.outcomes, readable(order.prices, "--prices"))
     opened = opened_embedder(embedder, data_dir)
     plan = _plan(order, outcomes, opened.id)

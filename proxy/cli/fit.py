@@ -32,7 +32,9 @@ def fit(
     outcomes: Annotated[Path | None, typer.Option("--outcomes", help=OUTCOMES_HELP)] = None,
     clusters: Annotated[int, typer.Option("--clusters", min=2, max=4096, help="K, how many clusters.")] = 64,
     seed: Annotated[int, typer.Option("--seed", help="Same prompts, same seed: same map.")] = 0,
-    embedder: Annotated[str, typer.Option("--embedder", help="static, transformer, or a model's name.")] = "static",
+    embedder: Annotated[
+        str, typer.Option("--embedder", help="static, transformer, a model's folder or name.")
+    ] = "static",
     data_dir: DataDirOption = None,
     ray: Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help=RAY_HELP)] = None,
     workers: Annotated[
@@ -51,7 +53,7 @@ def fit(
     """
     from proxy.cli import console
     from proxy.cli.fit_steps import Order
-    from proxy.cli.inputs import empty_folder
+    from proxy.cli.inputs import empty_folder, known_embedder
     from proxy.cli.known_models import known_models
     from proxy.cli.options import read_settings
     from proxy.cli.prompt_files import check_prompt_files
@@ -64,6 +66,8 @@ def fit(
     if workers and not ray:
         raise console.BadArgument("--workers is for --ray; one process embeds without it")
     settings = read_settings(None, data_dir=data_dir)
+    if not ray:
+        known_embedder(embedder, "--embedder")
     check_prompt_files(paths)
     empty_folder(out, "--out")
     order = Order(paths, clusters, seed, embedder, settings.data_dir)

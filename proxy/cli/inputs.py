@@ -65,6 +65,18 @@ def empty_folder(path: Path, where: str) -> Path:
     return path
 
 
+def known_embedder(kind: str, where: str) -> str:
+    """The name, if there is such an embedder on this machine: before the work, not after it. Raises BadArgument."""
+    from router_core.embedding import check_embedder
+    from router_core.errors import InvalidArtifact
+
+    try:
+        check_embedder(kind)
+    except InvalidArtifact as error:
+        raise BadArgument(f"{where}: {error}") from None
+    return kind
+
+
 def opened_embedder(kind: str, data_dir: Path) -> Embedder:
     """With its model loaded. Raises CommandError when that cannot be had."""
     from router_core.embedding import open_embedder

@@ -10,6 +10,7 @@ from typing import Any
 
 from proxy.cli.console import BadArgument
 from proxy.settings import load_settings
+from router_core.documents import MAX_PROFILE_BYTES, DocumentTooLarge, parse_json, read_bounded
 
 
 def litellm_params(model: str, api_base: str | None, key_variable: str | None, extra: Sequence[str]) -> dict[str, Any]:
@@ -53,9 +54,11 @@ def profile(
 def _read_profile(path: Path) -> dict[str, Any]:
     """A profile's own JSON, or the card that `models show` prints, which has it inside."""
     try:
-        document = json.loads(path.read_text("utf-8"))
+        document = parse_json(read_bounded(path, MAX_PROFILE_BYTES).decode())
     except OSError as error:
         raise BadArgument(f"--profile: {path} cannot be read ({error.strerror})") from None
+    except DocumentTooLarge as error:
+        raise BadArgument(f"--profile: {path} {error}") from None
     except ValueError as error:
         raise BadArgument(f"--profile: {path} is not JSON ({error})") from None
     found = document.get("profile", document) if isinstance(document, dict) else None
@@ -82,7 +85,7 @@ def _value(text: str) -> Any:
     """0.5 is a number, true a boolean, anything that is not JSON (NaN too) the text itself."""
     try:
         return json.loads(text, parse_constant=_no_number)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
@@ -12,6 +11,7 @@ from typing import Any
 
 from proxy.cli.console import BadArgument
 from proxy.cli.inputs import readable
+from router_core.documents import MAX_LINE_BYTES, DocumentTooLarge, parse_json
 from router_core.excerpt import excerpt
 
 _PARQUET_ROWS = 1024
@@ -52,7 +52,10 @@ def _reader(path: Path) -> Callable[[Path], Iterator[str]]:
 
 def _lines(path: Path) -> Iterator[str]:
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-        yield from lines
+        for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_BYTES), ""), 1):
+            if len(line) == MAX_LINE_BYTES:
+                raise BadArgument(f"{path}, line {number}: is longer than {MAX_LINE_BYTES:,} characters")
+            yield line
 
 
 def _text(path: Path) -> Iterator[str]:
@@ -64,7 +67,9 @@ def _jsonl(path: Path) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            text = _prompt_of(json.loads(line))
+            text = _prompt_of(parse_json(line))
+        except DocumentTooLarge as error:
+            raise BadArgument(f"{path}, line {number}: {error}") from None
         except ValueError as error:
             raise BadArgument(f"{path}, line {number}: is not JSON ({error})") from None
         if text is None:

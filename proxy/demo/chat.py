@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from proxy.cli.client import ServerClient
 from proxy.cli.console import say, write
 from proxy.cli.route import show_decision
+from proxy.http_clients import http_client
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -35,7 +36,8 @@ def ask_three(url: str) -> None:
     from openai import OpenAI
 
     key = os.environ.get("UNIROUTE_API_KEY") or "not-needed-on-this-machine"
-    with OpenAI(base_url=f"{url}/v1", api_key=key) as client, ServerClient(url, key) as dry:
+    http = http_client(timeout=600)
+    with OpenAI(base_url=f"{url}/v1", api_key=key, http_client=http) as client, ServerClient(url, key) as dry:
         for number, question in enumerate(THREE, 1):
             say(f"\n── {number}. {question.text}   ({question.remark})")
             ask(client, question)

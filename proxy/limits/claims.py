@@ -18,7 +18,7 @@ from proxy.state.key_limits import KeyLimits
 from proxy.state.records import ModelRecord
 from proxy.state.snapshot import RoutingState
 from proxy.upstream.call import arm_body, fixes_parameters
-from proxy.upstream.resolution import address_of
+from proxy.upstream.origins import address_of
 from proxy.words import words
 from router_core.pricing import max_price_usd, picousd
 from router_core.types import Doubles, Price

@@ -19,6 +19,7 @@ from proxy.state.audit import PROFILE_MODEL
 from proxy.state.records import ModelRecord
 from proxy.state.registry import ChangedMeanwhile, DefinedInConfig
 from proxy.state.store import StoreUnavailable
+from proxy.upstream.origins import check_secrets_stay
 
 router = APIRouter(prefix="/admin/models")
 
@@ -128,6 +129,7 @@ async def _changed(services: Services, name: str, stated: Mapping[str, Any]) -> 
         record = await _record(services, name)
         _not_configured(record)
         changed = await services.resolver.resolve(read_patch(stated, record, services.settings, services.environ))
+        check_secrets_stay(record, changed, stated.get("litellm_params") or {})
         with suppress(ChangedMeanwhile):
             return record, changed, await services.registry.update_model(changed, as_of=as_of)
     raise ChangedMeanwhile(f"{name!r} is being changed by others all the time; repeat the request")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,24 +11,21 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from proxy.errors import BadRequest
-from proxy.litellm_names import PARAMS, is_model_info_of_litellm
-from proxy.routing.refused import is_control_field
-from proxy.settings import ModelEntry, ModelInfo, ProfileSettings, Settings, SettingsError, resolve_secret
+from proxy.litellm_names import is_model_info_of_litellm
+from proxy.litellm_params import ParamError
+from proxy.outbound import OutboundError, ssl_context, trust_of
+from proxy.redaction import Literal, is_reference, literals, shown
+from proxy.settings import ModelEntry, ProfileSettings, Settings, SettingsError, resolve_secret
 from proxy.state.records import ModelRecord
 from proxy.upstream.call import is_provider_param
+from proxy.upstream.origins import ADDRESSES, check_secrets_stay
 from router_core.clustering import ClusterMap
 from router_core.profiles import Profile
 from router_core.types import PRICE_FIELDS, Price, price_field
 
-_REFERENCE = "os.environ/"
-# DOTALL: a line end hides nothing, and what repeats before one is not tried again and again.
-_SECRETS = re.compile(
-    r"(?!.*tokens\Z).*?(api_key|access_key|_token|secret|password|credential).*", re.IGNORECASE | re.DOTALL
-)
-_SECRET_HEADERS = re.compile(r"authorization|cookie|.*(api-?key|token|secret).*", re.IGNORECASE | re.DOTALL)
+_PROSE = ("model", "system")
 _ADD = ("model_name", "litellm_params", "model_info", "profile")
 _PATCH = ("litellm_params", "model_info")
-_KEY_GOES_TO = ("api_base", "base_url", "custom_llm_provider")
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ def read_addition(
     if name in settings.route_names:
         raise BadRequest(f"{name!r} is one of route_names: it asks for routing", param="model_name")
     entry = _entry(name, body.get("litellm_params"), body.get("model_info"))
-    _check_params(entry.litellm_params, settings, environ)
+    _check_params(entry, settings, environ)
     profile = read_profile(body.get("profile"), settings, cluster_map)
     return Addition(ModelRecord.of_entry(entry, "admin", now), profile)
 
@@ -67,15 +63,12 @@ def read_patch(
     known_only(body, _PATCH, "")
     stated = _object(body.get("litellm_params"), "litellm_params")
     params = _merged(record.litellm_params, stated)
-    moved = [name for name in _KEY_GOES_TO if params.get(name) != record.litellm_params.get(name)]
-    if moved and "api_key" in record.litellm_params and "api_key" not in stated:
-        raise BadRequest(
-            f"`{moved[0]}` changes where the key is sent: state api_key again", param="litellm_params.api_key"
-        )
     info = _merged(record.info.model_dump(exclude_defaults=True), _object(body.get("model_info"), "model_info"))
     entry = _entry(record.name, params, info)
-    _check_params(entry.litellm_params, settings, environ)
-    return ModelRecord.of_entry(entry, record.source, record.created_at)
+    _check_params(entry, settings, environ)
+    changed = ModelRecord.of_entry(entry, record.source, record.created_at)
+    check_secrets_stay(record, changed, stated)
+    return changed
 
 
 def read_profile(stated: Any, settings: Settings, cluster_map: ClusterMap) -> Asking | Profile:
@@ -121,15 +114,7 @@ def read_price(body: Mapping[str, Any]) -> Price:
 
 def shown_params(params: Mapping[str, Any]) -> dict[str, Any]:
     """litellm_params without secrets: references to the environment are shown, literal keys and headers are not."""
-    return {name: _shown(name, value) for name, value in params.items()}
-
-
-def _shown(name: str, value: Any) -> Any:
-    if isinstance(value, str) and value.startswith(_REFERENCE):
-        return value
-    if name in ("extra_headers", "headers") and isinstance(value, Mapping):
-        return dict.fromkeys(value, "***")
-    return "***" if _SECRETS.fullmatch(name) else value
+    return {name: shown(name, value) for name, value in params.items()}
 
 
 def _entry(name: Any, params: Any, info: Any) -> ModelEntry:
@@ -141,44 +126,49 @@ def _entry(name: Any, params: Any, info: Any) -> ModelEntry:
         raise _invalid(error, "") from None
 
 
-def _check_params(params: Mapping[str, Any], settings: Settings, environ: Mapping[str, str]) -> None:
-    for name, value in params.items():
-        if name in PARAMS or (is_control_field(name) and not is_provider_param(name)):
-            elsewhere = "; state it in `model_info`" if name in ModelInfo.model_fields or price_field(name) else ""
-            raise BadRequest(f"`litellm_params.{name}` has no meaning here{elsewhere}", param=f"litellm_params.{name}")
-        if is_provider_param(name):
-            _check_provider_param(name, value, settings, environ)
-    for name in ("api_base", "base_url"):
+def _check_params(entry: ModelEntry, settings: Settings, environ: Mapping[str, str]) -> None:
+    params = entry.litellm_params
+    try:
+        entry.check_effects()
+        if (trusted := params.get("ssl_verify")) is not None and not is_reference(trusted):
+            ssl_context(trust_of(trusted, environ), environ)
+    except ParamError as error:
+        raise BadRequest(str(error), param=error.param) from None
+    except OutboundError as error:
+        raise BadRequest(f"`litellm_params.ssl_verify`: {error}", param="litellm_params.ssl_verify") from None
+    for name in ADDRESSES:
         _check_address(name, params.get(name))
+    for name, value in params.items():
+        if is_provider_param(name):
+            _check_references(f"litellm_params.{name}", value, settings, environ)
+        if name not in _PROSE:
+            for literal in literals(name, value):
+                raise _stored(name, literal)
 
 
-def _check_provider_param(name: str, value: Any, settings: Settings, environ: Mapping[str, str]) -> None:
-    param = f"litellm_params.{name}"
+def _check_references(param: str, value: Any, settings: Settings, environ: Mapping[str, str]) -> None:
     if isinstance(value, Mapping):
-        for inner, text in value.items():
-            literal = isinstance(text, str) and not text.startswith(_REFERENCE)
-            if literal and _SECRET_HEADERS.fullmatch(inner):
-                raise _literal(f"{param}.{inner}")
-            _check_provider_param(f"{name}.{inner}", text, settings, environ)
-    elif isinstance(value, str) and value.startswith(_REFERENCE):
+        for name, inner in value.items():
+            _check_references(f"{param}.{name}", inner, settings, environ)
+    elif is_reference(value):
         try:
             resolve_secret(value, environ, settings.allowed_env)
         except SettingsError as error:
             raise BadRequest(f"`{param}`: {error}", param=param) from None
-    elif value is not None and _SECRETS.fullmatch(name):
-        raise _literal(param)
 
 
-def _literal(param: str) -> BadRequest:
-    return BadRequest(
-        f"`{param}` must name a variable of the server's environment, as os.environ/NAME_API_KEY: a literal"
-        " key would be stored",
-        param=param,
-    )
+def _stored(name: str, literal: Literal) -> BadRequest:
+    """What is written out would be in Redis, in its backups, and before everyone who may read models."""
+    param = f"litellm_params.{literal.path}"
+    if is_provider_param(name) and name not in ADDRESSES:
+        fix = f"`{param}` must name a variable of the server's environment, as os.environ/NAME_API_KEY"
+    else:
+        fix = f"`{param}` looks like a secret: state it in `extra_headers`, as os.environ/NAME_API_KEY"
+    return BadRequest(f"{fix}; a literal key would be stored", param=param)
 
 
 def _check_address(name: str, address: Any) -> None:
-    if address is None or (isinstance(address, str) and address.startswith(_REFERENCE)):
+    if address is None or (is_reference(address)):
         return
     try:
         parts = urlsplit(address) if isinstance(address, str) else None

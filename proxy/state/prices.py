@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,17 +11,18 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from proxy.http_clients import WayOutError, async_http_client
 from proxy.settings import Settings
 from proxy.state.catalog import Catalog, InvalidPriceMap, bundled_catalog, parse_price_map
 from proxy.state.holder import StateHolder
 from proxy.state.records import LivePrice, ModelRecord
 from proxy.state.registry import Registry, UnknownModel
 from proxy.state.store import Store, StoreUnavailable
+from router_core.documents import MAX_PRICES_BYTES, parse_json
 from router_core.types import Price
 
 log = logging.getLogger("uniroute.prices")
 
-LARGEST_FEED = 20_000_000
 FEED_TIMEOUT_S = 15.0
 TURN = "uniroute:pricing-feed"
 """Held by the process whose turn it is to read the feed."""
@@ -90,10 +90,12 @@ async def _synced(registry: Registry, state: Priced, name: str, price: Price | N
 async def fetch_catalog(url: str) -> Catalog:
     """Raises FeedFailed: not reached, a redirect, an error status, too large, not JSON, or not a whole price map."""
     try:
-        return parse_price_map(json.loads(await _fetch(url)))
+        return parse_price_map(parse_json(await _fetch(url)))
+    except WayOutError as error:
+        raise FeedFailed(f"the price feed cannot be read: {error}") from error
     except (httpx.HTTPError, TimeoutError) as error:
         raise FeedFailed(f"the price feed cannot be read: {type(error).__name__} {error}") from error
-    except (httpx.InvalidURL, InvalidPriceMap, ValueError, RecursionError) as error:
+    except (httpx.InvalidURL, InvalidPriceMap, ValueError) as error:
         raise FeedFailed(f"the price feed is refused, prices stay as they are: {error}") from error
 
 
@@ -101,15 +103,15 @@ async def _fetch(url: str) -> bytes:
     body = bytearray()
     async with (
         asyncio.timeout(2 * FEED_TIMEOUT_S),
-        httpx.AsyncClient(timeout=FEED_TIMEOUT_S, follow_redirects=False) as client,
+        async_http_client(timeout=FEED_TIMEOUT_S) as client,
         client.stream("GET", url) as response,
     ):
         if response.status_code != httpx.codes.OK:
             raise FeedFailed(f"the price feed answered with status {response.status_code}; redirects are not followed")
         async for piece in response.aiter_bytes():
             body += piece
-            if len(body) > LARGEST_FEED:
-                raise FeedFailed(f"the price feed is larger than {LARGEST_FEED} bytes")
+            if len(body) > MAX_PRICES_BYTES:
+                raise FeedFailed(f"the price feed is larger than {MAX_PRICES_BYTES} bytes")
     return bytes(body)
 
 

@@ -26,10 +26,13 @@ class Resolved:
     """Where a key is looked up that the model's parameters do not state."""
     renames: Mapping[str, str] = field(default_factory=dict)
     """Fields of OpenAI's that this provider knows under another name."""
+    own_address: bool = False
+    """Whether it is reached at its provider's own address: a key of the environment may go there alone."""
 
     def to_json(self) -> dict[str, Any]:
         stated = {"way": self.way, "model": self.model, "provider": self.provider, "api_base": self.api_base}
-        return {**stated, "key_variable": self.key_variable, "renames": dict(self.renames)}
+        more = {"renames": dict(self.renames), "own_address": self.own_address}
+        return {**stated, "key_variable": self.key_variable, **more}
 
     @classmethod
     def from_json(cls, stored: Any) -> Resolved:
@@ -49,4 +52,5 @@ class Resolved:
             api_base=texts["api_base"],
             key_variable=texts["key_variable"],
             renames={str(old): str(new) for old, new in renames.items()},
+            own_address=stored.get("own_address") is True,
         )

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from proxy.redaction import literals
 from proxy.words import words
 
 VERBATIM = frozenset(
@@ -58,7 +59,6 @@ _MEANINGS = (
 """Names of one thing: who states one of them has stated the thing."""
 _SAME_MEANING = {name: names for names in _MEANINGS for name in names}
 
-_SECRET = re.compile(r"key|token|secret|password|credential")
 _SHORTEST_SECRET = 8
 """What is shorter is a stand-in such as "-" or "none"."""
 
@@ -99,7 +99,7 @@ def fixes_parameters(litellm_params: Mapping[str, Any]) -> bool:
 
 def secrets_of(params: Mapping[str, Any], *keys: str | None) -> frozenset[str]:
     """Keys, tokens and the like, and whatever is sent in headers. `params`: a model's, resolved."""
-    found = [*keys, *(value for name, value in params.items() if _SECRET.search(name))]
+    found = [*keys, *(each.value for name, value in params.items() for each in literals(name, value))]
     for name in ("extra_headers", "headers"):
         sent = params.get(name)
         found += [part for value in sent.values() for part in str(value).split()] if isinstance(sent, Mapping) else []

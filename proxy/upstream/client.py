@@ -12,13 +12,15 @@ from typing import Any
 import httpx
 
 from proxy.errors import UpstreamFailure
+from proxy.outbound import Outbound, OutboundError, Trust
 from proxy.settings import Settings, SettingsError, resolve_secret
 from proxy.state.records import ModelRecord
 from proxy.tasks import PATIENCE_S, end, in_own_thread, read_gently, to_its_end
 from proxy.upstream.answer_room import AnswerRoom
 from proxy.upstream.call import STRAYING, Provider, arm_body, call_arguments, is_provider_param, secrets_of
 from proxy.upstream.events import ChoiceEnds, answers_of, is_finished
-from proxy.upstream.failures import without
+from proxy.upstream.failures import unreachable, without
+from proxy.upstream.origins import STAND_IN, key_of_call
 from proxy.upstream.provider_layer import handler_over, import_litellm, keep_no_books, warm_up
 from proxy.upstream.tidying import keep_tidy
 from proxy.upstream.wire import Exchange, chunks_of, open_pool, watched
@@ -37,13 +39,20 @@ Chunks = AsyncGenerator[dict[str, Any]]
 class LitellmUpstream:
     """One per process, on one event loop. `prepare` before the first call."""
 
-    def __init__(self, settings: Settings, environ: Mapping[str, str], room: AnswerRoom | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        environ: Mapping[str, str],
+        room: AnswerRoom | None = None,
+        outbound: Outbound | None = None,
+    ) -> None:
         self._settings = settings
         self._room = room or AnswerRoom()
+        self._outbound = outbound or Outbound(environ)
         self._environ = environ
         self._litellm: Any = None
         self._longest_s = max(settings.request_timeout_s, settings.stream_timeout_s)  # shorter ones are the attempts'
-        self._pool = open_pool(self._longest_s)
+        self._pool = open_pool(self._longest_s, self._outbound)
         self._handler: Any = None
         self._tidying: asyncio.Task[None] | None = None
         self._clients: OrderedDict[tuple[str, ...], Any] = OrderedDict()
@@ -73,7 +82,7 @@ class LitellmUpstream:
         """The whole answer in OpenAI's format, untouched where that is the upstream's own. Raises UpstreamFailure."""
         await self.prepare()
         with self._watched(record, body, connect_s) as exchange:
-            provider, arguments = self._arguments(record, body, headers, stream=False)
+            provider, arguments = self._arguments(record, body, headers, exchange)
             keep_no_books()
             try:
                 answer = await self._called(arguments)
@@ -103,7 +112,7 @@ class LitellmUpstream:
         """
         await self.prepare()
         with self._watched(record, body, connect_s, streams=True) as exchange:
-            provider, arguments = self._arguments(record, body, headers, stream=True, asks_usage=asks_usage)
+            provider, arguments = self._arguments(record, body, headers, exchange, asks_usage=asks_usage)
             exchange.in_openais_format = provider.openai_format
             keep_no_books()
             try:
@@ -165,17 +174,20 @@ class LitellmUpstream:
         record: ModelRecord,
         body: Mapping[str, Any],
         headers: Mapping[str, str] | None,
+        exchange: Exchange,
         *,
-        stream: bool,
         asks_usage: bool = True,
     ) -> tuple[Provider, dict[str, Any]]:
         params = self._provider_params(record)
+        exchange.transport, exchange.trust = self._pool._transport, self._trust(record, params.pop("ssl_verify", None))
         provider = self._provider(record, params)
+        if provider.api_key == STAND_IN:
+            params["api_key"] = STAND_IN  # else litellm looks one up
         merged = arm_body(record.litellm_params, body)
         own_headers = {**(params.pop("extra_headers", None) or {}), **(headers or {})}
         return provider, {
             **params,
-            **call_arguments(provider, merged, stream=stream, asks_usage=asks_usage),
+            **call_arguments(provider, merged, stream=exchange.streams, asks_usage=asks_usage),
             "model": record.litellm_params["model"],
             "client": self._client(provider, params),
             "extra_headers": own_headers or None,
@@ -195,6 +207,12 @@ class LitellmUpstream:
         except SettingsError as error:
             log.error("model %s: %s", record.name, error)
             raise UpstreamFailure(f"{record.name}: this server has no key for it", retryable=True) from None
+
+    def _trust(self, record: ModelRecord, stated: Any) -> Trust | None:
+        try:
+            return None if stated is None else self._outbound.trust_of(stated)
+        except OutboundError as error:
+            raise unreachable(error, record.name) from error
 
     def _resolved(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -217,8 +235,20 @@ class LitellmUpstream:
             raise UpstreamFailure(message, retryable=True) from error
         if name in STRAYING:
             raise UpstreamFailure(f"{record.name}: {name} is not served, for it follows redirects", retryable=True)
-        key = params.get("api_key") or key
+        try:
+            given = key_of_call(params, name, self._default_base(record, params), self._environ)
+        except OutboundError as error:
+            raise unreachable(error, record.name) from error
+        key = given or key
         return Provider(name, model, api_base or params.get("api_base"), key, secrets_of(params, key))
+
+    def _default_base(self, record: ModelRecord, params: Mapping[str, Any]) -> str | None:
+        """Where litellm would go if no address were stated."""
+        if params.get("api_key") or not params.get("api_base"):
+            return None
+        model, provider = record.litellm_params["model"], params.get("custom_llm_provider")
+        base: str | None = self._litellm.get_llm_provider(model, custom_llm_provider=provider)[3]
+        return base
 
     def _client(self, provider: Provider, params: Mapping[str, Any]) -> Any:
         """Our pool behind the client class that this provider takes; azure's litellm makes around the pool itself."""

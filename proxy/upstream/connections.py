@@ -12,6 +12,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 import aiohappyeyeballs
 
+from proxy.outbound import USUAL, Trust
 from proxy.upstream.connection import Connection, NotHttp
 
 KEPT_ALIVE_S = 30.0
@@ -34,20 +35,21 @@ class Origin:
     port: int
     tls: bool
     proxy: str | None = None
+    trust: Trust = USUAL
+    """Whose certificates count."""
 
 
 class Connections:
     """One per process, on one event loop. To be closed."""
 
-    def __init__(self, most: int, context: Callable[[], ssl.SSLContext]) -> None:
+    def __init__(self, most: int, context: Callable[[Trust], ssl.SSLContext]) -> None:
         """
         Args:
             most: open at once; who comes then waits for a place.
-            context: for TLS, made when it is first needed.
+            context: for TLS with such certificates; asked when one is needed.
         """
         self._most = most
-        self._make_context = context
-        self._context: ssl.SSLContext | None = None
+        self._context = context
         self._busy = 0
         self._idle: dict[Origin, dict[Connection, float]] = {}
         """The newest last, each with the time at which it is given up."""
@@ -141,9 +143,11 @@ class Connections:
 
     async def _opened(self, origin: Origin) -> Connection:
         if origin.proxy is None:
-            return await self._connected(origin.host, origin.port, tls=origin.tls)
+            tls = self._context(origin.trust) if origin.tls else None
+            return await self._connected(origin.host, origin.port, tls)
         proxy = urlsplit(origin.proxy)
-        connection = await self._connected(proxy.hostname or "", port_of(proxy), tls=proxy.scheme == "https")
+        tls = self._context(USUAL) if proxy.scheme == "https" else None
+        connection = await self._connected(proxy.hostname or "", port_of(proxy), tls)
         if origin.tls:
             try:
                 await self._tunnel(connection, origin)
@@ -152,13 +156,13 @@ class Connections:
                 raise
         return connection
 
-    async def _connected(self, host: str, port: int, *, tls: bool) -> Connection:
+    async def _connected(self, host: str, port: int, tls: ssl.SSLContext | None) -> Connection:
         loop = asyncio.get_running_loop()
         addresses = await loop.getaddrinfo(host, port, type=1)
         _, connection = await loop.create_connection(
             lambda: Connection(self._lost),
             sock=await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=_EYEBALLS_S),
-            ssl=self._tls if tls else None,
+            ssl=tls,
             server_hostname=host if tls else None,
         )
         return connection
@@ -173,15 +177,9 @@ class Connections:
             await connection.answered()
             if connection.status != 200:
                 raise ProxyRefused(f"the HTTP proxy answered with status {connection.status}")
-            await connection.secure(self._tls, origin.host)
+            await connection.secure(self._context(origin.trust), origin.host)
         except NotHttp as error:  # nothing has gone to the model yet
             raise ProxyRefused(f"the HTTP proxy answered otherwise than in HTTP: {error}") from error
-
-    @property
-    def _tls(self) -> ssl.SSLContext:
-        if self._context is None:
-            self._context = self._make_context()
-        return self._context
 
     def _lost(self, connection: Connection) -> None:
         for idle in self._idle.values():

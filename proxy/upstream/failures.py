@@ -15,6 +15,7 @@ import httpx
 from proxy.errors import LONGEST_REST, MOST_ERROR_BYTES, UpstreamFailure, words_in
 from proxy.health import retry_after
 from proxy.json_shape import check_shape
+from proxy.outbound import OutboundError
 from proxy.recording.usage import usage_of
 from proxy.relay.sse import dump, loads
 from proxy.words import words
@@ -290,6 +291,9 @@ def unreachable(error: BaseException, model: str, address: str = "") -> Upstream
 def _why_unreachable(error: BaseException) -> str:
     if _is_out_of_descriptors(error):
         return "this server has no file descriptor left for it"
+    for each in _causes(error):
+        if isinstance(each, OutboundError):
+            return str(each)
     cause = next((each for each in reversed(_causes(error)) if isinstance(each, OSError)), None)
     if cause is None:
         return type(error).__name__

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import SplitResult, quote, urlsplit
 
+from proxy.outbound import USUAL, Trust
 from proxy.upstream.connections import PORTS, Origin, authority_of, credentials_of, port_of
 
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -33,12 +34,12 @@ class Heads:
         return self.line + _lines({**self.headers, **more})
 
 
-def heads_of(url: str, headers: Mapping[str, str], proxy: str | None) -> Heads:
+def heads_of(url: str, headers: Mapping[str, str], proxy: str | None, trust: Trust = USUAL) -> Heads:
     """`headers`: names in lower case. Raises ValueError: such an address cannot be asked, or such a header sent."""
     parts, host, port = _known("an address", url)
     if proxy is not None:
         _known("the address of an HTTP proxy", proxy)
-    origin = Origin(host, port, parts.scheme == "https", proxy)
+    origin = Origin(host, port, parts.scheme == "https", proxy, trust)
     sent = {name: value for name, value in headers.items() if name not in _OURS}
     for name, value in sent.items():
         if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):

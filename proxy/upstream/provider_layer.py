@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import sys
@@ -12,7 +11,8 @@ from typing import Any
 
 import httpx
 
-from proxy.upstream.wire import HOOKS
+from proxy.http_clients import http_client
+from proxy.upstream.wire import HOOKS, CallTransport, client_over
 
 _ANSWER = {
     "id": "warm-up",
@@ -52,34 +52,28 @@ def _imported() -> Any:
     warnings.filterwarnings("ignore", message="coroutine '.*acompletion' was never awaited", category=RuntimeWarning)
     for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # its error lines carry prompts
-    _follow_no_redirect()
+    _bring_our_clients()
     return litellm
 
 
-def _follow_no_redirect() -> None:
-    """For the providers that bring a client of their own. A redirect would take the prompt, and in some formats the
-    key, to wherever the upstream points, and litellm has no setting against it."""
+def _bring_our_clients() -> None:
+    """For the providers that litellm makes a client for. Its own would follow a redirect, which takes the prompt, and
+    in some formats the key, to wherever the upstream points; and it would read proxies and certificates by itself."""
     from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler, HTTPHandler
     from litellm.llms.openai.common_utils import BaseOpenAILLM
 
-    for owner, name in ((AsyncHTTPHandler, "create_client"), (HTTPHandler, "create_client")):
-        setattr(owner, name, _staying(getattr(owner, name)))
-    for name in ("_get_async_http_client", "_get_sync_http_client"):
-        setattr(BaseOpenAILLM, name, staticmethod(_staying(getattr(BaseOpenAILLM, name))))
+    AsyncHTTPHandler.create_client = _async_client
+    HTTPHandler.create_client = _client
+    BaseOpenAILLM._get_async_http_client = staticmethod(_async_client)
+    BaseOpenAILLM._get_sync_http_client = staticmethod(_client)
 
 
-def _staying(make: Any) -> Any:
-    if hasattr(make, "__wrapped__"):
-        return make  # a second import of litellm in one process
+def _async_client(*_: Any, timeout: float | httpx.Timeout | None = None, **__: Any) -> httpx.AsyncClient:
+    return client_over(CallTransport(), timeout)
 
-    @functools.wraps(make)
-    def made(*arguments: Any, **named: Any) -> Any:
-        client = make(*arguments, **named)
-        if client is not None:
-            client.follow_redirects = False
-        return client
 
-    return made
+def _client(*_: Any, timeout: float | httpx.Timeout | None = None, **__: Any) -> httpx.Client:
+    return http_client(timeout=timeout)
 
 
 def keep_no_books() -> None:
@@ -98,7 +92,7 @@ async def warm_up(litellm: Any) -> None:
     import openai
 
     nowhere = httpx.MockTransport(_nowhere)
-    async with httpx.AsyncClient(transport=nowhere) as pool:
+    async with httpx.AsyncClient(transport=nowhere, trust_env=False) as pool:
         client = openai.AsyncOpenAI(api_key="-", base_url="http://nowhere.invalid/v1", http_client=pool, max_retries=0)
         for stream in (False, True):
             await litellm.acompletion(

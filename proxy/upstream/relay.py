@@ -9,10 +9,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import certifi
-
 from proxy.descriptors import shares
 from proxy.errors import MOST_ERROR_BYTES, UpstreamFailure
+from proxy.outbound import Outbound, OutboundError
 from proxy.settings import Settings
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
@@ -78,11 +77,13 @@ class Answer:
 class RelayUpstream:
     """One per process, on one event loop."""
 
-    def __init__(self, settings: Settings, environ: Mapping[str, str], room: AnswerRoom | None = None) -> None:
+    def __init__(
+        self, settings: Settings, environ: Mapping[str, str], outbound: Outbound, room: AnswerRoom | None = None
+    ) -> None:
         self.room = room or AnswerRoom()
-        self.targets = Targets(settings, environ)
+        self.targets = Targets(settings, environ, outbound)
         self._connect_s = settings.connect_timeout_s
-        self._connections = Connections(shares().upstreams, lambda: _context_of(environ))
+        self._connections = Connections(shares().upstreams, outbound.context)
         self._draining: set[asyncio.Task[None]] = set()
 
     async def complete(self, call: RelayedCall) -> Payload:
@@ -113,7 +114,7 @@ class RelayUpstream:
         body = target.body(call.body, call.raw, stream=stream, asks_usage=call.asks_usage)
         try:
             answer = await self._asked(target, call, body)
-        except (ProxyRefused, *_ENDS) as error:
+        except (ProxyRefused, OutboundError, *_ENDS) as error:
             raise without(target.secrets, _failure_of(error, target)) from error
         if answer.status != 200:
             await self._refuse(answer, target)
@@ -200,12 +201,6 @@ class RelayedStream:
             self._answer.done()
 
 
-def _context_of(environ: Mapping[str, str]) -> ssl.SSLContext:
-    """Of Mozilla's certificates, as every HTTP client of Python brings them, unless the system's are asked for."""
-    systems = environ.get("SSL_CERT_FILE") or environ.get("SSL_CERT_DIR")
-    return ssl.create_default_context(cafile=None if systems else certifi.where())
-
-
 async def _drain(answer: Answer) -> None:
     try:
         async with asyncio.timeout(DRAIN_S):
@@ -254,7 +249,7 @@ def _failure_of(error: Exception, target: Target) -> UpstreamFailure:
     if isinstance(error, TimeoutError):
         return UpstreamFailure(f"{model} did not answer in time", timed_out=True)
     if isinstance(error, ssl.SSLCertVerificationError):
-        return UpstreamFailure(f"{model} cannot be reached: its certificate is not trusted (SSL_CERT_FILE)")
+        return UpstreamFailure(f"{model} cannot be reached: its certificate is not trusted (ssl_verify, SSL_CERT_FILE)")
     if isinstance(error, ProxyRefused):
         return UpstreamFailure(f"{model} cannot be reached: {error}")
     if isinstance(error, NotHttp):  # it may have worked for this, so it is not asked again

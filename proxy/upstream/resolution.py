@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
+from proxy.redaction import bare_address
 from proxy.setting_types import Forward
 from proxy.state.resolved import Resolved
 from proxy.upstream.call import STRAYING, VERBATIM, is_openais, is_provider_param
+from proxy.upstream.origins import DEFAULT_BASES, address_of, is_own_address
 from proxy.words import words
 
 SPEAKERS = VERBATIM | words("azure deepseek fireworks_ai groq mistral openrouter together_ai xai")
 """Providers that read OpenAI's chat completions and answer in them: `auto` relays to these."""
 
-RELAYED = words("api_base base_url api_key organization custom_llm_provider extra_headers headers")
+RELAYED = words("api_base base_url api_key organization custom_llm_provider extra_headers headers ssl_verify")
 """Parameters of a model that a relayed call has a place for. Whoever states others wants litellm's handling."""
-
-DEFAULT_BASES = {"openai": "https://api.openai.com/v1", "openrouter": "https://openrouter.ai/api/v1"}
-"""Where litellm goes without saying so."""
 
 LIMITS = ("max_tokens", "max_completion_tokens")
 _PROBE = 7
@@ -28,16 +28,12 @@ class NotResolved(ValueError):
     """No provider is known by this name, or not one that can be reached in the way that was asked for."""
 
 
-def address_of(params: Mapping[str, Any]) -> str | None:
-    stated: str | None = params.get("base_url") or params.get("api_base")
-    return stated
-
-
 def questions(params: Mapping[str, Any]) -> dict[str, Any]:
     """What the answer depends on, and no secret: names of parameters, values of three."""
+    address = address_of(params)
     return {
         "model": params["model"],
-        "api_base": address_of(params),
+        "api_base": bare_address(address) if address else address,
         "custom_llm_provider": params.get("custom_llm_provider"),
         "stated": sorted(name for name in params if is_provider_param(name)),
     }
@@ -66,10 +62,16 @@ def by_litellm(litellm: Any, asked: Mapping[str, Any], forward: Forward) -> Reso
         raise NotResolved(f"{provider} is not served, for it follows redirects")
     compatible = provider in SPEAKERS or provider in litellm.openai_compatible_providers
     base = asked["api_base"] or (base or DEFAULT_BASES.get(provider) if compatible else None)
+    own = not asked["api_base"] or is_own_address(asked["api_base"], provider, _default(litellm, asked), os.environ)
     if forward == "translate" or not _is_relayed(provider, base, asked["stated"], forward):
-        return Resolved("translate", model, provider)
-    key = None if provider in VERBATIM and not is_openais(base or "") else _key_variable(litellm, model, provider)
-    return Resolved("relay", model, provider, base, key, _renames(litellm, model, provider))
+        return Resolved("translate", model, provider, own_address=own and bool(asked["api_base"]))
+    key = _key_variable(litellm, model, provider) if own else None
+    return Resolved("relay", model, provider, base, key, _renames(litellm, model, provider), own)
+
+
+def _default(litellm: Any, asked: Mapping[str, Any]) -> str | None:
+    base: str | None = litellm.get_llm_provider(asked["model"], custom_llm_provider=asked["custom_llm_provider"])[3]
+    return base
 
 
 def _is_relayed(provider: str, base: str | None, stated: Collection[str], forward: Forward) -> bool:

@@ -14,15 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from proxy.errors import BadRequest, Unavailable
+from proxy.settings import SettingsError
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
 from proxy.state.stored_json import InvalidRecord
 from proxy.upstream.lookup import Found, Lookup, NotAsked, alone
+from proxy.upstream.origins import check_environment_key
 from proxy.upstream.resolution import plainly, questions
 
 log = logging.getLogger("uniroute.upstream")
 
 FILE = "providers.json"
+FORMAT = 2
+"""What an answer holds: those of another one are asked again."""
 MOST_KEPT = 2000
 
 
@@ -31,6 +35,7 @@ class Resolver:
 
     def __init__(self, data_dir: Path, environ: Mapping[str, str]) -> None:
         self._path = data_dir / FILE
+        self._environ = environ
         lock = self._path.with_suffix(".turn")
         self._lookup = Lookup(lock, self._environment, self._kept, self._keep_found, _is_answer)
         self._addresses = {name: value for name, value in environ.items() if name.endswith(("_API_BASE", "_BASE_URL"))}
@@ -47,7 +52,8 @@ class Resolver:
         """With `resolved`.
 
         Raises:
-            BadRequest: no provider is known by the model's name, or not in the way that was asked for.
+            BadRequest: no provider is known by the model's name, or not in the way that was asked for, or the key of
+                the environment for it would go elsewhere.
             Unavailable: litellm could not be asked.
         """
         try:
@@ -58,10 +64,16 @@ class Resolver:
             raise Unavailable(f"the provider of {record.name} could not be looked up: {error}") from error
         if isinstance(found, str):
             raise BadRequest(f"{record.name}: {found}", param="litellm_params.model")
-        return replace(record, resolved=found)
+        found_record = replace(record, resolved=found)
+        check_environment_key(found_record, self._environ)
+        return found_record
 
     async def resolve_all(self, records: Iterable[ModelRecord]) -> list[ModelRecord]:
-        """Those that cannot be resolved stay as they are, and what is wrong with them is logged."""
+        """Those that cannot be resolved stay as they are, and what is wrong with them is logged.
+
+        Raises:
+            SettingsError: the key of the environment for one of them would go elsewhere.
+        """
         known = list(records)
         try:
             found = await self._found(known)
@@ -72,7 +84,13 @@ class Resolver:
             if isinstance(each, str):
                 log.error("model %s: %s", record.name, each)
         pairs = zip(known, found, strict=True)
-        return [replace(record, resolved=each) if isinstance(each, Resolved) else record for record, each in pairs]
+        resolved = [replace(record, resolved=each) if isinstance(each, Resolved) else record for record, each in pairs]
+        try:
+            for record in resolved:
+                check_environment_key(record, self._environ)
+        except BadRequest as error:
+            raise SettingsError(error.message) from None
+        return resolved
 
     async def _found(self, records: Sequence[ModelRecord]) -> list[Resolved | str]:
         """What each was resolved to, or why it cannot be. Raises NotAsked."""
@@ -100,7 +118,7 @@ class Resolver:
         return {**self._addresses, **kept, "PYTHONPATH": path, "LITELLM_MODE": "PRODUCTION"}
 
     def _mark(self, asked: Mapping[str, Any]) -> str:
-        text = json.dumps([version("litellm"), self._addresses, asked], sort_keys=True)
+        text = json.dumps([FORMAT, version("litellm"), self._addresses, asked], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def _kept(self) -> dict[str, Any]:

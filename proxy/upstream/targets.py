@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.errors import UpstreamFailure
+from proxy.outbound import USUAL, Outbound, OutboundError, Trust
 from proxy.settings import Settings, SettingsError, referred_variable, resolve_secret
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
-from proxy.upstream.call import arm_body, fixes_parameters, secrets_of
+from proxy.upstream.call import arm_body, fixes_parameters, is_openais, secrets_of
 from proxy.upstream.failures import unreachable
 from proxy.upstream.heads import Heads, heads_of
-from proxy.upstream.proxies import Proxies
+from proxy.upstream.origins import address_of
 from proxy.upstream.request_bytes import outgoing
-from proxy.upstream.resolution import address_of
 
 log = logging.getLogger("uniroute.upstream")
 
@@ -55,10 +55,10 @@ class Target:
 class Targets:
     """Made when a model is first asked, and again when its record is another."""
 
-    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
+    def __init__(self, settings: Settings, environ: Mapping[str, str], outbound: Outbound) -> None:
         self._settings = settings
         self._environ = environ
-        self._proxies = Proxies()
+        self._outbound = outbound
         self._made: dict[str, tuple[ModelRecord, Target]] = {}
 
     def of(self, record: ModelRecord, resolved: Resolved) -> Target:
@@ -71,7 +71,7 @@ class Targets:
         except SettingsError as error:
             log.error("model %s: %s", record.name, error)
             raise UpstreamFailure(f"{record.name}: this server has no key for it", retryable=True) from None
-        except ValueError as error:
+        except (OutboundError, ValueError) as error:
             log.error("model %s: %s", record.name, error)
             raise unreachable(error, record.name) from None
         self._made[record.name] = (record, target)
@@ -94,20 +94,29 @@ class Targets:
         if params.get("organization"):
             headers["openai-organization"] = self._value(params["organization"])
         url = url_of(base)
+        trust = self._trust(params) if url.startswith("https:") else USUAL
         for each in own.values():
             headers |= {name.lower(): text for name, text in each.items()}
         return Target(
             name=record.name,
-            heads=heads_of(url, headers, self._proxies.of(url)),
+            heads=heads_of(url, headers, self._outbound.proxies.of(url), trust),
             model=resolved.model,
             renames=resolved.renames,
             fixed=params if fixes_parameters(params) else None,
-            secrets=secrets_of({**params, "api_key": key, **own}, key),
+            secrets=secrets_of({**params, "api_key": key, "api_base": base, **own}, key),
         )
+
+    def _trust(self, params: Mapping[str, Any]) -> Trust:
+        """Raises OutboundError."""
+        stated = params.get("ssl_verify")
+        return self._outbound.trust_of(self._value(stated) if isinstance(stated, str) else stated)
 
     def _key(self, params: Mapping[str, Any], resolved: Resolved) -> str | None:
         if params.get("api_key"):
             return self._value(params["api_key"])
+        address = address_of(params)
+        if address and not (resolved.own_address or is_openais(address)):
+            return None  # an older version may have stored a variable all the same
         name = referred_variable(f"os.environ/{resolved.key_variable}") if resolved.key_variable else None
         return self._environ.get(name) if name else None
 

@@ -21,11 +21,10 @@ GRACE_S = 1.0
 
 async def keep_tidy(pool: httpx.AsyncClient, every_s: float = 1.0, grace_s: float = GRACE_S) -> None:
     """For ever."""
-    transports: tuple[Any, ...] = (pool._transport, *pool._mounts.values())  # the second: through a proxy
-    layers = [transport._pool for transport in transports if transport is not None]
+    ways: Any = pool._transport
     while True:
         await asyncio.sleep(every_s)
-        for layer in layers:
+        for layer in [transport._pool for transport in ways.open]:
             _let_go(layer, monotonic() - grace_s)
             for connection in _taken_out(layer):
                 await connection.aclose()

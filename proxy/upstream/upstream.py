@@ -10,6 +10,7 @@ from time import monotonic
 from typing import Any
 
 from proxy.errors import CannotTranslate, UpstreamFailure
+from proxy.outbound import Outbound
 from proxy.settings import Settings
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
@@ -34,9 +35,12 @@ class Upstream:
     """One per process, on one event loop. litellm is imported when a model first needs it, in a thread."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
+        outbound = Outbound(environ)
+        for problem in outbound.problems():
+            log.warning("environment: %s", problem)
         self.room = AnswerRoom(settings.max_answer_bytes, settings.max_answers_in_flight_bytes)
-        self._relay = RelayUpstream(settings, environ, self.room)
-        self._translate = LitellmUpstream(settings, environ, self.room)
+        self._relay = RelayUpstream(settings, environ, outbound, self.room)
+        self._translate = LitellmUpstream(settings, environ, self.room, outbound)
         self._stream_options = StreamOptions()
         self._loading: asyncio.Task[None] | None = None
         self._tried = asyncio.Event()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,9 @@ import httpx
 
 from proxy.descriptors import shares
 from proxy.errors import MOST_ERROR_BYTES, UpstreamFailure
+from proxy.http_clients import AsyncTransport
 from proxy.json_shape import MAX_VALUES_AT_ONCE
+from proxy.outbound import Outbound, Trust
 from proxy.tasks import read_gently, to_its_end
 from proxy.upstream.answer_room import AnswerBounds, AnswerRoom
 from proxy.upstream.answers import form_of
@@ -63,6 +66,10 @@ class Exchange:
         """What came as a whole answer in OpenAI's format."""
         self.fault: UpstreamFailure | None = None
         """What was wrong with its answer, whatever the library in between made of that."""
+        self.trust: Trust | None = None
+        """Whose certificates count; None: the usual."""
+        self.transport: httpx.AsyncBaseTransport | None = None
+        """Of the pool that a client which litellm made itself takes too."""
         self.response: httpx.Response | None = None
         self.over_at: float | None = None
         """Monotonic seconds since which nobody waits for anything of it."""
@@ -298,19 +305,40 @@ def _unpacked(unpacker: Unpacker, packed: bytes) -> Iterator[bytes]:
         yield plain
 
 
-def open_pool(timeout_s: float) -> httpx.AsyncClient:
-    """No redirects: an upstream's address comes from its administrator alone. No cookies."""
+def open_pool(timeout_s: float, outbound: Outbound) -> httpx.AsyncClient:
     most = shares().upstreams
+    limits = httpx.Limits(max_connections=most, max_keepalive_connections=min(200, most), keepalive_expiry=KEPT_ALIVE_S)
+    return client_over(AsyncTransport(outbound, limits, _trusted), timeout_s)
+
+
+def client_over(transport: httpx.AsyncBaseTransport, timeout: float | httpx.Timeout | None) -> httpx.AsyncClient:
+    """No redirects: an upstream's address comes from its administrator alone. No cookies."""
     return httpx.AsyncClient(
+        transport=transport,
+        trust_env=False,
         follow_redirects=False,
-        timeout=httpx.Timeout(timeout_s),
-        limits=httpx.Limits(
-            max_connections=most, max_keepalive_connections=min(200, most), keepalive_expiry=KEPT_ALIVE_S
-        ),
+        timeout=timeout,
         headers={"accept-encoding": "identity"},
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         event_hooks=dict(HOOKS),
     )
+
+
+def _trusted(request: httpx.Request) -> Trust | None:
+    exchange: Exchange | None = request.extensions.get(EXCHANGE)
+    return None if exchange is None else exchange.trust
+
+
+class CallTransport(httpx.AsyncBaseTransport):
+    """Takes the transport of the call that a request belongs to: for clients that litellm makes and keeps itself."""
+
+    def __init__(self) -> None:
+        self._of_none = AsyncTransport(Outbound(os.environ))
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        exchange: Exchange | None = request.extensions.get(EXCHANGE)
+        of_the_call = exchange.transport if exchange is not None else None
+        return await (of_the_call or self._of_none).handle_async_request(request)
 
 
 async def chunks_of(

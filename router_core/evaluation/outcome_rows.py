@@ -6,18 +6,19 @@ import codecs
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from router_core.documents import MAX_LINE_BYTES, parse_json
 from router_core.errors import InvalidOutcomes
 from router_core.validation.fields import shown
 
 MOST = 1e9
 """Tokens or seconds of one answer: what is beyond is a mistake."""
-MAX_LINE_BYTES = 16_000_000
 _GZIP = b"\x1f\x8b"
 
 
@@ -69,11 +70,11 @@ def _text(line: bytes, where: str) -> str:
 def json_object(text: str, where: str) -> dict[str, Any]:
     """Raises InvalidOutcomes where `text` is anything else, or states a name twice."""
     try:
-        value = json.loads(text, object_pairs_hook=_without_repeats)
+        value = parse_json(text, _without_repeats)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise InvalidOutcomes(f"{where}: is not JSON ({error.msg} at {line}column {error.colno})") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InvalidOutcomes(f"{where}: is not usable JSON ({error})") from None
     if not isinstance(value, dict):
         raise InvalidOutcomes(f"{where}: must be a JSON object; got {shown(value)}")
@@ -83,8 +84,8 @@ def json_object(text: str, where: str) -> dict[str, Any]:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is stated twice: keep one")
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{twice[:100]!r} is stated twice: keep one")
     return found
 
 

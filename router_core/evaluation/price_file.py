@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from router_core.documents import MAX_PRICES_BYTES, DocumentTooLarge, read_bounded
 from router_core.errors import InvalidOutcomes, InvalidPrice
 from router_core.evaluation.outcome_rows import json_object
 from router_core.types import Price, price_field
@@ -22,9 +23,12 @@ def read_prices(path: Path) -> dict[str, Price]:
         InvalidOutcomes: naming the file, and the model whose price cannot be used.
     """
     try:
-        document = json_object(path.read_bytes().removeprefix(codecs.BOM_UTF8).decode(), str(path))
+        content = read_bounded(path, MAX_PRICES_BYTES)
+        document = json_object(content.removeprefix(codecs.BOM_UTF8).decode(), str(path))
     except OSError as error:
         raise InvalidOutcomes(f"{path}: cannot be read ({error.strerror or error})") from None
+    except DocumentTooLarge as error:
+        raise InvalidOutcomes(f"{path}: {error}") from None
     except UnicodeDecodeError:
         raise InvalidOutcomes(f"{path}: is not UTF-8 text; a prices file is a JSON object of models") from None
     return {model: _price(stated, f"{path}: the price of {shown(model)}") for model, stated in document.items()}

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from router_core.documents import MAX_SET_BYTES, DocumentTooLarge, parse_json, read_bounded
 from router_core.errors import InvalidValidationSet
 from router_core.validation.fields import Fields, JsonObject, shown
 from router_core.validation.graders import parse_grader
@@ -41,9 +42,11 @@ def load_validation_set(path: Path) -> ValidationSet:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Line numbers from 1, blank lines left out, a byte order mark at the start dropped."""
     try:
-        content = path.read_bytes()
+        content = read_bounded(path, MAX_SET_BYTES)
     except OSError as error:
         raise InvalidValidationSet(f"{path}: cannot be read: {error.strerror}") from None
+    except DocumentTooLarge as error:
+        raise InvalidValidationSet(f"{path}: {error}") from None
     found = 0
     for number, raw in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if not raw.strip():
@@ -67,12 +70,14 @@ def _decoded(path: Path, number: int, raw: bytes) -> str:
 
 def _object(line: str) -> JsonObject:
     try:
-        value = json.loads(line, object_pairs_hook=_without_repeats)
+        value = parse_json(line, _without_repeats)
     except json.JSONDecodeError as error:
         raise InvalidValidationSet(
             f"not JSON at column {error.colno}: {error.msg}; write one object per line"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except InvalidValidationSet:
+        raise
+    except ValueError as error:
         raise InvalidValidationSet(f"not usable JSON: {error}; write one flat object per line") from None
     if not isinstance(value, dict):
         raise InvalidValidationSet(f'must be a JSON object such as {{"prompt": …, "grader": …}}; got {shown(value)}')

@@ -10,9 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
+from proxy.http_clients import AsyncTransport
+from proxy.outbound import Outbound
 from proxy.tasks import end
 from proxy.upstream.tidying import keep_tidy
-from proxy.upstream.wire import chunks_of, open_pool, watched
+from proxy.upstream.wire import chunks_of, client_over, open_pool, watched
 from tests.support.makers import until
 from tests.support.raw_upstream import DONE, END, SAID, RawUpstream, Said, chunked, plain
 
@@ -47,7 +49,7 @@ async def whole(pool: httpx.AsyncClient, url: str) -> None:
 
 async def test_a_connection_that_was_idle_for_too_long_is_closed_though_nobody_asks() -> None:
     limits = httpx.Limits(keepalive_expiry=1.0)
-    async with RawUpstream(plain()) as server, tidied(httpx.AsyncClient(limits=limits)) as pool:
+    async with RawUpstream(plain()) as server, tidied(client_over(AsyncTransport(Outbound({}), limits), 5)) as pool:
         for _ in range(2):
             await pool.get(server.url, headers={"content-length": "0"})
         assert (server.connections, server.open) == (1, 1)
@@ -59,7 +61,7 @@ async def test_a_connection_that_was_idle_for_too_long_is_closed_though_nobody_a
 
 @pytest.mark.parametrize(("call", "said"), [(whole, plain()), (streamed, Said(chunked(SAID, END, DONE), "close"))])
 async def test_a_call_that_is_cancelled_at_any_moment_leaves_no_connection_open(call: Any, said: Said) -> None:
-    async with RawUpstream(said) as server, tidied(open_pool(5)) as pool:
+    async with RawUpstream(said) as server, tidied(open_pool(5, Outbound({}))) as pool:
         for steps in range(MOST_STEPS):
             calling = asyncio.create_task(call(pool, server.url))
             for _ in range(steps):
@@ -70,7 +72,7 @@ async def test_a_call_that_is_cancelled_at_any_moment_leaves_no_connection_open(
 
 
 async def test_a_call_that_takes_its_time_keeps_its_connection() -> None:
-    async with RawUpstream(Said(chunked(SAID)[:-1], "hang")) as server, tidied(open_pool(5)) as pool:
+    async with RawUpstream(Said(chunked(SAID)[:-1], "hang")) as server, tidied(open_pool(5, Outbound({}))) as pool:
         calling = asyncio.create_task(streamed(pool, server.url))
         await asyncio.wait({calling}, timeout=0.4)
 
@@ -80,5 +82,6 @@ async def test_a_call_that_takes_its_time_keeps_its_connection() -> None:
 
 
 def in_use(pool: Any) -> list[Any]:
-    layer = pool._transport._pool
+    (transport,) = pool._transport.open
+    layer = transport._pool
     return [*layer._requests, *(each for each in layer.connections if not each.is_idle() and not each.is_closed())]

@@ -59,6 +59,16 @@ def test_a_ready_profile_is_taken_if_it_is_of_this_map() -> None:
         ({"params": {"extra_headers": {"Authorization": "Bearer x"}}}, "litellm_params.extra_headers.Authorization"),
         ({"params": {"mock_response": "x"}}, "litellm_params.mock_response"),
         ({"params": {"rpm": 5}}, "litellm_params.rpm"),
+        ({"params": {"api_bse": "http://h/v1"}}, "litellm_params.api_bse"),
+        ({"params": {"ssl_verify": "/nowhere.pem"}}, "litellm_params.ssl_verify"),
+        ({"params": {"api_base": "https://h/v1?api-version=1&key=sk-literal"}}, "litellm_params.api_base?key"),
+        ({"params": {"api_base": "https://h/v1?x=sk-literal"}}, "litellm_params.api_base?x"),
+        ({"params": {"extra_body": {"a": [{"password": "sk-literal"}]}}}, "litellm_params.extra_body.a[0].password"),
+        ({"params": {"extra_body": {"url": "https://h?sig=sk-literal"}}}, "litellm_params.extra_body.url?sig"),
+        ({"params": {"extra_body": {"note": "Bearer sk-literal"}}}, "litellm_params.extra_body.note"),
+        ({"params": {"metadata": {"apiKey": "sk-literal"}}}, "litellm_params.metadata.apiKey"),
+        ({"params": {"extra_headers": {"x-team": "sk-literal"}}}, "litellm_params.extra_headers.x-team"),
+        ({"params": {"vertex_credentials": {"x": "sk-literal"}}}, "litellm_params.vertex_credentials.x"),
         ({"params": {"api_base": "file:///etc/passwd"}}, "litellm_params.api_base"),
         ({"params": {"api_base": "http://user:pw@host/v1"}}, "litellm_params.api_base"),
         ({"params": {"model": 3}}, None),
@@ -97,11 +107,47 @@ def test_a_patch_replaces_what_it_states_and_null_removes() -> None:
 def test_a_new_address_needs_the_key_again() -> None:
     record = a_record("new", api_key="os.environ/NEW_API_KEY")
     moved: Any = {"litellm_params": {"api_base": "http://elsewhere.example/v1"}}
-    with pytest.raises(BadRequest, match="state api_key again"):
+    with pytest.raises(BadRequest, match="state `api_key` again"):
         read_patch(moved, record, Settings(), ENVIRON)
     moved["litellm_params"]["api_key"] = "os.environ/NEW_API_KEY"
 
     assert read_patch(moved, record, Settings(), ENVIRON).litellm_params["api_base"] == "http://elsewhere.example/v1"
+
+
+@pytest.mark.parametrize(
+    ("change", "secret"),
+    [
+        ({"api_base": "http://127.0.0.1:10/v1"}, "extra_headers"),
+        ({"api_base": "https://127.0.0.1:9/v1"}, "extra_headers"),
+        ({"api_base": None}, "extra_headers"),
+        ({"model": "mistral/new"}, "extra_headers"),
+        ({"custom_llm_provider": "mistral"}, "extra_headers"),
+        ({"api_base": "http://elsewhere/v1", "extra_headers": {"x": "1"}}, None),
+        ({"api_base": "http://127.0.0.1:9/v2"}, None),
+        ({"model": "openai/newer"}, None),
+        ({"temperature": 1}, None),
+    ],
+)
+def test_a_secret_stays_with_the_provider_and_the_address_it_was_stated_for(change: Any, secret: str | None) -> None:
+    headers = {"x-team": "blue", "x-gateway": "os.environ/NEW_API_KEY"}
+    record = a_record("new", model="openai/new", api_base="http://127.0.0.1:9/v1", extra_headers=headers)
+    patch = {"litellm_params": change}
+    if secret is None:
+        read_patch(patch, record, Settings(), ENVIRON)
+        return
+    with pytest.raises(BadRequest) as caught:
+        read_patch(patch, record, Settings(), ENVIRON)
+    assert caught.value.param == f"litellm_params.{secret}"
+
+
+def test_what_is_shown_of_a_model_holds_no_secret_however_it_came_there() -> None:
+    body = {"a": [{"token": "canary4"}], "max_tokens": 3, "note": "Bearer canary5", "u": "http://a@h?k=canary6"}
+    base = "https://me:canary1@h/v1?api-version=1&sig=canary2&team=canary3"
+    headers = {"x": "canary7", "y": "os.environ/Y_API_KEY"}
+    shown = shown_params({"model": "openai/x", "api_base": base, "extra_body": body, "headers": headers, "top_p": 1})
+    assert "canary" not in str(shown)
+    assert shown["api_base"] == "https://***@h/v1?api-version=1&sig=***&team=***"
+    assert (shown["extra_body"]["max_tokens"], shown["headers"]["y"]) == (3, "os.environ/Y_API_KEY")
 
 
 def test_a_price_is_whole() -> None:

@@ -38,7 +38,7 @@ def event_loop_policy() -> Any:
 async def connections(certificate: Path) -> AsyncIterator[Connections]:
     """Two at once."""
     assert isinstance(asyncio.get_running_loop(), uvloop.Loop)
-    opened = Connections(2, lambda: ssl.create_default_context(cafile=certificate))
+    opened = Connections(2, lambda _: ssl.create_default_context(cafile=certificate))
     yield opened
     await opened.aclose()
 
@@ -74,7 +74,7 @@ async def test_whoever_leaves_at_any_moment_takes_no_place_along(
 
 
 async def test_nobody_overtakes_who_waits_for_a_place(certificate: Path) -> None:
-    connections = Connections(1, ssl.create_default_context)
+    connections = Connections(1, lambda _: ssl.create_default_context())
     async with RawUpstream(plain()) as server:
         first = await connections.take(at(server), 1)
         await first.send(HEAD, b"{}")

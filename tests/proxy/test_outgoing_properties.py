@@ -10,6 +10,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
+from proxy.outbound import Outbound
 from proxy.routing.request import parse_chat
 from proxy.settings import Settings
 from proxy.state.resolved import Resolved
@@ -183,7 +184,7 @@ def test_usage_that_nobody_asked_for_takes_no_number_along() -> None:
 )
 def test_of_two_names_for_one_limit_the_one_that_says_something_counts(body: Any, sent: Any) -> None:
     resolved = Resolved("relay", "m", "mistral", "http://x/v1", renames={"max_completion_tokens": "max_tokens"})
-    target = Targets(Settings(), {}).of(a_record(model="mistral/m"), resolved)
+    target = Targets(Settings(), {}, Outbound({})).of(a_record(model="mistral/m"), resolved)
     whole = {"model": "auto", "messages": ASK, **body}
 
     assert json.loads(target.body(whole, json.dumps(whole).encode(), stream=False)) == {
@@ -196,7 +197,7 @@ def test_of_two_names_for_one_limit_the_one_that_says_something_counts(body: Any
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_models_own_parameters_do_not_say_whether_it_streams(stream: bool) -> None:
     record = a_record(stream=not stream, temperature=0.5)
-    target = Targets(Settings(), {}).of(record, Resolved("relay", "m", "openai", "http://x/v1"))
+    target = Targets(Settings(), {}, Outbound({})).of(record, Resolved("relay", "m", "openai", "http://x/v1"))
     body = {"model": "auto", "messages": ASK, **({"stream": True} if stream else {})}
     sent = json.loads(target.body(body, json.dumps(body).encode(), stream=stream))
 

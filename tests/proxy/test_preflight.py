@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
-from proxy.preflight import check_files
+from proxy.preflight import check_files, check_named_models
 from proxy.settings import Settings, SettingsError, load_settings
 from router_core.recipes import RECIPES
 from tests.support.command import environment, run_command
@@ -39,6 +39,41 @@ def test_a_broken_validation_line_is_named_by_its_number(tmp_path: Path) -> None
 def test_a_missing_validation_set_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"^validation_set: .*none\.jsonl"):
         check_files(settings_of(validation_set=str(tmp_path / "none.jsonl")))
+
+
+def test_a_ca_file_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("nothing")
+    for path in (tmp_path / "ca.pem", tmp_path / "none.pem"):
+        model = {"model_name": "a", "litellm_params": {"model": "openai/x", "ssl_verify": str(path)}}
+        with pytest.raises(SettingsError, match=r"^model_list\[0\]\.litellm_params\.ssl_verify: .*PEM"):
+            check_files(settings_of(model_list=[model]))
+
+
+def named(*served: str, complete: bool = True, **stated: object) -> None:
+    check_named_models(settings_of(**stated), served, {"gpt-4o"}.__contains__, complete=complete)
+
+
+@pytest.mark.parametrize(
+    ("stated", "words"),
+    [
+        ({"default_model": "smal"}, "no model is named 'smal'; did you mean 'small'"),
+        ({"default_model": "smal", "admin_key": "long-enough"}, "did you mean 'small'"),
+        ({"default_model": "other"}, "known models: small"),
+        ({"judge_model": "smal"}, "judge_model: 'smal' is no registered model"),
+    ],
+)
+def test_a_model_that_a_setting_names_and_that_cannot_come_is_refused(stated: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        named("small", **stated)
+
+
+def test_a_model_that_may_still_come_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    named("small", default_model="small", judge_model="gpt-4o")
+    named("small", judge_model="openai/new")
+    assert caplog.text == ""
+    named("small", default_model="other", admin_key="long-enough")
+    named("small", default_model="smal", judge_model="nobody", complete=False)
+    assert caplog.text.count("nothing stands in") == 2
 
 
 def test_every_recipe_can_be_set_and_no_other() -> None:

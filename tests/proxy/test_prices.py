@@ -14,9 +14,10 @@ import pytest
 
 from proxy.cli.price_sync import sync_once
 from proxy.settings import Settings
-from proxy.state.prices import LARGEST_FEED, FeedFailed, PriceFeed, fetch_catalog, sync_prices
+from proxy.state.prices import FeedFailed, PriceFeed, fetch_catalog, sync_prices
 from proxy.state.store import Store
 from proxy.tasks import end
+from router_core.documents import MAX_PRICES_BYTES
 from router_core.types import Price
 from tests.support.makers import a_record, a_registry, following, until
 
@@ -117,7 +118,7 @@ async def test_model_info_yields_to_a_feed_but_not_to_the_bundled_map(store: Sto
         (b"<html>busy</html>", 200, "refused"),
         (FEED, 500, "status 500"),
         (FEED, 302, "redirects are not followed"),
-        (b" " * (LARGEST_FEED + 1), 200, "larger than"),
+        (b" " * (MAX_PRICES_BYTES + 1), 200, "larger than"),
     ],
 )
 async def test_a_broken_feed_is_refused_whole(body: object, status: int, what: str) -> None:

@@ -119,20 +119,17 @@ async def test_an_unknown_certificate_is_said_to_be_the_reason(upstream: Upstrea
 
 
 async def test_a_certificate_of_the_systems_is_taken_where_it_is_asked_for(
-    certificate: Path, monkeypatch: pytest.MonkeyPatch
+    certificate: Path,
 ) -> None:
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     upstream = Upstream(Settings(), {"ARM_API_KEY": KEY, "SSL_CERT_FILE": str(certificate)})
     async with RawUpstream(plain(), tls=served_by(certificate)) as server:
         assert await whole(upstream, a_model(server)) == JSON.replace(b"theirs", b"ours")
     await upstream.aclose()
 
 
-async def test_a_proxy_of_the_environment_is_used_but_for_those_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_proxy_of_the_environment_is_used_but_for_this_machine() -> None:
     async with RawUpstream(plain()) as proxy, RawUpstream(plain()) as near:
-        monkeypatch.setenv("http_proxy", f"127.0.0.1:{proxy.port}")
-        monkeypatch.setenv("no_proxy", "127.0.0.1")
-        upstream = Upstream(Settings(), {"ARM_API_KEY": KEY})
+        upstream = Upstream(Settings(), {"ARM_API_KEY": KEY, "http_proxy": f"127.0.0.1:{proxy.port}"})
         far = a_model(near, api_base="http://far.invalid/v1")
         await whole(upstream, far)
         await whole(upstream, a_model(near))
@@ -141,10 +138,9 @@ async def test_a_proxy_of_the_environment_is_used_but_for_those_it_leaves_out(mo
         assert proxy.heads[0].startswith(b"POST http://far.invalid/v1/chat/completions HTTP/1.1\r\n")
 
 
-async def test_a_proxy_that_refuses_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_proxy_that_refuses_is_said_to() -> None:
     async with RawUpstream(plain(b"", status=b"407 Who are you")) as proxy:
-        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
-        upstream = Upstream(Settings(), {"ARM_API_KEY": KEY})
+        upstream = Upstream(Settings(), {"ARM_API_KEY": KEY, "https_proxy": f"http://127.0.0.1:{proxy.port}"})
         failure = await failing(upstream, a_model(proxy, api_base="https://far.invalid/v1"), whole)
         await upstream.aclose()
         assert ("407" in failure.message, failure.lost, len(proxy.heads)) == (True, False, 1)

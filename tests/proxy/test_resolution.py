@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import BadRequest, UpstreamFailure
+from proxy.outbound import Outbound
 from proxy.settings import ModelInfo, Settings
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
@@ -36,7 +37,7 @@ def stated(forward: Any = "auto", **params: Any) -> ModelRecord:
 
 
 def relay(provider: str, model: str, base: str, key: str | None = None, renames: Any = None) -> Resolved:
-    return Resolved("relay", model, provider, base, key, renames or {})
+    return Resolved("relay", model, provider, base, key, renames or {}, own_address=key is not None)
 
 
 def translate(provider: str, model: str = "x", base: str | None = None) -> Resolved:
@@ -58,13 +59,13 @@ FOUND: list[tuple[ModelRecord, Resolved | str]] = [
     (stated(model="custom_openai/x"), translate("custom_openai")),
     (
         stated(model="azure/x", api_base=f"{AZURE}/openai/v1"),
-        relay("azure", "x", f"{AZURE}/openai/v1", "AZURE_API_KEY"),
+        relay("azure", "x", f"{AZURE}/openai/v1"),
     ),
     (stated(model="azure/x", api_base=AZURE, api_version="2024-10-21"), translate("azure")),
     (stated(model="deepseek/x"), relay("deepseek", "x", "https://api.deepseek.com/beta", "DEEPSEEK_API_KEY")),
     (stated(model="groq/a/b"), relay("groq", "a/b", "https://api.groq.com/openai/v1", "GROQ_API_KEY", RENAMED)),
-    (stated(model="groq/x", api_base=NEAR), relay("groq", "x", NEAR, "GROQ_API_KEY", RENAMED)),
-    (stated(model="groq/x", base_url=NEAR), relay("groq", "x", NEAR, "GROQ_API_KEY", RENAMED)),
+    (stated(model="groq/x", api_base=NEAR), relay("groq", "x", NEAR, None, RENAMED)),
+    (stated(model="groq/x", base_url=NEAR), relay("groq", "x", NEAR, None, RENAMED)),
     (
         stated(model="x", custom_llm_provider="groq"),
         relay("groq", "x", "https://api.groq.com/openai/v1", "GROQ_API_KEY", RENAMED),
@@ -77,15 +78,15 @@ FOUND: list[tuple[ModelRecord, Resolved | str]] = [
         relay("fireworks_ai", "x", "https://api.fireworks.ai/inference/v1", "FIREWORKS_AI_API_KEY", RENAMED),
     ),
     (stated(model="xai/x"), relay("xai", "x", "https://api.x.ai/v1", "XAI_API_KEY", RENAMED)),
-    (stated(model="groq/x", api_base=NEAR, ssl_verify=False), translate("groq")),
+    (stated(model="groq/x", api_base=NEAR, ssl_verify=False), relay("groq", "x", NEAR, None, RENAMED)),
     (stated(model="groq/x", api_base=NEAR, drop_params=True), translate("groq")),
     (stated("translate", model="groq/x", api_base=NEAR), translate("groq")),
     *[
         (stated(model=f"{name}/x", api_base=NEAR), translate(name))
         for name in ("anthropic", "gemini", "ollama", "ollama_chat", "bedrock", "cohere_chat", "vertex_ai")
     ],
-    (stated("relay", model="anthropic/x", api_base=NEAR), relay("anthropic", "x", NEAR, "ANTHROPIC_API_KEY", RENAMED)),
-    (stated("relay", model="gemini/x", api_base=NEAR), relay("gemini", "x", NEAR, "GEMINI_API_KEY")),
+    (stated("relay", model="anthropic/x", api_base=NEAR), relay("anthropic", "x", NEAR, None, RENAMED)),
+    (stated("relay", model="gemini/x", api_base=NEAR), relay("gemini", "x", NEAR)),
     (stated("relay", model="bedrock/x", api_base=NEAR), relay("bedrock", "x", NEAR, None, RENAMED)),
     (stated("relay", model="ollama/x", api_base=NEAR), relay("ollama", "x", NEAR)),
     *[
@@ -98,7 +99,7 @@ FOUND: list[tuple[ModelRecord, Resolved | str]] = [
         for params in ({"model": "nonsense/x", "api_base": NEAR}, {"model": "nonsense"}, {"model": "nonsense/x"})
     ],
     *[
-        (stated("relay", model=model, api_base=NEAR, ssl_verify=False), "no place for litellm_params.ssl_verify")
+        (stated("relay", model=model, api_base=NEAR, drop_params=True), "no place for litellm_params.drop_params")
         for model in ("groq/x", "openai/x")
     ],
     (stated(model="aiohttp_openai/x", api_base=NEAR), "follows redirects"),
@@ -148,7 +149,7 @@ def test_a_provider_is_reached_in_the_way_that_it_speaks(found: list[ModelRecord
             relay("openai", "x", NEAR),
         ),
         (stated("translate", model="openai/x", api_base=NEAR), translate("openai", base=NEAR)),
-        (stated(model="openai/x", api_base=NEAR, ssl_verify=False), translate("openai", base=NEAR)),
+        (stated(model="openai/x", api_base=NEAR, drop_params=True), translate("openai", base=NEAR)),
         (stated("relay", model="openai/x", api_base=NEAR, temperature=1), relay("openai", "x", NEAR)),
         (stated(model="openai/x"), None),
         (stated(model="openai/x", api_base="https://api.openai.com/v1"), None),
@@ -194,6 +195,7 @@ def test_chat_completions_are_below_the_address(base: str, url: str) -> None:
 async def test_a_key_of_the_environment_is_sent_and_kept_nowhere(tmp_path: Path) -> None:
     environ = {"MISTRAL_API_KEY": CANARY}
     with ScriptedUpstream() as server:
+        environ["MISTRAL_API_BASE"] = server.url
         record = await Resolver(tmp_path, environ).resolve(stated(model="mistral/x", api_base=server.url))
         upstream = Upstream(Settings(), environ)
         body = {**BODY, "max_completion_tokens": 7}
@@ -203,7 +205,7 @@ async def test_a_key_of_the_environment_is_sent_and_kept_nowhere(tmp_path: Path)
         assert server.last.headers["authorization"] == f"Bearer {CANARY}"
         assert (server.last.body["max_tokens"], "max_completion_tokens" in server.last.body) == (7, False)
     assert record.resolved is not None
-    target = Targets(Settings(), environ).of(record, record.resolved)
+    target = Targets(Settings(), environ, Outbound({})).of(record, record.resolved)
     kept = (tmp_path / FILE).read_text() + record.to_json() + repr(record) + repr(target) + repr(record.resolved)
     assert "MISTRAL_API_KEY" in kept
     assert CANARY not in kept
@@ -212,9 +214,9 @@ async def test_a_key_of_the_environment_is_sent_and_kept_nowhere(tmp_path: Path)
 @pytest.mark.parametrize("variable", ["UNIROUTE_ADMIN_KEY", "AWS_SECRET_ACCESS_KEY", "HOME", "UNIROUTE_X_API_KEY"])
 def test_a_record_that_names_another_secret_gets_none(variable: str) -> None:
     """Whoever can write to the store may not read the environment."""
-    record = a_record()
+    record, resolved = a_record(), Resolved("relay", "m", "x", NEAR, variable, own_address=True)
     with pytest.raises(UpstreamFailure, match="no key"):
-        Targets(Settings(), {variable: CANARY}).of(record, Resolved("relay", "m", "x", NEAR, variable))
+        Targets(Settings(), {variable: CANARY}, Outbound({})).of(record, resolved)
 
 
 @pytest.mark.parametrize("forward", ["auto", "relay", "translate"])

@@ -64,7 +64,9 @@ async def test_no_key_is_in_the_environment_of_who_is_asked(asked: Path, monkeyp
     monkeypatch.setenv("SOME_SECRET", CANARY)
     answering(asked, ANSWER)
     environ = {"GROQ_API_KEY": CANARY, "GROQ_API_BASE": "http://base", "UNIROUTE_ADMIN_KEY": CANARY}
-    await Resolver(asked / "data", environ).resolve(ONE)
+    await Resolver(asked / "data", environ).resolve(
+        stated(model="groq/x", api_base=NEAR, api_key="os.environ/GROQ_API_KEY")
+    )
     seen = (asked / "environ").read_text()
 
     assert "GROQ_API_BASE=http://base\n" in seen

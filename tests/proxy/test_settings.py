@@ -68,6 +68,9 @@ def test_every_setting_but_the_models_can_be_given_as_a_variable() -> None:
     samples = {
         "cost_unit": "cents",
         "limits_without_store": "allow",
+        "allowed_env": "TOKEN",
+        "allowed_origins": "https://app.example",
+        "price_url": "https://prices.example/map.json",
         "recipe": "raw",
         "sticky_sessions": "on",
         "redis_url": "redis://127.0.0.1",
@@ -133,6 +136,69 @@ def test_a_wrong_file_is_refused_with_the_key_and_the_fix(tmp_path: Path, text: 
     message = refusal(tmp_path, text)
     assert "uniroute.yaml" in message
     assert [word for word in words if word not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ("api_bse: http://h/v1", ["litellm_params.api_bse", "did you mean 'api_base'", "extra_body"]),
+        ("apiBase: http://h/v1", ["'api_base'"]),
+        ("api-key: os.environ/A_API_KEY", ["'api_key'"]),
+        ("auth_token: os.environ/A_API_KEY", ["'api_key'"]),
+        ("custom_llm_provder: openai", ["'custom_llm_provider'"]),
+        ("temprature: 0", ["'temperature'"]),
+        ("max_token: 5", ["'max_tokens'"]),
+        ("aws_regoin_name: x", ["'aws_region_name'"]),
+        ("sl_verify: false", ["'ssl_verify'"]),
+        ("mock_response: hi", ["litellm_params.mock_response has no meaning here"]),
+        ("extra_body: {a: [{b: os.environ/A_API_KEY}]}", ["litellm_params.extra_body.a[0].b", "extra_headers"]),
+        ("user: os.environ/A_API_KEY", ["litellm_params.user"]),
+        ("extra_headers: {x: os.environ/HOME}", ["litellm_params.extra_headers.x", "'HOME'"]),
+        ("api_base: http://a/v1, base_url: http://b/v1", ["litellm_params.base_url", "differ"]),
+        ("ssl_verify: 3", ["litellm_params.ssl_verify must be true, false or the path"]),
+    ],
+)
+def test_a_parameter_that_would_have_no_effect_is_refused(tmp_path: Path, params: str, words: list[str]) -> None:
+    message = refusal(tmp_path, f"model_list: [{{model_name: a, litellm_params: {{model: openai/x, {params}}}}}]")
+    assert [word for word in ["model_list[0]", *words] if word not in message] == []
+
+
+def test_fields_of_a_models_own_server_pass_and_one_that_nobody_knows_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = "top_k: 3, min_p: 0.1, repetition_penalty: 1.1, reasoning_format: none, num_ctx: 1, aws_new_thing: 1"
+    params = f"model: openai/x, {known}, zork: 2, extra_body: {{api_bse: 1}}"
+    (model,) = load_settings(
+        a_file(tmp_path, f"model_list: [{{model_name: a, litellm_params: {{{params}}}}}]"), {}
+    ).model_list
+    assert (model.litellm_params["top_k"], model.litellm_params["zork"]) == (3, 2)
+    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == [
+        "'zork' is not known here; it is sent in the body of every request"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("section", "word"),
+    [
+        ("default_model: auto", "asks for routing"),
+        ("default_model: gpt-4o, route_names: [gpt-4o]", "asks for routing"),
+        ("allowed_env: [os.environ/TOKEN]", "'os.environ/TOKEN'"),
+        ("allowed_env: [UNIROUTE_ADMIN_KEY]", "'UNIROUTE_ADMIN_KEY'"),
+        ("allowed_hosts: ['https://proxy.example']", "'https://proxy.example'"),
+        ("allowed_hosts: ['*']", "'*'"),
+        ("allowed_origins: ['https://app.example/']", "'https://app.example/'"),
+        ("allowed_origins: ['app.example']", "'app.example'"),
+        ("allowed_origins: ['*']", "'*'"),
+        ("price_url: prices.example/map.json", "http://"),
+    ],
+)
+def test_a_setting_that_could_never_match_is_refused(tmp_path: Path, section: str, word: str) -> None:
+    assert word in refusal(tmp_path, f"uniroute: {{{section}}}")
+
+
+def test_a_queue_without_a_cap_is_refused(tmp_path: Path) -> None:
+    model = "{model_name: a, litellm_params: {model: x}, model_info: {max_queued_requests: 3}}"
+    assert "max_parallel_requests" in refusal(tmp_path, f"model_list: [{model}]")
 
 
 def test_one_name_for_two_deployments_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ _ADDRESS = re.compile(r"UniRoute at (http://\S+)/v1")
 
 def environment(data_dir: Path, embedder_cache: Path | None = None, **more: str) -> dict[str, str]:
     """`embedder_cache`: where the distilled table is already, so that nothing distils it again."""
-    data_dir.mkdir(parents=True, exist_ok=True)
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     for table in embedder_cache.glob("static-*") if embedder_cache else ():
         if not (data_dir / table.name).exists():
             (data_dir / table.name).symlink_to(table)
