@@ -171,7 +171,7 @@ def _row(card: Mapping[str, Any]) -> tuple[str, ...]:
     price = card["price"] or {}
     shown = [per_million(price, f"{side}_cost_per_token") for side in ("input", "output")]
     error = card.get("mean_error")
-    job = card["job"] or {}
+    job = card.get("job") or {}
     far = f" {job['done']}/{job['total']}" if card["state"] == "profiling" else ""
     return (
         card["model_name"],

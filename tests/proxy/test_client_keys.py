@@ -53,11 +53,17 @@ def test_a_record_that_says_anything_else_is_refused(change: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("limit", ["requests_per_minute", "tokens_per_minute", "usd_per_day", "usd_per_month"])
-@pytest.mark.parametrize("value", [-1, True, "5", float("nan"), float("inf"), 10**400, [1]])
+@pytest.mark.parametrize("value", [-1, True, "5", [1]])
 def test_a_limit_that_is_none_is_refused(limit: str, value: Any) -> None:
     with pytest.raises(InvalidKey, match=limit) as caught:
         ClientKey.from_json("id", stored(limits={limit: value}))
     assert caught.value.param == limit
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400])
+def test_a_limit_that_json_cannot_hold_is_refused(value: float) -> None:
+    with pytest.raises(InvalidRecord):
+        ClientKey.from_json("id", stored(limits={"usd_per_day": value}))
 
 
 @pytest.mark.parametrize(("limit", "value"), [("requests_per_minute", 0), ("tokens_per_minute", 1.5)])
