@@ -74,12 +74,21 @@ class Jobs:
             raise StoreUnavailable("the job that was just stored is gone: the store was emptied")
         return job
 
-    async def submitted_with(self, record: ModelRecord, prompts: int, max_usd: float | None, registry: Registry) -> str:
-        """Add a model and submit its job, both or neither; the job's id. Raises StoreUnavailable, NameTaken."""
+    async def submitted_with(
+        self, record: ModelRecord, prompts: int, max_usd: float | None, registry: Registry
+    ) -> tuple[str, int]:
+        """Add a model and submit its job, both or neither.
+
+        Returns:
+            The job's id, and the version since which the model is there.
+
+        Raises:
+            StoreUnavailable, NameTaken.
+        """
         step = self._ledger.submission(record, prompts, max_usd)
-        _, job_id = await registry.add_model_with(record, step)
+        version, job_id = await registry.add_model_with(record, step)
         await self.worker.kick(job_id)
-        return job_id
+        return job_id, version
 
     async def carry_over(self, model: str) -> bool:
         """Whether what the model answered on another map is carried over to this one. Raises StoreUnavailable."""

@@ -35,7 +35,8 @@ async def add_model(request: Request, services: AdminServices) -> Response:
     record = await services.resolver.resolve(addition.record)
     profile = addition.profile
     if isinstance(profile, Asking):
-        job = await services.jobs.submitted_with(record, profile.prompts, profile.max_usd, services.registry)
+        job, version = await services.jobs.submitted_with(record, profile.prompts, profile.max_usd, services.registry)
+        await _take_effect(services, version)
         return JSONResponse({"model": record.name, "job": job}, 202)
     await _take_effect(services, await services.registry.add_model(record, profile))
     return JSONResponse({"model": record.name, "job": None}, 201)

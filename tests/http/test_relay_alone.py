@@ -79,10 +79,10 @@ def test_a_server_that_only_relays_never_holds_litellm(
     with serving(tmp_path, embedder_cache, upstream) as server:
         ask(server)
         ask(server, stream=True)
-        add(server, "fast", upstream, model="groq/llama", api_key=None)
+        add(server, "fast", upstream, model="groq/llama", api_key="os.environ/GROQ_API_KEY")
         ask(server, "fast", max_completion_tokens=5)
         seen = upstream.last
-        changed = {"litellm_params": {"model": "openai/other"}}
+        changed = {"litellm_params": {"model": "openai/other", "api_key": None}}
         assert admin(server, "PATCH", "/fast", changed).status_code == 200
         ask(server, "fast", max_completion_tokens=5)
         resolved = (tmp_path / "data" / "providers.json").read_text()
