@@ -324,6 +324,11 @@ class CompletionReader:
         self._joined = Joined()
 
     @property
+    def of_events(self) -> bool:
+        """It was no JSON that came, as far as is known."""
+        return self._events is not None
+
+    @property
     def finished(self) -> bool:
         """The answer has come to its end, as far as that shows before the end of the body."""
         return self._events is not None and self._events.finished

@@ -120,6 +120,8 @@ class Exchange:
         except UpstreamFailure as failure:
             self.fault = failure
             raise NoAnswer(failure.message) from failure
+        if reader.of_events:  # which it would search for words of an error, on the event loop
+            raise NoAnswer("a whole answer in events")
 
     def failure_of(self, error: Exception | None) -> UpstreamFailure:
         """What came in place of a completion. `error`: what the library in between made of it."""

@@ -115,6 +115,46 @@ async def test_a_packed_answer_is_read_all_the_same(upstream: Upstream, way: str
 
 
 @pytest.mark.parametrize("way", ["relay", "translate"])
+async def test_the_events_of_a_whole_answer_are_no_flood_of_values_together(upstream: Upstream, way: str) -> None:
+    async with RawUpstream(Said(chunked(SAID * (MAX_VALUES_AT_ONCE // 5), END, DONE))) as server:
+        said = json.loads(await whole(upstream, by(way, server)))
+
+    assert said["choices"][0]["message"]["content"] == "hi" * (MAX_VALUES_AT_ONCE // 5)
+    await until(lambda: upstream.room.taken == 0)
+
+
+@pytest.mark.parametrize("way", ["relay", "translate"])
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (b'{"parts":[' + b"[]," * 20_000 + b"1]}", "values"),
+        (b'{"content":"' + b"x" * 500_000 + b'"}', "max_answer_bytes"),
+    ],
+)
+async def test_of_a_whole_answer_in_events_no_more_is_held_than_of_any(
+    upstream: Upstream, way: str, said: bytes, why: str
+) -> None:
+    piece = b'data: {"choices":[{"index":0,"delta":' + said + b"}]}\n\n"
+    async with RawUpstream(Said(chunked(*[piece] * 20, END, DONE))) as server:
+        failure = await failing(upstream, by(way, server), whole)
+
+        assert isinstance(failure, AnswerTooLarge)
+        assert why in failure.message
+    assert upstream.room.taken == 0
+
+
+@pytest.mark.parametrize("way", ["relay", "translate"])
+async def test_json_in_place_of_a_stream_is_bounded_too(upstream: Upstream, way: str) -> None:
+    flood, long = holding(b"[" + b"[]," * 200_000 + b"1]"), holding(b'"' + b"x" * 4_200_000 + b'"')
+    async with RawUpstream(plain(flood), plain(long)) as server:
+        for why in ("values", "max_answer_bytes"):
+            failure = await failing(upstream, by(way, server), streamed)
+            assert isinstance(failure, AnswerTooLarge)
+            assert why in failure.message
+    assert upstream.room.taken == 0
+
+
+@pytest.mark.parametrize("way", ["relay", "translate"])
 @KINDS
 async def test_a_large_answer_arrives_whole(upstream: Upstream, way: str, ask: Any) -> None:
     text = '"[]{},:é\\' * 200_000

@@ -179,3 +179,20 @@ def test_what_a_completion_says_is_not_shown_beside_its_error() -> None:
     said = {"choices": [{"message": {"content": "half"}}], "usage": {}, "error": {"message": "gone"}, "request_id": "r"}
     _, body, _ = describe(no_completion("small", said))
     assert set(body) == {"error", "request_id"}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"choices": [], "usage": {"prompt_tokens": 3}, "error": {"message": "gone"}},
+        {"choices": [{"delta": {}, "finish_reason": "error"}], "usage": {"prompt_tokens": 3}},
+    ],
+)
+def test_what_a_failed_answer_used_is_kept_of_it(said: dict[str, Any]) -> None:
+    body: Any = no_completion("small", said).body
+    assert body["usage"] == {"prompt_tokens": 3}
+
+
+def test_of_a_long_error_within_a_success_its_words_are_kept() -> None:
+    said = {"error": {"message": "gone", "code": 503}, "more": ["x"] * 9999}
+    assert no_completion("small", said).body == {"error": {"message": "gone", "code": 503}}
