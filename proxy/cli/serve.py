@@ -122,12 +122,10 @@ class Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, handler) for number, handler in self.signals.items()}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        # They stay: the process ends with its server, and a signal that is repeated must not break off its last steps.
+        for number, handler in self.signals.items():
+            signal.signal(number, handler)
+        yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  the shape of signal handlers
         self.force_exit = self.should_exit and sig == signal.SIGINT

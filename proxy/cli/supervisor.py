@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import multiprocessing
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from uvicorn.lifespan.off import LifespanOff
 
 from proxy.cli.serve import Server, run_to_the_end
 from proxy.cli.serve_store import kept_store
@@ -29,6 +31,7 @@ from proxy.settings import Settings
 log = logging.getLogger("uniroute.workers")
 
 TICK_S = 0.25
+LOOK_AGAIN_S = 0.05
 QUICK_S = 10.0
 """A worker that dies younger than this is started again after a pause, which doubles each time."""
 MAX_PAUSE_S = 30.0
@@ -44,9 +47,30 @@ multiprocessing.allow_connection_pickling()
 class WorkerServer(Server):
     """Ends when its supervisor says so. Ctrl-C, which a terminal sends to all, only makes it hurry with that."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, *, listens_at_once: bool) -> None:
         super().__init__(config)
         self.signals[signal.SIGINT] = self._hurry
+        self.may_listen = self._listens_at_once = listens_at_once
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen at once, or only when ready: a connection that comes while others serve is better taken by them."""
+        if self._listens_at_once:
+            await super().startup(sockets)
+            return
+        lifespan = self.lifespan
+        await lifespan.startup()
+        # the supervisor's word comes by a thread
+        while not (lifespan.should_exit or self.should_exit or (self.is_ready and self.may_listen)):  # noqa: ASYNC110
+            await asyncio.sleep(LOOK_AGAIN_S)
+        if lifespan.should_exit or self.should_exit:
+            self.should_exit = True
+            await lifespan.shutdown()
+            return
+        self.lifespan = LifespanOff(self.config)  # it has started
+        try:
+            await super().startup(sockets)
+        finally:
+            self.lifespan = lifespan
 
     def _hurry(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  the shape of signal handlers
         self.force_exit = self.should_exit
@@ -61,9 +85,10 @@ class WorkerServer(Server):
 class Worker:
     """A process, and the pipe over which it is asked for a sign of life."""
 
-    def __init__(self, config: uvicorn.Config, bound: socket.socket) -> None:
+    def __init__(self, config: uvicorn.Config, bound: socket.socket, *, listens_at_once: bool = False) -> None:
         self._pipe, theirs = _spawn.Pipe()
-        self.process = _spawn.Process(target=_work, args=(config, bound, theirs))
+        self.listens_at_once = listens_at_once
+        self.process = _spawn.Process(target=_work, args=(config, bound, theirs, listens_at_once))
         self.began = time.monotonic()
         self.is_ready = self.was_heard = False
         self.unanswered_s = 0.0
@@ -76,8 +101,8 @@ class Worker:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         theirs.close()
 
-    def ask(self) -> None:
-        """For a sign of life, if the last one was given; called once a tick."""
+    def ask(self, *, may_listen: bool) -> None:
+        """Ask for a sign of life, if the last one was given; called once a tick."""
         with contextlib.suppress(OSError, EOFError):  # it has just ended
             if self._asked and self._pipe.poll():
                 self.is_ready, self.was_heard = self._pipe.recv(), True
@@ -85,7 +110,7 @@ class Worker:
             if self._asked:
                 self.unanswered_s += TICK_S
             else:
-                self._pipe.send(None)
+                self._pipe.send(may_listen)
                 self._asked = True
 
     def send_signal(self, number: signal.Signals) -> None:
@@ -152,7 +177,8 @@ class Supervisor:
     def _look_after(self, place: Place) -> None:
         if place.worker is None:
             if time.monotonic() >= place.due:
-                place.worker = Worker(self._config, self._bound)
+                first = place is self._places[0] and not self._ever_ready
+                place.worker = Worker(self._config, self._bound, listens_at_once=first)
                 place.is_stale = False
             return
         if (cause := self._cause_of_death(place.worker)) is not None:
@@ -176,11 +202,17 @@ class Supervisor:
             worker.kill()
             place.worker, place.successor = place.successor, None
 
+    @property
+    def _may_listen(self) -> bool:
+        """Whether workers that are ready may take connections: until the first one is, it alone says how far it is."""
+        first = self._places[0].worker
+        return first is None or first.is_ready or not first.listens_at_once
+
     def _cause_of_death(self, worker: Worker) -> tuple[str, str] | None:
         """For the counter and in words; None while it lives. One that gives no sign of life is killed."""
         code = worker.process.exitcode
         if code is None:
-            worker.ask()
+            worker.ask(may_listen=self._may_listen)
             patience_s = self._settings.worker_health_timeout_s
             if not worker.was_heard:
                 patience_s = max(patience_s, FIRST_SIGN_S)
@@ -233,10 +265,10 @@ class Supervisor:
             worker.kill()
 
 
-def _work(config: uvicorn.Config, bound: socket.socket, pipe: Connection) -> None:
+def _work(config: uvicorn.Config, bound: socket.socket, pipe: Connection, listens_at_once: bool) -> None:  # noqa: FBT001
     """What a worker process runs."""
     config.configure_logging()
-    server = WorkerServer(config)
+    server = WorkerServer(config, listens_at_once=listens_at_once)
     threading.Thread(target=_answer, args=(pipe, server), name="uniroute-supervised", daemon=True).start()
     try:
         run_to_the_end(server, bound)
@@ -244,11 +276,11 @@ def _work(config: uvicorn.Config, bound: socket.socket, pipe: Connection) -> Non
         sys.exit(START_FAILED)
 
 
-def _answer(pipe: Connection, server: Server) -> None:
+def _answer(pipe: Connection, server: WorkerServer) -> None:
     """Give signs of life. Without a supervisor, whose end of the pipe is then closed, a worker ends."""
     with contextlib.suppress(OSError, EOFError):
         while True:
-            pipe.recv()
+            server.may_listen = pipe.recv()
             pipe.send(server.is_ready)
     os.kill(os.getpid(), signal.SIGTERM)
 

@@ -123,6 +123,16 @@ def test_every_metric_is_the_sum_over_workers_also_after_one_was_killed(gateway:
     assert requests(again[0]) == 60
 
 
+def test_a_worker_that_starts_again_takes_no_request_before_it_is_ready(gateway: Gateway) -> None:
+    (killed, _) = children_of(gateway.server.pid)
+    os.kill(killed, signal.SIGKILL)
+    assert wait_until(lambda: killed not in children_of(gateway.server.pid), 20)
+    both, statuses = both_ready(gateway, {killed}), []
+    while not both():
+        statuses.append(gateway.ask(CONFIGURED).status_code)
+    assert set(statuses) == {200}
+
+
 def test_a_worker_that_gives_no_sign_of_life_is_killed_said_and_replaced(gateway: Gateway) -> None:
     stopped, other = children_of(gateway.server.pid)
     os.kill(stopped, signal.SIGSTOP)
