@@ -144,7 +144,7 @@ async def _succeeds_in_html(exchange: Exchange) -> None:
 
 
 async def _errs_in_a_200(exchange: Exchange) -> None:
-    await _refuse(exchange, 200, json.dumps(error("quota exceeded")).encode())
+    await _refuse(exchange, 200, json.dumps(error("quota exceeded")).encode(), headers={"retry-after": "1"})
 
 
 async def _sends_no_body(exchange: Exchange) -> None:
