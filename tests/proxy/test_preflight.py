@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,8 +18,14 @@ BROKEN_SET = (
 )
 
 
+@pytest.fixture(autouse=True)
+def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a data folder is made that no test states."""
+    monkeypatch.setenv("UNIROUTE_DATA_DIR", str(tmp_path / "data"))
+
+
 def settings_of(**stated: object) -> Settings:
-    return Settings.model_validate({"data_dir": Path("/nowhere"), **stated})
+    return Settings.model_validate({"data_dir": Path(os.environ["UNIROUTE_DATA_DIR"]), **stated})
 
 
 def test_the_builtin_map_and_set_are_always_there() -> None:
