@@ -24,15 +24,21 @@ from proxy.log_lines import LineHandler
 from proxy.opening import opened_beside
 from proxy.paths import PLAIN_PATHS, meant_path, unknown_path
 from proxy.refusing import TOLD, response_of
-from proxy.routes import admin, admin_audit, admin_jobs, admin_keys, chat, health, models, openapi, route
+from proxy.routes.admin import models_router
+from proxy.routes.admin_audit import audit_router
+from proxy.routes.admin_jobs import jobs_router
+from proxy.routes.admin_keys import keys_router
+from proxy.routes.chat import Chat
+from proxy.routes.chat import router as completions_router
+from proxy.routes.models import router as public_router
 from proxy.services import Services, ServicesHolder
 from proxy.settings import Settings, load_settings
 
-log = logging.getLogger("uniroute.edge")
+edge_log = logging.getLogger("uniroute.edge")
 
 ROUTERS = (
-    *(health.router, chat.router, models.router, route.router, openapi.router),
-    *(admin.router, admin_jobs.router, admin_keys.router, admin_audit.router),
+    *(public_router, completions_router),
+    *(models_router, jobs_router, keys_router, audit_router),
 )
 EXPOSED = (
     *("x-request-id", "x-uniroute-model", "x-uniroute-decision", "x-uniroute-reason", "x-uniroute-overhead-ms"),
@@ -109,7 +115,7 @@ class Layered(FastAPI):
 
 
 def _layers(framework: ASGIApp, settings: Settings, holder: ServicesHolder) -> ASGIApp:
-    direct = chat.Chat(framework, holder=holder)
+    direct = Chat(framework, holder=holder)
     guarded = Audited(Guard(direct, settings=settings, state=lambda: holder.services.state.current))
     pages = settings.allowed_origins
     if not pages:
@@ -134,7 +140,7 @@ async def _plain(request: Request, error: Exception) -> Response:
     method, path = request.scope["method"], path_of(request.scope)
     if error.status_code == 404:
         told = unknown_path(method, path)
-        log.info("request=%s status=404: %s", request.scope[TRACE].request_id, told)
+        edge_log.info("request=%s status=404: %s", request.scope[TRACE].request_id, told)
         return JSONResponse(error_object(told, "invalid_request_error", "unknown_path"), 404)
     if error.status_code == 405:
         allowed = ", ".join(sorted(_methods(path)))

@@ -38,7 +38,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, cast
 
-from proxy.health import retry_after
+from proxy.health.retry_after import NAMES, told_wait
 from proxy.json_shape import check_shape
 
 RETRYABLE = frozenset({408, 429})
@@ -178,7 +178,7 @@ class UpstreamFailure(ProxyError):
         self.status = status
         self.body = body[:MOST_ERROR_BYTES] if isinstance(body, bytes) else body
         stated = {name.lower(): text for name, text in (headers or {}).items()}
-        self.headers = {name: stated[name] for name in retry_after.NAMES if name in stated}
+        self.headers = {name: stated[name] for name in NAMES if name in stated}
         self.timed_out = timed_out
         self.lost = lost
         """The connection was there, and died before a byte of an answer: worth asking the same model once more."""
@@ -283,7 +283,7 @@ def describe(error: ProxyError) -> tuple[int, dict[str, Any], dict[str, str]]:
 
 
 def _describe_upstream(error: UpstreamFailure) -> tuple[int, dict[str, Any], dict[str, str]]:
-    headers = retry_after.told_wait(error.headers, time.time())
+    headers = told_wait(error.headers, time.time())
     if error.status is None or error.status < 400:
         status, code = (504, "upstream_timeout") if error.timed_out else (502, "upstream_failed")
         return status, error_object(error.message, "upstream_error", code), headers

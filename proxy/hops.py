@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from proxy.errors import LoopDetected
 
-HEADER = "x-uniroute-hops"
+HOPS = "x-uniroute-hops"
 MAX_HOPS = 3
 
 
@@ -23,11 +23,11 @@ def check_hops(hops: tuple[str, ...], own: str) -> None:
     if own in hops:
         raise LoopDetected(
             "loop detected: this request has been here before; one of this server's models leads back to it",
-            param=HEADER,
+            param=HOPS,
         )
     if len(hops) > MAX_HOPS:
         raise LoopDetected(
             f"loop detected: this request has passed {len(hops)} routers, more than {MAX_HOPS}; let their models lead"
             " to providers and not to one another",
-            param=HEADER,
+            param=HOPS,
         )

@@ -17,7 +17,7 @@ from router_core.embedding import check_embedder
 from router_core.errors import InvalidInput
 from router_core.validation.loading import load_validation_set
 
-log = logging.getLogger("uniroute.settings")
+settings_log = logging.getLogger("uniroute.settings")
 
 
 def check_files(settings: Settings) -> None:
@@ -75,7 +75,7 @@ def check_named_models(
     near = _near(default, served)
     if complete and (near or settings.admin_key is None):
         raise SettingsError(f"default_model: no model is named {default!r}{near or _known(served)}")
-    log.warning("default_model: no model is named %r yet; until one is added nothing stands in", default)
+    settings_log.warning("default_model: no model is named %r yet; until one is added nothing stands in", default)
 
 
 def _near(name: str, known: Collection[str]) -> str:

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from proxy.head import Headers
-from proxy.hops import HEADER as HOPS
+from proxy.hops import HOPS
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")

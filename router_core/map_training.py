@@ -13,8 +13,8 @@ from router_core.kmeans import kmeans
 from router_core.learned_map import TOP, LearnedMap
 from router_core.types import Doubles, Floats, Indices
 
-CLUSTERS = 32
-SHARPNESS = 10.0
+TRAINED_CLUSTERS = 32
+TRAINED_SHARPNESS = 10.0
 """Of the softmax over cosines that training starts from: a temperature of 0.1."""
 EPOCHS, PATIENCE = 80, 8
 """Passes over the prompts; and after how many without a gain on the held-out ones it stops, in place of decay."""
@@ -42,7 +42,7 @@ class Answers:
         return Answers(self.vectors[rows], self.errors[rows], self.labelled[rows])
 
 
-def fit_learned_map(vectors: Floats, scores: Doubles, *, seed: int, clusters: int = CLUSTERS) -> LearnedMap:
+def fit_learned_map(vectors: Floats, scores: Doubles, *, seed: int, clusters: int = TRAINED_CLUSTERS) -> LearnedMap:
     """Fit to n prompts, (n, d), and (n, R) scores in [0, 1] of known models, NaN where unlabelled.
 
     A tenth of the prompts that are labelled at all is held out, to know when to stop.
@@ -63,7 +63,7 @@ def starting_map(vectors: Floats, clusters: int, *, seed: int) -> LearnedMap:
     distinct = len(np.unique(vectors, axis=0))
     centroids = kmeans(vectors, min(clusters, distinct), seed=seed)
     offset = np.zeros(len(centroids), dtype=np.float32)
-    return LearnedMap(np.float32(SHARPNESS) * centroids.T, offset, min(TOP, len(centroids)))
+    return LearnedMap(np.float32(TRAINED_SHARPNESS) * centroids.T, offset, min(TOP, len(centroids)))
 
 
 def train(start: LearnedMap, fitted: Answers, held_out: Answers, rng: np.random.Generator) -> LearnedMap:

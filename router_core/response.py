@@ -10,10 +10,10 @@ from router_core.errors import InvalidInput
 from router_core.kmeans import kmeans
 from router_core.types import Assignment, Doubles, Floats
 
-CLUSTERS = 32
-TOP = 8
+ERROR_CLUSTERS = 32
+ERROR_TOP = 8
 RIDGE = 10.0
-SHARPNESS = 12.0
+ERROR_SHARPNESS = 12.0
 """Of the softmax over squared distances, per known model: with R of them its temperature is R/12."""
 
 
@@ -27,7 +27,7 @@ class ResponseClusters:
     """(R,)"""
     centroids: Floats
     """(K, R)"""
-    top: int = TOP
+    top: int = ERROR_TOP
 
     def __post_init__(self) -> None:
         known = self.offsets.size
@@ -49,7 +49,7 @@ class ResponseClusters:
         distances = _squared_distances(vectors @ self.weights + self.offsets, self.centroids)
         ids = np.argsort(distances, axis=1, kind="stable")[:, : self.top]
         nearest = np.take_along_axis(distances, ids, axis=1)
-        weights = np.exp((nearest[:, :1] - nearest) * np.float32(SHARPNESS / self.offsets.size))
+        weights = np.exp((nearest[:, :1] - nearest) * np.float32(ERROR_SHARPNESS / self.offsets.size))
         return Assignment(ids.astype(np.int64), weights / weights.sum(axis=1, keepdims=True))
 
     def likeness(self) -> Doubles:
@@ -66,8 +66,8 @@ def fit_response(vectors: Floats, scores: Doubles, *, seed: int) -> ResponseClus
     offsets = np.array([offset for _, offset in fitted], dtype=np.float32)
     expected = vectors @ weights + offsets
     distinct = len(np.unique(expected, axis=0))
-    centroids = kmeans(expected, min(CLUSTERS, distinct), seed=seed, spherical=False)
-    return ResponseClusters(weights, offsets, centroids, top=min(TOP, len(centroids)))
+    centroids = kmeans(expected, min(ERROR_CLUSTERS, distinct), seed=seed, spherical=False)
+    return ResponseClusters(weights, offsets, centroids, top=min(ERROR_TOP, len(centroids)))
 
 
 def _ridge(vectors: Floats, errors: Doubles) -> tuple[Floats, float]:

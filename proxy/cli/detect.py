@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from proxy.settings import ModelEntry, ModelInfo, Settings, check_model_name
 from proxy.state.catalog import Catalog
 
-log = logging.getLogger("uniroute.detect")
+detect_log = logging.getLogger("uniroute.detect")
 
 OLLAMA_URL = "http://127.0.0.1:11434"
 _OLLAMA_TIMEOUT_S = 2.0
@@ -86,7 +86,7 @@ def _ollama_names(url: str) -> list[str]:
     except httpx.ConnectError:
         return []
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        log.warning("something answers at %s, but not as Ollama does: %r", url, error)
+        detect_log.warning("something answers at %s, but not as Ollama does: %r", url, error)
         return []
     return [name for name in names if "embed" not in name and _is_usable(name)]
 
@@ -95,6 +95,6 @@ def _is_usable(name: str) -> bool:
     try:
         check_model_name(f"ollama/{name}")
     except ValueError as error:
-        log.warning("Ollama's model %r is left out: %s", name, error)
+        detect_log.warning("Ollama's model %r is left out: %s", name, error)
         return False
     return True

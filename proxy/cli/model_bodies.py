@@ -13,7 +13,9 @@ from proxy.settings import load_settings
 from router_core.documents import MAX_PROFILE_BYTES, DocumentTooLarge, parse_json, read_bounded
 
 
-def litellm_params(model: str, api_base: str | None, key_variable: str | None, extra: Sequence[str]) -> dict[str, Any]:
+def litellm_params_from(
+    model: str, api_base: str | None, key_variable: str | None, extra: Sequence[str]
+) -> dict[str, Any]:
     params: dict[str, Any] = {"model": model}
     if api_base:
         params["api_base"] = api_base
@@ -27,7 +29,7 @@ def litellm_params(model: str, api_base: str | None, key_variable: str | None, e
     return params
 
 
-def model_info(input_cost: float | None, output_cost: float | None, *, free: bool) -> dict[str, Any]:
+def model_info_from(input_cost: float | None, output_cost: float | None, *, free: bool) -> dict[str, Any]:
     """Costs come in USD per million tokens and leave in USD per token."""
     stated = {"--input-cost": input_cost, "--output-cost": output_cost}
     if free and any(cost is not None for cost in stated.values()):
@@ -39,7 +41,7 @@ def model_info(input_cost: float | None, output_cost: float | None, *, free: boo
     return {"input_cost_per_token": input_cost / 1e6, "output_cost_per_token": output_cost / 1e6}
 
 
-def profile(
+def profile_from(
     name: str, prompts: int | None, max_usd: float | None, ready: Path | None, outcomes: Path | None
 ) -> dict[str, Any]:
     """How to ask the model, or a profile that is handed over instead."""

@@ -56,13 +56,13 @@ def add(
 
     Without a cost and without --free its price comes from LiteLLM's price map.
     """
-    from proxy.cli import model_bodies as bodies
+    from proxy.cli.model_bodies import litellm_params_from, model_info_from, profile_from
 
     body = {
         "model_name": name,
-        "litellm_params": bodies.litellm_params(model, api_base, api_key_env, param or []),
-        "model_info": bodies.model_info(input_cost, output_cost, free=free),
-        "profile": bodies.profile(name, prompts, max_usd, profile, outcomes),
+        "litellm_params": litellm_params_from(model, api_base, api_key_env, param or []),
+        "model_info": model_info_from(input_cost, output_cost, free=free),
+        "profile": profile_from(name, prompts, max_usd, profile, outcomes),
     }
     with admin_client(url) as server:
         answer = server.call("POST", "/admin/models", body)
@@ -82,9 +82,9 @@ def profile_again(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model again. Its old profile serves until the new one is ready."""
-    from proxy.cli import model_bodies as bodies
+    from proxy.cli.model_bodies import profile_from
 
-    body = bodies.profile(name, prompts, max_usd, profile, outcomes)
+    body = profile_from(name, prompts, max_usd, profile, outcomes)
     with admin_client(url) as server:
         answer = server.call("POST", f"/admin/models/{name}/profile", body)
         _finish(server, answer, no_wait=no_wait, as_json=as_json)

@@ -10,7 +10,7 @@ import signal
 from proxy.opening import open_services
 from proxy.settings import Settings
 
-log = logging.getLogger("uniroute.worker")
+worker_log = logging.getLogger("uniroute.worker")
 
 
 async def work(settings: Settings) -> None:
@@ -34,5 +34,5 @@ async def _measure(settings: Settings, opened: asyncio.Event, told: asyncio.Even
     unexposed = settings.model_copy(update={"host": "127.0.0.1"})
     async with open_services(unexposed, os.environ) as services:
         opened.set()
-        log.info("measuring models for the store at %s", services.store.name)
+        worker_log.info("measuring models for the store at %s", services.store.name)
         await told.wait()

@@ -11,7 +11,6 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from proxy.jobs import scripts
 from proxy.jobs.leases import Lease, LeaseLost
 from proxy.jobs.records import (
     JOBS,
@@ -25,6 +24,7 @@ from proxy.jobs.records import (
     lease_key,
     reserved_key,
 )
+from proxy.jobs.scripts import BEGIN, CANCEL, CHECKPOINT, FINISH, RESERVE, SUBMIT
 from proxy.state.complaints import Complaints
 from proxy.state.records import InvalidRecord, ModelRecord, StoredProfile
 from proxy.state.store import Store
@@ -72,7 +72,7 @@ class Ledger:
         bound = [carried.map_id, carried.earlier] if carried else ["", ""]
         arguments = [job_id, record.name, record.fingerprint, now, *bound, 2 * len(stored), *_pairs(stored)]
         keys = (JOBS, OPEN, LATEST, PROFILES, job_key(job_id), answers_key(job_id))
-        return Step(scripts.SUBMIT, keys, (*arguments, *_pairs(recorded)))
+        return Step(SUBMIT, keys, (*arguments, *_pairs(recorded)))
 
     async def get(self, job_id: str) -> Job | None:
         async with self._store.asking("read a job") as client:
@@ -103,7 +103,7 @@ class Ledger:
     async def cancel(self, job_id: str, why: str = "") -> bool:
         """False where there was nothing left to cancel."""
         keys = [job_key(job_id), OPEN, answers_key(job_id)]
-        return bool(await self._run("cancel a job", scripts.CANCEL, keys, [job_id, why]))
+        return bool(await self._run("cancel a job", CANCEL, keys, [job_id, why]))
 
     async def answers(self, job_id: str) -> dict[str, PromptAnswer]:
         """Prompt id to what became of it. What cannot be read is left out."""
@@ -119,17 +119,17 @@ class Ledger:
 
     async def begin(self, lease: Lease, total: int, *, priced: bool) -> None:
         """Money that was set aside and never settled, because a worker died, counts as spent."""
-        await self._fenced("begin a job", scripts.BEGIN, lease, [total, "1" if priced else "0"])
+        await self._fenced("begin a job", BEGIN, lease, [total, "1" if priced else "0"])
 
     async def reserve(self, lease: Lease, prompt_id: str, usd: float) -> None:
-        await self._fenced("reserve money", scripts.RESERVE, lease, [prompt_id, repr(usd)])
+        await self._fenced("reserve money", RESERVE, lease, [prompt_id, repr(usd)])
 
     async def checkpoint(self, lease: Lease, prompt_id: str, answer: PromptAnswer, eta_s: float | None) -> None:
         """Store one answer, once."""
         kind = "failed" if answer.failed else "unlabelled" if answer.score is None else ""
         cost = "" if answer.cost_usd is None else repr(answer.cost_usd)
         eta = "" if eta_s is None else f"{eta_s:.1f}"
-        await self._fenced("store an answer", scripts.CHECKPOINT, lease, [prompt_id, answer.to_json(), kind, cost, eta])
+        await self._fenced("store an answer", CHECKPOINT, lease, [prompt_id, answer.to_json(), kind, cost, eta])
 
     async def finish(self, lease: Lease, record: ModelRecord, profile: Profile) -> None:
         """Ready, and the profile in use, in one step. Gives the lease back."""
@@ -143,7 +143,7 @@ class Ledger:
 
     async def _finish(self, lease: Lease, state: str, error: str, result: list[str]) -> None:
         more_keys = [OPEN, VERSION, PROFILES, MODELS, EARLIER]
-        await self._fenced("finish a job", scripts.FINISH, lease, [lease.job_id, state, error, *result], more_keys)
+        await self._fenced("finish a job", FINISH, lease, [lease.job_id, state, error, *result], more_keys)
 
     async def _fenced(
         self, what: str, script: str, lease: Lease, arguments: Sequence[Any], more_keys: Sequence[str] = ()

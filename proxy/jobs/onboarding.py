@@ -15,7 +15,7 @@ from proxy.tasks import end
 if TYPE_CHECKING:
     from proxy.services import Services
 
-log = logging.getLogger("uniroute.onboarding")
+onboarding_log = logging.getLogger("uniroute.onboarding")
 
 
 @contextlib.asynccontextmanager
@@ -34,7 +34,7 @@ async def measure_unmeasured(services: Services) -> None:
         try:
             await until_it_answers(partial(_submit, services, model.model_name))
         except StoreUnreadable as error:
-            log.error("model %s is not measured: %s", model.model_name, error)
+            onboarding_log.error("model %s is not measured: %s", model.model_name, error)
 
 
 async def _submit(services: Services, name: str) -> None:
@@ -44,10 +44,12 @@ async def _submit(services: Services, name: str) -> None:
     if name in state.profiles or await services.jobs.carry_over(name):
         return
     if name not in state.prices:
-        log.warning("model %s has no price, so it is not measured: state one in model_info, or free: true", name)
+        onboarding_log.warning(
+            "model %s has no price, so it is not measured: state one in model_info, or free: true", name
+        )
         return
     job = await services.jobs.submit(name, asking.prompts, asking.max_usd)
-    log.info(
+    onboarding_log.info(
         "model %s has no profile: asking it %d prompts for at most $%g (job %s)",
         name,
         asking.prompts,

@@ -21,12 +21,12 @@ from proxy.state.registry import ChangedMeanwhile, DefinedInConfig
 from proxy.state.store import StoreUnavailable
 from proxy.upstream.origins import check_secrets_stay
 
-router = APIRouter(prefix="/admin/models")
+models_router = APIRouter(prefix="/admin/models")
 
 ATTEMPTS = 5
 
 
-@router.post("", response_model=None)
+@models_router.post("", response_model=None)
 async def add_model(request: Request, services: AdminServices) -> Response:
     """202 with the job that measures it, or 201 where its profile came along. Stored with either, or not at all."""
     body = await json_object(request, services)
@@ -42,13 +42,13 @@ async def add_model(request: Request, services: AdminServices) -> Response:
     return JSONResponse({"model": record.name, "job": None}, 201)
 
 
-@router.get("", response_model=None)
+@models_router.get("", response_model=None)
 async def list_models(services: AdminServices) -> dict[str, Any]:
     version = services.state.current.version
     return {"models": await cards_of(services), "state_version": version}
 
 
-@router.post("/{name:path}/profile", response_model=None)
+@models_router.post("/{name:path}/profile", response_model=None)
 async def measure_again(name: str, request: Request, services: AdminServices, audit: Audit) -> Response:
     """Ask the model again, or put a ready profile in place of its own. The old one serves until then."""
     record = await _record(services, name)
@@ -61,7 +61,7 @@ async def measure_again(name: str, request: Request, services: AdminServices, au
     return reply
 
 
-@router.put("/{name:path}/pricing", response_model=None)
+@models_router.put("/{name:path}/pricing", response_model=None)
 async def put_price(name: str, request: Request, services: AdminServices) -> dict[str, Any]:
     await _record(services, name)
     price = read_price(await json_object(request, services))
@@ -71,7 +71,7 @@ async def put_price(name: str, request: Request, services: AdminServices) -> dic
     return {"model": name, "price": card["price"]}
 
 
-@router.get("/{name:path}", response_model=None)
+@models_router.get("/{name:path}", response_model=None)
 async def get_model(name: str, services: AdminServices) -> dict[str, Any]:
     """As it is now: whoever saw its job end finds its profile in use."""
     if services.state.available:
@@ -81,7 +81,7 @@ async def get_model(name: str, services: AdminServices) -> dict[str, Any]:
     return await card_of(services, name, with_profile=True)
 
 
-@router.patch("/{name:path}", response_model=None)
+@models_router.patch("/{name:path}", response_model=None)
 async def change_model(name: str, request: Request, services: AdminServices) -> dict[str, Any]:
     """A change of litellm_params sets the profile aside, and ends the job that measures it: it is another arm now."""
     stated = await json_object(request, services)
@@ -95,7 +95,7 @@ async def change_model(name: str, request: Request, services: AdminServices) -> 
     return await card_of(services, name, with_profile=False)
 
 
-@router.delete("/{name:path}", response_model=None)
+@models_router.delete("/{name:path}", response_model=None)
 async def remove_model(name: str, services: AdminServices) -> Response:
     """Requests that the model serves already are finished; a job that measures it is cancelled."""
     _not_configured(await _record(services, name))

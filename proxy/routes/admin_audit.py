@@ -9,13 +9,13 @@ from fastapi import APIRouter, Request
 from proxy.errors import BadRequest
 from proxy.routes.context import Audit
 
-router = APIRouter(prefix="/admin/audit")
+audit_router = APIRouter(prefix="/admin/audit")
 
 _SHOWN = 100
 _MOST_SHOWN = 1000
 
 
-@router.get("", response_model=None)
+@audit_router.get("", response_model=None)
 async def get_audit(request: Request, audit: Audit) -> dict[str, Any]:
     return {"entries": await audit.latest(_limit(request.query_params.getlist("limit")))}
 

@@ -11,10 +11,10 @@ from proxy.jobs.records import Job
 from proxy.routes.context import Audit, OurServices
 from proxy.state.audit import CANCEL_JOB
 
-router = APIRouter(prefix="/admin/jobs")
+jobs_router = APIRouter(prefix="/admin/jobs")
 
 
-@router.get("/{job_id}", response_model=None)
+@jobs_router.get("/{job_id}", response_model=None)
 async def get_job(job_id: str, services: OurServices) -> dict[str, Any]:
     """With a `warning` where it is ready and no model gets anything right."""
     job = await _job(job_id, services)
@@ -23,14 +23,14 @@ async def get_job(job_id: str, services: OurServices) -> dict[str, Any]:
     return {**shown, "warning": doubt} if job.state == "ready" and doubt else shown
 
 
-@router.get("/{job_id}/outcomes", response_model=None)
+@jobs_router.get("/{job_id}/outcomes", response_model=None)
 async def get_outcomes(job_id: str, services: OurServices) -> dict[str, Any]:
     """The graded answers so far, as lines of an outcomes file, for as long as the job itself can be read."""
     await _job(job_id, services)
     return {"outcomes": await services.jobs.outcomes(job_id)}
 
 
-@router.delete("/{job_id}", response_model=None)
+@jobs_router.delete("/{job_id}", response_model=None)
 async def cancel_job(job_id: str, services: OurServices, audit: Audit) -> dict[str, Any]:
     """The job as it is after that; a finished one stays as it was."""
     await _job(job_id, services)

@@ -16,10 +16,10 @@ from proxy.services import Services
 from proxy.state.client_keys import ClientKey
 from proxy.state.store import StoreUnavailable
 
-router = APIRouter(prefix="/admin/keys")
+keys_router = APIRouter(prefix="/admin/keys")
 
 
-@router.post("", response_model=None)
+@keys_router.post("", response_model=None)
 async def create_key(request: Request, services: AdminServices) -> Response:
     name, stated = read_new_key(await json_object(request, services), time.time())
     key, secret = await services.registry.keys.create(name, None, stated)
@@ -27,46 +27,46 @@ async def create_key(request: Request, services: AdminServices) -> Response:
     return await _with_secret(services, key, secret, 201)
 
 
-@router.get("", response_model=None)
+@keys_router.get("", response_model=None)
 async def list_keys(services: AdminServices) -> dict[str, Any]:
     """As the store has them, the revoked among them, oldest first."""
     return {"keys": [shown_key(key) for key in await services.registry.keys.listed()]}
 
 
-@router.post("/{key_id}/rotate", response_model=None)
+@keys_router.post("/{key_id}/rotate", response_model=None)
 async def rotate_key(key_id: str, request: Request, services: AdminServices) -> Response:
     grace_s = read_grace(await json_object_or_nothing(request, services))
     key, secret = await services.registry.keys.rotate(key_id, grace_s)
     return await _with_secret(services, key, secret, 200)
 
 
-@router.get("/{key_id}", response_model=None)
+@keys_router.get("/{key_id}", response_model=None)
 async def get_key(key_id: str, services: AdminServices) -> dict[str, Any]:
     return shown_key(await services.registry.keys.find(key_id))
 
 
-@router.patch("/{key_id}", response_model=None)
+@keys_router.patch("/{key_id}", response_model=None)
 async def change_key(key_id: str, request: Request, services: AdminServices) -> dict[str, Any]:
     stated = read_key_change(await json_object(request, services), time.time())
     key = await services.registry.keys.change(key_id, stated)
-    await _take_effect(services)
+    await _refresh_keys(services)
     return shown_key(key)
 
 
-@router.delete("/{key_id}", response_model=None)
+@keys_router.delete("/{key_id}", response_model=None)
 async def revoke_key(key_id: str, services: AdminServices) -> Response:
     """For good: the key stays in the list, so that what it did can be told."""
     await services.registry.keys.revoke(key_id)
-    await _take_effect(services)
+    await _refresh_keys(services)
     return Response(status_code=204)
 
 
 async def _with_secret(services: Services, key: ClientKey, secret: str, status: int) -> Response:
-    await _take_effect(services)
+    await _refresh_keys(services)
     return JSONResponse({**shown_key(key), "key": secret}, status, {"cache-control": "no-store"})
 
 
-async def _take_effect(services: Services) -> None:
+async def _refresh_keys(services: Services) -> None:
     """In this process at once. It is stored and thus said, even if the store goes away now."""
     with suppress(StoreUnavailable):
         await services.state.refresh()

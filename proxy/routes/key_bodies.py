@@ -58,12 +58,12 @@ def shown_key(key: ClientKey) -> dict[str, Any]:
         "name": key.name,
         "role": key.role,
         "models": None if key.models is None else list(key.models),
-        "created_at": _rfc3339(key.created_at),
-        "expires_at": _rfc3339(key.expires_at),
+        "created_at": _rfc3339_or_none(key.created_at),
+        "expires_at": _rfc3339_or_none(key.expires_at),
         "revoked": key.revoked,
         **{name: getattr(key, name) for name in _PLAIN},
         **{name: getattr(key.limits, name) for name in LIMITS},
-        "previous_secret_until": _rfc3339(key.previous_until),
+        "previous_secret_until": _rfc3339_or_none(key.previous_until),
     }
 
 
@@ -113,7 +113,7 @@ def _seconds(value: Any, name: str, most: int) -> float:
     return float(value)
 
 
-def _rfc3339(seconds: float | None) -> str | None:
+def _rfc3339_or_none(seconds: float | None) -> str | None:
     if seconds is None:
         return None
     try:

@@ -7,7 +7,6 @@ from typing import Any
 
 from proxy.routing.attachments import Contents, contents
 from proxy.routing.sizes import MOST_TOKENS, output_limit, stated_answers
-from router_core.excerpt import CUT as CUT
 from router_core.excerpt import excerpt
 from router_core.tokens import BYTES_PER_TOKEN
 from router_core.types import Needs

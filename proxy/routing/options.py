@@ -10,8 +10,7 @@ from typing import Any
 
 from proxy.errors import BadRequest
 from proxy.routing.provider import NO_PROVIDER, Provider, read_provider
-from proxy.routing.sessions import HEADERS as SESSION_HEADERS
-from proxy.routing.sessions import LONGEST_ID, inherited_session, is_session_id
+from proxy.routing.sessions import LONGEST_ID, SESSION_HEADERS, inherited_session, is_session_id
 from proxy.timeouts import NOTHING_STATED, StatedTimeouts
 
 LAMBDA_HEADERS = ("lambda", "x-uniroute-lambda")

@@ -14,7 +14,7 @@ PER_MILLION = 1e6
 _CAPS = ("prompt", "completion")
 _FREE_HERE = ("request", "image", "audio")
 """OpenRouter's other caps: nothing is billed by them here, so none can be exceeded."""
-_NUMBER = re.compile(r"([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
+_PRICE = re.compile(r"([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
 _SHOWN = 60
 
 
@@ -48,7 +48,7 @@ def read_provider(body: Mapping[str, Any]) -> Provider:
         ignore=_names(stated, "ignore") or (),
         max_input_cost_per_token=prompt,
         max_output_cost_per_token=completion,
-        allow_fallbacks=_flag(stated, "allow_fallbacks"),
+        allow_fallbacks=_optional_flag(stated, "allow_fallbacks"),
     )
 
 
@@ -61,7 +61,7 @@ def _names(stated: Mapping[str, Any], field: str) -> tuple[str, ...] | None:
     return tuple(dict.fromkeys(value))
 
 
-def _flag(stated: Mapping[str, Any], field: str) -> bool | None:
+def _optional_flag(stated: Mapping[str, Any], field: str) -> bool | None:
     value = stated.get(field)
     if not isinstance(value, bool | None):
         raise BadRequest(f"`provider.{field}` must be true or false", param=f"provider.{field}")
@@ -102,7 +102,7 @@ def _per_token(value: Any, param: str) -> float | None:
 def _number(value: Any) -> float:
     """NaN where it is none."""
     if isinstance(value, str):
-        return float(value) if len(value) <= _SHOWN and _NUMBER.fullmatch(value) else math.nan
+        return float(value) if len(value) <= _SHOWN and _PRICE.fullmatch(value) else math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     try:

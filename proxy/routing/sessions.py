@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 LONGEST_ID = 255
-HEADERS = ("x-session-id", "x-litellm-session-id", "x-claude-code-session-id")
+SESSION_HEADERS = ("x-session-id", "x-litellm-session-id", "x-claude-code-session-id")
 
 
 def inherited_session(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) -> str | None:
@@ -19,7 +19,7 @@ def is_session_id(value: object) -> bool:
 
 
 def _stated(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) -> Iterator[Any]:
-    for known in HEADERS:
+    for known in SESSION_HEADERS:
         values = [value.strip(" \t") for name, value in headers if name == known]
         if len(values) == 1:
             yield values[0]

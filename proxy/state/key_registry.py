@@ -82,7 +82,7 @@ class KeyRegistry:
         """Oldest first, the revoked among them. An entry that cannot be read is left out: it opens nothing either."""
         async with self._writer.store.asking("list the keys") as client:
             stored = cast(dict[str, str], await client.hgetall(KEYS))
-        return tuple(sorted(_readable(stored), key=lambda key: key.created_at))
+        return tuple(sorted(_readable_keys(stored), key=lambda key: key.created_at))
 
     async def _replace(self, key_id: str, change: Callable[[ClientKey], ClientKey], action: str) -> ClientKey:
         for _ in range(_ATTEMPTS):
@@ -115,7 +115,7 @@ def _living(key: ClientKey) -> ClientKey:
     return key
 
 
-def _readable(stored: dict[str, str]) -> list[ClientKey]:
+def _readable_keys(stored: dict[str, str]) -> list[ClientKey]:
     keys = []
     for key_id, text in stored.items():
         try:

@@ -18,7 +18,7 @@ from proxy.tasks import end
 
 PING_S = 2.0
 """One ping waits this long: it is answered as soon as the server is, and few connections pile up in front of it."""
-AGAIN_S = 0.25
+PROBE_INTERVAL_S = 0.25
 
 
 class Silence:
@@ -53,7 +53,7 @@ class Silence:
                 if await _answers(client):
                     await self._before_its_end()
                     return
-                await asyncio.sleep(AGAIN_S)
+                await asyncio.sleep(PROBE_INTERVAL_S)
         finally:
             self._since = None
             await client.aclose()

@@ -30,7 +30,7 @@ OPERATION_S = 0.75
 READING_S = 0.05
 CONNECTIONS = 16
 """At most: a server of one thread answers no faster over more. Further operations wait for one, within OPERATION_S."""
-AGAIN_S = 0.5
+RETRY_INTERVAL_S = 0.5
 CONFIRMED_MS = 200
 """How long a replica is waited for, that has an administrator's change too."""
 
@@ -250,7 +250,7 @@ async def until_it_answers(operation: Callable[[], Awaitable[None]]) -> None:
         except StoreUnreadable:
             raise
         except StoreUnavailable:
-            await asyncio.sleep(AGAIN_S)
+            await asyncio.sleep(RETRY_INTERVAL_S)
 
 
 async def _awaited(reply: Any) -> Any:

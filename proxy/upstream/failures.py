@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from proxy.errors import LONGEST_REST, MOST_ERROR_BYTES, UpstreamFailure, words_in
-from proxy.health import retry_after
+from proxy.health.retry_after import NAMES
 from proxy.json_shape import check_shape
 from proxy.outbound import OutboundError
 from proxy.recording.usage import usage_of
@@ -125,7 +125,7 @@ def _failure(message: str, status: int, text: str, said: Any, body: Any, headers
     overflow = _is_overflow(status, text)
     if overflow and status not in _CALLERS:
         status = 400
-    states_wait = any(name.lower() in retry_after.NAMES for name in headers)
+    states_wait = any(name.lower() in NAMES for name in headers)
     if status in (429, 503, 529) and not states_wait and (wait := _wait_in(said)):
         headers = {**headers, "retry-after": wait}
     return UpstreamFailure(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.cli.model_bodies import litellm_params
+from proxy.cli.model_bodies import litellm_params_from
 from tests.support.command import ROOT, environment, run_command
 
 HEAVY = ("torch", "litellm", "faiss", "numpy", "pydantic", "redis", "fastapi", "uvicorn", "openai", "httpx", "rich")
@@ -148,7 +148,7 @@ def test_output_that_cannot_be_written_is_one_line(tmp_path: Path, arguments: li
 
 
 def test_a_word_that_json_has_no_number_for_stays_a_word() -> None:
-    sent = litellm_params("openai/a", None, None, ["a=0.5", "b=NaN", "c=Infinity", "d=true"])
+    sent = litellm_params_from("openai/a", None, None, ["a=0.5", "b=NaN", "c=Infinity", "d=true"])
     assert (sent["a"], sent["b"], sent["c"], sent["d"]) == (0.5, "NaN", "Infinity", True)
 
 

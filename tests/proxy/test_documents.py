@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from proxy.cli.console import BadArgument
-from proxy.cli.model_bodies import litellm_params, profile
+from proxy.cli.model_bodies import litellm_params_from, profile_from
 from proxy.cli.prompt_files import read_prompts
 from proxy.settings import SettingsError, load_settings
 from router_core.artifact import ARRAYS, BUILTIN_MAP, MANIFEST, load_map
@@ -121,7 +121,7 @@ def test_a_profile_that_explodes_is_refused(tmp_path: Path) -> None:
     for text, words in ((DEEP, "nested deeper"), (" " * (MAX_PROFILE_BYTES + 1), "larger than")):
         (tmp_path / "p.json").write_text(text)
         with pytest.raises(BadArgument, match=words):
-            profile("m", None, None, tmp_path / "p.json", None)
+            profile_from("m", None, None, tmp_path / "p.json", None)
 
 
 def test_lines_that_explode_are_refused_by_their_number(tmp_path: Path) -> None:
@@ -149,4 +149,4 @@ def test_a_name_stated_twice_among_many_is_found_at_once(tmp_path: Path) -> None
 
 
 def test_a_parameter_of_many_brackets_is_a_text() -> None:
-    assert litellm_params("openai/x", None, None, [f"user={DEEP}"])["user"] == DEEP
+    assert litellm_params_from("openai/x", None, None, [f"user={DEEP}"])["user"] == DEEP

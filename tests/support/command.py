@@ -39,7 +39,7 @@ def run_command(
 
 
 class ServeCommand:
-    """`uniroute serve` on a free port, until the block ends. `log` is what it wrote."""
+    """`uniroute serve` on a free port, until the block ends. `worker_log` is what it wrote."""
 
     def __init__(
         self, *arguments: str | Path, environ: Mapping[str, str], log: Path, descriptors: int | None = None

@@ -26,7 +26,7 @@ POLL_S = 0.05
 
 
 class ProxyProcess:
-    """Start it, call it at `url`, stop it. `log` is what it wrote."""
+    """Start it, call it at `url`, stop it. `worker_log` is what it wrote."""
 
     def __init__(
         self,

@@ -37,8 +37,8 @@ class Plot:
 def line_plots(results: Results) -> list[Plot]:
     if not area_is_known(results):
         return []
-    plots = [_curves(results), _areas(results), _differences(results)]
-    return [*plots, _chosen(results)] if is_study(results) else plots
+    plots = [_curves(results), _area_bars(results), _difference_bars(results)]
+    return [*plots, _share_bars(results)] if is_study(results) else plots
 
 
 def _curves(results: Results) -> Plot:
@@ -86,7 +86,7 @@ def _line(look: Look) -> PlotJson:
     }
 
 
-def _areas(results: Results) -> Plot:
+def _area_bars(results: Results) -> Plot:
     methods = [*(rivals(results) or ["random_mix"]), OURS]
     data = [
         _dotted(
@@ -103,7 +103,7 @@ def _areas(results: Results) -> Plot:
     )
 
 
-def _differences(results: Results) -> Plot:
+def _difference_bars(results: Results) -> Plot:
     others = rivals(results) or [method for method in results.differences if method != "oracle"]
     data = [
         _dotted(LOOKS[method], list(results.differences[method].values()), _beside(number, len(others)), joined=False)
@@ -118,7 +118,7 @@ def _differences(results: Results) -> Plot:
     )
 
 
-def _chosen(results: Results) -> Plot:
+def _share_bars(results: Results) -> Plot:
     random = [figures.area for figures in results.methods[OURS].values()]
     chosen, apart = list(results.chosen.values()), list(results.chosen_differences.values())
     data = [

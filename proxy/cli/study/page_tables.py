@@ -29,13 +29,13 @@ MEANINGS = (
 
 
 def tables(results: Results) -> str:
-    parts = [_heading("Area in numbers", "×100, with 95 % intervals."), _areas(results)]
+    parts = [_heading("Area in numbers", "×100, with 95 % intervals."), _area_table(results)]
     parts += [
         _heading("Ours less each other", "Area ×100 on the same test prompts, with 95 % intervals."),
-        _differences(results),
+        _difference_table(results),
     ]
     if results.chosen:
-        parts += [_heading("Chosen and random prompts in numbers", "Area ×100 of ours."), _chosen(results)]
+        parts += [_heading("Chosen and random prompts in numbers", "Area ×100 of ours."), _share_table(results)]
     parts += [_heading("All figures", MEANINGS), *(_figures(results, labels) for labels in results.protocol.labels)]
     return "\n".join(parts)
 
@@ -44,17 +44,17 @@ def _heading(title: str, reading: str) -> str:
     return f'<h2>{escape(title)}</h2>\n<p class="reading">{escape(reading)}</p>'
 
 
-def _areas(results: Results) -> str:
+def _area_table(results: Results) -> str:
     rows = {method: [points(each.area) for each in found.values()] for method, found in results.methods.items()}
     return _methods("Area", columns(results), rows)
 
 
-def _differences(results: Results) -> str:
+def _difference_table(results: Results) -> str:
     rows = {method: [points_apart(each) for each in found.values()] for method, found in results.differences.items()}
     return _methods("Differences", columns(results), rows)
 
 
-def _chosen(results: Results) -> str:
+def _share_table(results: Results) -> str:
     random = results.methods[OURS]
     rows = [
         ("chosen", [points(found) for found in results.chosen.values()]),

@@ -22,7 +22,7 @@ def knn(known: Known) -> Estimator:
     tuned = Tuned(known, NEIGHBOURS, estimate, 0)
 
     def estimator(asked: Asked, vectors: Floats) -> Doubles:
-        k = tuned.choice(len(asked.rows)) or left_one_out(known.vectors[asked.rows], asked)
+        k = tuned.choice(len(asked.rows)) or best_neighbour_count(known.vectors[asked.rows], asked)
         return estimate(k, asked, vectors)
 
     return estimator
@@ -45,7 +45,7 @@ def neighbour_means(cosines: Floats, asked: Asked, k: int) -> Doubles:
     return expected
 
 
-def left_one_out(vectors: Floats, asked: Asked) -> int:
+def best_neighbour_count(vectors: Floats, asked: Asked) -> int:
     """The k with the least squared error on each asked prompt, told by the others."""
     cosines = vectors @ vectors.T
     np.fill_diagonal(cosines, -np.inf)

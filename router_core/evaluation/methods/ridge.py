@@ -21,7 +21,7 @@ def ridge(known: Known) -> Estimator:
     tuned = Tuned(known, STRENGTHS, estimate, UNTUNED)
 
     def estimator(asked: Asked, vectors: Floats) -> Doubles:
-        strength = tuned.choice(len(asked.rows)) or left_one_out(known.vectors[asked.rows].astype(np.float64), asked)
+        strength = tuned.choice(len(asked.rows)) or best_strength(known.vectors[asked.rows].astype(np.float64), asked)
         return estimate(strength, asked, vectors)
 
     return estimator
@@ -48,7 +48,7 @@ def _slopes(seen: Doubles, errors: Doubles, vectors: Floats, strength: float) ->
     return np.asarray((vectors - middle) @ weights)
 
 
-def left_one_out(seen: Doubles, asked: Asked) -> float:
+def best_strength(seen: Doubles, asked: Asked) -> float:
     """The strength with the least squared error on each asked prompt, told by the others."""
     losses = np.zeros(len(STRENGTHS))
     for rows, models in labelled_alike(asked):

@@ -9,7 +9,7 @@ from router_core.evaluation.methods.hiershrink import hiershrink, nested_rates
 from router_core.evaluation.methods.kmeans import kmeans_raw
 from router_core.evaluation.methods.knn import knn, neighbour_means
 from router_core.evaluation.methods.learned_map import learned_map
-from router_core.evaluation.methods.ridge import STRENGTHS, left_one_out, left_out_losses, linear_errors, ridge
+from router_core.evaluation.methods.ridge import STRENGTHS, best_strength, left_out_losses, linear_errors, ridge
 from router_core.evaluation.seen import Asked, Method
 from router_core.types import Doubles, Floats
 from tests.router_core.evaluation.toys import a_known, asked
@@ -111,8 +111,8 @@ def test_left_out_losses_are_those_of_fitting_without_each_prompt() -> None:
 def test_without_known_models_ridge_trusts_a_line_and_not_a_lot() -> None:
     vectors = circle(40).astype(np.float64)
     line, lot = 0.5 + 0.4 * vectors[:, [0]], np.random.default_rng(3).random((40, 1)).round()
-    assert left_one_out(vectors, asked(range(40), line.tolist())) == min(STRENGTHS)
-    assert left_one_out(vectors, asked(range(40), lot.tolist())) == max(STRENGTHS)
+    assert best_strength(vectors, asked(range(40), line.tolist())) == min(STRENGTHS)
+    assert best_strength(vectors, asked(range(40), lot.tolist())) == max(STRENGTHS)
 
 
 def test_fine_rates_lean_on_the_coarse_one_and_that_on_the_mean() -> None:
