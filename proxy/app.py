@@ -32,7 +32,7 @@ from proxy.routes.chat import Chat
 from proxy.routes.chat import router as completions_router
 from proxy.routes.models import router as public_router
 from proxy.services import Services, ServicesHolder
-from proxy.settings import Settings, load_settings
+from proxy.settings.schema import Settings, load_settings
 
 edge_log = logging.getLogger("uniroute.edge")
 

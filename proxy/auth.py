@@ -17,7 +17,7 @@ from proxy.brake import Brake
 from proxy.errors import BadRequest, Forbidden, ProxyError, Unauthenticated, Unavailable, describe
 from proxy.head import Headers, head_of
 from proxy.roles import check_role, is_admin_side
-from proxy.settings import Settings, is_loopback
+from proxy.settings.schema import Settings, is_loopback
 from proxy.state.audit import NOBODY, ROOT
 from proxy.state.client_keys import ClientKey
 from proxy.state.snapshot import RoutingState

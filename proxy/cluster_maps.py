@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from router_core.artifact import builtin_map, load_map
 from router_core.clustering import ClusterMap
 from router_core.recipes import RECIPES

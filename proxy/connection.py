@@ -13,7 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from proxy.body import WHOLE
-from proxy.descriptors import shares
+from proxy.concurrency import shares
 from proxy.edge import CROWDED
 from proxy.malformed import (
     CODED,

@@ -39,7 +39,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from proxy.health.retry_after import NAMES, told_wait
-from proxy.json_shape import check_shape
+from proxy.safety.json_shape import check_shape
 
 RETRYABLE = frozenset({408, 429})
 """And every 5xx: the next model in rank may still answer."""

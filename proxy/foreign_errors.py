@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from proxy.errors import BadRequest, Conflict, ProxyError, Unavailable, UnknownClientKey, UnknownName
-from proxy.state.registry import ChangedMeanwhile, DefinedInConfig, KeyIsOver, NameTaken, UnknownKey, UnknownModel
+from proxy.state.registry_errors import (
+    ChangedMeanwhile,
+    DefinedInConfig,
+    KeyIsOver,
+    NameTaken,
+    UnknownKey,
+    UnknownModel,
+)
 from proxy.state.store import StoreUnavailable
 from router_core.errors import InvalidInput, MapMismatch
 

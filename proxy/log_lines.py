@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 
-from proxy.plain_text import plain
+from proxy.safety.plain_text import plain
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 SECOND = "%Y-%m-%dT%H:%M:%S%z"

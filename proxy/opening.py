@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 from threadpoolctl import threadpool_limits
 
 from proxy.cluster_maps import open_map
+from proxy.concurrency import PATIENCE_S, end, in_stoppable_thread, to_its_end
 from proxy.health.capacity import Capacities
 from proxy.health.exposition import HealthCollector
 from proxy.health.health import ModelHealth
@@ -33,7 +34,8 @@ from proxy.recording.recorder import UsageRecorder
 from proxy.recording.values import open_values
 from proxy.routing.assigning import Assigner, deadline_of
 from proxy.services import Services, ServicesHolder
-from proxy.settings import Settings, SettingsError, check_exposure
+from proxy.settings.models import SettingsError
+from proxy.settings.schema import Settings, check_exposure
 from proxy.startup import Startup, Step
 from proxy.state.catalog import bundled_catalog
 from proxy.state.conversations import Conversations
@@ -45,7 +47,6 @@ from proxy.state.records import ModelRecord
 from proxy.state.registry import Registry
 from proxy.state.snapshot import Surroundings
 from proxy.state.store import Store, StoreUnavailable
-from proxy.tasks import PATIENCE_S, end, in_stoppable_thread, to_its_end
 from proxy.upstream.resolving import Resolver
 from proxy.upstream.upstream import Upstream
 from router_core.clustering import ClusterMap

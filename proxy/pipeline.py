@@ -22,7 +22,7 @@ from proxy.routing.choosing import Choice, choose
 from proxy.routing.request import ChatRequest
 from proxy.routing.thread import Thread, thread_of
 from proxy.services import Services
-from proxy.state.records import ClientKey
+from proxy.state.client_keys import ClientKey
 from proxy.state.snapshot import RoutingState
 from proxy.trace import Trace
 

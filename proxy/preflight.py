@@ -10,9 +10,10 @@ from pathlib import Path
 
 from proxy.cluster_maps import open_map
 from proxy.outbound import OutboundError, ssl_context, trust_of
-from proxy.private import NotPrivate, private_folder
-from proxy.redaction import is_reference
-from proxy.settings import Settings, SettingsError
+from proxy.safety.private_files import NotPrivate, private_folder
+from proxy.safety.redaction import is_reference
+from proxy.settings.models import SettingsError
+from proxy.settings.schema import Settings
 from router_core.embedding import check_embedder
 from router_core.errors import InvalidInput
 from router_core.validation.loading import load_validation_set

@@ -14,7 +14,7 @@ from proxy.limits.limiter import Limiter
 from proxy.recording.metrics import Metrics
 from proxy.recording.recorder import UsageRecorder
 from proxy.routing.assigning import Assigner
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from proxy.startup import Startup
 from proxy.state.conversations import Conversations
 from proxy.state.holder import StateHolder

@@ -1,4 +1,4 @@
-"""Long tables of names, written as text."""
+from __future__ import annotations
 
 
 def words(text: str) -> frozenset[str]:

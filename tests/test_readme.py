@@ -11,8 +11,7 @@ import pytest
 import typer
 
 from proxy.cli import app
-from proxy.health.policy import HealthPolicy
-from proxy.settings import ProfileSettings, Settings, load_settings, setting_names
+from proxy.settings.schema import HealthPolicy, ProfileSettings, Settings, load_settings, setting_names
 from proxy.state.stored import PRICING, price_key
 
 README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")

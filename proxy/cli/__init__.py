@@ -58,7 +58,7 @@ def main() -> None:
 
 def _bad_argument() -> tuple[type[Exception], ...]:
     from proxy.cli.console import BadArgument
-    from proxy.settings_sources import SettingsError
+    from proxy.settings.models import SettingsError
 
     return (BadArgument, SettingsError)
 
@@ -67,7 +67,7 @@ def _failed_work() -> tuple[type[Exception], ...]:
     from proxy.cli.console import CommandError
     from proxy.demo.local_models import LocalModelError
     from proxy.state.prices import FeedFailed
-    from proxy.state.registry import RegistryError
+    from proxy.state.registry_errors import RegistryError
     from proxy.state.store import StoreUnavailable
     from router_core.errors import RouterCoreError
 
@@ -86,7 +86,7 @@ def _drop_output() -> None:
 
 
 def _stop(error: Exception, status: int) -> None:
-    from proxy.plain_text import plain
+    from proxy.safety.plain_text import plain
 
     with suppress(OSError):
         sys.stderr.write(f"uniroute: {' '.join(plain(str(error), lines=False).split())}\n")

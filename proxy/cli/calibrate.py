@@ -13,7 +13,7 @@ from proxy.cli.options import ConfigOption, DataDirOption, JsonOption, UrlOption
 
 if TYPE_CHECKING:
     from proxy.cli.traffic import Traffic
-    from proxy.settings import Settings
+    from proxy.settings.schema import Settings
     from router_core.calibration import Expectations, Point, Single
 
 PROMPTS_HELP = """A sample of your traffic instead of the validation set: text (one prompt a line), JSONL (.gz too) or

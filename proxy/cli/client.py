@@ -9,7 +9,7 @@ from typing import Any, Literal
 import httpx
 
 from proxy.cli.console import BadArgument, CommandError, Progress
-from proxy.http_clients import WayOutError, http_client
+from proxy.outbound import WayOutError, http_client
 
 _POLL_S = 0.3
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 from unicodedata import east_asian_width
 
-from proxy.plain_text import plain
+from proxy.safety.plain_text import plain
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress

@@ -11,7 +11,7 @@ from proxy.cli.console import CommandError
 
 if TYPE_CHECKING:
     from proxy.cli.client import ServerClient
-    from proxy.settings import Settings
+    from proxy.settings.schema import Settings
     from proxy.state.catalog import Catalog
     from router_core.clustering import ClusterMap
     from router_core.evaluation.deployed_outcomes import Common
@@ -76,7 +76,7 @@ def _check_map(cards: list[Mapping[str, Any]], cluster_map: ClusterMap) -> None:
 
 
 def _candidate(card: Mapping[str, Any], catalog: Catalog) -> Candidate:
-    from proxy.settings import ModelInfo
+    from proxy.settings.models import ModelInfo
     from proxy.state.snapshot import capabilities_of
     from router_core.pool import Candidate
     from router_core.profiles import Profile

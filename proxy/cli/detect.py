@@ -6,7 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from proxy.settings import ModelEntry, ModelInfo, Settings, check_model_name
+from proxy.settings.models import ModelEntry, ModelInfo, check_model_name
+from proxy.settings.schema import Settings
 from proxy.state.catalog import Catalog
 
 detect_log = logging.getLogger("uniroute.detect")

@@ -13,7 +13,7 @@ import typer
 from proxy.cli.options import ConfigOption, DataDirOption, JsonOption, UrlOption
 
 if TYPE_CHECKING:
-    from proxy.settings import Settings
+    from proxy.settings.schema import Settings
     from router_core.evaluation.outcomes import Outcomes
     from router_core.evaluation.plan import Plan
     from router_core.evaluation.results import Results

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from proxy.cli.console import BadArgument
-from proxy.settings import load_settings
+from proxy.settings.schema import load_settings
 from router_core.documents import MAX_PROFILE_BYTES, DocumentTooLarge, parse_json, read_bounded
 
 

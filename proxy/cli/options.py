@@ -13,7 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from proxy.cli.client import ServerClient
-    from proxy.settings import Settings
+    from proxy.settings.schema import Settings
     from proxy.state.registry import Registry
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Machine output, alone 
 
 
 def read_settings(config: Path | None, **overrides: object) -> Settings:
-    from proxy.settings import load_settings
+    from proxy.settings.schema import load_settings
 
     return load_settings(config, os.environ, overrides)
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from proxy.state.audit import CLI
 from proxy.state.catalog import bundled_catalog
 from proxy.state.keys import KeyLatch

@@ -20,9 +20,10 @@ import httpx
 import uvicorn
 
 from proxy.cli import console
+from proxy.concurrency import raise_limit
 from proxy.connection import ClientConnection
-from proxy.descriptors import raise_limit
-from proxy.settings import Settings, SettingsError
+from proxy.settings.models import SettingsError
+from proxy.settings.schema import Settings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

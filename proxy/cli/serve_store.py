@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from proxy.settings import Settings, check_exposure, is_loopback
+from proxy.settings.schema import Settings, check_exposure, is_loopback
 from proxy.state.embedded import EmbeddedStoreFailed, EmbeddedValkey
 from proxy.state.keys import KeyLatch
 from proxy.state.registry import Registry

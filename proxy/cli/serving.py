@@ -11,7 +11,7 @@ import typer
 from proxy.cli.options import ConfigOption, DataDirOption, read_settings, run
 
 if TYPE_CHECKING:
-    from proxy.settings import Settings
+    from proxy.settings.schema import Settings
 
 HostOption = Annotated[str | None, typer.Option("--host", help="Address to listen on; 127.0.0.1 if not set.")]
 PortOption = Annotated[int | None, typer.Option("--port", help="Port; 8000 if not set, 0 for a free one.")]
@@ -96,7 +96,7 @@ def _with_detected(settings: Settings) -> Settings:
 def tell_models(settings: Settings, environ: Mapping[str, str]) -> None:
     """What is served, and what the configuration counts on that is not there."""
     from proxy.cli import console
-    from proxy.settings import referred_variable
+    from proxy.settings.models import referred_variable
 
     for model in settings.model_list:
         console.note(f"  {model.model_name}  ({model.litellm_params['model']})")

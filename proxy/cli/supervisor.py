@@ -26,7 +26,7 @@ from proxy.cli.serve_store import kept_store
 from proxy.opening import START_FAILED
 from proxy.recording.metrics import worker_deaths
 from proxy.recording.values import SharedValues, Values, shared_folder
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 
 log = logging.getLogger("uniroute.workers")
 

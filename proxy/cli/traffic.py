@@ -15,7 +15,7 @@ from proxy.cli.validation import open_set
 
 if TYPE_CHECKING:
     from proxy.cli.console import Progress
-    from proxy.settings import Settings
+    from proxy.settings.schema import Settings
     from router_core.types import Embedder, Floats
 
 Messages = Sequence[Mapping[str, str]]

@@ -8,7 +8,7 @@ import os
 import signal
 
 from proxy.opening import open_services
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 
 worker_log = logging.getLogger("uniroute.worker")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from proxy.cli.client import ServerClient
 from proxy.cli.console import say, write
 from proxy.cli.route import show_decision
-from proxy.http_clients import http_client
+from proxy.outbound import http_client
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -13,7 +13,7 @@ from proxy.cli.client import ServerClient
 from proxy.cli.console import say, table
 from proxy.demo.arms import Arm
 from proxy.jobs.records import PromptAnswer, answers_key
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from router_core.artifact import builtin_map
 from router_core.validation.builtin import builtin_validation_set
 

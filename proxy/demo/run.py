@@ -20,7 +20,8 @@ from proxy.demo.arms import Arm, start_arms
 from proxy.demo.chat import ask_three
 from proxy.demo.report import show_profiles
 from proxy.preflight import check_data_dir
-from proxy.settings import Settings, SettingsError
+from proxy.settings.models import SettingsError
+from proxy.settings.schema import Settings
 from router_core.validation.builtin import builtin_validation_set
 
 _POLL_S = 0.3

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from proxy.health.policy import HealthPolicy
 from proxy.health.verdicts import Verdict, Weight
 from proxy.health.window import Window
+from proxy.settings.schema import HealthPolicy
 
 PROBE_S = 60.0
 """A probe that has neither answered nor ended by then holds up nobody any longer."""

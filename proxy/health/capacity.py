@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from proxy.errors import ModelBusy
-from proxy.model_entries import ModelInfo
+from proxy.settings.models import ModelInfo
 
 FIRST_GUESS_S = 1.0
 """How long a place is held, while none of this model was ever given back."""

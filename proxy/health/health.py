@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from proxy.errors import UpstreamFailure
 from proxy.health.breaker import Breaker, Permit
-from proxy.health.policy import HealthPolicy
 from proxy.health.verdicts import verdict_of
+from proxy.settings.schema import HealthPolicy
 
 log = logging.getLogger("uniroute.health")
 

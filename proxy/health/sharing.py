@@ -15,9 +15,9 @@ from typing import Any, Final
 
 from redis.exceptions import RedisError
 
+from proxy.concurrency import end
 from proxy.health.health import Change, ModelHealth
 from proxy.state.store import Store, StoreUnavailable, until_it_answers
-from proxy.tasks import end
 
 log = logging.getLogger("uniroute.health")
 

@@ -11,7 +11,7 @@ from proxy.jobs.ledger import Ledger
 from proxy.jobs.profiling import ENOUGH_LABELS
 from proxy.jobs.records import Carried
 from proxy.jobs.validation_prompts import ValidationPrompts
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from proxy.state.holder import StateHolder
 from proxy.state.records import ModelRecord, StoredProfile
 from proxy.state.store import StoreUnreadable, until_it_answers

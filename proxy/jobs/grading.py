@@ -10,8 +10,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from proxy.concurrency import end, to_its_end
 from proxy.jobs.answering import AnswerFailed
-from proxy.tasks import end, to_its_end
 from router_core.validation.graders import MAX_ANSWER_CHARS
 from router_core.validation.grading_process import CPU_S, READY
 from router_core.validation.prompts import ValidationPrompt

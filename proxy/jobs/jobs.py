@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from proxy.concurrency import end
 from proxy.jobs.answering import Answerer
 from proxy.jobs.asking import Patience
 from proxy.jobs.carrying import CarryingOver
@@ -16,12 +17,12 @@ from proxy.jobs.measuring import Measuring
 from proxy.jobs.records import Job, PromptAnswer
 from proxy.jobs.validation_prompts import PlacedPrompts, ValidationPrompts
 from proxy.jobs.worker import JobWorker
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from proxy.state.holder import StateHolder
 from proxy.state.records import ModelRecord
-from proxy.state.registry import Registry, UnknownModel
+from proxy.state.registry import Registry
+from proxy.state.registry_errors import UnknownModel
 from proxy.state.store import Store, StoreUnavailable
-from proxy.tasks import end
 from router_core.types import Embedder
 
 __all__ = ["Job", "Jobs", "outcome_lines"]

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
+from proxy.concurrency import end
 from proxy.jobs.records import KEPT_S, OPEN, answers_key, job_key, kick_key, lease_key, reserved_key
 from proxy.state.store import Store, StoreUnavailable
-from proxy.tasks import end
 
 log = logging.getLogger("uniroute.jobs")
 

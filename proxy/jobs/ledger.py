@@ -26,9 +26,10 @@ from proxy.jobs.records import (
 )
 from proxy.jobs.scripts import BEGIN, CANCEL, CHECKPOINT, FINISH, RESERVE, SUBMIT
 from proxy.state.complaints import Complaints
-from proxy.state.records import InvalidRecord, ModelRecord, StoredProfile
+from proxy.state.records import ModelRecord, StoredProfile
 from proxy.state.store import Store
 from proxy.state.stored import EARLIER, MODELS, PROFILES, VERSION
+from proxy.state.stored_json import InvalidRecord
 from proxy.state.writer import Step
 from router_core.profiles import Profile
 

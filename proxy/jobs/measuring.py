@@ -15,7 +15,8 @@ from proxy.jobs.ledger import Ledger
 from proxy.jobs.profiling import Profiling, Verdict
 from proxy.jobs.records import Job
 from proxy.jobs.validation_prompts import ValidationPrompts
-from proxy.settings import ModelInfo, Settings
+from proxy.settings.models import ModelInfo
+from proxy.settings.schema import Settings
 from proxy.state.catalog import bundled_catalog
 from proxy.state.holder import StateHolder
 from proxy.state.records import ModelRecord

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import TYPE_CHECKING
 
+from proxy.concurrency import end
 from proxy.state.store import StoreUnreadable, until_it_answers
-from proxy.tasks import end
 
 if TYPE_CHECKING:
     from proxy.services import Services

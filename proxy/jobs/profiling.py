@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from time import monotonic
 
+from proxy.concurrency import cancel_until_done
 from proxy.jobs.budget import Budget
 from proxy.jobs.examining import Arm, Examiner
 from proxy.jobs.judging import Judge
@@ -16,7 +17,6 @@ from proxy.jobs.ledger import Ledger
 from proxy.jobs.records import Job, PromptAnswer
 from proxy.jobs.validation_prompts import PlacedPrompts, column
 from proxy.state.store import until_it_answers
-from proxy.tasks import cancel_until_done
 from router_core.profiles import Profile, measure
 from router_core.validation.prompts import ValidationPrompt
 

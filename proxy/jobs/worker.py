@@ -12,13 +12,13 @@ from taskiq.acks import AcknowledgeType
 from taskiq.exceptions import SendTaskError
 from taskiq.receiver import Receiver
 
+from proxy.concurrency import end
 from proxy.jobs.broker import TASK, JobBroker
 from proxy.jobs.leases import Lease, LeaseLost, Leases
 from proxy.jobs.ledger import Ledger
 from proxy.jobs.records import OPEN, job_key, kick_key, lease_key
 from proxy.state.complaints import Complaints
 from proxy.state.store import Store, StoreUnavailable, StoreUnreadable
-from proxy.tasks import end
 
 log = logging.getLogger("uniroute.jobs")
 

@@ -11,9 +11,9 @@ from typing import Any
 from redis.exceptions import NoScriptError, RedisError
 from redis.exceptions import TimeoutError as RanOut
 
+from proxy.concurrency import end
 from proxy.state.packed import exchange, packed
 from proxy.state.store import Store, StoreUnavailable
-from proxy.tasks import end
 
 TIMEOUT_S = 0.05
 SLICE_S = 0.01

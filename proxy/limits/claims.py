@@ -13,7 +13,7 @@ from proxy.errors import NothingAble
 from proxy.routing.choosing import Choice
 from proxy.routing.features import estimate_tokens
 from proxy.routing.sizes import Sizes, sizes_of
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from proxy.state.key_limits import KeyLimits
 from proxy.state.records import ModelRecord
 from proxy.state.snapshot import RoutingState

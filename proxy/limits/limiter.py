@@ -11,6 +11,7 @@ from typing import Literal
 
 from redis.exceptions import ResponseError
 
+from proxy.concurrency import end
 from proxy.errors import ProxyError
 from proxy.limits.asking import TIMEOUT_S, Asking, NotAsked
 from proxy.limits.bucket import Buckets, corrected, leaked, taken
@@ -20,10 +21,9 @@ from proxy.limits.scripts import END, RESERVE, SETTLE, state_key
 from proxy.limits.standing import Granted, Settling, Standing, rate_headers
 from proxy.recording.metrics import Metrics
 from proxy.recording.tally import LARGEST
+from proxy.state.client_keys import ClientKey
 from proxy.state.key_limits import KeyLimits
-from proxy.state.records import ClientKey
 from proxy.state.store import Store, StoreUnavailable, StoreUnreadable
-from proxy.tasks import end
 from router_core.pricing import picousd
 
 log = logging.getLogger("uniroute.limits")

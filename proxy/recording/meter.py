@@ -20,9 +20,9 @@ from proxy.recording.recorder import UsageRecorder
 from proxy.recording.usage import TokenCounts, UsageRecord, counts_of, usage_of
 from proxy.relay.marks import AnswerMarks
 from proxy.routing.choosing import Choice
+from proxy.state.client_keys import ClientKey
 from proxy.state.holder import StateHolder
 from proxy.state.live import LiveExpectations
-from proxy.state.records import ClientKey
 from proxy.trace import Trace
 
 log = logging.getLogger("uniroute.request")

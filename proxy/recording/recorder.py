@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from proxy.concurrency import end
 from proxy.recording.journal import Batch, Journal
 from proxy.recording.journals import Journals
 from proxy.recording.scripts import (
@@ -21,7 +22,6 @@ from proxy.recording.scripts import (
 from proxy.recording.tally import Tally
 from proxy.recording.usage import UsageRecord
 from proxy.state.store import Store, StoreUnavailable
-from proxy.tasks import end
 
 log = logging.getLogger("uniroute.usage")
 

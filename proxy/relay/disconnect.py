@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope
 
+from proxy.concurrency import AGAIN_S
 from proxy.errors import ClientGone
-from proxy.tasks import AGAIN_S
 
 T = TypeVar("T")
 LetGo = Callable[[T], Awaitable[None]]

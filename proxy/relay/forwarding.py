@@ -19,10 +19,9 @@ from proxy.relay.chunks import content_bytes, is_empty_answer
 from proxy.relay.turns import Turn
 from proxy.routing.request import ChatRequest
 from proxy.routing.sizes import limited
-from proxy.settings import Settings
+from proxy.settings.schema import NOTHING_STATED, Settings, Timeouts, timeouts_for, total_s
 from proxy.state.records import ModelRecord
 from proxy.state.snapshot import RoutingState
-from proxy.timeouts import NOTHING_STATED, Timeouts, timeouts_for, total_s
 from proxy.trace import Trace
 from proxy.upstream.payload import Payload
 from proxy.upstream.upstream import Upstream

@@ -11,6 +11,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from proxy.concurrency import cancel_until_done
 from proxy.errors import (
     LAST_WORDS_S,
     SHUTTING_DOWN,
@@ -27,7 +28,6 @@ from proxy.relay.disconnect import cut_ending, until_gone
 from proxy.relay.keeping_alive import KeepAlive
 from proxy.relay.showing import Shown
 from proxy.relay.sse import DONE, event
-from proxy.tasks import cancel_until_done
 
 HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",

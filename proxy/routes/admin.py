@@ -17,7 +17,7 @@ from proxy.routes.model_cards import card_of, cards_of
 from proxy.services import Services
 from proxy.state.audit import PROFILE_MODEL
 from proxy.state.records import ModelRecord
-from proxy.state.registry import ChangedMeanwhile, DefinedInConfig
+from proxy.state.registry_errors import ChangedMeanwhile, DefinedInConfig
 from proxy.state.store import StoreUnavailable
 from proxy.upstream.origins import check_secrets_stay
 

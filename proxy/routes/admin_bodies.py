@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from proxy.errors import BadRequest
-from proxy.litellm_names import is_model_info_of_litellm
-from proxy.litellm_params import ParamError
 from proxy.outbound import OutboundError, ssl_context, trust_of
-from proxy.redaction import Literal, is_reference, literals, shown
-from proxy.settings import ModelEntry, ProfileSettings, Settings, SettingsError, resolve_secret
+from proxy.safety.redaction import Literal, is_reference, literals, shown
+from proxy.settings.litellm_names import is_model_info_of_litellm
+from proxy.settings.models import ModelEntry, ParamError, SettingsError, resolve_secret
+from proxy.settings.schema import ProfileSettings, Settings
 from proxy.state.records import ModelRecord
 from proxy.upstream.call import is_provider_param
 from proxy.upstream.origins import ADDRESSES, check_secrets_stay

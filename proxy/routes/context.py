@@ -13,7 +13,7 @@ from proxy.edge import ARRIVED, TRACE
 from proxy.routing.request import parse_object
 from proxy.services import Services
 from proxy.state.audit import AuditTrail, Author
-from proxy.state.records import ClientKey
+from proxy.state.client_keys import ClientKey
 from proxy.trace import Trace
 
 

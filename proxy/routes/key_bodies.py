@@ -8,7 +8,7 @@ from typing import Any
 
 from proxy.errors import BadRequest
 from proxy.routes.admin_bodies import known_only
-from proxy.settings import check_model_name
+from proxy.settings.models import check_model_name
 from proxy.state.client_keys import LIMITS, ClientKey, KeyChange
 from proxy.state.stored_json import is_unix_time
 

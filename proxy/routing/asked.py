@@ -11,8 +11,8 @@ from proxy.routing.features import needs_of
 from proxy.routing.names import Way
 from proxy.routing.request import ChatRequest
 from proxy.routing.thread import Thread
-from proxy.settings import Settings
-from proxy.state.records import ClientKey
+from proxy.settings.schema import Settings
+from proxy.state.client_keys import ClientKey
 from proxy.state.snapshot import RoutingState
 from router_core.scoring import Terms
 from router_core.types import Needs

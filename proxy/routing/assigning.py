@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import blake2b
 
-from proxy.tasks import in_own_thread
+from proxy.concurrency import in_own_thread
 from router_core.clustering import ClusterMap
 from router_core.embedding import StaticEmbedder
 from router_core.types import Assignment, Embedder

@@ -16,8 +16,8 @@ from proxy.routing.refusals import RuledOut, nothing_left, too_dear
 from proxy.routing.request import ChatRequest
 from proxy.routing.sticking import held
 from proxy.routing.thread import NO_THREAD, Thread
-from proxy.settings import Settings
-from proxy.state.records import ClientKey
+from proxy.settings.schema import Settings
+from proxy.state.client_keys import ClientKey
 from proxy.state.snapshot import RoutingState
 from router_core.decision import RoutingDecision
 from router_core.eligibility import Eligibility, eligible, told_limit

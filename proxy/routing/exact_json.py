@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any, Never
 
 from proxy.errors import BadRequest
-from proxy.json_shape import MAX_DEPTH, MAX_VALUES, TooMuchJson, refuse_many
+from proxy.safety.json_shape import MAX_DEPTH, MAX_VALUES, TooMuchJson, refuse_many
 
 
 def exact_object(raw: bytes) -> dict[str, Any]:

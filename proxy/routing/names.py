@@ -7,8 +7,8 @@ from enum import Enum
 
 from proxy.errors import Forbidden, UnknownName
 from proxy.routing.options import Options
-from proxy.settings import Settings
-from proxy.state.records import ClientKey
+from proxy.settings.schema import Settings
+from proxy.state.client_keys import ClientKey
 from proxy.state.snapshot import RoutingState
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from proxy.errors import BadRequest
 from proxy.routing.provider import NO_PROVIDER, Provider, read_provider
 from proxy.routing.sessions import LONGEST_ID, SESSION_HEADERS, inherited_session, is_session_id
-from proxy.timeouts import NOTHING_STATED, StatedTimeouts
+from proxy.settings.schema import NOTHING_STATED, StatedTimeouts
 
 LAMBDA_HEADERS = ("lambda", "x-uniroute-lambda")
 KNOWN = ("lambda", "models", "max_cost_usd", "latency_weight", "session", "fallbacks", "timeouts")

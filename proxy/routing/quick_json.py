@@ -9,8 +9,8 @@ from typing import Any
 
 import orjson
 
-from proxy.json_shape import MAX_DEPTH, MAX_VALUES, TooMuchJson, refuse_many
 from proxy.routing.attachments import PARTS, SCALAR_BYTES, TEXTS, Contents, attached, is_binary
+from proxy.safety.json_shape import MAX_DEPTH, MAX_VALUES, TooMuchJson, refuse_many
 from router_core.tokens import text_bytes
 
 _UNREAD, _SCHEMA, _CHAT, _PART = range(4)

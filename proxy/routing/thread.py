@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from proxy.routing.conversation import past_of
 from proxy.routing.request import ChatRequest
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
+from proxy.state.client_keys import ClientKey
 from proxy.state.conversations import Conversations, LastTurn, scoped
-from proxy.state.records import ClientKey
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from proxy.price_fields import with_flat_tiers
+from proxy.settings.models import with_flat_tiers
 from router_core.errors import InvalidInput, InvalidPrice
 from router_core.types import PRICE_FIELDS, Capabilities, Price, price_field
 

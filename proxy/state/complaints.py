@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-from proxy.plain_text import plain
+from proxy.safety.plain_text import plain
 
 MAX_COMPLAINTS: Final = 1000
 MAX_SHOWN: Final = 300

@@ -17,11 +17,11 @@ from typing import Any, Final
 
 from redis.exceptions import RedisError
 
-from proxy.settings import check_model_name
+from proxy.concurrency import end
+from proxy.settings.models import check_model_name
 from proxy.state.complaints import Complaints
 from proxy.state.store import Store, StoreUnavailable
 from proxy.state.stored_json import json_object, unix_time, whole_number
-from proxy.tasks import end
 
 log = logging.getLogger("uniroute.conversations")
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from proxy import private
+from proxy.safety import private_files as private
 
 log = logging.getLogger("uniroute.store")
 

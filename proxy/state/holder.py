@@ -12,11 +12,11 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from proxy.concurrency import end
 from proxy.state.keys import KeyLatch
 from proxy.state.snapshot import RoutingState, Surroundings, build_state
 from proxy.state.store import Store, StoreUnavailable
 from proxy.state.stored import CHANGED, PRICING, StoredReader
-from proxy.tasks import end
 
 __all__ = ["RoutingState", "StateHolder"]
 

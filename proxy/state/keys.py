@@ -8,7 +8,7 @@ import re
 import secrets
 from pathlib import Path
 
-from proxy.private import private_opener
+from proxy.safety.private_files import private_opener
 
 PREFIX = "ur-"
 SECRET = re.compile(rf"{PREFIX}[A-Za-z0-9_-]{{43}}")

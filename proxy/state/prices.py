@@ -11,12 +11,13 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from proxy.http_clients import WayOutError, async_http_client
-from proxy.settings import Settings
+from proxy.outbound import WayOutError, async_http_client
+from proxy.settings.schema import Settings
 from proxy.state.catalog import Catalog, InvalidPriceMap, bundled_catalog, parse_price_map
 from proxy.state.holder import StateHolder
 from proxy.state.records import LivePrice, ModelRecord
-from proxy.state.registry import Registry, UnknownModel
+from proxy.state.registry import Registry
+from proxy.state.registry_errors import UnknownModel
 from proxy.state.store import Store, StoreUnavailable
 from router_core.documents import MAX_PRICES_BYTES, parse_json
 from router_core.types import Price

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from proxy.settings import ModelEntry, ModelInfo
+from proxy.settings.models import ModelEntry, ModelInfo
 from proxy.state.client_keys import ClientKey
 from proxy.state.resolved import Resolved
 from proxy.state.stored_json import LAST_TIME, InvalidRecord, json_object, number, unix_time

@@ -19,8 +19,8 @@ from redis.exceptions import ConnectionError as ConnectionFailed
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as NoAnswer
 
-from proxy.redis_address import RedisAddress
-from proxy.settings import SettingsError
+from proxy.settings.models import SettingsError
+from proxy.settings.redis_address import RedisAddress
 
 log = logging.getLogger("uniroute.store")
 

@@ -13,8 +13,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as NoAnswer
 
+from proxy.concurrency import end
 from proxy.state.redis_server import RedisServer
-from proxy.tasks import end
 
 PING_S = 2.0
 """One ping waits this long: it is answered as soon as the server is, and few connections pile up in front of it."""

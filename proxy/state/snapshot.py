@@ -6,10 +6,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
-from proxy.settings import ModelInfo
+from proxy.settings.models import ModelInfo
 from proxy.state.catalog import Catalog, CatalogEntry
+from proxy.state.client_keys import ClientKey
 from proxy.state.live import LiveExpectations
-from proxy.state.records import ClientKey, LivePrice, ModelRecord, StoredProfile
+from proxy.state.records import LivePrice, ModelRecord, StoredProfile
 from proxy.state.stored import Stored
 from router_core.clustering import ClusterMap
 from router_core.error_rates import ErrorRates

@@ -17,13 +17,14 @@ from redis.exceptions import ConnectionError as ConnectionFailed
 from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as NoAnswer
 
-from proxy.redis_address import RedisAddress
-from proxy.settings import Settings, SettingsError
+from proxy.concurrency import to_its_end
+from proxy.settings.models import SettingsError
+from proxy.settings.redis_address import RedisAddress
+from proxy.settings.schema import Settings
 from proxy.state.embedded import EmbeddedStoreFailed, EmbeddedValkey
 from proxy.state.packed import exchange, packed
 from proxy.state.redis_server import IS_REPLICA, RedisServer, SentinelPool, UnsuitableServer
 from proxy.state.silence import Silence
-from proxy.tasks import to_its_end
 
 OPERATION_S = 0.75
 """All of an operation, whatever redis-py retries: an admin call that meets a silent server answers within a second."""

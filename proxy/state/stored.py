@@ -9,8 +9,9 @@ from typing import Any, Final, TypeVar
 
 from redis.exceptions import RedisError
 
+from proxy.state.client_keys import ClientKey
 from proxy.state.complaints import Complaints
-from proxy.state.records import ClientKey, LivePrice, ModelRecord, StoredProfile
+from proxy.state.records import LivePrice, ModelRecord, StoredProfile
 from proxy.state.store import Store
 from proxy.state.stored_json import whole_number
 from router_core.errors import InvalidInput

@@ -6,7 +6,7 @@ import logging
 from time import monotonic
 
 from proxy.errors import AnswerTooLarge, NoRoomForAnswer
-from proxy.json_shape import MAX_VALUES, SMALL, Shape, TooMuchJson
+from proxy.safety.json_shape import MAX_VALUES, SMALL, Shape, TooMuchJson
 
 log = logging.getLogger("uniroute.upstream")
 

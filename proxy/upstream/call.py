@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from proxy.redaction import literals
+from proxy.safety.redaction import literals
 from proxy.words import words
 
 VERBATIM = frozenset(

@@ -11,11 +11,12 @@ from typing import Any
 
 import httpx
 
+from proxy.concurrency import PATIENCE_S, end, in_own_thread, read_gently, to_its_end
 from proxy.errors import UpstreamFailure
 from proxy.outbound import Outbound, OutboundError, Trust
-from proxy.settings import Settings, SettingsError, resolve_secret
+from proxy.settings.models import SettingsError, resolve_secret
+from proxy.settings.schema import Settings
 from proxy.state.records import ModelRecord
-from proxy.tasks import PATIENCE_S, end, in_own_thread, read_gently, to_its_end
 from proxy.upstream.answer_room import AnswerRoom
 from proxy.upstream.call import STRAYING, Provider, arm_body, call_arguments, is_provider_param, secrets_of
 from proxy.upstream.events import ChoiceEnds, answers_of, is_finished

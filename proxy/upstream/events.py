@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from proxy.errors import LONGEST_WORDS, AnswerTooLarge, NoRoomForAnswer, UpstreamFailure
-from proxy.json_shape import MAX_VALUES_AT_ONCE, SMALL, TooMuchJson
 from proxy.relay.sse import ErrorData, EventCutter, EventTooLong, RawLine
+from proxy.safety.json_shape import MAX_VALUES_AT_ONCE, SMALL, TooMuchJson
 from proxy.upstream.answer_room import AnswerBounds, AnswerRoom, Held
 from proxy.upstream.answers import Joined, chunks_of_completion, form_of, has_choices
 from proxy.upstream.failures import MAY_TELL, error_in, no_completion, reported

@@ -14,7 +14,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from proxy.tasks import end
+from proxy.concurrency import end
 
 log = logging.getLogger("uniroute.upstream")
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from proxy.errors import BadRequest
 from proxy.outbound import OutboundError
-from proxy.redaction import is_reference, secrets_below
+from proxy.safety.redaction import is_reference, secrets_below
 from proxy.state.records import ModelRecord
 from proxy.upstream.call import VERBATIM, is_openais, is_provider_param
 

@@ -10,8 +10,8 @@ from typing import Any, Never
 
 import orjson
 
-from proxy.json_shape import MAX_VALUES_AT_ONCE, SHALLOW, check_shape
 from proxy.relay.sse import dump, loads
+from proxy.safety.json_shape import MAX_VALUES_AT_ONCE, SHALLOW, check_shape
 from proxy.upstream.answer_room import Held
 from proxy.upstream.model_member import with_model
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from proxy.http_clients import http_client
+from proxy.outbound import http_client
 from proxy.upstream.wire import HOOKS, CallTransport, client_over
 
 _ANSWER = {

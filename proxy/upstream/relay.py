@@ -9,13 +9,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from proxy.descriptors import shares
+from proxy.concurrency import end, shares
 from proxy.errors import MOST_ERROR_BYTES, UpstreamFailure
 from proxy.outbound import Outbound, OutboundError
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
-from proxy.tasks import end
 from proxy.upstream.answer_room import AnswerBounds, AnswerRoom
 from proxy.upstream.connection import BrokenOff, Connection, NotHttp, Unanswered
 from proxy.upstream.connections import Connections, Origin, ProxyRefused

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from proxy.redaction import bare_address
-from proxy.setting_types import Forward
+from proxy.safety.redaction import bare_address
+from proxy.settings.models import Forward
 from proxy.state.resolved import Resolved
 from proxy.upstream.call import STRAYING, VERBATIM, is_openais, is_provider_param
 from proxy.upstream.origins import DEFAULT_BASES, address_of, is_own_address

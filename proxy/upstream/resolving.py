@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from proxy.errors import BadRequest, Unavailable
-from proxy.settings import SettingsError
+from proxy.settings.models import SettingsError
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
 from proxy.state.stored_json import InvalidRecord

@@ -9,7 +9,8 @@ from typing import Any
 
 from proxy.errors import UpstreamFailure
 from proxy.outbound import USUAL, Outbound, OutboundError, Trust
-from proxy.settings import Settings, SettingsError, referred_variable, resolve_secret
+from proxy.settings.models import SettingsError, referred_variable, resolve_secret
+from proxy.settings.schema import Settings
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
 from proxy.upstream.call import arm_body, fixes_parameters, is_openais, secrets_of

@@ -9,12 +9,12 @@ from contextlib import aclosing
 from time import monotonic
 from typing import Any
 
+from proxy.concurrency import end
 from proxy.errors import CannotTranslate, UpstreamFailure
 from proxy.outbound import Outbound
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
-from proxy.tasks import end
 from proxy.upstream.answer_room import AnswerRoom
 from proxy.upstream.client import LitellmUpstream
 from proxy.upstream.payload import Payload

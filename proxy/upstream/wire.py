@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from proxy.descriptors import shares
+from proxy.concurrency import read_gently, shares, to_its_end
 from proxy.errors import MOST_ERROR_BYTES, UpstreamFailure
-from proxy.http_clients import AsyncTransport
-from proxy.json_shape import MAX_VALUES_AT_ONCE
-from proxy.outbound import Outbound, Trust
-from proxy.tasks import read_gently, to_its_end
+from proxy.outbound import AsyncTransport, Outbound, Trust
+from proxy.safety.json_shape import MAX_VALUES_AT_ONCE
 from proxy.upstream.answer_room import AnswerBounds, AnswerRoom
 from proxy.upstream.answers import form_of
 from proxy.upstream.coding import Unpacker, unpacker_of

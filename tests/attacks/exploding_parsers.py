@@ -12,14 +12,14 @@ import numpy as np
 from proxy.auth import check_host, presented
 from proxy.errors import ProxyError, UpstreamFailure, describe
 from proxy.health.retry_after import stated_wait_s
-from proxy.litellm_names import is_model_info_of_litellm
 from proxy.relay.sse import dump
 from proxy.routes.admin_bodies import shown_params
 from proxy.routing.features import needs_of, routing_text
 from proxy.routing.refused import refuse_control_fields
 from proxy.routing.request import parse_chat
 from proxy.routing.trail import is_random
-from proxy.settings import Settings
+from proxy.settings.litellm_names import is_model_info_of_litellm
+from proxy.settings.schema import Settings
 from proxy.state.audit import act_of
 from proxy.trace import trace_of
 from proxy.upstream.failures import refused

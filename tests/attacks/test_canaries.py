@@ -15,7 +15,8 @@ from redis.asyncio import Redis
 
 from proxy.app import create_app
 from proxy.opening import open_services
-from proxy.settings import SettingsError, load_settings
+from proxy.settings.models import SettingsError
+from proxy.settings.schema import load_settings
 from tests.attacks.canaries import (
     ADMIN_KEY,
     HEADER,

@@ -15,7 +15,8 @@ import pytest
 from proxy.errors import BadRequest, ControlFieldRefused, UpstreamFailure
 from proxy.routing.refused import is_control_field
 from proxy.routing.request import parse_chat
-from proxy.settings import ModelInfo, Settings
+from proxy.settings.models import ModelInfo
+from proxy.settings.schema import Settings
 from proxy.state.records import ModelRecord
 from proxy.upstream.call import CHAT_FIELDS
 from proxy.upstream.client import LitellmUpstream

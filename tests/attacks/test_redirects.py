@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from proxy.errors import UpstreamFailure
-from proxy.settings import ModelInfo, Settings
+from proxy.settings.models import ModelInfo
+from proxy.settings.schema import Settings
 from proxy.state.records import ModelRecord
 from proxy.upstream.client import LitellmUpstream
 from proxy.upstream.provider_layer import import_litellm

@@ -15,7 +15,6 @@ from typing import Any
 
 from proxy.health.capacity import Capacities, CapacityLimits
 from proxy.health.health import ModelHealth
-from proxy.health.policy import HealthPolicy
 from proxy.limits.limiter import Limiter
 from proxy.limits.scripts import SETTLE_FUNCTION
 from proxy.recording.journals import Journals
@@ -26,7 +25,7 @@ from proxy.relay.marks import AnswerMarks
 from proxy.relay.turns import Turn
 from proxy.routing.choosing import Choice
 from proxy.routing.thread import NO_THREAD
-from proxy.settings import Settings
+from proxy.settings.schema import HealthPolicy, Settings
 from proxy.state.conversations import Conversations
 from proxy.state.embedded import EmbeddedValkey
 from proxy.state.live import LiveExpectations

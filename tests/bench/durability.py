@@ -17,7 +17,7 @@ from proxy.cli import console
 from proxy.recording.journals import Journals
 from proxy.recording.recorder import BATCH, UsageRecorder
 from proxy.recording.usage import UsageRecord
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from proxy.state.keys import KeyLatch
 from proxy.state.registry import Registry
 from proxy.state.store import Store

@@ -20,7 +20,7 @@ from typing import Any
 import redis
 
 from proxy.cli import console
-from proxy.descriptors import raise_limit
+from proxy.concurrency import raise_limit
 from proxy.state.embedded import socket_path
 from router_core.embedding import static_embedder
 from tests.bench.open_streams import FORMS, with_open_streams

@@ -33,7 +33,7 @@ from proxy.routing.names import Way
 from proxy.routing.request import ChatRequest
 from proxy.routing.thread import NO_THREAD
 from proxy.services import Services
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from proxy.state.conversations import Conversations
 from proxy.state.live import LiveExpectations
 from proxy.state.records import ModelRecord, StoredProfile

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy.settings import Settings, load_settings, resolve_secret
+from proxy.settings.models import resolve_secret
+from proxy.settings.schema import Settings, load_settings
 from proxy.state.catalog import bundled_catalog
 from tests.test_house import ROOT
 

@@ -22,7 +22,7 @@ from proxy.cli.supervisor import MAX_PAUSE_S, Place, Supervisor
 from proxy.opening import START_FAILED
 from proxy.recording.metrics import worker_deaths
 from proxy.recording.values import Values
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from tests.faults.gateway import CONFIGURED, Gateway, a_gateway
 from tests.support.process_group import children_of
 from tests.support.upstream import ScriptedUpstream, wait_until

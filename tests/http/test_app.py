@@ -10,7 +10,8 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from proxy.app import create_app
 from proxy.opening import open_services
-from proxy.settings import Settings, SettingsError
+from proxy.settings.models import SettingsError
+from proxy.settings.schema import Settings
 
 PAGE = "https://page.example"
 pytestmark = pytest.mark.filterwarnings("ignore:Item .* on TypedDict:UserWarning")

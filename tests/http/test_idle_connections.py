@@ -10,9 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from proxy.http_clients import AsyncTransport
-from proxy.outbound import Outbound
-from proxy.tasks import end
+from proxy.concurrency import end
+from proxy.outbound import AsyncTransport, Outbound
 from proxy.upstream.tidying import keep_tidy
 from proxy.upstream.wire import chunks_of, client_over, open_pool, watched
 from tests.support.makers import until

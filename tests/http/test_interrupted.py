@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from proxy.settings import ModelInfo, Settings
+from proxy.settings.models import ModelInfo
+from proxy.settings.schema import Settings
 from proxy.state.records import ModelRecord
 from proxy.upstream.client import LitellmUpstream
 from tests.http.test_other_formats import BEGIN

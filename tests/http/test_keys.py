@@ -12,9 +12,9 @@ import httpx
 import openai
 import pytest
 
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
+from proxy.state.client_keys import ClientKey
 from proxy.state.keys import KeyLatch
-from proxy.state.records import ClientKey
 from proxy.state.registry import Registry
 from proxy.state.store import Store
 from tests.support.server import ADMIN_KEY, ProxyProcess, arm

@@ -20,7 +20,8 @@ from proxy.jobs.broker import STREAM
 from proxy.jobs.records import LATEST, OPEN, PromptAnswer, answers_key, job_key
 from proxy.limits.scripts import PREFIX
 from proxy.state.audit import AUDIT
-from proxy.state.records import ClientKey, ModelRecord, StoredProfile
+from proxy.state.client_keys import ClientKey
+from proxy.state.records import ModelRecord, StoredProfile
 from proxy.state.stored import CHANGED, EARLIER, KEYS, MODELS, PRICING, PROFILES, VERSION, price_key
 from router_core.errors import InvalidInput
 from tests.support.server import ProxyProcess, arm, uniform_profile

@@ -11,7 +11,8 @@ import pytest
 from proxy.errors import UpstreamFailure
 from proxy.routing.conversation import past_of
 from proxy.routing.trail import Trail, newest_question
-from proxy.settings import ModelInfo, Settings
+from proxy.settings.models import ModelInfo
+from proxy.settings.schema import Settings
 from proxy.state.records import ModelRecord
 from proxy.upstream.client import LitellmUpstream
 from tests.support.answers import Step

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from proxy.state.embedded import EmbeddedValkey
 from proxy.state.store import Store
 from proxy.upstream.upstream import Upstream

@@ -15,9 +15,9 @@ import pytest
 
 from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamFailure, describe
 from proxy.health.health import ModelHealth
-from proxy.health.policy import HealthPolicy
-from proxy.json_shape import MAX_VALUES, MAX_VALUES_AT_ONCE, SMALL
-from proxy.settings import ModelInfo, Settings
+from proxy.safety.json_shape import MAX_VALUES, MAX_VALUES_AT_ONCE, SMALL
+from proxy.settings.models import ModelInfo
+from proxy.settings.schema import HealthPolicy, Settings
 from proxy.state.records import ModelRecord
 from proxy.upstream.answer_room import AnswerBounds, AnswerRoom, Held
 from proxy.upstream.upstream import Upstream

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from proxy.upstream.client import LitellmUpstream
 from tests.support.answers import Step
 from tests.support.makers import a_record

@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 
 from proxy.auth import check_host, check_origin, presented
 from proxy.errors import Forbidden, Unauthenticated
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 
 
 def headers(*pairs: tuple[str, str]) -> Headers:

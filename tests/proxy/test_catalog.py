@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from proxy.model_entries import ModelInfo
+from proxy.settings.models import ModelInfo
 from proxy.state.catalog import CatalogEntry, InvalidPriceMap, bundled_catalog, parse_price_map
 from proxy.state.snapshot import capabilities_of, price_of
 from router_core.types import ABILITIES, Capabilities, Price

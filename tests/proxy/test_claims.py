@@ -10,7 +10,7 @@ import pytest
 from proxy.errors import NothingAble
 from proxy.limits.claims import MARGIN_S, MOST_PICOUSD, Claim, Demand, claim_of, no_dearer, within_claim
 from proxy.routing.choosing import Choice
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from proxy.state.key_limits import KeyLimits
 from proxy.state.records import StoredProfile
 from proxy.state.resolved import Resolved

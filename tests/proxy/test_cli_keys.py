@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from proxy.state.audit import CLI, AuditTrail
 from proxy.state.keys import SECRET
 from proxy.state.store import Store

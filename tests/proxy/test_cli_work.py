@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from proxy.cli.serving import tell_models
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from tests.support.command import ADMIN_KEY, ROOT, ServeCommand, environment, run_command
 from tests.support.server import uniform_profile
 from tests.support.upstream import ScriptedUpstream, wait_until

@@ -9,7 +9,7 @@ import pytest
 
 from proxy.cluster_maps import open_map
 from proxy.opening import _open_routing
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from router_core.clustering import ClusterMap
 
 

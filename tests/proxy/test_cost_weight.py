@@ -11,7 +11,7 @@ from proxy.routing.cost_weight import cost_weight, may_ask
 from proxy.routing.names import ALIASES, Way
 from proxy.routing.options import Options
 from proxy.routing.request import ChatRequest
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from proxy.state.client_keys import ClientKey
 
 

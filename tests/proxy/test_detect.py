@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from proxy.cli.detect import PROVIDERS, detect_models, with_detected
-from proxy.settings import ModelEntry, Settings
+from proxy.settings.models import ModelEntry
+from proxy.settings.schema import Settings
 from proxy.state.catalog import bundled_catalog, parse_price_map
 
 NOBODY = "http://127.0.0.1:9"

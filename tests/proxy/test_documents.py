@@ -15,7 +15,8 @@ import pytest
 from proxy.cli.console import BadArgument
 from proxy.cli.model_bodies import litellm_params_from, profile_from
 from proxy.cli.prompt_files import read_prompts
-from proxy.settings import SettingsError, load_settings
+from proxy.settings.models import SettingsError
+from proxy.settings.schema import load_settings
 from router_core.artifact import ARRAYS, BUILTIN_MAP, MANIFEST, load_map
 from router_core.documents import MAX_CONFIG_BYTES, MAX_LINE_BYTES, MAX_MANIFEST_BYTES, MAX_PROFILE_BYTES
 from router_core.errors import InvalidArtifact, InvalidOutcomes, InvalidValidationSet

@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Message
 
 from proxy.auth import KEY_IN_SCOPE, WHO_IN_SCOPE, Guard
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from proxy.state.client_keys import ClientKey
 from proxy.state.keys import digest_of
 from proxy.state.snapshot import build_state

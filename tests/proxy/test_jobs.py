@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from proxy.jobs.broker import STREAM
-from proxy.state.registry import UnknownModel
+from proxy.state.registry_errors import UnknownModel
 from proxy.state.store import Store
 from proxy.state.stored import PROFILES
 from tests.support.answers import Step

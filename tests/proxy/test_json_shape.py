@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.json_shape import MAX_DEPTH, MAX_VALUES, SMALL, Shape, TooMuchJson, check_shape
+from proxy.safety.json_shape import MAX_DEPTH, MAX_VALUES, SMALL, Shape, TooMuchJson, check_shape
 
 TEXTS = st.text(st.sampled_from('"\\[]{},:aé\n'), max_size=6)
 DOCUMENTS = st.recursive(

@@ -14,7 +14,8 @@ from proxy.state.client_keys import ClientKey, InvalidKey, KeyChange
 from proxy.state.key_limits import KeyLimits
 from proxy.state.key_registry import KeyRegistry
 from proxy.state.keys import SECRET, KeyLatch, digest_of
-from proxy.state.registry import KeyIsOver, Registry, UnknownKey
+from proxy.state.registry import Registry
+from proxy.state.registry_errors import KeyIsOver, UnknownKey
 from proxy.state.store import Store, StoreUnavailable
 from proxy.state.stored import KEYS
 from proxy.state.writer import Writer

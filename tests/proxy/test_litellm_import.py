@@ -10,8 +10,7 @@ import pytest
 
 from proxy.errors import CannotTranslate, describe
 from proxy.health.health import ModelHealth
-from proxy.health.policy import HealthPolicy
-from proxy.settings import Settings
+from proxy.settings.schema import HealthPolicy, Settings
 from proxy.state.records import ModelRecord
 from proxy.upstream import upstream as upstreams
 from proxy.upstream.upstream import Upstream

@@ -12,7 +12,7 @@ import pytest
 
 from proxy.cli.deployed import deployed_results
 from proxy.cli.model_outcomes import joined
-from proxy.settings import load_settings
+from proxy.settings.schema import load_settings
 from router_core.evaluation.outcomes import read_outcomes
 from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
 from tests.support.measured import knows, write_validation_set

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from proxy.errors import BadRequest, UpstreamFailure
-from proxy.settings import Settings, SettingsError
+from proxy.settings.models import SettingsError
+from proxy.settings.schema import Settings
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
 from proxy.upstream.client import LitellmUpstream

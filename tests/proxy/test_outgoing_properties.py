@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from proxy.errors import BadRequest
 from proxy.outbound import Outbound
 from proxy.routing.request import parse_chat
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from proxy.state.resolved import Resolved
 from proxy.upstream.events import chunk_of
 from proxy.upstream.model_member import with_model

@@ -9,7 +9,8 @@ from typing import Any, get_args
 import pytest
 
 from proxy.preflight import check_files, check_named_models
-from proxy.settings import Settings, SettingsError, load_settings
+from proxy.settings.models import SettingsError
+from proxy.settings.schema import Settings, load_settings
 from router_core.recipes import RECIPES
 from tests.support.command import environment, run_command
 

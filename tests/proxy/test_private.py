@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.private import NotPrivate, private_folder
+from proxy.safety.private_files import NotPrivate, private_folder
 from proxy.state.embedded import EmbeddedValkey
 from proxy.state.keys import KeyLatch
 

@@ -9,7 +9,7 @@ import pytest
 from proxy.errors import NotMeasured
 from proxy.jobs.progress import with_progress
 from proxy.jobs.records import Job
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 
 EARLY = NotMeasured(
     "no model can be chosen yet", {"a": "not profiled", "b": "not profiled", "c": "costs nothing known"}

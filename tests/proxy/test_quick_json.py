@@ -10,10 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
-from proxy.json_shape import MAX_DEPTH, MAX_VALUES
 from proxy.routing.exact_json import exact_object
 from proxy.routing.features import needs_of
 from proxy.routing.quick_json import quick_object
+from proxy.safety.json_shape import MAX_DEPTH, MAX_VALUES
 from tests.proxy.test_parser_properties import BODIES, NAMES, VALUES
 
 TEXTS = st.text(st.sampled_from('":\\, {}[]a\u00fc\u6f22\U0001f600\n\x7f0'), max_size=8)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.state.records import ClientKey, InvalidRecord, LivePrice, ModelRecord, StoredProfile
+from proxy.state.client_keys import ClientKey
+from proxy.state.records import LivePrice, ModelRecord, StoredProfile
+from proxy.state.stored_json import InvalidRecord
 from router_core.errors import InvalidPrice
 from router_core.types import PRICE_FIELDS, Price
 from tests.support.makers import a_profile, a_record

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from proxy.jobs.broker import GROUP, STREAM, JobBroker
-from proxy.redis_address import RedisAddress
-from proxy.settings import Settings, SettingsError
+from proxy.settings.models import SettingsError
+from proxy.settings.redis_address import RedisAddress
+from proxy.settings.schema import Settings
 from proxy.state.keys import KeyLatch
-from proxy.state.registry import Registry, RegistryError
+from proxy.state.registry import Registry
+from proxy.state.registry_errors import RegistryError
 from proxy.state.store import Store, StoreUnavailable
 from tests.support.sentinels import Sentinels, TlsFront, sentinels
 from tests.support.tls import a_certificate, served_by

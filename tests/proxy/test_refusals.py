@@ -15,8 +15,9 @@ from proxy.routing.provider import Provider
 from proxy.routing.refusals import nothing_left
 from proxy.routing.request import ChatRequest
 from proxy.routing.thread import NO_THREAD
-from proxy.settings import Settings
-from proxy.state.records import ClientKey, StoredProfile
+from proxy.settings.schema import Settings
+from proxy.state.client_keys import ClientKey
+from proxy.state.records import StoredProfile
 from proxy.state.snapshot import RoutingState, build_state
 from proxy.state.stored import Stored
 from router_core.eligibility import eligible

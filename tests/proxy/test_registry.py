@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from proxy.state.keys import KeyLatch, digest_of
-from proxy.state.registry import ChangedMeanwhile, DefinedInConfig, NameTaken, UnknownKey, UnknownModel
+from proxy.state.registry_errors import ChangedMeanwhile, DefinedInConfig, NameTaken, UnknownKey, UnknownModel
 from proxy.state.store import Store, StoreUnavailable
 from proxy.state.stored import CHANGED, MODELS, PRICING, PROFILES, VERSION, price_key
 from router_core.types import Price

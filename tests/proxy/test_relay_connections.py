@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from proxy.upstream.upstream import Upstream
 from tests.support.makers import until
 from tests.support.raw_upstream import DONE, END, JSON, SAID, STREAM_HEAD, RawUpstream, Said, chunked, plain

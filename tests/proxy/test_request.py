@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from proxy.errors import BadRequest, ControlFieldRefused
-from proxy.json_shape import MAX_DEPTH
 from proxy.routing.provider import Provider
 from proxy.routing.refused import USUAL, is_control_field
 from proxy.routing.request import ChatRequest, parse_chat, parse_object
+from proxy.safety.json_shape import MAX_DEPTH
 
 ASK: Any = [{"role": "user", "content": "hi"}]
 

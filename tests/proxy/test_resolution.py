@@ -12,7 +12,8 @@ import pytest
 
 from proxy.errors import BadRequest, UpstreamFailure
 from proxy.outbound import Outbound
-from proxy.settings import ModelInfo, Settings
+from proxy.settings.models import ModelInfo
+from proxy.settings.schema import Settings
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
 from proxy.upstream.call import is_openais

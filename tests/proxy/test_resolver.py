@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import Unavailable
-from proxy.settings import ModelInfo
+from proxy.settings.models import ModelInfo
 from proxy.state.records import ModelRecord
 from proxy.state.resolved import Resolved
 from proxy.upstream import lookup

@@ -6,15 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy.settings import (
-    Settings,
-    SettingsError,
-    check_exposure,
-    check_model_name,
-    load_settings,
-    resolve_secret,
-    setting_names,
-)
+from proxy.settings.models import SettingsError, check_model_name, resolve_secret
+from proxy.settings.schema import Settings, check_exposure, load_settings, setting_names
 
 ONE_MODEL = """
 model_list:

@@ -24,9 +24,10 @@ from proxy.routing.options import Options
 from proxy.routing.request import ChatRequest
 from proxy.routing.sticking import held
 from proxy.routing.thread import NO_THREAD, Thread
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
+from proxy.state.client_keys import ClientKey
 from proxy.state.conversations import LastTurn
-from proxy.state.records import ClientKey, StoredProfile
+from proxy.state.records import StoredProfile
 from proxy.state.snapshot import RoutingState, build_state
 from proxy.state.stored import Stored
 from router_core.scoring import Terms

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from proxy.state.embedded import LONGEST_SOCKET_PATH, EmbeddedStoreFailed, EmbeddedValkey, private_folder, socket_path
 from proxy.state.store import CONNECTIONS, OPERATION_S, Store, StoreUnavailable
 

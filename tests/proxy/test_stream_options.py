@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from proxy.settings import ModelInfo
+from proxy.settings.models import ModelInfo
 from proxy.state.records import ModelRecord
 from proxy.upstream.upstream import Upstream
 from tests.support.raw_upstream import END, SAID, RawUpstream, Said, chunked, plain

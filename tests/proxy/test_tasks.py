@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from proxy.tasks import end, in_own_thread, in_stoppable_thread, to_its_end
+from proxy.concurrency import end, in_own_thread, in_stoppable_thread, to_its_end
 
 
 async def test_a_task_that_swallows_one_cancellation_ends_at_the_next() -> None:

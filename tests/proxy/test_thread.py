@@ -12,9 +12,9 @@ from proxy.relay.marks import AnswerMarks
 from proxy.routing.options import Options
 from proxy.routing.request import ChatRequest
 from proxy.routing.thread import NO_THREAD, Thread, thread_of
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
+from proxy.state.client_keys import ClientKey
 from proxy.state.conversations import Conversations
-from proxy.state.records import ClientKey
 from proxy.state.store import Store
 
 ASK: Any = {"role": "user", "content": "What is the weather?"}

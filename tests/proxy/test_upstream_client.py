@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import UpstreamFailure
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from proxy.state.records import ModelRecord
 from proxy.upstream.call import Provider
 from proxy.upstream.client import LitellmUpstream

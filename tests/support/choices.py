@@ -13,8 +13,9 @@ from proxy.routing.assigning import Assigner
 from proxy.routing.choosing import Choice, choose
 from proxy.routing.options import Options
 from proxy.routing.request import ChatRequest
-from proxy.settings import Settings
-from proxy.state.records import ClientKey, StoredProfile
+from proxy.settings.schema import Settings
+from proxy.state.client_keys import ClientKey
+from proxy.state.records import StoredProfile
 from proxy.state.snapshot import RoutingState, build_state
 from proxy.state.stored import Stored
 from router_core.types import Floats

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from proxy.settings import ModelInfo
+from proxy.settings.models import ModelInfo
 from proxy.state.catalog import bundled_catalog
 from proxy.state.holder import StateHolder
 from proxy.state.keys import KeyLatch

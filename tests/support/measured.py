@@ -19,7 +19,7 @@ from proxy.jobs.answering import UpstreamAnswerer
 from proxy.jobs.asking import Patience
 from proxy.jobs.jobs import Jobs
 from proxy.jobs.records import Job
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 from proxy.state.holder import StateHolder
 from proxy.state.records import ModelRecord
 from proxy.state.registry import Registry

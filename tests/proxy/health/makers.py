@@ -8,8 +8,8 @@ from typing import Any
 
 from proxy.errors import UpstreamFailure
 from proxy.health.health import ModelHealth
-from proxy.health.policy import HealthPolicy
 from proxy.health.sharing import HealthSharing
+from proxy.settings.schema import HealthPolicy
 from proxy.state.store import Store
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from proxy.health.breaker import PROBE_S, Breaker
-from proxy.health.policy import HealthPolicy
 from proxy.health.verdicts import Verdict, Weight
+from proxy.settings.schema import HealthPolicy
 
 FAILED = Verdict(Weight.COUNTED, "status 500")
 CALLERS = Verdict(Weight.ANSWERED, "status 400")

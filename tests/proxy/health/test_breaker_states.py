@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from proxy.health.breaker import PROBE_S, Breaker, Permit
-from proxy.health.policy import HealthPolicy
 from proxy.health.verdicts import Verdict, Weight
+from proxy.settings.schema import HealthPolicy
 
 POLICY = HealthPolicy(failures=3, cooldown_s=5, longest_cooldown_s=45)
 VERDICTS = st.builds(

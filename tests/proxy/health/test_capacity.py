@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from proxy.errors import ModelBusy, describe
 from proxy.health.capacity import Capacities, CapacityLimits, Slot
-from proxy.model_entries import ModelInfo
+from proxy.settings.models import ModelInfo
 from tests.proxy.health.makers import Clock
 
 ONE = CapacityLimits(max_parallel=1, max_queued=2, longest_wait_s=5)

@@ -9,7 +9,7 @@ import pytest
 from proxy.errors import UpstreamFailure
 from proxy.health.exposition import HealthCollector
 from proxy.health.health import Change, ModelHealth
-from proxy.health.policy import HealthPolicy
+from proxy.settings.schema import HealthPolicy
 from tests.proxy.health.makers import Clock, a_failure, fail
 
 

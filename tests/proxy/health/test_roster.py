@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from proxy.health.health import ModelHealth
-from proxy.health.policy import HealthPolicy
 from proxy.health.roster import Roster
+from proxy.settings.schema import HealthPolicy
 from proxy.state.store import Store
 from router_core.types import Price
 from tests.proxy.health.makers import fail

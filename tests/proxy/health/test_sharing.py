@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from proxy.health.health import ModelHealth
-from proxy.health.policy import HealthPolicy
 from proxy.health.sharing import CHANNEL, UNSAID, HealthSharing, health_key
+from proxy.settings.schema import HealthPolicy
 from proxy.state.store import Store
 from tests.proxy.health.makers import a_sharing, fail
 from tests.support.makers import until

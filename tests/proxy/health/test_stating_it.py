@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from proxy.errors import BadRequest
-from proxy.health.policy import HealthPolicy
 from proxy.routes.admin_bodies import read_addition
-from proxy.settings import ModelInfo, Settings, SettingsError, load_settings
+from proxy.settings.models import ModelInfo, SettingsError
+from proxy.settings.schema import HealthPolicy, Settings, load_settings
 from tests.support.makers import CORNERS
 
 

@@ -1,5 +1,3 @@
-"""Every setting, typed, with its default. Where they are read from is settings_sources; nothing else reads them."""
-
 from __future__ import annotations
 
 import ipaddress
@@ -7,51 +5,101 @@ import logging
 import re
 import string
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    SecretStr,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 
-from proxy.health.policy import HealthPolicy
-from proxy.litellm_params import ParamError
-from proxy.model_entries import ModelEntry, ModelInfo
-from proxy.redis_address import RedisAddress
-from proxy.setting_types import (
+from proxy.settings.models import (
     RESERVED_NAMES,
     Amount,
     Count,
     Frozen,
+    ModelEntry,
+    ModelInfo,
     Names,
+    ParamError,
     Seconds,
+    SettingsError,
     Switch,
     Whole,
-    check_model_name,
     referred_variable,
-    resolve_secret,
 )
-from proxy.settings_problems import first_problem
-from proxy.settings_sources import SettingsError, environment_values, file_values, unknown
+from proxy.settings.redis_address import RedisAddress
+from proxy.settings.sources import environment_values, file_values, first_problem, unknown
 from router_core.types import PRICE_FIELDS, Price
 
-__all__ = [
-    "ModelEntry",
-    "ModelInfo",
-    "ProfileSettings",
-    "Settings",
-    "SettingsError",
-    "check_exposure",
-    "check_model_name",
-    "load_settings",
-    "referred_variable",
-    "resolve_secret",
-]
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds."""
+
+    connect_s: float
+    first_token_s: float
+    """From asking one model to its first content; of an answer that is no stream, to all of it."""
+    idle_s: float
+    """Between two events of a stream, once content has come."""
+    total_s: float
+    """From the request's arrival to the first content of whichever model answers."""
+
+    def hastier_than(self, usual: Timeouts) -> bool:
+        """Missing one of these may be no fault of the model."""
+        return self is not usual and any(getattr(self, name) < getattr(usual, name) for name in _NAMES)
+
+
+_NAMES = tuple(column.name for column in fields(Timeouts))
+
+
+@dataclass(frozen=True, slots=True)
+class StatedTimeouts:
+    """What one request states. None: not stated."""
+
+    connect_s: float | None = None
+    first_token_s: float | None = None
+    idle_s: float | None = None
+    total_s: float | None = None
+
+
+NOTHING_STATED = StatedTimeouts()
+
+
+def total_s(settings: Settings, stated: StatedTimeouts) -> float:
+    """No request waits longer in all than `request_timeout_s`, whatever it states."""
+    return min(stated.total_s or settings.request_timeout_s, settings.request_timeout_s)
+
+
+def timeouts_for(settings: Settings, info: ModelInfo, stated: StatedTimeouts = NOTHING_STATED) -> Timeouts:
+    return Timeouts(
+        connect_s=stated.connect_s or info.connect_timeout_s or settings.connect_timeout_s,
+        first_token_s=stated.first_token_s or info.first_token_timeout_s or settings.first_token_timeout_s,
+        idle_s=stated.idle_s or info.idle_timeout_s or settings.idle_timeout_s,
+        total_s=total_s(settings, stated),
+    )
+
+
+Span = Annotated[Amount, Field(gt=0, le=86_400)]
+
+
+class HealthPolicy(Frozen):
+    """The setting `breaker`. A model rests once `failures` attempts within `window_s` seconds have failed, if they are
+    at least `share` of the attempts that ended in that time. It rests for `cooldown_s`, doubled for each probe that
+    fails, and never longer than `longest_cooldown_s`."""
+
+    window_s: Span = 30
+    failures: Annotated[Whole, Field(ge=1, le=10_000)] = 5
+    share: Annotated[Amount, Field(gt=0, le=1)] = 0.5
+    cooldown_s: Span = 10
+    longest_cooldown_s: Span = 300
+
+    @model_validator(mode="after")
+    def _longest_is_longest(self) -> HealthPolicy:
+        if self.longest_cooldown_s < self.cooldown_s:
+            raise ValueError(
+                f"longest_cooldown_s: must be at least cooldown_s, {self.cooldown_s:g}; got {self.longest_cooldown_s:g}"
+            )
+        return self
 
 
 def _redis_url(value: str | None) -> str | None:

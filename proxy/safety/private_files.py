@@ -1,5 +1,3 @@
-"""Folders and files that nobody but this user may read: digests of keys, what everybody spends, where models are."""
-
 from __future__ import annotations
 
 import logging

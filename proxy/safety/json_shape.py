@@ -11,18 +11,27 @@ from typing import Final
 import numpy as np
 
 MAX_DEPTH: Final = 64
+
 MAX_VALUES: Final = 300_000
 """Texts (keys among them), numbers, lists and objects in one document, all levels together."""
+
 MAX_VALUES_AT_ONCE: Final = 50_000
 """Of what is parsed on the event loop: that takes a few milliseconds."""
+
 SMALL: Final = 64 * 2**10
 """Bytes. What is no larger can hold neither many values nor take long."""
+
 SHALLOW: Final = 512
 """Bytes in which at most half as many levels fit, which every part of the program follows."""
+
 _SLICE = 64 * 2**10
+
 _NO_STRUCTURE = bytes(set(range(256)).difference(b"[]{},:"))
+
 _STEPS = np.zeros(256, np.int8)
+
 _STEPS[list(b"[{")] = 1
+
 _STEPS[list(b"]}")] = -1
 
 

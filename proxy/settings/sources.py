@@ -1,9 +1,6 @@
-"""Where settings come from: a YAML file and UNIROUTE_* variables, as plain mappings. No types, no checks of values."""
-
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import re
 from collections.abc import Collection, Mapping
@@ -11,23 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from proxy.litellm_names import PARAMS, SECTIONS, is_model_info_of_litellm
-from proxy.litellm_params import unknown_fields
-from proxy.price_fields import TIERED
+from proxy.settings.litellm_names import PARAMS, SECTIONS, is_model_info_of_litellm
+from proxy.settings.models import TIERED, SettingsError, unknown_fields
 from router_core.documents import MAX_CONFIG_BYTES, MAX_DEPTH, MAX_NODES, DocumentTooLarge, read_bounded
 from router_core.types import price_field
 
 log = logging.getLogger("uniroute.settings")
 
 PREFIX = "UNIROUTE_"
+
 OTHER_VARIABLES = frozenset({"CONFIG", "URL", "API_KEY"})
 """Variables that are not settings: where the configuration is, and what the command line talks to and with."""
+
 _SET_BY_KUBERNETES = re.compile(r"SERVICE_\w+|PORT_\d+_\w+")
-
-
-class SettingsError(Exception):
-    """A setting that cannot be used. One line: the file, the key, the value and what would fix it."""
 
 
 def unknown(where: str, key: object, known: Collection[str]) -> SettingsError:
@@ -193,18 +188,6 @@ def environment_values(environ: Mapping[str, str], paths: Mapping[str, tuple[str
     return values
 
 
-def split_list(value: object) -> object:
-    """A list written in one variable: JSON, or names with commas between them."""
-    if not isinstance(value, str):
-        return value
-    if value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"is not a JSON list ({error})") from None
-    return [part.strip() for part in value.split(",") if part.strip()]
-
-
 def _set_by_kubernetes(name: str, value: str) -> bool:
     """A Kubernetes service called `uniroute` puts UNIROUTE_PORT=tcp://10.0.0.7:8000 and more into every pod."""
     return _SET_BY_KUBERNETES.fullmatch(name) is not None or (name == "PORT" and value.startswith("tcp://"))
@@ -229,3 +212,43 @@ def _kind(value: object) -> str:
     """What stands in the wrong place may hold a key: it is not repeated."""
     words = {"list": "a list", "dict": "a mapping", "str": "a text"}
     return words.get(type(value).__name__, f"a {type(value).__name__}")
+
+
+_SECRET = frozenset({"admin_key", "redis_url", "redis_password", "redis_sentinel_password", "price_url"})
+
+_WORDS = {
+    "model_type": "must be a mapping of keys to values",
+    "dataclass_type": "must be a mapping of keys to values",
+    "dict_type": "must be a mapping of keys to values",
+    "tuple_type": "must be a list",
+    "string_type": "must be text",
+    "missing": "is missing",
+}
+
+
+def first_problem(error: ValidationError, config: Path | None, nested: Mapping[str, Collection[str]]) -> str:
+    """One line: where, which key, what was wrong, with the value unless it may be a secret.
+
+    Args:
+        nested: the keys of the settings that are mappings themselves.
+    """
+    problem = min(error.errors(include_url=False), key=lambda found: found["type"] not in _MISWRITTEN)
+    source = f"{config}: " if config else ""
+    if problem["type"] in _MISWRITTEN:
+        where = ".".join(map(str, problem["loc"][:-1]))
+        return str(unknown(f"{source}{where}", problem["loc"][-1], nested[str(problem["loc"][0])]))
+    keys = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]]
+    path = "".join(keys).removeprefix(".")
+    stated = problem["msg"].removeprefix("Value error, ")
+    message = _WORDS.get(problem["type"], stated[:1].lower() + stated[1:])
+    return f"{source}{path}{': ' if path else ''}{message}{_got(problem['input'], message, problem['loc'])}"
+
+
+_MISWRITTEN = ("extra_forbidden", "unexpected_keyword_argument")
+"""A key that is not known; told first, for it is often the reason why another one is missing."""
+
+
+def _got(value: object, message: str, where: Collection[int | str]) -> str:
+    if not isinstance(value, (str, int, float, bool)) or _SECRET.intersection(map(str, where)):
+        return ""
+    return "" if "got " in message or repr(value) in message else f"; got {value!r}"

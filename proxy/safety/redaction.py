@@ -13,32 +13,44 @@ from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 from proxy.words import words
 
 REFERENCE = "os.environ/"
+
 HIDDEN = "***"
+
 _HEADERS = ("extra_headers", "headers")
+
 _WORDS = words("""
     secret secrets password passwd passwords pwd passphrase credential credentials auth authorization cookie apikey
     apikeys accesskey secretkey privatekey bearer jwt signature sig key keys
 """)
 """A name that ends in one of these, or holds one of `_ANYWHERE`, is that of a secret."""
+
 _ANYWHERE = words("""
     secret secrets password passwd credential credentials authorization apikey
 """)
+
 _PAIRS = ("api_key", "access_key", "private_key", "subscription_key")
+
 _NO_SECRETS = words("""
     prompt_cache_key cache_key preset_cache_key bos_token eos_token pad_token unk_token sep_token cls_token mask_token
     stop_token start_token end_token max_token min_token special_token image_token
 """)
+
 _LOOKS = re.compile(
     r"(?:(?:sk|pk|rk)-[\w-]{6,}|(?:xai|gsk|hf|ghp|gho|ghs|github_pat|glpat|pplx|nvapi|xox[abprs])[-_][\w-]{16,}"
     r"|AIza[\w-]{30,}|A[KS]IA[A-Z0-9]{16}|ya29\.[\w-]{16,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"
     r"|(?:bearer|basic)\s+\S{6,})",
     re.IGNORECASE,
 )
+
 _PEM = "-----BEGIN "
+
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+
 _PUBLIC_QUERY = frozenset({"api-version", "api_version"})
+
 _STAND_INS = frozenset({"-", "none", "empty", "dummy", "no-key", "not-needed", "unused"})
 """What people write where a key is asked for and none is needed."""
+
 _MAX_DEPTH = 64
 
 

@@ -15,12 +15,19 @@ from typing import Any, Final
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 SCHEMES: Final = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")
+
 DEFAULT_PORT = 6379
+
 DEFAULT_SENTINEL_PORT = 26379
+
 MAX_DB = 2**31 - 1
+
 _HOST = re.compile(r"(?:\[(?P<ip6>[0-9A-Fa-f:.%]+)\]|(?P<host>[^:\[\]@/\s]+))(?::(?P<port>\d{1,5}))?")
+
 _VERIFY = {"required": True, "cert_required": True, "none": False, "cert_none": False}
+
 _SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
 _QUERY: Final = {
     "db": "db",
     "username": "username",
@@ -34,7 +41,9 @@ _QUERY: Final = {
     "ssl_check_hostname": "check_hostname",
 }
 """What may stand behind the `?`, by redis-py's names, and what it is here."""
+
 _TLS = ("ca_file", "cert_file", "key_file")
+
 _SENTINEL = ("sentinel_username", "sentinel_password")
 
 

@@ -1,5 +1,3 @@
-"""Text of others, made fit for a terminal or a line of a log: nothing in it moves a cursor, ends a line or hides."""
-
 from __future__ import annotations
 
 import re
@@ -11,9 +9,12 @@ _SEQUENCES: Final = re.compile(
     r"|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"  # OSC, DCS…: titles, links, clipboard
     r"|\x1b[ -/]*[0-~]?"
 )
+
 _LAYOUT: Final = frozenset("\n\t")
+
 _UNSEEN: Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Controls, invisible and direction-changing characters, half characters, separators of lines."""
+
 _JOINERS: Final = frozenset("\u200c\u200d")
 """Within Persian words and emoji; they move nothing."""
 

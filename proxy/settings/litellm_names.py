@@ -1,5 +1,3 @@
-"""Names of LiteLLM's configuration without meaning here: its files load with a warning instead of an error."""
-
 from __future__ import annotations
 
 import re
@@ -38,6 +36,7 @@ _INFO = _words("""
     supports_embedding_image_input supports_multimodal supports_tool_search supports_sampling_params
     supports_native_structured_output
 """)
+
 _INFO_COSTS = re.compile(
     r"\w+_cost_per_(?!token$)\w+|\w+_token_cost_above_\w+|\w+_token_cost_(batches|flex|priority)|cost_per_second"
 )
