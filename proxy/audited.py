@@ -7,7 +7,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from proxy.auth import WHO_IN_SCOPE, path_of
 from proxy.edge import TRACE
 from proxy.roles import READS, is_admin_side
-from proxy.state.audit import NOBODY, Author, act_of
+from proxy.storage.audit_log import NOBODY, Author, act_of
 
 TARGET_IN_SCOPE = "uniroute.target"
 """Where a route says what it made, which no path names yet."""

@@ -18,9 +18,9 @@ from proxy.errors import BadRequest, Forbidden, ProxyError, Unauthenticated, Una
 from proxy.head import Headers, head_of
 from proxy.roles import check_role, is_admin_side
 from proxy.settings.schema import Settings, is_loopback
-from proxy.state.audit import NOBODY, ROOT
-from proxy.state.client_keys import ClientKey
-from proxy.state.snapshot import RoutingState
+from proxy.storage.audit_log import NOBODY, ROOT
+from proxy.storage.client_keys import ClientKey
+from proxy.storage.snapshot import RoutingState
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})

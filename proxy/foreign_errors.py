@@ -5,15 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from proxy.errors import BadRequest, Conflict, ProxyError, Unavailable, UnknownClientKey, UnknownName
-from proxy.state.registry_errors import (
-    ChangedMeanwhile,
-    DefinedInConfig,
-    KeyIsOver,
-    NameTaken,
-    UnknownKey,
-    UnknownModel,
-)
-from proxy.state.store import StoreUnavailable
+from proxy.storage.redis import StoreUnavailable
+from proxy.storage.registry import ChangedMeanwhile, DefinedInConfig, KeyIsOver, NameTaken, UnknownKey, UnknownModel
 from router_core.errors import InvalidInput, MapMismatch
 
 FOREIGN: Mapping[type[Exception], type[ProxyError]] = {

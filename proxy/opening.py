@@ -28,25 +28,24 @@ from proxy.jobs.onboarding import onboarding
 from proxy.limits.limiter import Limiter
 from proxy.limits.scripts import SETTLE_FUNCTION
 from proxy.preflight import check_data_dir, check_named_models
-from proxy.recording.journals import Journals
 from proxy.recording.metrics import Metrics
-from proxy.recording.recorder import UsageRecorder
 from proxy.recording.values import open_values
 from proxy.routing.assigning import Assigner, deadline_of
 from proxy.services import Services, ServicesHolder
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings, check_exposure
 from proxy.startup import Startup, Step
-from proxy.state.catalog import bundled_catalog
-from proxy.state.conversations import Conversations
-from proxy.state.holder import StateHolder
-from proxy.state.keys import KeyLatch
-from proxy.state.live import LiveExpectations
-from proxy.state.prices import PriceFeed
-from proxy.state.records import ModelRecord
-from proxy.state.registry import Registry
-from proxy.state.snapshot import Surroundings
-from proxy.state.store import Store, StoreUnavailable
+from proxy.storage.client_keys import KeyLatch
+from proxy.storage.models import ModelRecord
+from proxy.storage.price_feed import PriceFeed
+from proxy.storage.price_map import bundled_catalog
+from proxy.storage.redis import Store, StoreUnavailable
+from proxy.storage.registry import Registry
+from proxy.storage.sessions import Conversations
+from proxy.storage.snapshot import StateHolder, Surroundings
+from proxy.storage.traffic_stats import LiveExpectations
+from proxy.storage.usage_journal import Journals
+from proxy.storage.usage_writer import UsageRecorder
 from proxy.upstream.resolving import Resolver
 from proxy.upstream.upstream import Upstream
 from router_core.clustering import ClusterMap

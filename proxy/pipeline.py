@@ -22,8 +22,8 @@ from proxy.routing.choosing import Choice, choose
 from proxy.routing.request import ChatRequest
 from proxy.routing.thread import Thread, thread_of
 from proxy.services import Services
-from proxy.state.client_keys import ClientKey
-from proxy.state.snapshot import RoutingState
+from proxy.storage.client_keys import ClientKey
+from proxy.storage.snapshot import RoutingState
 from proxy.trace import Trace
 
 __all__ = ["Choice", "chosen", "handle"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from proxy.errors import Forbidden
-from proxy.state.client_keys import Role
+from proxy.storage.client_keys import Role
 
 ADMIN: Final = "/admin"
 METRICS: Final = "/metrics"

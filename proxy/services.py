@@ -12,15 +12,15 @@ from proxy.health.health import ModelHealth
 from proxy.jobs.jobs import Jobs
 from proxy.limits.limiter import Limiter
 from proxy.recording.metrics import Metrics
-from proxy.recording.recorder import UsageRecorder
 from proxy.routing.assigning import Assigner
 from proxy.settings.schema import Settings
 from proxy.startup import Startup
-from proxy.state.conversations import Conversations
-from proxy.state.holder import StateHolder
-from proxy.state.live import LiveExpectations
-from proxy.state.registry import Registry
-from proxy.state.store import Store
+from proxy.storage.redis import Store
+from proxy.storage.registry import Registry
+from proxy.storage.sessions import Conversations
+from proxy.storage.snapshot import StateHolder
+from proxy.storage.traffic_stats import LiveExpectations
+from proxy.storage.usage_writer import UsageRecorder
 from proxy.upstream.resolving import Resolver
 from proxy.upstream.upstream import Upstream
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from proxy.demo.local_models import LocalModelError, smollm2, start_llama
-from proxy.state.embedded import socket_path
+from proxy.storage.valkey import socket_path
 from tests.support.command import ServeCommand, environment, run_command
 from tests.support.server import uniform_profile
 

@@ -12,7 +12,7 @@ import typer
 
 from proxy.cli import app
 from proxy.settings.schema import HealthPolicy, ProfileSettings, Settings, load_settings, setting_names
-from proxy.state.stored import PRICING, price_key
+from proxy.storage.redis import PRICING, price_key
 
 README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
 ROWS = dict(re.findall(r"^\| `([^`]+)` \| ([^|]*) \|", README, re.MULTILINE))

@@ -66,9 +66,9 @@ def _bad_argument() -> tuple[type[Exception], ...]:
 def _failed_work() -> tuple[type[Exception], ...]:
     from proxy.cli.console import CommandError
     from proxy.demo.local_models import LocalModelError
-    from proxy.state.prices import FeedFailed
-    from proxy.state.registry_errors import RegistryError
-    from proxy.state.store import StoreUnavailable
+    from proxy.storage.price_feed import FeedFailed
+    from proxy.storage.redis import StoreUnavailable
+    from proxy.storage.registry import RegistryError
     from router_core.errors import RouterCoreError
 
     return (CommandError, FeedFailed, LocalModelError, RegistryError, StoreUnavailable, RouterCoreError)

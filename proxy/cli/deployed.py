@@ -12,7 +12,7 @@ from proxy.cli.console import CommandError
 if TYPE_CHECKING:
     from proxy.cli.client import ServerClient
     from proxy.settings.schema import Settings
-    from proxy.state.catalog import Catalog
+    from proxy.storage.price_map import Catalog
     from router_core.clustering import ClusterMap
     from router_core.evaluation.deployed_outcomes import Common
     from router_core.evaluation.results import Results
@@ -51,7 +51,7 @@ def deployed_pool(server: ServerClient, cluster_map: ClusterMap) -> Pool:
     """
     import numpy as np
 
-    from proxy.state.catalog import bundled_catalog
+    from proxy.storage.price_map import bundled_catalog
     from router_core.pool import Pool
 
     listed = server.call("GET", "/admin/models")["models"]
@@ -77,7 +77,7 @@ def _check_map(cards: list[Mapping[str, Any]], cluster_map: ClusterMap) -> None:
 
 def _candidate(card: Mapping[str, Any], catalog: Catalog) -> Candidate:
     from proxy.settings.models import ModelInfo
-    from proxy.state.snapshot import capabilities_of
+    from proxy.storage.snapshot import capabilities_of
     from router_core.pool import Candidate
     from router_core.profiles import Profile
 

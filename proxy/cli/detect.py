@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from proxy.settings.models import ModelEntry, ModelInfo, check_model_name
 from proxy.settings.schema import Settings
-from proxy.state.catalog import Catalog
+from proxy.storage.price_map import Catalog
 
 detect_log = logging.getLogger("uniroute.detect")
 

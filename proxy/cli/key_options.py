@@ -13,7 +13,7 @@ import typer
 from proxy.cli.console import BadArgument
 
 if TYPE_CHECKING:
-    from proxy.state.client_keys import ClientKey
+    from proxy.storage.client_keys import ClientKey
 
 NONE = "none"
 """Given in place of a number, it takes the limit away."""
@@ -84,7 +84,7 @@ def states_a_key(command: Callable[..., None]) -> Callable[..., None]:
 def checked(read: Callable[[], Any]) -> Any:
     """What `read` returns; what HTTP would answer 400 to is a bad argument, under the option's name."""
     from proxy.errors import BadRequest
-    from proxy.state.client_keys import InvalidKey
+    from proxy.storage.client_keys import InvalidKey
 
     try:
         return read()

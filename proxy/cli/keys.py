@@ -13,8 +13,8 @@ from proxy.cli.key_options import Body, KeyId, checked, rows_of, seconds_of, sta
 from proxy.cli.options import ConfigOption, DataDirOption, JsonOption, open_registry, read_settings, run
 
 if TYPE_CHECKING:
-    from proxy.state.client_keys import ClientKey
-    from proxy.state.key_registry import KeyRegistry
+    from proxy.storage.client_keys import ClientKey
+    from proxy.storage.registry import KeyRegistry
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ def create(
 ) -> None:
     """Make a key and show it, once."""
     from proxy.routes.key_bodies import read_new_key
-    from proxy.state.audit import CREATE_KEY
+    from proxy.storage.audit_log import CREATE_KEY
 
     body["name"] = name
     whose, stated = checked(lambda: read_new_key(body, time.time()))
@@ -56,7 +56,7 @@ def update(
     """Change what a key may do. What is not stated stays; `none` takes a limit away."""
     from proxy.cli.console import BadArgument, emit_json
     from proxy.routes.key_bodies import read_key_change, shown_key
-    from proxy.state.audit import CHANGE_KEY
+    from proxy.storage.audit_log import CHANGE_KEY
 
     if name is not None:
         body["name"] = name
@@ -83,7 +83,7 @@ def rotate(
 ) -> None:
     """Give a key a new secret and show it, once. The one before opens until the grace ends."""
     from proxy.routes.key_bodies import read_grace
-    from proxy.state.audit import ROTATE_KEY
+    from proxy.storage.audit_log import ROTATE_KEY
 
     grace_s = checked(lambda: read_grace({"grace_s": seconds_of(grace, "--grace")}))
     made = _with_keys(config, data_dir, lambda registry: registry.rotate(key_id, grace_s))
@@ -117,7 +117,7 @@ def show(key_id: KeyId, config: ConfigOption = None, data_dir: DataDirOption = N
 def revoke(key_id: KeyId, config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
     """Refuse this key from now on, for good. Calls without any key stay refused too."""
     from proxy.cli import console
-    from proxy.state.audit import REVOKE_KEY
+    from proxy.storage.audit_log import REVOKE_KEY
 
     _written(REVOKE_KEY, _with_keys(config, data_dir, lambda registry: registry.revoke(key_id)))
     console.note(f"key {key_id} is revoked")
@@ -136,7 +136,7 @@ def _with_keys(config: Path | None, data_dir: Path | None, act: Callable[[KeyReg
 
 def _written(action: str, key: ClientKey) -> None:
     """The store has the audit line already; this one is for whoever listens to the log."""
-    from proxy.state.audit import CLI
+    from proxy.storage.audit_log import CLI
 
     CLI.log(action, key.id, "done")
 

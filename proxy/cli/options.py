@@ -14,7 +14,7 @@ import typer
 if TYPE_CHECKING:
     from proxy.cli.client import ServerClient
     from proxy.settings.schema import Settings
-    from proxy.state.registry import Registry
+    from proxy.storage.registry import Registry
 
 T = TypeVar("T")
 
@@ -76,10 +76,10 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 @asynccontextmanager
 async def open_registry(settings: Settings) -> AsyncIterator[Registry]:
     """The store itself, with no server needed; a running server's embedded store is joined."""
-    from proxy.state.audit import CLI
-    from proxy.state.keys import KeyLatch
-    from proxy.state.registry import Registry
-    from proxy.state.store import Store
+    from proxy.storage.audit_log import CLI
+    from proxy.storage.client_keys import KeyLatch
+    from proxy.storage.redis import Store
+    from proxy.storage.registry import Registry
 
     store = await Store.open(settings)
     try:

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from proxy.settings.schema import Settings
-from proxy.state.audit import CLI
-from proxy.state.catalog import bundled_catalog
-from proxy.state.keys import KeyLatch
-from proxy.state.prices import SyncReport, sync_prices
-from proxy.state.records import LivePrice, ModelRecord
-from proxy.state.registry import Registry
-from proxy.state.snapshot import prices_of
-from proxy.state.store import Store
-from proxy.state.stored import Stored, StoredReader
+from proxy.storage.audit_log import CLI
+from proxy.storage.client_keys import KeyLatch
+from proxy.storage.models import LivePrice, ModelRecord
+from proxy.storage.price_feed import SyncReport, sync_prices
+from proxy.storage.price_map import bundled_catalog
+from proxy.storage.reader import Stored, StoredReader
+from proxy.storage.redis import Store
+from proxy.storage.registry import Registry
+from proxy.storage.snapshot import prices_of
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from proxy.settings.schema import Settings, check_exposure, is_loopback
-from proxy.state.embedded import EmbeddedStoreFailed, EmbeddedValkey
-from proxy.state.keys import KeyLatch
-from proxy.state.registry import Registry
-from proxy.state.store import Store, StoreUnavailable
+from proxy.storage.client_keys import KeyLatch
+from proxy.storage.redis import Store, StoreUnavailable
+from proxy.storage.registry import Registry
+from proxy.storage.valkey import EmbeddedStoreFailed, EmbeddedValkey
 
 
 def check_open_door(settings: Settings) -> None:

@@ -84,7 +84,7 @@ def worker(config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
 def _with_detected(settings: Settings) -> Settings:
     from proxy.cli import console
     from proxy.cli.detect import PROVIDERS, detect_models, with_detected
-    from proxy.state.catalog import bundled_catalog
+    from proxy.storage.price_map import bundled_catalog
 
     found = detect_models(os.environ, bundled_catalog())
     if not found:

@@ -35,7 +35,7 @@ def show_profiles(client: ServerClient, settings: Settings, arms: Sequence[Arm])
 
 async def read_scores(settings: Settings, jobs: Sequence[str]) -> list[Scores]:
     """Per job: prompt id → score. Unlabelled answers are left out."""
-    from proxy.state.store import Store
+    from proxy.storage.redis import Store
 
     store = await Store.open(settings)
     try:

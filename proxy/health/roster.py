@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from proxy.health.health import ModelHealth
-from proxy.state.records import ModelRecord
+from proxy.storage.models import ModelRecord
 
 LOOK_S = 0.5
 

@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 
 from proxy.concurrency import end
 from proxy.health.health import Change, ModelHealth
-from proxy.state.store import Store, StoreUnavailable, until_it_answers
+from proxy.storage.redis import Store, StoreUnavailable, until_it_answers
 
 log = logging.getLogger("uniroute.health")
 

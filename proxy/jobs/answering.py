@@ -11,9 +11,8 @@ from typing import Any, Protocol
 
 from proxy.errors import AnswerTooLarge, UpstreamFailure
 from proxy.health.retry_after import stated_wait_s
-from proxy.recording.estimate import Received, believed
-from proxy.recording.usage import TokenCounts, counts_of, usage_of
-from proxy.state.records import ModelRecord
+from proxy.storage.models import ModelRecord
+from proxy.storage.usage import Received, TokenCounts, believed, counts_of, usage_of
 from proxy.upstream.payload import Payload
 
 WORTH_RETRYING = frozenset({408, 409, 425, 429})

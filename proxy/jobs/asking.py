@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from time import monotonic
 
 from proxy.jobs.answering import Answer, Answerer, AnswerFailed, Message
-from proxy.recording.usage import cost_usd
-from proxy.state.records import ModelRecord
+from proxy.storage.models import ModelRecord
+from proxy.storage.usage import cost_usd
 from router_core.pricing import max_price_usd
 from router_core.types import Price
 

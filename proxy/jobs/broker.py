@@ -15,9 +15,9 @@ from taskiq import TaskiqMessage, TaskiqResult
 from taskiq.serializers import JSONSerializer
 from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
 
-from proxy.state.complaints import Complaints
-from proxy.state.redis_server import RedisServer
-from proxy.state.stored_json import json_object
+from proxy.storage.complaints import Complaints
+from proxy.storage.redis import json_object
+from proxy.storage.redis_server import RedisServer
 
 log = logging.getLogger("uniroute.jobs")
 

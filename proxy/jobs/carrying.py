@@ -12,9 +12,9 @@ from proxy.jobs.profiling import ENOUGH_LABELS
 from proxy.jobs.records import Carried
 from proxy.jobs.validation_prompts import ValidationPrompts
 from proxy.settings.schema import Settings
-from proxy.state.holder import StateHolder
-from proxy.state.records import ModelRecord, StoredProfile
-from proxy.state.store import StoreUnreadable, until_it_answers
+from proxy.storage.models import ModelRecord, StoredProfile
+from proxy.storage.redis import StoreUnreadable, until_it_answers
+from proxy.storage.snapshot import StateHolder
 from router_core.errors import InvalidInput
 
 log = logging.getLogger("uniroute.jobs")

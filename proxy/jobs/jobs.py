@@ -18,11 +18,10 @@ from proxy.jobs.records import Job, PromptAnswer
 from proxy.jobs.validation_prompts import PlacedPrompts, ValidationPrompts
 from proxy.jobs.worker import JobWorker
 from proxy.settings.schema import Settings
-from proxy.state.holder import StateHolder
-from proxy.state.records import ModelRecord
-from proxy.state.registry import Registry
-from proxy.state.registry_errors import UnknownModel
-from proxy.state.store import Store, StoreUnavailable
+from proxy.storage.models import ModelRecord
+from proxy.storage.redis import Store, StoreUnavailable
+from proxy.storage.registry import Registry, UnknownModel
+from proxy.storage.snapshot import StateHolder
 from router_core.types import Embedder
 
 __all__ = ["Job", "Jobs", "outcome_lines"]

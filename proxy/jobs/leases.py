@@ -11,7 +11,7 @@ from typing import Any
 
 from proxy.concurrency import end
 from proxy.jobs.records import KEPT_S, OPEN, answers_key, job_key, kick_key, lease_key, reserved_key
-from proxy.state.store import Store, StoreUnavailable
+from proxy.storage.redis import Store, StoreUnavailable
 
 log = logging.getLogger("uniroute.jobs")
 

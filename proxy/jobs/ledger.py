@@ -25,12 +25,10 @@ from proxy.jobs.records import (
     reserved_key,
 )
 from proxy.jobs.scripts import BEGIN, CANCEL, CHECKPOINT, FINISH, RESERVE, SUBMIT
-from proxy.state.complaints import Complaints
-from proxy.state.records import ModelRecord, StoredProfile
-from proxy.state.store import Store
-from proxy.state.stored import EARLIER, MODELS, PROFILES, VERSION
-from proxy.state.stored_json import InvalidRecord
-from proxy.state.writer import Step
+from proxy.storage.audit_log import Step
+from proxy.storage.complaints import Complaints
+from proxy.storage.models import ModelRecord, StoredProfile
+from proxy.storage.redis import EARLIER, MODELS, PROFILES, VERSION, InvalidRecord, Store
 from router_core.profiles import Profile
 
 log = logging.getLogger("uniroute.jobs")

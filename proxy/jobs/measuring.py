@@ -17,11 +17,10 @@ from proxy.jobs.records import Job
 from proxy.jobs.validation_prompts import ValidationPrompts
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
-from proxy.state.catalog import bundled_catalog
-from proxy.state.holder import StateHolder
-from proxy.state.records import ModelRecord
-from proxy.state.snapshot import capabilities_of, price_of
-from proxy.state.store import StoreUnavailable
+from proxy.storage.models import ModelRecord
+from proxy.storage.price_map import bundled_catalog
+from proxy.storage.redis import StoreUnavailable
+from proxy.storage.snapshot import StateHolder, capabilities_of, price_of
 from router_core.errors import InvalidInput
 from router_core.types import Price
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from proxy.concurrency import end
-from proxy.state.store import StoreUnreadable, until_it_answers
+from proxy.storage.redis import StoreUnreadable, until_it_answers
 
 if TYPE_CHECKING:
     from proxy.services import Services

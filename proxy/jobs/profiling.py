@@ -16,7 +16,7 @@ from proxy.jobs.leases import Lease
 from proxy.jobs.ledger import Ledger
 from proxy.jobs.records import Job, PromptAnswer
 from proxy.jobs.validation_prompts import PlacedPrompts, column
-from proxy.state.store import until_it_answers
+from proxy.storage.redis import until_it_answers
 from router_core.profiles import Profile, measure
 from router_core.validation.prompts import ValidationPrompt
 

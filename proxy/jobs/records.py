@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
-from proxy.state.stored_json import InvalidRecord, json_object, number, whole_number
+from proxy.storage.redis import InvalidRecord, json_object, number, whole_number
 from router_core.profiles import MOST
 
 JOBS: Final = "uniroute:jobs"

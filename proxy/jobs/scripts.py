@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from proxy.jobs.records import KEPT_S
-from proxy.state.stored import CHANGED
+from proxy.storage.redis import CHANGED
 
 # KEYS: jobs, open, latest, profiles, the new job's hash, its answers. ARGV: id, model, fingerprint, time, map, the
 # earlier job, how many words the fields are, the fields, prompt ids and answers. A job for one map alone begins with

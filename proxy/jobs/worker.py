@@ -17,8 +17,8 @@ from proxy.jobs.broker import TASK, JobBroker
 from proxy.jobs.leases import Lease, LeaseLost, Leases
 from proxy.jobs.ledger import Ledger
 from proxy.jobs.records import OPEN, job_key, kick_key, lease_key
-from proxy.state.complaints import Complaints
-from proxy.state.store import Store, StoreUnavailable, StoreUnreadable
+from proxy.storage.complaints import Complaints
+from proxy.storage.redis import Store, StoreUnavailable, StoreUnreadable
 
 log = logging.getLogger("uniroute.jobs")
 

@@ -12,8 +12,7 @@ from redis.exceptions import NoScriptError, RedisError
 from redis.exceptions import TimeoutError as RanOut
 
 from proxy.concurrency import end
-from proxy.state.packed import exchange, packed
-from proxy.state.store import Store, StoreUnavailable
+from proxy.storage.redis import Store, StoreUnavailable, exchange, packed
 
 TIMEOUT_S = 0.05
 SLICE_S = 0.01

@@ -14,9 +14,9 @@ from proxy.routing.choosing import Choice
 from proxy.routing.features import estimate_tokens
 from proxy.routing.sizes import Sizes, sizes_of
 from proxy.settings.schema import Settings
-from proxy.state.key_limits import KeyLimits
-from proxy.state.records import ModelRecord
-from proxy.state.snapshot import RoutingState
+from proxy.storage.client_keys import KeyLimits
+from proxy.storage.models import ModelRecord
+from proxy.storage.snapshot import RoutingState
 from proxy.upstream.call import arm_body, fixes_parameters
 from proxy.upstream.origins import address_of
 from proxy.words import words

@@ -20,10 +20,9 @@ from proxy.limits.refusals import budget_exceeded, not_checked, rate_limited, to
 from proxy.limits.scripts import END, RESERVE, SETTLE, state_key
 from proxy.limits.standing import Granted, Settling, Standing, rate_headers
 from proxy.recording.metrics import Metrics
-from proxy.recording.tally import LARGEST
-from proxy.state.client_keys import ClientKey
-from proxy.state.key_limits import KeyLimits
-from proxy.state.store import Store, StoreUnavailable, StoreUnreadable
+from proxy.storage.client_keys import ClientKey, KeyLimits
+from proxy.storage.redis import Store, StoreUnavailable, StoreUnreadable
+from proxy.storage.usage_writer import LARGEST
 from router_core.pricing import picousd
 
 log = logging.getLogger("uniroute.limits")

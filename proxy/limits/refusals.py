@@ -9,7 +9,7 @@ from proxy.errors import BudgetExceeded, RateLimited, Unavailable
 from proxy.limits.bucket import wait_s
 from proxy.limits.claims import Claim
 from proxy.limits.standing import Standing, rate_headers
-from proxy.state.key_limits import KeyLimits
+from proxy.storage.client_keys import KeyLimits
 from router_core.pricing import PICO, picousd
 
 LONGEST_WAIT_S = 3600

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.limits.bucket import fill_s
-from proxy.state.key_limits import KeyLimits
+from proxy.storage.client_keys import KeyLimits
 
 
 @dataclass(frozen=True, slots=True)

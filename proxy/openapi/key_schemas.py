@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from proxy.openapi.schemas import NAME, TEXT, Schema, closed, listed, null_or, opened, ref
 from proxy.routes.key_bodies import MOST_EXPIRY_S, MOST_GRACE_S
-from proxy.state.client_keys import MOST_LAMBDA, MOST_PER_MINUTE, MOST_USD, ROLES
+from proxy.storage.client_keys import MOST_LAMBDA, MOST_PER_MINUTE, MOST_USD, ROLES
 
 _WEIGHT: Schema = {"type": "number", "minimum": 0, "maximum": MOST_LAMBDA}
 _RATE: Schema = {"type": "integer", "minimum": 1, "maximum": MOST_PER_MINUTE}

@@ -14,15 +14,14 @@ import orjson
 from proxy.errors import UpstreamFailure
 from proxy.limits.standing import Granted, Settling
 from proxy.log_lines import info
-from proxy.recording.estimate import Received, believed, cost_of
 from proxy.recording.metrics import Metrics
-from proxy.recording.recorder import UsageRecorder
-from proxy.recording.usage import TokenCounts, UsageRecord, counts_of, usage_of
 from proxy.relay.marks import AnswerMarks
 from proxy.routing.choosing import Choice
-from proxy.state.client_keys import ClientKey
-from proxy.state.holder import StateHolder
-from proxy.state.live import LiveExpectations
+from proxy.storage.client_keys import ClientKey
+from proxy.storage.snapshot import StateHolder
+from proxy.storage.traffic_stats import LiveExpectations
+from proxy.storage.usage import Received, TokenCounts, UsageRecord, believed, cost_of, counts_of, usage_of
+from proxy.storage.usage_writer import UsageRecorder
 from proxy.trace import Trace
 
 log = logging.getLogger("uniroute.request")

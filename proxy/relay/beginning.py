@@ -8,11 +8,11 @@ from time import monotonic
 
 from proxy.errors import UpstreamFailure
 from proxy.recording.meter import Meter
-from proxy.recording.usage import usage_of
 from proxy.relay.chunks import has_content, is_empty_answer
 from proxy.relay.silence import Silence
 from proxy.relay.sse import dump
 from proxy.relay.turns import Turn
+from proxy.storage.usage import usage_of
 from proxy.upstream.events import is_finished
 from proxy.upstream.payload import Payload
 from proxy.upstream.upstream import Blocks

@@ -20,8 +20,8 @@ from proxy.relay.turns import Turn
 from proxy.routing.request import ChatRequest
 from proxy.routing.sizes import limited
 from proxy.settings.schema import NOTHING_STATED, Settings, Timeouts, timeouts_for, total_s
-from proxy.state.records import ModelRecord
-from proxy.state.snapshot import RoutingState
+from proxy.storage.models import ModelRecord
+from proxy.storage.snapshot import RoutingState
 from proxy.trace import Trace
 from proxy.upstream.payload import Payload
 from proxy.upstream.upstream import Upstream

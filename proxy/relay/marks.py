@@ -9,7 +9,7 @@ from proxy.relay.chunks import choices_of
 from proxy.relay.plain import plain_text
 from proxy.routing.thread import Thread
 from proxy.routing.trail import Trail, leaves_marks, newest_question
-from proxy.state.conversations import Conversations, scoped
+from proxy.storage.sessions import Conversations, scoped
 
 MOST_CHOICES = 16
 """Of one answer with `n`: a caller goes on with one of them."""

@@ -15,10 +15,10 @@ from proxy.routes.admin_bodies import Asking, read_addition, read_patch, read_pr
 from proxy.routes.context import AdminServices, Audit, json_object
 from proxy.routes.model_cards import card_of, cards_of
 from proxy.services import Services
-from proxy.state.audit import PROFILE_MODEL
-from proxy.state.records import ModelRecord
-from proxy.state.registry_errors import ChangedMeanwhile, DefinedInConfig
-from proxy.state.store import StoreUnavailable
+from proxy.storage.audit_log import PROFILE_MODEL
+from proxy.storage.models import ModelRecord
+from proxy.storage.redis import StoreUnavailable
+from proxy.storage.registry import ChangedMeanwhile, DefinedInConfig
 from proxy.upstream.origins import check_secrets_stay
 
 models_router = APIRouter(prefix="/admin/models")

@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from proxy.errors import UnknownJob
 from proxy.jobs.records import Job
 from proxy.routes.context import Audit, OurServices
-from proxy.state.audit import CANCEL_JOB
+from proxy.storage.audit_log import CANCEL_JOB
 
 jobs_router = APIRouter(prefix="/admin/jobs")
 

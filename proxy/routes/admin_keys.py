@@ -13,8 +13,8 @@ from proxy.audited import TARGET_IN_SCOPE
 from proxy.routes.context import AdminServices, json_object, json_object_or_nothing
 from proxy.routes.key_bodies import read_grace, read_key_change, read_new_key, shown_key
 from proxy.services import Services
-from proxy.state.client_keys import ClientKey
-from proxy.state.store import StoreUnavailable
+from proxy.storage.client_keys import ClientKey
+from proxy.storage.redis import StoreUnavailable
 
 keys_router = APIRouter(prefix="/admin/keys")
 

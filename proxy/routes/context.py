@@ -12,8 +12,8 @@ from proxy.body import read_body
 from proxy.edge import ARRIVED, TRACE
 from proxy.routing.request import parse_object
 from proxy.services import Services
-from proxy.state.audit import AuditTrail, Author
-from proxy.state.client_keys import ClientKey
+from proxy.storage.audit_log import AuditTrail, Author
+from proxy.storage.client_keys import ClientKey
 from proxy.trace import Trace
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from proxy.errors import BadRequest
 from proxy.routes.admin_bodies import known_only
 from proxy.settings.models import check_model_name
-from proxy.state.client_keys import LIMITS, ClientKey, KeyChange
-from proxy.state.stored_json import is_unix_time
+from proxy.storage.client_keys import LIMITS, ClientKey, KeyChange
+from proxy.storage.redis import is_unix_time
 
 _PLAIN = ("lambda_default", "lambda_min", "lambda_max")
 _EXPIRY = ("expires_at", "expires_in_s")

@@ -11,9 +11,9 @@ from proxy.errors import UnknownName
 from proxy.jobs.records import Job
 from proxy.routes.admin_bodies import shown_params
 from proxy.services import Services
-from proxy.state.records import LivePrice, ModelRecord
-from proxy.state.snapshot import RoutingState
-from proxy.state.store import StoreUnavailable
+from proxy.storage.models import LivePrice, ModelRecord
+from proxy.storage.redis import StoreUnavailable
+from proxy.storage.snapshot import RoutingState
 
 Known = TypeVar("Known")
 

@@ -12,8 +12,8 @@ from proxy.routing.names import Way
 from proxy.routing.request import ChatRequest
 from proxy.routing.thread import Thread
 from proxy.settings.schema import Settings
-from proxy.state.client_keys import ClientKey
-from proxy.state.snapshot import RoutingState
+from proxy.storage.client_keys import ClientKey
+from proxy.storage.snapshot import RoutingState
 from router_core.scoring import Terms
 from router_core.types import Needs
 

@@ -17,8 +17,8 @@ from proxy.routing.request import ChatRequest
 from proxy.routing.sticking import held
 from proxy.routing.thread import NO_THREAD, Thread
 from proxy.settings.schema import Settings
-from proxy.state.client_keys import ClientKey
-from proxy.state.snapshot import RoutingState
+from proxy.storage.client_keys import ClientKey
+from proxy.storage.snapshot import RoutingState
 from router_core.decision import RoutingDecision
 from router_core.eligibility import Eligibility, eligible, told_limit
 from router_core.errors import NoEligibleModel, RouterCoreError

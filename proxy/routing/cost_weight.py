@@ -8,7 +8,7 @@ from proxy.errors import BadRequest, Forbidden
 from proxy.routing.names import Way
 from proxy.routing.request import ChatRequest
 from proxy.settings.schema import Settings
-from proxy.state.client_keys import ClientKey, within
+from proxy.storage.client_keys import ClientKey, within
 
 _ASKED_BY_NAME = {Way.BEST: 0.0, Way.CHEAP: math.inf}
 

@@ -8,8 +8,8 @@ from enum import Enum
 from proxy.errors import Forbidden, UnknownName
 from proxy.routing.options import Options
 from proxy.settings.schema import Settings
-from proxy.state.client_keys import ClientKey
-from proxy.state.snapshot import RoutingState
+from proxy.storage.client_keys import ClientKey
+from proxy.storage.snapshot import RoutingState
 
 
 class Way(Enum):

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from proxy.routing.conversation import past_of
 from proxy.routing.request import ChatRequest
 from proxy.settings.schema import Settings
-from proxy.state.client_keys import ClientKey
-from proxy.state.conversations import Conversations, LastTurn, scoped
+from proxy.storage.client_keys import ClientKey
+from proxy.storage.sessions import Conversations, LastTurn, scoped
 
 
 @dataclass(frozen=True, slots=True)

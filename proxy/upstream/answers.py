@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from proxy.errors import AnswerTooLarge
-from proxy.recording.usage import usage_of
 from proxy.safety.json_shape import MAX_VALUES
+from proxy.storage.usage import usage_of
 
 Json = dict[str, Any]
 

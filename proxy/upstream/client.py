@@ -16,7 +16,7 @@ from proxy.errors import UpstreamFailure
 from proxy.outbound import Outbound, OutboundError, Trust
 from proxy.settings.models import SettingsError, resolve_secret
 from proxy.settings.schema import Settings
-from proxy.state.records import ModelRecord
+from proxy.storage.models import ModelRecord
 from proxy.upstream.answer_room import AnswerRoom
 from proxy.upstream.call import STRAYING, Provider, arm_body, call_arguments, is_provider_param, secrets_of
 from proxy.upstream.events import ChoiceEnds, answers_of, is_finished

@@ -15,9 +15,9 @@ import httpx
 from proxy.errors import LONGEST_REST, MOST_ERROR_BYTES, UpstreamFailure, words_in
 from proxy.health.retry_after import NAMES
 from proxy.outbound import OutboundError
-from proxy.recording.usage import usage_of
 from proxy.relay.sse import dump, loads
 from proxy.safety.json_shape import check_shape
+from proxy.storage.usage import usage_of
 from proxy.words import words
 
 _OVERFLOW = re.compile(

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from proxy.errors import BadRequest
 from proxy.outbound import OutboundError
 from proxy.safety.redaction import is_reference, secrets_below
-from proxy.state.records import ModelRecord
+from proxy.storage.models import ModelRecord
 from proxy.upstream.call import VERBATIM, is_openais, is_provider_param
 
 DEFAULT_BASES = {"openai": "https://api.openai.com/v1", "openrouter": "https://openrouter.ai/api/v1"}

@@ -13,8 +13,7 @@ from proxy.concurrency import end, shares
 from proxy.errors import MOST_ERROR_BYTES, UpstreamFailure
 from proxy.outbound import Outbound, OutboundError
 from proxy.settings.schema import Settings
-from proxy.state.records import ModelRecord
-from proxy.state.resolved import Resolved
+from proxy.storage.models import ModelRecord, Resolved
 from proxy.upstream.answer_room import AnswerBounds, AnswerRoom
 from proxy.upstream.connection import BrokenOff, Connection, NotHttp, Unanswered
 from proxy.upstream.connections import Connections, Origin, ProxyRefused

@@ -9,7 +9,7 @@ from typing import Any
 
 from proxy.safety.redaction import bare_address
 from proxy.settings.models import Forward
-from proxy.state.resolved import Resolved
+from proxy.storage.models import Resolved
 from proxy.upstream.call import STRAYING, VERBATIM, is_openais, is_provider_param
 from proxy.upstream.origins import DEFAULT_BASES, address_of, is_own_address
 from proxy.words import words

@@ -15,9 +15,8 @@ from typing import Any
 
 from proxy.errors import BadRequest, Unavailable
 from proxy.settings.models import SettingsError
-from proxy.state.records import ModelRecord
-from proxy.state.resolved import Resolved
-from proxy.state.stored_json import InvalidRecord
+from proxy.storage.models import ModelRecord, Resolved
+from proxy.storage.redis import InvalidRecord
 from proxy.upstream.lookup import Found, Lookup, NotAsked, alone
 from proxy.upstream.origins import check_environment_key
 from proxy.upstream.resolution import plainly, questions

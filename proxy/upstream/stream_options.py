@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from proxy.errors import UpstreamFailure
 from proxy.relay.sse import dump
-from proxy.state.records import ModelRecord
+from proxy.storage.models import ModelRecord
 
 log = logging.getLogger("uniroute.upstream")
 

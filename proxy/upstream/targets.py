@@ -11,8 +11,7 @@ from proxy.errors import UpstreamFailure
 from proxy.outbound import USUAL, Outbound, OutboundError, Trust
 from proxy.settings.models import SettingsError, referred_variable, resolve_secret
 from proxy.settings.schema import Settings
-from proxy.state.records import ModelRecord
-from proxy.state.resolved import Resolved
+from proxy.storage.models import ModelRecord, Resolved
 from proxy.upstream.call import arm_body, fixes_parameters, is_openais, secrets_of
 from proxy.upstream.failures import unreachable
 from proxy.upstream.heads import Heads, heads_of

@@ -13,8 +13,7 @@ from proxy.concurrency import end
 from proxy.errors import CannotTranslate, UpstreamFailure
 from proxy.outbound import Outbound
 from proxy.settings.schema import Settings
-from proxy.state.records import ModelRecord
-from proxy.state.resolved import Resolved
+from proxy.storage.models import ModelRecord, Resolved
 from proxy.upstream.answer_room import AnswerRoom
 from proxy.upstream.client import LitellmUpstream
 from proxy.upstream.payload import Payload

@@ -16,7 +16,7 @@ import httpx
 import pytest
 import redis
 
-from proxy.state.embedded import EmbeddedValkey
+from proxy.storage.valkey import EmbeddedValkey
 from tests.support.answers import Step
 from tests.support.limited_keys import LimitedKey
 from tests.support.server import ProxyProcess, arm

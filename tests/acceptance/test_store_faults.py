@@ -16,7 +16,7 @@ import httpx
 import pytest
 import redis
 
-from proxy.state.embedded import EmbeddedValkey
+from proxy.storage.valkey import EmbeddedValkey
 from tests.acceptance.serving import ServedProxy
 from tests.support.server import arm, uniform_profile
 from tests.support.upstream import ScriptedUpstream, wait_until

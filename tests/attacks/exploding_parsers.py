@@ -20,7 +20,7 @@ from proxy.routing.request import parse_chat
 from proxy.routing.trail import is_random
 from proxy.settings.litellm_names import is_model_info_of_litellm
 from proxy.settings.schema import Settings
-from proxy.state.audit import act_of
+from proxy.storage.audit_log import act_of
 from proxy.trace import trace_of
 from proxy.upstream.failures import refused
 from proxy.upstream.model_member import with_model

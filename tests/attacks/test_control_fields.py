@@ -17,7 +17,7 @@ from proxy.routing.refused import is_control_field
 from proxy.routing.request import parse_chat
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
-from proxy.state.records import ModelRecord
+from proxy.storage.models import ModelRecord
 from proxy.upstream.call import CHAT_FIELDS
 from proxy.upstream.client import LitellmUpstream
 from proxy.upstream.provider_layer import import_litellm

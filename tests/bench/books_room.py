@@ -17,20 +17,20 @@ from proxy.health.capacity import Capacities, CapacityLimits
 from proxy.health.health import ModelHealth
 from proxy.limits.limiter import Limiter
 from proxy.limits.scripts import SETTLE_FUNCTION
-from proxy.recording.journals import Journals
 from proxy.recording.meter import Books, Meter
 from proxy.recording.metrics import Metrics
-from proxy.recording.recorder import UsageRecorder
 from proxy.relay.marks import AnswerMarks
 from proxy.relay.turns import Turn
 from proxy.routing.choosing import Choice
 from proxy.routing.thread import NO_THREAD
 from proxy.settings.schema import HealthPolicy, Settings
-from proxy.state.conversations import Conversations
-from proxy.state.embedded import EmbeddedValkey
-from proxy.state.live import LiveExpectations
-from proxy.state.snapshot import RoutingState
-from proxy.state.store import Store
+from proxy.storage.redis import Store
+from proxy.storage.sessions import Conversations
+from proxy.storage.snapshot import RoutingState
+from proxy.storage.traffic_stats import LiveExpectations
+from proxy.storage.usage_journal import Journals
+from proxy.storage.usage_writer import UsageRecorder
+from proxy.storage.valkey import EmbeddedValkey
 from proxy.trace import Trace
 from tests.support.choices import a_state, chosen
 from tests.support.makers import a_record, following

@@ -29,7 +29,7 @@ from proxy.relay.marks import AnswerMarks
 from proxy.routing.options import Options
 from proxy.routing.request import ChatRequest
 from proxy.routing.thread import NO_THREAD, thread_of
-from proxy.state.client_keys import ClientKey
+from proxy.storage.client_keys import ClientKey
 from proxy.trace import Trace
 from tests.bench.books_room import SHORT, USAGE, Room, begun, emptied_pipe, open_room
 from tests.support.limited_keys import a_key

@@ -14,13 +14,13 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from proxy.cli import console
-from proxy.recording.journals import Journals
-from proxy.recording.recorder import BATCH, UsageRecorder
-from proxy.recording.usage import UsageRecord
 from proxy.settings.schema import Settings
-from proxy.state.keys import KeyLatch
-from proxy.state.registry import Registry
-from proxy.state.store import Store
+from proxy.storage.client_keys import KeyLatch
+from proxy.storage.redis import Store
+from proxy.storage.registry import Registry
+from proxy.storage.usage import UsageRecord
+from proxy.storage.usage_journal import Journals
+from proxy.storage.usage_writer import BATCH, UsageRecorder
 from router_core.types import Price
 
 RECORD = UsageRecord("dec-0", 1.8e9, "small", "key-1", "scored", "complete", 1000, 400, 300, None, 0.0123, 1.5, 0.5)

@@ -21,7 +21,7 @@ import redis
 
 from proxy.cli import console
 from proxy.concurrency import raise_limit
-from proxy.state.embedded import socket_path
+from proxy.storage.valkey import socket_path
 from router_core.embedding import static_embedder
 from tests.bench.open_streams import FORMS, with_open_streams
 from tests.bench.overhead.__main__ import two_cores

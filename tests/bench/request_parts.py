@@ -22,9 +22,7 @@ from proxy.connection import ClientConnection
 from proxy.health.capacity import Capacities
 from proxy.health.health import ModelHealth
 from proxy.limits.limiter import Limiter
-from proxy.recording.journals import Journals
 from proxy.recording.metrics import Metrics
-from proxy.recording.recorder import UsageRecorder
 from proxy.routing.asked import Asked, needs_within, terms_of
 from proxy.routing.assigning import Assigner
 from proxy.routing.conversation import past_of
@@ -34,12 +32,14 @@ from proxy.routing.request import ChatRequest
 from proxy.routing.thread import NO_THREAD
 from proxy.services import Services
 from proxy.settings.schema import Settings
-from proxy.state.conversations import Conversations
-from proxy.state.live import LiveExpectations
-from proxy.state.records import ModelRecord, StoredProfile
-from proxy.state.snapshot import RoutingState, build_state
-from proxy.state.store import Store
-from proxy.state.stored import Stored
+from proxy.storage.models import ModelRecord, StoredProfile
+from proxy.storage.reader import Stored
+from proxy.storage.redis import Store
+from proxy.storage.sessions import Conversations
+from proxy.storage.snapshot import RoutingState, build_state
+from proxy.storage.traffic_stats import LiveExpectations
+from proxy.storage.usage_journal import Journals
+from proxy.storage.usage_writer import UsageRecorder
 from proxy.upstream.payload import Payload
 from router_core.artifact import builtin_map
 from router_core.eligibility import Eligibility, eligible

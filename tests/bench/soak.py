@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from proxy.cli import console
-from proxy.state.store import CONNECTIONS
+from proxy.storage.redis import CONNECTIONS
 from router_core.embedding import static_embedder
 from tests.bench.lean_client import LeanClient
 from tests.bench.process_facts import Facts, facts_of

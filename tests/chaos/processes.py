@@ -12,7 +12,7 @@ import time
 from contextlib import closing, suppress
 from pathlib import Path
 
-from proxy.state.embedded import PERSISTENCE
+from proxy.storage.valkey import PERSISTENCE
 from tests.support.command import ROOT
 
 STARTED_S = 15.0

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from compose_spec import PyCompose
 
-from proxy.state.embedded import PERSISTENCE
+from proxy.storage.valkey import PERSISTENCE
 from tests.test_house import ROOT
 
 COMPOSE = ROOT / "deploy" / "compose.yaml"

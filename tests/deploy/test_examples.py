@@ -10,7 +10,7 @@ import pytest
 
 from proxy.settings.models import resolve_secret
 from proxy.settings.schema import Settings, load_settings
-from proxy.state.catalog import bundled_catalog
+from proxy.storage.price_map import bundled_catalog
 from tests.test_house import ROOT
 
 EXAMPLES = sorted((ROOT / "deploy" / "examples").glob("*.yaml"))

@@ -13,8 +13,8 @@ import httpx
 import redis
 import yaml
 
-from proxy.recording.tally import TOTALS
-from proxy.state.embedded import socket_path
+from proxy.storage.usage_writer import TOTALS
+from proxy.storage.valkey import socket_path
 from tests.support.command import ADMIN_KEY, ServeCommand, environment
 from tests.support.server import arm, uniform_profile
 from tests.support.upstream import ScriptedUpstream

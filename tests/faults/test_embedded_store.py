@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import redis
 
-from proxy.state.embedded import socket_path
-from proxy.state.keys import KeyLatch
-from proxy.state.registry import Registry
-from proxy.state.store import Store
+from proxy.storage.client_keys import KeyLatch
+from proxy.storage.redis import Store
+from proxy.storage.registry import Registry
+from proxy.storage.valkey import socket_path
 from tests.faults.gateway import CONFIGURED, Gateway, a_gateway, counted, embedded_pid
 from tests.support.command import ServeCommand
 from tests.support.process_group import children_of

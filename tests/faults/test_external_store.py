@@ -14,9 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
-from proxy.state.keys import KeyLatch
-from proxy.state.registry import Registry
-from proxy.state.store import Store
+from proxy.storage.client_keys import KeyLatch
+from proxy.storage.redis import Store
+from proxy.storage.registry import Registry
 from tests.faults.gateway import CONFIGURED, Gateway, a_gateway, counted
 from tests.support.command import ADMIN_KEY
 from tests.support.server import uniform_profile

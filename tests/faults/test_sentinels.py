@@ -17,7 +17,7 @@ import httpx
 import pytest
 import redis
 
-from proxy.state.stored import CHANGED, KEYS
+from proxy.storage.redis import CHANGED, KEYS
 from tests.faults.gateway import CONFIGURED, QUESTION, Gateway, a_gateway, counted
 from tests.support.command import ADMIN_KEY
 from tests.support.sentinels import Sentinels, sentinels

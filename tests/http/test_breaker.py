@@ -13,8 +13,8 @@ import httpx
 import pytest
 from redis import Redis
 
-from proxy.recording.scripts import STREAM
-from proxy.state.embedded import socket_path
+from proxy.storage.usage_writer import STREAM
+from proxy.storage.valkey import socket_path
 from tests.http.conftest import Fleet, open_fleet
 from tests.support.answers import Step, error_body
 from tests.support.upstream import wait_until

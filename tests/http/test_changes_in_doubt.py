@@ -13,7 +13,7 @@ from typing import Any, Self
 import httpx
 import pytest
 
-from proxy.state.stored import KEYS, MODELS, PROFILES
+from proxy.storage.redis import KEYS, MODELS, PROFILES
 from tests.support.server import ProxyProcess, arm, uniform_profile
 from tests.support.upstream import ScriptedUpstream, wait_until
 from tests.support.valkey import OwnValkey

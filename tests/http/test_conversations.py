@@ -12,7 +12,7 @@ import openai
 import pytest
 import redis
 
-from proxy.state.embedded import EmbeddedValkey
+from proxy.storage.valkey import EmbeddedValkey
 from tests.support.answers import Step
 from tests.support.server import ProxyProcess, arm
 from tests.support.upstream import ScriptedUpstream, wait_until

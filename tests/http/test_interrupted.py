@@ -10,7 +10,7 @@ import pytest
 
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
-from proxy.state.records import ModelRecord
+from proxy.storage.models import ModelRecord
 from proxy.upstream.client import LitellmUpstream
 from tests.http.test_other_formats import BEGIN
 from tests.support.makers import until

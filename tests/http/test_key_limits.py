@@ -20,8 +20,8 @@ import pytest
 import redis
 
 from proxy.limits.scripts import state_key
-from proxy.recording.scripts import STREAM
-from proxy.state.embedded import EmbeddedValkey
+from proxy.storage.usage_writer import STREAM
+from proxy.storage.valkey import EmbeddedValkey
 from tests.support.answers import Step
 from tests.support.limited_keys import LimitedKey
 from tests.support.server import ADMIN_KEY, ProxyProcess, arm

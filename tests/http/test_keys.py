@@ -13,10 +13,9 @@ import openai
 import pytest
 
 from proxy.settings.schema import Settings
-from proxy.state.client_keys import ClientKey
-from proxy.state.keys import KeyLatch
-from proxy.state.registry import Registry
-from proxy.state.store import Store
+from proxy.storage.client_keys import ClientKey, KeyLatch
+from proxy.storage.redis import Store
+from proxy.storage.registry import Registry
 from tests.support.server import ADMIN_KEY, ProxyProcess, arm
 from tests.support.upstream import ScriptedUpstream, wait_until
 

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from redis import Redis
 
-from proxy.state.embedded import EmbeddedValkey
+from proxy.storage.valkey import EmbeddedValkey
 from tests.http.test_store_away import ASK
 from tests.support.keyed import KeyedProxy, MadeKey
 from tests.support.server import ProxyProcess, arm

@@ -12,7 +12,7 @@ import pytest
 from redis import Redis
 
 from proxy.health.sharing import CHANNEL, health_key
-from proxy.state.embedded import socket_path
+from proxy.storage.valkey import socket_path
 from tests.http.conftest import Fleet, open_fleet
 from tests.support.upstream import wait_until
 

@@ -14,8 +14,8 @@ import httpx
 import pytest
 import redis
 
-from proxy.recording.scripts import STREAM
-from proxy.state.embedded import EmbeddedValkey
+from proxy.storage.usage_writer import STREAM
+from proxy.storage.valkey import EmbeddedValkey
 from tests.support.answers import Step
 from tests.support.money import CASES, COSTS, ON_THE_WAY, PRICES, REPORTS, picodollars
 from tests.support.server import TIRELESS, ProxyProcess, arm

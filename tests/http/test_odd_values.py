@@ -19,10 +19,10 @@ from proxy.health.sharing import CHANNEL, health_key
 from proxy.jobs.broker import STREAM
 from proxy.jobs.records import LATEST, OPEN, PromptAnswer, answers_key, job_key
 from proxy.limits.scripts import PREFIX
-from proxy.state.audit import AUDIT
-from proxy.state.client_keys import ClientKey
-from proxy.state.records import ModelRecord, StoredProfile
-from proxy.state.stored import CHANGED, EARLIER, KEYS, MODELS, PRICING, PROFILES, VERSION, price_key
+from proxy.storage.audit_log import AUDIT
+from proxy.storage.client_keys import ClientKey
+from proxy.storage.models import ModelRecord, StoredProfile
+from proxy.storage.redis import CHANGED, EARLIER, KEYS, MODELS, PRICING, PROFILES, VERSION, price_key
 from router_core.errors import InvalidInput
 from tests.support.server import ProxyProcess, arm, uniform_profile
 from tests.support.upstream import ScriptedUpstream, wait_until

@@ -18,7 +18,7 @@ import httpx
 import pytest
 import yaml
 
-from proxy.state.embedded import socket_path
+from proxy.storage.valkey import socket_path
 from tests.support.command import ADMIN_KEY, ROOT, environment
 from tests.support.upstream import wait_until
 from tests.support.valkey import OwnValkey, free_port

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from proxy.state.embedded import EmbeddedValkey
+from proxy.storage.valkey import EmbeddedValkey
 from tests.support.server import ProxyProcess, arm, uniform_profile
 from tests.support.upstream import ScriptedUpstream, wait_until
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from proxy.settings.schema import Settings
-from proxy.state.embedded import EmbeddedValkey
-from proxy.state.store import Store
+from proxy.storage.redis import Store
+from proxy.storage.valkey import EmbeddedValkey
 from proxy.upstream.upstream import Upstream
 from tests.support.relaying import KEY
 from tests.support.tls import a_certificate

@@ -18,7 +18,7 @@ from proxy.health.health import ModelHealth
 from proxy.safety.json_shape import MAX_VALUES, MAX_VALUES_AT_ONCE, SMALL
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import HealthPolicy, Settings
-from proxy.state.records import ModelRecord
+from proxy.storage.models import ModelRecord
 from proxy.upstream.answer_room import AnswerBounds, AnswerRoom, Held
 from proxy.upstream.upstream import Upstream
 from tests.support.makers import until

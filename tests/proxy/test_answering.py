@@ -8,7 +8,7 @@ import pytest
 
 from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamFailure
 from proxy.jobs.answering import LONGEST_ANSWER, AnswerFailed, UpstreamAnswerer, read_answer
-from proxy.state.records import ModelRecord
+from proxy.storage.models import ModelRecord
 from tests.support.makers import a_record
 
 ASK = [{"role": "user", "content": "hi"}]

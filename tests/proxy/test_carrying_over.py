@@ -9,8 +9,8 @@ import pytest
 from proxy.jobs.ledger import Ledger
 from proxy.jobs.records import JOBS, answers_key, job_key
 from proxy.jobs.validation_prompts import ValidationPrompts
-from proxy.state.records import ModelRecord
-from proxy.state.store import Store
+from proxy.storage.models import ModelRecord
+from proxy.storage.redis import Store
 from tests.support.answers import Step
 from tests.support.makers import CORNERS, a_profile, a_record, until
 from tests.support.measured import CornersEmbedder, a_bench, ended, knows, model_at, write_validation_set

@@ -11,9 +11,8 @@ import pytest
 from proxy.jobs.leases import Leases
 from proxy.jobs.ledger import Ledger
 from proxy.jobs.records import JOBS, Carried, PromptAnswer
-from proxy.state.embedded import EmbeddedValkey
-from proxy.state.store import Store
-from proxy.state.stored import EARLIER
+from proxy.storage.redis import EARLIER, Store
+from proxy.storage.valkey import EmbeddedValkey
 from tests.support.answers import Step
 from tests.support.makers import CORNERS, a_profile, a_record, until
 from tests.support.measured import a_bench, ended, knows, model_at

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from proxy.settings.models import ModelInfo
-from proxy.state.catalog import CatalogEntry, InvalidPriceMap, bundled_catalog, parse_price_map
-from proxy.state.snapshot import capabilities_of, price_of
+from proxy.storage.price_map import CatalogEntry, InvalidPriceMap, bundled_catalog, parse_price_map
+from proxy.storage.snapshot import capabilities_of, price_of
 from router_core.types import ABILITIES, Capabilities, Price
 
 ONE = {
@@ -67,7 +67,7 @@ def test_one_broken_entry_refuses_the_whole_map(broken: object) -> None:
 
 def test_reading_the_map_imports_no_litellm() -> None:
     program = (
-        "import sys; from proxy.state.catalog import bundled_catalog as b; b(); sys.exit('litellm' in sys.modules)"
+        "import sys; from proxy.storage.price_map import bundled_catalog as b; b(); sys.exit('litellm' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 

@@ -7,9 +7,9 @@ import pytest
 from proxy.errors import Forbidden, Unavailable, UnknownName
 from proxy.routing.assigning import Assigner, RoutingLate
 from proxy.routing.explaining import to_json
-from proxy.state.client_keys import ClientKey
-from proxy.state.snapshot import RoutingState, build_state
-from proxy.state.stored import Stored
+from proxy.storage.client_keys import ClientKey
+from proxy.storage.reader import Stored
+from proxy.storage.snapshot import RoutingState, build_state
 from tests.support.choices import LIMITED, Corners, a_state, chosen
 from tests.support.makers import a_record, surroundings
 

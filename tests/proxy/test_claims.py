@@ -11,11 +11,10 @@ from proxy.errors import NothingAble
 from proxy.limits.claims import MARGIN_S, MOST_PICOUSD, Claim, Demand, claim_of, no_dearer, within_claim
 from proxy.routing.choosing import Choice
 from proxy.settings.schema import Settings
-from proxy.state.key_limits import KeyLimits
-from proxy.state.records import StoredProfile
-from proxy.state.resolved import Resolved
-from proxy.state.snapshot import RoutingState, build_state
-from proxy.state.stored import Stored
+from proxy.storage.client_keys import KeyLimits
+from proxy.storage.models import Resolved, StoredProfile
+from proxy.storage.reader import Stored
+from proxy.storage.snapshot import RoutingState, build_state
 from router_core.types import Needs
 from tests.support.makers import a_profile, a_record, surroundings
 

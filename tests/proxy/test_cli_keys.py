@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from proxy.settings.schema import Settings
-from proxy.state.audit import CLI, AuditTrail
-from proxy.state.keys import SECRET
-from proxy.state.store import Store
+from proxy.storage.audit_log import CLI, AuditTrail
+from proxy.storage.client_keys import SECRET
+from proxy.storage.redis import Store
 from tests.support.command import environment, run_command
 
 

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import yaml
 
-from proxy.state.embedded import socket_path
+from proxy.storage.valkey import socket_path
 from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
 from tests.support.server import uniform_profile
 from tests.support.upstream import ScriptedUpstream, wait_until

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from proxy.state.client_keys import ClientKey, InvalidKey, KeyChange
-from proxy.state.key_limits import NO_LIMITS, KeyLimits
-from proxy.state.stored_json import InvalidRecord
+from proxy.storage.client_keys import NO_LIMITS, ClientKey, InvalidKey, KeyChange, KeyLimits
+from proxy.storage.redis import InvalidRecord
 
 OLD = ClientKey("id", "team", "0a", 1.0)
 WHOLE = ClientKey(

@@ -13,18 +13,9 @@ from typing import Any
 
 import pytest
 
-from proxy.state.conversations import (
-    AGAIN_S,
-    MOST_LOCAL,
-    MOST_QUEUED,
-    PREFIX,
-    Conversations,
-    LastTurn,
-    Recalled,
-    scoped,
-)
-from proxy.state.embedded import EmbeddedValkey
-from proxy.state.store import OPERATION_S, Store
+from proxy.storage.redis import OPERATION_S, Store
+from proxy.storage.sessions import AGAIN_S, MOST_LOCAL, MOST_QUEUED, PREFIX, Conversations, LastTurn, Recalled, scoped
+from proxy.storage.valkey import EmbeddedValkey
 from tests.support.makers import until
 
 NOW = 1_800_000_000.0

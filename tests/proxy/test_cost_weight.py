@@ -12,7 +12,7 @@ from proxy.routing.names import ALIASES, Way
 from proxy.routing.options import Options
 from proxy.routing.request import ChatRequest
 from proxy.settings.schema import Settings
-from proxy.state.client_keys import ClientKey
+from proxy.storage.client_keys import ClientKey
 
 
 def weight(name: str = "auto", stated: float | None = None, **bounds: Any) -> float:

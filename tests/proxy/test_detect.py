@@ -12,7 +12,7 @@ import pytest
 from proxy.cli.detect import PROVIDERS, detect_models, with_detected
 from proxy.settings.models import ModelEntry
 from proxy.settings.schema import Settings
-from proxy.state.catalog import bundled_catalog, parse_price_map
+from proxy.storage.price_map import bundled_catalog, parse_price_map
 
 NOBODY = "http://127.0.0.1:9"
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from proxy.recording.estimate import Cost, Received, cost_of
-from proxy.recording.usage import TokenCounts
 from proxy.relay.chunks import content_bytes
+from proxy.storage.usage import Cost, Received, TokenCounts, cost_of
 from router_core.types import Price
 
 PRICE = Price(1e-6, 4e-6)

@@ -13,10 +13,9 @@ from starlette.types import Message
 
 from proxy.auth import KEY_IN_SCOPE, WHO_IN_SCOPE, Guard
 from proxy.settings.schema import Settings
-from proxy.state.client_keys import ClientKey
-from proxy.state.keys import digest_of
-from proxy.state.snapshot import build_state
-from proxy.state.stored import Stored
+from proxy.storage.client_keys import ClientKey, digest_of
+from proxy.storage.reader import Stored
+from proxy.storage.snapshot import build_state
 from tests.support.makers import surroundings
 
 ROOT_KEY = "root-key-of-the-tests"

@@ -19,9 +19,8 @@ import pytest
 from proxy.jobs.leases import GIVEN_UP, MOST_TRIES, LeaseLost, Leases
 from proxy.jobs.ledger import Ledger
 from proxy.jobs.records import OPEN, PromptAnswer, job_key, lease_key
-from proxy.state.embedded import EmbeddedValkey
-from proxy.state.store import Store
-from proxy.state.stored import PROFILES
+from proxy.storage.redis import PROFILES, Store
+from proxy.storage.valkey import EmbeddedValkey
 from router_core.profiles import Profile
 from tests.support.makers import a_record, until
 from tests.support.measured import a_bench, ended, knows, model_at, settings_for

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from proxy.jobs.broker import STREAM
-from proxy.state.registry_errors import UnknownModel
-from proxy.state.store import Store
-from proxy.state.stored import PROFILES
+from proxy.storage.redis import PROFILES, Store
+from proxy.storage.registry import UnknownModel
 from tests.support.answers import Step
 from tests.support.makers import a_profile, a_record, until
 from tests.support.measured import a_bench, ended, knows, model_at, write_validation_set

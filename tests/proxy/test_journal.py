@@ -12,15 +12,14 @@ from typing import Any
 
 import pytest
 
-from proxy.recording import journals as journals_module
-from proxy.recording.journal import Journal
-from proxy.recording.journals import Journals
+from proxy.storage import usage_journal as journals_module
+from proxy.storage.usage_journal import Journal, Journals
 
 LARGE = 10**9
 WRITER = """
 import os, signal, sys
 from pathlib import Path
-from proxy.recording.journals import Journals
+from proxy.storage.usage_journal import Journals
 journals = Journals(Path(sys.argv[1]), 10**9)
 for number in range(int(sys.argv[2])):
     journals.append('{"n": %d}' % number)
@@ -91,7 +90,7 @@ def test_a_journal_that_was_finished_while_it_was_being_opened_is_not_read_again
     def lock_late(file: int, how: int) -> None:
         (tmp_path / "dead.jsonl").unlink()  # by the process that had the lock until now
 
-    monkeypatch.setattr("proxy.recording.journal.fcntl.flock", lock_late)
+    monkeypatch.setattr("proxy.storage.usage_journal.fcntl.flock", lock_late)
     assert Journal.left_behind(tmp_path / "dead.jsonl") is None
 
 
@@ -144,7 +143,7 @@ def test_a_disk_that_takes_half_a_line_or_nothing_loses_no_record(
         room[0] -= taken
         return taken
 
-    monkeypatch.setattr("proxy.recording.journal.os.write", write)
+    monkeypatch.setattr("proxy.storage.usage_journal.os.write", write)
     journals = Journals(tmp_path, LARGE)
     for number in range(4):
         assert journals.append(a_text(number))

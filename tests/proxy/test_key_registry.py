@@ -9,16 +9,10 @@ from typing import Any
 
 import pytest
 
-from proxy.state.audit import AUDIT, AuditTrail, Author
-from proxy.state.client_keys import ClientKey, InvalidKey, KeyChange
-from proxy.state.key_limits import KeyLimits
-from proxy.state.key_registry import KeyRegistry
-from proxy.state.keys import SECRET, KeyLatch, digest_of
-from proxy.state.registry import Registry
-from proxy.state.registry_errors import KeyIsOver, UnknownKey
-from proxy.state.store import Store, StoreUnavailable
-from proxy.state.stored import KEYS
-from proxy.state.writer import Writer
+from proxy.storage.audit_log import AUDIT, AuditTrail, Author, Writer
+from proxy.storage.client_keys import SECRET, ClientKey, InvalidKey, KeyChange, KeyLatch, KeyLimits, digest_of
+from proxy.storage.redis import KEYS, Store, StoreUnavailable
+from proxy.storage.registry import KeyIsOver, KeyRegistry, Registry, UnknownKey
 from router_core.types import Price
 from tests.support.makers import a_profile, a_record, a_registry, following, until
 

@@ -17,8 +17,8 @@ from proxy.limits.refusals import dollars, next_start
 from proxy.limits.scripts import PREFIX, SETTLE, state_key
 from proxy.limits.standing import Granted, duration
 from proxy.recording.metrics import Metrics
-from proxy.state.client_keys import ClientKey
-from proxy.state.store import Store
+from proxy.storage.client_keys import ClientKey
+from proxy.storage.redis import Store
 from router_core.pricing import PICO
 from tests.support.limited_keys import a_key
 from tests.support.makers import until

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from proxy.limits.bucket import Buckets, Level, corrected, fill_s, leaked, taken, wait_s
 from proxy.limits.scripts import BUCKET, DATE
-from proxy.state.embedded import EmbeddedValkey
+from proxy.storage.valkey import EmbeddedValkey
 
 Take = Callable[[Level, float, float, float], Level | None]
 _TAKE = f"""{BUCKET}

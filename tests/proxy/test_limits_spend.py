@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 )
 
 from proxy.limits.scripts import END, PREFIX, RESERVE, SETTLE, state_key
-from proxy.state.embedded import EmbeddedValkey
+from proxy.storage.valkey import EmbeddedValkey
 from router_core.pricing import PICO
 
 LIMIT = 1_000 * 10**9

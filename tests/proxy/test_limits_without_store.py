@@ -17,8 +17,8 @@ from proxy.limits.claims import Claim
 from proxy.limits.limiter import Limiter
 from proxy.limits.scripts import state_key
 from proxy.recording.metrics import Metrics
-from proxy.state.embedded import EmbeddedValkey
-from proxy.state.store import Store
+from proxy.storage.redis import Store
+from proxy.storage.valkey import EmbeddedValkey
 from router_core.pricing import PICO
 from tests.support.limited_keys import a_key
 from tests.support.makers import until

@@ -11,7 +11,7 @@ import pytest
 from proxy.errors import CannotTranslate, describe
 from proxy.health.health import ModelHealth
 from proxy.settings.schema import HealthPolicy, Settings
-from proxy.state.records import ModelRecord
+from proxy.storage.models import ModelRecord
 from proxy.upstream import upstream as upstreams
 from proxy.upstream.upstream import Upstream
 from tests.support.makers import a_record, until

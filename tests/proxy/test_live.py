@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.state.live import AT_ONCE, LiveExpectations
+from proxy.storage.traffic_stats import AT_ONCE, LiveExpectations
 from tests.support.makers import a_profile
 
 

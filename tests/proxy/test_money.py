@@ -6,8 +6,7 @@ from itertools import product
 
 import pytest
 
-from proxy.recording.estimate import Received, believed, cost_of
-from proxy.recording.usage import TokenCounts, counts_of
+from proxy.storage.usage import Received, TokenCounts, believed, cost_of, counts_of
 from router_core.pricing import picousd
 from router_core.types import Price
 from tests.support.money import CASES, ON_THE_WAY, PRICES, REPORTS, picodollars

@@ -11,8 +11,7 @@ import pytest
 from proxy.errors import BadRequest, UpstreamFailure
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings
-from proxy.state.records import ModelRecord
-from proxy.state.resolved import Resolved
+from proxy.storage.models import ModelRecord, Resolved
 from proxy.upstream.client import LitellmUpstream
 from proxy.upstream.origins import check_secrets_stay, is_own_address
 from proxy.upstream.resolving import FILE, Resolver

@@ -13,7 +13,7 @@ from proxy.errors import BadRequest
 from proxy.outbound import Outbound
 from proxy.routing.request import parse_chat
 from proxy.settings.schema import Settings
-from proxy.state.resolved import Resolved
+from proxy.storage.models import Resolved
 from proxy.upstream.events import chunk_of
 from proxy.upstream.model_member import with_model
 from proxy.upstream.payload import Payload, parsed

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from redis.asyncio import Connection
 from redis.exceptions import ResponseError
 
-from proxy.state.packed import exchange, packed
-from proxy.state.store import CONNECTIONS, Store
+from proxy.storage.redis import CONNECTIONS, Store, exchange, packed
 
 
 @given(st.lists(st.text(max_size=20) | st.just("größe\r\n$3\r\n"), max_size=9))

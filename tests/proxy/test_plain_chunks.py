@@ -15,8 +15,8 @@ from proxy.relay.marks import AnswerMarks
 from proxy.relay.plain import plain_text
 from proxy.routing.thread import NO_THREAD
 from proxy.routing.trail import Excerpt, Trail, leaves_marks
-from proxy.state.conversations import Conversations
-from proxy.state.store import Store
+from proxy.storage.redis import Store
+from proxy.storage.sessions import Conversations
 
 QUESTION = [{"role": "user", "content": "And then?"}]
 TEXTS = st.text(st.sampled_from("a字😀\ud800 "), max_size=6)

@@ -15,8 +15,8 @@ import pytest
 from proxy.cli.price_sync import sync_once
 from proxy.concurrency import end
 from proxy.settings.schema import Settings
-from proxy.state.prices import FeedFailed, PriceFeed, fetch_catalog, sync_prices
-from proxy.state.store import Store
+from proxy.storage.price_feed import FeedFailed, PriceFeed, fetch_catalog, sync_prices
+from proxy.storage.redis import Store
 from router_core.documents import MAX_PRICES_BYTES
 from router_core.types import Price
 from tests.support.makers import a_record, a_registry, following, until

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from proxy.safety.private_files import NotPrivate, private_folder
-from proxy.state.embedded import EmbeddedValkey
-from proxy.state.keys import KeyLatch
+from proxy.storage.client_keys import KeyLatch
+from proxy.storage.valkey import EmbeddedValkey
 
 
 def mode(path: Path) -> int:

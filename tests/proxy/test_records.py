@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.state.client_keys import ClientKey
-from proxy.state.records import LivePrice, ModelRecord, StoredProfile
-from proxy.state.stored_json import InvalidRecord
+from proxy.storage.client_keys import ClientKey
+from proxy.storage.models import LivePrice, ModelRecord, StoredProfile
+from proxy.storage.redis import InvalidRecord
 from router_core.errors import InvalidPrice
 from router_core.types import PRICE_FIELDS, Price
 from tests.support.makers import a_profile, a_record

@@ -13,10 +13,9 @@ from proxy.jobs.broker import GROUP, STREAM, JobBroker
 from proxy.settings.models import SettingsError
 from proxy.settings.redis_address import RedisAddress
 from proxy.settings.schema import Settings
-from proxy.state.keys import KeyLatch
-from proxy.state.registry import Registry
-from proxy.state.registry_errors import RegistryError
-from proxy.state.store import Store, StoreUnavailable
+from proxy.storage.client_keys import KeyLatch
+from proxy.storage.redis import Store, StoreUnavailable
+from proxy.storage.registry import Registry, RegistryError
 from tests.support.sentinels import Sentinels, TlsFront, sentinels
 from tests.support.tls import a_certificate, served_by
 from tests.support.valkey import OwnValkey, free_port, frozen

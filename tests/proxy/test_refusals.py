@@ -16,10 +16,10 @@ from proxy.routing.refusals import nothing_left
 from proxy.routing.request import ChatRequest
 from proxy.routing.thread import NO_THREAD
 from proxy.settings.schema import Settings
-from proxy.state.client_keys import ClientKey
-from proxy.state.records import StoredProfile
-from proxy.state.snapshot import RoutingState, build_state
-from proxy.state.stored import Stored
+from proxy.storage.client_keys import ClientKey
+from proxy.storage.models import StoredProfile
+from proxy.storage.reader import Stored
+from proxy.storage.snapshot import RoutingState, build_state
 from router_core.eligibility import eligible
 from tests.support.choices import LIMITED, LONG, a_state, chosen
 from tests.support.makers import a_profile, a_record, surroundings

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from proxy.state.keys import KeyLatch, digest_of
-from proxy.state.registry_errors import ChangedMeanwhile, DefinedInConfig, NameTaken, UnknownKey, UnknownModel
-from proxy.state.store import Store, StoreUnavailable
-from proxy.state.stored import CHANGED, MODELS, PRICING, PROFILES, VERSION, price_key
+from proxy.storage.client_keys import KeyLatch, digest_of
+from proxy.storage.redis import CHANGED, MODELS, PRICING, PROFILES, VERSION, Store, StoreUnavailable, price_key
+from proxy.storage.registry import ChangedMeanwhile, DefinedInConfig, NameTaken, UnknownKey, UnknownModel
 from router_core.types import Price
 from tests.support.makers import a_profile, a_record, a_registry
 

@@ -6,7 +6,7 @@ import gzip
 
 import pytest
 
-from proxy.state.records import ModelRecord
+from proxy.storage.models import ModelRecord
 from proxy.upstream.connection import LONGEST_HEADER
 from proxy.upstream.upstream import Upstream
 from tests.support.makers import until

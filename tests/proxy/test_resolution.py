@@ -14,8 +14,7 @@ from proxy.errors import BadRequest, UpstreamFailure
 from proxy.outbound import Outbound
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
-from proxy.state.records import ModelRecord
-from proxy.state.resolved import Resolved
+from proxy.storage.models import ModelRecord, Resolved
 from proxy.upstream.call import is_openais
 from proxy.upstream.resolution import plainly
 from proxy.upstream.resolving import FILE, Resolver

@@ -15,8 +15,7 @@ import pytest
 
 from proxy.errors import Unavailable
 from proxy.settings.models import ModelInfo
-from proxy.state.records import ModelRecord
-from proxy.state.resolved import Resolved
+from proxy.storage.models import ModelRecord, Resolved
 from proxy.upstream import lookup
 from proxy.upstream.resolving import FILE, Resolver
 from proxy.upstream.upstream import relayed

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from proxy.state.embedded import EmbeddedValkey
-from proxy.state.live import LiveExpectations
-from proxy.state.store import Store
-from proxy.state.stored import KEYS, MODELS, PRICING, PROFILES, VERSION, price_key
+from proxy.storage.redis import KEYS, MODELS, PRICING, PROFILES, VERSION, Store, price_key
+from proxy.storage.traffic_stats import LiveExpectations
+from proxy.storage.valkey import EmbeddedValkey
 from router_core.profiles import Profile
 from router_core.types import Price
 from tests.support.makers import CORNERS, a_profile, a_record, a_registry, following, until
@@ -219,7 +218,7 @@ class BrokenOnce(LiveExpectations):
 async def test_figures_that_cannot_be_laid_out_do_not_end_the_following(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("proxy.state.holder.UNUSABLE_S", 0.05)
+    monkeypatch.setattr("proxy.storage.snapshot.UNUSABLE_S", 0.05)
     registry, live = a_registry(store, tmp_path, "small"), BrokenOnce(4)
     async with following(store, tmp_path, a_record(source="config"), live=live) as holder:
         await registry.put_profile(a_record(), a_profile())

@@ -25,11 +25,11 @@ from proxy.routing.request import ChatRequest
 from proxy.routing.sticking import held
 from proxy.routing.thread import NO_THREAD, Thread
 from proxy.settings.schema import Settings
-from proxy.state.client_keys import ClientKey
-from proxy.state.conversations import LastTurn
-from proxy.state.records import StoredProfile
-from proxy.state.snapshot import RoutingState, build_state
-from proxy.state.stored import Stored
+from proxy.storage.client_keys import ClientKey
+from proxy.storage.models import StoredProfile
+from proxy.storage.reader import Stored
+from proxy.storage.sessions import LastTurn
+from proxy.storage.snapshot import RoutingState, build_state
 from router_core.scoring import Terms
 from router_core.types import Floats, Needs
 from tests.support.makers import a_profile, a_record, surroundings

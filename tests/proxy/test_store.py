@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 
 from proxy.settings.schema import Settings
-from proxy.state.embedded import LONGEST_SOCKET_PATH, EmbeddedStoreFailed, EmbeddedValkey, private_folder, socket_path
-from proxy.state.store import CONNECTIONS, OPERATION_S, Store, StoreUnavailable
+from proxy.storage.redis import CONNECTIONS, OPERATION_S, Store, StoreUnavailable
+from proxy.storage.valkey import LONGEST_SOCKET_PATH, EmbeddedStoreFailed, EmbeddedValkey, private_folder, socket_path
 
 HUNG_S = 1.5
 USER = """
 import sys, time
 from pathlib import Path
-from proxy.state.embedded import EmbeddedValkey
+from proxy.storage.valkey import EmbeddedValkey
 server = EmbeddedValkey(Path(sys.argv[1]))
 server.ensure()
 print("up", flush=True)
@@ -137,7 +137,7 @@ async def test_a_server_whose_users_were_all_killed_is_joined_with_its_data(tmp_
 async def test_a_server_that_is_alive_but_silent_is_never_joined_by_a_second_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxy.state.embedded.STARTING_S", 0.5)
+    monkeypatch.setattr("proxy.storage.valkey.STARTING_S", 0.5)
     user = await another_user(tmp_path)
     store = await Store.open(settings(tmp_path))
     pid = await pid_of(store)

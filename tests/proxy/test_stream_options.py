@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from proxy.settings.models import ModelInfo
-from proxy.state.records import ModelRecord
+from proxy.storage.models import ModelRecord
 from proxy.upstream.upstream import Upstream
 from tests.support.raw_upstream import END, SAID, RawUpstream, Said, chunked, plain
 from tests.support.relaying import BODY, a_model, failing, streamed

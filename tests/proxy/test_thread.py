@@ -13,9 +13,9 @@ from proxy.routing.options import Options
 from proxy.routing.request import ChatRequest
 from proxy.routing.thread import NO_THREAD, Thread, thread_of
 from proxy.settings.schema import Settings
-from proxy.state.client_keys import ClientKey
-from proxy.state.conversations import Conversations
-from proxy.state.store import Store
+from proxy.storage.client_keys import ClientKey
+from proxy.storage.redis import Store
+from proxy.storage.sessions import Conversations
 
 ASK: Any = {"role": "user", "content": "What is the weather?"}
 CALL: Any = {

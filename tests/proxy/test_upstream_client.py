@@ -10,7 +10,7 @@ import pytest
 
 from proxy.errors import UpstreamFailure
 from proxy.settings.schema import Settings
-from proxy.state.records import ModelRecord
+from proxy.storage.models import ModelRecord
 from proxy.upstream.call import Provider
 from proxy.upstream.client import LitellmUpstream
 from proxy.upstream.provider_layer import import_litellm

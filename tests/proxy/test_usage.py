@@ -12,7 +12,7 @@ import pytest
 from proxy.cli.models import per_million
 from proxy.jobs.answering import read_answer
 from proxy.jobs.asking import cost_of as cost_of_answer
-from proxy.recording.usage import TokenCounts, UsageRecord, buckets_of, cost_usd, counts_of, usage_of
+from proxy.storage.usage import TokenCounts, UsageRecord, buckets_of, cost_usd, counts_of, usage_of
 from router_core.types import Price
 
 PRICE = Price(1e-6, 4e-6, cache_read_input_token_cost=1e-7)

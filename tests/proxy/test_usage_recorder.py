@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 
-from proxy.recording.journals import Journals
-from proxy.recording.recorder import UsageRecorder
-from proxy.recording.scripts import JOURNALS, STREAM
-from proxy.recording.tally import KEY_TOTALS, TOTALS
-from proxy.recording.usage import UsageRecord
-from proxy.state.store import Store, StoreUnavailable
+from proxy.storage.redis import Store, StoreUnavailable
+from proxy.storage.usage import UsageRecord
+from proxy.storage.usage_journal import Journals
+from proxy.storage.usage_writer import JOURNALS, KEY_TOTALS, STREAM, TOTALS, UsageRecorder
 
 SETTLE = """
 local function settle(key_id, reservation_id, tokens, picousd, day, month)

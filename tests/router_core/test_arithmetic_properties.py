@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from proxy.recording.usage import cost_usd, counts_of
+from proxy.storage.usage import cost_usd, counts_of
 from router_core.errors import InvalidInput
 from router_core.pricing import TokenUsage, bill_usd, max_price_usd, picousd, reference_usd
 from router_core.profiles import Profile

@@ -14,10 +14,10 @@ from proxy.routing.choosing import Choice, choose
 from proxy.routing.options import Options
 from proxy.routing.request import ChatRequest
 from proxy.settings.schema import Settings
-from proxy.state.client_keys import ClientKey
-from proxy.state.records import StoredProfile
-from proxy.state.snapshot import RoutingState, build_state
-from proxy.state.stored import Stored
+from proxy.storage.client_keys import ClientKey
+from proxy.storage.models import StoredProfile
+from proxy.storage.reader import Stored
+from proxy.storage.snapshot import RoutingState, build_state
 from router_core.types import Floats
 from tests.support.makers import a_profile, a_record, surroundings
 

@@ -6,7 +6,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from proxy.state.store import Store
+from proxy.storage.redis import Store
 from tests.support.measured import a_bench, model_at, settings_for
 
 

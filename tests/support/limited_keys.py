@@ -9,10 +9,8 @@ from typing import Any
 import redis
 
 from proxy.limits.scripts import PREFIX, SETTLE, state_key
-from proxy.state.client_keys import ClientKey
-from proxy.state.key_limits import KeyLimits
-from proxy.state.keys import digest_of, new_secret
-from proxy.state.stored import CHANGED, KEYS, VERSION
+from proxy.storage.client_keys import ClientKey, KeyLimits, digest_of, new_secret
+from proxy.storage.redis import CHANGED, KEYS, VERSION
 from router_core.pricing import PICO
 
 

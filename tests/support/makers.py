@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 
 from proxy.settings.models import ModelInfo
-from proxy.state.catalog import bundled_catalog
-from proxy.state.holder import StateHolder
-from proxy.state.keys import KeyLatch
-from proxy.state.live import LiveExpectations
-from proxy.state.records import ModelRecord
-from proxy.state.registry import Registry
-from proxy.state.snapshot import Surroundings
-from proxy.state.store import Store
+from proxy.storage.client_keys import KeyLatch
+from proxy.storage.models import ModelRecord
+from proxy.storage.price_map import bundled_catalog
+from proxy.storage.redis import Store
+from proxy.storage.registry import Registry
+from proxy.storage.snapshot import StateHolder, Surroundings
+from proxy.storage.traffic_stats import LiveExpectations
 from router_core.clustering import ClusterMap
 from router_core.profiles import Profile
 

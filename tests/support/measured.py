@@ -20,10 +20,10 @@ from proxy.jobs.asking import Patience
 from proxy.jobs.jobs import Jobs
 from proxy.jobs.records import Job
 from proxy.settings.schema import Settings
-from proxy.state.holder import StateHolder
-from proxy.state.records import ModelRecord
-from proxy.state.registry import Registry
-from proxy.state.store import Store
+from proxy.storage.models import ModelRecord
+from proxy.storage.redis import Store
+from proxy.storage.registry import Registry
+from proxy.storage.snapshot import StateHolder
 from proxy.upstream.payload import Payload
 from router_core.clustering import ClusterMap
 from router_core.types import Floats

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import UpstreamFailure
-from proxy.state.records import ModelRecord
+from proxy.storage.models import ModelRecord
 from proxy.upstream.upstream import Upstream
 from tests.support.makers import a_record
 from tests.support.raw_upstream import DONE, END, JSON, SAID, RawUpstream, Said, chunked

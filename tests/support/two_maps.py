@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from proxy.jobs.records import Job
-from proxy.state.records import ModelRecord
-from proxy.state.store import Store
+from proxy.storage.models import ModelRecord
+from proxy.storage.redis import Store
 from router_core.clustering import ClusterMap
 from router_core.profiles import Profile
 from tests.support.makers import until

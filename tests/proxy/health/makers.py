@@ -10,7 +10,7 @@ from proxy.errors import UpstreamFailure
 from proxy.health.health import ModelHealth
 from proxy.health.sharing import HealthSharing
 from proxy.settings.schema import HealthPolicy
-from proxy.state.store import Store
+from proxy.storage.redis import Store
 
 
 class Clock:

@@ -7,7 +7,7 @@ from pathlib import Path
 from proxy.health.health import ModelHealth
 from proxy.health.roster import Roster
 from proxy.settings.schema import HealthPolicy
-from proxy.state.store import Store
+from proxy.storage.redis import Store
 from router_core.types import Price
 from tests.proxy.health.makers import fail
 from tests.support.makers import a_record, a_registry, following, until

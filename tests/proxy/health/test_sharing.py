@@ -12,7 +12,7 @@ import pytest
 from proxy.health.health import ModelHealth
 from proxy.health.sharing import CHANNEL, UNSAID, HealthSharing, health_key
 from proxy.settings.schema import HealthPolicy
-from proxy.state.store import Store
+from proxy.storage.redis import Store
 from tests.proxy.health.makers import a_sharing, fail
 from tests.support.makers import until
 

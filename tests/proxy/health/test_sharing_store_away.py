@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from proxy.health.sharing import health_key
-from proxy.state.embedded import EmbeddedValkey
-from proxy.state.store import Store
+from proxy.storage.redis import Store
+from proxy.storage.valkey import EmbeddedValkey
 from tests.proxy.health.makers import a_sharing, fail
 from tests.support.makers import until
 

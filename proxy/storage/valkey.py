@@ -1,5 +1,3 @@
-"""A Valkey server of our own, on a unix socket beside the data: who starts it, and who stops it. No client."""
-
 from __future__ import annotations
 
 import fcntl
@@ -20,8 +18,11 @@ from proxy.safety import private_files as private
 log = logging.getLogger("uniroute.store")
 
 LONGEST_SOCKET_PATH = 100  # bytes: macOS allows 104 and Linux 108, their ending NUL included
+
 STARTING_S = 15.0
+
 STOPPING_S = 5.0
+
 PERSISTENCE = {
     # Every reply waits for its fsync. `everysec` postpones the write itself while an earlier fsync runs, so that
     # killing the server then loses what it acknowledged; our writes are few enough to afford the strict setting.

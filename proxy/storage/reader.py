@@ -1,40 +1,23 @@
-"""Reading all that Redis holds of models, profiles, keys and prices, however broken. Writes are registry."""
-
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from redis.exceptions import RedisError
 
-from proxy.state.client_keys import ClientKey
-from proxy.state.complaints import Complaints
-from proxy.state.records import LivePrice, ModelRecord, StoredProfile
-from proxy.state.store import Store
-from proxy.state.stored_json import whole_number
+from proxy.storage.client_keys import ClientKey
+from proxy.storage.complaints import Complaints
+from proxy.storage.models import LivePrice, ModelRecord, StoredProfile
+from proxy.storage.redis import EARLIER, KEYS, MODELS, PROFILES, VERSION, Store, price_key, whole_number
 from router_core.errors import InvalidInput
 
 log = logging.getLogger("uniroute.state")
 
-VERSION: Final = "uniroute:version"
-MODELS: Final = "uniroute:models"
-PROFILES: Final = "uniroute:profiles"
-EARLIER: Final = f"{PROFILES}:earlier"
-"""The profile of a model on the map before, for processes that still use that map, or will again."""
-KEYS: Final = "uniroute:keys"
-PRICING: Final = "uniroute:pricing"
-"""The channel on which whoever writes a price publishes the model's name; with `:<model>` the hash itself."""
-CHANGED: Final = "uniroute:changed"
-"""The channel on which every other change publishes the new version."""
-
 _Entry = TypeVar("_Entry")
+
 _Raw = Mapping[str, str]
-
-
-def price_key(model: str) -> str:
-    return f"{PRICING}:{model}"
 
 
 @dataclass(frozen=True)

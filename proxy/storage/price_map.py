@@ -1,5 +1,3 @@
-"""What a price map in LiteLLM's format knows of a model: price, limits, abilities. Imports no litellm, no network."""
-
 from __future__ import annotations
 
 import json
@@ -15,9 +13,13 @@ from router_core.errors import InvalidInput, InvalidPrice
 from router_core.types import PRICE_FIELDS, Capabilities, Price, price_field
 
 BUNDLED = "model_prices_and_context_window_backup.json"
+
 SPECIMEN = "sample_spec"
+
 TEXT_MODES = frozenset({None, "chat", "completion", "responses"})
+
 LARGEST_WINDOW = 10**12
+
 RUNS_LOCALLY = frozenset({"ollama", "ollama_chat", "lemonade", "lm_studio"})
 """Providers whose zero price is a price. Elsewhere it stands for a trial, a subscription or "not known"."""
 

@@ -1,22 +1,87 @@
-"""A client key as it is stored: its digest, what it may do, until when. What it used is limits' business. No Redis."""
-
 from __future__ import annotations
 
+import hashlib
 import hmac
 import json
+import os
+import re
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
-from proxy.state.key_limits import NO_LIMITS, KeyLimits
-from proxy.state.stored_json import InvalidRecord, is_unix_time, json_object
+from proxy.safety.private_files import private_opener
+from proxy.storage.redis import InvalidRecord, is_unix_time, json_object
+
+PREFIX = "ur-"
+
+SECRET = re.compile(rf"{PREFIX}[A-Za-z0-9_-]{{43}}")
+"""What a secret looks like, wherever one was put by mistake."""
+
+
+def new_secret() -> str:
+    """Shown once, never stored."""
+    return PREFIX + secrets.token_urlsafe(32)
+
+
+def digest_of(secret: str) -> str:
+    """What is stored and compared. A lone surrogate is hashed like any other garbage."""
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class KeyLatch:
+    """Set by the first client key, never cleared: neither revoking the last key nor an empty store opens the door."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._path = data_dir / "keys-required"
+
+    @property
+    def closed(self) -> bool:
+        return self._path.exists()
+
+    def close(self) -> None:
+        if not self.closed:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with open(self._path, "w", opener=private_opener) as file:
+                file.write("A client key was made once; calls without one are refused.\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+
+@dataclass(frozen=True, slots=True)
+class KeyLimits:
+    """None: no limit."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    """Prompt and answer together."""
+    usd_per_day: float | None = None
+    """A day and a month begin at midnight UTC."""
+    usd_per_month: float | None = None
+
+    @property
+    def any(self) -> bool:
+        return self != NO_LIMITS
+
+    @property
+    def money(self) -> bool:
+        return self.usd_per_day is not None or self.usd_per_month is not None
+
+
+NO_LIMITS = KeyLimits()
 
 Role = Literal["client", "viewer", "admin"]
+
 ROLES: tuple[Role, ...] = get_args(Role)
+
 LIMITS = tuple(column.name for column in fields(KeyLimits))
+
 MOST_USD = 1e6
 """The largest limit: sums of whole picodollars stay exact far beyond it."""
+
 MOST_PER_MINUTE = 10**12
+
 MOST_LAMBDA = 1e12
 """As of a request: times a cost it stays finite."""
 
@@ -153,9 +218,13 @@ def _or_none(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 _TIME = (_or_none(is_unix_time), "a time in Unix seconds, or null")
+
 _LAMBDA = (_or_none(_amount_up_to(MOST_LAMBDA)), f"a number from 0 to {MOST_LAMBDA:g}, or null")
+
 _COUNT = (_or_none(_is_count), "a whole number of 1 or more, or null")
+
 _USD = (_or_none(_amount_up_to(MOST_USD)), f"an amount of USD from 0 to {MOST_USD:,.0f}, or null")
+
 _FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "name": (_is_text, "a text"),
     "digest": (_is_digest, "a digest"),
@@ -170,6 +239,7 @@ _FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "previous_digest": (_or_none(_is_digest), "a digest, or null"),
     "previous_until": _TIME,
 }
+
 _LIMIT_FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "requests_per_minute": _COUNT,
     "tokens_per_minute": _COUNT,

@@ -1,5 +1,3 @@
-"""What a request used and cost: every vendor's report read into one form, priced, and written as JSON."""
-
 from __future__ import annotations
 
 import json
@@ -12,6 +10,7 @@ from typing import Any
 import orjson
 
 from router_core.pricing import TokenUsage, bill_usd, picousd
+from router_core.tokens import BYTES_PER_TOKEN
 from router_core.types import Price
 
 
@@ -55,6 +54,7 @@ _OF_PROMPT = (
     *("prompt_tokens", "cached_tokens", "written_tokens", "written_1h_tokens"),
     *("audio_input_tokens", "cached_audio_tokens", "image_input_tokens"),
 )
+
 _OF_ANSWER = ("output_tokens", "reasoning_tokens", "audio_output_tokens", "image_output_tokens")
 
 
@@ -101,12 +101,15 @@ class UsageRecord:
 
 
 _NAMES = tuple(column.name for column in fields(UsageRecord))
+
 _STORED = (*_NAMES, "cost_picousd")
+
 _values = attrgetter(*_NAMES)
 
 
 MAX_TOKENS = 10**12
 """Of one request; a report of more is none."""
+
 _APART = frozenset(
     {"cache_read_input_tokens", "cache_creation_input_tokens", "cacheReadInputTokens", "cacheWriteInputTokens"}
 )
@@ -118,9 +121,13 @@ def _meanings(**names: str) -> Mapping[str, str]:
 
 
 _READ = "cached_tokens num_cached_tokens prompt_cache_hit_tokens cachedContentTokenCount cache_read_tokens cache_read"
+
 _WRITTEN = "cache_write_tokens cache_creation_tokens cached_creation_tokens cache_write_input_tokens cache_creation"
+
 _WRITTEN_5M = "ephemeral_5m_input_tokens claude_cache_creation_5_m_tokens"
+
 _WRITTEN_1H = "ephemeral_1h_input_tokens claude_cache_creation_1_h_tokens"
+
 _MEANINGS = _meanings(
     prompt="prompt_tokens input_tokens promptTokenCount inputTokens prompt_eval_count",
     output="completion_tokens output_tokens candidatesTokenCount outputTokens eval_count",
@@ -133,12 +140,17 @@ _MEANINGS = _meanings(
     reasoning="reasoning_tokens thoughtsTokenCount",
 )
 """What a count in `usage` itself means."""
+
 _OF_PROMPT_NAMES = _meanings(cached=_READ, written=_WRITTEN, audio_in="audio_tokens", image_in="image_tokens")
+
 _OF_ANSWER_NAMES = _meanings(
     reasoning="reasoning_tokens thinking_tokens reasoning", audio_out="audio_tokens", image_out="image_tokens"
 )
+
 _OF_CACHED_NAMES = _meanings(audio_cached="audio_tokens")
+
 _OF_WRITTEN_NAMES = _meanings(written_5m=_WRITTEN_5M, written_1h=_WRITTEN_1H)
+
 _DETAILS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         **dict.fromkeys(("prompt_tokens_details", "input_tokens_details", "input_token_details"), _OF_PROMPT_NAMES),
@@ -150,7 +162,9 @@ _DETAILS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     }
 )
 """Members that are objects, in `usage` or in one another → what a count in them means. Gemini's are lists."""
+
 _ELSEWHERE = ("usageMetadata", "usage_metadata")
+
 _WITHIN = ("x_groq", "message", "response")
 """Members of a chunk with a `usage` of their own: Groq's, Anthropic's message_start, events of the Responses API."""
 
@@ -329,3 +343,62 @@ def cost_usd(counts: TokenCounts, price: Price | None) -> float | None:
     if price is None or counts.prompt_tokens is None or counts.output_tokens is None:
         return None
     return bill_usd(price, buckets_of(counts))
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What is known of a request beside what its model reported."""
+
+    prompt_tokens: int
+    """As estimated from the request."""
+    output_bytes: int
+    """UTF-8, of the answer as far as it came."""
+    unreported_bytes: int | None = None
+    """Of these, those that came after the last report of usage. None: all."""
+    has_content: bool = False
+    """Something came, if not in bytes of text."""
+
+    @property
+    def output_tokens(self) -> int:
+        return -(-self.output_bytes // BYTES_PER_TOKEN)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    usd: float | None
+    """None: the price is not known."""
+    estimated: bool = False
+
+
+def believed(counts: TokenCounts, received: Received) -> TokenCounts:
+    """The report as far as it can be true. The rest of it is None.
+
+    Nobody answers a prompt without tokens, and no text has none: such zeros are what some servers send while they have
+    not counted yet. A report in the middle of a stream says nothing of what came after it: where the bytes of the whole
+    answer make more tokens than it counts, it is no longer what was used. The last report, at the end, always is.
+    """
+    prompt, output = counts.prompt_tokens or None, counts.output_tokens
+    rest = received.output_bytes if received.unreported_bytes is None else received.unreported_bytes
+    too_few = output is not None and rest > 0 and output < received.output_tokens
+    if too_few or (not output and (received.output_bytes or received.has_content)):
+        output = None
+    if prompt == counts.prompt_tokens and output == counts.output_tokens:
+        return counts
+    return replace(counts, prompt_tokens=prompt, output_tokens=output)
+
+
+def cost_of(counts: TokenCounts, price: Price | None, received: Received, *, billed: bool) -> Cost:
+    """`billed`: the model began, as far as is known. One that refused, or could not be reached, costs nothing."""
+    reported = cost_usd(counts, price)
+    if reported is not None:
+        return Cost(reported)
+    if not billed:
+        return Cost(0.0)
+    if price is None:
+        return Cost(None)
+    estimated = replace(
+        counts,
+        prompt_tokens=received.prompt_tokens if counts.prompt_tokens is None else counts.prompt_tokens,
+        output_tokens=received.output_tokens if counts.output_tokens is None else counts.output_tokens,
+    )
+    return Cost(bill_usd(price, buckets_of(estimated)), estimated=True)

@@ -1,5 +1,3 @@
-"""The price feed: a price map fetched, checked whole, then stored for the models it knows. States no price itself."""
-
 from __future__ import annotations
 
 import asyncio
@@ -13,20 +11,21 @@ import httpx
 
 from proxy.outbound import WayOutError, async_http_client
 from proxy.settings.schema import Settings
-from proxy.state.catalog import Catalog, InvalidPriceMap, bundled_catalog, parse_price_map
-from proxy.state.holder import StateHolder
-from proxy.state.records import LivePrice, ModelRecord
-from proxy.state.registry import Registry
-from proxy.state.registry_errors import UnknownModel
-from proxy.state.store import Store, StoreUnavailable
+from proxy.storage.models import LivePrice, ModelRecord
+from proxy.storage.price_map import Catalog, InvalidPriceMap, bundled_catalog, parse_price_map
+from proxy.storage.redis import Store, StoreUnavailable
+from proxy.storage.registry import Registry, UnknownModel
+from proxy.storage.snapshot import StateHolder
 from router_core.documents import MAX_PRICES_BYTES, parse_json
 from router_core.types import Price
 
 log = logging.getLogger("uniroute.prices")
 
 FEED_TIMEOUT_S = 15.0
+
 TURN = "uniroute:pricing-feed"
 """Held by the process whose turn it is to read the feed."""
+
 FIRST_LOOK_S = 1.0
 
 

@@ -1,5 +1,3 @@
-"""Every connection to Redis is opened here: to one server, over TLS, or to the primary that sentinels name."""
-
 from __future__ import annotations
 
 import asyncio
@@ -26,17 +24,21 @@ log = logging.getLogger("uniroute.store")
 
 SENTINEL_S = 0.2
 """How long one sentinel is waited for; the next is asked then."""
+
 KEEP_ALIVE: Final = {
     getattr(socket, name): value
     for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
     if hasattr(socket, name)
 }
 """A subscription says nothing for hours: a host that is gone ends it within half a minute."""
+
 IS_CLUSTER = (
     "is a node of a Redis Cluster, which is not supported: changes touch keys of many slots at once."
     " Give a single server in redis_url, or sentinels (redis+sentinel://)"
 )
+
 IS_SENTINEL = "is a Sentinel, not a server: write redis+sentinel://HOST:PORT/SERVICE in redis_url"
+
 IS_REPLICA = "is a replica, which takes no writes: give its primary in redis_url, or sentinels (redis+sentinel://)"
 
 

@@ -1,15 +1,23 @@
-"""The one way to Redis: its connection, its time limits, and one error for all that can go wrong with it."""
+"""Commands in the bytes of Redis' protocol, and a round trip for many of them: a pipeline of redis-py at half the cost.
+
+What makes a pipeline dear is done for every command: its options, its observation and a time limit of its own.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import math
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final
 from urllib.parse import quote
 
+import orjson
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -17,21 +25,232 @@ from redis.exceptions import ConnectionError as ConnectionFailed
 from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as NoAnswer
 
-from proxy.concurrency import to_its_end
+from proxy.concurrency import end, to_its_end
 from proxy.settings.models import SettingsError
 from proxy.settings.redis_address import RedisAddress
 from proxy.settings.schema import Settings
-from proxy.state.embedded import EmbeddedStoreFailed, EmbeddedValkey
-from proxy.state.packed import exchange, packed
-from proxy.state.redis_server import IS_REPLICA, RedisServer, SentinelPool, UnsuitableServer
-from proxy.state.silence import Silence
+from proxy.storage.redis_server import IS_REPLICA, RedisServer, SentinelPool, UnsuitableServer
+from proxy.storage.valkey import EmbeddedStoreFailed, EmbeddedValkey
+from router_core.errors import InvalidInput
+
+VERSION: Final = "uniroute:version"
+
+MODELS: Final = "uniroute:models"
+
+PROFILES: Final = "uniroute:profiles"
+
+EARLIER: Final = f"{PROFILES}:earlier"
+"""The profile of a model on the map before, for processes that still use that map, or will again."""
+
+KEYS: Final = "uniroute:keys"
+
+PRICING: Final = "uniroute:pricing"
+"""The channel on which whoever writes a price publishes the model's name; with `:<model>` the hash itself."""
+
+CHANGED: Final = "uniroute:changed"
+"""The channel on which every other change publishes the new version."""
+
+
+def price_key(model: str) -> str:
+    return f"{PRICING}:{model}"
+
+
+MAX_CHARS: Final = 4_000_000
+"""A profile of a map of a thousand clusters has some 200,000."""
+
+MAX_DEPTH: Final = 100
+
+MAX_WHOLE: Final = 2**53 - 1
+"""Beyond, the numbers of Lua and of JSON's readers are no longer exact."""
+
+LAST_TIME: Final = math.nextafter(1e11, 0)
+"""Unix seconds: what is later is a mistake."""
+
+_RARE = re.compile(r"\\u|\d{19}|[eE]\+?\d{3}", re.ASCII)
+"""What half characters, infinite numbers and those of more than 64 bits are written with."""
+
+_NUMERAL = re.compile(r"[+-]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][+-]?\d{1,4})?", re.ASCII)
+
+
+class InvalidRecord(InvalidInput):
+    """A stored entry that is not what we write; the message says what is wrong with it."""
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Raises InvalidRecord."""
+    if len(text) > MAX_CHARS:
+        raise InvalidRecord(f"has {len(text)} characters; {MAX_CHARS} are read at most")
+    try:
+        stored = json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRecord(f"not JSON: {error}") from error
+    if not isinstance(stored, dict):
+        raise InvalidRecord(f"must be a JSON object; got {type(stored).__name__}")
+    if text.count("[") + text.count("{") > MAX_DEPTH and _is_deeper(stored, MAX_DEPTH):
+        raise InvalidRecord(f"is nested deeper than {MAX_DEPTH} levels")
+    if _RARE.search(text):
+        _check_can_be_sent(stored)
+    return stored
+
+
+def number(value: object, most: float = 1e15) -> float | None:
+    """A number from 0 to `most`, stated as such or as text. None: it is nothing of the kind."""
+    if isinstance(value, str) and len(value) < 100 and _NUMERAL.fullmatch(value.strip()):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+        return None
+    return float(value)
+
+
+def whole_number(value: object, most: int = MAX_WHOLE) -> int | None:
+    """A whole number from 0 to `most`, stated as such or as text. None: it is nothing of the kind."""
+    found = number(value, most)
+    return int(found) if found is not None and found.is_integer() else None
+
+
+def is_unix_time(value: object) -> bool:
+    return not isinstance(value, str) and number(value, LAST_TIME) is not None
+
+
+def unix_time(value: Any) -> float:
+    """Raises InvalidRecord."""
+    if not is_unix_time(value):
+        raise InvalidRecord(f"a time must be Unix seconds; got {value!r}"[:200])
+    return float(value)
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    """Level by level, for recursion is what deep values are feared for."""
+    level = [value]
+    for _ in range(levels):
+        level = [inner for each in level if isinstance(each, dict | list) for inner in _inner(each)]
+        if not level:
+            return False
+    return any(isinstance(each, dict | list) for each in level)
+
+
+def _inner(value: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else value
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _check_can_be_sent(stored: object) -> None:
+    """Raises InvalidRecord: no upstream and no administrator could be sent it."""
+    try:
+        json.dumps(stored, allow_nan=False)
+        orjson.dumps(stored)
+    except (ValueError, TypeError) as error:
+        raise InvalidRecord(f"holds what no JSON can be sent with: {error}") from error
+
+
+def packed(words: Iterable[str]) -> bytes:
+    """One command of these words: an array of bulk strings."""
+    bulk = [b"$%d\r\n%b\r\n" % (len(data), data) for data in (word.encode("utf-8", "replace") for word in words)]
+    return b"*%d\r\n" % len(bulk) + b"".join(bulk)
+
+
+async def exchange(client: Redis, commands: Sequence[bytes]) -> list[Any]:
+    """A reply to each, or the ResponseError in its place, as a pipeline gives them that is no transaction; and where a
+    pooled connection went stale it tries again, as that does.
+
+    Without a time limit: whoever asks has one for the whole. Where that cuts it off, the connection is closed.
+
+    Raises:
+        RedisError, OSError: of the connection.
+    """
+    pool: Any = client.connection_pool
+    connection = await pool.get_connection()
+    try:
+        replies: list[Any] = await connection.retry.call_with_retry(
+            lambda: _exchange(connection, commands), lambda _: connection.disconnect(nowait=True)
+        )
+        return replies
+    finally:
+        await pool.release(connection)
+
+
+async def _exchange(connection: Any, commands: Sequence[bytes]) -> list[Any]:
+    await connection.send_packed_command(list(commands))
+    return [await _reply(connection) for _ in commands]
+
+
+async def _reply(connection: Any) -> Any:
+    try:
+        return await connection.read_response(timeout=math.inf)
+    except ResponseError as error:
+        return error
+
+
+PING_S = 2.0
+"""One ping waits this long: it is answered as soon as the server is, and few connections pile up in front of it."""
+
+PROBE_INTERVAL_S = 0.25
+
+
+class Silence:
+    """Ends by itself. While it lasts nobody needs to wait for the server."""
+
+    def __init__(self, server: RedisServer, before_its_end: Callable[[], Awaitable[None]]) -> None:
+        self._server = server
+        self._before_its_end = before_its_end
+        self._since: float | None = None
+        self._pinging: asyncio.Task[None] | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it has lasted; None: the server answers for all we know."""
+        return None if self._since is None else time.monotonic() - self._since
+
+    def begin(self) -> None:
+        if self._since is None:
+            self._since = time.monotonic()
+            self._pinging = asyncio.create_task(self._until_it_answers(), name="uniroute-ping")
+
+    async def close(self) -> None:
+        await end(self._pinging)
+
+    async def _until_it_answers(self) -> None:
+        pool = self._server.pool(
+            socket_timeout=PING_S, socket_connect_timeout=PING_S, retry=Retry(NoBackoff(), 0), timeout=None
+        )
+        client = Redis.from_pool(pool)
+        try:
+            while True:
+                if await _answers(client):
+                    await self._before_its_end()
+                    return
+                await asyncio.sleep(PROBE_INTERVAL_S)
+        finally:
+            self._since = None
+            await client.aclose()
+
+
+async def _answers(client: Redis) -> bool:
+    """Also with an error, or by refusing the connection: whoever asks then need not wait to be told."""
+    try:
+        async with asyncio.timeout(PING_S):
+            reply: Any = client.ping()  # typed for the blocking client too: "Awaitable[bool] | bool"
+            await reply
+    except (NoAnswer, TimeoutError):
+        return False
+    except (RedisError, OSError):
+        return True
+    return True
+
 
 OPERATION_S = 0.75
 """All of an operation, whatever redis-py retries: an admin call that meets a silent server answers within a second."""
+
 READING_S = 0.05
+
 CONNECTIONS = 16
 """At most: a server of one thread answers no faster over more. Further operations wait for one, within OPERATION_S."""
+
 RETRY_INTERVAL_S = 0.5
+
 CONFIRMED_MS = 200
 """How long a replica is waited for, that has an administrator's change too."""
 

@@ -19,23 +19,30 @@ from redis.exceptions import RedisError
 
 from proxy.concurrency import end
 from proxy.settings.models import check_model_name
-from proxy.state.complaints import Complaints
-from proxy.state.store import Store, StoreUnavailable
-from proxy.state.stored_json import json_object, unix_time, whole_number
+from proxy.storage.complaints import Complaints
+from proxy.storage.redis import Store, StoreUnavailable, json_object, unix_time, whole_number
 
 log = logging.getLogger("uniroute.conversations")
 
 PREFIX: Final = "uniroute:conversation"
+
 ASK_S = 0.04
 """How long a request waits for Redis, once."""
+
 AGAIN_S = 1.0
 """After Redis did not answer, one request in so many seconds asks it again."""
+
 MOST_LOCAL = 4_096
+
 MOST_QUEUED = 20_000
+
 BATCH = 500
+
 SETTLE_S = 0.01
 """Between two writes: what comes meanwhile is written together."""
+
 RETRY_S = 1.0
+
 _FUTURE_S = 60.0
 """How far the clocks of two machines may lie apart."""
 

@@ -1,5 +1,3 @@
-"""How long answers of live traffic are, per model and cluster: decayed sums of this process. Stores nothing."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,11 +12,15 @@ from router_core.types import Doubles, Floats, Indices
 
 HALF_LIFE = 200.0
 """Answers of one model after which an answer counts half."""
+
 PRIOR_ANSWERS = 20.0
 """How many live answers the validation answers of a profile weigh, all together: they are shorter than real ones."""
+
 AT_ONCE = 128
 """Answers of one model that are added up together, unless somebody asks before."""
+
 _TOKENS, _SECONDS, _WEIGHT = range(3)
+
 _Answer = tuple[Any, Any, float, float]
 """Cluster ids, their weights, tokens, seconds."""
 

@@ -1,5 +1,3 @@
-"""What is wrong with stored values, each told once."""
-
 from __future__ import annotations
 
 import logging
@@ -8,6 +6,7 @@ from typing import Final
 from proxy.safety.plain_text import plain
 
 MAX_COMPLAINTS: Final = 1000
+
 MAX_SHOWN: Final = 300
 
 
