@@ -38,8 +38,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, cast
 
-from proxy.health.retry_after import NAMES, told_wait
 from proxy.safety.json_shape import check_shape
+from proxy.upstream.circuit_breaker import NAMES, told_wait
 
 RETRYABLE = frozenset({408, 429})
 """And every 5xx: the next model in rank may still answer."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from proxy.errors import error_object
-from proxy.relay.sse import dump
+from proxy.upstream.sse import dump
 
 URL_BYTES = 8 * 1024
 HEADERS = 128

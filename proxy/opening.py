@@ -17,11 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from proxy.cluster_maps import open_map
 from proxy.concurrency import PATIENCE_S, end, in_stoppable_thread, to_its_end
-from proxy.health.capacity import Capacities
 from proxy.health.exposition import HealthCollector
-from proxy.health.health import ModelHealth
-from proxy.health.roster import Roster
-from proxy.health.sharing import HealthSharing
 from proxy.jobs.answering import UpstreamAnswerer
 from proxy.jobs.jobs import Jobs
 from proxy.jobs.onboarding import onboarding
@@ -46,8 +42,10 @@ from proxy.storage.snapshot import StateHolder, Surroundings
 from proxy.storage.traffic_stats import LiveExpectations
 from proxy.storage.usage_journal import Journals
 from proxy.storage.usage_writer import UsageRecorder
-from proxy.upstream.resolving import Resolver
-from proxy.upstream.upstream import Upstream
+from proxy.upstream.client import Upstream
+from proxy.upstream.concurrency_limit import Capacities
+from proxy.upstream.health import HealthSharing, ModelHealth, Roster
+from proxy.upstream.provider_resolution import Resolver
 from router_core.clustering import ClusterMap
 from router_core.embedding import open_embedder
 from router_core.errors import RouterCoreError

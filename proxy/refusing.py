@@ -6,7 +6,7 @@ from starlette.responses import Response
 
 from proxy.errors import ClientGone, ProxyError, describe
 from proxy.foreign_errors import FOREIGN, translated
-from proxy.relay.sse import dump
+from proxy.upstream.sse import dump
 
 TOLD: tuple[type[Exception], ...] = (ProxyError, ClientGone, *FOREIGN)
 """What `response_of` knows."""

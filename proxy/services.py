@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from proxy.health.capacity import Capacities
-from proxy.health.health import ModelHealth
 from proxy.jobs.jobs import Jobs
 from proxy.limits.limiter import Limiter
 from proxy.recording.metrics import Metrics
@@ -21,8 +19,10 @@ from proxy.storage.sessions import Conversations
 from proxy.storage.snapshot import StateHolder
 from proxy.storage.traffic_stats import LiveExpectations
 from proxy.storage.usage_writer import UsageRecorder
-from proxy.upstream.resolving import Resolver
-from proxy.upstream.upstream import Upstream
+from proxy.upstream.client import Upstream
+from proxy.upstream.concurrency_limit import Capacities
+from proxy.upstream.health import ModelHealth
+from proxy.upstream.provider_resolution import Resolver
 
 log = logging.getLogger("uniroute")
 

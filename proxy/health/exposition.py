@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Iterator
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from proxy.health.health import ModelHealth
 from proxy.recording.series import Counted, Level
 from proxy.recording.values import Values
+from proxy.upstream.health import ModelHealth
 
 
 class HealthCollector(Collector):

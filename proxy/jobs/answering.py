@@ -10,9 +10,9 @@ from time import monotonic
 from typing import Any, Protocol
 
 from proxy.errors import AnswerTooLarge, UpstreamFailure
-from proxy.health.retry_after import stated_wait_s
 from proxy.storage.models import ModelRecord
 from proxy.storage.usage import Received, TokenCounts, believed, counts_of, usage_of
+from proxy.upstream.circuit_breaker import stated_wait_s
 from proxy.upstream.payload import Payload
 
 WORTH_RETRYING = frozenset({408, 409, 425, 429})

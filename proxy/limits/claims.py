@@ -17,7 +17,7 @@ from proxy.settings.schema import Settings
 from proxy.storage.client_keys import KeyLimits
 from proxy.storage.models import ModelRecord
 from proxy.storage.snapshot import RoutingState
-from proxy.upstream.call import arm_body, fixes_parameters
+from proxy.upstream.litellm.params import arm_body, fixes_parameters
 from proxy.upstream.origins import address_of
 from proxy.words import words
 from router_core.pricing import max_price_usd, picousd

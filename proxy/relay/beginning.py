@@ -8,14 +8,12 @@ from time import monotonic
 
 from proxy.errors import UpstreamFailure
 from proxy.recording.meter import Meter
-from proxy.relay.chunks import has_content, is_empty_answer
 from proxy.relay.silence import Silence
-from proxy.relay.sse import dump
 from proxy.relay.turns import Turn
 from proxy.storage.usage import usage_of
-from proxy.upstream.events import is_finished
-from proxy.upstream.payload import Payload
-from proxy.upstream.upstream import Blocks
+from proxy.upstream.client import Blocks
+from proxy.upstream.payload import Payload, has_content, is_empty_answer, is_finished
+from proxy.upstream.sse import dump
 
 MOST_HELD = 1000
 """Chunks without content that are kept until the first with some, to be shown before it; more of them are dropped, and

@@ -10,12 +10,9 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from proxy.errors import ModelBusy, UpstreamFailure
-from proxy.health.capacity import Capacities, CapacityLimits
-from proxy.health.health import ModelHealth
 from proxy.hops import instance_id
 from proxy.recording.meter import Meter
 from proxy.relay.beginning import OpenStream, begin
-from proxy.relay.chunks import content_bytes, is_empty_answer
 from proxy.relay.turns import Turn
 from proxy.routing.request import ChatRequest
 from proxy.routing.sizes import limited
@@ -23,8 +20,10 @@ from proxy.settings.schema import NOTHING_STATED, Settings, Timeouts, timeouts_f
 from proxy.storage.models import ModelRecord
 from proxy.storage.snapshot import RoutingState
 from proxy.trace import Trace
-from proxy.upstream.payload import Payload
-from proxy.upstream.upstream import Upstream
+from proxy.upstream.client import Upstream
+from proxy.upstream.concurrency_limit import Capacities, CapacityLimits
+from proxy.upstream.health import ModelHealth
+from proxy.upstream.payload import Payload, content_bytes, is_empty_answer
 from router_core.pool import NO_LIMIT
 
 Answer = TypeVar("Answer")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from proxy.relay.sse import KEEP_ALIVE
+from proxy.upstream.sse import KEEP_ALIVE
 
 
 class KeepAlive:

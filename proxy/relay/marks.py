@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from proxy.relay.chunks import choices_of
-from proxy.relay.plain import plain_text
 from proxy.routing.thread import Thread
 from proxy.routing.trail import Trail, leaves_marks, newest_question
 from proxy.storage.sessions import Conversations, scoped
+from proxy.upstream.payload import choices_of, plain_text
 
 MOST_CHOICES = 16
 """Of one answer with `n`: a caller goes on with one of them."""

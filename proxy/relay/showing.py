@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from proxy.recording.meter import Meter
-from proxy.relay.chunks import content_bytes, is_usage_chunk, says_no_usage, usage_chunk
-from proxy.relay.sse import event
 from proxy.storage.usage import usage_of
-from proxy.upstream.payload import Payload
+from proxy.upstream.payload import Payload, content_bytes, is_usage_chunk, says_no_usage, usage_chunk
+from proxy.upstream.sse import event
 
 
 class Shown:

@@ -27,7 +27,7 @@ from proxy.relay.beginning import OpenStream
 from proxy.relay.disconnect import cut_ending, until_gone
 from proxy.relay.keeping_alive import KeepAlive
 from proxy.relay.showing import Shown
-from proxy.relay.sse import DONE, event
+from proxy.upstream.sse import DONE, event
 
 HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",

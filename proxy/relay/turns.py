@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from proxy.errors import UpstreamFailure
-from proxy.health.capacity import Slot
-from proxy.health.health import Attempt
 from proxy.recording.meter import Meter
+from proxy.upstream.concurrency_limit import Slot
+from proxy.upstream.health import Attempt
 
 
 class Turn:

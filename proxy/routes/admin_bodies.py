@@ -17,7 +17,7 @@ from proxy.settings.litellm_names import is_model_info_of_litellm
 from proxy.settings.models import ModelEntry, ParamError, SettingsError, resolve_secret
 from proxy.settings.schema import ProfileSettings, Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream.call import is_provider_param
+from proxy.upstream.litellm.params import is_provider_param
 from proxy.upstream.origins import ADDRESSES, check_secrets_stay
 from router_core.clustering import ClusterMap
 from router_core.profiles import Profile

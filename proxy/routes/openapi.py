@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 
 from proxy.openapi.document import document
-from proxy.relay.sse import dump
+from proxy.upstream.sse import dump
 
 router = APIRouter()
 

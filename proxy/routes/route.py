@@ -7,11 +7,11 @@ from fastapi import APIRouter, Request, Response
 from proxy.body import read_body
 from proxy.head import head_of
 from proxy.pipeline import chosen
-from proxy.relay.sse import dump
 from proxy.routes.context import Caller, OurServices
 from proxy.routing.explaining import to_json
 from proxy.routing.options import READ_HEADERS
 from proxy.routing.request import parse_chat
+from proxy.upstream.sse import dump
 
 router = APIRouter()
 

@@ -13,7 +13,13 @@ from pydantic_core import InitErrorDetails
 from proxy.routing.refused import is_control_field
 from proxy.safety.redaction import is_reference, is_secret_name, shown
 from proxy.settings.litellm_names import PARAMS
-from proxy.upstream.call import CHAT_FIELDS, OPENAI_ONLY, PROVIDER_FAMILIES, PROVIDER_PARAMS, is_provider_param
+from proxy.upstream.litellm.params import (
+    CHAT_FIELDS,
+    OPENAI_ONLY,
+    PROVIDER_FAMILIES,
+    PROVIDER_PARAMS,
+    is_provider_param,
+)
 from proxy.words import words
 from router_core.types import DEAREST, PRICE_FIELDS, Price, flat_price_field, price_field
 

@@ -1,76 +1,53 @@
-"""Calls to models through litellm's SDK, and what really came back. Never litellm.proxy, no retries, no callbacks."""
-
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections import OrderedDict
-from collections.abc import AsyncGenerator, Collection, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
+from time import monotonic
 from typing import Any
 
-import httpx
-
-from proxy.concurrency import PATIENCE_S, end, in_own_thread, read_gently, to_its_end
-from proxy.errors import UpstreamFailure
-from proxy.outbound import Outbound, OutboundError, Trust
-from proxy.settings.models import SettingsError, resolve_secret
+from proxy.concurrency import end
+from proxy.errors import CannotTranslate, UpstreamFailure
+from proxy.outbound import Outbound
 from proxy.settings.schema import Settings
-from proxy.storage.models import ModelRecord
+from proxy.storage.models import ModelRecord, Resolved
 from proxy.upstream.answer_room import AnswerRoom
-from proxy.upstream.call import STRAYING, Provider, arm_body, call_arguments, is_provider_param, secrets_of
-from proxy.upstream.events import ChoiceEnds, answers_of, is_finished
-from proxy.upstream.failures import unreachable, without
-from proxy.upstream.origins import STAND_IN, key_of_call
-from proxy.upstream.provider_layer import handler_over, import_litellm, keep_no_books, warm_up
-from proxy.upstream.tidying import keep_tidy
-from proxy.upstream.wire import Exchange, chunks_of, open_pool, watched
-from proxy.words import words
-
-__all__ = ["LitellmUpstream", "UpstreamFailure"]
+from proxy.upstream.litellm.client import LitellmUpstream
+from proxy.upstream.openai_client import RelayedCall, RelayUpstream
+from proxy.upstream.payload import Payload
+from proxy.upstream.provider_resolution import plainly
+from proxy.upstream.stream_options import StreamOptions
 
 log = logging.getLogger("uniroute.upstream")
 
-MOST_CLIENTS = 256
-ODD_BODIES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What litellm raises where a caller's or a model's JSON has another shape than it expects."""
-Chunks = AsyncGenerator[dict[str, Any]]
+FIRST_PAUSE_S = 10.0
+
+LONGEST_PAUSE_S = 300.0
+"""Between two attempts to import litellm."""
+
+Blocks = AsyncIterator[list[Payload]]
+"""Chunks of a stream, those together that came together."""
 
 
-class LitellmUpstream:
-    """One per process, on one event loop. `prepare` before the first call."""
+class Upstream:
+    """One per process, on one event loop. litellm is imported when a model first needs it, in a thread."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        environ: Mapping[str, str],
-        room: AnswerRoom | None = None,
-        outbound: Outbound | None = None,
-    ) -> None:
-        self._settings = settings
-        self._room = room or AnswerRoom()
-        self._outbound = outbound or Outbound(environ)
-        self._environ = environ
-        self._litellm: Any = None
-        self._longest_s = max(settings.request_timeout_s, settings.stream_timeout_s)  # shorter ones are the attempts'
-        self._pool = open_pool(self._longest_s, self._outbound)
-        self._handler: Any = None
-        self._tidying: asyncio.Task[None] | None = None
-        self._clients: OrderedDict[tuple[str, ...], Any] = OrderedDict()
-
-    @property
-    def ready(self) -> bool:
-        return self._litellm is not None
-
-    async def prepare(self) -> None:
-        """Imports litellm, which takes seconds, in a thread."""
-        if self._litellm is None:
-            litellm = await in_own_thread(import_litellm)
-            await warm_up(litellm)
-            litellm.aclient_session = self._pool  # for azure, which else gets a client that nobody tidies or bounds
-            self._handler = handler_over(self._pool)
-            self._tidying = asyncio.create_task(keep_tidy(self._pool), name="uniroute-tidying")
-            self._litellm = litellm
+    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
+        outbound = Outbound(environ)
+        for problem in outbound.problems():
+            log.warning("environment: %s", problem)
+        self.room = AnswerRoom(settings.max_answer_bytes, settings.max_answers_in_flight_bytes)
+        self._relay = RelayUpstream(settings, environ, outbound, self.room)
+        self._translate = LitellmUpstream(settings, environ, self.room, outbound)
+        self._stream_options = StreamOptions()
+        self._loading: asyncio.Task[None] | None = None
+        self._tried = asyncio.Event()
+        """litellm was imported, or could not be."""
+        self._failed: str | None = None
+        """Why it could not, the last time."""
+        self._next_try = 0.0
+        self._translated: frozenset[str] = frozenset()
 
     async def complete(
         self,
@@ -78,24 +55,22 @@ class LitellmUpstream:
         body: Mapping[str, Any],
         headers: Mapping[str, str] | None = None,
         *,
+        raw: bytes | None = None,
         connect_s: float | None = None,
-    ) -> dict[str, Any]:
-        """The whole answer in OpenAI's format, untouched where that is the upstream's own. Raises UpstreamFailure."""
-        await self.prepare()
-        with self._watched(record, body, connect_s) as exchange:
-            provider, arguments = self._arguments(record, body, headers, exchange)
-            keep_no_books()
-            try:
-                answer = await self._called(arguments)
-            except self._failures as error:
-                if not provider.openai_format or exchange.completion is None:
-                    raise without(provider.secrets, exchange.failure_of(error)) from error
-                return exchange.completion
-            if not (provider.openai_format and exchange.is_chat_format):
-                return _plain(answer)
-            if exchange.completion is None:
-                raise without(provider.secrets, exchange.failure_of(None))
-            return exchange.completion
+    ) -> Payload:
+        """The whole answer in OpenAI's format.
+
+        Args:
+            raw: what `body` was parsed from, if all of it is for the upstream: then it goes there as it is.
+
+        Raises:
+            UpstreamFailure: there is none.
+        """
+        resolved = relayed(record)
+        if resolved is not None:
+            return await self._relay.complete(RelayedCall(record, resolved, body, headers or {}, raw, connect_s))
+        await self.loaded()
+        return Payload(await self._translate.complete(record, body, headers, connect_s=connect_s))
 
     async def stream(
         self,
@@ -103,220 +78,107 @@ class LitellmUpstream:
         body: Mapping[str, Any],
         headers: Mapping[str, str] | None = None,
         *,
+        raw: bytes | None = None,
         connect_s: float | None = None,
-        asks_usage: bool = True,
-    ) -> Chunks:
+    ) -> Blocks:
         """Chunks in OpenAI's format, the last with usage and no choices. Close it to close the upstream's connection.
 
         Raises:
             UpstreamFailure: here if the upstream refused, later where the stream breaks or ends without its end.
         """
-        await self.prepare()
-        with self._watched(record, body, connect_s, streams=True) as exchange:
-            provider, arguments = self._arguments(record, body, headers, exchange, asks_usage=asks_usage)
-            exchange.in_openais_format = provider.openai_format
-            keep_no_books()
-            try:
-                answer = await self._called(arguments)
-            except self._failures as error:
-                raise without(provider.secrets, exchange.failure_of(error)) from error
-            except BaseException:
-                await exchange.aclose()
-                raise
-            if exchange.response is not None and exchange.is_read_here:
-                chunks = chunks_of(exchange.response, self._room, exchange.answers)
-            else:
-                chunks = self._converted(answer, exchange)
-            return _shown(chunks, exchange, provider.secrets)
-
-    def _watched(
-        self, record: ModelRecord, body: Mapping[str, Any], connect_s: float | None, *, streams: bool = False
-    ) -> contextlib.AbstractContextManager[Exchange]:
-        within_s = connect_s or self._settings.connect_timeout_s
-        return watched(within_s, streams=streams, answers=answers_of(body), room=self._room, model=record.name)
-
-    async def _called(self, arguments: Mapping[str, Any]) -> Any:
-        return await to_its_end(self._litellm.acompletion(**arguments), cancelled_again_s=PATIENCE_S)
-
-    async def _converted(self, answer: Any, exchange: Exchange) -> AsyncGenerator[dict[str, Any]]:
-        """Chunks that litellm made of another format; its usage chunk carries a choice, ours none."""
-        ends, first_id = ChoiceEnds(), None
         try:
-            async for converted in read_gently(answer):
-                chunk = _plain(converted)
-                first_id = chunk["id"] = first_id or chunk.get("id")  # it gives some formats a new id with every chunk
-                if chunk.get("usage") and ends.all():
-                    chunk["choices"] = []
-                if is_finished(chunk) and _is_made_up(answer):
-                    break
-                ends.see(chunk["choices"])
-                yield chunk
-        except self._failures as error:
-            if not ends.all(exchange.answers):
-                raise exchange.failure_of(error) from error
-        if not ends.all():
-            raise UpstreamFailure("the model's stream ended before its answer did")
+            return await self._stream(record, body, headers or {}, raw, connect_s)
+        except UpstreamFailure as failure:
+            if not self._stream_options.are_in_doubt(record, failure):
+                raise
+        stream = await self._stream(record, body, headers or {}, raw, connect_s, without_options=True)
+        self._stream_options.were_refused(record)
+        return stream
 
-    async def aclose(self) -> None:
-        await end(self._tidying)
-        if self._litellm is not None and self._litellm.aclient_session is self._pool:
-            self._litellm.aclient_session = None
-            self._litellm.in_memory_llm_clients_cache.flush_cache()  # of clients around the pool
-        await self._pool.aclose()
-
-    @property
-    def _failures(self) -> tuple[type[Exception], ...]:
-        import openai
-
-        return (openai.OpenAIError, httpx.HTTPError, httpx.StreamError, OSError, *ODD_BODIES)
-
-    def _arguments(
+    async def _stream(
         self,
         record: ModelRecord,
         body: Mapping[str, Any],
-        headers: Mapping[str, str] | None,
-        exchange: Exchange,
+        headers: Mapping[str, str],
+        raw: bytes | None,
+        connect_s: float | None,
         *,
-        asks_usage: bool = True,
-    ) -> tuple[Provider, dict[str, Any]]:
-        params = self._provider_params(record)
-        exchange.transport, exchange.trust = self._pool._transport, self._trust(record, params.pop("ssl_verify", None))
-        provider = self._provider(record, params)
-        if provider.api_key == STAND_IN:
-            params["api_key"] = STAND_IN  # else litellm looks one up
-        merged = arm_body(record.litellm_params, body)
-        own_headers = {**(params.pop("extra_headers", None) or {}), **(headers or {})}
-        return provider, {
-            **params,
-            **call_arguments(provider, merged, stream=exchange.streams, asks_usage=asks_usage),
-            "model": record.litellm_params["model"],
-            "client": self._client(provider, params),
-            "extra_headers": own_headers or None,
-            "timeout": self._longest_s,
-            "max_retries": 0,
-            "_skip_mcp_handler": True,
-            "no-log": True,
-        }
+        without_options: bool = False,
+    ) -> Blocks:
+        asks_usage = not without_options and self._stream_options.are_sent_to(record)
+        resolved = relayed(record)
+        if resolved is not None:
+            call = RelayedCall(record, resolved, body, headers, raw, connect_s, asks_usage)
+            return await self._relay.stream(call)
+        await self.loaded()
+        return _one_by_one(
+            await self._translate.stream(record, body, headers, connect_s=connect_s, asks_usage=asks_usage)
+        )
 
-    def _provider_params(self, record: ModelRecord) -> dict[str, Any]:
-        """Addresses, keys and the like, with os.environ/NAME resolved now, so that nothing else ever holds a key."""
-        params = {name: value for name, value in record.litellm_params.items() if is_provider_param(name)}
-        if "base_url" in params:
-            params["api_base"] = params.pop("base_url")
-        try:
-            return {name: self._resolved(value) for name, value in params.items()}
-        except SettingsError as error:
-            log.error("model %s: %s", record.name, error)
-            raise UpstreamFailure(f"{record.name}: this server has no key for it", retryable=True) from None
+    async def open(self) -> None:
+        """Whatever the first request would wait for otherwise. litellm only where a model needs it."""
+        if self._loading is not None:
+            await self._tried.wait()
 
-    def _trust(self, record: ModelRecord, stated: Any) -> Trust | None:
-        try:
-            return None if stated is None else self._outbound.trust_of(stated)
-        except OutboundError as error:
-            raise unreachable(error, record.name) from error
+    def serve(self, models: Mapping[str, ModelRecord]) -> None:
+        """These are the models from now on."""
+        self._relay.targets.forget_others(models)
+        self._stream_options.forget_others(models)
+        self._translated = frozenset(name for name, record in models.items() if relayed(record) is None)
+        if self._loading is None and self._translated:
+            log.info("loading litellm, for models of other formats than OpenAI's")
+            self._load()
 
-    def _resolved(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return resolve_secret(value, self._environ, self._settings.allowed_env)
-        if isinstance(value, dict):
-            return {name: self._resolved(inner) for name, inner in value.items()}
-        return value
+    async def loaded(self) -> None:
+        """Return once translation is there. Raises CannotTranslate while litellm cannot be imported."""
+        if self._translate.ready:
+            return
+        if self._loading is None:
+            self._load()
+        await self._tried.wait()
+        if self._failed is not None:
+            raise CannotTranslate(f"{self._failed}; it is tried again", max(1.0, self._next_try - monotonic()))
 
-    def _provider(self, record: ModelRecord, params: Mapping[str, Any]) -> Provider:
-        try:
-            model, name, key, api_base = self._litellm.get_llm_provider(
-                record.litellm_params["model"],
-                custom_llm_provider=params.get("custom_llm_provider"),
-                api_base=params.get("api_base"),
-                api_key=params.get("api_key"),
-            )
-        except self._failures as error:
-            log.error("model %s: %s", record.name, error)
-            message = f"{record.name}: no provider is known by its name {record.litellm_params['model'][:128]!r}"
-            raise UpstreamFailure(message, retryable=True) from error
-        if name in STRAYING:
-            raise UpstreamFailure(f"{record.name}: {name} is not served, for it follows redirects", retryable=True)
-        try:
-            given = key_of_call(params, name, self._default_base(record, params), self._environ)
-        except OutboundError as error:
-            raise unreachable(error, record.name) from error
-        key = given or key
-        return Provider(name, model, api_base or params.get("api_base"), key, secrets_of(params, key))
+    def _load(self) -> None:
+        self._loading = asyncio.create_task(self._try_until_loaded(), name="uniroute-litellm")
 
-    def _default_base(self, record: ModelRecord, params: Mapping[str, Any]) -> str | None:
-        """Where litellm would go if no address were stated."""
-        if params.get("api_key") or not params.get("api_base"):
-            return None
-        model, provider = record.litellm_params["model"], params.get("custom_llm_provider")
-        base: str | None = self._litellm.get_llm_provider(model, custom_llm_provider=provider)[3]
-        return base
+    async def _try_until_loaded(self) -> None:
+        pause_s = FIRST_PAUSE_S
+        while not self._translate.ready:
+            try:
+                await self._translate.prepare()
+                self._failed = None
+            except Exception as error:
+                # of half a million lines that are not ours: for want of memory, files or descriptors, all of which end
+                self._failed = f"litellm cannot be imported ({type(error).__name__}: {error})"[:300]
+                log.exception(
+                    "%s: models of other formats than OpenAI's cannot be called; it is tried again in %g s",
+                    *(self._failed, pause_s),
+                )
+                self._next_try = monotonic() + pause_s
+            self._tried.set()
+            if self._failed is not None:
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
-    def _client(self, provider: Provider, params: Mapping[str, Any]) -> Any:
-        """Our pool behind the client class that this provider takes; azure's litellm makes around the pool itself."""
-        if provider.name == "azure":
-            return None
-        if self._takes_openais_sdk(provider):
-            return self._openai_client(provider, params)
-        return self._handler
+    @property
+    def loading(self) -> frozenset[str]:
+        """Models that could not be called now: they are called once litellm is there."""
+        return frozenset() if self._translate.ready else self._translated
 
-    def _takes_openais_sdk(self, provider: Provider) -> bool:
-        compatible = provider.name in self._litellm.openai_compatible_providers and provider.name not in _OWN_HANDLER
-        return compatible or provider.name in _OPENAI_SDK
-
-    def _openai_client(self, provider: Provider, params: Mapping[str, Any]) -> Any:
-        import openai
-
-        at_openai = provider.name == "openai" and not provider.api_base
-        key = provider.api_key or (self._environ.get("OPENAI_API_KEY") if at_openai else None) or "-"
-        base, organization = provider.api_base or "https://api.openai.com/v1", params.get("organization")
-        known = (base, key, str(organization))
-        if known not in self._clients:
-            client = openai.AsyncOpenAI(api_key=key, base_url=base, http_client=self._pool, max_retries=0)
-            if organization or not at_openai:
-                # it reads OPENAI_ORG_ID and OPENAI_PROJECT_ID by itself, and would name them to anybody
-                client.organization, client.project = organization, None
-            self._clients[known] = client
-            if len(self._clients) > MOST_CLIENTS:
-                self._clients.popitem(last=False)
-        return self._clients[known]
+    async def aclose(self) -> None:
+        await end(self._loading)
+        await self._relay.aclose()
+        await self._translate.aclose()
 
 
-_OPENAI_SDK = frozenset({"openai", "custom_openai", "lm_studio", "llamafile", "litellm_proxy", "docker_model_runner"})
-"""Providers for which litellm takes an AsyncOpenAI, with most of its `openai_compatible_providers`."""
-
-_OWN_HANDLER = words("""
-    deepseek azure_ai fireworks_ai together_ai ragflow xai groq cometapi hosted_vllm edenai github_copilot chatgpt
-""")
-"""Those that take litellm's own handler around our pool after all, as every other provider does."""
+def relayed(record: ModelRecord) -> Resolved | None:
+    """What it was resolved to, if it is relayed."""
+    resolved = record.resolved or plainly(record.litellm_params, record.info.forward)
+    return resolved if resolved is not None and resolved.way == "relay" else None
 
 
-async def _shown(chunks: Chunks, exchange: Exchange, secrets: Collection[str]) -> Chunks:
-    """The same chunks, and then the upstream's connection is closed. A failure is told without the provider's keys."""
-    try:
-        async with contextlib.aclosing(chunks):
-            async for chunk in chunks:
-                yield chunk
-        if exchange.fault is not None:  # litellm takes a body that breaks off for its end, in some formats
-            raise exchange.fault
-    except UpstreamFailure as failure:
-        raise without(secrets, exchange.fault or failure) from failure.__cause__
-    finally:
-        await exchange.aclose()
-
-
-def _is_made_up(answer: Any) -> bool:
-    """Where the upstream broke off, litellm ends the stream with "stop". This is what it was really told."""
-    told = ("received_finish_reason", "intermittent_finish_reason")
-    return all(hasattr(answer, name) for name in told) and not any(getattr(answer, name) for name in told)
-
-
-def _plain(answer: Any) -> dict[str, Any]:
-    """litellm's object as JSON, without the fields that it adds to every message."""
-    plain: dict[str, Any] = answer.model_dump(mode="json", exclude_none=True, exclude={"provider_specific_fields"})
-    for choice in plain.get("choices", ()):
-        for part in ("message", "delta"):
-            if isinstance(choice.get(part), dict):
-                choice[part].pop("provider_specific_fields", None)
-                if part == "message":
-                    choice[part].setdefault("content", None)
-    return plain
+async def _one_by_one(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[list[Payload]]:
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            yield [Payload(chunk)]

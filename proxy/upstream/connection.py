@@ -1,5 +1,3 @@
-"""One connection to an upstream, in HTTP/1.1: a request out, its answer back, and again. Knows no pool and no model."""
-
 from __future__ import annotations
 
 import asyncio
@@ -11,16 +9,20 @@ from typing import Any
 
 import httptools
 
-from proxy.upstream.coding import Unpacker, unpacker_of
+from proxy.upstream.content_coding import Unpacker, unpacker_of
 
 LONGEST_HEADER = 64 * 2**10
 """Of an answer: some servers behind others send a policy or cookies of many kilobytes."""
+
 MOST_HEADER_BYTES = 256 * 2**10
 """Of all that is no body and comes in one go: a head, the hints before it, the size of a chunk, trailers."""
+
 MOST_UNREAD = 256 * 2**10
 """Bytes of an answer that wait for their reader; then the upstream waits."""
+
 MOST_UNPACKED = 16 * 2**20
 """Bytes that may wait for their reader, where an upstream compresses its answer though it was asked not to."""
+
 PIECE = 256 * 2**10
 """A larger body is written bit by bit, so that others get a turn."""
 

@@ -15,7 +15,7 @@ from proxy.errors import BadRequest
 from proxy.outbound import OutboundError
 from proxy.safety.redaction import is_reference, secrets_below
 from proxy.storage.models import ModelRecord
-from proxy.upstream.call import VERBATIM, is_openais, is_provider_param
+from proxy.upstream.litellm.params import VERBATIM, is_openais, is_provider_param
 
 DEFAULT_BASES = {"openai": "https://api.openai.com/v1", "openrouter": "https://openrouter.ai/api/v1"}
 """Where litellm goes without saying so, for those that speak OpenAI's format."""

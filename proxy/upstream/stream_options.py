@@ -1,13 +1,11 @@
-"""Whether a model is sent `stream_options`, with which we ask for usage that the caller need not have asked for."""
-
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 
 from proxy.errors import UpstreamFailure
-from proxy.relay.sse import dump
 from proxy.storage.models import ModelRecord
+from proxy.upstream.sse import dump
 
 log = logging.getLogger("uniroute.upstream")
 

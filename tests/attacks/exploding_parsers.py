@@ -11,8 +11,6 @@ import numpy as np
 
 from proxy.auth import check_host, presented
 from proxy.errors import ProxyError, UpstreamFailure, describe
-from proxy.health.retry_after import stated_wait_s
-from proxy.relay.sse import dump
 from proxy.routes.admin_bodies import shown_params
 from proxy.routing.features import needs_of, routing_text
 from proxy.routing.refused import refuse_control_fields
@@ -22,8 +20,10 @@ from proxy.settings.litellm_names import is_model_info_of_litellm
 from proxy.settings.schema import Settings
 from proxy.storage.audit_log import act_of
 from proxy.trace import trace_of
-from proxy.upstream.failures import refused
-from proxy.upstream.model_member import with_model
+from proxy.upstream.circuit_breaker import stated_wait_s
+from proxy.upstream.errors import refused
+from proxy.upstream.payload import with_model
+from proxy.upstream.sse import dump
 from router_core.excerpt import excerpt
 from router_core.naming import cluster_names
 from router_core.validation.fields import nearest_hint

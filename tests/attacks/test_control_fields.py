@@ -18,9 +18,9 @@ from proxy.routing.request import parse_chat
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream.call import CHAT_FIELDS
-from proxy.upstream.client import LitellmUpstream
-from proxy.upstream.provider_layer import import_litellm
+from proxy.upstream.litellm.client import LitellmUpstream
+from proxy.upstream.litellm.params import CHAT_FIELDS
+from proxy.upstream.litellm.setup import import_litellm
 from tests.attacks.conftest import ASK
 from tests.support.answers import Step, error_body
 from tests.support.upstream import ScriptedUpstream

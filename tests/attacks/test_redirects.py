@@ -14,8 +14,8 @@ from proxy.errors import UpstreamFailure
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream.client import LitellmUpstream
-from proxy.upstream.provider_layer import import_litellm
+from proxy.upstream.litellm.client import LitellmUpstream
+from proxy.upstream.litellm.setup import import_litellm
 from tests.attacks.conftest import ASK
 from tests.support.answers import Step
 from tests.support.upstream import ScriptedUpstream

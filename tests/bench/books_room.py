@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from proxy.health.capacity import Capacities, CapacityLimits
-from proxy.health.health import ModelHealth
 from proxy.limits.limiter import Limiter
 from proxy.limits.scripts import SETTLE_FUNCTION
 from proxy.recording.meter import Books, Meter
@@ -32,6 +30,8 @@ from proxy.storage.usage_journal import Journals
 from proxy.storage.usage_writer import UsageRecorder
 from proxy.storage.valkey import EmbeddedValkey
 from proxy.trace import Trace
+from proxy.upstream.concurrency_limit import Capacities, CapacityLimits
+from proxy.upstream.health import ModelHealth
 from tests.support.choices import a_state, chosen
 from tests.support.makers import a_record, following
 

@@ -24,13 +24,13 @@ from proxy.cli import console
 from proxy.cli.serve import LOGGING
 from proxy.limits.claims import Demand, claim_of, within_claim
 from proxy.recording.meter import Meter
-from proxy.relay.chunks import content_bytes, has_content
 from proxy.relay.marks import AnswerMarks
 from proxy.routing.options import Options
 from proxy.routing.request import ChatRequest
 from proxy.routing.thread import NO_THREAD, thread_of
 from proxy.storage.client_keys import ClientKey
 from proxy.trace import Trace
+from proxy.upstream.payload import content_bytes, has_content
 from tests.bench.books_room import SHORT, USAGE, Room, begun, emptied_pipe, open_room
 from tests.support.limited_keys import a_key
 

@@ -19,8 +19,6 @@ from uvicorn.server import ServerState
 from proxy.app import create_app
 from proxy.cli.serve import server_config
 from proxy.connection import ClientConnection
-from proxy.health.capacity import Capacities
-from proxy.health.health import ModelHealth
 from proxy.limits.limiter import Limiter
 from proxy.recording.metrics import Metrics
 from proxy.routing.asked import Asked, needs_within, terms_of
@@ -40,6 +38,8 @@ from proxy.storage.snapshot import RoutingState, build_state
 from proxy.storage.traffic_stats import LiveExpectations
 from proxy.storage.usage_journal import Journals
 from proxy.storage.usage_writer import UsageRecorder
+from proxy.upstream.concurrency_limit import Capacities
+from proxy.upstream.health import ModelHealth
 from proxy.upstream.payload import Payload
 from router_core.artifact import builtin_map
 from router_core.eligibility import Eligibility, eligible

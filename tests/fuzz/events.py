@@ -9,12 +9,10 @@ import sys
 
 import atheris
 
-with atheris.instrument_imports(include=["proxy.relay", "proxy.upstream.events", "proxy.upstream.payload", "json"]):
+with atheris.instrument_imports(include=["proxy.upstream.sse", "proxy.upstream.payload", "json"]):
     from proxy.errors import UpstreamFailure
-    from proxy.relay.chunks import finish_reasons, has_content, is_empty_answer, is_usage_chunk
-    from proxy.relay.sse import EventCutter, event
-    from proxy.upstream.events import chunk_of
-    from proxy.upstream.payload import exact
+    from proxy.upstream.payload import chunk_of, exact, finish_reasons, has_content, is_empty_answer, is_usage_chunk
+    from proxy.upstream.sse import EventCutter, event
 
 
 def one_input(data: bytes) -> None:

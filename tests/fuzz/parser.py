@@ -11,9 +11,9 @@ import atheris
 
 with atheris.instrument_imports(include=["proxy.routing", "json"]):
     from proxy.errors import BadRequest
-    from proxy.relay.sse import dump
     from proxy.routing.features import needs_of, routing_text
     from proxy.routing.request import parse_chat
+    from proxy.upstream.sse import dump
 
 
 def one_input(data: bytes) -> None:

@@ -12,8 +12,7 @@ import pytest
 
 from proxy.concurrency import end
 from proxy.outbound import AsyncTransport, Outbound
-from proxy.upstream.tidying import keep_tidy
-from proxy.upstream.wire import chunks_of, client_over, open_pool, watched
+from proxy.upstream.litellm.transport import chunks_of, client_over, keep_tidy, open_pool, watched
 from tests.support.makers import until
 from tests.support.raw_upstream import DONE, END, SAID, RawUpstream, Said, chunked, plain
 

@@ -11,8 +11,8 @@ import httpx
 import pytest
 from redis import Redis
 
-from proxy.health.sharing import CHANNEL, health_key
 from proxy.storage.valkey import socket_path
+from proxy.upstream.health import CHANNEL, health_key
 from tests.http.conftest import Fleet, open_fleet
 from tests.support.upstream import wait_until
 

@@ -15,7 +15,6 @@ import httpx
 import pytest
 import redis
 
-from proxy.health.sharing import CHANNEL, health_key
 from proxy.jobs.broker import STREAM
 from proxy.jobs.records import LATEST, OPEN, PromptAnswer, answers_key, job_key
 from proxy.limits.scripts import PREFIX
@@ -23,6 +22,7 @@ from proxy.storage.audit_log import AUDIT
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.models import ModelRecord, StoredProfile
 from proxy.storage.redis import CHANGED, EARLIER, KEYS, MODELS, PRICING, PROFILES, VERSION, price_key
+from proxy.upstream.health import CHANNEL, health_key
 from router_core.errors import InvalidInput
 from tests.support.server import ProxyProcess, arm, uniform_profile
 from tests.support.upstream import ScriptedUpstream, wait_until

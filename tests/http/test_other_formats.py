@@ -14,7 +14,7 @@ from proxy.routing.trail import Trail, newest_question
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream.client import LitellmUpstream
+from proxy.upstream.litellm.client import LitellmUpstream
 from tests.support.answers import Step
 from tests.support.upstream import ScriptedUpstream
 

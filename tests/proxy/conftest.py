@@ -10,7 +10,7 @@ import pytest
 from proxy.settings.schema import Settings
 from proxy.storage.redis import Store
 from proxy.storage.valkey import EmbeddedValkey
-from proxy.upstream.upstream import Upstream
+from proxy.upstream.client import Upstream
 from tests.support.relaying import KEY
 from tests.support.tls import a_certificate
 

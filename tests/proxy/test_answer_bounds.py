@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamFailure, describe
-from proxy.health.health import ModelHealth
 from proxy.safety.json_shape import MAX_VALUES, MAX_VALUES_AT_ONCE, SMALL
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import HealthPolicy, Settings
 from proxy.storage.models import ModelRecord
 from proxy.upstream.answer_room import AnswerBounds, AnswerRoom, Held
-from proxy.upstream.upstream import Upstream
+from proxy.upstream.client import Upstream
+from proxy.upstream.health import ModelHealth
 from tests.support.makers import until
 from tests.support.raw_upstream import DONE, END, JSON, SAID, STREAM_HEAD, RawUpstream, Said, chunked, plain
 from tests.support.relaying import BODY, a_model, failing, streamed, whole

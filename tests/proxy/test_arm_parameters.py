@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from proxy.settings.schema import Settings
-from proxy.upstream.client import LitellmUpstream
+from proxy.upstream.litellm.client import LitellmUpstream
 from tests.support.answers import Step
 from tests.support.makers import a_record
 from tests.support.upstream import ScriptedUpstream

@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import UpstreamFailure
-from proxy.relay.sse import ErrorData, EventCutter, RawLine
-from proxy.upstream.events import ChunkReader
-from proxy.upstream.wire import chunks_of
+from proxy.upstream.litellm.transport import chunks_of
+from proxy.upstream.payload import ChunkReader
+from proxy.upstream.sse import ErrorData, EventCutter, RawLine
 
 SAID: Any = {"model": "m", "choices": [{"index": 0, "delta": {"content": "é\u2028字"}, "finish_reason": None}]}
 END: Any = {"model": "m", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}

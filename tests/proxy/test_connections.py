@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import uvloop
 
-from proxy.upstream import connections as pool
+from proxy.upstream import pool as pool
 from proxy.upstream.connection import BrokenOff, NotHttp, Unanswered
-from proxy.upstream.connections import Connections, Origin, ProxyRefused
+from proxy.upstream.pool import Connections, Origin, ProxyRefused
 from tests.support.connecting import HEAD, all_places_are_free, asked, at, served, tunnelling
 from tests.support.makers import until
 from tests.support.raw_upstream import JSON, RawUpstream, Said, plain

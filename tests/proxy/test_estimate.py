@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from proxy.relay.chunks import content_bytes
 from proxy.storage.usage import Cost, Received, TokenCounts, cost_of
+from proxy.upstream.payload import content_bytes
 from router_core.types import Price
 
 PRICE = Price(1e-6, 4e-6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.upstream.heads import heads_of
+from proxy.upstream.endpoint import heads_of
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from proxy.errors import CannotTranslate, describe
-from proxy.health.health import ModelHealth
 from proxy.settings.schema import HealthPolicy, Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream import upstream as upstreams
-from proxy.upstream.upstream import Upstream
+from proxy.upstream import client as upstreams
+from proxy.upstream.client import Upstream
+from proxy.upstream.health import ModelHealth
 from tests.support.makers import a_record, until
 from tests.support.raw_upstream import RawUpstream, plain
 from tests.support.relaying import BODY, a_model

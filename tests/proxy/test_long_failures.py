@@ -12,7 +12,7 @@ import pytest
 
 from proxy.errors import MOST_ERROR_BYTES, UpstreamFailure
 from proxy.settings.schema import Settings
-from proxy.upstream.client import LitellmUpstream
+from proxy.upstream.litellm.client import LitellmUpstream
 from tests.support.answers import Step
 from tests.support.makers import a_record
 from tests.support.upstream import ScriptedUpstream

@@ -12,10 +12,10 @@ from proxy.errors import BadRequest, UpstreamFailure
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, Resolved
-from proxy.upstream.client import LitellmUpstream
+from proxy.upstream.client import Upstream
+from proxy.upstream.litellm.client import LitellmUpstream
 from proxy.upstream.origins import check_secrets_stay, is_own_address
-from proxy.upstream.resolving import FILE, Resolver
-from proxy.upstream.upstream import Upstream
+from proxy.upstream.provider_resolution import FILE, Resolver
 from proxy.words import words
 from tests.support.makers import a_record
 from tests.support.upstream import ScriptedUpstream

@@ -11,7 +11,7 @@ from proxy.errors import UpstreamFailure
 from proxy.outbound import Outbound, OutboundError, Proxies, ssl_context, trust_of
 from proxy.settings.schema import Settings
 from proxy.storage.price_feed import FeedFailed, fetch_catalog
-from proxy.upstream.upstream import Upstream
+from proxy.upstream.client import Upstream
 from tests.support.raw_upstream import RawUpstream, plain
 from tests.support.relaying import KEY, a_model, failing, streamed, whole
 from tests.support.tls import served_by

@@ -14,11 +14,8 @@ from proxy.outbound import Outbound
 from proxy.routing.request import parse_chat
 from proxy.settings.schema import Settings
 from proxy.storage.models import Resolved
-from proxy.upstream.events import chunk_of
-from proxy.upstream.model_member import with_model
-from proxy.upstream.payload import Payload, parsed
-from proxy.upstream.request_bytes import outgoing
-from proxy.upstream.targets import Targets
+from proxy.upstream.endpoint import Targets, outgoing
+from proxy.upstream.payload import Payload, chunk_of, parsed, with_model
 from tests.support.makers import a_record
 
 ASK: Any = [{"role": "user", "content": "hi"}]

@@ -10,13 +10,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from proxy.relay.chunks import content_bytes, has_content
 from proxy.relay.marks import AnswerMarks
-from proxy.relay.plain import plain_text
 from proxy.routing.thread import NO_THREAD
 from proxy.routing.trail import Excerpt, Trail, leaves_marks
 from proxy.storage.redis import Store
 from proxy.storage.sessions import Conversations
+from proxy.upstream.payload import content_bytes, has_content, plain_text
 
 QUESTION = [{"role": "user", "content": "And then?"}]
 TEXTS = st.text(st.sampled_from("a字😀\ud800 "), max_size=6)

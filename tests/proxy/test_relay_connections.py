@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from proxy.settings.schema import Settings
-from proxy.upstream.upstream import Upstream
+from proxy.upstream.client import Upstream
 from tests.support.makers import until
 from tests.support.raw_upstream import DONE, END, JSON, SAID, STREAM_HEAD, RawUpstream, Said, chunked, plain
 from tests.support.relaying import BODY, KEY, SHORT, WHOLE, a_model, failing, streamed, whole

@@ -7,8 +7,8 @@ import gzip
 import pytest
 
 from proxy.storage.models import ModelRecord
+from proxy.upstream.client import Upstream
 from proxy.upstream.connection import LONGEST_HEADER
-from proxy.upstream.upstream import Upstream
 from tests.support.makers import until
 from tests.support.raw_upstream import DONE, END, JSON, SAID, STREAM_HEAD, RawUpstream, Said, chunked, plain
 from tests.support.relaying import BODY, SHORT, WHOLE, a_model, failing, streamed, whole

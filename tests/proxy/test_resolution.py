@@ -15,11 +15,10 @@ from proxy.outbound import Outbound
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, Resolved
-from proxy.upstream.call import is_openais
-from proxy.upstream.resolution import plainly
-from proxy.upstream.resolving import FILE, Resolver
-from proxy.upstream.targets import Targets, url_of
-from proxy.upstream.upstream import Upstream, relayed
+from proxy.upstream.client import Upstream, relayed
+from proxy.upstream.endpoint import Targets, url_of
+from proxy.upstream.litellm.params import is_openais
+from proxy.upstream.provider_resolution import FILE, Resolver, plainly
 from tests.support.makers import a_record
 from tests.support.upstream import ScriptedUpstream
 

@@ -16,9 +16,9 @@ import pytest
 from proxy.errors import Unavailable
 from proxy.settings.models import ModelInfo
 from proxy.storage.models import ModelRecord, Resolved
-from proxy.upstream import lookup
-from proxy.upstream.resolving import FILE, Resolver
-from proxy.upstream.upstream import relayed
+from proxy.upstream import provider_lookup as lookup
+from proxy.upstream.client import relayed
+from proxy.upstream.provider_resolution import FILE, Resolver
 from tests.support.makers import a_record, until
 from tests.support.process_group import children_of
 
@@ -206,7 +206,7 @@ def test_what_litellm_takes_is_bounded() -> None:
 
 async def test_two_processes_at_once_write_one_file(tmp_path: Path) -> None:
     program = (
-        "import asyncio, sys, json; from pathlib import Path; from proxy.upstream.resolving import Resolver\n"
+        "import asyncio, sys, json; from pathlib import Path; from proxy.upstream.provider_resolution import Resolver\n"
         "resolver = Resolver(Path(sys.argv[1]), {})\n"
         "for number in range(200): resolver._keep({f'{sys.argv[2]}-{number}': {'refused': 'no'}})\n"
     )

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from proxy.relay.sse import MAX_EVENT_BYTES, EventCutter, EventTooLong, dump, event, loads
+from proxy.upstream.sse import MAX_EVENT_BYTES, EventCutter, EventTooLong, dump, event, loads
 
 STREAM = (
     'data: {"a":"x\u2028y\u0085z\x0b"}\n\n: comment\r\n\r\nevent: e\r\ndata:{"b":\r\ndata: 2}\r\n\r\n\ndata: [DONE]\n\n'

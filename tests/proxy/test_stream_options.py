@@ -10,7 +10,7 @@ import pytest
 
 from proxy.settings.models import ModelInfo
 from proxy.storage.models import ModelRecord
-from proxy.upstream.upstream import Upstream
+from proxy.upstream.client import Upstream
 from tests.support.raw_upstream import END, SAID, RawUpstream, Said, chunked, plain
 from tests.support.relaying import BODY, a_model, failing, streamed
 

@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import UpstreamFailure
-from proxy.relay.sse import EventCutter, dump, event
-from proxy.upstream.wire import chunks_of
+from proxy.upstream.litellm.transport import chunks_of
+from proxy.upstream.sse import EventCutter, dump, event
 
 LINE_ENDS = st.sampled_from(["\n", "\r\n"])
 TEXTS = st.text(st.sampled_from('a字é😀\u2028\u2029\x85\x0b\x0c\ufeff:\\" \t\u0301'), max_size=12)

@@ -12,7 +12,7 @@ import pytest
 from proxy.errors import UpstreamFailure
 from proxy.settings.models import ModelInfo
 from proxy.storage.models import ModelRecord
-from proxy.upstream.upstream import Upstream
+from proxy.upstream.client import Upstream
 from tests.support.raw_upstream import DONE, END, JSON, SAID, RawUpstream, Said, chunked, plain
 from tests.support.relaying import BODY, KEY, a_model, failing, streamed, whole
 

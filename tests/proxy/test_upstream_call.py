@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from proxy.upstream.call import Provider, arm_body, call_arguments
+from proxy.upstream.litellm.params import Provider, arm_body, call_arguments
 
 ASK: Any = [{"role": "user", "content": "hi"}]
 LOCAL = Provider("openai", "small", "http://127.0.0.1:9001/v1")

@@ -11,11 +11,11 @@ import pytest
 from proxy.errors import UpstreamFailure
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream.call import Provider
-from proxy.upstream.client import LitellmUpstream
-from proxy.upstream.provider_layer import import_litellm
-from proxy.upstream.resolution import by_litellm, plainly, questions
-from proxy.upstream.upstream import Upstream
+from proxy.upstream.client import Upstream
+from proxy.upstream.litellm.client import LitellmUpstream
+from proxy.upstream.litellm.params import Provider
+from proxy.upstream.litellm.setup import import_litellm
+from proxy.upstream.provider_resolution import by_litellm, plainly, questions
 from tests.support.answers import Step
 from tests.support.makers import a_record
 from tests.support.upstream import ScriptedUpstream

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from proxy.errors import UpstreamFailure, describe
-from proxy.health.verdicts import Weight, verdict_of
-from proxy.upstream.failures import error_in, no_completion, refused, reported
+from proxy.upstream.circuit_breaker import Weight, verdict_of
+from proxy.upstream.errors import error_in, no_completion, refused, reported
 
 
 def http_error(status: int, said: Any, **headers: str) -> UpstreamFailure:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from proxy.upstream.connections import Connections, Origin
+from proxy.upstream.pool import Connections, Origin
 from tests.support.raw_upstream import RawUpstream
 
 HEAD = b"POST / HTTP/1.1\r\nhost: x\r\n"

@@ -11,7 +11,7 @@ import pytest
 
 from proxy.errors import UpstreamFailure
 from proxy.storage.models import ModelRecord
-from proxy.upstream.upstream import Upstream
+from proxy.upstream.client import Upstream
 from tests.support.makers import a_record
 from tests.support.raw_upstream import DONE, END, JSON, SAID, RawUpstream, Said, chunked
 

@@ -7,10 +7,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from proxy.errors import UpstreamFailure
-from proxy.health.health import ModelHealth
-from proxy.health.sharing import HealthSharing
 from proxy.settings.schema import HealthPolicy
 from proxy.storage.redis import Store
+from proxy.upstream.health import HealthSharing, ModelHealth
 
 
 class Clock:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from proxy.health.breaker import PROBE_S, Breaker
-from proxy.health.verdicts import Verdict, Weight
 from proxy.settings.schema import HealthPolicy
+from proxy.upstream.circuit_breaker import PROBE_S, Breaker, Verdict, Weight
 
 FAILED = Verdict(Weight.COUNTED, "status 500")
 CALLERS = Verdict(Weight.ANSWERED, "status 400")

@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from proxy.health.breaker import PROBE_S, Breaker, Permit
-from proxy.health.verdicts import Verdict, Weight
 from proxy.settings.schema import HealthPolicy
+from proxy.upstream.circuit_breaker import PROBE_S, Breaker, Permit, Verdict, Weight
 
 POLICY = HealthPolicy(failures=3, cooldown_s=5, longest_cooldown_s=45)
 VERDICTS = st.builds(

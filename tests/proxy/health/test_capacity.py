@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import ModelBusy, describe
-from proxy.health.capacity import Capacities, CapacityLimits, Slot
 from proxy.settings.models import ModelInfo
+from proxy.upstream.concurrency_limit import Capacities, CapacityLimits, Slot
 from tests.proxy.health.makers import Clock
 
 ONE = CapacityLimits(max_parallel=1, max_queued=2, longest_wait_s=5)

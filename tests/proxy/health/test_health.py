@@ -8,8 +8,8 @@ import pytest
 
 from proxy.errors import UpstreamFailure
 from proxy.health.exposition import HealthCollector
-from proxy.health.health import Change, ModelHealth
 from proxy.settings.schema import HealthPolicy
+from proxy.upstream.health import Change, ModelHealth
 from tests.proxy.health.makers import Clock, a_failure, fail
 
 
@@ -132,7 +132,7 @@ def test_forgetting_one_that_was_well_is_no_change() -> None:
 
 
 def test_the_memory_for_models_is_bounded_and_the_resting_are_the_last_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.health.health.MOST_MODELS", 3)
+    monkeypatch.setattr("proxy.upstream.health.MOST_MODELS", 3)
     health, _ = a_health()
     fail(health)
     for number in range(20):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.health.retry_after import LONGEST_WAIT_S, stated_wait_s, told_wait
+from proxy.upstream.circuit_breaker import LONGEST_WAIT_S, stated_wait_s, told_wait
 
 NOW = 1_800_000_000.0  # Fri, 15 Jan 2027 08:00:00 GMT
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from proxy.health.health import ModelHealth
-from proxy.health.roster import Roster
 from proxy.settings.schema import HealthPolicy
 from proxy.storage.redis import Store
+from proxy.upstream.health import ModelHealth, Roster
 from router_core.types import Price
 from tests.proxy.health.makers import fail
 from tests.support.makers import a_record, a_registry, following, until

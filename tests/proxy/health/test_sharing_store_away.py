@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from proxy.health.sharing import health_key
 from proxy.storage.redis import Store
 from proxy.storage.valkey import EmbeddedValkey
+from proxy.upstream.health import health_key
 from tests.proxy.health.makers import a_sharing, fail
 from tests.support.makers import until
 

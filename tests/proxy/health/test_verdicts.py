@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from proxy.errors import UpstreamFailure
-from proxy.health.verdicts import Weight, verdict_of
+from proxy.upstream.circuit_breaker import Weight, verdict_of
 from tests.proxy.health.makers import a_failure
 
 WEIGHTS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.health.window import BUCKETS, Window
+from proxy.upstream.circuit_breaker import BUCKETS, Window
 
 ENDINGS = st.lists(st.tuples(st.floats(0, 40), st.booleans()), max_size=60)
 

@@ -1,4 +1,8 @@
-"""The HTTP side of translated calls: one pool that follows no redirect, and a look at what really came back."""
+"""What httpx leaves open is closed in time: what was idle for too long, and what was cancelled at the wrong moment.
+
+httpx looks for idle connections, and for those that their upstream closed, only when a request comes. And where a task
+is cancelled while it opens or closes a connection, httpcore forgets that connection open, and its place in the pool.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +23,16 @@ from proxy.errors import MOST_ERROR_BYTES, UpstreamFailure
 from proxy.outbound import AsyncTransport, Outbound, Trust
 from proxy.safety.json_shape import MAX_VALUES_AT_ONCE
 from proxy.upstream.answer_room import AnswerBounds, AnswerRoom
-from proxy.upstream.answers import form_of
-from proxy.upstream.coding import Unpacker, unpacker_of
+from proxy.upstream.completion_reader import form_of
 from proxy.upstream.connection import PIECE
-from proxy.upstream.connections import KEPT_ALIVE_S
-from proxy.upstream.events import LAST_WORDS_S, ChunkReader, CompletionReader
-from proxy.upstream.failures import error_in, failure_of, no_completion
-from proxy.upstream.payload import exact
+from proxy.upstream.content_coding import Unpacker, unpacker_of
+from proxy.upstream.errors import error_in, failure_of, no_completion
+from proxy.upstream.payload import LAST_WORDS_S, ChunkReader, CompletionReader, exact
+from proxy.upstream.pool import KEPT_ALIVE_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
 
 EXCHANGE = "uniroute.exchange"
 """In the extensions of a request: whose it is."""
@@ -369,3 +373,38 @@ async def chunks_of(
         await to_its_end(response.aclose())
     if (fault := reader.fault) is not None:
         raise fault
+
+
+GRACE_S = 1.0
+"""In which a call that is over closes its connection by itself, as nearly all do."""
+
+
+async def keep_tidy(pool: httpx.AsyncClient, every_s: float = 1.0, grace_s: float = GRACE_S) -> None:
+    """For ever."""
+    ways: Any = pool._transport
+    while True:
+        await asyncio.sleep(every_s)
+        for layer in [transport._pool for transport in ways.open]:
+            _let_go(layer, monotonic() - grace_s)
+            for connection in _taken_out(layer):
+                await connection.aclose()
+
+
+def _let_go(layer: Any, before: float) -> None:
+    """Requests of calls that were over by then have lost their connections."""
+    for waiting in list(layer._requests):
+        exchange: Exchange | None = waiting.request.extensions.get(EXCHANGE)
+        if exchange is not None and exchange.over_at is not None and exchange.over_at < before:
+            layer._requests.remove(waiting)
+
+
+def _taken_out(layer: Any) -> list[Any]:
+    """Connections to close: idle for too long, or in use, or about to be, by no request: no other will ever get one."""
+    in_use = {id(waiting.connection) for waiting in layer._requests}
+    kept, closing = list[Any](), list[Any]()
+    for connection in layer.connections:
+        resting = connection.is_idle() or connection.is_closed()
+        gone = connection.has_expired() if resting else id(connection) not in in_use
+        (closing if gone else kept).append(connection)
+    layer._connections = kept
+    return closing

@@ -1,26 +1,148 @@
-"""Where a relayed model is: its address, the headers it is called with, what a caller's body becomes. No I/O."""
-
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import SplitResult, quote, urlsplit
+
+import orjson
 
 from proxy.errors import UpstreamFailure
 from proxy.outbound import USUAL, Outbound, OutboundError, Trust
 from proxy.settings.models import SettingsError, referred_variable, resolve_secret
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, Resolved
-from proxy.upstream.call import arm_body, fixes_parameters, is_openais, secrets_of
-from proxy.upstream.failures import unreachable
-from proxy.upstream.heads import Heads, heads_of
+from proxy.upstream.errors import unreachable
+from proxy.upstream.litellm.params import arm_body, fixes_parameters, is_openais, secrets_of
 from proxy.upstream.origins import address_of
-from proxy.upstream.request_bytes import outgoing
+from proxy.upstream.payload import with_model
+from proxy.upstream.pool import PORTS, Origin, authority_of, credentials_of, port_of
+from proxy.upstream.sse import dump
+
+_USAGE = b'"stream_options":{"include_usage":true},'
+
+
+def outgoing(raw: bytes | None, body: Mapping[str, Any], model: str, *, stream: bool, asks_usage: bool = True) -> bytes:
+    """JSON for the upstream: the caller's body for `model`, and of a stream with usage.
+
+    Args:
+        raw: what `body` was parsed from, byte for byte; None: it differs, or was made here.
+        body: with a text as `model`, if it comes with `raw`.
+        model: the upstream's own name for it.
+        asks_usage: whether a stream is asked for usage. False: by the caller neither.
+    """
+    as_it_is = "stream_options" not in body if not (stream and asks_usage) else _asks_usage(body)
+    if raw is not None and (as_it_is or "stream_options" not in body):
+        spliced = with_model(raw, body, model)
+        if spliced is not None:
+            return spliced if as_it_is else _asking_usage(spliced)
+    sent = {**body, "model": model}
+    if stream and asks_usage:
+        options = body.get("stream_options")
+        sent["stream_options"] = {**(options if isinstance(options, Mapping) else {}), "include_usage": True}
+    else:
+        sent.pop("stream_options", None)
+        if not stream and sent.get("stream"):  # a parameter of the model's own, which this caller did not ask for
+            del sent["stream"]
+    return written(sent)
+
+
+def written(body: Mapping[str, Any]) -> bytes:
+    """Compact JSON."""
+    try:
+        return orjson.dumps(body)
+    except TypeError:  # an integer beyond 64 bits, half a character
+        return dump(body)
+
+
+def _asks_usage(body: Mapping[str, Any]) -> bool:
+    options = body.get("stream_options")
+    return bool(body.get("stream")) and isinstance(options, Mapping) and options.get("include_usage") is True
+
+
+def _asking_usage(raw: bytes) -> bytes:
+    start = raw.index(b"{") + 1
+    return raw[:start] + _USAGE + raw[start:]
+
+
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+
+_VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")
+
+_HOST = re.compile(r"[!-~]+")
+
+_OURS = frozenset({"content-length", "transfer-encoding"})
+"""Nobody states how long our body is but we."""
+
+_PATH = "/%:@!$&'()*+,;=~-._?[]"
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Of all requests to one address, without the length of the body."""
+
+    origin: Origin
+    line: bytes = field(repr=False)
+    headers: Mapping[str, str] = field(repr=False)
+    usual: bytes = field(repr=False)
+
+    def head(self, more: Mapping[str, str]) -> bytes:
+        """With these headers too, which win over those of the address. They are known to be well formed."""
+        if self.headers.keys().isdisjoint(more):
+            return self.usual + _lines(more)
+        return self.line + _lines({**self.headers, **more})
+
+
+def heads_of(url: str, headers: Mapping[str, str], proxy: str | None, trust: Trust = USUAL) -> Heads:
+    """`headers`: names in lower case. Raises ValueError: such an address cannot be asked, or such a header sent."""
+    parts, host, port = _known("an address", url)
+    if proxy is not None:
+        _known("the address of an HTTP proxy", proxy)
+    origin = Origin(host, port, parts.scheme == "https", proxy, trust)
+    sent = {name: value for name, value in headers.items() if name not in _OURS}
+    for name, value in sent.items():
+        if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
+            raise ValueError(f"the header {name[:64]!r} cannot be sent")
+    sent.setdefault("host", _host(parts, origin))
+    if credentials := credentials_of(url):
+        sent.setdefault("authorization", credentials)
+    if proxy is not None and not origin.tls and (credentials := credentials_of(proxy)):
+        sent["proxy-authorization"] = credentials
+    line = f"POST {_target(parts, origin)} HTTP/1.1\r\n".encode()
+    return Heads(origin, line, sent, line + _lines(sent))
+
+
+def _known(what: str, url: str) -> tuple[SplitResult, str, int]:
+    """Its parts, host and port. Raises ValueError: nobody can be reached by it."""
+    parts = urlsplit(url)
+    host = (parts.hostname or "").encode("idna").decode()
+    if parts.scheme not in PORTS or not _HOST.fullmatch(host):
+        raise ValueError(f"{what} is http:// or https://, and names a host")
+    return parts, host, port_of(parts)
+
+
+def _target(parts: SplitResult, origin: Origin) -> str:
+    """Of the request: a proxy on the way is told the whole address."""
+    path = quote(parts.path, safe=_PATH) or "/"
+    asked = f"{path}?{quote(parts.query, safe=_PATH)}" if parts.query else path
+    return asked if origin.proxy is None or origin.tls else f"http://{_host(parts, origin)}{asked}"
+
+
+def _host(parts: SplitResult, origin: Origin) -> str:
+    authority = authority_of(origin.host, origin.port)
+    return authority.rpartition(":")[0] if origin.port == PORTS[parts.scheme] else authority
+
+
+def _lines(headers: Mapping[str, str]) -> bytes:
+    return "".join([f"{name}: {value}\r\n" for name, value in headers.items()]).encode()
+
 
 log = logging.getLogger("uniroute.upstream")
 
 PATH = "/chat/completions"
+
 _OWN_HEADERS = ("extra_headers", "headers")
 
 

@@ -1,13 +1,14 @@
-"""Whether a body is packed, told by how it begins rather than by its content-encoding."""
-
 from __future__ import annotations
 
 import zlib
 from typing import Protocol
 
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
+
 _GZIP = b"\x1f"
+
 _ZLIB = b"\x78"
+
 _ZLIBS_NAMES = frozenset({"gzip", "x-gzip", "deflate"})
 """What servers call it."""
 

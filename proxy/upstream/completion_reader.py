@@ -1,5 +1,3 @@
-"""A whole answer made of a stream's chunks, and chunks made of a whole answer, for upstreams that send the other."""
-
 from __future__ import annotations
 
 import codecs
@@ -17,7 +15,9 @@ _Hold = Callable[[int], None]
 
 _IDENTIFIERS = frozenset({"id", "type", "role", "index", "format", "expires_at", "name"})
 """Texts that are stated, not written bit by bit. A name that comes in pieces is put together all the same."""
+
 _OF_THE_STREAM = frozenset({"choices", "usage", "object", "model", "error"})
+
 _BLANK = b" \t\r\n"
 
 

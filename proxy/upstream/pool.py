@@ -1,5 +1,3 @@
-"""Connections to upstreams, kept for the next request: opened within a time, through a proxy where one is named."""
-
 from __future__ import annotations
 
 import asyncio
@@ -17,8 +15,11 @@ from proxy.upstream.connection import Connection, NotHttp
 
 KEPT_ALIVE_S = 30.0
 """A connection, after its last answer."""
+
 SWEEP_S = 1.0
+
 PORTS = {"http": 80, "https": 443}
+
 _EYEBALLS_S = 0.25
 """Until the next address of a name is tried beside the first (RFC 8305)."""
 

@@ -1,5 +1,3 @@
-"""Bytes of an event stream to data payloads, and payloads to bytes. Cuts on line feeds and carriage returns only."""
-
 from __future__ import annotations
 
 import codecs
@@ -9,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 DONE = b"data: [DONE]\n\n"
+
 KEEP_ALIVE = b": keep-alive\n\n"
+
 MAX_EVENT_BYTES = 20_000_000
 
 

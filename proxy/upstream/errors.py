@@ -1,5 +1,3 @@
-"""litellm's and HTTP's exceptions to one UpstreamFailure, with the upstream's own status and words."""
-
 from __future__ import annotations
 
 import errno
@@ -13,11 +11,11 @@ from typing import Any
 import httpx
 
 from proxy.errors import LONGEST_REST, MOST_ERROR_BYTES, UpstreamFailure, words_in
-from proxy.health.retry_after import NAMES
 from proxy.outbound import OutboundError
-from proxy.relay.sse import dump, loads
 from proxy.safety.json_shape import check_shape
 from proxy.storage.usage import usage_of
+from proxy.upstream.circuit_breaker import NAMES
+from proxy.upstream.sse import dump, loads
 from proxy.words import words
 
 _OVERFLOW = re.compile(
@@ -31,13 +29,19 @@ _OVERFLOW = re.compile(
 )
 """What OpenAI, vLLM, llama.cpp, Ollama, LM Studio, Anthropic, Gemini, Bedrock, Mistral, xAI, Moonshot, Z.ai, MiniMax,
 Cohere, Alibaba and TGI say of a prompt that does not fit, in words or as a code."""
+
 _CONTEXT = re.compile(r"context (window|size|length)", re.IGNORECASE)
 """Enough where the status says that the caller's request is at fault."""
+
 _SURELY = re.compile(r"context_length_exceeded|maximum context length", re.IGNORECASE)
+
 _RATE = re.compile(r"rate.?limit|too many requests|per (minute|hour|day|second)\b|\bquota\b|\b[rt]pm\b", re.IGNORECASE)
+
 _CALLERS = frozenset({400, 413, 422})
 """Statuses that may mean a prompt that is too long, with those of 500 and above, which some servers give it."""
+
 _STATUS_NAMES = ("code", "status", "status_code", "statusCode", "http_status", "error_code")
+
 _NAMED = {
     400: words("""invalid_request_error invalid_request badrequesterror bad_request invalid_argument
         failed_precondition validation_error exceed_context_size_error context_length_exceeded"""),
@@ -51,13 +55,19 @@ _NAMED = {
     503: words("overloaded_error overloaded unavailable service_unavailable"),
     504: words("timeout_error timeout deadline_exceeded"),
 }
+
 _STATUS_OF_NAME = {name: status for status, names in _NAMED.items() for name in names}
 """Of an error that is told without a number, and within a success."""
+
 _BROKEN_ENDS = ("error", "abort", "network_error", "insufficient_system_resource")
 """Values of `finish_reason` of servers that gave up in the middle of an answer."""
+
 _OF_A_COMPLETION = frozenset({"id", "object", "created", "model", "choices", "usage", "system_fingerprint"})
+
 _UNDELAYED = re.compile(r"(\d{1,9}(?:\.\d+)?)s?", re.ASCII)
+
 _LOOKED_AT = 4096
+
 _CLASS_NAMES = re.compile(r"^(litellm\.\w+: )*")
 
 
@@ -167,6 +177,7 @@ def _usage_in(said: Mapping[str, Any]) -> Mapping[str, Any]:
 
 MAY_TELL = frozenset({"error", "errors", "base_resp", "type", "success", "status", "detail"})
 """Members of a body beside its choices that may tell of an error; `object` may too."""
+
 _FAILED = ("error", "failed", "failure")
 
 

@@ -7,14 +7,166 @@ Half-open is no state of its own: it is "open" whose time is over. The next atte
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from enum import Enum
 
-from proxy.health.verdicts import Verdict, Weight
-from proxy.health.window import Window
+from proxy.errors import AnswerTooLarge, OwnFault, UpstreamFailure
 from proxy.settings.schema import HealthPolicy
+
+NAMES = ("retry-after", "retry-after-ms")
+
+_NUMBER = re.compile(r"\s*\d+(?:\.\d+)?\s*", re.ASCII)
+
+LONGEST_WAIT_S = 3600.0
+"""What is asked for beyond it is taken for an hour, in whatever form: nobody plans further by a header."""
+
+_LONGEST_VALUE = 100
+"""Characters. A number or a date is shorter; what is longer is not read."""
+
+
+def stated_wait_s(headers: Mapping[str, str], now: float) -> float | None:
+    """Seconds, above 0 and no more than LONGEST_WAIT_S; None where nothing usable is stated.
+
+    Args:
+        now: Unix seconds; a date is that far away from it.
+    """
+    stated = {name.lower(): value for name, value in headers.items() if len(value) <= _LONGEST_VALUE}
+    for wait in (_number(stated.get("retry-after-ms"), 1e-3), _number(stated.get("retry-after"), 1.0)):
+        if wait is not None:
+            return min(wait, LONGEST_WAIT_S) if wait > 0 else None
+    until = _until_date(stated.get("retry-after"), now)
+    return None if until is None else min(until, LONGEST_WAIT_S)
+
+
+def told_wait(headers: Mapping[str, str], now: float) -> dict[str, str]:
+    """Put into the headers for a client, in lower case, the wait that counts here too, in place of the upstream's: in
+    whole seconds, and in milliseconds where those were stated; none where nothing usable was."""
+    told = {name.lower(): text for name, text in headers.items()}
+    stated = {name for name in NAMES if told.pop(name, None) is not None}
+    wait = stated_wait_s(headers, now) if stated else None
+    if wait is not None:
+        told["retry-after"] = str(math.ceil(wait))
+        if "retry-after-ms" in stated:
+            told["retry-after-ms"] = str(math.ceil(wait * 1000))
+    return told
+
+
+def _number(text: str | None, unit: float) -> float | None:
+    return float(text) * unit if text is not None and _NUMBER.fullmatch(text) else None
+
+
+def _until_date(text: str | None, now: float) -> float | None:
+    if text is None:
+        return None
+    try:
+        wait = parsedate_to_datetime(text).timestamp() - now
+    except (ValueError, TypeError, OverflowError, OSError):
+        return None
+    return wait if wait > 0 else None
+
+
+BUCKETS = 15
+"""What is older than the window is forgotten a bucket at a time: between 14 and 15 fifteenths of it are looked at."""
+
+
+class Window:
+    """Sixty numbers at most, however much traffic there is. `now`: seconds that do not run backwards."""
+
+    __slots__ = ("_attempts", "_bucket_s", "_failures", "_newest")
+
+    def __init__(self, window_s: float) -> None:
+        self._bucket_s = window_s / BUCKETS
+        self.clear()
+
+    def clear(self) -> None:
+        self._attempts = [0] * BUCKETS
+        self._failures = [0] * BUCKETS
+        self._newest: int | None = None
+
+    def add(self, now: float, *, failed: bool) -> None:
+        place = self._advance(now)
+        self._attempts[place] += 1
+        self._failures[place] += failed
+
+    def counts(self, now: float) -> tuple[int, int]:
+        """Attempts that ended, and those of them that failed."""
+        self._advance(now)
+        return sum(self._attempts), sum(self._failures)
+
+    def _advance(self, now: float) -> int:
+        current = int(now // self._bucket_s)
+        newest = current if self._newest is None else self._newest
+        current = max(current, newest)
+        for passed in range(newest + 1, min(current, newest + BUCKETS) + 1):
+            self._attempts[passed % BUCKETS] = self._failures[passed % BUCKETS] = 0
+        self._newest = current
+        return current % BUCKETS
+
+
+class Weight(Enum):
+    COUNTED = "counted"
+    """Timeouts, no connection, 5xx, 408, no completion, a stream that broke, 429 without a time."""
+    AT_ONCE = "at once"
+    """Our key or our account is refused (401, 402), or the upstream stated how long it wants to be left alone."""
+    AT_ONCE_UNLESS_SERVING = "at once, unless it serves others"
+    """403, 404, 405, 410: as a rule our address or our key, which no caller can mend. But providers also answer so to
+    one prompt that they moderate or to one parameter that they have no server for; a model that has just answered
+    others well is not taken from them all by one caller."""
+    ANSWERED = "answered"
+    """400, 413, 422, a context overflow and the rest: the caller's matter, and a proof that the upstream is there."""
+    UNSENT = "unsent"
+    """It was refused here, before anything was sent: that says nothing of the upstream."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    weight: Weight
+    why: str
+    """In our words: it is logged, shown to administrators and stored."""
+    wait_s: float | None = None
+    """What the upstream asked for."""
+
+
+_OUR_ACCOUNT = frozenset({401, 402})
+
+_OUR_ADDRESS = frozenset({403, 404, 405, 410})
+
+_STATES_ITS_WAIT = frozenset({429, 503, 529})
+
+
+def verdict_of(failure: UpstreamFailure, now: float) -> Verdict:
+    """`now`: Unix seconds."""
+    status = failure.status
+    if isinstance(failure, OwnFault):
+        return Verdict(Weight.UNSENT, "this process could not do its part")
+    if isinstance(failure, AnswerTooLarge):
+        return Verdict(Weight.ANSWERED, "its answer was too large")
+    if status is None:
+        return Verdict(Weight.COUNTED, "it did not answer in time" if failure.timed_out else "it gave no answer")
+    why = f"status {status}"
+    wait_s = stated_wait_s(failure.headers, now) if status in _STATES_ITS_WAIT else None
+    if wait_s is not None:
+        return Verdict(Weight.AT_ONCE, f"{why}, to be asked again after {wait_s:.3g} s", wait_s)
+    return Verdict(_weight_of(status, sent=failure.body is not None), why)
+
+
+def _weight_of(status: int, *, sent: bool) -> Weight:
+    if status >= 500 or status in (408, 429):
+        return Weight.COUNTED
+    if status in _OUR_ACCOUNT:
+        return Weight.AT_ONCE
+    if status in _OUR_ADDRESS:
+        return Weight.AT_ONCE_UNLESS_SERVING
+    return Weight.ANSWERED if sent else Weight.UNSENT
+
 
 PROBE_S = 60.0
 """A probe that has neither answered nor ended by then holds up nobody any longer."""
+
 LONGER_BY_S = 1.0
 """A model at rest that asks for less than this much more gets no other rest: many attempts may say so at once."""
 

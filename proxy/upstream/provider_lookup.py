@@ -1,5 +1,3 @@
-"""Questions for litellm about providers, asked one after the other of one process that ends when it is idle."""
-
 from __future__ import annotations
 
 import asyncio
@@ -18,17 +16,24 @@ from proxy.concurrency import end
 
 log = logging.getLogger("uniroute.upstream")
 
-COMMAND = ("-m", "proxy.upstream.resolving_process")
+COMMAND = ("-m", "proxy.upstream.resolver_process")
+
 START_S = 120.0
 """Until the first answer: litellm's import takes 3 s, and far longer on a machine that is busy with other starts."""
+
 ANSWER_S = 30.0
+
 IDLE_S = 3.0
 """After which the process ends: it holds 190 MiB, and other workers wait for their turn."""
+
 MOST_WAITING = 1000
+
 LONGEST_ANSWER = 2**20
+
 _LOOK_AGAIN_S = 0.2
 
 Answer = dict[str, Any]
+
 Found = Mapping[str, Answer]
 
 

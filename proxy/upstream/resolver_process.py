@@ -1,4 +1,4 @@
-"""litellm asked who serves some models, in a process of its own: `python -m proxy.upstream.resolving_process`.
+"""litellm asked who serves some models, in a process of its own: `python -m proxy.upstream.resolver_process`.
 
 Reads a question on each line of stdin, in JSON, and writes an answer, `resolved` or `refused`, on a line of stdout.
 Whoever only relays so never holds litellm, which takes seconds and 190 MiB to import. No key is in its environment.
@@ -12,11 +12,12 @@ import resource
 import sys
 from typing import Any
 
-from proxy.upstream.provider_layer import import_litellm
-from proxy.upstream.resolution import NotResolved, by_litellm
+from proxy.upstream.litellm.setup import import_litellm
+from proxy.upstream.provider_resolution import NotResolved, by_litellm
 
 MOST_MEMORY = 2**30
 """Bytes of address space. 300 MiB are what litellm takes, 190 of them in memory."""
+
 ODD = (ValueError, TypeError, LookupError, AttributeError)
 """What litellm stumbles into over a name of another shape than it expects."""
 

@@ -1,5 +1,3 @@
-"""litellm as a library: imported without its network calls, telemetry, logs and callbacks, and warm. No requests."""
-
 from __future__ import annotations
 
 import contextlib
@@ -12,7 +10,7 @@ from typing import Any
 import httpx
 
 from proxy.outbound import http_client
-from proxy.upstream.wire import HOOKS, CallTransport, client_over
+from proxy.upstream.litellm.transport import HOOKS, CallTransport, client_over
 
 _ANSWER = {
     "id": "warm-up",

@@ -1,5 +1,3 @@
-"""How many requests a model is asked at once, and who waits for a place: caps and bounded queues of this process."""
-
 from __future__ import annotations
 
 import asyncio
@@ -13,9 +11,12 @@ from proxy.settings.models import ModelInfo
 
 FIRST_GUESS_S = 1.0
 """How long a place is held, while none of this model was ever given back."""
+
 SHORTEST_S, LONGEST_S = 1.0, 60.0
 """Within these bounds a caller is asked to come back."""
+
 NEWEST_WEIGHS = 0.2
+
 MOST_REMEMBERED = 1000
 
 

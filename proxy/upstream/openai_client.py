@@ -1,5 +1,3 @@
-"""Calls to models that speak OpenAI's format: the caller's bytes there, the upstream's bytes back. No litellm."""
-
 from __future__ import annotations
 
 import asyncio
@@ -16,16 +14,16 @@ from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, Resolved
 from proxy.upstream.answer_room import AnswerBounds, AnswerRoom
 from proxy.upstream.connection import BrokenOff, Connection, NotHttp, Unanswered
-from proxy.upstream.connections import Connections, Origin, ProxyRefused
-from proxy.upstream.events import LAST_WORDS_S, ChunkReader, CompletionReader, answers_of
-from proxy.upstream.failures import lost, redirecting, refused, unreachable, without
-from proxy.upstream.payload import Payload
-from proxy.upstream.targets import Target, Targets
+from proxy.upstream.endpoint import Target, Targets
+from proxy.upstream.errors import lost, redirecting, refused, unreachable, without
+from proxy.upstream.payload import LAST_WORDS_S, ChunkReader, CompletionReader, Payload, answers_of
+from proxy.upstream.pool import Connections, Origin, ProxyRefused
 
 log = logging.getLogger("uniroute.upstream")
 
 DRAIN_S = 1.0
 """How long the end of a stream is waited for after its last word, to use the connection again."""
+
 _ENDS = (Unanswered, BrokenOff, NotHttp, OSError)
 """Of a connection in the middle of an answer."""
 

@@ -1,5 +1,3 @@
-"""A model record and a caller's body to the arguments of one litellm call. No I/O; secrets come in resolved."""
-
 from __future__ import annotations
 
 import copy
@@ -48,6 +46,7 @@ PROVIDER_PARAMS = words("""
     supports_system_message merge_reasoning_content_in_choices base_model hf_model_name drop_params
     additional_drop_params allowed_openai_params
 """)
+
 PROVIDER_FAMILIES = ("aws_", "vertex_", "azure_", "oci_", "watsonx_", "databricks_", "gigachat_", "sagemaker_")
 
 _MEANINGS = (
@@ -57,6 +56,7 @@ _MEANINGS = (
     words("tool_choice function_call"),
 )
 """Names of one thing: who states one of them has stated the thing."""
+
 _SAME_MEANING = {name: names for names in _MEANINGS for name in names}
 
 _SHORTEST_SECRET = 8
