@@ -26,7 +26,7 @@ from proxy.limits.scripts import SETTLE_FUNCTION
 from proxy.preflight import check_data_dir, check_named_models
 from proxy.recording.metrics import Metrics
 from proxy.recording.values import open_values
-from proxy.routing.assigning import Assigner, deadline_of
+from proxy.routing.assigner import Assigner, deadline_of
 from proxy.services import Services, ServicesHolder
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings, check_exposure

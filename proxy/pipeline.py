@@ -15,12 +15,11 @@ from proxy.limits.standing import Granted
 from proxy.recording.meter import Books, Meter
 from proxy.relay.disconnect import cut_ending
 from proxy.relay.forwarding import Forwarder, Outlets
-from proxy.relay.marks import AnswerMarks
 from proxy.relay.streaming import EventStream, close_opened
 from proxy.relay.whole import WholeAnswer
-from proxy.routing.choosing import Choice, choose
-from proxy.routing.request import ChatRequest
-from proxy.routing.thread import Thread, thread_of
+from proxy.routing.affinity import AnswerMarks, Thread, thread_of
+from proxy.routing.chat_request import ChatRequest
+from proxy.routing.selection import Choice, choose
 from proxy.services import Services
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.snapshot import RoutingState

@@ -10,7 +10,7 @@ from pathlib import Path
 from proxy.jobs.jobs import Jobs
 from proxy.limits.limiter import Limiter
 from proxy.recording.metrics import Metrics
-from proxy.routing.assigning import Assigner
+from proxy.routing.assigner import Assigner
 from proxy.settings.schema import Settings
 from proxy.startup import Startup
 from proxy.storage.redis import Store

@@ -88,7 +88,7 @@ def _answer(settings: Settings, traffic: Traffic, goal: Goal, url: str | None) -
     from proxy.cli import console
     from proxy.cli.deployed import opened_deployment
     from proxy.cli.traffic import embedded
-    from proxy.routing.features import needs_of
+    from proxy.routing.requirements import needs_of
     from router_core.calibration import expectations
     from router_core.calibration_doubt import relative_interval
     from router_core.scoring import Terms

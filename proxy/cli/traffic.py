@@ -50,7 +50,7 @@ def user_turn(text: str) -> Messages:
 
 def embedded(prompts: Iterable[Messages], embedder: Embedder, bars: Progress) -> Floats:
     """(n, d) of n prompts, by the text that a server would look at."""
-    from proxy.routing.features import routing_text
+    from proxy.routing.requirements import routing_text
     from router_core.fitting import embed_prompts
 
     return embed_prompts([routing_text(messages) for messages in prompts], embedder, bars.update)

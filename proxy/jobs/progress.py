@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from proxy.errors import NotMeasured
 from proxy.jobs.records import Job
-from proxy.routing.refusals import listed
+from proxy.routing.candidates import listed
 from proxy.settings.schema import Settings
 
 QUEUED_RETRY_S = 5

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from proxy.errors import NothingAble
-from proxy.routing.choosing import Choice
-from proxy.routing.features import estimate_tokens
+from proxy.routing.requirements import estimate_tokens
+from proxy.routing.selection import Choice
 from proxy.routing.sizes import Sizes, sizes_of
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import KeyLimits

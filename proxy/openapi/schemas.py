@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from proxy.routing.options import MOST, TIMEOUTS
+from proxy.routing.chat_request import MOST, TIMEOUTS
 from router_core.types import DEAREST, PRICE_FIELDS
 
 Schema = dict[str, Any]

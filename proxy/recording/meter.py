@@ -15,8 +15,8 @@ from proxy.errors import UpstreamFailure
 from proxy.limits.standing import Granted, Settling
 from proxy.log_lines import info
 from proxy.recording.metrics import Metrics
-from proxy.relay.marks import AnswerMarks
-from proxy.routing.choosing import Choice
+from proxy.routing.affinity import AnswerMarks
+from proxy.routing.selection import Choice
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.snapshot import StateHolder
 from proxy.storage.traffic_stats import LiveExpectations

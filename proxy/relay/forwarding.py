@@ -14,7 +14,7 @@ from proxy.hops import instance_id
 from proxy.recording.meter import Meter
 from proxy.relay.beginning import OpenStream, begin
 from proxy.relay.turns import Turn
-from proxy.routing.request import ChatRequest
+from proxy.routing.chat_request import ChatRequest
 from proxy.routing.sizes import limited
 from proxy.settings.schema import NOTHING_STATED, Settings, Timeouts, timeouts_for, total_s
 from proxy.storage.models import ModelRecord

@@ -13,8 +13,7 @@ from proxy.refusing import TOLD, response_of
 from proxy.relay.disconnect import until_gone
 from proxy.relay.streaming import EventStream
 from proxy.routes.context import arrived_at, trace_of
-from proxy.routing.options import READ_HEADERS
-from proxy.routing.request import parse_chat
+from proxy.routing.chat_request import READ_HEADERS, parse_chat
 from proxy.services import Services, ServicesHolder
 
 PATH = "/v1/chat/completions"

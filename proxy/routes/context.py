@@ -10,7 +10,7 @@ from fastapi import Depends, Request
 from proxy.auth import KEY_IN_SCOPE, WHO_IN_SCOPE
 from proxy.body import read_body
 from proxy.edge import ARRIVED, TRACE
-from proxy.routing.request import parse_object
+from proxy.routing.chat_request import parse_object
 from proxy.services import Services
 from proxy.storage.audit_log import AuditTrail, Author
 from proxy.storage.client_keys import ClientKey

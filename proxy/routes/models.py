@@ -9,8 +9,7 @@ from fastapi import APIRouter
 
 from proxy.errors import UnknownName
 from proxy.routes.context import Caller, OurServices
-from proxy.routing.cost_weight import may_ask
-from proxy.routing.names import ALIASES, ANY, Way, usable_models
+from proxy.routing.candidates import ALIASES, ANY, Way, may_ask, usable_models
 from proxy.services import Services
 
 router = APIRouter()

@@ -8,9 +8,8 @@ from proxy.body import read_body
 from proxy.head import head_of
 from proxy.pipeline import chosen
 from proxy.routes.context import Caller, OurServices
-from proxy.routing.explaining import to_json
-from proxy.routing.options import READ_HEADERS
-from proxy.routing.request import parse_chat
+from proxy.routing.chat_request import READ_HEADERS, parse_chat
+from proxy.routing.selection import to_json
 from proxy.upstream.sse import dump
 
 router = APIRouter()

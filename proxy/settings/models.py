@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
-from proxy.routing.refused import is_control_field
+from proxy.routing.control_fields import is_control_field
 from proxy.safety.redaction import is_reference, is_secret_name, shown
 from proxy.settings.litellm_names import PARAMS
 from proxy.upstream.litellm.params import (

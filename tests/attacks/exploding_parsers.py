@@ -12,10 +12,10 @@ import numpy as np
 from proxy.auth import check_host, presented
 from proxy.errors import ProxyError, UpstreamFailure, describe
 from proxy.routes.admin_bodies import shown_params
-from proxy.routing.features import needs_of, routing_text
-from proxy.routing.refused import refuse_control_fields
-from proxy.routing.request import parse_chat
-from proxy.routing.trail import is_random
+from proxy.routing.chat_request import parse_chat
+from proxy.routing.control_fields import refuse_control_fields
+from proxy.routing.fingerprints import is_random
+from proxy.routing.requirements import needs_of, routing_text
 from proxy.settings.litellm_names import is_model_info_of_litellm
 from proxy.settings.schema import Settings
 from proxy.storage.audit_log import act_of

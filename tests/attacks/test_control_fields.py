@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from proxy.errors import BadRequest, ControlFieldRefused, UpstreamFailure
-from proxy.routing.refused import is_control_field
-from proxy.routing.request import parse_chat
+from proxy.routing.chat_request import parse_chat
+from proxy.routing.control_fields import is_control_field
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord

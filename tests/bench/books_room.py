@@ -17,10 +17,9 @@ from proxy.limits.limiter import Limiter
 from proxy.limits.scripts import SETTLE_FUNCTION
 from proxy.recording.meter import Books, Meter
 from proxy.recording.metrics import Metrics
-from proxy.relay.marks import AnswerMarks
 from proxy.relay.turns import Turn
-from proxy.routing.choosing import Choice
-from proxy.routing.thread import NO_THREAD
+from proxy.routing.affinity import NO_THREAD, AnswerMarks
+from proxy.routing.selection import Choice
 from proxy.settings.schema import HealthPolicy, Settings
 from proxy.storage.redis import Store
 from proxy.storage.sessions import Conversations

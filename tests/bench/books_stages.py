@@ -24,10 +24,8 @@ from proxy.cli import console
 from proxy.cli.serve import LOGGING
 from proxy.limits.claims import Demand, claim_of, within_claim
 from proxy.recording.meter import Meter
-from proxy.relay.marks import AnswerMarks
-from proxy.routing.options import Options
-from proxy.routing.request import ChatRequest
-from proxy.routing.thread import NO_THREAD, thread_of
+from proxy.routing.affinity import NO_THREAD, AnswerMarks, thread_of
+from proxy.routing.chat_request import ChatRequest, Options
 from proxy.storage.client_keys import ClientKey
 from proxy.trace import Trace
 from proxy.upstream.payload import content_bytes, has_content

@@ -21,13 +21,12 @@ from proxy.cli.serve import server_config
 from proxy.connection import ClientConnection
 from proxy.limits.limiter import Limiter
 from proxy.recording.metrics import Metrics
-from proxy.routing.asked import Asked, needs_within, terms_of
-from proxy.routing.assigning import Assigner
-from proxy.routing.conversation import past_of
-from proxy.routing.features import routing_text
-from proxy.routing.names import Way
-from proxy.routing.request import ChatRequest
-from proxy.routing.thread import NO_THREAD
+from proxy.routing.affinity import NO_THREAD
+from proxy.routing.assigner import Assigner
+from proxy.routing.candidates import Asked, Way, needs_within, terms_of
+from proxy.routing.chat_request import ChatRequest
+from proxy.routing.fingerprints import past_of
+from proxy.routing.requirements import routing_text
 from proxy.services import Services
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, StoredProfile

@@ -21,8 +21,8 @@ from typing import Any
 import uvloop
 
 from proxy.cli import console
-from proxy.routing.choosing import choose
-from proxy.routing.request import parse_chat
+from proxy.routing.chat_request import parse_chat
+from proxy.routing.selection import choose
 from proxy.services import Services
 from router_core.embedding import static_embedder
 from tests.bench.overhead.bodies import KINDS

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from proxy.routing.features import estimate_tokens
+from proxy.routing.requirements import estimate_tokens
 from router_core.pricing import picousd
 from router_core.tokens import BYTES_PER_TOKEN
 from tests.chaos.behaviours import SILENT

@@ -11,8 +11,8 @@ import atheris
 
 with atheris.instrument_imports(include=["proxy.routing", "json"]):
     from proxy.errors import BadRequest
-    from proxy.routing.features import needs_of, routing_text
-    from proxy.routing.request import parse_chat
+    from proxy.routing.chat_request import parse_chat
+    from proxy.routing.requirements import needs_of, routing_text
     from proxy.upstream.sse import dump
 
 

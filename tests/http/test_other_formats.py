@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import UpstreamFailure
-from proxy.routing.conversation import past_of
-from proxy.routing.trail import Trail, newest_question
+from proxy.routing.fingerprints import Trail, newest_question, past_of
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from proxy.routing import assigning
-from proxy.routing.assigning import Assigner, RoutingLate
+from proxy.routing import assigner as assigning
+from proxy.routing.assigner import Assigner, RoutingLate
 from router_core.artifact import builtin_map
 from router_core.clustering import ClusterMap
 from router_core.embedding import LONGEST_AT_HAND, StaticEmbedder

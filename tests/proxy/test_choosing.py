@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from proxy.errors import Forbidden, Unavailable, UnknownName
-from proxy.routing.assigning import Assigner, RoutingLate
-from proxy.routing.explaining import to_json
+from proxy.routing.assigner import Assigner, RoutingLate
+from proxy.routing.selection import to_json
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.reader import Stored
 from proxy.storage.snapshot import RoutingState, build_state

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
-from proxy.routing.conversation import NO_PAST, past_of
-from proxy.routing.options import read_options
-from proxy.routing.trail import Excerpt, Trail
+from proxy.routing.chat_request import read_options
+from proxy.routing.fingerprints import NO_PAST, Excerpt, Trail, past_of
 
 ASK: Any = {"role": "user", "content": "What is the weather?"}
 CALL: Any = {

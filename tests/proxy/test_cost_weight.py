@@ -7,10 +7,8 @@ from typing import Any
 import pytest
 
 from proxy.errors import BadRequest, Forbidden
-from proxy.routing.cost_weight import cost_weight, may_ask
-from proxy.routing.names import ALIASES, Way
-from proxy.routing.options import Options
-from proxy.routing.request import ChatRequest
+from proxy.routing.candidates import ALIASES, Way, cost_weight, may_ask
+from proxy.routing.chat_request import ChatRequest, Options
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
 

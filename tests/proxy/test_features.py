@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.routing.features import MEDIA_TOKENS, asked_for, estimate_tokens, needs_of, routing_text
+from proxy.routing.requirements import MEDIA_TOKENS, asked_for, estimate_tokens, needs_of, routing_text
 from proxy.words import words
 from router_core.excerpt import CUT
 

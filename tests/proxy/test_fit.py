@@ -17,7 +17,7 @@ from proxy.cli.console import BadArgument
 from proxy.cli.fit_steps import told
 from proxy.cli.known_models import known_models
 from proxy.cli.prompt_files import check_prompt_files, read_prompts
-from proxy.routing.features import routing_text
+from proxy.routing.requirements import routing_text
 from router_core.excerpt import CUT, excerpt
 from tests.bench.prompts import generated_prompts
 from tests.support.command import environment, run_command

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
 from proxy.outbound import Outbound
-from proxy.routing.request import parse_chat
+from proxy.routing.chat_request import parse_chat
 from proxy.settings.schema import Settings
 from proxy.storage.models import Resolved
 from proxy.upstream.endpoint import Targets, outgoing

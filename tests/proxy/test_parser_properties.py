@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
-from proxy.routing.features import estimate_tokens, needs_of, routing_text
-from proxy.routing.request import ChatRequest, parse_chat
+from proxy.routing.chat_request import ChatRequest, parse_chat
+from proxy.routing.requirements import estimate_tokens, needs_of, routing_text
 from proxy.upstream.sse import dump
 
 NAMES = st.sampled_from(

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from proxy.relay.marks import AnswerMarks
-from proxy.routing.thread import NO_THREAD
-from proxy.routing.trail import Excerpt, Trail, leaves_marks
+from proxy.routing.affinity import NO_THREAD, AnswerMarks
+from proxy.routing.fingerprints import Excerpt, Trail, leaves_marks
 from proxy.storage.redis import Store
 from proxy.storage.sessions import Conversations
 from proxy.upstream.payload import content_bytes, has_content, plain_text

@@ -10,9 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
-from proxy.routing.exact_json import exact_object
-from proxy.routing.features import needs_of
-from proxy.routing.quick_json import quick_object
+from proxy.routing.json_body import exact_object, quick_object
+from proxy.routing.requirements import needs_of
 from proxy.safety.json_shape import MAX_DEPTH, MAX_VALUES
 from tests.proxy.test_parser_properties import BODIES, NAMES, VALUES
 

@@ -8,13 +8,9 @@ from typing import Any
 import pytest
 
 from proxy.errors import Forbidden, NothingAble, TooLong, Unavailable, UnknownName
-from proxy.routing.asked import Asked, needs_within, terms_of
-from proxy.routing.names import Way
-from proxy.routing.options import Options
-from proxy.routing.provider import Provider
-from proxy.routing.refusals import nothing_left
-from proxy.routing.request import ChatRequest
-from proxy.routing.thread import NO_THREAD
+from proxy.routing.affinity import NO_THREAD
+from proxy.routing.candidates import Asked, Way, needs_within, nothing_left, terms_of
+from proxy.routing.chat_request import ChatRequest, Options, Provider
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.models import StoredProfile

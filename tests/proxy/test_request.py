@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from proxy.errors import BadRequest, ControlFieldRefused
-from proxy.routing.provider import Provider
-from proxy.routing.refused import USUAL, is_control_field
-from proxy.routing.request import ChatRequest, parse_chat, parse_object
+from proxy.routing.chat_request import ChatRequest, Provider, parse_chat, parse_object
+from proxy.routing.control_fields import USUAL, is_control_field
 from proxy.safety.json_shape import MAX_DEPTH
 
 ASK: Any = [{"role": "user", "content": "hi"}]

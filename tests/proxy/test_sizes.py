@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
-from proxy.routing.request import ChatRequest, parse_chat
+from proxy.routing.chat_request import ChatRequest, parse_chat
 from proxy.routing.sizes import limited, sizes_of
 
 

@@ -15,15 +15,11 @@ import numpy as np
 import pytest
 
 from proxy.errors import NothingAble
-from proxy.routing.asked import Asked
-from proxy.routing.assigning import Assigner
-from proxy.routing.choosing import Choice, choose
-from proxy.routing.explaining import to_json
-from proxy.routing.names import Way
-from proxy.routing.options import Options
-from proxy.routing.request import ChatRequest
-from proxy.routing.sticking import held
-from proxy.routing.thread import NO_THREAD, Thread
+from proxy.routing.affinity import NO_THREAD, Thread
+from proxy.routing.assigner import Assigner
+from proxy.routing.candidates import Asked, Way
+from proxy.routing.chat_request import ChatRequest, Options
+from proxy.routing.selection import Choice, choose, held, to_json
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.models import StoredProfile

@@ -8,10 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.relay.marks import AnswerMarks
-from proxy.routing.options import Options
-from proxy.routing.request import ChatRequest
-from proxy.routing.thread import NO_THREAD, Thread, thread_of
+from proxy.routing.affinity import NO_THREAD, AnswerMarks, Thread, thread_of
+from proxy.routing.chat_request import ChatRequest, Options
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.redis import Store

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.routing.trail import SAMPLE, Excerpt, Trail, is_random, newest_question
+from proxy.routing.fingerprints import SAMPLE, Excerpt, Trail, is_random, newest_question
 
 TEXTS = st.text(max_size=40)
 LONG = "A thought that nobody else will think in these very words. " * 4

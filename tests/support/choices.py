@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from proxy.routing.assigning import Assigner
-from proxy.routing.choosing import Choice, choose
-from proxy.routing.options import Options
-from proxy.routing.request import ChatRequest
+from proxy.routing.assigner import Assigner
+from proxy.routing.chat_request import ChatRequest, Options
+from proxy.routing.selection import Choice, choose
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.models import StoredProfile

@@ -1,21 +1,29 @@
-"""Which model answers: the scored choice, its way past the deadline, and the names that ask for one model. No I/O."""
-
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from proxy.errors import NothingAble, Unavailable
-from proxy.routing.asked import NOBODY, Asked, is_clamped, needs_within, terms_of
-from proxy.routing.assigning import Assigner, RoutingLate
-from proxy.routing.features import routing_text
-from proxy.routing.names import Way, candidates, way_of
-from proxy.routing.refusals import RuledOut, nothing_left, too_dear
-from proxy.routing.request import ChatRequest
-from proxy.routing.sticking import held
-from proxy.routing.thread import NO_THREAD, Thread
+from proxy.routing.affinity import NO_THREAD, Thread
+from proxy.routing.assigner import Assigner, RoutingLate
+from proxy.routing.candidates import (
+    NOBODY,
+    Asked,
+    RuledOut,
+    Way,
+    candidates,
+    is_clamped,
+    needs_within,
+    nothing_left,
+    terms_of,
+    too_dear,
+    way_of,
+)
+from proxy.routing.chat_request import ChatRequest
+from proxy.routing.requirements import routing_text
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.snapshot import RoutingState
@@ -26,7 +34,87 @@ from router_core.pool import Pool
 from router_core.scoring import rank, rank_by_cost, rank_by_mean
 from router_core.types import Assignment, Needs
 
+
+def to_json(choice: Choice) -> dict[str, Any]:
+    """The decision as POST /v1/route shows it."""
+    decision = choice.decision
+    clusters = decision.clusters if decision and decision.assignment is not None else ()
+    return {
+        "decision": choice.id,
+        "model": choice.model,
+        "reason": choice.reason,
+        "lambda": choice.lambda_,
+        "max_tokens": _limit(choice),
+        "clusters": [{"id": cluster, "name": name, "weight": weight} for cluster, name, weight in clusters],
+        "candidates": [
+            {
+                "model": row.model,
+                "expected_error": row.expected_error,
+                "error_low": row.error_low,
+                "error_high": row.error_high,
+                "expected_cost_usd": row.expected_cost_usd,
+                "cost": row.cost,
+                "score": row.score,
+                "flips_at_lambda": row.flips_at_lambda,
+            }
+            for row in (decision.candidates if decision else ())
+        ],
+        "ineligible": [{"model": name, "why": why} for name, why in choice.ineligible.items()],
+    }
+
+
+def _limit(choice: Choice) -> dict[str, int] | None:
+    """Tokens of an answer that the request states, and that the model would be told; None: none are stated."""
+    stated = choice.needs.max_output_tokens
+    return None if stated is None else {"stated": stated, "sent": choice.max_tokens or stated}
+
+
 log = logging.getLogger("uniroute.routing")
+
+_GONE = "not registered any more"
+
+
+def held(asked: Asked, choice: Choice) -> Choice:
+    """The routed choice, or the model that it must or should stay with in its place.
+
+    Tool calls and reasoning stay with who produced them, a session with `sticky_sessions: on` with its last model.
+    """
+    thread = asked.thread
+    if thread.producer is not None:
+        if not _may_answer(asked, choice, thread.producer):
+            return _left(asked, choice, thread.producer)
+        return _with_first(asked, choice, thread.producer, alone=thread.has_reasoning)
+    last = thread.last
+    if asked.settings.sticky_sessions == "on" and last is not None and _may_answer(asked, choice, last.model):
+        return _with_first(asked, choice, last.model, alone=False)
+    return choice
+
+
+def _with_first(asked: Asked, choice: Choice, name: str, *, alone: bool) -> Choice:
+    """`alone`: others are asked only where the caller says so, for reasoning that they did not sign they refuse."""
+    fallbacks = asked.request.options.fallbacks
+    may_fall_back = fallbacks is not False if not alone else fallbacks is True
+    ranking = choice.decision.ranking if choice.decision else choice.order
+    order = (name, *(other for other in ranking if other != name)) if may_fall_back else (name,)
+    attempts = asked.settings.fallback_attempts if may_fall_back else 1
+    return replace(choice, model=name, reason="sticky", order=order, attempts=attempts)
+
+
+def _may_answer(asked: Asked, choice: Choice, name: str) -> bool:
+    """Eligible for this request. One that is not profiled can be called, but not be held to `max_cost_usd`."""
+    if choice.decision is not None and name in choice.decision.table.names:
+        return True
+    if name in asked.state.profiles:  # it could have been scored, and something spoke against it
+        return False
+    able = eligible(asked.state.pool, asked.needs, asked.allowed, measured=False, resting=asked.resting).names
+    return asked.terms.max_cost_usd is None and name in able
+
+
+def _left(asked: Asked, choice: Choice, name: str) -> Choice:
+    why = choice.ineligible.get(name) or ("ruled out" if name in asked.state.models else _GONE)
+    log.warning("decision=%s cannot stay with model=%s: %s", choice.id, name, why)
+    return replace(choice, left=name, ineligible={**choice.ineligible, name: why})
+
 
 ROUTING_FAILURES = (RouterCoreError, RoutingLate, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 """What must never cost the caller an answer."""

@@ -1,5 +1,3 @@
-"""Fields of a caller's body that would steer the provider layer. Names only; what is allowed passes by."""
-
 from __future__ import annotations
 
 import re
@@ -37,6 +35,7 @@ _NAMES = words("""
     enable_tag_filtering turn_off_message_logging use_chat_completions_api use_client default_api_key_rpm_limit
     default_api_key_tpm_limit
 """)
+
 _FAMILIES = re.compile(
     r"_.*|.*_cost_per_.*|cache_(creation|read)_input_.*|(auto|adaptive|complexity|quality)_router_.*"
     r"|(aws|vertex|azure|gigachat|oci|watsonx|litellm|sagemaker|databricks|s3|gcs|regional)_.*"
@@ -44,6 +43,7 @@ _FAMILIES = re.compile(
     r"|anthropic_(disable|federation|identity|issuer|keycloak|organization|service)_.*|openai_(identity|service)_.*",
     re.DOTALL,  # else each repetition is tried up to a line end, in quadratic time
 )
+
 _ADDRESSES_AND_KEYS = words("""
     api_base base_url api_key api_version extra_headers headers default_headers litellm_params litellm_metadata
     custom_llm_provider model_list mock_response azure_ad_token aws_access_key_id aws_secret_access_key
@@ -56,8 +56,10 @@ _READ_BY_NAME = words("""
     model messages stream stream_options uniroute models provider route metadata extra_body max_tokens
     max_completion_tokens n tools tool_choice functions response_format modalities audio user store
 """)
+
 MAX_NAME = 1000
 """Characters of a name that is not ASCII: to look for the same name in other letters takes microseconds for each."""
+
 _INVISIBLE = re.compile(r"[\s\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]")
 
 

@@ -1,5 +1,3 @@
-"""A prompt's clusters within a deadline. What may take longer than a millisecond runs in one bounded executor."""
-
 from __future__ import annotations
 
 import asyncio
@@ -15,11 +13,16 @@ from router_core.embedding import StaticEmbedder
 from router_core.types import Assignment, Embedder
 
 STATIC_DEADLINE_S = 0.05
+
 TRANSFORMER_DEADLINE_S = 0.5
+
 STARVED = 20
 """Waits of a deadline each, at most: a second for the static embedder. A process that was stopped spends one on it."""
+
 WORKERS = 2
+
 MOST_WAITING = 64
+
 MOST_REMEMBERED = 2_048
 """Prompts of one generation; two are kept."""
 

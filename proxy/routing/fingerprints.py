@@ -1,32 +1,43 @@
-"""What an assistant turn can be recognised by later: digests of its tool calls and of its reasoning. Never fails."""
-
 from __future__ import annotations
 
 import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 SAMPLE = 4096
 """Characters of each end that are hashed, with the length: enough to tell two texts apart, however long they are."""
+
 MOST_CALLS = 32
 """Of one turn: one that is recognised is enough."""
+
 MOST_PARTS = 2048
 """Of one list: the newest tell whose it is."""
+
 RANDOM_CHARACTERS = 8
+
 SHORT_NAME = 4
 """A shorter name of a function may stand in a random id by chance, and makes none look random."""
+
 SHORT_SIGNATURE = 32
+
 SHORT_REASONING = 200
 
 _TEXTS = ("reasoning_content", "reasoning")
+
 _BLOCKS = ("thinking_blocks", "reasoning_details", "content")
+
 _BLOCK_TYPES = ("thinking", "redacted_thinking", "reasoning")
 """Parts of `content` that are reasoning; in the other fields every block is."""
+
 _BLOCK_TEXTS = ("thinking", "text", "summary")
+
 _BLOCK_SIGNATURES = ("signature", "data")
+
 _LEAVING_MARKS = frozenset({"tool_calls", "function_call", "signature", *_TEXTS, *_BLOCKS}) - {"content"}
+
 _OLD_CALL = -1
 """Where the one `function_call` of a turn stands among its calls."""
 
@@ -242,3 +253,78 @@ def _mark(kind: str, text: Excerpt, question: Excerpt, *, short: int) -> str:
 def _digest(*texts: str) -> str:
     """SHA-256. As JSON, so that no two lists of texts are written alike, and half characters are written at all."""
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
+_RESULTS = ("tool", "function")
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """`marks` are digests by which the model that produced it may be known, the surest first."""
+
+    in_tool_loop: bool = False
+    """The newest turns that are not the user's answer tool calls."""
+    has_reasoning: bool = False
+    """Some assistant turn carries reasoning, thinking or a signature of them."""
+    marks: tuple[str, ...] = ()
+
+
+NO_PAST = Past()
+
+
+def past_of(messages: Any) -> Past:
+    """`messages` as the caller sent them; only the newest turn of the loop and of reasoning are hashed."""
+    if not isinstance(messages, list):
+        return NO_PAST
+    in_tool_loop = False
+    newest = True
+    marks: list[str] = []
+    for place in range(len(messages) - 1, -1, -1):
+        message = messages[place]
+        if not isinstance(message, (dict, Mapping)):  # most are a dict, which is told faster
+            continue
+        if message.get("role") != "assistant":
+            in_tool_loop = in_tool_loop or (newest and _is_result(message))
+            continue
+        in_newest_loop, newest = newest and in_tool_loop, False
+        trail = _trail(message, calls=in_newest_loop)
+        if trail is None:
+            continue
+        question = newest_question(messages, place)
+        marks += trail.reasoning_marks(question)
+        if in_newest_loop:
+            marks += trail.call_marks(question)
+        if trail.has_reasoning:
+            return Past(in_tool_loop, has_reasoning=True, marks=_distinct(marks))
+    return Past(in_tool_loop, marks=_distinct(marks))
+
+
+def _is_result(message: Mapping[str, Any]) -> bool:
+    """Of a tool call: a turn of its own, or a part of the user's."""
+    if message.get("role") in _RESULTS:
+        return True
+    content = message.get("content")
+    return isinstance(content, list) and any(
+        isinstance(part, Mapping) and part.get("type") == "tool_result" for part in content
+    )
+
+
+def _trail(message: Mapping[str, Any], *, calls: bool) -> Trail | None:
+    """None where there is nothing to see, which is quick to tell of most turns of a long conversation."""
+    content = message.get("content")
+    if not (calls or isinstance(content, list) or _carries(message)):
+        return None
+    trail = Trail()
+    trail.add(message)
+    return trail if calls or trail.has_reasoning else None
+
+
+def _carries(message: Mapping[str, Any]) -> bool:
+    return not _CARRYING.isdisjoint(message) and any(message.get(name) for name in _CARRYING)
+
+
+_CARRYING = frozenset({"reasoning_content", "reasoning", "reasoning_details", "thinking_blocks", "signature"})
+
+
+def _distinct(marks: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(marks))

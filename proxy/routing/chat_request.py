@@ -1,0 +1,361 @@
+from __future__ import annotations
+
+import codecs
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from proxy.errors import BadRequest
+from proxy.routing.control_fields import refuse_control_fields
+from proxy.routing.json_body import exact_object, quick_object
+from proxy.routing.requirements import Contents
+from proxy.routing.sizes import check_sizes
+from proxy.settings.schema import NOTHING_STATED, StatedTimeouts
+
+LONGEST_ID = 255
+
+SESSION_HEADERS = ("x-session-id", "x-litellm-session-id", "x-claude-code-session-id")
+
+
+def inherited_session(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) -> str | None:
+    """The first that is a text of 1 to 255 characters; one that is not was not meant for us, and is passed over."""
+    return next((found for found in _stated(body, headers) if is_session_id(found)), None)
+
+
+def is_session_id(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= LONGEST_ID
+
+
+def _stated(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) -> Iterator[Any]:
+    for known in SESSION_HEADERS:
+        values = [value.strip(" \t") for name, value in headers if name == known]
+        if len(values) == 1:
+            yield values[0]
+    yield body.get("prompt_cache_key")
+    metadata = body.get("metadata")
+    if isinstance(metadata, Mapping):
+        yield metadata.get("session_id")
+
+
+PER_MILLION = 1e6
+
+_CAPS = ("prompt", "completion")
+
+_FREE_HERE = ("request", "image", "audio")
+"""OpenRouter's other caps: nothing is billed by them here, so none can be exceeded."""
+
+_PRICE = re.compile(r"([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
+
+_SHOWN = 60
+
+
+@dataclass(frozen=True)
+class Provider:
+    """None: not stated."""
+
+    only: tuple[str, ...] | None = None
+    """Names of models: the only candidates."""
+    ignore: tuple[str, ...] = ()
+    """Names of models that are none."""
+    max_input_cost_per_token: float | None = None
+    """USD. Models whose price is above it are ruled out."""
+    max_output_cost_per_token: float | None = None
+    allow_fallbacks: bool | None = None
+
+
+NO_PROVIDER = Provider()
+
+
+def read_provider(body: Mapping[str, Any]) -> Provider:
+    """Raises BadRequest naming the field."""
+    stated = body.get("provider")
+    if stated is None:
+        return NO_PROVIDER
+    if not isinstance(stated, dict):
+        raise BadRequest("`provider` must be an object", param="provider")
+    prompt, completion = _max_price(stated.get("max_price"))
+    return Provider(
+        only=_names(stated, "only"),
+        ignore=_names(stated, "ignore") or (),
+        max_input_cost_per_token=prompt,
+        max_output_cost_per_token=completion,
+        allow_fallbacks=_optional_flag(stated, "allow_fallbacks"),
+    )
+
+
+def _names(stated: Mapping[str, Any], field: str) -> tuple[str, ...] | None:
+    value = stated.get(field)
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
+        raise BadRequest(f"`provider.{field}` must be a list of model names", param=f"provider.{field}")
+    return tuple(dict.fromkeys(value))
+
+
+def _optional_flag(stated: Mapping[str, Any], field: str) -> bool | None:
+    value = stated.get(field)
+    if not isinstance(value, bool | None):
+        raise BadRequest(f"`provider.{field}` must be true or false", param=f"provider.{field}")
+    return value
+
+
+def _max_price(stated: Any) -> tuple[float | None, float | None]:
+    if stated is None:
+        return None, None
+    if not isinstance(stated, dict):
+        raise BadRequest(
+            "`provider.max_price` must be an object: {prompt, completion} in USD per million tokens",
+            param="provider.max_price",
+        )
+    for name in stated:
+        if name not in _CAPS + _FREE_HERE:  # a cap that is misspelt would be a cap that is not kept
+            raise BadRequest(
+                f"`provider.max_price.{name[:_SHOWN]}` is not a price; known are {', '.join(_CAPS)}",
+                param="provider.max_price",
+            )
+    prompt, completion = (_per_token(stated.get(name), f"provider.max_price.{name}") for name in _CAPS)
+    return prompt, completion
+
+
+def _per_token(value: Any, param: str) -> float | None:
+    """USD per million tokens, a number or its text, to USD per token."""
+    if value is None:
+        return None
+    number = _number(value)
+    if not (math.isfinite(number) and number >= 0):
+        shown = repr(value)[:_SHOWN]
+        raise BadRequest(
+            f"`{param}` must be USD per million tokens, a finite number, 0 or more; got {shown}", param=param
+        )
+    return number / PER_MILLION
+
+
+def _number(value: Any) -> float:
+    """NaN where it is none."""
+    if isinstance(value, str):
+        return float(value) if len(value) <= _SHOWN and _PRICE.fullmatch(value) else math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
+
+
+LAMBDA_HEADERS = ("lambda", "x-uniroute-lambda")
+
+KNOWN = ("lambda", "models", "max_cost_usd", "latency_weight", "session", "fallbacks", "timeouts")
+
+TIMEOUTS = tuple(column.name for column in fields(StatedTimeouts))
+
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+MOST = 1e12
+"""Of λ, dollars and dollars per second: what is beyond is a mistake, and costs reckoned with it would be infinite."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """None: not stated, the settings decide."""
+
+    lambda_: float | None = None
+    models: tuple[str, ...] | None = None
+    """The only candidates."""
+    max_cost_usd: float | None = None
+    latency_weight: float | None = None
+    session: str | None = field(default=None, repr=False)
+    """Ours, or the first that the client's own headers and fields name."""
+    fallbacks: bool | None = None
+    timeouts: StatedTimeouts = NOTHING_STATED
+    provider: Provider = NO_PROVIDER
+
+
+NOTHING_ASKED = Options()
+
+READ_HEADERS = (*LAMBDA_HEADERS, *SESSION_HEADERS)
+"""The names of the headers that are read here."""
+
+_READ_FIELDS = frozenset({"uniroute", "models", "provider", "prompt_cache_key", "metadata"})
+
+
+def read_options(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) -> Options:
+    """The body wins over the header. Raises BadRequest naming the field."""
+    if _READ_FIELDS.isdisjoint(body) and not any(name in READ_HEADERS for name, _ in headers):
+        return NOTHING_ASKED
+    stated = body.get("uniroute", {})
+    if not isinstance(stated, dict):
+        raise BadRequest("`uniroute` must be an object", param="uniroute")
+    for name in stated:
+        if name not in KNOWN:
+            raise BadRequest(f"`uniroute.{name[:_SHOWN]}` is not an option{_nearest(name)}", param="uniroute")
+    from_header = _header_lambda(headers)
+    own = _amount(stated, "lambda")
+    provider = read_provider(body)
+    return Options(
+        lambda_=from_header if own is None else own,
+        models=_models(body, stated),
+        max_cost_usd=_amount(stated, "max_cost_usd"),
+        latency_weight=_amount(stated, "latency_weight"),
+        session=_session(stated) or inherited_session(body, headers),
+        fallbacks=_fallbacks(stated, provider),
+        provider=provider,
+        timeouts=_timeouts(stated),
+    )
+
+
+def _nearest(name: str, known: Sequence[str] = KNOWN) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean `{near[0]}`?" if near else f"; known are {', '.join(known)}"
+
+
+def _header_lambda(headers: Sequence[tuple[str, str]]) -> float | None:
+    values = [(name, value) for name, value in headers if name in LAMBDA_HEADERS]
+    if not values:
+        return None
+    name, text = values[0]
+    if len(values) > 1:
+        raise BadRequest("the header `lambda` is given more than once", param=name)
+    if not _NUMBER.fullmatch(text.strip(" \t")):
+        raise BadRequest(_not_an_amount(f"the header `{name}`", text), param=name)
+    return _checked(float(text), f"the header `{name}`", name, text)
+
+
+def _amount(stated: Mapping[str, Any], name: str, path: str = "uniroute") -> float | None:
+    value = stated.get(name)
+    if value is None:
+        return None
+    label, param = f"`{path}.{name}`", f"{path}.{name}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BadRequest(_not_an_amount(label, value), param=param)
+    try:
+        return _checked(float(value), label, param, value)
+    except OverflowError:
+        raise BadRequest(_not_an_amount(label, "a number of too many digits"), param=param) from None
+
+
+def _checked(number: float, label: str, param: str, shown: object) -> float:
+    if not 0 <= number <= MOST:  # also of NaN
+        raise BadRequest(_not_an_amount(label, shown), param=param)
+    return number + 0.0  # -0.0 becomes 0.0
+
+
+def _not_an_amount(label: str, shown: object) -> str:
+    return f"{label} must be a finite number from 0 to {MOST:g}; got {str(shown)[:_SHOWN]!r}"
+
+
+def _models(body: Mapping[str, Any], stated: Mapping[str, Any]) -> tuple[str, ...] | None:
+    param, value = ("uniroute.models", stated["models"]) if "models" in stated else ("models", body.get("models"))
+    if value is None:
+        return None
+    if not isinstance(value, list) or not value or not all(isinstance(name, str) and name for name in value):
+        raise BadRequest(f"`{param}` must be a list of model names with at least one", param=param)
+    return tuple(dict.fromkeys(value))
+
+
+def _session(stated: Mapping[str, Any]) -> str | None:
+    value = stated.get("session")
+    if value is None:
+        return None
+    if not isinstance(value, str) or not is_session_id(value):
+        message = f"`uniroute.session` must be a text of 1 to {LONGEST_ID} characters"
+        raise BadRequest(message, param="uniroute.session")
+    return value
+
+
+def _fallbacks(stated: Mapping[str, Any], provider: Provider) -> bool | None:
+    own = stated.get("fallbacks")
+    if not isinstance(own, bool | None):
+        raise BadRequest("`uniroute.fallbacks` must be true or false", param="uniroute.fallbacks")
+    return provider.allow_fallbacks if own is None else own
+
+
+def _timeouts(stated: Mapping[str, Any]) -> StatedTimeouts:
+    path, value = "uniroute.timeouts", stated.get("timeouts")
+    if value is None:
+        return NOTHING_STATED
+    if not isinstance(value, dict):
+        raise BadRequest(f"`{path}` must be an object of seconds", param=path)
+    for name in value:
+        if name not in TIMEOUTS:
+            raise BadRequest(f"`{path}.{name[:_SHOWN]}` is not known{_nearest(name, TIMEOUTS)}", param=path)
+    seconds = {name: _amount(value, name, path) for name in TIMEOUTS}
+    for name, amount in seconds.items():
+        if amount == 0:
+            raise BadRequest(f"`{path}.{name}` must be more than 0 seconds", param=f"{path}.{name}")
+    return StatedTimeouts(**seconds)
+
+
+_OURS = frozenset({"uniroute", "models", "route", "provider"})
+"""Ours, and OpenRouter's: they mean something here and nothing to an upstream."""
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    body: Mapping[str, Any]
+    """What goes upstream: the caller's JSON object less our own fields. `model` is replaced on the way."""
+    model: str
+    stream: bool
+    include_usage: bool
+    """The caller asked for the usage chunk of a stream."""
+    options: Options
+    raw: bytes | None = field(default=None, repr=False)
+    """What `body` was parsed from, byte for byte; None where that held more than goes upstream."""
+    contents: Contents | None = field(default=None, repr=False)
+    """What the parser counted of `body` on its way. None: it did not."""
+
+
+def parse_chat(raw: bytes, headers: list[tuple[str, str]]) -> ChatRequest:
+    """Raises BadRequest. `headers`: lower-case names, repeated ones repeated; those that `options` reads will do."""
+    read = quick_object(raw)
+    body = exact_object(raw) if read is None else read.document
+    refuse_control_fields(body)
+    model = body.get("model")
+    if not isinstance(model, str) or not model:
+        raise BadRequest('`model` must be the name of a model, or "auto" to have one chosen', param="model")
+    check_sizes(body)
+    if not isinstance(body.get("messages"), list) or not body["messages"]:
+        raise BadRequest("`messages` must be a list with at least one message", param="messages")
+    if set(map(type, body["messages"])) != {dict}:
+        raise BadRequest("every item of `messages` must be an object with `role` and `content`", param="messages")
+    ours = not _OURS.isdisjoint(body)
+    return ChatRequest(
+        body={name: value for name, value in body.items() if name not in _OURS} if ours else body,
+        model=model,
+        stream=_flag(body, "stream"),
+        include_usage=_asks_for_usage(body),
+        options=read_options(body, headers),
+        raw=None if ours else raw.removeprefix(codecs.BOM_UTF8),
+        contents=None if read is None else read.contents,
+    )
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """A JSON object: UTF-8, finite numbers, whole characters, no key twice, MAX_DEPTH levels and MAX_VALUES values.
+
+    Raises:
+        BadRequest: saying what is wrong, and where.
+    """
+    read = quick_object(raw)
+    return exact_object(raw) if read is None else read.document
+
+
+def _flag(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise BadRequest(f"`{name}` must be true or false; got {value!r}"[:200], param=name)
+    return bool(value)
+
+
+def _asks_for_usage(body: Mapping[str, Any]) -> bool:
+    options = body.get("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        raise BadRequest("`stream_options` must be an object", param="stream_options")
+    if not isinstance(options.get("include_usage"), bool | None):
+        name = "stream_options.include_usage"
+        raise BadRequest(f"`{name}` must be true or false", param=name)
+    return options.get("include_usage") is True
