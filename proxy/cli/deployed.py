@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 def opened_map(settings: Settings) -> tuple[ClusterMap, Embedder]:
     """The map and the embedder of the settings. Raises CommandError where the two do not belong together."""
+    from proxy.app import open_map
     from proxy.cli.inputs import opened_embedder
-    from proxy.cluster_maps import open_map
 
     cluster_map, embedder = open_map(settings), opened_embedder(settings.embedder, settings.data_dir)
     if embedder.id != cluster_map.embedder_id:

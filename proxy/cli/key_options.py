@@ -107,7 +107,7 @@ def seconds_of(text: str, option: str) -> int | None:
 
 def rows_of(keys: tuple[ClientKey, ...], now: float) -> list[tuple[str, ...]]:
     """One of `keys list`: id, name, role, state, expires, models."""
-    from proxy.routes.key_bodies import shown_key
+    from proxy.server.admin_schemas import shown_key
 
     return [
         (

@@ -32,7 +32,7 @@ def create(
     body: Body,
 ) -> None:
     """Make a key and show it, once."""
-    from proxy.routes.key_bodies import read_new_key
+    from proxy.server.admin_schemas import read_new_key
     from proxy.storage.audit_log import CREATE_KEY
 
     body["name"] = name
@@ -55,7 +55,7 @@ def update(
 ) -> None:
     """Change what a key may do. What is not stated stays; `none` takes a limit away."""
     from proxy.cli.console import BadArgument, emit_json
-    from proxy.routes.key_bodies import read_key_change, shown_key
+    from proxy.server.admin_schemas import read_key_change, shown_key
     from proxy.storage.audit_log import CHANGE_KEY
 
     if name is not None:
@@ -82,7 +82,7 @@ def rotate(
     as_json: JsonOption = False,
 ) -> None:
     """Give a key a new secret and show it, once. The one before opens until the grace ends."""
-    from proxy.routes.key_bodies import read_grace
+    from proxy.server.admin_schemas import read_grace
     from proxy.storage.audit_log import ROTATE_KEY
 
     grace_s = checked(lambda: read_grace({"grace_s": seconds_of(grace, "--grace")}))
@@ -95,7 +95,7 @@ def rotate(
 def list_keys(config: ConfigOption = None, data_dir: DataDirOption = None, *, as_json: JsonOption = False) -> None:
     """Show the keys, never their text."""
     from proxy.cli import console
-    from proxy.routes.key_bodies import shown_key
+    from proxy.server.admin_schemas import shown_key
 
     found = _with_keys(config, data_dir, lambda registry: registry.listed())
     if as_json:
@@ -108,7 +108,7 @@ def list_keys(config: ConfigOption = None, data_dir: DataDirOption = None, *, as
 def show(key_id: KeyId, config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
     """What one key may do, as JSON; never its text."""
     from proxy.cli.console import emit_json
-    from proxy.routes.key_bodies import shown_key
+    from proxy.server.admin_schemas import shown_key
 
     emit_json(shown_key(_with_keys(config, data_dir, lambda registry: registry.find(key_id))))
 
@@ -143,7 +143,7 @@ def _written(action: str, key: ClientKey) -> None:
 
 def _show_secret(key: ClientKey, secret: str, *, as_json: bool) -> None:
     from proxy.cli import console
-    from proxy.routes.key_bodies import shown_key
+    from proxy.server.admin_schemas import shown_key
 
     if as_json:
         shown: dict[str, Any] = {**shown_key(key), "key": secret}

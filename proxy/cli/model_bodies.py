@@ -71,8 +71,8 @@ def _read_profile(path: Path) -> dict[str, Any]:
 
 def _from_outcomes(path: Path, name: str) -> dict[str, Any]:
     """Measured here, with the map and the embedder of our own settings; the server refuses another map's profile."""
+    from proxy.app import open_map
     from proxy.cli.inputs import opened_embedder, readable
-    from proxy.cluster_maps import open_map
     from proxy.jobs.outcomes import profile_from_outcomes
 
     readable(path, "--outcomes")

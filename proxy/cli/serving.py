@@ -31,10 +31,10 @@ def serve(
     """Serve the OpenAI-compatible API until Ctrl-C."""
     from logging.config import dictConfig
 
+    from proxy.app import check_files
     from proxy.cli import console
-    from proxy.cli.serve import LOGGING, address, announce_ready, leave_on_sigterm, listen, run_server
     from proxy.cli.serve_store import check_open_door
-    from proxy.preflight import check_files
+    from proxy.server.run import LOGGING, address, announce_ready, leave_on_sigterm, listen, run_server
 
     leave_on_sigterm()
     dictConfig(LOGGING)
@@ -60,8 +60,8 @@ def demo(
     once: Annotated[bool, typer.Option("--once", help="End after the three prompts.")] = False,
 ) -> None:
     """Three real models on this machine, measured and routed. Needs no key and no network."""
-    from proxy.cli.serve import leave_on_sigterm
     from proxy.demo.run import run_demo
+    from proxy.server.run import leave_on_sigterm
 
     leave_on_sigterm()
     run_demo(read_settings(None, port=port, data_dir=data_dir), prompts=prompts, once=once)
@@ -71,9 +71,9 @@ def worker(config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
     """Measure models for servers that use the same store, until Ctrl-C."""
     from logging.config import dictConfig
 
-    from proxy.cli.serve import LOGGING
+    from proxy.app import check_files
     from proxy.cli.worker import work
-    from proxy.preflight import check_files
+    from proxy.server.run import LOGGING
 
     dictConfig(LOGGING)
     settings = read_settings(config, data_dir=data_dir)

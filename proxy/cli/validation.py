@@ -56,9 +56,9 @@ def export(
 @validation.command()
 def check(source: SetArgument = "builtin", data_dir: DataDirOption = None, *, as_json: JsonOption = False) -> None:
     """Read a set, report the first broken line, and say which clusters of the map it leaves thin."""
+    from proxy.app import open_map
     from proxy.cli import console
     from proxy.cli.inputs import opened_embedder
-    from proxy.cluster_maps import open_map
     from router_core.validation.coverage import coverage, thin_clusters
 
     chosen = open_set(source)

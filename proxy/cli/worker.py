@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 
-from proxy.opening import open_services
+from proxy.app import open_services
 from proxy.settings.schema import Settings
 
 worker_log = logging.getLogger("uniroute.worker")

@@ -12,14 +12,14 @@ from typing import Any
 
 from pydantic import SecretStr
 
+from proxy.app import check_data_dir
 from proxy.cli import console
 from proxy.cli.client import FINISHED, ServerClient
 from proxy.cli.console import CommandError, say
-from proxy.cli.serve import LOGGING, BackgroundServer, address, listen
 from proxy.demo.arms import Arm, start_arms
 from proxy.demo.chat import ask_three
 from proxy.demo.report import show_profiles
-from proxy.preflight import check_data_dir
+from proxy.server.run import LOGGING, BackgroundServer, address, listen
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings
 from router_core.validation.builtin import builtin_validation_set

@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from enum import Enum
 
-from proxy.errors import AnswerTooLarge, OwnFault, UpstreamFailure
+from proxy.errors import NAMES, AnswerTooLarge, OwnFault, UpstreamFailure
 from proxy.settings.schema import HealthPolicy
-
-NAMES = ("retry-after", "retry-after-ms")
 
 _NUMBER = re.compile(r"\s*\d+(?:\.\d+)?\s*", re.ASCII)
 

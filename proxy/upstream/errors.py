@@ -10,11 +10,10 @@ from typing import Any
 
 import httpx
 
-from proxy.errors import LONGEST_REST, MOST_ERROR_BYTES, UpstreamFailure, words_in
+from proxy.errors import MOST_ERROR_BYTES, NAMES, UpstreamFailure
 from proxy.outbound import OutboundError
 from proxy.safety.json_shape import check_shape
 from proxy.storage.usage import usage_of
-from proxy.upstream.circuit_breaker import NAMES
 from proxy.upstream.sse import dump, loads
 from proxy.words import words
 
@@ -403,3 +402,38 @@ def _first_line(error: Exception) -> str:
     text = str(getattr(error, "message", "") or error) or type(error).__name__
     first = text.splitlines()[0].partition(" To drop these, ")[0]
     return _CLASS_NAMES.sub("", first)[:500]
+
+
+LONGEST_WORDS = 2000
+"""Characters of an upstream's text that are passed on."""
+
+LONGEST_REST = 500
+"""Characters of a body that has no text in it."""
+
+_WORDS = (
+    *("error", "errors", "message", "msg", "detail", "details", "description", "error_description", "error_message"),
+    *("errorMessage", "error_msg", "Message", "base_resp", "status_msg", "reason", "title", "cause"),
+)
+"""Names under which servers put the words of an error, the likeliest first."""
+
+_DEEPEST_WORDS = 6
+
+_MOST_WORDS = 8
+
+
+def words_in(said: Any, depth: int = 0) -> str | None:
+    """The first text that tells what went wrong, wherever a server puts it: {"error": …}, {"errors": […]}, {"detail":
+    …}, a `message` that is an object, minimax's `base_resp`, plain text. None: there is none."""
+    if isinstance(said, str):
+        return said.strip()[:LONGEST_WORDS] or None
+    if depth == _DEEPEST_WORDS:
+        return None
+    if isinstance(said, list):
+        found = (words_in(each, depth + 1) for each in said[:_MOST_WORDS])
+    elif isinstance(said, Mapping):
+        if isinstance(said.get("loc"), list) and isinstance(said.get("msg"), str):  # pydantic's: which field it was
+            return f"{'.'.join(map(str, said['loc']))}: {said['msg']}"[:LONGEST_WORDS]
+        found = (words_in(said[name], depth + 1) for name in _WORDS if name in said)
+    else:
+        return None
+    return next((words for words in found if words), None)

@@ -12,11 +12,11 @@ from typing import Any, Never
 
 import orjson
 
-from proxy.errors import LONGEST_WORDS, AnswerTooLarge, NoRoomForAnswer, UpstreamFailure
+from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamFailure
 from proxy.safety.json_shape import MAX_VALUES_AT_ONCE, SHALLOW, SMALL, TooMuchJson, check_shape
 from proxy.upstream.answer_room import AnswerBounds, AnswerRoom, Held
 from proxy.upstream.completion_reader import Joined, chunks_of_completion, form_of, has_choices
-from proxy.upstream.errors import MAY_TELL, error_in, no_completion, reported
+from proxy.upstream.errors import LONGEST_WORDS, MAY_TELL, error_in, no_completion, reported
 from proxy.upstream.sse import ErrorData, EventCutter, EventTooLong, RawLine, dump, loads
 from router_core.tokens import text_bytes
 

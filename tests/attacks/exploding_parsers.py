@@ -9,17 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from proxy.auth import check_host, presented
-from proxy.errors import ProxyError, UpstreamFailure, describe
-from proxy.routes.admin_bodies import shown_params
+from proxy.errors import ProxyError, UpstreamFailure
 from proxy.routing.chat_request import parse_chat
 from proxy.routing.control_fields import refuse_control_fields
 from proxy.routing.fingerprints import is_random
 from proxy.routing.requirements import needs_of, routing_text
+from proxy.server.admin_schemas import shown_params
+from proxy.server.auth import check_host, presented
+from proxy.server.requests import trace_of
+from proxy.server.responses import describe
 from proxy.settings.litellm_names import is_model_info_of_litellm
 from proxy.settings.schema import Settings
 from proxy.storage.audit_log import act_of
-from proxy.trace import trace_of
 from proxy.upstream.circuit_breaker import stated_wait_s
 from proxy.upstream.errors import refused
 from proxy.upstream.payload import with_model

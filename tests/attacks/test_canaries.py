@@ -13,8 +13,7 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
-from proxy.app import create_app
-from proxy.opening import open_services
+from proxy.app import create_app, open_services
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import load_settings
 from tests.attacks.canaries import (

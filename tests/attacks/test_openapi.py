@@ -13,7 +13,7 @@ import yaml
 from fastapi.routing import APIRoute
 
 from proxy.app import ROUTERS
-from proxy.openapi.document import document
+from proxy.server.openapi import document
 from tests.attacks.conftest import ADMIN
 from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
 from tests.support.server import arm, uniform_profile

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from proxy.limits.limiter import Limiter
-from proxy.limits.scripts import SETTLE_FUNCTION
-from proxy.recording.meter import Books, Meter
-from proxy.recording.metrics import Metrics
-from proxy.relay.turns import Turn
 from proxy.routing.affinity import NO_THREAD, AnswerMarks
 from proxy.routing.selection import Choice
+from proxy.server.attempts import Turn
+from proxy.server.metrics import Metrics
+from proxy.server.ratelimit import Limiter
+from proxy.server.request_log import Books, Meter
+from proxy.server.requests import Trace
+from proxy.server.reservations import SETTLE_FUNCTION
 from proxy.settings.schema import HealthPolicy, Settings
 from proxy.storage.redis import Store
 from proxy.storage.sessions import Conversations
@@ -28,7 +29,6 @@ from proxy.storage.traffic_stats import LiveExpectations
 from proxy.storage.usage_journal import Journals
 from proxy.storage.usage_writer import UsageRecorder
 from proxy.storage.valkey import EmbeddedValkey
-from proxy.trace import Trace
 from proxy.upstream.concurrency_limit import Capacities, CapacityLimits
 from proxy.upstream.health import ModelHealth
 from tests.support.choices import a_state, chosen

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from proxy.cli import console
-from proxy.cli.serve import LOGGING
-from proxy.limits.claims import Demand, claim_of, within_claim
-from proxy.recording.meter import Meter
 from proxy.routing.affinity import NO_THREAD, AnswerMarks, thread_of
 from proxy.routing.chat_request import ChatRequest, Options
+from proxy.server.request_log import Meter
+from proxy.server.requests import Trace
+from proxy.server.reservations import Demand, claim_of, within_claim
+from proxy.server.run import LOGGING
 from proxy.storage.client_keys import ClientKey
-from proxy.trace import Trace
 from proxy.upstream.payload import content_bytes, has_content
 from tests.bench.books_room import SHORT, USAGE, Room, begun, emptied_pipe, open_room
 from tests.support.limited_keys import a_key

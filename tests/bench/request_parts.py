@@ -17,17 +17,17 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from proxy.app import create_app
-from proxy.cli.serve import server_config
-from proxy.connection import ClientConnection
-from proxy.limits.limiter import Limiter
-from proxy.recording.metrics import Metrics
 from proxy.routing.affinity import NO_THREAD
 from proxy.routing.assigner import Assigner
 from proxy.routing.candidates import Asked, Way, needs_within, terms_of
 from proxy.routing.chat_request import ChatRequest
 from proxy.routing.fingerprints import past_of
 from proxy.routing.requirements import routing_text
-from proxy.services import Services
+from proxy.server.dependencies import Services
+from proxy.server.metrics import Metrics
+from proxy.server.protocol import ClientConnection
+from proxy.server.ratelimit import Limiter
+from proxy.server.run import server_config
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, StoredProfile
 from proxy.storage.reader import Stored

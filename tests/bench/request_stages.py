@@ -23,7 +23,7 @@ import uvloop
 from proxy.cli import console
 from proxy.routing.chat_request import parse_chat
 from proxy.routing.selection import choose
-from proxy.services import Services
+from proxy.server.dependencies import Services
 from router_core.embedding import static_embedder
 from tests.bench.overhead.bodies import KINDS
 from tests.bench.prompts import generated_prompts

@@ -17,11 +17,10 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.cli.serve import server_config
-from proxy.cli.supervisor import MAX_PAUSE_S, Place, Supervisor
-from proxy.opening import START_FAILED
-from proxy.recording.metrics import worker_deaths
-from proxy.recording.values import Values
+from proxy.app import START_FAILED
+from proxy.server.metrics import Values, worker_deaths
+from proxy.server.run import server_config
+from proxy.server.supervisor import MAX_PAUSE_S, Place, Supervisor
 from proxy.settings.schema import Settings
 from tests.faults.gateway import CONFIGURED, Gateway, a_gateway
 from tests.support.process_group import children_of

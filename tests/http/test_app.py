@@ -8,8 +8,7 @@ import httpx
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from proxy.app import create_app
-from proxy.opening import open_services
+from proxy.app import create_app, open_services
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings
 

@@ -19,7 +19,7 @@ import openai
 import pytest
 import redis
 
-from proxy.limits.scripts import state_key
+from proxy.server.reservations import state_key
 from proxy.storage.usage_writer import STREAM
 from proxy.storage.valkey import EmbeddedValkey
 from tests.support.answers import Step

@@ -17,7 +17,7 @@ import redis
 
 from proxy.jobs.broker import STREAM
 from proxy.jobs.records import LATEST, OPEN, PromptAnswer, answers_key, job_key
-from proxy.limits.scripts import PREFIX
+from proxy.server.reservations import PREFIX
 from proxy.storage.audit_log import AUDIT
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.models import ModelRecord, StoredProfile

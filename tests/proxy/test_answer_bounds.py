@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamFailure, describe
+from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamFailure
 from proxy.safety.json_shape import MAX_VALUES, MAX_VALUES_AT_ONCE, SMALL
+from proxy.server.responses import describe
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import HealthPolicy, Settings
 from proxy.storage.models import ModelRecord

@@ -8,8 +8,8 @@ import pytest
 from pydantic import SecretStr
 from starlette.datastructures import Headers
 
-from proxy.auth import check_host, check_origin, presented
 from proxy.errors import Forbidden, Unauthenticated
+from proxy.server.auth import check_host, check_origin, presented
 from proxy.settings.schema import Settings
 
 

@@ -8,8 +8,8 @@ import pytest
 from starlette.requests import Request
 from starlette.types import Message
 
-from proxy.body import read_body
 from proxy.errors import BodyTooSlow
+from proxy.server.requests import read_body
 
 
 async def test_a_body_that_stops_in_its_middle_is_given_up() -> None:

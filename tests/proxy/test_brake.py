@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from proxy import brake
-from proxy.brake import FREE_PER_S, MOST_WAITING, Brake
+from proxy.server import auth as brake
+from proxy.server.auth import FREE_PER_S, MOST_WAITING, Brake
 
 
 async def held(braking: Brake, count: int) -> int:

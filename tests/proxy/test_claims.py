@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from proxy.errors import NothingAble
-from proxy.limits.claims import MARGIN_S, MOST_PICOUSD, Claim, Demand, claim_of, no_dearer, within_claim
 from proxy.routing.selection import Choice
+from proxy.server.reservations import MARGIN_S, MOST_PICOUSD, Claim, Demand, claim_of, no_dearer, within_claim
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import KeyLimits
 from proxy.storage.models import Resolved, StoredProfile

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from proxy.relay.streaming import close_opened
+from proxy.server.streaming import close_opened
 
 
 class Opened:

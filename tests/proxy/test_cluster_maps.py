@@ -7,8 +7,7 @@ from typing import Literal
 
 import pytest
 
-from proxy.cluster_maps import open_map
-from proxy.opening import _open_routing
+from proxy.app import _open_routing, open_map
 from proxy.settings.schema import Settings
 from router_core.clustering import ClusterMap
 

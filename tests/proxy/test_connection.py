@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 import uvicorn
 
-from proxy import connection
-from proxy.connection import ClientConnection
-from proxy.edge import CROWDED
-from proxy.malformed import HEAD_BYTES, HEADERS, URL_BYTES
+from proxy.server import protocol as connection
+from proxy.server.middleware import CROWDED
+from proxy.server.protocol import HEAD_BYTES, HEADERS, URL_BYTES, ClientConnection
 from tests.support.makers import until
 from tests.support.wire import Answer, send
 

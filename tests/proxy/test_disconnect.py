@@ -10,7 +10,7 @@ import pytest
 from starlette.types import Message, Scope
 
 from proxy.errors import ClientGone
-from proxy.relay.disconnect import LEAVING, Leaving, until_gone
+from proxy.server.requests import LEAVING, Leaving, until_gone
 
 
 class Client:

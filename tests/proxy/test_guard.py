@@ -11,7 +11,7 @@ from pydantic import SecretStr
 from starlette.responses import PlainTextResponse
 from starlette.types import Message
 
-from proxy.auth import KEY_IN_SCOPE, WHO_IN_SCOPE, Guard
+from proxy.server.auth import KEY_IN_SCOPE, WHO_IN_SCOPE, Guard
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey, digest_of
 from proxy.storage.reader import Stored

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
-from proxy.head import Head, head_of
+from proxy.server.requests import Head, head_of
 
 NAMES = ("host", "x-api-key", "lambda", "origin")
 RAW = st.lists(st.tuples(st.sampled_from([name.encode() for name in NAMES]), st.binary(max_size=3)), max_size=6)

@@ -10,13 +10,11 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import BudgetExceeded, RateLimited, describe
-from proxy.limits.claims import Claim
-from proxy.limits.limiter import Limiter
-from proxy.limits.refusals import dollars, next_start
-from proxy.limits.scripts import PREFIX, SETTLE, state_key
-from proxy.limits.standing import Granted, duration
-from proxy.recording.metrics import Metrics
+from proxy.errors import BudgetExceeded, RateLimited
+from proxy.server.metrics import Metrics
+from proxy.server.ratelimit import Granted, Limiter, dollars, duration, next_start
+from proxy.server.reservations import PREFIX, SETTLE, Claim, state_key
+from proxy.server.responses import describe
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.redis import Store
 from router_core.pricing import PICO

@@ -12,8 +12,8 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.limits.bucket import Buckets, Level, corrected, fill_s, leaked, taken, wait_s
-from proxy.limits.scripts import BUCKET, DATE
+from proxy.server.ratelimit import Buckets, Level, corrected, fill_s, leaked, taken, wait_s
+from proxy.server.reservations import BUCKET, DATE
 from proxy.storage.valkey import EmbeddedValkey
 
 Take = Callable[[Level, float, float, float], Level | None]

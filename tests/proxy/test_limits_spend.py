@@ -20,7 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from proxy.limits.scripts import END, PREFIX, RESERVE, SETTLE, state_key
+from proxy.server.reservations import END, PREFIX, RESERVE, SETTLE, state_key
 from proxy.storage.valkey import EmbeddedValkey
 from router_core.pricing import PICO
 

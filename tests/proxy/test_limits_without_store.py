@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import RateLimited, Unavailable, describe
-from proxy.limits.claims import Claim
-from proxy.limits.limiter import Limiter
-from proxy.limits.scripts import state_key
-from proxy.recording.metrics import Metrics
+from proxy.errors import RateLimited, Unavailable
+from proxy.server.metrics import Metrics
+from proxy.server.ratelimit import Limiter
+from proxy.server.reservations import Claim, state_key
+from proxy.server.responses import describe
 from proxy.storage.redis import Store
 from proxy.storage.valkey import EmbeddedValkey
 from router_core.pricing import PICO

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import CannotTranslate, describe
+from proxy.errors import CannotTranslate
+from proxy.server.responses import describe
 from proxy.settings.schema import HealthPolicy, Settings
 from proxy.storage.models import ModelRecord
 from proxy.upstream import client as upstreams

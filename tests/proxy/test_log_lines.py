@@ -13,9 +13,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from proxy import log_lines
-from proxy.log_lines import LineFormatter, LineHandler, info
-from proxy.recording.metrics import Metrics
+from proxy.server import log_handler as log_lines
+from proxy.server.log_handler import LineFormatter, LineHandler, info
+from proxy.server.metrics import Metrics
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} (.*)")
 KILLED = """

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 
-from proxy.preflight import check_files, check_named_models
+from proxy.app import check_files, check_named_models
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings, load_settings
 from router_core.recipes import RECIPES

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 
-from proxy.recording.metrics import Metrics
-from proxy.recording.series import Counted, Distribution
+from proxy.server.metrics import Counted, Distribution, Metrics
 
 BOUNDS = (0.05, 0.1, 1, 2.5)
 LABELS = st.sampled_from([("small", "scored"), ("large", "scored"), ('odd"\\', "pinned")])

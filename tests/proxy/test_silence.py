@@ -9,7 +9,7 @@ from time import monotonic
 
 import pytest
 
-from proxy.relay.silence import Silence
+from proxy.server.attempts import Silence
 
 LONG_S, SHORT_S = 30.0, 0.05
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import UpstreamFailure, describe
+from proxy.errors import UpstreamFailure
+from proxy.server.responses import describe
 from proxy.upstream.circuit_breaker import Weight, verdict_of
 from proxy.upstream.errors import error_in, no_completion, refused, reported
 

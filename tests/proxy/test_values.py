@@ -13,16 +13,24 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from proxy.recording import values
-from proxy.recording.metrics import Metrics
-from proxy.recording.series import Counted, Distribution, Level
-from proxy.recording.values import SEGMENT_CELLS, SharedValues, Values, open_values, shared_folder
+from proxy.server import metrics as values
+from proxy.server.metrics import (
+    SEGMENT_CELLS,
+    Counted,
+    Distribution,
+    Level,
+    Metrics,
+    SharedValues,
+    Values,
+    open_values,
+    shared_folder,
+)
 
 COUNT = """
 import sys
 from pathlib import Path
-from proxy.recording.series import Counted, Distribution, Level
-from proxy.recording.values import SharedValues
+from proxy.server.metrics import Counted, Distribution, Level
+from proxy.server.metrics import SharedValues
 shared = SharedValues(Path(sys.argv[1]))
 asked = Counted("asked", "", ["model"], values=shared)
 took = Distribution("took", "", [], [1, 10], values=shared)

@@ -8,7 +8,7 @@ from typing import Any
 
 import redis
 
-from proxy.limits.scripts import PREFIX, SETTLE, state_key
+from proxy.server.reservations import PREFIX, SETTLE, state_key
 from proxy.storage.client_keys import ClientKey, KeyLimits, digest_of, new_secret
 from proxy.storage.redis import CHANGED, KEYS, VERSION
 from router_core.pricing import PICO

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.errors import ModelBusy, describe
+from proxy.errors import ModelBusy
+from proxy.server.responses import describe
 from proxy.settings.models import ModelInfo
 from proxy.upstream.concurrency_limit import Capacities, CapacityLimits, Slot
 from tests.proxy.health.makers import Clock

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from proxy.errors import UpstreamFailure
-from proxy.health.exposition import HealthCollector
+from proxy.server.metrics import HealthCollector
 from proxy.settings.schema import HealthPolicy
 from proxy.upstream.health import Change, ModelHealth
 from tests.proxy.health.makers import Clock, a_failure, fail

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from proxy.errors import BadRequest
-from proxy.routes.admin_bodies import read_addition
+from proxy.server.admin_schemas import read_addition
 from proxy.settings.models import ModelInfo, SettingsError
 from proxy.settings.schema import HealthPolicy, Settings, load_settings
 from tests.support.makers import CORNERS

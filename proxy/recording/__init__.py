@@ -1,1 +1,0 @@
-"""What a request took: usage and cost, metrics, the one log line."""

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from proxy.errors import Starting
+
+MAX_RETRY_AFTER_S = 60
+
+
+@dataclass
+class Step:
+    """One of several that may be under way at once. `total` is 0 while nobody knows it."""
+
+    what: str
+    unit: str
+    began: float
+    done: int = 0
+    total: int = 0
+
+    def update(self, done: int, total: int) -> None:
+        self.done, self.total = done, total
+
+    def to_json(self) -> dict[str, Any]:
+        return {"what": self.what, **({"done": self.done, "total": self.total} if self.total else {})}
+
+    def __str__(self) -> str:
+        return f"{self.what} ({self.done} of {self.total} {self.unit})" if self.total else self.what
+
+
+class Startup:
+    """The steps of one start. Written by the task that opens the services, and by its threads."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._steps: list[Step] = []
+        self.failure: Exception | None = None
+        """What it ended with."""
+
+    @contextmanager
+    def step(self, what: str, unit: str = "", total: int = 0) -> Iterator[Step]:
+        step = Step(what, unit, self._clock(), total=total)
+        self._steps.append(step)
+        try:
+            yield step
+        finally:
+            self._steps.remove(step)
+
+    def to_json(self) -> dict[str, Any]:
+        """The body of /readyz meanwhile."""
+        return {"status": "starting", "under_way": [step.to_json() for step in tuple(self._steps)]}
+
+    def refusal(self) -> Starting:
+        """What every call that needs the services is answered."""
+        steps = tuple(self._steps)
+        doing = ": " + ", ".join(map(str, steps)) if steps else ""
+        retry_after_s = max((self._left_s(step) for step in steps), default=1)
+        message = f"this server is starting{doing}; try again, and see /readyz"
+        return Starting(message, headers={"retry-after": str(retry_after_s)})
+
+    def _left_s(self, step: Step) -> int:
+        """As long as its rest takes at the rate so far."""
+        if not 0 < step.done < step.total:
+            return 1
+        left_s = (self._clock() - step.began) / step.done * (step.total - step.done)
+        return min(MAX_RETRY_AFTER_S, max(1, math.ceil(left_s)))
