@@ -25,9 +25,9 @@ from threadpoolctl import threadpool_limits
 
 from proxy.concurrency import PATIENCE_S, end, in_stoppable_thread, to_its_end
 from proxy.errors import error_object
-from proxy.jobs.answering import UpstreamAnswerer
-from proxy.jobs.jobs import Jobs
 from proxy.outbound import OutboundError, ssl_context, trust_of
+from proxy.profiling.grading import UpstreamAnswerer
+from proxy.profiling.jobs import Jobs
 from proxy.routing.assigner import Assigner, deadline_of
 from proxy.safety.private_files import NotPrivate, private_folder
 from proxy.safety.redaction import is_reference

@@ -15,7 +15,7 @@ import openai
 import pytest
 import yaml
 
-from proxy.demo.local_models import LocalModelError, smollm2, start_llama
+from proxy.cli.local_models import LocalModelError, smollm2, start_llama
 from proxy.storage.valkey import socket_path
 from tests.support.command import ServeCommand, environment, run_command
 from tests.support.server import uniform_profile
@@ -71,7 +71,7 @@ def test_a_local_model_ends_when_it_is_closed(tmp_path: Path) -> None:
 def test_ctrl_c_while_the_demo_serves_leaves_no_store_behind(tmp_path: Path, embedder_cache: Path) -> None:
     code = """
 from proxy.cli.serve import LOGGING, BackgroundServer, listen
-from proxy.demo.run import wait_for_ctrl_c
+from proxy.cli.demo import wait_for_ctrl_c
 from proxy.settings import load_settings
 import os
 settings = load_settings(None, os.environ)

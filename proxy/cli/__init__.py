@@ -13,10 +13,8 @@ from proxy.cli.evaluate import evaluate
 from proxy.cli.fit import fit
 from proxy.cli.keys import keys
 from proxy.cli.models import models
-from proxy.cli.prices import prices
-from proxy.cli.route import route
-from proxy.cli.serving import demo, serve, worker
-from proxy.cli.validation import validation
+from proxy.cli.serve import demo, serve, worker
+from proxy.cli.tools import prices, route, validation
 
 app = typer.Typer(
     name="uniroute",
@@ -65,7 +63,7 @@ def _bad_argument() -> tuple[type[Exception], ...]:
 
 def _failed_work() -> tuple[type[Exception], ...]:
     from proxy.cli.console import CommandError
-    from proxy.demo.local_models import LocalModelError
+    from proxy.cli.local_models import LocalModelError
     from proxy.storage.price_feed import FeedFailed
     from proxy.storage.redis import StoreUnavailable
     from proxy.storage.registry import RegistryError

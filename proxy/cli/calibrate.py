@@ -1,26 +1,83 @@
-"""`uniroute calibrate`: the λ for a share of the best model's quality, or for a budget, from the deployed profiles."""
-
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 
+from proxy.cli.console import BadArgument
+from proxy.cli.fit import check_prompt_files, read_prompts
 from proxy.cli.options import ConfigOption, DataDirOption, JsonOption, UrlOption, finite
+from proxy.cli.tools import open_set
 
 if TYPE_CHECKING:
-    from proxy.cli.traffic import Traffic
+    from proxy.cli.console import Progress
     from proxy.settings.schema import Settings
     from router_core.calibration import Expectations, Point, Single
+    from router_core.types import Embedder, Floats
+
+
+Messages = Sequence[Mapping[str, str]]
+
+SAMPLED = 5_000
+"""Prompts of files that are looked at, drawn by chance with a fixed seed."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The messages of each prompt."""
+
+    name: str
+    prompts: Sequence[Messages]
+
+
+def opened_traffic(settings: Settings, paths: Sequence[Path]) -> Traffic:
+    """The validation set of the settings, or a sample of files. Raises BadArgument, InvalidValidationSet."""
+    if not paths:
+        asked = open_set(settings.validation_set)
+        return Traffic("the validation set", [prompt.messages for prompt in asked])
+    check_prompt_files(paths)
+    texts = sample(text for text in read_prompts(paths) if text.strip())
+    if not texts:
+        raise BadArgument(f"--prompts: there is no prompt in {', '.join(map(str, paths))}")
+    return Traffic(", ".join(path.name for path in paths), [user_turn(text) for text in texts])
+
+
+def user_turn(text: str) -> Messages:
+    return [{"role": "user", "content": text}]
+
+
+def embedded(prompts: Iterable[Messages], embedder: Embedder, bars: Progress) -> Floats:
+    """(n, d) of n prompts, by the text that a server would look at."""
+    from proxy.routing.requirements import routing_text
+    from router_core.fitting import embed_prompts
+
+    return embed_prompts([routing_text(messages) for messages in prompts], embedder, bars.update)
+
+
+def sample(texts: Iterable[str], size: int = SAMPLED) -> list[str]:
+    """At most so many, each as likely (reservoir sampling): a prompt that comes often counts as often."""
+    rng, kept = np.random.default_rng(0), list[str]()
+    for number, text in enumerate(texts):
+        if number < size:
+            kept.append(text)
+        elif (place := int(rng.integers(number + 1))) < size:
+            kept[place] = text
+    return kept
+
 
 PROMPTS_HELP = """A sample of your traffic instead of the validation set: text (one prompt a line), JSONL (.gz too) or
 Parquet files; repeatable."""
+
 QUALITY_HELP = "The cheapest way to this share of the best single model's expected quality, as 0.98."
+
 BUDGET_HELP = "The best that is expected to cost no more than these USD per 1,000 requests."
+
 QualityOption = Annotated[float | None, typer.Option("--quality", min=0.0, callback=finite, help=QUALITY_HELP)]
+
 BudgetOption = Annotated[float | None, typer.Option("--budget-usd-per-1k", min=0.0, callback=finite, help=BUDGET_HELP)]
 
 
@@ -68,7 +125,6 @@ def calibrate(
     """
     from proxy.cli import console
     from proxy.cli.options import read_settings
-    from proxy.cli.traffic import opened_traffic
 
     if (quality is None) == (budget_usd_per_1k is None):
         raise console.BadArgument("give --quality or --budget-usd-per-1k, and not both")
@@ -86,8 +142,7 @@ def _answer(settings: Settings, traffic: Traffic, goal: Goal, url: str | None) -
     import numpy as np
 
     from proxy.cli import console
-    from proxy.cli.deployed import opened_deployment
-    from proxy.cli.traffic import embedded
+    from proxy.cli.evaluate import opened_deployment
     from proxy.routing.requirements import needs_of
     from router_core.calibration import expectations
     from router_core.calibration_doubt import relative_interval

@@ -1,35 +1,224 @@
-"""`uniroute models`: add, list, show, re-measure and remove models of a running server."""
-
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxy.cli.model_outcomes import outcomes
+from proxy.cli.console import BadArgument
 from proxy.cli.options import JsonOption, UrlOption, admin_client, finite
+from proxy.settings.schema import load_settings
+from router_core.documents import MAX_PROFILE_BYTES, DocumentTooLarge, parse_json, read_bounded
 
 if TYPE_CHECKING:
-    from proxy.cli.client import ServerClient
+    from proxy.cli.options import ServerClient
+
+
+def litellm_params_from(
+    model: str, api_base: str | None, key_variable: str | None, extra: Sequence[str]
+) -> dict[str, Any]:
+    params: dict[str, Any] = {"model": model}
+    if api_base:
+        params["api_base"] = api_base
+    if key_variable:
+        params["api_key"] = f"os.environ/{key_variable.removeprefix('os.environ/')}"
+    for pair in extra:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise BadArgument(f"--param takes KEY=VALUE; got {pair!r}")
+        params[key] = _value(value)
+    return params
+
+
+def model_info_from(input_cost: float | None, output_cost: float | None, *, free: bool) -> dict[str, Any]:
+    """Costs come in USD per million tokens and leave in USD per token."""
+    stated = {"--input-cost": input_cost, "--output-cost": output_cost}
+    if free and any(cost is not None for cost in stated.values()):
+        raise BadArgument("--free and a cost contradict each other; give one of them")
+    if len(missing := [name for name, cost in stated.items() if cost is None]) == 1:
+        raise BadArgument(f"{missing[0]} is missing: a price has both")
+    if free or input_cost is None or output_cost is None:
+        return {"free": True} if free else {}
+    return {"input_cost_per_token": input_cost / 1e6, "output_cost_per_token": output_cost / 1e6}
+
+
+def profile_from(
+    name: str, prompts: int | None, max_usd: float | None, ready: Path | None, outcomes: Path | None
+) -> dict[str, Any]:
+    """How to ask the model, or a profile that is handed over instead."""
+    asking = {key: value for key, value in (("prompts", prompts), ("max_usd", max_usd)) if value is not None}
+    if sum((bool(asking), ready is not None, outcomes is not None)) > 1:
+        raise BadArgument("--profile, --outcomes, and --prompts with --max-usd exclude each other; give one of them")
+    if ready is not None:
+        return _read_profile(ready)
+    return _from_outcomes(outcomes, name) if outcomes is not None else asking
+
+
+def _read_profile(path: Path) -> dict[str, Any]:
+    """A profile's own JSON, or the card that `models show` prints, which has it inside."""
+    try:
+        document = parse_json(read_bounded(path, MAX_PROFILE_BYTES).decode())
+    except OSError as error:
+        raise BadArgument(f"--profile: {path} cannot be read ({error.strerror})") from None
+    except DocumentTooLarge as error:
+        raise BadArgument(f"--profile: {path} {error}") from None
+    except ValueError as error:
+        raise BadArgument(f"--profile: {path} is not JSON ({error})") from None
+    found = document.get("profile", document) if isinstance(document, dict) else None
+    if not isinstance(found, dict) or not {"errors", "error_sums"} & found.keys():
+        raise BadArgument(f'--profile: {path} is not a profile; it needs "map", "errors" and "labels"')
+    return found
+
+
+def _from_outcomes(path: Path, name: str) -> dict[str, Any]:
+    """Measured here, with the map and the embedder of our own settings; the server refuses another map's profile."""
+    from proxy.app import open_map
+    from proxy.cli.console import opened_embedder, readable
+    from proxy.profiling.prompts import profile_from_outcomes
+
+    readable(path, "--outcomes")
+    config = os.environ.get("UNIROUTE_CONFIG")
+    settings = load_settings(Path(config) if config else None, os.environ)
+    cluster_map = open_map(settings)
+    embedder = opened_embedder(settings.embedder, settings.data_dir)
+    return profile_from_outcomes(path, name, cluster_map, embedder).to_json()
+
+
+def _value(text: str) -> Any:
+    """0.5 is a number, true a boolean, anything that is not JSON (NaN too) the text itself."""
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(word)
+
+
+Card = Mapping[str, Any]
+
+Line = Mapping[str, Any]
+
+NamesArgument = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="All models if left out.")]
+
+
+def outcomes(
+    out: Annotated[Path, typer.Option("--out", help="The outcomes file to write, JSONL.")],
+    names: NamesArgument = None,
+    prices: Annotated[Path | None, typer.Option("--prices", help="Also write their prices of now, as JSON.")] = None,
+    url: UrlOption = None,
+) -> None:
+    """Write what the latest job of each model asked, and how the answers were graded.
+
+    Answers are kept for 30 days after their job has ended. Prompts that are no longer in the validation set are left
+    out, and so are models that were never asked: those with a profile that was handed over.
+    """
+    from proxy.cli import console
+
+    with admin_client(url) as server:
+        cards = _cards(server, names or [])
+        answered = {card["model_name"]: _answers(server, card) for card in cards}
+    missing = [name for name, lines in answered.items() if not lines]
+    if missing and (names or len(missing) == len(answered)):
+        raise console.CommandError(_no_answers(missing))
+    if missing:
+        console.note(f"left out: {_no_answers(missing)}")
+    lines = joined(line for found in answered.values() for line in found)
+    stated = [_price(card) for card in cards if answered[card["model_name"]]] if prices else []
+    _write(out, "--out", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    if prices:
+        _write(prices, "--prices", json.dumps(dict(stated), ensure_ascii=False, indent=2) + "\n")
+    asked = len(answered) - len(missing)
+    console.note(f"{out}: {len(lines)} prompts and the answers of {asked} model{'s' if asked != 1 else ''}")
+
+
+def joined(lines: Iterable[Line]) -> list[dict[str, Any]]:
+    """Lines of the same prompt as one, in order of first appearance."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        first = found.setdefault(line["prompt"], {**line, "scores": {}, "output_tokens": {}})
+        first["scores"] |= line["scores"]
+        first["output_tokens"] |= line.get("output_tokens", {})
+    return list(found.values())
+
+
+def _cards(server: ServerClient, names: Sequence[str]) -> list[Card]:
+    """Of the named models, or of all."""
+    if names:
+        return [server.call("GET", f"/admin/models/{name}") for name in dict.fromkeys(names)]
+    cards: list[Card] = server.call("GET", "/admin/models")["models"]
+    return cards
+
+
+def _answers(server: ServerClient, card: Card) -> list[Line]:
+    from proxy.cli import console
+
+    if card["job"] is None:
+        return []
+    lines: list[Line] = server.call("GET", f"/admin/jobs/{card['job']['id']}/outcomes")["outcomes"]
+    if lines and card["job"]["state"] != "ready":
+        console.note(f"{card['model_name']}: its latest job is {card['job']['state']}; these are its answers so far")
+    return lines
+
+
+def _no_answers(names: Sequence[str]) -> str:
+    verb = "has" if len(names) == 1 else "have"
+    return (
+        f"{', '.join(names) or 'the server'} {verb} no graded answers: not asked here, or more than 30 days ago;"
+        " `uniroute models profile NAME` asks"
+    )
+
+
+def _price(card: Card) -> tuple[str, dict[str, float]]:
+    """Raises CommandError: an unknown price is not zero, and no file could say so."""
+    from proxy.cli.console import CommandError
+    from proxy.cli.evaluate import price_of
+
+    price = price_of(card)
+    if price is None:
+        raise CommandError(f"--prices: no price of {card['model_name']} is known; state one, or leave the model out")
+    return card["model_name"], price.stated()
+
+
+def _write(path: Path, where: str, text: str) -> None:
+    from proxy.cli.console import BadArgument
+
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise BadArgument(f"{where}: {path} cannot be written ({error.strerror})") from None
+
 
 models = typer.Typer(no_args_is_help=True, help="Models of a running server. Needs UNIROUTE_ADMIN_KEY.")
+
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The name that clients see.")]
+
 PromptsOption = Annotated[int | None, typer.Option("--prompts", min=1, help="Validation prompts to ask it.")]
+
 MaxUsdOption = Annotated[
     float | None, typer.Option("--max-usd", min=0.0, callback=finite, help="What the questions may cost.")
 ]
+
 InputCostOption = Annotated[
     float | None, typer.Option("--input-cost", min=0.0, callback=finite, help="USD per million prompt tokens.")
 ]
+
 OutputCostOption = Annotated[
     float | None, typer.Option("--output-cost", min=0.0, callback=finite, help="USD per million answer tokens.")
 ]
+
 NoWaitOption = Annotated[bool, typer.Option("--no-wait", help="Do not wait until it is measured.")]
+
 ProfileOption = Annotated[Path | None, typer.Option("--profile", help="A ready profile (JSON) instead of asking.")]
+
 OutcomesOption = Annotated[Path | None, typer.Option("--outcomes", help="Scored prompts (JSONL) instead of asking.")]
+
 KeyOption = Annotated[str | None, typer.Option("--api-key-env", help="The server's variable that holds its key.")]
+
 ParamOption = Annotated[list[str] | None, typer.Option("--param", help="KEY=VALUE, as temperature=0; repeatable.")]
 
 
@@ -56,7 +245,6 @@ def add(
 
     Without a cost and without --free its price comes from LiteLLM's price map.
     """
-    from proxy.cli.model_bodies import litellm_params_from, model_info_from, profile_from
 
     body = {
         "model_name": name,
@@ -82,7 +270,6 @@ def profile_again(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model again. Its old profile serves until the new one is ready."""
-    from proxy.cli.model_bodies import profile_from
 
     body = profile_from(name, prompts, max_usd, profile, outcomes)
     with admin_client(url) as server:

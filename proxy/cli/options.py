@@ -1,20 +1,23 @@
-"""Options that several commands share, and what they open. No command is defined here."""
-
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import AsyncIterator, Coroutine
+import time
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
+import httpx
 import typer
 
+from proxy.cli.console import BadArgument, CommandError, Progress
+from proxy.outbound import WayOutError, http_client
+
 if TYPE_CHECKING:
-    from proxy.cli.client import ServerClient
     from proxy.settings.schema import Settings
     from proxy.storage.registry import Registry
+
 
 T = TypeVar("T")
 
@@ -30,11 +33,14 @@ ConfigOption = Annotated[
     Path | None,
     typer.Option("--config", "-c", envvar="UNIROUTE_CONFIG", help="Configuration file (LiteLLM's YAML shape)."),
 ]
+
 DataDirOption = Annotated[Path | None, typer.Option("--data-dir", help="Where the embedded store and caches live.")]
+
 UrlOption = Annotated[
     str | None,
     typer.Option("--url", envvar="UNIROUTE_URL", help="A running server; by default http://127.0.0.1:$UNIROUTE_PORT."),
 ]
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine output, alone on stdout.")]
 
 
@@ -46,7 +52,6 @@ def read_settings(config: Path | None, **overrides: object) -> Settings:
 
 def admin_client(url: str | None) -> ServerClient:
     """For admin calls; BadArgument without UNIROUTE_ADMIN_KEY."""
-    from proxy.cli.client import ServerClient
     from proxy.cli.console import BadArgument
 
     key = os.environ.get("UNIROUTE_ADMIN_KEY")
@@ -57,7 +62,6 @@ def admin_client(url: str | None) -> ServerClient:
 
 def caller_client(url: str | None) -> ServerClient:
     """For calls that any client may make; UNIROUTE_API_KEY is sent if it is set."""
-    from proxy.cli.client import ServerClient
 
     return ServerClient(server_url(url), os.environ.get("UNIROUTE_API_KEY"))
 
@@ -87,3 +91,70 @@ async def open_registry(settings: Settings) -> AsyncIterator[Registry]:
         yield Registry(store, configured, KeyLatch(settings.data_dir), CLI)
     finally:
         await store.close()
+
+
+_POLL_S = 0.3
+
+Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
+
+FINISHED = frozenset({"ready", "failed", "cancelled"})
+
+
+class ServerClient:
+    """One server. Every failure becomes a CommandError with the server's own words."""
+
+    def __init__(self, url: str, key: str | None) -> None:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self.url = url.rstrip("/")
+        try:
+            self._http = http_client(base_url=self.url, headers=headers, timeout=60)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise BadArgument(f"--url: {url!r} is not an address, as http://127.0.0.1:8000 ({error})") from None
+
+    def call(self, method: Method, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        try:
+            reply = self._http.request(method, path, json=body)
+        except WayOutError as error:
+            raise CommandError(f"the server at {self.url} cannot be reached: {error}") from None
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            raise CommandError(
+                f"no UniRoute server answers at {self.url} ({error}); start one with `uniroute serve`, or give --url"
+            ) from None
+        if reply.is_success:
+            return reply.json() if reply.content else None
+        raise CommandError(f"{method} {path}: {reply.status_code} {_message(reply)}")
+
+    def follow(self, job: str, progress: Progress) -> dict[str, Any]:
+        """Show a job's progress until it has ended; returns its last state."""
+        while (state := self.show_job(job, progress))["state"] not in FINISHED:
+            time.sleep(_POLL_S)
+        return state
+
+    def show_job(self, job: str, progress: Progress) -> dict[str, Any]:
+        state: dict[str, Any] = self.call("GET", f"/admin/jobs/{job}")
+        progress.update(state["model"], state["done"], state["total"], _remark(state))
+        return state
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> ServerClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _remark(state: Mapping[str, Any]) -> str:
+    parts = [f"${state['spent_usd']:.4f}"] if state["spent_usd"] else []
+    parts += [f"{state[key]} {key}" for key in ("failed", "unlabelled") if state[key]]
+    if state["eta_s"] is not None and state["state"] == "running":
+        parts.append(f"{state['eta_s']:.0f} s left")
+    return ", ".join(parts)
+
+
+def _message(reply: httpx.Response) -> str:
+    try:
+        return str(reply.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return reply.text[:200]

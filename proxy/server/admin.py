@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
 from proxy.errors import BadRequest, UnknownJob, UnknownName
-from proxy.jobs.records import Job
+from proxy.profiling.job import Job
 from proxy.server.admin_schemas import (
     Asking,
     card_of,

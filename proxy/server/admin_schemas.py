@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from proxy.errors import BadRequest, UnknownName
-from proxy.jobs.records import Job
 from proxy.outbound import OutboundError, ssl_context, trust_of
+from proxy.profiling.job import Job
 from proxy.safety.redaction import Literal, is_reference, literals, shown
 from proxy.server.dependencies import Services
 from proxy.settings.litellm_names import is_model_info_of_litellm

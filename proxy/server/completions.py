@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from proxy.errors import BudgetExceeded, ModelBusy, NotMeasured, UpstreamFailure
-from proxy.jobs.progress import with_progress
+from proxy.profiling.jobs import with_progress
 from proxy.routing.affinity import AnswerMarks, Thread, thread_of
 from proxy.routing.chat_request import READ_HEADERS, ChatRequest, parse_chat
 from proxy.routing.selection import Choice, choose, to_json

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
-from proxy.jobs.jobs import Jobs
+from proxy.profiling.jobs import Jobs
 from proxy.routing.assigner import Assigner
 from proxy.routing.chat_request import parse_object
 from proxy.server.auth import KEY_IN_SCOPE, WHO_IN_SCOPE

@@ -20,7 +20,7 @@ import uvicorn
 from uvicorn.lifespan.off import LifespanOff
 
 from proxy.app import START_FAILED
-from proxy.cli.serve_store import kept_store
+from proxy.cli.serve import kept_store
 from proxy.server.metrics import SharedValues, Values, shared_folder, worker_deaths
 from proxy.server.run import Server, run_to_the_end
 from proxy.settings.schema import Settings

@@ -15,8 +15,8 @@ import httpx
 import pytest
 import redis
 
-from proxy.jobs.broker import STREAM
-from proxy.jobs.records import LATEST, OPEN, PromptAnswer, answers_key, job_key
+from proxy.profiling.job import LATEST, OPEN, PromptAnswer, answers_key, job_key
+from proxy.profiling.worker import STREAM
 from proxy.server.reservations import PREFIX
 from proxy.storage.audit_log import AUDIT
 from proxy.storage.client_keys import ClientKey

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamFailure
-from proxy.jobs.answering import LONGEST_ANSWER, AnswerFailed, UpstreamAnswerer, read_answer
+from proxy.profiling.grading import LONGEST_ANSWER, AnswerFailed, UpstreamAnswerer, read_answer
 from proxy.storage.models import ModelRecord
 from tests.support.makers import a_record
 

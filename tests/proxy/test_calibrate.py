@@ -12,7 +12,7 @@ import httpx
 import pytest
 import yaml
 
-from proxy.cli.traffic import sample
+from proxy.cli.calibrate import sample
 from router_core.artifact import save_map
 from router_core.clustering import ClusterMap
 from router_core.validation.builtin import builtin_validation_set

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from proxy.jobs.ledger import Ledger
-from proxy.jobs.records import JOBS, answers_key, job_key
-from proxy.jobs.validation_prompts import ValidationPrompts
+from proxy.profiling.job import JOBS, answers_key, job_key
+from proxy.profiling.job_store import Ledger
+from proxy.profiling.prompts import ValidationPrompts
 from proxy.storage.models import ModelRecord
 from proxy.storage.redis import Store
 from tests.support.answers import Step

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy.jobs.leases import Leases
-from proxy.jobs.ledger import Ledger
-from proxy.jobs.records import JOBS, Carried, PromptAnswer
+from proxy.profiling.job import JOBS, Carried, Leases, PromptAnswer
+from proxy.profiling.job_store import Ledger
 from proxy.storage.redis import EARLIER, Store
 from proxy.storage.valkey import EmbeddedValkey
 from tests.support.answers import Step

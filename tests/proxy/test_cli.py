@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.cli.model_bodies import litellm_params_from
+from proxy.cli.models import litellm_params_from
 from tests.support.command import ROOT, environment, run_command
 
 HEAVY = ("torch", "litellm", "faiss", "numpy", "pydantic", "redis", "fastapi", "uvicorn", "openai", "httpx", "rich")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from proxy.cli.serving import tell_models
+from proxy.cli.serve import tell_models
 from proxy.settings.schema import Settings
 from tests.support.command import ADMIN_KEY, ROOT, ServeCommand, environment, run_command
 from tests.support.server import uniform_profile

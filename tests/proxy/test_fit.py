@@ -14,9 +14,7 @@ import numpy as np
 import pytest
 
 from proxy.cli.console import BadArgument
-from proxy.cli.fit_steps import told
-from proxy.cli.known_models import known_models
-from proxy.cli.prompt_files import check_prompt_files, read_prompts
+from proxy.cli.fit import check_prompt_files, known_models, read_prompts, told
 from proxy.routing.requirements import routing_text
 from router_core.excerpt import CUT, excerpt
 from tests.bench.prompts import generated_prompts

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy.jobs import grading as module
-from proxy.jobs.grading import GradingProcess
+from proxy.profiling import grading as module
+from proxy.profiling.grading import GradingProcess
 from router_core.validation.graders import ChoiceGrader, Grader, JsonSchemaGrader, JudgeGrader, NumericGrader
 from router_core.validation.prompts import ValidationPrompt
 from tests.support.makers import until

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.cli.console import BadArgument
-from proxy.cli.inputs import all_apart, empty_folder, readable, utf8_name, writable
+from proxy.cli.console import BadArgument, all_apart, empty_folder, readable, utf8_name, writable
 
 
 def test_what_is_in_a_file_stays_until_it_is_written(tmp_path: Path) -> None:

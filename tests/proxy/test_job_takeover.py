@@ -16,9 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy.jobs.leases import GIVEN_UP, MOST_TRIES, LeaseLost, Leases
-from proxy.jobs.ledger import Ledger
-from proxy.jobs.records import OPEN, PromptAnswer, job_key, lease_key
+from proxy.profiling.job import GIVEN_UP, MOST_TRIES, OPEN, LeaseLost, Leases, PromptAnswer, job_key, lease_key
+from proxy.profiling.job_store import Ledger
 from proxy.storage.redis import PROFILES, Store
 from proxy.storage.valkey import EmbeddedValkey
 from router_core.profiles import Profile

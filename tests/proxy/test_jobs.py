@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from proxy.jobs.broker import STREAM
+from proxy.profiling.worker import STREAM
 from proxy.storage.redis import PROFILES, Store
 from proxy.storage.registry import UnknownModel
 from tests.support.answers import Step

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from proxy.cli.deployed import deployed_results
-from proxy.cli.model_outcomes import joined
+from proxy.cli.evaluate import deployed_results
+from proxy.cli.models import joined
 from proxy.settings.schema import load_settings
 from router_core.evaluation.outcomes import read_outcomes
 from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command

@@ -12,7 +12,7 @@ from threading import Thread
 
 import pytest
 
-from proxy.cli.price_sync import sync_once
+from proxy.cli.tools import sync_once
 from proxy.concurrency import end
 from proxy.settings.schema import Settings
 from proxy.storage.price_feed import FeedFailed, PriceFeed, fetch_catalog, sync_prices

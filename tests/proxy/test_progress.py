@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from proxy.errors import NotMeasured
-from proxy.jobs.progress import with_progress
-from proxy.jobs.records import Job
+from proxy.profiling.job import Job
+from proxy.profiling.jobs import with_progress
 from proxy.settings.schema import Settings
 
 EARLY = NotMeasured(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.jobs.broker import GROUP, STREAM, JobBroker
+from proxy.profiling.worker import GROUP, STREAM, JobBroker
 from proxy.settings.models import SettingsError
 from proxy.settings.redis_address import RedisAddress
 from proxy.settings.schema import Settings

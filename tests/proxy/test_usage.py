@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from proxy.cli.models import per_million
-from proxy.jobs.answering import read_answer
-from proxy.jobs.asking import cost_of as cost_of_answer
+from proxy.profiling.grading import cost_of as cost_of_answer
+from proxy.profiling.grading import read_answer
 from proxy.storage.usage import TokenCounts, UsageRecord, buckets_of, cost_usd, counts_of, usage_of
 from router_core.types import Price
 

@@ -15,10 +15,9 @@ import httpx
 import numpy as np
 
 from proxy.errors import UpstreamFailure
-from proxy.jobs.answering import UpstreamAnswerer
-from proxy.jobs.asking import Patience
-from proxy.jobs.jobs import Jobs
-from proxy.jobs.records import Job
+from proxy.profiling.grading import Patience, UpstreamAnswerer
+from proxy.profiling.job import Job
+from proxy.profiling.jobs import Jobs
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
 from proxy.storage.redis import Store

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from proxy.cli.console import emit_json
-from proxy.cli.study.document import document
+from proxy.cli.report.text import document
 from router_core.evaluation.results import Results
 from router_core.evaluation.study import METHODS
 

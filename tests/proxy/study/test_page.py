@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from proxy.cli.study.page import write_page
+from proxy.cli.report.html import write_page
 from router_core.evaluation.results import Results
 
 

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from proxy.cli.study.svg import write_svg
+from proxy.cli.report.svg import write_svg
 from router_core.evaluation.results import Results
 
 TEXT = "{http://www.w3.org/2000/svg}text"

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from proxy.cli.study.names import LOOKS
-from proxy.cli.study.rivals import best_rivals, finding
-from proxy.cli.study.table import tell
+from proxy.cli.report.format import LOOKS, best_rivals, finding
+from proxy.cli.report.text import tell
 from router_core.evaluation.intervals import Difference
 from router_core.evaluation.results import Estimate, Results
 from router_core.evaluation.study import ESTIMATED, METHODS

@@ -1,1 +1,0 @@
-"""What a study found, shown: a table for the terminal, a document for scripts, a picture and a page. Runs no study."""

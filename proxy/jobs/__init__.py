@@ -1,1 +1,0 @@
-"""Profiling: validation prompts put to a model, graded, checkpointed, and summed up in a profile."""
