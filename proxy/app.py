@@ -66,7 +66,7 @@ from router_core.artifact import builtin_map, load_map
 from router_core.clustering import ClusterMap
 from router_core.embedding import check_embedder, open_embedder
 from router_core.errors import InvalidInput, RouterCoreError
-from router_core.recipes import RECIPES
+from router_core.estimators import RECIPES
 from router_core.validation.loading import load_validation_set
 
 if TYPE_CHECKING:

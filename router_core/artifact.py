@@ -16,13 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.clustering import ClusterMap
+from router_core.clustering import ClusterMap, History, TaughtClusters, array_names, arrays_of
 from router_core.documents import MAX_ARRAYS_BYTES, MAX_MANIFEST_BYTES, DocumentTooLarge, parse_json, read_bounded
 from router_core.errors import InvalidArtifact
-from router_core.history import History
-from router_core.learned_map import LearnedMap
-from router_core.response import ResponseClusters
-from router_core.taught import TaughtClusters, array_names, arrays_of
+from router_core.learned_clusters import LearnedMap, ResponseClusters
 
 FORMAT = 2
 MANIFEST = "manifest.json"

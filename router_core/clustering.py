@@ -1,26 +1,132 @@
-"""Φ: unit vectors to weights over clusters. Where the centroids come from is fitting.py; files are elsewhere."""
-
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from router_core.errors import InvalidInput
-from router_core.history import History
-from router_core.taught import TaughtClusters, arrays_of
 from router_core.types import Assignment, Doubles, Floats
 
 if TYPE_CHECKING:
     import faiss
 
+
+def kmeans(vectors: Floats, clusters: int, *, seed: int = 0, spherical: bool = True, iterations: int = 25) -> Floats:
+    """Fit (K, d) centroids to (n, d) vectors by FAISS, which samples 256 vectors per cluster when n is large.
+
+    `spherical`: by cosine, and of unit length as the vectors are.
+
+    Raises:
+        InvalidInput: fewer distinct vectors than clusters.
+    """
+    import faiss
+
+    distinct = len(np.unique(vectors, axis=0))
+    if not 1 <= clusters <= distinct:
+        raise InvalidInput(f"{clusters} clusters cannot be fitted to {distinct} distinct prompts; ask for fewer")
+    fitting = faiss.Kmeans(
+        vectors.shape[1],
+        clusters,
+        niter=iterations,
+        nredo=3,
+        seed=seed,
+        spherical=spherical,
+        min_points_per_centroid=1,
+        verbose=False,
+    )
+    fitting.train(np.ascontiguousarray(vectors, dtype=np.float32))
+    return np.asarray(fitting.centroids, dtype=np.float32)
+
+
+LARGEST = 256
+"""Clusters up to which a map keeps how they overlap: the matrix, and all that is computed with it, grows with K²."""
+
+_ROWS = 4096
+"""Prompts that are laid out densely at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class History:
+    """How a map's K clusters share prompts, and what R known models got wrong in each.
+
+    The known models are never routed to. They tell how hard the clusters are and how much models differ, so that the
+    few answers of a new one go further.
+    """
+
+    overlap: Doubles
+    """(K, K) Σ_j w_jk·w_jl / √(n_k·n_l) over the prompts, n_k = Σ_j w_jk; a hard assignment gives the identity."""
+    models: tuple[str, ...]
+    error_sums: Doubles
+    """(R, K)"""
+    labels: Doubles
+    """(R, K)"""
+
+    def __post_init__(self) -> None:
+        clusters = len(self.overlap)
+        if self.overlap.shape != (clusters, clusters):
+            raise InvalidInput(f"an overlap must be a square matrix; got shape {self.overlap.shape}")
+        if not self.error_sums.shape == self.labels.shape == (len(self.models), clusters):
+            raise InvalidInput(f"a history of {len(self.models)} models must have as many rows, of {clusters} clusters")
+        arrays = (self.overlap, self.error_sums, self.labels)
+        if not all(np.isfinite(array).all() and (array >= 0).all() for array in arrays):
+            raise InvalidInput("the numbers of a history must be finite and 0 or more")
+
+
+def history_of(assignment: Assignment, clusters: int, scores: Doubles, models: Sequence[str]) -> History:
+    """What n prompts tell: (n, R) scores in [0, 1] of R models, NaN where unlabelled."""
+    together = np.zeros((clusters, clusters))
+    error_sums, labels = np.zeros((2, len(models), clusters))
+    for start in range(0, len(assignment), _ROWS):
+        rows = slice(start, start + _ROWS)
+        weights = Assignment(assignment.ids[rows], assignment.weights[rows]).dense(clusters)
+        labelled = ~np.isnan(scores[rows])
+        together += weights.T @ weights
+        labels += labelled.T.astype(np.float64) @ weights
+        error_sums += np.where(labelled, 1.0 - scores[rows], 0.0).T @ weights
+    mass = together.sum(axis=1)
+    overlap = np.divide(together, np.sqrt(np.outer(mass, mass)), out=np.eye(clusters), where=np.outer(mass, mass) > 0)
+    return History(overlap, tuple(models), error_sums, labels)
+
+
+class TaughtClusters(Protocol):
+    """K clusters of prompts, read off the embedding. A dataclass of arrays and `top`."""
+
+    @property
+    def top(self) -> int:
+        """How many clusters share a prompt."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def dimension(self) -> int: ...
+
+    def assign(self, vectors: Floats) -> Assignment:
+        """The `top` clusters of each row of `vectors`, (n, d)."""
+
+    def likeness(self) -> Doubles:
+        """(K, K) how alike two clusters are before anything is measured, 1 on the diagonal."""
+
+
+def array_names(kind: type[Any]) -> tuple[str, ...]:
+    """The fields of a kind that are arrays."""
+    return tuple(field.name for field in fields(kind) if field.name != "top")
+
+
+def arrays_of(clusters: TaughtClusters) -> dict[str, NDArray[Any]]:
+    return {name: getattr(clusters, name) for name in array_names(type(clusters))}
+
+
 TOP = 8
+
 TEMPERATURE = 0.05
+
 SPREAD = 0.4
 """Cosine distance over which two clusters cease to be alike, before anything is measured."""
 

@@ -1,26 +1,107 @@
-"""Which models may answer a request at all: allowed, not resting, measured, priced, able. Scores are scoring.py."""
-
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from router_core.pool import Pool
-from router_core.ranking import NamesOfRows
-from router_core.types import ABILITIES, Doubles, Needs
+from router_core.types import ABILITIES, Doubles, Indices, Needs
+
+
+class Names(Sequence[str]):
+    """A tuple of names that is not there yet. It equals that tuple."""
+
+    @cached_property
+    def whole(self) -> tuple[str, ...]:
+        return self._made()
+
+    @abstractmethod
+    def _made(self) -> tuple[str, ...]: ...
+
+    @abstractmethod
+    def _one(self, place: int) -> str: ...
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, place: int | slice) -> str | tuple[str, ...]:
+        return self.whole[place] if isinstance(place, slice) else self._one(place)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.whole)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.whole
+
+    def __eq__(self, other: object) -> bool:
+        return self.whole == tuple(other) if isinstance(other, tuple | Names) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.whole)
+
+    def __repr__(self) -> str:
+        return repr(self.whole)
+
+
+class NamesOfRows(Names):
+    """Those of `rows`, in their order."""
+
+    def __init__(self, names: tuple[str, ...], rows: Indices) -> None:
+        self._names = names
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _one(self, place: int) -> str:
+        return self._names[int(self._rows[place])]
+
+    def _made(self) -> tuple[str, ...]:
+        return tuple(map(self._names.__getitem__, self._rows.tolist()))
+
+
+class Ranking(Names):
+    """The first is known; the others are put in order when one of them is wanted."""
+
+    def __init__(self, first: str, length: int, ordered: Callable[[], tuple[str, ...]]) -> None:
+        self._first = first
+        self._length = length
+        self._ordered = ordered
+
+    def __len__(self) -> int:
+        return self._length
+
+    def _one(self, place: int) -> str:
+        return self._first if place == 0 else self.whole[place]
+
+    def __iter__(self) -> Iterator[str]:
+        yield self._first
+        if self._length > 1:
+            yield from self.whole[1:]
+
+    def _made(self) -> tuple[str, ...]:
+        return self._ordered()
+
 
 Mask = NDArray[np.bool_]
+
 RESTING = "resting after failures"
+
 LOADING = "what it takes to call this model is still being loaded"
+
 Absent = Sequence[tuple[Collection[str], str]]
 """Models that may not be asked now, and why."""
+
 _ROUNDING = 1 + 1e-9
 """A cap stated per million tokens and a price stated per token may differ in their last bit and be the same."""
+
 TEMPLATE_TOKENS = 256
 """What a model's chat template may add to a prompt."""
 

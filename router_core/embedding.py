@@ -1,5 +1,3 @@
-"""Text to unit vectors: a static token table (the default) or a transformer, behind one protocol."""
-
 from __future__ import annotations
 
 import difflib
@@ -15,27 +13,82 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from router_core import distill
 from router_core.errors import Interrupted, InvalidArtifact
-from router_core.tokenizing import Tokenizer
 from router_core.types import Embedder, Floats
+
+CUT = 2_000
+"""Characters kept from each end."""
+
+
+def excerpt(text: str) -> str:
+    """The text, or its two ends where it is longer than both; blanks around a long one do not count.
+
+    Whatever is embedded goes through here first, so that a prompt has one vector whether it is fitted or routed.
+    """
+    if len(text) <= 2 * CUT:
+        return text
+    said = text.strip()
+    return said if len(said) <= 2 * CUT else f"{said[:CUT]}\n{said[-CUT:]}"
+
+
+MOST_WORDS = 8_192
+"""Whose ids a thread remembers: about 2 MiB. So few that no choice of words can make looking one up slow."""
+
+TEXTS_REMEMBERED = 4_096
+"""The library forgets no word when its memory is full; after so many texts it begins again, with the words of today."""
+
+
+class Tokenizer:
+    """Used from several threads."""
+
+    def __init__(self, description: Path) -> None:
+        """`description`: a tokenizer.json of WordPiece; its truncation and padding are left out.
+
+        Raises:
+            InvalidArtifact: it is of another kind, damaged, or not there.
+        """
+        from nanotoken import WordPieceTokenizer, set_cache_entries
+
+        set_cache_entries(MOST_WORDS)
+        try:
+            self._tokenizer = WordPieceTokenizer.from_json(description.read_bytes())
+        except (OSError, ValueError) as error:
+            folder = description.parent
+            raise InvalidArtifact(f"{description} cannot be read: {error}; delete {folder}, it is made again") from None
+        self._texts = count(1)
+
+    def ids(self, text: bytes) -> NDArray[np.uint32]:
+        """(n,), special tokens not added. `text` is UTF-8."""
+        if next(self._texts) % TEXTS_REMEMBERED == 0:
+            self._tokenizer.clear_cache()
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
 
 DISTILLING = (
     "import functools, pathlib, sys; from router_core.distill import distill; "
     "distill(pathlib.Path(sys.argv[1]), progress=functools.partial(print, flush=True))"
 )
+
 LONGEST_AT_HAND = 10_000
 """Bytes: about a millisecond in the slowest of scripts, and more than routing reads of an English request."""
+
 ROWS_AT_ONCE = 256
 """Of the table, so that what is copied out of it stays in a core's own cache: half the time for 3,000 tokens."""
+
 LOOK_AGAIN_S = 0.1
+
 SCRATCH = ".distilling-"
+
 MODEL_FILES = ("modules.json", "config.json")
+
 TOKEN_WEIGHTS = Path(__file__).parent / "assets" / "token_weights.npy"
 
 

@@ -1,25 +1,135 @@
-"""A cluster map from unlabelled prompts: sample, embed, cluster. Reading prompt files belongs to the command line."""
-
 from __future__ import annotations
 
+import hashlib
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heappush, heapreplace
 from itertools import islice
 
 import numpy as np
 
-from router_core.clustering import TEMPERATURE, TOP, ClusterMap
+from router_core.clustering import LARGEST, TEMPERATURE, TOP, ClusterMap, TaughtClusters, history_of, kmeans
 from router_core.errors import InvalidInput
-from router_core.history import LARGEST, history_of
-from router_core.kmeans import kmeans
-from router_core.naming import cluster_names
-from router_core.sampling import PromptSample, sample_prompts
-from router_core.taught import TaughtClusters
-from router_core.teaching import fit_taught
+from router_core.learned_clusters import fit_taught
 from router_core.types import Doubles, Embedder, Floats, Indices
+
+PER_CLUSTER = 256
+"""Prompts that k-means is given per cluster: what FAISS trains on, and all that it would keep of more."""
+
+SMALLEST = 16_384
+
+HASH_BYTES = 8
+
+
+class PromptSample:
+    """The prompts whose seeded hashes are the smallest (bottom-k sampling): every distinct prompt is as likely.
+
+    A prompt's hash decides alone, so repeats need no memory, the order does not matter, and samples of parts merge into
+    the sample of the whole. As long as there is room, nothing is left out. Two prompts of one 64-bit hash would pass
+    for the same: among ten million, about one chance in 370,000.
+    """
+
+    def __init__(self, size: int, *, seed: int = 0, part: int = 0) -> None:
+        """`part` numbers the parts that will be merged, in the order in which their prompts are read."""
+        self.read = 0
+        """Prompts seen, repeats included, blank ones not."""
+        self._size = size
+        self._key = str(seed).encode()
+        self._part = part
+        self._kept: dict[int, tuple[tuple[int, int], str]] = {}
+        """hash → where it was first read, and the text."""
+        self._largest: list[int] = []
+        """A heap of the hashes, negated: its head is the next to go."""
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def add(self, text: str) -> None:
+        if not text.strip():
+            return
+        self.read += 1
+        self._keep(self._hash(text), (self._part, self.read), text)
+
+    def merge(self, other: PromptSample) -> None:
+        """Take in a sample of other prompts, or of other repeats, drawn with the same size and seed."""
+        self.read += other.read
+        for number, (place, text) in other._kept.items():
+            self._keep(number, place, text)
+
+    def texts(self) -> list[str]:
+        """In the order of first appearance."""
+        return [text for _, text in sorted(self._kept.values())]
+
+    def _keep(self, number: int, place: tuple[int, int], text: str) -> None:
+        if number in self._kept:
+            self._kept[number] = min(self._kept[number], (place, text))
+        elif len(self._kept) < self._size:
+            heappush(self._largest, -number)
+            self._kept[number] = (place, text)
+        elif number < -self._largest[0]:
+            del self._kept[-heapreplace(self._largest, -number)]
+            self._kept[number] = (place, text)
+
+    def _hash(self, text: str) -> int:
+        """Lone surrogates, legal in JSON, are hashed too."""
+        content = text.encode("utf-8", "surrogatepass")
+        return int.from_bytes(hashlib.blake2b(content, digest_size=HASH_BYTES, key=self._key).digest())
+
+
+def empty_sample(clusters: int, *, seed: int, part: int = 0) -> PromptSample:
+    """With room for what k-means needs."""
+    return PromptSample(max(PER_CLUSTER * clusters, SMALLEST), seed=seed, part=part)
+
+
+def sample_prompts(texts: Iterable[str], clusters: int, *, seed: int, part: int = 0) -> PromptSample:
+    """One pass over any number of prompts; what is held is the sample."""
+    sample = empty_sample(clusters, seed=seed, part=part)
+    for text in texts:
+        sample.add(text)
+    return sample
+
+
+NAME_WORDS = 3
+
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]{2}|[^\W\d_]{3,}")
+"""Words, and pairs of the characters of scripts that put no spaces between words."""
+
+FUNCTION_WORDS = frozenset(
+    """about above after again all also and any are because been before being below between both but can could did does
+    doing down during each few for from further had has have having her here hers him his how into its itself just more
+    most not now off once only other our out over own same she should some such than that the their them then there
+    these they this those through too under until very was were what when where which while who whom why will with
+    would you your yours following answer come question""".split()  # noqa: SIM905
+)
+"""English words that name nothing, however distinctive."""
+
+
+def cluster_names(prompts: Sequence[str], nearest: Indices, clusters: int) -> list[str]:
+    """Per cluster, the words whose share of its prompts most exceeds that elsewhere (frequency times log-odds)."""
+    inside = [Counter[str]() for _ in range(clusters)]
+    for prompt, cluster in zip(prompts, nearest, strict=True):
+        inside[cluster].update(set(WORD.findall(prompt.lower())) - FUNCTION_WORDS)
+    sizes = np.bincount(nearest, minlength=clusters)
+    everywhere = Counter[str]()
+    for words in inside:
+        everywhere.update(words)
+    return [_name(words, int(sizes[k]), everywhere, len(prompts)) or f"cluster {k}" for k, words in enumerate(inside)]
+
+
+def _name(words: Counter[str], size: int, everywhere: Counter[str], total: int) -> str:
+    def distinctiveness(word: str) -> float:
+        here = words[word] / max(size, 1)
+        elsewhere = (everywhere[word] - words[word] + 1) / (total - size + 1)
+        return float(here * np.log(here / elsewhere))
+
+    return ", ".join(sorted(words, key=lambda word: (-distinctiveness(word), word))[:NAME_WORDS])
+
 
 BATCH = 512
 """Texts that an embedder is given at once."""
+
 SMOOTHING = 1e-3
 
 Progress = Callable[[str, int, int], None]

@@ -1,5 +1,3 @@
-"""Tokens times prices. No I/O, no clock."""
-
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -10,9 +8,24 @@ import numpy as np
 
 from router_core.types import Doubles, Indices, Price
 
+BYTES_PER_TOKEN = 4
+
+
+def text_bytes(text: str) -> int:
+    """UTF-8 bytes; a lone surrogate counts as one."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+
+
+def estimate_tokens(text: str) -> int:
+    """Bytes by four, at least one."""
+    return max(text_bytes(text) // BYTES_PER_TOKEN, 1)
+
+
 REFERENCE = Price(input_cost_per_token=2.5e-6, output_cost_per_token=1e-5)
 """The fixed price that makes costs scale-free: $2.50 in and $10 out per million tokens."""
+
 CENT_USD = 0.01
+
 PICO = 10**12
 
 
@@ -60,6 +73,7 @@ RATES_IN: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 """Bucket of TokenUsage → the fields of Price of which the first that is stated is its price."""
+
 RATES_OUT: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "output_tokens": ("output_cost_per_token",),
@@ -68,8 +82,11 @@ RATES_OUT: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "image_output_tokens": ("output_cost_per_image_token", "output_cost_per_token"),
     }
 )
+
 RATES: Mapping[str, tuple[str, ...]] = MappingProxyType({**RATES_IN, **RATES_OUT})
+
 _APART = tuple(bucket for bucket in RATES if bucket not in ("fresh_tokens", "output_tokens"))
+
 _AUDIO_IN = frozenset({"audio_input_tokens", "cached_audio_tokens"})
 
 

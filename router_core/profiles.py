@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from router_core.errors import InvalidProfile, MapMismatch
-from router_core.recipes import SHRINKAGE, mean_error, shrunk_rates
+from router_core.estimators import SHRINKAGE, mean_error, shrunk_rates
 from router_core.types import Assignment, Doubles
 
 MOST = 1e12

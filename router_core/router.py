@@ -11,13 +11,12 @@ from numpy.typing import ArrayLike
 
 from router_core.artifact import builtin_map
 from router_core.clustering import ClusterMap
-from router_core.decision import Details, RoutingDecision, Scores
+from router_core.decision import Details, RoutingDecision, Scores, choose
 from router_core.embedding import static_embedder
-from router_core.error_rates import ErrorRates
 from router_core.errors import InvalidInput, InvalidProfile, MapMismatch, NoEligibleModel
-from router_core.flips import choose
+from router_core.estimators import POOLED, SHRINKAGE, Recipe
+from router_core.pool import ErrorRates
 from router_core.profiles import Profile
-from router_core.recipes import POOLED, SHRINKAGE, Recipe
 from router_core.scoring import TIE
 from router_core.types import Assignment, Doubles, Embedder
 

@@ -7,10 +7,9 @@ from typing import Literal
 
 import numpy as np
 
-from router_core.decision import Details, RoutingDecision, Scores
+from router_core.decision import Details, RoutingDecision, Scores, choose
 from router_core.eligibility import Eligibility
 from router_core.errors import NoEligibleModel
-from router_core.flips import choose
 from router_core.pool import Pool
 from router_core.pricing import CENT_USD, REFERENCE, reference_usd
 from router_core.types import Assignment, Doubles, Indices, Needs, Price

@@ -144,8 +144,7 @@ def _answer(settings: Settings, traffic: Traffic, goal: Goal, url: str | None) -
     from proxy.cli import console
     from proxy.cli.evaluate import opened_deployment
     from proxy.routing.requirements import needs_of
-    from router_core.calibration import expectations
-    from router_core.calibration_doubt import relative_interval
+    from router_core.calibration import expectations, relative_interval
     from router_core.scoring import Terms
 
     cluster_map, embedder, pool = opened_deployment(settings, url)

@@ -27,7 +27,7 @@ from proxy.server.run import LOGGING, BackgroundServer, address, listen
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings
 from router_core.artifact import builtin_map
-from router_core.validation.builtin import builtin_validation_set
+from router_core.validation.families.registry import builtin_validation_set
 
 if TYPE_CHECKING:
     from openai import OpenAI

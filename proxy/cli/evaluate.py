@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from proxy.settings.schema import Settings
     from proxy.storage.price_map import Catalog
     from router_core.clustering import ClusterMap
-    from router_core.evaluation.deployed_outcomes import Common
+    from router_core.evaluation.deployed import Common
     from router_core.evaluation.outcomes import Outcomes
-    from router_core.evaluation.plan import Plan
-    from router_core.evaluation.results import Results
+    from router_core.evaluation.study import Results
+    from router_core.evaluation.trials import Plan
     from router_core.pool import Candidate, Pool
     from router_core.types import Embedder, Price
 
@@ -102,8 +102,7 @@ def deployed_results(path: Path, settings: Settings, url: str | None) -> tuple[R
     """
     from proxy.cli import console
     from proxy.cli.calibrate import embedded, user_turn
-    from router_core.evaluation.deployed import evaluate_deployed
-    from router_core.evaluation.deployed_outcomes import read_deployed
+    from router_core.evaluation.deployed import evaluate_deployed, read_deployed
 
     cluster_map, embedder, pool = opened_deployment(settings, url)
     outcomes, common = read_deployed(path, pool)
@@ -250,7 +249,7 @@ def _studied(order: Order, embedder: str, data_dir: Path, workers: int | None) -
 
 
 def _plan(order: Order, outcomes: Outcomes, embedder_id: str) -> Plan:
-    from router_core.evaluation.plan import TRIALS, Plan, usual_labels, usual_unseen
+    from router_core.evaluation.trials import TRIALS, Plan, usual_labels, usual_unseen
 
     return Plan(
         outcomes_name=order.outcomes.name,

@@ -19,14 +19,13 @@ from proxy.cli.console import BadArgument, Progress, opened_embedder, readable
 from proxy.cli.options import DataDirOption, JsonOption
 from router_core.clustering import ClusterMap
 from router_core.documents import MAX_LINE_BYTES, DocumentTooLarge, parse_json
-from router_core.evaluation.outcome_rows import parse_row, read_rows
-from router_core.excerpt import excerpt
-from router_core.fitting import EmbeddedPrompts, batches, count_nearest, embed_prompts
-from router_core.sampling import PromptSample, sample_prompts
+from router_core.embedding import excerpt
+from router_core.evaluation.outcomes import parse_row, read_rows
+from router_core.fitting import EmbeddedPrompts, PromptSample, batches, count_nearest, embed_prompts, sample_prompts
 from router_core.types import Doubles, Embedder, Indices
 
 if TYPE_CHECKING:
-    from router_core.sampling import PromptSample
+    from router_core.fitting import PromptSample
     from router_core.types import Indices
 
 

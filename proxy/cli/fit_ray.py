@@ -19,8 +19,15 @@ from proxy.cli.console import BadArgument, CommandError, Progress, opened_embedd
 from proxy.cli.fit import Order, Rate, read_prompts
 from router_core.clustering import ClusterMap
 from router_core.embedding import open_embedder
-from router_core.fitting import BATCH, EmbeddedPrompts, batches, count_nearest
-from router_core.sampling import PromptSample, empty_sample, sample_prompts
+from router_core.fitting import (
+    BATCH,
+    EmbeddedPrompts,
+    PromptSample,
+    batches,
+    count_nearest,
+    empty_sample,
+    sample_prompts,
+)
 from router_core.types import Embedder, Indices
 
 if TYPE_CHECKING:

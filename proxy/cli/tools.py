@@ -24,7 +24,7 @@ from proxy.storage.snapshot import prices_of
 
 if TYPE_CHECKING:
     from router_core.types import Price
-    from router_core.validation.prompts import ValidationSet
+    from router_core.validation.validation_set import ValidationSet
 
 
 LambdaOption = Annotated[
@@ -201,7 +201,7 @@ def check(source: SetArgument = "builtin", data_dir: DataDirOption = None, *, as
     from proxy.app import open_map
     from proxy.cli import console
     from proxy.cli.console import opened_embedder
-    from router_core.validation.coverage import coverage, thin_clusters
+    from router_core.validation.validation_set import coverage, thin_clusters
 
     chosen = open_set(source)
     settings = read_settings(None, data_dir=data_dir)
@@ -222,7 +222,7 @@ def check(source: SetArgument = "builtin", data_dir: DataDirOption = None, *, as
 def open_set(source: str) -> ValidationSet:
     """`builtin` or a JSONL path. Raises BadArgument, and InvalidValidationSet naming the line."""
     from proxy.cli.console import readable
-    from router_core.validation.builtin import builtin_validation_set
+    from router_core.validation.families.registry import builtin_validation_set
     from router_core.validation.loading import load_validation_set
 
     return builtin_validation_set() if source == "builtin" else load_validation_set(readable(Path(source), "FILE"))

@@ -24,7 +24,7 @@ from router_core.pricing import max_price_usd
 from router_core.types import Price
 from router_core.validation.graders import MAX_ANSWER_CHARS, JudgeGrader
 from router_core.validation.grading_process import CPU_S, READY
-from router_core.validation.prompts import ValidationPrompt
+from router_core.validation.validation_set import ValidationPrompt
 
 
 class Budget:

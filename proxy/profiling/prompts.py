@@ -10,13 +10,12 @@ import numpy as np
 
 from router_core.clustering import ClusterMap
 from router_core.errors import InvalidOutcomes
-from router_core.evaluation.outcome_rows import OutcomeRow, parse_row, read_rows
+from router_core.evaluation.outcomes import OutcomeRow, parse_row, read_rows
 from router_core.profiles import Profile, measure
 from router_core.types import Assignment, Doubles, Embedder
-from router_core.validation.builtin import builtin_validation_set
+from router_core.validation.families.registry import builtin_validation_set
 from router_core.validation.loading import load_validation_set
-from router_core.validation.prompts import ValidationPrompt, ValidationSet
-from router_core.validation.selection import choose_prompts
+from router_core.validation.validation_set import ValidationPrompt, ValidationSet, choose_prompts
 
 BUILTIN = "builtin"
 

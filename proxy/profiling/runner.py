@@ -37,7 +37,7 @@ from proxy.storage.snapshot import StateHolder, capabilities_of, price_of
 from router_core.errors import InvalidInput
 from router_core.profiles import Profile, measure
 from router_core.types import Price
-from router_core.validation.prompts import ValidationPrompt
+from router_core.validation.validation_set import ValidationPrompt
 
 THINKING_MARKS = ("<think>", "<thinking>", "<reasoning>")
 

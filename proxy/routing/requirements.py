@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.routing.sizes import MOST_TOKENS, output_limit, stated_answers
-from router_core.excerpt import excerpt
-from router_core.tokens import BYTES_PER_TOKEN, text_bytes
+from router_core.embedding import excerpt
+from router_core.pricing import BYTES_PER_TOKEN, text_bytes
 from router_core.types import Needs
 
 SCALAR_BYTES = 4

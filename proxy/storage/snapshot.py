@@ -21,10 +21,9 @@ from proxy.storage.reader import Stored, StoredReader
 from proxy.storage.redis import CHANGED, PRICING, Store, StoreUnavailable
 from proxy.storage.traffic_stats import LiveExpectations
 from router_core.clustering import ClusterMap
-from router_core.error_rates import ErrorRates
-from router_core.pool import Candidate, Pool
+from router_core.estimators import POOLED, Recipe
+from router_core.pool import Candidate, ErrorRates, Pool
 from router_core.profiles import Profile
-from router_core.recipes import POOLED, Recipe
 from router_core.types import FREE, PRICE_FIELDS, Capabilities, Price
 
 _STATED_ABILITIES = {

@@ -9,8 +9,7 @@ from typing import Any
 
 import orjson
 
-from router_core.pricing import TokenUsage, bill_usd, picousd
-from router_core.tokens import BYTES_PER_TOKEN
+from router_core.pricing import BYTES_PER_TOKEN, TokenUsage, bill_usd, picousd
 from router_core.types import Price
 
 

@@ -18,7 +18,7 @@ from proxy.upstream.answer_room import AnswerBounds, AnswerRoom, Held
 from proxy.upstream.completion_reader import Joined, chunks_of_completion, form_of, has_choices
 from proxy.upstream.errors import LONGEST_WORDS, MAY_TELL, error_in, no_completion, reported
 from proxy.upstream.sse import ErrorData, EventCutter, EventTooLong, RawLine, dump, loads
-from router_core.tokens import text_bytes
+from router_core.pricing import text_bytes
 
 _MODEL = re.compile(rb'(?<!\\)"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]++|\\.)*+")')
 

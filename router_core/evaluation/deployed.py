@@ -7,27 +7,86 @@ the very prompts that the profiles were measured on, these look better than they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from router_core.decision import choose_each
 from router_core.errors import InvalidInput
-from router_core.evaluation.curves import Anchors, Curve
-from router_core.evaluation.deployed_outcomes import common_models
-from router_core.evaluation.intervals import Difference, percentile_interval
-from router_core.evaluation.methods import single
-from router_core.evaluation.outcomes import Outcomes
-from router_core.evaluation.results import Estimate, HeatMap, MethodFigures, Protocol, Results
-from router_core.evaluation.summary import Measured, measured, method_figures
-from router_core.evaluation.sweep import cost_weights
-from router_core.flips import choose_each
+from router_core.evaluation import baselines as single
+from router_core.evaluation.curves import Anchors, Curve, Difference, percentile_interval
+from router_core.evaluation.outcomes import OutcomeRow, Outcomes, outcomes_from_rows, parse_row, read_rows
+from router_core.evaluation.study import (
+    Estimate,
+    HeatMap,
+    Measured,
+    MethodFigures,
+    Protocol,
+    Results,
+    measured,
+    method_figures,
+)
+from router_core.evaluation.trials import cost_weights
 from router_core.pool import Pool
 from router_core.pricing import CENT_USD
 from router_core.scoring import TIE
 from router_core.types import Assignment, Doubles, Indices
 
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """Which models a file and a deployment both have, and which only one of them. All sorted."""
+
+    models: tuple[str, ...]
+    only_scored: tuple[str, ...]
+    only_deployed: tuple[str, ...]
+
+
+def common_models(scored: Collection[str], pool: Pool) -> Common:
+    """Deployed is what has a profile and a price. Raises InvalidInput, naming the others, where two are not common."""
+    routable = ~np.isnan(pool.mean_errors) & ~np.isnan(pool.prices.input)
+    deployed = {name for name, able in zip(pool.names, routable, strict=True) if able}
+    common = tuple(sorted(deployed & set(scored)))
+    found = Common(common, tuple(sorted(set(scored) - deployed)), tuple(sorted(deployed - set(scored))))
+    if len(common) < 2:
+        raise InvalidInput(
+            f"two models or more must be both scored and deployed. Both: {_named(common)}."
+            f" Only scored: {_named(found.only_scored)}. Only deployed: {_named(found.only_deployed)}"
+        )
+    return found
+
+
+def read_deployed(path: Path, pool: Pool) -> tuple[Outcomes, Common]:
+    """The outcomes file's models that are deployed too, billed at the deployed prices.
+
+    Raises:
+        InvalidOutcomes: as `read_outcomes`.
+        InvalidInput: fewer than two such models.
+    """
+    rows = [(where, parse_row(where, row)) for where, row in read_rows(path)]
+    common = common_models({model for _, row in rows for model in row.scores}, pool)
+
+    lines = [(where, _line(row, common.models)) for where, row in rows if row.scores.keys() & set(common.models)]
+    prices = {name: pool.candidates[name].price for name in common.models}
+    return outcomes_from_rows(lines, {name: price for name, price in prices.items() if price}), common
+
+
+def _line(row: OutcomeRow, models: Collection[str]) -> dict[str, Any]:
+    """The row with the figures of these models alone."""
+    figures = {"scores": row.scores, "output_tokens": row.output_tokens}
+    kept = {name: {m: value for m, value in values.items() if m in models} for name, values in figures.items()}
+    return {"prompt": row.prompt, "source": row.source, **kept}
+
+
+def _named(models: Collection[str]) -> str:
+    return ", ".join(models) or "none"
+
+
 OURS = "ours"
+
 DRAWS = 500
 """Of the bootstrap."""
 

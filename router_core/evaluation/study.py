@@ -1,39 +1,187 @@
-"""All methods on the same trials: what each makes of N labels, how far apart they are, and how sure that is."""
-
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 
 import numpy as np
 
 from router_core.errors import InvalidInput
-from router_core.evaluation.curves import Curve
-from router_core.evaluation.intervals import Difference, paired_difference
-from router_core.evaluation.methods import single
-from router_core.evaluation.methods.hiershrink import hiershrink
-from router_core.evaluation.methods.kmeans import kmeans_laplace, kmeans_raw
-from router_core.evaluation.methods.knn import knn
-from router_core.evaluation.methods.learned_map import learned_map
-from router_core.evaluation.methods.ours import Deployment
-from router_core.evaluation.methods.ridge import ridge
-from router_core.evaluation.methods.tuning import means
+from router_core.evaluation import baselines as single
+from router_core.evaluation.baselines import knn, means, ridge
+from router_core.evaluation.cluster_methods import Deployment, hiershrink, kmeans_laplace, kmeans_raw, learned_map
+from router_core.evaluation.curves import (
+    BUDGETS,
+    SLACK,
+    Anchors,
+    Curve,
+    Difference,
+    Figures,
+    bootstrap_interval,
+    figures,
+    paired_difference,
+    quality_within,
+)
 from router_core.evaluation.outcomes import Outcomes
-from router_core.evaluation.plan import Plan, tested_prompts
-from router_core.evaluation.results import HeatMap, Protocol, Results
-from router_core.evaluation.seen import Asked, Estimator, Known, Method
-from router_core.evaluation.spreading import one_thread, spread
-from router_core.evaluation.summary import Measured, estimate, measured, summed_up
-from router_core.evaluation.sweep import deferral_curve
-from router_core.evaluation.trials import Split, Trial, draw_split, draw_trial
+from router_core.evaluation.parallel import one_thread, spread
+from router_core.evaluation.trials import (
+    Asked,
+    Estimator,
+    Known,
+    Method,
+    Plan,
+    Split,
+    Trial,
+    deferral_curve,
+    draw_split,
+    draw_trial,
+    tested_prompts,
+)
 from router_core.fitting import Progress, no_progress
 from router_core.pool import Pool
 from router_core.pricing import CENT_USD
 from router_core.types import Doubles, Floats
 from router_core.validation.fields import shown
 
+NAN = float("nan")
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One method in one trial."""
+
+    figures: Figures
+    budgets: Doubles
+    """(BUDGETS,) from the best single model's cost down to the cheapest's, relative to the former."""
+    qualities: Doubles
+    """(BUDGETS,)"""
+
+    @property
+    def reached(self) -> bool:
+        """Whether it has the best single model's quality, whatever that costs: where it is free, QNC is undefined."""
+        return not self.figures.perf_gain < -SLACK  # NaN where that model is always wrong, and anything is as good
+
+
+def measured(curve: Curve, anchors: Anchors) -> Measured:
+    defined = anchors.best > anchors.cheapest
+    budgets = np.linspace(anchors.best, anchors.cheapest, BUDGETS) if defined else np.full(BUDGETS, NAN)
+    qualities = quality_within(curve, budgets) if defined else budgets
+    return Measured(figures(curve, anchors), budgets / anchors.best if defined else budgets, qualities)
+
+
+def summed_up(trials: Sequence[Measured], *, seed: int) -> MethodFigures:
+    def estimate_of(name: str) -> Estimate:
+        return estimate(np.array([getattr(trial.figures, name) for trial in trials]), seed=seed)
+
+    curve = Curve(_mean([trial.budgets for trial in trials]), _mean([trial.qualities for trial in trials]))
+    return method_figures(estimate_of, trials, curve)
+
+
+def method_figures(estimate_of: Callable[[str], Estimate], drawn: Sequence[Measured], curve: Curve) -> MethodFigures:
+    """`estimate_of` each of the fields of Figures; `drawn`: the trials, or draws, that reach the best model or not."""
+    return MethodFigures(
+        **{field.name: estimate_of(field.name) for field in fields(Figures)},
+        reached=float(np.mean([each.reached for each in drawn])),
+        curve=curve,
+    )
+
+
+def estimate(values: Doubles, *, seed: int) -> Estimate:
+    """Of (T,) trials; NaN ones are left out."""
+    known = values[~np.isnan(values)]
+    low, high = bootstrap_interval(known, seed=seed)
+    return Estimate(float(known.mean()) if known.size else NAN, low, high, known.size)
+
+
+def _mean(rows: Sequence[Doubles]) -> Doubles:
+    defined = [row for row in rows if not np.isnan(row).any()]
+    return np.mean(defined, axis=0) if defined else np.full(BUDGETS, NAN)
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """What was run, so that it can be run again."""
+
+    outcomes: str
+    """The file's name."""
+    embedder: str
+    """The id of what embedded the prompts."""
+    prompts: int
+    models: tuple[str, ...]
+    labels: tuple[int, ...]
+    """N, the prompts that each new model was seen through: one column of the table each."""
+    trials: int
+    seed: int
+    unseen: float
+    """Share of the models that is new in a trial; 0: all are, and none is known."""
+    known_models: int
+    new_models: int
+    test_prompts: int
+    measured_lengths: bool
+    """Whether the file has the lengths of answers; else the prompt alone is billed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over trials and its 95 % bootstrap interval; NaN where no trial defines it."""
+
+    mean: float
+    low: float
+    high: float
+    trials: int
+    """How many of the trials define it."""
+
+
+@dataclass(frozen=True, eq=False)
+class MethodFigures:
+    """One method with N labels. Areas and peak are mean scores in [0, 1]; whoever shows them multiplies by 100."""
+
+    area: Estimate
+    paper_area: Estimate
+    paper_area_half: Estimate
+    qnc: Estimate
+    """Over the trials that reach the best single model's quality."""
+    reached: float
+    """The share of trials that do."""
+    peak: Estimate
+    perf_gain: Estimate
+    cost_save: Estimate
+    curve: Curve
+    """The mean over trials at BUDGETS budgets from the cheapest to the best single model; costs are relative to the
+    best single model's, dear to cheap. Of the trials in which Area is defined; all NaN where there is none."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeatMap:
+    """Ψ of all models with all labels of the file."""
+
+    models: tuple[str, ...]
+    clusters: tuple[str, ...]
+    """K names."""
+    errors: Doubles
+    """(M, K) in [0, 1]"""
+    labels: Doubles
+    """(M, K)"""
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """Methods by id, and within each by N."""
+
+    protocol: Protocol
+    methods: Mapping[str, Mapping[int, MethodFigures]]
+    differences: Mapping[str, Mapping[int, Difference]]
+    """Area of `ours` less that of each other method, trial by trial."""
+    chosen: Mapping[int, Estimate]
+    """Area of `ours` where the N prompts are chosen as `uniroute models add` chooses them."""
+    chosen_differences: Mapping[int, Difference]
+    """The same less `ours` on random prompts."""
+    heat_map: HeatMap
+
+
 OURS, CHOSEN = "ours", "chosen"
+
 ESTIMATED: Mapping[str, Method] = {
     "knn": knn,
     "kmeans_raw": kmeans_raw,
@@ -42,6 +190,7 @@ ESTIMATED: Mapping[str, Method] = {
     "hiershrink": hiershrink,
     "ridge": ridge,
 }
+
 METHODS = ("cheapest", "best_single", "random_mix", *ESTIMATED, OURS, "oracle")
 """In the order in which they are shown."""
 

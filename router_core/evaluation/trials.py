@@ -1,18 +1,124 @@
-"""One trial: which prompts are test, which models are new, in which order prompts are asked. Routes nothing."""
-
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.evaluation.curves import Anchors
+from router_core.decision import choose_each
+from router_core.errors import InvalidInput
+from router_core.evaluation.curves import Anchors, Curve
 from router_core.evaluation.outcomes import Outcomes
-from router_core.evaluation.plan import Plan, tested_prompts
-from router_core.evaluation.seen import Asked, Known
 from router_core.pricing import CENT_USD
+from router_core.scoring import TIE
 from router_core.types import Doubles, Floats, Indices, Price
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """The train prompts of one trial and what the known models scored on them."""
+
+    texts: Sequence[str]
+    """n prompts."""
+    vectors: Floats
+    """(n, d), rows of unit length, or zero where a text has no token."""
+    scores: Doubles
+    """(n, R) in [0, 1], NaN where unlabelled; R is 0 where no model is known."""
+    models: tuple[str, ...]
+    """R names."""
+    embedder_id: str
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """The N train prompts that every new model was asked."""
+
+    rows: Indices
+    """(N,) of the known prompts."""
+    scores: Doubles
+    """(N, M) in [0, 1], NaN where unlabelled."""
+    output_tokens: Doubles
+    """(N, M) NaN where not measured."""
+
+
+Estimator = Callable[[Asked, Floats], Doubles]
+"""The answers of M new models, and (t, d) vectors of other prompts, to (t, M) expected errors."""
+
+Method = Callable[[Known], Estimator]
+"""Learns from the known models once a trial; its estimator is then used for each number of labels."""
+
+TEST_SHARE = 0.3
+
+LABELS = (25, 50, 100, 200, 400)
+
+TRIALS = 200
+
+UNSEEN = 1 / 3
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """UniRoute's protocol (arXiv 2502.08773, section 6): some models are new, and seen through a few answers only."""
+
+    outcomes_name: str
+    embedder_id: str
+    labels: tuple[int, ...] = LABELS
+    """N, ascending: how many of the train prompts the new models are asked."""
+    trials: int = TRIALS
+    seed: int = 0
+    unseen: float = UNSEEN
+    """The share of the models that is new; 0: all are, and none is known."""
+
+    def __post_init__(self) -> None:
+        if not self.labels or min(self.labels) < 1 or list(self.labels) != sorted(set(self.labels)):
+            raise InvalidInput(f"labels must be ascending whole numbers, 1 or more; got {self.labels}")
+        if self.trials < 1:
+            raise InvalidInput(f"trials must be 1 or more; got {self.trials}")
+        if not 0 <= self.unseen <= 1:
+            raise InvalidInput(f"unseen must be from 0 to 1; got {self.unseen}")
+
+    def new_models(self, models: int) -> int:
+        """How many of so many models are new in a trial."""
+        return new_models(self.unseen, models)
+
+    def check(self, outcomes: Outcomes) -> None:
+        """Raises InvalidInput where there is too little to follow the plan."""
+        models, new = len(outcomes.models), self.new_models(len(outcomes.models))
+        if new < 2:
+            raise InvalidInput(
+                f"unseen={self.unseen:g} of {models} models leaves {new} new one, and routing needs two to choose from:"
+                " give --unseen 0, where all are new, or a larger share"
+            )
+        prompts = len(outcomes.prompts)
+        train = prompts - tested_prompts(prompts)
+        if self.labels[-1] > train:
+            raise InvalidInput(
+                f"{self.labels[-1]} labels are more than the {train} prompts that are left to train on, of {prompts}"
+                " that differ: give smaller --labels, or more prompts"
+            )
+
+
+def new_models(unseen: float, models: int) -> int:
+    return models if unseen == 0 else max(1, round(unseen * models))
+
+
+def usual_unseen(models: int) -> float:
+    """A third; 0 where that leaves nothing to choose from."""
+    return UNSEEN if new_models(UNSEEN, models) >= 2 else 0.0
+
+
+def usual_labels(prompts: int) -> tuple[int, ...]:
+    """Those of LABELS that the train prompts suffice for, of so many in all; at least the first."""
+    train = prompts - tested_prompts(prompts)
+    return tuple(labels for labels in LABELS if labels <= train) or LABELS[:1]
+
+
+def tested_prompts(prompts: int) -> int:
+    """How many of so many prompts are test prompts."""
+    return max(1, round(TEST_SHARE * prompts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,3 +217,39 @@ def draw_trial(outcomes: Outcomes, vectors: Floats, plan: Plan, number: int) -> 
         scores=outcomes.scores[np.ix_(train, new)],
         output_tokens=outcomes.output_tokens[np.ix_(train, new)],
     )
+
+
+POINTS = 256
+"""Cost weights λ between 0 and infinity."""
+
+
+def deferral_curve(errors: Doubles, cents: Doubles, test: HeldOut) -> Curve:
+    """Route the t test prompts at many λ by (t, M) expected errors and (t, M) expected costs; bill what is true."""
+    errors, cents = np.asfortranarray(errors), np.asfortranarray(cents)  # few columns: reduced faster so
+    choices = [choose_each(errors + weight * cents, cents, TIE) for weight in cost_weights(errors, cents)]
+    return curve_of([*choices, cents.argmin(axis=1)], test)
+
+
+def curve_of(choices: list[Indices], test: HeldOut) -> Curve:
+    """One point for each (t,) choice of models."""
+    rows = np.arange(len(test.scores))
+    return Curve(
+        costs=np.array([test.cents[rows, choice].mean() for choice in choices]),
+        qualities=np.array([test.scores[rows, choice].mean() for choice in choices]),
+    )
+
+
+def cost_weights(errors: Doubles, cents: Doubles) -> Doubles:
+    """Zero, and quantiles of the λ at which one model overtakes another on some prompt: there the choices change."""
+    crossings = []
+    for cheap, dear in permutations(range(errors.shape[1]), 2):
+        dearer_by = cents[:, dear] - cents[:, cheap]
+        worth = errors[:, cheap] - errors[:, dear]
+        overtaken = (dearer_by > 0) & (worth > 0)
+        with np.errstate(over="ignore"):  # prices next to nothing are overtaken at no λ that can be written down
+            crossings.append(worth[overtaken] / dearer_by[overtaken])
+    found = np.concatenate(crossings)
+    found = found[np.isfinite(found)]
+    if not found.size:
+        return np.zeros(1)
+    return np.concatenate(([0.0], np.quantile(found, np.linspace(0.0, 1.0, POINTS))))

@@ -11,7 +11,7 @@ from router_core.documents import MAX_SET_BYTES, DocumentTooLarge, parse_json, r
 from router_core.errors import InvalidValidationSet
 from router_core.validation.fields import Fields, JsonObject, shown
 from router_core.validation.graders import parse_grader
-from router_core.validation.prompts import ValidationPrompt, ValidationSet
+from router_core.validation.validation_set import ValidationPrompt, ValidationSet
 
 MAX_PROMPTS = 5_000
 MAX_LINE_BYTES = 1_000_000

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from router_core.validation.builtin import builtin_validation_set
-from router_core.validation.prompts import ValidationPrompt
+from router_core.validation.families.registry import builtin_validation_set
+from router_core.validation.validation_set import ValidationPrompt
 
 KINDS = {
     "maths": {"arithmetic", "word_problems", "mathematics", "units"},

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import openai
 
-from router_core.validation.prompts import ValidationPrompt
+from router_core.validation.validation_set import ValidationPrompt
 from tests.support.server import ROOT, ProxyProcess
 
 PRICE = 1e-7

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from router_core.validation.prompts import ValidationPrompt
+from router_core.validation.validation_set import ValidationPrompt
 from tests.acceptance.kinds import KINDS, Library
 from tests.acceptance.serving import PRICE, ServedProxy, ask
 from tests.support.upstream import ScriptedUpstream, wait_until

@@ -25,8 +25,8 @@ from proxy.upstream.circuit_breaker import stated_wait_s
 from proxy.upstream.errors import refused
 from proxy.upstream.payload import with_model
 from proxy.upstream.sse import dump
-from router_core.excerpt import excerpt
-from router_core.naming import cluster_names
+from router_core.embedding import excerpt
+from router_core.fitting import cluster_names
 from router_core.validation.fields import nearest_hint
 from tests.support.exploding import read_all
 

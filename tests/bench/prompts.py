@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from router_core.validation.builtin import builtin_validation_set
+from router_core.validation.families.registry import builtin_validation_set
 
 SHORTEST, LONGEST = 8, 60
 """Words of a prompt."""

@@ -15,7 +15,7 @@ import yaml
 from proxy.cli.calibrate import sample
 from router_core.artifact import save_map
 from router_core.clustering import ClusterMap
-from router_core.validation.builtin import builtin_validation_set
+from router_core.validation.families.registry import builtin_validation_set
 from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
 from tests.support.server import uniform_profile
 

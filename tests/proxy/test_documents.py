@@ -20,8 +20,7 @@ from proxy.settings.schema import load_settings
 from router_core.artifact import ARRAYS, BUILTIN_MAP, MANIFEST, load_map
 from router_core.documents import MAX_CONFIG_BYTES, MAX_LINE_BYTES, MAX_MANIFEST_BYTES, MAX_PROFILE_BYTES
 from router_core.errors import InvalidArtifact, InvalidOutcomes, InvalidValidationSet
-from router_core.evaluation.outcome_rows import read_rows
-from router_core.evaluation.price_file import read_prices
+from router_core.evaluation.outcomes import read_prices, read_rows
 from router_core.validation.loading import load_validation_set
 
 LAUGHS = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from router_core.evaluation.plan import TRIALS
 from router_core.evaluation.study import METHODS
+from router_core.evaluation.trials import TRIALS
 from tests.support.command import environment
 from tests.support.outcome_files import PRICES, SMALL, found, refusal, rows, run, write_files
 from tests.support.process_group import ProcessGroup, process_group

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from proxy.routing.requirements import MEDIA_TOKENS, asked_for, estimate_tokens, needs_of, routing_text
 from proxy.words import words
-from router_core.excerpt import CUT
+from router_core.embedding import CUT
 
 LONG = "Please explain in detail how a steam engine converts heat into motion."
 IMAGE: Any = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1_000_000}}

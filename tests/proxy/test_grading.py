@@ -13,7 +13,7 @@ import pytest
 from proxy.profiling import grading as module
 from proxy.profiling.grading import GradingProcess
 from router_core.validation.graders import ChoiceGrader, Grader, JsonSchemaGrader, JudgeGrader, NumericGrader
-from router_core.validation.prompts import ValidationPrompt
+from router_core.validation.validation_set import ValidationPrompt
 from tests.support.makers import until
 
 SLOW = JsonSchemaGrader({"contains": {"pattern": "^(x|xx|xxx)*[^x]{2}"}})

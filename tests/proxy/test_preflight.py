@@ -11,7 +11,7 @@ import pytest
 from proxy.app import check_files, check_named_models
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings, load_settings
-from router_core.recipes import RECIPES
+from router_core.estimators import RECIPES
 from tests.support.command import environment, run_command
 
 BROKEN_SET = (

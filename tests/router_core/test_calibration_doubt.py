@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from router_core.calibration import expectations
-from router_core.calibration_doubt import relative_interval
+from router_core.calibration import expectations, relative_interval
 from router_core.pool import Pool
 from router_core.types import Price
 from tests.router_core.makers import a_candidate, a_pool, an_assignment

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from router_core.clustering import ClusterMap
+from router_core.clustering import ClusterMap, kmeans
 from router_core.errors import InvalidInput
-from router_core.kmeans import kmeans
 from router_core.types import Floats
 from tests.router_core.makers import a_map
 

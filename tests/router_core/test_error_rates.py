@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from router_core.clustering import ClusterMap
-from router_core.error_rates import ErrorRates
+from router_core.estimators import SHRUNK, Recipe
+from router_core.pool import ErrorRates
 from router_core.profiles import Profile
-from router_core.recipes import SHRUNK, Recipe
 from router_core.types import Doubles
 from tests.router_core.makers import a_map, a_profile
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from router_core.excerpt import CUT, excerpt
+from router_core.embedding import CUT, excerpt
 
 
 def test_a_text_that_fits_is_left_as_it_is() -> None:

@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 
+from router_core.clustering import kmeans
 from router_core.errors import InvalidInput
-from router_core.fitting import BATCH, batches, count_nearest, embed_prompts, fit_map, token_weights
-from router_core.kmeans import kmeans
-from router_core.sampling import SMALLEST
+from router_core.fitting import BATCH, SMALLEST, batches, count_nearest, embed_prompts, fit_map, token_weights
 from router_core.types import Floats
 from tests.router_core.makers import FirstLetterEmbedder
 

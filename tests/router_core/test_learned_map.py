@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from router_core.errors import InvalidInput
-from router_core.learned_map import LearnedMap
+from router_core.learned_clusters import LearnedMap
 
 
 def a_map(top: int = 2) -> LearnedMap:

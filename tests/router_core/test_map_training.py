@@ -7,12 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from router_core.evaluation.methods.kmeans import kmeans_raw
-from router_core.evaluation.methods.learned_map import learned_map
-from router_core.evaluation.seen import Asked
-from router_core.learned_map import LearnedMap
-from router_core.map_training import (
+from router_core.evaluation.cluster_methods import kmeans_raw, learned_map
+from router_core.evaluation.trials import Asked
+from router_core.learned_clusters import (
     Answers,
+    LearnedMap,
     answers_of,
     fit_learned_map,
     gradient,

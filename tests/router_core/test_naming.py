@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from router_core.naming import cluster_names
+from router_core.fitting import cluster_names
 
 
 def test_a_word_that_is_everywhere_names_nothing() -> None:

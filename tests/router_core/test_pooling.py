@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_core.clustering import ClusterMap
-from router_core.history import History, history_of
-from router_core.pooling import pooled_rates
+from router_core.clustering import ClusterMap, History, history_of
+from router_core.estimators import pooled_rates
 from router_core.types import Assignment, Doubles
 from tests.router_core.makers import a_map, an_assignment
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from router_core.clustering import ClusterMap
-from router_core.recipes import LAPLACE, POOLED, RAW, RECIPES, SHRUNK
+from router_core.estimators import LAPLACE, POOLED, RAW, RECIPES, SHRUNK
 from tests.router_core.makers import a_map
 
 ERRORS = np.array([[80.0, 220.0, 60.0, 0.0]])

@@ -6,8 +6,7 @@ import pytest
 from router_core.clustering import ClusterMap
 from router_core.errors import InvalidInput
 from router_core.fitting import EmbeddedPrompts, fit_with_history
-from router_core.response import ResponseClusters, fit_response
-from router_core.teaching import LEAST_LABELS, fit_taught
+from router_core.learned_clusters import LEAST_LABELS, ResponseClusters, fit_response, fit_taught
 from router_core.types import Doubles, Floats
 
 SPREAD = 20

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from router_core.sampling import PER_CLUSTER, SMALLEST, PromptSample, empty_sample, sample_prompts
+from router_core.fitting import PER_CLUSTER, SMALLEST, PromptSample, empty_sample, sample_prompts
 
 MANY = [f"prompt {n % 400}" for n in range(1_000)]
 """400 distinct ones."""

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from router_core.clustering import ClusterMap
 from router_core.eligibility import eligible
+from router_core.estimators import SHRINKAGE
 from router_core.pool import Candidate, Pool
 from router_core.profiles import Profile
-from router_core.recipes import SHRINKAGE
 from router_core.scoring import Terms, rank
 from router_core.types import Assignment, Capabilities, Needs, Price
 

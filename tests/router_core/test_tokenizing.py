@@ -12,9 +12,10 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_core import distill, tokenizing
+from router_core import distill
+from router_core import embedding as tokenizing
+from router_core.embedding import Tokenizer
 from router_core.errors import InvalidArtifact
-from router_core.tokenizing import Tokenizer
 from tests.bench.prompts import generated_prompts
 
 ODD = [
@@ -143,7 +144,7 @@ def test_it_forgets_after_so_many_texts(description: Path, monkeypatch: pytest.M
 def test_words_that_come_once_take_no_memory(description: Path) -> None:
     code = (
         "import sys, pathlib, resource\n"
-        "from router_core.tokenizing import Tokenizer\n"
+        "from router_core.embedding import Tokenizer\n"
         "tokenizer = Tokenizer(pathlib.Path(sys.argv[1]))\n"
         "def most(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "tokenizer.ids(b'warm'); before = most()\n"

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isnan
 
-from router_core.evaluation.intervals import Difference
-from router_core.evaluation.results import Estimate, Protocol, Results
+from router_core.evaluation.curves import Difference
+from router_core.evaluation.study import Estimate, Protocol, Results
 
 _STUDIED = "trial", "best new model", " The others are averaged."
 

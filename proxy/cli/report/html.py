@@ -30,8 +30,8 @@ from proxy.cli.report.format import (
     undefined_sentence,
 )
 from proxy.cli.report.text import all_known, known
-from router_core.evaluation.intervals import Difference
-from router_core.evaluation.results import Estimate, HeatMap, MethodFigures, Results
+from router_core.evaluation.curves import Difference
+from router_core.evaluation.study import Estimate, HeatMap, MethodFigures, Results
 from router_core.types import Indices
 
 SCALE = ("#fdf4e3", "#f7c793", "#e98a5b", "#b8443a", "#5d1226")

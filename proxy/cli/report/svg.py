@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from proxy.cli.report.format import ESTIMATING, LOOKS, OURS, area_is_known, middle, rivals
-from router_core.evaluation.results import Results
+from router_core.evaluation.study import Results
 from router_core.types import Doubles
 
 if TYPE_CHECKING:

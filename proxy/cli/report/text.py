@@ -18,8 +18,8 @@ from proxy.cli.report.format import (
     protocol_sentences,
     undefined_sentence,
 )
-from router_core.evaluation.intervals import Difference
-from router_core.evaluation.results import Estimate, MethodFigures, Results
+from router_core.evaluation.curves import Difference
+from router_core.evaluation.study import Estimate, MethodFigures, Results
 from router_core.types import Doubles
 
 FIGURES: Mapping[str, Callable[[MethodFigures], str]] = {

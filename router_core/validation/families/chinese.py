@@ -6,7 +6,7 @@ from collections.abc import Callable
 from datetime import date, timedelta
 from random import Random
 
-from router_core.validation.families.kit import LONG, Draft, Section, by_levels
+from router_core.validation.families.helpers import LONG, Draft, Section, by_levels
 from router_core.validation.families.open_tables import facts
 from router_core.validation.graders import ContainsGrader, Grader, NumericGrader, SequenceGrader, Terms, WritingGrader
 

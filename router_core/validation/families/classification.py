@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from router_core.validation.families.kit import Draft, Section, by_levels
+from router_core.validation.families.helpers import Draft, Section, by_levels
 from router_core.validation.families.names import COMPANIES, PEOPLE, TOWNS
 from router_core.validation.graders import ChoiceGrader
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from random import Random
 
-from router_core.validation.families.kit import LONG, Draft, Section
+from router_core.validation.families.helpers import LONG, Draft, Section
 from router_core.validation.families.tables import read_rows
 from router_core.validation.graders import PythonGrader
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from router_core.validation.families.kit import LONG, Draft, Section, by_levels
+from router_core.validation.families.helpers import LONG, Draft, Section, by_levels
 from router_core.validation.graders import ExactGrader
 
 Program = tuple[str, str, str]

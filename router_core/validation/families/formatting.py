@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from random import Random
 
-from router_core.validation.families.kit import Draft, Section, by_levels
+from router_core.validation.families.helpers import Draft, Section, by_levels
 from router_core.validation.families.names import PEOPLE, TOWNS, words
 from router_core.validation.graders import ExactGrader, Grader, JsonSchemaGrader, RegexGrader, Terms, WritingGrader
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from random import Random
 
-from router_core.validation.families.kit import LONG, Draft, Section, by_levels
+from router_core.validation.families.helpers import LONG, Draft, Section, by_levels
 from router_core.validation.families.names import COMPANIES, MONTHS, PEOPLE, SURNAMES, TOWNS
 from router_core.validation.graders import JsonSchemaGrader
 

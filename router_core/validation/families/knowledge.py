@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from router_core.validation.families.kit import Section, choices
+from router_core.validation.families.helpers import Section, choices
 from router_core.validation.families.open_tables import facts
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from random import Random
 
-from router_core.validation.families.kit import LEVELS, LONG, Draft, Section
+from router_core.validation.families.helpers import LEVELS, LONG, Draft, Section
 from router_core.validation.families.open_tables import fact_draft
 from router_core.validation.families.tables import Fact, parse_facts
 from router_core.validation.graders import NumericGrader

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise, permutations
 from random import Random
 
-from router_core.validation.families.kit import LONG, Draft, Section, by_levels, choice, joined
+from router_core.validation.families.helpers import LONG, Draft, Section, by_levels, choice, joined
 from router_core.validation.families.names import PEOPLE
 from router_core.validation.families.tables import Question
 from router_core.validation.graders import ExactGrader, SequenceGrader

@@ -8,7 +8,7 @@ from fractions import Fraction
 from random import Random
 from statistics import median
 
-from router_core.validation.families.kit import LONG, Draft, Section, by_levels, choice
+from router_core.validation.families.helpers import LONG, Draft, Section, by_levels, choice
 from router_core.validation.families.tables import Question
 from router_core.validation.graders import NumericGrader
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from random import Random
 
-from router_core.validation.families.kit import Draft, Drafts
+from router_core.validation.families.helpers import Draft, Drafts
 from router_core.validation.families.tables import Fact, read_facts
 from router_core.validation.graders import ContainsGrader, Grader, NumericGrader, Terms
 

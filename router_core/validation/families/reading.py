@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from router_core.validation.families.kit import Draft, Section, by_levels
+from router_core.validation.families.helpers import Draft, Section, by_levels
 from router_core.validation.families.names import COMPANIES, PEOPLE, SURNAMES, TOWNS
 from router_core.validation.graders import Grader, NumericGrader, Terms, WritingGrader
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from random import Random
 
-from router_core.validation.families.kit import LONG, Draft, Section, by_levels
+from router_core.validation.families.helpers import LONG, Draft, Section, by_levels
 from router_core.validation.families.names import COMPANIES, PEOPLE, TOWNS
 from router_core.validation.graders import SqlGrader
 

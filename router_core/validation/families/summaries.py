@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from router_core.validation.families.kit import Draft, Section, by_levels
+from router_core.validation.families.helpers import Draft, Section, by_levels
 from router_core.validation.families.names import COMPANIES, PEOPLE, SURNAMES, TOWNS
 from router_core.validation.graders import Terms, WritingGrader
 

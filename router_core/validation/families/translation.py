@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from random import Random
 
-from router_core.validation.families.kit import Draft, Section
+from router_core.validation.families.helpers import Draft, Section
 from router_core.validation.graders import ContainsGrader, Terms
 
 _LANGUAGES = ("English", "French", "German", "Spanish", "Italian", "Portuguese")

@@ -6,16 +6,18 @@ from collections.abc import Callable, Mapping
 
 from router_core.errors import InvalidValidationSet
 from router_core.validation.fields import JsonObject, nearest_hint, shown
-from router_core.validation.graders.base import MAX_ANSWER_CHARS, Grader
-from router_core.validation.graders.choice import ChoiceGrader
-from router_core.validation.graders.exact import ExactGrader, SequenceGrader
-from router_core.validation.graders.json_schema import JsonSchemaGrader
+from router_core.validation.graders.answers import MAX_ANSWER_CHARS, Grader
+from router_core.validation.graders.choice import ChoiceGrader, NumericGrader
 from router_core.validation.graders.judge import JudgeGrader
-from router_core.validation.graders.numeric import NumericGrader
-from router_core.validation.graders.patterns import RegexGrader
-from router_core.validation.graders.python import PythonGrader
-from router_core.validation.graders.sql import SqlGrader
-from router_core.validation.graders.terms import ContainsGrader, Terms, WritingGrader
+from router_core.validation.graders.structured import JsonSchemaGrader, PythonGrader, SqlGrader
+from router_core.validation.graders.text import (
+    ContainsGrader,
+    ExactGrader,
+    RegexGrader,
+    SequenceGrader,
+    Terms,
+    WritingGrader,
+)
 
 __all__ = [
     "GRADER_TYPES",

@@ -1,18 +1,37 @@
-"""Finds the answer within a chat reply: thinking, markdown, fences and lead-ins removed. Judges nothing."""
-
 from __future__ import annotations
 
 import re
+from typing import ClassVar, Protocol
 
 from router_core.unicode import normalized
-from router_core.validation.graders.base import MAX_ANSWER_CHARS
+
+MAX_ANSWER_CHARS = 20_000
+"""Longer answers are cut before grading, so that no answer can make a grader slow."""
+
+
+class Grader(Protocol):
+    """Turns the text of one answer into a score in [0, 1]; NaN where only a model could tell (JudgeGrader)."""
+
+    type: ClassVar[str]
+
+    def grade(self, answer: str) -> float: ...
+
+    def to_json(self) -> dict[str, object]:
+        """The object that `parse_grader` reads back."""
+
 
 _THINK_ENDS = ("</think>", "</thinking>", "</reasoning>")
+
 _THINK_STARTS = ("<think>", "<thinking>", "<reasoning>")
+
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:\n[ \t]*)?```", re.DOTALL)
+
 _BOXED = re.compile(r"\\boxed\s*+\{((?:[^{}]|\{[^{}]{0,200}+\}){0,200}+)\}")
+
 _BOLD = re.compile(r"\*\*([^*\n]{1,300}+)\*\*")
+
 _QUOTED = re.compile(r"(?:(?<!\w)'|[\"“«「`])([^'\"“”«»「」`\n]{1,300}+)(?:'(?!\w)|[\"”»」`])")
+
 # Blanks are matched possessively: three runs of them that give each other characters take cubic time.
 _LEAD_IN = re.compile(
     r"(?:\banswers?|\bresults?|\boutputs?|\brespuesta|\bresultado|\bsalida|\bréponse|\brésultat|\bresposta|\bantwort"
@@ -23,6 +42,7 @@ _LEAD_IN = re.compile(
     r"[^\S\n]*+",
     re.IGNORECASE,
 )
+
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
 
 

@@ -7,10 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from router_core.evaluation.curves import BUDGETS, Curve
-from router_core.evaluation.intervals import Difference
-from router_core.evaluation.results import Estimate, MethodFigures, Results
-from router_core.evaluation.study import run_study
+from router_core.evaluation.curves import BUDGETS, Curve, Difference
+from router_core.evaluation.study import Estimate, MethodFigures, Results, run_study
 from tests.router_core.evaluation.toys import a_plan, two_kinds, vectors_of
 
 NAN = float("nan")

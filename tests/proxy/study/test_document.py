@@ -10,8 +10,7 @@ import pytest
 
 from proxy.cli.console import emit_json
 from proxy.cli.report.text import document
-from router_core.evaluation.results import Results
-from router_core.evaluation.study import METHODS
+from router_core.evaluation.study import METHODS, Results
 
 BOUNDED = ("area", "paper_area", "paper_area_half", "peak", "qnc", "perf_gain", "cost_save")
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from proxy.cli.report.html import write_page
-from router_core.evaluation.results import Results
+from router_core.evaluation.study import Results
 
 
 class Page(HTMLParser):

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from proxy.cli.report.svg import write_svg
-from router_core.evaluation.results import Results
+from router_core.evaluation.study import Results
 
 TEXT = "{http://www.w3.org/2000/svg}text"
 

@@ -8,9 +8,8 @@ import pytest
 
 from proxy.cli.report.format import LOOKS, best_rivals, finding
 from proxy.cli.report.text import tell
-from router_core.evaluation.intervals import Difference
-from router_core.evaluation.results import Estimate, Results
-from router_core.evaluation.study import ESTIMATED, METHODS
+from router_core.evaluation.curves import Difference
+from router_core.evaluation.study import ESTIMATED, METHODS, Estimate, Results
 
 
 @pytest.fixture

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from router_core.errors import InvalidInput, InvalidOutcomes
-from router_core.evaluation.deployed import evaluate_deployed
-from router_core.evaluation.deployed_outcomes import read_deployed
+from router_core.evaluation.deployed import evaluate_deployed, read_deployed
 from router_core.evaluation.outcomes import Outcomes, outcomes_from_rows
-from router_core.evaluation.results import Results
+from router_core.evaluation.study import Results
 from router_core.pool import Pool
 from router_core.types import Price
 from tests.router_core.makers import a_candidate, a_pool, an_assignment

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_core.evaluation.intervals import bootstrap_interval, paired_difference
+from router_core.evaluation.curves import bootstrap_interval, paired_difference
 
 NOISE = np.random.default_rng(7).normal(size=400)
 

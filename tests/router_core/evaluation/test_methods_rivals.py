@@ -5,12 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from router_core.evaluation.methods.hiershrink import hiershrink, nested_rates
-from router_core.evaluation.methods.kmeans import kmeans_raw
-from router_core.evaluation.methods.knn import knn, neighbour_means
-from router_core.evaluation.methods.learned_map import learned_map
-from router_core.evaluation.methods.ridge import STRENGTHS, best_strength, left_out_losses, linear_errors, ridge
-from router_core.evaluation.seen import Asked, Method
+from router_core.evaluation.baselines import (
+    STRENGTHS,
+    best_strength,
+    knn,
+    left_out_losses,
+    linear_errors,
+    neighbour_means,
+    ridge,
+)
+from router_core.evaluation.cluster_methods import hiershrink, kmeans_raw, learned_map, nested_rates
+from router_core.evaluation.trials import Asked, Method
 from router_core.types import Doubles, Floats
 from tests.router_core.evaluation.toys import a_known, asked
 

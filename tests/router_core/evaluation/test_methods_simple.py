@@ -10,14 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router_core.eligibility import eligible
+from router_core.evaluation import baselines as single
+from router_core.evaluation.cluster_methods import Deployment, clusters_within, hard_map, kmeans_laplace, kmeans_raw
 from router_core.evaluation.curves import area
-from router_core.evaluation.methods import single
-from router_core.evaluation.methods.kmeans import clusters_within, hard_map, kmeans_laplace, kmeans_raw
-from router_core.evaluation.methods.ours import Deployment
-from router_core.evaluation.seen import Method
 from router_core.evaluation.study import Served
-from router_core.evaluation.sweep import cost_weights
-from router_core.evaluation.trials import draw_trial
+from router_core.evaluation.trials import Method, cost_weights, draw_trial
 from router_core.pool import Pool
 from router_core.scoring import Terms, rank
 from router_core.types import Assignment, Floats, Needs, Price

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from router_core.errors import InvalidOutcomes
-from router_core.evaluation import outcome_rows
-from router_core.evaluation.outcome_rows import parse_row, read_rows
+from router_core.evaluation import outcomes as outcome_rows
+from router_core.evaluation.outcomes import parse_row, read_rows
 
 ROW = {"prompt": "2 + 2?", "scores": {"small": 1}}
 LINE = json.dumps(ROW).encode()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from router_core.errors import InvalidInput
-from router_core.evaluation import plan
-from router_core.evaluation.plan import LABELS, UNSEEN, new_models, usual_labels, usual_unseen
+from router_core.evaluation import trials as plan
+from router_core.evaluation.trials import LABELS, UNSEEN, new_models, usual_labels, usual_unseen
 from tests.router_core.evaluation.toys import SIX, a_plan, two_kinds
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from router_core.errors import InvalidOutcomes
-from router_core.evaluation.price_file import read_prices
+from router_core.evaluation.outcomes import read_prices
 from router_core.types import Price
 
 FULL = {"input_cost_per_token": 1e-6, "output_cost_per_token": 3e-6}

@@ -12,7 +12,7 @@ import pytest
 from threadpoolctl import threadpool_info
 
 from router_core.errors import InvalidInput, WorkerLost
-from router_core.evaluation.spreading import spread
+from router_core.evaluation.parallel import spread
 from router_core.evaluation.study import METHODS, run_study
 from tests.router_core.evaluation.toys import a_plan, two_kinds, vectors_of
 from tests.support.process_group import process_group

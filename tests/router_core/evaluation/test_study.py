@@ -9,10 +9,8 @@ import pytest
 
 from router_core.errors import InvalidInput
 from router_core.evaluation.outcomes import Outcomes
-from router_core.evaluation.plan import Plan
-from router_core.evaluation.results import Results
-from router_core.evaluation.study import ESTIMATED, METHODS, Served, run_study
-from router_core.evaluation.trials import Trial
+from router_core.evaluation.study import ESTIMATED, METHODS, Results, Served, run_study
+from router_core.evaluation.trials import Plan, Trial
 from tests.router_core.evaluation.toys import SIX, TWO, a_plan, trials_of, two_kinds, vectors_of
 
 LOOKING = (*ESTIMATED, "ours")

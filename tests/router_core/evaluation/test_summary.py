@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from router_core.evaluation.curves import BUDGETS, Anchors, Curve
-from router_core.evaluation.summary import measured, summed_up
+from router_core.evaluation.study import measured, summed_up
 
 ANCHORS = Anchors(cheapest=1.0, best=5.0, dearest=9.0, best_quality=0.8)
 BEST_IS_CHEAPEST = Anchors(cheapest=1.0, best=1.0, dearest=9.0, best_quality=0.8)

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_core.evaluation.sweep import POINTS, cost_weights, deferral_curve
-from router_core.evaluation.trials import HeldOut
-from router_core.flips import choose
+from router_core.decision import choose
+from router_core.evaluation.trials import POINTS, HeldOut, cost_weights, deferral_curve
 from router_core.scoring import TIE
 from router_core.types import Doubles
 

@@ -12,8 +12,7 @@ import pytest
 
 from router_core.errors import InvalidInput
 from router_core.evaluation.outcomes import Outcomes
-from router_core.evaluation.plan import Plan
-from router_core.evaluation.trials import HeldOut, Trial, draw_trial
+from router_core.evaluation.trials import HeldOut, Plan, Trial, draw_trial
 from router_core.types import Floats, Indices
 from tests.router_core.evaluation.toys import CHEAP, DEAR, SIX, a_plan, two_kinds
 

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from router_core.evaluation.outcomes import Outcomes
-from router_core.evaluation.plan import Plan
-from router_core.evaluation.seen import Asked, Known
-from router_core.evaluation.trials import Trial, draw_trial
+from router_core.evaluation.trials import Asked, Known, Plan, Trial, draw_trial
 from router_core.types import Doubles, Floats, Price
 
 CHEAP, DEAR = Price(1e-6, 0.0), Price(4e-6, 0.0)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from router_core.validation.builtin import builtin_validation_set
+from router_core.validation.families.registry import builtin_validation_set
 from router_core.validation.graders import JudgeGrader
 from router_core.validation.loading import load_validation_set
-from router_core.validation.prompts import ValidationPrompt, ValidationSet
+from router_core.validation.validation_set import ValidationPrompt, ValidationSet
 
 EVERY = builtin_validation_set()
 ASKED_OF_THE_SET = """
@@ -80,7 +80,7 @@ def test_another_seed_gives_other_prompts_of_the_same_families() -> None:
 
 def test_a_seed_gives_the_same_set_in_another_process() -> None:
     code = (
-        "import sys; from router_core.validation.builtin import builtin_validation_set as made;"
+        "import sys; from router_core.validation.families.registry import builtin_validation_set as made;"
         " sys.stdout.write(made().id)"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(Path.cwd())}

@@ -22,7 +22,7 @@ from router_core.validation.graders import (
     WritingGrader,
     parse_grader,
 )
-from router_core.validation.graders.terms import count_sentences, count_words
+from router_core.validation.graders.text import count_sentences, count_words
 
 SPECS: list[dict[str, Any]] = [
     {"type": "exact", "answers": ["a", "b"], "whole": True},

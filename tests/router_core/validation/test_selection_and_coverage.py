@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router_core.types import Assignment
-from router_core.validation.coverage import coverage, thin_clusters
-from router_core.validation.selection import choose_prompts
+from router_core.validation.validation_set import choose_prompts, coverage, thin_clusters
 
 
 def hard(*clusters: int) -> Assignment:

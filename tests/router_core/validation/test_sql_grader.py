@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from router_core.validation.graders.sql import SqlGrader, _database, rows_of
+from router_core.validation.graders.structured import SqlGrader, _database, rows_of
 
 SETUP = "CREATE TABLE t (name TEXT, n INTEGER); INSERT INTO t VALUES ('a', 1), ('b', 2), ('c', 3);"
 

@@ -10,30 +10,40 @@ The constants were chosen on the two public outcome files that the README names.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
-from router_core.clustering import ClusterMap
-from router_core.history import History
+from router_core.clustering import LARGEST, ClusterMap, History
 from router_core.types import Doubles
 
 NOISE = 0.15
 """The unit of prior variances: about that of a label of probability 0.2 or 0.8."""
+
 ABILITY, ALIKE, OWN = 0.15, 0.2, 0.13
 """Prior variances of a deviation, in units of NOISE: over all clusters, over alike ones, in each alone."""
+
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """What ALIKE and OWN may be multiplied by: however alike models look by few labels, they differ somewhere."""
+
 USUAL_SCALE, SCALE_PENALTY = 0.5, 0.25
 """The scale expected beforehand, and how strongly: with few labels the likelihood alone would go to extremes."""
+
 MISFIT, TINY = 0.15, 1e-9
 """The share of the noise that does not overlap as the map's own prompts do; and for clusters without any label."""
+
 LEAST_NOISE = 0.02
+
 BALANCING = 30
 """Steps towards a Gram matrix whose rows sum to the labels."""
+
 STEPS = 4
+
 PRIOR_MODELS = 10.0
 """How many models the prior covariance counts as."""
+
 AT_ONCE = 64
 """Models that are laid out together; scale and covariance are learned from so many, those with the most labels."""
 
@@ -148,3 +158,63 @@ def _fit(evidence: _Evidence, covariance: Doubles, scale: float) -> float:
     whitened = np.linalg.solve(system, evidence.residual[:, :, None])[:, :, 0]
     likelihood = -(evidence.residual * whitened).sum() - np.linalg.slogdet(system)[1].sum()
     return float(likelihood / 2 - SCALE_PENALTY * np.log(scale / USUAL_SCALE) ** 2)
+
+
+SHRINKAGE = 0.5
+"""Label weight of a model's own mean in each cluster: s of the shrunk recipe."""
+
+Rates = Callable[[Doubles, Doubles, ClusterMap], Doubles]
+
+
+def mean_error(total_error: float, total_labels: float) -> float:
+    """ē = (Σe + ½)/(n + 1): one half where nothing was labelled."""
+    return (total_error + 0.5) / (total_labels + 1.0)
+
+
+def shrunk_rates(error_sums: Doubles, labels: Doubles) -> Doubles:
+    """(M, K) each model's rates, shrunk towards its own mean."""
+    means = (error_sums.sum(axis=1) + 0.5) / (labels.sum(axis=1) + 1.0)
+    return np.asarray(np.clip((error_sums + SHRINKAGE * means[:, None]) / (labels + SHRINKAGE), 0.0, 1.0))
+
+
+def _pooled(error_sums: Doubles, labels: Doubles, cluster_map: ClusterMap) -> Doubles:
+    if cluster_map.size > LARGEST or not len(error_sums):
+        return shrunk_rates(error_sums, labels)
+    return pooled_rates(error_sums, labels, cluster_map)
+
+
+def _shrunk(error_sums: Doubles, labels: Doubles, _map: ClusterMap) -> Doubles:
+    return shrunk_rates(error_sums, labels)
+
+
+def _raw(error_sums: Doubles, labels: Doubles, _map: ClusterMap) -> Doubles:
+    rates = np.divide(error_sums, labels, out=np.full_like(labels, 0.5), where=labels > 0)
+    return np.clip(rates, 0.0, 1.0)
+
+
+def _laplace(error_sums: Doubles, labels: Doubles, _map: ClusterMap) -> Doubles:
+    alpha = 1.0
+    return np.clip((error_sums + alpha) / (labels + 2 * alpha), 0.0, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How prompts count towards clusters when a profile is measured, and how sums become error rates."""
+
+    name: str
+    hard: bool
+    """Whole labels to the nearest cluster (the paper, section 5.1) instead of shares to the top p."""
+    rates: Rates
+    """(M, K) error sums and (M, K) labels of M models on a map to (M, K) rates in [0, 1]."""
+
+
+POOLED = Recipe("pooled", hard=False, rates=_pooled)
+"""All models together; on a map of more than LARGEST clusters it is the shrunk recipe."""
+
+SHRUNK = Recipe("shrunk", hard=False, rates=_shrunk)
+
+RAW = Recipe("raw", hard=True, rates=_raw)
+
+LAPLACE = Recipe("laplace", hard=True, rates=_laplace)
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in (POOLED, SHRUNK, RAW, LAPLACE)})

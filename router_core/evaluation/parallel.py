@@ -21,7 +21,9 @@ from typing import Any, TypeVar
 from router_core.errors import WorkerLost
 
 Item = TypeVar("Item")
+
 Found = TypeVar("Found")
+
 Tried = tuple[Any, Exception | None]
 """What was found, or what was raised."""
 

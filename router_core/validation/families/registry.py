@@ -1,5 +1,3 @@
-"""The built-in validation set: every family's prompts, made from one seed. What the prompts say: families/."""
-
 from __future__ import annotations
 
 import hashlib
@@ -7,11 +5,66 @@ from collections.abc import Iterator
 from functools import lru_cache
 from random import Random
 
-from router_core.validation.families.catalogue import SECTIONS
-from router_core.validation.families.kit import Draft, Section
-from router_core.validation.prompts import ValidationPrompt, ValidationSet
+from router_core.validation.families import (
+    accounting,
+    arithmetic,
+    chat,
+    chinese,
+    classification,
+    code_functions,
+    code_output,
+    code_writing,
+    debugging,
+    formatting,
+    json_extraction,
+    knowledge,
+    languages,
+    logic,
+    mathematics,
+    reading,
+    spanish,
+    sql_queries,
+    strings,
+    summaries,
+    translation,
+    units_dates,
+    word_lists,
+    word_problems,
+    writing,
+)
+from router_core.validation.families.helpers import Draft, Section
+from router_core.validation.validation_set import ValidationPrompt, ValidationSet
+
+SECTIONS: tuple[Section, ...] = (
+    *arithmetic.SECTIONS,
+    *word_problems.SECTIONS,
+    *mathematics.SECTIONS,
+    *units_dates.SECTIONS,
+    *logic.SECTIONS,
+    *code_output.SECTIONS,
+    *code_writing.SECTIONS,
+    *code_functions.SECTIONS,
+    *debugging.SECTIONS,
+    *sql_queries.SECTIONS,
+    *json_extraction.SECTIONS,
+    *formatting.SECTIONS,
+    *strings.SECTIONS,
+    *word_lists.SECTIONS,
+    *reading.SECTIONS,
+    *summaries.SECTIONS,
+    *writing.SECTIONS,
+    *chat.SECTIONS,
+    *classification.SECTIONS,
+    *translation.SECTIONS,
+    *chinese.SECTIONS,
+    *spanish.SECTIONS,
+    *languages.SECTIONS,
+    *knowledge.SECTIONS,
+    *accounting.SECTIONS,
+)
 
 _MAX_TRIES = 400
+
 EMPTY_REPLIES = ("", "I don't know.", "...")
 
 

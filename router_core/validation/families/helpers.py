@@ -1,5 +1,3 @@
-"""What the families are made of: drafts, levels, and the frames of multiple-choice questions. No subject matter."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +11,7 @@ from router_core.validation.graders import ChoiceGrader, Grader
 
 SHORT = 256
 """Tokens for answers of a word or a line; room for a model that explains itself first."""
+
 LONG = 512
 """Tokens for answers that take working out, and for texts and code."""
 

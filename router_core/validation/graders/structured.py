@@ -1,0 +1,441 @@
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sqlite3
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError, ValidationError
+from jsonschema.validators import extend
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
+
+from router_core.errors import InvalidValidationSet
+from router_core.validation.fields import Fields, JsonObject
+from router_core.validation.graders.answers import fenced, visible
+from router_core.validation.graders.text import check_pattern, found
+
+_UNSUPPORTED = ("patternProperties", "unevaluatedProperties", "unevaluatedItems", "$dynamicRef")
+
+_MAX_DEPTH = 64
+
+_MAX_PATTERNS = 50
+
+MAX_PARTS = 10_000
+"""Of a schema with every `$ref` unfolded: thirty levels that each refer twice to the next are 2^30."""
+
+MAX_REFERENCES = 5_000
+"""Followed for one value: a schema that refers twice to itself doubles with each level of the value."""
+
+_PROBES: tuple[object, ...] = (None, 0, "", {}, [])
+
+
+class _TooManyReferences(Exception):
+    """More than MAX_REFERENCES."""
+
+
+def _pattern_in_time(_: object, pattern: str, value: object, __: object) -> Iterator[ValidationError]:
+    if isinstance(value, str) and not found(pattern, value):
+        yield ValidationError(f"{value!r} does not match {pattern!r}")
+
+
+def _unique_items(_: object, wanted: object, value: object, __: object) -> Iterator[ValidationError]:
+    """Do as the library does, which compares every two items where they cannot be sorted."""
+    items = value if wanted is True and isinstance(value, list) else []
+    if len({json.dumps(_canonical(item), sort_keys=True) for item in items}) < len(items):
+        yield ValidationError("an item is there twice")
+
+
+def _canonical(value: object) -> object:
+    """1.0 as 1: in JSON they are one number."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    return {key: _canonical(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+_extend: Any = extend
+
+_Validator: Any = _extend(Draft202012Validator, {"pattern": _pattern_in_time, "uniqueItems": _unique_items})
+
+
+def accepts(schema: Mapping[str, object], value: object) -> bool:
+    """Tell whether `value` is valid. What takes too many steps is not."""
+    try:
+        return _is_valid(schema, value)
+    except (RecursionError, ArithmeticError, Unresolvable, _TooManyReferences):  # 1e999 is no multiple of anything
+        return False
+
+
+def _is_valid(schema: Mapping[str, object], value: object) -> bool:
+    left = MAX_REFERENCES
+
+    def follow(validator: Any, ref: str, instance: object, part: object) -> Iterator[ValidationError]:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise _TooManyReferences
+        yield from _Validator.VALIDATORS["$ref"](validator, ref, instance, part)
+
+    return bool(_extend(_Validator, {"$ref": follow})(schema, registry=Registry()).is_valid(value))
+
+
+def check_schema(schema: JsonObject) -> None:
+    """Raises InvalidValidationSet."""
+    _check_part(schema, 0)
+    try:
+        Draft202012Validator.check_schema(schema)
+    except SchemaError as error:
+        where = "/".join(str(step) for step in error.absolute_path) or "(top)"
+        raise InvalidValidationSet(f"field 'grader.schema' is not a JSON schema, at {where}: {error.message}") from None
+    try:
+        parts = _Parts(schema)
+        if parts.of(schema) > MAX_PARTS:
+            raise _TooManyReferences
+        for value in _PROBES:
+            _is_valid(schema, value)
+    except (RecursionError, _TooManyReferences):
+        raise InvalidValidationSet(
+            f"field 'grader.schema' has a '$ref' that leads to itself, or more than {MAX_PARTS} parts once each '$ref'"
+            " is unfolded: refer less often"
+        ) from None
+    if parts.patterns > _MAX_PATTERNS:
+        raise InvalidValidationSet(f"field 'grader.schema' has more than {_MAX_PATTERNS} patterns: keep the best")
+
+
+class _Parts:
+    """Counts the parts of a schema, those included that it refers to. What refers back to itself counts once."""
+
+    def __init__(self, schema: JsonObject) -> None:
+        self._resolver = Registry().with_resource("", DRAFT202012.create_resource(schema)).resolver()
+        self._known: dict[int, int] = {}
+        self.patterns = 0
+
+    def of(self, part: object) -> int:
+        if not isinstance(part, dict | list):
+            return 1
+        if id(part) in self._known:
+            return self._known[id(part)]
+        self._known[id(part)] = 1
+        count = 1 + sum(self.of(inner) for inner in (part.values() if isinstance(part, dict) else part))
+        if isinstance(part, dict):
+            self.patterns += isinstance(part.get("pattern"), str)
+            if isinstance(ref := part.get("$ref"), str):
+                count += self.of(self._target(ref))
+        self._known[id(part)] = count
+        return count
+
+    def _target(self, ref: str) -> object:
+        try:
+            return self._resolver.lookup(ref).contents
+        except Unresolvable:
+            raise InvalidValidationSet(f"field 'grader.schema' refers to {ref!r}, which is not in it") from None
+
+
+def _check_part(part: object, depth: int) -> None:
+    """Refuse what would read the network or run without a bound."""
+    if depth > _MAX_DEPTH:
+        raise InvalidValidationSet(f"field 'grader.schema' is nested deeper than {_MAX_DEPTH}: flatten it")
+    if isinstance(part, list):
+        for item in part:
+            _check_part(item, depth + 1)
+    if not isinstance(part, dict):
+        return
+    for key, value in part.items():
+        if key in _UNSUPPORTED:
+            raise InvalidValidationSet(f"field 'grader.schema' uses {key!r}, which is not supported: use 'properties'")
+        if key == "$ref" and isinstance(value, str) and not value.startswith("#"):
+            raise InvalidValidationSet(
+                f"field 'grader.schema' refers to {value!r}: only '#/…' within itself is allowed"
+            )
+        if key == "$id" and isinstance(value, str) and depth:
+            raise InvalidValidationSet("field 'grader.schema' has an inner '$id', which moves '#': leave it out")
+        if key == "pattern" and isinstance(value, str):
+            check_pattern(value, "grader.schema/pattern")
+        _check_part(value, depth + 1)
+
+
+_MAX_STARTS = 50
+
+
+@dataclass(frozen=True)
+class JsonSchemaGrader:
+    """Full marks when a JSON value in the reply is accepted. `whole`: the reply is that value and nothing else."""
+
+    schema: Mapping[str, object]
+    whole: bool = False
+    type: ClassVar[str] = "json_schema"
+
+    def grade(self, answer: str) -> float:
+
+        text = visible(answer)
+        values = _whole(text) if self.whole else _json_values(text)
+        return float(any(accepts(self.schema, value) for value in values))
+
+    def to_json(self) -> dict[str, object]:
+        spec: dict[str, object] = {"type": self.type, "schema": dict(self.schema)}
+        return spec | {"whole": True} if self.whole else spec
+
+    @classmethod
+    def from_json(cls, spec: JsonObject) -> JsonSchemaGrader:
+
+        fields = Fields(spec, ("type", "schema", "whole"), "grader.")
+        schema = fields.mapping("schema")
+        if not schema:
+            raise fields.wrong("schema", "a JSON schema that is not empty: {} accepts every answer")
+        check_schema(schema)
+        return cls(schema, fields.flag("whole"))
+
+
+def _whole(text: str) -> list[object]:
+    try:
+        return [json.loads(text)]
+    except (ValueError, RecursionError):
+        return []
+
+
+def _json_values(text: str) -> Iterator[object]:
+    """The JSON values of a reply: in its fenced blocks, else wherever a bracket opens one."""
+    for block in (*reversed(fenced(text)), text):
+        yield from _whole(block)
+    decoder = json.JSONDecoder()
+    position = 0
+    for _ in range(_MAX_STARTS):
+        starts = [at for at in (text.find("{", position), text.find("[", position)) if at >= 0]
+        if not starts:
+            return
+        try:
+            value, position = decoder.raw_decode(text, min(starts))
+            yield value
+        except (ValueError, RecursionError):
+            position = min(starts) + 1
+
+
+Row = tuple[object, ...]
+
+MAX_STEPS = 200_000
+
+MAX_ROWS = 500
+
+MAX_VALUE_BYTES = 2_000
+
+MAX_QUERY_BYTES = 4_000
+
+_STEPS_BETWEEN_LOOKS = 1_000
+
+_FUNCTION_NAMES = """
+    abs avg coalesce count date datetime ifnull iif instr julianday length like lower ltrim max min nullif round
+    row_number rank dense_rank rtrim strftime substr substring sum time total trim upper lag lead first_value
+    last_value ntile group_concat
+"""
+
+_FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
+
+_READS = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE})
+
+_QUERY = re.compile(r"\b(?:SELECT|WITH)\b.*", re.IGNORECASE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class SqlGrader:
+    """Full marks when the reply's query returns the rows that `query` returns. `ordered`: in that order, too."""
+
+    setup: str
+    query: str
+    ordered: bool = False
+    type: ClassVar[str] = "sql"
+
+    def grade(self, answer: str) -> float:
+        written = _written_query(visible(answer))
+        if written is None:
+            return 0.0
+        try:
+            with closing(_database(self.setup)) as database:
+                return float(
+                    _same_rows(rows_of(database, self.query), rows_of(database, written), ordered=self.ordered)
+                )
+        except (sqlite3.Error, sqlite3.Warning, ValueError):
+            return 0.0
+
+    def to_json(self) -> dict[str, object]:
+        spec: dict[str, object] = {"type": self.type, "setup": self.setup, "query": self.query}
+        return spec | {"ordered": True} if self.ordered else spec
+
+    @classmethod
+    def from_json(cls, spec: JsonObject) -> SqlGrader:
+        fields = Fields(spec, ("type", "setup", "query", "ordered"), "grader.")
+        grader = cls(fields.text("setup"), fields.text("query"), fields.flag("ordered"))
+        try:
+            with closing(_database(grader.setup)) as database:
+                rows = rows_of(database, grader.query)
+        except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
+            raise InvalidValidationSet(f"fields 'grader.setup' and 'grader.query' do not run: {error}") from None
+        if not rows:
+            raise fields.wrong("query", "a query that returns rows on 'setup'")
+        return grader
+
+
+def _database(setup: str) -> sqlite3.Connection:
+    """Filled, and from then on read-only: the authorizer comes last."""
+    database = sqlite3.connect(":memory:")
+    try:
+        database.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
+        _limit_steps(database)
+        database.executescript(setup)
+    except BaseException:
+        database.close()
+        raise
+    database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
+    database.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, MAX_QUERY_BYTES)
+    database.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 100)
+    database.set_authorizer(_authorize)
+    return database
+
+
+def _authorize(action: int, _: str | None, function: str | None, *__: str | None) -> int:
+    """Selecting and reading, and functions that neither load, allocate nor change anything."""
+    allowed = action in _READS or (action == sqlite3.SQLITE_FUNCTION and str(function).lower() in _FUNCTIONS)
+    return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
+
+
+def _limit_steps(database: sqlite3.Connection) -> None:
+    looks_left = MAX_STEPS // _STEPS_BETWEEN_LOOKS
+
+    def out_of_steps() -> bool:
+        nonlocal looks_left
+        looks_left -= 1
+        return looks_left < 0
+
+    database.set_progress_handler(out_of_steps, _STEPS_BETWEEN_LOOKS)
+
+
+def rows_of(database: sqlite3.Connection, query: str) -> list[Row]:
+    """At most MAX_ROWS rows, each query with a step limit of its own."""
+    _limit_steps(database)
+    with closing(database.execute(query)) as cursor:
+        rows = cursor.fetchmany(MAX_ROWS + 1)
+    if len(rows) > MAX_ROWS:
+        raise ValueError(f"more than {MAX_ROWS} rows")
+    return [tuple(_rounded(value) for value in row) for row in rows]
+
+
+def _rounded(value: object) -> object:
+    """Numbers to six decimals, so that 2 and 2.0000000001 are one."""
+    return round(float(value), 6) if isinstance(value, int | float) else value
+
+
+def _same_rows(expected: list[Row], got: list[Row], *, ordered: bool) -> bool:
+    return expected == got if ordered else sorted(expected, key=repr) == sorted(got, key=repr)
+
+
+def _written_query(text: str) -> str | None:
+    """The first statement of the last fenced block that has one, else from the first SELECT or WITH on."""
+    for block in (*reversed(fenced(text)), text):
+        if match := _QUERY.search(block):
+            return match.group(0).split(";")[0].split("```")[0].strip()
+    return None
+
+
+MAX_CODE_CHARS = 4_000
+
+_FEATURES: dict[str, tuple[type[ast.AST], ...]] = {
+    "loop": (ast.For, ast.While, ast.AsyncFor),
+    "comprehension": (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),
+    "try": (ast.Try,),
+    "raise": (ast.Raise,),
+    "lambda": (ast.Lambda,),
+    "yield": (ast.Yield, ast.YieldFrom),
+    "import": (ast.Import, ast.ImportFrom),
+    "with": (ast.With,),
+    "if": (ast.If, ast.IfExp),
+    "return": (ast.Return,),
+}
+
+FEATURES = (*_FEATURES, "recursion", "docstring", "annotations", "default")
+
+
+@dataclass(frozen=True)
+class PythonGrader:
+    """Full marks when a function of this name and these arguments is defined, with the features in `uses`, none of
+    those in `avoids`, and every name in `mentions` (a function, method or variable).
+    """
+
+    function: str
+    arguments: tuple[str, ...]
+    uses: tuple[str, ...] = ()
+    avoids: tuple[str, ...] = ()
+    mentions: tuple[str, ...] = ()
+    type: ClassVar[str] = "python"
+
+    def grade(self, answer: str) -> float:
+        text = visible(answer)
+        return float(any(self._fits(node) for code in (*fenced(text), text) for node in _functions(code)))
+
+    def _fits(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+        if node.name != self.function or tuple(arg.arg for arg in node.args.args) != self.arguments:
+            return False
+        present = {feature for feature in FEATURES if _has(node, feature)}
+        if present & set(self.avoids) or not set(self.uses) <= present or _is_empty(node):
+            return False
+        return set(self.mentions) <= set(_names(node))
+
+    def to_json(self) -> dict[str, object]:
+        spec: dict[str, object] = {"type": self.type, "function": self.function, "arguments": list(self.arguments)}
+        return spec | {name: list(value) for name in ("uses", "avoids", "mentions") if (value := getattr(self, name))}
+
+    @classmethod
+    def from_json(cls, spec: JsonObject) -> PythonGrader:
+        fields = Fields(spec, ("type", "function", "arguments", "uses", "avoids", "mentions"), "grader.")
+        uses, avoids = fields.texts("uses"), fields.texts("avoids")
+        for key, features in (("uses", uses), ("avoids", avoids)):
+            if not set(features) <= set(FEATURES):
+                raise fields.wrong(key, f"a list out of {', '.join(FEATURES)}")
+        return cls(fields.text("function"), fields.texts("arguments"), uses, avoids, fields.texts("mentions"))
+
+
+def _functions(code: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd escapes in somebody's string literals
+            tree = ast.parse(code[:MAX_CODE_CHARS])
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def _has(node: ast.FunctionDef | ast.AsyncFunctionDef, feature: str) -> bool:
+    if feature == "recursion":
+        return any(isinstance(part, ast.Call) and node.name in _names(part.func) for part in ast.walk(node))
+    if feature == "docstring":
+        return ast.get_docstring(node) is not None
+    if feature == "annotations":
+        return node.returns is not None and all(arg.annotation is not None for arg in node.args.args)
+    if feature == "default":
+        return bool(node.args.defaults)
+    return any(isinstance(part, _FEATURES[feature]) for part in ast.walk(node))
+
+
+def _is_empty(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Only `pass`, `...` or a docstring."""
+    constant = [isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) for part in node.body]
+    return all(is_constant or isinstance(part, ast.Pass) for is_constant, part in zip(constant, node.body, strict=True))
+
+
+def _names(node: ast.AST) -> Iterator[str]:
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name):
+            yield part.id
+        elif isinstance(part, ast.Attribute):
+            yield part.attr
+        elif isinstance(part, ast.alias):
+            yield part.name

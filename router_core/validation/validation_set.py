@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from router_core.errors import InvalidValidationSet
+from router_core.types import Assignment, Doubles, Indices
+from router_core.validation.graders import Grader
+
+
+@dataclass(frozen=True)
+class ValidationPrompt:
+    """What is sent to a model, and how its answer is judged."""
+
+    id: str
+    family: str
+    messages: tuple[Mapping[str, str], ...]
+    grader: Grader
+    max_tokens: int
+    level: int | None = None
+    """1 easy, 2 middling, 3 hard; None where the author does not say."""
+    language: str = "en"
+    reference: str | None = field(default=None, repr=False)
+    """An answer that the grader accepts in full. Never sent to a model."""
+
+    @property
+    def text(self) -> str:
+        """What the user says: the text that is embedded."""
+        return "\n".join(message["content"] for message in self.messages if message["role"] == "user")
+
+    def to_json(self) -> dict[str, object]:
+        """One line of the JSONL file; a single user message is written as `prompt`."""
+        lone = len(self.messages) == 1 and self.messages[0]["role"] == "user"
+        said: dict[str, object] = {"prompt": self.text} if lone else {"messages": [dict(m) for m in self.messages]}
+        record = {"id": self.id, "family": self.family, **said, "grader": self.grader.to_json()}
+        record |= {"max_tokens": self.max_tokens, "level": self.level, "language": self.language}
+        record |= {"reference": self.reference}
+        return {key: value for key, value in record.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """The prompts in order. Two sets with the same `id` ask and grade the same."""
+
+    prompts: tuple[ValidationPrompt, ...]
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for prompt in self.prompts:
+            if prompt.id in seen:
+                raise InvalidValidationSet(f"the id {prompt.id!r} occurs twice: give each prompt its own id")
+            seen.add(prompt.id)
+
+    @classmethod
+    def of(cls, prompts: Iterable[ValidationPrompt]) -> ValidationSet:
+        return cls(tuple(prompts))
+
+    @cached_property
+    def id(self) -> str:
+        """SHA-256 over every line's canonical JSON, cut to 16 hex digits."""
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            digest.update(json.dumps(prompt.to_json(), sort_keys=True, ensure_ascii=False).encode() + b"\n")
+        return digest.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[ValidationPrompt]:
+        return iter(self.prompts)
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The family of each prompt, in order: what `choose_prompts` asks for."""
+        return tuple(prompt.family for prompt in self.prompts)
+
+
+THIN_LABELS = 2.0
+"""Below this weight the prior of the shrunk recipe (weight ½) still makes up more than a fifth of the estimate."""
+
+
+def coverage(assignment: Assignment, clusters: int) -> Doubles:
+    """(K,) label weight per cluster, Σ_j w_jk; the total is the number of prompts."""
+    labels: Doubles = assignment.dense(clusters).sum(axis=0)
+    return labels
+
+
+def thin_clusters(labels: Doubles, *, below: float = THIN_LABELS) -> tuple[int, ...]:
+    """The clusters with less label weight than `below`, thinnest first."""
+    order = np.argsort(labels, kind="stable")
+    return tuple(int(cluster) for cluster in order if labels[cluster] < below)
+
+
+DRAWN = 3
+"""Prompts that a question is picked from. A whole family would leave no cluster thin, and give its oddest prompts."""
+
+FIRST = 0.5
+"""Label weight that a cluster counts as having beforehand."""
+
+
+def choose_prompts(assignment: Assignment, count: int, *, families: Sequence[str], seed: int = 0) -> Indices:
+    """(min(count, n),) row numbers, in the order to ask them. The first n of a bigger choice are the smaller one.
+
+    Each question goes to the family that is furthest behind its share, and is, of a few of its prompts drawn by lot,
+    the one that adds most to Σ_k log(½ + W_k), W_k being the label weight of cluster k so far. By lot, because prompts
+    at the centre of a cluster are not like the others.
+
+    A family's share goes with the root of its size: how many prompts of a kind a set has says little of how many there
+    will be in traffic, and the small kinds are to be measured too.
+    """
+    if len(families) != len(assignment):
+        raise ValueError(f"{len(assignment)} prompts but {len(families)} families")
+    rng = np.random.default_rng(seed)
+    weights = assignment.dense(int(assignment.ids.max(initial=-1)) + 1)
+    left = _rows_by_family(families)
+    shares = np.sqrt([len(rows) for rows in left])
+    asked = rng.random(len(left))  # who begins is drawn, too
+    covered = np.full(weights.shape[1], FIRST)
+    chosen = np.empty(min(count, len(families)), dtype=np.int64)
+    for place in range(chosen.size):
+        family = int(np.argmin(np.where([bool(rows) for rows in left], asked / shares, np.inf)))
+        drawn = rng.permutation(left[family])[:DRAWN]
+        row = int(drawn[_widest(weights[drawn], covered)])
+        left[family].remove(row)
+        chosen[place] = row
+        asked[family] += 1
+        covered += weights[row]
+    return chosen
+
+
+def _rows_by_family(families: Sequence[str]) -> list[list[int]]:
+    family_of = np.asarray(families, dtype=str)
+    return [np.flatnonzero(family_of == family).tolist() for family in np.unique(family_of)]
+
+
+def _widest(weights: Doubles, covered: Doubles) -> int:
+    """Which of the (d, K) rows adds most to the (K,) label weights so far."""
+    return int(np.argmax(np.log1p(weights / covered).sum(axis=1)))
