@@ -23,44 +23,44 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 from threadpoolctl import threadpool_limits
 
-from proxy.concurrency import PATIENCE_S, end, in_stoppable_thread, to_its_end
+from proxy.concurrency import GRACE_PERIOD_S, cancel_and_wait, in_stoppable_thread, run_uncancelled
 from proxy.errors import error_object
 from proxy.outbound import OutboundError, ssl_context, trust_of
 from proxy.profiling.grading import UpstreamAnswerer
 from proxy.profiling.jobs import Jobs
-from proxy.routing.assigner import Assigner, deadline_of
+from proxy.routing.assigner import ClusterAssigner, deadline_of
 from proxy.safety.private_files import NotPrivate, private_folder
 from proxy.safety.redaction import is_reference
 from proxy.server.admin import audit_router, jobs_router, keys_router, models_router
-from proxy.server.auth import Guard, path_of
-from proxy.server.completions import Chat
+from proxy.server.auth import AuthMiddleware, path_of
+from proxy.server.completions import ChatCompletionsEndpoint
 from proxy.server.completions import router as completions_router
-from proxy.server.dependencies import Services, ServicesHolder
-from proxy.server.log_handler import LineHandler
+from proxy.server.dependencies import AppState, ServicesHolder
+from proxy.server.log_handler import NonBlockingHandler
 from proxy.server.metrics import HealthCollector, Metrics, open_values
-from proxy.server.middleware import TRACE, Audited, Edge
+from proxy.server.middleware import REQUEST_IDS, AuditLogMiddleware, RequestContextMiddleware
 from proxy.server.paths import PLAIN_PATHS, meant_path, unknown_path
 from proxy.server.public import router as public_router
-from proxy.server.ratelimit import Limiter
+from proxy.server.ratelimit import RateLimiter
 from proxy.server.reservations import SETTLE_FUNCTION
-from proxy.server.responses import TOLD, plain_error, response_of
+from proxy.server.responses import HANDLED_EXCEPTIONS, error_response, http_error_body
 from proxy.server.startup import Startup, Step
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings, check_exposure, load_settings
-from proxy.storage.client_keys import KeyLatch
+from proxy.storage.client_keys import AuthRequiredLatch
 from proxy.storage.models import ModelRecord
 from proxy.storage.price_feed import PriceFeed
 from proxy.storage.price_map import bundled_catalog
-from proxy.storage.redis import Store, StoreUnavailable, StoreUnreadable, until_it_answers
+from proxy.storage.redis import Store, StoreUnavailable, StoreUnreadable, retry_until_available
 from proxy.storage.registry import Registry
-from proxy.storage.sessions import Conversations
-from proxy.storage.snapshot import StateHolder, Surroundings
-from proxy.storage.traffic_stats import LiveExpectations
-from proxy.storage.usage_journal import Journals
-from proxy.storage.usage_writer import UsageRecorder
-from proxy.upstream.client import Upstream
-from proxy.upstream.concurrency_limit import Capacities
-from proxy.upstream.health import HealthSharing, ModelHealth, Roster
+from proxy.storage.sessions import SessionStore
+from proxy.storage.snapshot import SnapshotInputs, SnapshotWatcher
+from proxy.storage.traffic_stats import TrafficStats
+from proxy.storage.usage_journal import JournalDirectory
+from proxy.storage.usage_writer import UsageWriter
+from proxy.upstream.client import UpstreamClient
+from proxy.upstream.concurrency_limit import ConcurrencyLimiter
+from proxy.upstream.health import CooldownReplicator, HealthRegistry, Roster
 from proxy.upstream.provider_resolution import Resolver
 from router_core.artifact import builtin_map, load_map
 from router_core.clustering import ClusterMap
@@ -70,10 +70,10 @@ from router_core.estimators import RECIPES
 from router_core.validation.loading import load_validation_set
 
 if TYPE_CHECKING:
-    from proxy.server.dependencies import Services
+    from proxy.server.dependencies import AppState
 
 
-def open_map(settings: Settings) -> ClusterMap:
+def load_cluster_map(settings: Settings) -> ClusterMap:
     """The map of `settings.map`, assigned as `settings.recipe` counts: a hard recipe puts a prompt in one cluster.
 
     Raises:
@@ -86,11 +86,11 @@ def open_map(settings: Settings) -> ClusterMap:
 settings_log = logging.getLogger("uniroute.settings")
 
 
-def check_files(settings: Settings) -> None:
+def validate_files(settings: Settings) -> None:
     """Raises SettingsError naming the setting whose file is missing or broken, with the line of a validation set."""
     check_data_dir(settings)
     try:
-        open_map(settings)
+        load_cluster_map(settings)
     except (InvalidInput, OSError) as error:
         raise SettingsError(f"map: {error}") from error
     try:
@@ -157,12 +157,12 @@ log = logging.getLogger("uniroute")
 
 
 @asynccontextmanager
-async def open_services(
+async def app_state(
     settings: Settings,
     environ: Mapping[str, str],
     startup: Startup | None = None,
     counts: Path | None = None,
-) -> AsyncIterator[Services]:
+) -> AsyncIterator[AppState]:
     """Everything, in order, and closed in the reverse order. Slow imports and loads run beside each other, in threads.
 
     Args:
@@ -176,12 +176,12 @@ async def open_services(
     startup = startup or Startup()
     check_data_dir(settings)
     async with AsyncExitStack() as closing:
-        upstream = Upstream(settings, environ)
+        upstream = UpstreamClient(settings, environ)
         closing.push_async_callback(upstream.aclose)
         resolver = Resolver(settings.data_dir, environ)
         closing.push_async_callback(resolver.aclose)
         resolving = asyncio.create_task(_configured(settings, resolver, startup))
-        closing.push_async_callback(end, resolving)
+        closing.push_async_callback(cancel_and_wait, resolving)
         cluster_map, assigner = await in_stoppable_thread(partial(_open_routing, settings, startup))
         closing.callback(assigner.close)
         # one prompt is too little to share out: the threads would wait for one another, on cores that others work on
@@ -189,9 +189,9 @@ async def open_services(
         with startup.step("starting the store"):
             store = await Store.open(settings)
         closing.push_async_callback(store.close)
-        live, latch = LiveExpectations(cluster_map.size), KeyLatch(settings.data_dir)
+        live, latch = TrafficStats(cluster_map.size), AuthRequiredLatch(settings.data_dir)
         around = await _surroundings(settings, cluster_map, live, await resolving)
-        state = StateHolder(store, around, latch, lambda now: upstream.serve(now.models))
+        state = SnapshotWatcher(store, around, latch, lambda now: upstream.serve(now.models))
         with startup.step("reading models"):
             await state.start()
         closing.push_async_callback(state.stop)
@@ -209,17 +209,17 @@ async def open_services(
         with startup.step("importing litellm"):
             await upstream.open()
         feeding = asyncio.create_task(PriceFeed(settings, store, registry, state).run(), name="uniroute-prices")
-        closing.push_async_callback(end, feeding)
+        closing.push_async_callback(cancel_and_wait, feeding)
         jobs = Jobs(store, state, UpstreamAnswerer(upstream), assigner.embedder, settings)
         closing.push_async_callback(jobs.close)
         await jobs.start_worker()
         metrics.look_at(lambda: _look(metrics, state, usage))
         if counts is not None:
             looking = asyncio.create_task(_look_again(metrics), name="uniroute-metrics")
-            closing.push_async_callback(end, looking)
-        yield Services(
+            closing.push_async_callback(cancel_and_wait, looking)
+        yield AppState(
             *(settings, store, state, registry, jobs, assigner, upstream, usage, limiter, metrics, live, health),
-            capacities=Capacities(),
+            capacities=ConcurrencyLimiter(),
             conversations=conversations,
             resolver=resolver,
             environ=environ,
@@ -248,7 +248,7 @@ async def opened_beside(holder: ServicesHolder, settings: Settings, environ: Map
         pass  # a server that ends without asking: what is to be closed is the same
     finally:
         ending.set()
-        await to_its_end(_ended(task, lambda: holder.is_open))
+        await run_uncancelled(_ended(task, lambda: holder.is_open))
 
 
 async def _ended(task: asyncio.Task[None], is_open: Callable[[], bool]) -> None:
@@ -256,7 +256,7 @@ async def _ended(task: asyncio.Task[None], is_open: Callable[[], bool]) -> None:
     while not task.done():
         if not is_open():
             task.cancel()
-        await asyncio.wait({task}, timeout=PATIENCE_S)
+        await asyncio.wait({task}, timeout=GRACE_PERIOD_S)
     if not task.cancelled():
         task.exception()  # said already
 
@@ -265,7 +265,7 @@ async def _hold_open(
     holder: ServicesHolder, settings: Settings, environ: Mapping[str, str], ending: asyncio.Event
 ) -> None:
     try:
-        async with open_services(settings, environ, holder.startup, holder.counts) as services, onboarding(services):
+        async with app_state(settings, environ, holder.startup, holder.counts) as services, onboarding(services):
             gc.collect()
             gc.freeze()  # what is there now stays: to look through all of it took tenths of a second, again and again
             holder.open(services)
@@ -305,7 +305,7 @@ async def _running(task: Running) -> AsyncIterator[Running]:
         await task.stop()
 
 
-def _look(metrics: Metrics, state: StateHolder, usage: UsageRecorder) -> None:
+def _look(metrics: Metrics, state: SnapshotWatcher, usage: UsageWriter) -> None:
     metrics.tasks.set(len(asyncio.all_tasks()))
     metrics.state_version.set(state.current.version)
     metrics.store_available.set(state.available)
@@ -319,13 +319,13 @@ async def _look_again(metrics: Metrics) -> None:
         await asyncio.sleep(LOOK_AGAIN_S)
 
 
-def _recorder(store: Store, settings: Settings, metrics: Metrics) -> UsageRecorder:
-    journals = Journals(settings.data_dir / "usage", settings.usage_journal_max_bytes)
-    return UsageRecorder(store, journals, metrics.usage_dropped.inc, settle_function=SETTLE_FUNCTION)
+def _recorder(store: Store, settings: Settings, metrics: Metrics) -> UsageWriter:
+    journals = JournalDirectory(settings.data_dir / "usage", settings.usage_journal_max_bytes)
+    return UsageWriter(store, journals, metrics.usage_dropped.inc, settle_function=SETTLE_FUNCTION)
 
 
-def _limiter(store: Store, settings: Settings, metrics: Metrics) -> Limiter:
-    return Limiter(
+def _limiter(store: Store, settings: Settings, metrics: Metrics) -> RateLimiter:
+    return RateLimiter(
         store,
         metrics,
         open_without_store=settings.limits_without_store == "allow",
@@ -335,26 +335,26 @@ def _limiter(store: Store, settings: Settings, metrics: Metrics) -> Limiter:
 
 @asynccontextmanager
 async def _watched_health(
-    settings: Settings, store: Store, state: StateHolder, metrics: Metrics
-) -> AsyncIterator[ModelHealth]:
+    settings: Settings, store: Store, state: SnapshotWatcher, metrics: Metrics
+) -> AsyncIterator[HealthRegistry]:
     """The health of the models, shown, shared with other processes, and forgotten with the models."""
-    health = ModelHealth(settings.breaker)
+    health = HealthRegistry(settings.breaker)
     collector = HealthCollector(health, lambda: state.current.models, metrics.values)
     metrics.look_at(collector.look)
     metrics.registry.register(collector)
     looking = asyncio.create_task(Roster(health, lambda: state.current.models).run(), name="uniroute-roster")
     try:
-        async with _running(HealthSharing(store, health, lambda: state.current.models)):
+        async with _running(CooldownReplicator(store, health, lambda: state.current.models)):
             yield health
     finally:
-        await end(looking)
+        await cancel_and_wait(looking)
 
 
 def _open_routing(
     settings: Settings, startup: Startup | None = None, stop: threading.Event | None = None
-) -> tuple[ClusterMap, Assigner]:
+) -> tuple[ClusterMap, ClusterAssigner]:
     try:
-        cluster_map = open_map(settings)
+        cluster_map = load_cluster_map(settings)
         with (startup or Startup()).step("opening the embedding table", "tokens") as step:
             embedder = open_embedder(settings.embedder, settings.data_dir, log.info, partial(_distilled, step), stop)
     except (RouterCoreError, OSError) as error:
@@ -364,7 +364,7 @@ def _open_routing(
             f"embedder: {settings.embedder!r} ({embedder.id}) is not what the map was fitted with"
             f" ({cluster_map.embedder_id}); choose that one, or fit a map with this one"
         )
-    return cluster_map, Assigner(embedder, deadline_of(settings.embedder))
+    return cluster_map, ClusterAssigner(embedder, deadline_of(settings.embedder))
 
 
 def _distilled(step: Step, done: int, total: int) -> None:
@@ -373,8 +373,8 @@ def _distilled(step: Step, done: int, total: int) -> None:
     step.update(done, total)
 
 
-def _conversations(store: Store, settings: Settings, metrics: Metrics) -> Conversations:
-    return Conversations(
+def _conversations(store: Store, settings: Settings, metrics: Metrics) -> SessionStore:
+    return SessionStore(
         store,
         settings.session_ttl_s,
         on_missed=metrics.conversations_missed.inc,
@@ -390,35 +390,35 @@ async def _configured(settings: Settings, resolver: Resolver, startup: Startup) 
 
 
 async def _surroundings(
-    settings: Settings, cluster_map: ClusterMap, live: LiveExpectations, configured: Mapping[str, ModelRecord]
-) -> Surroundings:
+    settings: Settings, cluster_map: ClusterMap, live: TrafficStats, configured: Mapping[str, ModelRecord]
+) -> SnapshotInputs:
     catalog = await asyncio.to_thread(bundled_catalog)
-    return Surroundings(cluster_map, configured, catalog, RECIPES[settings.recipe], live)
+    return SnapshotInputs(cluster_map, configured, catalog, RECIPES[settings.recipe], live)
 
 
 onboarding_log = logging.getLogger("uniroute.onboarding")
 
 
 @contextlib.asynccontextmanager
-async def onboarding(services: Services) -> AsyncIterator[None]:
+async def onboarding(services: AppState) -> AsyncIterator[None]:
     """Runs beside the serving, so that other models answer meanwhile."""
-    task = asyncio.create_task(measure_unmeasured(services), name="uniroute-onboarding")
+    task = asyncio.create_task(profile_new_models(services), name="uniroute-onboarding")
     try:
         yield
     finally:
-        await end(task)
+        await cancel_and_wait(task)
 
 
-async def measure_unmeasured(services: Services) -> None:
+async def profile_new_models(services: AppState) -> None:
     """One job a model, however many processes ask for it. Waits for a store that is away."""
     for model in services.settings.model_list if services.settings.profile.on_start else ():
         try:
-            await until_it_answers(partial(_submit, services, model.model_name))
+            await retry_until_available(partial(_submit, services, model.model_name))
         except StoreUnreadable as error:
             onboarding_log.error("model %s is not measured: %s", model.model_name, error)
 
 
-async def _submit(services: Services, name: str) -> None:
+async def _submit(services: AppState, name: str) -> None:
     await services.state.refresh()
     state = services.state.current
     asking = services.settings.profile
@@ -454,7 +454,7 @@ EXPOSED = (
 )
 
 
-def create_app(services: Services) -> FastAPI:
+def create_app(services: AppState) -> FastAPI:
     """Over services that somebody else opened and will close."""
     return _build(services.settings, ServicesHolder(services))
 
@@ -492,7 +492,7 @@ def _build(settings: Settings, holder: ServicesHolder, environ: Mapping[str, str
         openapi_url=None,
         redirect_slashes=False,
         exception_handlers={
-            **dict.fromkeys(TOLD, _told),
+            **dict.fromkeys(HANDLED_EXCEPTIONS, _told),
             HTTPException: _plain,
         },
     )
@@ -521,11 +521,11 @@ class Layered(FastAPI):
 
 
 def _layers(framework: ASGIApp, settings: Settings, holder: ServicesHolder) -> ASGIApp:
-    direct = Chat(framework, holder=holder)
-    guarded = Audited(Guard(direct, settings=settings, state=lambda: holder.services.state.current))
+    direct = ChatCompletionsEndpoint(framework, holder=holder)
+    guarded = AuditLogMiddleware(AuthMiddleware(direct, settings=settings, state=lambda: holder.services.state.current))
     pages = settings.allowed_origins
     if not pages:
-        return Edge(guarded, holder=holder)
+        return RequestContextMiddleware(guarded, holder=holder)
     cors = CORSMiddleware(
         guarded,
         allow_origins=list(pages),
@@ -533,11 +533,11 @@ def _layers(framework: ASGIApp, settings: Settings, holder: ServicesHolder) -> A
         allow_headers=["*"],
         expose_headers=list(EXPOSED),
     )
-    return Edge(cors, holder=holder)
+    return RequestContextMiddleware(cors, holder=holder)
 
 
 async def _told(_: Request, error: Exception) -> Response:
-    return response_of(error)
+    return error_response(error)
 
 
 async def _plain(request: Request, error: Exception) -> Response:
@@ -546,13 +546,13 @@ async def _plain(request: Request, error: Exception) -> Response:
     method, path = request.scope["method"], path_of(request.scope)
     if error.status_code == 404:
         told = unknown_path(method, path)
-        edge_log.info("request=%s status=404: %s", request.scope[TRACE].request_id, told)
+        edge_log.info("request=%s status=404: %s", request.scope[REQUEST_IDS].request_id, told)
         return JSONResponse(error_object(told, "invalid_request_error", "unknown_path"), 404)
     if error.status_code == 405:
         allowed = ", ".join(sorted(_methods(path)))
         told = f"{method[:20]} is not served at {path[:200]}; {allowed} is"
-        return JSONResponse(plain_error(405, told), 405, {"allow": allowed})
-    return JSONResponse(plain_error(error.status_code, str(error.detail)), error.status_code, error.headers)
+        return JSONResponse(http_error_body(405, told), 405, {"allow": allowed})
+    return JSONResponse(http_error_body(error.status_code, str(error.detail)), error.status_code, error.headers)
 
 
 def _methods(path: str) -> set[str]:
@@ -568,5 +568,5 @@ def configure_logs() -> None:
     """Lines of ours to stderr, once, unless somebody has arranged for them."""
     ours = logging.getLogger("uniroute")
     if not ours.handlers and not logging.getLogger().handlers:
-        ours.addHandler(LineHandler())
+        ours.addHandler(NonBlockingHandler())
         ours.setLevel(logging.INFO)

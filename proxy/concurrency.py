@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 log = logging.getLogger("uniroute")
 
-AGAIN_S = 0.1
+CANCEL_INTERVAL_S = 0.1
 
-PATIENCE_S = 5.0
+GRACE_PERIOD_S = 5.0
 """With a library that was cancelled, until it is once more."""
 
 T = TypeVar("T")
@@ -31,14 +31,14 @@ async def cancel_until_done(tasks: Collection[asyncio.Task[Any]]) -> None:
         for task in pending:
             task.cancel()
         try:
-            await asyncio.wait(pending, timeout=AGAIN_S)
+            await asyncio.wait(pending, timeout=CANCEL_INTERVAL_S)
         except asyncio.CancelledError as error:
             interrupted = error
     if interrupted is not None:
         raise interrupted
 
 
-async def to_its_end(work: Coroutine[Any, Any, T], *, cancelled_again_s: float | None = None) -> T:
+async def run_uncancelled(work: Coroutine[Any, Any, T], *, cancelled_again_s: float | None = None) -> T:
     """What came of `work`, which is over when this returns, however often we are cancelled meanwhile: that is told
     afterwards. What is closed halfway stays open for ever.
 
@@ -63,12 +63,12 @@ async def to_its_end(work: Coroutine[Any, Any, T], *, cancelled_again_s: float |
     raise interrupted
 
 
-async def read_gently(source: AsyncIterator[T]) -> AsyncGenerator[T]:
+async def iterate_uncancelled(source: AsyncIterator[T]) -> AsyncGenerator[T]:
     """`source`, each reading of which is cancelled once: most libraries then close what they hold, and are interrupted
     in that by a second time."""
     while True:
         try:
-            item = await to_its_end(_next(source), cancelled_again_s=PATIENCE_S)
+            item = await run_uncancelled(_next(source), cancelled_again_s=GRACE_PERIOD_S)
         except StopAsyncIteration:
             return
         yield item
@@ -78,7 +78,7 @@ async def _next(source: AsyncIterator[T]) -> T:
     return await anext(source)
 
 
-async def end(*tasks: asyncio.Task[Any] | None) -> None:
+async def cancel_and_wait(*tasks: asyncio.Task[Any] | None) -> None:
     """Cancel until they are over. What one of them failed with before is logged, not raised."""
     started = [task for task in tasks if task is not None]
     await cancel_until_done(started)
@@ -103,7 +103,7 @@ async def in_own_thread(work: Callable[[], T]) -> T:
     try:
         return await asyncio.shield(over)
     except asyncio.CancelledError:
-        await to_its_end(_abandon(thread))
+        await run_uncancelled(_abandon(thread))
         raise
 
 
@@ -115,7 +115,7 @@ async def in_stoppable_thread(work: Callable[[threading.Event], T]) -> T:
         return await asyncio.shield(working)
     except asyncio.CancelledError:
         stop.set()
-        await to_its_end(_settled(working))
+        await run_uncancelled(_settled(working))
         raise
 
 
@@ -137,11 +137,11 @@ def _run(work: Callable[[], T], loop: asyncio.AbstractEventLoop, over: asyncio.F
 async def _abandon(thread: threading.Thread) -> None:
     """Again and again: libraries catch what they do not know. Between its steps C code may take long: it is left."""
     ident = ctypes.c_ulong(thread.ident or 0)
-    for _ in range(round(PATIENCE_S / AGAIN_S)):
+    for _ in range(round(GRACE_PERIOD_S / CANCEL_INTERVAL_S)):
         if not thread.is_alive():
             return
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(_Abandoned))
-        await asyncio.sleep(AGAIN_S)
+        await asyncio.sleep(CANCEL_INTERVAL_S)
 
 
 async def _settled(working: asyncio.Task[Any]) -> None:
@@ -160,14 +160,14 @@ MOST_CLIENTS = 20_000
 
 
 @dataclass(frozen=True)
-class Shares:
+class ConnectionBudget:
     """A request holds a client's connection and a model's: half of what is left goes to each."""
 
     clients: int
     upstreams: int
 
 
-def raise_limit() -> None:
+def raise_open_files_limit() -> None:
     """The soft limit to the hard one: many systems set the soft one to 1,024 for programs that use select()."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * MOST_CLIENTS + RESERVED
@@ -178,9 +178,9 @@ def raise_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
 
 
-def shares() -> Shares:
+def connection_budget() -> ConnectionBudget:
     """As the limit is now."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     each = MOST_CLIENTS if soft == resource.RLIM_INFINITY else (soft - RESERVED) // 2
     count = min(MOST_CLIENTS, max(FEWEST, each))
-    return Shares(clients=count, upstreams=count)
+    return ConnectionBudget(clients=count, upstreams=count)

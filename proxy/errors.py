@@ -49,7 +49,7 @@ LAST_WORDS_S = 1.0
 """A client that does not read is told so no longer."""
 
 
-class ClientGone(Exception):
+class ClientDisconnected(Exception):
     """The client closed its connection."""
 
 
@@ -67,7 +67,7 @@ class BadRequest(ProxyError):
     """A body or header that the caller can correct."""
 
 
-class ControlFieldRefused(BadRequest):
+class FieldNotAllowed(BadRequest):
     """A field that would choose addresses, keys or behaviour of the provider layer."""
 
 
@@ -83,15 +83,15 @@ class Forbidden(ProxyError):
     """Known caller, closed door."""
 
 
-class UnknownName(ProxyError):
+class ModelNotFound(ProxyError):
     """A model by a name that nobody has."""
 
 
-class UnknownJob(UnknownName):
+class JobNotFound(ModelNotFound):
     """A job by an id that none has."""
 
 
-class UnknownClientKey(UnknownName):
+class KeyNotFound(ModelNotFound):
     """A client key by an id that none has."""
 
 
@@ -99,27 +99,27 @@ class Conflict(ProxyError):
     """The name is taken, or its definition lives elsewhere."""
 
 
-class BodyTooSlow(ProxyError):
+class BodyTimeout(ProxyError):
     """A body that stopped in its middle."""
 
 
-class BodyTooLarge(ProxyError):
+class ContentTooLarge(ProxyError):
     """More bytes than `max_body_bytes`."""
 
 
-class NotJson(ProxyError):
+class UnsupportedMediaType(ProxyError):
     """Another content type, or a compressed body."""
 
 
-class NothingAble(ProxyError):
+class NoEligibleModelError(ProxyError):
     """There are models, and none can take this request."""
 
 
-class TooLong(NothingAble):
+class ContextLengthExceeded(NoEligibleModelError):
     """More tokens than any candidate's context window."""
 
 
-class ModelBusy(ProxyError):
+class ModelAtCapacity(ProxyError):
     """A model has no place for this request; `retry_after_s` says when it probably has."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
@@ -135,19 +135,19 @@ class BudgetExceeded(RateLimited):
     """A limit of the key: it has spent what it may, or has set it aside."""
 
 
-class Unavailable(ProxyError):
+class ServiceUnavailable(ProxyError):
     """Not now: no model is routable yet, or the store cannot be written."""
 
 
-class Starting(Unavailable):
+class Starting(ServiceUnavailable):
     """Not yet: what the server needs is still being read or made."""
 
 
-class ShuttingDown(Unavailable):
+class ShuttingDown(ServiceUnavailable):
     """Not any more: the time that open answers were given is over."""
 
 
-class NotMeasured(Unavailable):
+class NotMeasured(ServiceUnavailable):
     """No candidate is measured yet. `why` says of each what it lacks."""
 
     def __init__(self, message: str, why: Mapping[str, str], headers: Mapping[str, str] | None = None) -> None:
@@ -155,7 +155,7 @@ class NotMeasured(Unavailable):
         self.why = why
 
 
-class UpstreamFailure(ProxyError):
+class UpstreamError(ProxyError):
     """A model did not answer. status None: nothing came back at all."""
 
     def __init__(
@@ -183,11 +183,11 @@ class UpstreamFailure(ProxyError):
         self.retryable = _is_retryable(status) if retryable is None else retryable
 
 
-class AnswerTooLarge(UpstreamFailure):
+class AnswerTooLarge(UpstreamError):
     """More of an answer than is read. Callers can bring that about, so it does not count against the model."""
 
 
-class OwnFault(UpstreamFailure):
+class OwnFault(UpstreamError):
     """This process could not do its part: that says nothing of the model."""
 
     def __init__(self, message: str, *, retry_after_s: float, retryable: bool) -> None:

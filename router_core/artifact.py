@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.clustering import ClusterMap, History, TaughtClusters, array_names, arrays_of
+from router_core.clustering import ClusterMap, LearnedClusters, ReferenceModels, array_names, to_arrays
 from router_core.documents import MAX_ARRAYS_BYTES, MAX_MANIFEST_BYTES, DocumentTooLarge, parse_json, read_bounded
 from router_core.errors import InvalidArtifact
-from router_core.learned_clusters import LearnedMap, ResponseClusters
+from router_core.learned_clusters import ErrorClusters, LearnedMap
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 ARRAYS = "clusters.npz"
-TAUGHT: Mapping[str, type[ResponseClusters | LearnedMap]] = {"response": ResponseClusters, "learned": LearnedMap}
+TAUGHT: Mapping[str, type[ErrorClusters | LearnedMap]] = {"response": ErrorClusters, "learned": LearnedMap}
 """Kinds of taught clusters, by the name that begins their arrays' names."""
 HISTORY = ("overlap", "error_sums", "labels")
 BUILTIN_MAP = Path(__file__).parent / "assets" / "map"
@@ -56,7 +56,7 @@ def save_map(cluster_map: ClusterMap, folder: Path) -> None:
 def _arrays(cluster_map: ClusterMap) -> dict[str, Any]:
     arrays: dict[str, Any] = {"centroids": cluster_map.centroids}
     for clusters in cluster_map.taught:
-        arrays |= {f"{_kind(clusters)}_{name}": array for name, array in arrays_of(clusters).items()}
+        arrays |= {f"{_kind(clusters)}_{name}": array for name, array in to_arrays(clusters).items()}
     if history := cluster_map.history:
         arrays |= {f"history_{name}": getattr(history, name) for name in HISTORY}
     return arrays
@@ -136,17 +136,17 @@ def _check_sizes(arrays: bytes) -> None:
                 raise ValueError(f"{member.filename} says that it is larger than it is")
 
 
-def _taught(loaded: Mapping[str, NDArray[Any]], *, kind: str, top: int) -> TaughtClusters:
+def _taught(loaded: Mapping[str, NDArray[Any]], *, kind: str, top: int) -> LearnedClusters:
     made = TAUGHT[kind]
     return made(**{name: loaded[f"{kind}_{name}"] for name in array_names(made)}, top=top)
 
 
-def _kind(clusters: TaughtClusters) -> str:
+def _kind(clusters: LearnedClusters) -> str:
     return next(kind for kind, made in TAUGHT.items() if isinstance(clusters, made))
 
 
-def _history(loaded: Mapping[str, NDArray[Any]], manifest: dict[str, Any]) -> History | None:
+def _history(loaded: Mapping[str, NDArray[Any]], manifest: dict[str, Any]) -> ReferenceModels | None:
     if manifest["known_models"] is None:
         return None
     overlap, error_sums, labels = (loaded[f"history_{name}"] for name in HISTORY)
-    return History(overlap, tuple(manifest["known_models"]), error_sums, labels)
+    return ReferenceModels(overlap, tuple(manifest["known_models"]), error_sums, labels)

@@ -12,19 +12,19 @@ from types import MappingProxyType
 
 import numpy as np
 
-from router_core.decision import choose_each
+from router_core.decision import argmin_rows_with_ties
 from router_core.errors import InvalidInput, NoEligibleModel
 from router_core.pool import Pool
 from router_core.pricing import CENT_USD, reference_usd
-from router_core.scoring import Terms
+from router_core.scoring import ScoringParams
 from router_core.types import Assignment, Doubles, Indices
 
 NINETY_PERCENT = 1.645
 """Standard deviations to either side."""
 
 
-def relative_interval(
-    expected: Expectations, point: Point, pool: Pool, assignment: Assignment
+def quality_interval(
+    expected: LambdaSweep, point: SweepPoint, pool: Pool, assignment: Assignment
 ) -> tuple[float, float] | None:
     """Bounds, with 90 % confidence, of a point's quality relative to the best single model's; None where that has none.
 
@@ -47,7 +47,7 @@ def relative_interval(
     return max(relative - NINETY_PERCENT * deviation, 0.0), relative + NINETY_PERCENT * deviation
 
 
-def _weights(expected: Expectations, point: Point, clusters: Doubles) -> tuple[Doubles, Doubles]:
+def _weights(expected: LambdaSweep, point: SweepPoint, clusters: Doubles) -> tuple[Doubles, Doubles]:
     """(M, K) how much each rate counts in the quality of the routed prompts, and (K,) in that of a model for all."""
     chosen = expected.chosen(point.lambda_)
     routed = np.zeros((len(expected.models), clusters.shape[1]))
@@ -72,11 +72,11 @@ SLACK = 1e-12
 SAME_COST = 1e-9
 """Relative difference below which two costs are one."""
 
-DEFAULT_TERMS = Terms()
+DEFAULT_TERMS = ScoringParams()
 
 
 @dataclass(frozen=True, slots=True)
-class Single:
+class BestSingleModel:
     """Always the same model."""
 
     model: str
@@ -86,7 +86,7 @@ class Single:
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class SweepPoint:
     """All prompts routed at one λ."""
 
     lambda_: float
@@ -99,7 +99,7 @@ class Point:
 
 
 @dataclass(frozen=True, eq=False)
-class Expectations:
+class LambdaSweep:
     """n prompts and the M models that can be chosen; all matrices are (n, M)."""
 
     models: tuple[str, ...]
@@ -111,29 +111,29 @@ class Expectations:
 
     def chosen(self, lambda_: float) -> Indices:
         """(n,) the model of each prompt."""
-        return choose_each(self.errors + lambda_ * self.costs, self.costs, self.tie)
+        return argmin_rows_with_ties(self.errors + lambda_ * self.costs, self.costs, self.tie)
 
-    def at(self, lambda_: float) -> Point:
+    def at(self, lambda_: float) -> SweepPoint:
         chosen = self.chosen(lambda_)
         rows = np.arange(chosen.size)
         shares = np.bincount(chosen, minlength=len(self.models)) / chosen.size
-        return Point(
+        return SweepPoint(
             lambda_=lambda_,
             quality=float((1.0 - self.errors[rows, chosen]).mean()),
             usd=float(self.usd[rows, chosen].mean()),
             shares=MappingProxyType({self.models[m]: float(shares[m]) for m in np.argsort(-shares, kind="stable")}),
         )
 
-    def best_single(self) -> Single:
+    def best_single(self) -> BestSingleModel:
         """The model of the best expected quality; the cheapest of equals."""
         qualities, usd = (1.0 - self.errors).mean(axis=0), self.usd.mean(axis=0)
         best = int(np.lexsort((usd, -qualities))[0])
-        return Single(self.models[best], float(qualities[best]), float(usd[best]))
+        return BestSingleModel(self.models[best], float(qualities[best]), float(usd[best]))
 
 
 def expectations(
-    pool: Pool, assignment: Assignment, prompt_tokens: Doubles, terms: Terms = DEFAULT_TERMS
-) -> Expectations:
+    pool: Pool, assignment: Assignment, prompt_tokens: Doubles, terms: ScoringParams = DEFAULT_TERMS
+) -> LambdaSweep:
     """What the measured and priced models of a pool are expected to make of n prompts.
 
     Args:
@@ -155,7 +155,7 @@ def expectations(
     usd = pool.prices.expected_usd(prompt_tokens[:, None], output_tokens)
     waiting = terms.latency_weight * assignment.expected(pool.seconds)
     unit = _unit_usd(prompt_tokens, output_tokens[:, profiled].mean(axis=1), terms)
-    return Expectations(
+    return LambdaSweep(
         models=tuple(pool.names[row] for row in routable),
         errors=assignment.expected(pool.errors[routable]),
         usd=usd[:, routable],
@@ -164,7 +164,7 @@ def expectations(
     )
 
 
-def cheapest_reaching(expected: Expectations, share: float) -> Point:
+def cheapest_reaching(expected: LambdaSweep, share: float) -> SweepPoint:
     """The largest λ whose quality is at least `share` of the best single model's.
 
     Raises:
@@ -173,7 +173,7 @@ def cheapest_reaching(expected: Expectations, share: float) -> Point:
     best = expected.best_single().quality
     points = [expected.at(weight) for weight in cost_weights(expected)]
 
-    def reaches(point: Point) -> bool:
+    def reaches(point: SweepPoint) -> bool:
         return point.quality >= share * best - SLACK
 
     reaching = [row for row, point in enumerate(points) if reaches(point)]
@@ -186,7 +186,7 @@ def cheapest_reaching(expected: Expectations, share: float) -> Point:
     return points[last] if last == len(points) - 1 else _narrowed(expected, points[last], points[last + 1], reaches)
 
 
-def best_within(expected: Expectations, usd: float) -> Point:
+def best_within(expected: LambdaSweep, usd: float) -> SweepPoint:
     """The smallest λ whose expected cost is at most `usd` per request.
 
     Raises:
@@ -194,7 +194,7 @@ def best_within(expected: Expectations, usd: float) -> Point:
     """
     points = [expected.at(weight) for weight in cost_weights(expected)]
 
-    def affords(point: Point) -> bool:
+    def affords(point: SweepPoint) -> bool:
         return point.usd <= usd * (1 + SLACK)
 
     first = next((row for row, point in enumerate(points) if affords(point)), None)
@@ -206,10 +206,10 @@ def best_within(expected: Expectations, usd: float) -> Point:
     return points[0] if first == 0 else _narrowed(expected, points[first], points[first - 1], affords)
 
 
-def cost_weights(expected: Expectations) -> list[float]:
+def cost_weights(expected: LambdaSweep) -> list[float]:
     """λs, ascending, from 0 to where every prompt goes to its cheapest model; each of DIGITS significant digits."""
     rows = np.arange(len(expected.costs))
-    cheapest = choose_each(expected.costs, expected.costs, 0.0)
+    cheapest = argmin_rows_with_ties(expected.costs, expected.costs, 0.0)
     least = expected.costs[rows, cheapest][:, None]
     dearer_by = expected.costs - least
     worth = expected.errors[rows, cheapest][:, None] - expected.errors - expected.tie
@@ -222,7 +222,9 @@ def cost_weights(expected: Expectations) -> list[float]:
     return sorted({0.0, *(_written(float(weight), up=True) for weight in tried)})
 
 
-def _narrowed(expected: Expectations, good: Point, bad: Point, holds: Callable[[Point], bool]) -> Point:
+def _narrowed(
+    expected: LambdaSweep, good: SweepPoint, bad: SweepPoint, holds: Callable[[SweepPoint], bool]
+) -> SweepPoint:
     """Towards the bad one as far as it holds, by halves; each λ on the way is one that can be written down."""
     for _ in range(NARROWINGS):
         between = _written((good.lambda_ + bad.lambda_) / 2)
@@ -241,7 +243,7 @@ def _written(value: float, *, up: bool = False, digits: int = DIGITS) -> float:
     return float(f"{(np.ceil(value / step) if up else np.rint(value / step)) * step:.{digits}g}")
 
 
-def _unit_usd(prompt_tokens: Doubles, output_tokens: Doubles, terms: Terms) -> Doubles:
+def _unit_usd(prompt_tokens: Doubles, output_tokens: Doubles, terms: ScoringParams) -> Doubles:
     """(n,) what a cost of one is to each prompt: the tokens at the reference price, or a cent."""
     if terms.cost_unit == "cents":
         return np.full(prompt_tokens.size, CENT_USD)

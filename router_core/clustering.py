@@ -44,7 +44,7 @@ def kmeans(vectors: Floats, clusters: int, *, seed: int = 0, spherical: bool = T
     return np.asarray(fitting.centroids, dtype=np.float32)
 
 
-LARGEST = 256
+MAX_CLUSTERS_FOR_OVERLAP = 256
 """Clusters up to which a map keeps how they overlap: the matrix, and all that is computed with it, grows with K²."""
 
 _ROWS = 4096
@@ -52,7 +52,7 @@ _ROWS = 4096
 
 
 @dataclass(frozen=True, eq=False)
-class History:
+class ReferenceModels:
     """How a map's K clusters share prompts, and what R known models got wrong in each.
 
     The known models are never routed to. They tell how hard the clusters are and how much models differ, so that the
@@ -78,7 +78,7 @@ class History:
             raise InvalidInput("the numbers of a history must be finite and 0 or more")
 
 
-def history_of(assignment: Assignment, clusters: int, scores: Doubles, models: Sequence[str]) -> History:
+def history_of(assignment: Assignment, clusters: int, scores: Doubles, models: Sequence[str]) -> ReferenceModels:
     """What n prompts tell: (n, R) scores in [0, 1] of R models, NaN where unlabelled."""
     together = np.zeros((clusters, clusters))
     error_sums, labels = np.zeros((2, len(models), clusters))
@@ -91,10 +91,10 @@ def history_of(assignment: Assignment, clusters: int, scores: Doubles, models: S
         error_sums += np.where(labelled, 1.0 - scores[rows], 0.0).T @ weights
     mass = together.sum(axis=1)
     overlap = np.divide(together, np.sqrt(np.outer(mass, mass)), out=np.eye(clusters), where=np.outer(mass, mass) > 0)
-    return History(overlap, tuple(models), error_sums, labels)
+    return ReferenceModels(overlap, tuple(models), error_sums, labels)
 
 
-class TaughtClusters(Protocol):
+class LearnedClusters(Protocol):
     """K clusters of prompts, read off the embedding. A dataclass of arrays and `top`."""
 
     @property
@@ -119,7 +119,7 @@ def array_names(kind: type[Any]) -> tuple[str, ...]:
     return tuple(field.name for field in fields(kind) if field.name != "top")
 
 
-def arrays_of(clusters: TaughtClusters) -> dict[str, NDArray[Any]]:
+def to_arrays(clusters: LearnedClusters) -> dict[str, NDArray[Any]]:
     return {name: getattr(clusters, name) for name in array_names(type(clusters))}
 
 
@@ -142,8 +142,8 @@ class ClusterMap:
         names: Sequence[str] = (),
         top: int = TOP,
         temperature: float = TEMPERATURE,
-        taught: Sequence[TaughtClusters] = (),
-        history: History | None = None,
+        taught: Sequence[LearnedClusters] = (),
+        history: ReferenceModels | None = None,
     ) -> None:
         """
         Args:
@@ -185,7 +185,7 @@ class ClusterMap:
         digest = hashlib.sha256(self.centroids.tobytes())
         digest.update(f"{self.centroids.shape} {self.embedder_id} {self.top} {self.temperature!r}".encode())
         for clusters in self.taught:
-            for array in arrays_of(clusters).values():
+            for array in to_arrays(clusters).values():
                 digest.update(array.tobytes())
             digest.update(f"{type(clusters).__name__} {clusters.size} {clusters.top}".encode())
         return digest.hexdigest()[:16]
@@ -235,7 +235,7 @@ class ClusterMap:
             temperature=self.temperature,
         )
 
-    def with_history(self, history: History) -> ClusterMap:
+    def with_history(self, history: ReferenceModels) -> ClusterMap:
         """The same map, with the same id."""
         return ClusterMap(
             self.centroids,

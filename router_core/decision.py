@@ -8,42 +8,42 @@ from typing import Any
 
 import numpy as np
 
-from router_core.eligibility import Eligibility, Ranking
+from router_core.eligibility import Eligibility, LazyRanking
 from router_core.types import Assignment, Doubles, Indices
 
-NUDGE = 1e-9
+EPSILON = 1e-9
 """Relative step into an open interval, well above rounding and well below any λ that people write."""
 
-DEAREST_LAMBDA = 1e12
+MAX_LAMBDA = 1e12
 """Nobody asks for more, and beyond costs that are next to nothing would decide, or overflow."""
 
 
-def choose(scores: Doubles, costs: Doubles, tie: float) -> int:
+def argmin_with_ties(scores: Doubles, costs: Doubles, tie: float) -> int:
     """Row of the cheapest among those within `tie` of the best score; the first of equally cheap ones."""
     return int(np.where(scores <= scores.min() + tie, costs, np.inf).argmin())
 
 
-def choose_each(scores: Doubles, costs: Doubles, tie: float) -> Indices:
+def argmin_rows_with_ties(scores: Doubles, costs: Doubles, tie: float) -> Indices:
     """(n,) the same for each row of (n, m) scores and costs."""
     near = scores <= scores.min(axis=1, keepdims=True) + tie
     return np.asarray(np.where(near, costs, np.inf).argmin(axis=1))
 
 
-def flip_lambdas(errors: Doubles, costs: Doubles, lambda_: float, tie: float) -> Doubles:
-    """(m,) per row the λ from 0 to DEAREST_LAMBDA nearest to `lambda_` at which `choose` picks it; NaN: there is none.
+def lambda_thresholds(errors: Doubles, costs: Doubles, lambda_: float, tie: float) -> Doubles:
+    """(m,) per row the λ from 0 to MAX_LAMBDA nearest to `lambda_` at which `argmin_with_ties` picks it; NaN: never.
 
     A row is near enough to the best on one interval of λ (the best score is concave in λ), and is chosen there wherever
     no cheaper row is near enough too.
     """
     low, high = _near_intervals(errors, costs, tie)
-    high = np.minimum(high, DEAREST_LAMBDA)
+    high = np.minimum(high, MAX_LAMBDA)
     flips = np.full(len(costs), np.nan)
     cheaper = np.empty((0, 2))
     for row in np.argsort(costs, kind="stable"):
         if low[row] > high[row]:
             continue
         for point in _open_points(low[row], high[row], cheaper, lambda_):
-            if choose(errors + point * costs, costs, tie) == row:
+            if argmin_with_ties(errors + point * costs, costs, tie) == row:
                 flips[row] = point
                 break
         cheaper = np.vstack((cheaper, (low[row], high[row])))
@@ -70,7 +70,7 @@ def _open_points(low: float, high: float, covered: Doubles, target: float) -> Do
     """
     ends = np.concatenate(([low, high, np.clip(target, low, high)], covered.ravel()))
     ends = ends[np.isfinite(ends)]
-    points = np.concatenate((ends, ends * (1 - NUDGE), ends * (1 + NUDGE), ends + NUDGE))
+    points = np.concatenate((ends, ends * (1 - EPSILON), ends * (1 + EPSILON), ends + EPSILON))
     points = points[(points >= low) & (points <= high)]
     inside = ((points[:, None] >= covered[:, 0]) & (points[:, None] <= covered[:, 1])).any(axis=1)
     points = np.unique(points[~inside])
@@ -82,7 +82,7 @@ Z = 1.645
 
 
 @dataclass(frozen=True, eq=False)
-class Details:
+class ScoreDetails:
     """What the m scores were made of, beyond what it takes to choose; each array (m,) float64."""
 
     labels: Doubles
@@ -93,24 +93,24 @@ class Details:
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
+class ScoreTable:
     """The m models that one prompt may go to, in order of name; each array (m,) float64."""
 
     names: Sequence[str]
     errors: Doubles
     costs: Doubles
     scores: Doubles
-    work_out: Callable[[], Details] = field(repr=False)
+    work_out: Callable[[], ScoreDetails] = field(repr=False)
 
     @cached_property
-    def details(self) -> Details:
+    def details(self) -> ScoreDetails:
         return self.work_out()
 
     @property
     def costs_usd(self) -> Doubles:
         return self.details.costs_usd
 
-    def rescored(self, scores: Doubles) -> Scores:
+    def with_scores(self, scores: Doubles) -> ScoreTable:
         return replace(self, scores=scores)
 
 
@@ -135,7 +135,7 @@ class ScoredCandidate:
 class RoutingDecision:
     """Unpacks as `chosen, score, scores`."""
 
-    table: Scores
+    table: ScoreTable
     choice: int
     """Row of `table`."""
     lambda_: float
@@ -164,7 +164,7 @@ class RoutingDecision:
     @cached_property
     def ranking(self) -> Sequence[str]:
         """All eligible models: the choice, then by score, cost and name."""
-        return Ranking(self.chosen, len(self.table.scores), self._ranked)
+        return LazyRanking(self.chosen, len(self.table.scores), self._ranked)
 
     def _ranked(self) -> tuple[str, ...]:
         order = np.lexsort((self.table.costs, self.table.scores)).tolist()
@@ -189,7 +189,7 @@ class RoutingDecision:
     def candidates(self) -> tuple[ScoredCandidate, ...]:
         """In order of `ranking`, with intervals and the λ at which each would be chosen."""
         table, details = self.table, self.table.details
-        flips = flip_lambdas(table.errors, table.costs, self.lambda_, self.tie)
+        flips = lambda_thresholds(table.errors, table.costs, self.lambda_, self.tie)
         low, high = wilson_interval(table.errors, details.labels)
         columns = (
             table.errors,

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.pool import Pool
-from router_core.types import ABILITIES, Doubles, Indices, Needs
+from router_core.types import CAPABILITY_NAMES, Doubles, Indices, Requirements
 
 
-class Names(Sequence[str]):
+class LazyNames(Sequence[str]):
     """A tuple of names that is not there yet. It equals that tuple."""
 
     @cached_property
@@ -41,7 +41,7 @@ class Names(Sequence[str]):
         return name in self.whole
 
     def __eq__(self, other: object) -> bool:
-        return self.whole == tuple(other) if isinstance(other, tuple | Names) else NotImplemented
+        return self.whole == tuple(other) if isinstance(other, tuple | LazyNames) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self.whole)
@@ -50,7 +50,7 @@ class Names(Sequence[str]):
         return repr(self.whole)
 
 
-class NamesOfRows(Names):
+class RowNames(LazyNames):
     """Those of `rows`, in their order."""
 
     def __init__(self, names: tuple[str, ...], rows: Indices) -> None:
@@ -67,7 +67,7 @@ class NamesOfRows(Names):
         return tuple(map(self._names.__getitem__, self._rows.tolist()))
 
 
-class Ranking(Names):
+class LazyRanking(LazyNames):
     """The first is known; the others are put in order when one of them is wanted."""
 
     def __init__(self, first: str, length: int, ordered: Callable[[], tuple[str, ...]]) -> None:
@@ -96,7 +96,7 @@ RESTING = "resting after failures"
 
 LOADING = "what it takes to call this model is still being loaded"
 
-Absent = Sequence[tuple[Collection[str], str]]
+Excluded = Sequence[tuple[Collection[str], str]]
 """Models that may not be asked now, and why."""
 
 _ROUNDING = 1 + 1e-9
@@ -106,7 +106,7 @@ TEMPLATE_TOKENS = 256
 """What a model's chat template may add to a prompt."""
 
 
-class Stage(IntEnum):
+class FilterStage(IntEnum):
     """Of the first stage that a model fails it is told every reason, and none of the later ones."""
 
     LISTED = 0
@@ -119,8 +119,8 @@ class Stage(IntEnum):
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Check:
-    stage: Stage
+class Filter:
+    stage: FilterStage
     passed: Mask
     """(M,)"""
     reason: str
@@ -133,17 +133,17 @@ class Eligibility:
 
     pool: Pool
     rows: NDArray[np.int64]
-    checked: Callable[[], Sequence[Check]] = field(repr=False)
+    checked: Callable[[], Sequence[Filter]] = field(repr=False)
     """Every check that was made, or need not be made because all pass it."""
 
     @property
     def names(self) -> Sequence[str]:
-        return self.pool.names if len(self.rows) == len(self.pool) else NamesOfRows(self.pool.names, self.rows)
+        return self.pool.names if len(self.rows) == len(self.pool) else RowNames(self.pool.names, self.rows)
 
     @cached_property
     def why(self) -> dict[str, str]:
         """Ruled-out model → its reasons, separated by commas. Those that were nearest to be left come first."""
-        failed: dict[int, tuple[Stage, list[str]]] = {}
+        failed: dict[int, tuple[FilterStage, list[str]]] = {}
         for check in sorted(self.checked(), key=lambda check: check.stage):
             for row in np.flatnonzero(~check.passed).tolist():
                 stage, reasons = failed.setdefault(row, (check.stage, []))
@@ -152,16 +152,16 @@ class Eligibility:
         rows = sorted(failed, key=lambda row: (-failed[row][0], row))
         return {self.pool.names[row]: ", ".join(failed[row][1]) for row in rows}
 
-    def narrowed(self, passed: Mask, reason: str) -> Eligibility:
+    def filtered(self, passed: Mask, reason: str) -> Eligibility:
         """What is left after the costs are known, (M,) of who passed."""
         checked = self.checked
         rows = self.rows[passed[self.rows]]
-        return Eligibility(self.pool, rows, lambda: (*checked(), Check(Stage.COST, passed, reason)))
+        return Eligibility(self.pool, rows, lambda: (*checked(), Filter(FilterStage.COST, passed, reason)))
 
 
 def eligible(
     pool: Pool,
-    needs: Needs,
+    needs: Requirements,
     allowed: Collection[str] | None = None,
     *,
     measured: bool = True,
@@ -183,12 +183,12 @@ def eligible(
     """
     absent = [(names, why) for names, why in ((resting, RESTING), (loading, LOADING)) if names]
     if allowed is None and measured and not absent and _all_can(pool, needs):
-        return Eligibility(pool, pool.ready_rows, lambda: _checks(pool, needs, None, (), measured=True)[1])
+        return Eligibility(pool, pool.routable_rows, lambda: _checks(pool, needs, None, (), measured=True)[1])
     left, checks = _checks(pool, needs, allowed, absent, measured=measured)
     return Eligibility(pool, np.flatnonzero(left), lambda: checks)
 
 
-def told_limit(pool: Pool, row: int, needs: Needs) -> int | None:
+def told_limit(pool: Pool, row: int, needs: Requirements) -> int | None:
     """Tokens of an answer that the request allows this model, as it is told; None: the request states no limit.
 
     A limit that is a cap is lowered to what the model can do.
@@ -203,7 +203,7 @@ def told_limit(pool: Pool, row: int, needs: Needs) -> int | None:
     return int(min(_left_of_window(pool, needs, limit, rows)[0], pool.max_output_tokens[row]))
 
 
-def _left_of_window(pool: Pool, needs: Needs, limit: int, rows: slice = slice(None)) -> NDArray[np.int64]:
+def _left_of_window(pool: Pool, needs: Requirements, limit: int, rows: slice = slice(None)) -> NDArray[np.int64]:
     """(M,) tokens that the prompt leaves for an answer, `limit` at most, where the two share a window.
 
     Where the limit does not fit, the prompt may be twice as long as estimated: the model would refuse a limit that is a
@@ -214,7 +214,7 @@ def _left_of_window(pool: Pool, needs: Needs, limit: int, rows: slice = slice(No
     return np.where(~pool.shares_window[rows] | (room >= limit), limit, room - margin)
 
 
-def _all_can(pool: Pool, needs: Needs) -> bool:
+def _all_can(pool: Pool, needs: Requirements) -> bool:
     """Whether every model is known to take what is asked: then only what holds for every request rules any out."""
     window, output = pool.least
     limit = needs.max_output_tokens or 0
@@ -231,8 +231,8 @@ def _all_can(pool: Pool, needs: Needs) -> bool:
 
 
 def _checks(
-    pool: Pool, needs: Needs, allowed: Collection[str] | None, absent: Absent, *, measured: bool
-) -> tuple[Mask, Sequence[Check]]:
+    pool: Pool, needs: Requirements, allowed: Collection[str] | None, absent: Excluded, *, measured: bool
+) -> tuple[Mask, Sequence[Filter]]:
     """(M,) who passed all, and each check."""
     left = np.ones(len(pool), dtype=np.bool_)
     checks = []
@@ -243,46 +243,46 @@ def _checks(
         able = pool.able[ability] == 1
         if (left & able).any():
             left &= able
-            checks.append(Check(Stage.UNKNOWN, able, f"not known to {ABILITIES[ability]}"))
+            checks.append(Filter(FilterStage.UNKNOWN, able, f"not known to {CAPABILITY_NAMES[ability]}"))
     return left, checks
 
 
-def _standing(pool: Pool, allowed: Collection[str] | None, absent: Absent, *, measured: bool) -> Iterator[Check]:
+def _standing(pool: Pool, allowed: Collection[str] | None, absent: Excluded, *, measured: bool) -> Iterator[Filter]:
     """What holds for every request of this caller now."""
     if allowed is not None:
-        yield Check(Stage.LISTED, _listed(pool, allowed), "not among the models that this request may use")
+        yield Filter(FilterStage.LISTED, _listed(pool, allowed), "not among the models that this request may use")
     for names, why in absent:
-        yield Check(Stage.STANDING, ~_listed(pool, names), why)
+        yield Filter(FilterStage.STANDING, ~_listed(pool, names), why)
     if measured:
-        yield Check(Stage.STANDING, ~np.isnan(pool.mean_errors), "not profiled on this cluster map")
-    yield Check(Stage.STANDING, ~np.isnan(pool.prices.input), "no price is known; state one, or free: true")
+        yield Filter(FilterStage.STANDING, ~np.isnan(pool.mean_errors), "not profiled on this cluster map")
+    yield Filter(FilterStage.STANDING, ~np.isnan(pool.prices.input), "no price is known; state one, or free: true")
 
 
-def _known(pool: Pool, needs: Needs) -> Iterator[Check]:
+def _known(pool: Pool, needs: Requirements) -> Iterator[Filter]:
     """What this request asks, against what is known of each model. What is not known passes."""
-    yield Check(Stage.NEEDS, pool.max_input_tokens >= needs.prompt_tokens, _too_long(needs.prompt_tokens))
+    yield Filter(FilterStage.NEEDS, pool.max_input_tokens >= needs.prompt_tokens, _too_long(needs.prompt_tokens))
     limit = needs.max_output_tokens
     if limit is not None and needs.limit_is_cap:
         usual = np.minimum(np.minimum(pool.mean_output_tokens, pool.max_output_tokens), limit)
         fits = (pool.max_input_tokens < needs.prompt_tokens) | (_left_of_window(pool, needs, limit) >= usual)
-        yield Check(Stage.NEEDS, fits, f"{_too_long(needs.prompt_tokens)} and an answer")
+        yield Filter(FilterStage.NEEDS, fits, f"{_too_long(needs.prompt_tokens)} and an answer")
     elif limit is not None:
-        yield Check(Stage.NEEDS, pool.max_output_tokens >= limit, f"cannot answer with {limit} tokens")
+        yield Filter(FilterStage.NEEDS, pool.max_output_tokens >= limit, f"cannot answer with {limit} tokens")
         # written so that nothing is added to NO_LIMIT, and a prompt that is too long by itself is told so once
         room = pool.max_input_tokens - needs.prompt_tokens
         fits = ~pool.shares_window | (room < 0) | (room >= limit)
-        yield Check(Stage.NEEDS, fits, f"{_too_long(needs.prompt_tokens)} and {limit} of an answer")
+        yield Filter(FilterStage.NEEDS, fits, f"{_too_long(needs.prompt_tokens)} and {limit} of an answer")
     prices = pool.prices.at(needs.prompt_tokens)
     yield from _within(prices.input, needs.max_input_cost_per_token, "input")
     yield from _within(prices.output, needs.max_output_cost_per_token, "output")
     for ability in needs.abilities:
-        yield Check(Stage.NEEDS, pool.able[ability] != 0, f"cannot {ABILITIES[ability]}")
+        yield Filter(FilterStage.NEEDS, pool.able[ability] != 0, f"cannot {CAPABILITY_NAMES[ability]}")
 
 
-def _within(prices: Doubles, cap: float | None, side: str) -> Iterator[Check]:
+def _within(prices: Doubles, cap: float | None, side: str) -> Iterator[Filter]:
     if cap is not None:
         reason = f"{side} price above {cap * 1e6:g} USD per million tokens"
-        yield Check(Stage.NEEDS, ~(prices > cap * _ROUNDING), reason)
+        yield Filter(FilterStage.NEEDS, ~(prices > cap * _ROUNDING), reason)
 
 
 def _too_long(prompt_tokens: int) -> str:

@@ -24,19 +24,19 @@ from router_core import distill
 from router_core.errors import Interrupted, InvalidArtifact
 from router_core.types import Embedder, Floats
 
-CUT = 2_000
+MAX_END_CHARS = 2_000
 """Characters kept from each end."""
 
 
-def excerpt(text: str) -> str:
+def truncate_middle(text: str) -> str:
     """The text, or its two ends where it is longer than both; blanks around a long one do not count.
 
     Whatever is embedded goes through here first, so that a prompt has one vector whether it is fitted or routed.
     """
-    if len(text) <= 2 * CUT:
+    if len(text) <= 2 * MAX_END_CHARS:
         return text
     said = text.strip()
-    return said if len(said) <= 2 * CUT else f"{said[:CUT]}\n{said[-CUT:]}"
+    return said if len(said) <= 2 * MAX_END_CHARS else f"{said[:MAX_END_CHARS]}\n{said[-MAX_END_CHARS:]}"
 
 
 MOST_WORDS = 8_192
@@ -72,12 +72,12 @@ class Tokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
 
-DISTILLING = (
+DISTILL_COMMAND = (
     "import functools, pathlib, sys; from router_core.distill import distill; "
     "distill(pathlib.Path(sys.argv[1]), progress=functools.partial(print, flush=True))"
 )
 
-LONGEST_AT_HAND = 10_000
+MAX_INLINE_BYTES = 10_000
 """Bytes: about a millisecond in the slowest of scripts, and more than routing reads of an English request."""
 
 ROWS_AT_ONCE = 256
@@ -138,7 +138,7 @@ class StaticEmbedder:
     def embed_at_hand(self, text: str) -> Floats | None:
         """(1, d), the same as `embed` gives, in about a millisecond at most. None: it would take longer."""
         encoded = _utf8(text)
-        return None if len(encoded) > LONGEST_AT_HAND else self._vector(encoded).reshape(1, -1)
+        return None if len(encoded) > MAX_INLINE_BYTES else self._vector(encoded).reshape(1, -1)
 
     def _vector(self, text: bytes) -> Floats:
         """(d,), of unit length or zeros."""
@@ -296,7 +296,7 @@ def _distill_apart(folder: Path, progress: distill.Progress, stop: threading.Eve
         made = Path(scratch) / folder.name
         said = Path(scratch) / "said"
         with said.open("w") as errors:
-            command = [sys.executable, "-c", DISTILLING, str(made)]
+            command = [sys.executable, "-c", DISTILL_COMMAND, str(made)]
             with subprocess.Popen(  # noqa: S603
                 command,
                 stdout=subprocess.PIPE,

@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from router_core.clustering import LARGEST, ClusterMap, History
+from router_core.clustering import MAX_CLUSTERS_FOR_OVERLAP, ClusterMap, ReferenceModels
 from router_core.types import Doubles
 
 NOISE = 0.15
@@ -60,7 +60,7 @@ class _Evidence:
     """(M, K, K)"""
 
 
-def pooled_rates(error_sums: Doubles, labels: Doubles, cluster_map: ClusterMap) -> Doubles:
+def partially_pooled_rates(error_sums: Doubles, labels: Doubles, cluster_map: ClusterMap) -> Doubles:
     """(M, K) error rates in [0, 1] from the sums of M profiles and those of the map's known models."""
     rates = np.empty_like(error_sums)
     for view in cluster_map.views:
@@ -76,8 +76,8 @@ def pooled_rates(error_sums: Doubles, labels: Doubles, cluster_map: ClusterMap) 
     return rates
 
 
-def _nothing_known(clusters: int, share: float) -> History:
-    return History(share * np.eye(clusters), (), np.empty((0, clusters)), np.empty((0, clusters)))
+def _nothing_known(clusters: int, share: float) -> ReferenceModels:
+    return ReferenceModels(share * np.eye(clusters), (), np.empty((0, clusters)), np.empty((0, clusters)))
 
 
 def _rates(errors: Doubles, labels: Doubles, overlap: Doubles, likeness: Doubles) -> Doubles:
@@ -178,9 +178,9 @@ def shrunk_rates(error_sums: Doubles, labels: Doubles) -> Doubles:
 
 
 def _pooled(error_sums: Doubles, labels: Doubles, cluster_map: ClusterMap) -> Doubles:
-    if cluster_map.size > LARGEST or not len(error_sums):
+    if cluster_map.size > MAX_CLUSTERS_FOR_OVERLAP or not len(error_sums):
         return shrunk_rates(error_sums, labels)
-    return pooled_rates(error_sums, labels, cluster_map)
+    return partially_pooled_rates(error_sums, labels, cluster_map)
 
 
 def _shrunk(error_sums: Doubles, labels: Doubles, _map: ClusterMap) -> Doubles:
@@ -198,7 +198,7 @@ def _laplace(error_sums: Doubles, labels: Doubles, _map: ClusterMap) -> Doubles:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class Estimator:
     """How prompts count towards clusters when a profile is measured, and how sums become error rates."""
 
     name: str
@@ -208,13 +208,13 @@ class Recipe:
     """(M, K) error sums and (M, K) labels of M models on a map to (M, K) rates in [0, 1]."""
 
 
-POOLED = Recipe("pooled", hard=False, rates=_pooled)
+POOLED = Estimator("pooled", hard=False, rates=_pooled)
 """All models together; on a map of more than LARGEST clusters it is the shrunk recipe."""
 
-SHRUNK = Recipe("shrunk", hard=False, rates=_shrunk)
+SHRUNK = Estimator("shrunk", hard=False, rates=_shrunk)
 
-RAW = Recipe("raw", hard=True, rates=_raw)
+RAW = Estimator("raw", hard=True, rates=_raw)
 
-LAPLACE = Recipe("laplace", hard=True, rates=_laplace)
+LAPLACE = Estimator("laplace", hard=True, rates=_laplace)
 
-RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in (POOLED, SHRUNK, RAW, LAPLACE)})
+RECIPES: Mapping[str, Estimator] = MappingProxyType({recipe.name: recipe for recipe in (POOLED, SHRUNK, RAW, LAPLACE)})

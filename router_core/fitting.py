@@ -10,9 +10,17 @@ from itertools import islice
 
 import numpy as np
 
-from router_core.clustering import LARGEST, TEMPERATURE, TOP, ClusterMap, TaughtClusters, history_of, kmeans
+from router_core.clustering import (
+    MAX_CLUSTERS_FOR_OVERLAP,
+    TEMPERATURE,
+    TOP,
+    ClusterMap,
+    LearnedClusters,
+    history_of,
+    kmeans,
+)
 from router_core.errors import InvalidInput
-from router_core.learned_clusters import fit_taught
+from router_core.learned_clusters import fit_learned_clusters
 from router_core.types import Doubles, Embedder, Floats, Indices
 
 PER_CLUSTER = 256
@@ -206,10 +214,10 @@ def fit_embedded(
     hard = ClusterMap(centroids, embedder_id=embedded.embedder_id, top=1)
     names = cluster_names(embedded.texts, hard.assign(embedded.vectors).ids[:, 0], clusters)
     plain = ClusterMap(centroids, embedder_id=embedded.embedder_id, names=names, top=top, temperature=temperature)
-    return remembering(plain, embedded, np.empty((len(embedded.texts), 0)), ())
+    return with_overlap(plain, embedded, np.empty((len(embedded.texts), 0)), ())
 
 
-def fit_with_history(
+def fit_with_outcomes(
     embedded: EmbeddedPrompts,
     scores: Doubles,
     models: Sequence[str],
@@ -223,24 +231,24 @@ def fit_with_history(
     Known models with enough labels give it clusters of their own beside those of the embedding.
     """
     plain = fit_embedded(embedded, clusters, seed=seed, progress=progress)
-    taught = fit_taught(embedded.vectors, scores, seed=seed)
-    return remembering(_with_taught(plain, taught, embedded), embedded, scores, models)
+    taught = fit_learned_clusters(embedded.vectors, scores, seed=seed)
+    return with_overlap(_with_taught(plain, taught, embedded), embedded, scores, models)
 
 
-def remembering(
+def with_overlap(
     cluster_map: ClusterMap, embedded: EmbeddedPrompts, scores: Doubles, models: Sequence[str]
 ) -> ClusterMap:
     """The same map with what these prompts and (n, R) scores tell of its clusters: the same id, better estimates.
 
     A map of more than LARGEST clusters stays as it is.
     """
-    if cluster_map.size > LARGEST:
+    if cluster_map.size > MAX_CLUSTERS_FOR_OVERLAP:
         return cluster_map
     assignment = cluster_map.assign(embedded.vectors)
     return cluster_map.with_history(history_of(assignment, cluster_map.size, scores, models))
 
 
-def _with_taught(plain: ClusterMap, taught: Sequence[TaughtClusters], embedded: EmbeddedPrompts) -> ClusterMap:
+def _with_taught(plain: ClusterMap, taught: Sequence[LearnedClusters], embedded: EmbeddedPrompts) -> ClusterMap:
     names = list(plain.names)
     for clusters in taught:
         names += cluster_names(embedded.texts, clusters.assign(embedded.vectors).ids[:, 0], clusters.size)

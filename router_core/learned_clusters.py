@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from router_core.clustering import TaughtClusters, kmeans
+from router_core.clustering import LearnedClusters, kmeans
 from router_core.errors import InvalidInput
 from router_core.types import Assignment, Doubles, Floats, Indices
 
@@ -70,7 +70,7 @@ ERROR_SHARPNESS = 12.0
 
 
 @dataclass(frozen=True, eq=False)
-class ResponseClusters:
+class ErrorClusters:
     """A linear map from the embedding to the errors expected of R known models, and K clusters of its values."""
 
     weights: Floats
@@ -111,7 +111,7 @@ class ResponseClusters:
         return np.asarray(np.exp(-distances / max(float(distances.mean()), 1e-12)))
 
 
-def fit_response(vectors: Floats, scores: Doubles, *, seed: int) -> ResponseClusters:
+def fit_response(vectors: Floats, scores: Doubles, *, seed: int) -> ErrorClusters:
     """Fit to n prompts, (n, d), and (n, R) scores in [0, 1] of known models, NaN where unlabelled."""
     fitted = [_ridge(vectors, 1.0 - column) for column in scores.T]
     weights = np.stack([slope for slope, _ in fitted], axis=1)
@@ -119,7 +119,7 @@ def fit_response(vectors: Floats, scores: Doubles, *, seed: int) -> ResponseClus
     expected = vectors @ weights + offsets
     distinct = len(np.unique(expected, axis=0))
     centroids = kmeans(expected, min(ERROR_CLUSTERS, distinct), seed=seed, spherical=False)
-    return ResponseClusters(weights, offsets, centroids, top=min(ERROR_TOP, len(centroids)))
+    return ErrorClusters(weights, offsets, centroids, top=min(ERROR_TOP, len(centroids)))
 
 
 def _ridge(vectors: Floats, errors: Doubles) -> tuple[Floats, float]:
@@ -166,7 +166,7 @@ SURE = 0.01
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
+class TrainingTargets:
     """What R known models made of n prompts."""
 
     vectors: Floats
@@ -176,8 +176,8 @@ class Answers:
     labelled: Floats
     """(n, R), 1 or 0."""
 
-    def at(self, rows: Indices) -> Answers:
-        return Answers(self.vectors[rows], self.errors[rows], self.labelled[rows])
+    def at(self, rows: Indices) -> TrainingTargets:
+        return TrainingTargets(self.vectors[rows], self.errors[rows], self.labelled[rows])
 
 
 def fit_learned_map(vectors: Floats, scores: Doubles, *, seed: int, clusters: int = TRAINED_CLUSTERS) -> LearnedMap:
@@ -185,7 +185,7 @@ def fit_learned_map(vectors: Floats, scores: Doubles, *, seed: int, clusters: in
 
     A tenth of the prompts that are labelled at all is held out, to know when to stop.
     """
-    start = starting_map(vectors, clusters, seed=seed)
+    start = initial_map(vectors, clusters, seed=seed)
     answers = answers_of(vectors, scores)
     told = np.flatnonzero(answers.labelled.any(axis=1))
     if told.size < 2:
@@ -196,7 +196,7 @@ def fit_learned_map(vectors: Floats, scores: Doubles, *, seed: int, clusters: in
     return train(start, answers.at(order[split:]), answers.at(order[:split]), rng)
 
 
-def starting_map(vectors: Floats, clusters: int, *, seed: int) -> LearnedMap:
+def initial_map(vectors: Floats, clusters: int, *, seed: int) -> LearnedMap:
     """Soft K-means: what training has to be better than."""
     distinct = len(np.unique(vectors, axis=0))
     centroids = kmeans(vectors, min(clusters, distinct), seed=seed)
@@ -204,7 +204,9 @@ def starting_map(vectors: Floats, clusters: int, *, seed: int) -> LearnedMap:
     return LearnedMap(np.float32(TRAINED_SHARPNESS) * centroids.T, offset, min(TOP, len(centroids)))
 
 
-def train(start: LearnedMap, fitted: Answers, held_out: Answers, rng: np.random.Generator) -> LearnedMap:
+def train(
+    start: LearnedMap, fitted: TrainingTargets, held_out: TrainingTargets, rng: np.random.Generator
+) -> LearnedMap:
     """The map of the epoch with the least log loss on what is held out; the start is one of them."""
     learner = _Learner(start)
     best, least, best_epoch = start, np.inf, 0
@@ -219,13 +221,13 @@ def train(start: LearnedMap, fitted: Answers, held_out: Answers, rng: np.random.
     return best
 
 
-def answers_of(vectors: Floats, scores: Doubles) -> Answers:
+def answers_of(vectors: Floats, scores: Doubles) -> TrainingTargets:
     labelled = ~np.isnan(scores)
     errors = np.where(labelled, 1.0 - scores, 0.0)
-    return Answers(vectors, errors.astype(np.float32), labelled.astype(np.float32))
+    return TrainingTargets(vectors, errors.astype(np.float32), labelled.astype(np.float32))
 
 
-def rates_of(learned: LearnedMap, answers: Answers) -> Floats:
+def rates_of(learned: LearnedMap, answers: TrainingTargets) -> Floats:
     """(R, K) Ψ: mean errors under Φ; a cluster without any prompt has the model's mean."""
     weights = learned.weights(answers.vectors)
     overall = (answers.errors.sum(axis=0) + 0.5) / (answers.labelled.sum(axis=0) + 1.0)
@@ -233,7 +235,7 @@ def rates_of(learned: LearnedMap, answers: Answers) -> Floats:
     return np.asarray(np.clip(rates, SURE, 1.0 - SURE), dtype=np.float32)
 
 
-def log_loss(learned: LearnedMap, rates: Floats, answers: Answers) -> float:
+def log_loss(learned: LearnedMap, rates: Floats, answers: TrainingTargets) -> float:
     """Mean over the labels, in nats; infinite without any."""
     expected = learned.weights(answers.vectors) @ rates.T
     right = answers.labelled - answers.errors
@@ -242,7 +244,7 @@ def log_loss(learned: LearnedMap, rates: Floats, answers: Answers) -> float:
     return -total / labels if labels else np.inf
 
 
-def gradient(learned: LearnedMap, rates: Floats, answers: Answers) -> tuple[Floats, Floats]:
+def gradient(learned: LearnedMap, rates: Floats, answers: TrainingTargets) -> tuple[Floats, Floats]:
     """Of the log loss by slope and offset, `rates` held."""
     weights = learned.weights(answers.vectors)
     expected = weights @ rates.T
@@ -260,11 +262,11 @@ class _Learner:
         self._steps = 0
         self._slope, self._offset = _Moments(start.slope), _Moments(start.offset)
 
-    def epoch(self, answers: Answers, rates: Floats, order: Indices) -> None:
+    def epoch(self, answers: TrainingTargets, rates: Floats, order: Indices) -> None:
         for start in range(0, order.size, BATCH):
             self._step(answers.at(order[start : start + BATCH]), rates)
 
-    def _step(self, answers: Answers, rates: Floats) -> None:
+    def _step(self, answers: TrainingTargets, rates: Floats) -> None:
         slope, offset = gradient(self.map, rates, answers)
         self._steps += 1
         self.map = LearnedMap(
@@ -292,7 +294,7 @@ LEAST_LABELS = 100
 """Fewer tell nothing that the embedding's own clusters don't: then nothing is taught."""
 
 
-def fit_taught(vectors: Floats, scores: Doubles, *, seed: int) -> tuple[TaughtClusters, ...]:
+def fit_learned_clusters(vectors: Floats, scores: Doubles, *, seed: int) -> tuple[LearnedClusters, ...]:
     """Fit to n prompts, (n, d), and (n, R) scores in [0, 1] of known models, NaN where unlabelled.
 
     Two kinds, which err in different places: each, and the embedding's own clusters, then hold a third of every prompt.

@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 
 from router_core.clustering import ClusterMap
 from router_core.errors import MapMismatch
-from router_core.estimators import POOLED, SHRINKAGE, Recipe
+from router_core.estimators import POOLED, SHRINKAGE, Estimator
 from router_core.pricing import PriceColumns
 from router_core.profiles import Profile
-from router_core.types import ABILITIES, UNKNOWN_CAPABILITIES, Capabilities, Doubles, Price
+from router_core.types import CAPABILITY_NAMES, UNKNOWN_CAPABILITIES, Capabilities, Doubles, Price
 
 
-class ErrorRates:
+class CachedEstimator:
     """Under the pooled recipe a model's rates depend on the others': so they are asked for together."""
 
-    def __init__(self, cluster_map: ClusterMap, recipe: Recipe = POOLED) -> None:
+    def __init__(self, cluster_map: ClusterMap, recipe: Estimator = POOLED) -> None:
         self._map = cluster_map
         self._recipe = recipe
         self._last: tuple[bytes, Doubles] | None = None
@@ -96,7 +96,7 @@ class Pool:
 
     @classmethod
     def build(
-        cls, candidates: Sequence[Candidate], cluster_map: ClusterMap, error_rates: ErrorRates | None = None
+        cls, candidates: Sequence[Candidate], cluster_map: ClusterMap, error_rates: CachedEstimator | None = None
     ) -> Pool:
         """Lay out `candidates`. `error_rates` of the same map: the pooled recipe, unless given.
 
@@ -109,7 +109,7 @@ class Pool:
         profiles = [candidate.profile for candidate in ordered]
         blank = np.full(cluster_map.size, np.nan)
         names = tuple(candidate.name for candidate in ordered)
-        errors = (error_rates or ErrorRates(cluster_map)).of(profiles)
+        errors = (error_rates or CachedEstimator(cluster_map)).of(profiles)
         tokens = _filled([p.output_tokens() if p else blank for p in profiles], UNMEASURED_OUTPUT_TOKENS, blank)
         return cls(
             names=names,
@@ -143,7 +143,7 @@ class Pool:
         return bool(self.profiled.all())
 
     @cached_property
-    def ready_rows(self) -> NDArray[np.int64]:
+    def routable_rows(self) -> NDArray[np.int64]:
         """Those that are profiled and priced."""
         return np.flatnonzero(self.profiled & ~np.isnan(self.prices.input))
 
@@ -205,4 +205,4 @@ def _capability_columns(capabilities: Sequence[Capabilities]) -> Mapping[str, ND
         stated = [getattr(capability, ability) for capability in capabilities]
         return np.array([UNKNOWN if value is None else int(value) for value in stated], dtype=np.int8)
 
-    return MappingProxyType({ability: column(ability) for ability in ABILITIES})
+    return MappingProxyType({ability: column(ability) for ability in CAPABILITY_NAMES})

@@ -11,13 +11,13 @@ from numpy.typing import ArrayLike
 
 from router_core.artifact import builtin_map
 from router_core.clustering import ClusterMap
-from router_core.decision import Details, RoutingDecision, Scores, choose
+from router_core.decision import RoutingDecision, ScoreDetails, ScoreTable, argmin_with_ties
 from router_core.embedding import static_embedder
 from router_core.errors import InvalidInput, InvalidProfile, MapMismatch, NoEligibleModel
-from router_core.estimators import POOLED, SHRINKAGE, Recipe
-from router_core.pool import ErrorRates
+from router_core.estimators import POOLED, SHRINKAGE, Estimator
+from router_core.pool import CachedEstimator
 from router_core.profiles import Profile
-from router_core.scoring import TIE
+from router_core.scoring import TIE_TOLERANCE
 from router_core.types import Assignment, Doubles, Embedder
 
 DEFAULT_CACHE = Path.home() / ".cache" / "uniroute"
@@ -36,8 +36,8 @@ class Router:
         cost_by_model: Mapping[str, float] | None = None,
         cluster_map: ClusterMap | None = None,
         embedder: Embedder | None = None,
-        recipe: Recipe = POOLED,
-        tie: float = TIE,
+        recipe: Estimator = POOLED,
+        tie: float = TIE_TOLERANCE,
     ) -> None:
         """
         Args:
@@ -57,7 +57,7 @@ class Router:
             raise MapMismatch(f"the map was fitted with {self.cluster_map.embedder_id}, not with {self.embedder.id}")
         self.model_profile: Mapping[str, Rates] = model_profile or {}
         self.cost_by_model: Mapping[str, float] = cost_by_model or {}
-        self._error_rates = ErrorRates(self.cluster_map, recipe)
+        self._error_rates = CachedEstimator(self.cluster_map, recipe)
         self._tie = tie
 
     def route(
@@ -79,21 +79,21 @@ class Router:
         table = self._table(names, assignment, lambda_)
         return RoutingDecision(
             table=table,
-            choice=choose(table.scores, table.costs, self._tie),
+            choice=argmin_with_ties(table.scores, table.costs, self._tie),
             lambda_=lambda_,
             tie=self._tie,
             assignment=assignment,
             cluster_names=self.cluster_map.names,
         )
 
-    def _table(self, names: tuple[str, ...], assignment: Assignment, lambda_: float) -> Scores:
+    def _table(self, names: tuple[str, ...], assignment: Assignment, lambda_: float) -> ScoreTable:
         ids, weights = assignment.ids[0], assignment.weights[0].astype(np.float64)
         errors = self._rates(names)[:, ids] @ weights
         labels = np.array([1.0 / (weights**2 / (self._labels(name)[ids] + SHRINKAGE)).sum() for name in names])
         costs = np.array([self._cost(name) for name in names])
         unknown = np.full(len(names), np.nan)
-        details = Details(labels, unknown, unknown, unknown)
-        return Scores(names, errors, costs, errors + lambda_ * costs, lambda: details)
+        details = ScoreDetails(labels, unknown, unknown, unknown)
+        return ScoreTable(names, errors, costs, errors + lambda_ * costs, lambda: details)
 
     def _rates(self, names: tuple[str, ...]) -> Doubles:
         """(M, K). Rates of measured profiles come of all that were measured on this map, candidates or not."""

@@ -7,20 +7,20 @@ from typing import Literal
 
 import numpy as np
 
-from router_core.decision import Details, RoutingDecision, Scores, choose
+from router_core.decision import RoutingDecision, ScoreDetails, ScoreTable, argmin_with_ties
 from router_core.eligibility import Eligibility
 from router_core.errors import NoEligibleModel
 from router_core.pool import Pool
 from router_core.pricing import CENT_USD, REFERENCE, reference_usd
-from router_core.types import Assignment, Doubles, Indices, Needs, Price
+from router_core.types import Assignment, Doubles, Indices, Price, Requirements
 
 CostUnit = Literal["reference", "cents"]
 DEFAULT_LAMBDA = 0.1
-TIE = 0.005
+TIE_TOLERANCE = 0.005
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class ScoringParams:
     """What a request is willing to pay for fewer errors."""
 
     lambda_: float = DEFAULT_LAMBDA
@@ -31,13 +31,15 @@ class Terms:
     """Models whose expected cost is above it are ruled out."""
     cost_unit: CostUnit = "reference"
     reference: Price = REFERENCE
-    tie: float = TIE
+    tie: float = TIE_TOLERANCE
     """Scores this close to the best are equal; the cheapest of them is chosen."""
     cached: tuple[str, int] | None = None
     """A model, and how many tokens of this prompt it has in its cache; all others read the prompt afresh."""
 
 
-def rank(eligibility: Eligibility, assignment: Assignment | None, needs: Needs, terms: Terms) -> RoutingDecision:
+def rank(
+    eligibility: Eligibility, assignment: Assignment | None, needs: Requirements, terms: ScoringParams
+) -> RoutingDecision:
     """Score every eligible model for one prompt.
 
     Args:
@@ -50,24 +52,24 @@ def rank(eligibility: Eligibility, assignment: Assignment | None, needs: Needs, 
     return _decide(left, scores, terms, assignment)
 
 
-def rank_by_mean(eligibility: Eligibility, needs: Needs, terms: Terms) -> RoutingDecision:
+def rank_by_mean(eligibility: Eligibility, needs: Requirements, terms: ScoringParams) -> RoutingDecision:
     """The model with the lowest mean error first, whatever it costs: for requests that no cluster fits."""
     left, scores = _score(eligibility, None, needs, terms)
-    return _decide(left, scores.rescored(scores.errors), terms, None, lambda_=0.0)
+    return _decide(left, scores.with_scores(scores.errors), terms, None, lambda_=0.0)
 
 
 def rank_by_cost(
-    eligibility: Eligibility, assignment: Assignment | None, needs: Needs, terms: Terms
+    eligibility: Eligibility, assignment: Assignment | None, needs: Requirements, terms: ScoringParams
 ) -> RoutingDecision:
     """The cheapest model first, whatever its errors."""
     left, scores = _score(eligibility, assignment, needs, terms)
-    return _decide(left, scores.rescored(scores.costs), terms, assignment, tie=0.0)
+    return _decide(left, scores.with_scores(scores.costs), terms, assignment, tie=0.0)
 
 
 def _decide(
     eligibility: Eligibility,
-    scores: Scores,
-    terms: Terms,
+    scores: ScoreTable,
+    terms: ScoringParams,
     assignment: Assignment | None,
     *,
     lambda_: float | None = None,
@@ -76,7 +78,7 @@ def _decide(
     tie = terms.tie if tie is None else tie
     return RoutingDecision(
         table=scores,
-        choice=choose(scores.scores, scores.costs, tie),
+        choice=argmin_with_ties(scores.scores, scores.costs, tie),
         lambda_=terms.lambda_ if lambda_ is None else lambda_,
         tie=tie,
         assignment=assignment,
@@ -86,27 +88,27 @@ def _decide(
 
 
 def _score(
-    eligibility: Eligibility, assignment: Assignment | None, needs: Needs, terms: Terms
-) -> tuple[Eligibility, Scores]:
+    eligibility: Eligibility, assignment: Assignment | None, needs: Requirements, terms: ScoringParams
+) -> tuple[Eligibility, ScoreTable]:
     pool = eligibility.pool
     if not eligibility.rows.size:
         raise NoEligibleModel("no model can answer this request", eligibility.why)
     errors, output_tokens = _expected(pool, assignment)
     billed_tokens = _capped(pool, output_tokens, needs) * needs.answers
     usd = pool.prices.expected_usd(needs.prompt_tokens, billed_tokens, _cached_tokens(pool, needs, terms))
-    unit = _unit_usd(pool, billed_tokens, needs, terms)
+    unit = cost_unit_usd(pool, billed_tokens, needs, terms)
     if terms.max_cost_usd is not None:
         eligibility = _within(eligibility, usd, terms.max_cost_usd)
     rows = eligibility.rows
     some = slice(None) if len(rows) == len(pool) else rows
     worth = usd + terms.latency_weight * _seconds(pool, assignment) if terms.latency_weight else usd
     costs, errors = worth[some] / unit, errors[some]
-    return eligibility, Scores(
+    return eligibility, ScoreTable(
         names=eligibility.names,
         errors=errors,
         costs=costs,
         scores=errors + terms.lambda_ * costs,
-        work_out=lambda: Details(
+        work_out=lambda: ScoreDetails(
             labels=_labels(pool, rows, assignment),
             costs_usd=usd[rows],
             output_tokens=billed_tokens[rows],
@@ -130,12 +132,12 @@ def _seconds(pool: Pool, assignment: Assignment | None) -> Doubles:
     return np.asarray(assignment.expected(pool.seconds)[0])
 
 
-def _capped(pool: Pool, output_tokens: Doubles, needs: Needs) -> Doubles:
+def _capped(pool: Pool, output_tokens: Doubles, needs: Requirements) -> Doubles:
     capped = np.minimum(output_tokens, pool.output_caps)
     return capped if needs.max_output_tokens is None else np.minimum(capped, needs.max_output_tokens)
 
 
-def _cached_tokens(pool: Pool, needs: Needs, terms: Terms) -> int | Doubles:
+def _cached_tokens(pool: Pool, needs: Requirements, terms: ScoringParams) -> int | Doubles:
     """(M,), or 0 for all."""
     if terms.cached is None or terms.cached[0] not in pool.index:
         return 0
@@ -145,7 +147,7 @@ def _cached_tokens(pool: Pool, needs: Needs, terms: Terms) -> int | Doubles:
     return cached
 
 
-def _unit_usd(pool: Pool, billed_tokens: Doubles, needs: Needs, terms: Terms) -> float:
+def cost_unit_usd(pool: Pool, billed_tokens: Doubles, needs: Requirements, terms: ScoringParams) -> float:
     """What a cost of one is: c_ref of this request, its output the mean over the profiled models; or a cent."""
     if terms.cost_unit == "cents":
         return CENT_USD
@@ -156,7 +158,7 @@ def _unit_usd(pool: Pool, billed_tokens: Doubles, needs: Needs, terms: Terms) ->
 
 def _within(eligibility: Eligibility, usd: Doubles, max_cost_usd: float) -> Eligibility:
     """Rule out what is expected to cost more than the request allows."""
-    left = eligibility.narrowed(~(usd > max_cost_usd), f"expected to cost more than max_cost_usd={max_cost_usd:g}")
+    left = eligibility.filtered(~(usd > max_cost_usd), f"expected to cost more than max_cost_usd={max_cost_usd:g}")
     if not left.rows.size:
         cheapest = float(usd[eligibility.rows].min())
         message = (

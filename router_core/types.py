@@ -60,7 +60,7 @@ class Assignment:
         return np.asarray(np.einsum("np,mnp->nm", self.weights.astype(np.float64), by_cluster[:, self.ids]))
 
 
-DEAREST = 1e6
+MAX_PRICE = 1e6
 """USD per token: what is beyond is a mistake, and sums of it would overflow."""
 MAX_TIERS = 32
 """Of one price; the longest table that is known has four."""
@@ -88,8 +88,8 @@ class Price:
     def __post_init__(self) -> None:
         for name in PRICE_FIELDS:
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= DEAREST:
-                raise InvalidPrice(f"{name} must be USD per token, from 0 to {DEAREST:g}; got {value!r}")
+            if value is not None and not 0 <= value <= MAX_PRICE:
+                raise InvalidPrice(f"{name} must be USD per token, from 0 to {MAX_PRICE:g}; got {value!r}")
 
     @classmethod
     def of(cls, stated: Mapping[str, float | None]) -> Price:
@@ -200,7 +200,7 @@ class Capabilities:
 
 UNKNOWN_CAPABILITIES = Capabilities()
 
-ABILITIES: Mapping[str, str] = MappingProxyType(
+CAPABILITY_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "tools": "call tools",
         "parallel_tools": "call several tools in one turn",
@@ -217,7 +217,7 @@ ABILITIES: Mapping[str, str] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
+class Requirements:
     """What one request asks of a model. Token counts are estimates."""
 
     prompt_tokens: int = 0
@@ -243,4 +243,4 @@ class Needs:
     @property
     def abilities(self) -> tuple[str, ...]:
         """Those of ABILITIES that are asked for, in their order."""
-        return tuple(ability for ability in ABILITIES if getattr(self, ability))
+        return tuple(ability for ability in CAPABILITY_NAMES if getattr(self, ability))

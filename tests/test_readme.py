@@ -11,14 +11,14 @@ import pytest
 import typer
 
 from proxy.cli import app
-from proxy.settings.schema import HealthPolicy, ProfileSettings, Settings, load_settings, setting_names
+from proxy.settings.schema import CircuitBreakerSettings, ProfileSettings, Settings, load_settings, setting_names
 from proxy.storage.redis import PRICING, price_key
 
 README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
 ROWS = dict(re.findall(r"^\| `([^`]+)` \| ([^|]*) \|", README, re.MULTILINE))
 
 
-GROUPS = {"profile": ProfileSettings.model_fields, "breaker": HealthPolicy.model_fields}
+GROUPS = {"profile": ProfileSettings.model_fields, "breaker": CircuitBreakerSettings.model_fields}
 
 
 def documented_settings() -> list[str]:

@@ -64,12 +64,12 @@ def _bad_argument() -> tuple[type[Exception], ...]:
 def _failed_work() -> tuple[type[Exception], ...]:
     from proxy.cli.console import CommandError
     from proxy.cli.local_models import LocalModelError
-    from proxy.storage.price_feed import FeedFailed
+    from proxy.storage.price_feed import PriceFeedError
     from proxy.storage.redis import StoreUnavailable
     from proxy.storage.registry import RegistryError
     from router_core.errors import RouterCoreError
 
-    return (CommandError, FeedFailed, LocalModelError, RegistryError, StoreUnavailable, RouterCoreError)
+    return (CommandError, PriceFeedError, LocalModelError, RegistryError, StoreUnavailable, RouterCoreError)
 
 
 class CommandFailed(Exception):

@@ -16,7 +16,7 @@ from proxy.cli.tools import open_set
 if TYPE_CHECKING:
     from proxy.cli.console import Progress
     from proxy.settings.schema import Settings
-    from router_core.calibration import Expectations, Point, Single
+    from router_core.calibration import BestSingleModel, LambdaSweep, SweepPoint
     from router_core.types import Embedder, Floats
 
 
@@ -93,8 +93,8 @@ class Goal:
 class Answer:
     """What is found, and beside what."""
 
-    found: Point
-    best: Single
+    found: SweepPoint
+    best: BestSingleModel
     interval: tuple[float, float] | None
     """Of `relative`, with 90 % confidence."""
     labels: Mapping[str, float]
@@ -143,26 +143,26 @@ def _answer(settings: Settings, traffic: Traffic, goal: Goal, url: str | None) -
 
     from proxy.cli import console
     from proxy.cli.evaluate import opened_deployment
-    from proxy.routing.requirements import needs_of
-    from router_core.calibration import expectations, relative_interval
-    from router_core.scoring import Terms
+    from proxy.routing.requirements import requirements_of
+    from router_core.calibration import expectations, quality_interval
+    from router_core.scoring import ScoringParams
 
     cluster_map, embedder, pool = opened_deployment(settings, url)
     with console.progress() as bars:
         vectors = embedded(traffic.prompts, embedder, bars)
-    tokens = [needs_of({"messages": list(messages)}).prompt_tokens for messages in traffic.prompts]
-    terms = Terms(
+    tokens = [requirements_of({"messages": list(messages)}).prompt_tokens for messages in traffic.prompts]
+    terms = ScoringParams(
         latency_weight=settings.latency_weight, cost_unit=settings.cost_unit, reference=settings.reference_price
     )
     assignment = cluster_map.assign(vectors)
     expected = expectations(pool, assignment, np.array(tokens, dtype=np.float64), terms)
     found = _found(expected, goal)
-    interval = relative_interval(expected, found, pool, assignment)
+    interval = quality_interval(expected, found, pool, assignment)
     labels = {name: float(pool.total_labels[pool.index[name]]) for name in expected.models}
     return Answer(found, expected.best_single(), interval, labels, traffic, settings.cost_unit)
 
 
-def _found(expected: Expectations, goal: Goal) -> Point:
+def _found(expected: LambdaSweep, goal: Goal) -> SweepPoint:
     from router_core.calibration import best_within, cheapest_reaching
 
     if goal.quality is not None:

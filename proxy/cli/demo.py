@@ -39,7 +39,7 @@ _SLOTS = 4
 
 
 @dataclass(frozen=True)
-class Arm:
+class DemoModel:
     """A model with its parameters. Prices are USD per million tokens, and notional: these models cost nothing."""
 
     name: str
@@ -64,11 +64,11 @@ class Arm:
 
 _BRIEFLY = {"system": "You are a helpful assistant. Answer briefly with the answer only."}
 
-SMOLLM2 = Arm("smollm2", "SmolLM2-135M-Instruct at temperature 0", 2.50, 10.0, {**_BRIEFLY, "temperature": 0})
+SMOLLM2 = DemoModel("smollm2", "SmolLM2-135M-Instruct at temperature 0", 2.50, 10.0, {**_BRIEFLY, "temperature": 0})
 
-HOT = Arm("smollm2-hot", "the same weights at temperature 2.5", 0.50, 2.0, {**_BRIEFLY, "temperature": 2.5})
+HOT = DemoModel("smollm2-hot", "the same weights at temperature 2.5", 0.50, 2.0, {**_BRIEFLY, "temperature": 2.5})
 
-ECHO = Arm(
+ECHO = DemoModel(
     "gemma3-base",
     "Gemma 3 270M before instruction tuning, which repeats the question",
     0.10,
@@ -77,7 +77,7 @@ ECHO = Arm(
 )
 
 
-def start_arms(stack: ExitStack, folder: Path, announce: Callable[[str], None]) -> list[tuple[Arm, str]]:
+def start_arms(stack: ExitStack, folder: Path, announce: Callable[[str], None]) -> list[tuple[DemoModel, str]]:
     """Each arm and the address it answers at. Two processes: the first two arms share their weights."""
     announce("starting SmolLM2-135M-Instruct and Gemma 3 270M under llama.cpp")
     smol = stack.enter_context(_start(smollm2(), folder / "smollm2.log"))
@@ -152,7 +152,7 @@ _MOST_CLUSTERS = 8
 Scores = Mapping[str, float]
 
 
-def show_profiles(client: ServerClient, settings: Settings, arms: Sequence[Arm]) -> None:
+def show_profiles(client: ServerClient, settings: Settings, arms: Sequence[DemoModel]) -> None:
     cards = [client.call("GET", f"/admin/models/{arm.name}") for arm in arms]
     names = [card["model_name"] for card in cards]
     answers = asyncio.run(read_scores(settings, [card["job"]["id"] for card in cards]))
@@ -290,7 +290,7 @@ def file_logging(path: Path) -> dict[str, Any]:
     return {**LOGGING, "handlers": {"stderr": handler}}
 
 
-def measure_arms(client: ServerClient, arms: Sequence[tuple[Arm, str]], prompts: int) -> None:
+def measure_arms(client: ServerClient, arms: Sequence[tuple[DemoModel, str]], prompts: int) -> None:
     """Add each arm with the call that adds any model, and wait until all are measured."""
     say(f"\nPOST /admin/models for each of {len(arms)} models, asking {prompts} of the easiest validation prompts:")
     for arm, _ in arms:

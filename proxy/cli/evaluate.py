@@ -14,7 +14,7 @@ from proxy.cli.options import ConfigOption, DataDirOption, JsonOption, UrlOption
 if TYPE_CHECKING:
     from proxy.cli.options import ServerClient
     from proxy.settings.schema import Settings
-    from proxy.storage.price_map import Catalog
+    from proxy.storage.price_map import PriceMap
     from router_core.clustering import ClusterMap
     from router_core.evaluation.deployed import Common
     from router_core.evaluation.outcomes import Outcomes
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 def opened_map(settings: Settings) -> tuple[ClusterMap, Embedder]:
     """The map and the embedder of the settings. Raises CommandError where the two do not belong together."""
-    from proxy.app import open_map
+    from proxy.app import load_cluster_map
     from proxy.cli.console import opened_embedder
 
-    cluster_map, embedder = open_map(settings), opened_embedder(settings.embedder, settings.data_dir)
+    cluster_map, embedder = load_cluster_map(settings), opened_embedder(settings.embedder, settings.data_dir)
     if embedder.id != cluster_map.embedder_id:
         raise CommandError(
             f"the map was fitted with the embedder {cluster_map.embedder_id}, but `embedder: {settings.embedder}` is"
@@ -79,7 +79,7 @@ def _check_map(cards: list[Mapping[str, Any]], cluster_map: ClusterMap) -> None:
             )
 
 
-def _candidate(card: Mapping[str, Any], catalog: Catalog) -> Candidate:
+def _candidate(card: Mapping[str, Any], catalog: PriceMap) -> Candidate:
     from proxy.settings.models import ModelInfo
     from proxy.storage.snapshot import capabilities_of
     from router_core.pool import Candidate

@@ -19,7 +19,7 @@ from proxy.cli.console import BadArgument, Progress, opened_embedder, readable
 from proxy.cli.options import DataDirOption, JsonOption
 from router_core.clustering import ClusterMap
 from router_core.documents import MAX_LINE_BYTES, DocumentTooLarge, parse_json
-from router_core.embedding import excerpt
+from router_core.embedding import truncate_middle
 from router_core.evaluation.outcomes import parse_row, read_rows
 from router_core.fitting import EmbeddedPrompts, PromptSample, batches, count_nearest, embed_prompts, sample_prompts
 from router_core.types import Doubles, Embedder, Indices
@@ -34,7 +34,7 @@ _TELL_EVERY = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class FitPlan:
     """What is to be fitted."""
 
     paths: Sequence[Path]
@@ -44,7 +44,7 @@ class Order:
     data_dir: Path
 
 
-class Steps(Protocol):
+class FitBackend(Protocol):
     """Where the work is done. Each gives the same wherever that is."""
 
     def sample(self) -> PromptSample: ...
@@ -55,10 +55,10 @@ class Steps(Protocol):
         """(K,) how many of all prompts lie nearest to each cluster."""
 
 
-class StepsHere:
+class LocalBackend:
     """One after the other, in this process."""
 
-    def __init__(self, order: Order, bars: Progress) -> None:
+    def __init__(self, order: FitPlan, bars: Progress) -> None:
         self._order = order
         self._bars = bars
 
@@ -84,7 +84,7 @@ class StepsHere:
         return told(read_prompts(self._order.paths), label, self._bars)
 
 
-class Rate:
+class ProgressRate:
     """Prompts so far, and how many a second, on a bar whose end is not known."""
 
     def __init__(self, label: str, bars: Progress) -> None:
@@ -99,7 +99,7 @@ class Rate:
 
 def told(texts: Iterable[str], label: str, bars: Progress) -> Iterator[str]:
     """The texts, while the bar says how many they are."""
-    rate, done = Rate(label, bars), 0
+    rate, done = ProgressRate(label, bars), 0
     for done, text in enumerate(texts, 1):
         yield text
         if done % _TELL_EVERY == 0:
@@ -125,7 +125,7 @@ def known_models(outcomes: Path | None, prompts: Sequence[str]) -> KnownModels:
     found: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for where, line in read_rows(outcomes) if outcomes else ():
         scored = parse_row(where, line)
-        row = rows.get(excerpt(scored.prompt))
+        row = rows.get(truncate_middle(scored.prompt))
         if row is not None:
             for model, score in scored.scores.items():
                 found[model].append((row, score))
@@ -167,7 +167,7 @@ def read_prompts(paths: Iterable[Path]) -> Iterator[str]:
     """
     for path in paths:
         try:
-            yield from map(excerpt, _reader(path)(path))
+            yield from map(truncate_middle, _reader(path)(path))
         except OSError as error:
             raise BadArgument(f"{path}: cannot be read ({error.strerror or error})") from None
         except (EOFError, zlib.error):
@@ -285,7 +285,7 @@ def fit(
     from proxy.cli.console import empty_folder, known_embedder
     from proxy.cli.options import read_settings
     from router_core.artifact import save_map
-    from router_core.fitting import distinct_prompts, fit_with_history
+    from router_core.fitting import distinct_prompts, fit_with_outcomes
 
     paths = [*(prompts or ()), *([outcomes] if outcomes else ())]
     if not paths:
@@ -297,22 +297,22 @@ def fit(
         known_embedder(embedder, "--embedder")
     check_prompt_files(paths)
     empty_folder(out, "--out")
-    order = Order(paths, clusters, seed, embedder, settings.data_dir)
+    order = FitPlan(paths, clusters, seed, embedder, settings.data_dir)
     with console.progress() as bars, _steps(order, bars, ray, workers) as steps:
         sample = steps.sample()
         embedded = steps.embed(distinct_prompts(sample, clusters))
         known = known_models(outcomes, embedded.texts)
-        fitted = fit_with_history(embedded, known.scores, known.models, clusters, seed=seed, progress=bars.update)
+        fitted = fit_with_outcomes(embedded, known.scores, known.models, clusters, seed=seed, progress=bars.update)
         save_map(fitted, out)
         counts = steps.count(fitted) if count else None
     _tell_json(fitted, sample, counts, out) if as_json else _tell(fitted, sample, counts, out)
 
 
 @contextmanager
-def _steps(order: Order, bars: Progress, ray: str | None, workers: int | None) -> Iterator[Steps]:
+def _steps(order: FitPlan, bars: Progress, ray: str | None, workers: int | None) -> Iterator[FitBackend]:
 
     if ray is None:
-        yield StepsHere(order, bars)
+        yield LocalBackend(order, bars)
         return
     from proxy.cli.fit_ray import steps_on_ray
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from proxy.cli.console import BadArgument, CommandError, Progress, opened_embedder
-from proxy.cli.fit import Order, Rate, read_prompts
+from proxy.cli.fit import FitPlan, ProgressRate, read_prompts
 from router_core.clustering import ClusterMap
 from router_core.embedding import open_embedder
 from router_core.fitting import (
@@ -113,7 +113,7 @@ Batch = dict[str, Any]
 
 
 @contextmanager
-def steps_on_ray(order: Order, bars: Progress, address: str, workers: int | None) -> Iterator[StepsOnRay]:
+def steps_on_ray(order: FitPlan, bars: Progress, address: str, workers: int | None) -> Iterator[StepsOnRay]:
     """For as long as Ray is connected."""
     with connected(address, workers) as embedders:
         yield StepsOnRay(order, bars, embedders)
@@ -125,7 +125,7 @@ class StepsOnRay:
     A transformer's vectors may differ in the last digit where machines, or numbers of threads, do.
     """
 
-    def __init__(self, order: Order, bars: Progress, workers: int) -> None:
+    def __init__(self, order: FitPlan, bars: Progress, workers: int) -> None:
         self._order = order
         self._bars = bars
         self._workers = workers
@@ -133,7 +133,7 @@ class StepsOnRay:
     def sample(self) -> PromptSample:
         """Of each file, merged as they come: parts of the sample do not depend on each other."""
         merged = empty_sample(self._order.clusters, seed=self._order.seed)
-        rate = Rate("reading", self._bars)
+        rate = ProgressRate("reading", self._bars)
         for row in self._files().map(partial(sample_file, order=self._order)).iter_rows():
             _raise_bad(row["bad"])
             merged.merge(row["sample"])
@@ -157,7 +157,7 @@ class StepsOnRay:
 
     def count(self, fitted: ClusterMap) -> Indices:
         counts = np.zeros(fitted.size, dtype=np.int64)
-        rate = Rate("counting", self._bars)
+        rate = ProgressRate("counting", self._bars)
         read = self._files().map_batches(read_texts, batch_size=1)
         made = self._by_workers(read, partial(count_batch, order=self._order, hard=fitted.hardened()))
         for batch in made.iter_batches(batch_size=None):
@@ -179,7 +179,7 @@ class StepsOnRay:
         return blocks.map_batches(work, batch_size=BATCH, compute=TaskPoolStrategy(size=self._workers))
 
 
-def sample_file(file: Mapping[str, Any], order: Order) -> dict[str, Any]:
+def sample_file(file: Mapping[str, Any], order: FitPlan) -> dict[str, Any]:
     """One row for one file. What is wrong with it is told in the row: an exception would crash the worker."""
     texts = read_prompts([Path(file["path"])])
     try:
@@ -197,11 +197,11 @@ def read_texts(files: Batch) -> Iterator[Batch]:
         yield {"text": _packed([""]), "bad": np.array([str(error)])}
 
 
-def embed_batch(batch: Batch, order: Order) -> Batch:
+def embed_batch(batch: Batch, order: FitPlan) -> Batch:
     return {"row": batch["row"], "vector": _embedder(order).embed(_unpacked(batch["text"]))}
 
 
-def count_batch(batch: Batch, order: Order, hard: ClusterMap) -> Batch:
+def count_batch(batch: Batch, order: FitPlan, hard: ClusterMap) -> Batch:
     bad = next(filter(None, batch["bad"].tolist()), "")
     counts = count_nearest(_unpacked(batch["text"]), _embedder(order), hard)
     return {"counts": counts[None, :], "bad": np.array([bad])}
@@ -213,7 +213,7 @@ def _embedder_of(kind: str, data_dir: Path) -> Embedder:
     return open_embedder(kind, data_dir)
 
 
-def _embedder(order: Order) -> Embedder:
+def _embedder(order: FitPlan) -> Embedder:
     return _embedder_of(order.embedder, order.data_dir)
 
 

@@ -114,13 +114,13 @@ def seconds_of(text: str, option: str) -> int | None:
 
 def rows_of(keys: tuple[ClientKey, ...], now: float) -> list[tuple[str, ...]]:
     """One of `keys list`: id, name, role, state, expires, models."""
-    from proxy.server.admin_schemas import shown_key
+    from proxy.server.admin_schemas import key_to_json
 
     return [
         (
             *(key.id, key.name, key.role),
             "revoked" if key.revoked else "expired" if key.expired(now) else "active",
-            shown_key(key)["expires_at"] or "never",
+            key_to_json(key)["expires_at"] or "never",
             "all" if key.models is None else ", ".join(key.models),
         )
         for key in keys
@@ -175,7 +175,7 @@ def update(
 ) -> None:
     """Change what a key may do. What is not stated stays; `none` takes a limit away."""
     from proxy.cli.console import BadArgument, emit_json
-    from proxy.server.admin_schemas import read_key_change, shown_key
+    from proxy.server.admin_schemas import key_to_json, read_key_change
     from proxy.storage.audit_log import CHANGE_KEY
 
     if name is not None:
@@ -189,7 +189,7 @@ def update(
     stated = checked(lambda: read_key_change(body, time.time()))
     key = _with_keys(config, data_dir, lambda registry: registry.change(key_id, stated))
     _written(CHANGE_KEY, key)
-    emit_json(shown_key(key))
+    emit_json(key_to_json(key))
 
 
 @keys.command()
@@ -202,10 +202,10 @@ def rotate(
     as_json: JsonOption = False,
 ) -> None:
     """Give a key a new secret and show it, once. The one before opens until the grace ends."""
-    from proxy.server.admin_schemas import read_grace
+    from proxy.server.admin_schemas import parse_grace_period
     from proxy.storage.audit_log import ROTATE_KEY
 
-    grace_s = checked(lambda: read_grace({"grace_s": seconds_of(grace, "--grace")}))
+    grace_s = checked(lambda: parse_grace_period({"grace_s": seconds_of(grace, "--grace")}))
     made = _with_keys(config, data_dir, lambda registry: registry.rotate(key_id, grace_s))
     _written(ROTATE_KEY, made[0])
     _show_secret(*made, as_json=as_json)
@@ -215,11 +215,11 @@ def rotate(
 def list_keys(config: ConfigOption = None, data_dir: DataDirOption = None, *, as_json: JsonOption = False) -> None:
     """Show the keys, never their text."""
     from proxy.cli import console
-    from proxy.server.admin_schemas import shown_key
+    from proxy.server.admin_schemas import key_to_json
 
     found = _with_keys(config, data_dir, lambda registry: registry.listed())
     if as_json:
-        console.emit_json([shown_key(key) for key in found])
+        console.emit_json([key_to_json(key) for key in found])
         return
     console.table(("id", "name", "role", "state", "expires", "models"), rows_of(found, time.time()))
 
@@ -228,9 +228,9 @@ def list_keys(config: ConfigOption = None, data_dir: DataDirOption = None, *, as
 def show(key_id: KeyId, config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
     """What one key may do, as JSON; never its text."""
     from proxy.cli.console import emit_json
-    from proxy.server.admin_schemas import shown_key
+    from proxy.server.admin_schemas import key_to_json
 
-    emit_json(shown_key(_with_keys(config, data_dir, lambda registry: registry.find(key_id))))
+    emit_json(key_to_json(_with_keys(config, data_dir, lambda registry: registry.find(key_id))))
 
 
 @keys.command()
@@ -263,10 +263,10 @@ def _written(action: str, key: ClientKey) -> None:
 
 def _show_secret(key: ClientKey, secret: str, *, as_json: bool) -> None:
     from proxy.cli import console
-    from proxy.server.admin_schemas import shown_key
+    from proxy.server.admin_schemas import key_to_json
 
     if as_json:
-        shown: dict[str, Any] = {**shown_key(key), "key": secret}
+        shown: dict[str, Any] = {**key_to_json(key), "key": secret}
         console.emit_json(shown)
         return
     console.say(secret)

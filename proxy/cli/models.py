@@ -75,14 +75,14 @@ def _read_profile(path: Path) -> dict[str, Any]:
 
 def _from_outcomes(path: Path, name: str) -> dict[str, Any]:
     """Measured here, with the map and the embedder of our own settings; the server refuses another map's profile."""
-    from proxy.app import open_map
+    from proxy.app import load_cluster_map
     from proxy.cli.console import opened_embedder, readable
     from proxy.profiling.prompts import profile_from_outcomes
 
     readable(path, "--outcomes")
     config = os.environ.get("UNIROUTE_CONFIG")
     settings = load_settings(Path(config) if config else None, os.environ)
-    cluster_map = open_map(settings)
+    cluster_map = load_cluster_map(settings)
     embedder = opened_embedder(settings.embedder, settings.data_dir)
     return profile_from_outcomes(path, name, cluster_map, embedder).to_json()
 

@@ -81,14 +81,14 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 async def open_registry(settings: Settings) -> AsyncIterator[Registry]:
     """The store itself, with no server needed; a running server's embedded store is joined."""
     from proxy.storage.audit_log import CLI
-    from proxy.storage.client_keys import KeyLatch
+    from proxy.storage.client_keys import AuthRequiredLatch
     from proxy.storage.redis import Store
     from proxy.storage.registry import Registry
 
     store = await Store.open(settings)
     try:
         configured = [entry.model_name for entry in settings.model_list]
-        yield Registry(store, configured, KeyLatch(settings.data_dir), CLI)
+        yield Registry(store, configured, AuthRequiredLatch(settings.data_dir), CLI)
     finally:
         await store.close()
 

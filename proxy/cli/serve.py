@@ -13,12 +13,12 @@ from typing import Annotated
 
 import typer
 
-from proxy.app import open_services
+from proxy.app import app_state
 from proxy.cli.options import ConfigOption, DataDirOption, read_settings, run
-from proxy.settings.models import ModelEntry, ModelInfo, check_model_name
+from proxy.settings.models import ModelConfig, ModelInfo, check_model_name
 from proxy.settings.schema import Settings, check_exposure, is_loopback
-from proxy.storage.client_keys import KeyLatch
-from proxy.storage.price_map import Catalog
+from proxy.storage.client_keys import AuthRequiredLatch
+from proxy.storage.price_map import PriceMap
 from proxy.storage.redis import Store, StoreUnavailable
 from proxy.storage.registry import Registry
 from proxy.storage.valkey import EmbeddedStoreFailed, EmbeddedValkey
@@ -31,13 +31,13 @@ def check_open_door(settings: Settings) -> None:
         SettingsError: the server would be open to everybody.
         StoreUnavailable: the embedded store does not start.
     """
-    latch = KeyLatch(settings.data_dir)
+    latch = AuthRequiredLatch(settings.data_dir)
     if not (is_loopback(settings.host) or latch.closed):
         asyncio.run(_look_for_keys(settings, latch))
         check_exposure(settings, keys_required=latch.closed)
 
 
-async def _look_for_keys(settings: Settings, latch: KeyLatch) -> None:
+async def _look_for_keys(settings: Settings, latch: AuthRequiredLatch) -> None:
     """A store that does not answer counts as one without keys."""
     store = await Store.open(settings)
     try:
@@ -92,7 +92,7 @@ async def work(settings: Settings) -> None:
 
 async def _measure(settings: Settings, opened: asyncio.Event, told: asyncio.Event) -> None:
     unexposed = settings.model_copy(update={"host": "127.0.0.1"})
-    async with open_services(unexposed, os.environ) as services:
+    async with app_state(unexposed, os.environ) as services:
         opened.set()
         worker_log.info("measuring models for the store at %s", services.store.name)
         await told.wait()
@@ -128,13 +128,13 @@ PROVIDERS = (
 
 
 def detect_models(
-    environ: Mapping[str, str], catalog: Catalog, *, ollama_url: str = OLLAMA_URL
-) -> tuple[ModelEntry, ...]:
+    environ: Mapping[str, str], catalog: PriceMap, *, ollama_url: str = OLLAMA_URL
+) -> tuple[ModelConfig, ...]:
     """Hosted models whose key is set and whose price the catalog knows, then every chat model of the Ollama."""
     return (*_hosted(environ, catalog), *_ollama(ollama_url))
 
 
-def with_detected(settings: Settings, found: Sequence[ModelEntry]) -> Settings:
+def with_detected(settings: Settings, found: Sequence[ModelConfig]) -> Settings:
     """The settings with the found models added; a configured name, or the same LiteLLM model, stays as configured."""
     names = {entry.model_name for entry in settings.model_list}
     models = {entry.litellm_params["model"] for entry in settings.model_list}
@@ -142,9 +142,9 @@ def with_detected(settings: Settings, found: Sequence[ModelEntry]) -> Settings:
     return settings.model_copy(update={"model_list": (*settings.model_list, *new)})
 
 
-def _hosted(environ: Mapping[str, str], catalog: Catalog) -> list[ModelEntry]:
+def _hosted(environ: Mapping[str, str], catalog: PriceMap) -> list[ModelConfig]:
     return [
-        ModelEntry(
+        ModelConfig(
             model_name=provider.prefix + model,
             litellm_params={"model": provider.prefix + model, "api_key": f"os.environ/{provider.key}"},
         )
@@ -155,9 +155,9 @@ def _hosted(environ: Mapping[str, str], catalog: Catalog) -> list[ModelEntry]:
     ]
 
 
-def _ollama(url: str) -> list[ModelEntry]:
+def _ollama(url: str) -> list[ModelConfig]:
     return [
-        ModelEntry(
+        ModelConfig(
             model_name=f"ollama/{name}",
             litellm_params={"model": f"ollama_chat/{name}", "api_base": url},
             model_info=ModelInfo(free=True),
@@ -209,7 +209,7 @@ def serve(
     """Serve the OpenAI-compatible API until Ctrl-C."""
     from logging.config import dictConfig
 
-    from proxy.app import check_files
+    from proxy.app import validate_files
     from proxy.cli import console
     from proxy.server.run import LOGGING, address, announce_ready, leave_on_sigterm, listen, run_server
 
@@ -218,7 +218,7 @@ def serve(
     settings = read_settings(config, host=host, port=port, workers=workers, data_dir=data_dir)
     if detect:
         settings = _with_detected(settings)
-    check_files(settings)
+    validate_files(settings)
     check_open_door(settings)
     bound = listen(settings.host, settings.port)
     console.note(f"UniRoute at {address(bound)}/v1, data in {settings.data_dir}")
@@ -248,12 +248,12 @@ def worker(config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
     """Measure models for servers that use the same store, until Ctrl-C."""
     from logging.config import dictConfig
 
-    from proxy.app import check_files
+    from proxy.app import validate_files
     from proxy.server.run import LOGGING
 
     dictConfig(LOGGING)
     settings = read_settings(config, data_dir=data_dir)
-    check_files(settings)
+    validate_files(settings)
     run(work(settings))
 
 

@@ -13,11 +13,11 @@ import typer
 from proxy.cli.options import ConfigOption, DataDirOption, JsonOption, UrlOption, finite, read_settings, run
 from proxy.settings.schema import Settings
 from proxy.storage.audit_log import CLI
-from proxy.storage.client_keys import KeyLatch
-from proxy.storage.models import LivePrice, ModelRecord
+from proxy.storage.client_keys import AuthRequiredLatch
+from proxy.storage.models import CurrentPrice, ModelRecord
 from proxy.storage.price_feed import SyncReport, sync_prices
 from proxy.storage.price_map import bundled_catalog
-from proxy.storage.reader import Stored, StoredReader
+from proxy.storage.reader import StateReader, StoredState
 from proxy.storage.redis import Store
 from proxy.storage.registry import Registry
 from proxy.storage.snapshot import prices_of
@@ -84,7 +84,7 @@ def candidate_row(candidate: Mapping[str, Any]) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class PricedModels:
     models: Mapping[str, ModelRecord]
-    prices: Mapping[str, LivePrice]
+    prices: Mapping[str, CurrentPrice]
 
 
 async def sync_once(settings: Settings, url: str | None = None) -> SyncReport:
@@ -98,15 +98,15 @@ async def sync_once(settings: Settings, url: str | None = None) -> SyncReport:
     store = await Store.open(settings)
     try:
         configured = {entry.model_name: ModelRecord.of_entry(entry, "config", 0.0) for entry in settings.model_list}
-        reader = StoredReader(store, time.time)
+        reader = StateReader(store, time.time)
         await reader.read(configured)
-        registry = Registry(store, configured, KeyLatch(settings.data_dir), CLI)
+        registry = Registry(store, configured, AuthRequiredLatch(settings.data_dir), CLI)
         return await sync_prices(registry, _priced(reader.last, configured), url or settings.price_url)
     finally:
         await store.close()
 
 
-def _priced(stored: Stored, configured: Mapping[str, ModelRecord]) -> PricedModels:
+def _priced(stored: StoredState, configured: Mapping[str, ModelRecord]) -> PricedModels:
     models = {**stored.models, **configured}
     catalog = bundled_catalog()
     known = {name: catalog.find(str(record.litellm_params["model"])) for name, record in models.items()}
@@ -198,14 +198,14 @@ def export(
 @validation.command()
 def check(source: SetArgument = "builtin", data_dir: DataDirOption = None, *, as_json: JsonOption = False) -> None:
     """Read a set, report the first broken line, and say which clusters of the map it leaves thin."""
-    from proxy.app import open_map
+    from proxy.app import load_cluster_map
     from proxy.cli import console
     from proxy.cli.console import opened_embedder
     from router_core.validation.validation_set import coverage, thin_clusters
 
     chosen = open_set(source)
     settings = read_settings(None, data_dir=data_dir)
-    cluster_map = open_map(settings)
+    cluster_map = load_cluster_map(settings)
     embedder = opened_embedder(settings.embedder, settings.data_dir)
     labels = coverage(cluster_map.assign(embedder.embed([prompt.text for prompt in chosen])), cluster_map.size)
     thin = [(k, cluster_map.names[k], float(labels[k])) for k in thin_clusters(labels)]

@@ -14,12 +14,12 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
 
-from proxy.concurrency import end, to_its_end
-from proxy.errors import AnswerTooLarge, UpstreamFailure
+from proxy.concurrency import cancel_and_wait, run_uncancelled
+from proxy.errors import AnswerTooLarge, UpstreamError
 from proxy.storage.models import ModelRecord
-from proxy.storage.usage import Received, TokenCounts, believed, cost_usd, counts_of, usage_of
-from proxy.upstream.circuit_breaker import stated_wait_s
-from proxy.upstream.payload import Payload
+from proxy.storage.usage import ObservedTraffic, TokenCounts, believed, cost_usd, parse_usage, usage_of
+from proxy.upstream.circuit_breaker import parse_retry_after
+from proxy.upstream.payload import JSONPayload
 from router_core.pricing import max_price_usd
 from router_core.types import Price
 from router_core.validation.graders import MAX_ANSWER_CHARS, JudgeGrader
@@ -81,7 +81,7 @@ Message = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ModelAnswer:
     """What came back. None: the provider did not say."""
 
     text: str
@@ -96,7 +96,7 @@ class Answer:
         return self.counts.output_tokens
 
 
-class AnswerFailed(Exception):
+class ModelCallError(Exception):
     """The model gave no answer; the message says why and what may help."""
 
     def __init__(
@@ -114,21 +114,21 @@ class AnswerFailed(Exception):
         self._hopeless = hopeless
 
     @property
-    def worth_retrying(self) -> bool:
+    def retryable(self) -> bool:
         if self._hopeless:
             return False
         return self.status is None or self.status in WORTH_RETRYING or self.status >= 500
 
 
-class Answerer(Protocol):
+class ModelClient(Protocol):
     async def answer(
         self, record: ModelRecord, messages: Sequence[Message], *, max_tokens: int, timeout_s: float
-    ) -> Answer:
+    ) -> ModelAnswer:
         """Raises AnswerFailed, also when `timeout_s` is over."""
 
 
 class Upstream(Protocol):
-    async def complete(self, record: ModelRecord, body: Mapping[str, Any]) -> Payload:
+    async def complete(self, record: ModelRecord, body: Mapping[str, Any]) -> JSONPayload:
         """An OpenAI chat completion, or UpstreamFailure."""
 
 
@@ -140,30 +140,30 @@ class UpstreamAnswerer:
 
     async def answer(
         self, record: ModelRecord, messages: Sequence[Message], *, max_tokens: int, timeout_s: float
-    ) -> Answer:
+    ) -> ModelAnswer:
         body = {"model": record.name, "messages": [dict(message) for message in messages], "max_tokens": max_tokens}
         started = monotonic()
         try:
             async with asyncio.timeout(timeout_s):
                 completion = (await self._upstream.complete(record, body)).body
         except TimeoutError as error:
-            raise AnswerFailed(f"{record.name} did not answer within {timeout_s:g} s") from error
-        except UpstreamFailure as error:
+            raise ModelCallError(f"{record.name} did not answer within {timeout_s:g} s") from error
+        except UpstreamError as error:
             raise _failed(error) from error
         return read_answer(completion, monotonic() - started, record.name)
 
 
-def read_answer(completion: Mapping[str, Any], seconds: float, model: str) -> Answer:
+def read_answer(completion: Mapping[str, Any], seconds: float, model: str) -> ModelAnswer:
     """The first choice of an OpenAI completion. Raises AnswerFailed where there is none."""
     choices = completion.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     message = choice.get("message") if isinstance(choice, Mapping) else None
     if not isinstance(choice, Mapping) or not isinstance(message, Mapping):
-        raise AnswerFailed(f"{model} answered without any choice", status=502)
-    counts = counts_of(usage_of(completion))
+        raise ModelCallError(f"{model} answered without any choice", status=502)
+    counts = parse_usage(usage_of(completion))
     text = _text(message.get("content"))
-    counts = believed(counts, Received(0, len(text.encode("utf-8", "replace")), unreported_bytes=0))
-    return Answer(
+    counts = believed(counts, ObservedTraffic(0, len(text.encode("utf-8", "replace")), unreported_bytes=0))
+    return ModelAnswer(
         text=text,
         finish_reason=_word(choice.get("finish_reason")),
         counts=counts,
@@ -172,14 +172,14 @@ def read_answer(completion: Mapping[str, Any], seconds: float, model: str) -> An
     )
 
 
-def _failed(error: UpstreamFailure) -> AnswerFailed:
+def _failed(error: UpstreamError) -> ModelCallError:
     """The upstream's words are left out: some providers repeat the key in them."""
     hint = HINTS.get(error.status or 0)
     reason = f"{error}; {hint}" if hint else str(error)
-    return AnswerFailed(
+    return ModelCallError(
         reason[:LONGEST_REASON],
         status=error.status,
-        retry_after_s=stated_wait_s(error.headers, time.time()),
+        retry_after_s=parse_retry_after(error.headers, time.time()),
         hopeless=isinstance(error, AnswerTooLarge),
     )
 
@@ -222,7 +222,7 @@ class GradingProcess:
             AnswerFailed: no child can be started here.
         """
         async with self._turn:
-            await end(self._retiring)
+            await cancel_and_wait(self._retiring)
             try:
                 return await self._grade(prompt, answer)
             finally:
@@ -230,7 +230,7 @@ class GradingProcess:
 
     async def close(self) -> None:
         async with self._turn:
-            await end(self._retiring)
+            await cancel_and_wait(self._retiring)
             await self._end()
 
     async def _grade(self, prompt: ValidationPrompt, answer: str) -> float | None:
@@ -260,16 +260,16 @@ class GradingProcess:
     async def _start(self) -> asyncio.subprocess.Process:
         ready = b""
         try:
-            child = await to_its_end(self._spawned())
+            child = await run_uncancelled(self._spawned())
             async with asyncio.timeout(START_TIMEOUT_S):
                 ready = await _line(child)
         except (TimeoutError, OSError) as error:
-            raise AnswerFailed(f"no process could be started to grade in: {error or 'it took too long'}") from error
+            raise ModelCallError(f"no process could be started to grade in: {error or 'it took too long'}") from error
         finally:
             if ready != READY:
                 await self._end()
         if ready != READY:
-            raise AnswerFailed("the process to grade in ended at its start: is the machine out of memory?")
+            raise ModelCallError("the process to grade in ended at its start: is the machine out of memory?")
         return child
 
     async def _spawned(self) -> asyncio.subprocess.Process:
@@ -295,7 +295,7 @@ class GradingProcess:
             return
         if child.returncode is None:
             child.kill()
-        await to_its_end(_gone(child))
+        await run_uncancelled(_gone(child))
 
 
 async def _gone(child: asyncio.subprocess.Process) -> None:
@@ -331,7 +331,7 @@ TOKENS_PER_MESSAGE = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RetryPolicy:
     """How a provider that is busy or broken is treated."""
 
     attempts: int = 5
@@ -341,22 +341,22 @@ class Patience:
     timeout_s: float = 120.0
     """For one attempt."""
 
-    def wait_s(self, attempt: int, failure: AnswerFailed) -> float:
+    def wait_s(self, attempt: int, failure: ModelCallError) -> float:
         """What the provider asked for, else exponential; with jitter, so that many do not come back at once."""
         wait = self.first_wait_s * 2**attempt if failure.retry_after_s is None else failure.retry_after_s
         return min(self.longest_wait_s, wait) * random.uniform(1.0, 1.25)  # noqa: S311
 
 
-class Asker:
+class RetryingClient:
     """Asks one model for one job. When the provider says to wait, all prompts wait."""
 
-    def __init__(self, answerer: Answerer, record: ModelRecord, patience: Patience) -> None:
+    def __init__(self, answerer: ModelClient, record: ModelRecord, patience: RetryPolicy) -> None:
         self.record = record
         self._answerer = answerer
         self._patience = patience
         self._not_before = 0.0
 
-    async def ask(self, messages: Sequence[Message], max_tokens: int) -> Answer:
+    async def ask(self, messages: Sequence[Message], max_tokens: int) -> ModelAnswer:
         """Raises AnswerFailed once it is not worth another attempt."""
         for attempt in range(self._patience.attempts):
             await asyncio.sleep(max(0.0, self._not_before - monotonic()))
@@ -364,26 +364,26 @@ class Asker:
                 return await self._answerer.answer(
                     self.record, messages, max_tokens=max_tokens, timeout_s=self._patience.timeout_s
                 )
-            except AnswerFailed as failure:
-                if not failure.worth_retrying or attempt + 1 == self._patience.attempts:
+            except ModelCallError as failure:
+                if not failure.retryable or attempt + 1 == self._patience.attempts:
                     raise
                 self._not_before = monotonic() + self._patience.wait_s(attempt, failure)
-        raise AnswerFailed(f"{self.record.name} was not asked: patience.attempts is {self._patience.attempts}")
+        raise ModelCallError(f"{self.record.name} was not asked: patience.attempts is {self._patience.attempts}")
 
 
-def own_limit(record: ModelRecord) -> int | None:
+def configured_token_limit(record: ModelRecord) -> int | None:
     """The token limit that is part of the arm itself: users get answers cut there too."""
     limits = (record.litellm_params.get(name) for name in ("max_tokens", "max_completion_tokens"))
     return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
-def cost_of(answer: Answer, price: Price, at_most: float) -> float:
+def cost_of(answer: ModelAnswer, price: Price, at_most: float) -> float:
     """USD of one answer; `at_most` where the provider did not count."""
     usd = cost_usd(answer.counts, price)
     return at_most if usd is None else usd
 
 
-def most_it_can_cost(messages: Sequence[Message], record: ModelRecord, price: Price, max_tokens: int) -> float:
+def max_cost_usd(messages: Sequence[Message], record: ModelRecord, price: Price, max_tokens: int) -> float:
     """USD that is set aside before asking: a token is at least one byte of what is sent."""
     sent = [message["content"] for message in messages] + [str(record.litellm_params.get("system") or "")]
     prompt_tokens = sum(len(text.encode("utf-8", "replace")) + TOKENS_PER_MESSAGE for text in sent)
@@ -395,20 +395,23 @@ JUDGE_TOKENS = 512
 CUT_OFF = "length"
 
 
-class NoJudge(Exception):
+class JudgeNotConfigured(Exception):
     """A prompt needs a judge, and no model is configured to be it."""
 
 
-class Judge:
+class GraderRunner:
     """The models that grade what no rule can."""
 
     def __init__(
-        self, asker_of: Callable[[str], tuple[Asker, Price | None]], default: str | None, grading: GradingProcess
+        self,
+        asker_of: Callable[[str], tuple[RetryingClient, Price | None]],
+        default: str | None,
+        grading: GradingProcess,
     ) -> None:
         self._find = asker_of
         self._default = default
         self._grading = grading
-        self._found: dict[str, tuple[Asker, Price | None]] = {}
+        self._found: dict[str, tuple[RetryingClient, Price | None]] = {}
 
     def check(self, prompts: tuple[ValidationPrompt, ...], *, capped: bool) -> None:
         """Before anything is spent. Raises NoJudge."""
@@ -417,16 +420,16 @@ class Judge:
                 continue
             name = prompt.grader.model or self._default
             if name is None:
-                raise NoJudge(f"the validation prompt {prompt.id!r} needs a judge: set judge_model")
+                raise JudgeNotConfigured(f"the validation prompt {prompt.id!r} needs a judge: set judge_model")
             if capped and self._asker_of(name)[1] is None:
-                raise NoJudge(f"no price is known for the judge {name!r}, so max_usd cannot be kept")
+                raise JudgeNotConfigured(f"no price is known for the judge {name!r}, so max_usd cannot be kept")
 
-    def _asker_of(self, name: str) -> tuple[Asker, Price | None]:
+    def _asker_of(self, name: str) -> tuple[RetryingClient, Price | None]:
         if name not in self._found:
             self._found[name] = self._find(name)
         return self._found[name]
 
-    def most_it_can_cost(self, prompt: ValidationPrompt, answer_tokens: int) -> float:
+    def max_cost_usd(self, prompt: ValidationPrompt, answer_tokens: int) -> float:
         """USD to set aside for judging one answer; a token of it is at most 8 bytes on the way to the judge."""
         if not isinstance(prompt.grader, JudgeGrader):
             return 0.0
@@ -434,11 +437,11 @@ class Judge:
         messages = prompt.grader.messages(prompt.text, "")
         if price is None:
             return 0.0
-        return most_it_can_cost(messages, asker.record, price, JUDGE_TOKENS) + (
+        return max_cost_usd(messages, asker.record, price, JUDGE_TOKENS) + (
             8 * answer_tokens * price.input_cost_per_token
         )
 
-    async def score(self, prompt: ValidationPrompt, answer: Answer) -> tuple[float | None, float]:
+    async def score(self, prompt: ValidationPrompt, answer: ModelAnswer) -> tuple[float | None, float]:
         """The score, None where there is none, and what judging cost in USD. Raises AnswerFailed."""
         grader = prompt.grader
         if not isinstance(grader, JudgeGrader):
@@ -448,5 +451,5 @@ class Judge:
         verdict = await asker.ask(messages, JUDGE_TOKENS)
         cost = 0.0
         if price is not None:
-            cost = cost_of(verdict, price, most_it_can_cost(messages, asker.record, price, JUDGE_TOKENS))
+            cost = cost_of(verdict, price, max_cost_usd(messages, asker.record, price, JUDGE_TOKENS))
         return (None if verdict.finish_reason == CUT_OFF else grader.parse(verdict.text)), cost

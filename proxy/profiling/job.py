@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from time import monotonic
 from typing import Any, Final
 
-from proxy.concurrency import end
+from proxy.concurrency import cancel_and_wait
 from proxy.storage.redis import InvalidRecord, Store, StoreUnavailable, json_object, number, whole_number
 from router_core.profiles import MOST
 
@@ -134,7 +134,7 @@ class PromptAnswer:
 
 
 @dataclass(frozen=True)
-class Carried:
+class ReusedAnswers:
     """Answers to an earlier job that a new one begins with: done, and paid for already."""
 
     earlier: str
@@ -167,7 +167,7 @@ LEASE_S = 8.0
 
 HEARTBEAT_S = 2.0
 
-DOUBTFUL_S = 4.0
+RENEWAL_GRACE_S = 4.0
 """Without a renewal for this long work stops: the next failed attempt might end after the lease does."""
 
 MOST_TRIES = 5
@@ -259,7 +259,7 @@ class Leases:
         """Let another worker take the job at once. Raises StoreUnavailable; then the lease runs out by itself."""
         await self._run("release a lease", _RELEASE, lease)
 
-    async def while_held(self, lease: Lease, work: asyncio.Task[Any]) -> None:
+    async def hold(self, lease: Lease, work: asyncio.Task[Any]) -> None:
         """Renew until `work` is over. Ends `work` and raises LeaseLost before anybody else could have the job."""
         renewed = monotonic()
         try:
@@ -270,11 +270,11 @@ class Leases:
                         raise LeaseLost("the job was cancelled or taken over")
                     renewed = asked
                 except StoreUnavailable as error:
-                    if monotonic() - renewed >= DOUBTFUL_S:
+                    if monotonic() - renewed >= RENEWAL_GRACE_S:
                         raise LeaseLost(str(error)) from error
         finally:
             if not work.done():
-                await end(work)
+                await cancel_and_wait(work)
 
     async def _run(self, what: str, script: str, lease: Lease) -> Any:
         job_id = lease.job_id

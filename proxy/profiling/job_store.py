@@ -14,11 +14,11 @@ from proxy.profiling.job import (
     KEPT_S,
     LATEST,
     OPEN,
-    Carried,
     Job,
     Lease,
     LeaseLost,
     PromptAnswer,
+    ReusedAnswers,
     answers_key,
     job_key,
     lease_key,
@@ -27,7 +27,7 @@ from proxy.profiling.job import (
 from proxy.storage.audit_log import Step
 from proxy.storage.complaints import Complaints
 from proxy.storage.models import ModelRecord, StoredProfile
-from proxy.storage.redis import CHANGED, EARLIER, MODELS, PROFILES, VERSION, InvalidRecord, Store
+from proxy.storage.redis import CHANGED, MODELS, PREVIOUS_PROFILES, PROFILES, VERSION, InvalidRecord, Store
 from router_core.profiles import Profile
 
 # KEYS: jobs, open, latest, profiles, the new job's hash, its answers. ARGV: id, model, fingerprint, time, map, the
@@ -130,7 +130,7 @@ return 1
 log = logging.getLogger("uniroute.jobs")
 
 
-class Ledger:
+class JobStore:
     """All methods raise StoreUnavailable; those that take a lease raise LeaseLost where it is no longer ours."""
 
     def __init__(self, store: Store) -> None:
@@ -138,7 +138,7 @@ class Ledger:
         self._complaints = Complaints(log)
 
     async def submit(
-        self, record: ModelRecord, prompts: int, max_usd: float | None, carried: Carried | None = None
+        self, record: ModelRecord, prompts: int, max_usd: float | None, carried: ReusedAnswers | None = None
     ) -> str:
         """The id of the new job, or of the unfinished one that measures the same arm.
 
@@ -148,7 +148,7 @@ class Ledger:
         return str(await self._store.run_durably("submit a job", step.script, step.keys, step.arguments))
 
     def submission(
-        self, record: ModelRecord, prompts: int, max_usd: float | None, carried: Carried | None = None
+        self, record: ModelRecord, prompts: int, max_usd: float | None, carried: ReusedAnswers | None = None
     ) -> Step:
         """What `submit` does, to be done together with something else."""
         job_id, now = uuid.uuid4().hex[:16], time.time()
@@ -237,7 +237,7 @@ class Ledger:
         await self._finish(lease, "failed", error, ["", "", ""])
 
     async def _finish(self, lease: Lease, state: str, error: str, result: list[str]) -> None:
-        more_keys = [OPEN, VERSION, PROFILES, MODELS, EARLIER]
+        more_keys = [OPEN, VERSION, PROFILES, MODELS, PREVIOUS_PROFILES]
         await self._fenced("finish a job", FINISH, lease, [lease.job_id, state, error, *result], more_keys)
 
     async def _fenced(

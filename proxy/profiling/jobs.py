@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from proxy.concurrency import end
+from proxy.concurrency import cancel_and_wait
 from proxy.errors import NotMeasured
-from proxy.profiling.grading import Answerer, GradingProcess, Patience
-from proxy.profiling.job import Carried, Job, PromptAnswer
-from proxy.profiling.job_store import Ledger
-from proxy.profiling.prompts import PlacedPrompts, ValidationPrompts
-from proxy.profiling.runner import ENOUGH_LABELS, Measuring
+from proxy.profiling.grading import GradingProcess, ModelClient, RetryPolicy
+from proxy.profiling.job import Job, PromptAnswer, ReusedAnswers
+from proxy.profiling.job_store import JobStore
+from proxy.profiling.prompts import AssignedPrompts, ValidationPrompts
+from proxy.profiling.runner import ENOUGH_LABELS, JobRunner
 from proxy.profiling.worker import JobWorker
 from proxy.routing.candidates import listed
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, StoredProfile
-from proxy.storage.redis import Store, StoreUnavailable, StoreUnreadable, until_it_answers
+from proxy.storage.redis import Store, StoreUnavailable, StoreUnreadable, retry_until_available
 from proxy.storage.registry import Registry, UnknownModel
-from proxy.storage.snapshot import StateHolder
+from proxy.storage.snapshot import SnapshotWatcher
 from router_core.errors import InvalidInput
 from router_core.types import Embedder
 
@@ -77,7 +77,7 @@ class Recorded:
 
     asked: int
     """How many prompts that job was for."""
-    carried: Carried
+    carried: ReusedAnswers
 
     @property
     def suffices(self) -> bool:
@@ -85,14 +85,14 @@ class Recorded:
         return 0 < min(ENOUGH_LABELS, self.asked) <= self.carried.labels
 
 
-class CarryingOver:
+class ProfileMigration:
     """For the map of this process. What can be carried over becomes a job like any other."""
 
     def __init__(
         self,
         settings: Settings,
-        state: StateHolder,
-        ledger: Ledger,
+        state: SnapshotWatcher,
+        ledger: JobStore,
         prompts: ValidationPrompts,
         kick: Callable[[str], Awaitable[None]],
     ) -> None:
@@ -104,10 +104,10 @@ class CarryingOver:
 
     async def run(self) -> None:
         """Every model once. Waits for a store that is away."""
-        await until_it_answers(self._state.refresh)
+        await retry_until_available(self._state.refresh)
         for model in sorted(self._state.current.elsewhere):
             try:
-                await until_it_answers(partial(self._carry_over_or_tell, model))
+                await retry_until_available(partial(self._carry_over_or_tell, model))
             except StoreUnreadable as error:
                 log.error("the answers of model %s are not carried over: %s", model, error)
 
@@ -169,7 +169,7 @@ class CarryingOver:
         answered = (prompt.id for prompt in placed.prompts if prompt.id in stored and not stored[prompt.id].failed)
         answers = {prompt_id: stored[prompt_id] for prompt_id in answered}
         measured_at = entry.profile.measured_at
-        return Recorded(job.total, Carried(job.id, cluster_map.id, answers, measured_at)) if answers else None
+        return Recorded(job.total, ReusedAnswers(job.id, cluster_map.id, answers, measured_at)) if answers else None
 
 
 RECENT_S = 1.0
@@ -181,20 +181,20 @@ class Jobs:
     def __init__(
         self,
         store: Store,
-        state: StateHolder,
-        answerer: Answerer,
+        state: SnapshotWatcher,
+        answerer: ModelClient,
         embedder: Embedder,
         settings: Settings,
-        patience: Patience | None = None,
+        patience: RetryPolicy | None = None,
     ) -> None:
         self._state = state
-        self._ledger = Ledger(store)
+        self._ledger = JobStore(store)
         self._prompts = ValidationPrompts(settings.validation_set, embedder)
-        patience = patience or Patience(timeout_s=settings.profile.timeout_s)
+        patience = patience or RetryPolicy(timeout_s=settings.profile.timeout_s)
         self._grading = GradingProcess()
-        measuring = Measuring(settings, state, answerer, self._ledger, self._prompts, patience, self._grading)
+        measuring = JobRunner(settings, state, answerer, self._ledger, self._prompts, patience, self._grading)
         self.worker = JobWorker(store, self._ledger, measuring.measure, state.current.cluster_map.id)
-        self._carrying = CarryingOver(settings, state, self._ledger, self._prompts, self.worker.kick)
+        self._carrying = ProfileMigration(settings, state, self._ledger, self._prompts, self.worker.kick)
         self._carrying_task: asyncio.Task[None] | None = None
         self._recent: Mapping[str, Job] = {}
         self._read_at = -RECENT_S
@@ -287,16 +287,16 @@ class Jobs:
 
     async def stop_worker(self) -> None:
         """Give the jobs back: another worker goes on with them at once."""
-        await end(self._carrying_task)
+        await cancel_and_wait(self._carrying_task)
         await self.worker.stop()
 
     async def close(self) -> None:
-        await end(self._carrying_task)
+        await cancel_and_wait(self._carrying_task)
         await self.worker.close()
         await self._grading.close()
 
 
-def outcome_lines(placed: PlacedPrompts, model: str, answers: Mapping[str, PromptAnswer]) -> list[dict[str, Any]]:
+def outcome_lines(placed: AssignedPrompts, model: str, answers: Mapping[str, PromptAnswer]) -> list[dict[str, Any]]:
     """`{"id", "source", "prompt", "scores": {model: score}, "output_tokens": {model: n}}` for each labelled prompt."""
     lines = []
     for prompt in placed.prompts:

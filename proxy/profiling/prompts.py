@@ -21,14 +21,14 @@ BUILTIN = "builtin"
 
 
 @dataclass(frozen=True)
-class PlacedPrompts:
+class AssignedPrompts:
     """Prompts and, in the same order, their clusters."""
 
     prompts: tuple[ValidationPrompt, ...]
     assignment: Assignment
     clusters: int
 
-    def chosen(self, count: int, answered: Collection[str] = ()) -> PlacedPrompts:
+    def chosen(self, count: int, answered: Collection[str] = ()) -> AssignedPrompts:
         """At most `count` of them, spread over clusters and families: the same ones for every model.
 
         Those `answered` already, by id, are all among them, whichever they are; the others fill up to `count`.
@@ -40,7 +40,7 @@ class PlacedPrompts:
         wanted = fixed.union(others[: max(0, count - len(fixed))])
         rows = [row for row in ranked if row in wanted]
         assignment = Assignment(self.assignment.ids[rows], self.assignment.weights[rows])
-        return PlacedPrompts(tuple(self.prompts[row] for row in rows), assignment, self.clusters)
+        return AssignedPrompts(tuple(self.prompts[row] for row in rows), assignment, self.clusters)
 
 
 class ValidationPrompts:
@@ -49,20 +49,20 @@ class ValidationPrompts:
     def __init__(self, source: str, embedder: Embedder) -> None:
         self._source = source
         self._embedder = embedder
-        self._placed: dict[str, PlacedPrompts] = {}
+        self._placed: dict[str, AssignedPrompts] = {}
         self._placing = asyncio.Lock()
 
-    async def placed(self, cluster_map: ClusterMap) -> PlacedPrompts:
+    async def placed(self, cluster_map: ClusterMap) -> AssignedPrompts:
         """Raises InvalidValidationSet."""
         async with self._placing:
             if cluster_map.id not in self._placed:
                 self._placed = {cluster_map.id: await asyncio.to_thread(self._place, cluster_map)}
             return self._placed[cluster_map.id]
 
-    def _place(self, cluster_map: ClusterMap) -> PlacedPrompts:
+    def _place(self, cluster_map: ClusterMap) -> AssignedPrompts:
         chosen = self._load()
         vectors = self._embedder.embed([prompt.text for prompt in chosen])
-        return PlacedPrompts(chosen.prompts, cluster_map.assign(vectors), cluster_map.size)
+        return AssignedPrompts(chosen.prompts, cluster_map.assign(vectors), cluster_map.size)
 
     def _load(self) -> ValidationSet:
         return builtin_validation_set() if self._source == BUILTIN else load_validation_set(Path(self._source))

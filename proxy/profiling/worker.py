@@ -17,9 +17,9 @@ from taskiq.receiver import Receiver
 from taskiq.serializers import JSONSerializer
 from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
 
-from proxy.concurrency import end
+from proxy.concurrency import cancel_and_wait
 from proxy.profiling.job import OPEN, Lease, LeaseLost, Leases, job_key, kick_key, lease_key
-from proxy.profiling.job_store import Ledger
+from proxy.profiling.job_store import JobStore
 from proxy.storage.complaints import Complaints
 from proxy.storage.redis import Store, StoreUnavailable, StoreUnreadable, json_object
 from proxy.storage.redis_server import RedisServer
@@ -142,7 +142,7 @@ Measure = Callable[[Lease], Awaitable[None]]
 class JobWorker:
     """Puts jobs on the stream, and once started takes them from there."""
 
-    def __init__(self, store: Store, ledger: Ledger, measure: Measure, map_id: str) -> None:
+    def __init__(self, store: Store, ledger: JobStore, measure: Measure, map_id: str) -> None:
         self._store = store
         self._ledger = ledger
         self._measure = measure
@@ -193,8 +193,8 @@ class JobWorker:
         self._broker.closing = True
         self._stopping.set()
         given_back = tuple(self._working)
-        await end(*self._working.values())
-        await end(*self._background)
+        await cancel_and_wait(*self._working.values())
+        await cancel_and_wait(*self._background)
         self._background = ()
         for job_id in given_back:
             await self.kick(job_id)
@@ -211,7 +211,7 @@ class JobWorker:
         self._working[job_id] = work
         try:
             await asyncio.wait({work})
-            await end(work)
+            await cancel_and_wait(work)
         finally:
             del self._working[job_id]
 
@@ -230,7 +230,7 @@ class JobWorker:
 
     async def _held(self, lease: Lease) -> None:
         work = asyncio.ensure_future(self._measure(lease))
-        await self._leases.while_held(lease, work)
+        await self._leases.hold(lease, work)
         error = work.exception()
         if isinstance(error, StoreUnreadable):  # it would be so each time, and each time cost a prompt
             await self._ledger.fail(lease, str(error))

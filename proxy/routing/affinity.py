@@ -5,15 +5,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.routing.chat_request import ChatRequest
-from proxy.routing.fingerprints import Trail, leaves_marks, newest_question, past_of
+from proxy.routing.fingerprints import TurnFingerprints, has_fingerprints, inspect_history, latest_user_text
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
-from proxy.storage.sessions import Conversations, LastTurn, scoped
-from proxy.upstream.payload import choices_of, plain_text
+from proxy.storage.sessions import LastTurn, SessionStore, scoped_key
+from proxy.upstream.payload import iter_choices, simple_text
 
 
 @dataclass(frozen=True, slots=True)
-class Thread:
+class Affinity:
     scope: str = ""
     """The client key's id; empty where none was needed."""
     session: str | None = field(default=None, repr=False)
@@ -32,43 +32,45 @@ class Thread:
         return (last.model, last.tokens) if last.tokens else None
 
 
-NO_THREAD = Thread()
+NO_AFFINITY = Affinity()
 
 
-async def thread_of(memory: Conversations, request: ChatRequest, key: ClientKey | None, settings: Settings) -> Thread:
+async def load_affinity(
+    memory: SessionStore, request: ChatRequest, key: ClientKey | None, settings: Settings
+) -> Affinity:
     """Never fails. Asks Redis only where the request has a session, or something whose producer is not known here."""
     scope = key.id if key else ""
-    past = past_of(request.body["messages"])
+    past = inspect_history(request.body["messages"])
     name = request.options.session
-    session = None if name is None or settings.sticky_sessions == "off" else scoped(scope, f"session:{name}")
+    session = None if name is None or settings.sticky_sessions == "off" else scoped_key(scope, f"session:{name}")
     if session is None and not past.marks:
-        return Thread(scope, None, past.has_reasoning)
-    recalled = await memory.recall([scoped(scope, mark) for mark in past.marks], session)
-    return Thread(scope, session, past.has_reasoning, recalled.producer, recalled.last)
+        return Affinity(scope, None, past.has_reasoning)
+    recalled = await memory.recall([scoped_key(scope, mark) for mark in past.marks], session)
+    return Affinity(scope, session, past.has_reasoning, recalled.producer, recalled.last)
 
 
 MOST_CHOICES = 16
 """Of one answer with `n`: a caller goes on with one of them."""
 
 
-class AnswerMarks:
+class AffinityRecorder:
     """One per request: `see` each chunk of a stream or `answer` the whole, then `finish`."""
 
-    def __init__(self, memory: Conversations, thread: Thread, messages: Sequence[Any]) -> None:
+    def __init__(self, memory: SessionStore, thread: Affinity, messages: Sequence[Any]) -> None:
         self._memory = memory
         self._thread = thread
         self._messages = messages
-        self._trails: dict[int, Trail] = {}
+        self._trails: dict[int, TurnFingerprints] = {}
 
     def see(self, chunk: Mapping[str, Any], model: str) -> None:
         """Before `chunk` goes out: once its last piece is with the caller, the next turn may arrive anywhere."""
-        if plain_text(chunk) is not None and not (self._trails and chunk["choices"][0].get("finish_reason")):
+        if simple_text(chunk) is not None and not (self._trails and chunk["choices"][0].get("finish_reason")):
             return  # the text of an answer is no mark of it, and it has none yet, or goes on
         ended = False
-        for place, choice in enumerate(choices_of(chunk)):
+        for place, choice in enumerate(iter_choices(chunk)):
             index = choice.get("index")
             for name in ("message", "delta"):
-                if isinstance(part := choice.get(name), Mapping) and leaves_marks(part):
+                if isinstance(part := choice.get(name), Mapping) and has_fingerprints(part):
                     self._add(index if isinstance(index, int) else place, part)
             ended = ended or bool(choice.get("finish_reason"))
         if ended:
@@ -86,7 +88,7 @@ class AnswerMarks:
     def _add(self, index: int, part: Mapping[str, Any]) -> None:
         """Of the first choices with a mark; those with none need no memory."""
         if index not in self._trails and len(self._trails) < MOST_CHOICES:
-            self._trails[index] = Trail()
+            self._trails[index] = TurnFingerprints()
         if (trail := self._trails.get(index)) is not None:
             trail.add(part)
 
@@ -95,6 +97,6 @@ class AnswerMarks:
         self._trails = {}
         if not trails:
             return
-        question = newest_question(self._messages)
+        question = latest_user_text(self._messages)
         marks = [mark for trail in trails for mark in (*trail.reasoning_marks(question), *trail.call_marks(question))]
-        self._memory.remember([scoped(self._thread.scope, mark) for mark in dict.fromkeys(marks)], model)
+        self._memory.remember([scoped_key(self._thread.scope, mark) for mark in dict.fromkeys(marks)], model)

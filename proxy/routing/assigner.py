@@ -27,11 +27,11 @@ MOST_REMEMBERED = 2_048
 """Prompts of one generation; two are kept."""
 
 
-class RoutingLate(Exception):
+class AssignmentTimeout(Exception):
     """The clusters were not known in time, or too many prompts wait already."""
 
 
-class Assigner:
+class ClusterAssigner:
     """Φ(x) for one prompt at a time. Of prompts that come again it keeps a digest and their clusters."""
 
     def __init__(self, embedder: Embedder, deadline_s: float, cpu_s: Callable[[], float] = time.process_time) -> None:
@@ -41,8 +41,8 @@ class Assigner:
         self._cpu_s = cpu_s
         self._executor = ThreadPoolExecutor(WORKERS, thread_name_prefix="embedding")
         self._waiting = 0
-        self._young: dict[tuple[str, bytes], Assignment] = {}
-        self._old: dict[tuple[str, bytes], Assignment] = {}
+        self._recent: dict[tuple[str, bytes], Assignment] = {}
+        self._previous: dict[tuple[str, bytes], Assignment] = {}
 
     async def warm(self, cluster_map: ClusterMap) -> None:
         """The first prompt pays for nothing that could be loaded before."""
@@ -51,25 +51,29 @@ class Assigner:
     async def assign(self, text: str, cluster_map: ClusterMap) -> Assignment:
         """One row, read-only. Raises RoutingLate."""
         key = cluster_map.id, blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        found = self._young.get(key)
+        found = self._recent.get(key)
         if found is None:
-            found = self._old.get(key) or self._at_hand(text, cluster_map) or await self._in_time(text, cluster_map)
+            found = (
+                self._previous.get(key)
+                or self._assign_inline(text, cluster_map)
+                or await self._in_time(text, cluster_map)
+            )
             self._remember(key, found)
         return found
 
-    def _at_hand(self, text: str, cluster_map: ClusterMap) -> Assignment | None:
+    def _assign_inline(self, text: str, cluster_map: ClusterMap) -> Assignment | None:
         """On the event loop, where that takes about a millisecond at most."""
         vector = self.embedder.embed_at_hand(text) if isinstance(self.embedder, StaticEmbedder) else None
         return None if vector is None else _read_only(cluster_map.assign(vector))
 
     def _remember(self, key: tuple[str, bytes], assignment: Assignment) -> None:
-        self._young[key] = assignment
-        if len(self._young) > MOST_REMEMBERED:
-            self._old, self._young = self._young, {}
+        self._recent[key] = assignment
+        if len(self._recent) > MOST_REMEMBERED:
+            self._previous, self._recent = self._recent, {}
 
     async def _in_time(self, text: str, cluster_map: ClusterMap) -> Assignment:
         if self._waiting >= MOST_WAITING:
-            raise RoutingLate("too many prompts wait to be embedded")
+            raise AssignmentTimeout("too many prompts wait to be embedded")
         self._waiting += 1
         embedding = asyncio.wrap_future(self._executor.submit(self._assign, text, cluster_map))
         try:
@@ -85,7 +89,7 @@ class Assigner:
         while not embedding.done():
             left_s = self.deadline_s - (self._cpu_s() - began)
             if left_s <= 0 or waits == STARVED:
-                raise RoutingLate(f"the prompt was not embedded within {self.deadline_s * 1000:g} ms")
+                raise AssignmentTimeout(f"the prompt was not embedded within {self.deadline_s * 1000:g} ms")
             await asyncio.wait({embedding}, timeout=max(left_s, self.deadline_s / STARVED))
             waits += 1
         return embedding.result()

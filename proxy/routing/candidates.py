@@ -7,51 +7,66 @@ from enum import Enum
 from functools import cached_property
 from types import MappingProxyType
 
-from proxy.errors import BadRequest, Forbidden, NothingAble, NotMeasured, TooLong, Unavailable, UnknownName
-from proxy.routing.affinity import Thread
-from proxy.routing.chat_request import ChatRequest, Options
-from proxy.routing.requirements import asked_for, needs_of
+from proxy.errors import (
+    BadRequest,
+    ContextLengthExceeded,
+    Forbidden,
+    ModelNotFound,
+    NoEligibleModelError,
+    NotMeasured,
+    ServiceUnavailable,
+)
+from proxy.routing.affinity import Affinity
+from proxy.routing.chat_request import ChatRequest, RoutingOptions
+from proxy.routing.requirements import requirement_sources, requirements_of
 from proxy.settings.schema import Settings
-from proxy.storage.client_keys import ClientKey, within
-from proxy.storage.snapshot import RoutingState
+from proxy.storage.client_keys import ClientKey, clamp
+from proxy.storage.snapshot import RoutingSnapshot
 from router_core.eligibility import Eligibility, eligible
 from router_core.errors import NoEligibleModel
-from router_core.scoring import Terms
-from router_core.types import ABILITIES, Needs
+from router_core.scoring import ScoringParams
+from router_core.types import CAPABILITY_NAMES, Requirements
 
 
-class Way(Enum):
+class RoutingMode(Enum):
     SCORED = "auto"
     BEST = "uniroute/best"
     CHEAP = "uniroute/cheap"
     PINNED = ""
 
 
-ALIASES = {"auto": Way.SCORED, "uniroute/auto": Way.SCORED, "uniroute/best": Way.BEST, "uniroute/cheap": Way.CHEAP}
+ALIASES = {
+    "auto": RoutingMode.SCORED,
+    "uniroute/auto": RoutingMode.SCORED,
+    "uniroute/best": RoutingMode.BEST,
+    "uniroute/cheap": RoutingMode.CHEAP,
+}
 
 ANY = "*"
 
 
-def way_of(name: str, settings: Settings, state: RoutingState, key: ClientKey | None) -> Way:
+def routing_mode(name: str, settings: Settings, state: RoutingSnapshot, key: ClientKey | None) -> RoutingMode:
     """Raises UnknownName, and Forbidden where the key may not use this model."""
     if name in ALIASES:
         return ALIASES[name]
     if name in settings.route_names and name != ANY:
-        return Way.SCORED
+        return RoutingMode.SCORED
     if name in state.models:
         _check_allowed(name, key)
-        return Way.PINNED
+        return RoutingMode.PINNED
     if ANY in settings.route_names:
-        return Way.SCORED
-    raise UnknownName(f'the model {name[:128]!r} does not exist; use "auto", or one of GET /v1/models', param="model")
+        return RoutingMode.SCORED
+    raise ModelNotFound(f'the model {name[:128]!r} does not exist; use "auto", or one of GET /v1/models', param="model")
 
 
-def usable_models(state: RoutingState, key: ClientKey | None) -> tuple[str, ...]:
+def allowed_models(state: RoutingSnapshot, key: ClientKey | None) -> tuple[str, ...]:
     """Every registered name that this key may use, sorted."""
     return tuple(name for name in sorted(state.models) if key is None or key.models is None or name in key.models)
 
 
-def candidates(options: Options, state: RoutingState, key: ClientKey | None) -> Collection[str] | None:
+def restrict_candidates(
+    options: RoutingOptions, state: RoutingSnapshot, key: ClientKey | None
+) -> Collection[str] | None:
     """Names that a choice is restricted to, by the key and by each list of the request; None: all.
 
     Raises:
@@ -67,11 +82,11 @@ def candidates(options: Options, state: RoutingState, key: ClientKey | None) -> 
 
 
 def _asked(
-    names: tuple[str, ...] | None, param: str, state: RoutingState, key: ClientKey | None
+    names: tuple[str, ...] | None, param: str, state: RoutingSnapshot, key: ClientKey | None
 ) -> tuple[str, ...] | None:
     for name in names or ():
         if name not in state.models:
-            raise UnknownName(f"the model {name[:128]!r} of `{param}` does not exist", param=param)
+            raise ModelNotFound(f"the model {name[:128]!r} of `{param}` does not exist", param=param)
         _check_allowed(name, key)
     return names
 
@@ -81,10 +96,10 @@ def _check_allowed(name: str, key: ClientKey | None) -> None:
         raise Forbidden(f"this key may not use the model {name!r}", param="model")
 
 
-_ASKED_BY_NAME = {Way.BEST: 0.0, Way.CHEAP: math.inf}
+LAMBDA_OF_MODE = {RoutingMode.BEST: 0.0, RoutingMode.CHEAP: math.inf}
 
 
-def cost_weight(request: ChatRequest, way: Way, settings: Settings, key: ClientKey | None) -> float:
+def cost_weight(request: ChatRequest, way: RoutingMode, settings: Settings, key: ClientKey | None) -> float:
     """What nobody stated is moved within the bounds; what the caller stated is not.
 
     Raises:
@@ -93,29 +108,29 @@ def cost_weight(request: ChatRequest, way: Way, settings: Settings, key: ClientK
     """
     stated = request.options.lambda_
     if key is not None:
-        if not may_ask(way, key):
-            asks = "λ = 0" if way is Way.BEST else "the cheapest model, whatever λ is"
+        if not key_allows_mode(way, key):
+            asks = "λ = 0" if way is RoutingMode.BEST else "the cheapest model, whatever λ is"
             raise Forbidden(f"{request.model!r} asks for {asks}; for this key λ is {_bounds(key)}", param="model")
         if stated is not None and not _allowed(stated, key):
             raise BadRequest(f"`lambda` is {stated:g}; for this key it is {_bounds(key)}", param="lambda")
-    if way is Way.BEST:
+    if way is RoutingMode.BEST:
         return 0.0
-    return stated if stated is not None else _unstated(settings.lambda_, key)
+    return stated if stated is not None else default_for_key(settings.lambda_, key)
 
 
-def may_ask(way: Way, key: ClientKey | None) -> bool:
+def key_allows_mode(way: RoutingMode, key: ClientKey | None) -> bool:
     """Whether the key's bounds leave room for a name that stands for a λ."""
-    return key is None or way not in _ASKED_BY_NAME or _allowed(_ASKED_BY_NAME[way], key)
+    return key is None or way not in LAMBDA_OF_MODE or _allowed(LAMBDA_OF_MODE[way], key)
 
 
-def _unstated(default: float, key: ClientKey | None) -> float:
+def default_for_key(default: float, key: ClientKey | None) -> float:
     if key is None:
         return default
-    return within(default, key.lambda_min, key.lambda_max) if key.lambda_default is None else key.lambda_default
+    return clamp(default, key.lambda_min, key.lambda_max) if key.lambda_default is None else key.lambda_default
 
 
 def _allowed(value: float, key: ClientKey) -> bool:
-    return value == within(value, key.lambda_min, key.lambda_max)
+    return value == clamp(value, key.lambda_min, key.lambda_max)
 
 
 def _bounds(key: ClientKey) -> str:
@@ -128,10 +143,10 @@ _SHOWN = 10
 _SHOWN_CHARACTERS = 2_000
 
 
-class RuledOut(Mapping[str, str]):
+class IneligibleReasons(Mapping[str, str]):
     """Ruled-out model → why, of those that the caller may use. Worked out when somebody looks: few requests are."""
 
-    def __init__(self, asked: Asked, eligibility: Eligibility | None, *, but: str | None = None) -> None:
+    def __init__(self, asked: SelectionContext, eligibility: Eligibility | None, *, but: str | None = None) -> None:
         self._asked = asked
         self._eligibility = eligibility
         self._but = but
@@ -139,7 +154,7 @@ class RuledOut(Mapping[str, str]):
     @cached_property
     def _reasons(self) -> dict[str, str]:
         why = self._eligibility.why if self._eligibility else {}
-        usable = set(usable_models(self._asked.state, self._asked.key)) - {self._but}
+        usable = set(allowed_models(self._asked.state, self._asked.key)) - {self._but}
         return {name: reason for name, reason in why.items() if name in usable}
 
     def __getitem__(self, name: str) -> str:
@@ -152,44 +167,46 @@ class RuledOut(Mapping[str, str]):
         return len(self._reasons)
 
 
-def nothing_left(asked: Asked, eligibility: Eligibility) -> NothingAble | Unavailable:
+def no_candidate_error(asked: SelectionContext, eligibility: Eligibility) -> NoEligibleModelError | ServiceUnavailable:
     pool, needs, allowed = asked.state.pool, asked.needs, asked.allowed
-    if not usable_models(asked.state, asked.key):
-        return Unavailable("no model is registered that this request may use")
+    if not allowed_models(asked.state, asked.key):
+        return ServiceUnavailable("no model is registered that this request may use")
     if not _candidates(asked):
-        return NothingAble("`models`, `provider.only` and `provider.ignore` together leave no model", param="provider")
+        return NoEligibleModelError(
+            "`models`, `provider.only` and `provider.ignore` together leave no model", param="provider"
+        )
     reasons = _because(asked, eligibility.why)
-    if not eligible(pool, Needs(), allowed).rows.size:
+    if not eligible(pool, Requirements(), allowed).rows.size:
         return NotMeasured(f"no model can be chosen yet{reasons}", _of_candidates(asked, eligibility.why))
     if eligible(pool, needs, allowed).rows.size:
-        return Unavailable(f"every model that can take this request rests after failures{reasons}")
+        return ServiceUnavailable(f"every model that can take this request rests after failures{reasons}")
     if eligible(pool, replace(needs, prompt_tokens=0), allowed).rows.size:
-        return TooLong(
+        return ContextLengthExceeded(
             f"the request of about {needs.prompt_tokens} tokens{_and_answer(needs)} fits no model's context window"
             f"{reasons}",
             param="messages",
         )
-    return NothingAble(f"no model can take this request{_which_needs(asked)}{reasons}")
+    return NoEligibleModelError(f"no model can take this request{_which_needs(asked)}{reasons}")
 
 
-def too_dear(asked: Asked, error: NoEligibleModel) -> NothingAble:
+def over_cost_error(asked: SelectionContext, error: NoEligibleModel) -> NoEligibleModelError:
     """Models are able, and none of them within max_cost_usd."""
-    return NothingAble(f"{error}{_because(asked, error.why)}", param="uniroute.max_cost_usd")
+    return NoEligibleModelError(f"{error}{_because(asked, error.why)}", param="uniroute.max_cost_usd")
 
 
-def _candidates(asked: Asked) -> Collection[str]:
+def _candidates(asked: SelectionContext) -> Collection[str]:
     """Names that this caller and this request allow: no others are spoken of."""
-    usable = set(usable_models(asked.state, asked.key))
+    usable = set(allowed_models(asked.state, asked.key))
     return usable if asked.allowed is None else usable & set(asked.allowed)
 
 
-def _because(asked: Asked, why: Mapping[str, str]) -> str:
+def _because(asked: SelectionContext, why: Mapping[str, str]) -> str:
     return listed(_of_candidates(asked, why))
 
 
-def _of_candidates(asked: Asked, why: Mapping[str, str]) -> dict[str, str]:
-    candidates = _candidates(asked)
-    return {name: reason for name, reason in why.items() if name in candidates}
+def _of_candidates(asked: SelectionContext, why: Mapping[str, str]) -> dict[str, str]:
+    restrict_candidates = _candidates(asked)
+    return {name: reason for name, reason in why.items() if name in restrict_candidates}
 
 
 def listed(reasons: Mapping[str, str]) -> str:
@@ -205,56 +222,58 @@ def listed(reasons: Mapping[str, str]) -> str:
     return f" ({'; '.join(shown)}{more})" if reasons else ""
 
 
-def _and_answer(needs: Needs) -> str:
+def _and_answer(needs: Requirements) -> str:
     return "" if needs.max_output_tokens is None else f", and {needs.max_output_tokens} of an answer,"
 
 
-def _which_needs(asked: Asked) -> str:
+def _which_needs(asked: SelectionContext) -> str:
     """, which needs to read images (messages[3] has image_url)…"""
-    asks = asked_for(asked.request.body)
-    told = [f"to {words} ({asks[ability]})" for ability, words in ABILITIES.items() if ability in asks]
+    asks = requirement_sources(asked.request.body)
+    told = [f"to {words} ({asks[ability]})" for ability, words in CAPABILITY_NAMES.items() if ability in asks]
     return f", which needs a model {', '.join(told)}" if told else ""
 
 
-NOBODY: Mapping[str, float] = MappingProxyType({})
+EMPTY: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class Asked:
+class SelectionContext:
     """One request against one snapshot: what it asks for, and what it may have."""
 
     request: ChatRequest
     key: ClientKey | None
-    state: RoutingState
+    state: RoutingSnapshot
     settings: Settings
-    way: Way
+    way: RoutingMode
     allowed: Collection[str] | None
-    needs: Needs
-    terms: Terms
-    thread: Thread
-    resting: Mapping[str, float] = field(default_factory=lambda: NOBODY)
+    needs: Requirements
+    terms: ScoringParams
+    thread: Affinity
+    resting: Mapping[str, float] = field(default_factory=lambda: EMPTY)
     """Models that failed too often lately → seconds until they may be asked again."""
     loading: Collection[str] = ()
     """Models that this process cannot call yet."""
 
 
-def needs_within(request: ChatRequest, *, limit_is_cap: bool = False) -> Needs:
+def requirements_for(request: ChatRequest, *, limit_is_cap: bool = False) -> Requirements:
     """What the body needs, at prices within the request's caps."""
     provider = request.options.provider
     caps = (provider.max_input_cost_per_token, provider.max_output_cost_per_token)
-    return needs_of(request.body, request.contents, caps, limit_is_cap=limit_is_cap)
+    return requirements_of(request.body, request.contents, caps, limit_is_cap=limit_is_cap)
 
 
-def is_clamped(way: Way, settings: Settings) -> bool:
+def is_clamped(way: RoutingMode, settings: Settings) -> bool:
     """Whether a limit of an answer above a model's own is lowered to that."""
-    return settings.clamp_max_tokens == "on" or (settings.clamp_max_tokens == "auto" and way is not Way.PINNED)
+    return settings.clamp_max_tokens == "on" or (settings.clamp_max_tokens == "auto" and way is not RoutingMode.PINNED)
 
 
-def terms_of(request: ChatRequest, way: Way, settings: Settings, key: ClientKey | None, thread: Thread) -> Terms:
+def scoring_params(
+    request: ChatRequest, way: RoutingMode, settings: Settings, key: ClientKey | None, thread: Affinity
+) -> ScoringParams:
     """Raises BadRequest or Forbidden where the key's bounds of λ are left."""
     options = request.options
     weight = settings.latency_weight if options.latency_weight is None else options.latency_weight
-    return Terms(
+    return ScoringParams(
         lambda_=cost_weight(request, way, settings, key),
         latency_weight=weight,
         max_cost_usd=options.max_cost_usd,

@@ -9,18 +9,18 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from proxy.errors import BadRequest
-from proxy.routing.control_fields import refuse_control_fields
-from proxy.routing.json_body import exact_object, quick_object
-from proxy.routing.requirements import Contents
+from proxy.routing.control_fields import reject_control_fields
+from proxy.routing.json_body import parse_fast, parse_strict
+from proxy.routing.requirements import ContentSummary
 from proxy.routing.sizes import check_sizes
-from proxy.settings.schema import NOTHING_STATED, StatedTimeouts
+from proxy.settings.schema import NO_OVERRIDES, TimeoutOverrides
 
 LONGEST_ID = 255
 
 SESSION_HEADERS = ("x-session-id", "x-litellm-session-id", "x-claude-code-session-id")
 
 
-def inherited_session(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) -> str | None:
+def session_id_from_client(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) -> str | None:
     """The first that is a text of 1 to 255 characters; one that is not was not meant for us, and is passed over."""
     return next((found for found in _stated(body, headers) if is_session_id(found)), None)
 
@@ -49,11 +49,11 @@ _FREE_HERE = ("request", "image", "audio")
 
 _PRICE = re.compile(r"([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
 
-_SHOWN = 60
+MAX_ECHO = 60
 
 
 @dataclass(frozen=True)
-class Provider:
+class ProviderPreferences:
     """None: not stated."""
 
     only: tuple[str, ...] | None = None
@@ -66,18 +66,18 @@ class Provider:
     allow_fallbacks: bool | None = None
 
 
-NO_PROVIDER = Provider()
+NO_PREFERENCES = ProviderPreferences()
 
 
-def read_provider(body: Mapping[str, Any]) -> Provider:
+def read_provider(body: Mapping[str, Any]) -> ProviderPreferences:
     """Raises BadRequest naming the field."""
     stated = body.get("provider")
     if stated is None:
-        return NO_PROVIDER
+        return NO_PREFERENCES
     if not isinstance(stated, dict):
         raise BadRequest("`provider` must be an object", param="provider")
     prompt, completion = _max_price(stated.get("max_price"))
-    return Provider(
+    return ProviderPreferences(
         only=_names(stated, "only"),
         ignore=_names(stated, "ignore") or (),
         max_input_cost_per_token=prompt,
@@ -113,7 +113,7 @@ def _max_price(stated: Any) -> tuple[float | None, float | None]:
     for name in stated:
         if name not in _CAPS + _FREE_HERE:  # a cap that is misspelt would be a cap that is not kept
             raise BadRequest(
-                f"`provider.max_price.{name[:_SHOWN]}` is not a price; known are {', '.join(_CAPS)}",
+                f"`provider.max_price.{name[:MAX_ECHO]}` is not a price; known are {', '.join(_CAPS)}",
                 param="provider.max_price",
             )
     prompt, completion = (_per_token(stated.get(name), f"provider.max_price.{name}") for name in _CAPS)
@@ -126,7 +126,7 @@ def _per_token(value: Any, param: str) -> float | None:
         return None
     number = _number(value)
     if not (math.isfinite(number) and number >= 0):
-        shown = repr(value)[:_SHOWN]
+        shown = repr(value)[:MAX_ECHO]
         raise BadRequest(
             f"`{param}` must be USD per million tokens, a finite number, 0 or more; got {shown}", param=param
         )
@@ -136,7 +136,7 @@ def _per_token(value: Any, param: str) -> float | None:
 def _number(value: Any) -> float:
     """NaN where it is none."""
     if isinstance(value, str):
-        return float(value) if len(value) <= _SHOWN and _PRICE.fullmatch(value) else math.nan
+        return float(value) if len(value) <= MAX_ECHO and _PRICE.fullmatch(value) else math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     try:
@@ -147,18 +147,18 @@ def _number(value: Any) -> float:
 
 LAMBDA_HEADERS = ("lambda", "x-uniroute-lambda")
 
-KNOWN = ("lambda", "models", "max_cost_usd", "latency_weight", "session", "fallbacks", "timeouts")
+ALLOWED_KEYS = ("lambda", "models", "max_cost_usd", "latency_weight", "session", "fallbacks", "timeouts")
 
-TIMEOUTS = tuple(column.name for column in fields(StatedTimeouts))
+TIMEOUTS = tuple(column.name for column in fields(TimeoutOverrides))
 
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
-MOST = 1e12
+MAX_VALUE = 1e12
 """Of λ, dollars and dollars per second: what is beyond is a mistake, and costs reckoned with it would be infinite."""
 
 
 @dataclass(frozen=True)
-class Options:
+class RoutingOptions:
     """None: not stated, the settings decide."""
 
     lambda_: float | None = None
@@ -169,11 +169,11 @@ class Options:
     session: str | None = field(default=None, repr=False)
     """Ours, or the first that the client's own headers and fields name."""
     fallbacks: bool | None = None
-    timeouts: StatedTimeouts = NOTHING_STATED
-    provider: Provider = NO_PROVIDER
+    timeouts: TimeoutOverrides = NO_OVERRIDES
+    provider: ProviderPreferences = NO_PREFERENCES
 
 
-NOTHING_ASKED = Options()
+NO_OPTIONS = RoutingOptions()
 
 READ_HEADERS = (*LAMBDA_HEADERS, *SESSION_HEADERS)
 """The names of the headers that are read here."""
@@ -181,32 +181,32 @@ READ_HEADERS = (*LAMBDA_HEADERS, *SESSION_HEADERS)
 _READ_FIELDS = frozenset({"uniroute", "models", "provider", "prompt_cache_key", "metadata"})
 
 
-def read_options(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) -> Options:
+def read_options(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) -> RoutingOptions:
     """The body wins over the header. Raises BadRequest naming the field."""
     if _READ_FIELDS.isdisjoint(body) and not any(name in READ_HEADERS for name, _ in headers):
-        return NOTHING_ASKED
+        return NO_OPTIONS
     stated = body.get("uniroute", {})
     if not isinstance(stated, dict):
         raise BadRequest("`uniroute` must be an object", param="uniroute")
     for name in stated:
-        if name not in KNOWN:
-            raise BadRequest(f"`uniroute.{name[:_SHOWN]}` is not an option{_nearest(name)}", param="uniroute")
+        if name not in ALLOWED_KEYS:
+            raise BadRequest(f"`uniroute.{name[:MAX_ECHO]}` is not an option{_nearest(name)}", param="uniroute")
     from_header = _header_lambda(headers)
     own = _amount(stated, "lambda")
     provider = read_provider(body)
-    return Options(
+    return RoutingOptions(
         lambda_=from_header if own is None else own,
         models=_models(body, stated),
         max_cost_usd=_amount(stated, "max_cost_usd"),
         latency_weight=_amount(stated, "latency_weight"),
-        session=_session(stated) or inherited_session(body, headers),
+        session=_session(stated) or session_id_from_client(body, headers),
         fallbacks=_fallbacks(stated, provider),
         provider=provider,
         timeouts=_timeouts(stated),
     )
 
 
-def _nearest(name: str, known: Sequence[str] = KNOWN) -> str:
+def _nearest(name: str, known: Sequence[str] = ALLOWED_KEYS) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean `{near[0]}`?" if near else f"; known are {', '.join(known)}"
 
@@ -237,13 +237,13 @@ def _amount(stated: Mapping[str, Any], name: str, path: str = "uniroute") -> flo
 
 
 def _checked(number: float, label: str, param: str, shown: object) -> float:
-    if not 0 <= number <= MOST:  # also of NaN
+    if not 0 <= number <= MAX_VALUE:  # also of NaN
         raise BadRequest(_not_an_amount(label, shown), param=param)
     return number + 0.0  # -0.0 becomes 0.0
 
 
 def _not_an_amount(label: str, shown: object) -> str:
-    return f"{label} must be a finite number from 0 to {MOST:g}; got {str(shown)[:_SHOWN]!r}"
+    return f"{label} must be a finite number from 0 to {MAX_VALUE:g}; got {str(shown)[:MAX_ECHO]!r}"
 
 
 def _models(body: Mapping[str, Any], stated: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -265,27 +265,27 @@ def _session(stated: Mapping[str, Any]) -> str | None:
     return value
 
 
-def _fallbacks(stated: Mapping[str, Any], provider: Provider) -> bool | None:
+def _fallbacks(stated: Mapping[str, Any], provider: ProviderPreferences) -> bool | None:
     own = stated.get("fallbacks")
     if not isinstance(own, bool | None):
         raise BadRequest("`uniroute.fallbacks` must be true or false", param="uniroute.fallbacks")
     return provider.allow_fallbacks if own is None else own
 
 
-def _timeouts(stated: Mapping[str, Any]) -> StatedTimeouts:
+def _timeouts(stated: Mapping[str, Any]) -> TimeoutOverrides:
     path, value = "uniroute.timeouts", stated.get("timeouts")
     if value is None:
-        return NOTHING_STATED
+        return NO_OVERRIDES
     if not isinstance(value, dict):
         raise BadRequest(f"`{path}` must be an object of seconds", param=path)
     for name in value:
         if name not in TIMEOUTS:
-            raise BadRequest(f"`{path}.{name[:_SHOWN]}` is not known{_nearest(name, TIMEOUTS)}", param=path)
+            raise BadRequest(f"`{path}.{name[:MAX_ECHO]}` is not known{_nearest(name, TIMEOUTS)}", param=path)
     seconds = {name: _amount(value, name, path) for name in TIMEOUTS}
     for name, amount in seconds.items():
         if amount == 0:
             raise BadRequest(f"`{path}.{name}` must be more than 0 seconds", param=f"{path}.{name}")
-    return StatedTimeouts(**seconds)
+    return TimeoutOverrides(**seconds)
 
 
 _OURS = frozenset({"uniroute", "models", "route", "provider"})
@@ -300,18 +300,18 @@ class ChatRequest:
     stream: bool
     include_usage: bool
     """The caller asked for the usage chunk of a stream."""
-    options: Options
+    options: RoutingOptions
     raw: bytes | None = field(default=None, repr=False)
     """What `body` was parsed from, byte for byte; None where that held more than goes upstream."""
-    contents: Contents | None = field(default=None, repr=False)
+    contents: ContentSummary | None = field(default=None, repr=False)
     """What the parser counted of `body` on its way. None: it did not."""
 
 
 def parse_chat(raw: bytes, headers: list[tuple[str, str]]) -> ChatRequest:
     """Raises BadRequest. `headers`: lower-case names, repeated ones repeated; those that `options` reads will do."""
-    read = quick_object(raw)
-    body = exact_object(raw) if read is None else read.document
-    refuse_control_fields(body)
+    read = parse_fast(raw)
+    body = parse_strict(raw) if read is None else read.document
+    reject_control_fields(body)
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise BadRequest('`model` must be the name of a model, or "auto" to have one chosen', param="model")
@@ -338,8 +338,8 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     Raises:
         BadRequest: saying what is wrong, and where.
     """
-    read = quick_object(raw)
-    return exact_object(raw) if read is None else read.document
+    read = parse_fast(raw)
+    return parse_strict(raw) if read is None else read.document
 
 
 def _flag(body: Mapping[str, Any], name: str) -> bool:

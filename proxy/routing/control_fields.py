@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from proxy.errors import BadRequest, ControlFieldRefused
+from proxy.errors import BadRequest, FieldNotAllowed
 from proxy.words import words
 from router_core.unicode import normalized
 
@@ -63,7 +63,7 @@ MAX_NAME = 1000
 _INVISIBLE = re.compile(r"[\s\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]")
 
 
-USUAL = words("""
+COMMON_FIELDS = words("""
     model messages stream stream_options max_tokens max_completion_tokens temperature top_p n stop seed tools
     tool_choice parallel_tool_calls response_format reasoning_effort presence_penalty frequency_penalty logprobs
     top_logprobs logit_bias user store metadata extra_body uniroute models provider route
@@ -71,17 +71,17 @@ USUAL = words("""
 """None of them is a control field, or looks like one that is read: they need not be compared with each family."""
 
 
-def refuse_control_fields(body: Mapping[str, Any]) -> None:
+def reject_control_fields(body: Mapping[str, Any]) -> None:
     """Raises ControlFieldRefused naming the field. Never looks into messages, tools or schemas: those are content."""
     for name in body:
-        if name in USUAL:
+        if name in COMMON_FIELDS:
             continue
         if is_control_field(name):
             raise _refusal(name)
         if name not in _READ_BY_NAME and plain_name(name) in _READ_BY_NAME:
             raise _look_alike(name)
     if "extra_body" in body:
-        _refuse_within(body["extra_body"], "extra_body", _steers_within)
+        _refuse_within(body["extra_body"], "extra_body", _is_nested_control_field)
     if "metadata" in body:
         _refuse_within(body["metadata"], "metadata", _is_address_or_key)
 
@@ -91,7 +91,7 @@ def is_control_field(name: str) -> bool:
     return plain in _NAMES or _FAMILIES.fullmatch(plain) is not None
 
 
-def _steers_within(name: str) -> bool:
+def _is_nested_control_field(name: str) -> bool:
     """A server that unpacks `extra_body` would read these in place of what was checked."""
     return is_control_field(name) or plain_name(name) in ("model", "messages", "stream", "stream_options", "extra_body")
 
@@ -120,13 +120,13 @@ def _refuse_within(value: Any, path: str, refused: Callable[[str], bool]) -> Non
             _refuse_within(inner, path, refused)
 
 
-def _refusal(path: str) -> ControlFieldRefused:
-    return ControlFieldRefused(
+def _refusal(path: str) -> FieldNotAllowed:
+    return FieldNotAllowed(
         f"`{path}` is set by whoever runs this proxy, not by a request; remove it from the body", param=path
     )
 
 
-def _look_alike(name: str) -> ControlFieldRefused:
-    return ControlFieldRefused(
+def _look_alike(name: str) -> FieldNotAllowed:
+    return FieldNotAllowed(
         f"`{ascii(name)[1:-1][:60]}` could be read as `{plain_name(name)}`; write it so, or remove it", param=name[:60]
     )

@@ -42,7 +42,7 @@ _OLD_CALL = -1
 """Where the one `function_call` of a turn stands among its calls."""
 
 
-class Excerpt:
+class TextSample:
     """Both ends and the length of a text, however it comes in pieces."""
 
     __slots__ = ("_head", "_tail", "length")
@@ -68,17 +68,17 @@ class Excerpt:
         return self._head, self._tail, str(self.length)
 
 
-class Trail:
+class TurnFingerprints:
     """One assistant turn, whole or in deltas: both leave the same marks. Feed it with `add`."""
 
     def __init__(self) -> None:
         self._calls: list[_Call] = []
         self._open: dict[int, _Call] = {}
-        self._texts: dict[str, Excerpt] = {}
+        self._texts: dict[str, TextSample] = {}
         self._blocks: dict[str, _Block] = {}
 
     def add(self, part: Mapping[str, Any]) -> None:
-        """A message, or one delta of a stream. One of which `leaves_marks` is not true changes nothing."""
+        """A message, or one delta of a stream. One of which `has_fingerprints` is not true changes nothing."""
         for place, call in enumerate(_mappings(part.get("tool_calls"))):
             index = call.get("index")
             self._add_call(index if isinstance(index, int) else place, call.get("id"), call.get("function"))
@@ -86,7 +86,7 @@ class Trail:
             self._add_call(_OLD_CALL, None, part["function_call"])
         for name in _TEXTS:
             if isinstance(text := part.get(name), str) and text:
-                self._texts.setdefault(name, Excerpt()).add(text)
+                self._texts.setdefault(name, TextSample()).add(text)
         for name in _BLOCKS:
             for block in _mappings(part.get(name)):
                 self._add_block(name, block)
@@ -101,15 +101,15 @@ class Trail:
     def is_empty(self) -> bool:
         return not (self._calls or self.has_reasoning)
 
-    def reasoning_marks(self, question: Excerpt) -> Iterator[str]:
+    def reasoning_marks(self, question: TextSample) -> Iterator[str]:
         """The surest first. `question`: the newest user turn before this one, which tells short texts apart."""
         blocks = self._blocks.values()
         for signature in (block.signature for block in blocks if block.signature.length):
-            yield _mark("signature", signature, question, short=SHORT_SIGNATURE)
+            yield _fingerprint("signature", signature, question, short=SHORT_SIGNATURE)
         for text in (*(block.text for block in blocks if block.text.length), *self._texts.values()):
-            yield _mark("reasoning", text, question, short=SHORT_REASONING)
+            yield _fingerprint("reasoning", text, question, short=SHORT_REASONING)
 
-    def call_marks(self, question: Excerpt) -> Iterator[str]:
+    def call_marks(self, question: TextSample) -> Iterator[str]:
         for call in self._calls:
             if (mark := call.mark(question)) is not None:
                 yield mark
@@ -145,7 +145,7 @@ class _Call:
     def __init__(self) -> None:
         self.id = ""
         self._name = ""
-        self._arguments = Excerpt()
+        self._arguments = TextSample()
         self._is_text = True
 
     def add(self, function: Mapping[str, Any]) -> None:
@@ -157,16 +157,16 @@ class _Call:
         else:
             self._is_text = False
 
-    def mark(self, question: Excerpt) -> str | None:
+    def mark(self, question: TextSample) -> str | None:
         """By its id alone where that is unique; else with what was called, how, and for which question.
 
         Servers that count (call_0, functions.x:0) give every conversation the same ids. None: it cannot be told apart.
         """
-        if is_random(self.id, self._name):
-            return _digest("call", *Excerpt(self.id).sample)
+        if looks_random(self.id, self._name):
+            return _digest("call", *TextSample(self.id).sample)
         if not self._is_text:
             return None
-        called = (*Excerpt(self.id).sample, self._name, *_canonical(self._arguments))
+        called = (*TextSample(self.id).sample, self._name, *_canonical(self._arguments))
         return _digest("counted", *called, *question.sample)
 
 
@@ -190,24 +190,24 @@ class _Block:
 
     def _begin(self, index: Any) -> None:
         self._index = index
-        self.text, self.signature = Excerpt(), Excerpt()
+        self.text, self.signature = TextSample(), TextSample()
 
 
-def leaves_marks(part: Mapping[str, Any]) -> bool:
+def has_fingerprints(part: Mapping[str, Any]) -> bool:
     """Whether a message or a delta has a field that a Trail looks into; a text alone as `content` is none."""
     return isinstance(part.get("content"), list) or not _LEAVING_MARKS.isdisjoint(part)
 
 
-def newest_question(messages: Sequence[Any], before: int | None = None) -> Excerpt:
+def latest_user_text(messages: Sequence[Any], before: int | None = None) -> TextSample:
     """The text of the newest user turn among `messages[:before]`."""
     for place in range(len(messages) if before is None else before, 0, -1):
         message = messages[place - 1]
         if isinstance(message, Mapping) and message.get("role") == "user":
             return _question(message.get("content"))
-    return Excerpt()
+    return TextSample()
 
 
-def is_random(call_id: str, name: str = "") -> bool:
+def looks_random(call_id: str, name: str = "") -> bool:
     """Whether no other call will have this id: in some word of it that is not the function's name, letters and digits
     change over as they do in at least RANDOM_CHARACTERS random ones."""
     rest = call_id[:SAMPLE].replace(name, " ") if len(name) >= SHORT_NAME else call_id[:SAMPLE]
@@ -215,16 +215,16 @@ def is_random(call_id: str, name: str = "") -> bool:
     return any(len(re.findall(r"[0-9]+|[A-Za-z]+", word)) > 2 for word in long_words)
 
 
-def _question(content: Any) -> Excerpt:
+def _question(content: Any) -> TextSample:
     if isinstance(content, str):
-        return Excerpt(content)
-    question = Excerpt()
+        return TextSample(content)
+    question = TextSample()
     for part in _mappings(content):
         question.add(_text(part.get("text")))
     return question
 
 
-def _canonical(arguments: Excerpt) -> tuple[str, ...]:
+def _canonical(arguments: TextSample) -> tuple[str, ...]:
     """Clients parse arguments and write them again, with other spaces."""
     text = arguments.whole
     if text is None:
@@ -246,7 +246,7 @@ def _mappings(value: Any) -> list[Mapping[str, Any]]:
     return [item for item in value[-MOST_PARTS:] if isinstance(item, Mapping)] if isinstance(value, list) else []
 
 
-def _mark(kind: str, text: Excerpt, question: Excerpt, *, short: int) -> str:
+def _fingerprint(kind: str, text: TextSample, question: TextSample, *, short: int) -> str:
     return _digest(kind, *text.sample, *(question.sample if text.length < short else ()))
 
 
@@ -259,7 +259,7 @@ _RESULTS = ("tool", "function")
 
 
 @dataclass(frozen=True, slots=True)
-class Past:
+class ConversationHistory:
     """`marks` are digests by which the model that produced it may be known, the surest first."""
 
     in_tool_loop: bool = False
@@ -269,13 +269,13 @@ class Past:
     marks: tuple[str, ...] = ()
 
 
-NO_PAST = Past()
+NO_HISTORY = ConversationHistory()
 
 
-def past_of(messages: Any) -> Past:
+def inspect_history(messages: Any) -> ConversationHistory:
     """`messages` as the caller sent them; only the newest turn of the loop and of reasoning are hashed."""
     if not isinstance(messages, list):
-        return NO_PAST
+        return NO_HISTORY
     in_tool_loop = False
     newest = True
     marks: list[str] = []
@@ -290,13 +290,13 @@ def past_of(messages: Any) -> Past:
         trail = _trail(message, calls=in_newest_loop)
         if trail is None:
             continue
-        question = newest_question(messages, place)
+        question = latest_user_text(messages, place)
         marks += trail.reasoning_marks(question)
         if in_newest_loop:
             marks += trail.call_marks(question)
         if trail.has_reasoning:
-            return Past(in_tool_loop, has_reasoning=True, marks=_distinct(marks))
-    return Past(in_tool_loop, marks=_distinct(marks))
+            return ConversationHistory(in_tool_loop, has_reasoning=True, marks=_distinct(marks))
+    return ConversationHistory(in_tool_loop, marks=_distinct(marks))
 
 
 def _is_result(message: Mapping[str, Any]) -> bool:
@@ -309,12 +309,12 @@ def _is_result(message: Mapping[str, Any]) -> bool:
     )
 
 
-def _trail(message: Mapping[str, Any], *, calls: bool) -> Trail | None:
+def _trail(message: Mapping[str, Any], *, calls: bool) -> TurnFingerprints | None:
     """None where there is nothing to see, which is quick to tell of most turns of a long conversation."""
     content = message.get("content")
     if not (calls or isinstance(content, list) or _carries(message)):
         return None
-    trail = Trail()
+    trail = TurnFingerprints()
     trail.add(message)
     return trail if calls or trail.has_reasoning else None
 

@@ -11,12 +11,12 @@ from typing import Any, Never
 import orjson
 
 from proxy.errors import BadRequest
-from proxy.routing.requirements import PARTS, SCALAR_BYTES, TEXTS, Contents, attached, is_binary
+from proxy.routing.requirements import PARTS, SCALAR_BYTES, TEXTS, ContentSummary, attachment_capability, is_binary
 from proxy.safety.json_shape import MAX_DEPTH, MAX_VALUES, TooMuchJson, refuse_many
 from router_core.pricing import text_bytes
 
 
-def exact_object(raw: bytes) -> dict[str, Any]:
+def parse_strict(raw: bytes) -> dict[str, Any]:
     """A JSON object: UTF-8, finite numbers, whole characters, no key twice, MAX_DEPTH levels and MAX_VALUES values.
 
     Raises:
@@ -100,13 +100,13 @@ _AT_ONCE = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class ParsedBody:
     document: dict[str, Any]
-    contents: Contents
+    contents: ContentSummary
     """Of its messages and schemas together."""
 
 
-def quick_object(raw: bytes) -> Read | None:
+def parse_fast(raw: bytes) -> ParsedBody | None:
     """None: something may be wrong with it, and exact_json has to say what, if anything is.
 
     Of a key given twice orjson keeps the last. Colons tell: each belongs to a key or stands in a text. Where none of a
@@ -120,14 +120,14 @@ def quick_object(raw: bytes) -> Read | None:
         return None
     if type(document) is not dict:
         return None
-    walk = _Walk()
+    walk = _BodyScanner()
     if not walk.over(document) or (b"\\" in raw and _ESCAPED_COLON.search(raw)):
         return None
     read, colons = _weighed(walk.read, len(raw))
     colons += _weighed(walk.unread, len(raw))[1]
     if len(raw) - len(raw.replace(b":", b"")) != walk.keys + colons:  # count() looks at each byte by itself
         return None
-    return Read(document, Contents(read + SCALAR_BYTES * walk.scalars, walk.attachments, walk.needs))
+    return ParsedBody(document, ContentSummary(read + SCALAR_BYTES * walk.scalars, walk.attachments, walk.needs))
 
 
 def _weighed(texts: Sequence[str], size: int) -> tuple[int, int]:
@@ -138,7 +138,7 @@ def _weighed(texts: Sequence[str], size: int) -> tuple[int, int]:
     return text_bytes(together), together.count(":")
 
 
-class _Walk:
+class _BodyScanner:
     """What a document of orjson's making holds, level by level; of each level by how it is read."""
 
     __slots__ = ("_inner", "_items", "attachments", "keys", "needs", "read", "scalars", "sound", "unread")
@@ -200,7 +200,7 @@ class _Walk:
             if type(value) is list:
                 self._items += len(value)
                 self._held(value, self.read, mode)
-            elif mode == _PART and (ability := attached(value)) is not None:
+            elif mode == _PART and (ability := attachment_capability(value)) is not None:
                 self.attachments += 1
                 self.needs.setdefault(ability, value["type"])
                 self._plain((value,), _UNREAD)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.routing.sizes import MOST_TOKENS, output_limit, stated_answers
-from router_core.embedding import excerpt
+from router_core.embedding import truncate_middle
 from router_core.pricing import BYTES_PER_TOKEN, text_bytes
-from router_core.types import Needs
+from router_core.types import Requirements
 
 SCALAR_BYTES = 4
 """A number, true or false: about one token."""
@@ -38,7 +38,7 @@ _ATTACHED = {
 
 
 @dataclass
-class Contents:
+class ContentSummary:
     """What was found so far."""
 
     text_bytes: int = 0
@@ -47,9 +47,9 @@ class Contents:
     """Ability → the type of the first part that needs it."""
 
 
-def contents(values: Iterable[Any], *, parts: bool) -> Contents:
+def summarize(values: Iterable[Any], *, parts: bool) -> ContentSummary:
     """Of JSON values. `parts`: whether attachments are looked for, as in messages; a schema has none."""
-    found = Contents()
+    found = ContentSummary()
     waiting = [(value, False) for value in values]
     while waiting:
         value, is_part = waiting.pop()
@@ -58,7 +58,7 @@ def contents(values: Iterable[Any], *, parts: bool) -> Contents:
         elif isinstance(value, list):
             waiting.extend((item, is_part) for item in value)
         elif isinstance(value, Mapping):
-            if is_part and (ability := attached(value)) is not None:
+            if is_part and (ability := attachment_capability(value)) is not None:
                 found.attachments += 1
                 found.needs.setdefault(ability, value["type"])
             else:
@@ -68,7 +68,7 @@ def contents(values: Iterable[Any], *, parts: bool) -> Contents:
     return found
 
 
-def _open(value: Mapping[str, Any], found: Contents, waiting: list[tuple[Any, bool]], *, parts: bool) -> None:
+def _open(value: Mapping[str, Any], found: ContentSummary, waiting: list[tuple[Any, bool]], *, parts: bool) -> None:
     for name, inner in value.items():
         found.text_bytes += text_bytes(name)
         if parts and isinstance(inner, str) and is_binary(name, inner):
@@ -77,7 +77,7 @@ def _open(value: Mapping[str, Any], found: Contents, waiting: list[tuple[Any, bo
             waiting.append((inner, parts and name in PARTS and isinstance(inner, list)))
 
 
-def attached(part: Mapping[str, Any]) -> str | None:
+def attachment_capability(part: Mapping[str, Any]) -> str | None:
     kind = part.get("type")
     return _ATTACHED.get(kind) if isinstance(kind, str) else None
 
@@ -113,7 +113,7 @@ def routing_text(messages: Sequence[Any]) -> str:
     kept = [newest]
     if len(newest) < SHORT:
         kept += [text for text, _ in zip(turns, range(EARLIER_TURNS), strict=False)]
-    return "\n".join(excerpt(text) for text in reversed(kept))
+    return "\n".join(truncate_middle(text) for text in reversed(kept))
 
 
 def _user_turns(messages: Sequence[Any]) -> Iterator[str]:
@@ -134,25 +134,29 @@ def _text_of(content: Any) -> str:
     return "\n".join(part["text"] for part in parts if isinstance(part.get("text"), str))
 
 
-def needs_of(
-    body: Mapping[str, Any], read: Contents | None = None, caps: PriceCaps = NO_CAPS, *, limit_is_cap: bool = False
-) -> Needs:
+def requirements_of(
+    body: Mapping[str, Any],
+    read: ContentSummary | None = None,
+    caps: PriceCaps = NO_CAPS,
+    *,
+    limit_is_cap: bool = False,
+) -> Requirements:
     """`read`: what the body holds, where somebody has counted it already."""
     read = _read(body) if read is None else read
-    return Needs(
+    return Requirements(
         prompt_tokens=_tokens(read),
         max_output_tokens=output_limit(body),
         limit_is_cap=limit_is_cap,
         answers=stated_answers(body),
         max_input_cost_per_token=caps[0],
         max_output_cost_per_token=caps[1],
-        **dict.fromkeys(_stated(body, read), True),
+        **dict.fromkeys(_detect(body, read), True),
     )
 
 
-def asked_for(body: Mapping[str, Any]) -> dict[str, str]:
+def requirement_sources(body: Mapping[str, Any]) -> dict[str, str]:
     """Ability that the body needs → what in it asks for that, in the caller's own words."""
-    return _stated(body, _read(body))
+    return _detect(body, _read(body))
 
 
 def estimate_tokens(body: Mapping[str, Any]) -> int:
@@ -160,16 +164,16 @@ def estimate_tokens(body: Mapping[str, Any]) -> int:
     return _tokens(_read(body))
 
 
-def _tokens(read: Contents) -> int:
+def _tokens(read: ContentSummary) -> int:
     return min(read.text_bytes // BYTES_PER_TOKEN + read.attachments * MEDIA_TOKENS, MOST_TOKENS)
 
 
-def _read(body: Mapping[str, Any]) -> Contents:
+def _read(body: Mapping[str, Any]) -> ContentSummary:
     """`needs` of what it returns: ability → as in "messages[3] has image_url"."""
-    schemas = contents((body.get(name) for name in ("tools", "functions", "response_format")), parts=False)
-    found = Contents(text_bytes=schemas.text_bytes)
+    schemas = summarize((body.get(name) for name in ("tools", "functions", "response_format")), parts=False)
+    found = ContentSummary(text_bytes=schemas.text_bytes)
     for place, message in enumerate(_items(body.get("messages"))):
-        here = contents((message,), parts=True)
+        here = summarize((message,), parts=True)
         found.text_bytes += here.text_bytes
         found.attachments += here.attachments
         for ability, kind in here.needs.items():
@@ -177,7 +181,7 @@ def _read(body: Mapping[str, Any]) -> Contents:
     return found
 
 
-def _stated(body: Mapping[str, Any], read: Contents) -> dict[str, str]:
+def _detect(body: Mapping[str, Any], read: ContentSummary) -> dict[str, str]:
     asked = _tools(body) | read.needs
     if isinstance(body.get("audio"), Mapping):
         asked["audio_output"] = "`audio`"

@@ -6,36 +6,36 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from proxy.errors import NothingAble, Unavailable
-from proxy.routing.affinity import NO_THREAD, Thread
-from proxy.routing.assigner import Assigner, RoutingLate
+from proxy.errors import NoEligibleModelError, ServiceUnavailable
+from proxy.routing.affinity import NO_AFFINITY, Affinity
+from proxy.routing.assigner import AssignmentTimeout, ClusterAssigner
 from proxy.routing.candidates import (
-    NOBODY,
-    Asked,
-    RuledOut,
-    Way,
-    candidates,
+    EMPTY,
+    IneligibleReasons,
+    RoutingMode,
+    SelectionContext,
     is_clamped,
-    needs_within,
-    nothing_left,
-    terms_of,
-    too_dear,
-    way_of,
+    no_candidate_error,
+    over_cost_error,
+    requirements_for,
+    restrict_candidates,
+    routing_mode,
+    scoring_params,
 )
 from proxy.routing.chat_request import ChatRequest
 from proxy.routing.requirements import routing_text
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
-from proxy.storage.snapshot import RoutingState
+from proxy.storage.snapshot import RoutingSnapshot
 from router_core.decision import RoutingDecision
 from router_core.eligibility import Eligibility, eligible, told_limit
 from router_core.errors import NoEligibleModel, RouterCoreError
 from router_core.pool import Pool
 from router_core.scoring import rank, rank_by_cost, rank_by_mean
-from router_core.types import Assignment, Needs
+from router_core.types import Assignment, Requirements
 
 
-def to_json(choice: Choice) -> dict[str, Any]:
+def selection_to_json(choice: Selection) -> dict[str, Any]:
     """The decision as POST /v1/route shows it."""
     decision = choice.decision
     clusters = decision.clusters if decision and decision.assignment is not None else ()
@@ -63,7 +63,7 @@ def to_json(choice: Choice) -> dict[str, Any]:
     }
 
 
-def _limit(choice: Choice) -> dict[str, int] | None:
+def _limit(choice: Selection) -> dict[str, int] | None:
     """Tokens of an answer that the request states, and that the model would be told; None: none are stated."""
     stated = choice.needs.max_output_tokens
     return None if stated is None else {"stated": stated, "sent": choice.max_tokens or stated}
@@ -74,23 +74,23 @@ log = logging.getLogger("uniroute.routing")
 _GONE = "not registered any more"
 
 
-def held(asked: Asked, choice: Choice) -> Choice:
+def apply_affinity(asked: SelectionContext, choice: Selection) -> Selection:
     """The routed choice, or the model that it must or should stay with in its place.
 
     Tool calls and reasoning stay with who produced them, a session with `sticky_sessions: on` with its last model.
     """
     thread = asked.thread
     if thread.producer is not None:
-        if not _may_answer(asked, choice, thread.producer):
-            return _left(asked, choice, thread.producer)
-        return _with_first(asked, choice, thread.producer, alone=thread.has_reasoning)
+        if not _is_eligible(asked, choice, thread.producer):
+            return _affinity_lost(asked, choice, thread.producer)
+        return _prefer(asked, choice, thread.producer, alone=thread.has_reasoning)
     last = thread.last
-    if asked.settings.sticky_sessions == "on" and last is not None and _may_answer(asked, choice, last.model):
-        return _with_first(asked, choice, last.model, alone=False)
+    if asked.settings.sticky_sessions == "on" and last is not None and _is_eligible(asked, choice, last.model):
+        return _prefer(asked, choice, last.model, alone=False)
     return choice
 
 
-def _with_first(asked: Asked, choice: Choice, name: str, *, alone: bool) -> Choice:
+def _prefer(asked: SelectionContext, choice: Selection, name: str, *, alone: bool) -> Selection:
     """`alone`: others are asked only where the caller says so, for reasoning that they did not sign they refuse."""
     fallbacks = asked.request.options.fallbacks
     may_fall_back = fallbacks is not False if not alone else fallbacks is True
@@ -100,7 +100,7 @@ def _with_first(asked: Asked, choice: Choice, name: str, *, alone: bool) -> Choi
     return replace(choice, model=name, reason="sticky", order=order, attempts=attempts)
 
 
-def _may_answer(asked: Asked, choice: Choice, name: str) -> bool:
+def _is_eligible(asked: SelectionContext, choice: Selection, name: str) -> bool:
     """Eligible for this request. One that is not profiled can be called, but not be held to `max_cost_usd`."""
     if choice.decision is not None and name in choice.decision.table.names:
         return True
@@ -110,18 +110,26 @@ def _may_answer(asked: Asked, choice: Choice, name: str) -> bool:
     return asked.terms.max_cost_usd is None and name in able
 
 
-def _left(asked: Asked, choice: Choice, name: str) -> Choice:
+def _affinity_lost(asked: SelectionContext, choice: Selection, name: str) -> Selection:
     why = choice.ineligible.get(name) or ("ruled out" if name in asked.state.models else _GONE)
     log.warning("decision=%s cannot stay with model=%s: %s", choice.id, name, why)
     return replace(choice, left=name, ineligible={**choice.ineligible, name: why})
 
 
-ROUTING_FAILURES = (RouterCoreError, RoutingLate, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
+ROUTING_FAILURES = (
+    RouterCoreError,
+    AssignmentTimeout,
+    ArithmeticError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 """What must never cost the caller an answer."""
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     id: str
     model: str
     reason: str
@@ -140,7 +148,7 @@ class Choice:
     """Who should have gone on with this conversation, and cannot."""
     max_tokens: int | None = None
     """The limit of an answer that `model` is told in place of a larger one that the request states."""
-    needs: Needs = field(default_factory=Needs)
+    needs: Requirements = field(default_factory=Requirements)
     """What the request asks for, whoever answers."""
 
     def told_limit(self, pool: Pool, name: str) -> int | None:
@@ -148,18 +156,18 @@ class Choice:
         return told_limit(pool, pool.index[name], self.needs)
 
 
-async def choose(
+async def select_model(
     request: ChatRequest,
     key: ClientKey | None,
-    state: RoutingState,
+    state: RoutingSnapshot,
     settings: Settings,
-    assigner: Assigner,
+    assigner: ClusterAssigner,
     *,
-    thread: Thread = NO_THREAD,
-    resting: Mapping[str, float] = NOBODY,
+    thread: Affinity = NO_AFFINITY,
+    resting: Mapping[str, float] = EMPTY,
     loading: Collection[str] = (),
     explain: bool = False,
-) -> Choice:
+) -> Selection:
     """The choice for this request.
 
     Args:
@@ -173,37 +181,37 @@ async def choose(
         BadRequest: of a λ that the key may not use.
         NothingAble, Unavailable: no candidate is left.
     """
-    way = way_of(request.model, settings, state, key)
-    asked = Asked(
+    way = routing_mode(request.model, settings, state, key)
+    asked = SelectionContext(
         request=request,
         key=key,
         state=state,
         settings=settings,
         way=way,
-        allowed=candidates(request.options, state, key),
-        needs=needs_within(request, limit_is_cap=is_clamped(way, settings)),
-        terms=terms_of(request, way, settings, key, thread),
+        allowed=restrict_candidates(request.options, state, key),
+        needs=requirements_for(request, limit_is_cap=is_clamped(way, settings)),
+        terms=scoring_params(request, way, settings, key, thread),
         thread=thread,
         resting=resting,
         loading=loading,
     )
-    if way is Way.PINNED:
-        choice = await _pinned(asked, assigner, explain=explain)
+    if way is RoutingMode.PINNED:
+        choice = await select_pinned(asked, assigner, explain=explain)
     else:
-        choice = held(asked, await _routed(asked, assigner))
+        choice = apply_affinity(asked, await select_scored(asked, assigner))
     told = choice.told_limit(state.pool, choice.model)
     return choice if told == asked.needs.max_output_tokens else replace(choice, max_tokens=told)
 
 
-async def _pinned(asked: Asked, assigner: Assigner, *, explain: bool) -> Choice:
+async def select_pinned(asked: SelectionContext, assigner: ClusterAssigner, *, explain: bool) -> Selection:
     """The named model; others are scored only to fall back on, or to explain."""
     name, fallbacks = asked.request.model, asked.request.options.fallbacks is True
-    choice = Choice(_new_id(), name, "pinned", asked.terms.lambda_, (name,), None, {}, needs=asked.needs)
+    choice = Selection(_new_id(), name, "pinned", asked.terms.lambda_, (name,), None, {}, needs=asked.needs)
     if not (fallbacks or explain):
         return choice
     try:
-        scored = await _routed(asked, assigner)
-    except (NothingAble, Unavailable):
+        scored = await select_scored(asked, assigner)
+    except (NoEligibleModelError, ServiceUnavailable):
         return choice
     others = tuple(other for other in _ranking(scored) if other != name)
     attempts = asked.settings.fallback_attempts if fallbacks else 1
@@ -211,17 +219,17 @@ async def _pinned(asked: Asked, assigner: Assigner, *, explain: bool) -> Choice:
     return replace(choice, order=order, attempts=attempts, decision=scored.decision, ineligible=scored.ineligible)
 
 
-def _ranking(choice: Choice) -> Sequence[str]:
+def _ranking(choice: Selection) -> Sequence[str]:
     return choice.decision.ranking if choice.decision else choice.order
 
 
-async def _routed(asked: Asked, assigner: Assigner) -> Choice:
+async def select_scored(asked: SelectionContext, assigner: ClusterAssigner) -> Selection:
     request, state, settings = asked.request, asked.state, asked.settings
     eligibility, all_rest = _eligible(asked)
     if not eligibility.rows.size:
-        stand_in = _stand_in(asked, eligibility)
+        stand_in = select_default(asked, eligibility)
         if stand_in is None:
-            raise nothing_left(asked, eligibility)
+            raise no_candidate_error(asked, eligibility)
         return stand_in
     text = routing_text(request.body["messages"])
     degraded, won_by_cache = None, False
@@ -229,17 +237,17 @@ async def _routed(asked: Asked, assigner: Assigner) -> Choice:
         assignment = await assigner.assign(text, state.cluster_map) if text else None
         decision = _rank(asked, eligibility, assignment)
         order = decision.ranking
-        won_by_cache = _won_by_cache(asked, eligibility, assignment, decision)
+        won_by_cache = chosen_for_cached_prompt(asked, eligibility, assignment, decision)
     except NoEligibleModel as error:  # within max_cost_usd
-        raise too_dear(asked, error) from None
+        raise over_cost_error(asked, error) from None
     except ROUTING_FAILURES as error:
         degraded = f"{type(error).__name__}: {error}"
         log.warning("routing degraded: %s", degraded)
-        decision, order = _without_looking(asked, eligibility)
+        decision, order = rank_by_mean_error(asked, eligibility)
     if all_rest:  # whoever recovers first
         degraded, order = "every model that could answer rests", tuple(sorted(order, key=asked.resting.__getitem__))
     alone = request.options.fallbacks is False
-    return Choice(
+    return Selection(
         id=_new_id(),
         model=order[0],
         reason=_reason(order, degraded=degraded is not None, won_by_cache=won_by_cache),
@@ -247,13 +255,13 @@ async def _routed(asked: Asked, assigner: Assigner) -> Choice:
         order=(order[0],) if alone else order,
         attempts=1 if alone else settings.fallback_attempts,
         decision=decision,
-        ineligible=RuledOut(asked, decision.eligibility),
+        ineligible=IneligibleReasons(asked, decision.eligibility),
         degraded=degraded,
         needs=asked.needs,
     )
 
 
-def _eligible(asked: Asked) -> tuple[Eligibility, bool]:
+def _eligible(asked: SelectionContext) -> tuple[Eligibility, bool]:
     """Who may be scored, and whether these are models that rest: where all who could answer do, one must be tried."""
     pool, needs, allowed = asked.state.pool, asked.needs, asked.allowed
     eligibility = eligible(pool, needs, allowed, resting=asked.resting, loading=asked.loading)
@@ -263,16 +271,16 @@ def _eligible(asked: Asked) -> tuple[Eligibility, bool]:
     return (with_resting, True) if with_resting.rows.size else (eligibility, False)
 
 
-def _rank(asked: Asked, eligibility: Eligibility, assignment: Assignment | None) -> RoutingDecision:
-    if asked.way is Way.CHEAP:
+def _rank(asked: SelectionContext, eligibility: Eligibility, assignment: Assignment | None) -> RoutingDecision:
+    if asked.way is RoutingMode.CHEAP:
         return rank_by_cost(eligibility, assignment, asked.needs, asked.terms)
     if assignment is None:
         return rank_by_mean(eligibility, asked.needs, asked.terms)
     return rank(eligibility, assignment, asked.needs, asked.terms)
 
 
-def _won_by_cache(
-    asked: Asked, eligibility: Eligibility, assignment: Assignment | None, decision: RoutingDecision
+def chosen_for_cached_prompt(
+    asked: SelectionContext, eligibility: Eligibility, assignment: Assignment | None, decision: RoutingDecision
 ) -> bool:
     """Whether the session's last model would not have been chosen if it had to read the prompt afresh."""
     if asked.terms.cached is None or decision.chosen != asked.terms.cached[0]:
@@ -290,12 +298,12 @@ def _reason(order: Sequence[str], *, degraded: bool, won_by_cache: bool) -> str:
     return "degraded" if degraded else "sticky" if won_by_cache else "scored"
 
 
-def _without_looking(asked: Asked, eligibility: Eligibility) -> tuple[RoutingDecision, Sequence[str]]:
+def rank_by_mean_error(asked: SelectionContext, eligibility: Eligibility) -> tuple[RoutingDecision, Sequence[str]]:
     """The default model if it is eligible, then by mean error."""
     try:
         decision = rank_by_mean(eligibility, asked.needs, asked.terms)
     except NoEligibleModel as error:
-        raise too_dear(asked, error) from None
+        raise over_cost_error(asked, error) from None
     order = decision.ranking
     default = asked.settings.default_model
     if default is not None and default in order:
@@ -303,15 +311,15 @@ def _without_looking(asked: Asked, eligibility: Eligibility) -> tuple[RoutingDec
     return decision, order
 
 
-def _stand_in(asked: Asked, eligibility: Eligibility) -> Choice | None:
+def select_default(asked: SelectionContext, eligibility: Eligibility) -> Selection | None:
     """The default model while nothing is measured yet, if it could answer: a new deployment serves from the start."""
     name = asked.settings.default_model
     able = eligible(asked.state.pool, asked.needs, asked.allowed, measured=False).names
     if name is None or name not in able or asked.terms.max_cost_usd is not None:
         return None
     reason = "no model that could answer is profiled yet"
-    ineligible = RuledOut(asked, eligibility, but=name)
-    return Choice(
+    ineligible = IneligibleReasons(asked, eligibility, but=name)
+    return Selection(
         id=_new_id(),
         model=name,
         reason="degraded",

@@ -8,28 +8,28 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
-from proxy.errors import BadRequest, UnknownJob, UnknownName
+from proxy.errors import BadRequest, JobNotFound, ModelNotFound
 from proxy.profiling.job import Job
 from proxy.server.admin_schemas import (
-    Asking,
-    card_of,
-    cards_of,
+    ProfileRequest,
+    key_to_json,
+    model_to_json,
+    models_to_json,
+    parse_grace_period,
     read_addition,
-    read_grace,
     read_key_change,
     read_new_key,
     read_patch,
     read_price,
     read_profile,
-    shown_key,
 )
-from proxy.server.dependencies import AdminServices, Audit, OurServices, Services, json_object, json_object_or_nothing
+from proxy.server.dependencies import AdminState, AppState, AppStateDep, Audit, json_object, json_object_or_nothing
 from proxy.server.middleware import TARGET_IN_SCOPE
 from proxy.storage.audit_log import CANCEL_JOB, PROFILE_MODEL
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.models import ModelRecord
 from proxy.storage.redis import StoreUnavailable
-from proxy.storage.registry import ChangedMeanwhile, DefinedInConfig
+from proxy.storage.registry import ConfiguredModel, ConflictingWrite
 from proxy.upstream.origins import check_secrets_stay
 
 models_router = APIRouter(prefix="/admin/models")
@@ -38,14 +38,14 @@ ATTEMPTS = 5
 
 
 @models_router.post("", response_model=None)
-async def add_model(request: Request, services: AdminServices) -> Response:
+async def add_model(request: Request, services: AdminState) -> Response:
     """202 with the job that measures it, or 201 where its profile came along. Stored with either, or not at all."""
     body = await json_object(request, services)
     cluster_map = services.state.current.cluster_map
     addition = read_addition(body, services.settings, services.environ, cluster_map, time.time())
     record = await services.resolver.resolve(addition.record)
     profile = addition.profile
-    if isinstance(profile, Asking):
+    if isinstance(profile, ProfileRequest):
         job, version = await services.jobs.submitted_with(record, profile.prompts, profile.max_usd, services.registry)
         await _take_effect(services, version)
         return JSONResponse({"model": record.name, "job": job}, 202)
@@ -54,46 +54,46 @@ async def add_model(request: Request, services: AdminServices) -> Response:
 
 
 @models_router.get("", response_model=None)
-async def list_models(services: AdminServices) -> dict[str, Any]:
+async def list_models(services: AdminState) -> dict[str, Any]:
     version = services.state.current.version
-    return {"models": await cards_of(services), "state_version": version}
+    return {"models": await models_to_json(services), "state_version": version}
 
 
 @models_router.post("/{name:path}/profile", response_model=None)
-async def measure_again(name: str, request: Request, services: AdminServices, audit: Audit) -> Response:
+async def reprofile_model(name: str, request: Request, services: AdminState, audit: Audit) -> Response:
     """Ask the model again, or put a ready profile in place of its own. The old one serves until then."""
     record = await _record(services, name)
     body = await json_object(request, services)
     stated = body.get("profile", body)
     profile = read_profile(stated, services.settings, services.state.current.cluster_map)
     reply = await _profile(services, record, profile)
-    if isinstance(profile, Asking):
+    if isinstance(profile, ProfileRequest):
         await audit.note(PROFILE_MODEL, name)
     return reply
 
 
 @models_router.put("/{name:path}/pricing", response_model=None)
-async def put_price(name: str, request: Request, services: AdminServices) -> dict[str, Any]:
+async def put_price(name: str, request: Request, services: AdminState) -> dict[str, Any]:
     await _record(services, name)
     price = read_price(await json_object(request, services))
     version = await services.registry.put_price(name, price, "admin")
     await _take_effect(services, version or 0)
-    card = await card_of(services, name, with_profile=False)
+    card = await model_to_json(services, name, with_profile=False)
     return {"model": name, "price": card["price"]}
 
 
 @models_router.get("/{name:path}", response_model=None)
-async def get_model(name: str, services: AdminServices) -> dict[str, Any]:
+async def get_model(name: str, services: AdminState) -> dict[str, Any]:
     """As it is now: whoever saw its job end finds its profile in use."""
     if services.state.available:
         with suppress(StoreUnavailable):
             await services.state.refresh()
     await _record(services, name)
-    return await card_of(services, name, with_profile=True)
+    return await model_to_json(services, name, with_profile=True)
 
 
 @models_router.patch("/{name:path}", response_model=None)
-async def change_model(name: str, request: Request, services: AdminServices) -> dict[str, Any]:
+async def change_model(name: str, request: Request, services: AdminState) -> dict[str, Any]:
     """A change of litellm_params sets the profile aside, and ends the job that measures it: it is another arm now."""
     stated = await json_object(request, services)
     before, changed, version = await _changed(services, name, stated)
@@ -103,11 +103,11 @@ async def change_model(name: str, request: Request, services: AdminServices) -> 
         services.live.forget(name)
         await services.jobs.cancel_for(name, "litellm_params were changed; profile the model again")
     await _take_effect(services, version)
-    return await card_of(services, name, with_profile=False)
+    return await model_to_json(services, name, with_profile=False)
 
 
 @models_router.delete("/{name:path}", response_model=None)
-async def remove_model(name: str, services: AdminServices) -> Response:
+async def remove_model(name: str, services: AdminState) -> Response:
     """Requests that the model serves already are finished; a job that measures it is cancelled."""
     _not_configured(await _record(services, name))
     await services.jobs.cancel_for(name, "the model was removed")
@@ -118,21 +118,21 @@ async def remove_model(name: str, services: AdminServices) -> Response:
     return Response(status_code=204)
 
 
-async def _take_effect(services: Services, version: int) -> None:
+async def _take_effect(services: AppState, version: int) -> None:
     """In this process at once. It is stored and thus said, even if the store goes away now."""
     with suppress(StoreUnavailable):
         await services.state.wait_for_version(version)
 
 
-async def _profile(services: Services, record: ModelRecord, profile: Asking | Any) -> Response:
-    if isinstance(profile, Asking):
+async def _profile(services: AppState, record: ModelRecord, profile: ProfileRequest | Any) -> Response:
+    if isinstance(profile, ProfileRequest):
         job = await services.jobs.submit(record.name, profile.prompts, profile.max_usd)
         return JSONResponse({"model": record.name, "job": job.id}, 202)
     await _take_effect(services, await services.registry.put_profile(record, profile))
     return JSONResponse({"model": record.name, "job": None})
 
 
-async def _changed(services: Services, name: str, stated: Mapping[str, Any]) -> tuple[ModelRecord, ModelRecord, int]:
+async def _changed(services: AppState, name: str, stated: Mapping[str, Any]) -> tuple[ModelRecord, ModelRecord, int]:
     """The record before and after, and the version that made it so. Made from what is stored now, not from what this
     process saw last: a change that another process has just acknowledged stays."""
     for _ in range(ATTEMPTS):
@@ -142,32 +142,32 @@ async def _changed(services: Services, name: str, stated: Mapping[str, Any]) -> 
         _not_configured(record)
         changed = await services.resolver.resolve(read_patch(stated, record, services.settings, services.environ))
         check_secrets_stay(record, changed, stated.get("litellm_params") or {})
-        with suppress(ChangedMeanwhile):
+        with suppress(ConflictingWrite):
             return record, changed, await services.registry.update_model(changed, as_of=as_of)
-    raise ChangedMeanwhile(f"{name!r} is being changed by others all the time; repeat the request")
+    raise ConflictingWrite(f"{name!r} is being changed by others all the time; repeat the request")
 
 
-async def _record(services: Services, name: str) -> ModelRecord:
+async def _record(services: AppState, name: str) -> ModelRecord:
     """Also of a model that another process added a moment ago."""
     if name not in services.state.current.models:
         with suppress(StoreUnavailable):
             await services.state.refresh()
     record = services.state.current.models.get(name)
     if record is None:
-        raise UnknownName(f"no model named {name[:128]!r} is registered", param="model")
+        raise ModelNotFound(f"no model named {name[:128]!r} is registered", param="model")
     return record
 
 
 def _not_configured(record: ModelRecord) -> None:
     if record.source == "config":
-        raise DefinedInConfig(f"the model {record.name!r} is defined in the configuration file; change it there")
+        raise ConfiguredModel(f"the model {record.name!r} is defined in the configuration file; change it there")
 
 
 keys_router = APIRouter(prefix="/admin/keys")
 
 
 @keys_router.post("", response_model=None)
-async def create_key(request: Request, services: AdminServices) -> Response:
+async def create_key(request: Request, services: AdminState) -> Response:
     name, stated = read_new_key(await json_object(request, services), time.time())
     key, secret = await services.registry.keys.create(name, None, stated)
     request.scope[TARGET_IN_SCOPE] = key.id
@@ -175,45 +175,45 @@ async def create_key(request: Request, services: AdminServices) -> Response:
 
 
 @keys_router.get("", response_model=None)
-async def list_keys(services: AdminServices) -> dict[str, Any]:
+async def list_keys(services: AdminState) -> dict[str, Any]:
     """As the store has them, the revoked among them, oldest first."""
-    return {"keys": [shown_key(key) for key in await services.registry.keys.listed()]}
+    return {"keys": [key_to_json(key) for key in await services.registry.keys.listed()]}
 
 
 @keys_router.post("/{key_id}/rotate", response_model=None)
-async def rotate_key(key_id: str, request: Request, services: AdminServices) -> Response:
-    grace_s = read_grace(await json_object_or_nothing(request, services))
+async def rotate_key(key_id: str, request: Request, services: AdminState) -> Response:
+    grace_s = parse_grace_period(await json_object_or_nothing(request, services))
     key, secret = await services.registry.keys.rotate(key_id, grace_s)
     return await _with_secret(services, key, secret, 200)
 
 
 @keys_router.get("/{key_id}", response_model=None)
-async def get_key(key_id: str, services: AdminServices) -> dict[str, Any]:
-    return shown_key(await services.registry.keys.find(key_id))
+async def get_key(key_id: str, services: AdminState) -> dict[str, Any]:
+    return key_to_json(await services.registry.keys.find(key_id))
 
 
 @keys_router.patch("/{key_id}", response_model=None)
-async def change_key(key_id: str, request: Request, services: AdminServices) -> dict[str, Any]:
+async def change_key(key_id: str, request: Request, services: AdminState) -> dict[str, Any]:
     stated = read_key_change(await json_object(request, services), time.time())
     key = await services.registry.keys.change(key_id, stated)
     await _refresh_keys(services)
-    return shown_key(key)
+    return key_to_json(key)
 
 
 @keys_router.delete("/{key_id}", response_model=None)
-async def revoke_key(key_id: str, services: AdminServices) -> Response:
+async def revoke_key(key_id: str, services: AdminState) -> Response:
     """For good: the key stays in the list, so that what it did can be told."""
     await services.registry.keys.revoke(key_id)
     await _refresh_keys(services)
     return Response(status_code=204)
 
 
-async def _with_secret(services: Services, key: ClientKey, secret: str, status: int) -> Response:
+async def _with_secret(services: AppState, key: ClientKey, secret: str, status: int) -> Response:
     await _refresh_keys(services)
-    return JSONResponse({**shown_key(key), "key": secret}, status, {"cache-control": "no-store"})
+    return JSONResponse({**key_to_json(key), "key": secret}, status, {"cache-control": "no-store"})
 
 
-async def _refresh_keys(services: Services) -> None:
+async def _refresh_keys(services: AppState) -> None:
     """In this process at once. It is stored and thus said, even if the store goes away now."""
     with suppress(StoreUnavailable):
         await services.state.refresh()
@@ -223,7 +223,7 @@ jobs_router = APIRouter(prefix="/admin/jobs")
 
 
 @jobs_router.get("/{job_id}", response_model=None)
-async def get_job(job_id: str, services: OurServices) -> dict[str, Any]:
+async def get_job(job_id: str, services: AppStateDep) -> dict[str, Any]:
     """With a `warning` where it is ready and no model gets anything right."""
     job = await _job(job_id, services)
     shown: dict[str, Any] = job.to_json()
@@ -232,14 +232,14 @@ async def get_job(job_id: str, services: OurServices) -> dict[str, Any]:
 
 
 @jobs_router.get("/{job_id}/outcomes", response_model=None)
-async def get_outcomes(job_id: str, services: OurServices) -> dict[str, Any]:
+async def get_outcomes(job_id: str, services: AppStateDep) -> dict[str, Any]:
     """The graded answers so far, as lines of an outcomes file, for as long as the job itself can be read."""
     await _job(job_id, services)
     return {"outcomes": await services.jobs.outcomes(job_id)}
 
 
 @jobs_router.delete("/{job_id}", response_model=None)
-async def cancel_job(job_id: str, services: OurServices, audit: Audit) -> dict[str, Any]:
+async def cancel_job(job_id: str, services: AppStateDep, audit: Audit) -> dict[str, Any]:
     """The job as it is after that; a finished one stays as it was."""
     await _job(job_id, services)
     if await services.jobs.cancel(job_id):
@@ -247,10 +247,10 @@ async def cancel_job(job_id: str, services: OurServices, audit: Audit) -> dict[s
     return await get_job(job_id, services)
 
 
-async def _job(job_id: str, services: OurServices) -> Job:
+async def _job(job_id: str, services: AppStateDep) -> Job:
     job = await services.jobs.get(job_id)
     if job is None:
-        raise UnknownJob(f"no job has the id {job_id[:100]!r}", param="job")
+        raise JobNotFound(f"no job has the id {job_id[:100]!r}", param="job")
     return job
 
 

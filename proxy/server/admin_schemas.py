@@ -10,18 +10,18 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from proxy.errors import BadRequest, UnknownName
+from proxy.errors import BadRequest, ModelNotFound
 from proxy.outbound import OutboundError, ssl_context, trust_of
 from proxy.profiling.job import Job
 from proxy.safety.redaction import Literal, is_reference, literals, shown
-from proxy.server.dependencies import Services
+from proxy.server.dependencies import AppState
 from proxy.settings.litellm_names import is_model_info_of_litellm
-from proxy.settings.models import ModelEntry, ParamError, SettingsError, check_model_name, resolve_secret
+from proxy.settings.models import ModelConfig, ParamError, SettingsError, check_model_name, resolve_secret
 from proxy.settings.schema import ProfileSettings, Settings
 from proxy.storage.client_keys import LIMITS, ClientKey, KeyChange
-from proxy.storage.models import LivePrice, ModelRecord
+from proxy.storage.models import CurrentPrice, ModelRecord
 from proxy.storage.redis import StoreUnavailable, is_unix_time
-from proxy.storage.snapshot import RoutingState
+from proxy.storage.snapshot import RoutingSnapshot
 from proxy.upstream.litellm.params import is_provider_param
 from proxy.upstream.origins import ADDRESSES, check_secrets_stay
 from router_core.clustering import ClusterMap
@@ -36,7 +36,7 @@ _PATCH = ("litellm_params", "model_info")
 
 
 @dataclass(frozen=True)
-class Asking:
+class ProfileRequest:
     """Measure by asking the model so many prompts for so much money."""
 
     prompts: int
@@ -44,30 +44,30 @@ class Asking:
 
 
 @dataclass(frozen=True)
-class Addition:
+class NewModel:
     record: ModelRecord
-    profile: Asking | Profile
+    profile: ProfileRequest | Profile
 
 
 def read_addition(
     body: Mapping[str, Any], settings: Settings, environ: Mapping[str, str], cluster_map: ClusterMap, now: float
-) -> Addition:
+) -> NewModel:
     """Raises BadRequest, or InvalidProfile, naming the field."""
-    known_only(body, _ADD, "")
+    reject_unknown_keys(body, _ADD, "")
     name = body.get("model_name")
     if name in settings.route_names:
         raise BadRequest(f"{name!r} is one of route_names: it asks for routing", param="model_name")
     entry = _entry(name, body.get("litellm_params"), body.get("model_info"))
     _check_params(entry, settings, environ)
     profile = read_profile(body.get("profile"), settings, cluster_map)
-    return Addition(ModelRecord.of_entry(entry, "admin", now), profile)
+    return NewModel(ModelRecord.of_entry(entry, "admin", now), profile)
 
 
 def read_patch(
     body: Mapping[str, Any], record: ModelRecord, settings: Settings, environ: Mapping[str, str]
 ) -> ModelRecord:
     """Stated fields replace, null removes; what is not stated stays. Raises BadRequest."""
-    known_only(body, _PATCH, "")
+    reject_unknown_keys(body, _PATCH, "")
     stated = _object(body.get("litellm_params"), "litellm_params")
     params = _merged(record.litellm_params, stated)
     info = _merged(record.info.model_dump(exclude_defaults=True), _object(body.get("model_info"), "model_info"))
@@ -78,7 +78,7 @@ def read_patch(
     return changed
 
 
-def read_profile(stated: Any, settings: Settings, cluster_map: ClusterMap) -> Asking | Profile:
+def read_profile(stated: Any, settings: Settings, cluster_map: ClusterMap) -> ProfileRequest | Profile:
     """A ready profile where it has `errors` or `error_sums`, else how to ask."""
     document = _object(stated, "profile")
     if "errors" in document or "error_sums" in document:
@@ -92,7 +92,7 @@ def read_profile(stated: Any, settings: Settings, cluster_map: ClusterMap) -> As
                 f"the profile has {profile.labels.size} clusters, the map {cluster_map.size}", param="profile"
             )
         return profile
-    known_only(document, ("prompts", "max_usd"), "profile.")
+    reject_unknown_keys(document, ("prompts", "max_usd"), "profile.")
     defaults = settings.profile
     try:
         asked = ProfileSettings(
@@ -100,12 +100,12 @@ def read_profile(stated: Any, settings: Settings, cluster_map: ClusterMap) -> As
         )
     except ValidationError as error:
         raise _invalid(error, "profile.") from None
-    return Asking(asked.prompts, asked.max_usd)
+    return ProfileRequest(asked.prompts, asked.max_usd)
 
 
 def read_price(body: Mapping[str, Any]) -> Price:
     """The whole price. Raises BadRequest, or InvalidPrice, naming the field."""
-    known_only({name: None for name in body if price_field(name) is None}, PRICE_FIELDS, "")
+    reject_unknown_keys({name: None for name in body if price_field(name) is None}, PRICE_FIELDS, "")
     stated = {name: value for name, value in body.items() if value is not None}
     for name, value in stated.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -119,21 +119,21 @@ def read_price(body: Mapping[str, Any]) -> Price:
         raise BadRequest("a price must be a finite number of USD per token") from None
 
 
-def shown_params(params: Mapping[str, Any]) -> dict[str, Any]:
+def redact_params(params: Mapping[str, Any]) -> dict[str, Any]:
     """litellm_params without secrets: references to the environment are shown, literal keys and headers are not."""
     return {name: shown(name, value) for name, value in params.items()}
 
 
-def _entry(name: Any, params: Any, info: Any) -> ModelEntry:
+def _entry(name: Any, params: Any, info: Any) -> ModelConfig:
     stated = {key: value for key, value in _object(info, "model_info").items() if not is_model_info_of_litellm(key)}
     document = {"model_name": name, "litellm_params": params, "model_info": stated}
     try:
-        return ModelEntry.model_validate(document)
+        return ModelConfig.model_validate(document)
     except ValidationError as error:
         raise _invalid(error, "") from None
 
 
-def _check_params(entry: ModelEntry, settings: Settings, environ: Mapping[str, str]) -> None:
+def _check_params(entry: ModelConfig, settings: Settings, environ: Mapping[str, str]) -> None:
     params = entry.litellm_params
     try:
         entry.check_effects()
@@ -201,7 +201,7 @@ def _merged(before: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, A
     return {name: value for name, value in {**before, **stated}.items() if value is not None}
 
 
-def known_only(body: Mapping[str, Any], known: Collection[str], prefix: str) -> None:
+def reject_unknown_keys(body: Mapping[str, Any], known: Collection[str], prefix: str) -> None:
     for name in body:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -241,7 +241,7 @@ def read_new_key(body: Mapping[str, Any], now: float) -> tuple[str, KeyChange]:
 
 def read_key_change(body: Mapping[str, Any], now: float) -> KeyChange:
     """Stated fields replace, null removes; what is not stated stays. `now`: Unix seconds. Raises BadRequest."""
-    known_only(body, FIELDS, "")
+    reject_unknown_keys(body, FIELDS, "")
     fields: dict[str, Any] = {name: body[name] for name in _PLAIN if name in body}
     if "name" in body:
         fields["name"] = _name(body["name"])
@@ -254,13 +254,13 @@ def read_key_change(body: Mapping[str, Any], now: float) -> KeyChange:
     return KeyChange(fields, {name: body[name] for name in LIMITS if name in body})
 
 
-def read_grace(body: Mapping[str, Any]) -> float:
+def parse_grace_period(body: Mapping[str, Any]) -> float:
     """Seconds. Raises BadRequest."""
-    known_only(body, ("grace_s",), "")
+    reject_unknown_keys(body, ("grace_s",), "")
     return _seconds(body.get("grace_s", 0), "grace_s", MOST_GRACE_S)
 
 
-def shown_key(key: ClientKey) -> dict[str, Any]:
+def key_to_json(key: ClientKey) -> dict[str, Any]:
     """All but the digests; the same names as in a body."""
     return {
         "id": key.id,
@@ -334,7 +334,7 @@ def _rfc3339_or_none(seconds: float | None) -> str | None:
 Known = TypeVar("Known")
 
 
-async def cards_of(services: Services) -> list[dict[str, Any]]:
+async def models_to_json(services: AppState) -> list[dict[str, Any]]:
     """A card of every model, by name, without the profile's figures."""
     state = services.state.current
     jobs = await _known(services, services.jobs.latest) or {}
@@ -342,21 +342,21 @@ async def cards_of(services: Services) -> list[dict[str, Any]]:
     return [{**card, "health": services.health.standing(card["model_name"])} for card in cards]
 
 
-async def card_of(services: Services, name: str, *, with_profile: bool) -> dict[str, Any]:
+async def model_to_json(services: AppState, name: str, *, with_profile: bool) -> dict[str, Any]:
     job = await _known(services, lambda: services.jobs.for_model(name))
     state = services.state.current
     if name not in state.models:
-        raise UnknownName(f"the model {name!r} was removed just now", param="model")
+        raise ModelNotFound(f"the model {name!r} was removed just now", param="model")
     return {**_card(state, name, job, with_profile=with_profile), "health": services.health.standing(name)}
 
 
-def _card(state: RoutingState, name: str, job: Job | None, *, with_profile: bool) -> dict[str, Any]:
+def _card(state: RoutingSnapshot, name: str, job: Job | None, *, with_profile: bool) -> dict[str, Any]:
     record = state.models[name]
     standing, why = _standing(state, record, job)
     profile = state.profiles.get(name)
     card: dict[str, Any] = {
         "model_name": name,
-        "litellm_params": shown_params(record.litellm_params),
+        "litellm_params": redact_params(record.litellm_params),
         "model_info": record.info.model_dump(exclude_defaults=True),
         "source": record.source,
         "created_at": _rfc3339(record.created_at),
@@ -373,7 +373,7 @@ def _card(state: RoutingState, name: str, job: Job | None, *, with_profile: bool
     return card
 
 
-def _standing(state: RoutingState, record: ModelRecord, job: Job | None) -> tuple[str, str | None]:
+def _standing(state: RoutingSnapshot, record: ModelRecord, job: Job | None) -> tuple[str, str | None]:
     """And why, where it is not measured as it is now."""
     standing, why = state.standing(record.name), state.set_aside.get(record.name)
     if standing not in ("unprofiled", "foreign_profile") or job is None:
@@ -384,7 +384,7 @@ def _standing(state: RoutingState, record: ModelRecord, job: Job | None) -> tupl
     return ("failed", job.error) if failed else (standing, why)
 
 
-async def _known(services: Services, ask: Callable[[], Awaitable[Known]]) -> Known | None:
+async def _known(services: AppState, ask: Callable[[], Awaitable[Known]]) -> Known | None:
     """None while Redis is away: reading models needs no jobs, and does not wait for them."""
     if not services.state.available:
         return None
@@ -394,7 +394,7 @@ async def _known(services: Services, ask: Callable[[], Awaitable[Known]]) -> Kno
         return None
 
 
-def _price(live: LivePrice | None) -> dict[str, Any] | None:
+def _price(live: CurrentPrice | None) -> dict[str, Any] | None:
     if live is None:
         return None
     since = live.updated_at

@@ -7,26 +7,26 @@ from functools import cached_property
 from time import monotonic
 from typing import Any, TypeVar
 
-from proxy.errors import ModelBusy, UpstreamFailure
+from proxy.errors import ModelAtCapacity, UpstreamError
 from proxy.routing.chat_request import ChatRequest
 from proxy.routing.sizes import limited
-from proxy.server.request_log import Meter
-from proxy.server.requests import Trace, instance_id
-from proxy.settings.schema import NOTHING_STATED, Settings, Timeouts, timeouts_for, total_s
+from proxy.server.request_log import RequestRecord
+from proxy.server.requests import RequestIds, instance_id
+from proxy.settings.schema import NO_OVERRIDES, Settings, Timeouts, timeouts_for, total_s
 from proxy.storage.models import ModelRecord
-from proxy.storage.snapshot import RoutingState
+from proxy.storage.snapshot import RoutingSnapshot
 from proxy.storage.usage import usage_of
-from proxy.upstream.client import Blocks, Upstream
-from proxy.upstream.concurrency_limit import Capacities, CapacityLimits, Slot
-from proxy.upstream.health import Attempt, ModelHealth
-from proxy.upstream.payload import Payload, content_bytes, has_content, is_empty_answer, is_finished
-from proxy.upstream.sse import dump
+from proxy.upstream.client import Blocks, UpstreamClient
+from proxy.upstream.concurrency_limit import ConcurrencyLimiter, ConcurrencyLimits, Slot
+from proxy.upstream.health import Attempt, HealthRegistry
+from proxy.upstream.payload import JSONPayload, content_bytes, has_content, is_empty_completion, is_finished
+from proxy.upstream.sse import encode_json
 from router_core.pool import NO_LIMIT
 
 T = TypeVar("T")
 
 
-class Silence:
+class IdleTimeout:
     """Ends waits that take too long, as `asyncio.timeout` does for one. To be closed."""
 
     def __init__(self, idle_s: float, until: float) -> None:
@@ -80,7 +80,7 @@ class Silence:
 class Turn:
     """To be closed, however it ended; closing without an outcome says nothing of the model."""
 
-    def __init__(self, meter: Meter, attempt: Attempt, slot: Slot, *, hurried: bool) -> None:
+    def __init__(self, meter: RequestRecord, attempt: Attempt, slot: Slot, *, hurried: bool) -> None:
         """`hurried`: the caller's own time limit is shorter than the model's, so that missing it is no fault."""
         self._meter = meter
         self._attempt = attempt
@@ -96,7 +96,7 @@ class Turn:
         self._attempt.succeeded()
         self.close()
 
-    def failed(self, failure: UpstreamFailure) -> None:
+    def failed(self, failure: UpstreamError) -> None:
         self._meter.failed(failure)
         if not (failure.timed_out and self._hurried):
             self._attempt.failed(failure)
@@ -107,7 +107,7 @@ class Turn:
         self._slot.release()
 
 
-MOST_HELD = 1000
+MAX_BUFFERED_CHUNKS = 1000
 """Chunks without content that are kept until the first with some, to be shown before it; more of them are dropped, and
 time alone is the limit. As many again are kept that end a choice or report usage."""
 
@@ -116,7 +116,7 @@ MOST_HELD_BYTES = 2**20
 
 
 @dataclass
-class OpenStream:
+class UpstreamStream:
     """A stream that has begun: what was read while waiting for content, and the rest."""
 
     rest: Blocks
@@ -125,23 +125,23 @@ class OpenStream:
     """How long the rest may be silent."""
     until: float
     """Monotonic seconds at which it is given up, however lively it is."""
-    held: list[Payload] = field(default_factory=list)
+    held: list[JSONPayload] = field(default_factory=list)
     ended: bool = False
     """Nothing is left to read, and it ended well."""
 
     @property
     def is_empty(self) -> bool:
         """It ended without a word, and nothing kept it from speaking."""
-        return self.ended and is_empty_answer(
+        return self.ended and is_empty_completion(
             {"choices": [choice for chunk in self.held for choice in chunk.body.get("choices") or ()]}
         )
 
-    async def __aiter__(self) -> AsyncIterator[list[Payload]]:
+    async def __aiter__(self) -> AsyncIterator[list[JSONPayload]]:
         """Blocks of chunks. Raises UpstreamFailure where it breaks, stops, or goes on for too long."""
         held, self.held = self.held, []
         if held:
             yield held
-        silence = Silence(self.idle_s, self.until)
+        silence = IdleTimeout(self.idle_s, self.until)
         try:
             while not self.ended:
                 yield await silence.during(anext(self.rest))
@@ -150,17 +150,17 @@ class OpenStream:
         except TimeoutError:
             self.turn.failed(failure := self._too_slow())
             raise failure from None
-        except UpstreamFailure as failure:
+        except UpstreamError as failure:
             self.turn.failed(failure)
             raise
         finally:
             silence.close()
 
-    def _too_slow(self) -> UpstreamFailure:
+    def _too_slow(self) -> UpstreamError:
         reason = f"was silent for {self.idle_s:g} s (idle_timeout_s)"
         if monotonic() >= self.until:
             reason = "took longer than stream_timeout_s"
-        return UpstreamFailure(f"the model's stream {reason}", timed_out=True)
+        return UpstreamError(f"the model's stream {reason}", timed_out=True)
 
     async def aclose(self) -> None:
         self.turn.close()
@@ -173,7 +173,7 @@ class OpenStream:
             await close()
 
 
-async def begin(stream: OpenStream, meter: Meter) -> OpenStream:
+async def read_until_content(stream: UpstreamStream, meter: RequestRecord) -> UpstreamStream:
     """Reads up to the first content, or to the end if there is none. Where that fails it closes the connection, and
     leaves the turn to the caller: a limit that cuts this off is known out there, as a failure of the model."""
     held = _Held()
@@ -197,20 +197,20 @@ class _Held:
     """Chunks without content, as many as can be kept."""
 
     def __init__(self) -> None:
-        self.chunks: list[Payload] = []
+        self.chunks: list[JSONPayload] = []
         self._bytes = 0
 
-    def add(self, block: list[Payload]) -> None:
+    def add(self, block: list[JSONPayload]) -> None:
         for chunk in block:
-            most = 2 * MOST_HELD if usage_of(chunk.body) or is_finished(chunk.body) else MOST_HELD
+            most = 2 * MAX_BUFFERED_CHUNKS if usage_of(chunk.body) or is_finished(chunk.body) else MAX_BUFFERED_CHUNKS
             if len(self.chunks) >= most or self._bytes >= MOST_HELD_BYTES:
                 continue
-            self._bytes += len(chunk.raw if chunk.raw is not None else dump(chunk.body))
+            self._bytes += len(chunk.raw if chunk.raw is not None else encode_json(chunk.body))
             if self._bytes < MOST_HELD_BYTES:
                 self.chunks.append(chunk)
 
 
-def _first_content(block: list[Payload], meter: Meter) -> int:
+def _first_content(block: list[JSONPayload], meter: RequestRecord) -> int:
     """Its place; that behind the last where none has any."""
     for chunk in block:
         if usage := usage_of(chunk.body):
@@ -220,10 +220,10 @@ def _first_content(block: list[Payload], meter: Meter) -> int:
 
 Answer = TypeVar("Answer")
 
-Ask = Callable[[ModelRecord, Timeouts, Turn], Awaitable[Answer]]
+Call = Callable[[ModelRecord, Timeouts, Turn], Awaitable[Answer]]
 
 
-class Resting(Exception):
+class CircuitOpen(Exception):
     """The model may not be asked now. Never told to anybody: another is asked, or this one after all."""
 
 
@@ -231,46 +231,46 @@ class Resting(Exception):
 class Outlets:
     """What it takes to ask models."""
 
-    upstream: Upstream
-    health: ModelHealth
-    capacities: Capacities
+    upstream: UpstreamClient
+    health: HealthRegistry
+    capacities: ConcurrencyLimiter
     settings: Settings
 
 
 @dataclass(frozen=True)
-class Forwarder:
+class Attempts:
     """The models of one request's choice, asked one after the other."""
 
     outlets: Outlets
-    state: RoutingState
+    state: RoutingSnapshot
     request: ChatRequest
-    trace: Trace
-    meter: Meter
+    trace: RequestIds
+    meter: RequestRecord
     overflowed: list[str] = field(default_factory=list)
     """Models that the prompt was found too long for."""
 
-    async def complete(self) -> Payload:
+    async def complete(self) -> JSONPayload:
         """The first whole answer. Raises the last UpstreamFailure, or ModelBusy where all are busy."""
-        return await self._first(self._answer, lambda answer: is_empty_answer(answer.body))
+        return await self.run(self._answer, lambda answer: is_empty_completion(answer.body))
 
-    async def open_stream(self) -> OpenStream:
+    async def open_stream(self) -> UpstreamStream:
         """The first stream with content. Raises as `complete`."""
-        return await self._first(self._begin, lambda stream: stream.is_empty)
+        return await self.run(self._begin, lambda stream: stream.is_empty)
 
-    async def _first(self, ask: Ask[Answer], is_empty: Callable[[Answer], bool]) -> Answer:
+    async def run(self, ask: Call[Answer], is_empty: Callable[[Answer], bool]) -> Answer:
         """In rank. Those that rest are asked only where nobody else could be, and then the one that recovers first."""
-        outcome: Answer | UpstreamFailure | None = None
-        busy: list[ModelBusy] = []
+        outcome: Answer | UpstreamError | None = None
+        busy: list[ModelAtCapacity] = []
         rested: list[str] = []
         asked = 0
-        for name in self._order():
+        for name in self._candidates():
             try:
-                outcome = await self._asked(name, ask)
-            except Resting:
+                outcome = await self._with_reconnect(name, ask)
+            except CircuitOpen:
                 rested.append(name)
-            except ModelBusy as full:
+            except ModelAtCapacity as full:
                 busy.append(full)
-            except UpstreamFailure as failure:
+            except UpstreamError as failure:
                 outcome, asked = failure, asked + 1
                 if not failure.retryable:
                     break
@@ -279,13 +279,13 @@ class Forwarder:
                 if not is_empty(outcome):
                     return outcome
                 self.meter.empty()
-            if asked == self.meter.choice.attempts or self._left_s() <= 0:
+            if asked == self.meter.choice.attempts or self._remaining_s() <= 0:
                 break
         if outcome is None and rested and not busy:
-            return await self._asked(self._soonest(rested), ask, resting_too=True)
-        return _told(outcome, busy)
+            return await self._with_reconnect(self._first_to_recover(rested), ask, resting_too=True)
+        return _result(outcome, busy)
 
-    def _order(self) -> Iterator[str]:
+    def _candidates(self) -> Iterator[str]:
         """Those with more room alone, once the prompt was found too long for a model whose window is known."""
         for name in self.meter.choice.order:
             if name in self.state.models and not (self.overflowed and self._is_too_small(name)):
@@ -301,34 +301,34 @@ class Forwarder:
         place = pool.index.get(name)
         return NO_LIMIT if place is None else int(pool.max_input_tokens[place])
 
-    async def _asked(self, name: str, ask: Ask[Answer], *, resting_too: bool = False) -> Answer:
+    async def _with_reconnect(self, name: str, ask: Call[Answer], *, resting_too: bool = False) -> Answer:
         """One model, and once more where its connection died before it said anything."""
         try:
-            return await self._in_turn(name, ask, resting_too=resting_too)
-        except UpstreamFailure as failure:
-            if not failure.lost or self._left_s() <= 0:
+            return await self._attempt(name, ask, resting_too=resting_too)
+        except UpstreamError as failure:
+            if not failure.lost or self._remaining_s() <= 0:
                 raise
-        return await self._in_turn(name, ask, resting_too=True)
+        return await self._attempt(name, ask, resting_too=True)
 
-    async def _in_turn(self, name: str, ask: Ask[Answer], *, resting_too: bool) -> Answer:
+    async def _attempt(self, name: str, ask: Call[Answer], *, resting_too: bool) -> Answer:
         outlets, record = self.outlets, self.state.models[name]
         if not resting_too and name in outlets.health.resting():
-            raise Resting(name)
-        waits_s = max(0.0, min(outlets.settings.queue_wait_s, self._left_s()))
-        slot = await outlets.capacities.slot(name, CapacityLimits.of(record.info, waits_s))
+            raise CircuitOpen(name)
+        waits_s = max(0.0, min(outlets.settings.queue_wait_s, self._remaining_s()))
+        slot = await outlets.capacities.slot(name, ConcurrencyLimits.of(record.info, waits_s))
         if not resting_too and name in outlets.health.resting():  # since then, or somebody else is the probe
             slot.release()
-            raise Resting(name)
-        if self._left_s() <= 0:  # the wait for a place took it: no fault of this model
+            raise CircuitOpen(name)
+        if self._remaining_s() <= 0:  # the wait for a place took it: no fault of this model
             slot.release()
-            raise UpstreamFailure("no model was asked in time (request_timeout_s)", timed_out=True, retryable=False)
+            raise UpstreamError("no model was asked in time (request_timeout_s)", timed_out=True, retryable=False)
         usual, stated = timeouts_for(outlets.settings, record.info), self.request.options.timeouts
-        timeouts = usual if stated is NOTHING_STATED else timeouts_for(outlets.settings, record.info, stated)
-        turn = Turn(self.meter, outlets.health.begin(name), slot, hurried=timeouts.hastier_than(usual))
+        timeouts = usual if stated is NO_OVERRIDES else timeouts_for(outlets.settings, record.info, stated)
+        turn = Turn(self.meter, outlets.health.begin(name), slot, hurried=timeouts.stricter_than(usual))
         self.meter.asking(name)
         try:
             return await self._in_time(record, ask, timeouts, turn)
-        except UpstreamFailure as failure:
+        except UpstreamError as failure:
             turn.failed(failure)
             if failure.overflow:
                 self.overflowed.append(name)
@@ -337,17 +337,17 @@ class Forwarder:
             turn.close()
             raise
 
-    async def _in_time(self, record: ModelRecord, ask: Ask[Answer], timeouts: Timeouts, turn: Turn) -> Answer:
-        left_s = self._left_s()
+    async def _in_time(self, record: ModelRecord, ask: Call[Answer], timeouts: Timeouts, turn: Turn) -> Answer:
+        left_s = self._remaining_s()
         try:
             async with asyncio.timeout(min(timeouts.first_token_s, left_s)):
                 return await ask(record, timeouts, turn)
         except TimeoutError:
             stated = "first_token_timeout_s" if timeouts.first_token_s < left_s else "request_timeout_s"
             message = f"{record.name} gave no answer within {min(timeouts.first_token_s, left_s):.3g} s ({stated})"
-            raise UpstreamFailure(message, timed_out=True) from None
+            raise UpstreamError(message, timed_out=True) from None
 
-    async def _answer(self, record: ModelRecord, timeouts: Timeouts, turn: Turn) -> Payload:
+    async def _answer(self, record: ModelRecord, timeouts: Timeouts, turn: Turn) -> JSONPayload:
         body, raw = self._sent_to(record.name)
         answer = await self.outlets.upstream.complete(
             record, body, self._upstream_headers, raw=raw, connect_s=timeouts.connect_s
@@ -358,13 +358,13 @@ class Forwarder:
         self.meter.marks.answer(answer.body, record.name)
         return answer
 
-    async def _begin(self, record: ModelRecord, timeouts: Timeouts, turn: Turn) -> OpenStream:
+    async def _begin(self, record: ModelRecord, timeouts: Timeouts, turn: Turn) -> UpstreamStream:
         body, raw = self._sent_to(record.name)
         blocks = await self.outlets.upstream.stream(
             record, body, self._upstream_headers, raw=raw, connect_s=timeouts.connect_s
         )
-        stream = OpenStream(blocks, turn, timeouts.idle_s, monotonic() + self.outlets.settings.stream_timeout_s)
-        return await begin(stream, self.meter)
+        stream = UpstreamStream(blocks, turn, timeouts.idle_s, monotonic() + self.outlets.settings.stream_timeout_s)
+        return await read_until_content(stream, self.meter)
 
     def _sent_to(self, name: str) -> tuple[Mapping[str, Any], bytes | None]:
         """The caller's body and its bytes; where this model is told a smaller limit, another body and no bytes."""
@@ -376,11 +376,11 @@ class Forwarder:
         self.meter.clamped = told
         return limited(request.body, told), None
 
-    def _soonest(self, rested: list[str]) -> str:
+    def _first_to_recover(self, rested: list[str]) -> str:
         resting = self.outlets.health.resting()
         return min(rested, key=lambda name: resting.get(name, 0.0))
 
-    def _left_s(self) -> float:
+    def _remaining_s(self) -> float:
         """Of the time for all attempts together. Without any, nobody is asked any more."""
         return self._until - monotonic()
 
@@ -393,12 +393,12 @@ class Forwarder:
         return self.meter.started + total_s(self.outlets.settings, self.request.options.timeouts)
 
 
-def _told(outcome: Answer | UpstreamFailure | None, busy: list[ModelBusy]) -> Answer:
+def _result(outcome: Answer | UpstreamError | None, busy: list[ModelAtCapacity]) -> Answer:
     """What came of the last model that was asked; where none could be, when the first of them has a place."""
-    if isinstance(outcome, UpstreamFailure):
+    if isinstance(outcome, UpstreamError):
         raise outcome
     if outcome is not None:
         return outcome
     if busy:
         raise min(busy, key=lambda full: full.retry_after_s)
-    raise UpstreamFailure("no model was asked")
+    raise UpstreamError("no model was asked")

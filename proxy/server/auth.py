@@ -13,19 +13,19 @@ from starlette._utils import get_route_path
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from proxy.errors import BadRequest, Forbidden, ProxyError, Unauthenticated, Unavailable
-from proxy.server.requests import Headers, head_of
-from proxy.server.responses import describe
+from proxy.errors import BadRequest, Forbidden, ProxyError, ServiceUnavailable, Unauthenticated
+from proxy.server.requests import Headers, headers_of
+from proxy.server.responses import render_error
 from proxy.settings.schema import Settings, is_loopback
-from proxy.storage.audit_log import NOBODY, ROOT
+from proxy.storage.audit_log import ANONYMOUS, ROOT
 from proxy.storage.client_keys import ClientKey, Role
-from proxy.storage.snapshot import RoutingState
+from proxy.storage.snapshot import RoutingSnapshot
 
 ADMIN: Final = "/admin"
 
 METRICS: Final = "/metrics"
 
-READS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 def is_admin_side(path: str) -> bool:
@@ -37,7 +37,7 @@ def check_role(role: Role, method: str, path: str) -> None:
     if role == "admin":
         return
     if role == "viewer":
-        if method not in READS:
+        if method not in SAFE_METHODS:
             raise Forbidden("a key of the role viewer may only read; asking models needs the role client")
     elif is_admin_side(path):
         raise Forbidden("this call needs the admin key, or a key of the role admin")
@@ -54,7 +54,7 @@ MOST_WAITING = 512
 """Beyond these a refusal is answered at once: waiting costs a connection, and they are not endless either."""
 
 
-class Brake:
+class AuthFailureThrottle:
     """One per process, for all callers together: addresses are cheap, and behind a proxy all have the same."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -79,7 +79,7 @@ class Brake:
             self._waiting -= 1
 
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+UNAUTHENTICATED_PATHS = frozenset({"/healthz", "/readyz"})
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -88,7 +88,7 @@ AZURES_HEADER = "api-key"
 
 KEY_IN_SCOPE = "uniroute.key"
 
-WHO_IN_SCOPE = "uniroute.who"
+PRINCIPAL = "uniroute.who"
 
 _RETRY_AFTER_S = "2"
 
@@ -101,32 +101,32 @@ _HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 
 
 @dataclass(frozen=True, slots=True)
-class Admitted:
+class Principal:
     """Who came in: `root`, the id of a key, or `-` where none is needed."""
 
     who: str
     key: ClientKey | None = None
 
 
-_NOBODY = Admitted(NOBODY)
+_NOBODY = Principal(ANONYMOUS)
 
 
-class Guard:
+class AuthMiddleware:
     """Pure ASGI. Puts the caller's ClientKey, or None where none is needed, into the scope, and who it is."""
 
     def __init__(
         self,
         app: ASGIApp,
         settings: Settings,
-        state: Callable[[], RoutingState],
+        state: Callable[[], RoutingSnapshot],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.app = app
         self._settings = settings
         self._state = state
         self._clock = clock
-        self._brake = Brake(time.monotonic)
-        self._served: set[str] = set()
+        self._brake = AuthFailureThrottle(time.monotonic)
+        self._allowed_hosts_cache: set[str] = set()
         """Values of Host that were found to be served: most requests bring the same few."""
         admin = settings.admin_key
         self._root_digest = _digest(admin.get_secret_value().encode()) if admin else None
@@ -141,7 +141,7 @@ class Guard:
         try:
             self._admit(scope)
         except ProxyError as refusal:
-            status, body, headers = describe(refusal)
+            status, body, headers = render_error(refusal)
             if status == 401:
                 await self._brake.hold()
             challenge = {"www-authenticate": "Bearer"} if status == 401 else {}
@@ -151,48 +151,48 @@ class Guard:
 
     def _admit(self, scope: Scope) -> None:
         path = path_of(scope)
-        caller = _NOBODY if path in OPEN_PATHS else self._caller(path, head_of(scope))
-        scope[KEY_IN_SCOPE], scope[WHO_IN_SCOPE] = caller.key, caller.who
+        caller = _NOBODY if path in UNAUTHENTICATED_PATHS else self._caller(path, headers_of(scope))
+        scope[KEY_IN_SCOPE], scope[PRINCIPAL] = caller.key, caller.who
         if caller.key is not None:
             check_role(caller.key.role, scope["method"], path)
 
-    def _caller(self, path: str, headers: Headers) -> Admitted:
+    def _caller(self, path: str, headers: Headers) -> Principal:
         if not path.isprintable():
             raise BadRequest("the path holds characters that cannot be printed")
         self._check_address(headers)
         if is_admin_side(path):
             if self._root_digest is None:
                 raise Forbidden("the admin side is off: set UNIROUTE_ADMIN_KEY and start again")
-            return self._known(presented(headers))
+            return self._known(credentials_from(headers))
         if not self._state().keys_required:
             return _NOBODY
-        return self._known(presented(headers, ("x-api-key", AZURES_HEADER)))
+        return self._known(credentials_from(headers, ("x-api-key", AZURES_HEADER)))
 
     def _check_address(self, headers: Headers) -> None:
         hosts = headers.getlist("host")
-        if len(hosts) != 1 or hosts[0] not in self._served:
+        if len(hosts) != 1 or hosts[0] not in self._allowed_hosts_cache:
             check_host(headers, self._settings)
-            if len(self._served) < _MOST_SERVED and len(hosts[0]) <= _LONGEST_SERVED:
-                self._served.add(hosts[0])
+            if len(self._allowed_hosts_cache) < _MOST_SERVED and len(hosts[0]) <= _LONGEST_SERVED:
+                self._allowed_hosts_cache.add(hosts[0])
         check_origin(headers, self._settings.allowed_origins)
 
-    def _known(self, secret: bytes | None) -> Admitted:
+    def _known(self, secret: bytes | None) -> Principal:
         """The digest is looked up, and compared again in constant time; the secret itself is compared with nothing."""
         digest = _digest(secret) if secret else ""
         if self._root_digest is not None and hmac.compare_digest(digest, self._root_digest):
-            return Admitted(ROOT)
+            return Principal(ROOT)
         state, now = self._state(), self._clock()
         key = state.keys.get(digest)
         if key is None and not state.known:
-            raise Unavailable(
+            raise ServiceUnavailable(
                 "the models and API keys here were not read yet: the store, Redis, does not answer; try again",
                 headers={"retry-after": _RETRY_AFTER_S},
             )
-        if key is None or key.revoked or not key.opens_with(digest, now):
+        if key is None or key.revoked or not key.matches(digest, now):
             raise Unauthenticated("no valid API key was given; send one as Authorization: Bearer …, or as x-api-key")
         if key.expired(now):
             raise Unauthenticated("this API key has expired; ask whoever made it for another one")
-        return Admitted(key.id, key)
+        return Principal(key.id, key)
 
 
 def path_of(scope: Scope) -> str:
@@ -200,7 +200,7 @@ def path_of(scope: Scope) -> str:
     return get_route_path(scope)
 
 
-def presented(headers: Headers, names: Sequence[str] = ("x-api-key",)) -> bytes | None:
+def credentials_from(headers: Headers, names: Sequence[str] = ("x-api-key",)) -> bytes | None:
     """The key that was sent, as bytes. Raises Unauthenticated where there is more than one, or it cannot be a key.
 
     Args:

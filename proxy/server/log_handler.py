@@ -48,7 +48,7 @@ class LineFormatter(logging.Formatter):
         return text
 
 
-class LineHandler(logging.Handler):
+class NonBlockingHandler(logging.Handler):
     """Of any thread. Its formatter is a LineFormatter, unless another is set."""
 
     def __init__(self, fd: int = 2) -> None:
@@ -63,7 +63,7 @@ class LineHandler(logging.Handler):
         self._one_at_a_time = threading.Lock()
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = 0
-        self._untold = 0
+        self._unreported_drops = 0
         self._writer: threading.Thread | None = None
 
     @property
@@ -110,7 +110,7 @@ class LineHandler(logging.Handler):
     def _wait_with(self, data: bytes) -> None:
         if self._waiting_bytes + len(data) > MOST_WAITING:
             self.dropped += 1
-            self._untold += 1
+            self._unreported_drops += 1
             return
         self._waiting.append(data)
         self._waiting_bytes += len(data)
@@ -121,26 +121,26 @@ class LineHandler(logging.Handler):
     def _write_waiting(self) -> None:
         """Until nothing waits any more. What is being written stays first in line, so that nothing overtakes it."""
         while (data := self._next_waiting()) is not None:
-            self._write_patiently(data)
+            self._write_blocking(data)
             with self._one_at_a_time:
                 self._waiting.popleft()
                 self._waiting_bytes -= len(data)
 
     def _next_waiting(self) -> bytes | None:
         with self._one_at_a_time:
-            if not self._waiting and self._untold:
+            if not self._waiting and self._unreported_drops:
                 self._wait_with(self._told())
             if not self._waiting:
                 self._writer = None
                 return None
             return self._waiting[0]
 
-    def _write_patiently(self, data: bytes) -> None:
+    def _write_blocking(self, data: bytes) -> None:
         while data := self._write(data):
             self._ready.poll()
 
     def _told(self) -> bytes:
-        untold, self._untold = self._untold, 0
+        untold, self._unreported_drops = self._unreported_drops, 0
         what = f"{untold} log lines were dropped: standard error was not read"
         return f"{self._lines.time(time.time())} WARNING uniroute {what}\n".encode()
 
@@ -156,14 +156,14 @@ def info(log: logging.Logger, message: str) -> None:
         handler.say("INFO", log.name, message)
 
 
-def _only_handler(log: logging.Logger) -> LineHandler | None:
+def _only_handler(log: logging.Logger) -> NonBlockingHandler | None:
     if log.filters:
         return None
-    found: LineHandler | None = None
+    found: NonBlockingHandler | None = None
     at: logging.Logger | None = log
     while at is not None:
         for handler in at.handlers:
-            if found is not None or not isinstance(handler, LineHandler) or not handler.is_plain:
+            if found is not None or not isinstance(handler, NonBlockingHandler) or not handler.is_plain:
                 return None
             found = handler
         at = at.parent if at.propagate else None
@@ -173,4 +173,4 @@ def _only_handler(log: logging.Logger) -> LineHandler | None:
 def lines_dropped() -> int:
     """By the handlers of this process."""
     handlers = {*logging.getLogger().handlers, *logging.getLogger("uniroute").handlers}
-    return sum(handler.dropped for handler in handlers if isinstance(handler, LineHandler))
+    return sum(handler.dropped for handler in handlers if isinstance(handler, NonBlockingHandler))

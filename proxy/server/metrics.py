@@ -32,7 +32,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from proxy.server.log_handler import lines_dropped
-from proxy.upstream.health import ModelHealth
+from proxy.upstream.health import HealthRegistry
 
 log = logging.getLogger("uniroute.metrics")
 
@@ -128,7 +128,7 @@ class SharedValues(Values):
         super().__init__(clock)
         self._folder = folder
         self._others: dict[Path, _Others] = {}
-        self._living: set[Path] = set()
+        self._require_active: set[Path] = set()
         self._path, self._index = _taken(folder)
         self._values = os.open(self._path.with_suffix(".values"), os.O_RDWR | os.O_CREAT, 0o600)
         self._take_over()
@@ -137,14 +137,14 @@ class SharedValues(Values):
         yield from super().read(metric)
         for path, others in self._others.items():
             found = others.series.get(metric, {})
-            alive = path in self._living
+            alive = path in self._require_active
             yield {labels: series for labels, series in found.items() if alive or series.kind == "counter"}
 
     def refresh(self) -> None:
         for path in self._folder.glob("*.index"):
             if path != self._path:
                 self._others.setdefault(path, _Others(path)).refresh()
-        self._living = {path for path in self._others if _is_held(path)}
+        self._require_active = {path for path in self._others if _is_held(path)}
 
     def _take_over(self) -> None:
         left = _Others(self._path)
@@ -298,7 +298,7 @@ class Total:
     began: float
 
 
-class Counted(Collector):
+class FastCounter(Collector):
     """A counter: `add` what is not negative. Without labels it is there at once."""
 
     def __init__(
@@ -351,14 +351,14 @@ class Counted(Collector):
 class Child:
     """A counter with its labels."""
 
-    counter: Counted
+    counter: FastCounter
     values: Labels
 
     def inc(self, amount: float = 1) -> None:
         self.counter.add(self.values, amount)
 
 
-class Distribution(Collector):
+class FastHistogram(Collector):
     """A histogram. `bounds` ascend; the last bucket, without a bound, is added. Without labels it is there at once."""
 
     def __init__(
@@ -521,12 +521,12 @@ class Metrics:
         self._lines_dropped.inc(max(0, dropped - self._lines_told))
         self._lines_told = dropped
 
-    def _total(self, name: str, text: str, *labels: str) -> Counted:
-        counter = Counted(f"uniroute_{name}", text, labels, values=self.values)
+    def _total(self, name: str, text: str, *labels: str) -> FastCounter:
+        counter = FastCounter(f"uniroute_{name}", text, labels, values=self.values)
         self.registry.register(counter)
         return counter
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counted:
+    def _counter(self, name: str, text: str, *labels: str) -> FastCounter:
         """Of a model, first of all; written with every request."""
         return self._total(name, text, "model", *labels)
 
@@ -535,22 +535,24 @@ class Metrics:
         self.registry.register(gauge)
         return gauge
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Distribution:
-        histogram = Distribution(f"uniroute_{name}", text, labels, buckets, values=self.values)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> FastHistogram:
+        histogram = FastHistogram(f"uniroute_{name}", text, labels, buckets, values=self.values)
         self.registry.register(histogram)
         return histogram
 
 
-def worker_deaths(values: Values) -> Counted:
+def worker_deaths(values: Values) -> FastCounter:
     """Counted by the supervisor, shown by the workers."""
     text = "Worker processes that died and were started again, by signal, status, or that they gave no sign of life"
-    return Counted("uniroute_worker_deaths", text, ["cause"], values=values)
+    return FastCounter("uniroute_worker_deaths", text, ["cause"], values=values)
 
 
 class HealthCollector(Collector):
     """Labels are registered models alone, so that the series of a removed one are gone."""
 
-    def __init__(self, health: ModelHealth, known: Callable[[], Collection[str]], values: Values | None = None) -> None:
+    def __init__(
+        self, health: HealthRegistry, known: Callable[[], Collection[str]], values: Values | None = None
+    ) -> None:
         """`values`: those that workers share."""
         values = values or Values()
         self._health = health
@@ -562,7 +564,7 @@ class HealthCollector(Collector):
             combine=max,
             values=values,
         )
-        self._opened = Counted(
+        self._opened = FastCounter(
             "uniroute_breaker_opened", "Times that a process found a model failing", ["model"], values=values
         )
         self._counted: dict[str, int] = {}

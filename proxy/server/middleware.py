@@ -11,10 +11,10 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy.errors import LAST_WORDS_S, SHUTTING_DOWN, ShuttingDown, error_object
-from proxy.server.auth import OPEN_PATHS, READS, WHO_IN_SCOPE, is_admin_side, path_of
-from proxy.server.requests import LEAVING, Trace, head_of, trace_of
-from proxy.server.responses import response_of
-from proxy.storage.audit_log import NOBODY, Author, act_of
+from proxy.server.auth import PRINCIPAL, SAFE_METHODS, UNAUTHENTICATED_PATHS, is_admin_side, path_of
+from proxy.server.requests import DISCONNECT, RequestIds, headers_of, request_ids_from
+from proxy.server.responses import error_response
+from proxy.storage.audit_log import ANONYMOUS, Actor, action_of
 
 if TYPE_CHECKING:
     from proxy.server.dependencies import ServicesHolder
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("uniroute.edge")
 
-TRACE = "uniroute.trace"
+REQUEST_IDS = "uniroute.trace"
 
-ARRIVED = "uniroute.arrived"
+RECEIVED_AT = "uniroute.arrived"
 """Monotonic seconds."""
 
-CROWDED = "uniroute.crowded"
+OVERLOADED = "uniroute.crowded"
 """In the scope where the connection is one more than this process has room for."""
 
 _IDS = (b"x-request-id", b"traceparent")
@@ -35,7 +35,7 @@ _IDS = (b"x-request-id", b"traceparent")
 _RETRY_AFTER_S = "1"
 
 
-def _state(message: Message, trace: Trace) -> None:
+def _state(message: Message, trace: RequestIds) -> None:
     headers = message.setdefault("headers", [])
     if isinstance(headers, list) and not any(name in _IDS for name, _ in headers):
         headers += trace.raw_headers
@@ -43,7 +43,7 @@ def _state(message: Message, trace: Trace) -> None:
         MutableHeaders(scope=message).update(trace.headers())
 
 
-class Edge:
+class RequestContextMiddleware:
     """Pure ASGI."""
 
     def __init__(self, app: ASGIApp, holder: ServicesHolder) -> None:
@@ -54,8 +54,8 @@ class Edge:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        trace = scope[TRACE] = trace_of(head_of(scope))
-        scope[ARRIVED] = time.monotonic()
+        trace = scope[REQUEST_IDS] = request_ids_from(headers_of(scope))
+        scope[RECEIVED_AT] = time.monotonic()
         started = False
 
         async def send_with_ids(message: Message) -> None:
@@ -66,13 +66,13 @@ class Edge:
                 self._count(message["status"])
             await send(message)
 
-        if scope.get(CROWDED) or not self._holder.is_open:
+        if scope.get(OVERLOADED) or not self._holder.is_open:
             await self._turned_away(scope, receive, send_with_ids)
             return
         try:
             await self.app(scope, receive, send_with_ids)
         except asyncio.CancelledError:
-            if LEAVING not in scope:
+            if DISCONNECT not in scope:
                 raise
             # of a task that is all this request's: the server ends, and this is the last that it does
             if not started:
@@ -92,11 +92,11 @@ class Edge:
                 MutableHeaders(scope=message)["connection"] = "close"
             await send(message)
 
-        crowded = bool(scope.get(CROWDED))
+        crowded = bool(scope.get(OVERLOADED))
         answer: ASGIApp = self.app
-        if path_of(scope) not in OPEN_PATHS:
+        if path_of(scope) not in UNAUTHENTICATED_PATHS:
             # before any key is looked at: while the server starts nobody knows which there are
-            answer = _busy() if crowded else response_of(self._holder.startup.refusal())
+            answer = _busy() if crowded else error_response(self._holder.startup.refusal())
         await answer(scope, receive, send_and_close if crowded else send)
 
     def _count(self, status: int) -> None:
@@ -108,7 +108,7 @@ async def _last_words(scope: Scope, receive: Receive, send: Send) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LAST_WORDS_S):
             refusal = ShuttingDown(SHUTTING_DOWN, headers={"retry-after": _RETRY_AFTER_S, "connection": "close"})
-            await response_of(refusal)(scope, receive, send)
+            await error_response(refusal)(scope, receive, send)
 
 
 def _busy() -> JSONResponse:
@@ -120,14 +120,14 @@ TARGET_IN_SCOPE = "uniroute.target"
 """Where a route says what it made, which no path names yet."""
 
 
-class Audited:
+class AuditLogMiddleware:
     """Pure ASGI, around the guard, so that what it refuses is seen too."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in READS or not is_admin_side(path_of(scope)):
+        if scope["type"] != "http" or scope["method"] in SAFE_METHODS or not is_admin_side(path_of(scope)):
             await self.app(scope, receive, send)
             return
         status = 500  # what the edge answers where nothing else did
@@ -141,6 +141,6 @@ class Audited:
         try:
             await self.app(scope, receive, send_seen)
         finally:
-            action, target = act_of(scope["method"], path_of(scope))
-            author = Author(scope.get(WHO_IN_SCOPE, NOBODY), scope[TRACE].request_id)
+            action, target = action_of(scope["method"], path_of(scope))
+            author = Actor(scope.get(PRINCIPAL, ANONYMOUS), scope[REQUEST_IDS].request_id)
             author.log(action, scope.get(TARGET_IN_SCOPE, target), status)

@@ -6,10 +6,10 @@ from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any
 
-from proxy.routing.chat_request import MOST, TIMEOUTS
+from proxy.routing.chat_request import MAX_VALUE, TIMEOUTS
 from proxy.server.admin_schemas import MOST_EXPIRY_S, MOST_GRACE_S
 from proxy.storage.client_keys import MOST_LAMBDA, MOST_PER_MINUTE, MOST_USD, ROLES
-from router_core.types import DEAREST, PRICE_FIELDS
+from router_core.types import MAX_PRICE, PRICE_FIELDS
 
 Schema = dict[str, Any]
 
@@ -23,9 +23,9 @@ COUNT: Schema = {"type": "integer", "minimum": 0}
 
 AMOUNT: Schema = {"type": "number", "minimum": 0}
 
-WEIGHT: Schema = {**AMOUNT, "maximum": MOST}
+WEIGHT: Schema = {**AMOUNT, "maximum": MAX_VALUE}
 
-SECONDS: Schema = {"type": "number", "exclusiveMinimum": 0, "maximum": MOST}
+SECONDS: Schema = {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_VALUE}
 
 SHARE: Schema = {"type": "number", "minimum": 0, "maximum": 1}
 
@@ -67,7 +67,7 @@ BUCKETS = PRICE_FIELDS[2:]
 
 TIERS = f"^({'|'.join(PRICE_FIELDS)})_above_[0-9]{{1,9}}k?_tokens$"
 
-TOKEN_COST: Schema = {"type": "number", "minimum": 0, "maximum": DEAREST}
+TOKEN_COST: Schema = {"type": "number", "minimum": 0, "maximum": MAX_PRICE}
 
 ABILITIES = (
     *("function_calling", "parallel_function_calling", "vision", "video_input", "audio_input", "audio_output"),

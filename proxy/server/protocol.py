@@ -13,11 +13,11 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from proxy.concurrency import shares
+from proxy.concurrency import connection_budget
 from proxy.errors import error_object
-from proxy.server.middleware import CROWDED
-from proxy.server.requests import LEAVING, WHOLE, Leaving
-from proxy.upstream.sse import dump
+from proxy.server.middleware import OVERLOADED
+from proxy.server.requests import BODY_COMPLETE, DISCONNECT, DisconnectEvent
+from proxy.upstream.sse import encode_json
 
 URL_BYTES = 8 * 1024
 
@@ -28,30 +28,34 @@ HEAD_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
-class Refusal:
+class ProtocolRejection:
     status: int
     message: str
     code: str
 
 
-NOT_HTTP = Refusal(400, "this is not a request in HTTP/1.1", "invalid_http_request")
+MALFORMED_REQUEST = ProtocolRejection(400, "this is not a request in HTTP/1.1", "invalid_http_request")
 
-TWO_HOSTS = Refusal(400, "the address and the Host header name different hosts", "invalid_http_request")
+HOST_MISMATCH = ProtocolRejection(400, "the address and the Host header name different hosts", "invalid_http_request")
 
-TOO_SLOW = Refusal(408, "the headers of the request were not complete in time", "request_timeout")
+HEADER_TIMEOUT = ProtocolRejection(408, "the headers of the request were not complete in time", "request_timeout")
 
-LONG_URL = Refusal(414, f"the address is longer than {URL_BYTES} bytes", "uri_too_long")
+URI_TOO_LONG = ProtocolRejection(414, f"the address is longer than {URL_BYTES} bytes", "uri_too_long")
 
-MANY_HEADERS = Refusal(431, f"there are more than {HEADERS} headers", "request_headers_too_large")
+TOO_MANY_HEADERS = ProtocolRejection(431, f"there are more than {HEADERS} headers", "request_headers_too_large")
 
-LARGE_HEADERS = Refusal(431, f"the headers are larger than {HEAD_BYTES} bytes", "request_headers_too_large")
+HEADERS_TOO_LARGE = ProtocolRejection(
+    431, f"the headers are larger than {HEAD_BYTES} bytes", "request_headers_too_large"
+)
 
-CODED = Refusal(501, "the one transfer coding that is read is chunked, in HTTP/1.1", "unsupported_transfer_coding")
+UNSUPPORTED_TRANSFER_ENCODING = ProtocolRejection(
+    501, "the one transfer coding that is read is chunked, in HTTP/1.1", "unsupported_transfer_coding"
+)
 
 
-def answer_of(why: Refusal, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+def rejection_bytes(why: ProtocolRejection, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     """The whole response, the last of its connection. `headers`: those of every response."""
-    body = dump(error_object(why.message, "invalid_request_error", why.code))
+    body = encode_json(error_object(why.message, "invalid_request_error", why.code))
     own = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     own += [(b"connection", b"close"), (b"x-request-id", b"req-" + uuid.uuid4().hex.encode())]
     lines = [b"%s: %s\r\n" % pair for pair in (*headers, *own)]
@@ -60,10 +64,10 @@ def answer_of(why: Refusal, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 log = logging.getLogger("uniroute.connection")
 
-LINGERING = 32
+MAX_REJECTED = 32
 """Connections beyond the bound that are told so; those beyond are dropped."""
 
-_LAST_WORDS_S = 1.0
+LINGER_S = 1.0
 
 _FRAMING = (b"content-length", b"transfer-encoding")
 
@@ -75,16 +79,16 @@ class _Stop(Exception):
 @functools.cache
 def most_connections() -> int:
     """Of this process."""
-    return shares().clients
+    return connection_budget().clients
 
 
-def _idle(state: ServerState) -> OrderedDict[ClientConnection, float]:
+def _idle(state: ServerState) -> OrderedDict[LimitedHTTPProtocol, float]:
     """Connections without a request, and since when; the longest first. Of one server: its state is all they share."""
-    found: OrderedDict[ClientConnection, float] = vars(state).setdefault("idle_connections", OrderedDict())
+    found: OrderedDict[LimitedHTTPProtocol, float] = vars(state).setdefault("idle_connections", OrderedDict())
     return found
 
 
-class ClientConnection(HttpToolsProtocol):
+class LimitedHTTPProtocol(HttpToolsProtocol):
     """A class for uvicorn's `http`. Seconds are the event loop's."""
 
     head_s = 20.0
@@ -98,23 +102,23 @@ class ClientConnection(HttpToolsProtocol):
         super().__init__(*arguments, **named)
         self._head_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
-        self._refusal: Refusal | None = None
+        self._refusal: ProtocolRejection | None = None
         self._in_head = True
         self._head_bytes = 0
         self._moved = False
         """The parser called back since data came last."""
         self._quiet_bytes = 0
-        self._deaf = False
+        self._replaying_headers = False
         """What the parser says is known already."""
-        self._crowded = self._refused = False
-        self._leaving = Leaving()
+        self._overloaded = self._refused = False
+        self._leaving = DisconnectEvent()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         most = most_connections()
-        if len(self.connections) > most and not self._make_room():
-            self._crowded = True
-            if len(self.connections) > most + LINGERING:
+        if len(self.connections) > most and not self._evict_idle():
+            self._overloaded = True
+            if len(self.connections) > most + MAX_REJECTED:
                 transport.abort()
                 return
         self._wait_for_head()
@@ -136,12 +140,12 @@ class ClientConnection(HttpToolsProtocol):
         try:
             self._parse(data)
         except httptools.HttpParserError:
-            self._refuse(self._refusal or NOT_HTTP)
+            self._refuse(self._refusal or MALFORMED_REQUEST)
             return
         if self._moved:
             self._quiet_bytes = 0
         elif self._quiet_bytes > HEAD_BYTES:
-            self._refuse(LARGE_HEADERS)
+            self._refuse(HEADERS_TOO_LARGE)
 
     def _parse(self, data: bytes) -> None:
         """Offers of another protocol are passed over, as HTTP allows: Java's client makes one with every request."""
@@ -162,50 +166,50 @@ class ClientConnection(HttpToolsProtocol):
         """The parser takes what follows an offer for the other protocol; a new one is told that it is the body."""
         framing = [b"%s: %s\r\n" % pair for pair in self.headers if pair[0] in _FRAMING]
         self.parser = httptools.HttpRequestParser(self)
-        self._deaf = True
+        self._replaying_headers = True
         self.parser.feed_data(b"".join((b"POST / HTTP/1.1\r\n", *framing, b"\r\n")))
-        self._deaf = False
+        self._replaying_headers = False
 
     def on_message_begin(self) -> None:
-        if self._deaf:
+        if self._replaying_headers:
             return
         super().on_message_begin()
-        self.scope[LEAVING] = self._leaving  # type: ignore[literal-required]
+        self.scope[DISCONNECT] = self._leaving  # type: ignore[literal-required]
         self._in_head = self._moved = True
         self._head_bytes = 0
-        if self._crowded:
-            self.scope[CROWDED] = True  # type: ignore[literal-required]
+        if self._overloaded:
+            self.scope[OVERLOADED] = True  # type: ignore[literal-required]
 
     def on_url(self, url: bytes) -> None:
-        if self._deaf:
+        if self._replaying_headers:
             return
         super().on_url(url)
         self._moved = True
         if len(self.url) > URL_BYTES:
-            self._stop(LONG_URL)
+            self._stop(URI_TOO_LONG)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._deaf:
+        if self._replaying_headers:
             return
         self._moved = True
         self._head_bytes += len(name) + len(value)
         if self._head_bytes > HEAD_BYTES:
-            self._stop(LARGE_HEADERS)
+            self._stop(HEADERS_TOO_LARGE)
         if not self._in_head:
             return  # a trailer: what comes after the body was not there when the request was let in
         super().on_header(name, value)
         if len(self.headers) > HEADERS:
-            self._stop(MANY_HEADERS)
+            self._stop(TOO_MANY_HEADERS)
 
     def on_headers_complete(self) -> None:
-        if self._deaf:
+        if self._replaying_headers:
             return
         self._in_head, self._moved = False, True
         codings = [value.lower() for name, value in self.headers if name == b"transfer-encoding"]
         if codings and (codings != [b"chunked"] or self.parser.get_http_version() != "1.1"):
-            self._stop(CODED)
+            self._stop(UNSUPPORTED_TRANSFER_ENCODING)
         if not self.url.startswith((b"/", b"*")) and _authority(self.url) not in _hosts(self.headers):
-            self._stop(TWO_HOSTS)
+            self._stop(HOST_MISMATCH)
         self._stop_waiting()
         super().on_headers_complete()
         if self.cycle is not None and self.parser.get_http_version() == "1.0":
@@ -219,7 +223,7 @@ class ClientConnection(HttpToolsProtocol):
         self._moved = True
         if not (self.parser.should_upgrade() and self._body_expected()):
             super().on_message_complete()
-            self.scope[WHOLE] = True  # type: ignore[literal-required]
+            self.scope[BODY_COMPLETE] = True  # type: ignore[literal-required]
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -244,7 +248,7 @@ class ClientConnection(HttpToolsProtocol):
             self._stall_timer.cancel()
             self._stall_timer = None
 
-    def _refuse(self, why: Refusal) -> None:
+    def _refuse(self, why: ProtocolRejection) -> None:
         """Say so and close, unless another answer is on its way, which this one must not be mistaken for."""
         if self._refused or self.transport.is_closing():
             return
@@ -256,14 +260,14 @@ class ClientConnection(HttpToolsProtocol):
             self.cycle.disconnected = True  # whoever waits for the rest of this body
             self.cycle.message_event.set()
             self._leaving.left()
-        self.transport.write(answer_of(why, self.server_state.default_headers))
+        self.transport.write(rejection_bytes(why, self.server_state.default_headers))
         self._refused = True
         self.flow.resume_reading()
         if self.transport.can_write_eof():
             self.transport.write_eof()  # closed at once, what it still sends would make the answer be lost on the way
-        self.loop.call_later(_LAST_WORDS_S, self.transport.abort)
+        self.loop.call_later(LINGER_S, self.transport.abort)
 
-    def _stop(self, why: Refusal) -> NoReturn:
+    def _stop(self, why: ProtocolRejection) -> NoReturn:
         self._refusal = why
         raise _Stop
 
@@ -280,7 +284,7 @@ class ClientConnection(HttpToolsProtocol):
     def _head_is_late(self) -> None:
         self._head_timer = None
         if self._in_head and self.scope is not None:
-            self._refuse(TOO_SLOW)
+            self._refuse(HEADER_TIMEOUT)
         else:
             self.transport.close()  # it asked nothing, so it is told nothing
 
@@ -292,7 +296,7 @@ class ClientConnection(HttpToolsProtocol):
         log.info("a client took nothing of its answer for %g s and was cut off", self.stall_s)
         self.transport.abort()
 
-    def _make_room(self) -> bool:
+    def _evict_idle(self) -> bool:
         """Whether the connection that has said nothing for longest could be closed for a new one."""
         idle = _idle(self.server_state)
         oldest, since = next(iter(idle.items()), (None, 0.0))

@@ -7,36 +7,40 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse
 
-from proxy.errors import UnknownName
-from proxy.routing.candidates import ALIASES, ANY, Way, may_ask, usable_models
-from proxy.server.dependencies import Caller, OurServices, Services
+from proxy.errors import ModelNotFound
+from proxy.routing.candidates import ALIASES, ANY, RoutingMode, allowed_models, key_allows_mode
+from proxy.server.dependencies import AppState, AppStateDep, CurrentKey
 from proxy.server.openapi import document
-from proxy.upstream.sse import dump
+from proxy.upstream.sse import encode_json
 
 router = APIRouter()
 
 
 @router.get("/v1/models")
-async def list_models(services: OurServices, key: Caller) -> dict[str, Any]:
+async def list_models(services: AppStateDep, key: CurrentKey) -> dict[str, Any]:
     return {"object": "list", "data": list(_listed(services, key))}
 
 
 @router.get("/v1/models/{name:path}")
-async def get_model(name: str, services: OurServices, key: Caller) -> dict[str, Any]:
+async def get_model(name: str, services: AppStateDep, key: CurrentKey) -> dict[str, Any]:
     for model in _listed(services, key):
         if model["id"] == name:
             return model
-    if ANY in services.settings.route_names and name not in services.state.current.models and may_ask(Way.SCORED, key):
+    if (
+        ANY in services.settings.route_names
+        and name not in services.state.current.models
+        and key_allows_mode(RoutingMode.SCORED, key)
+    ):
         return _model(name, 0, "uniroute")
-    raise UnknownName(f"the model {name[:128]!r} does not exist, or this key may not use it", param="model")
+    raise ModelNotFound(f"the model {name[:128]!r} does not exist, or this key may not use it", param="model")
 
 
-def _listed(services: Services, key: Caller) -> Iterator[dict[str, Any]]:
+def _listed(services: AppState, key: CurrentKey) -> Iterator[dict[str, Any]]:
     state = services.state.current
-    usable = usable_models(state, key)
+    usable = allowed_models(state, key)
     routed = dict.fromkeys((*ALIASES, *(name for name in services.settings.route_names if name != ANY)))
     for name in routed:
-        if not may_ask(ALIASES.get(name, Way.SCORED), key):
+        if not key_allows_mode(ALIASES.get(name, RoutingMode.SCORED), key):
             continue
         yield _model(name, 0, "uniroute")
     for name in usable:
@@ -68,10 +72,10 @@ async def readyz(request: Request) -> Response:
 
 
 @router.get("/metrics", response_model=None)
-async def metrics(services: OurServices) -> Response:
+async def metrics(services: AppStateDep) -> Response:
     return Response(services.metrics.expose(), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
 @router.get("/openapi.json", response_model=None)
 async def openapi() -> Response:
-    return Response(dump(document()), media_type="application/json")
+    return Response(encode_json(document()), media_type="application/json")

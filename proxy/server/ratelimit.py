@@ -18,10 +18,19 @@ from typing import Any, Literal
 
 from redis.exceptions import ResponseError
 
-from proxy.concurrency import end
-from proxy.errors import BudgetExceeded, ProxyError, RateLimited, Unavailable
+from proxy.concurrency import cancel_and_wait
+from proxy.errors import BudgetExceeded, ProxyError, RateLimited, ServiceUnavailable
 from proxy.server.metrics import Metrics
-from proxy.server.reservations import END, RESERVE, SETTLE, TIMEOUT_S, Asking, Claim, NotAsked, state_key
+from proxy.server.reservations import (
+    END,
+    RESERVE,
+    SETTLE,
+    TIMEOUT_S,
+    ReservationRequest,
+    ScriptBatcher,
+    StoreUnavailableNow,
+    state_key,
+)
 from proxy.storage.client_keys import ClientKey, KeyLimits
 from proxy.storage.redis import Store, StoreUnavailable, StoreUnreadable
 from proxy.storage.usage_writer import LARGEST
@@ -34,27 +43,27 @@ UNKNOWN_WAIT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
+class BucketState:
     """What was used at some time, in seconds of whichever clock the caller goes by."""
 
     used: float = 0.0
     at: float = 0.0
 
 
-def leaked(level: Level, per_minute: float, now: float) -> Level:
+def refill(level: BucketState, per_minute: float, now: float) -> BucketState:
     """The level now. A clock that went back refills nothing."""
-    return Level(max(0.0, level.used - max(0.0, now - level.at) * per_minute / 60), now)
+    return BucketState(max(0.0, level.used - max(0.0, now - level.at) * per_minute / 60), now)
 
 
-def taken(level: Level, per_minute: float, amount: float, now: float) -> Level | None:
+def take(level: BucketState, per_minute: float, amount: float, now: float) -> BucketState | None:
     """The level after taking `amount`; None: there is not so much."""
-    current = leaked(level, per_minute, now)
-    return None if current.used + amount > per_minute else Level(current.used + amount, now)
+    current = refill(level, per_minute, now)
+    return None if current.used + amount > per_minute else BucketState(current.used + amount, now)
 
 
-def corrected(level: Level, per_minute: float, more: float, now: float) -> Level:
+def adjust(level: BucketState, per_minute: float, more: float, now: float) -> BucketState:
     """The level after `more`, or less where that is negative, was used than had been taken. May be a debt."""
-    return Level(max(0.0, leaked(level, per_minute, now).used + more), now)
+    return BucketState(max(0.0, refill(level, per_minute, now).used + more), now)
 
 
 def wait_s(used: float, amount: float, per_minute: float) -> float:
@@ -62,22 +71,22 @@ def wait_s(used: float, amount: float, per_minute: float) -> float:
     return max(0.0, used + amount - per_minute) * 60 / per_minute if per_minute else UNKNOWN_WAIT_S
 
 
-def fill_s(used: float, per_minute: float) -> float:
+def time_to_full(used: float, per_minute: float) -> float:
     """Seconds until it is full."""
     return used * 60 / per_minute if per_minute else UNKNOWN_WAIT_S
 
 
-class Buckets:
+class BucketCache:
     """Levels by name, of the names used last."""
 
     def __init__(self, most: int = MOST_KEYS) -> None:
         self._most = most
-        self._levels: OrderedDict[str, Level] = OrderedDict()
+        self._levels: OrderedDict[str, BucketState] = OrderedDict()
 
-    def __getitem__(self, name: str) -> Level:
-        return self._levels.get(name, Level())
+    def __getitem__(self, name: str) -> BucketState:
+        return self._levels.get(name, BucketState())
 
-    def __setitem__(self, name: str, level: Level) -> None:
+    def __setitem__(self, name: str, level: BucketState) -> None:
         self._levels[name] = level
         self._levels.move_to_end(name)
         if len(self._levels) > self._most:
@@ -88,7 +97,7 @@ class Buckets:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class LimitStatus:
     """What is used, this request included where it was granted."""
 
     requests: float
@@ -100,7 +109,7 @@ class Standing:
     """Unix seconds by Redis' clock."""
 
     @classmethod
-    def of_reply(cls, reply: Sequence[str]) -> Standing:
+    def of_reply(cls, reply: Sequence[str]) -> LimitStatus:
         """What the script `RESERVE` says after its verdict."""
         requests, tokens, day, month, reserved, ended, now = reply
         spent = {"day": int(day) + int(ended), "month": int(month) + int(ended)}
@@ -110,26 +119,26 @@ class Standing:
 Settling = asyncio.Future[Any]
 
 
-def _not_kept(_: int | None, __: int | None) -> None:
+def _no_op(_: int | None, __: int | None) -> None:
     """Of nothing that was set aside."""
 
 
 @dataclass(frozen=True, slots=True)
-class Granted:
+class Reservation:
     """A request that may be sent."""
 
     key_id: str
     reservation: str | None
     """To be settled by the usage record. None: there is none in Redis."""
     headers: dict[str, str]
-    used: Callable[[int | None, int | None], Settling | None] = _not_kept
+    used: Callable[[int | None, int | None], Settling | None] = _no_op
     """Is told the tokens and picodollars that the request took, as far as they are known. What it returns is done, or
     has failed, when the next request is judged by them."""
     wait_s: float = 0.0
     """How long that is waited for at most."""
 
 
-def rate_headers(limits: KeyLimits, standing: Standing) -> dict[str, str]:
+def rate_headers(limits: KeyLimits, standing: LimitStatus) -> dict[str, str]:
     """`x-ratelimit-limit-requests`, `-remaining-` and `-reset-`, and the same of tokens; of those that are limited."""
     kinds = (
         ("requests", limits.requests_per_minute, standing.requests),
@@ -140,7 +149,7 @@ def rate_headers(limits: KeyLimits, standing: Standing) -> dict[str, str]:
         if per_minute is not None:
             headers[f"x-ratelimit-limit-{kind}"] = str(per_minute)
             headers[f"x-ratelimit-remaining-{kind}"] = str(max(0, math.floor(per_minute - used)))
-            headers[f"x-ratelimit-reset-{kind}"] = duration(fill_s(used, per_minute))
+            headers[f"x-ratelimit-reset-{kind}"] = duration(time_to_full(used, per_minute))
     return headers
 
 
@@ -163,7 +172,7 @@ NEVER = {"x-should-retry": "false"}
 """OpenAI's clients ask a 429 again otherwise."""
 
 
-def rate_limited(kind: str, limits: KeyLimits, standing: Standing, claim: Claim) -> RateLimited:
+def rate_limited(kind: str, limits: KeyLimits, standing: LimitStatus, claim: ReservationRequest) -> RateLimited:
     """`kind`: requests or tokens."""
     if kind == "requests":
         per_minute, used, amount = limits.requests_per_minute or 0, standing.requests, 1
@@ -178,7 +187,7 @@ def rate_limited(kind: str, limits: KeyLimits, standing: Standing, claim: Claim)
     )
 
 
-def too_large(limits: KeyLimits, claim: Claim) -> RateLimited:
+def request_too_large_error(limits: KeyLimits, claim: ReservationRequest) -> RateLimited:
     return RateLimited(
         f"this key may use {limits.tokens_per_minute or 0:,} tokens per minute, and this request alone may take"
         f" {claim.tokens:,}; shorten the prompt, or state a smaller max_tokens",
@@ -186,23 +195,23 @@ def too_large(limits: KeyLimits, claim: Claim) -> RateLimited:
     )
 
 
-def budget_exceeded(period: str, limits: KeyLimits, standing: Standing, claim: Claim) -> BudgetExceeded:
+def budget_exceeded(period: str, limits: KeyLimits, standing: LimitStatus, claim: ReservationRequest) -> BudgetExceeded:
     """`period`: day or month."""
     limit_usd = (limits.usd_per_day if period == "day" else limits.usd_per_month) or 0.0
     spent = standing.spent_picousd[period]
     told = (
-        f"this key may spend {dollars(picousd(limit_usd))} a {period}: {dollars(spent)} are spent,"
-        f" {dollars(standing.reserved_picousd)} are set aside for requests under way, and this one may cost"
-        f" {dollars(claim.picousd)}; "
+        f"this key may spend {format_usd(picousd(limit_usd))} a {period}: {format_usd(spent)} are spent,"
+        f" {format_usd(standing.reserved_picousd)} are set aside for requests under way, and this one may cost"
+        f" {format_usd(claim.picousd)}; "
     )
     if spent + claim.picousd <= picousd(limit_usd):
         return BudgetExceeded(told + "try again when they have ended", headers={"retry-after": "1"})
     return BudgetExceeded(f"{told}it begins again at {next_start(period, standing.now)}", headers=NEVER)
 
 
-def not_checked(why: str) -> Unavailable:
+def budget_unavailable_error(why: str) -> ServiceUnavailable:
     message = f"the budget of this key cannot be checked now, and it has a spend limit: {why}"
-    return Unavailable(message, headers={"retry-after": "1"})
+    return ServiceUnavailable(message, headers={"retry-after": "1"})
 
 
 def next_start(period: str, now: float) -> str:
@@ -212,7 +221,7 @@ def next_start(period: str, now: float) -> str:
     return after.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def dollars(picodollars: int) -> str:
+def format_usd(picodollars: int) -> str:
     """To a millionth of a dollar, or exactly where it is less."""
     whole, rest = divmod(picodollars, PICO)
     digits = f"{rest:012d}"
@@ -231,7 +240,7 @@ MOST_COMPLAINTS = 1000
 Refusal = Literal["requests", "tokens", "day", "month"]
 
 
-class Limiter:
+class RateLimiter:
     """One per process; all of them, over one Redis, keep the same limits."""
 
     def __init__(
@@ -249,15 +258,15 @@ class Limiter:
         self._open = open_without_store
         self._clock = clock
         self._timeout_s = timeout_s
-        self._asking = Asking(store, (RESERVE, END), timeout_s)
+        self._asking = ScriptBatcher(store, (RESERVE, END), timeout_s)
         self._settle = store.client.register_script(SETTLE)
-        self._buckets = Buckets()
+        self._buckets = BucketCache()
         self._away = False
         self._unreadable: set[str] = set()
         self._strays: dict[str, str] = {}
         self._giving_back: asyncio.Task[None] | None = None
 
-    async def reserve(self, key: ClientKey, claim: Claim) -> Granted:
+    async def reserve(self, key: ClientKey, claim: ReservationRequest) -> Reservation:
         """Set `claim` aside, for a key that has limits.
 
         Raises:
@@ -267,15 +276,15 @@ class Limiter:
         limits = key.limits
         if limits.tokens_per_minute is not None and claim.tokens > limits.tokens_per_minute:
             self._metrics.limited.labels("tokens").inc()
-            raise too_large(limits, claim)
+            raise request_too_large_error(limits, claim)
         try:
             verdict, *reply = await self._answer(key, claim)
-        except NotAsked as error:
+        except StoreUnavailableNow as error:
             return self._without_store(key, claim, error, reservation=None)
         except StoreUnavailable as error:
             return self._without_store(key, claim, error, reservation=claim.id)
         self._back()
-        return self._decided(key, claim, verdict, Standing.of_reply(reply))
+        return self._decided(key, claim, verdict, LimitStatus.of_reply(reply))
 
     @property
     def silent(self) -> bool:
@@ -287,7 +296,7 @@ class Limiter:
         """Reservations that wait to be given back."""
         return len(self._strays)
 
-    def give_back(self, granted: Granted) -> None:
+    def release(self, granted: Reservation) -> None:
         """Of a request that was never sent, and has no usage record: as soon as Redis answers."""
         granted.used(0, 0)
         if granted.reservation is not None:
@@ -296,9 +305,9 @@ class Limiter:
     async def close(self) -> None:
         """What could not be given back ends by itself."""
         await self._asking.close()
-        await end(self._giving_back)
+        await cancel_and_wait(self._giving_back)
 
-    async def _answer(self, key: ClientKey, claim: Claim) -> list[str]:
+    async def _answer(self, key: ClientKey, claim: ReservationRequest) -> list[str]:
         answer = self._asking.ask(RESERVE, state_key(key.id), _arguments(key, claim))
         try:
             return str(await asyncio.shield(answer)).split()
@@ -306,29 +315,33 @@ class Limiter:
             answer.add_done_callback(lambda _: self._give_back_soon(key.id, claim.id))
             raise
 
-    def _decided(self, key: ClientKey, claim: Claim, verdict: str, standing: Standing) -> Granted:
+    def _decided(self, key: ClientKey, claim: ReservationRequest, verdict: str, standing: LimitStatus) -> Reservation:
         if verdict == "granted":
             headers = rate_headers(key.limits, standing)
             if not (claim.tokens or claim.picousd):
-                return Granted(key.id, claim.id, headers)
-            return Granted(key.id, claim.id, headers, partial(self._ended, key.id, claim), self._timeout_s)
+                return Reservation(key.id, claim.id, headers)
+            return Reservation(key.id, claim.id, headers, partial(self._ended, key.id, claim), self._timeout_s)
         self._metrics.limited.labels(verdict).inc()
         if verdict in ("day", "month"):
             raise budget_exceeded(verdict, key.limits, standing, claim)
         raise rate_limited(verdict, key.limits, standing, claim)
 
-    def _ended(self, key_id: str, claim: Claim, tokens: int | None, picousd: int | None) -> Settling | None:
+    def _ended(
+        self, key_id: str, claim: ReservationRequest, tokens: int | None, picousd: int | None
+    ) -> Settling | None:
         """In the store. Where it does not hear of this, what was set aside stays until the usage record is there."""
         known = picousd is not None and picousd <= LARGEST
         took = ("" if tokens is None else tokens, picousd if picousd is not None and known else "")
         try:
             settling = self._asking.ask(END, state_key(key_id), (key_id, claim.id, *took))
-        except NotAsked:
+        except StoreUnavailableNow:
             return None
         settling.add_done_callback(_looked_at)
         return settling
 
-    def _without_store(self, key: ClientKey, claim: Claim, error: StoreUnavailable, reservation: str | None) -> Granted:
+    def _without_store(
+        self, key: ClientKey, claim: ReservationRequest, error: StoreUnavailable, reservation: str | None
+    ) -> Reservation:
         """`reservation`: Redis may have heard of it, and has it then until it is settled."""
         self._note(key, error)
         try:
@@ -338,19 +351,19 @@ class Limiter:
                 self._give_back_soon(key.id, reservation)
             raise
 
-    def _locally(self, key: ClientKey, claim: Claim, why: str, reservation: str | None) -> Granted:
+    def _locally(self, key: ClientKey, claim: ReservationRequest, why: str, reservation: str | None) -> Reservation:
         outcome = "refused" if key.limits.money and not self._open else "open" if key.limits.money else "local"
         self._metrics.limits_unchecked.labels(outcome).inc()
         if outcome == "refused":
-            raise not_checked(why)
+            raise budget_unavailable_error(why)
         refused, standing = self._taken(key.id, key.limits, claim.tokens)
         if refused is not None:
             self._metrics.limited.labels(refused).inc()
             raise rate_limited(refused, key.limits, standing, claim)
         used = partial(self._correct, key.id, key.limits, claim.tokens)
-        return Granted(key.id, reservation, rate_headers(key.limits, standing), used)
+        return Reservation(key.id, reservation, rate_headers(key.limits, standing), used)
 
-    def _taken(self, key_id: str, limits: KeyLimits, tokens: int) -> tuple[Refusal | None, Standing]:
+    def _taken(self, key_id: str, limits: KeyLimits, tokens: int) -> tuple[Refusal | None, LimitStatus]:
         """From this process' own buckets, all or nothing; the first that has not enough, or None."""
         now = self._clock()
         wanted: tuple[tuple[Refusal, int | None, int], ...] = (
@@ -359,21 +372,21 @@ class Limiter:
         )
         levels, refused = {}, None
         for kind, per_minute, amount in wanted:
-            level = leaked(self._buckets[f"{kind}:{key_id}"], per_minute or 0, now)
-            after = level if per_minute is None else taken(level, per_minute, amount, now)
+            level = refill(self._buckets[f"{kind}:{key_id}"], per_minute or 0, now)
+            after = level if per_minute is None else take(level, per_minute, amount, now)
             refused = kind if after is None and refused is None else refused
             levels[kind] = after or level
         if refused is None:
             for kind, level in levels.items():
                 self._buckets[f"{kind}:{key_id}"] = level
-        return refused, Standing(levels["requests"].used, levels["tokens"].used)
+        return refused, LimitStatus(levels["requests"].used, levels["tokens"].used)
 
     def _correct(self, key_id: str, limits: KeyLimits, claimed: int, tokens: int | None, _: int | None) -> None:
         """In this process' own bucket."""
         if limits.tokens_per_minute is not None and tokens is not None:
             name = f"tokens:{key_id}"
             more = tokens - claimed
-            self._buckets[name] = corrected(self._buckets[name], limits.tokens_per_minute, more, self._clock())
+            self._buckets[name] = adjust(self._buckets[name], limits.tokens_per_minute, more, self._clock())
 
     def _give_back_soon(self, key_id: str, reservation: str) -> None:
         if len(self._strays) < MOST_STRAYS:
@@ -417,7 +430,7 @@ def _looked_at(settling: Settling) -> None:
         log.debug("what a request took waits for its usage record: %s", error)
 
 
-def _arguments(key: ClientKey, claim: Claim) -> list[str | int | float]:
+def _arguments(key: ClientKey, claim: ReservationRequest) -> list[str | int | float]:
     limits = key.limits
     budgets = [None if usd is None else picousd(usd) for usd in (limits.usd_per_day, limits.usd_per_month)]
     stated = [limits.requests_per_minute, limits.tokens_per_minute, *budgets]

@@ -9,18 +9,18 @@ from typing import Any
 
 import orjson
 
-from proxy.errors import UpstreamFailure
-from proxy.routing.affinity import AnswerMarks
-from proxy.routing.selection import Choice
+from proxy.errors import UpstreamError
+from proxy.routing.affinity import AffinityRecorder
+from proxy.routing.selection import Selection
 from proxy.server.log_handler import info
 from proxy.server.metrics import Metrics
-from proxy.server.ratelimit import Granted, Settling
-from proxy.server.requests import Trace
+from proxy.server.ratelimit import Reservation, Settling
+from proxy.server.requests import RequestIds
 from proxy.storage.client_keys import ClientKey
-from proxy.storage.snapshot import StateHolder
-from proxy.storage.traffic_stats import LiveExpectations
-from proxy.storage.usage import Received, TokenCounts, UsageRecord, believed, cost_of, counts_of, usage_of
-from proxy.storage.usage_writer import UsageRecorder
+from proxy.storage.snapshot import SnapshotWatcher
+from proxy.storage.traffic_stats import TrafficStats
+from proxy.storage.usage import ObservedTraffic, TokenCounts, UsageRecord, believed, cost_of, parse_usage, usage_of
+from proxy.storage.usage_writer import UsageWriter
 
 log = logging.getLogger("uniroute.request")
 
@@ -34,24 +34,24 @@ _MOST_DISCARDED = 256 * 1024
 class Books:
     """Where a request is written down."""
 
-    state: StateHolder
-    usage: UsageRecorder
+    state: SnapshotWatcher
+    usage: UsageWriter
     metrics: Metrics
-    live: LiveExpectations | None
+    live: TrafficStats | None
 
 
-class Meter:
+class RequestRecord:
     """One per request. `finish` is synchronous, and only its first call counts."""
 
     def __init__(
         self,
         books: Books,
-        choice: Choice,
+        choice: Selection,
         key: ClientKey | None,
-        trace: Trace,
+        trace: RequestIds,
         started: float,
-        marks: AnswerMarks,
-        granted: Granted | None = None,
+        marks: AffinityRecorder,
+        granted: Reservation | None = None,
     ) -> None:
         """`granted`: what was set aside of the key's limits."""
         self.choice = choice
@@ -80,7 +80,7 @@ class Meter:
 
     def asking(self, model: str) -> None:
         """`model` is asked now."""
-        self._pass_over()
+        self._record_failed_attempt()
         self._asked = time.monotonic()
         if self.overhead_s is None:
             self.overhead_s = self._asked - self.started
@@ -109,7 +109,7 @@ class Meter:
         if not isinstance(told, Mapping):
             return
         usage = usage_of(told)
-        counts = counts_of(told if usage is None else usage)
+        counts = parse_usage(told if usage is None else usage)
         if counts.prompt_tokens or counts.output_tokens:
             self._counts, self._reported_bytes = counts.after(self._counts), self._received_bytes
 
@@ -117,7 +117,7 @@ class Meter:
         """So much more of an answer, for the estimate where no usage is reported."""
         self._received_bytes += content_bytes
 
-    def failed(self, failure: UpstreamFailure) -> None:
+    def failed(self, failure: UpstreamError) -> None:
         """The model asked last gave no answer, or broke it off."""
         self._timed_out = failure.timed_out
         self.used(_told_in(failure.body))  # an answer that is thrown away was answered, and is paid for
@@ -129,7 +129,7 @@ class Meter:
         self._books.metrics.attempts_failed.add((self.model, "empty"))
         self._fault = _EMPTY
 
-    def _pass_over(self) -> None:
+    def _record_failed_attempt(self) -> None:
         """Nothing of the model asked last will be relayed: it is recorded by itself."""
         fault, self._fault = self._fault, None
         if fault is None:
@@ -175,7 +175,7 @@ class Meter:
     def _told(self) -> str:
         return "" if self.clamped is None else f" max_tokens={self.choice.needs.max_output_tokens}>{self.clamped}"
 
-    def _record(self, ending: str, granted: Granted | None = None) -> UsageRecord:
+    def _record(self, ending: str, granted: Reservation | None = None) -> UsageRecord:
         """`granted`: settled with this record. Models that were passed over leave it to the one that answers."""
         now = time.monotonic()
         live_price = self._books.state.current.prices.get(self.model)
@@ -208,9 +208,9 @@ class Meter:
         self._count_tokens(entry)
         return entry
 
-    def _received(self) -> Received:
+    def _received(self) -> ObservedTraffic:
         came = self._received_bytes
-        return Received(self.choice.needs.prompt_tokens, came, came - self._reported_bytes, self.has_content)
+        return ObservedTraffic(self.choice.needs.prompt_tokens, came, came - self._reported_bytes, self.has_content)
 
     def _believed(self) -> TokenCounts:
         return believed(self._counts, self._received())
@@ -271,5 +271,5 @@ def _told_in(body: Mapping[str, Any] | list[Any] | bytes | None) -> object:
         return None
 
 
-def _status(failure: UpstreamFailure) -> str:
+def _status(failure: UpstreamError) -> str:
     return "timeout" if failure.timed_out else str(failure.status or "unreachable")

@@ -14,8 +14,15 @@ from typing import Any, Protocol, TypeVar
 from starlette.requests import Request
 from starlette.types import Receive, Scope
 
-from proxy.concurrency import AGAIN_S
-from proxy.errors import BadRequest, BodyTooLarge, BodyTooSlow, ClientGone, LoopDetected, NotJson
+from proxy.concurrency import CANCEL_INTERVAL_S
+from proxy.errors import (
+    BadRequest,
+    BodyTimeout,
+    ClientDisconnected,
+    ContentTooLarge,
+    LoopDetected,
+    UnsupportedMediaType,
+)
 
 HOPS = "x-uniroute-hops"
 
@@ -53,7 +60,7 @@ class Headers(Protocol):
         """Every value, in order."""
 
 
-class Head:
+class RequestHeaders:
     """Names are in lower case, as ASGI has them."""
 
     __slots__ = ("_by_name", "_raw", "_repeats")
@@ -75,11 +82,11 @@ class Head:
         return [(name, value) for name in names if name.encode() in self._by_name for value in self.getlist(name)]
 
 
-def head_of(scope: Scope) -> Head:
+def headers_of(scope: Scope) -> RequestHeaders:
     """Put together once per request."""
-    head: Head | None = scope.get(HEAD)
+    head: RequestHeaders | None = scope.get(HEAD)
     if head is None:
-        head = scope[HEAD] = Head(scope["headers"])
+        head = scope[HEAD] = RequestHeaders(scope["headers"])
     return head
 
 
@@ -89,7 +96,7 @@ _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-
 
 
 @dataclass(frozen=True)
-class Trace:
+class RequestIds:
     request_id: str
     traceparent: str | None = None
     hops: tuple[str, ...] = ()
@@ -109,17 +116,17 @@ class Trace:
         return [(name.encode(), value.encode()) for name, value in self.headers().items()]
 
 
-def trace_of(headers: Headers) -> Trace:
+def request_ids_from(headers: Headers) -> RequestIds:
     """The caller's own ids where they are well formed, else a new one."""
     stated, parents = headers.getlist("x-request-id"), headers.getlist("traceparent")
     good = len(stated) == 1 and _REQUEST_ID.fullmatch(stated[0])
     traced = len(parents) == 1 and _TRACEPARENT.fullmatch(parents[0])
     passed = headers.getlist(HOPS)
     hops = tuple(hop.strip(" \t") for hop in ",".join(passed).split(",")) if passed else ()
-    return Trace(stated[0] if good else f"req-{os.urandom(16).hex()}", parents[0] if traced else None, hops)
+    return RequestIds(stated[0] if good else f"req-{os.urandom(16).hex()}", parents[0] if traced else None, hops)
 
 
-WHOLE = "uniroute.whole"
+BODY_COMPLETE = "uniroute.whole"
 """In the scope of a request whose body has come: nothing has to be waited for."""
 
 IDLE_S = 30.0
@@ -131,17 +138,17 @@ WHOLE_S = 300.0
 
 async def read_body(request: Request, limit: int, *, idle_s: float = IDLE_S, whole_s: float = WHOLE_S) -> bytes:
     """Raises NotJson, BodyTooLarge, BodyTooSlow, ClientGone."""
-    _check_headers(head_of(request.scope), limit)
+    _check_headers(headers_of(request.scope), limit)
     pieces: list[bytes] = []
     size = 0
     now = asyncio.get_running_loop().time
     end = now() + whole_s
     try:
-        async with asyncio.timeout(None if request.scope.get(WHOLE) else min(idle_s, whole_s)) as patience:
+        async with asyncio.timeout(None if request.scope.get(BODY_COMPLETE) else min(idle_s, whole_s)) as patience:
             while True:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
-                    raise ClientGone("the client left before its body was complete")
+                    raise ClientDisconnected("the client left before its body was complete")
                 piece = message.get("body", b"")
                 size += len(piece)
                 if size > limit:
@@ -152,7 +159,7 @@ async def read_body(request: Request, limit: int, *, idle_s: float = IDLE_S, who
                 if piece:
                     patience.reschedule(min(now() + idle_s, end))
     except TimeoutError:
-        raise BodyTooSlow(f"the body came too slowly: {size} bytes, and then nothing in time") from None
+        raise BodyTimeout(f"the body came too slowly: {size} bytes, and then nothing in time") from None
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
@@ -160,10 +167,10 @@ def _check_headers(headers: Headers, limit: int) -> None:
     kinds = headers.getlist("content-type")
     kind = kinds[0].partition(";")[0].strip().lower() if kinds else "application/json"
     if len(kinds) > 1 or not (kind == "application/json" or kind.endswith("+json")):
-        raise NotJson(f"the content type must be application/json; got {', '.join(kinds)[:100]!r}")
+        raise UnsupportedMediaType(f"the content type must be application/json; got {', '.join(kinds)[:100]!r}")
     encoding = ",".join(headers.getlist("content-encoding")[:1]).strip().lower()
     if encoding not in ("", "identity"):
-        raise NotJson(f"compressed bodies are not read; got content-encoding {encoding[:40]!r}")
+        raise UnsupportedMediaType(f"compressed bodies are not read; got content-encoding {encoding[:40]!r}")
     lengths = headers.getlist("content-length")
     if not lengths:
         return
@@ -174,19 +181,19 @@ def _check_headers(headers: Headers, limit: int) -> None:
         raise _too_large(limit)
 
 
-def _too_large(limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the body is larger than {limit} bytes (max_body_bytes)")
+def _too_large(limit: int) -> ContentTooLarge:
+    return ContentTooLarge(f"the body is larger than {limit} bytes (max_body_bytes)")
 
 
 T = TypeVar("T")
 
-LetGo = Callable[[T], Awaitable[None]]
+Dispose = Callable[[T], Awaitable[None]]
 
-LEAVING = "uniroute.leaving"
+DISCONNECT = "uniroute.leaving"
 """In the scope of a request whose connection says by itself that it was lost."""
 
 
-_client: ContextVar[Leaving | None] = ContextVar("uniroute_client", default=None)
+_client: ContextVar[DisconnectEvent | None] = ContextVar("uniroute_client", default=None)
 
 
 def cut_ending() -> str:
@@ -195,7 +202,7 @@ def cut_ending() -> str:
     return "client_gone" if leaving is None or leaving.gone else "shutdown"
 
 
-class Leaving:
+class DisconnectEvent:
     """One connection, and whoever wants to know that it is no more."""
 
     def __init__(self) -> None:
@@ -208,17 +215,19 @@ class Leaving:
             tell()
 
 
-async def until_gone(scope: Scope, receive: Receive, work: Coroutine[Any, Any, T], let_go: LetGo[T] | None = None) -> T:
+async def cancel_on_disconnect(
+    scope: Scope, receive: Receive, work: Coroutine[Any, Any, T], let_go: Dispose[T] | None = None
+) -> T:
     """The result of `work`. Raises ClientGone, after `work` was cancelled and has ended, when the client leaves first.
 
     The request's body must have been read: what else arrives can then only be the disconnect. `work` runs in the task
     of whoever calls; only under another server than ours a second one watches. `let_go` is given a result that is there
     in spite of its cancellation, and that nobody will see.
     """
-    leaving: Leaving | None = scope.get(LEAVING)
+    leaving: DisconnectEvent | None = scope.get(DISCONNECT)
     if leaving is not None:
         return await _during(leaving, work, let_go)
-    leaving = Leaving()
+    leaving = DisconnectEvent()
     watching = asyncio.create_task(_watch(receive, leaving))
     try:
         return await _during(leaving, work, let_go)
@@ -226,30 +235,30 @@ async def until_gone(scope: Scope, receive: Receive, work: Coroutine[Any, Any, T
         watching.cancel()
 
 
-async def _during(leaving: Leaving, work: Coroutine[Any, Any, T], let_go: LetGo[T] | None) -> T:
+async def _during(leaving: DisconnectEvent, work: Coroutine[Any, Any, T], let_go: Dispose[T] | None) -> T:
     working = asyncio.current_task()
     if working is None or leaving.gone:
         work.close()
-        raise ClientGone("the client closed its connection")
+        raise ClientDisconnected("the client closed its connection")
     _client.set(leaving)
-    ending = _Ending(working)
+    ending = _Canceller(working)
     leaving.told.add(ending.begin)
     try:
         result = await work
     except BaseException:
         if ending.over():
-            raise ClientGone("the client closed its connection") from None
+            raise ClientDisconnected("the client closed its connection") from None
         raise
     finally:
         leaving.told.discard(ending.begin)
     if ending.over():  # `work` made nothing of being cancelled
         if let_go is not None:
             await let_go(result)
-        raise ClientGone("the client closed its connection")
+        raise ClientDisconnected("the client closed its connection")
     return result
 
 
-class _Ending:
+class _Canceller:
     """Cancels once the client has left, and again until that is noticed: under Python 3.11 `asyncio.wait_for`, through
     which redis-py sends, swallows a cancellation that arrives together with its result."""
 
@@ -265,7 +274,7 @@ class _Ending:
             return
         self._cancelled += 1
         self._working.cancel()
-        self._again = asyncio.get_running_loop().call_later(AGAIN_S, self.begin)
+        self._again = asyncio.get_running_loop().call_later(CANCEL_INTERVAL_S, self.begin)
 
     def over(self) -> bool:
         """Whether the client had left, and nobody else wants this task to end. What was asked here is taken back."""
@@ -277,7 +286,7 @@ class _Ending:
         return self._cancelled > 0 and self._working.cancelling() <= self._before
 
 
-async def _watch(receive: Receive, leaving: Leaving) -> None:
+async def _watch(receive: Receive, leaving: DisconnectEvent) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     leaving.left()

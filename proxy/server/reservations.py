@@ -24,17 +24,17 @@ import numpy as np
 from redis.exceptions import NoScriptError, RedisError
 from redis.exceptions import TimeoutError as RanOut
 
-from proxy.concurrency import end
-from proxy.errors import NothingAble
+from proxy.concurrency import cancel_and_wait
+from proxy.errors import NoEligibleModelError
 from proxy.routing.requirements import estimate_tokens
-from proxy.routing.selection import Choice
+from proxy.routing.selection import Selection
 from proxy.routing.sizes import Sizes, sizes_of
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import KeyLimits
 from proxy.storage.models import ModelRecord
-from proxy.storage.redis import Store, StoreUnavailable, exchange, packed
-from proxy.storage.snapshot import RoutingState
-from proxy.upstream.litellm.params import arm_body, fixes_parameters
+from proxy.storage.redis import Store, StoreUnavailable, encode_command, pipeline
+from proxy.storage.snapshot import RoutingSnapshot
+from proxy.upstream.litellm.params import fixes_parameters, merge_model_params
 from proxy.upstream.origins import address_of
 from proxy.words import words
 from router_core.pricing import max_price_usd, picousd
@@ -262,7 +262,7 @@ _THINKING_APART = words("dashscope xai")
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class ReservationRequest:
     """What is set aside for one request."""
 
     id: str
@@ -277,10 +277,10 @@ class Claim:
 class Demand:
     """What one request may take of each model that may be asked."""
 
-    choice: Choice
+    choice: Selection
     body: Mapping[str, Any]
     """As the caller sent it."""
-    state: RoutingState
+    state: RoutingSnapshot
     settings: Settings
 
     @property
@@ -326,7 +326,7 @@ class Demand:
         record, needs = self.state.models[name], self.choice.needs
         prompt, sizes = needs.prompt_tokens, self._sizes
         if fixes_parameters(record.litellm_params):
-            sent = arm_body(record.litellm_params, self.body)
+            sent = merge_model_params(record.litellm_params, self.body)
             prompt, sizes = prompt + estimate_tokens(_added(sent, self.body)), sizes_of(sent)
         told = self.choice.told_limit(self.state.pool, name)
         if told != needs.max_output_tokens:
@@ -340,19 +340,19 @@ class Demand:
         return self.choice.needs.reasoning or bool(pool.able["reasoning"][pool.index[name]] == 1)
 
 
-def within_claim(choice: Choice, limits: KeyLimits) -> Choice:
+def limit_to_reserved(choice: Selection, limits: KeyLimits) -> Selection:
     """Of a key with a budget no others are asked than those that money is set aside for, however many are busy."""
     return replace(choice, order=choice.order[: choice.attempts]) if limits.money else choice
 
 
-def no_dearer(demand: Demand) -> Choice:
+def drop_pricier_fallbacks(demand: Demand) -> Selection:
     """Without the models to fall back on that may cost more than the chosen one."""
     choice = demand.choice
     most = demand.picousd(choice.order[0])
     return replace(choice, order=tuple(name for name in choice.order if demand.picousd(name) <= most))
 
 
-def claim_of(demand: Demand, limits: KeyLimits) -> Claim:
+def estimate_reservation(demand: Demand, limits: KeyLimits) -> ReservationRequest:
     """Of a request that any model which is asked may answer.
 
     Raises:
@@ -361,7 +361,7 @@ def claim_of(demand: Demand, limits: KeyLimits) -> Claim:
     tokens = 0 if limits.tokens_per_minute is None else demand.tokens(limits.tokens_per_minute)
     picodollars = max(demand.picousd(name) for name in demand.asked) if limits.money else 0
     lives_s = demand.settings.request_timeout_s + MARGIN_S
-    return Claim(demand.choice.id, tokens, min(picodollars, MOST_PICOUSD), lives_s)
+    return ReservationRequest(demand.choice.id, tokens, min(picodollars, MOST_PICOUSD), lives_s)
 
 
 def _added(sent: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
@@ -383,11 +383,11 @@ def _mean(row: Doubles) -> float:
     return float(np.add.reduce(row)) / len(row)
 
 
-def _price(state: RoutingState, name: str) -> Price:
+def _price(state: RoutingSnapshot, name: str) -> Price:
     live = state.prices.get(name)
     if live is None:
         message = f"this key has a spend limit, and no price of the model {name!r} is known; state one, or free: true"
-        raise NothingAble(message, param="model")
+        raise NoEligibleModelError(message, param="model")
     return live.price
 
 
@@ -407,12 +407,12 @@ _WHAT = "check the limits of a key"
 _ENDED = f"could not {_WHAT}: the server is shutting down"
 
 
-class NotAsked(StoreUnavailable):
+class StoreUnavailableNow(StoreUnavailable):
     """Redis was silent a moment ago. Nothing was sent to it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Question:
+class PendingCall:
     script: str
     """Its digest."""
     key: str
@@ -420,14 +420,14 @@ class Question:
     answer: asyncio.Future[Any]
 
 
-class Asking:
+class ScriptBatcher:
     """Scripts, asked over one connection at a time. One per process."""
 
     def __init__(self, store: Store, scripts: Collection[str], timeout_s: float = TIMEOUT_S) -> None:
         self._store = store
         self._timeout_s = timeout_s
         self._digests = {script: store.client.register_script(script).sha for script in scripts}
-        self._waiting: deque[Question] = deque()
+        self._waiting: deque[PendingCall] = deque()
         self._silent: str | None = None
         self._asking: asyncio.Task[None] | None = None
         self._listening: asyncio.Task[None] | None = None
@@ -444,16 +444,16 @@ class Asking:
             StoreUnavailable: an error in place of an answer, or none in time; it may have been heard all the same.
         """
         if self._silent is not None:
-            raise NotAsked(self._silent)
-        question = Question(self._digests[script], key, arguments, asyncio.get_running_loop().create_future())
+            raise StoreUnavailableNow(self._silent)
+        question = PendingCall(self._digests[script], key, arguments, asyncio.get_running_loop().create_future())
         self._waiting.append(question)
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._ask_all(), name="uniroute-limits-asking")
         return question.answer
 
     async def close(self) -> None:
-        await end(self._asking, self._listening)
-        self._fail_all(self._waiting, NotAsked(_ENDED))
+        await cancel_and_wait(self._asking, self._listening)
+        self._fail_all(self._waiting, StoreUnavailableNow(_ENDED))
 
     async def _ask_all(self) -> None:
         while self._waiting:
@@ -462,17 +462,17 @@ class Asking:
                 for question, answer in zip(asked, await self._in_time(asked), strict=True):
                     _tell(question, answer)
             except StoreUnavailable as error:
-                self._fall_silent(error, asked)
+                self._mark_unavailable(error, asked)
             finally:
                 self._fail_all(asked, StoreUnavailable(_ENDED))  # whatever happened, nobody waits for ever
 
-    async def _in_time(self, questions: list[Question]) -> list[Any]:
+    async def _in_time(self, questions: list[PendingCall]) -> list[Any]:
         asking = asyncio.create_task(self._send(questions))
         try:
             for _ in range(max(1, round(self._timeout_s / SLICE_S))):
                 await asyncio.wait({asking}, timeout=SLICE_S)
                 if asking.done():
-                    if not _ran_out(asking):
+                    if not _timed_out(asking):
                         return asking.result()
                     asking = asyncio.create_task(self._send(questions))  # this process was too busy to see an answer
         finally:
@@ -482,24 +482,24 @@ class Asking:
         waited = f"{self._timeout_s * 1000:.0f} ms"
         raise StoreUnavailable(f"could not {_WHAT}: Redis at {self._store.name} did not answer within {waited}")
 
-    async def _send(self, questions: list[Question]) -> list[Any]:
+    async def _send(self, questions: list[PendingCall]) -> list[Any]:
         """In one round trip; in a few where Redis does not know a script yet."""
         async with self._store.asking(_WHAT) as client:
-            answers = await exchange(client, [_command(question) for question in questions])
+            answers = await pipeline(client, [_command(question) for question in questions])
             if not any(isinstance(answer, NoScriptError) for answer in answers):
                 return answers
             for script in self._digests:
                 await client.script_load(script)
         return await self._send(questions)
 
-    def _fall_silent(self, error: StoreUnavailable, questions: list[Question]) -> None:
+    def _mark_unavailable(self, error: StoreUnavailable, questions: list[PendingCall]) -> None:
         self._silent = str(error)
         self._fail_all(questions, error)
-        self._fail_all(self._waiting, NotAsked(str(error)))
+        self._fail_all(self._waiting, StoreUnavailableNow(str(error)))
         self._waiting.clear()
         self._listening = asyncio.create_task(self._listen(), name="uniroute-limits-listening")
 
-    def _fail_all(self, questions: Iterable[Question], error: StoreUnavailable) -> None:
+    def _fail_all(self, questions: Iterable[PendingCall], error: StoreUnavailable) -> None:
         for question in questions:
             _fail(question, error)
 
@@ -514,11 +514,11 @@ class Asking:
                 await asyncio.sleep(PAUSE_S)
 
 
-def _command(question: Question) -> bytes:
-    return packed(("EVALSHA", question.script, "1", question.key, *map(str, question.arguments)))
+def _command(question: PendingCall) -> bytes:
+    return encode_command(("EVALSHA", question.script, "1", question.key, *map(str, question.arguments)))
 
 
-def _tell(question: Question, answer: Any) -> None:
+def _tell(question: PendingCall, answer: Any) -> None:
     if isinstance(answer, RedisError):
         error = StoreUnavailable(f"could not {_WHAT}: Redis says {answer}")
         error.__cause__ = answer
@@ -527,12 +527,12 @@ def _tell(question: Question, answer: Any) -> None:
         question.answer.set_result(answer)
 
 
-def _fail(question: Question, error: StoreUnavailable) -> None:
+def _fail(question: PendingCall, error: StoreUnavailable) -> None:
     if not question.answer.done():
         question.answer.set_exception(error)
 
 
-def _ran_out(asking: asyncio.Task[Any]) -> bool:
+def _timed_out(asking: asyncio.Task[Any]) -> bool:
     error = asking.exception()
     return error is not None and isinstance(error.__cause__, (TimeoutError, RanOut))
 

@@ -9,60 +9,60 @@ from starlette.responses import Response
 
 from proxy.errors import (
     BadRequest,
-    BodyTooLarge,
-    BodyTooSlow,
+    BodyTimeout,
     BudgetExceeded,
-    ClientGone,
+    ClientDisconnected,
     Conflict,
-    ControlFieldRefused,
+    ContentTooLarge,
+    ContextLengthExceeded,
+    FieldNotAllowed,
     Forbidden,
+    JobNotFound,
+    KeyNotFound,
     LoopDetected,
-    ModelBusy,
-    NothingAble,
-    NotJson,
+    ModelAtCapacity,
+    ModelNotFound,
+    NoEligibleModelError,
     ProxyError,
     RateLimited,
+    ServiceUnavailable,
     ShuttingDown,
     Starting,
-    TooLong,
     Unauthenticated,
-    Unavailable,
-    UnknownClientKey,
-    UnknownJob,
-    UnknownName,
-    UpstreamFailure,
+    UnsupportedMediaType,
+    UpstreamError,
     error_object,
 )
 from proxy.safety.json_shape import check_shape
 from proxy.storage.redis import StoreUnavailable
-from proxy.storage.registry import ChangedMeanwhile, DefinedInConfig, KeyIsOver, NameTaken, UnknownKey, UnknownModel
+from proxy.storage.registry import ConfiguredModel, ConflictingWrite, KeyInactive, ModelExists, UnknownKey, UnknownModel
 from proxy.upstream.circuit_breaker import told_wait
 from proxy.upstream.errors import LONGEST_REST, LONGEST_WORDS, words_in
-from proxy.upstream.sse import dump
+from proxy.upstream.sse import encode_json
 from router_core.errors import InvalidInput, MapMismatch
 
 _TABLE: Mapping[type[ProxyError], tuple[int, str, str | None]] = {
     BadRequest: (400, "invalid_request_error", None),
-    ControlFieldRefused: (400, "invalid_request_error", "field_not_allowed"),
+    FieldNotAllowed: (400, "invalid_request_error", "field_not_allowed"),
     LoopDetected: (400, "invalid_request_error", "loop_detected"),
     Unauthenticated: (401, "invalid_request_error", "invalid_api_key"),
     Forbidden: (403, "permission_error", "permission_denied"),
-    UnknownName: (404, "invalid_request_error", "model_not_found"),
-    UnknownJob: (404, "invalid_request_error", "job_not_found"),
-    UnknownClientKey: (404, "invalid_request_error", "key_not_found"),
+    ModelNotFound: (404, "invalid_request_error", "model_not_found"),
+    JobNotFound: (404, "invalid_request_error", "job_not_found"),
+    KeyNotFound: (404, "invalid_request_error", "key_not_found"),
     Conflict: (409, "invalid_request_error", "conflict"),
-    BodyTooSlow: (408, "invalid_request_error", "request_timeout"),
-    BodyTooLarge: (413, "invalid_request_error", "request_too_large"),
-    NotJson: (415, "invalid_request_error", "unsupported_media_type"),
-    NothingAble: (400, "invalid_request_error", "no_eligible_model"),
-    TooLong: (400, "invalid_request_error", "context_length_exceeded"),
-    ModelBusy: (429, "rate_limit_error", "model_busy"),
+    BodyTimeout: (408, "invalid_request_error", "request_timeout"),
+    ContentTooLarge: (413, "invalid_request_error", "request_too_large"),
+    UnsupportedMediaType: (415, "invalid_request_error", "unsupported_media_type"),
+    NoEligibleModelError: (400, "invalid_request_error", "no_eligible_model"),
+    ContextLengthExceeded: (400, "invalid_request_error", "context_length_exceeded"),
+    ModelAtCapacity: (429, "rate_limit_error", "model_busy"),
     RateLimited: (429, "rate_limit_error", "rate_limit_exceeded"),
     BudgetExceeded: (429, "insufficient_quota", "insufficient_quota"),
-    Unavailable: (503, "server_error", "unavailable"),
+    ServiceUnavailable: (503, "server_error", "unavailable"),
     Starting: (503, "server_error", "starting"),
     ShuttingDown: (503, "server_error", "shutting_down"),
-    UpstreamFailure: (502, "upstream_error", "upstream_failed"),
+    UpstreamError: (502, "upstream_error", "upstream_failed"),
 }
 
 _OF_STATUS = {
@@ -75,29 +75,29 @@ _OF_STATUS = {
 }
 
 
-def plain_error(status: int, message: str) -> dict[str, Any]:
+def http_error_body(status: int, message: str) -> dict[str, Any]:
     """OpenAI's shape for a bare HTTP status."""
     kind, code = _OF_STATUS.get(status, ("server_error" if status >= 500 else "invalid_request_error", None))
     return error_object(message, kind, code)
 
 
-def describe(error: ProxyError) -> tuple[int, dict[str, Any], dict[str, str]]:
+def render_error(error: ProxyError) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers that tell `error` to an OpenAI client."""
-    if isinstance(error, UpstreamFailure):
+    if isinstance(error, UpstreamError):
         return _describe_upstream(error)
     status, kind, code = next(_TABLE[kind] for kind in type(error).__mro__ if kind in _TABLE)
     return status, error_object(error.message, kind, code, error.param), error.headers
 
 
-def _describe_upstream(error: UpstreamFailure) -> tuple[int, dict[str, Any], dict[str, str]]:
+def _describe_upstream(error: UpstreamError) -> tuple[int, dict[str, Any], dict[str, str]]:
     headers = told_wait(error.headers, time.time())
     if error.status is None or error.status < 400:
         status, code = (504, "upstream_timeout") if error.timed_out else (502, "upstream_failed")
         return status, error_object(error.message, "upstream_error", code), headers
-    return error.status, _own_words(error), headers
+    return error.status, _upstream_error_body(error), headers
 
 
-def _own_words(error: UpstreamFailure) -> dict[str, Any]:
+def _upstream_error_body(error: UpstreamError) -> dict[str, Any]:
     """The upstream's error object in OpenAI's shape, with `code` as text; other texts put into that shape."""
     body = _parsed(error.body)
     said = _first_of(body)
@@ -123,14 +123,14 @@ def _error_object_in(said: Any) -> Mapping[str, Any]:
     return said if said.get("object") == "error" else {}
 
 
-def _not_the_callers_key(error: UpstreamFailure, words: str) -> str:
+def _not_the_callers_key(error: UpstreamError, words: str) -> str:
     """The provider's words alone read as if the caller's own key were wrong."""
     what = "" if error.status == 401 else " for this model or request"
     said = f"; it said: {words.removeprefix(error.message).lstrip(': ')}" if words != error.message else ""
     return f"{error.message}: the provider refused its key{what}, which is this server's and not yours{said}"
 
 
-def _openais_shape(stated: Mapping[str, Any], said: Any, error: UpstreamFailure) -> dict[str, Any]:
+def _openais_shape(stated: Mapping[str, Any], said: Any, error: UpstreamError) -> dict[str, Any]:
     """Its own fields kept; those that clients read as text are text, and the message is never missing."""
     kind, code = _OF_STATUS.get(error.status or 502, ("upstream_error", None))
     if stated:
@@ -162,31 +162,31 @@ def _parsed(body: Any) -> Any:
         return body.decode("utf-8", "replace")[:LONGEST_WORDS]
 
 
-FOREIGN: Mapping[type[Exception], type[ProxyError]] = {
-    StoreUnavailable: Unavailable,
-    NameTaken: Conflict,
-    DefinedInConfig: Conflict,
-    ChangedMeanwhile: Conflict,
-    KeyIsOver: Conflict,
-    UnknownKey: UnknownClientKey,
-    UnknownModel: UnknownName,
+EXCEPTION_MAP: Mapping[type[Exception], type[ProxyError]] = {
+    StoreUnavailable: ServiceUnavailable,
+    ModelExists: Conflict,
+    ConfiguredModel: Conflict,
+    ConflictingWrite: Conflict,
+    KeyInactive: Conflict,
+    UnknownKey: KeyNotFound,
+    UnknownModel: ModelNotFound,
     InvalidInput: BadRequest,
     MapMismatch: BadRequest,
 }
 
 
-def translated(error: Exception) -> ProxyError:
-    kind = next(FOREIGN[kind] for kind in type(error).__mro__ if kind in FOREIGN)
+def to_proxy_error(error: Exception) -> ProxyError:
+    kind = next(EXCEPTION_MAP[kind] for kind in type(error).__mro__ if kind in EXCEPTION_MAP)
     return kind(str(error), param=getattr(error, "param", None))
 
 
-TOLD: tuple[type[Exception], ...] = (ProxyError, ClientGone, *FOREIGN)
-"""What `response_of` knows."""
+HANDLED_EXCEPTIONS: tuple[type[Exception], ...] = (ProxyError, ClientDisconnected, *EXCEPTION_MAP)
+"""What `error_response` knows."""
 
 
-def response_of(error: Exception) -> Response:
+def error_response(error: Exception) -> Response:
     """To an exception of TOLD."""
-    if isinstance(error, ClientGone):
+    if isinstance(error, ClientDisconnected):
         return Response(status_code=499)
-    status, body, headers = describe(error if isinstance(error, ProxyError) else translated(error))
-    return Response(dump(body), status, headers, "application/json")
+    status, body, headers = render_error(error if isinstance(error, ProxyError) else to_proxy_error(error))
+    return Response(encode_json(body), status, headers, "application/json")

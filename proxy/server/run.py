@@ -18,8 +18,8 @@ import httpx
 import uvicorn
 
 from proxy.cli import console
-from proxy.concurrency import raise_limit
-from proxy.server.protocol import ClientConnection
+from proxy.concurrency import raise_open_files_limit
+from proxy.server.protocol import LimitedHTTPProtocol
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings
 
@@ -39,7 +39,7 @@ LOGGING: dict[str, Any] = {
     "version": 1,
     "disable_existing_loggers": False,
     "formatters": {"line": {"()": "proxy.server.log_handler.LineFormatter"}},
-    "handlers": {"stderr": {"class": "proxy.server.log_handler.LineHandler", "formatter": "line"}},
+    "handlers": {"stderr": {"class": "proxy.server.log_handler.NonBlockingHandler", "formatter": "line"}},
     "root": {"handlers": ["stderr"], "level": "WARNING"},
     "loggers": {"uniroute": {"level": "INFO"}},
 }
@@ -88,7 +88,7 @@ def server_config(
         AppFactory(settings, counts),
         factory=True,
         loop="uvloop" if os.name == "posix" else "auto",
-        http=ClientConnection,
+        http=LimitedHTTPProtocol,
         ws="none",
         lifespan="on",
         workers=settings.workers,
@@ -148,7 +148,7 @@ def run_server(settings: Settings, bound: socket.socket) -> None:
     Raises:
         SystemExit: the server did not start; the log says why.
     """
-    raise_limit()
+    raise_open_files_limit()
     if settings.workers > 1:
         from proxy.server.supervisor import Supervisor
 

@@ -10,17 +10,25 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from proxy.concurrency import cancel_until_done
-from proxy.errors import LAST_WORDS_S, SHUTTING_DOWN, ClientGone, ModelBusy, ProxyError, ShuttingDown, UpstreamFailure
-from proxy.server.attempts import OpenStream
-from proxy.server.request_log import Meter
-from proxy.server.requests import cut_ending, until_gone
-from proxy.server.responses import describe
+from proxy.errors import (
+    LAST_WORDS_S,
+    SHUTTING_DOWN,
+    ClientDisconnected,
+    ModelAtCapacity,
+    ProxyError,
+    ShuttingDown,
+    UpstreamError,
+)
+from proxy.server.attempts import UpstreamStream
+from proxy.server.request_log import RequestRecord
+from proxy.server.requests import cancel_on_disconnect, cut_ending
+from proxy.server.responses import render_error
 from proxy.storage.usage import usage_of
-from proxy.upstream.payload import Payload, content_bytes, is_usage_chunk, says_no_usage, usage_chunk
-from proxy.upstream.sse import DONE, KEEP_ALIVE, event
+from proxy.upstream.payload import JSONPayload, content_bytes, is_usage_chunk, says_no_usage, usage_chunk
+from proxy.upstream.sse import DONE, KEEP_ALIVE, format_event
 
 
-class KeepAlive:
+class SSEKeepAlive:
     """Runs from now on. One timer, and a task only where there is something to say."""
 
     def __init__(self, send: Callable[[bytes], Awaitable[None]], every_s: float, *, sent: bool) -> None:
@@ -54,17 +62,17 @@ class KeepAlive:
         await self._send(KEEP_ALIVE)
 
 
-class Shown:
+class StreamRewriter:
     """One stream. What passes is counted by the meter."""
 
-    def __init__(self, meter: Meter, *, include_usage: bool) -> None:
+    def __init__(self, meter: RequestRecord, *, include_usage: bool) -> None:
         self._meter = meter
         self._include_usage = include_usage
         self._usage: object = None
         self._shown = False
         self._last: dict[str, Any] = {}
 
-    def block(self, chunks: list[Payload]) -> bytes:
+    def block(self, chunks: list[JSONPayload]) -> bytes:
         """Events, none of them cut; empty where nothing of this block is for the client."""
         meter, model = self._meter, self._meter.model
         pieces: list[bytes] = []
@@ -73,7 +81,7 @@ class Shown:
             body = chunk.body
             meter.marks.see(body, model)
             size += content_bytes(body)
-            shown: Payload | None = chunk
+            shown: JSONPayload | None = chunk
             if usage := usage_of(body):
                 meter.received(size)  # the report is of all that came before, and with it
                 size = 0
@@ -91,9 +99,9 @@ class Shown:
         """The usage chunk that was asked for, where the upstream put its usage elsewhere."""
         if not self._include_usage or self._usage is None or self._shown:
             return b""
-        return event(usage_chunk({**self._last, "model": self._meter.model}, self._usage))
+        return format_event(usage_chunk({**self._last, "model": self._meter.model}, self._usage))
 
-    def _with_usage(self, chunk: Payload, usage: object) -> Payload | None:
+    def _with_usage(self, chunk: JSONPayload, usage: object) -> JSONPayload | None:
         self._usage = usage
         self._meter.used(usage)
         if not chunk.body.get("usage"):
@@ -113,14 +121,16 @@ HEADERS = {
     "x-accel-buffering": "no",
 }
 
-Opening = asyncio.Task[OpenStream]
+PendingStream = asyncio.Task[UpstreamStream]
 
 
-class EventStream(Response):
+class CompletionStream(Response):
     """Relays until the upstream ends or breaks, the client leaves, or the server ends. Closes the upstream's connection
     in every case."""
 
-    def __init__(self, opening: Opening, meter: Meter, *, keep_alive_s: float, include_usage: bool) -> None:
+    def __init__(
+        self, opening: PendingStream, meter: RequestRecord, *, keep_alive_s: float, include_usage: bool
+    ) -> None:
         """`opening` need not be done: the client then reads comments until some model begins to answer."""
         self.status_code = 200
         self.background = None
@@ -132,8 +142,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await until_gone(scope, receive, self._relay(send))
-        except ClientGone:
+            await cancel_on_disconnect(scope, receive, self._relay(send))
+        except ClientDisconnected:
             return
         finally:
             await self.close()
@@ -141,19 +151,19 @@ class EventStream(Response):
     async def close(self) -> None:
         """Where it was never begun the client had left before. Harmless when repeated."""
         self._meter.finish("client_gone")  # only if the relay never ran
-        await close_opened(self._opening)
+        await cancel_or_close(self._opening)
 
     async def _relay(self, send: Send) -> None:
         ending = "client_gone"
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            keeping = KeepAlive(partial(_send, send), self._keep_alive_s, sent=self._opening.done())
+            keeping = SSEKeepAlive(partial(_send, send), self._keep_alive_s, sent=self._opening.done())
             try:
                 await self._events(send, keeping)
                 ending = "complete"
-            except (UpstreamFailure, ModelBusy) as failure:
+            except (UpstreamError, ModelAtCapacity) as failure:
                 ending = "broken" if self._meter.has_content else "failed"
-                await _send(send, event(_error_event(failure)))
+                await _send(send, format_event(_error_event(failure)))
             except asyncio.CancelledError:
                 ending = cut_ending()
                 self._meter.finish(ending)
@@ -164,13 +174,13 @@ class EventStream(Response):
                 keeping.stop()
         finally:
             self._meter.finish(ending)  # before the client reads the end: what was answered is on record
-            await close_opened(self._opening)
+            await cancel_or_close(self._opening)
         await self._meter.settled()  # a client that asks again at once is judged by what this answer cost
         await send({"type": "http.response.body", "body": DONE if ending == "complete" else b"", "more_body": False})
 
-    async def _events(self, send: Send, keeping: KeepAlive) -> None:
+    async def _events(self, send: Send, keeping: SSEKeepAlive) -> None:
         stream = await self._opening
-        shown = Shown(self._meter, include_usage=self._include_usage)
+        shown = StreamRewriter(self._meter, include_usage=self._include_usage)
         async for block in stream:
             if data := shown.block(block):
                 keeping.sending()
@@ -187,11 +197,11 @@ async def _last_words(send: Send) -> None:
     """Tell that the server ends; not for long, for the client may not be reading."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LAST_WORDS_S):
-            await _send(send, event(_error_event(ShuttingDown(SHUTTING_DOWN))))
+            await _send(send, format_event(_error_event(ShuttingDown(SHUTTING_DOWN))))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def close_opened(opening: Opening) -> None:
+async def cancel_or_close(opening: PendingStream) -> None:
     """Ends the asking, or closes what was opened, even if we are cancelled meanwhile. Harmless when repeated."""
     try:
         await cancel_until_done((opening,))
@@ -201,5 +211,5 @@ async def close_opened(opening: Opening) -> None:
 
 
 def _error_event(failure: ProxyError) -> Mapping[str, Any]:
-    _, body, _ = describe(failure)
+    _, body, _ = render_error(failure)
     return {"error": body["error"]}

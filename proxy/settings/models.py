@@ -21,7 +21,7 @@ from proxy.upstream.litellm.params import (
     is_provider_param,
 )
 from proxy.words import words
-from router_core.types import DEAREST, PRICE_FIELDS, Price, flat_price_field, price_field
+from router_core.types import MAX_PRICE, PRICE_FIELDS, Price, flat_price_field, price_field
 
 
 class SettingsError(Exception):
@@ -107,24 +107,24 @@ def _as_written(value: object) -> object:
 _SWITCHED = {**dict.fromkeys(("true", "yes", "1"), "on"), **dict.fromkeys(("false", "no", "0"), "off")}
 
 
-Amount = Annotated[float, BeforeValidator(_not_boolean), AfterValidator(_finite_at_least_zero)]
+NonNegativeFloat = Annotated[float, BeforeValidator(_not_boolean), AfterValidator(_finite_at_least_zero)]
 
-Whole = Annotated[int, BeforeValidator(_not_boolean)]
+StrictInt = Annotated[int, BeforeValidator(_not_boolean)]
 
-Count = Annotated[Whole, Field(ge=1, le=10**12)]
+PositiveInt = Annotated[StrictInt, Field(ge=1, le=10**12)]
 
-Seconds = Annotated[Amount, Field(gt=0)]
+Seconds = Annotated[NonNegativeFloat, Field(gt=0)]
 
-TokenCost = Annotated[Amount, Field(le=DEAREST)]
+TokenCost = Annotated[NonNegativeFloat, Field(le=MAX_PRICE)]
 
-Switch = Annotated[Literal["off", "auto", "on"], BeforeValidator(_as_written)]
+OffAutoOn = Annotated[Literal["off", "auto", "on"], BeforeValidator(_as_written)]
 
-Names = Annotated[tuple[str, ...], BeforeValidator(split_list)]
+NameList = Annotated[tuple[str, ...], BeforeValidator(split_list)]
 
 ModelName = Annotated[str, AfterValidator(check_model_name)]
 
 
-class Frozen(BaseModel):
+class FrozenModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=())
 
 
@@ -218,7 +218,7 @@ class ParamError(ValueError):
         self.param = param
 
 
-def check_shapes(params: Mapping[str, Any]) -> None:
+def validate_litellm_params(params: Mapping[str, Any]) -> None:
     """Check what every call of the model would stumble over. Raises ValueError naming the field."""
     for name in _TEXTS:
         if not isinstance(params.get(name), str | None):
@@ -298,7 +298,7 @@ def _references(path: str, value: Any) -> Iterator[str]:
             yield from _references(f"{path}[{place}]", inner)
 
 
-class ModelInfo(Frozen):
+class ModelInfo(FrozenModel):
     """What is known of a model, under LiteLLM's names. None: unknown. Prices are USD per token.
 
     The prices of tiers, `input_cost_per_token_above_200k_tokens` and its like, have names without number: they are kept
@@ -320,8 +320,8 @@ class ModelInfo(Frozen):
     output_cost_per_audio_token: TokenCost | None = None
     output_cost_per_image_token: TokenCost | None = None
     free: bool = False
-    max_input_tokens: Count | None = None
-    max_output_tokens: Count | None = None
+    max_input_tokens: PositiveInt | None = None
+    max_output_tokens: PositiveInt | None = None
     supports_function_calling: bool | None = None
     supports_parallel_function_calling: bool | None = None
     supports_vision: bool | None = None
@@ -338,9 +338,9 @@ class ModelInfo(Frozen):
     idle_timeout_s: Seconds | None = None
     forward: Forward = "auto"
     """relay: OpenAI's format goes through as it is. translate: litellm writes the provider's. auto: as the provider."""
-    max_parallel_requests: Count | None = None
+    max_parallel_requests: PositiveInt | None = None
     """Of one process. None: no cap."""
-    max_queued_requests: Annotated[Whole, Field(ge=0, le=10_000)] | None = None
+    max_queued_requests: Annotated[StrictInt, Field(ge=0, le=10_000)] | None = None
     """Beyond these. None: as many as `max_parallel_requests`."""
 
     @property
@@ -380,7 +380,7 @@ class ModelInfo(Frozen):
         return self
 
 
-class ModelEntry(Frozen):
+class ModelConfig(FrozenModel):
     """One model of `model_list`. `litellm_params` reach the provider layer whole; keys in them are never shown."""
 
     model_name: ModelName
@@ -388,11 +388,11 @@ class ModelEntry(Frozen):
     model_info: ModelInfo = ModelInfo()
 
     @model_validator(mode="after")
-    def _names_a_model(self) -> ModelEntry:
+    def _names_a_model(self) -> ModelConfig:
         model = self.litellm_params.get("model")
         if not isinstance(model, str) or not model:
             raise ValueError("litellm_params needs `model`, as in openai/gpt-4.1-mini")
-        check_shapes(self.litellm_params)
+        validate_litellm_params(self.litellm_params)
         return self
 
     def check_effects(self) -> None:

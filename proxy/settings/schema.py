@@ -14,21 +14,21 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_va
 
 from proxy.settings.models import (
     RESERVED_NAMES,
-    Amount,
-    Count,
-    Frozen,
-    ModelEntry,
+    FrozenModel,
+    ModelConfig,
     ModelInfo,
-    Names,
+    NameList,
+    NonNegativeFloat,
+    OffAutoOn,
     ParamError,
+    PositiveInt,
     Seconds,
     SettingsError,
-    Switch,
-    Whole,
+    StrictInt,
     referred_variable,
 )
 from proxy.settings.redis_address import RedisAddress
-from proxy.settings.sources import environment_values, file_values, first_problem, unknown
+from proxy.settings.sources import environment_values, file_values, format_validation_error, unknown_key_error
 from router_core.types import PRICE_FIELDS, Price
 
 
@@ -44,7 +44,7 @@ class Timeouts:
     total_s: float
     """From the request's arrival to the first content of whichever model answers."""
 
-    def hastier_than(self, usual: Timeouts) -> bool:
+    def stricter_than(self, usual: Timeouts) -> bool:
         """Missing one of these may be no fault of the model."""
         return self is not usual and any(getattr(self, name) < getattr(usual, name) for name in _NAMES)
 
@@ -53,7 +53,7 @@ _NAMES = tuple(column.name for column in fields(Timeouts))
 
 
 @dataclass(frozen=True, slots=True)
-class StatedTimeouts:
+class TimeoutOverrides:
     """What one request states. None: not stated."""
 
     connect_s: float | None = None
@@ -62,15 +62,15 @@ class StatedTimeouts:
     total_s: float | None = None
 
 
-NOTHING_STATED = StatedTimeouts()
+NO_OVERRIDES = TimeoutOverrides()
 
 
-def total_s(settings: Settings, stated: StatedTimeouts) -> float:
+def total_s(settings: Settings, stated: TimeoutOverrides) -> float:
     """No request waits longer in all than `request_timeout_s`, whatever it states."""
     return min(stated.total_s or settings.request_timeout_s, settings.request_timeout_s)
 
 
-def timeouts_for(settings: Settings, info: ModelInfo, stated: StatedTimeouts = NOTHING_STATED) -> Timeouts:
+def timeouts_for(settings: Settings, info: ModelInfo, stated: TimeoutOverrides = NO_OVERRIDES) -> Timeouts:
     return Timeouts(
         connect_s=stated.connect_s or info.connect_timeout_s or settings.connect_timeout_s,
         first_token_s=stated.first_token_s or info.first_token_timeout_s or settings.first_token_timeout_s,
@@ -79,22 +79,22 @@ def timeouts_for(settings: Settings, info: ModelInfo, stated: StatedTimeouts = N
     )
 
 
-Span = Annotated[Amount, Field(gt=0, le=86_400)]
+Span = Annotated[NonNegativeFloat, Field(gt=0, le=86_400)]
 
 
-class HealthPolicy(Frozen):
+class CircuitBreakerSettings(FrozenModel):
     """The setting `breaker`. A model rests once `failures` attempts within `window_s` seconds have failed, if they are
     at least `share` of the attempts that ended in that time. It rests for `cooldown_s`, doubled for each probe that
     fails, and never longer than `longest_cooldown_s`."""
 
     window_s: Span = 30
-    failures: Annotated[Whole, Field(ge=1, le=10_000)] = 5
-    share: Annotated[Amount, Field(gt=0, le=1)] = 0.5
+    failures: Annotated[StrictInt, Field(ge=1, le=10_000)] = 5
+    share: Annotated[NonNegativeFloat, Field(gt=0, le=1)] = 0.5
     cooldown_s: Span = 10
     longest_cooldown_s: Span = 300
 
     @model_validator(mode="after")
-    def _longest_is_longest(self) -> HealthPolicy:
+    def _longest_is_longest(self) -> CircuitBreakerSettings:
         if self.longest_cooldown_s < self.cooldown_s:
             raise ValueError(
                 f"longest_cooldown_s: must be at least cooldown_s, {self.cooldown_s:g}; got {self.longest_cooldown_s:g}"
@@ -145,21 +145,21 @@ def _variables_of_others(values: tuple[str, ...]) -> tuple[str, ...]:
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
 
-class ProfileSettings(Frozen):
+class ProfileSettings(FrozenModel):
     """How a model is measured: how many validation prompts, for how much money, how many at once."""
 
-    prompts: Annotated[Whole, Field(ge=1, le=1000)] = 60
-    max_usd: Amount = 1.0
-    concurrency: Annotated[Whole, Field(ge=1, le=64)] = 4
+    prompts: Annotated[StrictInt, Field(ge=1, le=1000)] = 60
+    max_usd: NonNegativeFloat = 1.0
+    concurrency: Annotated[StrictInt, Field(ge=1, le=64)] = 4
     on_start: bool = True
     timeout_s: Seconds = 120
 
 
-class Settings(Frozen):
-    model_list: tuple[ModelEntry, ...] = ()
-    lambda_: Amount = Field(default=0.1, alias="lambda")
-    route_names: Names = ("auto",)
-    latency_weight: Amount = 0.0
+class Settings(FrozenModel):
+    model_list: tuple[ModelConfig, ...] = ()
+    lambda_: NonNegativeFloat = Field(default=0.1, alias="lambda")
+    route_names: NameList = ("auto",)
+    latency_weight: NonNegativeFloat = 0.0
     cost_unit: Literal["reference", "cents"] = "reference"
     reference_price: Price = Price(2.5e-6, 1e-5)
     default_model: str | None = None
@@ -169,33 +169,33 @@ class Settings(Frozen):
     recipe: Literal["pooled", "shrunk", "raw", "laplace"] = "pooled"
     profile: ProfileSettings = ProfileSettings()
     judge_model: str | None = None
-    allowed_env: Annotated[Names, AfterValidator(_variables_of_others)] = ()
-    allowed_hosts: Annotated[Names, AfterValidator(_host_names)] = ()
-    allowed_origins: Annotated[Names, AfterValidator(_pages)] = ()
-    price_refresh_minutes: Amount = 0
+    allowed_env: Annotated[NameList, AfterValidator(_variables_of_others)] = ()
+    allowed_hosts: Annotated[NameList, AfterValidator(_host_names)] = ()
+    allowed_origins: Annotated[NameList, AfterValidator(_pages)] = ()
+    price_refresh_minutes: NonNegativeFloat = 0
     price_url: Annotated[str | None, AfterValidator(_web_address)] = Field(default=None, repr=False)
-    max_body_bytes: Count = 20_000_000
-    max_answer_bytes: Count = 20_000_000
-    max_answers_in_flight_bytes: Count = 256_000_000
-    sticky_sessions: Switch = "auto"
-    session_ttl_s: Count = 3600
-    prompt_cache_s: Amount = 300
-    fallback_attempts: Annotated[Whole, Field(ge=1, le=20)] = 3
+    max_body_bytes: PositiveInt = 20_000_000
+    max_answer_bytes: PositiveInt = 20_000_000
+    max_answers_in_flight_bytes: PositiveInt = 256_000_000
+    sticky_sessions: OffAutoOn = "auto"
+    session_ttl_s: PositiveInt = 3600
+    prompt_cache_s: NonNegativeFloat = 300
+    fallback_attempts: Annotated[StrictInt, Field(ge=1, le=20)] = 3
     request_timeout_s: Seconds = 600
     connect_timeout_s: Seconds = 5
     first_token_timeout_s: Seconds = 300
     idle_timeout_s: Seconds = 120
     stream_timeout_s: Seconds = 3600
     keep_alive_s: Seconds = 15
-    breaker: HealthPolicy = HealthPolicy()
-    queue_wait_s: Annotated[Amount, Field(le=3600)] = 5
-    reserve_output_tokens: Count = 4096
-    clamp_max_tokens: Switch = "auto"
+    breaker: CircuitBreakerSettings = CircuitBreakerSettings()
+    queue_wait_s: Annotated[NonNegativeFloat, Field(le=3600)] = 5
+    reserve_output_tokens: PositiveInt = 4096
+    clamp_max_tokens: OffAutoOn = "auto"
     """Whether a limit of an answer above a model's own is lowered to that. auto: where the model is routed."""
-    limits_timeout_s: Annotated[Amount, Field(gt=0, le=1)] = 0.05
+    limits_timeout_s: Annotated[NonNegativeFloat, Field(gt=0, le=1)] = 0.05
     limits_without_store: Literal["refuse", "allow"] = "refuse"
-    drain_s: Annotated[Whole, Field(ge=1, le=3600)] = 30
-    usage_journal_max_bytes: Count = 256_000_000
+    drain_s: Annotated[StrictInt, Field(ge=1, le=3600)] = 30
+    usage_journal_max_bytes: PositiveInt = 256_000_000
     redis_url: Annotated[str | None, AfterValidator(_redis_url)] = Field(default=None, repr=False)
     redis_username: str | None = None
     redis_password: SecretStr | None = None
@@ -207,8 +207,8 @@ class Settings(Frozen):
     admin_key: SecretStr | None = None
     data_dir: Annotated[AbsolutePath, Field(validate_default=True)] = Path("~/.local/share/uniroute")
     host: str = "127.0.0.1"
-    port: Annotated[Whole, Field(ge=0, le=65535)] = 8000
-    workers: Annotated[Whole, Field(ge=1, le=256)] = 1
+    port: Annotated[StrictInt, Field(ge=0, le=65535)] = 8000
+    workers: Annotated[StrictInt, Field(ge=1, le=256)] = 1
     worker_health_timeout_s: Seconds = 30
 
     @property
@@ -280,7 +280,7 @@ def _nested() -> dict[str, Collection[str]]:
     return {
         "profile": ProfileSettings.model_fields,
         "reference_price": PRICE_FIELDS,
-        "breaker": HealthPolicy.model_fields,
+        "breaker": CircuitBreakerSettings.model_fields,
     }
 
 
@@ -312,13 +312,13 @@ def load_settings(
     _merge(values, environment_values(environ, _variables()))
     for key, value in (overrides or {}).items():
         if key not in names:
-            raise unknown("command line", key, names)
+            raise unknown_key_error("command line", key, names)
         if value is not None:
             values[key] = value
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        raise SettingsError(first_problem(error, config, _nested())) from None
+        raise SettingsError(format_validation_error(error, config, _nested())) from None
 
 
 def _merge(values: dict[str, Any], more: Mapping[str, Any]) -> None:

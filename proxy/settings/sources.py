@@ -25,7 +25,7 @@ OTHER_VARIABLES = frozenset({"CONFIG", "URL", "API_KEY"})
 _SET_BY_KUBERNETES = re.compile(r"SERVICE_\w+|PORT_\d+_\w+")
 
 
-def unknown(where: str, key: object, known: Collection[str]) -> SettingsError:
+def unknown_key_error(where: str, key: object, known: Collection[str]) -> SettingsError:
     near = difflib.get_close_matches(str(key), sorted(known), n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
     return SettingsError(f"{where}: unknown key {str(key)!r}; {hint}")
@@ -130,11 +130,11 @@ def file_values(path: Path, fields: Collection[str], info_fields: Collection[str
         if section in SECTIONS:
             log.warning("%s: section %r is LiteLLM's and has no meaning here; it is ignored", path, section)
         elif section not in ("model_list", "uniroute"):
-            raise unknown(str(path), section, {"model_list", "uniroute"})
+            raise unknown_key_error(str(path), section, {"model_list", "uniroute"})
     values = dict(_mapping(document.get("uniroute"), f"{path}: uniroute"))
     for key in values:
         if key not in fields or key == "model_list":
-            raise unknown(f"{path}: uniroute", key, set(fields) - {"model_list"})
+            raise unknown_key_error(f"{path}: uniroute", key, set(fields) - {"model_list"})
     entries = document.get("model_list") or []
     if not isinstance(entries, list):
         raise SettingsError(f"{path}: model_list must be a list of models; got {_kind(entries)}")
@@ -147,7 +147,7 @@ def _entry(raw: object, where: str, info_fields: Collection[str]) -> dict[str, A
     entry = dict(_mapping(raw, where))
     for key in entry:
         if key not in ("model_name", "litellm_params", "model_info"):
-            raise unknown(where, key, {"model_name", "litellm_params", "model_info"})
+            raise unknown_key_error(where, key, {"model_name", "litellm_params", "model_info"})
     params = dict(_mapping(entry.get("litellm_params"), f"{where}.litellm_params"))
     info = dict(_mapping(entry.get("model_info"), f"{where}.model_info"))
     for key in [key for key in params if _is_price(key) or key == "max_parallel_requests"]:
@@ -159,7 +159,7 @@ def _entry(raw: object, where: str, info_fields: Collection[str]) -> dict[str, A
         log.warning("%s.litellm_params: %r is not known here; it is sent in the body of every request", where, key)
     for key in [key for key in info if key not in info_fields and not _is_price(key)]:
         if not is_model_info_of_litellm(key):
-            raise unknown(f"{where}.model_info", key, info_fields)
+            raise unknown_key_error(f"{where}.model_info", key, info_fields)
         log.warning("%s.model_info: %r is LiteLLM's and has no meaning here; it is ignored", where, key)
         del info[key]
     return {**entry, "litellm_params": params, "model_info": info}
@@ -226,7 +226,7 @@ _WORDS = {
 }
 
 
-def first_problem(error: ValidationError, config: Path | None, nested: Mapping[str, Collection[str]]) -> str:
+def format_validation_error(error: ValidationError, config: Path | None, nested: Mapping[str, Collection[str]]) -> str:
     """One line: where, which key, what was wrong, with the value unless it may be a secret.
 
     Args:
@@ -236,7 +236,7 @@ def first_problem(error: ValidationError, config: Path | None, nested: Mapping[s
     source = f"{config}: " if config else ""
     if problem["type"] in _MISWRITTEN:
         where = ".".join(map(str, problem["loc"][:-1]))
-        return str(unknown(f"{source}{where}", problem["loc"][-1], nested[str(problem["loc"][0])]))
+        return str(unknown_key_error(f"{source}{where}", problem["loc"][-1], nested[str(problem["loc"][0])]))
     keys = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]]
     path = "".join(keys).removeprefix(".")
     stated = problem["msg"].removeprefix("Value error, ")

@@ -18,7 +18,7 @@ AUDIT: Final = "uniroute:audit"
 
 MOST_LINES: Final = 10_000
 
-NOBODY = "-"
+ANONYMOUS = "-"
 """Whoever it was, no key of ours was shown."""
 
 ROOT = "root"
@@ -52,7 +52,7 @@ LAST_MS: Final = 253_402_300_799_000
 
 
 @dataclass(frozen=True, slots=True)
-class Author:
+class Actor:
     """Who writes: `root` (the environment's admin key), the id of a key, or `cli`; and in which request."""
 
     who: str
@@ -72,10 +72,10 @@ class Author:
         )
 
 
-CLI = Author("cli")
+CLI = Actor("cli")
 
 
-def act_of(method: str, path: str) -> tuple[str, str]:
+def action_of(method: str, path: str) -> tuple[str, str]:
     """The action that a call on the admin side asks for, and its target; of a call that we do not have, its words."""
     for known, pattern, action in _ACTIONS:
         if method == known and (found := pattern.fullmatch(path)):
@@ -86,7 +86,7 @@ def act_of(method: str, path: str) -> tuple[str, str]:
 class AuditTrail:
     """The lines in the store, the last 10,000. Those of the registry are written by the scripts that change it."""
 
-    def __init__(self, store: Store, author: Author) -> None:
+    def __init__(self, store: Store, author: Actor) -> None:
         self._store = store
         self._author = author
 
@@ -163,10 +163,10 @@ class Step:
     arguments: tuple[Any, ...]
 
 
-class Writer:
+class AuditedScript:
     """Writes for an author; without one, for the service itself, which leaves no audit line."""
 
-    def __init__(self, store: Store, author: Author | None = None) -> None:
+    def __init__(self, store: Store, author: Actor | None = None) -> None:
         self.store = store
         self._author = author
 

@@ -30,7 +30,7 @@ def digest_of(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-class KeyLatch:
+class AuthRequiredLatch:
     """Set by the first client key, never cleared: neither revoking the last key nor an empty store opens the door."""
 
     def __init__(self, data_dir: Path) -> None:
@@ -126,7 +126,7 @@ class ClientKey:
         if (self.previous_digest is None) != (self.previous_until is None):
             raise InvalidKey("`previous_digest` and `previous_until` belong together")
 
-    def opens_with(self, digest: str, now: float) -> bool:
+    def matches(self, digest: str, now: float) -> bool:
         """Whether this is the digest of its secret or, within the grace of a rotation, of the one before."""
         if hmac.compare_digest(digest, self.digest):
             return True
@@ -182,12 +182,12 @@ def _check_lambdas(key: ClientKey) -> None:
     low, high, default = key.lambda_min, key.lambda_max, key.lambda_default
     if low is not None and high is not None and low > high:
         raise InvalidKey(f"`lambda_min` is {low:g}, above `lambda_max`, which is {high:g}", "lambda_min")
-    if default is not None and default != within(default, low, high):
+    if default is not None and default != clamp(default, low, high):
         bounds = f"{low or 0:g} and {'any' if high is None else format(high, 'g')}"
         raise InvalidKey(f"`lambda_default` is {default:g}, not between {bounds}, the key's bounds", "lambda_default")
 
 
-def within(value: float, low: float | None, high: float | None) -> float:
+def clamp(value: float, low: float | None, high: float | None) -> float:
     """The nearest to `value` between two bounds, None being no bound."""
     raised = value if low is None else max(value, low)
     return raised if high is None else min(raised, high)

@@ -9,20 +9,20 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from proxy.settings.models import ModelEntry, ModelInfo
+from proxy.settings.models import ModelConfig, ModelInfo
 from proxy.storage.redis import LAST_TIME, InvalidRecord, json_object, number, unix_time
 from router_core.errors import InvalidPrice
 from router_core.profiles import Profile
 from router_core.types import Price, price_field
 
-Way = Literal["relay", "translate"]
+ForwardMode = Literal["relay", "translate"]
 
 
 @dataclass(frozen=True)
-class Resolved:
+class ResolvedProvider:
     """What litellm makes of a model's name and address."""
 
-    way: Way
+    way: ForwardMode
     """relay: it reads OpenAI's own format at `api_base`. translate: through litellm, in its provider's format."""
     model: str
     """The provider's own name for it."""
@@ -42,7 +42,7 @@ class Resolved:
         return {**stated, "key_variable": self.key_variable, **more}
 
     @classmethod
-    def from_json(cls, stored: Any) -> Resolved:
+    def from_json(cls, stored: Any) -> ResolvedProvider:
         """Raises InvalidRecord."""
         if not isinstance(stored, dict) or stored.get("way") not in ("relay", "translate"):
             raise InvalidRecord("not what a provider was resolved to")
@@ -76,7 +76,7 @@ class ModelRecord:
     source: Literal["config", "admin"]
     created_at: float
     """Unix seconds."""
-    resolved: Resolved | None = None
+    resolved: ResolvedProvider | None = None
     """Who serves it, once that was looked up."""
 
     @cached_property
@@ -87,7 +87,7 @@ class ModelRecord:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @classmethod
-    def of_entry(cls, entry: ModelEntry, source: Literal["config", "admin"], created_at: float) -> ModelRecord:
+    def of_entry(cls, entry: ModelConfig, source: Literal["config", "admin"], created_at: float) -> ModelRecord:
         return cls(entry.model_name, entry.litellm_params, entry.model_info, source, created_at)
 
     def to_json(self) -> str:
@@ -103,7 +103,7 @@ class ModelRecord:
     def from_json(cls, name: str, text: str) -> ModelRecord:
         stored = json_object(text)
         try:
-            entry = ModelEntry.model_validate(
+            entry = ModelConfig.model_validate(
                 {
                     "model_name": name,
                     "litellm_params": stored.get("litellm_params"),
@@ -112,12 +112,12 @@ class ModelRecord:
             )
         except ValidationError as error:
             raise InvalidRecord(f"not a model: {error.errors()[0]['msg']}") from error
-        resolved = Resolved.from_json(stored["resolved"]) if stored.get("resolved") else None
+        resolved = ResolvedProvider.from_json(stored["resolved"]) if stored.get("resolved") else None
         return replace(cls.of_entry(entry, "admin", unix_time(stored.get("created_at"))), resolved=resolved)
 
 
 @dataclass(frozen=True, slots=True)
-class LivePrice:
+class CurrentPrice:
     """A price, who stated it, and since when (Unix seconds; None where it came with the configuration or litellm)."""
 
     price: Price
@@ -130,7 +130,7 @@ class LivePrice:
         return {**stated, "source": self.source, "updated_at": repr(self.updated_at or 0.0)}
 
     @classmethod
-    def from_fields(cls, stored: Mapping[str, str], seen_at: float) -> LivePrice:
+    def from_fields(cls, stored: Mapping[str, str], seen_at: float) -> CurrentPrice:
         """Read the hash, or raise InvalidPrice. `seen_at` stands in for the time that a foreign writer leaves out."""
         price = Price.of({name: _amount(name, text) for name, text in stored.items() if text and price_field(name)})
         updated_at = number(stored.get("updated_at"), LAST_TIME) or seen_at

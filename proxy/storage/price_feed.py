@@ -11,11 +11,11 @@ import httpx
 
 from proxy.outbound import WayOutError, async_http_client
 from proxy.settings.schema import Settings
-from proxy.storage.models import LivePrice, ModelRecord
-from proxy.storage.price_map import Catalog, InvalidPriceMap, bundled_catalog, parse_price_map
+from proxy.storage.models import CurrentPrice, ModelRecord
+from proxy.storage.price_map import InvalidPriceMap, PriceMap, bundled_catalog, parse_price_map
 from proxy.storage.redis import Store, StoreUnavailable
 from proxy.storage.registry import Registry, UnknownModel
-from proxy.storage.snapshot import StateHolder
+from proxy.storage.snapshot import SnapshotWatcher
 from router_core.documents import MAX_PRICES_BYTES, parse_json
 from router_core.types import Price
 
@@ -23,23 +23,23 @@ log = logging.getLogger("uniroute.prices")
 
 FEED_TIMEOUT_S = 15.0
 
-TURN = "uniroute:pricing-feed"
+LEADER_LOCK = "uniroute:pricing-feed"
 """Held by the process whose turn it is to read the feed."""
 
 FIRST_LOOK_S = 1.0
 
 
-class Priced(Protocol):
+class PricedState(Protocol):
     """A RoutingState, or as much of one as the feed needs."""
 
     @property
     def models(self) -> Mapping[str, ModelRecord]: ...
 
     @property
-    def prices(self) -> Mapping[str, LivePrice]: ...
+    def prices(self) -> Mapping[str, CurrentPrice]: ...
 
 
-class FeedFailed(Exception):
+class PriceFeedError(Exception):
     """The feed could not be read or is no price map. Every price stays as it was."""
 
 
@@ -61,7 +61,7 @@ class SyncReport:
         return {"source": self.source, "updated": prices, **lists}
 
 
-async def sync_prices(registry: Registry, state: Priced, url: str | None = None) -> SyncReport:
+async def sync_prices(registry: Registry, state: PricedState, url: str | None = None) -> SyncReport:
     """Store the feed's prices of the registered models. `url` None: the map that the installed litellm carries.
 
     Raises:
@@ -77,7 +77,7 @@ async def sync_prices(registry: Registry, state: Priced, url: str | None = None)
     return SyncReport(_shown(url), updated, **{kind: tuple(names) for kind, names in outcomes.items()})
 
 
-async def _synced(registry: Registry, state: Priced, name: str, price: Price | None, *, bundled: bool) -> str:
+async def _synced(registry: Registry, state: PricedState, name: str, price: Price | None, *, bundled: bool) -> str:
     """Which list of the report the model belongs to."""
     now = state.prices.get(name)
     if price is None:
@@ -87,16 +87,16 @@ async def _synced(registry: Registry, state: Priced, name: str, price: Price | N
     return "unchanged" if now and now.price == price else "updated"
 
 
-async def fetch_catalog(url: str) -> Catalog:
+async def fetch_catalog(url: str) -> PriceMap:
     """Raises FeedFailed: not reached, a redirect, an error status, too large, not JSON, or not a whole price map."""
     try:
         return parse_price_map(parse_json(await _fetch(url)))
     except WayOutError as error:
-        raise FeedFailed(f"the price feed cannot be read: {error}") from error
+        raise PriceFeedError(f"the price feed cannot be read: {error}") from error
     except (httpx.HTTPError, TimeoutError) as error:
-        raise FeedFailed(f"the price feed cannot be read: {type(error).__name__} {error}") from error
+        raise PriceFeedError(f"the price feed cannot be read: {type(error).__name__} {error}") from error
     except (httpx.InvalidURL, InvalidPriceMap, ValueError) as error:
-        raise FeedFailed(f"the price feed is refused, prices stay as they are: {error}") from error
+        raise PriceFeedError(f"the price feed is refused, prices stay as they are: {error}") from error
 
 
 async def _fetch(url: str) -> bytes:
@@ -107,18 +107,20 @@ async def _fetch(url: str) -> bytes:
         client.stream("GET", url) as response,
     ):
         if response.status_code != httpx.codes.OK:
-            raise FeedFailed(f"the price feed answered with status {response.status_code}; redirects are not followed")
+            raise PriceFeedError(
+                f"the price feed answered with status {response.status_code}; redirects are not followed"
+            )
         async for piece in response.aiter_bytes():
             body += piece
             if len(body) > MAX_PRICES_BYTES:
-                raise FeedFailed(f"the price feed is larger than {MAX_PRICES_BYTES} bytes")
+                raise PriceFeedError(f"the price feed is larger than {MAX_PRICES_BYTES} bytes")
     return bytes(body)
 
 
 class PriceFeed:
     """Reads the feed every `price_refresh_minutes`, in one process at a time."""
 
-    def __init__(self, settings: Settings, store: Store, registry: Registry, state: StateHolder) -> None:
+    def __init__(self, settings: Settings, store: Store, registry: Registry, state: SnapshotWatcher) -> None:
         self._period_s = settings.price_refresh_minutes * 60
         self._url = settings.price_url
         self._store = store
@@ -131,26 +133,26 @@ class PriceFeed:
             return
         while True:
             try:
-                if await self._our_turn():
+                if await self._acquire_lock():
                     report = await sync_prices(self._registry, self._state.current, self._url)
                     log.info("price feed %s: %d prices changed", report.source, len(report.updated))
-            except (FeedFailed, StoreUnavailable) as error:
+            except (PriceFeedError, StoreUnavailable) as error:
                 log.warning("%s", error)
             await asyncio.sleep(min(self._period_s, max(FIRST_LOOK_S, self._period_s / 4)))
 
-    async def _our_turn(self) -> bool:
+    async def _acquire_lock(self) -> bool:
         async with self._store.asking("read the price feed") as client:
-            return bool(await client.set(TURN, "1", nx=True, px=max(1, int(self._period_s * 1000))))
+            return bool(await client.set(LEADER_LOCK, "1", nx=True, px=max(1, int(self._period_s * 1000))))
 
 
-def _listed(catalog: Catalog, record: ModelRecord, *, by_name: bool) -> Price | None:
+def _listed(catalog: PriceMap, record: ModelRecord, *, by_name: bool) -> Price | None:
     """By litellm's name; a feed of one's own may also list the registered name."""
     names = [str(record.litellm_params["model"]), *([record.name] if by_name else [])]
     found = (catalog.find(name) for name in names)
     return next((entry.price for entry in found if entry and entry.price), None)
 
 
-def _may_change(price: LivePrice | None, record: ModelRecord, *, bundled: bool) -> bool:
+def _may_change(price: CurrentPrice | None, record: ModelRecord, *, bundled: bool) -> bool:
     """`free: true` is a statement about the machine. A price in model_info yields to a feed, not to the bundled map."""
     if record.info.free:
         return False

@@ -14,7 +14,7 @@ from router_core.types import PRICE_FIELDS, Capabilities, Price, price_field
 
 BUNDLED = "model_prices_and_context_window_backup.json"
 
-SPECIMEN = "sample_spec"
+SAMPLE_ENTRY = "sample_spec"
 
 TEXT_MODES = frozenset({None, "chat", "completion", "responses"})
 
@@ -35,7 +35,7 @@ class CatalogEntry:
     capabilities: Capabilities
 
 
-class Catalog:
+class PriceMap:
     """Entries by LiteLLM's model name."""
 
     def __init__(self, entries: Mapping[str, CatalogEntry]) -> None:
@@ -59,7 +59,7 @@ class Catalog:
         return None
 
 
-def parse_price_map(document: object) -> Catalog:
+def parse_price_map(document: object) -> PriceMap:
     """Check the whole document, then read its text models.
 
     Raises:
@@ -70,15 +70,15 @@ def parse_price_map(document: object) -> Catalog:
     entries = {
         name: _entry(name, listed)
         for name, listed in document.items()
-        if name != SPECIMEN and _is_text(_checked(name, listed).get("mode"))
+        if name != SAMPLE_ENTRY and _is_text(_checked(name, listed).get("mode"))
     }
     if not any(entry.price for entry in entries.values()):
         raise InvalidPriceMap("the price map states no price of any text model")
-    return Catalog(entries)
+    return PriceMap(entries)
 
 
 @lru_cache(maxsize=1)
-def bundled_catalog() -> Catalog:
+def bundled_catalog() -> PriceMap:
     """The map that the installed litellm carries."""
     spec = find_spec("litellm")
     if spec is None or not spec.submodule_search_locations:

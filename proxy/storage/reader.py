@@ -9,8 +9,8 @@ from redis.exceptions import RedisError
 
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.complaints import Complaints
-from proxy.storage.models import LivePrice, ModelRecord, StoredProfile
-from proxy.storage.redis import EARLIER, KEYS, MODELS, PROFILES, VERSION, Store, price_key, whole_number
+from proxy.storage.models import CurrentPrice, ModelRecord, StoredProfile
+from proxy.storage.redis import KEYS, MODELS, PREVIOUS_PROFILES, PROFILES, VERSION, Store, price_key, whole_number
 from router_core.errors import InvalidInput
 
 log = logging.getLogger("uniroute.state")
@@ -21,7 +21,7 @@ _Raw = Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredState:
     """One consistent reading, parsed. An entry that cannot be read is its last good value; a key is absent."""
 
     version: int = -1
@@ -34,18 +34,18 @@ class Stored:
     """By id."""
     keys_exist: bool = True
     """Also when they cannot be read: the door is open only where it is known that no key was made."""
-    prices: Mapping[str, LivePrice] = field(default_factory=dict)
+    prices: Mapping[str, CurrentPrice] = field(default_factory=dict)
 
 
-class StoredReader:
+class StateReader:
     """Reads again what changed. Keeps the last good reading; complains about each broken entry once."""
 
     def __init__(self, store: Store, clock: Callable[[], float]) -> None:
         self._store = store
         self._clock = clock
         self._raw_prices: dict[str, object] = {}
-        self._complain = Complaints(log).make
-        self.last = Stored()
+        self._warn_once = Complaints(log).make
+        self.last = StoredState()
 
     async def read(self, configured: Collection[str], *, whole: bool = False) -> bool:
         """Bring `last` up to date; whether it changed.
@@ -76,14 +76,14 @@ class StoredReader:
                 pipe.execute_command(*command)
             return await pipe.execute(raise_on_error=False)
 
-    async def _read_all(self) -> Stored:
-        commands = [("GET", VERSION), *(("HGETALL", key) for key in (MODELS, PROFILES, EARLIER, KEYS))]
+    async def _read_all(self) -> StoredState:
+        commands = [("GET", VERSION), *(("HGETALL", key) for key in (MODELS, PROFILES, PREVIOUS_PROFILES, KEYS))]
         version, models, profiles, earlier, keys = await self._pipeline(commands, transaction=True)
-        return Stored(
+        return StoredState(
             version=self._version(version),
             models=self._entries(MODELS, models, self.last.models, ModelRecord.from_json),
             profiles=self._entries(PROFILES, profiles, self.last.profiles, _stored_profile),
-            earlier=self._entries(EARLIER, earlier, self.last.earlier, _stored_profile),
+            earlier=self._entries(PREVIOUS_PROFILES, earlier, self.last.earlier, _stored_profile),
             keys=self._entries(KEYS, keys, self.last.keys, ClientKey.from_json, else_last=False),
             keys_exist=not isinstance(keys, dict) or bool(keys),
             prices=self.last.prices,
@@ -93,7 +93,7 @@ class StoredReader:
         """0 where it is none of ours: the next change makes it a number again, see writer."""
         version = whole_number(raw or 0)
         if version is None:
-            self._complain(VERSION, "holds no number; changes that others make without telling are not seen")
+            self._warn_once(VERSION, "holds no number; changes that others make without telling are not seen")
         return version or 0
 
     def _entries(
@@ -107,20 +107,20 @@ class StoredReader:
     ) -> Mapping[str, _Entry]:
         """`else_last`: an entry that cannot be read is what it was; not so a key, which may have been taken away."""
         if not isinstance(raw, dict):
-            self._complain(key, f"cannot be read, the last reading stays: {raw}")
+            self._warn_once(key, f"cannot be read, the last reading stays: {raw}")
             return last
         entries: dict[str, _Entry] = {}
         for name, text in raw.items():
             try:
                 entries[name] = parse(name, text)
             except InvalidInput as error:
-                self._complain(f"{key} {name}", str(error))
+                self._warn_once(f"{key} {name}", str(error))
                 if else_last and name in last:
                     entries[name] = last[name]
         return entries
 
-    def _prices(self, raw_prices: Mapping[str, object]) -> Mapping[str, LivePrice]:
-        prices: dict[str, LivePrice] = {}
+    def _prices(self, raw_prices: Mapping[str, object]) -> Mapping[str, CurrentPrice]:
+        prices: dict[str, CurrentPrice] = {}
         for name, raw in raw_prices.items():
             last = self.last.prices.get(name)
             if raw != self._raw_prices.get(name) or isinstance(raw, RedisError):
@@ -130,15 +130,15 @@ class StoredReader:
         self._raw_prices = dict(raw_prices)
         return prices
 
-    def _price(self, name: str, raw: object, last: LivePrice | None) -> LivePrice | None:
+    def _price(self, name: str, raw: object, last: CurrentPrice | None) -> CurrentPrice | None:
         if not raw:
             return None
         try:
             if not isinstance(raw, dict):
                 raise InvalidInput(str(raw))
-            return LivePrice.from_fields(raw, self._clock())
+            return CurrentPrice.from_fields(raw, self._clock())
         except InvalidInput as error:
-            self._complain(price_key(name), f"{error}; {'the last good price stays' if last else 'ignored'}")
+            self._warn_once(price_key(name), f"{error}; {'the last good price stays' if last else 'ignored'}")
             return last
 
 

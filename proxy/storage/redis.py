@@ -25,7 +25,7 @@ from redis.exceptions import ConnectionError as ConnectionFailed
 from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as NoAnswer
 
-from proxy.concurrency import end, to_its_end
+from proxy.concurrency import cancel_and_wait, run_uncancelled
 from proxy.settings.models import SettingsError
 from proxy.settings.redis_address import RedisAddress
 from proxy.settings.schema import Settings
@@ -39,7 +39,7 @@ MODELS: Final = "uniroute:models"
 
 PROFILES: Final = "uniroute:profiles"
 
-EARLIER: Final = f"{PROFILES}:earlier"
+PREVIOUS_PROFILES: Final = f"{PROFILES}:earlier"
 """The profile of a model on the map before, for processes that still use that map, or will again."""
 
 KEYS: Final = "uniroute:keys"
@@ -146,13 +146,13 @@ def _check_can_be_sent(stored: object) -> None:
         raise InvalidRecord(f"holds what no JSON can be sent with: {error}") from error
 
 
-def packed(words: Iterable[str]) -> bytes:
+def encode_command(words: Iterable[str]) -> bytes:
     """One command of these words: an array of bulk strings."""
     bulk = [b"$%d\r\n%b\r\n" % (len(data), data) for data in (word.encode("utf-8", "replace") for word in words)]
     return b"*%d\r\n" % len(bulk) + b"".join(bulk)
 
 
-async def exchange(client: Redis, commands: Sequence[bytes]) -> list[Any]:
+async def pipeline(client: Redis, commands: Sequence[bytes]) -> list[Any]:
     """A reply to each, or the ResponseError in its place, as a pipeline gives them that is no transaction; and where a
     pooled connection went stale it tries again, as that does.
 
@@ -190,7 +190,7 @@ PING_S = 2.0
 PROBE_INTERVAL_S = 0.25
 
 
-class Silence:
+class AvailabilityProbe:
     """Ends by itself. While it lasts nobody needs to wait for the server."""
 
     def __init__(self, server: RedisServer, before_its_end: Callable[[], Awaitable[None]]) -> None:
@@ -210,7 +210,7 @@ class Silence:
             self._pinging = asyncio.create_task(self._until_it_answers(), name="uniroute-ping")
 
     async def close(self) -> None:
-        await end(self._pinging)
+        await cancel_and_wait(self._pinging)
 
     async def _until_it_answers(self) -> None:
         pool = self._server.pool(
@@ -276,7 +276,7 @@ class Store:
         self.url = address
         self.server = RedisServer(RedisAddress.parse(address) if isinstance(address, str) else address)
         self.embedded = embedded
-        self._silence = Silence(self.server, self._forget_idle_connections)
+        self._silence = AvailabilityProbe(self.server, self._forget_idle_connections)
         self._starting: asyncio.Task[None] | None = None
         pool = self.server.pool(
             timeout=None,
@@ -314,7 +314,7 @@ class Store:
             raise StoreUnavailable(str(error)) from error
         except asyncio.CancelledError:
             embedded.closing = True  # its thread goes on without us, and would start a server for nobody
-            await to_its_end(_stopped(embedded, starting))
+            await run_uncancelled(_stopped(embedded, starting))
             raise
         return cls(f"unix://{quote(str(embedded.socket_path))}", embedded)
 
@@ -344,7 +344,7 @@ class Store:
         if (silent_s := self._silence.seconds) is not None:
             raise StoreUnavailable(f"could not {what}: Redis at {self.name} has not answered for {silent_s:.1f} s")
         try:
-            async with _within(OPERATION_S):
+            async with _timeout(OPERATION_S):
                 yield self.client
         except (RedisError, OSError, TimeoutError) as error:
             if isinstance(error, NoAnswer | TimeoutError):
@@ -374,7 +374,9 @@ class Store:
             primary = pool.master_address
             command = ["EVAL", script, str(len(keys)), *map(str, (*keys, *arguments))]
             # One connection for both: WAIT is for what its own connection wrote.
-            answer, copies = await exchange(client, [packed(command), packed(["WAIT", "1", str(CONFIRMED_MS)])])
+            answer, copies = await pipeline(
+                client, [encode_command(command), encode_command(["WAIT", "1", str(CONFIRMED_MS)])]
+            )
         if isinstance(answer, RedisError):
             raise self._failure(what, answer) from answer
         if copies != 0:  # also where this user may not ask
@@ -398,7 +400,7 @@ class Store:
         pool = self.client.connection_pool
         return isinstance(pool, SentinelPool) and await pool.look()
 
-    async def keep_up(self) -> None:
+    async def ensure_running(self) -> None:
         """Start an embedded server again that does not answer.
 
         Raises:
@@ -438,7 +440,7 @@ def _reason(error: Exception) -> str:
 
 
 @asynccontextmanager
-async def _within(seconds: float) -> AsyncIterator[None]:
+async def _timeout(seconds: float) -> AsyncIterator[None]:
     """As asyncio.timeout; but where this process itself was kept busy, what has arrived meanwhile is read first."""
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(None) as limit:
@@ -462,7 +464,7 @@ def _is_of_the_data(error: Exception) -> bool:
     return type(error) is ResponseError and (words.startswith(odd[0]) or any(word in words for word in odd[1]))
 
 
-async def until_it_answers(operation: Callable[[], Awaitable[None]]) -> None:
+async def retry_until_available(operation: Callable[[], Awaitable[None]]) -> None:
     """Again and again while the store is away. Whoever cannot wait for ever ends us. Raises StoreUnreadable."""
     while True:
         try:

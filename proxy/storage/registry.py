@@ -16,13 +16,13 @@ from proxy.storage.audit_log import (
     REMOVE_MODEL,
     REVOKE_KEY,
     ROTATE_KEY,
-    Author,
+    Actor,
+    AuditedScript,
     Step,
-    Writer,
 )
-from proxy.storage.client_keys import ClientKey, KeyChange, KeyLatch, digest_of, new_secret
-from proxy.storage.models import LivePrice, ModelRecord, StoredProfile
-from proxy.storage.redis import EARLIER, KEYS, MODELS, PRICING, PROFILES, InvalidRecord, Store, price_key
+from proxy.storage.client_keys import AuthRequiredLatch, ClientKey, KeyChange, digest_of, new_secret
+from proxy.storage.models import CurrentPrice, ModelRecord, StoredProfile
+from proxy.storage.redis import KEYS, MODELS, PREVIOUS_PROFILES, PRICING, PROFILES, InvalidRecord, Store, price_key
 from router_core.profiles import Profile
 from router_core.types import Price
 
@@ -31,7 +31,7 @@ class RegistryError(Exception):
     """A write that the registry refuses; nothing was changed."""
 
 
-class NameTaken(RegistryError):
+class ModelExists(RegistryError):
     """A model of this name exists."""
 
 
@@ -39,11 +39,11 @@ class UnknownModel(RegistryError):
     """No model of this name is registered."""
 
 
-class ChangedMeanwhile(RegistryError):
+class ConflictingWrite(RegistryError):
     """What is stored is no longer what the change was made from."""
 
 
-class DefinedInConfig(RegistryError):
+class ConfiguredModel(RegistryError):
     """The model is the configuration file's to change."""
 
 
@@ -51,7 +51,7 @@ class UnknownKey(RegistryError):
     """No client key has this id."""
 
 
-class KeyIsOver(RegistryError):
+class KeyInactive(RegistryError):
     """The client key was revoked or has expired."""
 
 
@@ -74,7 +74,7 @@ _UNCHANGED = KeyChange()
 class KeyRegistry:
     """Acknowledged is stored. Every method raises StoreUnavailable when it is not."""
 
-    def __init__(self, writer: Writer, latch: KeyLatch, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, writer: AuditedScript, latch: AuthRequiredLatch, clock: Callable[[], float] = time.time) -> None:
         self._writer = writer
         self._latch = latch
         self._clock = clock
@@ -91,7 +91,7 @@ class KeyRegistry:
 
     async def change(self, key_id: str, stated: KeyChange) -> ClientKey:
         """Raises UnknownKey, KeyIsOver, ChangedMeanwhile, InvalidKey."""
-        return await self._replace(key_id, lambda key: stated.of(_living(key)), CHANGE_KEY)
+        return await self._replace(key_id, lambda key: stated.of(_require_active(key)), CHANGE_KEY)
 
     async def rotate(self, key_id: str, grace_s: float = 0.0) -> tuple[ClientKey, str]:
         """A new secret, shown once. The one before opens for `grace_s` seconds more, any earlier one no longer.
@@ -103,8 +103,8 @@ class KeyRegistry:
 
         def rotated(key: ClientKey) -> ClientKey:
             now = self._clock()
-            if _living(key).expired(now):
-                raise KeyIsOver(f"the key {key_id!r} has expired; move its expiry before you rotate it")
+            if _require_active(key).expired(now):
+                raise KeyInactive(f"the key {key_id!r} has expired; move its expiry before you rotate it")
             old, until = (key.digest, now + grace_s) if grace_s > 0 else (None, None)
             return replace(key, digest=digest_of(secret), previous_digest=old, previous_until=until)
 
@@ -131,7 +131,7 @@ class KeyRegistry:
             changed = change(key)
             if await self._put("change a key", before, changed, action) >= 0:
                 return changed
-        raise ChangedMeanwhile(f"the key {key_id!r} is being changed by others all the time; repeat the request")
+        raise ConflictingWrite(f"the key {key_id!r} is being changed by others all the time; repeat the request")
 
     async def _put(self, what: str, before: str, key: ClientKey, action: str) -> int:
         return await self._writer.run(what, _PUT_KEY, [KEYS], [key.id, before, key.to_json()], (action, key.id))
@@ -150,9 +150,9 @@ class KeyRegistry:
             ) from error
 
 
-def _living(key: ClientKey) -> ClientKey:
+def _require_active(key: ClientKey) -> ClientKey:
     if key.revoked:
-        raise KeyIsOver(f"the key {key.id!r} is revoked for good; make another one")
+        raise KeyInactive(f"the key {key.id!r} is revoked for good; make another one")
     return key
 
 
@@ -223,15 +223,15 @@ class Registry:
     """Acknowledged is stored. Every method raises StoreUnavailable when it is not; most return the new version."""
 
     def __init__(
-        self, store: Store, configured: Collection[str], latch: KeyLatch, author: Author | None = None
+        self, store: Store, configured: Collection[str], latch: AuthRequiredLatch, author: Actor | None = None
     ) -> None:
         self._store = store
         self._configured = frozenset(configured)
         self._latch = latch
-        self._writer = Writer(store, author)
+        self._writer = AuditedScript(store, author)
         self.keys = KeyRegistry(self._writer, latch)
 
-    def by(self, author: Author) -> Registry:
+    def by(self, author: Actor) -> Registry:
         """The same, with an audit line in the author's name for each write."""
         return Registry(self._store, self._configured, self._latch, author)
 
@@ -248,13 +248,13 @@ class Registry:
 
     def _addition(self, record: ModelRecord, entry: str) -> tuple[str, list[str], list[str], tuple[str, str]]:
         if record.name in self._configured:
-            raise NameTaken(f"the model {record.name!r} is defined in the configuration file")
+            raise ModelExists(f"the model {record.name!r} is defined in the configuration file")
         arguments = [record.name, _readable(record), entry]
-        return _ADD_MODEL, [MODELS, PROFILES, EARLIER], arguments, (ADD_MODEL, record.name)
+        return _ADD_MODEL, [MODELS, PROFILES, PREVIOUS_PROFILES], arguments, (ADD_MODEL, record.name)
 
     def _added(self, record: ModelRecord, version: int) -> int:
         if version < 0:
-            raise NameTaken(
+            raise ModelExists(
                 f"a model named {record.name!r} exists; PATCH changes it, DELETE removes it, POST …/profile measures it"
             )
         return version
@@ -273,19 +273,19 @@ class Registry:
         act = CHANGE_MODEL, record.name
         version = await self._writer.run("change a model", _UPDATE_MODEL, [MODELS], arguments, act)
         if version == -2:
-            raise ChangedMeanwhile(f"the model {record.name!r} may have been changed since version {as_of}")
+            raise ConflictingWrite(f"the model {record.name!r} may have been changed since version {as_of}")
         return self._known(record.name, version)
 
     async def remove_model(self, name: str) -> int:
         """Its profile and price go with it. Raises UnknownModel or DefinedInConfig."""
         self._not_configured(name)
-        keys = [MODELS, PROFILES, EARLIER, price_key(name)]
+        keys = [MODELS, PROFILES, PREVIOUS_PROFILES, price_key(name)]
         version = await self._writer.run("remove a model", _REMOVE_MODEL, keys, [name], (REMOVE_MODEL, name))
         return self._known(name, version)
 
     async def put_price(self, name: str, price: Price, source: str = "admin") -> int | None:
         """Replace the whole price. None: `source` is sync and somebody else's price stays. Raises UnknownModel."""
-        stated = LivePrice(price, source, time.time()).to_fields()
+        stated = CurrentPrice(price, source, time.time()).to_fields()
         pairs = [word for pair in stated.items() for word in pair]
         arguments = [name, self._flag(name), "1" if source == "sync" else "0", *pairs]
         keys = [MODELS, price_key(name)]
@@ -296,7 +296,7 @@ class Registry:
         """Store a profile of this model as it is now. Raises UnknownModel."""
         entry = StoredProfile(record.fingerprint, profile).to_json()
         arguments = [record.name, self._flag(record.name), entry]
-        keys, act = [MODELS, PROFILES, EARLIER], (PROFILE_MODEL, record.name)
+        keys, act = [MODELS, PROFILES, PREVIOUS_PROFILES], (PROFILE_MODEL, record.name)
         version = await self._writer.run("store a profile", _PUT_PROFILE, keys, arguments, act)
         return self._known(record.name, version)
 
@@ -305,7 +305,7 @@ class Registry:
 
     def _not_configured(self, name: str) -> None:
         if name in self._configured:
-            raise DefinedInConfig(f"the model {name!r} is defined in the configuration file; change it there")
+            raise ConfiguredModel(f"the model {name!r} is defined in the configuration file; change it there")
 
     def _known(self, name: str, version: int) -> int:
         if version < 0:

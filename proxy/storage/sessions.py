@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from redis.exceptions import RedisError
 
-from proxy.concurrency import end
+from proxy.concurrency import cancel_and_wait
 from proxy.settings.models import check_model_name
 from proxy.storage.complaints import Complaints
 from proxy.storage.redis import Store, StoreUnavailable, json_object, unix_time, whole_number
@@ -58,7 +58,7 @@ class LastTurn:
 
 
 @dataclass(frozen=True, slots=True)
-class Recalled:
+class Lookup:
     producer: str | None = None
     """Who gave the tool calls or the reasoning that were asked about."""
     last: LastTurn | None = None
@@ -72,12 +72,12 @@ class _Answer:
     """Unix seconds."""
 
 
-def scoped(key_id: str, mark: str) -> str:
+def scoped_key(key_id: str, mark: str) -> str:
     """What a mark or a session id is remembered under: of another client key, it is another one."""
     return hashlib.sha256(f"{key_id}\0{mark}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
-class Conversations:
+class SessionStore:
     """`remember` never waits; `recall` asks Redis only for what this process cannot know. Neither fails."""
 
     def __init__(
@@ -113,30 +113,30 @@ class Conversations:
         if digests:
             self._queued.set()
 
-    async def recall(self, facts: Sequence[str], session: str | None) -> Recalled:
+    async def recall(self, facts: Sequence[str], session: str | None) -> Lookup:
         """The producer of the first of `facts` that is known, else the last turn of `session`; one round trip at most.
 
         Who produced something does not change, so this process's own memory will do. A session moves on elsewhere.
         """
         for digest in facts:
             if (known := self._known(digest)) is not None:
-                return Recalled(known.model)
+                return Lookup(known.model)
         wanted = [*facts, *([] if session is None else [session])]
         if not wanted:
-            return Recalled()
+            return Lookup()
         found = await self._ask(wanted)
         for digest in facts:
             if digest in found:
                 self._keep(digest, found[digest])
-                return Recalled(found[digest].model)
-        return Recalled(last=self._last_turn(session, found))
+                return Lookup(found[digest].model)
+        return Lookup(last=self._last_turn(session, found))
 
     def start(self) -> None:
         self._writing = asyncio.create_task(self._write_on(), name="uniroute-conversations")
 
     async def stop(self) -> None:
         """Writes what is queued, if Redis takes it."""
-        await end(self._writing)
+        await cancel_and_wait(self._writing)
         try:
             while self._queue:
                 await self.flush()

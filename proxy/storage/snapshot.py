@@ -12,17 +12,17 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from proxy.concurrency import end
+from proxy.concurrency import cancel_and_wait
 from proxy.settings.models import ModelInfo
-from proxy.storage.client_keys import ClientKey, KeyLatch
-from proxy.storage.models import LivePrice, ModelRecord, StoredProfile
-from proxy.storage.price_map import Catalog, CatalogEntry
-from proxy.storage.reader import Stored, StoredReader
+from proxy.storage.client_keys import AuthRequiredLatch, ClientKey
+from proxy.storage.models import CurrentPrice, ModelRecord, StoredProfile
+from proxy.storage.price_map import CatalogEntry, PriceMap
+from proxy.storage.reader import StateReader, StoredState
 from proxy.storage.redis import CHANGED, PRICING, Store, StoreUnavailable
-from proxy.storage.traffic_stats import LiveExpectations
+from proxy.storage.traffic_stats import TrafficStats
 from router_core.clustering import ClusterMap
-from router_core.estimators import POOLED, Recipe
-from router_core.pool import Candidate, ErrorRates, Pool
+from router_core.estimators import POOLED, Estimator
+from router_core.pool import CachedEstimator, Candidate, Pool
 from router_core.profiles import Profile
 from router_core.types import FREE, PRICE_FIELDS, Capabilities, Price
 
@@ -46,14 +46,14 @@ MOSTLY_WRONG = 0.9
 
 
 @dataclass(frozen=True)
-class RoutingState:
+class RoutingSnapshot:
     """Read once per request, replaced whole."""
 
     version: int
     cluster_map: ClusterMap
     pool: Pool
     models: Mapping[str, ModelRecord]
-    prices: Mapping[str, LivePrice]
+    prices: Mapping[str, CurrentPrice]
     profiles: Mapping[str, Profile]
     """Those in use: of this map and of the model as it is now. As measured, without live traffic."""
     set_aside: Mapping[str, str]
@@ -89,22 +89,22 @@ class RoutingState:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class SnapshotInputs:
     """What a process brings to every state that it builds."""
 
     cluster_map: ClusterMap
     configured: Mapping[str, ModelRecord]
-    catalog: Catalog
-    recipe: Recipe = POOLED
-    live: LiveExpectations | None = None
+    catalog: PriceMap
+    recipe: Estimator = POOLED
+    live: TrafficStats | None = None
 
     @cached_property
-    def error_rates(self) -> ErrorRates:
+    def error_rates(self) -> CachedEstimator:
         """Of one state after the other: most of them come of a price or a key, and need no new rates."""
-        return ErrorRates(self.cluster_map, self.recipe)
+        return CachedEstimator(self.cluster_map, self.recipe)
 
 
-def build_state(stored: Stored, around: Surroundings, *, keys_latched: bool) -> RoutingState:
+def build_state(stored: StoredState, around: SnapshotInputs, *, keys_latched: bool) -> RoutingSnapshot:
     """Configured models win over stored ones of the same name. Profiles of another map or model are set aside."""
     models = {**stored.models, **around.configured}
     known = {name: around.catalog.find(str(record.litellm_params["model"])) for name, record in models.items()}
@@ -123,7 +123,7 @@ def build_state(stored: Stored, around: Surroundings, *, keys_latched: bool) -> 
         )
         for name, record in sorted(models.items())
     ]
-    return RoutingState(
+    return RoutingSnapshot(
         version=stored.version,
         cluster_map=around.cluster_map,
         pool=Pool.build(candidates, around.cluster_map, around.error_rates),
@@ -143,29 +143,29 @@ def _by_digest(keys: Collection[ClientKey]) -> dict[str, ClientKey]:
 
 
 def prices_of(
-    models: Mapping[str, ModelRecord], stored: Stored, known: Mapping[str, CatalogEntry | None]
-) -> dict[str, LivePrice]:
+    models: Mapping[str, ModelRecord], stored: StoredState, known: Mapping[str, CatalogEntry | None]
+) -> dict[str, CurrentPrice]:
     """The price in force of each model that has one."""
     found = {name: price_of(record.info, stored.prices.get(name), known[name]) for name, record in models.items()}
     return {name: price for name, price in found.items() if price is not None}
 
 
-def price_of(info: ModelInfo, stored: LivePrice | None, known: CatalogEntry | None) -> LivePrice | None:
+def price_of(info: ModelInfo, stored: CurrentPrice | None, known: CatalogEntry | None) -> CurrentPrice | None:
     """The stored price, else the stated one, else litellm's, else None: unknown is never zero."""
     if stored is not None:
         return stored
     if info.free:
-        return LivePrice(FREE, "model_info")
+        return CurrentPrice(FREE, "model_info")
     stated = info.prices
     if info.input_cost_per_token is not None:
-        return LivePrice(Price.of(stated), "model_info")
+        return CurrentPrice(Price.of(stated), "model_info")
     if known is None or known.price is None:
         return None
     if not stated:
-        return LivePrice(known.price, "litellm")
+        return CurrentPrice(known.price, "litellm")
     # a statement of tiers is one of all tiers
     listed = known.price.at(0) if any(name not in PRICE_FIELDS for name in stated) else known.price
-    return LivePrice(Price.of({**replace(listed, above=()).stated(), **stated}), "model_info")
+    return CurrentPrice(Price.of({**replace(listed, above=()).stated(), **stated}), "model_info")
 
 
 def capabilities_of(info: ModelInfo, known: CatalogEntry | None) -> Capabilities:
@@ -179,7 +179,7 @@ def capabilities_of(info: ModelInfo, known: CatalogEntry | None) -> Capabilities
     return Capabilities(**merged)
 
 
-def _in_use(models: Mapping[str, ModelRecord], stored: Stored, cluster_map: ClusterMap) -> dict[str, Profile]:
+def _in_use(models: Mapping[str, ModelRecord], stored: StoredState, cluster_map: ClusterMap) -> dict[str, Profile]:
     """Of each model what was measured of it, as it is now, on this map: last, or before the map was changed."""
     found = {}
     for name, record in models.items():
@@ -200,7 +200,7 @@ def _why_unused(entry: StoredProfile, cluster_map: ClusterMap) -> str:
     return f"measured on cluster map {entry.profile.map_id}, this one is {cluster_map.id}; profile the model again"
 
 
-def _with_live_traffic(profiles: Mapping[str, Profile], live: LiveExpectations | None) -> Mapping[str, Profile]:
+def _with_live_traffic(profiles: Mapping[str, Profile], live: TrafficStats | None) -> Mapping[str, Profile]:
     if live is None:
         return profiles
     return {name: live.blended(name, profile) for name, profile in profiles.items()}
@@ -220,22 +220,22 @@ UNUSABLE_S = 5.0
 SAY_AGAIN_S = 60.0
 
 
-class StateHolder:
+class SnapshotWatcher:
     """One per process. Without Redis the last state stays; before the first reading the door is closed to all."""
 
     def __init__(
         self,
         store: Store,
-        around: Surroundings,
-        latch: KeyLatch,
-        on_change: Callable[[RoutingState], None] = lambda _: None,
+        around: SnapshotInputs,
+        latch: AuthRequiredLatch,
+        on_change: Callable[[RoutingSnapshot], None] = lambda _: None,
     ) -> None:
         """`on_change`: is told of the first state, and of every other as it comes into use."""
         self._store = store
         self._on_change = on_change
         self._around = around
         self._latch = latch
-        self._reader = StoredReader(store, time.time)
+        self._reader = StateReader(store, time.time)
         self._current = self._build()
         on_change(self._current)
         self._following: asyncio.Task[None] | None = None
@@ -246,7 +246,7 @@ class StateHolder:
         """Whether Redis answered when last asked."""
 
     @property
-    def current(self) -> RoutingState:
+    def current(self) -> RoutingSnapshot:
         return self._current
 
     @property
@@ -263,7 +263,7 @@ class StateHolder:
         self._following = asyncio.create_task(self._follow(), name="uniroute-state")
 
     async def stop(self) -> None:
-        await end(self._following)
+        await cancel_and_wait(self._following)
         self._following = None
 
     async def refresh(self, *, whole: bool = False) -> None:
@@ -294,7 +294,7 @@ class StateHolder:
         self._current = await asyncio.to_thread(self._build)
         self._on_change(self._current)
 
-    def _build(self) -> RoutingState:
+    def _build(self) -> RoutingSnapshot:
         return build_state(self._reader.last, self._around, keys_latched=self._latch.closed)
 
     def _live_moved(self) -> bool:
@@ -309,7 +309,7 @@ class StateHolder:
             except (StoreUnavailable, RedisError, OSError) as error:
                 self._away(error)
                 with contextlib.suppress(StoreUnavailable):  # said by _away already
-                    await self._store.keep_up()
+                    await self._store.ensure_running()
                 await asyncio.sleep(POLL_S)
             except (ValueError, ArithmeticError) as error:  # it reads well and cannot be laid out
                 log.error("what is stored makes no state, the last one stays in use", exc_info=error)

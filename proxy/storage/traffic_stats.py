@@ -25,7 +25,7 @@ _Answer = tuple[Any, Any, float, float]
 """Cluster ids, their weights, tokens, seconds."""
 
 
-class LiveExpectations:
+class TrafficStats:
     """`observe` after each answer, on the event loop; `blended` when a state is built, in a thread."""
 
     def __init__(self, clusters: int, half_life: float = HALF_LIFE) -> None:

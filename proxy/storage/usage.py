@@ -194,7 +194,7 @@ def _usage_beside(body: Mapping[str, Any]) -> Any:
     return None
 
 
-def counts_of(usage: object) -> TokenCounts:
+def parse_usage(usage: object) -> TokenCounts:
     """Read a report of usage. What is missing or broken in it is None; it never fails.
 
     Vendors disagree on two things. Is what a cache read and wrote part of the prompt's count (OpenAI, DeepSeek, Gemini)
@@ -345,7 +345,7 @@ def cost_usd(counts: TokenCounts, price: Price | None) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Received:
+class ObservedTraffic:
     """What is known of a request beside what its model reported."""
 
     prompt_tokens: int
@@ -369,7 +369,7 @@ class Cost:
     estimated: bool = False
 
 
-def believed(counts: TokenCounts, received: Received) -> TokenCounts:
+def believed(counts: TokenCounts, received: ObservedTraffic) -> TokenCounts:
     """The report as far as it can be true. The rest of it is None.
 
     Nobody answers a prompt without tokens, and no text has none: such zeros are what some servers send while they have
@@ -386,7 +386,7 @@ def believed(counts: TokenCounts, received: Received) -> TokenCounts:
     return replace(counts, prompt_tokens=prompt, output_tokens=output)
 
 
-def cost_of(counts: TokenCounts, price: Price | None, received: Received, *, billed: bool) -> Cost:
+def cost_of(counts: TokenCounts, price: Price | None, received: ObservedTraffic, *, billed: bool) -> Cost:
     """`billed`: the model began, as far as is known. One that refused, or could not be reached, costs nothing."""
     reported = cost_usd(counts, price)
     if reported is not None:

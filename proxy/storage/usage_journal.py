@@ -65,7 +65,7 @@ class Journal:
         self._file: int | None = None
 
     @classmethod
-    def left_behind(cls, path: Path) -> Journal | None:
+    def claim_orphan(cls, path: Path) -> Journal | None:
         """The journal of a process that is gone, now ours to read; None if somebody has it."""
         journal = cls(path.parent, path.stem)
         try:
@@ -220,7 +220,7 @@ MOST_WAITING = 50_000
 """Records held in memory while the disk takes none."""
 
 
-class Journals:
+class JournalDirectory:
     """Used on one event loop. Processes that share the folder keep out of each other's files by locks."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -251,7 +251,7 @@ class Journals:
             return self._dropped(f"{MOST_WAITING} usage records wait for room in {self._folder}")
         current.append(text)
         if current.waiting:
-            self._complain("disk", f"usage is kept in memory: {current.path} cannot be written ({current.failure})")
+            self._warn_once("disk", f"usage is kept in memory: {current.path} cannot be written ({current.failure})")
         return True
 
     def write_waiting(self) -> None:
@@ -266,7 +266,7 @@ class Journals:
         """Take over what processes that are gone have left, here or in a start before."""
         ours = {journal.path for journal in self.all}
         for path in sorted(self._folder.glob("*.jsonl")):
-            journal = None if path in ours else Journal.left_behind(path)
+            journal = None if path in ours else Journal.claim_orphan(path)
             if journal is not None:
                 log.info("the usage journal %s of a process that has ended is read (%d bytes)", path, journal.size)
                 self._others.insert(0, journal)
@@ -303,10 +303,10 @@ class Journals:
         return self._current
 
     def _dropped(self, why: str) -> bool:
-        self._complain("full", f"usage records are dropped: {why}")
+        self._warn_once("full", f"usage records are dropped: {why}")
         return False
 
-    def _complain(self, trouble: str, message: str) -> None:
+    def _warn_once(self, trouble: str, message: str) -> None:
         if trouble not in self._troubles:
             self._troubles.add(trouble)
             log.error("%s", message)

@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final
 
-from proxy.concurrency import end
+from proxy.concurrency import cancel_and_wait
 from proxy.storage.redis import Store, StoreUnavailable
 from proxy.storage.usage import UsageRecord
-from proxy.storage.usage_journal import Batch, Journal, Journals
+from proxy.storage.usage_journal import Batch, Journal, JournalDirectory
 
 STREAM: Final = "uniroute:usage"
 
@@ -105,7 +105,7 @@ Word = str | int | float
 
 
 @dataclass
-class Tally:
+class BatchTotals:
     """Of one batch."""
 
     texts: list[str] = field(default_factory=list)
@@ -176,13 +176,13 @@ RETRY_S = 1.0
 ADOPT_S = 5.0
 
 
-class UsageRecorder:
+class UsageWriter:
     """What is recorded is in a file at once, and in Redis soon: once, also when it was sent twice."""
 
     def __init__(
         self,
         store: Store,
-        journals: Journals,
+        journals: JournalDirectory,
         on_dropped: Callable[[], None] = lambda: None,
         *,
         settle_function: str = NO_SETTLING,
@@ -210,7 +210,7 @@ class UsageRecorder:
 
     async def stop(self) -> None:
         """Brings to Redis what it takes; the rest stays in the journals for the next start."""
-        await end(self._writing)
+        await cancel_and_wait(self._writing)
         try:
             await self.flush()
             for journal in self._journals.all:
@@ -235,11 +235,11 @@ class UsageRecorder:
     async def _applied(self, journal: Journal) -> bool:
         """One batch. False: there was none."""
         batch = _next_of(journal)
-        tally, broken = await _tally_of(batch)
+        tally, broken = await _totals_of(batch)
         if batch.entries:
             applied, uncounted = await self._send(journal, batch, tally)
             if uncounted == REFUSED:
-                self._go_on_after(journal, applied)
+                self._resync(journal, applied)
                 return True
             if uncounted:
                 log.warning("%d usage figures of %d records were not counted", uncounted, len(batch.entries))
@@ -249,14 +249,14 @@ class UsageRecorder:
             self._drop(broken)
         return bool(batch.entries)
 
-    async def _send(self, journal: Journal, batch: Batch, tally: Tally) -> tuple[int, int]:
+    async def _send(self, journal: Journal, batch: Batch, tally: BatchTotals) -> tuple[int, int]:
         first, last = batch.entries[0].number, batch.entries[-1].number
         arguments = [journal.id, journal.applied, first, last, MOST_ENTRIES, *tally.words()]
         async with self._store.asking("record usage"):
             applied, uncounted = await self._apply(keys=[JOURNALS, STREAM], args=arguments)
         return int(applied), int(uncounted)
 
-    def _go_on_after(self, journal: Journal, applied: int) -> None:
+    def _resync(self, journal: Journal, applied: int) -> None:
         """The store says what it has: more than we heard of, since a reply was lost, or less, since it went back."""
         if applied < journal.applied:
             log.warning("the store went back: usage after record %d of %s is sent again", applied, journal.path)
@@ -316,9 +316,9 @@ def _next_of(journal: Journal) -> Batch:
         raise StoreUnavailable(f"could not record usage: {journal.path} cannot be read: {error}") from error
 
 
-async def _tally_of(batch: Batch) -> tuple[Tally, int]:
+async def _totals_of(batch: Batch) -> tuple[BatchTotals, int]:
     """And how many lines are no records of ours. Requests get a turn meanwhile."""
-    tally, broken = Tally(), batch.broken
+    tally, broken = BatchTotals(), batch.broken
     for place, entry in enumerate(batch.entries):
         if place % AT_ONCE == 0:
             await asyncio.sleep(0)

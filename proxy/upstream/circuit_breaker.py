@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from enum import Enum
 
-from proxy.errors import NAMES, AnswerTooLarge, OwnFault, UpstreamFailure
-from proxy.settings.schema import HealthPolicy
+from proxy.errors import NAMES, AnswerTooLarge, OwnFault, UpstreamError
+from proxy.settings.schema import CircuitBreakerSettings
 
 _NUMBER = re.compile(r"\s*\d+(?:\.\d+)?\s*", re.ASCII)
 
@@ -26,7 +26,7 @@ _LONGEST_VALUE = 100
 """Characters. A number or a date is shorter; what is longer is not read."""
 
 
-def stated_wait_s(headers: Mapping[str, str], now: float) -> float | None:
+def parse_retry_after(headers: Mapping[str, str], now: float) -> float | None:
     """Seconds, above 0 and no more than LONGEST_WAIT_S; None where nothing usable is stated.
 
     Args:
@@ -45,7 +45,7 @@ def told_wait(headers: Mapping[str, str], now: float) -> dict[str, str]:
     whole seconds, and in milliseconds where those were stated; none where nothing usable was."""
     told = {name.lower(): text for name, text in headers.items()}
     stated = {name for name in NAMES if told.pop(name, None) is not None}
-    wait = stated_wait_s(headers, now) if stated else None
+    wait = parse_retry_after(headers, now) if stated else None
     if wait is not None:
         told["retry-after"] = str(math.ceil(wait))
         if "retry-after-ms" in stated:
@@ -71,7 +71,7 @@ BUCKETS = 15
 """What is older than the window is forgotten a bucket at a time: between 14 and 15 fifteenths of it are looked at."""
 
 
-class Window:
+class SlidingWindow:
     """Sixty numbers at most, however much traffic there is. `now`: seconds that do not run backwards."""
 
     __slots__ = ("_attempts", "_bucket_s", "_failures", "_newest")
@@ -121,7 +121,7 @@ class Weight(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class FailureClass:
     weight: Weight
     why: str
     """In our words: it is logged, shown to administrators and stored."""
@@ -136,20 +136,20 @@ _OUR_ADDRESS = frozenset({403, 404, 405, 410})
 _STATES_ITS_WAIT = frozenset({429, 503, 529})
 
 
-def verdict_of(failure: UpstreamFailure, now: float) -> Verdict:
+def classify_failure(failure: UpstreamError, now: float) -> FailureClass:
     """`now`: Unix seconds."""
     status = failure.status
     if isinstance(failure, OwnFault):
-        return Verdict(Weight.UNSENT, "this process could not do its part")
+        return FailureClass(Weight.UNSENT, "this process could not do its part")
     if isinstance(failure, AnswerTooLarge):
-        return Verdict(Weight.ANSWERED, "its answer was too large")
+        return FailureClass(Weight.ANSWERED, "its answer was too large")
     if status is None:
-        return Verdict(Weight.COUNTED, "it did not answer in time" if failure.timed_out else "it gave no answer")
+        return FailureClass(Weight.COUNTED, "it did not answer in time" if failure.timed_out else "it gave no answer")
     why = f"status {status}"
-    wait_s = stated_wait_s(failure.headers, now) if status in _STATES_ITS_WAIT else None
+    wait_s = parse_retry_after(failure.headers, now) if status in _STATES_ITS_WAIT else None
     if wait_s is not None:
-        return Verdict(Weight.AT_ONCE, f"{why}, to be asked again after {wait_s:.3g} s", wait_s)
-    return Verdict(_weight_of(status, sent=failure.body is not None), why)
+        return FailureClass(Weight.AT_ONCE, f"{why}, to be asked again after {wait_s:.3g} s", wait_s)
+    return FailureClass(_weight_of(status, sent=failure.body is not None), why)
 
 
 def _weight_of(status: int, *, sent: bool) -> Weight:
@@ -177,15 +177,15 @@ class Permit:
     probe: bool
 
 
-class Breaker:
+class CircuitBreaker:
     """Rests that were found here and rests that were adopted are kept apart: taking back the latter leaves the former.
 
     `epoch` grows with every change that others may want to hear of; reports of attempts from another epoch are stale.
     """
 
-    def __init__(self, policy: HealthPolicy) -> None:
+    def __init__(self, policy: CircuitBreakerSettings) -> None:
         self._policy = policy
-        self._window = Window(policy.window_s)
+        self._window = SlidingWindow(policy.window_s)
         self._found_until: float | None = None
         self._adopted_until: float | None = None
         self._last_rest_s = 0.0
@@ -251,7 +251,7 @@ class Breaker:
         if permit is self._confirming:
             self._confirming = None
 
-    def failed(self, permit: Permit, verdict: Verdict, now: float) -> None:
+    def failed(self, permit: Permit, verdict: FailureClass, now: float) -> None:
         if verdict.weight is Weight.UNSENT:
             self.abandoned(permit)
         elif verdict.weight is Weight.ANSWERED:
@@ -284,7 +284,7 @@ class Breaker:
             self._close()
             self._last_rest_s = 0.0
 
-    def _count(self, verdict: Verdict, now: float) -> None:
+    def _count(self, verdict: FailureClass, now: float) -> None:
         attempts, failures = self._window.counts(now)
         serving = attempts > failures
         if verdict.weight is Weight.AT_ONCE or (verdict.weight is Weight.AT_ONCE_UNLESS_SERVING and not serving):

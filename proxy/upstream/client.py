@@ -7,16 +7,16 @@ from contextlib import aclosing
 from time import monotonic
 from typing import Any
 
-from proxy.concurrency import end
-from proxy.errors import CannotTranslate, UpstreamFailure
+from proxy.concurrency import cancel_and_wait
+from proxy.errors import CannotTranslate, UpstreamError
 from proxy.outbound import Outbound
 from proxy.settings.schema import Settings
-from proxy.storage.models import ModelRecord, Resolved
+from proxy.storage.models import ModelRecord, ResolvedProvider
 from proxy.upstream.answer_room import AnswerRoom
-from proxy.upstream.litellm.client import LitellmUpstream
-from proxy.upstream.openai_client import RelayedCall, RelayUpstream
-from proxy.upstream.payload import Payload
-from proxy.upstream.provider_resolution import plainly
+from proxy.upstream.litellm.client import LiteLLMClient
+from proxy.upstream.openai_client import OpenAIClient, UpstreamRequest
+from proxy.upstream.payload import JSONPayload
+from proxy.upstream.provider_resolution import resolve_static
 from proxy.upstream.stream_options import StreamOptions
 
 log = logging.getLogger("uniroute.upstream")
@@ -26,11 +26,11 @@ FIRST_PAUSE_S = 10.0
 LONGEST_PAUSE_S = 300.0
 """Between two attempts to import litellm."""
 
-Blocks = AsyncIterator[list[Payload]]
+Blocks = AsyncIterator[list[JSONPayload]]
 """Chunks of a stream, those together that came together."""
 
 
-class Upstream:
+class UpstreamClient:
     """One per process, on one event loop. litellm is imported when a model first needs it, in a thread."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
@@ -38,8 +38,8 @@ class Upstream:
         for problem in outbound.problems():
             log.warning("environment: %s", problem)
         self.room = AnswerRoom(settings.max_answer_bytes, settings.max_answers_in_flight_bytes)
-        self._relay = RelayUpstream(settings, environ, outbound, self.room)
-        self._translate = LitellmUpstream(settings, environ, self.room, outbound)
+        self._relay = OpenAIClient(settings, environ, outbound, self.room)
+        self._translate = LiteLLMClient(settings, environ, self.room, outbound)
         self._stream_options = StreamOptions()
         self._loading: asyncio.Task[None] | None = None
         self._tried = asyncio.Event()
@@ -57,7 +57,7 @@ class Upstream:
         *,
         raw: bytes | None = None,
         connect_s: float | None = None,
-    ) -> Payload:
+    ) -> JSONPayload:
         """The whole answer in OpenAI's format.
 
         Args:
@@ -66,11 +66,11 @@ class Upstream:
         Raises:
             UpstreamFailure: there is none.
         """
-        resolved = relayed(record)
+        resolved = is_direct(record)
         if resolved is not None:
-            return await self._relay.complete(RelayedCall(record, resolved, body, headers or {}, raw, connect_s))
+            return await self._relay.complete(UpstreamRequest(record, resolved, body, headers or {}, raw, connect_s))
         await self.loaded()
-        return Payload(await self._translate.complete(record, body, headers, connect_s=connect_s))
+        return JSONPayload(await self._translate.complete(record, body, headers, connect_s=connect_s))
 
     async def stream(
         self,
@@ -88,7 +88,7 @@ class Upstream:
         """
         try:
             return await self._stream(record, body, headers or {}, raw, connect_s)
-        except UpstreamFailure as failure:
+        except UpstreamError as failure:
             if not self._stream_options.are_in_doubt(record, failure):
                 raise
         stream = await self._stream(record, body, headers or {}, raw, connect_s, without_options=True)
@@ -106,12 +106,12 @@ class Upstream:
         without_options: bool = False,
     ) -> Blocks:
         asks_usage = not without_options and self._stream_options.are_sent_to(record)
-        resolved = relayed(record)
+        resolved = is_direct(record)
         if resolved is not None:
-            call = RelayedCall(record, resolved, body, headers, raw, connect_s, asks_usage)
+            call = UpstreamRequest(record, resolved, body, headers, raw, connect_s, asks_usage)
             return await self._relay.stream(call)
         await self.loaded()
-        return _one_by_one(
+        return _as_blocks(
             await self._translate.stream(record, body, headers, connect_s=connect_s, asks_usage=asks_usage)
         )
 
@@ -122,9 +122,9 @@ class Upstream:
 
     def serve(self, models: Mapping[str, ModelRecord]) -> None:
         """These are the models from now on."""
-        self._relay.targets.forget_others(models)
-        self._stream_options.forget_others(models)
-        self._translated = frozenset(name for name, record in models.items() if relayed(record) is None)
+        self._relay.targets.retain(models)
+        self._stream_options.retain(models)
+        self._translated = frozenset(name for name, record in models.items() if is_direct(record) is None)
         if self._loading is None and self._translated:
             log.info("loading litellm, for models of other formats than OpenAI's")
             self._load()
@@ -167,18 +167,18 @@ class Upstream:
         return frozenset() if self._translate.ready else self._translated
 
     async def aclose(self) -> None:
-        await end(self._loading)
+        await cancel_and_wait(self._loading)
         await self._relay.aclose()
         await self._translate.aclose()
 
 
-def relayed(record: ModelRecord) -> Resolved | None:
+def is_direct(record: ModelRecord) -> ResolvedProvider | None:
     """What it was resolved to, if it is relayed."""
-    resolved = record.resolved or plainly(record.litellm_params, record.info.forward)
+    resolved = record.resolved or resolve_static(record.litellm_params, record.info.forward)
     return resolved if resolved is not None and resolved.way == "relay" else None
 
 
-async def _one_by_one(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[list[Payload]]:
+async def _as_blocks(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[list[JSONPayload]]:
     async with aclosing(chunks):
         async for chunk in chunks:
-            yield [Payload(chunk)]
+            yield [JSONPayload(chunk)]

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from proxy.errors import ModelBusy
+from proxy.errors import ModelAtCapacity
 from proxy.settings.models import ModelInfo
 
 FIRST_GUESS_S = 1.0
@@ -21,7 +21,7 @@ MOST_REMEMBERED = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class CapacityLimits:
+class ConcurrencyLimits:
     """`max_parallel` None: no cap. Beyond it `max_queued` wait, first come first served, each for `longest_wait_s`."""
 
     max_parallel: int | None = None
@@ -29,7 +29,7 @@ class CapacityLimits:
     longest_wait_s: float = 5.0
 
     @classmethod
-    def of(cls, info: ModelInfo, longest_wait_s: float) -> CapacityLimits:
+    def of(cls, info: ModelInfo, longest_wait_s: float) -> ConcurrencyLimits:
         """Unless stated otherwise as many may wait as may be asked: a burst is evened out and nobody waits for longer
         than about one answer. LiteLLM's own queue has no end, and so neither has its wait; no queue at all would send
         the second of two simultaneous requests to a model that is worse or dearer, or back with 429."""
@@ -54,8 +54,8 @@ class Slot:
 
 
 @dataclass(slots=True)
-class _Room:
-    limits: CapacityLimits
+class _Queue:
+    limits: ConcurrencyLimits
     running: int = 0
     waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
 
@@ -68,7 +68,7 @@ class _Room:
         """Neither a place nor a place in the queue."""
         return not self.has_place and len(self.waiting) >= self.limits.max_queued
 
-    def under(self, limits: CapacityLimits) -> _Room:
+    def under(self, limits: ConcurrencyLimits) -> _Queue:
         """The newest limits are everybody's: whoever may come in under them does."""
         self.limits = limits
         self.admit()
@@ -83,27 +83,27 @@ class _Room:
                 waiter.set_result(None)
 
 
-class Capacities:
+class ConcurrencyLimiter:
     """One per process, used on one event loop. Models at which nobody is asked or waits take no memory."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._rooms: dict[str, _Room] = {}
+        self._rooms: dict[str, _Queue] = {}
         self._held_s: dict[str, float] = {}
 
-    def busy(self, model: str, limits: CapacityLimits) -> bool:
+    def busy(self, model: str, limits: ConcurrencyLimits) -> bool:
         """Whether `slot` would refuse at once."""
         room = self._rooms.get(model)
         return room is not None and room.under(limits).full
 
-    async def slot(self, model: str, limits: CapacityLimits) -> Slot:
+    async def slot(self, model: str, limits: ConcurrencyLimits) -> Slot:
         """A place, at once or after waiting for one. `limits` may be others than last time: they apply to all.
 
         Raises:
             ModelBusy: the queue is full, or the wait was too long.
         """
         room = self._rooms.get(model)
-        room = self._rooms.setdefault(model, _Room(limits)) if room is None else room.under(limits)
+        room = self._rooms.setdefault(model, _Queue(limits)) if room is None else room.under(limits)
         if room.has_place:  # and so nobody waits for one
             room.running += 1
         elif room.full:
@@ -113,7 +113,7 @@ class Capacities:
         taken_at = self._clock()
         return Slot(lambda: self._release(model, room, self._clock() - taken_at))
 
-    async def _wait(self, model: str, room: _Room) -> None:
+    async def _wait(self, model: str, room: _Queue) -> None:
         waiter = asyncio.get_running_loop().create_future()
         room.waiting.append(waiter)
         admitted = False
@@ -127,7 +127,7 @@ class Capacities:
             if not admitted:
                 self._leave(model, room, waiter)
 
-    def _leave(self, model: str, room: _Room, waiter: asyncio.Future[None]) -> None:
+    def _leave(self, model: str, room: _Queue, waiter: asyncio.Future[None]) -> None:
         """A place that was given to somebody who has gone at that moment is the next one's."""
         if waiter.done() and not waiter.cancelled():
             room.running -= 1
@@ -135,12 +135,12 @@ class Capacities:
             room.waiting.remove(waiter)
         self._admit(model, room)
 
-    def _release(self, model: str, room: _Room, held_s: float) -> None:
+    def _release(self, model: str, room: _Queue, held_s: float) -> None:
         room.running -= 1
         self._remember(model, held_s)
         self._admit(model, room)
 
-    def _admit(self, model: str, room: _Room) -> None:
+    def _admit(self, model: str, room: _Queue) -> None:
         room.admit()
         if not room.running and not room.waiting:
             self._rooms.pop(model, None)
@@ -151,10 +151,10 @@ class Capacities:
         if len(self._held_s) > MOST_REMEMBERED:
             self._held_s.pop(next(iter(self._held_s)))
 
-    def _busy(self, model: str, room: _Room) -> ModelBusy:
+    def _busy(self, model: str, room: _Queue) -> ModelAtCapacity:
         """All who wait, and then the caller, take the places as they are given back."""
         places = room.limits.max_parallel or 1
         wait_s = self._held_s.get(model, FIRST_GUESS_S) * (len(room.waiting) + 1) / places
-        return ModelBusy(
+        return ModelAtCapacity(
             f"{model} answers {places} requests at once, and is busy with them", min(max(wait_s, SHORTEST_S), LONGEST_S)
         )

@@ -27,29 +27,29 @@ PIECE = 256 * 2**10
 """A larger body is written bit by bit, so that others get a turn."""
 
 
-class Unanswered(ConnectionError):
+class ConnectionClosed(ConnectionError):
     """The connection ended before there was the head of an answer."""
 
 
-class BrokenOff(ConnectionError):
+class IncompleteResponse(ConnectionError):
     """The connection ended in the middle of an answer, or what came was none."""
 
 
-class NotHttp(Exception):
+class RemoteProtocolError(Exception):
     """Something else than an answer in HTTP/1.x, or one that nobody should read."""
 
 
-class Connection(asyncio.Protocol):
+class HTTP11Connection(asyncio.Protocol):
     """`send`, `answered`, `read` until it is empty, and then again, or `close`. Used by one request at a time."""
 
-    def __init__(self, on_lost: Callable[[Connection], None] = lambda _: None) -> None:
+    def __init__(self, on_lost: Callable[[HTTP11Connection], None] = lambda _: None) -> None:
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._transport: Any = None
         self._parser = httptools.HttpResponseParser(self)
         self._incoming = select.poll()
         self._changed: asyncio.Future[None] | None = None
-        self._lost = self._writing_paused = self._reading_paused = self._half_sent = False
+        self._lost = self._writing_paused = self._reading_paused = self._request_incomplete = False
         self._begin()
         self._busy = False
 
@@ -84,7 +84,7 @@ class Connection(asyncio.Protocol):
             while self._writing_paused and not self._over:
                 await self._change()
             if self._over:  # it has heard enough, or nobody listens
-                self._half_sent = True
+                self._request_incomplete = True
                 return
             self._transport.write(body[start : start + PIECE])
             await asyncio.sleep(0)
@@ -115,7 +115,7 @@ class Connection(asyncio.Protocol):
     @property
     def reusable(self) -> bool:
         """The answer has ended, and the upstream expects another request."""
-        spoilt = self._lost or self._half_sent or self._reading_paused
+        spoilt = self._lost or self._request_incomplete or self._reading_paused
         return self._kept and not spoilt and not self._transport.is_closing()
 
     @property
@@ -133,7 +133,7 @@ class Connection(asyncio.Protocol):
     async def secure(self, context: Any, host: str) -> None:
         """TLS from now on, after a proxy has made way. Raises NotHttp: it said more than that."""
         if self._pieces:
-            raise NotHttp("something came before the way was free")
+            raise RemoteProtocolError("something came before the way was free")
         self.rest()
         self._parser = httptools.HttpResponseParser(self)
         self._transport = await self._loop.start_tls(self._transport, self, context, server_hostname=host)
@@ -173,19 +173,19 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             cause = error.__context__
-            self._fail(cause if isinstance(cause, NotHttp) else NotHttp(str(error)))
+            self._fail(cause if isinstance(cause, RemoteProtocolError) else RemoteProtocolError(str(error)))
             self._kept = False
             self.close()
             return
         if self._since_body > MOST_HEADER_BYTES:
-            self._fail(NotHttp("the answer goes on without saying anything"))
+            self._fail(RemoteProtocolError("the answer goes on without saying anything"))
             self.close()
         self._wake()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._lost = True
         if self.status is None:
-            self._fail(Unanswered("the connection was closed"))
+            self._fail(ConnectionClosed("the connection was closed"))
         elif not self.ended:
             self._end_of_data(error)
         self._on_lost(self)
@@ -193,7 +193,7 @@ class Connection(asyncio.Protocol):
     def _end_of_data(self, error: Exception | None) -> None:
         """It ends an answer whose length nobody told."""
         if error is not None or "content-length" in self.headers or "transfer-encoding" in self.headers:
-            self._fail(BrokenOff(str(error or "the connection was closed")))
+            self._fail(IncompleteResponse(str(error or "the connection was closed")))
         self.ended = self._fault is None
         self._wake()
 
@@ -211,19 +211,19 @@ class Connection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         if self.ended:  # the beginning of it is enough: the rest would be the answer to the next request
-            raise NotHttp("a second answer came to one request")
+            raise RemoteProtocolError("a second answer came to one request")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.status is not None:
             return  # a trailer
         if len(value) > LONGEST_HEADER:
-            raise NotHttp("a header of the answer is too long")
+            raise RemoteProtocolError("a header of the answer is too long")
         self.headers[name.decode("latin-1").lower()] = value.decode("latin-1").strip()
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
         if status == 101:
-            raise NotHttp("the upstream wants to speak another protocol")
+            raise RemoteProtocolError("the upstream wants to speak another protocol")
         if status < 200:
             self.headers = {}  # more than a hint is to come
             return
@@ -253,9 +253,9 @@ class Connection(asyncio.Protocol):
         try:
             plain = unpacker.decompress(body, room + 1)
         except zlib.error as error:
-            raise NotHttp(f"the answer cannot be unpacked: {error}") from None
+            raise RemoteProtocolError(f"the answer cannot be unpacked: {error}") from None
         if len(plain) > room:
-            raise NotHttp("the answer unpacks to more than can be held")
+            raise RemoteProtocolError("the answer unpacks to more than can be held")
         if unpacker.unused_data:
-            raise NotHttp("the answer goes on behind the end of what was packed")
+            raise RemoteProtocolError("the answer goes on behind the end of what was packed")
         return plain

@@ -9,22 +9,24 @@ from urllib.parse import SplitResult, quote, urlsplit
 
 import orjson
 
-from proxy.errors import UpstreamFailure
+from proxy.errors import UpstreamError
 from proxy.outbound import USUAL, Outbound, OutboundError, Trust
 from proxy.settings.models import SettingsError, referred_variable, resolve_secret
 from proxy.settings.schema import Settings
-from proxy.storage.models import ModelRecord, Resolved
+from proxy.storage.models import ModelRecord, ResolvedProvider
 from proxy.upstream.errors import unreachable
-from proxy.upstream.litellm.params import arm_body, fixes_parameters, is_openais, secrets_of
+from proxy.upstream.litellm.params import fixes_parameters, is_openai_url, merge_model_params, secrets_of
 from proxy.upstream.origins import address_of
-from proxy.upstream.payload import with_model
+from proxy.upstream.payload import replace_model
 from proxy.upstream.pool import PORTS, Origin, authority_of, credentials_of, port_of
-from proxy.upstream.sse import dump
+from proxy.upstream.sse import encode_json
 
 _USAGE = b'"stream_options":{"include_usage":true},'
 
 
-def outgoing(raw: bytes | None, body: Mapping[str, Any], model: str, *, stream: bool, asks_usage: bool = True) -> bytes:
+def build_body(
+    raw: bytes | None, body: Mapping[str, Any], model: str, *, stream: bool, asks_usage: bool = True
+) -> bytes:
     """JSON for the upstream: the caller's body for `model`, and of a stream with usage.
 
     Args:
@@ -35,7 +37,7 @@ def outgoing(raw: bytes | None, body: Mapping[str, Any], model: str, *, stream: 
     """
     as_it_is = "stream_options" not in body if not (stream and asks_usage) else _asks_usage(body)
     if raw is not None and (as_it_is or "stream_options" not in body):
-        spliced = with_model(raw, body, model)
+        spliced = replace_model(raw, body, model)
         if spliced is not None:
             return spliced if as_it_is else _asking_usage(spliced)
     sent = {**body, "model": model}
@@ -46,15 +48,15 @@ def outgoing(raw: bytes | None, body: Mapping[str, Any], model: str, *, stream: 
         sent.pop("stream_options", None)
         if not stream and sent.get("stream"):  # a parameter of the model's own, which this caller did not ask for
             del sent["stream"]
-    return written(sent)
+    return encode(sent)
 
 
-def written(body: Mapping[str, Any]) -> bytes:
+def encode(body: Mapping[str, Any]) -> bytes:
     """Compact JSON."""
     try:
         return orjson.dumps(body)
     except TypeError:  # an integer beyond 64 bits, half a character
-        return dump(body)
+        return encode_json(body)
 
 
 def _asks_usage(body: Mapping[str, Any]) -> bool:
@@ -80,7 +82,7 @@ _PATH = "/%:@!$&'()*+,;=~-._?[]"
 
 
 @dataclass(frozen=True)
-class Heads:
+class RequestHead:
     """Of all requests to one address, without the length of the body."""
 
     origin: Origin
@@ -95,7 +97,7 @@ class Heads:
         return self.line + _lines({**self.headers, **more})
 
 
-def heads_of(url: str, headers: Mapping[str, str], proxy: str | None, trust: Trust = USUAL) -> Heads:
+def build_head(url: str, headers: Mapping[str, str], proxy: str | None, trust: Trust = USUAL) -> RequestHead:
     """`headers`: names in lower case. Raises ValueError: such an address cannot be asked, or such a header sent."""
     parts, host, port = _known("an address", url)
     if proxy is not None:
@@ -111,7 +113,7 @@ def heads_of(url: str, headers: Mapping[str, str], proxy: str | None, trust: Tru
     if proxy is not None and not origin.tls and (credentials := credentials_of(proxy)):
         sent["proxy-authorization"] = credentials
     line = f"POST {_target(parts, origin)} HTTP/1.1\r\n".encode()
-    return Heads(origin, line, sent, line + _lines(sent))
+    return RequestHead(origin, line, sent, line + _lines(sent))
 
 
 def _known(what: str, url: str) -> tuple[SplitResult, str, int]:
@@ -147,11 +149,11 @@ _OWN_HEADERS = ("extra_headers", "headers")
 
 
 @dataclass(frozen=True)
-class Target:
+class Endpoint:
     """One relayed model, its secrets resolved."""
 
     name: str
-    heads: Heads = field(repr=False)
+    heads: RequestHead = field(repr=False)
     model: str
     renames: Mapping[str, str]
     fixed: Mapping[str, Any] | None = field(repr=False)
@@ -160,10 +162,10 @@ class Target:
 
     def body(self, body: Mapping[str, Any], raw: bytes | None, *, stream: bool, asks_usage: bool = True) -> bytes:
         """`raw`: what `body` was parsed from, if all of it is for the upstream."""
-        sent = body if self.fixed is None else arm_body(self.fixed, body)
+        sent = body if self.fixed is None else merge_model_params(self.fixed, body)
         if not self.renames.keys().isdisjoint(sent):
             sent = self._renamed(sent)
-        return outgoing(raw if sent is body else None, sent, self.model, stream=stream, asks_usage=asks_usage)
+        return build_body(raw if sent is body else None, sent, self.model, stream=stream, asks_usage=asks_usage)
 
     def _renamed(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Of two names for one thing the one that says something counts; where both do, the provider's own."""
@@ -174,16 +176,16 @@ class Target:
         return sent
 
 
-class Targets:
+class Endpoints:
     """Made when a model is first asked, and again when its record is another."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str], outbound: Outbound) -> None:
         self._settings = settings
         self._environ = environ
         self._outbound = outbound
-        self._made: dict[str, tuple[ModelRecord, Target]] = {}
+        self._made: dict[str, tuple[ModelRecord, Endpoint]] = {}
 
-    def of(self, record: ModelRecord, resolved: Resolved) -> Target:
+    def of(self, record: ModelRecord, resolved: ResolvedProvider) -> Endpoint:
         """Raises UpstreamFailure where a key or an address is missing."""
         made = self._made.get(record.name)
         if made is not None and made[0] is record:
@@ -192,17 +194,17 @@ class Targets:
             target = self._target(record, resolved)
         except SettingsError as error:
             log.error("model %s: %s", record.name, error)
-            raise UpstreamFailure(f"{record.name}: this server has no key for it", retryable=True) from None
+            raise UpstreamError(f"{record.name}: this server has no key for it", retryable=True) from None
         except (OutboundError, ValueError) as error:
             log.error("model %s: %s", record.name, error)
             raise unreachable(error, record.name) from None
         self._made[record.name] = (record, target)
         return target
 
-    def forget_others(self, models: Mapping[str, ModelRecord]) -> None:
+    def retain(self, models: Mapping[str, ModelRecord]) -> None:
         self._made = {name: made for name, made in self._made.items() if models.get(name) is made[0]}
 
-    def _target(self, record: ModelRecord, resolved: Resolved) -> Target:
+    def _target(self, record: ModelRecord, resolved: ResolvedProvider) -> Endpoint:
         params = record.litellm_params
         base = self._value(address_of(params) or resolved.api_base or "")
         key = self._key(params, resolved)
@@ -219,9 +221,9 @@ class Targets:
         trust = self._trust(params) if url.startswith("https:") else USUAL
         for each in own.values():
             headers |= {name.lower(): text for name, text in each.items()}
-        return Target(
+        return Endpoint(
             name=record.name,
-            heads=heads_of(url, headers, self._outbound.proxies.of(url), trust),
+            heads=build_head(url, headers, self._outbound.proxies.of(url), trust),
             model=resolved.model,
             renames=resolved.renames,
             fixed=params if fixes_parameters(params) else None,
@@ -233,11 +235,11 @@ class Targets:
         stated = params.get("ssl_verify")
         return self._outbound.trust_of(self._value(stated) if isinstance(stated, str) else stated)
 
-    def _key(self, params: Mapping[str, Any], resolved: Resolved) -> str | None:
+    def _key(self, params: Mapping[str, Any], resolved: ResolvedProvider) -> str | None:
         if params.get("api_key"):
             return self._value(params["api_key"])
         address = address_of(params)
-        if address and not (resolved.own_address or is_openais(address)):
+        if address and not (resolved.own_address or is_openai_url(address)):
             return None  # an older version may have stored a variable all the same
         name = referred_variable(f"os.environ/{resolved.key_variable}") if resolved.key_variable else None
         return self._environ.get(name) if name else None

@@ -10,11 +10,11 @@ from typing import Any
 
 import httpx
 
-from proxy.errors import MOST_ERROR_BYTES, NAMES, UpstreamFailure
+from proxy.errors import MOST_ERROR_BYTES, NAMES, UpstreamError
 from proxy.outbound import OutboundError
 from proxy.safety.json_shape import check_shape
 from proxy.storage.usage import usage_of
-from proxy.upstream.sse import dump, loads
+from proxy.upstream.sse import decode_json, encode_json
 from proxy.words import words
 
 _OVERFLOW = re.compile(
@@ -70,20 +70,20 @@ _LOOKED_AT = 4096
 _CLASS_NAMES = re.compile(r"^(litellm\.\w+: )*")
 
 
-def failure_of(error: Exception, response: httpx.Response | None, model: str) -> UpstreamFailure:
+def error_from_exception(error: Exception, response: httpx.Response | None, model: str) -> UpstreamError:
     """`response`: the last one that the pool saw for this call."""
     if response is not None and response.is_error:
-        return refused(response.status_code, _content(response), response.headers, model)
+        return error_from_response(response.status_code, _content(response), response.headers, model)
     if response is not None and response.is_redirect:
-        return redirecting(model)
+        return redirect_refused(model)
     if response is not None and response.is_success and _content(response):
-        return no_completion(model, _content(response), response.headers)
+        return not_a_completion(model, _content(response), response.headers)
     if _is_timeout(error):
-        return UpstreamFailure(f"{model} did not answer in time", timed_out=True)
+        return UpstreamError(f"{model} did not answer in time", timed_out=True)
     if response is None and _is_lost(error):
-        return lost(model)
+        return connection_lost(model)
     if response is not None and _is_connection(error):
-        return UpstreamFailure(f"{model} broke off its answer: {_broken(error)}")
+        return UpstreamError(f"{model} broke off its answer: {_broken(error)}")
     if _is_connection(error) or isinstance(error, httpx.HTTPError):
         return unreachable(error, model)
     if response is not None:
@@ -91,7 +91,7 @@ def failure_of(error: Exception, response: httpx.Response | None, model: str) ->
     return _of_litellm(error, model)
 
 
-def _within_stream(error: Exception, model: str) -> UpstreamFailure:
+def _within_stream(error: Exception, model: str) -> UpstreamError:
     """What litellm raised in the middle of a stream: an error that was told there, or an answer that broke off."""
     said = _first_line(error)
     told = reported(
@@ -99,45 +99,45 @@ def _within_stream(error: Exception, model: str) -> UpstreamFailure:
     )
     if told.status is not None and told.status < 500:
         return told
-    return UpstreamFailure(f"{model} broke off its answer: {said}")
+    return UpstreamError(f"{model} broke off its answer: {said}")
 
 
-def no_completion(model: str, body: Any = None, headers: Mapping[str, str] | None = None) -> UpstreamFailure:
+def not_a_completion(model: str, body: Any = None, headers: Mapping[str, str] | None = None) -> UpstreamError:
     """It said that all was well, and sent something else than a completion: an error, or none that is told."""
     message = f"{model} answered with success and no completion"
     if body is None:
-        return UpstreamFailure(message, headers=headers)
+        return UpstreamError(message, headers=headers)
     said = _read(body)
     error = error_in(said)
     if error is None and _own_status(said) is not None:
         error = said
     if error is not None:
         return reported(message, error, headers)
-    return UpstreamFailure(message, status=502, body=_cut(body), headers=headers)
+    return UpstreamError(message, status=502, body=_cut(body), headers=headers)
 
 
-def refused(status: int, body: bytes, headers: Mapping[str, str], model: str) -> UpstreamFailure:
+def error_from_response(status: int, body: bytes, headers: Mapping[str, str], model: str) -> UpstreamError:
     """An HTTP error."""
     said = _read(body)
     text = body[:_LOOKED_AT].decode("utf-8", "replace")
     return _failure(f"{model} answered with status {status}", _own_status(said) or status, text, said, body, headers)
 
 
-def reported(message: str, error: Any, headers: Mapping[str, str] | None = None) -> UpstreamFailure:
+def reported(message: str, error: Any, headers: Mapping[str, str] | None = None) -> UpstreamError:
     """An error told within a success: in a body, in an event of a stream. `error`: as `error_in` gives it."""
     text = _dumped(error)[:_LOOKED_AT].decode("utf-8", "replace")
     status = _own_status(error) or _named_status(error) or (429 if _RATE.search(text) else 502)
     return _failure(message, status, text, error, _cut(error), headers or {})
 
 
-def _failure(message: str, status: int, text: str, said: Any, body: Any, headers: Mapping[str, str]) -> UpstreamFailure:
+def _failure(message: str, status: int, text: str, said: Any, body: Any, headers: Mapping[str, str]) -> UpstreamError:
     overflow = _is_overflow(status, text)
     if overflow and status not in _CALLERS:
         status = 400
     states_wait = any(name.lower() in NAMES for name in headers)
     if status in (429, 503, 529) and not states_wait and (wait := _wait_in(said)):
         headers = {**headers, "retry-after": wait}
-    return UpstreamFailure(
+    return UpstreamError(
         message, status=status, body=body, headers=headers, overflow=overflow, retryable=overflow or None
     )
 
@@ -262,7 +262,7 @@ def _read(body: Any) -> Any:
         return body
     try:
         check_shape(body)
-        return loads(body)
+        return decode_json(body)
     except ValueError:
         return None
 
@@ -281,21 +281,21 @@ _SHORT = ("type", "param", *_STATUS_NAMES)
 
 
 def _dumped(said: Any) -> bytes:
-    return dump({"": said})[4:-1]
+    return encode_json({"": said})[4:-1]
 
 
-def redirecting(model: str) -> UpstreamFailure:
-    return UpstreamFailure(f"{model} answered with a redirect, which is not followed")
+def redirect_refused(model: str) -> UpstreamError:
+    return UpstreamError(f"{model} answered with a redirect, which is not followed")
 
 
-def lost(model: str) -> UpstreamFailure:
-    return UpstreamFailure(f"{model} closed the connection without an answer", lost=True)
+def connection_lost(model: str) -> UpstreamError:
+    return UpstreamError(f"{model} closed the connection without an answer", lost=True)
 
 
-def unreachable(error: BaseException, model: str, address: str = "") -> UpstreamFailure:
+def unreachable(error: BaseException, model: str, address: str = "") -> UpstreamError:
     """`address`: host and port, where the error itself may not know them."""
     where = address or _address_of(error)
-    return UpstreamFailure(f"{model} cannot be reached{f' at {where}' if where else ''}: {_why_unreachable(error)}")
+    return UpstreamError(f"{model} cannot be reached{f' at {where}' if where else ''}: {_why_unreachable(error)}")
 
 
 def _why_unreachable(error: BaseException) -> str:
@@ -320,7 +320,7 @@ def _address_of(error: BaseException) -> str:
     return ""
 
 
-def without(secrets: Collection[str], failure: UpstreamFailure) -> UpstreamFailure:
+def redact(secrets: Collection[str], failure: UpstreamError) -> UpstreamError:
     """The same, less the provider's keys, which some servers repeat in their words."""
     failure.message = _without(secrets, failure.message)
     failure.args = (failure.message,)
@@ -356,8 +356,8 @@ def _is_timeout(error: BaseException) -> bool:
 
 
 def _is_lost(error: BaseException) -> bool:
-    lost = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
-    return any(isinstance(cause, lost) for cause in _causes(error))
+    connection_lost = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
+    return any(isinstance(cause, connection_lost) for cause in _causes(error))
 
 
 def _broken(error: BaseException) -> str:
@@ -383,7 +383,7 @@ def _causes(error: BaseException) -> list[BaseException]:
     return found
 
 
-def _of_litellm(error: Exception, model: str) -> UpstreamFailure:
+def _of_litellm(error: Exception, model: str) -> UpstreamError:
     """Refused before anything was sent: a parameter or message that this provider has no form for, a missing key.
 
     Another model may still take the request. A key that is missing here is no fault of the caller's key.
@@ -391,8 +391,8 @@ def _of_litellm(error: Exception, model: str) -> UpstreamFailure:
     ours = type(error).__name__ in ("AuthenticationError", "PermissionDeniedError", "NotFoundError")
     said = _first_line(error)
     if ours:
-        return UpstreamFailure(f"{model}: {said}", retryable=True)
-    return UpstreamFailure(
+        return UpstreamError(f"{model}: {said}", retryable=True)
+    return UpstreamError(
         f"{model} cannot be sent this request in its provider's format: {said}", status=400, retryable=True
     )
 

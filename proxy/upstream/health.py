@@ -17,12 +17,12 @@ from typing import Any, Final
 
 from redis.exceptions import RedisError
 
-from proxy.concurrency import end
-from proxy.errors import UpstreamFailure
-from proxy.settings.schema import HealthPolicy
+from proxy.concurrency import cancel_and_wait
+from proxy.errors import UpstreamError
+from proxy.settings.schema import CircuitBreakerSettings
 from proxy.storage.models import ModelRecord
-from proxy.storage.redis import Store, StoreUnavailable, until_it_answers
-from proxy.upstream.circuit_breaker import Breaker, Permit, verdict_of
+from proxy.storage.redis import Store, StoreUnavailable, retry_until_available
+from proxy.upstream.circuit_breaker import CircuitBreaker, Permit, classify_failure
 
 log = logging.getLogger("uniroute.health")
 
@@ -33,7 +33,7 @@ _NOBODY: Final[Mapping[str, float]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class HealthEvent:
     """A model went to rest, or is well again."""
 
     model: str
@@ -47,7 +47,7 @@ class Attempt:
 
     __slots__ = ("_breaker", "_health", "_model", "_over", "_permit")
 
-    def __init__(self, health: ModelHealth, model: str, breaker: Breaker, permit: Permit) -> None:
+    def __init__(self, health: HealthRegistry, model: str, breaker: CircuitBreaker, permit: Permit) -> None:
         self._health, self._model, self._breaker, self._permit = health, model, breaker, permit
         self._over = False
 
@@ -64,10 +64,10 @@ class Attempt:
         if self._ends():
             self._health._change(self._model, self._breaker, self._breaker.succeeded, self._permit)
 
-    def failed(self, failure: UpstreamFailure) -> None:
+    def failed(self, failure: UpstreamError) -> None:
         """What it says of the model is decided in `verdicts`: many failures are the caller's own."""
         if self._ends():
-            verdict = verdict_of(failure, self._health.unix_time())
+            verdict = classify_failure(failure, self._health.unix_time())
             self._health._change(self._model, self._breaker, self._breaker.failed, self._permit, verdict)
 
     def abandoned(self) -> None:
@@ -80,14 +80,14 @@ class Attempt:
         return not over
 
 
-class ModelHealth:
+class HealthRegistry:
     """One per process, used on one event loop. `clock`: seconds that only grow. `unix_time`: for dates in headers."""
 
     def __init__(
         self,
-        policy: HealthPolicy,
+        policy: CircuitBreakerSettings,
         clock: Callable[[], float] = time.monotonic,
-        on_change: Callable[[Change], None] = lambda _: None,
+        on_change: Callable[[HealthEvent], None] = lambda _: None,
         *,
         unix_time: Callable[[], float] = time.time,
     ) -> None:
@@ -95,10 +95,10 @@ class ModelHealth:
         self.unix_time = unix_time
         self._clock = clock
         self._listeners = [on_change]
-        self._breakers: dict[str, Breaker] = {}
-        self._open: dict[str, Breaker] = {}
+        self._breakers: dict[str, CircuitBreaker] = {}
+        self._open: dict[str, CircuitBreaker] = {}
 
-    def watch(self, on_change: Callable[[Change], None]) -> None:
+    def watch(self, on_change: Callable[[HealthEvent], None]) -> None:
         self._listeners.append(on_change)
 
     def resting(self) -> Mapping[str, float]:
@@ -137,7 +137,7 @@ class ModelHealth:
         """An administrator removed or changed it. Attempts on what it was before say nothing of it any more."""
         self._breakers.pop(model, None)
         if self._open.pop(model, None) is not None:
-            self._tell(Change(model, resting=False, from_elsewhere=from_elsewhere))
+            self._tell(HealthEvent(model, resting=False, from_elsewhere=from_elsewhere))
 
     def found(self, model: str) -> tuple[float, str] | None:
         """Seconds left, 0 when they are over, and why, of a rest that was found here; None if there is none."""
@@ -159,16 +159,16 @@ class ModelHealth:
         """How often each model that was ever asked went to rest by what was found here."""
         return {model: breaker.opened for model, breaker in self._breakers.items()}
 
-    def _of(self, model: str) -> Breaker:
+    def _of(self, model: str) -> CircuitBreaker:
         breaker = self._breakers.get(model)
         if breaker is None:
             if len(self._breakers) >= MOST_MODELS:
                 self.forget(next((name for name in self._breakers if name not in self._open), next(iter(self._open))))
-            breaker = self._breakers[model] = Breaker(self.policy)
+            breaker = self._breakers[model] = CircuitBreaker(self.policy)
         return breaker
 
     def _change(
-        self, model: str, breaker: Breaker, act: Callable[..., None], *given: Any, from_elsewhere: bool = False
+        self, model: str, breaker: CircuitBreaker, act: Callable[..., None], *given: Any, from_elsewhere: bool = False
     ) -> None:
         """`act` with what is given and the time. What others may want to hear of is told to them after it."""
         epoch, now = breaker.epoch, self._clock()
@@ -181,9 +181,9 @@ class ModelHealth:
         else:
             self._open[model] = breaker
             log.warning("model %s rests for %.3g s: %s", model, breaker.cooling_s(now), breaker.why)
-        self._tell(Change(model, resting=not breaker.closed, from_elsewhere=from_elsewhere))
+        self._tell(HealthEvent(model, resting=not breaker.closed, from_elsewhere=from_elsewhere))
 
-    def _tell(self, change: Change) -> None:
+    def _tell(self, change: HealthEvent) -> None:
         for listener in self._listeners:
             listener(change)
 
@@ -206,21 +206,21 @@ MOST_QUEUED = 1000
 
 LONGEST_WHY = 200
 
-UNSAID = "another process found it failing"
+UNKNOWN_REASON = "another process found it failing"
 
 
 def health_key(model: str) -> str:
     return f"{CHANNEL}:{model}"
 
 
-class HealthSharing:
+class CooldownReplicator:
     """`known`: the models that are registered now. Others are neither read nor adopted, whatever the channel says."""
 
-    def __init__(self, store: Store, health: ModelHealth, known: Callable[[], Collection[str]]) -> None:
+    def __init__(self, store: Store, health: HealthRegistry, known: Callable[[], Collection[str]]) -> None:
         self._store = store
         self._health = health
         self._known = known
-        self._untold: dict[str, None] = {}
+        self._pending: dict[str, None] = {}
         """In order. What is told of them is read when it is written: only the newest counts."""
         self._something_untold = asyncio.Event()
         self._one_at_a_time = asyncio.Lock()
@@ -230,34 +230,34 @@ class HealthSharing:
         health.watch(self._note)
 
     def start(self) -> None:
-        loops = {"uniroute-health-told": self._tell_on(), "uniroute-health-heard": self._listen_on()}
+        loops = {"uniroute-health-told": self._publish_loop(), "uniroute-health-heard": self._listen_on()}
         self._running = [asyncio.create_task(loop, name=name) for name, loop in loops.items()]
 
     async def stop(self) -> None:
-        await end(*self._running)
+        await cancel_and_wait(*self._running)
 
-    def _note(self, change: Change) -> None:
+    def _note(self, change: HealthEvent) -> None:
         if change.from_elsewhere:
             return
-        if len(self._untold) >= MOST_QUEUED:
-            self._untold.pop(next(iter(self._untold)))
-        self._untold[change.model] = None
+        if len(self._pending) >= MOST_QUEUED:
+            self._pending.pop(next(iter(self._pending)))
+        self._pending[change.model] = None
         self._something_untold.set()
 
-    async def _tell_on(self) -> None:
+    async def _publish_loop(self) -> None:
         while True:
             await self._something_untold.wait()
             self._something_untold.clear()
-            await until_it_answers(self._tell)
+            await retry_until_available(self._tell)
 
     async def _tell(self) -> None:
         """Raises StoreUnavailable; nothing is forgotten then."""
         async with self._one_at_a_time:
-            models, self._untold = self._untold, {}
+            models, self._pending = self._pending, {}
             try:
                 await self._write(models)
             except StoreUnavailable:
-                self._untold = {**models, **self._untold}
+                self._pending = {**models, **self._pending}
                 raise
 
     async def _write(self, models: Collection[str]) -> None:
@@ -314,7 +314,7 @@ class HealthSharing:
                     pipe.get(health_key(model))
                 replies = await pipe.execute(raise_on_error=False)
             for model, left_ms, why in zip(models, replies[::2], replies[1::2], strict=True):
-                if model not in self._untold:  # what this process knows of it is newer
+                if model not in self._pending:  # what this process knows of it is newer
                     self._adopt(model, left_ms, why, told=told)
 
     def _adopt(self, model: str, left_ms: object, why: object, *, told: bool) -> None:
@@ -323,12 +323,12 @@ class HealthSharing:
             self._health.rest(model, seconds, _words(why), from_elsewhere=True)
             return
         if left_ms != -2:
-            self._complain(model)
+            self._warn_once(model)
         standing = self._health.standing(model)
         if told or (standing["recovers_in_s"] or 0.0) > VANISHED_S:
             self._health.lift(model)
 
-    def _complain(self, model: str) -> None:
+    def _warn_once(self, model: str) -> None:
         """Of a key that never expires, or too late: whoever wrote it, it is not one of us."""
         if model not in self._complaints and len(self._complaints) < MOST_MESSAGES:
             self._complaints.add(model)
@@ -338,7 +338,7 @@ class HealthSharing:
 def _words(why: object) -> str:
     """One printable line: it is shown to administrators, whoever wrote it."""
     said = "".join(letter for letter in why[:LONGEST_WHY] if letter.isprintable()) if isinstance(why, str) else ""
-    return said or UNSAID
+    return said or UNKNOWN_REASON
 
 
 async def _named(pubsub: Any) -> set[str]:
@@ -360,7 +360,7 @@ LOOK_S = 0.5
 class Roster:
     """`known`: the registered models, another mapping whenever one of them is another."""
 
-    def __init__(self, health: ModelHealth, known: Callable[[], Mapping[str, ModelRecord]]) -> None:
+    def __init__(self, health: HealthRegistry, known: Callable[[], Mapping[str, ModelRecord]]) -> None:
         self._health = health
         self._known = known
         self._seen = known()

@@ -7,33 +7,33 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from proxy.concurrency import end, shares
-from proxy.errors import MOST_ERROR_BYTES, UpstreamFailure
+from proxy.concurrency import cancel_and_wait, connection_budget
+from proxy.errors import MOST_ERROR_BYTES, UpstreamError
 from proxy.outbound import Outbound, OutboundError
 from proxy.settings.schema import Settings
-from proxy.storage.models import ModelRecord, Resolved
+from proxy.storage.models import ModelRecord, ResolvedProvider
 from proxy.upstream.answer_room import AnswerBounds, AnswerRoom
-from proxy.upstream.connection import BrokenOff, Connection, NotHttp, Unanswered
-from proxy.upstream.endpoint import Target, Targets
-from proxy.upstream.errors import lost, redirecting, refused, unreachable, without
-from proxy.upstream.payload import LAST_WORDS_S, ChunkReader, CompletionReader, Payload, answers_of
-from proxy.upstream.pool import Connections, Origin, ProxyRefused
+from proxy.upstream.connection import ConnectionClosed, HTTP11Connection, IncompleteResponse, RemoteProtocolError
+from proxy.upstream.endpoint import Endpoint, Endpoints
+from proxy.upstream.errors import connection_lost, error_from_response, redact, redirect_refused, unreachable
+from proxy.upstream.payload import LAST_WORDS_S, ChunkReader, CompletionReader, JSONPayload, answers_of
+from proxy.upstream.pool import ConnectionPool, Origin, ProxyError
 
 log = logging.getLogger("uniroute.upstream")
 
 DRAIN_S = 1.0
 """How long the end of a stream is waited for after its last word, to use the connection again."""
 
-_ENDS = (Unanswered, BrokenOff, NotHttp, OSError)
+_ENDS = (ConnectionClosed, IncompleteResponse, RemoteProtocolError, OSError)
 """Of a connection in the middle of an answer."""
 
 
 @dataclass(frozen=True, slots=True)
-class RelayedCall:
+class UpstreamRequest:
     """One request to one model."""
 
     record: ModelRecord
-    resolved: Resolved
+    resolved: ResolvedProvider
     body: Mapping[str, Any]
     headers: Mapping[str, str]
     raw: bytes | None
@@ -48,13 +48,13 @@ class RelayedCall:
         return answers_of(self.body)
 
 
-class Answer:
+class UpstreamResponse:
     """What an upstream says on one connection, until it is given back or dropped."""
 
-    def __init__(self, connections: Connections, origin: Origin, connection: Connection) -> None:
+    def __init__(self, connections: ConnectionPool, origin: Origin, connection: HTTP11Connection) -> None:
         self._connections = connections
         self._origin = origin
-        self._connection: Connection | None = connection
+        self._connection: HTTP11Connection | None = connection
         self.read = connection.read
         self.status = connection.status or 0
         self.headers: Mapping[str, str] = connection.headers
@@ -67,22 +67,22 @@ class Answer:
         """The connection is kept where the answer has ended, and closed where it has not. Again is harmless."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            self._connections.give_back(self._origin, connection)
+            self._connections.release(self._origin, connection)
 
 
-class RelayUpstream:
+class OpenAIClient:
     """One per process, on one event loop."""
 
     def __init__(
         self, settings: Settings, environ: Mapping[str, str], outbound: Outbound, room: AnswerRoom | None = None
     ) -> None:
         self.room = room or AnswerRoom()
-        self.targets = Targets(settings, environ, outbound)
+        self.targets = Endpoints(settings, environ, outbound)
         self._connect_s = settings.connect_timeout_s
-        self._connections = Connections(shares().upstreams, outbound.context)
+        self._connections = ConnectionPool(connection_budget().upstreams, outbound.context)
         self._draining: set[asyncio.Task[None]] = set()
 
-    async def complete(self, call: RelayedCall) -> Payload:
+    async def complete(self, call: UpstreamRequest) -> JSONPayload:
         """The whole answer. Raises UpstreamFailure."""
         target = self.targets.of(call.record, call.resolved)
         answer = await self._post(target, call, stream=False)
@@ -91,32 +91,32 @@ class RelayUpstream:
             try:
                 await _read(answer, target, reader)
                 return await reader.completion_in_turns()
-            except UpstreamFailure as failure:
-                raise without(target.secrets, failure) from failure.__cause__
+            except UpstreamError as failure:
+                raise redact(target.secrets, failure) from failure.__cause__
 
-    async def stream(self, call: RelayedCall) -> RelayedStream:
+    async def stream(self, call: UpstreamRequest) -> UpstreamChunks:
         """Raises UpstreamFailure: here if the upstream refused, later where the stream breaks or ends too early."""
         target = self.targets.of(call.record, call.resolved)
         answer = await self._post(target, call, stream=True)
         reader = ChunkReader(room=self.room, answers=call.answers, headers=answer.headers)
-        return RelayedStream(self, answer, reader, target.secrets)
+        return UpstreamChunks(self, answer, reader, target.secrets)
 
     async def aclose(self) -> None:
-        await end(*self._draining)
+        await cancel_and_wait(*self._draining)
         await self._connections.aclose()
 
-    async def _post(self, target: Target, call: RelayedCall, *, stream: bool) -> Answer:
+    async def _post(self, target: Endpoint, call: UpstreamRequest, *, stream: bool) -> UpstreamResponse:
         """One that may hold a completion. Raises UpstreamFailure."""
         body = target.body(call.body, call.raw, stream=stream, asks_usage=call.asks_usage)
         try:
             answer = await self._asked(target, call, body)
-        except (ProxyRefused, OutboundError, *_ENDS) as error:
-            raise without(target.secrets, _failure_of(error, target)) from error
+        except (ProxyError, OutboundError, *_ENDS) as error:
+            raise redact(target.secrets, _failure_of(error, target)) from error
         if answer.status != 200:
             await self._refuse(answer, target)
         return answer
 
-    async def _asked(self, target: Target, call: RelayedCall, body: bytes) -> Answer:
+    async def _asked(self, target: Endpoint, call: UpstreamRequest, body: bytes) -> UpstreamResponse:
         connection = await self._connections.take(target.heads.origin, call.connect_s or self._connect_s)
         try:
             await connection.send(target.heads.head(call.headers), body)
@@ -124,21 +124,21 @@ class RelayUpstream:
         except BaseException:
             self._connections.drop(connection)
             raise
-        return Answer(self._connections, target.heads.origin, connection)
+        return UpstreamResponse(self._connections, target.heads.origin, connection)
 
-    async def _refuse(self, answer: Answer, target: Target) -> None:
+    async def _refuse(self, answer: UpstreamResponse, target: Endpoint) -> None:
         """Raises for whatever status is no success."""
         if 200 <= answer.status < 300:
             return
         try:
             if answer.status < 400:
-                raise redirecting(target.name)
-            said = await _beginning(answer, target)
-            raise without(target.secrets, refused(answer.status, said, answer.headers, target.name))
+                raise redirect_refused(target.name)
+            said = await _read_prefix(answer, target)
+            raise redact(target.secrets, error_from_response(answer.status, said, answer.headers, target.name))
         finally:
             answer.done()
 
-    def give_back(self, answer: Answer) -> None:
+    def release(self, answer: UpstreamResponse) -> None:
         """The connection of a stream that said its last word, as soon as nothing more is on the way."""
         if answer.ended:
             answer.done()
@@ -148,20 +148,22 @@ class RelayUpstream:
         task.add_done_callback(self._draining.discard)
 
 
-class RelayedStream:
+class UpstreamChunks:
     """Blocks of chunks, each what one reading held. To be closed, however it ended."""
 
-    def __init__(self, upstream: RelayUpstream, answer: Answer, reader: ChunkReader, secrets: Collection[str]) -> None:
+    def __init__(
+        self, upstream: OpenAIClient, answer: UpstreamResponse, reader: ChunkReader, secrets: Collection[str]
+    ) -> None:
         self._upstream = upstream
         self._answer = answer
         self._secrets = secrets
         self._reader = reader
         self._closed = False
 
-    def __aiter__(self) -> RelayedStream:
+    def __aiter__(self) -> UpstreamChunks:
         return self
 
-    async def __anext__(self) -> list[Payload]:
+    async def __anext__(self) -> list[JSONPayload]:
         """Raises UpstreamFailure where the stream breaks, or ends before its answer does."""
         reader = self._reader
         while not reader.over:
@@ -170,7 +172,7 @@ class RelayedStream:
                 return block
         await self.aclose()
         if (fault := reader.fault) is not None:
-            raise without(self._secrets, fault)
+            raise redact(self._secrets, fault)
         raise StopAsyncIteration
 
     async def _read(self) -> bytes:
@@ -181,9 +183,9 @@ class RelayedStream:
             self._answer.done()
             if self._reader.break_off():
                 return b""
-            raise UpstreamFailure(
+            raise UpstreamError(
                 f"the model's stream broke: {type(error).__name__}",
-                lost=not self._reader.begun and not isinstance(error, NotHttp),
+                lost=not self._reader.begun and not isinstance(error, RemoteProtocolError),
             ) from error
 
     async def aclose(self) -> None:
@@ -192,12 +194,12 @@ class RelayedStream:
         self._closed = True
         self._reader.drop()
         if self._reader.over and self._reader.failure is None:
-            self._upstream.give_back(self._answer)
+            self._upstream.release(self._answer)
         else:
             self._answer.done()
 
 
-async def _drain(answer: Answer) -> None:
+async def _drain(answer: UpstreamResponse) -> None:
     try:
         async with asyncio.timeout(DRAIN_S):
             while await answer.read():
@@ -208,7 +210,7 @@ async def _drain(answer: Answer) -> None:
         answer.done()
 
 
-async def _next(answer: Answer, reader: ChunkReader | CompletionReader) -> bytes:
+async def _next(answer: UpstreamResponse, reader: ChunkReader | CompletionReader) -> bytes:
     """What comes next. TimeoutError where the answer has ended and nothing more comes soon."""
     if not reader.finished:
         return await answer.read()
@@ -216,7 +218,7 @@ async def _next(answer: Answer, reader: ChunkReader | CompletionReader) -> bytes
         return await answer.read()
 
 
-async def _read(answer: Answer, target: Target, reader: CompletionReader) -> None:
+async def _read(answer: UpstreamResponse, target: Endpoint, reader: CompletionReader) -> None:
     """All of a body, and the connection is done with. Raises UpstreamFailure where it breaks off or is larger than can
     be held."""
     try:
@@ -224,12 +226,12 @@ async def _read(answer: Answer, target: Target, reader: CompletionReader) -> Non
             reader.feed(piece)
     except _ENDS as error:
         if not reader.break_off():
-            raise UpstreamFailure(f"{target.name} broke off its answer: {type(error).__name__}") from error
+            raise UpstreamError(f"{target.name} broke off its answer: {type(error).__name__}") from error
     finally:
         answer.done()
 
 
-async def _beginning(answer: Answer, target: Target) -> bytes:
+async def _read_prefix(answer: UpstreamResponse, target: Endpoint) -> bytes:
     """Of an error's body; what broke off says as much as it said."""
     said = b""
     try:
@@ -240,16 +242,16 @@ async def _beginning(answer: Answer, target: Target) -> bytes:
     return said[:MOST_ERROR_BYTES]
 
 
-def _failure_of(error: Exception, target: Target) -> UpstreamFailure:
+def _failure_of(error: Exception, target: Endpoint) -> UpstreamError:
     model, origin = target.name, target.heads.origin
     if isinstance(error, TimeoutError):
-        return UpstreamFailure(f"{model} did not answer in time", timed_out=True)
+        return UpstreamError(f"{model} did not answer in time", timed_out=True)
     if isinstance(error, ssl.SSLCertVerificationError):
-        return UpstreamFailure(f"{model} cannot be reached: its certificate is not trusted (ssl_verify, SSL_CERT_FILE)")
-    if isinstance(error, ProxyRefused):
-        return UpstreamFailure(f"{model} cannot be reached: {error}")
-    if isinstance(error, NotHttp):  # it may have worked for this, so it is not asked again
-        return UpstreamFailure(f"{model} answered with something that is not HTTP")
-    if isinstance(error, Unanswered):
-        return lost(model)
+        return UpstreamError(f"{model} cannot be reached: its certificate is not trusted (ssl_verify, SSL_CERT_FILE)")
+    if isinstance(error, ProxyError):
+        return UpstreamError(f"{model} cannot be reached: {error}")
+    if isinstance(error, RemoteProtocolError):  # it may have worked for this, so it is not asked again
+        return UpstreamError(f"{model} answered with something that is not HTTP")
+    if isinstance(error, ConnectionClosed):
+        return connection_lost(model)
     return unreachable(error, model, f"{origin.host}:{origin.port}")

@@ -15,7 +15,7 @@ from proxy.errors import BadRequest
 from proxy.outbound import OutboundError
 from proxy.safety.redaction import is_reference, secrets_below
 from proxy.storage.models import ModelRecord
-from proxy.upstream.litellm.params import VERBATIM, is_openais, is_provider_param
+from proxy.upstream.litellm.params import VERBATIM, is_openai_url, is_provider_param
 
 DEFAULT_BASES = {"openai": "https://api.openai.com/v1", "openrouter": "https://openrouter.ai/api/v1"}
 """Where litellm goes without saying so, for those that speak OpenAI's format."""
@@ -62,7 +62,7 @@ def is_own_address(address: str, provider: str, default: str | None, environ: Ma
         default: where litellm goes for this provider if no address is stated, where that is known.
         environ: an address that it states for the provider is the provider's own.
     """
-    if provider == "openai" and is_openais(address):
+    if provider == "openai" and is_openai_url(address):
         return True
     prefix = provider.upper()
     named = [environ.get(f"{prefix}_{suffix}") for suffix in ("API_BASE", "BASE_URL")]

@@ -12,12 +12,12 @@ from typing import Any, Never
 
 import orjson
 
-from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamFailure
+from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamError
 from proxy.safety.json_shape import MAX_VALUES_AT_ONCE, SHALLOW, SMALL, TooMuchJson, check_shape
 from proxy.upstream.answer_room import AnswerBounds, AnswerRoom, Held
 from proxy.upstream.completion_reader import Joined, chunks_of_completion, form_of, has_choices
-from proxy.upstream.errors import LONGEST_WORDS, MAY_TELL, error_in, no_completion, reported
-from proxy.upstream.sse import ErrorData, EventCutter, EventTooLong, RawLine, dump, loads
+from proxy.upstream.errors import LONGEST_WORDS, MAY_TELL, error_in, not_a_completion, reported
+from proxy.upstream.sse import ErrorData, EventTooLong, RawLine, SSEDecoder, decode_json, encode_json
 from router_core.pricing import text_bytes
 
 _MODEL = re.compile(rb'(?<!\\)"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]++|\\.)*+")')
@@ -31,7 +31,7 @@ _LONGEST = 256
 _BACKSLASH = ord("\\")
 
 
-def with_model(raw: bytes, body: Mapping[str, Any], model: str) -> bytes | None:
+def replace_model(raw: bytes, body: Mapping[str, Any], model: str) -> bytes | None:
     """`raw` naming `model`; None where its own is no text, or written in a way that is not seen at once.
 
     Args:
@@ -99,7 +99,7 @@ def _value(model: str) -> bytes:
 _SAYING_NO_MORE = frozenset({"content", "role"})
 
 
-def plain_text(body: Mapping[str, Any]) -> str | None:
+def simple_text(body: Mapping[str, Any]) -> str | None:
     """The text of such a chunk or answer, which may be empty; None of any other, which has to be looked at in general.
 
     Fields of the delta that are null or empty, as some servers send them all, say nothing. What the choice has beside
@@ -125,7 +125,7 @@ def _says_more(part: Mapping[str, Any]) -> bool:
 
 
 @dataclass(slots=True)
-class Payload:
+class JSONPayload:
     """A whole completion, or one chunk of a stream."""
 
     body: dict[str, Any]
@@ -137,20 +137,20 @@ class Payload:
     def named(self, model: str) -> bytes:
         """As JSON, under our name for the model: the upstream's own bytes but for the value of `model`."""
         if self.raw is not None:
-            renamed = with_model(self.raw, self.body, model)
+            renamed = replace_model(self.raw, self.body, model)
             if renamed is not None:
                 return renamed
-        return dump({**self._exact(), "model": model})
+        return encode_json({**self._exact(), "model": model})
 
-    def without(self, name: str) -> Payload:
+    def without(self, name: str) -> JSONPayload:
         """All but this member."""
-        return Payload({each: value for each, value in self._exact().items() if each != name})
+        return JSONPayload({each: value for each, value in self._exact().items() if each != name})
 
     def _exact(self) -> dict[str, Any]:
-        return self.body if self.raw is None else exactly(self.raw, self.body)
+        return self.body if self.raw is None else reparse(self.raw, self.body)
 
 
-def parsed(data: bytes, *, checked: bool = False) -> tuple[Any, bytes | None]:
+def parse(data: bytes, *, checked: bool = False) -> tuple[Any, bytes | None]:
     """JSON, and its bytes where they may be shown as they are: not where they hold NaN, which is no JSON.
 
     Args:
@@ -165,17 +165,17 @@ def parsed(data: bytes, *, checked: bool = False) -> tuple[Any, bytes | None]:
     try:
         return orjson.loads(data), data
     except orjson.JSONDecodeError:  # also of half characters and NaN, which models do send
-        return loads(data), None
+        return decode_json(data), None
 
 
-def exact(data: bytes) -> tuple[Any, None]:
-    """As `parsed`, every number as it was written, for what is to be written again. Raises ValueError."""
+def parse_exact(data: bytes) -> tuple[Any, None]:
+    """As `parse`, every number as it was written, for what is to be written again. Raises ValueError."""
     check_shape(data, MAX_VALUES_AT_ONCE)
-    return loads(data), None
+    return decode_json(data), None
 
 
 async def parsed_in_turns(data: bytes) -> tuple[Any, bytes | None]:
-    """As `parsed`, of what holds too much for that: in a thread, by a parser that lets others run meanwhile. The usual
+    """As `parse`, of what holds too much for that: in a thread, by a parser that lets others run meanwhile. The usual
     ones hold the interpreter until they are done, in whichever thread. Raises ValueError."""
     return await asyncio.get_running_loop().run_in_executor(_PARSING, _patiently_parsed, data), data
 
@@ -199,10 +199,10 @@ _PATIENT.parse_object, _PATIENT.parse_array = _json.decoder.JSONObject, _json.de
 _PATIENT.scan_once = _json.scanner.py_make_scanner(_PATIENT)
 
 
-def exactly(data: bytes, body: dict[str, Any]) -> dict[str, Any]:
+def reparse(data: bytes, body: dict[str, Any]) -> dict[str, Any]:
     """What is to be written again. orjson, which made `body` of it, rounds whole numbers beyond 64 bits."""
     try:
-        read: dict[str, Any] = loads(data)
+        read: dict[str, Any] = decode_json(data)
     except ValueError:  # nested deeper than this parser follows
         return body
     return read
@@ -216,13 +216,13 @@ _NO_TEXT = frozenset({"role", "id", "type", "index", "format", "data", "url", "i
 
 _DEEPEST = 6
 
-_EMPTY_BY_RIGHT = frozenset({"length", "content_filter", "max_tokens"})
+EXPECTED_EMPTY_REASONS = frozenset({"length", "content_filter", "max_tokens"})
 """Ends of an answer that another model is not asked to better: the limit was the caller's, the filter a verdict."""
 
 
 def has_content(body: Mapping[str, Any]) -> bool:
     """Of a chunk or a whole completion."""
-    plain = plain_text(body)
+    plain = simple_text(body)
     if plain is not None:
         return bool(plain)
     for part in _parts(body):
@@ -243,7 +243,7 @@ def _says(value: Any, depth: int = 0) -> bool:
 
 def content_bytes(body: Mapping[str, Any]) -> int:
     """UTF-8 bytes of what a model wrote in a chunk or a whole completion; sounds and images are not counted."""
-    plain = plain_text(body)
+    plain = simple_text(body)
     if plain is not None:
         return text_bytes(plain)
     return sum(_text_size(part) for part in _parts(body))
@@ -272,13 +272,13 @@ def _gather(value: Any, texts: list[str], depth: int) -> None:
                 _gather(inner, texts, depth + 1)
 
 
-def is_empty_answer(body: Mapping[str, Any]) -> bool:
+def is_empty_completion(body: Mapping[str, Any]) -> bool:
     """A whole completion that says nothing, though nothing kept it from speaking."""
-    return not has_content(body) and not _EMPTY_BY_RIGHT.intersection(finish_reasons(body))
+    return not has_content(body) and not EXPECTED_EMPTY_REASONS.intersection(finish_reasons(body))
 
 
 def finish_reasons(body: Mapping[str, Any]) -> set[str]:
-    return {choice["finish_reason"] for choice in choices_of(body) if isinstance(choice.get("finish_reason"), str)}
+    return {choice["finish_reason"] for choice in iter_choices(body) if isinstance(choice.get("finish_reason"), str)}
 
 
 def is_usage_chunk(chunk: Mapping[str, Any]) -> bool:
@@ -299,14 +299,14 @@ def usage_chunk(like: Mapping[str, Any], usage: object) -> dict[str, Any]:
     return {**kept, "choices": [], "usage": usage}
 
 
-def choices_of(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def iter_choices(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     choices = body.get("choices")
     if isinstance(choices, list):
         yield from (choice for choice in choices if isinstance(choice, Mapping))
 
 
 def _parts(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    for choice in choices_of(body):
+    for choice in iter_choices(body):
         for name in ("message", "delta"):
             part = choice.get(name)
             if isinstance(part, Mapping):
@@ -356,7 +356,7 @@ class ChoiceEnds:
             if index not in self._begun:
                 self._begun.add(index)
                 if len(self._begun) > MOST_CHOICES:
-                    raise UpstreamFailure(f"the model's answer has more than {MOST_CHOICES} choices")
+                    raise UpstreamError(f"the model's answer has more than {MOST_CHOICES} choices")
             if choice.get("finish_reason"):
                 self._ended.add(index)
 
@@ -377,7 +377,7 @@ class ChunkReader:
 
     def __init__(
         self,
-        parse: Parse = parsed,
+        parse: Parse = parse,
         *,
         room: AnswerRoom | None = None,
         answers: int = 1,
@@ -392,7 +392,7 @@ class ChunkReader:
         self._room = room or AnswerRoom()
         self._held = Held(self._room)
         """For the event that is not over."""
-        self._cutter = EventCutter(self._room.largest)
+        self._cutter = SSEDecoder(self._room.largest)
         self._parse = parse
         self._answers = answers
         self._headers = headers
@@ -407,7 +407,7 @@ class ChunkReader:
         """A chunk has come."""
         self.over = False
         """Nothing more is to be read."""
-        self.failure: UpstreamFailure | None = None
+        self.failure: UpstreamError | None = None
         """What ended it, after the chunks before."""
 
     @property
@@ -415,16 +415,16 @@ class ChunkReader:
         """The answer has come to its end: of every choice, or [DONE] after something."""
         return (self._told_done and self._ends.begun) or self._ends.all()
 
-    def feed(self, piece: bytes) -> list[Payload]:
+    def feed(self, piece: bytes) -> list[JSONPayload]:
         if self._head is not None:
             return self._begin(self._head + piece)
         if self._json is not None:
             return self._go_on_with_json(self._json, piece)
         return self._events(piece)
 
-    def close(self) -> list[Payload]:
+    def close(self) -> list[JSONPayload]:
         """Nothing more comes."""
-        block: list[Payload] = []
+        block: list[JSONPayload] = []
         if self._head:
             block = self._events(self._head)
         if self._json is not None:
@@ -450,15 +450,15 @@ class ChunkReader:
         return self.over
 
     @property
-    def fault(self) -> UpstreamFailure | None:
+    def fault(self) -> UpstreamError | None:
         """Of a stream that is over: what was wrong with how it ended."""
         if self.failure is not None or self.finished:
             return self.failure
         if self._other and not self.begun:
-            return no_completion("the model", self._other, self._headers)
-        return UpstreamFailure("the model's stream ended before its answer did")
+            return not_a_completion("the model", self._other, self._headers)
+        return UpstreamError("the model's stream ended before its answer did")
 
-    def _begin(self, head: bytes) -> list[Payload]:
+    def _begin(self, head: bytes) -> list[JSONPayload]:
         """Once it is known what this is."""
         form = form_of(head)
         if form is None:
@@ -472,11 +472,11 @@ class ChunkReader:
             self._other = b""
         return self._events(head)
 
-    def _go_on_with_json(self, body: _JsonBody, piece: bytes) -> list[Payload]:
+    def _go_on_with_json(self, body: _JsonBody, piece: bytes) -> list[JSONPayload]:
         had_little = body.size < _LONGEST_REST
         try:
             body.add(piece)
-        except UpstreamFailure as failure:
+        except UpstreamError as failure:
             return self._fail(failure)
         if had_little and b"\n" in piece:
             said = body.whole()
@@ -484,12 +484,12 @@ class ChunkReader:
                 return self._events_after_all(body, said)
         return []
 
-    def _events_after_all(self, body: _JsonBody, said: bytes) -> list[Payload]:
+    def _events_after_all(self, body: _JsonBody, said: bytes) -> list[JSONPayload]:
         body.bounds.restart()
         self._json = None
         return self._events(said)
 
-    def _of_whole_json(self, body: _JsonBody) -> list[Payload]:
+    def _of_whole_json(self, body: _JsonBody) -> list[JSONPayload]:
         """A completion in place of a stream, or an error."""
         said = body.whole()
         try:
@@ -501,17 +501,17 @@ class ChunkReader:
             return self._events_after_all(body, said)
         self.over = True
         if not isinstance(completion, dict) or error_in(completion) is not None or not has_choices(completion):
-            return self._fail(no_completion("the model", completion, self._headers))
-        chunks = chunks_of_completion(exactly(said, completion))
+            return self._fail(not_a_completion("the model", completion, self._headers))
+        chunks = chunks_of_completion(reparse(said, completion))
         try:
             for chunk in chunks:
                 self._ends.see(chunk["choices"])
-        except UpstreamFailure as failure:
+        except UpstreamError as failure:
             return self._fail(failure)
         self.begun, self._json = True, None
-        return [Payload(chunk, held=body.bounds.held) for chunk in chunks]
+        return [JSONPayload(chunk, held=body.bounds.held) for chunk in chunks]
 
-    def _events(self, piece: bytes) -> list[Payload]:
+    def _events(self, piece: bytes) -> list[JSONPayload]:
         if self._other is not None and len(self._other) < _LONGEST_REST:
             self._other = (self._other + piece)[:_LONGEST_REST]
         cutter = self._cutter
@@ -532,18 +532,18 @@ class ChunkReader:
         if size > SMALL:
             self._held.grow_to(size)
 
-    def _block(self, events: list[bytes]) -> list[Payload]:
-        block: list[Payload] = []
+    def _block(self, events: list[bytes]) -> list[JSONPayload]:
+        block: list[JSONPayload] = []
         for event in events:
             try:
                 self._add(event, block)
-            except UpstreamFailure as failure:
+            except UpstreamError as failure:
                 self._fail(failure)
             if self.over:
                 break
         return block
 
-    def _add(self, event: bytes, block: list[Payload]) -> None:
+    def _add(self, event: bytes, block: list[JSONPayload]) -> None:
         """Raises UpstreamFailure."""
         data = event.strip()
         if type(event) is ErrorData:
@@ -567,15 +567,15 @@ class ChunkReader:
         self.begun = True
         self._ends.see(chunk.body["choices"])
 
-    def _add_lines(self, lines: list[bytes], block: list[Payload], error: ValueError) -> None:
+    def _add_lines(self, lines: list[bytes], block: list[JSONPayload], error: ValueError) -> None:
         """Events of some servers, with no blank line between them."""
         if len(lines) == 1:
-            raise UpstreamFailure(_NO_JSON) from error
+            raise UpstreamError(_NO_JSON) from error
         for line in lines:
             if not self.over:
                 self._add(line, block)
 
-    def _fail(self, failure: UpstreamFailure) -> list[Payload]:
+    def _fail(self, failure: UpstreamError) -> list[JSONPayload]:
         self.failure, self.over = failure, True
         self.drop()
         return []
@@ -615,7 +615,7 @@ class CompletionReader:
 
         Args:
             bounds: of the body, and what holds its room; the completion has that then.
-            parse: None: as `parsed`.
+            parse: None: as `parse`.
         """
         self._model = model
         self._bounds = bounds
@@ -669,24 +669,24 @@ class CompletionReader:
     def _event_reader(self) -> ChunkReader:
         """Of events that are counted as a whole here."""
         room = AnswerRoom(self._bounds.room.largest)
-        return ChunkReader(exact, room=room, answers=self._answers, headers=self._headers)
+        return ChunkReader(parse_exact, room=room, answers=self._answers, headers=self._headers)
 
     def break_off(self) -> bool:
         """The connection broke. Whether the answer had ended before."""
         return self._events is not None and self._events.break_off()
 
-    def completion(self) -> Payload:
+    def completion(self) -> JSONPayload:
         """Once all has come. Raises UpstreamFailure."""
         if self._events is not None:
             return self._put_together(self._events)
         said = self._said()
         try:
-            read, raw = parsed(said, checked=len(said) > SMALL) if self._parse is None else self._parse(said)
+            read, raw = parse(said, checked=len(said) > SMALL) if self._parse is None else self._parse(said)
         except ValueError as error:
             return self._of_no_json(said, error)
         return self._of_json(read, raw)
 
-    async def completion_in_turns(self) -> Payload:
+    async def completion_in_turns(self) -> JSONPayload:
         """As `completion`, and others get a turn while much is parsed."""
         if self._events is not None or self._bounds.values <= MAX_VALUES_AT_ONCE:
             return self.completion()
@@ -701,12 +701,12 @@ class CompletionReader:
         pieces, self._pieces = self._pieces, []
         return (pieces[0] if len(pieces) == 1 else b"".join(pieces)).removeprefix(codecs.BOM_UTF8)
 
-    def _of_json(self, read: Any, raw: bytes | None) -> Payload:
+    def _of_json(self, read: Any, raw: bytes | None) -> JSONPayload:
         completion = completion_of(self._model, read, raw, self._headers)
         completion.held = self._bounds.held
         return completion
 
-    def _of_no_json(self, said: bytes, error: ValueError) -> Payload:
+    def _of_no_json(self, said: bytes, error: ValueError) -> JSONPayload:
         """It may only have begun like JSON."""
         if isinstance(error, TooMuchJson):
             raise AnswerTooLarge(f"the model's answer {error}") from error
@@ -714,37 +714,37 @@ class CompletionReader:
         self._join(events.feed(said))
         self._join(events.close())
         if events.failure is None and not events.begun:
-            raise no_completion(self._model, said, self._headers) from None
+            raise not_a_completion(self._model, said, self._headers) from None
         return self._put_together(events)
 
-    def _put_together(self, events: ChunkReader) -> Payload:
+    def _put_together(self, events: ChunkReader) -> JSONPayload:
         if not events.over:
             self._join(events.close())
         if (fault := events.fault) is not None:
             raise fault
-        return Payload(self._joined.completion(), held=self._bounds.held)
+        return JSONPayload(self._joined.completion(), held=self._bounds.held)
 
-    def _join(self, block: list[Payload]) -> None:
+    def _join(self, block: list[JSONPayload]) -> None:
         for chunk in block:
             self._joined.add(chunk.body)
 
 
-def completion_of(model: str, said: Any, raw: bytes | None, headers: Mapping[str, str] | None = None) -> Payload:
+def completion_of(model: str, said: Any, raw: bytes | None, headers: Mapping[str, str] | None = None) -> JSONPayload:
     """Raises UpstreamFailure: it is none, or tells of an error."""
     if not isinstance(said, dict) or error_in(said) is not None or not has_choices(said):
-        raise no_completion(model, said, headers)
+        raise not_a_completion(model, said, headers)
     if not said.get("usage"):
         for choice in said["choices"]:
             if isinstance(choice.get("usage"), dict):
-                whole = said if raw is None else exactly(raw, said)
-                return Payload({**whole, "usage": choice["usage"]})
-    return Payload(said, raw)
+                whole = said if raw is None else reparse(raw, said)
+                return JSONPayload({**whole, "usage": choice["usage"]})
+    return JSONPayload(said, raw)
 
 
 def _is_of_a_stream(line: bytes) -> bool:
     """Whether a line of JSON alone is an error or a chunk, which belongs into an event."""
     try:
-        said = exact(line)[0]
+        said = parse_exact(line)[0]
     except ValueError:
         return False
     return isinstance(said, dict) and (error_in(said) is not None or ("choices" in said and not has_choices(said)))
@@ -753,20 +753,20 @@ def _is_of_a_stream(line: bytes) -> bool:
 def _error_of(data: bytes) -> Any:
     """What an event that is called an error says."""
     try:
-        said = exact(data)[0]
+        said = parse_exact(data)[0]
     except ValueError:
         return {"error": data.decode("utf-8", "replace")[:LONGEST_WORDS]}
     return said if error_in(said) is not None else {"error": said}
 
 
-def chunk_of(data: bytes, parse: Parse = parsed) -> Payload:
+def chunk_of(data: bytes, parse: Parse = parse) -> JSONPayload:
     """Raises UpstreamFailure. No choices and no delta, which some servers say as null, become what clients expect."""
     try:
         said, raw = parse(data)
     except TooMuchJson as error:
         raise _too_much(error) from error
     except ValueError as error:
-        raise UpstreamFailure(_NO_JSON) from error
+        raise UpstreamError(_NO_JSON) from error
     return _chunk(said, raw, data)
 
 
@@ -774,26 +774,26 @@ def _too_much(error: TooMuchJson) -> AnswerTooLarge:
     return AnswerTooLarge(f"the model sent an event that {error}")
 
 
-def _chunk(said: Any, raw: bytes | None, data: bytes, headers: Mapping[str, str] | None = None) -> Payload:
+def _chunk(said: Any, raw: bytes | None, data: bytes, headers: Mapping[str, str] | None = None) -> JSONPayload:
     if not isinstance(said, dict):
-        raise UpstreamFailure("the model sent an event that is not a JSON object")
+        raise UpstreamError("the model sent an event that is not a JSON object")
     odd = said.get("object") == "error" or not MAY_TELL.isdisjoint(said)
     choices = said.get("choices")
     if not isinstance(choices, list | None):
         _raise_if_error(said, headers)
-        raise UpstreamFailure(_ODD_CHOICES)
+        raise UpstreamError(_ODD_CHOICES)
     usual = choices is not None
     for choice in choices or ():
         if not isinstance(choice, dict):
             _raise_if_error(said, headers)
-            raise UpstreamFailure(_ODD_CHOICES)
+            raise UpstreamError(_ODD_CHOICES)
         odd = odd or "error" in choice or bool(choice.get("finish_reason"))
         usual = usual and choice.get("delta") is not None and "usage" not in choice
     if odd:
         _raise_if_error(said, headers)
     if not usual or b"\n" in data or b"\r" in data:  # an event is one line here
-        return Payload(_filled(exactly(data, said)))
-    return Payload(said, raw)
+        return JSONPayload(_filled(reparse(data, said)))
+    return JSONPayload(said, raw)
 
 
 def _raise_if_error(said: dict[str, Any], headers: Mapping[str, str] | None) -> None:

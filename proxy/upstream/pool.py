@@ -11,7 +11,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 import aiohappyeyeballs
 
 from proxy.outbound import USUAL, Trust
-from proxy.upstream.connection import Connection, NotHttp
+from proxy.upstream.connection import HTTP11Connection, RemoteProtocolError
 
 KEPT_ALIVE_S = 30.0
 """A connection, after its last answer."""
@@ -24,7 +24,7 @@ _EYEBALLS_S = 0.25
 """Until the next address of a name is tried beside the first (RFC 8305)."""
 
 
-class ProxyRefused(Exception):
+class ProxyError(Exception):
     """The HTTP proxy on the way gave no way."""
 
 
@@ -40,7 +40,7 @@ class Origin:
     """Whose certificates count."""
 
 
-class Connections:
+class ConnectionPool:
     """One per process, on one event loop. To be closed."""
 
     def __init__(self, most: int, context: Callable[[Trust], ssl.SSLContext]) -> None:
@@ -52,14 +52,14 @@ class Connections:
         self._most = most
         self._context = context
         self._busy = 0
-        self._idle: dict[Origin, dict[Connection, float]] = {}
+        self._idle: dict[Origin, dict[HTTP11Connection, float]] = {}
         """The newest last, each with the time at which it is given up."""
         self._idle_count = 0
         self._places: deque[asyncio.Future[None]] = deque()
         self._sweeping: asyncio.TimerHandle | None = None
         self._closed = False
 
-    async def take(self, origin: Origin, within_s: float) -> Connection:
+    async def take(self, origin: Origin, within_s: float) -> HTTP11Connection:
         """A kept one, else a new one: for `give_back` or `drop`.
 
         Raises:
@@ -67,7 +67,7 @@ class Connections:
             OSError, ProxyRefused: it cannot be opened.
         """
         if self._busy >= self._most or self._places:
-            await self._place()
+            await self._acquire_slot()
         else:
             self._busy += 1
         if (kept := self._kept(origin)) is not None:
@@ -78,10 +78,10 @@ class Connections:
             async with asyncio.timeout(within_s):
                 return await self._opened(origin)
         except BaseException:
-            self._leave()
+            self._release_slot()
             raise
 
-    def _kept(self, origin: Origin) -> Connection | None:
+    def _kept(self, origin: Origin) -> HTTP11Connection | None:
         """The one that was used last, if another request can still go over it."""
         idle = self._idle.get(origin)
         while idle:
@@ -92,7 +92,7 @@ class Connections:
             connection.close()
         return None
 
-    def give_back(self, origin: Origin, connection: Connection) -> None:
+    def release(self, origin: Origin, connection: HTTP11Connection) -> None:
         """Kept, where another request can go over it."""
         if self._closed or not connection.reusable:
             self.drop(connection)
@@ -100,13 +100,13 @@ class Connections:
         connection.rest()
         self._idle.setdefault(origin, {})[connection] = asyncio.get_running_loop().time() + KEPT_ALIVE_S
         self._idle_count += 1
-        self._leave()
+        self._release_slot()
         if self._sweeping is None:
             self._sweep()
 
-    def drop(self, connection: Connection) -> None:
+    def drop(self, connection: HTTP11Connection) -> None:
         connection.close()
-        self._leave()
+        self._release_slot()
 
     async def aclose(self) -> None:
         """Those that are idle. The others are closed by whoever uses them."""
@@ -120,7 +120,7 @@ class Connections:
         self._idle_count = 0
         await asyncio.sleep(0)
 
-    async def _place(self) -> None:
+    async def _acquire_slot(self) -> None:
         """Returns with a place that is ours already."""
         place = asyncio.get_running_loop().create_future()
         self._places.append(place)
@@ -128,12 +128,12 @@ class Connections:
             await place
         except asyncio.CancelledError:
             if place.done() and not place.cancelled():
-                self._leave()  # it was given to us in this moment
+                self._release_slot()  # it was given to us in this moment
             elif place in self._places:
                 self._places.remove(place)
             raise
 
-    def _leave(self) -> None:
+    def _release_slot(self) -> None:
         """A place is free: it is that of the next who waits for one."""
         while self._places:
             place = self._places.popleft()
@@ -142,7 +142,7 @@ class Connections:
                 return
         self._busy -= 1
 
-    async def _opened(self, origin: Origin) -> Connection:
+    async def _opened(self, origin: Origin) -> HTTP11Connection:
         if origin.proxy is None:
             tls = self._context(origin.trust) if origin.tls else None
             return await self._connected(origin.host, origin.port, tls)
@@ -157,18 +157,18 @@ class Connections:
                 raise
         return connection
 
-    async def _connected(self, host: str, port: int, tls: ssl.SSLContext | None) -> Connection:
+    async def _connected(self, host: str, port: int, tls: ssl.SSLContext | None) -> HTTP11Connection:
         loop = asyncio.get_running_loop()
         addresses = await loop.getaddrinfo(host, port, type=1)
         _, connection = await loop.create_connection(
-            lambda: Connection(self._lost),
+            lambda: HTTP11Connection(self._lost),
             sock=await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=_EYEBALLS_S),
             ssl=tls,
             server_hostname=host if tls else None,
         )
         return connection
 
-    async def _tunnel(self, connection: Connection, origin: Origin) -> None:
+    async def _tunnel(self, connection: HTTP11Connection, origin: Origin) -> None:
         authority = authority_of(origin.host, origin.port)
         lines = [f"CONNECT {authority} HTTP/1.1", f"host: {authority}"]
         if credentials := credentials_of(origin.proxy or ""):
@@ -177,12 +177,12 @@ class Connections:
         try:
             await connection.answered()
             if connection.status != 200:
-                raise ProxyRefused(f"the HTTP proxy answered with status {connection.status}")
+                raise ProxyError(f"the HTTP proxy answered with status {connection.status}")
             await connection.secure(self._context(origin.trust), origin.host)
-        except NotHttp as error:  # nothing has gone to the model yet
-            raise ProxyRefused(f"the HTTP proxy answered otherwise than in HTTP: {error}") from error
+        except RemoteProtocolError as error:  # nothing has gone to the model yet
+            raise ProxyError(f"the HTTP proxy answered otherwise than in HTTP: {error}") from error
 
-    def _lost(self, connection: Connection) -> None:
+    def _lost(self, connection: HTTP11Connection) -> None:
         for idle in self._idle.values():
             if idle.pop(connection, None) is not None:
                 self._idle_count -= 1

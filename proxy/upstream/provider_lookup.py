@@ -12,7 +12,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from proxy.concurrency import end
+from proxy.concurrency import cancel_and_wait
 
 log = logging.getLogger("uniroute.upstream")
 
@@ -91,7 +91,7 @@ class Lookup:
         return {mark: answer for mark, answer in found.items() if not isinstance(answer, NotAsked)}
 
     async def aclose(self) -> None:
-        await end(self._working)
+        await cancel_and_wait(self._working)
 
     async def _work(self) -> None:
         reason = NotAsked("this process ends")

@@ -12,20 +12,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from proxy.errors import BadRequest, Unavailable
+from proxy.errors import BadRequest, ServiceUnavailable
 from proxy.safety.redaction import bare_address
 from proxy.settings.models import Forward, SettingsError
-from proxy.storage.models import ModelRecord, Resolved
+from proxy.storage.models import ModelRecord, ResolvedProvider
 from proxy.storage.redis import InvalidRecord
-from proxy.upstream.litellm.params import STRAYING, VERBATIM, is_openais, is_provider_param
+from proxy.upstream.litellm.params import FOLLOWS_REDIRECTS, VERBATIM, is_openai_url, is_provider_param
 from proxy.upstream.origins import DEFAULT_BASES, address_of, check_environment_key, is_own_address
 from proxy.upstream.provider_lookup import Found, Lookup, NotAsked, alone
 from proxy.words import words
 
-SPEAKERS = VERBATIM | words("azure deepseek fireworks_ai groq mistral openrouter together_ai xai")
+OPENAI_COMPATIBLE = VERBATIM | words("azure deepseek fireworks_ai groq mistral openrouter together_ai xai")
 """Providers that read OpenAI's chat completions and answer in them: `auto` relays to these."""
 
-RELAYED = words("api_base base_url api_key organization custom_llm_provider extra_headers headers ssl_verify")
+DIRECT_PARAMS = words("api_base base_url api_key organization custom_llm_provider extra_headers headers ssl_verify")
 """Parameters of a model that a relayed call has a place for. Whoever states others wants litellm's handling."""
 
 LIMITS = ("max_tokens", "max_completion_tokens")
@@ -37,7 +37,7 @@ class NotResolved(ValueError):
     """No provider is known by this name, or not one that can be reached in the way that was asked for."""
 
 
-def questions(params: Mapping[str, Any]) -> dict[str, Any]:
+def cache_query(params: Mapping[str, Any]) -> dict[str, Any]:
     """What the answer depends on, and no secret: names of parameters, values of three."""
     address = address_of(params)
     return {
@@ -48,34 +48,34 @@ def questions(params: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def plainly(params: Mapping[str, Any], forward: Forward) -> Resolved | None:
+def resolve_static(params: Mapping[str, Any], forward: Forward) -> ResolvedProvider | None:
     """Of a server with an address that reads OpenAI's format, as its provider's name says. None: ask litellm."""
     address, (prefix, _, bare) = address_of(params), str(params["model"]).partition("/")
     provider = params.get("custom_llm_provider") or prefix
-    if provider not in VERBATIM or not address or is_openais(address) or not bare:
+    if provider not in VERBATIM or not address or is_openai_url(address) or not bare:
         return None
     without_place = _without_place(filter(is_provider_param, params))
     if forward == "relay" and without_place:
         return None  # it is refused there
     model = bare if prefix == provider else params["model"]
     translated = forward == "translate" or bool(without_place)
-    return Resolved("translate" if translated else "relay", model, provider, address)
+    return ResolvedProvider("translate" if translated else "relay", model, provider, address)
 
 
-def by_litellm(litellm: Any, asked: Mapping[str, Any], forward: Forward) -> Resolved:
+def resolve_with_litellm(litellm: Any, asked: Mapping[str, Any], forward: Forward) -> ResolvedProvider:
     """Raises NotResolved, and what litellm raises."""
     model, provider, _, base = litellm.get_llm_provider(
         asked["model"], custom_llm_provider=asked["custom_llm_provider"], api_base=asked["api_base"]
     )
-    if provider in STRAYING:
+    if provider in FOLLOWS_REDIRECTS:
         raise NotResolved(f"{provider} is not served, for it follows redirects")
-    compatible = provider in SPEAKERS or provider in litellm.openai_compatible_providers
+    compatible = provider in OPENAI_COMPATIBLE or provider in litellm.openai_compatible_providers
     base = asked["api_base"] or (base or DEFAULT_BASES.get(provider) if compatible else None)
     own = not asked["api_base"] or is_own_address(asked["api_base"], provider, _default(litellm, asked), os.environ)
     if forward == "translate" or not _is_relayed(provider, base, asked["stated"], forward):
-        return Resolved("translate", model, provider, own_address=own and bool(asked["api_base"]))
+        return ResolvedProvider("translate", model, provider, own_address=own and bool(asked["api_base"]))
     key = _key_variable(litellm, model, provider) if own else None
-    return Resolved("relay", model, provider, base, key, _renames(litellm, model, provider), own)
+    return ResolvedProvider("relay", model, provider, base, key, _renames(litellm, model, provider), own)
 
 
 def _default(litellm: Any, asked: Mapping[str, Any]) -> str | None:
@@ -96,12 +96,12 @@ def _is_relayed(provider: str, base: str | None, stated: Collection[str], forwar
         return True
     if provider == "azure" and "/openai/v1" not in (base or ""):
         return False  # the older interface, with deployments and versions in the path
-    return provider in SPEAKERS and bool(base) and not _without_place(stated)
+    return provider in OPENAI_COMPATIBLE and bool(base) and not _without_place(stated)
 
 
 def _without_place(stated: Iterable[str]) -> list[str]:
     """Parameters for the provider that only litellm can do something with."""
-    return sorted(set(stated) - RELAYED)
+    return sorted(set(stated) - DIRECT_PARAMS)
 
 
 def _key_variable(litellm: Any, model: str, provider: str) -> str | None:
@@ -165,7 +165,7 @@ class Resolver:
                 log.info("the provider of %s is looked up after those of %d other models", record.name, self.waiting)
             (found,) = await self._found([record])
         except NotAsked as error:
-            raise Unavailable(f"the provider of {record.name} could not be looked up: {error}") from error
+            raise ServiceUnavailable(f"the provider of {record.name} could not be looked up: {error}") from error
         if isinstance(found, str):
             raise BadRequest(f"{record.name}: {found}", param="litellm_params.model")
         found_record = replace(record, resolved=found)
@@ -183,12 +183,14 @@ class Resolver:
             found = await self._found(known)
         except NotAsked as error:
             log.warning("providers could not be looked up, models are translated: %s", error)
-            found = [plainly(record.litellm_params, record.info.forward) or str(error) for record in known]
+            found = [resolve_static(record.litellm_params, record.info.forward) or str(error) for record in known]
         for record, each in zip(known, found, strict=True):
             if isinstance(each, str):
                 log.error("model %s: %s", record.name, each)
         pairs = zip(known, found, strict=True)
-        resolved = [replace(record, resolved=each) if isinstance(each, Resolved) else record for record, each in pairs]
+        resolved = [
+            replace(record, resolved=each) if isinstance(each, ResolvedProvider) else record for record, each in pairs
+        ]
         try:
             for record in resolved:
                 check_environment_key(record, self._environ)
@@ -196,18 +198,18 @@ class Resolver:
             raise SettingsError(error.message) from None
         return resolved
 
-    async def _found(self, records: Sequence[ModelRecord]) -> list[Resolved | str]:
+    async def _found(self, records: Sequence[ModelRecord]) -> list[ResolvedProvider | str]:
         """What each was resolved to, or why it cannot be. Raises NotAsked."""
-        plain = [plainly(record.litellm_params, record.info.forward) for record in records]
+        plain = [resolve_static(record.litellm_params, record.info.forward) for record in records]
         asked = [
-            {**questions(record.litellm_params), "forward": record.info.forward}
+            {**cache_query(record.litellm_params), "forward": record.info.forward}
             for record, found in zip(records, plain, strict=True)
             if found is None
         ]
         answers = iter(await self._answers(asked) if asked else [])
         return [next(answers) if found is None else found for found in plain]
 
-    async def _answers(self, asked: Sequence[Mapping[str, Any]]) -> list[Resolved | str]:
+    async def _answers(self, asked: Sequence[Mapping[str, Any]]) -> list[ResolvedProvider | str]:
         marks = [self._mark(each) for each in asked]
         kept = self._kept()
         missing = {mark: each for mark, each in zip(marks, asked, strict=True) if mark not in kept}
@@ -256,8 +258,8 @@ def _is_answer(kept: Any) -> bool:
     return True
 
 
-def _read(answer: Any) -> Resolved | str:
+def _read(answer: Any) -> ResolvedProvider | str:
     """What it was resolved to, or why it is refused. Raises InvalidRecord."""
     if isinstance(answer, dict) and isinstance(answer.get("refused"), str):
         return str(answer["refused"])
-    return Resolved.from_json(answer.get("resolved") if isinstance(answer, dict) else None)
+    return ResolvedProvider.from_json(answer.get("resolved") if isinstance(answer, dict) else None)

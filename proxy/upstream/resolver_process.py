@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from proxy.upstream.litellm.setup import import_litellm
-from proxy.upstream.provider_resolution import NotResolved, by_litellm
+from proxy.upstream.provider_resolution import NotResolved, resolve_with_litellm
 
 MOST_MEMORY = 2**30
 """Bytes of address space. 300 MiB are what litellm takes, 190 of them in memory."""
@@ -26,7 +26,7 @@ def answer(litellm: Any, asked: dict[str, Any]) -> dict[str, Any]:
     import openai
 
     try:
-        return {"resolved": by_litellm(litellm, asked, asked["forward"]).to_json()}
+        return {"resolved": resolve_with_litellm(litellm, asked, asked["forward"]).to_json()}
     except NotResolved as error:
         return {"refused": str(error)}
     except (openai.OpenAIError, *ODD):

@@ -25,7 +25,7 @@ class RawLine(bytes):
     """A line of JSON that no field name stands before, as some servers write an error into a stream."""
 
 
-class EventCutter:
+class SSEDecoder:
     """Feed it bytes, however they are split; it gives the data of each whole event.
 
     U+2028, U+0085 and form feeds inside JSON are not line ends, which str.splitlines would make of them. Data that is
@@ -61,11 +61,11 @@ class EventCutter:
     def _usual(self, whole: bytes) -> list[bytes]:
         """Of events that are over: most are one line of data, and need no look at their lines."""
         found = []
-        for event in whole.split(b"\n\n"):
-            if event.startswith(b"data: ") and b"\n" not in event and event[6:7] != b":":
-                found.append(event[6:])
+        for format_event in whole.split(b"\n\n"):
+            if format_event.startswith(b"data: ") and b"\n" not in format_event and format_event[6:7] != b":":
+                found.append(format_event[6:])
             else:
-                found += [data for line in (*event.split(b"\n"), b"") for data in self._line(line)]
+                found += [data for line in (*format_event.split(b"\n"), b"") for data in self._line(line)]
         return found
 
     def _lines(self, piece: bytes) -> list[bytes]:
@@ -135,18 +135,18 @@ class EventCutter:
 _PINGS = frozenset({b"ping", b"heartbeat", b"keepalive", b"keep-alive"})
 
 
-def event(payload: Mapping[str, Any]) -> bytes:
-    return b"data: " + dump(payload) + b"\n\n"
+def format_event(payload: Mapping[str, Any]) -> bytes:
+    return b"data: " + encode_json(payload) + b"\n\n"
 
 
-def dump(payload: Mapping[str, Any]) -> bytes:
+def encode_json(payload: Mapping[str, Any]) -> bytes:
     """Compact JSON. Half characters, which models do send when they cut an emoji in two, stay escaped; NaN is null."""
     try:
         return json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:
         return json.dumps(_finite(payload), separators=(",", ":")).encode()
     except ValueError:
-        return dump(_finite(payload))
+        return encode_json(_finite(payload))
 
 
 def _finite(value: Any) -> Any:
@@ -158,7 +158,7 @@ def _finite(value: Any) -> Any:
     return [_finite(inner) for inner in value] if isinstance(value, list) else value
 
 
-def loads(data: bytes) -> Any:
+def decode_json(data: bytes) -> Any:
     """JSON from an upstream. ValueError, also where it is nested beyond the stack."""
     try:
         return json.loads(data)

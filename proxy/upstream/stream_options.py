@@ -3,9 +3,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from proxy.errors import UpstreamFailure
+from proxy.errors import UpstreamError
 from proxy.storage.models import ModelRecord
-from proxy.upstream.sse import dump
+from proxy.upstream.sse import encode_json
 
 log = logging.getLogger("uniroute.upstream")
 
@@ -22,7 +22,7 @@ class StreamOptions:
         stated = record.info.supports_stream_options
         return self._refused.get(record.name) is not record if stated is None else stated
 
-    def are_in_doubt(self, record: ModelRecord, failure: UpstreamFailure) -> bool:
+    def are_in_doubt(self, record: ModelRecord, failure: UpstreamError) -> bool:
         """Whether `failure` is about them, so that the model is to be asked once more without."""
         in_doubt = record.info.supports_stream_options is None and self.are_sent_to(record)
         return in_doubt and failure.status in _REFUSING and _names_them(failure)
@@ -36,10 +36,10 @@ class StreamOptions:
         )
         self._refused[record.name] = record
 
-    def forget_others(self, models: Mapping[str, ModelRecord]) -> None:
+    def retain(self, models: Mapping[str, ModelRecord]) -> None:
         self._refused = {name: record for name, record in self._refused.items() if models.get(name) is record}
 
 
-def _names_them(failure: UpstreamFailure) -> bool:
-    said = failure.body if isinstance(failure.body, bytes) else dump({"": failure.body})
+def _names_them(failure: UpstreamError) -> bool:
+    said = failure.body if isinstance(failure.body, bytes) else encode_json({"": failure.body})
     return b"stream_options" in said or b"include_usage" in said

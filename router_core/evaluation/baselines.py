@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from router_core.evaluation.curves import Curve
-from router_core.evaluation.trials import Asked, Estimator, Known
+from router_core.evaluation.trials import History, LabelledSample, PromptEstimator
 from router_core.types import Doubles, Floats, Indices
 
 
@@ -52,22 +52,22 @@ SMOOTHING = 5.0
 """Labels that the model's mean counts as: of 0.5, 2, 5 and 10 the best at 100 and 400 labels of llmrouter9."""
 
 
-def knn(known: Known) -> Estimator:
+def knn(known: History) -> PromptEstimator:
     """k is chosen on the known models; with none, on the asked prompts, each left out once."""
 
-    def estimate(k: int, asked: Asked, vectors: Floats) -> Doubles:
+    def estimate(k: int, asked: LabelledSample, vectors: Floats) -> Doubles:
         return neighbour_means(vectors @ known.vectors[asked.rows].T, asked, k)
 
     tuned = Tuned(known, NEIGHBOURS, estimate, 0)
 
-    def estimator(asked: Asked, vectors: Floats) -> Doubles:
+    def estimator(asked: LabelledSample, vectors: Floats) -> Doubles:
         k = tuned.choice(len(asked.rows)) or best_neighbour_count(known.vectors[asked.rows], asked)
         return estimate(k, asked, vectors)
 
     return estimator
 
 
-def neighbour_means(cosines: Floats, asked: Asked, k: int) -> Doubles:
+def neighbour_means(cosines: Floats, asked: LabelledSample, k: int) -> Doubles:
     """(t, M) means over the k labelled prompts of the largest (t, N) cosines, leaning on the model's mean.
 
     A cosine of -inf is no neighbour, and not in the mean either.
@@ -84,7 +84,7 @@ def neighbour_means(cosines: Floats, asked: Asked, k: int) -> Doubles:
     return expected
 
 
-def best_neighbour_count(vectors: Floats, asked: Asked) -> int:
+def best_neighbour_count(vectors: Floats, asked: LabelledSample) -> int:
     """The k with the least squared error on each asked prompt, told by the others."""
     cosines = vectors @ vectors.T
     np.fill_diagonal(cosines, -np.inf)
@@ -97,22 +97,22 @@ STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)
 UNTUNED = 0.0
 
 
-def ridge(known: Known) -> Estimator:
+def ridge(known: History) -> PromptEstimator:
     """The penalty is chosen on the known models; with none, on the asked prompts, each left out once."""
 
-    def estimate(strength: float, asked: Asked, vectors: Floats) -> Doubles:
+    def estimate(strength: float, asked: LabelledSample, vectors: Floats) -> Doubles:
         return linear_errors(known.vectors[asked.rows].astype(np.float64), asked, vectors, strength)
 
     tuned = Tuned(known, STRENGTHS, estimate, UNTUNED)
 
-    def estimator(asked: Asked, vectors: Floats) -> Doubles:
+    def estimator(asked: LabelledSample, vectors: Floats) -> Doubles:
         strength = tuned.choice(len(asked.rows)) or best_strength(known.vectors[asked.rows].astype(np.float64), asked)
         return estimate(strength, asked, vectors)
 
     return estimator
 
 
-def linear_errors(seen: Doubles, asked: Asked, vectors: Floats, strength: float) -> Doubles:
+def linear_errors(seen: Doubles, asked: LabelledSample, vectors: Floats, strength: float) -> Doubles:
     """(t, M) errors expected of (t, d) vectors, from the (N, d) that were asked; models of the same labels at once."""
     expected = np.tile(means(asked), (len(vectors), 1))
     for rows, models in labelled_alike(asked):
@@ -133,7 +133,7 @@ def _slopes(seen: Doubles, errors: Doubles, vectors: Floats, strength: float) ->
     return np.asarray((vectors - middle) @ weights)
 
 
-def best_strength(seen: Doubles, asked: Asked) -> float:
+def best_strength(seen: Doubles, asked: LabelledSample) -> float:
     """The strength with the least squared error on each asked prompt, told by the others."""
     losses = np.zeros(len(STRENGTHS))
     for rows, models in labelled_alike(asked):
@@ -161,13 +161,13 @@ HELD_OUT = 600
 
 Choice = TypeVar("Choice")
 
-Estimate = Callable[[Choice, Asked, Floats], Doubles]
+Estimate = Callable[[Choice, LabelledSample, Floats], Doubles]
 
 
 class Tuned(Generic[Choice]):
     """The choice with the least squared error on the known models, found once for each number of labels."""
 
-    def __init__(self, known: Known, choices: Sequence[Choice], estimate: Estimate[Choice], default: Choice) -> None:
+    def __init__(self, known: History, choices: Sequence[Choice], estimate: Estimate[Choice], default: Choice) -> None:
         self._known = known
         self._choices = choices
         self._estimate = estimate
@@ -189,7 +189,7 @@ class Tuned(Generic[Choice]):
     def _losses(self, order: Indices, labels: int) -> list[float]:
         asked, tested = order[:labels], order[labels : labels + HELD_OUT]
         scores = self._known.scores
-        seen = Asked(asked, scores[asked], np.full((labels, scores.shape[1]), np.nan))
+        seen = LabelledSample(asked, scores[asked], np.full((labels, scores.shape[1]), np.nan))
         truth = 1.0 - scores[tested]
         vectors = self._known.vectors[tested]
         return [squared_error(self._estimate(choice, seen, vectors), truth) for choice in self._choices]
@@ -201,20 +201,20 @@ def squared_error(expected: Doubles, truth: Doubles) -> float:
     return float(((expected[labelled] - truth[labelled]) ** 2).sum()) / max(int(labelled.sum()), 1)
 
 
-def means(asked: Asked) -> Doubles:
+def means(asked: LabelledSample) -> Doubles:
     """(M,) smoothed mean errors of the labels, (Σe + ½)/(n + 1): one half without any."""
     labelled = ~np.isnan(asked.scores)
     return np.asarray((np.where(labelled, 1.0 - asked.scores, 0.0).sum(axis=0) + 0.5) / (labelled.sum(axis=0) + 1.0))
 
 
-def sums(weights: Doubles, asked: Asked) -> tuple[Doubles, Doubles]:
+def sums(weights: Doubles, asked: LabelledSample) -> tuple[Doubles, Doubles]:
     """(M, K) error sums and labels of the N asked prompts, (N, K) weights."""
     labelled = ~np.isnan(asked.scores)
     errors = np.where(labelled, 1.0 - asked.scores, 0.0)
     return np.asarray(errors.T @ weights), np.asarray(labelled.T.astype(np.float64) @ weights)
 
 
-def labelled_alike(asked: Asked) -> Iterator[tuple[Indices, Indices]]:
+def labelled_alike(asked: LabelledSample) -> Iterator[tuple[Indices, Indices]]:
     """Asked prompts, and the models labelled on just these. Models without a label are left out."""
     labelled = ~np.isnan(asked.scores)
     for pattern in np.unique(labelled, axis=1).T:

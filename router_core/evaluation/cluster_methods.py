@@ -11,10 +11,10 @@ from functools import lru_cache
 import numpy as np
 
 from router_core.clustering import ClusterMap, kmeans
-from router_core.estimators import LAPLACE, RAW, Recipe
+from router_core.estimators import LAPLACE, RAW, Estimator
 from router_core.evaluation.baselines import Tuned, means, sums
-from router_core.evaluation.trials import Asked, Estimator, Known
-from router_core.fitting import EmbeddedPrompts, fit_with_history
+from router_core.evaluation.trials import History, LabelledSample, PromptEstimator
+from router_core.fitting import EmbeddedPrompts, fit_with_outcomes
 from router_core.learned_clusters import fit_learned_map
 from router_core.pool import Candidate, Pool
 from router_core.profiles import Profile, measure
@@ -26,16 +26,16 @@ SIZES = (4, 8, 16, 32, 64)
 DEFAULT_SIZE = 16
 
 
-def kmeans_raw(known: Known) -> Estimator:
+def kmeans_raw(known: History) -> PromptEstimator:
     return _kmeans(known, RAW)
 
 
-def kmeans_laplace(known: Known) -> Estimator:
+def kmeans_laplace(known: History) -> PromptEstimator:
     return _kmeans(known, LAPLACE)
 
 
-def _kmeans(known: Known, recipe: Recipe) -> Estimator:
-    def estimate(size: int, asked: Asked, vectors: Floats) -> Doubles:
+def _kmeans(known: History, recipe: Estimator) -> PromptEstimator:
+    def estimate(size: int, asked: LabelledSample, vectors: Floats) -> Doubles:
         cluster_map = hard_map(known, size)
         weights = cluster_map.assign(known.vectors[asked.rows]).dense(cluster_map.size)
         return cluster_map.assign(vectors).expected(recipe.rates(*sums(weights, asked), cluster_map))
@@ -45,13 +45,13 @@ def _kmeans(known: Known, recipe: Recipe) -> Estimator:
 
 
 @lru_cache(maxsize=2 * len(SIZES))
-def hard_map(known: Known, size: int) -> ClusterMap:
+def hard_map(known: History, size: int) -> ClusterMap:
     """Hard clusters of the train prompts."""
     centroids = kmeans(known.vectors, clusters_within(known, size), seed=known.seed % 2**16)
     return ClusterMap(centroids, embedder_id=known.embedder_id, top=1)
 
 
-def clusters_within(known: Known, wanted: int) -> int:
+def clusters_within(known: History, wanted: int) -> int:
     """So many clusters, or one for each distinct vector where those are fewer."""
     return min(wanted, len(np.unique(known.vectors, axis=0)))
 
@@ -62,11 +62,11 @@ STRENGTH = 24.0
 """Labels that the level above counts as."""
 
 
-def hiershrink(known: Known) -> Estimator:
+def hiershrink(known: History) -> PromptEstimator:
     coarse, fine = hard_map(known, COARSE), hard_map(known, FINE)
     parents = coarse.assign(fine.centroids).ids[:, 0]
 
-    def estimator(asked: Asked, vectors: Floats) -> Doubles:
+    def estimator(asked: LabelledSample, vectors: Floats) -> Doubles:
         weights = fine.assign(known.vectors[asked.rows]).dense(fine.size)
         errors, labels = sums(weights, asked)
         return fine.assign(vectors).expected(nested_rates(errors, labels, parents, means(asked)))
@@ -89,13 +89,13 @@ SMOOTHING = 0.5
 """Labels of the model's mean in each cluster; the paper has none, and does worse at few labels."""
 
 
-def learned_map(known: Known) -> Estimator:
+def learned_map(known: History) -> PromptEstimator:
     if not known.models:
         return kmeans_raw(known)
     trained = fit_learned_map(known.vectors, known.scores, seed=known.seed % 2**16, clusters=DEFAULT_SIZE)
     weights = trained.weights(known.vectors).astype(np.float64)
 
-    def estimator(asked: Asked, vectors: Floats) -> Doubles:
+    def estimator(asked: LabelledSample, vectors: Floats) -> Doubles:
         errors, labels = sums(weights[asked.rows], asked)
         rates = (errors + SMOOTHING * means(asked)[:, None]) / (labels + SMOOTHING)
         return np.clip(trained.weights(vectors).astype(np.float64) @ rates.T, 0.0, 1.0)
@@ -109,11 +109,11 @@ CLUSTERS = 64
 class Deployment:
     """A map fitted on the train prompts and the known models; new models join it by what they were asked."""
 
-    def __init__(self, known: Known) -> None:
+    def __init__(self, known: History) -> None:
         self._seed = known.seed
         embedded = EmbeddedPrompts(known.texts, known.vectors, known.embedder_id)
         clusters = clusters_within(known, CLUSTERS)
-        self.cluster_map: ClusterMap = fit_with_history(
+        self.cluster_map: ClusterMap = fit_with_outcomes(
             embedded, known.scores, known.models, clusters, seed=known.seed % 2**16
         )
         self.assignment: Assignment = self.cluster_map.assign(known.vectors)
@@ -122,7 +122,7 @@ class Deployment:
         """(count,) train prompts to ask a new model, as `uniroute models add` chooses them."""
         return choose_prompts(self.assignment, count, families=[""] * len(self.assignment), seed=self._seed)
 
-    def pool(self, asked: Asked, prices: Sequence[Price]) -> Pool:
+    def pool(self, asked: LabelledSample, prices: Sequence[Price]) -> Pool:
         """The new models, in their order, with the profiles that they would get."""
         placed = Assignment(self.assignment.ids[asked.rows], self.assignment.weights[asked.rows])
         candidates = [

@@ -79,7 +79,7 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
-class Anchors:
+class Baselines:
     """What a curve is compared with: single models on the same test prompts, in mean cost and mean score."""
 
     cheapest: float
@@ -89,14 +89,14 @@ class Anchors:
     best_quality: float
 
     @classmethod
-    def of(cls, costs: Doubles, qualities: Doubles) -> Anchors:
+    def of(cls, costs: Doubles, qualities: Doubles) -> Baselines:
         """Of (M,) single models; the cheapest of equals is the best."""
         best = int(np.lexsort((costs, -qualities))[0])
         return cls(float(costs.min()), float(costs[best]), float(costs.max()), float(qualities[best]))
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class CurveMetrics:
     """NaN where undefined."""
 
     area: float
@@ -160,10 +160,10 @@ def least_cost(curve: Curve, quality: float) -> float:
     return float(np.concatenate((costs[reached], between)).min(initial=np.inf)) if reached.any() else NAN
 
 
-def figures(curve: Curve, anchors: Anchors) -> Figures:
+def figures(curve: Curve, anchors: Baselines) -> CurveMetrics:
     qnc = _ratio(least_cost(curve, anchors.best_quality), anchors.best)
     peak = float(curve.qualities.max())
-    return Figures(
+    return CurveMetrics(
         area=area(curve, anchors.cheapest, anchors.best),
         paper_area=paper_area(curve, anchors.cheapest, anchors.dearest),
         paper_area_half=paper_area(curve, anchors.cheapest, anchors.dearest, 0.5),

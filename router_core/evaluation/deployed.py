@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from router_core.decision import choose_each
+from router_core.decision import argmin_rows_with_ties
 from router_core.errors import InvalidInput
 from router_core.evaluation import baselines as single
-from router_core.evaluation.curves import Anchors, Curve, Difference, percentile_interval
+from router_core.evaluation.curves import Baselines, Curve, Difference, percentile_interval
 from router_core.evaluation.outcomes import OutcomeRow, Outcomes, outcomes_from_rows, parse_row, read_rows
 from router_core.evaluation.study import (
     Estimate,
@@ -32,7 +32,7 @@ from router_core.evaluation.study import (
 from router_core.evaluation.trials import cost_weights
 from router_core.pool import Pool
 from router_core.pricing import CENT_USD
-from router_core.scoring import TIE
+from router_core.scoring import TIE_TOLERANCE
 from router_core.types import Assignment, Doubles, Indices
 
 
@@ -196,7 +196,9 @@ def _methods(test: _Test, mean_errors: Doubles) -> dict[str, Method]:
 
 def _routed(test: _Test, errors: Doubles, cents: Doubles) -> Method:
     """By the served rule at many λ, which are those of all prompts, however these are weighted."""
-    choices = [choose_each(errors + weight * cents, cents, TIE) for weight in cost_weights(errors, cents)]
+    choices = [
+        argmin_rows_with_ties(errors + weight * cents, cents, TIE_TOLERANCE) for weight in cost_weights(errors, cents)
+    ]
     chosen: Indices = np.array([*choices, cents.argmin(axis=1)])
     prompts = np.arange(len(test.scores))
     costs, qualities = test.cents[prompts, chosen], test.scores[prompts, chosen]
@@ -204,7 +206,7 @@ def _routed(test: _Test, errors: Doubles, cents: Doubles) -> Method:
 
 
 def _measured(methods: Mapping[str, Method], test: _Test, weights: Doubles) -> dict[str, Measured]:
-    anchors = Anchors.of(weights @ test.cents, weights @ test.scores)
+    anchors = Baselines.of(weights @ test.cents, weights @ test.scores)
     return {name: measured(method(weights), anchors) for name, method in methods.items()}
 
 

@@ -28,7 +28,7 @@ Tried = tuple[Any, Exception | None]
 """What was found, or what was raised."""
 
 
-def spread(work: Callable[[Item], Found], items: Iterable[Item], workers: int) -> Iterator[Found]:
+def parallel_map(work: Callable[[Item], Found], items: Iterable[Item], workers: int) -> Iterator[Found]:
     """`work` of each item, in their order. With several workers `work` and what it returns are pickled.
 
     Each process does its sums in one thread: small matrices gain nothing by more, figures do not depend on how many
@@ -39,7 +39,7 @@ def spread(work: Callable[[Item], Found], items: Iterable[Item], workers: int) -
         WorkerLost: one of several workers was killed.
     """
     if workers == 1:
-        with one_thread():
+        with single_threaded():
             yield from map(work, items)
         return
     try:
@@ -50,7 +50,7 @@ def spread(work: Callable[[Item], Found], items: Iterable[Item], workers: int) -
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def single_threaded() -> Iterator[None]:
     """Of NumPy's and FAISS's libraries, for as long as it lasts."""
     import faiss
     from threadpoolctl import threadpool_limits
@@ -136,7 +136,7 @@ def _serve(connection: Connection) -> None:
     Thread(target=_leave_with_who_started, daemon=True).start()
     try:
         work = connection.recv()
-        with one_thread():
+        with single_threaded():
             while True:
                 connection.send(_tried(work, connection.recv()))
     except (EOFError, ConnectionError):

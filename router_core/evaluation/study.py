@@ -14,23 +14,23 @@ from router_core.evaluation.cluster_methods import Deployment, hiershrink, kmean
 from router_core.evaluation.curves import (
     BUDGETS,
     SLACK,
-    Anchors,
+    Baselines,
     Curve,
+    CurveMetrics,
     Difference,
-    Figures,
     bootstrap_interval,
     figures,
     paired_difference,
     quality_within,
 )
 from router_core.evaluation.outcomes import Outcomes
-from router_core.evaluation.parallel import one_thread, spread
+from router_core.evaluation.parallel import parallel_map, single_threaded
 from router_core.evaluation.trials import (
-    Asked,
-    Estimator,
-    Known,
+    History,
+    LabelledSample,
     Method,
     Plan,
+    PromptEstimator,
     Split,
     Trial,
     deferral_curve,
@@ -51,7 +51,7 @@ NAN = float("nan")
 class Measured:
     """One method in one trial."""
 
-    figures: Figures
+    figures: CurveMetrics
     budgets: Doubles
     """(BUDGETS,) from the best single model's cost down to the cheapest's, relative to the former."""
     qualities: Doubles
@@ -63,7 +63,7 @@ class Measured:
         return not self.figures.perf_gain < -SLACK  # NaN where that model is always wrong, and anything is as good
 
 
-def measured(curve: Curve, anchors: Anchors) -> Measured:
+def measured(curve: Curve, anchors: Baselines) -> Measured:
     defined = anchors.best > anchors.cheapest
     budgets = np.linspace(anchors.best, anchors.cheapest, BUDGETS) if defined else np.full(BUDGETS, NAN)
     qualities = quality_within(curve, budgets) if defined else budgets
@@ -81,7 +81,7 @@ def summed_up(trials: Sequence[Measured], *, seed: int) -> MethodFigures:
 def method_figures(estimate_of: Callable[[str], Estimate], drawn: Sequence[Measured], curve: Curve) -> MethodFigures:
     """`estimate_of` each of the fields of Figures; `drawn`: the trials, or draws, that reach the best model or not."""
     return MethodFigures(
-        **{field.name: estimate_of(field.name) for field in fields(Figures)},
+        **{field.name: estimate_of(field.name) for field in fields(CurveMetrics)},
         reached=float(np.mean([each.reached for each in drawn])),
         curve=curve,
     )
@@ -213,13 +213,15 @@ def run_study(
         _check_split(outcomes, draw_split(outcomes, plan, number))
     found: _Found = defaultdict(lambda: defaultdict(list))
     progress("trials", 0, plan.trials)
-    trials = spread(partial(_measured_trial, outcomes, vectors, plan), range(plan.trials), min(workers, plan.trials))
+    trials = parallel_map(
+        partial(_measured_trial, outcomes, vectors, plan), range(plan.trials), min(workers, plan.trials)
+    )
     for number, trial in enumerate(trials, 1):
         progress("trials", number, plan.trials)
         for labels, methods in trial.items():
             for method, seen in methods.items():
                 found[method][labels].append(seen)
-    with one_thread():
+    with single_threaded():
         return _results(outcomes, vectors, plan, found)
 
 
@@ -267,7 +269,7 @@ class Served:
         self._trial = trial
         self._placed = self.deployment.cluster_map.assign(trial.test.vectors)
 
-    def pool(self, asked: Asked) -> Pool:
+    def pool(self, asked: LabelledSample) -> Pool:
         return self.deployment.pool(asked, self._trial.prices)
 
     def curve(self, pool: Pool) -> Curve:
@@ -279,7 +281,9 @@ class Served:
         return pool.prices.expected_usd(self._trial.test.prompt_tokens[:, None], tokens) / CENT_USD
 
 
-def _side_by_side(trial: Trial, served: Served, estimators: Mapping[str, Estimator], asked: Asked) -> dict[str, Curve]:
+def _side_by_side(
+    trial: Trial, served: Served, estimators: Mapping[str, PromptEstimator], asked: LabelledSample
+) -> dict[str, Curve]:
     pool = served.pool(asked)
     cents, test = served.expected_cents(pool), trial.test
     errors, mean_cents = means(asked), cents.mean(axis=0)
@@ -339,8 +343,8 @@ def _protocol(outcomes: Outcomes, plan: Plan) -> Protocol:
 def _heat_map(outcomes: Outcomes, vectors: Floats, plan: Plan) -> HeatMap:
     """On a map of all prompts and no history, so that its clusters have names of their own."""
     nobody = np.empty((len(vectors), 0))
-    everything = Deployment(Known(outcomes.prompts, vectors, nobody, (), plan.embedder_id, plan.seed))
-    asked = Asked(np.arange(len(vectors)), outcomes.scores, outcomes.output_tokens)
+    everything = Deployment(History(outcomes.prompts, vectors, nobody, (), plan.embedder_id, plan.seed))
+    asked = LabelledSample(np.arange(len(vectors)), outcomes.scores, outcomes.output_tokens)
     pool = everything.pool(asked, outcomes.prices)
     labels = np.array([candidate.profile.labels for candidate in pool.candidates.values() if candidate.profile])
     return HeatMap(outcomes.models, everything.cluster_map.names, pool.errors, labels)

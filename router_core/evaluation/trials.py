@@ -7,17 +7,17 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.decision import choose_each
+from router_core.decision import argmin_rows_with_ties
 from router_core.errors import InvalidInput
-from router_core.evaluation.curves import Anchors, Curve
+from router_core.evaluation.curves import Baselines, Curve
 from router_core.evaluation.outcomes import Outcomes
 from router_core.pricing import CENT_USD
-from router_core.scoring import TIE
+from router_core.scoring import TIE_TOLERANCE
 from router_core.types import Doubles, Floats, Indices, Price
 
 
 @dataclass(frozen=True, eq=False)
-class Known:
+class History:
     """The train prompts of one trial and what the known models scored on them."""
 
     texts: Sequence[str]
@@ -33,7 +33,7 @@ class Known:
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class LabelledSample:
     """The N train prompts that every new model was asked."""
 
     rows: Indices
@@ -44,10 +44,10 @@ class Asked:
     """(N, M) NaN where not measured."""
 
 
-Estimator = Callable[[Asked, Floats], Doubles]
+PromptEstimator = Callable[[LabelledSample, Floats], Doubles]
 """The answers of M new models, and (t, d) vectors of other prompts, to (t, M) expected errors."""
 
-Method = Callable[[Known], Estimator]
+Method = Callable[[History], PromptEstimator]
 """Learns from the known models once a trial; its estimator is then used for each number of labels."""
 
 TEST_SHARE = 0.3
@@ -134,14 +134,14 @@ class HeldOut:
     prompt_tokens: Doubles
     """(t,)"""
 
-    def anchors(self) -> Anchors:
+    def anchors(self) -> Baselines:
         """The new models one by one."""
-        return Anchors.of(self.cents.mean(axis=0), self.scores.mean(axis=0))
+        return Baselines.of(self.cents.mean(axis=0), self.scores.mean(axis=0))
 
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    known: Known
+    known: History
     new_models: tuple[str, ...]
     prices: tuple[Price, ...]
     """(M,) of the new models."""
@@ -155,9 +155,9 @@ class Trial:
     output_tokens: Doubles
     """(n, M)"""
 
-    def asked(self, rows: Indices) -> Asked:
+    def asked(self, rows: Indices) -> LabelledSample:
         """What the new models answered to these of the known prompts."""
-        return Asked(rows, self.scores[rows], self.output_tokens[rows])
+        return LabelledSample(rows, self.scores[rows], self.output_tokens[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +196,7 @@ def draw_trial(outcomes: Outcomes, vectors: Floats, plan: Plan, number: int) -> 
     cents, split = outcomes.usd() / CENT_USD, draw_split(outcomes, plan, number)
     test, train, new, known = split.test, split.train, split.new, split.known
     return Trial(
-        known=Known(
+        known=History(
             texts=[outcomes.prompts[row] for row in train],
             vectors=vectors[train],
             scores=outcomes.scores[np.ix_(train, known)],
@@ -226,7 +226,9 @@ POINTS = 256
 def deferral_curve(errors: Doubles, cents: Doubles, test: HeldOut) -> Curve:
     """Route the t test prompts at many λ by (t, M) expected errors and (t, M) expected costs; bill what is true."""
     errors, cents = np.asfortranarray(errors), np.asfortranarray(cents)  # few columns: reduced faster so
-    choices = [choose_each(errors + weight * cents, cents, TIE) for weight in cost_weights(errors, cents)]
+    choices = [
+        argmin_rows_with_ties(errors + weight * cents, cents, TIE_TOLERANCE) for weight in cost_weights(errors, cents)
+    ]
     return curve_of([*choices, cents.argmin(axis=1)], test)
 
 

@@ -9,23 +9,23 @@ from typing import Any
 
 import numpy as np
 
-from proxy.errors import ProxyError, UpstreamFailure
+from proxy.errors import ProxyError, UpstreamError
 from proxy.routing.chat_request import parse_chat
-from proxy.routing.control_fields import refuse_control_fields
-from proxy.routing.fingerprints import is_random
-from proxy.routing.requirements import needs_of, routing_text
-from proxy.server.admin_schemas import shown_params
-from proxy.server.auth import check_host, presented
-from proxy.server.requests import trace_of
-from proxy.server.responses import describe
+from proxy.routing.control_fields import reject_control_fields
+from proxy.routing.fingerprints import looks_random
+from proxy.routing.requirements import requirements_of, routing_text
+from proxy.server.admin_schemas import redact_params
+from proxy.server.auth import check_host, credentials_from
+from proxy.server.requests import request_ids_from
+from proxy.server.responses import render_error
 from proxy.settings.litellm_names import is_model_info_of_litellm
 from proxy.settings.schema import Settings
-from proxy.storage.audit_log import act_of
-from proxy.upstream.circuit_breaker import stated_wait_s
-from proxy.upstream.errors import refused
-from proxy.upstream.payload import with_model
-from proxy.upstream.sse import dump
-from router_core.embedding import excerpt
+from proxy.storage.audit_log import action_of
+from proxy.upstream.circuit_breaker import parse_retry_after
+from proxy.upstream.errors import error_from_response
+from proxy.upstream.payload import replace_model
+from proxy.upstream.sse import encode_json
+from router_core.embedding import truncate_middle
 from router_core.fitting import cluster_names
 from router_core.validation.fields import nearest_hint
 from tests.support.exploding import read_all
@@ -60,15 +60,16 @@ def _chat(body: dict[str, Any]) -> object:
 def _renamed(text: str) -> object:
     text = text.encode("utf-8", "replace").decode()  # half characters are refused when the body is parsed
     body = {"tools": [{"model": text}, {text: "model"}], "model": text}
-    return with_model(json.dumps(body).encode(), body, "other")
+    return replace_model(json.dumps(body).encode(), body, "other")
 
 
 def _upstream_error(text: str) -> object:
-    body = dump({"error": {"message": text, "code": text, "type": text}})
+    body = encode_json({"error": {"message": text, "code": text, "type": text}})
     described = [
-        describe(refused(400, each, {"retry-after": text[:9]}, "m")) for each in (body, text.encode("utf-8", "replace"))
+        render_error(error_from_response(400, each, {"retry-after": text[:9]}, "m"))
+        for each in (body, text.encode("utf-8", "replace"))
     ]
-    return [dump(said) for _, said, _ in described]
+    return [encode_json(said) for _, said, _ in described]
 
 
 def readers() -> dict[str, Callable[[str], object]]:
@@ -78,19 +79,19 @@ def readers() -> dict[str, Callable[[str], object]]:
         "field of a body": lambda text: _chat({text: 1}),
         "option": lambda text: _chat({"uniroute": {text: 1, "lambda": text, "session_id": text}}),
         "amounts": lambda text: _chat({"uniroute": {"lambda": text}, "provider": {"max_price": {"prompt": text}}}),
-        "control field": lambda text: refuse_control_fields({text * 50: 1}),
-        "field within": lambda text: refuse_control_fields({"metadata": {text: 1}, "extra_body": {text: 1}}),
-        "routing text": lambda text: excerpt(routing_text([{"role": "user", "content": [{"text": text}]}])),
-        "needs": lambda text: needs_of({"messages": [{"role": text, "content": text}], "tools": [{text: text}]}),
-        "call id": is_random,
-        "headers": lambda text: (trace_of(_Headers(text)), presented(_Headers(f"Bearer {text}"))),
+        "control field": lambda text: reject_control_fields({text * 50: 1}),
+        "field within": lambda text: reject_control_fields({"metadata": {text: 1}, "extra_body": {text: 1}}),
+        "routing text": lambda text: truncate_middle(routing_text([{"role": "user", "content": [{"text": text}]}])),
+        "needs": lambda text: requirements_of({"messages": [{"role": text, "content": text}], "tools": [{text: text}]}),
+        "call id": looks_random,
+        "headers": lambda text: (request_ids_from(_Headers(text)), credentials_from(_Headers(f"Bearer {text}"))),
         "host": lambda text: check_host(_Headers(text), Settings()),
-        "retry-after": lambda text: stated_wait_s({"retry-after": text, "retry-after-ms": text}, 0.0),
+        "retry-after": lambda text: parse_retry_after({"retry-after": text, "retry-after-ms": text}, 0.0),
         "error of an upstream": _upstream_error,
-        "error in other words": lambda text: describe(UpstreamFailure("m", status=500, body={"detail": text})),
+        "error in other words": lambda text: render_error(UpstreamError("m", status=500, body={"detail": text})),
         "model member": _renamed,
-        "admin path": lambda text: act_of("PATCH", f"/admin/models/{text}"),
-        "parameters of a model": lambda text: shown_params({text: text, "extra_headers": {text: text}}),
+        "admin path": lambda text: action_of("PATCH", f"/admin/models/{text}"),
+        "parameters of a model": lambda text: redact_params({text: text, "extra_headers": {text: text}}),
         "model_info": is_model_info_of_litellm,
         "names of clusters": lambda text: cluster_names([text, "other words"], np.array([0, 1]), 2),
         "misspelt name": lambda text: nearest_hint(text, ["answer", "answers", "pattern"]),

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
-from proxy.app import create_app, open_services
+from proxy.app import app_state, create_app
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import load_settings
 from tests.attacks.canaries import (
@@ -229,7 +229,7 @@ async def test_nothing_shows_a_secret_of_itself_and_a_crash_shows_none(
     environ = {**environment(tmp_path / "data", embedder_cache), **canaries.environ}
     environ["UNIROUTE_DATA_DIR"] = str(tmp_path / "data")
     settings = load_settings(canaries.folder / "config.yaml", environ)
-    async with open_services(settings, environ) as services:
+    async with app_state(settings, environ) as services:
         state = services.state.current
         things = [settings, services, services.store.client, state, *state.models.values(), *state.keys.values()]
         things += [part for part in vars(services).values() if part is not environ]

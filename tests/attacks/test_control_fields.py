@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import BadRequest, ControlFieldRefused, UpstreamFailure
+from proxy.errors import BadRequest, FieldNotAllowed, UpstreamError
 from proxy.routing.chat_request import parse_chat
 from proxy.routing.control_fields import is_control_field
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream.litellm.client import LitellmUpstream
+from proxy.upstream.litellm.client import LiteLLMClient
 from proxy.upstream.litellm.params import CHAT_FIELDS
 from proxy.upstream.litellm.setup import import_litellm
 from tests.attacks.conftest import ASK
@@ -68,7 +68,7 @@ def test_names_are_refused_wherever_they_would_be_unpacked() -> None:
     for name in names_of_litellm():
         if is_control_field(name):
             for body in ({name: 1}, {name.upper(): 1}, {"extra_body": {name: 1}}, {"extra_body": {"a": [{name: 1}]}}):
-                with pytest.raises(ControlFieldRefused):
+                with pytest.raises(FieldNotAllowed):
                     parse_chat(json.dumps({"model": "auto", "messages": ASK, **body}).encode(), [])
 
 
@@ -102,26 +102,26 @@ def upstream() -> Iterator[ScriptedUpstream]:
 
 
 @pytest.fixture
-async def client(tmp_path: Path) -> AsyncIterator[LitellmUpstream]:
-    opened = LitellmUpstream(Settings(data_dir=tmp_path), {"ARM_API_KEY": KEY})
+async def client(tmp_path: Path) -> AsyncIterator[LiteLLMClient]:
+    opened = LiteLLMClient(Settings(data_dir=tmp_path), {"ARM_API_KEY": KEY})
     await opened.prepare()
     yield opened
     await opened.aclose()
 
 
-async def seen(client: LitellmUpstream, upstream: ScriptedUpstream, arm: str, **body: Any) -> list[tuple[Any, ...]]:
+async def seen(client: LiteLLMClient, upstream: ScriptedUpstream, arm: str, **body: Any) -> list[tuple[Any, ...]]:
     """Path, key, header names and body of everything that reaches the upstream."""
     upstream.history.clear()
     params = {"model": arm, "api_base": upstream.url, "api_key": "os.environ/ARM_API_KEY"}
     record = ModelRecord("m", params, ModelInfo(), "config", 0.0)
-    with contextlib.suppress(UpstreamFailure):  # it refuses all, for its answers are in OpenAI's format alone
+    with contextlib.suppress(UpstreamError):  # it refuses all, for its answers are in OpenAI's format alone
         await client.complete(record, {"model": "m", "messages": ASK, **body})
     return [(r.path, {n: v for n, v in r.headers.items() if n != "content-length"}, r.body) for r in upstream.history]
 
 
 @pytest.mark.parametrize("arm", ARMS)
 async def test_the_harmless_change_nothing_but_the_body(
-    client: LitellmUpstream, upstream: ScriptedUpstream, arm: str
+    client: LiteLLMClient, upstream: ScriptedUpstream, arm: str
 ) -> None:
     ((path, headers, body),) = await seen(client, upstream, arm)
     for name in HARMLESS:
@@ -134,7 +134,7 @@ async def test_the_harmless_change_nothing_but_the_body(
 
 @pytest.mark.parametrize("arm", ARMS)
 async def test_what_is_within_a_field_of_openais_steers_nothing(
-    client: LitellmUpstream, upstream: ScriptedUpstream, arm: str
+    client: LiteLLMClient, upstream: ScriptedUpstream, arm: str
 ) -> None:
     ((path, headers, body),) = await seen(client, upstream, arm)
     for name in sorted(CHAT_FIELDS | {"metadata", "prompt_cache_retention"}):
@@ -151,7 +151,7 @@ async def test_what_is_within_a_field_of_openais_steers_nothing(
             "bedrock/anthropic.claude-3-sonnet-20240229-v1:0"],
 )  # fmt: skip
 async def test_media_by_address_is_not_fetched_from_inside(
-    client: LitellmUpstream, upstream: ScriptedUpstream, arm: str
+    client: LiteLLMClient, upstream: ScriptedUpstream, arm: str
 ) -> None:
     """Some formats carry media within, and litellm fetches them: the caller must not reach our network by it."""
     with ScriptedUpstream() as inside:
@@ -178,7 +178,7 @@ async def test_media_by_address_is_not_fetched_from_inside(
 )  # fmt: skip
 def test_a_name_that_another_parser_takes_for_ours_is_refused(name: str) -> None:
     """Go reads "Model" as "model", and the later one wins: what was checked would not be what is served."""
-    with pytest.raises(ControlFieldRefused):
+    with pytest.raises(FieldNotAllowed):
         parse_chat(json.dumps({"model": "auto", "messages": ASK, name: "evil"}).encode(), [])
 
 
@@ -188,13 +188,13 @@ def test_a_name_that_another_parser_takes_for_ours_is_refused(name: str) -> None
 )
 def test_no_disguise_gets_a_control_field_through(name: str) -> None:
     for body in ({name: "evil"}, {"extra_body": {name: "evil"}}):
-        with pytest.raises(ControlFieldRefused):
+        with pytest.raises(FieldNotAllowed):
             parse_chat(json.dumps({"model": "auto", "messages": ASK, **body}).encode(), [])
 
 
 @pytest.mark.parametrize("name", ["model", "messages", "stream", "Model", "extra_body", "stream_options"])
 def test_extra_body_may_not_change_what_was_checked(name: str) -> None:
-    with pytest.raises(ControlFieldRefused):
+    with pytest.raises(FieldNotAllowed):
         parse_chat(json.dumps({"model": "auto", "messages": ASK, "extra_body": {name: "other"}}).encode(), [])
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import UpstreamFailure
+from proxy.errors import UpstreamError
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream.litellm.client import LitellmUpstream
+from proxy.upstream.litellm.client import LiteLLMClient
 from proxy.upstream.litellm.setup import import_litellm
 from tests.attacks.conftest import ASK
 from tests.support.answers import Step
@@ -56,19 +56,19 @@ def pointing(elsewhere: ScriptedUpstream) -> Iterator[ScriptedUpstream]:
 
 
 @pytest.fixture
-async def client(tmp_path: Path) -> AsyncIterator[LitellmUpstream]:
-    opened = LitellmUpstream(Settings(data_dir=tmp_path, request_timeout_s=3), {"ARM_API_KEY": "sk-of-the-provider"})
+async def client(tmp_path: Path) -> AsyncIterator[LiteLLMClient]:
+    opened = LiteLLMClient(Settings(data_dir=tmp_path, request_timeout_s=3), {"ARM_API_KEY": "sk-of-the-provider"})
     await opened.prepare()
     yield opened
     await opened.aclose()
 
 
-async def ask(client: LitellmUpstream, provider: str, api_base: str) -> None:
+async def ask(client: LiteLLMClient, provider: str, api_base: str) -> None:
     params = {"model": f"{provider}/x", "api_base": api_base, "api_key": "os.environ/ARM_API_KEY"}
     record = ModelRecord("m", params | MORE.get(provider, {}), ModelInfo(), "config", 0.0)
     body = {"model": "m", "messages": ASK}
     for stream in (False, True):
-        with contextlib.suppress(UpstreamFailure):
+        with contextlib.suppress(UpstreamError):
             async with asyncio.timeout(5):
                 if stream:
                     async for _ in await client.stream(record, body):
@@ -79,7 +79,7 @@ async def ask(client: LitellmUpstream, provider: str, api_base: str) -> None:
 
 @pytest.mark.parametrize("provider", SOME)
 async def test_a_redirect_is_not_followed(
-    client: LitellmUpstream, pointing: ScriptedUpstream, elsewhere: ScriptedUpstream, provider: str
+    client: LiteLLMClient, pointing: ScriptedUpstream, elsewhere: ScriptedUpstream, provider: str
 ) -> None:
     await ask(client, provider, pointing.url)
 
@@ -88,7 +88,7 @@ async def test_a_redirect_is_not_followed(
 
 @pytest.mark.slow
 async def test_no_provider_that_litellm_knows_follows_a_redirect(
-    client: LitellmUpstream, pointing: ScriptedUpstream, elsewhere: ScriptedUpstream
+    client: LiteLLMClient, pointing: ScriptedUpstream, elsewhere: ScriptedUpstream
 ) -> None:
     pointing.history.clear()
     asked = []

@@ -13,24 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from proxy.routing.affinity import NO_THREAD, AnswerMarks
-from proxy.routing.selection import Choice
+from proxy.routing.affinity import NO_AFFINITY, AffinityRecorder
+from proxy.routing.selection import Selection
 from proxy.server.attempts import Turn
 from proxy.server.metrics import Metrics
-from proxy.server.ratelimit import Limiter
-from proxy.server.request_log import Books, Meter
-from proxy.server.requests import Trace
+from proxy.server.ratelimit import RateLimiter
+from proxy.server.request_log import Books, RequestRecord
+from proxy.server.requests import RequestIds
 from proxy.server.reservations import SETTLE_FUNCTION
-from proxy.settings.schema import HealthPolicy, Settings
+from proxy.settings.schema import CircuitBreakerSettings, Settings
 from proxy.storage.redis import Store
-from proxy.storage.sessions import Conversations
-from proxy.storage.snapshot import RoutingState
-from proxy.storage.traffic_stats import LiveExpectations
-from proxy.storage.usage_journal import Journals
-from proxy.storage.usage_writer import UsageRecorder
+from proxy.storage.sessions import SessionStore
+from proxy.storage.snapshot import RoutingSnapshot
+from proxy.storage.traffic_stats import TrafficStats
+from proxy.storage.usage_journal import JournalDirectory
+from proxy.storage.usage_writer import UsageWriter
 from proxy.storage.valkey import EmbeddedValkey
-from proxy.upstream.concurrency_limit import Capacities, CapacityLimits
-from proxy.upstream.health import ModelHealth
+from proxy.upstream.concurrency_limit import ConcurrencyLimiter, ConcurrencyLimits
+from proxy.upstream.health import HealthRegistry
 from tests.support.choices import a_state, chosen
 from tests.support.makers import a_record, following
 
@@ -44,22 +44,22 @@ class Room:
 
     store: Store
     books: Books
-    health: ModelHealth
-    capacities: Capacities
-    limiter: Limiter
-    memory: Conversations
+    health: HealthRegistry
+    capacities: ConcurrencyLimiter
+    limiter: RateLimiter
+    memory: SessionStore
     settings: Settings
-    routing: RoutingState
-    choice: Choice
+    routing: RoutingSnapshot
+    choice: Selection
 
-    def meter(self) -> Meter:
-        marks = AnswerMarks(self.memory, NO_THREAD, SHORT)
-        return Meter(self.books, self.choice, None, Trace("req-1"), time.monotonic(), marks)
+    def meter(self) -> RequestRecord:
+        marks = AffinityRecorder(self.memory, NO_AFFINITY, SHORT)
+        return RequestRecord(self.books, self.choice, None, RequestIds("req-1"), time.monotonic(), marks)
 
-    async def turn(self, meter: Meter) -> Turn:
+    async def turn(self, meter: RequestRecord) -> Turn:
         """As forwarding takes it."""
         self.health.resting()
-        slot = await self.capacities.slot(self.choice.model, CapacityLimits(64, 64, 5.0))
+        slot = await self.capacities.slot(self.choice.model, ConcurrencyLimits(64, 64, 5.0))
         self.health.resting()
         return Turn(meter, self.health.begin(self.choice.model), slot, hurried=False)
 
@@ -69,7 +69,7 @@ class Room:
         return float(taken["used_cpu_user"]) + float(taken["used_cpu_sys"])
 
 
-def begun(meter: Meter) -> Meter:
+def begun(meter: RequestRecord) -> RequestRecord:
     meter.asking(meter.choice.model)
     meter.first_content()
     meter.used(USAGE)
@@ -91,17 +91,17 @@ async def open_room(folder: Path) -> AsyncIterator[Room]:
     await asyncio.to_thread(server.ensure)
     store = Store(f"unix://{server.socket_path}")
     try:
-        metrics, live = Metrics(), LiveExpectations(4)
+        metrics, live = Metrics(), TrafficStats(4)
         async with following(store, folder, a_record("cheap"), a_record("dear"), live=live) as state:
-            usage = UsageRecorder(store, Journals(folder / "usage", 10**9), settle_function=SETTLE_FUNCTION)
-            routing, limiter = a_state(), Limiter(store, metrics, timeout_s=5.0)
+            usage = UsageWriter(store, JournalDirectory(folder / "usage", 10**9), settle_function=SETTLE_FUNCTION)
+            routing, limiter = a_state(), RateLimiter(store, metrics, timeout_s=5.0)
             yield Room(
                 store=store,
                 books=Books(state, usage, metrics, live),
-                health=ModelHealth(HealthPolicy()),
-                capacities=Capacities(),
+                health=HealthRegistry(CircuitBreakerSettings()),
+                capacities=ConcurrencyLimiter(),
                 limiter=limiter,
-                memory=Conversations(store, 3600),
+                memory=SessionStore(store, 3600),
                 settings=Settings(data_dir=folder),
                 routing=routing,
                 choice=await chosen(state=routing),

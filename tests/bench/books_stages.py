@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from proxy.cli import console
-from proxy.routing.affinity import NO_THREAD, AnswerMarks, thread_of
-from proxy.routing.chat_request import ChatRequest, Options
-from proxy.server.request_log import Meter
-from proxy.server.requests import Trace
-from proxy.server.reservations import Demand, claim_of, within_claim
+from proxy.routing.affinity import NO_AFFINITY, AffinityRecorder, load_affinity
+from proxy.routing.chat_request import ChatRequest, RoutingOptions
+from proxy.server.request_log import RequestRecord
+from proxy.server.requests import RequestIds
+from proxy.server.reservations import Demand, estimate_reservation, limit_to_reserved
 from proxy.server.run import LOGGING
 from proxy.storage.client_keys import ClientKey
 from proxy.upstream.payload import content_bytes, has_content
@@ -94,21 +94,21 @@ def _stages(room: Room) -> list[tuple[str, Work]]:
 
 
 def _threads(room: Room, messages: list[Any]) -> Work:
-    request = ChatRequest({"messages": messages}, "auto", False, False, Options())
+    request = ChatRequest({"messages": messages}, "auto", False, False, RoutingOptions())
 
     async def work(times: int) -> None:
         for _ in range(times):
-            await thread_of(room.memory, request, None, room.settings)
+            await load_affinity(room.memory, request, None, room.settings)
 
     return work
 
 
 def _meters(room: Room) -> Work:
-    choice, trace = room.choice, Trace("req-1")
+    choice, trace = room.choice, RequestIds("req-1")
 
     async def work(times: int) -> None:
         for _ in range(times):
-            Meter(room.books, choice, None, trace, 0.0, AnswerMarks(room.memory, NO_THREAD, SHORT))
+            RequestRecord(room.books, choice, None, trace, 0.0, AffinityRecorder(room.memory, NO_AFFINITY, SHORT))
 
     return work
 
@@ -192,8 +192,8 @@ def _chunks(room: Room, chunk: dict[str, Any]) -> Work:
 
 def _reserves(room: Room, key: ClientKey, *, at_once: int) -> Work:
     async def one() -> None:
-        choice = within_claim(replace(room.choice, id=uuid.uuid4().hex), key.limits)
-        claim = claim_of(Demand(choice, {"messages": SHORT}, room.routing, room.settings), key.limits)
+        choice = limit_to_reserved(replace(room.choice, id=uuid.uuid4().hex), key.limits)
+        claim = estimate_reservation(Demand(choice, {"messages": SHORT}, room.routing, room.settings), key.limits)
         await room.limiter.reserve(key, replace(claim, lives_s=0.001))
 
     return _together(one, at_once)
@@ -201,17 +201,17 @@ def _reserves(room: Room, key: ClientKey, *, at_once: int) -> Work:
 
 def _requests(room: Room, key: ClientKey | None, *, at_once: int = 1) -> Work:
     """As pipeline and streaming go about it."""
-    request = ChatRequest({"messages": SHORT}, "auto", True, False, Options())
+    request = ChatRequest({"messages": SHORT}, "auto", True, False, RoutingOptions())
 
     async def one() -> None:
-        thread = await thread_of(room.memory, request, key, room.settings)
+        thread = await load_affinity(room.memory, request, key, room.settings)
         choice, granted = room.choice, None
         if key is not None and key.limits.any:
-            choice = within_claim(replace(choice, id=uuid.uuid4().hex), key.limits)
+            choice = limit_to_reserved(replace(choice, id=uuid.uuid4().hex), key.limits)
             demand = Demand(choice, request.body, room.routing, room.settings)
-            granted = await room.limiter.reserve(key, claim_of(demand, key.limits))
-        marks = AnswerMarks(room.memory, thread, SHORT)
-        meter = Meter(room.books, choice, key, Trace("req-1"), time.monotonic(), marks, granted)
+            granted = await room.limiter.reserve(key, estimate_reservation(demand, key.limits))
+        marks = AffinityRecorder(room.memory, thread, SHORT)
+        meter = RequestRecord(room.books, choice, key, RequestIds("req-1"), time.monotonic(), marks, granted)
         turn = await room.turn(meter)
         meter.asking(choice.model)
         turn.begun()

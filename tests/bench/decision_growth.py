@@ -23,13 +23,13 @@ from router_core.eligibility import eligible
 from router_core.embedding import StaticEmbedder, static_embedder
 from router_core.pool import Candidate, Pool
 from router_core.profiles import Profile
-from router_core.scoring import Terms, rank
-from router_core.types import Floats, Needs, Price
+from router_core.scoring import ScoringParams, rank
+from router_core.types import Floats, Price, Requirements
 from tests.bench.prompts import generated_prompts
 
 MODELS = (10, 100, 1_000)
 CLUSTERS = (16, 64, 256, 1_024)
-NEEDS = Needs(prompt_tokens=200)
+NEEDS = Requirements(prompt_tokens=200)
 T = TypeVar("T")
 
 
@@ -71,7 +71,7 @@ def a_pool(models: int, cluster_map: ClusterMap) -> tuple[Pool, ClusterMap]:
 
 
 def decide(pool: Pool, cluster_map: ClusterMap, vector: Floats) -> str:
-    return rank(eligible(pool, NEEDS), cluster_map.assign(vector), NEEDS, Terms()).chosen
+    return rank(eligible(pool, NEEDS), cluster_map.assign(vector), NEEDS, ScoringParams()).chosen
 
 
 def measure(texts: Sequence[str], embedder: StaticEmbedder, over: tuple[Pool, ClusterMap]) -> tuple[float, float]:

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from proxy.cli import console
 from proxy.settings.schema import Settings
-from proxy.storage.client_keys import KeyLatch
+from proxy.storage.client_keys import AuthRequiredLatch
 from proxy.storage.redis import Store
 from proxy.storage.registry import Registry
 from proxy.storage.usage import UsageRecord
-from proxy.storage.usage_journal import Journals
-from proxy.storage.usage_writer import BATCH, UsageRecorder
+from proxy.storage.usage_journal import JournalDirectory
+from proxy.storage.usage_writer import BATCH, UsageWriter
 from router_core.types import Price
 
 RECORD = UsageRecord("dec-0", 1.8e9, "small", "key-1", "scored", "complete", 1000, 400, 300, None, 0.0123, 1.5, 0.5)
@@ -37,8 +37,8 @@ def main() -> None:
 
 async def measure(folder: Path, writes: int) -> None:
     store = await Store.open(Settings(data_dir=folder))
-    registry = Registry(store, ("small",), KeyLatch(folder))
-    recorder = UsageRecorder(store, Journals(folder / "usage", 10**9))
+    registry = Registry(store, ("small",), AuthRequiredLatch(folder))
+    recorder = UsageWriter(store, JournalDirectory(folder / "usage", 10**9))
     rows = []
 
     async def put_price() -> object:

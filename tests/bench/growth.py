@@ -20,7 +20,7 @@ from typing import Any
 import redis
 
 from proxy.cli import console
-from proxy.concurrency import raise_limit
+from proxy.concurrency import raise_open_files_limit
 from proxy.storage.valkey import socket_path
 from router_core.embedding import static_embedder
 from tests.bench.open_streams import FORMS, with_open_streams
@@ -207,7 +207,7 @@ def _cell(before: Point | None, point: Point, figure: Figure) -> str:
 
 def main() -> None:
     arguments = _arguments()
-    raise_limit()
+    raise_open_files_limit()
     static_embedder(arguments.table, console.note)
     found: list[str] = []
     with tempfile.TemporaryDirectory(prefix="uniroute-growth-") as name:

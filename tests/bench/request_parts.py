@@ -17,29 +17,29 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from proxy.app import create_app
-from proxy.routing.affinity import NO_THREAD
-from proxy.routing.assigner import Assigner
-from proxy.routing.candidates import Asked, Way, needs_within, terms_of
+from proxy.routing.affinity import NO_AFFINITY
+from proxy.routing.assigner import ClusterAssigner
+from proxy.routing.candidates import RoutingMode, SelectionContext, requirements_for, scoring_params
 from proxy.routing.chat_request import ChatRequest
-from proxy.routing.fingerprints import past_of
+from proxy.routing.fingerprints import inspect_history
 from proxy.routing.requirements import routing_text
-from proxy.server.dependencies import Services
+from proxy.server.dependencies import AppState
 from proxy.server.metrics import Metrics
-from proxy.server.protocol import ClientConnection
-from proxy.server.ratelimit import Limiter
+from proxy.server.protocol import LimitedHTTPProtocol
+from proxy.server.ratelimit import RateLimiter
 from proxy.server.run import server_config
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, StoredProfile
-from proxy.storage.reader import Stored
+from proxy.storage.reader import StoredState
 from proxy.storage.redis import Store
-from proxy.storage.sessions import Conversations
-from proxy.storage.snapshot import RoutingState, build_state
-from proxy.storage.traffic_stats import LiveExpectations
-from proxy.storage.usage_journal import Journals
-from proxy.storage.usage_writer import UsageRecorder
-from proxy.upstream.concurrency_limit import Capacities
-from proxy.upstream.health import ModelHealth
-from proxy.upstream.payload import Payload
+from proxy.storage.sessions import SessionStore
+from proxy.storage.snapshot import RoutingSnapshot, build_state
+from proxy.storage.traffic_stats import TrafficStats
+from proxy.storage.usage_journal import JournalDirectory
+from proxy.storage.usage_writer import UsageWriter
+from proxy.upstream.concurrency_limit import ConcurrencyLimiter
+from proxy.upstream.health import HealthRegistry
+from proxy.upstream.payload import JSONPayload
 from router_core.artifact import builtin_map
 from router_core.eligibility import Eligibility, eligible
 from router_core.embedding import StaticEmbedder
@@ -62,7 +62,7 @@ Prepare = Callable[[ChatRequest], Any]
 class Still:
     """A state that stays."""
 
-    current: RoutingState
+    current: RoutingSnapshot
 
 
 class Noting:
@@ -71,12 +71,12 @@ class Noting:
     asked_ns = 0
     loading: frozenset[str] = frozenset()
 
-    async def complete(self, *_: object, **__: object) -> Payload:
+    async def complete(self, *_: object, **__: object) -> JSONPayload:
         self.asked_ns = time.process_time_ns()
-        return Payload(dict(ANSWER), ANSWER_BYTES)
+        return JSONPayload(dict(ANSWER), ANSWER_BYTES)
 
 
-def a_routing_state(models: int) -> RoutingState:
+def a_routing_state(models: int) -> RoutingSnapshot:
     """Measured models at random prices."""
     from router_core.profiles import Profile
 
@@ -91,20 +91,20 @@ def a_routing_state(models: int) -> RoutingState:
         rates = {"errors": rng.uniform(size=cluster_map.size).tolist(), "labels": [2.0] * cluster_map.size}
         measured = {"map": cluster_map.id, **rates, "mean_output_tokens": rng.uniform(50, 500), "mean_seconds": 1.0}
         profiles[name] = StoredProfile(records[name].fingerprint, Profile.from_json(measured))
-    stored = Stored(version=1, models=records, profiles=profiles, keys_exist=False)
+    stored = StoredState(version=1, models=records, profiles=profiles, keys_exist=False)
     return build_state(stored, surroundings(cluster_map=cluster_map), keys_latched=False)
 
 
-def open_parts(folder: Path, embedder: StaticEmbedder, state: RoutingState, closing: AsyncExitStack) -> Services:
+def open_parts(folder: Path, embedder: StaticEmbedder, state: RoutingSnapshot, closing: AsyncExitStack) -> AppState:
     """Services whose store nobody runs: a request without a session or a limit asks none."""
     settings = Settings.model_validate({"data_dir": folder})
-    store, metrics, assigner = Store(f"unix://{folder}/none"), Metrics(), Assigner(embedder, 5.0)
+    store, metrics, assigner = Store(f"unix://{folder}/none"), Metrics(), ClusterAssigner(embedder, 5.0)
     closing.callback(assigner.close)
     closing.push_async_callback(store.close)
     nobody: Any = None
     still, noting = Still(state), Noting()
-    usage = UsageRecorder(store, Journals(folder, 10**9))
-    return Services(
+    usage = UsageWriter(store, JournalDirectory(folder, 10**9))
+    return AppState(
         settings=settings,
         store=store,
         state=still,  # type: ignore[arg-type]
@@ -114,12 +114,12 @@ def open_parts(folder: Path, embedder: StaticEmbedder, state: RoutingState, clos
         assigner=assigner,
         upstream=noting,  # type: ignore[arg-type]
         usage=usage,
-        limiter=Limiter(store, metrics),
+        limiter=RateLimiter(store, metrics),
         metrics=metrics,
-        live=LiveExpectations(state.cluster_map.size),
-        health=ModelHealth(settings.breaker),
-        capacities=Capacities(),
-        conversations=Conversations(store, 3600),
+        live=TrafficStats(state.cluster_map.size),
+        health=HealthRegistry(settings.breaker),
+        capacities=ConcurrencyLimiter(),
+        conversations=SessionStore(store, 3600),
         environ={},
     )
 
@@ -153,7 +153,7 @@ class Transport:
 class Wire:
     """One kept-alive connection, and what its requests cost."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: AppState) -> None:
         self._services = services
         config: uvicorn.Config = server_config(services.settings, logging=None)
         config.load()
@@ -161,7 +161,7 @@ class Wire:
         config.loaded_app = app
         self._app = app
         self._transport = Transport()
-        self._connection = ClientConnection(config, ServerState(), {})
+        self._connection = LimitedHTTPProtocol(config, ServerState(), {})
         self._connection.connection_made(self._transport)  # type: ignore[arg-type]
 
     def whole(self) -> dict[str, Callable[[bytes], Awaitable[int]]]:
@@ -198,9 +198,9 @@ class Wire:
         profile.dump_stats(path)
 
 
-def forget(services: Services) -> None:
+def forget(services: AppState) -> None:
     """Every prompt is a new one, as most are: rounds over the same bodies would flatter."""
-    for generation in (services.assigner._young, services.assigner._old):
+    for generation in (services.assigner._recent, services.assigner._previous):
         generation.clear()
 
 
@@ -209,23 +209,25 @@ def _request(raw: bytes) -> bytes:
     return "\r\n".join(("POST /v1/chat/completions HTTP/1.1", *lines, "", "")).encode() + raw
 
 
-def stage_functions(services: Services) -> dict[str, tuple[Prepare, Callable[[Any], object]]]:
+def stage_functions(services: AppState) -> dict[str, tuple[Prepare, Callable[[Any], object]]]:
     """Stage → what it is given of a request, and what it does. Their sum is less than the whole: glue is not in it."""
     state, settings = services.state.current, services.settings
     embedder, cluster_map = services.assigner.embedder, state.cluster_map
 
-    def asked(request: ChatRequest) -> Asked:
-        terms = terms_of(request, Way.SCORED, settings, None, NO_THREAD)
-        return Asked(request, None, state, settings, Way.SCORED, None, needs_within(request), terms, NO_THREAD)
+    def asked(request: ChatRequest) -> SelectionContext:
+        terms = scoring_params(request, RoutingMode.SCORED, settings, None, NO_AFFINITY)
+        return SelectionContext(
+            request, None, state, settings, RoutingMode.SCORED, None, requirements_for(request), terms, NO_AFFINITY
+        )
 
-    def left(request: ChatRequest) -> tuple[Asked, Eligibility, Assignment]:
+    def left(request: ChatRequest) -> tuple[SelectionContext, Eligibility, Assignment]:
         one = asked(request)
         placed = cluster_map.assign(embedder.embed([routing_text(request.body["messages"])]))
         return one, eligible(state.pool, one.needs), placed
 
     return {
-        "past of the conversation": (lambda request: request.body["messages"], past_of),
-        "needs": (lambda request: request, needs_within),
+        "past of the conversation": (lambda request: request.body["messages"], inspect_history),
+        "needs": (lambda request: request, requirements_for),
         "routing text": (lambda request: request.body["messages"], routing_text),
         "tokens of the text": (lambda request: routing_text(request.body["messages"]), embedder.tokens),  # type: ignore[attr-defined]
         "embedding, tokens too": (lambda request: [routing_text(request.body["messages"])], embedder.embed),

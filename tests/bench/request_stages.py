@@ -22,8 +22,8 @@ import uvloop
 
 from proxy.cli import console
 from proxy.routing.chat_request import parse_chat
-from proxy.routing.selection import choose
-from proxy.server.dependencies import Services
+from proxy.routing.selection import select_model
+from proxy.server.dependencies import AppState
 from router_core.embedding import static_embedder
 from tests.bench.overhead.bodies import KINDS
 from tests.bench.prompts import generated_prompts
@@ -81,7 +81,7 @@ def bodies_of(size: str, count: int) -> list[bytes]:
     return [json.dumps(body, separators=(",", ":")).encode() for body in made]
 
 
-async def one_column(services: Services, bodies: Sequence[bytes], arguments: argparse.Namespace) -> dict[str, float]:
+async def one_column(services: AppState, bodies: Sequence[bytes], arguments: argparse.Namespace) -> dict[str, float]:
     wire = Wire(services)
     if arguments.profile:
         await wire.profiled(bodies, arguments.profile)
@@ -101,12 +101,12 @@ async def cost(stage: Stage, bodies: Sequence[bytes], rounds: int) -> float:
     return statistics.median(best) / 1000
 
 
-def stages(services: Services) -> dict[str, Stage]:
+def stages(services: AppState) -> dict[str, Stage]:
     async def chosen(raw: bytes) -> int:
         request = parse_chat(raw, HEADERS)
         forget(services)
         started = time.process_time_ns()
-        await choose(request, None, services.state.current, services.settings, services.assigner)
+        await select_model(request, None, services.state.current, services.settings, services.assigner)
         return time.process_time_ns() - started
 
     alone = {name: _repeated(prepare, work) for name, (prepare, work) in stage_functions(services).items()}

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import redis
 
-from proxy.storage.client_keys import KeyLatch
+from proxy.storage.client_keys import AuthRequiredLatch
 from proxy.storage.redis import Store
 from proxy.storage.registry import Registry
 from proxy.storage.valkey import socket_path
@@ -37,7 +37,7 @@ def upstream() -> Iterator[ScriptedUpstream]:
 
 async def a_client_key(gateway: Gateway) -> str:
     store = Store(f"unix://{socket_path(gateway.data_dir / 'valkey')}")
-    _, secret = await Registry(store, (), KeyLatch(gateway.data_dir)).keys.create("a client")
+    _, secret = await Registry(store, (), AuthRequiredLatch(gateway.data_dir)).keys.create("a client")
     await store.close()
     return secret
 

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from proxy.storage.client_keys import KeyLatch
+from proxy.storage.client_keys import AuthRequiredLatch
 from proxy.storage.redis import Store
 from proxy.storage.registry import Registry
 from tests.faults.gateway import CONFIGURED, Gateway, a_gateway, counted
@@ -164,7 +164,7 @@ def test_a_flushed_store_takes_what_was_added_with_it_and_opens_no_door(setting:
 
 async def a_client_key(setting: Setting) -> str:
     store = Store(setting.valkey.url)
-    _, secret = await Registry(store, (), KeyLatch(setting.gateway.data_dir)).keys.create("a client")
+    _, secret = await Registry(store, (), AuthRequiredLatch(setting.gateway.data_dir)).keys.create("a client")
     await store.close()
     return secret
 

@@ -10,9 +10,16 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["proxy.upstream.sse", "proxy.upstream.payload", "json"]):
-    from proxy.errors import UpstreamFailure
-    from proxy.upstream.payload import chunk_of, exact, finish_reasons, has_content, is_empty_answer, is_usage_chunk
-    from proxy.upstream.sse import EventCutter, event
+    from proxy.errors import UpstreamError
+    from proxy.upstream.payload import (
+        chunk_of,
+        finish_reasons,
+        has_content,
+        is_empty_completion,
+        is_usage_chunk,
+        parse_exact,
+    )
+    from proxy.upstream.sse import SSEDecoder, format_event
 
 
 def one_input(data: bytes) -> None:
@@ -24,16 +31,16 @@ def one_input(data: bytes) -> None:
             raise AssertionError("another split, other events")
     for found in whole:
         try:
-            chunk, shown = chunk_of(found, exact).body, chunk_of(found).named("m")
-        except UpstreamFailure:
+            chunk, shown = chunk_of(found, parse_exact).body, chunk_of(found).named("m")
+        except UpstreamError:
             continue
-        has_content(chunk), is_empty_answer(chunk), is_usage_chunk(chunk), finish_reasons(chunk)
-        if len(_cut([event(chunk)])) != 1 or _cut([b"data: " + shown + b"\n\n"]) != [shown]:
+        has_content(chunk), is_empty_completion(chunk), is_usage_chunk(chunk), finish_reasons(chunk)
+        if len(_cut([format_event(chunk)])) != 1 or _cut([b"data: " + shown + b"\n\n"]) != [shown]:
             raise AssertionError("one chunk is not one event")
 
 
 def _cut(pieces: list[bytes]) -> list[bytes]:
-    cutter = EventCutter()
+    cutter = SSEDecoder()
     return [data for piece in pieces for data in cutter.feed(piece)] + cutter.close()
 
 

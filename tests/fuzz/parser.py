@@ -12,8 +12,8 @@ import atheris
 with atheris.instrument_imports(include=["proxy.routing", "json"]):
     from proxy.errors import BadRequest
     from proxy.routing.chat_request import parse_chat
-    from proxy.routing.requirements import needs_of, routing_text
-    from proxy.upstream.sse import dump
+    from proxy.routing.requirements import requirements_of, routing_text
+    from proxy.upstream.sse import encode_json
 
 
 def one_input(data: bytes) -> None:
@@ -25,8 +25,8 @@ def one_input(data: bytes) -> None:
     except BadRequest:
         return
     routing_text(request.body["messages"])
-    needs_of(request.body)
-    if parse_chat(dump(request.body), []).body != request.body:
+    requirements_of(request.body)
+    if parse_chat(encode_json(request.body), []).body != request.body:
         raise AssertionError("what was written is not what was read")
 
 

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from proxy.app import create_app, open_services
+from proxy.app import app_state, create_app
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings
 
@@ -24,7 +24,7 @@ def settings(folder: Path, embedder_cache: Path, **more: object) -> Settings:
 
 async def test_an_allowed_page_may_call_and_no_other(tmp_path: Path, embedder_cache: Path) -> None:
     asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,lambda"}
-    async with open_services(settings(tmp_path, embedder_cache, allowed_origins=[PAGE]), {}) as services:
+    async with app_state(settings(tmp_path, embedder_cache, allowed_origins=[PAGE]), {}) as services:
         transport = httpx.ASGITransport(app=create_app(services))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
             preflight = await client.options("/v1/chat/completions", headers={"origin": PAGE, **asked})
@@ -39,7 +39,7 @@ async def test_an_allowed_page_may_call_and_no_other(tmp_path: Path, embedder_ca
 
 async def test_a_change_of_a_key_is_in_force_here_when_it_is_answered(tmp_path: Path, embedder_cache: Path) -> None:
     root = {"authorization": "Bearer root-key-of-the-test"}
-    async with open_services(settings(tmp_path, embedder_cache, admin_key="root-key-of-the-test"), {}) as services:
+    async with app_state(settings(tmp_path, embedder_cache, admin_key="root-key-of-the-test"), {}) as services:
         await services.state.stop()  # nothing but the call itself brings the news
         transport = httpx.ASGITransport(app=create_app(services))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
@@ -69,7 +69,7 @@ async def test_a_prompt_is_not_shared_out_among_the_cores_that_other_workers_hav
         return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
 
     with threadpool_limits(2, user_api="blas"):
-        async with open_services(settings(tmp_path, embedder_cache), {}):
+        async with app_state(settings(tmp_path, embedder_cache), {}):
             assert threads() == {1}
         assert threads() == {2}
 
@@ -85,5 +85,5 @@ async def test_what_cannot_work_is_refused_at_start(
     tmp_path: Path, embedder_cache: Path, more: dict[str, object], words: str
 ) -> None:
     with pytest.raises(SettingsError, match=words):
-        async with open_services(settings(tmp_path, embedder_cache, **more), {}):
+        async with app_state(settings(tmp_path, embedder_cache, **more), {}):
             pass

@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from proxy.concurrency import end
+from proxy.concurrency import cancel_and_wait
 from proxy.outbound import AsyncTransport, Outbound
-from proxy.upstream.litellm.transport import chunks_of, client_over, keep_tidy, open_pool, watched
+from proxy.upstream.litellm.transport import capture, chunks_of, client_over, open_pool, reap_connections
 from tests.support.makers import until
 from tests.support.raw_upstream import DONE, END, SAID, RawUpstream, Said, chunked, plain
 
@@ -22,14 +22,14 @@ MOST_STEPS = 200
 
 @asynccontextmanager
 async def tidied(pool: httpx.AsyncClient) -> AsyncIterator[httpx.AsyncClient]:
-    closing = asyncio.create_task(keep_tidy(pool, every_s=0.02, grace_s=0.1))
+    closing = asyncio.create_task(reap_connections(pool, every_s=0.02, grace_s=0.1))
     async with pool:
         yield pool
-        await end(closing)
+        await cancel_and_wait(closing)
 
 
 async def streamed(pool: httpx.AsyncClient, url: str) -> None:
-    with watched(5, streams=True) as exchange:
+    with capture(5, streams=True) as exchange:
         request = pool.build_request("POST", url, content=b"{}")
         response = await pool.send(request, stream=True)
     try:
@@ -41,7 +41,7 @@ async def streamed(pool: httpx.AsyncClient, url: str) -> None:
 
 
 async def whole(pool: httpx.AsyncClient, url: str) -> None:
-    with watched(5):
+    with capture(5):
         await pool.post(url + "/chat/completions", content=b"{}")
 
 
@@ -76,7 +76,7 @@ async def test_a_call_that_takes_its_time_keeps_its_connection() -> None:
 
         assert not calling.done()
         assert server.open == 1
-        await end(calling)
+        await cancel_and_wait(calling)
 
 
 def in_use(pool: Any) -> list[Any]:

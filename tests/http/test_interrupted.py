@@ -11,7 +11,7 @@ import pytest
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream.litellm.client import LitellmUpstream
+from proxy.upstream.litellm.client import LiteLLMClient
 from tests.http.test_other_formats import BEGIN
 from tests.support.makers import until
 from tests.support.raw_upstream import SAID, RawUpstream, Said, chunked
@@ -23,8 +23,8 @@ TURNS = 12
 
 
 @pytest.fixture
-async def translate() -> AsyncIterator[LitellmUpstream]:
-    opened = LitellmUpstream(Settings(), {})
+async def translate() -> AsyncIterator[LiteLLMClient]:
+    opened = LiteLLMClient(Settings(), {})
     await opened.prepare()
     yield opened
     await opened.aclose()
@@ -43,7 +43,7 @@ async def insist(task: asyncio.Task[None]) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-async def test_a_stream_is_closed_however_often_its_reader_is_cancelled(translate: LitellmUpstream, model: str) -> None:
+async def test_a_stream_is_closed_however_often_its_reader_is_cancelled(translate: LiteLLMClient, model: str) -> None:
     async with RawUpstream(Said(MODELS[model][:-1], "hang")) as server:
         began = asyncio.Event()
 
@@ -61,7 +61,7 @@ async def test_a_stream_is_closed_however_often_its_reader_is_cancelled(translat
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("model", MODELS)
 async def test_a_call_is_given_up_however_often_its_caller_is_cancelled(
-    translate: LitellmUpstream, model: str, *, stream: bool
+    translate: LiteLLMClient, model: str, *, stream: bool
 ) -> None:
     async with RawUpstream(Said((), "hang")) as server:
         call = translate.stream if stream else translate.complete

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from proxy.settings.schema import Settings
-from proxy.storage.client_keys import ClientKey, KeyLatch
+from proxy.storage.client_keys import AuthRequiredLatch, ClientKey
 from proxy.storage.redis import Store
 from proxy.storage.registry import Registry
 from tests.support.server import ADMIN_KEY, ProxyProcess, arm
@@ -41,7 +41,7 @@ def with_registry(folder: Path, work: Any) -> Any:
     async def run() -> Any:
         store = await Store.open(Settings(data_dir=folder))
         try:
-            return await work(Registry(store, (), KeyLatch(folder)))
+            return await work(Registry(store, (), AuthRequiredLatch(folder)))
         finally:
             await store.close()
 

@@ -21,7 +21,7 @@ from proxy.server.reservations import PREFIX
 from proxy.storage.audit_log import AUDIT
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.models import ModelRecord, StoredProfile
-from proxy.storage.redis import CHANGED, EARLIER, KEYS, MODELS, PRICING, PROFILES, VERSION, price_key
+from proxy.storage.redis import CHANGED, KEYS, MODELS, PREVIOUS_PROFILES, PRICING, PROFILES, VERSION, price_key
 from proxy.upstream.health import CHANNEL, health_key
 from router_core.errors import InvalidInput
 from tests.support.server import ProxyProcess, arm, uniform_profile
@@ -189,7 +189,7 @@ PROFILE = {
 def fill(client: redis.Redis) -> None:
     """Every hash of entries with every odd entry."""
     with client.pipeline(transaction=False) as pipe:
-        for key, good in ((MODELS, RECORD), (PROFILES, PROFILE), (EARLIER, PROFILE), (KEYS, KEY)):
+        for key, good in ((MODELS, RECORD), (PROFILES, PROFILE), (PREVIOUS_PROFILES, PROFILE), (KEYS, KEY)):
             for number, text in enumerate([*TEXTS, *islice(map(stored, variants(good)), 0, None, 10)]):
                 pipe.hset(key, f"odd-{number}", text)
             pipe.hset(key, "\x1b[31mred\n", stored(good))
@@ -234,7 +234,7 @@ def test_a_store_full_of_odd_entries_is_served_from_and_changed(served: Served) 
 @pytest.fixture(scope="module")
 def emptied(served: Served) -> Served:
     """Without the odd entries, which take long to be read each time."""
-    served.client.delete(MODELS, EARLIER, answers_key("odd"), LATEST)
+    served.client.delete(MODELS, PREVIOUS_PROFILES, answers_key("odd"), LATEST)
     for key in (PROFILES, KEYS):
         odd = [name for name in served.client.hkeys(key) if name not in ("kept", served.key_id)]
         served.client.hdel(key, *odd)
@@ -296,7 +296,7 @@ WRONG_KINDS = {
 
 @pytest.mark.parametrize("kind", WRONG_KINDS)
 def test_a_key_of_another_kind_stops_no_request_and_no_reading(emptied: Served, kind: str) -> None:
-    keys = (VERSION, MODELS, PROFILES, EARLIER, price_key("kept"), health_key("kept"), LATEST, job_key("odd"))
+    keys = (VERSION, MODELS, PROFILES, PREVIOUS_PROFILES, price_key("kept"), health_key("kept"), LATEST, job_key("odd"))
     emptied.client.delete(*keys)
     for key in keys:
         WRONG_KINDS[kind](emptied.client, key)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import UpstreamFailure
-from proxy.routing.fingerprints import Trail, newest_question, past_of
+from proxy.errors import UpstreamError
+from proxy.routing.fingerprints import TurnFingerprints, inspect_history, latest_user_text
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream.litellm.client import LitellmUpstream
+from proxy.upstream.litellm.client import LiteLLMClient
 from tests.support.answers import Step
 from tests.support.upstream import ScriptedUpstream
 
@@ -56,8 +56,8 @@ def server() -> Iterator[ScriptedUpstream]:
 
 
 @pytest.fixture
-async def upstream() -> AsyncIterator[LitellmUpstream]:
-    opened = LitellmUpstream(Settings(), {"CLAUDE_API_KEY": "sk-claude"})
+async def upstream() -> AsyncIterator[LiteLLMClient]:
+    opened = LiteLLMClient(Settings(), {"CLAUDE_API_KEY": "sk-claude"})
     await opened.prepare()
     yield opened
     await opened.aclose()
@@ -73,7 +73,7 @@ def claude(server: ScriptedUpstream, **params: Any) -> ModelRecord:
     return ModelRecord("claude", stated, ModelInfo(), "admin", 0.0)
 
 
-async def test_an_answer_is_translated(upstream: LitellmUpstream, server: ScriptedUpstream) -> None:
+async def test_an_answer_is_translated(upstream: LiteLLMClient, server: ScriptedUpstream) -> None:
     server.then(Step(body=MESSAGE))
     answer = await upstream.complete(
         claude(server, system="Be brief."), {"messages": ASK, "metadata": {"team": "blue"}}
@@ -87,7 +87,7 @@ async def test_an_answer_is_translated(upstream: LitellmUpstream, server: Script
 
 
 async def test_a_stream_is_translated_and_usage_comes_without_choices(
-    upstream: LitellmUpstream, server: ScriptedUpstream
+    upstream: LiteLLMClient, server: ScriptedUpstream
 ) -> None:
     server.then(Step(events=[*BEGIN, *END], done=False))
     chunks = [chunk async for chunk in await upstream.stream(claude(server), {"messages": ASK})]
@@ -100,10 +100,10 @@ async def test_a_stream_is_translated_and_usage_comes_without_choices(
     "step", [Step(events=BEGIN, done=False), Step(events=[*BEGIN, *END], cut_after=3)], ids=["ended", "cut"]
 )
 async def test_a_truncated_stream_is_not_taken_for_a_whole_one(
-    upstream: LitellmUpstream, server: ScriptedUpstream, step: Step
+    upstream: LiteLLMClient, server: ScriptedUpstream, step: Step
 ) -> None:
     server.then(step)
-    with pytest.raises(UpstreamFailure, match="ended before"):
+    with pytest.raises(UpstreamError, match="ended before"):
         [chunk async for chunk in await upstream.stream(claude(server), {"messages": ASK})]
 
 
@@ -127,63 +127,65 @@ THINKING = [
 
 
 async def test_thinking_and_calls_leave_the_marks_of_what_a_client_sends_back(
-    upstream: LitellmUpstream, server: ScriptedUpstream
+    upstream: LiteLLMClient, server: ScriptedUpstream
 ) -> None:
     thinking = {"type": "thinking", "thinking": THOUGHT, "signature": SIGNATURE}
     call = {"type": "tool_use", "id": CALL_ID, "name": "greet", "input": {"whom": "you"}}
     server.then(Step(events=THINKING, done=False), Step(body={**MESSAGE, "content": [thinking, call]}))
     body = {"messages": ASK, "max_tokens": 2000}
-    streamed, whole = Trail(), Trail()
+    streamed, whole = TurnFingerprints(), TurnFingerprints()
     async for chunk in await upstream.stream(claude(server), body):
         for choice in chunk["choices"]:
             streamed.add(choice["delta"])
     whole.add((await upstream.complete(claude(server), body))["choices"][0]["message"])
 
-    question = newest_question(ASK)
+    question = latest_user_text(ASK)
     function = {"name": "greet", "arguments": "{}"}
     returned = {"role": "assistant", "tool_calls": [{"id": CALL_ID, "type": "function", "function": function}]}
-    blocks = past_of([*ASK, {**returned, "thinking_blocks": [thinking]}, {"role": "tool", "content": "Hello"}]).marks
+    blocks = inspect_history(
+        [*ASK, {**returned, "thinking_blocks": [thinking]}, {"role": "tool", "content": "Hello"}]
+    ).marks
     for trail in (streamed, whole):
         assert {*trail.reasoning_marks(question), *trail.call_marks(question)} == set(blocks)
 
 
-async def test_statuses_pass_through(upstream: LitellmUpstream, server: ScriptedUpstream) -> None:
+async def test_statuses_pass_through(upstream: LiteLLMClient, server: ScriptedUpstream) -> None:
     overloaded = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
     server.then(Step(status=529, body=overloaded, headers={"retry-after": "3"}))
-    with pytest.raises(UpstreamFailure) as caught:
+    with pytest.raises(UpstreamError) as caught:
         await upstream.complete(claude(server), {"messages": ASK})
 
     assert (caught.value.status, caught.value.retryable, caught.value.headers["retry-after"]) == (529, True, "3")
 
 
 async def test_a_parameter_without_a_counterpart_is_said_and_another_model_may_try(
-    upstream: LitellmUpstream, server: ScriptedUpstream
+    upstream: LiteLLMClient, server: ScriptedUpstream
 ) -> None:
-    with pytest.raises(UpstreamFailure, match="does not support parameters") as caught:
+    with pytest.raises(UpstreamError, match="does not support parameters") as caught:
         await upstream.complete(claude(server), {"messages": ASK, "logprobs": True})
 
     assert (caught.value.status, caught.value.retryable) == (400, True)
     assert server.history == []
 
 
-async def test_a_missing_key_is_no_fault_of_the_caller(upstream: LitellmUpstream, server: ScriptedUpstream) -> None:
-    with pytest.raises(UpstreamFailure, match="no key") as caught:
+async def test_a_missing_key_is_no_fault_of_the_caller(upstream: LiteLLMClient, server: ScriptedUpstream) -> None:
+    with pytest.raises(UpstreamError, match="no key") as caught:
         await upstream.complete(claude(server, api_key="os.environ/MISSING_API_KEY"), {"messages": ASK})
 
     assert caught.value.status is None
 
 
-async def test_redirects_are_not_followed(upstream: LitellmUpstream, server: ScriptedUpstream) -> None:
+async def test_redirects_are_not_followed(upstream: LiteLLMClient, server: ScriptedUpstream) -> None:
     server.then(Step(status=307, headers={"location": server.url}, body=b""))
-    with pytest.raises(UpstreamFailure, match="redirect"):
+    with pytest.raises(UpstreamError, match="redirect"):
         await upstream.complete(claude(server), {"messages": ASK})
 
     assert len(server.history) == 1
 
 
-async def test_an_upstream_that_is_not_there_is_told_so(upstream: LitellmUpstream) -> None:
+async def test_an_upstream_that_is_not_there_is_told_so(upstream: LiteLLMClient) -> None:
     gone = ModelRecord("m", {"model": "openai/m", "api_base": "http://127.0.0.1:1/v1"}, ModelInfo(), "admin", 0.0)
-    with pytest.raises(UpstreamFailure, match="cannot be reached") as caught:
+    with pytest.raises(UpstreamError, match="cannot be reached") as caught:
         await upstream.complete(gone, {"messages": ASK})
 
     assert caught.value.retryable
@@ -191,7 +193,7 @@ async def test_an_upstream_that_is_not_there_is_told_so(upstream: LitellmUpstrea
 
 @pytest.mark.parametrize("provider", ["hosted_vllm", "lm_studio", "custom_openai"])
 async def test_local_servers_get_the_body_verbatim(
-    upstream: LitellmUpstream, server: ScriptedUpstream, provider: str
+    upstream: LiteLLMClient, server: ScriptedUpstream, provider: str
 ) -> None:
     record = ModelRecord(
         "m", {"model": f"{provider}/m", "api_base": server.url, "api_key": "k"}, ModelInfo(), "admin", 0.0

@@ -10,7 +10,7 @@ import pytest
 from proxy.settings.schema import Settings
 from proxy.storage.redis import Store
 from proxy.storage.valkey import EmbeddedValkey
-from proxy.upstream.client import Upstream
+from proxy.upstream.client import UpstreamClient
 from tests.support.relaying import KEY
 from tests.support.tls import a_certificate
 
@@ -40,8 +40,8 @@ async def second_store(store: Store) -> AsyncIterator[Store]:
 
 
 @pytest.fixture
-async def upstream() -> AsyncIterator[Upstream]:
-    opened = Upstream(Settings(), {"ARM_API_KEY": KEY})
+async def upstream() -> AsyncIterator[UpstreamClient]:
+    opened = UpstreamClient(Settings(), {"ARM_API_KEY": KEY})
     yield opened
     await opened.aclose()
 

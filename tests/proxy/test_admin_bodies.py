@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import BadRequest
-from proxy.server.admin_schemas import Addition, Asking, read_addition, read_patch, read_price, shown_params
+from proxy.server.admin_schemas import NewModel, ProfileRequest, read_addition, read_patch, read_price, redact_params
 from proxy.settings.schema import Settings
 from router_core.errors import InvalidInput
 from router_core.profiles import Profile
@@ -18,7 +18,7 @@ ENVIRON = {"NEW_API_KEY": "secret", "OTHER": "x", "UNIROUTE_ADMIN_KEY": "admin-k
 PARAMS: Any = {"model": "openai/new", "api_base": "http://127.0.0.1:9/v1", "api_key": "os.environ/NEW_API_KEY"}
 
 
-def addition(params: Any = None, **body: Any) -> Addition:
+def addition(params: Any = None, **body: Any) -> NewModel:
     whole = {"model_name": "team/new", "litellm_params": {**PARAMS, **(params or {})}, **body}
     return read_addition(whole, Settings(route_names=("gpt-4o",)), ENVIRON, CORNERS, 1.0)
 
@@ -26,9 +26,9 @@ def addition(params: Any = None, **body: Any) -> Addition:
 def test_a_model_is_asked_by_default() -> None:
     read = addition(model_info={"free": True, "mode": "chat"})
 
-    assert read.profile == Asking(60, 1.0)
+    assert read.profile == ProfileRequest(60, 1.0)
     assert (read.record.name, read.record.source, read.record.info.free) == ("team/new", "admin", True)
-    assert addition(profile={"prompts": 5, "max_usd": 0.1}).profile == Asking(5, 0.1)
+    assert addition(profile={"prompts": 5, "max_usd": 0.1}).profile == ProfileRequest(5, 0.1)
 
 
 def test_a_ready_profile_is_taken_if_it_is_of_this_map() -> None:
@@ -144,7 +144,7 @@ def test_what_is_shown_of_a_model_holds_no_secret_however_it_came_there() -> Non
     body = {"a": [{"token": "canary4"}], "max_tokens": 3, "note": "Bearer canary5", "u": "http://a@h?k=canary6"}
     base = "https://me:canary1@h/v1?api-version=1&sig=canary2&team=canary3"
     headers = {"x": "canary7", "y": "os.environ/Y_API_KEY"}
-    shown = shown_params({"model": "openai/x", "api_base": base, "extra_body": body, "headers": headers, "top_p": 1})
+    shown = redact_params({"model": "openai/x", "api_base": base, "extra_body": body, "headers": headers, "top_p": 1})
     assert "canary" not in str(shown)
     assert shown["api_base"] == "https://***@h/v1?api-version=1&sig=***&team=***"
     assert (shown["extra_body"]["max_tokens"], shown["headers"]["y"]) == (3, "os.environ/Y_API_KEY")
@@ -174,7 +174,7 @@ def test_a_wrong_price_is_refused(body: Any) -> None:
 
 
 def test_no_secret_is_shown() -> None:
-    shown = shown_params(
+    shown = redact_params(
         {"model": "m", "api_key": "sk-x", "extra_headers": {"a": "sk-y"}, "max_tokens": 5, "aws_secret_access_key": "z"}
     )
 

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamFailure
+from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamError
 from proxy.safety.json_shape import MAX_VALUES, MAX_VALUES_AT_ONCE, SMALL
-from proxy.server.responses import describe
+from proxy.server.responses import render_error
 from proxy.settings.models import ModelInfo
-from proxy.settings.schema import HealthPolicy, Settings
+from proxy.settings.schema import CircuitBreakerSettings, Settings
 from proxy.storage.models import ModelRecord
 from proxy.upstream.answer_room import AnswerBounds, AnswerRoom, Held
-from proxy.upstream.client import Upstream
-from proxy.upstream.health import ModelHealth
+from proxy.upstream.client import UpstreamClient
+from proxy.upstream.health import HealthRegistry
 from tests.support.makers import until
 from tests.support.raw_upstream import DONE, END, JSON, SAID, STREAM_HEAD, RawUpstream, Said, chunked, plain
 from tests.support.relaying import BODY, a_model, failing, streamed, whole
@@ -33,9 +33,9 @@ EVENT_STREAM = b"content-type: text/event-stream\r\n"
 
 
 @pytest.fixture
-async def upstream(request: pytest.FixtureRequest) -> AsyncIterator[Upstream]:
+async def upstream(request: pytest.FixtureRequest) -> AsyncIterator[UpstreamClient]:
     """With little room, so that little is needed to fill it."""
-    opened = Upstream(Settings(max_answer_bytes=4_000_000, max_answers_in_flight_bytes=5_000_000), {})
+    opened = UpstreamClient(Settings(max_answer_bytes=4_000_000, max_answers_in_flight_bytes=5_000_000), {})
     if hasattr(request.node, "callspec") and request.node.callspec.params.get("way", "relay") != "relay":
         await opened.loaded()
     yield opened
@@ -70,7 +70,7 @@ def saying(ask: Any, text: bytes) -> Said:
 
 @pytest.mark.parametrize("way", ["relay", "translate", "anthropic", "azure"])
 @KINDS
-async def test_a_flood_of_values_is_not_parsed(upstream: Upstream, way: str, ask: Any) -> None:
+async def test_a_flood_of_values_is_not_parsed(upstream: UpstreamClient, way: str, ask: Any) -> None:
     async with RawUpstream(saying(ask, b"[" + b"[]," * 800_000 + b"1]")) as server:
         failure = await failing(upstream, by(way, server), ask)
 
@@ -81,7 +81,7 @@ async def test_a_flood_of_values_is_not_parsed(upstream: Upstream, way: str, ask
 
 @WAYS
 @KINDS
-async def test_what_is_nested_too_deeply_is_no_answer(upstream: Upstream, way: str, ask: Any) -> None:
+async def test_what_is_nested_too_deeply_is_no_answer(upstream: UpstreamClient, way: str, ask: Any) -> None:
     async with RawUpstream(saying(ask, b"[" * 600 + b"1" + b"]" * 600)) as server:
         await failing(upstream, by(way, server), ask)
 
@@ -89,7 +89,9 @@ async def test_what_is_nested_too_deeply_is_no_answer(upstream: Upstream, way: s
 @WAYS
 @KINDS
 @pytest.mark.parametrize("filling", [b" ", b"x"])
-async def test_more_bytes_than_are_read_of_one_answer(upstream: Upstream, way: str, ask: Any, filling: bytes) -> None:
+async def test_more_bytes_than_are_read_of_one_answer(
+    upstream: UpstreamClient, way: str, ask: Any, filling: bytes
+) -> None:
     text = filling * 4_200_000 if filling == b" " else b'"' + filling * 4_200_000 + b'"'
     async with RawUpstream(saying(ask, text)) as server:
         failure = await failing(upstream, by(way, server), ask)
@@ -101,7 +103,9 @@ async def test_more_bytes_than_are_read_of_one_answer(upstream: Upstream, way: s
 
 @WAYS
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_unpacks_to_more_than_is_read_is_not_unpacked(upstream: Upstream, way: str, stream: bool) -> None:
+async def test_what_unpacks_to_more_than_is_read_is_not_unpacked(
+    upstream: UpstreamClient, way: str, stream: bool
+) -> None:
     packed = gzip.compress(event(b'"' + b"x" * 50_000_000 + b'"') if stream else b" " * 50_000_000 + JSON)
     head = GZIP if not stream else EVENT_STREAM + b"content-encoding: gzip\r\n"
     async with RawUpstream(plain(packed, head)) as server:
@@ -110,13 +114,13 @@ async def test_what_unpacks_to_more_than_is_read_is_not_unpacked(upstream: Upstr
 
 
 @pytest.mark.parametrize("way", ["relay", "translate"])
-async def test_a_packed_answer_is_read_all_the_same(upstream: Upstream, way: str) -> None:
+async def test_a_packed_answer_is_read_all_the_same(upstream: UpstreamClient, way: str) -> None:
     async with RawUpstream(plain(gzip.compress(JSON), GZIP)) as server:
         assert json.loads(await whole(upstream, by(way, server)))["choices"][0]["message"]["content"] == "hi"
 
 
 @pytest.mark.parametrize("way", ["relay", "translate"])
-async def test_the_events_of_a_whole_answer_are_no_flood_of_values_together(upstream: Upstream, way: str) -> None:
+async def test_the_events_of_a_whole_answer_are_no_flood_of_values_together(upstream: UpstreamClient, way: str) -> None:
     async with RawUpstream(Said(chunked(SAID * (MAX_VALUES_AT_ONCE // 5), END, DONE))) as server:
         said = json.loads(await whole(upstream, by(way, server)))
 
@@ -133,7 +137,7 @@ async def test_the_events_of_a_whole_answer_are_no_flood_of_values_together(upst
     ],
 )
 async def test_of_a_whole_answer_in_events_no_more_is_held_than_of_any(
-    upstream: Upstream, way: str, said: bytes, why: str
+    upstream: UpstreamClient, way: str, said: bytes, why: str
 ) -> None:
     piece = b'data: {"choices":[{"index":0,"delta":' + said + b"}]}\n\n"
     async with RawUpstream(Said(chunked(*[piece] * 20, END, DONE))) as server:
@@ -145,7 +149,7 @@ async def test_of_a_whole_answer_in_events_no_more_is_held_than_of_any(
 
 
 @pytest.mark.parametrize("way", ["relay", "translate"])
-async def test_json_in_place_of_a_stream_is_bounded_too(upstream: Upstream, way: str) -> None:
+async def test_json_in_place_of_a_stream_is_bounded_too(upstream: UpstreamClient, way: str) -> None:
     flood, long = holding(b"[" + b"[]," * 200_000 + b"1]"), holding(b'"' + b"x" * 4_200_000 + b'"')
     async with RawUpstream(plain(flood), plain(long)) as server:
         for why in ("values", "max_answer_bytes"):
@@ -157,7 +161,7 @@ async def test_json_in_place_of_a_stream_is_bounded_too(upstream: Upstream, way:
 
 @pytest.mark.parametrize("way", ["relay", "translate"])
 @KINDS
-async def test_a_large_answer_arrives_whole(upstream: Upstream, way: str, ask: Any) -> None:
+async def test_a_large_answer_arrives_whole(upstream: UpstreamClient, way: str, ask: Any) -> None:
     text = '"[]{},:é\\' * 200_000
     async with RawUpstream(saying(ask, json.dumps(text).encode())) as server:
         said = await ask(upstream, by(way, server))
@@ -167,7 +171,7 @@ async def test_a_large_answer_arrives_whole(upstream: Upstream, way: str, ask: A
 
 
 @pytest.mark.parametrize("values", [MAX_VALUES_AT_ONCE - 1000, MAX_VALUES - 1000])
-async def test_many_values_of_a_whole_answer_are_read_as_few_are(upstream: Upstream, values: int) -> None:
+async def test_many_values_of_a_whole_answer_are_read_as_few_are(upstream: UpstreamClient, values: int) -> None:
     numbers = list(range(values // 2))
     said = holding(json.dumps(numbers).encode())
     async with RawUpstream(plain(said)) as server:
@@ -178,7 +182,7 @@ async def test_many_values_of_a_whole_answer_are_read_as_few_are(upstream: Upstr
 
 
 async def test_an_answer_has_room_or_is_told_so_and_all_of_it_is_given_back(
-    upstream: Upstream, caplog: pytest.LogCaptureFixture
+    upstream: UpstreamClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with RawUpstream(plain(holding(b'"' + b"x" * 3_000_000 + b'"'))) as server:
         record = by("relay", server)
@@ -196,7 +200,7 @@ async def test_an_answer_has_room_or_is_told_so_and_all_of_it_is_given_back(
 
 @WAYS
 @KINDS
-async def test_who_is_cancelled_gives_its_room_back(upstream: Upstream, way: str, ask: Any) -> None:
+async def test_who_is_cancelled_gives_its_room_back(upstream: UpstreamClient, way: str, ask: Any) -> None:
     length = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 9999999\r\n\r\n"
     head = length if ask is whole else STREAM_HEAD + b"\r\n"
     beginning = (b'{"a":"' if ask is whole else b'data: {"a":"') + b"x" * 1_000_000
@@ -210,9 +214,9 @@ async def test_who_is_cancelled_gives_its_room_back(upstream: Upstream, way: str
 
 
 @pytest.mark.parametrize("way", ["translate", "anthropic", "azure"])
-async def test_no_connection_to_a_model_outlives_its_process(upstream: Upstream, way: str) -> None:
+async def test_no_connection_to_a_model_outlives_its_process(upstream: UpstreamClient, way: str) -> None:
     async with RawUpstream(plain()) as server:
-        with suppress(UpstreamFailure):
+        with suppress(UpstreamError):
             await whole(upstream, by(way, server))
         kept = server.open
         await upstream.aclose()
@@ -221,7 +225,7 @@ async def test_no_connection_to_a_model_outlives_its_process(upstream: Upstream,
     assert kept == 1
 
 
-async def test_a_large_event_is_held_until_it_is_dropped(upstream: Upstream) -> None:
+async def test_a_large_event_is_held_until_it_is_dropped(upstream: UpstreamClient) -> None:
     async with RawUpstream(saying(streamed, b'"' + b"x" * 1_000_000 + b'"')) as server:
         stream: Any = await upstream.stream(by("relay", server), {**BODY, "stream": True})
         most = 0
@@ -235,20 +239,20 @@ async def test_a_large_event_is_held_until_it_is_dropped(upstream: Upstream) -> 
 
 @pytest.mark.parametrize("kind", [b"application/json", b"text/event-stream"])
 @pytest.mark.parametrize("ask", [whole, streamed])
-async def test_of_a_failure_the_beginning_alone_is_kept(upstream: Upstream, ask: Any, kind: bytes) -> None:
+async def test_of_a_failure_the_beginning_alone_is_kept(upstream: UpstreamClient, ask: Any, kind: bytes) -> None:
     """Also of a success that is none: its words are searched, and parsed once more to be told."""
     said = b'{"error":{"message":"no"},"more":[' + b"1," * 40_000 + b"1]}"
     body = b"data: " + said + b"\n\n" if kind == b"text/event-stream" else said
     async with RawUpstream(plain(body, b"content-type: " + kind + b"\r\n")) as server:
         failure = await failing(upstream, by("relay", server), ask)
 
-    assert failure.status == 502 or isinstance(failure, UpstreamFailure)
-    assert len(json.dumps(describe(failure)[1])) < 40_000
+    assert failure.status == 502 or isinstance(failure, UpstreamError)
+    assert len(json.dumps(render_error(failure)[1])) < 40_000
 
 
 @pytest.mark.parametrize("failure", [AnswerTooLarge("too large"), NoRoomForAnswer("no room")])
-def test_an_answer_too_large_lets_no_model_rest(failure: UpstreamFailure) -> None:
-    health = ModelHealth(HealthPolicy())
+def test_an_answer_too_large_lets_no_model_rest(failure: UpstreamError) -> None:
+    health = HealthRegistry(CircuitBreakerSettings())
     for _ in range(20):
         health.begin("small").failed(failure)
 
@@ -257,7 +261,7 @@ def test_an_answer_too_large_lets_no_model_rest(failure: UpstreamFailure) -> Non
 
 def test_without_room_other_models_are_not_asked_and_the_client_may_come_again() -> None:
     failure = NoRoomForAnswer("no room")
-    status, body, headers = describe(failure)
+    status, body, headers = render_error(failure)
 
     assert (status, body["error"]["message"], headers["retry-after"]) == (503, "no room", "1")
     assert not failure.retryable

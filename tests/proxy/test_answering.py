@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamFailure
-from proxy.profiling.grading import LONGEST_ANSWER, AnswerFailed, UpstreamAnswerer, read_answer
+from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamError
+from proxy.profiling.grading import LONGEST_ANSWER, ModelCallError, UpstreamAnswerer, read_answer
 from proxy.storage.models import ModelRecord
 from tests.support.makers import a_record
 
@@ -15,7 +15,7 @@ ASK = [{"role": "user", "content": "hi"}]
 
 
 class Failing:
-    def __init__(self, failure: UpstreamFailure) -> None:
+    def __init__(self, failure: UpstreamError) -> None:
         self._failure = failure
 
     async def complete(self, *_: Any) -> Any:
@@ -50,19 +50,19 @@ def test_what_is_recorded_of_an_answer_is_small_however_odd_it_was() -> None:
     assert len(long.finish_reason or "") == 40
 
 
-async def failed(failure: UpstreamFailure, record: ModelRecord) -> AnswerFailed:
-    with pytest.raises(AnswerFailed) as caught:
+async def failed(failure: UpstreamError, record: ModelRecord) -> ModelCallError:
+    with pytest.raises(ModelCallError) as caught:
         await UpstreamAnswerer(Failing(failure)).answer(record, ASK, max_tokens=5, timeout_s=5)
     return caught.value
 
 
 async def test_an_answer_that_is_too_large_is_not_asked_for_again() -> None:
-    assert not (await failed(AnswerTooLarge("too large"), a_record())).worth_retrying
-    assert (await failed(NoRoomForAnswer("no room"), a_record())).worth_retrying
+    assert not (await failed(AnswerTooLarge("too large"), a_record())).retryable
+    assert (await failed(NoRoomForAnswer("no room"), a_record())).retryable
 
 
 @pytest.mark.parametrize("headers", [{"retry-after": "9" * 90}, {"Retry-After-Ms": "9" * 30}])
 async def test_no_wait_is_beyond_measure(headers: dict[str, str]) -> None:
-    failure = await failed(UpstreamFailure("slow", status=429, headers=headers), a_record())
+    failure = await failed(UpstreamError("slow", status=429, headers=headers), a_record())
 
     assert failure.retry_after_s == 3600

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from proxy.settings.schema import Settings
-from proxy.upstream.litellm.client import LitellmUpstream
+from proxy.upstream.litellm.client import LiteLLMClient
 from tests.support.answers import Step
 from tests.support.makers import a_record
 from tests.support.upstream import ScriptedUpstream
@@ -34,14 +34,14 @@ CLAUDE: Any = {
 
 
 @pytest.fixture
-async def upstream() -> AsyncIterator[LitellmUpstream]:
-    opened = LitellmUpstream(Settings(), {})
+async def upstream() -> AsyncIterator[LiteLLMClient]:
+    opened = LiteLLMClient(Settings(), {})
     await opened.prepare()
     yield opened
     await opened.aclose()
 
 
-async def arriving(upstream: LitellmUpstream, body: dict[str, Any], *, stream: bool = False) -> dict[str, Any]:
+async def arriving(upstream: LiteLLMClient, body: dict[str, Any], *, stream: bool = False) -> dict[str, Any]:
     with ScriptedUpstream() as server:
         record = a_record(model="openai/m", api_base=server.url, api_key="k", **ARM)
         if stream:
@@ -54,7 +54,7 @@ async def arriving(upstream: LitellmUpstream, body: dict[str, Any], *, stream: b
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_where_the_caller_states_nothing_the_arms_parameters_arrive(
-    upstream: LitellmUpstream, *, stream: bool
+    upstream: LiteLLMClient, *, stream: bool
 ) -> None:
     sent = await arriving(upstream, {"messages": [ASK]}, stream=stream)
 
@@ -71,7 +71,7 @@ async def test_where_the_caller_states_nothing_the_arms_parameters_arrive(
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_what_the_caller_states_arrives_and_nothing_of_the_arm_beside_it(
-    upstream: LitellmUpstream, *, stream: bool
+    upstream: LiteLLMClient, *, stream: bool
 ) -> None:
     stated: dict[str, Any] = {
         "messages": [{"role": "developer", "content": "Mine."}, ASK],
@@ -87,14 +87,14 @@ async def test_what_the_caller_states_arrives_and_nothing_of_the_arm_beside_it(
     assert {name: value for name, value in sent.items() if not name.startswith("stream")} == {**stated, "model": "m"}
 
 
-async def test_nulls_of_the_caller_leave_the_arms_values(upstream: LitellmUpstream) -> None:
+async def test_nulls_of_the_caller_leave_the_arms_values(upstream: LiteLLMClient) -> None:
     sent = await arriving(upstream, {"messages": [ASK], "temperature": None, "max_completion_tokens": None})
 
     assert (sent["temperature"], sent["max_tokens"]) == (0.1, 50)
     assert "max_completion_tokens" not in sent
 
 
-async def test_of_another_format_too_the_callers_limit_system_and_thinking_arrive(upstream: LitellmUpstream) -> None:
+async def test_of_another_format_too_the_callers_limit_system_and_thinking_arrive(upstream: LiteLLMClient) -> None:
     with ScriptedUpstream() as server:
         server.then(Step(body=CLAUDE))
         fixed: dict[str, Any] = {

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from proxy.routing import assigner as assigning
-from proxy.routing.assigner import Assigner, RoutingLate
+from proxy.routing.assigner import AssignmentTimeout, ClusterAssigner
 from router_core.artifact import builtin_map
 from router_core.clustering import ClusterMap
-from router_core.embedding import LONGEST_AT_HAND, StaticEmbedder
+from router_core.embedding import MAX_INLINE_BYTES, StaticEmbedder
 from router_core.types import Assignment, Floats
 from tests.support.choices import Corners
 from tests.support.makers import CORNERS
@@ -49,7 +49,7 @@ def same(one: Assignment, other: Assignment) -> bool:
 
 @pytest.mark.parametrize("text", [FAMILIAR, "", "?!", "Ünïcödé 漢字 \U0001f600", "half \ud800 a character", "[SEP] x"])
 async def test_a_prompt_has_the_same_clusters_whichever_way_they_are_found(embedder: StaticEmbedder, text: str) -> None:
-    cluster_map, assigner = builtin_map(), Assigner(embedder, 5.0)
+    cluster_map, assigner = builtin_map(), ClusterAssigner(embedder, 5.0)
     expected = cluster_map.assign(embedder.embed([text]))
 
     for _ in range(3):  # with words that are new, with known ones, and remembered whole
@@ -59,12 +59,12 @@ async def test_a_prompt_has_the_same_clusters_whichever_way_they_are_found(embed
 
 async def test_only_what_takes_long_changes_threads(embedder: StaticEmbedder) -> None:
     watched = Watched.like(embedder)
-    assigner, cluster_map = Assigner(watched, 30.0), builtin_map()
-    for text in (FAMILIAR, unheard_of(4_000), "a [CLS] b", "漢" * (LONGEST_AT_HAND // 3)):
+    assigner, cluster_map = ClusterAssigner(watched, 30.0), builtin_map()
+    for text in (FAMILIAR, unheard_of(4_000), "a [CLS] b", "漢" * (MAX_INLINE_BYTES // 3)):
         await assigner.assign(text, cluster_map)
     assert watched.threads == []
 
-    for text in (FAMILIAR * (LONGEST_AT_HAND // 20), "漢" * (LONGEST_AT_HAND // 3 + 1)):
+    for text in (FAMILIAR * (MAX_INLINE_BYTES // 20), "漢" * (MAX_INLINE_BYTES // 3 + 1)):
         await assigner.assign(text, cluster_map)
     assert [name[:9] for name in watched.threads] == ["embedding"] * 2
     assigner.close()
@@ -78,7 +78,7 @@ async def test_what_comes_again_is_not_embedded_again() -> None:
             texts.extend(asked)
             return super().embed(asked)
 
-    assigner = Assigner(Seen(), 5.0)
+    assigner = ClusterAssigner(Seen(), 5.0)
     first = await assigner.assign("one", CORNERS)
 
     assert await assigner.assign("one", CORNERS) is first
@@ -92,11 +92,11 @@ async def test_what_comes_again_is_not_embedded_again() -> None:
 
 async def test_it_remembers_a_bounded_number_and_no_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assigning, "MOST_REMEMBERED", 8)
-    assigner = Assigner(Corners(), 5.0)
+    assigner = ClusterAssigner(Corners(), 5.0)
     for number in range(50):
         await assigner.assign(f"prompt {number}", CORNERS)
         await assigner.assign("always", CORNERS)
-    kept = (*assigner._young, *assigner._old)
+    kept = (*assigner._recent, *assigner._previous)
 
     assert len(kept) <= 2 * 9
     assert all(len(digest) == 16 and b"prompt" not in digest for _, digest in kept)
@@ -128,7 +128,7 @@ class Process:
 async def test_a_busy_machine_is_not_taken_for_a_slow_embedder() -> None:
     embedder = held()
     process = Process(*[0.0] * 8, then=embedder.free.set)  # several deadlines pass, in which it computes nothing
-    assigner = Assigner(embedder, 0.005, process)
+    assigner = ClusterAssigner(embedder, 0.005, process)
     assert same(await assigner.assign("one", CORNERS), CORNERS.assign(Corners().embed(["one"])))
     assert 8 <= process.looks < assigning.STARVED
     assigner.close()
@@ -136,8 +136,8 @@ async def test_a_busy_machine_is_not_taken_for_a_slow_embedder() -> None:
 
 async def test_what_computes_longer_than_the_deadline_is_late() -> None:
     embedder = held()
-    assigner = Assigner(embedder, 0.005, Process(0.0, 0.0, 0.006))
-    with pytest.raises(RoutingLate, match="within 5 ms"):
+    assigner = ClusterAssigner(embedder, 0.005, Process(0.0, 0.0, 0.006))
+    with pytest.raises(AssignmentTimeout, match="within 5 ms"):
         await assigner.assign("one", CORNERS)
     embedder.free.set()
     assigner.close()
@@ -146,8 +146,8 @@ async def test_what_computes_longer_than_the_deadline_is_late() -> None:
 async def test_what_hangs_is_late_however_little_it_computes() -> None:
     embedder = held()
     process = Process(0.0)
-    assigner = Assigner(embedder, 0.002, process)
-    with pytest.raises(RoutingLate):
+    assigner = ClusterAssigner(embedder, 0.002, process)
+    with pytest.raises(AssignmentTimeout):
         await assigner.assign("one", CORNERS)
     assert process.looks == assigning.STARVED + 2  # at the start, before each wait, and at the end
     embedder.free.set()

@@ -9,7 +9,7 @@ from pydantic import SecretStr
 from starlette.datastructures import Headers
 
 from proxy.errors import Forbidden, Unauthenticated
-from proxy.server.auth import check_host, check_origin, presented
+from proxy.server.auth import check_host, check_origin, credentials_from
 from proxy.settings.schema import Settings
 
 
@@ -36,7 +36,7 @@ def settings(**values: Any) -> Settings:
     ],
 )
 def test_a_key_is_found(sent: list[tuple[str, str]], key: bytes | None) -> None:
-    assert presented(headers(*sent)) == key
+    assert credentials_from(headers(*sent)) == key
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_key_is_found(sent: list[tuple[str, str]], key: bytes | None) -> None:
 )
 def test_what_cannot_be_one_key_is_refused(sent: list[tuple[str, str]]) -> None:
     with pytest.raises(Unauthenticated):
-        presented(headers(*sent))
+        credentials_from(headers(*sent))
 
 
 @pytest.mark.parametrize("host", ["localhost:8000", "127.0.0.1", "[::1]:8000", "LOCALHOST", "llm.example:80"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from proxy.profiling.job import JOBS, answers_key, job_key
-from proxy.profiling.job_store import Ledger
+from proxy.profiling.job_store import JobStore
 from proxy.profiling.prompts import ValidationPrompts
 from proxy.storage.models import ModelRecord
 from proxy.storage.redis import Store
@@ -128,7 +128,7 @@ async def test_answers_that_are_no_longer_kept_are_not_missed_in_silence(
     with half_right() as upstream:
         record = model_at(upstream.url)
         await measured_on_corners(store, tmp_path, record)
-        job = await Ledger(store).for_model("small")
+        job = await JobStore(store).for_model("small")
         assert job is not None
         await store.client.delete(job_key(job.id), answers_key(job.id))
         assert await is_left_alone(store, tmp_path, record, caplog)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from proxy.profiling.job import JOBS, Carried, Leases, PromptAnswer
-from proxy.profiling.job_store import Ledger
-from proxy.storage.redis import EARLIER, Store
+from proxy.profiling.job import JOBS, Leases, PromptAnswer, ReusedAnswers
+from proxy.profiling.job_store import JobStore
+from proxy.storage.redis import PREVIOUS_PROFILES, Store
 from proxy.storage.valkey import EmbeddedValkey
 from tests.support.answers import Step
 from tests.support.makers import CORNERS, a_profile, a_record, until
@@ -44,8 +44,8 @@ async def test_who_looked_before_another_had_finished_submits_nothing(store: Sto
     with half_right() as upstream:
         record = model_at(upstream.url)
         await measured_on_corners(store, tmp_path, record)
-        outdated = Carried("the-job-before", HALVES.id, {"p1": PromptAnswer(score=1.0)}, None)
-        assert await Ledger(store).submit(record, 1, 0.0, outdated) == ""
+        outdated = ReusedAnswers("the-job-before", HALVES.id, {"p1": PromptAnswer(score=1.0)}, None)
+        assert await JobStore(store).submit(record, 1, 0.0, outdated) == ""
     assert await store.client.zcard(JOBS) == 1
 
 
@@ -172,9 +172,9 @@ async def test_a_model_removed_or_profiled_otherwise_leaves_nothing_of_the_old_m
         await measured_on_corners(store, tmp_path, record)
         async with a_bench(store, tmp_path, record, cluster_map=HALVES) as bench:
             await profile_in_use(bench)
-            assert await store.client.hlen(EARLIER) == 1
+            assert await store.client.hlen(PREVIOUS_PROFILES) == 1
             if handed_over:
                 await bench.registry.put_profile(record, a_profile((0.5, 0.5), HALVES.id))
             else:
                 await bench.registry.remove_model("small")
-    assert await store.client.hlen(EARLIER) == 0
+    assert await store.client.hlen(PREVIOUS_PROFILES) == 0

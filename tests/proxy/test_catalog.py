@@ -11,7 +11,7 @@ import pytest
 from proxy.settings.models import ModelInfo
 from proxy.storage.price_map import CatalogEntry, InvalidPriceMap, bundled_catalog, parse_price_map
 from proxy.storage.snapshot import capabilities_of, price_of
-from router_core.types import ABILITIES, Capabilities, Price
+from router_core.types import CAPABILITY_NAMES, Capabilities, Price
 
 ONE = {
     "gpt-x": {"litellm_provider": "openai", "input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6, "mode": "chat"}
@@ -133,15 +133,15 @@ def test_the_old_name_of_a_limit_is_the_window_only_where_it_is_not_the_output()
 def test_the_bundled_map_knows_of_every_ability_who_has_it() -> None:
     known = [entry.capabilities for entry in bundled_catalog()]
 
-    assert all(any(getattr(each, ability) is True for each in known) for ability in ABILITIES)
+    assert all(any(getattr(each, ability) is True for each in known) for ability in CAPABILITY_NAMES)
 
 
 def test_what_model_info_states_wins_over_the_map_for_every_ability() -> None:
-    known = CatalogEntry("openai", None, Capabilities(**dict.fromkeys(ABILITIES, False)))
+    known = CatalogEntry("openai", None, Capabilities(**dict.fromkeys(CAPABILITY_NAMES, False)))
     stated: Any = {name: True for name in ModelInfo.model_fields if name.startswith("supports_")}
 
     assert capabilities_of(ModelInfo(), known) == known.capabilities
-    assert capabilities_of(ModelInfo(**stated), known) == Capabilities(**dict.fromkeys(ABILITIES, True))
+    assert capabilities_of(ModelInfo(**stated), known) == Capabilities(**dict.fromkeys(CAPABILITY_NAMES, True))
 
 
 def test_the_bundled_map_knows_the_prices_of_long_prompts() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.errors import Forbidden, Unavailable, UnknownName
-from proxy.routing.assigner import Assigner, RoutingLate
-from proxy.routing.selection import to_json
+from proxy.errors import Forbidden, ModelNotFound, ServiceUnavailable
+from proxy.routing.assigner import AssignmentTimeout, ClusterAssigner
+from proxy.routing.selection import selection_to_json
 from proxy.storage.client_keys import ClientKey
-from proxy.storage.reader import Stored
-from proxy.storage.snapshot import RoutingState, build_state
+from proxy.storage.reader import StoredState
+from proxy.storage.snapshot import RoutingSnapshot, build_state
 from tests.support.choices import LIMITED, Corners, a_state, chosen
 from tests.support.makers import a_record, surroundings
 
@@ -31,7 +31,7 @@ async def test_the_aliases_choose_as_they_say(name: str, model: str) -> None:
 async def test_a_route_name_is_routed_and_an_unknown_name_is_not_found() -> None:
     assert (await chosen("gpt-4o", settings={"route_names": ["gpt-4o"]})).reason == "scored"
     assert (await chosen("anything", settings={"route_names": ["*"]})).reason == "scored"
-    with pytest.raises(UnknownName):
+    with pytest.raises(ModelNotFound):
         await chosen("gpt-4o")
 
 
@@ -53,7 +53,7 @@ async def test_a_cap_is_lowered_for_routed_names_or_as_the_setting_says(
     choice = await chosen(name, state=state, body={"max_tokens": 9000}, settings={"clamp_max_tokens": clamp})
 
     assert choice.model == ("dear" if told is None else "cheap")
-    assert to_json(choice)["max_tokens"] == {"stated": 9000, "sent": told or 9000}
+    assert selection_to_json(choice)["max_tokens"] == {"stated": 9000, "sent": told or 9000}
 
 
 async def test_attempts_are_bounded_and_can_be_one() -> None:
@@ -73,7 +73,7 @@ async def test_a_key_reaches_only_its_models() -> None:
 
 async def test_candidates_of_a_request_must_exist() -> None:
     assert (await chosen(models=("dear", "unmeasured"))).model == "dear"
-    with pytest.raises(UnknownName):
+    with pytest.raises(ModelNotFound):
         await chosen(models=("nobody",))
 
 
@@ -84,7 +84,7 @@ async def test_without_text_the_best_mean_error_answers() -> None:
 async def test_late_or_failing_embedding_degrades_to_the_default_model() -> None:
     slow = Corners()
     slow.free.clear()
-    late = await chosen(assigner=Assigner(slow, 0.01), settings={"default_model": "cheap"})
+    late = await chosen(assigner=ClusterAssigner(slow, 0.01), settings={"default_model": "cheap"})
     slow.free.set()
     broken = await chosen(text="broken")
 
@@ -93,14 +93,14 @@ async def test_late_or_failing_embedding_degrades_to_the_default_model() -> None
 
 
 async def test_too_many_waiting_prompts_are_not_queued() -> None:
-    assigner = Assigner(Corners(), 1.0)
+    assigner = ClusterAssigner(Corners(), 1.0)
     assigner._waiting = 10**6
-    with pytest.raises(RoutingLate):
+    with pytest.raises(AssignmentTimeout):
         await assigner.assign("x", a_state().cluster_map)
 
 
 async def test_the_dry_run_shows_the_whole_decision() -> None:
-    shown = to_json(await chosen(explain=True))
+    shown = selection_to_json(await chosen(explain=True))
 
     assert [row["model"] for row in shown["candidates"]] == ["cheap", "dear"]
     assert shown["clusters"][0]["id"] == 0
@@ -109,15 +109,17 @@ async def test_the_dry_run_shows_the_whole_decision() -> None:
 
 
 async def test_the_dry_run_of_a_pinned_name_shows_what_routing_would_say() -> None:
-    shown = to_json(await chosen("unmeasured", explain=True))
+    shown = selection_to_json(await chosen("unmeasured", explain=True))
 
     assert (shown["model"], shown["reason"]) == ("unmeasured", "pinned")
     assert [row["model"] for row in shown["candidates"]] == ["cheap", "dear"]
 
 
-def only_unmeasured() -> RoutingState:
+def only_unmeasured() -> RoutingSnapshot:
     record = a_record("new", info={"input_cost_per_token": 1e-7, "output_cost_per_token": 1e-7})
-    return build_state(Stored(version=1, models={"new": record}, keys_exist=False), surroundings(), keys_latched=False)
+    return build_state(
+        StoredState(version=1, models={"new": record}, keys_exist=False), surroundings(), keys_latched=False
+    )
 
 
 async def test_the_default_model_answers_while_nothing_is_measured_yet() -> None:
@@ -126,19 +128,19 @@ async def test_the_default_model_answers_while_nothing_is_measured_yet() -> None
 
 
 async def test_without_a_default_model_a_deployment_with_nothing_measured_says_so() -> None:
-    with pytest.raises(Unavailable, match="new: not profiled"):
+    with pytest.raises(ServiceUnavailable, match="new: not profiled"):
         await chosen(state=only_unmeasured())
 
 
 async def test_the_default_model_stands_in_only_where_it_could_answer() -> None:
-    with pytest.raises(Unavailable):
+    with pytest.raises(ServiceUnavailable):
         await chosen(state=only_unmeasured(), settings={"default_model": "new"}, key=LIMITED)
 
 
 async def test_the_stand_in_tells_a_limited_key_of_its_own_models_alone() -> None:
     names = ("new", "other", "secret")
     records = {name: a_record(name) for name in names}
-    state = build_state(Stored(version=1, models=records, keys_exist=False), surroundings(), keys_latched=False)
+    state = build_state(StoredState(version=1, models=records, keys_exist=False), surroundings(), keys_latched=False)
     key = ClientKey("k", "team", "0a", 0.0, ("new", "other"))
     assert (await chosen(state=state, settings={"default_model": "new"}, key=key)).ineligible.keys() == {"other"}
 

@@ -11,10 +11,10 @@ import httpx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from proxy.errors import UpstreamFailure
+from proxy.errors import UpstreamError
 from proxy.upstream.litellm.transport import chunks_of
 from proxy.upstream.payload import ChunkReader
-from proxy.upstream.sse import ErrorData, EventCutter, RawLine
+from proxy.upstream.sse import ErrorData, RawLine, SSEDecoder
 
 SAID: Any = {"model": "m", "choices": [{"index": 0, "delta": {"content": "é\u2028字"}, "finish_reason": None}]}
 END: Any = {"model": "m", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
@@ -66,14 +66,14 @@ def pieces(draw: st.DrawFn, raw: bytes) -> list[bytes]:
     return [raw[start:end] for start, end in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
 
 
-class Slow(EventCutter):
+class Slow(SSEDecoder):
     """By lines alone."""
 
     def feed(self, piece: bytes) -> list[bytes]:
         return self._lines(piece)
 
 
-def cut(cutter: EventCutter, parts: Sequence[bytes]) -> list[bytes]:
+def cut(cutter: SSEDecoder, parts: Sequence[bytes]) -> list[bytes]:
     return [data for part in parts for data in cutter.feed(part)] + cutter.close()
 
 
@@ -91,7 +91,7 @@ def test_the_quick_way_cuts_as_lines_do(raw: bytes, data: st.DataObject | None) 
     if data is not None:
         splits.append(data.draw(pieces(raw)))
 
-    assert all(typed(cut(EventCutter(), split)) == expected for split in splits)
+    assert all(typed(cut(SSEDecoder(), split)) == expected for split in splits)
 
 
 def spelled_out(raw: bytes) -> tuple[list[Any], tuple[Any, ...] | None]:
@@ -105,13 +105,13 @@ def spelled_out(raw: bytes) -> tuple[list[Any], tuple[Any, ...] | None]:
         whole = bool(begun) and begun == ended
         try:
             done = done or read_all(last, found, begun, ended)
-        except UpstreamFailure as failure:
+        except UpstreamError as failure:
             if not (whole and "not JSON" in failure.message):  # half an event behind the end of the answer
                 raise
-    except UpstreamFailure as failure:
+    except UpstreamError as failure:
         return found, told(failure)
     whole = bool(begun) and (done or begun == ended)
-    return found, None if whole else told(UpstreamFailure("the model's stream ended before its answer did"))
+    return found, None if whole else told(UpstreamError("the model's stream ended before its answer did"))
 
 
 def read_all(events: list[bytes], found: list[Any], begun: set[int], ended: set[int]) -> bool:
@@ -146,29 +146,29 @@ def or_text(data: bytes) -> Any:
         return data
 
 
-def an_error(said: Any, *, status: int) -> UpstreamFailure:
+def an_error(said: Any, *, status: int) -> UpstreamError:
     if isinstance(said, bytes):
         said = said.decode("utf-8", "replace")
     inner = said.get("error", said) if isinstance(said, dict) else said
     status = inner.get("code", status) if isinstance(inner, dict) else status
     body = said if isinstance(said, dict) and (said.get("error") or said.get("object") == "error") else {"error": said}
-    return UpstreamFailure("the model reported an error within its stream", status=status, body=body)
+    return UpstreamError("the model reported an error within its stream", status=status, body=body)
 
 
 def a_chunk(data: bytes) -> Any:
     try:
         chunk = json.loads(data)
     except ValueError:
-        raise UpstreamFailure("the model sent an event that is not JSON") from None
+        raise UpstreamError("the model sent an event that is not JSON") from None
     if not isinstance(chunk, dict):
-        raise UpstreamFailure("the model sent an event that is not a JSON object")
+        raise UpstreamError("the model sent an event that is not a JSON object")
     if chunk.get("error") or chunk.get("object") == "error":
         raise an_error(chunk, status=502)
     choices = chunk["choices"] = [] if chunk.get("choices") is None else chunk["choices"]
     if any(isinstance(choice, dict) and choice.get("finish_reason") == "error" for choice in as_list(choices)):
         raise an_error({"error": {"message": "the model's answer ended with finish_reason 'error'"}}, status=502)
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
-        raise UpstreamFailure("the model sent a chunk whose `choices` are not a list of objects")
+        raise UpstreamError("the model sent a chunk whose `choices` are not a list of objects")
     for choice in choices:
         if choice.get("delta") is None:
             choice["delta"] = {}
@@ -191,14 +191,14 @@ def translated(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | Non
         try:
             async for chunk in chunks_of(httpx.Response(200, content=body())):
                 found.append(chunk)
-        except UpstreamFailure as failure:
+        except UpstreamError as failure:
             return found, told(failure)
         return found, None
 
     return asyncio.run(read())
 
 
-def told(failure: UpstreamFailure) -> tuple[Any, ...]:
+def told(failure: UpstreamError) -> tuple[Any, ...]:
     return failure.message, failure.status, failure.body, failure.lost, failure.retryable
 
 

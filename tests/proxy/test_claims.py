@@ -7,15 +7,23 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import NothingAble
-from proxy.routing.selection import Choice
-from proxy.server.reservations import MARGIN_S, MOST_PICOUSD, Claim, Demand, claim_of, no_dearer, within_claim
+from proxy.errors import NoEligibleModelError
+from proxy.routing.selection import Selection
+from proxy.server.reservations import (
+    MARGIN_S,
+    MOST_PICOUSD,
+    Demand,
+    ReservationRequest,
+    drop_pricier_fallbacks,
+    estimate_reservation,
+    limit_to_reserved,
+)
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import KeyLimits
-from proxy.storage.models import Resolved, StoredProfile
-from proxy.storage.reader import Stored
-from proxy.storage.snapshot import RoutingState, build_state
-from router_core.types import Needs
+from proxy.storage.models import ResolvedProvider, StoredProfile
+from proxy.storage.reader import StoredState
+from proxy.storage.snapshot import RoutingSnapshot, build_state
+from router_core.types import Requirements
 from tests.support.makers import a_profile, a_record, surroundings
 
 MONEY = KeyLimits(usd_per_day=5.0)
@@ -24,17 +32,17 @@ MICRO = 10**6
 """Picodollars in a millionth of a dollar."""
 
 
-def a_choice(*order: str, prompt: int = 1000, needs: Needs | None = None) -> Choice:
-    needs = needs or Needs(prompt_tokens=prompt)
-    return Choice("dec-1", order[0], "scored", 0.1, order, None, {}, attempts=len(order), needs=needs)
+def a_choice(*order: str, prompt: int = 1000, needs: Requirements | None = None) -> Selection:
+    needs = needs or Requirements(prompt_tokens=prompt)
+    return Selection("dec-1", order[0], "scored", 0.1, order, None, {}, attempts=len(order), needs=needs)
 
 
-def claimed(choice: Choice, state: RoutingState, limits: KeyLimits, **body: Any) -> Claim:
-    return claim_of(Demand(choice, body, state, SETTINGS), limits)
+def claimed(choice: Selection, state: RoutingSnapshot, limits: KeyLimits, **body: Any) -> ReservationRequest:
+    return estimate_reservation(Demand(choice, body, state, SETTINGS), limits)
 
 
 @pytest.fixture(scope="module")
-def state() -> RoutingState:
+def state() -> RoutingSnapshot:
     """cheap: $1 and $4 per million tokens; dear: ten times that; short: as cheap, at most 500 tokens; unpriced.
 
     claude, whose cache is dear to write; qwen, which reasons; voice, with prices of sound; long, with a tier above
@@ -58,37 +66,37 @@ def state() -> RoutingState:
     }
     records = {name: a_record(name, info=info) for name, info in infos.items()}
     for name, provider in (("claude", "anthropic"), ("qwen", "dashscope")):
-        resolved = Resolved("translate", name, provider)
+        resolved = ResolvedProvider("translate", name, provider)
         records[name] = replace(records[name], litellm_params={"model": f"{provider}/{name}"}, resolved=resolved)
     own: dict[str, Any] = {"system": "x" * 384, "n": 2, "extra_body": {"max_tokens": 7000}}
     records["arm"] = a_record("arm", info=cheap, **own)
     profiles = {name: StoredProfile(records[name].fingerprint, a_profile()) for name in ("cheap", "dear")}
-    return build_state(Stored(1, records, profiles, keys_exist=False), surroundings(), keys_latched=False)
+    return build_state(StoredState(1, records, profiles, keys_exist=False), surroundings(), keys_latched=False)
 
 
-def test_the_stated_length_at_the_price_is_set_aside_for_every_answer(state: RoutingState) -> None:
+def test_the_stated_length_at_the_price_is_set_aside_for_every_answer(state: RoutingSnapshot) -> None:
     claim = claimed(a_choice("cheap"), state, MONEY, max_tokens=100, n=3)
 
     assert (claim.id, claim.picousd, claim.tokens) == ("dec-1", (1000 + 3 * 400) * MICRO, 0)
     assert claim.lives_s == 100 + MARGIN_S
 
 
-def test_it_is_the_dearest_of_those_that_may_be_asked(state: RoutingState) -> None:
+def test_it_is_the_dearest_of_those_that_may_be_asked(state: RoutingSnapshot) -> None:
     claim = claimed(a_choice("cheap", "dear"), state, MONEY, max_tokens=100)
 
     assert claim.picousd == (10_000 + 4000) * MICRO
 
 
 def test_an_answer_of_no_stated_length_is_set_aside_up_to_the_setting_or_the_models_own_bound(
-    state: RoutingState,
+    state: RoutingSnapshot,
 ) -> None:
     assert claimed(a_choice("cheap"), state, MONEY).picousd == (1000 + 4 * 4096) * MICRO
     assert claimed(a_choice("short"), state, MONEY).picousd == (1000 + 4 * 500) * MICRO
 
 
-def test_a_limit_is_set_aside_as_the_model_is_told_it(state: RoutingState) -> None:
+def test_a_limit_is_set_aside_as_the_model_is_told_it(state: RoutingSnapshot) -> None:
     """Not as its bound is known, where it is told more than that."""
-    capped = a_choice("short", needs=Needs(prompt_tokens=1000, max_output_tokens=9000, limit_is_cap=True))
+    capped = a_choice("short", needs=Requirements(prompt_tokens=1000, max_output_tokens=9000, limit_is_cap=True))
 
     assert claimed(a_choice("short"), state, MONEY, max_tokens=9000).picousd == (1000 + 4 * 9000) * MICRO
     assert claimed(capped, state, MONEY, max_tokens=9000).picousd == (1000 + 4 * 500) * MICRO
@@ -110,12 +118,12 @@ def test_a_limit_is_set_aside_as_the_model_is_told_it(state: RoutingState) -> No
     ],
 )
 def test_whatever_name_an_upstream_could_read_is_set_aside(
-    state: RoutingState, body: dict[str, Any], output: int
+    state: RoutingSnapshot, body: dict[str, Any], output: int
 ) -> None:
     assert claimed(a_choice("cheap"), state, MONEY, **body).picousd == (1000 + 4 * output) * MICRO
 
 
-def test_reasoning_is_not_set_aside_twice_where_the_provider_counts_it_in_the_limit(state: RoutingState) -> None:
+def test_reasoning_is_not_set_aside_twice_where_the_provider_counts_it_in_the_limit(state: RoutingSnapshot) -> None:
     thinking = {"type": "enabled", "budget_tokens": 2000}
 
     assert claimed(a_choice("claude"), state, MONEY, max_tokens=3000, thinking=thinking).picousd == 4 * 4000 * MICRO
@@ -123,41 +131,41 @@ def test_reasoning_is_not_set_aside_twice_where_the_provider_counts_it_in_the_li
 
 
 def test_reasoning_that_a_provider_does_not_limit_is_set_aside_as_an_answer_of_no_stated_length(
-    state: RoutingState,
+    state: RoutingSnapshot,
 ) -> None:
     assert claimed(a_choice("qwen"), state, MONEY, max_tokens=100).picousd == (1000 + 4 * 4196) * MICRO
 
 
-def test_a_models_own_parameters_are_set_aside_as_they_are_sent(state: RoutingState) -> None:
+def test_a_models_own_parameters_are_set_aside_as_they_are_sent(state: RoutingSnapshot) -> None:
     assert claimed(a_choice("arm"), state, MONEY, messages=[]).picousd == (1000 + 100 + 4 * 2 * 7000) * MICRO
     assert claimed(a_choice("arm"), state, MONEY, messages=[], max_tokens=10, n=1).picousd == (1100 + 40) * MICRO
 
 
-def test_a_prompt_is_set_aside_at_the_price_of_writing_it_to_a_cache(state: RoutingState) -> None:
+def test_a_prompt_is_set_aside_at_the_price_of_writing_it_to_a_cache(state: RoutingSnapshot) -> None:
     assert claimed(a_choice("claude"), state, MONEY, max_tokens=1).picousd == (4 * 1000 + 4) * MICRO
 
 
-def test_sound_is_set_aside_at_its_own_price_where_it_is_asked_for(state: RoutingState) -> None:
-    spoken = Needs(prompt_tokens=1000, audio_input=True, audio_output=True)
+def test_sound_is_set_aside_at_its_own_price_where_it_is_asked_for(state: RoutingSnapshot) -> None:
+    spoken = Requirements(prompt_tokens=1000, audio_input=True, audio_output=True)
 
     assert claimed(a_choice("voice", needs=spoken), state, MONEY, max_tokens=100).picousd == (3000 + 2000) * MICRO
     assert claimed(a_choice("voice"), state, MONEY, max_tokens=100).picousd == (1000 + 400) * MICRO
 
 
-def test_a_long_prompt_is_set_aside_at_the_price_of_its_tier(state: RoutingState) -> None:
+def test_a_long_prompt_is_set_aside_at_the_price_of_its_tier(state: RoutingSnapshot) -> None:
     claim = claimed(a_choice("long", prompt=300_000), state, MONEY, max_tokens=100)
 
     assert claim.picousd == (600_000 + 600) * MICRO
 
 
-def test_a_model_of_unknown_price_is_not_asked_for_a_key_with_a_spend_limit(state: RoutingState) -> None:
-    with pytest.raises(NothingAble, match="no price of the model 'unpriced'"):
+def test_a_model_of_unknown_price_is_not_asked_for_a_key_with_a_spend_limit(state: RoutingSnapshot) -> None:
+    with pytest.raises(NoEligibleModelError, match="no price of the model 'unpriced'"):
         claimed(a_choice("unpriced"), state, MONEY)
 
     assert claimed(a_choice("unpriced"), state, KeyLimits(requests_per_minute=1)).picousd == 0
 
 
-def test_tokens_are_prompt_and_answers_as_stated_or_as_long_as_usual(state: RoutingState) -> None:
+def test_tokens_are_prompt_and_answers_as_stated_or_as_long_as_usual(state: RoutingSnapshot) -> None:
     limits = KeyLimits(tokens_per_minute=100_000)
 
     assert claimed(a_choice("cheap"), state, limits, max_tokens=100, n=2).tokens == 1200
@@ -166,7 +174,7 @@ def test_tokens_are_prompt_and_answers_as_stated_or_as_long_as_usual(state: Rout
     assert claimed(a_choice("cheap"), state, limits, max_tokens=1, thinking={"budget_tokens": 5000}).tokens == 6001
 
 
-def test_only_what_was_stated_can_be_too_large_for_a_limit_of_tokens(state: RoutingState) -> None:
+def test_only_what_was_stated_can_be_too_large_for_a_limit_of_tokens(state: RoutingSnapshot) -> None:
     limits = KeyLimits(tokens_per_minute=1020)
 
     assert claimed(a_choice("cheap"), state, limits).tokens == 1020
@@ -174,7 +182,7 @@ def test_only_what_was_stated_can_be_too_large_for_a_limit_of_tokens(state: Rout
     assert claimed(a_choice("cheap", prompt=2000), state, limits).tokens == 2000
 
 
-def test_a_claim_beyond_all_measure_fits_a_counter(state: RoutingState) -> None:
+def test_a_claim_beyond_all_measure_fits_a_counter(state: RoutingSnapshot) -> None:
     claim = claimed(a_choice("dear"), state, MONEY, max_tokens=10**400, n=128)
 
     assert claim.picousd == MOST_PICOUSD or claim.picousd == 128 * 4 * 10 * 10**9 * MICRO + 10_000 * MICRO
@@ -182,12 +190,15 @@ def test_a_claim_beyond_all_measure_fits_a_counter(state: RoutingState) -> None:
 
 def test_where_money_is_limited_nobody_is_asked_for_whom_none_is_set_aside() -> None:
     choice = replace(a_choice("cheap", "short", "dear"), attempts=2)
-    assert within_claim(choice, MONEY).order == ("cheap", "short")
-    assert within_claim(choice, KeyLimits(requests_per_minute=5)).order == ("cheap", "short", "dear")
+    assert limit_to_reserved(choice, MONEY).order == ("cheap", "short")
+    assert limit_to_reserved(choice, KeyLimits(requests_per_minute=5)).order == ("cheap", "short", "dear")
 
 
-def test_dearer_models_can_be_left_out_of_those_to_fall_back_on(state: RoutingState) -> None:
+def test_dearer_models_can_be_left_out_of_those_to_fall_back_on(state: RoutingSnapshot) -> None:
     body = {"max_tokens": 100}
 
-    assert no_dearer(Demand(a_choice("cheap", "dear", "short"), body, state, SETTINGS)).order == ("cheap", "short")
-    assert no_dearer(Demand(a_choice("dear", "cheap"), body, state, SETTINGS)).order == ("dear", "cheap")
+    assert drop_pricier_fallbacks(Demand(a_choice("cheap", "dear", "short"), body, state, SETTINGS)).order == (
+        "cheap",
+        "short",
+    )
+    assert drop_pricier_fallbacks(Demand(a_choice("dear", "cheap"), body, state, SETTINGS)).order == ("dear", "cheap")

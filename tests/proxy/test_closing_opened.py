@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from proxy.server.streaming import close_opened
+from proxy.server.streaming import cancel_or_close
 
 
 class Opened:
@@ -34,7 +34,7 @@ async def test_a_stream_that_opens_in_spite_of_its_cancellation_is_closed(cancel
 
     task = asyncio.create_task(opening())
     await asyncio.sleep(0)
-    closing = asyncio.create_task(close_opened(task))
+    closing = asyncio.create_task(cancel_or_close(task))
     await told.wait()
     for _ in range(cancellations):
         closing.cancel()

@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from proxy.app import _open_routing, open_map
+from proxy.app import _open_routing, load_cluster_map
 from proxy.settings.schema import Settings
 from router_core.clustering import ClusterMap
 
@@ -27,4 +27,4 @@ async def test_the_papers_recipes_put_a_prompt_wholly_in_its_nearest_cluster(
 
 
 def test_the_default_recipe_shares_a_prompt_among_clusters(cluster_map: ClusterMap) -> None:
-    assert open_map(Settings()).id == cluster_map.id
+    assert load_cluster_map(Settings()).id == cluster_map.id

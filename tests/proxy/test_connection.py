@@ -14,8 +14,8 @@ import pytest
 import uvicorn
 
 from proxy.server import protocol as connection
-from proxy.server.middleware import CROWDED
-from proxy.server.protocol import HEAD_BYTES, HEADERS, URL_BYTES, ClientConnection
+from proxy.server.middleware import OVERLOADED
+from proxy.server.protocol import HEAD_BYTES, HEADERS, URL_BYTES, LimitedHTTPProtocol
 from tests.support.makers import until
 from tests.support.wire import Answer, send
 
@@ -24,7 +24,7 @@ POST = b"POST / HTTP/1.1\r\nhost: a\r\n"
 UPGRADE = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAAP__\r\n"
 
 
-class Hasty(ClientConnection):
+class Hasty(LimitedHTTPProtocol):
     head_s = 0.3
     stall_s = 0.3
     patience_s = 0.1
@@ -41,7 +41,7 @@ async def tell(scope: Any, receive: Any, send: Any) -> None:
             return
         body, more = body + message["body"], message["more_body"]
     names = [name.decode() for name, _ in scope["headers"]]
-    said = json.dumps({"path": scope["path"], "body": body.decode(), "names": names, "crowded": scope.get(CROWDED)})
+    said = json.dumps({"path": scope["path"], "body": body.decode(), "names": names, "crowded": scope.get(OVERLOADED)})
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
     for _ in range(512 if scope["path"] == "/large" else 0):
         await send({"type": "http.response.body", "body": b" " * 65536, "more_body": True})
@@ -49,7 +49,7 @@ async def tell(scope: Any, receive: Any, send: Any) -> None:
 
 
 @asynccontextmanager
-async def served(kind: type[ClientConnection] = ClientConnection) -> AsyncIterator[tuple[uvicorn.Server, Any]]:
+async def served(kind: type[LimitedHTTPProtocol] = LimitedHTTPProtocol) -> AsyncIterator[tuple[uvicorn.Server, Any]]:
     bound = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(tell, http=kind, lifespan="off", log_config=None, ws="none")
     server = uvicorn.Server(config)

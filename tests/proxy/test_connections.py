@@ -14,8 +14,8 @@ import pytest
 import uvloop
 
 from proxy.upstream import pool as pool
-from proxy.upstream.connection import BrokenOff, NotHttp, Unanswered
-from proxy.upstream.pool import Connections, Origin, ProxyRefused
+from proxy.upstream.connection import ConnectionClosed, IncompleteResponse, RemoteProtocolError
+from proxy.upstream.pool import ConnectionPool, Origin, ProxyError
 from tests.support.connecting import HEAD, all_places_are_free, asked, at, served, tunnelling
 from tests.support.makers import until
 from tests.support.raw_upstream import JSON, RawUpstream, Said, plain
@@ -35,15 +35,15 @@ def event_loop_policy() -> Any:
 
 
 @pytest.fixture
-async def connections(certificate: Path) -> AsyncIterator[Connections]:
+async def connections(certificate: Path) -> AsyncIterator[ConnectionPool]:
     """Two at once."""
     assert isinstance(asyncio.get_running_loop(), uvloop.Loop)
-    opened = Connections(2, lambda _: ssl.create_default_context(cafile=certificate))
+    opened = ConnectionPool(2, lambda _: ssl.create_default_context(cafile=certificate))
     yield opened
     await opened.aclose()
 
 
-async def test_ten_requests_share_two_connections_whoever_gives_up(connections: Connections) -> None:
+async def test_ten_requests_share_two_connections_whoever_gives_up(connections: ConnectionPool) -> None:
     async with RawUpstream(plain()) as server:
         asking = [asyncio.create_task(asked(connections, at(server))) for _ in range(10)]
         await asyncio.sleep(0)
@@ -57,7 +57,7 @@ async def test_ten_requests_share_two_connections_whoever_gives_up(connections: 
 
 @pytest.mark.parametrize("tls", [False, True])
 async def test_whoever_leaves_at_any_moment_takes_no_place_along(
-    connections: Connections, certificate: Path, tls: bool
+    connections: ConnectionPool, certificate: Path, tls: bool
 ) -> None:
     async with RawUpstream(plain(), tls=served_by(certificate) if tls else None) as server:
         origin = at(server, tls=tls)
@@ -74,7 +74,7 @@ async def test_whoever_leaves_at_any_moment_takes_no_place_along(
 
 
 async def test_nobody_overtakes_who_waits_for_a_place(certificate: Path) -> None:
-    connections = Connections(1, lambda _: ssl.create_default_context())
+    connections = ConnectionPool(1, lambda _: ssl.create_default_context())
     async with RawUpstream(plain()) as server:
         first = await connections.take(at(server), 1)
         await first.send(HEAD, b"{}")
@@ -82,12 +82,12 @@ async def test_nobody_overtakes_who_waits_for_a_place(certificate: Path) -> None
         await until(lambda: first.ended)
         waiting = asyncio.create_task(asked(connections, at(server)))
         await asyncio.sleep(0)
-        connections.give_back(at(server), first)
+        connections.release(at(server), first)
         connections.drop(await connections.take(at(server), 1))
         assert (waiting.done(), server.connections) == (True, 1)
 
 
-async def test_what_is_idle_for_another_model_makes_room(connections: Connections) -> None:
+async def test_what_is_idle_for_another_model_makes_room(connections: ConnectionPool) -> None:
     async with RawUpstream(plain()) as one, RawUpstream(plain()) as two, RawUpstream(plain()) as three:
         for server in (one, two, three):
             await asked(connections, at(server))
@@ -95,7 +95,7 @@ async def test_what_is_idle_for_another_model_makes_room(connections: Connection
 
 
 async def test_an_idle_connection_is_given_up_in_time(
-    connections: Connections, monkeypatch: pytest.MonkeyPatch
+    connections: ConnectionPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "KEPT_ALIVE_S", 0.05)
     monkeypatch.setattr(pool, "SWEEP_S", 0.02)
@@ -106,19 +106,19 @@ async def test_an_idle_connection_is_given_up_in_time(
         assert server.connections == 2
 
 
-async def test_what_is_given_back_after_the_end_is_closed(connections: Connections) -> None:
+async def test_what_is_given_back_after_the_end_is_closed(connections: ConnectionPool) -> None:
     async with RawUpstream(plain()) as server:
         connection = await connections.take(at(server), 1)
         await connection.send(HEAD, b"{}")
         await until(lambda: connection.reusable)
         await connections.aclose()
-        connections.give_back(at(server), connection)
+        connections.release(at(server), connection)
         await until(lambda: server.open == 0)
 
 
 @pytest.mark.parametrize("seen", [True, False])
 @pytest.mark.parametrize("said", [OTHER, b"H", b"\r\n"])
-async def test_what_comes_unasked_is_nobodys_answer(connections: Connections, said: bytes, seen: bool) -> None:
+async def test_what_comes_unasked_is_nobodys_answer(connections: ConnectionPool, said: bytes, seen: bool) -> None:
     writers = []
 
     async def handle(_: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -136,7 +136,7 @@ async def test_what_comes_unasked_is_nobodys_answer(connections: Connections, sa
 
 
 @pytest.mark.parametrize("more", [OTHER, OTHER[:20], b"H", b'{"more": 1}'])
-async def test_what_comes_behind_an_answer_is_not_the_next(connections: Connections, more: bytes) -> None:
+async def test_what_comes_behind_an_answer_is_not_the_next(connections: ConnectionPool, more: bytes) -> None:
     async with RawUpstream(Said((plain().pieces[0] + more,)), plain()) as server:
         for _ in range(2):
             assert await asked(connections, at(server)) == (200, JSON)
@@ -156,16 +156,16 @@ async def test_what_comes_behind_an_answer_is_not_the_next(connections: Connecti
         PACKED + b"\r\n" + gzip.compress(b"hi", mtime=0) + b"more",
     ],
 )
-async def test_an_answer_of_doubtful_length_is_none(connections: Connections, said: bytes) -> None:
+async def test_an_answer_of_doubtful_length_is_none(connections: ConnectionPool, said: bytes) -> None:
     async with RawUpstream(Said((said,), "hang")) as server:
-        with pytest.raises(NotHttp):
+        with pytest.raises(RemoteProtocolError):
             await asked(connections, at(server))
         await until(lambda: server.open == 0)
 
 
-async def test_a_body_without_length_that_is_reset_is_broken_off(connections: Connections) -> None:
+async def test_a_body_without_length_that_is_reset_is_broken_off(connections: ConnectionPool) -> None:
     async with RawUpstream(Said((b"HTTP/1.1 200 OK\r\n\r\nhalf",), "reset")) as server:
-        with pytest.raises(BrokenOff):
+        with pytest.raises(IncompleteResponse):
             await asked(connections, at(server))
 
 
@@ -183,7 +183,7 @@ async def test_a_body_without_length_that_is_reset_is_broken_off(connections: Co
     ids=["header", "headers", "hints", "trailer", "trailers", "extension", "empty blocks"],
 )
 async def test_what_never_ends_and_says_nothing_is_refused(
-    connections: Connections, first: bytes, again: bytes
+    connections: ConnectionPool, first: bytes, again: bytes
 ) -> None:
     async def handle(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(first)
@@ -192,21 +192,21 @@ async def test_what_never_ends_and_says_nothing_is_refused(
             await writer.drain()
 
     async with served(handle) as origin:
-        with pytest.raises(NotHttp):
+        with pytest.raises(RemoteProtocolError):
             await asked(connections, origin)
 
 
 @pytest.mark.parametrize("chunk", [2000, MIB])
-async def test_a_small_answer_that_unpacks_to_a_huge_one_is_refused(connections: Connections, chunk: int) -> None:
+async def test_a_small_answer_that_unpacks_to_a_huge_one_is_refused(connections: ConnectionPool, chunk: int) -> None:
     packed = gzip.compress(bytes(30 * MIB))
     parts = [packed[start : start + chunk] for start in range(0, len(packed), chunk)]
     body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
     async with RawUpstream(Said((CHUNKED + b"content-encoding: gzip\r\n\r\n" + body,), "hang")) as server:
-        with pytest.raises(NotHttp):
+        with pytest.raises(RemoteProtocolError):
             await asked(connections, at(server))
 
 
-async def test_a_flood_that_nobody_reads_waits_and_arrives_whole(connections: Connections) -> None:
+async def test_a_flood_that_nobody_reads_waits_and_arrives_whole(connections: ConnectionPool) -> None:
     sent = asyncio.Event()
 
     async def handle(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -230,7 +230,9 @@ async def test_a_flood_that_nobody_reads_waits_and_arrives_whole(connections: Co
 
 @pytest.mark.parametrize("head", [b"content-length: 5\r\n", b""], ids=["stays", "ends"])
 @pytest.mark.parametrize("status", [413, 200])
-async def test_an_answer_before_the_body_was_sent_is_told(connections: Connections, head: bytes, status: int) -> None:
+async def test_an_answer_before_the_body_was_sent_is_told(
+    connections: ConnectionPool, head: bytes, status: int
+) -> None:
     """The upstream reads nothing of the body; and its connection, with half a request on it, is not used again."""
     over = asyncio.Event()
     heads = []
@@ -250,7 +252,7 @@ async def test_an_answer_before_the_body_was_sent_is_told(connections: Connectio
         assert len(heads) == 2
 
 
-async def test_a_tunnel_through_a_proxy_is_used_again(connections: Connections, certificate: Path) -> None:
+async def test_a_tunnel_through_a_proxy_is_used_again(connections: ConnectionPool, certificate: Path) -> None:
     heads = []
 
     async def handle(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -268,7 +270,7 @@ async def test_a_tunnel_through_a_proxy_is_used_again(connections: Connections, 
         assert not any(b"authorization" in head for head in server.heads)
 
 
-async def test_a_tunnel_to_somebody_else_is_none(connections: Connections, tmp_path: Path) -> None:
+async def test_a_tunnel_to_somebody_else_is_none(connections: ConnectionPool, tmp_path: Path) -> None:
     other = served_by(a_certificate(tmp_path))
     async with RawUpstream(plain(), tls=other) as server, served(tunnelling) as proxy:
         with pytest.raises(ssl.SSLCertVerificationError):
@@ -279,10 +281,10 @@ async def test_a_tunnel_to_somebody_else_is_none(connections: Connections, tmp_p
 @pytest.mark.parametrize(
     ("said", "fault"),
     [
-        (Said((b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n",), "hang"), ProxyRefused),
-        (Said((b"220 mail ready\r\n",), "hang"), ProxyRefused),
-        (Said((WAY + b"and more",), "hang"), ProxyRefused),
-        (Said((), "close"), Unanswered),
+        (Said((b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n",), "hang"), ProxyError),
+        (Said((b"220 mail ready\r\n",), "hang"), ProxyError),
+        (Said((WAY + b"and more",), "hang"), ProxyError),
+        (Said((), "close"), ConnectionClosed),
         (Said((), "hang"), TimeoutError),
         (Said((WAY,), "hang"), TimeoutError),
         (Said((WAY,), "close"), OSError),
@@ -290,7 +292,7 @@ async def test_a_tunnel_to_somebody_else_is_none(connections: Connections, tmp_p
     ids=["refusal", "nonsense", "more than the way", "end", "silence", "silence on the way", "end on the way"],
 )
 async def test_a_way_that_is_none_is_told_and_closed(
-    connections: Connections, said: Said, fault: type[Exception]
+    connections: ConnectionPool, said: Said, fault: type[Exception]
 ) -> None:
     async with RawUpstream(said) as proxy, RawUpstream(plain()) as server:
         for _ in range(3):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
 from proxy.routing.chat_request import read_options
-from proxy.routing.fingerprints import NO_PAST, Excerpt, Trail, past_of
+from proxy.routing.fingerprints import NO_HISTORY, TextSample, TurnFingerprints, inspect_history
 
 ASK: Any = {"role": "user", "content": "What is the weather?"}
 CALL: Any = {
@@ -52,17 +52,17 @@ JSON = st.recursive(
     ],
 )
 def test_a_body_whose_newest_turns_answer_tool_calls_is_in_a_tool_loop(tail: list[Any]) -> None:
-    past = past_of([ASK, *tail])
+    past = inspect_history([ASK, *tail])
     assert (past.in_tool_loop, past.has_reasoning, len(past.marks)) == (True, False, 1)
 
 
 @pytest.mark.parametrize("messages", [[ASK], [ASK, ANSWER, ASK], [ASK, CALL], [ASK, CALL, RESULT, ANSWER, ASK], []])
 def test_other_bodies_are_not(messages: list[Any]) -> None:
-    assert past_of(messages) == NO_PAST
+    assert inspect_history(messages) == NO_HISTORY
 
 
 def test_results_without_the_turn_that_they_answer_are_a_loop_of_unknown_origin() -> None:
-    assert (past_of([ASK, RESULT]).in_tool_loop, past_of([ASK, RESULT]).marks) == (True, ())
+    assert (inspect_history([ASK, RESULT]).in_tool_loop, inspect_history([ASK, RESULT]).marks) == (True, ())
 
 
 @pytest.mark.parametrize(
@@ -79,43 +79,45 @@ def test_results_without_the_turn_that_they_answer_are_a_loop_of_unknown_origin(
     ids=lambda carried: next(iter(carried)),
 )
 def test_a_body_whose_assistant_turns_carry_reasoning_says_so(carried: dict[str, Any]) -> None:
-    past = past_of([ASK, {**ANSWER, **carried}, ASK, ANSWER, ASK])
+    past = inspect_history([ASK, {**ANSWER, **carried}, ASK, ANSWER, ASK])
     assert past.has_reasoning
     assert past.marks
 
 
 def test_only_the_newest_reasoning_counts_and_a_newer_tool_call_before_it() -> None:
     older = {**THINKING, "reasoning_content": "Something else. " * 20}
-    alone, both = past_of([ASK, THINKING, ASK]), past_of([ASK, older, ASK, THINKING, ASK])
+    alone, both = inspect_history([ASK, THINKING, ASK]), inspect_history([ASK, older, ASK, THINKING, ASK])
     assert both.marks == alone.marks
-    looping = past_of([ASK, THINKING, ASK, CALL, RESULT])
-    assert looping.marks == (*past_of([ASK, CALL, RESULT]).marks, *alone.marks)
+    looping = inspect_history([ASK, THINKING, ASK, CALL, RESULT])
+    assert looping.marks == (*inspect_history([ASK, CALL, RESULT]).marks, *alone.marks)
 
 
 def test_reasoning_of_the_turn_that_called_is_surer_than_its_calls() -> None:
     thinking_call = {**CALL, "reasoning_content": THINKING["reasoning_content"]}
-    assert past_of([ASK, thinking_call, RESULT]).marks == (
-        *past_of([ASK, THINKING, ASK]).marks,
-        *past_of([ASK, CALL, RESULT]).marks,
+    assert inspect_history([ASK, thinking_call, RESULT]).marks == (
+        *inspect_history([ASK, THINKING, ASK]).marks,
+        *inspect_history([ASK, CALL, RESULT]).marks,
     )
 
 
 def test_calls_of_a_loop_that_is_over_are_not_looked_for() -> None:
     thinking_call = {**CALL, "reasoning_content": THINKING["reasoning_content"]}
-    assert past_of([ASK, thinking_call, RESULT, ANSWER, ASK]).marks == past_of([ASK, THINKING, ASK]).marks
+    assert (
+        inspect_history([ASK, thinking_call, RESULT, ANSWER, ASK]).marks == inspect_history([ASK, THINKING, ASK]).marks
+    )
 
 
 @given(st.lists(JSON, max_size=6) | JSON)
 def test_no_body_makes_it_fail(messages: Any) -> None:
-    past_of(messages)
+    inspect_history(messages)
 
 
 @given(st.lists(st.dictionaries(FIELDS, JSON, max_size=6), max_size=4))
 def test_no_answer_makes_it_fail(deltas: list[dict[str, Any]]) -> None:
-    trail = Trail()
+    trail = TurnFingerprints()
     for delta in deltas:
         trail.add(delta)
-    marks = [*trail.reasoning_marks(Excerpt("Why?")), *trail.call_marks(Excerpt("Why?"))]
+    marks = [*trail.reasoning_marks(TextSample("Why?")), *trail.call_marks(TextSample("Why?"))]
     assert {len(mark) for mark in marks} <= {64}
     assert not (marks and trail.is_empty)
 
@@ -123,7 +125,7 @@ def test_no_answer_makes_it_fail(deltas: list[dict[str, Any]]) -> None:
 def test_a_very_long_conversation_is_known_by_its_newest_turns() -> None:
     huge = {**THINKING, "reasoning_content": "x" * 1_000_000}
     newest = [ASK, {**huge, "signature": "s"}, ASK, CALL, RESULT]
-    assert past_of([ASK, huge] * 5_000 + [ASK, ANSWER] * 5_000 + newest) == past_of(newest)
+    assert inspect_history([ASK, huge] * 5_000 + [ASK, ANSWER] * 5_000 + newest) == inspect_history(newest)
 
 
 HEADERS = [("x-session-id", "one"), ("x-litellm-session-id", "two"), ("x-claude-code-session-id", "three")]
@@ -163,4 +165,4 @@ def test_a_session_id_is_not_shown_with_the_options() -> None:
 )
 @pytest.mark.parametrize("nothing", ["", None, []])
 def test_a_field_of_reasoning_with_nothing_in_it_is_no_reasoning(name: str, nothing: Any) -> None:
-    assert past_of([{"role": "assistant", "content": "Rain.", name: nothing}]) == NO_PAST
+    assert inspect_history([{"role": "assistant", "content": "Rain.", name: nothing}]) == NO_HISTORY

@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 
 from proxy.errors import BadRequest, Forbidden
-from proxy.routing.candidates import ALIASES, Way, cost_weight, may_ask
-from proxy.routing.chat_request import ChatRequest, Options
+from proxy.routing.candidates import ALIASES, RoutingMode, cost_weight, key_allows_mode
+from proxy.routing.chat_request import ChatRequest, RoutingOptions
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
 
 
 def weight(name: str = "auto", stated: float | None = None, **bounds: Any) -> float:
     key = ClientKey("k", "team", "0a", 0.0, **bounds) if bounds else None
-    request = ChatRequest({}, name, False, False, Options(lambda_=stated))
-    return cost_weight(request, ALIASES.get(name, Way.PINNED), Settings.model_validate({"lambda": 0.1}), key)
+    request = ChatRequest({}, name, False, False, RoutingOptions(lambda_=stated))
+    return cost_weight(request, ALIASES.get(name, RoutingMode.PINNED), Settings.model_validate({"lambda": 0.1}), key)
 
 
 def test_the_request_comes_before_the_key_and_the_key_before_the_settings() -> None:
@@ -67,6 +67,6 @@ def test_the_names_that_stand_for_a_value_obey_the_bounds_too() -> None:
 
 def test_only_the_names_that_the_bounds_leave_room_for_may_be_asked() -> None:
     low, high = ClientKey("k", "n", "0a", 0.0, lambda_min=0.1), ClientKey("k", "n", "0a", 0.0, lambda_max=0.1)
-    assert [may_ask(Way.BEST, key) for key in (None, low, high)] == [True, False, True]
-    assert [may_ask(Way.CHEAP, key) for key in (None, low, high)] == [True, True, False]
-    assert all(may_ask(Way.SCORED, key) for key in (None, low, high))
+    assert [key_allows_mode(RoutingMode.BEST, key) for key in (None, low, high)] == [True, False, True]
+    assert [key_allows_mode(RoutingMode.CHEAP, key) for key in (None, low, high)] == [True, True, False]
+    assert all(key_allows_mode(RoutingMode.SCORED, key) for key in (None, low, high))

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from proxy.cli.serve import PROVIDERS, detect_models, with_detected
-from proxy.settings.models import ModelEntry
+from proxy.settings.models import ModelConfig
 from proxy.settings.schema import Settings
 from proxy.storage.price_map import bundled_catalog, parse_price_map
 
@@ -73,7 +73,7 @@ def test_another_program_on_the_port_of_ollama_is_reported_not_trusted(caplog: p
 
 
 def test_a_configured_model_is_kept_as_it_is() -> None:
-    configured = ModelEntry(model_name="cheap", litellm_params={"model": "openai/gpt-6-luna", "temperature": 0})
+    configured = ModelConfig(model_name="cheap", litellm_params={"model": "openai/gpt-6-luna", "temperature": 0})
     found = detect_models({"OPENAI_API_KEY": "secret"}, bundled_catalog(), ollama_url=NOBODY)
     settings = with_detected(Settings(model_list=(configured,)), found)
     assert [entry.model_name for entry in settings.model_list] == ["cheap", "openai/gpt-6.1-sol"]

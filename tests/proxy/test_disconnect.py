@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from starlette.types import Message, Scope
 
-from proxy.errors import ClientGone
-from proxy.server.requests import LEAVING, Leaving, until_gone
+from proxy.errors import ClientDisconnected
+from proxy.server.requests import DISCONNECT, DisconnectEvent, cancel_on_disconnect
 
 
 class Client:
@@ -18,8 +18,8 @@ class Client:
 
     def __init__(self, *, told: bool) -> None:
         self._leaves = asyncio.Event()
-        self._leaving = Leaving()
-        self.scope: Scope = {LEAVING: self._leaving} if told else {}
+        self._leaving = DisconnectEvent()
+        self.scope: Scope = {DISCONNECT: self._leaving} if told else {}
 
     def leave(self) -> None:
         self._leaves.set()
@@ -30,7 +30,7 @@ class Client:
         return {"type": "http.disconnect"}
 
     async def during(self, work: Any) -> Any:
-        return await until_gone(self.scope, self.receive, work)
+        return await cancel_on_disconnect(self.scope, self.receive, work)
 
 
 @pytest.fixture(params=[True, False], ids=["told", "received"])
@@ -66,7 +66,7 @@ async def test_the_work_has_ended_when_the_client_is_said_to_be_gone(client: Cli
             await asyncio.sleep(0)  # closing takes a moment
             ended.set()
 
-    with pytest.raises(ClientGone):
+    with pytest.raises(ClientDisconnected):
         await client.during(work())
     assert ended.is_set()
     await asyncio.sleep(0)  # and nothing of the cancellation is left in this task
@@ -88,7 +88,7 @@ async def test_work_that_makes_nothing_of_its_cancellation_is_cancelled_again(cl
             raise OSError("the connection was closed")
 
     async with asyncio.timeout(5):
-        with pytest.raises(ClientGone):
+        with pytest.raises(ClientDisconnected):
             await client.during(work())
     assert tries == 2
 
@@ -106,8 +106,8 @@ async def test_a_result_that_nobody_will_see_is_let_go(client: Client) -> None:
         await asyncio.sleep(0)  # closing takes a moment
         dropped.append(result)
 
-    with pytest.raises(ClientGone):
-        await until_gone(client.scope, client.receive, work(), let_go)
+    with pytest.raises(ClientDisconnected):
+        await cancel_on_disconnect(client.scope, client.receive, work(), let_go)
     assert dropped == ["a stream"]
 
 
@@ -141,7 +141,7 @@ async def test_a_client_that_leaves_as_the_work_ends_cancels_nothing_that_follow
 
     for turns in range(6):  # noqa: B007  # the work reads it
         client = Client(told=bool(client.scope))
-        with contextlib.suppress(ClientGone):
+        with contextlib.suppress(ClientDisconnected):
             await client.during(work())
         for _ in range(3):
             await asyncio.sleep(0)

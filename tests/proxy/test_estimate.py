@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from proxy.storage.usage import Cost, Received, TokenCounts, cost_of
+from proxy.storage.usage import Cost, ObservedTraffic, TokenCounts, cost_of
 from proxy.upstream.payload import content_bytes
 from router_core.types import Price
 
 PRICE = Price(1e-6, 4e-6)
-BROKEN_OFF = Received(prompt_tokens=1000, output_bytes=401)
+BROKEN_OFF = ObservedTraffic(prompt_tokens=1000, output_bytes=401)
 
 
 def test_what_was_reported_is_the_cost() -> None:

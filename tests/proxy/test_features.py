@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.routing.requirements import MEDIA_TOKENS, asked_for, estimate_tokens, needs_of, routing_text
+from proxy.routing.requirements import MEDIA_TOKENS, estimate_tokens, requirement_sources, requirements_of, routing_text
 from proxy.words import words
-from router_core.embedding import CUT
+from router_core.embedding import MAX_END_CHARS
 
 LONG = "Please explain in detail how a steam engine converts heat into motion."
 IMAGE: Any = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1_000_000}}
@@ -50,7 +50,7 @@ def test_only_text_parts_are_read() -> None:
 def test_a_long_text_is_cut_in_the_middle() -> None:
     text = "a" * 5000 + "b" * 5000
 
-    assert routing_text([user(text)]) == "a" * CUT + "\n" + "b" * CUT
+    assert routing_text([user(text)]) == "a" * MAX_END_CHARS + "\n" + "b" * MAX_END_CHARS
 
 
 @pytest.mark.parametrize("content", [None, "", "  ", 7, [], [None], [{"type": "text"}], [{"type": ["x"], "text": "y"}]])
@@ -92,7 +92,7 @@ CALL: Any = {"id": "c", "type": "function", "function": {"name": "f", "arguments
 def test_attachments_count_flat_and_are_not_looked_into(message: dict[str, Any]) -> None:
     body = {"messages": [message, user(LONG)]}
 
-    assert needs_of(body).prompt_tokens == pytest.approx(MEDIA_TOKENS, abs=100)
+    assert requirements_of(body).prompt_tokens == pytest.approx(MEDIA_TOKENS, abs=100)
     assert routing_text(body["messages"]) == LONG
 
 
@@ -147,8 +147,8 @@ def test_a_word_of_a_schema_is_no_attachment(name: str) -> None:
 def test_what_a_request_needs_is_told_in_the_callers_words(body: dict[str, Any], asked: dict[str, str]) -> None:
     whole = {"messages": [user("hi")], **body}
 
-    assert asked_for(whole) == asked
-    assert set(needs_of(whole).abilities) == set(asked)
+    assert requirement_sources(whole) == asked
+    assert set(requirements_of(whole).abilities) == set(asked)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_what_a_request_needs_is_told_in_the_callers_words(body: dict[str, Any],
     ],
 )
 def test_reasoning_is_needed_where_the_caller_wants_thinking(field: str, value: Any, thinks: bool) -> None:
-    assert needs_of({"messages": [user("hi")], field: value}).reasoning is thinks
+    assert requirements_of({"messages": [user("hi")], field: value}).reasoning is thinks
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_reasoning_is_needed_where_the_caller_wants_thinking(field: str, value: 
     ],
 )
 def test_limits_are_read_where_they_are_numbers(body: dict[str, Any], limit: int | None, answers: int) -> None:
-    needs = needs_of({"messages": [user("hi")], **body})
+    needs = requirements_of({"messages": [user("hi")], **body})
 
     assert (needs.max_output_tokens, needs.answers) == (limit, answers)
 
@@ -213,15 +213,15 @@ MESSAGES = st.lists(st.dictionaries(WORDS, JSON, max_size=5) | JSON, max_size=4)
 @given(st.dictionaries(WORDS | st.text(max_size=4), JSON, max_size=8), JSON | MESSAGES)
 def test_no_body_breaks_the_reading_of_it(body: dict[str, Any], messages: Any) -> None:
     body = {**body, "messages": messages}
-    needs = needs_of(body)
+    needs = requirements_of(body)
     size = len(json.dumps(body))
 
     assert 0 <= needs.prompt_tokens == estimate_tokens(body) <= MEDIA_TOKENS * (1 + size)
     assert 1 <= needs.answers <= 128
     assert needs.max_output_tokens is None or 0 < needs.max_output_tokens <= 10**9
-    assert set(asked_for(body)) == set(needs.abilities)
+    assert set(requirement_sources(body)) == set(needs.abilities)
     if isinstance(messages, list):
-        assert len(routing_text(messages)) <= 3 * (2 * CUT + 2)
+        assert len(routing_text(messages)) <= 3 * (2 * MAX_END_CHARS + 2)
 
 
 @settings(deadline=None)
@@ -229,7 +229,7 @@ def test_no_body_breaks_the_reading_of_it(body: dict[str, Any], messages: Any) -
 def test_one_more_message_never_makes_a_request_smaller_or_need_less(
     messages: list[dict[str, Any]], more: dict[str, Any]
 ) -> None:
-    before, after = needs_of({"messages": messages}), needs_of({"messages": [*messages, more]})
+    before, after = requirements_of({"messages": messages}), requirements_of({"messages": [*messages, more]})
 
     assert after.prompt_tokens >= before.prompt_tokens
     assert set(after.abilities) >= set(before.abilities)

@@ -16,7 +16,7 @@ import pytest
 from proxy.cli.console import BadArgument
 from proxy.cli.fit import check_prompt_files, known_models, read_prompts, told
 from proxy.routing.requirements import routing_text
-from router_core.embedding import CUT, excerpt
+from router_core.embedding import MAX_END_CHARS, truncate_middle
 from tests.bench.prompts import generated_prompts
 from tests.support.command import environment, run_command
 
@@ -57,7 +57,7 @@ def test_scores_are_found_by_prompt_and_repeats_count_as_their_mean(tmp_path: Pa
     ]
     path = tmp_path / "outcomes.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    known = known_models(path, ["two", excerpt("l" * 9_000), "one"])
+    known = known_models(path, ["two", truncate_middle("l" * 9_000), "one"])
     assert known.models == ("x", "y")
     assert np.array_equal(known.scores, [[np.nan, np.nan], [np.nan, 0.25], [0.5, 1.0]], equal_nan=True)
     assert known_models(None, ["two"]).scores.shape == (1, 0)
@@ -120,7 +120,7 @@ def test_without_pyarrow_the_extra_is_named_before_anything_is_read(tmp_path: Pa
         import sys
         sys.modules["pyarrow"] = None
         from pathlib import Path
-        from proxy.cli.prompt_files import check_prompt_files
+        from proxy.cli.fit import check_prompt_files
         check_prompt_files([Path({str(path)!r})])"""
     ended = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True)
     assert "pip install 'uniroute[parquet]'" in ended.stderr.splitlines()[-1]
@@ -139,7 +139,7 @@ def test_a_gzip_file_that_is_cut_off_is_told_by_name(tmp_path: Path) -> None:
 
 
 def test_a_long_prompt_is_fitted_as_it_is_routed(tmp_path: Path) -> None:
-    long = "a" * CUT + "b" * CUT + "c" * CUT
+    long = "a" * MAX_END_CHARS + "b" * MAX_END_CHARS + "c" * MAX_END_CHARS
     assert list(read_prompts([write_jsonl(tmp_path / "a.jsonl", [long, "  short "])])) == [
         routing_text([{"role": "user", "content": long}]),
         "  short ",

@@ -11,10 +11,10 @@ from pydantic import SecretStr
 from starlette.responses import PlainTextResponse
 from starlette.types import Message
 
-from proxy.server.auth import KEY_IN_SCOPE, WHO_IN_SCOPE, Guard
+from proxy.server.auth import KEY_IN_SCOPE, PRINCIPAL, AuthMiddleware
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey, digest_of
-from proxy.storage.reader import Stored
+from proxy.storage.reader import StoredState
 from proxy.storage.snapshot import build_state
 from tests.support.makers import surroundings
 
@@ -41,10 +41,12 @@ class Door:
     ) -> None:
         """`read`: whether the store has answered yet, since this process started."""
         settings = Settings(admin_key=SecretStr(root) if root else None)
-        stored = Stored(version=1, keys={key.id: key for key in keys}, keys_exist=bool(keys)) if read else Stored()
+        stored = (
+            StoredState(version=1, keys={key.id: key for key in keys}, keys_exist=bool(keys)) if read else StoredState()
+        )
         state = build_state(stored, surroundings(), keys_latched=latched)
         self.now = now
-        self._guard = Guard(self._app, settings, lambda: state, lambda: self.now)
+        self._guard = AuthMiddleware(self._app, settings, lambda: state, lambda: self.now)
 
     def __call__(
         self, path: str = "/v1/models", method: str = "GET", *headers: tuple[bytes, bytes], **more: Any
@@ -68,7 +70,7 @@ class Door:
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
         key = scope[KEY_IN_SCOPE]
-        await PlainTextResponse(f"{scope[WHO_IN_SCOPE]} {key.id if key else None}")(scope, receive, send)
+        await PlainTextResponse(f"{scope[PRINCIPAL]} {key.id if key else None}")(scope, receive, send)
 
 
 def bearer(secret: str | bytes) -> tuple[bytes, bytes]:

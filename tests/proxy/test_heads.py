@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.upstream.endpoint import heads_of
+from proxy.upstream.endpoint import build_head
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from proxy.upstream.endpoint import heads_of
 )
 def test_a_header_that_would_be_more_than_one_is_refused(headers: dict[str, str]) -> None:
     with pytest.raises(ValueError):
-        heads_of("http://h/v1", headers, None)
+        build_head("http://h/v1", headers, None)
 
 
 @pytest.mark.parametrize(
@@ -45,12 +45,12 @@ def test_a_header_that_would_be_more_than_one_is_refused(headers: dict[str, str]
 def test_an_address_at_which_nobody_can_be_is_refused(url: str, as_proxy: bool) -> None:
     """When the model is first asked, and not as a fault of this server when it connects."""
     with pytest.raises(ValueError):
-        heads_of("http://h/v1" if as_proxy else url, {}, url if as_proxy else None)
+        build_head("http://h/v1" if as_proxy else url, {}, url if as_proxy else None)
 
 
 def test_other_proxies_than_those_of_http_are_refused() -> None:
     with pytest.raises(ValueError, match="HTTP proxy"):
-        heads_of("https://h/v1", {}, "socks5://127.0.0.1:1080")
+        build_head("https://h/v1", {}, "socks5://127.0.0.1:1080")
 
 
 @pytest.mark.parametrize(
@@ -68,21 +68,21 @@ def test_other_proxies_than_those_of_http_are_refused() -> None:
     ],
 )
 def test_an_address_becomes_one_line_and_one_host(url: str, line: str, host: str) -> None:
-    assert heads_of(url, {}, None).usual.decode() == f"POST {line} HTTP/1.1\r\nhost: {host}\r\n"
+    assert build_head(url, {}, None).usual.decode() == f"POST {line} HTTP/1.1\r\nhost: {host}\r\n"
 
 
 def test_a_user_in_the_address_is_authorized_unless_there_is_a_key() -> None:
-    assert heads_of("http://u:p%40@h", {}, None).headers["authorization"] == "Basic dTpwQA=="
-    assert heads_of("http://u:p@h", {"authorization": "Bearer k"}, None).headers["authorization"] == "Bearer k"
+    assert build_head("http://u:p%40@h", {}, None).headers["authorization"] == "Basic dTpwQA=="
+    assert build_head("http://u:p@h", {"authorization": "Bearer k"}, None).headers["authorization"] == "Bearer k"
 
 
 def test_nobody_but_the_connection_states_the_length() -> None:
-    heads = heads_of("http://h", {"content-length": "1", "transfer-encoding": "chunked"}, None)
+    heads = build_head("http://h", {"content-length": "1", "transfer-encoding": "chunked"}, None)
     assert heads.usual == b"POST / HTTP/1.1\r\nhost: h\r\n"
 
 
 def test_a_proxy_is_told_the_whole_address_whatever_host_is_named() -> None:
-    heads = heads_of("http://h:81/v1?a", {"host": "b c"}, "http://me:p%40ss@p:3128")
+    heads = build_head("http://h:81/v1?a", {"host": "b c"}, "http://me:p%40ss@p:3128")
     assert heads.usual.decode().split("\r\n")[:-1] == [
         "POST http://h:81/v1?a HTTP/1.1",
         "host: b c",
@@ -91,10 +91,10 @@ def test_a_proxy_is_told_the_whole_address_whatever_host_is_named() -> None:
 
 
 def test_what_a_proxy_wants_to_know_is_not_told_through_its_tunnel() -> None:
-    heads = heads_of("https://h/v1", {}, "http://me:secret@p:3128")
+    heads = build_head("https://h/v1", {}, "http://me:secret@p:3128")
     assert heads.usual == b"POST /v1 HTTP/1.1\r\nhost: h\r\n"
 
 
 def test_headers_of_a_request_win_over_those_of_the_address() -> None:
-    heads = heads_of("http://h", {"x": "a", "y": "b"}, None)
+    heads = build_head("http://h", {"x": "a", "y": "b"}, None)
     assert heads.head({"x": "c"}) == b"POST / HTTP/1.1\r\nx: c\r\ny: b\r\nhost: h\r\n"

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from proxy.profiling.job import GIVEN_UP, MOST_TRIES, OPEN, LeaseLost, Leases, PromptAnswer, job_key, lease_key
-from proxy.profiling.job_store import Ledger
+from proxy.profiling.job_store import JobStore
 from proxy.storage.redis import PROFILES, Store
 from proxy.storage.valkey import EmbeddedValkey
 from router_core.profiles import Profile
@@ -71,9 +71,9 @@ async def test_after_kill_9_of_all_processes_the_job_resumes_and_the_profile_is_
     with ScriptedUpstream(knows("north", "west"), slow_s=0.05) as upstream:
         async with a_killed_worker(tmp_path, upstream, after=12) as killed_at:
             restarted = await Store.open(settings_for(tmp_path))
-            job = await Ledger(restarted).for_model("small")
+            job = await JobStore(restarted).for_model("small")
             assert job is not None
-            kept = await Ledger(restarted).answers(job.id)
+            kept = await JobStore(restarted).answers(job.id)
             assert len(kept) >= 8
             before = len(upstream.history)
             async with a_bench(restarted, tmp_path, model_at(upstream.url)) as bench:
@@ -151,7 +151,7 @@ async def test_an_emptied_store_ends_its_jobs_and_takes_new_ones(store: Store, t
 
 
 async def test_who_lost_the_lease_can_write_nothing_more(store: Store, tmp_path: Path) -> None:
-    ledger, leases = Ledger(store), Leases(store)
+    ledger, leases = JobStore(store), Leases(store)
     job_id = await ledger.submit(a_record(), 20, 1.0)
     old = await leases.take(job_id)
     assert old is not None
@@ -173,7 +173,7 @@ async def test_who_lost_the_lease_can_write_nothing_more(store: Store, tmp_path:
 
 
 async def test_money_that_a_dead_worker_had_set_aside_counts_as_spent(store: Store, tmp_path: Path) -> None:
-    ledger, leases = Ledger(store), Leases(store)
+    ledger, leases = JobStore(store), Leases(store)
     job_id = await ledger.submit(a_record(), 20, 1.0)
     dead = await leases.take(job_id)
     assert dead is not None
@@ -191,11 +191,11 @@ async def test_money_that_a_dead_worker_had_set_aside_counts_as_spent(store: Sto
 
 
 async def test_work_ends_before_a_lease_that_cannot_be_renewed_does(store: Store, tmp_path: Path) -> None:
-    ledger, leases = Ledger(store), Leases(store)
+    ledger, leases = JobStore(store), Leases(store)
     lease = await leases.take(await ledger.submit(a_record(), 20, 1.0))
     assert lease is not None
     work = asyncio.create_task(asyncio.Event().wait())
-    holding = asyncio.create_task(leases.while_held(lease, work))
+    holding = asyncio.create_task(leases.hold(lease, work))
     await ledger.cancel(lease.job_id)
     await until(holding.done)
     assert isinstance(holding.exception(), LeaseLost)
@@ -210,7 +210,7 @@ async def taken_and_lost(store: Store, leases: Leases, job_id: str) -> bool:
 
 
 async def test_a_job_whose_workers_die_is_given_up_and_says_so(store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    ledger, leases = Ledger(store), Leases(store)
+    ledger, leases = JobStore(store), Leases(store)
     job_id = await ledger.submit(a_record(), 20, 1.0)
     first = await leases.take(job_id)
     assert first is not None
@@ -230,7 +230,7 @@ async def test_a_job_whose_workers_die_is_given_up_and_says_so(store: Store, cap
 
 
 async def test_a_job_that_is_given_back_was_not_tried_in_vain(store: Store) -> None:
-    ledger, leases = Ledger(store), Leases(store)
+    ledger, leases = JobStore(store), Leases(store)
     job_id = await ledger.submit(a_record(), 20, 1.0)
     for _ in range(2 * MOST_TRIES):
         lease = await leases.take(job_id)
@@ -240,7 +240,7 @@ async def test_a_job_that_is_given_back_was_not_tried_in_vain(store: Store) -> N
 
 @pytest.mark.parametrize("stored", ["", "nan", "-5", "1e99", "many", "-inf"])
 async def test_a_count_of_tries_that_is_none_begins_anew(store: Store, stored: str) -> None:
-    ledger, leases = Ledger(store), Leases(store)
+    ledger, leases = JobStore(store), Leases(store)
     job_id = await ledger.submit(a_record(), 20, 1.0)
     await store.client.hset(job_key(job_id), "tries", stored)
     lease = await leases.take(job_id)

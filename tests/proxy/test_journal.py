@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from proxy.storage import usage_journal as journals_module
-from proxy.storage.usage_journal import Journal, Journals
+from proxy.storage.usage_journal import Journal, JournalDirectory
 
 LARGE = 10**9
 WRITER = """
@@ -57,14 +57,14 @@ def test_a_killed_process_leaves_every_record_to_the_next(tmp_path: Path) -> Non
     killed = subprocess.run([sys.executable, "-c", WRITER, str(tmp_path), "500"], check=False)
     assert killed.returncode == -signal.SIGKILL
 
-    journals = Journals(tmp_path, LARGE)
+    journals = JournalDirectory(tmp_path, LARGE)
     journals.adopt()
     (left, _) = journals.all
     assert read_all(left, 200) == list(range(500))
 
 
 def test_a_journal_in_use_is_nobody_elses(tmp_path: Path) -> None:
-    ours, theirs = Journals(tmp_path, LARGE), Journals(tmp_path, LARGE)
+    ours, theirs = JournalDirectory(tmp_path, LARGE), JournalDirectory(tmp_path, LARGE)
     ours.append(a_text(0))
     theirs.adopt()
     assert len(theirs.all) == 1
@@ -74,7 +74,7 @@ def test_a_journal_in_use_is_nobody_elses(tmp_path: Path) -> None:
 
 
 def test_a_journal_is_taken_over_by_one_process_only(tmp_path: Path) -> None:
-    first, second, third = (Journals(tmp_path, LARGE) for _ in range(3))
+    first, second, third = (JournalDirectory(tmp_path, LARGE) for _ in range(3))
     first.append(a_text(0))
     first.close()
     second.adopt()
@@ -91,13 +91,13 @@ def test_a_journal_that_was_finished_while_it_was_being_opened_is_not_read_again
         (tmp_path / "dead.jsonl").unlink()  # by the process that had the lock until now
 
     monkeypatch.setattr("proxy.storage.usage_journal.fcntl.flock", lock_late)
-    assert Journal.left_behind(tmp_path / "dead.jsonl") is None
+    assert Journal.claim_orphan(tmp_path / "dead.jsonl") is None
 
 
 def test_a_line_cut_off_by_a_kill_and_a_line_of_garbage_cost_nothing_else(tmp_path: Path) -> None:
     whole = b'{"seq": 1, "n": 1}\n\x00\xff garbage\n{"seq": 2, "n": 2}\n{"seq": 3, "n"'
     (tmp_path / "dead.jsonl").write_bytes(whole)
-    journal = Journal.left_behind(tmp_path / "dead.jsonl")
+    journal = Journal.claim_orphan(tmp_path / "dead.jsonl")
     assert journal is not None
     batch = journal.read(10)
     assert ([entry.fields["n"] for entry in batch.entries], batch.broken) == ([1, 2], 1)
@@ -109,14 +109,14 @@ def test_lines_of_the_json_module_are_read_whatever_it_wrote(tmp_path: Path) -> 
     odd: list[dict[str, Any]] = [{"n": float("inf")}, {"n": "\ud800"}, {"n": None, "more": [1.5, "é"]}]
     lines = [json.dumps({"seq": place, **fields}) for place, fields in enumerate(odd, 1)]
     (tmp_path / "dead.jsonl").write_text("\n".join(lines) + "\n")
-    journal = Journal.left_behind(tmp_path / "dead.jsonl")
+    journal = Journal.claim_orphan(tmp_path / "dead.jsonl")
     assert journal is not None
     assert [entry.fields["n"] for entry in journal.read(10).entries] == [float("inf"), "\ud800", None]
 
 
 def test_a_line_longer_than_anything_of_ours_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "dead.jsonl").write_bytes(b"x" * 600_000 + b'\n{"seq": 2, "n": 2}\n')
-    journal = Journal.left_behind(tmp_path / "dead.jsonl")
+    journal = Journal.claim_orphan(tmp_path / "dead.jsonl")
     assert journal is not None
     assert [entry.fields["n"] for entry in journal.read(10).entries] == [2]
 
@@ -144,7 +144,7 @@ def test_a_disk_that_takes_half_a_line_or_nothing_loses_no_record(
         return taken
 
     monkeypatch.setattr("proxy.storage.usage_journal.os.write", write)
-    journals = Journals(tmp_path, LARGE)
+    journals = JournalDirectory(tmp_path, LARGE)
     for number in range(4):
         assert journals.append(a_text(number))
     (journal,) = journals.all
@@ -160,7 +160,7 @@ def test_a_disk_that_takes_half_a_line_or_nothing_loses_no_record(
 
 def test_records_wait_in_memory_where_the_folder_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "usage").write_text("a file is in the way")
-    journals = Journals(tmp_path / "usage", LARGE)
+    journals = JournalDirectory(tmp_path / "usage", LARGE)
     assert journals.append(a_text(0))
     assert [entry.fields["n"] for entry in journals.all[0].read(10).entries] == [0]
     (tmp_path / "usage").unlink()
@@ -171,13 +171,13 @@ def test_records_wait_in_memory_where_the_folder_cannot_be_made(tmp_path: Path) 
 def test_memory_is_bounded_and_says_what_it_drops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journals_module, "MOST_WAITING", 3)
     (tmp_path / "usage").write_text("a file is in the way")
-    journals = Journals(tmp_path / "usage", LARGE)
+    journals = JournalDirectory(tmp_path / "usage", LARGE)
     assert [journals.append(a_text(number)) for number in range(5)] == [True] * 3 + [False] * 2
     assert journals.close() == 3
 
 
 def test_the_newest_are_dropped_where_the_journals_are_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    journals = Journals(tmp_path, 2000)
+    journals = JournalDirectory(tmp_path, 2000)
     kept = [journals.append(a_text(number)) for number in range(200)]
     assert kept == sorted(kept, reverse=True)
     assert 0 < journals.bytes <= 2000
@@ -191,10 +191,10 @@ def test_the_newest_are_dropped_where_the_journals_are_full(tmp_path: Path, capl
 
 
 def test_the_bytes_of_the_journals_are_those_of_their_files(tmp_path: Path) -> None:
-    left = Journals(tmp_path, LARGE)
+    left = JournalDirectory(tmp_path, LARGE)
     left.append(a_text(0))
     left.close()
-    journals = Journals(tmp_path, 4000)
+    journals = JournalDirectory(tmp_path, 4000)
     for number in range(100):
         journals.append(a_text(number))
         assert journals.bytes == sum(journal.size for journal in journals.all)

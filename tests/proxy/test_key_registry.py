@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from proxy.storage.audit_log import AUDIT, AuditTrail, Author, Writer
-from proxy.storage.client_keys import SECRET, ClientKey, InvalidKey, KeyChange, KeyLatch, KeyLimits, digest_of
+from proxy.storage.audit_log import AUDIT, Actor, AuditedScript, AuditTrail
+from proxy.storage.client_keys import SECRET, AuthRequiredLatch, ClientKey, InvalidKey, KeyChange, KeyLimits, digest_of
 from proxy.storage.redis import KEYS, Store, StoreUnavailable
-from proxy.storage.registry import KeyIsOver, KeyRegistry, Registry, UnknownKey
+from proxy.storage.registry import KeyInactive, KeyRegistry, Registry, UnknownKey
 from router_core.types import Price
 from tests.support.makers import a_profile, a_record, a_registry, following, until
 
-ANN = Author("k-ann", "req-1")
+ANN = Actor("k-ann", "req-1")
 
 
 class Clock:
@@ -30,7 +30,7 @@ class Clock:
 
 
 def some_keys(store: Store, folder: Path, clock: Clock) -> KeyRegistry:
-    return KeyRegistry(Writer(store), KeyLatch(folder), clock)
+    return KeyRegistry(AuditedScript(store), AuthRequiredLatch(folder), clock)
 
 
 def audited(store: Store, folder: Path, *configured: str) -> Registry:
@@ -52,7 +52,7 @@ async def test_a_key_is_stored_with_all_its_terms_and_never_with_its_secret(stor
     terms = KeyChange({"role": "viewer", "lambda_min": 0.1, "expires_at": 2e9}, {"usd_per_day": 2.5})
     key, secret = await keys.create("team", ("small",), terms)
     assert SECRET.fullmatch(secret)
-    assert KeyLatch(tmp_path).closed
+    assert AuthRequiredLatch(tmp_path).closed
     assert await keys.find(key.id) == key
     assert (key.role, key.lambda_min, key.expires_at, key.models) == ("viewer", 0.1, 2e9, ("small",))
     assert key.limits == KeyLimits(usd_per_day=2.5)
@@ -66,7 +66,7 @@ async def test_terms_that_make_no_key_store_nothing_and_close_nothing(store: Sto
     with pytest.raises(InvalidKey):
         await audited(store, tmp_path).keys.create("team", None, KeyChange({"lambda_min": 2.0, "lambda_max": 1.0}))
     assert await store.client.keys() == []
-    assert not KeyLatch(tmp_path).closed
+    assert not AuthRequiredLatch(tmp_path).closed
 
 
 async def test_a_rotation_gives_a_new_secret_and_ends_the_old_one_at_once_or_after_its_grace(
@@ -76,10 +76,10 @@ async def test_a_rotation_gives_a_new_secret_and_ends_the_old_one_at_once_or_aft
     keys = some_keys(store, tmp_path, clock)
     made, first = await keys.create("team")
     graced, second = await keys.rotate(made.id, 60)
-    assert [graced.opens_with(digest_of(secret), clock.now) for secret in (first, second)] == [True, True]
-    assert [graced.opens_with(digest_of(secret), clock.now + 60) for secret in (first, second)] == [False, True]
+    assert [graced.matches(digest_of(secret), clock.now) for secret in (first, second)] == [True, True]
+    assert [graced.matches(digest_of(secret), clock.now + 60) for secret in (first, second)] == [False, True]
     abrupt, third = await keys.rotate(made.id)
-    assert [abrupt.opens_with(digest_of(secret), clock.now) for secret in (first, second, third)] == [
+    assert [abrupt.matches(digest_of(secret), clock.now) for secret in (first, second, third)] == [
         *(False, False, True)
     ]
     assert (abrupt.previous_digest, abrupt.previous_until) == (None, None)  # so that no clock set back revives it
@@ -92,7 +92,7 @@ async def test_a_second_rotation_ends_the_grace_of_the_first(store: Store, tmp_p
     made, first = await keys.create("team")
     _, second = await keys.rotate(made.id, 600)
     twice, _ = await keys.rotate(made.id, 600)
-    assert [twice.opens_with(digest_of(secret), clock.now) for secret in (first, second)] == [False, True]
+    assert [twice.matches(digest_of(secret), clock.now) for secret in (first, second)] == [False, True]
 
 
 async def test_changes_from_many_sides_at_once_are_all_kept(store: Store, second_store: Store, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ async def test_what_is_over_stays_over(store: Store, tmp_path: Path) -> None:
         keys.rotate(revoked.id),
         keys.rotate(expired.id, 60),
     ):
-        with pytest.raises(KeyIsOver):
+        with pytest.raises(KeyInactive):
             await refused
     await keys.change(expired.id, KeyChange({"expires_at": clock.now + 10}))
     assert (await keys.rotate(expired.id))[0].id == expired.id

@@ -12,9 +12,9 @@ import pytest
 
 from proxy.errors import BudgetExceeded, RateLimited
 from proxy.server.metrics import Metrics
-from proxy.server.ratelimit import Granted, Limiter, dollars, duration, next_start
-from proxy.server.reservations import PREFIX, SETTLE, Claim, state_key
-from proxy.server.responses import describe
+from proxy.server.ratelimit import RateLimiter, Reservation, duration, format_usd, next_start
+from proxy.server.reservations import PREFIX, SETTLE, ReservationRequest, state_key
+from proxy.server.responses import render_error
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.redis import Store
 from router_core.pricing import PICO
@@ -26,11 +26,11 @@ PATIENT_S = 1.0
 """This machine may be busy."""
 
 
-def claim(name: str = "r", *, tokens: int = 0, picousd: int = 0) -> Claim:
-    return Claim(name, tokens, picousd, 600)
+def claim(name: str = "r", *, tokens: int = 0, picousd: int = 0) -> ReservationRequest:
+    return ReservationRequest(name, tokens, picousd, 600)
 
 
-async def settle(store: Store, granted: Granted, *, tokens: int | str = "", picousd: int | str = "") -> None:
+async def settle(store: Store, granted: Reservation, *, tokens: int | str = "", picousd: int | str = "") -> None:
     """As the usage record does."""
     arguments = [granted.key_id, granted.reservation or "", str(tokens), str(picousd), "2026-01-01", "2026-01"]
     await store.client.register_script(SETTLE)(keys=[state_key(granted.key_id)], args=arguments)
@@ -42,27 +42,27 @@ async def reserved(store: Store, key: ClientKey) -> int:
 
 
 @pytest.fixture
-async def limiter(store: Store) -> AsyncIterator[Limiter]:
-    opened = Limiter(store, Metrics(), timeout_s=PATIENT_S)
+async def limiter(store: Store) -> AsyncIterator[RateLimiter]:
+    opened = RateLimiter(store, Metrics(), timeout_s=PATIENT_S)
     yield opened
     await opened.close()
 
 
 @pytest.fixture
-async def second(second_store: Store) -> AsyncIterator[Limiter]:
-    opened = Limiter(second_store, Metrics(), timeout_s=PATIENT_S)
+async def second(second_store: Store) -> AsyncIterator[RateLimiter]:
+    opened = RateLimiter(second_store, Metrics(), timeout_s=PATIENT_S)
     yield opened
     await opened.close()
 
 
-async def test_requests_of_all_processes_are_counted_together(limiter: Limiter, second: Limiter) -> None:
+async def test_requests_of_all_processes_are_counted_together(limiter: RateLimiter, second: RateLimiter) -> None:
     key = a_key(requests_per_minute=2)
     first = await limiter.reserve(key, claim("1"))
     await second.reserve(key, claim("2"))
     with pytest.raises(RateLimited) as refused:
         await limiter.reserve(key, claim("3"))
 
-    status, body, headers = describe(refused.value)
+    status, body, headers = render_error(refused.value)
     assert first.headers["x-ratelimit-limit-requests"] == "2"
     assert first.headers["x-ratelimit-remaining-requests"] == "1"
     assert first.headers["x-ratelimit-reset-requests"] == "30s"
@@ -72,7 +72,7 @@ async def test_requests_of_all_processes_are_counted_together(limiter: Limiter, 
     assert headers["x-ratelimit-remaining-requests"] == "0"
 
 
-async def test_tokens_are_set_aside_and_corrected_by_what_was_used(store: Store, limiter: Limiter) -> None:
+async def test_tokens_are_set_aside_and_corrected_by_what_was_used(store: Store, limiter: RateLimiter) -> None:
     key = a_key(tokens_per_minute=1000)
     first = await limiter.reserve(key, claim("1", tokens=900))
     with pytest.raises(RateLimited, match="needs 200"):
@@ -84,7 +84,7 @@ async def test_tokens_are_set_aside_and_corrected_by_what_was_used(store: Store,
     assert re.fullmatch(r"1[78](\.\d+)?s", second.headers["x-ratelimit-reset-tokens"])
 
 
-async def test_tokens_beyond_what_was_set_aside_are_a_debt(store: Store, limiter: Limiter) -> None:
+async def test_tokens_beyond_what_was_set_aside_are_a_debt(store: Store, limiter: RateLimiter) -> None:
     key = a_key(tokens_per_minute=1000)
     await settle(store, await limiter.reserve(key, claim("1", tokens=10)), tokens=3000)
     with pytest.raises(RateLimited) as refused:
@@ -93,7 +93,7 @@ async def test_tokens_beyond_what_was_set_aside_are_a_debt(store: Store, limiter
     assert 115 <= int(refused.value.headers["retry-after"]) <= 121
 
 
-async def test_tokens_that_were_not_reported_stay_as_they_were_set_aside(store: Store, limiter: Limiter) -> None:
+async def test_tokens_that_were_not_reported_stay_as_they_were_set_aside(store: Store, limiter: RateLimiter) -> None:
     key = a_key(tokens_per_minute=1000)
     await settle(store, await limiter.reserve(key, claim("1", tokens=900)))
 
@@ -102,17 +102,17 @@ async def test_tokens_that_were_not_reported_stay_as_they_were_set_aside(store: 
 
 
 async def test_tokens_without_a_reservation_are_no_debt_of_a_minute_that_is_long_over(
-    store: Store, limiter: Limiter
+    store: Store, limiter: RateLimiter
 ) -> None:
     """Records that waited while Redis was away, and whose requests this process' own bucket has let through."""
     key = a_key(tokens_per_minute=1000)
     await limiter.reserve(key, claim("1", tokens=10))
-    await settle(store, Granted(key.id, None, {}), tokens=30_000)
+    await settle(store, Reservation(key.id, None, {}), tokens=30_000)
 
     assert (await limiter.reserve(key, claim("2", tokens=900))).reservation == "2"
 
 
-async def test_what_can_never_fit_is_not_to_be_asked_again(limiter: Limiter) -> None:
+async def test_what_can_never_fit_is_not_to_be_asked_again(limiter: RateLimiter) -> None:
     with pytest.raises(RateLimited, match="smaller max_tokens") as refused:
         await limiter.reserve(a_key(tokens_per_minute=100), claim(tokens=101))
 
@@ -121,7 +121,7 @@ async def test_what_can_never_fit_is_not_to_be_asked_again(limiter: Limiter) -> 
 
 @pytest.mark.parametrize("period", ["day", "month"])
 async def test_money_is_set_aside_settled_and_refused_beyond_the_limit(
-    store: Store, limiter: Limiter, second: Limiter, period: str
+    store: Store, limiter: RateLimiter, second: RateLimiter, period: str
 ) -> None:
     key = a_key(**{f"usd_per_{period}": 0.05})
     await settle(store, await limiter.reserve(key, claim("1", picousd=4 * CENT)), picousd=3 * CENT)
@@ -129,7 +129,7 @@ async def test_money_is_set_aside_settled_and_refused_beyond_the_limit(
     with pytest.raises(BudgetExceeded) as refused:
         await limiter.reserve(key, claim("3", picousd=3 * CENT))
 
-    status, body, headers = describe(refused.value)
+    status, body, headers = render_error(refused.value)
     message = body["error"]["message"]
     assert (status, body["error"]["type"], body["error"]["code"]) == (429, "insufficient_quota", "insufficient_quota")
     assert headers == {"x-should-retry": "false"}
@@ -138,7 +138,7 @@ async def test_money_is_set_aside_settled_and_refused_beyond_the_limit(
 
 
 async def test_what_an_answer_took_counts_before_its_usage_record_comes_and_once_after_it(
-    store: Store, limiter: Limiter, second: Limiter
+    store: Store, limiter: RateLimiter, second: RateLimiter
 ) -> None:
     key = a_key(usd_per_day=0.05, tokens_per_minute=1000)
     granted = await limiter.reserve(key, claim("1", tokens=900, picousd=4 * CENT))
@@ -155,7 +155,7 @@ async def test_what_an_answer_took_counts_before_its_usage_record_comes_and_once
     assert 100 <= int(again.headers["x-ratelimit-remaining-tokens"]) <= 120
 
 
-async def test_an_answer_that_cost_more_than_was_set_aside_is_spent_at_once(limiter: Limiter) -> None:
+async def test_an_answer_that_cost_more_than_was_set_aside_is_spent_at_once(limiter: RateLimiter) -> None:
     key = a_key(usd_per_day=0.05)
     settling = (await limiter.reserve(key, claim("1", picousd=CENT))).used(None, 6 * CENT)
     assert settling is not None
@@ -165,7 +165,7 @@ async def test_an_answer_that_cost_more_than_was_set_aside_is_spent_at_once(limi
         await limiter.reserve(key, claim("2", picousd=1))
 
 
-async def test_a_cost_that_nobody_knows_is_what_was_set_aside(store: Store, limiter: Limiter) -> None:
+async def test_a_cost_that_nobody_knows_is_what_was_set_aside(store: Store, limiter: RateLimiter) -> None:
     key = a_key(usd_per_day=0.05)
     granted = await limiter.reserve(key, claim("1", picousd=4 * CENT))
     settling = granted.used(None, None)
@@ -179,11 +179,11 @@ async def test_a_cost_that_nobody_knows_is_what_was_set_aside(store: Store, limi
         await limiter.reserve(key, claim("2", picousd=2 * CENT))
 
 
-async def test_a_key_whose_requests_alone_are_counted_makes_no_round_trip_at_the_end(limiter: Limiter) -> None:
+async def test_a_key_whose_requests_alone_are_counted_makes_no_round_trip_at_the_end(limiter: RateLimiter) -> None:
     assert (await limiter.reserve(a_key(requests_per_minute=5), claim("1"))).used(100, CENT) is None
 
 
-async def test_what_only_requests_under_way_stand_against_may_be_asked_again_soon(limiter: Limiter) -> None:
+async def test_what_only_requests_under_way_stand_against_may_be_asked_again_soon(limiter: RateLimiter) -> None:
     key = a_key(usd_per_day=0.05)
     await limiter.reserve(key, claim("1", picousd=4 * CENT))
     with pytest.raises(BudgetExceeded, match="when they have ended") as refused:
@@ -192,19 +192,21 @@ async def test_what_only_requests_under_way_stand_against_may_be_asked_again_soo
     assert refused.value.headers == {"retry-after": "1"}
 
 
-async def test_a_request_that_costs_nothing_is_within_any_budget(store: Store, limiter: Limiter) -> None:
+async def test_a_request_that_costs_nothing_is_within_any_budget(store: Store, limiter: RateLimiter) -> None:
     key = a_key(usd_per_day=0.01)
     await settle(store, await limiter.reserve(key, claim("1", picousd=CENT)), picousd=2 * CENT)
 
     assert (await limiter.reserve(key, claim("2"))).reservation == "2"
 
 
-async def test_what_is_given_back_may_be_used_at_once_and_is_given_back_once(store: Store, limiter: Limiter) -> None:
+async def test_what_is_given_back_may_be_used_at_once_and_is_given_back_once(
+    store: Store, limiter: RateLimiter
+) -> None:
     key = a_key(usd_per_day=0.05, tokens_per_minute=1000)
     granted = await limiter.reserve(key, claim("1", tokens=900, picousd=4 * CENT))
     kept = await limiter.reserve(key, claim("2", tokens=50, picousd=CENT))
     for _ in range(2):
-        limiter.give_back(granted)
+        limiter.release(granted)
         await until(lambda: not limiter.strays)
 
     assert await reserved(store, key) == CENT
@@ -213,7 +215,7 @@ async def test_what_is_given_back_may_be_used_at_once_and_is_given_back_once(sto
     assert kept.reservation == "2"
 
 
-async def test_a_reservation_of_somebody_who_died_ends_by_itself(store: Store, limiter: Limiter) -> None:
+async def test_a_reservation_of_somebody_who_died_ends_by_itself(store: Store, limiter: RateLimiter) -> None:
     key = a_key(usd_per_day=0.05)
     await limiter.reserve(key, claim("1", picousd=5 * CENT))
     await store.client.zadd(f"{PREFIX}{{{key.id}}}:open", {"1": 0})
@@ -222,7 +224,7 @@ async def test_a_reservation_of_somebody_who_died_ends_by_itself(store: Store, l
     assert await reserved(store, key) == 5 * CENT
 
 
-async def test_what_was_lost_of_a_key_is_no_credit(store: Store, limiter: Limiter) -> None:
+async def test_what_was_lost_of_a_key_is_no_credit(store: Store, limiter: RateLimiter) -> None:
     key = a_key(usd_per_day=0.05)
     granted = await limiter.reserve(key, claim("1", picousd=5 * CENT))
     await store.client.hdel(state_key(key.id), "reserved")
@@ -232,11 +234,11 @@ async def test_what_was_lost_of_a_key_is_no_credit(store: Store, limiter: Limite
 
 
 async def test_all_that_is_kept_of_a_key_goes_by_itself_but_not_before_its_reservations_and_debts(
-    store: Store, limiter: Limiter
+    store: Store, limiter: RateLimiter
 ) -> None:
     key = a_key(usd_per_day=0.05, tokens_per_minute=10)
     granted = await limiter.reserve(key, claim("1", tokens=9, picousd=CENT))
-    await limiter.reserve(key, Claim("short", tokens=1, picousd=CENT, lives_s=1))
+    await limiter.reserve(key, ReservationRequest("short", tokens=1, picousd=CENT, lives_s=1))
     names = [f"{PREFIX}{{{key.id}}}:{name}" for name in ("state", "held", "open")]
     kept = [await store.client.ttl(name) for name in names]
     await settle(store, granted, tokens=1000, picousd=CENT)
@@ -245,7 +247,7 @@ async def test_all_that_is_kept_of_a_key_goes_by_itself_but_not_before_its_reser
     assert await store.client.ttl(state_key(key.id)) > 99 * 60
 
 
-async def test_asked_again_after_a_broken_connection_it_is_set_aside_once(store: Store, limiter: Limiter) -> None:
+async def test_asked_again_after_a_broken_connection_it_is_set_aside_once(store: Store, limiter: RateLimiter) -> None:
     key = a_key(usd_per_day=0.05, requests_per_minute=1)
     await limiter.reserve(key, claim("1", picousd=5 * CENT))
     await limiter.reserve(key, claim("1", picousd=5 * CENT))
@@ -253,7 +255,7 @@ async def test_asked_again_after_a_broken_connection_it_is_set_aside_once(store:
     assert await reserved(store, key) == 5 * CENT
 
 
-async def test_a_client_that_leaves_while_it_is_asked_leaves_nothing_behind(store: Store, limiter: Limiter) -> None:
+async def test_a_client_that_leaves_while_it_is_asked_leaves_nothing_behind(store: Store, limiter: RateLimiter) -> None:
     key = a_key(usd_per_day=1.0)
     for number in range(20):
         asking = asyncio.create_task(limiter.reserve(key, claim(f"{number}", picousd=CENT)))
@@ -261,7 +263,7 @@ async def test_a_client_that_leaves_while_it_is_asked_leaves_nothing_behind(stor
             await asyncio.sleep(0)
         asking.cancel()
         if not isinstance((await asyncio.gather(asking, return_exceptions=True))[0], asyncio.CancelledError):
-            limiter.give_back(asking.result())
+            limiter.release(asking.result())
     await limiter.reserve(a_key(requests_per_minute=1), claim("asked after all of them"))
     await until(lambda: not limiter.strays)
 
@@ -269,7 +271,7 @@ async def test_a_client_that_leaves_while_it_is_asked_leaves_nothing_behind(stor
 
 
 async def test_together_they_never_spend_more_than_the_limit_and_what_answers_cost_beyond_their_reservation(
-    store: Store, limiter: Limiter, second: Limiter
+    store: Store, limiter: RateLimiter, second: RateLimiter
 ) -> None:
     """400 requests at once over two connections: each sets 1 cent aside, and costs up to 1.2."""
     key, chance = a_key(usd_per_day=1.0), random.Random(7)
@@ -296,7 +298,7 @@ async def test_together_they_never_spend_more_than_the_limit_and_what_answers_co
 
 
 async def test_as_fast_as_can_be_asked_no_more_is_granted_than_a_full_bucket_and_its_refill(
-    store: Store, limiter: Limiter, second: Limiter
+    store: Store, limiter: RateLimiter, second: RateLimiter
 ) -> None:
     key = a_key(requests_per_minute=300)
     began: Any = await store.client.time()
@@ -323,7 +325,7 @@ def test_times_are_told_as_openai_tells_them(seconds: float, told: str) -> None:
 
 
 def test_dollars_and_days_are_told_in_full() -> None:
-    assert [dollars(n) for n in (0, 5 * PICO, PICO * 5 // 4, 250, 1_500_000)] == ["$0", "$5", "$1.25", *DUST]
+    assert [format_usd(n) for n in (0, 5 * PICO, PICO * 5 // 4, 250, 1_500_000)] == ["$0", "$5", "$1.25", *DUST]
     assert next_start("day", 1_798_761_599) == "2027-01-01T00:00:00Z"
     assert next_start("month", 1_798_761_599) == "2027-01-01T00:00:00Z"
     assert next_start("month", 1_767_225_600) == "2026-02-01T00:00:00Z"

@@ -12,11 +12,11 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.server.ratelimit import Buckets, Level, corrected, fill_s, leaked, taken, wait_s
+from proxy.server.ratelimit import BucketCache, BucketState, adjust, refill, take, time_to_full, wait_s
 from proxy.server.reservations import BUCKET, DATE
 from proxy.storage.valkey import EmbeddedValkey
 
-Take = Callable[[Level, float, float, float], Level | None]
+Take = Callable[[BucketState, float, float, float], BucketState | None]
 _TAKE = f"""{BUCKET}
 local used, at, per_minute, amount, now = unpack(ARGV)
 local level = limits_leaked(tonumber(used), tonumber(at), tonumber(per_minute), tonumber(now))
@@ -25,7 +25,7 @@ return string.format('%.17g', level + tonumber(amount))
 """
 
 
-FULL = Level()
+FULL = BucketState()
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Case:
     per_minute: float
     steps: tuple[tuple[float, float, bool], ...]
     """(time, amount, granted)"""
-    level: Level = FULL
+    level: BucketState = FULL
 
 
 TABLE = (
@@ -45,7 +45,7 @@ TABLE = (
     Case("never more than full", 60, ((0, 60, True), (3600, 61, False), (3600, 60, True), (3600, 1, False))),
     Case("refused takes nothing", 60, ((0, 50, True), (0, 20, False), (0, 10, True))),
     Case("more than a minute's worth never", 10, ((0, 11, False), (600, 11, False))),
-    Case("debt is paid first", 60, ((0, 1, False), (60, 1, False), (61, 1, True), (61, 1, False)), Level(120, 0)),
+    Case("debt is paid first", 60, ((0, 1, False), (60, 1, False), (61, 1, True), (61, 1, False)), BucketState(120, 0)),
     Case("a clock that went back refills nothing", 60, ((100, 60, True), (40, 1, False), (41, 1, True))),
     Case("nothing where nothing is allowed", 0, ((0, 1, False), (600, 1, False))),
 )
@@ -56,9 +56,9 @@ def lua(valkey: EmbeddedValkey) -> Iterator[Take]:
     with redis.Redis(unix_socket_path=str(valkey.socket_path), decode_responses=True) as client:
         script = client.register_script(_TAKE)
 
-        def take(level: Level, per_minute: float, amount: float, now: float) -> Level | None:
+        def take(level: BucketState, per_minute: float, amount: float, now: float) -> BucketState | None:
             used: Any = script(args=[repr(n) for n in (level.used, level.at, per_minute, amount, now)])
-            return Level(float(used), now) if used else None
+            return BucketState(float(used), now) if used else None
 
         yield take
 
@@ -68,13 +68,13 @@ def run(take: Take, case: Case) -> list[bool]:
     for now, amount, _ in case.steps:
         after = take(level, case.per_minute, amount, now)
         granted.append(after is not None)
-        level = after or leaked(level, case.per_minute, now)
+        level = after or refill(level, case.per_minute, now)
     return granted
 
 
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.says)
 def test_the_bucket_of_this_process(case: Case) -> None:
-    assert run(taken, case) == [granted for _, _, granted in case.steps]
+    assert run(take, case) == [granted for _, _, granted in case.steps]
 
 
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.says)
@@ -90,7 +90,7 @@ TIMES = st.floats(0, 4e9, allow_nan=False)
 def test_both_buckets_are_the_same_to_the_last_bit(
     lua: Take, used: float, at: float, per_minute: float, amount: float, now: float
 ) -> None:
-    assert lua(Level(used, at), per_minute, amount, now) == taken(Level(used, at), per_minute, amount, now)
+    assert lua(BucketState(used, at), per_minute, amount, now) == take(BucketState(used, at), per_minute, amount, now)
 
 
 @given(
@@ -100,10 +100,10 @@ def test_both_buckets_are_the_same_to_the_last_bit(
 def test_in_no_window_more_is_taken_than_a_full_bucket_and_its_refill(
     per_minute: int, steps: list[tuple[float, int]]
 ) -> None:
-    level, now, grants = Level(), 0.0, []
+    level, now, grants = BucketState(), 0.0, []
     for waited, amount in steps:
         now += waited
-        if (after := taken(level, per_minute, amount, now)) is not None:
+        if (after := take(level, per_minute, amount, now)) is not None:
             level = after
             grants.append((now, amount))
     for first, (begin, _) in enumerate(grants):
@@ -116,25 +116,25 @@ def test_in_no_window_more_is_taken_than_a_full_bucket_and_its_refill(
 def test_a_correction_makes_it_what_it_would_be_had_the_real_amount_been_taken(
     per_minute: int, taken_: int, real: int
 ) -> None:
-    level = corrected(Level(taken_, 5.0), per_minute, real - taken_, 5.0)
+    level = adjust(BucketState(taken_, 5.0), per_minute, real - taken_, 5.0)
 
-    assert level == Level(real, 5.0)
-    assert corrected(level, per_minute, -2 * real, 6.0).used == 0
+    assert level == BucketState(real, 5.0)
+    assert adjust(level, per_minute, -2 * real, 6.0).used == 0
 
 
 def test_waiting_so_long_is_enough_and_no_less() -> None:
     assert (wait_s(60, 1, 60), wait_s(59.5, 1, 60), wait_s(10, 1, 60)) == (1.0, 0.5, 0.0)
-    assert fill_s(30, 60) == 30.0
-    assert wait_s(0, 1, 0) == fill_s(0, 0) == 60.0
+    assert time_to_full(30, 60) == 30.0
+    assert wait_s(0, 1, 0) == time_to_full(0, 0) == 60.0
 
 
 def test_the_names_used_last_are_kept() -> None:
-    buckets = Buckets(most=2)
+    buckets = BucketCache(most=2)
     for name in ("a", "b", "a", "c"):
-        buckets[name] = Level(1.0, 1.0)
+        buckets[name] = BucketState(1.0, 1.0)
 
     assert len(buckets) == 2
-    assert (buckets["a"], buckets["b"], buckets["c"]) == (Level(1.0, 1.0), Level(), Level(1.0, 1.0))
+    assert (buckets["a"], buckets["b"], buckets["c"]) == (BucketState(1.0, 1.0), BucketState(), BucketState(1.0, 1.0))
 
 
 @given(seconds=st.integers(0, 4_102_444_800))

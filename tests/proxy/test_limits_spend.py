@@ -94,7 +94,7 @@ class Ledger(RuleBasedStateMachine):
         return reservation
 
     @rule(at=CONNECTIONS, reservation=reservations | ended)
-    def give_back(self, at: int, reservation: str) -> None:
+    def release(self, at: int, reservation: str) -> None:
         self._settle(at, reservation, "0")
         self.open.pop(reservation, None)
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import RateLimited, Unavailable
+from proxy.errors import RateLimited, ServiceUnavailable
 from proxy.server.metrics import Metrics
-from proxy.server.ratelimit import Limiter
-from proxy.server.reservations import Claim, state_key
-from proxy.server.responses import describe
+from proxy.server.ratelimit import RateLimiter
+from proxy.server.reservations import ReservationRequest, state_key
+from proxy.server.responses import render_error
 from proxy.storage.redis import Store
 from proxy.storage.valkey import EmbeddedValkey
 from router_core.pricing import PICO
@@ -26,8 +26,8 @@ from tests.support.makers import until
 CENT = PICO // 100
 
 
-def claim(name: str = "r", *, tokens: int = 0, picousd: int = 0) -> Claim:
-    return Claim(name, tokens, picousd, 600)
+def claim(name: str = "r", *, tokens: int = 0, picousd: int = 0) -> ReservationRequest:
+    return ReservationRequest(name, tokens, picousd, 600)
 
 
 def unchecked(metrics: Metrics, outcome: str) -> float:
@@ -43,11 +43,11 @@ async def away() -> AsyncIterator[Store]:
 
 async def test_without_redis_keys_with_a_spend_limit_are_refused(away: Store) -> None:
     metrics = Metrics()
-    limiter = Limiter(away, metrics)
+    limiter = RateLimiter(away, metrics)
     for number in range(3):
-        with pytest.raises(Unavailable) as refused:
+        with pytest.raises(ServiceUnavailable) as refused:
             await limiter.reserve(a_key(usd_per_month=5.0, requests_per_minute=10), claim(str(number), picousd=CENT))
-        status, body, headers = describe(refused.value)
+        status, body, headers = render_error(refused.value)
         assert (status, body["error"]["code"], headers["retry-after"]) == (503, "unavailable", "1")
         assert "budget of this key cannot be checked" in body["error"]["message"]
 
@@ -57,7 +57,7 @@ async def test_without_redis_keys_with_a_spend_limit_are_refused(away: Store) ->
 
 async def test_without_redis_rates_hold_in_this_process(away: Store) -> None:
     metrics = Metrics()
-    limiter = Limiter(away, metrics, clock=lambda: 1000.0)
+    limiter = RateLimiter(away, metrics, clock=lambda: 1000.0)
     key = a_key(requests_per_minute=3, tokens_per_minute=1000)
     first = await limiter.reserve(key, claim("1", tokens=900))
     with pytest.raises(RateLimited, match="tokens per minute"):
@@ -78,7 +78,7 @@ async def test_a_setting_opens_keys_with_a_spend_limit_and_their_rates_still_hol
     away: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     metrics = Metrics()
-    limiter = Limiter(away, metrics, open_without_store=True)
+    limiter = RateLimiter(away, metrics, open_without_store=True)
     key = a_key(usd_per_day=0.01, requests_per_minute=2)
     for number in range(2):
         assert (await limiter.reserve(key, claim(str(number), picousd=5 * CENT))).key_id == key.id
@@ -103,20 +103,20 @@ async def test_a_frozen_redis_is_waited_for_by_the_first_and_limits_go_on_when_i
     server = EmbeddedValkey(tmp_path)
     server.ensure()
     store = Store(f"unix://{server.socket_path}")
-    limiter = Limiter(store, Metrics())
+    limiter = RateLimiter(store, Metrics())
     key, rated = a_key(usd_per_day=0.05), a_key(requests_per_minute=1000)
     info: Any = await store.client.info("server")
     before = await limiter.reserve(key, claim("before", picousd=CENT))
     with frozen(int(info["process_id"])):
         started = time.monotonic()
-        with pytest.raises(Unavailable):
+        with pytest.raises(ServiceUnavailable):
             await limiter.reserve(key, claim("first", picousd=CENT))
         assert time.monotonic() - started < 0.5
         assert before.used(None, CENT) is None  # an answer ends without waiting, and its record settles it
         started = time.monotonic()
         for number in range(200):
             await limiter.reserve(rated, claim(str(number)))
-            with pytest.raises(Unavailable):
+            with pytest.raises(ServiceUnavailable):
                 await limiter.reserve(key, claim(f"later-{number}", picousd=CENT))
         assert time.monotonic() - started < 5  # with 50 ms for each it were 20
     await until(lambda: not limiter.silent and not limiter.strays)
@@ -129,13 +129,13 @@ async def test_a_frozen_redis_is_waited_for_by_the_first_and_limits_go_on_when_i
 
 
 async def test_an_emptied_redis_begins_again_and_owes_nothing(store: Store) -> None:
-    limiter = Limiter(store, Metrics(), timeout_s=1.0)
+    limiter = RateLimiter(store, Metrics(), timeout_s=1.0)
     key = a_key(usd_per_day=0.05, tokens_per_minute=100)
     granted = await limiter.reserve(key, claim("1", tokens=100, picousd=5 * CENT))
     await store.client.flushall()
     await store.client.script_flush()
     await limiter.reserve(key, claim("2", tokens=50, picousd=5 * CENT))
-    limiter.give_back(granted)
+    limiter.release(granted)
     await until(lambda: not limiter.strays)
 
     assert await store.client.hget(state_key(key.id), "reserved") == str(5 * CENT)
@@ -145,11 +145,11 @@ async def test_an_emptied_redis_begins_again_and_owes_nothing(store: Store) -> N
 async def test_a_key_whose_entry_is_spoilt_is_alone_in_its_trouble(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
-    limiter = Limiter(store, Metrics(), timeout_s=1.0)
+    limiter = RateLimiter(store, Metrics(), timeout_s=1.0)
     spoilt, good = a_key(usd_per_day=1.0), a_key(usd_per_day=1.0)
     await store.client.set(state_key(spoilt.id), "not a hash")
     for number in range(3):
-        with pytest.raises(Unavailable):
+        with pytest.raises(ServiceUnavailable):
             await limiter.reserve(spoilt, claim(f"s{number}", picousd=CENT))
         assert (await limiter.reserve(good, claim(f"g{number}", picousd=CENT))).reservation == f"g{number}"
 

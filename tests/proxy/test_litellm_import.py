@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from proxy.errors import CannotTranslate
-from proxy.server.responses import describe
-from proxy.settings.schema import HealthPolicy, Settings
+from proxy.server.responses import render_error
+from proxy.settings.schema import CircuitBreakerSettings, Settings
 from proxy.storage.models import ModelRecord
 from proxy.upstream import client as upstreams
-from proxy.upstream.client import Upstream
-from proxy.upstream.health import ModelHealth
+from proxy.upstream.client import UpstreamClient
+from proxy.upstream.health import HealthRegistry
 from tests.support.makers import a_record, until
 from tests.support.raw_upstream import RawUpstream, plain
 from tests.support.relaying import BODY, a_model
@@ -43,8 +43,8 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
 
 
 @pytest.fixture
-async def upstream() -> AsyncIterator[Upstream]:
-    opened = Upstream(Settings(), {})
+async def upstream() -> AsyncIterator[UpstreamClient]:
+    opened = UpstreamClient(Settings(), {})
     yield opened
     await opened.aclose()
 
@@ -54,7 +54,7 @@ def translated() -> ModelRecord:
 
 
 async def test_an_import_that_failed_is_told_and_tried_again(
-    upstream: Upstream, broken: Broken, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    upstream: UpstreamClient, broken: Broken, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(upstreams, "FIRST_PAUSE_S", 0.01)
     upstream.serve({"foreign": translated()})
@@ -71,7 +71,7 @@ async def test_an_import_that_failed_is_told_and_tried_again(
 
 
 @pytest.mark.usefixtures("broken")
-async def test_models_that_are_relayed_are_called_all_the_same(upstream: Upstream) -> None:
+async def test_models_that_are_relayed_are_called_all_the_same(upstream: UpstreamClient) -> None:
     upstream.serve({"foreign": translated()})
     async with RawUpstream(plain()) as server:
         answer = await upstream.complete(a_model(server, api_key="sk-arm-key"), BODY)
@@ -80,11 +80,13 @@ async def test_models_that_are_relayed_are_called_all_the_same(upstream: Upstrea
 
 
 @pytest.mark.usefixtures("broken")
-async def test_who_asks_meanwhile_is_told_when_to_come_again_and_the_model_is_not_blamed(upstream: Upstream) -> None:
+async def test_who_asks_meanwhile_is_told_when_to_come_again_and_the_model_is_not_blamed(
+    upstream: UpstreamClient,
+) -> None:
     with pytest.raises(CannotTranslate) as caught:
         await upstream.complete(translated(), BODY)
-    status, body, headers = describe(caught.value)
-    health = ModelHealth(HealthPolicy())
+    status, body, headers = render_error(caught.value)
+    health = HealthRegistry(CircuitBreakerSettings())
     for _ in range(10):
         health.begin("foreign").failed(caught.value)
 
@@ -93,7 +95,7 @@ async def test_who_asks_meanwhile_is_told_when_to_come_again_and_the_model_is_no
 
 
 @pytest.mark.usefixtures("broken")
-async def test_nothing_is_left_of_an_import_that_failed(upstream: Upstream) -> None:
+async def test_nothing_is_left_of_an_import_that_failed(upstream: UpstreamClient) -> None:
     with pytest.raises(CannotTranslate):
         await upstream.loaded()
 

@@ -7,17 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.storage.traffic_stats import AT_ONCE, LiveExpectations
+from proxy.storage.traffic_stats import AT_ONCE, TrafficStats
 from tests.support.makers import a_profile
 
 
 def test_without_traffic_the_profile_is_as_measured() -> None:
     profile = a_profile()
-    assert LiveExpectations(4).blended("small", profile) is profile
+    assert TrafficStats(4).blended("small", profile) is profile
 
 
 def test_longer_real_answers_take_over_in_their_cluster() -> None:
-    live, profile = LiveExpectations(4), a_profile()
+    live, profile = TrafficStats(4), a_profile()
     for _ in range(200):
         live.observe("small", [0], [1.0], tokens=900, seconds=9.0)
     blended = live.blended("small", profile)
@@ -29,7 +29,7 @@ def test_longer_real_answers_take_over_in_their_cluster() -> None:
 
 
 def test_an_old_answer_counts_half_after_the_half_life() -> None:
-    live = LiveExpectations(1, half_life=10)
+    live = TrafficStats(1, half_life=10)
     profile = a_profile([0.5])
     live.observe("m", [0], [1.0], tokens=1000, seconds=0)
     for _ in range(10):
@@ -39,7 +39,7 @@ def test_an_old_answer_counts_half_after_the_half_life() -> None:
 
 
 def test_an_answer_without_a_token_count_is_left_out() -> None:
-    live = LiveExpectations(4)
+    live = TrafficStats(4)
     live.observe("m", [0], [1.0], tokens=None, seconds=1.0)
     assert live.observed == 0
 
@@ -55,7 +55,7 @@ ANSWERS = st.tuples(
 @given(st.lists(ANSWERS, max_size=30))
 @settings(max_examples=60, deadline=None)
 def test_answers_that_are_added_up_together_come_to_what_they_do_one_by_one(answers: list[tuple]) -> None:  # type: ignore[type-arg]
-    live, profile, keep = LiveExpectations(4, half_life=10), a_profile(), 0.5**0.1
+    live, profile, keep = TrafficStats(4, half_life=10), a_profile(), 0.5**0.1
     sums = np.zeros((3, 4))
     for (ids, weights), tokens, seconds, asked in answers:
         live.observe("m", np.array(ids), np.array(weights, dtype=np.float32), tokens, seconds)
@@ -70,7 +70,7 @@ def test_answers_that_are_added_up_together_come_to_what_they_do_one_by_one(answ
 
 
 def test_answers_do_not_pile_up_where_nobody_asks() -> None:
-    live = LiveExpectations(4)
+    live = TrafficStats(4)
     for _ in range(3 * AT_ONCE):
         live.observe("m", [0], [1.0], tokens=5, seconds=1.0)
         assert len(live._new.get("m", [])) < AT_ONCE
@@ -78,7 +78,7 @@ def test_answers_do_not_pile_up_where_nobody_asks() -> None:
 
 @pytest.mark.parametrize("answers", [1, AT_ONCE])
 def test_a_model_that_was_forgotten_has_no_answers(answers: int) -> None:
-    live, profile = LiveExpectations(4), a_profile()
+    live, profile = TrafficStats(4), a_profile()
     for _ in range(answers):
         live.observe("m", [0], [1.0], tokens=5, seconds=1.0)
     live.forget("m")

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 import pytest
 
 from proxy.server import log_handler as log_lines
-from proxy.server.log_handler import LineFormatter, LineHandler, info
+from proxy.server.log_handler import LineFormatter, NonBlockingHandler, info
 from proxy.server.metrics import Metrics
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} (.*)")
 KILLED = """
 import logging, os, signal
-from proxy.log_lines import LineHandler, info
+from proxy.server.log_handler import LineHandler, info
 log = logging.getLogger("uniroute.request")
 logging.getLogger().addHandler(LineHandler())
 log.setLevel("INFO")
@@ -65,16 +65,16 @@ def pipe() -> Iterator[Pipe]:
 def log(pipe: Pipe) -> logging.Logger:
     """As a server has it, beneath a root of its own: no one else listens, pytest neither."""
     root = logging.RootLogger(logging.WARNING)
-    root.addHandler(LineHandler(pipe.writer))
+    root.addHandler(NonBlockingHandler(pipe.writer))
     logger = logging.Manager(root).getLogger("uniroute.piped")
     logger.setLevel(logging.INFO)
     return logger
 
 
-def a_handler(log: logging.Logger) -> LineHandler:
+def a_handler(log: logging.Logger) -> NonBlockingHandler:
     assert log.parent is not None
     (handler,) = log.parent.handlers
-    assert isinstance(handler, LineHandler)
+    assert isinstance(handler, NonBlockingHandler)
     return handler
 
 
@@ -97,7 +97,7 @@ def test_no_record_is_made_where_the_line_is_all(
 
 def test_whoever_else_listens_gets_a_record(caplog: pytest.LogCaptureFixture) -> None:
     log = logging.getLogger("uniroute.request.heard")
-    log.addHandler(LineHandler())
+    log.addHandler(NonBlockingHandler())
     with caplog.at_level(logging.INFO, log.name):
         info(log, "heard")
     log.handlers.clear()
@@ -107,7 +107,7 @@ def test_whoever_else_listens_gets_a_record(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_each_of_two_handlers_has_its_line(log: logging.Logger, pipe: Pipe) -> None:
-    log.addHandler(LineHandler(pipe.writer))
+    log.addHandler(NonBlockingHandler(pipe.writer))
     info(log, "twice")
     assert pipe.lines() == ["INFO uniroute.piped twice"] * 2
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import MOST_ERROR_BYTES, UpstreamFailure
+from proxy.errors import MOST_ERROR_BYTES, UpstreamError
 from proxy.settings.schema import Settings
-from proxy.upstream.litellm.client import LitellmUpstream
+from proxy.upstream.litellm.client import LiteLLMClient
 from tests.support.answers import Step
 from tests.support.makers import a_record
 from tests.support.upstream import ScriptedUpstream
@@ -25,14 +25,14 @@ HELD_UP_S = 2.0
 
 
 @pytest.fixture
-async def upstream() -> AsyncIterator[LitellmUpstream]:
-    opened = LitellmUpstream(Settings(), {})
+async def upstream() -> AsyncIterator[LiteLLMClient]:
+    opened = LiteLLMClient(Settings(), {})
     await opened.prepare()
     yield opened
     await opened.aclose()
 
 
-async def failing(upstream: LitellmUpstream, step: Step, model: str) -> tuple[UpstreamFailure, float]:
+async def failing(upstream: LiteLLMClient, step: Step, model: str) -> tuple[UpstreamError, float]:
     """And for how long nothing else could run meanwhile."""
     longest_s = 0.0
 
@@ -47,7 +47,7 @@ async def failing(upstream: LitellmUpstream, step: Step, model: str) -> tuple[Up
         server.then(step)
         ticking = asyncio.create_task(tick())
         await asyncio.sleep(0.05)
-        with pytest.raises(UpstreamFailure) as failed:
+        with pytest.raises(UpstreamError) as failed:
             await upstream.complete(a_record(model=model, api_base=server.url, api_key="sk-arm-of-the-test"), BODY)
         await asyncio.sleep(0.05)
         ticking.cancel()
@@ -65,7 +65,7 @@ async def failing(upstream: LitellmUpstream, step: Step, model: str) -> tuple[Up
     ],
 )
 async def test_many_words_of_a_failing_model_hold_up_no_other_request(
-    upstream: LitellmUpstream, step: Step, model: str
+    upstream: LiteLLMClient, step: Step, model: str
 ) -> None:
     _, longest_s = await failing(upstream, step, model)
 
@@ -77,7 +77,7 @@ async def test_many_words_of_a_failing_model_hold_up_no_other_request(
     "body", [{"error": {"message": WORDS}}, {"choices": [], "said": WORDS}, {"choices": [{"message": WORDS}]}]
 )
 async def test_a_success_that_is_none_holds_up_no_other_request(
-    upstream: LitellmUpstream, body: dict[str, Any], model: str
+    upstream: LiteLLMClient, body: dict[str, Any], model: str
 ) -> None:
     failure, longest_s = await failing(upstream, Step(body=body), model)
 
@@ -85,7 +85,7 @@ async def test_a_success_that_is_none_holds_up_no_other_request(
     assert longest_s < HELD_UP_S
 
 
-async def test_of_a_long_error_the_beginning_is_passed_on(upstream: LitellmUpstream) -> None:
+async def test_of_a_long_error_the_beginning_is_passed_on(upstream: LiteLLMClient) -> None:
     said = {"error": {"message": "x" * (MOST_ERROR_BYTES - 100)}}
     short, _ = await failing(upstream, Step(status=503, body=said), "openai/x")
     long, _ = await failing(upstream, Step(status=503, body={"error": {"message": WORDS}}), "openai/x")
@@ -97,7 +97,7 @@ async def test_of_a_long_error_the_beginning_is_passed_on(upstream: LitellmUpstr
     assert long.status == 503
 
 
-async def test_litellm_keeps_no_books_of_a_call(upstream: LitellmUpstream, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_litellm_keeps_no_books_of_a_call(upstream: LiteLLMClient, monkeypatch: pytest.MonkeyPatch) -> None:
     from litellm.litellm_core_utils.litellm_logging import Logging
 
     kept: list[str] = []

@@ -6,18 +6,18 @@ from itertools import product
 
 import pytest
 
-from proxy.storage.usage import Received, TokenCounts, believed, cost_of, counts_of
+from proxy.storage.usage import ObservedTraffic, TokenCounts, believed, cost_of, parse_usage
 from router_core.pricing import picousd
 from router_core.types import Price
 from tests.support.money import CASES, ON_THE_WAY, PRICES, REPORTS, picodollars
 
-ANSWERED = Received(prompt_tokens=4, output_bytes=400, unreported_bytes=0)
+ANSWERED = ObservedTraffic(prompt_tokens=4, output_bytes=400, unreported_bytes=0)
 
 
 @pytest.mark.parametrize(("case", "price"), list(product(CASES, PRICES)), ids=str)
 def test_what_was_reported_is_paid_to_the_picodollar(case: tuple[str, str], price: str) -> None:
     use, vendor = case
-    cost = cost_of(counts_of(REPORTS[use][vendor]), Price.of(PRICES[price]), ANSWERED, billed=True)
+    cost = cost_of(parse_usage(REPORTS[use][vendor]), Price.of(PRICES[price]), ANSWERED, billed=True)
     assert cost.usd is not None
     assert (picousd(cost.usd), cost.estimated) == (picodollars(use, price), False)
 
@@ -27,24 +27,24 @@ def test_what_came_is_paid_however_it_ended(told: str) -> None:
     reports, expected = ON_THE_WAY[told]
     counts, reported_bytes = TokenCounts(), 0
     for place, usage in enumerate(reports):
-        read = counts_of(usage)
+        read = parse_usage(usage)
         if read.prompt_tokens or read.output_tokens:
             counts, reported_bytes = read.after(counts), 40 * (place + 1)
-    received = Received(prompt_tokens=4, output_bytes=120, unreported_bytes=120 - reported_bytes)
+    received = ObservedTraffic(prompt_tokens=4, output_bytes=120, unreported_bytes=120 - reported_bytes)
     cost = cost_of(believed(counts, received), Price.of(PRICES["flat"]), received, billed=True)
     assert cost.usd is not None
     assert picousd(cost.usd) == expected
 
 
 def test_zeros_beside_something_that_is_no_text_are_no_report() -> None:
-    sound = Received(prompt_tokens=4, output_bytes=0, unreported_bytes=0, has_content=True)
+    sound = ObservedTraffic(prompt_tokens=4, output_bytes=0, unreported_bytes=0, has_content=True)
     assert believed(TokenCounts(0, 0, 0, 0), sound) == TokenCounts(None, 0, None, 0)
 
 
 def test_an_empty_answer_has_no_tokens() -> None:
-    nothing = Received(prompt_tokens=4, output_bytes=0, unreported_bytes=0)
+    nothing = ObservedTraffic(prompt_tokens=4, output_bytes=0, unreported_bytes=0)
     assert believed(TokenCounts(1000, 0, 0, 0), nothing) == TokenCounts(1000, 0, 0, 0)
 
 
 def test_an_unknown_price_is_never_nothing() -> None:
-    assert cost_of(counts_of(REPORTS["plain"]["openai"]), None, ANSWERED, billed=True).usd is None
+    assert cost_of(parse_usage(REPORTS["plain"]["openai"]), None, ANSWERED, billed=True).usd is None

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import BadRequest, UpstreamFailure
+from proxy.errors import BadRequest, UpstreamError
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings
-from proxy.storage.models import ModelRecord, Resolved
-from proxy.upstream.client import Upstream
-from proxy.upstream.litellm.client import LitellmUpstream
+from proxy.storage.models import ModelRecord, ResolvedProvider
+from proxy.upstream.client import UpstreamClient
+from proxy.upstream.litellm.client import LiteLLMClient
 from proxy.upstream.origins import check_secrets_stay, is_own_address
 from proxy.upstream.provider_resolution import FILE, Resolver
 from proxy.words import words
@@ -40,28 +40,28 @@ def model(name: str, **params: Any) -> ModelRecord:
 
 
 @pytest.fixture
-async def upstream(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LitellmUpstream]:
+async def upstream(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LiteLLMClient]:
     for name in [*SECRETS, *(f"{provider.upper()}_API_KEY" for provider in PROVIDERS)]:
         monkeypatch.setenv(name, CANARY)
-    opened = LitellmUpstream(Settings(), {"OLLAMA_API_KEY": CANARY})
+    opened = LiteLLMClient(Settings(), {"OLLAMA_API_KEY": CANARY})
     await opened.prepare()
     yield opened
     await opened.aclose()
 
 
-async def test_no_providers_key_of_the_environment_goes_to_another_address(upstream: LitellmUpstream) -> None:
+async def test_no_providers_key_of_the_environment_goes_to_another_address(upstream: LiteLLMClient) -> None:
     with ScriptedUpstream() as server:
         for provider in PROVIDERS:
             for base in (server.url, server.url.removesuffix("/v1")):
-                with suppress(UpstreamFailure):
+                with suppress(UpstreamError):
                     await upstream.complete(model(f"{provider}/x", api_base=base), BODY)
         assert len(server.history) > len(PROVIDERS)
         leaked = [each.path for each in server.history if CANARY in f"{each.path}{each.headers}{each.raw!r}"]
         assert leaked == []
 
 
-async def test_credentials_that_a_key_does_not_stop_are_asked_for(upstream: LitellmUpstream) -> None:
-    with pytest.raises(UpstreamFailure, match="credentials are for bedrock's own address"):
+async def test_credentials_that_a_key_does_not_stop_are_asked_for(upstream: LiteLLMClient) -> None:
+    with pytest.raises(UpstreamError, match="credentials are for bedrock's own address"):
         await upstream.complete(model("bedrock/anthropic.claude-v2", api_base=FOREIGN), BODY)
 
 
@@ -115,16 +115,16 @@ async def test_a_key_that_would_be_looked_up_for_another_address_is_asked_for(tm
 async def test_a_record_of_an_older_version_sends_no_key_elsewhere() -> None:
     environ = {"DEEPSEEK_API_KEY": CANARY}
     with ScriptedUpstream() as server:
-        older = Resolved("relay", "x", "deepseek", server.url, "DEEPSEEK_API_KEY")
+        older = ResolvedProvider("relay", "x", "deepseek", server.url, "DEEPSEEK_API_KEY")
         record = replace(model("deepseek/x", api_base=server.url), resolved=older)
-        upstream = Upstream(Settings(), environ)
+        upstream = UpstreamClient(Settings(), environ)
         await upstream.complete(record, BODY)
         await upstream.aclose()
         assert "authorization" not in server.last.headers
 
 
 def resolved(name: str, provider: str, **params: Any) -> ModelRecord:
-    return replace(model(name, **params), resolved=Resolved("translate", name, provider))
+    return replace(model(name, **params), resolved=ResolvedProvider("translate", name, provider))
 
 
 @pytest.mark.parametrize(

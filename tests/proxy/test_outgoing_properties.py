@@ -13,9 +13,9 @@ from proxy.errors import BadRequest
 from proxy.outbound import Outbound
 from proxy.routing.chat_request import parse_chat
 from proxy.settings.schema import Settings
-from proxy.storage.models import Resolved
-from proxy.upstream.endpoint import Targets, outgoing
-from proxy.upstream.payload import Payload, chunk_of, parsed, with_model
+from proxy.storage.models import ResolvedProvider
+from proxy.upstream.endpoint import Endpoints, build_body
+from proxy.upstream.payload import JSONPayload, chunk_of, parse, replace_model
 from tests.support.makers import a_record
 
 ASK: Any = [{"role": "user", "content": "hi"}]
@@ -111,7 +111,7 @@ def test_a_body_goes_upstream_with_another_model_and_nothing_else(
     except BadRequest:  # a control field, a body that is refused for another reason
         assume(False)
         return
-    sent = outgoing(request.raw, request.body, model, stream=request.stream)
+    sent = build_body(request.raw, request.body, model, stream=request.stream)
     expected = {**body, "model": model}
     if request.stream:
         expected["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
@@ -130,7 +130,7 @@ def test_all_bytes_but_those_of_the_model_are_the_callers(model: str, space: str
     rest = f'"messages":[{{"role":"user","content":"\\u00e9"}}],{space}{numbers}'
     raw = "{" + space + (f"{named},{rest}" if front else f"{rest},{named}") + space + "}"
     request = parse_chat(raw.encode(), [])
-    sent = outgoing(request.raw, request.body, model, stream=stream).decode()
+    sent = build_body(request.raw, request.body, model, stream=stream).decode()
     told = sent.replace('"stream_options":{"include_usage":true},', "", 1) if stream else sent
 
     assert told == raw.replace('"auto"', json.dumps(model, ensure_ascii=False))
@@ -146,10 +146,10 @@ def test_an_answer_is_shown_with_another_model_and_nothing_else(
 ) -> None:
     body = {name: value for name, value in body.items() if name != "model"} | ({"model": stated} if stated else {})
     raw = (json.dumps(body) if data is None else data.draw(written(data.draw(shuffled(body)))).strip()).encode()
-    read, kept = parsed(raw)
+    read, kept = parse(raw)
 
-    assert exact(Payload(read, kept).named(model)) == exact(json.dumps({**body, "model": model}).encode())
-    renamed = with_model(raw, read, model)
+    assert exact(JSONPayload(read, kept).named(model)) == exact(json.dumps({**body, "model": model}).encode())
+    renamed = replace_model(raw, read, model)
     if renamed is not None:
         assert exact(renamed) == exact(json.dumps({**body, "model": model}).encode())
 
@@ -165,7 +165,7 @@ def test_what_is_put_into_shape_keeps_its_numbers(name: str) -> None:
 def test_usage_that_nobody_asked_for_takes_no_number_along() -> None:
     raw = json.dumps({"usage": {"total_tokens": 1}, "big": 10**40, "model": "theirs"}).encode()
 
-    assert json.loads(Payload(*parsed(raw)).without("usage").named("ours")) == {"big": 10**40, "model": "ours"}
+    assert json.loads(JSONPayload(*parse(raw)).without("usage").named("ours")) == {"big": 10**40, "model": "ours"}
 
 
 @pytest.mark.parametrize(
@@ -180,8 +180,8 @@ def test_usage_that_nobody_asked_for_takes_no_number_along() -> None:
     ],
 )
 def test_of_two_names_for_one_limit_the_one_that_says_something_counts(body: Any, sent: Any) -> None:
-    resolved = Resolved("relay", "m", "mistral", "http://x/v1", renames={"max_completion_tokens": "max_tokens"})
-    target = Targets(Settings(), {}, Outbound({})).of(a_record(model="mistral/m"), resolved)
+    resolved = ResolvedProvider("relay", "m", "mistral", "http://x/v1", renames={"max_completion_tokens": "max_tokens"})
+    target = Endpoints(Settings(), {}, Outbound({})).of(a_record(model="mistral/m"), resolved)
     whole = {"model": "auto", "messages": ASK, **body}
 
     assert json.loads(target.body(whole, json.dumps(whole).encode(), stream=False)) == {
@@ -194,7 +194,7 @@ def test_of_two_names_for_one_limit_the_one_that_says_something_counts(body: Any
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_models_own_parameters_do_not_say_whether_it_streams(stream: bool) -> None:
     record = a_record(stream=not stream, temperature=0.5)
-    target = Targets(Settings(), {}, Outbound({})).of(record, Resolved("relay", "m", "openai", "http://x/v1"))
+    target = Endpoints(Settings(), {}, Outbound({})).of(record, ResolvedProvider("relay", "m", "openai", "http://x/v1"))
     body = {"model": "auto", "messages": ASK, **({"stream": True} if stream else {})}
     sent = json.loads(target.body(body, json.dumps(body).encode(), stream=stream))
 

@@ -10,54 +10,60 @@ from hypothesis import strategies as st
 from redis.asyncio import Connection
 from redis.exceptions import ResponseError
 
-from proxy.storage.redis import CONNECTIONS, Store, exchange, packed
+from proxy.storage.redis import CONNECTIONS, Store, encode_command, pipeline
 
 
 @given(st.lists(st.text(max_size=20) | st.just("größe\r\n$3\r\n"), max_size=9))
 def test_a_command_is_the_bytes_of_redis_py(words: list[str]) -> None:
     theirs = Connection(encoding_errors="replace").pack_command("EVALSHA", *words)
-    assert packed(["EVALSHA", *words]) == b"".join(theirs)
+    assert encode_command(["EVALSHA", *words]) == b"".join(theirs)
 
 
 async def test_each_command_has_its_reply_or_its_error(store: Store) -> None:
-    commands = [packed(words.split()) for words in ("SET a 1", "LPUSH a 2", "GET a")]
-    done, refused, found = await exchange(store.client, commands)
+    commands = [encode_command(words.split()) for words in ("SET a 1", "LPUSH a 2", "GET a")]
+    done, refused, found = await pipeline(store.client, commands)
     assert (done, found) == ("OK", "1")
     assert isinstance(refused, ResponseError)
     assert "WRONGTYPE" in str(refused)
 
 
 async def test_a_connection_that_went_stale_is_opened_again(store: Store, second_store: Store) -> None:
-    await exchange(store.client, [packed(("SET", "a", "1"))])
-    killed = await exchange(second_store.client, [packed(["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"])])
+    await pipeline(store.client, [encode_command(("SET", "a", "1"))])
+    killed = await pipeline(
+        second_store.client, [encode_command(["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"])]
+    )
     assert killed[0] >= 1
-    assert await exchange(store.client, [packed(("GET", "a"))]) == ["1"]
+    assert await pipeline(store.client, [encode_command(("GET", "a"))]) == ["1"]
 
 
 async def test_a_connection_that_is_lost_on_the_way_is_tried_again(store: Store, second_store: Store) -> None:
-    asked = asyncio.create_task(exchange(store.client, [packed(["BLPOP", "queue", "9"])]))
+    asked = asyncio.create_task(pipeline(store.client, [encode_command(["BLPOP", "queue", "9"])]))
     await _blocked(second_store)
-    await exchange(second_store.client, [packed(["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"])])
+    await pipeline(second_store.client, [encode_command(["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"])])
     await _blocked(second_store)
-    await exchange(second_store.client, [packed(["RPUSH", "queue", "found"])])
+    await pipeline(second_store.client, [encode_command(["RPUSH", "queue", "found"])])
     assert await asked == [["queue", "found"]]
 
 
 async def test_connections_go_back_to_the_pool(store: Store) -> None:
     async with asyncio.timeout(10):
         for _ in range(CONNECTIONS + 1):
-            await exchange(store.client, [packed(("ECHO", "x"))])
+            await pipeline(store.client, [encode_command(("ECHO", "x"))])
 
 
 async def test_what_is_cut_off_leaves_its_reply_to_nobody(store: Store) -> None:
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
-            await exchange(store.client, [packed(("BLPOP", "nothing", "1"))])
-    assert await exchange(store.client, [packed(("ECHO", str(number))) for number in range(3)]) == ["0", "1", "2"]
+            await pipeline(store.client, [encode_command(("BLPOP", "nothing", "1"))])
+    assert await pipeline(store.client, [encode_command(("ECHO", str(number))) for number in range(3)]) == [
+        "0",
+        "1",
+        "2",
+    ]
 
 
 async def _blocked(store: Store) -> None:
     """Until somebody waits in Redis."""
     async with asyncio.timeout(10):
-        while not (await exchange(store.client, [packed(("CLIENT", "LIST", "FLAGS", "b"))]))[0]:
+        while not (await pipeline(store.client, [encode_command(("CLIENT", "LIST", "FLAGS", "b"))]))[0]:
             pass

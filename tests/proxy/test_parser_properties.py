@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
 from proxy.routing.chat_request import ChatRequest, parse_chat
-from proxy.routing.requirements import estimate_tokens, needs_of, routing_text
-from proxy.upstream.sse import dump
+from proxy.routing.requirements import estimate_tokens, requirements_of, routing_text
+from proxy.upstream.sse import encode_json
 
 NAMES = st.sampled_from(
     [
@@ -68,7 +68,7 @@ def test_what_is_taken_can_be_written_and_read_again(body: dict[str, Any], heade
     request = parsed(json.dumps(body).encode(), headers)
     if request is None:
         return
-    again = parse_chat(dump(request.body), [])
+    again = parse_chat(encode_json(request.body), [])
 
     assert again.body == request.body == {name: value for name, value in body.items() if name not in OURS}
     assert request.options.lambda_ is None or math.isfinite(request.options.lambda_)
@@ -83,7 +83,7 @@ def test_nothing_in_a_body_breaks_what_reads_it(body: dict[str, Any]) -> None:
 
     assert isinstance(routing_text(request.body["messages"]), str)
     assert estimate_tokens(request.body) >= 0
-    assert needs_of(request.body).prompt_tokens >= 0
+    assert requirements_of(request.body).prompt_tokens >= 0
 
 
 @given(st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(WORDS, inner, max_size=2)))

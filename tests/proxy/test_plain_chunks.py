@@ -10,11 +10,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from proxy.routing.affinity import NO_THREAD, AnswerMarks
-from proxy.routing.fingerprints import Excerpt, Trail, leaves_marks
+from proxy.routing.affinity import NO_AFFINITY, AffinityRecorder
+from proxy.routing.fingerprints import TextSample, TurnFingerprints, has_fingerprints
 from proxy.storage.redis import Store
-from proxy.storage.sessions import Conversations
-from proxy.upstream.payload import content_bytes, has_content, plain_text
+from proxy.storage.sessions import SessionStore
+from proxy.upstream.payload import content_bytes, has_content, simple_text
 
 QUESTION = [{"role": "user", "content": "And then?"}]
 TEXTS = st.text(st.sampled_from("a字😀\ud800 "), max_size=6)
@@ -50,8 +50,8 @@ def in_general(chunk: dict[str, Any]) -> dict[str, Any]:
 
 
 def remembered(chunks: Sequence[dict[str, Any]]) -> list[str]:
-    memory = Conversations(Store("unix:///nowhere"), 60)
-    marks = AnswerMarks(memory, NO_THREAD, QUESTION)
+    memory = SessionStore(Store("unix:///nowhere"), 60)
+    marks = AffinityRecorder(memory, NO_AFFINITY, QUESTION)
     for chunk in chunks:
         marks.see(chunk, "small")
     return list(memory._local)
@@ -61,7 +61,7 @@ def remembered(chunks: Sequence[dict[str, Any]]) -> list[str]:
 @settings(max_examples=400, deadline=None)
 def test_content_and_its_bytes_are_those_of_the_general_way(chunk: dict[str, Any]) -> None:
     general = in_general(chunk)
-    assert plain_text(general) is None
+    assert simple_text(general) is None
     assert (has_content(chunk), content_bytes(chunk)) == (has_content(general), content_bytes(general))
 
 
@@ -75,11 +75,11 @@ def test_a_stream_leaves_the_marks_of_the_general_way(chunks: list[dict[str, Any
 @given(DELTAS, st.text(max_size=3))
 @settings(max_examples=300, deadline=None)
 def test_a_part_that_leaves_no_marks_changes_no_trail(part: dict[str, Any], name: str) -> None:
-    trail = Trail()
+    trail = TurnFingerprints()
     trail.add({"role": "assistant", name: "x", **part})
-    if not leaves_marks(part):
+    if not has_fingerprints(part):
         assert trail.is_empty
-        assert not [*trail.reasoning_marks(Excerpt()), *trail.call_marks(Excerpt())]
+        assert not [*trail.reasoning_marks(TextSample()), *trail.call_marks(TextSample())]
 
 
 def test_marks_are_there_when_the_last_text_is_what_ends_the_answer() -> None:
@@ -106,7 +106,7 @@ def test_marks_are_there_when_the_last_text_is_what_ends_the_answer() -> None:
 )
 def test_what_is_plain(delta: dict[str, Any], text: str | None) -> None:
     choice = {"index": 0, "delta": delta, "finish_reason": None}
-    assert plain_text({"choices": [choice]}) == text
-    assert plain_text({"choices": [{"index": 0, "message": delta}]}) == text
-    assert plain_text({"choices": [choice, choice]}) is None
-    assert plain_text({"choices": [{**choice, "message": delta}]}) is None
+    assert simple_text({"choices": [choice]}) == text
+    assert simple_text({"choices": [{"index": 0, "message": delta}]}) == text
+    assert simple_text({"choices": [choice, choice]}) is None
+    assert simple_text({"choices": [{**choice, "message": delta}]}) is None

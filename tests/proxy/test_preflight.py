@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 
-from proxy.app import check_files, check_named_models
+from proxy.app import check_named_models, validate_files
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings, load_settings
 from router_core.estimators import RECIPES
@@ -30,23 +30,23 @@ def settings_of(**stated: object) -> Settings:
 
 
 def test_the_builtin_map_and_set_are_always_there() -> None:
-    check_files(settings_of())
+    validate_files(settings_of())
 
 
 def test_a_map_that_is_no_map_is_named() -> None:
     with pytest.raises(SettingsError, match=r"^map: .*uniroute fit"):
-        check_files(settings_of(map="/nowhere/map"))
+        validate_files(settings_of(map="/nowhere/map"))
 
 
 def test_a_broken_validation_line_is_named_by_its_number(tmp_path: Path) -> None:
     (tmp_path / "set.jsonl").write_text(BROKEN_SET)
     with pytest.raises(SettingsError, match=r"^validation_set: .*line 2.*'numeric'"):
-        check_files(settings_of(validation_set=str(tmp_path / "set.jsonl")))
+        validate_files(settings_of(validation_set=str(tmp_path / "set.jsonl")))
 
 
 def test_a_missing_validation_set_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"^validation_set: .*none\.jsonl"):
-        check_files(settings_of(validation_set=str(tmp_path / "none.jsonl")))
+        validate_files(settings_of(validation_set=str(tmp_path / "none.jsonl")))
 
 
 def test_a_ca_file_that_is_none_is_named(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_ca_file_that_is_none_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "ca.pem", tmp_path / "none.pem"):
         model = {"model_name": "a", "litellm_params": {"model": "openai/x", "ssl_verify": str(path)}}
         with pytest.raises(SettingsError, match=r"^model_list\[0\]\.litellm_params\.ssl_verify: .*PEM"):
-            check_files(settings_of(model_list=[model]))
+            validate_files(settings_of(model_list=[model]))
 
 
 def named(*served: str, complete: bool = True, **stated: object) -> None:

@@ -13,9 +13,9 @@ from threading import Thread
 import pytest
 
 from proxy.cli.tools import sync_once
-from proxy.concurrency import end
+from proxy.concurrency import cancel_and_wait
 from proxy.settings.schema import Settings
-from proxy.storage.price_feed import FeedFailed, PriceFeed, fetch_catalog, sync_prices
+from proxy.storage.price_feed import PriceFeed, PriceFeedError, fetch_catalog, sync_prices
 from proxy.storage.redis import Store
 from router_core.documents import MAX_PRICES_BYTES
 from router_core.types import Price
@@ -122,13 +122,13 @@ async def test_model_info_yields_to_a_feed_but_not_to_the_bundled_map(store: Sto
     ],
 )
 async def test_a_broken_feed_is_refused_whole(body: object, status: int, what: str) -> None:
-    with a_feed(body, status, location="http://127.0.0.1:9/") as url, pytest.raises(FeedFailed, match=what):
+    with a_feed(body, status, location="http://127.0.0.1:9/") as url, pytest.raises(PriceFeedError, match=what):
         await fetch_catalog(url)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/none", "file:///etc/passwd", "http://[", ""])
 async def test_an_address_that_leads_nowhere_is_a_clear_error(url: str) -> None:
-    with pytest.raises(FeedFailed, match="price feed"):
+    with pytest.raises(PriceFeedError, match="price feed"):
         await fetch_catalog(url)
 
 
@@ -139,8 +139,8 @@ async def test_the_feed_is_read_again_after_it_was_broken(store: Store, tmp_path
             settings = Settings(data_dir=tmp_path, price_refresh_minutes=1, price_url=url)
             feed = asyncio.create_task(PriceFeed(settings, store, registry, holder).run())
             await until(lambda: "small" in holder.current.prices)
-            assert not await PriceFeed(settings, store, registry, holder)._our_turn()
-            await end(feed)
+            assert not await PriceFeed(settings, store, registry, holder)._acquire_lock()
+            await cancel_and_wait(feed)
         assert holder.current.prices["small"].source == "sync"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from proxy.safety.private_files import NotPrivate, private_folder
-from proxy.storage.client_keys import KeyLatch
+from proxy.storage.client_keys import AuthRequiredLatch
 from proxy.storage.valkey import EmbeddedValkey
 
 
@@ -61,7 +61,7 @@ def test_every_file_of_the_store_is_for_this_user_alone(tmp_path: Path) -> None:
         (tmp_path / "data" / "valkey" / "left.rdb").write_text("")
         store = EmbeddedValkey(tmp_path / "data")
         store.ensure()
-        KeyLatch(tmp_path / "data").close()
+        AuthRequiredLatch(tmp_path / "data").close()
     finally:
         os.umask(before)
     try:

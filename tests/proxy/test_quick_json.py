@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
-from proxy.routing.json_body import exact_object, quick_object
-from proxy.routing.requirements import needs_of
+from proxy.routing.json_body import parse_fast, parse_strict
+from proxy.routing.requirements import requirements_of
 from proxy.safety.json_shape import MAX_DEPTH, MAX_VALUES
 from tests.proxy.test_parser_properties import BODIES, NAMES, VALUES
 
@@ -56,18 +56,18 @@ def _quoted(draw: st.DrawFn) -> str:
 
 def exact(raw: bytes) -> dict[str, Any] | None:
     try:
-        return exact_object(raw)
+        return parse_strict(raw)
     except BadRequest:
         return None
 
 
 def assert_alike(raw: bytes) -> None:
-    read, wanted = quick_object(raw), exact(raw)
+    read, wanted = parse_fast(raw), exact(raw)
     if read is not None:
         assert wanted is not None
         assert repr(read.document) == repr(wanted)  # 1, 1.0 and True are one another's equals
         if isinstance(wanted.get("messages"), list):  # what else it may be is refused
-            assert needs_of(wanted, read.contents) == needs_of(wanted)
+            assert requirements_of(wanted, read.contents) == requirements_of(wanted)
 
 
 def agent_body() -> bytes:
@@ -118,12 +118,12 @@ def test_no_key_given_twice_is_taken_quickly(value: dict[str, Any], data: st.Dat
     space = data.draw(st.sampled_from(["", " ", "\n"]))
     text = ",".join(f"{json.dumps(name)}{space}:{json.dumps(held)}" for name, held in data.draw(st.permutations(pairs)))
 
-    assert quick_object(f'{{"outer": [{{{text}}}]}}'.encode()) is None
+    assert parse_fast(f'{{"outer": [{{{text}}}]}}'.encode()) is None
 
 
 def test_usual_bodies_are_taken_quickly() -> None:
-    assert quick_object(agent_body()) is not None
-    assert quick_object(b'{"model": "auto", "messages": [{"role": "user", "content": "what: is \\" this \\\\"}]}')
+    assert parse_fast(agent_body()) is not None
+    assert parse_fast(b'{"model": "auto", "messages": [{"role": "user", "content": "what: is \\" this \\\\"}]}')
 
 
 @pytest.mark.parametrize("inner", [b"%s", b"[%s]", b'{"a": %s}', b'[{"a": [%s]}]'])
@@ -132,7 +132,7 @@ def test_as_many_levels_and_values_are_taken_as_by_the_exact_parser(name: bytes,
     for levels in range(MAX_DEPTH - 6, MAX_DEPTH + 3):
         for leaf in (b"1", b"[]", b"{}", b'{"a": 1}'):
             nested = b'{"%s": %s}' % (name, b"[" * levels + inner % leaf + b"]" * levels)
-            assert exact(nested) is not None or quick_object(nested) is None
+            assert exact(nested) is not None or parse_fast(nested) is None
     for count in range(MAX_VALUES - 4, MAX_VALUES + 2):
         many = b'{"%s": %s}' % (name, inner % (b"[" + b",".join([b"1"] * count) + b"]"))
-        assert (exact(many) is None) == (quick_object(many) is None)
+        assert (exact(many) is None) == (parse_fast(many) is None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from proxy.storage.client_keys import ClientKey
-from proxy.storage.models import LivePrice, ModelRecord, StoredProfile
+from proxy.storage.models import CurrentPrice, ModelRecord, StoredProfile
 from proxy.storage.redis import InvalidRecord
 from router_core.errors import InvalidPrice
 from router_core.types import PRICE_FIELDS, Price
@@ -40,26 +40,26 @@ def test_a_broken_record_is_refused(text: str) -> None:
 
 
 def test_a_price_comes_back_as_it_was_stored() -> None:
-    live = LivePrice(Price(1e-7, 3e-7, cache_read_input_token_cost=5e-8), "admin", 1_700_000_000.5)
-    assert LivePrice.from_fields(live.to_fields(), seen_at=0) == live
+    live = CurrentPrice(Price(1e-7, 3e-7, cache_read_input_token_cost=5e-8), "admin", 1_700_000_000.5)
+    assert CurrentPrice.from_fields(live.to_fields(), seen_at=0) == live
 
 
 def test_a_price_with_tiers_comes_back_as_it_was_stored_and_keeps_its_names() -> None:
     stated = {**dict.fromkeys(PRICE_FIELDS, 1e-6), "cache_read_input_token_cost_above_272k_tokens": 2e-6}
-    fields = LivePrice(Price.of(stated), "sync", 1.0).to_fields()
+    fields = CurrentPrice(Price.of(stated), "sync", 1.0).to_fields()
     assert fields["cache_read_input_token_cost_above_272k_tokens"] == "2e-06"
-    assert LivePrice.from_fields(fields, seen_at=0).price == Price.of(stated)
+    assert CurrentPrice.from_fields(fields, seen_at=0).price == Price.of(stated)
 
 
 def test_a_foreign_price_without_source_or_time_is_external_and_dated_when_seen() -> None:
-    live = LivePrice.from_fields({"input_cost_per_token": "1e-7", "output_cost_per_token": "3e-7"}, seen_at=42.0)
+    live = CurrentPrice.from_fields({"input_cost_per_token": "1e-7", "output_cost_per_token": "3e-7"}, seen_at=42.0)
     assert (live.source, live.updated_at) == ("external", 42.0)
 
 
 @pytest.mark.parametrize("amount", ["nan", "-1", "inf", "", "free", "1e309", "1e300"])
 def test_a_price_that_is_no_amount_is_refused(amount: str) -> None:
     with pytest.raises(InvalidPrice):
-        LivePrice.from_fields({"input_cost_per_token": amount, "output_cost_per_token": "1e-6"}, seen_at=0)
+        CurrentPrice.from_fields({"input_cost_per_token": amount, "output_cost_per_token": "1e-6"}, seen_at=0)
 
 
 def test_a_stored_profile_comes_back_with_its_sums() -> None:

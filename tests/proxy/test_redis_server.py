@@ -13,7 +13,7 @@ from proxy.profiling.worker import GROUP, STREAM, JobBroker
 from proxy.settings.models import SettingsError
 from proxy.settings.redis_address import RedisAddress
 from proxy.settings.schema import Settings
-from proxy.storage.client_keys import KeyLatch
+from proxy.storage.client_keys import AuthRequiredLatch
 from proxy.storage.redis import Store, StoreUnavailable
 from proxy.storage.registry import Registry, RegistryError
 from tests.support.sentinels import Sentinels, TlsFront, sentinels
@@ -161,7 +161,7 @@ async def test_a_cluster_is_refused_at_the_start_and_whenever_it_is_met(tmp_path
             await Store.open(settings(tmp_path, node.url))
         store = Store(node.url)
         with pytest.raises(StoreUnavailable, match="is a node of a Redis Cluster"):
-            await Registry(store, (), KeyLatch(tmp_path)).keys.listed()
+            await Registry(store, (), AuthRequiredLatch(tmp_path)).keys.listed()
         await store.close()
 
 
@@ -172,7 +172,7 @@ async def test_a_replica_may_be_read_and_its_refusal_names_what_to_give_instead(
         store = await Store.open(settings(tmp_path, replica.url))
         assert await store.available()
         with pytest.raises(StoreUnavailable, match=r"read only replica.*give its primary in redis_url"):
-            await Registry(store, (), KeyLatch(tmp_path)).keys.create("a client")
+            await Registry(store, (), AuthRequiredLatch(tmp_path)).keys.create("a client")
         await store.close()
     assert [record.levelno for record in caplog.records if "is a replica" in record.message] == [logging.WARNING]
 
@@ -197,7 +197,7 @@ async def a_change_is_with_the_replica_once_it_is_acknowledged(
     folder: Path, group: Sentinels, trusted: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     store = await Store.open(settings(folder, group.url("rediss+sentinel"), **trusted))
-    registry = Registry(store, (), KeyLatch(folder))
+    registry = Registry(store, (), AuthRequiredLatch(folder))
     replica = next(server for server in group.servers if server is not group.primary())
     with group.client(replica) as client:
         key, _ = await registry.keys.create("a client")

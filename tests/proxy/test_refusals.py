@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import Forbidden, NothingAble, TooLong, Unavailable, UnknownName
-from proxy.routing.affinity import NO_THREAD
-from proxy.routing.candidates import Asked, Way, needs_within, nothing_left, terms_of
-from proxy.routing.chat_request import ChatRequest, Options, Provider
+from proxy.errors import ContextLengthExceeded, Forbidden, ModelNotFound, NoEligibleModelError, ServiceUnavailable
+from proxy.routing.affinity import NO_AFFINITY
+from proxy.routing.candidates import RoutingMode, SelectionContext, no_candidate_error, requirements_for, scoring_params
+from proxy.routing.chat_request import ChatRequest, ProviderPreferences, RoutingOptions
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.models import StoredProfile
-from proxy.storage.reader import Stored
-from proxy.storage.snapshot import RoutingState, build_state
+from proxy.storage.reader import StoredState
+from proxy.storage.snapshot import RoutingSnapshot, build_state
 from router_core.eligibility import eligible
 from tests.support.choices import LIMITED, LONG, a_state, chosen
 from tests.support.makers import a_profile, a_record, surroundings
@@ -23,25 +23,25 @@ from tests.support.makers import a_profile, a_record, surroundings
 UNCLAMPED = {"clamp_max_tokens": "off"}
 
 
-def lacking(**info: Any) -> RoutingState:
+def lacking(**info: Any) -> RoutingSnapshot:
     return a_state(cheap=info, dear=info)
 
 
 async def refusal(**asked: Any) -> str:
-    with pytest.raises(NothingAble) as refused:
+    with pytest.raises(NoEligibleModelError) as refused:
         await chosen(**asked)
     return refused.value.message
 
 
 async def test_what_cannot_be_served_says_why() -> None:
-    with pytest.raises(TooLong, match="cheap: context window below about 1253 prompt tokens"):
+    with pytest.raises(ContextLengthExceeded, match="cheap: context window below about 1253 prompt tokens"):
         await chosen(text="word " * 1000, state=lacking(max_input_tokens=100))
-    with pytest.raises(TooLong, match="and 900 of an answer"):
+    with pytest.raises(ContextLengthExceeded, match="and 900 of an answer"):
         await chosen(state=lacking(max_input_tokens=910), body={"max_tokens": 900}, settings=UNCLAMPED)
     assert "max_cost_usd" in await refusal(max_cost_usd=0.0)
-    with pytest.raises(Unavailable, match="unmeasured: not profiled"):
+    with pytest.raises(ServiceUnavailable, match="unmeasured: not profiled"):
         await chosen(models=("unmeasured",))
-    with pytest.raises(Unavailable, match="no model is registered"):
+    with pytest.raises(ServiceUnavailable, match="no model is registered"):
         await chosen(key=ClientKey("k", "n", "d", 0.0, ()))
 
 
@@ -78,7 +78,7 @@ async def test_a_refusal_over_many_models_stays_short() -> None:
     priced = {"input_cost_per_token": 1e-7, "output_cost_per_token": 1e-7, "supports_function_calling": False}
     records = {name: a_record(name, info=priced) for name in (f"{place:03}" + "m" * 125 for place in range(500))}
     profiles = {name: StoredProfile(record.fingerprint, a_profile()) for name, record in records.items()}
-    stored = Stored(version=1, models=records, profiles=profiles, keys_exist=False)
+    stored = StoredState(version=1, models=records, profiles=profiles, keys_exist=False)
     state = build_state(stored, surroundings(), keys_latched=False)
     said = await refusal(state=state, body={"tools": [{}]})
 
@@ -88,39 +88,43 @@ async def test_a_refusal_over_many_models_stays_short() -> None:
 
 async def test_a_refusal_while_the_able_rest_says_so() -> None:
     asked = an_asked(a_state())
-    error = nothing_left(asked, eligible(asked.state.pool, asked.needs, resting={"cheap", "dear"}))
+    error = no_candidate_error(asked, eligible(asked.state.pool, asked.needs, resting={"cheap", "dear"}))
 
-    assert isinstance(error, Unavailable)
+    assert isinstance(error, ServiceUnavailable)
     assert "rests after failures (cheap: resting after failures; dear: resting" in error.message
 
 
-def an_asked(state: RoutingState) -> Asked:
-    request = ChatRequest({"messages": [{"role": "user", "content": LONG}]}, "auto", False, False, Options())
+def an_asked(state: RoutingSnapshot) -> SelectionContext:
+    request = ChatRequest({"messages": [{"role": "user", "content": LONG}]}, "auto", False, False, RoutingOptions())
     settings = Settings.model_validate({"data_dir": Path("/nowhere")})
-    terms = terms_of(request, Way.SCORED, settings, None, NO_THREAD)
-    return Asked(request, None, state, settings, Way.SCORED, None, needs_within(request), terms, NO_THREAD)
+    terms = scoring_params(request, RoutingMode.SCORED, settings, None, NO_AFFINITY)
+    return SelectionContext(
+        request, None, state, settings, RoutingMode.SCORED, None, requirements_for(request), terms, NO_AFFINITY
+    )
 
 
 async def test_openrouters_lists_name_models_here() -> None:
-    assert (await chosen(provider=Provider(only=("dear",)))).order == ("dear",)
-    assert (await chosen(provider=Provider(ignore=("cheap", "openai")))).order == ("dear",)
-    assert (await chosen(models=("cheap", "dear"), provider=Provider(only=("dear", "unmeasured")))).order == ("dear",)
-    with pytest.raises(UnknownName, match=r"provider\.only"):
-        await chosen(provider=Provider(only=("nobody",)))
+    assert (await chosen(provider=ProviderPreferences(only=("dear",)))).order == ("dear",)
+    assert (await chosen(provider=ProviderPreferences(ignore=("cheap", "openai")))).order == ("dear",)
+    assert (
+        await chosen(models=("cheap", "dear"), provider=ProviderPreferences(only=("dear", "unmeasured")))
+    ).order == ("dear",)
+    with pytest.raises(ModelNotFound, match=r"provider\.only"):
+        await chosen(provider=ProviderPreferences(only=("nobody",)))
     with pytest.raises(Forbidden):
-        await chosen(key=LIMITED, provider=Provider(only=("cheap",)))
-    for provider in (Provider(only=()), Provider(only=("dear",), ignore=("dear",))):
+        await chosen(key=LIMITED, provider=ProviderPreferences(only=("cheap",)))
+    for provider in (ProviderPreferences(only=()), ProviderPreferences(only=("dear",), ignore=("dear",))):
         assert "leave no model" in await refusal(provider=provider)
 
 
 async def test_ignoring_a_model_opens_none_that_the_key_may_not_use() -> None:
-    assert (await chosen(key=LIMITED, provider=Provider(ignore=("unmeasured",)))).order == ("dear",)
-    assert "leave no model" in await refusal(key=LIMITED, provider=Provider(ignore=("dear",)))
+    assert (await chosen(key=LIMITED, provider=ProviderPreferences(ignore=("unmeasured",)))).order == ("dear",)
+    assert "leave no model" in await refusal(key=LIMITED, provider=ProviderPreferences(ignore=("dear",)))
 
 
 async def test_a_price_cap_rules_out_what_is_dearer() -> None:
-    assert (await chosen(lambda_=0.0, provider=Provider(max_output_cost_per_token=1e-6))).order == ("cheap",)
-    said = await refusal(provider=Provider(max_input_cost_per_token=1e-8))
+    assert (await chosen(lambda_=0.0, provider=ProviderPreferences(max_output_cost_per_token=1e-6))).order == ("cheap",)
+    said = await refusal(provider=ProviderPreferences(max_input_cost_per_token=1e-8))
     assert "cheap: input price above 0.01 USD per million tokens" in said
 
 
@@ -136,7 +140,7 @@ async def test_who_is_ruled_out_is_worked_out_only_for_whoever_asks() -> None:
 async def test_a_stand_in_shows_no_model_that_the_key_may_not_use() -> None:
     priced = {"input_cost_per_token": 1e-7, "output_cost_per_token": 1e-7}
     records = {name: a_record(name, info=priced) for name in ("new", "old", "secret")}
-    state = build_state(Stored(version=1, models=records, keys_exist=False), surroundings(), keys_latched=False)
+    state = build_state(StoredState(version=1, models=records, keys_exist=False), surroundings(), keys_latched=False)
     key = ClientKey("k", "n", "d", 0.0, ("new", "old"))
     choice = await chosen(state=state, settings={"default_model": "new"}, key=key)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from proxy.storage.client_keys import KeyLatch, digest_of
+from proxy.storage.client_keys import AuthRequiredLatch, digest_of
 from proxy.storage.redis import CHANGED, MODELS, PRICING, PROFILES, VERSION, Store, StoreUnavailable, price_key
-from proxy.storage.registry import ChangedMeanwhile, DefinedInConfig, NameTaken, UnknownKey, UnknownModel
+from proxy.storage.registry import ConfiguredModel, ConflictingWrite, ModelExists, UnknownKey, UnknownModel
 from router_core.types import Price
 from tests.support.makers import a_profile, a_record, a_registry
 
@@ -31,7 +31,7 @@ async def test_a_taken_name_is_refused_and_the_same_record_twice_is_once(store: 
     await registry.add_model(a_record())
     await registry.add_model(a_record())
     for taken in (a_record(temperature=1), a_record("configured")):
-        with pytest.raises(NameTaken, match=taken.name):
+        with pytest.raises(ModelExists, match=taken.name):
             await registry.add_model(taken)
     assert await store.client.hlen(MODELS) == 1
 
@@ -41,7 +41,7 @@ async def test_a_configured_model_is_the_files_to_change_but_can_be_priced_and_p
 ) -> None:
     registry, record = a_registry(store, tmp_path, "configured"), a_record("configured", source="config")
     for refused in (registry.update_model(record), registry.remove_model("configured")):
-        with pytest.raises(DefinedInConfig):
+        with pytest.raises(ConfiguredModel):
             await refused
     assert await registry.put_price("configured", Price(1e-6, 1e-6)) == 1
     assert await registry.put_profile(record, a_profile()) == 2
@@ -115,7 +115,7 @@ async def test_without_redis_a_write_says_so_and_no_key_is_demanded(tmp_path: Pa
         await registry.add_model(a_record())
     with pytest.raises(StoreUnavailable):
         await registry.keys.create("team")
-    assert not KeyLatch(tmp_path).closed
+    assert not AuthRequiredLatch(tmp_path).closed
     await store.close()
 
 
@@ -131,6 +131,6 @@ async def test_a_change_made_from_what_is_no_longer_stored_is_refused(store: Sto
     registry = a_registry(store, tmp_path)
     seen = await registry.add_model(a_record())
     now = await registry.put_price("small", Price(1e-6, 1e-6))
-    with pytest.raises(ChangedMeanwhile):
+    with pytest.raises(ConflictingWrite):
         await registry.update_model(a_record(temperature=1), as_of=seen)
     assert await registry.update_model(a_record(temperature=1), as_of=now) == seen + 2

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from proxy.settings.schema import Settings
-from proxy.upstream.client import Upstream
+from proxy.upstream.client import UpstreamClient
 from tests.support.makers import until
 from tests.support.raw_upstream import DONE, END, JSON, SAID, STREAM_HEAD, RawUpstream, Said, chunked, plain
 from tests.support.relaying import BODY, KEY, SHORT, WHOLE, a_model, failing, streamed, whole
@@ -24,7 +24,9 @@ SOON_S = 1.0
     [(), (SAID * 3,), (b"data: {broken\n\n",), (b"x" * 2**21,)],
     ids=["silence", "events", "nonsense", "flood"],
 )
-async def test_what_comes_after_done_is_waited_for_by_nobody(upstream: Upstream, after: tuple[bytes, ...]) -> None:
+async def test_what_comes_after_done_is_waited_for_by_nobody(
+    upstream: UpstreamClient, after: tuple[bytes, ...]
+) -> None:
     """The coding of the body never ends: its connection is given up, and not used again."""
     async with RawUpstream(Said(chunked(SAID, END, DONE, *after, end=b""), "hang"), WHOLE) as server:
         async with asyncio.timeout(SOON_S / 2):
@@ -34,7 +36,7 @@ async def test_what_comes_after_done_is_waited_for_by_nobody(upstream: Upstream,
         assert server.connections == 2
 
 
-async def test_connections_are_used_again(upstream: Upstream) -> None:
+async def test_connections_are_used_again(upstream: UpstreamClient) -> None:
     async with RawUpstream(WHOLE) as server:
         for _ in range(5):
             assert len(await streamed(upstream, a_model(server))) == 2
@@ -46,7 +48,7 @@ async def test_connections_are_used_again(upstream: Upstream) -> None:
         assert server.connections == 1
 
 
-async def test_a_kept_connection_that_the_server_closed_costs_no_request(upstream: Upstream) -> None:
+async def test_a_kept_connection_that_the_server_closed_costs_no_request(upstream: UpstreamClient) -> None:
     async with RawUpstream(Said(plain().pieces, "close")) as server:
         for _ in range(5):
             await whole(upstream, a_model(server))
@@ -56,7 +58,7 @@ async def test_a_kept_connection_that_the_server_closed_costs_no_request(upstrea
 
 
 async def test_a_kept_connection_that_dies_under_a_request_is_told_as_lost_and_not_repeated_here(
-    upstream: Upstream,
+    upstream: UpstreamClient,
 ) -> None:
     async with RawUpstream(plain(), Said((), "reset"), plain()) as server:
         await whole(upstream, a_model(server))
@@ -78,7 +80,7 @@ async def test_a_kept_connection_that_dies_under_a_request_is_told_as_lost_and_n
 )
 @pytest.mark.parametrize("ask", [whole, streamed])
 async def test_leaving_at_any_stage_closes_the_connection(
-    upstream: Upstream, said: Said, ask: Callable[..., Any]
+    upstream: UpstreamClient, said: Said, ask: Callable[..., Any]
 ) -> None:
     async with RawUpstream(said) as server:
         asking = asyncio.create_task(ask(upstream, a_model(server)))
@@ -90,7 +92,7 @@ async def test_leaving_at_any_stage_closes_the_connection(
 
 
 @pytest.mark.parametrize("size", [2**20 - 1, 2**20, 3 * 2**20])
-async def test_a_large_body_arrives_whole(upstream: Upstream, size: int) -> None:
+async def test_a_large_body_arrives_whole(upstream: UpstreamClient, size: int) -> None:
     body = {**BODY, "messages": [{"role": "user", "content": "é" * (size // 2)}]}
     async with RawUpstream(plain()) as server:
         await upstream.complete(a_model(server), body)
@@ -98,7 +100,7 @@ async def test_a_large_body_arrives_whole(upstream: Upstream, size: int) -> None
         assert b"\xc3\xa9" * (size // 2) in server.bodies[0]
 
 
-async def test_many_streams_at_once_leave_no_connection_behind(upstream: Upstream) -> None:
+async def test_many_streams_at_once_leave_no_connection_behind(upstream: UpstreamClient) -> None:
     async with RawUpstream(WHOLE) as server:
         found = await asyncio.gather(*(streamed(upstream, a_model(server)) for _ in range(200)))
         assert {len(chunks) for chunks in found} == {2}
@@ -110,7 +112,7 @@ async def test_many_streams_at_once_leave_no_connection_behind(upstream: Upstrea
         await until(lambda: server.open == 0)
 
 
-async def test_an_unknown_certificate_is_said_to_be_the_reason(upstream: Upstream, certificate: Path) -> None:
+async def test_an_unknown_certificate_is_said_to_be_the_reason(upstream: UpstreamClient, certificate: Path) -> None:
     async with RawUpstream(plain(), tls=served_by(certificate)) as server:
         for ask in (whole, streamed):
             failure = await failing(upstream, a_model(server), ask)
@@ -121,7 +123,7 @@ async def test_an_unknown_certificate_is_said_to_be_the_reason(upstream: Upstrea
 async def test_a_certificate_of_the_systems_is_taken_where_it_is_asked_for(
     certificate: Path,
 ) -> None:
-    upstream = Upstream(Settings(), {"ARM_API_KEY": KEY, "SSL_CERT_FILE": str(certificate)})
+    upstream = UpstreamClient(Settings(), {"ARM_API_KEY": KEY, "SSL_CERT_FILE": str(certificate)})
     async with RawUpstream(plain(), tls=served_by(certificate)) as server:
         assert await whole(upstream, a_model(server)) == JSON.replace(b"theirs", b"ours")
     await upstream.aclose()
@@ -129,7 +131,7 @@ async def test_a_certificate_of_the_systems_is_taken_where_it_is_asked_for(
 
 async def test_a_proxy_of_the_environment_is_used_but_for_this_machine() -> None:
     async with RawUpstream(plain()) as proxy, RawUpstream(plain()) as near:
-        upstream = Upstream(Settings(), {"ARM_API_KEY": KEY, "http_proxy": f"127.0.0.1:{proxy.port}"})
+        upstream = UpstreamClient(Settings(), {"ARM_API_KEY": KEY, "http_proxy": f"127.0.0.1:{proxy.port}"})
         far = a_model(near, api_base="http://far.invalid/v1")
         await whole(upstream, far)
         await whole(upstream, a_model(near))
@@ -140,7 +142,7 @@ async def test_a_proxy_of_the_environment_is_used_but_for_this_machine() -> None
 
 async def test_a_proxy_that_refuses_is_said_to() -> None:
     async with RawUpstream(plain(b"", status=b"407 Who are you")) as proxy:
-        upstream = Upstream(Settings(), {"ARM_API_KEY": KEY, "https_proxy": f"http://127.0.0.1:{proxy.port}"})
+        upstream = UpstreamClient(Settings(), {"ARM_API_KEY": KEY, "https_proxy": f"http://127.0.0.1:{proxy.port}"})
         failure = await failing(upstream, a_model(proxy, api_base="https://far.invalid/v1"), whole)
         await upstream.aclose()
         assert ("407" in failure.message, failure.lost, len(proxy.heads)) == (True, False, 1)

@@ -7,7 +7,7 @@ import gzip
 import pytest
 
 from proxy.storage.models import ModelRecord
-from proxy.upstream.client import Upstream
+from proxy.upstream.client import UpstreamClient
 from proxy.upstream.connection import LONGEST_HEADER
 from tests.support.makers import until
 from tests.support.raw_upstream import DONE, END, JSON, SAID, STREAM_HEAD, RawUpstream, Said, chunked, plain
@@ -35,7 +35,9 @@ from tests.support.relaying import BODY, SHORT, WHOLE, a_model, failing, streame
         (plain(b"[" * 100_000), False),
     ],
 )
-async def test_an_answer_that_is_none_is_one_request_and_a_failure(upstream: Upstream, said: Said, lost: bool) -> None:
+async def test_an_answer_that_is_none_is_one_request_and_a_failure(
+    upstream: UpstreamClient, said: Said, lost: bool
+) -> None:
     """`lost`: nothing was answered, so that the model may be asked once more; else it has done its work."""
     async with RawUpstream(said) as server:
         failure = await failing(upstream, a_model(server), whole)
@@ -61,11 +63,11 @@ async def test_an_answer_that_is_none_is_one_request_and_a_failure(upstream: Ups
     ],
 )
 async def test_a_stream_that_ends_before_its_answer_is_a_failure(
-    upstream: Upstream, said: Said, lost: bool, chunks: int
+    upstream: UpstreamClient, said: Said, lost: bool, chunks: int
 ) -> None:
     seen = []
 
-    async def ask(upstream: Upstream, record: ModelRecord) -> None:
+    async def ask(upstream: UpstreamClient, record: ModelRecord) -> None:
         async for block in await upstream.stream(record, {**BODY, "stream": True}):
             seen.extend(block)
 
@@ -75,7 +77,7 @@ async def test_a_stream_that_ends_before_its_answer_is_a_failure(
 
 
 @pytest.mark.parametrize("status", [b"300 Many", b"302 Found", b"304 Same", b"307 Elsewhere"])
-async def test_no_redirect_is_followed(upstream: Upstream, status: bytes) -> None:
+async def test_no_redirect_is_followed(upstream: UpstreamClient, status: bytes) -> None:
     async with RawUpstream(WHOLE) as elsewhere, RawUpstream() as server:
         location = f"location: {elsewhere.url}\r\n".encode()
         server.script.append(plain(b"", head=location, status=status))
@@ -84,7 +86,7 @@ async def test_no_redirect_is_followed(upstream: Upstream, status: bytes) -> Non
         assert elsewhere.connections == 0
 
 
-async def test_an_error_of_a_megabyte_is_cut_and_its_connection_closed(upstream: Upstream) -> None:
+async def test_an_error_of_a_megabyte_is_cut_and_its_connection_closed(upstream: UpstreamClient) -> None:
     async with RawUpstream(plain(b'{"error": "' + b"x" * 2**20, status=b"400 Bad")) as server:
         for ask in (whole, streamed):
             failure = await failing(upstream, a_model(server), ask)
@@ -92,7 +94,7 @@ async def test_an_error_of_a_megabyte_is_cut_and_its_connection_closed(upstream:
         await until(lambda: server.open == 0)
 
 
-async def test_the_wait_that_an_upstream_asks_for_is_kept_however_it_is_spelt(upstream: Upstream) -> None:
+async def test_the_wait_that_an_upstream_asks_for_is_kept_however_it_is_spelt(upstream: UpstreamClient) -> None:
     async with RawUpstream(
         plain(b"{}", head=b"Retry-After: 7\r\nRETRY-AFTER-MS: 7000\r\n", status=b"429 No")
     ) as server:
@@ -112,7 +114,7 @@ async def test_the_wait_that_an_upstream_asks_for_is_kept_however_it_is_spelt(up
         Said(tuple(bytes((byte,)) for byte in plain().pieces[0])),
     ],
 )
-async def test_odd_but_whole_answers_arrive_as_they_are(upstream: Upstream, said: Said) -> None:
+async def test_odd_but_whole_answers_arrive_as_they_are(upstream: UpstreamClient, said: Said) -> None:
     async with RawUpstream(said) as server:
         assert await whole(upstream, a_model(server)) == JSON.replace(b"theirs", b"ours")
 
@@ -128,7 +130,7 @@ async def test_odd_but_whole_answers_arrive_as_they_are(upstream: Upstream, said
         Said(chunked(b": ping\n\nevent: x\nid: 3\n\n", SAID, b"retry: 1\n\n", END[:-2])),
     ],
 )
-async def test_odd_but_whole_streams_arrive_as_they_are(upstream: Upstream, said: Said) -> None:
+async def test_odd_but_whole_streams_arrive_as_they_are(upstream: UpstreamClient, said: Said) -> None:
     async with RawUpstream(said) as server:
         found = await streamed(upstream, a_model(server))
 
@@ -137,7 +139,7 @@ async def test_odd_but_whole_streams_arrive_as_they_are(upstream: Upstream, said
     assert found
 
 
-async def test_thousands_of_events_in_one_reading_are_blocks_of_many(upstream: Upstream) -> None:
+async def test_thousands_of_events_in_one_reading_are_blocks_of_many(upstream: UpstreamClient) -> None:
     async with RawUpstream(Said(chunked(SAID * 2000 + END))) as server:
         sizes = [len(block) async for block in await upstream.stream(a_model(server), {**BODY, "stream": True})]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import BadRequest, ControlFieldRefused
-from proxy.routing.chat_request import ChatRequest, Provider, parse_chat, parse_object
-from proxy.routing.control_fields import USUAL, is_control_field
+from proxy.errors import BadRequest, FieldNotAllowed
+from proxy.routing.chat_request import ChatRequest, ProviderPreferences, parse_chat, parse_object
+from proxy.routing.control_fields import COMMON_FIELDS, is_control_field
 from proxy.safety.json_shape import MAX_DEPTH
 
 ASK: Any = [{"role": "user", "content": "hi"}]
@@ -87,8 +87,11 @@ def test_openrouters_provider_is_read_as_far_as_it_means_something_here() -> Non
 
     assert (read.only, read.ignore) == (("a",), ("b",))
     assert (read.max_input_cost_per_token, read.max_output_cost_per_token) == (2e-6, 1.5e-6)
-    assert parsed(provider={"max_price": {"prompt": None, "request": 1, "image": 2}}).options.provider == Provider()
-    assert parsed(provider=None).options.provider == Provider()
+    assert (
+        parsed(provider={"max_price": {"prompt": None, "request": 1, "image": 2}}).options.provider
+        == ProviderPreferences()
+    )
+    assert parsed(provider=None).options.provider == ProviderPreferences()
 
 
 @pytest.mark.parametrize("name", ["lambda", "x-uniroute-lambda"])
@@ -154,14 +157,14 @@ def test_a_control_field_is_refused_wherever_it_reaches_the_provider_layer(path:
     value: Any = "http://evil.example"
     for name in reversed(rest):
         value = [{name: value}] if name == "er" else {name: value}
-    with pytest.raises(ControlFieldRefused) as caught:
+    with pytest.raises(FieldNotAllowed) as caught:
         parsed(**{first: value})
 
     assert caught.value.param == path
 
 
 def test_no_field_that_is_taken_for_usual_is_a_control_field() -> None:
-    assert [name for name in USUAL if is_control_field(name) or name != name.strip().lower()] == []
+    assert [name for name in COMMON_FIELDS if is_control_field(name) or name != name.strip().lower()] == []
 
 
 def test_content_may_use_every_word() -> None:

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import BadRequest, UpstreamFailure
+from proxy.errors import BadRequest, UpstreamError
 from proxy.outbound import Outbound
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
-from proxy.storage.models import ModelRecord, Resolved
-from proxy.upstream.client import Upstream, relayed
-from proxy.upstream.endpoint import Targets, url_of
-from proxy.upstream.litellm.params import is_openais
-from proxy.upstream.provider_resolution import FILE, Resolver, plainly
+from proxy.storage.models import ModelRecord, ResolvedProvider
+from proxy.upstream.client import UpstreamClient, is_direct
+from proxy.upstream.endpoint import Endpoints, url_of
+from proxy.upstream.litellm.params import is_openai_url
+from proxy.upstream.provider_resolution import FILE, Resolver, resolve_static
 from tests.support.makers import a_record
 from tests.support.upstream import ScriptedUpstream
 
@@ -35,15 +35,15 @@ def stated(forward: Any = "auto", **params: Any) -> ModelRecord:
     return replace(a_record("m"), litellm_params=params, info=info)
 
 
-def relay(provider: str, model: str, base: str, key: str | None = None, renames: Any = None) -> Resolved:
-    return Resolved("relay", model, provider, base, key, renames or {}, own_address=key is not None)
+def relay(provider: str, model: str, base: str, key: str | None = None, renames: Any = None) -> ResolvedProvider:
+    return ResolvedProvider("relay", model, provider, base, key, renames or {}, own_address=key is not None)
 
 
-def translate(provider: str, model: str = "x", base: str | None = None) -> Resolved:
-    return Resolved("translate", model, provider, base)
+def translate(provider: str, model: str = "x", base: str | None = None) -> ResolvedProvider:
+    return ResolvedProvider("translate", model, provider, base)
 
 
-FOUND: list[tuple[ModelRecord, Resolved | str]] = [
+FOUND: list[tuple[ModelRecord, ResolvedProvider | str]] = [
     (stated(model="openai/gpt-4o"), relay("openai", "gpt-4o", "https://api.openai.com/v1", "OPENAI_API_KEY")),
     (stated(model="gpt-4o-mini"), relay("openai", "gpt-4o-mini", "https://api.openai.com/v1", "OPENAI_API_KEY")),
     (
@@ -133,7 +133,7 @@ def test_a_provider_is_reached_in_the_way_that_it_speaks(found: list[ModelRecord
     else:
         assert isinstance(told, ModelRecord)
         assert told.resolved == expected
-        assert (relayed(told) is not None) == (expected.way == "relay")
+        assert (is_direct(told) is not None) == (expected.way == "relay")
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def test_a_provider_is_reached_in_the_way_that_it_speaks(found: list[ModelRecord
         (stated(model="openai", api_base=NEAR), None),
     ],
 )
-def test_what_is_plain_needs_no_litellm(record: ModelRecord, expected: Resolved | None) -> None:
-    assert plainly(record.litellm_params, record.info.forward) == expected
+def test_what_is_plain_needs_no_litellm(record: ModelRecord, expected: ResolvedProvider | None) -> None:
+    assert resolve_static(record.litellm_params, record.info.forward) == expected
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_what_is_plain_needs_no_litellm(record: ModelRecord, expected: Resolved 
 )
 def test_openais_key_is_for_openais_hosts(address: str, openais: bool) -> None:
     """The name of the host within another address is no such host."""
-    assert is_openais(address) == openais
+    assert is_openai_url(address) == openais
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ async def test_a_key_of_the_environment_is_sent_and_kept_nowhere(tmp_path: Path)
     with ScriptedUpstream() as server:
         environ["MISTRAL_API_BASE"] = server.url
         record = await Resolver(tmp_path, environ).resolve(stated(model="mistral/x", api_base=server.url))
-        upstream = Upstream(Settings(), environ)
+        upstream = UpstreamClient(Settings(), environ)
         body = {**BODY, "max_completion_tokens": 7}
         await upstream.complete(record, body, raw=json.dumps(body).encode())
         await upstream.aclose()
@@ -204,7 +204,7 @@ async def test_a_key_of_the_environment_is_sent_and_kept_nowhere(tmp_path: Path)
         assert server.last.headers["authorization"] == f"Bearer {CANARY}"
         assert (server.last.body["max_tokens"], "max_completion_tokens" in server.last.body) == (7, False)
     assert record.resolved is not None
-    target = Targets(Settings(), environ, Outbound({})).of(record, record.resolved)
+    target = Endpoints(Settings(), environ, Outbound({})).of(record, record.resolved)
     kept = (tmp_path / FILE).read_text() + record.to_json() + repr(record) + repr(target) + repr(record.resolved)
     assert "MISTRAL_API_KEY" in kept
     assert CANARY not in kept
@@ -213,9 +213,9 @@ async def test_a_key_of_the_environment_is_sent_and_kept_nowhere(tmp_path: Path)
 @pytest.mark.parametrize("variable", ["UNIROUTE_ADMIN_KEY", "AWS_SECRET_ACCESS_KEY", "HOME", "UNIROUTE_X_API_KEY"])
 def test_a_record_that_names_another_secret_gets_none(variable: str) -> None:
     """Whoever can write to the store may not read the environment."""
-    record, resolved = a_record(), Resolved("relay", "m", "x", NEAR, variable, own_address=True)
-    with pytest.raises(UpstreamFailure, match="no key"):
-        Targets(Settings(), {variable: CANARY}, Outbound({})).of(record, resolved)
+    record, resolved = a_record(), ResolvedProvider("relay", "m", "x", NEAR, variable, own_address=True)
+    with pytest.raises(UpstreamError, match="no key"):
+        Endpoints(Settings(), {variable: CANARY}, Outbound({})).of(record, resolved)
 
 
 @pytest.mark.parametrize("forward", ["auto", "relay", "translate"])
@@ -223,7 +223,7 @@ async def test_a_model_that_an_older_version_stored_still_answers(forward: str) 
     with ScriptedUpstream() as server:
         record = stated(forward, model="openai/x", api_base=server.url, api_key="sk-of-the-arm")
         stored = ModelRecord.from_json("m", record.to_json())
-        upstream = Upstream(Settings(), {})
+        upstream = UpstreamClient(Settings(), {})
         answer = await upstream.complete(stored, BODY)
         await upstream.aclose()
 
@@ -232,7 +232,7 @@ async def test_a_model_that_an_older_version_stored_still_answers(forward: str) 
 
 
 @pytest.mark.parametrize("resolved", [relay("groq", "x", NEAR, "GROQ_API_KEY", RENAMED), translate("anthropic")])
-def test_what_was_resolved_is_stored_with_the_model(resolved: Resolved) -> None:
+def test_what_was_resolved_is_stored_with_the_model(resolved: ResolvedProvider) -> None:
     record = stated(model="groq/x", api_base=NEAR)
     kept = replace(record, resolved=resolved)
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import Unavailable
+from proxy.errors import ServiceUnavailable
 from proxy.settings.models import ModelInfo
-from proxy.storage.models import ModelRecord, Resolved
+from proxy.storage.models import ModelRecord, ResolvedProvider
 from proxy.upstream import provider_lookup as lookup
-from proxy.upstream.client import relayed
+from proxy.upstream.client import is_direct
 from proxy.upstream.provider_resolution import FILE, Resolver
 from tests.support.makers import a_record, until
 from tests.support.process_group import children_of
@@ -54,7 +54,7 @@ ONE = stated(model="groq/x", api_base=NEAR)
 DYING = ["exit 3", "kill -9 $$", "exec sleep 60"]
 DYING += [f"read question; echo '{said}'" for said in ("nonsense", "[]", "7", "{}", '{"resolved": {}}')]
 DYING += ['read question; printf \'{"refused": "no"}\'', "head -c 3000000 /dev/zero", "exec cat"]
-FOUND = Resolved("relay", "x", "groq", NEAR, "GROQ_API_KEY")
+FOUND = ResolvedProvider("relay", "x", "groq", NEAR, "GROQ_API_KEY")
 ANSWER = {"resolved": FOUND.to_json()}
 
 
@@ -137,7 +137,7 @@ async def test_a_process_that_cannot_say_fails_all_that_wait_for_it_at_once(aske
     asking = [resolver.resolve(stated(model=f"groq/{n}", api_base=NEAR)) for n in range(8)]
     ended = await asyncio.gather(*asking, return_exceptions=True)
 
-    assert {type(each) for each in ended} == {Unavailable}
+    assert {type(each) for each in ended} == {ServiceUnavailable}
     assert (asked / "asked").read_text() == "\n"
 
 
@@ -149,7 +149,7 @@ async def test_a_question_over_which_the_process_dies_is_no_other_models_fault(a
     asking = [resolver.resolve(stated(model=f"groq/{name}", api_base=NEAR)) for name in ("a", "deadly", "b")]
     first, deadly, last = await asyncio.gather(*asking, return_exceptions=True)
 
-    assert isinstance(deadly, Unavailable)
+    assert isinstance(deadly, ServiceUnavailable)
     assert isinstance(first, ModelRecord)
     assert isinstance(last, ModelRecord)
     assert (first.resolved, last.resolved) == (FOUND, FOUND)
@@ -176,7 +176,7 @@ async def test_whoever_ends_leaves_no_process_behind(asked: Path) -> None:
     await until(lambda: (asked / "asked").exists())
     await resolver.aclose()
 
-    with pytest.raises(Unavailable, match="this process ends"):
+    with pytest.raises(ServiceUnavailable, match="this process ends"):
         await asking
     assert not children_of(os.getpid())
 
@@ -231,12 +231,12 @@ async def test_who_cannot_be_asked_is_a_503_and_at_start_means_translation(
     monkeypatch.setattr(lookup, "START_S", 0.3)
     (asked / "then").write_text(then)
     resolver = Resolver(asked / "data", {})
-    with pytest.raises(Unavailable, match="provider of m could not be looked up"):
+    with pytest.raises(ServiceUnavailable, match="provider of m could not be looked up"):
         await resolver.resolve(ONE)
     odd, plain = await resolver.resolve_all([ONE, stated(model="openai/x", api_base=NEAR)])
 
-    assert (odd, relayed(odd)) == (ONE, None)
-    assert plain.resolved == Resolved("relay", "x", "openai", NEAR)
+    assert (odd, is_direct(odd)) == (ONE, None)
+    assert plain.resolved == ResolvedProvider("relay", "x", "openai", NEAR)
     assert "models are translated" in caplog.text
     assert not (asked / "data" / FILE).exists()
     assert not [pid for pid in children_of(os.getpid()) if "sleep" in command_of(pid)]
@@ -244,5 +244,5 @@ async def test_who_cannot_be_asked_is_a_503_and_at_start_means_translation(
 
 async def test_who_cannot_be_started_is_a_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
-    with pytest.raises(Unavailable):
+    with pytest.raises(ServiceUnavailable):
         await Resolver(tmp_path, {}).resolve(ONE)

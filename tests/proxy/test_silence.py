@@ -9,14 +9,14 @@ from time import monotonic
 
 import pytest
 
-from proxy.server.attempts import Silence
+from proxy.server.attempts import IdleTimeout
 
 LONG_S, SHORT_S = 30.0, 0.05
 
 
 @contextmanager
-def silence(idle_s: float = LONG_S, whole_s: float = LONG_S) -> Iterator[Silence]:
-    found = Silence(idle_s, monotonic() + whole_s)
+def silence(idle_s: float = LONG_S, whole_s: float = LONG_S) -> Iterator[IdleTimeout]:
+    found = IdleTimeout(idle_s, monotonic() + whole_s)
     try:
         yield found
     finally:
@@ -40,7 +40,7 @@ async def test_pieces_that_come_in_time_are_all_there() -> None:
 
 
 async def test_pieces_in_time_do_not_make_a_stream_last_for_ever() -> None:
-    async def read_on(limit: Silence) -> None:
+    async def read_on(limit: IdleTimeout) -> None:
         while True:
             await limit.during(asyncio.sleep(SHORT_S))
 

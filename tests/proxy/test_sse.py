@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from proxy.upstream.sse import MAX_EVENT_BYTES, EventCutter, EventTooLong, dump, event, loads
+from proxy.upstream.sse import MAX_EVENT_BYTES, EventTooLong, SSEDecoder, decode_json, encode_json, format_event
 
 STREAM = (
     'data: {"a":"x\u2028y\u0085z\x0b"}\n\n: comment\r\n\r\nevent: e\r\ndata:{"b":\r\ndata: 2}\r\n\r\n\ndata: [DONE]\n\n'
@@ -16,7 +16,7 @@ EVENTS = ['{"a":"x\u2028y\u0085z\x0b"}'.encode(), b'{"b":\n2}', b"[DONE]"]
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
 def test_every_split_gives_the_same_events(size: int) -> None:
-    cutter = EventCutter()
+    cutter = SSEDecoder()
     pieces = [STREAM[start : start + size] for start in range(0, len(STREAM), size)]
 
     assert [data for piece in pieces for data in cutter.feed(piece)] == EVENTS
@@ -24,28 +24,28 @@ def test_every_split_gives_the_same_events(size: int) -> None:
 
 
 def test_an_event_without_its_blank_line_is_there_at_the_end() -> None:
-    cutter = EventCutter()
+    cutter = SSEDecoder()
 
     assert cutter.feed(b'data: {"a": 1}\ndata: ') == []
     assert cutter.close() == [b'{"a": 1}\n']
 
 
 def test_an_event_without_an_end_is_bounded() -> None:
-    cutter = EventCutter()
+    cutter = SSEDecoder()
     cutter.feed(b"x" * MAX_EVENT_BYTES)
     with pytest.raises(EventTooLong):
         cutter.feed(b"x")
 
 
 def test_half_characters_are_written_as_they_came() -> None:
-    half = loads(b'{"a": "\\ud83d"}')
+    half = decode_json(b'{"a": "\\ud83d"}')
 
-    assert dump(half) == b'{"a":"\\ud83d"}'
-    assert event({"a": "字"}) == 'data: {"a":"字"}\n\n'.encode()
+    assert encode_json(half) == b'{"a":"\\ud83d"}'
+    assert format_event({"a": "字"}) == 'data: {"a":"字"}\n\n'.encode()
 
 
 def test_nesting_beyond_the_stack_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="nested"):
-        loads(b"[" * 200_000)
+        decode_json(b"[" * 200_000)
     with pytest.raises(json.JSONDecodeError):
-        loads(b"{")
+        decode_json(b"{")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from proxy.storage.redis import KEYS, MODELS, PRICING, PROFILES, VERSION, Store, price_key
-from proxy.storage.traffic_stats import LiveExpectations
+from proxy.storage.traffic_stats import TrafficStats
 from proxy.storage.valkey import EmbeddedValkey
 from router_core.profiles import Profile
 from router_core.types import Price
@@ -190,7 +190,7 @@ async def test_before_the_first_reading_the_door_is_closed_and_configured_models
 
 
 async def test_live_traffic_reaches_the_pool_but_not_the_profile(store: Store, tmp_path: Path) -> None:
-    live = LiveExpectations(CORNERS.size)
+    live = TrafficStats(CORNERS.size)
     registry = a_registry(store, tmp_path)
     await registry.add_model(a_record())
     await registry.put_profile(a_record(), a_profile())
@@ -203,7 +203,7 @@ async def test_live_traffic_reaches_the_pool_but_not_the_profile(store: Store, t
         assert holder.current.profiles["small"].output_tokens()[0] == 50
 
 
-class BrokenOnce(LiveExpectations):
+class BrokenOnce(TrafficStats):
     """Figures that cannot be laid out, the first time."""
 
     asked = 0

@@ -14,20 +14,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from proxy.errors import NothingAble
-from proxy.routing.affinity import NO_THREAD, Thread
-from proxy.routing.assigner import Assigner
-from proxy.routing.candidates import Asked, Way
-from proxy.routing.chat_request import ChatRequest, Options
-from proxy.routing.selection import Choice, choose, held, to_json
+from proxy.errors import NoEligibleModelError
+from proxy.routing.affinity import NO_AFFINITY, Affinity
+from proxy.routing.assigner import ClusterAssigner
+from proxy.routing.candidates import RoutingMode, SelectionContext
+from proxy.routing.chat_request import ChatRequest, RoutingOptions
+from proxy.routing.selection import Selection, apply_affinity, select_model, selection_to_json
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.models import StoredProfile
-from proxy.storage.reader import Stored
+from proxy.storage.reader import StoredState
 from proxy.storage.sessions import LastTurn
-from proxy.storage.snapshot import RoutingState, build_state
-from router_core.scoring import Terms
-from router_core.types import Floats, Needs
+from proxy.storage.snapshot import RoutingSnapshot, build_state
+from router_core.scoring import ScoringParams
+from router_core.types import Floats, Requirements
 from tests.support.makers import a_profile, a_record, surroundings
 
 THOUSAND_TOKENS = "word " * 797
@@ -52,38 +52,38 @@ class Corner:
         return np.tile(np.eye(4, dtype=np.float32)[0], (len(texts), 1))
 
 
-def a_state(**info: dict[str, Any]) -> RoutingState:
+def a_state(**info: dict[str, Any]) -> RoutingSnapshot:
     records = {name: a_record(name, info={**stated, **info.get(name, {})}) for name, stated in PRICES.items()}
     profiles = {
         name: StoredProfile(record.fingerprint, a_profile([0.2] * 4))
         for name, record in records.items()
         if name != "unmeasured"
     }
-    stored = Stored(version=1, models=records, profiles=profiles, keys_exist=False)
+    stored = StoredState(version=1, models=records, profiles=profiles, keys_exist=False)
     return build_state(stored, surroundings(), keys_latched=False)
 
 
 async def chosen(
-    thread: Thread,
+    thread: Affinity,
     model: str = "auto",
     *,
     text: str = THOUSAND_TOKENS,
     key: ClientKey | None = None,
-    state: RoutingState | None = None,
+    state: RoutingSnapshot | None = None,
     settings: dict[str, Any] | None = None,
     body: dict[str, Any] | None = None,
     explain: bool = False,
     **options: Any,
-) -> Choice:
+) -> Selection:
     content = {"messages": [{"role": "user", "content": text}], **(body or {})}
-    request = ChatRequest(content, model, stream=False, include_usage=False, options=Options(**options))
+    request = ChatRequest(content, model, stream=False, include_usage=False, options=RoutingOptions(**options))
     found = Settings.model_validate({"data_dir": Path("/nowhere"), **(settings or {})})
-    assigner = Assigner(Corner(), 1.0)
-    return await choose(request, key, state or a_state(), found, assigner, thread=thread, explain=explain)
+    assigner = ClusterAssigner(Corner(), 1.0)
+    return await select_model(request, key, state or a_state(), found, assigner, thread=thread, explain=explain)
 
 
-LOOP = Thread(producer="plain")
-REASONING = Thread(producer="plain", has_reasoning=True)
+LOOP = Affinity(producer="plain")
+REASONING = Affinity(producer="plain", has_reasoning=True)
 
 
 async def test_a_tool_loop_stays_with_its_producer_and_may_fall_back() -> None:
@@ -114,7 +114,7 @@ async def test_it_stays_even_where_the_prompt_cannot_be_looked_at() -> None:
 
 
 async def test_a_producer_that_is_not_profiled_can_still_go_on() -> None:
-    loop = Thread(producer="unmeasured")
+    loop = Affinity(producer="unmeasured")
     assert (await chosen(loop)).model == "unmeasured"
     assert (await chosen(loop, max_cost_usd=1.0)).model == "cold"
 
@@ -137,26 +137,28 @@ async def test_a_producer_that_may_not_answer_is_left_and_said_to_be(options: di
 
 
 async def test_a_producer_that_could_be_scored_and_was_not_is_left_whatever_the_reason() -> None:
-    request = ChatRequest({"messages": []}, "auto", stream=False, include_usage=False, options=Options())
+    request = ChatRequest({"messages": []}, "auto", stream=False, include_usage=False, options=RoutingOptions())
     settings = Settings.model_validate({"data_dir": Path("/nowhere")})
-    asked = Asked(request, None, a_state(), settings, Way.SCORED, None, Needs(), Terms(), LOOP)
-    routed = await chosen(NO_THREAD, models=("warm", "cold"))
-    assert held(asked, routed).left == "plain"
+    asked = SelectionContext(
+        request, None, a_state(), settings, RoutingMode.SCORED, None, Requirements(), ScoringParams(), LOOP
+    )
+    routed = await chosen(NO_AFFINITY, models=("warm", "cold"))
+    assert apply_affinity(asked, routed).left == "plain"
 
 
 async def test_a_producer_that_is_gone_is_left() -> None:
-    choice = await chosen(Thread(producer="removed"), explain=True)
+    choice = await chosen(Affinity(producer="removed"), explain=True)
     assert (choice.model, choice.left) == ("cold", "removed")
-    assert {"model": "removed", "why": "not registered any more"} in to_json(choice)["ineligible"]
+    assert {"model": "removed", "why": "not registered any more"} in selection_to_json(choice)["ineligible"]
 
 
 async def test_an_unknown_producer_changes_nothing() -> None:
-    choice = await chosen(Thread(has_reasoning=True))
+    choice = await chosen(Affinity(has_reasoning=True))
     assert (choice.model, choice.reason, choice.left) == ("cold", "scored", None)
 
 
-def session(tokens: int | None, *, model: str = "warm", age_s: float = 10.0) -> Thread:
-    return Thread(session="digest", last=LastTurn(model, tokens, age_s))
+def session(tokens: int | None, *, model: str = "warm", age_s: float = 10.0) -> Affinity:
+    return Affinity(session="digest", last=LastTurn(model, tokens, age_s))
 
 
 @pytest.mark.parametrize(("tokens", "model", "reason"), [(660, "cold", "scored"), (670, "warm", "sticky")])
@@ -169,7 +171,7 @@ async def test_a_session_stays_where_what_is_cached_makes_it_the_cheaper_one(
 
 async def test_the_decision_shows_the_cached_price() -> None:
     """800 of 1,000 tokens: 200 × $1e-5 + 800 × $1e-6; the reference is 1,000 × $2.5e-6 + 50 × $1e-5 = $0.003."""
-    shown = {row["model"]: row for row in to_json(await chosen(session(800), explain=True))["candidates"]}
+    shown = {row["model"]: row for row in selection_to_json(await chosen(session(800), explain=True))["candidates"]}
     assert shown["warm"]["expected_cost_usd"] == pytest.approx(0.0028)
     assert shown["warm"]["score"] == pytest.approx(0.2 + 0.1 * 0.0028 / 0.003)
     assert shown["cold"]["expected_cost_usd"] == pytest.approx(0.004)
@@ -178,7 +180,7 @@ async def test_the_decision_shows_the_cached_price() -> None:
 
 
 async def test_no_more_can_be_cached_than_there_is() -> None:
-    shown = to_json(await chosen(session(10**9), explain=True))
+    shown = selection_to_json(await chosen(session(10**9), explain=True))
     assert shown["candidates"][0]["expected_cost_usd"] == pytest.approx(0.001)
 
 
@@ -187,7 +189,7 @@ async def test_no_more_can_be_cached_than_there_is() -> None:
     [session(None), session(900, age_s=301.0), session(900, model="plain"), session(900, model="removed")],
     ids=["tokens unknown", "cache gone cold", "no cached price", "removed"],
 )
-async def test_without_a_warm_cache_a_session_is_routed_like_any_other(thread: Thread) -> None:
+async def test_without_a_warm_cache_a_session_is_routed_like_any_other(thread: Affinity) -> None:
     choice = await chosen(thread)
     assert (choice.model, choice.reason) == ("cold", "scored")
 
@@ -200,7 +202,7 @@ async def test_what_would_have_been_chosen_anyway_is_scored() -> None:
 async def test_a_session_may_come_under_the_price_cap_by_its_cache_alone() -> None:
     choice = await chosen(session(900), models=("warm", "plain"), max_cost_usd=0.005)
     assert (choice.model, choice.reason) == ("warm", "only_candidate")
-    with pytest.raises(NothingAble):
+    with pytest.raises(NoEligibleModelError):
         await chosen(session(None), models=("warm", "plain"), max_cost_usd=0.005)
 
 

@@ -94,7 +94,7 @@ async def test_a_restart_that_is_under_way_when_a_process_closes_leaves_nothing_
     assert process is not None
     process.kill()
     process.wait()
-    restart = asyncio.create_task(store.keep_up())
+    restart = asyncio.create_task(store.ensure_running())
     await asyncio.sleep(0)
     restart.cancel()  # as whoever follows the store is cancelled; the thread goes on
     await store.close()
@@ -119,7 +119,7 @@ async def test_nothing_acknowledged_is_lost_when_every_process_is_killed(tmp_pat
     process.kill()
     process.wait()
     assert not await store.available()
-    await store.keep_up()
+    await store.ensure_running()
     assert await store.client.llen("list") == 50
     await store.close()
 
@@ -145,9 +145,9 @@ async def test_a_server_that_is_alive_but_silent_is_never_joined_by_a_second_one
     user.kill()
     await user.wait()
     with pytest.raises(StoreUnavailable, match="does not answer"):
-        await store.keep_up()
+        await store.ensure_running()
     os.kill(pid, signal.SIGCONT)
-    await store.keep_up()
+    await store.ensure_running()
     assert await pid_of(store) == pid
     await store.close()
 
@@ -157,7 +157,7 @@ async def test_a_killed_server_is_started_by_whoever_needs_it_even_if_its_parent
     store = await Store.open(settings(tmp_path))
     await store.client.set("word", "kept")
     os.kill(await pid_of(store), signal.SIGKILL)
-    await store.keep_up()
+    await store.ensure_running()
     assert await store.client.get("word") == "kept"
     user.kill()
     await user.wait()
@@ -173,7 +173,7 @@ async def test_a_server_that_died_of_an_error_is_started_again(tmp_path: Path) -
     os.kill(process.pid, signal.SIGABRT)
     process.wait()
     process.returncode = 1  # what it ends with when its disk is full
-    await store.keep_up()
+    await store.ensure_running()
     assert await store.available()
     await store.close()
 

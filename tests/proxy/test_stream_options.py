@@ -10,7 +10,7 @@ import pytest
 
 from proxy.settings.models import ModelInfo
 from proxy.storage.models import ModelRecord
-from proxy.upstream.client import Upstream
+from proxy.upstream.client import UpstreamClient
 from tests.support.raw_upstream import END, SAID, RawUpstream, Said, chunked, plain
 from tests.support.relaying import BODY, a_model, failing, streamed
 
@@ -30,7 +30,7 @@ REFUSAL = b'{"detail": [{"type": "extra_forbidden", "loc": ["body", "stream_opti
 
 @pytest.mark.parametrize("status", [b"400 Bad", b"422 No", b"500 Oh"])
 async def test_a_model_that_refuses_stream_options_is_asked_without_them_from_then_on(
-    upstream: Upstream, way: str, status: bytes
+    upstream: UpstreamClient, way: str, status: bytes
 ) -> None:
     async with RawUpstream(plain(REFUSAL, status=status), Said(chunked(SAID, END))) as server:
         record = model(server, way)
@@ -41,14 +41,14 @@ async def test_a_model_that_refuses_stream_options_is_asked_without_them_from_th
     assert {name: value for name, value in sent[0].items() if name != "stream_options"} == sent[1] == sent[2]
 
 
-async def test_a_changed_model_is_asked_anew(upstream: Upstream, way: str) -> None:
+async def test_a_changed_model_is_asked_anew(upstream: UpstreamClient, way: str) -> None:
     async with RawUpstream(plain(REFUSAL, status=b"422 No"), Said(chunked(SAID, END))) as server:
         await streamed(upstream, model(server, way))
         await streamed(upstream, model(server, way))
         assert ["stream_options" in json.loads(body) for body in server.bodies] == [True, False, True]
 
 
-async def test_another_fault_and_a_second_refusal_are_told(upstream: Upstream, way: str) -> None:
+async def test_another_fault_and_a_second_refusal_are_told(upstream: UpstreamClient, way: str) -> None:
     other = plain(b'{"error": {"message": "no such field: stream_option"}}', status=b"400 Bad")
     async with RawUpstream(other) as server:
         await failing(upstream, model(server, way), streamed)
@@ -63,14 +63,14 @@ async def test_another_fault_and_a_second_refusal_are_told(upstream: Upstream, w
 
 @pytest.mark.parametrize(("stated", "sent"), [(True, [True]), (False, [False])])
 async def test_what_is_stated_of_stream_options_is_kept_to(
-    upstream: Upstream, way: str, stated: bool, sent: list[bool]
+    upstream: UpstreamClient, way: str, stated: bool, sent: list[bool]
 ) -> None:
     async with RawUpstream(plain(REFUSAL, status=b"422 No")) as server:
         await failing(upstream, model(server, way, supports_stream_options=stated), streamed)
         assert ["stream_options" in json.loads(body) for body in server.bodies] == sent
 
 
-async def test_a_caller_who_asked_for_usage_is_served_without_it(upstream: Upstream, way: str) -> None:
+async def test_a_caller_who_asked_for_usage_is_served_without_it(upstream: UpstreamClient, way: str) -> None:
     asked = {**BODY, "stream": True, "stream_options": {"include_usage": True}}
     async with RawUpstream(plain(REFUSAL, status=b"422 No"), Said(chunked(SAID, END))) as server:
         blocks = [

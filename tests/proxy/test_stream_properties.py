@@ -11,9 +11,9 @@ import httpx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from proxy.errors import UpstreamFailure
+from proxy.errors import UpstreamError
 from proxy.upstream.litellm.transport import chunks_of
-from proxy.upstream.sse import EventCutter, dump, event
+from proxy.upstream.sse import SSEDecoder, encode_json, format_event
 
 LINE_ENDS = st.sampled_from(["\n", "\r\n"])
 TEXTS = st.text(st.sampled_from('a字é😀\u2028\u2029\x85\x0b\x0c\ufeff:\\" \t\u0301'), max_size=12)
@@ -49,7 +49,7 @@ def pieces(draw: st.DrawFn, raw: bytes) -> list[bytes]:
 
 
 def cut(parts: Sequence[bytes]) -> list[bytes]:
-    cutter = EventCutter()
+    cutter = SSEDecoder()
     return [data for part in parts for data in cutter.feed(part)] + cutter.close()
 
 
@@ -76,10 +76,10 @@ def test_bytes_of_any_kind_are_cut_the_same_for_every_split(raw: bytes, data: st
 @given(st.dictionaries(TEXTS, VALUES, max_size=4), st.data())
 @settings(max_examples=200, deadline=None)
 def test_what_is_written_is_what_is_read(payload: dict[str, Any], data: st.DataObject) -> None:
-    written = event(payload)
+    written = format_event(payload)
 
     assert [json.loads(found) for found in cut(data.draw(pieces(written)))] == [payload]
-    assert json.loads(dump(payload)) == payload
+    assert json.loads(encode_json(payload)) == payload
 
 
 class Pieces(httpx.AsyncByteStream):
@@ -100,7 +100,7 @@ def told(parts: Sequence[bytes]) -> tuple[list[Any], str | None]:
         try:
             async for chunk in chunks_of(response):
                 chunks.append(chunk)
-        except UpstreamFailure as failure:
+        except UpstreamError as failure:
             return chunks, failure.message
         return chunks, None
 

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from proxy.concurrency import end, in_own_thread, in_stoppable_thread, to_its_end
+from proxy.concurrency import cancel_and_wait, in_own_thread, in_stoppable_thread, run_uncancelled
 
 
 async def test_a_task_that_swallows_one_cancellation_ends_at_the_next() -> None:
@@ -19,7 +19,7 @@ async def test_a_task_that_swallows_one_cancellation_ends_at_the_next() -> None:
 
     task = asyncio.create_task(stubborn())
     await asyncio.sleep(0)
-    await end(task, None)
+    await cancel_and_wait(task, None)
     assert task.cancelled()
 
 
@@ -31,7 +31,7 @@ async def test_what_is_begun_comes_to_its_end_whoever_is_cancelled() -> None:
         await closing.wait()
         closed.set()
 
-    task = asyncio.create_task(to_its_end(close()))
+    task = asyncio.create_task(run_uncancelled(close()))
     await begun.wait()
     for _ in range(2):
         task.cancel()
@@ -66,7 +66,7 @@ async def test_work_in_a_thread_that_nobody_waits_for_ends_at_its_next_step() ->
     before = set(threading.enumerate())
     task = asyncio.create_task(in_own_thread(work))
     await asyncio.to_thread(began.wait)
-    await end(task)
+    await cancel_and_wait(task)
     assert (task.cancelled(), swallowed) == (True, 2)
     assert [each for each in set(threading.enumerate()) - before if each.name == "uniroute-loading"] == []
 
@@ -81,5 +81,5 @@ async def test_work_that_looks_whether_it_is_wanted_has_ended_when_its_cancellat
 
     task = asyncio.create_task(in_stoppable_thread(work))
     await asyncio.to_thread(began.wait)
-    await end(task)
+    await cancel_and_wait(task)
     assert (task.cancelled(), ended.is_set()) == (True, True)

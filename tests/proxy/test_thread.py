@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.routing.affinity import NO_THREAD, AnswerMarks, Thread, thread_of
-from proxy.routing.chat_request import ChatRequest, Options
+from proxy.routing.affinity import NO_AFFINITY, Affinity, AffinityRecorder, load_affinity
+from proxy.routing.chat_request import ChatRequest, RoutingOptions
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.redis import Store
-from proxy.storage.sessions import Conversations
+from proxy.storage.sessions import SessionStore
 
 ASK: Any = {"role": "user", "content": "What is the weather?"}
 CALL: Any = {
@@ -27,35 +27,35 @@ FIRST, SECOND = (ClientKey(name, name, "digest", 0.0) for name in ("k1", "k2"))
 
 
 @pytest.fixture
-def memory(store: Store) -> Conversations:
-    return Conversations(store, 60)
+def memory(store: Store) -> SessionStore:
+    return SessionStore(store, 60)
 
 
 async def thread(
-    memory: Conversations, *messages: Any, key: ClientKey | None = None, session: str | None = None, mode: str = "auto"
-) -> Thread:
-    request = ChatRequest({"messages": list(messages)}, "auto", False, False, Options(session=session))
-    return await thread_of(memory, request, key, Settings.model_validate({"sticky_sessions": mode}))
+    memory: SessionStore, *messages: Any, key: ClientKey | None = None, session: str | None = None, mode: str = "auto"
+) -> Affinity:
+    request = ChatRequest({"messages": list(messages)}, "auto", False, False, RoutingOptions(session=session))
+    return await load_affinity(memory, request, key, Settings.model_validate({"sticky_sessions": mode}))
 
 
 async def answered(
-    memory: Conversations, *messages: Any, answer: Any = CALL, model: str = "small", **options: Any
-) -> AnswerMarks:
-    marks = AnswerMarks(memory, await thread(memory, *messages, **options), list(messages))
+    memory: SessionStore, *messages: Any, answer: Any = CALL, model: str = "small", **options: Any
+) -> AffinityRecorder:
+    marks = AffinityRecorder(memory, await thread(memory, *messages, **options), list(messages))
     marks.answer({"choices": [{"index": 0, "message": answer, "finish_reason": "tool_calls"}]}, model)
     marks.finish(model, 70)
     return marks
 
 
-async def test_the_next_turn_of_a_loop_knows_who_called(memory: Conversations) -> None:
+async def test_the_next_turn_of_a_loop_knows_who_called(memory: SessionStore) -> None:
     await answered(memory, ASK)
-    assert await thread(memory, ASK, CALL, RESULT) == Thread(has_reasoning=True, producer="small")
+    assert await thread(memory, ASK, CALL, RESULT) == Affinity(has_reasoning=True, producer="small")
     bare = {name: value for name, value in CALL.items() if name != "reasoning_content"}
-    assert await thread(memory, ASK, bare, RESULT) == Thread(producer="small")
+    assert await thread(memory, ASK, bare, RESULT) == Affinity(producer="small")
     assert (await thread(memory, {**ASK, "content": "Another question?"}, bare, RESULT)).producer is None
 
 
-async def test_two_conversations_with_the_same_counted_ids_are_not_mixed(memory: Conversations) -> None:
+async def test_two_conversations_with_the_same_counted_ids_are_not_mixed(memory: SessionStore) -> None:
     bare = {name: value for name, value in CALL.items() if name != "reasoning_content"}
     other = {**ASK, "content": "And is it cold?"}
     await answered(memory, ASK, answer=bare, model="small")
@@ -64,7 +64,7 @@ async def test_two_conversations_with_the_same_counted_ids_are_not_mixed(memory:
     assert (await thread(memory, other, bare, RESULT)).producer == "large"
 
 
-async def test_another_key_recalls_nothing_of_ours(memory: Conversations) -> None:
+async def test_another_key_recalls_nothing_of_ours(memory: SessionStore) -> None:
     await answered(memory, ASK, key=FIRST, session="mine")
     ours = await thread(memory, ASK, key=FIRST, session="mine")
     assert ours.last is not None
@@ -75,7 +75,7 @@ async def test_another_key_recalls_nothing_of_ours(memory: Conversations) -> Non
     assert (await thread(memory, ASK, CALL, RESULT, key=FIRST)).producer == "small"
 
 
-async def test_with_sessions_off_nothing_of_them_is_read_or_written(memory: Conversations, store: Store) -> None:
+async def test_with_sessions_off_nothing_of_them_is_read_or_written(memory: SessionStore, store: Store) -> None:
     await answered(memory, ASK, answer={"role": "assistant", "content": "Rain."}, session="mine", mode="off")
     await memory.flush()
     assert await store.client.keys("uniroute:conversation:*") == []
@@ -84,8 +84,8 @@ async def test_with_sessions_off_nothing_of_them_is_read_or_written(memory: Conv
     assert (await thread(memory, ASK, CALL, RESULT, mode="off")).producer == "small"
 
 
-async def test_a_stream_is_remembered_with_its_last_piece_before_its_usage(memory: Conversations) -> None:
-    marks = AnswerMarks(memory, NO_THREAD, [ASK])
+async def test_a_stream_is_remembered_with_its_last_piece_before_its_usage(memory: SessionStore) -> None:
+    marks = AffinityRecorder(memory, NO_AFFINITY, [ASK])
     pieces: list[Any] = [
         {"delta": {"role": "assistant", "reasoning_content": CALL["reasoning_content"][:50]}},
         {"delta": {"reasoning_content": CALL["reasoning_content"][50:]}},
@@ -99,15 +99,15 @@ async def test_a_stream_is_remembered_with_its_last_piece_before_its_usage(memor
     assert (await thread(memory, ASK, CALL, RESULT)).producer == "small"
 
 
-async def test_every_answer_of_several_is_remembered(memory: Conversations) -> None:
-    marks = AnswerMarks(memory, NO_THREAD, [ASK])
+async def test_every_answer_of_several_is_remembered(memory: SessionStore) -> None:
+    marks = AffinityRecorder(memory, NO_AFFINITY, [ASK])
     texts = ["One way to think about it. " * 10, "Another way to think about it. " * 10]
     messages = [{"role": "assistant", "content": "Yes.", "reasoning_content": text} for text in texts]
     marks.answer({"choices": [{"index": place, "message": one} for place, one in enumerate(messages)]}, "small")
     assert [(await thread(memory, ASK, one, ASK)).producer for one in messages] == ["small", "small"]
 
 
-async def test_a_session_id_is_stored_nowhere_in_clear(memory: Conversations, store: Store) -> None:
+async def test_a_session_id_is_stored_nowhere_in_clear(memory: SessionStore, store: Store) -> None:
     marks = await answered(memory, ASK, session="canary-session")
     await memory.flush()
     keys = await store.client.keys("*")
@@ -117,8 +117,8 @@ async def test_a_session_id_is_stored_nowhere_in_clear(memory: Conversations, st
 
 
 @pytest.mark.parametrize("index", [None, "0", [], {}])
-async def test_an_odd_index_of_an_answer_is_its_place(memory: Conversations, index: Any) -> None:
-    marks = AnswerMarks(memory, NO_THREAD, [ASK])
+async def test_an_odd_index_of_an_answer_is_its_place(memory: SessionStore, index: Any) -> None:
+    marks = AffinityRecorder(memory, NO_AFFINITY, [ASK])
     marks.answer({"choices": [{"index": index, "message": CALL}]}, "small")
     assert (await thread(memory, ASK, CALL, RESULT)).producer == "small"
 
@@ -135,8 +135,8 @@ JSON = st.recursive(
 
 @given(st.dictionaries(st.sampled_from(["choices", "usage"]), JSON), JSON)
 def test_no_chunk_makes_it_fail(chunk: dict[str, Any], message: Any) -> None:
-    memory = Conversations(Store("unix:///nowhere"), 60)
-    marks = AnswerMarks(memory, NO_THREAD, [message])
+    memory = SessionStore(Store("unix:///nowhere"), 60)
+    marks = AffinityRecorder(memory, NO_AFFINITY, [message])
     marks.see(chunk, "small")
     marks.answer(chunk, "small")
     marks.finish("small", None)

@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.routing.fingerprints import SAMPLE, Excerpt, Trail, is_random, newest_question
+from proxy.routing.fingerprints import SAMPLE, TextSample, TurnFingerprints, latest_user_text, looks_random
 
 TEXTS = st.text(max_size=40)
 LONG = "A thought that nobody else will think in these very words. " * 4
 
 
 def marks(*parts: dict[str, Any], question: str = "Why?") -> list[str]:
-    trail = Trail()
+    trail = TurnFingerprints()
     for part in parts:
         trail.add(part)
-    asked = Excerpt(question)
+    asked = TextSample(question)
     return [*trail.reasoning_marks(asked), *trail.call_marks(asked)]
 
 
@@ -39,7 +39,7 @@ def a_call(call_id: str = "call_0", name: str = "weather", arguments: str = '{"c
     ],
 )
 def test_an_id_of_many_random_characters_stands_for_itself(call_id: str) -> None:
-    assert is_random(call_id, "weather")
+    assert looks_random(call_id, "weather")
     assert marks(a_call(call_id)) == marks(a_call(call_id, arguments="{}"), question="Another?")
 
 
@@ -56,7 +56,7 @@ def test_an_id_of_many_random_characters_stands_for_itself(call_id: str) -> None
     ],
 )
 def test_an_id_that_counts_is_told_apart_by_what_was_called_and_for_which_question(call_id: str, name: str) -> None:
-    assert not is_random(call_id, name)
+    assert not looks_random(call_id, name)
     one = marks(a_call(call_id, name))
     assert one == marks(a_call(call_id, name, '{"city":"Paris"}'))  # as a client writes it again
     others = (
@@ -100,13 +100,13 @@ def test_arguments_too_long_to_keep_are_compared_by_both_ends_and_their_length()
 @given(st.integers(0, 3 * SAMPLE), st.lists(st.integers(1, SAMPLE), max_size=8))
 def test_an_excerpt_does_not_depend_on_how_the_text_was_cut(length: int, cuts: list[int]) -> None:
     text = "".join(chr(97 + place % 23) for place in range(length))
-    pieces = Excerpt()
+    pieces = TextSample()
     start = 0
     for size in cuts:
         pieces.add(text[start : start + size])
         start += size
     pieces.add(text[start:])
-    assert pieces.sample == Excerpt(text).sample
+    assert pieces.sample == TextSample(text).sample
     assert pieces.whole == (text if length <= SAMPLE else None)
 
 
@@ -191,7 +191,7 @@ def test_short_reasoning_is_told_apart_by_its_question() -> None:
 
 
 def test_an_answer_without_calls_and_reasoning_leaves_nothing() -> None:
-    trail = Trail()
+    trail = TurnFingerprints()
     trail.add({"role": "assistant", "content": "Paris.", "reasoning_content": "", "tool_calls": [], "reasoning": None})
     assert trail.is_empty
 
@@ -202,6 +202,6 @@ def test_the_newest_question_is_the_newest_user_turn_before_the_answer() -> None
         {"role": "assistant", "content": "Yes."},
         {"role": "user", "content": [{"type": "text", "text": "Sec"}, {"type": "text", "text": "ond?"}]},
     ]
-    assert newest_question(messages).whole == "Second?"
-    assert newest_question(messages, 2).whole == "First?"
-    assert newest_question(messages[1:2]).whole == ""
+    assert latest_user_text(messages).whole == "Second?"
+    assert latest_user_text(messages, 2).whole == "First?"
+    assert latest_user_text(messages[1:2]).whole == ""

@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 
-from proxy.upstream.litellm.params import Provider, arm_body, call_arguments
+from proxy.upstream.litellm.params import LiteLLMTarget, call_arguments, merge_model_params
 
 ASK: Any = [{"role": "user", "content": "hi"}]
-LOCAL = Provider("openai", "small", "http://127.0.0.1:9001/v1")
-OPENAI = Provider("openai", "gpt-4o", None)
-ANTHROPIC = Provider("anthropic", "claude", None)
+LOCAL = LiteLLMTarget("openai", "small", "http://127.0.0.1:9001/v1")
+OPENAI = LiteLLMTarget("openai", "gpt-4o", None)
+ANTHROPIC = LiteLLMTarget("anthropic", "claude", None)
 
 
 def test_the_callers_value_wins_over_the_arms() -> None:
     params = {"model": "openai/m", "api_key": "k", "temperature": 0.2, "top_k": 4, "extra_body": {"min_p": 0.1}}
-    body = arm_body(params, {"messages": ASK, "temperature": 0.9})
+    body = merge_model_params(params, {"messages": ASK, "temperature": 0.9})
 
     assert body == {"messages": ASK, "temperature": 0.9, "top_k": 4, "min_p": 0.1}
 
@@ -24,7 +24,7 @@ def test_the_callers_value_wins_over_the_arms() -> None:
 @pytest.mark.parametrize("stated", ["max_tokens", "max_completion_tokens"])
 @pytest.mark.parametrize("fixed", ["max_tokens", "max_completion_tokens"])
 def test_one_limit_under_two_names_is_one_limit(stated: str, fixed: str) -> None:
-    assert arm_body({"model": "m", fixed: 10}, {"messages": ASK, stated: 99}) == {"messages": ASK, stated: 99}
+    assert merge_model_params({"model": "m", fixed: 10}, {"messages": ASK, stated: 99}) == {"messages": ASK, stated: 99}
 
 
 THINKING: dict[str, Any] = {
@@ -40,42 +40,48 @@ THINKING: dict[str, Any] = {
 def test_how_much_to_think_is_one_thing_under_all_its_names(fixed: str, stated: str) -> None:
     params = {"model": "m", "extra_body": {fixed: "the arm's", "thinking_budget": 1}}
 
-    assert arm_body(params, {"messages": ASK, stated: THINKING[stated]}) == {"messages": ASK, stated: THINKING[stated]}
+    assert merge_model_params(params, {"messages": ASK, stated: THINKING[stated]}) == {
+        "messages": ASK,
+        stated: THINKING[stated],
+    }
 
 
 @pytest.mark.parametrize(("fixed", "stated"), [("tools", "functions"), ("tool_choice", "function_call")])
 def test_the_callers_tools_take_the_place_of_the_arms_under_the_older_name_too(fixed: str, stated: str) -> None:
-    assert arm_body({"model": "m", fixed: ["arm"]}, {"messages": ASK, stated: []}) == {"messages": ASK, stated: []}
+    assert merge_model_params({"model": "m", fixed: ["arm"]}, {"messages": ASK, stated: []}) == {
+        "messages": ASK,
+        stated: [],
+    }
 
 
 def test_an_object_of_the_caller_is_not_mixed_with_the_arms() -> None:
     params = {"model": "m", "extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
     stated = {"messages": ASK, "chat_template_kwargs": {"other": 1}}
 
-    assert arm_body(params, stated) == stated
+    assert merge_model_params(params, stated) == stated
 
 
 @pytest.mark.parametrize("name", ["temperature", "stop", "seed"])
 def test_a_null_of_the_caller_does_not_undo_the_arm(name: str) -> None:
-    assert arm_body({"model": "m", name: 2}, {"messages": ASK, name: None}) == {"messages": ASK, name: 2}
+    assert merge_model_params({"model": "m", name: 2}, {"messages": ASK, name: None}) == {"messages": ASK, name: 2}
 
 
 def test_a_null_under_another_name_does_not_stand_beside_the_arms_value() -> None:
     body = {"messages": ASK, "max_tokens": None, "thinking": None, "user": None}
-    merged = arm_body({"model": "m", "max_completion_tokens": 10, "reasoning_effort": "low"}, body)
+    merged = merge_model_params({"model": "m", "max_completion_tokens": 10, "reasoning_effort": "low"}, body)
 
     assert merged == {"messages": ASK, "max_completion_tokens": 10, "reasoning_effort": "low", "user": None}
 
 
 @pytest.mark.parametrize("value", [[], "", 0, False])
 def test_an_empty_value_is_stated(value: object) -> None:
-    assert arm_body({"model": "m", "stop": ["x"]}, {"messages": ASK, "stop": value})["stop"] == value
+    assert merge_model_params({"model": "m", "stop": ["x"]}, {"messages": ASK, "stop": value})["stop"] == value
 
 
 def test_an_arm_cannot_take_the_callers_messages_or_model() -> None:
     fixed = {"messages": [], "model": "other", "stream": True}
     asked = {"model": "auto", "messages": ASK}
-    arguments = call_arguments(LOCAL, arm_body({"model": "m", "extra_body": fixed}, asked), stream=False)
+    arguments = call_arguments(LOCAL, merge_model_params({"model": "m", "extra_body": fixed}, asked), stream=False)
 
     assert arguments["extra_body"] == {"messages": ASK}
     assert arguments["stream"] is False
@@ -85,8 +91,8 @@ def test_an_arm_cannot_take_the_callers_messages_or_model() -> None:
 def test_the_arms_system_prompt_yields_to_the_callers(role: str) -> None:
     own = [{"role": role, "content": "mine"}, *ASK]
 
-    assert arm_body({"model": "m", "system": "arm"}, {"messages": ASK})["messages"][0]["content"] == "arm"
-    assert arm_body({"model": "m", "system": "arm"}, {"messages": own})["messages"] == own
+    assert merge_model_params({"model": "m", "system": "arm"}, {"messages": ASK})["messages"][0]["content"] == "arm"
+    assert merge_model_params({"model": "m", "system": "arm"}, {"messages": own})["messages"] == own
 
 
 def test_an_own_address_gets_the_callers_body_verbatim() -> None:
@@ -98,7 +104,7 @@ def test_an_own_address_gets_the_callers_body_verbatim() -> None:
 
 
 @pytest.mark.parametrize("provider", [LOCAL, OPENAI, ANTHROPIC])
-def test_usage_is_always_asked_for_in_a_stream(provider: Provider) -> None:
+def test_usage_is_always_asked_for_in_a_stream(provider: LiteLLMTarget) -> None:
     arguments = call_arguments(provider, {"messages": ASK, "stream": True}, stream=True)
     sent = {**arguments, **arguments.get("extra_body", {})}
 

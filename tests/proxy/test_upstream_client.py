@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import UpstreamFailure
+from proxy.errors import UpstreamError
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream.client import Upstream
-from proxy.upstream.litellm.client import LitellmUpstream
-from proxy.upstream.litellm.params import Provider
+from proxy.upstream.client import UpstreamClient
+from proxy.upstream.litellm.client import LiteLLMClient
+from proxy.upstream.litellm.params import LiteLLMTarget
 from proxy.upstream.litellm.setup import import_litellm
-from proxy.upstream.provider_resolution import by_litellm, plainly, questions
+from proxy.upstream.provider_resolution import cache_query, resolve_static, resolve_with_litellm
 from tests.support.answers import Step
 from tests.support.makers import a_record
 from tests.support.upstream import ScriptedUpstream
@@ -36,8 +36,8 @@ CLAUDE: Any = {
 
 
 @pytest.fixture
-async def upstream() -> AsyncIterator[LitellmUpstream]:
-    opened = LitellmUpstream(Settings(), {"OPENAI_API_KEY": OPENAI_KEY})
+async def upstream() -> AsyncIterator[LiteLLMClient]:
+    opened = LiteLLMClient(Settings(), {"OPENAI_API_KEY": OPENAI_KEY})
     await opened.prepare()
     yield opened
     await opened.aclose()
@@ -46,13 +46,13 @@ async def upstream() -> AsyncIterator[LitellmUpstream]:
 def resolved(record: ModelRecord, forward: Any) -> ModelRecord:
     """As it is stored once litellm was asked."""
     params = record.litellm_params
-    found = plainly(params, forward) or by_litellm(import_litellm(), questions(params), forward)
+    found = resolve_static(params, forward) or resolve_with_litellm(import_litellm(), cache_query(params), forward)
     return replace(record, resolved=found)
 
 
 @pytest.mark.parametrize("model", OPENAIS)
 async def test_openais_key_is_not_sent_to_an_address_of_somebody_else(
-    upstream: LitellmUpstream, monkeypatch: pytest.MonkeyPatch, model: str
+    upstream: LiteLLMClient, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", OPENAI_KEY)
     monkeypatch.setenv("OPENAI_ORG_ID", "org-of-openai-alone")
@@ -71,7 +71,7 @@ async def test_openais_key_is_not_relayed_to_an_address_of_somebody_else(
         record = resolved(a_record(model=model, api_base=server.url), "auto")
         for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
             monkeypatch.setenv(name, OPENAI_KEY)
-        upstream = Upstream(Settings(), {"OPENAI_API_KEY": OPENAI_KEY})
+        upstream = UpstreamClient(Settings(), {"OPENAI_API_KEY": OPENAI_KEY})
         answer = await upstream.complete(record, BODY)
         await upstream.aclose()
 
@@ -79,14 +79,14 @@ async def test_openais_key_is_not_relayed_to_an_address_of_somebody_else(
         assert not any(OPENAI_KEY in value for value in server.last.headers.values())
 
 
-async def test_openai_itself_gets_its_key_from_the_environment(upstream: LitellmUpstream) -> None:
-    client = upstream._openai_client(Provider("openai", "gpt-4o-mini", None), {})
+async def test_openai_itself_gets_its_key_from_the_environment(upstream: LiteLLMClient) -> None:
+    client = upstream._openai_client(LiteLLMTarget("openai", "gpt-4o-mini", None), {})
 
     assert (client.api_key, client.base_url.host) == (OPENAI_KEY, "api.openai.com")
 
 
 @pytest.mark.parametrize("name", COMPATIBLE)
-async def test_openai_compatible_providers_are_reached(upstream: LitellmUpstream, name: str) -> None:
+async def test_openai_compatible_providers_are_reached(upstream: LiteLLMClient, name: str) -> None:
     with ScriptedUpstream() as server:
         server.then(Step(extra={"service_tier": "default"}))
         record = a_record(model=f"{name}/x", api_base=server.url, api_key="key-of-this-one")
@@ -98,7 +98,7 @@ async def test_openai_compatible_providers_are_reached(upstream: LitellmUpstream
 
 @pytest.mark.parametrize("name", COMPATIBLE)
 async def test_openai_compatible_providers_are_relayed_to_where_that_is_asked_for(name: str) -> None:
-    upstream = Upstream(Settings(), {})
+    upstream = UpstreamClient(Settings(), {})
     with ScriptedUpstream() as server:
         record = resolved(a_record(model=f"{name}/x", api_base=server.url, api_key="key-of-this-one"), "relay")
         answer = await upstream.complete(record, BODY)
@@ -110,27 +110,27 @@ async def test_openai_compatible_providers_are_relayed_to_where_that_is_asked_fo
 
 @pytest.mark.parametrize("field", ["tools", "web_search_options"])
 async def test_a_field_that_a_translation_stumbles_over_is_the_requests_fault(
-    upstream: LitellmUpstream, field: str
+    upstream: LiteLLMClient, field: str
 ) -> None:
     with ScriptedUpstream() as server:
         server.then(Step(body=CLAUDE))
         record = a_record(model="anthropic/claude-3-5-sonnet-20241022", api_base=server.url, api_key="key-of-this-one")
-        with pytest.raises(UpstreamFailure) as caught:
+        with pytest.raises(UpstreamError) as caught:
             await upstream.complete(record, {**BODY, field: 5})
 
     assert caught.value.status == 400
     assert "format" in caught.value.message
 
 
-async def test_a_model_of_no_known_provider_is_not_the_callers_fault(upstream: LitellmUpstream) -> None:
-    with pytest.raises(UpstreamFailure, match="no provider is known") as caught:
+async def test_a_model_of_no_known_provider_is_not_the_callers_fault(upstream: LiteLLMClient) -> None:
+    with pytest.raises(UpstreamError, match="no provider is known") as caught:
         await upstream.complete(a_record(model="nonsense"), BODY)
 
     assert caught.value.status is None
     assert caught.value.retryable
 
 
-async def test_an_arms_broken_stream_options_do_not_break_its_streams(upstream: LitellmUpstream) -> None:
+async def test_an_arms_broken_stream_options_do_not_break_its_streams(upstream: LiteLLMClient) -> None:
     with ScriptedUpstream() as server:
         record = a_record(model="openai/x", api_base=server.url, stream_options=5)
         chunks = [chunk async for chunk in await upstream.stream(record, {**BODY, "stream": True})]
@@ -139,11 +139,9 @@ async def test_an_arms_broken_stream_options_do_not_break_its_streams(upstream: 
 
 
 @pytest.mark.parametrize("model", ["openai/x", "anthropic/claude-sonnet-4-5", "hosted_vllm/x", "gemini/gemini-2.5-pro"])
-async def test_a_connection_that_dies_is_one_request_and_said_to_have_died(
-    upstream: LitellmUpstream, model: str
-) -> None:
+async def test_a_connection_that_dies_is_one_request_and_said_to_have_died(upstream: LiteLLMClient, model: str) -> None:
     with ScriptedUpstream() as server:
         server.always = Step(drop=True)
-        with pytest.raises(UpstreamFailure) as caught:
+        with pytest.raises(UpstreamError) as caught:
             await upstream.complete(a_record(model=model, api_base=server.url, api_key="sk-of-somebody"), BODY)
         assert (len(server.history), caught.value.lost) == (1, True)

@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import UpstreamFailure
-from proxy.server.responses import describe
-from proxy.upstream.circuit_breaker import Weight, verdict_of
-from proxy.upstream.errors import error_in, no_completion, refused, reported
+from proxy.errors import UpstreamError
+from proxy.server.responses import render_error
+from proxy.upstream.circuit_breaker import Weight, classify_failure
+from proxy.upstream.errors import error_from_response, error_in, not_a_completion, reported
 
 
-def http_error(status: int, said: Any, **headers: str) -> UpstreamFailure:
-    return refused(status, json.dumps(said).encode(), headers, "small")
+def http_error(status: int, said: Any, **headers: str) -> UpstreamError:
+    return error_from_response(status, json.dumps(said).encode(), headers, "small")
 
 
-def shown(failure: UpstreamFailure) -> tuple[int, dict[str, Any]]:
-    status, body, _ = describe(failure)
+def shown(failure: UpstreamError) -> tuple[int, dict[str, Any]]:
+    status, body, _ = render_error(failure)
     error = body["error"]
     assert all(error[name] is None or isinstance(error[name], str) for name in ("message", "type", "code"))
     return status, error
@@ -47,7 +47,7 @@ def test_the_first_text_that_can_be_found_is_the_message(said: Any, words: str) 
 def test_a_body_without_words_is_shown_itself_and_cut() -> None:
     assert shown(http_error(400, {"fault": 7}))[1]["message"] == 'small answered with status 400: {"fault": 7}'
     assert len(shown(http_error(400, {"fault": list(range(999))}))[1]["message"]) < 600
-    assert shown(refused(500, b"", {}, "small"))[1]["message"] == "small answered with status 500"
+    assert shown(error_from_response(500, b"", {}, "small"))[1]["message"] == "small answered with status 500"
 
 
 def test_fields_beside_a_flat_message_are_the_errors() -> None:
@@ -59,7 +59,7 @@ def test_fields_beside_a_flat_message_are_the_errors() -> None:
 @pytest.mark.parametrize("stated", [{"code": 429}, {"code": "429"}, {"status": 429}, {"status_code": 429}])
 def test_an_error_has_the_status_that_it_names(stated: dict[str, Any]) -> None:
     said = {"error": {"message": "slow down", **stated}}
-    assert http_error(500, said).status == reported("x", said).status == no_completion("small", said).status == 429
+    assert http_error(500, said).status == reported("x", said).status == not_a_completion("small", said).status == 429
 
 
 @pytest.mark.parametrize("stated", [{"code": 200}, {"code": 5006}, {"code": True}, {"code": "4290"}, {"status": "x"}])
@@ -111,7 +111,7 @@ def test_a_prompt_that_does_not_fit_is_the_callers_matter_wherever_it_is_told(wo
     for failure in (http_error(500, said), http_error(400, said["error"]), reported("x", said), reported("x", words)):
         status, error = shown(failure)
         assert (status, error["code"], failure.retryable) == (400, "context_length_exceeded", True)
-        assert verdict_of(failure, 0.0).weight is Weight.ANSWERED
+        assert classify_failure(failure, 0.0).weight is Weight.ANSWERED
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_wait_that_the_body_asks_for_is_kept_where_no_header_does(told: dict[s
     said = {"error": {"code": 429, "message": "slow", **told}}
     assert reported("x", said).headers == {"retry-after": "7"}
     assert http_error(429, said, **{"Retry-After": "3"}).headers == {"retry-after": "3"}
-    assert verdict_of(reported("x", said), 0.0).wait_s == 7.0
+    assert classify_failure(reported("x", said), 0.0).wait_s == 7.0
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_what_does_not_is_none(said: Any) -> None:
 
 def test_what_a_completion_says_is_not_shown_beside_its_error() -> None:
     said = {"choices": [{"message": {"content": "half"}}], "usage": {}, "error": {"message": "gone"}, "request_id": "r"}
-    _, body, _ = describe(no_completion("small", said))
+    _, body, _ = render_error(not_a_completion("small", said))
     assert set(body) == {"error", "request_id"}
 
 
@@ -190,10 +190,10 @@ def test_what_a_completion_says_is_not_shown_beside_its_error() -> None:
     ],
 )
 def test_what_a_failed_answer_used_is_kept_of_it(said: dict[str, Any]) -> None:
-    body: Any = no_completion("small", said).body
+    body: Any = not_a_completion("small", said).body
     assert body["usage"] == {"prompt_tokens": 3}
 
 
 def test_of_a_long_error_within_a_success_its_words_are_kept() -> None:
     said = {"error": {"message": "gone", "code": 503}, "more": ["x"] * 9999}
-    assert no_completion("small", said).body == {"error": {"message": "gone", "code": 503}}
+    assert not_a_completion("small", said).body == {"error": {"message": "gone", "code": 503}}

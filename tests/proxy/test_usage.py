@@ -12,7 +12,7 @@ import pytest
 from proxy.cli.models import per_million
 from proxy.profiling.grading import cost_of as cost_of_answer
 from proxy.profiling.grading import read_answer
-from proxy.storage.usage import TokenCounts, UsageRecord, buckets_of, cost_usd, counts_of, usage_of
+from proxy.storage.usage import TokenCounts, UsageRecord, buckets_of, cost_usd, parse_usage, usage_of
 from router_core.types import Price
 
 PRICE = Price(1e-6, 4e-6, cache_read_input_token_cost=1e-7)
@@ -24,7 +24,7 @@ def openai(prompt: int, completion: int, total: int | None = None, **more: Any) 
 
 
 def test_cached_tokens_are_paid_once() -> None:
-    counts = counts_of(
+    counts = parse_usage(
         {
             "prompt_tokens": 1000,
             "completion_tokens": 100,
@@ -41,8 +41,8 @@ def test_cached_tokens_are_paid_once() -> None:
     "usage", [None, "x", {}, {"prompt_tokens": -1}, {"prompt_tokens": "3", "completion_tokens": 2}]
 )
 def test_what_was_not_reported_costs_unknown_not_nothing(usage: Any) -> None:
-    assert counts_of(usage).prompt_tokens is None
-    assert cost_usd(counts_of(usage), PRICE) is None
+    assert parse_usage(usage).prompt_tokens is None
+    assert cost_usd(parse_usage(usage), PRICE) is None
     assert cost_usd(TokenCounts(1, 0, 1, 0), None) is None
 
 
@@ -65,7 +65,7 @@ def test_what_was_not_reported_costs_unknown_not_nothing(usage: Any) -> None:
 def test_the_total_says_whether_reasoning_is_part_of_the_answer(
     usage: dict[str, Any], prompt: int, output: int
 ) -> None:
-    counts = counts_of(usage)
+    counts = parse_usage(usage)
     assert (counts.prompt_tokens, counts.output_tokens) == (prompt, output)
 
 
@@ -84,7 +84,7 @@ def test_the_total_says_whether_reasoning_is_part_of_the_answer(
     ],
 )
 def test_what_a_cache_read_and_wrote_is_counted_in_the_prompt_once(usage: dict[str, Any], prompt: int) -> None:
-    assert counts_of(usage).prompt_tokens == prompt
+    assert parse_usage(usage).prompt_tokens == prompt
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_what_a_cache_read_and_wrote_is_counted_in_the_prompt_once(usage: dict[s
     ids=["moonshot", "deepseek", "both", "openrouter", "litellm", "anthropic", "new-api", "gemini", "images"],
 )
 def test_each_vendors_names_are_known(usage: dict[str, Any], expected: dict[str, int]) -> None:
-    buckets = asdict(buckets_of(counts_of(usage)))
+    buckets = asdict(buckets_of(parse_usage(usage)))
     apart = {name: tokens for name, tokens in buckets.items() if name not in ("fresh_tokens", "output_tokens")}
     assert {name: tokens for name, tokens in apart.items() if tokens} == expected
     assert buckets["fresh_tokens"] >= 0
@@ -144,7 +144,7 @@ def test_each_vendors_names_are_known(usage: dict[str, Any], expected: dict[str,
     ],
 )
 def test_usage_is_found_wherever_a_vendor_puts_it(body: dict[str, Any]) -> None:
-    assert counts_of(usage_of(body)).prompt_tokens == 3
+    assert parse_usage(usage_of(body)).prompt_tokens == 3
 
 
 @pytest.mark.parametrize("body", [{}, {"choices": "odd"}, {"choices": [None]}, {"x_groq": "odd", "message": None}])
@@ -166,22 +166,22 @@ def test_a_chunk_without_usage_has_none(body: dict[str, Any]) -> None:
     ],
 )
 def test_a_count_is_a_whole_number_or_unknown(value: Any, read: int | None) -> None:
-    assert counts_of({"prompt_tokens": value}).prompt_tokens == read
-    assert counts_of({"input_tokens": value, "prompt_tokens": "odd"}).prompt_tokens == read
+    assert parse_usage({"prompt_tokens": value}).prompt_tokens == read
+    assert parse_usage({"input_tokens": value, "prompt_tokens": "odd"}).prompt_tokens == read
 
 
 def test_parts_are_never_more_than_their_whole() -> None:
     """A broken report is paid for as many tokens as it says in all."""
     details = {"cached_tokens": 600, "cache_write_tokens": 400, "audio_tokens": 900, "image_tokens": 900}
     usage = openai(1000, 100, prompt_tokens_details=details, completion_tokens_details={"audio_tokens": 10**9})
-    buckets = buckets_of(counts_of(usage))
+    buckets = buckets_of(parse_usage(usage))
     assert (buckets.prompt_tokens, buckets.cached_tokens, buckets.written_tokens) == (1000, 600, 400)
     assert (buckets.audio_output_tokens, buckets.output_tokens) == (100, 0)
 
 
 def test_a_report_of_one_half_keeps_the_other_as_it_was_told() -> None:
-    start = counts_of({"input_tokens": 100, "cache_read_input_tokens": 900, "output_tokens": 1})
-    both = counts_of({"output_tokens": 50}).after(start)
+    start = parse_usage({"input_tokens": 100, "cache_read_input_tokens": 900, "output_tokens": 1})
+    both = parse_usage({"output_tokens": 50}).after(start)
     assert (both.prompt_tokens, both.cached_tokens, both.output_tokens) == (1000, 900, 50)
 
 

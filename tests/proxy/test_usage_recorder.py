@@ -11,8 +11,8 @@ import pytest
 
 from proxy.storage.redis import Store, StoreUnavailable
 from proxy.storage.usage import UsageRecord
-from proxy.storage.usage_journal import Journals
-from proxy.storage.usage_writer import JOURNALS, KEY_TOTALS, STREAM, TOTALS, UsageRecorder
+from proxy.storage.usage_journal import JournalDirectory
+from proxy.storage.usage_writer import JOURNALS, KEY_TOTALS, STREAM, TOTALS, UsageWriter
 
 SETTLE = """
 local function settle(key_id, reservation_id, tokens, picousd, day, month)
@@ -25,8 +25,8 @@ def a_record(decision: str = "dec-1", cost: float | None = 0.25, ending: str = "
     return UsageRecord(decision, 1.7e9, "small", None, "scored", ending, 10, 4, 5, None, cost, 1.5, 0.5)
 
 
-def a_recorder(store: Store, folder: Path, **more: Any) -> UsageRecorder:
-    return UsageRecorder(store, Journals(folder, 10**9), **more)
+def a_recorder(store: Store, folder: Path, **more: Any) -> UsageWriter:
+    return UsageWriter(store, JournalDirectory(folder, 10**9), **more)
 
 
 def left_in(folder: Path) -> list[Path]:

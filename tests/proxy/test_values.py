@@ -16,8 +16,8 @@ from prometheus_client import CollectorRegistry
 from proxy.server import metrics as values
 from proxy.server.metrics import (
     SEGMENT_CELLS,
-    Counted,
-    Distribution,
+    FastCounter,
+    FastHistogram,
     Level,
     Metrics,
     SharedValues,
@@ -62,8 +62,8 @@ class Scraped:
 
     def __init__(self, folder: Path) -> None:
         self.values = SharedValues(folder)
-        self.asked = Counted("asked", "", ["model"], values=self.values)
-        self.took = Distribution("took", "", [], [1, 10], values=self.values)
+        self.asked = FastCounter("asked", "", ["model"], values=self.values)
+        self.took = FastHistogram("took", "", [], [1, 10], values=self.values)
         self.busy = Level("busy", "", values=self.values)
         self._registry = CollectorRegistry()
         for each in (self.asked, self.took, self.busy):
@@ -96,8 +96,8 @@ def test_a_killed_process_keeps_what_it_counted_and_its_gauges_go(tmp_path: Path
 
 
 def test_a_series_began_when_the_first_process_counted_it(tmp_path: Path) -> None:
-    first = Counted("asked", "", ["model"], values=SharedValues(tmp_path, lambda: 5.0))
-    second = Counted("asked", "", ["model"], values=SharedValues(tmp_path, lambda: 9.0))
+    first = FastCounter("asked", "", ["model"], values=SharedValues(tmp_path, lambda: 5.0))
+    second = FastCounter("asked", "", ["model"], values=SharedValues(tmp_path, lambda: 9.0))
     for counted in (second, first):
         counted.add(("small",))
     second._values.refresh()
@@ -107,8 +107,8 @@ def test_a_series_began_when_the_first_process_counted_it(tmp_path: Path) -> Non
 
 def test_any_number_of_series_is_counted_and_read(tmp_path: Path) -> None:
     scraped, other = Scraped(tmp_path), SharedValues(tmp_path)
-    asked = Counted("asked", "", ["model"], values=other)
-    took = Distribution("took_long", "", ["model"], range(100), values=other)
+    asked = FastCounter("asked", "", ["model"], values=other)
+    took = FastHistogram("took_long", "", ["model"], range(100), values=other)
     for number in range(300):
         asked.add((f"model-{number}",), number)
         took.observe(number, (f"model-{number}",))
@@ -119,7 +119,7 @@ def test_any_number_of_series_is_counted_and_read(tmp_path: Path) -> None:
 
 def test_a_line_that_was_cut_by_a_kill_is_no_series(tmp_path: Path) -> None:
     left = SharedValues(tmp_path)
-    Counted("asked", "", ["model"], values=left).add(("small",), 2)
+    FastCounter("asked", "", ["model"], values=left).add(("small",), 2)
     os.write(left._index, b'["counter", "asked", ["lar')
     os.close(left._index)
     scraped = Scraped(tmp_path)
@@ -159,7 +159,7 @@ def test_every_metric_of_the_registry_is_of_the_shared_kind(tmp_path: Path) -> N
     """One that is not would show the worker that happens to be asked."""
     one, other = Metrics(SharedValues(tmp_path)), Metrics(SharedValues(tmp_path))
     kinds = {type(collector) for collector in one.registry._collector_to_names}
-    assert kinds == {Counted, Distribution, Level}
+    assert kinds == {FastCounter, FastHistogram, Level}
     other.errors.labels("500").inc()
     other.in_flight = 3
     other.look()

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from proxy.storage.usage import cost_usd, counts_of
+from proxy.storage.usage import cost_usd, parse_usage
 from router_core.errors import InvalidInput
 from router_core.pricing import TokenUsage, bill_usd, max_price_usd, picousd, reference_usd
 from router_core.profiles import Profile
-from router_core.types import DEAREST, PRICE_FIELDS, Price
+from router_core.types import MAX_PRICE, PRICE_FIELDS, Price
 
-COST = st.floats(0, 1e-2) | st.floats(0, DEAREST) | st.sampled_from([0.0, -0.0, 1e-12, DEAREST])
+COST = st.floats(0, 1e-2) | st.floats(0, MAX_PRICE) | st.sampled_from([0.0, -0.0, 1e-12, MAX_PRICE])
 RATES = st.dictionaries(st.sampled_from(PRICE_FIELDS[2:]), COST)
 TIERS = st.dictionaries(
     st.sampled_from([f"{rate}_above_{tokens}_tokens" for rate in PRICE_FIELDS for tokens in ("1", "200k", "272k")]),
@@ -65,7 +65,7 @@ def test_a_bill_is_never_negative_and_more_tokens_never_cost_less(
 @given(PRICES, USAGES)
 @settings(max_examples=300, deadline=None)
 def test_whatever_usage_says_tokens_are_paid_once(price: Price, usage: dict[str, object]) -> None:
-    counts = counts_of(usage)
+    counts = parse_usage(usage)
     cost = cost_usd(counts, price)
     if counts.prompt_tokens is None or counts.output_tokens is None:
         assert cost is None
@@ -80,7 +80,7 @@ def test_a_price_comes_back_from_json(price: Price) -> None:
     assert Price.of(json.loads(json.dumps(price.stated()))) == price
 
 
-@given(st.sampled_from(PRICE_FIELDS), st.floats(DEAREST * 1.01) | st.floats(max_value=-1e-300))
+@given(st.sampled_from(PRICE_FIELDS), st.floats(MAX_PRICE * 1.01) | st.floats(max_value=-1e-300))
 def test_a_price_beyond_all_measure_is_refused(name: str, value: float) -> None:
     with pytest.raises(InvalidInput):
         Price.of({"input_cost_per_token": 0.0, "output_cost_per_token": 0.0, name: value})

@@ -9,7 +9,7 @@ import pytest
 from router_core.artifact import ARRAYS, MANIFEST, builtin_map, load_map, save_map
 from router_core.embedding import StaticEmbedder
 from router_core.errors import InvalidArtifact
-from router_core.fitting import EmbeddedPrompts, fit_with_history
+from router_core.fitting import EmbeddedPrompts, fit_with_outcomes
 from tests.router_core.makers import a_map
 
 
@@ -28,7 +28,7 @@ def test_a_map_with_a_history_comes_back_with_it(tmp_path: Path) -> None:
     vectors = rng.normal(size=(600, 3)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     scores = rng.integers(0, 2, (600, 3)).astype(np.float64)
-    saved = fit_with_history(EmbeddedPrompts(["word"] * 600, vectors, "e"), scores, ("x", "y", "z"), 4)
+    saved = fit_with_outcomes(EmbeddedPrompts(["word"] * 600, vectors, "e"), scores, ("x", "y", "z"), 4)
     save_map(saved, tmp_path)
     loaded = load_map(tmp_path)
     assert loaded.id == saved.id

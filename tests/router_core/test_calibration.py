@@ -7,17 +7,17 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from router_core.calibration import Expectations, best_within, cheapest_reaching, cost_weights, expectations
+from router_core.calibration import LambdaSweep, best_within, cheapest_reaching, cost_weights, expectations
 from router_core.eligibility import eligible
 from router_core.errors import InvalidInput, NoEligibleModel
-from router_core.scoring import Terms, rank
-from router_core.types import Assignment, Capabilities, Needs, Price
+from router_core.scoring import ScoringParams, rank
+from router_core.types import Assignment, Capabilities, Price, Requirements
 from tests.router_core.makers import a_candidate, a_pool, an_assignment
 
-CENTS = Terms(cost_unit="cents")
+CENTS = ScoringParams(cost_unit="cents")
 
 
-def half_and_half() -> Expectations:
+def half_and_half() -> LambdaSweep:
     """Two prompts where the cheap model is nearly as good, two where it is not, at $0.10 or $1.15 per 1,000.
 
     At a tie of 0.005 the first two go to it from λ = 0.095 ÷ 0.105 = 0.905 on, the others from 0.495 ÷ 0.105 = 4.714.
@@ -29,11 +29,11 @@ def half_and_half() -> Expectations:
     return expectations(pool, an_assignment(0, 0, 1, 1), np.zeros(4), CENTS)
 
 
-def by_chance(seed: int, models: int = 4, prompts: int = 300) -> Expectations:
+def by_chance(seed: int, models: int = 4, prompts: int = 300) -> LambdaSweep:
     rng = np.random.default_rng(seed)
     costs = rng.exponential(size=(prompts, models)) * 10.0 ** np.arange(models)
     names = tuple(f"model {number}" for number in range(models))
-    return Expectations(names, rng.random((prompts, models)), costs / 100, costs, tie=0.005)
+    return LambdaSweep(names, rng.random((prompts, models)), costs / 100, costs, tie=0.005)
 
 
 @pytest.mark.parametrize(
@@ -118,13 +118,13 @@ def test_models_of_one_price_leave_nothing_to_choose() -> None:
     "terms",
     [
         CENTS,
-        Terms(),
-        Terms(reference=Price(1e-6, 2e-6)),
-        Terms(latency_weight=1e-4),
-        Terms(CENTS.lambda_, 1e-4, None, "cents"),
+        ScoringParams(),
+        ScoringParams(reference=Price(1e-6, 2e-6)),
+        ScoringParams(latency_weight=1e-4),
+        ScoringParams(CENTS.lambda_, 1e-4, None, "cents"),
     ],
 )
-def test_all_prompts_at_once_are_routed_as_one_by_one(terms: Terms) -> None:
+def test_all_prompts_at_once_are_routed_as_one_by_one(terms: ScoringParams) -> None:
     pool = a_pool(
         a_candidate("cheap", (0.2, 0.6, 0.5), Price(1e-7, 1e-6), tokens=300.0),
         a_candidate("dear", (0.1, 0.1, 0.3), Price(1e-5, 3e-5), seconds=4.0),
@@ -140,10 +140,10 @@ def test_all_prompts_at_once_are_routed_as_one_by_one(terms: Terms) -> None:
     for lambda_ in (0.0, 0.1, 0.5, 3.0):
         decisions = [
             rank(
-                eligible(pool, needs := Needs(prompt_tokens=count)),
+                eligible(pool, needs := Requirements(prompt_tokens=count)),
                 Assignment(assignment.ids[[row]], assignment.weights[[row]]),
                 needs,
-                Terms(lambda_, terms.latency_weight, None, terms.cost_unit, terms.reference),
+                ScoringParams(lambda_, terms.latency_weight, None, terms.cost_unit, terms.reference),
             )
             for row, count in enumerate(tokens)
         ]

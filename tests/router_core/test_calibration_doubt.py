@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from router_core.calibration import expectations, relative_interval
+from router_core.calibration import expectations, quality_interval
 from router_core.pool import Pool
 from router_core.types import Price
 from tests.router_core.makers import a_candidate, a_pool, an_assignment
@@ -22,7 +22,7 @@ def two_models(cheap: float, dear: float) -> Pool:
 
 def interval(pool: Pool, lambda_: float) -> tuple[float, float] | None:
     expected = expectations(pool, PROMPTS, np.zeros(2))
-    return relative_interval(expected, expected.at(lambda_), pool, PROMPTS)
+    return quality_interval(expected, expected.at(lambda_), pool, PROMPTS)
 
 
 def test_the_best_model_itself_is_surely_as_good_as_itself() -> None:

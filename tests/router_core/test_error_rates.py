@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from router_core.clustering import ClusterMap
-from router_core.estimators import SHRUNK, Recipe
-from router_core.pool import ErrorRates
+from router_core.estimators import SHRUNK, Estimator
+from router_core.pool import CachedEstimator
 from router_core.profiles import Profile
 from router_core.types import Doubles
 from tests.router_core.makers import a_map, a_profile
@@ -17,7 +17,7 @@ def measured(errors: float, labels: float = 4.0) -> Profile:
 
 
 def test_rates_that_were_stated_are_served_as_they_are() -> None:
-    rates = ErrorRates(a_map()).of([a_profile([0.1, 0.9, 0.3], labels=1.0), None, measured(1.0)])
+    rates = CachedEstimator(a_map()).of([a_profile([0.1, 0.9, 0.3], labels=1.0), None, measured(1.0)])
     assert rates[0].tolist() == [0.1, 0.9, 0.3]
     assert np.isnan(rates[1]).all()
     assert rates[2] == pytest.approx([0.26] * 3, abs=0.05)
@@ -30,7 +30,7 @@ def test_rates_are_computed_again_only_when_sums_have_changed() -> None:
         calls.append(len(error_sums))
         return SHRUNK.rates(error_sums, labels, cluster_map)
 
-    rates = ErrorRates(a_map(), Recipe("counted", hard=False, rates=counted))
+    rates = CachedEstimator(a_map(), Estimator("counted", hard=False, rates=counted))
     first = rates.of([measured(1.0), measured(2.0)])
     assert np.array_equal(rates.of([measured(1.0), None, measured(2.0)])[[0, 2]], first)
     assert calls == [2]

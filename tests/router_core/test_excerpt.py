@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from router_core.embedding import CUT, excerpt
+from router_core.embedding import MAX_END_CHARS, truncate_middle
 
 
 def test_a_text_that_fits_is_left_as_it_is() -> None:
-    whole = " " + "a" * (2 * CUT - 2) + "\n"
-    assert excerpt(whole) == whole
+    whole = " " + "a" * (2 * MAX_END_CHARS - 2) + "\n"
+    assert truncate_middle(whole) == whole
 
 
 def test_a_long_text_keeps_its_two_ends() -> None:
-    assert excerpt("a" * CUT + "b" + "c" * CUT) == "a" * CUT + "\n" + "c" * CUT
+    assert (
+        truncate_middle("a" * MAX_END_CHARS + "b" + "c" * MAX_END_CHARS)
+        == "a" * MAX_END_CHARS + "\n" + "c" * MAX_END_CHARS
+    )
 
 
 def test_blanks_around_a_long_text_are_not_its_ends() -> None:
-    assert excerpt(" " * CUT + "a" * CUT + "\n" * CUT) == "a" * CUT
-    assert excerpt("\n" * CUT + "a" * 2 * CUT + "b") == "a" * CUT + "\n" + "a" * (CUT - 1) + "b"
+    assert truncate_middle(" " * MAX_END_CHARS + "a" * MAX_END_CHARS + "\n" * MAX_END_CHARS) == "a" * MAX_END_CHARS
+    assert (
+        truncate_middle("\n" * MAX_END_CHARS + "a" * 2 * MAX_END_CHARS + "b")
+        == "a" * MAX_END_CHARS + "\n" + "a" * (MAX_END_CHARS - 1) + "b"
+    )

@@ -7,34 +7,34 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_core.decision import choose, flip_lambdas
+from router_core.decision import argmin_with_ties, lambda_thresholds
 
 LINES = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 5)), min_size=1, max_size=8)
 
 
 def test_two_models_change_places_where_their_scores_come_within_the_tie() -> None:
     """0.1 + λ·1 against 0.3: equal at 0.2, and the cheaper wins from 0.195 on."""
-    flips = flip_lambdas(np.array([0.1, 0.3]), np.array([1.0, 0.0]), 0.1, tie=0.005)
+    flips = lambda_thresholds(np.array([0.1, 0.3]), np.array([1.0, 0.0]), 0.1, tie=0.005)
     assert flips == pytest.approx([0.1, 0.195])
 
 
 def test_the_choice_itself_stands_at_the_lambda_in_use() -> None:
-    flips = flip_lambdas(np.array([0.1, 0.3]), np.array([1.0, 0.0]), 0.7, tie=0.005)
+    flips = lambda_thresholds(np.array([0.1, 0.3]), np.array([1.0, 0.0]), 0.7, tie=0.005)
     assert flips[1] == 0.7
     assert flips[0] == pytest.approx(0.195, abs=1e-6)
 
 
 def test_a_model_that_is_worse_and_dearer_is_never_chosen() -> None:
-    flips = flip_lambdas(np.array([0.1, 0.5]), np.array([0.0, 1.0]), 0.1, tie=0.005)
+    flips = lambda_thresholds(np.array([0.1, 0.5]), np.array([0.0, 1.0]), 0.1, tie=0.005)
     assert math.isnan(flips[1])
 
 
 @given(LINES, st.floats(0, 10))
 def test_every_lambda_that_is_told_makes_the_model_the_choice(lines: list[tuple[float, float]], lambda_: float) -> None:
     errors, costs = np.array([e for e, _ in lines]), np.array([c for _, c in lines])
-    for row, flip in enumerate(flip_lambdas(errors, costs, lambda_, tie=0.005)):
+    for row, flip in enumerate(lambda_thresholds(errors, costs, lambda_, tie=0.005)):
         if not math.isnan(flip):
-            assert choose(errors + flip * costs, costs, 0.005) == row
+            assert argmin_with_ties(errors + flip * costs, costs, 0.005) == row
 
 
 @given(LINES, st.floats(0, 10), st.floats(0, 10))
@@ -44,13 +44,13 @@ def test_no_model_that_some_lambda_chooses_is_left_without_one(
     """Costs on a grid, so that no crossing lies closer to another than rounding can tell."""
     errors = np.round([e for e, _ in lines], 2)
     costs = np.round([c for _, c in lines], 1)
-    chosen = choose(errors + other * costs, costs, 0.005)
-    flip = flip_lambdas(errors, costs, lambda_, tie=0.005)[chosen]
+    chosen = argmin_with_ties(errors + other * costs, costs, 0.005)
+    flip = lambda_thresholds(errors, costs, lambda_, tie=0.005)[chosen]
     assert abs(flip - lambda_) <= abs(other - lambda_) + 1e-6
 
 
 def test_no_lambda_is_told_that_nobody_can_ask_for() -> None:
-    flips = flip_lambdas(np.array([0.5, 0.2, 0.1]), np.array([0.0, 1e-300, 5.0]), 0.1, 1e-12)
+    flips = lambda_thresholds(np.array([0.5, 0.2, 0.1]), np.array([0.0, 1e-300, 5.0]), 0.1, 1e-12)
 
     assert np.isnan(flips[0])  # the cheapest, by so little that λ would have to be beyond all bounds
     assert flips[1:] == pytest.approx([0.1, 0.02], rel=1e-6)

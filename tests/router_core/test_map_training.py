@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from router_core.evaluation.cluster_methods import kmeans_raw, learned_map
-from router_core.evaluation.trials import Asked
+from router_core.evaluation.trials import LabelledSample
 from router_core.learned_clusters import (
-    Answers,
     LearnedMap,
+    TrainingTargets,
     answers_of,
     fit_learned_map,
     gradient,
+    initial_map,
     log_loss,
     rates_of,
-    starting_map,
     train,
 )
 from router_core.types import Doubles, Floats
@@ -44,7 +44,7 @@ def a_faint_history(count: int = 1200) -> tuple[Floats, Doubles]:
 def trained_and_start(vectors: Floats, scores: Doubles) -> tuple[LearnedMap, LearnedMap]:
     return (
         fit_learned_map(vectors, scores, seed=0, clusters=CLUSTERS),
-        starting_map(vectors, CLUSTERS, seed=0),
+        initial_map(vectors, CLUSTERS, seed=0),
     )
 
 
@@ -53,7 +53,7 @@ def test_the_gradient_is_the_slope_of_the_log_loss() -> None:
     soft = LearnedMap(rng.normal(size=(3, 4)).astype(np.float32), rng.normal(size=4).astype(np.float32), 4)
     vectors = rng.normal(size=(20, 3)).astype(np.float32)
     labelled = (rng.random((20, 2)) < 0.8).astype(np.float32)
-    answers = Answers(vectors, labelled * (rng.random((20, 2)) < 0.5).astype(np.float32), labelled)
+    answers = TrainingTargets(vectors, labelled * (rng.random((20, 2)) < 0.5).astype(np.float32), labelled)
     rates = rng.uniform(0.1, 0.9, (2, 4)).astype(np.float32)
     slope, offset = gradient(soft, rates, answers)
 
@@ -75,7 +75,7 @@ def test_it_sees_what_kmeans_does_not() -> None:
     vectors, scores = faint(1500)
     known = a_known(vectors[:1200], scores[:1200, :2])
     rows = np.arange(100)
-    some = Asked(rows, scores[rows, 2:], np.full((100, 1), np.nan))
+    some = LabelledSample(rows, scores[rows, 2:], np.full((100, 1), np.nan))
     losses = [
         float(((method(known)(some, vectors[1200:]) - (1.0 - scores[1200:, 2:])) ** 2).mean())
         for method in (learned_map, kmeans_raw)
@@ -108,7 +108,7 @@ def test_noisy_answers_in_many_dimensions_still_teach_it() -> None:
 @pytest.mark.parametrize("contrary", [False, True])
 def test_it_never_ends_above_its_start_on_what_is_held_out(contrary: bool) -> None:
     vectors, scores = a_faint_history()
-    answers, start = answers_of(vectors, scores), starting_map(vectors, CLUSTERS, seed=0)
+    answers, start = answers_of(vectors, scores), initial_map(vectors, CLUSTERS, seed=0)
     fitted, held_out = answers.at(np.arange(1000)), answers.at(np.arange(1000, 1200))
     if contrary:
         held_out = replace(held_out, errors=1.0 - held_out.errors)

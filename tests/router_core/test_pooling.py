@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_core.clustering import ClusterMap, History, history_of
-from router_core.estimators import pooled_rates
+from router_core.clustering import ClusterMap, ReferenceModels, history_of
+from router_core.estimators import partially_pooled_rates
 from router_core.types import Assignment, Doubles
 from tests.router_core.makers import a_map, an_assignment
 
@@ -18,14 +18,14 @@ def many(rates: list[float], labels: float = 400.0) -> tuple[Doubles, Doubles]:
 
 def test_with_many_labels_a_rate_is_the_models_own_mean() -> None:
     errors, labels = many([0.1, 0.5, 0.9])
-    assert pooled_rates(errors, labels, a_map())[0] == pytest.approx([0.1, 0.5, 0.9], abs=0.02)
+    assert partially_pooled_rates(errors, labels, a_map())[0] == pytest.approx([0.1, 0.5, 0.9], abs=0.02)
 
 
 def test_a_model_that_was_asked_little_takes_the_difficulty_from_the_others() -> None:
     errors, labels = many([0.1, 0.5, 0.9])
     errors = np.vstack([errors, errors, [[0.5, 0.5, 0.5]]])
     labels = np.vstack([labels, labels, np.ones((1, 3))])
-    easy, middle, hard = pooled_rates(errors, labels, a_map())[2]
+    easy, middle, hard = partially_pooled_rates(errors, labels, a_map())[2]
     assert easy < 0.25 < middle < 0.75 < hard
 
 
@@ -33,7 +33,7 @@ def test_ability_seen_in_one_cluster_is_expected_in_the_others() -> None:
     errors, labels = many([0.5, 0.5, 0.5])
     errors = np.vstack([errors, [[0.0, 0.0, 0.0]], [[12.0, 0.0, 0.0]]])
     labels = np.vstack([labels, [[12.0, 0.0, 0.0]], [[12.0, 0.0, 0.0]]])
-    _, good, bad = pooled_rates(errors, labels, a_map())
+    _, good, bad = partially_pooled_rates(errors, labels, a_map())
     assert good[0] < good[2] < 0.45
     assert bad[0] > bad[2] > 0.55
 
@@ -41,7 +41,7 @@ def test_ability_seen_in_one_cluster_is_expected_in_the_others() -> None:
 def test_what_is_seen_in_a_cluster_is_expected_in_an_alike_one_more_than_in_a_distant_one() -> None:
     near = np.array([[1, 0, 0], [0.96, 0.28, 0], [-1, 0, 0]], dtype=np.float32)
     errors, labels = many([0.5, 0.5, 0.5])
-    rates = pooled_rates(
+    rates = partially_pooled_rates(
         np.vstack([errors, [[10.0, 0.0, 0.0]]]),
         np.vstack([labels, [[10.0, 0.0, 0.0]]]),
         ClusterMap(near, embedder_id="e", top=1),
@@ -51,9 +51,12 @@ def test_what_is_seen_in_a_cluster_is_expected_in_an_alike_one_more_than_in_a_di
 
 def test_models_that_a_map_was_fitted_with_help_and_are_not_among_the_rates() -> None:
     errors, labels = many([0.1, 0.5, 0.9])
-    history = History(np.eye(3), ("known", "too"), np.vstack([errors, errors]), np.vstack([labels, labels]))
+    history = ReferenceModels(np.eye(3), ("known", "too"), np.vstack([errors, errors]), np.vstack([labels, labels]))
     asked = np.array([[0.5, 0.5, 0.5]]), np.ones((1, 3))
-    alone, helped = pooled_rates(*asked, a_map()), pooled_rates(*asked, a_map().with_history(history))
+    alone, helped = (
+        partially_pooled_rates(*asked, a_map()),
+        partially_pooled_rates(*asked, a_map().with_history(history)),
+    )
     assert alone.shape == helped.shape == (1, 3)
     assert np.ptp(alone) == pytest.approx(0.0)
     assert helped[0, 0] < 0.3 < 0.7 < helped[0, 2]
@@ -64,7 +67,9 @@ def test_clusters_that_share_their_prompts_are_not_told_apart_by_them() -> None:
     shared = Assignment(np.array([[0, 1]] * 8), np.full((8, 2), 0.5, dtype=np.float32))
     aware = a_map(top=2).with_history(history_of(shared, 3, np.empty((8, 0)), ()))
     errors, labels = np.array([[6.0, 2.0, 0.0], [2.0, 6.0, 0.0]]), np.array([[8.0, 8.0, 0.0]] * 2)
-    unaware_gap, aware_gap = (np.ptp(pooled_rates(errors, labels, known)[0, :2]) for known in (a_map(top=2), aware))
+    unaware_gap, aware_gap = (
+        np.ptp(partially_pooled_rates(errors, labels, known)[0, :2]) for known in (a_map(top=2), aware)
+    )
     assert unaware_gap > 0.2
     assert aware_gap == pytest.approx(0.0)
 
@@ -74,8 +79,8 @@ def test_the_order_of_the_models_does_not_matter() -> None:
     labels = rng.uniform(0, 30, (70, 3))
     errors = labels * rng.uniform(0, 1, (70, 3))
     order = rng.permutation(70)
-    assert pooled_rates(errors[order], labels[order], a_map()) == pytest.approx(
-        pooled_rates(errors, labels, a_map())[order], abs=1e-9
+    assert partially_pooled_rates(errors[order], labels[order], a_map()) == pytest.approx(
+        partially_pooled_rates(errors, labels, a_map())[order], abs=1e-9
     )
 
 
@@ -85,7 +90,7 @@ def test_the_order_of_the_models_does_not_matter() -> None:
 def test_rates_lie_in_the_unit_interval_whatever_the_sums(rows: list[list[tuple[float, float]]]) -> None:
     rates = np.array([[rate for rate, _ in row] for row in rows])
     labels = np.array([[weight for _, weight in row] for row in rows])
-    pooled = pooled_rates(rates * labels, labels, a_map())
+    pooled = partially_pooled_rates(rates * labels, labels, a_map())
     assert ((pooled >= 0) & (pooled <= 1)).all()
 
 

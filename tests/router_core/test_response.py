@@ -5,8 +5,8 @@ import pytest
 
 from router_core.clustering import ClusterMap
 from router_core.errors import InvalidInput
-from router_core.fitting import EmbeddedPrompts, fit_with_history
-from router_core.learned_clusters import LEAST_LABELS, ResponseClusters, fit_response, fit_taught
+from router_core.fitting import EmbeddedPrompts, fit_with_outcomes
+from router_core.learned_clusters import LEAST_LABELS, ErrorClusters, fit_learned_clusters, fit_response
 from router_core.types import Doubles, Floats
 
 SPREAD = 20
@@ -40,10 +40,10 @@ def test_weights_sum_to_one_and_one_by_one_equals_all_at_once() -> None:
 
 def test_few_models_or_few_labels_teach_nothing() -> None:
     vectors, scores = prompts()
-    assert len(fit_taught(vectors, scores, seed=0)) == 2
-    assert fit_taught(vectors, scores[:, :2], seed=0) == ()
+    assert len(fit_learned_clusters(vectors, scores, seed=0)) == 2
+    assert fit_learned_clusters(vectors, scores[:, :2], seed=0) == ()
     scores[LEAST_LABELS - 1 :, 0] = np.nan
-    assert fit_taught(vectors, scores, seed=0) == ()
+    assert fit_learned_clusters(vectors, scores, seed=0) == ()
 
 
 def test_a_model_that_is_always_right_tells_nothing_and_breaks_nothing() -> None:
@@ -55,7 +55,7 @@ def test_a_model_that_is_always_right_tells_nothing_and_breaks_nothing() -> None
 
 def test_a_prompt_belongs_to_the_clusters_of_every_kind_in_equal_shares_heaviest_first() -> None:
     vectors, scores = prompts()
-    fitted = fit_with_history(EmbeddedPrompts(["alpha beta"] * 600, vectors, "e"), scores, ("x", "y", "z"), 6)
+    fitted = fit_with_outcomes(EmbeddedPrompts(["alpha beta"] * 600, vectors, "e"), scores, ("x", "y", "z"), 6)
     dense = fitted.assign(vectors).dense(fitted.size)
     weights = fitted.assign(vectors).weights
     assert fitted.size == 6 + sum(clusters.size for clusters in fitted.taught) == len(fitted.names)
@@ -67,7 +67,7 @@ def test_a_prompt_belongs_to_the_clusters_of_every_kind_in_equal_shares_heaviest
 
 def test_the_map_of_a_history_remembers_it_and_hardened_forgets() -> None:
     vectors, scores = prompts()
-    fitted = fit_with_history(EmbeddedPrompts(["alpha beta"] * 600, vectors, "e"), scores, ("x", "y", "z"), 6)
+    fitted = fit_with_outcomes(EmbeddedPrompts(["alpha beta"] * 600, vectors, "e"), scores, ("x", "y", "z"), 6)
     assert fitted.history is not None
     assert fitted.history.models == ("x", "y", "z")
     assert fitted.history.labels.sum(axis=1) == pytest.approx([600.0] * 3, abs=1e-3)
@@ -78,8 +78,8 @@ def test_the_map_of_a_history_remembers_it_and_hardened_forgets() -> None:
 def test_taught_clusters_are_part_of_a_maps_id_and_history_is_not() -> None:
     vectors, scores = prompts()
     embedded = EmbeddedPrompts(["alpha beta"] * 600, vectors, "e")
-    with_history = fit_with_history(embedded, scores, ("x", "y", "z"), 6)
-    plain = fit_with_history(embedded, scores[:, :1], ("x",), 6)
+    with_history = fit_with_outcomes(embedded, scores, ("x", "y", "z"), 6)
+    plain = fit_with_outcomes(embedded, scores[:, :1], ("x",), 6)
     assert plain.history is not None
     assert plain.id == ClusterMap(plain.centroids, embedder_id="e").id != with_history.id
 
@@ -87,9 +87,9 @@ def test_taught_clusters_are_part_of_a_maps_id_and_history_is_not() -> None:
 def test_arrays_that_do_not_fit_each_other_are_refused() -> None:
     two, three = np.zeros(2, dtype=np.float32), np.zeros((4, 3), dtype=np.float32)
     with pytest.raises(InvalidInput, match="offsets"):
-        ResponseClusters(three, two, np.zeros((5, 2), dtype=np.float32), top=1)
+        ErrorClusters(three, two, np.zeros((5, 2), dtype=np.float32), top=1)
     with pytest.raises(InvalidInput, match="top must be"):
-        ResponseClusters(three, np.zeros(3, dtype=np.float32), three, top=9)
-    response = ResponseClusters(three, np.zeros(3, dtype=np.float32), three, top=1)
+        ErrorClusters(three, np.zeros(3, dtype=np.float32), three, top=9)
+    response = ErrorClusters(three, np.zeros(3, dtype=np.float32), three, top=1)
     with pytest.raises(InvalidInput, match="dimensions"):
         ClusterMap(np.eye(3, dtype=np.float32), embedder_id="e", taught=[response])

@@ -9,34 +9,34 @@ from hypothesis import strategies as st
 
 from router_core.eligibility import eligible
 from router_core.errors import NoEligibleModel
-from router_core.scoring import Terms, rank, rank_by_cost, rank_by_mean
-from router_core.types import FREE, Assignment, Needs, Price
+from router_core.scoring import ScoringParams, rank, rank_by_cost, rank_by_mean
+from router_core.types import FREE, Assignment, Price, Requirements
 from tests.router_core.makers import a_candidate, a_pool, an_assignment, priced_pool
 
-NO_NEEDS = Needs(prompt_tokens=0)
+NO_NEEDS = Requirements(prompt_tokens=0)
 
 
 def test_the_choice_is_the_smallest_error_plus_lambda_times_cost() -> None:
     """100 tokens at $10 per million cost exactly the reference price: c = 1."""
     left = eligible(priced_pool({"dear": (0.1, 10.0), "cheap": (0.3, 0.0)}), NO_NEEDS)
-    chosen, score, scores = rank(left, an_assignment(0), NO_NEEDS, Terms(lambda_=0.1))
+    chosen, score, scores = rank(left, an_assignment(0), NO_NEEDS, ScoringParams(lambda_=0.1))
     assert chosen == "dear"
     assert score == pytest.approx(0.2, abs=1e-3)
     assert scores == pytest.approx({"dear": 0.2, "cheap": 0.3}, abs=1e-3)
-    assert rank(left, an_assignment(0), NO_NEEDS, Terms(lambda_=0.21)).chosen == "cheap"
+    assert rank(left, an_assignment(0), NO_NEEDS, ScoringParams(lambda_=0.21)).chosen == "cheap"
 
 
 def test_each_prompt_is_judged_by_the_clusters_it_is_in() -> None:
     left = eligible(a_pool(a_candidate("maths", (0.0, 1.0, 1.0)), a_candidate("code", (1.0, 0.0, 1.0))), NO_NEEDS)
-    assert rank(left, an_assignment(0), NO_NEEDS, Terms()).chosen == "maths"
-    assert rank(left, an_assignment(1), NO_NEEDS, Terms()).chosen == "code"
+    assert rank(left, an_assignment(0), NO_NEEDS, ScoringParams()).chosen == "maths"
+    assert rank(left, an_assignment(1), NO_NEEDS, ScoringParams()).chosen == "code"
     between = Assignment(np.array([[0, 1]]), np.array([[0.4, 0.6]], dtype=np.float32))
-    assert rank(left, between, NO_NEEDS, Terms()).scores == pytest.approx({"maths": 0.6, "code": 0.4}, abs=1e-6)
+    assert rank(left, between, NO_NEEDS, ScoringParams()).scores == pytest.approx({"maths": 0.6, "code": 0.4}, abs=1e-6)
 
 
 def test_among_near_equals_the_cheapest_is_chosen_then_the_first_by_name() -> None:
     pool = priced_pool({"best": (0.100, 5.0), "near": (0.104, 1.0), "alike": (0.104, 1.0), "far": (0.106, 0.0)})
-    decision = rank(eligible(pool, NO_NEEDS), an_assignment(0), NO_NEEDS, Terms(lambda_=0.0))
+    decision = rank(eligible(pool, NO_NEEDS), an_assignment(0), NO_NEEDS, ScoringParams(lambda_=0.0))
     assert decision.chosen == "alike"
 
 
@@ -45,15 +45,15 @@ def test_one_lambda_serves_short_and_long_prompts() -> None:
     pool = a_pool(a_candidate("half", price=Price(1.25e-6, 5e-6)))
     costs = []
     for tokens in (10, 50_000):
-        needs = Needs(prompt_tokens=tokens)
-        costs.append(rank(eligible(pool, needs), an_assignment(0), needs, Terms()).candidates[0].cost)
+        needs = Requirements(prompt_tokens=tokens)
+        costs.append(rank(eligible(pool, needs), an_assignment(0), needs, ScoringParams()).candidates[0].cost)
     assert costs == pytest.approx([0.5, 0.5])
 
 
 def test_in_cents_the_cost_is_the_bill() -> None:
-    needs = Needs(prompt_tokens=10_000)
+    needs = Requirements(prompt_tokens=10_000)
     left = eligible(a_pool(a_candidate("model", price=Price(2e-6, 0.0))), needs)
-    candidate = rank(left, an_assignment(0), needs, Terms(cost_unit="cents")).candidates[0]
+    candidate = rank(left, an_assignment(0), needs, ScoringParams(cost_unit="cents")).candidates[0]
     assert candidate.expected_cost_usd == pytest.approx(0.02)
     assert candidate.cost == pytest.approx(2.0)
 
@@ -61,19 +61,19 @@ def test_in_cents_the_cost_is_the_bill() -> None:
 def test_the_requests_own_limit_caps_what_an_answer_can_cost_and_n_multiplies_it() -> None:
     pool = a_pool(a_candidate("model", price=Price(0.0, 1e-6), tokens=100))
 
-    def usd(needs: Needs) -> float:
-        return rank(eligible(pool, needs), an_assignment(0), needs, Terms()).candidates[0].expected_cost_usd
+    def usd(needs: Requirements) -> float:
+        return rank(eligible(pool, needs), an_assignment(0), needs, ScoringParams()).candidates[0].expected_cost_usd
 
-    assert usd(Needs()) == pytest.approx(1e-4)
-    assert usd(Needs(max_output_tokens=10)) == pytest.approx(1e-5)
-    assert usd(Needs(max_output_tokens=10, answers=3)) == pytest.approx(3e-5)
+    assert usd(Requirements()) == pytest.approx(1e-4)
+    assert usd(Requirements(max_output_tokens=10)) == pytest.approx(1e-5)
+    assert usd(Requirements(max_output_tokens=10, answers=3)) == pytest.approx(3e-5)
 
 
 def test_a_second_of_waiting_is_worth_its_latency_weight() -> None:
     pool = a_pool(a_candidate("slow", (0.1,) * 3, seconds=9.0), a_candidate("fast", (0.2,) * 3, seconds=1.0))
     left = eligible(pool, NO_NEEDS)
-    assert rank(left, an_assignment(0), NO_NEEDS, Terms()).chosen == "slow"
-    assert rank(left, an_assignment(0), NO_NEEDS, Terms(latency_weight=1e-3)).chosen == "fast"
+    assert rank(left, an_assignment(0), NO_NEEDS, ScoringParams()).chosen == "slow"
+    assert rank(left, an_assignment(0), NO_NEEDS, ScoringParams(latency_weight=1e-3)).chosen == "fast"
 
 
 def test_a_model_of_unmeasured_length_is_expected_to_answer_like_the_others() -> None:
@@ -81,33 +81,37 @@ def test_a_model_of_unmeasured_length_is_expected_to_answer_like_the_others() ->
     pool = a_pool(a_candidate("known", price=price, tokens=40), a_candidate("unknown", price=price, tokens=None))
     usd = {
         c.model: c.expected_cost_usd
-        for c in rank(eligible(pool, Needs()), an_assignment(0), Needs(), Terms()).candidates
+        for c in rank(eligible(pool, Requirements()), an_assignment(0), Requirements(), ScoringParams()).candidates
     }
     assert usd["unknown"] == pytest.approx(usd["known"])
 
 
 def test_a_price_cap_rules_out_by_expected_cost_and_says_so() -> None:
     left = eligible(priced_pool({"dear": (0.1, 1000.0), "cheap": (0.9, 1.0)}), NO_NEEDS)
-    decision = rank(left, an_assignment(0), NO_NEEDS, Terms(lambda_=0.0, max_cost_usd=0.001))
+    decision = rank(left, an_assignment(0), NO_NEEDS, ScoringParams(lambda_=0.0, max_cost_usd=0.001))
     assert decision.chosen == "cheap"
     assert "max_cost_usd=0.001" in decision.ineligible["dear"]
     with pytest.raises(NoEligibleModel, match="cheapest"):
-        rank(left, an_assignment(0), NO_NEEDS, Terms(max_cost_usd=1e-9))
+        rank(left, an_assignment(0), NO_NEEDS, ScoringParams(max_cost_usd=1e-9))
 
 
 CACHING = Price(1e-5, 0.0, cache_read_input_token_cost=1e-6)
 
 
 def test_tokens_in_a_models_cache_are_expected_at_its_cached_price_and_all_others_read_afresh() -> None:
-    needs = Needs(prompt_tokens=1000)
+    needs = Requirements(prompt_tokens=1000)
     left = eligible(a_pool(a_candidate("warm", price=CACHING), a_candidate("cold", price=CACHING)), needs)
 
-    def usd(terms: Terms) -> dict[str, float]:
+    def usd(terms: ScoringParams) -> dict[str, float]:
         return {row.model: row.expected_cost_usd for row in rank(left, an_assignment(0), needs, terms).candidates}
 
-    assert usd(Terms(cached=("warm", 800))) == pytest.approx({"warm": 0.0028, "cold": 0.01})
-    assert usd(Terms(cached=("warm", 5000))) == pytest.approx({"warm": 0.001, "cold": 0.01})
-    assert usd(Terms(cached=("nobody", 800))) == usd(Terms()) == pytest.approx({"warm": 0.01, "cold": 0.01})
+    assert usd(ScoringParams(cached=("warm", 800))) == pytest.approx({"warm": 0.0028, "cold": 0.01})
+    assert usd(ScoringParams(cached=("warm", 5000))) == pytest.approx({"warm": 0.001, "cold": 0.01})
+    assert (
+        usd(ScoringParams(cached=("nobody", 800)))
+        == usd(ScoringParams())
+        == pytest.approx({"warm": 0.01, "cold": 0.01})
+    )
 
 
 @given(
@@ -119,12 +123,12 @@ def test_every_lambda_that_is_told_of_a_half_cached_prompt_makes_the_model_the_c
     models: list[tuple[float, float, float]], cached: int, lambda_: float
 ) -> None:
     """A model's prices: input, and the share of it that a cached token costs."""
-    needs = Needs(prompt_tokens=10_000)
+    needs = Requirements(prompt_tokens=10_000)
     candidates = [
         a_candidate(str(place), (error,) * 3, Price(price, price, price * share))
         for place, (error, price, share) in enumerate(models)
     ]
-    terms = Terms(lambda_=lambda_, cached=("0", cached))
+    terms = ScoringParams(lambda_=lambda_, cached=("0", cached))
     left = eligible(a_pool(*candidates), needs)
     for row in rank(left, an_assignment(0), needs, terms).candidates:
         if row.flips_at_lambda is not None:
@@ -135,25 +139,25 @@ def test_every_lambda_that_is_told_of_a_half_cached_prompt_makes_the_model_the_c
 def test_nobody_eligible_is_an_error_that_carries_every_reason() -> None:
     left = eligible(a_pool(a_candidate("a", price=None), a_candidate("b", errors=None)), NO_NEEDS)
     with pytest.raises(NoEligibleModel) as caught:
-        rank(left, an_assignment(0), NO_NEEDS, Terms())
+        rank(left, an_assignment(0), NO_NEEDS, ScoringParams())
     assert set(caught.value.why) == {"a", "b"}
 
 
 def test_without_text_the_best_mean_wins_whatever_it_costs() -> None:
     left = eligible(priced_pool({"dear": (0.1, 100.0), "cheap": (0.3, 0.0)}), NO_NEEDS)
-    decision = rank_by_mean(left, NO_NEEDS, Terms(lambda_=10.0))
+    decision = rank_by_mean(left, NO_NEEDS, ScoringParams(lambda_=10.0))
     assert (decision.chosen, decision.clusters) == ("dear", ())
 
 
 def test_the_cheapest_wins_by_cost_alone() -> None:
     left = eligible(priced_pool({"dear": (0.0, 100.0), "cheap": (1.0, 1.0)}), NO_NEEDS)
-    decision = rank_by_cost(left, an_assignment(0), NO_NEEDS, Terms())
+    decision = rank_by_cost(left, an_assignment(0), NO_NEEDS, ScoringParams())
     assert decision.ranking == ("cheap", "dear")
 
 
 def test_free_models_cost_nothing_and_are_still_told_apart_by_errors() -> None:
     left = eligible(a_pool(a_candidate("good", (0.1,) * 3, FREE), a_candidate("bad", (0.4,) * 3, FREE)), NO_NEEDS)
-    assert rank(left, an_assignment(0), NO_NEEDS, Terms(lambda_=100.0)).ranking == ("good", "bad")
+    assert rank(left, an_assignment(0), NO_NEEDS, ScoringParams(lambda_=100.0)).ranking == ("good", "bad")
 
 
 def test_a_long_prompt_is_expected_at_the_price_of_its_tier() -> None:
@@ -163,8 +167,8 @@ def test_a_long_prompt_is_expected_at_the_price_of_its_tier() -> None:
     )
     pool = a_pool(a_candidate("tiered", price=tiered), a_candidate("flat", price=Price(3e-6, 0.0)))
     for tokens, cheapest, usd in ((200_000, "tiered", 0.4), (200_001, "flat", 0.600003)):
-        needs = Needs(prompt_tokens=tokens)
-        decision = rank(eligible(pool, needs), an_assignment(0), needs, Terms())
+        needs = Requirements(prompt_tokens=tokens)
+        decision = rank(eligible(pool, needs), an_assignment(0), needs, ScoringParams())
         assert decision.chosen == cheapest
         assert decision.candidates[0].expected_cost_usd == pytest.approx(usd)
 
@@ -175,7 +179,7 @@ def test_a_cap_of_the_price_is_held_against_the_tier_of_the_prompt() -> None:
     )
     pool = a_pool(a_candidate("tiered", price=tiered))
     left = [
-        list(eligible(pool, Needs(prompt_tokens=tokens, max_input_cost_per_token=3e-6)).names)
+        list(eligible(pool, Requirements(prompt_tokens=tokens, max_input_cost_per_token=3e-6)).names)
         for tokens in (200_000, 200_001)
     ]
     assert left == [["tiered"], []]

@@ -13,8 +13,8 @@ from router_core.eligibility import eligible
 from router_core.estimators import SHRINKAGE
 from router_core.pool import Candidate, Pool
 from router_core.profiles import Profile
-from router_core.scoring import Terms, rank
-from router_core.types import Assignment, Capabilities, Needs, Price
+from router_core.scoring import ScoringParams, rank
+from router_core.types import Assignment, Capabilities, Price, Requirements
 
 CLUSTERS = 5
 MAP = ClusterMap(np.eye(CLUSTERS, dtype=np.float32), embedder_id="axes", top=3)
@@ -40,7 +40,7 @@ POOLS = st.lists(candidates(), min_size=1, max_size=7).map(
     lambda found: [Candidate(f"m{at}", one.profile, one.price, one.capabilities) for at, one in enumerate(found)]
 )
 NEEDS = st.builds(
-    Needs,
+    Requirements,
     prompt_tokens=st.integers(0, 2000),
     max_output_tokens=st.none() | st.integers(1, 2000),
     answers=st.integers(1, 3),
@@ -55,10 +55,12 @@ PLACED = st.lists(st.floats(0.01, 1), min_size=3, max_size=3).flatmap(
         )
     )
 )
-TERMS = st.builds(Terms, lambda_=st.floats(0, 5), latency_weight=st.sampled_from([0.0, 1e-4]), tie=st.just(0.005))
+TERMS = st.builds(
+    ScoringParams, lambda_=st.floats(0, 5), latency_weight=st.sampled_from([0.0, 1e-4]), tie=st.just(0.005)
+)
 
 
-def by_hand(pool: Pool, placed: Assignment, needs: Needs, terms: Terms) -> dict[str, tuple[float, ...]]:
+def by_hand(pool: Pool, placed: Assignment, needs: Requirements, terms: ScoringParams) -> dict[str, tuple[float, ...]]:
     """Name → error, cost, score, labels, USD and tokens of every model with a profile and a price."""
     weights, ids = placed.weights[0].astype(float).tolist(), placed.ids[0].tolist()
     tokens = {}
@@ -86,7 +88,9 @@ def by_hand(pool: Pool, placed: Assignment, needs: Needs, terms: Terms) -> dict[
 
 @given(POOLS, NEEDS, PLACED, TERMS)
 @settings(max_examples=300, deadline=None)
-def test_every_score_is_the_formula(models: list[Candidate], needs: Needs, placed: Assignment, terms: Terms) -> None:
+def test_every_score_is_the_formula(
+    models: list[Candidate], needs: Requirements, placed: Assignment, terms: ScoringParams
+) -> None:
     pool = Pool.build(models, MAP)
     left = eligible(pool, needs)
     if not len(left.names):
@@ -108,7 +112,7 @@ def test_every_score_is_the_formula(models: list[Candidate], needs: Needs, place
 @given(candidates(), st.integers(2, 40), NEEDS, PLACED, TERMS)
 @settings(max_examples=100, deadline=None)
 def test_twins_have_the_same_score_wherever_they_stand(
-    model: Candidate, count: int, needs: Needs, placed: Assignment, terms: Terms
+    model: Candidate, count: int, needs: Requirements, placed: Assignment, terms: ScoringParams
 ) -> None:
     pool = Pool.build([Candidate(f"m{at:02}", model.profile, model.price) for at in range(count)], MAP)
     left = eligible(pool, needs)
@@ -123,7 +127,7 @@ def test_twins_have_the_same_score_wherever_they_stand(
 @given(POOLS, NEEDS, st.booleans(), st.sets(st.sampled_from(["m0", "m1", "m2"])) | st.none())
 @settings(max_examples=300, deadline=None)
 def test_who_is_left_passed_every_check(
-    models: list[Candidate], needs: Needs, rests: bool, allowed: set[str] | None
+    models: list[Candidate], needs: Requirements, rests: bool, allowed: set[str] | None
 ) -> None:
     pool = Pool.build(models, MAP)
     left = eligible(pool, needs, allowed, resting=["m1"] if rests else ())

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from proxy.routing.assigner import Assigner
-from proxy.routing.chat_request import ChatRequest, Options
-from proxy.routing.selection import Choice, choose
+from proxy.routing.assigner import ClusterAssigner
+from proxy.routing.chat_request import ChatRequest, RoutingOptions
+from proxy.routing.selection import Selection, select_model
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.models import StoredProfile
-from proxy.storage.reader import Stored
-from proxy.storage.snapshot import RoutingState, build_state
+from proxy.storage.reader import StoredState
+from proxy.storage.snapshot import RoutingSnapshot, build_state
 from router_core.types import Floats
 from tests.support.makers import a_profile, a_record, surroundings
 
@@ -41,7 +41,7 @@ class Corners:
         return np.tile(np.eye(4, dtype=np.float32)[0], (len(texts), 1))
 
 
-def a_state(**abilities: Any) -> RoutingState:
+def a_state(**abilities: Any) -> RoutingSnapshot:
     """cheap: 30 % errors at a five-hundredth of the price; dear: 10 %; unmeasured: neither."""
     prices = {"cheap": 1e-7, "dear": 5e-5, "unmeasured": 1e-7}
     records = {
@@ -54,7 +54,7 @@ def a_state(**abilities: Any) -> RoutingState:
     profiles = {
         name: StoredProfile(records[name].fingerprint, a_profile([error] * 4)) for name, error in errors.items()
     }
-    stored = Stored(version=1, models=records, profiles=profiles, keys_exist=False)
+    stored = StoredState(version=1, models=records, profiles=profiles, keys_exist=False)
     return build_state(stored, surroundings(), keys_latched=False)
 
 
@@ -63,14 +63,16 @@ async def chosen(
     text: str = LONG,
     *,
     key: ClientKey | None = None,
-    state: RoutingState | None = None,
-    assigner: Assigner | None = None,
+    state: RoutingSnapshot | None = None,
+    assigner: ClusterAssigner | None = None,
     settings: dict[str, Any] | None = None,
     explain: bool = False,
     body: dict[str, Any] | None = None,
     **options: Any,
-) -> Choice:
+) -> Selection:
     content = {"messages": [{"role": "user", "content": text}], **(body or {})}
-    request = ChatRequest(content, model, False, False, Options(**options))
+    request = ChatRequest(content, model, False, False, RoutingOptions(**options))
     found = Settings.model_validate({"data_dir": Path("/nowhere"), **(settings or {})})
-    return await choose(request, key, state or a_state(), found, assigner or Assigner(Corners(), 1.0), explain=explain)
+    return await select_model(
+        request, key, state or a_state(), found, assigner or ClusterAssigner(Corners(), 1.0), explain=explain
+    )

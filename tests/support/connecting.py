@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from proxy.upstream.pool import Connections, Origin
+from proxy.upstream.pool import ConnectionPool, Origin
 from tests.support.raw_upstream import RawUpstream
 
 HEAD = b"POST / HTTP/1.1\r\nhost: x\r\n"
@@ -17,7 +17,7 @@ def at(server: RawUpstream, proxy: str | None = None, *, tls: bool = False) -> O
     return Origin("127.0.0.1", server.port, tls, proxy)
 
 
-async def asked(connections: Connections, origin: Origin, body: bytes = b"{}") -> tuple[int | None, bytes]:
+async def asked(connections: ConnectionPool, origin: Origin, body: bytes = b"{}") -> tuple[int | None, bytes]:
     """Status and body."""
     async with asyncio.timeout(5):
         connection = await connections.take(origin, 5)
@@ -29,10 +29,10 @@ async def asked(connections: Connections, origin: Origin, body: bytes = b"{}") -
                 found += piece
             return connection.status, found
         finally:
-            connections.give_back(origin, connection)
+            connections.release(origin, connection)
 
 
-async def all_places_are_free(connections: Connections, origin: Origin) -> None:
+async def all_places_are_free(connections: ConnectionPool, origin: Origin) -> None:
     """Of two, and there is no third."""
     both = [await connections.take(origin, 1), await connections.take(origin, 1)]
     third = asyncio.create_task(connections.take(origin, 1))

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from proxy.settings.models import ModelInfo
-from proxy.storage.client_keys import KeyLatch
+from proxy.storage.client_keys import AuthRequiredLatch
 from proxy.storage.models import ModelRecord
 from proxy.storage.price_map import bundled_catalog
 from proxy.storage.redis import Store
 from proxy.storage.registry import Registry
-from proxy.storage.snapshot import StateHolder, Surroundings
-from proxy.storage.traffic_stats import LiveExpectations
+from proxy.storage.snapshot import SnapshotInputs, SnapshotWatcher
+from proxy.storage.traffic_stats import TrafficStats
 from router_core.clustering import ClusterMap
 from router_core.profiles import Profile
 
@@ -40,13 +40,13 @@ def a_profile(errors: Sequence[float] = (0.1, 0.2, 0.3, 0.4), map_id: str = CORN
 
 
 def surroundings(
-    *configured: ModelRecord, live: LiveExpectations | None = None, cluster_map: ClusterMap = CORNERS
-) -> Surroundings:
-    return Surroundings(cluster_map, {record.name: record for record in configured}, bundled_catalog(), live=live)
+    *configured: ModelRecord, live: TrafficStats | None = None, cluster_map: ClusterMap = CORNERS
+) -> SnapshotInputs:
+    return SnapshotInputs(cluster_map, {record.name: record for record in configured}, bundled_catalog(), live=live)
 
 
 def a_registry(store: Store, folder: Path, *configured: str) -> Registry:
-    return Registry(store, configured, KeyLatch(folder))
+    return Registry(store, configured, AuthRequiredLatch(folder))
 
 
 @asynccontextmanager
@@ -54,12 +54,12 @@ async def following(
     store: Store,
     folder: Path,
     *configured: ModelRecord,
-    live: LiveExpectations | None = None,
+    live: TrafficStats | None = None,
     cluster_map: ClusterMap = CORNERS,
-) -> AsyncIterator[StateHolder]:
+) -> AsyncIterator[SnapshotWatcher]:
     """A started StateHolder: what one more process would see."""
     around = surroundings(*configured, live=live, cluster_map=cluster_map)
-    holder = StateHolder(store, around, KeyLatch(folder))
+    holder = SnapshotWatcher(store, around, AuthRequiredLatch(folder))
     await holder.start()
     try:
         yield holder

@@ -14,22 +14,22 @@ from typing import Any
 import httpx
 import numpy as np
 
-from proxy.errors import UpstreamFailure
-from proxy.profiling.grading import Patience, UpstreamAnswerer
+from proxy.errors import UpstreamError
+from proxy.profiling.grading import RetryPolicy, UpstreamAnswerer
 from proxy.profiling.job import Job
 from proxy.profiling.jobs import Jobs
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
 from proxy.storage.redis import Store
 from proxy.storage.registry import Registry
-from proxy.storage.snapshot import StateHolder
-from proxy.upstream.payload import Payload
+from proxy.storage.snapshot import SnapshotWatcher
+from proxy.upstream.payload import JSONPayload
 from router_core.clustering import ClusterMap
 from router_core.types import Floats
 from tests.support.makers import CORNERS, a_record, a_registry, following
 
 FAMILIES = ("north", "east", "south", "west")
-IMPATIENT = Patience(attempts=3, first_wait_s=0.01, longest_wait_s=0.05, timeout_s=2.0)
+IMPATIENT = RetryPolicy(attempts=3, first_wait_s=0.01, longest_wait_s=0.05, timeout_s=2.0)
 
 
 class CornersEmbedder:
@@ -49,19 +49,19 @@ class CornersEmbedder:
 class HttpUpstream:
     """The smallest provider layer: one POST, errors as the real one raises them."""
 
-    async def complete(self, record: ModelRecord, body: Mapping[str, Any]) -> Payload:
+    async def complete(self, record: ModelRecord, body: Mapping[str, Any]) -> JSONPayload:
         async with httpx.AsyncClient(timeout=5, trust_env=False, verify=False) as client:
             try:
                 response = await client.post(f"{record.litellm_params['api_base']}/chat/completions", json=dict(body))
             except httpx.HTTPError as error:
-                raise UpstreamFailure(f"{record.name} cannot be reached") from error
+                raise UpstreamError(f"{record.name} cannot be reached") from error
         if response.is_error:
-            raise UpstreamFailure(
+            raise UpstreamError(
                 f"{record.name} answered with status {response.status_code}",
                 status=response.status_code,
                 headers=response.headers,
             )
-        return Payload(response.json())
+        return JSONPayload(response.json())
 
 
 def write_validation_set(path: Path, count: int = 40, **more: Any) -> Path:
@@ -101,7 +101,7 @@ def settings_for(folder: Path, **more: Any) -> Settings:
 class Bench:
     """One process's worth of what jobs need."""
 
-    state: StateHolder
+    state: SnapshotWatcher
     registry: Registry
     jobs: Jobs
     record: ModelRecord
@@ -118,7 +118,7 @@ async def a_bench(
     record: ModelRecord,
     *,
     worker: bool = True,
-    patience: Patience = IMPATIENT,
+    patience: RetryPolicy = IMPATIENT,
     cluster_map: ClusterMap = CORNERS,
     **more: Any,
 ) -> AsyncIterator[Bench]:

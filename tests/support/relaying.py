@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import UpstreamFailure
+from proxy.errors import UpstreamError
 from proxy.storage.models import ModelRecord
-from proxy.upstream.client import Upstream
+from proxy.upstream.client import UpstreamClient
 from tests.support.makers import a_record
 from tests.support.raw_upstream import DONE, END, JSON, SAID, RawUpstream, Said, chunked
 
@@ -25,11 +25,11 @@ def a_model(server: RawUpstream, **params: Any) -> ModelRecord:
     return replace(a_record("ours"), litellm_params={**stated, **params})
 
 
-async def whole(upstream: Upstream, record: ModelRecord) -> bytes:
+async def whole(upstream: UpstreamClient, record: ModelRecord) -> bytes:
     return (await upstream.complete(record, BODY)).named("ours")
 
 
-async def streamed(upstream: Upstream, record: ModelRecord) -> list[bytes]:
+async def streamed(upstream: UpstreamClient, record: ModelRecord) -> list[bytes]:
     found: list[bytes] = []
     stream: Any = await upstream.stream(record, {**BODY, "stream": True})
     try:
@@ -40,8 +40,8 @@ async def streamed(upstream: Upstream, record: ModelRecord) -> list[bytes]:
     return found
 
 
-async def failing(upstream: Upstream, record: ModelRecord, ask: Callable[..., Any]) -> UpstreamFailure:
-    with pytest.raises(UpstreamFailure) as caught:
+async def failing(upstream: UpstreamClient, record: ModelRecord, ask: Callable[..., Any]) -> UpstreamError:
+    with pytest.raises(UpstreamError) as caught:
         async with asyncio.timeout(5):
             await ask(upstream, record)
     assert KEY not in f"{caught.value.message}{caught.value.body!r}{caught.value.headers}"

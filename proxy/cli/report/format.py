@@ -12,7 +12,7 @@ _STUDIED = "trial", "best new model", " The others are averaged."
 _DEPLOYED = "bootstrap draw", "best model", " The intervals are of the others."
 
 
-def middle(results: Results) -> int:
+def median_labels(results: Results) -> int:
     """The N that is shown where there is room for one."""
     return results.protocol.labels[len(results.protocol.labels) // 2]
 
@@ -118,7 +118,7 @@ def _with_interval(mean: float, low: float, high: float, form: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class MethodStyle:
     """The colours tell apart on white and on near black, also for most who see few colours."""
 
     label: str
@@ -131,18 +131,18 @@ class Look:
 
 OURS = "ours"
 
-LOOKS: Mapping[str, Look] = {
-    "cheapest": Look("cheapest model", "cheapest", "#8a8f98", (1.0, 1.5)),
-    "best_single": Look("best single model", "best single", "#6b7280", (6.0, 1.5, 1.0, 1.5)),
-    "random_mix": Look("random mix (ZeroRouter)", "random mix", "#8a8f98", (4.0, 2.0)),
-    "knn": Look("k nearest neighbours", "k-NN", "#0e9f8e"),
-    "kmeans_raw": Look("K-means, raw (UniRoute)", "K-means raw", "#2f7ed8"),
-    "kmeans_laplace": Look("K-means, Laplace", "K-means Laplace", "#5cb3e6", (5.0, 1.5)),
-    "learned_map": Look("LearnedMap (UniRoute)", "LearnedMap", "#a668d6"),
-    "hiershrink": Look("HierShrink", "HierShrink", "#c79a14"),
-    "ridge": Look("ridge regression", "ridge", "#c2679b", (5.0, 1.5)),
-    OURS: Look("ours", "ours", "#e4572e"),
-    "oracle": Look("oracle", "oracle", "#8a8f98", (1.5, 2.5)),
+LOOKS: Mapping[str, MethodStyle] = {
+    "cheapest": MethodStyle("cheapest model", "cheapest", "#8a8f98", (1.0, 1.5)),
+    "best_single": MethodStyle("best single model", "best single", "#6b7280", (6.0, 1.5, 1.0, 1.5)),
+    "random_mix": MethodStyle("random mix (ZeroRouter)", "random mix", "#8a8f98", (4.0, 2.0)),
+    "knn": MethodStyle("k nearest neighbours", "k-NN", "#0e9f8e"),
+    "kmeans_raw": MethodStyle("K-means, raw (UniRoute)", "K-means raw", "#2f7ed8"),
+    "kmeans_laplace": MethodStyle("K-means, Laplace", "K-means Laplace", "#5cb3e6", (5.0, 1.5)),
+    "learned_map": MethodStyle("LearnedMap (UniRoute)", "LearnedMap", "#a668d6"),
+    "hiershrink": MethodStyle("HierShrink", "HierShrink", "#c79a14"),
+    "ridge": MethodStyle("ridge regression", "ridge", "#c2679b", (5.0, 1.5)),
+    OURS: MethodStyle("ours", "ours", "#e4572e"),
+    "oracle": MethodStyle("oracle", "oracle", "#8a8f98", (1.5, 2.5)),
 }
 """By the ids of router_core.evaluation.study.METHODS, in the same order."""
 
@@ -150,25 +150,25 @@ ESTIMATING = ("knn", "kmeans_raw", "kmeans_laplace", "learned_map", "hiershrink"
 """The rivals: like ours they estimate errors prompt by prompt, from the same answers."""
 
 
-def rivals(results: Results) -> list[str]:
+def best_rivals(results: Results) -> list[str]:
     """Those of the estimating methods that were run: none, where profiles as deployed were."""
     return [method for method in ESTIMATING if method in results.differences]
 
 
-def best_rivals(results: Results) -> dict[int, str]:
+def best_rival_of_each_size(results: Results) -> dict[int, str]:
     """N → the rival with the smallest paired difference; an N with none that is known is left out."""
     found = {}
     for labels in results.protocol.labels:
-        apart = {method: results.differences[method][labels].mean for method in rivals(results)}
+        apart = {method: results.differences[method][labels].mean for method in best_rivals(results)}
         known = {method: mean for method, mean in apart.items() if not isnan(mean)}
         if known:
             found[labels] = min(known, key=known.__getitem__)
     return found
 
 
-def finding(results: Results) -> str:
+def headline(results: Results) -> str:
     """In one sentence, for the N in the middle; empty where nothing is known of it."""
-    labels, best = middle(results), best_rivals(results)
+    labels, best = median_labels(results), best_rival_of_each_size(results)
     if labels not in best:
         return ""
     apart = results.differences[best[labels]][labels]

@@ -14,19 +14,19 @@ import numpy as np
 from proxy.cli.report.format import (
     LOOKS,
     OURS,
-    Look,
+    MethodStyle,
     area_is_known,
+    best_rivals,
     columns,
-    finding,
+    headline,
     is_study,
-    middle,
+    median_labels,
     number,
     percent,
     points,
     points_apart,
     protocol_sentences,
     ratio,
-    rivals,
     undefined_sentence,
 )
 from proxy.cli.report.text import all_known, known
@@ -90,7 +90,7 @@ PlotJson = dict[str, Any]
 SINGLE = ("cheapest", "best_single")
 """One model for all prompts: a point of the plane."""
 
-RANDOM, CHOSEN = Look("random prompts", "random", "#e4572e"), Look("chosen prompts", "chosen", "#0e9f8e")
+RANDOM, CHOSEN = MethodStyle("random prompts", "random", "#e4572e"), MethodStyle("chosen prompts", "chosen", "#0e9f8e")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _curves(results: Results) -> Plot:
         "Each line is a router, from its cheapest setting to its dearest: the higher, the better its answers for the"
         " same money. Diamonds are single models. The oracle, which knows all answers, is hidden: click its name.",
         {str(labels): _curve_figure(results, labels) for labels in results.protocol.labels},
-        chosen=str(middle(results)),
+        chosen=str(median_labels(results)),
     )
 
 
@@ -151,7 +151,7 @@ def _curve(results: Results, method: str, labels: int) -> PlotJson:
     return trace | {"mode": "lines", "line": _line(look)} | hidden
 
 
-def _line(look: Look) -> PlotJson:
+def _line(look: MethodStyle) -> PlotJson:
     width = 4 if look is LOOKS[OURS] else 2
     return {
         "color": look.colour,
@@ -161,7 +161,7 @@ def _line(look: Look) -> PlotJson:
 
 
 def _area_bars(results: Results) -> Plot:
-    methods = [*(rivals(results) or ["random_mix"]), OURS]
+    methods = [*(best_rivals(results) or ["random_mix"]), OURS]
     data = [
         _dotted(
             LOOKS[method], [figures.area for figures in results.methods[method].values()], _beside(number, len(methods))
@@ -178,7 +178,7 @@ def _area_bars(results: Results) -> Plot:
 
 
 def _difference_bars(results: Results) -> Plot:
-    others = rivals(results) or [method for method in results.differences if method != "oracle"]
+    others = best_rivals(results) or [method for method in results.differences if method != "oracle"]
     data = [
         _dotted(LOOKS[method], list(results.differences[method].values()), _beside(number, len(others)), joined=False)
         for number, method in enumerate(others)
@@ -220,7 +220,9 @@ def _beside(number: int, of: int) -> float:
     return 0.09 * (number - (of - 1) / 2)
 
 
-def _dotted(look: Look, found: Sequence[Estimate | Difference], offset: float, *, joined: bool = True) -> PlotJson:
+def _dotted(
+    look: MethodStyle, found: Sequence[Estimate | Difference], offset: float, *, joined: bool = True
+) -> PlotJson:
     """One dot at each N with its interval, `offset` from the middle of the N."""
     return {
         "name": look.label,
@@ -310,7 +312,7 @@ def _share_table(results: Results) -> str:
 
 def _figures(results: Results, labels: int) -> str:
     rows = {method: [cell(found[labels]) for cell in FIGURES.values()] for method, found in results.methods.items()}
-    opened = " open" if labels == middle(results) else ""
+    opened = " open" if labels == median_labels(results) else ""
     shown = _methods(f"All figures, N = {labels}", list(FIGURES), rows)
     return f"<details{opened}><summary>N = {labels}</summary>\n{shown}\n</details>"
 
@@ -363,7 +365,7 @@ def _asset(name: str) -> str:
 
 def _protocol(results: Results) -> str:
     told = [f"<p>{escape(sentence)}</p>" for sentence in protocol_sentences(results)]
-    marked = {"notice": undefined_sentence(results), "finding": finding(results)}
+    marked = {"notice": undefined_sentence(results), "finding": headline(results)}
     return "\n".join(told + [f'<p class="{kind}">{escape(text)}</p>' for kind, text in marked.items() if text])
 
 

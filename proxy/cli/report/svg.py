@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from proxy.cli.report.format import ESTIMATING, LOOKS, OURS, area_is_known, middle, rivals
+from proxy.cli.report.format import ESTIMATING, LOOKS, OURS, area_is_known, best_rivals, median_labels
 from router_core.evaluation.study import Results
 from router_core.types import Doubles
 
@@ -56,7 +56,7 @@ def write_svg(results: Results, path: Path, labels: int | None = None) -> None:
         panels = 2 if len(results.protocol.labels) > 1 and area_is_known(results) else 1
         figure = Figure(figsize=(5.6 * panels, 4.6), facecolor="white", layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
-        _draw_curves(axes[0], results, labels or middle(results))
+        _draw_curves(axes[0], results, labels or median_labels(results))
         if panels > 1:
             _draw_areas(axes[1], results)
         _legend(figure, axes)
@@ -112,7 +112,7 @@ def _say_undefined(axes: Axes) -> None:
 
 def _draw_areas(axes: Axes, results: Results) -> None:
     every = results.protocol.labels
-    for method in (*rivals(results), OURS):
+    for method in (*best_rivals(results), OURS):
         areas = [100 * results.methods[method][labels].area.mean for labels in every]
         axes.plot(
             every, areas, **_line(method), marker="o", markersize=5 if method == OURS else 3, label=LOOKS[method].label

@@ -9,9 +9,9 @@ from proxy.cli import console
 from proxy.cli.report.format import (
     LOOKS,
     OURS,
-    best_rivals,
+    best_rival_of_each_size,
     columns,
-    middle,
+    median_labels,
     number,
     points,
     points_apart,
@@ -48,7 +48,7 @@ def tell(results: Results, labels: int | None = None) -> None:
     console.say()
     _tell_differences(results)
     console.say()
-    _tell_figures(results, labels or middle(results))
+    _tell_figures(results, labels or median_labels(results))
     if results.chosen:
         console.say()
         _tell_chosen(results)
@@ -67,7 +67,7 @@ def _tell_areas(results: Results) -> None:
 
 def _tell_differences(results: Results) -> None:
     """The mark of the best rival is as wide as no mark, so that figures stay below each other."""
-    best = best_rivals(results)
+    best = best_rival_of_each_size(results)
 
     def cell(method: str, labels: int, found: Difference) -> str:
         return points_apart(found) + (" *" if best.get(labels) == method else "  ")

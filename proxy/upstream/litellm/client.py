@@ -9,17 +9,24 @@ from typing import Any
 
 import httpx
 
-from proxy.concurrency import PATIENCE_S, end, in_own_thread, read_gently, to_its_end
-from proxy.errors import UpstreamFailure
+from proxy.concurrency import GRACE_PERIOD_S, cancel_and_wait, in_own_thread, iterate_uncancelled, run_uncancelled
+from proxy.errors import UpstreamError
 from proxy.outbound import Outbound, OutboundError, Trust
 from proxy.settings.models import SettingsError, resolve_secret
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
 from proxy.upstream.answer_room import AnswerRoom
-from proxy.upstream.errors import unreachable, without
-from proxy.upstream.litellm.params import STRAYING, Provider, arm_body, call_arguments, is_provider_param, secrets_of
-from proxy.upstream.litellm.setup import handler_over, import_litellm, keep_no_books, warm_up
-from proxy.upstream.litellm.transport import Exchange, chunks_of, keep_tidy, open_pool, watched
+from proxy.upstream.errors import redact, unreachable
+from proxy.upstream.litellm.params import (
+    FOLLOWS_REDIRECTS,
+    LiteLLMTarget,
+    call_arguments,
+    is_provider_param,
+    merge_model_params,
+    secrets_of,
+)
+from proxy.upstream.litellm.setup import disable_request_logging, http_handler, import_litellm, warm_up
+from proxy.upstream.litellm.transport import CapturedResponse, capture, chunks_of, open_pool, reap_connections
 from proxy.upstream.origins import STAND_IN, key_of_call
 from proxy.upstream.payload import ChoiceEnds, answers_of, is_finished
 from proxy.words import words
@@ -28,13 +35,13 @@ log = logging.getLogger("uniroute.upstream")
 
 MOST_CLIENTS = 256
 
-ODD_BODIES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+LITELLM_PARSE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What litellm raises where a caller's or a model's JSON has another shape than it expects."""
 
 Chunks = AsyncGenerator[dict[str, Any]]
 
 
-class LitellmUpstream:
+class LiteLLMClient:
     """One per process, on one event loop. `prepare` before the first call."""
 
     def __init__(
@@ -65,8 +72,8 @@ class LitellmUpstream:
             litellm = await in_own_thread(import_litellm)
             await warm_up(litellm)
             litellm.aclient_session = self._pool  # for azure, which else gets a client that nobody tidies or bounds
-            self._handler = handler_over(self._pool)
-            self._tidying = asyncio.create_task(keep_tidy(self._pool), name="uniroute-tidying")
+            self._handler = http_handler(self._pool)
+            self._tidying = asyncio.create_task(reap_connections(self._pool), name="uniroute-tidying")
             self._litellm = litellm
 
     async def complete(
@@ -81,17 +88,17 @@ class LitellmUpstream:
         await self.prepare()
         with self._watched(record, body, connect_s) as exchange:
             provider, arguments = self._arguments(record, body, headers, exchange)
-            keep_no_books()
+            disable_request_logging()
             try:
                 answer = await self._called(arguments)
             except self._failures as error:
                 if not provider.openai_format or exchange.completion is None:
-                    raise without(provider.secrets, exchange.failure_of(error)) from error
+                    raise redact(provider.secrets, exchange.failure_of(error)) from error
                 return exchange.completion
             if not (provider.openai_format and exchange.is_chat_format):
-                return _plain(answer)
+                return _to_json(answer)
             if exchange.completion is None:
-                raise without(provider.secrets, exchange.failure_of(None))
+                raise redact(provider.secrets, exchange.failure_of(None))
             return exchange.completion
 
     async def stream(
@@ -112,11 +119,11 @@ class LitellmUpstream:
         with self._watched(record, body, connect_s, streams=True) as exchange:
             provider, arguments = self._arguments(record, body, headers, exchange, asks_usage=asks_usage)
             exchange.in_openais_format = provider.openai_format
-            keep_no_books()
+            disable_request_logging()
             try:
                 answer = await self._called(arguments)
             except self._failures as error:
-                raise without(provider.secrets, exchange.failure_of(error)) from error
+                raise redact(provider.secrets, exchange.failure_of(error)) from error
             except BaseException:
                 await exchange.aclose()
                 raise
@@ -124,27 +131,27 @@ class LitellmUpstream:
                 chunks = chunks_of(exchange.response, self._room, exchange.answers)
             else:
                 chunks = self._converted(answer, exchange)
-            return _shown(chunks, exchange, provider.secrets)
+            return _redacted(chunks, exchange, provider.secrets)
 
     def _watched(
         self, record: ModelRecord, body: Mapping[str, Any], connect_s: float | None, *, streams: bool = False
-    ) -> contextlib.AbstractContextManager[Exchange]:
+    ) -> contextlib.AbstractContextManager[CapturedResponse]:
         within_s = connect_s or self._settings.connect_timeout_s
-        return watched(within_s, streams=streams, answers=answers_of(body), room=self._room, model=record.name)
+        return capture(within_s, streams=streams, answers=answers_of(body), room=self._room, model=record.name)
 
     async def _called(self, arguments: Mapping[str, Any]) -> Any:
-        return await to_its_end(self._litellm.acompletion(**arguments), cancelled_again_s=PATIENCE_S)
+        return await run_uncancelled(self._litellm.acompletion(**arguments), cancelled_again_s=GRACE_PERIOD_S)
 
-    async def _converted(self, answer: Any, exchange: Exchange) -> AsyncGenerator[dict[str, Any]]:
+    async def _converted(self, answer: Any, exchange: CapturedResponse) -> AsyncGenerator[dict[str, Any]]:
         """Chunks that litellm made of another format; its usage chunk carries a choice, ours none."""
         ends, first_id = ChoiceEnds(), None
         try:
-            async for converted in read_gently(answer):
-                chunk = _plain(converted)
+            async for converted in iterate_uncancelled(answer):
+                chunk = _to_json(converted)
                 first_id = chunk["id"] = first_id or chunk.get("id")  # it gives some formats a new id with every chunk
                 if chunk.get("usage") and ends.all():
                     chunk["choices"] = []
-                if is_finished(chunk) and _is_made_up(answer):
+                if is_finished(chunk) and _has_fabricated_end(answer):
                     break
                 ends.see(chunk["choices"])
                 yield chunk
@@ -152,10 +159,10 @@ class LitellmUpstream:
             if not ends.all(exchange.answers):
                 raise exchange.failure_of(error) from error
         if not ends.all():
-            raise UpstreamFailure("the model's stream ended before its answer did")
+            raise UpstreamError("the model's stream ended before its answer did")
 
     async def aclose(self) -> None:
-        await end(self._tidying)
+        await cancel_and_wait(self._tidying)
         if self._litellm is not None and self._litellm.aclient_session is self._pool:
             self._litellm.aclient_session = None
             self._litellm.in_memory_llm_clients_cache.flush_cache()  # of clients around the pool
@@ -165,23 +172,23 @@ class LitellmUpstream:
     def _failures(self) -> tuple[type[Exception], ...]:
         import openai
 
-        return (openai.OpenAIError, httpx.HTTPError, httpx.StreamError, OSError, *ODD_BODIES)
+        return (openai.OpenAIError, httpx.HTTPError, httpx.StreamError, OSError, *LITELLM_PARSE_ERRORS)
 
     def _arguments(
         self,
         record: ModelRecord,
         body: Mapping[str, Any],
         headers: Mapping[str, str] | None,
-        exchange: Exchange,
+        exchange: CapturedResponse,
         *,
         asks_usage: bool = True,
-    ) -> tuple[Provider, dict[str, Any]]:
+    ) -> tuple[LiteLLMTarget, dict[str, Any]]:
         params = self._provider_params(record)
         exchange.transport, exchange.trust = self._pool._transport, self._trust(record, params.pop("ssl_verify", None))
         provider = self._provider(record, params)
         if provider.api_key == STAND_IN:
             params["api_key"] = STAND_IN  # else litellm looks one up
-        merged = arm_body(record.litellm_params, body)
+        merged = merge_model_params(record.litellm_params, body)
         own_headers = {**(params.pop("extra_headers", None) or {}), **(headers or {})}
         return provider, {
             **params,
@@ -204,7 +211,7 @@ class LitellmUpstream:
             return {name: self._resolved(value) for name, value in params.items()}
         except SettingsError as error:
             log.error("model %s: %s", record.name, error)
-            raise UpstreamFailure(f"{record.name}: this server has no key for it", retryable=True) from None
+            raise UpstreamError(f"{record.name}: this server has no key for it", retryable=True) from None
 
     def _trust(self, record: ModelRecord, stated: Any) -> Trust | None:
         try:
@@ -219,7 +226,7 @@ class LitellmUpstream:
             return {name: self._resolved(inner) for name, inner in value.items()}
         return value
 
-    def _provider(self, record: ModelRecord, params: Mapping[str, Any]) -> Provider:
+    def _provider(self, record: ModelRecord, params: Mapping[str, Any]) -> LiteLLMTarget:
         try:
             model, name, key, api_base = self._litellm.get_llm_provider(
                 record.litellm_params["model"],
@@ -230,15 +237,15 @@ class LitellmUpstream:
         except self._failures as error:
             log.error("model %s: %s", record.name, error)
             message = f"{record.name}: no provider is known by its name {record.litellm_params['model'][:128]!r}"
-            raise UpstreamFailure(message, retryable=True) from error
-        if name in STRAYING:
-            raise UpstreamFailure(f"{record.name}: {name} is not served, for it follows redirects", retryable=True)
+            raise UpstreamError(message, retryable=True) from error
+        if name in FOLLOWS_REDIRECTS:
+            raise UpstreamError(f"{record.name}: {name} is not served, for it follows redirects", retryable=True)
         try:
             given = key_of_call(params, name, self._default_base(record, params), self._environ)
         except OutboundError as error:
             raise unreachable(error, record.name) from error
         key = given or key
-        return Provider(name, model, api_base or params.get("api_base"), key, secrets_of(params, key))
+        return LiteLLMTarget(name, model, api_base or params.get("api_base"), key, secrets_of(params, key))
 
     def _default_base(self, record: ModelRecord, params: Mapping[str, Any]) -> str | None:
         """Where litellm would go if no address were stated."""
@@ -248,7 +255,7 @@ class LitellmUpstream:
         base: str | None = self._litellm.get_llm_provider(model, custom_llm_provider=provider)[3]
         return base
 
-    def _client(self, provider: Provider, params: Mapping[str, Any]) -> Any:
+    def _client(self, provider: LiteLLMTarget, params: Mapping[str, Any]) -> Any:
         """Our pool behind the client class that this provider takes; azure's litellm makes around the pool itself."""
         if provider.name == "azure":
             return None
@@ -256,11 +263,11 @@ class LitellmUpstream:
             return self._openai_client(provider, params)
         return self._handler
 
-    def _takes_openais_sdk(self, provider: Provider) -> bool:
+    def _takes_openais_sdk(self, provider: LiteLLMTarget) -> bool:
         compatible = provider.name in self._litellm.openai_compatible_providers and provider.name not in _OWN_HANDLER
         return compatible or provider.name in _OPENAI_SDK
 
-    def _openai_client(self, provider: Provider, params: Mapping[str, Any]) -> Any:
+    def _openai_client(self, provider: LiteLLMTarget, params: Mapping[str, Any]) -> Any:
         import openai
 
         at_openai = provider.name == "openai" and not provider.api_base
@@ -287,7 +294,7 @@ _OWN_HANDLER = words("""
 """Those that take litellm's own handler around our pool after all, as every other provider does."""
 
 
-async def _shown(chunks: Chunks, exchange: Exchange, secrets: Collection[str]) -> Chunks:
+async def _redacted(chunks: Chunks, exchange: CapturedResponse, secrets: Collection[str]) -> Chunks:
     """The same chunks, and then the upstream's connection is closed. A failure is told without the provider's keys."""
     try:
         async with contextlib.aclosing(chunks):
@@ -295,19 +302,19 @@ async def _shown(chunks: Chunks, exchange: Exchange, secrets: Collection[str]) -
                 yield chunk
         if exchange.fault is not None:  # litellm takes a body that breaks off for its end, in some formats
             raise exchange.fault
-    except UpstreamFailure as failure:
-        raise without(secrets, exchange.fault or failure) from failure.__cause__
+    except UpstreamError as failure:
+        raise redact(secrets, exchange.fault or failure) from failure.__cause__
     finally:
         await exchange.aclose()
 
 
-def _is_made_up(answer: Any) -> bool:
+def _has_fabricated_end(answer: Any) -> bool:
     """Where the upstream broke off, litellm ends the stream with "stop". This is what it was really told."""
     told = ("received_finish_reason", "intermittent_finish_reason")
     return all(hasattr(answer, name) for name in told) and not any(getattr(answer, name) for name in told)
 
 
-def _plain(answer: Any) -> dict[str, Any]:
+def _to_json(answer: Any) -> dict[str, Any]:
     """litellm's object as JSON, without the fields that it adds to every message."""
     plain: dict[str, Any] = answer.model_dump(mode="json", exclude_none=True, exclude={"provider_specific_fields"})
     for choice in plain.get("choices", ()):

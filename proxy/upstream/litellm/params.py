@@ -24,7 +24,7 @@ VERBATIM = frozenset(
 )
 """Providers that read OpenAI's own body: with an address of their own, the caller's goes to them as it is."""
 
-STRAYING = frozenset({"aiohttp_openai"})
+FOLLOWS_REDIRECTS = frozenset({"aiohttp_openai"})
 """Providers that litellm reaches by a client that follows redirects, whatever it is told."""
 
 _AT_OPENAI = re.compile(r"https?://(?:[a-z0-9-]+\.)*api\.openai\.com(?::\d+)?(?:[/?#]|$)", re.IGNORECASE)
@@ -49,7 +49,7 @@ PROVIDER_PARAMS = words("""
 
 PROVIDER_FAMILIES = ("aws_", "vertex_", "azure_", "oci_", "watsonx_", "databricks_", "gigachat_", "sagemaker_")
 
-_MEANINGS = (
+SYNONYMS = (
     words("max_tokens max_completion_tokens"),
     words("reasoning_effort reasoning thinking thinking_budget enable_thinking"),
     words("tools functions"),
@@ -57,14 +57,14 @@ _MEANINGS = (
 )
 """Names of one thing: who states one of them has stated the thing."""
 
-_SAME_MEANING = {name: names for names in _MEANINGS for name in names}
+_SAME_MEANING = {name: names for names in SYNONYMS for name in names}
 
 _SHORTEST_SECRET = 8
 """What is shorter is a stand-in such as "-" or "none"."""
 
 
 @dataclass(frozen=True)
-class Provider:
+class LiteLLMTarget:
     """What litellm makes of a model name: who serves it, and where."""
 
     name: str
@@ -77,14 +77,14 @@ class Provider:
     @property
     def verbatim(self) -> bool:
         """The caller's body is this provider's own format, at an address that someone configured."""
-        return self.name in VERBATIM and bool(self.api_base) and not is_openais(self.api_base or "")
+        return self.name in VERBATIM and bool(self.api_base) and not is_openai_url(self.api_base or "")
 
     @property
     def openai_format(self) -> bool:
         return self.name in VERBATIM or self.name == "azure"
 
 
-def is_openais(address: str) -> bool:
+def is_openai_url(address: str) -> bool:
     return _AT_OPENAI.match(address) is not None
 
 
@@ -106,7 +106,7 @@ def secrets_of(params: Mapping[str, Any], *keys: str | None) -> frozenset[str]:
     return frozenset(value for value in found if isinstance(value, str) and len(value) >= _SHORTEST_SECRET)
 
 
-def arm_body(litellm_params: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
+def merge_model_params(litellm_params: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
     """The caller's body over the arm's own fixed parameters (temperature, max_tokens, system …): the caller wins.
 
     Field by field, and whole: what the caller states under one name of a thing takes the place of the arm's under any,
@@ -133,7 +133,7 @@ def _with_same_meaning(names: Iterable[str]) -> set[str]:
 
 
 def call_arguments(
-    provider: Provider, body: Mapping[str, Any], *, stream: bool, asks_usage: bool = True
+    provider: LiteLLMTarget, body: Mapping[str, Any], *, stream: bool, asks_usage: bool = True
 ) -> dict[str, Any]:
     """What the caller's part of a litellm call is. `body` has been through arm_body."""
     sent = {name: value for name, value in body.items() if name not in ("model", "stream", "stream_options")}

@@ -74,7 +74,7 @@ def _client(*_: Any, timeout: float | httpx.Timeout | None = None, **__: Any) ->
     return http_client(timeout=timeout)
 
 
-def keep_no_books() -> None:
+def disable_request_logging() -> None:
     """For what this task calls from now on: litellm makes no log entry of it.
 
     Without callbacks nobody would read one, and it is made on the event loop: a third of what a call costs, and where
@@ -108,7 +108,7 @@ def _nowhere(request: httpx.Request) -> httpx.Response:
     return httpx.Response(200, json=_ANSWER)
 
 
-def handler_over(pool: httpx.AsyncClient) -> Any:
+def http_handler(pool: httpx.AsyncClient) -> Any:
     """litellm's own client class over our pool, for the providers that do not go through OpenAI's SDK."""
     from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler
 

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from proxy.concurrency import read_gently, shares, to_its_end
-from proxy.errors import MOST_ERROR_BYTES, UpstreamFailure
+from proxy.concurrency import connection_budget, iterate_uncancelled, run_uncancelled
+from proxy.errors import MOST_ERROR_BYTES, UpstreamError
 from proxy.outbound import AsyncTransport, Outbound, Trust
 from proxy.safety.json_shape import MAX_VALUES_AT_ONCE
 from proxy.upstream.answer_room import AnswerBounds, AnswerRoom
 from proxy.upstream.completion_reader import form_of
 from proxy.upstream.connection import PIECE
 from proxy.upstream.content_coding import Unpacker, unpacker_of
-from proxy.upstream.errors import error_in, failure_of, no_completion
-from proxy.upstream.payload import LAST_WORDS_S, ChunkReader, CompletionReader, exact
+from proxy.upstream.errors import error_from_exception, error_in, not_a_completion
+from proxy.upstream.payload import LAST_WORDS_S, ChunkReader, CompletionReader, parse_exact
 from proxy.upstream.pool import KEPT_ALIVE_S
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ EXCHANGE = "uniroute.exchange"
 """In the extensions of a request: whose it is."""
 
 
-class Exchange:
+class CapturedResponse:
     """The last HTTP response of one upstream call, as the pool saw it: litellm's own objects lose fields."""
 
     def __init__(
@@ -66,7 +66,7 @@ class Exchange:
         self.bounds = AnswerBounds(room or AnswerRoom(), MAX_VALUES_AT_ONCE)
         self.completion: dict[str, Any] | None = None
         """What came as a whole answer in OpenAI's format."""
-        self.fault: UpstreamFailure | None = None
+        self.fault: UpstreamError | None = None
         """What was wrong with its answer, whatever the library in between made of that."""
         self.trust: Trust | None = None
         """Whose certificates count; None: the usual."""
@@ -86,7 +86,7 @@ class Exchange:
         """The upstream's connection, for certain."""
         self.end()
         if self.response is not None and not self.response.is_closed:
-            await to_its_end(self.response.aclose())
+            await run_uncancelled(self.response.aclose())
 
     @property
     def is_chat_format(self) -> bool:
@@ -108,45 +108,45 @@ class Exchange:
         if not self.is_chat_format:
             await response.aread()
             try:
-                body = exact(response.content)[0]
+                body = parse_exact(response.content)[0]
             except ValueError:
                 body = None
             if not isinstance(body, dict) or error_in(body) is not None:
-                raise NoAnswer("success, and nothing that could be an answer")
+                raise UnusableResponse("success, and nothing that could be an answer")
             return
-        reader = CompletionReader(self.model, self.bounds, exact, answers=self.answers, headers=response.headers)
+        reader = CompletionReader(self.model, self.bounds, parse_exact, answers=self.answers, headers=response.headers)
         response.stream = _UntilItsEnd(response.stream, reader, self)
         await response.aread()
         try:
             self.completion = reader.completion().body
-        except UpstreamFailure as failure:
+        except UpstreamError as failure:
             self.fault = failure
-            raise NoAnswer(failure.message) from failure
+            raise UnusableResponse(failure.message) from failure
         if reader.of_events:  # which it would search for words of an error, on the event loop
-            raise NoAnswer("a whole answer in events")
+            raise UnusableResponse("a whole answer in events")
 
-    def failure_of(self, error: Exception | None) -> UpstreamFailure:
+    def failure_of(self, error: Exception | None) -> UpstreamError:
         """What came in place of a completion. `error`: what the library in between made of it."""
         if self.fault is not None:
             return self.fault
-        return no_completion(self.model) if error is None else failure_of(error, self.response, self.model)
+        return not_a_completion(self.model) if error is None else error_from_exception(error, self.response, self.model)
 
 
-_current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
+_current: ContextVar[CapturedResponse | None] = ContextVar("exchange", default=None)
 
 
 @contextmanager
-def watched(
+def capture(
     connect_s: float,
     *,
     streams: bool = False,
     answers: int = 1,
     room: AnswerRoom | None = None,
     model: str = "the model",
-) -> Iterator[Exchange]:
+) -> Iterator[CapturedResponse]:
     """What the pool receives in this context is noted on the exchange; it connects within `connect_s`. The exchange is
     over at the end, but for a stream, which is until it was closed."""
-    exchange = Exchange(connect_s, streams=streams, answers=answers, room=room, model=model)
+    exchange = CapturedResponse(connect_s, streams=streams, answers=answers, room=room, model=model)
     token = _current.set(exchange)
     try:
         yield exchange
@@ -159,7 +159,7 @@ def watched(
         exchange.end()
 
 
-async def _hurry(request: httpx.Request) -> None:
+async def _set_connect_timeout(request: httpx.Request) -> None:
     """Here, where every provider's calls come by: litellm hands most of them one timeout for everything."""
     exchange = _current.get()
     if exchange is not None:
@@ -168,7 +168,7 @@ async def _hurry(request: httpx.Request) -> None:
         request.extensions[EXCHANGE] = exchange
 
 
-async def _note(response: httpx.Response) -> None:
+async def _capture_response(response: httpx.Response) -> None:
     exchange = _current.get()
     if exchange is not None:
         exchange.begin(response)
@@ -179,19 +179,19 @@ async def _note(response: httpx.Response) -> None:
         return
     framed = "amazon.eventstream" in response.headers.get("content-type", "")  # and its frames tell their own length
     if not framed and (exchange is None or not exchange.is_read_here):
-        response.stream = _Bounded(response.stream, exchange or Exchange(0.0))
+        response.stream = _Bounded(response.stream, exchange or CapturedResponse(0.0))
     if exchange is not None and not exchange.streams and response.is_success:
         await exchange.read(response)
 
 
-HOOKS: Mapping[str, list[Any]] = {"request": [_hurry], "response": [_note]}
+HOOKS: Mapping[str, list[Any]] = {"request": [_set_connect_timeout], "response": [_capture_response]}
 
 
 class AnswerTooLong(httpx.TransportError):
     """More than is read of one answer, or more than there is room for."""
 
 
-class NoAnswer(httpx.TransportError):
+class UnusableResponse(httpx.TransportError):
     """Said to be a success, and no JSON, or not what was asked for."""
 
 
@@ -216,7 +216,7 @@ class _Beginning(httpx.AsyncByteStream):
 class _Bounded(httpx.AsyncByteStream):
     """A body that is given up once it is larger than can be held, or one of its lines where a stream was asked for."""
 
-    def __init__(self, stream: Any, exchange: Exchange) -> None:
+    def __init__(self, stream: Any, exchange: CapturedResponse) -> None:
         self._stream = stream
         self._exchange = exchange
 
@@ -231,7 +231,7 @@ class _Bounded(httpx.AsyncByteStream):
                 add(piece)
                 if size > bounds.room.largest and not (exchange.streams and events):
                     raise bounds.too_large()
-            except UpstreamFailure as failure:
+            except UpstreamError as failure:
                 exchange.fault = failure
                 raise AnswerTooLong(failure.message) from failure
             yield piece
@@ -244,7 +244,7 @@ class _UntilItsEnd(httpx.AsyncByteStream):
     """An answer that is to be whole, seen by its reader. Where it is a stream of events all the same, it is over once
     that has ended."""
 
-    def __init__(self, stream: Any, reader: CompletionReader, exchange: Exchange) -> None:
+    def __init__(self, stream: Any, reader: CompletionReader, exchange: CapturedResponse) -> None:
         self._stream = stream
         self._reader = reader
         self._exchange = exchange
@@ -255,7 +255,7 @@ class _UntilItsEnd(httpx.AsyncByteStream):
             while not reader.over and (piece := await _next(pieces, reader)) is not None:
                 reader.feed(piece)
                 yield piece
-        except UpstreamFailure as failure:
+        except UpstreamError as failure:
             self._exchange.fault = failure
             raise AnswerTooLong(failure.message) from failure
         except (httpx.TransportError, TimeoutError):
@@ -304,13 +304,13 @@ def _unpacked(unpacker: Unpacker, packed: bytes) -> Iterator[bytes]:
         try:
             plain = unpacker.decompress(packed, PIECE)
         except zlib.error as error:
-            raise NoAnswer(f"the answer cannot be unpacked: {error}") from None
+            raise UnusableResponse(f"the answer cannot be unpacked: {error}") from None
         packed = unpacker.unconsumed_tail
         yield plain
 
 
 def open_pool(timeout_s: float, outbound: Outbound) -> httpx.AsyncClient:
-    most = shares().upstreams
+    most = connection_budget().upstreams
     limits = httpx.Limits(max_connections=most, max_keepalive_connections=min(200, most), keepalive_expiry=KEPT_ALIVE_S)
     return client_over(AsyncTransport(outbound, limits, _trusted), timeout_s)
 
@@ -329,7 +329,7 @@ def client_over(transport: httpx.AsyncBaseTransport, timeout: float | httpx.Time
 
 
 def _trusted(request: httpx.Request) -> Trust | None:
-    exchange: Exchange | None = request.extensions.get(EXCHANGE)
+    exchange: CapturedResponse | None = request.extensions.get(EXCHANGE)
     return None if exchange is None else exchange.trust
 
 
@@ -340,7 +340,7 @@ class CallTransport(httpx.AsyncBaseTransport):
         self._of_none = AsyncTransport(Outbound(os.environ))
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        exchange: Exchange | None = request.extensions.get(EXCHANGE)
+        exchange: CapturedResponse | None = request.extensions.get(EXCHANGE)
         of_the_call = exchange.transport if exchange is not None else None
         return await (of_the_call or self._of_none).handle_async_request(request)
 
@@ -354,8 +354,8 @@ async def chunks_of(
         room: for what is held of it.
         answers: how many were asked for (`n`).
     """
-    reader = ChunkReader(exact, room=room, answers=answers, headers=response.headers)
-    pieces = read_gently(response.aiter_bytes())
+    reader = ChunkReader(parse_exact, room=room, answers=answers, headers=response.headers)
+    pieces = iterate_uncancelled(response.aiter_bytes())
     try:
         while not reader.over:
             piece = await _next(pieces, reader)
@@ -363,14 +363,14 @@ async def chunks_of(
                 yield chunk.body
     except (httpx.HTTPError, httpx.StreamError, TimeoutError) as error:
         if not reader.break_off():
-            raise UpstreamFailure(
+            raise UpstreamError(
                 f"the model's stream broke: {type(error).__name__}",
                 timed_out=isinstance(error, httpx.TimeoutException),
                 lost=not reader.begun and isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError),
             ) from error
     finally:
         reader.drop()
-        await to_its_end(response.aclose())
+        await run_uncancelled(response.aclose())
     if (fault := reader.fault) is not None:
         raise fault
 
@@ -379,26 +379,26 @@ GRACE_S = 1.0
 """In which a call that is over closes its connection by itself, as nearly all do."""
 
 
-async def keep_tidy(pool: httpx.AsyncClient, every_s: float = 1.0, grace_s: float = GRACE_S) -> None:
+async def reap_connections(pool: httpx.AsyncClient, every_s: float = 1.0, grace_s: float = GRACE_S) -> None:
     """For ever."""
     ways: Any = pool._transport
     while True:
         await asyncio.sleep(every_s)
         for layer in [transport._pool for transport in ways.open]:
             _let_go(layer, monotonic() - grace_s)
-            for connection in _taken_out(layer):
+            for connection in _expired(layer):
                 await connection.aclose()
 
 
 def _let_go(layer: Any, before: float) -> None:
     """Requests of calls that were over by then have lost their connections."""
     for waiting in list(layer._requests):
-        exchange: Exchange | None = waiting.request.extensions.get(EXCHANGE)
+        exchange: CapturedResponse | None = waiting.request.extensions.get(EXCHANGE)
         if exchange is not None and exchange.over_at is not None and exchange.over_at < before:
             layer._requests.remove(waiting)
 
 
-def _taken_out(layer: Any) -> list[Any]:
+def _expired(layer: Any) -> list[Any]:
     """Connections to close: idle for too long, or in use, or about to be, by no request: no other will ever get one."""
     in_use = {id(waiting.connection) for waiting in layer._requests}
     kept, closing = list[Any](), list[Any]()

@@ -46,7 +46,7 @@ _LEAD_IN = re.compile(
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
 
 
-def visible(answer: str) -> str:
+def strip_thinking(answer: str) -> str:
     """The reply without its thinking; a thought that never ended leaves only what came before it."""
     text = answer[:MAX_ANSWER_CHARS].replace("\r\n", "\n")
     for mark in _THINK_ENDS:
@@ -56,7 +56,7 @@ def visible(answer: str) -> str:
     return text.translate(_INVISIBLE).strip()
 
 
-def plain(text: str) -> str:
+def strip_markdown(text: str) -> str:
     """Full-width forms made ordinary, emphasis marks and LaTeX delimiters removed."""
     text = _compatible(text).replace("−", "-").replace("’", "'")
     text = re.sub(r"\*\*|__|\\[(\[\])]|\\[,;!]", "", text)
@@ -64,7 +64,7 @@ def plain(text: str) -> str:
     return re.sub(r"\\(?:text|mathrm|mathbf)\{([^{}]{0,80})\}", r"\1", text)
 
 
-def boxed(text: str) -> str | None:
+def boxed_answers(text: str) -> str | None:
     """The content of the last \\boxed{…}."""
     found = _BOXED.findall(text)
     return found[-1] if found else None
@@ -75,11 +75,11 @@ def fenced(text: str) -> list[str]:
     return _FENCE.findall(text)
 
 
-def bolds(text: str) -> list[str]:
+def bold_spans(text: str) -> list[str]:
     return _BOLD.findall(text)
 
 
-def after_lead_in(text: str) -> str | None:
+def text_after_lead_in(text: str) -> str | None:
     """What follows the last "the answer is", "Answer:", "答案是", "la respuesta es", to the end of its line.
 
     When that line is empty ("Answer:" alone), the next line that is not.
@@ -95,9 +95,9 @@ def lines_of(text: str) -> list[str]:
 
 def candidates(answer: str) -> list[str]:
     """Every part of the reply that could be meant as the answer, as written; the whole reply comes first."""
-    text = visible(answer)
-    found = [text, *fenced(text)[-1:], *bolds(text)[-1:], *lines_of(text)[:1], *lines_of(text)[-1:]]
-    for part in (boxed(text), after_lead_in(text), after_lead_in(plain(text))):
+    text = strip_thinking(answer)
+    found = [text, *fenced(text)[-1:], *bold_spans(text)[-1:], *lines_of(text)[:1], *lines_of(text)[-1:]]
+    for part in (boxed_answers(text), text_after_lead_in(text), text_after_lead_in(strip_markdown(text))):
         if part is not None:
             found.append(part)
     return [*found, *_few_quoted(text)]
@@ -109,7 +109,7 @@ def _few_quoted(text: str) -> list[str]:
     return [quoted[0], quoted[-1]] if 0 < len(set(quoted)) <= 3 else []
 
 
-def folded(text: str) -> str:
+def casefold(text: str) -> str:
     """For comparison: width, case, accents of Latin letters and runs of white space made equal."""
     text = _compatible(text).casefold().replace("’", "'")
     kept = "".join(letter for letter in normalized("NFKD", text) if not "\u0300" <= letter <= "\u036f")

@@ -9,16 +9,16 @@ from typing import ClassVar
 
 from router_core.validation.fields import Fields, JsonObject
 from router_core.validation.graders.answers import (
-    after_lead_in,
-    bolds,
-    boxed,
-    folded,
+    bold_spans,
+    boxed_answers,
+    casefold,
     lines_of,
-    plain,
+    strip_markdown,
+    strip_thinking,
+    text_after_lead_in,
     trimmed,
-    visible,
 )
-from router_core.validation.graders.text import bounded
+from router_core.validation.graders.text import max_length
 
 _NUMBER = re.compile(
     r"(?<![A-Za-z0-9_.])[-+]?"
@@ -47,7 +47,7 @@ class NumericGrader:
     type: ClassVar[str] = "numeric"
 
     def grade(self, answer: str) -> float:
-        stated = stated_number(visible(answer))
+        stated = stated_number(strip_thinking(answer))
         return float(any(self._equals(value) for value in stated))
 
     def _equals(self, value: float) -> bool:
@@ -71,16 +71,16 @@ def stated_number(text: str) -> tuple[float, ...]:
     """The readings of the number that the reply states ("1,234" may be 1234 or 1.234); empty when there is none."""
     for part in _most_decided_first(text):
         if token := _conclusion(part):
-            return readings(token)
+            return parse_numbers(token)
     return _word_value(text)
 
 
 def _most_decided_first(text: str) -> list[str]:
-    flat = plain(text)
+    flat = strip_markdown(text)
     lines = lines_of(flat)
     first_alone = lines[:1] if lines and _is_number_alone(lines[0]) else []
-    parts = [boxed(text), after_lead_in(flat), *first_alone, *reversed(bolds(text)), *reversed(lines)]
-    return [plain(part) for part in parts if part is not None]
+    parts = [boxed_answers(text), text_after_lead_in(flat), *first_alone, *reversed(bold_spans(text)), *reversed(lines)]
+    return [strip_markdown(part) for part in parts if part is not None]
 
 
 def _conclusion(part: str) -> str | None:
@@ -103,7 +103,7 @@ def _is_number_alone(line: str) -> bool:
     return match is not None and len(bare[match.end() :].split()) <= 1
 
 
-def readings(token: str) -> tuple[float, ...]:
+def parse_numbers(token: str) -> tuple[float, ...]:
     """Every value that the written number can mean."""
     bare = token.replace(" ", "").replace("\u00a0", "").replace("\u202f", "").replace("'", "")
     percent = bare.endswith("%")
@@ -135,7 +135,7 @@ def _decimals(bare: str) -> tuple[float, ...]:
 
 def _word_value(text: str) -> tuple[float, ...]:
     """ "Three." or "三": only when the reply is little more than that word."""
-    words = re.findall(r"[^\W\d_]+", plain(text).casefold())
+    words = re.findall(r"[^\W\d_]+", strip_markdown(text).casefold())
     values = {_WORD_VALUES[word] for word in words if word in _WORD_VALUES}
     return (float(values.pop()),) if len(values) == 1 and len(words) <= 8 else ()
 
@@ -166,18 +166,18 @@ class ChoiceGrader:
 
     def chosen(self, reply: str) -> str | None:
         """The letter that the reply settles on."""
-        text = visible(reply)
+        text = strip_thinking(reply)
         for stated in self._statements(text):
             if letter := self._letter(stated) or (self._by_words(stated) if self._is_brief(stated) else None):
                 return letter
         if len(self._opening_letters(text)) > 1:
             return None
-        return self._opening_letter(text) or self._only_letter(text) or self._by_words_somewhere(plain(text))
+        return self._opening_letter(text) or self._only_letter(text) or self._by_words_somewhere(strip_markdown(text))
 
     @cached_property
     def _words(self) -> tuple[re.Pattern[str], ...]:
         """Each option's words as a pattern over folded text."""
-        return tuple(re.compile(bounded(folded(trimmed(option)))) for option in self.options)
+        return tuple(re.compile(max_length(casefold(trimmed(option)))) for option in self.options)
 
     def _is_brief(self, stated: str) -> bool:
         """Little more than an option: a question repeated after "Answer:" is not."""
@@ -185,14 +185,16 @@ class ChoiceGrader:
 
     def _statements(self, text: str) -> Iterator[str]:
         """Where a reply says its choice, most decided first."""
-        if (content := boxed(text)) is not None:
-            yield plain(content)
-        flat = plain(text)
-        if (rest := after_lead_in(flat)) is not None:
+        if (content := boxed_answers(text)) is not None:
+            yield strip_markdown(content)
+        flat = strip_markdown(text)
+        if (rest := text_after_lead_in(flat)) is not None:
             yield rest
         if picked := _CHOSEN.findall(flat):
             yield str(picked[-1]).upper()
-        marked = {self._letter(plain(bold)) or self._by_words(plain(bold)) for bold in bolds(text)} - {None}
+        marked = {
+            self._letter(strip_markdown(bold)) or self._by_words(strip_markdown(bold)) for bold in bold_spans(text)
+        } - {None}
         if len(marked) == 1:
             yield str(marked.pop())
 
@@ -207,24 +209,24 @@ class ChoiceGrader:
 
     def _follows(self, rest: str) -> str | None:
         """The option whose words come right after a letter: "A) pear" names two options when pear is B."""
-        said = folded(trimmed(rest))
+        said = casefold(trimmed(rest))
         starts = [index for index, words in enumerate(self._words) if words.match(said)]
         return LETTERS[max(starts, key=lambda index: len(self.options[index]))] if starts else None
 
     def _opening_letter(self, text: str) -> str | None:
         """The first line opens with a letter."""
-        lines = lines_of(plain(text))
+        lines = lines_of(strip_markdown(text))
         return self._letter(lines[0]) if lines else None
 
     def _opening_letters(self, text: str) -> set[str]:
         """The letters that lines open with: more than one is a list of options, not a choice."""
-        return {letter for line in lines_of(plain(text)) if (letter := self._letter(line))}
+        return {letter for line in lines_of(strip_markdown(text)) if (letter := self._letter(line))}
 
     def _only_letter(self, text: str) -> str | None:
         """One option letter in brackets or alone, anywhere; "A" as an English word does not count."""
         named = {
             letter
-            for letter in re.findall(r"\(([A-J])\)|\b([B-HJ])\b(?!')", plain(text))
+            for letter in re.findall(r"\(([A-J])\)|\b([B-HJ])\b(?!')", strip_markdown(text))
             for letter in letter
             if letter
         }
@@ -238,7 +240,7 @@ class ChoiceGrader:
 
     def _by_words(self, text: str) -> str | None:
         """The one option whose words occur; an option that is part of another counts only on its own."""
-        rest = folded(text)
+        rest = casefold(text)
         found = []
         for index in sorted(range(len(self.options)), key=lambda i: -len(self.options[i])):
             words = self._words[index]

@@ -19,8 +19,8 @@ from referencing.jsonschema import DRAFT202012
 
 from router_core.errors import InvalidValidationSet
 from router_core.validation.fields import Fields, JsonObject
-from router_core.validation.graders.answers import fenced, visible
-from router_core.validation.graders.text import check_pattern, found
+from router_core.validation.graders.answers import fenced, strip_thinking
+from router_core.validation.graders.text import check_pattern, search_with_timeout
 
 _UNSUPPORTED = ("patternProperties", "unevaluatedProperties", "unevaluatedItems", "$dynamicRef")
 
@@ -42,7 +42,7 @@ class _TooManyReferences(Exception):
 
 
 def _pattern_in_time(_: object, pattern: str, value: object, __: object) -> Iterator[ValidationError]:
-    if isinstance(value, str) and not found(pattern, value):
+    if isinstance(value, str) and not search_with_timeout(pattern, value):
         yield ValidationError(f"{value!r} does not match {pattern!r}")
 
 
@@ -176,7 +176,7 @@ class JsonSchemaGrader:
 
     def grade(self, answer: str) -> float:
 
-        text = visible(answer)
+        text = strip_thinking(answer)
         values = _whole(text) if self.whole else _json_values(text)
         return float(any(accepts(self.schema, value) for value in values))
 
@@ -254,7 +254,7 @@ class SqlGrader:
     type: ClassVar[str] = "sql"
 
     def grade(self, answer: str) -> float:
-        written = _written_query(visible(answer))
+        written = _written_query(strip_thinking(answer))
         if written is None:
             return 0.0
         try:
@@ -376,7 +376,7 @@ class PythonGrader:
     type: ClassVar[str] = "python"
 
     def grade(self, answer: str) -> float:
-        text = visible(answer)
+        text = strip_thinking(answer)
         return float(any(self._fits(node) for code in (*fenced(text), text) for node in _functions(code)))
 
     def _fits(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:

@@ -9,7 +9,15 @@ import regex
 
 from router_core.errors import InvalidValidationSet
 from router_core.validation.fields import Fields, JsonObject, shown
-from router_core.validation.graders.answers import after_lead_in, candidates, folded, lines_of, plain, trimmed, visible
+from router_core.validation.graders.answers import (
+    candidates,
+    casefold,
+    lines_of,
+    strip_markdown,
+    strip_thinking,
+    text_after_lead_in,
+    trimmed,
+)
 
 
 @dataclass(frozen=True)
@@ -26,17 +34,17 @@ class ExactGrader:
 
     def grade(self, answer: str) -> float:
         if self.whole:
-            return float(_unwrapped(visible(answer)) in {text.strip() for text in self.answers})
+            return float(_unwrapped(strip_thinking(answer)) in {text.strip() for text in self.answers})
         wanted = {self._key(text) for text in self.answers}
         return float(any(self._key(part) in wanted for part in candidates(answer)))
 
     def _key(self, text: str) -> str:
         bare = trimmed(text)
-        return "\n".join(line.rstrip() for line in bare.split("\n")) if self.case_sensitive else folded(bare)
+        return "\n".join(line.rstrip() for line in bare.split("\n")) if self.case_sensitive else casefold(bare)
 
     def to_json(self) -> dict[str, object]:
-        found: dict[str, object] = {"type": self.type, "answers": list(self.answers)}
-        return found | {name: True for name in ("whole", "case_sensitive") if getattr(self, name)}
+        spec: dict[str, object] = {"type": self.type, "answers": list(self.answers)}
+        return spec | {name: True for name in ("whole", "case_sensitive") if getattr(self, name)}
 
     @classmethod
     def from_json(cls, spec: JsonObject) -> ExactGrader:
@@ -59,18 +67,18 @@ class SequenceGrader:
     type: ClassVar[str] = "sequence"
 
     def grade(self, answer: str) -> float:
-        text = plain(visible(answer))
-        wanted = [folded(item) for item in self.items]
-        if (after := after_lead_in(text)) and self._mentions(after) == wanted:
+        text = strip_markdown(strip_thinking(answer))
+        wanted = [casefold(item) for item in self.items]
+        if (after := text_after_lead_in(text)) and self._mentions(after) == wanted:
             return 1.0
         mentions = self._mentions(text)
         on_one_line = any(self._mentions(line) == wanted for line in lines_of(text)[-3:])
         return float(mentions == wanted or mentions[-len(wanted) :] == wanted or on_one_line)
 
     def _mentions(self, text: str) -> list[str]:
-        longest_first = sorted((folded(item) for item in self.items), key=len, reverse=True)
-        pattern = "|".join(bounded(item) for item in longest_first)
-        return re.findall(pattern, folded(text))
+        longest_first = sorted((casefold(item) for item in self.items), key=len, reverse=True)
+        pattern = "|".join(max_length(item) for item in longest_first)
+        return re.findall(pattern, casefold(text))
 
     def to_json(self) -> dict[str, object]:
         return {"type": self.type, "items": list(self.items)}
@@ -84,7 +92,7 @@ class SequenceGrader:
         return cls(items)
 
 
-def bounded(term: str) -> str:
+def max_length(term: str) -> str:
     """A pattern for the term as a whole word; scripts without spaces match anywhere."""
     left = r"(?<!\w)" if _spaced(term[:1]) else ""
     right = r"(?!\w)" if _spaced(term[-1:]) else ""
@@ -119,8 +127,8 @@ class Terms:
 
     def _has(self, text: str, term: str) -> bool:
         if self.case_sensitive:
-            return re.search(bounded(term), plain(text)) is not None
-        return re.search(bounded(folded(term)), folded(plain(text))) is not None
+            return re.search(max_length(term), strip_markdown(text)) is not None
+        return re.search(max_length(casefold(term)), casefold(strip_markdown(text))) is not None
 
     def to_json(self) -> dict[str, object]:
         spec: dict[str, object] = {name: list(getattr(self, name)) for name in ("all", "any", "none")}
@@ -143,7 +151,7 @@ class ContainsGrader:
     type: ClassVar[str] = "contains"
 
     def grade(self, answer: str) -> float:
-        text = visible(answer)
+        text = strip_thinking(answer)
         return float(bool(text) and self.terms.met_by(text))
 
     def to_json(self) -> dict[str, object]:
@@ -170,7 +178,7 @@ class WritingGrader:
     type: ClassVar[str] = "writing"
 
     def grade(self, answer: str) -> float:
-        text = visible(answer)
+        text = strip_thinking(answer)
         return float(bool(text) and self.terms.met_by(text) and self._right_size(text) and self._right_edges(text))
 
     def _right_size(self, text: str) -> bool:
@@ -203,7 +211,7 @@ class WritingGrader:
 
 def count_sentences(text: str) -> int:
     """Closing marks, with a last sentence that has none counted too."""
-    flat = _ABBREVIATION.sub("x", " ".join(plain(text).split()))
+    flat = _ABBREVIATION.sub("x", " ".join(strip_markdown(text).split()))
     pieces = [piece for piece in _SENTENCE_END.split(flat) if re.search(r"\w", piece)]
     return len(pieces)
 
@@ -232,8 +240,10 @@ class RegexGrader:
     type: ClassVar[str] = "regex"
 
     def grade(self, answer: str) -> float:
-        text = visible(answer)
-        return float(bool(text) and found(self.pattern, text, full=self.full, ignore_case=self.ignore_case))
+        text = strip_thinking(answer)
+        return float(
+            bool(text) and search_with_timeout(self.pattern, text, full=self.full, ignore_case=self.ignore_case)
+        )
 
     def to_json(self) -> dict[str, object]:
         spec: dict[str, object] = {"type": self.type, "pattern": self.pattern}
@@ -247,7 +257,7 @@ class RegexGrader:
         return cls(pattern, fields.flag("full"), fields.flag("ignore_case"))
 
 
-def found(pattern: str, text: str, *, full: bool = False, ignore_case: bool = False) -> bool:
+def search_with_timeout(pattern: str, text: str, *, full: bool = False, ignore_case: bool = False) -> bool:
     """Does it match? A search that runs out of time has found nothing."""
     compiled = _compiled(pattern, ignore_case=ignore_case)
     search = compiled.fullmatch if full else compiled.search

@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
-from proxy.errors import UpstreamFailure
-from proxy.settings.schema import HealthPolicy
+from proxy.errors import UpstreamError
+from proxy.settings.schema import CircuitBreakerSettings
 from proxy.storage.redis import Store
-from proxy.upstream.health import HealthSharing, ModelHealth
+from proxy.upstream.health import CooldownReplicator, HealthRegistry
 
 
 class Clock:
@@ -20,22 +20,22 @@ class Clock:
         return self.now
 
 
-def a_failure(status: int | None = 500, body: bytes | None = b"", **more: Any) -> UpstreamFailure:
-    return UpstreamFailure("the upstream's own words, sk-canary", status=status, body=body, **more)
+def a_failure(status: int | None = 500, body: bytes | None = b"", **more: Any) -> UpstreamError:
+    return UpstreamError("the upstream's own words, sk-canary", status=status, body=body, **more)
 
 
-def fail(health: ModelHealth, model: str = "small", times: int = 5, status: int | None = 500, **more: Any) -> None:
+def fail(health: HealthRegistry, model: str = "small", times: int = 5, status: int | None = 500, **more: Any) -> None:
     for _ in range(times):
         health.begin(model).failed(a_failure(status, **more))
 
 
 @asynccontextmanager
 async def a_sharing(
-    store: Store, health: ModelHealth | None = None, known: Collection[str] = ("small", "large")
-) -> AsyncIterator[ModelHealth]:
+    store: Store, health: HealthRegistry | None = None, known: Collection[str] = ("small", "large")
+) -> AsyncIterator[HealthRegistry]:
     """What one more process knows, while its sharing runs."""
-    health = health or ModelHealth(HealthPolicy())
-    sharing = HealthSharing(store, health, lambda: known)
+    health = health or HealthRegistry(CircuitBreakerSettings())
+    sharing = CooldownReplicator(store, health, lambda: known)
     sharing.start()
     try:
         yield health

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-from proxy.settings.schema import HealthPolicy
-from proxy.upstream.circuit_breaker import PROBE_S, Breaker, Verdict, Weight
+from proxy.settings.schema import CircuitBreakerSettings
+from proxy.upstream.circuit_breaker import PROBE_S, CircuitBreaker, FailureClass, Weight
 
-FAILED = Verdict(Weight.COUNTED, "status 500")
-CALLERS = Verdict(Weight.ANSWERED, "status 400")
-UNSENT = Verdict(Weight.UNSENT, "status 400")
-OUR_KEY = Verdict(Weight.AT_ONCE, "status 401")
-OUR_ADDRESS = Verdict(Weight.AT_ONCE_UNLESS_SERVING, "status 404")
-
-
-def asked_for(seconds: float) -> Verdict:
-    return Verdict(Weight.AT_ONCE, "status 429", seconds)
+FAILED = FailureClass(Weight.COUNTED, "status 500")
+CALLERS = FailureClass(Weight.ANSWERED, "status 400")
+UNSENT = FailureClass(Weight.UNSENT, "status 400")
+OUR_KEY = FailureClass(Weight.AT_ONCE, "status 401")
+OUR_ADDRESS = FailureClass(Weight.AT_ONCE_UNLESS_SERVING, "status 404")
 
 
-def a_breaker(**policy: float) -> Breaker:
-    return Breaker(HealthPolicy.model_validate(policy))
+def asked_for(seconds: float) -> FailureClass:
+    return FailureClass(Weight.AT_ONCE, "status 429", seconds)
 
 
-def fail(breaker: Breaker, times: int, now: float = 0.0, verdict: Verdict = FAILED) -> None:
+def a_breaker(**policy: float) -> CircuitBreaker:
+    return CircuitBreaker(CircuitBreakerSettings.model_validate(policy))
+
+
+def fail(breaker: CircuitBreaker, times: int, now: float = 0.0, verdict: FailureClass = FAILED) -> None:
     for _ in range(times):
         breaker.failed(breaker.begin(now), verdict, now)
 
 
-def succeed(breaker: Breaker, times: int, now: float = 0.0) -> None:
+def succeed(breaker: CircuitBreaker, times: int, now: float = 0.0) -> None:
     for _ in range(times):
         breaker.succeeded(breaker.begin(now), now)
 
 
-def an_open_one() -> Breaker:
+def an_open_one() -> CircuitBreaker:
     """For ten seconds from 0 on."""
     breaker = a_breaker()
     fail(breaker, 5)

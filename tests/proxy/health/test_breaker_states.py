@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from proxy.settings.schema import HealthPolicy
-from proxy.upstream.circuit_breaker import PROBE_S, Breaker, Permit, Verdict, Weight
+from proxy.settings.schema import CircuitBreakerSettings
+from proxy.upstream.circuit_breaker import PROBE_S, CircuitBreaker, FailureClass, Permit, Weight
 
-POLICY = HealthPolicy(failures=3, cooldown_s=5, longest_cooldown_s=45)
+POLICY = CircuitBreakerSettings(failures=3, cooldown_s=5, longest_cooldown_s=45)
 VERDICTS = st.builds(
-    Verdict, st.sampled_from(Weight), st.just("status 500"), st.one_of(st.none(), st.floats(0.01, 1e6))
+    FailureClass, st.sampled_from(Weight), st.just("status 500"), st.one_of(st.none(), st.floats(0.01, 1e6))
 )
 SECONDS = st.floats(0.01, 1e6)
 ROUNDING_S = 1e-6
@@ -22,7 +22,7 @@ class BreakerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.breaker = Breaker(POLICY)
+        self.breaker = CircuitBreaker(POLICY)
         self.now = 1000.0
         self.probes: dict[Permit, float] = {}
 
@@ -60,7 +60,7 @@ class BreakerMachine(RuleBasedStateMachine):
         assert (self.breaker.epoch, self.breaker.cooling_s(self.now)) == before
 
     @rule(permit=consumes(begun), verdict=VERDICTS)
-    def fail(self, permit: Permit, verdict: Verdict) -> None:
+    def fail(self, permit: Permit, verdict: FailureClass) -> None:
         cooling = self.breaker.cooling_s(self.now)
         self.probes.pop(permit, None)
         self.breaker.failed(permit, verdict, self.now)
@@ -101,12 +101,12 @@ TestBreakerMachine.settings = settings(max_examples=150, stateful_step_count=60,
 
 @given(st.lists(st.floats(0, 20), max_size=200))
 def test_a_model_of_which_two_thirds_of_the_attempts_succeed_never_rests(gaps: list[float]) -> None:
-    breaker, now = Breaker(HealthPolicy()), 0.0
+    breaker, now = CircuitBreaker(CircuitBreakerSettings()), 0.0
     for place, gap in enumerate(gaps):
         now += gap
         permit = breaker.begin(now)
         if place % 3 == 2:
-            breaker.failed(permit, Verdict(Weight.COUNTED, "status 500"), now)
+            breaker.failed(permit, FailureClass(Weight.COUNTED, "status 500"), now)
         else:
             breaker.succeeded(permit, now)
         assert breaker.closed
@@ -114,15 +114,15 @@ def test_a_model_of_which_two_thirds_of_the_attempts_succeed_never_rests(gaps: l
 
 @given(st.lists(st.tuples(st.floats(0, 400), st.booleans()), max_size=60))
 def test_a_model_that_answers_again_is_served_again(past: list[tuple[float, bool]]) -> None:
-    breaker, now = Breaker(HealthPolicy()), 0.0
+    breaker, now = CircuitBreaker(CircuitBreakerSettings()), 0.0
     for gap, failed in past:
         now += gap
         permit = breaker.begin(now)
         if failed:
-            breaker.failed(permit, Verdict(Weight.COUNTED, "status 500"), now)
+            breaker.failed(permit, FailureClass(Weight.COUNTED, "status 500"), now)
         else:
             breaker.succeeded(permit, now)
-    now += HealthPolicy().longest_cooldown_s
+    now += CircuitBreakerSettings().longest_cooldown_s
     assert breaker.resting_s(now) is None
     breaker.succeeded(breaker.begin(now), now)
     assert breaker.closed

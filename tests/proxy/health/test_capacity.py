@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.errors import ModelBusy
-from proxy.server.responses import describe
+from proxy.errors import ModelAtCapacity
+from proxy.server.responses import render_error
 from proxy.settings.models import ModelInfo
-from proxy.upstream.concurrency_limit import Capacities, CapacityLimits, Slot
+from proxy.upstream.concurrency_limit import ConcurrencyLimiter, ConcurrencyLimits, Slot
 from tests.proxy.health.makers import Clock
 
-ONE = CapacityLimits(max_parallel=1, max_queued=2, longest_wait_s=5)
-NO_CAP = CapacityLimits()
+ONE = ConcurrencyLimits(max_parallel=1, max_queued=2, longest_wait_s=5)
+NO_CAP = ConcurrencyLimits()
 
 
-def queued(capacities: Capacities, limits: CapacityLimits = ONE) -> asyncio.Task[Slot]:
+def queued(capacities: ConcurrencyLimiter, limits: ConcurrencyLimits = ONE) -> asyncio.Task[Slot]:
     return asyncio.create_task(capacities.slot("small", limits))
 
 
@@ -29,12 +29,12 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def nobody_left(capacities: Capacities) -> bool:
+def nobody_left(capacities: ConcurrencyLimiter) -> bool:
     return capacities._rooms == {}
 
 
 async def test_without_a_cap_nobody_waits() -> None:
-    capacities = Capacities()
+    capacities = ConcurrencyLimiter()
     slots = [await capacities.slot("small", NO_CAP) for _ in range(100)]
     assert not capacities.busy("small", NO_CAP)
     for slot in slots:
@@ -43,7 +43,7 @@ async def test_without_a_cap_nobody_waits() -> None:
 
 
 async def test_a_place_given_back_is_the_first_waiters() -> None:
-    capacities = Capacities()
+    capacities = ConcurrencyLimiter()
     held = await capacities.slot("small", ONE)
     first, second = queued(capacities), queued(capacities)
     await settle()
@@ -57,7 +57,7 @@ async def test_a_place_given_back_is_the_first_waiters() -> None:
 
 
 async def test_whoever_comes_later_does_not_overtake_those_who_wait() -> None:
-    capacities = Capacities()
+    capacities = ConcurrencyLimiter()
     held = await capacities.slot("small", ONE)
     waiting = queued(capacities)
     await settle()
@@ -71,7 +71,7 @@ async def test_whoever_comes_later_does_not_overtake_those_who_wait() -> None:
 
 async def test_when_the_queue_is_full_the_next_is_told_at_once_when_to_come_back() -> None:
     clock = Clock()
-    capacities = Capacities(clock)
+    capacities = ConcurrencyLimiter(clock)
     for _ in range(20):
         slot = await capacities.slot("small", ONE)
         clock.now += 8
@@ -81,10 +81,10 @@ async def test_when_the_queue_is_full_the_next_is_told_at_once_when_to_come_back
     waiting = [queued(capacities) for _ in range(2)]
     await settle()
     assert capacities.busy("small", ONE)
-    with pytest.raises(ModelBusy) as caught:
+    with pytest.raises(ModelAtCapacity) as caught:
         await capacities.slot("small", ONE)
     assert caught.value.retry_after_s == pytest.approx(24.0)
-    status, body, headers = describe(caught.value)
+    status, body, headers = render_error(caught.value)
     assert (status, body["error"]["code"], headers) == (429, "model_busy", {"retry-after": "24"})
     held.release()
     for task in waiting:
@@ -93,10 +93,10 @@ async def test_when_the_queue_is_full_the_next_is_told_at_once_when_to_come_back
 
 
 async def test_without_a_queue_the_second_goes_elsewhere() -> None:
-    capacities, limits = Capacities(), CapacityLimits(max_parallel=1, max_queued=0)
+    capacities, limits = ConcurrencyLimiter(), ConcurrencyLimits(max_parallel=1, max_queued=0)
     held = await capacities.slot("small", limits)
     assert capacities.busy("small", limits)
-    with pytest.raises(ModelBusy) as caught:
+    with pytest.raises(ModelAtCapacity) as caught:
         await capacities.slot("small", limits)
     assert 1.0 <= caught.value.retry_after_s <= 60.0
     held.release()
@@ -104,9 +104,9 @@ async def test_without_a_queue_the_second_goes_elsewhere() -> None:
 
 
 async def test_the_wait_in_the_queue_ends() -> None:
-    capacities, limits = Capacities(), CapacityLimits(max_parallel=1, max_queued=2, longest_wait_s=0.05)
+    capacities, limits = ConcurrencyLimiter(), ConcurrencyLimits(max_parallel=1, max_queued=2, longest_wait_s=0.05)
     held = await capacities.slot("small", limits)
-    with pytest.raises(ModelBusy):
+    with pytest.raises(ModelAtCapacity):
         await capacities.slot("small", limits)
     assert not capacities.busy("small", limits)
     held.release()
@@ -114,7 +114,7 @@ async def test_the_wait_in_the_queue_ends() -> None:
 
 
 async def test_a_place_is_given_back_once() -> None:
-    capacities = Capacities()
+    capacities = ConcurrencyLimiter()
     held = await capacities.slot("small", ONE)
     waiting = [queued(capacities), queued(capacities)]
     await settle()
@@ -127,7 +127,7 @@ async def test_a_place_is_given_back_once() -> None:
 
 
 async def test_whoever_leaves_the_queue_leaves_nothing_in_it() -> None:
-    capacities = Capacities()
+    capacities = ConcurrencyLimiter()
     held = await capacities.slot("small", ONE)
     leaving, staying = queued(capacities), queued(capacities)
     await settle()
@@ -143,7 +143,7 @@ async def test_whoever_leaves_the_queue_leaves_nothing_in_it() -> None:
 
 
 async def test_a_place_given_to_one_that_is_cancelled_at_that_moment_is_the_next_ones() -> None:
-    capacities = Capacities()
+    capacities = ConcurrencyLimiter()
     held = await capacities.slot("small", ONE)
     leaving, staying = queued(capacities), queued(capacities)
     await settle()
@@ -155,7 +155,7 @@ async def test_a_place_given_to_one_that_is_cancelled_at_that_moment_is_the_next
 
 
 async def test_a_place_given_back_while_the_first_is_leaving_goes_past_it() -> None:
-    capacities = Capacities()
+    capacities = ConcurrencyLimiter()
     held = await capacities.slot("small", ONE)
     leaving, staying = queued(capacities), queued(capacities)
     await settle()
@@ -166,7 +166,7 @@ async def test_a_place_given_back_while_the_first_is_leaving_goes_past_it() -> N
 
 
 async def test_a_raised_cap_lets_in_those_who_wait_and_a_lowered_one_holds_for_the_next() -> None:
-    capacities, two = Capacities(), CapacityLimits(max_parallel=2, max_queued=2, longest_wait_s=5)
+    capacities, two = ConcurrencyLimiter(), ConcurrencyLimits(max_parallel=2, max_queued=2, longest_wait_s=5)
     held = await capacities.slot("small", ONE)
     waiting = queued(capacities)
     await settle()
@@ -183,22 +183,24 @@ async def test_a_raised_cap_lets_in_those_who_wait_and_a_lowered_one_holds_for_t
 
 
 async def test_models_do_not_wait_for_each_other() -> None:
-    capacities = Capacities()
+    capacities = ConcurrencyLimiter()
     slots = [await capacities.slot(name, ONE) for name in ("small", "large")]
     assert len(slots) == 2
 
 
 def test_unless_stated_as_many_may_wait_as_may_be_asked() -> None:
-    assert CapacityLimits.of(ModelInfo(max_parallel_requests=4), 7) == CapacityLimits(4, 4, 7)
-    assert CapacityLimits.of(ModelInfo(max_parallel_requests=4, max_queued_requests=0), 7) == CapacityLimits(4, 0, 7)
-    assert CapacityLimits.of(ModelInfo(), 7).max_parallel is None
+    assert ConcurrencyLimits.of(ModelInfo(max_parallel_requests=4), 7) == ConcurrencyLimits(4, 4, 7)
+    assert ConcurrencyLimits.of(ModelInfo(max_parallel_requests=4, max_queued_requests=0), 7) == ConcurrencyLimits(
+        4, 0, 7
+    )
+    assert ConcurrencyLimits.of(ModelInfo(), 7).max_parallel is None
 
 
 class Crowd:
     """Requests that come, wait, leave and end in any order; checks the cap after every step."""
 
-    def __init__(self, limits: CapacityLimits) -> None:
-        self.capacities, self.limits = Capacities(), limits
+    def __init__(self, limits: ConcurrencyLimits) -> None:
+        self.capacities, self.limits = ConcurrencyLimiter(), limits
         self.running = 0
         self.most = 0
         self.tasks: list[asyncio.Task[None]] = []
@@ -207,7 +209,7 @@ class Crowd:
     async def request(self, end: asyncio.Event) -> None:
         try:
             slot = await self.capacities.slot("small", self.limits)
-        except ModelBusy:
+        except ModelAtCapacity:
             return
         self.running += 1
         self.most = max(self.most, self.running)
@@ -242,7 +244,7 @@ def test_in_any_order_the_cap_holds_and_every_place_comes_back(
     steps: list[tuple[str, int]], cap: int, waiting: int
 ) -> None:
     async def play() -> Crowd:
-        crowd = Crowd(CapacityLimits(max_parallel=cap, max_queued=waiting, longest_wait_s=30))
+        crowd = Crowd(ConcurrencyLimits(max_parallel=cap, max_queued=waiting, longest_wait_s=30))
         await crowd.play(steps)
         return crowd
 

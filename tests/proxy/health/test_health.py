@@ -6,16 +6,16 @@ import logging
 
 import pytest
 
-from proxy.errors import UpstreamFailure
+from proxy.errors import UpstreamError
 from proxy.server.metrics import HealthCollector
-from proxy.settings.schema import HealthPolicy
-from proxy.upstream.health import Change, ModelHealth
+from proxy.settings.schema import CircuitBreakerSettings
+from proxy.upstream.health import HealthEvent, HealthRegistry
 from tests.proxy.health.makers import Clock, a_failure, fail
 
 
-def a_health(clock: Clock | None = None) -> tuple[ModelHealth, list[Change]]:
-    changes: list[Change] = []
-    return ModelHealth(HealthPolicy(), clock or Clock(), changes.append, unix_time=lambda: 0.0), changes
+def a_health(clock: Clock | None = None) -> tuple[HealthRegistry, list[HealthEvent]]:
+    changes: list[HealthEvent] = []
+    return HealthRegistry(CircuitBreakerSettings(), clock or Clock(), changes.append, unix_time=lambda: 0.0), changes
 
 
 def test_while_all_are_well_asking_who_rests_makes_nothing() -> None:
@@ -32,7 +32,7 @@ def test_only_the_failing_model_rests_and_for_how_long_is_known() -> None:
     health.begin("large").succeeded()
     clock.now += 4
     assert health.resting() == {"small": 6.0}
-    assert changes == [Change("small", resting=True, from_elsewhere=False)]
+    assert changes == [HealthEvent("small", resting=True, from_elsewhere=False)]
 
 
 def test_a_model_goes_through_resting_and_probing_to_well() -> None:
@@ -65,7 +65,7 @@ def test_the_first_end_of_an_attempt_is_its_end() -> None:
 
 
 def test_a_date_in_retry_after_is_read_by_the_wall_clock() -> None:
-    health = ModelHealth(HealthPolicy(), Clock(), unix_time=lambda: 1_800_000_000.0)
+    health = HealthRegistry(CircuitBreakerSettings(), Clock(), unix_time=lambda: 1_800_000_000.0)
     fail(health, times=1, status=429, headers={"retry-after": "Fri, 15 Jan 2027 08:01:00 GMT"})
     assert health.resting() == {"small": 60.0}
 
@@ -99,7 +99,7 @@ def test_what_was_adopted_and_lifted_is_said_as_from_elsewhere() -> None:
     assert health.found("small") is None
     health.lift("small")
     health.lift("small")
-    assert changes == [Change("small", resting=resting, from_elsewhere=True) for resting in (True, False)]
+    assert changes == [HealthEvent("small", resting=resting, from_elsewhere=True) for resting in (True, False)]
 
 
 def test_a_forgotten_model_is_well_and_attempts_on_what_it_was_say_nothing_of_it() -> None:
@@ -167,5 +167,5 @@ def test_adopted_rests_are_not_counted_again_by_every_process() -> None:
 def test_a_dead_connection_and_a_timeout_count_alike() -> None:
     health, _ = a_health()
     for number in range(5):
-        health.begin("small").failed(UpstreamFailure("x", timed_out=number % 2 == 0))
+        health.begin("small").failed(UpstreamError("x", timed_out=number % 2 == 0))
     assert set(health.resting()) == {"small"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.upstream.circuit_breaker import LONGEST_WAIT_S, stated_wait_s, told_wait
+from proxy.upstream.circuit_breaker import LONGEST_WAIT_S, parse_retry_after, told_wait
 
 NOW = 1_800_000_000.0  # Fri, 15 Jan 2027 08:00:00 GMT
 
@@ -26,7 +26,7 @@ NOW = 1_800_000_000.0  # Fri, 15 Jan 2027 08:00:00 GMT
     ],
 )
 def test_seconds_milliseconds_and_dates_are_read(headers: dict[str, str], seconds: float) -> None:
-    assert stated_wait_s(headers, NOW) == pytest.approx(seconds)
+    assert parse_retry_after(headers, NOW) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(
@@ -37,8 +37,8 @@ def test_seconds_milliseconds_and_dates_are_read(headers: dict[str, str], second
     ],
 )
 def test_nothing_negative_past_or_garbled_is(text: str) -> None:
-    assert stated_wait_s({"retry-after": text}, NOW) is None
-    assert stated_wait_s({}, NOW) is None
+    assert parse_retry_after({"retry-after": text}, NOW) is None
+    assert parse_retry_after({}, NOW) is None
 
 
 @pytest.mark.parametrize(

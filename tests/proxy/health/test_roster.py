@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from proxy.settings.schema import HealthPolicy
+from proxy.settings.schema import CircuitBreakerSettings
 from proxy.storage.redis import Store
-from proxy.upstream.health import ModelHealth, Roster
+from proxy.upstream.health import HealthRegistry, Roster
 from router_core.types import Price
 from tests.proxy.health.makers import fail
 from tests.support.makers import a_record, a_registry, following, until
 
 
 async def test_removed_and_changed_models_are_forgotten_and_others_are_not(store: Store, tmp_path: Path) -> None:
-    registry, health = a_registry(store, tmp_path), ModelHealth(HealthPolicy())
+    registry, health = a_registry(store, tmp_path), HealthRegistry(CircuitBreakerSettings())
     for name in ("removed", "changed", "repriced", "untouched"):
         await registry.add_model(a_record(name))
     async with following(store, tmp_path) as holder:

@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 
-from proxy.settings.schema import HealthPolicy
+from proxy.settings.schema import CircuitBreakerSettings
 from proxy.storage.redis import Store
-from proxy.upstream.health import CHANNEL, UNSAID, HealthSharing, ModelHealth, health_key
+from proxy.upstream.health import CHANNEL, UNKNOWN_REASON, CooldownReplicator, HealthRegistry, health_key
 from tests.proxy.health.makers import a_sharing, fail
 from tests.support.makers import until
 
 
 @asynccontextmanager
-async def two_processes(store: Store, second_store: Store) -> AsyncIterator[tuple[ModelHealth, ModelHealth]]:
+async def two_processes(store: Store, second_store: Store) -> AsyncIterator[tuple[HealthRegistry, HealthRegistry]]:
     async with a_sharing(store) as here, a_sharing(second_store) as there:
         yield here, there
 
 
-def state(health: ModelHealth, model: str = "small") -> Any:
+def state(health: HealthRegistry, model: str = "small") -> Any:
     return health.standing(model)["state"]
 
 
@@ -121,15 +121,15 @@ async def test_a_quick_end_is_not_undone_by_what_was_told_before(store: Store, s
 
 
 async def test_a_key_that_is_yet_to_be_deleted_is_not_adopted_again(store: Store) -> None:
-    health = ModelHealth(HealthPolicy())
-    sharing = HealthSharing(store, health, lambda: ("small",))
+    health = HealthRegistry(CircuitBreakerSettings())
+    sharing = CooldownReplicator(store, health, lambda: ("small",))
     await store.client.set(health_key("small"), "told before it ended", px=9000)
     health.rest("small", 9, "found")
     health.forget("small")
     await sharing._read(("small",), told=False)
     assert state(health) == "well"
     sharing.start()
-    await until(lambda: sharing._untold == {})
+    await until(lambda: sharing._pending == {})
     await sharing._read(("small",), told=False)
     await sharing.stop()
     assert state(health) == "well"
@@ -154,8 +154,8 @@ async def test_reading_again_after_the_time_is_over_does_not_spare_it_the_probe(
     [
         ("bad \x00\x1b[31m\u2028why", "bad [31mwhy"),
         ("w" * 10_000, "w" * 200),
-        ("", UNSAID),
-        (["a list"], UNSAID),
+        ("", UNKNOWN_REASON),
+        (["a list"], UNKNOWN_REASON),
         (b"\xff\xfe", "\ufffd\ufffd"),
     ],
 )
@@ -230,11 +230,11 @@ async def test_what_waits_to_be_told_is_bounded(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("proxy.upstream.health.MOST_QUEUED", 10)
     nowhere = Store("redis://127.0.0.1:1")
     names = [f"model-{number}" for number in range(100)]
-    health = ModelHealth(HealthPolicy())
+    health = HealthRegistry(CircuitBreakerSettings())
     async with a_sharing(nowhere, health, names) as health:
         for name in names:
             fail(health, name)
         assert len(health.resting()) == 100
         (sharing,) = [listener.__self__ for listener in health._listeners if hasattr(listener, "__self__")]
-        assert list(sharing._untold) == names[-10:]
+        assert list(sharing._pending) == names[-10:]
     await nowhere.close()

@@ -10,7 +10,7 @@ import pytest
 from proxy.errors import BadRequest
 from proxy.server.admin_schemas import read_addition
 from proxy.settings.models import ModelInfo, SettingsError
-from proxy.settings.schema import HealthPolicy, Settings, load_settings
+from proxy.settings.schema import CircuitBreakerSettings, Settings, load_settings
 from tests.support.makers import CORNERS
 
 
@@ -30,7 +30,7 @@ def info_of(folder: Path, params: str, info: str = "{}") -> ModelInfo:
 def test_the_policy_is_a_mapping_of_the_file_and_each_part_a_variable(tmp_path: Path) -> None:
     path = a_file(tmp_path, "uniroute: {breaker: {failures: 3, window_s: 60}}")
     settings = load_settings(path, {"UNIROUTE_BREAKER_SHARE": "0.9", "UNIROUTE_BREAKER_FAILURES": "4"})
-    assert settings.breaker == HealthPolicy(failures=4, window_s=60, share=0.9)
+    assert settings.breaker == CircuitBreakerSettings(failures=4, window_s=60, share=0.9)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from proxy.cli.report.format import LOOKS, best_rivals, finding
+from proxy.cli.report.format import LOOKS, best_rival_of_each_size, headline
 from proxy.cli.report.text import tell
 from router_core.evaluation.curves import Difference
 from router_core.evaluation.study import ESTIMATED, METHODS, Estimate, Results
@@ -74,13 +74,15 @@ def test_the_best_rival_is_the_one_that_ours_is_least_ahead_of(
 def test_only_a_method_that_estimates_errors_can_be_the_best_rival(studied: Results) -> None:
     behind = where_ridge_is_close(studied)
     oracle = dict.fromkeys((10, 20, 40), Difference(-0.3, -0.4, -0.2))
-    assert set(best_rivals(replace(behind, differences={**behind.differences, "oracle": oracle})).values()) == {"ridge"}
+    assert set(
+        best_rival_of_each_size(replace(behind, differences={**behind.differences, "oracle": oracle})).values()
+    ) == {"ridge"}
     assert "ridge" in ESTIMATED
 
 
 def test_the_finding_is_of_the_n_in_the_middle(studied: Results) -> None:
-    assert finding(where_ridge_is_close(studied)).startswith("With 20 labels")
-    assert finding(where_ridge_is_close(studied)).endswith("ridge regression, it is -0.20 [-1.00, +1.00].")
+    assert headline(where_ridge_is_close(studied)).startswith("With 20 labels")
+    assert headline(where_ridge_is_close(studied)).endswith("ridge regression, it is -0.20 [-1.00, +1.00].")
 
 
 @of("partly")

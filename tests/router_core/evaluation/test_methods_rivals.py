@@ -15,7 +15,7 @@ from router_core.evaluation.baselines import (
     ridge,
 )
 from router_core.evaluation.cluster_methods import hiershrink, kmeans_raw, learned_map, nested_rates
-from router_core.evaluation.trials import Asked, Method
+from router_core.evaluation.trials import LabelledSample, Method
 from router_core.types import Doubles, Floats
 from tests.router_core.evaluation.toys import a_known, asked
 
@@ -36,9 +36,9 @@ def right_on_the_first(each: int) -> Doubles:
     return np.repeat([[1.0], [0.0]], each, axis=0)
 
 
-def every_tenth(vectors: Floats, scores: Doubles) -> Asked:
+def every_tenth(vectors: Floats, scores: Doubles) -> LabelledSample:
     rows = np.arange(0, len(vectors), 10)
-    return Asked(rows, scores[rows], np.full((rows.size, scores.shape[1]), np.nan))
+    return LabelledSample(rows, scores[rows], np.full((rows.size, scores.shape[1]), np.nan))
 
 
 def circle(count: int) -> Floats:
@@ -152,7 +152,7 @@ def test_unlabelled_prompts_are_left_out_not_counted_wrong(method: Method) -> No
     estimator = method(a_known(vectors))
     some = every_tenth(vectors, scores)
     more = np.arange(1, 120, 10)
-    mixed = Asked(
+    mixed = LabelledSample(
         np.concatenate((more, some.rows)),
         np.concatenate((np.full((more.size, 1), np.nan), some.scores)),
         np.full((more.size + some.rows.size, 1), np.nan),

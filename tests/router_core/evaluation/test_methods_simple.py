@@ -16,8 +16,8 @@ from router_core.evaluation.curves import area
 from router_core.evaluation.study import Served
 from router_core.evaluation.trials import Method, cost_weights, draw_trial
 from router_core.pool import Pool
-from router_core.scoring import Terms, rank
-from router_core.types import Assignment, Floats, Needs, Price
+from router_core.scoring import ScoringParams, rank
+from router_core.types import Assignment, Floats, Price, Requirements
 from tests.router_core.evaluation.toys import SIX, a_known, a_plan, asked, two_kinds, vectors_of
 
 EXPECTED_ERRORS, EXPECTED_CENTS = np.array([0.6, 0.1, 0.3]), np.array([1.0, 9.0, 3.0])
@@ -134,5 +134,5 @@ def test_what_is_studied_is_what_would_be_served() -> None:
 def serve(pool: Pool, placed: Assignment, row: int, prompt_tokens: float, cost_weight: float) -> int:
     """One request, as the proxy decides it."""
     alone = Assignment(placed.ids[[row]], placed.weights[[row]])
-    needs = Needs(prompt_tokens=int(prompt_tokens))
-    return pool.index[rank(eligible(pool, needs), alone, needs, Terms(cost_weight, cost_unit="cents")).chosen]
+    needs = Requirements(prompt_tokens=int(prompt_tokens))
+    return pool.index[rank(eligible(pool, needs), alone, needs, ScoringParams(cost_weight, cost_unit="cents")).chosen]

@@ -12,7 +12,7 @@ import pytest
 from threadpoolctl import threadpool_info
 
 from router_core.errors import InvalidInput, WorkerLost
-from router_core.evaluation.parallel import spread
+from router_core.evaluation.parallel import parallel_map
 from router_core.evaluation.study import METHODS, run_study
 from tests.router_core.evaluation.toys import a_plan, two_kinds, vectors_of
 from tests.support.process_group import process_group
@@ -30,13 +30,13 @@ def refuse_three(item: int) -> int:
 
 def test_each_piece_of_work_has_one_thread_and_leaves_the_others_as_they_were() -> None:
     before = threads(0)
-    assert list(spread(threads, [0, 1], 1)) == [(1, 1), (1, 1)]
+    assert list(parallel_map(threads, [0, 1], 1)) == [(1, 1), (1, 1)]
     assert threads(0) == before
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_a_worker_raises_is_raised_after_what_came_before(workers: int) -> None:
-    found = spread(refuse_three, range(5), workers)
+    found = parallel_map(refuse_three, range(5), workers)
     assert [next(found) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(InvalidInput, match="3 is not wanted"):
         next(found)
@@ -71,7 +71,7 @@ def leave(_item: int) -> None:
 
 def test_a_worker_that_was_killed_is_told() -> None:
     with pytest.raises(WorkerLost, match="give fewer workers"):
-        list(spread(leave, range(3), 2))
+        list(parallel_map(leave, range(3), 2))
 
 
 STUCK = [sys.executable, "-c", f"from {__name__} import spread, stuck; list(spread(stuck, range(4), 2))"]
@@ -87,5 +87,5 @@ def test_workers_leave_with_who_started_them_however_that_ends(how: signal.Signa
 
 
 def test_no_worker_sees_the_ctrl_c_that_a_terminal_sends_to_all() -> None:
-    assert list(spread(heeds_interrupts, range(4), 2)) == [False] * 4
+    assert list(parallel_map(heeds_interrupts, range(4), 2)) == [False] * 4
     assert heeds_interrupts(0)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from router_core.evaluation.curves import BUDGETS, Anchors, Curve
+from router_core.evaluation.curves import BUDGETS, Baselines, Curve
 from router_core.evaluation.study import measured, summed_up
 
-ANCHORS = Anchors(cheapest=1.0, best=5.0, dearest=9.0, best_quality=0.8)
-BEST_IS_CHEAPEST = Anchors(cheapest=1.0, best=1.0, dearest=9.0, best_quality=0.8)
+ANCHORS = Baselines(cheapest=1.0, best=5.0, dearest=9.0, best_quality=0.8)
+BEST_IS_CHEAPEST = Baselines(cheapest=1.0, best=1.0, dearest=9.0, best_quality=0.8)
 
 
 def a_line(top: float) -> Curve:
@@ -51,7 +51,7 @@ def test_quality_that_is_not_reached_has_no_cost_and_is_counted() -> None:
 
 
 def test_quality_that_is_free_is_reached_though_no_share_of_nothing_is_a_cost() -> None:
-    free = Anchors(cheapest=0.0, best=0.0, dearest=9.0, best_quality=0.8)
+    free = Baselines(cheapest=0.0, best=0.0, dearest=9.0, best_quality=0.8)
     found = summed_up([measured(a_line(0.8), free), measured(a_line(0.6), free)], seed=0)
     assert (found.reached, found.qnc.trials) == (0.5, 0)
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_core.decision import choose
+from router_core.decision import argmin_with_ties
 from router_core.evaluation.trials import POINTS, HeldOut, cost_weights, deferral_curve
-from router_core.scoring import TIE
+from router_core.scoring import TIE_TOLERANCE
 from router_core.types import Doubles
 
 CHEAP, DEAR = 1.0, 3.0
@@ -41,7 +41,7 @@ def test_what_is_expected_decides_and_what_is_true_is_billed() -> None:
 
 
 def test_near_equals_go_to_the_cheaper_one_whatever_the_cost_weight() -> None:
-    errors, cents = of_two((0.1 + TIE / 2, 0.1))
+    errors, cents = of_two((0.1 + TIE_TOLERANCE / 2, 0.1))
     assert set(deferral_curve(errors, cents, held_out(errors, cents)).costs) == {CHEAP}
 
 
@@ -72,7 +72,7 @@ def test_each_point_is_the_rule_that_is_served_prompt_by_prompt(seed: int, model
     errors, cents, scores = rng.random((4, models)), rng.random((4, models)), rng.random((4, models))
     curve = deferral_curve(errors, cents, held_out(scores, cents))
     for at, weight in enumerate(cost_weights(errors, cents)):
-        chosen = [choose(errors[row] + weight * cents[row], cents[row], TIE) for row in range(4)]
+        chosen = [argmin_with_ties(errors[row] + weight * cents[row], cents[row], TIE_TOLERANCE) for row in range(4)]
         assert curve.qualities[at] == pytest.approx(np.mean([scores[row, choice] for row, choice in enumerate(chosen)]))
         assert curve.costs[at] == pytest.approx(np.mean([cents[row, choice] for row, choice in enumerate(chosen)]))
     assert curve.costs[-1] == pytest.approx(cents.min(axis=1).mean())

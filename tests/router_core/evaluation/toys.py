@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from router_core.evaluation.outcomes import Outcomes
-from router_core.evaluation.trials import Asked, Known, Plan, Trial, draw_trial
+from router_core.evaluation.trials import History, LabelledSample, Plan, Trial, draw_trial
 from router_core.types import Doubles, Floats, Price
 
 CHEAP, DEAR = Price(1e-6, 0.0), Price(4e-6, 0.0)
@@ -51,14 +51,14 @@ def trials_of(outcomes: Outcomes, plan: Plan) -> list[Trial]:
     return [draw_trial(outcomes, vectors_of(outcomes), plan, number) for number in range(plan.trials)]
 
 
-def a_known(vectors: Floats, scores: Doubles | None = None) -> Known:
+def a_known(vectors: Floats, scores: Doubles | None = None) -> History:
     """Prompts of which no model is known, unless there are (n, R) `scores`."""
     texts = [f"prompt {number}" for number in range(len(vectors))]
     scores = np.empty((len(vectors), 0)) if scores is None else scores
-    return Known(texts, vectors, scores, tuple(f"known {number}" for number in range(scores.shape[1])), "toy", 0)
+    return History(texts, vectors, scores, tuple(f"known {number}" for number in range(scores.shape[1])), "toy", 0)
 
 
-def asked(rows: Sequence[int], scores: Sequence[Sequence[float]], tokens: float = np.nan) -> Asked:
+def asked(rows: Sequence[int], scores: Sequence[Sequence[float]], tokens: float = np.nan) -> LabelledSample:
     """`scores`: of each row, by each model."""
     table = np.array(scores, dtype=np.float64)
-    return Asked(np.array(rows, dtype=np.int64), table, np.full(table.shape, tokens))
+    return LabelledSample(np.array(rows, dtype=np.int64), table, np.full(table.shape, tokens))
