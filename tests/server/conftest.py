@@ -1,0 +1,127 @@
+"""What the HTTP tests share: one proxy with a good dear arm and a fair cheap one, and one whose door needs keys."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.server.ranked import asking, ranked, started_ranked
+from tests.support.keyed import KeyedProxy
+from tests.support.server import TIRELESS, ProxyProcess, arm
+from tests.support.upstream import ScriptedUpstream
+
+__all__ = ["asking", "ranked", "started_ranked"]
+
+CANARY = "sk-canary-3f9a7c"
+"""The arms' provider key: it may be seen by the upstreams alone."""
+HEADERS = {"authorization": "Bearer whatever"}
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """At λ=0.1 "fair" is chosen, at λ=0 "good"."""
+
+    proxy: ProxyProcess
+    fair: ScriptedUpstream
+    good: ScriptedUpstream
+
+    @property
+    def url(self) -> str:
+        return self.proxy.url
+
+    @property
+    def base_url(self) -> str:
+        return f"{self.proxy.url}/v1"
+
+
+@contextmanager
+def open_fleet(folder: Path, embedder_cache: Path, **more: Any) -> Iterator[Fleet]:
+    """`more`: settings of its own, and `model_info` of both arms as `info`."""
+    info = more.pop("info", {})
+    with ScriptedUpstream(lambda _: "The fair answer.") as fair, ScriptedUpstream(lambda _: "The good answer.") as good:
+        config = {
+            "model_list": [
+                arm("fair", fair.url, price=1e-7, supports_function_calling=True, **info),
+                arm("good", good.url, price=1e-5, supports_function_calling=True, supports_vision=True, **info),
+            ],
+            "uniroute": {
+                "route_names": ["*"],
+                "max_body_bytes": 1_000_000,
+                "profile": {"on_start": False},
+                **more,
+            },
+        }
+        with ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": CANARY}) as proxy:
+            proxy.put_profile("fair", 0.3)
+            proxy.put_profile("good", 0.1)
+            yield Fleet(proxy, fair, good)
+
+
+BOTH_WAYS = pytest.mark.parametrize("fleet", ["auto", "translate"], indirect=True)
+"""For tests of what must be the same whichever way a model is reached. By itself it is relayed to."""
+
+
+@pytest.fixture(scope="session")
+def fleets(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Callable[[str], Fleet]]:
+    """By the way in which their models are reached; each is opened once, if a test wants it."""
+    with ExitStack() as closing:
+
+        @cache
+        def opened(way: str) -> Fleet:
+            folder = tmp_path_factory.mktemp("proxy")
+            return closing.enter_context(open_fleet(folder, embedder_cache, breaker=TIRELESS, info={"forward": way}))
+
+        yield opened
+
+
+@pytest.fixture
+def fleet(fleets: Callable[[str], Fleet], request: pytest.FixtureRequest) -> Fleet:
+    fleet = fleets(getattr(request, "param", "auto"))
+    for upstream in (fleet.fair, fleet.good):
+        upstream.script.clear()
+        upstream.history.clear()
+        upstream.always = None
+    return fleet
+
+
+@pytest.fixture
+def client(fleet: Fleet) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=fleet.base_url, api_key="none", max_retries=0, timeout=20) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def async_client(fleet: Fleet) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=fleet.base_url, api_key="none", max_retries=0, timeout=20) as opened:
+        yield opened
+
+
+@pytest.fixture
+def http(fleet: Fleet) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=fleet.url, timeout=20) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def keyed_proxy(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[KeyedProxy]:
+    """At λ=0.1 "fair" is chosen, at λ=0 "good"."""
+    with ScriptedUpstream() as upstream:
+        config = {
+            "model_list": [arm("fair", upstream.url, price=1e-7), arm("good", upstream.url, price=1e-5)],
+            "uniroute": {"profile": {"on_start": False}},
+        }
+        folder = tmp_path_factory.mktemp("admin-keys")
+        environ = {"ARM_API_KEY": "sk-x"}
+        with ProxyProcess(folder, embedder_cache, config, environ) as proxy, KeyedProxy(proxy) as opened:
+            proxy.put_profile("fair", 0.3)
+            proxy.put_profile("good", 0.1)
+            opened.make(name="closes the door")
+            yield opened

@@ -1,0 +1,64 @@
+"""A stream whose first content is slow: headers and comments first, and still no way back closed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import openai
+
+from tests.server.ranked import ASK, Ranked, error_of
+from tests.server.test_streaming import read_stream, text_of
+from tests.support.answers import Step, error_body
+
+
+def test_a_slow_beginning_gets_headers_and_comments(asking: httpx.Client, ranked: Ranked) -> None:
+    ranked.models[0].then(Step(delay_s=0.7))
+    with asking.stream("POST", "/v1/chat/completions", json=_streamed()) as reply:
+        raw = reply.read().decode()
+
+    assert (reply.status_code, reply.headers["x-uniroute-model"]) == (200, "first")
+    assert raw.startswith(": keep-alive\n\n")
+    assert 2 <= comments_of(raw) <= 4
+    assert raw.endswith("data: [DONE]\n\n")
+
+
+def test_falling_over_after_the_headers_shows_in_the_body(asking: httpx.Client, ranked: Ranked) -> None:
+    ranked.models[0].then(Step(delay_s=0.5, status=500, body=error_body("down", "server_error", None)))
+    reply, events = read_stream(asking, model="auto")
+
+    assert reply.headers["x-uniroute-model"] == "first"
+    assert {event["model"] for event in events if event != "[DONE]"} == {"second"}
+    assert text_of(events) == "The second answer."
+
+
+def test_a_failure_after_the_headers_is_one_error_event(asking: httpx.Client, ranked: Ranked) -> None:
+    ranked.models[0].then(Step(delay_s=0.5, status=500, body=error_body("down", "server_error", None)))
+    reply, events = read_stream(asking, model="first")
+
+    assert (reply.status_code, len(events)) == (200, 1)
+    assert error_of(events) == "down"
+
+
+def test_leaving_after_the_headers_stops_the_asking(asking: httpx.Client, ranked: Ranked) -> None:
+    ranked.models[0].then(Step(hang=True))
+    with asking.stream("POST", "/v1/chat/completions", json=_streamed()) as reply:
+        assert next(reply.iter_lines()) == ": keep-alive"
+    assert ranked.models[0].last.client_left.wait(2)
+    assert ranked.asked == [1, 0, 0, 0]
+
+
+def test_the_official_client_reads_over_the_comments(ranked: Ranked) -> None:
+    ranked.models[0].then(Step(delay_s=0.7))
+    with openai.OpenAI(base_url=f"{ranked.proxy.url}/v1", api_key="-", max_retries=0) as client:
+        stream = client.chat.completions.create(model="auto", messages=ASK, stream=True)
+        words = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    assert "".join(words) == "The first answer."
+
+
+def _streamed(**body: Any) -> dict[str, Any]:
+    return {"model": "auto", "messages": ASK, "stream": True, **body}
+
+
+def comments_of(raw: str) -> int:
+    return raw.count(": keep-alive\n\n")

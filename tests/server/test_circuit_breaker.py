@@ -1,0 +1,213 @@
+"""Models that fail too often rest, and models with a cap are asked no more than it says: seen by clients."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from redis import Redis
+
+from proxy.storage.usage_writer import STREAM
+from proxy.storage.valkey import socket_path
+from tests.server.conftest import Fleet, open_fleet
+from tests.support.answers import Step, error_body
+from tests.support.upstream import wait_until
+
+ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
+DOWN = Step(status=500, body=error_body("down", "server_error", None))
+BREAKER: Any = {"failures": 3, "cooldown_s": 1.0, "longest_cooldown_s": 30}
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Fleet]:
+    info = {"max_parallel_requests": 1, "max_queued_requests": 0}
+    folder = tmp_path_factory.mktemp("breaker")
+    with open_fleet(folder, embedder_cache, breaker=BREAKER, queue_wait_s=5, info=info) as fleet:
+        yield fleet
+
+
+@pytest.fixture
+def resting(opened: Fleet) -> Fleet:
+    """Both well, whatever the test before has done."""
+    for upstream in (opened.fair, opened.good):
+        upstream.script.clear()
+        upstream.always = None
+    assert wait_until(lambda: recovered(opened), 15)
+    for upstream in (opened.fair, opened.good):
+        upstream.history.clear()
+    return opened
+
+
+def recovered(fleet: Fleet) -> bool:
+    """A rest ends with a good answer after its time. Who is well is not asked: failures are weighed against answers."""
+    for name, state in zip(("fair", "good"), states(fleet), strict=True):
+        if state != "well":
+            ask(fleet, name)
+    return states(fleet) == ["well", "well"]
+
+
+def ask(fleet: Fleet, model: str = "auto", **body: Any) -> httpx.Response:
+    body = {"model": model, "messages": ASK, **body}
+    return httpx.post(f"{fleet.base_url}/chat/completions", json=body, timeout=20)
+
+
+def states(fleet: Fleet) -> list[str]:
+    return [card["health"]["state"] for card in fleet.proxy.admin("GET", "/admin/models").json()["models"]]
+
+
+def bring_down(fleet: Fleet, *names: str) -> None:
+    for name in names:
+        getattr(fleet, name).always = DOWN
+        assert wait_until(lambda name=name: ask(fleet, name).is_success or state_of(fleet, name) == "resting")
+
+
+def state_of(fleet: Fleet, name: str) -> str:
+    return str(fleet.proxy.admin("GET", f"/admin/models/{name}").json()["health"]["state"])
+
+
+def test_a_model_that_keeps_failing_is_not_asked_any_more(resting: Fleet) -> None:
+    bring_down(resting, "fair")
+    asked = len(resting.fair.history)
+    reply = ask(resting)
+
+    assert (reply.headers["x-uniroute-model"], reply.headers["x-uniroute-reason"]) == ("good", "only_candidate")
+    assert len(resting.fair.history) == asked
+    shown = httpx.post(f"{resting.base_url}/route", json={"model": "auto", "messages": ASK}).json()
+    assert shown["ineligible"] == [{"model": "fair", "why": "resting after failures"}]
+
+
+def test_it_is_tried_again_with_real_traffic(resting: Fleet) -> None:
+    bring_down(resting, "fair")
+    resting.fair.always = None
+
+    assert wait_until(lambda: ask(resting).headers["x-uniroute-model"] == "fair")
+    assert state_of(resting, "fair") == "well"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_when_all_rest_the_one_that_recovers_first_is_tried(resting: Fleet, stream: bool) -> None:
+    resting.good.then(Step(status=429, headers={"retry-after": "8"}, body=error_body("slow", "rate_limit", None)))
+    assert ask(resting, "good").status_code == 429
+    bring_down(resting, "fair")
+    resting.fair.always = None
+    reply = ask(resting, stream=stream)
+
+    assert reply.status_code == 200
+    assert (reply.headers["x-uniroute-model"], reply.headers["x-uniroute-reason"]) == ("fair", "degraded")
+    profile = resting.proxy.admin("PATCH", "/admin/models/good", {}).status_code
+    assert profile == 409  # configured: it recovers by itself
+    assert ask(resting, "good").status_code == 200  # named, so asked
+
+
+def test_how_long_the_upstream_asks_to_be_left_alone_is_kept_to(resting: Fleet) -> None:
+    resting.fair.then(Step(status=429, headers={"retry-after": "2"}, body=error_body("slow", "rate_limit", None)))
+    assert ask(resting, "fair").headers["retry-after"] == "2"
+
+    assert state_of(resting, "fair") == "resting"
+    assert ask(resting).headers["x-uniroute-model"] == "good"
+
+
+def test_a_limit_shorter_than_ours_is_no_fault_of_the_model(resting: Fleet) -> None:
+    resting.fair.always = Step(hang=True)
+    for _ in range(5):
+        assert ask(resting, "fair", uniroute={"timeouts": {"first_token_s": 0.05}}).status_code == 504
+    assert state_of(resting, "fair") == "well"
+
+
+def test_a_prompt_too_long_told_within_a_success_rests_nobody(resting: Fleet) -> None:
+    too_long = {"error": {"code": 400, "message": "the request exceeds the available context size"}}
+    for step in [Step(body=too_long), Step(events=[too_long])] * 3:
+        resting.fair.then(step)
+        assert ask(resting, "fair", stream=step.events is not None).status_code == 400
+    assert states(resting) == ["well", "well"]
+
+
+def test_a_limit_told_within_a_stream_is_kept_to(resting: Fleet) -> None:
+    told = {"error": {"code": 429, "message": "Rate limit exceeded"}}
+    resting.fair.then(Step(headers={"retry-after": "2"}, events=[told]))
+    reply = ask(resting, "fair", stream=True)
+    assert (reply.status_code, reply.headers["retry-after"]) == (429, "2")
+    assert states(resting) == ["resting", "well"]
+
+
+def test_connections_that_die_behind_the_end_of_an_answer_rest_nobody(resting: Fleet) -> None:
+    said = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": "stop"}]}
+    for _ in range(BREAKER["failures"]):
+        resting.fair.then(Step(events=[said], cut_after=1))
+        assert ask(resting, "fair", stream=True).text.endswith("data: [DONE]\n\n")
+    assert states(resting) == ["well", "well"]
+
+
+def test_a_full_model_sends_the_next_request_to_the_next_in_rank(resting: Fleet) -> None:
+    resting.fair.then(Step(delay_s=1.0))
+    with ThreadPoolExecutor(2) as clients:
+        first = clients.submit(ask, resting)
+        assert wait_until(lambda: bool(resting.fair.history))
+        second = ask(resting)
+        assert (second.headers["x-uniroute-model"], second.headers["x-uniroute-reason"]) == ("good", "fallback")
+        assert first.result().headers["x-uniroute-model"] == "fair"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_when_all_are_full_the_client_is_told_when_to_come_back(resting: Fleet, stream: bool) -> None:
+    resting.fair.then(Step(hang=True))
+    resting.good.then(Step(hang=True))
+    limit = {"timeouts": {"first_token_s": 1.5}}
+    with ThreadPoolExecutor(2) as clients:
+        waiting = [clients.submit(ask, resting, name, uniroute=limit) for name in ("fair", "good")]
+        assert wait_until(lambda: bool(resting.fair.history and resting.good.history))
+        reply = ask(resting, stream=stream)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (429, "model_busy")
+        assert int(reply.headers["retry-after"]) >= 1
+        assert [answer.result().status_code for answer in waiting] == [504, 504]
+
+
+def test_a_client_that_leaves_gives_its_place_back(resting: Fleet) -> None:
+    resting.fair.then(Step(message={"content": "word " * 100}, drip_s=0.05))
+    body = {"model": "fair", "messages": ASK, "stream": True}
+    with httpx.stream("POST", f"{resting.base_url}/chat/completions", json=body) as reply:
+        assert next(reply.iter_lines())
+    assert wait_until(lambda: ask(resting, "fair").status_code == 200)
+
+
+def test_waiting_for_a_place_counts_in_the_time_for_all_attempts(resting: Fleet) -> None:
+    """`fair` is busy for longer than the request has: who was not asked is neither blamed nor billed."""
+    resting.fair.then(Step(hang=True))
+    with ThreadPoolExecutor(1) as clients:
+        first = clients.submit(ask, resting, "fair", uniroute={"timeouts": {"first_token_s": 2}})
+        assert wait_until(lambda: bool(resting.fair.history))
+        reply = ask(resting, "fair", uniroute={"timeouts": {"total_s": 0.3}})
+        assert reply.status_code == 429
+        assert first.result().status_code == 504
+    assert len(resting.fair.history) == 1
+    assert states(resting) == ["well", "well"]
+    assert wait_until(lambda: record_of(resting, reply) is not None)
+    record = record_of(resting, reply)
+    assert record
+    assert (record["ending"], record["cost_usd"], record["estimated"]) == ("busy", 0.0, False)
+
+
+def test_a_stream_that_begins_and_says_nothing_counts_as_one_failure_each(tmp_path: Path, embedder_cache: Path) -> None:
+    """Its headers have come: the limit cuts off the waiting for content, not the call."""
+    patient = {**BREAKER, "cooldown_s": 30}
+    with open_fleet(tmp_path, embedder_cache, breaker=patient, info={"first_token_timeout_s": 0.3}) as fleet:
+        fleet.fair.always = Step(message={"content": "late"}, drip_s=30)
+        for _ in range(BREAKER["failures"]):
+            assert state_of(fleet, "fair") == "well"
+            assert ask(fleet, "fair", stream=True).status_code == 504
+        assert state_of(fleet, "fair") == "resting"
+        told = httpx.get(f"{fleet.url}/metrics").text
+    assert re.findall(r'uniroute_upstream_failures_total\{model="fair",status="timeout"\} (\S+)', told) == ["3.0"]
+
+
+def record_of(fleet: Fleet, reply: httpx.Response) -> dict[str, Any] | None:
+    with Redis(unix_socket_path=str(socket_path(fleet.proxy.folder / "valkey")), decode_responses=True) as client:
+        found: Any = client.xrevrange(STREAM, count=20)
+    records = [json.loads(fields["record"]) for _, fields in found]
+    return next((one for one in records if one["decision"] == reply.headers["x-uniroute-decision"]), None)

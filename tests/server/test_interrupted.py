@@ -1,0 +1,75 @@
+"""A translated call that is cancelled, and again and again while it closes, leaves no connection open."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from proxy.settings.models import ModelInfo
+from proxy.settings.schema import Settings
+from proxy.storage.models import ModelRecord
+from proxy.upstream.litellm.client import LiteLLMClient
+from tests.server.test_other_formats import BEGIN
+from tests.support.makers import until
+from tests.support.raw_upstream import SAID, RawUpstream, Said, chunked
+
+ASK: Any = {"messages": [{"role": "user", "content": "hi"}]}
+MODELS = {"openai/gpt-5": chunked(SAID), "anthropic/claude-sonnet-4-5": chunked(*BEGIN)}
+TURNS = 12
+"""Of the event loop: cancelled once more in each."""
+
+
+@pytest.fixture
+async def translate() -> AsyncIterator[LiteLLMClient]:
+    opened = LiteLLMClient(Settings(), {})
+    await opened.prepare()
+    yield opened
+    await opened.aclose()
+
+
+def record_of(model: str, server: RawUpstream) -> ModelRecord:
+    base = server.url.removesuffix("/v1") if model.startswith("anthropic") else server.url
+    return ModelRecord("theirs", {"model": model, "api_base": base, "api_key": "sk-x"}, ModelInfo(), "admin", 0.0)
+
+
+async def insist(task: asyncio.Task[None]) -> None:
+    for _ in range(TURNS):
+        task.cancel()
+        await asyncio.sleep(0)
+    await asyncio.wait({task})
+
+
+@pytest.mark.parametrize("model", MODELS)
+async def test_a_stream_is_closed_however_often_its_reader_is_cancelled(translate: LiteLLMClient, model: str) -> None:
+    async with RawUpstream(Said(MODELS[model][:-1], "hang")) as server:
+        began = asyncio.Event()
+
+        async def read() -> None:
+            async for _ in await translate.stream(record_of(model, server), ASK):
+                began.set()
+
+        task = asyncio.create_task(read())
+        await began.wait()
+        assert server.open == 1
+        await insist(task)
+        await until(lambda: server.open == 0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("model", MODELS)
+async def test_a_call_is_given_up_however_often_its_caller_is_cancelled(
+    translate: LiteLLMClient, model: str, *, stream: bool
+) -> None:
+    async with RawUpstream(Said((), "hang")) as server:
+        call = translate.stream if stream else translate.complete
+
+        async def ask() -> None:
+            await call(record_of(model, server), ASK)
+
+        task = asyncio.create_task(ask())
+        await until(lambda: len(server.bodies) == 1)
+        await insist(task)
+        await until(lambda: server.open == 0)

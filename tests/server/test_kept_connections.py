@@ -1,0 +1,98 @@
+"""Connections to models that stay open, through a served proxy: none is leaked, none asked twice for one answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.conftest import Fleet
+from tests.support.makers import until
+from tests.support.raw_upstream import DONE, END, SAID, RawUpstream, Said, chunked, plain
+from tests.support.server import arm, uniform_profile
+
+ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
+WHOLE = Said(chunked(SAID, END, DONE))
+LOST = Said((), "reset")
+WAYS = pytest.mark.parametrize("way", ["relay", "translate"])
+
+
+@asynccontextmanager
+async def added(fleet: Fleet, way: str, *script: Said) -> AsyncIterator[tuple[RawUpstream, httpx.AsyncClient]]:
+    """A model "raw" of its own upstream, until the block ends."""
+    async with RawUpstream(*script) as server, httpx.AsyncClient(base_url=fleet.url, timeout=20) as http:
+        body = {**arm("raw", server.url, forward=way), "profile": uniform_profile(0.9)}
+        assert (await asyncio.to_thread(fleet.proxy.admin, "POST", "/admin/models", body)).status_code == 201
+        try:
+            yield server, http
+        finally:
+            await asyncio.to_thread(fleet.proxy.admin, "DELETE", "/admin/models/raw")
+
+
+async def ask(http: httpx.AsyncClient, *, stream: bool = False) -> httpx.Response:
+    return await http.post("/v1/chat/completions", json={"model": "raw", "messages": ASK, "stream": stream})
+
+
+def open_files(fleet: Fleet) -> int:
+    return sum(1 for _ in Path(f"/proc/{fleet.proxy.pid}/fd").iterdir())
+
+
+@WAYS
+async def test_a_kept_connection_that_died_is_asked_again_once(fleet: Fleet, way: str) -> None:
+    async with added(fleet, way, plain(), LOST, plain()) as (server, http):
+        assert [(await ask(http)).status_code for _ in range(2)] == [200, 200]
+        assert (len(server.bodies), server.connections) == (3, 2)
+
+
+@WAYS
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_model_whose_connections_die_is_asked_twice_and_no_more(fleet: Fleet, way: str, stream: bool) -> None:
+    async with added(fleet, way, plain(), LOST) as (server, http):
+        assert (await ask(http)).status_code == 200
+        assert (await ask(http, stream=stream)).status_code == 502
+        assert len(server.bodies) == 3
+
+
+@WAYS
+@pytest.mark.parametrize("garbage", [b"SMTP\r\n\r\n", b"HTTP/1.1 200 OK\r\nx: " + b"y" * 200_000 + b"\r\n\r\n"])
+async def test_who_answers_in_another_tongue_is_a_502(fleet: Fleet, way: str, garbage: bytes) -> None:
+    async with added(fleet, way, Said((garbage,), "close")) as (server, http):
+        assert (await ask(http)).status_code == 502
+        assert len(server.bodies) <= (1 if way == "relay" else 2)
+
+
+@WAYS
+async def test_no_answer_waits_for_the_end_of_a_coding_that_never_comes(fleet: Fleet, way: str) -> None:
+    async with added(fleet, way, Said(chunked(SAID, END, DONE, end=b""), "hang")) as (server, http):
+        async with asyncio.timeout(0.9):  # less than the connection itself is waited for
+            reply = await ask(http, stream=True)
+        assert reply.text.endswith("data: [DONE]\n\n")
+        await until(lambda: server.open == 0)
+
+
+@WAYS
+async def test_the_wait_that_is_asked_for_reaches_the_caller_however_it_is_spelt(fleet: Fleet, way: str) -> None:
+    async with added(fleet, way, plain(b"{}", head=b"Retry-After: 7\r\n", status=b"429 No")) as (_, http):
+        reply = await ask(http)
+
+    assert (reply.status_code, reply.headers["retry-after"]) == (429, "7")
+
+
+async def test_hundreds_of_streams_at_once_leave_no_descriptor_behind(fleet: Fleet) -> None:
+    async with added(fleet, "relay", WHOLE) as (server, http):
+        assert (await ask(http, stream=True)).text.endswith("data: [DONE]\n\n")
+        before = open_files(fleet)
+        limits = httpx.Limits(max_connections=200, max_keepalive_connections=0)
+        async with httpx.AsyncClient(base_url=fleet.url, timeout=30, limits=limits) as many:
+            replies = await asyncio.gather(*(ask(many, stream=True) for _ in range(200)))
+        assert {reply.text.count("data: ") for reply in replies} == {3}
+        kept = server.open
+        await until(lambda: open_files(fleet) <= before + kept)
+        await asyncio.gather(*(ask(http, stream=True) for _ in range(50)))
+        assert server.open <= kept
+    await until(lambda: open_files(fleet) <= before)

@@ -1,0 +1,112 @@
+"""Redis stopped, frozen or full while models fail: nothing waits for it, and what was found is told when it is back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from proxy.storage.redis import Store
+from proxy.storage.valkey import EmbeddedValkey
+from proxy.upstream.health import health_key
+from tests.support.makers import until
+from tests.upstream.health.makers import a_sharing, fail
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[EmbeddedValkey]:
+    """One of the test's own, to stop and to freeze."""
+    started = EmbeddedValkey(tmp_path)
+    await asyncio.to_thread(started.ensure)
+    yield started
+    await asyncio.to_thread(started.stop)
+
+
+@pytest.fixture
+async def stores(server: EmbeddedValkey) -> AsyncIterator[tuple[Store, Store]]:
+    opened = (Store(f"unix://{server.socket_path}"), Store(f"unix://{server.socket_path}"))
+    yield opened
+    for store in opened:
+        await store.close()
+
+
+async def test_without_redis_each_goes_by_itself_and_tells_when_it_is_back(
+    server: EmbeddedValkey, stores: tuple[Store, Store]
+) -> None:
+    async with a_sharing(stores[0]) as here, a_sharing(stores[1]) as there:
+        here.rest("large", 60, "told before")
+        await until(lambda: there.resting())
+        await asyncio.to_thread(server.stop)
+        fail(here, times=1, status=429, headers={"retry-after": "60"})
+        here.forget("large")
+        assert set(here.resting()) == {"small"}
+        assert set(there.resting()) == {"large"}
+        await asyncio.sleep(0.1)
+        await asyncio.to_thread(server.ensure)
+        await until(lambda: set(there.resting()) == {"small"}, 15)
+
+
+async def test_a_frozen_redis_holds_up_nobody_and_hears_it_once_it_thaws(
+    server: EmbeddedValkey, stores: tuple[Store, Store]
+) -> None:
+    pid = int((await stores[0].client.info("server"))["process_id"])
+    async with a_sharing(stores[0]) as here, a_sharing(stores[1]) as there:
+        here.rest("large", 60, "told before")
+        await until(lambda: there.resting())
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            started = time.monotonic()
+            for _ in range(1000):
+                fail(here, "small", times=5)
+                here.resting()
+                here.standing("small")
+                await asyncio.sleep(0)
+            assert set(here.resting()) == {"small", "large"}
+            held_up_s = time.monotonic() - started
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert held_up_s < 0.9  # one operation of the store alone gives up after a second
+        await until(lambda: set(there.resting()) == {"small", "large"}, 15)
+
+
+async def test_a_process_ends_while_redis_is_frozen(server: EmbeddedValkey, stores: tuple[Store, Store]) -> None:
+    pid = int((await stores[0].client.info("server"))["process_id"])
+    try:
+        async with asyncio.timeout(10), a_sharing(stores[0]) as here:
+            os.kill(pid, signal.SIGSTOP)
+            fail(here)
+            await asyncio.sleep(0.1)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+async def test_a_rest_that_is_over_when_redis_is_back_is_not_told_any_more(
+    server: EmbeddedValkey, stores: tuple[Store, Store]
+) -> None:
+    await asyncio.to_thread(server.stop)
+    async with a_sharing(stores[0]) as here, a_sharing(stores[1]) as there:
+        here.rest("small", 0.05, "over soon")
+        await until(lambda: here.standing("small")["state"] == "probing")
+        here.rest("large", 60, "still on")
+        await asyncio.to_thread(server.ensure)
+        await until(lambda: there.resting(), 15)
+        assert set(there.resting()) == {"large"}
+        assert await stores[1].client.exists(health_key("small")) == 0
+
+
+async def test_a_full_redis_is_said_and_breaks_nothing(
+    server: EmbeddedValkey, stores: tuple[Store, Store], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with a_sharing(stores[0]) as here, a_sharing(stores[1]) as there:
+        await stores[0].client.config_set("maxmemory", "1")
+        fail(here)
+        await until(lambda: "the health of models is not shared: " in caplog.text)
+        assert set(here.resting()) == {"small"}
+        await stores[0].client.config_set("maxmemory", "0")
+        here.rest("large", 60, "there is room again")
+        await until(lambda: set(there.resting()) == {"large"})
