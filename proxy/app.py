@@ -226,7 +226,7 @@ async def app_state(
         )
 
 
-LOOK_AGAIN_S = 1.0
+POLL_INTERVAL_S = 1.0
 
 START_FAILED = 3
 """The exit status of a process that could not start: uvicorn's own, which its supervisor knows too."""
@@ -316,7 +316,7 @@ async def _look_again(metrics: Metrics) -> None:
     """For the worker that is scraped next, which may be another."""
     while True:
         metrics.look()
-        await asyncio.sleep(LOOK_AGAIN_S)
+        await asyncio.sleep(POLL_INTERVAL_S)
 
 
 def _recorder(store: Store, settings: Settings, metrics: Metrics) -> UsageWriter:

@@ -153,9 +153,9 @@ async def _settled(working: asyncio.Task[Any]) -> None:
 RESERVED = 120
 """For everything but clients and models: the store's connections, files, pipes, jobs. About 60 are in use when idle."""
 
-FEWEST = 8
+MIN_CLIENTS = 8
 
-MOST_CLIENTS = 20_000
+MAX_CLIENTS = 20_000
 """Of one process, however many descriptors there are: a connection takes memory too."""
 
 
@@ -170,7 +170,7 @@ class ConnectionBudget:
 def raise_open_files_limit() -> None:
     """The soft limit to the hard one: many systems set the soft one to 1,024 for programs that use select()."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * MOST_CLIENTS + RESERVED
+    wanted = 2 * MAX_CLIENTS + RESERVED
     target = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < target:
@@ -181,6 +181,6 @@ def raise_open_files_limit() -> None:
 def connection_budget() -> ConnectionBudget:
     """As the limit is now."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    each = MOST_CLIENTS if soft == resource.RLIM_INFINITY else (soft - RESERVED) // 2
-    count = min(MOST_CLIENTS, max(FEWEST, each))
+    each = MAX_CLIENTS if soft == resource.RLIM_INFINITY else (soft - RESERVED) // 2
+    count = min(MAX_CLIENTS, max(MIN_CLIENTS, each))
     return ConnectionBudget(clients=count, upstreams=count)

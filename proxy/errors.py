@@ -39,7 +39,7 @@ from typing import Any
 RETRYABLE = frozenset({408, 429})
 """And every 5xx: the next model in rank may still answer."""
 
-MOST_ERROR_BYTES = 16 * 2**10
+MAX_ERROR_BYTES = 16 * 2**10
 """Of what an upstream says of its failure."""
 
 
@@ -172,7 +172,7 @@ class UpstreamError(ProxyError):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.body = body[:MOST_ERROR_BYTES] if isinstance(body, bytes) else body
+        self.body = body[:MAX_ERROR_BYTES] if isinstance(body, bytes) else body
         stated = {name.lower(): text for name, text in (headers or {}).items()}
         self.headers = {name: stated[name] for name in NAMES if name in stated}
         self.timed_out = timed_out

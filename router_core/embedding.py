@@ -39,7 +39,7 @@ def truncate_middle(text: str) -> str:
     return said if len(said) <= 2 * MAX_END_CHARS else f"{said[:MAX_END_CHARS]}\n{said[-MAX_END_CHARS:]}"
 
 
-MOST_WORDS = 8_192
+MAX_WORDS = 8_192
 """Whose ids a thread remembers: about 2 MiB. So few that no choice of words can make looking one up slow."""
 
 TEXTS_REMEMBERED = 4_096
@@ -57,7 +57,7 @@ class Tokenizer:
         """
         from nanotoken import WordPieceTokenizer, set_cache_entries
 
-        set_cache_entries(MOST_WORDS)
+        set_cache_entries(MAX_WORDS)
         try:
             self._tokenizer = WordPieceTokenizer.from_json(description.read_bytes())
         except (OSError, ValueError) as error:
@@ -80,10 +80,10 @@ DISTILL_COMMAND = (
 MAX_INLINE_BYTES = 10_000
 """Bytes: about a millisecond in the slowest of scripts, and more than routing reads of an English request."""
 
-ROWS_AT_ONCE = 256
+BATCH_ROWS = 256
 """Of the table, so that what is copied out of it stays in a core's own cache: half the time for 3,000 tokens."""
 
-LOOK_AGAIN_S = 0.1
+POLL_INTERVAL_S = 0.1
 
 SCRATCH = ".distilling-"
 
@@ -144,8 +144,8 @@ class StaticEmbedder:
         """(d,), of unit length or zeros."""
         ids = self._tokenizer.ids(text)
         vector = np.zeros(self.dimension, dtype=np.float32)
-        for start in range(0, ids.size, ROWS_AT_ONCE):
-            some = ids[start : start + ROWS_AT_ONCE]
+        for start in range(0, ids.size, BATCH_ROWS):
+            some = ids[start : start + BATCH_ROWS]
             vector += self._weights.take(some) @ self._table.take(some, axis=0)
         norm = np.sqrt(np.add.reduce(vector * vector))
         return np.asarray(vector / norm if norm > 0 else vector, dtype=np.float32)
@@ -259,7 +259,7 @@ def _alone(path: Path, progress: distill.Progress, stop: threading.Event) -> Ite
         while not _locked(lock):
             lock.seek(0)
             _tell(lock.read(), progress)
-            if stop.wait(LOOK_AGAIN_S):
+            if stop.wait(POLL_INTERVAL_S):
                 raise Interrupted("the embedding table is not waited for any more")
         yield lock
         lock.truncate(0)
@@ -324,7 +324,7 @@ def _lines(child: subprocess.Popen[bytes], stop: threading.Event) -> Iterator[st
     assert child.stdout is not None
     pending = b""
     while not stop.is_set():
-        if not select.select([child.stdout], [], [], LOOK_AGAIN_S)[0]:
+        if not select.select([child.stdout], [], [], POLL_INTERVAL_S)[0]:
             continue
         data = os.read(child.stdout.fileno(), 4096)
         if not data:

@@ -34,7 +34,7 @@ USUAL_SCALE, SCALE_PENALTY = 0.5, 0.25
 MISFIT, TINY = 0.15, 1e-9
 """The share of the noise that does not overlap as the map's own prompts do; and for clusters without any label."""
 
-LEAST_NOISE = 0.02
+MIN_NOISE = 0.02
 
 BALANCING = 30
 """Steps towards a Gram matrix whose rows sum to the labels."""
@@ -44,7 +44,7 @@ STEPS = 4
 PRIOR_MODELS = 10.0
 """How many models the prior covariance counts as."""
 
-AT_ONCE = 64
+BATCH_SIZE = 64
 """Models that are laid out together; scale and covariance are learned from so many, those with the most labels."""
 
 
@@ -82,11 +82,11 @@ def _nothing_known(clusters: int, share: float) -> ReferenceModels:
 
 def _rates(errors: Doubles, labels: Doubles, overlap: Doubles, likeness: Doubles) -> Doubles:
     difficulty = _difficulty(errors, labels)
-    best_known = np.argsort(-labels.sum(axis=1), kind="stable")[:AT_ONCE]
+    best_known = np.argsort(-labels.sum(axis=1), kind="stable")[:BATCH_SIZE]
     covariance = _covariance(_evidence(errors[best_known], labels[best_known], overlap, difficulty), likeness)
     rates = np.empty_like(errors)
-    for start in range(0, len(errors), AT_ONCE):
-        rows = slice(start, start + AT_ONCE)
+    for start in range(0, len(errors), BATCH_SIZE):
+        rows = slice(start, start + BATCH_SIZE)
         deviation, _ = _posterior(_evidence(errors[rows], labels[rows], overlap, difficulty), covariance)
         rates[rows] = np.clip(difficulty + deviation, 0.0, 1.0)
     return rates
@@ -96,7 +96,7 @@ def _evidence(errors: Doubles, labels: Doubles, overlap: Doubles, difficulty: Do
     gram, own = _gram(labels, overlap), np.eye(len(overlap))
     spread = (1 - MISFIT) * gram + MISFIT * labels[:, :, None] * own
     means = (errors.sum(axis=1) + 0.5) / (labels.sum(axis=1) + 1.0)
-    noise = np.maximum(means * (1.0 - means), LEAST_NOISE)
+    noise = np.maximum(means * (1.0 - means), MIN_NOISE)
     return _Evidence(errors - gram @ difficulty, gram, noise[:, None, None] * spread + TINY * own)
 
 

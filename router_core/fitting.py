@@ -26,7 +26,7 @@ from router_core.types import Doubles, Embedder, Floats, Indices
 PER_CLUSTER = 256
 """Prompts that k-means is given per cluster: what FAISS trains on, and all that it would keep of more."""
 
-SMALLEST = 16_384
+MIN_SAMPLE = 16_384
 
 HASH_BYTES = 8
 
@@ -88,7 +88,7 @@ class PromptSample:
 
 def empty_sample(clusters: int, *, seed: int, part: int = 0) -> PromptSample:
     """With room for what k-means needs."""
-    return PromptSample(max(PER_CLUSTER * clusters, SMALLEST), seed=seed, part=part)
+    return PromptSample(max(PER_CLUSTER * clusters, MIN_SAMPLE), seed=seed, part=part)
 
 
 def sample_prompts(texts: Iterable[str], clusters: int, *, seed: int, part: int = 0) -> PromptSample:

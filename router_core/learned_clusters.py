@@ -288,9 +288,9 @@ class _Moments:
         return np.asarray(RATE * mean / (np.sqrt(square) + TINY))
 
 
-LEAST_MODELS = 3
+MIN_MODELS = 3
 
-LEAST_LABELS = 100
+MIN_LABELS = 100
 """Fewer tell nothing that the embedding's own clusters don't: then nothing is taught."""
 
 
@@ -299,8 +299,8 @@ def fit_learned_clusters(vectors: Floats, scores: Doubles, *, seed: int) -> tupl
 
     Two kinds, which err in different places: each, and the embedding's own clusters, then hold a third of every prompt.
     """
-    enough = (~np.isnan(scores)).sum(axis=0) >= LEAST_LABELS
-    if enough.sum() < LEAST_MODELS:
+    enough = (~np.isnan(scores)).sum(axis=0) >= MIN_LABELS
+    if enough.sum() < MIN_MODELS:
         return ()
     known = scores[:, enough]
     return (fit_response(vectors, known, seed=seed), fit_learned_map(vectors, known, seed=seed + 1))

@@ -12,7 +12,7 @@ from router_core.errors import InvalidProfile, MapMismatch
 from router_core.estimators import SHRINKAGE, mean_error, shrunk_rates
 from router_core.types import Assignment, Doubles
 
-MOST = 1e12
+MAX_VALUE = 1e12
 """Of labels, tokens or seconds: what is beyond is a mistake, and would overflow."""
 
 
@@ -204,8 +204,10 @@ def _numbers(document: Mapping[str, Any], field: str, default: Doubles | None = 
         numbers = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
         numbers = np.full(1, np.nan)
-    if numbers.ndim != 1 or not numbers.size or not ((numbers >= 0) & (numbers <= MOST)).all():
-        raise InvalidProfile(f"profile.{field} must be a list with one number per cluster, each from 0 to {MOST:g}")
+    if numbers.ndim != 1 or not numbers.size or not ((numbers >= 0) & (numbers <= MAX_VALUE)).all():
+        raise InvalidProfile(
+            f"profile.{field} must be a list with one number per cluster, each from 0 to {MAX_VALUE:g}"
+        )
     return numbers
 
 
@@ -233,6 +235,6 @@ def _sums(document: Mapping[str, Any], field: str, mean_field: str, answers: Dou
     mean = document.get(mean_field)
     if mean is None:
         return np.zeros_like(answers)
-    if isinstance(mean, bool) or not isinstance(mean, int | float) or not 0 <= mean <= MOST:
-        raise InvalidProfile(f"profile.{mean_field} must be a number from 0 to {MOST:g}; got {str(mean)[:40]}")
+    if isinstance(mean, bool) or not isinstance(mean, int | float) or not 0 <= mean <= MAX_VALUE:
+        raise InvalidProfile(f"profile.{mean_field} must be a number from 0 to {MAX_VALUE:g}; got {str(mean)[:40]}")
     return answers * float(mean)

@@ -90,7 +90,7 @@ def _start(model: Path, log: Path) -> LlamaServer:
     return start_llama(model, log, threads=threads, slots=_SLOTS, context=CONTEXT_TOKENS * _SLOTS)
 
 
-_MOST_TOKENS = 120
+_MAX_TOKENS = 120
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def ask(client: OpenAI, question: Question) -> None:
     reply = create(
         model="auto",
         messages=[{"role": "user", "content": question.text}],
-        max_tokens=_MOST_TOKENS,
+        max_tokens=_MAX_TOKENS,
         stream=True,
         extra_headers=dict(question.headers),
     )
@@ -141,13 +141,13 @@ def ask(client: OpenAI, question: Question) -> None:
 def _body(question: Question) -> dict[str, Any]:
     """The same request for the dry run, which tells why."""
     body: dict[str, Any] = {"model": "auto", "messages": [{"role": "user", "content": question.text}]}
-    body["max_tokens"] = _MOST_TOKENS
+    body["max_tokens"] = _MAX_TOKENS
     if "lambda" in question.headers:
         body["uniroute"] = {"lambda": float(question.headers["lambda"])}
     return body
 
 
-_MOST_CLUSTERS = 8
+_MAX_CLUSTERS = 8
 
 Scores = Mapping[str, float]
 
@@ -204,7 +204,7 @@ def by_cluster(cards: Sequence[Mapping[str, Any]]) -> None:
     """Expected error where the label weight is highest."""
     cluster_map = builtin_map()
     weight = np.mean([card["profile"]["labels"] for card in cards], axis=0)
-    best = np.argsort(-weight, kind="stable")[:_MOST_CLUSTERS]
+    best = np.argsort(-weight, kind="stable")[:_MAX_CLUSTERS]
     rows = [
         (cluster_map.names[k], f"{weight[k]:.1f}", *(f"{card['profile']['errors'][k]:.2f}" for card in cards))
         for k in best

@@ -64,9 +64,9 @@ class Budget:
 
 WORTH_RETRYING = frozenset({408, 409, 425, 429})
 
-LONGEST_REASON = 300
+MAX_REASON = 300
 
-LONGEST_ANSWER = 100_000
+MAX_ANSWER = 100_000
 """Characters of an answer that are graded or judged; what is longer is cut."""
 
 HINTS: Mapping[int, str] = {
@@ -177,7 +177,7 @@ def _failed(error: UpstreamError) -> ModelCallError:
     hint = HINTS.get(error.status or 0)
     reason = f"{error}; {hint}" if hint else str(error)
     return ModelCallError(
-        reason[:LONGEST_REASON],
+        reason[:MAX_REASON],
         status=error.status,
         retry_after_s=parse_retry_after(error.headers, time.time()),
         hopeless=isinstance(error, AnswerTooLarge),
@@ -187,9 +187,9 @@ def _failed(error: UpstreamError) -> ModelCallError:
 def _text(content: Any) -> str:
     """No more than is graded."""
     if isinstance(content, list):
-        parts = [part.get("text") for part in content[:LONGEST_ANSWER] if isinstance(part, Mapping)]
-        content = "".join(part[:LONGEST_ANSWER] for part in parts if isinstance(part, str))
-    return content[:LONGEST_ANSWER] if isinstance(content, str) else ""
+        parts = [part.get("text") for part in content[:MAX_ANSWER] if isinstance(part, Mapping)]
+        content = "".join(part[:MAX_ANSWER] for part in parts if isinstance(part, str))
+    return content[:MAX_ANSWER] if isinstance(content, str) else ""
 
 
 def _word(value: Any) -> str | None:

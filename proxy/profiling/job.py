@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from proxy.concurrency import cancel_and_wait
 from proxy.storage.redis import InvalidRecord, Store, StoreUnavailable, json_object, number, whole_number
-from router_core.profiles import MOST
+from router_core.profiles import MAX_VALUE
 
 JOBS: Final = "uniroute:jobs"
 """Every job's id by the time it was submitted; `:open` is the set of the unfinished, `:models` each model's latest."""
@@ -22,7 +22,7 @@ LATEST: Final = f"{JOBS}:models"
 
 MAX_PROMPTS: Final = 1_000_000
 
-_MOST: Final = {"score": 1.0, "output_tokens": MOST, "seconds": MOST, "cost_usd": MOST}
+_MAX_VALUES: Final = {"score": 1.0, "output_tokens": MAX_VALUE, "seconds": MAX_VALUE, "cost_usd": MAX_VALUE}
 
 UNFINISHED = frozenset({"queued", "running"})
 
@@ -127,7 +127,9 @@ class PromptAnswer:
         stored = json_object(text)
         reason, failed = stored.get("finish_reason"), stored.get("failed", False)
         numbers = {name: stored.get(name) for name in ("score", "output_tokens", "seconds", "cost_usd")}
-        broken = [name for name, value in numbers.items() if value is not None and number(value, _MOST[name]) is None]
+        broken = [
+            name for name, value in numbers.items() if value is not None and number(value, _MAX_VALUES[name]) is None
+        ]
         if broken or not isinstance(reason, str | None) or not isinstance(failed, bool):
             raise InvalidRecord(f"not an answer to a prompt: {', '.join(broken) or 'finish_reason, failed'}")
         return cls(**numbers, finish_reason=reason, failed=failed)
@@ -170,12 +172,12 @@ HEARTBEAT_S = 2.0
 RENEWAL_GRACE_S = 4.0
 """Without a renewal for this long work stops: the next failed attempt might end after the lease does."""
 
-MOST_TRIES = 5
+MAX_TRIES = 5
 """Workers that may take a job and neither finish it nor give it back: what kills one of them, or freezes it for longer
 than a lease, would do so for ever."""
 
 GIVEN_UP = (
-    f"given up after {MOST_TRIES} tries: each time the worker that measured the model died or lost its lease, and its"
+    f"given up after {MAX_TRIES} tries: each time the worker that measured the model died or lost its lease, and its"
     " log says more; profile the model again"
 )
 
@@ -191,8 +193,8 @@ if not redis.call('SET', KEYS[2], ARGV[1], 'NX', 'PX', ARGV[2]) then
   return redis.call('GET', KEYS[2]) == ARGV[1] and 1 or 0
 end
 local tries = tonumber(redis.call('HGET', KEYS[1], 'tries') or 0)
-if not tries or not (tries >= 0 and tries <= {MOST_TRIES}) then tries = 0 end
-if tries < {MOST_TRIES} then
+if not tries or not (tries >= 0 and tries <= {MAX_TRIES}) then tries = 0 end
+if tries < {MAX_TRIES} then
   redis.call('HSET', KEYS[1], 'state', 'running', 'tries', tries + 1)
   return 1
 end

@@ -32,17 +32,17 @@ GROUP = "uniroute"
 
 RESULTS = "uniroute:result"
 
-LONGEST_STREAM = 1000
+MAX_STREAM = 1000
 
 RESULT_KEPT_S = 3600
 
 BLOCK_MS = 2000
 
-AGAIN_S = 1.0
+RETRY_INTERVAL_S = 1.0
 
 TASK = "uniroute.profile"
 
-LARGEST_MESSAGE = 10_000
+MAX_MESSAGE = 10_000
 
 UNUSED = "redis://127.0.0.1"
 """taskiq wants a URL for pools of its own, which connect to nothing before they are used: ours take their place."""
@@ -66,7 +66,7 @@ class JobBroker(RedisStreamBroker):  # type: ignore[misc]  # taskiq_redis is not
             consumer_group_name=GROUP,
             consumer_name=consumer,
             consumer_id="0",
-            maxlen=LONGEST_STREAM,
+            maxlen=MAX_STREAM,
         )
         self.connection_pool = server.pool(**limits)
         results = _Results(UNUSED, serializer=JSONSerializer(), result_ex_time=RESULT_KEPT_S, prefix_str=RESULTS)
@@ -87,7 +87,7 @@ class JobBroker(RedisStreamBroker):  # type: ignore[misc]  # taskiq_redis is not
                     if "WRONGTYPE" in str(error):
                         self._complaints.make(STREAM, error)
                     log.debug("the job stream cannot be read: %s", error)
-                    await asyncio.sleep(AGAIN_S)
+                    await asyncio.sleep(RETRY_INTERVAL_S)
                     await self.declare_group()
                     continue
                 for _, entries in cast(Fetched, fetched):
@@ -109,7 +109,7 @@ class JobBroker(RedisStreamBroker):  # type: ignore[misc]  # taskiq_redis is not
 def _is_ours(data: bytes) -> bool:
     """Anybody may write to the stream, and taskiq would log a traceback for each entry that it cannot read."""
     try:
-        message = TaskiqMessage.model_validate(json_object(data.decode()) if len(data) <= LARGEST_MESSAGE else {})
+        message = TaskiqMessage.model_validate(json_object(data.decode()) if len(data) <= MAX_MESSAGE else {})
         message.parse_labels()
     except (ValueError, TypeError, LookupError):  # InvalidRecord is a ValueError
         return False
@@ -132,7 +132,7 @@ SWEEP_S = 2.0
 KICKED_S = 5.0
 """How long a job that was put on the stream is given to be taken up, before it is put there again."""
 
-JOBS_AT_ONCE = 4
+MAX_CONCURRENT_JOBS = 4
 
 STOPPING_S = 3.0
 
@@ -176,7 +176,7 @@ class JobWorker:
         await self._broker.declare_group()
         receiver = Receiver(
             self._broker,
-            max_async_tasks=JOBS_AT_ONCE,
+            max_async_tasks=MAX_CONCURRENT_JOBS,
             run_startup=False,
             ack_type=AcknowledgeType.WHEN_RECEIVED,
             wait_tasks_timeout=STOPPING_S,

@@ -49,7 +49,7 @@ async def load_affinity(
     return Affinity(scope, session, past.has_reasoning, recalled.producer, recalled.last)
 
 
-MOST_CHOICES = 16
+MAX_CHOICES = 16
 """Of one answer with `n`: a caller goes on with one of them."""
 
 
@@ -87,7 +87,7 @@ class AffinityRecorder:
 
     def _add(self, index: int, part: Mapping[str, Any]) -> None:
         """Of the first choices with a mark; those with none need no memory."""
-        if index not in self._trails and len(self._trails) < MOST_CHOICES:
+        if index not in self._trails and len(self._trails) < MAX_CHOICES:
             self._trails[index] = TurnFingerprints()
         if (trail := self._trails.get(index)) is not None:
             trail.add(part)

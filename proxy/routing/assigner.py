@@ -21,9 +21,9 @@ STARVED = 20
 
 WORKERS = 2
 
-MOST_WAITING = 64
+MAX_WAITING = 64
 
-MOST_REMEMBERED = 2_048
+MAX_REMEMBERED = 2_048
 """Prompts of one generation; two are kept."""
 
 
@@ -68,11 +68,11 @@ class ClusterAssigner:
 
     def _remember(self, key: tuple[str, bytes], assignment: Assignment) -> None:
         self._recent[key] = assignment
-        if len(self._recent) > MOST_REMEMBERED:
+        if len(self._recent) > MAX_REMEMBERED:
             self._previous, self._recent = self._recent, {}
 
     async def _in_time(self, text: str, cluster_map: ClusterMap) -> Assignment:
-        if self._waiting >= MOST_WAITING:
+        if self._waiting >= MAX_WAITING:
             raise AssignmentTimeout("too many prompts wait to be embedded")
         self._waiting += 1
         embedding = asyncio.wrap_future(self._executor.submit(self._assign, text, cluster_map))

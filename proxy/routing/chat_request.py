@@ -15,7 +15,7 @@ from proxy.routing.requirements import ContentSummary
 from proxy.routing.sizes import check_sizes
 from proxy.settings.schema import NO_OVERRIDES, TimeoutOverrides
 
-LONGEST_ID = 255
+MAX_ID = 255
 
 SESSION_HEADERS = ("x-session-id", "x-litellm-session-id", "x-claude-code-session-id")
 
@@ -26,7 +26,7 @@ def session_id_from_client(body: Mapping[str, Any], headers: Sequence[tuple[str,
 
 
 def is_session_id(value: object) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= LONGEST_ID
+    return isinstance(value, str) and 0 < len(value) <= MAX_ID
 
 
 def _stated(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) -> Iterator[Any]:
@@ -260,7 +260,7 @@ def _session(stated: Mapping[str, Any]) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str) or not is_session_id(value):
-        message = f"`uniroute.session` must be a text of 1 to {LONGEST_ID} characters"
+        message = f"`uniroute.session` must be a text of 1 to {MAX_ID} characters"
         raise BadRequest(message, param="uniroute.session")
     return value
 

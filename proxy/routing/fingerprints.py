@@ -10,10 +10,10 @@ from typing import Any
 SAMPLE = 4096
 """Characters of each end that are hashed, with the length: enough to tell two texts apart, however long they are."""
 
-MOST_CALLS = 32
+MAX_CALLS = 32
 """Of one turn: one that is recognised is enough."""
 
-MOST_PARTS = 2048
+MAX_PARTS = 2048
 """Of one list: the newest tell whose it is."""
 
 RANDOM_CHARACTERS = 8
@@ -118,7 +118,7 @@ class TurnFingerprints:
         stated = call_id if isinstance(call_id, str) else ""
         call = self._open.get(index)
         if call is None or (stated and call.id and stated != call.id):
-            if len(self._calls) >= MOST_CALLS:
+            if len(self._calls) >= MAX_CALLS:
                 return
             call = self._open[index] = _Call()
             self._calls.append(call)
@@ -243,7 +243,7 @@ def _text(value: Any) -> str:
 
 
 def _mappings(value: Any) -> list[Mapping[str, Any]]:
-    return [item for item in value[-MOST_PARTS:] if isinstance(item, Mapping)] if isinstance(value, list) else []
+    return [item for item in value[-MAX_PARTS:] if isinstance(item, Mapping)] if isinstance(value, list) else []
 
 
 def _fingerprint(kind: str, text: TextSample, question: TextSample, *, short: int) -> str:

@@ -90,12 +90,12 @@ _UNREAD, _SCHEMA, _CHAT, _PART = range(4)
 
 _MODES = {"messages": _CHAT, "tools": _SCHEMA, "functions": _SCHEMA, "response_format": _SCHEMA}
 
-_LARGEST = 2.0**63
+_MAX_FLOAT_INTEGER = 2.0**63
 """A float beyond it may have been a whole number, for which orjson has no more than 64 bits."""
 
 _ESCAPED_COLON = re.compile(rb"\\u003[aA]")
 
-_AT_ONCE = 2**20
+_INLINE_BYTES = 2**20
 """Bytes of a body whose texts are put together to be counted."""
 
 
@@ -132,7 +132,7 @@ def parse_fast(raw: bytes) -> ParsedBody | None:
 
 def _weighed(texts: Sequence[str], size: int) -> tuple[int, int]:
     """Bytes of UTF-8, and colons."""
-    if size > _AT_ONCE:
+    if size > _INLINE_BYTES:
         return sum(map(text_bytes, texts)), sum(text.count(":") for text in texts)
     together = "".join(texts)
     return text_bytes(together), together.count(":")
@@ -229,5 +229,5 @@ class _BodyScanner:
     def _scalar(self, value: Any, mode: int) -> None:
         if mode:
             self.scalars += 1
-        if type(value) is float and not -_LARGEST < value < _LARGEST:
+        if type(value) is float and not -_MAX_FLOAT_INTEGER < value < _MAX_FLOAT_INTEGER:
             self.sound = False

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from proxy.routing.sizes import MOST_TOKENS, output_limit, stated_answers
+from proxy.routing.sizes import MAX_TOKENS, output_limit, stated_answers
 from router_core.embedding import truncate_middle
 from router_core.pricing import BYTES_PER_TOKEN, text_bytes
 from router_core.types import Requirements
@@ -165,7 +165,7 @@ def estimate_tokens(body: Mapping[str, Any]) -> int:
 
 
 def _tokens(read: ContentSummary) -> int:
-    return min(read.text_bytes // BYTES_PER_TOKEN + read.attachments * MEDIA_TOKENS, MOST_TOKENS)
+    return min(read.text_bytes // BYTES_PER_TOKEN + read.attachments * MEDIA_TOKENS, MAX_TOKENS)
 
 
 def _read(body: Mapping[str, Any]) -> ContentSummary:
@@ -243,7 +243,7 @@ _REASONING = (("reasoning_effort", _is_effort), ("reasoning", _is_reasoning), ("
 
 
 def _count(value: Any) -> int | None:
-    usable = isinstance(value, int) and not isinstance(value, bool) and 0 < value < MOST_TOKENS
+    usable = isinstance(value, int) and not isinstance(value, bool) and 0 < value < MAX_TOKENS
     return value if usable else None
 
 

@@ -18,8 +18,8 @@ from router_core.pricing import BYTES_PER_TOKEN, text_bytes
 
 LIMITS = ("max_completion_tokens", "max_tokens")
 """Of one answer, its reasoning included."""
-MOST_TOKENS = 10**9
-MOST_ANSWERS = 128
+MAX_TOKENS = 10**9
+MAX_ANSWERS = 128
 """OpenAI's bound of `n`. Without one, a request could cost any multiple of what is set aside for it."""
 COUNTS = ("n", "best_of")
 
@@ -95,7 +95,7 @@ def output_limit(body: Mapping[str, Any]) -> int | None:
 def stated_answers(body: Mapping[str, Any]) -> int:
     """How many answers OpenAI's fields ask for."""
     counts = [_positive(body[name]) or 1 for name in COUNTS if name in body]
-    return min(max(counts), MOST_ANSWERS) if counts else 1
+    return min(max(counts), MAX_ANSWERS) if counts else 1
 
 
 def check_sizes(body: Mapping[str, Any]) -> None:
@@ -115,8 +115,8 @@ def check_sizes(body: Mapping[str, Any]) -> None:
         raise BadRequest(message, param=other)
     for name in COUNTS:
         count = body.get(name)
-        if count is not None and not (type(count) is int and 1 <= count <= MOST_ANSWERS):
-            message = f"`{name}` must be a whole number from 1 to {MOST_ANSWERS}; got {count!r}"
+        if count is not None and not (type(count) is int and 1 <= count <= MAX_ANSWERS):
+            message = f"`{name}` must be a whole number from 1 to {MAX_ANSWERS}; got {count!r}"
             raise BadRequest(message[:200], param=name)
 
 
@@ -186,14 +186,14 @@ def _amount(value: Any) -> float | None:
 
 
 def _whole(amount: float) -> int:
-    return math.ceil(min(max(amount, 0), MOST_TOKENS))
+    return math.ceil(min(max(amount, 0), MAX_TOKENS))
 
 
 def _positive(value: Any) -> int | None:
     """A whole number of tokens. None: not stated; zero and less say so too, to the servers that take them."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         return None
-    return math.ceil(min(value, MOST_TOKENS))
+    return math.ceil(min(value, MAX_TOKENS))
 
 
 def _predicted(prediction: Any) -> int:

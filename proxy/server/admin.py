@@ -258,7 +258,7 @@ audit_router = APIRouter(prefix="/admin/audit")
 
 _SHOWN = 100
 
-_MOST_SHOWN = 1000
+_MAX_SHOWN = 1000
 
 
 @audit_router.get("", response_model=None)
@@ -268,6 +268,6 @@ async def get_audit(request: Request, audit: Audit) -> dict[str, Any]:
 
 def _limit(stated: list[str]) -> int:
     text = stated[0] if len(stated) == 1 else "" if stated else str(_SHOWN)
-    if text.isascii() and text.isdigit() and len(text) < 6 and 1 <= int(text) <= _MOST_SHOWN:
+    if text.isascii() and text.isdigit() and len(text) < 6 and 1 <= int(text) <= _MAX_SHOWN:
         return int(text)
-    raise BadRequest(f"`limit` must be a whole number from 1 to {_MOST_SHOWN}, stated once", param="limit")
+    raise BadRequest(f"`limit` must be a whole number from 1 to {_MAX_SHOWN}, stated once", param="limit")

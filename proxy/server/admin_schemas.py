@@ -222,11 +222,11 @@ _EXPIRY = ("expires_at", "expires_in_s")
 
 FIELDS = ("name", "models", "role", *_EXPIRY, *_PLAIN, *LIMITS)
 
-MOST_EXPIRY_S = 100 * 365 * 86_400
+MAX_EXPIRY_S = 100 * 365 * 86_400
 
-MOST_GRACE_S = 30 * 86_400
+MAX_GRACE_S = 30 * 86_400
 
-_LONGEST_NAME = 200
+_MAX_NAME = 200
 
 
 def read_new_key(body: Mapping[str, Any], now: float) -> tuple[str, KeyChange]:
@@ -257,7 +257,7 @@ def read_key_change(body: Mapping[str, Any], now: float) -> KeyChange:
 def parse_grace_period(body: Mapping[str, Any]) -> float:
     """Seconds. Raises BadRequest."""
     reject_unknown_keys(body, ("grace_s",), "")
-    return _seconds(body.get("grace_s", 0), "grace_s", MOST_GRACE_S)
+    return _seconds(body.get("grace_s", 0), "grace_s", MAX_GRACE_S)
 
 
 def key_to_json(key: ClientKey) -> dict[str, Any]:
@@ -277,8 +277,8 @@ def key_to_json(key: ClientKey) -> dict[str, Any]:
 
 
 def _name(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip() or len(value) > _LONGEST_NAME or not value.isprintable():
-        raise BadRequest(f"`name` must say whose key it is, in 1 to {_LONGEST_NAME} printable characters", param="name")
+    if not isinstance(value, str) or not value.strip() or len(value) > _MAX_NAME or not value.isprintable():
+        raise BadRequest(f"`name` must say whose key it is, in 1 to {_MAX_NAME} printable characters", param="name")
     return value
 
 
@@ -299,7 +299,7 @@ def _expiry(body: Mapping[str, Any], now: float) -> float | None:
     if at is not None and in_s is not None:
         raise BadRequest("state `expires_at` or `expires_in_s`, not both", param="expires_at")
     if in_s is not None:
-        return now + _seconds(in_s, "expires_in_s", MOST_EXPIRY_S)
+        return now + _seconds(in_s, "expires_in_s", MAX_EXPIRY_S)
     return None if at is None else _time(at)
 
 

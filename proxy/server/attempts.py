@@ -111,7 +111,7 @@ MAX_BUFFERED_CHUNKS = 1000
 """Chunks without content that are kept until the first with some, to be shown before it; more of them are dropped, and
 time alone is the limit. As many again are kept that end a choice or report usage."""
 
-MOST_HELD_BYTES = 2**20
+MAX_HELD_BYTES = 2**20
 """Of all of them."""
 
 
@@ -203,10 +203,10 @@ class _Held:
     def add(self, block: list[JSONPayload]) -> None:
         for chunk in block:
             most = 2 * MAX_BUFFERED_CHUNKS if usage_of(chunk.body) or is_finished(chunk.body) else MAX_BUFFERED_CHUNKS
-            if len(self.chunks) >= most or self._bytes >= MOST_HELD_BYTES:
+            if len(self.chunks) >= most or self._bytes >= MAX_HELD_BYTES:
                 continue
             self._bytes += len(chunk.raw if chunk.raw is not None else encode_json(chunk.body))
-            if self._bytes < MOST_HELD_BYTES:
+            if self._bytes < MAX_HELD_BYTES:
                 self.chunks.append(chunk)
 
 

@@ -50,7 +50,7 @@ FREE_PER_S = 20
 
 DELAY_S = 0.5
 
-MOST_WAITING = 512
+MAX_WAITING = 512
 """Beyond these a refusal is answered at once: waiting costs a connection, and they are not endless either."""
 
 
@@ -70,7 +70,7 @@ class AuthFailureThrottle:
         if second != self._second:
             self._second, self._refusals = second, 0
         self._refusals += 1
-        if self._refusals <= FREE_PER_S or self._waiting >= MOST_WAITING:
+        if self._refusals <= FREE_PER_S or self._waiting >= MAX_WAITING:
             return
         self._waiting += 1
         try:
@@ -92,7 +92,7 @@ PRINCIPAL = "uniroute.who"
 
 _RETRY_AFTER_S = "2"
 
-_MOST_KEY_BYTES = 4096
+_MAX_KEY_BYTES = 4096
 
 _MOST_SERVED, _LONGEST_SERVED = 64, 255
 """Of the values of Host that are remembered."""
@@ -214,7 +214,7 @@ def credentials_from(headers: Headers, names: Sequence[str] = ("x-api-key",)) ->
     if len(sent) > 1:
         raise Unauthenticated(f"Authorization and {' and '.join(names)} hold different API keys; send one of them")
     raw = "".join(sent).encode("latin-1")
-    if len(raw) > _MOST_KEY_BYTES:
+    if len(raw) > _MAX_KEY_BYTES:
         raise Unauthenticated("this cannot be an API key: it is too long")
     return raw or None
 

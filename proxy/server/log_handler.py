@@ -19,7 +19,7 @@ FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 SECOND = "%Y-%m-%dT%H:%M:%S%z"
 
-MOST_WAITING = 4 * 2**20
+MAX_WAITING = 4 * 2**20
 
 LAST_S = 1.0
 """At the end of the process a reader that is behind is waited for so long."""
@@ -108,7 +108,7 @@ class NonBlockingHandler(logging.Handler):
         return data
 
     def _wait_with(self, data: bytes) -> None:
-        if self._waiting_bytes + len(data) > MOST_WAITING:
+        if self._waiting_bytes + len(data) > MAX_WAITING:
             self.dropped += 1
             self._unreported_drops += 1
             return

@@ -7,8 +7,8 @@ from importlib.metadata import version
 from typing import Any
 
 from proxy.routing.chat_request import MAX_VALUE, TIMEOUTS
-from proxy.server.admin_schemas import MOST_EXPIRY_S, MOST_GRACE_S
-from proxy.storage.client_keys import MOST_LAMBDA, MOST_PER_MINUTE, MOST_USD, ROLES
+from proxy.server.admin_schemas import MAX_EXPIRY_S, MAX_GRACE_S
+from proxy.storage.client_keys import MAX_LAMBDA, MAX_PER_MINUTE, MAX_USD, ROLES
 from router_core.types import MAX_PRICE, PRICE_FIELDS
 
 Schema = dict[str, Any]
@@ -243,11 +243,11 @@ ANSWERS: Mapping[str, Schema] = {
     ),
 }
 
-_WEIGHT: Schema = {"type": "number", "minimum": 0, "maximum": MOST_LAMBDA}
+_WEIGHT: Schema = {"type": "number", "minimum": 0, "maximum": MAX_LAMBDA}
 
-_RATE: Schema = {"type": "integer", "minimum": 1, "maximum": MOST_PER_MINUTE}
+_RATE: Schema = {"type": "integer", "minimum": 1, "maximum": MAX_PER_MINUTE}
 
-_USD: Schema = {"type": "number", "minimum": 0, "maximum": MOST_USD}
+_USD: Schema = {"type": "number", "minimum": 0, "maximum": MAX_USD}
 
 _TIME: Schema = {"type": "string", "format": "date-time"}
 
@@ -264,7 +264,7 @@ _CHANGE: Mapping[str, Schema] = {
     "models": null_or(listed(NAME, minItems=1)),
     "role": null_or(_ROLE),
     "expires_at": null_or(_TIME),
-    "expires_in_s": null_or({"type": "number", "minimum": 0, "maximum": MOST_EXPIRY_S}),
+    "expires_in_s": null_or({"type": "number", "minimum": 0, "maximum": MAX_EXPIRY_S}),
     **_STATED,
 }
 
@@ -281,7 +281,7 @@ _SHOWN: Mapping[str, Schema] = {
 KEYS: Mapping[str, Schema] = {
     "NewKey": closed(_CHANGE, "name"),
     "KeyChange": closed(_CHANGE),
-    "Rotation": closed({"grace_s": {"type": "number", "minimum": 0, "maximum": MOST_GRACE_S}}),
+    "Rotation": closed({"grace_s": {"type": "number", "minimum": 0, "maximum": MAX_GRACE_S}}),
     "Key": closed(_SHOWN, *_SHOWN),
     "Secret": closed({**_SHOWN, "key": TEXT}, *_SHOWN, "key"),
     "Keys": closed({"keys": listed(ref("Key"))}, "keys"),

@@ -33,10 +33,10 @@ from proxy.server.reservations import (
 )
 from proxy.storage.client_keys import ClientKey, KeyLimits
 from proxy.storage.redis import Store, StoreUnavailable, StoreUnreadable
-from proxy.storage.usage_writer import LARGEST
+from proxy.storage.usage_writer import MAX_COUNT
 from router_core.pricing import PICO, picousd
 
-MOST_KEYS = 10_000
+MAX_KEYS = 10_000
 
 UNKNOWN_WAIT_S = 60.0
 """Where nothing is ever refilled."""
@@ -79,7 +79,7 @@ def time_to_full(used: float, per_minute: float) -> float:
 class BucketCache:
     """Levels by name, of the names used last."""
 
-    def __init__(self, most: int = MOST_KEYS) -> None:
+    def __init__(self, most: int = MAX_KEYS) -> None:
         self._most = most
         self._levels: OrderedDict[str, BucketState] = OrderedDict()
 
@@ -166,7 +166,7 @@ def duration(seconds: float) -> str:
     return f"{hours}h{text}" if hours else text
 
 
-LONGEST_WAIT_S = 3600
+MAX_WAIT_S = 3600
 
 NEVER = {"x-should-retry": "false"}
 """OpenAI's clients ask a 429 again otherwise."""
@@ -178,7 +178,7 @@ def rate_limited(kind: str, limits: KeyLimits, standing: LimitStatus, claim: Res
         per_minute, used, amount = limits.requests_per_minute or 0, standing.requests, 1
     else:
         per_minute, used, amount = limits.tokens_per_minute or 0, standing.tokens, claim.tokens
-    wait = max(1, math.ceil(min(wait_s(used, amount, per_minute), LONGEST_WAIT_S)))
+    wait = max(1, math.ceil(min(wait_s(used, amount, per_minute), MAX_WAIT_S)))
     left = max(0, math.floor(per_minute - used))
     return RateLimited(
         f"this key may use {per_minute:,} {kind} per minute; {left:,} are left, and this request needs {amount:,}:"
@@ -231,11 +231,11 @@ def format_usd(picodollars: int) -> str:
 
 log = logging.getLogger("uniroute.limits")
 
-AGAIN_S = 1.0
+RETRY_INTERVAL_S = 1.0
 
-MOST_STRAYS = 10_000
+MAX_ORPHANS = 10_000
 
-MOST_COMPLAINTS = 1000
+MAX_COMPLAINTS = 1000
 
 Refusal = Literal["requests", "tokens", "day", "month"]
 
@@ -330,7 +330,7 @@ class RateLimiter:
         self, key_id: str, claim: ReservationRequest, tokens: int | None, picousd: int | None
     ) -> Settling | None:
         """In the store. Where it does not hear of this, what was set aside stays until the usage record is there."""
-        known = picousd is not None and picousd <= LARGEST
+        known = picousd is not None and picousd <= MAX_COUNT
         took = ("" if tokens is None else tokens, picousd if picousd is not None and known else "")
         try:
             settling = self._asking.ask(END, state_key(key_id), (key_id, claim.id, *took))
@@ -389,7 +389,7 @@ class RateLimiter:
             self._buckets[name] = adjust(self._buckets[name], limits.tokens_per_minute, more, self._clock())
 
     def _give_back_soon(self, key_id: str, reservation: str) -> None:
-        if len(self._strays) < MOST_STRAYS:
+        if len(self._strays) < MAX_ORPHANS:
             self._strays[reservation] = key_id
         if self._giving_back is None or self._giving_back.done():
             self._giving_back = asyncio.create_task(self._give_back_strays(), name="uniroute-limits")
@@ -404,13 +404,13 @@ class RateLimiter:
                 log.warning("a reservation of the key %s is not given back, and ends by itself: %s", key_id, error)
             except StoreUnavailable as error:
                 log.debug("a reservation waits to be given back: %s", error)
-                await asyncio.sleep(AGAIN_S)
+                await asyncio.sleep(RETRY_INTERVAL_S)
                 continue
             self._strays.pop(reservation, None)
 
     def _note(self, key: ClientKey, error: StoreUnavailable) -> None:
         if isinstance(error.__cause__, ResponseError):
-            if key.id not in self._unreadable and len(self._unreadable) < MOST_COMPLAINTS:
+            if key.id not in self._unreadable and len(self._unreadable) < MAX_COMPLAINTS:
                 self._unreadable.add(key.id)
                 log.warning("what the key %s has used cannot be checked: %s", key.id, error)
             return

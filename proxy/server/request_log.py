@@ -26,7 +26,7 @@ log = logging.getLogger("uniroute.request")
 
 _EMPTY = "it gave an empty answer"
 
-_MOST_DISCARDED = 256 * 1024
+_MAX_DISCARDED = 256 * 1024
 """Bytes of an answer that was thrown away, and is still looked through for its usage."""
 
 
@@ -263,7 +263,7 @@ def _told_in(body: Mapping[str, Any] | list[Any] | bytes | None) -> object:
     """What a model said that was no answer for the caller, where it is JSON and speaks of usage."""
     if not isinstance(body, bytes):
         return body
-    if len(body) > _MOST_DISCARDED or b'"usage' not in body:
+    if len(body) > _MAX_DISCARDED or b'"usage' not in body:
         return None
     try:
         return orjson.loads(body)

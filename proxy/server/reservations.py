@@ -251,7 +251,7 @@ def state_key(key_id: str) -> str:
 MARGIN_S = 30.0
 """From the last moment of a request until its usage record must have reached Redis."""
 
-MOST_PICOUSD = 9 * 10**18
+MAX_PICOUSD = 9 * 10**18
 """What still fits a counter of 64 bits; $9 million."""
 
 _THINKING_WITHIN = words("openai azure anthropic bedrock vertex_ai gemini deepseek openrouter groq mistral")
@@ -361,7 +361,7 @@ def estimate_reservation(demand: Demand, limits: KeyLimits) -> ReservationReques
     tokens = 0 if limits.tokens_per_minute is None else demand.tokens(limits.tokens_per_minute)
     picodollars = max(demand.picousd(name) for name in demand.asked) if limits.money else 0
     lives_s = demand.settings.request_timeout_s + MARGIN_S
-    return ReservationRequest(demand.choice.id, tokens, min(picodollars, MOST_PICOUSD), lives_s)
+    return ReservationRequest(demand.choice.id, tokens, min(picodollars, MAX_PICOUSD), lives_s)
 
 
 def _added(sent: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
@@ -399,7 +399,7 @@ silence: each ends only after the event loop has looked for an answer."""
 
 PAUSE_S = 1.0
 
-MOST_AT_ONCE = 32
+MAX_BATCH_SIZE = 32
 """In one round trip. Redis runs them before it answers the first: more of them would look like a silence."""
 
 _WHAT = "check the limits of a key"
@@ -457,7 +457,7 @@ class ScriptBatcher:
 
     async def _ask_all(self) -> None:
         while self._waiting:
-            asked = [self._waiting.popleft() for _ in range(min(MOST_AT_ONCE, len(self._waiting)))]
+            asked = [self._waiting.popleft() for _ in range(min(MAX_BATCH_SIZE, len(self._waiting)))]
             try:
                 for question, answer in zip(asked, await self._in_time(asked), strict=True):
                     _tell(question, answer)

@@ -37,7 +37,7 @@ from proxy.safety.json_shape import check_shape
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.registry import ConfiguredModel, ConflictingWrite, KeyInactive, ModelExists, UnknownKey, UnknownModel
 from proxy.upstream.circuit_breaker import told_wait
-from proxy.upstream.errors import LONGEST_REST, LONGEST_WORDS, words_in
+from proxy.upstream.errors import MAX_MESSAGE_CHARS, MAX_REST_CHARS, words_in
 from proxy.upstream.sse import encode_json
 from router_core.errors import InvalidInput, MapMismatch
 
@@ -145,7 +145,7 @@ def _openais_shape(stated: Mapping[str, Any], said: Any, error: UpstreamError) -
 
 def _with_rest(message: str, said: Any) -> str:
     """What was said has no words in it: it is shown as it is, cut."""
-    return f"{message}: {(_text(said) or '')[:LONGEST_REST]}" if said not in (None, "", {}, []) else message
+    return f"{message}: {(_text(said) or '')[:MAX_REST_CHARS]}" if said not in (None, "", {}, []) else message
 
 
 def _text(value: Any) -> str | None:
@@ -159,7 +159,7 @@ def _parsed(body: Any) -> Any:
         check_shape(body)
         return json.loads(body)
     except (ValueError, RecursionError):
-        return body.decode("utf-8", "replace")[:LONGEST_WORDS]
+        return body.decode("utf-8", "replace")[:MAX_MESSAGE_CHARS]
 
 
 EXCEPTION_MAP: Mapping[type[Exception], type[ProxyError]] = {

@@ -33,7 +33,7 @@ _BACKLOG = 2048
 
 _KEEP_ALIVE_S = 75  # longer than a load balancer's 60, so that it is never we who close first
 
-_LOOK_AGAIN_S = 0.1
+_POLL_INTERVAL_S = 0.1
 
 LOGGING: dict[str, Any] = {
     "version": 1,
@@ -191,7 +191,7 @@ class BackgroundServer:
         """Whether it is ready; False when starting failed."""
         self._thread.start()
         with console.progress() as bars:
-            while not self._server.is_ready and not self._ended.wait(_LOOK_AGAIN_S):
+            while not self._server.is_ready and not self._ended.wait(_POLL_INTERVAL_S):
                 if self._server.holder is not None:
                     show(self._server.holder.startup.to_json(), bars)
         return self._server.is_ready and not self._ended.is_set()
@@ -220,7 +220,7 @@ def announce_ready(url: str, announce: Callable[[str], None]) -> None:
         with httpx.Client(trust_env=False, timeout=5) as client, console.progress() as bars:
             while (document := _unready(client, url)) is not None:
                 show(document, bars)
-                time.sleep(_LOOK_AGAIN_S)
+                time.sleep(_POLL_INTERVAL_S)
         announce(f"ready after {time.monotonic() - started:.1f} s; Ctrl-C ends it")
 
     threading.Thread(target=wait, name="uniroute-announce", daemon=True).start()

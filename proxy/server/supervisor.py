@@ -29,7 +29,7 @@ log = logging.getLogger("uniroute.workers")
 
 TICK_S = 0.25
 
-LOOK_AGAIN_S = 0.05
+POLL_INTERVAL_S = 0.05
 
 QUICK_S = 10.0
 """A worker that dies younger than this is started again after a pause, which doubles each time."""
@@ -63,7 +63,7 @@ class WorkerServer(Server):
         await lifespan.startup()
         # the supervisor's word comes by a thread
         while not (lifespan.should_exit or self.should_exit or (self.is_ready and self.may_listen)):  # noqa: ASYNC110
-            await asyncio.sleep(LOOK_AGAIN_S)
+            await asyncio.sleep(POLL_INTERVAL_S)
         if lifespan.should_exit or self.should_exit:
             self.should_exit = True
             await lifespan.shutdown()

@@ -41,7 +41,7 @@ _INFO_COSTS = re.compile(
     r"\w+_cost_per_(?!token$)\w+|\w+_token_cost_above_\w+|\w+_token_cost_(batches|flex|priority)|cost_per_second"
 )
 
-_LONGEST = 200
+_MAX_NAME_CHARS = 200
 """Characters: what is longer is no name of litellm's, and would take quadratic time to compare."""
 
 
@@ -50,6 +50,6 @@ _ODD_TIER = re.compile(r"token\w*_above_(?!1hr$|(1hr_above_)?[0-9]+k?_tokens)")
 
 
 def is_model_info_of_litellm(key: str) -> bool:
-    if len(key) > _LONGEST or price_field(key) is not None or _ODD_TIER.search(key):
+    if len(key) > _MAX_NAME_CHARS or price_field(key) is not None or _ODD_TIER.search(key):
         return False
     return key in _INFO or _INFO_COSTS.fullmatch(key) is not None

@@ -16,7 +16,7 @@ log = logging.getLogger("uniroute.audit")
 
 AUDIT: Final = "uniroute:audit"
 
-MOST_LINES: Final = 10_000
+MAX_LINES: Final = 10_000
 
 ANONYMOUS = "-"
 """Whoever it was, no key of ours was shown."""
@@ -95,7 +95,7 @@ class AuditTrail:
         stored = {"line": self._author.line(action, target)}
         try:
             async with self._store.asking("write the audit line") as client:
-                await client.xadd(AUDIT, stored, maxlen=MOST_LINES, approximate=False)  # type: ignore[arg-type]
+                await client.xadd(AUDIT, stored, maxlen=MAX_LINES, approximate=False)  # type: ignore[arg-type]
         except StoreUnavailable as error:
             log.warning("the line of %s is in this log alone: %s", action, error)
 
@@ -130,7 +130,7 @@ local function changed()
     redis.call('SET', KEYS[1], version)
   end
   if ARGV[#ARGV] ~= '' then
-    redis.call('XADD', KEYS[#KEYS], 'MAXLEN', '{MOST_LINES}', '*', 'line', ARGV[#ARGV])
+    redis.call('XADD', KEYS[#KEYS], 'MAXLEN', '{MAX_LINES}', '*', 'line', ARGV[#ARGV])
   end
   redis.call('PUBLISH', '{CHANGED}', version)
   return version

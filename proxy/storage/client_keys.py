@@ -77,12 +77,12 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 LIMITS = tuple(column.name for column in fields(KeyLimits))
 
-MOST_USD = 1e6
+MAX_USD = 1e6
 """The largest limit: sums of whole picodollars stay exact far beyond it."""
 
-MOST_PER_MINUTE = 10**12
+MAX_PER_MINUTE = 10**12
 
-MOST_LAMBDA = 1e12
+MAX_LAMBDA = 1e12
 """As of a request: times a cost it stays finite."""
 
 
@@ -210,7 +210,7 @@ def _amount_up_to(most: float) -> Callable[[object], bool]:
 
 
 def _is_count(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int) and 1 <= value <= MOST_PER_MINUTE
+    return not isinstance(value, bool) and isinstance(value, int) and 1 <= value <= MAX_PER_MINUTE
 
 
 def _or_none(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -219,11 +219,11 @@ def _or_none(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 _TIME = (_or_none(is_unix_time), "a time in Unix seconds, or null")
 
-_LAMBDA = (_or_none(_amount_up_to(MOST_LAMBDA)), f"a number from 0 to {MOST_LAMBDA:g}, or null")
+_LAMBDA = (_or_none(_amount_up_to(MAX_LAMBDA)), f"a number from 0 to {MAX_LAMBDA:g}, or null")
 
 _COUNT = (_or_none(_is_count), "a whole number of 1 or more, or null")
 
-_USD = (_or_none(_amount_up_to(MOST_USD)), f"an amount of USD from 0 to {MOST_USD:,.0f}, or null")
+_USD = (_or_none(_amount_up_to(MAX_USD)), f"an amount of USD from 0 to {MAX_USD:,.0f}, or null")
 
 _FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "name": (_is_text, "a text"),

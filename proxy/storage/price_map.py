@@ -18,7 +18,7 @@ SAMPLE_ENTRY = "sample_spec"
 
 TEXT_MODES = frozenset({None, "chat", "completion", "responses"})
 
-LARGEST_WINDOW = 10**12
+MAX_WINDOW = 10**12
 
 RUNS_LOCALLY = frozenset({"ollama", "ollama_chat", "lemonade", "lm_studio"})
 """Providers whose zero price is a price. Elsewhere it stands for a trial, a subscription or "not known"."""
@@ -170,7 +170,7 @@ def _amount(name: str, listed: Mapping[str, Any], field: str) -> float | None:
 def _limit(listed: dict[str, Any], field: str) -> int | None:
     """A context window; some entries of the real map carry text here, which is as good as unknown."""
     value = listed.get(field)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= LARGEST_WINDOW:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= MAX_WINDOW:
         return None
     return int(value)
 

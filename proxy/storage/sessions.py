@@ -29,12 +29,12 @@ PREFIX: Final = "uniroute:conversation"
 ASK_S = 0.04
 """How long a request waits for Redis, once."""
 
-AGAIN_S = 1.0
+RETRY_INTERVAL_S = 1.0
 """After Redis did not answer, one request in so many seconds asks it again."""
 
-MOST_LOCAL = 4_096
+MAX_LOCAL = 4_096
 
-MOST_QUEUED = 20_000
+MAX_QUEUED = 20_000
 
 BATCH = 500
 
@@ -106,7 +106,7 @@ class SessionStore:
         answer = _Answer(model, tokens, self._clock())
         for digest in digests:
             self._keep(digest, answer)
-            if len(self._queue) >= MOST_QUEUED:
+            if len(self._queue) >= MAX_QUEUED:
                 self._queue.popleft()
                 self._on_dropped()
             self._queue.append((digest, answer))
@@ -174,7 +174,7 @@ class SessionStore:
     def _keep(self, digest: str, answer: _Answer) -> None:
         self._local[digest] = answer
         self._local.move_to_end(digest)
-        if len(self._local) > MOST_LOCAL:
+        if len(self._local) > MAX_LOCAL:
             self._local.popitem(last=False)
 
     def _known(self, digest: str) -> _Answer | None:
@@ -203,7 +203,7 @@ class SessionStore:
         if now < self._ask_after:
             return {}
         if not self._answers:
-            self._ask_after = now + AGAIN_S
+            self._ask_after = now + RETRY_INTERVAL_S
         try:
             async with asyncio.timeout(ASK_S), self._store.asking("recall a conversation") as client:
                 texts: Any = await client.mget([_key(digest) for digest in digests])
@@ -217,7 +217,7 @@ class SessionStore:
     def _missed(self, why: str) -> None:
         if self._answers:
             log.warning("conversations are not recalled until it does: %s", why)
-        self._answers, self._ask_after = False, time.monotonic() + AGAIN_S
+        self._answers, self._ask_after = False, time.monotonic() + RETRY_INTERVAL_S
         self._on_missed()
 
     def _read(self, text: str | None) -> _Answer | None:

@@ -217,7 +217,7 @@ LIVE_REFRESH_S = 5.0
 
 UNUSABLE_S = 5.0
 
-SAY_AGAIN_S = 60.0
+LOG_INTERVAL_S = 60.0
 
 
 class SnapshotWatcher:
@@ -330,7 +330,7 @@ class SnapshotWatcher:
     def _away(self, error: Exception) -> None:
         """Say so once, and as long as nothing was ever read once a minute."""
         waiting = not self.available and self._said_away is not None
-        if not waiting or (not self.loaded and time.monotonic() - (self._said_away or 0) >= SAY_AGAIN_S):
+        if not waiting or (not self.loaded and time.monotonic() - (self._said_away or 0) >= LOG_INTERVAL_S):
             kept = "the last state stays in use" if self.loaded else "nothing is served until it does"
             log.warning("the store does not answer, %s: %s", kept, error)
             self._said_away = time.monotonic()

@@ -16,7 +16,7 @@ HALF_LIFE = 200.0
 PRIOR_ANSWERS = 20.0
 """How many live answers the validation answers of a profile weigh, all together: they are shorter than real ones."""
 
-AT_ONCE = 128
+BATCH_SIZE = 128
 """Answers of one model that are added up together, unless somebody asks before."""
 
 _TOKENS, _SECONDS, _WEIGHT = range(3)
@@ -56,7 +56,7 @@ class TrafficStats:
             answers = self._new.setdefault(model, [])
             answers.append((cluster_ids, weights, tokens, seconds))
             self.observed += 1
-            if len(answers) >= AT_ONCE:
+            if len(answers) >= BATCH_SIZE:
                 self._count(model)
 
     def blended(self, model: str, profile: Profile) -> Profile:

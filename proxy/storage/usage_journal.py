@@ -216,7 +216,7 @@ SEGMENT_BYTES = 8 * 2**20
 NUMBERED = 26
 """Bytes, at most, that the number and the end of the line add to a record."""
 
-MOST_WAITING = 50_000
+MAX_WAITING = 50_000
 """Records held in memory while the disk takes none."""
 
 
@@ -247,8 +247,8 @@ class JournalDirectory:
         current = self._writable()
         if self._others_bytes + current.size + len(text) + NUMBERED > self._max_bytes:
             return self._dropped(f"the usage journals in {self._folder} have {self._max_bytes} bytes, their limit")
-        if len(current.waiting) >= MOST_WAITING:
-            return self._dropped(f"{MOST_WAITING} usage records wait for room in {self._folder}")
+        if len(current.waiting) >= MAX_WAITING:
+            return self._dropped(f"{MAX_WAITING} usage records wait for room in {self._folder}")
         current.append(text)
         if current.waiting:
             self._warn_once("disk", f"usage is kept in memory: {current.path} cannot be written ({current.failure})")

@@ -19,7 +19,7 @@ STREAM: Final = "uniroute:usage"
 JOURNALS: Final = "uniroute:usage:journals"
 """Hash: journal id → number of the last record applied, or `done:` and when it was."""
 
-MOST_ENTRIES = 100_000
+MAX_ENTRIES = 100_000
 
 REFUSED = -1
 
@@ -98,7 +98,7 @@ COUNTED_SINCE = ("cache_write_tokens", "audio_input_tokens", "audio_output_token
 
 DAY_S = 86_400
 
-LARGEST = 10**18
+MAX_COUNT = 10**18
 """A sum in Redis has 63 bits. What a single request cannot have used is taken as unknown, not as the end of the sum."""
 
 Word = str | int | float
@@ -152,7 +152,7 @@ def _amounts(record: Mapping[str, Any]) -> dict[str, int | float]:
     amounts |= {name: int(record[name]) for name in COUNTED if record[name]}
     amounts |= {name: int(record[name]) for name in COUNTED_SINCE if record.get(name)}
     cost = record["cost_picousd"]
-    if cost is None or not 0 <= cost <= LARGEST:
+    if cost is None or not 0 <= cost <= MAX_COUNT:
         return {**amounts, "cost_unknown": 1}
     return {**amounts, "cost_picousd": int(cost), "cost_usd": float(record["cost_usd"])}
 
@@ -166,7 +166,7 @@ log = logging.getLogger("uniroute.usage")
 
 BATCH = 200
 
-AT_ONCE = 40
+BATCH_SIZE = 40
 """Records that are added up before requests get a turn."""
 
 FLUSH_S = 0.5
@@ -251,7 +251,7 @@ class UsageWriter:
 
     async def _send(self, journal: Journal, batch: Batch, tally: BatchTotals) -> tuple[int, int]:
         first, last = batch.entries[0].number, batch.entries[-1].number
-        arguments = [journal.id, journal.applied, first, last, MOST_ENTRIES, *tally.words()]
+        arguments = [journal.id, journal.applied, first, last, MAX_ENTRIES, *tally.words()]
         async with self._store.asking("record usage"):
             applied, uncounted = await self._apply(keys=[JOURNALS, STREAM], args=arguments)
         return int(applied), int(uncounted)
@@ -320,7 +320,7 @@ async def _totals_of(batch: Batch) -> tuple[BatchTotals, int]:
     """And how many lines are no records of ours. Requests get a turn meanwhile."""
     tally, broken = BatchTotals(), batch.broken
     for place, entry in enumerate(batch.entries):
-        if place % AT_ONCE == 0:
+        if place % BATCH_SIZE == 0:
             await asyncio.sleep(0)
         try:
             tally.add(entry.text, entry.fields)

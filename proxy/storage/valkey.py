@@ -17,7 +17,7 @@ from proxy.safety import private_files as private
 
 log = logging.getLogger("uniroute.store")
 
-LONGEST_SOCKET_PATH = 100  # bytes: macOS allows 104 and Linux 108, their ending NUL included
+MAX_SOCKET_PATH = 100  # bytes: macOS allows 104 and Linux 108, their ending NUL included
 
 STARTING_S = 15.0
 
@@ -194,7 +194,7 @@ def _locked(path: Path, kind: int) -> IO[bytes] | None:
 def socket_path(folder: Path) -> Path:
     """Beside the data, or where that path is too long for a socket, in a private folder named by its digest."""
     path = folder / "valkey.sock"
-    if len(os.fsencode(path)) <= LONGEST_SOCKET_PATH:
+    if len(os.fsencode(path)) <= MAX_SOCKET_PATH:
         return path
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"uniroute-{os.getuid()}-{digest}" / "valkey.sock"

@@ -10,15 +10,15 @@ from proxy.safety.json_shape import MAX_VALUES, SMALL, Shape, TooMuchJson
 
 log = logging.getLogger("uniroute.upstream")
 
-LARGEST = 20_000_000
-MOST_IN_ALL = 256_000_000
+MAX_ANSWER_BYTES = 20_000_000
+MAX_TOTAL_BYTES = 256_000_000
 _SAID_EVERY_S = 10.0
 
 
 class AnswerRoom:
     """One per process, on one event loop. What is no larger than SMALL is not counted: connections bound it."""
 
-    def __init__(self, largest: int = LARGEST, most: int = MOST_IN_ALL) -> None:
+    def __init__(self, largest: int = MAX_ANSWER_BYTES, most: int = MAX_TOTAL_BYTES) -> None:
         """
         Args:
             largest: bytes of one answer, or of one event of a stream (`max_answer_bytes`).

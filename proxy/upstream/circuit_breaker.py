@@ -19,10 +19,10 @@ from proxy.settings.schema import CircuitBreakerSettings
 
 _NUMBER = re.compile(r"\s*\d+(?:\.\d+)?\s*", re.ASCII)
 
-LONGEST_WAIT_S = 3600.0
+MAX_WAIT_S = 3600.0
 """What is asked for beyond it is taken for an hour, in whatever form: nobody plans further by a header."""
 
-_LONGEST_VALUE = 100
+_MAX_VALUE = 100
 """Characters. A number or a date is shorter; what is longer is not read."""
 
 
@@ -32,12 +32,12 @@ def parse_retry_after(headers: Mapping[str, str], now: float) -> float | None:
     Args:
         now: Unix seconds; a date is that far away from it.
     """
-    stated = {name.lower(): value for name, value in headers.items() if len(value) <= _LONGEST_VALUE}
+    stated = {name.lower(): value for name, value in headers.items() if len(value) <= _MAX_VALUE}
     for wait in (_number(stated.get("retry-after-ms"), 1e-3), _number(stated.get("retry-after"), 1.0)):
         if wait is not None:
-            return min(wait, LONGEST_WAIT_S) if wait > 0 else None
+            return min(wait, MAX_WAIT_S) if wait > 0 else None
     until = _until_date(stated.get("retry-after"), now)
-    return None if until is None else min(until, LONGEST_WAIT_S)
+    return None if until is None else min(until, MAX_WAIT_S)
 
 
 def told_wait(headers: Mapping[str, str], now: float) -> dict[str, str]:

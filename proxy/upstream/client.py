@@ -23,7 +23,7 @@ log = logging.getLogger("uniroute.upstream")
 
 FIRST_PAUSE_S = 10.0
 
-LONGEST_PAUSE_S = 300.0
+MAX_PAUSE_S = 300.0
 """Between two attempts to import litellm."""
 
 Blocks = AsyncIterator[list[JSONPayload]]
@@ -159,7 +159,7 @@ class UpstreamClient:
             self._tried.set()
             if self._failed is not None:
                 await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+                pause_s = min(2 * pause_s, MAX_PAUSE_S)
 
     @property
     def loading(self) -> frozenset[str]:

@@ -17,7 +17,7 @@ SHORTEST_S, LONGEST_S = 1.0, 60.0
 
 NEWEST_WEIGHS = 0.2
 
-MOST_REMEMBERED = 1000
+MAX_REMEMBERED = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ class ConcurrencyLimiter:
     def _remember(self, model: str, held_s: float) -> None:
         before = self._held_s.pop(model, held_s)
         self._held_s[model] = before + NEWEST_WEIGHS * (held_s - before)
-        if len(self._held_s) > MOST_REMEMBERED:
+        if len(self._held_s) > MAX_REMEMBERED:
             self._held_s.pop(next(iter(self._held_s)))
 
     def _busy(self, model: str, room: _Queue) -> ModelAtCapacity:

@@ -11,16 +11,16 @@ import httptools
 
 from proxy.upstream.content_coding import Unpacker, unpacker_of
 
-LONGEST_HEADER = 64 * 2**10
+MAX_HEADER = 64 * 2**10
 """Of an answer: some servers behind others send a policy or cookies of many kilobytes."""
 
-MOST_HEADER_BYTES = 256 * 2**10
+MAX_HEADER_BYTES = 256 * 2**10
 """Of all that is no body and comes in one go: a head, the hints before it, the size of a chunk, trailers."""
 
-MOST_UNREAD = 256 * 2**10
+MAX_UNREAD = 256 * 2**10
 """Bytes of an answer that wait for their reader; then the upstream waits."""
 
-MOST_UNPACKED = 16 * 2**20
+MAX_UNPACKED = 16 * 2**20
 """Bytes that may wait for their reader, where an upstream compresses its answer though it was asked not to."""
 
 PIECE = 256 * 2**10
@@ -177,7 +177,7 @@ class HTTP11Connection(asyncio.Protocol):
             self._kept = False
             self.close()
             return
-        if self._since_body > MOST_HEADER_BYTES:
+        if self._since_body > MAX_HEADER_BYTES:
             self._fail(RemoteProtocolError("the answer goes on without saying anything"))
             self.close()
         self._wake()
@@ -216,7 +216,7 @@ class HTTP11Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.status is not None:
             return  # a trailer
-        if len(value) > LONGEST_HEADER:
+        if len(value) > MAX_HEADER:
             raise RemoteProtocolError("a header of the answer is too long")
         self.headers[name.decode("latin-1").lower()] = value.decode("latin-1").strip()
 
@@ -240,7 +240,7 @@ class HTTP11Connection(asyncio.Protocol):
         self._pieces.append(body)
         self._since_body = 0
         self._unread += len(body)
-        if self._unread > MOST_UNREAD and not self._reading_paused:
+        if self._unread > MAX_UNREAD and not self._reading_paused:
             self._reading_paused = True
             self._transport.pause_reading()
 
@@ -249,7 +249,7 @@ class HTTP11Connection(asyncio.Protocol):
             self.ended, self._kept = True, self._parser.should_keep_alive()
 
     def _unpacked(self, unpacker: Unpacker, body: bytes) -> bytes:
-        room = MOST_UNPACKED - self._unread
+        room = MAX_UNPACKED - self._unread
         try:
             plain = unpacker.decompress(body, room + 1)
         except zlib.error as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from proxy.errors import MOST_ERROR_BYTES, NAMES, UpstreamError
+from proxy.errors import MAX_ERROR_BYTES, NAMES, UpstreamError
 from proxy.outbound import OutboundError
 from proxy.safety.json_shape import check_shape
 from proxy.storage.usage import usage_of
@@ -269,10 +269,12 @@ def _read(body: Any) -> Any:
 
 def _cut(said: Any) -> Any:
     """As much of it as is kept of a failure: of a long error its words and names alone."""
-    if isinstance(said, bytes) or len(dumped := _dumped(said)) <= MOST_ERROR_BYTES:
+    if isinstance(said, bytes) or len(dumped := _dumped(said)) <= MAX_ERROR_BYTES:
         return said
     stated = next(_stated(said), {})
-    names = {name: stated[name] for name in _SHORT if len(_dumped(stated.get(name))) <= LONGEST_REST and name in stated}
+    names = {
+        name: stated[name] for name in _SHORT if len(_dumped(stated.get(name))) <= MAX_REST_CHARS and name in stated
+    }
     words = words_in(said)
     return dumped if words is None else {"error": {**names, "message": words}}
 
@@ -404,10 +406,10 @@ def _first_line(error: Exception) -> str:
     return _CLASS_NAMES.sub("", first)[:500]
 
 
-LONGEST_WORDS = 2000
+MAX_MESSAGE_CHARS = 2000
 """Characters of an upstream's text that are passed on."""
 
-LONGEST_REST = 500
+MAX_REST_CHARS = 500
 """Characters of a body that has no text in it."""
 
 _WORDS = (
@@ -418,21 +420,21 @@ _WORDS = (
 
 _DEEPEST_WORDS = 6
 
-_MOST_WORDS = 8
+_MAX_MESSAGES = 8
 
 
 def words_in(said: Any, depth: int = 0) -> str | None:
     """The first text that tells what went wrong, wherever a server puts it: {"error": …}, {"errors": […]}, {"detail":
     …}, a `message` that is an object, minimax's `base_resp`, plain text. None: there is none."""
     if isinstance(said, str):
-        return said.strip()[:LONGEST_WORDS] or None
+        return said.strip()[:MAX_MESSAGE_CHARS] or None
     if depth == _DEEPEST_WORDS:
         return None
     if isinstance(said, list):
-        found = (words_in(each, depth + 1) for each in said[:_MOST_WORDS])
+        found = (words_in(each, depth + 1) for each in said[:_MAX_MESSAGES])
     elif isinstance(said, Mapping):
         if isinstance(said.get("loc"), list) and isinstance(said.get("msg"), str):  # pydantic's: which field it was
-            return f"{'.'.join(map(str, said['loc']))}: {said['msg']}"[:LONGEST_WORDS]
+            return f"{'.'.join(map(str, said['loc']))}: {said['msg']}"[:MAX_MESSAGE_CHARS]
         found = (words_in(said[name], depth + 1) for name in _WORDS if name in said)
     else:
         return None

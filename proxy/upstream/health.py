@@ -26,7 +26,7 @@ from proxy.upstream.circuit_breaker import CircuitBreaker, Permit, classify_fail
 
 log = logging.getLogger("uniroute.health")
 
-MOST_MODELS = 10_000
+MAX_MODELS = 10_000
 """More than are ever registered: a bound for the memory, not a limit that anybody meets."""
 
 _NOBODY: Final[Mapping[str, float]] = MappingProxyType({})
@@ -162,7 +162,7 @@ class HealthRegistry:
     def _of(self, model: str) -> CircuitBreaker:
         breaker = self._breakers.get(model)
         if breaker is None:
-            if len(self._breakers) >= MOST_MODELS:
+            if len(self._breakers) >= MAX_MODELS:
                 self.forget(next((name for name in self._breakers if name not in self._open), next(iter(self._open))))
             breaker = self._breakers[model] = CircuitBreaker(self.policy)
         return breaker
@@ -195,16 +195,16 @@ LISTEN_S = 0.5
 REREAD_S = 5.0
 """All keys are read this often too: a message may be lost, and a connection may be dead without a word."""
 
-AGAIN_S = 0.5
+RETRY_INTERVAL_S = 0.5
 
 VANISHED_S = 1.0
 """A key that is gone while its rest had longer than this to go was deleted; otherwise its time was over."""
 
-MOST_MESSAGES = 1000
+MAX_MESSAGES = 1000
 
-MOST_QUEUED = 1000
+MAX_QUEUED = 1000
 
-LONGEST_WHY = 200
+MAX_WHY = 200
 
 UNKNOWN_REASON = "another process found it failing"
 
@@ -239,7 +239,7 @@ class CooldownReplicator:
     def _note(self, change: HealthEvent) -> None:
         if change.from_elsewhere:
             return
-        if len(self._pending) >= MOST_QUEUED:
+        if len(self._pending) >= MAX_QUEUED:
             self._pending.pop(next(iter(self._pending)))
         self._pending[change.model] = None
         self._something_untold.set()
@@ -270,7 +270,7 @@ class CooldownReplicator:
                 if found is None:
                     pipe.delete(health_key(model))
                 elif (left_ms := int(found[0] * 1000)) > 0:
-                    pipe.set(health_key(model), found[1][:LONGEST_WHY], px=left_ms)
+                    pipe.set(health_key(model), found[1][:MAX_WHY], px=left_ms)
                 pipe.publish(CHANNEL, model)
             replies = await pipe.execute(raise_on_error=False)
         if refused := next((reply for reply in replies if isinstance(reply, RedisError)), None):
@@ -282,7 +282,7 @@ class CooldownReplicator:
                 await self._listen()
             except (StoreUnavailable, RedisError, OSError) as error:
                 log.debug("the health of models elsewhere is not known: %s", error)
-                await asyncio.sleep(AGAIN_S)
+                await asyncio.sleep(RETRY_INTERVAL_S)
 
     async def _listen(self) -> None:
         async with self._store.client.pubsub() as pubsub:
@@ -330,14 +330,14 @@ class CooldownReplicator:
 
     def _warn_once(self, model: str) -> None:
         """Of a key that never expires, or too late: whoever wrote it, it is not one of us."""
-        if model not in self._complaints and len(self._complaints) < MOST_MESSAGES:
+        if model not in self._complaints and len(self._complaints) < MAX_MESSAGES:
             self._complaints.add(model)
             log.warning("%s is ignored: it does not expire within the longest cooldown", health_key(model))
 
 
 def _words(why: object) -> str:
     """One printable line: it is shown to administrators, whoever wrote it."""
-    said = "".join(letter for letter in why[:LONGEST_WHY] if letter.isprintable()) if isinstance(why, str) else ""
+    said = "".join(letter for letter in why[:MAX_WHY] if letter.isprintable()) if isinstance(why, str) else ""
     return said or UNKNOWN_REASON
 
 
@@ -345,7 +345,7 @@ async def _named(pubsub: Any) -> set[str]:
     """The models of the messages that have come, or that come within LISTEN_S."""
     names: set[str] = set()
     message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=LISTEN_S)
-    for _ in range(MOST_MESSAGES):
+    for _ in range(MAX_MESSAGES):
         if message is None:
             break
         if isinstance(message["data"], str):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from proxy.concurrency import cancel_and_wait, connection_budget
-from proxy.errors import MOST_ERROR_BYTES, UpstreamError
+from proxy.errors import MAX_ERROR_BYTES, UpstreamError
 from proxy.outbound import Outbound, OutboundError
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, ResolvedProvider
@@ -235,11 +235,11 @@ async def _read_prefix(answer: UpstreamResponse, target: Endpoint) -> bytes:
     """Of an error's body; what broke off says as much as it said."""
     said = b""
     try:
-        while len(said) < MOST_ERROR_BYTES and (piece := await answer.read()):
+        while len(said) < MAX_ERROR_BYTES and (piece := await answer.read()):
             said += piece
     except _ENDS:
         log.info("%s broke off the words of its error", target.name)
-    return said[:MOST_ERROR_BYTES]
+    return said[:MAX_ERROR_BYTES]
 
 
 def _failure_of(error: Exception, target: Endpoint) -> UpstreamError:

@@ -16,16 +16,16 @@ from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamError
 from proxy.safety.json_shape import MAX_VALUES_AT_ONCE, SHALLOW, SMALL, TooMuchJson, check_shape
 from proxy.upstream.answer_room import AnswerBounds, AnswerRoom, Held
 from proxy.upstream.completion_reader import Joined, chunks_of_completion, form_of, has_choices
-from proxy.upstream.errors import LONGEST_WORDS, MAY_TELL, error_in, not_a_completion, reported
+from proxy.upstream.errors import MAX_MESSAGE_CHARS, MAY_TELL, error_in, not_a_completion, reported
 from proxy.upstream.sse import ErrorData, EventTooLong, RawLine, SSEDecoder, decode_json, encode_json
 from router_core.pricing import text_bytes
 
 _MODEL = re.compile(rb'(?<!\\)"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]++|\\.)*+")')
 
-_MOST_PLACES = 8
+_MAX_PLACES = 8
 """Members called `model` that are tried, where tools and schemas have some of their own."""
 
-_LONGEST = 256
+_MAX_NAME_BYTES = 256
 """Of a name that is looked for as it is, and remembered."""
 
 _BACKSLASH = ord("\\")
@@ -39,7 +39,7 @@ def replace_model(raw: bytes, body: Mapping[str, Any], model: str) -> bytes | No
         body: what it says.
     """
     stated = body.get("model")
-    if not isinstance(stated, str) or len(stated) > _LONGEST:
+    if not isinstance(stated, str) or len(stated) > _MAX_NAME_BYTES:
         return None
     return _in_front(raw, stated, model) or _anywhere(raw, model)
 
@@ -59,7 +59,7 @@ def _anywhere(raw: bytes, model: str) -> bytes | None:
     that it does not matter what that makes of large numbers."""
     wanted: Any = None
     for place, found in enumerate(_MODEL.finditer(raw)):
-        if place == _MOST_PLACES:
+        if place == _MAX_PLACES:
             return None
         start, end = found.span(1)
         changed = raw[:start] + _value(model) + raw[end:]
@@ -324,10 +324,10 @@ _NO_JSON = "the model sent an event that is not JSON"
 
 _REPORTED = "the model reported an error within its stream"
 
-MOST_CHOICES = 1024
+MAX_CHOICES = 1024
 """Of one answer. OpenAI's `n` is 128 at most."""
 
-_LONGEST_REST = 16 * 2**10
+_MAX_REST = 16 * 2**10
 """Bytes that are kept of what is neither events nor a completion."""
 
 LAST_WORDS_S = 5.0
@@ -355,8 +355,8 @@ class ChoiceEnds:
                 index = place
             if index not in self._begun:
                 self._begun.add(index)
-                if len(self._begun) > MOST_CHOICES:
-                    raise UpstreamError(f"the model's answer has more than {MOST_CHOICES} choices")
+                if len(self._begun) > MAX_CHOICES:
+                    raise UpstreamError(f"the model's answer has more than {MAX_CHOICES} choices")
             if choice.get("finish_reason"):
                 self._ended.add(index)
 
@@ -462,7 +462,7 @@ class ChunkReader:
         """Once it is known what this is."""
         form = form_of(head)
         if form is None:
-            self._head = head[-_LONGEST_REST:]
+            self._head = head[-_MAX_REST:]
             return []
         self._head = None
         if form == "json":
@@ -473,7 +473,7 @@ class ChunkReader:
         return self._events(head)
 
     def _go_on_with_json(self, body: _JsonBody, piece: bytes) -> list[JSONPayload]:
-        had_little = body.size < _LONGEST_REST
+        had_little = body.size < _MAX_REST
         try:
             body.add(piece)
         except UpstreamError as failure:
@@ -512,8 +512,8 @@ class ChunkReader:
         return [JSONPayload(chunk, held=body.bounds.held) for chunk in chunks]
 
     def _events(self, piece: bytes) -> list[JSONPayload]:
-        if self._other is not None and len(self._other) < _LONGEST_REST:
-            self._other = (self._other + piece)[:_LONGEST_REST]
+        if self._other is not None and len(self._other) < _MAX_REST:
+            self._other = (self._other + piece)[:_MAX_REST]
         cutter = self._cutter
         try:
             events = cutter.feed(piece)
@@ -656,7 +656,7 @@ class CompletionReader:
         head = b"".join(self._pieces)
         form = form_of(head)
         if form is None:
-            self._pieces = [head[-_LONGEST_REST:]]
+            self._pieces = [head[-_MAX_REST:]]
             return
         self._is_known = True
         if form == "events":
@@ -755,7 +755,7 @@ def _error_of(data: bytes) -> Any:
     try:
         said = parse_exact(data)[0]
     except ValueError:
-        return {"error": data.decode("utf-8", "replace")[:LONGEST_WORDS]}
+        return {"error": data.decode("utf-8", "replace")[:MAX_MESSAGE_CHARS]}
     return said if error_in(said) is not None else {"error": said}
 
 

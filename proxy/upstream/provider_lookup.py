@@ -26,11 +26,11 @@ ANSWER_S = 30.0
 IDLE_S = 3.0
 """After which the process ends: it holds 190 MiB, and other workers wait for their turn."""
 
-MOST_WAITING = 1000
+MAX_WAITING = 1000
 
-LONGEST_ANSWER = 2**20
+MAX_ANSWER = 2**20
 
-_LOOK_AGAIN_S = 0.2
+_POLL_INTERVAL_S = 0.2
 
 Answer = dict[str, Any]
 
@@ -74,7 +74,7 @@ class Lookup:
 
     async def answers(self, questions: Mapping[str, Mapping[str, Any]]) -> dict[str, Answer]:
         """By the marks of the questions; one that somebody else asks too is asked once. Raises NotAsked."""
-        if self.waiting + len(questions) > MOST_WAITING:
+        if self.waiting + len(questions) > MAX_WAITING:
             raise NotAsked(f"{self.waiting} others wait for it")
         loop = asyncio.get_running_loop()
         for mark, question in questions.items():
@@ -154,7 +154,7 @@ class Lookup:
                 self._lock.parent.mkdir(parents=True, exist_ok=True)
                 lock = holding.enter_context(self._lock.open("w"))
             while lock is not None and not _locked(lock) and self._asked:
-                await asyncio.sleep(_LOOK_AGAIN_S)
+                await asyncio.sleep(_POLL_INTERVAL_S)
                 self._settle_known()
             self._settle_known()
             yield
@@ -184,7 +184,7 @@ async def _child(environment: dict[str, str]) -> AsyncGenerator[asyncio.subproce
             stdout=pipe,
             stderr=asyncio.subprocess.DEVNULL,
             env=environment,
-            limit=LONGEST_ANSWER,
+            limit=MAX_ANSWER,
             start_new_session=True,  # Ctrl-C is for us, who then end it
         )
     except OSError as error:

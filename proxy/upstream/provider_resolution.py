@@ -131,7 +131,7 @@ FILE = "providers.json"
 FORMAT = 2
 """What an answer holds: those of another one are asked again."""
 
-MOST_KEPT = 2000
+MAX_CACHED = 2000
 
 
 class Resolver:
@@ -241,7 +241,7 @@ class Resolver:
         """Beside what other processes have found meanwhile."""
         try:
             with alone(self._path.with_suffix(".lock")):
-                kept = [*self._kept().items(), *found.items()][-MOST_KEPT:]
+                kept = [*self._kept().items(), *found.items()][-MAX_CACHED:]
                 written = self._path.with_suffix(".new")
                 written.write_text(json.dumps(dict(kept)), "utf-8")
                 written.replace(self._path)

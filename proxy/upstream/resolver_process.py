@@ -15,7 +15,7 @@ from typing import Any
 from proxy.upstream.litellm.setup import import_litellm
 from proxy.upstream.provider_resolution import NotResolved, resolve_with_litellm
 
-MOST_MEMORY = 2**30
+MAX_MEMORY = 2**30
 """Bytes of address space. 300 MiB are what litellm takes, 190 of them in memory."""
 
 ODD = (ValueError, TypeError, LookupError, AttributeError)
@@ -36,7 +36,7 @@ def answer(litellm: Any, asked: dict[str, Any]) -> dict[str, Any]:
 def bound_memory() -> None:
     """So that whatever litellm makes of a name takes this process down and not the machine."""
     with contextlib.suppress(OSError, ValueError):  # less is allowed already, or this system knows no such limit
-        resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
 
 
 def main() -> None:

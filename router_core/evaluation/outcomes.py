@@ -22,7 +22,7 @@ from router_core.pricing import PriceColumns, estimate_tokens
 from router_core.types import Doubles, Price, price_field
 from router_core.validation.fields import shown
 
-MOST = 1e9
+MAX_VALUE = 1e9
 """Tokens or seconds of one answer: what is beyond is a mistake."""
 
 _GZIP = b"\x1f\x8b"
@@ -108,8 +108,8 @@ def parse_row(where: str, row: Mapping[str, Any]) -> OutcomeRow:
         prompt=prompt,
         source=source or "",
         scores=_numbers(where, row, "scores", 1.0, "scale it, or leave out who was not asked"),
-        output_tokens=_numbers(where, row, "output_tokens", MOST, "leave out what was not measured"),
-        seconds=_numbers(where, row, "seconds", MOST, "leave out what was not measured"),
+        output_tokens=_numbers(where, row, "output_tokens", MAX_VALUE, "leave out what was not measured"),
+        seconds=_numbers(where, row, "seconds", MAX_VALUE, "leave out what was not measured"),
     )
 
 

@@ -25,7 +25,7 @@ from tests.support.server import ProxyProcess, arm
 from tests.support.upstream import ScriptedUpstream, wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
-AT_ONCE = 50
+CONCURRENCY = 50
 PROMPT_TOKENS = 7
 OUTPUT_TOKENS = 100
 """What the model takes of each request, answers and reasoning together."""
@@ -115,8 +115,8 @@ class Servers:
             reply = self.client.post(url, json=body, headers=headers)
             return reply.status_code, "" if reply.status_code == 200 else reply.json()["error"]["code"]
 
-        with ThreadPoolExecutor(AT_ONCE) as clients:
-            replies = list(clients.map(ask, range(AT_ONCE)))
+        with ThreadPoolExecutor(CONCURRENCY) as clients:
+            replies = list(clients.map(ask, range(CONCURRENCY)))
         assert wait_until(lambda: key.open == 0, 10)
         return replies
 
@@ -145,7 +145,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> I
         with (
             ProxyProcess(folder / "first", embedder_cache, config, environ) as first,
             ProxyProcess(folder / "second", embedder_cache, config, environ) as second,
-            httpx.Client(timeout=60, limits=httpx.Limits(max_connections=AT_ONCE)) as client,
+            httpx.Client(timeout=60, limits=httpx.Limits(max_connections=CONCURRENCY)) as client,
         ):
             first.put_profile("bounded", 0.1)
             measured = partial(client.post, f"{second.url}/v1/route", json={"model": "auto", "messages": ASK})
@@ -163,7 +163,7 @@ def test_a_budget_is_passed_by_no_more_than_is_promised(servers: Servers, name: 
     answered = replies.count((200, ""))
     promised = BUDGET + answered * way.beyond_usd
     servers.table.append(
-        f"| {name} | {'stream' if stream else 'whole'} | {answered} of {AT_ONCE} | ${BUDGET} | ${key.spent_usd:.5f}"
+        f"| {name} | {'stream' if stream else 'whole'} | {answered} of {CONCURRENCY} | ${BUDGET} | ${key.spent_usd:.5f}"
         f" | ${max(0.0, key.spent_usd - BUDGET):.5f} | ${promised - BUDGET:.5f} |"
     )
 

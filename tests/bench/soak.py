@@ -43,7 +43,7 @@ OF_ONE_REQUEST = 3
 """Connections that the request of a rest may have opened itself: as many as it may ask models."""
 SOME, WORDS_ROUTED = 5, 400
 """Every fifth word touches every page of the table; so many of them are short enough for routing to read them all."""
-MOST_GROWTH = 1.0
+MAX_GROWTH = 1.0
 """Percent of the resident size per 100,000 requests."""
 KINDS: Mapping[str, float] = {
     "plain": 42, "streamed": 42, "leaves early": 4, "leaves midway": 6, "bad body": 2, "bad key": 1, "tool loop": 3,
@@ -190,7 +190,7 @@ def verdicts(facts: Sequence[Facts]) -> list[str]:
         for name, own in (("descriptors", OF_ONE_REQUEST), ("sockets", OF_ONE_REQUEST), ("tasks", 0))
         if getattr(after, name) > getattr(before, name) + own
     ]
-    if growth(facts) > MOST_GROWTH:
+    if growth(facts) > MAX_GROWTH:
         found.append(f"memory grew by {growth(facts):.2f} % per 100,000 requests")
     return found
 

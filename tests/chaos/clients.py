@@ -27,7 +27,7 @@ from tests.chaos.outcomes import (
 )
 from tests.chaos.questions import Json, Question
 
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 """Longer than any request may take by the run's settings: who waits longer hangs."""
 STALL_S = (1.0, 3.0)
 LONG_WORDS = 60_000
@@ -85,13 +85,13 @@ class Doors:
                     _client(url, transport=httpx.AsyncHTTPTransport(socket_options=little))
                 ),
                 await closing.enter_async_context(
-                    openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
+                    openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S)
                 ),
             )
 
 
 def _client(url: str, **more: Any) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=url, timeout=PATIENCE_S, trust_env=False, **more)
+    return httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, trust_env=False, **more)
 
 
 Client = Callable[[Doors, Ask], Awaitable[Got]]
@@ -188,12 +188,12 @@ CLIENTS: Mapping[str, tuple[float, Client]] = {
 async def asked(client: Client, doors: Doors, ask: Ask) -> Got:
     """Whatever comes of it, also where the connection does not hold."""
     try:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             return await client(doors, ask)
     except openai.APIStatusError as error:
         return _refused(error.response)
     except (TimeoutError, httpx.TimeoutException, openai.APITimeoutError) as error:
-        return Got(Verdict(HUNG, f"nothing more within {PATIENCE_S:g} s ({type(error).__name__})"))
+        return Got(Verdict(HUNG, f"nothing more within {TIMEOUT_S:g} s ({type(error).__name__})"))
     except (httpx.TransportError, openai.APIConnectionError) as error:
         return Got(Verdict(DROPPED, f"{type(error).__name__}: {error}"))
 

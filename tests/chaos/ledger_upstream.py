@@ -23,7 +23,7 @@ from tests.chaos.wording import Exchange
 from tests.support.answers import newest_user_text
 
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
-LONGEST_HEAD = 2**16
+MAX_HEAD = 2**16
 
 
 class HttpReply:
@@ -77,7 +77,7 @@ class LedgerUpstream:
         self._asked: Counter[tuple[str, str]] = Counter()
 
     async def serve(self, port: int) -> None:
-        server = await asyncio.start_server(self._connection, "127.0.0.1", port, limit=LONGEST_HEAD, backlog=512)
+        server = await asyncio.start_server(self._connection, "127.0.0.1", port, limit=MAX_HEAD, backlog=512)
         async with server:
             await server.serve_forever()
 

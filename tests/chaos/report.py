@@ -16,7 +16,7 @@ from tests.chaos.outcomes import ACCOUNTED
 from tests.chaos.watching import Watch
 
 Row = tuple[str, ...]
-MOST_SHOWN = 40
+MAX_SHOWN = 40
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ def print_report(run: Run) -> None:
     console.table(("", "picodollars"), list(_spend(run)), title="spend")
     for name, fact in _facts(run):
         console.say(f"{name}: {fact}")
-    for problem in run.problems[:MOST_SHOWN]:
+    for problem in run.problems[:MAX_SHOWN]:
         console.say(f"WRONG: {problem}")
-    if len(run.problems) > MOST_SHOWN:
-        console.say(f"… and {len(run.problems) - MOST_SHOWN} more")
+    if len(run.problems) > MAX_SHOWN:
+        console.say(f"… and {len(run.problems) - MAX_SHOWN} more")
     console.say(f"{len(run.problems)} discrepancies")
 
 

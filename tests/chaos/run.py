@@ -30,7 +30,7 @@ from tests.chaos.watching import Watch, serving_workers
 from tests.chaos.world import WORKERS, World, a_world
 
 RECORDED_S = 20.0
-LEAST_COMPLETE = 1 / 3
+MIN_COMPLETE = 1 / 3
 """Of all requests: with less, the run would say nothing."""
 
 
@@ -114,7 +114,7 @@ def _of_the_log(world: World) -> Iterator[str]:
 
 def _of_use(evidence: Evidence) -> Iterator[str]:
     complete = sum(outcome.ending == COMPLETE for outcome in evidence.outcomes)
-    if complete < LEAST_COMPLETE * len(evidence.outcomes):
+    if complete < MIN_COMPLETE * len(evidence.outcomes):
         yield f"only {complete} of {len(evidence.outcomes)} requests were answered whole: the run says little"
 
 

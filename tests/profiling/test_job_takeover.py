@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.profiling.job import GIVEN_UP, MOST_TRIES, OPEN, LeaseLost, Leases, PromptAnswer, job_key, lease_key
+from proxy.profiling.job import GIVEN_UP, MAX_TRIES, OPEN, LeaseLost, Leases, PromptAnswer, job_key, lease_key
 from proxy.profiling.job_store import JobStore
 from proxy.storage.redis import PROFILES, Store
 from proxy.storage.valkey import EmbeddedValkey
@@ -217,13 +217,13 @@ async def test_a_job_whose_workers_die_is_given_up_and_says_so(store: Store, cap
     await ledger.begin(first, 20, priced=True)
     await ledger.reserve(first, "p1", 0.25)
     await store.client.delete(lease_key(job_id))
-    tries = [await taken_and_lost(store, leases, job_id) for _ in range(MOST_TRIES)]
+    tries = [await taken_and_lost(store, leases, job_id) for _ in range(MAX_TRIES)]
     job = await ledger.get(job_id)
 
-    assert tries == [*[True] * (MOST_TRIES - 1), False]
+    assert tries == [*[True] * (MAX_TRIES - 1), False]
     assert job is not None
     assert (job.state, job.spent_usd) == ("failed", 0.25)
-    assert f"given up after {MOST_TRIES} tries" in (job.error or "")
+    assert f"given up after {MAX_TRIES} tries" in (job.error or "")
     assert GIVEN_UP in caplog.text
     assert not await store.client.sismember(OPEN, job_id)
     assert await ledger.submit(a_record(), 20, 1.0) != job_id
@@ -232,7 +232,7 @@ async def test_a_job_whose_workers_die_is_given_up_and_says_so(store: Store, cap
 async def test_a_job_that_is_given_back_was_not_tried_in_vain(store: Store) -> None:
     ledger, leases = JobStore(store), Leases(store)
     job_id = await ledger.submit(a_record(), 20, 1.0)
-    for _ in range(2 * MOST_TRIES):
+    for _ in range(2 * MAX_TRIES):
         lease = await leases.take(job_id)
         assert lease is not None
         await leases.release(lease)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamError
-from proxy.profiling.grading import LONGEST_ANSWER, ModelCallError, UpstreamAnswerer, read_answer
+from proxy.profiling.grading import MAX_ANSWER, ModelCallError, UpstreamAnswerer, read_answer
 from proxy.storage.models import ModelRecord
 from tests.support.makers import a_record
 
@@ -32,7 +32,7 @@ def said(content: Any, **more: Any) -> Any:
     ["x" * 3_000_000, [{"type": "text", "text": "x" * 3_000_000}], [{"type": "text", "text": "x" * 400}] * 10_000],
 )
 def test_an_answer_is_cut_before_it_is_graded(content: Any) -> None:
-    assert read_answer(said(content), 0.1, "small").text == "x" * LONGEST_ANSWER
+    assert read_answer(said(content), 0.1, "small").text == "x" * MAX_ANSWER
 
 
 @pytest.mark.parametrize("content", [None, 7, {}, [7, {"text": 7}, {"text": None}, {"text": ["x"]}]])

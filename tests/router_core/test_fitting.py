@@ -7,7 +7,7 @@ import pytest
 
 from router_core.clustering import kmeans
 from router_core.errors import InvalidInput
-from router_core.fitting import BATCH, SMALLEST, batches, count_nearest, embed_prompts, fit_map, token_weights
+from router_core.fitting import BATCH, MIN_SAMPLE, batches, count_nearest, embed_prompts, fit_map, token_weights
 from router_core.types import Floats
 from tests.router_core.makers import FirstLetterEmbedder
 
@@ -68,13 +68,13 @@ def test_of_few_prompts_all_are_clustered_in_the_order_they_came_in() -> None:
 
 def test_of_many_prompts_only_a_sample_is_embedded_batch_by_batch() -> None:
     embedder = NumberEmbedder()
-    fit_map(numbers(3 * SMALLEST), embedder, 5)
-    assert sum(embedder.asked) == SMALLEST
+    fit_map(numbers(3 * MIN_SAMPLE), embedder, 5)
+    assert sum(embedder.asked) == MIN_SAMPLE
     assert max(embedder.asked) == BATCH
 
 
 def test_the_same_seed_draws_and_fits_the_same() -> None:
-    one, two, other = (fit_map(numbers(2 * SMALLEST), NumberEmbedder(), 5, seed=seed) for seed in (1, 1, 2))
+    one, two, other = (fit_map(numbers(2 * MIN_SAMPLE), NumberEmbedder(), 5, seed=seed) for seed in (1, 1, 2))
     assert one.id == two.id != other.id
 
 

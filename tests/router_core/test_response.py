@@ -6,7 +6,7 @@ import pytest
 from router_core.clustering import ClusterMap
 from router_core.errors import InvalidInput
 from router_core.fitting import EmbeddedPrompts, fit_with_outcomes
-from router_core.learned_clusters import LEAST_LABELS, ErrorClusters, fit_learned_clusters, fit_response
+from router_core.learned_clusters import MIN_LABELS, ErrorClusters, fit_learned_clusters, fit_response
 from router_core.types import Doubles, Floats
 
 SPREAD = 20
@@ -42,7 +42,7 @@ def test_few_models_or_few_labels_teach_nothing() -> None:
     vectors, scores = prompts()
     assert len(fit_learned_clusters(vectors, scores, seed=0)) == 2
     assert fit_learned_clusters(vectors, scores[:, :2], seed=0) == ()
-    scores[LEAST_LABELS - 1 :, 0] = np.nan
+    scores[MIN_LABELS - 1 :, 0] = np.nan
     assert fit_learned_clusters(vectors, scores, seed=0) == ()
 
 

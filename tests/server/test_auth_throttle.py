@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from proxy.server import auth as brake
-from proxy.server.auth import FREE_PER_S, MOST_WAITING, AuthFailureThrottle
+from proxy.server.auth import FREE_PER_S, MAX_WAITING, AuthFailureThrottle
 
 
 async def held(braking: AuthFailureThrottle, count: int) -> int:
@@ -29,7 +29,7 @@ async def test_a_few_refusals_are_told_at_once() -> None:
 async def test_a_flood_waits_and_no_more_wait_than_connections_can_be_spared() -> None:
     braking = AuthFailureThrottle(lambda: 7.0)
     assert await held(braking, FREE_PER_S + 5) == 5
-    assert await held(braking, MOST_WAITING + 100) == MOST_WAITING
+    assert await held(braking, MAX_WAITING + 100) == MAX_WAITING
     assert await held(braking, 3) == 3  # whoever left waits no longer
 
 

@@ -16,7 +16,7 @@ from proxy.upstream.litellm.transport import capture, chunks_of, client_over, op
 from tests.support.makers import until
 from tests.support.raw_upstream import DONE, END, SAID, RawUpstream, Said, chunked, plain
 
-MOST_STEPS = 200
+MAX_STEPS = 200
 """Of the event loop, in which a call is surely through."""
 
 
@@ -60,7 +60,7 @@ async def test_a_connection_that_was_idle_for_too_long_is_closed_though_nobody_a
 @pytest.mark.parametrize(("call", "said"), [(whole, plain()), (streamed, Said(chunked(SAID, END, DONE), "close"))])
 async def test_a_call_that_is_cancelled_at_any_moment_leaves_no_connection_open(call: Any, said: Said) -> None:
     async with RawUpstream(said) as server, tidied(open_pool(5, Outbound({}))) as pool:
-        for steps in range(MOST_STEPS):
+        for steps in range(MAX_STEPS):
             calling = asyncio.create_task(call(pool, server.url))
             for _ in range(steps):
                 await asyncio.sleep(0)

@@ -11,7 +11,7 @@ from proxy.errors import NoEligibleModelError
 from proxy.routing.selection import Selection
 from proxy.server.reservations import (
     MARGIN_S,
-    MOST_PICOUSD,
+    MAX_PICOUSD,
     Demand,
     ReservationRequest,
     drop_pricier_fallbacks,
@@ -185,7 +185,7 @@ def test_only_what_was_stated_can_be_too_large_for_a_limit_of_tokens(state: Rout
 def test_a_claim_beyond_all_measure_fits_a_counter(state: RoutingSnapshot) -> None:
     claim = claimed(a_choice("dear"), state, MONEY, max_tokens=10**400, n=128)
 
-    assert claim.picousd == MOST_PICOUSD or claim.picousd == 128 * 4 * 10 * 10**9 * MICRO + 10_000 * MICRO
+    assert claim.picousd == MAX_PICOUSD or claim.picousd == 128 * 4 * 10 * 10**9 * MICRO + 10_000 * MICRO
 
 
 def test_where_money_is_limited_nobody_is_asked_for_whom_none_is_set_aside() -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from proxy.settings.schema import Settings
 from proxy.storage.redis import CONNECTIONS, OPERATION_S, Store, StoreUnavailable
-from proxy.storage.valkey import LONGEST_SOCKET_PATH, EmbeddedStoreFailed, EmbeddedValkey, private_folder, socket_path
+from proxy.storage.valkey import MAX_SOCKET_PATH, EmbeddedStoreFailed, EmbeddedValkey, private_folder, socket_path
 
 HUNG_S = 1.5
 USER = """
@@ -191,7 +191,7 @@ async def test_a_long_data_directory_gets_a_short_private_socket(tmp_path: Path)
     folder = tmp_path / ("long" * 30)
     store = await Store.open(settings(folder))
     path = socket_path(folder / "valkey")
-    assert len(os.fsencode(path)) <= LONGEST_SOCKET_PATH
+    assert len(os.fsencode(path)) <= MAX_SOCKET_PATH
     assert path.parent.stat().st_mode & 0o777 == 0o700
     assert await store.available()
     await store.close()

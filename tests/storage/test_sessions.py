@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 
 from proxy.storage.redis import OPERATION_S, Store
-from proxy.storage.sessions import AGAIN_S, MOST_LOCAL, MOST_QUEUED, PREFIX, LastTurn, Lookup, SessionStore, scoped_key
+from proxy.storage.sessions import (
+    MAX_LOCAL,
+    MAX_QUEUED,
+    PREFIX,
+    RETRY_INTERVAL_S,
+    LastTurn,
+    Lookup,
+    SessionStore,
+    scoped_key,
+)
 from proxy.storage.valkey import EmbeddedValkey
 from tests.support.makers import until
 
@@ -198,12 +207,12 @@ async def test_a_frozen_redis_is_waited_for_once_a_second_by_one_request(valkey:
         assert within < OPERATION_S  # not once the time that other operations give Redis
         # from this process's own memory, without asking again
         assert [turn.last.model for turn in recalled if turn.last] == ["small"] * 50
-        assert len(missed) <= 1 + within / AGAIN_S
+        assert len(missed) <= 1 + within / RETRY_INTERVAL_S
 
         memory._ask_after = 0.0  # the second has passed
         many = await asyncio.gather(*(memory.recall([], f"other-{number}") for number in range(50)))
         assert many == [Lookup()] * 50
-        assert len(missed) <= 2 + (time.monotonic() - started) / AGAIN_S
+        assert len(missed) <= 2 + (time.monotonic() - started) / RETRY_INTERVAL_S
     memory._ask_after = 0.0
     for call in ("call-1", "call-2"):  # it answers again, and is asked as before
         await put(store, call, {"model": "large", "tokens": None, "at": time.time()})
@@ -215,10 +224,10 @@ async def test_while_redis_is_away_what_is_to_be_written_waits_within_bounds() -
     away = Store("unix:///nowhere/valkey.sock")
     memory = SessionStore(away, 60, on_dropped=lambda: dropped.append(None))
     memory.start()
-    memory.remember([f"call-{number}" for number in range(MOST_QUEUED + 3)], "small")
+    memory.remember([f"call-{number}" for number in range(MAX_QUEUED + 3)], "small")
     assert len(dropped) == 3
-    assert (len(memory._queue), len(memory._local)) == (MOST_QUEUED, MOST_LOCAL)
-    assert await memory.recall([f"call-{MOST_QUEUED}"], None) == Lookup("small")
+    assert (len(memory._queue), len(memory._local)) == (MAX_QUEUED, MAX_LOCAL)
+    assert await memory.recall([f"call-{MAX_QUEUED}"], None) == Lookup("small")
     assert await memory.recall(["call-1"], None) == Lookup()
     await memory.stop()
     await away.close()

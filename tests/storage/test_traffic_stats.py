@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.storage.traffic_stats import AT_ONCE, TrafficStats
+from proxy.storage.traffic_stats import BATCH_SIZE, TrafficStats
 from tests.support.makers import a_profile
 
 
@@ -71,12 +71,12 @@ def test_answers_that_are_added_up_together_come_to_what_they_do_one_by_one(answ
 
 def test_answers_do_not_pile_up_where_nobody_asks() -> None:
     live = TrafficStats(4)
-    for _ in range(3 * AT_ONCE):
+    for _ in range(3 * BATCH_SIZE):
         live.observe("m", [0], [1.0], tokens=5, seconds=1.0)
-        assert len(live._new.get("m", [])) < AT_ONCE
+        assert len(live._new.get("m", [])) < BATCH_SIZE
 
 
-@pytest.mark.parametrize("answers", [1, AT_ONCE])
+@pytest.mark.parametrize("answers", [1, BATCH_SIZE])
 def test_a_model_that_was_forgotten_has_no_answers(answers: int) -> None:
     live, profile = TrafficStats(4), a_profile()
     for _ in range(answers):

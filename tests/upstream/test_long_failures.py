@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import MOST_ERROR_BYTES, UpstreamError
+from proxy.errors import MAX_ERROR_BYTES, UpstreamError
 from proxy.settings.schema import Settings
 from proxy.upstream.litellm.client import LiteLLMClient
 from tests.support.answers import Step
@@ -86,14 +86,14 @@ async def test_a_success_that_is_none_holds_up_no_other_request(
 
 
 async def test_of_a_long_error_the_beginning_is_passed_on(upstream: LiteLLMClient) -> None:
-    said = {"error": {"message": "x" * (MOST_ERROR_BYTES - 100)}}
+    said = {"error": {"message": "x" * (MAX_ERROR_BYTES - 100)}}
     short, _ = await failing(upstream, Step(status=503, body=said), "openai/x")
     long, _ = await failing(upstream, Step(status=503, body={"error": {"message": WORDS}}), "openai/x")
 
     assert isinstance(short.body, bytes)
     assert json.loads(short.body) == said
     assert isinstance(long.body, bytes)
-    assert len(long.body) == MOST_ERROR_BYTES
+    assert len(long.body) == MAX_ERROR_BYTES
     assert long.status == 503
 
 

@@ -33,7 +33,7 @@ from proxy.words import words
 
 log = logging.getLogger("uniroute.upstream")
 
-MOST_CLIENTS = 256
+MAX_CLIENTS = 256
 
 LITELLM_PARSE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What litellm raises where a caller's or a model's JSON has another shape than it expects."""
@@ -280,7 +280,7 @@ class LiteLLMClient:
                 # it reads OPENAI_ORG_ID and OPENAI_PROJECT_ID by itself, and would name them to anybody
                 client.organization, client.project = organization, None
             self._clients[known] = client
-            if len(self._clients) > MOST_CLIENTS:
+            if len(self._clients) > MAX_CLIENTS:
                 self._clients.popitem(last=False)
         return self._clients[known]
 

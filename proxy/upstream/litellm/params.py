@@ -59,7 +59,7 @@ SYNONYMS = (
 
 _SAME_MEANING = {name: names for names in SYNONYMS for name in names}
 
-_SHORTEST_SECRET = 8
+_MIN_SECRET = 8
 """What is shorter is a stand-in such as "-" or "none"."""
 
 
@@ -103,7 +103,7 @@ def secrets_of(params: Mapping[str, Any], *keys: str | None) -> frozenset[str]:
     for name in ("extra_headers", "headers"):
         sent = params.get(name)
         found += [part for value in sent.values() for part in str(value).split()] if isinstance(sent, Mapping) else []
-    return frozenset(value for value in found if isinstance(value, str) and len(value) >= _SHORTEST_SECRET)
+    return frozenset(value for value in found if isinstance(value, str) and len(value) >= _MIN_SECRET)
 
 
 def merge_model_params(litellm_params: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from proxy.concurrency import connection_budget, iterate_uncancelled, run_uncancelled
-from proxy.errors import MOST_ERROR_BYTES, UpstreamError
+from proxy.errors import MAX_ERROR_BYTES, UpstreamError
 from proxy.outbound import AsyncTransport, Outbound, Trust
 from proxy.safety.json_shape import MAX_VALUES_AT_ONCE
 from proxy.upstream.answer_room import AnswerBounds, AnswerRoom
@@ -202,7 +202,7 @@ class _Beginning(httpx.AsyncByteStream):
         self._stream = stream
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        left = MOST_ERROR_BYTES
+        left = MAX_ERROR_BYTES
         async for piece in self._stream:
             yield piece[:left]
             left -= len(piece)

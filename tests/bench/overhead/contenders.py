@@ -24,7 +24,7 @@ from tests.support.server import arm, uniform_profile
 ROUTED, PINNED, TRANSLATED = "ours, routed", "ours, pinned", "ours, routed, translated"
 FLOOR, LITELLM, PORTKEY = "FastAPI + litellm SDK", "LiteLLM proxy", "Portkey"
 MODELS = 2
-PUT_AT_ONCE = 8
+BATCH_SIZE = 8
 CHOOSES_ITS_WAY = "forward" in ModelInfo.model_fields
 """Whether a model says if it is relayed or translated. Else there is one way, and one row for it."""
 PERMIT_NO_KEY = "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY"
@@ -117,7 +117,7 @@ def profiled(server: Server, core: int) -> Iterator[Running]:
     """Started, and its models measured. Not timed: this start may also have made the embedding table."""
     with started(server.command, core=core, environ=server.environ, log=server.log, cwd=ROOT) as process:
         ready_s = until_it_answers(lambda: _status(server.port, "GET", "/readyz") == 200, process, server.log)
-        with ThreadPoolExecutor(PUT_AT_ONCE) as pool:
+        with ThreadPoolExecutor(BATCH_SIZE) as pool:
             list(pool.map(lambda name: _put_profile(server, name), server.profiles))
         yield Running(process, ready_s)
 

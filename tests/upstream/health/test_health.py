@@ -132,7 +132,7 @@ def test_forgetting_one_that_was_well_is_no_change() -> None:
 
 
 def test_the_memory_for_models_is_bounded_and_the_resting_are_the_last_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.upstream.health.MOST_MODELS", 3)
+    monkeypatch.setattr("proxy.upstream.health.MAX_MODELS", 3)
     health, _ = a_health()
     fail(health)
     for number in range(20):

@@ -227,7 +227,7 @@ async def test_a_lost_message_is_made_up_for_by_reading_again(store: Store, monk
 
 
 async def test_what_waits_to_be_told_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.upstream.health.MOST_QUEUED", 10)
+    monkeypatch.setattr("proxy.upstream.health.MAX_QUEUED", 10)
     nowhere = Store("redis://127.0.0.1:1")
     names = [f"model-{number}" for number in range(100)]
     health = HealthRegistry(CircuitBreakerSettings())
