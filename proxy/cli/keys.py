@@ -114,7 +114,7 @@ def seconds_of(text: str, option: str) -> int | None:
 
 def rows_of(keys: tuple[ClientKey, ...], now: float) -> list[tuple[str, ...]]:
     """One of `keys list`: id, name, role, state, expires, models."""
-    from proxy.server.admin_schemas import key_to_json
+    from proxy.server.admin_responses import key_to_json
 
     return [
         (
@@ -152,12 +152,12 @@ def create(
     body: Body,
 ) -> None:
     """Make a key and show it, once."""
-    from proxy.server.admin_schemas import read_new_key
+    from proxy.server.admin_bodies import NewKey, parse_body
     from proxy.storage.audit_log import CREATE_KEY
 
     body["name"] = name
-    whose, stated = checked(lambda: read_new_key(body, time.time()))
-    made = _with_keys(config, data_dir, lambda registry: registry.create(whose, None, stated))
+    stated = checked(lambda: parse_body(NewKey, body).to_change(time.time()))
+    made = _with_keys(config, data_dir, lambda registry: registry.create(name, None, stated))
     _written(CREATE_KEY, made[0])
     _show_secret(*made, as_json=as_json)
 
@@ -175,7 +175,8 @@ def update(
 ) -> None:
     """Change what a key may do. What is not stated stays; `none` takes a limit away."""
     from proxy.cli.console import BadArgument, emit_json
-    from proxy.server.admin_schemas import key_to_json, read_key_change
+    from proxy.server.admin_bodies import KeyPatch, parse_body
+    from proxy.server.admin_responses import key_to_json
     from proxy.storage.audit_log import CHANGE_KEY
 
     if name is not None:
@@ -186,7 +187,7 @@ def update(
         body["models"] = None
     if not body:
         raise BadArgument("nothing is stated that should change; see `uniroute keys update --help`")
-    stated = checked(lambda: read_key_change(body, time.time()))
+    stated = checked(lambda: parse_body(KeyPatch, body).to_change(time.time()))
     key = _with_keys(config, data_dir, lambda registry: registry.change(key_id, stated))
     _written(CHANGE_KEY, key)
     emit_json(key_to_json(key))
@@ -202,10 +203,10 @@ def rotate(
     as_json: JsonOption = False,
 ) -> None:
     """Give a key a new secret and show it, once. The one before opens until the grace ends."""
-    from proxy.server.admin_schemas import parse_grace_period
+    from proxy.server.admin_bodies import Rotation, parse_body
     from proxy.storage.audit_log import ROTATE_KEY
 
-    grace_s = checked(lambda: parse_grace_period({"grace_s": seconds_of(grace, "--grace")}))
+    grace_s = checked(lambda: parse_body(Rotation, {"grace_s": seconds_of(grace, "--grace")}).grace_s)
     made = _with_keys(config, data_dir, lambda registry: registry.rotate(key_id, grace_s))
     _written(ROTATE_KEY, made[0])
     _show_secret(*made, as_json=as_json)
@@ -215,7 +216,7 @@ def rotate(
 def list_keys(config: ConfigOption = None, data_dir: DataDirOption = None, *, as_json: JsonOption = False) -> None:
     """Show the keys, never their text."""
     from proxy.cli import console
-    from proxy.server.admin_schemas import key_to_json
+    from proxy.server.admin_responses import key_to_json
 
     found = _with_keys(config, data_dir, lambda registry: registry.listed())
     if as_json:
@@ -228,7 +229,7 @@ def list_keys(config: ConfigOption = None, data_dir: DataDirOption = None, *, as
 def show(key_id: KeyId, config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
     """What one key may do, as JSON; never its text."""
     from proxy.cli.console import emit_json
-    from proxy.server.admin_schemas import key_to_json
+    from proxy.server.admin_responses import key_to_json
 
     emit_json(key_to_json(_with_keys(config, data_dir, lambda registry: registry.find(key_id))))
 
@@ -263,7 +264,7 @@ def _written(action: str, key: ClientKey) -> None:
 
 def _show_secret(key: ClientKey, secret: str, *, as_json: bool) -> None:
     from proxy.cli import console
-    from proxy.server.admin_schemas import key_to_json
+    from proxy.server.admin_responses import key_to_json
 
     if as_json:
         shown: dict[str, Any] = {**key_to_json(key), "key": secret}
