@@ -66,7 +66,7 @@ from router_core.artifact import builtin_map, load_map
 from router_core.clustering import ClusterMap
 from router_core.embedding import check_embedder, open_embedder
 from router_core.errors import InvalidInput, RouterCoreError
-from router_core.estimators import RECIPES
+from router_core.estimators import ESTIMATORS
 from router_core.validation.loading import load_validation_set
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def load_cluster_map(settings: Settings) -> ClusterMap:
         RouterCoreError, OSError: the map cannot be read.
     """
     chosen = builtin_map() if settings.map == "builtin" else load_map(Path(settings.map))
-    return chosen.hardened() if RECIPES[settings.recipe].hard else chosen
+    return chosen.with_hard_assignment() if ESTIMATORS[settings.recipe].hard else chosen
 
 
 settings_log = logging.getLogger("uniroute.settings")
@@ -393,7 +393,7 @@ async def _surroundings(
     settings: Settings, cluster_map: ClusterMap, live: TrafficStats, configured: Mapping[str, ModelRecord]
 ) -> SnapshotInputs:
     catalog = await asyncio.to_thread(bundled_catalog)
-    return SnapshotInputs(cluster_map, configured, catalog, RECIPES[settings.recipe], live)
+    return SnapshotInputs(cluster_map, configured, catalog, ESTIMATORS[settings.recipe], live)
 
 
 onboarding_log = logging.getLogger("uniroute.onboarding")

@@ -153,7 +153,7 @@ class IneligibleReasons(Mapping[str, str]):
 
     @cached_property
     def _reasons(self) -> dict[str, str]:
-        why = self._eligibility.why if self._eligibility else {}
+        why = self._eligibility.reasons if self._eligibility else {}
         usable = set(allowed_models(self._asked.state, self._asked.key)) - {self._but}
         return {name: reason for name, reason in why.items() if name in usable}
 
@@ -175,9 +175,9 @@ def no_candidate_error(asked: SelectionContext, eligibility: Eligibility) -> NoE
         return NoEligibleModelError(
             "`models`, `provider.only` and `provider.ignore` together leave no model", param="provider"
         )
-    reasons = _because(asked, eligibility.why)
+    reasons = _because(asked, eligibility.reasons)
     if not eligible(pool, Requirements(), allowed).rows.size:
-        return NotMeasured(f"no model can be chosen yet{reasons}", _of_candidates(asked, eligibility.why))
+        return NotMeasured(f"no model can be chosen yet{reasons}", _of_candidates(asked, eligibility.reasons))
     if eligible(pool, needs, allowed).rows.size:
         return ServiceUnavailable(f"every model that can take this request rests after failures{reasons}")
     if eligible(pool, replace(needs, prompt_tokens=0), allowed).rows.size:
@@ -191,7 +191,7 @@ def no_candidate_error(asked: SelectionContext, eligibility: Eligibility) -> NoE
 
 def over_cost_error(asked: SelectionContext, error: NoEligibleModel) -> NoEligibleModelError:
     """Models are able, and none of them within max_cost_usd."""
-    return NoEligibleModelError(f"{error}{_because(asked, error.why)}", param="uniroute.max_cost_usd")
+    return NoEligibleModelError(f"{error}{_because(asked, error.reasons)}", param="uniroute.max_cost_usd")
 
 
 def _candidates(asked: SelectionContext) -> Collection[str]:

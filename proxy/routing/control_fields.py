@@ -6,7 +6,7 @@ from typing import Any
 
 from proxy.errors import BadRequest, FieldNotAllowed
 from proxy.words import words
-from router_core.unicode import normalized
+from router_core.text import normalize
 
 _NAMES = words("""
     api_base base_url api_key api_version api_type organization deployment_id engine client shared_session transport
@@ -106,7 +106,7 @@ def plain_name(name: str) -> str:
         return name.strip().lower()
     if len(name) > MAX_NAME:
         raise BadRequest(f"a field's name is longer than {MAX_NAME} characters: {name[:40]!r}…")
-    return _INVISIBLE.sub("", normalized("NFKC", name)).casefold()
+    return _INVISIBLE.sub("", normalize("NFKC", name)).casefold()
 
 
 def _refuse_within(value: Any, path: str, refused: Callable[[str], bool]) -> None:

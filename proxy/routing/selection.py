@@ -28,7 +28,7 @@ from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.snapshot import RoutingSnapshot
 from router_core.decision import RoutingDecision
-from router_core.eligibility import Eligibility, eligible, told_limit
+from router_core.eligibility import Eligibility, eligible, output_limit
 from router_core.errors import NoEligibleModel, RouterCoreError
 from router_core.pool import Pool
 from router_core.scoring import rank, rank_by_cost, rank_by_mean
@@ -106,7 +106,9 @@ def _is_eligible(asked: SelectionContext, choice: Selection, name: str) -> bool:
         return True
     if name in asked.state.profiles:  # it could have been scored, and something spoke against it
         return False
-    able = eligible(asked.state.pool, asked.needs, asked.allowed, measured=False, resting=asked.resting).names
+    able = eligible(
+        asked.state.pool, asked.needs, asked.allowed, require_profile=False, cooling_down=asked.resting
+    ).names
     return asked.terms.max_cost_usd is None and name in able
 
 
@@ -153,7 +155,7 @@ class Selection:
 
     def told_limit(self, pool: Pool, name: str) -> int | None:
         """Tokens of an answer that this model is told; None: the request states no limit."""
-        return told_limit(pool, pool.index[name], self.needs)
+        return output_limit(pool, pool.index[name], self.needs)
 
 
 async def select_model(
@@ -264,10 +266,10 @@ async def select_scored(asked: SelectionContext, assigner: ClusterAssigner) -> S
 def _eligible(asked: SelectionContext) -> tuple[Eligibility, bool]:
     """Who may be scored, and whether these are models that rest: where all who could answer do, one must be tried."""
     pool, needs, allowed = asked.state.pool, asked.needs, asked.allowed
-    eligibility = eligible(pool, needs, allowed, resting=asked.resting, loading=asked.loading)
+    eligibility = eligible(pool, needs, allowed, cooling_down=asked.resting, not_ready=asked.loading)
     if eligibility.rows.size or not asked.resting:
         return eligibility, False
-    with_resting = eligible(pool, needs, allowed, loading=asked.loading)
+    with_resting = eligible(pool, needs, allowed, not_ready=asked.loading)
     return (with_resting, True) if with_resting.rows.size else (eligibility, False)
 
 
@@ -314,7 +316,7 @@ def rank_by_mean_error(asked: SelectionContext, eligibility: Eligibility) -> tup
 def select_default(asked: SelectionContext, eligibility: Eligibility) -> Selection | None:
     """The default model while nothing is measured yet, if it could answer: a new deployment serves from the start."""
     name = asked.settings.default_model
-    able = eligible(asked.state.pool, asked.needs, asked.allowed, measured=False).names
+    able = eligible(asked.state.pool, asked.needs, asked.allowed, require_profile=False).names
     if name is None or name not in able or asked.terms.max_cost_usd is not None:
         return None
     reason = "no model that could answer is profiled yet"

@@ -114,7 +114,7 @@ def read_price(body: Mapping[str, Any]) -> Price:
         if name not in stated:
             raise BadRequest(f"`{name}` is missing: a price replaces the whole price before it", param=name)
     try:
-        return Price.of({name: float(value) for name, value in stated.items()})
+        return Price.from_fields({name: float(value) for name, value in stated.items()})
     except OverflowError:
         raise BadRequest("a price must be a finite number of USD per token") from None
 
@@ -399,7 +399,7 @@ def _price(live: CurrentPrice | None) -> dict[str, Any] | None:
         return None
     since = live.updated_at
     return {
-        **live.price.stated(),
+        **live.price.to_fields(),
         "source": live.source,
         "updated_at": None if since is None else _rfc3339(since),
         "age_s": None if since is None else round(max(0.0, time.time() - since), 3),

@@ -18,7 +18,7 @@ from proxy.upstream.answer_room import AnswerBounds, AnswerRoom, Held
 from proxy.upstream.completion_reader import Joined, chunks_of_completion, form_of, has_choices
 from proxy.upstream.errors import MAX_MESSAGE_CHARS, MAY_TELL, error_in, not_a_completion, reported
 from proxy.upstream.sse import ErrorData, EventTooLong, RawLine, SSEDecoder, decode_json, encode_json
-from router_core.pricing import text_bytes
+from router_core.text import text_bytes
 
 _MODEL = re.compile(rb'(?<!\\)"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]++|\\.)*+")')
 

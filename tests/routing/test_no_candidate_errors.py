@@ -88,7 +88,7 @@ async def test_a_refusal_over_many_models_stays_short() -> None:
 
 async def test_a_refusal_while_the_able_rest_says_so() -> None:
     asked = an_asked(a_state())
-    error = no_candidate_error(asked, eligible(asked.state.pool, asked.needs, resting={"cheap", "dear"}))
+    error = no_candidate_error(asked, eligible(asked.state.pool, asked.needs, cooling_down={"cheap", "dear"}))
 
     assert isinstance(error, ServiceUnavailable)
     assert "rests after failures (cheap: resting after failures; dear: resting" in error.message
