@@ -38,10 +38,11 @@ from proxy.server.completions import router as completions_router
 from proxy.server.dependencies import AppState, ServicesHolder
 from proxy.server.log_handler import NonBlockingHandler
 from proxy.server.metrics import HealthCollector, Metrics, open_values
-from proxy.server.middleware import REQUEST_IDS, AuditLogMiddleware, RequestContextMiddleware
+from proxy.server.middleware import AuditLogMiddleware, RequestContextMiddleware
 from proxy.server.paths import PLAIN_PATHS, meant_path, unknown_path
 from proxy.server.public import router as public_router
 from proxy.server.ratelimit import RateLimiter
+from proxy.server.requests import REQUEST_IDS
 from proxy.server.reservations import SETTLE_FUNCTION
 from proxy.server.responses import HANDLED_EXCEPTIONS, error_response, http_error_body
 from proxy.server.startup import Startup, Step
@@ -60,7 +61,7 @@ from proxy.storage.usage_journal import JournalDirectory
 from proxy.storage.usage_writer import UsageWriter
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.concurrency_limit import ConcurrencyLimiter
-from proxy.upstream.health import CooldownReplicator, HealthRegistry, Roster
+from proxy.upstream.health import CooldownReplicator, HealthRegistry, prune_removed_models
 from proxy.upstream.provider_resolution import Resolver
 from router_core.artifact import builtin_map, load_map
 from router_core.clustering import ClusterMap
@@ -342,7 +343,7 @@ async def _watched_health(
     collector = HealthCollector(health, lambda: state.current.models, metrics.values)
     metrics.look_at(collector.look)
     metrics.registry.register(collector)
-    looking = asyncio.create_task(Roster(health, lambda: state.current.models).run(), name="uniroute-roster")
+    looking = asyncio.create_task(prune_removed_models(health, lambda: state.current.models), name="uniroute-roster")
     try:
         async with _running(CooldownReplicator(store, health, lambda: state.current.models)):
             yield health

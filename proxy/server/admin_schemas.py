@@ -339,7 +339,7 @@ async def models_to_json(services: AppState) -> list[dict[str, Any]]:
     state = services.state.current
     jobs = await _known(services, services.jobs.latest) or {}
     cards = [_card(state, name, jobs.get(name), with_profile=False) for name in sorted(state.models)]
-    return [{**card, "health": services.health.standing(card["model_name"])} for card in cards]
+    return [{**card, "health": services.health.status(card["model_name"])} for card in cards]
 
 
 async def model_to_json(services: AppState, name: str, *, with_profile: bool) -> dict[str, Any]:
@@ -347,7 +347,7 @@ async def model_to_json(services: AppState, name: str, *, with_profile: bool) ->
     state = services.state.current
     if name not in state.models:
         raise ModelNotFound(f"the model {name!r} was removed just now", param="model")
-    return {**_card(state, name, job, with_profile=with_profile), "health": services.health.standing(name)}
+    return {**_card(state, name, job, with_profile=with_profile), "health": services.health.status(name)}
 
 
 def _card(state: RoutingSnapshot, name: str, job: Job | None, *, with_profile: bool) -> dict[str, Any]:

@@ -254,9 +254,9 @@ async def test_of_a_failure_the_beginning_alone_is_kept(upstream: UpstreamClient
 def test_an_answer_too_large_lets_no_model_rest(failure: UpstreamError) -> None:
     health = HealthRegistry(CircuitBreakerSettings())
     for _ in range(20):
-        health.begin("small").failed(failure)
+        health.start_attempt("small").failed(failure)
 
-    assert not health.resting()
+    assert not health.cooling_down()
 
 
 def test_without_room_other_models_are_not_asked_and_the_client_may_come_again() -> None:

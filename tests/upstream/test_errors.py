@@ -9,7 +9,7 @@ import pytest
 
 from proxy.errors import UpstreamError
 from proxy.server.responses import render_error
-from proxy.upstream.circuit_breaker import Weight, classify_failure
+from proxy.upstream.circuit_breaker import FailureKind, classify_failure
 from proxy.upstream.errors import error_from_response, error_in, not_a_completion, reported
 
 
@@ -111,7 +111,7 @@ def test_a_prompt_that_does_not_fit_is_the_callers_matter_wherever_it_is_told(wo
     for failure in (http_error(500, said), http_error(400, said["error"]), reported("x", said), reported("x", words)):
         status, error = shown(failure)
         assert (status, error["code"], failure.retryable) == (400, "context_length_exceeded", True)
-        assert classify_failure(failure, 0.0).weight is Weight.ANSWERED
+        assert classify_failure(failure, 0.0).kind is FailureKind.CALLER_ERROR
 
 
 @pytest.mark.parametrize(

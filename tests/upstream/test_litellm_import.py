@@ -88,10 +88,10 @@ async def test_who_asks_meanwhile_is_told_when_to_come_again_and_the_model_is_no
     status, body, headers = render_error(caught.value)
     health = HealthRegistry(CircuitBreakerSettings())
     for _ in range(10):
-        health.begin("foreign").failed(caught.value)
+        health.start_attempt("foreign").failed(caught.value)
 
     assert (status, body["error"]["code"], int(headers["retry-after"]) <= 10) == (503, "unavailable", True)
-    assert not health.resting()
+    assert not health.cooling_down()
 
 
 @pytest.mark.usefixtures("broken")
