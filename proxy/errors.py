@@ -36,17 +36,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+# And every 5xx: the next model in rank may still answer.
 RETRYABLE = frozenset({408, 429})
-"""And every 5xx: the next model in rank may still answer."""
 
+# Of what an upstream says of its failure.
 MAX_ERROR_BYTES = 16 * 2**10
-"""Of what an upstream says of its failure."""
 
 
 SHUTTING_DOWN = "this server is shutting down, and the time that open answers had is over; send it again"
 
+# A client that does not read is told so no longer.
 LAST_WORDS_S = 1.0
-"""A client that does not read is told so no longer."""
 
 
 class ClientDisconnected(Exception):
@@ -176,10 +176,11 @@ class UpstreamError(ProxyError):
         stated = {name.lower(): text for name, text in (headers or {}).items()}
         self.headers = {name: stated[name] for name in NAMES if name in stated}
         self.timed_out = timed_out
+        # The connection was there, and died before a byte of an answer: worth asking the same model once
+        # more.
         self.lost = lost
-        """The connection was there, and died before a byte of an answer: worth asking the same model once more."""
+        # The prompt is longer than this model's context window; another's may be larger.
         self.overflow = overflow
-        """The prompt is longer than this model's context window; another's may be larger."""
         self.retryable = _is_retryable(status) if retryable is None else retryable
 
 

@@ -12,7 +12,7 @@ import httpx
 import typer
 
 from proxy.cli.console import BadArgument, CommandError, Progress
-from proxy.outbound import WayOutError, http_client
+from proxy.settings.outbound import WayOutError, http_client
 
 if TYPE_CHECKING:
     from proxy.settings.schema import Settings

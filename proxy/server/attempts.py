@@ -16,10 +16,11 @@ from proxy.settings.schema import NO_OVERRIDES, Settings, Timeouts, timeouts_for
 from proxy.storage.models import ModelRecord
 from proxy.storage.snapshot import RoutingSnapshot
 from proxy.storage.usage import usage_of
+from proxy.upstream.chunk_reader import is_finished
 from proxy.upstream.client import Blocks, UpstreamClient
 from proxy.upstream.concurrency_limit import ConcurrencyLimiter, ConcurrencyLimits, Slot
 from proxy.upstream.health import Attempt, HealthRegistry
-from proxy.upstream.payload import JSONPayload, content_bytes, has_content, is_empty_completion, is_finished
+from proxy.upstream.payload import JSONPayload, content_bytes, has_content, is_empty_completion
 from proxy.upstream.sse import encode_json
 from router_core.pool import NO_LIMIT
 

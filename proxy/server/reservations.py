@@ -34,8 +34,8 @@ from proxy.storage.client_keys import KeyLimits
 from proxy.storage.models import ModelRecord
 from proxy.storage.redis import Store, StoreUnavailable, encode_command, pipeline
 from proxy.storage.snapshot import RoutingSnapshot
-from proxy.upstream.litellm.params import fixes_parameters, merge_model_params
-from proxy.upstream.origins import address_of
+from proxy.upstream.key_scope import address_of
+from proxy.upstream.model_params import fixes_parameters, merge_model_params
 from proxy.words import words
 from router_core.pricing import max_price_usd, picousd
 from router_core.types import Doubles, Price

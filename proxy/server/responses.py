@@ -33,7 +33,7 @@ from proxy.errors import (
     UpstreamError,
     error_object,
 )
-from proxy.safety.json_shape import check_shape
+from proxy.json_limits import check_limits
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.registry import ConfiguredModel, ConflictingWrite, KeyInactive, ModelExists, UnknownKey, UnknownModel
 from proxy.upstream.circuit_breaker import told_wait
@@ -156,7 +156,7 @@ def _parsed(body: Any) -> Any:
     if not isinstance(body, bytes):
         return body
     try:
-        check_shape(body)
+        check_limits(body)
         return json.loads(body)
     except (ValueError, RecursionError):
         return body.decode("utf-8", "replace")[:MAX_MESSAGE_CHARS]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from proxy.upstream.answer_room import Held
+from proxy.upstream.response_memory import HeldMemory
 
 PIECE = 256 * 2**10
 """Written at once: what a client does not read waits here, and not in its connection, which counts nothing."""
@@ -16,7 +16,7 @@ class WholeAnswer(Response):
 
     media_type = "application/json"
 
-    def __init__(self, content: bytes, held: Held, headers: Mapping[str, str]) -> None:
+    def __init__(self, content: bytes, held: HeldMemory, headers: Mapping[str, str]) -> None:
         super().__init__(content, headers=headers)
         self._held = held
 

@@ -1,26 +1,20 @@
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
-from proxy.routing.control_fields import is_control_field
-from proxy.safety.redaction import is_reference, is_secret_name, shown
-from proxy.settings.litellm_names import PARAMS
-from proxy.upstream.litellm.params import (
-    CHAT_FIELDS,
-    OPENAI_ONLY,
-    PROVIDER_FAMILIES,
-    PROVIDER_PARAMS,
-    is_provider_param,
+from proxy.settings.litellm_params import (
+    ParamError,
+    check_effects,
+    validate_litellm_params,
 )
-from proxy.words import words
+from proxy.settings.redaction import shown
 from router_core.types import MAX_PRICE, PRICE_FIELDS, Price, flat_price_field, price_field
 
 
@@ -46,8 +40,8 @@ RESERVED_NAMES = frozenset({"auto", "uniroute/auto", "uniroute/best", "uniroute/
 
 _REFERENCE = "os.environ/"
 
+# How requests reach a model: as they are, or in its provider's own format, or as is right for the provider.
 Forward = Literal["relay", "translate", "auto"]
-"""How requests reach a model: as they are, or in its provider's own format, or as is right for the provider."""
 
 
 def check_model_name(name: str) -> str:
@@ -165,137 +159,6 @@ def _tiers(listed: Any) -> list[tuple[int, dict[str, Any]]]:
 
 def _is_bound(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 10**12
-
-
-_TEXTS = ("api_base", "base_url", "api_key", "api_version", "organization", "custom_llm_provider", "system")
-
-_OBJECTS = ("extra_body", "extra_headers", "headers")
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-
-_LIKENESS = 0.8
-"""Of a name to one that is known, from which on it is taken for a slip: one letter in five."""
-
-_OURS = frozenset({"model", "system", "extra_body"})
-
-_FAMILY_PARAMS = words("""
-    aws_access_key_id aws_secret_access_key aws_session_token aws_region_name aws_profile_name aws_role_name
-    aws_session_name aws_web_identity_token aws_sts_endpoint aws_external_id aws_bedrock_runtime_endpoint
-    vertex_project vertex_location vertex_credentials vertex_ai_project vertex_ai_location vertex_ai_credentials
-    azure_ad_token azure_username azure_password azure_scope watsonx_region_name gigachat_auth_url
-""")
-
-_SERVER_FIELDS = words("""
-    top_k min_p top_a typical_p tfs_z mirostat mirostat_tau mirostat_eta repetition_penalty repeat_penalty
-    repeat_last_n length_penalty early_stopping best_of use_beam_search num_beams do_sample ignore_eos min_tokens
-    stop_token_ids bad_words allowed_token_ids include_stop_str_in_output skip_special_tokens
-    spaces_between_special_tokens truncate_prompt_tokens prompt_logprobs echo add_generation_prompt
-    continue_final_message add_special_tokens documents chat_template chat_template_kwargs guided_json guided_regex
-    guided_choice guided_grammar guided_decoding_backend guided_whitespace_pattern structured_outputs priority
-    logits_processors cache_salt num_ctx num_predict num_keep num_gpu num_thread num_batch keep_alive options format
-    think raw grammar json_schema cache_prompt id_slot n_predict n_probs n_keep samplers dynatemp_range
-    dynatemp_exponent xtc_probability xtc_threshold dry_multiplier dry_base dry_allowed_length dry_penalty_last_n
-    safe_prompt random_seed prompt_mode reasoning reasoning_format reasoning_split include_reasoning thinking_budget
-    enable_thinking enable_search transforms plugins search_parameters safety_settings generation_config
-    system_instruction cached_content mcp_servers container context_management output_config speed inference_geo
-    top_n_tokens details watermark max_new_tokens return_full_text metadata messages presence_penalty usage
-    include_usage data_sources deferred include stop_sequences thinking_config google_maps_options user_id
-""")
-"""Fields that well-known servers and providers read in a body, beside OpenAI's own."""
-
-_BODY_FIELDS = CHAT_FIELDS | OPENAI_ONLY | _SERVER_FIELDS
-
-_KNOWN = _OURS | PROVIDER_PARAMS | _FAMILY_PARAMS | _BODY_FIELDS
-
-_SQUEEZED = {name.replace("_", ""): name for name in sorted(_KNOWN, reverse=True)}
-
-
-class ParamError(ValueError):
-    """A parameter of a model that cannot be taken. `param`: its path."""
-
-    def __init__(self, param: str, why: str) -> None:
-        super().__init__(f"{param}{why}")
-        self.param = param
-
-
-def validate_litellm_params(params: Mapping[str, Any]) -> None:
-    """Check what every call of the model would stumble over. Raises ValueError naming the field."""
-    for name in _TEXTS:
-        if not isinstance(params.get(name), str | None):
-            raise ValueError(f"litellm_params.{name} must be a text")
-        if name != "system" and _CONTROL.search(params.get(name) or ""):
-            raise ValueError(f"litellm_params.{name} holds a line break or another control character")
-    for name in _OBJECTS:
-        if not isinstance(params.get(name), dict | None):
-            raise ValueError(f"litellm_params.{name} must be an object")
-        for field, value in (params.get(name) or {}).items():
-            if name != "extra_body" and not (isinstance(value, str) and not _CONTROL.search(field + value)):
-                raise ValueError(f"litellm_params.{name}.{field} must be a text without line breaks")
-    if not isinstance(params.get("ssl_verify"), bool | str | None):
-        raise ValueError("litellm_params.ssl_verify must be true, false or the path of a file of certificates")
-
-
-def check_effects(params: Mapping[str, Any], elsewhere: frozenset[str] = frozenset()) -> None:
-    """Refuse names and references that would have no effect, or another one than was meant.
-
-    A name that nobody knows and that is like no known one is a field for the model's server, sent in every body.
-
-    Args:
-        elsewhere: names that belong into model_info.
-
-    Raises:
-        ParamError: names the field and the fix.
-    """
-    for name in params:
-        if name in PARAMS or (is_control_field(name) and not is_provider_param(name)):
-            hint = "; state it in `model_info`" if name in elsewhere else ""
-            raise ParamError(f"litellm_params.{name}", f" has no meaning here{hint}")
-        if (meant := _meant(name)) is not None:
-            raise ParamError(
-                f"litellm_params.{name}",
-                f": unknown key; did you mean {meant!r}? A field that only the model's server has goes into extra_body",
-            )
-    bases = {params[name] for name in ("api_base", "base_url") if params.get(name)}
-    if len(bases) > 1:
-        raise ParamError("litellm_params.base_url", " and api_base are two names of one thing, and differ; state one")
-    for path in _unread_references(params):
-        why = ": a variable of the environment is not looked up in a field of the body; state secrets in extra_headers"
-        raise ParamError(f"litellm_params.{path}", why)
-
-
-def unknown_fields(params: Mapping[str, Any]) -> list[str]:
-    """Names that are sent in every body though nobody is known to read them."""
-    return sorted(name for name in params if name not in _KNOWN and not is_provider_param(name))
-
-
-def _meant(name: str) -> str | None:
-    """The known name that this one is a slip of."""
-    if name in _KNOWN:
-        return None
-    squeezed = re.sub(r"[^a-z0-9]", "", name.lower())
-    if squeezed in _SQUEEZED:
-        return _SQUEEZED[squeezed]
-    near = difflib.get_close_matches(name.lower(), _KNOWN, n=1, cutoff=_LIKENESS)
-    if near or name.startswith(PROVIDER_FAMILIES):
-        return near[0] if near else None
-    return "api_key" if is_secret_name(name) else None
-
-
-def _unread_references(params: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in params.items():
-        if not is_provider_param(name):
-            yield from _references(name, value)
-
-
-def _references(path: str, value: Any) -> Iterator[str]:
-    if is_reference(value):
-        yield path
-    elif isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _references(f"{path}.{name}", inner)
-    elif isinstance(value, list | tuple):
-        for place, inner in enumerate(value):
-            yield from _references(f"{path}[{place}]", inner)
 
 
 class ModelInfo(FrozenModel):

@@ -28,6 +28,7 @@ _VERIFY = {"required": True, "cert_required": True, "none": False, "cert_none": 
 
 _SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
+# What may stand behind the `?`, by redis-py's names, and what it is here.
 _QUERY: Final = {
     "db": "db",
     "username": "username",
@@ -40,7 +41,6 @@ _QUERY: Final = {
     "ssl_cert_reqs": "verify",
     "ssl_check_hostname": "check_hostname",
 }
-"""What may stand behind the `?`, by redis-py's names, and what it is here."""
 
 _TLS = ("ca_file", "cert_file", "key_file")
 

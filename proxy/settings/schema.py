@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 
+from proxy.settings.litellm_params import ParamError
 from proxy.settings.models import (
     RESERVED_NAMES,
     FrozenModel,
@@ -20,7 +21,6 @@ from proxy.settings.models import (
     NameList,
     NonNegativeFloat,
     OffAutoOn,
-    ParamError,
     PositiveInt,
     Seconds,
     SettingsError,
@@ -110,8 +110,8 @@ def _redis_url(value: str | None) -> str | None:
 
 log = logging.getLogger("uniroute.settings")
 
+# What may be stated of Redis apart from its URL: redis_username and so on.
 _REDIS = ("username", "password", "sentinel_username", "sentinel_password", "ca_file", "cert_file", "key_file")
-"""What may be stated of Redis apart from its URL: redis_username and so on."""
 
 
 def _web_address(value: str | None) -> str | None:

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from proxy.settings.litellm_names import PARAMS, SECTIONS, is_model_info_of_litellm
-from proxy.settings.models import TIERED, SettingsError, unknown_fields
+from proxy.settings.litellm_params import IGNORED_PARAMS, IGNORED_SECTIONS, is_model_info_of_litellm, unknown_fields
+from proxy.settings.models import TIERED, SettingsError
 from router_core.documents import MAX_CONFIG_BYTES, MAX_DEPTH, MAX_NODES, DocumentTooLarge, read_bounded
 from router_core.types import price_field
 
@@ -19,8 +19,8 @@ log = logging.getLogger("uniroute.settings")
 
 PREFIX = "UNIROUTE_"
 
+# Variables that are not settings: where the configuration is, and what the command line talks to and with.
 OTHER_VARIABLES = frozenset({"CONFIG", "URL", "API_KEY"})
-"""Variables that are not settings: where the configuration is, and what the command line talks to and with."""
 
 _SET_BY_KUBERNETES = re.compile(r"SERVICE_\w+|PORT_\d+_\w+")
 
@@ -95,8 +95,8 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
 
 
+# What YAML's types raise over dates that are none, numbers of 5,000 digits and the like.
 _ODD_VALUES = (ValueError, TypeError, LookupError, AttributeError, OverflowError)
-"""What YAML's types raise over dates that are none, numbers of 5,000 digits and the like."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -127,7 +127,7 @@ def file_values(path: Path, fields: Collection[str], info_fields: Collection[str
     """The settings that a configuration file states: its `uniroute` section, flat, and `model_list`."""
     document = read_yaml(path)
     for section in document:
-        if section in SECTIONS:
+        if section in IGNORED_SECTIONS:
             log.warning("%s: section %r is LiteLLM's and has no meaning here; it is ignored", path, section)
         elif section not in ("model_list", "uniroute"):
             raise unknown_key_error(str(path), section, {"model_list", "uniroute"})
@@ -152,7 +152,7 @@ def _entry(raw: object, where: str, info_fields: Collection[str]) -> dict[str, A
     info = dict(_mapping(entry.get("model_info"), f"{where}.model_info"))
     for key in [key for key in params if _is_price(key) or key == "max_parallel_requests"]:
         info.setdefault(key, params.pop(key))
-    for key in sorted(name for name in params if name in PARAMS or is_model_info_of_litellm(str(name))):
+    for key in sorted(name for name in params if name in IGNORED_PARAMS or is_model_info_of_litellm(str(name))):
         log.warning("%s.litellm_params: %r is LiteLLM's and has no meaning here; it is ignored", where, key)
         del params[key]
     for key in unknown_fields(params):
@@ -244,8 +244,8 @@ def format_validation_error(error: ValidationError, config: Path | None, nested:
     return f"{source}{path}{': ' if path else ''}{message}{_got(problem['input'], message, problem['loc'])}"
 
 
+# A key that is not known; told first, for it is often the reason why another one is missing.
 _MISWRITTEN = ("extra_forbidden", "unexpected_keyword_argument")
-"""A key that is not known; told first, for it is often the reason why another one is missing."""
 
 
 def _got(value: object, message: str, where: Collection[int | str]) -> str:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from proxy.outbound import WayOutError, async_http_client
+from proxy.settings.outbound import WayOutError, async_http_client
 from proxy.settings.schema import Settings
 from proxy.storage.models import CurrentPrice, ModelRecord
 from proxy.storage.price_map import InvalidPriceMap, PriceMap, bundled_catalog, parse_price_map

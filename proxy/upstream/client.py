@@ -9,25 +9,25 @@ from typing import Any
 
 from proxy.concurrency import cancel_and_wait
 from proxy.errors import CannotTranslate, UpstreamError
-from proxy.outbound import Outbound
+from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, ResolvedProvider
-from proxy.upstream.answer_room import AnswerRoom
-from proxy.upstream.litellm.client import LiteLLMClient
+from proxy.upstream.litellm_client import LiteLLMClient
 from proxy.upstream.openai_client import OpenAIClient, UpstreamRequest
 from proxy.upstream.payload import JSONPayload
 from proxy.upstream.provider_resolution import resolve_static
-from proxy.upstream.stream_options import StreamOptions
+from proxy.upstream.response_memory import ResponseMemory
+from proxy.upstream.sse import encode_json
 
 log = logging.getLogger("uniroute.upstream")
 
 FIRST_PAUSE_S = 10.0
 
+# Between two attempts to import litellm.
 MAX_PAUSE_S = 300.0
-"""Between two attempts to import litellm."""
 
+# Chunks of a stream, those together that came together.
 Blocks = AsyncIterator[list[JSONPayload]]
-"""Chunks of a stream, those together that came together."""
 
 
 class UpstreamClient:
@@ -37,15 +37,15 @@ class UpstreamClient:
         outbound = Outbound(environ)
         for problem in outbound.problems():
             log.warning("environment: %s", problem)
-        self.room = AnswerRoom(settings.max_answer_bytes, settings.max_answers_in_flight_bytes)
+        self.room = ResponseMemory(settings.max_answer_bytes, settings.max_answers_in_flight_bytes)
         self._relay = OpenAIClient(settings, environ, outbound, self.room)
         self._translate = LiteLLMClient(settings, environ, self.room, outbound)
         self._stream_options = StreamOptions()
         self._loading: asyncio.Task[None] | None = None
+        # litellm was imported, or could not be.
         self._tried = asyncio.Event()
-        """litellm was imported, or could not be."""
+        # Why it could not, the last time.
         self._failed: str | None = None
-        """Why it could not, the last time."""
         self._next_try = 0.0
         self._translated: frozenset[str] = frozenset()
 
@@ -182,3 +182,39 @@ async def _as_blocks(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[l
     async with aclosing(chunks):
         async for chunk in chunks:
             yield [JSONPayload(chunk)]
+
+
+_REFUSING = frozenset({400, 422, 500, 501})
+
+
+class StreamOptions:
+    """As a model's `supports_stream_options` states it, else as the model itself has shown. One per process."""
+
+    def __init__(self) -> None:
+        self._refused: dict[str, ModelRecord] = {}
+
+    def are_sent_to(self, record: ModelRecord) -> bool:
+        stated = record.info.supports_stream_options
+        return self._refused.get(record.name) is not record if stated is None else stated
+
+    def are_in_doubt(self, record: ModelRecord, failure: UpstreamError) -> bool:
+        """Whether `failure` is about them, so that the model is to be asked once more without."""
+        in_doubt = record.info.supports_stream_options is None and self.are_sent_to(record)
+        return in_doubt and failure.status in _REFUSING and _names_them(failure)
+
+    def were_refused(self, record: ModelRecord) -> None:
+        """And without them the model answered. A record that is changed is asked anew."""
+        log.warning(
+            "model %s refuses stream_options: it is asked without, and its usage is estimated where it reports none"
+            " (model_info: supports_stream_options: false)",
+            record.name,
+        )
+        self._refused[record.name] = record
+
+    def retain(self, models: Mapping[str, ModelRecord]) -> None:
+        self._refused = {name: record for name, record in self._refused.items() if models.get(name) is record}
+
+
+def _names_them(failure: UpstreamError) -> bool:
+    said = failure.body if isinstance(failure.body, bytes) else encode_json({"": failure.body})
+    return b"stream_options" in said or b"include_usage" in said

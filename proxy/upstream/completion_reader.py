@@ -2,76 +2,23 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from proxy.errors import AnswerTooLarge
-from proxy.safety.json_shape import MAX_VALUES
+from proxy.json_limits import MAX_VALUES, MAX_VALUES_AT_ONCE, SMALL_BYTES, JSONTooLarge
 from proxy.storage.usage import usage_of
+from proxy.upstream.chunk_reader import _MAX_REST, ChunkReader, Json, Parse, form_of, has_choices, place_of
+from proxy.upstream.errors import error_in, not_a_completion
+from proxy.upstream.payload import JSONPayload, parse, parse_exact, parsed_in_turns, reparse
+from proxy.upstream.response_memory import ResponseBounds, ResponseMemory
 
-Json = dict[str, Any]
-
+# Is told of so many values more. Raises AnswerTooLarge.
 _Hold = Callable[[int], None]
-"""Is told of so many values more. Raises AnswerTooLarge."""
 
+# Texts that are stated, not written bit by bit. A name that comes in pieces is put together all the same.
 _IDENTIFIERS = frozenset({"id", "type", "role", "index", "format", "expires_at", "name"})
-"""Texts that are stated, not written bit by bit. A name that comes in pieces is put together all the same."""
 
 _OF_THE_STREAM = frozenset({"choices", "usage", "object", "model", "error"})
-
-_BLANK = b" \t\r\n"
-
-
-def form_of(beginning: bytes) -> Literal["json", "events", "other"] | None:
-    """What a body is, by how it begins: one JSON value, an event stream, or neither. None: too little came yet."""
-    rest = beginning.removeprefix(codecs.BOM_UTF8).lstrip(_BLANK)
-    if rest[:1] in (b"{", b"["):
-        return "json"
-    if rest.startswith(_FIELDS):
-        return "events"
-    begun = not rest or any(field.startswith(rest) for field in (*_FIELDS, codecs.BOM_UTF8))
-    return None if begun else "other"
-
-
-_FIELDS = (b"data:", b"event:", b"id:", b"retry:", b"error:", b":")
-"""Of an event stream; `error` is llama.cpp's."""
-
-
-def has_choices(body: Mapping[str, Any]) -> bool:
-    choices = body.get("choices")
-    if not isinstance(choices, list) or not choices:
-        return False
-    return all(isinstance(choice, dict) and isinstance(choice.get("message"), dict) for choice in choices)
-
-
-def chunks_of_completion(completion: Json) -> list[Json]:
-    """What a stream of this completion would have been: what each choice says, how it ended, and what it used."""
-    base = {name: value for name, value in completion.items() if name not in ("choices", "usage")}
-    base["object"] = "chat.completion.chunk"
-    said: list[Json] = []
-    ends: list[Json] = []
-    for place, choice in enumerate(completion["choices"]):
-        index = place_of(choice, place)
-        message = choice["message"]
-        beside = {name: value for name, value in choice.items() if name not in _OF_A_CHOICE}
-        delta = {"role": "assistant", **{name: value for name, value in message.items() if value is not None}}
-        if isinstance(calls := message.get("tool_calls"), list):
-            delta["tool_calls"] = [
-                {"index": number, **call} for number, call in enumerate(calls) if isinstance(call, dict)
-            ]
-        reason = choice.get("finish_reason") or ("tool_calls" if delta.get("tool_calls") else "stop")
-        said.append({**base, "choices": [{"index": index, "delta": delta, **beside, "finish_reason": None}]})
-        ends.append({**base, "choices": [{"index": index, "delta": {}, "finish_reason": reason}]})
-    usage = completion.get("usage")
-    return [*said, *ends, *([{**base, "choices": [], "usage": usage}] if usage else [])]
-
-
-_OF_A_CHOICE = frozenset({"index", "message", "delta", "finish_reason", "usage"})
-
-
-def place_of(choice: Mapping[str, Any], place: int) -> int:
-    """The choice's number; its place in the list where it states none."""
-    index = choice.get("index")
-    return index if type(index) is int else place
 
 
 class Joined:
@@ -215,8 +162,8 @@ class _Parts:
                 yield name, text
 
 
+# Levels of objects that are put together; what is deeper is taken as it came last.
 _DEEPEST = 6
-"""Levels of objects that are put together; what is deeper is taken as it came last."""
 
 
 class _Items:
@@ -273,3 +220,145 @@ def _values_in(value: Any) -> int:
 def _goes_on(item: Json) -> bool:
     """Whether it may be a piece of something: a numbered part, or a call."""
     return type(item.get("index")) is int or "function" in item or "custom" in item
+
+
+class CompletionReader:
+    """Feed it the body of an answer that is to be no stream; a stream of events is put together all the same."""
+
+    def __init__(
+        self,
+        model: str,
+        bounds: ResponseBounds,
+        parse: Parse | None = None,
+        *,
+        answers: int = 1,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """As ChunkReader.
+
+        Args:
+            bounds: of the body, and what holds its room; the completion has that then.
+            parse: None: as `parse`.
+        """
+        self._model = model
+        self._bounds = bounds
+        self._parse = parse
+        self._answers = answers
+        self._headers = headers
+        self._pieces: list[bytes] = []
+        # Whether it is JSON or events.
+        self._is_known = False
+        self._events: ChunkReader | None = None
+        self._joined = Joined()
+
+    @property
+    def of_events(self) -> bool:
+        """It was no JSON that came, as far as is known."""
+        return self._events is not None
+
+    @property
+    def finished(self) -> bool:
+        """The answer has come to its end, as far as that shows before the end of the body."""
+        return self._events is not None and self._events.finished
+
+    @property
+    def over(self) -> bool:
+        """Nothing more is to be read."""
+        return self._events is not None and self._events.over
+
+    def feed(self, piece: bytes) -> None:
+        """Raises AnswerTooLarge, NoRoomForAnswer."""
+        self._bounds.add_bytes(len(piece))
+        if self._events is not None:
+            self._join(self._events.feed(piece))
+            return
+        self._pieces.append(piece)
+        if self._is_known:
+            self._bounds.look_at(piece)
+            return
+        head = b"".join(self._pieces)
+        form = form_of(head)
+        if form is None:
+            self._pieces = [head[-_MAX_REST:]]
+            return
+        self._is_known = True
+        if form == "events":
+            self._pieces = []
+            self._events = self._event_reader()
+            self._join(self._events.feed(head))
+        else:
+            self._bounds.look_at(head)
+
+    def _event_reader(self) -> ChunkReader:
+        """Of events that are counted as a whole here."""
+        room = ResponseMemory(self._bounds.room.largest)
+        return ChunkReader(parse_exact, room=room, answers=self._answers, headers=self._headers)
+
+    def break_off(self) -> bool:
+        """The connection broke. Whether the answer had ended before."""
+        return self._events is not None and self._events.break_off()
+
+    def completion(self) -> JSONPayload:
+        """Once all has come. Raises UpstreamFailure."""
+        if self._events is not None:
+            return self._put_together(self._events)
+        said = self._said()
+        try:
+            read, raw = parse(said, checked=len(said) > SMALL_BYTES) if self._parse is None else self._parse(said)
+        except ValueError as error:
+            return self._of_no_json(said, error)
+        return self._of_json(read, raw)
+
+    async def completion_in_turns(self) -> JSONPayload:
+        """As `completion`, and others get a turn while much is parsed."""
+        if self._events is not None or self._bounds.values <= MAX_VALUES_AT_ONCE:
+            return self.completion()
+        said = self._said()
+        try:
+            read, raw = await parsed_in_turns(said)
+        except ValueError as error:
+            return self._of_no_json(said, error)
+        return self._of_json(read, raw)
+
+    def _said(self) -> bytes:
+        pieces, self._pieces = self._pieces, []
+        return (pieces[0] if len(pieces) == 1 else b"".join(pieces)).removeprefix(codecs.BOM_UTF8)
+
+    def _of_json(self, read: Any, raw: bytes | None) -> JSONPayload:
+        completion = completion_of(self._model, read, raw, self._headers)
+        completion.held = self._bounds.held
+        return completion
+
+    def _of_no_json(self, said: bytes, error: ValueError) -> JSONPayload:
+        """It may only have begun like JSON."""
+        if isinstance(error, JSONTooLarge):
+            raise AnswerTooLarge(f"the model's answer {error}") from error
+        events = self._event_reader()
+        self._join(events.feed(said))
+        self._join(events.close())
+        if events.failure is None and not events.begun:
+            raise not_a_completion(self._model, said, self._headers) from None
+        return self._put_together(events)
+
+    def _put_together(self, events: ChunkReader) -> JSONPayload:
+        if not events.over:
+            self._join(events.close())
+        if (fault := events.fault) is not None:
+            raise fault
+        return JSONPayload(self._joined.completion(), held=self._bounds.held)
+
+    def _join(self, block: list[JSONPayload]) -> None:
+        for chunk in block:
+            self._joined.add(chunk.body)
+
+
+def completion_of(model: str, said: Any, raw: bytes | None, headers: Mapping[str, str] | None = None) -> JSONPayload:
+    """Raises UpstreamFailure: it is none, or tells of an error."""
+    if not isinstance(said, dict) or error_in(said) is not None or not has_choices(said):
+        raise not_a_completion(model, said, headers)
+    if not said.get("usage"):
+        for choice in said["choices"]:
+            if isinstance(choice.get("usage"), dict):
+                whole = said if raw is None else reparse(raw, said)
+                return JSONPayload({**whole, "usage": choice["usage"]})
+    return JSONPayload(said, raw)

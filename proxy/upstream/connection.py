@@ -5,26 +5,24 @@ import select
 import zlib
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import httptools
 
-from proxy.upstream.content_coding import Unpacker, unpacker_of
-
+# Of an answer: some servers behind others send a policy or cookies of many kilobytes.
 MAX_HEADER = 64 * 2**10
-"""Of an answer: some servers behind others send a policy or cookies of many kilobytes."""
 
+# Of all that is no body and comes in one go: a head, the hints before it, the size of a chunk, trailers.
 MAX_HEADER_BYTES = 256 * 2**10
-"""Of all that is no body and comes in one go: a head, the hints before it, the size of a chunk, trailers."""
 
+# Bytes of an answer that wait for their reader; then the upstream waits.
 MAX_UNREAD = 256 * 2**10
-"""Bytes of an answer that wait for their reader; then the upstream waits."""
 
+# Bytes that may wait for their reader, where an upstream compresses its answer though it was asked not to.
 MAX_UNPACKED = 16 * 2**20
-"""Bytes that may wait for their reader, where an upstream compresses its answer though it was asked not to."""
 
+# A larger body is written bit by bit, so that others get a turn.
 PIECE = 256 * 2**10
-"""A larger body is written bit by bit, so that others get a turn."""
 
 
 class ConnectionClosed(ConnectionError):
@@ -55,12 +53,12 @@ class HTTP11Connection(asyncio.Protocol):
 
     def _begin(self) -> None:
         self._busy = True
+        # None: the head of the answer has not come yet.
         self.status: int | None = None
-        """None: the head of the answer has not come yet."""
+        # In lower case; of a repeated one the last.
         self.headers: dict[str, str] = {}
-        """In lower case; of a repeated one the last."""
+        # All of the answer has come; what is unread of it still can be read.
         self.ended = False
-        """All of the answer has come; what is unread of it still can be read."""
         self._kept = False
         self._since_body = 0
         self._pieces: deque[bytes] = deque()
@@ -259,3 +257,40 @@ class HTTP11Connection(asyncio.Protocol):
         if unpacker.unused_data:
             raise RemoteProtocolError("the answer goes on behind the end of what was packed")
         return plain
+
+
+_GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
+
+_GZIP = b"\x1f"
+
+_ZLIB = b"\x78"
+
+# What servers call it.
+_ZLIBS_NAMES = frozenset({"gzip", "x-gzip", "deflate"})
+
+
+class Unpacker(Protocol):
+    """zlib's."""
+
+    @property
+    def unused_data(self) -> bytes: ...
+
+    @property
+    def unconsumed_tail(self) -> bytes: ...
+
+    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
+
+
+def unpacker_of(coding: str | None, beginning: bytes) -> Unpacker | None:
+    """None: it is plain, or packed in a way that nobody here asked for, which its reader will find.
+
+    Neither JSON nor events begin as packed bytes do.
+
+    Args:
+        coding: what the header says.
+        beginning: at least a byte of the body.
+    """
+    first = beginning[:1]
+    if first == _GZIP or (first == _ZLIB and (coding or "").lower() in _ZLIBS_NAMES):
+        return zlib.decompressobj(_GZIP_OR_ZLIB)
+    return None

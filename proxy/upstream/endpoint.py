@@ -10,13 +10,13 @@ from urllib.parse import SplitResult, quote, urlsplit
 import orjson
 
 from proxy.errors import UpstreamError
-from proxy.outbound import USUAL, Outbound, OutboundError, Trust
 from proxy.settings.models import SettingsError, referred_variable, resolve_secret
+from proxy.settings.outbound import USUAL, Outbound, OutboundError, Trust
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, ResolvedProvider
 from proxy.upstream.errors import unreachable
-from proxy.upstream.litellm.params import fixes_parameters, is_openai_url, merge_model_params, secrets_of
-from proxy.upstream.origins import address_of
+from proxy.upstream.key_scope import address_of
+from proxy.upstream.model_params import fixes_parameters, is_openai_url, merge_model_params, secrets_of
 from proxy.upstream.payload import replace_model
 from proxy.upstream.pool import PORTS, Origin, authority_of, credentials_of, port_of
 from proxy.upstream.sse import encode_json
@@ -75,8 +75,8 @@ _VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")
 
 _HOST = re.compile(r"[!-~]+")
 
+# Nobody states how long our body is but we.
 _OURS = frozenset({"content-length", "transfer-encoding"})
-"""Nobody states how long our body is but we."""
 
 _PATH = "/%:@!$&'()*+,;=~-._?[]"
 

@@ -11,12 +11,13 @@ from typing import Any
 import httpx
 
 from proxy.errors import MAX_ERROR_BYTES, NAMES, UpstreamError
-from proxy.outbound import OutboundError
-from proxy.safety.json_shape import check_shape
+from proxy.json_limits import check_limits
+from proxy.settings.outbound import OutboundError
 from proxy.storage.usage import usage_of
 from proxy.upstream.sse import decode_json, encode_json
-from proxy.words import words
 
+# What OpenAI, vLLM, llama.cpp, Ollama, LM Studio, Anthropic, Gemini, Bedrock, Mistral, xAI, Moonshot, Z.ai, MiniMax,
+# Cohere, Alibaba and TGI say of a prompt that does not fit, in words or as a code.
 _OVERFLOW = re.compile(
     r"context[_ ]?(length|window|size|limit).{0,40}exceed|exceed.{0,40}(context|token limit|maximum .{0,20}tokens)"
     r"|max(imum)? (context|model|prompt|input) (length|size|window)|(greater|longer|larger) than the .{0,20}context"
@@ -26,40 +27,46 @@ _OVERFLOW = re.compile(
     r"|prompt exceeds (the )?max|range of input length|`inputs` (tokens|must have less)|prompt_tokens_exceeded",
     re.IGNORECASE,
 )
-"""What OpenAI, vLLM, llama.cpp, Ollama, LM Studio, Anthropic, Gemini, Bedrock, Mistral, xAI, Moonshot, Z.ai, MiniMax,
-Cohere, Alibaba and TGI say of a prompt that does not fit, in words or as a code."""
 
+# Enough where the status says that the caller's request is at fault.
 _CONTEXT = re.compile(r"context (window|size|length)", re.IGNORECASE)
-"""Enough where the status says that the caller's request is at fault."""
 
 _SURELY = re.compile(r"context_length_exceeded|maximum context length", re.IGNORECASE)
 
 _RATE = re.compile(r"rate.?limit|too many requests|per (minute|hour|day|second)\b|\bquota\b|\b[rt]pm\b", re.IGNORECASE)
 
+# Statuses that may mean a prompt that is too long, with those of 500 and above, which some servers give it.
 _CALLERS = frozenset({400, 413, 422})
-"""Statuses that may mean a prompt that is too long, with those of 500 and above, which some servers give it."""
 
 _STATUS_NAMES = ("code", "status", "status_code", "statusCode", "http_status", "error_code")
 
 _NAMED = {
-    400: words("""invalid_request_error invalid_request badrequesterror bad_request invalid_argument
-        failed_precondition validation_error exceed_context_size_error context_length_exceeded"""),
-    401: words("authentication_error invalid_api_key unauthenticated unauthorized"),
-    402: words("billing_error insufficient_balance payment_required"),
-    403: words("permission_error permission_denied forbidden"),
-    404: words("not_found_error not_found model_not_found"),
-    413: words("request_too_large"),
-    429: words("""rate_limit_error rate_limit_exceeded rate_limit rate_limited ratelimiterror resource_exhausted
-        too_many_requests insufficient_quota"""),
-    503: words("overloaded_error overloaded unavailable service_unavailable"),
-    504: words("timeout_error timeout deadline_exceeded"),
+    400: frozenset(
+        """
+        invalid_request_error invalid_request badrequesterror bad_request invalid_argument failed_precondition
+        validation_error exceed_context_size_error context_length_exceeded
+        """.split()
+    ),
+    401: frozenset({"authentication_error", "invalid_api_key", "unauthenticated", "unauthorized"}),
+    402: frozenset({"billing_error", "insufficient_balance", "payment_required"}),
+    403: frozenset({"permission_error", "permission_denied", "forbidden"}),
+    404: frozenset({"not_found_error", "not_found", "model_not_found"}),
+    413: frozenset({"request_too_large"}),
+    429: frozenset(
+        """
+        rate_limit_error rate_limit_exceeded rate_limit rate_limited ratelimiterror resource_exhausted
+        too_many_requests insufficient_quota
+        """.split()
+    ),
+    503: frozenset({"overloaded_error", "overloaded", "unavailable", "service_unavailable"}),
+    504: frozenset({"timeout_error", "timeout", "deadline_exceeded"}),
 }
 
+# Of an error that is told without a number, and within a success.
 _STATUS_OF_NAME = {name: status for status, names in _NAMED.items() for name in names}
-"""Of an error that is told without a number, and within a success."""
 
+# Values of `finish_reason` of servers that gave up in the middle of an answer.
 _BROKEN_ENDS = ("error", "abort", "network_error", "insufficient_system_resource")
-"""Values of `finish_reason` of servers that gave up in the middle of an answer."""
 
 _OF_A_COMPLETION = frozenset({"id", "object", "created", "model", "choices", "usage", "system_fingerprint"})
 
@@ -174,8 +181,8 @@ def _usage_in(said: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"usage": usage} if usage else {}
 
 
+# Members of a body beside its choices that may tell of an error; `object` may too.
 MAY_TELL = frozenset({"error", "errors", "base_resp", "type", "success", "status", "detail"})
-"""Members of a body beside its choices that may tell of an error; `object` may too."""
 
 _FAILED = ("error", "failed", "failure")
 
@@ -261,7 +268,7 @@ def _read(body: Any) -> Any:
     if not isinstance(body, bytes):
         return body
     try:
-        check_shape(body)
+        check_limits(body)
         return decode_json(body)
     except ValueError:
         return None
@@ -406,17 +413,17 @@ def _first_line(error: Exception) -> str:
     return _CLASS_NAMES.sub("", first)[:500]
 
 
+# Characters of an upstream's text that are passed on.
 MAX_MESSAGE_CHARS = 2000
-"""Characters of an upstream's text that are passed on."""
 
+# Characters of a body that has no text in it.
 MAX_REST_CHARS = 500
-"""Characters of a body that has no text in it."""
 
+# Names under which servers put the words of an error, the likeliest first.
 _WORDS = (
     *("error", "errors", "message", "msg", "detail", "details", "description", "error_description", "error_message"),
     *("errorMessage", "error_msg", "Message", "base_resp", "status_msg", "reason", "title", "cause"),
 )
-"""Names under which servers put the words of an error, the likeliest first."""
 
 _DEEPEST_WORDS = 6
 

@@ -9,23 +9,25 @@ from typing import Any
 
 from proxy.concurrency import cancel_and_wait, connection_budget
 from proxy.errors import MAX_ERROR_BYTES, UpstreamError
-from proxy.outbound import Outbound, OutboundError
+from proxy.settings.outbound import Outbound, OutboundError
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, ResolvedProvider
-from proxy.upstream.answer_room import AnswerBounds, AnswerRoom
+from proxy.upstream.chunk_reader import LAST_WORDS_S, ChunkReader, answers_of
+from proxy.upstream.completion_reader import CompletionReader
 from proxy.upstream.connection import ConnectionClosed, HTTP11Connection, IncompleteResponse, RemoteProtocolError
 from proxy.upstream.endpoint import Endpoint, Endpoints
 from proxy.upstream.errors import connection_lost, error_from_response, redact, redirect_refused, unreachable
-from proxy.upstream.payload import LAST_WORDS_S, ChunkReader, CompletionReader, JSONPayload, answers_of
+from proxy.upstream.payload import JSONPayload
 from proxy.upstream.pool import ConnectionPool, Origin, ProxyError
+from proxy.upstream.response_memory import ResponseBounds, ResponseMemory
 
 log = logging.getLogger("uniroute.upstream")
 
+# How long the end of a stream is waited for after its last word, to use the connection again.
 DRAIN_S = 1.0
-"""How long the end of a stream is waited for after its last word, to use the connection again."""
 
+# Of a connection in the middle of an answer.
 _ENDS = (ConnectionClosed, IncompleteResponse, RemoteProtocolError, OSError)
-"""Of a connection in the middle of an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +76,9 @@ class OpenAIClient:
     """One per process, on one event loop."""
 
     def __init__(
-        self, settings: Settings, environ: Mapping[str, str], outbound: Outbound, room: AnswerRoom | None = None
+        self, settings: Settings, environ: Mapping[str, str], outbound: Outbound, room: ResponseMemory | None = None
     ) -> None:
-        self.room = room or AnswerRoom()
+        self.room = room or ResponseMemory()
         self.targets = Endpoints(settings, environ, outbound)
         self._connect_s = settings.connect_timeout_s
         self._connections = ConnectionPool(connection_budget().upstreams, outbound.context)
@@ -86,7 +88,7 @@ class OpenAIClient:
         """The whole answer. Raises UpstreamFailure."""
         target = self.targets.of(call.record, call.resolved)
         answer = await self._post(target, call, stream=False)
-        with AnswerBounds(self.room) as bounds:
+        with ResponseBounds(self.room) as bounds:
             reader = CompletionReader(target.name, bounds, answers=call.answers, headers=answer.headers)
             try:
                 await _read(answer, target, reader)

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import asyncio
-import codecs
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -12,21 +11,18 @@ from typing import Any, Never
 
 import orjson
 
-from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamError
-from proxy.safety.json_shape import MAX_VALUES_AT_ONCE, SHALLOW, SMALL, TooMuchJson, check_shape
-from proxy.upstream.answer_room import AnswerBounds, AnswerRoom, Held
-from proxy.upstream.completion_reader import Joined, chunks_of_completion, form_of, has_choices
-from proxy.upstream.errors import MAX_MESSAGE_CHARS, MAY_TELL, error_in, not_a_completion, reported
-from proxy.upstream.sse import ErrorData, EventTooLong, RawLine, SSEDecoder, decode_json, encode_json
+from proxy.json_limits import MAX_VALUES_AT_ONCE, SHALLOW_BYTES, check_limits
+from proxy.upstream.response_memory import HeldMemory
+from proxy.upstream.sse import decode_json, encode_json
 from router_core.pricing import text_bytes
 
 _MODEL = re.compile(rb'(?<!\\)"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]++|\\.)*+")')
 
+# Members called `model` that are tried, where tools and schemas have some of their own.
 _MAX_PLACES = 8
-"""Members called `model` that are tried, where tools and schemas have some of their own."""
 
+# Of a name that is looked for as it is, and remembered.
 _MAX_NAME_BYTES = 256
-"""Of a name that is looked for as it is, and remembered."""
 
 _BACKSLASH = ord("\\")
 
@@ -131,7 +127,7 @@ class JSONPayload:
     body: dict[str, Any]
     raw: bytes | None = None
     """As the upstream wrote it. None: no upstream wrote this, or not in a way that every client could read."""
-    held: Held | None = field(default=None, repr=False, compare=False)
+    held: HeldMemory | None = field(default=None, repr=False, compare=False)
     """Of a large one: the room that it takes, as long as it is here."""
 
     def named(self, model: str) -> bytes:
@@ -160,8 +156,8 @@ def parse(data: bytes, *, checked: bool = False) -> tuple[Any, bytes | None]:
         TooMuchJson: it would take too long.
         ValueError: it is not JSON at all, or nested beyond the stack.
     """
-    if len(data) > SHALLOW and not checked:
-        check_shape(data, MAX_VALUES_AT_ONCE)
+    if len(data) > SHALLOW_BYTES and not checked:
+        check_limits(data, MAX_VALUES_AT_ONCE)
     try:
         return orjson.loads(data), data
     except orjson.JSONDecodeError:  # also of half characters and NaN, which models do send
@@ -170,7 +166,7 @@ def parse(data: bytes, *, checked: bool = False) -> tuple[Any, bytes | None]:
 
 def parse_exact(data: bytes) -> tuple[Any, None]:
     """As `parse`, every number as it was written, for what is to be written again. Raises ValueError."""
-    check_shape(data, MAX_VALUES_AT_ONCE)
+    check_limits(data, MAX_VALUES_AT_ONCE)
     return decode_json(data), None
 
 
@@ -208,16 +204,16 @@ def reparse(data: bytes, body: dict[str, Any]) -> dict[str, Any]:
     return read
 
 
+# What a delta may have without saying anything. Whatever else is not empty is content, by whatever name.
 _NO_CONTENT = frozenset({"role"})
-"""What a delta may have without saying anything. Whatever else is not empty is content, by whatever name."""
 
+# Parts of a message that are no text which a model wrote: names of things, sounds, pictures, what is encrypted.
 _NO_TEXT = frozenset({"role", "id", "type", "index", "format", "data", "url", "image_url", "signature", "annotations"})
-"""Parts of a message that are no text which a model wrote: names of things, sounds, pictures, what is encrypted."""
 
 _DEEPEST = 6
 
+# Ends of an answer that another model is not asked to better: the limit was the caller's, the filter a verdict.
 EXPECTED_EMPTY_REASONS = frozenset({"length", "content_filter", "max_tokens"})
-"""Ends of an answer that another model is not asked to better: the limit was the caller's, the filter a verdict."""
 
 
 def has_content(body: Mapping[str, Any]) -> bool:
@@ -311,510 +307,3 @@ def _parts(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             part = choice.get(name)
             if isinstance(part, Mapping):
                 yield part
-
-
-Parse = Callable[[bytes], tuple[Any, bytes | None]]
-"""An event's data to JSON, and its bytes where they may be shown as they are."""
-
-_DONE = b"[DONE]"
-
-_ODD_CHOICES = "the model sent a chunk whose `choices` are not a list of objects"
-
-_NO_JSON = "the model sent an event that is not JSON"
-
-_REPORTED = "the model reported an error within its stream"
-
-MAX_CHOICES = 1024
-"""Of one answer. OpenAI's `n` is 128 at most."""
-
-_MAX_REST = 16 * 2**10
-"""Bytes that are kept of what is neither events nor a completion."""
-
-LAST_WORDS_S = 5.0
-"""How long more is waited for, usage for example, once every choice has ended."""
-
-
-def answers_of(body: Mapping[str, Any]) -> int:
-    """How many a request asks for."""
-    stated = body.get("n")
-    return stated if type(stated) is int and stated > 1 else 1
-
-
-class ChoiceEnds:
-    """Which choices of an answer have begun, and which of them have ended."""
-
-    def __init__(self) -> None:
-        self._begun: set[int] = set()
-        self._ended: set[int] = set()
-
-    def see(self, choices: list[Any]) -> None:
-        """Raises UpstreamFailure where there are more than anybody asks for."""
-        for place, choice in enumerate(choices):
-            index = choice.get("index")
-            if type(index) is not int:
-                index = place
-            if index not in self._begun:
-                self._begun.add(index)
-                if len(self._begun) > MAX_CHOICES:
-                    raise UpstreamError(f"the model's answer has more than {MAX_CHOICES} choices")
-            if choice.get("finish_reason"):
-                self._ended.add(index)
-
-    @property
-    def begun(self) -> bool:
-        return bool(self._begun)
-
-    def all(self, least: int = 1) -> bool:
-        """Whether all that began have ended, and so many at least."""
-        return len(self._ended) == len(self._begun) >= least
-
-
-class ChunkReader:
-    """Feed it what was read; it gives the chunks of each whole event, until the stream is `over`.
-
-    A body that is one JSON value becomes the chunks of it, whatever its headers called it.
-    """
-
-    def __init__(
-        self,
-        parse: Parse = parse,
-        *,
-        room: AnswerRoom | None = None,
-        answers: int = 1,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        """
-        Args:
-            room: for what it holds, and for the chunks that it gives, while they are there.
-            answers: how many the caller asked for (`n`).
-            headers: of the response.
-        """
-        self._room = room or AnswerRoom()
-        self._held = Held(self._room)
-        """For the event that is not over."""
-        self._cutter = SSEDecoder(self._room.largest)
-        self._parse = parse
-        self._answers = answers
-        self._headers = headers
-        self._ends = ChoiceEnds()
-        self._head: bytes | None = b""
-        """What came before the first byte that says what this is. None: it is known."""
-        self._json: _JsonBody | None = None
-        self._other: bytes | None = None
-        """The beginning of a body that is neither JSON nor events."""
-        self._told_done = False
-        self.begun = False
-        """A chunk has come."""
-        self.over = False
-        """Nothing more is to be read."""
-        self.failure: UpstreamError | None = None
-        """What ended it, after the chunks before."""
-
-    @property
-    def finished(self) -> bool:
-        """The answer has come to its end: of every choice, or [DONE] after something."""
-        return (self._told_done and self._ends.begun) or self._ends.all()
-
-    def feed(self, piece: bytes) -> list[JSONPayload]:
-        if self._head is not None:
-            return self._begin(self._head + piece)
-        if self._json is not None:
-            return self._go_on_with_json(self._json, piece)
-        return self._events(piece)
-
-    def close(self) -> list[JSONPayload]:
-        """Nothing more comes."""
-        block: list[JSONPayload] = []
-        if self._head:
-            block = self._events(self._head)
-        if self._json is not None:
-            block = self._of_whole_json(self._json)
-        if not self.over:
-            finished = self.finished
-            block += self._block(self._cutter.close())
-            if finished and self.failure is not None and self.failure.message == _NO_JSON:
-                self.failure = None  # half an event, where the connection broke behind the end of the answer
-        self.over = True
-        self.drop()
-        return block
-
-    def drop(self) -> None:
-        """What it holds of what is not over."""
-        self._held.release()
-        if self._json is not None:
-            self._json.bounds.restart()
-
-    def break_off(self) -> bool:
-        """The connection broke. Whether the answer had ended before, so that this does not matter."""
-        self.over = self._ends.all(self._answers)
-        return self.over
-
-    @property
-    def fault(self) -> UpstreamError | None:
-        """Of a stream that is over: what was wrong with how it ended."""
-        if self.failure is not None or self.finished:
-            return self.failure
-        if self._other and not self.begun:
-            return not_a_completion("the model", self._other, self._headers)
-        return UpstreamError("the model's stream ended before its answer did")
-
-    def _begin(self, head: bytes) -> list[JSONPayload]:
-        """Once it is known what this is."""
-        form = form_of(head)
-        if form is None:
-            self._head = head[-_MAX_REST:]
-            return []
-        self._head = None
-        if form == "json":
-            self._json = _JsonBody(self._room)
-            return self._go_on_with_json(self._json, head.removeprefix(codecs.BOM_UTF8).lstrip())
-        if form == "other":
-            self._other = b""
-        return self._events(head)
-
-    def _go_on_with_json(self, body: _JsonBody, piece: bytes) -> list[JSONPayload]:
-        had_little = body.size < _MAX_REST
-        try:
-            body.add(piece)
-        except UpstreamError as failure:
-            return self._fail(failure)
-        if had_little and b"\n" in piece:
-            said = body.whole()
-            if _is_of_a_stream(said.partition(b"\n")[0]):
-                return self._events_after_all(body, said)
-        return []
-
-    def _events_after_all(self, body: _JsonBody, said: bytes) -> list[JSONPayload]:
-        body.bounds.restart()
-        self._json = None
-        return self._events(said)
-
-    def _of_whole_json(self, body: _JsonBody) -> list[JSONPayload]:
-        """A completion in place of a stream, or an error."""
-        said = body.whole()
-        try:
-            completion = self._parse(said)[0]
-        except TooMuchJson as error:
-            return self._fail(AnswerTooLarge(f"the model's answer {error}"))
-        except ValueError:  # it only began like JSON
-            self._other = b""
-            return self._events_after_all(body, said)
-        self.over = True
-        if not isinstance(completion, dict) or error_in(completion) is not None or not has_choices(completion):
-            return self._fail(not_a_completion("the model", completion, self._headers))
-        chunks = chunks_of_completion(reparse(said, completion))
-        try:
-            for chunk in chunks:
-                self._ends.see(chunk["choices"])
-        except UpstreamError as failure:
-            return self._fail(failure)
-        self.begun, self._json = True, None
-        return [JSONPayload(chunk, held=body.bounds.held) for chunk in chunks]
-
-    def _events(self, piece: bytes) -> list[JSONPayload]:
-        if self._other is not None and len(self._other) < _MAX_REST:
-            self._other = (self._other + piece)[:_MAX_REST]
-        cutter = self._cutter
-        try:
-            events = cutter.feed(piece)
-            if cutter.size > SMALL or self._held.size:
-                self._hold(cutter.size)
-        except EventTooLong as error:
-            return self._fail(AnswerTooLarge(f"{error} (max_answer_bytes)"))
-        except NoRoomForAnswer as failure:
-            return self._fail(failure)
-        return self._block(events)
-
-    def _hold(self, size: int) -> None:
-        """Of the event that is not over."""
-        if size <= self._held.size:
-            self._held.release()
-        if size > SMALL:
-            self._held.grow_to(size)
-
-    def _block(self, events: list[bytes]) -> list[JSONPayload]:
-        block: list[JSONPayload] = []
-        for event in events:
-            try:
-                self._add(event, block)
-            except UpstreamError as failure:
-                self._fail(failure)
-            if self.over:
-                break
-        return block
-
-    def _add(self, event: bytes, block: list[JSONPayload]) -> None:
-        """Raises UpstreamFailure."""
-        data = event.strip()
-        if type(event) is ErrorData:
-            raise reported(_REPORTED, _error_of(data), self._headers)
-        if not data or (type(event) is RawLine and not _is_of_a_stream(data)):
-            return
-        if data == _DONE:
-            self._told_done = self.over = True
-            return
-        try:
-            said, raw = self._parse(data)
-        except TooMuchJson as error:
-            raise _too_much(error) from error
-        except ValueError as error:
-            self._add_lines(data.split(b"\n"), block, error)
-            return
-        chunk = _chunk(said, raw, data, self._headers)
-        if len(data) > SMALL:
-            chunk.held = Held(self._room, len(data))
-        block.append(chunk)
-        self.begun = True
-        self._ends.see(chunk.body["choices"])
-
-    def _add_lines(self, lines: list[bytes], block: list[JSONPayload], error: ValueError) -> None:
-        """Events of some servers, with no blank line between them."""
-        if len(lines) == 1:
-            raise UpstreamError(_NO_JSON) from error
-        for line in lines:
-            if not self.over:
-                self._add(line, block)
-
-    def _fail(self, failure: UpstreamError) -> list[JSONPayload]:
-        self.failure, self.over = failure, True
-        self.drop()
-        return []
-
-
-class _JsonBody:
-    """All that came of a body that is JSON."""
-
-    def __init__(self, room: AnswerRoom) -> None:
-        self.bounds = AnswerBounds(room, MAX_VALUES_AT_ONCE)
-        self.size = 0
-        self._pieces: list[bytes] = []
-
-    def add(self, piece: bytes) -> None:
-        """Raises AnswerTooLarge, NoRoomForAnswer."""
-        self.bounds.add(piece)
-        self._pieces.append(piece)
-        self.size += len(piece)
-
-    def whole(self) -> bytes:
-        return b"".join(self._pieces)
-
-
-class CompletionReader:
-    """Feed it the body of an answer that is to be no stream; a stream of events is put together all the same."""
-
-    def __init__(
-        self,
-        model: str,
-        bounds: AnswerBounds,
-        parse: Parse | None = None,
-        *,
-        answers: int = 1,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        """As ChunkReader.
-
-        Args:
-            bounds: of the body, and what holds its room; the completion has that then.
-            parse: None: as `parse`.
-        """
-        self._model = model
-        self._bounds = bounds
-        self._parse = parse
-        self._answers = answers
-        self._headers = headers
-        self._pieces: list[bytes] = []
-        self._is_known = False
-        """Whether it is JSON or events."""
-        self._events: ChunkReader | None = None
-        self._joined = Joined()
-
-    @property
-    def of_events(self) -> bool:
-        """It was no JSON that came, as far as is known."""
-        return self._events is not None
-
-    @property
-    def finished(self) -> bool:
-        """The answer has come to its end, as far as that shows before the end of the body."""
-        return self._events is not None and self._events.finished
-
-    @property
-    def over(self) -> bool:
-        """Nothing more is to be read."""
-        return self._events is not None and self._events.over
-
-    def feed(self, piece: bytes) -> None:
-        """Raises AnswerTooLarge, NoRoomForAnswer."""
-        self._bounds.add_bytes(len(piece))
-        if self._events is not None:
-            self._join(self._events.feed(piece))
-            return
-        self._pieces.append(piece)
-        if self._is_known:
-            self._bounds.look_at(piece)
-            return
-        head = b"".join(self._pieces)
-        form = form_of(head)
-        if form is None:
-            self._pieces = [head[-_MAX_REST:]]
-            return
-        self._is_known = True
-        if form == "events":
-            self._pieces = []
-            self._events = self._event_reader()
-            self._join(self._events.feed(head))
-        else:
-            self._bounds.look_at(head)
-
-    def _event_reader(self) -> ChunkReader:
-        """Of events that are counted as a whole here."""
-        room = AnswerRoom(self._bounds.room.largest)
-        return ChunkReader(parse_exact, room=room, answers=self._answers, headers=self._headers)
-
-    def break_off(self) -> bool:
-        """The connection broke. Whether the answer had ended before."""
-        return self._events is not None and self._events.break_off()
-
-    def completion(self) -> JSONPayload:
-        """Once all has come. Raises UpstreamFailure."""
-        if self._events is not None:
-            return self._put_together(self._events)
-        said = self._said()
-        try:
-            read, raw = parse(said, checked=len(said) > SMALL) if self._parse is None else self._parse(said)
-        except ValueError as error:
-            return self._of_no_json(said, error)
-        return self._of_json(read, raw)
-
-    async def completion_in_turns(self) -> JSONPayload:
-        """As `completion`, and others get a turn while much is parsed."""
-        if self._events is not None or self._bounds.values <= MAX_VALUES_AT_ONCE:
-            return self.completion()
-        said = self._said()
-        try:
-            read, raw = await parsed_in_turns(said)
-        except ValueError as error:
-            return self._of_no_json(said, error)
-        return self._of_json(read, raw)
-
-    def _said(self) -> bytes:
-        pieces, self._pieces = self._pieces, []
-        return (pieces[0] if len(pieces) == 1 else b"".join(pieces)).removeprefix(codecs.BOM_UTF8)
-
-    def _of_json(self, read: Any, raw: bytes | None) -> JSONPayload:
-        completion = completion_of(self._model, read, raw, self._headers)
-        completion.held = self._bounds.held
-        return completion
-
-    def _of_no_json(self, said: bytes, error: ValueError) -> JSONPayload:
-        """It may only have begun like JSON."""
-        if isinstance(error, TooMuchJson):
-            raise AnswerTooLarge(f"the model's answer {error}") from error
-        events = self._event_reader()
-        self._join(events.feed(said))
-        self._join(events.close())
-        if events.failure is None and not events.begun:
-            raise not_a_completion(self._model, said, self._headers) from None
-        return self._put_together(events)
-
-    def _put_together(self, events: ChunkReader) -> JSONPayload:
-        if not events.over:
-            self._join(events.close())
-        if (fault := events.fault) is not None:
-            raise fault
-        return JSONPayload(self._joined.completion(), held=self._bounds.held)
-
-    def _join(self, block: list[JSONPayload]) -> None:
-        for chunk in block:
-            self._joined.add(chunk.body)
-
-
-def completion_of(model: str, said: Any, raw: bytes | None, headers: Mapping[str, str] | None = None) -> JSONPayload:
-    """Raises UpstreamFailure: it is none, or tells of an error."""
-    if not isinstance(said, dict) or error_in(said) is not None or not has_choices(said):
-        raise not_a_completion(model, said, headers)
-    if not said.get("usage"):
-        for choice in said["choices"]:
-            if isinstance(choice.get("usage"), dict):
-                whole = said if raw is None else reparse(raw, said)
-                return JSONPayload({**whole, "usage": choice["usage"]})
-    return JSONPayload(said, raw)
-
-
-def _is_of_a_stream(line: bytes) -> bool:
-    """Whether a line of JSON alone is an error or a chunk, which belongs into an event."""
-    try:
-        said = parse_exact(line)[0]
-    except ValueError:
-        return False
-    return isinstance(said, dict) and (error_in(said) is not None or ("choices" in said and not has_choices(said)))
-
-
-def _error_of(data: bytes) -> Any:
-    """What an event that is called an error says."""
-    try:
-        said = parse_exact(data)[0]
-    except ValueError:
-        return {"error": data.decode("utf-8", "replace")[:MAX_MESSAGE_CHARS]}
-    return said if error_in(said) is not None else {"error": said}
-
-
-def chunk_of(data: bytes, parse: Parse = parse) -> JSONPayload:
-    """Raises UpstreamFailure. No choices and no delta, which some servers say as null, become what clients expect."""
-    try:
-        said, raw = parse(data)
-    except TooMuchJson as error:
-        raise _too_much(error) from error
-    except ValueError as error:
-        raise UpstreamError(_NO_JSON) from error
-    return _chunk(said, raw, data)
-
-
-def _too_much(error: TooMuchJson) -> AnswerTooLarge:
-    return AnswerTooLarge(f"the model sent an event that {error}")
-
-
-def _chunk(said: Any, raw: bytes | None, data: bytes, headers: Mapping[str, str] | None = None) -> JSONPayload:
-    if not isinstance(said, dict):
-        raise UpstreamError("the model sent an event that is not a JSON object")
-    odd = said.get("object") == "error" or not MAY_TELL.isdisjoint(said)
-    choices = said.get("choices")
-    if not isinstance(choices, list | None):
-        _raise_if_error(said, headers)
-        raise UpstreamError(_ODD_CHOICES)
-    usual = choices is not None
-    for choice in choices or ():
-        if not isinstance(choice, dict):
-            _raise_if_error(said, headers)
-            raise UpstreamError(_ODD_CHOICES)
-        odd = odd or "error" in choice or bool(choice.get("finish_reason"))
-        usual = usual and choice.get("delta") is not None and "usage" not in choice
-    if odd:
-        _raise_if_error(said, headers)
-    if not usual or b"\n" in data or b"\r" in data:  # an event is one line here
-        return JSONPayload(_filled(reparse(data, said)))
-    return JSONPayload(said, raw)
-
-
-def _raise_if_error(said: dict[str, Any], headers: Mapping[str, str] | None) -> None:
-    error = error_in(said)
-    if error is not None:
-        raise reported(_REPORTED, error, headers)
-
-
-def _filled(chunk: dict[str, Any]) -> dict[str, Any]:
-    if chunk.get("choices") is None:
-        chunk["choices"] = []
-    for choice in chunk["choices"]:
-        if choice.get("delta") is None:
-            choice["delta"] = {}
-        if isinstance(choice.get("usage"), dict) and not chunk.get("usage"):  # Moonshot's place for it
-            chunk["usage"] = choice["usage"]
-    return chunk
-
-
-def is_finished(chunk: Mapping[str, Any]) -> bool:
-    for choice in chunk.get("choices") or ():  # noqa: SIM110  # any() over a generator takes three times as long
-        if choice.get("finish_reason"):
-            return True
-    return False

@@ -10,18 +10,18 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 import aiohappyeyeballs
 
-from proxy.outbound import USUAL, Trust
+from proxy.settings.outbound import USUAL, Trust
 from proxy.upstream.connection import HTTP11Connection, RemoteProtocolError
 
+# A connection, after its last answer.
 KEPT_ALIVE_S = 30.0
-"""A connection, after its last answer."""
 
 SWEEP_S = 1.0
 
 PORTS = {"http": 80, "https": 443}
 
+# Until the next address of a name is tried beside the first (RFC 8305).
 _EYEBALLS_S = 0.25
-"""Until the next address of a name is tried beside the first (RFC 8305)."""
 
 
 class ProxyError(Exception):
@@ -52,8 +52,8 @@ class ConnectionPool:
         self._most = most
         self._context = context
         self._busy = 0
+        # The newest last, each with the time at which it is given up.
         self._idle: dict[Origin, dict[HTTP11Connection, float]] = {}
-        """The newest last, each with the time at which it is given up."""
         self._idle_count = 0
         self._places: deque[asyncio.Future[None]] = deque()
         self._sweeping: asyncio.TimerHandle | None = None

@@ -38,11 +38,11 @@ class SSEDecoder:
         self._data: list[bytes] = []
         self._raw: list[bytes] = []
         self._name = b""
+        # Bytes of the event that is not over.
         self.size = 0
-        """Bytes of the event that is not over."""
         self._begun = False
+        # The last byte was a carriage return.
         self._returned = False
-        """The last byte was a carriage return."""
 
     def feed(self, piece: bytes) -> list[bytes]:
         """Raises EventTooLong."""

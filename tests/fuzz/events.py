@@ -11,14 +11,8 @@ import atheris
 
 with atheris.instrument_imports(include=["proxy.upstream.sse", "proxy.upstream.payload", "json"]):
     from proxy.errors import UpstreamError
-    from proxy.upstream.payload import (
-        chunk_of,
-        finish_reasons,
-        has_content,
-        is_empty_completion,
-        is_usage_chunk,
-        parse_exact,
-    )
+    from proxy.upstream.chunk_reader import chunk_of
+    from proxy.upstream.payload import finish_reasons, has_content, is_empty_completion, is_usage_chunk, parse_exact
     from proxy.upstream.sse import SSEDecoder, format_event
 
 

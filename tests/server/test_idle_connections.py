@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from proxy.concurrency import cancel_and_wait
-from proxy.outbound import AsyncTransport, Outbound
-from proxy.upstream.litellm.transport import capture, chunks_of, client_over, open_pool, reap_connections
+from proxy.settings.outbound import AsyncTransport, Outbound
+from proxy.upstream.litellm_transport import capture, chunks_of, client_over, open_pool, reap_connections
 from tests.support.makers import until
 from tests.support.raw_upstream import DONE, END, SAID, RawUpstream, Said, chunked, plain
 

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import UpstreamError
-from proxy.upstream.litellm.transport import chunks_of
+from proxy.upstream.litellm_transport import chunks_of
 from proxy.upstream.sse import SSEDecoder, encode_json, format_event
 
 LINE_ENDS = st.sampled_from(["\n", "\r\n"])

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamError
-from proxy.safety.json_shape import MAX_VALUES, MAX_VALUES_AT_ONCE, SMALL
+from proxy.json_limits import MAX_VALUES, MAX_VALUES_AT_ONCE, SMALL_BYTES
 from proxy.server.responses import render_error
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import CircuitBreakerSettings, Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream.answer_room import AnswerBounds, AnswerRoom, Held
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.health import HealthRegistry
+from proxy.upstream.response_memory import HeldMemory, ResponseBounds, ResponseMemory
 from tests.support.makers import until
 from tests.support.raw_upstream import DONE, END, JSON, SAID, STREAM_HEAD, RawUpstream, Said, chunked, plain
 from tests.support.relaying import BODY, a_model, failing, streamed, whole
@@ -268,10 +268,10 @@ def test_without_room_other_models_are_not_asked_and_the_client_may_come_again()
 
 
 def test_room_is_given_back_when_nothing_refers_to_the_answer() -> None:
-    room = AnswerRoom(10, 10)
-    held = Held(room, 8)
+    room = ResponseMemory(10, 10)
+    held = HeldMemory(room, 8)
     with pytest.raises(NoRoomForAnswer):
-        Held(room, 3)
+        HeldMemory(room, 3)
     held.grow_to(10)
     taken = room.taken
     del held
@@ -279,27 +279,27 @@ def test_room_is_given_back_when_nothing_refers_to_the_answer() -> None:
     assert (taken, room.taken) == (10, 0)
 
 
-@pytest.mark.parametrize("cut", [1, 1000, SMALL - 1, SMALL + 1])
+@pytest.mark.parametrize("cut", [1, 1000, SMALL_BYTES - 1, SMALL_BYTES + 1])
 def test_of_lines_each_is_bounded_by_itself(cut: int) -> None:
-    bounds = AnswerBounds(AnswerRoom(2 * SMALL, 10 * SMALL))
-    text = (b"x" * (SMALL // 3) + b"\n") * 12 + b"y" * (2 * SMALL) + b"\nz"
+    bounds = ResponseBounds(ResponseMemory(2 * SMALL_BYTES, 10 * SMALL_BYTES))
+    text = (b"x" * (SMALL_BYTES // 3) + b"\n") * 12 + b"y" * (2 * SMALL_BYTES) + b"\nz"
     step = max(cut, 100)
     for start in range(0, len(text), step):
         bounds.add_lines(text[start : start + step])
 
     assert bounds.held.size == 0
-    bounds.add_lines(b"y" * SMALL)
-    bounds.add_lines(b"y" * (SMALL - 1))
+    bounds.add_lines(b"y" * SMALL_BYTES)
+    bounds.add_lines(b"y" * (SMALL_BYTES - 1))
     with pytest.raises(AnswerTooLarge):
         bounds.add_lines(b"yy")
 
 
 def test_a_warning_of_too_little_room_is_not_repeated_at_once(caplog: pytest.LogCaptureFixture) -> None:
-    room = AnswerRoom(10, 10)
-    AnswerRoom(10, 1).take(10)  # room for one, whatever is set
+    room = ResponseMemory(10, 10)
+    ResponseMemory(10, 1).take(10)  # room for one, whatever is set
     with caplog.at_level(logging.WARNING):
         for _ in range(5):
             with pytest.raises(NoRoomForAnswer):
-                Held(room, 11)
+                HeldMemory(room, 11)
 
     assert len(caplog.records) == 1

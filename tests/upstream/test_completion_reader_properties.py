@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import UpstreamError
-from proxy.upstream.litellm.transport import chunks_of
-from proxy.upstream.payload import ChunkReader
+from proxy.upstream.chunk_reader import ChunkReader
+from proxy.upstream.litellm_transport import chunks_of
 from proxy.upstream.sse import ErrorData, RawLine, SSEDecoder
 
 SAID: Any = {"model": "m", "choices": [{"index": 0, "delta": {"content": "é\u2028字"}, "finish_reason": None}]}

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from proxy.errors import BadRequest, UpstreamError
-from proxy.outbound import Outbound
 from proxy.settings.models import ModelInfo
+from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, ResolvedProvider
 from proxy.upstream.client import UpstreamClient, is_direct
 from proxy.upstream.endpoint import Endpoints, url_of
-from proxy.upstream.litellm.params import is_openai_url
-from proxy.upstream.provider_resolution import FILE, Resolver, resolve_static
+from proxy.upstream.model_params import is_openai_url
+from proxy.upstream.provider_resolution import CACHE_FILE, Resolver, resolve_static
 from tests.support.makers import a_record
 from tests.support.upstream import ScriptedUpstream
 
@@ -205,7 +205,7 @@ async def test_a_key_of_the_environment_is_sent_and_kept_nowhere(tmp_path: Path)
         assert (server.last.body["max_tokens"], "max_completion_tokens" in server.last.body) == (7, False)
     assert record.resolved is not None
     target = Endpoints(Settings(), environ, Outbound({})).of(record, record.resolved)
-    kept = (tmp_path / FILE).read_text() + record.to_json() + repr(record) + repr(target) + repr(record.resolved)
+    kept = (tmp_path / CACHE_FILE).read_text() + record.to_json() + repr(record) + repr(target) + repr(record.resolved)
     assert "MISTRAL_API_KEY" in kept
     assert CANARY not in kept
 

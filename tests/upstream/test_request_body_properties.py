@@ -10,12 +10,13 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
-from proxy.outbound import Outbound
 from proxy.routing.chat_request import parse_chat
+from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
 from proxy.storage.models import ResolvedProvider
+from proxy.upstream.chunk_reader import chunk_of
 from proxy.upstream.endpoint import Endpoints, build_body
-from proxy.upstream.payload import JSONPayload, chunk_of, parse, replace_model
+from proxy.upstream.payload import JSONPayload, parse, replace_model
 from tests.support.makers import a_record
 
 ASK: Any = [{"role": "user", "content": "hi"}]

@@ -20,8 +20,8 @@ from urllib.request import getproxies, proxy_bypass
 import certifi
 import httpx
 
+# True: the usual certificates. False: any certificate. A text: the file or folder of the certificates to trust.
 Trust = bool | str
-"""True: the usual certificates. False: any certificate. A text: the file or folder of the certificates to trust."""
 
 USUAL: Trust = True
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 
-from proxy.outbound import http_client
-from proxy.upstream.litellm.transport import HOOKS, CallTransport, client_over
+from proxy.settings.outbound import http_client
+from proxy.upstream.litellm_transport import HOOKS, CallTransport, client_over
 
 _ANSWER = {
     "id": "warm-up",

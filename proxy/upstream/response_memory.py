@@ -1,24 +1,24 @@
-"""How much of upstreams' answers is held: of each, and of all together in this process."""
-
 from __future__ import annotations
 
 import logging
 from time import monotonic
 
 from proxy.errors import AnswerTooLarge, NoRoomForAnswer
-from proxy.safety.json_shape import MAX_VALUES, SMALL, Shape, TooMuchJson
+from proxy.json_limits import MAX_VALUES, SMALL_BYTES, JSONSizeCounter, JSONTooLarge
 
 log = logging.getLogger("uniroute.upstream")
 
-MAX_ANSWER_BYTES = 20_000_000
+MAX_RESPONSE_BYTES = 20_000_000
+
 MAX_TOTAL_BYTES = 256_000_000
+
 _SAID_EVERY_S = 10.0
 
 
-class AnswerRoom:
+class ResponseMemory:
     """One per process, on one event loop. What is no larger than SMALL is not counted: connections bound it."""
 
-    def __init__(self, largest: int = MAX_ANSWER_BYTES, most: int = MAX_TOTAL_BYTES) -> None:
+    def __init__(self, largest: int = MAX_RESPONSE_BYTES, most: int = MAX_TOTAL_BYTES) -> None:
         """
         Args:
             largest: bytes of one answer, or of one event of a stream (`max_answer_bytes`).
@@ -49,13 +49,13 @@ class AnswerRoom:
             )
 
 
-class Held:
+class HeldMemory:
     """What one answer takes of the room: given back by `release`, or once nothing refers to it any more, so that no
     path leaves it taken."""
 
     __slots__ = ("_room", "size")
 
-    def __init__(self, room: AnswerRoom, size: int = 0) -> None:
+    def __init__(self, room: ResponseMemory, size: int = 0) -> None:
         """Raises NoRoomForAnswer."""
         self._room = room
         self.size = 0
@@ -74,13 +74,13 @@ class Held:
     __del__ = release
 
 
-class AnswerBounds:
+class ResponseBounds:
     """Of one JSON text of an upstream, or of one line after the other, as its bytes come. Used as a context, it gives
     back what it holds where that fails; else whoever takes `held` has it."""
 
-    def __init__(self, room: AnswerRoom, values: int = MAX_VALUES) -> None:
+    def __init__(self, room: ResponseMemory, values: int = MAX_VALUES) -> None:
         """`values`: how many one text may hold."""
-        self.held = Held(room)
+        self.held = HeldMemory(room)
         self.room = room
         self._most_values = values
         self.restart()
@@ -90,9 +90,9 @@ class AnswerBounds:
         self.held.release()
         self._size = 0
         self._unseen: list[bytes] = []
-        self._shape: Shape | None = None
+        self._shape: JSONSizeCounter | None = None
 
-    def __enter__(self) -> AnswerBounds:
+    def __enter__(self) -> ResponseBounds:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -109,7 +109,7 @@ class AnswerBounds:
         self._size += size
         if self._size > self.room.largest:
             raise self.too_large()
-        if self._size > SMALL:
+        if self._size > SMALL_BYTES:
             self.held.grow_to(self._size)
 
     def add(self, piece: bytes) -> None:
@@ -119,14 +119,14 @@ class AnswerBounds:
 
     def look_at(self, piece: bytes) -> None:
         """What was added as bytes is JSON. Raises AnswerTooLarge."""
-        if self._size <= SMALL:
+        if self._size <= SMALL_BYTES:
             self._unseen.append(piece)
             return
         if self._shape is None:
-            self._shape, piece, self._unseen = Shape(self._most_values), b"".join((*self._unseen, piece)), []
+            self._shape, piece, self._unseen = JSONSizeCounter(self._most_values), b"".join((*self._unseen, piece)), []
         try:
             self._shape.feed(piece)
-        except TooMuchJson as error:
+        except JSONTooLarge as error:
             raise AnswerTooLarge(f"the model's answer {error}") from error
 
     def too_large(self) -> AnswerTooLarge:
@@ -134,7 +134,7 @@ class AnswerBounds:
 
     def add_lines(self, piece: bytes) -> None:
         """Each line is a text. Raises as `add`."""
-        if self._shape is None and self._size + len(piece) <= SMALL:  # no line of it is large
+        if self._shape is None and self._size + len(piece) <= SMALL_BYTES:  # no line of it is large
             start = piece.rfind(b"\n") + 1
             if start:
                 self._size, self._unseen = 0, []

@@ -20,22 +20,22 @@ import httpx
 
 from proxy.concurrency import connection_budget, iterate_uncancelled, run_uncancelled
 from proxy.errors import MAX_ERROR_BYTES, UpstreamError
-from proxy.outbound import AsyncTransport, Outbound, Trust
-from proxy.safety.json_shape import MAX_VALUES_AT_ONCE
-from proxy.upstream.answer_room import AnswerBounds, AnswerRoom
-from proxy.upstream.completion_reader import form_of
-from proxy.upstream.connection import PIECE
-from proxy.upstream.content_coding import Unpacker, unpacker_of
+from proxy.json_limits import MAX_VALUES_AT_ONCE
+from proxy.settings.outbound import AsyncTransport, Outbound, Trust
+from proxy.upstream.chunk_reader import LAST_WORDS_S, ChunkReader, form_of
+from proxy.upstream.completion_reader import CompletionReader
+from proxy.upstream.connection import PIECE, Unpacker, unpacker_of
 from proxy.upstream.errors import error_from_exception, error_in, not_a_completion
-from proxy.upstream.payload import LAST_WORDS_S, ChunkReader, CompletionReader, parse_exact
+from proxy.upstream.payload import parse_exact
 from proxy.upstream.pool import KEPT_ALIVE_S
+from proxy.upstream.response_memory import ResponseBounds, ResponseMemory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+# In the extensions of a request: whose it is.
 EXCHANGE = "uniroute.exchange"
-"""In the extensions of a request: whose it is."""
 
 
 class CapturedResponse:
@@ -47,7 +47,7 @@ class CapturedResponse:
         *,
         streams: bool = False,
         answers: int = 1,
-        room: AnswerRoom | None = None,
+        room: ResponseMemory | None = None,
         model: str = "the model",
     ) -> None:
         """
@@ -61,20 +61,20 @@ class CapturedResponse:
         self.model = model
         self.streams = streams
         self.answers = answers
+        # Whether a stream of it is in the format that we read.
         self.in_openais_format = False
-        """Whether a stream of it is in the format that we read."""
-        self.bounds = AnswerBounds(room or AnswerRoom(), MAX_VALUES_AT_ONCE)
+        self.bounds = ResponseBounds(room or ResponseMemory(), MAX_VALUES_AT_ONCE)
+        # What came as a whole answer in OpenAI's format.
         self.completion: dict[str, Any] | None = None
-        """What came as a whole answer in OpenAI's format."""
+        # What was wrong with its answer, whatever the library in between made of that.
         self.fault: UpstreamError | None = None
-        """What was wrong with its answer, whatever the library in between made of that."""
+        # Whose certificates count; None: the usual.
         self.trust: Trust | None = None
-        """Whose certificates count; None: the usual."""
+        # Of the pool that a client which litellm made itself takes too.
         self.transport: httpx.AsyncBaseTransport | None = None
-        """Of the pool that a client which litellm made itself takes too."""
         self.response: httpx.Response | None = None
+        # Monotonic seconds since which nobody waits for anything of it.
         self.over_at: float | None = None
-        """Monotonic seconds since which nobody waits for anything of it."""
 
     def end(self) -> None:
         """Whatever it still has open is nobody's from now on."""
@@ -141,7 +141,7 @@ def capture(
     *,
     streams: bool = False,
     answers: int = 1,
-    room: AnswerRoom | None = None,
+    room: ResponseMemory | None = None,
     model: str = "the model",
 ) -> Iterator[CapturedResponse]:
     """What the pool receives in this context is noted on the exchange; it connects within `connect_s`. The exchange is
@@ -346,7 +346,7 @@ class CallTransport(httpx.AsyncBaseTransport):
 
 
 async def chunks_of(
-    response: httpx.Response, room: AnswerRoom | None = None, answers: int = 1
+    response: httpx.Response, room: ResponseMemory | None = None, answers: int = 1
 ) -> AsyncGenerator[dict[str, Any]]:
     """The chunks of a stream in OpenAI's format, untouched. UpstreamFailure where it breaks or ends too early.
 
@@ -375,8 +375,8 @@ async def chunks_of(
         raise fault
 
 
+# In which a call that is over closes its connection by itself, as nearly all do.
 GRACE_S = 1.0
-"""In which a call that is over closes its connection by itself, as nearly all do."""
 
 
 async def reap_connections(pool: httpx.AsyncClient, every_s: float = 1.0, grace_s: float = GRACE_S) -> None:

@@ -12,13 +12,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from proxy.errors import BadRequest
-from proxy.outbound import OutboundError
-from proxy.safety.redaction import is_reference, secrets_below
+from proxy.settings.litellm_params import is_provider_param
+from proxy.settings.outbound import OutboundError
+from proxy.settings.redaction import is_reference, secrets_below
 from proxy.storage.models import ModelRecord
-from proxy.upstream.litellm.params import VERBATIM, is_openai_url, is_provider_param
+from proxy.upstream.model_params import PASSTHROUGH, is_openai_url
 
+# Where litellm goes without saying so, for those that speak OpenAI's format.
 DEFAULT_BASES = {"openai": "https://api.openai.com/v1", "openrouter": "https://openrouter.ai/api/v1"}
-"""Where litellm goes without saying so, for those that speak OpenAI's format."""
+
 _OTHER_BASES = {
     "anthropic": "https://api.anthropic.com",
     "cohere": "https://api.cohere.com",
@@ -27,13 +29,19 @@ _OTHER_BASES = {
     "ollama": "http://localhost:11434",
     "ollama_chat": "http://localhost:11434",
 }
+
 _OWN_HOSTS = {"vertex_ai": ".googleapis.com", "bedrock": ".amazonaws.com", "sagemaker": ".amazonaws.com"}
+
+# Providers for which litellm finds credentials in more places than variables: files, metadata services, logins.
 _AMBIENT = re.compile(r"(azure|bedrock|databricks|gigachat|github|oci|sagemaker|sap|snowflake|vertex|watsonx).*")
-"""Providers for which litellm finds credentials in more places than variables: files, metadata services, logins."""
+
+# Given as a key where none is to be looked up.
 STAND_IN = "-"
-"""Given as a key where none is to be looked up."""
+
 _ADDRESS = re.compile(r"(.*_)?(api_base|base_url|endpoint|auth_url|url|host)")
+
 _PORTS = {"http": 80, "https": 443}
+
 ADDRESSES = ("api_base", "base_url")
 
 Origin = tuple[str, str, int | None]
@@ -114,7 +122,7 @@ def check_environment_key(record: ModelRecord, environ: Mapping[str, str]) -> No
         return
     if params.get("api_key") or stated_secrets(params):
         return
-    if resolved.provider in VERBATIM or not (found := _variable_of(resolved.provider, environ)):
+    if resolved.provider in PASSTHROUGH or not (found := _variable_of(resolved.provider, environ)):
         return
     raise BadRequest(
         f"{record.name}: {found} is for {resolved.provider}'s own address, and is not sent to another: state `api_key:"

@@ -12,17 +12,17 @@ import numpy as np
 
 MAX_DEPTH: Final = 64
 
+# Texts (keys among them), numbers, lists and objects in one document, all levels together.
 MAX_VALUES: Final = 300_000
-"""Texts (keys among them), numbers, lists and objects in one document, all levels together."""
 
+# Of what is parsed on the event loop: that takes a few milliseconds.
 MAX_VALUES_AT_ONCE: Final = 50_000
-"""Of what is parsed on the event loop: that takes a few milliseconds."""
 
-SMALL: Final = 64 * 2**10
-"""Bytes. What is no larger can hold neither many values nor take long."""
+# Bytes. What is no larger can hold neither many values nor take long.
+SMALL_BYTES: Final = 64 * 2**10
 
-SHALLOW: Final = 512
-"""Bytes in which at most half as many levels fit, which every part of the program follows."""
+# Bytes in which at most half as many levels fit, which every part of the program follows.
+SHALLOW_BYTES: Final = 512
 
 _SLICE = 64 * 2**10
 
@@ -35,19 +35,19 @@ _STEPS[list(b"[{")] = 1
 _STEPS[list(b"]}")] = -1
 
 
-class TooMuchJson(ValueError):
+class JSONTooLarge(ValueError):
     """More levels or values than are read; the message goes on from what it is of."""
 
 
-class Shape:
+class JSONSizeCounter:
     """Feed it a JSON text, however it is split. What is no JSON counts up to where a parser would give up at most."""
 
     __slots__ = ("_bound", "_depth", "_escaped", "_most", "_quoted", "_texts", "values")
 
     def __init__(self, most: int = MAX_VALUES, *, rough: bool = False) -> None:
         """`rough`: what is refused holds more than `most`, but not all that holds more is refused."""
+        # No fewer than there are; a list or an object that is empty counts twice.
         self.values = 1
-        """No fewer than there are; a list or an object that is empty counts twice."""
         self._most, self._bound = most, 2 * most if rough else most
         self._depth = self._texts = 0
         self._quoted = self._escaped = False
@@ -76,27 +76,27 @@ class Shape:
         closed = structure.count(b"]") + structure.count(b"}")
         self.values += len(structure) - closed  # one behind each comma, colon, and what opens and is not empty
         if max(self.values, self._texts) > self._bound:
-            raise TooMuchJson(f"holds more than {self._most} values")
+            raise JSONTooLarge(f"holds more than {self._most} values")
         if self._depth + opened > MAX_DEPTH:
             steps = np.cumsum(_STEPS[np.frombuffer(structure, np.uint8)], dtype=np.int32)
             if self._depth + int(steps.max()) > MAX_DEPTH:
-                raise TooMuchJson(f"is nested deeper than {MAX_DEPTH} levels")
+                raise JSONTooLarge(f"is nested deeper than {MAX_DEPTH} levels")
         self._depth += opened - closed
 
 
-def check_shape(data: bytes, most: int = MAX_VALUES) -> None:
+def check_limits(data: bytes, most: int = MAX_VALUES) -> None:
     """Before `data` is parsed. Costs nothing noticeable where it is small. Raises TooMuchJson."""
     size = len(data)
-    if size <= SHALLOW or (size <= SMALL and data.count(b"[") + data.count(b"{") <= MAX_DEPTH):
+    if size <= SHALLOW_BYTES or (size <= SMALL_BYTES and data.count(b"[") + data.count(b"{") <= MAX_DEPTH):
         return
-    Shape(most).feed(data)
+    JSONSizeCounter(most).feed(data)
 
 
-def refuse_many(data: bytes) -> None:
+def reject_large(data: bytes) -> None:
     """For a document whose values are counted exactly once it is parsed: raises TooMuchJson where not even that is
     worth while."""
     if len(data) > MAX_VALUES and _has_many_signs(data):
-        Shape(rough=True).feed(data)
+        JSONSizeCounter(rough=True).feed(data)
 
 
 def _has_many_signs(data: bytes) -> bool:

@@ -10,30 +10,34 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
-from proxy.words import words
-
 REFERENCE = "os.environ/"
 
 HIDDEN = "***"
 
 _HEADERS = ("extra_headers", "headers")
 
-_WORDS = words("""
+# A name that ends in one of these, or holds one of `_ANYWHERE`, is that of a secret.
+_WORDS = frozenset(
+    """
     secret secrets password passwd passwords pwd passphrase credential credentials auth authorization cookie apikey
     apikeys accesskey secretkey privatekey bearer jwt signature sig key keys
-""")
-"""A name that ends in one of these, or holds one of `_ANYWHERE`, is that of a secret."""
+    """.split()
+)
 
-_ANYWHERE = words("""
+_ANYWHERE = frozenset(
+    """
     secret secrets password passwd credential credentials authorization apikey
-""")
+    """.split()
+)
 
 _PAIRS = ("api_key", "access_key", "private_key", "subscription_key")
 
-_NO_SECRETS = words("""
-    prompt_cache_key cache_key preset_cache_key bos_token eos_token pad_token unk_token sep_token cls_token mask_token
-    stop_token start_token end_token max_token min_token special_token image_token
-""")
+_NO_SECRETS = frozenset(
+    """
+    prompt_cache_key cache_key preset_cache_key bos_token eos_token pad_token unk_token sep_token cls_token
+    mask_token stop_token start_token end_token max_token min_token special_token image_token
+    """.split()
+)
 
 _LOOKS = re.compile(
     r"(?:(?:sk|pk|rk)-[\w-]{6,}|(?:xai|gsk|hf|ghp|gho|ghs|github_pat|glpat|pplx|nvapi|xox[abprs])[-_][\w-]{16,}"
@@ -48,8 +52,8 @@ _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 _PUBLIC_QUERY = frozenset({"api-version", "api_version"})
 
+# What people write where a key is asked for and none is needed.
 _STAND_INS = frozenset({"-", "none", "empty", "dummy", "no-key", "not-needed", "unused"})
-"""What people write where a key is asked for and none is needed."""
 
 _MAX_DEPTH = 64
 

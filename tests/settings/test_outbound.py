@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import UpstreamError
-from proxy.outbound import Outbound, OutboundError, Proxies, ssl_context, trust_of
+from proxy.settings.outbound import Outbound, OutboundError, Proxies, ssl_context, trust_of
 from proxy.settings.schema import Settings
 from proxy.storage.price_feed import PriceFeedError, fetch_catalog
 from proxy.upstream.client import UpstreamClient

@@ -2,41 +2,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
 from proxy.concurrency import GRACE_PERIOD_S, cancel_and_wait, in_own_thread, iterate_uncancelled, run_uncancelled
 from proxy.errors import UpstreamError
-from proxy.outbound import Outbound, OutboundError, Trust
+from proxy.settings.litellm_params import CHAT_FIELDS, OPENAI_ONLY, is_provider_param
 from proxy.settings.models import SettingsError, resolve_secret
+from proxy.settings.outbound import Outbound, OutboundError, Trust
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream.answer_room import AnswerRoom
+from proxy.upstream.chunk_reader import ChoiceEnds, answers_of, is_finished
 from proxy.upstream.errors import redact, unreachable
-from proxy.upstream.litellm.params import (
-    FOLLOWS_REDIRECTS,
-    LiteLLMTarget,
-    call_arguments,
-    is_provider_param,
-    merge_model_params,
-    secrets_of,
-)
-from proxy.upstream.litellm.setup import disable_request_logging, http_handler, import_litellm, warm_up
-from proxy.upstream.litellm.transport import CapturedResponse, capture, chunks_of, open_pool, reap_connections
-from proxy.upstream.origins import STAND_IN, key_of_call
-from proxy.upstream.payload import ChoiceEnds, answers_of, is_finished
-from proxy.words import words
+from proxy.upstream.key_scope import STAND_IN, key_of_call
+from proxy.upstream.litellm_setup import disable_request_logging, http_handler, import_litellm, warm_up
+from proxy.upstream.litellm_transport import CapturedResponse, capture, chunks_of, open_pool, reap_connections
+from proxy.upstream.model_params import FOLLOWS_REDIRECTS, PASSTHROUGH, is_openai_url, merge_model_params, secrets_of
+from proxy.upstream.response_memory import ResponseMemory
 
 log = logging.getLogger("uniroute.upstream")
 
 MAX_CLIENTS = 256
 
+# What litellm raises where a caller's or a model's JSON has another shape than it expects.
 LITELLM_PARSE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What litellm raises where a caller's or a model's JSON has another shape than it expects."""
 
 Chunks = AsyncGenerator[dict[str, Any]]
 
@@ -48,11 +43,11 @@ class LiteLLMClient:
         self,
         settings: Settings,
         environ: Mapping[str, str],
-        room: AnswerRoom | None = None,
+        room: ResponseMemory | None = None,
         outbound: Outbound | None = None,
     ) -> None:
         self._settings = settings
-        self._room = room or AnswerRoom()
+        self._room = room or ResponseMemory()
         self._outbound = outbound or Outbound(environ)
         self._environ = environ
         self._litellm: Any = None
@@ -285,13 +280,15 @@ class LiteLLMClient:
         return self._clients[known]
 
 
+# Providers for which litellm takes an AsyncOpenAI, with most of its `openai_compatible_providers`.
 _OPENAI_SDK = frozenset({"openai", "custom_openai", "lm_studio", "llamafile", "litellm_proxy", "docker_model_runner"})
-"""Providers for which litellm takes an AsyncOpenAI, with most of its `openai_compatible_providers`."""
 
-_OWN_HANDLER = words("""
+# Those that take litellm's own handler around our pool after all, as every other provider does.
+_OWN_HANDLER = frozenset(
+    """
     deepseek azure_ai fireworks_ai together_ai ragflow xai groq cometapi hosted_vllm edenai github_copilot chatgpt
-""")
-"""Those that take litellm's own handler around our pool after all, as every other provider does."""
+    """.split()
+)
 
 
 async def _redacted(chunks: Chunks, exchange: CapturedResponse, secrets: Collection[str]) -> Chunks:
@@ -324,3 +321,54 @@ def _to_json(answer: Any) -> dict[str, Any]:
                 if part == "message":
                     choice[part].setdefault("content", None)
     return plain
+
+
+@dataclass(frozen=True)
+class LiteLLMTarget:
+    """What litellm makes of a model name: who serves it, and where."""
+
+    name: str
+    model: str
+    api_base: str | None
+    api_key: str | None = field(default=None, repr=False)
+    secrets: frozenset[str] = field(default=frozenset(), repr=False)
+    """What must not come back to a caller in this provider's words."""
+
+    @property
+    def verbatim(self) -> bool:
+        """The caller's body is this provider's own format, at an address that someone configured."""
+        return self.name in PASSTHROUGH and bool(self.api_base) and not is_openai_url(self.api_base or "")
+
+    @property
+    def openai_format(self) -> bool:
+        return self.name in PASSTHROUGH or self.name == "azure"
+
+
+def call_arguments(
+    provider: LiteLLMTarget, body: Mapping[str, Any], *, stream: bool, asks_usage: bool = True
+) -> dict[str, Any]:
+    """What the caller's part of a litellm call is. `body` has been through arm_body."""
+    sent = {name: value for name, value in body.items() if name not in ("model", "stream", "stream_options")}
+    if stream and asks_usage:
+        options = body.get("stream_options")
+        sent["stream_options"] = {**(options if isinstance(options, Mapping) else {}), "include_usage": True}
+    if provider.verbatim:
+        # litellm gets a blank turn and the real body overrides it: it checks, rewrites and logs what it is shown
+        return {
+            "messages": [{"role": "user", "content": "-"}],
+            "extra_body": sent,
+            "stream": stream,
+            "_skip_responses_api_bridge": True,
+        }
+    fields = {name: value for name, value in sent.items() if name in CHAT_FIELDS and value is not None}
+    rest = {name: value for name, value in sent.items() if name not in CHAT_FIELDS}
+    arguments = {"messages": rest.pop("messages"), "stream": stream}
+    if "stream_options" in rest:
+        arguments["stream_options"] = rest.pop("stream_options")
+    if not provider.openai_format:
+        fields, rest = _without(fields, OPENAI_ONLY), _without(rest, OPENAI_ONLY)
+    return copy.deepcopy({**arguments, **fields, **({"extra_body": rest} if rest else {})})  # litellm rewrites in place
+
+
+def _without(fields: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in names}
