@@ -24,7 +24,7 @@ from proxy.server.request_log import RequestRecord
 from proxy.server.requests import cancel_on_disconnect, cut_ending
 from proxy.server.responses import render_error
 from proxy.storage.usage import usage_of
-from proxy.upstream.payload import JSONPayload, content_bytes, is_usage_chunk, says_no_usage, usage_chunk
+from proxy.upstream.payload import JSONPayload, content_bytes, is_null_usage_chunk, is_usage_chunk, usage_chunk
 from proxy.upstream.sse import DONE, KEEP_ALIVE, format_event
 
 
@@ -86,7 +86,7 @@ class StreamRewriter:
                 meter.received(size)  # the report is of all that came before, and with it
                 size = 0
                 shown = self._with_usage(chunk, usage)
-            elif "usage" in body and not self._include_usage and says_no_usage(body):
+            elif "usage" in body and not self._include_usage and is_null_usage_chunk(body):
                 shown = None
             if shown is not None:
                 pieces += (b"data: ", shown.named(model), b"\n\n")

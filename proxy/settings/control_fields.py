@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from proxy.errors import BadRequest, FieldNotAllowed
-from router_core.unicode import normalized
+from router_core.text import normalize
 
 _NAMES = frozenset(
     """
@@ -45,7 +45,7 @@ _FAMILIES = re.compile(
     re.DOTALL,  # else each repetition is tried up to a line end, in quadratic time
 )
 
-# Refused inside `metadata` too, where everything else is the caller's own vocabulary.
+# Refused inside `metadata` too, where every other name is the caller's own.
 _ADDRESSES_AND_KEYS = frozenset(
     """
     api_base base_url api_key api_version extra_headers headers default_headers litellm_params litellm_metadata
@@ -63,12 +63,12 @@ _READ_BY_NAME = frozenset(
 )
 
 # Characters of a name that is not ASCII: to look for the same name in other letters takes microseconds for each.
-MAX_NAME = 1000
+MAX_NAME_CHARS = 1000
 
 _INVISIBLE = re.compile(r"[\s\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]")
 
 
-# None of them is a control field, or looks like one that is read: they need not be compared with each family.
+# Names that need no comparison with each family: none is a control field, or looks like a field that is read.
 COMMON_FIELDS = frozenset(
     """
     model messages stream stream_options max_tokens max_completion_tokens temperature top_p n stop seed tools
@@ -79,7 +79,13 @@ COMMON_FIELDS = frozenset(
 
 
 def reject_control_fields(body: Mapping[str, Any]) -> None:
-    """Raises ControlFieldRefused naming the field. Never looks into messages, tools or schemas: those are content."""
+    """Refuse a chat body with a field that would choose addresses, keys or behaviour of the provider layer.
+
+    Messages, tools and schemas are content and are not searched.
+
+    Raises:
+        FieldNotAllowed: names the field.
+    """
     for name in body:
         if name in COMMON_FIELDS:
             continue
@@ -99,7 +105,7 @@ def is_control_field(name: str) -> bool:
 
 
 def _is_nested_control_field(name: str) -> bool:
-    """A server that unpacks `extra_body` would read these in place of what was checked."""
+    """Return whether a server that unpacks `extra_body` would read this in place of what was checked."""
     return is_control_field(name) or plain_name(name) in ("model", "messages", "stream", "stream_options", "extra_body")
 
 
@@ -108,12 +114,12 @@ def _is_address_or_key(name: str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """As the least careful reader would take it: some match names without regard to case, Go's even to U+017F for s."""
+    """Fold a name as the least careful parser would: some ignore case, and Go's takes even U+017F for s."""
     if name.isascii():
         return name.strip().lower()
-    if len(name) > MAX_NAME:
-        raise BadRequest(f"a field's name is longer than {MAX_NAME} characters: {name[:40]!r}…")
-    return _INVISIBLE.sub("", normalized("NFKC", name)).casefold()
+    if len(name) > MAX_NAME_CHARS:
+        raise BadRequest(f"a field's name is longer than {MAX_NAME_CHARS} characters: {name[:40]!r}…")
+    return _INVISIBLE.sub("", normalize("NFKC", name)).casefold()
 
 
 def _refuse_within(value: Any, path: str, refused: Callable[[str], bool]) -> None:

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from proxy.settings.control_fields import is_control_field
 from proxy.settings.redaction import is_reference, is_secret_name
+from router_core.text import closest_name
 from router_core.types import price_field
 
+# Sections of a configuration file that are for LiteLLM's own proxy.
 IGNORED_SECTIONS = frozenset(
     """
     litellm_settings router_settings general_settings environment_variables credential_list mcp_servers mcp_tools
@@ -47,16 +48,16 @@ _INFO_COSTS = re.compile(
     r"\w+_cost_per_(?!token$)\w+|\w+_token_cost_above_\w+|\w+_token_cost_(batches|flex|priority)|cost_per_second"
 )
 
-# Characters: what is longer is no name of litellm's, and would take quadratic time to compare.
+# A longer key is no name of litellm's, and would take quadratic time to match.
 _MAX_NAME_CHARS = 200
 
-
-# The price of a tier that is misspelt: ignored, it would bill long prompts at too little.
-_ODD_TIER = re.compile(r"token\w*_above_(?!1hr$|(1hr_above_)?[0-9]+k?_tokens)")
+# A misspelt price of a tier. Ignoring it would bill long prompts at too little.
+_MISSPELT_TIER = re.compile(r"token\w*_above_(?!1hr$|(1hr_above_)?[0-9]+k?_tokens)")
 
 
 def is_model_info_of_litellm(key: str) -> bool:
-    if len(key) > _MAX_NAME_CHARS or price_field(key) is not None or _ODD_TIER.search(key):
+    """Return whether LiteLLM knows this key of model_info, and it has no meaning here."""
+    if len(key) > _MAX_NAME_CHARS or price_field(key) is not None or _MISSPELT_TIER.search(key):
         return False
     return key in _INFO or _INFO_COSTS.fullmatch(key) is not None
 
@@ -71,9 +72,10 @@ CHAT_FIELDS = frozenset(
     """.split()
 )
 
-# Book-keeping at OpenAI. Other formats have no place for it and answer 400, so it stays here.
+# Fields for OpenAI's own records. Servers of other formats answer 400 to them, so they are not sent there.
 OPENAI_ONLY = frozenset({"metadata", "store", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"})
 
+# Parameters that go to the provider layer; all others but `model`, `system` and `extra_body` go into the body.
 PROVIDER_PARAMS = frozenset(
     """
     api_base base_url api_key api_version organization custom_llm_provider extra_headers headers ssl_verify
@@ -90,16 +92,13 @@ def is_provider_param(name: str) -> bool:
     return name in PROVIDER_PARAMS or name.startswith(PROVIDER_FAMILIES)
 
 
-_TEXTS = ("api_base", "base_url", "api_key", "api_version", "organization", "custom_llm_provider", "system")
+_TEXT_PARAMS = ("api_base", "base_url", "api_key", "api_version", "organization", "custom_llm_provider", "system")
 
-_OBJECTS = ("extra_body", "extra_headers", "headers")
+_OBJECT_PARAMS = ("extra_body", "extra_headers", "headers")
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 
-# Of a name to one that is known, from which on it is taken for a slip: one letter in five.
-_LIKENESS = 0.8
-
-_OURS = frozenset({"model", "system", "extra_body"})
+_COMMON_PARAMS = frozenset({"model", "system", "extra_body"})
 
 _FAMILY_PARAMS = frozenset(
     """
@@ -130,15 +129,16 @@ _SERVER_FIELDS = frozenset(
     """.split()
 )
 
+# Fields of the body that a model may fix.
 _BODY_FIELDS = CHAT_FIELDS | OPENAI_ONLY | _SERVER_FIELDS
 
-_KNOWN = _OURS | PROVIDER_PARAMS | _FAMILY_PARAMS | _BODY_FIELDS
+_KNOWN = _COMMON_PARAMS | PROVIDER_PARAMS | _FAMILY_PARAMS | _BODY_FIELDS
 
-_SQUEEZED = {name.replace("_", ""): name for name in sorted(_KNOWN, reverse=True)}
+_BY_LETTERS = {name.replace("_", ""): name for name in sorted(_KNOWN, reverse=True)}
 
 
 class ParamError(ValueError):
-    """A parameter of a model that cannot be taken. `param`: its path."""
+    """A parameter of a model that cannot be used. `param` is its path."""
 
     def __init__(self, param: str, why: str) -> None:
         super().__init__(f"{param}{why}")
@@ -146,38 +146,38 @@ class ParamError(ValueError):
 
 
 def validate_litellm_params(params: Mapping[str, Any]) -> None:
-    """Check what every call of the model would stumble over. Raises ValueError naming the field."""
-    for name in _TEXTS:
+    """Check the types that every call of the model relies on. Raises ValueError naming the field."""
+    for name in _TEXT_PARAMS:
         if not isinstance(params.get(name), str | None):
             raise ValueError(f"litellm_params.{name} must be a text")
-        if name != "system" and _CONTROL.search(params.get(name) or ""):
+        if name != "system" and _CONTROL_CHARACTER.search(params.get(name) or ""):
             raise ValueError(f"litellm_params.{name} holds a line break or another control character")
-    for name in _OBJECTS:
+    for name in _OBJECT_PARAMS:
         if not isinstance(params.get(name), dict | None):
             raise ValueError(f"litellm_params.{name} must be an object")
         for field, value in (params.get(name) or {}).items():
-            if name != "extra_body" and not (isinstance(value, str) and not _CONTROL.search(field + value)):
+            if name != "extra_body" and not (isinstance(value, str) and not _CONTROL_CHARACTER.search(field + value)):
                 raise ValueError(f"litellm_params.{name}.{field} must be a text without line breaks")
     if not isinstance(params.get("ssl_verify"), bool | str | None):
         raise ValueError("litellm_params.ssl_verify must be true, false or the path of a file of certificates")
 
 
-def check_effects(params: Mapping[str, Any], elsewhere: frozenset[str] = frozenset()) -> None:
+def check_effects(params: Mapping[str, Any], model_info_names: frozenset[str] = frozenset()) -> None:
     """Refuse names and references that would have no effect, or another one than was meant.
 
-    A name that nobody knows and that is like no known one is a field for the model's server, sent in every body.
+    An unknown name that resembles no known one is taken for a field of the model's server, and sent in every body.
 
     Args:
-        elsewhere: names that belong into model_info.
+        model_info_names: names that belong into model_info.
 
     Raises:
         ParamError: names the field and the fix.
     """
     for name in params:
         if name in IGNORED_PARAMS or (is_control_field(name) and not is_provider_param(name)):
-            hint = "; state it in `model_info`" if name in elsewhere else ""
+            hint = "; state it in `model_info`" if name in model_info_names else ""
             raise ParamError(f"litellm_params.{name}", f" has no meaning here{hint}")
-        if (meant := _meant(name)) is not None:
+        if (meant := _intended_name(name)) is not None:
             raise ParamError(
                 f"litellm_params.{name}",
                 f": unknown key; did you mean {meant!r}? A field that only the model's server has goes into extra_body",
@@ -185,30 +185,30 @@ def check_effects(params: Mapping[str, Any], elsewhere: frozenset[str] = frozens
     bases = {params[name] for name in ("api_base", "base_url") if params.get(name)}
     if len(bases) > 1:
         raise ParamError("litellm_params.base_url", " and api_base are two names of one thing, and differ; state one")
-    for path in _unread_references(params):
+    for path in _references_in_body(params):
         why = ": a variable of the environment is not looked up in a field of the body; state secrets in extra_headers"
         raise ParamError(f"litellm_params.{path}", why)
 
 
 def unknown_fields(params: Mapping[str, Any]) -> list[str]:
-    """Names that are sent in every body though nobody is known to read them."""
+    """Return the names that are sent in every body though no known server reads them, sorted."""
     return sorted(name for name in params if name not in _KNOWN and not is_provider_param(name))
 
 
-def _meant(name: str) -> str | None:
-    """The known name that this one is a slip of."""
+def _intended_name(name: str) -> str | None:
+    """Return the known name that this one is a slip of, if it is one."""
     if name in _KNOWN:
         return None
-    squeezed = re.sub(r"[^a-z0-9]", "", name.lower())
-    if squeezed in _SQUEEZED:
-        return _SQUEEZED[squeezed]
-    near = difflib.get_close_matches(name.lower(), _KNOWN, n=1, cutoff=_LIKENESS)
-    if near or name.startswith(PROVIDER_FAMILIES):
-        return near[0] if near else None
+    letters = re.sub(r"[^a-z0-9]", "", name.lower())
+    if letters in _BY_LETTERS:
+        return _BY_LETTERS[letters]
+    closest = closest_name(name.lower(), _KNOWN, min_similarity=0.8)
+    if closest or name.startswith(PROVIDER_FAMILIES):
+        return closest
     return "api_key" if is_secret_name(name) else None
 
 
-def _unread_references(params: Mapping[str, Any]) -> Iterator[str]:
+def _references_in_body(params: Mapping[str, Any]) -> Iterator[str]:
     for name, value in params.items():
         if not is_provider_param(name):
             yield from _references(name, value)

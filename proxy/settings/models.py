@@ -19,11 +19,11 @@ from router_core.types import MAX_PRICE, PRICE_FIELDS, Price, flat_price_field, 
 
 
 class SettingsError(Exception):
-    """A setting that cannot be used. One line: the file, the key, the value and what would fix it."""
+    """A setting cannot be used. The message is one line: the file, the key, the value and the fix."""
 
 
 def split_list(value: object) -> object:
-    """A list written in one variable: JSON, or names with commas between them."""
+    """Split a list that is written in one variable: JSON, or names with commas between them."""
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("["):
@@ -57,7 +57,11 @@ def check_model_name(name: str) -> str:
 
 
 def referred_variable(value: object, allowed_env: Collection[str] = ()) -> str | None:
-    """NAME of `os.environ/NAME`, None for any other value. SettingsError if that variable may not be used."""
+    """Return NAME of `os.environ/NAME`, or None for any other value.
+
+    Raises:
+        SettingsError: this variable may not be used.
+    """
     if not isinstance(value, str) or not value.startswith(_REFERENCE):
         return None
     name = value.removeprefix(_REFERENCE)
@@ -69,7 +73,11 @@ def referred_variable(value: object, allowed_env: Collection[str] = ()) -> str |
 
 
 def resolve_secret(value: str, environ: Mapping[str, str], allowed_env: Collection[str] = ()) -> str:
-    """`os.environ/NAME` → the variable's value; other text is itself. SettingsError if NAME is unset or not allowed."""
+    """Return the variable's value for `os.environ/NAME`, and any other text as it is.
+
+    Raises:
+        SettingsError: NAME is unset or not allowed.
+    """
     name = referred_variable(value, allowed_env)
     if name is None:
         return value
@@ -85,20 +93,20 @@ def _finite_at_least_zero(value: float) -> float:
 
 
 def _not_boolean(value: object) -> object:
-    """YAML's `yes` and `on` are booleans, which would pass for the number 1."""
+    """Refuse booleans, which YAML makes of `yes` and `on`, and which would pass for the number 1."""
     if isinstance(value, bool):
         raise ValueError(f"must be a number; got {str(value).lower()}")
     return value
 
 
-def _as_written(value: object) -> object:
-    """YAML's `on` and `off` are booleans, and a variable of the environment may say so in other words."""
+def _on_or_off(value: object) -> object:
+    """Accept the booleans that YAML makes of `on` and `off`, and other words for them."""
     if isinstance(value, bool):
         return "on" if value else "off"
-    return _SWITCHED.get(value.lower(), value) if isinstance(value, str) else value
+    return _ON_OR_OFF.get(value.lower(), value) if isinstance(value, str) else value
 
 
-_SWITCHED = {**dict.fromkeys(("true", "yes", "1"), "on"), **dict.fromkeys(("false", "no", "0"), "off")}
+_ON_OR_OFF = {**dict.fromkeys(("true", "yes", "1"), "on"), **dict.fromkeys(("false", "no", "0"), "off")}
 
 
 NonNegativeFloat = Annotated[float, BeforeValidator(_not_boolean), AfterValidator(_finite_at_least_zero)]
@@ -111,7 +119,7 @@ Seconds = Annotated[NonNegativeFloat, Field(gt=0)]
 
 TokenCost = Annotated[NonNegativeFloat, Field(le=MAX_PRICE)]
 
-OffAutoOn = Annotated[Literal["off", "auto", "on"], BeforeValidator(_as_written)]
+OffAutoOn = Annotated[Literal["off", "auto", "on"], BeforeValidator(_on_or_off)]
 
 NameList = Annotated[tuple[str, ...], BeforeValidator(split_list)]
 
@@ -126,9 +134,10 @@ TIERED = "tiered_pricing"
 
 
 def with_flat_tiers(stated: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Replace `tiered_pricing`, a list of prices each with the `range` of prompt tokens that it is for.
+    """Replace `tiered_pricing`, a list of prices by `range` of prompt tokens, by LiteLLM's flat names of prices.
 
-    The first range's price is the model's; a range begins above its lower bound. What is no such list is left alone.
+    The first range's price is the model's own; a range begins above its lower bound. Anything else under that name is
+    left alone.
     """
     tiers = _tiers(stated.get(TIERED))
     if not tiers:
@@ -137,7 +146,7 @@ def with_flat_tiers(stated: Mapping[str, Any]) -> Mapping[str, Any]:
     flat = {name: value for name, value in stated.items() if name != TIERED}
     for place, (tokens, tier) in enumerate(tiers):
         for rate in rates:
-            # no tier is mixed with another: what it leaves out is an ordinary token of its own
+            # tiers are not mixed: a rate that a tier leaves out is that of an ordinary token of the same tier
             usual = PRICE_FIELDS[1] if rate.startswith("output_") else PRICE_FIELDS[0]
             if (value := tier.get(rate, tier.get(usual))) is not None:
                 flat[flat_price_field(rate, tokens if place else None)] = value
@@ -145,7 +154,7 @@ def with_flat_tiers(stated: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _tiers(listed: Any) -> list[tuple[int, dict[str, Any]]]:
-    """Lower bound and rates, ascending; none unless every one has a range and an input price."""
+    """Return lower bounds and rates, ascending; an empty list unless each has a range and an input price."""
     if not isinstance(listed, list):
         return []
     tiers = []
@@ -164,8 +173,8 @@ def _is_bound(value: Any) -> bool:
 class ModelInfo(FrozenModel):
     """What is known of a model, under LiteLLM's names. None: unknown. Prices are USD per token.
 
-    The prices of tiers, `input_cost_per_token_above_200k_tokens` and its like, have names without number: they are kept
-    as extra fields, and nothing else is.
+    Prices of tiers, such as `input_cost_per_token_above_200k_tokens`, have endlessly many names. They are kept as extra
+    fields, and nothing else is.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -195,20 +204,20 @@ class ModelInfo(FrozenModel):
     supports_response_schema: bool | None = None
     supports_reasoning: bool | None = None
     supports_stream_options: bool | None = None
-    """Whether it may be sent `stream_options`, by which streams are asked for usage. None: that is found out."""
+    """Whether it accepts `stream_options`, which asks a stream for its usage. None: the first stream tells."""
     connect_timeout_s: Seconds | None = None
     first_token_timeout_s: Seconds | None = None
     idle_timeout_s: Seconds | None = None
     forward: Forward = "auto"
-    """relay: OpenAI's format goes through as it is. translate: litellm writes the provider's. auto: as the provider."""
+    """relay: OpenAI's format is passed through. translate: through litellm. auto: by the provider."""
     max_parallel_requests: PositiveInt | None = None
-    """Of one process. None: no cap."""
+    """Per process. None: no cap."""
     max_queued_requests: Annotated[StrictInt, Field(ge=0, le=10_000)] | None = None
-    """Beyond these. None: as many as `max_parallel_requests`."""
+    """How many wait beyond these. None: as many as `max_parallel_requests`."""
 
     @property
     def prices(self) -> dict[str, float]:
-        """What is stated of a price, each under one name."""
+        """Return the stated prices, each under one name."""
         every = {**{name: getattr(self, name) for name in PRICE_FIELDS}, **self.__pydantic_extra__}
         return {
             flat_price_field(*field): value
@@ -244,7 +253,7 @@ class ModelInfo(FrozenModel):
 
 
 class ModelConfig(FrozenModel):
-    """One model of `model_list`. `litellm_params` reach the provider layer whole; keys in them are never shown."""
+    """One model of `model_list`. `litellm_params` reach the provider layer whole; repr hides the keys in them."""
 
     model_name: ModelName
     litellm_params: dict[str, Any]
@@ -259,9 +268,9 @@ class ModelConfig(FrozenModel):
         return self
 
     def check_effects(self) -> None:
-        """Refuse what would be accepted and have no effect. Raises ParamError.
+        """Refuse parameters that would be accepted and have no effect. Raises ParamError.
 
-        A record that is stored already is not held to it: what is known may have grown since.
+        Records that are stored already are not checked: fewer names may have been known when they were stored.
         """
         check_effects(self.litellm_params, frozenset(ModelInfo.model_fields))
         if self.model_info.max_queued_requests is not None and self.model_info.max_parallel_requests is None:

@@ -18,88 +18,91 @@ from router_core.pricing import text_bytes
 
 _MODEL = re.compile(rb'(?<!\\)"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]++|\\.)*+")')
 
-# Members called `model` that are tried, where tools and schemas have some of their own.
-_MAX_PLACES = 8
+# Members called `model` that are tried; tools and schemas may have some of their own.
+_MAX_MATCHES = 8
 
-# Of a name that is looked for as it is, and remembered.
+# A longer name is not searched for as it is.
 _MAX_NAME_BYTES = 256
 
 _BACKSLASH = ord("\\")
 
 
 def replace_model(raw: bytes, body: Mapping[str, Any], model: str) -> bytes | None:
-    """`raw` naming `model`; None where its own is no text, or written in a way that is not seen at once.
+    """Replace the value of `model` in JSON bytes, and leave every other byte as it is.
 
     Args:
         raw: a JSON object without a key twice in one object.
-        body: what it says.
+        body: what it was parsed to.
+
+    Returns:
+        None: its model is no string, or the place is not found quickly.
     """
     stated = body.get("model")
     if not isinstance(stated, str) or len(stated) > _MAX_NAME_BYTES:
         return None
-    return _in_front(raw, stated, model) or _anywhere(raw, model)
+    return _replace_near_start(raw, stated, model) or _replace_anywhere(raw, model)
 
 
-def _in_front(raw: bytes, stated: str, model: str) -> bytes | None:
-    """As the usual encoders write it, before any object within. No object begins in front of the place that is
-    changed, but the outermost: so it is of this one."""
+def _replace_near_start(raw: bytes, stated: str, model: str) -> bytes | None:
+    """Replace a member that the usual encoders wrote, before any inner object.
+
+    Only the outermost object begins before that place, so the member belongs to it.
+    """
     for member, before in _members(stated):
         start = raw.find(member)
         if start > 0 and raw[start - 1] != _BACKSLASH and raw.find(b"{", 1, start) < 0:
-            return raw[: start + before] + _value(model) + raw[start + len(member) :]
+            return raw[: start + before] + _encode_name(model) + raw[start + len(member) :]
     return None
 
 
-def _anywhere(raw: bytes, model: str) -> bytes | None:
-    """Where it is not plain that a place is the outermost, what comes of it is read: by the same parser as `raw`, so
-    that it does not matter what that makes of large numbers."""
+def _replace_anywhere(raw: bytes, model: str) -> bytes | None:
+    """Try every member called `model`. Where it may belong to an inner object, compare what the bytes parse to.
+
+    Both sides are parsed by the same parser, so that it does not matter what that makes of large numbers.
+    """
     wanted: Any = None
-    for place, found in enumerate(_MODEL.finditer(raw)):
-        if place == _MAX_PLACES:
+    for number, match in enumerate(_MODEL.finditer(raw)):
+        if number == _MAX_MATCHES:
             return None
-        start, end = found.span(1)
-        changed = raw[:start] + _value(model) + raw[end:]
-        if _is_outermost(raw, found.start(), end):
+        start, end = match.span(1)
+        changed = raw[:start] + _encode_name(model) + raw[end:]
+        # Only the outermost object begins before the member, or only that ends after it.
+        if raw.count(b"{", 0, match.start()) == 1 or raw.count(b"}", end) == 1:
             return changed
-        wanted = wanted or {**_read(raw), "model": model}
-        if _read(changed) == wanted:
+        wanted = wanted or {**_parse_object(raw), "model": model}
+        if _parse_object(changed) == wanted:
             return changed
     return None
 
 
-def _is_outermost(raw: bytes, start: int, end: int) -> bool:
-    """No object begins before it but the outermost, or none ends behind it but that."""
-    return raw.count(b"{", 0, start) == 1 or raw.count(b"}", end) == 1
-
-
-def _read(raw: bytes) -> dict[str, Any]:
-    """Nothing where another parser than this made sense of it."""
+def _parse_object(raw: bytes) -> dict[str, Any]:
+    """Parse an object, or return an empty one if only a more lenient parser can."""
     try:
-        read: dict[str, Any] = orjson.loads(raw)
+        parsed: dict[str, Any] = orjson.loads(raw)
     except orjson.JSONDecodeError:
         return {}
-    return read
+    return parsed
 
 
 @lru_cache(maxsize=1024)
 def _members(model: str) -> tuple[tuple[bytes, int], ...]:
-    """And how much of each stands before the value."""
-    return tuple((name + _value(model), len(name)) for name in (b'"model":', b'"model": '))
+    """Return the usual spellings of the member, and how many bytes of each stand before the value."""
+    return tuple((name + _encode_name(model), len(name)) for name in (b'"model":', b'"model": '))
 
 
 @lru_cache(maxsize=1024)
-def _value(model: str) -> bytes:
+def _encode_name(model: str) -> bytes:
     return orjson.dumps(model)
 
 
-_SAYING_NO_MORE = frozenset({"content", "role"})
+_PLAIN_FIELDS = frozenset({"content", "role"})
 
 
 def simple_text(body: Mapping[str, Any]) -> str | None:
-    """The text of such a chunk or answer, which may be empty; None of any other, which has to be looked at in general.
+    """Return the text of a chunk or completion that is text alone, quickly. None for any other.
 
-    Fields of the delta that are null or empty, as some servers send them all, say nothing. What the choice has beside
-    its delta or message (index, finish_reason, logprobs) is not looked at.
+    The text may be empty. Null and empty fields of the delta, which some servers always send, do not count. Members of
+    the choice beside its delta or message (index, finish_reason, logprobs) are ignored.
     """
     choices = body.get("choices")
     if type(choices) is not list or len(choices) != 1:
@@ -111,13 +114,13 @@ def simple_text(body: Mapping[str, Any]) -> str | None:
     if type(part) is not dict:
         return None
     text = part.get("content")
-    if type(text) is not str or (len(part) > 1 and _says_more(part)):
+    if type(text) is not str or (len(part) > 1 and _has_other_fields(part)):
         return None
     return text
 
 
-def _says_more(part: Mapping[str, Any]) -> bool:
-    return any(value and name not in _SAYING_NO_MORE for name, value in part.items())
+def _has_other_fields(part: Mapping[str, Any]) -> bool:
+    return any(value and name not in _PLAIN_FIELDS for name, value in part.items())
 
 
 @dataclass(slots=True)
@@ -126,12 +129,12 @@ class JSONPayload:
 
     body: dict[str, Any]
     raw: bytes | None = None
-    """As the upstream wrote it. None: no upstream wrote this, or not in a way that every client could read."""
+    """The upstream's bytes. None: no upstream wrote them, or not every client could read them."""
     held: HeldMemory | None = field(default=None, repr=False, compare=False)
-    """Of a large one: the room that it takes, as long as it is here."""
+    """The memory that a large payload holds as long as it exists."""
 
     def named(self, model: str) -> bytes:
-        """As JSON, under our name for the model: the upstream's own bytes but for the value of `model`."""
+        """Encode it under our name of the model: the upstream's own bytes, but for the value of `model`."""
         if self.raw is not None:
             renamed = replace_model(self.raw, self.body, model)
             if renamed is not None:
@@ -139,7 +142,7 @@ class JSONPayload:
         return encode_json({**self._exact(), "model": model})
 
     def without(self, name: str) -> JSONPayload:
-        """All but this member."""
+        """Return a copy without this member."""
         return JSONPayload({each: value for each, value in self._exact().items() if each != name})
 
     def _exact(self) -> dict[str, Any]:
@@ -147,13 +150,13 @@ class JSONPayload:
 
 
 def parse(data: bytes, *, checked: bool = False) -> tuple[Any, bytes | None]:
-    """JSON, and its bytes where they may be shown as they are: not where they hold NaN, which is no JSON.
+    """Parse JSON, and return its bytes too if they may be passed on: not if they hold NaN, which is no JSON.
 
     Args:
-        checked: it is known to hold no more than MAX_VALUES_AT_ONCE.
+        checked: whether it is known to hold at most MAX_VALUES_AT_ONCE.
 
     Raises:
-        TooMuchJson: it would take too long.
+        JSONTooLarge: it would take too long.
         ValueError: it is not JSON at all, or nested beyond the stack.
     """
     if len(data) > SHALLOW_BYTES and not checked:
@@ -165,111 +168,111 @@ def parse(data: bytes, *, checked: bool = False) -> tuple[Any, bytes | None]:
 
 
 def parse_exact(data: bytes) -> tuple[Any, None]:
-    """As `parse`, every number as it was written, for what is to be written again. Raises ValueError."""
+    """Parse JSON and keep every number as it was written, to encode it again. Raises ValueError."""
     check_limits(data, MAX_VALUES_AT_ONCE)
     return decode_json(data), None
 
 
-async def parsed_in_turns(data: bytes) -> tuple[Any, bytes | None]:
-    """As `parse`, of what holds too much for that: in a thread, by a parser that lets others run meanwhile. The usual
-    ones hold the interpreter until they are done, in whichever thread. Raises ValueError."""
-    return await asyncio.get_running_loop().run_in_executor(_PARSING, _patiently_parsed, data), data
+async def parse_in_thread(data: bytes) -> tuple[Any, bytes | None]:
+    """Parse JSON that is too large for `parse`, in a thread and in pure Python. Raises ValueError.
+
+    Parsers in C hold the interpreter until they are done, in whichever thread.
+    """
+    return await asyncio.get_running_loop().run_in_executor(_EXECUTOR, _parse_in_python, data), data
 
 
-def _patiently_parsed(data: bytes) -> Any:
-    return _PATIENT.decode(data.decode())
+def _parse_in_python(data: bytes) -> Any:
+    return _PYTHON_DECODER.decode(data.decode())
 
 
 def _refuse_constant(name: str) -> Never:
     raise ValueError(f"{name} is not a number in JSON")
 
 
-_PARSING = ThreadPoolExecutor(1, "uniroute-parsing")
+_EXECUTOR = ThreadPoolExecutor(1, "uniroute-parsing")
 
-_json: Any = json  # these parts of it have no types
-
-_PATIENT: Any = json.JSONDecoder(parse_constant=_refuse_constant)
-
-_PATIENT.parse_object, _PATIENT.parse_array = _json.decoder.JSONObject, _json.decoder.JSONArray
-
-_PATIENT.scan_once = _json.scanner.py_make_scanner(_PATIENT)
+# The parts of `json` that are written in Python. They have no types.
+_json: Any = json
+_PYTHON_DECODER: Any = json.JSONDecoder(parse_constant=_refuse_constant)
+_PYTHON_DECODER.parse_object, _PYTHON_DECODER.parse_array = _json.decoder.JSONObject, _json.decoder.JSONArray
+_PYTHON_DECODER.scan_once = _json.scanner.py_make_scanner(_PYTHON_DECODER)
 
 
 def reparse(data: bytes, body: dict[str, Any]) -> dict[str, Any]:
-    """What is to be written again. orjson, which made `body` of it, rounds whole numbers beyond 64 bits."""
+    """Parse again what is to be encoded again: orjson, which made `body`, rounds integers beyond 64 bits."""
     try:
-        read: dict[str, Any] = decode_json(data)
+        parsed: dict[str, Any] = decode_json(data)
     except ValueError:  # nested deeper than this parser follows
         return body
-    return read
+    return parsed
 
 
-# What a delta may have without saying anything. Whatever else is not empty is content, by whatever name.
-_NO_CONTENT = frozenset({"role"})
+# Members of a delta that are no content. Any other that is not empty is content, whatever its name.
+_NOT_CONTENT = frozenset({"role"})
 
-# Parts of a message that are no text which a model wrote: names of things, sounds, pictures, what is encrypted.
-_NO_TEXT = frozenset({"role", "id", "type", "index", "format", "data", "url", "image_url", "signature", "annotations"})
+# Members of a message that are no text written by a model: names, sounds, pictures, encrypted reasoning.
+_NOT_TEXT = frozenset({"role", "id", "type", "index", "format", "data", "url", "image_url", "signature", "annotations"})
 
-_DEEPEST = 6
+MAX_NESTING = 6
 
-# Ends of an answer that another model is not asked to better: the limit was the caller's, the filter a verdict.
+# Reasons for which an empty answer is accepted: the limit was the caller's, and a filter has decided.
 EXPECTED_EMPTY_REASONS = frozenset({"length", "content_filter", "max_tokens"})
 
 
 def has_content(body: Mapping[str, Any]) -> bool:
-    """Of a chunk or a whole completion."""
+    """Return whether a chunk or completion has any content."""
     plain = simple_text(body)
     if plain is not None:
         return bool(plain)
-    for part in _parts(body):
+    for part in _messages(body):
         for name, value in part.items():
-            if value and name not in _NO_CONTENT and _says(value):
+            if value and name not in _NOT_CONTENT and _is_nonempty(value):
                 return True
     return False
 
 
-def _says(value: Any, depth: int = 0) -> bool:
-    """Whether anything within is not empty."""
-    if depth < _DEEPEST and isinstance(value, Mapping):
-        return any(inner and _says(inner, depth + 1) for inner in value.values())
-    if depth < _DEEPEST and isinstance(value, list):
-        return any(inner and _says(inner, depth + 1) for inner in value)
+def _is_nonempty(value: Any, depth: int = 0) -> bool:
+    """Return whether anything within is not empty."""
+    if depth < MAX_NESTING and isinstance(value, Mapping):
+        return any(inner and _is_nonempty(inner, depth + 1) for inner in value.values())
+    if depth < MAX_NESTING and isinstance(value, list):
+        return any(inner and _is_nonempty(inner, depth + 1) for inner in value)
     return bool(value)
 
 
 def content_bytes(body: Mapping[str, Any]) -> int:
-    """UTF-8 bytes of what a model wrote in a chunk or a whole completion; sounds and images are not counted."""
+    """Count the UTF-8 bytes of the text in a chunk or completion; sounds and images do not count."""
     plain = simple_text(body)
     if plain is not None:
         return text_bytes(plain)
-    return sum(_text_size(part) for part in _parts(body))
+    return sum(_text_size(part) for part in _messages(body))
 
 
 def _text_size(part: Mapping[str, Any]) -> int:
-    """Of the texts in a delta or a message. The same thoughts under two names were written once."""
+    """Count the bytes of the texts in a delta or message. Equal texts under two names were written once."""
     texts: list[str] = []
     for name, value in part.items():
-        if value and name not in _NO_TEXT:
-            _gather(value, texts, 0)
+        if value and name not in _NOT_TEXT:
+            _collect_texts(value, texts, 0)
     if len(texts) < 2:
         return text_bytes(texts[0]) if texts else 0
     return sum(text_bytes(text) for text in set(texts))
 
 
-def _gather(value: Any, texts: list[str], depth: int) -> None:
+def _collect_texts(value: Any, texts: list[str], depth: int) -> None:
     if isinstance(value, str):
         texts.append(value)
-    elif depth < _DEEPEST and isinstance(value, list):
+    elif depth < MAX_NESTING and isinstance(value, list):
         for inner in value:
-            _gather(inner, texts, depth + 1)
-    elif depth < _DEEPEST and isinstance(value, Mapping):
+            _collect_texts(inner, texts, depth + 1)
+    elif depth < MAX_NESTING and isinstance(value, Mapping):
         for name, inner in value.items():
-            if name not in _NO_TEXT:
-                _gather(inner, texts, depth + 1)
+            if name not in _NOT_TEXT:
+                _collect_texts(inner, texts, depth + 1)
 
 
 def is_empty_completion(body: Mapping[str, Any]) -> bool:
-    """A whole completion that says nothing, though nothing kept it from speaking."""
+    """Return whether a whole completion is empty for no accepted reason."""
     return not has_content(body) and not EXPECTED_EMPTY_REASONS.intersection(finish_reasons(body))
 
 
@@ -281,8 +284,8 @@ def is_usage_chunk(chunk: Mapping[str, Any]) -> bool:
     return bool(chunk.get("usage")) and not chunk.get("choices")
 
 
-def says_no_usage(chunk: Mapping[str, Any]) -> bool:
-    """`usage` is null, and it says nothing else."""
+def is_null_usage_chunk(chunk: Mapping[str, Any]) -> bool:
+    """Return whether a chunk holds a null `usage` and nothing else."""
     return "usage" in chunk and not chunk["usage"] and not chunk.get("choices") and _ENVELOPE.issuperset(chunk)
 
 
@@ -290,7 +293,7 @@ _ENVELOPE = frozenset({"id", "object", "created", "model", "choices", "usage", "
 
 
 def usage_chunk(like: Mapping[str, Any], usage: object) -> dict[str, Any]:
-    """The extra chunk of `include_usage`, for upstreams that put usage elsewhere."""
+    """Make the extra chunk of `include_usage`, for upstreams that put usage elsewhere."""
     kept = {name: like[name] for name in ("id", "object", "created", "model", "system_fingerprint") if name in like}
     return {**kept, "choices": [], "usage": usage}
 
@@ -301,7 +304,7 @@ def iter_choices(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield from (choice for choice in choices if isinstance(choice, Mapping))
 
 
-def _parts(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _messages(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for choice in iter_choices(body):
         for name in ("message", "delta"):
             part = choice.get(name)

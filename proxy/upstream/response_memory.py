@@ -12,85 +12,93 @@ MAX_RESPONSE_BYTES = 20_000_000
 
 MAX_TOTAL_BYTES = 256_000_000
 
-_SAID_EVERY_S = 10.0
+_LOG_INTERVAL_S = 10.0
 
 
 class ResponseMemory:
-    """One per process, on one event loop. What is no larger than SMALL is not counted: connections bound it."""
+    """Bound the memory for upstreams' responses, of each and of all together. One per process, on one event loop.
 
-    def __init__(self, largest: int = MAX_RESPONSE_BYTES, most: int = MAX_TOTAL_BYTES) -> None:
+    Responses of at most SMALL_BYTES are not counted: the number of connections bounds them.
+    """
+
+    def __init__(self, max_response_bytes: int = MAX_RESPONSE_BYTES, max_total_bytes: int = MAX_TOTAL_BYTES) -> None:
         """
         Args:
-            largest: bytes of one answer, or of one event of a stream (`max_answer_bytes`).
-            most: bytes of all that are held at once (`max_answers_in_flight_bytes`); there is room for one in any case.
+            max_response_bytes: of one response, or of one event of a stream (`max_answer_bytes`).
+            max_total_bytes: of all that are held at once (`max_answers_in_flight_bytes`); one always fits.
         """
-        self.largest = largest
-        self.taken = 0
-        self._most = max(most, largest)
-        self._said_at = -_SAID_EVERY_S
+        self.max_response_bytes = max_response_bytes
+        self.used_bytes = 0
+        self._max_total_bytes = max(max_total_bytes, max_response_bytes)
+        self._logged_at = -_LOG_INTERVAL_S
 
-    def take(self, size: int) -> None:
-        """Raises NoRoomForAnswer, and takes nothing then."""
-        if self.taken + size > self._most:
-            self._say()
+    def acquire(self, size: int) -> None:
+        """Raises NoRoomForAnswer, and acquires nothing then."""
+        if self.used_bytes + size > self._max_total_bytes:
+            self._log_full()
             raise NoRoomForAnswer(
-                f"no room for another large answer: those on their way hold {self.taken} bytes"
+                f"no room for another large answer: those on their way hold {self.used_bytes} bytes"
                 " (max_answers_in_flight_bytes)"
             )
-        self.taken += size
+        self.used_bytes += size
 
-    def _say(self) -> None:
+    def _log_full(self) -> None:
         now = monotonic()
-        if now - self._said_at >= _SAID_EVERY_S:
-            self._said_at = now
+        if now - self._logged_at >= _LOG_INTERVAL_S:
+            self._logged_at = now
             log.warning(
                 "answers on their way hold %d of %d bytes (max_answers_in_flight_bytes): large ones are refused",
-                *(self.taken, self._most),
+                self.used_bytes,
+                self._max_total_bytes,
             )
 
 
 class HeldMemory:
-    """What one answer takes of the room: given back by `release`, or once nothing refers to it any more, so that no
-    path leaves it taken."""
+    """The memory that one response holds, until `release` or until nothing refers to this any more.
 
-    __slots__ = ("_room", "size")
+    The latter makes sure that it is given back on every path.
+    """
 
-    def __init__(self, room: ResponseMemory, size: int = 0) -> None:
+    __slots__ = ("_memory", "size")
+
+    def __init__(self, memory: ResponseMemory, size: int = 0) -> None:
         """Raises NoRoomForAnswer."""
-        self._room = room
+        self._memory = memory
         self.size = 0
         self.grow_to(size)
 
     def grow_to(self, size: int) -> None:
-        """Raises NoRoomForAnswer; then it is as large as before."""
+        """Raises NoRoomForAnswer, and keeps its size then."""
         if size > self.size:
-            self._room.take(size - self.size)
+            self._memory.acquire(size - self.size)
             self.size = size
 
     def release(self) -> None:
-        self._room.taken -= self.size
+        self._memory.used_bytes -= self.size
         self.size = 0
 
     __del__ = release
 
 
 class ResponseBounds:
-    """Of one JSON text of an upstream, or of one line after the other, as its bytes come. Used as a context, it gives
-    back what it holds where that fails; else whoever takes `held` has it."""
+    """Check one JSON text of an upstream, or one line after the other, while its bytes arrive.
 
-    def __init__(self, room: ResponseMemory, values: int = MAX_VALUES) -> None:
-        """`values`: how many one text may hold."""
-        self.held = HeldMemory(room)
-        self.room = room
-        self._most_values = values
+    As a context manager it gives the memory back on an error. Otherwise whoever takes `held` has it.
+    """
+
+    def __init__(self, memory: ResponseMemory, max_values: int = MAX_VALUES) -> None:
+        """`max_values`: how many values one text may hold."""
+        self.held = HeldMemory(memory)
+        self.memory = memory
+        self._max_values = max_values
         self.restart()
 
     def restart(self) -> None:
-        """What comes now is another text. What was held is not any more."""
+        """Begin another text, and give back the memory of the last."""
         self.held.release()
         self._size = 0
-        self._unseen: list[bytes] = []
-        self._shape: JSONSizeCounter | None = None
+        self._uncounted: list[bytes] = []
+        self._counter: JSONSizeCounter | None = None
 
     def __enter__(self) -> ResponseBounds:
         return self
@@ -101,45 +109,48 @@ class ResponseBounds:
 
     @property
     def values(self) -> int:
-        """No fewer than it holds."""
-        return self._shape.values if self._shape is not None else self._size // 2 + 1
+        """Return an upper bound of how many values the text holds."""
+        return self._counter.values if self._counter is not None else self._size // 2 + 1
 
     def add_bytes(self, size: int) -> None:
-        """Of a text that is looked at later, or not here. Raises AnswerTooLarge, NoRoomForAnswer."""
+        """Count bytes that are not known to be JSON. Raises AnswerTooLarge, NoRoomForAnswer."""
         self._size += size
-        if self._size > self.room.largest:
+        if self._size > self.memory.max_response_bytes:
             raise self.too_large()
         if self._size > SMALL_BYTES:
             self.held.grow_to(self._size)
 
     def add(self, piece: bytes) -> None:
-        """Raises AnswerTooLarge, NoRoomForAnswer."""
+        """Count bytes and values of a piece of JSON. Raises AnswerTooLarge, NoRoomForAnswer."""
         self.add_bytes(len(piece))
-        self.look_at(piece)
+        self.count_values(piece)
 
-    def look_at(self, piece: bytes) -> None:
-        """What was added as bytes is JSON. Raises AnswerTooLarge."""
+    def count_values(self, piece: bytes) -> None:
+        """Count the values of a piece whose bytes are counted already. Raises AnswerTooLarge."""
         if self._size <= SMALL_BYTES:
-            self._unseen.append(piece)
+            self._uncounted.append(piece)
             return
-        if self._shape is None:
-            self._shape, piece, self._unseen = JSONSizeCounter(self._most_values), b"".join((*self._unseen, piece)), []
+        if self._counter is None:
+            piece = b"".join((*self._uncounted, piece))
+            self._counter, self._uncounted = JSONSizeCounter(self._max_values), []
         try:
-            self._shape.feed(piece)
+            self._counter.feed(piece)
         except JSONTooLarge as error:
             raise AnswerTooLarge(f"the model's answer {error}") from error
 
     def too_large(self) -> AnswerTooLarge:
-        return AnswerTooLarge(f"the model's answer is larger than {self.room.largest} bytes (max_answer_bytes)")
+        return AnswerTooLarge(
+            f"the model's answer is larger than {self.memory.max_response_bytes} bytes (max_answer_bytes)"
+        )
 
     def add_lines(self, piece: bytes) -> None:
-        """Each line is a text. Raises as `add`."""
-        if self._shape is None and self._size + len(piece) <= SMALL_BYTES:  # no line of it is large
+        """Count a piece of lines, each of which is a text of its own. Raises as `add`."""
+        if self._counter is None and self._size + len(piece) <= SMALL_BYTES:  # no line of it is large
             start = piece.rfind(b"\n") + 1
             if start:
-                self._size, self._unseen = 0, []
+                self._size, self._uncounted = 0, []
             self._size += len(piece) - start
-            self._unseen.append(piece[start:])
+            self._uncounted.append(piece[start:])
             return
         first, *others = piece.split(b"\n")
         self.add(first)

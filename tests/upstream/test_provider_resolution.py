@@ -204,7 +204,7 @@ async def test_a_key_of_the_environment_is_sent_and_kept_nowhere(tmp_path: Path)
         assert server.last.headers["authorization"] == f"Bearer {CANARY}"
         assert (server.last.body["max_tokens"], "max_completion_tokens" in server.last.body) == (7, False)
     assert record.resolved is not None
-    target = Endpoints(Settings(), environ, Outbound({})).of(record, record.resolved)
+    target = Endpoints(Settings(), environ, Outbound({})).get(record, record.resolved)
     kept = (tmp_path / CACHE_FILE).read_text() + record.to_json() + repr(record) + repr(target) + repr(record.resolved)
     assert "MISTRAL_API_KEY" in kept
     assert CANARY not in kept
@@ -215,7 +215,7 @@ def test_a_record_that_names_another_secret_gets_none(variable: str) -> None:
     """Whoever can write to the store may not read the environment."""
     record, resolved = a_record(), ResolvedProvider("relay", "m", "x", NEAR, variable, own_address=True)
     with pytest.raises(UpstreamError, match="no key"):
-        Endpoints(Settings(), {variable: CANARY}, Outbound({})).of(record, resolved)
+        Endpoints(Settings(), {variable: CANARY}, Outbound({})).get(record, resolved)
 
 
 @pytest.mark.parametrize("forward", ["auto", "relay", "translate"])
