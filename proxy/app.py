@@ -25,12 +25,9 @@ from threadpoolctl import threadpool_limits
 
 from proxy.concurrency import GRACE_PERIOD_S, cancel_and_wait, in_stoppable_thread, run_uncancelled
 from proxy.errors import error_object
-from proxy.outbound import OutboundError, ssl_context, trust_of
 from proxy.profiling.grading import UpstreamAnswerer
 from proxy.profiling.jobs import Jobs
 from proxy.routing.assigner import ClusterAssigner, deadline_of
-from proxy.safety.private_files import NotPrivate, private_folder
-from proxy.safety.redaction import is_reference
 from proxy.server.admin import audit_router, jobs_router, keys_router, models_router
 from proxy.server.auth import AuthMiddleware, path_of
 from proxy.server.completions import ChatCompletionsEndpoint
@@ -47,11 +44,14 @@ from proxy.server.reservations import SETTLE_FUNCTION
 from proxy.server.responses import HANDLED_EXCEPTIONS, error_response, http_error_body
 from proxy.server.startup import Startup, Step
 from proxy.settings.models import SettingsError
+from proxy.settings.outbound import OutboundError, ssl_context, trust_of
+from proxy.settings.redaction import is_reference
 from proxy.settings.schema import Settings, check_exposure, load_settings
 from proxy.storage.client_keys import AuthRequiredLatch
 from proxy.storage.models import ModelRecord
 from proxy.storage.price_feed import PriceFeed
 from proxy.storage.price_map import bundled_catalog
+from proxy.storage.private_files import NotPrivate, private_folder
 from proxy.storage.redis import Store, StoreUnavailable, StoreUnreadable, retry_until_available
 from proxy.storage.registry import Registry
 from proxy.storage.sessions import SessionStore

@@ -84,7 +84,7 @@ def _drop_output() -> None:
 
 
 def _stop(error: Exception, status: int) -> None:
-    from proxy.safety.plain_text import plain
+    from router_core.text import plain
 
     with suppress(OSError):
         sys.stderr.write(f"uniroute: {' '.join(plain(str(error), lines=False).split())}\n")

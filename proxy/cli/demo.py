@@ -21,10 +21,10 @@ from proxy.cli.console import CommandError, say, table, write
 from proxy.cli.local_models import LlamaServer, gemma_base, smollm2, start_llama
 from proxy.cli.options import FINISHED, ServerClient
 from proxy.cli.tools import show_decision
-from proxy.outbound import http_client
 from proxy.profiling.job import PromptAnswer, answers_key
 from proxy.server.run import LOGGING, BackgroundServer, address, listen
 from proxy.settings.models import SettingsError
+from proxy.settings.outbound import http_client
 from proxy.settings.schema import Settings
 from router_core.artifact import builtin_map
 from router_core.validation.families.registry import builtin_validation_set

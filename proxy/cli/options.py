@@ -12,7 +12,7 @@ import httpx
 import typer
 
 from proxy.cli.console import BadArgument, CommandError, Progress
-from proxy.outbound import WayOutError, http_client
+from proxy.settings.outbound import OutboundConnectError, http_client
 
 if TYPE_CHECKING:
     from proxy.settings.schema import Settings
@@ -114,7 +114,7 @@ class ServerClient:
     def call(self, method: Method, path: str, body: Mapping[str, Any] | None = None) -> Any:
         try:
             reply = self._http.request(method, path, json=body)
-        except WayOutError as error:
+        except OutboundConnectError as error:
             raise CommandError(f"the server at {self.url} cannot be reached: {error}") from None
         except (httpx.TransportError, httpx.InvalidURL) as error:
             raise CommandError(

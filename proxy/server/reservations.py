@@ -34,8 +34,8 @@ from proxy.storage.client_keys import KeyLimits
 from proxy.storage.models import ModelRecord
 from proxy.storage.redis import Store, StoreUnavailable, encode_command, pipeline
 from proxy.storage.snapshot import RoutingSnapshot
-from proxy.upstream.litellm.params import fixes_parameters, merge_model_params
-from proxy.upstream.origins import address_of
+from proxy.upstream.key_scope import address_of
+from proxy.upstream.model_params import has_body_params, merge_model_params
 from proxy.words import words
 from router_core.pricing import max_price_usd, picousd
 from router_core.types import Doubles, Price
@@ -325,7 +325,7 @@ class Demand:
         """Tokens of the prompt, and the sizes, as this model is told them."""
         record, needs = self.state.models[name], self.choice.needs
         prompt, sizes = needs.prompt_tokens, self._sizes
-        if fixes_parameters(record.litellm_params):
+        if has_body_params(record.litellm_params):
             sent = merge_model_params(record.litellm_params, self.body)
             prompt, sizes = prompt + estimate_tokens(_added(sent, self.body)), sizes_of(sent)
         told = self.choice.told_limit(self.state.pool, name)

@@ -13,7 +13,7 @@ from proxy.routing.fingerprints import TurnFingerprints, inspect_history, latest
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream.litellm.client import LiteLLMClient
+from proxy.upstream.litellm_client import LiteLLMClient
 from tests.support.answers import Step
 from tests.support.upstream import ScriptedUpstream
 

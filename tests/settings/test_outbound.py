@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import UpstreamError
-from proxy.outbound import Outbound, OutboundError, Proxies, ssl_context, trust_of
+from proxy.settings.outbound import Outbound, OutboundError, Proxies, ssl_context, trust_of
 from proxy.settings.schema import Settings
 from proxy.storage.price_feed import PriceFeedError, fetch_catalog
 from proxy.upstream.client import UpstreamClient
@@ -44,9 +44,9 @@ def test_each_scheme_has_its_proxy_and_small_letters_win(environ: dict[str, str]
     for scheme, expected in (("http", http), ("https", https)):
         if expected is OutboundError:
             with pytest.raises(OutboundError):
-                proxies.of(f"{scheme}://far.example/v1")
+                proxies.for_url(f"{scheme}://far.example/v1")
         else:
-            assert proxies.of(f"{scheme}://far.example/v1") == expected
+            assert proxies.for_url(f"{scheme}://far.example/v1") == expected
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_each_scheme_has_its_proxy_and_small_letters_win(environ: dict[str, str]
 )
 def test_what_no_proxy_lists_and_this_machine_are_reached_directly(listed: str, host: str, *, direct: bool) -> None:
     proxies = Proxies({"ALL_PROXY": PROXY, "NO_PROXY": listed})
-    assert proxies.of(f"http://{host}/v1") == (None if direct else PROXY)
+    assert proxies.for_url(f"http://{host}/v1") == (None if direct else PROXY)
 
 
 @pytest.mark.parametrize(
@@ -110,11 +110,11 @@ def test_what_no_proxy_lists_and_this_machine_are_reached_directly(listed: str, 
 )
 def test_a_proxy_that_cannot_be_used_is_one_sentence_without_its_value(value: str) -> None:
     proxies = Proxies({"HTTPS_PROXY": value, "NO_PROXY": "far.example"})
-    assert proxies.of("http://other.example") is proxies.of("https://far.example") is None
+    assert proxies.for_url("http://other.example") is proxies.for_url("https://far.example") is None
     (problem,) = proxies.problems
     assert ("HTTPS_PROXY" in problem, len(value) > 8 and value in problem) == (True, False)
     with pytest.raises(OutboundError):
-        proxies.of("https://other.example")
+        proxies.for_url("https://other.example")
 
 
 def test_an_exception_that_says_nothing_is_named() -> None:

@@ -13,26 +13,29 @@ from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, ResolvedProvider
 from proxy.upstream.client import UpstreamClient
-from proxy.upstream.litellm.client import LiteLLMClient
-from proxy.upstream.origins import check_secrets_stay, is_own_address
-from proxy.upstream.provider_resolution import FILE, Resolver
-from proxy.words import words
+from proxy.upstream.key_scope import check_secrets_stay, is_own_address
+from proxy.upstream.litellm_client import LiteLLMClient
+from proxy.upstream.provider_resolution import CACHE_FILE, Resolver
 from tests.support.makers import a_record
 from tests.support.upstream import ScriptedUpstream
 
 CANARY = "canary-of-the-environment"
 BODY: Any = {"model": "auto", "messages": [{"role": "user", "content": "hi"}]}
 FOREIGN = "http://127.0.0.1:9/v1"
-PROVIDERS = words("""
+PROVIDERS = frozenset(
+    """
     anthropic azure bedrock cerebras cohere_chat databricks deepinfra deepseek fireworks_ai gemini groq hosted_vllm
     huggingface litellm_proxy mistral nvidia_nim ollama ollama_chat openrouter perplexity replicate sambanova
     together_ai vertex_ai watsonx xai
-""")
-SECRETS = words("""
+    """.split()
+)
+SECRETS = frozenset(
+    """
     AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AZURE_AD_TOKEN AZURE_OPENAI_API_KEY CO_API_KEY
     DATABRICKS_API_KEY GOOGLE_API_KEY HF_TOKEN HUGGINGFACE_API_KEY REPLICATE_API_TOKEN TOGETHERAI_API_KEY
     TOGETHER_AI_TOKEN PERPLEXITYAI_API_KEY WATSONX_TOKEN FIREWORKS_API_KEY FIREWORKSAI_API_KEY
-""")
+    """.split()
+)
 
 
 def model(name: str, **params: Any) -> ModelRecord:
@@ -102,7 +105,7 @@ async def test_a_key_that_would_be_looked_up_for_another_address_is_asked_for(tm
     assert [record.resolved is not None and record.resolved.key_variable for record in without] == [
         *(None, None, "DEEPSEEK_API_KEY", None)
     ]
-    assert CANARY not in (tmp_path / FILE).read_text() + str(without[3].resolved)
+    assert CANARY not in (tmp_path / CACHE_FILE).read_text() + str(without[3].resolved)
     resolver = Resolver(tmp_path, {"DEEPSEEK_API_KEY": CANARY})
     assert await resolver.resolve_all([KEYLESS, AT_HOME]) == without[1:3]
     with pytest.raises(BadRequest, match=r"DEEPSEEK_API_KEY is for deepseek's own address.*api_key: none") as refused:

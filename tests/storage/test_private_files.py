@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy.safety.private_files import NotPrivate, private_folder
 from proxy.storage.client_keys import AuthRequiredLatch
+from proxy.storage.private_files import NotPrivate, private_folder
 from proxy.storage.valkey import EmbeddedValkey
 
 

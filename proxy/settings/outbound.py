@@ -1,6 +1,6 @@
-"""What the environment says of connections to others: which HTTP proxy they take, and whose certificates are trusted.
+"""HTTP proxies and trusted certificates of outgoing connections, as the environment states them.
 
-One rule for relayed and translated models, the price feed and the commands: no HTTP library reads these variables.
+Models, the price feed and the commands all follow these rules. No HTTP library reads these variables itself.
 """
 
 from __future__ import annotations
@@ -20,81 +20,87 @@ from urllib.request import getproxies, proxy_bypass
 import certifi
 import httpx
 
+# True: the default certificates. False: any certificate. A string: the file or folder of the certificates to trust.
 Trust = bool | str
-"""True: the usual certificates. False: any certificate. A text: the file or folder of the certificates to trust."""
 
-USUAL: Trust = True
+DEFAULT_TRUST: Trust = True
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 _SOCKS = re.compile(r"socks\w*", re.IGNORECASE)
 
-_LABELS = re.compile(r"[^\s/?#@\[\]:\\]+")
+_HOST_NAME = re.compile(r"[^\s/?#@\[\]:\\]+")
 
-_SWITCHES = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+_BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
 class OutboundError(Exception):
-    """A way out is asked for that cannot be taken. The message names the variable, or the parameter, and the fix."""
+    """A proxy or certificate is configured that cannot be used. The message names the variable and the fix."""
 
 
 class Proxies:
-    """HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY in either case, read once; the lower case wins."""
+    """Read HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY once, in either case; the lower case wins."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         variables = _proxy_variables(environ)
-        self._stated = {name.removesuffix("_proxy"): (variable, value) for name, (variable, value) in variables.items()}
-        _, direct = self._stated.pop("no", ("", ""))
-        self._system = not self._stated and sys.platform in ("darwin", "win32")
+        self._configured = {
+            name.removesuffix("_proxy"): (variable, value) for name, (variable, value) in variables.items()
+        }
+        _, direct = self._configured.pop("no", ("", ""))
+        self._system = not self._configured and sys.platform in ("darwin", "win32")
         if self._system:
-            self._stated = {scheme: ("the system's settings", url) for scheme, url in getproxies().items()}
-        self._exceptions = _Exceptions(direct)
-        self.of = lru_cache(maxsize=1024)(self._of)
+            self._configured = {scheme: ("the system's settings", url) for scheme, url in getproxies().items()}
+        self._no_proxy = _NoProxy(direct)
+        self.for_url = lru_cache(maxsize=1024)(self._for_url)
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What is stated and cannot be used, a sentence each."""
+        """Return what is configured and cannot be used, a sentence each."""
         found: dict[str, None] = {}
         for scheme in _DEFAULT_PORTS:
             try:
                 self._proxy(scheme)
             except OutboundError as problem:
                 found[str(problem)] = None
-        return (*found, *self._exceptions.problems)
+        return (*found, *self._no_proxy.problems)
 
-    def _of(self, url: str) -> str | None:
-        """The proxy for this address; None: it is reached directly. Raises OutboundError where it cannot be used."""
+    def _for_url(self, url: str) -> str | None:
+        """Return the proxy for this address, or None for a direct connection.
+
+        Raises:
+            OutboundError: the configured proxy cannot be used.
+        """
         parts = urlsplit(url)
-        if self._exceptions.cover(parts):
+        if self._no_proxy.covers(parts):
             return None
         if self._system and proxy_bypass(parts.hostname or ""):
             return None
         return self._proxy(parts.scheme)
 
     def _proxy(self, scheme: str) -> str | None:
-        variable, stated = self._stated.get(scheme) or self._stated.get("all") or ("", "")
+        variable, stated = self._configured.get(scheme) or self._configured.get("all") or ("", "")
         if not stated:
             return None
         proxy = stated if "://" in stated else f"http://{stated}"
         kind = proxy.partition("://")[0]
         if _SOCKS.fullmatch(kind):
             raise OutboundError(f"{variable} names a SOCKS proxy, which cannot be used here; give an HTTP proxy")
-        if not _is_proxy(proxy):  # it is not repeated: it may hold a password
+        if not _is_proxy_url(proxy):  # it is not repeated: it may hold a password
             raise OutboundError(f"{variable} is not the address of an HTTP proxy, as http://proxy.example:3128")
         return proxy
 
 
 def _proxy_variables(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """By the name in lower case: which variable states it, and what."""
+    """Return variable and value by the name in lower case."""
     found: dict[str, tuple[str, str]] = {}
-    for variable in sorted(environ):  # capitals sort before small letters, which so overrule them
+    for variable in sorted(environ):  # capitals sort first, so that lower case overrules them
         name, value = variable.lower(), environ[variable].strip()
         if name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
             found[name] = (variable, value)
     return {name: stated for name, stated in found.items() if stated[1]}
 
 
-def _is_proxy(url: str) -> bool:
+def _is_proxy_url(url: str) -> bool:
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
@@ -107,16 +113,16 @@ def _is_proxy(url: str) -> bool:
 
 def _is_host(name: str) -> bool:
     try:
-        return _LABELS.fullmatch(name) is not None and bool(name.encode("idna"))
+        return _HOST_NAME.fullmatch(name) is not None and bool(name.encode("idna"))
     except UnicodeError:
         return False
 
 
-class _Exceptions:
-    """Addresses that no proxy is asked for: this machine, and what NO_PROXY lists.
+class _NoProxy:
+    """The addresses that are reached without a proxy: this machine, and what NO_PROXY lists.
 
-    An entry is a name (for it and all names below it, a leading `.` or `*.` says the same), an address, a range of
-    addresses (10.0.0.0/8, fd00::/8), each also with a port, or `*`. A name is not looked up to compare it with ranges.
+    An entry is a name (it covers all names below it, with or without a leading `.` or `*.`), an address, a range of
+    addresses (10.0.0.0/8, fd00::/8), each also with a port, or `*`. Names are not resolved to compare them with ranges.
     """
 
     def __init__(self, stated: str) -> None:
@@ -145,7 +151,7 @@ class _Exceptions:
         else:
             self.problems.append(f"NO_PROXY: {entry[:100]!r} is no name, address or range of addresses; it is ignored")
 
-    def cover(self, parts: SplitResult) -> bool:
+    def covers(self, parts: SplitResult) -> bool:
         host, port = (parts.hostname or "").rstrip("."), parts.port or _DEFAULT_PORTS.get(parts.scheme)
         address = _address(host)
         if self._everything or _is_this_machine(host, address):
@@ -158,7 +164,7 @@ class _Exceptions:
 
 
 def _split_port(text: str) -> tuple[str, int | None]:
-    """The port is left out where the text is an address of IPv6 without brackets."""
+    """Split host and port. An IPv6 address without brackets has no port."""
     host, colon, port = text.rpartition(":")
     if colon and port.isascii() and port.isdecimal() and (":" not in host or host.endswith("]")):
         return host, int(port)
@@ -166,7 +172,7 @@ def _split_port(text: str) -> tuple[str, int | None]:
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """One of IPv4 written in IPv6 is taken as what it is."""
+    """Parse an IP address. An IPv4 address mapped to IPv6 becomes IPv4."""
     try:
         address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
     except ValueError:
@@ -182,7 +188,7 @@ def _is_this_machine(host: str, address: ipaddress.IPv4Address | ipaddress.IPv6A
 
 
 def trust_of(stated: object, environ: Mapping[str, str]) -> Trust:
-    """What `ssl_verify` of a model means, or where it states nothing the variable SSL_VERIFY.
+    """Read `ssl_verify` of a model, or the variable SSL_VERIFY if the model states nothing.
 
     Raises:
         OutboundError: it is neither true nor false nor the path of certificates.
@@ -190,16 +196,21 @@ def trust_of(stated: object, environ: Mapping[str, str]) -> Trust:
     where, value = ("ssl_verify", stated) if stated is not None else ("SSL_VERIFY", environ.get("SSL_VERIFY") or None)
     if value is None or isinstance(value, bool):
         return value is not False
-    if isinstance(value, str) and value.lower() in _SWITCHES:
-        return _SWITCHES[value.lower()]
+    if isinstance(value, str) and value.lower() in _BOOLEANS:
+        return _BOOLEANS[value.lower()]
     if isinstance(value, str) and value and Path(value).expanduser().exists():
         return value
     raise OutboundError(f"{where} must be true, false or the path of a file of trusted certificates (PEM)")
 
 
 def ssl_context(trust: Trust, environ: Mapping[str, str]) -> ssl.SSLContext:
-    """The usual certificates are Mozilla's, as every HTTP client of Python brings them, unless SSL_CERT_FILE or
-    SSL_CERT_DIR name others. Raises OutboundError where the named ones cannot be read."""
+    """Make a TLS context for this trust.
+
+    The default certificates are Mozilla's, from certifi, unless SSL_CERT_FILE or SSL_CERT_DIR name others.
+
+    Raises:
+        OutboundError: the certificates cannot be read.
+    """
     where, file, folder = "ssl_verify", None, None
     if isinstance(trust, str):
         file = str(Path(trust).expanduser())
@@ -224,7 +235,7 @@ def ssl_context(trust: Trust, environ: Mapping[str, str]) -> ssl.SSLContext:
 
 
 class Outbound:
-    """The ways out of one process: its proxies, and a TLS context for each trust, made when it is first needed."""
+    """The proxies of one process, and a TLS context for each trust, made when first needed."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = environ
@@ -235,14 +246,14 @@ class Outbound:
         """Raises OutboundError."""
         return trust_of(stated, self._environ)
 
-    def context(self, trust: Trust = USUAL) -> ssl.SSLContext:
+    def context(self, trust: Trust = DEFAULT_TRUST) -> ssl.SSLContext:
         """Raises OutboundError."""
         if trust not in self._contexts:
             self._contexts[trust] = ssl_context(trust, self._environ)
         return self._contexts[trust]
 
     def problems(self) -> tuple[str, ...]:
-        """What is stated in the environment and cannot be used, a sentence each."""
+        """Return what the environment configures and cannot be used, a sentence each."""
         try:
             if any(self._environ.get(name) for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSL_VERIFY")):
                 self.context(self.trust_of(None))
@@ -254,12 +265,12 @@ class Outbound:
 T = TypeVar("T", httpx.HTTPTransport, httpx.AsyncHTTPTransport)
 
 
-class WayOutError(httpx.ConnectError):
-    """The way that the environment names cannot be taken. The message says why."""
+class OutboundConnectError(httpx.ConnectError):
+    """The proxy or certificates that the environment names cannot be used. The message says why."""
 
 
-class _Ways(Generic[T]):
-    """A transport for each proxy and each trust, opened when it is first needed."""
+class _TransportPool(Generic[T]):
+    """A transport for each proxy and each trust, opened when first needed."""
 
     def __init__(self, outbound: Outbound, make: Callable[..., T], limits: httpx.Limits | None) -> None:
         self._outbound = outbound
@@ -267,19 +278,21 @@ class _Ways(Generic[T]):
         self._limits: dict[str, Any] = {} if limits is None else {"limits": limits}
         self.open: dict[tuple[str | None, Trust | None], T] = {}
 
-    def to(self, request: httpx.Request, trust: Trust | None) -> T:
-        """Raises WayOutError."""
+    def get(self, request: httpx.Request, trust: Trust | None) -> T:
+        """Return the transport for this request. Raises OutboundConnectError."""
         try:
-            proxy = self._outbound.proxies.of(str(request.url))
-            tls = request.url.scheme == "https"
-            way = (proxy, (self._outbound.trust_of(None) if trust is None else trust) if tls else None)
-            if way not in self.open:
-                self.open[way] = self._opened(*way)
+            proxy = self._outbound.proxies.for_url(str(request.url))
+            if request.url.scheme != "https":
+                trust = None
+            elif trust is None:
+                trust = self._outbound.trust_of(None)
+            if (proxy, trust) not in self.open:
+                self.open[proxy, trust] = self._make_transport(proxy, trust)
         except OutboundError as error:
-            raise WayOutError(str(error), request=request) from error
-        return self.open[way]
+            raise OutboundConnectError(str(error), request=request) from error
+        return self.open[proxy, trust]
 
-    def _opened(self, proxy: str | None, trust: Trust | None) -> T:
+    def _make_transport(self, proxy: str | None, trust: Trust | None) -> T:
         verify = False if trust is None else self._outbound.context(trust)
         if proxy is None:
             return self._make(verify=verify, trust_env=False, **self._limits)
@@ -289,7 +302,7 @@ class _Ways(Generic[T]):
 
 
 class AsyncTransport(httpx.AsyncBaseTransport):
-    """Each request goes the way that its address has, with the trust that `trust` says; None is the usual one."""
+    """Send each request through the proxy for its address, with the trust that `trust` returns; None is the default."""
 
     def __init__(
         self,
@@ -297,16 +310,16 @@ class AsyncTransport(httpx.AsyncBaseTransport):
         limits: httpx.Limits | None = None,
         trust: Callable[[httpx.Request], Trust | None] = lambda _: None,
     ) -> None:
-        self._ways = _Ways(outbound, httpx.AsyncHTTPTransport, limits)
+        self._transports = _TransportPool(outbound, httpx.AsyncHTTPTransport, limits)
         self._trust = trust
 
     @property
     def open(self) -> tuple[httpx.AsyncHTTPTransport, ...]:
-        """The transports that were needed so far."""
-        return tuple(self._ways.open.values())
+        """Return the transports that were needed so far."""
+        return tuple(self._transports.open.values())
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        return await self._ways.to(request, self._trust(request)).handle_async_request(request)
+        return await self._transports.get(request, self._trust(request)).handle_async_request(request)
 
     async def aclose(self) -> None:
         for transport in self.open:
@@ -314,26 +327,26 @@ class AsyncTransport(httpx.AsyncBaseTransport):
 
 
 class Transport(httpx.BaseTransport):
-    """The same for clients that wait."""
+    """The same for blocking clients."""
 
     def __init__(self, outbound: Outbound) -> None:
-        self._ways = _Ways(outbound, httpx.HTTPTransport, None)
+        self._transports = _TransportPool(outbound, httpx.HTTPTransport, None)
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        return self._ways.to(request, None).handle_request(request)
+        return self._transports.get(request, None).handle_request(request)
 
     def close(self) -> None:
-        for transport in self._ways.open.values():
+        for transport in self._transports.open.values():
             transport.close()
 
 
 def http_client(environ: Mapping[str, str] | None = None, **more: Any) -> httpx.Client:
-    """A client that follows no redirect. `more`: further arguments of httpx."""
+    """Make a client that follows no redirect. `more`: further arguments of httpx."""
     outbound = Outbound(os.environ if environ is None else environ)
     return httpx.Client(transport=Transport(outbound), trust_env=False, follow_redirects=False, **more)
 
 
 def async_http_client(environ: Mapping[str, str] | None = None, **more: Any) -> httpx.AsyncClient:
-    """A client that follows no redirect. `more`: further arguments of httpx."""
+    """Make a client that follows no redirect. `more`: further arguments of httpx."""
     outbound = Outbound(os.environ if environ is None else environ)
     return httpx.AsyncClient(transport=AsyncTransport(outbound), trust_env=False, follow_redirects=False, **more)

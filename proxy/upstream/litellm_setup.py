@@ -9,10 +9,10 @@ from typing import Any
 
 import httpx
 
-from proxy.outbound import http_client
-from proxy.upstream.litellm.transport import HOOKS, CallTransport, client_over
+from proxy.settings.outbound import http_client
+from proxy.upstream.litellm_transport import HOOKS, CallTransport, client_over
 
-_ANSWER = {
+_WARM_UP_RESPONSE = {
     "id": "warm-up",
     "object": "chat.completion",
     "created": 0,
@@ -23,17 +23,20 @@ _ANSWER = {
 
 
 def import_litellm() -> Any:
-    """Takes seconds: call it in a thread. Raises whatever litellm does; it may be called again then."""
+    """Import litellm and switch off what it does beside calling models.
+
+    This takes seconds: call it in a thread. It raises whatever litellm raises, and may be called again then.
+    """
     try:
-        return _imported()
+        return _import_and_configure()
     except BaseException:
-        # what is left of an import that failed halfway would be taken for its parts by the next one
+        # the next attempt would take what is left of a failed import for whole modules
         for name in [name for name in sys.modules if name.partition(".")[0] == "litellm"]:
             del sys.modules[name]
         raise
 
 
-def _imported() -> Any:
+def _import_and_configure() -> Any:
     os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # otherwise its import fetches a price map from the network
     import litellm
 
@@ -50,13 +53,16 @@ def _imported() -> Any:
     warnings.filterwarnings("ignore", message="coroutine '.*acompletion' was never awaited", category=RuntimeWarning)
     for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # its error lines carry prompts
-    _bring_our_clients()
+    _replace_http_clients()
     return litellm
 
 
-def _bring_our_clients() -> None:
-    """For the providers that litellm makes a client for. Its own would follow a redirect, which takes the prompt, and
-    in some formats the key, to wherever the upstream points; and it would read proxies and certificates by itself."""
+def _replace_http_clients() -> None:
+    """Replace the HTTP clients that litellm makes by ours.
+
+    Its own would follow a redirect, which takes the prompt, and in some formats the key, to wherever the upstream
+    points. It would also read proxies and certificates itself.
+    """
     from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler, HTTPHandler
     from litellm.llms.openai.common_utils import BaseOpenAILLM
 
@@ -75,10 +81,10 @@ def _client(*_: Any, timeout: float | httpx.Timeout | None = None, **__: Any) ->
 
 
 def disable_request_logging() -> None:
-    """For what this task calls from now on: litellm makes no log entry of it.
+    """Keep litellm from making log entries of what this task calls from now on.
 
-    Without callbacks nobody would read one, and it is made on the event loop: a third of what a call costs, and where
-    a model fails with many words, a search through all of them.
+    Without callbacks nobody reads them, and they are made on the event loop: a third of the cost of a call, and a
+    search through the whole text of a long error.
     """
     from litellm._internal_context import is_internal_call
 
@@ -86,7 +92,7 @@ def disable_request_logging() -> None:
 
 
 async def warm_up(litellm: Any) -> None:
-    """Calls of each kind to nowhere: litellm imports half of itself on the first, and more on the first that fails."""
+    """Call a mock of each kind: litellm imports half of itself on the first call, and more on the first failure."""
     import openai
 
     nowhere = httpx.MockTransport(_nowhere)
@@ -105,18 +111,21 @@ async def warm_up(litellm: Any) -> None:
 def _nowhere(request: httpx.Request) -> httpx.Response:
     if b"unreachable" in request.content:
         raise httpx.ConnectError("nowhere")
-    return httpx.Response(200, json=_ANSWER)
+    return httpx.Response(200, json=_WARM_UP_RESPONSE)
 
 
 def http_handler(pool: httpx.AsyncClient) -> Any:
-    """litellm's own client class over our pool, for the providers that do not go through OpenAI's SDK."""
+    """Make litellm's own client class over our pool, for the providers that do not use OpenAI's SDK."""
     from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler
 
     class OnceHandler(AsyncHTTPHandler):  # type: ignore[misc]  # a base that mypy does not follow
-        """Where a connection died, litellm asks again through a client of its own: twice billed, and once recorded."""
+        """A handler that sends a request once.
+
+        After a broken connection litellm's sends it again through a client of its own: billed twice, recorded once.
+        """
 
         async def single_connection_post_request(self, *_: Any, **__: Any) -> Any:
-            raise  # what it is called within the handling of
+            raise  # the exception that is being handled by the caller
 
     handler = OnceHandler(event_hooks=HOOKS, follow_redirects=False)
     handler.client = pool

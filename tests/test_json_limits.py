@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.safety.json_shape import MAX_DEPTH, MAX_VALUES, SMALL, Shape, TooMuchJson, check_shape
+from proxy.json_limits import MAX_DEPTH, MAX_VALUES, SMALL_BYTES, JSONSizeCounter, JSONTooLarge, check_limits
 
 TEXTS = st.text(st.sampled_from('"\\[]{},:aé\n'), max_size=6)
 DOCUMENTS = st.recursive(
@@ -40,7 +40,7 @@ def depth(value: Any) -> int:
 def test_values_are_counted_however_the_text_is_cut(document: Any, ascii_only: bool, data: st.DataObject) -> None:
     raw = json.dumps(document, ensure_ascii=ascii_only).encode()
     cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=5)))
-    shape = Shape()
+    shape = JSONSizeCounter()
     for start, end in zip([0, *cuts], [*cuts, len(raw)], strict=True):
         shape.feed(raw[start:end])
     values, empty = count(document)
@@ -52,9 +52,9 @@ def test_values_are_counted_however_the_text_is_cut(document: Any, ascii_only: b
 @settings(max_examples=300, deadline=None)
 def test_levels_are_counted_as_they_are_and_not_those_in_texts(document: Any, around: int) -> None:
     raw = b"[" * around + json.dumps(document).encode() + b"]" * around
-    shape = Shape()
+    shape = JSONSizeCounter()
     if around + depth(document) > MAX_DEPTH:
-        with pytest.raises(TooMuchJson, match="nested deeper"):
+        with pytest.raises(JSONTooLarge, match="nested deeper"):
             shape.feed(raw)
     else:
         shape.feed(raw)
@@ -65,20 +65,20 @@ FLOODS = [b"[],", b"{},", b'"",', b"1,", b'{"a":1},', b'"', b"[", b"[]", b'""', 
 
 @pytest.mark.parametrize("flood", FLOODS)
 def test_a_flood_is_refused_before_it_is_parsed(flood: bytes) -> None:
-    with pytest.raises(TooMuchJson):
-        check_shape(b"[" + flood * (2 * MAX_VALUES + 2))
+    with pytest.raises(JSONTooLarge):
+        check_limits(b"[" + flood * (2 * MAX_VALUES + 2))
 
 
 @pytest.mark.parametrize("filling", [b"x", b"\\n", b'\\"', b"\\\\", b"[", b"{,:", "字".encode()])
 def test_one_long_text_is_one_value(filling: bytes) -> None:
-    raw = b'{"a":"' + filling * (3 * SMALL // len(filling)) + b'"}'
-    shape = Shape()
+    raw = b'{"a":"' + filling * (3 * SMALL_BYTES // len(filling)) + b'"}'
+    shape = JSONSizeCounter()
     shape.feed(raw)
 
     assert shape.values == count(json.loads(raw))[0]
 
 
 def test_what_is_small_and_flat_is_not_looked_at_closer() -> None:
-    check_shape(b'{"a":[' + b"1," * 1000 + b"1]}")
-    with pytest.raises(TooMuchJson, match="nested deeper"):
-        check_shape(b"[" * 300 + b"]" * 300)
+    check_limits(b'{"a":[' + b"1," * 1000 + b"1]}")
+    with pytest.raises(JSONTooLarge, match="nested deeper"):
+        check_limits(b"[" * 300 + b"]" * 300)

@@ -1,6 +1,6 @@
-"""Which values of a model's parameters are secrets: by the name of the field, by their look, and in addresses.
+"""Find and hide the secrets in a model's parameters: by the name of the field, by their look, and in addresses.
 
-One place for three questions: what may not be stored, what is not shown, what is taken out of a provider's words.
+What may not be stored, what is hidden in responses and logs, and what is cut out of a provider's errors, all follow it.
 """
 
 from __future__ import annotations
@@ -10,30 +10,34 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
-from proxy.words import words
-
 REFERENCE = "os.environ/"
 
 HIDDEN = "***"
 
 _HEADERS = ("extra_headers", "headers")
 
-_WORDS = words("""
+# A name that ends in one of these words, or holds one of `_ANYWHERE`, is that of a secret.
+_WORDS = frozenset(
+    """
     secret secrets password passwd passwords pwd passphrase credential credentials auth authorization cookie apikey
     apikeys accesskey secretkey privatekey bearer jwt signature sig key keys
-""")
-"""A name that ends in one of these, or holds one of `_ANYWHERE`, is that of a secret."""
+    """.split()
+)
 
-_ANYWHERE = words("""
+_ANYWHERE = frozenset(
+    """
     secret secrets password passwd credential credentials authorization apikey
-""")
+    """.split()
+)
 
 _PAIRS = ("api_key", "access_key", "private_key", "subscription_key")
 
-_NO_SECRETS = words("""
-    prompt_cache_key cache_key preset_cache_key bos_token eos_token pad_token unk_token sep_token cls_token mask_token
-    stop_token start_token end_token max_token min_token special_token image_token
-""")
+_NO_SECRETS = frozenset(
+    """
+    prompt_cache_key cache_key preset_cache_key bos_token eos_token pad_token unk_token sep_token cls_token
+    mask_token stop_token start_token end_token max_token min_token special_token image_token
+    """.split()
+)
 
 _LOOKS = re.compile(
     r"(?:(?:sk|pk|rk)-[\w-]{6,}|(?:xai|gsk|hf|ghp|gho|ghs|github_pat|glpat|pplx|nvapi|xox[abprs])[-_][\w-]{16,}"
@@ -48,14 +52,14 @@ _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 _PUBLIC_QUERY = frozenset({"api-version", "api_version"})
 
+# Values that people write where a key is required and none is needed.
 _STAND_INS = frozenset({"-", "none", "empty", "dummy", "no-key", "not-needed", "unused"})
-"""What people write where a key is asked for and none is needed."""
 
 _MAX_DEPTH = 64
 
 
 class Literal(NamedTuple):
-    """A secret that is written out."""
+    """A secret that is written out in a parameter, not named by a reference."""
 
     path: str
     value: str
@@ -85,7 +89,7 @@ def _is_secret(value: str, *, named: bool) -> bool:
 
 
 def literals(name: str, value: Any, path: str = "") -> Iterator[Literal]:
-    """Secrets that are written out in the value of this field, however deep, each with its path."""
+    """Yield the secrets that are written out in the value of this field, however deep, each with its path."""
     yield from _literals(value, path or name, named=is_secret_name(name), depth=0)
 
 
@@ -134,14 +138,14 @@ def _query(parts: SplitResult) -> list[tuple[str, str]]:
 
 
 def secrets_below(name: str, value: Any) -> bool:
-    """Whether the field is a secret or holds one, written out or named by a reference."""
+    """Return whether the field is a secret or holds one, written out or named by a reference."""
     if isinstance(value, Mapping):
         return any(secrets_below(str(inner), each) for inner, each in value.items()) or any(literals(name, value))
     return is_reference(value) or any(True for _ in literals(name, value))
 
 
 def shown(name: str, value: Any) -> Any:
-    """The value for people: references stay, secrets and the values of headers do not."""
+    """Redact a value for people to read: hide secrets and the values of headers, keep references."""
     if name in _HEADERS and isinstance(value, Mapping):
         return {field: each if is_reference(each) else HIDDEN for field, each in value.items()}
     return _shown(value, named=is_secret_name(name), depth=0)
@@ -163,13 +167,13 @@ def _shown(value: Any, *, named: bool, depth: int) -> Any:
 
 
 def bare_address(value: str) -> str:
-    """An address without its user, its password and its query."""
+    """Remove user, password and query from an address."""
     parts = _split(value)
     return value if parts is None else urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def shown_address(value: str) -> str:
-    """An address without its user, its password and the values of its query; any other text as it is."""
+    """Hide user, password and the values of the query of an address. Return any other text as it is."""
     parts = _split(value)
     if parts is None or not (parts.query or parts.username or parts.password):
         return value

@@ -7,18 +7,19 @@ from pathlib import Path
 
 log = logging.getLogger("uniroute")
 
+# Permissions of group and others.
 OTHERS = 0o077
 
 
 class NotPrivate(Exception):
-    """A folder that cannot be kept from others; the message says what would do."""
+    """A folder cannot be kept from other users. The message says what to do."""
 
 
 def private_folder(folder: Path) -> None:
-    """Make `folder`, or take what others may do with it from one that is ours.
+    """Make `folder` for this user alone, or close one of this user's to others.
 
     Raises:
-        NotPrivate: it cannot be used, or is someone else's and open to others.
+        NotPrivate: it cannot be used, or belongs to another user and is open to others.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -36,12 +37,12 @@ def private_folder(folder: Path) -> None:
 
 
 def close_to_others(path: Path) -> None:
-    """Raises OSError."""
+    """Take all permissions from group and others. Raises OSError."""
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & OTHERS:
         path.chmod(mode & ~OTHERS)
 
 
 def private_opener(path: str, flags: int) -> int:
-    """For `open`: a file that is made is for this user alone."""
+    """Open a file for `open(opener=…)`; a new one is for this user alone."""
     return os.open(path, flags, 0o600)

@@ -16,9 +16,9 @@ import pytest
 from proxy.errors import ServiceUnavailable
 from proxy.settings.models import ModelInfo
 from proxy.storage.models import ModelRecord, ResolvedProvider
-from proxy.upstream import provider_lookup as lookup
+from proxy.upstream import litellm_resolver as lookup
 from proxy.upstream.client import is_direct
-from proxy.upstream.provider_resolution import FILE, Resolver
+from proxy.upstream.provider_resolution import CACHE_FILE, Resolver
 from tests.support.makers import a_record, until
 from tests.support.process_group import children_of
 
@@ -91,11 +91,11 @@ async def test_what_was_found_is_not_asked_again(asked: Path) -> None:
 async def test_a_broken_file_is_as_good_as_none(asked: Path, broken: str) -> None:
     answering(asked, ANSWER)
     await Resolver(asked / "data", {}).resolve(ONE)
-    (mark,) = json.loads((asked / "data" / FILE).read_text())
-    (asked / "data" / FILE).write_text(broken.replace("%s", mark))
+    (mark,) = json.loads((asked / "data" / CACHE_FILE).read_text())
+    (asked / "data" / CACHE_FILE).write_text(broken.replace("%s", mark))
 
     assert (await Resolver(asked / "data", {}).resolve(ONE)).resolved == FOUND
-    assert json.loads((asked / "data" / FILE).read_text()) == {mark: ANSWER}
+    assert json.loads((asked / "data" / CACHE_FILE).read_text()) == {mark: ANSWER}
 
 
 async def test_several_at_once_write_one_file(asked: Path) -> None:
@@ -106,8 +106,8 @@ async def test_several_at_once_write_one_file(asked: Path) -> None:
     assert all(record.resolved == FOUND for record in await asyncio.gather(*asking))
 
     assert (asked / "asked").read_text() == "\n"
-    assert len(json.loads((asked / "data" / FILE).read_text())) == 12
-    assert {path.name for path in (asked / "data").iterdir()} == {FILE, "providers.lock", "providers.turn"}
+    assert len(json.loads((asked / "data" / CACHE_FILE).read_text())) == 12
+    assert {path.name for path in (asked / "data").iterdir()} == {CACHE_FILE, "providers.lock", "providers.turn"}
     await one.aclose()
 
 
@@ -182,7 +182,7 @@ async def test_whoever_ends_leaves_no_process_behind(asked: Path) -> None:
 
 
 async def test_no_more_wait_than_can_be_told_in_time(asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lookup, "MOST_WAITING", 1)
+    monkeypatch.setattr(lookup, "MAX_WAITING", 1)
     answering(asked, ANSWER)
     resolver = Resolver(asked / "data", {})
     records = [stated(model=f"groq/{n}", api_base=NEAR) for n in range(2)]
@@ -195,8 +195,8 @@ async def test_no_more_wait_than_can_be_told_in_time(asked: Path, monkeypatch: p
 def test_what_litellm_takes_is_bounded() -> None:
     """The limit itself: what asks for more fails in that process."""
     program = (
-        "from proxy.upstream import resolving_process as asked\n"
-        "asked.MOST_MEMORY = 300 * 2**20; asked.bound_memory()\n"
+        "from proxy.upstream import litellm_resolver as resolver\n"
+        "resolver.MAX_MEMORY_BYTES = 300 * 2**20; resolver.limit_memory()\n"
         "try: bytearray(2**29)\nexcept MemoryError: print('bounded')\n"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -208,13 +208,13 @@ async def test_two_processes_at_once_write_one_file(tmp_path: Path) -> None:
     program = (
         "import asyncio, sys, json; from pathlib import Path; from proxy.upstream.provider_resolution import Resolver\n"
         "resolver = Resolver(Path(sys.argv[1]), {})\n"
-        "for number in range(200): resolver._keep({f'{sys.argv[2]}-{number}': {'refused': 'no'}})\n"
+        "for number in range(200): resolver._store({f'{sys.argv[2]}-{number}': {'refused': 'no'}})\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
     running = [await asyncio.create_subprocess_exec(*command, name) for name in ("a", "b")]
 
     assert [await each.wait() for each in running] == [0, 0]
-    assert len(json.loads((tmp_path / FILE).read_text())) == 400
+    assert len(json.loads((tmp_path / CACHE_FILE).read_text())) == 400
 
 
 async def test_a_folder_that_cannot_be_written_is_no_hindrance(asked: Path) -> None:
@@ -228,7 +228,7 @@ async def test_a_folder_that_cannot_be_written_is_no_hindrance(asked: Path) -> N
 async def test_who_cannot_be_asked_is_a_503_and_at_start_means_translation(
     asked: Path, monkeypatch: pytest.MonkeyPatch, then: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(lookup, "START_S", 0.3)
+    monkeypatch.setattr(lookup, "START_TIMEOUT_S", 0.3)
     (asked / "then").write_text(then)
     resolver = Resolver(asked / "data", {})
     with pytest.raises(ServiceUnavailable, match="provider of m could not be looked up"):
@@ -238,7 +238,7 @@ async def test_who_cannot_be_asked_is_a_503_and_at_start_means_translation(
     assert (odd, is_direct(odd)) == (ONE, None)
     assert plain.resolved == ResolvedProvider("relay", "x", "openai", NEAR)
     assert "models are translated" in caplog.text
-    assert not (asked / "data" / FILE).exists()
+    assert not (asked / "data" / CACHE_FILE).exists()
     assert not [pid for pid in children_of(os.getpid()) if "sleep" in command_of(pid)]
 
 

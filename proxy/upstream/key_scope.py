@@ -1,6 +1,6 @@
-"""Whose a secret is: it belongs to the provider and the address that it was stated for, and goes nowhere else.
+"""Keep each key to the provider and the address that it was stated for.
 
-A key that a model states is for that model's provider, scheme, host and port: a change of any of them needs it stated
+A key that a model states is for that model's provider, scheme, host and port. A change of any of them needs it stated
 again. A key that the environment holds for a provider is for the provider's own address alone.
 """
 
@@ -12,13 +12,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from proxy.errors import BadRequest
-from proxy.outbound import OutboundError
-from proxy.safety.redaction import is_reference, secrets_below
+from proxy.settings.litellm_params import is_provider_param
+from proxy.settings.outbound import OutboundError
+from proxy.settings.redaction import is_reference, secrets_below
 from proxy.storage.models import ModelRecord
-from proxy.upstream.litellm.params import VERBATIM, is_openai_url, is_provider_param
+from proxy.upstream.model_params import PASSTHROUGH, is_openai_url
 
+# Where litellm goes by default, for providers of OpenAI's format.
 DEFAULT_BASES = {"openai": "https://api.openai.com/v1", "openrouter": "https://openrouter.ai/api/v1"}
-"""Where litellm goes without saying so, for those that speak OpenAI's format."""
+
 _OTHER_BASES = {
     "anthropic": "https://api.anthropic.com",
     "cohere": "https://api.cohere.com",
@@ -27,20 +29,28 @@ _OTHER_BASES = {
     "ollama": "http://localhost:11434",
     "ollama_chat": "http://localhost:11434",
 }
+
 _OWN_HOSTS = {"vertex_ai": ".googleapis.com", "bedrock": ".amazonaws.com", "sagemaker": ".amazonaws.com"}
-_AMBIENT = re.compile(r"(azure|bedrock|databricks|gigachat|github|oci|sagemaker|sap|snowflake|vertex|watsonx).*")
-"""Providers for which litellm finds credentials in more places than variables: files, metadata services, logins."""
-STAND_IN = "-"
-"""Given as a key where none is to be looked up."""
+
+# Providers for which litellm finds credentials in more places than variables: files, metadata services, logins.
+_AMBIENT_CREDENTIALS = re.compile(
+    r"(azure|bedrock|databricks|gigachat|github|oci|sagemaker|sap|snowflake|vertex|watsonx).*"
+)
+
+# Given as a key so that litellm looks up none.
+PLACEHOLDER_KEY = "-"
+
 _ADDRESS = re.compile(r"(.*_)?(api_base|base_url|endpoint|auth_url|url|host)")
+
 _PORTS = {"http": 80, "https": 443}
+
 ADDRESSES = ("api_base", "base_url")
 
 Origin = tuple[str, str, int | None]
 
 
 def origin_of(address: str) -> Origin:
-    """Scheme, host and port. What is no address is an origin of its own."""
+    """Return scheme, host and port. Text that is no address is an origin of its own."""
     try:
         parts = urlsplit(address)
         port = parts.port or _PORTS.get(parts.scheme)
@@ -56,11 +66,11 @@ def address_of(params: Mapping[str, Any]) -> str | None:
 
 
 def is_own_address(address: str, provider: str, default: str | None, environ: Mapping[str, str]) -> bool:
-    """Whether the environment's key of this provider may go there.
+    """Return whether the environment's key of this provider may be sent to an address.
 
     Args:
-        default: where litellm goes for this provider if no address is stated, where that is known.
-        environ: an address that it states for the provider is the provider's own.
+        default: where litellm goes for this provider if no address is stated; None if that is not known.
+        environ: an address that it states for the provider counts as the provider's own.
     """
     if provider == "openai" and is_openai_url(address):
         return True
@@ -75,7 +85,7 @@ def is_own_address(address: str, provider: str, default: str | None, environ: Ma
 
 
 def stated_secrets(params: Mapping[str, Any]) -> list[str]:
-    """Parameters for the provider that are secrets, or hold one: a key, a header with a key, a reference."""
+    """Return the parameters for the provider that are or hold secrets: a key, a header with a key, a reference."""
     return [
         name
         for name, value in params.items()
@@ -83,38 +93,38 @@ def stated_secrets(params: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def key_of_call(
+def key_for_litellm(
     params: Mapping[str, Any], provider: str, default: str | None, environ: Mapping[str, str]
 ) -> str | None:
-    """What litellm is given as a key, so that it looks up none for an address that is not the provider's own.
+    """Choose the key to give litellm, so that it looks up none for an address that is not the provider's own.
 
     Returns:
-        None: it may look one up, or needs none.
+        None: litellm may look one up, or needs none.
 
     Raises:
-        OutboundError: the provider's credentials are looked up in ways that a key does not stop.
+        OutboundError: litellm would look up the provider's credentials whatever key it is given.
     """
     stated, address = params.get("api_key"), address_of(params)
     if stated or not address or is_own_address(address, provider, default, environ):
         return stated or None
-    if _AMBIENT.fullmatch(provider) and not stated_secrets(params):
+    if _AMBIENT_CREDENTIALS.fullmatch(provider) and not stated_secrets(params):
         raise OutboundError(
             f"the environment's credentials are for {provider}'s own address, and not sent to another; state those for"
             " api_base in litellm_params"
         )
     if provider.startswith("ollama") and not environ.get("OLLAMA_API_KEY"):
         return None
-    return STAND_IN
+    return PLACEHOLDER_KEY
 
 
 def check_environment_key(record: ModelRecord, environ: Mapping[str, str]) -> None:
-    """Raises BadRequest where litellm would look up a key for a provider, and the model is somewhere else."""
+    """Refuse a model for which litellm would send the environment's key to another address. Raises BadRequest."""
     params, resolved = record.litellm_params, record.resolved
     if resolved is None or resolved.own_address or not address_of(params):
         return
     if params.get("api_key") or stated_secrets(params):
         return
-    if resolved.provider in VERBATIM or not (found := _variable_of(resolved.provider, environ)):
+    if resolved.provider in PASSTHROUGH or not (found := _variable_of(resolved.provider, environ)):
         return
     raise BadRequest(
         f"{record.name}: {found} is for {resolved.provider}'s own address, and is not sent to another: state `api_key:"
@@ -133,7 +143,7 @@ def _variable_of(provider: str, environ: Mapping[str, str]) -> str | None:
 
 
 def check_secrets_stay(before: ModelRecord, after: ModelRecord, stated: Mapping[str, Any]) -> None:
-    """Refuse a change that would send a secret elsewhere, unless it is stated again with it.
+    """Refuse a change that would send a secret elsewhere, unless the change states that secret again.
 
     Args:
         stated: the litellm_params of the change itself.
@@ -154,22 +164,22 @@ def check_secrets_stay(before: ModelRecord, after: ModelRecord, stated: Mapping[
 
 
 def _moved(before: ModelRecord, after: ModelRecord) -> str | None:
-    """The parameter that made another origin of it."""
+    """Return the parameter whose change leads to another origin or provider."""
     old, new = before.litellm_params, after.litellm_params
     for name in sorted({*old, *new}):
         address = is_provider_param(name) and _ADDRESS.fullmatch(name)
-        if address and _origin_stated(old.get(name)) != _origin_stated(new.get(name)):
+        if address and _stated_origin(old.get(name)) != _stated_origin(new.get(name)):
             return name
     if old.get("custom_llm_provider") != new.get("custom_llm_provider"):
         return "custom_llm_provider"
-    return "model" if _other_provider(before, after) else None
+    return "model" if _changes_provider(before, after) else None
 
 
-def _origin_stated(address: Any) -> Any:
+def _stated_origin(address: Any) -> Any:
     return origin_of(address) if isinstance(address, str) and not is_reference(address) else address
 
 
-def _other_provider(before: ModelRecord, after: ModelRecord) -> bool:
+def _changes_provider(before: ModelRecord, after: ModelRecord) -> bool:
     if before.litellm_params["model"] == after.litellm_params["model"]:
         return False
     if after.resolved is None:  # it is compared again once that is known
