@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from pydantic import SecretStr
 
-from proxy.app import check_data_dir
 from proxy.cli import console
 from proxy.cli.console import CommandError, say, table, write
 from proxy.cli.local_models import LlamaServer, gemma_base, smollm2, start_llama
 from proxy.cli.options import FINISHED, ServerClient
 from proxy.cli.tools import show_decision
 from proxy.profiling.job import PromptAnswer, answers_key
+from proxy.server.preflight import check_data_dir
 from proxy.server.run import LOGGING, BackgroundServer, address, listen
 from proxy.settings.models import SettingsError
 from proxy.settings.outbound import http_client

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 def opened_map(settings: Settings) -> tuple[ClusterMap, Embedder]:
     """The map and the embedder of the settings. Raises CommandError where the two do not belong together."""
-    from proxy.app import load_cluster_map
     from proxy.cli.console import opened_embedder
+    from proxy.server.preflight import load_cluster_map
 
     cluster_map, embedder = load_cluster_map(settings), opened_embedder(settings.embedder, settings.data_dir)
     if embedder.id != cluster_map.embedder_id:

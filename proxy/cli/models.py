@@ -75,9 +75,9 @@ def _read_profile(path: Path) -> dict[str, Any]:
 
 def _from_outcomes(path: Path, name: str) -> dict[str, Any]:
     """Measured here, with the map and the embedder of our own settings; the server refuses another map's profile."""
-    from proxy.app import load_cluster_map
     from proxy.cli.console import opened_embedder, readable
     from proxy.profiling.prompts import profile_from_outcomes
+    from proxy.server.preflight import load_cluster_map
 
     readable(path, "--outcomes")
     config = os.environ.get("UNIROUTE_CONFIG")

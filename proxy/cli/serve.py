@@ -209,8 +209,8 @@ def serve(
     """Serve the OpenAI-compatible API until Ctrl-C."""
     from logging.config import dictConfig
 
-    from proxy.app import validate_files
     from proxy.cli import console
+    from proxy.server.preflight import validate_files
     from proxy.server.run import LOGGING, address, announce_ready, leave_on_sigterm, listen, run_server
 
     leave_on_sigterm()
@@ -248,7 +248,7 @@ def worker(config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
     """Measure models for servers that use the same store, until Ctrl-C."""
     from logging.config import dictConfig
 
-    from proxy.app import validate_files
+    from proxy.server.preflight import validate_files
     from proxy.server.run import LOGGING
 
     dictConfig(LOGGING)

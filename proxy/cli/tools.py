@@ -200,9 +200,9 @@ def export(
 @validation.command()
 def check(source: SetArgument = "builtin", data_dir: DataDirOption = None, *, as_json: JsonOption = False) -> None:
     """Read a set, report the first broken line, and say which clusters of the map it leaves thin."""
-    from proxy.app import load_cluster_map
     from proxy.cli import console
     from proxy.cli.console import opened_embedder
+    from proxy.server.preflight import load_cluster_map
     from router_core.validation.validation_set import coverage, thin_clusters
 
     chosen = open_set(source)
