@@ -44,7 +44,7 @@ from proxy.server.public import router as public_router
 from proxy.server.ratelimit import RateLimiter
 from proxy.server.reservations import SETTLE_FUNCTION
 from proxy.server.responses import HANDLED_EXCEPTIONS, error_response, http_error_body
-from proxy.server.startup import Startup, Step
+from proxy.server.startup import START_FAILED, Startup, Step
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings, check_exposure, load_settings
 from proxy.storage.client_keys import AuthRequiredLatch
@@ -227,9 +227,6 @@ async def app_state(
 
 
 POLL_INTERVAL_S = 1.0
-
-START_FAILED = 3
-"""The exit status of a process that could not start: uvicorn's own, which its supervisor knows too."""
 
 FORESEEN = (SettingsError, StoreUnavailable, RouterCoreError)
 

@@ -1,4 +1,4 @@
-"""The command `uniroute`, which Ctrl-C ends without a traceback also while its parts are imported."""
+"""The command `uniroute`. Ctrl-C ends it without a traceback, also while its modules are imported."""
 
 from __future__ import annotations
 
