@@ -43,7 +43,7 @@ from proxy.server.public import router as public_router
 from proxy.server.ratelimit import RateLimiter
 from proxy.server.reservations import SETTLE_FUNCTION
 from proxy.server.responses import HANDLED_EXCEPTIONS, error_response
-from proxy.server.startup import Startup, Step
+from proxy.server.startup import START_FAILED, Startup, Step
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings, check_exposure, load_settings
 from proxy.storage.client_keys import AuthRequiredLatch
@@ -183,9 +183,6 @@ def configure_logs() -> None:
         ours.addHandler(NonBlockingHandler())
         ours.setLevel(logging.INFO)
 
-
-# The exit status of a process that could not start: uvicorn's own, which its supervisor knows too.
-START_FAILED = 3
 
 EXPECTED_FAILURES = (SettingsError, StoreUnavailable, RouterCoreError)
 
