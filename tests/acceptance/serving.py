@@ -15,7 +15,7 @@ from tests.support.server import ROOT, ProxyProcess
 
 PRICE = 1e-7
 """USD per input token of a cheap arm; the dear one costs a hundred times as much."""
-READY_S = 90.0
+READY_S = 180.0
 
 
 class ServedProxy(ProxyProcess):
@@ -59,6 +59,6 @@ class ServedProxy(ProxyProcess):
 
 def ask(base_url: str, prompt: ValidationPrompt, **extra: Any) -> tuple[str, str]:
     """One routed request over a connection of its own: (model, answer)."""
-    with openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=20) as client:
+    with openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=60) as client:
         answer = client.chat.completions.create(model="auto", messages=[dict(m) for m in prompt.messages], **extra)  # type: ignore[misc]
     return answer.model, answer.choices[0].message.content or ""

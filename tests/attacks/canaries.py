@@ -37,7 +37,7 @@ class Canaries:
 
     def call(self, method: str, path: str, key: str | None = None, **more: Any) -> httpx.Response:
         headers = {"authorization": f"Bearer {key or self.client_key}", **more.pop("headers", {})}
-        reply = httpx.request(method, self.server.url + path, headers=headers, timeout=20, **more)
+        reply = httpx.request(method, self.server.url + path, headers=headers, timeout=60, **more)
         self.seen.append(f"{method} {path}\n{reply.status_code} {reply.headers.raw!r}\n{reply.text}")
         return reply
 

@@ -1,4 +1,4 @@
-"""Every grader, and the judge's parser, with every shape: run by test_exploding_texts in a child process."""
+"""Every grader, and the judge's parser, with every shape: run by test_linear_time in a child process."""
 
 from __future__ import annotations
 

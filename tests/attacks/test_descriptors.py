@@ -49,7 +49,7 @@ def server(
 
 
 def ask(client: httpx.Client) -> httpx.Response:
-    return client.post("/v1/chat/completions", json={"model": "fair", "messages": ASK}, timeout=20)
+    return client.post("/v1/chat/completions", json={"model": "fair", "messages": ASK}, timeout=60)
 
 
 def open_files(server: ServeCommand) -> int:
@@ -65,7 +65,7 @@ def answer(connection: socket.socket) -> bytes:
         return b"closed"
 
 
-def test_more_clients_than_descriptors_are_told_so_and_the_rest_are_served(
+def test_more_clients_than_descriptors_get_an_error_and_the_rest_are_served(
     server: ServeCommand, upstream: ScriptedUpstream
 ) -> None:
     before = open_files(server)
@@ -104,7 +104,7 @@ def first_free_descriptor(server: ServeCommand) -> int:
 def test_a_model_that_cannot_be_reached_for_want_of_descriptors_is_a_clear_502(
     server: ServeCommand, upstream: ScriptedUpstream
 ) -> None:
-    with httpx.Client(base_url=server.url, timeout=20) as client:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
         assert ask(client).status_code == 200
         limit = (first_free_descriptor(server), DESCRIPTORS)
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, limit)

@@ -69,7 +69,7 @@ async def ask(client: LiteLLMClient, provider: str, api_base: str) -> None:
     body = {"model": "m", "messages": ASK}
     for stream in (False, True):
         with contextlib.suppress(UpstreamError):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 if stream:
                     async for _ in await client.stream(record, body):
                         pass

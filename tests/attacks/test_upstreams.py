@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tests.attacks.conftest import ADMIN, ASK, BOTH_WAYS, PROVIDER_KEY, Attacked
+from tests.attacks.conftest import ADMIN, ASK, BOTH_MODES, PROVIDER_KEY, Attacked
 from tests.support.answers import Step, sse
 from tests.support.server import arm, uniform_profile
 from tests.support.upstream import ScriptedUpstream
 
-pytestmark = BOTH_WAYS
+pytestmark = BOTH_MODES
 
 SAID: Any = {"choices": [{"index": 0, "delta": {"content": "hé字"}, "finish_reason": None}]}
 END: Any = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
@@ -45,7 +45,7 @@ def test_no_redirect_is_followed(http: httpx.Client, attacked: Attacked, status:
         assert elsewhere.history == attacked.good.history == []
 
 
-def test_what_an_upstream_asks_to_be_kept_or_sent_on_is_not(http: httpx.Client, attacked: Attacked) -> None:
+def test_headers_of_an_upstream_are_neither_kept_nor_passed_on(http: httpx.Client, attacked: Attacked) -> None:
     """Cookies, alternative services, refreshes: none of an upstream's headers steers the client or the next call."""
     headers = {"set-cookie": "a=b; path=/", "alt-svc": 'h2="evil:443"', "refresh": "0;url=http://evil", "x-evil": "1"}
     attacked.fair.then(Step(headers=headers), Step())
@@ -77,7 +77,7 @@ def test_headers_of_a_caller_do_not_reach_the_upstream(http: httpx.Client, attac
         ([{"choices": [{"index": 0, "delta": {"content": "x" * 3_000_000}}]}, END], "x" * 3_000_000),
     ],
 )
-def test_odd_but_whole_streams_arrive(http: httpx.Client, attacked: Attacked, events: list[Any], said: str) -> None:
+def test_odd_but_complete_streams_arrive(http: httpx.Client, attacked: Attacked, events: list[Any], said: str) -> None:
     attacked.fair.then(Step(events=events))
     reply = ask(http, stream=True)
 
@@ -94,7 +94,7 @@ def test_characters_cut_in_two_by_the_network_arrive_whole(http: httpx.Client, a
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("retry_after", ["7", "Wed, 21 Oct 2065 07:28:00 GMT", None, "", "-1", "nan", "x" * 300])
-def test_too_many_requests_are_told_with_or_without_a_time(
+def test_status_429_is_passed_on_with_or_without_retry_after(
     http: httpx.Client, attacked: Attacked, retry_after: str | None, stream: bool
 ) -> None:
     headers = {} if retry_after is None else {"retry-after": retry_after}
@@ -127,7 +127,7 @@ def test_a_model_that_is_removed_while_it_answers_finishes(http: httpx.Client, a
      "", "http://[::1", "javascript:alert(1)", "http://\x00", 7, ["http://x"], {"url": "http://x"}],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["api_base", "base_url"])
-def test_an_address_that_is_none_cannot_be_added(http: httpx.Client, name: str, address: Any) -> None:
+def test_an_invalid_address_cannot_be_added(http: httpx.Client, name: str, address: Any) -> None:
     params = {"model": "openai/x", name: address}
     body = {"model_name": "odd", "litellm_params": params, "model_info": {"free": True}, "profile": {"prompts": 20}}
     reply = http.post("/admin/models", json=body, headers=ADMIN)
@@ -145,15 +145,15 @@ EVENTS = st.lists(
 @given(EVENTS, st.data())
 @hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_client_reads_the_same_for_every_split(
-    session_http: httpx.Client, serving: Attacked, events: list[Any], data: st.DataObject
+    http: httpx.Client, attacked: Attacked, events: list[Any], data: st.DataObject
 ) -> None:
     """The whole way: one upstream that writes the events as they are, one that cuts their bytes anywhere."""
     raw = b"".join(sse(event) for event in events)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=6)))
     pieces = [raw[start:end] for start, end in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
-    serving.fair.script.clear()
-    serving.fair.then(Step(events=[raw], done=False), Step(events=pieces, done=False))
-    whole, split = ask(session_http, stream=True), ask(session_http, stream=True)
+    attacked.fair.script.clear()
+    attacked.fair.then(Step(events=[raw], done=False), Step(events=pieces, done=False))
+    whole, split = ask(http, stream=True), ask(http, stream=True)
 
     assert (split.status_code, split.text) == (whole.status_code, whole.text)
     if whole.status_code == 200:

@@ -13,12 +13,12 @@ import httpx
 import openai
 import pytest
 
-from tests.server.ranked import asking, ranked, started_ranked
+from tests.server.ranked import asking, ranked, rankings
 from tests.support.keyed import KeyedProxy
 from tests.support.server import TIRELESS, ProxyProcess, arm
 from tests.support.upstream import ScriptedUpstream
 
-__all__ = ["asking", "ranked", "started_ranked"]
+__all__ = ["asking", "ranked", "rankings"]
 
 CANARY = "sk-canary-3f9a7c"
 """The arms' provider key: it may be seen by the upstreams alone."""
@@ -65,7 +65,7 @@ def open_fleet(folder: Path, embedder_cache: Path, **more: Any) -> Iterator[Flee
             yield Fleet(proxy, fair, good)
 
 
-BOTH_WAYS = pytest.mark.parametrize("fleet", ["auto", "translate"], indirect=True)
+BOTH_MODES = pytest.mark.parametrize("fleet", ["auto", "translate"], indirect=True)
 """For tests of what must be the same whichever way a model is reached. By itself it is relayed to."""
 
 
@@ -86,27 +86,25 @@ def fleets(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> It
 def fleet(fleets: Callable[[str], Fleet], request: pytest.FixtureRequest) -> Fleet:
     fleet = fleets(getattr(request, "param", "auto"))
     for upstream in (fleet.fair, fleet.good):
-        upstream.script.clear()
-        upstream.history.clear()
-        upstream.always = None
+        upstream.reset()
     return fleet
 
 
 @pytest.fixture
 def client(fleet: Fleet) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=fleet.base_url, api_key="none", max_retries=0, timeout=20) as opened:
+    with openai.OpenAI(base_url=fleet.base_url, api_key="none", max_retries=0, timeout=60) as opened:
         yield opened
 
 
 @pytest.fixture
 async def async_client(fleet: Fleet) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=fleet.base_url, api_key="none", max_retries=0, timeout=20) as opened:
+    async with openai.AsyncOpenAI(base_url=fleet.base_url, api_key="none", max_retries=0, timeout=60) as opened:
         yield opened
 
 
 @pytest.fixture
 def http(fleet: Fleet) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=fleet.url, timeout=20) as opened:
+    with httpx.Client(base_url=fleet.url, timeout=60) as opened:
         yield opened
 
 

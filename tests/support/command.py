@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 ADMIN_KEY = "admin-key-of-the-tests"
-START_S = 60.0
+START_S = 180.0
 _ADDRESS = re.compile(r"UniRoute at (http://\S+)/v1")
 
 
@@ -79,7 +79,7 @@ class ServeCommand:
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(how)
-        return self.process.wait(30)
+        return self.process.wait(60)
 
     def _wait_until_ready(self) -> None:
         assert self.process is not None

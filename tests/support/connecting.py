@@ -19,7 +19,7 @@ def at(server: RawUpstream, proxy: str | None = None, *, tls: bool = False) -> O
 
 async def asked(connections: ConnectionPool, origin: Origin, body: bytes = b"{}") -> tuple[int | None, bytes]:
     """Status and body."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         connection = await connections.take(origin, 5)
         try:
             await connection.send(HEAD, body)

@@ -46,13 +46,13 @@ class KeyedProxy:
         return MadeKey(reply.json()["id"], reply.json()["key"])
 
     def client(self, key: MadeKey) -> openai.OpenAI:
-        client = openai.OpenAI(base_url=f"{self.proxy.url}/v1", api_key=key.secret, max_retries=0, timeout=10)
+        client = openai.OpenAI(base_url=f"{self.proxy.url}/v1", api_key=key.secret, max_retries=0, timeout=60)
         self.opened.append(client)
         return client
 
     def call(self, key: MadeKey | None, method: str, path: str, body: Any = None, **headers: str) -> httpx.Response:
         sent = {**(key.headers if key else {}), **headers}
-        return httpx.request(method, self.proxy.url + path, json=body, headers=sent, timeout=20)
+        return httpx.request(method, self.proxy.url + path, json=body, headers=sent, timeout=60)
 
     def opens(self, key: MadeKey | None) -> bool:
         return self.call(key, "GET", "/v1/models").status_code == 200

@@ -67,7 +67,7 @@ async def following(
         await holder.stop()
 
 
-async def until(happened: Callable[[], Any], timeout_s: float = 5.0) -> float:
+async def until(happened: Callable[[], Any], timeout_s: float = 60.0) -> float:
     """Seconds until `happened()` was true; fails the test when it never is."""
     started = time.monotonic()
     while not happened():

@@ -22,7 +22,7 @@ from tests.support.valkey import OwnValkey, free_port
 
 SERVICE = "uniroute"
 DOWN_AFTER_MS = 500
-FOUND_S = 20.0
+FOUND_S = 120.0
 _TLS_HELLO = b"\x16"
 
 
@@ -45,7 +45,7 @@ class TlsFront:
 
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._stopped.set)
-        self._thread.join(10)
+        self._thread.join(60)
         self._loop.close()
         self._listening.close()
 
@@ -220,7 +220,7 @@ def _state(client: redis.Redis) -> dict[str, Any]:
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         process.send_signal(signal.SIGKILL)
-        process.wait(10)
+        process.wait(60)
 
 
 def _quietly(happened: Callable[[], bool]) -> bool:

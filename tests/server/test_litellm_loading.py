@@ -73,7 +73,7 @@ def upstream() -> Iterator[ScriptedUpstream]:
         yield started
 
 
-def test_a_server_that_only_relays_never_holds_litellm(
+def test_a_server_with_direct_models_only_never_imports_litellm(
     tmp_path: Path, embedder_cache: Path, upstream: ScriptedUpstream
 ) -> None:
     with serving(tmp_path, embedder_cache, upstream) as server:
@@ -96,7 +96,7 @@ def test_a_server_that_only_relays_never_holds_litellm(
     assert KEY not in resolved + server.log
 
 
-def test_a_model_that_cannot_be_resolved_is_refused_and_leaves_nothing(
+def test_a_model_that_cannot_be_resolved_is_refused_and_stores_nothing(
     tmp_path: Path, embedder_cache: Path, upstream: ScriptedUpstream
 ) -> None:
     with serving(tmp_path, embedder_cache, upstream) as server:
@@ -112,7 +112,7 @@ def test_a_model_that_cannot_be_resolved_is_refused_and_leaves_nothing(
             assert admin(server, "GET", "/odd").status_code == 404
 
 
-def test_a_translated_model_joins_once_litellm_is_there_in_every_worker(
+def test_a_translated_model_becomes_eligible_once_every_worker_has_imported_litellm(
     tmp_path: Path, embedder_cache: Path, upstream: ScriptedUpstream
 ) -> None:
     with serving(tmp_path, embedder_cache, upstream, "--workers", "2") as server:
@@ -122,8 +122,8 @@ def test_a_translated_model_joins_once_litellm_is_there_in_every_worker(
         wait_until(lambda: ask(server, path="route").json()["ineligible"])  # the other worker may see it a moment later
         early = ask(server, path="route").json()
         reply = ask(server)
-        assert wait_until(lambda: all(map(holds_litellm, both)), 60)
-        assert wait_until(lambda: {ask(server, path="route").json()["model"] for _ in range(20)} == {"far"}, 60)
+        assert wait_until(lambda: all(map(holds_litellm, both)))
+        assert wait_until(lambda: {ask(server, path="route").json()["model"] for _ in range(20)} == {"far"})
         answered = {ask(server).headers["x-uniroute-model"] for _ in range(20)}
 
     assert len(both) == 2
@@ -134,7 +134,7 @@ def test_a_translated_model_joins_once_litellm_is_there_in_every_worker(
     assert answered == {"far"}
 
 
-def test_one_that_translates_from_the_start_is_ready_with_it(
+def test_a_server_that_translates_from_the_start_is_ready_once_litellm_is_imported(
     tmp_path: Path, embedder_cache: Path, upstream: ScriptedUpstream
 ) -> None:
     with serving(tmp_path, embedder_cache, upstream, forward="translate") as server:
