@@ -60,7 +60,10 @@ def open_attacked(folder: Path, embedder_cache: Path, mode: str) -> Iterator[Att
         able: dict[str, Any] = {"supports_function_calling": True, "supports_vision": True}
         able["forward"] = mode
         config = {
-            "model_list": [arm("fair", fair.url, price=1e-7, **able), arm("good", good.url, price=1e-5, **able)],
+            "model_list": [
+                arm("fair", fair.url, price=1e-7, **able),
+                arm("good", good.url, price=1e-5, **able),
+            ],
             "uniroute": {"max_body_bytes": MAX_BODY_BYTES, "profile": {"on_start": False}},
         }
         (folder / "config.yaml").write_text(yaml.safe_dump(config))

@@ -1,4 +1,4 @@
-"""What the HTTP tests share: one proxy with a good dear arm and a fair cheap one, and one whose door needs keys."""
+"""What tests through sockets share: a proxy with a good expensive model and a fair cheap one, and one with keys."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.upstream import ScriptedUpstream
 __all__ = ["asking", "ranked", "rankings"]
 
 CANARY = "sk-canary-3f9a7c"
-"""The arms' provider key: it may be seen by the upstreams alone."""
+"""The provider key of the models: only the upstreams may see it."""
 HEADERS = {"authorization": "Bearer whatever"}
 
 
@@ -113,7 +113,10 @@ def keyed_proxy(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) 
     """At λ=0.1 "fair" is chosen, at λ=0 "good"."""
     with ScriptedUpstream() as upstream:
         config = {
-            "model_list": [arm("fair", upstream.url, price=1e-7), arm("good", upstream.url, price=1e-5)],
+            "model_list": [
+                arm("fair", upstream.url, price=1e-7),
+                arm("good", upstream.url, price=1e-5),
+            ],
             "uniroute": {"profile": {"on_start": False}},
         }
         folder = tmp_path_factory.mktemp("admin-keys")

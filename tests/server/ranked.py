@@ -53,9 +53,7 @@ def open_ranked(folder: Path, embedder_cache: Path, mode: str) -> Iterator[Ranke
     with contextlib.ExitStack() as closing:
         models = [closing.enter_context(ScriptedUpstream(says(f"The {name} answer."))) for name in names]
         config = {
-            "model_list": [
-                arm(name, model.url, price=1e-7, forward=mode) for name, model in zip(names, models, strict=True)
-            ],
+            "model_list": [arm(name, models[place].url, price=1e-7, forward=mode) for place, name in enumerate(names)],
             "uniroute": {**LIMITS, "profile": {"on_start": False}, "breaker": TIRELESS},
         }
         proxy = closing.enter_context(ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "sk-ranked"}))

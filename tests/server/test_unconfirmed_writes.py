@@ -154,6 +154,7 @@ def test_other_unconfirmed_changes_can_be_repeated(doubtful: Doubtful) -> None:
     price = {"input_cost_per_token": 2e-6, "output_cost_per_token": 2e-6}
     assert "repeat the request" in doubtful.lost("PUT", "/admin/models/kept/pricing", price)
     assert doubtful.repeated("PUT", "/admin/models/kept/pricing", price).status_code == 200
-    doubtful.repeated("POST", "/admin/models", {**arm("gone", doubtful.upstream.url), "profile": uniform_profile(0.1)})
+    gone = {**arm("gone", doubtful.upstream.url), "profile": uniform_profile(0.1)}
+    doubtful.repeated("POST", "/admin/models", gone)
     assert "a 404 says that it was" in doubtful.lost("DELETE", "/admin/models/gone")
     assert doubtful.repeated("DELETE", "/admin/models/gone").status_code == 404

@@ -50,9 +50,10 @@ def test_a_stopped_redis_fails_no_request_and_refuses_writes(away: Away) -> None
     assert wait_until(lambda: away.store() == "away")
 
     assert [away.ask().status_code for _ in range(3)] == [200, 200, 200]
+    late = arm("late", away.upstream.url)
     refused = [
-        away.proxy.admin("POST", "/admin/models", arm("late", away.upstream.url)),
-        away.proxy.admin("POST", "/admin/models", {**arm("late", away.upstream.url), "profile": uniform_profile(0.1)}),
+        away.proxy.admin("POST", "/admin/models", late),
+        away.proxy.admin("POST", "/admin/models", {**late, "profile": uniform_profile(0.1)}),
         away.proxy.admin("PUT", "/admin/models/kept/pricing", PRICE),
         away.proxy.admin("DELETE", "/admin/models/kept"),
     ]
