@@ -1,4 +1,4 @@
-"""`uniroute serve` with several worker processes, and what a test asks of it."""
+"""`uniroute serve` with two worker processes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import openai
 from router_core.validation.validation_set import ValidationPrompt
 from tests.support.server import ROOT, ProxyProcess
 
+# USD per input token of a cheap model; the expensive one costs a hundred times as much.
 PRICE = 1e-7
-"""USD per input token of a cheap arm; the dear one costs a hundred times as much."""
 READY_S = 180.0
 
 

@@ -1,5 +1,3 @@
-"""Two servers over one Redis keep one budget; a killed one holds nothing back; a frozen Redis stops money alone."""
-
 from __future__ import annotations
 
 import signal
@@ -25,8 +23,8 @@ ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 PRICE = 1e-4
 USAGE = {"prompt_tokens": 8, "completion_tokens": 70, "total_tokens": 78}
 COST = 0.0288
+# For 100 tokens at most, and a prompt of about 7.
 SET_ASIDE = 0.0407
-"""For 100 tokens at most, and a prompt of about 7."""
 pytestmark = pytest.mark.timeout(300)
 
 

@@ -1,4 +1,4 @@
-"""Four models that were measured live: maths, code, Chinese, and one that knows all at a hundred times the price."""
+"""Four profiled models: for maths, for code, for Chinese, and one that knows all at a hundred times the price."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ class Pool:
         """Whether each candidate is the choice at the λ that the decision gives for it."""
         decision = self.decision(prompt, lambda_, connection)
         flips = {row["model"]: row["flips_at_lambda"] for row in decision["candidates"]}
-        told = {model: flip for model, flip in flips.items() if flip is not None}
-        chosen = {model: self.decision(prompt, flip, connection)["model"] for model, flip in told.items()}
-        return flips[decision["model"]] == lambda_ and "dear" in told and chosen == {model: model for model in told}
+        stated = {model: flip for model, flip in flips.items() if flip is not None}
+        chosen = {model: self.decision(prompt, flip, connection)["model"] for model, flip in stated.items()}
+        return flips[decision["model"]] == lambda_ and "dear" in stated and chosen == {model: model for model in stated}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_the_lambda_of_one_request_moves_that_request_alone(pool: Pool) -> None:
 
 @pytest.mark.parametrize("lambda_", [0.0, 0.1, 0.4])
 def test_the_dry_run_predicts_what_then_happens(pool: Pool, lambda_: float) -> None:
-    """By the process that is asked: what answers cost is learnt from live traffic by each for itself."""
+    """Over one connection, so by one process: each learns the cost of responses from its own traffic."""
     prompts = [prompt for kind in SPECIALISTS for prompt in pool.library.of_kind(kind, most=4)]
     with httpx.Client() as connection:
         pairs = [
@@ -159,7 +159,7 @@ def test_a_fifth_model_is_added_under_traffic_and_gets_its_kind_of_prompts_on_ev
 
 
 def _traffic(pool: Pool, stop: threading.Event, failures: list[str]) -> None:
-    """Twenty requests a second until told to stop, at most a minute."""
+    """Twenty requests a second until the event is set, for a minute at most."""
     prompts = [prompt for kind in SPECIALISTS for prompt in pool.library.of_kind(kind)]
     with httpx.Client(base_url=pool.proxy.url, timeout=60) as client:
         for turn in range(1200):

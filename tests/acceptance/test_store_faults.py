@@ -1,4 +1,4 @@
-"""Two workers over the embedded store: what one acknowledged the other knows; a killed or frozen store is no end."""
+"""Faults of the embedded store under a server with two workers."""
 
 from __future__ import annotations
 

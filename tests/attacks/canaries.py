@@ -1,4 +1,4 @@
-"""Secrets that tests can recognise anywhere, and a server that is given all of them. No tests."""
+"""Secrets that tests recognise anywhere, and a server that is given all of them."""
 
 from __future__ import annotations
 

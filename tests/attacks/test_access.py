@@ -1,5 +1,3 @@
-"""Paths, Hosts and keys that try to be taken for others: every spelling meets the same door."""
-
 from __future__ import annotations
 
 import pytest

@@ -1,5 +1,3 @@
-"""Bodies too large, too deep, ambiguous, or of the wrong kind: 400, 413 or 415, and no memory for them."""
-
 from __future__ import annotations
 
 import gzip

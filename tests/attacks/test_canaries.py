@@ -1,5 +1,3 @@
-"""Secrets are seen where they are due (a provider's key at the provider) and nowhere else, whatever goes wrong."""
-
 from __future__ import annotations
 
 import asyncio
@@ -32,13 +30,13 @@ from tests.support.answers import Step
 from tests.support.command import environment, run_command
 from tests.support.upstream import wait_until
 
+# The secrets that each model's upstream gets, and may repeat.
 KNOWN = {
     "named": f"no: Bearer {PROVIDER_KEY}",
     "translated": f"no: Bearer {PROVIDER_KEY}",
     "other": f"no: x-api-key {PROVIDER_KEY}",
     "literal": f"no: Bearer {LITERAL_KEY} with {HEADER}",
 }
-"""What each model's upstream was told, and may repeat."""
 SAID: Any = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": None}]}
 pytestmark = pytest.mark.filterwarnings("ignore:Item .* on TypedDict:UserWarning")
 

@@ -1,4 +1,4 @@
-"""Every name that litellm acts on: a field of OpenAI's, or refused, or shown to change nothing but the body."""
+"""Every name that litellm acts on is a field of OpenAI's, or refused, or shown to change only the body."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from tests.support.answers import Step, error_body
 from tests.support.upstream import ScriptedUpstream
 
 KEY = "sk-of-the-provider"
+# Read, set or passed on by ourselves.
 OPENAIS_OTHER = {"model", "messages", "stream", "stream_options", "metadata", "prompt_cache_retention"}
-"""Read, set or passed on by ourselves."""
+# Plain words that servers of OpenAI's format may have a field by: passed on, where litellm would act on its own.
 HARMLESS = (
     *("context_management", "id", "include_server_side_tool_invocations", "itpm", "order", "otpm", "rpm", "tags"),
     *("tpm", "ttl", "verbose", "weight"),
 )
-"""Plain words that servers of OpenAI's format may have a field by: passed on, where litellm would act on its own."""
 ARMS = ("openai/x", "mistral/x", "deepseek/x", "groq/x", "anthropic/claude-x", "cohere_chat/x")
 pytestmark = pytest.mark.filterwarnings("ignore")
 EVIL: Any = {

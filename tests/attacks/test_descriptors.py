@@ -1,5 +1,3 @@
-"""File descriptors run out: who is too many is told so, the rest are served, and it ends when they leave."""
-
 from __future__ import annotations
 
 import os
@@ -81,8 +79,8 @@ def test_more_clients_than_descriptors_get_an_error_and_the_rest_are_served(
         for connection in beyond:
             with suppress(ConnectionError):
                 connection.sendall(POST)
-        told = {answer(connection).partition(b"\r\n")[0] for connection in beyond}
-        assert told == {b"HTTP/1.1 503 Service Unavailable", b"closed"}
+        status_lines = {answer(connection).partition(b"\r\n")[0] for connection in beyond}
+        assert status_lines == {b"HTTP/1.1 503 Service Unavailable", b"closed"}
         assert httpx.get(f"{server.url}/healthz").status_code == 200
         refused = httpx.post(f"{server.url}/v1/chat/completions", json={"model": "fair", "messages": ASK})
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")

@@ -1,5 +1,3 @@
-"""λ as a header, on the wire: one finite number of ASCII digits, or 400 naming it."""
-
 from __future__ import annotations
 
 import pytest

@@ -1,5 +1,3 @@
-"""Conversations of any shape: routed and forwarded as they are, within the time that routing has, never a 500."""
-
 from __future__ import annotations
 
 import base64

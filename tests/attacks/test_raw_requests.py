@@ -1,4 +1,4 @@
-"""Requests as no client library sends them, byte by byte: refused, or read in the one way there is."""
+"""Requests that no client library sends, byte by byte."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ WHOLE = POST + LENGTH + b"\r\n" + BODY
 NEXT = b"GET /admin/models HTTP/1.1\r\n" + HOST + b"\r\n"
 KEY = f"authorization: {ADMIN['authorization']}\r\n".encode()
 
+# Where one server sees one request, another may see two: the second would come in under the first one's key.
 TWO_READINGS = [
     POST + LENGTH + CHUNKED + b"\r\n0\r\n\r\n" + NEXT,
     POST + CHUNKED + LENGTH + b"\r\n0\r\n\r\n" + NEXT,
@@ -58,7 +59,6 @@ TWO_READINGS = [
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     b"\xff" * 100 + b"\r\n\r\n",
 ]  # fmt: skip
-"""Where one server sees one request, another may see two: the second would come in under the first one's key."""
 
 
 @pytest.mark.parametrize("raw", TWO_READINGS)
@@ -123,7 +123,7 @@ def test_a_body_cannot_hide_a_request_behind_an_upgrade(attacked: Attacked) -> N
 
 
 def test_continue_is_sent_only_to_authorized_clients(attacked: Attacked) -> None:
-    """A body that nobody will read is not asked for."""
+    """A body that will not be read is not asked for."""
     raw = b"POST /admin/models HTTP/1.1\r\n" + HOST + b"expect: 100-continue\r\ncontent-length: 9\r\n\r\n"
     (answer,) = send(attacked.address, raw, wait_s=0.3)
 

@@ -1,5 +1,3 @@
-"""Upstreams that point elsewhere or lie: no redirect is followed, no address but the administrator's is called."""
-
 from __future__ import annotations
 
 import json
@@ -18,7 +16,7 @@ from tests.support.upstream import ScriptedUpstream
 
 pytestmark = BOTH_MODES
 
-SAID: Any = {"choices": [{"index": 0, "delta": {"content": "hé字"}, "finish_reason": None}]}
+CONTENT: Any = {"choices": [{"index": 0, "delta": {"content": "hé字"}, "finish_reason": None}]}
 END: Any = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
 
 
@@ -67,26 +65,28 @@ def test_headers_of_a_caller_do_not_reach_the_upstream(http: httpx.Client, attac
 
 
 @pytest.mark.parametrize(
-    ("events", "said"),
+    ("events", "content"),
     [
-        ([SAID, END, b"data: [DONE]\n\ndata: [DONE]\n\n"], "hé字"),
-        ([b": ping\n\n", SAID, b"event: x\nid: 7\nretry: 1\n\n", END], "hé字"),
-        ([b"data:" + json.dumps(SAID, ensure_ascii=False).encode() + b"\r\n\r\n", END], "hé字"),
-        ([b"\xef\xbb\xbfdata: " + json.dumps(SAID).encode() + b"\n\n", END], "hé字"),
-        ([*[SAID] * 500, END], "hé字" * 500),
+        ([CONTENT, END, b"data: [DONE]\n\ndata: [DONE]\n\n"], "hé字"),
+        ([b": ping\n\n", CONTENT, b"event: x\nid: 7\nretry: 1\n\n", END], "hé字"),
+        ([b"data:" + json.dumps(CONTENT, ensure_ascii=False).encode() + b"\r\n\r\n", END], "hé字"),
+        ([b"\xef\xbb\xbfdata: " + json.dumps(CONTENT).encode() + b"\n\n", END], "hé字"),
+        ([*[CONTENT] * 500, END], "hé字" * 500),
         ([{"choices": [{"index": 0, "delta": {"content": "x" * 3_000_000}}]}, END], "x" * 3_000_000),
     ],
 )
-def test_odd_but_complete_streams_arrive(http: httpx.Client, attacked: Attacked, events: list[Any], said: str) -> None:
+def test_odd_but_complete_streams_arrive(
+    http: httpx.Client, attacked: Attacked, events: list[Any], content: str
+) -> None:
     attacked.fair.then(Step(events=events))
     reply = ask(http, stream=True)
 
-    assert contents(reply) == said
+    assert contents(reply) == content
     assert reply.text.count("[DONE]") == 1
 
 
 def test_characters_cut_in_two_by_the_network_arrive_whole(http: httpx.Client, attacked: Attacked) -> None:
-    raw = b"data: " + json.dumps(SAID, ensure_ascii=False).encode() + b"\n\n"
+    raw = b"data: " + json.dumps(CONTENT, ensure_ascii=False).encode() + b"\n\n"
     attacked.fair.then(Step(events=[*(bytes((byte,)) for byte in raw), END], drip_s=0.001))
 
     assert contents(ask(http, stream=True)) == "hé字"
@@ -101,15 +101,15 @@ def test_status_429_is_passed_on_with_or_without_retry_after(
     attacked.fair.always = Step(status=429, headers=headers, body={"error": {"message": "slow down"}})
     reply = ask(http, stream=stream)
 
-    told = {"7": "7", "Wed, 21 Oct 2065 07:28:00 GMT": "3600"}.get(retry_after or "")
+    passed_on = {"7": "7", "Wed, 21 Oct 2065 07:28:00 GMT": "3600"}.get(retry_after or "")
     assert (reply.status_code, reply.json()["error"]["message"]) == (429, "slow down")
-    assert reply.headers.get("retry-after") == told
+    assert reply.headers.get("retry-after") == passed_on
 
 
 def test_a_model_that_is_removed_while_it_answers_finishes(http: httpx.Client, attacked: Attacked) -> None:
     entry = arm("leaving", attacked.good.url)
     assert http.post("/admin/models", json={**entry, "profile": uniform_profile(0.9)}, headers=ADMIN).status_code == 201
-    attacked.good.then(Step(events=[SAID, *[b": wait\n\n"] * 10, SAID, END], drip_s=0.02))
+    attacked.good.then(Step(events=[CONTENT, *[b": wait\n\n"] * 10, CONTENT, END], drip_s=0.02))
     question = {"model": "leaving", "messages": ASK, "stream": True}
     with http.stream("POST", "/v1/chat/completions", json=question) as reply:
         lines = reply.iter_lines()
@@ -137,7 +137,7 @@ def test_an_invalid_address_cannot_be_added(http: httpx.Client, name: str, addre
 
 
 EVENTS = st.lists(
-    st.sampled_from([SAID, END, b": ping\n\n", b"data: [DONE]\n\n", {"choices": []}, {"error": {"message": "no"}}]),
+    st.sampled_from([CONTENT, END, b": ping\n\n", b"data: [DONE]\n\n", {"choices": []}, {"error": {"message": "no"}}]),
     max_size=5,
 )
 

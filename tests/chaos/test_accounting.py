@@ -1,5 +1,3 @@
-"""The harness sees what it is there for: each discrepancy that is put into good books is found, and only that."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""One upstream for the tests of each file."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator

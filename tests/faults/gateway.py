@@ -1,4 +1,4 @@
-"""A served proxy with one measured model in its configuration, and what the tests of faults ask of it."""
+"""A served proxy with one profiled model in its configuration, and the requests that tests of faults make."""
 
 from __future__ import annotations
 

@@ -1,5 +1,3 @@
-"""The Redis user that the README gives, and all that a server does with it: nothing is denied."""
-
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,5 +1,3 @@
-"""The wall clock of every process jumps by a day, either way, while it runs: measured time is what is relied on."""
-
 from __future__ import annotations
 
 import sys

@@ -1,5 +1,3 @@
-"""The embedded store, killed with all the others or out of disk: what was acknowledged stays, and it comes back."""
-
 from __future__ import annotations
 
 import os

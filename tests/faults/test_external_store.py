@@ -1,5 +1,3 @@
-"""A Redis of one's own that is frozen, flushed, full, older or failed over: requests go on, and usage is exact."""
-
 from __future__ import annotations
 
 import shutil
@@ -30,8 +28,8 @@ class Setting:
         self.asked += reply.status_code == 200
         return reply.status_code
 
-    def ask_all_ways(self) -> list[int]:
-        """Routed, pinned, and streamed to its end."""
+    def ask_in_every_mode(self) -> list[int]:
+        """Routed, pinned, and streamed to the end."""
         statuses = [self.ask("auto"), self.ask()]
         with self.gateway.streaming() as answer:
             whole = "[DONE]" in answer.read().decode()
@@ -42,7 +40,7 @@ class Setting:
         with self.valkey.client() as client:
             return wait_until(lambda: counted(client) == self.asked)
 
-    def heals(self) -> bool:
+    def recovers(self) -> bool:
         return wait_until(lambda: self.gateway.put_price().status_code == 200)
 
 
@@ -68,24 +66,24 @@ def refused(call: Callable[[], httpx.Response], why: str) -> bool:
 def test_a_frozen_store_fails_no_request_and_usage_is_counted_once(setting: Setting) -> None:
     assert setting.gateway.add("added").status_code == 201
     with frozen(setting.valkey.pid):
-        assert setting.ask_all_ways() == [200, 200, 200]
-        time_out = setting.gateway.put_price  # the first to ask waits its time out, the next one is told so
+        assert setting.ask_in_every_mode() == [200, 200, 200]
+        time_out = setting.gateway.put_price  # the first waits for its timeout, the next is refused at once
         assert refused(time_out, "could not store a price")
         assert refused(time_out, "has not answered for")
         assert refused(lambda: setting.gateway.add("late"), "could not add a model")
         assert refused(lambda: setting.gateway.admin("DELETE", "/models/added"), "could not")
         assert setting.gateway.admin("GET", "/models/added").json()["state"] == "ready"
-        assert setting.ask_all_ways() == [200, 200, 200]
-    assert setting.heals()
+        assert setting.ask_in_every_mode() == [200, 200, 200]
+    assert setting.recovers()
     assert setting.usage_is_exact()
 
 
 def test_usage_recorded_while_the_store_is_stopped_reaches_it_later(setting: Setting) -> None:
     setting.valkey.stop()
     assert refused(setting.gateway.put_price, "could not store a price")
-    assert setting.ask_all_ways() == [200, 200, 200]
+    assert setting.ask_in_every_mode() == [200, 200, 200]
     setting.valkey.start()
-    assert setting.heals()
+    assert setting.recovers()
     assert setting.usage_is_exact()
 
 
@@ -96,11 +94,11 @@ def test_a_full_store_refuses_changes_and_gets_usage_once_it_has_room(setting: S
         before = counted(client)
         assert refused(setting.gateway.put_price, "maxmemory")
         assert refused(lambda: setting.gateway.add("late"), "maxmemory")
-        assert setting.ask_all_ways() == [200, 200, 200]
+        assert setting.ask_in_every_mode() == [200, 200, 200]
         assert wait_until(lambda: "usage waits in its journals" in setting.gateway.server.log)
         assert counted(client) == before
         client.config_set("maxmemory", "0")
-    assert setting.heals()
+    assert setting.recovers()
     assert setting.usage_is_exact()
 
 
@@ -111,9 +109,9 @@ def test_a_store_restored_from_an_older_copy_is_used_and_gets_the_usage_it_lacks
     setting.valkey.stop()
     shutil.copytree(setting.valkey.folder, tmp_path / "older")
     setting.valkey.start()
-    assert setting.heals()
+    assert setting.recovers()
     assert setting.gateway.add("younger").status_code == 201
-    assert setting.ask_all_ways() == [200, 200, 200]
+    assert setting.ask_in_every_mode() == [200, 200, 200]
     assert setting.usage_is_exact()
     version = setting.gateway.ready()["state_version"]
 
@@ -123,8 +121,8 @@ def test_a_store_restored_from_an_older_copy_is_used_and_gets_the_usage_it_lacks
     setting.valkey.start()
     assert wait_until(lambda: setting.gateway.admin("GET", "/models/younger").status_code == 404)
     assert setting.gateway.ready()["state_version"] < version
-    assert setting.ask_all_ways() == [200, 200, 200]
-    assert setting.heals()
+    assert setting.ask_in_every_mode() == [200, 200, 200]
+    assert setting.recovers()
     assert setting.usage_is_exact()
 
 
@@ -145,7 +143,7 @@ def test_a_flushed_store_loses_what_was_added_and_authentication_stays_on(settin
     assert gateway.add("added-too").status_code == 201
     again = gateway.admin("POST", f"/models/{CONFIGURED}/profile", uniform_profile(0.2))
     assert again.status_code == 200
-    assert setting.ask_all_ways() == [200, 200, 200]
+    assert setting.ask_in_every_mode() == [200, 200, 200]
     assert setting.usage_is_exact()
 
 
@@ -156,22 +154,22 @@ def test_a_promoted_replica_is_used_as_soon_as_it_accepts_writes(setting: Settin
         with replica.client() as client:
             assert wait_until(lambda: counted(client) == setting.asked)
             client.replicaof("127.0.0.1", "1")  # from here on it hears no more: it lags behind
-        assert setting.ask_all_ways() == [200, 200, 200]
+        assert setting.ask_in_every_mode() == [200, 200, 200]
         assert setting.usage_is_exact()
         primary.stop(signal.SIGKILL)
-        assert setting.ask_all_ways() == [200, 200, 200]
+        assert setting.ask_in_every_mode() == [200, 200, 200]
 
         with replica.client() as client:
             client.config_set("port", str(address))
         replica.port = address
         assert wait_until(lambda: setting.gateway.ready()["store"] == "up")
         assert refused(setting.gateway.put_price, "read only")
-        assert setting.ask_all_ways() == [200, 200, 200]
+        assert setting.ask_in_every_mode() == [200, 200, 200]
 
         with replica.client() as client:
             client.replicaof("NO", "ONE")
         setting.valkey = replica
-        assert setting.heals()
+        assert setting.recovers()
         assert setting.usage_is_exact()
         setting.valkey = primary
 

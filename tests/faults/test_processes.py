@@ -1,5 +1,3 @@
-"""A worker killed in the middle of a stream, and an orderly end while streams are open and Redis is away."""
-
 from __future__ import annotations
 
 import json

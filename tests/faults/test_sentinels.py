@@ -1,5 +1,4 @@
-"""A primary that is killed, frozen or replaced by its sentinels under traffic: what goes on, what is kept, for how long
-changes are refused. `pytest -rP` prints the figures."""
+"""A primary that is killed, frozen or replaced by its sentinels under traffic. `pytest -rP` prints the figures."""
 
 from __future__ import annotations
 
@@ -37,15 +36,15 @@ class Traffic:
 
     gateway: Gateway
     keys: dict[str, dict[str, str]]
-    """Headers, by whose they are."""
+    """Headers by the name of the key."""
     statuses: dict[str, Counter[int]] = field(default_factory=dict)
     slowest_s: float = 0.0
     made: list[str] = field(default_factory=list)
     """Ids of the keys whose making was acknowledged."""
     refused: list[tuple[float, str]] = field(default_factory=list)
-    """When a change was answered 503, and why."""
+    """When a change got 503, and its message."""
     working_from: float | None = None
-    """When a change was taken again after that."""
+    """When a change was accepted again after that."""
     _over: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
 
@@ -98,7 +97,7 @@ class Setting:
     group: Sentinels
     keys: dict[str, dict[str, str]]
     answered: int = 0
-    """Of all that were asked."""
+    """Requests that were answered with 200."""
 
     def traffic(self) -> Traffic:
         return Traffic(self.gateway, self.keys)
@@ -110,7 +109,7 @@ class Setting:
         return found
 
     def holds(self, true_of: Callable[[redis.Redis], bool]) -> bool:
-        """Of the primary of now, within a while."""
+        """Whether it becomes true of the present primary."""
         with self.group.client(self.primary()) as client:
             return wait_until(lambda: true_of(client), HEALS_S)
 

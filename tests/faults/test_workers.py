@@ -1,5 +1,3 @@
-"""Several workers: what they count is one sum, and one that dies is told of and replaced."""
-
 from __future__ import annotations
 
 import os

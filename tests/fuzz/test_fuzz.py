@@ -1,5 +1,3 @@
-"""The fuzzers, each for a minute from a few good inputs: they find no fault, and they do get somewhere."""
-
 from __future__ import annotations
 
 import re

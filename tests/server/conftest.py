@@ -20,8 +20,8 @@ from tests.support.upstream import ScriptedUpstream
 
 __all__ = ["asking", "ranked", "rankings"]
 
+# The provider key of the models: only the upstreams may see it.
 CANARY = "sk-canary-3f9a7c"
-"""The provider key of the models: only the upstreams may see it."""
 HEADERS = {"authorization": "Bearer whatever"}
 
 
@@ -44,7 +44,7 @@ class Fleet:
 
 @contextmanager
 def open_fleet(folder: Path, embedder_cache: Path, **more: Any) -> Iterator[Fleet]:
-    """`more`: settings of its own, and `model_info` of both arms as `info`."""
+    """`more`: settings of its own, and `model_info` of both models as `info`."""
     info = more.pop("info", {})
     with ScriptedUpstream(lambda _: "The fair answer.") as fair, ScriptedUpstream(lambda _: "The good answer.") as good:
         config = {
@@ -65,13 +65,13 @@ def open_fleet(folder: Path, embedder_cache: Path, **more: Any) -> Iterator[Flee
             yield Fleet(proxy, fair, good)
 
 
+# For tests of what must be the same in both modes. By itself a model is called directly.
 BOTH_MODES = pytest.mark.parametrize("fleet", ["auto", "translate"], indirect=True)
-"""For tests of what must be the same whichever way a model is reached. By itself it is relayed to."""
 
 
 @pytest.fixture(scope="session")
 def fleets(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Callable[[str], Fleet]]:
-    """By the way in which their models are reached; each is opened once, if a test wants it."""
+    """By the mode in which their models are called; each is opened once, if a test wants it."""
     with ExitStack() as closing:
 
         @cache

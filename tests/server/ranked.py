@@ -1,4 +1,4 @@
-"""A proxy with four models in a known order, and time limits short enough to wait for."""
+"""A proxy with four models in a known order, and timeouts short enough to wait for."""
 
 from __future__ import annotations
 

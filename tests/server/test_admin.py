@@ -1,5 +1,3 @@
-"""The admin side over HTTP: adding with a ready profile, prices, changing, removing, refusing."""
-
 from __future__ import annotations
 
 import uuid

@@ -1,5 +1,3 @@
-"""/admin/keys on a real server, and what its keys may do there: terms, roles, rotation, bounds of λ."""
-
 from __future__ import annotations
 
 import socket

@@ -1,5 +1,3 @@
-"""Who is asked again, who is asked next, and for how many models that goes on."""
-
 from __future__ import annotations
 
 from contextlib import ExitStack

@@ -1,5 +1,3 @@
-"""The audit line of every write on the admin side: in the log whatever came of it, in the store where it changed."""
-
 from __future__ import annotations
 
 from typing import Any

@@ -1,5 +1,3 @@
-"""A stream whose first content is slow: headers and comments first, and still no way back closed."""
-
 from __future__ import annotations
 
 from typing import Any

@@ -1,5 +1,3 @@
-"""Routers that ask one another: each says that it was passed, and a ring of them ends with a clear refusal."""
-
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,5 +1,3 @@
-"""Every refusal reaches OpenAI's client as the class that it has for it."""
-
 from __future__ import annotations
 
 from typing import Any

@@ -1,5 +1,3 @@
-"""Closed by default, sentence by sentence of the contract, on real servers."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -20,7 +18,7 @@ ARM = {"ARM_API_KEY": "sk-x", "OTHER_SECRET": "canary-other"}
 ADMIN_CALLS = [("GET", "/admin/models"), ("POST", "/admin/models"), ("DELETE", "/admin/models/a"), ("GET", "/admin")]
 
 
-class Rootless(ProxyProcess):
+class WithoutAdminKey(ProxyProcess):
     """Started with no UNIROUTE_ADMIN_KEY."""
 
     def start(self) -> Self:
@@ -50,7 +48,7 @@ def test_admin_calls_need_the_admin_key(fleet: Fleet) -> None:
 
 def test_with_no_admin_key_set_there_is_no_admin_api(tmp_path: Path, embedder_cache: Path) -> None:
     admin = make_key(tmp_path, "--role", "admin")
-    with Rootless(tmp_path, embedder_cache, config(), ARM) as proxy:
+    with WithoutAdminKey(tmp_path, embedder_cache, config(), ARM) as proxy:
         key = {"authorization": f"Bearer {admin}"}
         for headers in ({}, {"authorization": f"Bearer {ADMIN_KEY}"}, key):
             assert statuses(proxy.url, **headers) == [403] * 4

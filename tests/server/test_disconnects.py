@@ -1,5 +1,3 @@
-"""A client that leaves stops the upstream: in the middle of a stream, before its first byte, and without a stream."""
-
 from __future__ import annotations
 
 import contextlib

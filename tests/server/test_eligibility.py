@@ -1,5 +1,3 @@
-"""Requests that not every model can take, through a real server: who is asked, and what a caller is told."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator

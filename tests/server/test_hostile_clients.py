@@ -1,5 +1,3 @@
-"""Clients that send nonsense: refused with a reason, and nobody else waits for it."""
-
 from __future__ import annotations
 
 from typing import Any

@@ -1,5 +1,3 @@
-"""Upstreams that answer nonsense: the client gets an error in OpenAI's shape, never a 500 of ours or a wrong 200."""
-
 from __future__ import annotations
 
 import json
@@ -138,8 +136,8 @@ def test_chunks_without_content_are_dropped_however_many_they_are(http: httpx.Cl
 
 def test_a_null_usage_is_sent_to_clients_that_asked_for_usage(http: httpx.Client, fleet: Fleet) -> None:
     null: dict[str, Any] = {"id": "x", "object": "chat.completion.chunk", "choices": [], "usage": None}
-    told = {**null, "prompt_filter_results": [1]}
-    fleet.fair.then(Step(events=[null, told, SAID, END]), Step(events=[null, told, SAID, END]))
+    failure = {**null, "prompt_filter_results": [1]}
+    fleet.fair.then(Step(events=[null, failure, SAID, END]), Step(events=[null, failure, SAID, END]))
     body: Any = {"model": "fair", "messages": ASK, "stream": True}
     unasked = events(http.post("/v1/chat/completions", json=body))
     asked = events(http.post("/v1/chat/completions", json={**body, "stream_options": {"include_usage": True}}))
@@ -148,11 +146,11 @@ def test_a_null_usage_is_sent_to_clients_that_asked_for_usage(http: httpx.Client
     assert len(asked) == 4
 
 
-@pytest.mark.parametrize("told", [{"object": "error", "message": "boom"}, {"error": {}}, {"error": "boom"}])
+@pytest.mark.parametrize("failure", [{"object": "error", "message": "boom"}, {"error": {}}, {"error": "boom"}])
 def test_a_response_cut_by_an_error_never_ends_as_if_it_were_complete(
-    http: httpx.Client, fleet: Fleet, told: dict[str, Any]
+    http: httpx.Client, fleet: Fleet, failure: dict[str, Any]
 ) -> None:
-    reply = ask(http, fleet, Step(events=[SAID, told, END]), stream=True)
+    reply = ask(http, fleet, Step(events=[SAID, failure, END]), stream=True)
 
     assert "[DONE]" not in reply.text
     assert events(reply)[-1]["error"]["message"]

@@ -1,5 +1,3 @@
-"""Adding a model by asking it its validation prompts, over HTTP: from 202 to the first routed request."""
-
 from __future__ import annotations
 
 from typing import Any

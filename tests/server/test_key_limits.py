@@ -1,5 +1,3 @@
-"""A proxy with limited keys, as OpenAI's client meets it: headers, refusals, and what each ending costs."""
-
 from __future__ import annotations
 
 import contextlib
@@ -28,8 +26,8 @@ from tests.support.server import ADMIN_KEY, ProxyProcess, arm
 from tests.support.upstream import ScriptedUpstream, wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
+# USD per prompt token; four times that per token of an answer.
 PRICE = 1e-4
-"""USD per prompt token; four times that per token of an answer."""
 USAGE = {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150}
 COST = 0.03
 

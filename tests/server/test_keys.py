@@ -1,5 +1,3 @@
-"""A proxy for which a client key was made: nobody comes in without one, ever again."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""The store stopped while keys are in use: known keys go on, nobody else comes in, and what was missed is caught up."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator

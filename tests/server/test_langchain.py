@@ -1,5 +1,3 @@
-"""LangChain's ChatOpenAI over the proxy: whole, streamed, with tools."""
-
 from __future__ import annotations
 
 import warnings

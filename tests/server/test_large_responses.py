@@ -1,5 +1,3 @@
-"""Large answers through a server: whole, bounded one by one and together, and their room is there for the next."""
-
 from __future__ import annotations
 
 import json

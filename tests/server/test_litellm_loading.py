@@ -1,5 +1,3 @@
-"""A server that only relays holds no litellm; one that needs it later loads it beside its work. In every worker."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -18,8 +16,8 @@ from tests.support.upstream import ScriptedUpstream, wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
+# Libraries that come with openai and litellm, and with nothing else that is served with.
 OF_LITELLM = ("/jiter", "/tiktoken")
-"""Libraries that come with openai and litellm, and with nothing else that is served with."""
 KEY = "sk-canary-of-groq"
 
 
@@ -100,7 +98,7 @@ def test_a_model_that_cannot_be_resolved_is_refused_and_stores_nothing(
     tmp_path: Path, embedder_cache: Path, upstream: ScriptedUpstream
 ) -> None:
     with serving(tmp_path, embedder_cache, upstream) as server:
-        for model, forward, told in (
+        for model, forward, message in (
             ("nonsense/x", "auto", "no provider is known by its name 'nonsense/x'"),
             ("anthropic/x", "relay", "forward: relay needs api_base"),
         ):
@@ -108,7 +106,7 @@ def test_a_model_that_cannot_be_resolved_is_refused_and_stores_nothing(
             info = {"free": True, "forward": forward}
             reply = admin(server, "POST", "", {**entry, "model_info": info, "profile": uniform_profile(0.1)})
             assert (reply.status_code, reply.json()["error"]["param"]) == (400, "litellm_params.model")
-            assert told in reply.json()["error"]["message"]
+            assert message in reply.json()["error"]["message"]
             assert admin(server, "GET", "/odd").status_code == 404
 
 

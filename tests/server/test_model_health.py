@@ -1,5 +1,3 @@
-"""What a running proxy shows of a model's health, told to it as another process would: through its own Valkey."""
-
 from __future__ import annotations
 
 import json

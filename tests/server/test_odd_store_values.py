@@ -1,4 +1,4 @@
-"""Values in Redis that none of us wrote, in every key and field that is read: nothing raises, and all goes on."""
+"""Odd values in every Redis key and field that is read: nothing raises, and the server keeps serving."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An upstream of another format, Anthropic's: litellm translates, and the outside stays OpenAI's."""
+"""An upstream of another format, Anthropic's, that litellm translates to OpenAI's."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ MESSAGE: dict[str, Any] = {
 }
 
 
+# Of litellm's own models, when pydantic first sees them.
 pytestmark = pytest.mark.filterwarnings("ignore:Item .* on TypedDict:UserWarning")
-"""Of litellm's own models, when pydantic first sees them."""
 
 
 def event(kind: str, **data: Any) -> bytes:

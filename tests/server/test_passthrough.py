@@ -1,4 +1,4 @@
-"""What is relayed is the caller's bytes there and the upstream's bytes back: only the value of `model` is another."""
+"""A direct call passes the caller's bytes on and the upstream's bytes back: only the value of `model` differs."""
 
 from __future__ import annotations
 

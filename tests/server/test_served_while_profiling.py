@@ -1,5 +1,3 @@
-"""What callers and administrators are told while models are measured, and where measuring went wrong."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -1,5 +1,3 @@
-"""A server that is still starting: it listens, says how far it is, serves nothing, and ends when it is told to."""
-
 from __future__ import annotations
 
 import fcntl
@@ -28,7 +26,7 @@ ROOT_KEY = {"authorization": f"Bearer {ADMIN_KEY}"}
 
 
 class Starting:
-    """A server as a process, which nobody waits for to be ready."""
+    """A server in a process of its own, which may not be ready yet."""
 
     def __init__(self, folder: Path, *command: str | Path, **environ: str) -> None:
         self._log = folder / "log.txt"
@@ -83,12 +81,12 @@ def starting(folder: Path, *command: str | Path, **environ: str) -> Iterator[Sta
 
 
 @contextmanager
-def held_up(data_dir: Path, told: str = "4096 30522") -> Iterator[None]:
-    """Somebody else makes the embedding table, and has come so far."""
+def distilling_elsewhere(data_dir: Path, progress: str = "4096 30522") -> Iterator[None]:
+    """Hold the lock of another process that distils the embedding table and has come so far."""
     data_dir.mkdir(parents=True, exist_ok=True)
     with (data_dir / ".static-1.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write(told)
+        lock.write(progress)
         lock.flush()
         yield
 
@@ -121,7 +119,7 @@ ONCE, TWICE = (signal.SIGINT,), (signal.SIGINT, signal.SIGINT)
 def test_a_starting_server_reports_progress_refuses_requests_and_stops_when_asked(
     tmp_path: Path, command: tuple[str, ...], signals: tuple[signal.Signals, ...]
 ) -> None:
-    with held_up(tmp_path / "data"), starting(tmp_path, *command) as server, server.listening() as client:
+    with distilling_elsewhere(tmp_path / "data"), starting(tmp_path, *command) as server, server.listening() as client:
         assert wait_until(lambda: "30522" in client.get("/readyz").text)
         unready = client.get("/readyz")
         step = {"what": "distilling the embedding table", "done": 4096, "total": 30522}
@@ -142,7 +140,7 @@ def test_a_starting_server_reports_progress_refuses_requests_and_stops_when_aske
 
 
 def test_a_profiling_worker_stops_when_asked_while_it_starts(tmp_path: Path) -> None:
-    with held_up(tmp_path / "data"), starting(tmp_path, "proxy.cli", "worker") as worker:
+    with distilling_elsewhere(tmp_path / "data"), starting(tmp_path, "proxy.cli", "worker") as worker:
         lock = tmp_path / "data" / ".static-1.lock"
         assert wait_until(lambda: opened_by(worker.process.pid, lock)), worker.log
         assert worker.end(signal.SIGINT) == 0
@@ -156,7 +154,7 @@ def opened_by(pid: int, path: Path) -> bool:
 def test_uvicorn_with_the_app_factory_listens_at_once_too(tmp_path: Path) -> None:
     port = free_port()
     command = ("uvicorn", "proxy.app:from_environment", "--factory", "--port", str(port))
-    with held_up(tmp_path / "data"), starting(tmp_path, *command) as server:
+    with distilling_elsewhere(tmp_path / "data"), starting(tmp_path, *command) as server:
         with server.listening(f"http://127.0.0.1:{port}") as client:
             assert wait_until(lambda: "30522" in client.get("/readyz").text)
         server.end(signal.SIGINT, signal.SIGINT)

@@ -1,5 +1,3 @@
-"""Streams over a real socket: the three endings, falling over before the first content, and what is never changed."""
-
 from __future__ import annotations
 
 import json

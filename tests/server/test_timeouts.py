@@ -1,5 +1,3 @@
-"""How long a model is waited for: per settings, per model, per request; and what is said when the time is up."""
-
 from __future__ import annotations
 
 import contextlib

@@ -1,5 +1,3 @@
-"""A change whose answer was lost: the caller is told that it may be done and what to do, and repeating does no harm."""
-
 from __future__ import annotations
 
 import asyncio

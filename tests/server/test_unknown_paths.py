@@ -1,5 +1,3 @@
-"""Paths as clients get them wrong: served where it is plain what was meant, else told what is."""
-
 from __future__ import annotations
 
 from typing import Any
@@ -80,10 +78,10 @@ def test_head_is_served_where_get_is_with_its_length_and_no_body(fleet: Fleet) -
 
 def test_an_unsupported_method_gets_an_error_with_those_that_are_served(http: httpx.Client) -> None:
     reply = http.head("/v1/chat/completions")
-    told = http.get("/v1/chat/completions").json()["error"]["message"]
+    message = http.get("/v1/chat/completions").json()["error"]["message"]
 
     assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
-    assert told == "GET is not served at /v1/chat/completions; POST is"
+    assert message == "GET is not served at /v1/chat/completions; POST is"
 
 
 def test_a_name_that_is_routed_is_a_model_that_can_be_looked_up(http: httpx.Client) -> None:

@@ -1,5 +1,3 @@
-"""Redis stopped while serving: requests go on, admin writes say 503, and all is well when it is back."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator

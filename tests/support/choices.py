@@ -1,4 +1,4 @@
-"""A state of three models, and the choice that is made among them, with an embedder that can be held."""
+"""A snapshot of three models, the selection among them, and an embedder that can be blocked."""
 
 from __future__ import annotations
 

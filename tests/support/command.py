@@ -1,4 +1,4 @@
-"""`uniroute` as users run it: a process of its own, with a data directory and nothing of our environment's keys."""
+"""`uniroute` as users run it: a process with a data directory of its own and none of this environment's keys."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run_command(
 
 
 class ServeCommand:
-    """`uniroute serve` on a free port, until the block ends. `worker_log` is what it wrote."""
+    """`uniroute serve` on a free port, until the block ends. `log` is what it wrote."""
 
     def __init__(
         self, *arguments: str | Path, environ: Mapping[str, str], log: Path, descriptors: int | None = None

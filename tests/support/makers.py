@@ -1,4 +1,4 @@
-"""Small parts for tests of the state: a cluster map of four corners, records, profiles, a live state holder."""
+"""Small parts for tests: a cluster map of four corners, records, profiles, a started snapshot watcher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A command in a process group of its own, as a terminal starts it; nothing of it is left afterwards."""
+"""A command in a process group of its own, of which nothing is left; children and connections of processes."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class ProcessGroup:
         os.killpg(self.pid, signal.SIGINT)
 
     def end(self) -> tuple[str, str, int]:
-        """What it still says, once all of the group have left, and the exit status."""
-        told, complained = self._process.communicate(timeout=60)
-        return told, complained, self._process.returncode
+        """Its output and errors, once all of the group have ended, and the exit status."""
+        output, errors = self._process.communicate(timeout=60)
+        return output, errors, self._process.returncode
 
     def workers(self) -> list[int]:
         """The ids of the processes that multiprocessing started for it."""

@@ -1,4 +1,4 @@
-"""The proxy as users run it: uvicorn in its own process, a data directory, a YAML file, environment variables."""
+"""The proxy in a process of its own, by uvicorn: a data directory, a YAML file, environment variables."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from router_core.artifact import builtin_map
 ROOT = Path(__file__).parent.parent.parent
 ADMIN_KEY = "admin-key-of-the-tests"
 START_S = 180.0
+# Circuit-breaker settings for tests of other things: a cooldown is over before the next request.
 TIRELESS = {"cooldown_s": 0.001, "longest_cooldown_s": 0.001}
-"""A breaker for tests of other things: no model rests for longer than a test needs for its next request."""
 POLL_S = 0.05
 
 
 class ProxyProcess:
-    """Start it, call it at `url`, stop it. `worker_log` is what it wrote."""
+    """Start it, call it at `url`, stop it. `log` is what it wrote."""
 
     def __init__(
         self,

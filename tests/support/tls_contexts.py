@@ -1,5 +1,3 @@
-"""One TLS context for all clients of httpx in this process."""
-
 from __future__ import annotations
 
 import functools

@@ -81,7 +81,7 @@ class OwnValkey:
 
 @contextlib.contextmanager
 def frozen(pid: int) -> Iterator[None]:
-    """A process that is there and does nothing."""
+    """Stop a process for the length of a block."""
     os.kill(pid, signal.SIGSTOP)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Bytes over a socket as no HTTP client would send them, and what comes back. Understands just enough HTTP."""
+"""Bytes over a socket that no HTTP client would send, and the responses."""
 
 from __future__ import annotations
 
