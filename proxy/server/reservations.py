@@ -29,13 +29,13 @@ from proxy.errors import NoEligibleModelError
 from proxy.routing.requirements import estimate_tokens
 from proxy.routing.selection import Selection
 from proxy.routing.sizes import Sizes, sizes_of
+from proxy.settings.litellm_params import has_body_params, merge_model_params
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import KeyLimits
 from proxy.storage.models import ModelRecord
 from proxy.storage.redis import Store, StoreUnavailable, encode_command, pipeline
 from proxy.storage.snapshot import RoutingSnapshot
 from proxy.upstream.key_scope import address_of
-from proxy.upstream.model_params import has_body_params, merge_model_params
 from proxy.words import words
 from router_core.pricing import max_price_usd, picousd
 from router_core.types import Doubles, Price

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from proxy.errors import BadRequest, ServiceUnavailable
-from proxy.settings.litellm_params import is_provider_param
+from proxy.settings.litellm_params import PASSTHROUGH, is_openai_url, is_provider_param
 from proxy.settings.models import Forward, SettingsError
 from proxy.settings.redaction import bare_address
 from proxy.storage.models import ModelRecord, ResolvedProvider
 from proxy.storage.redis import InvalidRecord
 from proxy.upstream.key_scope import address_of, check_environment_key
 from proxy.upstream.litellm_resolver import Answers, LookupFailed, ProviderLookup, params_for_litellm
-from proxy.upstream.model_params import PASSTHROUGH, is_openai_url
 
 log = logging.getLogger("uniroute.upstream")
 

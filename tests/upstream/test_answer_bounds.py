@@ -70,7 +70,7 @@ def saying(ask: Any, text: bytes) -> Said:
 
 @pytest.mark.parametrize("way", ["relay", "translate", "anthropic", "azure"])
 @KINDS
-async def test_a_flood_of_values_is_not_parsed(upstream: UpstreamClient, way: str, ask: Any) -> None:
+async def test_json_with_too_many_values_is_not_parsed(upstream: UpstreamClient, way: str, ask: Any) -> None:
     async with RawUpstream(saying(ask, b"[" + b"[]," * 800_000 + b"1]")) as server:
         failure = await failing(upstream, by(way, server), ask)
 
@@ -81,7 +81,7 @@ async def test_a_flood_of_values_is_not_parsed(upstream: UpstreamClient, way: st
 
 @WAYS
 @KINDS
-async def test_what_is_nested_too_deeply_is_no_answer(upstream: UpstreamClient, way: str, ask: Any) -> None:
+async def test_json_that_is_nested_too_deeply_is_rejected(upstream: UpstreamClient, way: str, ask: Any) -> None:
     async with RawUpstream(saying(ask, b"[" * 600 + b"1" + b"]" * 600)) as server:
         await failing(upstream, by(way, server), ask)
 
@@ -89,7 +89,7 @@ async def test_what_is_nested_too_deeply_is_no_answer(upstream: UpstreamClient, 
 @WAYS
 @KINDS
 @pytest.mark.parametrize("filling", [b" ", b"x"])
-async def test_more_bytes_than_are_read_of_one_answer(
+async def test_a_response_beyond_the_size_limit_is_rejected(
     upstream: UpstreamClient, way: str, ask: Any, filling: bytes
 ) -> None:
     text = filling * 4_200_000 if filling == b" " else b'"' + filling * 4_200_000 + b'"'
@@ -103,7 +103,7 @@ async def test_more_bytes_than_are_read_of_one_answer(
 
 @WAYS
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_unpacks_to_more_than_is_read_is_not_unpacked(
+async def test_a_response_that_decompresses_beyond_the_limit_is_rejected(
     upstream: UpstreamClient, way: str, stream: bool
 ) -> None:
     packed = gzip.compress(event(b'"' + b"x" * 50_000_000 + b'"') if stream else b" " * 50_000_000 + JSON)
@@ -114,13 +114,13 @@ async def test_what_unpacks_to_more_than_is_read_is_not_unpacked(
 
 
 @pytest.mark.parametrize("way", ["relay", "translate"])
-async def test_a_packed_answer_is_read_all_the_same(upstream: UpstreamClient, way: str) -> None:
+async def test_a_compressed_response_is_read(upstream: UpstreamClient, way: str) -> None:
     async with RawUpstream(plain(gzip.compress(JSON), GZIP)) as server:
         assert json.loads(await whole(upstream, by(way, server)))["choices"][0]["message"]["content"] == "hi"
 
 
 @pytest.mark.parametrize("way", ["relay", "translate"])
-async def test_the_events_of_a_whole_answer_are_no_flood_of_values_together(upstream: UpstreamClient, way: str) -> None:
+async def test_values_are_counted_per_event_and_not_over_all_events(upstream: UpstreamClient, way: str) -> None:
     async with RawUpstream(Said(chunked(SAID * (MAX_VALUES_AT_ONCE // 5), END, DONE))) as server:
         said = json.loads(await whole(upstream, by(way, server)))
 
@@ -136,7 +136,7 @@ async def test_the_events_of_a_whole_answer_are_no_flood_of_values_together(upst
         (b'{"content":"' + b"x" * 500_000 + b'"}', "max_answer_bytes"),
     ],
 )
-async def test_of_a_whole_answer_in_events_no_more_is_held_than_of_any(
+async def test_a_completion_sent_as_events_is_limited_like_any_other(
     upstream: UpstreamClient, way: str, said: bytes, why: str
 ) -> None:
     piece = b'data: {"choices":[{"index":0,"delta":' + said + b"}]}\n\n"
@@ -149,7 +149,7 @@ async def test_of_a_whole_answer_in_events_no_more_is_held_than_of_any(
 
 
 @pytest.mark.parametrize("way", ["relay", "translate"])
-async def test_json_in_place_of_a_stream_is_bounded_too(upstream: UpstreamClient, way: str) -> None:
+async def test_json_in_place_of_a_stream_is_limited_too(upstream: UpstreamClient, way: str) -> None:
     flood, long = holding(b"[" + b"[]," * 200_000 + b"1]"), holding(b'"' + b"x" * 4_200_000 + b'"')
     async with RawUpstream(plain(flood), plain(long)) as server:
         for why in ("values", "max_answer_bytes"):
@@ -161,7 +161,7 @@ async def test_json_in_place_of_a_stream_is_bounded_too(upstream: UpstreamClient
 
 @pytest.mark.parametrize("way", ["relay", "translate"])
 @KINDS
-async def test_a_large_answer_arrives_whole(upstream: UpstreamClient, way: str, ask: Any) -> None:
+async def test_a_large_response_arrives_whole(upstream: UpstreamClient, way: str, ask: Any) -> None:
     text = '"[]{},:é\\' * 200_000
     async with RawUpstream(saying(ask, json.dumps(text).encode())) as server:
         said = await ask(upstream, by(way, server))
@@ -171,7 +171,7 @@ async def test_a_large_answer_arrives_whole(upstream: UpstreamClient, way: str, 
 
 
 @pytest.mark.parametrize("values", [MAX_VALUES_AT_ONCE - 1000, MAX_VALUES - 1000])
-async def test_many_values_of_a_whole_answer_are_read_as_few_are(upstream: UpstreamClient, values: int) -> None:
+async def test_a_completion_of_many_values_is_read_like_a_small_one(upstream: UpstreamClient, values: int) -> None:
     numbers = list(range(values // 2))
     said = holding(json.dumps(numbers).encode())
     async with RawUpstream(plain(said)) as server:
@@ -181,7 +181,7 @@ async def test_many_values_of_a_whole_answer_are_read_as_few_are(upstream: Upstr
     assert answer.named("theirs") == said
 
 
-async def test_an_answer_has_room_or_is_told_so_and_all_of_it_is_given_back(
+async def test_memory_for_a_response_is_reserved_or_refused_and_released(
     upstream: UpstreamClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with RawUpstream(plain(holding(b'"' + b"x" * 3_000_000 + b'"'))) as server:
@@ -200,7 +200,7 @@ async def test_an_answer_has_room_or_is_told_so_and_all_of_it_is_given_back(
 
 @WAYS
 @KINDS
-async def test_who_is_cancelled_gives_its_room_back(upstream: UpstreamClient, way: str, ask: Any) -> None:
+async def test_a_cancelled_request_releases_its_memory(upstream: UpstreamClient, way: str, ask: Any) -> None:
     length = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 9999999\r\n\r\n"
     head = length if ask is whole else STREAM_HEAD + b"\r\n"
     beginning = (b'{"a":"' if ask is whole else b'data: {"a":"') + b"x" * 1_000_000
@@ -225,7 +225,7 @@ async def test_no_connection_to_a_model_outlives_its_process(upstream: UpstreamC
     assert kept == 1
 
 
-async def test_a_large_event_is_held_until_it_is_dropped(upstream: UpstreamClient) -> None:
+async def test_memory_of_a_large_event_is_held_until_the_event_is_gone(upstream: UpstreamClient) -> None:
     async with RawUpstream(saying(streamed, b'"' + b"x" * 1_000_000 + b'"')) as server:
         stream: Any = await upstream.stream(by("relay", server), {**BODY, "stream": True})
         most = 0
@@ -239,7 +239,7 @@ async def test_a_large_event_is_held_until_it_is_dropped(upstream: UpstreamClien
 
 @pytest.mark.parametrize("kind", [b"application/json", b"text/event-stream"])
 @pytest.mark.parametrize("ask", [whole, streamed])
-async def test_of_a_failure_the_beginning_alone_is_kept(upstream: UpstreamClient, ask: Any, kind: bytes) -> None:
+async def test_only_the_start_of_an_error_body_is_kept(upstream: UpstreamClient, ask: Any, kind: bytes) -> None:
     """Also of a success that is none: its words are searched, and parsed once more to be told."""
     said = b'{"error":{"message":"no"},"more":[' + b"1," * 40_000 + b"1]}"
     body = b"data: " + said + b"\n\n" if kind == b"text/event-stream" else said
@@ -251,7 +251,7 @@ async def test_of_a_failure_the_beginning_alone_is_kept(upstream: UpstreamClient
 
 
 @pytest.mark.parametrize("failure", [AnswerTooLarge("too large"), NoRoomForAnswer("no room")])
-def test_an_answer_too_large_lets_no_model_rest(failure: UpstreamError) -> None:
+def test_a_response_that_is_too_large_opens_no_circuit(failure: UpstreamError) -> None:
     health = HealthRegistry(CircuitBreakerSettings())
     for _ in range(20):
         health.begin("small").failed(failure)
@@ -259,7 +259,7 @@ def test_an_answer_too_large_lets_no_model_rest(failure: UpstreamError) -> None:
     assert not health.resting()
 
 
-def test_without_room_other_models_are_not_asked_and_the_client_may_come_again() -> None:
+def test_without_memory_no_other_model_is_called_and_the_client_may_retry() -> None:
     failure = NoRoomForAnswer("no room")
     status, body, headers = render_error(failure)
 
@@ -267,7 +267,7 @@ def test_without_room_other_models_are_not_asked_and_the_client_may_come_again()
     assert not failure.retryable
 
 
-def test_room_is_given_back_when_nothing_refers_to_the_answer() -> None:
+def test_memory_is_released_when_nothing_refers_to_the_response() -> None:
     room = ResponseMemory(10, 10)
     held = HeldMemory(room, 8)
     with pytest.raises(NoRoomForAnswer):
@@ -280,7 +280,7 @@ def test_room_is_given_back_when_nothing_refers_to_the_answer() -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 1000, SMALL_BYTES - 1, SMALL_BYTES + 1])
-def test_of_lines_each_is_bounded_by_itself(cut: int) -> None:
+def test_each_line_is_limited_by_itself(cut: int) -> None:
     bounds = ResponseBounds(ResponseMemory(2 * SMALL_BYTES, 10 * SMALL_BYTES))
     text = (b"x" * (SMALL_BYTES // 3) + b"\n") * 12 + b"y" * (2 * SMALL_BYTES) + b"\nz"
     step = max(cut, 100)
@@ -294,7 +294,7 @@ def test_of_lines_each_is_bounded_by_itself(cut: int) -> None:
         bounds.add_lines(b"yy")
 
 
-def test_a_warning_of_too_little_room_is_not_repeated_at_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_warning_about_full_memory_is_not_repeated_at_once(caplog: pytest.LogCaptureFixture) -> None:
     room = ResponseMemory(10, 10)
     ResponseMemory(10, 1).acquire(10)  # room for one, whatever is set
     with caplog.at_level(logging.WARNING):

@@ -53,7 +53,7 @@ def translated() -> ModelRecord:
     return a_record("foreign", model="anthropic/x", api_key="sk-arm-key")
 
 
-async def test_an_import_that_failed_is_told_and_tried_again(
+async def test_a_failed_import_of_litellm_is_logged_and_tried_again(
     upstream: UpstreamClient, broken: Broken, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(upstreams, "MIN_RETRY_INTERVAL_S", 0.01)
@@ -71,7 +71,7 @@ async def test_an_import_that_failed_is_told_and_tried_again(
 
 
 @pytest.mark.usefixtures("broken")
-async def test_models_that_are_relayed_are_called_all_the_same(upstream: UpstreamClient) -> None:
+async def test_models_that_are_called_directly_need_no_litellm(upstream: UpstreamClient) -> None:
     upstream.serve({"foreign": translated()})
     async with RawUpstream(plain()) as server:
         answer = await upstream.complete(a_model(server, api_key="sk-arm-key"), BODY)
@@ -80,7 +80,7 @@ async def test_models_that_are_relayed_are_called_all_the_same(upstream: Upstrea
 
 
 @pytest.mark.usefixtures("broken")
-async def test_who_asks_meanwhile_is_told_when_to_come_again_and_the_model_is_not_blamed(
+async def test_without_litellm_the_caller_gets_a_retry_after_and_the_circuit_stays_closed(
     upstream: UpstreamClient,
 ) -> None:
     with pytest.raises(CannotTranslate) as caught:
@@ -95,7 +95,7 @@ async def test_who_asks_meanwhile_is_told_when_to_come_again_and_the_model_is_no
 
 
 @pytest.mark.usefixtures("broken")
-async def test_nothing_is_left_of_an_import_that_failed(upstream: UpstreamClient) -> None:
+async def test_no_module_is_left_of_a_failed_import(upstream: UpstreamClient) -> None:
     with pytest.raises(CannotTranslate):
         await upstream.ensure_litellm()
 
