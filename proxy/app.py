@@ -35,10 +35,11 @@ from proxy.server.completions import router as completions_router
 from proxy.server.dependencies import AppState, ServicesHolder
 from proxy.server.log_handler import NonBlockingHandler
 from proxy.server.metrics import HealthCollector, Metrics, open_values
-from proxy.server.middleware import REQUEST_IDS, AuditLogMiddleware, RequestContextMiddleware
+from proxy.server.middleware import AuditLogMiddleware, RequestContextMiddleware
 from proxy.server.paths import PLAIN_PATHS, meant_path, unknown_path
 from proxy.server.public import router as public_router
 from proxy.server.ratelimit import RateLimiter
+from proxy.server.requests import REQUEST_IDS
 from proxy.server.reservations import SETTLE_FUNCTION
 from proxy.server.responses import HANDLED_EXCEPTIONS, error_response, http_error_body
 from proxy.server.startup import Startup, Step
@@ -60,13 +61,13 @@ from proxy.storage.usage_journal import JournalDirectory
 from proxy.storage.usage_writer import UsageWriter
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.concurrency_limit import ConcurrencyLimiter
-from proxy.upstream.health import CooldownReplicator, HealthRegistry, Roster
+from proxy.upstream.health import CooldownReplicator, HealthRegistry, prune_removed_models
 from proxy.upstream.provider_resolution import Resolver
 from router_core.artifact import builtin_map, load_map
 from router_core.clustering import ClusterMap
 from router_core.embedding import check_embedder, open_embedder
 from router_core.errors import InvalidInput, RouterCoreError
-from router_core.estimators import RECIPES
+from router_core.estimators import ESTIMATORS
 from router_core.validation.loading import load_validation_set
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def load_cluster_map(settings: Settings) -> ClusterMap:
         RouterCoreError, OSError: the map cannot be read.
     """
     chosen = builtin_map() if settings.map == "builtin" else load_map(Path(settings.map))
-    return chosen.hardened() if RECIPES[settings.recipe].hard else chosen
+    return chosen.with_hard_assignment() if ESTIMATORS[settings.recipe].hard else chosen
 
 
 settings_log = logging.getLogger("uniroute.settings")
@@ -342,7 +343,7 @@ async def _watched_health(
     collector = HealthCollector(health, lambda: state.current.models, metrics.values)
     metrics.look_at(collector.look)
     metrics.registry.register(collector)
-    looking = asyncio.create_task(Roster(health, lambda: state.current.models).run(), name="uniroute-roster")
+    looking = asyncio.create_task(prune_removed_models(health, lambda: state.current.models), name="uniroute-roster")
     try:
         async with _running(CooldownReplicator(store, health, lambda: state.current.models)):
             yield health
@@ -393,7 +394,7 @@ async def _surroundings(
     settings: Settings, cluster_map: ClusterMap, live: TrafficStats, configured: Mapping[str, ModelRecord]
 ) -> SnapshotInputs:
     catalog = await asyncio.to_thread(bundled_catalog)
-    return SnapshotInputs(cluster_map, configured, catalog, RECIPES[settings.recipe], live)
+    return SnapshotInputs(cluster_map, configured, catalog, ESTIMATORS[settings.recipe], live)
 
 
 onboarding_log = logging.getLogger("uniroute.onboarding")

@@ -1,3 +1,5 @@
+"""What routing, grading and people need of a text: its size in tokens, its ends, its normal form, its plain form."""
+
 from __future__ import annotations
 
 import difflib
@@ -6,7 +8,36 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Final, Literal
 
+BYTES_PER_TOKEN = 4
+
+# Characters that `truncate_middle` keeps from each end.
+MAX_END_CHARS = 2_000
+
 _PIECE = re.compile(r"\S{1,200}+|\s++")
+
+
+def text_bytes(text: str) -> int:
+    """Count the UTF-8 bytes of `text`; a lone surrogate counts as one."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+
+
+def estimate_tokens(text: str) -> int:
+    """Estimate the tokens of `text`: a quarter of its bytes, at least one."""
+    return max(text_bytes(text) // BYTES_PER_TOKEN, 1)
+
+
+def truncate_middle(text: str) -> str:
+    """Keep the first and the last MAX_END_CHARS characters of a longer text, joined by a line break.
+
+    Blanks around a long text are dropped first. Every text is truncated before it is embedded, when a map is fitted and
+    when a request is routed, so that a prompt always has the same vector.
+    """
+    if len(text) <= 2 * MAX_END_CHARS:
+        return text
+    stripped = text.strip()
+    if len(stripped) <= 2 * MAX_END_CHARS:
+        return stripped
+    return f"{stripped[:MAX_END_CHARS]}\n{stripped[-MAX_END_CHARS:]}"
 
 
 def normalize(form: Literal["NFC", "NFD", "NFKC", "NFKD"], text: str) -> str:

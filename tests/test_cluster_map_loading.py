@@ -23,7 +23,7 @@ async def test_the_papers_recipes_put_a_prompt_wholly_in_its_nearest_cluster(
 
     assert assignment.weights.tolist() == [[1.0]]
     assert assignment.ids[0, 0] == soft.ids[0, 0]
-    assert served.id == cluster_map.hardened().id != cluster_map.id
+    assert served.id == cluster_map.with_hard_assignment().id != cluster_map.id
 
 
 def test_the_default_recipe_shares_a_prompt_among_clusters(cluster_map: ClusterMap) -> None:

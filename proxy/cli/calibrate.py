@@ -144,7 +144,7 @@ def _answer(settings: Settings, traffic: Traffic, goal: Goal, url: str | None) -
     from proxy.cli import console
     from proxy.cli.evaluate import opened_deployment
     from proxy.routing.requirements import requirements_of
-    from router_core.calibration import expectations, quality_interval
+    from router_core.calibration import quality_interval, sweep_lambdas
     from router_core.scoring import ScoringParams
 
     cluster_map, embedder, pool = opened_deployment(settings, url)
@@ -155,7 +155,7 @@ def _answer(settings: Settings, traffic: Traffic, goal: Goal, url: str | None) -
         latency_weight=settings.latency_weight, cost_unit=settings.cost_unit, reference=settings.reference_price
     )
     assignment = cluster_map.assign(vectors)
-    expected = expectations(pool, assignment, np.array(tokens, dtype=np.float64), terms)
+    expected = sweep_lambdas(pool, assignment, np.array(tokens, dtype=np.float64), terms)
     found = _found(expected, goal)
     interval = quality_interval(expected, found, pool, assignment)
     labels = {name: float(pool.total_labels[pool.index[name]]) for name in expected.models}
@@ -163,11 +163,11 @@ def _answer(settings: Settings, traffic: Traffic, goal: Goal, url: str | None) -
 
 
 def _found(expected: LambdaSweep, goal: Goal) -> SweepPoint:
-    from router_core.calibration import best_within, cheapest_reaching
+    from router_core.calibration import best_within_budget, cheapest_for_quality
 
     if goal.quality is not None:
-        return cheapest_reaching(expected, goal.quality)
-    return best_within(expected, (goal.budget_usd_per_1k or 0.0) / 1e3)
+        return cheapest_for_quality(expected, goal.quality)
+    return best_within_budget(expected, (goal.budget_usd_per_1k or 0.0) / 1e3)
 
 
 def _document(answer: Answer) -> dict[str, Any]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from proxy.settings.schema import Settings
     from proxy.storage.price_map import PriceMap
     from router_core.clustering import ClusterMap
-    from router_core.evaluation.deployed import Common
+    from router_core.evaluation.deployed import CommonModels
     from router_core.evaluation.outcomes import Outcomes
     from router_core.evaluation.study import Results
     from router_core.evaluation.trials import Plan
@@ -95,7 +95,7 @@ def _candidate(card: Mapping[str, Any], catalog: PriceMap) -> Candidate:
     )
 
 
-def deployed_results(path: Path, settings: Settings, url: str | None) -> tuple[Results, Common]:
+def deployed_results(path: Path, settings: Settings, url: str | None) -> tuple[Results, CommonModels]:
     """The deployed models on an outcomes file, and which of the file's and the server's models those are.
 
     Billed at the prices of now. Raises CommandError as above, and what `read_deployed` and `evaluate_deployed` raise.
@@ -116,7 +116,7 @@ def price_of(card: Mapping[str, Any]) -> Price | None:
     from router_core.types import Price, price_field
 
     stated = card["price"]
-    return Price.of({name: cost for name, cost in stated.items() if price_field(name)}) if stated else None
+    return Price.from_fields({name: cost for name, cost in stated.items() if price_field(name)}) if stated else None
 
 
 OUTCOMES_HELP = (
@@ -206,7 +206,7 @@ def _refuse_with_deployed(stated: dict[str, object]) -> None:
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:
     from proxy.cli.console import BadArgument
-    from router_core.validation.fields import shown
+    from router_core.documents import short_repr
 
     if text is None:
         return None
@@ -215,7 +215,7 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
     except ValueError:
         numbers = []
     if not numbers or numbers[0] < 1:
-        raise BadArgument(f"--labels: {shown(text)} is not whole numbers from 1 with commas, as 25,50,100")
+        raise BadArgument(f"--labels: {short_repr(text)} is not whole numbers from 1 with commas, as 25,50,100")
     return tuple(numbers)
 
 
@@ -249,15 +249,15 @@ def _studied(order: Order, embedder: str, data_dir: Path, workers: int | None) -
 
 
 def _plan(order: Order, outcomes: Outcomes, embedder_id: str) -> Plan:
-    from router_core.evaluation.trials import TRIALS, Plan, usual_labels, usual_unseen
+    from router_core.evaluation.trials import TRIALS, Plan, default_labels, default_unseen
 
     return Plan(
         outcomes_name=order.outcomes.name,
         embedder_id=embedder_id,
-        labels=usual_labels(len(outcomes.prompts)) if order.labels is None else order.labels,
+        labels=default_labels(len(outcomes.prompts)) if order.labels is None else order.labels,
         trials=order.trials or TRIALS,
         seed=order.seed,
-        unseen=usual_unseen(len(outcomes.models)) if order.unseen is None else order.unseen,
+        unseen=default_unseen(len(outcomes.models)) if order.unseen is None else order.unseen,
     )
 
 

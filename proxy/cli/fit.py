@@ -19,9 +19,9 @@ from proxy.cli.console import BadArgument, Progress, opened_embedder, readable
 from proxy.cli.options import DataDirOption, JsonOption
 from router_core.clustering import ClusterMap
 from router_core.documents import MAX_LINE_BYTES, DocumentTooLarge, parse_json
-from router_core.embedding import truncate_middle
 from router_core.evaluation.outcomes import parse_row, read_rows
 from router_core.fitting import EmbeddedPrompts, PromptSample, batches, count_nearest, embed_prompts, sample_prompts
+from router_core.text import truncate_middle
 from router_core.types import Doubles, Embedder, Indices
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class LocalBackend:
         return EmbeddedPrompts(prompts, vectors, self._embedder.id)
 
     def count(self, fitted: ClusterMap) -> Indices:
-        hard = fitted.hardened()
+        hard = fitted.with_hard_assignment()
         counts = np.zeros(hard.size, dtype=np.int64)
         for batch in batches(self._read("counting")):
             counts += count_nearest(batch, self._embedder, hard)
@@ -326,8 +326,10 @@ def _tell(fitted: ClusterMap, sample: PromptSample, counts: Indices | None, out:
     console.say(
         f"{out}: map {fitted.id} with {fitted.size} clusters of {len(sample):,} distinct prompts, {sample.read:,} read"
     )
-    if fitted.history and (known := fitted.history.models):
-        alike = f", and gave it {fitted.size - len(fitted.centroids)} of the clusters" if fitted.taught else ""
+    if fitted.reference_models and (known := fitted.reference_models.models):
+        alike = (
+            f", and gave it {fitted.size - len(fitted.centroids)} of the clusters" if fitted.learned_clusters else ""
+        )
         console.say(f"it remembers {len(known)} models{alike}: {', '.join(known)}")
     for number, name in enumerate(fitted.names):
         counted = "" if counts is None else f"{counts[number]:>10,}  " if number < counts.size else " " * 12
@@ -342,7 +344,7 @@ def _tell_json(fitted: ClusterMap, sample: PromptSample, counts: Indices | None,
         "map": fitted.id,
         "clusters": fitted.size,
         "taught_clusters": fitted.size - len(fitted.centroids),
-        "known_models": list(fitted.history.models) if fitted.history else [],
+        "known_models": list(fitted.reference_models.models) if fitted.reference_models else [],
         "prompts": sample.read,
         "sampled": len(sample),
     }

@@ -159,7 +159,7 @@ class StepsOnRay:
         counts = np.zeros(fitted.size, dtype=np.int64)
         rate = ProgressRate("counting", self._bars)
         read = self._files().map_batches(read_texts, batch_size=1)
-        made = self._by_workers(read, partial(count_batch, order=self._order, hard=fitted.hardened()))
+        made = self._by_workers(read, partial(count_batch, order=self._order, hard=fitted.with_hard_assignment()))
         for batch in made.iter_batches(batch_size=None):
             _raise_bad(*batch["bad"])
             counts += batch["counts"].sum(axis=0)

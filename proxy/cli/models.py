@@ -181,7 +181,7 @@ def _price(card: Card) -> tuple[str, dict[str, float]]:
     price = price_of(card)
     if price is None:
         raise CommandError(f"--prices: no price of {card['model_name']} is known; state one, or leave the model out")
-    return card["model_name"], price.stated()
+    return card["model_name"], price.to_fields()
 
 
 def _write(path: Path, where: str, text: str) -> None:

@@ -152,7 +152,9 @@ def sync(
 def _per_million(price: Price) -> tuple[str, str]:
     from proxy.cli.models import per_million
 
-    return per_million(price.stated(), "input_cost_per_token"), per_million(price.stated(), "output_cost_per_token")
+    return per_million(price.to_fields(), "input_cost_per_token"), per_million(
+        price.to_fields(), "output_cost_per_token"
+    )
 
 
 validation = typer.Typer(no_args_is_help=True, help="The validation set: prompts that models are measured on.")

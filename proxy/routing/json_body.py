@@ -13,7 +13,7 @@ import orjson
 from proxy.errors import BadRequest
 from proxy.json_limits import MAX_DEPTH, MAX_VALUES, JSONTooLarge, reject_large
 from proxy.routing.requirements import PARTS, SCALAR_BYTES, TEXTS, ContentSummary, attachment_capability, is_binary
-from router_core.pricing import text_bytes
+from router_core.text import text_bytes
 
 
 def parse_strict(raw: bytes) -> dict[str, Any]:

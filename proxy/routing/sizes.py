@@ -14,7 +14,7 @@ from typing import Any
 from proxy.errors import BadRequest
 from proxy.settings.control_fields import plain_name
 from proxy.words import words
-from router_core.pricing import BYTES_PER_TOKEN, text_bytes
+from router_core.text import BYTES_PER_TOKEN, text_bytes
 
 LIMITS = ("max_completion_tokens", "max_tokens")
 """Of one answer, its reasoning included."""

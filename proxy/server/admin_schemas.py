@@ -113,7 +113,7 @@ def read_price(body: Mapping[str, Any]) -> Price:
         if name not in stated:
             raise BadRequest(f"`{name}` is missing: a price replaces the whole price before it", param=name)
     try:
-        return Price.of({name: float(value) for name, value in stated.items()})
+        return Price.from_fields({name: float(value) for name, value in stated.items()})
     except OverflowError:
         raise BadRequest("a price must be a finite number of USD per token") from None
 
@@ -338,7 +338,7 @@ async def models_to_json(services: AppState) -> list[dict[str, Any]]:
     state = services.state.current
     jobs = await _known(services, services.jobs.latest) or {}
     cards = [_card(state, name, jobs.get(name), with_profile=False) for name in sorted(state.models)]
-    return [{**card, "health": services.health.standing(card["model_name"])} for card in cards]
+    return [{**card, "health": services.health.status(card["model_name"])} for card in cards]
 
 
 async def model_to_json(services: AppState, name: str, *, with_profile: bool) -> dict[str, Any]:
@@ -346,7 +346,7 @@ async def model_to_json(services: AppState, name: str, *, with_profile: bool) ->
     state = services.state.current
     if name not in state.models:
         raise ModelNotFound(f"the model {name!r} was removed just now", param="model")
-    return {**_card(state, name, job, with_profile=with_profile), "health": services.health.standing(name)}
+    return {**_card(state, name, job, with_profile=with_profile), "health": services.health.status(name)}
 
 
 def _card(state: RoutingSnapshot, name: str, job: Job | None, *, with_profile: bool) -> dict[str, Any]:
@@ -398,7 +398,7 @@ def _price(live: CurrentPrice | None) -> dict[str, Any] | None:
         return None
     since = live.updated_at
     return {
-        **live.price.stated(),
+        **live.price.to_fields(),
         "source": live.source,
         "updated_at": None if since is None else _rfc3339(since),
         "age_s": None if since is None else round(max(0.0, time.time() - since), 3),

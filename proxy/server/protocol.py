@@ -15,8 +15,7 @@ from uvicorn.server import ServerState
 
 from proxy.concurrency import connection_budget
 from proxy.errors import error_object
-from proxy.server.middleware import OVERLOADED
-from proxy.server.requests import BODY_COMPLETE, DISCONNECT, DisconnectEvent
+from proxy.server.requests import BODY_COMPLETE, DISCONNECT, OVERLOADED, DisconnectEvent
 from proxy.upstream.sse import encode_json
 
 URL_BYTES = 8 * 1024
@@ -127,7 +126,7 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
         self._stop_timers()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
-        self._leaving.left()
+        self._leaving.set()
 
     def data_received(self, data: bytes) -> None:
         if self._refused or self.transport.is_closing():
@@ -259,7 +258,7 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
                 return
             self.cycle.disconnected = True  # whoever waits for the rest of this body
             self.cycle.message_event.set()
-            self._leaving.left()
+            self._leaving.set()
         self.transport.write(rejection_bytes(why, self.server_state.default_headers))
         self._refused = True
         self.flow.resume_reading()

@@ -337,7 +337,7 @@ class Demand:
         resolved, pool = self.state.models[name].resolved, self.state.pool
         if resolved is None or resolved.provider not in _THINKING_APART:
             return False
-        return self.choice.needs.reasoning or bool(pool.able["reasoning"][pool.index[name]] == 1)
+        return self.choice.needs.reasoning or bool(pool.capabilities["reasoning"][pool.index[name]] == 1)
 
 
 def limit_to_reserved(choice: Selection, limits: KeyLimits) -> Selection:

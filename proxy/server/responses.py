@@ -36,7 +36,7 @@ from proxy.errors import (
 from proxy.json_limits import check_limits
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.registry import ConfiguredModel, ConflictingWrite, KeyInactive, ModelExists, UnknownKey, UnknownModel
-from proxy.upstream.circuit_breaker import told_wait
+from proxy.upstream.circuit_breaker import retry_after_headers
 from proxy.upstream.errors import MAX_MESSAGE_CHARS, MAX_UNKNOWN_CHARS, message_in
 from proxy.upstream.sse import encode_json
 from router_core.errors import InvalidInput, MapMismatch
@@ -90,7 +90,7 @@ def render_error(error: ProxyError) -> tuple[int, dict[str, Any], dict[str, str]
 
 
 def _describe_upstream(error: UpstreamError) -> tuple[int, dict[str, Any], dict[str, str]]:
-    headers = told_wait(error.headers, time.time())
+    headers = retry_after_headers(error.headers, time.time())
     if error.status is None or error.status < 400:
         status, code = (504, "upstream_timeout") if error.timed_out else (502, "upstream_failed")
         return status, error_object(error.message, "upstream_error", code), headers

@@ -244,7 +244,7 @@ class ModelInfo(FrozenModel):
             raise ValueError("a price needs both input_cost_per_token and output_cost_per_token; one is missing")
         if self.free and any(self.prices.values()):
             raise ValueError("free: true and a price contradict each other; remove one")
-        Price.of({PRICE_FIELDS[0]: 0.0, PRICE_FIELDS[1]: 0.0, **self.prices})
+        Price.from_fields({PRICE_FIELDS[0]: 0.0, PRICE_FIELDS[1]: 0.0, **self.prices})
         if len(self.prices) != sum(getattr(self, name) is not None for name in PRICE_FIELDS) + len(
             self.__pydantic_extra__
         ):

@@ -56,7 +56,7 @@ class SyncReport:
     """Not in the feed, or there without a price."""
 
     def to_json(self) -> dict[str, object]:
-        prices = {name: price.stated() for name, price in self.updated.items()}
+        prices = {name: price.to_fields() for name, price in self.updated.items()}
         lists = {name: list(getattr(self, name)) for name in ("unchanged", "kept", "unknown")}
         return {"source": self.source, "updated": prices, **lists}
 

@@ -25,9 +25,9 @@ from proxy.upstream.circuit_breaker import parse_retry_after
 from proxy.upstream.errors import error_from_response
 from proxy.upstream.payload import replace_model
 from proxy.upstream.sse import encode_json
-from router_core.embedding import truncate_middle
+from router_core.documents import nearest_hint
 from router_core.fitting import cluster_names
-from router_core.validation.fields import nearest_hint
+from router_core.text import truncate_middle
 from tests.support.exploding import read_all
 
 

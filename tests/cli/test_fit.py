@@ -16,7 +16,7 @@ import pytest
 from proxy.cli.console import BadArgument
 from proxy.cli.fit import check_prompt_files, known_models, read_prompts, told
 from proxy.routing.requirements import routing_text
-from router_core.embedding import MAX_END_CHARS, truncate_middle
+from router_core.text import MAX_END_CHARS, truncate_middle
 from tests.bench.prompts import generated_prompts
 from tests.support.command import environment, run_command
 

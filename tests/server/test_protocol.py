@@ -14,8 +14,8 @@ import pytest
 import uvicorn
 
 from proxy.server import protocol as connection
-from proxy.server.middleware import OVERLOADED
 from proxy.server.protocol import HEAD_BYTES, HEADERS, URL_BYTES, LimitedHTTPProtocol
+from proxy.server.requests import OVERLOADED
 from tests.support.makers import until
 from tests.support.wire import Answer, send
 

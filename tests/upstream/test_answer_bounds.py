@@ -254,9 +254,9 @@ async def test_only_the_start_of_an_error_body_is_kept(upstream: UpstreamClient,
 def test_a_response_that_is_too_large_opens_no_circuit(failure: UpstreamError) -> None:
     health = HealthRegistry(CircuitBreakerSettings())
     for _ in range(20):
-        health.begin("small").failed(failure)
+        health.start_attempt("small").failed(failure)
 
-    assert not health.resting()
+    assert not health.cooling_down()
 
 
 def test_without_memory_no_other_model_is_called_and_the_client_may_retry() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from proxy.errors import UpstreamError
 from proxy.server.responses import render_error
-from proxy.upstream.circuit_breaker import Weight, classify_failure
+from proxy.upstream.circuit_breaker import FailureKind, classify_failure
 from proxy.upstream.errors import error_from_body, error_from_response, find_error, not_a_completion
 
 
@@ -121,7 +121,7 @@ def test_a_prompt_beyond_the_context_window_is_status_400_wherever_the_server_sa
     ):
         status, error = shown(failure)
         assert (status, error["code"], failure.retryable) == (400, "context_length_exceeded", True)
-        assert classify_failure(failure, 0.0).weight is Weight.ANSWERED
+        assert classify_failure(failure, 0.0).kind is FailureKind.CALLER_ERROR
 
 
 @pytest.mark.parametrize(

@@ -88,10 +88,10 @@ async def test_without_litellm_the_caller_gets_a_retry_after_and_the_circuit_sta
     status, body, headers = render_error(caught.value)
     health = HealthRegistry(CircuitBreakerSettings())
     for _ in range(10):
-        health.begin("foreign").failed(caught.value)
+        health.start_attempt("foreign").failed(caught.value)
 
     assert (status, body["error"]["code"], int(headers["retry-after"]) <= 10) == (503, "unavailable", True)
-    assert not health.resting()
+    assert not health.cooling_down()
 
 
 @pytest.mark.usefixtures("broken")
