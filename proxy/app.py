@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from threadpoolctl import threadpool_limits
 
 from proxy.concurrency import GRACE_PERIOD_S, cancel_and_wait, in_stoppable_thread, run_uncancelled
-from proxy.errors import error_object
+from proxy.errors import error_body
 from proxy.profiling.grading import UpstreamAnswerer
 from proxy.profiling.jobs import Jobs
 from proxy.routing.assigner import ClusterAssigner, deadline_of
@@ -192,7 +192,7 @@ async def app_state(
         closing.push_async_callback(store.close)
         live, latch = TrafficStats(cluster_map.size), AuthRequiredLatch(settings.data_dir)
         around = await _surroundings(settings, cluster_map, live, await resolving)
-        state = SnapshotWatcher(store, around, latch, lambda now: upstream.serve(now.models))
+        state = SnapshotWatcher(store, around, latch, lambda now: upstream.set_models(now.models))
         with startup.step("reading models"):
             await state.start()
         closing.push_async_callback(state.stop)
@@ -208,7 +208,7 @@ async def app_state(
         with startup.step("loading the embedder"):
             await assigner.warm(cluster_map)
         with startup.step("importing litellm"):
-            await upstream.open()
+            await upstream.warm_up()
         feeding = asyncio.create_task(PriceFeed(settings, store, registry, state).run(), name="uniroute-prices")
         closing.push_async_callback(cancel_and_wait, feeding)
         jobs = Jobs(store, state, UpstreamAnswerer(upstream), assigner.embedder, settings)
@@ -548,7 +548,7 @@ async def _plain(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         told = unknown_path(method, path)
         edge_log.info("request=%s status=404: %s", request.scope[REQUEST_IDS].request_id, told)
-        return JSONResponse(error_object(told, "invalid_request_error", "unknown_path"), 404)
+        return JSONResponse(error_body(told, "invalid_request_error", "unknown_path"), 404)
     if error.status_code == 405:
         allowed = ", ".join(sorted(_methods(path)))
         told = f"{method[:20]} is not served at {path[:200]}; {allowed} is"

@@ -36,7 +36,6 @@ from proxy.storage.models import ModelRecord
 from proxy.storage.redis import Store, StoreUnavailable, encode_command, pipeline
 from proxy.storage.snapshot import RoutingSnapshot
 from proxy.upstream.key_scope import address_of
-from proxy.words import words
 from router_core.pricing import max_price_usd, picousd
 from router_core.types import Doubles, Price
 
@@ -254,10 +253,10 @@ MARGIN_S = 30.0
 MAX_PICOUSD = 9 * 10**18
 """What still fits a counter of 64 bits; $9 million."""
 
-_THINKING_WITHIN = words("openai azure anthropic bedrock vertex_ai gemini deepseek openrouter groq mistral")
+_THINKING_WITHIN = frozenset("openai azure anthropic bedrock vertex_ai gemini deepseek openrouter groq mistral".split())
 """Providers that count reasoning within the limit of an answer, at their own addresses."""
 
-_THINKING_APART = words("dashscope xai")
+_THINKING_APART = frozenset("dashscope xai".split())
 """Those whose models may reason beyond it, with or without a budget."""
 
 

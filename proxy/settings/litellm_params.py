@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from proxy.settings.control_fields import is_control_field
-from proxy.settings.redaction import is_reference, is_secret_name, literals
+from proxy.settings.redaction import find_secrets, is_reference, is_secret_name
 from router_core.text import closest_name
 from router_core.types import price_field
 
@@ -270,7 +270,7 @@ def has_body_params(litellm_params: Mapping[str, Any]) -> bool:
 
 def secrets_of(params: Mapping[str, Any], *keys: str | None) -> frozenset[str]:
     """Collect keys, tokens and whatever is sent in headers. `params`: a model's, with references resolved."""
-    found = [*keys, *(each.value for name, value in params.items() for each in literals(name, value))]
+    found = [*keys, *(each.value for name, value in params.items() for each in find_secrets(name, value))]
     for name in ("extra_headers", "headers"):
         sent = params.get(name)
         found += [part for value in sent.values() for part in str(value).split()] if isinstance(sent, Mapping) else []

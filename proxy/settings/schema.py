@@ -65,7 +65,7 @@ class TimeoutOverrides:
 NO_OVERRIDES = TimeoutOverrides()
 
 
-def total_s(settings: Settings, stated: TimeoutOverrides) -> float:
+def total_timeout_s(settings: Settings, stated: TimeoutOverrides) -> float:
     """Return how long a request may wait in all: what it states, at most `request_timeout_s`."""
     return min(stated.total_s or settings.request_timeout_s, settings.request_timeout_s)
 
@@ -75,7 +75,7 @@ def timeouts_for(settings: Settings, info: ModelInfo, stated: TimeoutOverrides =
         connect_s=stated.connect_s or info.connect_timeout_s or settings.connect_timeout_s,
         first_token_s=stated.first_token_s or info.first_token_timeout_s or settings.first_token_timeout_s,
         idle_s=stated.idle_s or info.idle_timeout_s or settings.idle_timeout_s,
-        total_s=total_s(settings, stated),
+        total_s=total_timeout_s(settings, stated),
     )
 
 

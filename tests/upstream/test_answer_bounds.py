@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamError
+from proxy.errors import ResponseMemoryFull, ResponseTooLarge, UpstreamError
 from proxy.json_limits import MAX_VALUES, MAX_VALUES_AT_ONCE, SMALL_BYTES
 from proxy.server.responses import render_error
 from proxy.settings.models import ModelInfo
@@ -74,7 +74,7 @@ async def test_json_with_too_many_values_is_not_parsed(upstream: UpstreamClient,
     async with RawUpstream(saying(ask, b"[" + b"[]," * 800_000 + b"1]")) as server:
         failure = await failing(upstream, by(way, server), ask)
 
-        assert isinstance(failure, AnswerTooLarge)
+        assert isinstance(failure, ResponseTooLarge)
         assert "values" in failure.message
     assert upstream.memory.used_bytes == 0
 
@@ -96,7 +96,7 @@ async def test_a_response_beyond_the_size_limit_is_rejected(
     async with RawUpstream(saying(ask, text)) as server:
         failure = await failing(upstream, by(way, server), ask)
 
-        assert isinstance(failure, AnswerTooLarge)
+        assert isinstance(failure, ResponseTooLarge)
         assert "max_answer_bytes" in failure.message
     assert upstream.memory.used_bytes == 0
 
@@ -143,7 +143,7 @@ async def test_a_completion_sent_as_events_is_limited_like_any_other(
     async with RawUpstream(Said(chunked(*[piece] * 20, END, DONE))) as server:
         failure = await failing(upstream, by(way, server), whole)
 
-        assert isinstance(failure, AnswerTooLarge)
+        assert isinstance(failure, ResponseTooLarge)
         assert why in failure.message
     assert upstream.memory.used_bytes == 0
 
@@ -154,7 +154,7 @@ async def test_json_in_place_of_a_stream_is_limited_too(upstream: UpstreamClient
     async with RawUpstream(plain(flood), plain(long)) as server:
         for why in ("values", "max_answer_bytes"):
             failure = await failing(upstream, by(way, server), streamed)
-            assert isinstance(failure, AnswerTooLarge)
+            assert isinstance(failure, ResponseTooLarge)
             assert why in failure.message
     assert upstream.memory.used_bytes == 0
 
@@ -178,7 +178,7 @@ async def test_a_completion_of_many_values_is_read_like_a_small_one(upstream: Up
         answer = await upstream.complete(by("relay", server), BODY)
 
     assert answer.body["more"] == numbers
-    assert answer.named("theirs") == said
+    assert answer.with_model("theirs") == said
 
 
 async def test_memory_for_a_response_is_reserved_or_refused_and_released(
@@ -191,7 +191,7 @@ async def test_memory_for_a_response_is_reserved_or_refused_and_released(
         taken = upstream.memory.used_bytes
         del first
 
-        assert isinstance(failure, NoRoomForAnswer)
+        assert isinstance(failure, ResponseMemoryFull)
         assert taken > 3_000_000
         assert "max_answers_in_flight_bytes" in caplog.text
         assert await whole(upstream, record)
@@ -250,7 +250,7 @@ async def test_only_the_start_of_an_error_body_is_kept(upstream: UpstreamClient,
     assert len(json.dumps(render_error(failure)[1])) < 40_000
 
 
-@pytest.mark.parametrize("failure", [AnswerTooLarge("too large"), NoRoomForAnswer("no room")])
+@pytest.mark.parametrize("failure", [ResponseTooLarge("too large"), ResponseMemoryFull("no room")])
 def test_a_response_that_is_too_large_opens_no_circuit(failure: UpstreamError) -> None:
     health = HealthRegistry(CircuitBreakerSettings())
     for _ in range(20):
@@ -260,7 +260,7 @@ def test_a_response_that_is_too_large_opens_no_circuit(failure: UpstreamError) -
 
 
 def test_without_memory_no_other_model_is_called_and_the_client_may_retry() -> None:
-    failure = NoRoomForAnswer("no room")
+    failure = ResponseMemoryFull("no room")
     status, body, headers = render_error(failure)
 
     assert (status, body["error"]["message"], headers["retry-after"]) == (503, "no room", "1")
@@ -270,7 +270,7 @@ def test_without_memory_no_other_model_is_called_and_the_client_may_retry() -> N
 def test_memory_is_released_when_nothing_refers_to_the_response() -> None:
     room = ResponseMemory(10, 10)
     held = HeldMemory(room, 8)
-    with pytest.raises(NoRoomForAnswer):
+    with pytest.raises(ResponseMemoryFull):
         HeldMemory(room, 3)
     held.grow_to(10)
     taken = room.used_bytes
@@ -290,7 +290,7 @@ def test_each_line_is_limited_by_itself(cut: int) -> None:
     assert bounds.held.size == 0
     bounds.add_lines(b"y" * SMALL_BYTES)
     bounds.add_lines(b"y" * (SMALL_BYTES - 1))
-    with pytest.raises(AnswerTooLarge):
+    with pytest.raises(ResponseTooLarge):
         bounds.add_lines(b"yy")
 
 
@@ -299,7 +299,7 @@ def test_the_warning_about_full_memory_is_not_repeated_at_once(caplog: pytest.Lo
     ResponseMemory(10, 1).acquire(10)  # room for one, whatever is set
     with caplog.at_level(logging.WARNING):
         for _ in range(5):
-            with pytest.raises(NoRoomForAnswer):
+            with pytest.raises(ResponseMemoryFull):
                 HeldMemory(room, 11)
 
     assert len(caplog.records) == 1

@@ -140,4 +140,4 @@ async def test_a_connection_that_dies_is_one_request_and_reported_as_lost(upstre
         server.always = Step(drop=True)
         with pytest.raises(UpstreamError) as caught:
             await upstream.complete(a_record(model=model, api_base=server.url, api_key="sk-of-somebody"), BODY)
-        assert (len(server.history), caught.value.lost) == (1, True)
+        assert (len(server.history), caught.value.connection_lost) == (1, True)

@@ -199,7 +199,7 @@ def translated(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | Non
 
 
 def told(failure: UpstreamError) -> tuple[Any, ...]:
-    return failure.message, failure.status, failure.body, failure.lost, failure.retryable
+    return failure.message, failure.status, failure.body, failure.connection_lost, failure.retryable
 
 
 def relayed(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | None]:
@@ -207,7 +207,7 @@ def relayed(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | None]:
     found: list[Any] = []
     while not reader.done:
         block = reader.feed(left.pop(0)) if left else reader.close()
-        events = [chunk.named("m") for chunk in block]
+        events = [chunk.with_model("m") for chunk in block]
         assert not any(b"\n" in event or b"\r" in event for event in events), "a client would read on at another line"
         found += map(json.loads, events)
     return found, None if reader.final_error is None else told(reader.final_error)

@@ -137,12 +137,12 @@ def test_a_prompt_beyond_the_context_window_is_status_400_wherever_the_server_sa
 )
 def test_other_limits_do_not_count_as_the_context_window(status: int, words: str) -> None:
     failure = http_error(status, {"error": {"message": words}})
-    assert (failure.overflow, failure.status) == (False, status)
+    assert (failure.context_exceeded, failure.status) == (False, status)
 
 
 def test_the_code_for_a_prompt_beyond_the_context_window_is_enough() -> None:
-    assert http_error(400, {"error": {"code": "context_length_exceeded", "message": "no"}}).overflow
-    assert error_from_body("x", {"error": {"type": "exceed_context_size_error", "message": "no"}}).overflow
+    assert http_error(400, {"error": {"code": "context_length_exceeded", "message": "no"}}).context_exceeded
+    assert error_from_body("x", {"error": {"type": "exceed_context_size_error", "message": "no"}}).context_exceeded
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ async def test_an_idle_connection_that_dies_under_a_request_is_reported_as_lost_
     async with RawUpstream(plain(), Said((), "reset"), plain()) as server:
         await whole(upstream, a_model(server))
         failure = await failing(upstream, a_model(server), whole)
-        assert (failure.lost, len(server.bodies), server.connections) == (True, 2, 1)
+        assert (failure.connection_lost, len(server.bodies), server.connections) == (True, 2, 1)
         await whole(upstream, a_model(server))
 
 
@@ -114,7 +114,7 @@ async def test_an_untrusted_certificate_is_named_as_the_reason(upstream: Upstrea
     async with RawUpstream(plain(), tls=served_by(certificate)) as server:
         for ask in (whole, streamed):
             failure = await failing(upstream, a_model(server), ask)
-            assert ("certificate" in failure.message, failure.lost) == (True, False)
+            assert ("certificate" in failure.message, failure.connection_lost) == (True, False)
         assert server.bodies == []
 
 
@@ -143,5 +143,5 @@ async def test_the_status_of_a_proxy_that_refuses_is_reported() -> None:
         upstream = UpstreamClient(Settings(), {"ARM_API_KEY": KEY, "https_proxy": f"http://127.0.0.1:{proxy.port}"})
         failure = await failing(upstream, a_model(proxy, api_base="https://far.invalid/v1"), whole)
         await upstream.aclose()
-        assert ("407" in failure.message, failure.lost, len(proxy.heads)) == (True, False, 1)
+        assert ("407" in failure.message, failure.connection_lost, len(proxy.heads)) == (True, False, 1)
         assert KEY.encode() not in proxy.heads[0]

@@ -41,7 +41,7 @@ async def test_a_response_without_a_completion_is_one_request_and_an_error(
     """`lost`: nothing was answered, so that the model may be asked once more; else it has done its work."""
     async with RawUpstream(said) as server:
         failure = await failing(upstream, a_model(server), whole)
-        assert (failure.lost, len(server.bodies)) == (lost, 1)
+        assert (failure.connection_lost, len(server.bodies)) == (lost, 1)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ async def test_a_stream_that_ends_before_its_answer_is_an_error(
 
     async with RawUpstream(said) as server:
         failure = await failing(upstream, a_model(server), ask)
-        assert (failure.lost, len(seen), len(server.bodies)) == (lost, chunks, 1)
+        assert (failure.connection_lost, len(seen), len(server.bodies)) == (lost, chunks, 1)
 
 
 @pytest.mark.parametrize("status", [b"300 Many", b"302 Found", b"304 Same", b"307 Elsewhere"])

@@ -147,7 +147,7 @@ def test_only_the_model_of_a_response_is_replaced(
     raw = (json.dumps(body) if data is None else data.draw(written(data.draw(shuffled(body)))).strip()).encode()
     read, kept = parse(raw)
 
-    assert exact(JSONPayload(read, kept).named(model)) == exact(json.dumps({**body, "model": model}).encode())
+    assert exact(JSONPayload(read, kept).with_model(model)) == exact(json.dumps({**body, "model": model}).encode())
     renamed = replace_model(raw, read, model)
     if renamed is not None:
         assert exact(renamed) == exact(json.dumps({**body, "model": model}).encode())
@@ -158,13 +158,13 @@ def test_a_completed_chunk_keeps_its_numbers(name: str) -> None:
     odd = {"choices": None} if name == "choices" else {"choices": [{"index": 0, "delta": None}]}
     chunk = parse_chunk(json.dumps({**odd, "big": 10**40}).encode())
 
-    assert json.loads(chunk.named("ours"))["big"] == 10**40
+    assert json.loads(chunk.with_model("ours"))["big"] == 10**40
 
 
 def test_dropping_usage_keeps_all_other_numbers() -> None:
     raw = json.dumps({"usage": {"total_tokens": 1}, "big": 10**40, "model": "theirs"}).encode()
 
-    assert json.loads(JSONPayload(*parse(raw)).without("usage").named("ours")) == {"big": 10**40, "model": "ours"}
+    assert json.loads(JSONPayload(*parse(raw)).without("usage").with_model("ours")) == {"big": 10**40, "model": "ours"}
 
 
 @pytest.mark.parametrize(
