@@ -1,4 +1,4 @@
-"""What a JSON text holds is seen before it is parsed, wherever the text is cut and whatever its texts look like."""
+"""Levels and values of a JSON text are counted before parsing, however it is split and whatever its strings hold."""
 
 from __future__ import annotations
 

@@ -277,7 +277,7 @@ class ModelConfig(FrozenModel):
             raise ParamError("model_info.max_queued_requests", " counts only with max_parallel_requests; state both")
 
     def __repr_args__(self) -> list[tuple[str | None, Any]]:
-        told = {
+        params = {
             key: redact_value(key, value) for key, value in self.litellm_params.items() if key in ("model", "api_base")
         }
-        return [("model_name", self.model_name), ("litellm_params", told), ("model_info", self.model_info)]
+        return [("model_name", self.model_name), ("litellm_params", params), ("model_info", self.model_info)]

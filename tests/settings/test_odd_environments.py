@@ -1,4 +1,4 @@
-"""The server and the commands where the environment names proxies and certificates that libraries stumble over."""
+"""The server and the commands in an environment whose proxies and certificates cannot be used."""
 
 from __future__ import annotations
 

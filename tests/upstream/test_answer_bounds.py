@@ -1,4 +1,4 @@
-"""No more of an answer is held or parsed than is stated, both ways, and all that was held is given back."""
+"""Responses of upstreams are limited in bytes, values and levels in both modes, and all held memory is released."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the quick ways of reading a stream make of it: the same as the slow ones, for every split of its bytes."""
+"""The fast ways to read a stream give the same as a slow reference, for every split of its bytes."""
 
 from __future__ import annotations
 

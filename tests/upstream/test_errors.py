@@ -1,4 +1,4 @@
-"""What an upstream says went wrong: its own status, the first words that can be found, and what it means."""
+"""Status, message and meaning of an upstream's error, however the server reports it."""
 
 from __future__ import annotations
 

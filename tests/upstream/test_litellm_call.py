@@ -1,4 +1,4 @@
-"""From a record and a body to a provider call: the arm's parameters, the caller's, and who wins."""
+"""From a record and a body to a litellm call: the model's parameters, the caller's, and which wins."""
 
 from __future__ import annotations
 

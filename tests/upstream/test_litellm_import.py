@@ -1,4 +1,4 @@
-"""An import of litellm that fails is told, and tried again: what it failed for may be over."""
+"""A failed import of litellm is logged and tried again: the reason may be temporary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""litellm asked by a process of its own: without any key, once for each model, and not at all where that fails."""
+"""litellm in a process of its own: without any key, once per model, and what happens if that fails."""
 
 from __future__ import annotations
 

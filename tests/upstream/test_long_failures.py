@@ -1,4 +1,4 @@
-"""A model that fails with megabytes of words, or answers a plain question with a flood, holds up nobody else."""
+"""A model that answers with a huge error or a flood of values delays no other request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What arrives at a model when its own parameters and the caller's meet: real calls to a scripted server."""
+"""What a model is sent when its own parameters and the caller's meet: real calls to a scripted server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The relay's connections: used again, given up, closed when a client leaves; certificates and proxies on the way."""
+"""Connections of the direct client: reuse, closing, cancelled callers, certificates and proxies."""
 
 from __future__ import annotations
 

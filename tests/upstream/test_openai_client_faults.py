@@ -1,4 +1,4 @@
-"""The relay over upstreams that break, lie and answer oddly: real sockets, and what the caller would be told."""
+"""The direct client over upstreams that break, lie and answer oddly: real sockets, and the errors they become."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Connections to upstreams on uvloop: how many, how long, and what nobody may make of them. Models are left out."""
+"""The connection pool on uvloop: how many connections, for how long, and which responses are rejected."""
 
 from __future__ import annotations
 

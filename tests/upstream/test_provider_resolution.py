@@ -1,4 +1,4 @@
-"""Which way each provider is reached, as litellm itself says, and which key goes there."""
+"""How each provider is called, as litellm itself says, and which key goes there."""
 
 from __future__ import annotations
 

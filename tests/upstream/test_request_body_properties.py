@@ -1,4 +1,4 @@
-"""Bodies and answers given another `model` in their bytes: however they are written, nothing else changes."""
+"""Replacing `model` in the bytes of bodies and responses changes nothing else, however they are written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heads of requests: what an address and its headers may hold, and what would become a second request."""
+"""Request heads: what an address and its headers may hold, and what would become a second request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What comes of an upstream's answer, whatever its headers called it and however its connection went, either way."""
+"""What becomes of a response, whatever its headers say and however its connection ends, in both modes."""
 
 from __future__ import annotations
 

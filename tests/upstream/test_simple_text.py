@@ -1,4 +1,4 @@
-"""The quick way of the commonest chunk comes to what the general way does, and is taken where it should be."""
+"""The fast path for chunks of text alone gives the same as the general one, and is taken where it should be."""
 
 from __future__ import annotations
 

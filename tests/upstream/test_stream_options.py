@@ -1,4 +1,4 @@
-"""Streams are asked for usage by a field that the caller need not have sent, and that not every server knows."""
+"""Streams are asked for usage by a field that the caller need not send, and that not every server accepts."""
 
 from __future__ import annotations
 
