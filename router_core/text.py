@@ -1,4 +1,4 @@
-"""What routing, grading and people need of a text: its size in tokens, its ends, its normal form, its plain form."""
+"""What routing, grading and people need of a text: its size in tokens, its ends, its normal and plain form."""
 
 from __future__ import annotations
 

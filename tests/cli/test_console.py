@@ -55,9 +55,9 @@ def test_no_text_whatever_leaves_a_control_character(text: str) -> None:
 
 
 def test_all_ways_to_print_go_through_it(capsys: pytest.CaptureFixture[str]) -> None:
-    console.say(HOSTILE)
-    console.note(HOSTILE)
-    console.write(HOSTILE)
+    console.echo(HOSTILE)
+    console.echo_err(HOSTILE)
+    console.echo(HOSTILE, end="")
     console.table(["name", HOSTILE], [[HOSTILE, "a\nb"]], title=HOSTILE)
     with console.progress() as bars:
         bars.update(HOSTILE, 1, 1, HOSTILE)
