@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Iterable, Sequence
 
@@ -14,6 +13,7 @@ from proxy.errors import error_body
 from proxy.server.auth import path_of
 from proxy.server.requests import REQUEST_IDS
 from proxy.server.responses import http_error_body
+from router_core.text import closest_name
 
 log = logging.getLogger("uniroute.edge")
 
@@ -64,8 +64,8 @@ def unknown_path_message(method: str, path: str) -> str:
     """Name what was asked for, what is served, and what was probably meant."""
     plain = "/" + "/".join(part for part in path.split("/") if part)
     mistake = next((text for start, text in _HINTS.items() if f"{plain}/".startswith(f"{start}/")), None)
-    near = difflib.get_close_matches(plain[:200], FIXED_PATHS, n=1, cutoff=0.7)
-    hint = f"; {mistake}" if mistake else f"; did you mean {near[0]}?" if near else ""
+    closest = closest_name(plain, FIXED_PATHS, min_similarity=0.7)
+    hint = f"; {mistake}" if mistake else f"; did you mean {closest}?" if closest else ""
     return f"nothing is served at {method[:20]} {path[:200]}{hint}. Served are {_SERVED}"
 
 
