@@ -42,7 +42,7 @@ from proxy.server.public import keyed_router, open_router
 from proxy.server.ratelimit import RateLimiter
 from proxy.server.reservations import SETTLE_FUNCTION
 from proxy.server.responses import HANDLED_EXCEPTIONS, handle_error
-from proxy.server.startup import Startup, Step
+from proxy.server.startup import START_FAILED, Startup, Step
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings, check_exposure, load_settings
 from proxy.storage.client_keys import AuthRequiredLatch
@@ -58,12 +58,12 @@ from proxy.storage.usage_journal import JournalDirectory
 from proxy.storage.usage_writer import UsageWriter
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.concurrency_limit import ConcurrencyLimiter
-from proxy.upstream.health import CooldownReplicator, HealthRegistry, Roster
+from proxy.upstream.health import CooldownReplicator, HealthRegistry, prune_removed_models
 from proxy.upstream.provider_resolution import Resolver
 from router_core.clustering import ClusterMap
 from router_core.embedding import open_embedder
 from router_core.errors import RouterCoreError
-from router_core.estimators import RECIPES
+from router_core.estimators import ESTIMATORS
 
 log = logging.getLogger("uniroute")
 
@@ -187,9 +187,6 @@ def configure_logs() -> None:
         ours.setLevel(logging.INFO)
 
 
-# The exit status of a process that could not start: uvicorn's own, which its supervisor knows too.
-START_FAILED = 3
-
 EXPECTED_FAILURES = (SettingsError, StoreUnavailable, RouterCoreError)
 
 
@@ -284,8 +281,8 @@ async def app_state(
         live, latch = TrafficStats(cluster_map.size), AuthRequiredLatch(settings.data_dir)
         configured = await resolving
         catalog = await asyncio.to_thread(bundled_catalog)
-        inputs = SnapshotInputs(cluster_map, configured, catalog, RECIPES[settings.recipe], live)
-        state = SnapshotWatcher(store, inputs, latch, lambda now: upstream.serve(now.models))
+        inputs = SnapshotInputs(cluster_map, configured, catalog, ESTIMATORS[settings.recipe], live)
+        state = SnapshotWatcher(store, inputs, latch, lambda now: upstream.set_models(now.models))
         with startup.step("reading models"):
             await state.start()
         closing.push_async_callback(state.stop)
@@ -314,7 +311,7 @@ async def app_state(
         with startup.step("loading the embedder"):
             await assigner.warm(cluster_map)
         with startup.step("importing litellm"):
-            await upstream.open()
+            await upstream.warm_up()
         price_feed = asyncio.create_task(PriceFeed(settings, store, registry, state).run(), name="uniroute-prices")
         closing.push_async_callback(cancel_and_wait, price_feed)
         jobs = Jobs(store, state, UpstreamAnswerer(upstream), assigner.embedder, settings)
@@ -405,7 +402,7 @@ async def _health_registry(
     collector = HealthCollector(health, lambda: state.current.models, metrics.values)
     metrics.look_at(collector.look)
     metrics.registry.register(collector)
-    pruning = asyncio.create_task(Roster(health, lambda: state.current.models).run(), name="uniroute-roster")
+    pruning = asyncio.create_task(prune_removed_models(health, lambda: state.current.models), name="uniroute-roster")
     try:
         async with _running(CooldownReplicator(store, health, lambda: state.current.models)):
             yield health

@@ -45,7 +45,7 @@ from proxy.storage.client_keys import ClientKey
 from proxy.storage.models import ModelRecord
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.registry import ConfiguredModel, ConflictingWrite
-from proxy.upstream.origins import check_secrets_stay
+from proxy.upstream.key_scope import check_secrets_stay
 
 
 def admin_router(what: str) -> APIRouter:
@@ -180,7 +180,7 @@ async def change_model(record: ChangeableModel, body: ModelPatch, state: AdminSt
     name = record.name
     before, changed, version = await _update(state, name, body)
     if changed.litellm_params != before.litellm_params:  # also another key: the old one may have been what was wrong
-        state.health.forget(name)
+        state.health.reset(name)
     if changed.fingerprint != before.fingerprint:
         state.live.forget(name)
         await state.jobs.cancel_for(name, "litellm_params were changed; profile the model again")
@@ -195,7 +195,7 @@ async def remove_model(record: ChangeableModel, state: AdminState) -> None:
     await state.jobs.cancel_for(record.name, "the model was removed")
     version = await state.registry.remove_model(record.name)
     state.live.forget(record.name)
-    state.health.forget(record.name)
+    state.health.reset(record.name)
     await _wait_for_version(state, version)
 
 

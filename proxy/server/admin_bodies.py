@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -26,32 +25,31 @@ from pydantic_core import CoreSchema
 from starlette.datastructures import Headers, MutableHeaders
 
 from proxy.errors import BadRequest
-from proxy.outbound import OutboundError, ssl_context, trust_of
 from proxy.routing.chat_request import parse_object
-from proxy.safety.redaction import Literal, is_reference, literals
 from proxy.server.dependencies import services_of
 from proxy.server.requests import read_body
 from proxy.server.responses import error_response
-from proxy.settings.litellm_names import is_model_info_of_litellm
+from proxy.settings.litellm_params import ParamError, is_model_info_of_litellm, is_provider_param
 from proxy.settings.models import (
     ModelConfig,
     ModelInfo,
     ModelName,
     NonNegativeFloat,
-    ParamError,
     SettingsError,
     StrictInt,
     check_model_name,
     resolve_secret,
 )
+from proxy.settings.outbound import OutboundError, ssl_context, trust_of
+from proxy.settings.redaction import FoundSecret, find_secrets, is_reference
 from proxy.settings.schema import ProfileSettings, Settings
 from proxy.storage.client_keys import LIMITS, MAX_LAMBDA, MAX_PER_MINUTE, MAX_USD, KeyChange, Role
 from proxy.storage.models import ModelRecord
 from proxy.storage.redis import is_unix_time
-from proxy.upstream.litellm.params import is_provider_param
-from proxy.upstream.origins import ADDRESSES, check_secrets_stay
+from proxy.upstream.key_scope import ADDRESSES, check_secrets_stay
 from router_core.clustering import ClusterMap
 from router_core.profiles import Profile
+from router_core.text import closest_name
 from router_core.types import MAX_PRICE, PRICE_FIELDS, Price, price_field
 
 
@@ -153,8 +151,8 @@ def bad_request(problems: Sequence[Any]) -> BadRequest:
 def reject_unknown_keys(document: Mapping[str, Any], known: Collection[str], prefix: str) -> None:
     for name in document:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean `{prefix}{near[0]}`?" if near else f"known are {', '.join(known)}"
+            closest = closest_name(name, known)
+            hint = f"did you mean `{prefix}{closest}`?" if closest else f"known are {', '.join(known)}"
             raise BadRequest(f"`{prefix}{name[:60]}` is not known here; {hint}", param=f"{prefix}{name[:60]}")
 
 
@@ -361,8 +359,8 @@ def _check_params(model: ModelConfig, settings: Settings, environ: Mapping[str, 
         if is_provider_param(name):
             _check_references(f"litellm_params.{name}", value, settings, environ)
         if name not in _PROSE:
-            for literal in literals(name, value):
-                raise _literal_secret(name, literal)
+            for found in find_secrets(name, value):
+                raise _literal_secret(name, found)
 
 
 def _check_references(param: str, value: Any, settings: Settings, environ: Mapping[str, str]) -> None:
@@ -376,9 +374,9 @@ def _check_references(param: str, value: Any, settings: Settings, environ: Mappi
             raise BadRequest(f"`{param}`: {error}", param=param) from None
 
 
-def _literal_secret(name: str, literal: Literal) -> BadRequest:
+def _literal_secret(name: str, found: FoundSecret) -> BadRequest:
     """Refuse what would be stored in Redis and its backups, and shown to everyone who may read models."""
-    param = f"litellm_params.{literal.path}"
+    param = f"litellm_params.{found.path}"
     if is_provider_param(name) and name not in ADDRESSES:
         fix = f"`{param}` must name a variable of the server's environment, as os.environ/NAME_API_KEY"
     else:
@@ -454,7 +452,7 @@ class PriceBody(Body):
         """Raises InvalidPrice naming the field, or BadRequest."""
         stated = {name: value for name, value in self.stated().items() if value is not None}
         try:
-            return Price.of({name: float(value) for name, value in stated.items()})
+            return Price.from_fields({name: float(value) for name, value in stated.items()})
         except OverflowError:
             raise BadRequest("a price must be a finite number of USD per token") from None
 

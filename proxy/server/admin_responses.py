@@ -2,20 +2,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, WithJsonSchema
 
 from proxy.errors import ModelNotFound
 from proxy.profiling.job import Job
-from proxy.safety.redaction import shown
 from proxy.server.admin_bodies import UNSET, ProfileDocument
 from proxy.server.dependencies import AppState
+from proxy.settings.redaction import redact_value
 from proxy.storage.client_keys import LIMITS, ROLES, ClientKey
 from proxy.storage.models import CurrentPrice, ModelRecord
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.snapshot import RoutingSnapshot
+from router_core.text import rfc3339
 
 # Whole numbers stay whole: 5 is not shown as 5.0.
 Number = Annotated[int | float, WithJsonSchema({"type": "number"})]
@@ -173,7 +173,7 @@ async def models_to_json(state: AppState) -> list[dict[str, Any]]:
     snapshot = state.state.current
     jobs = await _if_available(state, state.jobs.latest) or {}
     cards = [_card(snapshot, name, jobs.get(name), with_profile=False) for name in sorted(snapshot.models)]
-    return [{**card, "health": state.health.standing(card["model_name"])} for card in cards]
+    return [{**card, "health": state.health.status(card["model_name"])} for card in cards]
 
 
 async def model_to_json(state: AppState, name: str, *, with_profile: bool) -> dict[str, Any]:
@@ -182,12 +182,12 @@ async def model_to_json(state: AppState, name: str, *, with_profile: bool) -> di
     snapshot = state.state.current
     if name not in snapshot.models:
         raise ModelNotFound(f"the model {name!r} was removed just now", param="model")
-    return {**_card(snapshot, name, job, with_profile=with_profile), "health": state.health.standing(name)}
+    return {**_card(snapshot, name, job, with_profile=with_profile), "health": state.health.status(name)}
 
 
 def redact_params(params: Mapping[str, Any]) -> dict[str, Any]:
     """Show litellm_params without secrets: references to the environment, but no literal keys and headers."""
-    return {name: shown(name, value) for name, value in params.items()}
+    return {name: redact_value(name, value) for name, value in params.items()}
 
 
 T = TypeVar("T")
@@ -212,7 +212,7 @@ def _card(snapshot: RoutingSnapshot, name: str, job: Job | None, *, with_profile
         "litellm_params": redact_params(record.litellm_params),
         "model_info": record.info.model_dump(exclude_defaults=True),
         "source": record.source,
-        "created_at": _rfc3339(record.created_at),
+        "created_at": rfc3339(record.created_at),
         "state": model_state,
         "why": why,
         "warning": None if profile is None else snapshot.measuring_doubt,
@@ -242,21 +242,17 @@ def _price(current: CurrentPrice | None) -> dict[str, Any] | None:
         return None
     since = current.updated_at
     return {
-        **current.price.stated(),
+        **current.price.to_fields(),
         "source": current.source,
-        "updated_at": None if since is None else _rfc3339(since),
+        "updated_at": None if since is None else rfc3339(since),
         "age_s": None if since is None else round(max(0.0, time.time() - since), 3),
     }
-
-
-def _rfc3339(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _rfc3339_or_none(seconds: float | None) -> str | None:
     if seconds is None:
         return None
     try:
-        return _rfc3339(seconds)
+        return rfc3339(seconds)
     except (OverflowError, ValueError):  # beyond the year 9999: stored by another program
         return "9999-12-31T23:59:59Z"

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from proxy.outbound import OutboundError, ssl_context, trust_of
-from proxy.safety.private_files import NotPrivate, private_folder
-from proxy.safety.redaction import is_reference
 from proxy.settings.models import SettingsError
+from proxy.settings.outbound import OutboundError, ssl_context, trust_of
+from proxy.settings.redaction import is_reference
 from proxy.settings.schema import Settings
+from proxy.storage.private_files import NotPrivate, private_folder
 from router_core.artifact import builtin_map, load_map
 from router_core.clustering import ClusterMap
 from router_core.embedding import check_embedder
 from router_core.errors import InvalidInput
-from router_core.estimators import RECIPES
+from router_core.estimators import ESTIMATORS
+from router_core.text import closest_name
 from router_core.validation.loading import load_validation_set
 
 log = logging.getLogger("uniroute.settings")
@@ -30,7 +30,7 @@ def load_cluster_map(settings: Settings) -> ClusterMap:
         RouterCoreError, OSError: the map cannot be read.
     """
     chosen = builtin_map() if settings.map == "builtin" else load_map(Path(settings.map))
-    return chosen.hardened() if RECIPES[settings.recipe].hard else chosen
+    return chosen.with_hard_assignment() if ESTIMATORS[settings.recipe].hard else chosen
 
 
 def validate_files(settings: Settings) -> None:
@@ -100,8 +100,8 @@ def check_named_models(
 
 
 def _did_you_mean(name: str, known: Collection[str]) -> str:
-    found = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.8)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    closest = closest_name(name, known, min_similarity=0.8)
+    return f"; did you mean {closest!r}?" if closest else ""
 
 
 def _known_models(names: Collection[str]) -> str:

@@ -31,13 +31,13 @@ from proxy.errors import (
     Unauthenticated,
     UnsupportedMediaType,
     UpstreamError,
-    error_object,
+    error_body,
 )
-from proxy.safety.json_shape import check_shape
+from proxy.json_limits import check_limits
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.registry import ConfiguredModel, ConflictingWrite, KeyInactive, ModelExists, UnknownKey, UnknownModel
-from proxy.upstream.circuit_breaker import told_wait
-from proxy.upstream.errors import MAX_MESSAGE_CHARS, MAX_REST_CHARS, words_in
+from proxy.upstream.circuit_breaker import retry_after_headers
+from proxy.upstream.errors import MAX_MESSAGE_CHARS, MAX_UNKNOWN_CHARS, message_in
 from proxy.upstream.sse import encode_json
 from router_core.errors import InvalidInput, MapMismatch
 
@@ -96,7 +96,7 @@ def render_error(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]
     if isinstance(error, UpstreamError):
         return _render_upstream_error(error)
     status, kind, code = next(RESPONSES[kind] for kind in type(error).__mro__ if kind in RESPONSES)
-    return status, error_object(str(error), kind, code, getattr(error, "param", None)), getattr(error, "headers", {})
+    return status, error_body(str(error), kind, code, getattr(error, "param", None)), getattr(error, "headers", {})
 
 
 # `type` and `code` for a status without an error of its own.
@@ -113,14 +113,14 @@ _OF_STATUS = {
 def http_error_body(status: int, message: str) -> dict[str, Any]:
     """Put a bare HTTP status into OpenAI's shape."""
     kind, code = _OF_STATUS.get(status, ("server_error" if status >= 500 else "invalid_request_error", None))
-    return error_object(message, kind, code)
+    return error_body(message, kind, code)
 
 
 def _render_upstream_error(error: UpstreamError) -> tuple[int, dict[str, Any], dict[str, str]]:
-    headers = told_wait(error.headers, time.time())
+    headers = retry_after_headers(error.headers, time.time())
     if error.status is None or error.status < 400:
         status, code = (504, "upstream_timeout") if error.timed_out else (502, "upstream_failed")
-        return status, error_object(error.message, "upstream_error", code), headers
+        return status, error_body(error.message, "upstream_error", code), headers
     return error.status, _upstream_error_body(error), headers
 
 
@@ -158,17 +158,17 @@ def _in_openais_shape(original: Mapping[str, Any], body: Any, error: UpstreamErr
     kind, code = _OF_STATUS.get(error.status or 502, ("upstream_error", None))
     if original:
         code = _text(original.get("code"))
-    if error.overflow:
+    if error.context_exceeded:
         code = "context_length_exceeded"
-    message = words_in(original) or words_in(body) or _with_body(error.message, body)
-    shaped = error_object(message, _text(original.get("type")) or kind, code, original.get("param"))["error"]
+    message = message_in(original) or message_in(body) or _with_body(error.message, body)
+    shaped = error_body(message, _text(original.get("type")) or kind, code, original.get("param"))["error"]
     kept = {name: value for name, value in original.items() if name != "object"}
     return {**kept, **shaped}
 
 
 def _with_body(message: str, body: Any) -> str:
     """Add the start of a body in which no message was found."""
-    return f"{message}: {(_text(body) or '')[:MAX_REST_CHARS]}" if body not in (None, "", {}, []) else message
+    return f"{message}: {(_text(body) or '')[:MAX_UNKNOWN_CHARS]}" if body not in (None, "", {}, []) else message
 
 
 def _text(value: Any) -> str | None:
@@ -179,7 +179,7 @@ def _parsed(body: Any) -> Any:
     if not isinstance(body, bytes):
         return body
     try:
-        check_shape(body)
+        check_limits(body)
         return json.loads(body)
     except (ValueError, RecursionError):
         return body.decode("utf-8", "replace")[:MAX_MESSAGE_CHARS]

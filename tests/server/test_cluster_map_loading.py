@@ -24,7 +24,7 @@ async def test_a_hard_recipe_assigns_a_prompt_to_its_nearest_cluster_alone(
 
     assert assignment.weights.tolist() == [[1.0]]
     assert assignment.ids[0, 0] == soft.ids[0, 0]
-    assert served.id == cluster_map.hardened().id != cluster_map.id
+    assert served.id == cluster_map.with_hard_assignment().id != cluster_map.id
 
 
 def test_the_default_recipe_assigns_a_prompt_to_several_clusters(cluster_map: ClusterMap) -> None:

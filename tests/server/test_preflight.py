@@ -11,7 +11,7 @@ import pytest
 from proxy.server.preflight import check_named_models, validate_files
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings, load_settings
-from router_core.estimators import RECIPES
+from router_core.estimators import ESTIMATORS
 from tests.support.command import environment, run_command
 
 BROKEN_SET = (
@@ -85,7 +85,7 @@ def test_an_unknown_model_that_can_still_be_added_is_a_warning(caplog: pytest.Lo
 
 
 def test_the_recipe_is_one_of_the_cores() -> None:
-    assert set(get_args(Settings.model_fields["recipe"].annotation)) == set(RECIPES)
+    assert set(get_args(Settings.model_fields["recipe"].annotation)) == set(ESTIMATORS)
     with pytest.raises(SettingsError, match="recipe"):
         load_settings(None, {"UNIROUTE_RECIPE": "foo"})
 

@@ -1,4 +1,4 @@
-"""A state of three models, and the choice that is made among them, with an embedder that can be held."""
+"""A snapshot of three models, the selection among them, and an embedder that can be blocked."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from proxy.routing.assigner import ClusterAssigner
+from proxy.routing.candidates import SelectionContext
 from proxy.routing.chat_request import ChatRequest, RoutingOptions
 from proxy.routing.selection import Selection, select_model
 from proxy.settings.schema import Settings
@@ -35,7 +36,7 @@ class Corners:
         self.free.set()
 
     def embed(self, texts: Sequence[str]) -> Floats:
-        self.free.wait(5)
+        self.free.wait(60)
         if texts == ["broken"]:
             raise ValueError("no such text")
         return np.tile(np.eye(4, dtype=np.float32)[0], (len(texts), 1))
@@ -73,6 +74,5 @@ async def chosen(
     content = {"messages": [{"role": "user", "content": text}], **(body or {})}
     request = ChatRequest(content, model, False, False, RoutingOptions(**options))
     found = Settings.model_validate({"data_dir": Path("/nowhere"), **(settings or {})})
-    return await select_model(
-        request, key, state or a_state(), found, assigner or ClusterAssigner(Corners(), 1.0), explain=explain
-    )
+    ctx = SelectionContext("dec-1", request, key, state or a_state(), found)
+    return await select_model(ctx, assigner or ClusterAssigner(Corners(), 1.0), explain=explain)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
-from router_core.validation.fields import Fields, JsonObject
+from router_core.documents import Fields, JsonObject
 from router_core.validation.graders.answers import (
     bold_spans,
     boxed_answers,
@@ -18,7 +18,7 @@ from router_core.validation.graders.answers import (
     text_after_lead_in,
     trimmed,
 )
-from router_core.validation.graders.text import max_length
+from router_core.validation.graders.text import whole_word_pattern
 
 _NUMBER = re.compile(
     r"(?<![A-Za-z0-9_.])[-+]?"
@@ -63,7 +63,7 @@ class NumericGrader:
         fields = Fields(spec, ("type", "answer", "tolerance"), "grader.")
         tolerance = fields.number("tolerance", 0.0)
         if tolerance < 0:
-            raise fields.wrong("tolerance", "a number of 0 or more")
+            raise fields.error("tolerance", "a number of 0 or more")
         return cls(fields.number("answer"), tolerance)
 
 
@@ -142,8 +142,8 @@ def _word_value(text: str) -> tuple[float, ...]:
 
 LETTERS = "ABCDEFGHIJ"
 
+# A letter with the words of another option.
 UNDECIDED = "?"
-"""A letter with the words of another option."""
 
 _CHOSEN = re.compile(
     r"(?i:\b(?:option|choice|choose|pick|select|go with|opción|opcion|opção)|选项?|選択肢)[^\S\n]*+"
@@ -177,7 +177,7 @@ class ChoiceGrader:
     @cached_property
     def _words(self) -> tuple[re.Pattern[str], ...]:
         """Each option's words as a pattern over folded text."""
-        return tuple(re.compile(max_length(casefold(trimmed(option)))) for option in self.options)
+        return tuple(re.compile(whole_word_pattern(casefold(trimmed(option)))) for option in self.options)
 
     def _is_brief(self, stated: str) -> bool:
         """Little more than an option: a question repeated after "Answer:" is not."""
@@ -261,9 +261,9 @@ class ChoiceGrader:
         fields = Fields(spec, ("type", "answer", "options"), "grader.")
         options = fields.texts("options")
         if not 2 <= len(options) <= len(LETTERS):
-            raise fields.wrong("options", f"a list of 2 to {len(LETTERS)} option texts")
+            raise fields.error("options", f"a list of 2 to {len(LETTERS)} option texts")
         letters = LETTERS[: len(options)]
         answer = fields.text("answer").upper()
         if answer not in tuple(letters):
-            raise fields.wrong("answer", f"the letter of one of the options, {letters[0]} to {letters[-1]}")
+            raise fields.error("answer", f"the letter of one of the options, {letters[0]} to {letters[-1]}")
         return cls(answer, options)
