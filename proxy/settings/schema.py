@@ -87,20 +87,22 @@ class CircuitBreakerSettings(FrozenModel):
     at least `share` of the attempts that ended in that time. It rests for `cooldown_s`, doubled for each probe that
     fails, and never longer than `longest_cooldown_s`."""
 
-    window_s: Span = Field(30, description="Seconds that the sliding window looks back.")
+    window_s: Span = Field(default=30, description="Seconds that the sliding window looks back.")
     failures: Annotated[StrictInt, Field(ge=1, le=10_000)] = Field(
-        5,
+        default=5,
         description=(
             "A model's circuit opens, and the model goes into cooldown, once this many attempts within the window "
             "have failed …"
         ),
     )
     share: Annotated[NonNegativeFloat, Field(gt=0, le=1)] = Field(
-        0.5, description="… provided that they are at least this share of the attempts in the window."
+        default=0.5, description="… provided that they are at least this share of the attempts in the window."
     )
-    cooldown_s: Span = Field(10, description="Seconds of the first cooldown. It doubles after each probe that fails.")
+    cooldown_s: Span = Field(
+        default=10, description="Seconds of the first cooldown. It doubles after each probe that fails."
+    )
     longest_cooldown_s: Span = Field(
-        300, description="Seconds that a cooldown lasts at most, whatever `retry-after` says."
+        default=300, description="Seconds that a cooldown lasts at most, whatever `retry-after` says."
     )
 
     @model_validator(mode="after")
@@ -159,38 +161,42 @@ class ProfileSettings(FrozenModel):
     """How a model is measured: how many validation prompts, for how much money, how many at once."""
 
     prompts: Annotated[StrictInt, Field(ge=1, le=1000)] = Field(
-        60, description="Validation prompts that a new model is asked."
+        default=60, description="Validation prompts that a new model is asked."
     )
-    max_usd: NonNegativeFloat = Field(1.0, description="USD that measuring one model may cost.")
+    max_usd: NonNegativeFloat = Field(default=1.0, description="USD that measuring one model may cost.")
     concurrency: Annotated[StrictInt, Field(ge=1, le=64)] = Field(
-        4, description="Validation prompts that are asked at the same time."
+        default=4, description="Validation prompts that are asked at the same time."
     )
     on_start: bool = Field(
         default=True, description="Measure the configured models that have no profile when the server starts."
     )
-    timeout_s: Seconds = Field(120, description="Seconds that one validation answer may take.")
+    timeout_s: Seconds = Field(default=120, description="Seconds that one validation answer may take.")
 
 
 class Settings(FrozenModel):
-    model_list: tuple[ModelConfig, ...] = Field((), description="The models, in LiteLLM's form. Only in the file.")
+    model_list: tuple[ModelConfig, ...] = Field(
+        default=(), description="The models, in LiteLLM's form. Only in the file."
+    )
     lambda_: NonNegativeFloat = Field(
-        0.1,
+        default=0.1,
         alias="lambda",
         description="λ: the error that the reference price may buy. 0 asks for the best answer at any price.",
     )
     route_names: NameList = Field(
-        ("auto",), description="Model names that ask for routing. `*` stands for every name that is not registered."
+        default=("auto",),
+        description="Model names that ask for routing. `*` stands for every name that is not registered.",
     )
-    latency_weight: NonNegativeFloat = Field(0.0, description="USD that one second of waiting is worth.")
+    latency_weight: NonNegativeFloat = Field(default=0.0, description="USD that one second of waiting is worth.")
     cost_unit: Literal["reference", "cents"] = Field(
-        "reference", description="What a cost of 1 is: the `reference` price of the request, or one US cent (`cents`)."
+        default="reference",
+        description="What a cost of 1 is: the `reference` price of the request, or one US cent (`cents`).",
     )
     reference_price: Price = Field(
-        Price(2.5e-6, 1e-5),
+        default=Price(2.5e-6, 1e-5),
         description="`input_cost_per_token` and `output_cost_per_token`, in USD, that make a cost of 1.",
     )
     default_model: str | None = Field(
-        None,
+        default=None,
         description=(
             "The registered model that answers, with reason `degraded`, when a prompt cannot be assessed or no model "
             "is measured yet. Without one the model that is best on average answers; while none is measured the "
@@ -198,11 +204,13 @@ class Settings(FrozenModel):
         ),
     )
     validation_set: str = Field(
-        "builtin", description="`builtin`, or the path of a JSONL file of your own validation prompts."
+        default="builtin", description="`builtin`, or the path of a JSONL file of your own validation prompts."
     )
-    map: str = Field("builtin", description="The cluster map: `builtin`, or a folder that `uniroute fit` wrote.")
+    map: str = Field(
+        default="builtin", description="The cluster map: `builtin`, or a folder that `uniroute fit` wrote."
+    )
     embedder: str = Field(
-        "static",
+        default="static",
         description=(
             "`static`, `transformer`, the folder of a sentence-transformers model, or the name of one in the Hugging "
             "Face cache (`hf download NAME`; the server downloads nothing). It must be the embedder that the map was "
@@ -210,120 +218,125 @@ class Settings(FrozenModel):
         ),
     )
     recipe: Literal["pooled", "shrunk", "raw", "laplace"] = Field(
-        "pooled",
+        default="pooled",
         description=(
             "How labels become error rates: `pooled` (all models together), `shrunk` (towards the model's mean), "
             "`raw` (the paper's), or `laplace`."
         ),
     )
-    profile: ProfileSettings = Field(ProfileSettings(), description="How new models are measured.")
+    profile: ProfileSettings = Field(default=ProfileSettings(), description="How new models are measured.")
     judge_model: str | None = Field(
-        None,
+        default=None,
         description=(
             "The model that grades validation prompts of the type `judge`: a registered name, or LiteLLM's name."
         ),
     )
     allowed_env: Annotated[NameList, AfterValidator(_variables_of_others)] = Field(
-        (),
+        default=(),
         description=(
             "More variables that `os.environ/NAME` may refer to. Names that end in `_API_KEY` are always allowed."
         ),
     )
     allowed_hosts: Annotated[NameList, AfterValidator(_host_names)] = Field(
-        (), description="More `Host` names that requests may use."
+        default=(), description="More `Host` names that requests may use."
     )
     allowed_origins: Annotated[NameList, AfterValidator(_pages)] = Field(
-        (), description="Origins of web pages that may call the server from a browser."
+        default=(), description="Origins of web pages that may call the server from a browser."
     )
     price_refresh_minutes: NonNegativeFloat = Field(
-        0, description="Minutes between two fetches of the price feed. 0 turns it off."
+        default=0, description="Minutes between two fetches of the price feed. 0 turns it off."
     )
     price_url: Annotated[str | None, AfterValidator(_web_address)] = Field(
-        None, repr=False, description="Address of the price feed. Without one, LiteLLM's price map."
+        default=None, repr=False, description="Address of the price feed. Without one, LiteLLM's price map."
     )
-    max_body_bytes: PositiveInt = Field(20_000_000, description="Bytes of the largest request body.")
+    max_body_bytes: PositiveInt = Field(default=20_000_000, description="Bytes of the largest request body.")
     max_answer_bytes: PositiveInt = Field(
-        20_000_000, description="Bytes of the largest response, or event of a stream, that is read from a model."
+        default=20_000_000,
+        description="Bytes of the largest response, or event of a stream, that is read from a model.",
     )
     max_answers_in_flight_bytes: PositiveInt = Field(
-        256_000_000,
+        default=256_000_000,
         description=(
             "Bytes of responses larger than 64 KiB that one process holds at the same time, as received; parsed they "
             "take up to three times as much. Beyond it a large response becomes a 503 with `retry-after`."
         ),
     )
     sticky_sessions: OffAutoOn = Field(
-        "auto", description="Whether a session stays with its model; see [Conversations](routing.md#conversations)."
+        default="auto",
+        description="Whether a session stays with its model; see [Conversations](routing.md#conversations).",
     )
-    session_ttl_s: PositiveInt = Field(3600, description="Seconds that a session's model is remembered.")
+    session_ttl_s: PositiveInt = Field(default=3600, description="Seconds that a session's model is remembered.")
     prompt_cache_s: NonNegativeFloat = Field(
-        300, description="Seconds that a provider is assumed to keep a prompt in its cache."
+        default=300, description="Seconds that a provider is assumed to keep a prompt in its cache."
     )
     fallback_attempts: Annotated[StrictInt, Field(ge=1, le=20)] = Field(
-        3, description="Models that are asked, at most, until one begins to answer."
+        default=3, description="Models that are asked, at most, until one begins to answer."
     )
     request_timeout_s: Seconds = Field(
-        600,
+        default=600,
         description=(
             "Seconds for all attempts of a request together: until the first content of a stream, or the whole of "
             "another response."
         ),
     )
-    connect_timeout_s: Seconds = Field(5, description="Seconds to connect to a model.")
+    connect_timeout_s: Seconds = Field(default=5, description="Seconds to connect to a model.")
     first_token_timeout_s: Seconds = Field(
-        300,
+        default=300,
         description=(
             "Seconds from sending a request to a model until its first content; without streaming, until the whole "
             "response."
         ),
     )
-    idle_timeout_s: Seconds = Field(120, description="Seconds between two events of a stream, once content has come.")
-    stream_timeout_s: Seconds = Field(3600, description="Seconds that a stream may take in all.")
+    idle_timeout_s: Seconds = Field(
+        default=120, description="Seconds between two events of a stream, once content has come."
+    )
+    stream_timeout_s: Seconds = Field(default=3600, description="Seconds that a stream may take in all.")
     keep_alive_s: Seconds = Field(
-        15,
+        default=15,
         description=(
             "Seconds after which a stream without content gets its headers and a comment, and a silent stream another "
             "comment."
         ),
     )
     breaker: CircuitBreakerSettings = Field(
-        CircuitBreakerSettings(), description="When a failing model goes into cooldown."
+        default=CircuitBreakerSettings(), description="When a failing model goes into cooldown."
     )
     queue_wait_s: Annotated[NonNegativeFloat, Field(le=3600)] = Field(
-        5, description="Seconds that a request waits in the queue of a model with `max_parallel_requests`."
+        default=5, description="Seconds that a request waits in the queue of a model with `max_parallel_requests`."
     )
     reserve_output_tokens: PositiveInt = Field(
-        4096, description="Tokens of a response that a budget reserves if the request sets no `max_tokens`."
+        default=4096, description="Tokens of a response that a budget reserves if the request sets no `max_tokens`."
     )
     clamp_max_tokens: OffAutoOn = Field(
-        "auto",
+        default="auto",
         description=(
             "Whether a `max_tokens` above a model's own limit is lowered to that limit: `auto` for routed names, `on` "
             "also for a model that is asked for by name, `off` never."
         ),
     )
     limits_timeout_s: Annotated[NonNegativeFloat, Field(gt=0, le=1)] = Field(
-        0.05,
+        default=0.05,
         description=(
             "Seconds that a request of a limited key waits for Redis, both before a model is asked and before its "
             "response ends."
         ),
     )
     limits_without_store: Literal["refuse", "allow"] = Field(
-        "refuse",
+        default="refuse",
         description=(
             "Keys with a spend limit while Redis does not answer: `refuse` them with a 503, or `allow` them unchecked."
         ),
     )
     drain_s: Annotated[StrictInt, Field(ge=1, le=3600)] = Field(
-        30, description="Seconds that open responses may go on after SIGTERM. Then they are cut off, and counted."
+        default=30,
+        description="Seconds that open responses may go on after SIGTERM. Then they are cut off, and counted.",
     )
     usage_journal_max_bytes: PositiveInt = Field(
-        256_000_000,
+        default=256_000_000,
         description="Bytes of usage that a process keeps on disk while Redis is away. More is dropped, and counted.",
     )
     redis_url: Annotated[str | None, AfterValidator(_redis_url)] = Field(
-        None,
+        default=None,
         repr=False,
         description=(
             "Address of a Redis or Valkey; see [A Redis of your own](reliability.md#a-redis-of-your-own). Without one "
@@ -331,33 +344,36 @@ class Settings(FrozenModel):
         ),
     )
     redis_username: str | None = Field(
-        None, description="User name for Redis, stated apart from the URL, where nothing needs to be escaped."
+        default=None, description="User name for Redis, stated apart from the URL, where nothing needs to be escaped."
     )
-    redis_password: SecretStr | None = Field(None, description="Password for Redis.")
-    redis_sentinel_username: str | None = Field(None, description="User name for the sentinels themselves.")
-    redis_sentinel_password: SecretStr | None = Field(None, description="Password for the sentinels themselves.")
+    redis_password: SecretStr | None = Field(default=None, description="Password for Redis.")
+    redis_sentinel_username: str | None = Field(default=None, description="User name for the sentinels themselves.")
+    redis_sentinel_password: SecretStr | None = Field(
+        default=None, description="Password for the sentinels themselves."
+    )
     redis_ca_file: AbsolutePath | None = Field(
-        None, description="File of the certificates that are trusted with `rediss://`. Without one, the system's."
+        default=None,
+        description="File of the certificates that are trusted with `rediss://`. Without one, the system's.",
     )
     redis_cert_file: AbsolutePath | None = Field(
-        None, description="File of our own certificate, for a Redis that asks for one."
+        default=None, description="File of our own certificate, for a Redis that asks for one."
     )
-    redis_key_file: AbsolutePath | None = Field(None, description="File of its key, if that is another file.")
+    redis_key_file: AbsolutePath | None = Field(default=None, description="File of its key, if that is another file.")
     admin_key: SecretStr | None = Field(
-        None, description="Key of the admin API, at least 8 characters. Without one there is no admin API."
+        default=None, description="Key of the admin API, at least 8 characters. Without one there is no admin API."
     )
     data_dir: Annotated[AbsolutePath, Field(validate_default=True)] = Field(
-        Path("~/.local/share/uniroute"),
+        default=Path("~/.local/share/uniroute"),
         description=(
             "Folder of the embedded store, the embedding table and the usage journals; closed to other users (mode "
             "0700)."
         ),
     )
-    host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: Annotated[StrictInt, Field(ge=0, le=65535)] = Field(8000, description="Port to listen on.")
-    workers: Annotated[StrictInt, Field(ge=1, le=256)] = Field(1, description="Processes that share the port.")
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: Annotated[StrictInt, Field(ge=0, le=65535)] = Field(default=8000, description="Port to listen on.")
+    workers: Annotated[StrictInt, Field(ge=1, le=256)] = Field(default=1, description="Processes that share the port.")
     worker_health_timeout_s: Seconds = Field(
-        30, description="Seconds without a sign of life after which a worker is killed and another started."
+        default=30, description="Seconds without a sign of life after which a worker is killed and another started."
     )
 
     @property
