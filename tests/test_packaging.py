@@ -220,6 +220,8 @@ def test_a_wheel_carries_the_types_the_figures_and_the_command(tmp_path: Path) -
         names = set(wheel.namelist())
     assert {"proxy/py.typed", "router_core/py.typed", "router_core/assets/token_weights.npy"} <= names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {*PACKAGES, "uniroute"}
+    scripts = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.lua")}
+    assert scripts <= names
     assert {"entry_points.txt", "LICENSE"} <= {Path(name).name for name in names}
 
 

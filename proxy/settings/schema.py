@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 
+from proxy.settings.litellm_params import ParamError
 from proxy.settings.models import (
     RESERVED_NAMES,
     FrozenModel,
@@ -20,7 +21,6 @@ from proxy.settings.models import (
     NameList,
     NonNegativeFloat,
     OffAutoOn,
-    ParamError,
     PositiveInt,
     Seconds,
     SettingsError,
@@ -34,19 +34,19 @@ from router_core.types import PRICE_FIELDS, Price
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds."""
+    """Timeouts of one request, in seconds."""
 
     connect_s: float
     first_token_s: float
-    """From asking one model to its first content; of an answer that is no stream, to all of it."""
+    """From calling a model to its first content; without a stream, to the whole response."""
     idle_s: float
-    """Between two events of a stream, once content has come."""
+    """Between two events of a stream, after the first content."""
     total_s: float
     """From the request's arrival to the first content of whichever model answers."""
 
-    def stricter_than(self, usual: Timeouts) -> bool:
-        """Missing one of these may be no fault of the model."""
-        return self is not usual and any(getattr(self, name) < getattr(usual, name) for name in _NAMES)
+    def stricter_than(self, configured: Timeouts) -> bool:
+        """Return whether a model may miss one of these and still be well."""
+        return self is not configured and any(getattr(self, name) < getattr(configured, name) for name in _NAMES)
 
 
 _NAMES = tuple(column.name for column in fields(Timeouts))
@@ -54,7 +54,7 @@ _NAMES = tuple(column.name for column in fields(Timeouts))
 
 @dataclass(frozen=True, slots=True)
 class TimeoutOverrides:
-    """What one request states. None: not stated."""
+    """The timeouts that one request states, in seconds. None: not stated."""
 
     connect_s: float | None = None
     first_token_s: float | None = None
@@ -66,7 +66,7 @@ NO_OVERRIDES = TimeoutOverrides()
 
 
 def total_s(settings: Settings, stated: TimeoutOverrides) -> float:
-    """No request waits longer in all than `request_timeout_s`, whatever it states."""
+    """Return how long a request may wait in all: what it states, at most `request_timeout_s`."""
     return min(stated.total_s or settings.request_timeout_s, settings.request_timeout_s)
 
 
@@ -122,8 +122,8 @@ def _redis_url(value: str | None) -> str | None:
 
 log = logging.getLogger("uniroute.settings")
 
+# Fields of RedisAddress that have a setting of their own: redis_username and so on.
 _REDIS = ("username", "password", "sentinel_username", "sentinel_password", "ca_file", "cert_file", "key_file")
-"""What may be stated of Redis apart from its URL: redis_username and so on."""
 
 
 def _web_address(value: str | None) -> str | None:
@@ -378,7 +378,7 @@ class Settings(FrozenModel):
 
     @property
     def redis_address(self) -> RedisAddress | None:
-        """The URL with what is stated apart from it. None: the embedded store."""
+        """Return the URL merged with the other settings of Redis. None: the embedded store."""
         return None if self.redis_url is None else RedisAddress.parse(self.redis_url, self._stated_of_redis())
 
     def _stated_of_redis(self) -> dict[str, str]:
@@ -441,7 +441,7 @@ def _items(value: object) -> list[tuple[str, object]]:
 
 
 def _nested() -> dict[str, Collection[str]]:
-    """The settings that are mappings, with their keys."""
+    """Return the settings that are mappings, with their keys."""
     return {
         "profile": ProfileSettings.model_fields,
         "reference_price": PRICE_FIELDS,
@@ -450,7 +450,7 @@ def _nested() -> dict[str, Collection[str]]:
 
 
 def _variables() -> dict[str, tuple[str, ...]]:
-    """PROFILE_PROMPTS → ("profile", "prompts"): each setting's variable, without the prefix."""
+    """Return the variable of each setting, without the prefix: PROFILE_PROMPTS → ("profile", "prompts")."""
     nested = _nested()
     paths: dict[str, tuple[str, ...]] = {}
     for name in setting_names():
@@ -462,14 +462,14 @@ def _variables() -> dict[str, tuple[str, ...]]:
 
 
 def setting_names() -> tuple[str, ...]:
-    """As they are written in YAML: `lambda`, not `lambda_`."""
+    """Return the settings as they are written in YAML: `lambda`, not `lambda_`."""
     return tuple(field.alias or name for name, field in Settings.model_fields.items())
 
 
 def load_settings(
     config: Path | None, environ: Mapping[str, str], overrides: Mapping[str, object] | None = None
 ) -> Settings:
-    """File, then environment, then overrides (the command line); the later wins. Raises SettingsError."""
+    """Read the file, the environment and `overrides` (the command line); the later wins. Raises SettingsError."""
     names = setting_names()
     values: dict[str, Any] = file_values(config, names, ModelInfo.model_fields) if config else {}
     if environ.get("XDG_DATA_HOME"):
@@ -495,7 +495,14 @@ def _merge(values: dict[str, Any], more: Mapping[str, Any]) -> None:
 
 
 def check_exposure(settings: Settings, *, keys_required: bool) -> None:
-    """Refuse to listen beyond this machine while anyone may call. `keys_required`: a client key was made once."""
+    """Refuse to listen beyond this machine while anyone may call.
+
+    Args:
+        keys_required: whether a client key was ever made, without which everybody is let in.
+
+    Raises:
+        SettingsError: the host is not the loopback, and no key is required.
+    """
     if not (keys_required or is_loopback(settings.host)):
         raise SettingsError(
             f"host: listening on {settings.host!r} is open to others, and no client key exists; make one with"
