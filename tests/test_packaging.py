@@ -114,8 +114,9 @@ def closure(roots: list[Requirement]) -> Iterator[tuple[str, str]]:
             continue
         seen.add((name, extras))
         yield name, asker
-        if name not in WEIGHTS:
-            waiting += [(each, name) for each in needs_of(name) if wanted(each, extras)]
+        if name in WEIGHTS:
+            continue
+        waiting += [(each, name) for each in needs_of(name) if wanted(each, extras)]
 
 
 def test_everything_that_gets_installed_is_pinned() -> None:

@@ -1,4 +1,4 @@
-"""What reads the words of callers, upstreams and administrators, with every shape: run in a child process."""
+"""Run every parser of what callers, upstreams and administrators write over every shape, in a child process."""
 
 from __future__ import annotations
 

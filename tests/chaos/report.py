@@ -1,4 +1,4 @@
-"""The tables of a finished run, and all that was wrong in it. Judges nothing itself."""
+"""The tables of a finished run, and all that was wrong in it."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ from tests.chaos.watching import Watch, serving_workers
 from tests.chaos.world import WORKERS, World, a_world
 
 RECORDED_S = 20.0
+# Of all requests: with less, the run would say nothing.
 MIN_COMPLETE = 1 / 3
-"""Of all requests: with less, the run would say nothing."""
 
 
 async def chaos(folder: Path, embedder_cache: Path, seed: int, seconds: float, per_second: float) -> Run:

@@ -182,7 +182,7 @@ async def test_an_offer_of_another_protocol_is_ignored_and_its_body_is_read(fram
         await writer.drain()
         await asyncio.sleep(0.02)
         writer.write(raw[cut:])
-        answers = [await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 5) for _ in range(2)]
+        answers = [await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 60) for _ in range(2)]
         writer.close()
 
     assert [b'"body": "{}"' in answers[0], b'"path": "/next"' in answers[1]] == [True, True]

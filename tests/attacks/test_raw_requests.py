@@ -1,4 +1,4 @@
-"""Requests as no client library sends them, byte by byte: refused, or read in the one way there is."""
+"""Requests that no client library sends, byte by byte."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ WHOLE = POST + LENGTH + b"\r\n" + BODY
 NEXT = b"GET /admin/models HTTP/1.1\r\n" + HOST + b"\r\n"
 KEY = f"authorization: {ADMIN['authorization']}\r\n".encode()
 
+# Where one server sees one request, another may see two: the second would come in under the first one's key.
 TWO_READINGS = [
     POST + LENGTH + CHUNKED + b"\r\n0\r\n\r\n" + NEXT,
     POST + CHUNKED + LENGTH + b"\r\n0\r\n\r\n" + NEXT,
@@ -58,11 +59,10 @@ TWO_READINGS = [
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     b"\xff" * 100 + b"\r\n\r\n",
 ]  # fmt: skip
-"""Where one server sees one request, another may see two: the second would come in under the first one's key."""
 
 
 @pytest.mark.parametrize("raw", TWO_READINGS)
-def test_what_can_be_read_in_two_ways_is_not_read_at_all(attacked: Attacked, raw: bytes) -> None:
+def test_an_ambiguous_request_is_refused(attacked: Attacked, raw: bytes) -> None:
     (answer,) = send(attacked.address, raw)
 
     assert (answer.status, answer.code, answer.closed) == (400, "invalid_http_request", True)
@@ -86,7 +86,7 @@ def test_chunks_in_http_1_0_are_refused(attacked: Attacked) -> None:
 
 
 @pytest.mark.parametrize("version", [b"1.0\r\n", b"1.1\r\n", None])
-def test_who_names_no_host_gets_no_further_than_health(attacked: Attacked, version: bytes | None) -> None:
+def test_a_request_without_a_host_gets_no_further_than_health(attacked: Attacked, version: bytes | None) -> None:
     end = b"\r\n" if version is None else b" HTTP/" + version
     (health,) = send(attacked.address, b"GET /healthz" + end + b"\r\n")
     (models,) = send(attacked.address, b"GET /v1/models" + end + b"\r\n")
@@ -101,20 +101,20 @@ def test_what_follows_a_body_is_a_request_of_its_own(attacked: Attacked) -> None
     assert (first.status, second.status) == (200, 401)
 
 
-def test_a_key_in_a_trailer_opens_nothing(attacked: Attacked) -> None:
+def test_a_key_in_a_trailer_is_not_accepted(attacked: Attacked) -> None:
     (answer,) = send(attacked.address, NEXT[:-2] + CHUNKED + b"\r\n0\r\n" + KEY + b"\r\n")
 
     assert answer.status == 401
 
 
-def test_an_offer_of_http_2_with_a_body_is_answered_in_http_1(attacked: Attacked) -> None:
+def test_an_upgrade_to_http_2_with_a_body_is_answered_in_http_1(attacked: Attacked) -> None:
     offer = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAAP__\r\n"
     (answer,) = send(attacked.address, POST + offer + LENGTH + b"\r\n", BODY)
 
     assert (answer.status, answer.json()["model"]) == (200, "fair")
 
 
-def test_a_body_cannot_hide_a_request_behind_an_offer(attacked: Attacked) -> None:
+def test_a_body_cannot_hide_a_request_behind_an_upgrade(attacked: Attacked) -> None:
     offer = b"connection: upgrade\r\nupgrade: websocket\r\n"
     hidden = b"POST /admin/models HTTP/1.1\r\n" + HOST + KEY + b"content-length: 0\r\n\r\n"
     (answer,) = send(attacked.address, POST + offer + b"content-length: %d\r\n\r\n" % len(hidden), hidden)
@@ -122,8 +122,8 @@ def test_a_body_cannot_hide_a_request_behind_an_offer(attacked: Attacked) -> Non
     assert (answer.status, "not JSON" in answer.json()["error"]["message"]) == (400, True)
 
 
-def test_permission_to_send_is_given_only_to_who_may(attacked: Attacked) -> None:
-    """A body that nobody will read is not asked for."""
+def test_continue_is_sent_only_to_authorized_clients(attacked: Attacked) -> None:
+    """A body that will not be read is not asked for."""
     raw = b"POST /admin/models HTTP/1.1\r\n" + HOST + b"expect: 100-continue\r\ncontent-length: 9\r\n\r\n"
     (answer,) = send(attacked.address, raw, wait_s=0.3)
 

@@ -1,5 +1,3 @@
-"""Paths, Hosts and keys that try to be taken for others: every spelling meets the same door."""
-
 from __future__ import annotations
 
 import pytest
@@ -33,7 +31,7 @@ def get(attacked: Attacked, target: bytes, *headers: bytes, method: bytes = b"GE
         b"http://localhost:80/healthz/../admin/models", b"/admin/models/fair", b"/admin/jobs/x",
     ],
 )  # fmt: skip
-def test_no_spelling_of_the_path_opens_the_admin_side(attacked: Attacked, target: bytes) -> None:
+def test_no_spelling_of_the_path_reaches_the_admin_api(attacked: Attacked, target: bytes) -> None:
     status = get(attacked, target)
 
     assert status in ((200,) if target.startswith(b"/healthz?") else (400, 401, 404))
@@ -57,7 +55,7 @@ def test_a_path_that_cannot_be_printed_is_refused_and_not_repeated(attacked: Att
         b"0.0.0.0", b"127.0.0.2", b"\xff", b"", b"http://localhost", b"%6cocalhost", b"localhost:000000080",
     ],
 )  # fmt: skip
-def test_a_host_that_is_not_ours_is_refused(attacked: Attacked, host: bytes) -> None:
+def test_a_host_that_is_not_allowed_is_refused(attacked: Attacked, host: bytes) -> None:
     assert get(attacked, b"/v1/models", b"host: " + host) == 403
 
 
@@ -76,7 +74,9 @@ def test_a_host_of_this_machine_is_served(attacked: Attacked, host: bytes) -> No
         (b"x-original-host: localhost", b"host: evil.example"),
     ],
 )
-def test_one_host_and_only_that_counts(attacked: Attacked, headers: tuple[bytes, ...]) -> None:
+def test_only_one_host_header_is_accepted_and_nothing_replaces_it(
+    attacked: Attacked, headers: tuple[bytes, ...]
+) -> None:
     assert get(attacked, b"/v1/models", *headers) == 403
 
 
@@ -114,7 +114,7 @@ def test_no_header_changes_the_path(attacked: Attacked, rewritten: bytes) -> Non
         b"x-api-key: " + ADMIN_KEY + b"\r\nx-api-key: x", b"authorization: Bearer x\r\nx-api-key: " + ADMIN_KEY,
     ],
 )  # fmt: skip
-def test_what_is_not_the_admin_key_opens_nothing(attacked: Attacked, key: bytes) -> None:
+def test_what_is_not_the_admin_key_is_refused(attacked: Attacked, key: bytes) -> None:
     assert get(attacked, b"/admin/models", b"host: localhost", *key.split(b"\r\n")) == 401
 
 
@@ -132,6 +132,6 @@ def test_other_methods_do_nothing(attacked: Attacked, method: bytes, target: byt
     "origin",
     [b"http://evil.example", b"null", b"http://localhost.evil.example", b"file://", b"http://localhost:1", b"*"],
 )
-def test_pages_of_others_are_refused_even_with_the_key(attacked: Attacked, origin: bytes) -> None:
+def test_other_origins_are_refused_even_with_the_key(attacked: Attacked, origin: bytes) -> None:
     key = f"authorization: {ADMIN['authorization']}".encode()
     assert get(attacked, b"/admin/models", b"host: localhost", b"origin: " + origin, key) == 403

@@ -1,5 +1,3 @@
-"""Connections to models that stay open, through a served proxy: none is leaked, none asked twice for one answer."""
-
 from __future__ import annotations
 
 import asyncio
@@ -19,14 +17,14 @@ from tests.support.server import arm, uniform_profile
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 WHOLE = Said(chunked(SAID, END, DONE))
 LOST = Said((), "reset")
-WAYS = pytest.mark.parametrize("way", ["relay", "translate"])
+MODES = pytest.mark.parametrize("mode", ["relay", "translate"])
 
 
 @asynccontextmanager
-async def added(fleet: Fleet, way: str, *script: Said) -> AsyncIterator[tuple[RawUpstream, httpx.AsyncClient]]:
+async def added(fleet: Fleet, mode: str, *script: Said) -> AsyncIterator[tuple[RawUpstream, httpx.AsyncClient]]:
     """A model "raw" of its own upstream, until the block ends."""
-    async with RawUpstream(*script) as server, httpx.AsyncClient(base_url=fleet.url, timeout=20) as http:
-        body = {**arm("raw", server.url, forward=way), "profile": uniform_profile(0.9)}
+    async with RawUpstream(*script) as server, httpx.AsyncClient(base_url=fleet.url, timeout=60) as http:
+        body = {**arm("raw", server.url, forward=mode), "profile": uniform_profile(0.9)}
         assert (await asyncio.to_thread(fleet.proxy.admin, "POST", "/admin/models", body)).status_code == 201
         try:
             yield server, http
@@ -42,42 +40,45 @@ def open_files(fleet: Fleet) -> int:
     return sum(1 for _ in Path(f"/proc/{fleet.proxy.pid}/fd").iterdir())
 
 
-@WAYS
-async def test_a_kept_connection_that_died_is_asked_again_once(fleet: Fleet, way: str) -> None:
-    async with added(fleet, way, plain(), LOST, plain()) as (server, http):
+@MODES
+async def test_a_request_on_a_kept_connection_that_died_is_sent_again_once(fleet: Fleet, mode: str) -> None:
+    async with added(fleet, mode, plain(), LOST, plain()) as (server, http):
         assert [(await ask(http)).status_code for _ in range(2)] == [200, 200]
         assert (len(server.bodies), server.connections) == (3, 2)
 
 
-@WAYS
+@MODES
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_model_whose_connections_die_is_asked_twice_and_no_more(fleet: Fleet, way: str, stream: bool) -> None:
-    async with added(fleet, way, plain(), LOST) as (server, http):
+async def test_a_model_whose_connections_die_is_tried_twice_only(fleet: Fleet, mode: str, stream: bool) -> None:
+    async with added(fleet, mode, plain(), LOST) as (server, http):
         assert (await ask(http)).status_code == 200
         assert (await ask(http, stream=stream)).status_code == 502
         assert len(server.bodies) == 3
 
 
-@WAYS
+@MODES
 @pytest.mark.parametrize("garbage", [b"SMTP\r\n\r\n", b"HTTP/1.1 200 OK\r\nx: " + b"y" * 200_000 + b"\r\n\r\n"])
-async def test_who_answers_in_another_tongue_is_a_502(fleet: Fleet, way: str, garbage: bytes) -> None:
-    async with added(fleet, way, Said((garbage,), "close")) as (server, http):
+async def test_a_response_that_is_not_http_is_a_502(fleet: Fleet, mode: str, garbage: bytes) -> None:
+    async with added(fleet, mode, Said((garbage,), "close")) as (server, http):
         assert (await ask(http)).status_code == 502
-        assert len(server.bodies) <= (1 if way == "relay" else 2)
+        assert len(server.bodies) <= (1 if mode == "relay" else 2)
 
 
-@WAYS
-async def test_no_answer_waits_for_the_end_of_a_coding_that_never_comes(fleet: Fleet, way: str) -> None:
-    async with added(fleet, way, Said(chunked(SAID, END, DONE, end=b""), "hang")) as (server, http):
-        async with asyncio.timeout(0.9):  # less than the connection itself is waited for
+@MODES
+async def test_a_complete_stream_does_not_wait_for_the_end_of_its_transfer_coding(fleet: Fleet, mode: str) -> None:
+    async with added(fleet, mode, Said(chunked(SAID, END, DONE, end=b""), "hang")) as (server, http):
+        before_its_end = []
+        for _ in range(5):  # on a busy machine the end of one may have been waited for meanwhile
             reply = await ask(http, stream=True)
-        assert reply.text.endswith("data: [DONE]\n\n")
+            before_its_end.append(server.open > 0)
+            assert reply.text.endswith("data: [DONE]\n\n")
+        assert any(before_its_end)
         await until(lambda: server.open == 0)
 
 
-@WAYS
-async def test_the_wait_that_is_asked_for_reaches_the_caller_however_it_is_spelt(fleet: Fleet, way: str) -> None:
-    async with added(fleet, way, plain(b"{}", head=b"Retry-After: 7\r\n", status=b"429 No")) as (_, http):
+@MODES
+async def test_retry_after_reaches_the_caller_in_any_spelling(fleet: Fleet, mode: str) -> None:
+    async with added(fleet, mode, plain(b"{}", head=b"Retry-After: 7\r\n", status=b"429 No")) as (_, http):
         reply = await ask(http)
 
     assert (reply.status_code, reply.headers["retry-after"]) == (429, "7")
@@ -88,7 +89,7 @@ async def test_hundreds_of_streams_at_once_leave_no_descriptor_behind(fleet: Fle
         assert (await ask(http, stream=True)).text.endswith("data: [DONE]\n\n")
         before = open_files(fleet)
         limits = httpx.Limits(max_connections=200, max_keepalive_connections=0)
-        async with httpx.AsyncClient(base_url=fleet.url, timeout=30, limits=limits) as many:
+        async with httpx.AsyncClient(base_url=fleet.url, timeout=60, limits=limits) as many:
             replies = await asyncio.gather(*(ask(many, stream=True) for _ in range(200)))
         assert {reply.text.count("data: ") for reply in replies} == {3}
         kept = server.open

@@ -1,5 +1,3 @@
-"""The harness sees what it is there for: each discrepancy that is put into good books is found, and only that."""
-
 from __future__ import annotations
 
 import json
@@ -112,7 +110,7 @@ def asked_twice(books: Evidence) -> Evidence:
     return replace(books, outcomes=[*books.outcomes, books.outcomes[1]])
 
 
-def test_good_books_have_no_discrepancy() -> None:
+def test_consistent_ledgers_have_no_discrepancy() -> None:
     found = account(good_books())
 
     assert found.problems == []
@@ -214,7 +212,7 @@ def test_a_failure_is_clear_only_in_the_form_that_clients_know(
 
 
 @pytest.mark.parametrize("length", range(0, len(TEXT), 3))
-def test_what_a_client_that_left_had_read_is_a_part_of_its_answer(length: int) -> None:
+def test_a_client_that_disconnected_had_read_a_part_of_the_answer(length: int) -> None:
     assert judge_part(ASKED, TEXT[:length]).ending == LEFT
     assert length < 4 or judge_part(OTHER, TEXT[:length]).ending == FOREIGN
 

@@ -1,5 +1,3 @@
-"""A server that only relays holds no litellm; one that needs it later loads it beside its work. In every worker."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -18,8 +16,8 @@ from tests.support.upstream import ScriptedUpstream, wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
+# Libraries that come with openai and litellm, and with nothing else that is served with.
 OF_LITELLM = ("/jiter", "/tiktoken")
-"""Libraries that come with openai and litellm, and with nothing else that is served with."""
 KEY = "sk-canary-of-groq"
 
 
@@ -73,7 +71,7 @@ def upstream() -> Iterator[ScriptedUpstream]:
         yield started
 
 
-def test_a_server_that_only_relays_never_holds_litellm(
+def test_a_server_with_direct_models_only_never_imports_litellm(
     tmp_path: Path, embedder_cache: Path, upstream: ScriptedUpstream
 ) -> None:
     with serving(tmp_path, embedder_cache, upstream) as server:
@@ -96,11 +94,11 @@ def test_a_server_that_only_relays_never_holds_litellm(
     assert KEY not in resolved + server.log
 
 
-def test_a_model_that_cannot_be_resolved_is_refused_and_leaves_nothing(
+def test_a_model_that_cannot_be_resolved_is_refused_and_stores_nothing(
     tmp_path: Path, embedder_cache: Path, upstream: ScriptedUpstream
 ) -> None:
     with serving(tmp_path, embedder_cache, upstream) as server:
-        for model, forward, told in (
+        for model, forward, message in (
             ("nonsense/x", "auto", "no provider is known by its name 'nonsense/x'"),
             ("anthropic/x", "relay", "forward: relay needs api_base"),
         ):
@@ -108,11 +106,11 @@ def test_a_model_that_cannot_be_resolved_is_refused_and_leaves_nothing(
             info = {"free": True, "forward": forward}
             reply = admin(server, "POST", "", {**entry, "model_info": info, "profile": uniform_profile(0.1)})
             assert (reply.status_code, reply.json()["error"]["param"]) == (400, "litellm_params.model")
-            assert told in reply.json()["error"]["message"]
+            assert message in reply.json()["error"]["message"]
             assert admin(server, "GET", "/odd").status_code == 404
 
 
-def test_a_translated_model_joins_once_litellm_is_there_in_every_worker(
+def test_a_translated_model_becomes_eligible_once_every_worker_has_imported_litellm(
     tmp_path: Path, embedder_cache: Path, upstream: ScriptedUpstream
 ) -> None:
     with serving(tmp_path, embedder_cache, upstream, "--workers", "2") as server:
@@ -122,8 +120,8 @@ def test_a_translated_model_joins_once_litellm_is_there_in_every_worker(
         wait_until(lambda: ask(server, path="route").json()["ineligible"])  # the other worker may see it a moment later
         early = ask(server, path="route").json()
         reply = ask(server)
-        assert wait_until(lambda: all(map(holds_litellm, both)), 60)
-        assert wait_until(lambda: {ask(server, path="route").json()["model"] for _ in range(20)} == {"far"}, 60)
+        assert wait_until(lambda: all(map(holds_litellm, both)))
+        assert wait_until(lambda: {ask(server, path="route").json()["model"] for _ in range(20)} == {"far"})
         answered = {ask(server).headers["x-uniroute-model"] for _ in range(20)}
 
     assert len(both) == 2
@@ -134,7 +132,7 @@ def test_a_translated_model_joins_once_litellm_is_there_in_every_worker(
     assert answered == {"far"}
 
 
-def test_one_that_translates_from_the_start_is_ready_with_it(
+def test_a_server_that_translates_from_the_start_is_ready_once_litellm_is_imported(
     tmp_path: Path, embedder_cache: Path, upstream: ScriptedUpstream
 ) -> None:
     with serving(tmp_path, embedder_cache, upstream, forward="translate") as server:

@@ -1,4 +1,4 @@
-"""What is relayed is the caller's bytes there and the upstream's bytes back: only the value of `model` is another."""
+"""A direct call passes the caller's bytes on and the upstream's bytes back: only the value of `model` differs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def test_a_body_arrives_as_the_caller_wrote_it(http: httpx.Client, fleet: Fleet,
 
 
 @pytest.mark.parametrize("raw", BODIES)
-def test_a_streams_body_asks_for_usage_in_front_of_all(http: httpx.Client, fleet: Fleet, raw: bytes) -> None:
+def test_a_streaming_request_gets_the_option_for_usage_as_its_first_field(
+    http: httpx.Client, fleet: Fleet, raw: bytes
+) -> None:
     head, brace, rest = raw.partition(b"{")
     post(http, head + brace + b'"stream":true, ' + rest)
 
@@ -62,7 +64,7 @@ def test_a_streams_body_asks_for_usage_in_front_of_all(http: httpx.Client, fleet
 
 
 @pytest.mark.parametrize("raw", BODIES)
-def test_a_streams_body_that_asks_for_usage_is_the_callers(http: httpx.Client, fleet: Fleet, raw: bytes) -> None:
+def test_a_streaming_request_that_asks_for_usage_is_sent_as_it_is(http: httpx.Client, fleet: Fleet, raw: bytes) -> None:
     head, brace, rest = raw.partition(b"{")
     asking = head + brace + b'"stream_options" : {"include_usage":true,"y":1e2}, "stream" : true, ' + rest
     post(http, asking)
@@ -103,7 +105,7 @@ def shown(raw: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("raw", ANSWERS)
-def test_an_answer_is_shown_as_the_upstream_wrote_it(http: httpx.Client, fleet: Fleet, raw: bytes) -> None:
+def test_a_response_is_passed_on_as_the_upstream_wrote_it(http: httpx.Client, fleet: Fleet, raw: bytes) -> None:
     fleet.fair.then(Step(body=raw))
 
     assert post(http, BODIES[0]).content == shown(raw)
@@ -111,7 +113,9 @@ def test_an_answer_is_shown_as_the_upstream_wrote_it(http: httpx.Client, fleet: 
 
 @pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n"])
 @pytest.mark.parametrize("raw", ANSWERS)
-def test_a_stream_is_shown_as_the_upstream_wrote_it(http: httpx.Client, fleet: Fleet, raw: bytes, end: bytes) -> None:
+def test_a_stream_is_passed_on_as_the_upstream_wrote_it(
+    http: httpx.Client, fleet: Fleet, raw: bytes, end: bytes
+) -> None:
     chunk = b" ".join(raw.replace(b'"message"', b'"delta"').split(b"\n")).strip()
     fleet.fair.then(Step(events=[b"data: " + chunk + end, b": ping" + end, b"data:" + chunk + end]))
     body = b'{"stream":true,' + ASKS_USAGE + b"," + BODIES[0][1:]
@@ -119,7 +123,7 @@ def test_a_stream_is_shown_as_the_upstream_wrote_it(http: httpx.Client, fleet: F
     assert post(http, body).content == (b"data: " + shown(chunk) + b"\n\n") * 2 + b"data: [DONE]\n\n"
 
 
-def test_usage_that_was_not_asked_for_is_left_out_and_nothing_else_changes_in_value(
+def test_usage_that_was_not_requested_is_left_out_and_nothing_else_changes_in_value(
     http: httpx.Client, fleet: Fleet
 ) -> None:
     used = b'"usage":{"prompt_tokens":1,"completion_tokens":2}'
