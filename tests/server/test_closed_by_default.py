@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -7,9 +8,10 @@ import httpx
 import pytest
 from redis import Redis
 
+from proxy.storage.client_keys import KeyChange
 from tests.server.conftest import Fleet
 from tests.support.command import environment, run_command
-from tests.support.keyed import KeyedProxy
+from tests.support.keyed import KeyedProxy, with_registry
 from tests.support.server import ADMIN_KEY, ProxyProcess, arm, uniform_profile
 from tests.support.upstream import wait_until
 
@@ -34,10 +36,18 @@ def statuses(url: str, **headers: str) -> list[int]:
     return [httpx.request(method, url + path, headers=headers, timeout=60).status_code for method, path in ADMIN_CALLS]
 
 
-def make_key(folder: Path, *options: str) -> str:
-    made = run_command("keys", "create", "team", *options, environ=environment(folder))
-    assert made.returncode == 0, made.stderr
-    return made.stdout.strip()
+def create_key(folder: Path, role: str = "client") -> str:
+    return with_registry(folder, lambda registry: registry.keys.create("team", None, KeyChange({"role": role})))[1]
+
+
+@pytest.fixture(scope="module")
+def exposed(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[tuple[ProxyProcess, str]]:
+    """A server that is configured to listen everywhere, for which a key was created before, and that key."""
+    folder = tmp_path_factory.mktemp("exposed")
+    key = create_key(folder)
+    settings = config(host="0.0.0.0", allowed_env=["OTHER_SECRET"])
+    with ProxyProcess(folder, embedder_cache, settings, ARM) as proxy:  # its socket is on loopback all the same
+        yield proxy, key
 
 
 def test_admin_calls_need_the_admin_key(fleet: Fleet) -> None:
@@ -47,7 +57,7 @@ def test_admin_calls_need_the_admin_key(fleet: Fleet) -> None:
 
 
 def test_with_no_admin_key_set_there_is_no_admin_api(tmp_path: Path, embedder_cache: Path) -> None:
-    admin = make_key(tmp_path, "--role", "admin")
+    admin = create_key(tmp_path, "admin")
     with WithoutAdminKey(tmp_path, embedder_cache, config(), ARM) as proxy:
         key = {"authorization": f"Bearer {admin}"}
         for headers in ({}, {"authorization": f"Bearer {ADMIN_KEY}"}, key):
@@ -56,16 +66,13 @@ def test_with_no_admin_key_set_there_is_no_admin_api(tmp_path: Path, embedder_ca
 
 
 def test_listening_beyond_this_machine_without_a_client_key_is_refused_at_start(
-    tmp_path: Path, embedder_cache: Path
+    tmp_path: Path, embedder_cache: Path, exposed: tuple[ProxyProcess, str]
 ) -> None:
+    proxy, key = exposed
     refused = run_command("serve", "--host", "0.0.0.0", "--port", "0", environ=environment(tmp_path, embedder_cache))
     assert (refused.returncode, "no client key exists" in refused.stderr) == (2, True)
-    key = make_key(tmp_path)
-    with ProxyProcess(
-        tmp_path, embedder_cache, config(host="0.0.0.0"), ARM
-    ) as proxy:  # its socket is a loopback one all the same
-        assert httpx.get(f"{proxy.url}/v1/models").status_code == 401
-        assert httpx.get(f"{proxy.url}/v1/models", headers={"x-api-key": key}).status_code == 200
+    assert httpx.get(f"{proxy.url}/v1/models").status_code == 401
+    assert httpx.get(f"{proxy.url}/v1/models", headers={"x-api-key": key}).status_code == 200
 
 
 def test_neither_revoking_the_last_key_nor_an_emptied_store_nor_a_restart_turns_authentication_off(
@@ -109,16 +116,15 @@ def test_a_model_may_name_only_provider_keys_of_the_environment(fleet: Fleet, na
     assert fleet.proxy.admin("GET", "/admin/models").json()["models"] == before
 
 
-def test_allowed_env_lets_a_model_name_another_variable_but_never_ours(tmp_path: Path, embedder_cache: Path) -> None:
-    allowed = config(allowed_env=["OTHER_SECRET"])
-    with ProxyProcess(tmp_path, embedder_cache, allowed, ARM) as proxy:
-        answers = []
-        for name in ("OTHER_SECRET", "UNIROUTE_ADMIN_KEY"):
-            body = {**arm(f"by-{name}", "http://127.0.0.1:9/v1"), "profile": uniform_profile(0.1)}
-            body["litellm_params"]["api_key"] = f"os.environ/{name}"
-            answers.append(proxy.admin("POST", "/admin/models", body).status_code)
-        assert answers == [201, 400]
-        assert "canary-other" not in proxy.admin("GET", "/admin/models").text
+def test_allowed_env_lets_a_model_name_another_variable_but_never_ours(exposed: tuple[ProxyProcess, str]) -> None:
+    proxy, _ = exposed
+    answers = []
+    for name in ("OTHER_SECRET", "UNIROUTE_ADMIN_KEY"):
+        body = {**arm(f"by-{name}", "http://127.0.0.1:9/v1"), "profile": uniform_profile(0.1)}
+        body["litellm_params"]["api_key"] = f"os.environ/{name}"
+        answers.append(proxy.admin("POST", "/admin/models", body).status_code)
+    assert answers == [201, 400]
+    assert "canary-other" not in proxy.admin("GET", "/admin/models").text
 
 
 def test_an_address_is_changed_only_with_the_key_given_again(fleet: Fleet) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,9 @@ import httpx
 import openai
 import pytest
 
-from proxy.settings.schema import Settings
-from proxy.storage.client_keys import AuthRequiredLatch, ClientKey
-from proxy.storage.redis import Store
+from proxy.storage.client_keys import ClientKey
 from proxy.storage.registry import Registry
+from tests.support.keyed import with_registry
 from tests.support.server import ADMIN_KEY, ProxyProcess, arm
 from tests.support.upstream import ScriptedUpstream, wait_until
 
@@ -33,17 +31,6 @@ class Keyed:
 
     def status(self, **headers: str) -> int:
         return httpx.get(f"{self.proxy.url}/v1/models", headers=headers, timeout=60).status_code
-
-
-def with_registry(folder: Path, work: Any) -> Any:
-    async def run() -> Any:
-        store = await Store.open(Settings(data_dir=folder))
-        try:
-            return await work(Registry(store, (), AuthRequiredLatch(folder)))
-        finally:
-            await store.close()
-
-    return asyncio.run(run())
 
 
 @pytest.fixture(scope="module")
