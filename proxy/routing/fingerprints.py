@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SAMPLE = 4096
+SAMPLE_CHARS = 4096
 """Characters of each end that are hashed, with the length: enough to tell two texts apart, however long they are."""
 
 MAX_CALLS = 32
@@ -16,14 +16,14 @@ MAX_CALLS = 32
 MAX_PARTS = 2048
 """Of one list: the newest tell whose it is."""
 
-RANDOM_CHARACTERS = 8
+MIN_RANDOM_CHARS = 8
 
-SHORT_NAME = 4
+MIN_NAME_CHARS = 4
 """A shorter name of a function may stand in a random id by chance, and makes none look random."""
 
-SHORT_SIGNATURE = 32
+MIN_SIGNATURE_CHARS = 32
 
-SHORT_REASONING = 200
+MIN_REASONING_CHARS = 200
 
 _TEXTS = ("reasoning_content", "reasoning")
 
@@ -36,9 +36,9 @@ _BLOCK_TEXTS = ("thinking", "text", "summary")
 
 _BLOCK_SIGNATURES = ("signature", "data")
 
-_LEAVING_MARKS = frozenset({"tool_calls", "function_call", "signature", *_TEXTS, *_BLOCKS}) - {"content"}
+_FINGERPRINTED_FIELDS = frozenset({"tool_calls", "function_call", "signature", *_TEXTS, *_BLOCKS}) - {"content"}
 
-_OLD_CALL = -1
+_FUNCTION_CALL = -1
 """Where the one `function_call` of a turn stands among its calls."""
 
 
@@ -53,15 +53,15 @@ class TextSample:
         self.add(text)
 
     def add(self, text: str) -> None:
-        if len(self._head) < SAMPLE:
-            self._head += text[: SAMPLE - len(self._head)]
-        self._tail = (self._tail + text[-SAMPLE:])[-SAMPLE:]
+        if len(self._head) < SAMPLE_CHARS:
+            self._head += text[: SAMPLE_CHARS - len(self._head)]
+        self._tail = (self._tail + text[-SAMPLE_CHARS:])[-SAMPLE_CHARS:]
         self.length += len(text)
 
     @property
     def whole(self) -> str | None:
         """The text, where it is short enough to have been kept."""
-        return self._head if self.length <= SAMPLE else None
+        return self._head if self.length <= SAMPLE_CHARS else None
 
     @property
     def sample(self) -> tuple[str, str, str]:
@@ -69,7 +69,7 @@ class TextSample:
 
 
 class TurnFingerprints:
-    """One assistant turn, whole or in deltas: both leave the same marks. Feed it with `add`."""
+    """One assistant turn, whole or in deltas: both leave the same fingerprints. Feed it with `add`."""
 
     def __init__(self) -> None:
         self._calls: list[_Call] = []
@@ -83,7 +83,7 @@ class TurnFingerprints:
             index = call.get("index")
             self._add_call(index if isinstance(index, int) else place, call.get("id"), call.get("function"))
         if isinstance(part.get("function_call"), Mapping):
-            self._add_call(_OLD_CALL, None, part["function_call"])
+            self._add_call(_FUNCTION_CALL, None, part["function_call"])
         for name in _TEXTS:
             if isinstance(text := part.get(name), str) and text:
                 self._texts.setdefault(name, TextSample()).add(text)
@@ -101,18 +101,18 @@ class TurnFingerprints:
     def is_empty(self) -> bool:
         return not (self._calls or self.has_reasoning)
 
-    def reasoning_marks(self, question: TextSample) -> Iterator[str]:
+    def of_reasoning(self, question: TextSample) -> Iterator[str]:
         """The surest first. `question`: the newest user turn before this one, which tells short texts apart."""
         blocks = self._blocks.values()
         for signature in (block.signature for block in blocks if block.signature.length):
-            yield _fingerprint("signature", signature, question, short=SHORT_SIGNATURE)
+            yield _fingerprint("signature", signature, question, short=MIN_SIGNATURE_CHARS)
         for text in (*(block.text for block in blocks if block.text.length), *self._texts.values()):
-            yield _fingerprint("reasoning", text, question, short=SHORT_REASONING)
+            yield _fingerprint("reasoning", text, question, short=MIN_REASONING_CHARS)
 
-    def call_marks(self, question: TextSample) -> Iterator[str]:
+    def of_calls(self, question: TextSample) -> Iterator[str]:
         for call in self._calls:
-            if (mark := call.mark(question)) is not None:
-                yield mark
+            if (found := call.fingerprint(question)) is not None:
+                yield found
 
     def _add_call(self, index: int, call_id: Any, function: Any) -> None:
         stated = call_id if isinstance(call_id, str) else ""
@@ -151,13 +151,13 @@ class _Call:
     def add(self, function: Mapping[str, Any]) -> None:
         name, arguments = function.get("name"), function.get("arguments", "")
         if isinstance(name, str):
-            self._name = self._name or name[:SAMPLE]
+            self._name = self._name or name[:SAMPLE_CHARS]
         if isinstance(arguments, str):
             self._arguments.add(arguments)
         else:
             self._is_text = False
 
-    def mark(self, question: TextSample) -> str | None:
+    def fingerprint(self, question: TextSample) -> str | None:
         """By its id alone where that is unique; else with what was called, how, and for which question.
 
         Servers that count (call_0, functions.x:0) give every conversation the same ids. None: it cannot be told apart.
@@ -195,7 +195,7 @@ class _Block:
 
 def has_fingerprints(part: Mapping[str, Any]) -> bool:
     """Whether a message or a delta has a field that a Trail looks into; a text alone as `content` is none."""
-    return isinstance(part.get("content"), list) or not _LEAVING_MARKS.isdisjoint(part)
+    return isinstance(part.get("content"), list) or not _FINGERPRINTED_FIELDS.isdisjoint(part)
 
 
 def latest_user_text(messages: Sequence[Any], before: int | None = None) -> TextSample:
@@ -209,9 +209,9 @@ def latest_user_text(messages: Sequence[Any], before: int | None = None) -> Text
 
 def looks_random(call_id: str, name: str = "") -> bool:
     """Whether no other call will have this id: in some word of it that is not the function's name, letters and digits
-    change over as they do in at least RANDOM_CHARACTERS random ones."""
-    rest = call_id[:SAMPLE].replace(name, " ") if len(name) >= SHORT_NAME else call_id[:SAMPLE]
-    long_words = re.findall(rf"[A-Za-z0-9]{{{RANDOM_CHARACTERS},}}", rest)
+    change over as they do in at least MIN_RANDOM_CHARS random ones."""
+    rest = call_id[:SAMPLE_CHARS].replace(name, " ") if len(name) >= MIN_NAME_CHARS else call_id[:SAMPLE_CHARS]
+    long_words = re.findall(rf"[A-Za-z0-9]{{{MIN_RANDOM_CHARS},}}", rest)
     return any(len(re.findall(r"[0-9]+|[A-Za-z]+", word)) > 2 for word in long_words)
 
 
@@ -255,18 +255,18 @@ def _digest(*texts: str) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
-_RESULTS = ("tool", "function")
+_RESULT_ROLES = ("tool", "function")
 
 
 @dataclass(frozen=True, slots=True)
 class ConversationHistory:
-    """`marks` are digests by which the model that produced it may be known, the surest first."""
+    """`fingerprints` are digests by which the model that produced it may be known, the surest first."""
 
     in_tool_loop: bool = False
     """The newest turns that are not the user's answer tool calls."""
     has_reasoning: bool = False
     """Some assistant turn carries reasoning, thinking or a signature of them."""
-    marks: tuple[str, ...] = ()
+    fingerprints: tuple[str, ...] = ()
 
 
 NO_HISTORY = ConversationHistory()
@@ -278,7 +278,7 @@ def inspect_history(messages: Any) -> ConversationHistory:
         return NO_HISTORY
     in_tool_loop = False
     newest = True
-    marks: list[str] = []
+    fingerprints: list[str] = []
     for place in range(len(messages) - 1, -1, -1):
         message = messages[place]
         if not isinstance(message, (dict, Mapping)):  # most are a dict, which is told faster
@@ -287,21 +287,21 @@ def inspect_history(messages: Any) -> ConversationHistory:
             in_tool_loop = in_tool_loop or (newest and _is_result(message))
             continue
         in_newest_loop, newest = newest and in_tool_loop, False
-        trail = _trail(message, calls=in_newest_loop)
-        if trail is None:
+        turn = _turn(message, calls=in_newest_loop)
+        if turn is None:
             continue
         question = latest_user_text(messages, place)
-        marks += trail.reasoning_marks(question)
+        fingerprints += turn.of_reasoning(question)
         if in_newest_loop:
-            marks += trail.call_marks(question)
-        if trail.has_reasoning:
-            return ConversationHistory(in_tool_loop, has_reasoning=True, marks=_distinct(marks))
-    return ConversationHistory(in_tool_loop, marks=_distinct(marks))
+            fingerprints += turn.of_calls(question)
+        if turn.has_reasoning:
+            return ConversationHistory(in_tool_loop, has_reasoning=True, fingerprints=_distinct(fingerprints))
+    return ConversationHistory(in_tool_loop, fingerprints=_distinct(fingerprints))
 
 
 def _is_result(message: Mapping[str, Any]) -> bool:
     """Of a tool call: a turn of its own, or a part of the user's."""
-    if message.get("role") in _RESULTS:
+    if message.get("role") in _RESULT_ROLES:
         return True
     content = message.get("content")
     return isinstance(content, list) and any(
@@ -309,22 +309,22 @@ def _is_result(message: Mapping[str, Any]) -> bool:
     )
 
 
-def _trail(message: Mapping[str, Any], *, calls: bool) -> TurnFingerprints | None:
+def _turn(message: Mapping[str, Any], *, calls: bool) -> TurnFingerprints | None:
     """None where there is nothing to see, which is quick to tell of most turns of a long conversation."""
     content = message.get("content")
-    if not (calls or isinstance(content, list) or _carries(message)):
+    if not (calls or isinstance(content, list) or _has_reasoning(message)):
         return None
-    trail = TurnFingerprints()
-    trail.add(message)
-    return trail if calls or trail.has_reasoning else None
+    turn = TurnFingerprints()
+    turn.add(message)
+    return turn if calls or turn.has_reasoning else None
 
 
-def _carries(message: Mapping[str, Any]) -> bool:
-    return not _CARRYING.isdisjoint(message) and any(message.get(name) for name in _CARRYING)
+def _has_reasoning(message: Mapping[str, Any]) -> bool:
+    return not _REASONING_FIELDS.isdisjoint(message) and any(message.get(name) for name in _REASONING_FIELDS)
 
 
-_CARRYING = frozenset({"reasoning_content", "reasoning", "reasoning_details", "thinking_blocks", "signature"})
+_REASONING_FIELDS = frozenset({"reasoning_content", "reasoning", "reasoning_details", "thinking_blocks", "signature"})
 
 
-def _distinct(marks: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(marks))
+def _distinct(fingerprints: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(fingerprints))

@@ -30,7 +30,7 @@ from proxy.storage.client_keys import ClientKey
 from proxy.storage.models import ModelRecord
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.registry import ConfiguredModel, ConflictingWrite
-from proxy.upstream.origins import check_secrets_stay
+from proxy.upstream.key_scope import check_secrets_stay
 
 models_router = APIRouter(prefix="/admin/models")
 
@@ -98,7 +98,7 @@ async def change_model(name: str, request: Request, services: AdminState) -> dic
     stated = await json_object(request, services)
     before, changed, version = await _changed(services, name, stated)
     if changed.litellm_params != before.litellm_params:  # also another key: it may be what was wrong
-        services.health.forget(name)
+        services.health.reset(name)
     if changed.fingerprint != before.fingerprint:
         services.live.forget(name)
         await services.jobs.cancel_for(name, "litellm_params were changed; profile the model again")
@@ -113,7 +113,7 @@ async def remove_model(name: str, services: AdminState) -> Response:
     await services.jobs.cancel_for(name, "the model was removed")
     version = await services.registry.remove_model(name)
     services.live.forget(name)
-    services.health.forget(name)
+    services.health.reset(name)
     await _take_effect(services, version)
     return Response(status_code=204)
 

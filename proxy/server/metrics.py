@@ -570,7 +570,7 @@ class HealthCollector(Collector):
         self._counted: dict[str, int] = {}
 
     def look(self) -> None:
-        resting, opened = self._health.resting(), self._health.opened()
+        resting, opened = self._health.cooling_down(), self._health.open_counts()
         for model in self._known():
             self._resting.set(float(model in resting), (model,))
             more = opened.get(model, 0) - self._counted.get(model, 0)

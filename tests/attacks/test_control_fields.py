@@ -14,13 +14,13 @@ import pytest
 
 from proxy.errors import BadRequest, FieldNotAllowed, UpstreamError
 from proxy.routing.chat_request import parse_chat
-from proxy.routing.control_fields import is_control_field
+from proxy.settings.control_fields import is_control_field
+from proxy.settings.litellm_params import CHAT_FIELDS
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream.litellm.client import LiteLLMClient
-from proxy.upstream.litellm.params import CHAT_FIELDS
-from proxy.upstream.litellm.setup import import_litellm
+from proxy.upstream.litellm_client import LiteLLMClient
+from proxy.upstream.litellm_setup import import_litellm
 from tests.attacks.conftest import ASK
 from tests.support.answers import Step, error_body
 from tests.support.upstream import ScriptedUpstream

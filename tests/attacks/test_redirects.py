@@ -14,8 +14,8 @@ from proxy.errors import UpstreamError
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream.litellm.client import LiteLLMClient
-from proxy.upstream.litellm.setup import import_litellm
+from proxy.upstream.litellm_client import LiteLLMClient
+from proxy.upstream.litellm_setup import import_litellm
 from tests.attacks.conftest import ASK
 from tests.support.answers import Step
 from tests.support.upstream import ScriptedUpstream

@@ -16,10 +16,9 @@ import numpy as np
 import uvicorn
 from uvicorn.server import ServerState
 
-from proxy.app import create_app
-from proxy.routing.affinity import NO_AFFINITY
+from proxy.app import create_app, from_settings
 from proxy.routing.assigner import ClusterAssigner
-from proxy.routing.candidates import RoutingMode, SelectionContext, requirements_for, scoring_params
+from proxy.routing.candidates import SelectionContext
 from proxy.routing.chat_request import ChatRequest
 from proxy.routing.fingerprints import inspect_history
 from proxy.routing.requirements import routing_text
@@ -155,7 +154,7 @@ class Wire:
 
     def __init__(self, services: AppState) -> None:
         self._services = services
-        config: uvicorn.Config = server_config(services.settings, logging=None)
+        config: uvicorn.Config = server_config(services.settings, from_settings, logging=None)
         config.load()
         app = create_app(services)
         config.loaded_app = app
@@ -214,24 +213,21 @@ def stage_functions(services: AppState) -> dict[str, tuple[Prepare, Callable[[An
     state, settings = services.state.current, services.settings
     embedder, cluster_map = services.assigner.embedder, state.cluster_map
 
-    def asked(request: ChatRequest) -> SelectionContext:
-        terms = scoring_params(request, RoutingMode.SCORED, settings, None, NO_AFFINITY)
-        return SelectionContext(
-            request, None, state, settings, RoutingMode.SCORED, None, requirements_for(request), terms, NO_AFFINITY
-        )
+    def context(request: ChatRequest) -> SelectionContext:
+        return SelectionContext("dec-1", request, None, state, settings)
 
     def left(request: ChatRequest) -> tuple[SelectionContext, Eligibility, Assignment]:
-        one = asked(request)
+        one = context(request)
         placed = cluster_map.assign(embedder.embed([routing_text(request.body["messages"])]))
-        return one, eligible(state.pool, one.needs), placed
+        return one, eligible(state.pool, one.requirements), placed
 
     return {
         "past of the conversation": (lambda request: request.body["messages"], inspect_history),
-        "needs": (lambda request: request, requirements_for),
+        "context, requirements too": (lambda request: request, context),
         "routing text": (lambda request: request.body["messages"], routing_text),
         "tokens of the text": (lambda request: routing_text(request.body["messages"]), embedder.tokens),  # type: ignore[attr-defined]
         "embedding, tokens too": (lambda request: [routing_text(request.body["messages"])], embedder.embed),
         "clusters": (lambda request: embedder.embed([routing_text(request.body["messages"])]), cluster_map.assign),
-        "eligibility": (asked, lambda one: eligible(state.pool, one.needs)),
-        "scores": (left, lambda given: rank(given[1], given[2], given[0].needs, given[0].terms).chosen),
+        "eligibility": (context, lambda one: eligible(state.pool, one.requirements)),
+        "scores": (left, lambda given: rank(given[1], given[2], given[0].requirements, given[0].params).chosen),
     }

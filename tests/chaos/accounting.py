@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.routing.requirements import estimate_tokens
-from router_core.pricing import BYTES_PER_TOKEN, picousd
+from router_core.pricing import picousd
+from router_core.text import BYTES_PER_TOKEN
 from tests.chaos.behaviours import SILENT
 from tests.chaos.ledger import Attempt
 from tests.chaos.outcomes import ACCOUNTED, COMPLETE, DROPPED, EMPTY, Outcome, Span

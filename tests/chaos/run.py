@@ -133,7 +133,7 @@ def main() -> None:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         cache = arguments.data_dir or Path(temporary)
-        static_embedder(cache, console.note)
+        static_embedder(cache, console.echo_err)
         run = asyncio.run(chaos(folder, cache, arguments.seed, arguments.seconds, arguments.per_second))
     print_report(run)
     sys.exit(1 if run.problems else 0)

@@ -15,10 +15,11 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.app import START_FAILED
+from proxy.app import from_settings
 from proxy.server.metrics import Values, worker_deaths
 from proxy.server.run import server_config
-from proxy.server.supervisor import MAX_PAUSE_S, Place, Supervisor
+from proxy.server.startup import START_FAILED
+from proxy.server.supervisor import MAX_PAUSE_S, Slot, Supervisor
 from proxy.settings.schema import Settings
 from tests.faults.gateway import CONFIGURED, Gateway, a_gateway
 from tests.support.process_group import children_of, owners_of
@@ -130,7 +131,7 @@ def dying(exitcode: int, lived_s: float) -> Any:
 def supervisor() -> Iterator[Supervisor]:
     settings = Settings(workers=2)
     with socket.socket() as bound:
-        made = Supervisor(settings, lambda counts: server_config(settings, counts), bound)
+        made = Supervisor(settings, lambda counts: server_config(settings, from_settings, counts), bound)
         made._deaths = worker_deaths(Values())
         yield made
 
@@ -138,7 +139,7 @@ def supervisor() -> Iterator[Supervisor]:
 def test_a_worker_that_keeps_dying_is_restarted_after_growing_pauses(
     supervisor: Supervisor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    place, pauses = Place(), []
+    place, pauses = Slot(), []
     for _ in range(8):
         place.worker = dying(-signal.SIGSEGV, lived_s=0.5)
         before = time.monotonic()
@@ -159,5 +160,5 @@ def test_a_failed_start_ends_the_server_only_while_no_worker_was_ever_ready(
     supervisor: Supervisor, ever_ready: bool, ends: bool
 ) -> None:
     supervisor._ever_ready = ever_ready
-    supervisor._look_after(Place(dying(START_FAILED, lived_s=3)))
+    supervisor._look_after(Slot(dying(START_FAILED, lived_s=3)))
     assert supervisor._ending.is_set() == ends

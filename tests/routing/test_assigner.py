@@ -91,7 +91,7 @@ async def test_what_comes_again_is_not_embedded_again() -> None:
 
 
 async def test_it_remembers_a_bounded_number_and_no_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assigning, "MOST_REMEMBERED", 8)
+    monkeypatch.setattr(assigning, "MAX_REMEMBERED", 8)
     assigner = ClusterAssigner(Corners(), 5.0)
     for number in range(50):
         await assigner.assign(f"prompt {number}", CORNERS)

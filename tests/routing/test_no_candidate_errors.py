@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import ContextLengthExceeded, Forbidden, ModelNotFound, NoEligibleModelError, ServiceUnavailable
-from proxy.routing.affinity import NO_AFFINITY
-from proxy.routing.candidates import RoutingMode, SelectionContext, no_candidate_error, requirements_for, scoring_params
+from proxy.routing.candidates import SelectionContext, no_candidate_error
 from proxy.routing.chat_request import ChatRequest, ProviderPreferences, RoutingOptions
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
@@ -87,20 +86,16 @@ async def test_a_refusal_over_many_models_stays_short() -> None:
 
 
 async def test_a_refusal_while_the_able_rest_says_so() -> None:
-    asked = an_asked(a_state())
-    error = no_candidate_error(asked, eligible(asked.state.pool, asked.needs, resting={"cheap", "dear"}))
+    ctx = a_context(a_state())
+    error = no_candidate_error(ctx, eligible(ctx.snapshot.pool, ctx.requirements, cooling_down={"cheap", "dear"}))
 
     assert isinstance(error, ServiceUnavailable)
     assert "rests after failures (cheap: resting after failures; dear: resting" in error.message
 
 
-def an_asked(state: RoutingSnapshot) -> SelectionContext:
+def a_context(snapshot: RoutingSnapshot) -> SelectionContext:
     request = ChatRequest({"messages": [{"role": "user", "content": LONG}]}, "auto", False, False, RoutingOptions())
-    settings = Settings.model_validate({"data_dir": Path("/nowhere")})
-    terms = scoring_params(request, RoutingMode.SCORED, settings, None, NO_AFFINITY)
-    return SelectionContext(
-        request, None, state, settings, RoutingMode.SCORED, None, requirements_for(request), terms, NO_AFFINITY
-    )
+    return SelectionContext("dec-1", request, None, snapshot, Settings.model_validate({"data_dir": Path("/nowhere")}))
 
 
 async def test_openrouters_lists_name_models_here() -> None:

@@ -23,7 +23,7 @@ class Client:
 
     def leave(self) -> None:
         self._leaves.set()
-        asyncio.get_running_loop().call_soon(self._leaving.left)  # as a connection is lost: between two steps of tasks
+        asyncio.get_running_loop().call_soon(self._leaving.set)  # as a connection is lost: between two steps of tasks
 
     async def receive(self) -> Message:
         await self._leaves.wait()
@@ -93,7 +93,7 @@ async def test_work_that_makes_nothing_of_its_cancellation_is_cancelled_again(cl
     assert tries == 2
 
 
-async def test_a_result_that_nobody_will_see_is_let_go(client: Client) -> None:
+async def test_a_result_that_nobody_will_see_is_dispose(client: Client) -> None:
     dropped = []
 
     async def work() -> str:
@@ -102,12 +102,12 @@ async def test_a_result_that_nobody_will_see_is_let_go(client: Client) -> None:
             await asyncio.Event().wait()
         return "a stream"
 
-    async def let_go(result: str) -> None:
+    async def dispose(result: str) -> None:
         await asyncio.sleep(0)  # closing takes a moment
         dropped.append(result)
 
     with pytest.raises(ClientDisconnected):
-        await cancel_on_disconnect(client.scope, client.receive, work(), let_go)
+        await cancel_on_disconnect(client.scope, client.receive, work(), dispose)
     assert dropped == ["a stream"]
 
 

@@ -13,7 +13,7 @@ from proxy.routing.fingerprints import TurnFingerprints, inspect_history, latest
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream.litellm.client import LiteLLMClient
+from proxy.upstream.litellm_client import LiteLLMClient
 from tests.support.answers import Step
 from tests.support.upstream import ScriptedUpstream
 
@@ -144,9 +144,9 @@ async def test_thinking_and_tool_calls_get_the_fingerprints_of_what_a_client_sen
     returned = {"role": "assistant", "tool_calls": [{"id": CALL_ID, "type": "function", "function": function}]}
     blocks = inspect_history(
         [*ASK, {**returned, "thinking_blocks": [thinking]}, {"role": "tool", "content": "Hello"}]
-    ).marks
-    for trail in (streamed, whole):
-        assert {*trail.reasoning_marks(question), *trail.call_marks(question)} == set(blocks)
+    ).fingerprints
+    for turn in (streamed, whole):
+        assert {*turn.of_reasoning(question), *turn.of_calls(question)} == set(blocks)
 
 
 async def test_upstream_statuses_are_passed_on(upstream: LiteLLMClient, server: ScriptedUpstream) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from proxy.routing.assigner import ClusterAssigner
+from proxy.routing.candidates import SelectionContext
 from proxy.routing.chat_request import ChatRequest, RoutingOptions
 from proxy.routing.selection import Selection, select_model
 from proxy.settings.schema import Settings
@@ -73,6 +74,5 @@ async def chosen(
     content = {"messages": [{"role": "user", "content": text}], **(body or {})}
     request = ChatRequest(content, model, False, False, RoutingOptions(**options))
     found = Settings.model_validate({"data_dir": Path("/nowhere"), **(settings or {})})
-    return await select_model(
-        request, key, state or a_state(), found, assigner or ClusterAssigner(Corners(), 1.0), explain=explain
-    )
+    ctx = SelectionContext("dec-1", request, key, state or a_state(), found)
+    return await select_model(ctx, assigner or ClusterAssigner(Corners(), 1.0), explain=explain)

@@ -20,10 +20,10 @@ def at(server: RawUpstream, proxy: str | None = None, *, tls: bool = False) -> O
 async def asked(connections: ConnectionPool, origin: Origin, body: bytes = b"{}") -> tuple[int | None, bytes]:
     """Status and body."""
     async with asyncio.timeout(60):
-        connection = await connections.take(origin, 5)
+        connection = await connections.acquire(origin, 5)
         try:
             await connection.send(HEAD, body)
-            await connection.answered()
+            await connection.wait_for_head()
             found = b""
             while piece := await connection.read():
                 found += piece
@@ -34,13 +34,13 @@ async def asked(connections: ConnectionPool, origin: Origin, body: bytes = b"{}"
 
 async def all_places_are_free(connections: ConnectionPool, origin: Origin) -> None:
     """There are two, and no third."""
-    both = [await connections.take(origin, 1), await connections.take(origin, 1)]
-    third = asyncio.create_task(connections.take(origin, 1))
+    both = [await connections.acquire(origin, 1), await connections.acquire(origin, 1)]
+    third = asyncio.create_task(connections.acquire(origin, 1))
     await asyncio.sleep(0.01)
     assert not third.done()
     for connection in both:
-        connections.drop(connection)
-    connections.drop(await third)
+        connections.discard(connection)
+    connections.discard(await third)
 
 
 @asynccontextmanager

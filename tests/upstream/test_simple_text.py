@@ -51,9 +51,9 @@ def in_general(chunk: dict[str, Any]) -> dict[str, Any]:
 
 def remembered(chunks: Sequence[dict[str, Any]]) -> list[str]:
     memory = SessionStore(Store("unix:///nowhere"), 60)
-    marks = AffinityRecorder(memory, NO_AFFINITY, QUESTION)
+    recorder = AffinityRecorder(memory, NO_AFFINITY, QUESTION)
     for chunk in chunks:
-        marks.see(chunk, "small")
+        recorder.observe(chunk, "small")
     return list(memory._local)
 
 
@@ -75,11 +75,11 @@ def test_a_stream_leaves_the_marks_of_the_general_way(chunks: list[dict[str, Any
 @given(DELTAS, st.text(max_size=3))
 @settings(max_examples=300, deadline=None)
 def test_a_part_that_leaves_no_marks_changes_no_trail(part: dict[str, Any], name: str) -> None:
-    trail = TurnFingerprints()
-    trail.add({"role": "assistant", name: "x", **part})
+    turn = TurnFingerprints()
+    turn.add({"role": "assistant", name: "x", **part})
     if not has_fingerprints(part):
-        assert trail.is_empty
-        assert not [*trail.reasoning_marks(TextSample()), *trail.call_marks(TextSample())]
+        assert turn.is_empty
+        assert not [*turn.of_reasoning(TextSample()), *turn.of_calls(TextSample())]
 
 
 def test_marks_are_there_when_the_last_text_is_what_ends_the_answer() -> None:

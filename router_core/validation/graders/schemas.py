@@ -16,8 +16,8 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
+from router_core.documents import JsonObject
 from router_core.errors import InvalidValidationSet
-from router_core.validation.fields import JsonObject
 from router_core.validation.graders.text import check_pattern, search_with_timeout
 
 _UNSUPPORTED = ("patternProperties", "unevaluatedProperties", "unevaluatedItems", "$dynamicRef")

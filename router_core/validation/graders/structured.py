@@ -10,8 +10,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import ClassVar
 
+from router_core.documents import Fields, JsonObject
 from router_core.errors import InvalidValidationSet
-from router_core.validation.fields import Fields, JsonObject
 from router_core.validation.graders.answers import fenced, strip_thinking
 
 _MAX_STARTS = 50

@@ -9,6 +9,7 @@ from typing import Any
 from proxy.errors import UpstreamError
 from proxy.settings.schema import CircuitBreakerSettings
 from proxy.storage.redis import Store
+from proxy.upstream.circuit_breaker import CircuitBreaker, Permit
 from proxy.upstream.health import CooldownReplicator, HealthRegistry
 
 
@@ -26,7 +27,14 @@ def a_failure(status: int | None = 500, body: bytes | None = b"", **more: Any) -
 
 def fail(health: HealthRegistry, model: str = "small", times: int = 5, status: int | None = 500, **more: Any) -> None:
     for _ in range(times):
-        health.begin(model).failed(a_failure(status, **more))
+        health.start_attempt(model).failed(a_failure(status, **more))
+
+
+def started(breaker: CircuitBreaker, now: float) -> Permit:
+    """An attempt that begins now."""
+    permit = Permit()
+    breaker.start(permit, now)
+    return permit
 
 
 @asynccontextmanager
