@@ -20,7 +20,7 @@ from tests.chaos.behaviours import MIXES, Behaviour, Gone, drawn
 from tests.chaos.ledger import Ledger
 from tests.chaos.openai_format import Exchange
 from tests.chaos.questions import Json, Question, question_in
-from tests.support.answers import newest_user_text
+from tests.support.scripted_answers import newest_user_text
 
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 MAX_HEAD = 2**16

@@ -19,7 +19,7 @@ from tests.chaos.ledger import Attempt, read_ledger
 from tests.chaos.processes import Restartable, a_store, an_upstream, free_port
 from tests.chaos.questions import MODELS
 from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
-from tests.support.server import arm as entry_of
+from tests.support.proxy_process import model_entry as entry_of
 
 WORKERS = 2
 # Mean error rates; those of the clusters lie around them, so that different prompts go to different models.
@@ -108,7 +108,7 @@ def a_world(
             embedder_cache,
             UNIROUTE_REDIS_URL=f"redis://127.0.0.1:{store.port}",
             UNIROUTE_ADMIN_KEY=ADMIN_KEY,
-            ARM_API_KEY="sk-x",
+            MODEL_API_KEY="sk-x",
         )
         config = _config(folder, upstreams)
         keys = tuple(_key(config, environ, f"client-{number}") for number in range(3))

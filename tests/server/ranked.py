@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.server import TIRELESS, ProxyProcess, arm
-from tests.support.upstream import ScriptedUpstream
+from tests.support.proxy_process import NO_COOLDOWN, ProxyProcess, model_entry
+from tests.support.scripted_upstream import ScriptedUpstream
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 LIMITS = {"request_timeout_s": 5, "idle_timeout_s": 0.4, "stream_timeout_s": 2, "keep_alive_s": 0.2}
@@ -52,11 +52,12 @@ def open_ranked(folder: Path, embedder_cache: Path, mode: str) -> Iterator[Ranke
     names = ("first", "second", "third", "fourth")
     with contextlib.ExitStack() as closing:
         models = [closing.enter_context(ScriptedUpstream(says(f"The {name} answer."))) for name in names]
+        entries = [model_entry(name, models[place].url, price=1e-7, forward=mode) for place, name in enumerate(names)]
         config = {
-            "model_list": [arm(name, models[place].url, price=1e-7, forward=mode) for place, name in enumerate(names)],
-            "uniroute": {**LIMITS, "profile": {"on_start": False}, "breaker": TIRELESS},
+            "model_list": entries,
+            "uniroute": {**LIMITS, "profile": {"on_start": False}, "breaker": NO_COOLDOWN},
         }
-        proxy = closing.enter_context(ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "sk-ranked"}))
+        proxy = closing.enter_context(ProxyProcess(folder, embedder_cache, config, {"MODEL_API_KEY": "sk-ranked"}))
         for place, name in enumerate(names):
             proxy.put_profile(name, 0.1 + 0.1 * place)
         yield Ranked(proxy, tuple(models))

@@ -7,7 +7,7 @@ import openai
 
 from tests.server.ranked import ASK, Ranked, error_of
 from tests.server.test_streaming import read_stream, text_of
-from tests.support.answers import Step, error_body
+from tests.support.scripted_answers import Step, error_body
 
 
 def test_a_slow_first_chunk_gets_headers_and_comments_meanwhile(asking: httpx.Client, ranked: Ranked) -> None:

@@ -11,12 +11,12 @@ from redis import Redis
 from proxy.storage.client_keys import KeyChange
 from tests.server.conftest import Fleet
 from tests.support.command import environment, run_command
-from tests.support.keyed import KeyedProxy, with_registry
-from tests.support.server import ADMIN_KEY, ProxyProcess, arm, uniform_profile
-from tests.support.upstream import wait_until
+from tests.support.keyed_proxy import KeyedProxy, with_registry
+from tests.support.proxy_process import ADMIN_KEY, ProxyProcess, model_entry, uniform_profile
+from tests.support.waiting import wait_until
 
 QUIET: dict[str, Any] = {"profile": {"on_start": False}}
-ARM = {"ARM_API_KEY": "sk-x", "OTHER_SECRET": "canary-other"}
+ARM = {"MODEL_API_KEY": "sk-x", "OTHER_SECRET": "canary-other"}
 ADMIN_CALLS = [("GET", "/admin/models"), ("POST", "/admin/models"), ("DELETE", "/admin/models/a"), ("GET", "/admin")]
 
 
@@ -29,7 +29,7 @@ class WithoutAdminKey(ProxyProcess):
 
 
 def config(**ours: Any) -> dict[str, Any]:
-    return {"model_list": [arm("kept", "http://127.0.0.1:9/v1")], "uniroute": {**QUIET, **ours}}
+    return {"model_list": [model_entry("kept", "http://127.0.0.1:9/v1")], "uniroute": {**QUIET, **ours}}
 
 
 def statuses(url: str, **headers: str) -> list[int]:
@@ -109,7 +109,7 @@ def test_host_and_origin_are_checked_on_loopback_too(fleet: Fleet, path: str) ->
 def test_a_model_may_name_only_provider_keys_of_the_environment(fleet: Fleet, name: str) -> None:
     before = fleet.proxy.admin("GET", "/admin/models").json()["models"]
     for param in ("api_key", "api_base"):
-        body = {**arm("leak", "http://127.0.0.1:9/v1"), "profile": uniform_profile(0.1)}
+        body = {**model_entry("leak", "http://127.0.0.1:9/v1"), "profile": uniform_profile(0.1)}
         body["litellm_params"][param] = f"os.environ/{name}"
         reply = fleet.proxy.admin("POST", "/admin/models", body)
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, f"litellm_params.{param}")
@@ -120,7 +120,7 @@ def test_allowed_env_lets_a_model_name_another_variable_but_never_ours(exposed: 
     proxy, _ = exposed
     answers = []
     for name in ("OTHER_SECRET", "UNIROUTE_ADMIN_KEY"):
-        body = {**arm(f"by-{name}", "http://127.0.0.1:9/v1"), "profile": uniform_profile(0.1)}
+        body = {**model_entry(f"by-{name}", "http://127.0.0.1:9/v1"), "profile": uniform_profile(0.1)}
         body["litellm_params"]["api_key"] = f"os.environ/{name}"
         answers.append(proxy.admin("POST", "/admin/models", body).status_code)
     assert answers == [201, 400]
@@ -128,12 +128,12 @@ def test_allowed_env_lets_a_model_name_another_variable_but_never_ours(exposed: 
 
 
 def test_an_address_is_changed_only_with_the_key_given_again(fleet: Fleet) -> None:
-    body = {**arm("moving", "http://127.0.0.1:9/v1"), "profile": uniform_profile(0.9)}
+    body = {**model_entry("moving", "http://127.0.0.1:9/v1"), "profile": uniform_profile(0.9)}
     assert fleet.proxy.admin("POST", "/admin/models", body).status_code == 201
     elsewhere = {"api_base": "http://127.0.0.1:10/v1"}
     alone = fleet.proxy.admin("PATCH", "/admin/models/moving", {"litellm_params": elsewhere})
     kept = fleet.proxy.admin("GET", "/admin/models/moving").json()["litellm_params"]["api_base"]
-    stated = {"litellm_params": {**elsewhere, "api_key": "os.environ/ARM_API_KEY"}}
+    stated = {"litellm_params": {**elsewhere, "api_key": "os.environ/MODEL_API_KEY"}}
     together = fleet.proxy.admin("PATCH", "/admin/models/moving", stated)
     assert fleet.proxy.admin("DELETE", "/admin/models/moving").status_code == 204
     assert (alone.status_code, alone.json()["error"]["param"]) == (400, "litellm_params.api_key")
@@ -143,10 +143,10 @@ def test_an_address_is_changed_only_with_the_key_given_again(fleet: Fleet) -> No
 
 @pytest.mark.parametrize("params", [{"api_key": "sk-canary"}, {"extra_headers": {"Authorization": "Bearer sk-canary"}}])
 def test_a_literal_key_is_refused_where_it_would_be_stored(fleet: Fleet, params: dict[str, Any]) -> None:
-    body = {**arm("literal", "http://127.0.0.1:9/v1"), "profile": uniform_profile(0.1)}
+    body = {**model_entry("literal", "http://127.0.0.1:9/v1"), "profile": uniform_profile(0.1)}
     body["litellm_params"] |= params
     added = fleet.proxy.admin("POST", "/admin/models", body)
-    body["litellm_params"] |= {"api_key": "os.environ/ARM_API_KEY", "extra_headers": {}}
+    body["litellm_params"] |= {"api_key": "os.environ/MODEL_API_KEY", "extra_headers": {}}
     assert fleet.proxy.admin("POST", "/admin/models", body).status_code == 201
     changed = fleet.proxy.admin("PATCH", "/admin/models/literal", {"litellm_params": params})
     fleet.proxy.admin("DELETE", "/admin/models/literal")

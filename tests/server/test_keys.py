@@ -11,9 +11,10 @@ import pytest
 
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.registry import Registry
-from tests.support.keyed import with_registry
-from tests.support.server import ADMIN_KEY, ProxyProcess, arm
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.keyed_proxy import with_registry
+from tests.support.proxy_process import ADMIN_KEY, ProxyProcess, model_entry
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 
@@ -38,10 +39,10 @@ def keyed(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Ite
     folder = tmp_path_factory.mktemp("keyed")
     with ScriptedUpstream() as upstream:
         config = {
-            "model_list": [arm("first", upstream.url), arm("second", upstream.url)],
+            "model_list": [model_entry("first", upstream.url), model_entry("second", upstream.url)],
             "uniroute": {"profile": {"on_start": False}},
         }
-        with ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "sk-x"}) as proxy:
+        with ProxyProcess(folder, embedder_cache, config, {"MODEL_API_KEY": "sk-x"}) as proxy:
             _, whole = with_registry(folder, lambda registry: registry.keys.create("whole"))
             _, limited = with_registry(folder, lambda registry: registry.keys.create("limited", ("first",)))
             opened = Keyed(proxy, whole, limited)

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from tests.support.command import ADMIN_KEY, ServeCommand, environment
-from tests.support.process_group import children_of
-from tests.support.server import arm, uniform_profile
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.processes import children_of
+from tests.support.proxy_process import model_entry, uniform_profile
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
@@ -25,9 +26,9 @@ KEY = "sk-canary-of-groq"
 def serving(
     folder: Path, embedder_cache: Path, upstream: ScriptedUpstream, *arguments: str, **info: Any
 ) -> Iterator[ServeCommand]:
-    config = {"model_list": [arm("near", upstream.url, **info)], "uniroute": {"profile": {"on_start": False}}}
+    config = {"model_list": [model_entry("near", upstream.url, **info)], "uniroute": {"profile": {"on_start": False}}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    names = {"UNIROUTE_ADMIN_KEY": ADMIN_KEY, "ARM_API_KEY": "sk-arm", "GROQ_API_KEY": KEY}
+    names = {"UNIROUTE_ADMIN_KEY": ADMIN_KEY, "MODEL_API_KEY": "sk-arm", "GROQ_API_KEY": KEY}
     environ = environment(folder / "data", embedder_cache, **names)
     command = ServeCommand("--config", folder / "config.yaml", *arguments, environ=environ, log=folder / "log.txt")
     with command as server:
@@ -41,7 +42,7 @@ def admin(server: ServeCommand, method: str, path: str, body: Any = None) -> htt
 
 
 def add(server: ServeCommand, name: str, upstream: ScriptedUpstream, forward: str = "auto", **params: Any) -> None:
-    stated = {"model": f"openai/{name}", "api_base": upstream.url, "api_key": "os.environ/ARM_API_KEY", **params}
+    stated = {"model": f"openai/{name}", "api_base": upstream.url, "api_key": "os.environ/MODEL_API_KEY", **params}
     entry = {"model_name": name, "litellm_params": {key: value for key, value in stated.items() if value is not None}}
     info = {"input_cost_per_token": 1e-9, "output_cost_per_token": 1e-9, "forward": forward}
     reply = admin(server, "POST", "", {**entry, "model_info": info, "profile": uniform_profile(0.01)})

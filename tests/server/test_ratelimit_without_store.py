@@ -21,7 +21,7 @@ from proxy.storage.redis import Store
 from proxy.storage.valkey import EmbeddedValkey
 from router_core.pricing import PICO
 from tests.support.limited_keys import a_key
-from tests.support.makers import until
+from tests.support.waiting import until
 
 CENT = PICO // 100
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.server.ranked import Ranked, ask, error_of
 from tests.server.test_streaming import read_stream, text_of
-from tests.support.answers import Step
+from tests.support.scripted_answers import Step
 
 SOON = {"timeouts": {"first_token_s": 0.15}}
 

@@ -22,9 +22,9 @@ from proxy.storage.models import ModelRecord
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.health import HealthRegistry
 from proxy.upstream.response_memory import HeldMemory, ResponseBounds, ResponseMemory
-from tests.support.makers import until
-from tests.support.raw_upstream import DONE, END, JSON, SAID, STREAM_HEAD, RawUpstream, Said, chunked, plain
-from tests.support.relaying import BODY, a_model, failing, streamed, whole
+from tests.support.direct_calls import BODY, a_model, failing, streamed, whole
+from tests.support.raw_upstream import CHUNK, DONE, END, JSON, STREAM_HEAD, RawUpstream, Reply, chunked, plain
+from tests.support.waiting import until
 
 WAYS = pytest.mark.parametrize("way", ["relay", "translate", "anthropic"])
 KINDS = pytest.mark.parametrize("ask", [whole, streamed])
@@ -60,12 +60,12 @@ def holding(text: bytes) -> bytes:
 
 
 def event(text: bytes) -> bytes:
-    return SAID.rstrip()[:-1] + b',"more":' + text + b"}\n\n"
+    return CHUNK.rstrip()[:-1] + b',"more":' + text + b"}\n\n"
 
 
-def saying(ask: Any, text: bytes) -> Said:
+def saying(ask: Any, text: bytes) -> Reply:
     """A whole answer or a stream of which one event holds `text`."""
-    return plain(holding(text)) if ask is whole else Said(chunked(SAID, event(text), END, DONE))
+    return plain(holding(text)) if ask is whole else Reply(chunked(CHUNK, event(text), END, DONE))
 
 
 @pytest.mark.parametrize("way", ["relay", "translate", "anthropic", "azure"])
@@ -121,7 +121,7 @@ async def test_a_packed_answer_is_read_all_the_same(upstream: UpstreamClient, wa
 
 @pytest.mark.parametrize("way", ["relay", "translate"])
 async def test_the_events_of_a_whole_answer_are_no_flood_of_values_together(upstream: UpstreamClient, way: str) -> None:
-    async with RawUpstream(Said(chunked(SAID * (MAX_VALUES_AT_ONCE // 5), END, DONE))) as server:
+    async with RawUpstream(Reply(chunked(CHUNK * (MAX_VALUES_AT_ONCE // 5), END, DONE))) as server:
         said = json.loads(await whole(upstream, by(way, server)))
 
     assert said["choices"][0]["message"]["content"] == "hi" * (MAX_VALUES_AT_ONCE // 5)
@@ -140,7 +140,7 @@ async def test_of_a_whole_answer_in_events_no_more_is_held_than_of_any(
     upstream: UpstreamClient, way: str, said: bytes, why: str
 ) -> None:
     piece = b'data: {"choices":[{"index":0,"delta":' + said + b"}]}\n\n"
-    async with RawUpstream(Said(chunked(*[piece] * 20, END, DONE))) as server:
+    async with RawUpstream(Reply(chunked(*[piece] * 20, END, DONE))) as server:
         failure = await failing(upstream, by(way, server), whole)
 
         assert isinstance(failure, AnswerTooLarge)
@@ -204,7 +204,7 @@ async def test_who_is_cancelled_gives_its_room_back(upstream: UpstreamClient, wa
     length = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 9999999\r\n\r\n"
     head = length if ask is whole else STREAM_HEAD + b"\r\n"
     beginning = (b'{"a":"' if ask is whole else b'data: {"a":"') + b"x" * 1_000_000
-    async with RawUpstream(Said((head + beginning,), "hang")) as server:
+    async with RawUpstream(Reply((head + beginning,), "hang")) as server:
         asking = asyncio.create_task(ask(upstream, by(way, server)))
         await until(lambda: upstream.memory.used_bytes > 500_000)
         asking.cancel()

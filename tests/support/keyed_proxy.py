@@ -17,8 +17,8 @@ from proxy.settings.schema import Settings
 from proxy.storage.client_keys import AuthRequiredLatch
 from proxy.storage.redis import Store
 from proxy.storage.registry import Registry
-from tests.support.server import ProxyProcess
-from tests.support.upstream import wait_until
+from tests.support.proxy_process import ProxyProcess
+from tests.support.waiting import wait_until
 
 T = TypeVar("T")
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
