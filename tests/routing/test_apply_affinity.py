@@ -27,7 +27,7 @@ from proxy.storage.reader import StoredState
 from proxy.storage.sessions import LastTurn
 from proxy.storage.snapshot import RoutingSnapshot, build_state
 from router_core.types import Floats
-from tests.support.makers import a_profile, a_record, surroundings
+from tests.support.makers import a_profile, a_record, snapshot_inputs
 
 THOUSAND_TOKENS = "word " * 797
 """With the names of its fields 4,000 bytes."""
@@ -59,7 +59,7 @@ def a_state(**info: dict[str, Any]) -> RoutingSnapshot:
         if name != "unmeasured"
     }
     stored = StoredState(version=1, models=records, profiles=profiles, keys_exist=False)
-    return build_state(stored, surroundings(), keys_latched=False)
+    return build_state(stored, snapshot_inputs(), keys_latched=False)
 
 
 async def chosen(

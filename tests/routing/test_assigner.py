@@ -15,8 +15,8 @@ from router_core.artifact import builtin_map
 from router_core.clustering import ClusterMap
 from router_core.embedding import MAX_INLINE_BYTES, StaticEmbedder
 from router_core.types import Assignment, Floats
-from tests.support.choices import Corners
 from tests.support.makers import CORNERS
+from tests.support.selections import Corners
 
 FAMILIAR = "what is the sum of these two numbers"
 

@@ -16,8 +16,8 @@ from proxy.storage.models import StoredProfile
 from proxy.storage.reader import StoredState
 from proxy.storage.snapshot import RoutingSnapshot, build_state
 from router_core.eligibility import eligible
-from tests.support.choices import LIMITED, LONG, a_state, chosen
-from tests.support.makers import a_profile, a_record, surroundings
+from tests.support.makers import a_profile, a_record, snapshot_inputs
+from tests.support.selections import LIMITED_KEY, LONG, a_state, chosen
 
 UNCLAMPED = {"clamp_max_tokens": "off"}
 
@@ -78,7 +78,7 @@ async def test_a_refusal_over_many_models_stays_short() -> None:
     records = {name: a_record(name, info=priced) for name in (f"{place:03}" + "m" * 125 for place in range(500))}
     profiles = {name: StoredProfile(record.fingerprint, a_profile()) for name, record in records.items()}
     stored = StoredState(version=1, models=records, profiles=profiles, keys_exist=False)
-    state = build_state(stored, surroundings(), keys_latched=False)
+    state = build_state(stored, snapshot_inputs(), keys_latched=False)
     said = await refusal(state=state, body={"tools": [{}]})
 
     assert len(said) < 3000
@@ -107,14 +107,14 @@ async def test_openrouters_lists_name_models_here() -> None:
     with pytest.raises(ModelNotFound, match=r"provider\.only"):
         await chosen(provider=ProviderPreferences(only=("nobody",)))
     with pytest.raises(Forbidden):
-        await chosen(key=LIMITED, provider=ProviderPreferences(only=("cheap",)))
+        await chosen(key=LIMITED_KEY, provider=ProviderPreferences(only=("cheap",)))
     for provider in (ProviderPreferences(only=()), ProviderPreferences(only=("dear",), ignore=("dear",))):
         assert "leave no model" in await refusal(provider=provider)
 
 
 async def test_ignoring_a_model_opens_none_that_the_key_may_not_use() -> None:
-    assert (await chosen(key=LIMITED, provider=ProviderPreferences(ignore=("unmeasured",)))).order == ("dear",)
-    assert "leave no model" in await refusal(key=LIMITED, provider=ProviderPreferences(ignore=("dear",)))
+    assert (await chosen(key=LIMITED_KEY, provider=ProviderPreferences(ignore=("unmeasured",)))).order == ("dear",)
+    assert "leave no model" in await refusal(key=LIMITED_KEY, provider=ProviderPreferences(ignore=("dear",)))
 
 
 async def test_a_price_cap_rules_out_what_is_dearer() -> None:
@@ -135,7 +135,7 @@ async def test_who_is_ruled_out_is_worked_out_only_for_whoever_asks() -> None:
 async def test_a_stand_in_shows_no_model_that_the_key_may_not_use() -> None:
     priced = {"input_cost_per_token": 1e-7, "output_cost_per_token": 1e-7}
     records = {name: a_record(name, info=priced) for name in ("new", "old", "secret")}
-    state = build_state(StoredState(version=1, models=records, keys_exist=False), surroundings(), keys_latched=False)
+    state = build_state(StoredState(version=1, models=records, keys_exist=False), snapshot_inputs(), keys_latched=False)
     key = ClientKey("k", "n", "d", 0.0, ("new", "old"))
     choice = await chosen(state=state, settings={"default_model": "new"}, key=key)
 

@@ -21,8 +21,8 @@ from proxy.server.protocol import (
     LimitedHTTPProtocol,
 )
 from proxy.server.requests import OVERLOADED
-from tests.support.makers import until
-from tests.support.wire import Answer, send
+from tests.support.raw_http import Answer, send
+from tests.support.waiting import until
 
 GET = b"GET / HTTP/1.1\r\nhost: a\r\n"
 POST = b"POST / HTTP/1.1\r\nhost: a\r\n"

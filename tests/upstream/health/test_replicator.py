@@ -12,7 +12,7 @@ import pytest
 from proxy.settings.schema import CircuitBreakerSettings
 from proxy.storage.redis import Store
 from proxy.upstream.health import CHANNEL, UNKNOWN_REASON, CooldownReplicator, HealthRegistry, health_key
-from tests.support.makers import until
+from tests.support.waiting import until
 from tests.upstream.health.makers import a_sharing, fail
 
 

@@ -13,7 +13,7 @@ import pytest
 from proxy.storage.redis import Store
 from proxy.storage.valkey import EmbeddedValkey
 from proxy.upstream.health import health_key
-from tests.support.makers import until
+from tests.support.waiting import until
 from tests.upstream.health.makers import a_sharing, fail
 
 
