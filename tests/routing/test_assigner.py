@@ -130,7 +130,7 @@ async def test_a_busy_machine_is_not_taken_for_a_slow_embedder() -> None:
     process = Process(*[0.0] * 8, then=embedder.free.set)  # several deadlines pass, in which it computes nothing
     assigner = ClusterAssigner(embedder, 0.005, process)
     assert same(await assigner.assign("one", CORNERS), CORNERS.assign(Corners().embed(["one"])))
-    assert 8 <= process.looks < assigning.STARVED
+    assert 8 <= process.looks < assigning.MAX_WAITS
     assigner.close()
 
 
@@ -149,6 +149,6 @@ async def test_what_hangs_is_late_however_little_it_computes() -> None:
     assigner = ClusterAssigner(embedder, 0.002, process)
     with pytest.raises(AssignmentTimeout):
         await assigner.assign("one", CORNERS)
-    assert process.looks == assigning.STARVED + 2  # at the start, before each wait, and at the end
+    assert process.looks == assigning.MAX_WAITS + 2  # at the start, before each wait, and at the end
     embedder.free.set()
     assigner.close()
