@@ -70,7 +70,7 @@ async def test_only_what_takes_long_changes_threads(embedder: StaticEmbedder) ->
     assigner.close()
 
 
-async def test_what_comes_again_is_not_embedded_again() -> None:
+async def test_a_prompt_that_comes_again_is_not_embedded_again() -> None:
     texts: list[str] = []
 
     class Seen(Corners):
@@ -134,7 +134,7 @@ async def test_a_busy_machine_is_not_taken_for_a_slow_embedder() -> None:
     assigner.close()
 
 
-async def test_what_computes_longer_than_the_deadline_is_late() -> None:
+async def test_an_embedder_that_computes_longer_than_the_deadline_is_late() -> None:
     embedder = held()
     assigner = ClusterAssigner(embedder, 0.005, Process(0.0, 0.0, 0.006))
     with pytest.raises(AssignmentTimeout, match="within 5 ms"):
@@ -143,7 +143,7 @@ async def test_what_computes_longer_than_the_deadline_is_late() -> None:
     assigner.close()
 
 
-async def test_what_hangs_is_late_however_little_it_computes() -> None:
+async def test_an_embedder_that_hangs_is_late_however_little_it_computes() -> None:
     embedder = held()
     process = Process(0.0)
     assigner = ClusterAssigner(embedder, 0.002, process)

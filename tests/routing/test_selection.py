@@ -81,7 +81,7 @@ async def test_without_text_the_best_mean_error_answers() -> None:
     assert (await chosen(text="")).model == "dear"
 
 
-async def test_late_or_failing_embedding_degrades_to_the_default_model() -> None:
+async def test_a_late_or_failing_embedding_degrades_to_the_default_model() -> None:
     slow = Corners()
     slow.free.clear()
     late = await chosen(assigner=ClusterAssigner(slow, 0.01), settings={"default_model": "cheap"})

@@ -28,7 +28,7 @@ def test_a_connection_that_died_without_a_byte_is_tried_again(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_but_only_once(asking: httpx.Client, ranked: Ranked, stream: bool) -> None:
+def test_a_lost_connection_is_tried_again_only_once(asking: httpx.Client, ranked: Ranked, stream: bool) -> None:
     ranked.models[0].then(Step(drop=True), Step(drop=True))
     assert ask(asking, stream=stream).headers["x-uniroute-model"] == "second"
     assert ranked.asked == [2, 1, 0, 0]

@@ -145,7 +145,7 @@ def test_a_pinned_model_falls_over_only_when_asked(http: httpx.Client, fleet: Fl
     assert (asked.headers["x-uniroute-model"], asked.headers["x-uniroute-reason"]) == ("fair", "fallback")
 
 
-def test_the_last_failure_is_told_when_all_fail(http: httpx.Client, fleet: Fleet) -> None:
+def test_the_last_failure_is_returned_if_all_fail(http: httpx.Client, fleet: Fleet) -> None:
     fleet.fair.then(Step(status=503, body=error_body("first", "x", None)))
     fleet.good.then(Step(status=429, headers={"retry-after": "3"}, body=error_body("second", "x", None)))
     reply = http.post("/v1/chat/completions", json={"model": "auto", "messages": ASK})
