@@ -42,12 +42,12 @@ def save_map(cluster_map: ClusterMap, folder: Path) -> None:
         "id": cluster_map.id,
         "embedder": cluster_map.embedder_id,
         "clusters": cluster_map.size,
-        "taught": [{"kind": _kind(clusters), "top": clusters.top} for clusters in cluster_map.taught],
+        "taught": [{"kind": _kind(clusters), "top": clusters.top} for clusters in cluster_map.learned_clusters],
         "dimension": cluster_map.dimension,
         "top": cluster_map.top,
         "temperature": cluster_map.temperature,
         "names": list(cluster_map.names),
-        "known_models": list(cluster_map.history.models) if cluster_map.history else None,
+        "known_models": list(cluster_map.reference_models.models) if cluster_map.reference_models else None,
         "sha256": hashlib.sha256(arrays).hexdigest(),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -55,9 +55,9 @@ def save_map(cluster_map: ClusterMap, folder: Path) -> None:
 
 def _arrays(cluster_map: ClusterMap) -> dict[str, Any]:
     arrays: dict[str, Any] = {"centroids": cluster_map.centroids}
-    for clusters in cluster_map.taught:
+    for clusters in cluster_map.learned_clusters:
         arrays |= {f"{_kind(clusters)}_{name}": array for name, array in to_arrays(clusters).items()}
-    if history := cluster_map.history:
+    if history := cluster_map.reference_models:
         arrays |= {f"history_{name}": getattr(history, name) for name in HISTORY}
     return arrays
 
@@ -115,8 +115,8 @@ def _assemble(folder: Path, arrays: bytes, manifest: dict[str, Any]) -> ClusterM
                 names=manifest["names"],
                 top=manifest["top"],
                 temperature=manifest["temperature"],
-                taught=[_taught(loaded, **stated) for stated in manifest["taught"]],
-                history=_history(loaded, manifest),
+                learned_clusters=[_taught(loaded, **stated) for stated in manifest["taught"]],
+                reference_models=_history(loaded, manifest),
             )
     except (KeyError, TypeError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as exc:
         raise InvalidArtifact(f"{folder} is not a complete cluster map: {exc}") from exc

@@ -72,7 +72,7 @@ SLACK = 1e-12
 SAME_COST = 1e-9
 """Relative difference below which two costs are one."""
 
-DEFAULT_TERMS = ScoringParams()
+DEFAULT_PARAMS = ScoringParams()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +131,8 @@ class LambdaSweep:
         return BestSingleModel(self.models[best], float(qualities[best]), float(usd[best]))
 
 
-def expectations(
-    pool: Pool, assignment: Assignment, prompt_tokens: Doubles, terms: ScoringParams = DEFAULT_TERMS
+def sweep_lambdas(
+    pool: Pool, assignment: Assignment, prompt_tokens: Doubles, terms: ScoringParams = DEFAULT_PARAMS
 ) -> LambdaSweep:
     """What the measured and priced models of a pool are expected to make of n prompts.
 
@@ -164,7 +164,7 @@ def expectations(
     )
 
 
-def cheapest_reaching(expected: LambdaSweep, share: float) -> SweepPoint:
+def cheapest_for_quality(expected: LambdaSweep, share: float) -> SweepPoint:
     """The largest λ whose quality is at least `share` of the best single model's.
 
     Raises:
@@ -186,7 +186,7 @@ def cheapest_reaching(expected: LambdaSweep, share: float) -> SweepPoint:
     return points[last] if last == len(points) - 1 else _narrowed(expected, points[last], points[last + 1], reaches)
 
 
-def best_within(expected: LambdaSweep, usd: float) -> SweepPoint:
+def best_within_budget(expected: LambdaSweep, usd: float) -> SweepPoint:
     """The smallest λ whose expected cost is at most `usd` per request.
 
     Raises:

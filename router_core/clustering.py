@@ -78,7 +78,9 @@ class ReferenceModels:
             raise InvalidInput("the numbers of a history must be finite and 0 or more")
 
 
-def history_of(assignment: Assignment, clusters: int, scores: Doubles, models: Sequence[str]) -> ReferenceModels:
+def reference_models_of(
+    assignment: Assignment, clusters: int, scores: Doubles, models: Sequence[str]
+) -> ReferenceModels:
     """What n prompts tell: (n, R) scores in [0, 1] of R models, NaN where unlabelled."""
     together = np.zeros((clusters, clusters))
     error_sums, labels = np.zeros((2, len(models), clusters))
@@ -142,8 +144,8 @@ class ClusterMap:
         names: Sequence[str] = (),
         top: int = TOP,
         temperature: float = TEMPERATURE,
-        taught: Sequence[LearnedClusters] = (),
-        history: ReferenceModels | None = None,
+        learned_clusters: Sequence[LearnedClusters] = (),
+        reference_models: ReferenceModels | None = None,
     ) -> None:
         """
         Args:
@@ -152,9 +154,9 @@ class ClusterMap:
             names: a short name per cluster, for people; those of the taught clusters last.
             top: p, how many clusters share a prompt. 1 is the hard assignment of the paper.
             temperature: τ of the softmax over cosines.
-            taught: more clusters, that known models made. A prompt then belongs in equal shares to the centroids and to
-                each of these groups.
-            history: of all clusters, the taught ones last.
+            learned_clusters: groups of further clusters, fitted to known models' errors. A prompt then belongs in equal
+                shares to the centroids and to each of these groups.
+            reference_models: sums of known models over all clusters, the learned ones last.
         """
         if centroids.ndim != 2 or not len(centroids):
             raise InvalidInput(f"centroids must be a (K, d) matrix; got shape {centroids.shape}")
@@ -163,8 +165,8 @@ class ClusterMap:
         self.centroids = np.ascontiguousarray(centroids, dtype=np.float32)
         self.centroids.setflags(write=False)
         self.embedder_id = embedder_id
-        self.taught = tuple(taught)
-        self.history = history
+        self.learned_clusters = tuple(learned_clusters)
+        self.reference_models = reference_models
         self.names = tuple(names) or tuple(f"cluster {k}" for k in range(self.size))
         self.top = min(top, len(centroids))
         self.temperature = temperature
@@ -184,7 +186,7 @@ class ClusterMap:
         """Digest of all that decides an assignment. Names and history are not part of it."""
         digest = hashlib.sha256(self.centroids.tobytes())
         digest.update(f"{self.centroids.shape} {self.embedder_id} {self.top} {self.temperature!r}".encode())
-        for clusters in self.taught:
+        for clusters in self.learned_clusters:
             for array in to_arrays(clusters).values():
                 digest.update(array.tobytes())
             digest.update(f"{type(clusters).__name__} {clusters.size} {clusters.top}".encode())
@@ -194,7 +196,10 @@ class ClusterMap:
     def views(self) -> tuple[View, ...]:
         """The groups of clusters that each hold the same share of every prompt."""
         centroids = self.centroids.astype(np.float64)
-        alike = [np.exp((centroids @ centroids.T - 1.0) / SPREAD), *(clusters.likeness() for clusters in self.taught)]
+        alike = [
+            np.exp((centroids @ centroids.T - 1.0) / SPREAD),
+            *(clusters.likeness() for clusters in self.learned_clusters),
+        ]
         share = 1.0 / len(alike)
         starts = (0, *self._ends[:-1])
         return tuple(
@@ -205,7 +210,7 @@ class ClusterMap:
     @cached_property
     def _ends(self) -> tuple[int, ...]:
         """Where each group of clusters ends."""
-        return tuple(accumulate((len(self.centroids), *(clusters.size for clusters in self.taught))))
+        return tuple(accumulate((len(self.centroids), *(clusters.size for clusters in self.learned_clusters))))
 
     @cached_property
     def _index(self) -> faiss.IndexFlatIP:
@@ -221,11 +226,11 @@ class ClusterMap:
         cosines, ids = self._index.search(vectors, self.top)
         weights = np.exp((cosines - cosines[:, :1]) / self.temperature)
         near = Assignment(ids=ids, weights=weights / weights.sum(axis=1, keepdims=True))
-        if not self.taught:
+        if not self.learned_clusters:
             return near
-        return _joined([near, *(clusters.assign(vectors) for clusters in self.taught)], (0, *self._ends[:-1]))
+        return _joined([near, *(clusters.assign(vectors) for clusters in self.learned_clusters)], (0, *self._ends[:-1]))
 
-    def hardened(self) -> ClusterMap:
+    def with_hard_assignment(self) -> ClusterMap:
         """The same centroids, each prompt wholly in its nearest: another map with another id, without history."""
         return ClusterMap(
             self.centroids,
@@ -235,7 +240,7 @@ class ClusterMap:
             temperature=self.temperature,
         )
 
-    def with_history(self, history: ReferenceModels) -> ClusterMap:
+    def with_reference_models(self, reference_models: ReferenceModels) -> ClusterMap:
         """The same map, with the same id."""
         return ClusterMap(
             self.centroids,
@@ -243,18 +248,18 @@ class ClusterMap:
             names=self.names,
             top=self.top,
             temperature=self.temperature,
-            taught=self.taught,
-            history=history,
+            learned_clusters=self.learned_clusters,
+            reference_models=reference_models,
         )
 
     def _check(self) -> None:
         if len(self.names) != self.size:
             raise InvalidInput(f"{len(self.names)} names for {self.size} clusters")
-        for clusters in self.taught:
+        for clusters in self.learned_clusters:
             if clusters.dimension != self.dimension:
                 raise InvalidInput(f"taught clusters of {clusters.dimension} dimensions, not {self.dimension}")
-        if self.history and len(self.history.overlap) != self.size:
-            raise InvalidInput(f"a history of {len(self.history.overlap)} clusters for {self.size}")
+        if self.reference_models and len(self.reference_models.overlap) != self.size:
+            raise InvalidInput(f"a history of {len(self.reference_models.overlap)} clusters for {self.size}")
 
 
 @dataclass(frozen=True, eq=False)

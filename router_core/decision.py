@@ -183,7 +183,7 @@ class RoutingDecision:
     @property
     def ineligible(self) -> Mapping[str, str]:
         """Ruled-out model → why."""
-        return self.eligibility.why if self.eligibility else {}
+        return self.eligibility.reasons if self.eligibility else {}
 
     @cached_property
     def candidates(self) -> tuple[ScoredCandidate, ...]:

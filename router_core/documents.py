@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+from router_core.errors import InvalidValidationSet
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_MANIFEST_BYTES = 4_000_000
@@ -61,3 +65,87 @@ def check_bounds(value: Any) -> None:
             return
         level = inner
     raise DocumentTooLarge(f"is nested deeper than {MAX_DEPTH} levels")
+
+
+JsonObject = dict[str, object]
+
+
+def nearest_hint(word: str, known: Collection[str]) -> str:
+    """ "; did you mean 'answer'?" or, when nothing is near, the list of what is known."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+
+
+def short_repr(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+class Fields:
+    """Wraps one object. Every getter raises InvalidValidationSet that says the field, the value and the fix."""
+
+    def __init__(self, values: Mapping[str, object], known: Collection[str], prefix: str = "") -> None:
+        self.values = values
+        self.prefix = prefix
+        for key in values:
+            if key not in known:
+                raise InvalidValidationSet(f"unknown field {prefix + key!r}{nearest_hint(key, known)}")
+
+    def wrong(self, key: str, expected: str) -> InvalidValidationSet:
+        if key not in self.values:
+            return InvalidValidationSet(f"field {self.prefix + key!r} is missing: add {expected}")
+        return InvalidValidationSet(
+            f"field {self.prefix + key!r} must be {expected}, but it is {short_repr(self.values[key])}"
+        )
+
+    def has(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self.values.get(key, default)
+        if not isinstance(value, str) or not value.strip():
+            raise self.wrong(key, "a string that is not empty")
+        return value
+
+    def optional_text(self, key: str) -> str | None:
+        return self.text(key) if self.has(key) else None
+
+    def flag(self, key: str) -> bool:
+        value = self.values.get(key, False)
+        if not isinstance(value, bool):
+            raise self.wrong(key, "true or false")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.wrong(key, "a finite number, such as 42 or 3.5")
+        return value
+
+    def whole_number(self, key: str, low: int, high: int, default: int | None = None) -> int:
+        value = self.values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise self.wrong(key, f"a whole number from {low} to {high}")
+        return value
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A list of strings; absent is empty."""
+        value = self.values.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) and item.strip() for item in value):
+            raise self.wrong(key, "a list of strings that are not empty")
+        return tuple(value)
+
+    def span(self, key: str) -> tuple[int, int] | None:
+        """[low, high], both included; absent is None."""
+        if not self.has(key):
+            return None
+        match self.values[key]:
+            case [int(low), int(high)] if 0 <= low <= high:
+                return low, high
+        raise self.wrong(key, "two whole numbers [low, high] with 0 <= low <= high")
+
+    def mapping(self, key: str) -> JsonObject:
+        value = self.values.get(key)
+        if not isinstance(value, dict):
+            raise self.wrong(key, "a JSON object")
+        return value

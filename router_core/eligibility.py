@@ -141,7 +141,7 @@ class Eligibility:
         return self.pool.names if len(self.rows) == len(self.pool) else RowNames(self.pool.names, self.rows)
 
     @cached_property
-    def why(self) -> dict[str, str]:
+    def reasons(self) -> dict[str, str]:
         """Ruled-out model → its reasons, separated by commas. Those that were nearest to be left come first."""
         failed: dict[int, tuple[FilterStage, list[str]]] = {}
         for check in sorted(self.checked(), key=lambda check: check.stage):
@@ -164,9 +164,9 @@ def eligible(
     needs: Requirements,
     allowed: Collection[str] | None = None,
     *,
-    measured: bool = True,
-    resting: Collection[str] = (),
-    loading: Collection[str] = (),
+    require_profile: bool = True,
+    cooling_down: Collection[str] = (),
+    not_ready: Collection[str] = (),
 ) -> Eligibility:
     """Rule models out before any is scored.
 
@@ -177,18 +177,18 @@ def eligible(
         pool: the snapshot's models.
         needs: what this request asks for.
         allowed: names that this request or its key is restricted to; None is no restriction.
-        measured: whether a model needs a profile; one without can be called, but not compared.
-        resting: names that failed too often lately to be asked now.
-        loading: names that this process cannot call yet.
+        require_profile: whether a model needs a profile; one without can be called, but not compared.
+        cooling_down: names that failed too often lately to be asked now.
+        not_ready: names that this process cannot call yet.
     """
-    absent = [(names, why) for names, why in ((resting, RESTING), (loading, LOADING)) if names]
-    if allowed is None and measured and not absent and _all_can(pool, needs):
-        return Eligibility(pool, pool.routable_rows, lambda: _checks(pool, needs, None, (), measured=True)[1])
-    left, checks = _checks(pool, needs, allowed, absent, measured=measured)
+    absent = [(names, why) for names, why in ((cooling_down, RESTING), (not_ready, LOADING)) if names]
+    if allowed is None and require_profile and not absent and _all_can(pool, needs):
+        return Eligibility(pool, pool.routable_rows, lambda: _checks(pool, needs, None, (), require_profile=True)[1])
+    left, checks = _checks(pool, needs, allowed, absent, require_profile=require_profile)
     return Eligibility(pool, np.flatnonzero(left), lambda: checks)
 
 
-def told_limit(pool: Pool, row: int, needs: Requirements) -> int | None:
+def output_limit(pool: Pool, row: int, needs: Requirements) -> int | None:
     """Tokens of an answer that the request allows this model, as it is told; None: the request states no limit.
 
     A limit that is a cap is lowered to what the model can do.
@@ -226,34 +226,36 @@ def _all_can(pool: Pool, needs: Requirements) -> bool:
         and limit <= output
         and needs.max_input_cost_per_token is None
         and needs.max_output_cost_per_token is None
-        and not needs.abilities
+        and not needs.capabilities
     )
 
 
 def _checks(
-    pool: Pool, needs: Requirements, allowed: Collection[str] | None, absent: Excluded, *, measured: bool
+    pool: Pool, needs: Requirements, allowed: Collection[str] | None, absent: Excluded, *, require_profile: bool
 ) -> tuple[Mask, Sequence[Filter]]:
     """(M,) who passed all, and each check."""
     left = np.ones(len(pool), dtype=np.bool_)
     checks = []
-    for check in (*_standing(pool, allowed, absent, measured=measured), *_known(pool, needs)):
+    for check in (*_standing(pool, allowed, absent, require_profile=require_profile), *_known(pool, needs)):
         left &= check.passed
         checks.append(check)
-    for ability in needs.abilities:
-        able = pool.able[ability] == 1
+    for ability in needs.capabilities:
+        able = pool.capabilities[ability] == 1
         if (left & able).any():
             left &= able
             checks.append(Filter(FilterStage.UNKNOWN, able, f"not known to {CAPABILITY_NAMES[ability]}"))
     return left, checks
 
 
-def _standing(pool: Pool, allowed: Collection[str] | None, absent: Excluded, *, measured: bool) -> Iterator[Filter]:
+def _standing(
+    pool: Pool, allowed: Collection[str] | None, absent: Excluded, *, require_profile: bool
+) -> Iterator[Filter]:
     """What holds for every request of this caller now."""
     if allowed is not None:
         yield Filter(FilterStage.LISTED, _listed(pool, allowed), "not among the models that this request may use")
     for names, why in absent:
         yield Filter(FilterStage.STANDING, ~_listed(pool, names), why)
-    if measured:
+    if require_profile:
         yield Filter(FilterStage.STANDING, ~np.isnan(pool.mean_errors), "not profiled on this cluster map")
     yield Filter(FilterStage.STANDING, ~np.isnan(pool.prices.input), "no price is known; state one, or free: true")
 
@@ -275,8 +277,8 @@ def _known(pool: Pool, needs: Requirements) -> Iterator[Filter]:
     prices = pool.prices.at(needs.prompt_tokens)
     yield from _within(prices.input, needs.max_input_cost_per_token, "input")
     yield from _within(prices.output, needs.max_output_cost_per_token, "output")
-    for ability in needs.abilities:
-        yield Filter(FilterStage.NEEDS, pool.able[ability] != 0, f"cannot {CAPABILITY_NAMES[ability]}")
+    for ability in needs.capabilities:
+        yield Filter(FilterStage.NEEDS, pool.capabilities[ability] != 0, f"cannot {CAPABILITY_NAMES[ability]}")
 
 
 def _within(prices: Doubles, cap: float | None, side: str) -> Iterator[Filter]:

@@ -24,21 +24,6 @@ from router_core import distill
 from router_core.errors import Interrupted, InvalidArtifact
 from router_core.types import Embedder, Floats
 
-MAX_END_CHARS = 2_000
-"""Characters kept from each end."""
-
-
-def truncate_middle(text: str) -> str:
-    """The text, or its two ends where it is longer than both; blanks around a long one do not count.
-
-    Whatever is embedded goes through here first, so that a prompt has one vector whether it is fitted or routed.
-    """
-    if len(text) <= 2 * MAX_END_CHARS:
-        return text
-    said = text.strip()
-    return said if len(said) <= 2 * MAX_END_CHARS else f"{said[:MAX_END_CHARS]}\n{said[-MAX_END_CHARS:]}"
-
-
 MAX_WORDS = 8_192
 """Whose ids a thread remembers: about 2 MiB. So few that no choice of words can make looking one up slow."""
 
@@ -135,7 +120,7 @@ class StaticEmbedder:
             vectors[row] = self._vector(_utf8(text))
         return vectors
 
-    def embed_at_hand(self, text: str) -> Floats | None:
+    def embed_if_short(self, text: str) -> Floats | None:
         """(1, d), the same as `embed` gives, in about a millisecond at most. None: it would take longer."""
         encoded = _utf8(text)
         return None if len(encoded) > MAX_INLINE_BYTES else self._vector(encoded).reshape(1, -1)

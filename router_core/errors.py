@@ -10,7 +10,7 @@ RouterCoreError
 ├── MapMismatch                    a profile or map measured with another cluster map or embedder
 ├── WorkerLost                     a process that worked for this one was killed
 ├── Interrupted                    whoever asked for it does not want it any more
-└── NoEligibleModel                every candidate was ruled out; carries why, per model
+└── NoEligibleModel                every candidate was ruled out; carries the reasons, per model
 """
 
 from collections.abc import Mapping
@@ -57,8 +57,8 @@ class Interrupted(RouterCoreError):
 
 
 class NoEligibleModel(RouterCoreError):
-    """No candidate is left. `why` maps each ruled-out model to the reason."""
+    """No candidate is left. `reasons` maps each ruled-out model to the reason."""
 
-    def __init__(self, message: str, why: Mapping[str, str]) -> None:
+    def __init__(self, message: str, reasons: Mapping[str, str]) -> None:
         super().__init__(message)
-        self.why = dict(why)
+        self.reasons = dict(reasons)

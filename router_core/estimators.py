@@ -65,7 +65,7 @@ def partially_pooled_rates(error_sums: Doubles, labels: Doubles, cluster_map: Cl
     rates = np.empty_like(error_sums)
     for view in cluster_map.views:
         own = view.columns
-        history = cluster_map.history or _nothing_known(cluster_map.size, view.share)
+        history = cluster_map.reference_models or _nothing_known(cluster_map.size, view.share)
         together = _rates(
             np.concatenate((error_sums[:, own], history.error_sums[:, own])) / view.share,
             np.concatenate((labels[:, own], history.labels[:, own])) / view.share,
@@ -217,4 +217,6 @@ RAW = Estimator("raw", hard=True, rates=_raw)
 
 LAPLACE = Estimator("laplace", hard=True, rates=_laplace)
 
-RECIPES: Mapping[str, Estimator] = MappingProxyType({recipe.name: recipe for recipe in (POOLED, SHRUNK, RAW, LAPLACE)})
+ESTIMATORS: Mapping[str, Estimator] = MappingProxyType(
+    {recipe.name: recipe for recipe in (POOLED, SHRUNK, RAW, LAPLACE)}
+)

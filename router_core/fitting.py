@@ -16,8 +16,8 @@ from router_core.clustering import (
     TOP,
     ClusterMap,
     LearnedClusters,
-    history_of,
     kmeans,
+    reference_models_of,
 )
 from router_core.errors import InvalidInput
 from router_core.learned_clusters import fit_learned_clusters
@@ -109,7 +109,7 @@ FUNCTION_WORDS = frozenset(
     doing down during each few for from further had has have having her here hers him his how into its itself just more
     most not now off once only other our out over own same she should some such than that the their them then there
     these they this those through too under until very was were what when where which while who whom why will with
-    would you your yours following answer come question""".split()  # noqa: SIM905
+    would you your yours following answer come question""".split()
 )
 """English words that name nothing, however distinctive."""
 
@@ -245,7 +245,7 @@ def with_overlap(
     if cluster_map.size > MAX_CLUSTERS_FOR_OVERLAP:
         return cluster_map
     assignment = cluster_map.assign(embedded.vectors)
-    return cluster_map.with_history(history_of(assignment, cluster_map.size, scores, models))
+    return cluster_map.with_reference_models(reference_models_of(assignment, cluster_map.size, scores, models))
 
 
 def _with_taught(plain: ClusterMap, taught: Sequence[LearnedClusters], embedded: EmbeddedPrompts) -> ClusterMap:
@@ -258,7 +258,7 @@ def _with_taught(plain: ClusterMap, taught: Sequence[LearnedClusters], embedded:
         names=names,
         top=plain.top,
         temperature=plain.temperature,
-        taught=taught,
+        learned_clusters=taught,
     )
 
 

@@ -25,7 +25,7 @@ class CachedEstimator:
         self._recipe = recipe
         self._last: tuple[bytes, Doubles] | None = None
 
-    def of(self, profiles: Sequence[Profile | None]) -> Doubles:
+    def rates(self, profiles: Sequence[Profile | None]) -> Doubles:
         """(M, K) in [0, 1], read-only; NaN rows without a profile. Rates that a profile states are served as stated."""
         rates = np.full((len(profiles), self._map.size), np.nan)
         measured = [row for row, profile in enumerate(profiles) if profile and profile.stated is None]
@@ -86,7 +86,7 @@ class Pool:
     errors_and_tokens: Doubles
     """(K, 2M) the two that every choice reads, by cluster: error rates, then output tokens."""
     prices: PriceColumns
-    able: Mapping[str, NDArray[np.int8]]
+    capabilities: Mapping[str, NDArray[np.int8]]
     """ability → (M,) of 1, 0, or UNKNOWN."""
     max_input_tokens: NDArray[np.int64]
     max_output_tokens: NDArray[np.int64]
@@ -109,7 +109,7 @@ class Pool:
         profiles = [candidate.profile for candidate in ordered]
         blank = np.full(cluster_map.size, np.nan)
         names = tuple(candidate.name for candidate in ordered)
-        errors = (error_rates or CachedEstimator(cluster_map)).of(profiles)
+        errors = (error_rates or CachedEstimator(cluster_map)).rates(profiles)
         tokens = _filled([p.output_tokens() if p else blank for p in profiles], UNMEASURED_OUTPUT_TOKENS, blank)
         return cls(
             names=names,
@@ -122,8 +122,8 @@ class Pool:
             output_tokens=tokens,
             errors_and_tokens=np.ascontiguousarray(np.concatenate((errors, tokens)).T),
             seconds=_filled([p.seconds() if p else blank for p in profiles], 0.0, blank),
-            prices=PriceColumns.of([candidate.price for candidate in ordered]),
-            able=_capability_columns([candidate.capabilities for candidate in ordered]),
+            prices=PriceColumns.from_prices([candidate.price for candidate in ordered]),
+            capabilities=_capability_columns([candidate.capabilities for candidate in ordered]),
             max_input_tokens=_limits([candidate.capabilities.max_input_tokens for candidate in ordered]),
             max_output_tokens=_limits([candidate.capabilities.max_output_tokens for candidate in ordered]),
             shares_window=np.array([candidate.capabilities.shares_window for candidate in ordered], dtype=np.bool_),

@@ -8,19 +8,6 @@ import numpy as np
 
 from router_core.types import Doubles, Indices, Price
 
-BYTES_PER_TOKEN = 4
-
-
-def text_bytes(text: str) -> int:
-    """UTF-8 bytes; a lone surrogate counts as one."""
-    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
-
-
-def estimate_tokens(text: str) -> int:
-    """Bytes by four, at least one."""
-    return max(text_bytes(text) // BYTES_PER_TOKEN, 1)
-
-
 REFERENCE = Price(input_cost_per_token=2.5e-6, output_cost_per_token=1e-5)
 """The fixed price that makes costs scale-free: $2.50 in and $10 out per million tokens."""
 
@@ -98,7 +85,7 @@ def rate_usd(price: Price, bucket: str) -> float:
 
 def bill_usd(price: Price, usage: TokenUsage) -> float:
     """What an answer cost, in USD: each bucket at its own price, all at the tier of the whole prompt."""
-    tier = price.at(usage.prompt_tokens) if price.above else price
+    tier = price.at(usage.prompt_tokens) if price.tiers else price
     usd = usage.fresh_tokens * tier.input_cost_per_token + usage.output_tokens * tier.output_cost_per_token
     for bucket in _APART:
         if tokens := getattr(usage, bucket):
@@ -123,7 +110,7 @@ def max_price_usd(
     possible = {bucket for bucket in RATES if images or not bucket.startswith("image_")}
     possible -= set() if audio_input else _AUDIO_IN
     possible -= set() if audio_output else {"audio_output_tokens"}
-    tiers = (price, *(tier for tokens, tier in price.above if prompt_tokens > tokens))
+    tiers = (price, *(tier for tokens, tier in price.tiers if prompt_tokens > tokens))
     return max(
         prompt_tokens * max(rate_usd(tier, bucket) for bucket in RATES_IN if bucket in possible)
         + output_tokens * max(rate_usd(tier, bucket) for bucket in RATES_OUT if bucket in possible)
@@ -144,12 +131,12 @@ class PriceColumns:
     output: Doubles
     cached: Doubles
     """Of prompt tokens that the model has read a moment ago; the input price where no other is stated."""
-    above: tuple[tuple[int, PriceColumns], ...] = ()
+    tiers: tuple[tuple[int, PriceColumns], ...] = ()
     """The columns for prompts of more than so many tokens, where any of the models has such a tier. Ascending."""
 
     @classmethod
-    def of(cls, prices: Sequence[Price | None]) -> PriceColumns:
-        limits = sorted({tokens for price in prices if price is not None for tokens, _ in price.above})
+    def from_prices(cls, prices: Sequence[Price | None]) -> PriceColumns:
+        limits = sorted({tokens for price in prices if price is not None for tokens, _ in price.tiers})
         above = tuple((tokens, cls._of_tier(prices, tokens + 1)) for tokens in limits)
         return cls._of_tier(prices, 0, above)
 
@@ -164,15 +151,15 @@ class PriceColumns:
 
         return cls(column("fresh_tokens"), column("output_tokens"), column("cached_tokens"), above)
 
-    def of_rows(self, rows: Indices) -> PriceColumns:
+    def select(self, rows: Indices) -> PriceColumns:
         """Of these models alone."""
-        above = tuple((tokens, tier.of_rows(rows)) for tokens, tier in self.above)
+        above = tuple((tokens, tier.select(rows)) for tokens, tier in self.tiers)
         return PriceColumns(self.input[rows], self.output[rows], self.cached[rows], above)
 
     def at(self, prompt_tokens: float) -> PriceColumns:
         """The columns that a prompt of this length is billed at."""
         columns = self
-        for tokens, tier in self.above:
+        for tokens, tier in self.tiers:
             if prompt_tokens > tokens:
                 columns = tier
         return columns
@@ -184,11 +171,11 @@ class PriceColumns:
 
         `cached_tokens`, (M,): how many of the prompt's each model has in its cache.
         """
-        columns = self.at(prompt_tokens) if self.above and isinstance(prompt_tokens, int) else self
+        columns = self.at(prompt_tokens) if self.tiers and isinstance(prompt_tokens, int) else self
         fresh_tokens = prompt_tokens - cached_tokens
         usd = columns.input * fresh_tokens + columns.cached * cached_tokens + columns.output * output_tokens
-        if self.above and not isinstance(prompt_tokens, int):
-            for tokens, tier in self.above:
+        if self.tiers and not isinstance(prompt_tokens, int):
+            for tokens, tier in self.tiers:
                 usd = np.where(
                     prompt_tokens > tokens, tier.expected_usd(prompt_tokens, output_tokens, cached_tokens), usd
                 )

@@ -103,7 +103,7 @@ class Router:
             for name, profile in sorted(self.model_profile.items())
             if isinstance(profile, Profile) and profile.map_id == self.cluster_map.id
         }
-        rates = dict(zip(measured, self._error_rates.of(list(measured.values())), strict=True))
+        rates = dict(zip(measured, self._error_rates.rates(list(measured.values())), strict=True))
         return np.array([self._checked(name, stated[name]) if name in stated else rates[name] for name in names])
 
     def _checked(self, name: str, stated: ArrayLike) -> Doubles:

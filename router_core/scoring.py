@@ -92,7 +92,7 @@ def _score(
 ) -> tuple[Eligibility, ScoreTable]:
     pool = eligibility.pool
     if not eligibility.rows.size:
-        raise NoEligibleModel("no model can answer this request", eligibility.why)
+        raise NoEligibleModel("no model can answer this request", eligibility.reasons)
     errors, output_tokens = _expected(pool, assignment)
     billed_tokens = _capped(pool, output_tokens, needs) * needs.answers
     usd = pool.prices.expected_usd(needs.prompt_tokens, billed_tokens, _cached_tokens(pool, needs, terms))
@@ -121,7 +121,7 @@ def _expected(pool: Pool, assignment: Assignment | None) -> tuple[Doubles, Doubl
     """(M,) Φ·Ψ and (M,) output tokens for this prompt."""
     if assignment is None:
         return pool.mean_errors, pool.mean_output_tokens
-    both = assignment.expected_of(pool.errors_and_tokens)
+    both = assignment.expected_one(pool.errors_and_tokens)
     return both[: len(pool)], both[len(pool) :]
 
 
@@ -164,7 +164,7 @@ def _within(eligibility: Eligibility, usd: Doubles, max_cost_usd: float) -> Elig
         message = (
             f"every able model is expected to cost more than max_cost_usd={max_cost_usd:g}; cheapest: ${cheapest:.6f}"
         )
-        raise NoEligibleModel(message, left.why)
+        raise NoEligibleModel(message, left.reasons)
     return left
 
 

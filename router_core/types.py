@@ -49,7 +49,7 @@ class Assignment:
         np.put_along_axis(rows, self.ids, self.weights.astype(np.float64), axis=1)
         return rows
 
-    def expected_of(self, by_cluster: Doubles) -> Doubles:
+    def expected_one(self, by_cluster: Doubles) -> Doubles:
         """(M,) of a (K, M) matrix for one prompt. Equal columns give equal values: sums are made alike for each."""
         rows = by_cluster.take(self.ids[0], axis=0)
         rows *= self.weights[0, :, None]
@@ -82,7 +82,7 @@ class Price:
     output_cost_per_reasoning_token: float | None = None
     output_cost_per_audio_token: float | None = None
     output_cost_per_image_token: float | None = None
-    above: tuple[tuple[int, Price], ...] = ()
+    tiers: tuple[tuple[int, Price], ...] = ()
     """Tiers: of a prompt longer than so many tokens every token costs this instead. Ascending, each one whole."""
 
     def __post_init__(self) -> None:
@@ -92,7 +92,7 @@ class Price:
                 raise InvalidPrice(f"{name} must be USD per token, from 0 to {MAX_PRICE:g}; got {value!r}")
 
     @classmethod
-    def of(cls, stated: Mapping[str, float | None]) -> Price:
+    def from_fields(cls, fields: Mapping[str, float | None]) -> Price:
         """Read LiteLLM's flat fields, `input_cost_per_token_above_200k_tokens` and its like among them.
 
         What a tier does not state is as it was below. None is not stated; names that are no price are passed over.
@@ -102,7 +102,7 @@ class Price:
         """
         base: dict[str, float] = {}
         tiers: dict[int, dict[str, float]] = {}
-        for name, value in stated.items():
+        for name, value in fields.items():
             if value is None or (field := price_field(name)) is None:
                 continue
             rate, tokens = field
@@ -120,21 +120,21 @@ class Price:
         for tokens in sorted(tiers):
             rates = rates | tiers[tokens]
             above.append((tokens, _checked_tier(rates, tokens)))
-        return cls(**base, above=tuple(above))
+        return cls(**base, tiers=tuple(above))
 
     def at(self, prompt_tokens: float) -> Price:
         """The tier that a whole request of such a prompt, its cached tokens included, is billed at."""
         price = self
-        for tokens, tier in self.above:
+        for tokens, tier in self.tiers:
             if prompt_tokens > tokens:
                 price = tier
         return price
 
-    def stated(self) -> dict[str, float]:
+    def to_fields(self) -> dict[str, float]:
         """LiteLLM's flat fields, of which `of` makes the same price again."""
         fields = {name: value for name in PRICE_FIELDS if (value := getattr(self, name)) is not None}
         below = self
-        for tokens, tier in self.above:
+        for tokens, tier in self.tiers:
             # a tier that states nothing new still says where it begins
             changed = [name for name in PRICE_FIELDS if getattr(tier, name) != getattr(below, name)]
             for name in changed or PRICE_FIELDS[:1]:
@@ -143,7 +143,7 @@ class Price:
         return fields
 
 
-PRICE_FIELDS = tuple(column.name for column in fields(Price) if column.name != "above")
+PRICE_FIELDS = tuple(column.name for column in fields(Price) if column.name != "tiers")
 """The input and the output price, which every price has, come first."""
 _ABOVE = re.compile(rf"({'|'.join(PRICE_FIELDS)})_above_([0-9]{{1,12}})(k?)_tokens")
 
@@ -241,6 +241,6 @@ class Requirements:
     reasoning: bool = False
 
     @property
-    def abilities(self) -> tuple[str, ...]:
+    def capabilities(self) -> tuple[str, ...]:
         """Those of ABILITIES that are asked for, in their order."""
         return tuple(ability for ability in CAPABILITY_NAMES if getattr(self, ability))

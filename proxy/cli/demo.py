@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import secrets
+import socket
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -15,16 +17,18 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from pydantic import SecretStr
 
-from proxy.app import check_data_dir
+from proxy.app import from_settings
 from proxy.cli import console
-from proxy.cli.console import CommandError, say, table, write
+from proxy.cli.client import FINISHED, ServerClient
+from proxy.cli.console import CommandError, echo, table
 from proxy.cli.local_models import LlamaServer, gemma_base, smollm2, start_llama
-from proxy.cli.options import FINISHED, ServerClient
+from proxy.cli.startup_progress import show_startup
 from proxy.cli.tools import show_decision
-from proxy.outbound import http_client
 from proxy.profiling.job import PromptAnswer, answers_key
-from proxy.server.run import LOGGING, BackgroundServer, address, listen
+from proxy.server.preflight import check_data_dir
+from proxy.server.run import LOGGING, Server, address, listen, server_config
 from proxy.settings.models import SettingsError
+from proxy.settings.outbound import http_client
 from proxy.settings.schema import Settings
 from router_core.artifact import builtin_map
 from router_core.validation.families.registry import builtin_validation_set
@@ -114,7 +118,7 @@ def ask_three(url: str) -> None:
     http = http_client(timeout=600)
     with OpenAI(base_url=f"{url}/v1", api_key=key, http_client=http) as client, ServerClient(url, key) as dry:
         for number, question in enumerate(THREE, 1):
-            say(f"\n── {number}. {question.text}   ({question.remark})")
+            echo(f"\n── {number}. {question.text}   ({question.remark})")
             ask(client, question)
             show_decision(dry.call("POST", "/v1/route", _body(question)))
 
@@ -129,13 +133,13 @@ def ask(client: OpenAI, question: Question) -> None:
         stream=True,
         extra_headers=dict(question.headers),
     )
-    write("   ")
+    echo("   ", end="")
     for chunk in reply.parse():
         if chunk.choices and (text := chunk.choices[0].delta.content):
-            write(text.replace("\n", "\n   "))
-    say()
+            echo(text.replace("\n", "\n   "), end="")
+    echo()
     shown = ("x-uniroute-model", "x-uniroute-reason", "x-uniroute-overhead-ms")
-    say("   " + "  ".join(f"{name}: {reply.headers.get(name)}" for name in shown))
+    echo("   " + "  ".join(f"{name}: {reply.headers.get(name)}" for name in shown))
 
 
 def _body(question: Question) -> dict[str, Any]:
@@ -156,11 +160,11 @@ def show_profiles(client: ServerClient, settings: Settings, arms: Sequence[DemoM
     cards = [client.call("GET", f"/admin/models/{arm.name}") for arm in arms]
     names = [card["model_name"] for card in cards]
     answers = asyncio.run(read_scores(settings, [card["job"]["id"] for card in cards]))
-    say()
+    echo()
     by_family(names, answers)
-    say()
+    echo()
     by_cluster(cards)
-    say()
+    echo()
     over_all(cards)
 
 
@@ -193,7 +197,7 @@ def by_family(names: Sequence[str], scores: Sequence[Scores]) -> None:
     table(("family", *names), rows, title="By family: points of labelled prompts")
     nobody = sorted(family for family, cells in grouped.items() if not any(map(sum, cells)))
     if nobody:
-        say(f"  nobody has a point in: {', '.join(nobody)}")
+        echo(f"  nobody has a point in: {', '.join(nobody)}")
 
 
 def _points(scores: Sequence[float]) -> str:
@@ -223,7 +227,7 @@ def over_all(cards: Sequence[Mapping[str, Any]]) -> None:
     table(("over all", *(card["model_name"] for card in cards)), rows)
 
 
-_POLL_S = 0.3
+POLL_INTERVAL_S = 0.3
 
 _SHORT_ANSWER_TOKENS = 256
 
@@ -236,19 +240,19 @@ def run_demo(settings: Settings, *, prompts: int, once: bool) -> None:
     started = time.monotonic()
     with ExitStack() as stack:
         write_easy_prompts(Path(settings.validation_set))
-        arms = start_arms(stack, settings.data_dir, say)
+        arms = start_arms(stack, settings.data_dir, echo)
         bound = listen_somewhere(settings)
         server = BackgroundServer(settings, bound, file_logging(settings.data_dir / "server.log"))
         stack.callback(server.stop)
         if not server.start():
             raise CommandError(f"the server did not start; see {settings.data_dir / 'server.log'}")
         url = address(bound)
-        say(f"UniRoute serves at {url}/v1, {time.monotonic() - started:.1f} s after the start")
+        echo(f"UniRoute serves at {url}/v1, {time.monotonic() - started:.1f} s after the start")
         client = stack.enter_context(ServerClient(url, admin_key(settings)))
         measure_arms(client, arms, prompts)
         show_profiles(client, settings, [arm for arm, _ in arms])
         ask_three(url)
-        say(f"\n{time.monotonic() - started:.0f} s in all.")
+        echo(f"\n{time.monotonic() - started:.0f} s in all.")
         if not once:
             tell_next_steps(url, settings)
             wait_for_ctrl_c(server)
@@ -279,7 +283,7 @@ def listen_somewhere(settings: Settings) -> Any:
     try:
         return listen(settings.host, settings.port)
     except SettingsError:
-        say(f"port {settings.port} is taken; using a free one")
+        echo(f"port {settings.port} is taken; using a free one")
         return listen(settings.host, 0)
 
 
@@ -292,9 +296,9 @@ def file_logging(path: Path) -> dict[str, Any]:
 
 def measure_arms(client: ServerClient, arms: Sequence[tuple[DemoModel, str]], prompts: int) -> None:
     """Add each arm with the call that adds any model, and wait until all are measured."""
-    say(f"\nPOST /admin/models for each of {len(arms)} models, asking {prompts} of the easiest validation prompts:")
+    echo(f"\nPOST /admin/models for each of {len(arms)} models, asking {prompts} of the easiest validation prompts:")
     for arm, _ in arms:
-        say(
+        echo(
             f"  {arm.name:<12} {arm.about}; notional price ${arm.input_cost:g} in, ${arm.output_cost:g} out per million"
         )
     known = {card["model_name"] for card in client.call("GET", "/admin/models")["models"]}
@@ -317,13 +321,13 @@ def follow_all(client: ServerClient, jobs: Mapping[str, str]) -> None:
                     del waiting[name]
                     if state["state"] != "ready":
                         raise CommandError(f"measuring {name} {state['state']}: {state['error']}")
-            time.sleep(_POLL_S)
+            time.sleep(POLL_INTERVAL_S)
 
 
 def tell_next_steps(url: str, settings: Settings) -> None:
     params = '{"model": "openai/gpt-6-luna", "api_key": "os.environ/OPENAI_API_KEY"}'
     body = f'{{"model_name": "gpt-6-luna", "litellm_params": {params}, "profile": {{"max_usd": 0.5}}}}'
-    say(f"""
+    echo(f"""
 It serves until Ctrl-C. Point any OpenAI client at {url}/v1 with model "auto".
 
 To add a model with an API key, have the key in the environment of the demo (OPENAI_API_KEY=… make demo), then:
@@ -342,4 +346,39 @@ def wait_for_ctrl_c(server: BackgroundServer) -> None:
     try:
         server.wait()
     except KeyboardInterrupt:
-        say("stopping")
+        echo("stopping")
+
+
+class BackgroundServer:
+    """A server in a thread of this process, which ends with the process."""
+
+    def __init__(self, settings: Settings, bound: socket.socket, logging: dict[str, Any]) -> None:
+        self._server = Server(server_config(settings, from_settings, logging=logging))
+        self._drain_s = settings.drain_s
+        self._bound = bound
+        self._ended = threading.Event()  # a join() that Ctrl-C interrupts would count the thread as ended
+        self._thread = threading.Thread(target=self._run, name="uniroute-server", daemon=True)
+
+    def start(self) -> bool:
+        """Start, show the progress, and return whether the server is ready; False if the start failed."""
+        self._thread.start()
+        with console.progress() as bars:
+            while not self._server.is_ready and not self._ended.wait(POLL_INTERVAL_S):
+                if self._server.holder is not None:
+                    show_startup(self._server.holder.startup.to_json(), bars)
+        return self._server.is_ready and not self._ended.is_set()
+
+    def wait(self) -> None:
+        """Wait until the server has ended by itself."""
+        while not self._ended.wait(0.5):
+            pass
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._ended.wait(self._drain_s + 10)
+
+    def _run(self) -> None:
+        try:
+            self._server.run([self._bound])
+        finally:
+            self._ended.set()

@@ -10,7 +10,7 @@ from time import monotonic
 from typing import Any, Final
 
 from proxy.concurrency import cancel_and_wait
-from proxy.storage.redis import InvalidRecord, Store, StoreUnavailable, json_object, number, whole_number
+from proxy.storage.redis import InvalidRecord, Store, StoreUnavailable, json_object, load_script, number, whole_number
 from router_core.profiles import MAX_VALUE
 
 JOBS: Final = "uniroute:jobs"
@@ -181,50 +181,9 @@ GIVEN_UP = (
     " log says more; profile the model again"
 )
 
-# KEYS: job, lease, kick, answers, reserved, open. ARGV: token, lease in ms, the worker's map, the job's id. Repeating
-# it with the same token is harmless. A lease that never ends is nobody's: ours all do. What was set aside when a job is
-# given up counts as spent.
-_TAKE = f"""
-local state, only = unpack(redis.call('HMGET', KEYS[1], 'state', 'map'))
-if state ~= 'queued' and state ~= 'running' then return 0 end
-if only and only ~= ARGV[3] then return 0 end
-if redis.call('PTTL', KEYS[2]) == -1 then redis.call('DEL', KEYS[2]) end
-if not redis.call('SET', KEYS[2], ARGV[1], 'NX', 'PX', ARGV[2]) then
-  return redis.call('GET', KEYS[2]) == ARGV[1] and 1 or 0
-end
-local tries = tonumber(redis.call('HGET', KEYS[1], 'tries') or 0)
-if not tries or not (tries >= 0 and tries <= {MAX_TRIES}) then tries = 0 end
-if tries < {MAX_TRIES} then
-  redis.call('HSET', KEYS[1], 'state', 'running', 'tries', tries + 1)
-  return 1
-end
-if redis.call('HEXISTS', KEYS[1], 'spent_usd') == 1 then
-  for _, usd in ipairs(redis.call('HVALS', KEYS[5])) do redis.call('HINCRBYFLOAT', KEYS[1], 'spent_usd', usd) end
-end
-redis.call('HSET', KEYS[1], 'state', 'failed', 'error', '{GIVEN_UP}', 'eta_s', '')
-redis.call('SREM', KEYS[6], ARGV[4])
-redis.call('EXPIRE', KEYS[1], {KEPT_S})
-redis.call('EXPIRE', KEYS[4], {KEPT_S})
-redis.call('DEL', KEYS[2], KEYS[5])
-return 2
-"""
-
-_RENEW = """
-if redis.call('GET', KEYS[2]) ~= ARGV[1] or redis.call('HGET', KEYS[1], 'state') ~= 'running' then return 0 end
-return redis.call('PEXPIRE', KEYS[2], ARGV[2])
-"""
-
-# A job that was given back was not tried in vain.
-_RELEASE = """
-if redis.call('GET', KEYS[2]) == ARGV[1] then
-  redis.call('DEL', KEYS[2], KEYS[3])
-  if redis.call('HEXISTS', KEYS[1], 'tries') == 1 then
-    local tries = tonumber(redis.call('HGET', KEYS[1], 'tries'))
-    redis.call('HSET', KEYS[1], 'tries', tries and tries >= 1 and tries - 1 or 0)
-  end
-end
-return 1
-"""
+_TAKE = load_script(__package__, "take_job", GIVEN_UP=GIVEN_UP, KEPT_S=KEPT_S, MAX_TRIES=MAX_TRIES)
+_RENEW = load_script(__package__, "renew_lease")
+_RELEASE = load_script(__package__, "release_lease")
 
 
 class LeaseLost(Exception):

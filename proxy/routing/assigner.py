@@ -68,7 +68,7 @@ class ClusterAssigner:
 
     def _assign_inline(self, text: str, cluster_map: ClusterMap) -> Assignment | None:
         """Embed a short prompt on the event loop, in a millisecond at most; return None for a longer one."""
-        vector = self.embedder.embed_at_hand(text) if isinstance(self.embedder, StaticEmbedder) else None
+        vector = self.embedder.embed_if_short(text) if isinstance(self.embedder, StaticEmbedder) else None
         return None if vector is None else _read_only(cluster_map.assign(vector))
 
     def _remember(self, key: tuple[str, bytes], assignment: Assignment) -> None:

@@ -225,7 +225,7 @@ class IneligibleReasons(Mapping[str, str]):
 
     @cached_property
     def _reasons(self) -> dict[str, str]:
-        why = self._eligibility.why if self._eligibility else {}
+        why = self._eligibility.reasons if self._eligibility else {}
         usable = set(allowed_models(self._ctx.snapshot, self._ctx.key)) - {self._but}
         return {name: reason for name, reason in why.items() if name in usable}
 
@@ -248,9 +248,9 @@ def no_candidate_error(ctx: SelectionContext, eligibility: Eligibility) -> NoEli
         return NoEligibleModelError(
             "`models`, `provider.only` and `provider.ignore` together leave no model", param="provider"
         )
-    reasons = listed(_of_candidates(ctx, eligibility.why))
+    reasons = listed(_of_candidates(ctx, eligibility.reasons))
     if not eligible(pool, Requirements(), allowed).rows.size:
-        return NotMeasured(f"no model can be chosen yet{reasons}", _of_candidates(ctx, eligibility.why))
+        return NotMeasured(f"no model can be chosen yet{reasons}", _of_candidates(ctx, eligibility.reasons))
     if eligible(pool, requirements, allowed).rows.size:
         return ServiceUnavailable(f"every model that can take this request rests after failures{reasons}")
     if eligible(pool, replace(requirements, prompt_tokens=0), allowed).rows.size:
@@ -266,7 +266,7 @@ def no_candidate_error(ctx: SelectionContext, eligibility: Eligibility) -> NoEli
 
 def over_cost_error(ctx: SelectionContext, error: NoEligibleModel) -> NoEligibleModelError:
     """Say that models could answer, but none of them within max_cost_usd."""
-    return NoEligibleModelError(f"{error}{listed(_of_candidates(ctx, error.why))}", param="uniroute.max_cost_usd")
+    return NoEligibleModelError(f"{error}{listed(_of_candidates(ctx, error.reasons))}", param="uniroute.max_cost_usd")
 
 
 def _candidates(ctx: SelectionContext) -> Collection[str]:

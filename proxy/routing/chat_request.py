@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from proxy.errors import BadRequest
-from proxy.routing.control_fields import reject_control_fields
 from proxy.routing.json_body import parse_fast, parse_strict
 from proxy.routing.requirements import ContentSummary
 from proxy.routing.sizes import check_sizes
+from proxy.settings.control_fields import reject_control_fields
 from proxy.settings.schema import NO_OVERRIDES, TimeoutOverrides
 
 MAX_ID = 255

@@ -11,9 +11,9 @@ from typing import Any, Never
 import orjson
 
 from proxy.errors import BadRequest
+from proxy.json_limits import MAX_DEPTH, MAX_VALUES, JSONTooLarge, reject_large
 from proxy.routing.requirements import PARTS, SCALAR_BYTES, TEXTS, ContentSummary, attachment_capability, is_binary
-from proxy.safety.json_shape import MAX_DEPTH, MAX_VALUES, TooMuchJson, refuse_many
-from router_core.pricing import text_bytes
+from router_core.text import text_bytes
 
 
 def parse_strict(raw: bytes) -> dict[str, Any]:
@@ -25,9 +25,9 @@ def parse_strict(raw: bytes) -> dict[str, Any]:
         BadRequest: saying what is wrong, and where.
     """
     try:
-        refuse_many(raw)
+        reject_large(raw)
         value = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant, object_pairs_hook=_object)
-    except TooMuchJson as error:
+    except JSONTooLarge as error:
         raise BadRequest(f"the body {error}") from None
     except UnicodeDecodeError as error:
         raise BadRequest(f"the body is not UTF-8: byte {error.start} cannot be read") from None
@@ -116,9 +116,9 @@ def parse_fast(raw: bytes) -> ParsedBody | None:
     if something was dropped.
     """
     try:
-        refuse_many(raw)
+        reject_large(raw)
         document = orjson.loads(raw)
-    except (TooMuchJson, orjson.JSONDecodeError):
+    except (JSONTooLarge, orjson.JSONDecodeError):
         return None
     if type(document) is not dict:
         return None

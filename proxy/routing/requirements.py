@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.routing.sizes import MAX_TOKENS, output_limit, requested_answers
-from router_core.embedding import truncate_middle
-from router_core.pricing import BYTES_PER_TOKEN, text_bytes
+from router_core.text import BYTES_PER_TOKEN, text_bytes, truncate_middle
 from router_core.types import Requirements
 
 # A number, true or false: about one token.

@@ -16,7 +16,7 @@ from proxy.routing.candidates import (
 )
 from proxy.routing.requirements import routing_text
 from router_core.decision import RoutingDecision
-from router_core.eligibility import Eligibility, eligible, told_limit
+from router_core.eligibility import Eligibility, eligible, output_limit
 from router_core.errors import NoEligibleModel, RouterCoreError
 from router_core.pool import Pool
 from router_core.scoring import ScoringParams, rank, rank_by_cost, rank_by_mean
@@ -65,7 +65,7 @@ class Selection:
 
     def told_limit(self, pool: Pool, name: str) -> int | None:
         """Return the limit of an answer, in tokens, that this model is sent; None: the request states none."""
-        return told_limit(pool, pool.index[name], self.needs)
+        return output_limit(pool, pool.index[name], self.needs)
 
 
 async def select_model(ctx: SelectionContext, assigner: ClusterAssigner, *, explain: bool = False) -> Selection:
@@ -153,7 +153,7 @@ async def select_scored(ctx: SelectionContext, assigner: ClusterAssigner) -> Sel
 def select_default(ctx: SelectionContext, eligibility: Eligibility) -> Selection | None:
     """Select the default model while none is profiled, if it could answer: a new deployment serves from the start."""
     name = ctx.settings.default_model
-    able = eligible(ctx.snapshot.pool, ctx.requirements, ctx.allowed, measured=False).names
+    able = eligible(ctx.snapshot.pool, ctx.requirements, ctx.allowed, require_profile=False).names
     if name is None or name not in able or ctx.params.max_cost_usd is not None:
         return None
     return Selection(
@@ -172,10 +172,10 @@ def select_default(ctx: SelectionContext, eligibility: Eligibility) -> Selection
 def _eligible(ctx: SelectionContext) -> tuple[Eligibility, bool]:
     """Return which models may be scored, and whether all their circuits are open: then one must be tried anyway."""
     pool, requirements, allowed = ctx.snapshot.pool, ctx.requirements, ctx.allowed
-    eligibility = eligible(pool, requirements, allowed, resting=ctx.cooling_down, loading=ctx.not_ready)
+    eligibility = eligible(pool, requirements, allowed, cooling_down=ctx.cooling_down, not_ready=ctx.not_ready)
     if eligibility.rows.size or not ctx.cooling_down:
         return eligibility, False
-    with_open = eligible(pool, requirements, allowed, loading=ctx.not_ready)
+    with_open = eligible(pool, requirements, allowed, not_ready=ctx.not_ready)
     return (with_open, True) if with_open.rows.size else (eligibility, False)
 
 
@@ -249,7 +249,9 @@ def _is_eligible(ctx: SelectionContext, selection: Selection, name: str) -> bool
         return False
     if ctx.params.max_cost_usd is not None:
         return False
-    able = eligible(ctx.snapshot.pool, ctx.requirements, ctx.allowed, measured=False, resting=ctx.cooling_down)
+    able = eligible(
+        ctx.snapshot.pool, ctx.requirements, ctx.allowed, require_profile=False, cooling_down=ctx.cooling_down
+    )
     return name in able.names
 
 

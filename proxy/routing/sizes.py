@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from proxy.errors import BadRequest
-from proxy.routing.control_fields import plain_name
+from proxy.settings.control_fields import plain_name
 from proxy.words import words
-from router_core.pricing import BYTES_PER_TOKEN, text_bytes
+from router_core.text import BYTES_PER_TOKEN, text_bytes
 
 # Of one answer, its reasoning included.
 LIMITS = ("max_completion_tokens", "max_tokens")

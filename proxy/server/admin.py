@@ -30,7 +30,7 @@ from proxy.storage.client_keys import ClientKey
 from proxy.storage.models import ModelRecord
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.registry import ConfiguredModel, ConflictingWrite
-from proxy.upstream.origins import check_secrets_stay
+from proxy.upstream.key_scope import check_secrets_stay
 
 models_router = APIRouter(prefix="/admin/models")
 

@@ -11,19 +11,18 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from proxy.errors import BadRequest, ModelNotFound
-from proxy.outbound import OutboundError, ssl_context, trust_of
 from proxy.profiling.job import Job
-from proxy.safety.redaction import Literal, is_reference, literals, shown
 from proxy.server.dependencies import AppState
-from proxy.settings.litellm_names import is_model_info_of_litellm
-from proxy.settings.models import ModelConfig, ParamError, SettingsError, check_model_name, resolve_secret
+from proxy.settings.litellm_params import ParamError, is_model_info_of_litellm, is_provider_param
+from proxy.settings.models import ModelConfig, SettingsError, check_model_name, resolve_secret
+from proxy.settings.outbound import OutboundError, ssl_context, trust_of
+from proxy.settings.redaction import Literal, is_reference, literals, shown
 from proxy.settings.schema import ProfileSettings, Settings
 from proxy.storage.client_keys import LIMITS, ClientKey, KeyChange
 from proxy.storage.models import CurrentPrice, ModelRecord
 from proxy.storage.redis import StoreUnavailable, is_unix_time
 from proxy.storage.snapshot import RoutingSnapshot
-from proxy.upstream.litellm.params import is_provider_param
-from proxy.upstream.origins import ADDRESSES, check_secrets_stay
+from proxy.upstream.key_scope import ADDRESSES, check_secrets_stay
 from router_core.clustering import ClusterMap
 from router_core.profiles import Profile
 from router_core.types import PRICE_FIELDS, Price, price_field
@@ -114,7 +113,7 @@ def read_price(body: Mapping[str, Any]) -> Price:
         if name not in stated:
             raise BadRequest(f"`{name}` is missing: a price replaces the whole price before it", param=name)
     try:
-        return Price.of({name: float(value) for name, value in stated.items()})
+        return Price.from_fields({name: float(value) for name, value in stated.items()})
     except OverflowError:
         raise BadRequest("a price must be a finite number of USD per token") from None
 
@@ -399,7 +398,7 @@ def _price(live: CurrentPrice | None) -> dict[str, Any] | None:
         return None
     since = live.updated_at
     return {
-        **live.price.stated(),
+        **live.price.to_fields(),
         "source": live.source,
         "updated_at": None if since is None else _rfc3339(since),
         "age_s": None if since is None else round(max(0.0, time.time() - since), 3),

@@ -13,9 +13,10 @@ from proxy.server.requests import instance_id
 from proxy.settings.schema import NO_OVERRIDES, Timeouts, timeouts_for, total_s
 from proxy.storage.models import ModelRecord
 from proxy.storage.usage import usage_of
+from proxy.upstream.chunk_reader import is_finished
 from proxy.upstream.client import Blocks
 from proxy.upstream.health import Attempt
-from proxy.upstream.payload import JSONPayload, content_bytes, has_content, is_empty_completion, is_finished
+from proxy.upstream.payload import JSONPayload, content_bytes, has_content, is_empty_completion
 from proxy.upstream.sse import encode_json
 from router_core.pool import NO_LIMIT
 

@@ -32,7 +32,7 @@ from proxy.server.requests import (
 from proxy.server.reservations import Demand, drop_pricier_fallbacks, estimate_reservation, limit_to_reserved
 from proxy.server.responses import HANDLED_EXCEPTIONS, error_response
 from proxy.server.streaming import CompletionStream, cancel_or_close
-from proxy.upstream.answer_room import Held
+from proxy.upstream.response_memory import HeldMemory
 from proxy.upstream.sse import encode_json
 
 PATH = "/v1/chat/completions"
@@ -216,7 +216,7 @@ class CompletionResponse(Response):
 
     media_type = "application/json"
 
-    def __init__(self, content: bytes, held: Held | None, headers: Mapping[str, str]) -> None:
+    def __init__(self, content: bytes, held: HeldMemory | None, headers: Mapping[str, str]) -> None:
         super().__init__(content, headers=headers)
         self._held = held
 

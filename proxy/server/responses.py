@@ -33,11 +33,11 @@ from proxy.errors import (
     UpstreamError,
     error_object,
 )
-from proxy.safety.json_shape import check_shape
+from proxy.json_limits import check_limits
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.registry import ConfiguredModel, ConflictingWrite, KeyInactive, ModelExists, UnknownKey, UnknownModel
 from proxy.upstream.circuit_breaker import retry_after_headers
-from proxy.upstream.errors import MAX_MESSAGE_CHARS, MAX_REST_CHARS, words_in
+from proxy.upstream.errors import MAX_MESSAGE_CHARS, MAX_UNKNOWN_CHARS, message_in
 from proxy.upstream.sse import encode_json
 from router_core.errors import InvalidInput, MapMismatch
 
@@ -137,7 +137,7 @@ def _openais_shape(stated: Mapping[str, Any], said: Any, error: UpstreamError) -
         code = _text(stated.get("code"))
     if error.overflow:
         code = "context_length_exceeded"
-    message = words_in(stated) or words_in(said) or _with_rest(error.message, said)
+    message = message_in(stated) or message_in(said) or _with_rest(error.message, said)
     shaped = error_object(message, _text(stated.get("type")) or kind, code, stated.get("param"))["error"]
     kept = {name: value for name, value in stated.items() if name != "object"}
     return {**kept, **shaped}
@@ -145,7 +145,7 @@ def _openais_shape(stated: Mapping[str, Any], said: Any, error: UpstreamError) -
 
 def _with_rest(message: str, said: Any) -> str:
     """What was said has no words in it: it is shown as it is, cut."""
-    return f"{message}: {(_text(said) or '')[:MAX_REST_CHARS]}" if said not in (None, "", {}, []) else message
+    return f"{message}: {(_text(said) or '')[:MAX_UNKNOWN_CHARS]}" if said not in (None, "", {}, []) else message
 
 
 def _text(value: Any) -> str | None:
@@ -156,7 +156,7 @@ def _parsed(body: Any) -> Any:
     if not isinstance(body, bytes):
         return body
     try:
-        check_shape(body)
+        check_limits(body)
         return json.loads(body)
     except (ValueError, RecursionError):
         return body.decode("utf-8", "replace")[:MAX_MESSAGE_CHARS]

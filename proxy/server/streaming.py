@@ -23,7 +23,7 @@ from proxy.server.request_log import RequestRecord
 from proxy.server.requests import cancel_on_disconnect, cancelled_ending
 from proxy.server.responses import render_error
 from proxy.storage.usage import usage_of
-from proxy.upstream.payload import JSONPayload, content_bytes, is_usage_chunk, says_no_usage, usage_chunk
+from proxy.upstream.payload import JSONPayload, content_bytes, is_null_usage_chunk, is_usage_chunk, usage_chunk
 from proxy.upstream.sse import DONE, KEEP_ALIVE, format_event
 
 
@@ -87,7 +87,7 @@ class StreamRewriter:
                 record.add_output(size)  # the report is of all that came before, and with it
                 size = 0
                 sent = self._with_usage(chunk, usage)
-            elif "usage" in body and not self._include_usage and says_no_usage(body):
+            elif "usage" in body and not self._include_usage and is_null_usage_chunk(body):
                 sent = None
             if sent is not None:
                 pieces += (b"data: ", sent.named(model), b"\n\n")

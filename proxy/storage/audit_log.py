@@ -10,7 +10,16 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from proxy.storage.client_keys import SECRET
-from proxy.storage.redis import CHANGED, MAX_WHOLE, VERSION, InvalidRecord, Store, StoreUnavailable, json_object
+from proxy.storage.redis import (
+    CHANGED,
+    MAX_WHOLE,
+    VERSION,
+    InvalidRecord,
+    Store,
+    StoreUnavailable,
+    json_object,
+    load_script,
+)
 
 log = logging.getLogger("uniroute.audit")
 
@@ -119,28 +128,10 @@ def _shown(place: str, kept: Mapping[str, str]) -> dict[str, Any]:
 
 MAX_DIGITS: Final = len(str(MAX_WHOLE)) - 1
 
-# KEYS[1] is the version, the last of KEYS the audit lines, the last of ARGV the line, or nothing. A script calls this
-# before it changes anything: where one fails midway a line says too much, and no change lacks its line.
-# A version that is none of ours begins again, beyond any that a process may have counted to.
-ANNOUNCED: Final = f"""
-local function changed()
-  local version = redis.pcall('INCR', KEYS[1])
-  if type(version) == 'table' or version < 1 or version > {MAX_WHOLE} then
-    version = tonumber(redis.call('TIME')[1])
-    redis.call('SET', KEYS[1], version)
-  end
-  if ARGV[#ARGV] ~= '' then
-    redis.call('XADD', KEYS[#KEYS], 'MAXLEN', '{MAX_LINES}', '*', 'line', ARGV[#ARGV])
-  end
-  redis.call('PUBLISH', '{CHANGED}', version)
-  return version
-end
-local function version_now()
-  local version = redis.pcall('GET', KEYS[1])
-  local ours = type(version) == 'string' and string.match(version, '^%d+$') and #version <= {MAX_DIGITS}
-  return ours and version or '0'
-end
-"""
+# Comes before every script that changes what is registered.
+ANNOUNCED: Final = load_script(
+    __package__, "audit", CHANGED=CHANGED, MAX_DIGITS=MAX_DIGITS, MAX_LINES=MAX_LINES, MAX_WHOLE=MAX_WHOLE
+)
 
 
 # Of a write that may have been done although nobody was told: what is to be done about it.
@@ -190,14 +181,10 @@ class AuditedScript:
         """As `run`, with a step that is done where the script changes something; and what the step answers."""
         line = self._author.line(*act) if self._author else ""
         own_keys, own_arguments = [VERSION, *keys, AUDIT], [*arguments, line]
-        whole = f"""
-        local keys, arguments = {len(own_keys)}, {len(own_arguments)}
-        local function write(KEYS, ARGV) {ANNOUNCED} {script} end
-        local function step(KEYS, ARGV) {step.script} end
-        local version = write({{unpack(KEYS, 1, keys)}}, {{unpack(ARGV, 1, arguments)}})
-        if version < 0 then return {{version, ''}} end
-        return {{version, step({{unpack(KEYS, keys + 1)}}, {{unpack(ARGV, arguments + 1)}})}}
-        """
+        counts = {"WRITE_KEYS": len(own_keys), "WRITE_ARGUMENTS": len(own_arguments)}
+        write = f"local function write(KEYS, ARGV)\n{ANNOUNCED}{script}end\n"
+        follow = f"local function step(KEYS, ARGV)\n{step.script}end\n"
+        whole = write + follow + load_script(__package__, "write_with_step", **counts)
         every_key, every_argument = [*own_keys, *step.keys], [*own_arguments, *step.arguments]
         version, answer = await self._run(what, whole, every_key, every_argument, act)
         return int(version), str(answer)

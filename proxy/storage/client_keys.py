@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from proxy.safety.private_files import private_opener
+from proxy.storage.private_files import private_opener
 from proxy.storage.redis import InvalidRecord, is_unix_time, json_object
 
 PREFIX = "ur-"

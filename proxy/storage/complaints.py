@@ -3,7 +3,7 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-from proxy.safety.plain_text import plain
+from router_core.text import plain
 
 MAX_COMPLAINTS: Final = 1000
 

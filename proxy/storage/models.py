@@ -126,13 +126,15 @@ class CurrentPrice:
     updated_at: float | None = None
 
     def to_fields(self) -> dict[str, str]:
-        stated = {key: repr(float(value)) for key, value in self.price.stated().items()}
+        stated = {key: repr(float(value)) for key, value in self.price.to_fields().items()}
         return {**stated, "source": self.source, "updated_at": repr(self.updated_at or 0.0)}
 
     @classmethod
     def from_fields(cls, stored: Mapping[str, str], seen_at: float) -> CurrentPrice:
         """Read the hash, or raise InvalidPrice. `seen_at` stands in for the time that a foreign writer leaves out."""
-        price = Price.of({name: _amount(name, text) for name, text in stored.items() if text and price_field(name)})
+        price = Price.from_fields(
+            {name: _amount(name, text) for name, text in stored.items() if text and price_field(name)}
+        )
         updated_at = number(stored.get("updated_at"), LAST_TIME) or seen_at
         return cls(price, (stored.get("source") or "external")[:MAX_SOURCE_CHARS], updated_at)
 

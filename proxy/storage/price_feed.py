@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from proxy.outbound import WayOutError, async_http_client
+from proxy.settings.outbound import OutboundConnectError, async_http_client
 from proxy.settings.schema import Settings
 from proxy.storage.models import CurrentPrice, ModelRecord
 from proxy.storage.price_map import InvalidPriceMap, PriceMap, bundled_catalog, parse_price_map
@@ -56,7 +56,7 @@ class SyncReport:
     """Not in the feed, or there without a price."""
 
     def to_json(self) -> dict[str, object]:
-        prices = {name: price.stated() for name, price in self.updated.items()}
+        prices = {name: price.to_fields() for name, price in self.updated.items()}
         lists = {name: list(getattr(self, name)) for name in ("unchanged", "kept", "unknown")}
         return {"source": self.source, "updated": prices, **lists}
 
@@ -91,7 +91,7 @@ async def fetch_catalog(url: str) -> PriceMap:
     """Raises FeedFailed: not reached, a redirect, an error status, too large, not JSON, or not a whole price map."""
     try:
         return parse_price_map(parse_json(await _fetch(url)))
-    except WayOutError as error:
+    except OutboundConnectError as error:
         raise PriceFeedError(f"the price feed cannot be read: {error}") from error
     except (httpx.HTTPError, TimeoutError) as error:
         raise PriceFeedError(f"the price feed cannot be read: {type(error).__name__} {error}") from error

@@ -150,7 +150,7 @@ def _price(name: str, listed: dict[str, Any], provider: str) -> Price | None:
     if base == [0, 0] and (provider not in RUNS_LOCALLY or name.endswith("-cloud")):
         return None
     try:
-        return Price.of(amounts)
+        return Price.from_fields(amounts)
     except InvalidPrice as error:
         raise InvalidPriceMap(f"{name}: {error}") from error
 

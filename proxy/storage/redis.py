@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from importlib.resources import files
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -150,6 +151,16 @@ def encode_command(words: Iterable[str]) -> bytes:
     """One command of these words: an array of bulk strings."""
     bulk = [b"$%d\r\n%b\r\n" % (len(data), data) for data in (word.encode("utf-8", "replace") for word in words)]
     return b"*%d\r\n" % len(bulk) + b"".join(bulk)
+
+
+def load_script(package: str | None, *names: str, **constants: str | int) -> str:
+    """Return one Lua script: `constants` as its locals, then the files `names` of `package`, without their `.lua`.
+
+    Files that hold functions for others come first. Texts of `constants` are plain ASCII.
+    """
+    locals_ = [f"local {name} = {json.dumps(value)}\n" for name, value in constants.items()]
+    folder = files(package or "")
+    return "".join([*locals_, *(folder.joinpath(f"{name}.lua").read_text("utf-8") for name in names)])
 
 
 async def pipeline(client: Redis, commands: Sequence[bytes]) -> list[Any]:

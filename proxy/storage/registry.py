@@ -22,7 +22,17 @@ from proxy.storage.audit_log import (
 )
 from proxy.storage.client_keys import AuthRequiredLatch, ClientKey, KeyChange, digest_of, new_secret
 from proxy.storage.models import CurrentPrice, ModelRecord, StoredProfile
-from proxy.storage.redis import KEYS, MODELS, PREVIOUS_PROFILES, PRICING, PROFILES, InvalidRecord, Store, price_key
+from proxy.storage.redis import (
+    KEYS,
+    MODELS,
+    PREVIOUS_PROFILES,
+    PRICING,
+    PROFILES,
+    InvalidRecord,
+    Store,
+    load_script,
+    price_key,
+)
 from router_core.profiles import Profile
 from router_core.types import Price
 
@@ -55,16 +65,7 @@ class KeyInactive(RegistryError):
     """The client key was revoked or has expired."""
 
 
-# ARGV: id, the record that the change was made from or nothing, the record. A script that is run again finds its own
-# work done; where nothing changes there is no telling, and one line too many is the lesser evil.
-_PUT_KEY = """
-local stored = redis.call('HGET', KEYS[2], ARGV[1]) or ''
-if stored == ARGV[3] and ARGV[2] ~= ARGV[3] then return tonumber(version_now()) end
-if stored ~= ARGV[2] then return -1 end
-local version = changed()
-redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])
-return version
-"""
+_PUT_KEY = load_script(__package__, "put_key")
 
 _ATTEMPTS = 20
 
@@ -166,57 +167,11 @@ def _readable_keys(stored: dict[str, str]) -> list[ClientKey]:
     return keys
 
 
-_ADD_MODEL = """
-local stored = redis.call('HGET', KEYS[2], ARGV[1])
-if stored and stored ~= ARGV[2] then return -1 end
-local version = changed()
-redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
-if ARGV[3] ~= '' then
-  redis.pcall('HDEL', KEYS[4], ARGV[1])
-  redis.call('HSET', KEYS[3], ARGV[1], ARGV[3])
-end
-return version
-"""
-
-# ARGV: name, record, and where it matters the version that the record was made from.
-_UPDATE_MODEL = """
-if redis.call('HEXISTS', KEYS[2], ARGV[1]) == 0 then return -1 end
-if ARGV[3] ~= '' and version_now() ~= ARGV[3] then return -2 end
-local version = changed()
-redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
-return version
-"""
-
-_REMOVE_MODEL = """
-if redis.call('HEXISTS', KEYS[2], ARGV[1]) == 0 then return -1 end
-local version = changed()
-redis.call('HDEL', KEYS[2], ARGV[1])
-redis.pcall('HDEL', KEYS[3], ARGV[1])
-redis.pcall('HDEL', KEYS[4], ARGV[1])
-redis.call('DEL', KEYS[5])
-return version
-"""
-
-# ARGV: name, "1" if configured, "1" if a price that somebody stated stays, then the fields, and the line at the end.
-_PUT_PRICE = f"""
-if ARGV[2] ~= '1' and redis.call('HEXISTS', KEYS[2], ARGV[1]) == 0 then return -1 end
-if ARGV[3] == '1' and redis.call('EXISTS', KEYS[3]) == 1 and redis.pcall('HGET', KEYS[3], 'source') ~= 'sync' then
-  return -2
-end
-local version = changed()
-redis.call('DEL', KEYS[3])
-redis.call('HSET', KEYS[3], unpack(ARGV, 4, #ARGV - 1))
-redis.call('PUBLISH', '{PRICING}', ARGV[1])
-return version
-"""
-
-_PUT_PROFILE = """
-if ARGV[2] ~= '1' and redis.call('HEXISTS', KEYS[2], ARGV[1]) == 0 then return -1 end
-local version = changed()
-redis.pcall('HDEL', KEYS[4], ARGV[1])
-redis.call('HSET', KEYS[3], ARGV[1], ARGV[3])
-return version
-"""
+_ADD_MODEL = load_script(__package__, "add_model")
+_UPDATE_MODEL = load_script(__package__, "update_model")
+_REMOVE_MODEL = load_script(__package__, "remove_model")
+_PUT_PRICE = load_script(__package__, "put_price", PRICING=PRICING)
+_PUT_PROFILE = load_script(__package__, "put_profile")
 
 
 class Registry:

@@ -158,14 +158,14 @@ def price_of(info: ModelInfo, stored: CurrentPrice | None, known: CatalogEntry |
         return CurrentPrice(FREE, "model_info")
     stated = info.prices
     if info.input_cost_per_token is not None:
-        return CurrentPrice(Price.of(stated), "model_info")
+        return CurrentPrice(Price.from_fields(stated), "model_info")
     if known is None or known.price is None:
         return None
     if not stated:
         return CurrentPrice(known.price, "litellm")
     # a statement of tiers is one of all tiers
     listed = known.price.at(0) if any(name not in PRICE_FIELDS for name in stated) else known.price
-    return CurrentPrice(Price.of({**replace(listed, above=()).stated(), **stated}), "model_info")
+    return CurrentPrice(Price.from_fields({**replace(listed, tiers=()).to_fields(), **stated}), "model_info")
 
 
 def capabilities_of(info: ModelInfo, known: CatalogEntry | None) -> Capabilities:

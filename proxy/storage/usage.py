@@ -9,7 +9,8 @@ from typing import Any
 
 import orjson
 
-from router_core.pricing import BYTES_PER_TOKEN, TokenUsage, bill_usd, picousd
+from router_core.pricing import TokenUsage, bill_usd, picousd
+from router_core.text import BYTES_PER_TOKEN
 from router_core.types import Price
 
 

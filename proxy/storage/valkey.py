@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from proxy.safety import private_files as private
+from proxy.storage import private_files as private
 
 log = logging.getLogger("uniroute.store")
 

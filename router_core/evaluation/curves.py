@@ -89,7 +89,7 @@ class Baselines:
     best_quality: float
 
     @classmethod
-    def of(cls, costs: Doubles, qualities: Doubles) -> Baselines:
+    def from_models(cls, costs: Doubles, qualities: Doubles) -> Baselines:
         """Of (M,) single models; the cheapest of equals is the best."""
         best = int(np.lexsort((costs, -qualities))[0])
         return cls(float(costs.min()), float(costs[best]), float(costs.max()), float(qualities[best]))

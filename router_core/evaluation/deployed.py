@@ -23,7 +23,7 @@ from router_core.evaluation.study import (
     Estimate,
     HeatMap,
     Measured,
-    MethodFigures,
+    MethodMetrics,
     Protocol,
     Results,
     measured,
@@ -37,7 +37,7 @@ from router_core.types import Assignment, Doubles, Indices
 
 
 @dataclass(frozen=True, slots=True)
-class Common:
+class CommonModels:
     """Which models a file and a deployment both have, and which only one of them. All sorted."""
 
     models: tuple[str, ...]
@@ -45,12 +45,12 @@ class Common:
     only_deployed: tuple[str, ...]
 
 
-def common_models(scored: Collection[str], pool: Pool) -> Common:
+def common_models(scored: Collection[str], pool: Pool) -> CommonModels:
     """Deployed is what has a profile and a price. Raises InvalidInput, naming the others, where two are not common."""
     routable = ~np.isnan(pool.mean_errors) & ~np.isnan(pool.prices.input)
     deployed = {name for name, able in zip(pool.names, routable, strict=True) if able}
     common = tuple(sorted(deployed & set(scored)))
-    found = Common(common, tuple(sorted(set(scored) - deployed)), tuple(sorted(deployed - set(scored))))
+    found = CommonModels(common, tuple(sorted(set(scored) - deployed)), tuple(sorted(deployed - set(scored))))
     if len(common) < 2:
         raise InvalidInput(
             f"two models or more must be both scored and deployed. Both: {_named(common)}."
@@ -59,7 +59,7 @@ def common_models(scored: Collection[str], pool: Pool) -> Common:
     return found
 
 
-def read_deployed(path: Path, pool: Pool) -> tuple[Outcomes, Common]:
+def read_deployed(path: Path, pool: Pool) -> tuple[Outcomes, CommonModels]:
     """The outcomes file's models that are deployed too, billed at the deployed prices.
 
     Raises:
@@ -169,7 +169,7 @@ def _test(outcomes: Outcomes, pool: Pool, assignment: Assignment, models: Sequen
         )
     lengths_known = (~np.isnan(outcomes.output_tokens[:, columns])).any(axis=0)
     tokens = assignment.expected(pool.output_tokens[rows]) * lengths_known
-    prices = pool.prices.of_rows(rows)
+    prices = pool.prices.select(rows)
     return _Test(
         scores=outcomes.scores[np.ix_(scored, columns)],
         cents=outcomes.usd()[np.ix_(scored, columns)] / CENT_USD,
@@ -206,7 +206,7 @@ def _routed(test: _Test, errors: Doubles, cents: Doubles) -> Method:
 
 
 def _measured(methods: Mapping[str, Method], test: _Test, weights: Doubles) -> dict[str, Measured]:
-    anchors = Baselines.of(weights @ test.cents, weights @ test.scores)
+    anchors = Baselines.from_models(weights @ test.cents, weights @ test.scores)
     return {name: measured(method(weights), anchors) for name, method in methods.items()}
 
 
@@ -216,7 +216,7 @@ def _bootstrap(prompts: int, draws: int, seed: int) -> Iterator[Doubles]:
     return (rng.multinomial(prompts, even) / prompts for _ in range(draws))
 
 
-def _figures(seen: Measured, draws: Sequence[Measured]) -> MethodFigures:
+def _figures(seen: Measured, draws: Sequence[Measured]) -> MethodMetrics:
     def estimate(name: str) -> Estimate:
         values = np.array([getattr(draw.figures, name) for draw in draws])
         return Estimate(getattr(seen.figures, name), *percentile_interval(values), int((~np.isnan(values)).sum()))

@@ -16,11 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.documents import MAX_LINE_BYTES, MAX_PRICES_BYTES, DocumentTooLarge, parse_json, read_bounded
+from router_core.documents import (
+    MAX_LINE_BYTES,
+    MAX_PRICES_BYTES,
+    DocumentTooLarge,
+    parse_json,
+    read_bounded,
+    short_repr,
+)
 from router_core.errors import InvalidOutcomes, InvalidPrice
-from router_core.pricing import PriceColumns, estimate_tokens
+from router_core.pricing import PriceColumns
+from router_core.text import estimate_tokens
 from router_core.types import Doubles, Price, price_field
-from router_core.validation.fields import shown
 
 MAX_VALUE = 1e9
 """Tokens or seconds of one answer: what is beyond is a mistake."""
@@ -83,7 +90,7 @@ def json_object(text: str, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise InvalidOutcomes(f"{where}: is not usable JSON ({error})") from None
     if not isinstance(value, dict):
-        raise InvalidOutcomes(f"{where}: must be a JSON object; got {shown(value)}")
+        raise InvalidOutcomes(f"{where}: must be a JSON object; got {short_repr(value)}")
     return value
 
 
@@ -101,7 +108,7 @@ def parse_row(where: str, row: Mapping[str, Any]) -> OutcomeRow:
     if not isinstance(prompt, str) or not prompt.strip():
         raise InvalidOutcomes(f'{where}: needs "prompt", a text that is not empty; got {_got(row, "prompt")}')
     if not isinstance(source, str | None):
-        raise InvalidOutcomes(f'{where}: "source" must be a text; got {shown(source)}')
+        raise InvalidOutcomes(f'{where}: "source" must be a text; got {short_repr(source)}')
     if not isinstance(row.get("scores"), Mapping) or not row["scores"]:
         raise InvalidOutcomes(f'{where}: needs "scores", such as {{"model-a": 1.0}}; got {_got(row, "scores")}')
     return OutcomeRow(
@@ -123,7 +130,7 @@ def _is_text(name: str) -> bool:
 
 
 def _got(row: Mapping[str, Any], field: str) -> str:
-    return shown(row[field]) if field in row else "none"
+    return short_repr(row[field]) if field in row else "none"
 
 
 def _numbers(where: str, row: Mapping[str, Any], field: str, most: float, fix: str) -> Mapping[str, float]:
@@ -131,13 +138,18 @@ def _numbers(where: str, row: Mapping[str, Any], field: str, most: float, fix: s
     if values is None:
         return {}
     if not isinstance(values, Mapping):
-        raise InvalidOutcomes(f'{where}: "{field}" must be an object, a number for each model; got {shown(values)}')
+        raise InvalidOutcomes(
+            f'{where}: "{field}" must be an object, a number for each model; got {short_repr(values)}'
+        )
     for model, value in values.items():
         if not _is_text(model):
-            raise InvalidOutcomes(f"{where}: {field} names {shown(model)}, a lone surrogate; write the name as UTF-8")
+            raise InvalidOutcomes(
+                f"{where}: {field} names {short_repr(model)}, a lone surrogate; write the name as UTF-8"
+            )
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
             raise InvalidOutcomes(
-                f"{where}: {field}[{shown(model)}] must be a number from 0 to {most:g}; got {shown(value)}; {fix}"
+                f"{where}: {field}[{short_repr(model)}] must be a number from 0 to {most:g};"
+                f" got {short_repr(value)}; {fix}"
             )
     return {model: float(value) for model, value in values.items()}
 
@@ -160,21 +172,21 @@ def read_prices(path: Path) -> dict[str, Price]:
         raise InvalidOutcomes(f"{path}: {error}") from None
     except UnicodeDecodeError:
         raise InvalidOutcomes(f"{path}: is not UTF-8 text; a prices file is a JSON object of models") from None
-    return {model: _price(stated, f"{path}: the price of {shown(model)}") for model, stated in document.items()}
+    return {model: _price(stated, f"{path}: the price of {short_repr(model)}") for model, stated in document.items()}
 
 
 def _price(stated: Any, where: str) -> Price:
     if not isinstance(stated, Mapping):
-        raise InvalidOutcomes(f"{where} must be an object with {' and '.join(_NEEDED)}; got {shown(stated)}")
+        raise InvalidOutcomes(f"{where} must be an object with {' and '.join(_NEEDED)}; got {short_repr(stated)}")
     costs = {name: cost for name, cost in stated.items() if cost is not None and price_field(name)}
     for name in _NEEDED:
         if name not in costs:
             raise InvalidOutcomes(f"{where} lacks {name}: add it in USD per token, 0 if it is free")
     for name, cost in costs.items():
         if isinstance(cost, bool) or not isinstance(cost, int | float):
-            raise InvalidOutcomes(f"{where}: {name} must be a number, USD per token; got {shown(cost)}")
+            raise InvalidOutcomes(f"{where}: {name} must be a number, USD per token; got {short_repr(cost)}")
     try:
-        return Price.of(costs)
+        return Price.from_fields(costs)
     except InvalidPrice as error:
         raise InvalidOutcomes(f"{where}: {error}") from None
 
@@ -211,7 +223,7 @@ class Outcomes:
         A length that was not measured is the model's mean among these prompts; where none of them was measured, the
         prompt alone is billed. So bill first and select rows after, lest the mean move with the selection.
         """
-        return PriceColumns.of(self.prices).expected_usd(self.prompt_tokens[:, None], self._billed_tokens())
+        return PriceColumns.from_prices(self.prices).expected_usd(self.prompt_tokens[:, None], self._billed_tokens())
 
     def _billed_tokens(self) -> Doubles:
         measured = ~np.isnan(self.output_tokens)
@@ -219,7 +231,7 @@ class Outcomes:
         means = sums / np.maximum(measured.sum(axis=0), 1)
         return np.where(measured, self.output_tokens, means)
 
-    def of(self, rows: Selection, columns: Selection | None = None) -> Outcomes:
+    def select(self, rows: Selection, columns: Selection | None = None) -> Outcomes:
         """These prompts and models alone, in the order of the indices (a mask or a slice: in the order they are in)."""
         kept = np.arange(len(self.prompts))[rows]
         among = np.arange(len(self.models))[slice(None) if columns is None else columns]
@@ -321,29 +333,31 @@ class _Table:
         if not self.scores:
             raise InvalidOutcomes(f"{self.name}: there is no prompt in it; write one JSON object a line")
         if len(self.scores) == 1:
-            only = shown(*self.scores)
+            only = short_repr(*self.scores)
             raise InvalidOutcomes(f"{self.name}: {only} is the only model scored; routing needs two models or more")
         for model, column in self.output_tokens.items():
             if model not in self.scores:
-                unscored = f"output_tokens has {shown(model)}, which no line scores; take it out"
+                unscored = f"output_tokens has {short_repr(model)}, which no line scores; take it out"
                 raise InvalidOutcomes(f"{column.where}: {unscored}{_nearest(model, self.scores)}")
 
     def _check_prices(self, prices: Mapping[str, Price]) -> None:
         for model, column in self.scores.items():
             if model not in prices:
-                unpriced = f"{shown(model)} is scored but has no price; add it to {self.prices_name}"
+                unpriced = f"{short_repr(model)} is scored but has no price; add it to {self.prices_name}"
                 raise InvalidOutcomes(f"{column.where}: {unpriced}{_nearest(model, prices)}")
         if unscored := sorted(prices.keys() - self.scores.keys()):
-            vain = f"{shown(unscored[0])} is priced but no line of {self.name} scores it; take it out of the prices"
+            vain = (
+                f"{short_repr(unscored[0])} is priced but no line of {self.name} scores it; take it out of the prices"
+            )
             others = f", and so with {_listed(unscored[1:])}" if len(unscored) > 1 else ""
             raise InvalidOutcomes(f"{self.prices_name}: {vain}{others}")
 
 
 def _nearest(word: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(word[:200], list(known), n=1) if len(known) <= COMPARED else []
-    return f" (did you mean {shown(near[0])}?)" if near else ""
+    return f" (did you mean {short_repr(near[0])}?)" if near else ""
 
 
 def _listed(models: Sequence[str]) -> str:
     more = f" and {len(models) - NAMED} more" if len(models) > NAMED else ""
-    return ", ".join(map(shown, models[:NAMED])) + more
+    return ", ".join(map(short_repr, models[:NAMED])) + more

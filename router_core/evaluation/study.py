@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 
+from router_core.documents import short_repr
 from router_core.errors import InvalidInput
 from router_core.evaluation import baselines as single
 from router_core.evaluation.baselines import knn, means, ridge
@@ -42,7 +43,6 @@ from router_core.fitting import Progress, no_progress
 from router_core.pool import Pool
 from router_core.pricing import CENT_USD
 from router_core.types import Doubles, Floats
-from router_core.validation.fields import shown
 
 NAN = float("nan")
 
@@ -70,7 +70,7 @@ def measured(curve: Curve, anchors: Baselines) -> Measured:
     return Measured(figures(curve, anchors), budgets / anchors.best if defined else budgets, qualities)
 
 
-def summed_up(trials: Sequence[Measured], *, seed: int) -> MethodFigures:
+def summed_up(trials: Sequence[Measured], *, seed: int) -> MethodMetrics:
     def estimate_of(name: str) -> Estimate:
         return estimate(np.array([getattr(trial.figures, name) for trial in trials]), seed=seed)
 
@@ -78,9 +78,9 @@ def summed_up(trials: Sequence[Measured], *, seed: int) -> MethodFigures:
     return method_figures(estimate_of, trials, curve)
 
 
-def method_figures(estimate_of: Callable[[str], Estimate], drawn: Sequence[Measured], curve: Curve) -> MethodFigures:
+def method_figures(estimate_of: Callable[[str], Estimate], drawn: Sequence[Measured], curve: Curve) -> MethodMetrics:
     """`estimate_of` each of the fields of Figures; `drawn`: the trials, or draws, that reach the best model or not."""
-    return MethodFigures(
+    return MethodMetrics(
         **{field.name: estimate_of(field.name) for field in fields(CurveMetrics)},
         reached=float(np.mean([each.reached for each in drawn])),
         curve=curve,
@@ -134,7 +134,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, eq=False)
-class MethodFigures:
+class MethodMetrics:
     """One method with N labels. Areas and peak are mean scores in [0, 1]; whoever shows them multiplies by 100."""
 
     area: Estimate
@@ -170,7 +170,7 @@ class Results:
     """Methods by id, and within each by N."""
 
     protocol: Protocol
-    methods: Mapping[str, Mapping[int, MethodFigures]]
+    methods: Mapping[str, Mapping[int, MethodMetrics]]
     differences: Mapping[str, Mapping[int, Difference]]
     """Area of `ours` less that of each other method, trial by trial."""
     chosen: Mapping[int, Estimate]
@@ -242,8 +242,8 @@ def _check_split(outcomes: Outcomes, split: Split) -> None:
     scored = {outcomes.models[column]: int((~np.isnan(outcomes.scores[:, column])).sum()) for column in split.new}
     fewest = min(scored, key=scored.__getitem__)
     raise InvalidInput(
-        f"no test prompt is scored for all of {', '.join(scored)}; score them on more, or leave out {shown(fewest)},"
-        f" which is scored on {scored[fewest]} of {len(outcomes.prompts)} prompts only"
+        f"no test prompt is scored for all of {', '.join(scored)}; score them on more, or leave out"
+        f" {short_repr(fewest)}, which is scored on {scored[fewest]} of {len(outcomes.prompts)} prompts only"
     )
 
 

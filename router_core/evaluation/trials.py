@@ -105,12 +105,12 @@ def new_models(unseen: float, models: int) -> int:
     return models if unseen == 0 else max(1, round(unseen * models))
 
 
-def usual_unseen(models: int) -> float:
+def default_unseen(models: int) -> float:
     """A third; 0 where that leaves nothing to choose from."""
     return UNSEEN if new_models(UNSEEN, models) >= 2 else 0.0
 
 
-def usual_labels(prompts: int) -> tuple[int, ...]:
+def default_labels(prompts: int) -> tuple[int, ...]:
     """Those of LABELS that the train prompts suffice for, of so many in all; at least the first."""
     train = prompts - tested_prompts(prompts)
     return tuple(labels for labels in LABELS if labels <= train) or LABELS[:1]
@@ -136,7 +136,7 @@ class HeldOut:
 
     def anchors(self) -> Baselines:
         """The new models one by one."""
-        return Baselines.of(self.cents.mean(axis=0), self.scores.mean(axis=0))
+        return Baselines.from_models(self.cents.mean(axis=0), self.scores.mean(axis=0))
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,9 +7,16 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from router_core.documents import MAX_SET_BYTES, DocumentTooLarge, parse_json, read_bounded
+from router_core.documents import (
+    MAX_SET_BYTES,
+    DocumentTooLarge,
+    Fields,
+    JsonObject,
+    parse_json,
+    read_bounded,
+    short_repr,
+)
 from router_core.errors import InvalidValidationSet
-from router_core.validation.fields import Fields, JsonObject, shown
 from router_core.validation.graders import parse_grader
 from router_core.validation.validation_set import ValidationPrompt, ValidationSet
 
@@ -36,7 +43,7 @@ def load_validation_set(path: Path) -> ValidationSet:
         prompts[prompt.id] = number, prompt
     if not prompts:
         raise InvalidValidationSet(f"{path}: there is no prompt in it; write one JSON object on each line")
-    return ValidationSet.of(prompt for _, prompt in prompts.values())
+    return ValidationSet.from_prompts(prompt for _, prompt in prompts.values())
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -80,7 +87,9 @@ def _object(line: str) -> JsonObject:
     except ValueError as error:
         raise InvalidValidationSet(f"not usable JSON: {error}; write one flat object per line") from None
     if not isinstance(value, dict):
-        raise InvalidValidationSet(f'must be a JSON object such as {{"prompt": …, "grader": …}}; got {shown(value)}')
+        raise InvalidValidationSet(
+            f'must be a JSON object such as {{"prompt": …, "grader": …}}; got {short_repr(value)}'
+        )
     return value
 
 
@@ -126,7 +135,7 @@ def _messages(fields: Fields) -> tuple[Mapping[str, str], ...]:
 def _message(turn: object, index: int) -> Mapping[str, str]:
     if not isinstance(turn, dict):
         raise InvalidValidationSet(
-            f"field 'messages[{index}]' must be an object with role and content; got {shown(turn)}"
+            f"field 'messages[{index}]' must be an object with role and content; got {short_repr(turn)}"
         )
     fields = Fields(turn, ("role", "content"), f"messages[{index}].")
     if (role := fields.text("role")) not in _ROLES:

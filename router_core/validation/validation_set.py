@@ -57,7 +57,7 @@ class ValidationSet:
             seen.add(prompt.id)
 
     @classmethod
-    def of(cls, prompts: Iterable[ValidationPrompt]) -> ValidationSet:
+    def from_prompts(cls, prompts: Iterable[ValidationPrompt]) -> ValidationSet:
         return cls(tuple(prompts))
 
     @cached_property

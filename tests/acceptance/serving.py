@@ -1,4 +1,4 @@
-"""`uniroute serve` with several worker processes, and what a test asks of it."""
+"""`uniroute serve` with two worker processes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import openai
 from router_core.validation.validation_set import ValidationPrompt
 from tests.support.server import ROOT, ProxyProcess
 
+# USD per input token of a cheap model; the expensive one costs a hundred times as much.
 PRICE = 1e-7
-"""USD per input token of a cheap arm; the dear one costs a hundred times as much."""
-READY_S = 90.0
+READY_S = 180.0
 
 
 class ServedProxy(ProxyProcess):
@@ -59,6 +59,6 @@ class ServedProxy(ProxyProcess):
 
 def ask(base_url: str, prompt: ValidationPrompt, **extra: Any) -> tuple[str, str]:
     """One routed request over a connection of its own: (model, answer)."""
-    with openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=20) as client:
+    with openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=60) as client:
         answer = client.chat.completions.create(model="auto", messages=[dict(m) for m in prompt.messages], **extra)  # type: ignore[misc]
     return answer.model, answer.choices[0].message.content or ""

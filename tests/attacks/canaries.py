@@ -1,4 +1,4 @@
-"""Secrets that tests can recognise anywhere, and a server that is given all of them. No tests."""
+"""Secrets that tests recognise anywhere, and a server that is given all of them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Canaries:
 
     def call(self, method: str, path: str, key: str | None = None, **more: Any) -> httpx.Response:
         headers = {"authorization": f"Bearer {key or self.client_key}", **more.pop("headers", {})}
-        reply = httpx.request(method, self.server.url + path, headers=headers, timeout=20, **more)
+        reply = httpx.request(method, self.server.url + path, headers=headers, timeout=60, **more)
         self.seen.append(f"{method} {path}\n{reply.status_code} {reply.headers.raw!r}\n{reply.text}")
         return reply
 

@@ -1,4 +1,4 @@
-"""Every grader, and the judge's parser, with every shape: run by test_exploding_texts in a child process."""
+"""Run every grader, and the judge's parser, over every shape. `test_linear_time` runs this in a child process."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def measure(gateway: Gateway, pid: int, requests: int) -> None:
             started = time.perf_counter()
             call()
             second = time.perf_counter() - started
-        console.say(f"{name:<40} {status}  {first * 1000:7.0f} ms, again {second * 1000:5.0f} ms")
+        console.echo(f"{name:<40} {status}  {first * 1000:7.0f} ms, again {second * 1000:5.0f} ms")
         wait_until_it_answers(gateway)
 
 
@@ -74,7 +74,7 @@ def latencies(gateway: Gateway, requests: int) -> list[float]:
 def print_row(name: str, taken: list[float]) -> None:
     ordered = sorted(taken)
     p99 = ordered[int(0.99 * len(ordered))]
-    console.say(
+    console.echo(
         f"{name:<40} {len(taken)} requests: median {statistics.median(taken) * 1000:.1f} ms,"
         f" 99th percentile {p99 * 1000:.1f} ms, slowest {ordered[-1] * 1000:.1f} ms"
     )

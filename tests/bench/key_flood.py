@@ -78,7 +78,7 @@ async def compare(url: str, key: str, count: int) -> None:
     ]
     console.table(("a valid client", "requests", "median ms", "longest ms"), rows)
     ratio = statistics.median(during) / statistics.median(alone)
-    console.say(f"{told.result().decode().strip()}; the valid client's median: x{ratio:.2f}")
+    console.echo(f"{told.result().decode().strip()}; the valid client's median: x{ratio:.2f}")
 
 
 async def timed(client: httpx.AsyncClient, key: str, count: int) -> list[float]:
@@ -116,7 +116,7 @@ async def flood(url: str, count: int) -> None:
     print("begins", flush=True)  # noqa: T201
     await asyncio.gather(*(send() for _ in range(CONNECTIONS)))
     seconds = time.perf_counter() - started
-    console.say(f"{count:,} invalid keys over {CONNECTIONS} connections in {seconds:.1f} s: {dict(statuses)}")
+    console.echo(f"{count:,} invalid keys over {CONNECTIONS} connections in {seconds:.1f} s: {dict(statuses)}")
 
 
 if __name__ == "__main__":

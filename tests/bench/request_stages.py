@@ -63,7 +63,7 @@ def _arguments() -> argparse.Namespace:
 
 
 async def measured(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    embedder = static_embedder(arguments.embedder or folder, console.note)
+    embedder = static_embedder(arguments.embedder or folder, console.echo_err)
     found: dict[str, Any] = {}
     for size in arguments.sizes:
         bodies = bodies_of(size, arguments.bodies)

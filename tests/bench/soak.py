@@ -203,29 +203,29 @@ def _connections(world: World) -> None:
         "clients" if local == ours else names.get(remote, "others")
         for local, remote in tcp_connections(world.server.pid)
     )
-    console.say("           " + ", ".join(f"{count} to {whom}" for whom, count in sorted(found.items())))
+    console.echo("           " + ", ".join(f"{count} to {whom}" for whom, count in sorted(found.items())))
 
 
 def _row(facts: Facts, rate: float) -> None:
     mib = [f"{amount / 2**20:8.1f}" for amount in (facts.resident, facts.proportional, facts.anonymous)]
     counts = f"{facts.descriptors:5} {facts.sockets:5} {facts.tasks:5}"
-    console.say(f"{facts.requests:>9,} {' '.join(mib)} {counts} {f'{rate:7.1f}' if rate else '   rest'}")
+    console.echo(f"{facts.requests:>9,} {' '.join(mib)} {counts} {f'{rate:7.1f}' if rate else '   rest'}")
 
 
 def main() -> None:
     arguments = _arguments()
     with tempfile.TemporaryDirectory(prefix="uniroute-soak-") as temporary:
         cache = arguments.data_dir or Path(temporary)
-        static_embedder(cache, console.note)
+        static_embedder(cache, console.echo_err)
         with a_world(Path(temporary), cache, 7, mix="quick", workers=1) as world:
-            console.say(" requests  RSS MiB  PSS MiB anon MiB   fds socks tasks  req/s")
+            console.echo(" requests  RSS MiB  PSS MiB anon MiB   fds socks tasks  req/s")
             facts, seen = asyncio.run(soak(world, arguments.requests, arguments.connections, arguments.every))
     for what, count in sorted(seen.items()):
-        console.say(f"  {what}: {count:,}")
-    console.say(f"growth of resident memory over the last half: {growth(facts):+.2f} % per 100,000 requests")
+        console.echo(f"  {what}: {count:,}")
+    console.echo(f"growth of resident memory over the last half: {growth(facts):+.2f} % per 100,000 requests")
     wrong = verdicts(facts)
     for problem in wrong:
-        console.say(f"WRONG: {problem}")
+        console.echo(f"WRONG: {problem}")
     sys.exit(1 if wrong else 0)
 
 

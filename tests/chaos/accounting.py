@@ -3,7 +3,7 @@
 Bounds. A record that says `complete` costs exactly what the upstream's ledger says of that answer, in picodollars.
 Where the upstream reported nothing, and of an attempt that was broken off, the cost is an estimate and marked so:
 between nothing and the whole prompt and answer of that attempt, four bytes to a token. Of a request that a client left
-before it reached its upstream it is the prompt at most: nobody can tell that it did not arrive.
+before it reached its upstream it is the prompt at most: it may have arrived.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.routing.requirements import estimate_tokens
-from router_core.pricing import BYTES_PER_TOKEN, picousd
+from router_core.pricing import picousd
+from router_core.text import BYTES_PER_TOKEN
 from tests.chaos.behaviours import SILENT
 from tests.chaos.ledger import Attempt
 from tests.chaos.outcomes import ACCOUNTED, COMPLETE, DROPPED, EMPTY, Outcome, Span
@@ -22,8 +23,8 @@ from tests.chaos.questions import ARMS, Arm, Question
 from tests.chaos.world import Logged
 
 Record = Mapping[str, Any]
+# A connection of a killed worker may be found dead that much later, and its answer be unrecorded.
 AROUND_A_KILL_S = 2.0
-"""A connection of a killed worker may be found dead that much later, and its answer be unrecorded."""
 
 
 @dataclass(frozen=True)

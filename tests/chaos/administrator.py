@@ -1,4 +1,4 @@
-"""An administrator at work meanwhile, on a model that takes no part: what is acknowledged must be there at the end."""
+"""An administrator who changes a model without traffic: what is acknowledged must be there at the end."""
 
 from __future__ import annotations
 

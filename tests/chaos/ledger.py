@@ -1,4 +1,4 @@
-"""An upstream's own books: a file that gets a line before an answer begins and one before its last bytes. No HTTP."""
+"""The ledger of an upstream: a file that gets a line before a response begins and one before its last bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client got, judged against the question it asked: whole and right, a clear failure, or something wrong."""
+"""What a client got, judged against its question: complete and right, a clear failure, or something wrong."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any
 from tests.chaos.questions import Question, answering_arm
 
 COMPLETE = "complete"
+# A proper answer without a word, which some upstream gave.
 EMPTY = "empty"
-"""A proper answer without a word, which some upstream gave."""
 REFUSED = "refused"
 ERROR_EVENT = "error event"
+# The client went away by itself.
 LEFT = "left"
-"""The client went away by itself."""
 DROPPED = "dropped"
 ACCOUNTED = (COMPLETE, EMPTY, REFUSED, ERROR_EVENT, LEFT, DROPPED)
 
+# It looks complete and is not.
 CUT = "cut"
-"""It looks complete and is not."""
+# The answer to another question, or of another model than it says.
 FOREIGN = "foreign"
-"""The answer to another question, or of another model than it says."""
 MALFORMED = "malformed"
 HUNG = "hung"
+# What a good request may be refused with; 500 is an upstream's own.
 OTHERS_FAULT = frozenset({429, 500, 502, 503, 504})
-"""What a good request may be refused with; 500 is an upstream's own."""
+# Monotonic seconds, from and to.
 Span = tuple[float, float]
-"""Monotonic seconds, from and to."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Outcome:
 
 
 def judge_refusal(status: int, headers: Mapping[str, str], body: object) -> Verdict:
-    """Whether a failure is told in OpenAI's shape."""
+    """Whether a failure has OpenAI's shape."""
     problem = error_problem(body)
     if problem is not None:
         return Verdict(MALFORMED, f"status {status}: {problem}")

@@ -1,4 +1,4 @@
-"""What is asked in a chaos run, the one right answer of each arm, and what that answer costs. No I/O."""
+"""The questions of a chaos run, the one right answer of each model, and what that answer costs."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ class Arm:
         return fresh * self.input_pico + cached * self.cached_pico + int(usage["completion_tokens"]) * self.output_pico
 
 
+# From cheap and poor to expensive and good.
 ARMS: Mapping[str, Arm] = {
     arm.name: arm
     for arm in (
@@ -65,7 +66,6 @@ ARMS: Mapping[str, Arm] = {
         Arm("larch", 2_503_000, 1_251_500, 10_007_000),
     )
 }
-"""Cheap and poor to dear and good."""
 
 
 @dataclass(frozen=True)

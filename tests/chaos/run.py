@@ -30,8 +30,8 @@ from tests.chaos.watching import Watch, serving_workers
 from tests.chaos.world import WORKERS, World, a_world
 
 RECORDED_S = 20.0
+# Of all requests: with less, the run would say nothing.
 MIN_COMPLETE = 1 / 3
-"""Of all requests: with less, the run would say nothing."""
 
 
 async def chaos(folder: Path, embedder_cache: Path, seed: int, seconds: float, per_second: float) -> Run:
@@ -130,7 +130,7 @@ def main() -> None:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         cache = arguments.data_dir or Path(temporary)
-        static_embedder(cache, console.note)
+        static_embedder(cache, console.echo_err)
         run = asyncio.run(chaos(folder, cache, arguments.seed, arguments.seconds, arguments.per_second))
     print_report(run)
     sys.exit(1 if run.problems else 0)

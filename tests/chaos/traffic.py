@@ -1,4 +1,4 @@
-"""Mixed requests from many clients at once, drawn from a seed, at a bounded rate. What each got is kept."""
+"""Mixed requests of many clients, drawn from a seed, at a bounded rate."""
 
 from __future__ import annotations
 

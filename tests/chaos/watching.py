@@ -1,4 +1,4 @@
-"""What is looked at while a run goes on: does the server answer, do its processes live. Changes nothing."""
+"""Watch during a run whether the server responds and its processes live."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.chaos.world import WORKERS, World, serving_port
 EVERY_S = 0.2
 ANSWER_S = 30.0
 SLOW_S = 1.0
+# Connections at once, so that each worker takes some.
 MANY = 64
-"""Connections at once, so that each worker takes some."""
 
 
 @dataclass

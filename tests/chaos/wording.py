@@ -1,4 +1,4 @@
-"""An answer in OpenAI's format, written piece by piece: completions, chunks, errors. No sockets, no faults."""
+"""Write a response in OpenAI's format piece by piece: completions, chunks, errors."""
 
 from __future__ import annotations
 

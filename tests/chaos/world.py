@@ -1,4 +1,4 @@
-"""All processes of one run: a store, two upstreams, and `uniroute serve` with two workers over them. Breaks nothing."""
+"""The processes of one run: a store, two upstreams, and `uniroute serve` with two workers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_comm
 from tests.support.server import arm as entry_of
 
 WORKERS = 2
+# Mean error rates; those of the clusters lie around them, so that different prompts go to different arms.
 ERRORS = {"alder": 0.45, "birch": 0.35, "cedar": 0.25, "larch": 0.2}
-"""Mean error rates; those of the clusters lie around them, so that different prompts go to different arms."""
 SETTINGS: Mapping[str, Any] = {
     "connect_timeout_s": 1,
     "first_token_timeout_s": 3,
@@ -33,8 +33,8 @@ SETTINGS: Mapping[str, Any] = {
     "keep_alive_s": 1,
     "profile": {"on_start": False},
 }
+# How the arms are reached, by their place: each upstream in both ways.
 FORWARD = ("translate", "relay", "relay", "translate")
-"""How the arms are reached, by their place: each upstream in both ways."""
 USAGE_STREAM, USAGE_TOTALS = "uniroute:usage", "uniroute:usage:totals"
 _LOGGED = re.compile(r"request=(?P<request>\S+) decision=(?P<decision>\S+) model=(?P<model>\S+)(?P<rest>[^\n]*)")
 _ENDING = re.compile(r" ending=(\S+)")

@@ -70,9 +70,9 @@ def test_a_local_model_ends_when_it_is_closed(tmp_path: Path) -> None:
 
 def test_ctrl_c_while_the_demo_serves_leaves_no_store_behind(tmp_path: Path, embedder_cache: Path) -> None:
     code = """
-from proxy.cli.serve import LOGGING, BackgroundServer, listen
-from proxy.cli.demo import wait_for_ctrl_c
-from proxy.settings import load_settings
+from proxy.cli.demo import BackgroundServer, wait_for_ctrl_c
+from proxy.server.run import LOGGING, listen
+from proxy.settings.schema import load_settings
 import os
 settings = load_settings(None, os.environ)
 server = BackgroundServer(settings, listen("127.0.0.1", 0), LOGGING)

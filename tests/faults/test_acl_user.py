@@ -1,5 +1,3 @@
-"""The Redis user that the README gives, and all that a server does with it: nothing is denied."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -22,7 +20,7 @@ def documented_rule() -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_documented_user_suffices_for_all_that_a_server_does(tmp_path: Path, embedder_cache: Path) -> None:
+def test_the_documented_redis_user_may_do_all_that_a_server_does(tmp_path: Path, embedder_cache: Path) -> None:
     with OwnValkey(tmp_path / "valkey") as valkey, valkey.client() as client, ScriptedUpstream(lambda _: "42") as up:
         client.execute_command(*documented_rule())
         client.execute_command("ACL", "SETUSER", "default", "+@all")
@@ -37,9 +35,9 @@ def test_the_documented_user_suffices_for_all_that_a_server_does(tmp_path: Path,
             session = {"x-session-id": "a", **gateway.headers}
             for _ in range(2):
                 asked = {"model": "auto", "messages": QUESTION}
-                httpx.post(f"{gateway.url}/v1/chat/completions", json=asked, headers=session, timeout=10)
+                httpx.post(f"{gateway.url}/v1/chat/completions", json=asked, headers=session, timeout=60)
             made = gateway.admin("POST", "/models", {**arm("asked", up.url), "profile": {"prompts": 24}}).json()
-            assert wait_until(lambda: gateway.admin("GET", f"/jobs/{made['job']}").json()["state"] == "ready", 30)
+            assert wait_until(lambda: gateway.admin("GET", f"/jobs/{made['job']}").json()["state"] == "ready")
             gateway.put_price()
             gateway.admin("PATCH", "/models/asked", {"model_info": {"max_input_tokens": 9000}})
             gateway.admin("DELETE", f"/jobs/{made['job']}")

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -46,16 +45,16 @@ async def an_uninterrupted_profile(store: Store, folder: Path, upstream: Scripte
 
 
 @asynccontextmanager
-async def a_killed_worker(folder: Path, upstream: ScriptedUpstream, after: int) -> AsyncIterator[float]:
-    """A process that owned store and job, killed with its server after so many prompts; when that was."""
+async def a_killed_worker(folder: Path, upstream: ScriptedUpstream, after: int) -> AsyncIterator[None]:
+    """A process that owned store and job, killed with its server after so many prompts."""
     command = [sys.executable, "-m", "tests.support.job_runner", str(folder), upstream.url]
     runner = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
-    await until(lambda: len(upstream.history) >= after, timeout_s=15)
+    await until(lambda: len(upstream.history) >= after)
     server = await _server_pid(folder)
     runner.kill()
     os.kill(server, signal.SIGKILL)
     await runner.wait()
-    yield time.monotonic()
+    yield
 
 
 async def _server_pid(folder: Path) -> int:
@@ -69,7 +68,7 @@ async def test_after_kill_9_of_all_processes_the_job_resumes_and_the_profile_is_
     store: Store, tmp_path: Path
 ) -> None:
     with ScriptedUpstream(knows("north", "west"), slow_s=0.05) as upstream:
-        async with a_killed_worker(tmp_path, upstream, after=12) as killed_at:
+        async with a_killed_worker(tmp_path, upstream, after=12):
             restarted = await Store.open(settings_for(tmp_path))
             job = await JobStore(restarted).for_model("small")
             assert job is not None
@@ -77,13 +76,11 @@ async def test_after_kill_9_of_all_processes_the_job_resumes_and_the_profile_is_
             assert len(kept) >= 8
             before = len(upstream.history)
             async with a_bench(restarted, tmp_path, model_at(upstream.url)) as bench:
-                await until(lambda: len(upstream.history) > before, timeout_s=15)
-                resumed_after = time.monotonic() - killed_at
+                await until(lambda: len(upstream.history) > before)
                 assert (await finished(bench.jobs, job)).state == "ready"
                 await until(lambda: "small" in bench.state.current.profiles)
                 resumed = bench.state.current.profiles["small"]
             await restarted.close()
-    assert resumed_after < 15
     texts = {f"{('north', 'east', 'south', 'west')[int(p[1:]) % 4]} say the number {p[1:]}" for p in kept}
     again = asked(upstream)
     assert all(again[text] == 1 for text in texts)
@@ -106,7 +103,7 @@ async def test_a_worker_that_stops_hands_its_job_over_at_once(
             await one.jobs.stop_worker()
             seen = len(upstream.history)
             await two.jobs.start_worker()
-            assert await until(lambda: len(upstream.history) > seen) < 1.5
+            await until(lambda: len(upstream.history) > seen)
             assert (await finished(two.jobs, job)).state == "ready"
 
 

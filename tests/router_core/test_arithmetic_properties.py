@@ -23,12 +23,12 @@ TIERS = st.dictionaries(
     COST,
 )
 PRICES = st.builds(
-    lambda read, out, rates, tiers: Price.of(
+    lambda read, out, rates, tiers: Price.from_fields(
         {"input_cost_per_token": read, "output_cost_per_token": out, **rates, **tiers}
     ),
     *(COST, COST, RATES, TIERS),
 )
-FLAT = PRICES.map(lambda price: replace(price, above=()))
+FLAT = PRICES.map(lambda price: replace(price, tiers=()))
 TOKENS = st.integers(0, 10**11)
 ANY: st.SearchStrategy[object] = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just({}) | st.just([])
@@ -77,13 +77,13 @@ def test_whatever_usage_says_tokens_are_paid_once(price: Price, usage: dict[str,
 
 @given(PRICES)
 def test_a_price_comes_back_from_json(price: Price) -> None:
-    assert Price.of(json.loads(json.dumps(price.stated()))) == price
+    assert Price.from_fields(json.loads(json.dumps(price.to_fields()))) == price
 
 
 @given(st.sampled_from(PRICE_FIELDS), st.floats(MAX_PRICE * 1.01) | st.floats(max_value=-1e-300))
 def test_a_price_beyond_all_measure_is_refused(name: str, value: float) -> None:
     with pytest.raises(InvalidInput):
-        Price.of({"input_cost_per_token": 0.0, "output_cost_per_token": 0.0, name: value})
+        Price.from_fields({"input_cost_per_token": 0.0, "output_cost_per_token": 0.0, name: value})
 
 
 def profile(rows: list[tuple[float, float, float]]) -> Profile:

@@ -33,11 +33,11 @@ def test_a_map_with_a_history_comes_back_with_it(tmp_path: Path) -> None:
     loaded = load_map(tmp_path)
     assert loaded.id == saved.id
     assert np.array_equal(loaded.assign(vectors).weights, saved.assign(vectors).weights)
-    assert loaded.history is not None
-    assert saved.history is not None
-    assert loaded.history.models == ("x", "y", "z")
+    assert loaded.reference_models is not None
+    assert saved.reference_models is not None
+    assert loaded.reference_models.models == ("x", "y", "z")
     for name in ("overlap", "error_sums", "labels"):
-        assert np.array_equal(getattr(loaded.history, name), getattr(saved.history, name))
+        assert np.array_equal(getattr(loaded.reference_models, name), getattr(saved.reference_models, name))
 
 
 @pytest.mark.parametrize(("key", "value"), [("temperature", 0.5), ("embedder", "another"), ("top", 3)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from router_core.calibration import expectations, quality_interval
+from router_core.calibration import quality_interval, sweep_lambdas
 from router_core.pool import Pool
 from router_core.types import Price
 from tests.router_core.makers import a_candidate, a_pool, an_assignment
@@ -21,7 +21,7 @@ def two_models(cheap: float, dear: float) -> Pool:
 
 
 def interval(pool: Pool, lambda_: float) -> tuple[float, float] | None:
-    expected = expectations(pool, PROMPTS, np.zeros(2))
+    expected = sweep_lambdas(pool, PROMPTS, np.zeros(2))
     return quality_interval(expected, expected.at(lambda_), pool, PROMPTS)
 
 

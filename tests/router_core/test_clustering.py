@@ -66,7 +66,7 @@ def test_the_id_follows_everything_that_decides_an_assignment_and_nothing_else()
         ClusterMap(centroids, embedder_id="f"),
         ClusterMap(centroids, embedder_id="e", top=2),
         ClusterMap(centroids, embedder_id="e", temperature=0.1),
-        base.hardened(),
+        base.with_hard_assignment(),
     ]
     assert len({base.id, *(other.id for other in others)}) == 6
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from router_core.embedding import MAX_END_CHARS, truncate_middle
+from router_core.text import MAX_END_CHARS, truncate_middle
 
 
 def test_a_text_that_fits_is_left_as_it_is() -> None:

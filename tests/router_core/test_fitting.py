@@ -84,7 +84,7 @@ def test_embedding_in_batches_is_embedding_at_once() -> None:
 
 
 def test_every_prompt_is_counted_in_its_nearest_cluster() -> None:
-    hard = fit_map(PROMPTS, FirstLetterEmbedder(), 3).hardened()
+    hard = fit_map(PROMPTS, FirstLetterEmbedder(), 3).with_hard_assignment()
     counts = sum(count_nearest(batch, FirstLetterEmbedder(), hard) for batch in batches(["apple", " ", *PROMPTS]))
     named = {name.split(",")[0]: count for name, count in zip(hard.names, np.asarray(counts).tolist(), strict=True)}
     assert named == {"apple": 3, "banana": 2, "cherry": 2}

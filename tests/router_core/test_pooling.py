@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_core.clustering import ClusterMap, ReferenceModels, history_of
+from router_core.clustering import ClusterMap, ReferenceModels, reference_models_of
 from router_core.estimators import partially_pooled_rates
 from router_core.types import Assignment, Doubles
 from tests.router_core.makers import a_map, an_assignment
@@ -55,7 +55,7 @@ def test_models_that_a_map_was_fitted_with_help_and_are_not_among_the_rates() ->
     asked = np.array([[0.5, 0.5, 0.5]]), np.ones((1, 3))
     alone, helped = (
         partially_pooled_rates(*asked, a_map()),
-        partially_pooled_rates(*asked, a_map().with_history(history)),
+        partially_pooled_rates(*asked, a_map().with_reference_models(history)),
     )
     assert alone.shape == helped.shape == (1, 3)
     assert np.ptp(alone) == pytest.approx(0.0)
@@ -65,7 +65,7 @@ def test_models_that_a_map_was_fitted_with_help_and_are_not_among_the_rates() ->
 def test_clusters_that_share_their_prompts_are_not_told_apart_by_them() -> None:
     """Every prompt lies half in the first cluster and half in the second; their sums then differ by accident only."""
     shared = Assignment(np.array([[0, 1]] * 8), np.full((8, 2), 0.5, dtype=np.float32))
-    aware = a_map(top=2).with_history(history_of(shared, 3, np.empty((8, 0)), ()))
+    aware = a_map(top=2).with_reference_models(reference_models_of(shared, 3, np.empty((8, 0)), ()))
     errors, labels = np.array([[6.0, 2.0, 0.0], [2.0, 6.0, 0.0]]), np.array([[8.0, 8.0, 0.0]] * 2)
     unaware_gap, aware_gap = (
         np.ptp(partially_pooled_rates(errors, labels, known)[0, :2]) for known in (a_map(top=2), aware)
@@ -96,7 +96,7 @@ def test_rates_lie_in_the_unit_interval_whatever_the_sums(rows: list[list[tuple[
 
 def test_a_history_is_of_labelled_answers_and_a_hard_assignment_overlaps_nowhere() -> None:
     scores = np.array([[1.0], [0.0], [np.nan]])
-    history = history_of(an_assignment(0, 0, 1), 3, scores, ("known",))
+    history = reference_models_of(an_assignment(0, 0, 1), 3, scores, ("known",))
     assert history.overlap.tolist() == np.eye(3).tolist()
     assert history.error_sums.tolist() == [[1.0, 0.0, 0.0]]
     assert history.labels.tolist() == [[2.0, 0.0, 0.0]]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from router_core.clustering import ClusterMap
-from router_core.estimators import LAPLACE, POOLED, RAW, RECIPES, SHRUNK
+from router_core.estimators import ESTIMATORS, LAPLACE, POOLED, RAW, SHRUNK
 from tests.router_core.makers import a_map
 
 ERRORS = np.array([[80.0, 220.0, 60.0, 0.0]])
@@ -27,7 +27,7 @@ def test_shrunk_rates_lean_on_the_models_own_mean() -> None:
 
 def test_without_any_label_every_recipe_says_one_half() -> None:
     nothing = np.zeros((1, 3))
-    for recipe in RECIPES.values():
+    for recipe in ESTIMATORS.values():
         assert recipe.rates(nothing, nothing, a_map())[0] == pytest.approx([0.5, 0.5, 0.5])
 
 

@@ -58,7 +58,7 @@ def test_a_prompt_belongs_to_the_clusters_of_every_kind_in_equal_shares_heaviest
     fitted = fit_with_outcomes(EmbeddedPrompts(["alpha beta"] * 600, vectors, "e"), scores, ("x", "y", "z"), 6)
     dense = fitted.assign(vectors).dense(fitted.size)
     weights = fitted.assign(vectors).weights
-    assert fitted.size == 6 + sum(clusters.size for clusters in fitted.taught) == len(fitted.names)
+    assert fitted.size == 6 + sum(clusters.size for clusters in fitted.learned_clusters) == len(fitted.names)
     assert len(fitted.views) == 3
     for view in fitted.views:
         assert dense[:, view.columns].sum(axis=1) == pytest.approx(np.full(600, 1 / 3), abs=1e-6)
@@ -68,11 +68,11 @@ def test_a_prompt_belongs_to_the_clusters_of_every_kind_in_equal_shares_heaviest
 def test_the_map_of_a_history_remembers_it_and_hardened_forgets() -> None:
     vectors, scores = prompts()
     fitted = fit_with_outcomes(EmbeddedPrompts(["alpha beta"] * 600, vectors, "e"), scores, ("x", "y", "z"), 6)
-    assert fitted.history is not None
-    assert fitted.history.models == ("x", "y", "z")
-    assert fitted.history.labels.sum(axis=1) == pytest.approx([600.0] * 3, abs=1e-3)
-    hard = fitted.hardened()
-    assert (hard.size, hard.history, hard.taught) == (6, None, ())
+    assert fitted.reference_models is not None
+    assert fitted.reference_models.models == ("x", "y", "z")
+    assert fitted.reference_models.labels.sum(axis=1) == pytest.approx([600.0] * 3, abs=1e-3)
+    hard = fitted.with_hard_assignment()
+    assert (hard.size, hard.reference_models, hard.learned_clusters) == (6, None, ())
 
 
 def test_taught_clusters_are_part_of_a_maps_id_and_history_is_not() -> None:
@@ -80,7 +80,7 @@ def test_taught_clusters_are_part_of_a_maps_id_and_history_is_not() -> None:
     embedded = EmbeddedPrompts(["alpha beta"] * 600, vectors, "e")
     with_history = fit_with_outcomes(embedded, scores, ("x", "y", "z"), 6)
     plain = fit_with_outcomes(embedded, scores[:, :1], ("x",), 6)
-    assert plain.history is not None
+    assert plain.reference_models is not None
     assert plain.id == ClusterMap(plain.centroids, embedder_id="e").id != with_history.id
 
 
@@ -92,4 +92,4 @@ def test_arrays_that_do_not_fit_each_other_are_refused() -> None:
         ErrorClusters(three, np.zeros(3, dtype=np.float32), three, top=9)
     response = ErrorClusters(three, np.zeros(3, dtype=np.float32), three, top=1)
     with pytest.raises(InvalidInput, match="dimensions"):
-        ClusterMap(np.eye(3, dtype=np.float32), embedder_id="e", taught=[response])
+        ClusterMap(np.eye(3, dtype=np.float32), embedder_id="e", learned_clusters=[response])

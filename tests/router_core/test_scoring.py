@@ -140,7 +140,7 @@ def test_nobody_eligible_is_an_error_that_carries_every_reason() -> None:
     left = eligible(a_pool(a_candidate("a", price=None), a_candidate("b", errors=None)), NO_NEEDS)
     with pytest.raises(NoEligibleModel) as caught:
         rank(left, an_assignment(0), NO_NEEDS, ScoringParams())
-    assert set(caught.value.why) == {"a", "b"}
+    assert set(caught.value.reasons) == {"a", "b"}
 
 
 def test_without_text_the_best_mean_wins_whatever_it_costs() -> None:
@@ -162,7 +162,7 @@ def test_free_models_cost_nothing_and_are_still_told_apart_by_errors() -> None:
 
 def test_a_long_prompt_is_expected_at_the_price_of_its_tier() -> None:
     """$2 against $3 per million tokens, but above 200,000 of them $4."""
-    tiered = Price.of(
+    tiered = Price.from_fields(
         {"input_cost_per_token": 2e-6, "output_cost_per_token": 0.0, "input_cost_per_token_above_200k_tokens": 4e-6}
     )
     pool = a_pool(a_candidate("tiered", price=tiered), a_candidate("flat", price=Price(3e-6, 0.0)))
@@ -174,7 +174,7 @@ def test_a_long_prompt_is_expected_at_the_price_of_its_tier() -> None:
 
 
 def test_a_cap_of_the_price_is_held_against_the_tier_of_the_prompt() -> None:
-    tiered = Price.of(
+    tiered = Price.from_fields(
         {"input_cost_per_token": 2e-6, "output_cost_per_token": 0.0, "input_cost_per_token_above_200k_tokens": 4e-6}
     )
     pool = a_pool(a_candidate("tiered", price=tiered))

@@ -130,9 +130,9 @@ def test_who_is_left_passed_every_check(
     models: list[Candidate], needs: Requirements, rests: bool, allowed: set[str] | None
 ) -> None:
     pool = Pool.build(models, MAP)
-    left = eligible(pool, needs, allowed, resting=["m1"] if rests else ())
+    left = eligible(pool, needs, allowed, cooling_down=["m1"] if rests else ())
     passed = np.logical_and.reduce([np.ones(len(pool), dtype=bool), *(check.passed for check in left.checked())])
 
     assert left.rows.tolist() == np.flatnonzero(passed).tolist()
-    assert set(left.names) | set(left.why) == set(pool.names)
-    assert set(left.names).isdisjoint(left.why)
+    assert set(left.names) | set(left.reasons) == set(pool.names)
+    assert set(left.names).isdisjoint(left.reasons)

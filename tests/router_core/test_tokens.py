@@ -2,7 +2,7 @@
 
 import pytest
 
-from router_core.pricing import estimate_tokens, text_bytes
+from router_core.text import estimate_tokens, text_bytes
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from proxy.errors import BadRequest, FieldNotAllowed
+from proxy.json_limits import MAX_DEPTH
 from proxy.routing.chat_request import ChatRequest, ProviderPreferences, parse_chat, parse_object
-from proxy.routing.control_fields import COMMON_FIELDS, is_control_field
-from proxy.safety.json_shape import MAX_DEPTH
+from proxy.settings.control_fields import COMMON_FIELDS, is_control_field
 
 ASK: Any = [{"role": "user", "content": "hi"}]
 

@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
+from proxy.json_limits import MAX_DEPTH, MAX_VALUES
 from proxy.routing.json_body import parse_fast, parse_strict
 from proxy.routing.requirements import requirements_of
-from proxy.safety.json_shape import MAX_DEPTH, MAX_VALUES
 from tests.routing.test_json_body_properties import BODIES, NAMES, VALUES
 
 TEXTS = st.text(st.sampled_from('":\\, {}[]a\u00fc\u6f22\U0001f600\n\x7f0'), max_size=8)

@@ -87,7 +87,7 @@ async def test_a_refusal_over_many_models_stays_short() -> None:
 
 async def test_a_refusal_says_that_the_able_models_cool_down() -> None:
     ctx = a_context(a_state())
-    error = no_candidate_error(ctx, eligible(ctx.snapshot.pool, ctx.requirements, resting={"cheap", "dear"}))
+    error = no_candidate_error(ctx, eligible(ctx.snapshot.pool, ctx.requirements, cooling_down={"cheap", "dear"}))
 
     assert isinstance(error, ServiceUnavailable)
     assert "rests after failures (cheap: resting after failures; dear: resting" in error.message

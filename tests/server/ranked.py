@@ -1,10 +1,11 @@
-"""A proxy with four models in a known order, and time limits short enough to wait for."""
+"""A proxy with four models in a known order, and timeouts short enough to wait for."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,39 +35,44 @@ class Ranked:
         return [len(model.history) for model in self.models]
 
 
-@pytest.fixture(scope="module", params=["relay", "translate"])
-def started_ranked(
-    tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path, request: pytest.FixtureRequest
-) -> Iterator[Ranked]:
+@pytest.fixture(scope="session")
+def rankings(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Callable[[str], Ranked]]:
+    """By the mode in which the models are called; each is started once, if a test wants it."""
+    with contextlib.ExitStack() as closing:
+
+        @cache
+        def opened(mode: str) -> Ranked:
+            return closing.enter_context(open_ranked(tmp_path_factory.mktemp("attempts"), embedder_cache, mode))
+
+        yield opened
+
+
+@contextlib.contextmanager
+def open_ranked(folder: Path, embedder_cache: Path, mode: str) -> Iterator[Ranked]:
     names = ("first", "second", "third", "fourth")
     with contextlib.ExitStack() as closing:
         models = [closing.enter_context(ScriptedUpstream(says(f"The {name} answer."))) for name in names]
         config = {
-            "model_list": [
-                arm(name, model.url, price=1e-7, forward=request.param)
-                for name, model in zip(names, models, strict=True)
-            ],
+            "model_list": [arm(name, models[place].url, price=1e-7, forward=mode) for place, name in enumerate(names)],
             "uniroute": {**LIMITS, "profile": {"on_start": False}, "breaker": TIRELESS},
         }
-        folder = tmp_path_factory.mktemp("attempts")
         proxy = closing.enter_context(ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "sk-ranked"}))
         for place, name in enumerate(names):
             proxy.put_profile(name, 0.1 + 0.1 * place)
         yield Ranked(proxy, tuple(models))
 
 
-@pytest.fixture
-def ranked(started_ranked: Ranked) -> Ranked:
-    for model in started_ranked.models:
-        model.script.clear()
-        model.history.clear()
-        model.always = None
-    return started_ranked
+@pytest.fixture(params=["relay", "translate"])
+def ranked(rankings: Callable[[str], Ranked], request: pytest.FixtureRequest) -> Ranked:
+    opened = rankings(request.param)
+    for model in opened.models:
+        model.reset()
+    return opened
 
 
 @pytest.fixture
 def asking(ranked: Ranked) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=ranked.proxy.url, timeout=20) as opened:
+    with httpx.Client(base_url=ranked.proxy.url, timeout=60) as opened:
         yield opened
 
 

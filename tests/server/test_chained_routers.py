@@ -1,5 +1,3 @@
-"""Routers that ask one another: each says that it was passed, and a ring of them ends with a clear refusal."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -8,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.conftest import BOTH_WAYS, Fleet
+from tests.server.conftest import BOTH_MODES, Fleet
 from tests.support.server import ProxyProcess, arm
 
 BODY: Any = {"model": "fair", "messages": [{"role": "user", "content": "What is 2 + 2?"}]}
@@ -16,11 +14,11 @@ BODY: Any = {"model": "fair", "messages": [{"role": "user", "content": "What is 
 
 def ask(url: str, hops: str | None = None, **body: Any) -> httpx.Response:
     headers = {} if hops is None else {"x-uniroute-hops": hops}
-    return httpx.post(f"{url}/v1/chat/completions", json={**BODY, **body}, headers=headers, timeout=20)
+    return httpx.post(f"{url}/v1/chat/completions", json={**BODY, **body}, headers=headers, timeout=60)
 
 
-@BOTH_WAYS
-def test_a_request_says_upstream_which_routers_it_has_passed(fleet: Fleet) -> None:
+@BOTH_MODES
+def test_a_request_to_an_upstream_names_the_routers_it_has_passed(fleet: Fleet) -> None:
     assert [ask(fleet.url, hops).status_code for hops in (None, "one", "one, two,three")] == [200] * 3
     sent = [received.headers["x-uniroute-hops"].split(", ") for received in fleet.fair.history]
 

@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from proxy.concurrency import cancel_and_wait
-from proxy.outbound import AsyncTransport, Outbound
-from proxy.upstream.litellm.transport import capture, chunks_of, client_over, open_pool, reap_connections
+from proxy.settings.outbound import AsyncTransport, Outbound
+from proxy.upstream.litellm_transport import capture, client_over, open_pool, read_chunks, reap_connections
 from tests.support.makers import until
 from tests.support.raw_upstream import DONE, END, SAID, RawUpstream, Said, chunked, plain
 
@@ -22,22 +22,22 @@ MAX_STEPS = 200
 
 @asynccontextmanager
 async def tidied(pool: httpx.AsyncClient) -> AsyncIterator[httpx.AsyncClient]:
-    closing = asyncio.create_task(reap_connections(pool, every_s=0.02, grace_s=0.1))
+    closing = asyncio.create_task(reap_connections(pool, interval_s=0.02, grace_period_s=0.1))
     async with pool:
         yield pool
         await cancel_and_wait(closing)
 
 
 async def streamed(pool: httpx.AsyncClient, url: str) -> None:
-    with capture(5, streams=True) as exchange:
+    with capture(5, stream=True) as captured:
         request = pool.build_request("POST", url, content=b"{}")
         response = await pool.send(request, stream=True)
     try:
-        async with aclosing(chunks_of(response)) as chunks:
+        async with aclosing(read_chunks(response)) as chunks:
             async for _ in chunks:
                 pass
     finally:
-        await exchange.aclose()
+        await captured.aclose()
 
 
 async def whole(pool: httpx.AsyncClient, url: str) -> None:

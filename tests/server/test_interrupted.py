@@ -11,7 +11,7 @@ import pytest
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream.litellm.client import LiteLLMClient
+from proxy.upstream.litellm_client import LiteLLMClient
 from tests.server.test_other_formats import BEGIN
 from tests.support.makers import until
 from tests.support.raw_upstream import SAID, RawUpstream, Said, chunked

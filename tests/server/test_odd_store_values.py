@@ -1,4 +1,4 @@
-"""Values in Redis that none of us wrote, in every key and field that is read: nothing raises, and all goes on."""
+"""Odd values in every Redis key and field that is read: nothing raises, and the server keeps serving."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class Served:
     def ask(self, **headers: str) -> int:
         body = {"model": "kept", "messages": ASK}
         url = f"{self.proxy.url}/v1/chat/completions"
-        return httpx.post(url, json=body, headers={**self.headers, **headers}, timeout=20).status_code
+        return httpx.post(url, json=body, headers={**self.headers, **headers}, timeout=60).status_code
 
     def ask_as_admin(self) -> int:
         return self.ask(authorization="Bearer admin-key-of-the-tests")
@@ -225,7 +225,7 @@ def test_an_odd_entry_is_refused_or_can_be_sent_on(name: str) -> None:
             json.dumps(read(text if isinstance(text, str) else text.decode("utf-8", "replace")), allow_nan=False)
 
 
-def test_a_store_full_of_odd_entries_is_served_from_and_changed(served: Served) -> None:
+def test_a_server_over_a_store_full_of_odd_entries_serves_and_accepts_changes(served: Served) -> None:
     assert served.ask() == 200
     assert {path: status for path, status in served.reads().items() if status != 200} == {}
     assert served.changes() == DONE
@@ -242,7 +242,7 @@ def emptied(served: Served) -> Served:
     return served
 
 
-def test_each_odd_entry_is_told_of_once_in_a_line_that_ends_where_it_seems_to(served: Served) -> None:
+def test_each_odd_entry_is_logged_once_on_one_line(served: Served) -> None:
     assert served.proxy.log.count("uniroute:models odd-0:") == 1
     assert "\x1b" not in served.proxy.log
     assert "uniroute:models red" in served.proxy.log
@@ -277,7 +277,7 @@ def test_an_odd_value_in_any_single_place_stops_nothing(emptied: Served, odd: st
 
 # Not -1: the cost of a request that has just ended may be added to it, and then it is a count.
 @pytest.mark.parametrize("odd", ["9" * 400, "-" + "9" * 15, "-" + "9" * 30, "nan", "inf", "1e999"])
-def test_a_budget_whose_sum_is_no_count_stays_shut_until_it_is_mended(emptied: Served, odd: str) -> None:
+def test_a_budget_with_an_unreadable_sum_refuses_until_it_is_repaired(emptied: Served, odd: str) -> None:
     today = datetime.now(UTC).strftime("%Y-%m-%d")
     for period in (f"day:{today}", f"month:{today[:7]}"):
         key = f"{PREFIX}{{{emptied.key_id}}}:{period}"
@@ -295,7 +295,7 @@ WRONG_KINDS = {
 
 
 @pytest.mark.parametrize("kind", WRONG_KINDS)
-def test_a_key_of_another_kind_stops_no_request_and_no_reading(emptied: Served, kind: str) -> None:
+def test_a_redis_key_of_another_type_fails_no_request_and_no_read(emptied: Served, kind: str) -> None:
     keys = (VERSION, MODELS, PROFILES, PREVIOUS_PROFILES, price_key("kept"), health_key("kept"), LATEST, job_key("odd"))
     emptied.client.delete(*keys)
     for key in keys:
@@ -309,5 +309,5 @@ def test_a_key_of_another_kind_stops_no_request_and_no_reading(emptied: Served, 
     emptied.proxy.put_profile("kept", 0.1)
 
 
-def test_nothing_was_a_fault_of_ours(emptied: Served) -> None:
+def test_no_error_of_ours_was_logged(emptied: Served) -> None:
     assert "Traceback" not in emptied.proxy.log

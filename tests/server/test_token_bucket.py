@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.server.ratelimit import BucketCache, BucketState, adjust, refill, take, time_to_full, wait_s
-from proxy.server.reservations import BUCKET, DATE
+from proxy.storage.redis import load_script
 from proxy.storage.valkey import EmbeddedValkey
 
 Take = Callable[[BucketState, float, float, float], BucketState | None]
+BUCKET = load_script("proxy.server", "bucket")
+DATE = load_script("proxy.server", "date")
 _TAKE = f"""{BUCKET}
 local used, at, per_minute, amount, now = unpack(ARGV)
 local level = limits_leaked(tonumber(used), tonumber(at), tonumber(per_minute), tonumber(now))

@@ -1,5 +1,3 @@
-"""Redis stopped while serving: requests go on, admin writes say 503, and all is well when it is back."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -25,10 +23,10 @@ class Away:
     upstream: ScriptedUpstream
 
     def ask(self) -> httpx.Response:
-        return httpx.post(f"{self.proxy.url}/v1/chat/completions", json={"model": "auto", "messages": ASK}, timeout=10)
+        return httpx.post(f"{self.proxy.url}/v1/chat/completions", json={"model": "auto", "messages": ASK}, timeout=60)
 
     def store(self) -> str:
-        return str(httpx.get(f"{self.proxy.url}/readyz", timeout=10).json()["store"])
+        return str(httpx.get(f"{self.proxy.url}/readyz", timeout=60).json()["store"])
 
 
 @pytest.fixture
@@ -44,15 +42,16 @@ def away(tmp_path: Path, embedder_cache: Path) -> Iterator[Away]:
     redis.stop()
 
 
-def test_a_stopped_redis_costs_no_request_and_no_write(away: Away) -> None:
+def test_a_stopped_redis_fails_no_request_and_refuses_writes(away: Away) -> None:
     assert away.ask().status_code == 200
     away.redis.stop()
-    assert wait_until(lambda: away.store() == "away", 10)
+    assert wait_until(lambda: away.store() == "away")
 
     assert [away.ask().status_code for _ in range(3)] == [200, 200, 200]
+    late = arm("late", away.upstream.url)
     refused = [
-        away.proxy.admin("POST", "/admin/models", arm("late", away.upstream.url)),
-        away.proxy.admin("POST", "/admin/models", {**arm("late", away.upstream.url), "profile": uniform_profile(0.1)}),
+        away.proxy.admin("POST", "/admin/models", late),
+        away.proxy.admin("POST", "/admin/models", {**late, "profile": uniform_profile(0.1)}),
         away.proxy.admin("PUT", "/admin/models/kept/pricing", PRICE),
         away.proxy.admin("DELETE", "/admin/models/kept"),
     ]
@@ -60,7 +59,7 @@ def test_a_stopped_redis_costs_no_request_and_no_write(away: Away) -> None:
     assert away.proxy.admin("GET", "/admin/models/kept").json()["state"] == "ready"
 
     away.redis.ensure()
-    assert wait_until(lambda: away.store() == "up", 10)
+    assert wait_until(lambda: away.store() == "up")
     assert away.proxy.admin("PUT", "/admin/models/kept/pricing", PRICE).status_code == 200
     assert away.proxy.admin("GET", "/admin/models/late").status_code == 404
     assert away.ask().status_code == 200

@@ -17,7 +17,7 @@ ANSWERED = ObservedTraffic(prompt_tokens=4, output_bytes=400, unreported_bytes=0
 @pytest.mark.parametrize(("case", "price"), list(product(CASES, PRICES)), ids=str)
 def test_what_was_reported_is_paid_to_the_picodollar(case: tuple[str, str], price: str) -> None:
     use, vendor = case
-    cost = cost_of(parse_usage(REPORTS[use][vendor]), Price.of(PRICES[price]), ANSWERED, billed=True)
+    cost = cost_of(parse_usage(REPORTS[use][vendor]), Price.from_fields(PRICES[price]), ANSWERED, billed=True)
     assert cost.usd is not None
     assert (picousd(cost.usd), cost.estimated) == (picodollars(use, price), False)
 
@@ -31,7 +31,7 @@ def test_what_came_is_paid_however_it_ended(told: str) -> None:
         if read.prompt_tokens or read.output_tokens:
             counts, reported_bytes = read.after(counts), 40 * (place + 1)
     received = ObservedTraffic(prompt_tokens=4, output_bytes=120, unreported_bytes=120 - reported_bytes)
-    cost = cost_of(believed(counts, received), Price.of(PRICES["flat"]), received, billed=True)
+    cost = cost_of(believed(counts, received), Price.from_fields(PRICES["flat"]), received, billed=True)
     assert cost.usd is not None
     assert picousd(cost.usd) == expected
 

@@ -154,7 +154,7 @@ def test_the_bundled_map_knows_the_prices_of_long_prompts() -> None:
     assert qwen.price is not None
     assert [gemini.price.at(tokens).input_cost_per_token for tokens in (200_000, 200_001)] == [1.25e-6, 2.5e-6]
     assert [qwen.price.at(tokens).output_cost_per_reasoning_token for tokens in (1, 256_001)] == [4e-6, 1.2e-5]
-    assert sum(bool(entry.price and entry.price.above) for entry in bundled_catalog()) > 200
+    assert sum(bool(entry.price and entry.price.tiers) for entry in bundled_catalog()) > 200
 
 
 def test_what_a_tier_of_a_list_leaves_out_costs_its_own_input_price() -> None:

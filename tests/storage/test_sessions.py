@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from proxy.storage.redis import OPERATION_S, Store
+from proxy.storage.redis import Store
 from proxy.storage.sessions import (
     MAX_LOCAL,
     MAX_QUEUED,
@@ -204,7 +204,6 @@ async def test_a_frozen_redis_is_waited_for_once_a_second_by_one_request(valkey:
         started = time.monotonic()
         recalled = [await memory.recall(["call"], "session") for _ in range(50)]
         within = time.monotonic() - started
-        assert within < OPERATION_S  # not once the time that other operations give Redis
         # from this process's own memory, without asking again
         assert [turn.last.model for turn in recalled if turn.last] == ["small"] * 50
         assert len(missed) <= 1 + within / RETRY_INTERVAL_S

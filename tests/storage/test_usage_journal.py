@@ -19,8 +19,8 @@ LARGE = 10**9
 WRITER = """
 import os, signal, sys
 from pathlib import Path
-from proxy.storage.usage_journal import Journals
-journals = Journals(Path(sys.argv[1]), 10**9)
+from proxy.storage.usage_journal import JournalDirectory
+journals = JournalDirectory(Path(sys.argv[1]), 10**9)
 for number in range(int(sys.argv[2])):
     journals.append('{"n": %d}' % number)
 os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What a scripted model server says: OpenAI completions, stream chunks and errors as JSON. No I/O."""
+"""What a scripted model server responds: OpenAI completions, stream chunks and errors as JSON."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Json = dict[str, Any]
+# The newest user text → the answer.
 Skill = Callable[[str], str]
-"""The newest user text → the answer."""
 
 
 @dataclass(frozen=True)

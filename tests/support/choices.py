@@ -1,4 +1,4 @@
-"""A state of three models, and the choice that is made among them, with an embedder that can be held."""
+"""A snapshot of three models, the selection among them, and an embedder that can be blocked."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Corners:
         self.free.set()
 
     def embed(self, texts: Sequence[str]) -> Floats:
-        self.free.wait(5)
+        self.free.wait(60)
         if texts == ["broken"]:
             raise ValueError("no such text")
         return np.tile(np.eye(4, dtype=np.float32)[0], (len(texts), 1))

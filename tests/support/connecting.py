@@ -1,4 +1,4 @@
-"""A request over a pool of connections to its end, and servers that go their own way. No models, no scripts."""
+"""Requests over a connection pool, and small TCP servers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def at(server: RawUpstream, proxy: str | None = None, *, tls: bool = False) -> O
 
 async def asked(connections: ConnectionPool, origin: Origin, body: bytes = b"{}") -> tuple[int | None, bytes]:
     """Status and body."""
-    async with asyncio.timeout(5):
-        connection = await connections.take(origin, 5)
+    async with asyncio.timeout(60):
+        connection = await connections.acquire(origin, 5)
         try:
             await connection.send(HEAD, body)
-            await connection.answered()
+            await connection.wait_for_head()
             found = b""
             while piece := await connection.read():
                 found += piece
@@ -33,19 +33,19 @@ async def asked(connections: ConnectionPool, origin: Origin, body: bytes = b"{}"
 
 
 async def all_places_are_free(connections: ConnectionPool, origin: Origin) -> None:
-    """Of two, and there is no third."""
-    both = [await connections.take(origin, 1), await connections.take(origin, 1)]
-    third = asyncio.create_task(connections.take(origin, 1))
+    """There are two, and no third."""
+    both = [await connections.acquire(origin, 1), await connections.acquire(origin, 1)]
+    third = asyncio.create_task(connections.acquire(origin, 1))
     await asyncio.sleep(0.01)
     assert not third.done()
     for connection in both:
-        connections.drop(connection)
-    connections.drop(await third)
+        connections.discard(connection)
+    connections.discard(await third)
 
 
 @asynccontextmanager
 async def served(handle: Handler) -> AsyncIterator[Origin]:
-    """Who has heard a connection's first head goes on as `handle` says, and then closes."""
+    """Serve each connection with `handle`, which gets its first head, then close it."""
     tasks: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,4 +1,4 @@
-"""Texts that make a careless parser explode, and a child process in which only linear work gets through them."""
+"""Texts on which a careless parser takes quadratic time, and a child process with too little CPU time for that."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from tests.support.server import ROOT
 
 CHARACTERS = 20_000
+# For one reader and four units: a linear reader needs tenths of a second for them.
 CPU_S = 4
-"""For one reader and four units: a linear reader needs tenths of a second for them."""
+# Of each kind one.
 FEW = (" ", ".", "({[", '"', "\\", "1", "-", "<think>", "```", "\u0301\u0316", "_cost_per_", "{[(\"'`\\* -1")
-"""Of each kind one."""
 MANY = (
     "\n", "(", "{", "[[", "'", "answer", "\t", "\xa0", "\r\n", " \n", "{}", "[]", '{"a":', "[1,", '"a",', '"\\u0041',
     "`", "```\n", "“", '\'"“«`', "'a' ", "'a", "\\boxed{", "\\boxed{{a}", "\\boxed ", "\\frac{1}{", "\\text{a", "*",

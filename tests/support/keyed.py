@@ -1,4 +1,4 @@
-"""A proxy with two arms behind client keys, which are made over HTTP as an administrator makes them."""
+"""A proxy with two models behind client keys, which are created over HTTP as an administrator creates them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MadeKey:
 
 @dataclass(frozen=True)
 class KeyedProxy:
-    """A block of it closes every client that it opened."""
+    """As a context manager it closes every client that it opened."""
 
     proxy: ProxyProcess
     opened: list[openai.OpenAI] = field(default_factory=list)
@@ -46,19 +46,19 @@ class KeyedProxy:
         return MadeKey(reply.json()["id"], reply.json()["key"])
 
     def client(self, key: MadeKey) -> openai.OpenAI:
-        client = openai.OpenAI(base_url=f"{self.proxy.url}/v1", api_key=key.secret, max_retries=0, timeout=10)
+        client = openai.OpenAI(base_url=f"{self.proxy.url}/v1", api_key=key.secret, max_retries=0, timeout=60)
         self.opened.append(client)
         return client
 
     def call(self, key: MadeKey | None, method: str, path: str, body: Any = None, **headers: str) -> httpx.Response:
         sent = {**(key.headers if key else {}), **headers}
-        return httpx.request(method, self.proxy.url + path, json=body, headers=sent, timeout=20)
+        return httpx.request(method, self.proxy.url + path, json=body, headers=sent, timeout=60)
 
     def opens(self, key: MadeKey | None) -> bool:
         return self.call(key, "GET", "/v1/models").status_code == 200
 
     def audit_lines(self, request_id: str) -> list[dict[str, str]]:
-        """Those of the log, once they are there: the line follows the answer."""
+        """Those of the log, once they are there: the line follows the response."""
         wanted = f" request={request_id}"
         assert wait_until(lambda: wanted in self.proxy.log)
         lines = [line for line in self.proxy.log.splitlines() if line.endswith(wanted) and "uniroute.audit" in line]
@@ -70,7 +70,7 @@ class KeyedProxy:
         return entries
 
     def seen_anywhere(self, secret: str) -> list[str]:
-        """Where the text of a key can be read by somebody else."""
+        """Where a secret can be read after its creation."""
         pages = {
             path: self.proxy.admin("GET", path).text
             for path in ("/admin/keys", "/admin/audit?limit=1000", "/admin/models", "/metrics", "/v1/models")

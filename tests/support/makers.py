@@ -1,4 +1,4 @@
-"""Small parts for tests of the state: a cluster map of four corners, records, profiles, a live state holder."""
+"""Small parts for tests: a cluster map of four corners, records, profiles, a started snapshot watcher."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ async def following(
         await holder.stop()
 
 
-async def until(happened: Callable[[], Any], timeout_s: float = 5.0) -> float:
+async def until(happened: Callable[[], Any], timeout_s: float = 60.0) -> float:
     """Seconds until `happened()` was true; fails the test when it never is."""
     started = time.monotonic()
     while not happened():

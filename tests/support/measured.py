@@ -50,7 +50,7 @@ class HttpUpstream:
     """The smallest provider layer: one POST, errors as the real one raises them."""
 
     async def complete(self, record: ModelRecord, body: Mapping[str, Any]) -> JSONPayload:
-        async with httpx.AsyncClient(timeout=5, trust_env=False, verify=False) as client:
+        async with httpx.AsyncClient(timeout=60, trust_env=False, verify=False) as client:
             try:
                 response = await client.post(f"{record.litellm_params['api_base']}/chat/completions", json=dict(body))
             except httpx.HTTPError as error:
@@ -137,7 +137,7 @@ async def a_bench(
         yield Bench(state, registry, jobs, record)
 
 
-async def ended(jobs: Jobs, job: Job, timeout_s: float = 15.0) -> Job:
+async def ended(jobs: Jobs, job: Job, timeout_s: float = 60.0) -> Job:
     """The job once it is over."""
     deadline = time.monotonic() + timeout_s
     while True:

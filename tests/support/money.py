@@ -1,4 +1,4 @@
-"""What requests used, as each vendor reports it, and what that costs at each kind of price: worked out by hand."""
+"""Usage as each vendor reports it, and its cost at each kind of price, worked out by hand."""
 
 from __future__ import annotations
 
@@ -148,6 +148,7 @@ CASES = [(use, vendor) for use, reports in REPORTS.items() for vendor in reports
 PIECES = 3
 _ZERO = openai(0, 0)
 _TOLD = openai(1000, 100)
+# Usage on each piece, and the cost in picodollars at the flat price, however the stream ends after them.
 ON_THE_WAY: dict[str, tuple[list[Usage | None], int]] = {
     # 4 x 1 + 30 x 10 microdollars
     "nothing": ([None, None, None], 304_000_000),
@@ -156,12 +157,11 @@ ON_THE_WAY: dict[str, tuple[list[Usage | None], int]] = {
     "so far on each": ([openai(1000, 10), openai(1000, 20), openai(1000, 30)], 1_300_000_000),
     "the prompt at first": ([openai(1000, 0), None, None], 1_300_000_000),
     "one token at first": ([openai(1000, 1), None, None], 1_300_000_000),
-    # 1000 x 1 + 20 x 10 were told; of 120 bytes 30 tokens are estimated
+    # 1000 x 1 + 20 x 10 were reported; of 120 bytes 30 tokens are estimated
     "two of three": ([openai(1000, 10), openai(1000, 20), None], 1_300_000_000),
-    # 1000 x 1 + 100 x 10: more was told than came
+    # 1000 x 1 + 100 x 10: more was reported than received
     "all at first": ([_TOLD, None, None], 2_000_000_000),
     "all with the last piece": ([None, None, _TOLD], 2_000_000_000),
     # 1000 x 1 + 3 x 10: a report that comes with the last bytes is right, however few tokens it counts
     "few at last": ([_ZERO, _ZERO, openai(1000, 3)], 1_030_000_000),
 }
-"""Usage on each piece, and the cost in picodollars at the flat price, however the stream ends after them."""

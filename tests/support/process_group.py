@@ -1,4 +1,4 @@
-"""A command in a process group of its own, as a terminal starts it; nothing of it is left afterwards."""
+"""A command in a process group of its own, of which nothing is left; children and connections of processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import IO
+
+import httpx
 
 from tests.support.command import ROOT
 
@@ -28,9 +31,9 @@ class ProcessGroup:
         os.killpg(self.pid, signal.SIGINT)
 
     def end(self) -> tuple[str, str, int]:
-        """What it still says, once all of the group have left, and the exit status."""
-        told, complained = self._process.communicate(timeout=20)
-        return told, complained, self._process.returncode
+        """Its output and errors, once all of the group have ended, and the exit status."""
+        output, errors = self._process.communicate(timeout=60)
+        return output, errors, self._process.returncode
 
     def workers(self) -> list[int]:
         """The ids of the processes that multiprocessing started for it."""
@@ -41,6 +44,22 @@ def children_of(pid: int) -> list[int]:
     """The ids of the processes that multiprocessing started for it."""
     found = subprocess.run(["pgrep", "-P", str(pid), "-f", "spawn_main"], capture_output=True, text=True)
     return [int(found_pid) for found_pid in found.stdout.split()]
+
+
+def owners_of(response: httpx.Response, pids: Sequence[int]) -> list[int]:
+    """Return those of the processes that serve the connection of an open response."""
+    client_port = response.extensions["network_stream"].get_extra_info("client_addr")[1]
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    sockets = {f"socket:[{row[9]}]" for row in rows if int(row[2].split(":")[1], 16) == client_port}
+    return [pid for pid in pids if sockets & _open_files(pid)]
+
+
+def _open_files(pid: int) -> set[str]:
+    found = set()
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            found.add(str(file.readlink()))
+    return found
 
 
 @contextmanager

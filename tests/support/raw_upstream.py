@@ -1,4 +1,4 @@
-"""A model server that says exactly the bytes it is told, on connections that stay open. On the test's own loop."""
+"""A model server on the test's own event loop that sends exactly the given bytes, on connections that stay open."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that is relayed to, asked directly: what came of it, under our name for it."""
+"""Direct calls of a model by the client of upstreams."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ async def streamed(upstream: UpstreamClient, record: ModelRecord) -> list[bytes]
 
 async def failing(upstream: UpstreamClient, record: ModelRecord, ask: Callable[..., Any]) -> UpstreamError:
     with pytest.raises(UpstreamError) as caught:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await ask(upstream, record)
     assert KEY not in f"{caught.value.message}{caught.value.body!r}{caught.value.headers}"
     return caught.value
 
 
+# It says that there is more to come.
 SHORT = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 500\r\n\r\n" + JSON
-"""It says that there is more to come."""

@@ -1,4 +1,4 @@
-"""The proxy as users run it: uvicorn in its own process, a data directory, a YAML file, environment variables."""
+"""The proxy in a process of its own, by uvicorn: a data directory, a YAML file, environment variables."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from router_core.artifact import builtin_map
 
 ROOT = Path(__file__).parent.parent.parent
 ADMIN_KEY = "admin-key-of-the-tests"
-START_S = 60.0
+START_S = 180.0
+# Circuit-breaker settings for tests of other things: a cooldown is over before the next request.
 TIRELESS = {"cooldown_s": 0.001, "longest_cooldown_s": 0.001}
-"""A breaker for tests of other things: no model rests for longer than a test needs for its next request."""
 POLL_S = 0.05
 
 
 class ProxyProcess:
-    """Start it, call it at `url`, stop it. `worker_log` is what it wrote."""
+    """Start it, call it at `url`, stop it. `log` is what it wrote."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class ProxyProcess:
         if self._process is not None:
             if self._process.poll() is None:
                 self._process.send_signal(signal_)
-            self._process.wait(15)
+            self._process.wait(60)
             self._process = None
         self._log.close()
 
@@ -98,7 +98,7 @@ class ProxyProcess:
 
     def admin(self, method: str, path: str, body: Any = None) -> httpx.Response:
         headers = {"authorization": f"Bearer {ADMIN_KEY}"}
-        return httpx.request(method, self.url + path, json=body, headers=headers, timeout=20)
+        return httpx.request(method, self.url + path, json=body, headers=headers, timeout=60)
 
     def put_profile(self, name: str, error: float, *, output_tokens: float = 20.0) -> None:
         """A ready profile: the same error rate in every cluster, well supported."""

@@ -1,4 +1,4 @@
-"""A certificate signed by itself, and a server's side of TLS with it. Whom it is trusted by is the tests' matter."""
+"""A self-signed certificate, and a server's side of TLS with it."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from tests.support.answers import Json, Skill, Step, chunks, completion, newest_
 POLL_S = 0.01
 
 
-def wait_until(happened: Any, timeout_s: float = 5.0) -> bool:
+def wait_until(happened: Any, timeout_s: float = 120.0) -> bool:
     """Polls `happened()` until it is true or the time is up; says which."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
@@ -66,16 +66,22 @@ class ScriptedUpstream:
     def then(self, *steps: Step) -> None:
         self.script.extend(steps)
 
+    def reset(self) -> None:
+        """Forget what was asked and what was still to be answered."""
+        self.script.clear()
+        self.history.clear()
+        self.always = None
+
     def start(self) -> ScriptedUpstream:
         self._thread.start()
-        self._server = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(5)
+        self._server = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(60)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
     def stop(self) -> None:
-        asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result(5)
+        asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result(60)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(5)
+        self._thread.join(60)
         self._loop.close()
 
     def __enter__(self) -> ScriptedUpstream:

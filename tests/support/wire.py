@@ -1,4 +1,4 @@
-"""Bytes over a socket as no HTTP client would send them, and what comes back. Understands just enough HTTP."""
+"""Bytes over a socket that no HTTP client would send, and the responses."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _LAST = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nx-request-id: the-last\r\n
 
 
 def send(
-    address: tuple[str, int], *pieces: bytes, wait_s: float | None = None, timeout_s: float = 10.0
+    address: tuple[str, int], *pieces: bytes, wait_s: float | None = None, timeout_s: float = 60.0
 ) -> list[Answer]:
     """Every answer, in order.
 
     `wait_s`: until the server closes, or has said nothing more for so long. Without it, a request for /healthz follows
     once the first answer has begun, and what comes before its answer is all there is.
     """
-    with socket.create_connection(address, timeout=10) as connection:
+    with socket.create_connection(address, timeout=60) as connection:
         with suppress(ConnectionError):
             for piece in pieces:
                 connection.sendall(piece)

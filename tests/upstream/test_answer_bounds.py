@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamError
-from proxy.safety.json_shape import MAX_VALUES, MAX_VALUES_AT_ONCE, SMALL
+from proxy.json_limits import MAX_VALUES, MAX_VALUES_AT_ONCE, SMALL_BYTES
 from proxy.server.responses import render_error
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import CircuitBreakerSettings, Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream.answer_room import AnswerBounds, AnswerRoom, Held
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.health import HealthRegistry
+from proxy.upstream.response_memory import HeldMemory, ResponseBounds, ResponseMemory
 from tests.support.makers import until
 from tests.support.raw_upstream import DONE, END, JSON, SAID, STREAM_HEAD, RawUpstream, Said, chunked, plain
 from tests.support.relaying import BODY, a_model, failing, streamed, whole
@@ -37,7 +37,7 @@ async def upstream(request: pytest.FixtureRequest) -> AsyncIterator[UpstreamClie
     """With little room, so that little is needed to fill it."""
     opened = UpstreamClient(Settings(max_answer_bytes=4_000_000, max_answers_in_flight_bytes=5_000_000), {})
     if hasattr(request.node, "callspec") and request.node.callspec.params.get("way", "relay") != "relay":
-        await opened.loaded()
+        await opened.ensure_litellm()
     yield opened
     await opened.aclose()
 
@@ -76,7 +76,7 @@ async def test_a_flood_of_values_is_not_parsed(upstream: UpstreamClient, way: st
 
         assert isinstance(failure, AnswerTooLarge)
         assert "values" in failure.message
-    assert upstream.room.taken == 0
+    assert upstream.memory.used_bytes == 0
 
 
 @WAYS
@@ -98,7 +98,7 @@ async def test_more_bytes_than_are_read_of_one_answer(
 
         assert isinstance(failure, AnswerTooLarge)
         assert "max_answer_bytes" in failure.message
-    assert upstream.room.taken == 0
+    assert upstream.memory.used_bytes == 0
 
 
 @WAYS
@@ -110,7 +110,7 @@ async def test_what_unpacks_to_more_than_is_read_is_not_unpacked(
     head = GZIP if not stream else EVENT_STREAM + b"content-encoding: gzip\r\n"
     async with RawUpstream(plain(packed, head)) as server:
         await failing(upstream, by(way, server), streamed if stream else whole)
-    assert upstream.room.taken == 0
+    assert upstream.memory.used_bytes == 0
 
 
 @pytest.mark.parametrize("way", ["relay", "translate"])
@@ -125,7 +125,7 @@ async def test_the_events_of_a_whole_answer_are_no_flood_of_values_together(upst
         said = json.loads(await whole(upstream, by(way, server)))
 
     assert said["choices"][0]["message"]["content"] == "hi" * (MAX_VALUES_AT_ONCE // 5)
-    await until(lambda: upstream.room.taken == 0)
+    await until(lambda: upstream.memory.used_bytes == 0)
 
 
 @pytest.mark.parametrize("way", ["relay", "translate"])
@@ -145,7 +145,7 @@ async def test_of_a_whole_answer_in_events_no_more_is_held_than_of_any(
 
         assert isinstance(failure, AnswerTooLarge)
         assert why in failure.message
-    assert upstream.room.taken == 0
+    assert upstream.memory.used_bytes == 0
 
 
 @pytest.mark.parametrize("way", ["relay", "translate"])
@@ -156,7 +156,7 @@ async def test_json_in_place_of_a_stream_is_bounded_too(upstream: UpstreamClient
             failure = await failing(upstream, by(way, server), streamed)
             assert isinstance(failure, AnswerTooLarge)
             assert why in failure.message
-    assert upstream.room.taken == 0
+    assert upstream.memory.used_bytes == 0
 
 
 @pytest.mark.parametrize("way", ["relay", "translate"])
@@ -167,7 +167,7 @@ async def test_a_large_answer_arrives_whole(upstream: UpstreamClient, way: str, 
         said = await ask(upstream, by(way, server))
 
     assert [text] == [more for each in ([said] if ask is whole else said) if (more := json.loads(each).get("more"))]
-    await until(lambda: upstream.room.taken == 0)
+    await until(lambda: upstream.memory.used_bytes == 0)
 
 
 @pytest.mark.parametrize("values", [MAX_VALUES_AT_ONCE - 1000, MAX_VALUES - 1000])
@@ -188,14 +188,14 @@ async def test_an_answer_has_room_or_is_told_so_and_all_of_it_is_given_back(
         record = by("relay", server)
         first = await upstream.complete(record, BODY)
         failure = await failing(upstream, record, whole)
-        taken = upstream.room.taken
+        taken = upstream.memory.used_bytes
         del first
 
         assert isinstance(failure, NoRoomForAnswer)
         assert taken > 3_000_000
         assert "max_answers_in_flight_bytes" in caplog.text
         assert await whole(upstream, record)
-    assert upstream.room.taken == 0
+    assert upstream.memory.used_bytes == 0
 
 
 @WAYS
@@ -206,11 +206,11 @@ async def test_who_is_cancelled_gives_its_room_back(upstream: UpstreamClient, wa
     beginning = (b'{"a":"' if ask is whole else b'data: {"a":"') + b"x" * 1_000_000
     async with RawUpstream(Said((head + beginning,), "hang")) as server:
         asking = asyncio.create_task(ask(upstream, by(way, server)))
-        await until(lambda: upstream.room.taken > 500_000)
+        await until(lambda: upstream.memory.used_bytes > 500_000)
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
-    await until(lambda: upstream.room.taken == 0)
+    await until(lambda: upstream.memory.used_bytes == 0)
 
 
 @pytest.mark.parametrize("way", ["translate", "anthropic", "azure"])
@@ -230,11 +230,11 @@ async def test_a_large_event_is_held_until_it_is_dropped(upstream: UpstreamClien
         stream: Any = await upstream.stream(by("relay", server), {**BODY, "stream": True})
         most = 0
         async for block in stream:
-            most = max(most, upstream.room.taken)
+            most = max(most, upstream.memory.used_bytes)
             del block
 
         assert most >= 1_000_000
-        assert upstream.room.taken == 0
+        assert upstream.memory.used_bytes == 0
 
 
 @pytest.mark.parametrize("kind", [b"application/json", b"text/event-stream"])
@@ -268,38 +268,38 @@ def test_without_room_other_models_are_not_asked_and_the_client_may_come_again()
 
 
 def test_room_is_given_back_when_nothing_refers_to_the_answer() -> None:
-    room = AnswerRoom(10, 10)
-    held = Held(room, 8)
+    room = ResponseMemory(10, 10)
+    held = HeldMemory(room, 8)
     with pytest.raises(NoRoomForAnswer):
-        Held(room, 3)
+        HeldMemory(room, 3)
     held.grow_to(10)
-    taken = room.taken
+    taken = room.used_bytes
     del held
 
-    assert (taken, room.taken) == (10, 0)
+    assert (taken, room.used_bytes) == (10, 0)
 
 
-@pytest.mark.parametrize("cut", [1, 1000, SMALL - 1, SMALL + 1])
+@pytest.mark.parametrize("cut", [1, 1000, SMALL_BYTES - 1, SMALL_BYTES + 1])
 def test_of_lines_each_is_bounded_by_itself(cut: int) -> None:
-    bounds = AnswerBounds(AnswerRoom(2 * SMALL, 10 * SMALL))
-    text = (b"x" * (SMALL // 3) + b"\n") * 12 + b"y" * (2 * SMALL) + b"\nz"
+    bounds = ResponseBounds(ResponseMemory(2 * SMALL_BYTES, 10 * SMALL_BYTES))
+    text = (b"x" * (SMALL_BYTES // 3) + b"\n") * 12 + b"y" * (2 * SMALL_BYTES) + b"\nz"
     step = max(cut, 100)
     for start in range(0, len(text), step):
         bounds.add_lines(text[start : start + step])
 
     assert bounds.held.size == 0
-    bounds.add_lines(b"y" * SMALL)
-    bounds.add_lines(b"y" * (SMALL - 1))
+    bounds.add_lines(b"y" * SMALL_BYTES)
+    bounds.add_lines(b"y" * (SMALL_BYTES - 1))
     with pytest.raises(AnswerTooLarge):
         bounds.add_lines(b"yy")
 
 
 def test_a_warning_of_too_little_room_is_not_repeated_at_once(caplog: pytest.LogCaptureFixture) -> None:
-    room = AnswerRoom(10, 10)
-    AnswerRoom(10, 1).take(10)  # room for one, whatever is set
+    room = ResponseMemory(10, 10)
+    ResponseMemory(10, 1).acquire(10)  # room for one, whatever is set
     with caplog.at_level(logging.WARNING):
         for _ in range(5):
             with pytest.raises(NoRoomForAnswer):
-                Held(room, 11)
+                HeldMemory(room, 11)
 
     assert len(caplog.records) == 1

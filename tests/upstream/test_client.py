@@ -12,10 +12,10 @@ from proxy.errors import UpstreamError
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
 from proxy.upstream.client import UpstreamClient
-from proxy.upstream.litellm.client import LiteLLMClient
-from proxy.upstream.litellm.params import LiteLLMTarget
-from proxy.upstream.litellm.setup import import_litellm
-from proxy.upstream.provider_resolution import cache_query, resolve_static, resolve_with_litellm
+from proxy.upstream.litellm_client import LiteLLMClient, LiteLLMTarget
+from proxy.upstream.litellm_resolver import resolve_with_litellm
+from proxy.upstream.litellm_setup import import_litellm
+from proxy.upstream.provider_resolution import cache_query, resolve_static
 from tests.support.answers import Step
 from tests.support.makers import a_record
 from tests.support.upstream import ScriptedUpstream

@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import UpstreamError
-from proxy.upstream.litellm.transport import chunks_of
-from proxy.upstream.payload import ChunkReader
+from proxy.upstream.chunk_reader import ChunkReader
+from proxy.upstream.litellm_transport import read_chunks
 from proxy.upstream.sse import ErrorData, RawLine, SSEDecoder
 
 SAID: Any = {"model": "m", "choices": [{"index": 0, "delta": {"content": "é\u2028字"}, "finish_reason": None}]}
@@ -70,7 +70,7 @@ class Slow(SSEDecoder):
     """By lines alone."""
 
     def feed(self, piece: bytes) -> list[bytes]:
-        return self._lines(piece)
+        return self._decode_lines(piece)
 
 
 def cut(cutter: SSEDecoder, parts: Sequence[bytes]) -> list[bytes]:
@@ -189,7 +189,7 @@ def translated(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | Non
     async def read() -> tuple[list[Any], tuple[Any, ...] | None]:
         found: list[Any] = []
         try:
-            async for chunk in chunks_of(httpx.Response(200, content=body())):
+            async for chunk in read_chunks(httpx.Response(200, content=body())):
                 found.append(chunk)
         except UpstreamError as failure:
             return found, told(failure)
@@ -205,12 +205,12 @@ def told(failure: UpstreamError) -> tuple[Any, ...]:
 def relayed(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | None]:
     reader, left = ChunkReader(), [part for part in parts if part]
     found: list[Any] = []
-    while not reader.over:
+    while not reader.done:
         block = reader.feed(left.pop(0)) if left else reader.close()
         events = [chunk.named("m") for chunk in block]
         assert not any(b"\n" in event or b"\r" in event for event in events), "a client would read on at another line"
         found += map(json.loads, events)
-    return found, None if reader.fault is None else told(reader.fault)
+    return found, None if reader.final_error is None else told(reader.final_error)
 
 
 def as_shown(chunks: list[Any]) -> list[Any]:

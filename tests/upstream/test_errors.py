@@ -10,7 +10,7 @@ import pytest
 from proxy.errors import UpstreamError
 from proxy.server.responses import render_error
 from proxy.upstream.circuit_breaker import FailureKind, classify_failure
-from proxy.upstream.errors import error_from_response, error_in, not_a_completion, reported
+from proxy.upstream.errors import error_from_body, error_from_response, find_error, not_a_completion
 
 
 def http_error(status: int, said: Any, **headers: str) -> UpstreamError:
@@ -59,13 +59,18 @@ def test_fields_beside_a_flat_message_are_the_errors() -> None:
 @pytest.mark.parametrize("stated", [{"code": 429}, {"code": "429"}, {"status": 429}, {"status_code": 429}])
 def test_an_error_has_the_status_that_it_names(stated: dict[str, Any]) -> None:
     said = {"error": {"message": "slow down", **stated}}
-    assert http_error(500, said).status == reported("x", said).status == not_a_completion("small", said).status == 429
+    assert (
+        http_error(500, said).status
+        == error_from_body("x", said).status
+        == not_a_completion("small", said).status
+        == 429
+    )
 
 
 @pytest.mark.parametrize("stated", [{"code": 200}, {"code": 5006}, {"code": True}, {"code": "4290"}, {"status": "x"}])
 def test_what_is_no_status_of_an_error_names_none(stated: dict[str, Any]) -> None:
     said = {"error": {"message": "no", **stated}}
-    assert (http_error(418, said).status, reported("x", said).status) == (418, 502)
+    assert (http_error(418, said).status, error_from_body("x", said).status) == (418, 502)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +85,7 @@ def test_what_is_no_status_of_an_error_names_none(stated: dict[str, Any]) -> Non
     ],
 )
 def test_an_error_without_a_number_is_known_by_its_name_or_words(said: dict[str, Any], status: int) -> None:
-    assert reported("x", error_in(said)).status == status
+    assert error_from_body("x", find_error(said)).status == status
 
 
 OVERFLOWS = [
@@ -108,7 +113,12 @@ OVERFLOWS = [
 @pytest.mark.parametrize("words", OVERFLOWS)
 def test_a_prompt_that_does_not_fit_is_the_callers_matter_wherever_it_is_told(words: str) -> None:
     said = {"error": {"code": 500, "message": words, "type": "server_error"}}
-    for failure in (http_error(500, said), http_error(400, said["error"]), reported("x", said), reported("x", words)):
+    for failure in (
+        http_error(500, said),
+        http_error(400, said["error"]),
+        error_from_body("x", said),
+        error_from_body("x", words),
+    ):
         status, error = shown(failure)
         assert (status, error["code"], failure.retryable) == (400, "context_length_exceeded", True)
         assert classify_failure(failure, 0.0).kind is FailureKind.CALLER_ERROR
@@ -132,7 +142,7 @@ def test_limits_of_other_kinds_are_no_overflow(status: int, words: str) -> None:
 
 def test_the_code_of_a_prompt_that_does_not_fit_is_enough() -> None:
     assert http_error(400, {"error": {"code": "context_length_exceeded", "message": "no"}}).overflow
-    assert reported("x", {"error": {"type": "exceed_context_size_error", "message": "no"}}).overflow
+    assert error_from_body("x", {"error": {"type": "exceed_context_size_error", "message": "no"}}).overflow
 
 
 @pytest.mark.parametrize(
@@ -146,9 +156,9 @@ def test_the_code_of_a_prompt_that_does_not_fit_is_enough() -> None:
 )
 def test_a_wait_that_the_body_asks_for_is_kept_where_no_header_does(told: dict[str, Any]) -> None:
     said = {"error": {"code": 429, "message": "slow", **told}}
-    assert reported("x", said).headers == {"retry-after": "7"}
+    assert error_from_body("x", said).headers == {"retry-after": "7"}
     assert http_error(429, said, **{"Retry-After": "3"}).headers == {"retry-after": "3"}
-    assert classify_failure(reported("x", said), 0.0).wait_s == 7.0
+    assert classify_failure(error_from_body("x", said), 0.0).wait_s == 7.0
 
 
 @pytest.mark.parametrize(
@@ -161,7 +171,7 @@ def test_a_wait_that_the_body_asks_for_is_kept_where_no_header_does(told: dict[s
     ],
 )
 def test_whatever_says_error_is_one(said: Any) -> None:
-    assert error_in(said) is not None
+    assert find_error(said) is not None
 
 
 @pytest.mark.parametrize(
@@ -173,7 +183,7 @@ def test_whatever_says_error_is_one(said: Any) -> None:
     ],
 )
 def test_what_does_not_is_none(said: Any) -> None:
-    assert error_in(said) is None
+    assert find_error(said) is None
 
 
 def test_what_a_completion_says_is_not_shown_beside_its_error() -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from proxy.upstream.litellm.params import LiteLLMTarget, call_arguments, merge_model_params
+from proxy.upstream.litellm_client import LiteLLMTarget, call_arguments
+from proxy.upstream.model_params import merge_model_params
 
 ASK: Any = [{"role": "user", "content": "hi"}]
 LOCAL = LiteLLMTarget("openai", "small", "http://127.0.0.1:9001/v1")

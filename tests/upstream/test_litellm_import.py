@@ -56,7 +56,7 @@ def translated() -> ModelRecord:
 async def test_an_import_that_failed_is_told_and_tried_again(
     upstream: UpstreamClient, broken: Broken, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(upstreams, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(upstreams, "MIN_RETRY_INTERVAL_S", 0.01)
     upstream.serve({"foreign": translated()})
     await upstream.open()
     with pytest.raises(CannotTranslate, match=r"OSError.*Too many open files"):
@@ -67,7 +67,7 @@ async def test_an_import_that_failed_is_told_and_tried_again(
     await until(lambda: broken.tries > 2)
     monkeypatch.undo()
     await until(lambda: not upstream.loading, timeout_s=60)
-    await upstream.loaded()
+    await upstream.ensure_litellm()
 
 
 @pytest.mark.usefixtures("broken")
@@ -97,6 +97,6 @@ async def test_who_asks_meanwhile_is_told_when_to_come_again_and_the_model_is_no
 @pytest.mark.usefixtures("broken")
 async def test_nothing_is_left_of_an_import_that_failed(upstream: UpstreamClient) -> None:
     with pytest.raises(CannotTranslate):
-        await upstream.loaded()
+        await upstream.ensure_litellm()
 
     assert not [name for name in sys.modules if name.partition(".")[0] == "litellm"]

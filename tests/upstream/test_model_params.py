@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from proxy.settings.schema import Settings
-from proxy.upstream.litellm.client import LiteLLMClient
+from proxy.upstream.litellm_client import LiteLLMClient
 from tests.support.answers import Step
 from tests.support.makers import a_record
 from tests.support.upstream import ScriptedUpstream

@@ -8,7 +8,7 @@ import pytest
 
 from proxy.storage.models import ModelRecord
 from proxy.upstream.client import UpstreamClient
-from proxy.upstream.connection import MAX_HEADER
+from proxy.upstream.connection import MAX_HEADER_VALUE_BYTES
 from tests.support.makers import until
 from tests.support.raw_upstream import DONE, END, JSON, SAID, STREAM_HEAD, RawUpstream, Said, chunked, plain
 from tests.support.relaying import BODY, SHORT, WHOLE, a_model, failing, streamed, whole
@@ -27,7 +27,7 @@ from tests.support.relaying import BODY, SHORT, WHOLE, a_model, failing, streame
         (Said((b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n50\r\n" + JSON[:20],), "close"), False),
         (Said((b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n" + JSON,), "close"), False),
         (Said((b"SMTP ready\r\n\r\n",), "close"), False),
-        (Said((b"HTTP/1.1 200 OK\r\nx: " + b"y" * (MAX_HEADER + 1) + b"\r\n\r\n",), "close"), False),
+        (Said((b"HTTP/1.1 200 OK\r\nx: " + b"y" * (MAX_HEADER_VALUE_BYTES + 1) + b"\r\n\r\n",), "close"), False),
         (plain(b"", status=b"204 No Content"), False),
         (plain(b""), False),
         (plain(b"\xff\xfe{}"), False),

@@ -76,14 +76,14 @@ async def test_whoever_leaves_at_any_moment_takes_no_place_along(
 async def test_nobody_overtakes_who_waits_for_a_place(certificate: Path) -> None:
     connections = ConnectionPool(1, lambda _: ssl.create_default_context())
     async with RawUpstream(plain()) as server:
-        first = await connections.take(at(server), 1)
+        first = await connections.acquire(at(server), 1)
         await first.send(HEAD, b"{}")
-        await first.answered()
+        await first.wait_for_head()
         await until(lambda: first.ended)
         waiting = asyncio.create_task(asked(connections, at(server)))
         await asyncio.sleep(0)
         connections.release(at(server), first)
-        connections.drop(await connections.take(at(server), 1))
+        connections.discard(await connections.acquire(at(server), 1))
         assert (waiting.done(), server.connections) == (True, 1)
 
 
@@ -97,8 +97,8 @@ async def test_what_is_idle_for_another_model_makes_room(connections: Connection
 async def test_an_idle_connection_is_given_up_in_time(
     connections: ConnectionPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "KEPT_ALIVE_S", 0.05)
-    monkeypatch.setattr(pool, "SWEEP_S", 0.02)
+    monkeypatch.setattr(pool, "KEEP_ALIVE_S", 0.05)
+    monkeypatch.setattr(pool, "SWEEP_INTERVAL_S", 0.02)
     async with RawUpstream(plain()) as server:
         for _ in range(2):
             await asked(connections, at(server))
@@ -108,7 +108,7 @@ async def test_an_idle_connection_is_given_up_in_time(
 
 async def test_what_is_given_back_after_the_end_is_closed(connections: ConnectionPool) -> None:
     async with RawUpstream(plain()) as server:
-        connection = await connections.take(at(server), 1)
+        connection = await connections.acquire(at(server), 1)
         await connection.send(HEAD, b"{}")
         await until(lambda: connection.reusable)
         await connections.aclose()
@@ -217,14 +217,14 @@ async def test_a_flood_that_nobody_reads_waits_and_arrives_whole(connections: Co
         sent.set()
 
     async with served(handle) as origin:
-        connection = await connections.take(origin, 1)
+        connection = await connections.acquire(origin, 1)
         await connection.send(HEAD, b"{}")
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(sent.wait(), 0.5)
         size = 0
         while piece := await connection.read():
             size += len(piece)
-        connections.drop(connection)
+        connections.discard(connection)
         assert (size, sent.is_set()) == (32 * MIB, True)
 
 
@@ -297,6 +297,6 @@ async def test_a_way_that_is_none_is_told_and_closed(
     async with RawUpstream(said) as proxy, RawUpstream(plain()) as server:
         for _ in range(3):
             with pytest.raises(fault):
-                await connections.take(Origin("far.invalid", 443, True, f"http://127.0.0.1:{proxy.port}"), 0.1)
+                await connections.acquire(Origin("far.invalid", 443, True, f"http://127.0.0.1:{proxy.port}"), 0.1)
         await until(lambda: proxy.open == 0)
         await all_places_are_free(connections, at(server))

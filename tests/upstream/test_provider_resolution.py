@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from proxy.errors import BadRequest, UpstreamError
-from proxy.outbound import Outbound
 from proxy.settings.models import ModelInfo
+from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, ResolvedProvider
 from proxy.upstream.client import UpstreamClient, is_direct
 from proxy.upstream.endpoint import Endpoints, url_of
-from proxy.upstream.litellm.params import is_openai_url
-from proxy.upstream.provider_resolution import FILE, Resolver, resolve_static
+from proxy.upstream.model_params import is_openai_url
+from proxy.upstream.provider_resolution import CACHE_FILE, Resolver, resolve_static
 from tests.support.makers import a_record
 from tests.support.upstream import ScriptedUpstream
 
@@ -204,8 +204,8 @@ async def test_a_key_of_the_environment_is_sent_and_kept_nowhere(tmp_path: Path)
         assert server.last.headers["authorization"] == f"Bearer {CANARY}"
         assert (server.last.body["max_tokens"], "max_completion_tokens" in server.last.body) == (7, False)
     assert record.resolved is not None
-    target = Endpoints(Settings(), environ, Outbound({})).of(record, record.resolved)
-    kept = (tmp_path / FILE).read_text() + record.to_json() + repr(record) + repr(target) + repr(record.resolved)
+    target = Endpoints(Settings(), environ, Outbound({})).get(record, record.resolved)
+    kept = (tmp_path / CACHE_FILE).read_text() + record.to_json() + repr(record) + repr(target) + repr(record.resolved)
     assert "MISTRAL_API_KEY" in kept
     assert CANARY not in kept
 
@@ -215,7 +215,7 @@ def test_a_record_that_names_another_secret_gets_none(variable: str) -> None:
     """Whoever can write to the store may not read the environment."""
     record, resolved = a_record(), ResolvedProvider("relay", "m", "x", NEAR, variable, own_address=True)
     with pytest.raises(UpstreamError, match="no key"):
-        Endpoints(Settings(), {variable: CANARY}, Outbound({})).of(record, resolved)
+        Endpoints(Settings(), {variable: CANARY}, Outbound({})).get(record, resolved)
 
 
 @pytest.mark.parametrize("forward", ["auto", "relay", "translate"])

@@ -10,12 +10,13 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
-from proxy.outbound import Outbound
 from proxy.routing.chat_request import parse_chat
+from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
 from proxy.storage.models import ResolvedProvider
+from proxy.upstream.chunk_reader import parse_chunk
 from proxy.upstream.endpoint import Endpoints, build_body
-from proxy.upstream.payload import JSONPayload, chunk_of, parse, replace_model
+from proxy.upstream.payload import JSONPayload, parse, replace_model
 from tests.support.makers import a_record
 
 ASK: Any = [{"role": "user", "content": "hi"}]
@@ -157,7 +158,7 @@ def test_an_answer_is_shown_with_another_model_and_nothing_else(
 @pytest.mark.parametrize("name", ["choices", "delta"])
 def test_what_is_put_into_shape_keeps_its_numbers(name: str) -> None:
     odd = {"choices": None} if name == "choices" else {"choices": [{"index": 0, "delta": None}]}
-    chunk = chunk_of(json.dumps({**odd, "big": 10**40}).encode())
+    chunk = parse_chunk(json.dumps({**odd, "big": 10**40}).encode())
 
     assert json.loads(chunk.named("ours"))["big"] == 10**40
 
@@ -181,10 +182,10 @@ def test_usage_that_nobody_asked_for_takes_no_number_along() -> None:
 )
 def test_of_two_names_for_one_limit_the_one_that_says_something_counts(body: Any, sent: Any) -> None:
     resolved = ResolvedProvider("relay", "m", "mistral", "http://x/v1", renames={"max_completion_tokens": "max_tokens"})
-    target = Endpoints(Settings(), {}, Outbound({})).of(a_record(model="mistral/m"), resolved)
+    target = Endpoints(Settings(), {}, Outbound({})).get(a_record(model="mistral/m"), resolved)
     whole = {"model": "auto", "messages": ASK, **body}
 
-    assert json.loads(target.body(whole, json.dumps(whole).encode(), stream=False)) == {
+    assert json.loads(target.build_body(whole, json.dumps(whole).encode(), stream=False)) == {
         "model": "m",
         "messages": ASK,
         **sent,
@@ -194,8 +195,10 @@ def test_of_two_names_for_one_limit_the_one_that_says_something_counts(body: Any
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_models_own_parameters_do_not_say_whether_it_streams(stream: bool) -> None:
     record = a_record(stream=not stream, temperature=0.5)
-    target = Endpoints(Settings(), {}, Outbound({})).of(record, ResolvedProvider("relay", "m", "openai", "http://x/v1"))
+    target = Endpoints(Settings(), {}, Outbound({})).get(
+        record, ResolvedProvider("relay", "m", "openai", "http://x/v1")
+    )
     body = {"model": "auto", "messages": ASK, **({"stream": True} if stream else {})}
-    sent = json.loads(target.body(body, json.dumps(body).encode(), stream=stream))
+    sent = json.loads(target.build_body(body, json.dumps(body).encode(), stream=stream))
 
     assert (bool(sent.get("stream")), sent["temperature"]) == (stream, 0.5)

@@ -68,7 +68,7 @@ def test_other_proxies_than_those_of_http_are_refused() -> None:
     ],
 )
 def test_an_address_becomes_one_line_and_one_host(url: str, line: str, host: str) -> None:
-    assert build_head(url, {}, None).usual.decode() == f"POST {line} HTTP/1.1\r\nhost: {host}\r\n"
+    assert build_head(url, {}, None).prebuilt.decode() == f"POST {line} HTTP/1.1\r\nhost: {host}\r\n"
 
 
 def test_a_user_in_the_address_is_authorized_unless_there_is_a_key() -> None:
@@ -78,12 +78,12 @@ def test_a_user_in_the_address_is_authorized_unless_there_is_a_key() -> None:
 
 def test_nobody_but_the_connection_states_the_length() -> None:
     heads = build_head("http://h", {"content-length": "1", "transfer-encoding": "chunked"}, None)
-    assert heads.usual == b"POST / HTTP/1.1\r\nhost: h\r\n"
+    assert heads.prebuilt == b"POST / HTTP/1.1\r\nhost: h\r\n"
 
 
 def test_a_proxy_is_told_the_whole_address_whatever_host_is_named() -> None:
     heads = build_head("http://h:81/v1?a", {"host": "b c"}, "http://me:p%40ss@p:3128")
-    assert heads.usual.decode().split("\r\n")[:-1] == [
+    assert heads.prebuilt.decode().split("\r\n")[:-1] == [
         "POST http://h:81/v1?a HTTP/1.1",
         "host: b c",
         "proxy-authorization: Basic bWU6cEBzcw==",
@@ -92,9 +92,9 @@ def test_a_proxy_is_told_the_whole_address_whatever_host_is_named() -> None:
 
 def test_what_a_proxy_wants_to_know_is_not_told_through_its_tunnel() -> None:
     heads = build_head("https://h/v1", {}, "http://me:secret@p:3128")
-    assert heads.usual == b"POST /v1 HTTP/1.1\r\nhost: h\r\n"
+    assert heads.prebuilt == b"POST /v1 HTTP/1.1\r\nhost: h\r\n"
 
 
 def test_headers_of_a_request_win_over_those_of_the_address() -> None:
     heads = build_head("http://h", {"x": "a", "y": "b"}, None)
-    assert heads.head({"x": "c"}) == b"POST / HTTP/1.1\r\nx: c\r\ny: b\r\nhost: h\r\n"
+    assert heads.render({"x": "c"}) == b"POST / HTTP/1.1\r\nx: c\r\ny: b\r\nhost: h\r\n"

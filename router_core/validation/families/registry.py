@@ -71,7 +71,7 @@ EMPTY_REPLIES = ("", "I don't know.", "...")
 @lru_cache(maxsize=4)
 def builtin_validation_set(seed: int = 0) -> ValidationSet:
     """The same seed gives the same ids and texts on every machine; another seed gives other prompts."""
-    return ValidationSet.of(prompt for section in SECTIONS for prompt in _prompts(section, seed))
+    return ValidationSet.from_prompts(prompt for section in SECTIONS for prompt in _prompts(section, seed))
 
 
 def _prompts(section: Section, seed: int) -> Iterator[ValidationPrompt]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 from typing import ClassVar, Protocol
 
-from router_core.unicode import normalized
+from router_core.text import normalize
 
 MAX_ANSWER_CHARS = 20_000
 """Longer answers are cut before grading, so that no answer can make a grader slow."""
@@ -112,13 +112,13 @@ def _few_quoted(text: str) -> list[str]:
 def casefold(text: str) -> str:
     """For comparison: width, case, accents of Latin letters and runs of white space made equal."""
     text = _compatible(text).casefold().replace("’", "'")
-    kept = "".join(letter for letter in normalized("NFKD", text) if not "\u0300" <= letter <= "\u036f")
-    return " ".join(normalized("NFC", kept).split())
+    kept = "".join(letter for letter in normalize("NFKD", text) if not "\u0300" <= letter <= "\u036f")
+    return " ".join(normalize("NFC", kept).split())
 
 
 def _compatible(text: str) -> str:
     """Normalize to NFKC. A character can become eighteen, so the length is bounded again."""
-    return normalized("NFKC", text)[:MAX_ANSWER_CHARS]
+    return normalize("NFKC", text)[:MAX_ANSWER_CHARS]
 
 
 def trimmed(text: str) -> str:

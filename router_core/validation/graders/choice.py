@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
-from router_core.validation.fields import Fields, JsonObject
+from router_core.documents import Fields, JsonObject
 from router_core.validation.graders.answers import (
     bold_spans,
     boxed_answers,
@@ -18,7 +18,7 @@ from router_core.validation.graders.answers import (
     text_after_lead_in,
     trimmed,
 )
-from router_core.validation.graders.text import max_length
+from router_core.validation.graders.text import whole_word_pattern
 
 _NUMBER = re.compile(
     r"(?<![A-Za-z0-9_.])[-+]?"
@@ -177,7 +177,7 @@ class ChoiceGrader:
     @cached_property
     def _words(self) -> tuple[re.Pattern[str], ...]:
         """Each option's words as a pattern over folded text."""
-        return tuple(re.compile(max_length(casefold(trimmed(option)))) for option in self.options)
+        return tuple(re.compile(whole_word_pattern(casefold(trimmed(option)))) for option in self.options)
 
     def _is_brief(self, stated: str) -> bool:
         """Little more than an option: a question repeated after "Answer:" is not."""

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from router_core.validation.fields import Fields, JsonObject
+from router_core.documents import Fields, JsonObject
 from router_core.validation.graders.answers import strip_thinking
 
 _INSTRUCTIONS = (

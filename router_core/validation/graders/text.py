@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import regex
 
+from router_core.documents import Fields, JsonObject, short_repr
 from router_core.errors import InvalidValidationSet
-from router_core.validation.fields import Fields, JsonObject, shown
 from router_core.validation.graders.answers import (
     candidates,
     casefold,
@@ -77,7 +77,7 @@ class SequenceGrader:
 
     def _mentions(self, text: str) -> list[str]:
         longest_first = sorted((casefold(item) for item in self.items), key=len, reverse=True)
-        pattern = "|".join(max_length(item) for item in longest_first)
+        pattern = "|".join(whole_word_pattern(item) for item in longest_first)
         return re.findall(pattern, casefold(text))
 
     def to_json(self) -> dict[str, object]:
@@ -92,7 +92,7 @@ class SequenceGrader:
         return cls(items)
 
 
-def max_length(term: str) -> str:
+def whole_word_pattern(term: str) -> str:
     """A pattern for the term as a whole word; scripts without spaces match anywhere."""
     left = r"(?<!\w)" if _spaced(term[:1]) else ""
     right = r"(?!\w)" if _spaced(term[-1:]) else ""
@@ -127,8 +127,8 @@ class Terms:
 
     def _has(self, text: str, term: str) -> bool:
         if self.case_sensitive:
-            return re.search(max_length(term), strip_markdown(text)) is not None
-        return re.search(max_length(casefold(term)), casefold(strip_markdown(text))) is not None
+            return re.search(whole_word_pattern(term), strip_markdown(text)) is not None
+        return re.search(whole_word_pattern(casefold(term)), casefold(strip_markdown(text))) is not None
 
     def to_json(self) -> dict[str, object]:
         spec: dict[str, object] = {name: list(getattr(self, name)) for name in ("all", "any", "none")}
@@ -277,11 +277,11 @@ def check_pattern(pattern: str, field: str) -> None:
             compiled.search(probe, timeout=TIME_LIMIT_S)
     except regex.error as error:
         raise InvalidValidationSet(
-            f"field {field!r} is not a regular expression: {error}; got {shown(pattern)}"
+            f"field {field!r} is not a regular expression: {error}; got {short_repr(pattern)}"
         ) from None
     except TimeoutError:
         raise InvalidValidationSet(
-            f"field {field!r} takes too long to match (nested repetition?): simplify {shown(pattern)}"
+            f"field {field!r} takes too long to match (nested repetition?): simplify {short_repr(pattern)}"
         ) from None
 
 

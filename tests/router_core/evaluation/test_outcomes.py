@@ -75,11 +75,11 @@ def test_an_unmeasured_length_is_the_models_mean_and_without_any_the_prompt_alon
 
 def test_a_part_keeps_prompts_models_and_figures_together() -> None:
     outcomes = some_outcomes(*(asked(letter * 4 * (n + 1), BOTH, source=letter) for n, letter in enumerate("abc")))
-    part = outcomes.of(np.array([2, 0]), np.array([1]))
+    part = outcomes.select(np.array([2, 0]), np.array([1]))
     assert (part.prompts, part.models, part.sources) == (("c" * 12, "aaaa"), ("small",), ("c", "a"))
     np.testing.assert_array_equal(part.usd(), [[3.0], [1.0]])
-    assert outcomes.of(np.array([False, True, False])).prompts == ("b" * 8,)
-    assert outcomes.of(slice(1, None)).scores.shape == (2, 2)
+    assert outcomes.select(np.array([False, True, False])).prompts == ("b" * 8,)
+    assert outcomes.select(slice(1, None)).scores.shape == (2, 2)
 
 
 @pytest.mark.parametrize(

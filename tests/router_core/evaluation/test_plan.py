@@ -6,18 +6,18 @@ import pytest
 
 from router_core.errors import InvalidInput
 from router_core.evaluation import trials as plan
-from router_core.evaluation.trials import LABELS, UNSEEN, new_models, usual_labels, usual_unseen
+from router_core.evaluation.trials import LABELS, UNSEEN, default_labels, default_unseen, new_models
 from tests.router_core.evaluation.toys import SIX, a_plan, two_kinds
 
 
 @pytest.mark.parametrize(("models", "unseen"), [(2, 0.0), (4, 0.0), (5, UNSEEN), (6, UNSEEN), (30, UNSEEN)])
 def test_a_third_of_the_models_is_new_where_that_leaves_a_choice_and_else_all_are(models: int, unseen: float) -> None:
-    assert usual_unseen(models) == unseen
+    assert default_unseen(models) == unseen
 
 
 @pytest.mark.parametrize("models", range(2, 40))
 def test_two_models_or_more_are_new_as_usual(models: int) -> None:
-    assert 2 <= new_models(usual_unseen(models), models) <= models
+    assert 2 <= new_models(default_unseen(models), models) <= models
 
 
 @pytest.mark.parametrize(
@@ -26,13 +26,13 @@ def test_two_models_or_more_are_new_as_usual(models: int) -> None:
 )
 def test_labels_go_as_far_as_the_train_prompts_do(prompts: int, labels: tuple[int, ...]) -> None:
     """Of 71 prompts 21 are test prompts, and 50 are left."""
-    assert usual_labels(prompts) == labels
+    assert default_labels(prompts) == labels
 
 
 def test_with_too_few_prompts_for_any_labels_the_fewest_are_left_to_be_refused() -> None:
-    assert usual_labels(10) == LABELS[:1]
+    assert default_labels(10) == LABELS[:1]
     with pytest.raises(InvalidInput, match=r"25 labels are more than the 7 prompts .* of 10 that differ"):
-        a_plan(labels=usual_labels(10)).check(two_kinds(10))
+        a_plan(labels=default_labels(10)).check(two_kinds(10))
 
 
 @pytest.mark.parametrize(("prompts", "tested"), [(1, 1), (4, 1), (5, 2), (90, 27)])

@@ -156,12 +156,12 @@ def test_test_answers_do_not_move_what_is_expected() -> None:
     scores, tokens = outcomes.scores.copy(), outcomes.output_tokens.copy()
     scores[tested], tokens[tested] = 1.0 - scores[tested], 1e4
     other = trials_of(replace(outcomes, scores=scores, output_tokens=tokens), SOME_NEW)[0]
-    for one, same in zip(expected_of(trial), expected_of(other), strict=True):
+    for one, same in zip(expected_by(trial), expected_by(other), strict=True):
         assert np.array_equal(one, same)
     assert not np.array_equal(trial.test.cents, other.test.cents)
 
 
-def expected_of(trial: Trial) -> list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]]:
+def expected_by(trial: Trial) -> list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]]:
     """All errors and costs that any method expects of the test prompts."""
     asked, served = trial.asked(trial.order[:20]), Served(trial)
     pool = served.pool(asked)
