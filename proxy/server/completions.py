@@ -129,7 +129,7 @@ async def select(ctx: RequestContext, *, explain: bool = False) -> tuple[Selecti
         app.settings,
         affinity=affinity,
         cooling_down=app.health.cooling_down(),
-        not_ready=app.upstream.loading,
+        not_ready=app.upstream.not_ready,
     )
     try:
         return await select_model(selecting, app.assigner, explain=explain), affinity

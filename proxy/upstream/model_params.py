@@ -45,11 +45,6 @@ def is_openai_url(address: str) -> bool:
     return _AT_OPENAI.match(address) is not None
 
 
-def has_body_params(litellm_params: Mapping[str, Any]) -> bool:
-    """Return whether a model has parameters of its own that go into the body."""
-    return any(name != "model" and not is_provider_param(name) for name in litellm_params)
-
-
 def secrets_of(params: Mapping[str, Any], *keys: str | None) -> frozenset[str]:
     """Collect keys, tokens and whatever is sent in headers. `params`: a model's, with references resolved."""
     found = [*keys, *(each.value for name, value in params.items() for each in literals(name, value))]

@@ -61,12 +61,12 @@ async def test_an_import_that_failed_is_told_and_tried_again(
     await upstream.open()
     with pytest.raises(CannotTranslate, match=r"OSError.*Too many open files"):
         await upstream.complete(translated(), BODY)
-    assert upstream.loading == {"foreign"}
+    assert upstream.not_ready == {"foreign"}
     assert "litellm cannot be imported" in caplog.text
 
     await until(lambda: broken.tries > 2)
     monkeypatch.undo()
-    await until(lambda: not upstream.loading, timeout_s=60)
+    await until(lambda: not upstream.not_ready, timeout_s=60)
     await upstream.ensure_litellm()
 
 
