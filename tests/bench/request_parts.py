@@ -68,7 +68,7 @@ class Noting:
     """An upstream that answers at once, and says when it was asked."""
 
     asked_ns = 0
-    loading: frozenset[str] = frozenset()
+    not_ready: frozenset[str] = frozenset()
 
     async def complete(self, *_: object, **__: object) -> JSONPayload:
         self.asked_ns = time.process_time_ns()
