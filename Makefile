@@ -25,7 +25,7 @@ CUDA    := import importlib.metadata as m, sys; \
 SPREAD  := --numprocesses auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-all lint audit sbom locks clean
+.PHONY: help demo serve test test-all lint docs audit sbom locks clean
 
 help:
 	@echo 'make demo       a real language model on this machine, profiled, routed and served; no key needed'
@@ -33,6 +33,7 @@ help:
 	@echo 'make test       lint, types and every test but the slow ones'
 	@echo 'make test-all   lint, types and every test'
 	@echo 'make lint       ruff and mypy'
+	@echo 'make docs       docs/settings.md and docs/cli.md anew, from the code'
 	@echo 'make audit      known vulnerabilities of the pinned packages; needs the network'
 	@echo 'make sbom       dist/sbom.json, a CycloneDX list of everything installed'
 	@echo 'make locks      deploy/locks anew, from pyproject.toml and constraints.txt; needs the network'
@@ -54,6 +55,9 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/installed-dev
+	$(BIN)/python -m docs.generate
 
 audit: $(VENV)/installed-audit
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip

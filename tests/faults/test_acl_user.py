@@ -11,11 +11,11 @@ from tests.support.server import arm
 from tests.support.upstream import ScriptedUpstream, wait_until
 from tests.support.valkey import OwnValkey
 
-README = Path(__file__).parent.parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "reliability.md"
 
 
 def documented_rule() -> list[str]:
-    line = next(line for line in README.read_text("utf-8").splitlines() if line.startswith("ACL SETUSER uniroute on"))
+    line = next(line for line in PAGE.read_text("utf-8").splitlines() if line.startswith("ACL SETUSER uniroute on"))
     return line.replace(">PASSWORD", ">pw").split()
 
 
