@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, WithJsonSchema
@@ -16,6 +15,7 @@ from proxy.storage.client_keys import LIMITS, ROLES, ClientKey
 from proxy.storage.models import CurrentPrice, ModelRecord
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.snapshot import RoutingSnapshot
+from router_core.text import rfc3339
 
 # Whole numbers stay whole: 5 is not shown as 5.0.
 Number = Annotated[int | float, WithJsonSchema({"type": "number"})]
@@ -212,7 +212,7 @@ def _card(snapshot: RoutingSnapshot, name: str, job: Job | None, *, with_profile
         "litellm_params": redact_params(record.litellm_params),
         "model_info": record.info.model_dump(exclude_defaults=True),
         "source": record.source,
-        "created_at": _rfc3339(record.created_at),
+        "created_at": rfc3339(record.created_at),
         "state": model_state,
         "why": why,
         "warning": None if profile is None else snapshot.measuring_doubt,
@@ -244,19 +244,15 @@ def _price(current: CurrentPrice | None) -> dict[str, Any] | None:
     return {
         **current.price.to_fields(),
         "source": current.source,
-        "updated_at": None if since is None else _rfc3339(since),
+        "updated_at": None if since is None else rfc3339(since),
         "age_s": None if since is None else round(max(0.0, time.time() - since), 3),
     }
-
-
-def _rfc3339(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _rfc3339_or_none(seconds: float | None) -> str | None:
     if seconds is None:
         return None
     try:
-        return _rfc3339(seconds)
+        return rfc3339(seconds)
     except (OverflowError, ValueError):  # beyond the year 9999: stored by another program
         return "9999-12-31T23:59:59Z"

@@ -138,8 +138,8 @@ async def test_a_key_that_waits_to_be_deleted_is_not_adopted_again(store: Store)
 async def test_reading_again_after_the_cooldown_does_not_replace_the_probe(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxy.upstream.health.REREAD_S", 0.0)
-    monkeypatch.setattr("proxy.upstream.health.LISTEN_S", 0.01)
+    monkeypatch.setattr("proxy.upstream.health.REREAD_INTERVAL_S", 0.0)
+    monkeypatch.setattr("proxy.upstream.health.LISTEN_TIMEOUT_S", 0.01)
     async with a_sharing(store) as health:
         await store.client.set(health_key("small"), "over soon", px=300)
         await until(lambda: state(health) == "resting")
@@ -176,8 +176,8 @@ async def test_garbage_in_a_key_is_at_worst_a_cooldown_with_a_printable_reason(
 async def test_a_key_that_does_not_expire_in_time_is_ignored_with_one_warning(
     store: Store, left_ms: int | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxy.upstream.health.REREAD_S", 0.0)
-    monkeypatch.setattr("proxy.upstream.health.LISTEN_S", 0.01)
+    monkeypatch.setattr("proxy.upstream.health.REREAD_INTERVAL_S", 0.0)
+    monkeypatch.setattr("proxy.upstream.health.LISTEN_TIMEOUT_S", 0.01)
     await store.client.set(health_key("small"), "for ever", px=left_ms)
     with caplog.at_level(logging.WARNING):
         async with a_sharing(store) as health:
@@ -205,8 +205,8 @@ async def test_names_of_no_model_on_the_channel_take_no_memory(store: Store) -> 
 async def test_an_emptied_store_ends_what_was_adopted_and_not_what_was_found(
     store: Store, second_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxy.upstream.health.REREAD_S", 0.0)
-    monkeypatch.setattr("proxy.upstream.health.LISTEN_S", 0.01)
+    monkeypatch.setattr("proxy.upstream.health.REREAD_INTERVAL_S", 0.0)
+    monkeypatch.setattr("proxy.upstream.health.LISTEN_TIMEOUT_S", 0.01)
     async with two_processes(store, second_store) as (here, there):
         here.open("small", 30, "found")
         await until(lambda: state(there) == "resting")
@@ -218,8 +218,8 @@ async def test_an_emptied_store_ends_what_was_adopted_and_not_what_was_found(
 
 
 async def test_a_lost_message_is_made_up_for_by_reading_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.upstream.health.REREAD_S", 0.0)
-    monkeypatch.setattr("proxy.upstream.health.LISTEN_S", 0.01)
+    monkeypatch.setattr("proxy.upstream.health.REREAD_INTERVAL_S", 0.0)
+    monkeypatch.setattr("proxy.upstream.health.LISTEN_TIMEOUT_S", 0.01)
     async with a_sharing(store) as health:
         await listening(store, 1)
         await store.client.set(health_key("small"), "nobody published it", px=9000)
