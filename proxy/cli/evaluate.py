@@ -249,13 +249,13 @@ def _studied(order: Order, embedder: str, data_dir: Path, workers: int | None) -
 
 
 def _plan(order: Order, outcomes: Outcomes, embedder_id: str) -> Plan:
-    from router_core.evaluation.trials import TRIALS, Plan, default_labels, default_unseen
+    from router_core.evaluation.trials import DEFAULT_TRIALS, Plan, default_labels, default_unseen
 
     return Plan(
         outcomes_name=order.outcomes.name,
         embedder_id=embedder_id,
         labels=default_labels(len(outcomes.prompts)) if order.labels is None else order.labels,
-        trials=order.trials or TRIALS,
+        trials=order.trials or DEFAULT_TRIALS,
         seed=order.seed,
         unseen=default_unseen(len(outcomes.models)) if order.unseen is None else order.unseen,
     )

@@ -19,7 +19,7 @@ from referencing.jsonschema import DRAFT202012
 
 from router_core.documents import Fields, JsonObject
 from router_core.errors import InvalidValidationSet
-from router_core.validation.graders.answers import fenced, strip_thinking
+from router_core.validation.graders.answers import fenced_blocks, strip_thinking
 from router_core.validation.graders.text import check_pattern, search_with_timeout
 
 _UNSUPPORTED = ("patternProperties", "unevaluatedProperties", "unevaluatedItems", "$dynamicRef")
@@ -28,17 +28,17 @@ _MAX_DEPTH = 64
 
 _MAX_PATTERNS = 50
 
-# Of a schema with every `$ref` unfolded: thirty levels that each refer twice to the next are 2^30.
+# Parts of a schema with every `$ref` unfolded. Thirty levels that each refer twice to the next are 2^30.
 MAX_PARTS = 10_000
 
-# Followed for one value: a schema that refers twice to itself doubles with each level of the value.
+# References followed for one value. A schema that refers twice to itself doubles them with each level of the value.
 MAX_REFERENCES = 5_000
 
 _PROBES: tuple[object, ...] = (None, 0, "", {}, [])
 
 
 class _TooManyReferences(Exception):
-    """More than MAX_REFERENCES."""
+    """More than MAX_REFERENCES were followed, or there are more than MAX_PARTS."""
 
 
 def _pattern_in_time(_: object, pattern: str, value: object, __: object) -> Iterator[ValidationError]:
@@ -47,14 +47,14 @@ def _pattern_in_time(_: object, pattern: str, value: object, __: object) -> Iter
 
 
 def _unique_items(_: object, wanted: object, value: object, __: object) -> Iterator[ValidationError]:
-    """Do as the library does, which compares every two items where they cannot be sorted."""
+    """Check `uniqueItems` in linear time: the library compares every two items if they cannot be sorted."""
     items = value if wanted is True and isinstance(value, list) else []
     if len({json.dumps(_canonical(item), sort_keys=True) for item in items}) < len(items):
         yield ValidationError("an item is there twice")
 
 
 def _canonical(value: object) -> object:
-    """1.0 as 1: in JSON they are one number."""
+    """Write 1.0 as 1: in JSON they are the same number."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, list):
@@ -68,7 +68,7 @@ _Validator: Any = _extend(Draft202012Validator, {"pattern": _pattern_in_time, "u
 
 
 def accepts(schema: Mapping[str, object], value: object) -> bool:
-    """Tell whether `value` is valid. What takes too many steps is not."""
+    """Return whether `value` is valid. A value that takes too many steps is not."""
     try:
         return _is_valid(schema, value)
     except (RecursionError, ArithmeticError, Unresolvable, _TooManyReferences):  # 1e999 is no multiple of anything
@@ -89,7 +89,7 @@ def _is_valid(schema: Mapping[str, object], value: object) -> bool:
 
 
 def check_schema(schema: JsonObject) -> None:
-    """Raises InvalidValidationSet."""
+    """Raise InvalidValidationSet if the schema is not one, or could run without bound or read the network."""
     _check_part(schema, 0)
     try:
         Draft202012Validator.check_schema(schema)
@@ -98,7 +98,7 @@ def check_schema(schema: JsonObject) -> None:
         raise InvalidValidationSet(f"field 'grader.schema' is not a JSON schema, at {where}: {error.message}") from None
     try:
         parts = _Parts(schema)
-        if parts.of(schema) > MAX_PARTS:
+        if parts.count(schema) > MAX_PARTS:
             raise _TooManyReferences
         for value in _PROBES:
             _is_valid(schema, value)
@@ -112,24 +112,24 @@ def check_schema(schema: JsonObject) -> None:
 
 
 class _Parts:
-    """Counts the parts of a schema, those included that it refers to. What refers back to itself counts once."""
+    """Counts the parts of a schema, including those that it refers to. What refers back to itself counts once."""
 
     def __init__(self, schema: JsonObject) -> None:
         self._resolver = Registry().with_resource("", DRAFT202012.create_resource(schema)).resolver()
         self._known: dict[int, int] = {}
         self.patterns = 0
 
-    def of(self, part: object) -> int:
+    def count(self, part: object) -> int:
         if not isinstance(part, dict | list):
             return 1
         if id(part) in self._known:
             return self._known[id(part)]
         self._known[id(part)] = 1
-        count = 1 + sum(self.of(inner) for inner in (part.values() if isinstance(part, dict) else part))
+        count = 1 + sum(self.count(inner) for inner in (part.values() if isinstance(part, dict) else part))
         if isinstance(part, dict):
             self.patterns += isinstance(part.get("pattern"), str)
             if isinstance(ref := part.get("$ref"), str):
-                count += self.of(self._target(ref))
+                count += self.count(self._target(ref))
         self._known[id(part)] = count
         return count
 
@@ -141,7 +141,7 @@ class _Parts:
 
 
 def _check_part(part: object, depth: int) -> None:
-    """Refuse what would read the network or run without a bound."""
+    """Raise InvalidValidationSet for what would read the network or run without bound."""
     if depth > _MAX_DEPTH:
         raise InvalidValidationSet(f"field 'grader.schema' is nested deeper than {_MAX_DEPTH}: flatten it")
     if isinstance(part, list):
@@ -168,14 +168,13 @@ _MAX_STARTS = 50
 
 @dataclass(frozen=True)
 class JsonSchemaGrader:
-    """Full marks when a JSON value in the reply is accepted. `whole`: the reply is that value and nothing else."""
+    """Gives full marks if a JSON value in the reply is valid. `whole`: the reply is that value and nothing else."""
 
     schema: Mapping[str, object]
     whole: bool = False
     type: ClassVar[str] = "json_schema"
 
     def grade(self, answer: str) -> float:
-
         text = strip_thinking(answer)
         values = _whole(text) if self.whole else _json_values(text)
         return float(any(accepts(self.schema, value) for value in values))
@@ -186,7 +185,6 @@ class JsonSchemaGrader:
 
     @classmethod
     def from_json(cls, spec: JsonObject) -> JsonSchemaGrader:
-
         fields = Fields(spec, ("type", "schema", "whole"), "grader.")
         schema = fields.mapping("schema")
         if not schema:
@@ -203,8 +201,8 @@ def _whole(text: str) -> list[object]:
 
 
 def _json_values(text: str) -> Iterator[object]:
-    """The JSON values of a reply: in its fenced blocks, else wherever a bracket opens one."""
-    for block in (*reversed(fenced(text)), text):
+    """Yield the JSON values of a reply: its fenced blocks, and wherever a bracket opens one."""
+    for block in (*reversed(fenced_blocks(text)), text):
         yield from _whole(block)
     decoder = json.JSONDecoder()
     position = 0
@@ -229,7 +227,7 @@ MAX_VALUE_BYTES = 2_000
 
 MAX_QUERY_BYTES = 4_000
 
-_STEPS_BETWEEN_LOOKS = 1_000
+_STEPS_PER_CHECK = 1_000
 
 _FUNCTION_NAMES = """
     abs avg coalesce count date datetime ifnull iif instr julianday length like lower ltrim max min nullif round
@@ -246,7 +244,7 @@ _QUERY = re.compile(r"\b(?:SELECT|WITH)\b.*", re.IGNORECASE | re.DOTALL)
 
 @dataclass(frozen=True)
 class SqlGrader:
-    """Full marks when the reply's query returns the rows that `query` returns. `ordered`: in that order, too."""
+    """Gives full marks if the reply's query returns the same rows as `query`; with `ordered`, in the same order."""
 
     setup: str
     query: str
@@ -254,13 +252,13 @@ class SqlGrader:
     type: ClassVar[str] = "sql"
 
     def grade(self, answer: str) -> float:
-        written = _written_query(strip_thinking(answer))
-        if written is None:
+        answer_query = _query_in(strip_thinking(answer))
+        if answer_query is None:
             return 0.0
         try:
             with closing(_database(self.setup)) as database:
                 return float(
-                    _same_rows(rows_of(database, self.query), rows_of(database, written), ordered=self.ordered)
+                    _same_rows(rows_of(database, self.query), rows_of(database, answer_query), ordered=self.ordered)
                 )
         except (sqlite3.Error, sqlite3.Warning, ValueError):
             return 0.0
@@ -284,7 +282,7 @@ class SqlGrader:
 
 
 def _database(setup: str) -> sqlite3.Connection:
-    """Filled, and from then on read-only: the authorizer comes last."""
+    """Open a database, fill it, and make it read-only: the authorizer is set last."""
     database = sqlite3.connect(":memory:")
     try:
         database.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
@@ -301,34 +299,34 @@ def _database(setup: str) -> sqlite3.Connection:
 
 
 def _authorize(action: int, _: str | None, function: str | None, *__: str | None) -> int:
-    """Selecting and reading, and functions that neither load, allocate nor change anything."""
+    """Allow selecting and reading, and functions that neither load, allocate nor change anything."""
     allowed = action in _READS or (action == sqlite3.SQLITE_FUNCTION and str(function).lower() in _FUNCTIONS)
     return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
 
 
 def _limit_steps(database: sqlite3.Connection) -> None:
-    looks_left = MAX_STEPS // _STEPS_BETWEEN_LOOKS
+    checks_left = MAX_STEPS // _STEPS_PER_CHECK
 
     def out_of_steps() -> bool:
-        nonlocal looks_left
-        looks_left -= 1
-        return looks_left < 0
+        nonlocal checks_left
+        checks_left -= 1
+        return checks_left < 0
 
-    database.set_progress_handler(out_of_steps, _STEPS_BETWEEN_LOOKS)
+    database.set_progress_handler(out_of_steps, _STEPS_PER_CHECK)
 
 
 def rows_of(database: sqlite3.Connection, query: str) -> list[Row]:
-    """At most MAX_ROWS rows, each query with a step limit of its own."""
+    """Run a query within its own step limit; ValueError if it returns more than MAX_ROWS rows."""
     _limit_steps(database)
     with closing(database.execute(query)) as cursor:
         rows = cursor.fetchmany(MAX_ROWS + 1)
     if len(rows) > MAX_ROWS:
         raise ValueError(f"more than {MAX_ROWS} rows")
-    return [tuple(_rounded(value) for value in row) for row in rows]
+    return [tuple(_round(value) for value in row) for row in rows]
 
 
-def _rounded(value: object) -> object:
-    """Numbers to six decimals, so that 2 and 2.0000000001 are one."""
+def _round(value: object) -> object:
+    """Round numbers to six decimals, so that 2 and 2.0000000001 are equal."""
     return round(float(value), 6) if isinstance(value, int | float) else value
 
 
@@ -336,9 +334,9 @@ def _same_rows(expected: list[Row], got: list[Row], *, ordered: bool) -> bool:
     return expected == got if ordered else sorted(expected, key=repr) == sorted(got, key=repr)
 
 
-def _written_query(text: str) -> str | None:
-    """The first statement of the last fenced block that has one, else from the first SELECT or WITH on."""
-    for block in (*reversed(fenced(text)), text):
+def _query_in(text: str) -> str | None:
+    """Return the first statement of the last fenced block with one, else what begins at the first SELECT or WITH."""
+    for block in (*reversed(fenced_blocks(text)), text):
         if match := _QUERY.search(block):
             return match.group(0).split(";")[0].split("```")[0].strip()
     return None
@@ -364,8 +362,10 @@ FEATURES = (*_FEATURES, "recursion", "docstring", "annotations", "default")
 
 @dataclass(frozen=True)
 class PythonGrader:
-    """Full marks when a function of this name and these arguments is defined, with the features in `uses`, none of
-    those in `avoids`, and every name in `mentions` (a function, method or variable).
+    """Gives full marks if a function of this name and these arguments is defined. The code is parsed, and never run.
+
+    It must have the features in `uses`, none of those in `avoids`, and every name in `mentions` (a function, method or
+    variable).
     """
 
     function: str
@@ -377,7 +377,7 @@ class PythonGrader:
 
     def grade(self, answer: str) -> float:
         text = strip_thinking(answer)
-        return float(any(self._fits(node) for code in (*fenced(text), text) for node in _functions(code)))
+        return float(any(self._fits(node) for code in (*fenced_blocks(text), text) for node in _functions(code)))
 
     def _fits(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
         if node.name != self.function or tuple(arg.arg for arg in node.args.args) != self.arguments:
@@ -404,7 +404,7 @@ class PythonGrader:
 def _functions(code: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd escapes in somebody's string literals
+            warnings.simplefilter("ignore")  # odd escapes in string literals
             tree = ast.parse(code[:MAX_CODE_CHARS])
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return
@@ -426,7 +426,7 @@ def _has(node: ast.FunctionDef | ast.AsyncFunctionDef, feature: str) -> bool:
 
 
 def _is_empty(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Only `pass`, `...` or a docstring."""
+    """Return whether the body is only `pass`, `...` or a docstring."""
     constant = [isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) for part in node.body]
     return all(is_constant or isinstance(part, ast.Pass) for is_constant, part in zip(constant, node.body, strict=True))
 

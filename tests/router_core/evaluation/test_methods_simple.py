@@ -13,7 +13,7 @@ from router_core.eligibility import eligible
 from router_core.evaluation import baselines as single
 from router_core.evaluation.cluster_methods import Deployment, clusters_within, hard_map, kmeans_laplace, kmeans_raw
 from router_core.evaluation.curves import area
-from router_core.evaluation.study import Served
+from router_core.evaluation.study import ServedTrial
 from router_core.evaluation.trials import Method, cost_weights, draw_trial
 from router_core.pool import Pool
 from router_core.scoring import ScoringParams, rank
@@ -120,8 +120,8 @@ def test_what_is_studied_is_what_would_be_served() -> None:
         prices=tuple(Price(1e-6 * number, 2e-6 * number) for number in range(1, 7)),
     )
     trial = draw_trial(outcomes, vectors_of(outcomes, noise=0.3), a_plan(unseen=0.5), 0)
-    served = Served(trial)
-    pool = served.pool(trial.asked(trial.order[:20]))
+    served = ServedTrial(trial)
+    pool = served.pool(trial.sample(trial.order[:20]))
     placed = served.deployment.cluster_map.assign(trial.test.vectors)
     curve = served.curve(pool)
     weights = cost_weights(placed.expected(pool.errors), served.expected_cents(pool))

@@ -9,7 +9,7 @@ import pytest
 
 from router_core.errors import InvalidInput
 from router_core.evaluation.outcomes import Outcomes
-from router_core.evaluation.study import ESTIMATED, METHODS, Results, Served, run_study
+from router_core.evaluation.study import ESTIMATED, METHODS, Results, ServedTrial, run_study
 from router_core.evaluation.trials import Plan, Trial
 from tests.router_core.evaluation.toys import SIX, TWO, a_plan, trials_of, two_kinds, vectors_of
 
@@ -121,19 +121,19 @@ def test_what_nobody_was_asked_is_left_out_and_never_shows(unseen: float) -> Non
 @pytest.mark.parametrize("plan", [ALL_NEW, SOME_NEW])
 def test_a_model_without_a_label_among_those_asked_fails_nothing(plan: Plan, labels: int, method: str) -> None:
     trial = trials_of(two_kinds(90, SIX), plan)[0]
-    asked = trial.asked(trial.order[:labels])
+    asked = trial.sample(trial.order[:labels])
     silent, nobody = asked.scores.copy(), np.full_like(asked.scores, np.nan)
     silent[:, 0] = np.nan
     for scores in (silent, nobody):
-        expected = ESTIMATED[method](trial.known)(replace(asked, scores=scores), trial.test.vectors)
+        expected = ESTIMATED[method](trial.history)(replace(asked, scores=scores), trial.test.vectors)
         assert ((expected >= 0) & (expected <= 1)).all()
 
 
 def test_the_product_takes_a_model_without_a_label_as_well() -> None:
     for trial in trials_of(two_kinds(90, SIX), SOME_NEW):
-        asked = trial.asked(trial.order[:20])
+        asked = trial.sample(trial.order[:20])
         silent = replace(asked, scores=np.full_like(asked.scores, np.nan))
-        errors = Served(trial).pool(silent).errors
+        errors = ServedTrial(trial).pool(silent).errors
         assert ((errors >= 0) & (errors <= 1)).all()
 
 
@@ -143,7 +143,7 @@ def test_known_models_that_were_hardly_asked_fail_nothing() -> None:
     outcomes.scores[:2, 4:] = np.nan
     for trial in trials_of(outcomes, replace(SOME_NEW, trials=6)):
         for method in ESTIMATED.values():
-            expected = method(trial.known)(trial.asked(trial.order[:20]), trial.test.vectors)
+            expected = method(trial.history)(trial.sample(trial.order[:20]), trial.test.vectors)
             assert ((expected >= 0) & (expected <= 1)).all()
 
 
@@ -151,7 +151,7 @@ def test_test_answers_do_not_move_what_is_expected() -> None:
     outcomes = two_kinds(90, SIX_PRICES)
     outcomes.output_tokens[:] = np.random.default_rng(2).uniform(10.0, 90.0, outcomes.scores.shape)
     trial = trials_of(outcomes, SOME_NEW)[0]
-    known = set(trial.known.texts)
+    known = set(trial.history.texts)
     tested = [row for row, prompt in enumerate(outcomes.prompts) if prompt not in known]
     scores, tokens = outcomes.scores.copy(), outcomes.output_tokens.copy()
     scores[tested], tokens[tested] = 1.0 - scores[tested], 1e4
@@ -163,9 +163,9 @@ def test_test_answers_do_not_move_what_is_expected() -> None:
 
 def expected_by(trial: Trial) -> list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]]:
     """All errors and costs that any method expects of the test prompts."""
-    asked, served = trial.asked(trial.order[:20]), Served(trial)
+    asked, served = trial.sample(trial.order[:20]), ServedTrial(trial)
     pool = served.pool(asked)
-    errors = [method(trial.known)(asked, trial.test.vectors) for method in ESTIMATED.values()]
+    errors = [method(trial.history)(asked, trial.test.vectors) for method in ESTIMATED.values()]
     return [*errors, pool.errors, served.expected_cents(pool)]
 
 
@@ -174,8 +174,8 @@ def test_lengths_that_are_measured_nowhere_are_not_expected_either() -> None:
         90, {name: (kind, replace(price, output_cost_per_token=1.0)) for name, (kind, price) in TWO.items()}
     )
     trial = trials_of(outcomes, ALL_NEW)[0]
-    served = Served(trial)
-    cents = served.expected_cents(served.pool(trial.asked(trial.order[:20])))
+    served = ServedTrial(trial)
+    cents = served.expected_cents(served.pool(trial.sample(trial.order[:20])))
     assert cents == pytest.approx(trial.test.cents)
 
 
