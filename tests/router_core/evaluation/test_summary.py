@@ -30,14 +30,14 @@ def test_costs_of_the_mean_curve_are_relative_to_the_best_single_models() -> Non
     assert (np.diff(costs) < 0).all()
 
 
-def test_a_trial_whose_best_model_is_the_cheapest_has_no_area_and_counts_for_none() -> None:
+def test_a_trial_without_an_area_does_not_count_for_it() -> None:
     found = summarize([trial_metrics(a_line(0.8), ANCHORS), trial_metrics(a_line(0.2), BEST_IS_CHEAPEST)], seed=0)
     assert (found.area.mean, found.area.trials) == pytest.approx((0.6, 1))
     assert (found.peak.mean, found.peak.trials) == pytest.approx(((0.8 + 0.4) / 2, 2))
     assert found.curve.qualities[0] == pytest.approx(0.8)
 
 
-def test_with_no_trial_that_defines_it_a_figure_is_unknown() -> None:
+def test_a_figure_that_no_trial_defines_is_nan() -> None:
     found = summarize([trial_metrics(a_line(0.2), BEST_IS_CHEAPEST)], seed=0)
     assert np.isnan([found.area.mean, found.area.low, found.area.high]).all()
     assert found.area.trials == 0
@@ -45,12 +45,12 @@ def test_with_no_trial_that_defines_it_a_figure_is_unknown() -> None:
     assert np.isnan(found.curve.qualities).all()
 
 
-def test_quality_that_is_not_reached_has_no_cost_and_is_counted() -> None:
+def test_quality_that_is_not_reached_has_no_qnc_and_is_counted() -> None:
     found = summarize([trial_metrics(a_line(0.8), ANCHORS), trial_metrics(a_line(0.6), ANCHORS)], seed=0)
     assert (found.reached, found.qnc.trials, found.qnc.mean) == pytest.approx((0.5, 1, 1.0))
 
 
-def test_quality_that_is_free_is_reached_though_no_share_of_nothing_is_a_cost() -> None:
+def test_free_quality_is_reached_although_its_qnc_is_undefined() -> None:
     free = Baselines(cheapest=0.0, best=0.0, dearest=9.0, best_quality=0.8)
     found = summarize([trial_metrics(a_line(0.8), free), trial_metrics(a_line(0.6), free)], seed=0)
     assert (found.reached, found.qnc.trials) == (0.5, 0)

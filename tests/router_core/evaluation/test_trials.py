@@ -55,7 +55,7 @@ def test_all_models_may_be_new(unseen: float) -> None:
     assert (len(trial.new_models), trial.history.models, trial.history.scores.shape) == (6, (), (63, 0))
 
 
-def test_every_number_is_that_of_its_prompt_and_its_model() -> None:
+def test_every_figure_belongs_to_its_prompt_and_model() -> None:
     outcomes = replace(
         two_kinds(90, SIX),
         scores=np.linspace(0.0, 1.0, 540).reshape(90, 6),
@@ -75,7 +75,7 @@ def test_every_number_is_that_of_its_prompt_and_its_model() -> None:
     assert trial.prices == tuple(SIX[name][1] for name in trial.new_models)
 
 
-def test_more_labels_are_the_same_prompts_and_then_others() -> None:
+def test_more_labels_extend_the_same_prompts() -> None:
     trial = drawn(two_kinds(90, SIX))
     nested = [trial.sample(trial.order[:count]).rows.tolist() for count in (5, 20, 63)]
     assert all(more[: len(fewer)] == fewer for fewer, more in pairwise(nested))
@@ -89,7 +89,7 @@ def test_every_new_model_is_asked_the_same_prompts() -> None:
     assert (answers.scores == trial.scores[trial.order[:7]]).all()
 
 
-def test_the_seed_and_its_number_decide_a_trial_whole() -> None:
+def test_the_seed_and_the_number_decide_a_trial() -> None:
     outcomes = two_kinds(90, SIX)
     one, same = drawn(outcomes, number=1), drawn(outcomes, replace(THIRD, trials=9), number=1)
     others = drawn(outcomes), drawn(outcomes, replace(THIRD, seed=1), number=1)
@@ -98,7 +98,7 @@ def test_the_seed_and_its_number_decide_a_trial_whole() -> None:
     assert len({tuple(trial.order) for trial in (one, *others)}) == 3
 
 
-def test_test_answers_are_shown_to_nobody() -> None:
+def test_test_answers_are_hidden_from_every_method() -> None:
     outcomes = two_kinds(90, SIX)
     tested = rows(drawn(outcomes).test.vectors)
     scores, tokens = outcomes.scores.copy(), outcomes.output_tokens.copy()
@@ -118,13 +118,13 @@ def test_a_prompt_that_a_new_model_has_no_score_on_is_not_tested() -> None:
     assert rows(drawn(outcomes).test.vectors).tolist() == tested[1:].tolist()
 
 
-def test_a_model_without_any_length_is_told_apart() -> None:
+def test_a_model_without_lengths_is_marked() -> None:
     outcomes = two_kinds()
     outcomes.output_tokens[3, 1] = 50.0
     assert drawn(outcomes, a_plan()).lengths_known.tolist() == [False, True]
 
 
-def test_anchors_are_new_models_and_of_equally_good_ones_the_cheaper_is_best() -> None:
+def test_baselines_are_new_models_and_of_equals_the_cheaper_is_best() -> None:
     scores = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
     test = HeldOut(np.zeros((2, 1), dtype=np.float32), scores, np.array([[9.0, 4.0, 1.0]] * 2), np.zeros(2))
     anchors = test.baselines()
@@ -159,6 +159,6 @@ def test_more_labels_than_train_prompts_are_refused() -> None:
         ({"unseen": float("nan")}, "unseen"),
     ],
 )
-def test_a_plan_that_cannot_be_followed_is_refused(wrong: dict[str, Any], named: str) -> None:
+def test_an_impossible_plan_is_refused(wrong: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidInput, match=f"^{named} must be"):
         replace(THIRD, **wrong)
