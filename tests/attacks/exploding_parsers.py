@@ -13,7 +13,7 @@ from proxy.errors import ProxyError, UpstreamError
 from proxy.routing.chat_request import parse_chat
 from proxy.routing.fingerprints import looks_random
 from proxy.routing.requirements import requirements_of, routing_text
-from proxy.server.admin_schemas import redact_params
+from proxy.server.admin_responses import redact_params
 from proxy.server.auth import check_host, credentials_from
 from proxy.server.requests import request_ids_from
 from proxy.server.responses import render_error
@@ -28,7 +28,7 @@ from proxy.upstream.sse import encode_json
 from router_core.documents import nearest_hint
 from router_core.fitting import cluster_names
 from router_core.text import truncate_middle
-from tests.support.exploding import read_all
+from tests.support.linear_time import read_all
 
 
 class _Headers:

@@ -15,7 +15,7 @@ from router_core.errors import InvalidInput, WorkerLost
 from router_core.evaluation.parallel import parallel_map
 from router_core.evaluation.study import METHODS, run_study
 from tests.router_core.evaluation.toys import a_plan, two_kinds, vectors_of
-from tests.support.process_group import process_group
+from tests.support.processes import process_group
 
 
 def threads(_item: int) -> tuple[int, int]:

@@ -1,42 +1,105 @@
-"""Bodies of admin calls: refused whole, with the field, or taken whole."""
+"""Bodies of admin calls: taken whole, or refused whole with the name of the field."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+from annotated_types import Ge, Le
 
 from proxy.errors import BadRequest
-from proxy.server.admin_schemas import NewModel, ProfileRequest, read_addition, read_patch, read_price, redact_params
-from proxy.settings.schema import Settings
+from proxy.server.admin_bodies import (
+    ModelPatch,
+    NewKey,
+    NewModel,
+    PriceBody,
+    ProfileDocument,
+    ProfileRequest,
+    Reprofile,
+    parse_body,
+)
+from proxy.server.admin_responses import redact_params
+from proxy.settings.schema import ProfileSettings, Settings
+from proxy.storage.models import ModelRecord
 from router_core.errors import InvalidInput
 from router_core.profiles import Profile
 from router_core.types import Price
 from tests.support.makers import CORNERS, a_profile, a_record
 
 ENVIRON = {"NEW_API_KEY": "secret", "OTHER": "x", "UNIROUTE_ADMIN_KEY": "admin-key"}
+SETTINGS = Settings(route_names=("gpt-4o",))
 PARAMS: Any = {"model": "openai/new", "api_base": "http://127.0.0.1:9/v1", "api_key": "os.environ/NEW_API_KEY"}
 
 
-def addition(params: Any = None, **body: Any) -> NewModel:
-    whole = {"model_name": "team/new", "litellm_params": {**PARAMS, **(params or {})}, **body}
-    return read_addition(whole, Settings(route_names=("gpt-4o",)), ENVIRON, CORNERS, 1.0)
+def new_model(params: Any = None, **body: Any) -> NewModel:
+    return parse_body(NewModel, {"model_name": "team/new", "litellm_params": {**PARAMS, **(params or {})}, **body})
 
 
-def test_a_model_is_asked_by_default() -> None:
-    read = addition(model_info={"free": True, "mode": "chat"})
-
-    assert read.profile == ProfileRequest(60, 1.0)
-    assert (read.record.name, read.record.source, read.record.info.free) == ("team/new", "admin", True)
-    assert addition(profile={"prompts": 5, "max_usd": 0.1}).profile == ProfileRequest(5, 0.1)
+def new_record(params: Any = None, **body: Any) -> ModelRecord:
+    return new_model(params, **body).to_record(SETTINGS, ENVIRON, 1.0)
 
 
-def test_a_ready_profile_is_taken_if_it_is_of_this_map() -> None:
-    assert isinstance(addition(profile=a_profile().to_json()).profile, Profile)
+def new_profile(document: Any) -> Profile:
+    profile = new_model(profile=document).profile
+    assert isinstance(profile, ProfileDocument)
+    return profile.to_profile(CORNERS)
+
+
+def patched(record: ModelRecord, patch: Any) -> ModelRecord:
+    return parse_body(ModelPatch, patch).apply_to(record, Settings(), ENVIRON)
+
+
+def price(body: Any) -> Price:
+    return parse_body(PriceBody, body).to_price()
+
+
+@pytest.mark.parametrize(
+    ("stated", "prompts", "max_usd"),
+    [
+        ({}, 60, 1.0),
+        ({"profile": None}, 60, 1.0),
+        ({"profile": {"prompts": 5, "max_usd": 0.1}}, 5, 0.1),
+        ({"profile": {"max_usd": 0}}, 60, 0.0),
+    ],
+)
+def test_a_model_is_profiled_as_the_settings_say_unless_the_body_says_otherwise(
+    stated: Any, prompts: int, max_usd: float
+) -> None:
+    profile = new_model(**stated).profile
+
+    assert isinstance(profile, ProfileRequest)
+    asked = profile.with_defaults(SETTINGS)
+    assert (asked.prompts, asked.max_usd) == (prompts, max_usd)
+
+
+def test_the_bounds_of_a_profile_request_are_those_of_the_settings() -> None:
+    bounds = [kind.model_fields["prompts"].metadata for kind in (ProfileRequest, ProfileSettings)]
+
+    assert [[each for each in found if isinstance(each, Ge | Le)] for found in bounds] == [[Ge(1), Le(1000)]] * 2
+
+
+def test_a_new_model_is_an_administrators_and_litellms_own_info_is_left_out() -> None:
+    record = new_record(model_info={"free": True, "mode": "chat"})
+
+    assert (record.name, record.source, record.info.free) == ("team/new", "admin", True)
+    assert record.info.model_dump(exclude_defaults=True) == {"free": True}
+
+
+def test_a_measured_profile_is_taken_if_it_is_of_this_map() -> None:
+    assert new_profile(a_profile().to_json()).map_id == CORNERS.id
     with pytest.raises(BadRequest, match="measured on map"):
-        addition(profile=a_profile(map_id="other").to_json())
+        new_profile(a_profile(map_id="other").to_json())
     with pytest.raises(InvalidInput):
-        addition(profile={"map": CORNERS.id, "errors": [2.0] * 4, "labels": [1.0] * 4})
+        new_profile({"map": CORNERS.id, "errors": [2.0] * 4, "labels": [1.0] * 4})
+
+
+@pytest.mark.parametrize("wrap", [lambda profile: profile, lambda profile: {"profile": profile}])
+def test_a_profile_is_stated_bare_or_as_a_member(wrap: Any) -> None:
+    assert isinstance(parse_body(Reprofile, wrap(a_profile().to_json())).profile, ProfileDocument)
+    for wrong in ({"prompts": 0}, {"promts": 1}):
+        with pytest.raises(BadRequest) as caught:
+            parse_body(Reprofile, wrap(wrong))
+        assert caught.value.param == f"profile.{next(iter(wrong))}"
 
 
 @pytest.mark.parametrize(
@@ -74,15 +137,15 @@ def test_a_ready_profile_is_taken_if_it_is_of_this_map() -> None:
         ({"params": {"model": 3}}, None),
     ],
 )
-def test_a_wrong_addition_names_its_field(body: dict[str, Any], param: str | None) -> None:
+def test_a_wrong_body_of_a_new_model_names_its_field(body: dict[str, Any], param: str | None) -> None:
     with pytest.raises(BadRequest) as caught:
-        addition(**body)
+        new_record(**body)
 
     assert caught.value.param == param
     assert "sk-literal" not in caught.value.message
 
 
-def test_fixed_parameters_of_an_arm_are_taken() -> None:
+def test_fixed_parameters_of_a_model_are_taken() -> None:
     params = {
         "temperature": 0.2,
         "max_tokens": 5,
@@ -91,27 +154,27 @@ def test_fixed_parameters_of_an_arm_are_taken() -> None:
         "extra_headers": {"x-team": "blue"},
     }
 
-    assert addition(params=params).record.litellm_params == {**PARAMS, **params}
+    assert new_record(params).litellm_params == {**PARAMS, **params}
 
 
-def test_a_patch_replaces_what_it_states_and_null_removes() -> None:
+def test_a_patch_replaces_the_stated_fields_and_null_removes() -> None:
     record = a_record("new", temperature=0.2, api_key="os.environ/NEW_API_KEY")
     patch: Any = {"litellm_params": {"temperature": None, "top_p": 0.5}, "model_info": {"max_input_tokens": 10}}
-    changed = read_patch(patch, record, Settings(), ENVIRON)
+    changed = patched(record, patch)
 
     assert "temperature" not in changed.litellm_params
     assert (changed.litellm_params["top_p"], changed.info.max_input_tokens) == (0.5, 10)
     assert changed.info.input_cost_per_token == record.info.input_cost_per_token
 
 
-def test_a_new_address_needs_the_key_again() -> None:
+def test_a_new_address_needs_the_key_stated_again() -> None:
     record = a_record("new", api_key="os.environ/NEW_API_KEY")
     moved: Any = {"litellm_params": {"api_base": "http://elsewhere.example/v1"}}
     with pytest.raises(BadRequest, match="state `api_key` again"):
-        read_patch(moved, record, Settings(), ENVIRON)
+        patched(record, moved)
     moved["litellm_params"]["api_key"] = "os.environ/NEW_API_KEY"
 
-    assert read_patch(moved, record, Settings(), ENVIRON).litellm_params["api_base"] == "http://elsewhere.example/v1"
+    assert patched(record, moved).litellm_params["api_base"] == "http://elsewhere.example/v1"
 
 
 @pytest.mark.parametrize(
@@ -133,14 +196,14 @@ def test_a_secret_stays_with_the_provider_and_the_address_it_was_stated_for(chan
     record = a_record("new", model="openai/new", api_base="http://127.0.0.1:9/v1", extra_headers=headers)
     patch = {"litellm_params": change}
     if secret is None:
-        read_patch(patch, record, Settings(), ENVIRON)
+        patched(record, patch)
         return
     with pytest.raises(BadRequest) as caught:
-        read_patch(patch, record, Settings(), ENVIRON)
+        patched(record, patch)
     assert caught.value.param == f"litellm_params.{secret}"
 
 
-def test_what_is_shown_of_a_model_holds_no_secret_however_it_came_there() -> None:
+def test_the_shown_parameters_hold_no_secret_wherever_it_was_hidden() -> None:
     body = {"a": [{"token": "canary4"}], "max_tokens": 3, "note": "Bearer canary5", "u": "http://a@h?k=canary6"}
     base = "https://me:canary1@h/v1?api-version=1&sig=canary2&team=canary3"
     headers = {"x": "canary7", "y": "os.environ/Y_API_KEY"}
@@ -150,10 +213,10 @@ def test_what_is_shown_of_a_model_holds_no_secret_however_it_came_there() -> Non
     assert (shown["extra_body"]["max_tokens"], shown["headers"]["y"]) == (3, "os.environ/Y_API_KEY")
 
 
-def test_a_price_is_whole() -> None:
+def test_a_price_needs_input_and_output_alone() -> None:
     whole = {"input_cost_per_token": 1e-6, "output_cost_per_token": 0, "cache_read_input_token_cost": None}
 
-    assert read_price(whole) == Price(1e-6, 0.0)
+    assert price(whole) == Price(1e-6, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -170,10 +233,10 @@ def test_a_price_is_whole() -> None:
 )
 def test_a_wrong_price_is_refused(body: Any) -> None:
     with pytest.raises((BadRequest, InvalidInput)):
-        read_price(body)
+        price(body)
 
 
-def test_no_secret_is_shown() -> None:
+def test_literal_secrets_are_not_shown() -> None:
     shown = redact_params(
         {"model": "m", "api_key": "sk-x", "extra_headers": {"a": "sk-y"}, "max_tokens": 5, "aws_secret_access_key": "z"}
     )
@@ -200,6 +263,39 @@ def test_no_secret_is_shown() -> None:
         ("api_base", "http://127.0.0.1:9/v1\r\nX: y"),
     ],
 )
-def test_parameters_that_every_call_would_stumble_over_are_refused_at_once(field: str, value: Any) -> None:
+def test_parameters_that_would_break_every_call_are_refused_at_once(field: str, value: Any) -> None:
     with pytest.raises(BadRequest, match=f"litellm_params.{field}"):
-        addition({field: value})
+        new_record({field: value})
+
+
+NOW = 1_700_000_000.0
+
+
+@pytest.mark.parametrize(
+    ("stated", "expires_at"),
+    [
+        ({}, None),
+        ({"expires_in_s": 60}, NOW + 60),
+        ({"expires_in_s": None, "expires_at": "2023-11-14T22:13:21Z"}, NOW + 1),
+        ({"expires_at": None}, None),
+    ],
+)
+def test_a_new_key_expires_at_a_time_or_after_some_seconds(stated: Any, expires_at: float | None) -> None:
+    change = parse_body(NewKey, {"name": "team", **stated}).to_change(NOW)
+
+    assert change.fields.get("expires_at") == expires_at
+    assert change.fields["name"] == "team"
+
+
+def test_limits_of_a_new_key_are_kept_apart_and_no_role_is_the_clients() -> None:
+    change = parse_body(NewKey, {"name": "t", "role": None, "usd_per_day": 5, "models": ["b", "a", "b"]}).to_change(NOW)
+
+    assert (change.fields["role"], change.fields["models"]) == ("client", ("b", "a"))
+    assert change.limits == {"usd_per_day": 5}
+
+
+def test_an_unknown_field_of_a_key_names_the_closest_one() -> None:
+    with pytest.raises(BadRequest, match="did you mean `requests_per_minute`") as caught:
+        parse_body(NewKey, {"name": "t", "requests_per_minut": 5})
+
+    assert caught.value.param == "requests_per_minut"
