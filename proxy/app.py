@@ -23,10 +23,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 from threadpoolctl import threadpool_limits
 
-from proxy.concurrency import GRACE_PERIOD_S, cancel_and_wait, in_stoppable_thread, run_uncancelled
+from proxy.concurrency import GRACE_PERIOD_S, background, cancel_and_wait, in_stoppable_thread, run_uncancelled
 from proxy.errors import error_object
 from proxy.outbound import OutboundError, ssl_context, trust_of
-from proxy.profiling.grading import UpstreamAnswerer
+from proxy.profiling.grading import UpstreamModelClient
 from proxy.profiling.jobs import Jobs
 from proxy.routing.assigner import ClusterAssigner, deadline_of
 from proxy.safety.private_files import NotPrivate, private_folder
@@ -208,15 +208,14 @@ async def app_state(
             await assigner.warm(cluster_map)
         with startup.step("importing litellm"):
             await upstream.open()
-        feeding = asyncio.create_task(PriceFeed(settings, store, registry, state).run(), name="uniroute-prices")
-        closing.push_async_callback(cancel_and_wait, feeding)
-        jobs = Jobs(store, state, UpstreamAnswerer(upstream), assigner.embedder, settings)
+        feed = PriceFeed(settings, store, registry, state)
+        await closing.enter_async_context(background("uniroute-prices", feed.run))
+        jobs = Jobs(store, state, UpstreamModelClient(upstream), assigner.embedder, settings)
         closing.push_async_callback(jobs.close)
         await jobs.start_worker()
         metrics.look_at(lambda: _look(metrics, state, usage))
         if counts is not None:
-            looking = asyncio.create_task(_look_again(metrics), name="uniroute-metrics")
-            closing.push_async_callback(cancel_and_wait, looking)
+            await closing.enter_async_context(background("uniroute-metrics", partial(_look_again, metrics)))
         yield AppState(
             *(settings, store, state, registry, jobs, assigner, upstream, usage, limiter, metrics, live, health),
             capacities=ConcurrencyLimiter(),
@@ -342,12 +341,10 @@ async def _watched_health(
     collector = HealthCollector(health, lambda: state.current.models, metrics.values)
     metrics.look_at(collector.look)
     metrics.registry.register(collector)
-    looking = asyncio.create_task(Roster(health, lambda: state.current.models).run(), name="uniroute-roster")
-    try:
-        async with _running(CooldownReplicator(store, health, lambda: state.current.models)):
-            yield health
-    finally:
-        await cancel_and_wait(looking)
+    roster = Roster(health, lambda: state.current.models)
+    replicator = CooldownReplicator(store, health, lambda: state.current.models)
+    async with background("uniroute-roster", roster.run), _running(replicator):
+        yield health
 
 
 def _open_routing(
@@ -402,11 +399,8 @@ onboarding_log = logging.getLogger("uniroute.onboarding")
 @contextlib.asynccontextmanager
 async def onboarding(services: AppState) -> AsyncIterator[None]:
     """Runs beside the serving, so that other models answer meanwhile."""
-    task = asyncio.create_task(profile_new_models(services), name="uniroute-onboarding")
-    try:
+    async with background("uniroute-onboarding", partial(profile_new_models, services), restart=False):
         yield
-    finally:
-        await cancel_and_wait(task)
 
 
 async def profile_new_models(services: AppState) -> None:
@@ -422,7 +416,7 @@ async def _submit(services: AppState, name: str) -> None:
     await services.state.refresh()
     state = services.state.current
     asking = services.settings.profile
-    if name in state.profiles or await services.jobs.carry_over(name):
+    if name in state.profiles or await services.jobs.migrate_profile(name):
         return
     if name not in state.prices:
         onboarding_log.warning(

@@ -170,7 +170,7 @@ async def read_scores(settings: Settings, jobs: Sequence[str]) -> list[Scores]:
 
     store = await Store.open(settings)
     try:
-        async with store.asking("read the answers") as client:
+        async with store.operation("read the answers") as client:
             stored = [cast(dict[str, str], await client.hgetall(answers_key(job))) for job in jobs]
     finally:
         await store.close()

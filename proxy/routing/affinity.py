@@ -45,7 +45,7 @@ async def load_affinity(
     session = None if name is None or settings.sticky_sessions == "off" else scoped_key(scope, f"session:{name}")
     if session is None and not past.marks:
         return Affinity(scope, None, past.has_reasoning)
-    recalled = await memory.recall([scoped_key(scope, mark) for mark in past.marks], session)
+    recalled = await memory.lookup([scoped_key(scope, mark) for mark in past.marks], session)
     return Affinity(scope, session, past.has_reasoning, recalled.producer, recalled.last)
 
 
@@ -83,7 +83,7 @@ class AffinityRecorder:
     def finish(self, model: str, tokens: int | None) -> None:
         """`tokens`: prompt and answer together; None: not reported."""
         if self._thread.session is not None:
-            self._memory.remember([self._thread.session], model, tokens)
+            self._memory.record([self._thread.session], model, tokens)
 
     def _add(self, index: int, part: Mapping[str, Any]) -> None:
         """Of the first choices with a mark; those with none need no memory."""
@@ -99,4 +99,4 @@ class AffinityRecorder:
             return
         question = latest_user_text(self._messages)
         marks = [mark for trail in trails for mark in (*trail.reasoning_marks(question), *trail.call_marks(question))]
-        self._memory.remember([scoped_key(self._thread.scope, mark) for mark in dict.fromkeys(marks)], model)
+        self._memory.record([scoped_key(self._thread.scope, mark) for mark in dict.fromkeys(marks)], model)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import blake2b
 
-from proxy.concurrency import in_own_thread
+from proxy.concurrency import LRU, in_own_thread
 from router_core.clustering import ClusterMap
 from router_core.embedding import StaticEmbedder
 from router_core.types import Assignment, Embedder
@@ -23,8 +23,7 @@ WORKERS = 2
 
 MAX_WAITING = 64
 
-MAX_REMEMBERED = 2_048
-"""Prompts of one generation; two are kept."""
+MAX_REMEMBERED = 4_096
 
 
 class AssignmentTimeout(Exception):
@@ -41,8 +40,7 @@ class ClusterAssigner:
         self._cpu_s = cpu_s
         self._executor = ThreadPoolExecutor(WORKERS, thread_name_prefix="embedding")
         self._waiting = 0
-        self._recent: dict[tuple[str, bytes], Assignment] = {}
-        self._previous: dict[tuple[str, bytes], Assignment] = {}
+        self._known: LRU[tuple[str, bytes], Assignment] = LRU(MAX_REMEMBERED)
 
     async def warm(self, cluster_map: ClusterMap) -> None:
         """The first prompt pays for nothing that could be loaded before."""
@@ -51,25 +49,16 @@ class ClusterAssigner:
     async def assign(self, text: str, cluster_map: ClusterMap) -> Assignment:
         """One row, read-only. Raises RoutingLate."""
         key = cluster_map.id, blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        found = self._recent.get(key)
+        found = self._known.get(key)
         if found is None:
-            found = (
-                self._previous.get(key)
-                or self._assign_inline(text, cluster_map)
-                or await self._in_time(text, cluster_map)
-            )
-            self._remember(key, found)
+            found = self._assign_inline(text, cluster_map) or await self._in_time(text, cluster_map)
+            self._known[key] = found
         return found
 
     def _assign_inline(self, text: str, cluster_map: ClusterMap) -> Assignment | None:
         """On the event loop, where that takes about a millisecond at most."""
         vector = self.embedder.embed_at_hand(text) if isinstance(self.embedder, StaticEmbedder) else None
         return None if vector is None else _read_only(cluster_map.assign(vector))
-
-    def _remember(self, key: tuple[str, bytes], assignment: Assignment) -> None:
-        self._recent[key] = assignment
-        if len(self._recent) > MAX_REMEMBERED:
-            self._previous, self._recent = self._recent, {}
 
     async def _in_time(self, text: str, cluster_map: ClusterMap) -> Assignment:
         if self._waiting >= MAX_WAITING:

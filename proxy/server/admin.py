@@ -46,7 +46,9 @@ async def add_model(request: Request, services: AdminState) -> Response:
     record = await services.resolver.resolve(addition.record)
     profile = addition.profile
     if isinstance(profile, ProfileRequest):
-        job, version = await services.jobs.submitted_with(record, profile.prompts, profile.max_usd, services.registry)
+        job, version = await services.jobs.submit_with_model(
+            record, profile.prompts, profile.max_usd, services.registry
+        )
         await _take_effect(services, version)
         return JSONResponse({"model": record.name, "job": job}, 202)
     await _take_effect(services, await services.registry.add_model(record, profile))
@@ -68,7 +70,7 @@ async def reprofile_model(name: str, request: Request, services: AdminState, aud
     profile = read_profile(stated, services.settings, services.state.current.cluster_map)
     reply = await _profile(services, record, profile)
     if isinstance(profile, ProfileRequest):
-        await audit.note(PROFILE_MODEL, name)
+        await audit.record(PROFILE_MODEL, name)
     return reply
 
 
@@ -243,7 +245,7 @@ async def cancel_job(job_id: str, services: AppStateDep, audit: Audit) -> dict[s
     """The job as it is after that; a finished one stays as it was."""
     await _job(job_id, services)
     if await services.jobs.cancel(job_id):
-        await audit.note(CANCEL_JOB, job_id)
+        await audit.record(CANCEL_JOB, job_id)
     return await get_job(job_id, services)
 
 

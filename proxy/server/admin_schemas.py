@@ -20,8 +20,9 @@ from proxy.settings.models import ModelConfig, ParamError, SettingsError, check_
 from proxy.settings.schema import ProfileSettings, Settings
 from proxy.storage.client_keys import LIMITS, ClientKey, KeyChange
 from proxy.storage.models import CurrentPrice, ModelRecord
-from proxy.storage.redis import StoreUnavailable, is_unix_time
+from proxy.storage.redis import StoreUnavailable
 from proxy.storage.snapshot import RoutingSnapshot
+from proxy.storage.values import is_unix_time
 from proxy.upstream.litellm.params import is_provider_param
 from proxy.upstream.origins import ADDRESSES, check_secrets_stay
 from router_core.clustering import ClusterMap
@@ -375,7 +376,7 @@ def _card(state: RoutingSnapshot, name: str, job: Job | None, *, with_profile: b
 
 def _standing(state: RoutingSnapshot, record: ModelRecord, job: Job | None) -> tuple[str, str | None]:
     """And why, where it is not measured as it is now."""
-    standing, why = state.standing(record.name), state.set_aside.get(record.name)
+    standing, why = state.model_state(record.name), state.unused_profiles.get(record.name)
     if standing not in ("unprofiled", "foreign_profile") or job is None:
         return standing, why
     if job.unfinished:

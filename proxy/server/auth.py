@@ -183,7 +183,7 @@ class AuthMiddleware:
             return Principal(ROOT)
         state, now = self._state(), self._clock()
         key = state.keys.get(digest)
-        if key is None and not state.known:
+        if key is None and not state.is_loaded:
             raise ServiceUnavailable(
                 "the models and API keys here were not read yet: the store, Redis, does not answer; try again",
                 headers={"retry-after": _RETRY_AFTER_S},

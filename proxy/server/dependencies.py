@@ -101,7 +101,7 @@ CurrentActor = Annotated[Actor, Depends(actor_of)]
 
 async def admin_services_of(services: AppStateDep, author: CurrentActor) -> AppState:
     """Whatever is written to this registry has an audit line."""
-    return replace(services, registry=services.registry.by(author))
+    return replace(services, registry=services.registry.as_actor(author))
 
 
 async def audit_of(services: AppStateDep, author: CurrentActor) -> AuditTrail:

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from proxy.concurrency import LRU, FairQueue
 from proxy.errors import ModelAtCapacity
 from proxy.settings.models import ModelInfo
 
@@ -56,31 +56,19 @@ class Slot:
 @dataclass(slots=True)
 class _Queue:
     limits: ConcurrencyLimits
-    running: int = 0
-    waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
-
-    @property
-    def has_place(self) -> bool:
-        return self.limits.max_parallel is None or self.running < self.limits.max_parallel
+    slots: FairQueue
 
     @property
     def full(self) -> bool:
         """Neither a place nor a place in the queue."""
-        return not self.has_place and len(self.waiting) >= self.limits.max_queued
+        return not self.slots.has_free_slot and self.slots.waiting >= self.limits.max_queued
 
     def under(self, limits: ConcurrencyLimits) -> _Queue:
         """The newest limits are everybody's: whoever may come in under them does."""
         self.limits = limits
-        self.admit()
+        self.slots.limit = limits.max_parallel
+        self.slots.admit()
         return self
-
-    def admit(self) -> None:
-        """A place belongs to the waiter from the moment it is given, whether or not that one has noticed."""
-        while self.waiting and self.has_place:
-            waiter = self.waiting.popleft()
-            if not waiter.done():
-                self.running += 1
-                waiter.set_result(None)
 
 
 class ConcurrencyLimiter:
@@ -89,7 +77,7 @@ class ConcurrencyLimiter:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._rooms: dict[str, _Queue] = {}
-        self._held_s: dict[str, float] = {}
+        self._held_s: LRU[str, float] = LRU(MAX_REMEMBERED)
 
     def busy(self, model: str, limits: ConcurrencyLimits) -> bool:
         """Whether `slot` would refuse at once."""
@@ -103,58 +91,44 @@ class ConcurrencyLimiter:
             ModelBusy: the queue is full, or the wait was too long.
         """
         room = self._rooms.get(model)
-        room = self._rooms.setdefault(model, _Queue(limits)) if room is None else room.under(limits)
-        if room.has_place:  # and so nobody waits for one
-            room.running += 1
-        elif room.full:
-            raise self._busy(model, room)
+        if room is None:
+            room = self._rooms[model] = _Queue(limits, FairQueue(limits.max_parallel))
         else:
+            room.under(limits)
+        if not room.slots.acquire_nowait():
+            if room.full:
+                raise self._busy(model, room, room.slots.waiting)
             await self._wait(model, room)
         taken_at = self._clock()
         return Slot(lambda: self._release(model, room, self._clock() - taken_at))
 
     async def _wait(self, model: str, room: _Queue) -> None:
-        waiter = asyncio.get_running_loop().create_future()
-        room.waiting.append(waiter)
-        admitted = False
         try:
             async with asyncio.timeout(room.limits.longest_wait_s):
-                await waiter
-            admitted = True
+                await room.slots.acquire()
         except TimeoutError:
-            raise self._busy(model, room) from None
+            raise self._busy(model, room, room.slots.waiting + 1) from None
         finally:
-            if not admitted:
-                self._leave(model, room, waiter)
-
-    def _leave(self, model: str, room: _Queue, waiter: asyncio.Future[None]) -> None:
-        """A place that was given to somebody who has gone at that moment is the next one's."""
-        if waiter.done() and not waiter.cancelled():
-            room.running -= 1
-        elif waiter in room.waiting:
-            room.waiting.remove(waiter)
-        self._admit(model, room)
+            self._forget_unused(model, room)
 
     def _release(self, model: str, room: _Queue, held_s: float) -> None:
-        room.running -= 1
         self._remember(model, held_s)
-        self._admit(model, room)
+        room.slots.release()
+        self._forget_unused(model, room)
 
-    def _admit(self, model: str, room: _Queue) -> None:
-        room.admit()
-        if not room.running and not room.waiting:
+    def _forget_unused(self, model: str, room: _Queue) -> None:
+        if not room.slots.taken and not room.slots.waiting:
             self._rooms.pop(model, None)
 
     def _remember(self, model: str, held_s: float) -> None:
-        before = self._held_s.pop(model, held_s)
-        self._held_s[model] = before + NEWEST_WEIGHS * (held_s - before)
-        if len(self._held_s) > MAX_REMEMBERED:
-            self._held_s.pop(next(iter(self._held_s)))
+        before = self._held_s.get(model)
+        self._held_s[model] = held_s if before is None else before + NEWEST_WEIGHS * (held_s - before)
 
-    def _busy(self, model: str, room: _Queue) -> ModelAtCapacity:
+    def _busy(self, model: str, room: _Queue, waiting: int) -> ModelAtCapacity:
         """All who wait, and then the caller, take the places as they are given back."""
         places = room.limits.max_parallel or 1
-        wait_s = self._held_s.get(model, FIRST_GUESS_S) * (len(room.waiting) + 1) / places
+        held_s = self._held_s.get(model)
+        wait_s = (FIRST_GUESS_S if held_s is None else held_s) * (waiting + 1) / places
         return ModelAtCapacity(
             f"{model} answers {places} requests at once, and is busy with them", min(max(wait_s, SHORTEST_S), LONGEST_S)
         )

@@ -225,7 +225,7 @@ class Endpoints:
             name=record.name,
             heads=build_head(url, headers, self._outbound.proxies.of(url), trust),
             model=resolved.model,
-            renames=resolved.renames,
+            renames=resolved.param_aliases,
             fixed=params if fixes_parameters(params) else None,
             secrets=secrets_of({**params, "api_key": key, "api_base": base, **own}, key),
         )

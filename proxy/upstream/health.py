@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from redis.exceptions import RedisError
 
-from proxy.concurrency import cancel_and_wait
+from proxy.concurrency import BackgroundTasks
 from proxy.errors import UpstreamError
 from proxy.settings.schema import CircuitBreakerSettings
 from proxy.storage.models import ModelRecord
@@ -226,15 +226,15 @@ class CooldownReplicator:
         self._one_at_a_time = asyncio.Lock()
         """A reading that overtook a writing would bring back what was just ended."""
         self._complaints: set[str] = set()
-        self._running: list[asyncio.Task[None]] = []
+        self._tasks = BackgroundTasks()
         health.watch(self._note)
 
     def start(self) -> None:
-        loops = {"uniroute-health-told": self._publish_loop(), "uniroute-health-heard": self._listen_on()}
-        self._running = [asyncio.create_task(loop, name=name) for name, loop in loops.items()]
+        self._tasks.start("uniroute-health-told", self._publish_loop)
+        self._tasks.start("uniroute-health-heard", self._listen_on)
 
     async def stop(self) -> None:
-        await cancel_and_wait(*self._running)
+        await self._tasks.close()
 
     def _note(self, change: HealthEvent) -> None:
         if change.from_elsewhere:
@@ -262,7 +262,7 @@ class CooldownReplicator:
 
     async def _write(self, models: Collection[str]) -> None:
         async with (
-            self._store.asking("share the health of models") as client,
+            self._store.operation("share the health of models") as client,
             client.pipeline(transaction=False) as pipe,
         ):
             for model in models:
@@ -306,7 +306,7 @@ class CooldownReplicator:
             return
         async with self._one_at_a_time:
             async with (
-                self._store.asking("read the health of models") as client,
+                self._store.operation("read the health of models") as client,
                 client.pipeline(transaction=False) as pipe,
             ):
                 for model in models:

@@ -3,13 +3,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import ssl
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import aiohappyeyeballs
 
+from proxy.concurrency import FairQueue
 from proxy.outbound import USUAL, Trust
 from proxy.upstream.connection import HTTP11Connection, RemoteProtocolError
 
@@ -51,11 +51,10 @@ class ConnectionPool:
         """
         self._most = most
         self._context = context
-        self._busy = 0
         self._idle: dict[Origin, dict[HTTP11Connection, float]] = {}
         """The newest last, each with the time at which it is given up."""
         self._idle_count = 0
-        self._places: deque[asyncio.Future[None]] = deque()
+        self._slots = FairQueue(most)
         self._sweeping: asyncio.TimerHandle | None = None
         self._closed = False
 
@@ -66,19 +65,17 @@ class ConnectionPool:
             TimeoutError: it was not there in time.
             OSError, ProxyRefused: it cannot be opened.
         """
-        if self._busy >= self._most or self._places:
-            await self._acquire_slot()
-        else:
-            self._busy += 1
+        if not self._slots.acquire_nowait():
+            await self._slots.acquire()
         if (kept := self._kept(origin)) is not None:
             return kept
         try:
-            while self._busy + self._idle_count > self._most and self._idle_count:
+            while self._slots.taken + self._idle_count > self._most and self._idle_count:
                 self._drop_oldest()
             async with asyncio.timeout(within_s):
                 return await self._opened(origin)
         except BaseException:
-            self._release_slot()
+            self._slots.release()
             raise
 
     def _kept(self, origin: Origin) -> HTTP11Connection | None:
@@ -100,13 +97,13 @@ class ConnectionPool:
         connection.rest()
         self._idle.setdefault(origin, {})[connection] = asyncio.get_running_loop().time() + KEPT_ALIVE_S
         self._idle_count += 1
-        self._release_slot()
+        self._slots.release()
         if self._sweeping is None:
             self._sweep()
 
     def drop(self, connection: HTTP11Connection) -> None:
         connection.close()
-        self._release_slot()
+        self._slots.release()
 
     async def aclose(self) -> None:
         """Those that are idle. The others are closed by whoever uses them."""
@@ -119,28 +116,6 @@ class ConnectionPool:
         self._idle.clear()
         self._idle_count = 0
         await asyncio.sleep(0)
-
-    async def _acquire_slot(self) -> None:
-        """Returns with a place that is ours already."""
-        place = asyncio.get_running_loop().create_future()
-        self._places.append(place)
-        try:
-            await place
-        except asyncio.CancelledError:
-            if place.done() and not place.cancelled():
-                self._release_slot()  # it was given to us in this moment
-            elif place in self._places:
-                self._places.remove(place)
-            raise
-
-    def _release_slot(self) -> None:
-        """A place is free: it is that of the next who waits for one."""
-        while self._places:
-            place = self._places.popleft()
-            if not place.done():  # else whoever waited was cancelled in this moment
-                place.set_result(None)
-                return
-        self._busy -= 1
 
     async def _opened(self, origin: Origin) -> HTTP11Connection:
         if origin.proxy is None:

@@ -16,7 +16,7 @@ from proxy.errors import BadRequest, ServiceUnavailable
 from proxy.safety.redaction import bare_address
 from proxy.settings.models import Forward, SettingsError
 from proxy.storage.models import ModelRecord, ResolvedProvider
-from proxy.storage.redis import InvalidRecord
+from proxy.storage.values import InvalidRecord
 from proxy.upstream.litellm.params import FOLLOWS_REDIRECTS, VERBATIM, is_openai_url, is_provider_param
 from proxy.upstream.origins import DEFAULT_BASES, address_of, check_environment_key, is_own_address
 from proxy.upstream.provider_lookup import Found, Lookup, NotAsked, alone

@@ -194,7 +194,7 @@ def _reserves(room: Room, key: ClientKey, *, at_once: int) -> Work:
     async def one() -> None:
         choice = limit_to_reserved(replace(room.choice, id=uuid.uuid4().hex), key.limits)
         claim = estimate_reservation(Demand(choice, {"messages": SHORT}, room.routing, room.settings), key.limits)
-        await room.limiter.reserve(key, replace(claim, lives_s=0.001))
+        await room.limiter.reserve(key, replace(claim, ttl_s=0.001))
 
     return _together(one, at_once)
 

@@ -91,14 +91,14 @@ async def test_what_comes_again_is_not_embedded_again() -> None:
 
 
 async def test_it_remembers_a_bounded_number_and_no_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assigning, "MOST_REMEMBERED", 8)
+    monkeypatch.setattr(assigning, "MAX_REMEMBERED", 8)
     assigner = ClusterAssigner(Corners(), 5.0)
     for number in range(50):
         await assigner.assign(f"prompt {number}", CORNERS)
         await assigner.assign("always", CORNERS)
-    kept = (*assigner._recent, *assigner._previous)
+    kept = list(assigner._known)
 
-    assert len(kept) <= 2 * 9
+    assert len(kept) == 8
     assert all(len(digest) == 16 and b"prompt" not in digest for _, digest in kept)
     assigner.close()
 

@@ -133,7 +133,7 @@ def test_a_provider_is_reached_in_the_way_that_it_speaks(found: list[ModelRecord
     else:
         assert isinstance(told, ModelRecord)
         assert told.resolved == expected
-        assert (is_direct(told) is not None) == (expected.way == "relay")
+        assert (is_direct(told) is not None) == (expected.mode == "relay")
 
 
 @pytest.mark.parametrize(

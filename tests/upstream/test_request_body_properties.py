@@ -180,7 +180,9 @@ def test_usage_that_nobody_asked_for_takes_no_number_along() -> None:
     ],
 )
 def test_of_two_names_for_one_limit_the_one_that_says_something_counts(body: Any, sent: Any) -> None:
-    resolved = ResolvedProvider("relay", "m", "mistral", "http://x/v1", renames={"max_completion_tokens": "max_tokens"})
+    resolved = ResolvedProvider(
+        "relay", "m", "mistral", "http://x/v1", param_aliases={"max_completion_tokens": "max_tokens"}
+    )
     target = Endpoints(Settings(), {}, Outbound({})).of(a_record(model="mistral/m"), resolved)
     whole = {"model": "auto", "messages": ASK, **body}
 

@@ -3,13 +3,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, Collection, Mapping
 from typing import Any
 
 import httpx
 
-from proxy.concurrency import GRACE_PERIOD_S, cancel_and_wait, in_own_thread, iterate_uncancelled, run_uncancelled
+from proxy.concurrency import GRACE_PERIOD_S, LRU, cancel_and_wait, in_own_thread, iterate_uncancelled, run_uncancelled
 from proxy.errors import UpstreamError
 from proxy.outbound import Outbound, OutboundError, Trust
 from proxy.settings.models import SettingsError, resolve_secret
@@ -60,7 +59,7 @@ class LiteLLMClient:
         self._pool = open_pool(self._longest_s, self._outbound)
         self._handler: Any = None
         self._tidying: asyncio.Task[None] | None = None
-        self._clients: OrderedDict[tuple[str, ...], Any] = OrderedDict()
+        self._clients: LRU[tuple[str, ...], Any] = LRU(MAX_CLIENTS)
 
     @property
     def ready(self) -> bool:
@@ -274,15 +273,14 @@ class LiteLLMClient:
         key = provider.api_key or (self._environ.get("OPENAI_API_KEY") if at_openai else None) or "-"
         base, organization = provider.api_base or "https://api.openai.com/v1", params.get("organization")
         known = (base, key, str(organization))
-        if known not in self._clients:
+        client = self._clients.get(known)
+        if client is None:
             client = openai.AsyncOpenAI(api_key=key, base_url=base, http_client=self._pool, max_retries=0)
             if organization or not at_openai:
                 # it reads OPENAI_ORG_ID and OPENAI_PROJECT_ID by itself, and would name them to anybody
                 client.organization, client.project = organization, None
             self._clients[known] = client
-            if len(self._clients) > MAX_CLIENTS:
-                self._clients.popitem(last=False)
-        return self._clients[known]
+        return client
 
 
 _OPENAI_SDK = frozenset({"openai", "custom_openai", "lm_studio", "llamafile", "litellm_proxy", "docker_model_runner"})
