@@ -11,7 +11,7 @@ import tomllib
 import zipfile
 from collections.abc import Iterator
 from functools import cache
-from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from importlib.metadata import PackageNotFoundError, distributions, requires
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,9 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "core": (),
     "demo": ("demo",),
     "serve": (),
-    "dev": ("demo", "dev", "evaluate"),
+    "dev": ("demo", "dev", "evaluate", "docs"),
     "audit": ("audit",),
-    "all": ("demo", "dev", "evaluate", "audit", "ray", "fuzz", "clock"),
+    "all": ("demo", "dev", "evaluate", "docs", "audit", "ray", "fuzz", "clock"),
 }
 # What environments without torch leave out.
 TRANSFORMER = "sentence-transformers"
@@ -93,6 +93,15 @@ def wanted(requirement: Requirement, extras: frozenset[str]) -> bool:
     return marker is None or any(marker.evaluate({k: str(v) for k, v in env.items()}) for env in environments)
 
 
+@cache
+def needs_of(name: str) -> list[Requirement]:
+    """Empty for a package of another system, whose pin is all that can be asked for here."""
+    try:
+        return [Requirement(text) for text in requires(name) or ()]
+    except PackageNotFoundError:
+        return []
+
+
 def closure(roots: list[Requirement]) -> Iterator[tuple[str, str]]:
     """Yield (package, the package that needs it), over everything that is installed here."""
     waiting = [(root, "pyproject.toml") for root in roots]
@@ -107,11 +116,7 @@ def closure(roots: list[Requirement]) -> Iterator[tuple[str, str]]:
         yield name, asker
         if name in WEIGHTS:
             continue
-        try:
-            needed = [Requirement(text) for text in requires(name) or ()]
-        except PackageNotFoundError:  # of another system; its pin is all that can be asked for here
-            continue
-        waiting += [(each, name) for each in needed if wanted(each, extras)]
+        waiting += [(each, name) for each in needs_of(name) if wanted(each, extras)]
 
 
 def test_everything_that_gets_installed_is_pinned() -> None:
@@ -184,13 +189,26 @@ def test_the_list_of_what_is_installed_names_each_pinned_package() -> None:
     }
 
 
+@cache
+def owners() -> dict[str, str]:
+    """{top-level module: its distribution}. `packages_distributions` makes an object of every installed file."""
+    found: dict[str, str] = {}
+    for distribution in distributions():
+        listed = distribution.read_text("RECORD") or ""
+        name = re.search(r"^([^/\n]+)-[^-/\n]+\.dist-info/", listed, re.MULTILINE)
+        if name is None:
+            continue
+        for top in re.findall(r"^([^/.,\n]+)[/.,]", listed, re.MULTILINE):
+            found.setdefault(top, name[1])
+    return found
+
+
 def third_party(*folders: str) -> dict[str, set[str]]:
     """{distribution: files that import it}; a module that no installed package owns goes by its own name."""
-    owners = packages_distributions()
     found: dict[str, set[str]] = {}
     for path in sources(*folders):
-        for module in imported(path) - sys.stdlib_module_names - {*PACKAGES, "tests"}:
-            name = canonicalize_name(owners.get(module, [module])[0])
+        for module in imported(path) - sys.stdlib_module_names - {*PACKAGES, "tests", "docs"}:
+            name = canonicalize_name(owners().get(module, module))
             found.setdefault(name, set()).add(str(path.relative_to(ROOT)))
     return found
 
@@ -218,6 +236,8 @@ def test_a_wheel_carries_the_types_the_figures_and_the_command(tmp_path: Path) -
         names = set(wheel.namelist())
     assert {"proxy/py.typed", "router_core/py.typed", "router_core/assets/token_weights.npy"} <= names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {*PACKAGES, "uniroute"}
+    scripts = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.lua")}
+    assert scripts <= names
     assert {"entry_points.txt", "LICENSE"} <= {Path(name).name for name in names}
 
 

@@ -97,7 +97,7 @@ def _discard_output() -> None:
 
 
 def _stop(message: str, status: int) -> None:
-    from proxy.safety.plain_text import plain
+    from router_core.text import plain
 
     with suppress(OSError):
         sys.stderr.write(f"uniroute: {' '.join(plain(message, lines=False).split())}\n")

@@ -129,7 +129,7 @@ def _calibration(settings: Settings, traffic: Traffic, goal: Goal, url: str | No
 
     from proxy.cli.deployed import embed_conversations, load_deployment
     from proxy.routing.requirements import requirements_of
-    from router_core.calibration import expectations, quality_interval
+    from router_core.calibration import quality_interval, sweep_lambdas
     from router_core.scoring import ScoringParams
 
     cluster_map, embedder, pool = load_deployment(settings, url)
@@ -140,7 +140,7 @@ def _calibration(settings: Settings, traffic: Traffic, goal: Goal, url: str | No
         latency_weight=settings.latency_weight, cost_unit=settings.cost_unit, reference=settings.reference_price
     )
     assignment = cluster_map.assign(vectors)
-    expected = expectations(pool, assignment, np.array(tokens, dtype=np.float64), params)
+    expected = sweep_lambdas(pool, assignment, np.array(tokens, dtype=np.float64), params)
     found = _find(expected, goal)
     interval = quality_interval(expected, found, pool, assignment)
     labels = {name: float(pool.total_labels[pool.index[name]]) for name in expected.models}
@@ -148,11 +148,11 @@ def _calibration(settings: Settings, traffic: Traffic, goal: Goal, url: str | No
 
 
 def _find(expected: LambdaSweep, goal: Goal) -> SweepPoint:
-    from router_core.calibration import best_within, cheapest_reaching
+    from router_core.calibration import best_within_budget, cheapest_for_quality
 
     if goal.quality is not None:
-        return cheapest_reaching(expected, goal.quality)
-    return best_within(expected, (goal.budget_usd_per_1k or 0.0) / 1e3)
+        return cheapest_for_quality(expected, goal.quality)
+    return best_within_budget(expected, (goal.budget_usd_per_1k or 0.0) / 1e3)
 
 
 def _document(calibration: Calibration) -> dict[str, Any]:
@@ -171,7 +171,6 @@ def _document(calibration: Calibration) -> dict[str, Any]:
 
 
 def _print(calibration: Calibration) -> None:
-
     found, best, traffic = calibration.found, calibration.best, calibration.traffic
     console.echo(f"λ = {found.lambda_:g}, expected over {len(traffic.prompts):,} prompts of {traffic.name}")
     rows = [

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import httpx
 
 from proxy.cli.console import BadArgument, CommandError, Progress
-from proxy.outbound import WayOutError, http_client
+from proxy.settings.outbound import OutboundConnectError, http_client
 
 POLL_INTERVAL_S = 0.3
 
@@ -38,7 +38,7 @@ class ServerClient:
     def call(self, method: Method, path: str, body: Mapping[str, Any] | None = None) -> Any:
         try:
             reply = self._http.request(method, path, json=body)
-        except WayOutError as error:
+        except OutboundConnectError as error:
             raise CommandError(f"the server at {self.url} cannot be reached: {error}") from None
         except (httpx.TransportError, httpx.InvalidURL) as error:
             raise CommandError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from unicodedata import east_asian_width
 
-from proxy.safety.plain_text import plain
+from router_core.text import plain
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress

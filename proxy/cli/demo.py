@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
 
-from proxy.app import check_data_dir, from_settings
+from proxy.app import from_settings
 from proxy.cli import console
 from proxy.cli.client import FINISHED, ServerClient
 from proxy.cli.console import CommandError, echo, table
 from proxy.cli.local_models import LlamaServer, smollm2, start_llama
 from proxy.cli.startup_progress import show_startup
-from proxy.outbound import http_client
+from proxy.server.preflight import check_data_dir
 from proxy.server.run import LOGGING, Server, address, listen, server_config
 from proxy.settings.models import SettingsError
+from proxy.settings.outbound import http_client
 from proxy.settings.schema import Settings
 from router_core.validation.families.registry import builtin_validation_set
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from proxy.app import load_cluster_map
 from proxy.cli.client import ServerClient, admin_client
 from proxy.cli.console import CommandError, Progress, load_embedder, progress
 from proxy.routing.requirements import routing_text
+from proxy.server.preflight import load_cluster_map
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.price_map import PriceMap, bundled_catalog
 from proxy.storage.snapshot import capabilities_of
 from router_core.clustering import ClusterMap
-from router_core.evaluation.deployed import Common, evaluate_deployed, read_deployed
+from router_core.evaluation.deployed import CommonModels, evaluate_deployed, read_deployed
 from router_core.evaluation.study import Results
 from router_core.fitting import embed_prompts
 from router_core.pool import Candidate, Pool
@@ -89,10 +89,10 @@ def _candidate(card: Mapping[str, Any], catalog: PriceMap) -> Candidate:
 def price_of(card: Mapping[str, Any]) -> Price | None:
     """Return the price that a model's card states as in force; None where it is not known."""
     stated = card["price"]
-    return Price.of({name: cost for name, cost in stated.items() if price_field(name)}) if stated else None
+    return Price.from_fields({name: cost for name, cost in stated.items() if price_field(name)}) if stated else None
 
 
-def evaluate_deployment(path: Path, settings: Settings, url: str | None) -> tuple[Results, Common]:
+def evaluate_deployment(path: Path, settings: Settings, url: str | None) -> tuple[Results, CommonModels]:
     """Evaluate the deployed models on an outcomes file, and say which models the file and the server have in common.
 
     Answers are billed at the prices in force.

@@ -110,14 +110,13 @@ class StudyOptions:
 
 
 def _reject_with_deployed(given: dict[str, object]) -> None:
-
     for option, value in given.items():
         if value is not None:
             raise BadArgument(f"{option} is for trials; --deployed takes what is deployed, as it is")
 
 
 def _parse_labels(text: str | None) -> tuple[int, ...] | None:
-    from router_core.validation.fields import shown
+    from router_core.documents import short_repr
 
     if text is None:
         return None
@@ -126,7 +125,7 @@ def _parse_labels(text: str | None) -> tuple[int, ...] | None:
     except ValueError:
         numbers = []
     if not numbers or numbers[0] < 1:
-        raise BadArgument(f"--labels: {shown(text)} is not whole numbers from 1 with commas, as 25,50,100")
+        raise BadArgument(f"--labels: {short_repr(text)} is not whole numbers from 1 with commas, as 25,50,100")
     return tuple(numbers)
 
 
@@ -158,15 +157,15 @@ def _run_study(study: StudyOptions, embedder_name: str, data_dir: Path, workers:
 
 
 def _plan(study: StudyOptions, outcomes: Outcomes, embedder_id: str) -> Plan:
-    from router_core.evaluation.trials import TRIALS, Plan, usual_labels, usual_unseen
+    from router_core.evaluation.trials import DEFAULT_TRIALS, Plan, default_labels, default_unseen
 
     return Plan(
         outcomes_name=study.outcomes.name,
         embedder_id=embedder_id,
-        labels=usual_labels(len(outcomes.prompts)) if study.labels is None else study.labels,
-        trials=study.trials or TRIALS,
+        labels=default_labels(len(outcomes.prompts)) if study.labels is None else study.labels,
+        trials=study.trials or DEFAULT_TRIALS,
         seed=study.seed,
-        unseen=usual_unseen(len(outcomes.models)) if study.unseen is None else study.unseen,
+        unseen=default_unseen(len(outcomes.models)) if study.unseen is None else study.unseen,
     )
 
 
@@ -197,7 +196,6 @@ def print_summary(results: Results, labels: int | None = None) -> None:
 
 
 def _write(results: Results, path: Path, option: str, write: Callable[[Results, Path], None]) -> None:
-
     try:
         write(results, path)
     except OSError as error:

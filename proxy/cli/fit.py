@@ -10,6 +10,9 @@ import typer
 from proxy.cli import console
 from proxy.cli.console import BadArgument, progress, require_embedder, require_empty_folder
 from proxy.cli.options import DataDirOption, JsonOption
+from router_core.clustering import ClusterMap
+from router_core.fitting import PromptSample
+from router_core.types import Indices
 
 if TYPE_CHECKING:
     from proxy.cli.console import Progress
@@ -98,12 +101,13 @@ def _backend(plan: FitPlan, bars: Progress, ray: str | None, workers: int | None
 
 
 def _print(fitted: ClusterMap, sample: PromptSample, counts: Indices | None, out: Path) -> None:
-
     console.echo(
         f"{out}: map {fitted.id} with {fitted.size} clusters of {len(sample):,} distinct prompts, {sample.read:,} read"
     )
-    if fitted.history and (known := fitted.history.models):
-        alike = f", and gave it {fitted.size - len(fitted.centroids)} of the clusters" if fitted.taught else ""
+    if fitted.reference_models and (known := fitted.reference_models.models):
+        alike = f", and gave it {fitted.size - len(fitted.centroids)} of the clusters"
+        if not fitted.learned_clusters:
+            alike = ""
         console.echo(f"it remembers {len(known)} models{alike}: {', '.join(known)}")
     for number, name in enumerate(fitted.names):
         counted = "" if counts is None else f"{counts[number]:>10,}  " if number < counts.size else " " * 12
@@ -112,12 +116,11 @@ def _print(fitted: ClusterMap, sample: PromptSample, counts: Indices | None, out
 
 
 def _print_json(fitted: ClusterMap, sample: PromptSample, counts: Indices | None, out: Path) -> None:
-
     document: dict[str, object] = {
         "map": fitted.id,
         "clusters": fitted.size,
         "taught_clusters": fitted.size - len(fitted.centroids),
-        "known_models": list(fitted.history.models) if fitted.history else [],
+        "known_models": list(fitted.reference_models.models) if fitted.reference_models else [],
         "prompts": sample.read,
         "sampled": len(sample),
     }

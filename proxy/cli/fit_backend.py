@@ -13,9 +13,9 @@ import numpy as np
 from proxy.cli.console import Progress, load_embedder
 from proxy.cli.prompt_files import read_prompts
 from router_core.clustering import ClusterMap
-from router_core.embedding import truncate_middle
 from router_core.evaluation.outcomes import parse_row, read_rows
 from router_core.fitting import EmbeddedPrompts, PromptSample, batches, count_nearest, embed_prompts, sample_prompts
+from router_core.text import truncate_middle
 from router_core.types import Doubles, Embedder, Indices
 
 PROGRESS_INTERVAL = 10_000  # prompts
@@ -58,7 +58,7 @@ class LocalBackend:
         return EmbeddedPrompts(prompts, vectors, self._embedder.id)
 
     def count(self, fitted: ClusterMap) -> Indices:
-        hard = fitted.hardened()
+        hard = fitted.with_hard_assignment()
         counts = np.zeros(hard.size, dtype=np.int64)
         for batch in batches(self._read("counting")):
             counts += count_nearest(batch, self._embedder, hard)

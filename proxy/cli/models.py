@@ -286,8 +286,8 @@ def _read_profile(path: Path) -> dict[str, Any]:
 
 def _from_outcomes(path: Path, name: str) -> dict[str, Any]:
     """Build a profile here, with the map and embedder of our own settings; a server with another map refuses it."""
-    from proxy.app import load_cluster_map
     from proxy.profiling.prompts import profile_from_outcomes
+    from proxy.server.preflight import load_cluster_map
 
     require_readable(path, "--outcomes")
     config = os.environ.get("UNIROUTE_CONFIG")
@@ -328,7 +328,6 @@ def _cards(server: ServerClient, names: Sequence[str]) -> list[Card]:
 
 
 def _answers(server: ServerClient, card: Card) -> list[OutcomeLine]:
-
     if card["job"] is None:
         return []
     lines: list[OutcomeLine] = server.call("GET", f"/admin/jobs/{card['job']['id']}/outcomes")["outcomes"]
@@ -353,11 +352,10 @@ def _price(card: Card) -> tuple[str, dict[str, float]]:
     price = price_of(card)
     if price is None:
         raise CommandError(f"--prices: no price of {card['model_name']} is known; state one, or leave the model out")
-    return card["model_name"], price.stated()
+    return card["model_name"], price.to_fields()
 
 
 def _write(path: Path, where: str, text: str) -> None:
-
     try:
         path.write_text(text, "utf-8")
     except OSError as error:

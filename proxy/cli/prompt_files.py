@@ -9,7 +9,7 @@ from typing import Any
 
 from proxy.cli.console import BadArgument, require_readable
 from router_core.documents import MAX_LINE_BYTES, DocumentTooLarge, parse_json
-from router_core.embedding import truncate_middle
+from router_core.text import truncate_middle
 
 _PARQUET_ROWS = 1024
 

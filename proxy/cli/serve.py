@@ -38,8 +38,9 @@ def serve(
     """Serve the OpenAI-compatible API until Ctrl-C."""
     from logging.config import dictConfig
 
-    from proxy.app import from_settings, validate_files
+    from proxy.app import from_settings
     from proxy.cli.startup_progress import announce_ready
+    from proxy.server.preflight import validate_files
     from proxy.server.run import LOGGING, address, exit_on_signals, listen
     from proxy.server.supervisor import run_server
 
@@ -78,7 +79,7 @@ def worker(config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
     """Measure models for servers that use the same store, until Ctrl-C."""
     from logging.config import dictConfig
 
-    from proxy.app import validate_files
+    from proxy.server.preflight import validate_files
     from proxy.server.run import LOGGING
 
     dictConfig(LOGGING)

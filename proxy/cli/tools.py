@@ -120,7 +120,9 @@ def sync(
 def _per_million(price: Price) -> tuple[str, str]:
     from proxy.cli.models import per_million
 
-    return per_million(price.stated(), "input_cost_per_token"), per_million(price.stated(), "output_cost_per_token")
+    return per_million(price.to_fields(), "input_cost_per_token"), per_million(
+        price.to_fields(), "output_cost_per_token"
+    )
 
 
 validation = typer.Typer(
@@ -164,7 +166,7 @@ def export(
 @validation.command()
 def check(source: SetArgument = "builtin", data_dir: DataDirOption = None, *, as_json: JsonOption = False) -> None:
     """Check a set: report its first broken line, or the clusters of the map with few labels."""
-    from proxy.app import load_cluster_map
+    from proxy.server.preflight import load_cluster_map
     from router_core.validation.validation_set import coverage, thin_clusters
 
     chosen = read_validation_set(source)

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 
-from proxy.safety.plain_text import plain
+from router_core.text import plain
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 

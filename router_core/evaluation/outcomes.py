@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import codecs
-import difflib
 import gzip
 import json
 import zlib
@@ -16,36 +15,45 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.documents import MAX_LINE_BYTES, MAX_PRICES_BYTES, DocumentTooLarge, parse_json, read_bounded
+from router_core.documents import (
+    MAX_LINE_BYTES,
+    MAX_PRICES_BYTES,
+    DocumentTooLarge,
+    parse_json,
+    read_bounded,
+    short_repr,
+)
 from router_core.errors import InvalidOutcomes, InvalidPrice
-from router_core.pricing import PriceColumns, estimate_tokens
+from router_core.pricing import PriceColumns
+from router_core.text import closest_name, estimate_tokens
 from router_core.types import Doubles, Price, price_field
-from router_core.validation.fields import shown
 
+# Tokens or seconds of one answer. More is a mistake.
 MAX_VALUE = 1e9
-"""Tokens or seconds of one answer: what is beyond is a mistake."""
 
 _GZIP = b"\x1f\x8b"
 
 
 @dataclass(frozen=True, slots=True)
 class OutcomeRow:
-    """What the models made of one prompt. A model that is absent was not asked, or that figure was not measured."""
+    """What the models made of one prompt. A model that is absent was not asked, or this figure was not measured."""
 
     prompt: str
     source: str
-    """"" where it is not stated."""
+    """"" if not stated."""
     scores: Mapping[str, float]
-    """In [0, 1]; one model or more."""
+    """In [0, 1]; at least one model."""
     output_tokens: Mapping[str, float]
     seconds: Mapping[str, float]
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """("FILE, line N", JSON object) pairs, one line in memory at a time; gzip is known by its first bytes.
+    """Yield pairs of "FILE, line N" and the line's JSON object, holding one line in memory at a time.
+
+    A gzip file is recognised by its first bytes.
 
     Raises:
-        InvalidOutcomes: at the first line that is no JSON object, or where the file cannot be read further.
+        InvalidOutcomes: a line is no JSON object, or the file cannot be read further.
     """
     try:
         with path.open("rb") as raw, _unzipped(raw) as lines:
@@ -74,7 +82,7 @@ def _text(line: bytes, where: str) -> str:
 
 
 def json_object(text: str, where: str) -> dict[str, Any]:
-    """Raises InvalidOutcomes where `text` is anything else, or states a name twice."""
+    """Parse a JSON object, or raise InvalidOutcomes if `text` is anything else or states a name twice."""
     try:
         value = parse_json(text, _without_repeats)
     except json.JSONDecodeError as error:
@@ -83,7 +91,7 @@ def json_object(text: str, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise InvalidOutcomes(f"{where}: is not usable JSON ({error})") from None
     if not isinstance(value, dict):
-        raise InvalidOutcomes(f"{where}: must be a JSON object; got {shown(value)}")
+        raise InvalidOutcomes(f"{where}: must be a JSON object; got {short_repr(value)}")
     return value
 
 
@@ -96,12 +104,16 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_row(where: str, row: Mapping[str, Any]) -> OutcomeRow:
-    """Raises InvalidOutcomes that begins with `where` and says the value and the fix. Other fields are passed over."""
+    """Check one row. Unknown fields are ignored.
+
+    Raises:
+        InvalidOutcomes: the message begins with `where`, and says the value and the fix.
+    """
     prompt, source = row.get("prompt"), row.get("source")
     if not isinstance(prompt, str) or not prompt.strip():
         raise InvalidOutcomes(f'{where}: needs "prompt", a text that is not empty; got {_got(row, "prompt")}')
     if not isinstance(source, str | None):
-        raise InvalidOutcomes(f'{where}: "source" must be a text; got {shown(source)}')
+        raise InvalidOutcomes(f'{where}: "source" must be a text; got {short_repr(source)}')
     if not isinstance(row.get("scores"), Mapping) or not row["scores"]:
         raise InvalidOutcomes(f'{where}: needs "scores", such as {{"model-a": 1.0}}; got {_got(row, "scores")}')
     return OutcomeRow(
@@ -114,7 +126,7 @@ def parse_row(where: str, row: Mapping[str, Any]) -> OutcomeRow:
 
 
 def _is_text(name: str) -> bool:
-    """JSON can state a lone surrogate, and no file can take one."""
+    """Return whether `name` can be encoded: JSON can state a lone surrogate, which cannot."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -123,7 +135,7 @@ def _is_text(name: str) -> bool:
 
 
 def _got(row: Mapping[str, Any], field: str) -> str:
-    return shown(row[field]) if field in row else "none"
+    return short_repr(row[field]) if field in row else "none"
 
 
 def _numbers(where: str, row: Mapping[str, Any], field: str, most: float, fix: str) -> Mapping[str, float]:
@@ -131,13 +143,18 @@ def _numbers(where: str, row: Mapping[str, Any], field: str, most: float, fix: s
     if values is None:
         return {}
     if not isinstance(values, Mapping):
-        raise InvalidOutcomes(f'{where}: "{field}" must be an object, a number for each model; got {shown(values)}')
+        raise InvalidOutcomes(
+            f'{where}: "{field}" must be an object, a number for each model; got {short_repr(values)}'
+        )
     for model, value in values.items():
         if not _is_text(model):
-            raise InvalidOutcomes(f"{where}: {field} names {shown(model)}, a lone surrogate; write the name as UTF-8")
+            raise InvalidOutcomes(
+                f"{where}: {field} names {short_repr(model)}, a lone surrogate; write the name as UTF-8"
+            )
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
             raise InvalidOutcomes(
-                f"{where}: {field}[{shown(model)}] must be a number from 0 to {most:g}; got {shown(value)}; {fix}"
+                f"{where}: {field}[{short_repr(model)}] must be a number from 0 to {most:g};"
+                f" got {short_repr(value)}; {fix}"
             )
     return {model: float(value) for model, value in values.items()}
 
@@ -146,10 +163,10 @@ _NEEDED = ("input_cost_per_token", "output_cost_per_token")
 
 
 def read_prices(path: Path) -> dict[str, Price]:
-    """`{"model-a": {"input_cost_per_token": 1e-6, "output_cost_per_token": 3e-6}}`; other fields are passed over.
+    """Read `{"model-a": {"input_cost_per_token": 1e-6, "output_cost_per_token": 3e-6}}`; other fields are ignored.
 
     Raises:
-        InvalidOutcomes: naming the file, and the model whose price cannot be used.
+        InvalidOutcomes: the message names the file, and the model whose price cannot be used.
     """
     try:
         content = read_bounded(path, MAX_PRICES_BYTES)
@@ -160,58 +177,58 @@ def read_prices(path: Path) -> dict[str, Price]:
         raise InvalidOutcomes(f"{path}: {error}") from None
     except UnicodeDecodeError:
         raise InvalidOutcomes(f"{path}: is not UTF-8 text; a prices file is a JSON object of models") from None
-    return {model: _price(stated, f"{path}: the price of {shown(model)}") for model, stated in document.items()}
+    return {model: _price(stated, f"{path}: the price of {short_repr(model)}") for model, stated in document.items()}
 
 
 def _price(stated: Any, where: str) -> Price:
     if not isinstance(stated, Mapping):
-        raise InvalidOutcomes(f"{where} must be an object with {' and '.join(_NEEDED)}; got {shown(stated)}")
+        raise InvalidOutcomes(f"{where} must be an object with {' and '.join(_NEEDED)}; got {short_repr(stated)}")
     costs = {name: cost for name, cost in stated.items() if cost is not None and price_field(name)}
     for name in _NEEDED:
         if name not in costs:
             raise InvalidOutcomes(f"{where} lacks {name}: add it in USD per token, 0 if it is free")
     for name, cost in costs.items():
         if isinstance(cost, bool) or not isinstance(cost, int | float):
-            raise InvalidOutcomes(f"{where}: {name} must be a number, USD per token; got {shown(cost)}")
+            raise InvalidOutcomes(f"{where}: {name} must be a number, USD per token; got {short_repr(cost)}")
     try:
-        return Price.of(costs)
+        return Price.from_fields(costs)
     except InvalidPrice as error:
         raise InvalidOutcomes(f"{where}: {error}") from None
 
 
 Selection = NDArray[np.int64] | NDArray[np.bool_] | slice
 
-COMPARED = 1000
-"""Names, at most, that one is compared with to find the nearest: it takes a tenth of a millisecond each."""
+# No nearest name is suggested out of more names: comparing takes a tenth of a millisecond each.
+MAX_COMPARED = 1000
 
-NAMED = 5
-"""Models that one message names; the others are counted."""
+# Models that one message names; the others are counted.
+MAX_NAMED = 5
 
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """n prompts, all different, and M models. Every prompt has one label or more, and in a whole file every model."""
+    """n distinct prompts and M models. Every prompt has at least one score, and in a whole file so has every model."""
 
     prompts: tuple[str, ...]
     models: tuple[str, ...]
     """Sorted."""
     scores: Doubles
-    """(n, M) in [0, 1]; NaN where the model was not asked: unlabelled, not wrong."""
+    """(n, M) in [0, 1]; NaN if the model was not asked, which is not an error."""
     prompt_tokens: Doubles
     """(n,) estimated from the text."""
     output_tokens: Doubles
     """(n, M); NaN where not measured."""
     prices: tuple[Price, ...]
     sources: tuple[str, ...]
-    """"" where not stated."""
+    """"" if not stated."""
 
     def usd(self) -> Doubles:
-        """(n, M) what each answer cost, never NaN.
+        """Return the (n, M) USD that each answer cost, never NaN.
 
-        A length that was not measured is the model's mean among these prompts; where none of them was measured, the
-        prompt alone is billed. So bill first and select rows after, lest the mean move with the selection.
+        A length that was not measured is taken to be the model's mean among these prompts; if none was measured, only
+        the prompt is billed. Bill before selecting rows, or the mean changes with the selection.
         """
-        return PriceColumns.of(self.prices).expected_usd(self.prompt_tokens[:, None], self._billed_tokens())
+        return PriceColumns.from_prices(self.prices).expected_usd(self.prompt_tokens[:, None], self._billed_tokens())
 
     def _billed_tokens(self) -> Doubles:
         measured = ~np.isnan(self.output_tokens)
@@ -219,8 +236,8 @@ class Outcomes:
         means = sums / np.maximum(measured.sum(axis=0), 1)
         return np.where(measured, self.output_tokens, means)
 
-    def of(self, rows: Selection, columns: Selection | None = None) -> Outcomes:
-        """These prompts and models alone, in the order of the indices (a mask or a slice: in the order they are in)."""
+    def select(self, rows: Selection, columns: Selection | None = None) -> Outcomes:
+        """Return these prompts and models alone, in the order of the indices, or of the file for a mask or slice."""
         kept = np.arange(len(self.prompts))[rows]
         among = np.arange(len(self.models))[slice(None) if columns is None else columns]
         return Outcomes(
@@ -235,30 +252,29 @@ class Outcomes:
 
 
 def read_outcomes(outcomes: Path, prices: Path) -> Outcomes:
-    """An outcomes file (JSONL, gzipped or not) and its prices file (JSON).
+    """Read an outcomes file (JSONL, gzipped or not) and its prices file (JSON).
 
-    Lines with the same prompt, to the letter, become one prompt, each model with the mean of its scores and lengths
-    there. So files of one model each may simply be joined, and no prompt can be on both sides of a split, seen before
-    it is tested. Ids are not looked at.
+    Lines with exactly the same prompt become one prompt, with the mean of each model's scores and lengths. So files of
+    one model each may simply be joined, and no prompt can be on both sides of a train and test split. Ids are ignored.
 
     Raises:
-        InvalidOutcomes: naming the file and the line, or the model, and what would fix it.
+        InvalidOutcomes: the message names the file and the line, or the model, and what would fix it.
     """
     table = _Table(str(outcomes), str(prices))
     return table.collect(read_rows(outcomes), read_prices(prices))
 
 
 def outcomes_from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], prices: Mapping[str, Price]) -> Outcomes:
-    """The same from (where, row) pairs: `where` begins the message of an error in that row, as in "FILE, line 3"."""
+    """Build the same from (where, row) pairs; `where`, as "FILE, line 3", begins the message of an error in the row."""
     return _Table("the outcomes", "the prices").collect(rows, prices)
 
 
 class _Column:
-    """One model's scores, or lengths, as they are met: several on one prompt if it happens."""
+    """One model's scores, or lengths, in the order of reading. A prompt may have several."""
 
     def __init__(self, where: str) -> None:
+        # Where the first one stands, for messages.
         self.where = where
-        """Where the first was met."""
         self._prompts, self._values = array("q"), array("d")
 
     def add(self, prompt: int, value: float) -> None:
@@ -266,7 +282,7 @@ class _Column:
         self._values.append(value)
 
     def means(self, prompts: int) -> Doubles:
-        """(prompts,); NaN where there is none."""
+        """Return the (prompts,) means; NaN for a prompt without a value."""
         counts = np.bincount(self._prompts, minlength=prompts)
         sums = np.bincount(self._prompts, weights=self._values, minlength=prompts)
         return np.asarray(np.divide(sums, counts, out=np.full(prompts, np.nan), where=counts > 0))
@@ -274,7 +290,7 @@ class _Column:
 
 @dataclass
 class _Table:
-    """Outcomes in the making. The two names begin the messages that are about no line."""
+    """Collects outcomes. `name` and `prices_name` begin the messages that are about no single line."""
 
     name: str
     prices_name: str
@@ -321,29 +337,31 @@ class _Table:
         if not self.scores:
             raise InvalidOutcomes(f"{self.name}: there is no prompt in it; write one JSON object a line")
         if len(self.scores) == 1:
-            only = shown(*self.scores)
+            only = short_repr(*self.scores)
             raise InvalidOutcomes(f"{self.name}: {only} is the only model scored; routing needs two models or more")
         for model, column in self.output_tokens.items():
             if model not in self.scores:
-                unscored = f"output_tokens has {shown(model)}, which no line scores; take it out"
+                unscored = f"output_tokens has {short_repr(model)}, which no line scores; take it out"
                 raise InvalidOutcomes(f"{column.where}: {unscored}{_nearest(model, self.scores)}")
 
     def _check_prices(self, prices: Mapping[str, Price]) -> None:
         for model, column in self.scores.items():
             if model not in prices:
-                unpriced = f"{shown(model)} is scored but has no price; add it to {self.prices_name}"
+                unpriced = f"{short_repr(model)} is scored but has no price; add it to {self.prices_name}"
                 raise InvalidOutcomes(f"{column.where}: {unpriced}{_nearest(model, prices)}")
         if unscored := sorted(prices.keys() - self.scores.keys()):
-            vain = f"{shown(unscored[0])} is priced but no line of {self.name} scores it; take it out of the prices"
-            others = f", and so with {_listed(unscored[1:])}" if len(unscored) > 1 else ""
+            vain = (
+                f"{short_repr(unscored[0])} is priced but no line of {self.name} scores it; take it out of the prices"
+            )
+            others = f", and so with {_join_names(unscored[1:])}" if len(unscored) > 1 else ""
             raise InvalidOutcomes(f"{self.prices_name}: {vain}{others}")
 
 
 def _nearest(word: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(word[:200], list(known), n=1) if len(known) <= COMPARED else []
-    return f" (did you mean {shown(near[0])}?)" if near else ""
+    closest = closest_name(word, known) if len(known) <= MAX_COMPARED else None
+    return f" (did you mean {short_repr(closest)}?)" if closest else ""
 
 
-def _listed(models: Sequence[str]) -> str:
-    more = f" and {len(models) - NAMED} more" if len(models) > NAMED else ""
-    return ", ".join(map(shown, models[:NAMED])) + more
+def _join_names(models: Sequence[str]) -> str:
+    more = f" and {len(models) - MAX_NAMED} more" if len(models) > MAX_NAMED else ""
+    return ", ".join(map(short_repr, models[:MAX_NAMED])) + more

@@ -1,5 +1,3 @@
-"""A user's validation set from JSONL. Every error names the file, the line, the field and the fix."""
-
 from __future__ import annotations
 
 import codecs
@@ -7,9 +5,16 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from router_core.documents import MAX_SET_BYTES, DocumentTooLarge, parse_json, read_bounded
+from router_core.documents import (
+    MAX_SET_BYTES,
+    DocumentTooLarge,
+    Fields,
+    JsonObject,
+    parse_json,
+    read_bounded,
+    short_repr,
+)
 from router_core.errors import InvalidValidationSet
-from router_core.validation.fields import Fields, JsonObject, shown
 from router_core.validation.graders import parse_grader
 from router_core.validation.validation_set import ValidationPrompt, ValidationSet
 
@@ -23,11 +28,15 @@ _ROLES = ("system", "developer", "user", "assistant")
 
 
 def load_validation_set(path: Path) -> ValidationSet:
-    """Read and check the whole file. Raises InvalidValidationSet at the first line that cannot be used."""
+    """Read a user's validation set from JSONL.
+
+    Raises:
+        InvalidValidationSet: at the first line that cannot be used; it names the file, the line, the field and the fix.
+    """
     prompts: dict[str, tuple[int, ValidationPrompt]] = {}
     for number, line in _lines(path):
         try:
-            prompt = parse_prompt(_object(line), default_id=f"line-{number}")
+            prompt = parse_prompt(_parse_object(line), default_id=f"line-{number}")
             if prompt.id in prompts:
                 earlier = prompts[prompt.id][0]
                 raise InvalidValidationSet(f"field 'id' repeats {prompt.id!r} of line {earlier}: give it another id")
@@ -36,11 +45,11 @@ def load_validation_set(path: Path) -> ValidationSet:
         prompts[prompt.id] = number, prompt
     if not prompts:
         raise InvalidValidationSet(f"{path}: there is no prompt in it; write one JSON object on each line")
-    return ValidationSet.of(prompt for _, prompt in prompts.values())
+    return ValidationSet.from_prompts(prompt for _, prompt in prompts.values())
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Line numbers from 1, blank lines left out, a byte order mark at the start dropped."""
+    """Yield line numbers, from 1, and lines; blank lines and a leading byte order mark are dropped."""
     try:
         content = read_bounded(path, MAX_SET_BYTES)
     except OSError as error:
@@ -54,10 +63,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         found += 1
         if found > MAX_PROMPTS:
             raise InvalidValidationSet(f"{path}, line {number}: more than {MAX_PROMPTS} prompts; keep the best of them")
-        yield number, _decoded(path, number, raw)
+        yield number, _decode(path, number, raw)
 
 
-def _decoded(path: Path, number: int, raw: bytes) -> str:
+def _decode(path: Path, number: int, raw: bytes) -> str:
     if len(raw) > MAX_LINE_BYTES:
         raise InvalidValidationSet(f"{path}, line {number}: longer than {MAX_LINE_BYTES} bytes; shorten the prompt")
     try:
@@ -68,7 +77,7 @@ def _decoded(path: Path, number: int, raw: bytes) -> str:
         ) from None
 
 
-def _object(line: str) -> JsonObject:
+def _parse_object(line: str) -> JsonObject:
     try:
         value = parse_json(line, _without_repeats)
     except json.JSONDecodeError as error:
@@ -80,7 +89,9 @@ def _object(line: str) -> JsonObject:
     except ValueError as error:
         raise InvalidValidationSet(f"not usable JSON: {error}; write one flat object per line") from None
     if not isinstance(value, dict):
-        raise InvalidValidationSet(f'must be a JSON object such as {{"prompt": …, "grader": …}}; got {shown(value)}')
+        raise InvalidValidationSet(
+            f'must be a JSON object such as {{"prompt": …, "grader": …}}; got {short_repr(value)}'
+        )
     return value
 
 
@@ -94,7 +105,7 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> JsonObject:
 
 
 def parse_prompt(record: Mapping[str, object], *, default_id: str) -> ValidationPrompt:
-    """One prompt from its JSON object. Raises InvalidValidationSet naming the field."""
+    """Read one prompt from its JSON object. Raises InvalidValidationSet that names the field."""
     fields = Fields(record, _FIELDS)
     return ValidationPrompt(
         id=fields.text("id", default_id),
@@ -116,7 +127,7 @@ def _messages(fields: Fields) -> tuple[Mapping[str, str], ...]:
         return ({"role": "user", "content": fields.text("prompt")},)
     turns = fields.values["messages"]
     if not isinstance(turns, list) or not turns:
-        raise fields.wrong("messages", 'a list such as [{"role": "user", "content": "…"}]')
+        raise fields.error("messages", 'a list such as [{"role": "user", "content": "…"}]')
     messages = tuple(_message(turn, index) for index, turn in enumerate(turns))
     if messages[-1]["role"] != "user":
         raise InvalidValidationSet("field 'messages' must end with a user turn: the model is to answer it")
@@ -126,9 +137,9 @@ def _messages(fields: Fields) -> tuple[Mapping[str, str], ...]:
 def _message(turn: object, index: int) -> Mapping[str, str]:
     if not isinstance(turn, dict):
         raise InvalidValidationSet(
-            f"field 'messages[{index}]' must be an object with role and content; got {shown(turn)}"
+            f"field 'messages[{index}]' must be an object with role and content; got {short_repr(turn)}"
         )
     fields = Fields(turn, ("role", "content"), f"messages[{index}].")
     if (role := fields.text("role")) not in _ROLES:
-        raise fields.wrong("role", f"one of {', '.join(_ROLES)}")
+        raise fields.error("role", f"one of {', '.join(_ROLES)}")
     return {"role": role, "content": fields.text("content")}

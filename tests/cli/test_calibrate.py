@@ -17,7 +17,7 @@ from router_core.artifact import save_map
 from router_core.clustering import ClusterMap
 from router_core.validation.families.registry import builtin_validation_set
 from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
-from tests.support.server import uniform_profile
+from tests.support.proxy_process import uniform_profile
 
 Environ = dict[str, str]
 
@@ -131,7 +131,7 @@ def test_what_cannot_be_answered_is_one_line(
 def test_another_map_than_the_servers_is_refused(
     served: tuple[ServeCommand, Environ], tmp_path: Path, cluster_map: ClusterMap
 ) -> None:
-    save_map(cluster_map.hardened(), tmp_path / "map")
+    save_map(cluster_map.with_hard_assignment(), tmp_path / "map")
     ended = run_command("calibrate", "--quality", "1", environ={**served[1], "UNIROUTE_MAP": str(tmp_path / "map")})
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
     assert f"was measured on map {cluster_map.id}, but the map of the settings here is" in ended.stderr

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.cli import console
-from proxy.safety.plain_text import plain
+from router_core.text import plain
 from tests.support.command import ADMIN_KEY, environment, run_command
 
 HOSTILE = "\x1b]0;owned\x07re\x1b[31md\x1b[2J\x9b5mb\u202elue\u2066\x7f\x00\r\x08 \u2028\x1b]8;;http://x\x1b\\link"

@@ -18,7 +18,7 @@ import yaml
 from proxy.cli.local_models import LocalModelError, smollm2, start_llama
 from proxy.storage.valkey import socket_path
 from tests.support.command import ServeCommand, environment, run_command
-from tests.support.server import uniform_profile
+from tests.support.proxy_process import uniform_profile
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from proxy.cli.console import BadArgument
 from proxy.cli.fit_backend import outcome_models, with_progress
 from proxy.cli.prompt_files import check_prompt_files, read_prompts
 from proxy.routing.requirements import routing_text
-from router_core.embedding import MAX_END_CHARS, truncate_middle
+from router_core.text import MAX_END_CHARS, truncate_middle
 from tests.bench.prompts import generated_prompts
 from tests.support.command import environment, run_command
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from router_core.calibration import expectations, quality_interval
+from router_core.calibration import quality_interval, sweep_lambdas
 from router_core.pool import Pool
 from router_core.types import Price
 from tests.router_core.makers import a_candidate, a_pool, an_assignment
@@ -21,26 +21,26 @@ def two_models(cheap: float, dear: float) -> Pool:
 
 
 def interval(pool: Pool, lambda_: float) -> tuple[float, float] | None:
-    expected = expectations(pool, PROMPTS, np.zeros(2))
+    expected = sweep_lambdas(pool, PROMPTS, np.zeros(2))
     return quality_interval(expected, expected.at(lambda_), pool, PROMPTS)
 
 
-def test_the_best_model_itself_is_surely_as_good_as_itself() -> None:
+def test_the_best_single_model_has_a_certain_relative_quality() -> None:
     assert interval(two_models(0.5, 0.2), 0.0) == pytest.approx((1.0, 1.0))
 
 
-def test_the_rates_of_both_models_are_in_doubt() -> None:
+def test_the_quality_interval_includes_the_doubt_of_both_models() -> None:
     """0.5 ÷ 0.8 of the best; variances 0.25 ÷ 101.5 of the one rate and 0.16 ÷ 101.5 of the other."""
     deviation = np.sqrt(0.25 / 101.5 + 0.625**2 * 0.16 / 101.5) / 0.8
     expected = (0.625 - 1.645 * deviation, 0.625 + 1.645 * deviation)
     assert interval(two_models(0.5, 0.2), 1e3) == pytest.approx(expected)
 
 
-def test_where_every_model_is_always_wrong_there_is_no_share_of_the_best() -> None:
+def test_there_is_no_quality_interval_if_every_model_is_always_wrong() -> None:
     assert interval(two_models(1.0, 1.0), 0.0) is None
 
 
-def test_clusters_of_which_more_is_known_are_less_in_doubt() -> None:
+def test_more_labels_narrow_the_quality_interval() -> None:
     few, many = (
         a_pool(
             a_candidate("cheap", (0.5,) * 3, Price(0.0, 1e-6)),

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.routing.requirements import MEDIA_TOKENS, estimate_tokens, requirement_sources, requirements_of, routing_text
-from proxy.words import words
-from router_core.embedding import MAX_END_CHARS
+from router_core.text import MAX_END_CHARS
 
 LONG = "Please explain in detail how a steam engine converts heat into motion."
 IMAGE: Any = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1_000_000}}
@@ -148,7 +147,7 @@ def test_what_a_request_needs_is_told_in_the_callers_words(body: dict[str, Any],
     whole = {"messages": [user("hi")], **body}
 
     assert requirement_sources(whole) == asked
-    assert set(requirements_of(whole).abilities) == set(asked)
+    assert set(requirements_of(whole).capabilities) == set(asked)
 
 
 @pytest.mark.parametrize(
@@ -193,11 +192,13 @@ def test_limits_are_read_where_they_are_numbers(body: dict[str, Any], limit: int
 
 WORDS = st.sampled_from(
     sorted(
-        words("""
+        frozenset(
+            """
             role content type text user assistant tool image_url input_audio file tool_result data url images audio
             messages tools functions response_format json_schema modalities parallel_tool_calls reasoning thinking
             reasoning_effort effort enabled tool_calls max_tokens max_completion_tokens n data:x;base64,AAAA
-        """)
+        """.split()
+        )
     )
 )
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | WORDS
@@ -219,7 +220,7 @@ def test_no_body_breaks_the_reading_of_it(body: dict[str, Any], messages: Any) -
     assert 0 <= needs.prompt_tokens == estimate_tokens(body) <= MEDIA_TOKENS * (1 + size)
     assert 1 <= needs.answers <= 128
     assert needs.max_output_tokens is None or 0 < needs.max_output_tokens <= 10**9
-    assert set(requirement_sources(body)) == set(needs.abilities)
+    assert set(requirement_sources(body)) == set(needs.capabilities)
     if isinstance(messages, list):
         assert len(routing_text(messages)) <= 3 * (2 * MAX_END_CHARS + 2)
 
@@ -232,4 +233,4 @@ def test_one_more_message_never_makes_a_request_smaller_or_need_less(
     before, after = requirements_of({"messages": messages}), requirements_of({"messages": [*messages, more]})
 
     assert after.prompt_tokens >= before.prompt_tokens
-    assert set(after.abilities) >= set(before.abilities)
+    assert set(after.capabilities) >= set(before.capabilities)

@@ -11,10 +11,10 @@ import httpx
 import pytest
 
 from proxy.concurrency import cancel_and_wait
-from proxy.outbound import AsyncTransport, Outbound
-from proxy.upstream.litellm.transport import capture, chunks_of, client_over, open_pool, reap_connections
-from tests.support.makers import until
-from tests.support.raw_upstream import DONE, END, SAID, RawUpstream, Said, chunked, plain
+from proxy.settings.outbound import AsyncTransport, Outbound
+from proxy.upstream.litellm_transport import capture, client_over, open_pool, read_chunks, reap_connections
+from tests.support.raw_upstream import CHUNK, DONE, END, RawUpstream, Reply, chunked, plain
+from tests.support.waiting import until
 
 MAX_STEPS = 200
 """Of the event loop, in which a call is surely through."""
@@ -22,22 +22,22 @@ MAX_STEPS = 200
 
 @asynccontextmanager
 async def tidied(pool: httpx.AsyncClient) -> AsyncIterator[httpx.AsyncClient]:
-    closing = asyncio.create_task(reap_connections(pool, every_s=0.02, grace_s=0.1))
+    closing = asyncio.create_task(reap_connections(pool, interval_s=0.02, grace_period_s=0.1))
     async with pool:
         yield pool
         await cancel_and_wait(closing)
 
 
 async def streamed(pool: httpx.AsyncClient, url: str) -> None:
-    with capture(5, streams=True) as exchange:
+    with capture(5, stream=True) as captured:
         request = pool.build_request("POST", url, content=b"{}")
         response = await pool.send(request, stream=True)
     try:
-        async with aclosing(chunks_of(response)) as chunks:
+        async with aclosing(read_chunks(response)) as chunks:
             async for _ in chunks:
                 pass
     finally:
-        await exchange.aclose()
+        await captured.aclose()
 
 
 async def whole(pool: httpx.AsyncClient, url: str) -> None:
@@ -57,8 +57,8 @@ async def test_a_connection_that_was_idle_for_too_long_is_closed_though_nobody_a
         assert server.connections == 2
 
 
-@pytest.mark.parametrize(("call", "said"), [(whole, plain()), (streamed, Said(chunked(SAID, END, DONE), "close"))])
-async def test_a_call_that_is_cancelled_at_any_moment_leaves_no_connection_open(call: Any, said: Said) -> None:
+@pytest.mark.parametrize(("call", "said"), [(whole, plain()), (streamed, Reply(chunked(CHUNK, END, DONE), "close"))])
+async def test_a_call_that_is_cancelled_at_any_moment_leaves_no_connection_open(call: Any, said: Reply) -> None:
     async with RawUpstream(said) as server, tidied(open_pool(5, Outbound({}))) as pool:
         for steps in range(MAX_STEPS):
             calling = asyncio.create_task(call(pool, server.url))
@@ -70,7 +70,7 @@ async def test_a_call_that_is_cancelled_at_any_moment_leaves_no_connection_open(
 
 
 async def test_a_call_that_takes_its_time_keeps_its_connection() -> None:
-    async with RawUpstream(Said(chunked(SAID)[:-1], "hang")) as server, tidied(open_pool(5, Outbound({}))) as pool:
+    async with RawUpstream(Reply(chunked(CHUNK)[:-1], "hang")) as server, tidied(open_pool(5, Outbound({}))) as pool:
         calling = asyncio.create_task(streamed(pool, server.url))
         await asyncio.wait({calling}, timeout=0.4)
 

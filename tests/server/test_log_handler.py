@@ -161,7 +161,7 @@ def test_a_slow_reader_gets_every_line_without_blocking_the_writer(log: logging.
         said += _whole_lines(pipe)
     assert [line.split()[2] for line in said] == [f"number={number}" for number in range(1000)]
     assert writer is not None
-    writer.join(10)
+    writer.join(60)
     info(log, "after")
     assert (pipe.lines(), a_handler(log).dropped) == (["INFO uniroute.piped after"], 0)
 
@@ -188,7 +188,7 @@ def test_lines_without_room_are_dropped_counted_and_reported(
     while not said[-1].startswith("WARNING"):
         said += _whole_lines(pipe)
     assert writer is not None
-    writer.join(10)
+    writer.join(60)
     assert said[-1] == f"WARNING uniroute {dropped} log lines were dropped: standard error was not read"
     assert [line.split()[2] for line in said[:-1]] == [f"number={number}" for number in range(300 - dropped)]
     assert dropped > 0

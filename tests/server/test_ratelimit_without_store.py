@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,8 @@ from proxy.storage.redis import Store
 from proxy.storage.valkey import EmbeddedValkey
 from router_core.pricing import PICO
 from tests.support.limited_keys import a_key
-from tests.support.makers import until
+from tests.support.valkey import frozen
+from tests.support.waiting import until
 
 CENT = PICO // 100
 
@@ -74,7 +71,7 @@ async def test_without_redis_rates_hold_in_this_process(away: Store) -> None:
     await limiter.close()
 
 
-async def test_a_setting_opens_keys_with_a_spend_limit_and_their_rates_still_hold(
+async def test_a_setting_serves_keys_with_a_spend_limit_and_their_rates_still_hold(
     away: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     metrics = Metrics()
@@ -90,16 +87,13 @@ async def test_a_setting_opens_keys_with_a_spend_limit_and_their_rates_still_hol
     await limiter.close()
 
 
-@contextmanager
-def frozen(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
+def without_waiting(work: Coroutine[Any, Any, Any]) -> None:
+    """Run a coroutine to its end, which must not give the event loop a turn."""
+    with pytest.raises(StopIteration):
+        work.send(None)
 
 
-async def test_a_frozen_redis_is_waited_for_by_the_first_and_limits_go_on_when_it_wakes(tmp_path: Path) -> None:
+async def test_only_the_first_request_waits_for_a_frozen_redis_and_limits_resume_when_it_wakes(tmp_path: Path) -> None:
     server = EmbeddedValkey(tmp_path)
     server.ensure()
     store = Store(f"unix://{server.socket_path}")
@@ -108,18 +102,14 @@ async def test_a_frozen_redis_is_waited_for_by_the_first_and_limits_go_on_when_i
     info: Any = await store.client.info("server")
     before = await limiter.reserve(key, claim("before", picousd=CENT))
     with frozen(int(info["process_id"])):
-        started = time.monotonic()
         with pytest.raises(ServiceUnavailable):
             await limiter.reserve(key, claim("first", picousd=CENT))
-        assert time.monotonic() - started < 0.5
         assert before.used(None, CENT) is None  # an answer ends without waiting, and its record settles it
-        started = time.monotonic()
         for number in range(200):
-            await limiter.reserve(rated, claim(str(number)))
+            without_waiting(limiter.reserve(rated, claim(str(number))))
             with pytest.raises(ServiceUnavailable):
                 await limiter.reserve(key, claim(f"later-{number}", picousd=CENT))
-        assert time.monotonic() - started < 5  # with 50 ms for each it were 20
-    await until(lambda: not limiter.silent and not limiter.strays)
+    await until(lambda: not limiter.silent and not limiter._orphans)
 
     assert (await limiter.reserve(key, claim("after", picousd=CENT))).reservation == "after"
     assert await store.client.hget(state_key(key.id), "reserved") == str(2 * CENT)
@@ -128,7 +118,7 @@ async def test_a_frozen_redis_is_waited_for_by_the_first_and_limits_go_on_when_i
     server.stop()
 
 
-async def test_an_emptied_redis_begins_again_and_owes_nothing(store: Store) -> None:
+async def test_an_emptied_redis_starts_again_without_debts(store: Store) -> None:
     limiter = RateLimiter(store, Metrics(), timeout_s=1.0)
     key = a_key(usd_per_day=0.05, tokens_per_minute=100)
     granted = await limiter.reserve(key, claim("1", tokens=100, picousd=5 * CENT))
@@ -136,13 +126,13 @@ async def test_an_emptied_redis_begins_again_and_owes_nothing(store: Store) -> N
     await store.client.script_flush()
     await limiter.reserve(key, claim("2", tokens=50, picousd=5 * CENT))
     limiter.release(granted)
-    await until(lambda: not limiter.strays)
+    await until(lambda: not limiter._orphans)
 
     assert await store.client.hget(state_key(key.id), "reserved") == str(5 * CENT)
     await limiter.close()
 
 
-async def test_a_key_whose_entry_is_spoilt_is_alone_in_its_trouble(
+async def test_an_unreadable_entry_of_one_key_affects_no_other_key(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     limiter = RateLimiter(store, Metrics(), timeout_s=1.0)

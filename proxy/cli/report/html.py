@@ -31,7 +31,7 @@ from proxy.cli.report.format import (
 )
 from proxy.cli.report.text import all_known, known
 from router_core.evaluation.curves import Difference
-from router_core.evaluation.study import Estimate, HeatMap, MethodFigures, Results
+from router_core.evaluation.study import Estimate, HeatMap, MethodMetrics, Results
 from router_core.types import Indices
 
 SCALE = ("#fdf4e3", "#f7c793", "#e98a5b", "#b8443a", "#5d1226")
@@ -255,7 +255,7 @@ def _short(values: Sequence[float | None]) -> list[float | None]:
     return [None if value is None else round(value, 4) for value in values]
 
 
-FIGURES: Mapping[str, Callable[[MethodFigures], str]] = {
+FIGURES: Mapping[str, Callable[[MethodMetrics], str]] = {
     "Area ×100": lambda figures: points(figures.area),
     "QNC": lambda figures: ratio(figures.qnc),
     "reached": lambda figures: number(figures.reached, ".0%"),

@@ -18,10 +18,10 @@ from proxy.cli.report.format import (
     undefined_sentence,
 )
 from router_core.evaluation.curves import Difference
-from router_core.evaluation.study import Estimate, MethodFigures, Results
+from router_core.evaluation.study import Estimate, MethodMetrics, Results
 from router_core.types import Doubles
 
-FIGURES: Mapping[str, Callable[[MethodFigures], str]] = {
+FIGURES: Mapping[str, Callable[[MethodMetrics], str]] = {
     "QNC": lambda figures: number(figures.qnc.mean, ".2f"),
     "reached": lambda figures: number(figures.reached, ".0%"),
     "peak": lambda figures: number(100 * figures.peak.mean, ".1f"),
@@ -154,7 +154,7 @@ def _protocol(results: Results) -> dict[str, Any]:
     return asdict(protocol) | {"models": list(protocol.models), "labels": list(protocol.labels)}
 
 
-def _figures(figures: MethodFigures) -> _Fields:
+def _figures(figures: MethodMetrics) -> _Fields:
     return {
         **_estimate("area", figures.area, 100.0),
         "area_trials": figures.area.trials,
@@ -185,7 +185,7 @@ def _chosen(results: Results, labels: int) -> _Fields:
     return _estimate("area", area, 100.0) | _estimate("difference", difference, 100.0)
 
 
-def _curve(figures: MethodFigures) -> dict[str, list[float | None]]:
+def _curve(figures: MethodMetrics) -> dict[str, list[float | None]]:
     return {"costs": all_known(figures.curve.costs), "qualities": all_known(100 * figures.curve.qualities)}
 
 

@@ -1,4 +1,4 @@
-"""Programs with a fault: which line, which exception, which repair. The faults are planted by us; nothing is run."""
+"""Find a program's fault: which line, which exception, which repair. Nothing is run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _FRAMES = (
     ),
 )
 
+# What the code should do, its lines, and the number of the wrong one.
 Faulty = tuple[str, str, int]
-"""What the code should do, its lines, and the number of the wrong one."""
 
 _FAULTY: tuple[tuple[Faulty, ...], ...] = (
     (

@@ -1,4 +1,4 @@
-"""Write a query, graded by its rows. The tables, their rows and the right queries are ours."""
+"""Write an SQL query, graded by the rows that it returns."""
 
 # ruff: noqa: S608 - queries of our own, kept as text to be shown or compared; none takes input from outside
 
@@ -45,8 +45,8 @@ def _staff(rng: Random) -> str:
     return _STAFF + "\n" + "\n".join(rows)
 
 
+# The request, a right query, and whether the order of the rows was asked for.
 Task = tuple[str, str, bool]
-"""The request, a right query, and whether the order of the rows was asked for."""
 
 
 _SHOP_TASKS: tuple[tuple[Task, ...], ...] = (

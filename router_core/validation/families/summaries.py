@@ -1,4 +1,4 @@
-"""Summarise a generated text in one sentence that must name what matters. Whether it reads well is not judged."""
+"""Summarise a generated text in one sentence that must name what matters. Style is not graded."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _FRAMES = (
     'Please condense this into one sentence of at most {most} words{must}:\n"{text}"',
 )
 
+# A text, the terms that a summary must have, and a summary.
 Told = tuple[str, tuple[str, ...], str]
-"""A text, the terms that a summary must have, and a summary."""
 
 
 def _council(rng: Random) -> Told:

@@ -1,11 +1,11 @@
-"""The graders, and the one table from a `type` to its class. Each judges text; none calls a model."""
+"""Graders, which score the text of an answer, and the table from a `type` to its class. None calls a model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from router_core.documents import JsonObject, nearest_hint, short_repr
 from router_core.errors import InvalidValidationSet
-from router_core.validation.fields import JsonObject, nearest_hint, shown
 from router_core.validation.graders.answers import MAX_ANSWER_CHARS, Grader
 from router_core.validation.graders.choice import ChoiceGrader, NumericGrader
 from router_core.validation.graders.judge import JudgeGrader
@@ -54,10 +54,12 @@ GRADER_TYPES: Mapping[str, Callable[[JsonObject], Grader]] = {
 
 
 def parse_grader(spec: Mapping[str, object]) -> Grader:
-    """The grader that the object describes. Raises InvalidValidationSet naming the field and the fix."""
+    """Read the grader that the object describes. Raises InvalidValidationSet that names the field and the fix."""
     kind = spec.get("type")
     if not isinstance(kind, str):
-        raise InvalidValidationSet(f"field 'grader.type' must be one of {', '.join(GRADER_TYPES)}; got {shown(kind)}")
+        raise InvalidValidationSet(
+            f"field 'grader.type' must be one of {', '.join(GRADER_TYPES)}; got {short_repr(kind)}"
+        )
     if kind not in GRADER_TYPES:
         raise InvalidValidationSet(f"field 'grader.type' is unknown: {kind!r}{nearest_hint(kind, GRADER_TYPES)}")
     return GRADER_TYPES[kind](dict(spec))

@@ -8,173 +8,25 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import SchemaError, ValidationError
-from jsonschema.validators import extend
-from referencing import Registry
-from referencing.exceptions import Unresolvable
-from referencing.jsonschema import DRAFT202012
-
+from router_core.documents import Fields, JsonObject
 from router_core.errors import InvalidValidationSet
-from router_core.validation.fields import Fields, JsonObject
-from router_core.validation.graders.answers import fenced, strip_thinking
-from router_core.validation.graders.text import check_pattern, search_with_timeout
-
-_UNSUPPORTED = ("patternProperties", "unevaluatedProperties", "unevaluatedItems", "$dynamicRef")
-
-_MAX_DEPTH = 64
-
-_MAX_PATTERNS = 50
-
-MAX_PARTS = 10_000
-"""Of a schema with every `$ref` unfolded: thirty levels that each refer twice to the next are 2^30."""
-
-MAX_REFERENCES = 5_000
-"""Followed for one value: a schema that refers twice to itself doubles with each level of the value."""
-
-_PROBES: tuple[object, ...] = (None, 0, "", {}, [])
-
-
-class _TooManyReferences(Exception):
-    """More than MAX_REFERENCES."""
-
-
-def _pattern_in_time(_: object, pattern: str, value: object, __: object) -> Iterator[ValidationError]:
-    if isinstance(value, str) and not search_with_timeout(pattern, value):
-        yield ValidationError(f"{value!r} does not match {pattern!r}")
-
-
-def _unique_items(_: object, wanted: object, value: object, __: object) -> Iterator[ValidationError]:
-    """Do as the library does, which compares every two items where they cannot be sorted."""
-    items = value if wanted is True and isinstance(value, list) else []
-    if len({json.dumps(_canonical(item), sort_keys=True) for item in items}) < len(items):
-        yield ValidationError("an item is there twice")
-
-
-def _canonical(value: object) -> object:
-    """1.0 as 1: in JSON they are one number."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, list):
-        return [_canonical(item) for item in value]
-    return {key: _canonical(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-_extend: Any = extend
-
-_Validator: Any = _extend(Draft202012Validator, {"pattern": _pattern_in_time, "uniqueItems": _unique_items})
-
-
-def accepts(schema: Mapping[str, object], value: object) -> bool:
-    """Tell whether `value` is valid. What takes too many steps is not."""
-    try:
-        return _is_valid(schema, value)
-    except (RecursionError, ArithmeticError, Unresolvable, _TooManyReferences):  # 1e999 is no multiple of anything
-        return False
-
-
-def _is_valid(schema: Mapping[str, object], value: object) -> bool:
-    left = MAX_REFERENCES
-
-    def follow(validator: Any, ref: str, instance: object, part: object) -> Iterator[ValidationError]:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise _TooManyReferences
-        yield from _Validator.VALIDATORS["$ref"](validator, ref, instance, part)
-
-    return bool(_extend(_Validator, {"$ref": follow})(schema, registry=Registry()).is_valid(value))
-
-
-def check_schema(schema: JsonObject) -> None:
-    """Raises InvalidValidationSet."""
-    _check_part(schema, 0)
-    try:
-        Draft202012Validator.check_schema(schema)
-    except SchemaError as error:
-        where = "/".join(str(step) for step in error.absolute_path) or "(top)"
-        raise InvalidValidationSet(f"field 'grader.schema' is not a JSON schema, at {where}: {error.message}") from None
-    try:
-        parts = _Parts(schema)
-        if parts.of(schema) > MAX_PARTS:
-            raise _TooManyReferences
-        for value in _PROBES:
-            _is_valid(schema, value)
-    except (RecursionError, _TooManyReferences):
-        raise InvalidValidationSet(
-            f"field 'grader.schema' has a '$ref' that leads to itself, or more than {MAX_PARTS} parts once each '$ref'"
-            " is unfolded: refer less often"
-        ) from None
-    if parts.patterns > _MAX_PATTERNS:
-        raise InvalidValidationSet(f"field 'grader.schema' has more than {_MAX_PATTERNS} patterns: keep the best")
-
-
-class _Parts:
-    """Counts the parts of a schema, those included that it refers to. What refers back to itself counts once."""
-
-    def __init__(self, schema: JsonObject) -> None:
-        self._resolver = Registry().with_resource("", DRAFT202012.create_resource(schema)).resolver()
-        self._known: dict[int, int] = {}
-        self.patterns = 0
-
-    def of(self, part: object) -> int:
-        if not isinstance(part, dict | list):
-            return 1
-        if id(part) in self._known:
-            return self._known[id(part)]
-        self._known[id(part)] = 1
-        count = 1 + sum(self.of(inner) for inner in (part.values() if isinstance(part, dict) else part))
-        if isinstance(part, dict):
-            self.patterns += isinstance(part.get("pattern"), str)
-            if isinstance(ref := part.get("$ref"), str):
-                count += self.of(self._target(ref))
-        self._known[id(part)] = count
-        return count
-
-    def _target(self, ref: str) -> object:
-        try:
-            return self._resolver.lookup(ref).contents
-        except Unresolvable:
-            raise InvalidValidationSet(f"field 'grader.schema' refers to {ref!r}, which is not in it") from None
-
-
-def _check_part(part: object, depth: int) -> None:
-    """Refuse what would read the network or run without a bound."""
-    if depth > _MAX_DEPTH:
-        raise InvalidValidationSet(f"field 'grader.schema' is nested deeper than {_MAX_DEPTH}: flatten it")
-    if isinstance(part, list):
-        for item in part:
-            _check_part(item, depth + 1)
-    if not isinstance(part, dict):
-        return
-    for key, value in part.items():
-        if key in _UNSUPPORTED:
-            raise InvalidValidationSet(f"field 'grader.schema' uses {key!r}, which is not supported: use 'properties'")
-        if key == "$ref" and isinstance(value, str) and not value.startswith("#"):
-            raise InvalidValidationSet(
-                f"field 'grader.schema' refers to {value!r}: only '#/…' within itself is allowed"
-            )
-        if key == "$id" and isinstance(value, str) and depth:
-            raise InvalidValidationSet("field 'grader.schema' has an inner '$id', which moves '#': leave it out")
-        if key == "pattern" and isinstance(value, str):
-            check_pattern(value, "grader.schema/pattern")
-        _check_part(value, depth + 1)
-
+from router_core.validation.graders.answers import fenced_blocks, strip_thinking
 
 _MAX_STARTS = 50
 
 
 @dataclass(frozen=True)
 class JsonSchemaGrader:
-    """Full marks when a JSON value in the reply is accepted. `whole`: the reply is that value and nothing else."""
+    """Gives full marks if a JSON value in the reply is valid. `whole`: the reply is that value and nothing else."""
 
     schema: Mapping[str, object]
     whole: bool = False
     type: ClassVar[str] = "json_schema"
 
     def grade(self, answer: str) -> float:
+        from router_core.validation.graders.schemas import accepts
 
         text = strip_thinking(answer)
         values = _whole(text) if self.whole else _json_values(text)
@@ -186,11 +38,12 @@ class JsonSchemaGrader:
 
     @classmethod
     def from_json(cls, spec: JsonObject) -> JsonSchemaGrader:
+        from router_core.validation.graders.schemas import check_schema
 
         fields = Fields(spec, ("type", "schema", "whole"), "grader.")
         schema = fields.mapping("schema")
         if not schema:
-            raise fields.wrong("schema", "a JSON schema that is not empty: {} accepts every answer")
+            raise fields.error("schema", "a JSON schema that is not empty: {} accepts every answer")
         check_schema(schema)
         return cls(schema, fields.flag("whole"))
 
@@ -203,8 +56,8 @@ def _whole(text: str) -> list[object]:
 
 
 def _json_values(text: str) -> Iterator[object]:
-    """The JSON values of a reply: in its fenced blocks, else wherever a bracket opens one."""
-    for block in (*reversed(fenced(text)), text):
+    """Yield the JSON values of a reply: its fenced blocks, and wherever a bracket opens one."""
+    for block in (*reversed(fenced_blocks(text)), text):
         yield from _whole(block)
     decoder = json.JSONDecoder()
     position = 0
@@ -229,7 +82,7 @@ MAX_VALUE_BYTES = 2_000
 
 MAX_QUERY_BYTES = 4_000
 
-_STEPS_BETWEEN_LOOKS = 1_000
+_STEPS_PER_CHECK = 1_000
 
 _FUNCTION_NAMES = """
     abs avg coalesce count date datetime ifnull iif instr julianday length like lower ltrim max min nullif round
@@ -246,7 +99,7 @@ _QUERY = re.compile(r"\b(?:SELECT|WITH)\b.*", re.IGNORECASE | re.DOTALL)
 
 @dataclass(frozen=True)
 class SqlGrader:
-    """Full marks when the reply's query returns the rows that `query` returns. `ordered`: in that order, too."""
+    """Gives full marks if the reply's query returns the same rows as `query`; with `ordered`, in the same order."""
 
     setup: str
     query: str
@@ -254,13 +107,13 @@ class SqlGrader:
     type: ClassVar[str] = "sql"
 
     def grade(self, answer: str) -> float:
-        written = _written_query(strip_thinking(answer))
-        if written is None:
+        answer_query = _query_in(strip_thinking(answer))
+        if answer_query is None:
             return 0.0
         try:
             with closing(_database(self.setup)) as database:
                 return float(
-                    _same_rows(rows_of(database, self.query), rows_of(database, written), ordered=self.ordered)
+                    _same_rows(rows_of(database, self.query), rows_of(database, answer_query), ordered=self.ordered)
                 )
         except (sqlite3.Error, sqlite3.Warning, ValueError):
             return 0.0
@@ -279,12 +132,12 @@ class SqlGrader:
         except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
             raise InvalidValidationSet(f"fields 'grader.setup' and 'grader.query' do not run: {error}") from None
         if not rows:
-            raise fields.wrong("query", "a query that returns rows on 'setup'")
+            raise fields.error("query", "a query that returns rows on 'setup'")
         return grader
 
 
 def _database(setup: str) -> sqlite3.Connection:
-    """Filled, and from then on read-only: the authorizer comes last."""
+    """Open a database, fill it, and make it read-only: the authorizer is set last."""
     database = sqlite3.connect(":memory:")
     try:
         database.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
@@ -301,34 +154,34 @@ def _database(setup: str) -> sqlite3.Connection:
 
 
 def _authorize(action: int, _: str | None, function: str | None, *__: str | None) -> int:
-    """Selecting and reading, and functions that neither load, allocate nor change anything."""
+    """Allow selecting and reading, and functions that neither load, allocate nor change anything."""
     allowed = action in _READS or (action == sqlite3.SQLITE_FUNCTION and str(function).lower() in _FUNCTIONS)
     return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
 
 
 def _limit_steps(database: sqlite3.Connection) -> None:
-    looks_left = MAX_STEPS // _STEPS_BETWEEN_LOOKS
+    checks_left = MAX_STEPS // _STEPS_PER_CHECK
 
     def out_of_steps() -> bool:
-        nonlocal looks_left
-        looks_left -= 1
-        return looks_left < 0
+        nonlocal checks_left
+        checks_left -= 1
+        return checks_left < 0
 
-    database.set_progress_handler(out_of_steps, _STEPS_BETWEEN_LOOKS)
+    database.set_progress_handler(out_of_steps, _STEPS_PER_CHECK)
 
 
 def rows_of(database: sqlite3.Connection, query: str) -> list[Row]:
-    """At most MAX_ROWS rows, each query with a step limit of its own."""
+    """Run a query within its own step limit; ValueError if it returns more than MAX_ROWS rows."""
     _limit_steps(database)
     with closing(database.execute(query)) as cursor:
         rows = cursor.fetchmany(MAX_ROWS + 1)
     if len(rows) > MAX_ROWS:
         raise ValueError(f"more than {MAX_ROWS} rows")
-    return [tuple(_rounded(value) for value in row) for row in rows]
+    return [tuple(_round(value) for value in row) for row in rows]
 
 
-def _rounded(value: object) -> object:
-    """Numbers to six decimals, so that 2 and 2.0000000001 are one."""
+def _round(value: object) -> object:
+    """Round numbers to six decimals, so that 2 and 2.0000000001 are equal."""
     return round(float(value), 6) if isinstance(value, int | float) else value
 
 
@@ -336,9 +189,9 @@ def _same_rows(expected: list[Row], got: list[Row], *, ordered: bool) -> bool:
     return expected == got if ordered else sorted(expected, key=repr) == sorted(got, key=repr)
 
 
-def _written_query(text: str) -> str | None:
-    """The first statement of the last fenced block that has one, else from the first SELECT or WITH on."""
-    for block in (*reversed(fenced(text)), text):
+def _query_in(text: str) -> str | None:
+    """Return the first statement of the last fenced block with one, else what begins at the first SELECT or WITH."""
+    for block in (*reversed(fenced_blocks(text)), text):
         if match := _QUERY.search(block):
             return match.group(0).split(";")[0].split("```")[0].strip()
     return None
@@ -364,8 +217,10 @@ FEATURES = (*_FEATURES, "recursion", "docstring", "annotations", "default")
 
 @dataclass(frozen=True)
 class PythonGrader:
-    """Full marks when a function of this name and these arguments is defined, with the features in `uses`, none of
-    those in `avoids`, and every name in `mentions` (a function, method or variable).
+    """Gives full marks if a function of this name and these arguments is defined. The code is parsed, and never run.
+
+    It must have the features in `uses`, none of those in `avoids`, and every name in `mentions` (a function, method or
+    variable).
     """
 
     function: str
@@ -377,7 +232,7 @@ class PythonGrader:
 
     def grade(self, answer: str) -> float:
         text = strip_thinking(answer)
-        return float(any(self._fits(node) for code in (*fenced(text), text) for node in _functions(code)))
+        return float(any(self._fits(node) for code in (*fenced_blocks(text), text) for node in _functions(code)))
 
     def _fits(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
         if node.name != self.function or tuple(arg.arg for arg in node.args.args) != self.arguments:
@@ -397,14 +252,14 @@ class PythonGrader:
         uses, avoids = fields.texts("uses"), fields.texts("avoids")
         for key, features in (("uses", uses), ("avoids", avoids)):
             if not set(features) <= set(FEATURES):
-                raise fields.wrong(key, f"a list out of {', '.join(FEATURES)}")
+                raise fields.error(key, f"a list out of {', '.join(FEATURES)}")
         return cls(fields.text("function"), fields.texts("arguments"), uses, avoids, fields.texts("mentions"))
 
 
 def _functions(code: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd escapes in somebody's string literals
+            warnings.simplefilter("ignore")  # odd escapes in string literals
             tree = ast.parse(code[:MAX_CODE_CHARS])
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return
@@ -426,7 +281,7 @@ def _has(node: ast.FunctionDef | ast.AsyncFunctionDef, feature: str) -> bool:
 
 
 def _is_empty(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Only `pass`, `...` or a docstring."""
+    """Return whether the body is only `pass`, `...` or a docstring."""
     constant = [isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) for part in node.body]
     return all(is_constant or isinstance(part, ast.Pass) for is_constant, part in zip(constant, node.body, strict=True))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from router_core.evaluation.curves import BUDGETS, Curve, Difference
-from router_core.evaluation.study import Estimate, MethodFigures, Results, run_study
+from router_core.evaluation.study import Estimate, MethodMetrics, Results, run_study
 from tests.router_core.evaluation.toys import a_plan, two_kinds, vectors_of
 
 NAN = float("nan")
@@ -25,7 +25,7 @@ def studied() -> Results:
 def partly(studied: Results) -> Results:
     """Area is defined in two of the three trials."""
 
-    def less(figures: MethodFigures) -> MethodFigures:
+    def less(figures: MethodMetrics) -> MethodMetrics:
         return replace(figures, area=replace(figures.area, trials=2))
 
     return replace(studied, methods={name: {n: less(each) for n, each in by.items()} for name, by in _methods(studied)})
@@ -35,7 +35,7 @@ def partly(studied: Results) -> Results:
 def undefined(studied: Results) -> Results:
     """The best model was the cheapest, in every trial, and nobody reached its quality."""
 
-    def nothing(figures: MethodFigures) -> MethodFigures:
+    def nothing(figures: MethodMetrics) -> MethodMetrics:
         nowhere = Curve(np.full(BUDGETS, NAN), np.full(BUDGETS, NAN))
         return replace(figures, area=NOWHERE, qnc=NOWHERE, reached=0.0, cost_save=NOWHERE, curve=nowhere)
 
@@ -74,5 +74,5 @@ def named_badly(studied: Results) -> Results:
     )
 
 
-def _methods(results: Results) -> list[tuple[str, dict[int, MethodFigures]]]:
+def _methods(results: Results) -> list[tuple[str, dict[int, MethodMetrics]]]:
     return [(name, dict(by_labels)) for name, by_labels in results.methods.items()]
