@@ -359,8 +359,8 @@ def _check_params(model: ModelConfig, settings: Settings, environ: Mapping[str, 
         if is_provider_param(name):
             _check_references(f"litellm_params.{name}", value, settings, environ)
         if name not in _PROSE:
-            for literal in find_secrets(name, value):
-                raise _literal_secret(name, literal)
+            for found in find_secrets(name, value):
+                raise _literal_secret(name, found)
 
 
 def _check_references(param: str, value: Any, settings: Settings, environ: Mapping[str, str]) -> None:
@@ -374,9 +374,9 @@ def _check_references(param: str, value: Any, settings: Settings, environ: Mappi
             raise BadRequest(f"`{param}`: {error}", param=param) from None
 
 
-def _literal_secret(name: str, literal: FoundSecret) -> BadRequest:
+def _literal_secret(name: str, found: FoundSecret) -> BadRequest:
     """Refuse what would be stored in Redis and its backups, and shown to everyone who may read models."""
-    param = f"litellm_params.{literal.path}"
+    param = f"litellm_params.{found.path}"
     if is_provider_param(name) and name not in ADDRESSES:
         fix = f"`{param}` must name a variable of the server's environment, as os.environ/NAME_API_KEY"
     else:

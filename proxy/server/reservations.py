@@ -29,13 +29,12 @@ from proxy.errors import NoEligibleModelError
 from proxy.routing.requirements import estimate_tokens
 from proxy.routing.selection import Selection
 from proxy.routing.sizes import Sizes, sizes_of
-from proxy.settings.litellm_params import has_body_params, merge_model_params
+from proxy.settings.litellm_params import merge_model_params
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import KeyLimits
 from proxy.storage.models import ModelRecord
 from proxy.storage.redis import Store, StoreUnavailable, encode_command, load_script, pipeline
 from proxy.storage.snapshot import RoutingSnapshot
-from proxy.upstream.key_scope import address_of
 from router_core.pricing import max_price_usd, picousd
 from router_core.types import Doubles, Price
 
@@ -140,7 +139,7 @@ class Demand:
         """Tokens of the prompt, and the sizes, as this model is told them."""
         record, needs = self.state.models[name], self.choice.needs
         prompt, sizes = needs.prompt_tokens, self._sizes
-        if has_body_params(record.litellm_params):
+        if record.has_body_params:
             sent = merge_model_params(record.litellm_params, self.body)
             prompt, sizes = prompt + estimate_tokens(_added(sent, self.body)), sizes_of(sent)
         told = self.choice.told_limit(self.state.pool, name)
@@ -190,7 +189,7 @@ def _added(sent: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
 def _thinks_within(record: ModelRecord) -> bool:
     resolved = record.resolved
     known = resolved is not None and resolved.provider in _THINKING_WITHIN
-    return known and not address_of(record.litellm_params)
+    return known and not record.address
 
 
 def _mean(row: Doubles) -> float:

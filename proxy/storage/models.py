@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from proxy.settings.litellm_params import is_provider_param, stated_address
 from proxy.settings.models import ModelConfig, ModelInfo
 from proxy.storage.redis import LAST_TIME, InvalidRecord, json_object, number, unix_time
 from router_core.errors import InvalidPrice
@@ -85,6 +86,16 @@ class ModelRecord:
         deciding = {key: value for key, value in self.litellm_params.items() if key != "api_key"}
         text = json.dumps(deciding, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @cached_property
+    def address(self) -> str | None:
+        """The address that was stated for it."""
+        return stated_address(self.litellm_params)
+
+    @cached_property
+    def has_body_params(self) -> bool:
+        """Whether it has parameters of its own that go into the body."""
+        return any(name != "model" and not is_provider_param(name) for name in self.litellm_params)
 
     @classmethod
     def of_entry(cls, entry: ModelConfig, source: Literal["config", "admin"], created_at: float) -> ModelRecord:

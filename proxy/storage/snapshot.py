@@ -236,8 +236,8 @@ class SnapshotWatcher:
         self._around = around
         self._latch = latch
         self._reader = StateReader(store, time.time)
-        self._current = self._build()
-        on_change(self._current)
+        self.current = self._build()
+        on_change(self.current)
         self._following: asyncio.Task[None] | None = None
         self._refreshing = asyncio.Lock()
         self._live_seen = (0, 0.0)
@@ -246,13 +246,9 @@ class SnapshotWatcher:
         """Whether Redis answered when last asked."""
 
     @property
-    def current(self) -> RoutingSnapshot:
-        return self._current
-
-    @property
     def loaded(self) -> bool:
         """Whether Redis was ever read: what readiness means, whatever Redis does later."""
-        return self._current.known
+        return self.current.known
 
     async def start(self) -> None:
         """Read once and follow from then on. Redis may be away; then the first reading comes when it is back."""
@@ -282,7 +278,7 @@ class SnapshotWatcher:
 
     async def wait_for_version(self, version: int) -> None:
         """Return once the current state has what was written as `version`. StoreUnavailable as `refresh`."""
-        if self._current.version < version:
+        if self.current.version < version:
             await self.refresh()
 
     async def _swap(self) -> None:
@@ -291,8 +287,8 @@ class SnapshotWatcher:
             self._latch.close()
         live = self._around.live
         self._live_seen = (live.observed if live else 0, time.monotonic())
-        self._current = await asyncio.to_thread(self._build)
-        self._on_change(self._current)
+        self.current = await asyncio.to_thread(self._build)
+        self._on_change(self.current)
 
     def _build(self) -> RoutingSnapshot:
         return build_state(self._reader.last, self._around, keys_latched=self._latch.closed)

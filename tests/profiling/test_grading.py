@@ -14,7 +14,7 @@ from proxy.profiling import grading as module
 from proxy.profiling.grading import GradingProcess
 from router_core.validation.graders import ChoiceGrader, Grader, JsonSchemaGrader, JudgeGrader, NumericGrader
 from router_core.validation.validation_set import ValidationPrompt
-from tests.support.makers import until
+from tests.support.waiting import until
 
 SLOW = JsonSchemaGrader({"contains": {"pattern": "^(x|xx|xxx)*[^x]{2}"}})
 FOR_MINUTES = "[" + ",".join([f'"{"x" * 30}"'] * 600) + "]"

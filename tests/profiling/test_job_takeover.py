@@ -20,9 +20,10 @@ from proxy.profiling.job_store import JobStore
 from proxy.storage.redis import PROFILES, Store
 from proxy.storage.valkey import EmbeddedValkey
 from router_core.profiles import Profile
-from tests.support.makers import a_record, until
-from tests.support.measured import a_bench, ended, knows, model_at, settings_for
-from tests.support.upstream import ScriptedUpstream
+from tests.support.makers import a_record
+from tests.support.profiling import a_bench, ended, knows, model_at, settings_for
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import until
 
 
 def asked(upstream: ScriptedUpstream) -> Counter[str]:

@@ -14,10 +14,11 @@ import pytest
 from proxy.profiling.worker import STREAM
 from proxy.storage.redis import PROFILES, Store
 from proxy.storage.registry import UnknownModel
-from tests.support.answers import Step
-from tests.support.makers import a_profile, a_record, until
-from tests.support.measured import a_bench, ended, knows, model_at, write_validation_set
-from tests.support.upstream import ScriptedUpstream
+from tests.support.makers import a_profile, a_record
+from tests.support.profiling import a_bench, ended, knows, model_at, write_validation_set
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import until
 
 
 async def until_true(look: Any, timeout_s: float = 60.0) -> None:

@@ -11,11 +11,12 @@ from proxy.profiling.job_store import JobStore
 from proxy.profiling.prompts import ValidationPrompts
 from proxy.storage.models import ModelRecord
 from proxy.storage.redis import Store
-from tests.support.answers import Step
-from tests.support.makers import CORNERS, a_profile, a_record, until
-from tests.support.measured import CornersEmbedder, a_bench, ended, knows, model_at, write_validation_set
+from tests.support.makers import CORNERS, a_profile, a_record
+from tests.support.profiling import CornersEmbedder, a_bench, ended, knows, model_at, write_validation_set
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.two_maps import HALVES, latest_job, measured_on_corners, profile_in_use
-from tests.support.upstream import ScriptedUpstream
+from tests.support.waiting import until
 
 
 def half_right() -> ScriptedUpstream:

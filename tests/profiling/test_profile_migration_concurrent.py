@@ -12,11 +12,12 @@ from proxy.profiling.job import JOBS, Leases, PromptAnswer, ReusedAnswers
 from proxy.profiling.job_store import JobStore
 from proxy.storage.redis import PREVIOUS_PROFILES, Store
 from proxy.storage.valkey import EmbeddedValkey
-from tests.support.answers import Step
-from tests.support.makers import CORNERS, a_profile, a_record, until
-from tests.support.measured import a_bench, ended, knows, model_at
+from tests.support.makers import CORNERS, a_profile, a_record
+from tests.support.profiling import a_bench, ended, knows, model_at
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.two_maps import HALVES, latest_job, measured_on_corners, profile_in_use
-from tests.support.upstream import ScriptedUpstream
+from tests.support.waiting import until
 
 
 def half_right(slow_s: float = 0.0) -> ScriptedUpstream:

@@ -14,8 +14,9 @@ from router_core.artifact import save_map
 from router_core.clustering import ClusterMap
 from router_core.embedding import StaticEmbedder
 from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
-from tests.support.measured import FAMILIES, knows, write_validation_set
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.profiling import FAMILIES, knows, write_validation_set
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 NAMES = ("added", "configured")
 

@@ -19,7 +19,7 @@ from proxy.storage.client_keys import ClientKey
 from proxy.storage.redis import Store
 from router_core.pricing import PICO
 from tests.support.limited_keys import a_key
-from tests.support.makers import until
+from tests.support.waiting import until
 
 CENT = PICO // 100
 PATIENT_S = 1.0

@@ -24,7 +24,7 @@ from proxy.storage.models import ResolvedProvider, StoredProfile
 from proxy.storage.reader import StoredState
 from proxy.storage.snapshot import RoutingSnapshot, build_state
 from router_core.types import Requirements
-from tests.support.makers import a_profile, a_record, surroundings
+from tests.support.makers import a_profile, a_record, snapshot_inputs
 
 MONEY = KeyLimits(usd_per_day=5.0)
 SETTINGS = Settings(request_timeout_s=100)
@@ -71,7 +71,7 @@ def state() -> RoutingSnapshot:
     own: dict[str, Any] = {"system": "x" * 384, "n": 2, "extra_body": {"max_tokens": 7000}}
     records["arm"] = a_record("arm", info=cheap, **own)
     profiles = {name: StoredProfile(records[name].fingerprint, a_profile()) for name in ("cheap", "dear")}
-    return build_state(StoredState(1, records, profiles, keys_exist=False), surroundings(), keys_latched=False)
+    return build_state(StoredState(1, records, profiles, keys_exist=False), snapshot_inputs(), keys_latched=False)
 
 
 def test_the_stated_length_at_the_price_is_set_aside_for_every_answer(state: RoutingSnapshot) -> None:

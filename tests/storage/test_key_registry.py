@@ -14,7 +14,8 @@ from proxy.storage.client_keys import SECRET, AuthRequiredLatch, ClientKey, Inva
 from proxy.storage.redis import KEYS, Store, StoreUnavailable
 from proxy.storage.registry import KeyInactive, KeyRegistry, Registry, UnknownKey
 from router_core.types import Price
-from tests.support.makers import a_profile, a_record, a_registry, following, until
+from tests.support.makers import a_profile, a_record, a_registry, started_watcher
+from tests.support.waiting import until
 
 ANN = Actor("k-ann", "req-1")
 
@@ -152,7 +153,7 @@ async def test_a_record_that_cannot_be_read_opens_nothing_even_if_it_once_did(st
     keys = a_registry(store, tmp_path).keys
     key, _ = await keys.create("team")
     other, _ = await keys.create("other")
-    async with following(store, tmp_path) as holder:
+    async with started_watcher(store, tmp_path) as holder:
         assert {key.digest, other.digest} == holder.current.keys.keys()
         for broken in ("{", key.to_json().replace('"client"', '"root"'), key.to_json().replace("null", '"x"', 1)):
             await store.client.hset(KEYS, key.id, broken)
@@ -166,7 +167,7 @@ async def test_a_record_that_cannot_be_read_opens_nothing_even_if_it_once_did(st
 
 async def test_both_secrets_of_a_rotated_key_are_found_by_every_process(store: Store, tmp_path: Path) -> None:
     keys = a_registry(store, tmp_path).keys
-    async with following(store, tmp_path) as holder:
+    async with started_watcher(store, tmp_path) as holder:
         made, first = await keys.create("team")
         rotated, second = await keys.rotate(made.id, 60)
         await until(lambda: digest_of(second) in holder.current.keys)
@@ -227,7 +228,7 @@ async def test_a_change_whose_line_cannot_be_written_is_not_made(store: Store, t
         with pytest.raises(StoreUnavailable):
             await refused
     assert await registry.keys.listed() == (key,)
-    async with following(store, tmp_path) as holder:
+    async with started_watcher(store, tmp_path) as holder:
         assert holder.current.models == {"small": a_record()}
         assert holder.current.profiles == {}
 

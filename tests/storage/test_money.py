@@ -9,7 +9,7 @@ import pytest
 from proxy.storage.usage import ObservedTraffic, TokenCounts, believed, cost_of, parse_usage
 from router_core.pricing import picousd
 from router_core.types import Price
-from tests.support.money import CASES, ON_THE_WAY, PRICES, REPORTS, picodollars
+from tests.support.usage_reports import CASES, ON_THE_WAY, PRICES, REPORTS, picodollars
 
 ANSWERED = ObservedTraffic(prompt_tokens=4, output_bytes=400, unreported_bytes=0)
 

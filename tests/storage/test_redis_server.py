@@ -18,12 +18,12 @@ from proxy.storage.redis import Store, StoreUnavailable
 from proxy.storage.registry import Registry, RegistryError
 from tests.support.sentinels import Sentinels, TlsFront, sentinels
 from tests.support.tls import a_certificate, served_by
-from tests.support.valkey import OwnValkey, free_port, frozen
+from tests.support.valkey import ValkeyServer, free_port, frozen
 
 
 @pytest.fixture(scope="module")
-def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnValkey]:
-    with OwnValkey(tmp_path_factory.mktemp("plain")) as server:
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
+    with ValkeyServer(tmp_path_factory.mktemp("plain")) as server:
         yield server
 
 
@@ -37,7 +37,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def tls(valkey: OwnValkey, certificates: tuple[Path, Path]) -> Iterator[TlsFront]:
+def tls(valkey: ValkeyServer, certificates: tuple[Path, Path]) -> Iterator[TlsFront]:
     with TlsFront(valkey.port, served_by(certificates[0] / "both.pem")) as front:
         yield front
 
@@ -85,7 +85,7 @@ async def test_who_wants_no_checking_says_so_and_is_reminded_of_it(
 
 
 async def test_a_server_that_wants_a_client_certificate_gets_the_stated_one(
-    tmp_path: Path, valkey: OwnValkey, certificates: tuple[Path, Path]
+    tmp_path: Path, valkey: ValkeyServer, certificates: tuple[Path, Path]
 ) -> None:
     server, client = certificates
     context = served_by(server / "both.pem")
@@ -106,7 +106,7 @@ async def test_a_file_of_certificates_that_cannot_be_read_is_named_at_the_start(
             await Store.open(settings(tmp_path, "rediss://127.0.0.1:1", **{name: tmp_path / "empty.pem"}))
 
 
-async def test_a_user_is_stated_in_the_url_or_apart_from_it(tmp_path: Path, valkey: OwnValkey) -> None:
+async def test_a_user_is_stated_in_the_url_or_apart_from_it(tmp_path: Path, valkey: ValkeyServer) -> None:
     with valkey.client() as client:
         client.execute_command("ACL", "SETUSER", "app", "on", ">p/w", "~uniroute:*", "+@all")
     place = f"127.0.0.1:{valkey.port}"
@@ -156,7 +156,7 @@ def test_an_address_is_shown_without_its_password(url: str, name: str) -> None:
 
 
 async def test_a_cluster_is_refused_at_the_start_and_whenever_it_is_met(tmp_path: Path) -> None:
-    with OwnValkey(tmp_path / "node", cluster_enabled="yes", cluster_port=str(free_port())) as node:
+    with ValkeyServer(tmp_path / "node", cluster_enabled="yes", cluster_port=str(free_port())) as node:
         with pytest.raises(SettingsError, match=r"redis_url: Redis at .* is a node of a Redis Cluster, which is not"):
             await Store.open(settings(tmp_path, node.url))
         store = Store(node.url)
@@ -166,9 +166,9 @@ async def test_a_cluster_is_refused_at_the_start_and_whenever_it_is_met(tmp_path
 
 
 async def test_a_replica_may_be_read_and_its_refusal_names_what_to_give_instead(
-    tmp_path: Path, valkey: OwnValkey, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, valkey: ValkeyServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with OwnValkey(tmp_path / "replica", replicaof=f"127.0.0.1 {valkey.port}") as replica:
+    with ValkeyServer(tmp_path / "replica", replicaof=f"127.0.0.1 {valkey.port}") as replica:
         store = await Store.open(settings(tmp_path, replica.url))
         assert await store.available()
         with pytest.raises(StoreUnavailable, match=r"read only replica.*give its primary in redis_url"):

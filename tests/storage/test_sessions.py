@@ -25,7 +25,7 @@ from proxy.storage.sessions import (
     scoped_key,
 )
 from proxy.storage.valkey import EmbeddedValkey
-from tests.support.makers import until
+from tests.support.waiting import until
 
 NOW = 1_800_000_000.0
 

@@ -13,7 +13,8 @@ from proxy.storage.traffic_stats import TrafficStats
 from proxy.storage.valkey import EmbeddedValkey
 from router_core.profiles import Profile
 from router_core.types import Price
-from tests.support.makers import CORNERS, a_profile, a_record, a_registry, following, until
+from tests.support.makers import CORNERS, a_profile, a_record, a_registry, started_watcher
+from tests.support.waiting import until
 
 
 async def price(store: Store, name: str, per_input: str) -> None:
@@ -25,7 +26,7 @@ async def test_every_process_sees_a_model_its_profile_and_its_price_within_a_sec
     store: Store, second_store: Store, tmp_path: Path
 ) -> None:
     registry = a_registry(store, tmp_path)
-    async with following(store, tmp_path) as one, following(second_store, tmp_path) as two:
+    async with started_watcher(store, tmp_path) as one, started_watcher(second_store, tmp_path) as two:
         await registry.add_model(a_record())
         await registry.put_profile(a_record(), a_profile())
         version = await registry.put_price("small", Price(1e-7, 2e-7))
@@ -40,7 +41,7 @@ async def test_every_process_sees_a_model_its_profile_and_its_price_within_a_sec
 async def test_a_foreign_price_counts_within_a_second_published_or_not(
     store: Store, tmp_path: Path, published: bool
 ) -> None:
-    async with following(store, tmp_path, a_record(source="config")) as holder:
+    async with started_watcher(store, tmp_path, a_record(source="config")) as holder:
         assert holder.current.prices["small"].source == "model_info"
         await price(store, "small", "7e-6")
         if published:
@@ -51,7 +52,7 @@ async def test_a_foreign_price_counts_within_a_second_published_or_not(
 
 @pytest.mark.parametrize("broken", ["nan", "-1", "free", ""])
 async def test_a_broken_price_leaves_the_last_good_one(store: Store, tmp_path: Path, broken: str) -> None:
-    async with following(store, tmp_path, a_record(source="config")) as holder:
+    async with started_watcher(store, tmp_path, a_record(source="config")) as holder:
         await price(store, "small", "7e-6")
         await holder.refresh()
         await price(store, "small", broken)
@@ -69,14 +70,14 @@ async def test_a_broken_price_with_no_good_one_before_falls_to_the_next_source_a
     unknown = a_record("unknown", source="config", info={})
     await price(store, "known", "nan")
     await price(store, "unknown", "-3")
-    async with following(store, tmp_path, known, unknown) as holder:
+    async with started_watcher(store, tmp_path, known, unknown) as holder:
         assert holder.current.prices["known"].source == "litellm"
         assert "unknown" not in holder.current.prices
 
 
 async def test_free_is_stated_and_unknown_is_not_free(store: Store, tmp_path: Path) -> None:
     free, unknown = (a_record(n, source="config", info=i) for n, i in (("free", {"free": True}), ("unknown", {})))
-    async with following(store, tmp_path, free, unknown) as holder:
+    async with started_watcher(store, tmp_path, free, unknown) as holder:
         assert holder.current.prices["free"].price == Price(0, 0)
         assert holder.current.pool.candidates["unknown"].price is None
 
@@ -87,7 +88,7 @@ async def test_a_profile_of_another_map_or_of_the_model_as_it_was_is_set_aside(s
         await registry.add_model(a_record(name))
     await registry.put_profile(a_record("foreign"), a_profile(map_id="another"))
     await registry.put_profile(a_record("changed", temperature=2), a_profile())
-    async with following(store, tmp_path) as holder:
+    async with started_watcher(store, tmp_path) as holder:
         assert holder.current.standing("foreign") == "foreign_profile"
         assert "another" in holder.current.set_aside["foreign"]
         assert "litellm_params" in holder.current.set_aside["changed"]
@@ -103,7 +104,7 @@ async def test_a_key_of_the_wrong_type_leaves_the_last_state_and_is_said_once(
     await registry.put_profile(a_record(), a_profile())
     await registry.keys.create("team")
     await registry.put_price("small", Price(1e-6, 2e-6))
-    async with following(store, tmp_path) as holder:
+    async with started_watcher(store, tmp_path) as holder:
         before = holder.current
         await store.client.delete(key)
         await store.client.rpush(key, "not what you expect")
@@ -122,7 +123,7 @@ async def test_a_broken_entry_is_skipped_and_its_neighbours_work(store: Store, t
     await store.client.hset(MODELS, mapping={"broken": "{", "nameless": "{}"})
     await store.client.hset(PROFILES, "small", '{"fingerprint": "x", "profile": {"map": "m", "labels": "?"}}')
     await store.client.hset(KEYS, "k", "[]")
-    async with following(store, tmp_path) as holder:
+    async with started_watcher(store, tmp_path) as holder:
         assert set(holder.current.models) == {"small"}
         assert holder.current.keys_required
         assert not holder.current.keys
@@ -131,7 +132,7 @@ async def test_a_broken_entry_is_skipped_and_its_neighbours_work(store: Store, t
 async def test_a_configured_model_wins_over_a_stored_one_of_its_name(store: Store, tmp_path: Path) -> None:
     await a_registry(store, tmp_path).add_model(a_record(temperature=1))
     configured = a_record(source="config")
-    async with following(store, tmp_path, configured) as holder:
+    async with started_watcher(store, tmp_path, configured) as holder:
         assert holder.current.models["small"] == configured
 
 
@@ -139,7 +140,7 @@ async def test_keys_once_made_stay_required_after_revoking_all_and_after_an_empt
     store: Store, tmp_path: Path
 ) -> None:
     registry = a_registry(store, tmp_path)
-    async with following(store, tmp_path / "other-machine") as elsewhere:
+    async with started_watcher(store, tmp_path / "other-machine") as elsewhere:
         assert not elsewhere.current.keys_required
         key, _ = await registry.keys.create("team")
         await until(lambda: key.digest in elsewhere.current.keys)
@@ -149,14 +150,14 @@ async def test_keys_once_made_stay_required_after_revoking_all_and_after_an_empt
         await store.client.flushall()
         await elsewhere.refresh()
         assert elsewhere.current.keys_required
-    async with following(store, tmp_path / "other-machine") as restarted:
+    async with started_watcher(store, tmp_path / "other-machine") as restarted:
         assert restarted.current.keys_required
 
 
 async def test_an_emptied_store_that_counts_up_to_the_same_version_is_still_seen(store: Store, tmp_path: Path) -> None:
     registry = a_registry(store, tmp_path)
     await registry.add_model(a_record("first"))
-    async with following(store, tmp_path) as holder:
+    async with started_watcher(store, tmp_path) as holder:
         await store.client.flushall()
         await registry.add_model(a_record("second"))
         await until(lambda: set(holder.current.models) == {"second"})
@@ -168,7 +169,7 @@ async def test_without_redis_the_last_state_serves_and_a_return_is_noticed_with_
     store = Store(f"unix://{server.socket_path}")
     registry = a_registry(store, tmp_path)
     await registry.add_model(a_record())
-    async with following(store, tmp_path) as holder:
+    async with started_watcher(store, tmp_path) as holder:
         await asyncio.to_thread(server.stop)
         await until(lambda: not holder.available)
         assert set(holder.current.models) == {"small"}
@@ -182,7 +183,7 @@ async def test_without_redis_the_last_state_serves_and_a_return_is_noticed_with_
 
 async def test_before_the_first_reading_the_door_is_closed_and_configured_models_are_known(tmp_path: Path) -> None:
     nowhere = Store("redis://127.0.0.1:1")
-    async with following(nowhere, tmp_path, a_record(source="config")) as holder:
+    async with started_watcher(nowhere, tmp_path, a_record(source="config")) as holder:
         assert not holder.loaded
         assert holder.current.keys_required
         assert set(holder.current.models) == {"small"}
@@ -194,7 +195,7 @@ async def test_live_traffic_reaches_the_pool_but_not_the_profile(store: Store, t
     registry = a_registry(store, tmp_path)
     await registry.add_model(a_record())
     await registry.put_profile(a_record(), a_profile())
-    async with following(store, tmp_path, live=live) as holder:
+    async with started_watcher(store, tmp_path, live=live) as holder:
         for _ in range(300):
             live.observe("small", [0, 1], [0.5, 0.5], tokens=900, seconds=9.0)
         await registry.put_price("small", Price(1e-6, 1e-6))
@@ -220,7 +221,7 @@ async def test_figures_that_cannot_be_laid_out_do_not_end_the_following(
 ) -> None:
     monkeypatch.setattr("proxy.storage.snapshot.UNUSABLE_S", 0.05)
     registry, live = a_registry(store, tmp_path, "small"), BrokenOnce(4)
-    async with following(store, tmp_path, a_record(source="config"), live=live) as holder:
+    async with started_watcher(store, tmp_path, a_record(source="config"), live=live) as holder:
         await registry.put_profile(a_record(), a_profile())
         await until(lambda: holder.current.standing("small") == "ready")
     assert live.asked > 1
