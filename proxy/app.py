@@ -26,8 +26,8 @@ from threadpoolctl import threadpool_limits
 from proxy.concurrency import GRACE_PERIOD_S, background, cancel_and_wait, in_stoppable_thread, run_uncancelled
 from proxy.errors import error_object
 from proxy.outbound import OutboundError, ssl_context, trust_of
-from proxy.profiling.grading import UpstreamModelClient
 from proxy.profiling.jobs import Jobs
+from proxy.profiling.model_client import UpstreamModelClient
 from proxy.routing.assigner import ClusterAssigner, deadline_of
 from proxy.safety.private_files import NotPrivate, private_folder
 from proxy.safety.redaction import is_reference
