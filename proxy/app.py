@@ -22,8 +22,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from threadpoolctl import threadpool_limits
 
 from proxy.concurrency import GRACE_PERIOD_S, background, cancel_and_wait, in_stoppable_thread, run_uncancelled
-from proxy.profiling.grading import UpstreamModelClient
 from proxy.profiling.jobs import Jobs
+from proxy.profiling.model_client import UpstreamModelClient
 from proxy.profiling.startup import profile_new_models
 from proxy.routing.assigner import ClusterAssigner, deadline_of
 from proxy.server.admin import audit_router, jobs_router, keys_router, models_router

@@ -251,7 +251,7 @@ class SnapshotWatcher:
 
     @property
     def loaded(self) -> bool:
-        """Return whether Redis was ever read: what readiness means, whatever Redis does later."""
+        """Return whether Redis was ever read. It stays true when Redis goes away, and makes the process ready."""
         return self._current.is_loaded
 
     async def start(self) -> None:
