@@ -16,10 +16,9 @@ from proxy.upstream.client import UpstreamClient
 from router_core.artifact import builtin_map
 from router_core.clustering import ClusterMap
 from router_core.embedding import StaticEmbedder, static_embedder
+from tests.support.direct_calls import KEY
 from tests.support.reaper import Reaper
-from tests.support.relaying import KEY
-from tests.support.tls import a_certificate
-from tests.support.tls_contexts import share_tls_contexts
+from tests.support.tls import a_certificate, share_tls_contexts
 
 TESTS = Path(__file__).parent
 CACHE = TESTS.parent / ".cache" / "embedder"
@@ -96,7 +95,7 @@ async def second_store(store: Store) -> AsyncIterator[Store]:
 
 @pytest.fixture
 async def upstream() -> AsyncIterator[UpstreamClient]:
-    opened = UpstreamClient(Settings(), {"ARM_API_KEY": KEY})
+    opened = UpstreamClient(Settings(), {"MODEL_API_KEY": KEY})
     yield opened
     await opened.aclose()
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.command import ROOT
 from tests.support.reaper import marked, own_mark
-from tests.support.upstream import wait_until
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are marked on Linux alone")
 

@@ -195,7 +195,7 @@ def update(
             raise BadArgument("--all-models: does not go with --model; give one of them")
         body["models"] = None
     if not body:
-        raise BadArgument("nothing is given that should change; see `uniroute keys update --help`")
+        raise BadArgument("nothing is stated that should change; see `uniroute keys update --help`")
     fields = with_option_names(lambda: parse_body(KeyPatch, body).to_change(time.time()))
     key = _with_keys(config, data_dir, lambda registry: registry.change(key_id, fields))
     _log(CHANGE_KEY, key)

@@ -10,7 +10,7 @@ from proxy.server.openapi import MODEL_NAME_SCHEMA, UNSET, null_or
 from proxy.server.strict_body import StrictBody
 from proxy.settings.models import check_model_name
 from proxy.storage.client_keys import LIMITS, MAX_LAMBDA, MAX_PER_MINUTE, MAX_USD, KeyChange, Role
-from proxy.storage.redis import is_unix_time
+from proxy.storage.values import is_unix_time
 
 _EXPIRY = ("expires_at", "expires_in_s")
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 import openai
 
 from router_core.validation.validation_set import ValidationPrompt
-from tests.support.server import ROOT, ProxyProcess
+from tests.support.proxy_process import ROOT, ProxyProcess
 
 # USD per input token of a cheap model; the expensive one costs a hundred times as much.
 PRICE = 1e-7
@@ -36,7 +36,7 @@ class ServedProxy(ProxyProcess):
         """Hot-add and return the job's id."""
         body = {
             "model_name": name,
-            "litellm_params": {"model": f"openai/{name}", "api_base": api_base, "api_key": "os.environ/ARM_API_KEY"},
+            "litellm_params": {"model": f"openai/{name}", "api_base": api_base, "api_key": "os.environ/MODEL_API_KEY"},
             "model_info": {"input_cost_per_token": price, "output_cost_per_token": 4 * price},
             "profile": {"prompts": prompts, "max_usd": 10.0},
         }

@@ -13,11 +13,12 @@ import pytest
 import redis
 
 from proxy.storage.valkey import EmbeddedValkey
-from tests.support.answers import Step
 from tests.support.limited_keys import LimitedKey
-from tests.support.server import ProxyProcess, arm
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.proxy_process import ProxyProcess, model_entry
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.valkey import frozen
+from tests.support.waiting import wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 PRICE = 1e-4
@@ -54,10 +55,10 @@ def ask(proxy: ProxyProcess, key: LimitedKey, **more: Any) -> httpx.Response:
 def replicas(folder: Path, embedder_cache: Path, **settings: Any) -> Iterator[Replicas]:
     server = EmbeddedValkey(folder / "redis")
     server.ensure()
-    environ = {"ARM_API_KEY": "sk-x", "UNIROUTE_REDIS_URL": f"unix://{server.socket_path}"}
+    environ = {"MODEL_API_KEY": "sk-x", "UNIROUTE_REDIS_URL": f"unix://{server.socket_path}"}
     with ScriptedUpstream() as upstream, redis.Redis(unix_socket_path=str(server.socket_path)) as store:
         config = {
-            "model_list": [arm("arm", upstream.url, price=PRICE)],
+            "model_list": [model_entry("arm", upstream.url, price=PRICE)],
             "uniroute": {"profile": {"on_start": False}, **settings},
         }
         with (

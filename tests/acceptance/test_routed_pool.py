@@ -13,7 +13,8 @@ import pytest
 from router_core.validation.validation_set import ValidationPrompt
 from tests.acceptance.kinds import KINDS, Library
 from tests.acceptance.serving import PRICE, ServedProxy, ask
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 SPECIALISTS = ("maths", "code", "chinese")
 PROMPTS = 200
@@ -70,7 +71,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iter
     skills = {kind: library.skill(kind) for kind in SPECIALISTS} | {"dear": library.skill()}
     upstreams = {name: ScriptedUpstream(skill).start() for name, skill in skills.items()}
     folder = tmp_path_factory.mktemp("pool")
-    with ServedProxy(folder, embedder_cache, {"model_list": []}, {"ARM_API_KEY": "sk-arm"}) as proxy:
+    with ServedProxy(folder, embedder_cache, {"model_list": []}, {"MODEL_API_KEY": "sk-arm"}) as proxy:
         jobs = [
             proxy.add(name, upstream.url, 100 * PRICE if name == "dear" else PRICE, PROMPTS)
             for name, upstream in upstreams.items()

@@ -19,10 +19,11 @@ import pytest
 import redis
 
 from proxy.storage.valkey import EmbeddedValkey
-from tests.support.answers import Step
 from tests.support.limited_keys import LimitedKey
-from tests.support.server import ProxyProcess, arm
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.proxy_process import ProxyProcess, model_entry
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 CONCURRENCY = 50
@@ -128,16 +129,16 @@ def servers(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> I
     folder = tmp_path_factory.mktemp("sizes")
     server = EmbeddedValkey(folder / "redis")
     server.ensure()
-    environ = {"ARM_API_KEY": "sk-x", "UNIROUTE_REDIS_URL": f"unix://{server.socket_path}"}
+    environ = {"MODEL_API_KEY": "sk-x", "UNIROUTE_REDIS_URL": f"unix://{server.socket_path}"}
     with ScriptedUpstream() as upstream, redis.Redis(unix_socket_path=str(server.socket_path)) as store:
         usage = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": OUTPUT_TOKENS}
         upstream.always = Step(usage={**usage, "total_tokens": PROMPT_TOKENS + OUTPUT_TOKENS}, delay_s=0.05)
         able = {f"supports_{ability}": True for ability in ("reasoning", "audio_output")}
-        fixed = arm("fixed", upstream.url, price=PRICE)
+        fixed = model_entry("fixed", upstream.url, price=PRICE)
         fixed["litellm_params"] |= {"extra_body": {"max_completion_tokens": OUTPUT_TOKENS}}
-        bounded = arm("bounded", upstream.url, price=PRICE, max_output_tokens=OUTPUT_TOKENS)
+        bounded = model_entry("bounded", upstream.url, price=PRICE, max_output_tokens=OUTPUT_TOKENS)
         config = {
-            "model_list": [arm("arm", upstream.url, price=PRICE, **able), fixed, bounded],
+            "model_list": [model_entry("arm", upstream.url, price=PRICE, **able), fixed, bounded],
             "uniroute": {
                 "profile": {"on_start": False},
                 "limits_timeout_s": 1.0,

@@ -16,9 +16,10 @@ import redis
 
 from proxy.storage.valkey import EmbeddedValkey
 from tests.acceptance.serving import ServedProxy
-from tests.support.server import arm, uniform_profile
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.proxy_process import model_entry, uniform_profile
+from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.valkey import frozen
+from tests.support.waiting import wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 PRICE = {"input_cost_per_token": 2e-6, "output_cost_per_token": 2e-6}
@@ -31,7 +32,7 @@ class Served:
     store: redis.Redis
 
     def add(self, name: str) -> int:
-        body = {**arm(name, self.upstream.url), "profile": uniform_profile(0.1)}
+        body = {**model_entry(name, self.upstream.url), "profile": uniform_profile(0.1)}
         return self.proxy.admin("POST", "/admin/models", body).status_code
 
     def ask(self) -> int:
@@ -51,7 +52,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> It
     folder = tmp_path_factory.mktemp("served")
     with (
         ScriptedUpstream() as upstream,
-        ServedProxy(folder, embedder_cache, {"model_list": []}, {"ARM_API_KEY": "sk-arm"}) as proxy,
+        ServedProxy(folder, embedder_cache, {"model_list": []}, {"MODEL_API_KEY": "sk-arm"}) as proxy,
     ):
         sockets = [*folder.rglob("valkey.sock"), EmbeddedValkey(folder).socket_path]
         with redis.Redis(unix_socket_path=str(sockets[0])) as store:

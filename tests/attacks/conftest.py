@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from tests.support.command import ADMIN_KEY, ServeCommand, environment
-from tests.support.server import arm, uniform_profile
-from tests.support.upstream import ScriptedUpstream
+from tests.support.proxy_process import model_entry, uniform_profile
+from tests.support.scripted_upstream import ScriptedUpstream
 
 PROVIDER_KEY = "sk-canary-of-the-provider"
 MAX_BODY_BYTES = 1_000_000
@@ -55,14 +55,14 @@ def servings(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> 
 
 @contextmanager
 def open_attacked(folder: Path, embedder_cache: Path, mode: str) -> Iterator[Attacked]:
-    environ = environment(folder / "data", embedder_cache, UNIROUTE_ADMIN_KEY=ADMIN_KEY, ARM_API_KEY=PROVIDER_KEY)
+    environ = environment(folder / "data", embedder_cache, UNIROUTE_ADMIN_KEY=ADMIN_KEY, MODEL_API_KEY=PROVIDER_KEY)
     with ScriptedUpstream(lambda _: "The fair answer.") as fair, ScriptedUpstream(lambda _: "The good answer.") as good:
         able: dict[str, Any] = {"supports_function_calling": True, "supports_vision": True}
         able["forward"] = mode
         config = {
             "model_list": [
-                arm("fair", fair.url, price=1e-7, **able),
-                arm("good", good.url, price=1e-5, **able),
+                model_entry("fair", fair.url, price=1e-7, **able),
+                model_entry("good", good.url, price=1e-5, **able),
             ],
             "uniroute": {"max_body_bytes": MAX_BODY_BYTES, "profile": {"on_start": False}},
         }

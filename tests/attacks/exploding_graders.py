@@ -20,7 +20,7 @@ from router_core.validation.graders import (
     Terms,
     WritingGrader,
 )
-from tests.support.exploding import read_all
+from tests.support.linear_time import read_all
 
 TREE = {"properties": {"a": {"allOf": [{"$ref": "#"}, {"$ref": "#"}]}}, "items": {"$ref": "#"}, "uniqueItems": True}
 ROWS = "CREATE TABLE t(a INT, b TEXT); INSERT INTO t VALUES (1, 'x'), (2, 'y');"

@@ -28,7 +28,7 @@ from proxy.upstream.sse import encode_json
 from router_core.documents import nearest_hint
 from router_core.fitting import cluster_names
 from router_core.text import truncate_middle
-from tests.support.exploding import read_all
+from tests.support.linear_time import read_all
 
 
 class _Headers:

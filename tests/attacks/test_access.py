@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tests.attacks.conftest import ADMIN, Attacked
-from tests.support.wire import send
+from tests.support.raw_http import send
 
 ADMIN_KEY = ADMIN["authorization"].removeprefix("Bearer ").encode()
 

@@ -26,9 +26,9 @@ from tests.attacks.canaries import (
     model,
     served_with_canaries,
 )
-from tests.support.answers import Step
 from tests.support.command import environment, run_command
-from tests.support.upstream import wait_until
+from tests.support.scripted_answers import Step
+from tests.support.waiting import wait_until
 
 # The secrets that each model's upstream gets, and may repeat.
 KNOWN = {
@@ -169,7 +169,7 @@ def test_no_secret_is_stored(canaries: Canaries) -> None:
     canaries.ask("named")
     canaries.ask("auto", stream=True)
     canaries.call("POST", "/v1/route", json={"model": "auto", "messages": [{"role": "user", "content": PROMPT}]})
-    entry = model("added", canaries.upstream.url, api_key="os.environ/ARM_API_KEY")
+    entry = model("added", canaries.upstream.url, api_key="os.environ/MODEL_API_KEY")
     canaries.admin("POST", "/admin/models", {**entry, "profile": {"prompts": 20}})
     assert wait_until(lambda: any("usage" in text for text in asyncio.run(stored(canaries.redis_url))))
     texts = asyncio.run(stored(canaries.redis_url))

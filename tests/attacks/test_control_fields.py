@@ -22,8 +22,8 @@ from proxy.storage.models import ModelRecord
 from proxy.upstream.litellm_client import LiteLLMClient
 from proxy.upstream.litellm_setup import import_litellm
 from tests.attacks.conftest import ASK
-from tests.support.answers import Step, error_body
-from tests.support.upstream import ScriptedUpstream
+from tests.support.scripted_answers import Step, error_body
+from tests.support.scripted_upstream import ScriptedUpstream
 
 KEY = "sk-of-the-provider"
 # Read, set or passed on by ourselves.
@@ -103,7 +103,7 @@ def upstream() -> Iterator[ScriptedUpstream]:
 
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[LiteLLMClient]:
-    opened = LiteLLMClient(Settings(data_dir=tmp_path), {"ARM_API_KEY": KEY})
+    opened = LiteLLMClient(Settings(data_dir=tmp_path), {"MODEL_API_KEY": KEY})
     await opened.prepare()
     yield opened
     await opened.aclose()
@@ -112,7 +112,7 @@ async def client(tmp_path: Path) -> AsyncIterator[LiteLLMClient]:
 async def seen(client: LiteLLMClient, upstream: ScriptedUpstream, arm: str, **body: Any) -> list[tuple[Any, ...]]:
     """Path, key, header names and body of everything that reaches the upstream."""
     upstream.history.clear()
-    params = {"model": arm, "api_base": upstream.url, "api_key": "os.environ/ARM_API_KEY"}
+    params = {"model": arm, "api_base": upstream.url, "api_key": "os.environ/MODEL_API_KEY"}
     record = ModelRecord("m", params, ModelInfo(), "config", 0.0)
     with contextlib.suppress(UpstreamError):  # it refuses all, for its answers are in OpenAI's format alone
         await client.complete(record, {"model": "m", "messages": ASK, **body})

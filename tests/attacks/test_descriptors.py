@@ -13,10 +13,11 @@ import pytest
 import yaml
 
 from tests.attacks.conftest import ASK
-from tests.support.answers import Step
 from tests.support.command import ServeCommand, environment
-from tests.support.server import arm
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.proxy_process import model_entry
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 DESCRIPTORS = 260
 BODY = b'{"model":"fair","messages":[{"role":"user","content":"hi"}]}'
@@ -34,9 +35,9 @@ def server(
     tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path, upstream: ScriptedUpstream
 ) -> Iterator[ServeCommand]:
     folder = tmp_path_factory.mktemp("few")
-    config = {"model_list": [arm("fair", upstream.url)], "uniroute": {"profile": {"on_start": False}}}
+    config = {"model_list": [model_entry("fair", upstream.url)], "uniroute": {"profile": {"on_start": False}}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    environ = environment(folder / "data", embedder_cache, ARM_API_KEY="sk-x")
+    environ = environment(folder / "data", embedder_cache, MODEL_API_KEY="sk-x")
     arguments = ("--config", folder / "config.yaml")
     with (
         ServeCommand(*arguments, environ=environ, log=folder / "log.txt", descriptors=DESCRIPTORS) as started,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tests.attacks.conftest import Attacked
-from tests.support.wire import Answer, send
+from tests.support.raw_http import Answer, send
 
 BODY = b'{"model":"auto","messages":[{"role":"user","content":"hi"}]}'
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.exploding import stopped_at
+from tests.support.linear_time import stopped_at
 
 
 @pytest.mark.parametrize("module", ["tests.attacks.exploding_graders", "tests.attacks.exploding_parsers"])

@@ -18,8 +18,8 @@ from proxy.server.dependencies import ServicesHolder
 from proxy.settings.schema import Settings
 from tests.attacks.conftest import ADMIN
 from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
-from tests.support.server import arm, uniform_profile
-from tests.support.upstream import ScriptedUpstream
+from tests.support.proxy_process import model_entry, uniform_profile
+from tests.support.scripted_upstream import ScriptedUpstream
 
 CHECKS = (
     *("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_headers_conformance"),
@@ -32,9 +32,9 @@ CHECKS = (
 def described(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[ServeCommand]:
     """A server for which a client key was made, so that every endpoint needs one."""
     folder = tmp_path_factory.mktemp("described")
-    environ = environment(folder / "data", embedder_cache, UNIROUTE_ADMIN_KEY=ADMIN_KEY, ARM_API_KEY="sk-x")
+    environ = environment(folder / "data", embedder_cache, UNIROUTE_ADMIN_KEY=ADMIN_KEY, MODEL_API_KEY="sk-x")
     with ScriptedUpstream() as upstream:
-        config = {"model_list": [arm("fair", upstream.url)], "uniroute": {"profile": {"on_start": False}}}
+        config = {"model_list": [model_entry("fair", upstream.url)], "uniroute": {"profile": {"on_start": False}}}
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         assert run_command("keys", "create", "somebody", environ=environ).returncode == 0
         with ServeCommand("--config", folder / "config.yaml", environ=environ, log=folder / "log.txt") as server:

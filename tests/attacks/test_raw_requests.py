@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.attacks.conftest import ADMIN, Attacked
-from tests.support.wire import send
+from tests.support.raw_http import send
 
 HOST = b"host: localhost\r\n"
 BODY = b'{"model":"fair","messages":[{"role":"user","content":"hi"}]}'

@@ -17,8 +17,8 @@ from proxy.storage.models import ModelRecord
 from proxy.upstream.litellm_client import LiteLLMClient
 from proxy.upstream.litellm_setup import import_litellm
 from tests.attacks.conftest import ASK
-from tests.support.answers import Step
-from tests.support.upstream import ScriptedUpstream
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
 
 # One or more of each way in which litellm comes by its client.
 SOME = (
@@ -57,14 +57,14 @@ def pointing(elsewhere: ScriptedUpstream) -> Iterator[ScriptedUpstream]:
 
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[LiteLLMClient]:
-    opened = LiteLLMClient(Settings(data_dir=tmp_path, request_timeout_s=3), {"ARM_API_KEY": "sk-of-the-provider"})
+    opened = LiteLLMClient(Settings(data_dir=tmp_path, request_timeout_s=3), {"MODEL_API_KEY": "sk-of-the-provider"})
     await opened.prepare()
     yield opened
     await opened.aclose()
 
 
 async def ask(client: LiteLLMClient, provider: str, api_base: str) -> None:
-    params = {"model": f"{provider}/x", "api_base": api_base, "api_key": "os.environ/ARM_API_KEY"}
+    params = {"model": f"{provider}/x", "api_base": api_base, "api_key": "os.environ/MODEL_API_KEY"}
     record = ModelRecord("m", params | MORE.get(provider, {}), ModelInfo(), "config", 0.0)
     body = {"model": "m", "messages": ASK}
     for stream in (False, True):

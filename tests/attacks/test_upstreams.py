@@ -10,9 +10,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests.attacks.conftest import ADMIN, ASK, BOTH_MODES, PROVIDER_KEY, Attacked
-from tests.support.answers import Step, sse
-from tests.support.server import arm, uniform_profile
-from tests.support.upstream import ScriptedUpstream
+from tests.support.proxy_process import model_entry, uniform_profile
+from tests.support.scripted_answers import Step, sse
+from tests.support.scripted_upstream import ScriptedUpstream
 
 pytestmark = BOTH_MODES
 
@@ -107,7 +107,7 @@ def test_status_429_is_passed_on_with_or_without_retry_after(
 
 
 def test_a_model_that_is_removed_while_it_answers_finishes(http: httpx.Client, attacked: Attacked) -> None:
-    entry = arm("leaving", attacked.good.url)
+    entry = model_entry("leaving", attacked.good.url)
     assert http.post("/admin/models", json={**entry, "profile": uniform_profile(0.9)}, headers=ADMIN).status_code == 201
     attacked.good.then(Step(events=[CONTENT, *[b": wait\n\n"] * 10, CONTENT, END], drip_s=0.02))
     question = {"model": "leaving", "messages": ASK, "stream": True}

@@ -33,8 +33,8 @@ from proxy.storage.usage_writer import UsageWriter
 from proxy.storage.valkey import EmbeddedValkey
 from proxy.upstream.concurrency_limit import ConcurrencyLimiter, ConcurrencyLimits
 from proxy.upstream.health import Attempt, HealthRegistry
-from tests.support.choices import a_state, chosen
-from tests.support.makers import a_record, following
+from tests.support.makers import a_record, started_watcher
+from tests.support.selections import a_state, chosen
 
 USAGE = {"prompt_tokens": 412, "completion_tokens": 96, "prompt_tokens_details": {"cached_tokens": 256}}
 SHORT = [{"role": "user", "content": "What is the capital of the country that I was born in?"}]
@@ -96,7 +96,7 @@ async def open_room(folder: Path) -> AsyncIterator[Room]:
     store = Store(f"unix://{server.socket_path}")
     try:
         metrics, live = Metrics(), TrafficStats(4)
-        async with following(store, folder, a_record("cheap"), a_record("dear"), live=live) as state:
+        async with started_watcher(store, folder, a_record("cheap"), a_record("dear"), live=live) as state:
             usage = UsageWriter(store, JournalDirectory(folder / "usage", 10**9), settle_function=SETTLE_FUNCTION)
             routing, limiter = a_state(), RateLimiter(store, metrics, timeout_s=5.0)
             absent: Any = None

@@ -22,7 +22,7 @@ import httpx
 
 from proxy.cli import console
 from tests.support.command import ServeCommand, environment, run_command
-from tests.support.upstream import ScriptedUpstream
+from tests.support.scripted_upstream import ScriptedUpstream
 
 CONNECTIONS = 16
 ALONE = 200

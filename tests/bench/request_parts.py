@@ -44,7 +44,7 @@ from router_core.eligibility import Eligibility, eligible
 from router_core.embedding import StaticEmbedder
 from router_core.scoring import rank
 from router_core.types import Assignment
-from tests.support.makers import a_record, surroundings
+from tests.support.makers import a_record, snapshot_inputs
 
 HEADERS = [("host", "127.0.0.1:8000"), ("content-type", "application/json"), ("user-agent", "bench")]
 ANSWER: Mapping[str, Any] = {
@@ -68,7 +68,7 @@ class Noting:
     """An upstream that answers at once, and says when it was asked."""
 
     asked_ns = 0
-    loading: frozenset[str] = frozenset()
+    not_ready: frozenset[str] = frozenset()
 
     async def complete(self, *_: object, **__: object) -> JSONPayload:
         self.asked_ns = time.process_time_ns()
@@ -91,7 +91,7 @@ def a_routing_state(models: int) -> RoutingSnapshot:
         measured = {"map": cluster_map.id, **rates, "mean_output_tokens": rng.uniform(50, 500), "mean_seconds": 1.0}
         profiles[name] = StoredProfile(records[name].fingerprint, Profile.from_json(measured))
     stored = StoredState(version=1, models=records, profiles=profiles, keys_exist=False)
-    return build_state(stored, surroundings(cluster_map=cluster_map), keys_latched=False)
+    return build_state(stored, snapshot_inputs(cluster_map=cluster_map), keys_latched=False)
 
 
 def open_parts(folder: Path, embedder: StaticEmbedder, state: RoutingSnapshot, closing: AsyncExitStack) -> AppState:
@@ -199,8 +199,8 @@ class Wire:
 
 def forget(services: AppState) -> None:
     """Every prompt is a new one, as most are: rounds over the same bodies would flatter."""
-    for generation in (services.assigner._recent, services.assigner._previous):
-        generation.clear()
+    for digest in list(services.assigner._known):
+        del services.assigner._known[digest]
 
 
 def _request(raw: bytes) -> bytes:

@@ -25,8 +25,8 @@ import yaml
 
 from proxy.app import from_environment
 from proxy.server.protocol import LimitedHTTPProtocol
-from tests.support.server import ADMIN_KEY, arm, uniform_profile
-from tests.support.upstream import ScriptedUpstream
+from tests.support.proxy_process import ADMIN_KEY, model_entry, uniform_profile
+from tests.support.scripted_upstream import ScriptedUpstream
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGES = ("proxy", "router_core")
@@ -115,12 +115,12 @@ class Served:
 async def served(folder: Path, upstream_url: str) -> AsyncIterator[Served]:
     """An app with two measured models, of which "auto" chooses "fair"."""
     config = {
-        "model_list": [arm("fair", upstream_url, price=1e-7), arm("good", upstream_url, price=1e-5)],
+        "model_list": [model_entry("fair", upstream_url, price=1e-7), model_entry("good", upstream_url, price=1e-5)],
         "uniroute": {"profile": {"on_start": False}},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     named = {"UNIROUTE_CONFIG": str(folder / "config.yaml"), "UNIROUTE_DATA_DIR": str(folder)}
-    app = from_environment({**named, "UNIROUTE_ADMIN_KEY": ADMIN_KEY, "ARM_API_KEY": "sk-x"})
+    app = from_environment({**named, "UNIROUTE_ADMIN_KEY": ADMIN_KEY, "MODEL_API_KEY": "sk-x"})
     server = uvicorn.Server(
         uvicorn.Config(app, port=0, http=LimitedHTTPProtocol, loop="asyncio", ws="none", log_config=None)
     )

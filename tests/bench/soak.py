@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 
 from proxy.cli import console
-from proxy.storage.redis import CONNECTIONS
+from proxy.storage.redis import MAX_CONNECTIONS
 from router_core.embedding import static_embedder
 from tests.bench.lean_client import LeanClient
 from tests.bench.process_facts import Facts, facts_of
 from tests.chaos.processes import tcp_connections
-from tests.chaos.questions import ARMS, Json, a_question
+from tests.chaos.questions import MODELS, Json, a_question
 from tests.chaos.world import World, a_world, serving_port
 from tests.support.command import ADMIN_KEY
 
@@ -101,7 +101,7 @@ class Load:
     def _request(self, kind: str, rng: Random) -> tuple[Json, Mapping[str, str]]:
         question = a_question(self.asked, rng, words=400 if kind == "leaves midway" else rng.choice((8, 30)))
         messages: list[Json] = [{"role": "user", "content": question.prompt}]
-        body: Json = {"model": rng.choice(("auto", "auto", "auto", *ARMS)), "messages": messages}
+        body: Json = {"model": rng.choice(("auto", "auto", "auto", *MODELS)), "messages": messages}
         headers = {"authorization": f"Bearer {'sk-wrong' if kind == 'bad key' else rng.choice(self.keys)}"}
         if kind in ("streamed", "leaves midway") or (kind == "leaves early" and rng.random() < 0.5):
             body |= {"stream": True}
@@ -158,7 +158,7 @@ async def fill_pool(world: World) -> None:
         await client.post(PATH, body, {"authorization": f"Bearer {world.keys[0]}", "x-session-id": f"first-{number}"})
         client.close()
 
-    await asyncio.gather(*map(one, range(4 * CONNECTIONS)))
+    await asyncio.gather(*map(one, range(4 * MAX_CONNECTIONS)))
 
 
 async def _at_rest(world: World, load: Load) -> Facts:

@@ -13,8 +13,8 @@ import httpx
 
 from tests.chaos.outcomes import Span, error_problem
 from tests.chaos.world import World, unused_address
-from tests.support.server import arm as entry_of
-from tests.support.server import uniform_profile
+from tests.support.proxy_process import model_entry as entry_of
+from tests.support.proxy_process import uniform_profile
 
 NAME = "bystander"
 PAUSE_S = 0.5

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from random import Random
 
-from tests.chaos.wording import (
+from tests.chaos.openai_format import (
     DONE,
     EVENT_STREAM,
     HTML,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tests.chaos.questions import Question, answering_arm
+from tests.chaos.questions import Question, answering_model
 
 COMPLETE = "complete"
 # A proper answer without a word, which some upstream gave.
@@ -76,10 +76,10 @@ def judge_text(question: Question, text: str, model: str | None, *, ended: bool)
     """`ended`: the server said that this is all."""
     if not text:
         return Verdict(EMPTY if ended else CUT, "nothing was said", model)
-    arm = answering_arm(text)
-    if not _fits(question, text) or model != (arm or model):
+    named = answering_model(text)
+    if not _fits(question, text) or model != (named or model):
         return Verdict(FOREIGN, f"asked {question.id}, model {model}, got {text[:80]!r}", model)
-    if arm is None or text != question.answer(arm):
+    if named is None or text != question.answer(named):
         return Verdict(CUT, f"it ends with {text[-40:]!r}", model)
     return Verdict(COMPLETE if ended else CUT, "" if ended else "no [DONE]", model)
 
@@ -127,9 +127,9 @@ def judge_part(question: Question, text: str) -> Verdict:
 
 def _fits(question: Question, text: str) -> bool:
     """Whether it is the beginning of an answer to this question."""
-    arm = answering_arm(text)
-    if arm is not None:
-        return question.answer(arm).startswith(text)
+    named = answering_model(text)
+    if named is not None:
+        return question.answer(named).startswith(text)
     marker = f"[{question.id} by "
     return text.startswith(marker) or marker.startswith(text)
 

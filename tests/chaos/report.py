@@ -13,7 +13,7 @@ from tests.chaos.behaviours import BEHAVIOURS
 from tests.chaos.clients import CLIENTS
 from tests.chaos.faults import KINDS, Fault
 from tests.chaos.outcomes import ACCOUNTED
-from tests.chaos.watching import Watch
+from tests.chaos.watch import Watch
 
 Row = tuple[str, ...]
 MAX_SHOWN = 40

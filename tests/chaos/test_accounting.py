@@ -27,13 +27,13 @@ from tests.chaos.outcomes import (
     judge_part,
     judge_refusal,
 )
-from tests.chaos.questions import ARMS, Question, question_in
+from tests.chaos.questions import MODELS, Question, question_in
 from tests.chaos.world import Logged
 
 ASKED = Question("q1-0000abcd", 8)
 OTHER = Question("q2-0000abcd", 8)
 TEXT = ASKED.answer("alder")
-SPEND = ARMS["alder"].spend_pico(ASKED.usage("alder"))
+SPEND = MODELS["alder"].spend_pico(ASKED.usage("alder"))
 ERROR = {"message": "it broke", "type": "upstream_error", "param": None, "code": "upstream_failed"}
 KILL = 500.0
 
@@ -43,7 +43,7 @@ def a_record(decision: str, model: str = "alder", ending: str = "complete", cost
     return {"decision": decision, "model": model, "ending": ending, "cost_usd": spent, "at": 1.0}
 
 
-def good_books() -> Evidence:
+def consistent_evidence() -> Evidence:
     """One answered question; one refused, whose model had died midway."""
     return Evidence(
         outcomes=[
@@ -66,52 +66,54 @@ def good_books() -> Evidence:
     )
 
 
-def without_the_first_record(books: Evidence) -> Evidence:
-    return replace(books, records=books.records[1:])
+def without_the_first_record(evidence: Evidence) -> Evidence:
+    return replace(evidence, records=evidence.records[1:])
 
 
-def with_the_first_record_twice(books: Evidence) -> Evidence:
-    return replace(books, records=[books.records[0], *books.records])
+def with_the_first_record_twice(evidence: Evidence) -> Evidence:
+    return replace(evidence, records=[evidence.records[0], *evidence.records])
 
 
-def with_another_cost(books: Evidence) -> Evidence:
-    return replace(books, records=[a_record("dec-1", cost=(SPEND or 0) + 1), books.records[1]])
+def with_another_cost(evidence: Evidence) -> Evidence:
+    return replace(evidence, records=[a_record("dec-1", cost=(SPEND or 0) + 1), evidence.records[1]])
 
 
-def with_a_dear_failure(books: Evidence) -> Evidence:
-    dearer = (ARMS["birch"].spend_pico(OTHER.usage("birch")) or 0) + 1
-    return replace(books, records=[books.records[0], a_record("dec-2", "birch", "failed", dearer)])
+def with_an_expensive_failure(evidence: Evidence) -> Evidence:
+    expensive = (MODELS["birch"].spend_pico(OTHER.usage("birch")) or 0) + 1
+    return replace(evidence, records=[evidence.records[0], a_record("dec-2", "birch", "failed", expensive)])
 
 
 def with_an_ending(ending: str) -> Callable[[Evidence], Evidence]:
-    def changed(books: Evidence) -> Evidence:
-        return replace(books, outcomes=[books.outcomes[0], replace(books.outcomes[1], verdict=Verdict(ending))])
+    def changed(evidence: Evidence) -> Evidence:
+        return replace(
+            evidence, outcomes=[evidence.outcomes[0], replace(evidence.outcomes[1], verdict=Verdict(ending))]
+        )
 
     return changed
 
 
-def with_an_answer_that_was_cut_upstream(books: Evidence) -> Evidence:
-    return replace(books, attempts=[replace(books.attempts[0], whole=False), books.attempts[1]])
+def with_an_answer_that_was_cut_upstream(evidence: Evidence) -> Evidence:
+    return replace(evidence, attempts=[replace(evidence.attempts[0], whole=False), evidence.attempts[1]])
 
 
-def with_an_answer_of_which_nothing_is_known(books: Evidence) -> Evidence:
-    return replace(books, attempts=[*books.attempts, replace(books.attempts[0], id="c", arm="cedar")])
+def with_an_answer_of_which_nothing_is_known(evidence: Evidence) -> Evidence:
+    return replace(evidence, attempts=[*evidence.attempts, replace(evidence.attempts[0], id="c", model="cedar")])
 
 
-def with_other_totals(books: Evidence) -> Evidence:
-    return replace(books, totals={**books.totals, "alder": {"requests": "1", "cost_usd": "1e-12"}})
+def with_other_totals(evidence: Evidence) -> Evidence:
+    return replace(evidence, totals={**evidence.totals, "alder": {"requests": "1", "cost_usd": "1e-12"}})
 
 
-def with_a_record_that_is_not_logged(books: Evidence) -> Evidence:
-    return replace(books, logged=books.logged[:1])
+def with_a_record_that_is_not_logged(evidence: Evidence) -> Evidence:
+    return replace(evidence, logged=evidence.logged[:1])
 
 
-def asked_twice(books: Evidence) -> Evidence:
-    return replace(books, outcomes=[*books.outcomes, books.outcomes[1]])
+def asked_twice(evidence: Evidence) -> Evidence:
+    return replace(evidence, outcomes=[*evidence.outcomes, evidence.outcomes[1]])
 
 
 def test_consistent_ledgers_have_no_discrepancy() -> None:
-    found = account(good_books())
+    found = account(consistent_evidence())
 
     assert found.problems == []
     assert found.complete_pico == found.ledger_pico == SPEND
@@ -124,7 +126,7 @@ def test_consistent_ledgers_have_no_discrepancy() -> None:
         (with_the_first_record_twice, "on record as complete: ['alder', 'alder']"),
         (with_the_first_record_twice, "is on record 2 times"),
         (with_another_cost, "picodollars on record"),
-        (with_a_dear_failure, "more than the whole answer's"),
+        (with_an_expensive_failure, "more than the whole answer's"),
         (with_an_ending(CUT), ": cut,"),
         (with_an_ending(HUNG), ": hung,"),
         (with_an_ending(DROPPED), "though no worker was killed"),
@@ -138,14 +140,14 @@ def test_consistent_ledgers_have_no_discrepancy() -> None:
     ],
 )
 def test_each_discrepancy_is_found(spoil: Callable[[Evidence], Evidence], said: str) -> None:
-    assert [problem for problem in account(spoil(good_books())).problems if said in problem]
+    assert [problem for problem in account(spoil(consistent_evidence())).problems if said in problem]
 
 
 def test_a_connection_may_drop_where_a_worker_was_killed_and_nowhere_else() -> None:
-    books = with_an_ending(DROPPED)(good_books())
+    evidence = with_an_ending(DROPPED)(consistent_evidence())
 
-    assert account(replace(books, kills=[100.5])).problems == []
-    assert account(replace(books, kills=[KILL])).problems != []
+    assert account(replace(evidence, kills=[100.5])).problems == []
+    assert account(replace(evidence, kills=[KILL])).problems != []
 
 
 def stream(*texts: str, model: str = "alder", last: bytes = b"data: [DONE]") -> list[bytes]:

@@ -15,9 +15,10 @@ from proxy.cli.models import joined
 from proxy.settings.schema import load_settings
 from router_core.evaluation.outcomes import read_outcomes
 from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
-from tests.support.measured import knows, write_validation_set
-from tests.support.server import uniform_profile
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.profiling import knows, write_validation_set
+from tests.support.proxy_process import uniform_profile
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 Environ = dict[str, str]
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}

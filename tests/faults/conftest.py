@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.upstream import ScriptedUpstream
+from tests.support.scripted_upstream import ScriptedUpstream
 
 
 @pytest.fixture(scope="module")

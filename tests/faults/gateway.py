@@ -20,8 +20,8 @@ from proxy.storage.registry import Registry
 from proxy.storage.usage_writer import TOTALS
 from proxy.storage.valkey import socket_path
 from tests.support.command import ADMIN_KEY, ServeCommand, environment
-from tests.support.server import arm, uniform_profile
-from tests.support.upstream import ScriptedUpstream
+from tests.support.proxy_process import model_entry, uniform_profile
+from tests.support.scripted_upstream import ScriptedUpstream
 
 CONFIGURED = "configured"
 TRANSLATED = "translated"
@@ -51,7 +51,7 @@ class Gateway:
         return httpx.request(method, f"{self.url}/admin{path}", json=body, headers=headers, timeout=60)
 
     def add(self, name: str) -> httpx.Response:
-        return self.admin("POST", "/models", {**arm(name, self.upstream.url), "profile": uniform_profile(0.1)})
+        return self.admin("POST", "/models", {**model_entry(name, self.upstream.url), "profile": uniform_profile(0.1)})
 
     def put_price(self, name: str = CONFIGURED, usd: float = 2e-6) -> httpx.Response:
         price = {"input_cost_per_token": usd, "output_cost_per_token": 4 * usd}
@@ -128,12 +128,12 @@ def a_gateway(
 
     `translated`: with a second model, without a profile, that is called through litellm.
     """
-    entries = [arm(CONFIGURED, upstream.url)]
-    entries += [arm(TRANSLATED, upstream.url, forward="translate")] if translated else []
+    entries = [model_entry(CONFIGURED, upstream.url)]
+    entries += [model_entry(TRANSLATED, upstream.url, forward="translate")] if translated else []
     section = {"profile": {"on_start": False}, **section}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"model_list": entries, "uniroute": section}))
-    names = {"UNIROUTE_ADMIN_KEY": ADMIN_KEY, "ARM_API_KEY": "sk-arm", **(environ or {})}
+    names = {"UNIROUTE_ADMIN_KEY": ADMIN_KEY, "MODEL_API_KEY": "sk-arm", **(environ or {})}
     whole = environment(folder / "data", embedder_cache, **names)
     server = ServeCommand("--config", folder / "config.yaml", *arguments, environ=whole, log=folder / "log.txt")
     with server:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from tests.faults.gateway import CONFIGURED, Gateway, a_gateway, counted
-from tests.support.server import arm
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.proxy_process import model_entry
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -64,7 +65,7 @@ def test_clock_jumps_of_a_day_break_nothing(tmp_path: Path, embedder_cache: Path
 
 def measuring(gateway: Gateway, name: str) -> str:
     """A job that asks a new model."""
-    body = {**arm(name, gateway.upstream.url), "profile": {"prompts": 20, "max_usd": 1.0}}
+    body = {**model_entry(name, gateway.upstream.url), "profile": {"prompts": 20, "max_usd": 1.0}}
     reply = gateway.admin("POST", "/models", body)
     assert reply.status_code == 202, reply.text
     return str(reply.json()["job"])

@@ -15,9 +15,10 @@ import redis
 
 from tests.faults.gateway import CONFIGURED, a_gateway, counted, embedded_pid
 from tests.support.command import ServeCommand
-from tests.support.process_group import children_of
-from tests.support.server import uniform_profile
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.processes import children_of
+from tests.support.proxy_process import uniform_profile
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 ROOM = "16m"
 

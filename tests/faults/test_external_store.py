@@ -12,15 +12,16 @@ import pytest
 
 from tests.faults.gateway import CONFIGURED, Gateway, a_gateway, counted
 from tests.support.command import ADMIN_KEY
-from tests.support.server import uniform_profile
-from tests.support.upstream import ScriptedUpstream, wait_until
-from tests.support.valkey import OwnValkey, free_port, frozen
+from tests.support.proxy_process import uniform_profile
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.valkey import ValkeyServer, free_port, frozen
+from tests.support.waiting import wait_until
 
 
 @dataclass
 class Setting:
     gateway: Gateway
-    valkey: OwnValkey
+    valkey: ValkeyServer
     asked: int = 0
 
     def ask(self, model: str = CONFIGURED) -> int:
@@ -50,7 +51,7 @@ def setting(
 ) -> Iterator[Setting]:
     folder = tmp_path_factory.mktemp("external")
     with (
-        OwnValkey(folder / "valkey") as valkey,
+        ValkeyServer(folder / "valkey") as valkey,
         a_gateway(folder, embedder_cache, upstream, environ={"UNIROUTE_REDIS_URL": valkey.url}) as gateway,
     ):
         yield Setting(gateway, valkey)
@@ -150,7 +151,7 @@ def test_a_flushed_store_loses_what_was_added_and_authentication_stays_on(settin
 def test_a_promoted_replica_is_used_as_soon_as_it_accepts_writes(setting: Setting, tmp_path: Path) -> None:
     primary, address = setting.valkey, setting.valkey.port
     assert setting.usage_is_exact()
-    with OwnValkey(tmp_path / "replica", free_port(), replicaof=f"127.0.0.1 {address}") as replica:
+    with ValkeyServer(tmp_path / "replica", free_port(), replicaof=f"127.0.0.1 {address}") as replica:
         with replica.client() as client:
             assert wait_until(lambda: counted(client) == setting.asked)
             client.replicaof("127.0.0.1", "1")  # from here on it hears no more: it lags behind

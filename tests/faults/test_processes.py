@@ -12,11 +12,12 @@ from pathlib import Path
 import httpx
 
 from tests.faults.gateway import CONFIGURED, TRANSLATED, a_gateway, counted, embedded_pid, journalled
-from tests.support.answers import Step
 from tests.support.command import ServeCommand
-from tests.support.process_group import children_of, owners_of
-from tests.support.upstream import ScriptedUpstream, wait_until
-from tests.support.valkey import OwnValkey, frozen
+from tests.support.processes import children_of, owners_of
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.valkey import ValkeyServer, frozen
+from tests.support.waiting import wait_until
 
 DRAIN_S = 4
 
@@ -65,7 +66,7 @@ def test_sigterm_drains_streams_cuts_the_late_ones_and_loses_no_record_without_r
 ) -> None:
     models = (CONFIGURED, TRANSLATED)
     upstream.history.clear()
-    with OwnValkey(tmp_path / "valkey") as valkey:
+    with ValkeyServer(tmp_path / "valkey") as valkey:
         environ = {"UNIROUTE_REDIS_URL": valkey.url}
         opened = a_gateway(tmp_path, embedder_cache, upstream, environ=environ, translated=True, drain_s=DRAIN_S)
         with opened as gateway:

@@ -19,10 +19,11 @@ import redis
 from proxy.storage.redis import CHANGED, KEYS
 from tests.faults.gateway import CONFIGURED, QUESTION, Gateway, a_gateway, counted
 from tests.support.command import ADMIN_KEY
+from tests.support.proxy_process import model_entry
+from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.sentinels import Sentinels, sentinels
-from tests.support.server import arm
-from tests.support.upstream import ScriptedUpstream, wait_until
-from tests.support.valkey import OwnValkey
+from tests.support.valkey import ValkeyServer
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -102,7 +103,7 @@ class Setting:
     def traffic(self) -> Traffic:
         return Traffic(self.gateway, self.keys)
 
-    def primary(self) -> OwnValkey:
+    def primary(self) -> ValkeyServer:
         assert wait_until(lambda: self.group.primary() is not None, HEALS_S)
         found = self.group.primary()
         assert found is not None
@@ -130,7 +131,7 @@ def setting(
         yield Setting(gateway, group, keys)
 
 
-def fails_over(setting: Setting, how: Callable[[OwnValkey], None], name: str) -> Traffic:
+def fails_over(setting: Setting, how: Callable[[ValkeyServer], None], name: str) -> Traffic:
     """`how` takes the primary away under traffic; returns once changes are taken again, with what happened."""
     assert wait_until(setting.group.replicates, HEALS_S)
     before = setting.primary()
@@ -161,13 +162,13 @@ def fails_over(setting: Setting, how: Callable[[OwnValkey], None], name: str) ->
     return traffic
 
 
-def killed(server: OwnValkey) -> None:
+def killed(server: ValkeyServer) -> None:
     server.stop(signal.SIGKILL)
 
 
 def test_a_killed_primary_fails_no_request_and_loses_no_acknowledged_change(setting: Setting) -> None:
     upstream = setting.gateway.upstream
-    measured = {**arm("measured", upstream.url), "profile": {"prompts": PROMPTS, "max_usd": 1.0}}
+    measured = {**model_entry("measured", upstream.url), "profile": {"prompts": PROMPTS, "max_usd": 1.0}}
     upstream.slow_s = 0.2
     before = setting.primary()
     job = setting.gateway.admin("POST", "/models", measured).json()["job"]
@@ -210,9 +211,9 @@ def test_subscriptions_move_to_the_new_primary(setting: Setting) -> None:
 
 
 def test_a_frozen_primary_that_comes_back_is_not_used_any_more(setting: Setting) -> None:
-    stopped: list[OwnValkey] = []
+    stopped: list[ValkeyServer] = []
 
-    def freeze(server: OwnValkey) -> None:
+    def freeze(server: ValkeyServer) -> None:
         stopped.append(server)
         server.send(signal.SIGSTOP)
 
@@ -229,7 +230,7 @@ def test_a_frozen_primary_that_comes_back_is_not_used_any_more(setting: Setting)
 
 
 def test_a_requested_failover_fails_no_request(setting: Setting) -> None:
-    def ask(_: OwnValkey) -> None:
+    def ask(_: ValkeyServer) -> None:
         port = setting.group.ports[0]
         with redis.Redis(port=port, password=setting.group.sentinel_password) as client:
             client.execute_command("SENTINEL", "FAILOVER", "uniroute")

@@ -22,8 +22,9 @@ from proxy.server.startup import START_FAILED
 from proxy.server.supervisor import MAX_PAUSE_S, Slot, Supervisor
 from proxy.settings.schema import Settings
 from tests.faults.gateway import CONFIGURED, Gateway, a_gateway
-from tests.support.process_group import children_of, owners_of
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.processes import children_of, owners_of
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 TIMEOUT_S = 5
 

@@ -25,22 +25,22 @@ def interval(pool: Pool, lambda_: float) -> tuple[float, float] | None:
     return quality_interval(expected, expected.at(lambda_), pool, PROMPTS)
 
 
-def test_the_best_model_itself_is_surely_as_good_as_itself() -> None:
+def test_the_best_single_model_has_a_certain_relative_quality() -> None:
     assert interval(two_models(0.5, 0.2), 0.0) == pytest.approx((1.0, 1.0))
 
 
-def test_the_rates_of_both_models_are_in_doubt() -> None:
+def test_the_quality_interval_includes_the_doubt_of_both_models() -> None:
     """0.5 ÷ 0.8 of the best; variances 0.25 ÷ 101.5 of the one rate and 0.16 ÷ 101.5 of the other."""
     deviation = np.sqrt(0.25 / 101.5 + 0.625**2 * 0.16 / 101.5) / 0.8
     expected = (0.625 - 1.645 * deviation, 0.625 + 1.645 * deviation)
     assert interval(two_models(0.5, 0.2), 1e3) == pytest.approx(expected)
 
 
-def test_where_every_model_is_always_wrong_there_is_no_share_of_the_best() -> None:
+def test_there_is_no_quality_interval_if_every_model_is_always_wrong() -> None:
     assert interval(two_models(1.0, 1.0), 0.0) is None
 
 
-def test_clusters_of_which_more_is_known_are_less_in_doubt() -> None:
+def test_more_labels_narrow_the_quality_interval() -> None:
     few, many = (
         a_pool(
             a_candidate("cheap", (0.5,) * 3, Price(0.0, 1e-6)),

@@ -10,7 +10,7 @@ from router_core.types import Assignment, Requirements
 from tests.router_core.makers import a_candidate, a_pool, a_profile, an_assignment, priced_pool
 
 
-def test_the_runners_up_follow_by_score() -> None:
+def test_the_ranking_is_by_score() -> None:
     pool = priced_pool({"c": (0.3, 0.0), "a": (0.1, 0.0), "b": (0.2, 0.0)})
     assert rank(eligible(pool, Requirements()), an_assignment(0), Requirements(), ScoringParams()).ranking == (
         "a",
@@ -38,12 +38,12 @@ def test_few_labels_make_a_wide_interval() -> None:
     assert all(row.error_low <= row.expected_error <= row.error_high for row in rows.values())
 
 
-def test_the_interval_is_wilsons() -> None:
+def test_the_interval_is_wilsons_by_hand() -> None:
     """15 errors of 50 at z = 1.645: the published formula by hand."""
     low, high = wilson_interval(np.array([0.3]), np.array([50.0]))
     assert (low[0], high[0]) == (pytest.approx(0.2060, abs=5e-4), pytest.approx(0.4144, abs=5e-4))
 
 
-def test_no_labels_say_nothing() -> None:
+def test_without_labels_the_interval_is_everything() -> None:
     low, high = wilson_interval(np.array([0.5]), np.array([0.0]))
     assert (low[0], high[0]) == pytest.approx((0.0, 1.0), abs=1e-3)

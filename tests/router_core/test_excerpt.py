@@ -5,19 +5,19 @@ from __future__ import annotations
 from router_core.text import MAX_END_CHARS, truncate_middle
 
 
-def test_a_text_that_fits_is_left_as_it_is() -> None:
+def test_a_short_text_is_not_truncated() -> None:
     whole = " " + "a" * (2 * MAX_END_CHARS - 2) + "\n"
     assert truncate_middle(whole) == whole
 
 
-def test_a_long_text_keeps_its_two_ends() -> None:
+def test_a_truncated_text_keeps_its_two_ends() -> None:
     assert (
         truncate_middle("a" * MAX_END_CHARS + "b" + "c" * MAX_END_CHARS)
         == "a" * MAX_END_CHARS + "\n" + "c" * MAX_END_CHARS
     )
 
 
-def test_blanks_around_a_long_text_are_not_its_ends() -> None:
+def test_blanks_around_a_truncated_text_are_dropped() -> None:
     assert truncate_middle(" " * MAX_END_CHARS + "a" * MAX_END_CHARS + "\n" * MAX_END_CHARS) == "a" * MAX_END_CHARS
     assert (
         truncate_middle("\n" * MAX_END_CHARS + "a" * 2 * MAX_END_CHARS + "b")

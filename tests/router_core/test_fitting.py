@@ -28,19 +28,19 @@ def test_each_kind_of_prompt_gets_a_cluster_named_after_its_words() -> None:
     assert cluster_map.embedder_id == "first-letter"
 
 
-def test_progress_is_told_until_all_is_done() -> None:
+def test_progress_is_reported_to_the_end() -> None:
     told: list[tuple[str, int, int]] = []
     fit_map(PROMPTS, FirstLetterEmbedder(), 3, progress=lambda *step: told.append(step))
     assert told[0][0] == "embedding"
     assert told[-1] == ("clustering", 1, 1)
 
 
-def test_duplicates_and_blank_prompts_do_not_count() -> None:
+def test_repeated_and_blank_prompts_do_not_count() -> None:
     with pytest.raises(InvalidInput, match="there are 2"):
         fit_map(["a", "a", " ", "b"], FirstLetterEmbedder(), 3)
 
 
-def test_frequent_tokens_weigh_little() -> None:
+def test_frequent_tokens_have_small_weights() -> None:
     weights = token_weights([0, 1, 999])
     assert weights[0] == 1.0
     assert weights[1] == pytest.approx(0.5)
@@ -67,14 +67,14 @@ def numbers(count: int) -> Iterator[str]:
     return (str(n % 90 + n / count) for n in range(count))
 
 
-def test_of_few_prompts_all_are_clustered_in_the_order_they_came_in() -> None:
+def test_few_prompts_are_all_clustered_in_their_order() -> None:
     embedder = NumberEmbedder()
     prompts = [*numbers(3_000)]
     cluster_map = fit_map(numbers(3_000), embedder, 5, seed=3)
     assert np.array_equal(cluster_map.centroids, kmeans(embedder.embed(prompts), 5, seed=3))
 
 
-def test_of_many_prompts_only_a_sample_is_embedded_batch_by_batch() -> None:
+def test_only_a_sample_of_many_prompts_is_embedded_in_batches() -> None:
     embedder = NumberEmbedder()
     fit_map(numbers(3 * MIN_SAMPLE_SIZE), embedder, 5)
     assert sum(embedder.asked) == MIN_SAMPLE_SIZE

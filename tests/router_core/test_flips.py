@@ -12,25 +12,25 @@ from router_core.decision import argmin_with_ties, lambda_thresholds
 LINES = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 5)), min_size=1, max_size=8)
 
 
-def test_two_models_change_places_where_their_scores_come_within_the_tie() -> None:
+def test_two_models_swap_where_their_scores_are_within_the_tie() -> None:
     """0.1 + λ·1 against 0.3: equal at 0.2, and the cheaper wins from 0.195 on."""
     flips = lambda_thresholds(np.array([0.1, 0.3]), np.array([1.0, 0.0]), 0.1, tie=0.005)
     assert flips == pytest.approx([0.1, 0.195])
 
 
-def test_the_choice_itself_stands_at_the_lambda_in_use() -> None:
+def test_the_threshold_of_the_choice_is_the_lambda_in_use() -> None:
     flips = lambda_thresholds(np.array([0.1, 0.3]), np.array([1.0, 0.0]), 0.7, tie=0.005)
     assert flips[1] == 0.7
     assert flips[0] == pytest.approx(0.195, abs=1e-6)
 
 
-def test_a_model_that_is_worse_and_dearer_is_never_chosen() -> None:
+def test_a_worse_and_more_expensive_model_has_no_threshold() -> None:
     flips = lambda_thresholds(np.array([0.1, 0.5]), np.array([0.0, 1.0]), 0.1, tie=0.005)
     assert math.isnan(flips[1])
 
 
 @given(LINES, st.floats(0, 10))
-def test_every_lambda_that_is_told_makes_the_model_the_choice(lines: list[tuple[float, float]], lambda_: float) -> None:
+def test_at_each_threshold_the_model_is_chosen(lines: list[tuple[float, float]], lambda_: float) -> None:
     errors, costs = np.array([e for e, _ in lines]), np.array([c for _, c in lines])
     for row, flip in enumerate(lambda_thresholds(errors, costs, lambda_, tie=0.005)):
         if not math.isnan(flip):
@@ -38,7 +38,7 @@ def test_every_lambda_that_is_told_makes_the_model_the_choice(lines: list[tuple[
 
 
 @given(LINES, st.floats(0, 10), st.floats(0, 10))
-def test_no_model_that_some_lambda_chooses_is_left_without_one(
+def test_every_model_that_some_lambda_chooses_has_a_threshold(
     lines: list[tuple[float, float]], lambda_: float, other: float
 ) -> None:
     """Costs on a grid, so that no crossing lies closer to another than rounding can tell."""
@@ -49,7 +49,7 @@ def test_no_model_that_some_lambda_chooses_is_left_without_one(
     assert abs(flip - lambda_) <= abs(other - lambda_) + 1e-6
 
 
-def test_no_lambda_is_told_that_nobody_can_ask_for() -> None:
+def test_no_threshold_is_above_the_largest_lambda() -> None:
     flips = lambda_thresholds(np.array([0.5, 0.2, 0.1]), np.array([0.0, 1e-300, 5.0]), 0.1, 1e-12)
 
     assert np.isnan(flips[0])  # the cheapest, by so little that λ would have to be beyond all bounds

@@ -47,7 +47,7 @@ def trained_and_start(vectors: Floats, scores: Doubles) -> tuple[LearnedMap, Lea
     )
 
 
-def test_the_gradient_is_the_slope_of_the_log_loss() -> None:
+def test_the_gradient_equals_finite_differences_of_the_log_loss() -> None:
     rng = np.random.default_rng(0)
     soft = LearnedMap(rng.normal(size=(3, 4)).astype(np.float32), rng.normal(size=4).astype(np.float32), 4)
     vectors = rng.normal(size=(20, 3)).astype(np.float32)
@@ -70,7 +70,7 @@ def test_the_gradient_is_the_slope_of_the_log_loss() -> None:
         assert offset[cluster] == pytest.approx(rise(above, below), abs=2e-4)
 
 
-def test_it_sees_what_kmeans_does_not() -> None:
+def test_the_learned_map_separates_what_kmeans_does_not() -> None:
     vectors, scores = faint(1500)
     known = a_known(vectors[:1200], scores[:1200, :2])
     rows = np.arange(100)
@@ -82,14 +82,14 @@ def test_it_sees_what_kmeans_does_not() -> None:
     assert losses[0] < 0.5 * losses[1]
 
 
-def test_training_leaves_the_start_behind_where_there_is_something_to_learn() -> None:
+def test_training_halves_the_loss_if_there_is_something_to_learn() -> None:
     history = a_faint_history()
     answers = TrainingTargets.from_scores(*history)
     trained, start = (log_loss(soft, error_rates(soft, answers), answers) for soft in trained_and_start(*history))
     assert trained < 0.5 * start
 
 
-def test_noisy_answers_in_many_dimensions_still_teach_it() -> None:
+def test_training_learns_from_noisy_answers_in_many_dimensions() -> None:
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(2800, 128))
     vectors[:, -1] = 1.5 * np.sign(vectors[:, -1])
@@ -108,7 +108,7 @@ def test_noisy_answers_in_many_dimensions_still_teach_it() -> None:
 
 
 @pytest.mark.parametrize("contrary", [False, True])
-def test_it_never_ends_above_its_start_on_what_is_held_out(contrary: bool) -> None:
+def test_training_never_ends_above_its_initial_held_out_loss(contrary: bool) -> None:
     vectors, scores = a_faint_history()
     answers, start = TrainingTargets.from_scores(vectors, scores), initial_map(vectors, CLUSTERS, seed=0)
     fitted, held_out = answers.at(np.arange(1000)), answers.at(np.arange(1000, 1200))
@@ -119,13 +119,13 @@ def test_it_never_ends_above_its_start_on_what_is_held_out(contrary: bool) -> No
     assert losses[1] <= losses[0]
 
 
-def test_known_models_without_a_label_teach_nothing() -> None:
+def test_known_models_without_labels_change_nothing() -> None:
     vectors, _ = faint(200)
     trained, start = trained_and_start(vectors, np.full((200, 2), np.nan))
     assert trained.slope.tolist() == start.slope.tolist()
 
 
-def test_unlabelled_known_prompts_do_not_move_the_rates() -> None:
+def test_unlabelled_prompts_do_not_change_the_rates() -> None:
     soft = LearnedMap(np.eye(2, dtype=np.float32) * 50, np.zeros(2, dtype=np.float32), 2)
     answers = TrainingTargets.from_scores(
         np.eye(2, dtype=np.float32)[[0, 0, 0, 1]], np.array([[1.0], [0.0], [np.nan], [1.0]])

@@ -19,19 +19,19 @@ def test_laplace_adds_one_error_and_one_success() -> None:
     assert LAPLACE.rates(ERRORS, LABELS, a_map()).tolist() == [[81 / 402, 221 / 402, 61 / 402, 0.5]]
 
 
-def test_shrunk_rates_lean_on_the_models_own_mean() -> None:
+def test_shrunk_rates_are_shrunk_to_the_models_mean() -> None:
     mean = 360.5 / 1201
     expected = [(80 + 0.5 * mean) / 400.5, (220 + 0.5 * mean) / 400.5, (60 + 0.5 * mean) / 400.5, mean]
     assert SHRUNK.rates(ERRORS, LABELS, a_map())[0] == pytest.approx(expected)
 
 
-def test_without_any_label_every_recipe_says_one_half() -> None:
+def test_without_labels_every_estimator_gives_one_half() -> None:
     nothing = np.zeros((1, 3))
     for recipe in ESTIMATORS.values():
         assert recipe.rates(nothing, nothing, a_map())[0] == pytest.approx([0.5, 0.5, 0.5])
 
 
-def test_a_map_of_very_many_clusters_is_left_to_each_model_alone() -> None:
+def test_a_map_of_very_many_clusters_gets_the_shrunk_estimator() -> None:
     large = ClusterMap(np.eye(300, dtype=np.float32), embedder_id="e", top=1)
     sums, labels = np.zeros((2, 300)), np.ones((2, 300))
     assert np.array_equal(POOLED.rates(sums, labels, large), SHRUNK.rates(sums, labels, large))

@@ -21,7 +21,7 @@ def prompts(n: int = 600) -> tuple[Floats, Doubles]:
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32), scores
 
 
-def test_prompts_are_put_together_by_who_is_right_on_them() -> None:
+def test_prompts_are_clustered_by_which_models_are_right() -> None:
     vectors, scores = prompts()
     response = fit_error_clusters(vectors, scores, seed=0)
     nearest = response.assign(vectors).ids[:, 0]
@@ -38,7 +38,7 @@ def test_weights_sum_to_one_and_one_by_one_equals_all_at_once() -> None:
     assert np.array(one_by_one) == pytest.approx(at_once, abs=1e-3)
 
 
-def test_few_models_or_few_labels_teach_nothing() -> None:
+def test_too_few_models_or_labels_give_no_learned_clusters() -> None:
     vectors, scores = prompts()
     assert len(fit_learned_clusters(vectors, scores, seed=0)) == 2
     assert fit_learned_clusters(vectors, scores[:, :2], seed=0) == ()
@@ -46,7 +46,7 @@ def test_few_models_or_few_labels_teach_nothing() -> None:
     assert fit_learned_clusters(vectors, scores, seed=0) == ()
 
 
-def test_a_model_that_is_always_right_tells_nothing_and_breaks_nothing() -> None:
+def test_a_model_that_is_always_right_breaks_nothing() -> None:
     vectors, scores = prompts()
     scores[:, 1] = 1.0
     response = fit_error_clusters(vectors, scores, seed=0)
@@ -65,7 +65,7 @@ def test_a_prompt_belongs_to_the_clusters_of_every_kind_in_equal_shares_heaviest
     assert (np.diff(weights, axis=1) <= 0).all()
 
 
-def test_the_map_of_a_history_remembers_it_and_hardened_forgets() -> None:
+def test_a_fitted_map_has_reference_models_and_its_hard_version_has_none() -> None:
     vectors, scores = prompts()
     fitted = fit_with_outcomes(EmbeddedPrompts(["alpha beta"] * 600, vectors, "e"), scores, ("x", "y", "z"), 6)
     assert fitted.reference_models is not None
@@ -83,7 +83,7 @@ def test_the_ids_of_maps_never_change() -> None:
     assert ClusterMap(eye, embedder_id="e", learned_clusters=learned).id == "802b197a9ac1caeb"
 
 
-def test_taught_clusters_are_part_of_a_maps_id_and_history_is_not() -> None:
+def test_learned_clusters_are_part_of_a_maps_id_and_reference_models_are_not() -> None:
     vectors, scores = prompts()
     embedded = EmbeddedPrompts(["alpha beta"] * 600, vectors, "e")
     with_history = fit_with_outcomes(embedded, scores, ("x", "y", "z"), 6)

@@ -19,25 +19,25 @@ def a_sample(texts: list[str], size: int = 50, *, seed: int = 0, part: int = 0) 
     return sample
 
 
-def test_what_fits_is_kept_whole_in_the_order_of_first_appearance() -> None:
+def test_a_small_set_is_kept_whole_in_order_of_first_appearance() -> None:
     sample = a_sample(["b", "a", "b", " ", "c", "a", ""])
     assert sample.texts() == ["b", "a", "c"]
     assert (len(sample), sample.read) == (3, 5)
 
 
-def test_of_more_the_sample_is_bounded_and_distinct() -> None:
+def test_a_sample_of_many_prompts_is_bounded_and_distinct() -> None:
     sample = a_sample(MANY)
     texts = sample.texts()
     assert (len(texts), len(set(texts)), sample.read) == (50, 50, 1_000)
     assert [MANY.index(text) for text in texts] == sorted(MANY.index(text) for text in texts)
 
 
-def test_the_order_of_the_prompts_does_not_change_who_is_drawn() -> None:
+def test_the_order_of_the_prompts_does_not_change_the_sample() -> None:
     shuffled = random.Random(1).sample(MANY, len(MANY))
     assert set(a_sample(shuffled).texts()) == set(a_sample(MANY).texts())
 
 
-def test_another_seed_draws_others() -> None:
+def test_another_seed_draws_another_sample() -> None:
     assert set(a_sample(MANY, seed=1).texts()) != set(a_sample(MANY).texts())
 
 
@@ -64,7 +64,7 @@ def test_lone_surrogates_are_prompts_like_others() -> None:
 @pytest.mark.parametrize(
     ("clusters", "room"), [(2, MIN_SAMPLE_SIZE), (64, MIN_SAMPLE_SIZE), (100, 100 * PROMPTS_PER_CLUSTER)]
 )
-def test_there_is_room_for_what_k_means_looks_at(clusters: int, room: int) -> None:
+def test_the_sample_is_as_large_as_k_means_needs(clusters: int, room: int) -> None:
     texts = [str(n) for n in range(room)]
     assert len(sample_prompts([*texts, "one more"], clusters, seed=0)) == room
     assert sample_prompts(texts, clusters, seed=0).texts() == texts

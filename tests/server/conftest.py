@@ -14,9 +14,9 @@ import openai
 import pytest
 
 from tests.server.ranked import asking, ranked, rankings
-from tests.support.keyed import KeyedProxy
-from tests.support.server import TIRELESS, ProxyProcess, arm
-from tests.support.upstream import ScriptedUpstream
+from tests.support.keyed_proxy import KeyedProxy
+from tests.support.proxy_process import NO_COOLDOWN, ProxyProcess, model_entry
+from tests.support.scripted_upstream import ScriptedUpstream
 
 __all__ = ["asking", "ranked", "rankings"]
 
@@ -49,8 +49,8 @@ def open_fleet(folder: Path, embedder_cache: Path, **more: Any) -> Iterator[Flee
     with ScriptedUpstream(lambda _: "The fair answer.") as fair, ScriptedUpstream(lambda _: "The good answer.") as good:
         config = {
             "model_list": [
-                arm("fair", fair.url, price=1e-7, supports_function_calling=True, **info),
-                arm("good", good.url, price=1e-5, supports_function_calling=True, supports_vision=True, **info),
+                model_entry("fair", fair.url, price=1e-7, supports_function_calling=True, **info),
+                model_entry("good", good.url, price=1e-5, supports_function_calling=True, supports_vision=True, **info),
             ],
             "uniroute": {
                 "route_names": ["*"],
@@ -59,7 +59,7 @@ def open_fleet(folder: Path, embedder_cache: Path, **more: Any) -> Iterator[Flee
                 **more,
             },
         }
-        with ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": CANARY}) as proxy:
+        with ProxyProcess(folder, embedder_cache, config, {"MODEL_API_KEY": CANARY}) as proxy:
             proxy.put_profile("fair", 0.3)
             proxy.put_profile("good", 0.1)
             yield Fleet(proxy, fair, good)
@@ -77,7 +77,7 @@ def fleets(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> It
         @cache
         def opened(way: str) -> Fleet:
             folder = tmp_path_factory.mktemp("proxy")
-            return closing.enter_context(open_fleet(folder, embedder_cache, breaker=TIRELESS, info={"forward": way}))
+            return closing.enter_context(open_fleet(folder, embedder_cache, breaker=NO_COOLDOWN, info={"forward": way}))
 
         yield opened
 
@@ -114,13 +114,13 @@ def keyed_proxy(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) 
     with ScriptedUpstream() as upstream:
         config = {
             "model_list": [
-                arm("fair", upstream.url, price=1e-7),
-                arm("good", upstream.url, price=1e-5),
+                model_entry("fair", upstream.url, price=1e-7),
+                model_entry("good", upstream.url, price=1e-5),
             ],
             "uniroute": {"profile": {"on_start": False}},
         }
         folder = tmp_path_factory.mktemp("admin-keys")
-        environ = {"ARM_API_KEY": "sk-x"}
+        environ = {"MODEL_API_KEY": "sk-x"}
         with ProxyProcess(folder, embedder_cache, config, environ) as proxy, KeyedProxy(proxy) as opened:
             proxy.put_profile("fair", 0.3)
             proxy.put_profile("good", 0.1)

@@ -1,9 +1,12 @@
-"""A proxy with four models in a known order, and timeouts short enough to wait for."""
+"""Proxies with four models in a known order, and timeouts short enough to wait for.
+
+A test module may set its own by the name LIMITS.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,11 +15,11 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.server import TIRELESS, ProxyProcess, arm
-from tests.support.upstream import ScriptedUpstream
+from tests.support.proxy_process import NO_COOLDOWN, ProxyProcess, model_entry
+from tests.support.scripted_upstream import ScriptedUpstream
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
-LIMITS = {"request_timeout_s": 5, "idle_timeout_s": 0.4, "stream_timeout_s": 2, "keep_alive_s": 0.2}
+LIMITS = {"request_timeout_s": 10, "idle_timeout_s": 1, "stream_timeout_s": 4, "keep_alive_s": 60}
 
 
 def says(words: str) -> Callable[[str], str]:
@@ -36,35 +39,37 @@ class Ranked:
 
 
 @pytest.fixture(scope="session")
-def rankings(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Callable[[str], Ranked]]:
-    """By the mode in which the models are called; each is started once, if a test wants it."""
+def rankings(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Callable[..., Ranked]]:
+    """By the mode in which the models are called, and the limits; each is started once, if a test wants it."""
     with contextlib.ExitStack() as closing:
 
         @cache
-        def opened(mode: str) -> Ranked:
-            return closing.enter_context(open_ranked(tmp_path_factory.mktemp("attempts"), embedder_cache, mode))
+        def opened(mode: str, **limits: float) -> Ranked:
+            folder = tmp_path_factory.mktemp("ranked")
+            return closing.enter_context(open_ranked(folder, embedder_cache, mode, limits))
 
         yield opened
 
 
 @contextlib.contextmanager
-def open_ranked(folder: Path, embedder_cache: Path, mode: str) -> Iterator[Ranked]:
+def open_ranked(folder: Path, embedder_cache: Path, mode: str, limits: Mapping[str, float]) -> Iterator[Ranked]:
     names = ("first", "second", "third", "fourth")
     with contextlib.ExitStack() as closing:
         models = [closing.enter_context(ScriptedUpstream(says(f"The {name} answer."))) for name in names]
+        entries = [model_entry(name, models[place].url, price=1e-7, forward=mode) for place, name in enumerate(names)]
         config = {
-            "model_list": [arm(name, models[place].url, price=1e-7, forward=mode) for place, name in enumerate(names)],
-            "uniroute": {**LIMITS, "profile": {"on_start": False}, "breaker": TIRELESS},
+            "model_list": entries,
+            "uniroute": {**limits, "profile": {"on_start": False}, "breaker": NO_COOLDOWN},
         }
-        proxy = closing.enter_context(ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "sk-ranked"}))
+        proxy = closing.enter_context(ProxyProcess(folder, embedder_cache, config, {"MODEL_API_KEY": "sk-ranked"}))
         for place, name in enumerate(names):
             proxy.put_profile(name, 0.1 + 0.1 * place)
         yield Ranked(proxy, tuple(models))
 
 
 @pytest.fixture(params=["relay", "translate"])
-def ranked(rankings: Callable[[str], Ranked], request: pytest.FixtureRequest) -> Ranked:
-    opened = rankings(request.param)
+def ranked(rankings: Callable[..., Ranked], request: pytest.FixtureRequest) -> Ranked:
+    opened = rankings(request.param, **getattr(request.module, "LIMITS", LIMITS))
     for model in opened.models:
         model.reset()
     return opened

@@ -8,13 +8,13 @@ import httpx
 import pytest
 
 from tests.server.conftest import Fleet
-from tests.support.server import arm, uniform_profile
+from tests.support.proxy_process import model_entry, uniform_profile
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 
 
 def addition(fleet: Fleet, name: str, **more: Any) -> dict[str, Any]:
-    return {**arm(name, fleet.good.url, price=1e-8), "profile": uniform_profile(0.0), **more}
+    return {**model_entry(name, fleet.good.url, price=1e-8), "profile": uniform_profile(0.0), **more}
 
 
 def ask(fleet: Fleet, **body: Any) -> httpx.Response:
@@ -42,7 +42,7 @@ def test_its_card_shows_price_state_and_profile_but_no_key(fleet: Fleet, added: 
     assert (card["model_name"], card["state"], card["source"]) == (added, "ready", "admin")
     assert (card["price"]["input_cost_per_token"], card["price"]["source"]) == (1e-8, "model_info")
     assert set(uniform_profile(0.0)) <= set(card["profile"])
-    assert card["litellm_params"]["api_key"] == "os.environ/ARM_API_KEY"
+    assert card["litellm_params"]["api_key"] == "os.environ/MODEL_API_KEY"
     assert added in {listed["model_name"] for listed in fleet.proxy.admin("GET", "/admin/models").json()["models"]}
 
 

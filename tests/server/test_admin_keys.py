@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from tests.support.keyed import ASK, KeyedProxy, MadeKey
+from tests.support.keyed_proxy import ASK, KeyedProxy, MadeKey
 
 
 def test_a_key_is_created_listed_changed_and_revoked_and_its_secret_is_in_one_response_only(

@@ -9,9 +9,9 @@ import pytest
 
 from tests.server.ranked import ASK, Ranked, ask
 from tests.server.test_streaming import read_stream, text_of
-from tests.support.answers import Step, error_body, sse
-from tests.support.server import ProxyProcess, arm
-from tests.support.upstream import ScriptedUpstream
+from tests.support.proxy_process import ProxyProcess, model_entry
+from tests.support.scripted_answers import Step, error_body, sse
+from tests.support.scripted_upstream import ScriptedUpstream
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -88,11 +88,12 @@ def test_a_prompt_too_long_falls_back_to_a_model_with_a_larger_context(tmp_path:
     with ExitStack() as closing:
         small, smaller, large = (closing.enter_context(ScriptedUpstream()) for _ in range(3))
         windows = {"small": (small, 8000), "smaller": (smaller, 4000), "large": (large, 32_000)}
+        entries = [model_entry(name, server.url, max_input_tokens=most) for name, (server, most) in windows.items()]
         config = {
-            "model_list": [arm(name, server.url, max_input_tokens=most) for name, (server, most) in windows.items()],
+            "model_list": entries,
             "uniroute": {"profile": {"on_start": False}},
         }
-        proxy = closing.enter_context(ProxyProcess(tmp_path, embedder_cache, config, {"ARM_API_KEY": "k"}))
+        proxy = closing.enter_context(ProxyProcess(tmp_path, embedder_cache, config, {"MODEL_API_KEY": "k"}))
         for place, name in enumerate(windows):
             proxy.put_profile(name, 0.1 + 0.1 * place)
         small.always = Step(status=400, body=TOO_LONG)

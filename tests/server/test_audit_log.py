@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.support.keyed import KeyedProxy, MadeKey
-from tests.support.server import arm, uniform_profile
+from tests.support.keyed_proxy import KeyedProxy, MadeKey
+from tests.support.proxy_process import model_entry, uniform_profile
 
 
 def test_every_write_is_logged_and_stored_with_its_actor(keyed_proxy: KeyedProxy) -> None:
@@ -72,7 +72,7 @@ def test_the_audit_log_is_read_in_pages(keyed_proxy: KeyedProxy) -> None:
 
 
 def test_starting_and_cancelling_a_job_are_logged_too(keyed_proxy: KeyedProxy) -> None:
-    body = {**arm("measured", "http://127.0.0.1:9/v1"), "profile": uniform_profile(0.5)}
+    body = {**model_entry("measured", "http://127.0.0.1:9/v1"), "profile": uniform_profile(0.5)}
     assert keyed_proxy.proxy.admin("POST", "/admin/models", body).status_code == 201
     job = keyed_proxy.proxy.admin("POST", "/admin/models/measured/profile", {"prompts": 1000}).json()["job"]
     keyed_proxy.proxy.admin("DELETE", f"/admin/jobs/{job}")

@@ -16,7 +16,7 @@ from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey, digest_of
 from proxy.storage.reader import StoredState
 from proxy.storage.snapshot import build_state
-from tests.support.makers import surroundings
+from tests.support.makers import snapshot_inputs
 
 ROOT_KEY = "root-key-of-the-tests"
 SECRET = "ur-" + "s" * 43
@@ -44,7 +44,7 @@ class Server:
         stored = (
             StoredState(version=1, keys={key.id: key for key in keys}, keys_exist=bool(keys)) if read else StoredState()
         )
-        state = build_state(stored, surroundings(), keys_latched=latched)
+        state = build_state(stored, snapshot_inputs(), keys_latched=latched)
         self.now = now
         self._auth = AuthMiddleware(self._app, settings, lambda: state, lambda: self.now)
 

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from tests.server.conftest import BOTH_MODES, Fleet
-from tests.support.server import ProxyProcess, arm
+from tests.support.proxy_process import ProxyProcess, model_entry
 
 BODY: Any = {"model": "fair", "messages": [{"role": "user", "content": "What is 2 + 2?"}]}
 
@@ -37,13 +37,13 @@ def test_more_than_three_routers_are_refused(fleet: Fleet, hops: str) -> None:
 
 def test_a_router_that_is_its_own_upstream_says_so(tmp_path: Path, embedder_cache: Path) -> None:
     config = {"model_list": [], "uniroute": {"profile": {"on_start": False}}}
-    with ProxyProcess(tmp_path, embedder_cache, config, {"ARM_API_KEY": "sk-x"}) as proxy:
+    with ProxyProcess(tmp_path, embedder_cache, config, {"MODEL_API_KEY": "sk-x"}) as proxy:
         me = {
-            **arm("fair", f"{proxy.url}/v1"),
+            **model_entry("fair", f"{proxy.url}/v1"),
             "litellm_params": {
                 "model": "openai/fair",
                 "api_base": f"{proxy.url}/v1",
-                "api_key": "os.environ/ARM_API_KEY",
+                "api_key": "os.environ/MODEL_API_KEY",
             },
         }
         assert proxy.admin("POST", "/admin/models", {**me, "profile": {"prompts": 1}}).status_code == 202

@@ -14,8 +14,8 @@ from redis import Redis
 from proxy.storage.usage_writer import STREAM
 from proxy.storage.valkey import socket_path
 from tests.server.conftest import Fleet, open_fleet
-from tests.support.answers import Step, error_body
-from tests.support.upstream import wait_until
+from tests.support.scripted_answers import Step, error_body
+from tests.support.waiting import wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 DOWN = Step(status=500, body=error_body("down", "server_error", None))

@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from tests.server.conftest import CANARY, Fleet
-from tests.support.answers import Step, error_body
+from tests.support.scripted_answers import Step, error_body
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 

@@ -16,10 +16,11 @@ import redis
 
 from proxy.storage.usage_writer import STREAM
 from proxy.storage.valkey import EmbeddedValkey
-from tests.support.answers import Step
-from tests.support.money import CASES, COSTS, ON_THE_WAY, PRICES, REPORTS, picodollars
-from tests.support.server import TIRELESS, ProxyProcess, arm
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.proxy_process import NO_COOLDOWN, ProxyProcess, model_entry
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.usage_reports import CASES, COSTS, ON_THE_WAY, PRICES, REPORTS, picodollars
+from tests.support.waiting import wait_until
 
 MODES = ("relay", "translate")
 SHAPES = ("whole", "at the end", "in the choice", "in x_groq")
@@ -72,13 +73,13 @@ def priced(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> It
     folder = tmp_path_factory.mktemp("priced")
     with ScriptedUpstream() as upstream:
         models = [
-            {**arm(f"{price}-{mode}", upstream.url), "model_info": {**stated, "forward": mode}}
+            {**model_entry(f"{price}-{mode}", upstream.url), "model_info": {**stated, "forward": mode}}
             for price, stated in PRICES.items()
             for mode in MODES
         ]
-        config = {"model_list": models, "uniroute": {"profile": {"on_start": False}, "breaker": TIRELESS}}
+        config = {"model_list": models, "uniroute": {"profile": {"on_start": False}, "breaker": NO_COOLDOWN}}
         with (
-            ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "sk-x"}) as proxy,
+            ProxyProcess(folder, embedder_cache, config, {"MODEL_API_KEY": "sk-x"}) as proxy,
             redis.Redis(unix_socket_path=str(EmbeddedValkey(folder).socket_path)) as store,
         ):
             yield PricedProxy(proxy, upstream, store, {})

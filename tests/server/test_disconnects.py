@@ -10,8 +10,9 @@ from urllib.parse import urlsplit
 import httpx
 
 from tests.server.conftest import BOTH_MODES, Fleet
-from tests.support.answers import Step
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 pytestmark = BOTH_MODES
 

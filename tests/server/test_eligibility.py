@@ -7,8 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.server import ProxyProcess, arm
-from tests.support.upstream import ScriptedUpstream
+from tests.support.proxy_process import ProxyProcess, model_entry
+from tests.support.scripted_upstream import ScriptedUpstream
 
 IMAGE: Any = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 400_000}}
 CALL: Any = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -34,13 +34,13 @@ def proxy(
     folder = tmp_path_factory.mktemp("eligibility")
     config = {
         "model_list": [
-            arm("plain", server.url, price=1e-7, max_input_tokens=1000, **supporting()),
-            arm("agent", server.url, price=1e-6, **supporting("function_calling", "response_schema")),
-            arm("seer", server.url, price=1e-5, max_output_tokens=500, **supporting("vision", "pdf_input")),
+            model_entry("plain", server.url, price=1e-7, max_input_tokens=1000, **supporting()),
+            model_entry("agent", server.url, price=1e-6, **supporting("function_calling", "response_schema")),
+            model_entry("seer", server.url, price=1e-5, max_output_tokens=500, **supporting("vision", "pdf_input")),
         ],
         "uniroute": {"profile": {"on_start": False}},
     }
-    with ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "k"}) as started:
+    with ProxyProcess(folder, embedder_cache, config, {"MODEL_API_KEY": "k"}) as started:
         for name in ("plain", "agent", "seer"):
             started.put_profile(name, 0.2)
         yield started

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from tests.server.conftest import Fleet
-from tests.support.server import uniform_profile
+from tests.support.proxy_process import uniform_profile
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 

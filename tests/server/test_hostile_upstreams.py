@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from tests.server.conftest import BOTH_MODES, CANARY, Fleet
-from tests.support.answers import Step
+from tests.support.scripted_answers import Step
 
 pytestmark = BOTH_MODES
 

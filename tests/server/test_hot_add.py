@@ -5,9 +5,10 @@ from typing import Any
 import httpx
 
 from tests.server.conftest import Fleet
-from tests.support.answers import Step
-from tests.support.server import arm
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.proxy_process import model_entry
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 JOB_KEYS = {"id", "model", "state", "done", "total", "failed", "unlabelled", "spent_usd", "eta_s", "error"}
@@ -27,7 +28,7 @@ def ended(fleet: Fleet, job: str) -> dict[str, Any]:
 
 def test_an_added_model_is_profiled_and_listed(fleet: Fleet) -> None:
     with ScriptedUpstream(lambda _: "I do not know.") as upstream:
-        body = {**arm("ignorant", upstream.url, price=1e-9), "profile": {"prompts": 24, "max_usd": 1}}
+        body = {**model_entry("ignorant", upstream.url, price=1e-9), "profile": {"prompts": 24, "max_usd": 1}}
         reply = fleet.proxy.admin("POST", "/admin/models", body)
         assert (reply.status_code, reply.json()["model"]) == (202, "ignorant")
         try:
@@ -46,7 +47,7 @@ def test_an_added_model_is_profiled_and_listed(fleet: Fleet) -> None:
 def test_a_job_can_be_cancelled_and_an_unknown_one_is_not_found(fleet: Fleet) -> None:
     with ScriptedUpstream() as upstream:
         upstream.always = Step(hang=True)
-        added = fleet.proxy.admin("POST", "/admin/models", arm("silent", upstream.url))
+        added = fleet.proxy.admin("POST", "/admin/models", model_entry("silent", upstream.url))
         job = added.json()["job"]
         assert wait_until(lambda: bool(upstream.history))
         cancelled = fleet.proxy.admin("DELETE", f"/admin/jobs/{job}").json()

@@ -20,10 +20,11 @@ import redis
 from proxy.server.reservations import state_key
 from proxy.storage.usage_writer import STREAM
 from proxy.storage.valkey import EmbeddedValkey
-from tests.support.answers import Step
 from tests.support.limited_keys import LimitedKey
-from tests.support.server import ADMIN_KEY, ProxyProcess, arm
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.proxy_process import ADMIN_KEY, ProxyProcess, model_entry
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 # USD per prompt token; four times that per token of an answer.
@@ -67,14 +68,14 @@ def session_limited(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Pa
     with ScriptedUpstream() as upstream:
         config = {
             "model_list": [
-                arm("priced", upstream.url, price=PRICE, max_output_tokens=1000),
-                arm("other", upstream.url, price=PRICE),
-                {**arm("unpriced", upstream.url), "model_info": {}},
+                model_entry("priced", upstream.url, price=PRICE, max_output_tokens=1000),
+                model_entry("other", upstream.url, price=PRICE),
+                {**model_entry("unpriced", upstream.url), "model_info": {}},
             ],
             "uniroute": {"profile": {"on_start": False}, "limits_timeout_s": 1.0, "request_timeout_s": 2.0},
         }
         with (
-            ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "sk-x"}) as proxy,
+            ProxyProcess(folder, embedder_cache, config, {"MODEL_API_KEY": "sk-x"}) as proxy,
             redis.Redis(unix_socket_path=str(EmbeddedValkey(folder).socket_path)) as store,
         ):
             proxy.put_profile("priced", 0.1)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,12 @@ import httpx
 import openai
 import pytest
 
-from proxy.settings.schema import Settings
-from proxy.storage.client_keys import AuthRequiredLatch, ClientKey
-from proxy.storage.redis import Store
+from proxy.storage.client_keys import ClientKey
 from proxy.storage.registry import Registry
-from tests.support.server import ADMIN_KEY, ProxyProcess, arm
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.keyed_proxy import with_registry
+from tests.support.proxy_process import ADMIN_KEY, ProxyProcess, model_entry
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 
@@ -35,26 +34,15 @@ class Keyed:
         return httpx.get(f"{self.proxy.url}/v1/models", headers=headers, timeout=60).status_code
 
 
-def with_registry(folder: Path, work: Any) -> Any:
-    async def run() -> Any:
-        store = await Store.open(Settings(data_dir=folder))
-        try:
-            return await work(Registry(store, (), AuthRequiredLatch(folder)))
-        finally:
-            await store.close()
-
-    return asyncio.run(run())
-
-
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Keyed]:
     folder = tmp_path_factory.mktemp("keyed")
     with ScriptedUpstream() as upstream:
         config = {
-            "model_list": [arm("first", upstream.url), arm("second", upstream.url)],
+            "model_list": [model_entry("first", upstream.url), model_entry("second", upstream.url)],
             "uniroute": {"profile": {"on_start": False}},
         }
-        with ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "sk-x"}) as proxy:
+        with ProxyProcess(folder, embedder_cache, config, {"MODEL_API_KEY": "sk-x"}) as proxy:
             _, whole = with_registry(folder, lambda registry: registry.keys.create("whole"))
             _, limited = with_registry(folder, lambda registry: registry.keys.create("limited", ("first",)))
             opened = Keyed(proxy, whole, limited)

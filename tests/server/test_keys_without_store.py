@@ -9,9 +9,10 @@ from redis import Redis
 
 from proxy.storage.valkey import EmbeddedValkey
 from tests.server.test_without_store import ASK
-from tests.support.keyed import KeyedProxy, MadeKey
-from tests.support.server import ProxyProcess, arm
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.keyed_proxy import KeyedProxy, MadeKey
+from tests.support.proxy_process import ProxyProcess, model_entry
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -24,9 +25,9 @@ def redis(tmp_path: Path) -> Iterator[EmbeddedValkey]:
 
 @pytest.fixture
 def keyed(tmp_path: Path, embedder_cache: Path, redis: EmbeddedValkey) -> Iterator[KeyedProxy]:
-    environ = {"ARM_API_KEY": "sk-x", "UNIROUTE_REDIS_URL": f"unix://{redis.socket_path}"}
+    environ = {"MODEL_API_KEY": "sk-x", "UNIROUTE_REDIS_URL": f"unix://{redis.socket_path}"}
     with ScriptedUpstream() as upstream:
-        config = {"model_list": [arm("kept", upstream.url)], "uniroute": {"profile": {"on_start": False}}}
+        config = {"model_list": [model_entry("kept", upstream.url)], "uniroute": {"profile": {"on_start": False}}}
         with ProxyProcess(tmp_path / "proxy", embedder_cache, config, environ) as proxy, KeyedProxy(proxy) as opened:
             yield opened
 

@@ -7,7 +7,7 @@ import pytest
 from pydantic import SecretStr
 
 from tests.server.conftest import BOTH_MODES, Fleet
-from tests.support.answers import Step
+from tests.support.scripted_answers import Step
 
 pytestmark = BOTH_MODES
 

@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from tests.server.conftest import Fleet, open_fleet
-from tests.support.answers import Step
-from tests.support.upstream import wait_until
+from tests.support.scripted_answers import Step
+from tests.support.waiting import wait_until
 
 LARGE = "word [],{}:" * 300_000
 ASK: dict[str, Any] = {"model": "fair", "messages": [{"role": "user", "content": "hi"}]}

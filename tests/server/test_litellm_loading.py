@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from tests.support.command import ADMIN_KEY, ServeCommand, environment
-from tests.support.process_group import children_of
-from tests.support.server import arm, uniform_profile
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.processes import children_of
+from tests.support.proxy_process import model_entry, uniform_profile
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
@@ -25,9 +26,9 @@ KEY = "sk-canary-of-groq"
 def serving(
     folder: Path, embedder_cache: Path, upstream: ScriptedUpstream, *arguments: str, **info: Any
 ) -> Iterator[ServeCommand]:
-    config = {"model_list": [arm("near", upstream.url, **info)], "uniroute": {"profile": {"on_start": False}}}
+    config = {"model_list": [model_entry("near", upstream.url, **info)], "uniroute": {"profile": {"on_start": False}}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    names = {"UNIROUTE_ADMIN_KEY": ADMIN_KEY, "ARM_API_KEY": "sk-arm", "GROQ_API_KEY": KEY}
+    names = {"UNIROUTE_ADMIN_KEY": ADMIN_KEY, "MODEL_API_KEY": "sk-arm", "GROQ_API_KEY": KEY}
     environ = environment(folder / "data", embedder_cache, **names)
     command = ServeCommand("--config", folder / "config.yaml", *arguments, environ=environ, log=folder / "log.txt")
     with command as server:
@@ -41,7 +42,7 @@ def admin(server: ServeCommand, method: str, path: str, body: Any = None) -> htt
 
 
 def add(server: ServeCommand, name: str, upstream: ScriptedUpstream, forward: str = "auto", **params: Any) -> None:
-    stated = {"model": f"openai/{name}", "api_base": upstream.url, "api_key": "os.environ/ARM_API_KEY", **params}
+    stated = {"model": f"openai/{name}", "api_base": upstream.url, "api_key": "os.environ/MODEL_API_KEY", **params}
     entry = {"model_name": name, "litellm_params": {key: value for key, value in stated.items() if value is not None}}
     info = {"input_cost_per_token": 1e-9, "output_cost_per_token": 1e-9, "forward": forward}
     reply = admin(server, "POST", "", {**entry, "model_info": info, "profile": uniform_profile(0.01)})
@@ -71,43 +72,52 @@ def upstream() -> Iterator[ScriptedUpstream]:
         yield started
 
 
-def test_a_server_with_direct_models_only_never_imports_litellm(
-    tmp_path: Path, embedder_cache: Path, upstream: ScriptedUpstream
-) -> None:
-    with serving(tmp_path, embedder_cache, upstream) as server:
-        ask(server)
-        ask(server, stream=True)
-        add(server, "fast", upstream, model="groq/llama", api_key="os.environ/GROQ_API_KEY")
-        ask(server, "fast", max_completion_tokens=5)
-        seen = upstream.last
-        changed = {"litellm_params": {"model": "openai/other", "api_key": None}}
-        assert admin(server, "PATCH", "/fast", changed).status_code == 200
-        ask(server, "fast", max_completion_tokens=5)
-        resolved = (tmp_path / "data" / "providers.json").read_text()
+@pytest.fixture(scope="module")
+def direct(
+    tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path, upstream: ScriptedUpstream
+) -> Iterator[ServeCommand]:
+    with serving(tmp_path_factory.mktemp("direct"), embedder_cache, upstream) as server:
+        yield server
 
-        assert serving_pids(server) == [server.pid]
-        assert not holds_litellm(server.pid)
-        assert "loading litellm" not in server.log
+
+def test_a_server_with_direct_models_only_never_imports_litellm(
+    direct: ServeCommand, upstream: ScriptedUpstream
+) -> None:
+    ask(direct)
+    ask(direct, stream=True)
+    add(direct, "fast", upstream, model="groq/llama", api_key="os.environ/GROQ_API_KEY")
+    ask(direct, "fast", max_completion_tokens=5)
+    seen = upstream.last
+    changed = {"litellm_params": {"model": "openai/other", "api_key": None}}
+    assert admin(direct, "PATCH", "/fast", changed).status_code == 200
+    ask(direct, "fast", max_completion_tokens=5)
+    resolved = (Path(direct.environ["UNIROUTE_DATA_DIR"]) / "providers.json").read_text()
+
+    assert serving_pids(direct) == [direct.pid]
+    assert not holds_litellm(direct.pid)
+    assert "loading litellm" not in direct.log
     assert (seen.headers["authorization"], seen.body["model"], seen.body["max_tokens"]) == (f"Bearer {KEY}", "llama", 5)
     assert (upstream.last.body["model"], upstream.last.body["max_completion_tokens"]) == ("other", 5)
     assert "authorization" not in upstream.last.headers  # groq's key is groq's
-    assert KEY not in resolved + server.log
+    assert KEY not in resolved + direct.log
 
 
+@pytest.mark.parametrize(
+    ("model", "forward", "message"),
+    [
+        ("nonsense/x", "auto", "no provider is known by its name 'nonsense/x'"),
+        ("anthropic/x", "relay", "forward: relay needs api_base"),
+    ],
+)
 def test_a_model_that_cannot_be_resolved_is_refused_and_stores_nothing(
-    tmp_path: Path, embedder_cache: Path, upstream: ScriptedUpstream
+    direct: ServeCommand, model: str, forward: str, message: str
 ) -> None:
-    with serving(tmp_path, embedder_cache, upstream) as server:
-        for model, forward, message in (
-            ("nonsense/x", "auto", "no provider is known by its name 'nonsense/x'"),
-            ("anthropic/x", "relay", "forward: relay needs api_base"),
-        ):
-            entry = {"model_name": "odd", "litellm_params": {"model": model}}
-            info = {"free": True, "forward": forward}
-            reply = admin(server, "POST", "", {**entry, "model_info": info, "profile": uniform_profile(0.1)})
-            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "litellm_params.model")
-            assert message in reply.json()["error"]["message"]
-            assert admin(server, "GET", "/odd").status_code == 404
+    entry = {"model_name": "odd", "litellm_params": {"model": model}}
+    info = {"free": True, "forward": forward}
+    reply = admin(direct, "POST", "", {**entry, "model_info": info, "profile": uniform_profile(0.1)})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "litellm_params.model")
+    assert message in reply.json()["error"]["message"]
+    assert admin(direct, "GET", "/odd").status_code == 404
 
 
 def test_a_translated_model_becomes_eligible_once_every_worker_has_imported_litellm(

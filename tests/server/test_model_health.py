@@ -12,7 +12,7 @@ from redis import Redis
 from proxy.storage.valkey import socket_path
 from proxy.upstream.health import CHANNEL, health_key
 from tests.server.conftest import Fleet, open_fleet
-from tests.support.upstream import wait_until
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture(scope="module")

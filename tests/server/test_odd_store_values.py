@@ -24,9 +24,10 @@ from proxy.storage.models import ModelRecord, StoredProfile
 from proxy.storage.redis import CHANGED, KEYS, MODELS, PREVIOUS_PROFILES, PRICING, PROFILES, VERSION, price_key
 from proxy.upstream.health import CHANNEL, health_key
 from router_core.errors import InvalidInput
-from tests.support.server import ProxyProcess, arm, uniform_profile
-from tests.support.upstream import ScriptedUpstream, wait_until
-from tests.support.valkey import OwnValkey
+from tests.support.proxy_process import ProxyProcess, model_entry, uniform_profile
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.valkey import ValkeyServer
+from tests.support.waiting import wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 NUMBERS = ("9" * 400, "-1", "-" + "9" * 30, "nan", "inf", "-inf", "1e999", "0x1f", "1_0", "²", "", " ")
@@ -140,7 +141,7 @@ class Served:
     def changes(self) -> dict[str, int]:
         """A change of each kind. They follow each other, so that none is left behind."""
         call, made = self.proxy.admin, {}
-        body = {**arm("new", self.upstream.url), "profile": uniform_profile(0.1)}
+        body = {**model_entry("new", self.upstream.url), "profile": uniform_profile(0.1)}
         made["add"] = call("POST", "/admin/models", body).status_code
         made["change"] = call("PATCH", "/admin/models/new", {"model_info": {"max_input_tokens": 9000}}).status_code
         prices = {"input_cost_per_token": 1e-6, "output_cost_per_token": 1e-6}
@@ -160,11 +161,11 @@ DONE = {"add": 201, "change": 200, "price": 200, "profile": 200, "remove": 204, 
 def served(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Served]:
     """Started over a store that is full of odd entries already."""
     folder = tmp_path_factory.mktemp("odd")
-    environ = {"ARM_API_KEY": "sk-x"}
-    with OwnValkey(folder / "valkey") as valkey, valkey.client() as client, ScriptedUpstream() as upstream:
+    environ = {"MODEL_API_KEY": "sk-x"}
+    with ValkeyServer(folder / "valkey") as valkey, valkey.client() as client, ScriptedUpstream() as upstream:
         fill(client)
         environ["UNIROUTE_REDIS_URL"] = valkey.url
-        config = {"model_list": [arm("kept", upstream.url)], "uniroute": {"profile": {"on_start": False}}}
+        config = {"model_list": [model_entry("kept", upstream.url)], "uniroute": {"profile": {"on_start": False}}}
         with ProxyProcess(folder / "proxy", embedder_cache, config, environ) as proxy:
             proxy.put_profile("kept", 0.1)
             terms = {"usd_per_day": 9, "usd_per_month": 9, "requests_per_minute": 10_000, "tokens_per_minute": 10**6}

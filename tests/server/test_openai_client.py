@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from tests.server.conftest import BOTH_MODES, CANARY, Fleet
-from tests.support.answers import Step
+from tests.support.scripted_answers import Step
 
 pytestmark = BOTH_MODES
 

@@ -14,8 +14,8 @@ from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
 from proxy.upstream.litellm_client import LiteLLMClient
-from tests.support.answers import Step
-from tests.support.upstream import ScriptedUpstream
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
 
 ASK: Any = [{"role": "user", "content": "hi"}]
 MESSAGE: dict[str, Any] = {

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.server.conftest import Fleet
-from tests.support.answers import Step
+from tests.support.scripted_answers import Step
 
 ODD = (
     b'"zzz" : {"y":[1.0,1e2,-0.0,1.5E+3 , 12345678901234567890123456789],"model":"auto","\\u0061\\/":null,\t"b":{}},'

@@ -7,10 +7,11 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.answers import Step
 from tests.support.command import run_command
-from tests.support.server import ADMIN_KEY, ProxyProcess, arm
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.proxy_process import ADMIN_KEY, ProxyProcess, model_entry
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 BODY: Any = {"model": "auto", "messages": [{"role": "user", "content": "What is 2 + 2?"}]}
 REASON = "bad answered with status 401; the provider refuses the key: check litellm_params.api_key and its variable"
@@ -21,13 +22,13 @@ def proxy(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Ite
     """Measures three models: one never answers, one has a wrong key, one is not there."""
     with ScriptedUpstream() as silent, ScriptedUpstream() as strict:
         silent.always, strict.always = Step(hang=True), Step(status=401, body={"error": {"message": "Bad key sk-x"}})
-        gone = arm("gone", "http://127.0.0.1:1/v1")
+        gone = model_entry("gone", "http://127.0.0.1:1/v1")
         config = {
-            "model_list": [arm("slow", silent.url), arm("bad", strict.url)],
+            "model_list": [model_entry("slow", silent.url), model_entry("bad", strict.url)],
             "uniroute": {"profile": {"prompts": 12}},
         }
         folder = tmp_path_factory.mktemp("measured")
-        with ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "sk-x"}) as opened:
+        with ProxyProcess(folder, embedder_cache, config, {"MODEL_API_KEY": "sk-x"}) as opened:
             assert wait_until(lambda: bool(silent.history) and card(opened, "bad")["state"] == "failed")
             opened.admin("POST", "/admin/models", {**gone, "profile": {"prompts": 1}})
             yield opened

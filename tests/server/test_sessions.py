@@ -13,9 +13,10 @@ import pytest
 import redis
 
 from proxy.storage.valkey import EmbeddedValkey
-from tests.support.answers import Step
-from tests.support.server import ProxyProcess, arm
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.proxy_process import ProxyProcess, model_entry
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 ASK: Any = [{"role": "user", "content": "What is the weather in Paris, and what should I wear there today?"}]
 TOOLS: Any = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
@@ -64,15 +65,15 @@ def both(
     folder = tmp_path_factory.mktemp("pair")
     server = EmbeddedValkey(folder / "valkey")
     server.ensure()
-    environ = {"ARM_API_KEY": "sk-x", "UNIROUTE_REDIS_URL": f"unix://{server.socket_path}"}
+    environ = {"MODEL_API_KEY": "sk-x", "UNIROUTE_REDIS_URL": f"unix://{server.socket_path}"}
     with ScriptedUpstream() as fair, ScriptedUpstream() as good:
         expensive, cached = {"price": 1e-5, "output_cost_per_token": 0.0}, {"cache_read_input_token_cost": 1e-6}
         config = {
             "model_list": [
-                arm("fair", fair.url, price=1e-7, supports_function_calling=True, **mode),
-                arm("good", good.url, price=1e-5, supports_function_calling=True, **mode),
-                arm("warm", good.url, **expensive, **cached, **mode),
-                arm("cold", fair.url, price=4e-6, output_cost_per_token=0.0, **mode),
+                model_entry("fair", fair.url, price=1e-7, supports_function_calling=True, **mode),
+                model_entry("good", good.url, price=1e-5, supports_function_calling=True, **mode),
+                model_entry("warm", good.url, **expensive, **cached, **mode),
+                model_entry("cold", fair.url, price=4e-6, output_cost_per_token=0.0, **mode),
             ],
             "uniroute": {"profile": {"on_start": False}},
         }

@@ -18,8 +18,8 @@ import yaml
 
 from proxy.storage.valkey import socket_path
 from tests.support.command import ADMIN_KEY, ROOT, environment
-from tests.support.upstream import wait_until
-from tests.support.valkey import OwnValkey, free_port
+from tests.support.valkey import ValkeyServer, free_port
+from tests.support.waiting import wait_until
 
 CHAT = {"model": "auto", "messages": [{"role": "user", "content": "hi"}]}
 ROOT_KEY = {"authorization": f"Bearer {ADMIN_KEY}"}
@@ -190,7 +190,7 @@ def test_without_redis_a_starting_server_waits_logs_it_once_and_continues(tmp_pa
         assert "Redis, does not answer" in refusals[0].json()["error"]["message"]
         assert refusals[0].headers["retry-after"]
 
-        with OwnValkey(tmp_path / "valkey", away):
+        with ValkeyServer(tmp_path / "valkey", away):
             assert wait_until(lambda: client.get("/readyz").status_code == 200)
             assert server.log.count("WARNING uniroute.state") == 1, server.log
             assert server.end(signal.SIGINT) == 0

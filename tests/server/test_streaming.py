@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from tests.server.conftest import BOTH_MODES, Fleet
-from tests.support.answers import Step, error_body
+from tests.support.scripted_answers import Step, error_body
 
 pytestmark = BOTH_MODES
 

@@ -12,9 +12,10 @@ import httpx
 import pytest
 
 from proxy.storage.redis import KEYS, MODELS, PROFILES
-from tests.support.server import ProxyProcess, arm, uniform_profile
-from tests.support.upstream import ScriptedUpstream, wait_until
-from tests.support.valkey import OwnValkey
+from tests.support.proxy_process import ProxyProcess, model_entry, uniform_profile
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.valkey import ValkeyServer
+from tests.support.waiting import wait_until
 
 
 class DeafFront:
@@ -76,7 +77,7 @@ class DeafFront:
 class Doubtful:
     proxy: ProxyProcess
     front: DeafFront
-    valkey: OwnValkey
+    valkey: ValkeyServer
     upstream: ScriptedUpstream
 
     def lost(self, method: str, path: str, body: Any = None) -> str:
@@ -112,15 +113,15 @@ class Doubtful:
 @pytest.fixture(scope="module")
 def doubtful(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Doubtful]:
     folder = tmp_path_factory.mktemp("doubt")
-    with OwnValkey(folder / "valkey") as valkey, DeafFront(valkey.port) as front, ScriptedUpstream() as upstream:
-        environ = {"ARM_API_KEY": "sk-x", "UNIROUTE_REDIS_URL": f"redis://127.0.0.1:{front.port}"}
-        config = {"model_list": [arm("kept", upstream.url)], "uniroute": {"profile": {"on_start": False}}}
+    with ValkeyServer(folder / "valkey") as valkey, DeafFront(valkey.port) as front, ScriptedUpstream() as upstream:
+        environ = {"MODEL_API_KEY": "sk-x", "UNIROUTE_REDIS_URL": f"redis://127.0.0.1:{front.port}"}
+        config = {"model_list": [model_entry("kept", upstream.url)], "uniroute": {"profile": {"on_start": False}}}
         with ProxyProcess(folder / "proxy", embedder_cache, config, environ) as proxy:
             yield Doubtful(proxy, front, valkey, upstream)
 
 
 def test_a_model_is_stored_with_its_profile_or_not_at_all(doubtful: Doubtful) -> None:
-    body = {**arm("profiled", doubtful.upstream.url), "profile": uniform_profile(0.1)}
+    body = {**model_entry("profiled", doubtful.upstream.url), "profile": uniform_profile(0.1)}
     assert "may have been done all the same: GET /admin/models/profiled" in doubtful.lost("POST", "/admin/models", body)
     assert "profiled" in doubtful.stored(MODELS) & doubtful.stored(PROFILES)
     assert doubtful.repeated("POST", "/admin/models", body).status_code == 409
@@ -128,7 +129,7 @@ def test_a_model_is_stored_with_its_profile_or_not_at_all(doubtful: Doubtful) ->
 
 
 def test_a_model_is_stored_with_the_job_that_measures_it_or_not_at_all(doubtful: Doubtful) -> None:
-    body = {**arm("asked", doubtful.upstream.url), "profile": {"prompts": 24, "max_usd": 1.0}}
+    body = {**model_entry("asked", doubtful.upstream.url), "profile": {"prompts": 24, "max_usd": 1.0}}
     assert "may have been done all the same" in doubtful.lost("POST", "/admin/models", body)
     assert wait_until(lambda: doubtful.proxy.admin("GET", "/admin/models/asked").json()["job"] is not None)
     assert wait_until(lambda: doubtful.proxy.admin("GET", "/admin/models/asked").json()["job"]["state"] != "queued")
@@ -152,7 +153,7 @@ def test_other_unconfirmed_changes_can_be_repeated(doubtful: Doubtful) -> None:
     price = {"input_cost_per_token": 2e-6, "output_cost_per_token": 2e-6}
     assert "repeat the request" in doubtful.lost("PUT", "/admin/models/kept/pricing", price)
     assert doubtful.repeated("PUT", "/admin/models/kept/pricing", price).status_code == 200
-    gone = {**arm("gone", doubtful.upstream.url), "profile": uniform_profile(0.1)}
+    gone = {**model_entry("gone", doubtful.upstream.url), "profile": uniform_profile(0.1)}
     doubtful.repeated("POST", "/admin/models", gone)
     assert "a 404 says that it was" in doubtful.lost("DELETE", "/admin/models/gone")
     assert doubtful.repeated("DELETE", "/admin/models/gone").status_code == 404

@@ -6,9 +6,9 @@ import httpx
 import pytest
 
 from tests.server.conftest import Fleet
-from tests.support.keyed import KeyedProxy
-from tests.support.server import ADMIN_KEY
-from tests.support.wire import Answer, send
+from tests.support.keyed_proxy import KeyedProxy
+from tests.support.proxy_process import ADMIN_KEY
+from tests.support.raw_http import Answer, send
 
 BODY: Any = {"model": "fair", "messages": [{"role": "user", "content": "What is 2 + 2?"}]}
 

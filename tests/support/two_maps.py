@@ -11,8 +11,8 @@ from proxy.storage.models import ModelRecord
 from proxy.storage.redis import Store
 from router_core.clustering import ClusterMap
 from router_core.profiles import Profile
-from tests.support.makers import until
-from tests.support.measured import Bench, a_bench, ended
+from tests.support.profiling import Bench, a_bench, ended
+from tests.support.waiting import until
 
 _HALF = 0.5**0.5
 # North and east are one cluster, south and west the other.

@@ -23,7 +23,7 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-class OwnValkey:
+class ValkeyServer:
     """Start it, stop it, start it again on the same port and folder."""
 
     def __init__(self, folder: Path, port: int | None = None, **options: str) -> None:

@@ -16,9 +16,9 @@ from proxy.upstream.litellm_client import LiteLLMClient, LiteLLMTarget
 from proxy.upstream.litellm_resolver import resolve_with_litellm
 from proxy.upstream.litellm_setup import import_litellm
 from proxy.upstream.provider_resolution import cache_query, resolve_static
-from tests.support.answers import Step
 from tests.support.makers import a_record
-from tests.support.upstream import ScriptedUpstream
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
 
 OPENAI_KEY = "sk-of-openai-alone"
 OPENAIS = ["openai/x", "custom_openai/x", "lm_studio/x", "llamafile/x", "gpt-4o-mini"]

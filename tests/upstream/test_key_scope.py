@@ -17,7 +17,7 @@ from proxy.upstream.key_scope import check_secrets_stay, is_own_address
 from proxy.upstream.litellm_client import LiteLLMClient
 from proxy.upstream.provider_resolution import CACHE_FILE, Resolver
 from tests.support.makers import a_record
-from tests.support.upstream import ScriptedUpstream
+from tests.support.scripted_upstream import ScriptedUpstream
 
 CANARY = "canary-of-the-environment"
 BODY: Any = {"model": "auto", "messages": [{"role": "user", "content": "hi"}]}

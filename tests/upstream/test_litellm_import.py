@@ -15,9 +15,10 @@ from proxy.storage.models import ModelRecord
 from proxy.upstream import client as upstreams
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.health import HealthRegistry
-from tests.support.makers import a_record, until
+from tests.support.direct_calls import BODY, a_model
+from tests.support.makers import a_record
 from tests.support.raw_upstream import RawUpstream, plain
-from tests.support.relaying import BODY, a_model
+from tests.support.waiting import until
 
 
 class Broken:

@@ -19,8 +19,9 @@ from proxy.storage.models import ModelRecord, ResolvedProvider
 from proxy.upstream import litellm_resolver as lookup
 from proxy.upstream.client import is_direct
 from proxy.upstream.provider_resolution import CACHE_FILE, Resolver
-from tests.support.makers import a_record, until
-from tests.support.process_group import children_of
+from tests.support.makers import a_record
+from tests.support.processes import children_of
+from tests.support.waiting import until
 
 NEAR = "http://127.0.0.1:9/v1"
 CANARY = "sk-canary-of-the-environment"

@@ -13,9 +13,9 @@ import pytest
 from proxy.errors import MAX_ERROR_BYTES, UpstreamError
 from proxy.settings.schema import Settings
 from proxy.upstream.litellm_client import LiteLLMClient
-from tests.support.answers import Step
 from tests.support.makers import a_record
-from tests.support.upstream import ScriptedUpstream
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
 
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 WORDS = "what went wrong is a long story. " * 60_000

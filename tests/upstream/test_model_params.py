@@ -9,9 +9,9 @@ import pytest
 
 from proxy.settings.schema import Settings
 from proxy.upstream.litellm_client import LiteLLMClient
-from tests.support.answers import Step
 from tests.support.makers import a_record
-from tests.support.upstream import ScriptedUpstream
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
 
 ASK: Any = {"role": "user", "content": "hi"}
 ARM: dict[str, Any] = {

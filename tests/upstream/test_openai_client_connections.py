@@ -11,22 +11,22 @@ import pytest
 
 from proxy.settings.schema import Settings
 from proxy.upstream.client import UpstreamClient
-from tests.support.makers import until
-from tests.support.raw_upstream import DONE, END, JSON, SAID, STREAM_HEAD, RawUpstream, Said, chunked, plain
-from tests.support.relaying import BODY, KEY, SHORT, WHOLE, a_model, failing, streamed, whole
+from tests.support.direct_calls import BODY, KEY, SHORT, WHOLE, a_model, failing, streamed, whole
+from tests.support.raw_upstream import CHUNK, DONE, END, JSON, STREAM_HEAD, RawUpstream, Reply, chunked, plain
 from tests.support.tls import served_by
+from tests.support.waiting import until
 
 SOON_S = 1.0
 
 
 @pytest.mark.parametrize(
     "after",
-    [(), (SAID * 3,), (b"data: {broken\n\n",), (b"x" * 2**21,)],
+    [(), (CHUNK * 3,), (b"data: {broken\n\n",), (b"x" * 2**21,)],
     ids=["silence", "events", "nonsense", "flood"],
 )
 async def test_nothing_is_waited_for_after_done(upstream: UpstreamClient, after: tuple[bytes, ...]) -> None:
     """The coding of the body never ends: its connection is given up, and not used again."""
-    async with RawUpstream(Said(chunked(SAID, END, DONE, *after, end=b""), "hang"), WHOLE) as server:
+    async with RawUpstream(Reply(chunked(CHUNK, END, DONE, *after, end=b""), "hang"), WHOLE) as server:
         async with asyncio.timeout(SOON_S / 2):
             assert len(await streamed(upstream, a_model(server))) == 2
         await until(lambda: server.open == 0, 3)
@@ -47,7 +47,7 @@ async def test_connections_are_reused(upstream: UpstreamClient) -> None:
 
 
 async def test_an_idle_connection_that_the_server_closed_is_not_used(upstream: UpstreamClient) -> None:
-    async with RawUpstream(Said(plain().pieces, "close")) as server:
+    async with RawUpstream(Reply(plain().pieces, "close")) as server:
         for _ in range(5):
             await whole(upstream, a_model(server))
             await until(lambda: server.open == 0)
@@ -58,7 +58,7 @@ async def test_an_idle_connection_that_the_server_closed_is_not_used(upstream: U
 async def test_an_idle_connection_that_dies_under_a_request_is_reported_as_lost_and_not_retried_here(
     upstream: UpstreamClient,
 ) -> None:
-    async with RawUpstream(plain(), Said((), "reset"), plain()) as server:
+    async with RawUpstream(plain(), Reply((), "reset"), plain()) as server:
         await whole(upstream, a_model(server))
         failure = await failing(upstream, a_model(server), whole)
         assert (failure.connection_lost, len(server.bodies), server.connections) == (True, 2, 1)
@@ -68,17 +68,17 @@ async def test_an_idle_connection_that_dies_under_a_request_is_reported_as_lost_
 @pytest.mark.parametrize(
     "said",
     [
-        Said((), "hang"),
-        Said((SHORT,), "hang"),
-        Said((STREAM_HEAD + b"\r\n",), "hang"),
-        Said(chunked(SAID, end=b""), "hang"),
-        Said(chunked(SAID, END, end=b""), "hang"),
+        Reply((), "hang"),
+        Reply((SHORT,), "hang"),
+        Reply((STREAM_HEAD + b"\r\n",), "hang"),
+        Reply(chunked(CHUNK, end=b""), "hang"),
+        Reply(chunked(CHUNK, END, end=b""), "hang"),
     ],
     ids=["before the headers", "in a body", "after the headers", "after a chunk", "after the last word"],
 )
 @pytest.mark.parametrize("ask", [whole, streamed])
 async def test_cancelling_at_any_stage_closes_the_connection(
-    upstream: UpstreamClient, said: Said, ask: Callable[..., Any]
+    upstream: UpstreamClient, said: Reply, ask: Callable[..., Any]
 ) -> None:
     async with RawUpstream(said) as server:
         asking = asyncio.create_task(ask(upstream, a_model(server)))
@@ -121,7 +121,7 @@ async def test_an_untrusted_certificate_is_named_as_the_reason(upstream: Upstrea
 async def test_ssl_cert_file_replaces_the_default_certificates(
     certificate: Path,
 ) -> None:
-    upstream = UpstreamClient(Settings(), {"ARM_API_KEY": KEY, "SSL_CERT_FILE": str(certificate)})
+    upstream = UpstreamClient(Settings(), {"MODEL_API_KEY": KEY, "SSL_CERT_FILE": str(certificate)})
     async with RawUpstream(plain(), tls=served_by(certificate)) as server:
         assert await whole(upstream, a_model(server)) == JSON.replace(b"theirs", b"ours")
     await upstream.aclose()
@@ -129,7 +129,7 @@ async def test_ssl_cert_file_replaces_the_default_certificates(
 
 async def test_the_proxy_of_the_environment_is_used_except_for_this_machine() -> None:
     async with RawUpstream(plain()) as proxy, RawUpstream(plain()) as near:
-        upstream = UpstreamClient(Settings(), {"ARM_API_KEY": KEY, "http_proxy": f"127.0.0.1:{proxy.port}"})
+        upstream = UpstreamClient(Settings(), {"MODEL_API_KEY": KEY, "http_proxy": f"127.0.0.1:{proxy.port}"})
         far = a_model(near, api_base="http://far.invalid/v1")
         await whole(upstream, far)
         await whole(upstream, a_model(near))
@@ -140,7 +140,7 @@ async def test_the_proxy_of_the_environment_is_used_except_for_this_machine() ->
 
 async def test_the_status_of_a_proxy_that_refuses_is_reported() -> None:
     async with RawUpstream(plain(b"", status=b"407 Who are you")) as proxy:
-        upstream = UpstreamClient(Settings(), {"ARM_API_KEY": KEY, "https_proxy": f"http://127.0.0.1:{proxy.port}"})
+        upstream = UpstreamClient(Settings(), {"MODEL_API_KEY": KEY, "https_proxy": f"http://127.0.0.1:{proxy.port}"})
         failure = await failing(upstream, a_model(proxy, api_base="https://far.invalid/v1"), whole)
         await upstream.aclose()
         assert ("407" in failure.message, failure.connection_lost, len(proxy.heads)) == (True, False, 1)

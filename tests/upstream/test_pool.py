@@ -16,10 +16,10 @@ import uvloop
 from proxy.upstream import pool as pool
 from proxy.upstream.connection import ConnectionClosed, IncompleteResponse, RemoteProtocolError
 from proxy.upstream.pool import ConnectionPool, Origin, ProxyError
-from tests.support.connecting import HEAD, all_places_are_free, asked, at, served, tunnelling
-from tests.support.makers import until
-from tests.support.raw_upstream import JSON, RawUpstream, Said, plain
+from tests.support.connection_pool import HEAD, all_places_are_free, asked, at, served, tunnelling
+from tests.support.raw_upstream import JSON, RawUpstream, Reply, plain
 from tests.support.tls import a_certificate, served_by
+from tests.support.waiting import until
 
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n"
 PACKED = b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\n"
@@ -137,7 +137,7 @@ async def test_bytes_on_an_idle_connection_close_it(connections: ConnectionPool,
 
 @pytest.mark.parametrize("more", [OTHER, OTHER[:20], b"H", b'{"more": 1}'])
 async def test_bytes_after_a_response_are_not_the_next_response(connections: ConnectionPool, more: bytes) -> None:
-    async with RawUpstream(Said((plain().pieces[0] + more,)), plain()) as server:
+    async with RawUpstream(Reply((plain().pieces[0] + more,)), plain()) as server:
         for _ in range(2):
             assert await asked(connections, at(server)) == (200, JSON)
         assert server.connections == 2
@@ -157,14 +157,14 @@ async def test_bytes_after_a_response_are_not_the_next_response(connections: Con
     ],
 )
 async def test_a_response_of_ambiguous_length_is_rejected(connections: ConnectionPool, said: bytes) -> None:
-    async with RawUpstream(Said((said,), "hang")) as server:
+    async with RawUpstream(Reply((said,), "hang")) as server:
         with pytest.raises(RemoteProtocolError):
             await asked(connections, at(server))
         await until(lambda: server.open == 0)
 
 
 async def test_a_body_without_length_that_is_reset_is_incomplete(connections: ConnectionPool) -> None:
-    async with RawUpstream(Said((b"HTTP/1.1 200 OK\r\n\r\nhalf",), "reset")) as server:
+    async with RawUpstream(Reply((b"HTTP/1.1 200 OK\r\n\r\nhalf",), "reset")) as server:
         with pytest.raises(IncompleteResponse):
             await asked(connections, at(server))
 
@@ -203,7 +203,7 @@ async def test_a_small_response_that_decompresses_to_a_huge_one_is_rejected(
     packed = gzip.compress(bytes(30 * MIB))
     parts = [packed[start : start + chunk] for start in range(0, len(packed), chunk)]
     body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
-    async with RawUpstream(Said((CHUNKED + b"content-encoding: gzip\r\n\r\n" + body,), "hang")) as server:
+    async with RawUpstream(Reply((CHUNKED + b"content-encoding: gzip\r\n\r\n" + body,), "hang")) as server:
         with pytest.raises(RemoteProtocolError):
             await asked(connections, at(server))
 
@@ -285,18 +285,18 @@ async def test_a_tunnel_to_another_server_is_rejected_by_its_certificate(
 @pytest.mark.parametrize(
     ("said", "fault"),
     [
-        (Said((b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n",), "hang"), ProxyError),
-        (Said((b"220 mail ready\r\n",), "hang"), ProxyError),
-        (Said((WAY + b"and more",), "hang"), ProxyError),
-        (Said((), "close"), ConnectionClosed),
-        (Said((), "hang"), TimeoutError),
-        (Said((WAY,), "hang"), TimeoutError),
-        (Said((WAY,), "close"), OSError),
+        (Reply((b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n",), "hang"), ProxyError),
+        (Reply((b"220 mail ready\r\n",), "hang"), ProxyError),
+        (Reply((WAY + b"and more",), "hang"), ProxyError),
+        (Reply((), "close"), ConnectionClosed),
+        (Reply((), "hang"), TimeoutError),
+        (Reply((WAY,), "hang"), TimeoutError),
+        (Reply((WAY,), "close"), OSError),
     ],
     ids=["refusal", "nonsense", "more than the way", "end", "silence", "silence on the way", "end on the way"],
 )
 async def test_a_proxy_that_opens_no_tunnel_is_an_error(
-    connections: ConnectionPool, said: Said, fault: type[Exception]
+    connections: ConnectionPool, said: Reply, fault: type[Exception]
 ) -> None:
     async with RawUpstream(said) as proxy, RawUpstream(plain()) as server:
         for _ in range(3):

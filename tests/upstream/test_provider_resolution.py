@@ -20,7 +20,7 @@ from proxy.upstream.client import UpstreamClient, is_direct
 from proxy.upstream.endpoint import Endpoints, url_of
 from proxy.upstream.provider_resolution import CACHE_FILE, Resolver, resolve_static
 from tests.support.makers import a_record
-from tests.support.upstream import ScriptedUpstream
+from tests.support.scripted_upstream import ScriptedUpstream
 
 NEAR = "http://127.0.0.1:9/v1"
 AZURE = "https://r.openai.azure.com"
@@ -133,7 +133,7 @@ def test_each_provider_is_called_directly_or_through_litellm(found: list[ModelRe
     else:
         assert isinstance(told, ModelRecord)
         assert told.resolved == expected
-        assert (is_direct(told) is not None) == (expected.way == "relay")
+        assert (is_direct(told) is not None) == (expected.mode == "relay")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from router_core.evaluation.curves import (
     Baselines,
     Curve,
     area,
-    figures,
+    curve_metrics,
     least_cost,
     paper_area,
     quality_within,
@@ -109,23 +109,23 @@ def test_the_least_cost_is_the_cheapest_of_several_crossings() -> None:
     assert least_cost(curve, 0.7) == pytest.approx(1.0 + 1.5 * 0.6)
 
 
-def test_all_figures_of_a_curve_by_hand() -> None:
-    found = figures(CURVE, Baselines(cheapest=1.0, best=2.5, dearest=4.0, best_quality=0.8))
+def test_the_metrics_of_a_curve_match_those_computed_by_hand() -> None:
+    found = curve_metrics(CURVE, Baselines(cheapest=1.0, best=2.5, dearest=4.0, best_quality=0.8))
     assert [found.qnc, found.cost_save, found.peak, found.perf_gain] == pytest.approx([0.8, 0.2, 0.9, 0.125])
     assert found.area == pytest.approx((2 * 0.6 + 0.825) / 3, abs=1e-3)
     assert [found.paper_area, found.paper_area_half] == pytest.approx([2.35 / 4, 0.15])
 
 
-def test_what_is_undefined_is_nan_without_a_warning() -> None:
-    never = figures(CURVE, Baselines(cheapest=1.0, best=1.0, dearest=1.0, best_quality=0.95))
+def test_undefined_metrics_are_nan_without_a_warning() -> None:
+    never = curve_metrics(CURVE, Baselines(cheapest=1.0, best=1.0, dearest=1.0, best_quality=0.95))
     undefined = (never.area, never.paper_area, never.paper_area_half, never.qnc, never.cost_save)
     assert np.isnan(undefined).all()
     assert never.perf_gain == pytest.approx(0.9 / 0.95 - 1)
-    free = figures(CURVE, Baselines(cheapest=0.0, best=0.0, dearest=0.0, best_quality=0.0))
+    free = curve_metrics(CURVE, Baselines(cheapest=0.0, best=0.0, dearest=0.0, best_quality=0.0))
     assert np.isnan([value for value in astuple(free) if value != free.peak]).all()
 
 
-def test_a_curve_has_a_quality_for_every_cost_and_a_point_at_least() -> None:
+def test_a_curve_needs_a_quality_for_every_cost_and_at_least_one_point() -> None:
     with pytest.raises(ValueError, match="as many costs as qualities"):
         Curve(np.ones(2), np.ones(3))
     with pytest.raises(ValueError, match="as many costs as qualities"):
@@ -138,7 +138,7 @@ POINTS = st.lists(st.tuples(COSTS, QUALITIES), min_size=1, max_size=12)
 
 
 @given(POINTS, st.lists(st.floats(0, 6), min_size=1, max_size=8))
-def test_all_budgets_at_once_are_each_by_its_definition(
+def test_many_budgets_at_once_give_what_each_gives_alone(
     points: Sequence[tuple[float, float]], budgets: list[float]
 ) -> None:
     curve = a_curve(*points)

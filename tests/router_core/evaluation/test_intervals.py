@@ -36,21 +36,21 @@ def test_undefined_trials_are_left_out_and_with_none_left_the_interval_is_undefi
     assert np.isnan(bootstrap_interval(np.empty(0), seed=0)).all()
 
 
-def test_a_pair_cancels_what_a_trial_does_to_both() -> None:
+def test_a_paired_difference_cancels_what_is_common_to_both() -> None:
     """Trials differ by 100, methods by 1 in every one of them."""
     trials = np.arange(0.0, 1000.0, 100.0)
     difference = paired_difference(trials + 1.0, trials, seed=0)
     assert (difference.mean, difference.low, difference.high) == (1.0, 1.0, 1.0)
 
 
-def test_a_trial_that_one_of_both_lacks_is_left_out() -> None:
+def test_a_trial_without_both_values_is_left_out() -> None:
     difference = paired_difference(np.array([2.0, np.nan, 9.0]), np.array([1.0, 1.0, np.nan]), seed=0)
     assert (difference.mean, difference.low, difference.high) == (1.0, 1.0, 1.0)
     nothing = paired_difference(np.array([np.nan]), np.array([1.0]), seed=0)
     assert np.isnan([nothing.mean, nothing.low, nothing.high]).all()
 
 
-def test_trials_that_are_not_the_same_cannot_be_paired() -> None:
+def test_pairing_needs_the_same_trials() -> None:
     with pytest.raises(ValueError, match="the same trials"):
         paired_difference(np.ones(3), np.ones(1), seed=0)
 

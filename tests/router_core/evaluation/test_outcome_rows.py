@@ -28,7 +28,7 @@ def written(tmp_path: Path, content: bytes, name: str = "outcomes.jsonl") -> Pat
     return path
 
 
-def test_a_row_has_the_figures_of_each_model_and_passes_other_fields_over() -> None:
+def test_a_row_has_each_models_figures_and_ignores_other_fields() -> None:
     parsed = parse_row(
         "line 1", row(id=7, source="sums", output_tokens={"small": 3}, seconds={"small": 0.5}, remark=[])
     )
@@ -36,7 +36,7 @@ def test_a_row_has_the_figures_of_each_model_and_passes_other_fields_over() -> N
     assert (parsed.output_tokens, parsed.seconds) == ({"small": 3.0}, {"small": 0.5})
 
 
-def test_what_is_not_stated_is_absent_not_zero() -> None:
+def test_figures_that_are_not_stated_are_absent_and_not_zero() -> None:
     parsed = parse_row("line 1", row(output_tokens=None))
     assert (parsed.source, parsed.output_tokens, parsed.seconds) == ("", {}, {})
 
@@ -65,7 +65,7 @@ def test_what_is_not_stated_is_absent_not_zero() -> None:
         (row(scores={"\ud800": 1}), "scores names '\\ud800', a lone surrogate"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_refused_by_line_with_the_value(broken: dict[str, Any], told: str) -> None:
+def test_an_unusable_row_is_refused_with_its_line_and_value(broken: dict[str, Any], told: str) -> None:
     with pytest.raises(InvalidOutcomes, match=rf"^line 7: .*{re.escape(told)}"):
         parse_row("line 7", broken)
 
@@ -77,7 +77,7 @@ def test_lines_are_counted_as_an_editor_counts_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["outcomes.jsonl.gz", "outcomes.jsonl"])
-def test_gzip_is_known_by_its_content_not_by_its_name(tmp_path: Path, name: str) -> None:
+def test_gzip_is_recognised_by_content_and_not_by_name(tmp_path: Path, name: str) -> None:
     path = written(tmp_path, gzip.compress(LINE), name)
     assert [found for _, found in read_rows(path)] == [ROW]
     assert [found for _, found in read_rows(written(tmp_path, LINE, name))] == [ROW]
@@ -101,7 +101,7 @@ def test_a_line_that_is_no_json_object_is_named(tmp_path: Path, second: bytes, t
         list(read_rows(path))
 
 
-def test_a_line_without_an_end_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_line_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outcome_rows, "MAX_LINE_BYTES", len(LINE))
     assert len(list(read_rows(written(tmp_path, LINE)))) == 1
     with pytest.raises(InvalidOutcomes, match="line 1: is longer than"):

@@ -31,7 +31,7 @@ def asked(prompt: str, scores: Mapping[str, float], **more: Any) -> dict[str, An
     return {"prompt": prompt, "scores": scores, **more}
 
 
-def test_models_are_sorted_and_who_was_not_asked_is_unlabelled() -> None:
+def test_models_are_sorted_and_unasked_ones_are_unlabelled() -> None:
     outcomes = some_outcomes(
         asked("a" * 8, {"small": 0.25, "large": 1}, source="letters"), asked("b" * 40, {"small": 1})
     )
@@ -41,7 +41,7 @@ def test_models_are_sorted_and_who_was_not_asked_is_unlabelled() -> None:
     assert outcomes.prices == (PRICES["large"], PRICES["small"])
 
 
-def test_the_same_prompt_twice_is_one_with_the_mean_of_its_figures() -> None:
+def test_a_repeated_prompt_is_one_with_the_mean_of_its_figures() -> None:
     """Else it could be learned from and tested on."""
     outcomes = some_outcomes(
         asked("same", {"small": 1.0, "large": 0.5}, output_tokens={"small": 10}),
@@ -73,7 +73,7 @@ def test_an_unmeasured_length_is_the_models_mean_and_without_any_the_prompt_alon
     np.testing.assert_array_equal(outcomes.usd(), [[3.0, 21.0], [3.0, 41.0], [3.0, 31.0]])
 
 
-def test_a_part_keeps_prompts_models_and_figures_together() -> None:
+def test_selecting_keeps_prompts_models_and_figures_together() -> None:
     outcomes = some_outcomes(*(asked(letter * 4 * (n + 1), BOTH, source=letter) for n, letter in enumerate("abc")))
     part = outcomes.select(np.array([2, 0]), np.array([1]))
     assert (part.prompts, part.models, part.sources) == (("c" * 12, "aaaa"), ("small",), ("c", "a"))
@@ -94,7 +94,7 @@ def test_a_part_keeps_prompts_models_and_figures_together() -> None:
         ([asked("q", BOTH), asked("r", {"small": 2})], "line 2: scores['small']"),
     ],
 )
-def test_what_is_wrong_is_told_by_line_or_model(rows: Sequence[Mapping[str, Any]], told: str) -> None:
+def test_errors_name_the_line_or_the_model(rows: Sequence[Mapping[str, Any]], told: str) -> None:
     with pytest.raises(InvalidOutcomes, match=re.escape(told)):
         some_outcomes(*rows)
 

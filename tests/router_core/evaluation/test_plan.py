@@ -6,31 +6,46 @@ import pytest
 
 from router_core.errors import InvalidInput
 from router_core.evaluation import trials as plan
-from router_core.evaluation.trials import LABELS, UNSEEN, default_labels, default_unseen, new_models
+from router_core.evaluation.trials import (
+    DEFAULT_LABELS,
+    DEFAULT_UNSEEN,
+    count_new_models,
+    default_labels,
+    default_unseen,
+)
 from tests.router_core.evaluation.toys import SIX, a_plan, two_kinds
 
 
-@pytest.mark.parametrize(("models", "unseen"), [(2, 0.0), (4, 0.0), (5, UNSEEN), (6, UNSEEN), (30, UNSEEN)])
-def test_a_third_of_the_models_is_new_where_that_leaves_a_choice_and_else_all_are(models: int, unseen: float) -> None:
+@pytest.mark.parametrize(
+    ("models", "unseen"), [(2, 0.0), (4, 0.0), (5, DEFAULT_UNSEEN), (6, DEFAULT_UNSEEN), (30, DEFAULT_UNSEEN)]
+)
+def test_a_third_of_the_models_is_new_or_all_if_that_leaves_no_choice(models: int, unseen: float) -> None:
     assert default_unseen(models) == unseen
 
 
 @pytest.mark.parametrize("models", range(2, 40))
-def test_two_models_or_more_are_new_as_usual(models: int) -> None:
-    assert 2 <= new_models(default_unseen(models), models) <= models
+def test_at_least_two_models_are_new_by_default(models: int) -> None:
+    assert 2 <= count_new_models(default_unseen(models), models) <= models
 
 
 @pytest.mark.parametrize(
     ("prompts", "labels"),
-    [(36, (25,)), (70, (25,)), (71, (25, 50)), (570, LABELS[:4]), (571, LABELS), (30_000, LABELS)],
+    [
+        (36, (25,)),
+        (70, (25,)),
+        (71, (25, 50)),
+        (570, DEFAULT_LABELS[:4]),
+        (571, DEFAULT_LABELS),
+        (30_000, DEFAULT_LABELS),
+    ],
 )
-def test_labels_go_as_far_as_the_train_prompts_do(prompts: int, labels: tuple[int, ...]) -> None:
+def test_default_labels_do_not_exceed_the_train_prompts(prompts: int, labels: tuple[int, ...]) -> None:
     """Of 71 prompts 21 are test prompts, and 50 are left."""
     assert default_labels(prompts) == labels
 
 
-def test_with_too_few_prompts_for_any_labels_the_fewest_are_left_to_be_refused() -> None:
-    assert default_labels(10) == LABELS[:1]
+def test_the_smallest_default_stays_if_there_are_too_few_prompts() -> None:
+    assert default_labels(10) == DEFAULT_LABELS[:1]
     with pytest.raises(InvalidInput, match=r"25 labels are more than the 7 prompts .* of 10 that differ"):
         a_plan(labels=default_labels(10)).check(two_kinds(10))
 

@@ -22,7 +22,7 @@ def written(tmp_path: Path, content: Any) -> Path:
     return path
 
 
-def test_prices_are_read_by_litellms_names_and_other_fields_passed_over(tmp_path: Path) -> None:
+def test_prices_have_litellms_names_and_other_fields_are_ignored(tmp_path: Path) -> None:
     cached = FULL | {"cache_read_input_token_cost": 1e-7, "mode": "chat"}
     free = {"input_cost_per_token": 0, "output_cost_per_token": 0}
     prices = read_prices(written(tmp_path, {"paid": cached, "free": free}))
@@ -42,7 +42,7 @@ def test_prices_are_read_by_litellms_names_and_other_fields_passed_over(tmp_path
         (3e-6, "must be an object"),
     ],
 )
-def test_a_price_that_cannot_be_used_is_refused_by_model(tmp_path: Path, price: object, told: str) -> None:
+def test_an_unusable_price_is_refused_with_its_model(tmp_path: Path, price: object, told: str) -> None:
     path = written(tmp_path, {"fine": FULL, "large": price})
     with pytest.raises(InvalidOutcomes, match=rf"prices\.json: the price of 'large'.*{re.escape(told)}"):
         read_prices(path)
@@ -57,7 +57,7 @@ def test_a_price_that_cannot_be_used_is_refused_by_model(tmp_path: Path, price: 
         (b"\x1f\x8b\x08", "is not UTF-8"),
     ],
 )
-def test_a_file_that_is_no_prices_file_is_refused_by_name(tmp_path: Path, content: bytes, told: str) -> None:
+def test_a_file_without_prices_is_refused_with_its_name(tmp_path: Path, content: bytes, told: str) -> None:
     with pytest.raises(InvalidOutcomes, match=rf"prices\.json: {re.escape(told)}"):
         read_prices(written(tmp_path, content))
     with pytest.raises(InvalidOutcomes, match=r"none\.json: cannot be read"):

@@ -24,7 +24,7 @@ def of_two(*errors: tuple[float, float]) -> tuple[Doubles, Doubles]:
     return np.array(errors), np.full((len(errors), 2), (CHEAP, DEAR))
 
 
-def test_a_curve_goes_from_the_best_models_to_the_cheapest() -> None:
+def test_a_curve_runs_from_the_best_models_to_the_cheapest() -> None:
     """The second prompt is worth the dear model up to λ = 0.1, the first up to 0.4; the third never is."""
     errors, cents = of_two((0.9, 0.1), (0.3, 0.1), (0.1, 0.8))
     curve = deferral_curve(errors, cents, held_out(1.0 - errors, cents))
@@ -33,19 +33,19 @@ def test_a_curve_goes_from_the_best_models_to_the_cheapest() -> None:
     assert sorted(set(curve.costs.round(9).tolist())) == pytest.approx([1.0, 5 / 3, 7 / 3])
 
 
-def test_what_is_expected_decides_and_what_is_true_is_billed() -> None:
+def test_expectations_decide_and_true_costs_are_billed() -> None:
     errors, cents = of_two((0.9, 0.1))
     curve = deferral_curve(errors, cents, held_out(np.array([[0.25, 0.5]]), np.array([[20.0, 10.0]])))
     assert (curve.costs[0], curve.qualities[0]) == (10.0, 0.5)
     assert (curve.costs[-1], curve.qualities[-1]) == (20.0, 0.25)
 
 
-def test_near_equals_go_to_the_cheaper_one_whatever_the_cost_weight() -> None:
+def test_near_equals_go_to_the_cheaper_model_at_any_cost_weight() -> None:
     errors, cents = of_two((0.1 + TIE_TOLERANCE / 2, 0.1))
     assert set(deferral_curve(errors, cents, held_out(errors, cents)).costs) == {CHEAP}
 
 
-def test_cost_weights_lie_where_a_dear_model_ceases_to_be_worth_it() -> None:
+def test_cost_weights_lie_where_models_overtake_each_other() -> None:
     weights = cost_weights(*of_two((0.9, 0.1), (0.3, 0.1), (0.1, 0.8)))
     assert (weights[0], weights[1], weights[-1], len(weights)) == (
         0.0,
@@ -56,18 +56,18 @@ def test_cost_weights_lie_where_a_dear_model_ceases_to_be_worth_it() -> None:
     assert (np.diff(weights) >= 0).all()
 
 
-def test_prices_next_to_nothing_are_weighed_by_the_cost_weights_that_there_are() -> None:
+def test_prices_next_to_nothing_give_finite_cost_weights() -> None:
     weights = cost_weights(np.array([[0.5, 0.1], [0.5, 0.1]]), np.array([[1e-320, 2e-320], [1.0, 2.0]]))
     assert weights.max() == pytest.approx(0.4)
 
 
-def test_without_a_dear_model_that_is_better_there_is_nothing_to_weigh() -> None:
+def test_without_a_better_expensive_model_there_is_one_cost_weight() -> None:
     assert cost_weights(*of_two((0.1, 0.8), (0.1, 0.1))).tolist() == [0.0]
     assert cost_weights(np.array([[0.9, 0.1]]), np.array([[2.0, 2.0]])).tolist() == [0.0]
 
 
 @given(seed=st.integers(0, 10_000), models=st.integers(2, 5))
-def test_each_point_is_the_rule_that_is_served_prompt_by_prompt(seed: int, models: int) -> None:
+def test_each_point_is_the_served_rule_prompt_by_prompt(seed: int, models: int) -> None:
     rng = np.random.default_rng(seed)
     errors, cents, scores = rng.random((4, models)), rng.random((4, models)), rng.random((4, models))
     curve = deferral_curve(errors, cents, held_out(scores, cents))

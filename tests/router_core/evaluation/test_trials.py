@@ -38,24 +38,24 @@ def columns(outcomes: Outcomes, names: Sequence[str]) -> Indices:
 
 def test_three_in_ten_prompts_are_tested_and_the_others_known() -> None:
     trial = drawn(two_kinds(90, SIX))
-    tested, known = rows(trial.test.vectors), rows(trial.known.vectors)
+    tested, known = rows(trial.test.vectors), rows(trial.history.vectors)
     assert (len(tested), len(known)) == (27, 63)
     assert sorted([*tested, *known]) == list(range(90))
 
 
 def test_a_third_of_the_models_is_new_and_the_others_known() -> None:
     trial = drawn(two_kinds(90, SIX))
-    assert (len(trial.new_models), len(trial.known.models)) == (2, 4)
-    assert sorted((*trial.new_models, *trial.known.models)) == sorted(SIX)
+    assert (len(trial.new_models), len(trial.history.models)) == (2, 4)
+    assert sorted((*trial.new_models, *trial.history.models)) == sorted(SIX)
 
 
 @pytest.mark.parametrize("unseen", [0.0, 1.0])
 def test_all_models_may_be_new(unseen: float) -> None:
     trial = drawn(two_kinds(90, SIX), a_plan(unseen=unseen))
-    assert (len(trial.new_models), trial.known.models, trial.known.scores.shape) == (6, (), (63, 0))
+    assert (len(trial.new_models), trial.history.models, trial.history.scores.shape) == (6, (), (63, 0))
 
 
-def test_every_number_is_that_of_its_prompt_and_its_model() -> None:
+def test_every_figure_belongs_to_its_prompt_and_model() -> None:
     outcomes = replace(
         two_kinds(90, SIX),
         scores=np.linspace(0.0, 1.0, 540).reshape(90, 6),
@@ -63,50 +63,50 @@ def test_every_number_is_that_of_its_prompt_and_its_model() -> None:
         prompt_tokens=np.arange(90.0),
     )
     trial = drawn(outcomes)
-    tested, known = rows(trial.test.vectors), rows(trial.known.vectors)
-    new, old = columns(outcomes, trial.new_models), columns(outcomes, trial.known.models)
+    tested, known = rows(trial.test.vectors), rows(trial.history.vectors)
+    new, old = columns(outcomes, trial.new_models), columns(outcomes, trial.history.models)
     assert (trial.test.scores == outcomes.scores[np.ix_(tested, new)]).all()
     assert (trial.test.prompt_tokens == tested).all()
     assert (trial.test.cents == outcomes.usd()[np.ix_(tested, new)] / 0.01).all()
-    assert (trial.known.scores == outcomes.scores[np.ix_(known, old)]).all()
+    assert (trial.history.scores == outcomes.scores[np.ix_(known, old)]).all()
     assert (trial.scores == outcomes.scores[np.ix_(known, new)]).all()
     assert (trial.output_tokens == outcomes.output_tokens[np.ix_(known, new)]).all()
-    assert [outcomes.prompts[row] for row in known] == trial.known.texts
+    assert [outcomes.prompts[row] for row in known] == trial.history.texts
     assert trial.prices == tuple(SIX[name][1] for name in trial.new_models)
 
 
-def test_more_labels_are_the_same_prompts_and_then_others() -> None:
+def test_more_labels_extend_the_same_prompts() -> None:
     trial = drawn(two_kinds(90, SIX))
-    nested = [trial.asked(trial.order[:count]).rows.tolist() for count in (5, 20, 63)]
+    nested = [trial.sample(trial.order[:count]).rows.tolist() for count in (5, 20, 63)]
     assert all(more[: len(fewer)] == fewer for fewer, more in pairwise(nested))
     assert sorted(nested[-1]) == list(range(63))
 
 
 def test_every_new_model_is_asked_the_same_prompts() -> None:
     trial = drawn(two_kinds(90, SIX))
-    answers = trial.asked(trial.order[:7])
+    answers = trial.sample(trial.order[:7])
     assert answers.scores.shape == answers.output_tokens.shape == (7, 2)
     assert (answers.scores == trial.scores[trial.order[:7]]).all()
 
 
-def test_the_seed_and_its_number_decide_a_trial_whole() -> None:
+def test_the_seed_and_the_number_decide_a_trial() -> None:
     outcomes = two_kinds(90, SIX)
     one, same = drawn(outcomes, number=1), drawn(outcomes, replace(THIRD, trials=9), number=1)
     others = drawn(outcomes), drawn(outcomes, replace(THIRD, seed=1), number=1)
-    assert (one.order.tolist(), one.known.seed) == (same.order.tolist(), same.known.seed)
+    assert (one.order.tolist(), one.history.seed) == (same.order.tolist(), same.history.seed)
     assert (rows(one.test.vectors) == rows(same.test.vectors)).all()
     assert len({tuple(trial.order) for trial in (one, *others)}) == 3
 
 
-def test_test_answers_are_shown_to_nobody() -> None:
+def test_test_answers_are_hidden_from_every_method() -> None:
     outcomes = two_kinds(90, SIX)
     tested = rows(drawn(outcomes).test.vectors)
     scores, tokens = outcomes.scores.copy(), outcomes.output_tokens.copy()
     scores[tested], tokens[tested] = 0.5, 77.0
     one, other = drawn(outcomes), drawn(replace(outcomes, scores=scores, output_tokens=tokens))
     assert not (one.test.scores == other.test.scores).any()
-    for field in fields(one.known):
-        assert np.array_equal(getattr(one.known, field.name), getattr(other.known, field.name))
+    for field in fields(one.history):
+        assert np.array_equal(getattr(one.history, field.name), getattr(other.history, field.name))
     for name in ("order", "scores", "output_tokens"):
         assert np.array_equal(getattr(one, name), getattr(other, name), equal_nan=True)
 
@@ -118,16 +118,16 @@ def test_a_prompt_that_a_new_model_has_no_score_on_is_not_tested() -> None:
     assert rows(drawn(outcomes).test.vectors).tolist() == tested[1:].tolist()
 
 
-def test_a_model_without_any_length_is_told_apart() -> None:
+def test_a_model_without_lengths_is_marked() -> None:
     outcomes = two_kinds()
     outcomes.output_tokens[3, 1] = 50.0
     assert drawn(outcomes, a_plan()).lengths_known.tolist() == [False, True]
 
 
-def test_anchors_are_new_models_and_of_equally_good_ones_the_cheaper_is_best() -> None:
+def test_baselines_are_new_models_and_of_equals_the_cheaper_is_best() -> None:
     scores = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
     test = HeldOut(np.zeros((2, 1), dtype=np.float32), scores, np.array([[9.0, 4.0, 1.0]] * 2), np.zeros(2))
-    anchors = test.anchors()
+    anchors = test.baselines()
     assert (anchors.cheapest, anchors.best, anchors.dearest, anchors.best_quality) == (1.0, 4.0, 9.0, 1.0)
 
 
@@ -159,6 +159,6 @@ def test_more_labels_than_train_prompts_are_refused() -> None:
         ({"unseen": float("nan")}, "unseen"),
     ],
 )
-def test_a_plan_that_cannot_be_followed_is_refused(wrong: dict[str, Any], named: str) -> None:
+def test_an_impossible_plan_is_refused(wrong: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidInput, match=f"^{named} must be"):
         replace(THIRD, **wrong)

@@ -10,7 +10,8 @@ from proxy.settings.schema import CircuitBreakerSettings
 from proxy.storage.redis import Store
 from proxy.upstream.health import HealthRegistry, prune_removed_models
 from router_core.types import Price
-from tests.support.makers import a_record, a_registry, following, until
+from tests.support.makers import a_record, a_registry, started_watcher
+from tests.support.waiting import until
 from tests.upstream.health.makers import fail
 
 
@@ -18,7 +19,7 @@ async def test_removed_and_changed_models_are_forgotten_and_others_are_not(store
     registry, health = a_registry(store, tmp_path), HealthRegistry(CircuitBreakerSettings())
     for name in ("removed", "changed", "repriced", "untouched"):
         await registry.add_model(a_record(name))
-    async with following(store, tmp_path) as holder:
+    async with started_watcher(store, tmp_path) as holder:
         pruning = asyncio.create_task(prune_removed_models(health, lambda: holder.current.models))
         await asyncio.sleep(0)
         for name in holder.current.models:

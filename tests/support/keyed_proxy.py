@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
 import httpx
 import openai
 
-from tests.support.server import ProxyProcess
-from tests.support.upstream import wait_until
+from proxy.settings.schema import Settings
+from proxy.storage.client_keys import AuthRequiredLatch
+from proxy.storage.redis import Store
+from proxy.storage.registry import Registry
+from tests.support.proxy_process import ProxyProcess
+from tests.support.waiting import wait_until
 
+T = TypeVar("T")
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
+
+
+def with_registry(data_dir: Path, work: Callable[[Registry], Awaitable[T]]) -> T:
+    """Do some work on the embedded store of a data directory, whether a server uses it or not."""
+
+    async def run() -> T:
+        store = await Store.open(Settings(data_dir=data_dir))
+        try:
+            return await work(Registry(store, (), AuthRequiredLatch(data_dir)))
+        finally:
+            await store.close()
+
+    return asyncio.run(run())
 
 
 @dataclass(frozen=True)

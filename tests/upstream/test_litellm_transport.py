@@ -1,4 +1,4 @@
-"""What the pool of translated calls keeps open is closed in time, also where no further request comes."""
+"""Connections of the pool for litellm are closed in time, even if no further request comes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from proxy.concurrency import cancel_and_wait
 from proxy.settings.outbound import AsyncTransport, Outbound
 from proxy.upstream.litellm_transport import capture, client_over, open_pool, read_chunks, reap_connections
-from tests.support.makers import until
-from tests.support.raw_upstream import DONE, END, SAID, RawUpstream, Said, chunked, plain
+from tests.support.raw_upstream import CHUNK, DONE, END, RawUpstream, Reply, chunked, plain
+from tests.support.waiting import until
 
 MAX_STEPS = 200
 """Of the event loop, in which a call is surely through."""
@@ -45,7 +45,7 @@ async def whole(pool: httpx.AsyncClient, url: str) -> None:
         await pool.post(url + "/chat/completions", content=b"{}")
 
 
-async def test_a_connection_that_was_idle_for_too_long_is_closed_though_nobody_asks() -> None:
+async def test_an_idle_connection_is_closed_in_time_without_a_further_request() -> None:
     limits = httpx.Limits(keepalive_expiry=1.0)
     async with RawUpstream(plain()) as server, tidied(client_over(AsyncTransport(Outbound({}), limits), 5)) as pool:
         for _ in range(2):
@@ -57,8 +57,8 @@ async def test_a_connection_that_was_idle_for_too_long_is_closed_though_nobody_a
         assert server.connections == 2
 
 
-@pytest.mark.parametrize(("call", "said"), [(whole, plain()), (streamed, Said(chunked(SAID, END, DONE), "close"))])
-async def test_a_call_that_is_cancelled_at_any_moment_leaves_no_connection_open(call: Any, said: Said) -> None:
+@pytest.mark.parametrize(("call", "said"), [(whole, plain()), (streamed, Reply(chunked(CHUNK, END, DONE), "close"))])
+async def test_a_call_cancelled_at_any_moment_leaves_no_connection_open(call: Any, said: Reply) -> None:
     async with RawUpstream(said) as server, tidied(open_pool(5, Outbound({}))) as pool:
         for steps in range(MAX_STEPS):
             calling = asyncio.create_task(call(pool, server.url))
@@ -69,8 +69,8 @@ async def test_a_call_that_is_cancelled_at_any_moment_leaves_no_connection_open(
         await until(lambda: in_use(pool) == [])
 
 
-async def test_a_call_that_takes_its_time_keeps_its_connection() -> None:
-    async with RawUpstream(Said(chunked(SAID)[:-1], "hang")) as server, tidied(open_pool(5, Outbound({}))) as pool:
+async def test_a_slow_call_keeps_its_connection() -> None:
+    async with RawUpstream(Reply(chunked(CHUNK)[:-1], "hang")) as server, tidied(open_pool(5, Outbound({}))) as pool:
         calling = asyncio.create_task(streamed(pool, server.url))
         await asyncio.wait({calling}, timeout=0.4)
 

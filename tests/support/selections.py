@@ -19,10 +19,10 @@ from proxy.storage.models import StoredProfile
 from proxy.storage.reader import StoredState
 from proxy.storage.snapshot import RoutingSnapshot, build_state
 from router_core.types import Floats
-from tests.support.makers import a_profile, a_record, surroundings
+from tests.support.makers import a_profile, a_record, snapshot_inputs
 
 LONG = "A question that is long enough to be read without the turns before it, that is."
-LIMITED = ClientKey("k1", "limited", "digest", 0.0, ("dear",))
+LIMITED_KEY = ClientKey("k1", "limited", "digest", 0.0, ("dear",))
 
 
 class Corners:
@@ -56,7 +56,7 @@ def a_state(**abilities: Any) -> RoutingSnapshot:
         name: StoredProfile(records[name].fingerprint, a_profile([error] * 4)) for name, error in errors.items()
     }
     stored = StoredState(version=1, models=records, profiles=profiles, keys_exist=False)
-    return build_state(stored, surroundings(), keys_latched=False)
+    return build_state(stored, snapshot_inputs(), keys_latched=False)
 
 
 async def chosen(

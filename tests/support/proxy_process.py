@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent.parent
 ADMIN_KEY = "admin-key-of-the-tests"
 START_S = 180.0
 # Circuit-breaker settings for tests of other things: a cooldown is over before the next request.
-TIRELESS = {"cooldown_s": 0.001, "longest_cooldown_s": 0.001}
+NO_COOLDOWN = {"cooldown_s": 0.001, "longest_cooldown_s": 0.001}
 POLL_S = 0.05
 
 
@@ -131,14 +131,14 @@ def uniform_profile(error: float, *, output_tokens: float = 20.0) -> dict[str, A
     }
 
 
-def arm(name: str, api_base: str, *, price: float = 1e-6, **info: Any) -> dict[str, Any]:
+def model_entry(name: str, api_base: str, *, price: float = 1e-6, **info: Any) -> dict[str, Any]:
     """One entry of model_list."""
     return {
         "model_name": name,
         "litellm_params": {
             "model": f"openai/{name}-upstream",
             "api_base": api_base,
-            "api_key": "os.environ/ARM_API_KEY",
+            "api_key": "os.environ/MODEL_API_KEY",
         },
         "model_info": {"input_cost_per_token": price, "output_cost_per_token": 4 * price, **info},
     }

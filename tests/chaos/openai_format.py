@@ -38,8 +38,8 @@ class Exchange:
     """One request and how it is to be answered."""
 
     question: Question
-    arm: str
     model: str
+    upstream_name: str
     stream: bool
     reply: Reply
     whole: Callable[[], None]
@@ -48,11 +48,11 @@ class Exchange:
 
     @property
     def usage(self) -> Json:
-        return self.question.usage(self.arm)
+        return self.question.usage(self.model)
 
     @property
     def text(self) -> str:
-        return self.question.answer(self.arm)
+        return self.question.answer(self.model)
 
 
 def content(exchange: Exchange) -> Iterator[bytes]:
@@ -79,7 +79,7 @@ def choice(part: str, said: Json, finish_reason: str | None) -> Json:
 
 
 def frame(exchange: Exchange) -> Json:
-    return {"id": f"chatcmpl-{exchange.question.id}", "created": 1_700_000_000, "model": exchange.model}
+    return {"id": f"chatcmpl-{exchange.question.id}", "created": 1_700_000_000, "model": exchange.upstream_name}
 
 
 def error(message: str) -> Json:

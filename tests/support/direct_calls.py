@@ -13,15 +13,15 @@ from proxy.errors import UpstreamError
 from proxy.storage.models import ModelRecord
 from proxy.upstream.client import UpstreamClient
 from tests.support.makers import a_record
-from tests.support.raw_upstream import DONE, END, JSON, SAID, RawUpstream, Said, chunked
+from tests.support.raw_upstream import CHUNK, DONE, END, JSON, RawUpstream, Reply, chunked
 
 KEY = "sk-canary-of-the-relay"
-WHOLE = Said(chunked(SAID, END, DONE))
+WHOLE = Reply(chunked(CHUNK, END, DONE))
 BODY: dict[str, Any] = {"model": "auto", "messages": [{"role": "user", "content": "hi"}]}
 
 
 def a_model(server: RawUpstream, **params: Any) -> ModelRecord:
-    stated = {"model": "openai/theirs", "api_base": server.url, "api_key": "os.environ/ARM_API_KEY"}
+    stated = {"model": "openai/theirs", "api_base": server.url, "api_key": "os.environ/MODEL_API_KEY"}
     return replace(a_record("ours"), litellm_params={**stated, **params})
 
 

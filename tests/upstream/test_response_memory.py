@@ -22,9 +22,9 @@ from proxy.storage.models import ModelRecord
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.health import HealthRegistry
 from proxy.upstream.response_memory import HeldMemory, ResponseBounds, ResponseMemory
-from tests.support.makers import until
-from tests.support.raw_upstream import DONE, END, JSON, SAID, STREAM_HEAD, RawUpstream, Said, chunked, plain
-from tests.support.relaying import BODY, a_model, failing, streamed, whole
+from tests.support.direct_calls import BODY, a_model, failing, streamed, whole
+from tests.support.raw_upstream import CHUNK, DONE, END, JSON, STREAM_HEAD, RawUpstream, Reply, chunked, plain
+from tests.support.waiting import until
 
 WAYS = pytest.mark.parametrize("way", ["relay", "translate", "anthropic"])
 KINDS = pytest.mark.parametrize("ask", [whole, streamed])
@@ -60,12 +60,12 @@ def holding(text: bytes) -> bytes:
 
 
 def event(text: bytes) -> bytes:
-    return SAID.rstrip()[:-1] + b',"more":' + text + b"}\n\n"
+    return CHUNK.rstrip()[:-1] + b',"more":' + text + b"}\n\n"
 
 
-def saying(ask: Any, text: bytes) -> Said:
+def saying(ask: Any, text: bytes) -> Reply:
     """A whole answer or a stream of which one event holds `text`."""
-    return plain(holding(text)) if ask is whole else Said(chunked(SAID, event(text), END, DONE))
+    return plain(holding(text)) if ask is whole else Reply(chunked(CHUNK, event(text), END, DONE))
 
 
 @pytest.mark.parametrize("way", ["relay", "translate", "anthropic", "azure"])
@@ -121,7 +121,7 @@ async def test_a_compressed_response_is_read(upstream: UpstreamClient, way: str)
 
 @pytest.mark.parametrize("way", ["relay", "translate"])
 async def test_values_are_counted_per_event_and_not_over_all_events(upstream: UpstreamClient, way: str) -> None:
-    async with RawUpstream(Said(chunked(SAID * (MAX_VALUES_AT_ONCE // 5), END, DONE))) as server:
+    async with RawUpstream(Reply(chunked(CHUNK * (MAX_VALUES_AT_ONCE // 5), END, DONE))) as server:
         said = json.loads(await whole(upstream, by(way, server)))
 
     assert said["choices"][0]["message"]["content"] == "hi" * (MAX_VALUES_AT_ONCE // 5)
@@ -140,7 +140,7 @@ async def test_a_completion_sent_as_events_is_limited_like_any_other(
     upstream: UpstreamClient, way: str, said: bytes, why: str
 ) -> None:
     piece = b'data: {"choices":[{"index":0,"delta":' + said + b"}]}\n\n"
-    async with RawUpstream(Said(chunked(*[piece] * 20, END, DONE))) as server:
+    async with RawUpstream(Reply(chunked(*[piece] * 20, END, DONE))) as server:
         failure = await failing(upstream, by(way, server), whole)
 
         assert isinstance(failure, ResponseTooLarge)
@@ -204,7 +204,7 @@ async def test_a_cancelled_request_releases_its_memory(upstream: UpstreamClient,
     length = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 9999999\r\n\r\n"
     head = length if ask is whole else STREAM_HEAD + b"\r\n"
     beginning = (b'{"a":"' if ask is whole else b'data: {"a":"') + b"x" * 1_000_000
-    async with RawUpstream(Said((head + beginning,), "hang")) as server:
+    async with RawUpstream(Reply((head + beginning,), "hang")) as server:
         asking = asyncio.create_task(ask(upstream, by(way, server)))
         await until(lambda: upstream.memory.used_bytes > 500_000)
         asking.cancel()

@@ -10,21 +10,8 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-from tests.support.answers import Json, Skill, Step, chunks, completion, newest_user_text, sse
-
-POLL_S = 0.01
-
-
-def wait_until(happened: Any, timeout_s: float = 120.0) -> bool:
-    """Polls `happened()` until it is true or the time is up; says which."""
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        if happened():
-            return True
-        time.sleep(POLL_S)
-    return bool(happened())
+from tests.support.scripted_answers import Json, Skill, Step, chunks, completion, newest_user_text, sse
 
 
 @dataclass
