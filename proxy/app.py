@@ -279,7 +279,7 @@ async def app_state(
         configured = await resolving
         catalog = await asyncio.to_thread(bundled_catalog)
         inputs = SnapshotInputs(cluster_map, configured, catalog, ESTIMATORS[settings.recipe], live)
-        state = SnapshotWatcher(store, inputs, latch, lambda now: upstream.serve(now.models))
+        state = SnapshotWatcher(store, inputs, latch, lambda now: upstream.set_models(now.models))
         with startup.step("reading models"):
             await state.start()
         closing.push_async_callback(state.stop)
@@ -308,7 +308,7 @@ async def app_state(
         with startup.step("loading the embedder"):
             await assigner.warm(cluster_map)
         with startup.step("importing litellm"):
-            await upstream.open()
+            await upstream.warm_up()
         price_feed = asyncio.create_task(PriceFeed(settings, store, registry, state).run(), name="uniroute-prices")
         closing.push_async_callback(cancel_and_wait, price_feed)
         jobs = Jobs(store, state, UpstreamAnswerer(upstream), assigner.embedder, settings)

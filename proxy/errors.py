@@ -21,12 +21,12 @@ ProxyError
 ├── ServiceUnavailable        503  nothing to route to yet, or the store is unavailable
 │   ├── Starting              503  the server is not ready yet
 │   ├── ShuttingDown          503  the server ends, and this response with it
-│   └── NotMeasured           503  no model that could answer has a profile yet
+│   └── NotProfiled           503  no model that could answer has a profile yet
 └── UpstreamError                  a model failed: its own status and body, or 502, 504
-    ├── AnswerTooLarge        502  more bytes, levels or values than are read
-    └── OwnFault              503  this process could not do its part; the model was not to blame
-        ├── NoRoomForAnswer        the memory for responses is used up
-        └── CannotTranslate        litellm cannot be imported for now
+    ├── ResponseTooLarge      502  more bytes, levels or values than are read
+    └── LocalFailure          503  this process could not do its part; the model was not to blame
+        ├── ResponseMemoryFull     the memory for responses is used up
+        └── LiteLLMUnavailable     litellm cannot be imported for now
 ClientDisconnected                 nobody is left to answer
 """
 
@@ -42,12 +42,12 @@ RETRYABLE_STATUSES = frozenset({408, 429})
 # How much of the body of an upstream's error is read and kept.
 MAX_ERROR_BYTES = 16 * 2**10
 
-NAMES = ("retry-after", "retry-after-ms")
+RETRY_AFTER_HEADERS = ("retry-after", "retry-after-ms")
 
-SHUTTING_DOWN = "this server is shutting down, and the time that open answers had is over; send it again"
+SHUTTING_DOWN_MESSAGE = "this server is shutting down, and the time that open answers had is over; send it again"
 
 # How long a client that does not read is waited for at shutdown.
-LAST_WORDS_S = 1.0
+SHUTDOWN_NOTICE_TIMEOUT_S = 1.0
 
 
 class ClientDisconnected(Exception):
@@ -148,7 +148,7 @@ class ShuttingDown(ServiceUnavailable):
     """The server is shutting down, and its grace period for open responses is over."""
 
 
-class NotMeasured(ServiceUnavailable):
+class NotProfiled(ServiceUnavailable):
     """No candidate has a profile yet. `why` says what each lacks."""
 
     def __init__(self, message: str, why: Mapping[str, str], headers: Mapping[str, str] | None = None) -> None:
@@ -168,43 +168,43 @@ class UpstreamError(ProxyError):
         headers: Mapping[str, str] | None = None,
         retryable: bool | None = None,
         timed_out: bool = False,
-        lost: bool = False,
-        overflow: bool = False,
+        connection_lost: bool = False,
+        context_exceeded: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.body = body[:MAX_ERROR_BYTES] if isinstance(body, bytes) else body
         stated = {name.lower(): text for name, text in (headers or {}).items()}
-        self.headers = {name: stated[name] for name in NAMES if name in stated}
+        self.headers = {name: stated[name] for name in RETRY_AFTER_HEADERS if name in stated}
         self.timed_out = timed_out
         # An open connection died before the first byte of a response: worth one more attempt on the same model.
-        self.lost = lost
+        self.connection_lost = connection_lost
         # The prompt is longer than this model's context window; another model's may be larger.
-        self.overflow = overflow
+        self.context_exceeded = context_exceeded
         self.retryable = _is_retryable(status) if retryable is None else retryable
 
 
-class AnswerTooLarge(UpstreamError):
+class ResponseTooLarge(UpstreamError):
     """A response is larger than is read. Callers can cause that, so it does not count against the model."""
 
 
-class OwnFault(UpstreamError):
+class LocalFailure(UpstreamError):
     """This process could not do its part, which says nothing of the model."""
 
     def __init__(self, message: str, *, retry_after_s: float, retryable: bool) -> None:
-        body = error_object(message, "server_error", "unavailable")
+        body = error_body(message, "server_error", "unavailable")
         headers = {"retry-after": str(math.ceil(retry_after_s))}
         super().__init__(message, status=503, body=body, headers=headers, retryable=retryable)
 
 
-class NoRoomForAnswer(OwnFault):
+class ResponseMemoryFull(LocalFailure):
     """The memory for responses is used up; no other model would do better."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, retry_after_s=1, retryable=False)
 
 
-class CannotTranslate(OwnFault):
+class LiteLLMUnavailable(LocalFailure):
     """litellm cannot be imported for now; a model that is called directly may still answer."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
@@ -215,5 +215,5 @@ def _is_retryable(status: int | None) -> bool:
     return status is None or status in RETRYABLE_STATUSES or status >= 500
 
 
-def error_object(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:
+def error_body(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

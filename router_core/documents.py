@@ -1,8 +1,7 @@
-"""Bounds of the documents that are read whole: bytes, levels, values. One place for all files that users bring."""
+"""Read the files that users bring: bounded in size, parsed once, and typed with errors that name the field."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from router_core.errors import InvalidValidationSet
+from router_core.text import closest_name
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_MANIFEST_BYTES = 4_000_000
@@ -19,10 +19,10 @@ MAX_SET_BYTES = 256_000_000
 MAX_ARRAYS_BYTES = 512_000_000
 MAX_LINE_BYTES = 16_000_000
 MAX_DEPTH = 64
+# Values of a JSON document. One model's entry in a price map has about 30.
 MAX_VALUES = 1_000_000
-"""Of JSON. One model's entry in a price map has about 30."""
+# Nodes of a YAML document, with each alias counted as what it stands for.
 MAX_NODES = 100_000
-"""Of YAML, with each alias counted as what it stands for."""
 
 
 class DocumentTooLarge(ValueError):
@@ -30,7 +30,12 @@ class DocumentTooLarge(ValueError):
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:
-    """Read the whole file. Raises OSError, and DocumentTooLarge before more than the bound is in memory."""
+    """Read the whole file, never holding more than `max_bytes` + 1 of it.
+
+    Raises:
+        OSError: it cannot be read.
+        DocumentTooLarge: it is larger than `max_bytes`.
+    """
     with path.open("rb") as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
@@ -39,7 +44,14 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
 
 
 def parse_json(text: str | bytes, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """Parse JSON within the bounds. Raises ValueError; `hook` is json's object_pairs_hook."""
+    """Parse JSON within the bounds.
+
+    Args:
+        hook: json's `object_pairs_hook`.
+
+    Raises:
+        ValueError: it is not JSON, or (DocumentTooLarge) beyond a bound.
+    """
     try:
         value = json.loads(text, object_pairs_hook=hook)
     except RecursionError:
@@ -49,7 +61,7 @@ def parse_json(text: str | bytes, hook: Callable[[list[tuple[str, Any]]], Any] |
 
 
 def check_bounds(value: Any) -> None:
-    """Raises DocumentTooLarge where the parsed JSON has too many levels or values."""
+    """Raise DocumentTooLarge if the parsed JSON has too many levels or values."""
     level, seen = [value], 0
     for _ in range(MAX_DEPTH):
         seen += len(level)
@@ -71,18 +83,19 @@ JsonObject = dict[str, object]
 
 
 def nearest_hint(word: str, known: Collection[str]) -> str:
-    """ "; did you mean 'answer'?" or, when nothing is near, the list of what is known."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+    """Return "; did you mean 'answer'?", or the list of what is known if nothing is near."""
+    closest = closest_name(word, known)
+    return f"; did you mean {closest!r}?" if closest else f"; known: {', '.join(sorted(known))}"
 
 
 def short_repr(value: object) -> str:
+    """Return the repr of `value`, cut to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
 
 class Fields:
-    """Wraps one object. Every getter raises InvalidValidationSet that says the field, the value and the fix."""
+    """Read one JSON object. Every getter raises InvalidValidationSet with the field, the value and the fix."""
 
     def __init__(self, values: Mapping[str, object], known: Collection[str], prefix: str = "") -> None:
         self.values = values
@@ -91,7 +104,7 @@ class Fields:
             if key not in known:
                 raise InvalidValidationSet(f"unknown field {prefix + key!r}{nearest_hint(key, known)}")
 
-    def wrong(self, key: str, expected: str) -> InvalidValidationSet:
+    def error(self, key: str, expected: str) -> InvalidValidationSet:
         if key not in self.values:
             return InvalidValidationSet(f"field {self.prefix + key!r} is missing: add {expected}")
         return InvalidValidationSet(
@@ -104,7 +117,7 @@ class Fields:
     def text(self, key: str, default: str | None = None) -> str:
         value = self.values.get(key, default)
         if not isinstance(value, str) or not value.strip():
-            raise self.wrong(key, "a string that is not empty")
+            raise self.error(key, "a string that is not empty")
         return value
 
     def optional_text(self, key: str) -> str | None:
@@ -113,39 +126,39 @@ class Fields:
     def flag(self, key: str) -> bool:
         value = self.values.get(key, False)
         if not isinstance(value, bool):
-            raise self.wrong(key, "true or false")
+            raise self.error(key, "true or false")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.wrong(key, "a finite number, such as 42 or 3.5")
+            raise self.error(key, "a finite number, such as 42 or 3.5")
         return value
 
     def whole_number(self, key: str, low: int, high: int, default: int | None = None) -> int:
         value = self.values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.wrong(key, f"a whole number from {low} to {high}")
+            raise self.error(key, f"a whole number from {low} to {high}")
         return value
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """A list of strings; absent is empty."""
+        """Read a list of strings, empty if the field is absent."""
         value = self.values.get(key, [])
         if not isinstance(value, list) or not all(isinstance(item, str) and item.strip() for item in value):
-            raise self.wrong(key, "a list of strings that are not empty")
+            raise self.error(key, "a list of strings that are not empty")
         return tuple(value)
 
     def span(self, key: str) -> tuple[int, int] | None:
-        """[low, high], both included; absent is None."""
+        """Read [low, high], both included; None if the field is absent."""
         if not self.has(key):
             return None
         match self.values[key]:
             case [int(low), int(high)] if 0 <= low <= high:
                 return low, high
-        raise self.wrong(key, "two whole numbers [low, high] with 0 <= low <= high")
+        raise self.error(key, "two whole numbers [low, high] with 0 <= low <= high")
 
     def mapping(self, key: str) -> JsonObject:
         value = self.values.get(key)
         if not isinstance(value, dict):
-            raise self.wrong(key, "a JSON object")
+            raise self.error(key, "a JSON object")
         return value

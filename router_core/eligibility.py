@@ -13,45 +13,60 @@ from numpy.typing import NDArray
 from router_core.pool import Pool
 from router_core.types import CAPABILITY_NAMES, Doubles, Indices, Requirements
 
+Mask = NDArray[np.bool_]
+
+COOLING_DOWN = "resting after failures"
+
+NOT_READY = "what it takes to call this model is still being loaded"
+
+# Pairs of the models that may not be called now, and the reason.
+Excluded = Sequence[tuple[Collection[str], str]]
+
+# A limit stated per million tokens and a price stated per token may differ in their last bit and mean the same.
+_ROUNDING = 1 + 1e-9
+
+# Tokens that a model's chat template may add to a prompt.
+TEMPLATE_TOKENS = 256
+
 
 class LazyNames(Sequence[str]):
-    """A tuple of names that is not there yet. It equals that tuple."""
+    """A tuple of names that is built when it is first read. It equals that tuple."""
 
     @cached_property
-    def whole(self) -> tuple[str, ...]:
-        return self._made()
+    def all_names(self) -> tuple[str, ...]:
+        return self._build()
 
     @abstractmethod
-    def _made(self) -> tuple[str, ...]: ...
+    def _build(self) -> tuple[str, ...]: ...
 
     @abstractmethod
-    def _one(self, place: int) -> str: ...
+    def _name_at(self, place: int) -> str: ...
 
     @overload
     def __getitem__(self, place: int) -> str: ...
     @overload
     def __getitem__(self, place: slice) -> tuple[str, ...]: ...
     def __getitem__(self, place: int | slice) -> str | tuple[str, ...]:
-        return self.whole[place] if isinstance(place, slice) else self._one(place)
+        return self.all_names[place] if isinstance(place, slice) else self._name_at(place)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.whole)
+        return iter(self.all_names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.whole
+        return name in self.all_names
 
     def __eq__(self, other: object) -> bool:
-        return self.whole == tuple(other) if isinstance(other, tuple | LazyNames) else NotImplemented
+        return self.all_names == tuple(other) if isinstance(other, tuple | LazyNames) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash(self.whole)
+        return hash(self.all_names)
 
     def __repr__(self) -> str:
-        return repr(self.whole)
+        return repr(self.all_names)
 
 
 class RowNames(LazyNames):
-    """Those of `rows`, in their order."""
+    """The names at `rows`, in the order of the rows."""
 
     def __init__(self, names: tuple[str, ...], rows: Indices) -> None:
         self._names = names
@@ -60,61 +75,49 @@ class RowNames(LazyNames):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def _one(self, place: int) -> str:
+    def _name_at(self, place: int) -> str:
         return self._names[int(self._rows[place])]
 
-    def _made(self) -> tuple[str, ...]:
+    def _build(self) -> tuple[str, ...]:
         return tuple(map(self._names.__getitem__, self._rows.tolist()))
 
 
 class LazyRanking(LazyNames):
-    """The first is known; the others are put in order when one of them is wanted."""
+    """A ranking whose first name is known; the others are sorted when one of them is read."""
 
-    def __init__(self, first: str, length: int, ordered: Callable[[], tuple[str, ...]]) -> None:
+    def __init__(self, first: str, length: int, sort: Callable[[], tuple[str, ...]]) -> None:
         self._first = first
         self._length = length
-        self._ordered = ordered
+        self._sort = sort
 
     def __len__(self) -> int:
         return self._length
 
-    def _one(self, place: int) -> str:
-        return self._first if place == 0 else self.whole[place]
+    def _name_at(self, place: int) -> str:
+        return self._first if place == 0 else self.all_names[place]
 
     def __iter__(self) -> Iterator[str]:
         yield self._first
         if self._length > 1:
-            yield from self.whole[1:]
+            yield from self.all_names[1:]
 
-    def _made(self) -> tuple[str, ...]:
-        return self._ordered()
-
-
-Mask = NDArray[np.bool_]
-
-RESTING = "resting after failures"
-
-LOADING = "what it takes to call this model is still being loaded"
-
-Excluded = Sequence[tuple[Collection[str], str]]
-"""Models that may not be asked now, and why."""
-
-_ROUNDING = 1 + 1e-9
-"""A cap stated per million tokens and a price stated per token may differ in their last bit and be the same."""
-
-TEMPLATE_TOKENS = 256
-"""What a model's chat template may add to a prompt."""
+    def _build(self) -> tuple[str, ...]:
+        return self._sort()
 
 
 class FilterStage(IntEnum):
-    """Of the first stage that a model fails it is told every reason, and none of the later ones."""
+    """The order of the filters.
 
-    LISTED = 0
-    STANDING = 1
-    NEEDS = 2
-    """What the request asks, and is known not to fit."""
+    A model's reasons are all those of the first stage that it fails, and none of later stages.
+    """
+
+    ALLOWED = 0
+    # The model's state: cooling down, not ready, not profiled, not priced.
+    STATE = 1
+    # The request asks for what the model is known to lack.
+    REQUIREMENTS = 2
+    # The request asks for what is not known of this model and is known of another one.
     UNKNOWN = 3
-    """What nobody knows of this model, while another is known to be able."""
     COST = 4
 
 
@@ -124,17 +127,17 @@ class Filter:
     passed: Mask
     """(M,)"""
     reason: str
-    """What the others are told."""
+    """Shown for the models that did not pass."""
 
 
 @dataclass(frozen=True, eq=False)
 class Eligibility:
-    """The rows of a pool that are left. Why the others are not is worked out only when somebody asks."""
+    """The rows of a pool that are left. Why the others are not is computed when it is first read."""
 
     pool: Pool
     rows: NDArray[np.int64]
-    checked: Callable[[], Sequence[Filter]] = field(repr=False)
-    """Every check that was made, or need not be made because all pass it."""
+    compute_filters: Callable[[], Sequence[Filter]] = field(repr=False)
+    """Returns every filter, also those that were skipped because all models pass them."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -142,26 +145,26 @@ class Eligibility:
 
     @cached_property
     def reasons(self) -> dict[str, str]:
-        """Ruled-out model → its reasons, separated by commas. Those that were nearest to be left come first."""
+        """Ruled-out model → its reasons, separated by commas. Models that passed the most stages come first."""
         failed: dict[int, tuple[FilterStage, list[str]]] = {}
-        for check in sorted(self.checked(), key=lambda check: check.stage):
-            for row in np.flatnonzero(~check.passed).tolist():
-                stage, reasons = failed.setdefault(row, (check.stage, []))
-                if stage == check.stage:
-                    reasons.append(check.reason)
+        for each in sorted(self.compute_filters(), key=lambda each: each.stage):
+            for row in np.flatnonzero(~each.passed).tolist():
+                stage, reasons = failed.setdefault(row, (each.stage, []))
+                if stage == each.stage:
+                    reasons.append(each.reason)
         rows = sorted(failed, key=lambda row: (-failed[row][0], row))
         return {self.pool.names[row]: ", ".join(failed[row][1]) for row in rows}
 
     def filtered(self, passed: Mask, reason: str) -> Eligibility:
-        """What is left after the costs are known, (M,) of who passed."""
-        checked = self.checked
+        """Apply one more filter, once the costs are known. `passed`: (M,)."""
+        earlier = self.compute_filters
         rows = self.rows[passed[self.rows]]
-        return Eligibility(self.pool, rows, lambda: (*checked(), Filter(FilterStage.COST, passed, reason)))
+        return Eligibility(self.pool, rows, lambda: (*earlier(), Filter(FilterStage.COST, passed, reason)))
 
 
 def eligible(
     pool: Pool,
-    needs: Requirements,
+    requirements: Requirements,
     allowed: Collection[str] | None = None,
     *,
     require_profile: bool = True,
@@ -170,128 +173,134 @@ def eligible(
 ) -> Eligibility:
     """Rule models out before any is scored.
 
-    First go those that are known not to fit. Then, need by need, those of unknown ability, as long as one of the models
-    left is known to be able: so nothing is left only where every model is known not to fit.
+    Models that are known not to fit go first. Then, capability by capability, go those of which it is not known, as
+    long as one of the models left is known to have it. So nothing is left only if every model is known not to fit.
 
     Args:
-        pool: the snapshot's models.
-        needs: what this request asks for.
-        allowed: names that this request or its key is restricted to; None is no restriction.
-        require_profile: whether a model needs a profile; one without can be called, but not compared.
-        cooling_down: names that failed too often lately to be asked now.
+        allowed: the only names that this request or its key may use; None is no restriction.
+        require_profile: whether a model needs a profile. One without can be called, but not compared.
+        cooling_down: names that failed too often lately to be called now.
         not_ready: names that this process cannot call yet.
     """
-    absent = [(names, why) for names, why in ((cooling_down, RESTING), (not_ready, LOADING)) if names]
-    if allowed is None and require_profile and not absent and _all_can(pool, needs):
-        return Eligibility(pool, pool.routable_rows, lambda: _checks(pool, needs, None, (), require_profile=True)[1])
-    left, checks = _checks(pool, needs, allowed, absent, require_profile=require_profile)
-    return Eligibility(pool, np.flatnonzero(left), lambda: checks)
+    excluded = [(names, reason) for names, reason in ((cooling_down, COOLING_DOWN), (not_ready, NOT_READY)) if names]
+    if allowed is None and require_profile and not excluded and _all_fit(pool, requirements):
+        return Eligibility(
+            pool, pool.routable_rows, lambda: _apply_filters(pool, requirements, None, (), require_profile=True)[1]
+        )
+    passed, filters = _apply_filters(pool, requirements, allowed, excluded, require_profile=require_profile)
+    return Eligibility(pool, np.flatnonzero(passed), lambda: filters)
 
 
-def output_limit(pool: Pool, row: int, needs: Requirements) -> int | None:
-    """Tokens of an answer that the request allows this model, as it is told; None: the request states no limit.
+def output_limit(pool: Pool, row: int, requirements: Requirements) -> int | None:
+    """Return the output limit to send to the model in `row`; None if the request states none.
 
-    A limit that is a cap is lowered to what the model can do.
+    A limit that is only a cap is lowered to what the model can do.
     """
-    limit = needs.max_output_tokens
-    if limit is None or not needs.limit_is_cap:
+    limit = requirements.max_output_tokens
+    if limit is None or not requirements.limit_is_cap:
         return limit
-    window, output = pool.least
-    if limit <= output and needs.prompt_tokens + limit <= window:
+    window, output = pool.smallest_limits
+    if limit <= output and requirements.prompt_tokens + limit <= window:
         return limit
     rows = slice(row, row + 1)
-    return int(min(_left_of_window(pool, needs, limit, rows)[0], pool.max_output_tokens[row]))
+    return int(min(_room_for_output(pool, requirements, limit, rows)[0], pool.max_output_tokens[row]))
 
 
-def _left_of_window(pool: Pool, needs: Requirements, limit: int, rows: slice = slice(None)) -> NDArray[np.int64]:
-    """(M,) tokens that the prompt leaves for an answer, `limit` at most, where the two share a window.
+def _room_for_output(pool: Pool, requirements: Requirements, limit: int, rows: slice = slice(None)) -> Indices:
+    """Return the (M,) tokens, at most `limit`, that the prompt leaves for an answer where the two share a window.
 
-    Where the limit does not fit, the prompt may be twice as long as estimated: the model would refuse a limit that is a
-    token too large. But half of what is left is for the answer.
+    Where `limit` does not fit, a margin is kept in case the prompt is up to twice as long as estimated: a model refuses
+    a limit that is one token too large. At least half of what is left goes to the answer.
     """
-    room = pool.max_input_tokens[rows] - needs.prompt_tokens
-    margin = np.minimum(np.maximum(room, 0) // 2, needs.prompt_tokens + TEMPLATE_TOKENS)
+    room = pool.max_input_tokens[rows] - requirements.prompt_tokens
+    margin = np.minimum(np.maximum(room, 0) // 2, requirements.prompt_tokens + TEMPLATE_TOKENS)
     return np.where(~pool.shares_window[rows] | (room >= limit), limit, room - margin)
 
 
-def _all_can(pool: Pool, needs: Requirements) -> bool:
-    """Whether every model is known to take what is asked: then only what holds for every request rules any out."""
-    window, output = pool.least
-    limit = needs.max_output_tokens or 0
-    if needs.limit_is_cap:
+def _all_fit(pool: Pool, requirements: Requirements) -> bool:
+    """Return whether no model can fail a filter of FilterStage.REQUIREMENTS or UNKNOWN."""
+    window, output = pool.smallest_limits
+    limit = requirements.max_output_tokens or 0
+    if requirements.limit_is_cap:
         output = limit
         limit = limit if pool.any_shares_window else 0
     return (
-        needs.prompt_tokens + limit <= window
+        requirements.prompt_tokens + limit <= window
         and limit <= output
-        and needs.max_input_cost_per_token is None
-        and needs.max_output_cost_per_token is None
-        and not needs.capabilities
+        and requirements.max_input_cost_per_token is None
+        and requirements.max_output_cost_per_token is None
+        and not requirements.capabilities
     )
 
 
-def _checks(
-    pool: Pool, needs: Requirements, allowed: Collection[str] | None, absent: Excluded, *, require_profile: bool
+def _apply_filters(
+    pool: Pool,
+    requirements: Requirements,
+    allowed: Collection[str] | None,
+    excluded: Excluded,
+    *,
+    require_profile: bool,
 ) -> tuple[Mask, Sequence[Filter]]:
-    """(M,) who passed all, and each check."""
-    left = np.ones(len(pool), dtype=np.bool_)
-    checks = []
-    for check in (*_standing(pool, allowed, absent, require_profile=require_profile), *_known(pool, needs)):
-        left &= check.passed
-        checks.append(check)
-    for ability in needs.capabilities:
-        able = pool.capabilities[ability] == 1
-        if (left & able).any():
-            left &= able
-            checks.append(Filter(FilterStage.UNKNOWN, able, f"not known to {CAPABILITY_NAMES[ability]}"))
-    return left, checks
+    """Return (M,) which models passed all filters, and the filters."""
+    passed = np.ones(len(pool), dtype=np.bool_)
+    filters = []
+    state_filters = _state_filters(pool, allowed, excluded, require_profile=require_profile)
+    for each in (*state_filters, *_requirement_filters(pool, requirements)):
+        passed &= each.passed
+        filters.append(each)
+    for name in requirements.capabilities:
+        known = pool.capabilities[name] == 1
+        if (passed & known).any():
+            passed &= known
+            filters.append(Filter(FilterStage.UNKNOWN, known, f"not known to {CAPABILITY_NAMES[name]}"))
+    return passed, filters
 
 
-def _standing(
-    pool: Pool, allowed: Collection[str] | None, absent: Excluded, *, require_profile: bool
+def _state_filters(
+    pool: Pool, allowed: Collection[str] | None, excluded: Excluded, *, require_profile: bool
 ) -> Iterator[Filter]:
-    """What holds for every request of this caller now."""
+    """Yield the filters that do not depend on what the request asks for."""
     if allowed is not None:
-        yield Filter(FilterStage.LISTED, _listed(pool, allowed), "not among the models that this request may use")
-    for names, why in absent:
-        yield Filter(FilterStage.STANDING, ~_listed(pool, names), why)
+        reason = "not among the models that this request may use"
+        yield Filter(FilterStage.ALLOWED, _is_named(pool, allowed), reason)
+    for names, reason in excluded:
+        yield Filter(FilterStage.STATE, ~_is_named(pool, names), reason)
     if require_profile:
-        yield Filter(FilterStage.STANDING, ~np.isnan(pool.mean_errors), "not profiled on this cluster map")
-    yield Filter(FilterStage.STANDING, ~np.isnan(pool.prices.input), "no price is known; state one, or free: true")
+        yield Filter(FilterStage.STATE, ~np.isnan(pool.mean_errors), "not profiled on this cluster map")
+    yield Filter(FilterStage.STATE, ~np.isnan(pool.prices.input), "no price is known; state one, or free: true")
 
 
-def _known(pool: Pool, needs: Requirements) -> Iterator[Filter]:
-    """What this request asks, against what is known of each model. What is not known passes."""
-    yield Filter(FilterStage.NEEDS, pool.max_input_tokens >= needs.prompt_tokens, _too_long(needs.prompt_tokens))
-    limit = needs.max_output_tokens
-    if limit is not None and needs.limit_is_cap:
+def _requirement_filters(pool: Pool, requirements: Requirements) -> Iterator[Filter]:
+    """Yield the filters for what the request asks. What is not known of a model passes."""
+    stage, prompt_tokens = FilterStage.REQUIREMENTS, requirements.prompt_tokens
+    too_long = f"context window below about {prompt_tokens} prompt tokens"
+    yield Filter(stage, pool.max_input_tokens >= prompt_tokens, too_long)
+    limit = requirements.max_output_tokens
+    if limit is not None and requirements.limit_is_cap:
         usual = np.minimum(np.minimum(pool.mean_output_tokens, pool.max_output_tokens), limit)
-        fits = (pool.max_input_tokens < needs.prompt_tokens) | (_left_of_window(pool, needs, limit) >= usual)
-        yield Filter(FilterStage.NEEDS, fits, f"{_too_long(needs.prompt_tokens)} and an answer")
+        fits = (pool.max_input_tokens < prompt_tokens) | (_room_for_output(pool, requirements, limit) >= usual)
+        yield Filter(stage, fits, f"{too_long} and an answer")
     elif limit is not None:
-        yield Filter(FilterStage.NEEDS, pool.max_output_tokens >= limit, f"cannot answer with {limit} tokens")
-        # written so that nothing is added to NO_LIMIT, and a prompt that is too long by itself is told so once
-        room = pool.max_input_tokens - needs.prompt_tokens
+        yield Filter(stage, pool.max_output_tokens >= limit, f"cannot answer with {limit} tokens")
+        # Written so that nothing is added to NO_LIMIT, and a prompt that is too long by itself gets one reason only.
+        room = pool.max_input_tokens - prompt_tokens
         fits = ~pool.shares_window | (room < 0) | (room >= limit)
-        yield Filter(FilterStage.NEEDS, fits, f"{_too_long(needs.prompt_tokens)} and {limit} of an answer")
-    prices = pool.prices.at(needs.prompt_tokens)
-    yield from _within(prices.input, needs.max_input_cost_per_token, "input")
-    yield from _within(prices.output, needs.max_output_cost_per_token, "output")
-    for ability in needs.capabilities:
-        yield Filter(FilterStage.NEEDS, pool.capabilities[ability] != 0, f"cannot {CAPABILITY_NAMES[ability]}")
+        yield Filter(stage, fits, f"{too_long} and {limit} of an answer")
+    prices = pool.prices.at(prompt_tokens)
+    yield from _price_filter(prices.input, requirements.max_input_cost_per_token, "input")
+    yield from _price_filter(prices.output, requirements.max_output_cost_per_token, "output")
+    for name in requirements.capabilities:
+        yield Filter(stage, pool.capabilities[name] != 0, f"cannot {CAPABILITY_NAMES[name]}")
 
 
-def _within(prices: Doubles, cap: float | None, side: str) -> Iterator[Filter]:
-    if cap is not None:
-        reason = f"{side} price above {cap * 1e6:g} USD per million tokens"
-        yield Filter(FilterStage.NEEDS, ~(prices > cap * _ROUNDING), reason)
+def _price_filter(prices: Doubles, limit: float | None, side: str) -> Iterator[Filter]:
+    if limit is not None:
+        reason = f"{side} price above {limit * 1e6:g} USD per million tokens"
+        yield Filter(FilterStage.REQUIREMENTS, ~(prices > limit * _ROUNDING), reason)
 
 
-def _too_long(prompt_tokens: int) -> str:
-    return f"context window below about {prompt_tokens} prompt tokens"
-
-
-def _listed(pool: Pool, names: Collection[str]) -> Mask:
+def _is_named(pool: Pool, names: Collection[str]) -> Mask:
+    """Return (M,) whether each model is among `names`; names that the pool does not have are ignored."""
     mask = np.zeros(len(pool), dtype=np.bool_)
     mask[[pool.index[name] for name in names if name in pool.index]] = True
     return mask

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import difflib
 import fcntl
 import hashlib
 import os
@@ -22,27 +21,30 @@ from numpy.typing import NDArray
 
 from router_core import distill
 from router_core.errors import Interrupted, InvalidArtifact
+from router_core.text import closest_name
 from router_core.types import Embedder, Floats
 
-MAX_WORDS = 8_192
-"""Whose ids a thread remembers: about 2 MiB. So few that no choice of words can make looking one up slow."""
+# Words whose ids a thread caches, about 2 MiB: so few that no choice of words makes a look-up slow.
+MAX_CACHED_WORDS = 8_192
 
-TEXTS_REMEMBERED = 4_096
-"""The library forgets no word when its memory is full; after so many texts it begins again, with the words of today."""
+# The library's cache drops no word once it is full, so it is emptied after so many texts.
+TEXTS_PER_CACHE = 4_096
 
 
 class Tokenizer:
-    """Used from several threads."""
+    """A WordPiece tokenizer, safe to use from several threads."""
 
     def __init__(self, description: Path) -> None:
-        """`description`: a tokenizer.json of WordPiece; its truncation and padding are left out.
+        """
+        Args:
+            description: a tokenizer.json of WordPiece; its truncation and padding are ignored.
 
         Raises:
-            InvalidArtifact: it is of another kind, damaged, or not there.
+            InvalidArtifact: it is of another kind, damaged, or missing.
         """
         from nanotoken import WordPieceTokenizer, set_cache_entries
 
-        set_cache_entries(MAX_WORDS)
+        set_cache_entries(MAX_CACHED_WORDS)
         try:
             self._tokenizer = WordPieceTokenizer.from_json(description.read_bytes())
         except (OSError, ValueError) as error:
@@ -51,8 +53,8 @@ class Tokenizer:
         self._texts = count(1)
 
     def ids(self, text: bytes) -> NDArray[np.uint32]:
-        """(n,), special tokens not added. `text` is UTF-8."""
-        if next(self._texts) % TEXTS_REMEMBERED == 0:
+        """Return the (n,) vocabulary ids of UTF-8 `text`, without special tokens."""
+        if next(self._texts) % TEXTS_PER_CACHE == 0:
             self._tokenizer.clear_cache()
         return self._tokenizer.encode(text, add_special_tokens=False)
 
@@ -62,15 +64,16 @@ DISTILL_COMMAND = (
     "distill(pathlib.Path(sys.argv[1]), progress=functools.partial(print, flush=True))"
 )
 
+# Longest text that is embedded inline: about a millisecond in the slowest script, and more than routing reads of an
+# English request.
 MAX_INLINE_BYTES = 10_000
-"""Bytes: about a millisecond in the slowest of scripts, and more than routing reads of an English request."""
 
+# Rows of the table that are gathered at once, so that they stay in a core's own cache: 3,000 tokens take half the time.
 BATCH_ROWS = 256
-"""Of the table, so that what is copied out of it stays in a core's own cache: half the time for 3,000 tokens."""
 
 POLL_INTERVAL_S = 0.1
 
-SCRATCH = ".distilling-"
+SCRATCH_PREFIX = ".distilling-"
 
 MODEL_FILES = ("modules.json", "config.json")
 
@@ -78,7 +81,7 @@ TOKEN_WEIGHTS = Path(__file__).parent / "assets" / "token_weights.npy"
 
 
 class StaticEmbedder:
-    """The weighted mean of a prompt's token vectors. The table is memory-mapped: processes share one copy of it."""
+    """Embeds a text as the weighted mean of its token vectors. Processes share one memory-mapped table."""
 
     def __init__(self, table: Floats, token_weights: Floats, tokenizer: Tokenizer) -> None:
         """
@@ -89,49 +92,50 @@ class StaticEmbedder:
         """
         if len(table) != len(token_weights):
             raise InvalidArtifact(f"the token table has {len(table)} rows but there are {len(token_weights)} weights")
-        self._table = np.asarray(table)  # still mapped, and without what a subclass of arrays costs
+        # Still memory-mapped, without the overhead of np.memmap's subclass.
+        self._table = np.asarray(table)
         self._weights = token_weights
         self._tokenizer = tokenizer
 
     @classmethod
     def load(cls, folder: Path, token_weights: Path = TOKEN_WEIGHTS) -> StaticEmbedder:
-        """Open a folder that `distill` wrote. No torch is loaded."""
+        """Open a folder that `distill` wrote. This does not load torch."""
         table = np.load(folder / distill.TABLE, mmap_mode="r", allow_pickle=False)
         weights = np.load(token_weights, allow_pickle=False)
         return cls(table, weights, Tokenizer(folder / distill.TOKENIZER))
 
     @cached_property
     def id(self) -> str:
-        return f"static-{distill.RECIPE}-{hashlib.sha256(self._weights.tobytes()).hexdigest()[:12]}"
+        return f"static-{distill.TABLE_VERSION}-{hashlib.sha256(self._weights.tobytes()).hexdigest()[:12]}"
 
     @property
     def dimension(self) -> int:
         return int(self._table.shape[1])
 
     def tokens(self, text: str) -> list[int]:
-        """Vocabulary ids of `text`, without the model's special tokens."""
+        """Return the vocabulary ids of `text`, without special tokens."""
         ids: list[int] = self._tokenizer.ids(_utf8(text)).tolist()
         return ids
 
     def embed(self, texts: Sequence[str]) -> Floats:
-        """(n, d) float32 of unit length; a text without any token gives a zero row."""
+        """Return (n, d) float32, rows of unit length; a text without any token gives a zero row."""
         vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
         for row, text in enumerate(texts):
             vectors[row] = self._vector(_utf8(text))
         return vectors
 
     def embed_if_short(self, text: str) -> Floats | None:
-        """(1, d), the same as `embed` gives, in about a millisecond at most. None: it would take longer."""
+        """Return the (1, d) vector that `embed` gives; None if it would take more than about a millisecond."""
         encoded = _utf8(text)
         return None if len(encoded) > MAX_INLINE_BYTES else self._vector(encoded).reshape(1, -1)
 
     def _vector(self, text: bytes) -> Floats:
-        """(d,), of unit length or zeros."""
+        """Return (d,) of unit length, or zeros."""
         ids = self._tokenizer.ids(text)
         vector = np.zeros(self.dimension, dtype=np.float32)
         for start in range(0, ids.size, BATCH_ROWS):
-            some = ids[start : start + BATCH_ROWS]
-            vector += self._weights.take(some) @ self._table.take(some, axis=0)
+            batch = ids[start : start + BATCH_ROWS]
+            vector += self._weights.take(batch) @ self._table.take(batch, axis=0)
         norm = np.sqrt(np.add.reduce(vector * vector))
         return np.asarray(vector / norm if norm > 0 else vector, dtype=np.float32)
 
@@ -140,7 +144,10 @@ class TransformerEmbedder:
     """A sentence-transformers model; all-MiniLM-L6-v2 from the installed package unless another is named."""
 
     def __init__(self, name: str | None = None) -> None:
-        """`name` is a folder, or a model of the hub that was downloaded before. No network, and no remote code."""
+        """
+        Args:
+            name: a folder, or a model of the hub that was downloaded before. Nothing is downloaded, no remote code run.
+        """
         self._name = name
         self.id = f"transformer-{name or 'all-MiniLM-L6-v2'}"
 
@@ -156,7 +163,7 @@ class TransformerEmbedder:
         return int(self._model.get_sentence_embedding_dimension())
 
     def embed(self, texts: Sequence[str]) -> Floats:
-        """(n, d) float32 of unit length; a text of white space gives a zero row."""
+        """Return (n, d) float32, rows of unit length; a blank text gives a zero row."""
         vectors = self._model.encode(
             [_utf8(text).decode() for text in texts], convert_to_numpy=True, show_progress_bar=False
         )
@@ -171,25 +178,25 @@ def static_embedder(
     progress: distill.Progress = lambda _done, _total: None,
     stop: threading.Event | None = None,
 ) -> StaticEmbedder:
-    """Open the static embedder in `cache_dir`, distilling it first where it is missing.
+    """Open the static embedder in `cache_dir`, distilling its table first if it is missing.
 
     Args:
-        cache_dir: one per machine is enough; every version of the recipe has a folder of its own.
-        announce: told once, before the only step that takes seconds.
-        progress: told of that step, how many tokens are done and of how many, also where another process takes it.
-        stop: set by whoever does not want it any more.
+        cache_dir: one per machine is enough; every version of the table has a folder of its own.
+        announce: called once, before distilling begins, which takes seconds.
+        progress: called with the tokens distilled and their total, also while another process distils.
+        stop: set it to give up.
 
     Raises:
         InvalidArtifact: distilling failed; the message ends with what it printed last.
         Interrupted: `stop` was set.
     """
-    folder = cache_dir / f"static-{distill.RECIPE}"
+    folder = cache_dir / f"static-{distill.TABLE_VERSION}"
     if not (folder / distill.TABLE).exists():
         stop = stop or threading.Event()
-        with _alone(cache_dir / f".{folder.name}.lock", progress, stop) as lock:
+        with _exclusive(cache_dir / f".{folder.name}.lock", progress, stop) as lock:
             if not (folder / distill.TABLE).exists():
                 announce("distilling the embedding table from all-MiniLM-L6-v2 (once, about 20 s)")
-                _distill_apart(folder, partial(_told_to_all, lock, progress), stop)
+                _distill_in_process(folder, partial(_publish, lock, progress), stop)
     return StaticEmbedder.load(folder)
 
 
@@ -200,11 +207,14 @@ def open_embedder(
     progress: distill.Progress = lambda _done, _total: None,
     stop: threading.Event | None = None,
 ) -> Embedder:
-    """`static`, `transformer`, the folder of a sentence-transformers model, or the name of one that was downloaded.
+    """Open an embedder by its kind. Nothing is downloaded.
+
+    Args:
+        kind: `static`, `transformer`, the folder of a sentence-transformers model, or the name of a downloaded one.
 
     Raises:
-        InvalidArtifact: there is no such model on this machine; nothing is downloaded.
-        Interrupted: `stop` was set before the table was made.
+        InvalidArtifact: there is no such model on this machine.
+        Interrupted: `stop` was set before the table was distilled.
     """
     check_embedder(kind)
     if kind == "static":
@@ -213,7 +223,7 @@ def open_embedder(
 
 
 def check_embedder(name: str) -> None:
-    """Whether there is one of this name, said before torch is imported, which takes seconds. Raises InvalidArtifact."""
+    """Raise InvalidArtifact if there is no embedder of this name. This does not import torch, which takes seconds."""
     if name in ("static", "transformer"):
         return
     if Path(name).is_dir():
@@ -226,10 +236,10 @@ def check_embedder(name: str) -> None:
         try:
             if any(isinstance(try_to_load_from_cache(repository, file), str) for file in MODEL_FILES):
                 return
-        except ValueError:  # it cannot be a name
+        except ValueError:  # not a valid name
             continue
-    near = difflib.get_close_matches(name, ("static", "transformer"), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"download it first: `hf download {name}`"
+    closest = closest_name(name, ("static", "transformer"))
+    hint = f"did you mean {closest!r}?" if closest else f"download it first: `hf download {name}`"
     raise InvalidArtifact(
         f"no model {name!r} is on this machine: give static, transformer, a folder, or a model of the hub that was"
         f" downloaded; {hint}"
@@ -237,13 +247,13 @@ def check_embedder(name: str) -> None:
 
 
 @contextmanager
-def _alone(path: Path, progress: distill.Progress, stop: threading.Event) -> Iterator[IO[str]]:
-    """Hold the lock on `path`, in which its holder writes how far it is."""
+def _exclusive(path: Path, progress: distill.Progress, stop: threading.Event) -> Iterator[IO[str]]:
+    """Hold the lock on `path`. Its holder writes its progress into the file, which those who wait report."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with path.open("a+") as lock:
         while not _locked(lock):
             lock.seek(0)
-            _tell(lock.read(), progress)
+            _report(lock.read(), progress)
             if stop.wait(POLL_INTERVAL_S):
                 raise Interrupted("the embedding table is not waited for any more")
         yield lock
@@ -258,54 +268,57 @@ def _locked(file: IO[str]) -> bool:
     return True
 
 
-def _told_to_all(lock: IO[str], progress: distill.Progress, done: int, total: int) -> None:
+def _publish(lock: IO[str], progress: distill.Progress, done: int, total: int) -> None:
+    """Report progress here and, through the lock file, to the processes that wait."""
     lock.truncate(0)
     lock.write(f"{done} {total}")
     lock.flush()
     progress(done, total)
 
 
-def _tell(line: str, progress: distill.Progress) -> None:
-    told = line.split()
-    if len(told) == 2 and line.replace(" ", "").strip().isdecimal():  # else a library's own words
-        progress(int(told[0]), int(told[1]))
+def _report(line: str, progress: distill.Progress) -> None:
+    """Report a line of "done total"; other lines are a library's messages, and ignored."""
+    numbers = line.split()
+    if len(numbers) == 2 and line.replace(" ", "").strip().isdecimal():
+        progress(int(numbers[0]), int(numbers[1]))
 
 
-def _distill_apart(folder: Path, progress: distill.Progress, stop: threading.Event | None = None) -> None:
-    """In a process of its own, so that torch never lives in a server. It ends with us: it finds that nobody reads."""
+def _distill_in_process(folder: Path, progress: distill.Progress, stop: threading.Event | None = None) -> None:
+    """Distil in a child process, so that a server never loads torch. The child ends if nothing reads its output."""
     stop = stop or threading.Event()
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for left in folder.parent.glob(f"{SCRATCH}*"):  # by a process that was killed: who distils is alone
-        shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=SCRATCH) as scratch:
-        made = Path(scratch) / folder.name
-        said = Path(scratch) / "said"
-        with said.open("w") as errors:
-            command = [sys.executable, "-c", DISTILL_COMMAND, str(made)]
+    # Left by processes that were killed: only the holder of the lock distils.
+    for leftover in folder.parent.glob(f"{SCRATCH_PREFIX}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=SCRATCH_PREFIX) as scratch:
+        distilled = Path(scratch) / folder.name
+        error_log = Path(scratch) / "said"
+        with error_log.open("w") as errors:
+            command = [sys.executable, "-c", DISTILL_COMMAND, str(distilled)]
             with subprocess.Popen(  # noqa: S603
                 command,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                start_new_session=True,  # Ctrl-C is for us, who then end it
+                start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the child
             ) as child:
                 try:
                     for line in _lines(child, stop):
-                        _tell(line, progress)
+                        _report(line, progress)
                 except BaseException:
                     child.kill()
                     raise
         if child.returncode:
-            reason = said.read_text("utf-8", "replace").strip() or "killed"
+            reason = error_log.read_text("utf-8", "replace").strip() or "killed"
             raise InvalidArtifact(f"the embedding table could not be made: {reason[-500:]}")
         try:
-            made.rename(folder)
+            distilled.rename(folder)
         except OSError:
             if not (folder / distill.TABLE).exists():
                 raise
 
 
 def _lines(child: subprocess.Popen[bytes], stop: threading.Event) -> Iterator[str]:
-    """What it prints, until it ends. Raises Interrupted soon after `stop` was set."""
+    """Yield the lines that the child prints, until it ends. Raises Interrupted soon after `stop` was set."""
     assert child.stdout is not None
     pending = b""
     while not stop.is_set():
@@ -320,7 +333,7 @@ def _lines(child: subprocess.Popen[bytes], stop: threading.Event) -> Iterator[st
 
 
 def _utf8(text: str) -> bytes:
-    """Lone surrogates, legal in JSON, cannot be encoded: they become question marks."""
+    """Encode `text`; lone surrogates, which are legal in JSON, become question marks."""
     return text.encode("utf-8", "replace")
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong with the numbers.
+"""Exceptions of this package.
 
 RouterCoreError
 ├── InvalidInput (ValueError)      a value that the caller can correct
@@ -6,22 +6,22 @@ RouterCoreError
 │   ├── InvalidPrice               negative, NaN or infinite
 │   ├── InvalidArtifact            missing file, broken manifest, digest that does not match
 │   ├── InvalidValidationSet       a line of a JSONL file; the message names the line
-│   └── InvalidOutcomes            a line of an outcomes file, or a model of it; the message names which
+│   └── InvalidOutcomes            a line of an outcomes file, or a model in it; the message names which
 ├── MapMismatch                    a profile or map measured with another cluster map or embedder
-├── WorkerLost                     a process that worked for this one was killed
-├── Interrupted                    whoever asked for it does not want it any more
-└── NoEligibleModel                every candidate was ruled out; carries the reasons, per model
+├── WorkerLost                     a worker process was killed
+├── Interrupted                    the caller stopped the work
+└── NoEligibleModel                every candidate was ruled out; carries the reason per model
 """
 
 from collections.abc import Mapping
 
 
 class RouterCoreError(Exception):
-    """The root. Catch it to catch everything this package raises on purpose."""
+    """The base class of all exceptions that this package raises on purpose."""
 
 
 class InvalidInput(RouterCoreError, ValueError):
-    """A value the caller can correct; the message says which and how."""
+    """A value that the caller can correct; the message says which and how."""
 
 
 class InvalidProfile(InvalidInput):
@@ -29,7 +29,7 @@ class InvalidProfile(InvalidInput):
 
 
 class InvalidPrice(InvalidInput):
-    """A price that is negative, NaN or infinite. Unknown is None, never 0."""
+    """A price that is negative, NaN or infinite. An unknown price is None, never 0."""
 
 
 class InvalidArtifact(InvalidInput):
@@ -49,11 +49,11 @@ class MapMismatch(RouterCoreError):
 
 
 class WorkerLost(RouterCoreError):
-    """A process that worked for this one was killed: most often memory ran out."""
+    """A worker process was killed, most often because memory ran out."""
 
 
 class Interrupted(RouterCoreError):
-    """Work that was stopped by whoever had asked for it."""
+    """Work that the caller stopped."""
 
 
 class NoEligibleModel(RouterCoreError):

@@ -1,11 +1,12 @@
-"""Error rates of all models together: what one model's few labels leave open, the others answer.
+"""From sums of graded answers to error rates: the pooled estimator, and three that take each model alone.
 
-A model's K rates are a cluster difficulty that all models share, plus a deviation of its own. Deviations are drawn from
-one Gaussian: models differ in ability, alike clusters deviate alike, and each has a little of its own. How far models
-differ is read off the profiles by their marginal likelihood, then the covariance follows the models it has seen by a
-few steps of EM. So with few labels a rate leans on what is known elsewhere, and with many it is the model's own mean.
+Pooled: a model's K rates are a difficulty per cluster that all models share, plus a deviation of its own, as in partial
+pooling of a multilevel model (Gelman and Hill 2007). Deviations have one Gaussian prior: models differ in ability,
+similar clusters deviate alike, and each cluster has a little of its own. How far models differ is the scale of the
+largest marginal likelihood; the covariance then follows the models seen by a few steps of EM. So with few labels a rate
+leans on what is known elsewhere, and with many it is the model's own mean.
 
-The constants were chosen on the two public outcome files that the README names. Takes no prompt, knows no price.
+The constants were chosen on the two public outcome files of the evaluation.
 """
 
 from __future__ import annotations
@@ -19,33 +20,39 @@ import numpy as np
 from router_core.clustering import MAX_CLUSTERS_FOR_OVERLAP, ClusterMap, ReferenceModels
 from router_core.types import Doubles
 
+# Label weight of a model's own mean in each cluster, in the shrunk estimator.
+SHRINKAGE = 0.5
+
+# The unit of prior variances: about the variance of a label of probability 0.2 or 0.8.
 NOISE = 0.15
-"""The unit of prior variances: about that of a label of probability 0.2 or 0.8."""
 
-ABILITY, ALIKE, OWN = 0.15, 0.2, 0.13
-"""Prior variances of a deviation, in units of NOISE: over all clusters, over alike ones, in each alone."""
+# Prior variances of a deviation, in units of NOISE: common to all clusters, to similar ones, and of each alone.
+ABILITY, SIMILAR, OWN = 0.15, 0.2, 0.13
 
+# Factors tried for SIMILAR and OWN. The least is not 0: however alike models look by few labels, they differ somewhere.
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""What ALIKE and OWN may be multiplied by: however alike models look by few labels, they differ somewhere."""
 
-USUAL_SCALE, SCALE_PENALTY = 0.5, 0.25
-"""The scale expected beforehand, and how strongly: with few labels the likelihood alone would go to extremes."""
+# The scale expected beforehand, and how strongly: with few labels the likelihood alone would go to extremes.
+PRIOR_SCALE, SCALE_PENALTY = 0.5, 0.25
 
-MISFIT, TINY = 0.15, 1e-9
-"""The share of the noise that does not overlap as the map's own prompts do; and for clusters without any label."""
+# The share of the noise that does not overlap as the map's own prompts do.
+MISFIT = 0.15
+
+# Noise of clusters without any label, so that the matrices can be inverted.
+JITTER = 1e-9
 
 MIN_NOISE = 0.02
 
-BALANCING = 30
-"""Steps towards a Gram matrix whose rows sum to the labels."""
+# Iterations of the balancing that makes the rows of a Gram matrix sum to the labels.
+BALANCING_STEPS = 30
 
-STEPS = 4
+EM_STEPS = 4
 
+# How many models the prior covariance counts as.
 PRIOR_MODELS = 10.0
-"""How many models the prior covariance counts as."""
 
+# Models whose (K, K) matrices are computed at once. Scale and covariance are learned from so many: the best labelled.
 BATCH_SIZE = 64
-"""Models that are laid out together; scale and covariance are learned from so many, those with the most labels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,35 +62,36 @@ class _Evidence:
     residual: Doubles
     """(M, K) error sums less what the difficulty explains."""
     gram: Doubles
-    """(M, K, K) Σ_j w_jk·w_jl over a model's labelled prompts, as the map's own prompts overlap."""
+    """(M, K, K) Σ_j w_jk·w_jl over a model's labelled prompts j, estimated from the overlap of the map's prompts."""
     noise: Doubles
     """(M, K, K)"""
 
 
 def partially_pooled_rates(error_sums: Doubles, labels: Doubles, cluster_map: ClusterMap) -> Doubles:
-    """(M, K) error rates in [0, 1] from the sums of M profiles and those of the map's known models."""
+    """Estimate (M, K) error rates in [0, 1] from the (M, K) sums of M profiles and those of the map's known models."""
     rates = np.empty_like(error_sums)
-    for view in cluster_map.views:
-        own = view.columns
-        history = cluster_map.reference_models or _nothing_known(cluster_map.size, view.share)
-        together = _rates(
-            np.concatenate((error_sums[:, own], history.error_sums[:, own])) / view.share,
-            np.concatenate((labels[:, own], history.labels[:, own])) / view.share,
-            history.overlap[own, own] / view.share,
-            view.likeness,
+    for group in cluster_map.groups:
+        own, share = group.columns, group.share
+        reference = cluster_map.reference_models or _no_reference(cluster_map.size, share)
+        pooled = _pooled_rates(
+            np.concatenate((error_sums[:, own], reference.error_sums[:, own])) / share,
+            np.concatenate((labels[:, own], reference.labels[:, own])) / share,
+            reference.overlap[own, own] / share,
+            group.similarity,
         )
-        rates[:, own] = together[: len(rates)]
+        rates[:, own] = pooled[: len(rates)]
     return rates
 
 
-def _nothing_known(clusters: int, share: float) -> ReferenceModels:
+def _no_reference(clusters: int, share: float) -> ReferenceModels:
     return ReferenceModels(share * np.eye(clusters), (), np.empty((0, clusters)), np.empty((0, clusters)))
 
 
-def _rates(errors: Doubles, labels: Doubles, overlap: Doubles, likeness: Doubles) -> Doubles:
+def _pooled_rates(errors: Doubles, labels: Doubles, overlap: Doubles, similarity: Doubles) -> Doubles:
+    """Estimate the (M, K) rates of one group's clusters; `overlap` and `similarity` are (K, K)."""
     difficulty = _difficulty(errors, labels)
     best_known = np.argsort(-labels.sum(axis=1), kind="stable")[:BATCH_SIZE]
-    covariance = _covariance(_evidence(errors[best_known], labels[best_known], overlap, difficulty), likeness)
+    covariance = _covariance(_evidence(errors[best_known], labels[best_known], overlap, difficulty), similarity)
     rates = np.empty_like(errors)
     for start in range(0, len(errors), BATCH_SIZE):
         rows = slice(start, start + BATCH_SIZE)
@@ -97,25 +105,27 @@ def _evidence(errors: Doubles, labels: Doubles, overlap: Doubles, difficulty: Do
     spread = (1 - MISFIT) * gram + MISFIT * labels[:, :, None] * own
     means = (errors.sum(axis=1) + 0.5) / (labels.sum(axis=1) + 1.0)
     noise = np.maximum(means * (1.0 - means), MIN_NOISE)
-    return _Evidence(errors - gram @ difficulty, gram, noise[:, None, None] * spread + TINY * own)
+    return _Evidence(errors - gram @ difficulty, gram, noise[:, None, None] * spread + JITTER * own)
 
 
 def _gram(labels: Doubles, overlap: Doubles) -> Doubles:
-    """(M, K, K) for (M, K) labels: the weights of each prompt sum to one, and so a row sums to the labels in it.
+    """Return (M, K, K) Gram matrices for (M, K) labels, each balanced so that its rows sum to the labels.
 
-    Overlaps were seen on other prompts; by themselves they would credit a cluster with answers that were never given.
+    The weights of a prompt sum to one, so a row must sum to the labels in its cluster. Overlaps were seen on other
+    prompts: unbalanced, they would credit a cluster with answers that were never given. The balancing is that of
+    Sinkhorn and Knopp (1967), kept symmetric.
     """
     root = np.sqrt(labels)
     gram = root[:, :, None] * root[:, None, :] * overlap
     scale = np.ones_like(labels)
-    for _ in range(BALANCING):
+    for _ in range(BALANCING_STEPS):
         rows = scale * np.einsum("mkl,ml->mk", gram, scale)
         scale *= np.sqrt(np.divide(labels, rows, out=np.ones_like(rows), where=rows > 0))
     return np.asarray(gram * scale[:, :, None] * scale[:, None, :])
 
 
 def _difficulty(errors: Doubles, labels: Doubles) -> Doubles:
-    """(K,) error rates of the average model, each model's own ability taken out of the labels it gave."""
+    """Return the average model's (K,) error rates, with each model's own ability taken out of its labels."""
     measured = labels.sum(axis=1) > 0
     if not measured.any():
         return np.full(labels.shape[1], 0.5)
@@ -125,54 +135,56 @@ def _difficulty(errors: Doubles, labels: Doubles) -> Doubles:
     return np.asarray(means.mean() + excess)
 
 
-def _covariance(evidence: _Evidence, likeness: Doubles) -> Doubles:
-    """(K, K) of a model's deviations, in error rate squared."""
+def _covariance(evidence: _Evidence, similarity: Doubles) -> Doubles:
+    """Return the (K, K) covariance of a model's deviations: the likeliest prior, then EM_STEPS steps of EM."""
     prior = max(
-        ((_fit(evidence, candidate, scale), candidate) for scale, candidate in _priors(likeness)),
+        ((_log_likelihood(evidence, candidate, scale), candidate) for scale, candidate in _priors(similarity)),
         key=lambda fit: fit[0],
     )[1]
     covariance = prior
-    for _ in range(STEPS):
+    for _ in range(EM_STEPS):
         deviation, spread = _posterior(evidence, covariance)
         seen = deviation.T @ deviation + spread.sum(axis=0)
         covariance = (PRIOR_MODELS * prior + seen) / (PRIOR_MODELS + len(deviation))
     return covariance
 
 
-def _priors(likeness: Doubles) -> list[tuple[float, Doubles]]:
-    own = np.eye(len(likeness))
-    return [(scale, NOISE * (ABILITY + scale * (ALIKE * likeness + OWN * own))) for scale in SCALES]
+def _priors(similarity: Doubles) -> list[tuple[float, Doubles]]:
+    own = np.eye(len(similarity))
+    return [(scale, NOISE * (ABILITY + scale * (SIMILAR * similarity + OWN * own))) for scale in SCALES]
 
 
 def _posterior(evidence: _Evidence, covariance: Doubles) -> tuple[Doubles, Doubles]:
-    """(M, K) expected deviations, V G (G V G + Σ)⁻¹ R, and their (M, K, K) covariances."""
+    """Return the (M, K) expected deviations and their (M, K, K) covariances.
+
+    With G the Gram matrix, V the prior covariance, Σ the noise and R the residual, the mean is V G (G V G + Σ)⁻¹ R
+    (conditioning of a joint Gaussian).
+    """
     known = evidence.gram @ covariance
     both = np.concatenate((evidence.residual[:, :, None], known), axis=2)
     explained = known.transpose(0, 2, 1) @ np.linalg.solve(known @ evidence.gram + evidence.noise, both)
     return explained[:, :, 0], covariance - explained[:, :, 1:]
 
 
-def _fit(evidence: _Evidence, covariance: Doubles, scale: float) -> float:
-    """Log marginal likelihood of the residuals, less the penalty of the scale, up to a constant."""
+def _log_likelihood(evidence: _Evidence, covariance: Doubles, scale: float) -> float:
+    """Return the residuals' log marginal likelihood, less the penalty of the scale, up to a constant."""
     system = evidence.gram @ covariance @ evidence.gram + evidence.noise
     whitened = np.linalg.solve(system, evidence.residual[:, :, None])[:, :, 0]
     likelihood = -(evidence.residual * whitened).sum() - np.linalg.slogdet(system)[1].sum()
-    return float(likelihood / 2 - SCALE_PENALTY * np.log(scale / USUAL_SCALE) ** 2)
+    return float(likelihood / 2 - SCALE_PENALTY * np.log(scale / PRIOR_SCALE) ** 2)
 
 
-SHRINKAGE = 0.5
-"""Label weight of a model's own mean in each cluster: s of the shrunk recipe."""
-
+# (M, K) error sums and (M, K) labels of M models on a map → (M, K) rates in [0, 1].
 Rates = Callable[[Doubles, Doubles, ClusterMap], Doubles]
 
 
 def mean_error(total_error: float, total_labels: float) -> float:
-    """ē = (Σe + ½)/(n + 1): one half where nothing was labelled."""
+    """Return (Σe + ½)/(n + 1), which is one half where nothing was labelled."""
     return (total_error + 0.5) / (total_labels + 1.0)
 
 
 def shrunk_rates(error_sums: Doubles, labels: Doubles) -> Doubles:
-    """(M, K) each model's rates, shrunk towards its own mean."""
+    """Return (M, K) rates, each model's shrunk towards its own mean."""
     means = (error_sums.sum(axis=1) + 0.5) / (labels.sum(axis=1) + 1.0)
     return np.asarray(np.clip((error_sums + SHRINKAGE * means[:, None]) / (labels + SHRINKAGE), 0.0, 1.0))
 
@@ -203,20 +215,19 @@ class Estimator:
 
     name: str
     hard: bool
-    """Whole labels to the nearest cluster (the paper, section 5.1) instead of shares to the top p."""
+    """Whole labels to the nearest cluster (UniRoute, section 5.1) instead of shares to the nearest few."""
     rates: Rates
-    """(M, K) error sums and (M, K) labels of M models on a map to (M, K) rates in [0, 1]."""
 
 
+# All models together. A map of more than MAX_CLUSTERS_FOR_OVERLAP clusters gets the shrunk estimator.
 POOLED = Estimator("pooled", hard=False, rates=_pooled)
-"""All models together; on a map of more than LARGEST clusters it is the shrunk recipe."""
 
 SHRUNK = Estimator("shrunk", hard=False, rates=_shrunk)
 
+# The paper's: the mean of the labels, and one half without any.
 RAW = Estimator("raw", hard=True, rates=_raw)
 
+# Laplace's rule of succession: (e + 1)/(n + 2).
 LAPLACE = Estimator("laplace", hard=True, rates=_laplace)
 
-ESTIMATORS: Mapping[str, Estimator] = MappingProxyType(
-    {recipe.name: recipe for recipe in (POOLED, SHRUNK, RAW, LAPLACE)}
-)
+ESTIMATORS: Mapping[str, Estimator] = MappingProxyType({each.name: each for each in (POOLED, SHRUNK, RAW, LAPLACE)})

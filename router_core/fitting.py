@@ -11,9 +11,9 @@ from itertools import islice
 import numpy as np
 
 from router_core.clustering import (
+    DEFAULT_TEMPERATURE,
+    DEFAULT_TOP,
     MAX_CLUSTERS_FOR_OVERLAP,
-    TEMPERATURE,
-    TOP,
     ClusterMap,
     LearnedClusters,
     kmeans,
@@ -23,33 +23,37 @@ from router_core.errors import InvalidInput
 from router_core.learned_clusters import fit_learned_clusters
 from router_core.types import Doubles, Embedder, Floats, Indices
 
-PER_CLUSTER = 256
-"""Prompts that k-means is given per cluster: what FAISS trains on, and all that it would keep of more."""
+# Prompts per cluster that k-means is given: of more, FAISS would use a random sample of this size.
+PROMPTS_PER_CLUSTER = 256
 
-MIN_SAMPLE = 16_384
+MIN_SAMPLE_SIZE = 16_384
 
 HASH_BYTES = 8
 
 
 class PromptSample:
-    """The prompts whose seeded hashes are the smallest (bottom-k sampling): every distinct prompt is as likely.
+    """A uniform sample of distinct prompts: those with the smallest seeded hashes (bottom-k sampling).
 
-    A prompt's hash decides alone, so repeats need no memory, the order does not matter, and samples of parts merge into
-    the sample of the whole. As long as there is room, nothing is left out. Two prompts of one 64-bit hash would pass
-    for the same: among ten million, about one chance in 370,000.
+    Only its hash decides whether a prompt is kept. So repeats need no memory, the order does not matter, and samples of
+    parts merge into the sample of the whole. Up to `size` distinct prompts, all are kept. Two prompts with the same
+    64-bit hash would count as one: among ten million, a chance of about one in 370,000.
     """
 
     def __init__(self, size: int, *, seed: int = 0, part: int = 0) -> None:
-        """`part` numbers the parts that will be merged, in the order in which their prompts are read."""
+        """
+        Args:
+            size: how many prompts are kept.
+            part: number of this part among those that will be merged, in the order of their prompts.
+        """
+        # Prompts added, repeats included, blank ones not.
         self.read = 0
-        """Prompts seen, repeats included, blank ones not."""
         self._size = size
         self._key = str(seed).encode()
         self._part = part
+        # Hash → where the prompt was first read, and its text.
         self._kept: dict[int, tuple[tuple[int, int], str]] = {}
-        """hash → where it was first read, and the text."""
+        # A heap of the negated hashes: its head is the next to be replaced.
         self._largest: list[int] = []
-        """A heap of the hashes, negated: its head is the next to go."""
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -61,13 +65,13 @@ class PromptSample:
         self._keep(self._hash(text), (self._part, self.read), text)
 
     def merge(self, other: PromptSample) -> None:
-        """Take in a sample of other prompts, or of other repeats, drawn with the same size and seed."""
+        """Add another part's sample, drawn with the same size and seed."""
         self.read += other.read
         for number, (place, text) in other._kept.items():
             self._keep(number, place, text)
 
     def texts(self) -> list[str]:
-        """In the order of first appearance."""
+        """Return the prompts in the order of their first appearance."""
         return [text for _, text in sorted(self._kept.values())]
 
     def _keep(self, number: int, place: tuple[int, int], text: str) -> None:
@@ -81,18 +85,18 @@ class PromptSample:
             self._kept[number] = (place, text)
 
     def _hash(self, text: str) -> int:
-        """Lone surrogates, legal in JSON, are hashed too."""
+        # Lone surrogates are legal in JSON.
         content = text.encode("utf-8", "surrogatepass")
         return int.from_bytes(hashlib.blake2b(content, digest_size=HASH_BYTES, key=self._key).digest())
 
 
 def empty_sample(clusters: int, *, seed: int, part: int = 0) -> PromptSample:
-    """With room for what k-means needs."""
-    return PromptSample(max(PER_CLUSTER * clusters, MIN_SAMPLE), seed=seed, part=part)
+    """Make a sample as large as k-means needs for so many clusters."""
+    return PromptSample(max(PROMPTS_PER_CLUSTER * clusters, MIN_SAMPLE_SIZE), seed=seed, part=part)
 
 
 def sample_prompts(texts: Iterable[str], clusters: int, *, seed: int, part: int = 0) -> PromptSample:
-    """One pass over any number of prompts; what is held is the sample."""
+    """Sample any number of prompts in one pass, holding only the sample in memory."""
     sample = empty_sample(clusters, seed=seed, part=part)
     for text in texts:
         sample.add(text)
@@ -101,9 +105,10 @@ def sample_prompts(texts: Iterable[str], clusters: int, *, seed: int, part: int 
 
 NAME_WORDS = 3
 
+# Words, and pairs of the characters of scripts that put no spaces between words.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]{2}|[^\W\d_]{3,}")
-"""Words, and pairs of the characters of scripts that put no spaces between words."""
 
+# English words that are never part of a name.
 FUNCTION_WORDS = frozenset(
     """about above after again all also and any are because been before being below between both but can could did does
     doing down during each few for from further had has have having her here hers him his how into its itself just more
@@ -111,11 +116,17 @@ FUNCTION_WORDS = frozenset(
     these they this those through too under until very was were what when where which while who whom why will with
     would you your yours following answer come question""".split()
 )
-"""English words that name nothing, however distinctive."""
 
 
 def cluster_names(prompts: Sequence[str], nearest: Indices, clusters: int) -> list[str]:
-    """Per cluster, the words whose share of its prompts most exceeds that elsewhere (frequency times log-odds)."""
+    """Name each cluster by its most distinctive words.
+
+    These are the words of the largest p·ln(p/q), p being the share of its prompts that have the word, q the share of
+    all others that do.
+
+    Args:
+        nearest: (n,) the cluster of each prompt.
+    """
     inside = [Counter[str]() for _ in range(clusters)]
     for prompt, cluster in zip(prompts, nearest, strict=True):
         inside[cluster].update(set(WORD.findall(prompt.lower())) - FUNCTION_WORDS)
@@ -135,18 +146,19 @@ def _name(words: Counter[str], size: int, everywhere: Counter[str], total: int) 
     return ", ".join(sorted(words, key=lambda word: (-distinctiveness(word), word))[:NAME_WORDS])
 
 
-BATCH = 512
-"""Texts that an embedder is given at once."""
+# Texts that are embedded at once.
+BATCH_SIZE = 512
 
+# Weight of a token in smooth inverse frequency: a/(a + p(token)) with this a (Arora et al. 2017).
 SMOOTHING = 1e-3
 
+# Called with the step, how much of it is done, and how much there is (0: not known).
 Progress = Callable[[str, int, int], None]
-"""Told the step, how much of it is done, and how much there is (0: not known)."""
 
 
 @dataclass(frozen=True, eq=False)
 class EmbeddedPrompts:
-    """What a map is fitted to."""
+    """The prompts that a map is fitted to."""
 
     texts: Sequence[str]
     """n distinct prompts."""
@@ -165,8 +177,8 @@ def fit_map(
     clusters: int,
     *,
     seed: int = 0,
-    top: int = TOP,
-    temperature: float = TEMPERATURE,
+    top: int = DEFAULT_TOP,
+    temperature: float = DEFAULT_TEMPERATURE,
     progress: Progress = no_progress,
 ) -> ClusterMap:
     """Fit K spherical k-means clusters to the distinct prompts and name each by its most distinctive words.
@@ -183,18 +195,18 @@ def fit_map(
 
 
 def distinct_prompts(sample: PromptSample, clusters: int) -> list[str]:
-    """The sample's texts, if there are enough of them. Raises InvalidInput."""
+    """Return the sample's texts, or raise InvalidInput if there are fewer than clusters."""
     if len(sample) < clusters:
         raise InvalidInput(f"{clusters} clusters need at least as many distinct prompts; there are {len(sample)}")
     return sample.texts()
 
 
 def embed_prompts(prompts: Sequence[str], embedder: Embedder, progress: Progress = no_progress) -> Floats:
-    """(n, d) of n prompts, batch by batch."""
+    """Embed n prompts batch by batch; returns (n, d)."""
     vectors = np.empty((len(prompts), embedder.dimension), dtype=np.float32)
-    for start in range(0, len(prompts), BATCH):
-        vectors[start : start + BATCH] = embedder.embed(prompts[start : start + BATCH])
-        progress("embedding", min(start + BATCH, len(prompts)), len(prompts))
+    for start in range(0, len(prompts), BATCH_SIZE):
+        vectors[start : start + BATCH_SIZE] = embedder.embed(prompts[start : start + BATCH_SIZE])
+        progress("embedding", min(start + BATCH_SIZE, len(prompts)), len(prompts))
     return vectors
 
 
@@ -203,11 +215,11 @@ def fit_embedded(
     clusters: int,
     *,
     seed: int = 0,
-    top: int = TOP,
-    temperature: float = TEMPERATURE,
+    top: int = DEFAULT_TOP,
+    temperature: float = DEFAULT_TEMPERATURE,
     progress: Progress = no_progress,
 ) -> ClusterMap:
-    """The map of prompts that are embedded already, wherever that was done, and of which no model is known."""
+    """Fit a map to prompts that are embedded already, without any model's scores."""
     progress("clustering", 0, 1)
     centroids = kmeans(embedded.vectors, clusters, seed=seed)
     progress("clustering", 1, 1)
@@ -226,21 +238,27 @@ def fit_with_outcomes(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> ClusterMap:
-    """The map of prompts of which some are scored: (n, R) scores in [0, 1] of R known models, NaN where unlabelled.
+    """Fit a map to prompts and to what known models scored on them.
 
-    Known models with enough labels give it clusters of their own beside those of the embedding.
+    Known models with enough labels add clusters of their own to those of the embedding.
+
+    Args:
+        scores: (n, R) in [0, 1] of the R `models`, NaN where unlabelled.
     """
     plain = fit_embedded(embedded, clusters, seed=seed, progress=progress)
-    taught = fit_learned_clusters(embedded.vectors, scores, seed=seed)
-    return with_overlap(_with_taught(plain, taught, embedded), embedded, scores, models)
+    learned = fit_learned_clusters(embedded.vectors, scores, seed=seed)
+    return with_overlap(_with_learned_clusters(plain, learned, embedded), embedded, scores, models)
 
 
 def with_overlap(
     cluster_map: ClusterMap, embedded: EmbeddedPrompts, scores: Doubles, models: Sequence[str]
 ) -> ClusterMap:
-    """The same map with what these prompts and (n, R) scores tell of its clusters: the same id, better estimates.
+    """Return the same map, with the same id, that knows how its clusters overlap and what models got wrong in them.
 
-    A map of more than LARGEST clusters stays as it is.
+    A map of more than MAX_CLUSTERS_FOR_OVERLAP clusters is returned as it is.
+
+    Args:
+        scores: (n, R) in [0, 1] of the R `models`, NaN where unlabelled.
     """
     if cluster_map.size > MAX_CLUSTERS_FOR_OVERLAP:
         return cluster_map
@@ -248,9 +266,11 @@ def with_overlap(
     return cluster_map.with_reference_models(reference_models_of(assignment, cluster_map.size, scores, models))
 
 
-def _with_taught(plain: ClusterMap, taught: Sequence[LearnedClusters], embedded: EmbeddedPrompts) -> ClusterMap:
+def _with_learned_clusters(
+    plain: ClusterMap, learned: Sequence[LearnedClusters], embedded: EmbeddedPrompts
+) -> ClusterMap:
     names = list(plain.names)
-    for clusters in taught:
+    for clusters in learned:
         names += cluster_names(embedded.texts, clusters.assign(embedded.vectors).ids[:, 0], clusters.size)
     return ClusterMap(
         plain.centroids,
@@ -258,24 +278,24 @@ def _with_taught(plain: ClusterMap, taught: Sequence[LearnedClusters], embedded:
         names=names,
         top=plain.top,
         temperature=plain.temperature,
-        learned_clusters=taught,
+        learned_clusters=learned,
     )
 
 
 def batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts that are not blank, as many at a time as are embedded at once."""
-    told = (text for text in texts if text.strip())
-    while batch := list(islice(told, BATCH)):
+    """Yield the texts that are not blank, in batches of the size that is embedded at once."""
+    usable = (text for text in texts if text.strip())
+    while batch := list(islice(usable, BATCH_SIZE)):
         yield batch
 
 
 def count_nearest(texts: Sequence[str], embedder: Embedder, hard: ClusterMap) -> Indices:
-    """(K,) how many of a batch of texts lie in each cluster of a hardened map. Counts of batches add up."""
+    """Count, (K,), how many of the texts are nearest to each cluster of a map with hard assignment."""
     nearest = hard.assign(embedder.embed(texts)).ids[:, 0]
     return np.bincount(nearest, minlength=hard.size)
 
 
 def token_weights(token_counts: Sequence[int] | Indices) -> Floats:
-    """(V,) 1e-3/(1e-3 + p(token)): what the static embedder multiplies each token by (Arora et al. 2017)."""
+    """Return the (V,) factors 1e-3/(1e-3 + p(token)) of the static embedder's tokens (Arora et al. 2017)."""
     counts = np.asarray(token_counts, dtype=np.float64)
     return np.asarray(SMOOTHING / (SMOOTHING + counts / counts.sum()), dtype=np.float32)

@@ -16,47 +16,52 @@ from router_core.pricing import PriceColumns
 from router_core.profiles import Profile
 from router_core.types import CAPABILITY_NAMES, UNKNOWN_CAPABILITIES, Capabilities, Doubles, Price
 
+# Output tokens expected of every model as long as no answer of any model was measured.
+DEFAULT_OUTPUT_TOKENS = 256.0
 
-class CachedEstimator:
-    """Under the pooled recipe a model's rates depend on the others': so they are asked for together."""
-
-    def __init__(self, cluster_map: ClusterMap, recipe: Estimator = POOLED) -> None:
-        self._map = cluster_map
-        self._recipe = recipe
-        self._last: tuple[bytes, Doubles] | None = None
-
-    def rates(self, profiles: Sequence[Profile | None]) -> Doubles:
-        """(M, K) in [0, 1], read-only; NaN rows without a profile. Rates that a profile states are served as stated."""
-        rates = np.full((len(profiles), self._map.size), np.nan)
-        measured = [row for row, profile in enumerate(profiles) if profile and profile.stated is None]
-        if measured:
-            rates[measured] = self._computed([profiles[row] for row in measured])
-        for row, profile in enumerate(profiles):
-            if profile and profile.stated is not None:
-                rates[row] = profile.stated
-        return rates
-
-    def _computed(self, profiles: Sequence[Profile | None]) -> Doubles:
-        sums = np.array([profile.error_sums for profile in profiles if profile])
-        labels = np.array([profile.labels for profile in profiles if profile])
-        digest = hashlib.blake2b(sums.tobytes() + labels.tobytes()).digest()
-        if self._last is None or self._last[0] != digest:
-            self._last = digest, self._recipe.rates(sums, labels, self._map)
-        return self._last[1]
-
-
-UNMEASURED_OUTPUT_TOKENS = 256.0
-"""Expected of a model while no answer of any model was measured."""
-
+# Value of a capability column for "not known", beside 0 (lacks it) and 1 (has it).
 UNKNOWN = -1
-"""In a capability column, beside 0 (unable) and 1 (able)."""
 
 NO_LIMIT = np.iinfo(np.int64).max
 
 
+class CachedEstimator:
+    """Compute the error rates of all models together, and keep the last result.
+
+    The pooled estimator derives a model's rates from the labels of all others too, so rates cannot be kept per model.
+    """
+
+    def __init__(self, cluster_map: ClusterMap, estimator: Estimator = POOLED) -> None:
+        self._map = cluster_map
+        self._estimator = estimator
+        self._last: tuple[bytes, Doubles] | None = None
+
+    def rates(self, profiles: Sequence[Profile | None]) -> Doubles:
+        """Return (M, K) rates in [0, 1], read-only, with a NaN row where there is no profile.
+
+        A profile with `stated_rates` is served with these.
+        """
+        rates = np.full((len(profiles), self._map.size), np.nan)
+        measured = [row for row, profile in enumerate(profiles) if profile and profile.stated_rates is None]
+        if measured:
+            rates[measured] = self._estimate([profiles[row] for row in measured])
+        for row, profile in enumerate(profiles):
+            if profile and profile.stated_rates is not None:
+                rates[row] = profile.stated_rates
+        return rates
+
+    def _estimate(self, profiles: Sequence[Profile | None]) -> Doubles:
+        sums = np.array([profile.error_sums for profile in profiles if profile])
+        labels = np.array([profile.labels for profile in profiles if profile])
+        digest = hashlib.blake2b(sums.tobytes() + labels.tobytes()).digest()
+        if self._last is None or self._last[0] != digest:
+            self._last = digest, self._estimator.rates(sums, labels, self._map)
+        return self._last[1]
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One model as routing sees it. A missing profile or price keeps it from being chosen, never from being listed."""
+    """One model as routing sees it. Without a profile or a price it is listed and never chosen."""
 
     name: str
     profile: Profile | None
@@ -66,7 +71,10 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """M candidates in order of name, so that the first of equals is the first by name. Build it with `build`."""
+    """M candidates laid out as arrays, sorted by name, so that the first of equals is the first by name.
+
+    Build it with `Pool.build`.
+    """
 
     names: tuple[str, ...]
     candidates: Mapping[str, Candidate]
@@ -84,10 +92,10 @@ class Pool:
     seconds: Doubles
     """(M, K)"""
     errors_and_tokens: Doubles
-    """(K, 2M) the two that every choice reads, by cluster: error rates, then output tokens."""
+    """(K, 2M) error rates, then output tokens, by cluster: one gather reads both for a prompt."""
     prices: PriceColumns
     capabilities: Mapping[str, NDArray[np.int8]]
-    """ability → (M,) of 1, 0, or UNKNOWN."""
+    """Name of a capability → (M,) of 1, 0 or UNKNOWN."""
     max_input_tokens: NDArray[np.int64]
     max_output_tokens: NDArray[np.int64]
     shares_window: NDArray[np.bool_]
@@ -98,7 +106,10 @@ class Pool:
     def build(
         cls, candidates: Sequence[Candidate], cluster_map: ClusterMap, error_rates: CachedEstimator | None = None
     ) -> Pool:
-        """Lay out `candidates`. `error_rates` of the same map: the pooled recipe, unless given.
+        """Lay out `candidates`.
+
+        Args:
+            error_rates: an estimator over `cluster_map`; the pooled one unless given.
 
         Raises:
             MapMismatch: a profile was measured on another map than `cluster_map`.
@@ -110,18 +121,18 @@ class Pool:
         blank = np.full(cluster_map.size, np.nan)
         names = tuple(candidate.name for candidate in ordered)
         errors = (error_rates or CachedEstimator(cluster_map)).rates(profiles)
-        tokens = _filled([p.output_tokens() if p else blank for p in profiles], UNMEASURED_OUTPUT_TOKENS, blank)
+        tokens = _fill_unmeasured([p.output_tokens() if p else blank for p in profiles], DEFAULT_OUTPUT_TOKENS, blank)
         return cls(
             names=names,
             candidates=MappingProxyType({candidate.name: candidate for candidate in ordered}),
             index=MappingProxyType({name: row for row, name in enumerate(names)}),
             errors=errors,
             mean_errors=np.array([p.mean_error if p else np.nan for p in profiles]),
-            label_weights=_rows([p.labels + SHRINKAGE if p else blank for p in profiles], cluster_map.size),
+            label_weights=_matrix([p.labels + SHRINKAGE if p else blank for p in profiles], cluster_map.size),
             total_labels=np.array([p.total_labels if p else np.nan for p in profiles]),
             output_tokens=tokens,
             errors_and_tokens=np.ascontiguousarray(np.concatenate((errors, tokens)).T),
-            seconds=_filled([p.seconds() if p else blank for p in profiles], 0.0, blank),
+            seconds=_fill_unmeasured([p.seconds() if p else blank for p in profiles], 0.0, blank),
             prices=PriceColumns.from_prices([candidate.price for candidate in ordered]),
             capabilities=_capability_columns([candidate.capabilities for candidate in ordered]),
             max_input_tokens=_limits([candidate.capabilities.max_input_tokens for candidate in ordered]),
@@ -135,7 +146,7 @@ class Pool:
 
     @cached_property
     def profiled(self) -> NDArray[np.bool_]:
-        """(M,)"""
+        """(M,) whether each model has a profile."""
         return ~np.isnan(self.mean_errors)
 
     @cached_property
@@ -144,17 +155,17 @@ class Pool:
 
     @cached_property
     def routable_rows(self) -> NDArray[np.int64]:
-        """Those that are profiled and priced."""
+        """Rows of the models that are profiled and priced."""
         return np.flatnonzero(self.profiled & ~np.isnan(self.prices.input))
 
     @cached_property
     def output_caps(self) -> Doubles:
-        """(M,) `max_output_tokens`."""
+        """(M,) `max_output_tokens` as float64."""
         return self.max_output_tokens.astype(np.float64)
 
     @cached_property
     def mean_output_tokens(self) -> Doubles:
-        """(M,) over clusters."""
+        """(M,) mean over the clusters."""
         return np.asarray(self.output_tokens.mean(axis=1))
 
     @cached_property
@@ -162,8 +173,8 @@ class Pool:
         return bool(self.shares_window.any())
 
     @cached_property
-    def least(self) -> tuple[int, int]:
-        """Tokens of prompt and answer together, and of an answer alone, that fit every model."""
+    def smallest_limits(self) -> tuple[int, int]:
+        """The input and the output limit that every model can take; (0, 0) for an empty pool."""
         if not self.names:
             return 0, 0
         return int(self.max_input_tokens.min()), int(self.max_output_tokens.min())
@@ -184,13 +195,13 @@ def _check_map(candidate: Candidate, cluster_map: ClusterMap) -> None:
         )
 
 
-def _rows(rows: Sequence[Doubles], clusters: int) -> Doubles:
+def _matrix(rows: Sequence[Doubles], clusters: int) -> Doubles:
     return np.array(rows, dtype=np.float64).reshape(len(rows), clusters)
 
 
-def _filled(rows: Sequence[Doubles], default: float, blank: Doubles) -> Doubles:
-    """Rows that are NaN become the mean of the measured ones, or `default` where nothing was measured."""
-    matrix = _rows(rows, blank.size)
+def _fill_unmeasured(rows: Sequence[Doubles], default: float, blank: Doubles) -> Doubles:
+    """Replace NaN rows by the mean of the measured ones, or by `default` where nothing was measured."""
+    matrix = _matrix(rows, blank.size)
     measured = ~np.isnan(matrix).any(axis=1)
     matrix[~measured] = matrix[measured].mean(axis=0) if measured.any() else default
     return matrix
@@ -200,9 +211,9 @@ def _limits(values: Sequence[int | None]) -> NDArray[np.int64]:
     return np.array([NO_LIMIT if value is None else value for value in values], dtype=np.int64)
 
 
-def _capability_columns(capabilities: Sequence[Capabilities]) -> Mapping[str, NDArray[np.int8]]:
-    def column(ability: str) -> NDArray[np.int8]:
-        stated = [getattr(capability, ability) for capability in capabilities]
-        return np.array([UNKNOWN if value is None else int(value) for value in stated], dtype=np.int8)
+def _capability_columns(models: Sequence[Capabilities]) -> Mapping[str, NDArray[np.int8]]:
+    def column(name: str) -> NDArray[np.int8]:
+        values = [getattr(model, name) for model in models]
+        return np.array([UNKNOWN if value is None else int(value) for value in values], dtype=np.int8)
 
-    return MappingProxyType({ability: column(ability) for ability in CAPABILITY_NAMES})
+    return MappingProxyType({name: column(name) for name in CAPABILITY_NAMES})

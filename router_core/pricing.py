@@ -8,27 +8,28 @@ import numpy as np
 
 from router_core.types import Doubles, Indices, Price
 
+# The price that makes costs scale-free: $2.50 in and $10 out per million tokens.
 REFERENCE = Price(input_cost_per_token=2.5e-6, output_cost_per_token=1e-5)
-"""The fixed price that makes costs scale-free: $2.50 in and $10 out per million tokens."""
 
 CENT_USD = 0.01
 
+# Picodollars in a dollar.
 PICO = 10**12
 
 
 @dataclass(frozen=True, slots=True)
 class TokenUsage:
-    """What a request took, in disjoint buckets: a token is counted, and paid, once."""
+    """The tokens of one request, in disjoint buckets: each token is counted, and paid, once."""
 
     fresh_tokens: int
-    """Of the prompt: text, and whatever is not counted apart below."""
+    """Prompt tokens that are in no other bucket."""
     cached_tokens: int
     output_tokens: int
-    """Of the answer: text, and whatever is not counted apart below."""
+    """Answer tokens that are in no other bucket."""
     written_tokens: int = 0
-    """Of the prompt, written to the provider's cache."""
+    """Prompt tokens written to the provider's cache."""
     written_1h_tokens: int = 0
-    """The same, to be kept for an hour."""
+    """Prompt tokens written to the provider's cache for an hour."""
     audio_input_tokens: int = 0
     cached_audio_tokens: int = 0
     image_input_tokens: int = 0
@@ -38,28 +39,30 @@ class TokenUsage:
 
     @property
     def prompt_tokens(self) -> int:
-        """All that was read, which decides the tier."""
+        """All tokens of the prompt, whose number decides the tier."""
         return sum(getattr(self, name) for name in RATES_IN)
 
 
+# Bucket of TokenUsage → the fields of Price that may state its price; the first that does counts.
 RATES_IN: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "fresh_tokens": ("input_cost_per_token",),
         "cached_tokens": ("cache_read_input_token_cost", "input_cost_per_token"),
         "written_tokens": ("cache_creation_input_token_cost", "input_cost_per_token"),
         "written_1h_tokens": (
-            *("cache_creation_input_token_cost_above_1hr", "cache_creation_input_token_cost"),
+            "cache_creation_input_token_cost_above_1hr",
+            "cache_creation_input_token_cost",
             "input_cost_per_token",
         ),
         "audio_input_tokens": ("input_cost_per_audio_token", "input_cost_per_token"),
         "cached_audio_tokens": (
-            *("cache_read_input_audio_token_cost", "cache_read_input_token_cost"),
+            "cache_read_input_audio_token_cost",
+            "cache_read_input_token_cost",
             "input_cost_per_token",
         ),
         "image_input_tokens": ("input_cost_per_image_token", "input_cost_per_token"),
     }
 )
-"""Bucket of TokenUsage → the fields of Price of which the first that is stated is its price."""
 
 RATES_OUT: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -78,13 +81,13 @@ _AUDIO_IN = frozenset({"audio_input_tokens", "cached_audio_tokens"})
 
 
 def rate_usd(price: Price, bucket: str) -> float:
-    """USD for a token of this bucket, at one tier."""
+    """Return the USD for a token of this bucket, at one tier."""
     stated = (getattr(price, name) for name in RATES[bucket])
     return float(next(usd for usd in stated if usd is not None))
 
 
 def bill_usd(price: Price, usage: TokenUsage) -> float:
-    """What an answer cost, in USD: each bucket at its own price, all at the tier of the whole prompt."""
+    """Return the cost of a request in USD: each bucket at its own price, all at the tier of the whole prompt."""
     tier = price.at(usage.prompt_tokens) if price.tiers else price
     usd = usage.fresh_tokens * tier.input_cost_per_token + usage.output_tokens * tier.output_cost_per_token
     for bucket in _APART:
@@ -102,10 +105,10 @@ def max_price_usd(
     audio_output: bool = True,
     images: bool = True,
 ) -> float:
-    """The most that a request of so many tokens can cost, whichever buckets they turn out to be in.
+    """Return the most that a request of so many tokens can cost in USD, whichever buckets they turn out to be in.
 
     Args:
-        audio_input, audio_output, images: whether there may be any; what cannot be there makes nothing more expensive.
+        audio_input, audio_output, images: whether the request can have any; buckets that it cannot have are ignored.
     """
     possible = {bucket for bucket in RATES if images or not bucket.startswith("image_")}
     possible -= set() if audio_input else _AUDIO_IN
@@ -119,7 +122,7 @@ def max_price_usd(
 
 
 def picousd(usd: float) -> int:
-    """Whole picodollars: their sums are exact, where sums of floats drift. A token of $1e-9 is 1,000 of them."""
+    """Round to whole picodollars, whose sums are exact where sums of floats drift. $1e-9 are 1,000 of them."""
     return round(usd * PICO)
 
 
@@ -130,9 +133,9 @@ class PriceColumns:
     input: Doubles
     output: Doubles
     cached: Doubles
-    """Of prompt tokens that the model has read a moment ago; the input price where no other is stated."""
+    """For prompt tokens in the model's cache; the input price where no other is stated."""
     tiers: tuple[tuple[int, PriceColumns], ...] = ()
-    """The columns for prompts of more than so many tokens, where any of the models has such a tier. Ascending."""
+    """The columns for prompts of more than so many tokens, one for each tier of any model. Ascending."""
 
     @classmethod
     def from_prices(cls, prices: Sequence[Price | None]) -> PriceColumns:
@@ -152,12 +155,12 @@ class PriceColumns:
         return cls(column("fresh_tokens"), column("output_tokens"), column("cached_tokens"), above)
 
     def select(self, rows: Indices) -> PriceColumns:
-        """Of these models alone."""
+        """Return the columns of the models in `rows`."""
         above = tuple((tokens, tier.select(rows)) for tokens, tier in self.tiers)
         return PriceColumns(self.input[rows], self.output[rows], self.cached[rows], above)
 
     def at(self, prompt_tokens: float) -> PriceColumns:
-        """The columns that a prompt of this length is billed at."""
+        """Return the columns that a prompt of this length is billed at."""
         columns = self
         for tokens, tier in self.tiers:
             if prompt_tokens > tokens:
@@ -167,9 +170,10 @@ class PriceColumns:
     def expected_usd(
         self, prompt_tokens: int | Doubles, output_tokens: Doubles, cached_tokens: int | Doubles = 0
     ) -> Doubles:
-        """(M,) USD for `prompt_tokens` in and (M,) `output_tokens` out; (n, M) for (n, 1) and (n, M) of n prompts.
+        """Return (M,) USD for `prompt_tokens` in and (M,) `output_tokens` out; or (n, M) for (n, 1) and (n, M).
 
-        `cached_tokens`, (M,): how many of the prompt's each model has in its cache.
+        Args:
+            cached_tokens: (M,) how many of the prompt's tokens each model has in its cache.
         """
         columns = self.at(prompt_tokens) if self.tiers and isinstance(prompt_tokens, int) else self
         fresh_tokens = prompt_tokens - cached_tokens
@@ -183,5 +187,5 @@ class PriceColumns:
 
 
 def reference_usd(prompt_tokens: int, output_tokens: float, reference: Price = REFERENCE) -> float:
-    """c_ref(x): the same tokens at the reference price, at least one token's worth so that it can be divided by."""
+    """Return c_ref(x), the USD for the same tokens at the reference price; never 0, as costs are divided by it."""
     return max(prompt_tokens, 1) * reference.input_cost_per_token + output_tokens * reference.output_cost_per_token

@@ -1,5 +1,3 @@
-"""Ψ(m): what a model got wrong in each cluster, kept as sums so that profiles merge. Leaves prices out."""
-
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -12,29 +10,33 @@ from router_core.errors import InvalidProfile, MapMismatch
 from router_core.estimators import SHRINKAGE, mean_error, shrunk_rates
 from router_core.types import Assignment, Doubles
 
+# Labels, tokens or seconds. More is a mistake, and would overflow.
 MAX_VALUE = 1e12
-"""Of labels, tokens or seconds: what is beyond is a mistake, and would overflow."""
 
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """One model on one cluster map. All arrays are (K,) float64. The rates it is routed by are error_rates.py."""
+    """Ψ(m): what one model got wrong in each cluster of one map, as sums, so that profiles can be merged.
+
+    All arrays are (K,) float64; w_jk is the weight of prompt j in cluster k. The rates that a model is routed by are
+    computed from all models' sums together, by estimators.py.
+    """
 
     map_id: str
     error_sums: Doubles
     """Σ_j w_jk·e_jm over labelled prompts."""
     labels: Doubles
-    """Σ_j w_jk over labelled prompts: the label weight behind each rate."""
+    """Σ_j w_jk over labelled prompts."""
     token_sums: Doubles
     second_sums: Doubles
     answers: Doubles
-    """Σ_j w_jk over answers of known length: the weight behind the tokens, unlabelled answers included."""
+    """Σ_j w_jk over answers of known length, unlabelled ones included: the weight behind `token_sums`."""
     timed_answers: Doubles
-    """The same over answers of known duration: the weight behind the seconds."""
+    """The same over answers of known duration: the weight behind `second_sums`."""
     measured_at: str | None = None
     """RFC 3339, UTC."""
-    stated: Doubles | None = None
-    """Error rates that were handed over as such, to be served as they are."""
+    stated_rates: Doubles | None = None
+    """Error rates given without sums, which are served as they are."""
 
     def __post_init__(self) -> None:
         weights = (self.labels, self.token_sums, self.second_sums, self.answers, self.timed_answers)
@@ -42,7 +44,7 @@ class Profile:
             raise InvalidProfile("a profile's arrays must all have one entry per cluster")
         if not all(np.isfinite(array).all() and (array >= 0).all() for array in weights):
             raise InvalidProfile("a profile's weights must be finite and 0 or more")
-        rates_ok = self.stated is None or ((self.stated >= 0) & (self.stated <= 1)).all()
+        rates_ok = self.stated_rates is None or ((self.stated_rates >= 0) & (self.stated_rates <= 1)).all()
         if not rates_ok or not ((self.error_sums >= 0) & (self.error_sums <= self.labels * (1 + 1e-6) + 1e-6)).all():
             raise InvalidProfile("a profile's errors must lie in [0, 1]")
 
@@ -63,19 +65,23 @@ class Profile:
         return _mean(self.second_sums, self.timed_answers)
 
     def errors(self) -> Doubles:
-        """(K,) error rates in [0, 1] by this profile alone: as stated, or the shrunk recipe."""
-        return shrunk_rates(self.error_sums[None, :], self.labels[None, :])[0] if self.stated is None else self.stated
+        """Return (K,) error rates in [0, 1] from this profile alone: as stated, or by the shrunk estimator."""
+        return (
+            shrunk_rates(self.error_sums[None, :], self.labels[None, :])[0]
+            if self.stated_rates is None
+            else self.stated_rates
+        )
 
     def output_tokens(self) -> Doubles:
-        """(K,) expected output tokens, shrunk towards the model's own mean; NaN where no answer was ever counted."""
+        """Return (K,) expected output tokens, shrunk towards the model's mean; NaN if no answer was counted."""
         return _shrunk_means(self.token_sums, self.answers)
 
     def seconds(self) -> Doubles:
-        """(K,) expected seconds until the answer is complete; NaN as above."""
+        """Return (K,) expected seconds until the answer is complete; NaN if no answer was timed."""
         return _shrunk_means(self.second_sums, self.timed_answers)
 
     def merged(self, other: Profile) -> Profile:
-        """The profile of both measurements together: their sums count, whatever rates were stated."""
+        """Return the profile of both measurements together. Their sums count; stated rates are dropped."""
         if other.map_id != self.map_id:
             raise MapMismatch(f"cannot merge a profile of map {other.map_id} into one of map {self.map_id}")
         return Profile(
@@ -90,12 +96,13 @@ class Profile:
         )
 
     def to_json(self, errors: Doubles | None = None) -> dict[str, Any]:
-        """The document that `from_json` reads; the sums make the round trip exact.
+        """Write the document that `from_json` reads; the sums make the round trip exact.
 
-        `errors`: the rates to show, where they are not this profile's alone.
+        Args:
+            errors: (K,) rates to show in place of `errors()`.
         """
         rates = self.errors() if errors is None else errors
-        sums = {} if self.stated is not None else {"error_sums": self.error_sums.tolist()}
+        sums = {} if self.stated_rates is not None else {"error_sums": self.error_sums.tolist()}
         return {
             "map": self.map_id,
             "errors": rates.tolist(),
@@ -113,18 +120,18 @@ class Profile:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Profile:
-        """Read a profile; `map`, `errors` and `labels` suffice, so that one can be written by hand.
+        """Read a profile. `map`, `errors` and `labels` suffice, so that one can be written by hand.
 
         Rates without `error_sums` are served as they are stated.
 
         Raises:
-            InvalidProfile: naming the field.
+            InvalidProfile: a field is missing or wrong; the message names it.
         """
         map_id = document.get("map")
         if not isinstance(map_id, str) or not map_id:
             raise InvalidProfile("profile.map must be the id of the cluster map it was measured on")
         labels = _numbers(document, "labels")
-        error_sums, stated = _errors(document, labels)
+        error_sums, stated_rates = _errors(document, labels)
         answers = _numbers(document, "answers", default=labels)
         timed_answers = _numbers(document, "timed_answers", default=answers)
         measured_at = document.get("measured_at")
@@ -136,10 +143,10 @@ class Profile:
             labels=labels,
             token_sums=_sums(document, "token_sums", "mean_output_tokens", answers),
             second_sums=_sums(document, "second_sums", "mean_seconds", timed_answers),
-            answers=_behind(document, ("token_sums", "mean_output_tokens"), answers),
-            timed_answers=_behind(document, ("second_sums", "mean_seconds"), timed_answers),
+            answers=_weights_of(document, ("token_sums", "mean_output_tokens"), answers),
+            timed_answers=_weights_of(document, ("second_sums", "mean_seconds"), timed_answers),
             measured_at=measured_at,
-            stated=stated,
+            stated_rates=stated_rates,
         )
 
 
@@ -156,11 +163,11 @@ def measure(
     """Build a profile from n graded prompts.
 
     Args:
-        map_id: the cluster map that made `assignment`.
+        map_id: id of the cluster map that made `assignment`.
         clusters: K.
         assignment: Φ of the n prompts, in any order.
-        scores: (n,) in [0, 1]; NaN is unlabelled and counts for nothing.
-        output_tokens, seconds: (n,) of each answer; NaN where it is not known. Each counts without the other.
+        scores: (n,) in [0, 1]; NaN is unlabelled and does not count.
+        output_tokens, seconds: (n,) of each answer; NaN where not known. Each counts without the other.
 
     Raises:
         InvalidProfile: a score outside [0, 1], or lengths that differ.
@@ -212,7 +219,7 @@ def _numbers(document: Mapping[str, Any], field: str, default: Doubles | None = 
 
 
 def _errors(document: Mapping[str, Any], labels: Doubles) -> tuple[Doubles, Doubles | None]:
-    """Error sums, and the rates if they were stated instead."""
+    """Return the error sums, and the rates if these were stated instead."""
     if document.get("error_sums") is not None:
         return _numbers(document, "error_sums"), None
     errors = _numbers(document, "errors")
@@ -223,9 +230,9 @@ def _errors(document: Mapping[str, Any], labels: Doubles) -> tuple[Doubles, Doub
     return errors * labels, errors
 
 
-def _behind(document: Mapping[str, Any], stated: tuple[str, ...], weights: Doubles) -> Doubles:
-    """The weights, if any of the fields that they are behind is stated; else none: unknown is not zero tokens."""
-    known = any(document.get(field) is not None for field in stated)
+def _weights_of(document: Mapping[str, Any], fields: tuple[str, ...], weights: Doubles) -> Doubles:
+    """Return `weights` if any of `fields` is stated, else zeros: an unknown length is not a length of zero."""
+    known = any(document.get(field) is not None for field in fields)
     return weights if known else np.zeros_like(weights)
 
 

@@ -1,5 +1,3 @@
-"""The library door: route a text with no server. Profiles and costs are plain mappings that may change at any time."""
-
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
@@ -22,12 +20,15 @@ from router_core.types import Assignment, Doubles, Embedder
 
 DEFAULT_CACHE = Path.home() / ".cache" / "uniroute"
 
+# A measured profile, or K error rates in [0, 1].
 Rates: TypeAlias = Profile | ArrayLike
-"""A measured profile, or K error rates in [0, 1]."""
 
 
 class Router:
-    """`chosen, score, scores = router.route("What is 17 times 23?")`."""
+    """Route texts without a server: `chosen, score, scores = router.route("What is 17 times 23?")`.
+
+    Profiles and costs are plain mappings that may be replaced at any time.
+    """
 
     def __init__(
         self,
@@ -36,17 +37,17 @@ class Router:
         cost_by_model: Mapping[str, float] | None = None,
         cluster_map: ClusterMap | None = None,
         embedder: Embedder | None = None,
-        recipe: Estimator = POOLED,
+        estimator: Estimator = POOLED,
         tie: float = TIE_TOLERANCE,
     ) -> None:
         """
         Args:
-            model_profile: model → Ψ(m). May be assigned to at any time.
+            model_profile: model → Ψ(m). The attribute of this name may be assigned to at any time.
             cost_by_model: model → cost of one request, in any unit; λ is in its inverse. May be assigned to, too.
             cluster_map: the built-in map unless given.
-            embedder: the static embedder unless given; distilled into the user's cache on first use.
-            recipe: how measured profiles become rates.
-            tie: scores this close to the best are equal; the cheapest of them is chosen.
+            embedder: the static embedder unless given; its table is distilled into the user's cache on first use.
+            estimator: how measured profiles become rates.
+            tie: scores this close to the best count as equal; the cheapest of them is chosen.
 
         Raises:
             MapMismatch: the map was fitted on another embedder's vectors.
@@ -57,13 +58,17 @@ class Router:
             raise MapMismatch(f"the map was fitted with {self.cluster_map.embedder_id}, not with {self.embedder.id}")
         self.model_profile: Mapping[str, Rates] = model_profile or {}
         self.cost_by_model: Mapping[str, float] = cost_by_model or {}
-        self._error_rates = CachedEstimator(self.cluster_map, recipe)
+        self._error_rates = CachedEstimator(self.cluster_map, estimator)
         self._tie = tie
 
     def route(
         self, text: str, candidate_models: Collection[str] | None = None, lambda_: float = 0.4
     ) -> RoutingDecision:
         """Choose the model with the smallest Φ(x)·Ψ(m) + λ·cost(m) for `text`.
+
+        Args:
+            candidate_models: the models to choose from; all that have a profile unless given.
+            lambda_: λ, in errors per unit of cost.
 
         Raises:
             NoEligibleModel: there is nothing to choose from.
@@ -76,7 +81,7 @@ class Router:
         if not names:
             raise NoEligibleModel("there is no model to choose from; assign model_profile", {})
         assignment = self.cluster_map.assign(self.embedder.embed([text]))
-        table = self._table(names, assignment, lambda_)
+        table = self._score(names, assignment, lambda_)
         return RoutingDecision(
             table=table,
             choice=argmin_with_ties(table.scores, table.costs, self._tie),
@@ -86,7 +91,7 @@ class Router:
             cluster_names=self.cluster_map.names,
         )
 
-    def _table(self, names: tuple[str, ...], assignment: Assignment, lambda_: float) -> ScoreTable:
+    def _score(self, names: tuple[str, ...], assignment: Assignment, lambda_: float) -> ScoreTable:
         ids, weights = assignment.ids[0], assignment.weights[0].astype(np.float64)
         errors = self._rates(names)[:, ids] @ weights
         labels = np.array([1.0 / (weights**2 / (self._labels(name)[ids] + SHRINKAGE)).sum() for name in names])
@@ -96,7 +101,7 @@ class Router:
         return ScoreTable(names, errors, costs, errors + lambda_ * costs, lambda: details)
 
     def _rates(self, names: tuple[str, ...]) -> Doubles:
-        """(M, K). Rates of measured profiles come of all that were measured on this map, candidates or not."""
+        """Return the (M, K) rates of `names`, estimated from all profiles of this map, candidates or not."""
         stated = {name: profile for name in names if not isinstance(profile := self._profile(name), Profile)}
         measured = {
             name: profile

@@ -1,4 +1,4 @@
-"""What routing and grading need of a text: its size in tokens, its ends, its normal form, similar names."""
+"""What routing, grading and people need of a text: its size in tokens, its ends, its normal and plain form, times."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 import re
 import unicodedata
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from typing import Final, Literal
 
 BYTES_PER_TOKEN = 4
@@ -83,6 +84,11 @@ def _plain_letter(letter: str, lines: bool) -> str:  # noqa: FBT001
     if letter.isprintable() or letter in _JOINERS:
         return letter
     return "" if unicodedata.category(letter) in _INVISIBLE_CATEGORIES else letter
+
+
+def rfc3339(unix_s: float, timespec: Literal["seconds", "milliseconds"] = "seconds") -> str:
+    """Write a time in UTC, as 2026-01-31T12:00:00Z. Raises ValueError or OverflowError after the year 9999."""
+    return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec=timespec).replace("+00:00", "Z")
 
 
 # Characters of a name that is compared with others, which takes quadratic time. No known name is as long.

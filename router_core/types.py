@@ -1,5 +1,3 @@
-"""The nouns that travel between rooms: prices, capabilities, needs, assignments. No computation."""
-
 from __future__ import annotations
 
 import re
@@ -19,7 +17,7 @@ Indices = NDArray[np.int64]
 
 
 class Embedder(Protocol):
-    """Text to unit vectors. `id` changes whenever the vectors do."""
+    """Turns text into unit vectors. `id` changes whenever the vectors do."""
 
     @property
     def id(self) -> str: ...
@@ -28,7 +26,7 @@ class Embedder(Protocol):
     def dimension(self) -> int: ...
 
     def embed(self, texts: Sequence[str]) -> Floats:
-        """(n, dimension) float32, rows of unit length; a text without any token gives a zero row."""
+        """Return (n, dimension) float32, rows of unit length; a text without any token gives a zero row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,38 +42,44 @@ class Assignment:
         return len(self.ids)
 
     def dense(self, clusters: int) -> Doubles:
-        """(n, clusters), rows sum to one."""
+        """Return (n, clusters) weights, rows sum to one."""
         rows = np.zeros((len(self), clusters))
         np.put_along_axis(rows, self.ids, self.weights.astype(np.float64), axis=1)
         return rows
 
     def expected_one(self, by_cluster: Doubles) -> Doubles:
-        """(M,) of a (K, M) matrix for one prompt. Equal columns give equal values: sums are made alike for each."""
+        """Return the (M,) expected values of a (K, M) matrix for one prompt.
+
+        Equal columns give equal values, as every column is summed in the same order.
+        """
         rows = by_cluster.take(self.ids[0], axis=0)
         rows *= self.weights[0, :, None]
         return np.asarray(np.add.reduce(rows, axis=0))
 
     def expected(self, by_cluster: Doubles) -> Doubles:
-        """(n, M) of an (M, K) matrix: Φ·Ψ where that is error rates. NaN where a cluster that counts has none."""
+        """Return the (n, M) expected values of an (M, K) matrix: Φ·Ψ if these are error rates.
+
+        NaN where one of a prompt's clusters has no value.
+        """
         return np.asarray(np.einsum("np,mnp->nm", self.weights.astype(np.float64), by_cluster[:, self.ids]))
 
 
+# USD per token. More is a mistake, and sums of it would overflow.
 MAX_PRICE = 1e6
-"""USD per token: what is beyond is a mistake, and sums of it would overflow."""
+# Tiers of one price; the longest known table has four.
 MAX_TIERS = 32
-"""Of one price; the longest table that is known has four."""
 
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """USD per token, under LiteLLM's field names. None: no price of its own; `pricing.RATES` says which one counts."""
+    """USD per token, under LiteLLM's field names. None: not priced apart; `pricing.RATES` says which field counts."""
 
     input_cost_per_token: float
     output_cost_per_token: float
     cache_read_input_token_cost: float | None = None
     cache_creation_input_token_cost: float | None = None
     cache_creation_input_token_cost_above_1hr: float | None = None
-    """Of tokens that are cached for an hour, not for minutes."""
+    """For tokens that are cached for an hour, not for minutes."""
     input_cost_per_audio_token: float | None = None
     cache_read_input_audio_token_cost: float | None = None
     input_cost_per_image_token: float | None = None
@@ -83,7 +87,7 @@ class Price:
     output_cost_per_audio_token: float | None = None
     output_cost_per_image_token: float | None = None
     tiers: tuple[tuple[int, Price], ...] = ()
-    """Tiers: of a prompt longer than so many tokens every token costs this instead. Ascending, each one whole."""
+    """(tokens, price): if the prompt is longer than so many tokens, every token costs this instead. Ascending."""
 
     def __post_init__(self) -> None:
         for name in PRICE_FIELDS:
@@ -93,9 +97,10 @@ class Price:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, float | None]) -> Price:
-        """Read LiteLLM's flat fields, `input_cost_per_token_above_200k_tokens` and its like among them.
+        """Read LiteLLM's flat fields, such as `input_cost_per_token_above_200k_tokens`.
 
-        What a tier does not state is as it was below. None is not stated; names that are no price are passed over.
+        A rate that a tier does not state is that of the tier below. None counts as not stated; fields that are no price
+        are ignored.
 
         Raises:
             InvalidPrice: the input or the output price is missing, an amount is none, or one is stated twice.
@@ -123,7 +128,7 @@ class Price:
         return cls(**base, tiers=tuple(above))
 
     def at(self, prompt_tokens: float) -> Price:
-        """The tier that a whole request of such a prompt, its cached tokens included, is billed at."""
+        """Return the tier that a request with such a prompt, its cached tokens included, is billed at."""
         price = self
         for tokens, tier in self.tiers:
             if prompt_tokens > tokens:
@@ -131,11 +136,11 @@ class Price:
         return price
 
     def to_fields(self) -> dict[str, float]:
-        """LiteLLM's flat fields, of which `of` makes the same price again."""
+        """Write LiteLLM's flat fields, from which `from_fields` reads the same price."""
         fields = {name: value for name in PRICE_FIELDS if (value := getattr(self, name)) is not None}
         below = self
         for tokens, tier in self.tiers:
-            # a tier that states nothing new still says where it begins
+            # A tier that states nothing new still says where it begins.
             changed = [name for name in PRICE_FIELDS if getattr(tier, name) != getattr(below, name)]
             for name in changed or PRICE_FIELDS[:1]:
                 fields[flat_price_field(name, tokens)] = getattr(tier, name)
@@ -143,13 +148,16 @@ class Price:
         return fields
 
 
+# The input and the output price, which every price has, come first.
 PRICE_FIELDS = tuple(column.name for column in fields(Price) if column.name != "tiers")
-"""The input and the output price, which every price has, come first."""
 _ABOVE = re.compile(rf"({'|'.join(PRICE_FIELDS)})_above_([0-9]{{1,12}})(k?)_tokens")
 
 
 def price_field(name: str) -> tuple[str, int | None] | None:
-    """The rate that a field states, and above how many prompt tokens (None: from the first). None: it is no price."""
+    """Split a flat field into its rate and the prompt tokens above which it holds (None: from the first).
+
+    Returns None if the field is no price.
+    """
     if name in PRICE_FIELDS:
         return name, None
     match = _ABOVE.fullmatch(name)
@@ -157,7 +165,7 @@ def price_field(name: str) -> tuple[str, int | None] | None:
 
 
 def flat_price_field(rate: str, tokens: int | None) -> str:
-    """The field that states this rate: `price_field` the other way round, one name for each."""
+    """Return the flat field of a rate and its tier: the inverse of `price_field`."""
     if tokens is None:
         return rate
     return f"{rate}_above_{tokens // 1000}k_tokens" if tokens % 1000 == 0 else f"{rate}_above_{tokens}_tokens"
@@ -175,13 +183,16 @@ FREE = Price(0.0, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a model can take. None: unknown, and trusted only while no other candidate is known to be able."""
+    """What a model can take.
+
+    None is unknown: such a model is used only as long as no other candidate is known to have the capability.
+    """
 
     max_input_tokens: int | None = None
     max_output_tokens: int | None = None
     tools: bool | None = None
     parallel_tools: bool | None = None
-    """Several calls in one turn."""
+    """Several tool calls in one turn."""
     vision: bool | None = None
     video: bool | None = None
     audio_input: bool | None = None
@@ -190,16 +201,17 @@ class Capabilities:
     """PDF and the like, as an attachment."""
     json_schema: bool | None = None
     reasoning: bool | None = None
-    """Thinks before it answers, and takes the parameters that say how much."""
+    """Thinks before it answers, and takes the parameters that say how long."""
 
     @property
     def shares_window(self) -> bool:
-        """Whether prompt and answer have one window: no output limit is known apart, or it is no smaller."""
+        """Whether prompt and answer share a window: no output limit is known, or it is as large as the window."""
         return self.max_output_tokens is None or self.max_output_tokens >= (self.max_input_tokens or 0)
 
 
 UNKNOWN_CAPABILITIES = Capabilities()
 
+# What a request may require and a model may lack: field of Capabilities and of Requirements → in words.
 CAPABILITY_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "tools": "call tools",
@@ -213,18 +225,17 @@ CAPABILITY_NAMES: Mapping[str, str] = MappingProxyType(
         "reasoning": "take reasoning parameters",
     }
 )
-"""What a request may need and a model may lack, a field of Capabilities and of Needs each → in words."""
 
 
 @dataclass(frozen=True, slots=True)
 class Requirements:
-    """What one request asks of a model. Token counts are estimates."""
+    """What one request requires of a model. Token counts are estimates."""
 
     prompt_tokens: int = 0
     max_output_tokens: int | None = None
-    """The request's own limit for one answer, if it states one."""
+    """The request's own limit for an answer."""
     limit_is_cap: bool = False
-    """The limit is no more than a cap: a model that cannot answer at such length is told a smaller one."""
+    """The limit is only a cap: a model that cannot write so much is sent a smaller one."""
     answers: int = 1
     """OpenAI's `n`: how many answers are paid for."""
     max_input_cost_per_token: float | None = None
@@ -242,5 +253,5 @@ class Requirements:
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """Those of ABILITIES that are asked for, in their order."""
-        return tuple(ability for ability in CAPABILITY_NAMES if getattr(self, ability))
+        """The names of the required capabilities, in the order of CAPABILITY_NAMES."""
+        return tuple(name for name in CAPABILITY_NAMES if getattr(self, name))

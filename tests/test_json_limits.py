@@ -1,4 +1,4 @@
-"""What a JSON text holds is seen before it is parsed, wherever the text is cut and whatever its texts look like."""
+"""Levels and values of a JSON text are counted before parsing, however it is split and whatever its strings hold."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def depth(value: Any) -> int:
 
 @given(DOCUMENTS, st.booleans(), st.data())
 @settings(max_examples=300, deadline=None)
-def test_values_are_counted_however_the_text_is_cut(document: Any, ascii_only: bool, data: st.DataObject) -> None:
+def test_values_are_counted_however_the_text_is_split(document: Any, ascii_only: bool, data: st.DataObject) -> None:
     raw = json.dumps(document, ensure_ascii=ascii_only).encode()
     cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=5)))
     shape = JSONSizeCounter()
@@ -50,7 +50,7 @@ def test_values_are_counted_however_the_text_is_cut(document: Any, ascii_only: b
 
 @given(DOCUMENTS, st.integers(MAX_DEPTH - 4, MAX_DEPTH + 2))
 @settings(max_examples=300, deadline=None)
-def test_levels_are_counted_as_they_are_and_not_those_in_texts(document: Any, around: int) -> None:
+def test_levels_are_counted_and_brackets_in_strings_are_not(document: Any, around: int) -> None:
     raw = b"[" * around + json.dumps(document).encode() + b"]" * around
     shape = JSONSizeCounter()
     if around + depth(document) > MAX_DEPTH:
@@ -64,13 +64,13 @@ FLOODS = [b"[],", b"{},", b'"",', b"1,", b'{"a":1},', b'"', b"[", b"[]", b'""', 
 
 
 @pytest.mark.parametrize("flood", FLOODS)
-def test_a_flood_is_refused_before_it_is_parsed(flood: bytes) -> None:
+def test_too_many_values_are_refused_before_they_are_parsed(flood: bytes) -> None:
     with pytest.raises(JSONTooLarge):
         check_limits(b"[" + flood * (2 * MAX_VALUES + 2))
 
 
 @pytest.mark.parametrize("filling", [b"x", b"\\n", b'\\"', b"\\\\", b"[", b"{,:", "字".encode()])
-def test_one_long_text_is_one_value(filling: bytes) -> None:
+def test_one_long_string_is_one_value(filling: bytes) -> None:
     raw = b'{"a":"' + filling * (3 * SMALL_BYTES // len(filling)) + b'"}'
     shape = JSONSizeCounter()
     shape.feed(raw)
@@ -78,7 +78,7 @@ def test_one_long_text_is_one_value(filling: bytes) -> None:
     assert shape.values == count(json.loads(raw))[0]
 
 
-def test_what_is_small_and_flat_is_not_looked_at_closer() -> None:
+def test_small_flat_texts_are_not_counted() -> None:
     check_limits(b'{"a":[' + b"1," * 1000 + b"1]}")
     with pytest.raises(JSONTooLarge, match="nested deeper"):
         check_limits(b"[" * 300 + b"]" * 300)

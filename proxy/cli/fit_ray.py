@@ -21,7 +21,7 @@ from proxy.cli.prompt_files import read_prompts
 from router_core.clustering import ClusterMap
 from router_core.embedding import open_embedder
 from router_core.fitting import (
-    BATCH,
+    BATCH_SIZE,
     EmbeddedPrompts,
     PromptSample,
     batches,
@@ -179,7 +179,7 @@ class RayBackend:
     def _by_workers(self, blocks: Dataset, work: Callable[[Batch], Batch]) -> Dataset:
         from ray.data import TaskPoolStrategy
 
-        return blocks.map_batches(work, batch_size=BATCH, compute=TaskPoolStrategy(size=self._workers))
+        return blocks.map_batches(work, batch_size=BATCH_SIZE, compute=TaskPoolStrategy(size=self._workers))
 
 
 def sample_file(file: Mapping[str, Any], plan: FitPlan) -> dict[str, Any]:
@@ -223,8 +223,8 @@ def _embedder(plan: FitPlan) -> Embedder:
 def _tables(prompts: Sequence[str]) -> list[Any]:
     import pyarrow as pa
 
-    starts = range(0, len(prompts), BATCH)
-    packed = [(start, _encoded(prompts[start : start + BATCH])) for start in starts]
+    starts = range(0, len(prompts), BATCH_SIZE)
+    packed = [(start, _encoded(prompts[start : start + BATCH_SIZE])) for start in starts]
     return [pa.table({"row": np.arange(start, start + len(texts)), "text": pa.array(texts)}) for start, texts in packed]
 
 

@@ -15,7 +15,7 @@ from time import monotonic
 from typing import Any, Protocol
 
 from proxy.concurrency import cancel_and_wait, run_uncancelled
-from proxy.errors import AnswerTooLarge, UpstreamError
+from proxy.errors import ResponseTooLarge, UpstreamError
 from proxy.storage.models import ModelRecord
 from proxy.storage.usage import ObservedTraffic, TokenCounts, believed, cost_usd, parse_usage, usage_of
 from proxy.upstream.circuit_breaker import parse_retry_after
@@ -180,7 +180,7 @@ def _failed(error: UpstreamError) -> ModelCallError:
         reason[:MAX_REASON],
         status=error.status,
         retry_after_s=parse_retry_after(error.headers, time.time()),
-        hopeless=isinstance(error, AnswerTooLarge),
+        hopeless=isinstance(error, ResponseTooLarge),
     )
 
 

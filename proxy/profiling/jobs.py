@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from proxy.concurrency import cancel_and_wait
-from proxy.errors import NotMeasured
+from proxy.errors import NotProfiled
 from proxy.profiling.grading import GradingProcess, ModelClient, RetryPolicy
 from proxy.profiling.job import Job, PromptAnswer, ReusedAnswers
 from proxy.profiling.job_store import JobStore
@@ -31,7 +31,7 @@ QUEUED_RETRY_S = 5
 MAX_RETRY_S = 60
 
 
-def with_progress(error: NotMeasured, jobs: Mapping[str, Job], settings: Settings) -> NotMeasured:
+def with_progress(error: NotProfiled, jobs: Mapping[str, Job], settings: Settings) -> NotProfiled:
     """Say of each model how far its latest job is, or why that failed, with a `retry-after` where waiting helps."""
     latest = {name: jobs[name] for name in error.why if name in jobs}
     reasons = {name: _progress(latest[name], why) if name in latest else why for name, why in error.why.items()}
@@ -41,7 +41,7 @@ def with_progress(error: NotMeasured, jobs: Mapping[str, Job], settings: Setting
         done, total = sum(job.done for job in under_way), sum(job.total for job in under_way)
         message += f": models are being measured, {done} of {total} prompts are done"
     headers = {"retry-after": str(_retry_after_s(under_way))} if under_way else {}
-    return NotMeasured(f"{message}{listed(reasons)}; {_meanwhile(settings)}", error.why, headers)
+    return NotProfiled(f"{message}{listed(reasons)}; {_meanwhile(settings)}", error.why, headers)
 
 
 def _progress(job: Job, why: str) -> str:

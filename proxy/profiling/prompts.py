@@ -3,8 +3,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
+from time import time
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from router_core.clustering import ClusterMap
 from router_core.errors import InvalidOutcomes
 from router_core.evaluation.outcomes import OutcomeRow, parse_row, read_rows
 from router_core.profiles import Profile, measure
+from router_core.text import rfc3339
 from router_core.types import Assignment, Doubles, Embedder
 from router_core.validation.families.registry import builtin_validation_set
 from router_core.validation.loading import load_validation_set
@@ -87,7 +88,7 @@ def profile_from_outcomes(path: Path, model: str, cluster_map: ClusterMap, embed
         _column(row.scores[model] for row in rows),
         output_tokens=_column(row.output_tokens.get(model, UNKNOWN) for row in rows),
         seconds=_column(row.seconds.get(model, UNKNOWN) for row in rows),
-        measured_at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        measured_at=rfc3339(time()),
     )
 
 

@@ -5,8 +5,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from time import monotonic
+from time import monotonic, time
 
 from proxy.concurrency import cancel_until_done
 from proxy.profiling.grading import (
@@ -36,6 +35,7 @@ from proxy.storage.redis import StoreUnavailable, retry_until_available
 from proxy.storage.snapshot import SnapshotWatcher, capabilities_of, price_of
 from router_core.errors import InvalidInput
 from router_core.profiles import Profile, measure
+from router_core.text import rfc3339
 from router_core.types import Price
 from router_core.validation.validation_set import ValidationPrompt
 
@@ -223,7 +223,7 @@ class ProfilingRun:
         labelled = sum(answer.score is not None for answer in answers.values())
         needed = min(ENOUGH_LABELS, total)
         if labelled >= needed:
-            measured_at = self._job.measured_at or _rfc3339(datetime.now(UTC))
+            measured_at = self._job.measured_at or rfc3339(time())
             return ProfilingResult(profile_of(self._placed, answers, map_id, measured_at))
         failed = sum(answer.failed for answer in answers.values())
         reason = f"{self._stopped}; " if self._stopped else ""
@@ -245,10 +245,6 @@ def profile_of(placed: AssignedPrompts, answers: Mapping[str, PromptAnswer], map
         seconds=column([answer.seconds for answer in ended]),
         measured_at=measured_at,
     )
-
-
-def _rfc3339(time: datetime) -> str:
-    return time.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 async def _run_concurrently(

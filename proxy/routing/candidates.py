@@ -13,7 +13,7 @@ from proxy.errors import (
     Forbidden,
     ModelNotFound,
     NoEligibleModelError,
-    NotMeasured,
+    NotProfiled,
     ServiceUnavailable,
 )
 from proxy.routing.affinity import NO_AFFINITY, Affinity
@@ -250,7 +250,7 @@ def no_candidate_error(ctx: SelectionContext, eligibility: Eligibility) -> NoEli
         )
     reasons = listed(_of_candidates(ctx, eligibility.reasons))
     if not eligible(pool, Requirements(), allowed).rows.size:
-        return NotMeasured(f"no model can be chosen yet{reasons}", _of_candidates(ctx, eligibility.reasons))
+        return NotProfiled(f"no model can be chosen yet{reasons}", _of_candidates(ctx, eligibility.reasons))
     if eligible(pool, requirements, allowed).rows.size:
         return ServiceUnavailable(f"every model that can take this request rests after failures{reasons}")
     if eligible(pool, replace(requirements, prompt_tokens=0), allowed).rows.size:

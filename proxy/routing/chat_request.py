@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import codecs
-import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from proxy.routing.requirements import ContentSummary
 from proxy.routing.sizes import check_sizes
 from proxy.settings.control_fields import reject_control_fields
 from proxy.settings.schema import NO_OVERRIDES, TimeoutOverrides
+from router_core.text import closest_name
 
 MAX_ID = 255
 
@@ -207,8 +207,8 @@ def read_options(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) ->
 
 
 def _nearest(name: str, known: Sequence[str] = ALLOWED_KEYS) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean `{near[0]}`?" if near else f"; known are {', '.join(known)}"
+    closest = closest_name(name, known)
+    return f"; did you mean `{closest}`?" if closest else f"; known are {', '.join(known)}"
 
 
 def _header_lambda(headers: Sequence[tuple[str, str]]) -> float | None:

@@ -13,7 +13,6 @@ from typing import Any
 
 from proxy.errors import BadRequest
 from proxy.settings.control_fields import plain_name
-from proxy.words import words
 from router_core.text import BYTES_PER_TOKEN, text_bytes
 
 LIMITS = ("max_completion_tokens", "max_tokens")
@@ -24,27 +23,35 @@ MAX_ANSWERS = 128
 COUNTS = ("n", "best_of")
 
 # Without case, underscores and hyphens.
-_OTHER_LIMITS = words("""
+_OTHER_LIMITS = frozenset(
+    """
     maxtokens maxcompletiontokens maxoutputtokens maxnewtokens maxtokenstosample maxgenlen maxgentoks maxlength
     maxtokencount maxoutputlength maxgeneratedtokens maxgenerationtokens maxnewtokencount maxresponsetokens
     maxresponseoutputtokens numpredict npredict tokenstogenerate
-""")
-_OTHER_COUNTS = words("""
+""".split()
+)
+_OTHER_COUNTS = frozenset(
+    """
     n bestof numreturnsequences candidatecount numcompletions numgenerations numresults numbeams beamwidth ncmpl
-""")
-_THINKING = words("thinking thinkingconfig thinkingoptions reasoning reasoningconfig reasoningoptions")
-_BUDGETS = words("""
+""".split()
+)
+_THINKING = frozenset("thinking thinkingconfig thinkingoptions reasoning reasoningconfig reasoningoptions".split())
+_BUDGETS = frozenset(
+    """
     budgettokens tokenbudget thinkingbudget thinkingbudgettokens thinkingtokenbudget maxthinkingtokens thinkingtokens
     reasoningbudget reasoningbudgettokens reasoningtokenbudget maxreasoningtokens reasoningtokens
-""")
+""".split()
+)
 """Also every limit within one of these objects."""
-_CONTENT = words("""
+_CONTENT = frozenset(
+    """
     model messages stream stream_options tools tool_choice functions function_call response_format metadata prediction
     stop user temperature top_p seed presence_penalty frequency_penalty logit_bias logprobs top_logprobs
     parallel_tool_calls reasoning_effort store audio modalities verbosity service_tier web_search_options
     prompt_cache_key safety_identifier guided_json guided_grammar guided_regex guided_choice structured_outputs
     json_schema response_schema grammar
-""")
+""".split()
+)
 """Top-level fields that hold no size: content, schemas, and what OpenAI defines."""
 _READ = _CONTENT.union(LIMITS)
 

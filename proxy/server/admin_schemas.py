@@ -16,7 +16,7 @@ from proxy.server.dependencies import AppState
 from proxy.settings.litellm_params import ParamError, is_model_info_of_litellm, is_provider_param
 from proxy.settings.models import ModelConfig, SettingsError, check_model_name, resolve_secret
 from proxy.settings.outbound import OutboundError, ssl_context, trust_of
-from proxy.settings.redaction import Literal, is_reference, literals, shown
+from proxy.settings.redaction import FoundSecret, find_secrets, is_reference, redact_value
 from proxy.settings.schema import ProfileSettings, Settings
 from proxy.storage.client_keys import LIMITS, ClientKey, KeyChange
 from proxy.storage.models import CurrentPrice, ModelRecord
@@ -120,7 +120,7 @@ def read_price(body: Mapping[str, Any]) -> Price:
 
 def redact_params(params: Mapping[str, Any]) -> dict[str, Any]:
     """litellm_params without secrets: references to the environment are shown, literal keys and headers are not."""
-    return {name: shown(name, value) for name, value in params.items()}
+    return {name: redact_value(name, value) for name, value in params.items()}
 
 
 def _entry(name: Any, params: Any, info: Any) -> ModelConfig:
@@ -148,7 +148,7 @@ def _check_params(entry: ModelConfig, settings: Settings, environ: Mapping[str, 
         if is_provider_param(name):
             _check_references(f"litellm_params.{name}", value, settings, environ)
         if name not in _PROSE:
-            for literal in literals(name, value):
+            for literal in find_secrets(name, value):
                 raise _stored(name, literal)
 
 
@@ -163,7 +163,7 @@ def _check_references(param: str, value: Any, settings: Settings, environ: Mappi
             raise BadRequest(f"`{param}`: {error}", param=param) from None
 
 
-def _stored(name: str, literal: Literal) -> BadRequest:
+def _stored(name: str, literal: FoundSecret) -> BadRequest:
     """What is written out would be in Redis, in its backups, and before everyone who may read models."""
     param = f"litellm_params.{literal.path}"
     if is_provider_param(name) and name not in ADDRESSES:

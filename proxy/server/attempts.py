@@ -10,7 +10,7 @@ from proxy.routing.sizes import limited
 from proxy.server.dependencies import ModelPlan, RequestContext
 from proxy.server.request_log import RequestRecord
 from proxy.server.requests import instance_id
-from proxy.settings.schema import NO_OVERRIDES, Timeouts, timeouts_for, total_s
+from proxy.settings.schema import NO_OVERRIDES, Timeouts, timeouts_for, total_timeout_s
 from proxy.storage.models import ModelRecord
 from proxy.storage.usage import usage_of
 from proxy.upstream.chunk_reader import is_finished
@@ -203,7 +203,7 @@ class Attempts:
 
     def __init__(self, ctx: RequestContext, record: RequestRecord) -> None:
         settings, overrides = ctx.app.settings, ctx.request.options.timeouts
-        timeout_s = settings.request_timeout_s if overrides is NO_OVERRIDES else total_s(settings, overrides)
+        timeout_s = settings.request_timeout_s if overrides is NO_OVERRIDES else total_timeout_s(settings, overrides)
         self._ctx = ctx
         self._record = record
         self._deadline = ctx.received_at + timeout_s
@@ -273,7 +273,7 @@ class Attempts:
         try:
             return await self._attempt(name, call, even_if_open=even_if_open)
         except UpstreamError as failure:
-            if not failure.lost or self._remaining_s() <= 0:
+            if not failure.connection_lost or self._remaining_s() <= 0:
                 raise
         return await self._attempt(name, call, even_if_open=True)
 
@@ -326,14 +326,14 @@ class Attempts:
     def _fail(self, attempt: Attempt, failure: UpstreamError) -> None:
         self._record.attempt_failed(failure)
         attempt.failed(failure)
-        if failure.overflow:
+        if failure.context_exceeded:
             self._overflowed.append(attempt.model)
 
     async def _complete(self, model: ModelRecord, timeouts: Timeouts, attempt: Attempt) -> JSONPayload:
         record = self._record
         body, raw = self._body_for(model.name)
         answer = await self._ctx.app.upstream.complete(
-            model, body, self._headers, raw=raw, connect_s=timeouts.connect_s
+            model, body, self._headers, raw=raw, connect_timeout_s=timeouts.connect_s
         )
         attempt.succeeded()
         record.add_output(content_bytes(answer.body))
@@ -344,7 +344,7 @@ class Attempts:
     async def _stream(self, model: ModelRecord, timeouts: Timeouts, attempt: Attempt) -> UpstreamStream:
         app = self._ctx.app
         body, raw = self._body_for(model.name)
-        source = await app.upstream.stream(model, body, self._headers, raw=raw, connect_s=timeouts.connect_s)
+        source = await app.upstream.stream(model, body, self._headers, raw=raw, connect_timeout_s=timeouts.connect_s)
         deadline = monotonic() + app.settings.stream_timeout_s
         stream = UpstreamStream(source, attempt, self._record, idle_s=timeouts.idle_s, deadline=deadline)
         await stream.read_until_content()

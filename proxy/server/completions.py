@@ -7,7 +7,7 @@ from dataclasses import replace
 from fastapi import APIRouter, Request, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from proxy.errors import BudgetExceeded, ModelAtCapacity, NotMeasured, UpstreamError
+from proxy.errors import BudgetExceeded, ModelAtCapacity, NotProfiled, UpstreamError
 from proxy.profiling.jobs import with_progress
 from proxy.routing.affinity import Affinity, load_affinity
 from proxy.routing.candidates import SelectionContext
@@ -129,11 +129,11 @@ async def select(ctx: RequestContext, *, explain: bool = False) -> tuple[Selecti
         app.settings,
         affinity=affinity,
         cooling_down=app.health.cooling_down(),
-        not_ready=app.upstream.loading,
+        not_ready=app.upstream.not_ready,
     )
     try:
         return await select_model(selecting, app.assigner, explain=explain), affinity
-    except NotMeasured as error:
+    except NotProfiled as error:
         raise with_progress(error, await app.jobs.recent(), app.settings) from None
 
 
@@ -161,7 +161,7 @@ async def _complete(attempts: Attempts, record: RequestRecord) -> Response:
     ending = "client_gone"
     try:
         answer = await attempts.complete()
-        body = answer.named(record.model)
+        body = answer.with_model(record.model)
         ending = "complete"
         return CompletionResponse(body, answer.held, record.headers())
     except (UpstreamError, ModelAtCapacity) as failure:

@@ -9,7 +9,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from proxy.errors import LAST_WORDS_S, SHUTTING_DOWN, ShuttingDown, error_object
+from proxy.errors import SHUTDOWN_NOTICE_TIMEOUT_S, SHUTTING_DOWN_MESSAGE, ShuttingDown, error_body
 from proxy.server.auth import PRINCIPAL, SAFE_METHODS, UNAUTHENTICATED_PATHS, is_admin_side, path_of
 from proxy.server.dependencies import ServicesHolder
 from proxy.server.requests import (
@@ -72,7 +72,7 @@ class RequestContextMiddleware:
             log.exception("request=%s failed", ids.request_id)
             if not response_started:
                 message = f"an error of ours, logged under request id {ids.request_id}"
-                body = error_object(message, "server_error", "internal_error")
+                body = error_body(message, "server_error", "internal_error")
                 await JSONResponse(body, 500)(scope, receive, send_with_ids)
 
     async def _turn_away(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,13 +103,15 @@ class RequestContextMiddleware:
 
 async def _say_shutting_down(scope: Scope, receive: Receive, send: Send) -> None:
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(LAST_WORDS_S):
-            refusal = ShuttingDown(SHUTTING_DOWN, headers={"retry-after": _RETRY_AFTER_S, "connection": "close"})
+        async with asyncio.timeout(SHUTDOWN_NOTICE_TIMEOUT_S):
+            refusal = ShuttingDown(
+                SHUTTING_DOWN_MESSAGE, headers={"retry-after": _RETRY_AFTER_S, "connection": "close"}
+            )
             await error_response(refusal)(scope, receive, send)
 
 
 def _too_many_connections() -> JSONResponse:
-    body = error_object("this server has no room for one more connection", "server_error", "too_many_connections")
+    body = error_body("this server has no room for one more connection", "server_error", "too_many_connections")
     return JSONResponse(body, 503, {"retry-after": _RETRY_AFTER_S})
 
 

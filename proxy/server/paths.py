@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Iterable, Sequence
 
@@ -10,10 +9,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from proxy.errors import error_object
+from proxy.errors import error_body
 from proxy.server.auth import path_of
 from proxy.server.requests import REQUEST_IDS
 from proxy.server.responses import http_error_body
+from router_core.text import closest_name
 
 log = logging.getLogger("uniroute.edge")
 
@@ -64,8 +64,8 @@ def unknown_path_message(method: str, path: str) -> str:
     """Name what was asked for, what is served, and what was probably meant."""
     plain = "/" + "/".join(part for part in path.split("/") if part)
     mistake = next((text for start, text in _HINTS.items() if f"{plain}/".startswith(f"{start}/")), None)
-    near = difflib.get_close_matches(plain[:200], FIXED_PATHS, n=1, cutoff=0.7)
-    hint = f"; {mistake}" if mistake else f"; did you mean {near[0]}?" if near else ""
+    closest = closest_name(plain, FIXED_PATHS, min_similarity=0.7)
+    hint = f"; {mistake}" if mistake else f"; did you mean {closest}?" if closest else ""
     return f"nothing is served at {method[:20]} {path[:200]}{hint}. Served are {_SERVED}"
 
 
@@ -93,7 +93,7 @@ class ServedPaths:
         if error.status_code == 404:
             message = unknown_path_message(method, path)
             log.info("request=%s status=404: %s", request.scope[REQUEST_IDS].request_id, message)
-            return JSONResponse(error_object(message, "invalid_request_error", "unknown_path"), 404)
+            return JSONResponse(error_body(message, "invalid_request_error", "unknown_path"), 404)
         if error.status_code == 405:
             allowed = ", ".join(sorted(self.methods(path)))
             message = f"{method[:20]} is not served at {path[:200]}; {allowed} is"

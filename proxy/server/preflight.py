@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from collections.abc import Callable, Collection
@@ -18,6 +17,7 @@ from router_core.clustering import ClusterMap
 from router_core.embedding import check_embedder
 from router_core.errors import InvalidInput
 from router_core.estimators import ESTIMATORS
+from router_core.text import closest_name
 from router_core.validation.loading import load_validation_set
 
 log = logging.getLogger("uniroute.settings")
@@ -100,8 +100,8 @@ def check_named_models(
 
 
 def _did_you_mean(name: str, known: Collection[str]) -> str:
-    found = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.8)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    closest = closest_name(name, known, min_similarity=0.8)
+    return f"; did you mean {closest!r}?" if closest else ""
 
 
 def _known_models(names: Collection[str]) -> str:

@@ -14,7 +14,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from proxy.concurrency import connection_budget
-from proxy.errors import error_object
+from proxy.errors import error_body
 from proxy.server.requests import BODY_COMPLETE, DISCONNECT, OVERLOADED, DisconnectEvent
 from proxy.upstream.sse import encode_json
 
@@ -54,7 +54,7 @@ UNSUPPORTED_TRANSFER_ENCODING = ProtocolRejection(
 
 def rejection_bytes(why: ProtocolRejection, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     """Return a whole response, the last of its connection, with the `headers` of every response."""
-    body = encode_json(error_object(why.message, "invalid_request_error", why.code))
+    body = encode_json(error_body(why.message, "invalid_request_error", why.code))
     own = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     own += [(b"connection", b"close"), (b"x-request-id", b"req-" + uuid.uuid4().hex.encode())]
     lines = [b"%s: %s\r\n" % pair for pair in (*headers, *own)]

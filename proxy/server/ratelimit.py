@@ -35,6 +35,7 @@ from proxy.storage.client_keys import ClientKey, KeyLimits
 from proxy.storage.redis import Store, StoreUnavailable, StoreUnreadable
 from proxy.storage.usage_writer import MAX_COUNT
 from router_core.pricing import PICO, picousd
+from router_core.text import rfc3339
 
 MAX_KEYS = 10_000
 
@@ -218,7 +219,7 @@ def next_start(period: str, now: float) -> str:
     """When the day or month after `now`, Unix seconds, begins."""
     today = datetime.fromtimestamp(now, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     after = today + timedelta(days=1) if period == "day" else (today.replace(day=1) + timedelta(days=32)).replace(day=1)
-    return after.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return rfc3339(after.timestamp())
 
 
 def format_usd(picodollars: int) -> str:

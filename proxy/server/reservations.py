@@ -29,14 +29,13 @@ from proxy.errors import NoEligibleModelError
 from proxy.routing.requirements import estimate_tokens
 from proxy.routing.selection import Selection
 from proxy.routing.sizes import Sizes, sizes_of
+from proxy.settings.litellm_params import has_body_params, merge_model_params
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import KeyLimits
 from proxy.storage.models import ModelRecord
 from proxy.storage.redis import Store, StoreUnavailable, encode_command, load_script, pipeline
 from proxy.storage.snapshot import RoutingSnapshot
 from proxy.upstream.key_scope import address_of
-from proxy.upstream.model_params import has_body_params, merge_model_params
-from proxy.words import words
 from router_core.pricing import max_price_usd, picousd
 from router_core.types import Doubles, Price
 
@@ -70,10 +69,10 @@ MARGIN_S = 30.0
 MAX_PICOUSD = 9 * 10**18
 """What still fits a counter of 64 bits; $9 million."""
 
-_THINKING_WITHIN = words("openai azure anthropic bedrock vertex_ai gemini deepseek openrouter groq mistral")
+_THINKING_WITHIN = frozenset("openai azure anthropic bedrock vertex_ai gemini deepseek openrouter groq mistral".split())
 """Providers that count reasoning within the limit of an answer, at their own addresses."""
 
-_THINKING_APART = words("dashscope xai")
+_THINKING_APART = frozenset("dashscope xai".split())
 """Those whose models may reason beyond it, with or without a budget."""
 
 

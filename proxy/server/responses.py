@@ -31,7 +31,7 @@ from proxy.errors import (
     Unauthenticated,
     UnsupportedMediaType,
     UpstreamError,
-    error_object,
+    error_body,
 )
 from proxy.json_limits import check_limits
 from proxy.storage.redis import StoreUnavailable
@@ -78,7 +78,7 @@ _OF_STATUS = {
 def http_error_body(status: int, message: str) -> dict[str, Any]:
     """OpenAI's shape for a bare HTTP status."""
     kind, code = _OF_STATUS.get(status, ("server_error" if status >= 500 else "invalid_request_error", None))
-    return error_object(message, kind, code)
+    return error_body(message, kind, code)
 
 
 def render_error(error: ProxyError) -> tuple[int, dict[str, Any], dict[str, str]]:
@@ -86,14 +86,14 @@ def render_error(error: ProxyError) -> tuple[int, dict[str, Any], dict[str, str]
     if isinstance(error, UpstreamError):
         return _describe_upstream(error)
     status, kind, code = next(_TABLE[kind] for kind in type(error).__mro__ if kind in _TABLE)
-    return status, error_object(error.message, kind, code, error.param), error.headers
+    return status, error_body(error.message, kind, code, error.param), error.headers
 
 
 def _describe_upstream(error: UpstreamError) -> tuple[int, dict[str, Any], dict[str, str]]:
     headers = retry_after_headers(error.headers, time.time())
     if error.status is None or error.status < 400:
         status, code = (504, "upstream_timeout") if error.timed_out else (502, "upstream_failed")
-        return status, error_object(error.message, "upstream_error", code), headers
+        return status, error_body(error.message, "upstream_error", code), headers
     return error.status, _upstream_error_body(error), headers
 
 
@@ -135,10 +135,10 @@ def _openais_shape(stated: Mapping[str, Any], said: Any, error: UpstreamError) -
     kind, code = _OF_STATUS.get(error.status or 502, ("upstream_error", None))
     if stated:
         code = _text(stated.get("code"))
-    if error.overflow:
+    if error.context_exceeded:
         code = "context_length_exceeded"
     message = message_in(stated) or message_in(said) or _with_rest(error.message, said)
-    shaped = error_object(message, _text(stated.get("type")) or kind, code, stated.get("param"))["error"]
+    shaped = error_body(message, _text(stated.get("type")) or kind, code, stated.get("param"))["error"]
     kept = {name: value for name, value in stated.items() if name != "object"}
     return {**kept, **shaped}
 

@@ -10,8 +10,8 @@ from starlette.types import Receive, Scope, Send
 
 from proxy.concurrency import cancel_until_done
 from proxy.errors import (
-    LAST_WORDS_S,
-    SHUTTING_DOWN,
+    SHUTDOWN_NOTICE_TIMEOUT_S,
+    SHUTTING_DOWN_MESSAGE,
     ClientDisconnected,
     ModelAtCapacity,
     ProxyError,
@@ -90,7 +90,7 @@ class StreamRewriter:
             elif "usage" in body and not self._include_usage and is_null_usage_chunk(body):
                 sent = None
             if sent is not None:
-                pieces += (b"data: ", sent.named(model), b"\n\n")
+                pieces += (b"data: ", sent.with_model(model), b"\n\n")
         if chunks:
             self._last = chunks[-1].body
         record.add_output(size)
@@ -201,8 +201,8 @@ async def _send(send: Send, data: bytes) -> None:
 async def _send_shutting_down(send: Send) -> None:
     """Tell the client that the server ends; not for long, for it may not be reading."""
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(LAST_WORDS_S):
-            await _send(send, format_event(_error_event(ShuttingDown(SHUTTING_DOWN))))
+        async with asyncio.timeout(SHUTDOWN_NOTICE_TIMEOUT_S):
+            await _send(send, format_event(_error_event(ShuttingDown(SHUTTING_DOWN_MESSAGE))))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -14,7 +14,7 @@ from proxy.settings.litellm_params import (
     check_effects,
     validate_litellm_params,
 )
-from proxy.settings.redaction import shown
+from proxy.settings.redaction import redact_value
 from router_core.types import MAX_PRICE, PRICE_FIELDS, Price, flat_price_field, price_field
 
 
@@ -277,5 +277,7 @@ class ModelConfig(FrozenModel):
             raise ParamError("model_info.max_queued_requests", " counts only with max_parallel_requests; state both")
 
     def __repr_args__(self) -> list[tuple[str | None, Any]]:
-        told = {key: shown(key, value) for key, value in self.litellm_params.items() if key in ("model", "api_base")}
-        return [("model_name", self.model_name), ("litellm_params", told), ("model_info", self.model_info)]
+        params = {
+            key: redact_value(key, value) for key, value in self.litellm_params.items() if key in ("model", "api_base")
+        }
+        return [("model_name", self.model_name), ("litellm_params", params), ("model_info", self.model_info)]

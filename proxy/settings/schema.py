@@ -31,6 +31,8 @@ from proxy.settings.redis_address import RedisAddress
 from proxy.settings.sources import environment_values, file_values, format_validation_error, unknown_key_error
 from router_core.types import PRICE_FIELDS, Price
 
+log = logging.getLogger("uniroute.settings")
+
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
@@ -46,10 +48,12 @@ class Timeouts:
 
     def stricter_than(self, configured: Timeouts) -> bool:
         """Return whether a model may miss one of these and still be well."""
-        return self is not configured and any(getattr(self, name) < getattr(configured, name) for name in _NAMES)
+        return self is not configured and any(
+            getattr(self, name) < getattr(configured, name) for name in _TIMEOUT_NAMES
+        )
 
 
-_NAMES = tuple(column.name for column in fields(Timeouts))
+_TIMEOUT_NAMES = tuple(column.name for column in fields(Timeouts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,7 @@ class TimeoutOverrides:
 NO_OVERRIDES = TimeoutOverrides()
 
 
-def total_s(settings: Settings, stated: TimeoutOverrides) -> float:
+def total_timeout_s(settings: Settings, stated: TimeoutOverrides) -> float:
     """Return how long a request may wait in all: what it states, at most `request_timeout_s`."""
     return min(stated.total_s or settings.request_timeout_s, settings.request_timeout_s)
 
@@ -75,17 +79,21 @@ def timeouts_for(settings: Settings, info: ModelInfo, stated: TimeoutOverrides =
         connect_s=stated.connect_s or info.connect_timeout_s or settings.connect_timeout_s,
         first_token_s=stated.first_token_s or info.first_token_timeout_s or settings.first_token_timeout_s,
         idle_s=stated.idle_s or info.idle_timeout_s or settings.idle_timeout_s,
-        total_s=total_s(settings, stated),
+        total_s=total_timeout_s(settings, stated),
     )
 
 
+# Seconds of at most a day.
 Span = Annotated[NonNegativeFloat, Field(gt=0, le=86_400)]
 
 
 class CircuitBreakerSettings(FrozenModel):
-    """The setting `breaker`. A model rests once `failures` attempts within `window_s` seconds have failed, if they are
-    at least `share` of the attempts that ended in that time. It rests for `cooldown_s`, doubled for each probe that
-    fails, and never longer than `longest_cooldown_s`."""
+    """The setting `breaker`: when a model's circuit opens, and for how long.
+
+    It opens once `failures` attempts within `window_s` seconds have failed, if these are at least `share` of the
+    attempts that ended in that time. The cooldown is `cooldown_s`, doubled for each probe that fails, and never longer
+    than `longest_cooldown_s`.
+    """
 
     window_s: Span = Field(default=30, description="Seconds that the sliding window looks back.")
     failures: Annotated[StrictInt, Field(ge=1, le=10_000)] = Field(
@@ -114,40 +122,38 @@ class CircuitBreakerSettings(FrozenModel):
         return self
 
 
-def _redis_url(value: str | None) -> str | None:
+def _check_redis_url(value: str | None) -> str | None:
     if value is not None:
         RedisAddress.parse(value)
     return value
 
 
-log = logging.getLogger("uniroute.settings")
-
 # Fields of RedisAddress that have a setting of their own: redis_username and so on.
-_REDIS = ("username", "password", "sentinel_username", "sentinel_password", "ca_file", "cert_file", "key_file")
+_REDIS_FIELDS = ("username", "password", "sentinel_username", "sentinel_password", "ca_file", "cert_file", "key_file")
 
 
-def _web_address(value: str | None) -> str | None:
+def _check_web_address(value: str | None) -> str | None:
     parts = urlsplit(value) if value is not None else None
     if parts is not None and not (parts.scheme in ("http", "https") and parts.hostname):
         raise ValueError("must start with http:// or https:// and name a host")
     return value
 
 
-def _host_names(values: tuple[str, ...]) -> tuple[str, ...]:
+def _check_host_names(values: tuple[str, ...]) -> tuple[str, ...]:
     for value in values:
         if not re.fullmatch(r"[A-Za-z0-9._-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?", value):
             raise ValueError(f"must be names of hosts, as proxy.example.com; got {value!r}")
     return values
 
 
-def _pages(values: tuple[str, ...]) -> tuple[str, ...]:
+def _check_origins(values: tuple[str, ...]) -> tuple[str, ...]:
     for value in values:
         if value != "null" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#*@A-Z]+", value):
             raise ValueError(f"must be origins as browsers write them, https://app.example.com; got {value!r}")
     return values
 
 
-def _variables_of_others(values: tuple[str, ...]) -> tuple[str, ...]:
+def _check_variables(values: tuple[str, ...]) -> tuple[str, ...]:
     for value in values:
         if value.startswith("UNIROUTE_") or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
             raise ValueError(f"must be names of variables, none of them UNIROUTE_…; got {value!r}")
@@ -231,22 +237,22 @@ class Settings(FrozenModel):
             "The model that grades validation prompts of the type `judge`: a registered name, or LiteLLM's name."
         ),
     )
-    allowed_env: Annotated[NameList, AfterValidator(_variables_of_others)] = Field(
+    allowed_env: Annotated[NameList, AfterValidator(_check_variables)] = Field(
         default=(),
         description=(
             "More variables that `os.environ/NAME` may refer to. Names that end in `_API_KEY` are always allowed."
         ),
     )
-    allowed_hosts: Annotated[NameList, AfterValidator(_host_names)] = Field(
+    allowed_hosts: Annotated[NameList, AfterValidator(_check_host_names)] = Field(
         default=(), description="More `Host` names that requests may use."
     )
-    allowed_origins: Annotated[NameList, AfterValidator(_pages)] = Field(
+    allowed_origins: Annotated[NameList, AfterValidator(_check_origins)] = Field(
         default=(), description="Origins of web pages that may call the server from a browser."
     )
     price_refresh_minutes: NonNegativeFloat = Field(
         default=0, description="Minutes between two fetches of the price feed. 0 turns it off."
     )
-    price_url: Annotated[str | None, AfterValidator(_web_address)] = Field(
+    price_url: Annotated[str | None, AfterValidator(_check_web_address)] = Field(
         default=None, repr=False, description="Address of the price feed. Without one, LiteLLM's price map."
     )
     max_body_bytes: PositiveInt = Field(default=20_000_000, description="Bytes of the largest request body.")
@@ -335,7 +341,7 @@ class Settings(FrozenModel):
         default=256_000_000,
         description="Bytes of usage that a process keeps on disk while Redis is away. More is dropped, and counted.",
     )
-    redis_url: Annotated[str | None, AfterValidator(_redis_url)] = Field(
+    redis_url: Annotated[str | None, AfterValidator(_check_redis_url)] = Field(
         default=None,
         repr=False,
         description=(
@@ -382,7 +388,7 @@ class Settings(FrozenModel):
         return None if self.redis_url is None else RedisAddress.parse(self.redis_url, self._stated_of_redis())
 
     def _stated_of_redis(self) -> dict[str, str]:
-        stated = ((name, getattr(self, f"redis_{name}")) for name in _REDIS)
+        stated = ((name, getattr(self, f"redis_{name}")) for name in _REDIS_FIELDS)
         return {
             name: value.get_secret_value() if isinstance(value, SecretStr) else str(value)
             for name, value in stated
@@ -440,7 +446,7 @@ def _items(value: object) -> list[tuple[str, object]]:
     return [(str(name), inner) for name, inner in value.items()] if isinstance(value, Mapping) else []
 
 
-def _nested() -> dict[str, Collection[str]]:
+def _nested_settings() -> dict[str, Collection[str]]:
     """Return the settings that are mappings, with their keys."""
     return {
         "profile": ProfileSettings.model_fields,
@@ -449,9 +455,9 @@ def _nested() -> dict[str, Collection[str]]:
     }
 
 
-def _variables() -> dict[str, tuple[str, ...]]:
+def _variable_paths() -> dict[str, tuple[str, ...]]:
     """Return the variable of each setting, without the prefix: PROFILE_PROMPTS → ("profile", "prompts")."""
-    nested = _nested()
+    nested = _nested_settings()
     paths: dict[str, tuple[str, ...]] = {}
     for name in setting_names():
         if name in nested:
@@ -474,7 +480,7 @@ def load_settings(
     values: dict[str, Any] = file_values(config, names, ModelInfo.model_fields) if config else {}
     if environ.get("XDG_DATA_HOME"):
         values.setdefault("data_dir", Path(environ["XDG_DATA_HOME"]) / "uniroute")
-    _merge(values, environment_values(environ, _variables()))
+    _merge(values, environment_values(environ, _variable_paths()))
     for key, value in (overrides or {}).items():
         if key not in names:
             raise unknown_key_error("command line", key, names)
@@ -483,7 +489,7 @@ def load_settings(
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        raise SettingsError(format_validation_error(error, config, _nested())) from None
+        raise SettingsError(format_validation_error(error, config, _nested_settings())) from None
 
 
 def _merge(values: dict[str, Any], more: Mapping[str, Any]) -> None:

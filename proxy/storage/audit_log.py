@@ -5,7 +5,6 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -20,6 +19,7 @@ from proxy.storage.redis import (
     json_object,
     load_script,
 )
+from router_core.text import rfc3339
 
 log = logging.getLogger("uniroute.audit")
 
@@ -116,14 +116,12 @@ class AuditTrail:
 
 
 def _shown(place: str, kept: Mapping[str, str]) -> dict[str, Any]:
-    at = datetime.fromtimestamp(min(int(place.partition("-")[0]), LAST_MS) / 1000, UTC).isoformat(
-        timespec="milliseconds"
-    )
+    at = rfc3339(min(int(place.partition("-")[0]), LAST_MS) / 1000, "milliseconds")
     try:
         line = json_object(kept.get("line", ""))
     except InvalidRecord:
         line = {"who": "?", "action": "?", "target": "?", "outcome": "a line that is not ours", "request": None}
-    return {**line, "at": at.replace("+00:00", "Z")}
+    return {**line, "at": at}
 
 
 MAX_DIGITS: Final = len(str(MAX_WHOLE)) - 1

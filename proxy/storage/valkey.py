@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -49,6 +50,7 @@ class EmbeddedValkey:
         self.socket_path = socket_path(self._folder)
         self._use: IO[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._watcher: subprocess.Popen[bytes] | None = None
         self.closing = False
         """Set by who is about to stop for good: an `ensure` that is still at it in a thread then gives up."""
 
@@ -86,6 +88,7 @@ class EmbeddedValkey:
             # Not atomic: the shared lock is gone where this fails. So of several the last one always succeeds.
             fcntl.flock(self._use, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._shut_down()
+            self._end_watcher()
         except BlockingIOError:
             self._leave_running()
         self._use.close()
@@ -93,9 +96,10 @@ class EmbeddedValkey:
 
     def _leave_running(self) -> None:
         """To its other users. A child that nobody waits for would stay behind, dead, when they stop it."""
-        process, self._process = self._process, None
-        if process is not None:
-            threading.Thread(target=process.wait, name="uniroute-store-reaper", daemon=True).start()
+        for process in (self._process, self._watcher):
+            if process is not None:
+                threading.Thread(target=process.wait, name="uniroute-store-reaper", daemon=True).start()
+        self._process = self._watcher = None
 
     def _joined(self) -> bool:
         """False while another process is stopping the server."""
@@ -113,6 +117,7 @@ class EmbeddedValkey:
         alive = _locked(self._folder / "server.lock", fcntl.LOCK_EX)
         if alive is None:
             return
+        self._end_watcher()
         self.socket_path.unlink(missing_ok=True)
         for left in self._folder.rglob("*"):  # made by a version that left it to the umask
             private.close_to_others(left)
@@ -129,6 +134,20 @@ class EmbeddedValkey:
                 pass_fds=(alive.fileno(),),
                 umask=private.OTHERS,
             )
+        watcher = [sys.executable, "-I", "-S", str(Path(__file__).with_name("valkey_watch.py"))]
+        self._watcher = subprocess.Popen(  # noqa: S603
+            [*watcher, str(self._folder), str(self.socket_path), str(self._process.pid)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def _end_watcher(self) -> None:
+        watcher, self._watcher = self._watcher, None
+        if watcher is not None:
+            watcher.terminate()
+            watcher.wait()
 
     def _starting(self) -> bool:
         if self._process is None:

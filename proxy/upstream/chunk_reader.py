@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamError
+from proxy.errors import ResponseMemoryFull, ResponseTooLarge, UpstreamError
 from proxy.json_limits import MAX_VALUES_AT_ONCE, SMALL_BYTES, JSONTooLarge
 from proxy.upstream.errors import ERROR_MEMBERS, MAX_MESSAGE_CHARS, error_from_body, find_error, not_a_completion
 from proxy.upstream.payload import JSONPayload, parse, parse_exact, reparse
@@ -233,7 +233,7 @@ class ChunkReader:
         try:
             completion = self._parse(data)[0]
         except JSONTooLarge as error:
-            return self._fail(AnswerTooLarge(f"the model's answer {error}"))
+            return self._fail(ResponseTooLarge(f"the model's answer {error}"))
         except ValueError:
             self._other = b""
             return self._read_as_events(body, data)
@@ -258,8 +258,8 @@ class ChunkReader:
             if decoder.size > SMALL_BYTES or self._held.size:
                 self._hold(decoder.size)
         except EventTooLong as error:
-            return self._fail(AnswerTooLarge(f"{error} (max_answer_bytes)"))
-        except NoRoomForAnswer as error:
+            return self._fail(ResponseTooLarge(f"{error} (max_answer_bytes)"))
+        except ResponseMemoryFull as error:
             return self._fail(error)
         return self._read_block(events)
 
@@ -328,7 +328,7 @@ class _JSONBody:
         self._pieces: list[bytes] = []
 
     def add(self, piece: bytes) -> None:
-        """Raises AnswerTooLarge, NoRoomForAnswer."""
+        """Raises ResponseTooLarge, ResponseMemoryFull."""
         self.bounds.add(piece)
         self._pieces.append(piece)
         self.size += len(piece)
@@ -372,8 +372,8 @@ def parse_chunk(data: bytes, parse: Parse = parse) -> JSONPayload:
     return _make_chunk(value, raw, data)
 
 
-def _event_too_large(error: JSONTooLarge) -> AnswerTooLarge:
-    return AnswerTooLarge(f"the model sent an event that {error}")
+def _event_too_large(error: JSONTooLarge) -> ResponseTooLarge:
+    return ResponseTooLarge(f"the model sent an event that {error}")
 
 
 def _make_chunk(value: Any, raw: bytes | None, data: bytes, headers: Mapping[str, str] | None = None) -> JSONPayload:

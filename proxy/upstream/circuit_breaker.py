@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from enum import Enum
 
-from proxy.errors import NAMES, AnswerTooLarge, OwnFault, UpstreamError
+from proxy.errors import RETRY_AFTER_HEADERS, LocalFailure, ResponseTooLarge, UpstreamError
 from proxy.settings.schema import CircuitBreakerSettings
 
 _NUMBER = re.compile(r"\s*\d+(?:\.\d+)?\s*", re.ASCII)
@@ -50,7 +50,7 @@ def retry_after_headers(headers: Mapping[str, str], now: float) -> dict[str, str
     unusable one is left out.
     """
     shown = {name.lower(): text for name, text in headers.items()}
-    stated = {name for name in NAMES if shown.pop(name, None) is not None}
+    stated = {name for name in RETRY_AFTER_HEADERS if shown.pop(name, None) is not None}
     wait = parse_retry_after(headers, now) if stated else None
     if wait is not None:
         shown["retry-after"] = str(math.ceil(wait))
@@ -148,9 +148,9 @@ _RETRY_AFTER_STATUSES = frozenset({429, 503, 529})
 def classify_failure(failure: UpstreamError, now: float) -> FailureClass:
     """Decide what a failure says of the model. `now`: Unix seconds."""
     status = failure.status
-    if isinstance(failure, OwnFault):
+    if isinstance(failure, LocalFailure):
         return FailureClass(FailureKind.NOT_SENT, "this process could not do its part")
-    if isinstance(failure, AnswerTooLarge):
+    if isinstance(failure, ResponseTooLarge):
         return FailureClass(FailureKind.CALLER_ERROR, "its answer was too large")
     if status is None:
         why = "it did not answer in time" if failure.timed_out else "it gave no answer"

@@ -8,7 +8,7 @@ from time import monotonic
 from typing import Any
 
 from proxy.concurrency import cancel_and_wait
-from proxy.errors import CannotTranslate, UpstreamError
+from proxy.errors import LiteLLMUnavailable, UpstreamError
 from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, ResolvedProvider
@@ -62,7 +62,7 @@ class UpstreamClient:
         headers: Mapping[str, str] | None = None,
         *,
         raw: bytes | None = None,
-        connect_s: float | None = None,
+        connect_timeout_s: float | None = None,
     ) -> JSONPayload:
         """Return a whole completion in OpenAI's format.
 
@@ -74,9 +74,11 @@ class UpstreamClient:
         """
         resolved = is_direct(record)
         if resolved is not None:
-            return await self._openai.complete(UpstreamRequest(record, resolved, body, headers or {}, raw, connect_s))
+            return await self._openai.complete(
+                UpstreamRequest(record, resolved, body, headers or {}, raw, connect_timeout_s)
+            )
         await self.ensure_litellm()
-        return JSONPayload(await self._litellm.complete(record, body, headers, connect_timeout_s=connect_s))
+        return JSONPayload(await self._litellm.complete(record, body, headers, connect_timeout_s=connect_timeout_s))
 
     async def stream(
         self,
@@ -85,7 +87,7 @@ class UpstreamClient:
         headers: Mapping[str, str] | None = None,
         *,
         raw: bytes | None = None,
-        connect_s: float | None = None,
+        connect_timeout_s: float | None = None,
     ) -> Blocks:
         """Open a stream of chunks in OpenAI's format, the last with usage and no choices.
 
@@ -95,11 +97,11 @@ class UpstreamClient:
             UpstreamError: here if the upstream refused, later if the stream breaks or ends without its end.
         """
         try:
-            return await self._stream(record, body, headers or {}, raw, connect_s)
+            return await self._stream(record, body, headers or {}, raw, connect_timeout_s)
         except UpstreamError as error:
             if not self._stream_options.may_be_refused(record, error):
                 raise
-        stream = await self._stream(record, body, headers or {}, raw, connect_s, without_options=True)
+        stream = await self._stream(record, body, headers or {}, raw, connect_timeout_s, without_options=True)
         self._stream_options.mark_refused(record)
         return stream
 
@@ -109,26 +111,28 @@ class UpstreamClient:
         body: Mapping[str, Any],
         headers: Mapping[str, str],
         raw: bytes | None,
-        connect_s: float | None,
+        connect_timeout_s: float | None,
         *,
         without_options: bool = False,
     ) -> Blocks:
         include_usage = not without_options and self._stream_options.are_accepted_by(record)
         resolved = is_direct(record)
         if resolved is not None:
-            request = UpstreamRequest(record, resolved, body, headers, raw, connect_s, include_usage)
+            request = UpstreamRequest(record, resolved, body, headers, raw, connect_timeout_s, include_usage)
             return await self._openai.stream(request)
         await self.ensure_litellm()
         return _as_blocks(
-            await self._litellm.stream(record, body, headers, connect_timeout_s=connect_s, include_usage=include_usage)
+            await self._litellm.stream(
+                record, body, headers, connect_timeout_s=connect_timeout_s, include_usage=include_usage
+            )
         )
 
-    async def open(self) -> None:
+    async def warm_up(self) -> None:
         """Do what the first request would wait for otherwise: import litellm if a model needs it."""
         if self._import is not None:
             await self._import_tried.wait()
 
-    def serve(self, models: Mapping[str, ModelRecord]) -> None:
+    def set_models(self, models: Mapping[str, ModelRecord]) -> None:
         """Replace the models. Forget what is known of those that are gone or changed."""
         self._openai.endpoints.retain(models)
         self._stream_options.retain(models)
@@ -138,14 +142,16 @@ class UpstreamClient:
             self._start_import()
 
     async def ensure_litellm(self) -> None:
-        """Wait until litellm is imported. Raises CannotTranslate while it cannot be."""
+        """Wait until litellm is imported. Raises LiteLLMUnavailable while it cannot be."""
         if self._litellm.ready:
             return
         if self._import is None:
             self._start_import()
         await self._import_tried.wait()
         if self._import_error is not None:
-            raise CannotTranslate(f"{self._import_error}; it is tried again", max(1.0, self._next_import - monotonic()))
+            raise LiteLLMUnavailable(
+                f"{self._import_error}; it is tried again", max(1.0, self._next_import - monotonic())
+            )
 
     def _start_import(self) -> None:
         self._import = asyncio.create_task(self._import_litellm(), name="uniroute-litellm")
@@ -171,7 +177,7 @@ class UpstreamClient:
                 interval_s = min(2 * interval_s, MAX_RETRY_INTERVAL_S)
 
     @property
-    def loading(self) -> frozenset[str]:
+    def not_ready(self) -> frozenset[str]:
         """Return the models that cannot be called until litellm is imported."""
         return frozenset() if self._litellm.ready else self._through_litellm
 

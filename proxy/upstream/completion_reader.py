@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from proxy.errors import AnswerTooLarge
+from proxy.errors import ResponseTooLarge
 from proxy.json_limits import MAX_VALUES, MAX_VALUES_AT_ONCE, SMALL_BYTES, JSONTooLarge
 from proxy.storage.usage import usage_of
 from proxy.upstream.chunk_reader import (
@@ -20,7 +20,7 @@ from proxy.upstream.errors import find_error, not_a_completion
 from proxy.upstream.payload import JSONPayload, parse, parse_exact, parse_in_thread, reparse
 from proxy.upstream.response_memory import ResponseBounds, ResponseMemory
 
-# Counts so many more values. Raises AnswerTooLarge.
+# Counts so many more values. Raises ResponseTooLarge.
 _CountValues = Callable[[int], None]
 
 # Strings that are stated at once, not written bit by bit. A name that comes in pieces is put together all the same.
@@ -82,7 +82,7 @@ class CompletionReader:
         return self._events is not None and self._events.done
 
     def feed(self, piece: bytes) -> None:
-        """Raises AnswerTooLarge, NoRoomForAnswer."""
+        """Raises ResponseTooLarge, ResponseMemoryFull."""
         self._bounds.add_bytes(len(piece))
         if self._events is not None:
             self._add_chunks(self._events.feed(piece))
@@ -147,7 +147,7 @@ class CompletionReader:
     def _read_as_events(self, data: bytes, error: ValueError) -> JSONPayload:
         """Read as events what may only have started like JSON."""
         if isinstance(error, JSONTooLarge):
-            raise AnswerTooLarge(f"the model's answer {error}") from error
+            raise ResponseTooLarge(f"the model's answer {error}") from error
         events = self._event_reader()
         self._add_chunks(events.feed(data))
         self._add_chunks(events.close())
@@ -194,7 +194,7 @@ class CompletionBuilder:
         self._choices: dict[int, _ChoiceBuilder] = {}
 
     def add(self, chunk: Mapping[str, Any]) -> None:
-        """Add a chunk whose choices are objects with a `delta`. Raises AnswerTooLarge."""
+        """Add a chunk whose choices are objects with a `delta`. Raises ResponseTooLarge."""
         for name, value in chunk.items():
             if name not in _CHUNK_MEMBERS and value not in (None, "", [], {}):
                 if name in ("id", "created"):  # a completion has one of each, whatever its chunks say
@@ -213,7 +213,7 @@ class CompletionBuilder:
     def _count_values(self, count: int) -> None:
         self._values_left -= count
         if self._values_left < 0:
-            raise AnswerTooLarge(f"the model's answer holds more than {MAX_VALUES} values")
+            raise ResponseTooLarge(f"the model's answer holds more than {MAX_VALUES} values")
 
     def completion(self) -> JSONObject:
         choices = [self._choices[index].choice(index) for index in sorted(self._choices)]

@@ -10,13 +10,13 @@ from urllib.parse import SplitResult, quote, urlsplit
 import orjson
 
 from proxy.errors import UpstreamError
+from proxy.settings.litellm_params import has_body_params, is_openai_url, merge_model_params, secrets_of
 from proxy.settings.models import SettingsError, referred_variable, resolve_secret
 from proxy.settings.outbound import DEFAULT_TRUST, Outbound, OutboundError, Trust
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, ResolvedProvider
 from proxy.upstream.errors import unreachable
 from proxy.upstream.key_scope import address_of
-from proxy.upstream.model_params import has_body_params, is_openai_url, merge_model_params, secrets_of
 from proxy.upstream.payload import replace_model
 from proxy.upstream.pool import DEFAULT_PORTS, Origin, authority_of, basic_auth_of, port_of
 from proxy.upstream.sse import encode_json

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from proxy.errors import MAX_ERROR_BYTES, NAMES, UpstreamError
+from proxy.errors import MAX_ERROR_BYTES, RETRY_AFTER_HEADERS, UpstreamError
 from proxy.json_limits import check_limits
 from proxy.settings.outbound import OutboundError
 from proxy.storage.usage import usage_of
@@ -151,11 +151,11 @@ def _make_error(
     overflow = _is_overflow(status, text)
     if overflow and status not in _CALLER_STATUSES:
         status = 400
-    states_wait = any(name.lower() in NAMES for name in headers)
+    states_wait = any(name.lower() in RETRY_AFTER_HEADERS for name in headers)
     if status in (429, 503, 529) and not states_wait and (wait := _retry_after_in(parsed)):
         headers = {**headers, "retry-after": wait}
     return UpstreamError(
-        message, status=status, body=body, headers=headers, overflow=overflow, retryable=overflow or None
+        message, status=status, body=body, headers=headers, context_exceeded=overflow, retryable=overflow or None
     )
 
 
@@ -312,7 +312,7 @@ def redirect_refused(model: str) -> UpstreamError:
 
 
 def connection_lost(model: str) -> UpstreamError:
-    return UpstreamError(f"{model} closed the connection without an answer", lost=True)
+    return UpstreamError(f"{model} closed the connection without an answer", connection_lost=True)
 
 
 def unreachable(error: BaseException, model: str, address: str = "") -> UpstreamError:

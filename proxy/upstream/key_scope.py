@@ -12,11 +12,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from proxy.errors import BadRequest
-from proxy.settings.litellm_params import is_provider_param
+from proxy.settings.litellm_params import PASSTHROUGH, is_openai_url, is_provider_param
 from proxy.settings.outbound import OutboundError
-from proxy.settings.redaction import is_reference, secrets_below
+from proxy.settings.redaction import holds_secret, is_reference
 from proxy.storage.models import ModelRecord
-from proxy.upstream.model_params import PASSTHROUGH, is_openai_url
 
 # Where litellm goes by default, for providers of OpenAI's format.
 DEFAULT_BASES = {"openai": "https://api.openai.com/v1", "openrouter": "https://openrouter.ai/api/v1"}
@@ -89,7 +88,7 @@ def stated_secrets(params: Mapping[str, Any]) -> list[str]:
     return [
         name
         for name, value in params.items()
-        if is_provider_param(name) and name not in ADDRESSES and secrets_below(name, value)
+        if is_provider_param(name) and name not in ADDRESSES and holds_secret(name, value)
     ]
 
 

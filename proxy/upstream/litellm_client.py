@@ -13,7 +13,16 @@ import httpx
 
 from proxy.concurrency import GRACE_PERIOD_S, cancel_and_wait, in_own_thread, iterate_uncancelled, run_uncancelled
 from proxy.errors import UpstreamError
-from proxy.settings.litellm_params import CHAT_FIELDS, OPENAI_ONLY, is_provider_param
+from proxy.settings.litellm_params import (
+    CHAT_FIELDS,
+    FOLLOWS_REDIRECTS,
+    OPENAI_ONLY,
+    PASSTHROUGH,
+    is_openai_url,
+    is_provider_param,
+    merge_model_params,
+    secrets_of,
+)
 from proxy.settings.models import SettingsError, resolve_secret
 from proxy.settings.outbound import Outbound, OutboundError, Trust
 from proxy.settings.schema import Settings
@@ -23,7 +32,6 @@ from proxy.upstream.errors import redact, unreachable
 from proxy.upstream.key_scope import PLACEHOLDER_KEY, key_for_litellm
 from proxy.upstream.litellm_setup import disable_request_logging, http_handler, import_litellm, warm_up
 from proxy.upstream.litellm_transport import CapturedResponse, capture, open_pool, read_chunks, reap_connections
-from proxy.upstream.model_params import FOLLOWS_REDIRECTS, PASSTHROUGH, is_openai_url, merge_model_params, secrets_of
 from proxy.upstream.response_memory import ResponseMemory
 
 log = logging.getLogger("uniroute.upstream")

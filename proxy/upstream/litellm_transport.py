@@ -36,7 +36,7 @@ GRACE_PERIOD_S = 1.0
 REAP_INTERVAL_S = 1.0
 
 
-class ResponseTooLarge(httpx.TransportError):
+class OversizedResponse(httpx.TransportError):
     """A response is larger than is read, or than there is memory for."""
 
 
@@ -236,7 +236,7 @@ class _Bounded(_WrappedStream):
                     raise bounds.too_large()
             except UpstreamError as error:
                 captured.error = error
-                raise ResponseTooLarge(error.message) from error
+                raise OversizedResponse(error.message) from error
             yield piece
 
 
@@ -256,7 +256,7 @@ class _CompletionStream(_WrappedStream):
                 yield piece
         except UpstreamError as error:
             self._captured.error = error
-            raise ResponseTooLarge(error.message) from error
+            raise OversizedResponse(error.message) from error
         except (httpx.TransportError, TimeoutError):
             if not reader.break_off():
                 raise
@@ -364,7 +364,8 @@ async def read_chunks(
             raise UpstreamError(
                 f"the model's stream broke: {type(error).__name__}",
                 timed_out=isinstance(error, httpx.TimeoutException),
-                lost=not reader.started and isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError),
+                connection_lost=not reader.started
+                and isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError),
             ) from error
     finally:
         reader.release()

@@ -192,7 +192,7 @@ class UpstreamChunks:
                 return b""
             raise UpstreamError(
                 f"the model's stream broke: {type(error).__name__}",
-                lost=not self._reader.started and not isinstance(error, RemoteProtocolError),
+                connection_lost=not self._reader.started and not isinstance(error, RemoteProtocolError),
             ) from error
 
     async def aclose(self) -> None:

@@ -133,7 +133,7 @@ class JSONPayload:
     held: HeldMemory | None = field(default=None, repr=False, compare=False)
     """The memory that a large payload holds as long as it exists."""
 
-    def named(self, model: str) -> bytes:
+    def with_model(self, model: str) -> bytes:
         """Encode it under our name of the model: the upstream's own bytes, but for the value of `model`."""
         if self.raw is not None:
             renamed = replace_model(self.raw, self.body, model)

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from proxy.errors import BadRequest, ServiceUnavailable
-from proxy.settings.litellm_params import is_provider_param
+from proxy.settings.litellm_params import PASSTHROUGH, is_openai_url, is_provider_param
 from proxy.settings.models import Forward, SettingsError
-from proxy.settings.redaction import bare_address
+from proxy.settings.redaction import strip_url
 from proxy.storage.models import ModelRecord, ResolvedProvider
 from proxy.storage.redis import InvalidRecord
 from proxy.upstream.key_scope import address_of, check_environment_key
 from proxy.upstream.litellm_resolver import Answers, LookupFailed, ProviderLookup, params_for_litellm
-from proxy.upstream.model_params import PASSTHROUGH, is_openai_url
 
 log = logging.getLogger("uniroute.upstream")
 
@@ -57,7 +56,7 @@ def cache_query(params: Mapping[str, Any]) -> dict[str, Any]:
     address = address_of(params)
     return {
         "model": params["model"],
-        "api_base": bare_address(address) if address else address,
+        "api_base": strip_url(address) if address else address,
         "custom_llm_provider": params.get("custom_llm_provider"),
         "stated": sorted(name for name in params if is_provider_param(name)),
     }

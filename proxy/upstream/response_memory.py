@@ -3,7 +3,7 @@ from __future__ import annotations
 import logging
 from time import monotonic
 
-from proxy.errors import AnswerTooLarge, NoRoomForAnswer
+from proxy.errors import ResponseMemoryFull, ResponseTooLarge
 from proxy.json_limits import MAX_VALUES, SMALL_BYTES, JSONSizeCounter, JSONTooLarge
 
 log = logging.getLogger("uniroute.upstream")
@@ -33,10 +33,10 @@ class ResponseMemory:
         self._logged_at = -_LOG_INTERVAL_S
 
     def acquire(self, size: int) -> None:
-        """Raises NoRoomForAnswer, and acquires nothing then."""
+        """Raises ResponseMemoryFull, and acquires nothing then."""
         if self.used_bytes + size > self._max_total_bytes:
             self._log_full()
-            raise NoRoomForAnswer(
+            raise ResponseMemoryFull(
                 f"no room for another large answer: those on their way hold {self.used_bytes} bytes"
                 " (max_answers_in_flight_bytes)"
             )
@@ -62,13 +62,13 @@ class HeldMemory:
     __slots__ = ("_memory", "size")
 
     def __init__(self, memory: ResponseMemory, size: int = 0) -> None:
-        """Raises NoRoomForAnswer."""
+        """Raises ResponseMemoryFull."""
         self._memory = memory
         self.size = 0
         self.grow_to(size)
 
     def grow_to(self, size: int) -> None:
-        """Raises NoRoomForAnswer, and keeps its size then."""
+        """Raises ResponseMemoryFull, and keeps its size then."""
         if size > self.size:
             self._memory.acquire(size - self.size)
             self.size = size
@@ -113,7 +113,7 @@ class ResponseBounds:
         return self._counter.values if self._counter is not None else self._size // 2 + 1
 
     def add_bytes(self, size: int) -> None:
-        """Count bytes that are not known to be JSON. Raises AnswerTooLarge, NoRoomForAnswer."""
+        """Count bytes that are not known to be JSON. Raises ResponseTooLarge, ResponseMemoryFull."""
         self._size += size
         if self._size > self.memory.max_response_bytes:
             raise self.too_large()
@@ -121,12 +121,12 @@ class ResponseBounds:
             self.held.grow_to(self._size)
 
     def add(self, piece: bytes) -> None:
-        """Count bytes and values of a piece of JSON. Raises AnswerTooLarge, NoRoomForAnswer."""
+        """Count bytes and values of a piece of JSON. Raises ResponseTooLarge, ResponseMemoryFull."""
         self.add_bytes(len(piece))
         self.count_values(piece)
 
     def count_values(self, piece: bytes) -> None:
-        """Count the values of a piece whose bytes are counted already. Raises AnswerTooLarge."""
+        """Count the values of a piece whose bytes are counted already. Raises ResponseTooLarge."""
         if self._size <= SMALL_BYTES:
             self._uncounted.append(piece)
             return
@@ -136,10 +136,10 @@ class ResponseBounds:
         try:
             self._counter.feed(piece)
         except JSONTooLarge as error:
-            raise AnswerTooLarge(f"the model's answer {error}") from error
+            raise ResponseTooLarge(f"the model's answer {error}") from error
 
-    def too_large(self) -> AnswerTooLarge:
-        return AnswerTooLarge(
+    def too_large(self) -> ResponseTooLarge:
+        return ResponseTooLarge(
             f"the model's answer is larger than {self.memory.max_response_bytes} bytes (max_answer_bytes)"
         )
 

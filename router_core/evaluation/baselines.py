@@ -48,8 +48,8 @@ def _above(left: int, middle: int, right: int, costs: Doubles, qualities: Double
 
 NEIGHBOURS = (5, 10, 20, 40, 80)
 
+# Labels that the model's mean counts as: of 0.5, 2, 5 and 10 the best at 100 and 400 labels of llmrouter9.
 SMOOTHING = 5.0
-"""Labels that the model's mean counts as: of 0.5, 2, 5 and 10 the best at 100 and 400 labels of llmrouter9."""
 
 
 def knn(known: History) -> PromptEstimator:
@@ -156,8 +156,8 @@ def left_out_losses(seen: Doubles, errors: Doubles) -> Doubles:
 
 DRAWS = 3
 
+# Prompts that a draw is tested on.
 HELD_OUT = 600
-"""Prompts that a draw is tested on."""
 
 Choice = TypeVar("Choice")
 

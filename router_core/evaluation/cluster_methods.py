@@ -58,8 +58,8 @@ def clusters_within(known: History, wanted: int) -> int:
 
 COARSE, FINE = 20, 100
 
+# Labels that the level above counts as.
 STRENGTH = 24.0
-"""Labels that the level above counts as."""
 
 
 def hiershrink(known: History) -> PromptEstimator:
@@ -85,8 +85,8 @@ def _leaning(errors: Doubles, labels: Doubles, on: Doubles) -> Doubles:
     return np.asarray((errors + STRENGTH * on) / (labels + STRENGTH))
 
 
+# Labels of the model's mean in each cluster; the paper has none, and does worse at few labels.
 SMOOTHING = 0.5
-"""Labels of the model's mean in each cluster; the paper has none, and does worse at few labels."""
 
 
 def learned_map(known: History) -> PromptEstimator:

@@ -55,8 +55,8 @@ def paired_difference(ours: Doubles, theirs: Doubles, *, seed: int) -> Differenc
 
 BUDGETS = 200
 
+# Relative: sums of the same numbers in another order are the same cost, or quality.
 SLACK = 1e-12
-"""Relative: sums of the same numbers in another order are the same cost, or quality."""
 
 
 @dataclass(frozen=True, eq=False)

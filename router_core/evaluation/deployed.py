@@ -87,11 +87,11 @@ def _named(models: Collection[str]) -> str:
 
 OURS = "ours"
 
+# Of the bootstrap.
 DRAWS = 500
-"""Of the bootstrap."""
 
+# (n,) weights of the test prompts, which sum to one, to the curve on prompts so weighted.
 Method = Callable[[Doubles], Curve]
-"""(n,) weights of the test prompts, which sum to one, to the curve on prompts so weighted."""
 
 
 @dataclass(frozen=True, eq=False)

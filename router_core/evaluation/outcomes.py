@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import codecs
-import difflib
 import gzip
 import json
 import zlib
@@ -26,11 +25,11 @@ from router_core.documents import (
 )
 from router_core.errors import InvalidOutcomes, InvalidPrice
 from router_core.pricing import PriceColumns
-from router_core.text import estimate_tokens
+from router_core.text import closest_name, estimate_tokens
 from router_core.types import Doubles, Price, price_field
 
+# Tokens or seconds of one answer: what is beyond is a mistake.
 MAX_VALUE = 1e9
-"""Tokens or seconds of one answer: what is beyond is a mistake."""
 
 _GZIP = b"\x1f\x8b"
 
@@ -193,11 +192,11 @@ def _price(stated: Any, where: str) -> Price:
 
 Selection = NDArray[np.int64] | NDArray[np.bool_] | slice
 
+# Names, at most, that one is compared with to find the nearest: it takes a tenth of a millisecond each.
 COMPARED = 1000
-"""Names, at most, that one is compared with to find the nearest: it takes a tenth of a millisecond each."""
 
+# Models that one message names; the others are counted.
 NAMED = 5
-"""Models that one message names; the others are counted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,8 +268,8 @@ class _Column:
     """One model's scores, or lengths, as they are met: several on one prompt if it happens."""
 
     def __init__(self, where: str) -> None:
+        # Where the first was met.
         self.where = where
-        """Where the first was met."""
         self._prompts, self._values = array("q"), array("d")
 
     def add(self, prompt: int, value: float) -> None:
@@ -354,8 +353,8 @@ class _Table:
 
 
 def _nearest(word: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(word[:200], list(known), n=1) if len(known) <= COMPARED else []
-    return f" (did you mean {short_repr(near[0])}?)" if near else ""
+    closest = closest_name(word, known) if len(known) <= COMPARED else None
+    return f" (did you mean {short_repr(closest)}?)" if closest else ""
 
 
 def _listed(models: Sequence[str]) -> str:

@@ -24,8 +24,8 @@ Item = TypeVar("Item")
 
 Found = TypeVar("Found")
 
+# What was found, or what was raised.
 Tried = tuple[Any, Exception | None]
-"""What was found, or what was raised."""
 
 
 def parallel_map(work: Callable[[Item], Found], items: Iterable[Item], workers: int) -> Iterator[Found]:

@@ -191,8 +191,8 @@ ESTIMATED: Mapping[str, Method] = {
     "ridge": ridge,
 }
 
+# In the order in which they are shown.
 METHODS = ("cheapest", "best_single", "random_mix", *ESTIMATED, OURS, "oracle")
-"""In the order in which they are shown."""
 
 _Found = dict[str, dict[int, list[Measured]]]
 

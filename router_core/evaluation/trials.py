@@ -44,11 +44,11 @@ class LabelledSample:
     """(N, M) NaN where not measured."""
 
 
+# The answers of M new models, and (t, d) vectors of other prompts, to (t, M) expected errors.
 PromptEstimator = Callable[[LabelledSample, Floats], Doubles]
-"""The answers of M new models, and (t, d) vectors of other prompts, to (t, M) expected errors."""
 
+# Learns from the known models once a trial; its estimator is then used for each number of labels.
 Method = Callable[[History], PromptEstimator]
-"""Learns from the known models once a trial; its estimator is then used for each number of labels."""
 
 TEST_SHARE = 0.3
 
@@ -219,8 +219,8 @@ def draw_trial(outcomes: Outcomes, vectors: Floats, plan: Plan, number: int) -> 
     )
 
 
+# Cost weights λ between 0 and infinity.
 POINTS = 256
-"""Cost weights λ between 0 and infinity."""
 
 
 def deferral_curve(errors: Doubles, cents: Doubles, test: HeldOut) -> Curve:

@@ -125,7 +125,7 @@ def _messages(fields: Fields) -> tuple[Mapping[str, str], ...]:
         return ({"role": "user", "content": fields.text("prompt")},)
     turns = fields.values["messages"]
     if not isinstance(turns, list) or not turns:
-        raise fields.wrong("messages", 'a list such as [{"role": "user", "content": "…"}]')
+        raise fields.error("messages", 'a list such as [{"role": "user", "content": "…"}]')
     messages = tuple(_message(turn, index) for index, turn in enumerate(turns))
     if messages[-1]["role"] != "user":
         raise InvalidValidationSet("field 'messages' must end with a user turn: the model is to answer it")
@@ -139,5 +139,5 @@ def _message(turn: object, index: int) -> Mapping[str, str]:
         )
     fields = Fields(turn, ("role", "content"), f"messages[{index}].")
     if (role := fields.text("role")) not in _ROLES:
-        raise fields.wrong("role", f"one of {', '.join(_ROLES)}")
+        raise fields.error("role", f"one of {', '.join(_ROLES)}")
     return {"role": role, "content": fields.text("content")}

@@ -80,8 +80,8 @@ class ValidationSet:
         return tuple(prompt.family for prompt in self.prompts)
 
 
+# Below this weight the prior of the shrunk recipe (weight ½) still makes up more than a fifth of the estimate.
 THIN_LABELS = 2.0
-"""Below this weight the prior of the shrunk recipe (weight ½) still makes up more than a fifth of the estimate."""
 
 
 def coverage(assignment: Assignment, clusters: int) -> Doubles:
@@ -96,11 +96,11 @@ def thin_clusters(labels: Doubles, *, below: float = THIN_LABELS) -> tuple[int, 
     return tuple(int(cluster) for cluster in order if labels[cluster] < below)
 
 
+# Prompts that a question is picked from. A whole family would leave no cluster thin, and give its oddest prompts.
 DRAWN = 3
-"""Prompts that a question is picked from. A whole family would leave no cluster thin, and give its oddest prompts."""
 
+# Label weight that a cluster counts as having beforehand.
 FIRST = 0.5
-"""Label weight that a cluster counts as having beforehand."""
 
 
 def choose_prompts(assignment: Assignment, count: int, *, families: Sequence[str], seed: int = 0) -> Indices:

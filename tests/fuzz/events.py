@@ -25,7 +25,7 @@ def one_input(data: bytes) -> None:
             raise AssertionError("another split, other events")
     for found in whole:
         try:
-            chunk, shown = parse_chunk(found, parse_exact).body, parse_chunk(found).named("m")
+            chunk, shown = parse_chunk(found, parse_exact).body, parse_chunk(found).with_model("m")
         except UpstreamError:
             continue
         has_content(chunk), is_empty_completion(chunk), is_usage_chunk(chunk), finish_reasons(chunk)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamError
+from proxy.errors import ResponseMemoryFull, ResponseTooLarge, UpstreamError
 from proxy.profiling.grading import MAX_ANSWER, ModelCallError, UpstreamAnswerer, read_answer
 from proxy.storage.models import ModelRecord
 from tests.support.makers import a_record
@@ -57,8 +57,8 @@ async def failed(failure: UpstreamError, record: ModelRecord) -> ModelCallError:
 
 
 async def test_an_answer_that_is_too_large_is_not_asked_for_again() -> None:
-    assert not (await failed(AnswerTooLarge("too large"), a_record())).retryable
-    assert (await failed(NoRoomForAnswer("no room"), a_record())).retryable
+    assert not (await failed(ResponseTooLarge("too large"), a_record())).retryable
+    assert (await failed(ResponseMemoryFull("no room"), a_record())).retryable
 
 
 @pytest.mark.parametrize("headers", [{"retry-after": "9" * 90}, {"Retry-After-Ms": "9" * 30}])

@@ -7,7 +7,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from router_core.calibration import LambdaSweep, best_within_budget, cheapest_for_quality, cost_weights, sweep_lambdas
+from router_core.calibration import (
+    LambdaSweep,
+    best_within_budget,
+    candidate_lambdas,
+    cheapest_for_quality,
+    sweep_lambdas,
+)
 from router_core.eligibility import eligible
 from router_core.errors import InvalidInput, NoEligibleModel
 from router_core.scoring import ScoringParams, rank
@@ -90,7 +96,7 @@ def test_no_lambda_a_little_further_would_do(seed: int) -> None:
 
 def test_the_last_lambda_sends_every_prompt_to_its_cheapest_model() -> None:
     expected = by_chance(0)
-    weights = cost_weights(expected)
+    weights = candidate_lambdas(expected)
     assert expected.at(weights[-1]).usd == pytest.approx(expected.usd.min(axis=1).mean())
     assert (weights[0], weights == sorted(set(weights))) == (0.0, True)
 
@@ -112,7 +118,7 @@ def test_of_models_that_are_equally_good_the_cheaper_is_the_best_single_one() ->
 def test_models_of_one_price_leave_nothing_to_choose() -> None:
     pool = a_pool(a_candidate("a", (0.5,) * 3), a_candidate("b", (0.1,) * 3))
     expected = sweep_lambdas(pool, an_assignment(0, 1), np.zeros(2))
-    assert cost_weights(expected) == [0.0]
+    assert candidate_lambdas(expected) == [0.0]
     assert cheapest_for_quality(expected, 1.0).shares == {"b": 1.0, "a": 0.0}
 
 

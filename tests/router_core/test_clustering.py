@@ -1,11 +1,13 @@
-"""Φ: the same call for fitting, profiling and serving."""
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
+import faiss
 import numpy as np
 import pytest
 
 from router_core.clustering import ClusterMap, kmeans
 from router_core.errors import InvalidInput
-from router_core.types import Floats
+from router_core.types import Assignment, Floats
 from tests.router_core.makers import a_map
 
 
@@ -74,3 +76,72 @@ def test_the_id_follows_everything_that_decides_an_assignment_and_nothing_else()
 def test_more_clusters_than_distinct_prompts_are_refused() -> None:
     with pytest.raises(InvalidInput, match="2 distinct"):
         kmeans(np.repeat(unit_rows(2), 5, axis=0), 3)
+
+
+def by_the_wrapper(cluster_map: ClusterMap, vector: Floats) -> Assignment:
+    """Assign one vector through FAISS's Python wrapper, as is done for many at once."""
+    index = faiss.IndexFlatIP(cluster_map.dimension)
+    index.add(cluster_map.centroids)
+    cosines, ids = index.search(vector, cluster_map.top)
+    weights = np.exp((cosines - cosines[:, :1]) / cluster_map.temperature)
+    return Assignment(ids, weights / weights.sum(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize(("clusters", "dimension", "top"), [(64, 384, 8), (20, 6, 5), (3, 6, 3), (40, 7, 1)])
+def test_one_vector_is_assigned_bit_for_bit_as_faiss_wrapper_assigns_it(
+    clusters: int, dimension: int, top: int
+) -> None:
+    cluster_map = ClusterMap(unit_rows(clusters, dimension, seed=1), embedder_id="e", top=top)
+    for vector in np.vstack((unit_rows(300, dimension), np.zeros((1, dimension), dtype=np.float32)))[:, None, :]:
+        direct, wrapped = cluster_map.assign(vector), by_the_wrapper(cluster_map, vector)
+        assert direct.ids.tobytes() == wrapped.ids.tobytes()
+        assert direct.weights.tobytes() == wrapped.weights.tobytes()
+
+
+def test_an_assignment_stays_as_it_is_while_others_are_made() -> None:
+    cluster_map = ClusterMap(unit_rows(20, seed=1), embedder_id="e", top=5)
+    first, second = unit_rows(2)[:, None, :]
+    kept = cluster_map.assign(first)
+    before = kept.ids.tolist(), kept.weights.tolist()
+    cluster_map.assign(second)
+    assert (kept.ids.tolist(), kept.weights.tolist()) == before
+    assert kept.ids.dtype == np.int64
+    assert kept.weights.dtype == np.float32
+
+
+def test_threads_assign_at_once_without_disturbing_each_other() -> None:
+    cluster_map = ClusterMap(unit_rows(64, 64, seed=1), embedder_id="e", top=8)
+    vectors = unit_rows(2000, 64)[:, None, :]
+
+    def assign_all(_: int) -> list[bytes]:
+        return [
+            assignment.ids.tobytes() + assignment.weights.tobytes() for assignment in map(cluster_map.assign, vectors)
+        ]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(assign_all, range(4)))
+    assert found == [assign_all(0)] * 4
+
+
+def test_assigning_leaves_the_threads_of_fitting_as_they_are() -> None:
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(3)
+    try:
+        a_map(top=2).assign(unit_rows(1, 3))
+        assert faiss.omp_get_max_threads() == 3
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+def test_a_map_that_was_used_can_be_sent_to_another_process() -> None:
+    cluster_map, vector = a_map(top=2), unit_rows(1, 3)
+    used = cluster_map.assign(vector)
+    sent = pickle.loads(pickle.dumps(cluster_map))
+    assert sent.id == cluster_map.id
+    assert sent.assign(vector).weights.tolist() == used.weights.tolist()
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (1, 2)])
+def test_a_vector_of_another_dimension_is_refused(shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="shape"):
+        a_map().assign(np.zeros(shape, dtype=np.float32))

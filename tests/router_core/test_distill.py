@@ -22,9 +22,9 @@ def test_other_weights_are_refused_and_nothing_is_written(tmp_path: Path) -> Non
 
 def test_how_far_it_is_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = "import pathlib, sys; print(1, 4); print('a hint'); print(4, 4); pathlib.Path(sys.argv[1]).mkdir()"
-    monkeypatch.setattr(embedding, "DISTILLING", made)
+    monkeypatch.setattr(embedding, "DISTILL_COMMAND", made)
     told: list[tuple[int, int]] = []
-    embedding._distill_apart(tmp_path / "static", lambda done, total: told.append((done, total)))
+    embedding._distill_in_process(tmp_path / "static", lambda done, total: told.append((done, total)))
 
     assert told == [(1, 4), (4, 4)]
     assert (tmp_path / "static").is_dir()
@@ -32,7 +32,7 @@ def test_how_far_it_is_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_one_that_is_not_wanted_any_more_ends_with_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     endless = "import os, time; print(os.getpid(), 10**9, flush=True); time.sleep(60)"
-    monkeypatch.setattr(embedding, "DISTILLING", endless)
+    monkeypatch.setattr(embedding, "DISTILL_COMMAND", endless)
     stop, pids = threading.Event(), list[int]()
 
     def told(pid: int, _: int) -> None:
@@ -43,7 +43,7 @@ def test_one_that_is_not_wanted_any_more_ends_with_its_process(tmp_path: Path, m
         embedding.static_embedder(tmp_path, progress=told, stop=stop)
     with pytest.raises(ProcessLookupError):
         os.kill(pids[0], 0)
-    assert list(tmp_path.glob(f"{embedding.SCRATCH}*")) == []
+    assert list(tmp_path.glob(f"{embedding.SCRATCH_PREFIX}*")) == []
 
 
 def test_who_comes_second_is_told_how_far_the_first_is(tmp_path: Path) -> None:

@@ -7,7 +7,15 @@ import pytest
 
 from router_core.clustering import kmeans
 from router_core.errors import InvalidInput
-from router_core.fitting import BATCH, MIN_SAMPLE, batches, count_nearest, embed_prompts, fit_map, token_weights
+from router_core.fitting import (
+    BATCH_SIZE,
+    MIN_SAMPLE_SIZE,
+    batches,
+    count_nearest,
+    embed_prompts,
+    fit_map,
+    token_weights,
+)
 from router_core.types import Floats
 from tests.router_core.makers import FirstLetterEmbedder
 
@@ -68,18 +76,18 @@ def test_of_few_prompts_all_are_clustered_in_the_order_they_came_in() -> None:
 
 def test_of_many_prompts_only_a_sample_is_embedded_batch_by_batch() -> None:
     embedder = NumberEmbedder()
-    fit_map(numbers(3 * MIN_SAMPLE), embedder, 5)
-    assert sum(embedder.asked) == MIN_SAMPLE
-    assert max(embedder.asked) == BATCH
+    fit_map(numbers(3 * MIN_SAMPLE_SIZE), embedder, 5)
+    assert sum(embedder.asked) == MIN_SAMPLE_SIZE
+    assert max(embedder.asked) == BATCH_SIZE
 
 
 def test_the_same_seed_draws_and_fits_the_same() -> None:
-    one, two, other = (fit_map(numbers(2 * MIN_SAMPLE), NumberEmbedder(), 5, seed=seed) for seed in (1, 1, 2))
+    one, two, other = (fit_map(numbers(2 * MIN_SAMPLE_SIZE), NumberEmbedder(), 5, seed=seed) for seed in (1, 1, 2))
     assert one.id == two.id != other.id
 
 
 def test_embedding_in_batches_is_embedding_at_once() -> None:
-    prompts = [*numbers(2 * BATCH + 1)]
+    prompts = [*numbers(2 * BATCH_SIZE + 1)]
     assert np.array_equal(embed_prompts(prompts, NumberEmbedder()), NumberEmbedder().embed(prompts))
 
 

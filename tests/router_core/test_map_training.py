@@ -12,12 +12,11 @@ from router_core.evaluation.trials import LabelledSample
 from router_core.learned_clusters import (
     LearnedMap,
     TrainingTargets,
-    answers_of,
+    error_rates,
     fit_learned_map,
     gradient,
     initial_map,
     log_loss,
-    rates_of,
     train,
 )
 from router_core.types import Doubles, Floats
@@ -85,8 +84,8 @@ def test_it_sees_what_kmeans_does_not() -> None:
 
 def test_training_leaves_the_start_behind_where_there_is_something_to_learn() -> None:
     history = a_faint_history()
-    answers = answers_of(*history)
-    trained, start = (log_loss(soft, rates_of(soft, answers), answers) for soft in trained_and_start(*history))
+    answers = TrainingTargets.from_scores(*history)
+    trained, start = (log_loss(soft, error_rates(soft, answers), answers) for soft in trained_and_start(*history))
     assert trained < 0.5 * start
 
 
@@ -98,9 +97,12 @@ def test_noisy_answers_in_many_dimensions_still_teach_it() -> None:
     noisy = np.hstack((first, ~first)) ^ (rng.random((2800, 2)) < 0.3)
     vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     vectors, scores = vectors.astype(np.float32), noisy.astype(np.float64)
-    answers, fresh = answers_of(vectors[:2400], scores[:2400]), answers_of(vectors[2400:], scores[2400:])
+    answers, fresh = (
+        TrainingTargets.from_scores(vectors[:2400], scores[:2400]),
+        TrainingTargets.from_scores(vectors[2400:], scores[2400:]),
+    )
     trained, start = (
-        log_loss(soft, rates_of(soft, answers), fresh) for soft in trained_and_start(vectors[:2400], scores[:2400])
+        log_loss(soft, error_rates(soft, answers), fresh) for soft in trained_and_start(vectors[:2400], scores[:2400])
     )
     assert trained < start - 0.004
 
@@ -108,12 +110,12 @@ def test_noisy_answers_in_many_dimensions_still_teach_it() -> None:
 @pytest.mark.parametrize("contrary", [False, True])
 def test_it_never_ends_above_its_start_on_what_is_held_out(contrary: bool) -> None:
     vectors, scores = a_faint_history()
-    answers, start = answers_of(vectors, scores), initial_map(vectors, CLUSTERS, seed=0)
+    answers, start = TrainingTargets.from_scores(vectors, scores), initial_map(vectors, CLUSTERS, seed=0)
     fitted, held_out = answers.at(np.arange(1000)), answers.at(np.arange(1000, 1200))
     if contrary:
         held_out = replace(held_out, errors=1.0 - held_out.errors)
     trained = train(start, fitted, held_out, np.random.default_rng(0))
-    losses = [log_loss(soft, rates_of(soft, fitted), held_out) for soft in (start, trained)]
+    losses = [log_loss(soft, error_rates(soft, fitted), held_out) for soft in (start, trained)]
     assert losses[1] <= losses[0]
 
 
@@ -125,5 +127,7 @@ def test_known_models_without_a_label_teach_nothing() -> None:
 
 def test_unlabelled_known_prompts_do_not_move_the_rates() -> None:
     soft = LearnedMap(np.eye(2, dtype=np.float32) * 50, np.zeros(2, dtype=np.float32), 2)
-    answers = answers_of(np.eye(2, dtype=np.float32)[[0, 0, 0, 1]], np.array([[1.0], [0.0], [np.nan], [1.0]]))
-    assert rates_of(soft, answers)[0] == pytest.approx([0.5, 0.01], abs=0.01)
+    answers = TrainingTargets.from_scores(
+        np.eye(2, dtype=np.float32)[[0, 0, 0, 1]], np.array([[1.0], [0.0], [np.nan], [1.0]])
+    )
+    assert error_rates(soft, answers)[0] == pytest.approx([0.5, 0.01], abs=0.01)

@@ -6,7 +6,7 @@ import pytest
 from router_core.clustering import ClusterMap
 from router_core.errors import InvalidInput
 from router_core.fitting import EmbeddedPrompts, fit_with_outcomes
-from router_core.learned_clusters import MIN_LABELS, ErrorClusters, fit_learned_clusters, fit_response
+from router_core.learned_clusters import MIN_LABELS, ErrorClusters, LearnedMap, fit_error_clusters, fit_learned_clusters
 from router_core.types import Doubles, Floats
 
 SPREAD = 20
@@ -23,7 +23,7 @@ def prompts(n: int = 600) -> tuple[Floats, Doubles]:
 
 def test_prompts_are_put_together_by_who_is_right_on_them() -> None:
     vectors, scores = prompts()
-    response = fit_response(vectors, scores, seed=0)
+    response = fit_error_clusters(vectors, scores, seed=0)
     nearest = response.assign(vectors).ids[:, 0]
     shares = np.array([scores[nearest == k, 0].mean() for k in np.unique(nearest)])
     assert np.abs(shares - 0.5).mean() > 0.4
@@ -31,7 +31,7 @@ def test_prompts_are_put_together_by_who_is_right_on_them() -> None:
 
 def test_weights_sum_to_one_and_one_by_one_equals_all_at_once() -> None:
     vectors, scores = prompts()
-    response = fit_response(vectors, scores, seed=0)
+    response = fit_error_clusters(vectors, scores, seed=0)
     at_once = response.assign(vectors[:SPREAD]).dense(response.size)
     one_by_one = [response.assign(vectors[row : row + 1]).dense(response.size)[0] for row in range(SPREAD)]
     assert at_once.sum(axis=1) == pytest.approx(np.ones(SPREAD), abs=1e-6)
@@ -49,7 +49,7 @@ def test_few_models_or_few_labels_teach_nothing() -> None:
 def test_a_model_that_is_always_right_tells_nothing_and_breaks_nothing() -> None:
     vectors, scores = prompts()
     scores[:, 1] = 1.0
-    response = fit_response(vectors, scores, seed=0)
+    response = fit_error_clusters(vectors, scores, seed=0)
     assert np.isfinite(response.assign(vectors).weights).all()
 
 
@@ -59,8 +59,8 @@ def test_a_prompt_belongs_to_the_clusters_of_every_kind_in_equal_shares_heaviest
     dense = fitted.assign(vectors).dense(fitted.size)
     weights = fitted.assign(vectors).weights
     assert fitted.size == 6 + sum(clusters.size for clusters in fitted.learned_clusters) == len(fitted.names)
-    assert len(fitted.views) == 3
-    for view in fitted.views:
+    assert len(fitted.groups) == 3
+    for view in fitted.groups:
         assert dense[:, view.columns].sum(axis=1) == pytest.approx(np.full(600, 1 / 3), abs=1e-6)
     assert (np.diff(weights, axis=1) <= 0).all()
 
@@ -73,6 +73,14 @@ def test_the_map_of_a_history_remembers_it_and_hardened_forgets() -> None:
     assert fitted.reference_models.labels.sum(axis=1) == pytest.approx([600.0] * 3, abs=1e-3)
     hard = fitted.with_hard_assignment()
     assert (hard.size, hard.reference_models, hard.learned_clusters) == (6, None, ())
+
+
+def test_the_ids_of_maps_never_change() -> None:
+    """Maps on disk and stored profiles refer to them."""
+    eye, zero = np.eye(3, dtype=np.float32), np.zeros(3, dtype=np.float32)
+    learned = (ErrorClusters(eye, zero, eye, top=1), LearnedMap(eye, zero, 2))
+    assert ClusterMap(eye, embedder_id="e").id == "977dc008fda3a5d9"
+    assert ClusterMap(eye, embedder_id="e", learned_clusters=learned).id == "802b197a9ac1caeb"
 
 
 def test_taught_clusters_are_part_of_a_maps_id_and_history_is_not() -> None:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from router_core.fitting import MIN_SAMPLE, PER_CLUSTER, PromptSample, empty_sample, sample_prompts
+from router_core.fitting import MIN_SAMPLE_SIZE, PROMPTS_PER_CLUSTER, PromptSample, empty_sample, sample_prompts
 
 MANY = [f"prompt {n % 400}" for n in range(1_000)]
 """400 distinct ones."""
@@ -61,7 +61,9 @@ def test_lone_surrogates_are_prompts_like_others() -> None:
     assert a_sample(["\ud800", "\ud801", "\ud800"]).texts() == ["\ud800", "\ud801"]
 
 
-@pytest.mark.parametrize(("clusters", "room"), [(2, MIN_SAMPLE), (64, MIN_SAMPLE), (100, 100 * PER_CLUSTER)])
+@pytest.mark.parametrize(
+    ("clusters", "room"), [(2, MIN_SAMPLE_SIZE), (64, MIN_SAMPLE_SIZE), (100, 100 * PROMPTS_PER_CLUSTER)]
+)
 def test_there_is_room_for_what_k_means_looks_at(clusters: int, room: int) -> None:
     texts = [str(n) for n in range(room)]
     assert len(sample_prompts([*texts, "one more"], clusters, seed=0)) == room

@@ -131,7 +131,9 @@ def test_who_is_left_passed_every_check(
 ) -> None:
     pool = Pool.build(models, MAP)
     left = eligible(pool, needs, allowed, cooling_down=["m1"] if rests else ())
-    passed = np.logical_and.reduce([np.ones(len(pool), dtype=bool), *(check.passed for check in left.checked())])
+    passed = np.logical_and.reduce(
+        [np.ones(len(pool), dtype=bool), *(check.passed for check in left.compute_filters())]
+    )
 
     assert left.rows.tolist() == np.flatnonzero(passed).tolist()
     assert set(left.names) | set(left.reasons) == set(pool.names)

@@ -68,7 +68,7 @@ WORDS = st.text(st.sampled_from("aeinrstXYZ019zq\u00e9\u4e2d\u306e-_'"), min_siz
 
 @pytest.fixture(scope="module")
 def description(embedder_cache: Path) -> Path:
-    return embedder_cache / f"static-{distill.RECIPE}" / distill.TOKENIZER
+    return embedder_cache / f"static-{distill.TABLE_VERSION}" / distill.TOKENIZER
 
 
 @pytest.fixture(scope="module")
@@ -118,14 +118,14 @@ def test_every_character_has_the_same_ids(reference: tokenizers.Tokenizer, token
 def test_prompts_have_the_same_ids_however_little_is_remembered(
     reference: tokenizers.Tokenizer, description: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizing, "TEXTS_REMEMBERED", 7)
+    monkeypatch.setattr(tokenizing, "TEXTS_PER_CACHE", 7)
     forgetful = Tokenizer(description)
     for text in generated_prompts(200):
         assert ids(forgetful, text) == expected(reference, text)
 
 
 def test_it_forgets_after_so_many_texts(description: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizing, "TEXTS_REMEMBERED", 7)
+    monkeypatch.setattr(tokenizing, "TEXTS_PER_CACHE", 7)
     forgetful, asked, forgotten = Tokenizer(description), list[bytes](), list[int]()
 
     class Told:

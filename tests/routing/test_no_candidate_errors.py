@@ -128,8 +128,8 @@ async def test_who_is_ruled_out_is_worked_out_only_for_whoever_asks() -> None:
     assert choice.decision is not None
     kept = vars(choice.decision.eligibility)
 
-    assert "why" not in kept
-    assert dict(choice.ineligible) == {"unmeasured": "not profiled on this cluster map"} == kept["why"]
+    assert "reasons" not in kept
+    assert dict(choice.ineligible) == {"unmeasured": "not profiled on this cluster map"} == kept["reasons"]
 
 
 async def test_a_stand_in_shows_no_model_that_the_key_may_not_use() -> None:

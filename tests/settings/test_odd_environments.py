@@ -1,4 +1,4 @@
-"""The server and the commands where the environment names proxies and certificates that libraries stumble over."""
+"""The server and the commands in an environment whose proxies and certificates cannot be used."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_server_starts_and_only_the_models_that_need_the_proxy_fail(
     assert "Traceback" not in server.log
 
 
-def test_each_thing_that_cannot_be_used_is_one_line_of_the_log(served: tuple[ServeCommand, dict[str, str]]) -> None:
+def test_each_unusable_variable_is_one_line_of_the_log(served: tuple[ServeCommand, dict[str, str]]) -> None:
     server, _ = served
     lines = [line for line in server.log.splitlines() if "environment: " in line]
     wanted = ("HTTP_PROXY", "ALL_PROXY", "SSL_CERT_FILE", "'10.0.0.0/99'")
@@ -74,7 +74,9 @@ def test_each_thing_that_cannot_be_used_is_one_line_of_the_log(served: tuple[Ser
         ["prices", "sync", "--json"],
     ],
 )
-def test_commands_do_their_work_there(served: tuple[ServeCommand, dict[str, str]], arguments: list[str]) -> None:
+def test_commands_work_in_such_an_environment(
+    served: tuple[ServeCommand, dict[str, str]], arguments: list[str]
+) -> None:
     _, environ = served
     ended = run_command(*arguments, environ=environ)
     assert "Traceback" not in ended.stderr

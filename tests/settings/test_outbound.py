@@ -39,7 +39,7 @@ FAR = "http://far.invalid/v1"
         ({"ALL_PROXY": "socks5h://127.0.0.1:1080", "HTTP_PROXY": PROXY, "HTTPS_PROXY": PROXY}, PROXY, PROXY),
     ],
 )
-def test_each_scheme_has_its_proxy_and_small_letters_win(environ: dict[str, str], http: Any, https: Any) -> None:
+def test_each_scheme_has_its_proxy_and_lower_case_wins(environ: dict[str, str], http: Any, https: Any) -> None:
     proxies = Proxies(environ)
     for scheme, expected in (("http", http), ("https", https)):
         if expected is OutboundError:
@@ -95,7 +95,7 @@ def test_each_scheme_has_its_proxy_and_small_letters_win(environ: dict[str, str]
         ("", "localhost.example", False),
     ],
 )
-def test_what_no_proxy_lists_and_this_machine_are_reached_directly(listed: str, host: str, *, direct: bool) -> None:
+def test_no_proxy_and_this_machine_are_reached_directly(listed: str, host: str, *, direct: bool) -> None:
     proxies = Proxies({"ALL_PROXY": PROXY, "NO_PROXY": listed})
     assert proxies.for_url(f"http://{host}/v1") == (None if direct else PROXY)
 
@@ -117,7 +117,7 @@ def test_a_proxy_that_cannot_be_used_is_one_sentence_without_its_value(value: st
         proxies.for_url("https://other.example")
 
 
-def test_an_exception_that_says_nothing_is_named() -> None:
+def test_an_unusable_entry_of_no_proxy_is_named() -> None:
     (problem,) = Proxies({"NO_PROXY": "localhost,10.0.0.0/99,[::1]"}).problems
     assert "'10.0.0.0/99'" in problem
 
@@ -137,12 +137,12 @@ def test_an_exception_that_says_nothing_is_named() -> None:
         ("/etc", {}, "/etc"),
     ],
 )
-def test_what_is_trusted_is_stated_for_a_model_or_for_all(stated: Any, environ: dict[str, str], trust: Any) -> None:
+def test_trust_is_configured_per_model_or_for_all(stated: Any, environ: dict[str, str], trust: Any) -> None:
     assert trust_of(stated, environ) == trust
 
 
 @pytest.mark.parametrize("stated", ["/nowhere.pem", "maybe", 0, 1, [], {}, ""])
-def test_what_is_neither_a_switch_nor_a_file_is_refused(stated: Any) -> None:
+def test_ssl_verify_that_is_neither_boolean_nor_path_is_refused(stated: Any) -> None:
     with pytest.raises(OutboundError, match="ssl_verify must be true, false or the path"):
         trust_of(stated, {})
 
@@ -157,13 +157,13 @@ def test_certificates_that_cannot_be_read_are_named(tmp_path: Path) -> None:
             outbound.context()
 
 
-def test_only_false_takes_any_certificate(certificate: Path) -> None:
+def test_only_false_accepts_any_certificate(certificate: Path) -> None:
     modes = [ssl_context(trust, {}).verify_mode for trust in (True, False, str(certificate))]
     assert modes == [ssl.CERT_REQUIRED, ssl.CERT_NONE, ssl.CERT_REQUIRED]
 
 
 @pytest.mark.parametrize("forward", ["relay", "translate"])
-async def test_ssl_verify_of_a_model_counts_on_both_ways_and_for_it_alone(certificate: Path, forward: str) -> None:
+async def test_ssl_verify_of_a_model_counts_in_both_modes_and_for_it_alone(certificate: Path, forward: str) -> None:
     upstream = UpstreamClient(Settings(), {"MODEL_API_KEY": KEY})
     async with RawUpstream(plain(), tls=served_by(certificate)) as server:
         for trusted in (False, str(certificate)):
@@ -175,7 +175,7 @@ async def test_ssl_verify_of_a_model_counts_on_both_ways_and_for_it_alone(certif
 
 
 @pytest.mark.parametrize("forward", ["relay", "translate"])
-async def test_a_proxy_that_cannot_be_used_is_the_failure_of_the_models_that_need_it(
+async def test_an_unusable_proxy_fails_only_the_models_that_need_it(
     forward: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     odd = {"ALL_PROXY": "socks5h://proxy.example:1", "NO_PROXY": "localhost,[::1],fd00::/8", "SSL_VERIFY": "maybe"}
@@ -192,7 +192,7 @@ async def test_a_proxy_that_cannot_be_used_is_the_failure_of_the_models_that_nee
 
 
 @pytest.mark.parametrize("forward", ["relay", "translate"])
-async def test_both_ways_take_the_same_proxy_and_the_same_exceptions(forward: str) -> None:
+async def test_both_modes_use_the_same_proxy_and_no_proxy(forward: str) -> None:
     async with RawUpstream(plain()) as proxy:
         named = f"127.0.0.1:{proxy.port}"
         upstream = UpstreamClient(
@@ -215,7 +215,7 @@ async def goes_direct(upstream: UpstreamClient, record: Any) -> bool:
     return False
 
 
-async def test_the_price_feed_takes_the_same_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_price_feed_uses_the_same_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "socks5://proxy.example:1")
     monkeypatch.setenv("NO_PROXY", "localhost,[::1]")
     async with RawUpstream(plain(b"{}")) as server:

@@ -23,7 +23,7 @@ def test_a_folder_is_made_for_this_user_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("open_to", [0o755, 0o770, 0o701])
-def test_a_folder_of_ours_that_is_open_to_others_is_closed_and_said_once(
+def test_a_folder_open_to_others_is_closed_and_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, open_to: int
 ) -> None:
     caplog.set_level("INFO")
@@ -35,7 +35,7 @@ def test_a_folder_of_ours_that_is_open_to_others_is_closed_and_said_once(
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user for a while")
-def test_a_folder_of_somebody_else_that_is_open_to_others_is_refused() -> None:
+def test_an_open_folder_of_another_user_is_refused() -> None:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         os.seteuid(12345)
@@ -46,7 +46,7 @@ def test_a_folder_of_somebody_else_that_is_open_to_others_is_refused() -> None:
             os.seteuid(0)
 
 
-def test_what_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(NotPrivate, match="cannot use"):
         private_folder(tmp_path / "file" / "data")

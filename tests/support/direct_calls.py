@@ -26,7 +26,7 @@ def a_model(server: RawUpstream, **params: Any) -> ModelRecord:
 
 
 async def whole(upstream: UpstreamClient, record: ModelRecord) -> bytes:
-    return (await upstream.complete(record, BODY)).named("ours")
+    return (await upstream.complete(record, BODY)).with_model("ours")
 
 
 async def streamed(upstream: UpstreamClient, record: ModelRecord) -> list[bytes]:
@@ -34,7 +34,7 @@ async def streamed(upstream: UpstreamClient, record: ModelRecord) -> list[bytes]
     stream: Any = await upstream.stream(record, {**BODY, "stream": True})
     try:
         async for block in stream:
-            found += [chunk.named("ours") for chunk in block]
+            found += [chunk.with_model("ours") for chunk in block]
     finally:
         await stream.aclose()
     return found

@@ -1,4 +1,4 @@
-"""No more of an answer is held or parsed than is stated, both ways, and all that was held is given back."""
+"""Responses of upstreams are limited in bytes, values and levels in both modes, and all held memory is released."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import AnswerTooLarge, NoRoomForAnswer, UpstreamError
+from proxy.errors import ResponseMemoryFull, ResponseTooLarge, UpstreamError
 from proxy.json_limits import MAX_VALUES, MAX_VALUES_AT_ONCE, SMALL_BYTES
 from proxy.server.responses import render_error
 from proxy.settings.models import ModelInfo
@@ -70,18 +70,18 @@ def saying(ask: Any, text: bytes) -> Reply:
 
 @pytest.mark.parametrize("way", ["relay", "translate", "anthropic", "azure"])
 @KINDS
-async def test_a_flood_of_values_is_not_parsed(upstream: UpstreamClient, way: str, ask: Any) -> None:
+async def test_json_with_too_many_values_is_not_parsed(upstream: UpstreamClient, way: str, ask: Any) -> None:
     async with RawUpstream(saying(ask, b"[" + b"[]," * 800_000 + b"1]")) as server:
         failure = await failing(upstream, by(way, server), ask)
 
-        assert isinstance(failure, AnswerTooLarge)
+        assert isinstance(failure, ResponseTooLarge)
         assert "values" in failure.message
     assert upstream.memory.used_bytes == 0
 
 
 @WAYS
 @KINDS
-async def test_what_is_nested_too_deeply_is_no_answer(upstream: UpstreamClient, way: str, ask: Any) -> None:
+async def test_json_that_is_nested_too_deeply_is_rejected(upstream: UpstreamClient, way: str, ask: Any) -> None:
     async with RawUpstream(saying(ask, b"[" * 600 + b"1" + b"]" * 600)) as server:
         await failing(upstream, by(way, server), ask)
 
@@ -89,21 +89,21 @@ async def test_what_is_nested_too_deeply_is_no_answer(upstream: UpstreamClient, 
 @WAYS
 @KINDS
 @pytest.mark.parametrize("filling", [b" ", b"x"])
-async def test_more_bytes_than_are_read_of_one_answer(
+async def test_a_response_beyond_the_size_limit_is_rejected(
     upstream: UpstreamClient, way: str, ask: Any, filling: bytes
 ) -> None:
     text = filling * 4_200_000 if filling == b" " else b'"' + filling * 4_200_000 + b'"'
     async with RawUpstream(saying(ask, text)) as server:
         failure = await failing(upstream, by(way, server), ask)
 
-        assert isinstance(failure, AnswerTooLarge)
+        assert isinstance(failure, ResponseTooLarge)
         assert "max_answer_bytes" in failure.message
     assert upstream.memory.used_bytes == 0
 
 
 @WAYS
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_unpacks_to_more_than_is_read_is_not_unpacked(
+async def test_a_response_that_decompresses_beyond_the_limit_is_rejected(
     upstream: UpstreamClient, way: str, stream: bool
 ) -> None:
     packed = gzip.compress(event(b'"' + b"x" * 50_000_000 + b'"') if stream else b" " * 50_000_000 + JSON)
@@ -114,13 +114,13 @@ async def test_what_unpacks_to_more_than_is_read_is_not_unpacked(
 
 
 @pytest.mark.parametrize("way", ["relay", "translate"])
-async def test_a_packed_answer_is_read_all_the_same(upstream: UpstreamClient, way: str) -> None:
+async def test_a_compressed_response_is_read(upstream: UpstreamClient, way: str) -> None:
     async with RawUpstream(plain(gzip.compress(JSON), GZIP)) as server:
         assert json.loads(await whole(upstream, by(way, server)))["choices"][0]["message"]["content"] == "hi"
 
 
 @pytest.mark.parametrize("way", ["relay", "translate"])
-async def test_the_events_of_a_whole_answer_are_no_flood_of_values_together(upstream: UpstreamClient, way: str) -> None:
+async def test_values_are_counted_per_event_and_not_over_all_events(upstream: UpstreamClient, way: str) -> None:
     async with RawUpstream(Reply(chunked(CHUNK * (MAX_VALUES_AT_ONCE // 5), END, DONE))) as server:
         said = json.loads(await whole(upstream, by(way, server)))
 
@@ -136,32 +136,32 @@ async def test_the_events_of_a_whole_answer_are_no_flood_of_values_together(upst
         (b'{"content":"' + b"x" * 500_000 + b'"}', "max_answer_bytes"),
     ],
 )
-async def test_of_a_whole_answer_in_events_no_more_is_held_than_of_any(
+async def test_a_completion_sent_as_events_is_limited_like_any_other(
     upstream: UpstreamClient, way: str, said: bytes, why: str
 ) -> None:
     piece = b'data: {"choices":[{"index":0,"delta":' + said + b"}]}\n\n"
     async with RawUpstream(Reply(chunked(*[piece] * 20, END, DONE))) as server:
         failure = await failing(upstream, by(way, server), whole)
 
-        assert isinstance(failure, AnswerTooLarge)
+        assert isinstance(failure, ResponseTooLarge)
         assert why in failure.message
     assert upstream.memory.used_bytes == 0
 
 
 @pytest.mark.parametrize("way", ["relay", "translate"])
-async def test_json_in_place_of_a_stream_is_bounded_too(upstream: UpstreamClient, way: str) -> None:
+async def test_json_in_place_of_a_stream_is_limited_too(upstream: UpstreamClient, way: str) -> None:
     flood, long = holding(b"[" + b"[]," * 200_000 + b"1]"), holding(b'"' + b"x" * 4_200_000 + b'"')
     async with RawUpstream(plain(flood), plain(long)) as server:
         for why in ("values", "max_answer_bytes"):
             failure = await failing(upstream, by(way, server), streamed)
-            assert isinstance(failure, AnswerTooLarge)
+            assert isinstance(failure, ResponseTooLarge)
             assert why in failure.message
     assert upstream.memory.used_bytes == 0
 
 
 @pytest.mark.parametrize("way", ["relay", "translate"])
 @KINDS
-async def test_a_large_answer_arrives_whole(upstream: UpstreamClient, way: str, ask: Any) -> None:
+async def test_a_large_response_arrives_whole(upstream: UpstreamClient, way: str, ask: Any) -> None:
     text = '"[]{},:é\\' * 200_000
     async with RawUpstream(saying(ask, json.dumps(text).encode())) as server:
         said = await ask(upstream, by(way, server))
@@ -171,17 +171,17 @@ async def test_a_large_answer_arrives_whole(upstream: UpstreamClient, way: str, 
 
 
 @pytest.mark.parametrize("values", [MAX_VALUES_AT_ONCE - 1000, MAX_VALUES - 1000])
-async def test_many_values_of_a_whole_answer_are_read_as_few_are(upstream: UpstreamClient, values: int) -> None:
+async def test_a_completion_of_many_values_is_read_like_a_small_one(upstream: UpstreamClient, values: int) -> None:
     numbers = list(range(values // 2))
     said = holding(json.dumps(numbers).encode())
     async with RawUpstream(plain(said)) as server:
         answer = await upstream.complete(by("relay", server), BODY)
 
     assert answer.body["more"] == numbers
-    assert answer.named("theirs") == said
+    assert answer.with_model("theirs") == said
 
 
-async def test_an_answer_has_room_or_is_told_so_and_all_of_it_is_given_back(
+async def test_memory_for_a_response_is_reserved_or_refused_and_released(
     upstream: UpstreamClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with RawUpstream(plain(holding(b'"' + b"x" * 3_000_000 + b'"'))) as server:
@@ -191,7 +191,7 @@ async def test_an_answer_has_room_or_is_told_so_and_all_of_it_is_given_back(
         taken = upstream.memory.used_bytes
         del first
 
-        assert isinstance(failure, NoRoomForAnswer)
+        assert isinstance(failure, ResponseMemoryFull)
         assert taken > 3_000_000
         assert "max_answers_in_flight_bytes" in caplog.text
         assert await whole(upstream, record)
@@ -200,7 +200,7 @@ async def test_an_answer_has_room_or_is_told_so_and_all_of_it_is_given_back(
 
 @WAYS
 @KINDS
-async def test_who_is_cancelled_gives_its_room_back(upstream: UpstreamClient, way: str, ask: Any) -> None:
+async def test_a_cancelled_request_releases_its_memory(upstream: UpstreamClient, way: str, ask: Any) -> None:
     length = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 9999999\r\n\r\n"
     head = length if ask is whole else STREAM_HEAD + b"\r\n"
     beginning = (b'{"a":"' if ask is whole else b'data: {"a":"') + b"x" * 1_000_000
@@ -225,7 +225,7 @@ async def test_no_connection_to_a_model_outlives_its_process(upstream: UpstreamC
     assert kept == 1
 
 
-async def test_a_large_event_is_held_until_it_is_dropped(upstream: UpstreamClient) -> None:
+async def test_memory_of_a_large_event_is_held_until_the_event_is_gone(upstream: UpstreamClient) -> None:
     async with RawUpstream(saying(streamed, b'"' + b"x" * 1_000_000 + b'"')) as server:
         stream: Any = await upstream.stream(by("relay", server), {**BODY, "stream": True})
         most = 0
@@ -239,7 +239,7 @@ async def test_a_large_event_is_held_until_it_is_dropped(upstream: UpstreamClien
 
 @pytest.mark.parametrize("kind", [b"application/json", b"text/event-stream"])
 @pytest.mark.parametrize("ask", [whole, streamed])
-async def test_of_a_failure_the_beginning_alone_is_kept(upstream: UpstreamClient, ask: Any, kind: bytes) -> None:
+async def test_only_the_start_of_an_error_body_is_kept(upstream: UpstreamClient, ask: Any, kind: bytes) -> None:
     """Also of a success that is none: its words are searched, and parsed once more to be told."""
     said = b'{"error":{"message":"no"},"more":[' + b"1," * 40_000 + b"1]}"
     body = b"data: " + said + b"\n\n" if kind == b"text/event-stream" else said
@@ -250,8 +250,8 @@ async def test_of_a_failure_the_beginning_alone_is_kept(upstream: UpstreamClient
     assert len(json.dumps(render_error(failure)[1])) < 40_000
 
 
-@pytest.mark.parametrize("failure", [AnswerTooLarge("too large"), NoRoomForAnswer("no room")])
-def test_an_answer_too_large_lets_no_model_rest(failure: UpstreamError) -> None:
+@pytest.mark.parametrize("failure", [ResponseTooLarge("too large"), ResponseMemoryFull("no room")])
+def test_a_response_that_is_too_large_opens_no_circuit(failure: UpstreamError) -> None:
     health = HealthRegistry(CircuitBreakerSettings())
     for _ in range(20):
         health.start_attempt("small").failed(failure)
@@ -259,18 +259,18 @@ def test_an_answer_too_large_lets_no_model_rest(failure: UpstreamError) -> None:
     assert not health.cooling_down()
 
 
-def test_without_room_other_models_are_not_asked_and_the_client_may_come_again() -> None:
-    failure = NoRoomForAnswer("no room")
+def test_without_memory_no_other_model_is_called_and_the_client_may_retry() -> None:
+    failure = ResponseMemoryFull("no room")
     status, body, headers = render_error(failure)
 
     assert (status, body["error"]["message"], headers["retry-after"]) == (503, "no room", "1")
     assert not failure.retryable
 
 
-def test_room_is_given_back_when_nothing_refers_to_the_answer() -> None:
+def test_memory_is_released_when_nothing_refers_to_the_response() -> None:
     room = ResponseMemory(10, 10)
     held = HeldMemory(room, 8)
-    with pytest.raises(NoRoomForAnswer):
+    with pytest.raises(ResponseMemoryFull):
         HeldMemory(room, 3)
     held.grow_to(10)
     taken = room.used_bytes
@@ -280,7 +280,7 @@ def test_room_is_given_back_when_nothing_refers_to_the_answer() -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 1000, SMALL_BYTES - 1, SMALL_BYTES + 1])
-def test_of_lines_each_is_bounded_by_itself(cut: int) -> None:
+def test_each_line_is_limited_by_itself(cut: int) -> None:
     bounds = ResponseBounds(ResponseMemory(2 * SMALL_BYTES, 10 * SMALL_BYTES))
     text = (b"x" * (SMALL_BYTES // 3) + b"\n") * 12 + b"y" * (2 * SMALL_BYTES) + b"\nz"
     step = max(cut, 100)
@@ -290,16 +290,16 @@ def test_of_lines_each_is_bounded_by_itself(cut: int) -> None:
     assert bounds.held.size == 0
     bounds.add_lines(b"y" * SMALL_BYTES)
     bounds.add_lines(b"y" * (SMALL_BYTES - 1))
-    with pytest.raises(AnswerTooLarge):
+    with pytest.raises(ResponseTooLarge):
         bounds.add_lines(b"yy")
 
 
-def test_a_warning_of_too_little_room_is_not_repeated_at_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_warning_about_full_memory_is_not_repeated_at_once(caplog: pytest.LogCaptureFixture) -> None:
     room = ResponseMemory(10, 10)
     ResponseMemory(10, 1).acquire(10)  # room for one, whatever is set
     with caplog.at_level(logging.WARNING):
         for _ in range(5):
-            with pytest.raises(NoRoomForAnswer):
+            with pytest.raises(ResponseMemoryFull):
                 HeldMemory(room, 11)
 
     assert len(caplog.records) == 1

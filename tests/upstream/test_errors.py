@@ -1,4 +1,4 @@
-"""What an upstream says went wrong: its own status, the first words that can be found, and what it means."""
+"""Status, message and meaning of an upstream's error, however the server reports it."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ def shown(failure: UpstreamError) -> tuple[int, dict[str, Any]]:
         ("only a text", "only a text"),
     ],
 )
-def test_the_first_text_that_can_be_found_is_the_message(said: Any, words: str) -> None:
+def test_the_first_text_in_an_error_is_its_message(said: Any, words: str) -> None:
     assert shown(http_error(400, said))[1]["message"] == words
 
 
-def test_a_body_without_words_is_shown_itself_and_cut() -> None:
+def test_an_error_without_a_message_is_passed_on_shortened() -> None:
     assert shown(http_error(400, {"fault": 7}))[1]["message"] == 'small answered with status 400: {"fault": 7}'
     assert len(shown(http_error(400, {"fault": list(range(999))}))[1]["message"]) < 600
     assert shown(error_from_response(500, b"", {}, "small"))[1]["message"] == "small answered with status 500"
 
 
-def test_fields_beside_a_flat_message_are_the_errors() -> None:
+def test_members_beside_a_flat_message_belong_to_the_error() -> None:
     said = {"object": "error", "message": "too warm", "type": "BadRequestError", "param": "temperature", "code": 400}
     _, error = shown(http_error(400, said))
     assert (error["type"], error["param"], error["code"]) == ("BadRequestError", "temperature", "400")
 
 
 @pytest.mark.parametrize("stated", [{"code": 429}, {"code": "429"}, {"status": 429}, {"status_code": 429}])
-def test_an_error_has_the_status_that_it_names(stated: dict[str, Any]) -> None:
+def test_an_error_has_the_status_that_it_states(stated: dict[str, Any]) -> None:
     said = {"error": {"message": "slow down", **stated}}
     assert (
         http_error(500, said).status
@@ -68,7 +68,7 @@ def test_an_error_has_the_status_that_it_names(stated: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("stated", [{"code": 200}, {"code": 5006}, {"code": True}, {"code": "4290"}, {"status": "x"}])
-def test_what_is_no_status_of_an_error_names_none(stated: dict[str, Any]) -> None:
+def test_other_numbers_are_no_status_of_an_error(stated: dict[str, Any]) -> None:
     said = {"error": {"message": "no", **stated}}
     assert (http_error(418, said).status, error_from_body("x", said).status) == (418, 502)
 
@@ -84,7 +84,7 @@ def test_what_is_no_status_of_an_error_names_none(stated: dict[str, Any]) -> Non
         ({"error": {}}, 502),
     ],
 )
-def test_an_error_without_a_number_is_known_by_its_name_or_words(said: dict[str, Any], status: int) -> None:
+def test_an_error_without_a_number_gets_its_status_by_its_name_or_message(said: dict[str, Any], status: int) -> None:
     assert error_from_body("x", find_error(said)).status == status
 
 
@@ -111,7 +111,7 @@ OVERFLOWS = [
 
 
 @pytest.mark.parametrize("words", OVERFLOWS)
-def test_a_prompt_that_does_not_fit_is_the_callers_matter_wherever_it_is_told(words: str) -> None:
+def test_a_prompt_beyond_the_context_window_is_status_400_wherever_the_server_says_so(words: str) -> None:
     said = {"error": {"code": 500, "message": words, "type": "server_error"}}
     for failure in (
         http_error(500, said),
@@ -135,14 +135,14 @@ def test_a_prompt_that_does_not_fit_is_the_callers_matter_wherever_it_is_told(wo
         (500, "CUDA out of memory"),
     ],
 )
-def test_limits_of_other_kinds_are_no_overflow(status: int, words: str) -> None:
+def test_other_limits_do_not_count_as_the_context_window(status: int, words: str) -> None:
     failure = http_error(status, {"error": {"message": words}})
-    assert (failure.overflow, failure.status) == (False, status)
+    assert (failure.context_exceeded, failure.status) == (False, status)
 
 
-def test_the_code_of_a_prompt_that_does_not_fit_is_enough() -> None:
-    assert http_error(400, {"error": {"code": "context_length_exceeded", "message": "no"}}).overflow
-    assert error_from_body("x", {"error": {"type": "exceed_context_size_error", "message": "no"}}).overflow
+def test_the_code_for_a_prompt_beyond_the_context_window_is_enough() -> None:
+    assert http_error(400, {"error": {"code": "context_length_exceeded", "message": "no"}}).context_exceeded
+    assert error_from_body("x", {"error": {"type": "exceed_context_size_error", "message": "no"}}).context_exceeded
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_the_code_of_a_prompt_that_does_not_fit_is_enough() -> None:
         {"metadata": {"headers": {"Retry-After": "7"}}},
     ],
 )
-def test_a_wait_that_the_body_asks_for_is_kept_where_no_header_does(told: dict[str, Any]) -> None:
+def test_a_wait_stated_in_the_body_counts_if_no_header_states_one(told: dict[str, Any]) -> None:
     said = {"error": {"code": 429, "message": "slow", **told}}
     assert error_from_body("x", said).headers == {"retry-after": "7"}
     assert http_error(429, said, **{"Retry-After": "3"}).headers == {"retry-after": "3"}
@@ -170,7 +170,7 @@ def test_a_wait_that_the_body_asks_for_is_kept_where_no_header_does(told: dict[s
         *({"base_resp": {"status_code": 1000}}, {"success": False}, {"status": "error"}, {"detail": "boom"}),
     ],
 )
-def test_whatever_says_error_is_one(said: Any) -> None:
+def test_every_way_to_report_an_error_is_recognised(said: Any) -> None:
     assert find_error(said) is not None
 
 
@@ -182,11 +182,11 @@ def test_whatever_says_error_is_one(said: Any) -> None:
         *({"choices": [{"delta": {"content": "error"}}], "detail": "x", "status": "failed"}, {"type": "ping"}),
     ],
 )
-def test_what_does_not_is_none(said: Any) -> None:
+def test_a_body_that_reports_no_error_is_none(said: Any) -> None:
     assert find_error(said) is None
 
 
-def test_what_a_completion_says_is_not_shown_beside_its_error() -> None:
+def test_members_of_a_completion_are_left_out_of_its_error() -> None:
     said = {"choices": [{"message": {"content": "half"}}], "usage": {}, "error": {"message": "gone"}, "request_id": "r"}
     _, body, _ = render_error(not_a_completion("small", said))
     assert set(body) == {"error", "request_id"}
@@ -199,11 +199,11 @@ def test_what_a_completion_says_is_not_shown_beside_its_error() -> None:
         {"choices": [{"delta": {}, "finish_reason": "error"}], "usage": {"prompt_tokens": 3}},
     ],
 )
-def test_what_a_failed_answer_used_is_kept_of_it(said: dict[str, Any]) -> None:
+def test_the_usage_of_a_failed_answer_is_kept(said: dict[str, Any]) -> None:
     body: Any = not_a_completion("small", said).body
     assert body["usage"] == {"prompt_tokens": 3}
 
 
-def test_of_a_long_error_within_a_success_its_words_are_kept() -> None:
+def test_the_message_of_a_long_error_within_a_success_is_kept() -> None:
     said = {"error": {"message": "gone", "code": 503}, "more": ["x"] * 9999}
     assert not_a_completion("small", said).body == {"error": {"message": "gone", "code": 503}}

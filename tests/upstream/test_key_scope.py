@@ -52,7 +52,7 @@ async def upstream(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LiteLLMClie
     await opened.aclose()
 
 
-async def test_no_providers_key_of_the_environment_goes_to_another_address(upstream: LiteLLMClient) -> None:
+async def test_no_key_of_the_environment_is_sent_to_another_address(upstream: LiteLLMClient) -> None:
     with ScriptedUpstream() as server:
         for provider in PROVIDERS:
             for base in (server.url, server.url.removesuffix("/v1")):
@@ -63,7 +63,7 @@ async def test_no_providers_key_of_the_environment_goes_to_another_address(upstr
         assert leaked == []
 
 
-async def test_credentials_that_a_key_does_not_stop_are_asked_for(upstream: LiteLLMClient) -> None:
+async def test_credentials_that_litellm_looks_up_anyway_have_to_be_stated(upstream: LiteLLMClient) -> None:
     with pytest.raises(UpstreamError, match="credentials are for bedrock's own address"):
         await upstream.complete(model("bedrock/anthropic.claude-v2", api_base=FOREIGN), BODY)
 
@@ -87,7 +87,7 @@ async def test_credentials_that_a_key_does_not_stop_are_asked_for(upstream: Lite
         ("deepseek", "http://[::1", False),
     ],
 )
-def test_a_providers_own_address_is_its_own_or_one_that_the_environment_names(
+def test_a_providers_own_addresses_are_the_default_and_those_of_the_environment(
     provider: str, address: str, *, own: bool
 ) -> None:
     default = "https://api.deepseek.com/beta" if provider == "deepseek" else None
@@ -100,7 +100,7 @@ AT_HOME = model("deepseek/x")
 HOLDING = model("deepseek/x", api_base=f"http://me:{CANARY}@127.0.0.1:9/v1?key={CANARY}", api_key="none")
 
 
-async def test_a_key_that_would_be_looked_up_for_another_address_is_asked_for(tmp_path: Path) -> None:
+async def test_a_key_that_would_be_looked_up_for_another_address_has_to_be_stated(tmp_path: Path) -> None:
     without = await Resolver(tmp_path, {}).resolve_all([ELSEWHERE, KEYLESS, AT_HOME, HOLDING])  # litellm is asked once
     assert [record.resolved is not None and record.resolved.key_variable for record in without] == [
         *(None, None, "DEEPSEEK_API_KEY", None)
@@ -146,7 +146,7 @@ def resolved(name: str, provider: str, **params: Any) -> ModelRecord:
         ),
     ],
 )
-def test_a_change_of_provider_or_address_takes_no_secret_along(
+def test_a_change_of_provider_or_address_needs_its_secrets_stated_again(
     after: ModelRecord, stated: Mapping[str, Any], *, refused: bool
 ) -> None:
     before = resolved("gpt-5", "openai", api_key="os.environ/A_API_KEY")

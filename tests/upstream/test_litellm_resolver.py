@@ -1,4 +1,4 @@
-"""litellm asked by a process of its own: without any key, once for each model, and not at all where that fails."""
+"""litellm in a process of its own: without any key, once per model, and what happens if that fails."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ FOUND = ResolvedProvider("relay", "x", "groq", NEAR, "GROQ_API_KEY")
 ANSWER = {"resolved": FOUND.to_json()}
 
 
-async def test_no_key_is_in_the_environment_of_who_is_asked(asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_key_is_in_the_environment_of_the_child(asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GROQ_API_KEY", CANARY)
     monkeypatch.setenv("SOME_SECRET", CANARY)
     answering(asked, ANSWER)
@@ -74,7 +74,7 @@ async def test_no_key_is_in_the_environment_of_who_is_asked(asked: Path, monkeyp
     assert CANARY not in seen
 
 
-async def test_what_was_found_is_not_asked_again(asked: Path) -> None:
+async def test_a_resolved_provider_is_cached(asked: Path) -> None:
     answering(asked, ANSWER)
     first = await Resolver(asked / "data", {}).resolve(ONE)
     again = await Resolver(asked / "data", {}).resolve(ONE)
@@ -89,7 +89,7 @@ async def test_what_was_found_is_not_asked_again(asked: Path) -> None:
     ["", "{", "[]", "7", "null", "\x00", '{"%s": 7}', '{"%s": {}}', '{"%s": {"resolved": {"way": "relay"}}}',
      '{"%s": {"resolved": {"way": "astray"}}}', '{"%s": {"refused": 5}}'],
 )  # fmt: skip
-async def test_a_broken_file_is_as_good_as_none(asked: Path, broken: str) -> None:
+async def test_a_broken_cache_file_is_ignored(asked: Path, broken: str) -> None:
     answering(asked, ANSWER)
     await Resolver(asked / "data", {}).resolve(ONE)
     (mark,) = json.loads((asked / "data" / CACHE_FILE).read_text())
@@ -99,7 +99,7 @@ async def test_a_broken_file_is_as_good_as_none(asked: Path, broken: str) -> Non
     assert json.loads((asked / "data" / CACHE_FILE).read_text()) == {mark: ANSWER}
 
 
-async def test_several_at_once_write_one_file(asked: Path) -> None:
+async def test_several_resolvers_at_once_write_one_file(asked: Path) -> None:
     answering(asked, ANSWER)
     records = [stated(model=f"groq/{number}", api_base=NEAR) for number in range(12)]
     one, other = Resolver(asked / "data", {}), Resolver(asked / "data", {})
@@ -112,7 +112,7 @@ async def test_several_at_once_write_one_file(asked: Path) -> None:
     await one.aclose()
 
 
-async def test_eight_models_at_once_are_asked_of_one_process_that_ends_when_it_is_idle(
+async def test_eight_models_at_once_are_resolved_by_one_child_that_ends_when_idle(
     asked: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(lookup, "IDLE_S", 0.05)
@@ -132,7 +132,7 @@ async def test_eight_models_at_once_are_asked_of_one_process_that_ends_when_it_i
     await resolver.aclose()
 
 
-async def test_a_process_that_cannot_say_fails_all_that_wait_for_it_at_once(asked: Path) -> None:
+async def test_a_child_that_ends_without_an_answer_fails_all_queries_at_once(asked: Path) -> None:
     (asked / "then").write_text("exit 3")
     resolver = Resolver(asked / "data", {})
     asking = [resolver.resolve(stated(model=f"groq/{n}", api_base=NEAR)) for n in range(8)]
@@ -142,7 +142,7 @@ async def test_a_process_that_cannot_say_fails_all_that_wait_for_it_at_once(aske
     assert (asked / "asked").read_text() == "\n"
 
 
-async def test_a_question_over_which_the_process_dies_is_no_other_models_fault(asked: Path) -> None:
+async def test_a_query_that_kills_the_child_fails_no_other_query(asked: Path) -> None:
     answering(asked, ANSWER)
     dying = f"while read question; do case $question in *deadly*) exit 1;; esac; cat {asked}/answer; done"
     (asked / "then").write_text(dying)
@@ -157,7 +157,7 @@ async def test_a_question_over_which_the_process_dies_is_no_other_models_fault(a
     await resolver.aclose()
 
 
-async def test_who_leaves_takes_nothing_from_the_others(asked: Path) -> None:
+async def test_a_cancelled_query_does_not_disturb_the_others(asked: Path) -> None:
     answering(asked, ANSWER)
     resolver = Resolver(asked / "data", {})
     leaving = asyncio.create_task(resolver.resolve(ONE))
@@ -170,7 +170,7 @@ async def test_who_leaves_takes_nothing_from_the_others(asked: Path) -> None:
     await resolver.aclose()
 
 
-async def test_whoever_ends_leaves_no_process_behind(asked: Path) -> None:
+async def test_closing_the_resolver_ends_the_child(asked: Path) -> None:
     (asked / "then").write_text("exec sleep 60")
     resolver = Resolver(asked / "data", {})
     asking = asyncio.create_task(resolver.resolve(ONE))
@@ -182,7 +182,7 @@ async def test_whoever_ends_leaves_no_process_behind(asked: Path) -> None:
     assert not children_of(os.getpid())
 
 
-async def test_no_more_wait_than_can_be_told_in_time(asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_too_many_queries_are_rejected(asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookup, "MAX_WAITING", 1)
     answering(asked, ANSWER)
     resolver = Resolver(asked / "data", {})
@@ -193,7 +193,7 @@ async def test_no_more_wait_than_can_be_told_in_time(asked: Path, monkeypatch: p
     await resolver.aclose()
 
 
-def test_what_litellm_takes_is_bounded() -> None:
+def test_the_memory_of_the_child_is_limited() -> None:
     """The limit itself: what asks for more fails in that process."""
     program = (
         "from proxy.upstream import litellm_resolver as resolver\n"
@@ -218,7 +218,7 @@ async def test_two_processes_at_once_write_one_file(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / CACHE_FILE).read_text())) == 400
 
 
-async def test_a_folder_that_cannot_be_written_is_no_hindrance(asked: Path) -> None:
+async def test_a_provider_is_resolved_without_a_writable_folder(asked: Path) -> None:
     answering(asked, ANSWER)
     (asked / "data").write_text("a file")
 
@@ -226,7 +226,7 @@ async def test_a_folder_that_cannot_be_written_is_no_hindrance(asked: Path) -> N
 
 
 @pytest.mark.parametrize("then", DYING)
-async def test_who_cannot_be_asked_is_a_503_and_at_start_means_translation(
+async def test_a_failed_lookup_is_a_503_and_at_start_means_litellm(
     asked: Path, monkeypatch: pytest.MonkeyPatch, then: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(lookup, "START_TIMEOUT_S", 0.3)
@@ -243,7 +243,7 @@ async def test_who_cannot_be_asked_is_a_503_and_at_start_means_translation(
     assert not [pid for pid in children_of(os.getpid()) if "sleep" in command_of(pid)]
 
 
-async def test_who_cannot_be_started_is_a_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_child_that_cannot_be_started_is_a_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
     with pytest.raises(ServiceUnavailable):
         await Resolver(tmp_path, {}).resolve(ONE)

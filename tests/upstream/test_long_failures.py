@@ -1,4 +1,4 @@
-"""A model that fails with megabytes of words, or answers a plain question with a flood, holds up nobody else."""
+"""A model that answers with a huge error or a flood of values delays no other request."""
 
 from __future__ import annotations
 
@@ -64,9 +64,7 @@ async def failing(upstream: LiteLLMClient, step: Step, model: str) -> tuple[Upst
         Step(headers={"content-type": "text/event-stream"}, body=CHUNKS),
     ],
 )
-async def test_many_words_of_a_failing_model_hold_up_no_other_request(
-    upstream: LiteLLMClient, step: Step, model: str
-) -> None:
+async def test_a_long_error_delays_no_other_request(upstream: LiteLLMClient, step: Step, model: str) -> None:
     _, longest_s = await failing(upstream, step, model)
 
     assert longest_s < MAX_BLOCKED_CPU_S
@@ -76,7 +74,7 @@ async def test_many_words_of_a_failing_model_hold_up_no_other_request(
 @pytest.mark.parametrize(
     "body", [{"error": {"message": WORDS}}, {"choices": [], "said": WORDS}, {"choices": [{"message": WORDS}]}]
 )
-async def test_a_success_that_is_none_holds_up_no_other_request(
+async def test_a_long_response_that_is_no_completion_delays_no_other_request(
     upstream: LiteLLMClient, body: dict[str, Any], model: str
 ) -> None:
     failure, longest_s = await failing(upstream, Step(body=body), model)
@@ -85,7 +83,7 @@ async def test_a_success_that_is_none_holds_up_no_other_request(
     assert longest_s < MAX_BLOCKED_CPU_S
 
 
-async def test_of_a_long_error_the_beginning_is_passed_on(upstream: LiteLLMClient) -> None:
+async def test_the_start_of_a_long_error_is_passed_on(upstream: LiteLLMClient) -> None:
     said = {"error": {"message": "x" * (MAX_ERROR_BYTES - 100)}}
     short, _ = await failing(upstream, Step(status=503, body=said), "openai/x")
     long, _ = await failing(upstream, Step(status=503, body={"error": {"message": WORDS}}), "openai/x")
@@ -97,7 +95,7 @@ async def test_of_a_long_error_the_beginning_is_passed_on(upstream: LiteLLMClien
     assert long.status == 503
 
 
-async def test_litellm_keeps_no_books_of_a_call(upstream: LiteLLMClient, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_litellm_logs_no_call(upstream: LiteLLMClient, monkeypatch: pytest.MonkeyPatch) -> None:
     from litellm.litellm_core_utils.litellm_logging import Logging
 
     kept: list[str] = []

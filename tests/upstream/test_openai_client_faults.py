@@ -1,4 +1,4 @@
-"""The relay over upstreams that break, lie and answer oddly: real sockets, and what the caller would be told."""
+"""The direct client over upstreams that break, lie and answer oddly: real sockets, and the errors they become."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from tests.support.waiting import until
         (plain(b"[" * 100_000), False),
     ],
 )
-async def test_an_answer_that_is_none_is_one_request_and_a_failure(
+async def test_a_response_without_a_completion_is_one_request_and_an_error(
     upstream: UpstreamClient, said: Reply, lost: bool
 ) -> None:
     """`lost`: nothing was answered, so that the model may be asked once more; else it has done its work."""
     async with RawUpstream(said) as server:
         failure = await failing(upstream, a_model(server), whole)
-        assert (failure.lost, len(server.bodies)) == (lost, 1)
+        assert (failure.connection_lost, len(server.bodies)) == (lost, 1)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ async def test_an_answer_that_is_none_is_one_request_and_a_failure(
         (plain(b"", status=b"204 No Content", head=b""), False, 0),
     ],
 )
-async def test_a_stream_that_ends_before_its_answer_is_a_failure(
+async def test_a_stream_that_ends_before_its_answer_is_an_error(
     upstream: UpstreamClient, said: Reply, lost: bool, chunks: int
 ) -> None:
     seen = []
@@ -73,7 +73,7 @@ async def test_a_stream_that_ends_before_its_answer_is_a_failure(
 
     async with RawUpstream(said) as server:
         failure = await failing(upstream, a_model(server), ask)
-        assert (failure.lost, len(seen), len(server.bodies)) == (lost, chunks, 1)
+        assert (failure.connection_lost, len(seen), len(server.bodies)) == (lost, chunks, 1)
 
 
 @pytest.mark.parametrize("status", [b"300 Many", b"302 Found", b"304 Same", b"307 Elsewhere"])
@@ -86,7 +86,7 @@ async def test_no_redirect_is_followed(upstream: UpstreamClient, status: bytes) 
         assert elsewhere.connections == 0
 
 
-async def test_an_error_of_a_megabyte_is_cut_and_its_connection_closed(upstream: UpstreamClient) -> None:
+async def test_a_huge_error_is_shortened_and_its_connection_closed(upstream: UpstreamClient) -> None:
     async with RawUpstream(plain(b'{"error": "' + b"x" * 2**20, status=b"400 Bad")) as server:
         for ask in (whole, streamed):
             failure = await failing(upstream, a_model(server), ask)
@@ -94,7 +94,7 @@ async def test_an_error_of_a_megabyte_is_cut_and_its_connection_closed(upstream:
         await until(lambda: server.open == 0)
 
 
-async def test_the_wait_that_an_upstream_asks_for_is_kept_however_it_is_spelt(upstream: UpstreamClient) -> None:
+async def test_retry_after_is_kept_however_it_is_spelt(upstream: UpstreamClient) -> None:
     async with RawUpstream(
         plain(b"{}", head=b"Retry-After: 7\r\nRETRY-AFTER-MS: 7000\r\n", status=b"429 No")
     ) as server:
@@ -114,7 +114,7 @@ async def test_the_wait_that_an_upstream_asks_for_is_kept_however_it_is_spelt(up
         Reply(tuple(bytes((byte,)) for byte in plain().pieces[0])),
     ],
 )
-async def test_odd_but_whole_answers_arrive_as_they_are(upstream: UpstreamClient, said: Reply) -> None:
+async def test_unusual_but_complete_responses_arrive_unchanged(upstream: UpstreamClient, said: Reply) -> None:
     async with RawUpstream(said) as server:
         assert await whole(upstream, a_model(server)) == JSON.replace(b"theirs", b"ours")
 
@@ -130,7 +130,7 @@ async def test_odd_but_whole_answers_arrive_as_they_are(upstream: UpstreamClient
         Reply(chunked(b": ping\n\nevent: x\nid: 3\n\n", CHUNK, b"retry: 1\n\n", END[:-2])),
     ],
 )
-async def test_odd_but_whole_streams_arrive_as_they_are(upstream: UpstreamClient, said: Reply) -> None:
+async def test_unusual_but_complete_streams_arrive_unchanged(upstream: UpstreamClient, said: Reply) -> None:
     async with RawUpstream(said) as server:
         found = await streamed(upstream, a_model(server))
 
@@ -139,7 +139,7 @@ async def test_odd_but_whole_streams_arrive_as_they_are(upstream: UpstreamClient
     assert found
 
 
-async def test_thousands_of_events_in_one_reading_are_blocks_of_many(upstream: UpstreamClient) -> None:
+async def test_events_that_are_read_together_come_in_one_block(upstream: UpstreamClient) -> None:
     async with RawUpstream(Reply(chunked(CHUNK * 2000 + END))) as server:
         sizes = [len(block) async for block in await upstream.stream(a_model(server), {**BODY, "stream": True})]
 

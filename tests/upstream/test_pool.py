@@ -1,4 +1,4 @@
-"""Connections to upstreams on uvloop: how many, how long, and what nobody may make of them. Models are left out."""
+"""The connection pool on uvloop: how many connections, for how long, and which responses are rejected."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def connections(certificate: Path) -> AsyncIterator[ConnectionPool]:
     await opened.aclose()
 
 
-async def test_ten_requests_share_two_connections_whoever_gives_up(connections: ConnectionPool) -> None:
+async def test_ten_requests_share_two_connections_though_some_are_cancelled(connections: ConnectionPool) -> None:
     async with RawUpstream(plain()) as server:
         asking = [asyncio.create_task(asked(connections, at(server))) for _ in range(10)]
         await asyncio.sleep(0)
@@ -56,7 +56,7 @@ async def test_ten_requests_share_two_connections_whoever_gives_up(connections: 
 
 
 @pytest.mark.parametrize("tls", [False, True])
-async def test_whoever_leaves_at_any_moment_takes_no_place_along(
+async def test_a_cancelled_request_releases_its_slot_at_any_moment(
     connections: ConnectionPool, certificate: Path, tls: bool
 ) -> None:
     async with RawUpstream(plain(), tls=served_by(certificate) if tls else None) as server:
@@ -73,7 +73,7 @@ async def test_whoever_leaves_at_any_moment_takes_no_place_along(
         await until(lambda: server.open == 0)
 
 
-async def test_nobody_overtakes_who_waits_for_a_place(certificate: Path) -> None:
+async def test_requests_get_slots_in_order_of_arrival(certificate: Path) -> None:
     connections = ConnectionPool(1, lambda _: ssl.create_default_context())
     async with RawUpstream(plain()) as server:
         first = await connections.acquire(at(server), 1)
@@ -87,14 +87,14 @@ async def test_nobody_overtakes_who_waits_for_a_place(certificate: Path) -> None
         assert (waiting.done(), server.connections) == (True, 1)
 
 
-async def test_what_is_idle_for_another_model_makes_room(connections: ConnectionPool) -> None:
+async def test_an_idle_connection_of_another_origin_is_closed_to_free_a_slot(connections: ConnectionPool) -> None:
     async with RawUpstream(plain()) as one, RawUpstream(plain()) as two, RawUpstream(plain()) as three:
         for server in (one, two, three):
             await asked(connections, at(server))
         await until(lambda: (one.open, two.open, three.open) == (0, 1, 1))
 
 
-async def test_an_idle_connection_is_given_up_in_time(
+async def test_an_idle_connection_is_closed_in_time(
     connections: ConnectionPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "KEEP_ALIVE_S", 0.05)
@@ -106,7 +106,7 @@ async def test_an_idle_connection_is_given_up_in_time(
         assert server.connections == 2
 
 
-async def test_what_is_given_back_after_the_end_is_closed(connections: ConnectionPool) -> None:
+async def test_a_connection_released_after_the_pool_closed_is_closed(connections: ConnectionPool) -> None:
     async with RawUpstream(plain()) as server:
         connection = await connections.acquire(at(server), 1)
         await connection.send(HEAD, b"{}")
@@ -118,7 +118,7 @@ async def test_what_is_given_back_after_the_end_is_closed(connections: Connectio
 
 @pytest.mark.parametrize("seen", [True, False])
 @pytest.mark.parametrize("said", [OTHER, b"H", b"\r\n"])
-async def test_what_comes_unasked_is_nobodys_answer(connections: ConnectionPool, said: bytes, seen: bool) -> None:
+async def test_bytes_on_an_idle_connection_close_it(connections: ConnectionPool, said: bytes, seen: bool) -> None:
     writers = []
 
     async def handle(_: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -136,7 +136,7 @@ async def test_what_comes_unasked_is_nobodys_answer(connections: ConnectionPool,
 
 
 @pytest.mark.parametrize("more", [OTHER, OTHER[:20], b"H", b'{"more": 1}'])
-async def test_what_comes_behind_an_answer_is_not_the_next(connections: ConnectionPool, more: bytes) -> None:
+async def test_bytes_after_a_response_are_not_the_next_response(connections: ConnectionPool, more: bytes) -> None:
     async with RawUpstream(Reply((plain().pieces[0] + more,)), plain()) as server:
         for _ in range(2):
             assert await asked(connections, at(server)) == (200, JSON)
@@ -156,14 +156,14 @@ async def test_what_comes_behind_an_answer_is_not_the_next(connections: Connecti
         PACKED + b"\r\n" + gzip.compress(b"hi", mtime=0) + b"more",
     ],
 )
-async def test_an_answer_of_doubtful_length_is_none(connections: ConnectionPool, said: bytes) -> None:
+async def test_a_response_of_ambiguous_length_is_rejected(connections: ConnectionPool, said: bytes) -> None:
     async with RawUpstream(Reply((said,), "hang")) as server:
         with pytest.raises(RemoteProtocolError):
             await asked(connections, at(server))
         await until(lambda: server.open == 0)
 
 
-async def test_a_body_without_length_that_is_reset_is_broken_off(connections: ConnectionPool) -> None:
+async def test_a_body_without_length_that_is_reset_is_incomplete(connections: ConnectionPool) -> None:
     async with RawUpstream(Reply((b"HTTP/1.1 200 OK\r\n\r\nhalf",), "reset")) as server:
         with pytest.raises(IncompleteResponse):
             await asked(connections, at(server))
@@ -182,7 +182,7 @@ async def test_a_body_without_length_that_is_reset_is_broken_off(connections: Co
     ],
     ids=["header", "headers", "hints", "trailer", "trailers", "extension", "empty blocks"],
 )
-async def test_what_never_ends_and_says_nothing_is_refused(
+async def test_an_endless_response_without_a_body_is_rejected(
     connections: ConnectionPool, first: bytes, again: bytes
 ) -> None:
     async def handle(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -197,7 +197,9 @@ async def test_what_never_ends_and_says_nothing_is_refused(
 
 
 @pytest.mark.parametrize("chunk", [2000, MIB])
-async def test_a_small_answer_that_unpacks_to_a_huge_one_is_refused(connections: ConnectionPool, chunk: int) -> None:
+async def test_a_small_response_that_decompresses_to_a_huge_one_is_rejected(
+    connections: ConnectionPool, chunk: int
+) -> None:
     packed = gzip.compress(bytes(30 * MIB))
     parts = [packed[start : start + chunk] for start in range(0, len(packed), chunk)]
     body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
@@ -206,7 +208,7 @@ async def test_a_small_answer_that_unpacks_to_a_huge_one_is_refused(connections:
             await asked(connections, at(server))
 
 
-async def test_a_flood_that_nobody_reads_waits_and_arrives_whole(connections: ConnectionPool) -> None:
+async def test_a_large_body_is_read_only_as_fast_as_its_reader(connections: ConnectionPool) -> None:
     sent = asyncio.Event()
 
     async def handle(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -230,7 +232,7 @@ async def test_a_flood_that_nobody_reads_waits_and_arrives_whole(connections: Co
 
 @pytest.mark.parametrize("head", [b"content-length: 5\r\n", b""], ids=["stays", "ends"])
 @pytest.mark.parametrize("status", [413, 200])
-async def test_an_answer_before_the_body_was_sent_is_told(
+async def test_a_response_before_the_request_was_sent_is_read(
     connections: ConnectionPool, head: bytes, status: int
 ) -> None:
     """The upstream reads nothing of the body; and its connection, with half a request on it, is not used again."""
@@ -252,7 +254,7 @@ async def test_an_answer_before_the_body_was_sent_is_told(
         assert len(heads) == 2
 
 
-async def test_a_tunnel_through_a_proxy_is_used_again(connections: ConnectionPool, certificate: Path) -> None:
+async def test_a_tunnel_through_a_proxy_is_reused(connections: ConnectionPool, certificate: Path) -> None:
     heads = []
 
     async def handle(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -270,7 +272,9 @@ async def test_a_tunnel_through_a_proxy_is_used_again(connections: ConnectionPoo
         assert not any(b"authorization" in head for head in server.heads)
 
 
-async def test_a_tunnel_to_somebody_else_is_none(connections: ConnectionPool, tmp_path: Path) -> None:
+async def test_a_tunnel_to_another_server_is_rejected_by_its_certificate(
+    connections: ConnectionPool, tmp_path: Path
+) -> None:
     other = served_by(a_certificate(tmp_path))
     async with RawUpstream(plain(), tls=other) as server, served(tunnelling) as proxy:
         with pytest.raises(ssl.SSLCertVerificationError):
@@ -291,7 +295,7 @@ async def test_a_tunnel_to_somebody_else_is_none(connections: ConnectionPool, tm
     ],
     ids=["refusal", "nonsense", "more than the way", "end", "silence", "silence on the way", "end on the way"],
 )
-async def test_a_way_that_is_none_is_told_and_closed(
+async def test_a_proxy_that_opens_no_tunnel_is_an_error(
     connections: ConnectionPool, said: Reply, fault: type[Exception]
 ) -> None:
     async with RawUpstream(said) as proxy, RawUpstream(plain()) as server:

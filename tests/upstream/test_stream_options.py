@@ -1,4 +1,4 @@
-"""Streams are asked for usage by a field that the caller need not have sent, and that not every server knows."""
+"""Streams are asked for usage by a field that the caller need not send, and that not every server accepts."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ async def test_a_model_that_refuses_stream_options_is_asked_without_them_from_th
     assert {name: value for name, value in sent[0].items() if name != "stream_options"} == sent[1] == sent[2]
 
 
-async def test_a_changed_model_is_asked_anew(upstream: UpstreamClient, way: str) -> None:
+async def test_a_changed_model_is_sent_stream_options_again(upstream: UpstreamClient, way: str) -> None:
     async with RawUpstream(plain(REFUSAL, status=b"422 No"), Reply(chunked(CHUNK, END))) as server:
         await streamed(upstream, model(server, way))
         await streamed(upstream, model(server, way))
         assert ["stream_options" in json.loads(body) for body in server.bodies] == [True, False, True]
 
 
-async def test_another_fault_and_a_second_refusal_are_told(upstream: UpstreamClient, way: str) -> None:
+async def test_other_errors_and_a_second_refusal_are_reported(upstream: UpstreamClient, way: str) -> None:
     other = plain(b'{"error": {"message": "no such field: stream_option"}}', status=b"400 Bad")
     async with RawUpstream(other) as server:
         await failing(upstream, model(server, way), streamed)
@@ -62,7 +62,7 @@ async def test_another_fault_and_a_second_refusal_are_told(upstream: UpstreamCli
 
 
 @pytest.mark.parametrize(("stated", "sent"), [(True, [True]), (False, [False])])
-async def test_what_is_stated_of_stream_options_is_kept_to(
+async def test_supports_stream_options_is_obeyed(
     upstream: UpstreamClient, way: str, stated: bool, sent: list[bool]
 ) -> None:
     async with RawUpstream(plain(REFUSAL, status=b"422 No")) as server:

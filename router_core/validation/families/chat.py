@@ -9,8 +9,8 @@ from router_core.validation.families.helpers import Draft, Section, by_levels
 from router_core.validation.families.names import PEOPLE, TOWNS, words
 from router_core.validation.graders import ContainsGrader, ExactGrader, Grader, RegexGrader, Terms, WritingGrader
 
+# What the user says, the grader, a good reply, and the system prompt if there is one.
 Task = tuple[str, Grader, str, str | None]
-"""What the user says, the grader, a good reply, and the system prompt if there is one."""
 
 
 def _hello(rng: Random) -> Task:

@@ -7,8 +7,8 @@ from random import Random
 from router_core.validation.families.helpers import LONG, Draft, Section, by_levels
 from router_core.validation.graders import ExactGrader
 
+# Language, source, output.
 Program = tuple[str, str, str]
-"""Language, source, output."""
 
 _FRAMES = (
     "What does this {language} program print?\n\n```{tag}\n{code}\n```",

@@ -17,8 +17,8 @@ _FRAMES = (
     ),
 )
 
+# Name with arguments, what it does, how it must be written, the grader, a body.
 Job = tuple[str, str, str, PythonGrader, str]
-"""Name with arguments, what it does, how it must be written, the grader, a body."""
 
 
 def _job(head: str, does: str, how: str, body: str, **rules: tuple[str, ...]) -> Job:

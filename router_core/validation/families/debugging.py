@@ -16,8 +16,8 @@ _FRAMES = (
     ),
 )
 
+# What the code should do, its lines, and the number of the wrong one.
 Faulty = tuple[str, str, int]
-"""What the code should do, its lines, and the number of the wrong one."""
 
 _FAULTY: tuple[tuple[Faulty, ...], ...] = (
     (

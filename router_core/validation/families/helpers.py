@@ -9,11 +9,11 @@ from typing import TypeVar
 from router_core.validation.families.tables import Question, read_questions
 from router_core.validation.graders import ChoiceGrader, Grader
 
+# Tokens for answers of a word or a line; room for a model that explains itself first.
 SHORT = 256
-"""Tokens for answers of a word or a line; room for a model that explains itself first."""
 
+# Tokens for answers that take working out, and for texts and code.
 LONG = 512
-"""Tokens for answers that take working out, and for texts and code."""
 
 LEVELS = (1, 2, 3)
 

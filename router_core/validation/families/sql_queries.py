@@ -45,8 +45,8 @@ def _staff(rng: Random) -> str:
     return _STAFF + "\n" + "\n".join(rows)
 
 
+# The request, a right query, and whether the order of the rows was asked for.
 Task = tuple[str, str, bool]
-"""The request, a right query, and whether the order of the rows was asked for."""
 
 
 _SHOP_TASKS: tuple[tuple[Task, ...], ...] = (

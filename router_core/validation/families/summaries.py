@@ -14,8 +14,8 @@ _FRAMES = (
     'Please condense this into one sentence of at most {most} words{must}:\n"{text}"',
 )
 
+# A text, the terms that a summary must have, and a summary.
 Told = tuple[str, tuple[str, ...], str]
-"""A text, the terms that a summary must have, and a summary."""
 
 
 def _council(rng: Random) -> Told:

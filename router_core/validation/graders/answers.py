@@ -5,8 +5,8 @@ from typing import ClassVar, Protocol
 
 from router_core.text import normalize
 
+# Longer answers are cut before grading, so that no answer can make a grader slow.
 MAX_ANSWER_CHARS = 20_000
-"""Longer answers are cut before grading, so that no answer can make a grader slow."""
 
 
 class Grader(Protocol):

@@ -63,7 +63,7 @@ class NumericGrader:
         fields = Fields(spec, ("type", "answer", "tolerance"), "grader.")
         tolerance = fields.number("tolerance", 0.0)
         if tolerance < 0:
-            raise fields.wrong("tolerance", "a number of 0 or more")
+            raise fields.error("tolerance", "a number of 0 or more")
         return cls(fields.number("answer"), tolerance)
 
 
@@ -142,8 +142,8 @@ def _word_value(text: str) -> tuple[float, ...]:
 
 LETTERS = "ABCDEFGHIJ"
 
+# A letter with the words of another option.
 UNDECIDED = "?"
-"""A letter with the words of another option."""
 
 _CHOSEN = re.compile(
     r"(?i:\b(?:option|choice|choose|pick|select|go with|opción|opcion|opção)|选项?|選択肢)[^\S\n]*+"
@@ -261,9 +261,9 @@ class ChoiceGrader:
         fields = Fields(spec, ("type", "answer", "options"), "grader.")
         options = fields.texts("options")
         if not 2 <= len(options) <= len(LETTERS):
-            raise fields.wrong("options", f"a list of 2 to {len(LETTERS)} option texts")
+            raise fields.error("options", f"a list of 2 to {len(LETTERS)} option texts")
         letters = LETTERS[: len(options)]
         answer = fields.text("answer").upper()
         if answer not in tuple(letters):
-            raise fields.wrong("answer", f"the letter of one of the options, {letters[0]} to {letters[-1]}")
+            raise fields.error("answer", f"the letter of one of the options, {letters[0]} to {letters[-1]}")
         return cls(answer, options)

@@ -43,7 +43,7 @@ class JsonSchemaGrader:
         fields = Fields(spec, ("type", "schema", "whole"), "grader.")
         schema = fields.mapping("schema")
         if not schema:
-            raise fields.wrong("schema", "a JSON schema that is not empty: {} accepts every answer")
+            raise fields.error("schema", "a JSON schema that is not empty: {} accepts every answer")
         check_schema(schema)
         return cls(schema, fields.flag("whole"))
 
@@ -132,7 +132,7 @@ class SqlGrader:
         except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
             raise InvalidValidationSet(f"fields 'grader.setup' and 'grader.query' do not run: {error}") from None
         if not rows:
-            raise fields.wrong("query", "a query that returns rows on 'setup'")
+            raise fields.error("query", "a query that returns rows on 'setup'")
         return grader
 
 
@@ -250,7 +250,7 @@ class PythonGrader:
         uses, avoids = fields.texts("uses"), fields.texts("avoids")
         for key, features in (("uses", uses), ("avoids", avoids)):
             if not set(features) <= set(FEATURES):
-                raise fields.wrong(key, f"a list out of {', '.join(FEATURES)}")
+                raise fields.error(key, f"a list out of {', '.join(FEATURES)}")
         return cls(fields.text("function"), fields.texts("arguments"), uses, avoids, fields.texts("mentions"))
 
 

@@ -88,7 +88,7 @@ class SequenceGrader:
         fields = Fields(spec, ("type", "items"), "grader.")
         items = fields.texts("items")
         if len(items) < 2:
-            raise fields.wrong("items", "a list of two strings or more, in the right order")
+            raise fields.error("items", "a list of two strings or more, in the right order")
         return cls(items)
 
 
@@ -222,8 +222,8 @@ def count_words(text: str) -> int:
     return unspaced + sum(1 for word in rest.split() if re.search(r"\w", word))
 
 
+# CPU time that one search may take; the `regex` package stops itself, so a catastrophic pattern hangs nobody.
 TIME_LIMIT_S = 0.1
-"""CPU time that one search may take; the `regex` package stops itself, so a catastrophic pattern hangs nobody."""
 
 MAX_PATTERN_CHARS = 2_000
 
