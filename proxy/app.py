@@ -21,8 +21,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 from threadpoolctl import threadpool_limits
 
-from proxy.concurrency import GRACE_PERIOD_S, cancel_and_wait, in_stoppable_thread, run_uncancelled
-from proxy.profiling.grading import UpstreamAnswerer
+from proxy.concurrency import GRACE_PERIOD_S, background, cancel_and_wait, in_stoppable_thread, run_uncancelled
+from proxy.profiling.grading import UpstreamModelClient
 from proxy.profiling.jobs import Jobs
 from proxy.profiling.startup import profile_new_models
 from proxy.routing.assigner import ClusterAssigner, deadline_of
@@ -312,15 +312,14 @@ async def app_state(
             await assigner.warm(cluster_map)
         with startup.step("importing litellm"):
             await upstream.warm_up()
-        price_feed = asyncio.create_task(PriceFeed(settings, store, registry, state).run(), name="uniroute-prices")
-        closing.push_async_callback(cancel_and_wait, price_feed)
-        jobs = Jobs(store, state, UpstreamAnswerer(upstream), assigner.embedder, settings)
+        feed = PriceFeed(settings, store, registry, state)
+        await closing.enter_async_context(background("uniroute-prices", feed.run))
+        jobs = Jobs(store, state, UpstreamModelClient(upstream), assigner.embedder, settings)
         closing.push_async_callback(jobs.close)
         await jobs.start_worker()
         metrics.look_at(lambda: _update_gauges(metrics, state, usage))
         if counts is not None:
-            updating = asyncio.create_task(_update_metrics(metrics), name="uniroute-metrics")
-            closing.push_async_callback(cancel_and_wait, updating)
+            await closing.enter_async_context(background("uniroute-metrics", partial(_update_metrics, metrics)))
         yield AppState(
             settings=settings,
             store=store,
@@ -402,12 +401,11 @@ async def _health_registry(
     collector = HealthCollector(health, lambda: state.current.models, metrics.values)
     metrics.look_at(collector.look)
     metrics.registry.register(collector)
-    pruning = asyncio.create_task(prune_removed_models(health, lambda: state.current.models), name="uniroute-roster")
-    try:
-        async with _running(CooldownReplicator(store, health, lambda: state.current.models)):
-            yield health
-    finally:
-        await cancel_and_wait(pruning)
+    models = lambda: state.current.models  # noqa: E731
+    replicator = CooldownReplicator(store, health, models)
+    pruning = partial(prune_removed_models, health, models)
+    async with background("uniroute-pruning", pruning), _running(replicator):
+        yield health
 
 
 METRICS_INTERVAL_S = 1.0

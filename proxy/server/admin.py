@@ -109,7 +109,7 @@ async def add_model(body: NewModel, response: Response, state: AdminState) -> Ac
     if isinstance(body.profile, ProfileRequest):
         asked = body.profile.with_defaults(state.settings)
         record = await state.resolver.resolve(record)
-        job, version = await state.jobs.submitted_with(record, asked.prompts, asked.max_usd, state.registry)
+        job, version = await state.jobs.submit_with_model(record, asked.prompts, asked.max_usd, state.registry)
         response.status_code = 202
     else:
         profile = body.profile.to_profile(state.state.current.cluster_map)
@@ -131,7 +131,7 @@ async def reprofile_model(
     if isinstance(body.profile, ProfileRequest):
         asked = body.profile.with_defaults(state.settings)
         job = await state.jobs.submit(record.name, asked.prompts, asked.max_usd)
-        await audit.note(PROFILE_MODEL, record.name)
+        await audit.record(PROFILE_MODEL, record.name)
         response.status_code = 202
         return Accepted(model=record.name, job=job.id)
     profile = body.profile.to_profile(state.state.current.cluster_map)
@@ -350,7 +350,7 @@ async def get_outcomes(job: KnownJob, state: AppStateDep) -> dict[str, Any]:
 )
 async def cancel_job(job: KnownJob, state: AppStateDep, audit: Audit) -> dict[str, Any]:
     if await state.jobs.cancel(job.id):
-        await audit.note(CANCEL_JOB, job.id)
+        await audit.record(CANCEL_JOB, job.id)
     return _job_to_json(await known_job(job.id, state), state)
 
 

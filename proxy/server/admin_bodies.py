@@ -45,7 +45,7 @@ from proxy.settings.redaction import FoundSecret, find_secrets, is_reference
 from proxy.settings.schema import ProfileSettings, Settings
 from proxy.storage.client_keys import LIMITS, MAX_LAMBDA, MAX_PER_MINUTE, MAX_USD, KeyChange, Role
 from proxy.storage.models import ModelRecord
-from proxy.storage.redis import is_unix_time
+from proxy.storage.values import is_unix_time
 from proxy.upstream.key_scope import ADDRESSES, check_secrets_stay
 from router_core.clustering import ClusterMap
 from router_core.profiles import Profile

@@ -228,7 +228,7 @@ def _card(snapshot: RoutingSnapshot, name: str, job: Job | None, *, with_profile
 
 def _model_state(snapshot: RoutingSnapshot, record: ModelRecord, job: Job | None) -> tuple[str, str | None]:
     """Return the state, and why the model is not measured as it is now."""
-    model_state, why = snapshot.standing(record.name), snapshot.set_aside.get(record.name)
+    model_state, why = snapshot.model_state(record.name), snapshot.unused_profiles.get(record.name)
     if model_state not in ("unprofiled", "foreign_profile") or job is None:
         return model_state, why
     if job.unfinished:

@@ -72,7 +72,7 @@ async def test_requests_of_all_processes_are_counted_together(limiter: RateLimit
     assert headers["x-ratelimit-remaining-requests"] == "0"
 
 
-async def test_tokens_are_set_aside_and_corrected_by_what_was_used(store: Store, limiter: RateLimiter) -> None:
+async def test_tokens_are_reserved_and_corrected_by_what_was_used(store: Store, limiter: RateLimiter) -> None:
     key = a_key(tokens_per_minute=1000)
     first = await limiter.reserve(key, claim("1", tokens=900))
     with pytest.raises(RateLimited, match="needs 200"):
@@ -84,7 +84,7 @@ async def test_tokens_are_set_aside_and_corrected_by_what_was_used(store: Store,
     assert re.fullmatch(r"1[78](\.\d+)?s", second.headers["x-ratelimit-reset-tokens"])
 
 
-async def test_tokens_beyond_what_was_set_aside_are_a_debt(store: Store, limiter: RateLimiter) -> None:
+async def test_tokens_beyond_the_reservation_are_a_debt(store: Store, limiter: RateLimiter) -> None:
     key = a_key(tokens_per_minute=1000)
     await settle(store, await limiter.reserve(key, claim("1", tokens=10)), tokens=3000)
     with pytest.raises(RateLimited) as refused:
@@ -93,7 +93,7 @@ async def test_tokens_beyond_what_was_set_aside_are_a_debt(store: Store, limiter
     assert 115 <= int(refused.value.headers["retry-after"]) <= 121
 
 
-async def test_tokens_that_were_not_reported_stay_as_they_were_set_aside(store: Store, limiter: RateLimiter) -> None:
+async def test_unreported_tokens_count_as_reserved(store: Store, limiter: RateLimiter) -> None:
     key = a_key(tokens_per_minute=1000)
     await settle(store, await limiter.reserve(key, claim("1", tokens=900)))
 
@@ -101,9 +101,7 @@ async def test_tokens_that_were_not_reported_stay_as_they_were_set_aside(store: 
         await limiter.reserve(key, claim("2", tokens=200))
 
 
-async def test_tokens_without_a_reservation_are_no_debt_of_a_minute_that_is_long_over(
-    store: Store, limiter: RateLimiter
-) -> None:
+async def test_tokens_without_a_reservation_are_no_debt(store: Store, limiter: RateLimiter) -> None:
     """Records that waited while Redis was away, and whose requests this process' own bucket has let through."""
     key = a_key(tokens_per_minute=1000)
     await limiter.reserve(key, claim("1", tokens=10))
@@ -112,7 +110,7 @@ async def test_tokens_without_a_reservation_are_no_debt_of_a_minute_that_is_long
     assert (await limiter.reserve(key, claim("2", tokens=900))).reservation == "2"
 
 
-async def test_what_can_never_fit_is_not_to_be_asked_again(limiter: RateLimiter) -> None:
+async def test_a_request_that_can_never_fit_must_not_be_retried(limiter: RateLimiter) -> None:
     with pytest.raises(RateLimited, match="smaller max_tokens") as refused:
         await limiter.reserve(a_key(tokens_per_minute=100), claim(tokens=101))
 
@@ -120,7 +118,7 @@ async def test_what_can_never_fit_is_not_to_be_asked_again(limiter: RateLimiter)
 
 
 @pytest.mark.parametrize("period", ["day", "month"])
-async def test_money_is_set_aside_settled_and_refused_beyond_the_limit(
+async def test_money_is_reserved_settled_and_refused_beyond_the_limit(
     store: Store, limiter: RateLimiter, second: RateLimiter, period: str
 ) -> None:
     key = a_key(**{f"usd_per_{period}": 0.05})
@@ -137,7 +135,7 @@ async def test_money_is_set_aside_settled_and_refused_beyond_the_limit(
         assert told in message
 
 
-async def test_what_an_answer_took_counts_before_its_usage_record_comes_and_once_after_it(
+async def test_what_an_answer_used_counts_before_its_usage_record_and_once_after_it(
     store: Store, limiter: RateLimiter, second: RateLimiter
 ) -> None:
     key = a_key(usd_per_day=0.05, tokens_per_minute=1000)
@@ -155,7 +153,7 @@ async def test_what_an_answer_took_counts_before_its_usage_record_comes_and_once
     assert 100 <= int(again.headers["x-ratelimit-remaining-tokens"]) <= 120
 
 
-async def test_an_answer_that_cost_more_than_was_set_aside_is_spent_at_once(limiter: RateLimiter) -> None:
+async def test_a_cost_beyond_the_reservation_is_spent_at_once(limiter: RateLimiter) -> None:
     key = a_key(usd_per_day=0.05)
     settling = (await limiter.reserve(key, claim("1", picousd=CENT))).used(None, 6 * CENT)
     assert settling is not None
@@ -165,7 +163,7 @@ async def test_an_answer_that_cost_more_than_was_set_aside_is_spent_at_once(limi
         await limiter.reserve(key, claim("2", picousd=1))
 
 
-async def test_a_cost_that_nobody_knows_is_what_was_set_aside(store: Store, limiter: RateLimiter) -> None:
+async def test_an_unknown_cost_counts_as_reserved(store: Store, limiter: RateLimiter) -> None:
     key = a_key(usd_per_day=0.05)
     granted = await limiter.reserve(key, claim("1", picousd=4 * CENT))
     settling = granted.used(None, None)
@@ -179,11 +177,11 @@ async def test_a_cost_that_nobody_knows_is_what_was_set_aside(store: Store, limi
         await limiter.reserve(key, claim("2", picousd=2 * CENT))
 
 
-async def test_a_key_whose_requests_alone_are_counted_makes_no_round_trip_at_the_end(limiter: RateLimiter) -> None:
+async def test_a_key_with_only_a_request_limit_costs_no_round_trip_at_the_end(limiter: RateLimiter) -> None:
     assert (await limiter.reserve(a_key(requests_per_minute=5), claim("1"))).used(100, CENT) is None
 
 
-async def test_what_only_requests_under_way_stand_against_may_be_asked_again_soon(limiter: RateLimiter) -> None:
+async def test_a_request_refused_for_pending_reservations_may_be_retried_soon(limiter: RateLimiter) -> None:
     key = a_key(usd_per_day=0.05)
     await limiter.reserve(key, claim("1", picousd=4 * CENT))
     with pytest.raises(BudgetExceeded, match="when they have ended") as refused:
@@ -199,7 +197,7 @@ async def test_a_request_that_costs_nothing_is_within_any_budget(store: Store, l
     assert (await limiter.reserve(key, claim("2"))).reservation == "2"
 
 
-async def test_what_is_given_back_may_be_used_at_once_and_is_given_back_once(
+async def test_a_released_reservation_can_be_used_at_once_and_is_released_once(
     store: Store, limiter: RateLimiter
 ) -> None:
     key = a_key(usd_per_day=0.05, tokens_per_minute=1000)
@@ -207,7 +205,7 @@ async def test_what_is_given_back_may_be_used_at_once_and_is_given_back_once(
     kept = await limiter.reserve(key, claim("2", tokens=50, picousd=CENT))
     for _ in range(2):
         limiter.release(granted)
-        await until(lambda: not limiter.strays)
+        await until(lambda: not limiter._orphans)
 
     assert await reserved(store, key) == CENT
     again = await limiter.reserve(key, claim("3", tokens=900, picousd=4 * CENT))
@@ -215,7 +213,7 @@ async def test_what_is_given_back_may_be_used_at_once_and_is_given_back_once(
     assert kept.reservation == "2"
 
 
-async def test_a_reservation_of_somebody_who_died_ends_by_itself(store: Store, limiter: RateLimiter) -> None:
+async def test_the_reservation_of_a_dead_process_expires(store: Store, limiter: RateLimiter) -> None:
     key = a_key(usd_per_day=0.05)
     await limiter.reserve(key, claim("1", picousd=5 * CENT))
     await store.client.zadd(f"{PREFIX}{{{key.id}}}:open", {"1": 0})
@@ -224,7 +222,7 @@ async def test_a_reservation_of_somebody_who_died_ends_by_itself(store: Store, l
     assert await reserved(store, key) == 5 * CENT
 
 
-async def test_what_was_lost_of_a_key_is_no_credit(store: Store, limiter: RateLimiter) -> None:
+async def test_lost_state_of_a_key_is_no_credit(store: Store, limiter: RateLimiter) -> None:
     key = a_key(usd_per_day=0.05)
     granted = await limiter.reserve(key, claim("1", picousd=5 * CENT))
     await store.client.hdel(state_key(key.id), "reserved")
@@ -233,12 +231,12 @@ async def test_what_was_lost_of_a_key_is_no_credit(store: Store, limiter: RateLi
     assert await reserved(store, key) == 0
 
 
-async def test_all_that_is_kept_of_a_key_goes_by_itself_but_not_before_its_reservations_and_debts(
+async def test_the_state_of_a_key_expires_but_not_before_its_reservations_and_debts(
     store: Store, limiter: RateLimiter
 ) -> None:
     key = a_key(usd_per_day=0.05, tokens_per_minute=10)
     granted = await limiter.reserve(key, claim("1", tokens=9, picousd=CENT))
-    await limiter.reserve(key, ReservationRequest("short", tokens=1, picousd=CENT, lives_s=1))
+    await limiter.reserve(key, ReservationRequest("short", tokens=1, picousd=CENT, ttl_s=1))
     names = [f"{PREFIX}{{{key.id}}}:{name}" for name in ("state", "held", "open")]
     kept = [await store.client.ttl(name) for name in names]
     await settle(store, granted, tokens=1000, picousd=CENT)
@@ -247,7 +245,7 @@ async def test_all_that_is_kept_of_a_key_goes_by_itself_but_not_before_its_reser
     assert await store.client.ttl(state_key(key.id)) > 99 * 60
 
 
-async def test_asked_again_after_a_broken_connection_it_is_set_aside_once(store: Store, limiter: RateLimiter) -> None:
+async def test_a_call_repeated_after_a_broken_connection_reserves_once(store: Store, limiter: RateLimiter) -> None:
     key = a_key(usd_per_day=0.05, requests_per_minute=1)
     await limiter.reserve(key, claim("1", picousd=5 * CENT))
     await limiter.reserve(key, claim("1", picousd=5 * CENT))
@@ -255,7 +253,9 @@ async def test_asked_again_after_a_broken_connection_it_is_set_aside_once(store:
     assert await reserved(store, key) == 5 * CENT
 
 
-async def test_a_client_that_leaves_while_it_is_asked_leaves_nothing_behind(store: Store, limiter: RateLimiter) -> None:
+async def test_a_client_that_disconnects_during_reserve_leaves_no_reservation(
+    store: Store, limiter: RateLimiter
+) -> None:
     key = a_key(usd_per_day=1.0)
     for number in range(20):
         asking = asyncio.create_task(limiter.reserve(key, claim(f"{number}", picousd=CENT)))
@@ -265,12 +265,12 @@ async def test_a_client_that_leaves_while_it_is_asked_leaves_nothing_behind(stor
         if not isinstance((await asyncio.gather(asking, return_exceptions=True))[0], asyncio.CancelledError):
             limiter.release(asking.result())
     await limiter.reserve(a_key(requests_per_minute=1), claim("asked after all of them"))
-    await until(lambda: not limiter.strays)
+    await until(lambda: not limiter._orphans)
 
     assert await reserved(store, key) == 0
 
 
-async def test_together_they_never_spend_more_than_the_limit_and_what_answers_cost_beyond_their_reservation(
+async def test_all_processes_together_overspend_only_by_what_answers_cost_beyond_their_reservation(
     store: Store, limiter: RateLimiter, second: RateLimiter
 ) -> None:
     """400 requests at once over two connections: each sets 1 cent aside, and costs up to 1.2."""
@@ -297,7 +297,7 @@ async def test_together_they_never_spend_more_than_the_limit_and_what_answers_co
     assert await reserved(store, key) == 0
 
 
-async def test_as_fast_as_can_be_asked_no_more_is_granted_than_a_full_bucket_and_its_refill(
+async def test_at_full_speed_no_more_is_granted_than_a_full_bucket_and_its_refill(
     store: Store, limiter: RateLimiter, second: RateLimiter
 ) -> None:
     key = a_key(requests_per_minute=300)
@@ -320,11 +320,11 @@ async def test_as_fast_as_can_be_asked_no_more_is_granted_than_a_full_bucket_and
     ("seconds", "told"),
     [(0, "0s"), (0.012, "12ms"), (1, "1s"), (8.64, "8.64s"), (60, "1m0s"), (360, "6m0s"), (3723.5, "1h2m3.5s")],
 )
-def test_times_are_told_as_openai_tells_them(seconds: float, told: str) -> None:
+def test_durations_are_formatted_as_openai_does(seconds: float, told: str) -> None:
     assert duration(seconds) == told
 
 
-def test_dollars_and_days_are_told_in_full() -> None:
+def test_dollars_and_days_are_written_in_full() -> None:
     assert [format_usd(n) for n in (0, 5 * PICO, PICO * 5 // 4, 250, 1_500_000)] == ["$0", "$5", "$1.25", *DUST]
     assert next_start("day", 1_798_761_599) == "2027-01-01T00:00:00Z"
     assert next_start("month", 1_798_761_599) == "2027-01-01T00:00:00Z"

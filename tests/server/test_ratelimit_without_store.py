@@ -71,7 +71,7 @@ async def test_without_redis_rates_hold_in_this_process(away: Store) -> None:
     await limiter.close()
 
 
-async def test_a_setting_opens_keys_with_a_spend_limit_and_their_rates_still_hold(
+async def test_a_setting_serves_keys_with_a_spend_limit_and_their_rates_still_hold(
     away: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     metrics = Metrics()
@@ -93,7 +93,7 @@ def without_waiting(work: Coroutine[Any, Any, Any]) -> None:
         work.send(None)
 
 
-async def test_a_frozen_redis_is_waited_for_by_the_first_and_limits_go_on_when_it_wakes(tmp_path: Path) -> None:
+async def test_only_the_first_request_waits_for_a_frozen_redis_and_limits_resume_when_it_wakes(tmp_path: Path) -> None:
     server = EmbeddedValkey(tmp_path)
     server.ensure()
     store = Store(f"unix://{server.socket_path}")
@@ -108,8 +108,8 @@ async def test_a_frozen_redis_is_waited_for_by_the_first_and_limits_go_on_when_i
         for number in range(200):
             without_waiting(limiter.reserve(rated, claim(str(number))))
             with pytest.raises(ServiceUnavailable):
-                without_waiting(limiter.reserve(key, claim(f"later-{number}", picousd=CENT)))
-    await until(lambda: not limiter.silent and not limiter.strays)
+                await limiter.reserve(key, claim(f"later-{number}", picousd=CENT))
+    await until(lambda: not limiter.silent and not limiter._orphans)
 
     assert (await limiter.reserve(key, claim("after", picousd=CENT))).reservation == "after"
     assert await store.client.hget(state_key(key.id), "reserved") == str(2 * CENT)
@@ -118,7 +118,7 @@ async def test_a_frozen_redis_is_waited_for_by_the_first_and_limits_go_on_when_i
     server.stop()
 
 
-async def test_an_emptied_redis_begins_again_and_owes_nothing(store: Store) -> None:
+async def test_an_emptied_redis_starts_again_without_debts(store: Store) -> None:
     limiter = RateLimiter(store, Metrics(), timeout_s=1.0)
     key = a_key(usd_per_day=0.05, tokens_per_minute=100)
     granted = await limiter.reserve(key, claim("1", tokens=100, picousd=5 * CENT))
@@ -126,13 +126,13 @@ async def test_an_emptied_redis_begins_again_and_owes_nothing(store: Store) -> N
     await store.client.script_flush()
     await limiter.reserve(key, claim("2", tokens=50, picousd=5 * CENT))
     limiter.release(granted)
-    await until(lambda: not limiter.strays)
+    await until(lambda: not limiter._orphans)
 
     assert await store.client.hget(state_key(key.id), "reserved") == str(5 * CENT)
     await limiter.close()
 
 
-async def test_a_key_whose_entry_is_spoilt_is_alone_in_its_trouble(
+async def test_an_unreadable_entry_of_one_key_affects_no_other_key(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     limiter = RateLimiter(store, Metrics(), timeout_s=1.0)

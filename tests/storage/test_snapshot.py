@@ -32,7 +32,7 @@ async def test_every_process_sees_a_model_its_profile_and_its_price_within_a_sec
         version = await registry.put_price("small", Price(1e-7, 2e-7))
         await until(lambda: one.current.version == two.current.version == version)
         for holder in (one, two):
-            assert holder.current.standing("small") == "ready"
+            assert holder.current.model_state("small") == "ready"
             assert holder.current.prices["small"].price == Price(1e-7, 2e-7)
             assert holder.current.pool.names == ("small",)
 
@@ -63,7 +63,7 @@ async def test_a_broken_price_leaves_the_last_good_one(store: Store, tmp_path: P
         assert holder.current.prices["small"].source == "model_info"
 
 
-async def test_a_broken_price_with_no_good_one_before_falls_to_the_next_source_and_never_to_zero(
+async def test_a_broken_price_without_a_good_one_before_falls_back_to_the_next_source_and_never_to_zero(
     store: Store, tmp_path: Path
 ) -> None:
     known = a_record("known", source="config", info={}, model="openai/gpt-4o")
@@ -75,28 +75,28 @@ async def test_a_broken_price_with_no_good_one_before_falls_to_the_next_source_a
         assert "unknown" not in holder.current.prices
 
 
-async def test_free_is_stated_and_unknown_is_not_free(store: Store, tmp_path: Path) -> None:
+async def test_an_unknown_price_is_not_free(store: Store, tmp_path: Path) -> None:
     free, unknown = (a_record(n, source="config", info=i) for n, i in (("free", {"free": True}), ("unknown", {})))
     async with started_watcher(store, tmp_path, free, unknown) as holder:
         assert holder.current.prices["free"].price == Price(0, 0)
         assert holder.current.pool.candidates["unknown"].price is None
 
 
-async def test_a_profile_of_another_map_or_of_the_model_as_it_was_is_set_aside(store: Store, tmp_path: Path) -> None:
+async def test_a_profile_of_another_map_or_of_a_changed_model_is_not_used(store: Store, tmp_path: Path) -> None:
     registry = a_registry(store, tmp_path)
     for name in ("foreign", "changed"):
         await registry.add_model(a_record(name))
     await registry.put_profile(a_record("foreign"), a_profile(map_id="another"))
     await registry.put_profile(a_record("changed", temperature=2), a_profile())
     async with started_watcher(store, tmp_path) as holder:
-        assert holder.current.standing("foreign") == "foreign_profile"
-        assert "another" in holder.current.set_aside["foreign"]
-        assert "litellm_params" in holder.current.set_aside["changed"]
+        assert holder.current.model_state("foreign") == "foreign_profile"
+        assert "another" in holder.current.unused_profiles["foreign"]
+        assert "litellm_params" in holder.current.unused_profiles["changed"]
         assert holder.current.profiles == {}
 
 
 @pytest.mark.parametrize("key", [VERSION, MODELS, PROFILES, KEYS, price_key("small")])
-async def test_a_key_of_the_wrong_type_leaves_the_last_state_and_is_said_once(
+async def test_a_redis_key_of_the_wrong_type_keeps_the_last_reading_and_is_logged_once(
     store: Store, tmp_path: Path, key: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry = a_registry(store, tmp_path)
@@ -112,13 +112,13 @@ async def test_a_key_of_the_wrong_type_leaves_the_last_state_and_is_said_once(
             await holder.refresh(whole=True)
             await holder.refresh(whole=True)
         assert holder.current.models == before.models
-        assert holder.current.standing("small") == "ready"
+        assert holder.current.model_state("small") == "ready"
         assert holder.current.keys == before.keys
         assert holder.current.prices == before.prices
         assert len([r for r in caplog.records if r.getMessage().startswith(f"stored entry skipped: {key}")]) == 1
 
 
-async def test_a_broken_entry_is_skipped_and_its_neighbours_work(store: Store, tmp_path: Path) -> None:
+async def test_a_broken_entry_is_skipped_and_the_others_are_read(store: Store, tmp_path: Path) -> None:
     await a_registry(store, tmp_path).add_model(a_record())
     await store.client.hset(MODELS, mapping={"broken": "{", "nameless": "{}"})
     await store.client.hset(PROFILES, "small", '{"fingerprint": "x", "profile": {"map": "m", "labels": "?"}}')
@@ -136,9 +136,7 @@ async def test_a_configured_model_wins_over_a_stored_one_of_its_name(store: Stor
         assert holder.current.models["small"] == configured
 
 
-async def test_keys_once_made_stay_required_after_revoking_all_and_after_an_emptied_store(
-    store: Store, tmp_path: Path
-) -> None:
+async def test_keys_stay_required_after_all_are_revoked_or_the_store_is_emptied(store: Store, tmp_path: Path) -> None:
     registry = a_registry(store, tmp_path)
     async with started_watcher(store, tmp_path / "other-machine") as elsewhere:
         assert not elsewhere.current.keys_required
@@ -154,7 +152,7 @@ async def test_keys_once_made_stay_required_after_revoking_all_and_after_an_empt
         assert restarted.current.keys_required
 
 
-async def test_an_emptied_store_that_counts_up_to_the_same_version_is_still_seen(store: Store, tmp_path: Path) -> None:
+async def test_an_emptied_store_with_the_same_version_is_noticed(store: Store, tmp_path: Path) -> None:
     registry = a_registry(store, tmp_path)
     await registry.add_model(a_record("first"))
     async with started_watcher(store, tmp_path) as holder:
@@ -163,7 +161,7 @@ async def test_an_emptied_store_that_counts_up_to_the_same_version_is_still_seen
         await until(lambda: set(holder.current.models) == {"second"})
 
 
-async def test_without_redis_the_last_state_serves_and_a_return_is_noticed_with_no_restart(tmp_path: Path) -> None:
+async def test_without_redis_the_last_snapshot_stays_until_redis_is_back(tmp_path: Path) -> None:
     server = EmbeddedValkey(tmp_path)
     await asyncio.to_thread(server.ensure)
     store = Store(f"unix://{server.socket_path}")
@@ -181,7 +179,7 @@ async def test_without_redis_the_last_state_serves_and_a_return_is_noticed_with_
     await asyncio.to_thread(server.stop)
 
 
-async def test_before_the_first_reading_the_door_is_closed_and_configured_models_are_known(tmp_path: Path) -> None:
+async def test_before_the_first_reading_a_key_is_required_and_configured_models_are_known(tmp_path: Path) -> None:
     nowhere = Store("redis://127.0.0.1:1")
     async with started_watcher(nowhere, tmp_path, a_record(source="config")) as holder:
         assert not holder.loaded
@@ -190,7 +188,7 @@ async def test_before_the_first_reading_the_door_is_closed_and_configured_models
     await nowhere.close()
 
 
-async def test_live_traffic_reaches_the_pool_but_not_the_profile(store: Store, tmp_path: Path) -> None:
+async def test_live_traffic_changes_the_pool_but_not_the_profile(store: Store, tmp_path: Path) -> None:
     live = TrafficStats(CORNERS.size)
     registry = a_registry(store, tmp_path)
     await registry.add_model(a_record())
@@ -209,20 +207,20 @@ class BrokenOnce(TrafficStats):
 
     asked = 0
 
-    def blended(self, model: str, profile: Profile) -> Profile:
+    def blend_into(self, model: str, profile: Profile) -> Profile:
         self.asked += 1
         if self.asked == 1:
             raise OverflowError("int too large to convert")
         return profile
 
 
-async def test_figures_that_cannot_be_laid_out_do_not_end_the_following(
+async def test_a_state_that_makes_no_snapshot_does_not_stop_the_watcher(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("proxy.storage.snapshot.UNUSABLE_S", 0.05)
+    monkeypatch.setattr("proxy.storage.snapshot.UNUSABLE_INTERVAL_S", 0.05)
     registry, live = a_registry(store, tmp_path, "small"), BrokenOnce(4)
     async with started_watcher(store, tmp_path, a_record(source="config"), live=live) as holder:
         await registry.put_profile(a_record(), a_profile())
-        await until(lambda: holder.current.standing("small") == "ready")
+        await until(lambda: holder.current.model_state("small") == "ready")
     assert live.asked > 1
     assert "the last one stays in use" in caplog.text

@@ -62,7 +62,7 @@ async def test_spend_is_summed_exactly_in_picodollars(store: Store, tmp_path: Pa
     assert (await totals(store, f"{KEY_TOTALS}:key-1"))["cost_picousd"] == exact
 
 
-async def test_the_limits_of_a_key_are_told_what_each_of_its_requests_took(store: Store, tmp_path: Path) -> None:
+async def test_each_usage_record_of_a_key_settles_its_limits(store: Store, tmp_path: Path) -> None:
     recorder = a_recorder(store, tmp_path, settle_function=SETTLE)
     recorder.record(a_record())  # nobody's
     recorder.record(replace(a_record(), key_id="k", reservation="r-1"))
@@ -72,7 +72,7 @@ async def test_the_limits_of_a_key_are_told_what_each_of_its_requests_took(store
     assert settled == ["k r-1 15 250000000000 2023-11-14 2023-11", "k    2023-11-14 2023-11"]
 
 
-async def test_a_settling_that_fails_is_counted_and_holds_nothing_up(
+async def test_a_failed_settlement_is_counted_and_blocks_nothing(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     await store.client.set("settled", "wrong type")
@@ -97,23 +97,21 @@ async def test_a_batch_whose_reply_was_lost_is_counted_once(store: Store, tmp_pa
     assert await store.client.xlen(STREAM) == 6
 
 
-async def test_a_journal_half_applied_by_a_process_that_died_is_finished_by_the_next(
-    store: Store, tmp_path: Path
-) -> None:
+async def test_a_half_applied_journal_of_a_dead_process_is_finished_by_the_next(store: Store, tmp_path: Path) -> None:
     dead = a_recorder(store, tmp_path)
     for _ in range(300):
         dead.record(a_record())
-    assert await dead._applied(dead._journals.all[0])  # one batch
+    assert await dead._apply_batch(dead._journals.all[0])  # one batch
     dead._journals.close()
 
     heir = a_recorder(store, tmp_path)
-    heir._journals.adopt()
+    heir._journals.claim_orphans()
     await heir.flush()
     assert (await totals(store))["requests"] == "300"
     assert left_in(tmp_path) == []
 
 
-async def test_records_wait_while_redis_is_away_and_are_there_for_the_next_start(store: Store, tmp_path: Path) -> None:
+async def test_records_wait_for_the_next_start_while_redis_is_away(store: Store, tmp_path: Path) -> None:
     away = Store("redis://127.0.0.1:1/0")
     recorder = a_recorder(away, tmp_path)
     recorder.record(a_record())
@@ -125,14 +123,12 @@ async def test_records_wait_while_redis_is_away_and_are_there_for_the_next_start
     await away.close()
 
     recorder = a_recorder(store, tmp_path)
-    recorder._journals.adopt()
+    recorder._journals.claim_orphans()
     await recorder.flush()
     assert (await totals(store))["requests"] == "2"
 
 
-async def test_an_orderly_end_leaves_no_file_and_no_number_that_could_be_applied_again(
-    store: Store, tmp_path: Path
-) -> None:
+async def test_an_orderly_stop_leaves_no_journal_and_no_sequence_number(store: Store, tmp_path: Path) -> None:
     recorder = a_recorder(store, tmp_path)
     recorder.record(a_record())
     (journal,) = recorder._journals.all
@@ -143,12 +139,12 @@ async def test_an_orderly_end_leaves_no_file_and_no_number_that_could_be_applied
 
     late = a_recorder(store, tmp_path)  # a copy of the journal's last batch, on its way all the while
     (tmp_path / f"{journal.id}.jsonl").write_text(lines.entries[0].text + "\n")
-    late._journals.adopt()
+    late._journals.claim_orphans()
     await late.flush()
     assert (await totals(store))["requests"] == "1"
 
 
-async def test_numbers_of_journals_long_done_are_forgotten(store: Store, tmp_path: Path) -> None:
+async def test_sequence_numbers_of_old_journals_are_forgotten(store: Store, tmp_path: Path) -> None:
     await store.client.hset(JOURNALS, mapping={"old": "done:1700000000", "in-use": "17"})
     recorder = a_recorder(store, tmp_path)
     recorder.record(a_record())
@@ -158,7 +154,7 @@ async def test_numbers_of_journals_long_done_are_forgotten(store: Store, tmp_pat
     assert (await totals(store, JOURNALS))["in-use"] == "17"
 
 
-async def test_a_store_that_went_back_gets_again_what_it_lost(store: Store, tmp_path: Path) -> None:
+async def test_a_store_that_lost_records_gets_them_again(store: Store, tmp_path: Path) -> None:
     recorder = a_recorder(store, tmp_path)
     for _ in range(3):
         recorder.record(a_record())
@@ -176,7 +172,7 @@ async def test_a_store_that_went_back_gets_again_what_it_lost(store: Store, tmp_
     assert (await totals(store))["requests"] == "8"
 
 
-async def test_a_cost_beyond_all_measure_is_unknown_and_spoils_no_sum(store: Store, tmp_path: Path) -> None:
+async def test_an_impossible_cost_is_unknown_and_spoils_no_sum(store: Store, tmp_path: Path) -> None:
     recorder = a_recorder(store, tmp_path)
     recorder.record(a_record(cost=1e13))
     recorder.record(a_record(cost=0.25))
@@ -185,7 +181,7 @@ async def test_a_cost_beyond_all_measure_is_unknown_and_spoils_no_sum(store: Sto
     assert (counted["cost_picousd"], counted["cost_unknown"]) == (str(25 * 10**10), "1")
 
 
-async def test_figures_that_cannot_be_counted_are_left_out_and_hold_nothing_up(store: Store, tmp_path: Path) -> None:
+async def test_figures_that_cannot_be_counted_are_left_out_and_block_nothing(store: Store, tmp_path: Path) -> None:
     await store.client.lpush(f"{TOTALS}:small", "wrong type")
     recorder = a_recorder(store, tmp_path)
     recorder.record(a_record())
@@ -193,7 +189,7 @@ async def test_figures_that_cannot_be_counted_are_left_out_and_hold_nothing_up(s
     await recorder.flush()
     assert await store.client.xlen(STREAM) == 2
     assert (await totals(store, f"{TOTALS}:other"))["requests"] == "1"
-    assert recorder._journals.all[0].through
+    assert recorder._journals.all[0].fully_applied
 
 
 async def test_lines_that_are_no_records_are_left_out_and_counted(store: Store, tmp_path: Path) -> None:
@@ -202,7 +198,7 @@ async def test_lines_that_are_no_records_are_left_out_and_counted(store: Store, 
         'garbage\n{"seq": 1, "at": "then"}\n' + '{"seq": 2, ' + a_record().to_json()[1:] + "\n"
     )
     recorder = a_recorder(store, tmp_path, on_dropped=lambda: dropped.append(None))
-    recorder._journals.adopt()
+    recorder._journals.claim_orphans()
     await recorder.flush()
     assert ((await totals(store))["requests"], len(dropped)) == ("1", 2)
 
