@@ -22,12 +22,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from threadpoolctl import threadpool_limits
 
 from proxy.concurrency import GRACE_PERIOD_S, background, cancel_and_wait, in_stoppable_thread, run_uncancelled
-from proxy.profiling.grading import UpstreamModelClient
 from proxy.profiling.jobs import Jobs
+from proxy.profiling.model_client import UpstreamModelClient
 from proxy.profiling.startup import profile_new_models
 from proxy.routing.assigner import ClusterAssigner, deadline_of
 from proxy.server.admin import audit_router, jobs_router, keys_router, models_router
-from proxy.server.admin_bodies import handle_validation_error
 from proxy.server.auth import AuthMiddleware, path_of
 from proxy.server.completions import ChatCompletionsEndpoint
 from proxy.server.completions import router as completions_router
@@ -43,6 +42,7 @@ from proxy.server.ratelimit import RateLimiter
 from proxy.server.reservations import SETTLE_FUNCTION
 from proxy.server.responses import HANDLED_EXCEPTIONS, handle_error
 from proxy.server.startup import START_FAILED, Startup, Step
+from proxy.server.strict_body import handle_validation_error
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings, check_exposure, load_settings
 from proxy.storage.client_keys import AuthRequiredLatch
@@ -156,6 +156,7 @@ class Application(FastAPI):
             self.outermost = cls(self.outermost, *args, **kwargs)
 
     def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document; the first call generates it."""
         if self.openapi_schema is None:
             self.openapi_schema = complete(super().openapi())
         return self.openapi_schema

@@ -102,7 +102,7 @@ async def _next(source: AsyncIterator[T]) -> T:
 class BackgroundTasks:
     """Own the background tasks of one object: name them, log their failures, restart loops, end them at close.
 
-    A task whose error nobody retrieves is silent until the garbage collector finds it, and a loop that a bug has
+    An error that is never retrieved is silent until the garbage collector finds its task, and a loop that a bug has
     ended stays ended. Here a failure is logged when it happens.
     """
 

@@ -26,7 +26,7 @@ from proxy.profiling.job import (
 )
 from proxy.storage.audit_log import Step
 from proxy.storage.models import ModelRecord, StoredProfile
-from proxy.storage.redis import CHANGED, MODELS, PREVIOUS_PROFILES, PROFILES, VERSION, Store, load_script
+from proxy.storage.redis import CHANGED, MODELS, PREVIOUS_PROFILES, PROFILES, VERSION, Store, awaited, load_script
 from proxy.storage.values import InvalidRecord, OddValues
 from router_core.profiles import Profile
 
@@ -91,7 +91,7 @@ class JobStore:
     async def for_model(self, name: str) -> Job | None:
         """Return the model's latest job."""
         async with self._store.operation("read a job") as client:
-            job_id = await _plain(client.hget(LATEST, name))
+            job_id = await awaited(client.hget(LATEST, name))
         return await self.get(job_id) if job_id else None
 
     async def latest(self) -> dict[str, Job]:
@@ -173,9 +173,5 @@ def _pairs(fields: Mapping[str, Any]) -> list[Any]:
 
 
 async def _hash(client: Redis, key: str) -> Mapping[str, str]:
-    found: Mapping[str, str] = await _plain(client.hgetall(key))
+    found: Mapping[str, str] = await awaited(client.hgetall(key))
     return found
-
-
-async def _plain(reply: Any) -> Any:
-    return await reply

@@ -11,9 +11,10 @@ from typing import Any
 
 from proxy.concurrency import BackgroundTasks
 from proxy.errors import NotProfiled
-from proxy.profiling.grading import GradingProcess, ModelClient, RetryPolicy
+from proxy.profiling.grading import GradingProcess
 from proxy.profiling.job import Job, PromptAnswer, ReusedAnswers
 from proxy.profiling.job_store import JobStore
+from proxy.profiling.model_client import ModelClient, RetryPolicy
 from proxy.profiling.prompts import AssignedPrompts, ValidationPrompts
 from proxy.profiling.runner import ENOUGH_LABELS, JobRunner
 from proxy.profiling.worker import JobWorker

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from time import monotonic, time
 
 from proxy.concurrency import cancel_until_done
-from proxy.profiling.grading import (
+from proxy.profiling.grading import GraderRunner, GradingProcess, JudgeNotConfigured
+from proxy.profiling.job import Job, Lease, LeaseLost, PromptAnswer
+from proxy.profiling.job_store import JobStore
+from proxy.profiling.model_client import (
     REASONING_TOKENS,
     TRUNCATED,
     Budget,
-    GraderRunner,
-    GradingProcess,
-    JudgeNotConfigured,
     ModelAnswer,
     ModelCallError,
     ModelClient,
@@ -24,8 +24,6 @@ from proxy.profiling.grading import (
     cost_of,
     max_cost_usd,
 )
-from proxy.profiling.job import Job, Lease, LeaseLost, PromptAnswer
-from proxy.profiling.job_store import JobStore
 from proxy.profiling.prompts import AssignedPrompts, ValidationPrompts, column
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings

@@ -21,8 +21,8 @@ from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
 from proxy.concurrency import BackgroundTasks, cancel_and_wait
 from proxy.profiling.job import OPEN, Lease, LeaseLost, Leases, enqueued_key, job_key, lease_key
 from proxy.profiling.job_store import JobStore
-from proxy.storage.redis import Store, StoreUnavailable, StoreUnreadable
-from proxy.storage.redis_server import RedisServer
+from proxy.storage.redis import Store, StoreUnavailable, StoreUnreadable, awaited
+from proxy.storage.redis_connections import RedisServer
 from proxy.storage.values import OddValues, json_object
 
 log = logging.getLogger("uniroute.jobs")
@@ -250,7 +250,7 @@ class JobWorker:
     async def _orphaned(self) -> list[str]:
         """Return the unfinished jobs that no worker holds and that are not known to wait on the stream."""
         async with self._store.operation("look after jobs") as client:
-            job_ids = await _plain(client.smembers(OPEN))
+            job_ids = await awaited(client.smembers(OPEN))
             async with client.pipeline(transaction=False) as pipe:
                 for job_id in job_ids:
                     for key in (lease_key(job_id), enqueued_key(job_id)):
@@ -259,7 +259,7 @@ class JobWorker:
                 known = await pipe.execute(raise_on_error=False)
             states = list(zip(job_ids, known[0::3], known[1::3], known[2::3], strict=True))
             if gone := [job_id for job_id, _, _, stored in states if stored is not True]:  # or it is no job
-                await _plain(client.srem(OPEN, *gone))
+                await awaited(client.srem(OPEN, *gone))
         return [job_id for job_id, held, enqueued, stored in states if stored is True and max(held, enqueued) <= 0]
 
 
@@ -270,8 +270,3 @@ def _function(method: Callable[[str], Awaitable[None]]) -> Callable[[str], Corou
         await method(job_id)
 
     return profile
-
-
-async def _plain(reply: Any) -> Any:
-    # redis-py types one method for its blocking and its asyncio client: "Awaitable[T] | T".
-    return await reply

@@ -10,18 +10,6 @@ from pydantic import BeforeValidator, WithJsonSchema
 
 from proxy.errors import BadRequest, JobNotFound, ModelNotFound
 from proxy.profiling.job import Job
-from proxy.server.admin_bodies import (
-    MODEL_NAME_SCHEMA,
-    KeyPatch,
-    ModelPatch,
-    NewKey,
-    NewModel,
-    PriceBody,
-    ProfileRequest,
-    Reprofile,
-    Rotation,
-    StrictJSONRoute,
-)
 from proxy.server.admin_responses import (
     Accepted,
     AuditEntries,
@@ -38,8 +26,11 @@ from proxy.server.admin_responses import (
     models_to_json,
 )
 from proxy.server.dependencies import AdminState, AppState, AppStateDep, Audit
+from proxy.server.key_bodies import KeyPatch, NewKey, Rotation
 from proxy.server.middleware import TARGET_IN_SCOPE
-from proxy.server.openapi import BODY_ERRORS, COMMON_ERRORS, admin_key, errors
+from proxy.server.model_bodies import ModelPatch, NewModel, PriceBody, ProfileRequest, Reprofile
+from proxy.server.openapi import BODY_ERRORS, COMMON_ERRORS, MODEL_NAME_SCHEMA, admin_key, errors
+from proxy.server.strict_body import StrictJSONRoute
 from proxy.storage.audit_log import CANCEL_JOB, PROFILE_MODEL
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.models import ModelRecord

@@ -147,9 +147,9 @@ class Demand:
         if record.has_body_params:
             sent = merge_model_params(record.litellm_params, self.body)
             prompt, sizes = prompt + estimate_tokens(_added(sent, self.body)), sizes_of(sent)
-        told = self.choice.told_limit(self.state.pool, name)
-        if told != needs.max_output_tokens:
-            sizes = replace(sizes, limit=told)
+        sent_limit = self.choice.told_limit(self.state.pool, name)
+        if sent_limit != needs.max_output_tokens:
+            sizes = replace(sizes, limit=sent_limit)
         return prompt, sizes
 
     def _reasons_beyond_limit(self, name: str) -> bool:
@@ -285,7 +285,7 @@ class ScriptBatcher:
             except StoreUnavailable as error:
                 self._mark_unavailable(error, batch)
             finally:
-                _fail_all(batch, StoreUnavailable(_CLOSING))  # whatever happened, no caller waits for ever
+                _fail_all(batch, StoreUnavailable(_CLOSING))  # in any case, so that no caller waits for ever
 
     async def _within_timeout(self, batch: list[PendingCall]) -> list[Any]:
         sending = asyncio.create_task(self._send(batch))

@@ -29,7 +29,7 @@ from proxy.concurrency import BackgroundTasks, run_uncancelled
 from proxy.settings.models import SettingsError
 from proxy.settings.redis_address import RedisAddress
 from proxy.settings.schema import Settings
-from proxy.storage.redis_server import IS_REPLICA, RedisServer, SentinelPool, UnsuitableServer
+from proxy.storage.redis_connections import IS_REPLICA, RedisServer, SentinelPool, UnsuitableServer
 from proxy.storage.valkey import EmbeddedStoreFailed, EmbeddedValkey
 
 VERSION: Final = "uniroute:version"
@@ -270,7 +270,7 @@ class Store:
         """Raise SettingsError if a Cluster answers, or a Sentinel that was given as the server."""
         try:
             async with self.operation("reach the store") as client:
-                await _awaited(client.ping())
+                await awaited(client.ping())
         except StoreUnavailable as error:
             if isinstance(error.__cause__, UnsuitableServer):
                 raise SettingsError(f"redis_url: Redis at {self.name} {error.__cause__}") from None
@@ -313,7 +313,7 @@ class Store:
         pool = self.client.connection_pool
         async with self.operation(what) as client:
             if not isinstance(pool, SentinelPool):
-                return await _awaited(client.eval(script, len(keys), *keys, *arguments))
+                return await awaited(client.eval(script, len(keys), *keys, *arguments))
             await pool.look()
             primary = pool.master_address
             command = ["EVAL", script, str(len(keys)), *map(str, (*keys, *arguments))]
@@ -338,7 +338,7 @@ class Store:
         """Ask the server."""
         try:
             async with self.operation("reach the store") as client:
-                return bool(await _awaited(client.ping()))
+                return bool(await awaited(client.ping()))
         except StoreUnavailable:
             return False
 
@@ -400,7 +400,7 @@ async def _answers(client: Redis) -> bool:
     """Return whether the server says anything: an error, or a refused connection, needs no waiting either."""
     try:
         async with asyncio.timeout(PING_TIMEOUT_S):
-            await _awaited(client.ping())
+            await awaited(client.ping())
     except (NoAnswer, TimeoutError):
         return False
     except (RedisError, OSError):
@@ -452,6 +452,6 @@ async def retry_until_available(operation: Callable[[], Awaitable[None]]) -> Non
             await asyncio.sleep(RETRY_INTERVAL_S)
 
 
-async def _awaited(reply: Any) -> Any:
-    # redis-py types one method for its blocking and its asyncio client: "Awaitable[T] | T".
+async def awaited(reply: Any) -> Any:
+    """Await a reply that redis-py types for its blocking client too, as "Awaitable[T] | T"."""
     return await reply

@@ -207,19 +207,19 @@ def parse_usage(usage: object) -> TokenCounts:
     """
     if not isinstance(usage, Mapping):
         return TokenCounts()
-    told: dict[str, int] = {}
-    _read(usage, _MEANINGS, told, depth=0)
-    get = told.get
-    if "written_1h" in told:
-        told["written"] = max(get("written", 0), get("written_5m", 0) + told["written_1h"])
+    found: dict[str, int] = {}
+    _read(usage, _MEANINGS, found, depth=0)
+    get = found.get
+    if "written_1h" in found:
+        found["written"] = max(get("written", 0), get("written_5m", 0) + found["written_1h"])
     if by_tools := get("by_tools"):
-        told["prompt"] = get("prompt", 0) + by_tools
+        found["prompt"] = get("prompt", 0) + by_tools
     prompt, output = get("prompt"), get("output")
-    if not (prompt and output and get("total", prompt + output) == prompt + output and _has_no_parts(told)):
-        prompt, output = _whole(usage, told)
-        if not get("reasoning") and "output" in told and prompt and output and output > told["output"]:
+    if not (prompt and output and get("total", prompt + output) == prompt + output and _has_no_parts(found)):
+        prompt, output = _whole(usage, found)
+        if not get("reasoning") and "output" in found and prompt and output and output > found["output"]:
             # The total has more than the counts: reasoning that is not counted by itself.
-            told["reasoning"] = output - told["output"]
+            found["reasoning"] = output - found["output"]
     return TokenCounts(
         prompt_tokens=prompt,
         cached_tokens=get("cached"),
@@ -235,22 +235,22 @@ def parse_usage(usage: object) -> TokenCounts:
     )
 
 
-def _has_no_parts(told: Mapping[str, int]) -> bool:
-    return not (told.get("cached") or told.get("written") or told.get("reasoning"))
+def _has_no_parts(found: Mapping[str, int]) -> bool:
+    return not (found.get("cached") or found.get("written") or found.get("reasoning"))
 
 
-def _read(usage: Mapping[str, Any], names: Mapping[str, str], told: dict[str, int], depth: int) -> None:
+def _read(usage: Mapping[str, Any], names: Mapping[str, str], found: dict[str, int], depth: int) -> None:
     """Add each count under its meaning: the largest, since it may stand in several places, in some of them as zero."""
     for name, value in usage.items():
         if type(value) is int or type(value) is float:
             meaning = names.get(name)
-            if meaning is not None and (count := _count(value)) is not None and count >= told.get(meaning, 0):
-                told[meaning] = count
+            if meaning is not None and (count := _count(value)) is not None and count >= found.get(meaning, 0):
+                found[meaning] = count
         elif value and (inner := _DETAILS.get(name)) is not None and depth < _MAX_DETAIL_DEPTH:
             if isinstance(value, list):
                 value = _modes(value)
             if isinstance(value, Mapping):
-                _read(value, inner, told, depth + 1)
+                _read(value, inner, found, depth + 1)
 
 
 def _modes(listed: list[Any]) -> Mapping[str, Any]:
@@ -262,10 +262,10 @@ def _modes(listed: list[Any]) -> Mapping[str, Any]:
     }
 
 
-def _whole(usage: Mapping[str, Any], told: Mapping[str, int]) -> tuple[int | None, int | None]:
+def _whole(usage: Mapping[str, Any], found: Mapping[str, int]) -> tuple[int | None, int | None]:
     """Return all tokens of the prompt and all of the answer."""
-    prompt, output, total = told.get("prompt"), told.get("output"), told.get("total", 0)
-    cache, reasoning = told.get("cached", 0) + told.get("written", 0), told.get("reasoning", 0)
+    prompt, output, total = found.get("prompt"), found.get("output"), found.get("total", 0)
+    cache, reasoning = found.get("cached", 0) + found.get("written", 0), found.get("reasoning", 0)
     if not prompt:
         # All of it came from a cache, or only the total is known.
         return max(total - output if output else 0, cache) or prompt, _answer(output, reasoning)

@@ -1,4 +1,4 @@
-"""Read values that Redis holds, whoever wrote them, and warn of the odd ones."""
+"""Read values that Redis holds, which other programs may have written, and warn of the odd ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers are graded in a child process: what holds it up or breaks it costs one label and nothing else."""
+"""Answers are graded in a child process: one that hangs or breaks it costs one label."""
 
 from __future__ import annotations
 

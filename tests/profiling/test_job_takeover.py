@@ -1,4 +1,4 @@
-"""Workers die, stop, lose Redis or meet: a job goes on, once, and loses nothing that was answered."""
+"""Workers die, stop, lose Redis or meet: a job continues, once, and loses no answer."""
 
 from __future__ import annotations
 

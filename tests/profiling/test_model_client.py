@@ -1,4 +1,4 @@
-"""One answer as profiling reads it, whatever a model's server made of it."""
+"""How profiling reads one answer of a model."""
 
 from __future__ import annotations
 
@@ -7,12 +7,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import ResponseMemoryFull, ResponseTooLarge, UpstreamError
-from proxy.profiling.grading import (
-    MAX_GRADED_CHARS,
-    ModelCallError,
-    UpstreamModelClient,
-    read_answer,
-)
+from proxy.profiling.model_client import MAX_GRADED_CHARS, ModelCallError, UpstreamModelClient, read_answer
 from proxy.storage.models import ModelRecord
 from tests.support.makers import a_record
 

@@ -1,4 +1,4 @@
-"""A new cluster map: what a model answered on the old one makes its profile, and only what is missing is asked."""
+"""A new cluster map: recorded answers make the profile, and only missing ones are asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Carrying answers over to a new map among several processes, some of them on the old map, some of them dying."""
+"""Migration of profiles by several processes, some on the old map, some of them dying."""
 
 from __future__ import annotations
 

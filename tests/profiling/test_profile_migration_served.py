@@ -1,4 +1,4 @@
-"""`uniroute serve` on one map, then on another: measured models are ready again, and nobody is asked anything."""
+"""`uniroute serve` on one map, then on another: profiled models are ready again without a prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An outcomes file to one model's profile."""
+"""An outcomes file becomes the profile of one model."""
 
 from __future__ import annotations
 

@@ -1,5 +1,3 @@
-"""What each λ is expected to cost and achieve, and which λ to set for it."""
-
 from __future__ import annotations
 
 from collections import Counter
@@ -12,10 +10,12 @@ from router_core.calibration import (
     best_within_budget,
     candidate_lambdas,
     cheapest_for_quality,
+    quality_interval,
     sweep_lambdas,
 )
 from router_core.eligibility import eligible
 from router_core.errors import InvalidInput, NoEligibleModel
+from router_core.pool import Pool
 from router_core.scoring import ScoringParams, rank
 from router_core.types import Assignment, Capabilities, Price, Requirements
 from tests.router_core.makers import a_candidate, a_pool, an_assignment
@@ -167,3 +167,47 @@ def test_a_sweep_needs_a_prompt_and_a_routable_model() -> None:
         sweep_lambdas(a_pool(a_candidate()), an_assignment(), np.zeros(0))
     with pytest.raises(NoEligibleModel, match="both a profile and a price"):
         sweep_lambdas(a_pool(a_candidate(price=None)), an_assignment(0), np.zeros(1))
+
+
+PROMPTS = an_assignment(0, 0)
+
+
+def two_models(cheap: float, dear: float) -> Pool:
+    """A label weight of 100.5 behind each rate, the shrinkage included."""
+    return a_pool(
+        a_candidate("cheap", (cheap,) * 3, Price(0.0, 1e-6)), a_candidate("dear", (dear,) * 3, Price(0.0, 1e-5))
+    )
+
+
+def interval(pool: Pool, lambda_: float) -> tuple[float, float] | None:
+    expected = sweep_lambdas(pool, PROMPTS, np.zeros(2))
+    return quality_interval(expected, expected.at(lambda_), pool, PROMPTS)
+
+
+def test_the_best_single_model_has_a_certain_relative_quality() -> None:
+    assert interval(two_models(0.5, 0.2), 0.0) == pytest.approx((1.0, 1.0))
+
+
+def test_the_quality_interval_includes_the_doubt_of_both_models() -> None:
+    """0.5 ÷ 0.8 of the best; variances 0.25 ÷ 101.5 of the one rate and 0.16 ÷ 101.5 of the other."""
+    deviation = np.sqrt(0.25 / 101.5 + 0.625**2 * 0.16 / 101.5) / 0.8
+    expected = (0.625 - 1.645 * deviation, 0.625 + 1.645 * deviation)
+    assert interval(two_models(0.5, 0.2), 1e3) == pytest.approx(expected)
+
+
+def test_there_is_no_quality_interval_if_every_model_is_always_wrong() -> None:
+    assert interval(two_models(1.0, 1.0), 0.0) is None
+
+
+def test_more_labels_narrow_the_quality_interval() -> None:
+    few, many = (
+        a_pool(
+            a_candidate("cheap", (0.5,) * 3, Price(0.0, 1e-6)),
+            a_candidate("dear", (0.2,) * 3, Price(0.0, 1e-5)),
+        )
+        for _ in range(2)
+    )
+    many.label_weights[:] = 1e4
+    low, high = interval(few, 1e3) or (0.0, 0.0)
+    assert (interval(many, 1e3) or (0.0,))[0] > low
+    assert (interval(many, 1e3) or (0.0, 9.0))[1] < high

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from random import Random
+from unicodedata import category
 
 import pytest
 import tokenizers
@@ -107,7 +108,11 @@ def test_any_text_has_the_same_ids(reference: tokenizers.Tokenizer, tokenizer: T
 
 
 def test_every_character_has_the_same_ids(reference: tokenizers.Tokenizer, tokenizer: Tokenizer) -> None:
-    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    """Of characters that Unicode has not assigned, or left to private use, one in forty stands for all."""
+    characters = [
+        chr(code) for code in range(0x110000) if category(chr(code)) not in {"Cs", "Cn", "Co"} or not code % 40
+    ]
+    characters = [character for character in characters if category(character) != "Cs"]
     Random(1).shuffle(characters)
     for start in range(0, len(characters), 5_000):
         few = characters[start : start + 5_000]

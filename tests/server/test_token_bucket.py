@@ -1,4 +1,4 @@
-"""One table for both buckets, the Lua one and this process' own; and that neither gives more than it may."""
+"""One table for both buckets, in Lua and in Python; neither grants more than it may."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a key's record may say, and that one which says anything else opens nothing."""
+"""Fields of a key's record, and records that are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys in the store: nothing acknowledged is lost to another's change, and no change lacks its audit line."""
+"""Keys in the store: concurrent changes are all kept, and every change has an audit line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The money matrix, whole: every report at every price, to the picodollar."""
+"""Every report of usage at every price, to the picodollar."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the bundled price map knows, under which names; and broken maps."""
+"""Entries of the bundled price map and their names; broken maps."""
 
 from __future__ import annotations
 

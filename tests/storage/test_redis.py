@@ -1,8 +1,9 @@
-"""The embedded server: one owner, adoption after a kill, nothing acknowledged lost; and what an absent Redis says."""
+"""The embedded server and its users; operations on a Redis that is away or silent; the state of availability."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import subprocess
@@ -15,7 +16,14 @@ from typing import Any
 import pytest
 
 from proxy.settings.schema import Settings
-from proxy.storage.redis import MAX_CONNECTIONS, OPERATION_TIMEOUT_S, Store, StoreUnavailable
+from proxy.storage.redis import (
+    MAX_CONNECTIONS,
+    OPERATION_TIMEOUT_S,
+    Availability,
+    Store,
+    StoreUnavailable,
+    load_script,
+)
 from proxy.storage.valkey import MAX_SOCKET_PATH, EmbeddedStoreFailed, EmbeddedValkey, private_folder, socket_path
 
 USER = """
@@ -256,3 +264,62 @@ async def test_an_operation_on_a_silent_redis_ends_within_its_timeout() -> None:
     hung_up.set()
     server.close()
     await asyncio.sleep(0)  # lets the handler close its end
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_each_change_of_availability_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    availability = Availability(logging.getLogger("uniroute.test"), back="it is back")
+    availability.mark_available()
+    for _ in range(3):
+        availability.mark_unavailable("it is away")
+    availability.mark_available()
+    availability.mark_unavailable("it is away again")
+    assert [record.message for record in caplog.records] == ["it is away", "it is back", "it is away again"]
+
+
+def test_an_outage_from_the_start_is_logged_again_after_the_interval(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    availability = Availability(logging.getLogger("uniroute.test"), known=False, clock=clock)
+    for seconds in (0.0, 59.0, 2.0):
+        clock.now += seconds
+        availability.mark_unavailable(f"away at {clock.now:g}", log_interval_s=60.0)
+    assert [record.message for record in caplog.records] == ["away at 100", "away at 161"]
+
+
+def test_an_unavailable_store_is_asked_by_one_caller_in_each_interval() -> None:
+    clock = Clock()
+    availability = Availability(retry_interval_s=1.0, clock=clock)
+    assert [availability.may_ask() for _ in range(2)] == [True, True]
+    availability.mark_unavailable("away")
+    assert not availability.may_ask()
+    clock.now += 1.0
+    assert [availability.may_ask() for _ in range(3)] == [True, False, False]
+    assert (availability.available, availability.unavailable_s) == (False, 1.0)
+    availability.mark_available()
+    assert availability.may_ask()
+
+
+async def test_polling_ends_with_the_first_answer() -> None:
+    answers = iter([False, False, True])
+    availability = Availability(retry_interval_s=0.0)
+    availability.mark_unavailable("away")
+
+    async def ask() -> bool:
+        return next(answers)
+
+    await availability.poll(ask)
+    assert availability.available
+    assert list(answers) == []
+
+
+def test_a_script_is_its_constants_and_then_its_files() -> None:
+    script = load_script("proxy.server", "bucket", "date", PREFIX="uniroute:", KEPT_S=60)
+    assert script.startswith('local PREFIX = "uniroute:"\nlocal KEPT_S = 60\n-- Token bucket')
+    assert script.index("limits_leaked") < script.index("limits_date")

@@ -1,4 +1,4 @@
-"""Writes are whole or refused, raise the version, and never half done."""
+"""Writes to the registry are done whole or refused, and raise the version."""
 
 from __future__ import annotations
 

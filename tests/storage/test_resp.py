@@ -1,4 +1,4 @@
-"""Commands that are packed here are redis-py's own bytes, and a round trip of them ends as a pipeline's does."""
+"""Encoded commands are redis-py's bytes, and a pipeline of them behaves as redis-py's."""
 
 from __future__ import annotations
 

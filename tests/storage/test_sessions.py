@@ -1,4 +1,4 @@
-"""The memory of conversations, over a real Valkey: shared, expiring, and never in the way."""
+"""The memory of sessions over a real Valkey: shared, expiring, bounded."""
 
 from __future__ import annotations
 
@@ -202,11 +202,11 @@ async def test_one_request_a_second_waits_for_a_frozen_redis(valkey: EmbeddedVal
     assert (await memory.lookup([], "session")).last is not None
     with frozen(valkey):
         started = time.monotonic()
-        recalled = [await memory.lookup(["call"], "session") for _ in range(50)]
+        found = [await memory.lookup(["call"], "session") for _ in range(50)]
         within = time.monotonic() - started
         assert within < OPERATION_TIMEOUT_S  # not once the time that other operations give Redis
         # from this process's own memory, without asking again
-        assert [turn.last.model for turn in recalled if turn.last] == ["small"] * 50
+        assert [turn.last.model for turn in found if turn.last] == ["small"] * 50
         assert len(missed) <= 1 + within / RETRY_INTERVAL_S
 
         memory._availability._retry_at = 0.0  # the second has passed

@@ -1,4 +1,4 @@
-"""Live traffic moves expected tokens and seconds, and nothing else."""
+"""Live traffic changes expected tokens and seconds, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens and money: every vendor's report is read alike, buckets are disjoint, and unknown is unknown."""
+"""Tokens and costs: reports of all vendors are read alike, parts are disjoint, and unknown is unknown."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from proxy.cli.models import per_million
-from proxy.profiling.grading import cost_of as cost_of_answer
-from proxy.profiling.grading import read_answer
+from proxy.profiling.model_client import cost_of as cost_of_answer
+from proxy.profiling.model_client import read_answer
 from proxy.storage.usage import TokenCounts, UsageRecord, buckets_of, cost_usd, parse_usage, usage_of
 from router_core.types import Price
 

@@ -1,4 +1,4 @@
-"""What a request cost: as it was reported, else as estimated, and nothing where nobody began."""
+"""The cost of a request: reported, else estimated, else zero if no answer began."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The journal of usage: what was written is read in order, by whoever comes next, whatever the disk did."""
+"""The journal of usage: records are read in order and once, by the next process too, whatever the disk does."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ import httpx
 import numpy as np
 
 from proxy.errors import UpstreamError
-from proxy.profiling.grading import RetryPolicy, UpstreamModelClient
 from proxy.profiling.job import Job
 from proxy.profiling.jobs import Jobs
+from proxy.profiling.model_client import RetryPolicy, UpstreamModelClient
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
 from proxy.storage.redis import Store

@@ -21,8 +21,8 @@ from router_core.types import Assignment, Floats, Price, Requirements
 from tests.router_core.evaluation.toys import SIX, a_known, a_plan, asked, two_kinds, vectors_of
 
 EXPECTED_ERRORS, EXPECTED_CENTS = np.array([0.6, 0.1, 0.3]), np.array([1.0, 9.0, 3.0])
+# The truth: the third model is the best, though the second was expected to be.
 COSTS, QUALITIES = np.array([2.0, 8.0, 4.0]), np.array([0.5, 0.7, 0.8])
-"""The truth: the third model is the best, though the second was expected to be."""
 A, B = np.eye(2, dtype=np.float32)
 
 

@@ -1,5 +1,3 @@
-"""A study of outcomes whose best routing is plain: what each method must find, and what must not matter."""
-
 from __future__ import annotations
 
 from dataclasses import replace
@@ -8,13 +6,14 @@ import numpy as np
 import pytest
 
 from router_core.errors import InvalidInput
+from router_core.evaluation.curves import BUDGETS, Baselines, Curve
 from router_core.evaluation.outcomes import Outcomes
-from router_core.evaluation.study import ESTIMATED, METHODS, Results, ServedTrial, run_study
+from router_core.evaluation.study import ESTIMATED, METHODS, Results, ServedTrial, run_study, summarize, trial_metrics
 from router_core.evaluation.trials import Plan, Trial
 from tests.router_core.evaluation.toys import SIX, TWO, a_plan, trials_of, two_kinds, vectors_of
 
+# The methods that look at the prompt, and at no more than they may.
 LOOKING = (*ESTIMATED, "ours")
-"""The methods that look at the prompt, and at no more than they may."""
 ALL_NEW, SOME_NEW = a_plan(), a_plan(unseen=2 / 3)
 SIX_PRICES = {name: (kind, replace(price, output_cost_per_token=1e-6)) for name, (kind, price) in SIX.items()}
 
@@ -86,8 +85,8 @@ def test_the_heat_map_is_of_all_models_with_all_their_labels(plain: Results) -> 
 
 
 def test_the_seed_decides_every_figure() -> None:
-    outcomes = two_kinds(90, SIX)
-    one, same, other = (studied(outcomes, replace(SOME_NEW, seed=seed)) for seed in (3, 3, 4))
+    outcomes, plan = two_kinds(90, SIX), a_plan(labels=(20,), unseen=2 / 3)
+    one, same, other = (studied(outcomes, replace(plan, seed=seed)) for seed in (3, 3, 4))
     for method in METHODS:
         assert areas(one, method) == areas(same, method)
     assert one.differences == same.differences
@@ -124,8 +123,9 @@ def test_a_new_model_without_labels_breaks_no_method(plan: Plan, labels: int, me
     asked = trial.sample(trial.order[:labels])
     silent, nobody = asked.scores.copy(), np.full_like(asked.scores, np.nan)
     silent[:, 0] = np.nan
+    estimator = ESTIMATED[method](trial.history)
     for scores in (silent, nobody):
-        expected = ESTIMATED[method](trial.history)(replace(asked, scores=scores), trial.test.vectors)
+        expected = estimator(replace(asked, scores=scores), trial.test.vectors)
         assert ((expected >= 0) & (expected <= 1)).all()
 
 
@@ -213,3 +213,56 @@ def test_models_without_a_common_prompt_cannot_be_compared() -> None:
 def test_a_file_of_a_few_prompts_can_be_evaluated() -> None:
     results = studied(two_kinds(10), a_plan(labels=(1, 7), trials=3))
     assert all(0.0 <= figures.peak.mean <= 1.0 for by in results.methods.values() for figures in by.values())
+
+
+ANCHORS = Baselines(cheapest=1.0, best=5.0, dearest=9.0, best_quality=0.8)
+BEST_IS_CHEAPEST = Baselines(cheapest=1.0, best=1.0, dearest=9.0, best_quality=0.8)
+
+
+def a_line(top: float) -> Curve:
+    """Of slope, from the best single model's cost to the cheapest's."""
+    return Curve(np.array([5.0, 1.0]), np.array([top, 0.4]))
+
+
+def test_the_mean_curve_has_the_mean_area() -> None:
+    found = summarize([trial_metrics(a_line(0.8), ANCHORS), trial_metrics(a_line(0.6), ANCHORS)], seed=0)
+    assert found.area.mean == pytest.approx((0.6 + 0.5) / 2)
+    assert found.curve.qualities.mean() == pytest.approx(found.area.mean)
+    assert found.curve.qualities[[0, -1]] == pytest.approx([0.7, 0.4])
+
+
+def test_costs_of_the_mean_curve_are_relative_to_the_best_single_models() -> None:
+    costs = summarize([trial_metrics(a_line(0.8), ANCHORS)], seed=0).curve.costs
+    assert (costs[0], costs[-1], costs.size) == (1.0, pytest.approx(0.2), BUDGETS)
+    assert (np.diff(costs) < 0).all()
+
+
+def test_a_trial_without_an_area_does_not_count_for_it() -> None:
+    found = summarize([trial_metrics(a_line(0.8), ANCHORS), trial_metrics(a_line(0.2), BEST_IS_CHEAPEST)], seed=0)
+    assert (found.area.mean, found.area.trials) == pytest.approx((0.6, 1))
+    assert (found.peak.mean, found.peak.trials) == pytest.approx(((0.8 + 0.4) / 2, 2))
+    assert found.curve.qualities[0] == pytest.approx(0.8)
+
+
+def test_a_figure_that_no_trial_defines_is_nan() -> None:
+    found = summarize([trial_metrics(a_line(0.2), BEST_IS_CHEAPEST)], seed=0)
+    assert np.isnan([found.area.mean, found.area.low, found.area.high]).all()
+    assert found.area.trials == 0
+    assert np.isnan(found.curve.costs).all()
+    assert np.isnan(found.curve.qualities).all()
+
+
+def test_quality_that_is_not_reached_has_no_qnc_and_is_counted() -> None:
+    found = summarize([trial_metrics(a_line(0.8), ANCHORS), trial_metrics(a_line(0.6), ANCHORS)], seed=0)
+    assert (found.reached, found.qnc.trials, found.qnc.mean) == pytest.approx((0.5, 1, 1.0))
+
+
+def test_free_quality_is_reached_although_its_qnc_is_undefined() -> None:
+    free = Baselines(cheapest=0.0, best=0.0, dearest=9.0, best_quality=0.8)
+    found = summarize([trial_metrics(a_line(0.8), free), trial_metrics(a_line(0.6), free)], seed=0)
+    assert (found.reached, found.qnc.trials) == (0.5, 0)
+
+
+def test_an_interval_holds_its_mean() -> None:
+    area = summarize([trial_metrics(a_line(top), ANCHORS) for top in (0.5, 0.6, 0.7, 0.8)], seed=0).area
+    assert area.low < area.mean < area.high

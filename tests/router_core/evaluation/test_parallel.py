@@ -1,31 +1,17 @@
-"""Work over several processes: in order, one thread each, and the figures of one process alone."""
-
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from threading import Event
 
-import faiss
 import pytest
-from threadpoolctl import threadpool_info
 
 from router_core.errors import InvalidInput, WorkerLost
 from router_core.evaluation.parallel import parallel_map
 from router_core.evaluation.study import METHODS, run_study
 from tests.router_core.evaluation.toys import a_plan, two_kinds, vectors_of
+from tests.router_core.evaluation.work import heeds_interrupts, leave, refuse_three, stay_stuck, threads
 from tests.support.processes import process_group
-
-
-def threads(_item: int) -> tuple[int, int]:
-    return int(faiss.omp_get_max_threads()), max(library["num_threads"] for library in threadpool_info())
-
-
-def refuse_three(item: int) -> int:
-    if item == 3:
-        raise InvalidInput("3 is not wanted")
-    return item
 
 
 def test_each_item_runs_in_one_thread_and_the_limits_are_restored() -> None:
@@ -55,26 +41,12 @@ def test_results_do_not_depend_on_the_number_of_processes() -> None:
     assert told[: len(told) // 2] == told[len(told) // 2 :]
 
 
-def stuck(_item: int) -> None:
-    """Says who it is, and never ends by itself."""
-    print(os.getpid(), flush=True)  # noqa: T201
-    Event().wait()
-
-
-def heeds_interrupts(_item: int) -> bool:
-    return signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
-
-
-def leave(_item: int) -> None:
-    os._exit(9)
-
-
 def test_a_killed_worker_is_reported() -> None:
     with pytest.raises(WorkerLost, match="give fewer workers"):
         list(parallel_map(leave, range(3), 2))
 
 
-STUCK = [sys.executable, "-c", f"from {__name__} import parallel_map, stuck; list(parallel_map(stuck, range(4), 2))"]
+STUCK = [sys.executable, "-c", f"from {stay_stuck.__module__} import stay_stuck; stay_stuck()"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

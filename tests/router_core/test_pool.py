@@ -1,5 +1,3 @@
-"""Ψ of all models together."""
-
 import numpy as np
 import pytest
 

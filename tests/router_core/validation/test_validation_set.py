@@ -1,5 +1,3 @@
-"""Which prompts are asked when not all are, and how much label weight each cluster gets."""
-
 from __future__ import annotations
 
 import numpy as np

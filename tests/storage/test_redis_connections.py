@@ -1,4 +1,4 @@
-"""Ways to a Redis of one's own, each for real: TLS, client certificates, ACL users, sentinels; and what is refused."""
+"""Connections to a Redis of one's own: TLS, client certificates, ACL users, sentinels; servers that are refused."""
 
 from __future__ import annotations
 

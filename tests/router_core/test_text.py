@@ -1,8 +1,15 @@
-"""What is looked at of a long text."""
-
 from __future__ import annotations
 
-from router_core.text import MAX_END_CHARS, truncate_middle
+import pytest
+
+from router_core.text import MAX_END_CHARS, estimate_tokens, text_bytes, truncate_middle
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "tokens"), [("", 0, 1), ("abc", 3, 1), ("a" * 40, 40, 10), ("字" * 8, 24, 6), ("\ud800", 1, 1)]
+)
+def test_a_token_is_four_bytes_and_every_text_has_one(text: str, size: int, tokens: int) -> None:
+    assert (text_bytes(text), estimate_tokens(text)) == (size, tokens)
 
 
 def test_a_short_text_is_not_truncated() -> None:
