@@ -26,7 +26,7 @@ from starlette.datastructures import Headers, MutableHeaders
 
 from proxy.errors import BadRequest
 from proxy.routing.chat_request import parse_object
-from proxy.server.dependencies import services_of
+from proxy.server.dependencies import app_state_of
 from proxy.server.requests import read_body
 from proxy.server.responses import error_response
 from proxy.settings.litellm_params import ParamError, is_model_info_of_litellm, is_provider_param
@@ -63,7 +63,7 @@ class StrictJSONRoute(APIRoute):
         required = self.body_field.field_info.is_required()
 
         async def handle_parsed(request: Request) -> Response:
-            settings = (await services_of(request)).settings
+            settings = (await app_state_of(request)).settings
             raw = await read_body(request, settings.max_body_bytes)
             document = parse_object(raw) if raw or required else {}
             return await handle(ParsedRequest(request, raw, document))

@@ -15,10 +15,11 @@ from proxy.routing.chat_request import READ_HEADERS, parse_chat
 from proxy.routing.selection import Selection, select_model, selection_to_json
 from proxy.server.attempts import Attempts
 from proxy.server.auth import KEY_IN_SCOPE, path_of
-from proxy.server.dependencies import AppState, AppStateDep, RequestContext, ServicesHolder
+from proxy.server.dependencies import AppState, AppStateDep, RequestContext
 from proxy.server.ratelimit import Reservation
 from proxy.server.request_log import RequestRecord
 from proxy.server.requests import (
+    APP_STATE,
     RECEIVED_AT,
     REQUEST_IDS,
     cancel_on_disconnect,
@@ -43,16 +44,15 @@ router = APIRouter()
 class ChatCompletionsEndpoint:
     """Answer chat completions before the framework, whose routing and dependencies cost more than model selection."""
 
-    def __init__(self, app: ASGIApp, holder: ServicesHolder) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self._holder = holder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST" or path_of(scope) != PATH:
             await self.app(scope, receive, send)
             return
         try:
-            response = await chat_completions(Request(scope, receive), self._holder.services)
+            response = await chat_completions(Request(scope, receive), scope[APP_STATE])
         except HANDLED_EXCEPTIONS as error:
             response = error_response(error)
         await response(scope, receive, send)
