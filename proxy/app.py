@@ -21,13 +21,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 from threadpoolctl import threadpool_limits
 
-from proxy.concurrency import GRACE_PERIOD_S, cancel_and_wait, in_stoppable_thread, run_uncancelled
-from proxy.profiling.grading import UpstreamAnswerer
+from proxy.concurrency import GRACE_PERIOD_S, background, cancel_and_wait, in_stoppable_thread, run_uncancelled
 from proxy.profiling.jobs import Jobs
+from proxy.profiling.model_client import UpstreamModelClient
 from proxy.profiling.startup import profile_new_models
 from proxy.routing.assigner import ClusterAssigner, deadline_of
 from proxy.server.admin import audit_router, jobs_router, keys_router, models_router
-from proxy.server.admin_bodies import handle_validation_error
 from proxy.server.auth import AuthMiddleware, path_of
 from proxy.server.completions import ChatCompletionsEndpoint
 from proxy.server.completions import router as completions_router
@@ -43,6 +42,7 @@ from proxy.server.ratelimit import RateLimiter
 from proxy.server.reservations import SETTLE_FUNCTION
 from proxy.server.responses import HANDLED_EXCEPTIONS, handle_error
 from proxy.server.startup import START_FAILED, Startup, Step
+from proxy.server.strict_body import handle_validation_error
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings, check_exposure, load_settings
 from proxy.storage.client_keys import AuthRequiredLatch
@@ -168,6 +168,7 @@ class Application(FastAPI):
             self.outermost = cls(self.outermost, *args, **kwargs)
 
     def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document; the first call generates it."""
         if self.openapi_schema is None:
             self.openapi_schema = complete(super().openapi())
         return self.openapi_schema
@@ -322,15 +323,14 @@ async def app_state(
             await assigner.warm(cluster_map)
         with startup.step("importing litellm"):
             await upstream.warm_up()
-        price_feed = asyncio.create_task(PriceFeed(settings, store, registry, state).run(), name="uniroute-prices")
-        closing.push_async_callback(cancel_and_wait, price_feed)
-        jobs = Jobs(store, state, UpstreamAnswerer(upstream), assigner.embedder, settings)
+        feed = PriceFeed(settings, store, registry, state)
+        await closing.enter_async_context(background("uniroute-prices", feed.run))
+        jobs = Jobs(store, state, UpstreamModelClient(upstream), assigner.embedder, settings)
         closing.push_async_callback(jobs.close)
         await jobs.start_worker()
         metrics.look_at(lambda: _update_gauges(metrics, state, usage))
         if counts is not None:
-            updating = asyncio.create_task(_update_metrics(metrics), name="uniroute-metrics")
-            closing.push_async_callback(cancel_and_wait, updating)
+            await closing.enter_async_context(background("uniroute-metrics", partial(_update_metrics, metrics)))
         yield AppState(
             settings=settings,
             store=store,
@@ -412,12 +412,11 @@ async def _health_registry(
     collector = HealthCollector(health, lambda: state.current.models, metrics.values)
     metrics.look_at(collector.look)
     metrics.registry.register(collector)
-    pruning = asyncio.create_task(prune_removed_models(health, lambda: state.current.models), name="uniroute-roster")
-    try:
-        async with _running(CooldownReplicator(store, health, lambda: state.current.models)):
-            yield health
-    finally:
-        await cancel_and_wait(pruning)
+    models = lambda: state.current.models  # noqa: E731
+    replicator = CooldownReplicator(store, health, models)
+    pruning = partial(prune_removed_models, health, models)
+    async with background("uniroute-pruning", pruning), _running(replicator):
+        yield health
 
 
 METRICS_INTERVAL_S = 1.0

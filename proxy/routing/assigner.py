@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import blake2b
 
-from proxy.concurrency import in_own_thread
+from proxy.concurrency import LRU, in_own_thread
 from router_core.clustering import ClusterMap
 from router_core.embedding import StaticEmbedder
 from router_core.types import Assignment, Embedder
@@ -23,8 +23,7 @@ WORKERS = 2
 
 MAX_QUEUED = 64
 
-# Prompts of one generation; two are kept.
-MAX_REMEMBERED = 2_048
+MAX_REMEMBERED = 4_096
 
 
 class AssignmentTimeout(Exception):
@@ -46,8 +45,7 @@ class ClusterAssigner:
         self._cpu_s = cpu_s
         self._executor = ThreadPoolExecutor(WORKERS, thread_name_prefix="embedding")
         self._queued = 0
-        self._recent: dict[tuple[str, bytes], Assignment] = {}
-        self._previous: dict[tuple[str, bytes], Assignment] = {}
+        self._known: LRU[tuple[str, bytes], Assignment] = LRU(MAX_REMEMBERED)
 
     async def warm(self, cluster_map: ClusterMap) -> None:
         """Load whatever the first prompt would have to wait for."""
@@ -56,25 +54,16 @@ class ClusterAssigner:
     async def assign(self, text: str, cluster_map: ClusterMap) -> Assignment:
         """Return one row, read-only. Raises AssignmentTimeout."""
         key = cluster_map.id, blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        found = self._recent.get(key)
+        found = self._known.get(key)
         if found is None:
-            found = (
-                self._previous.get(key)
-                or self._assign_inline(text, cluster_map)
-                or await self._assign_in_thread(text, cluster_map)
-            )
-            self._remember(key, found)
+            found = self._assign_inline(text, cluster_map) or await self._assign_in_thread(text, cluster_map)
+            self._known[key] = found
         return found
 
     def _assign_inline(self, text: str, cluster_map: ClusterMap) -> Assignment | None:
         """Embed a short prompt on the event loop, in a millisecond at most; return None for a longer one."""
         vector = self.embedder.embed_if_short(text) if isinstance(self.embedder, StaticEmbedder) else None
         return None if vector is None else _read_only(cluster_map.assign(vector))
-
-    def _remember(self, key: tuple[str, bytes], assignment: Assignment) -> None:
-        self._recent[key] = assignment
-        if len(self._recent) > MAX_REMEMBERED:
-            self._previous, self._recent = self._recent, {}
 
     async def _assign_in_thread(self, text: str, cluster_map: ClusterMap) -> Assignment:
         if self._queued >= MAX_QUEUED:

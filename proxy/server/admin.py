@@ -10,18 +10,6 @@ from pydantic import BeforeValidator, WithJsonSchema
 
 from proxy.errors import BadRequest, JobNotFound, ModelNotFound
 from proxy.profiling.job import Job
-from proxy.server.admin_bodies import (
-    MODEL_NAME_SCHEMA,
-    KeyPatch,
-    ModelPatch,
-    NewKey,
-    NewModel,
-    PriceBody,
-    ProfileRequest,
-    Reprofile,
-    Rotation,
-    StrictJSONRoute,
-)
 from proxy.server.admin_responses import (
     Accepted,
     AuditEntries,
@@ -38,8 +26,11 @@ from proxy.server.admin_responses import (
     models_to_json,
 )
 from proxy.server.dependencies import AdminState, AppState, AppStateDep, Audit
+from proxy.server.key_bodies import KeyPatch, NewKey, Rotation
 from proxy.server.middleware import TARGET_IN_SCOPE
-from proxy.server.openapi import BODY_ERRORS, COMMON_ERRORS, admin_key, errors
+from proxy.server.model_bodies import ModelPatch, NewModel, PriceBody, ProfileRequest, Reprofile
+from proxy.server.openapi import BODY_ERRORS, COMMON_ERRORS, MODEL_NAME_SCHEMA, admin_key, errors
+from proxy.server.strict_body import StrictJSONRoute
 from proxy.storage.audit_log import CANCEL_JOB, PROFILE_MODEL
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.models import ModelRecord
@@ -109,7 +100,7 @@ async def add_model(body: NewModel, response: Response, state: AdminState) -> Ac
     if isinstance(body.profile, ProfileRequest):
         asked = body.profile.with_defaults(state.settings)
         record = await state.resolver.resolve(record)
-        job, version = await state.jobs.submitted_with(record, asked.prompts, asked.max_usd, state.registry)
+        job, version = await state.jobs.submit_with_model(record, asked.prompts, asked.max_usd, state.registry)
         response.status_code = 202
     else:
         profile = body.profile.to_profile(state.state.current.cluster_map)
@@ -131,7 +122,7 @@ async def reprofile_model(
     if isinstance(body.profile, ProfileRequest):
         asked = body.profile.with_defaults(state.settings)
         job = await state.jobs.submit(record.name, asked.prompts, asked.max_usd)
-        await audit.note(PROFILE_MODEL, record.name)
+        await audit.record(PROFILE_MODEL, record.name)
         response.status_code = 202
         return Accepted(model=record.name, job=job.id)
     profile = body.profile.to_profile(state.state.current.cluster_map)
@@ -350,7 +341,7 @@ async def get_outcomes(job: KnownJob, state: AppStateDep) -> dict[str, Any]:
 )
 async def cancel_job(job: KnownJob, state: AppStateDep, audit: Audit) -> dict[str, Any]:
     if await state.jobs.cancel(job.id):
-        await audit.note(CANCEL_JOB, job.id)
+        await audit.record(CANCEL_JOB, job.id)
     return _job_to_json(await known_job(job.id, state), state)
 
 

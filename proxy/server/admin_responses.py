@@ -8,8 +8,9 @@ from pydantic import BaseModel, ConfigDict, WithJsonSchema
 
 from proxy.errors import ModelNotFound
 from proxy.profiling.job import Job
-from proxy.server.admin_bodies import UNSET, ProfileDocument
 from proxy.server.dependencies import AppState
+from proxy.server.model_bodies import ProfileDocument
+from proxy.server.openapi import UNSET
 from proxy.settings.redaction import redact_value
 from proxy.storage.client_keys import LIMITS, ROLES, ClientKey
 from proxy.storage.models import CurrentPrice, ModelRecord
@@ -26,23 +27,23 @@ Count = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})]
 
 
 def one_of(*values: str) -> WithJsonSchema:
-    """Name the values of a text in the document; an answer is not held to them."""
+    """Name the values of a text in the document; a response is not held to them."""
     return WithJsonSchema({"enum": list(values)})
 
 
-class Answer(BaseModel):
-    """The JSON of a response. Fields that were not set are left out."""
+class ResponseModel(BaseModel):
+    """The JSON of a response."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-class OpenAnswer(Answer):
-    """One that may have more fields than are listed."""
+class OpenResponseModel(ResponseModel):
+    """The JSON of a response that may have more fields than are listed."""
 
     model_config = ConfigDict(extra="allow")
 
 
-class ModelPrice(OpenAnswer):
+class ModelPrice(OpenResponseModel):
     """The price that is in force, in USD per token, with the prices of tiers under LiteLLM's names."""
 
     input_cost_per_token: Amount
@@ -61,7 +62,7 @@ class ModelPrice(OpenAnswer):
     age_s: Amount | None
 
 
-class JobStatus(OpenAnswer):
+class JobStatus(OpenResponseModel):
     id: str
     model: str
     state: Annotated[str, one_of("queued", "running", "ready", "failed", "cancelled")]
@@ -75,7 +76,7 @@ class JobStatus(OpenAnswer):
     warning: str = UNSET
 
 
-class ModelCard(OpenAnswer):
+class ModelCard(OpenResponseModel):
     model_name: str
     litellm_params: dict[str, Any]
     model_info: dict[str, Any]
@@ -92,28 +93,28 @@ class ModelCard(OpenAnswer):
     health: dict[str, Any]
 
 
-class ModelCards(Answer):
+class ModelCards(ResponseModel):
     models: list[ModelCard]
     state_version: Count
 
 
-class Accepted(Answer):
+class Accepted(ResponseModel):
     """`job`: the id of the job that measures the model, if one was needed."""
 
     model: str
     job: str | None
 
 
-class PricedModel(Answer):
+class PricedModel(ResponseModel):
     model: str
     price: ModelPrice | None
 
 
-class JobOutcomes(Answer):
+class JobOutcomes(ResponseModel):
     outcomes: list[dict[str, Any]]
 
 
-class KeyCard(Answer):
+class KeyCard(ResponseModel):
     id: str
     name: str
     role: Annotated[str, one_of(*ROLES)]
@@ -135,18 +136,18 @@ class KeyWithSecret(KeyCard):
     key: str
 
 
-class KeyCards(Answer):
+class KeyCards(ResponseModel):
     keys: list[KeyCard]
 
 
-class AuditEntry(OpenAnswer):
+class AuditEntry(OpenResponseModel):
     at: str
     who: str
     action: str
     target: str = UNSET
 
 
-class AuditEntries(Answer):
+class AuditEntries(ResponseModel):
     entries: list[AuditEntry]
 
 
@@ -228,7 +229,7 @@ def _card(snapshot: RoutingSnapshot, name: str, job: Job | None, *, with_profile
 
 def _model_state(snapshot: RoutingSnapshot, record: ModelRecord, job: Job | None) -> tuple[str, str | None]:
     """Return the state, and why the model is not measured as it is now."""
-    model_state, why = snapshot.standing(record.name), snapshot.set_aside.get(record.name)
+    model_state, why = snapshot.model_state(record.name), snapshot.unused_profiles.get(record.name)
     if model_state not in ("unprofiled", "foreign_profile") or job is None:
         return model_state, why
     if job.unfinished:

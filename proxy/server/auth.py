@@ -124,7 +124,7 @@ class AuthMiddleware:
             return Principal(ROOT)
         snapshot, now = self._state(), self._clock()
         key = snapshot.keys.get(digest)
-        if key is None and not snapshot.known:
+        if key is None and not snapshot.is_loaded:
             raise ServiceUnavailable(
                 "the models and API keys here were not read yet: the store, Redis, does not answer; try again",
                 headers={"retry-after": _STORE_RETRY_AFTER_S},

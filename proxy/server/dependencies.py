@@ -108,7 +108,7 @@ CurrentActor = Annotated[Actor, Depends(actor_of)]
 
 async def admin_state_of(app: AppStateDep, actor: CurrentActor) -> AppState:
     """Return the app's state with a registry whose writes are logged as this actor's."""
-    return replace(app, registry=app.registry.by(actor))
+    return replace(app, registry=app.registry.as_actor(actor))
 
 
 async def audit_of(app: AppStateDep, actor: CurrentActor) -> AuditTrail:

@@ -16,6 +16,16 @@ from proxy.server.paths import CHAT, ROUTE
 
 Schema = dict[str, Any]
 
+MODEL_NAME_SCHEMA: Schema = {"type": "string", "pattern": r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}$"}
+
+# The default of a field that may be left out, but is never null.
+UNSET: Any = None
+
+
+def null_or(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
 # Keys are checked by AuthMiddleware, before any endpoint: these only say so.
 client_key = HTTPBearer(scheme_name="client", description="A client key, or the admin key.", auto_error=False)
 
@@ -80,10 +90,6 @@ def _ref(name: str) -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _null_or(schema: Schema) -> Schema:
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
 def _array(items: Schema, **more: Any) -> Schema:
     return {"type": "array", "items": items, **more}
 
@@ -112,8 +118,8 @@ CLIENT_SCHEMAS: Mapping[str, Schema] = {
         {
             "model": {"type": "string", "minLength": 1, "example": "auto"},
             "messages": _array(_ANY_OBJECT, minItems=1, example=[{"role": "user", "content": "What is 2 + 2?"}]),
-            "stream": _null_or({"type": "boolean"}),
-            "stream_options": _null_or(_ANY_OBJECT),
+            "stream": null_or({"type": "boolean"}),
+            "stream_options": null_or(_ANY_OBJECT),
             "uniroute": _ref("Options"),
         },
         *("model", "messages"),
@@ -122,13 +128,13 @@ CLIENT_SCHEMAS: Mapping[str, Schema] = {
     ),
     "Options": _object(
         {
-            "lambda": _null_or(_WEIGHT),
-            "models": _null_or(_array({"type": "string", "minLength": 1}, minItems=1)),
-            "max_cost_usd": _null_or(_WEIGHT),
-            "latency_weight": _null_or(_WEIGHT),
-            "session": _null_or({"type": "string", "minLength": 1, "maxLength": 255}),
-            "fallbacks": _null_or({"type": "boolean"}),
-            "timeouts": _null_or(_object(dict.fromkeys(TIMEOUTS, _null_or(_SECONDS)), additionalProperties=False)),
+            "lambda": null_or(_WEIGHT),
+            "models": null_or(_array({"type": "string", "minLength": 1}, minItems=1)),
+            "max_cost_usd": null_or(_WEIGHT),
+            "latency_weight": null_or(_WEIGHT),
+            "session": null_or({"type": "string", "minLength": 1, "maxLength": 255}),
+            "fallbacks": null_or({"type": "boolean"}),
+            "timeouts": null_or(_object(dict.fromkeys(TIMEOUTS, null_or(_SECONDS)), additionalProperties=False)),
         },
         additionalProperties=False,
     ),
@@ -140,7 +146,7 @@ CLIENT_SCHEMAS: Mapping[str, Schema] = {
             "model": _TEXT,
             "reason": _TEXT,
             "lambda": {"type": "number", "minimum": 0},
-            "max_tokens": _null_or(
+            "max_tokens": null_or(
                 _object({"stated": _COUNT, "sent": _COUNT}, "stated", "sent", additionalProperties=False)
             ),
             "clusters": _array(
@@ -158,7 +164,7 @@ CLIENT_SCHEMAS: Mapping[str, Schema] = {
                         "expected_cost_usd": _NUMBER,
                         "cost": _NUMBER,
                         "score": _NUMBER,
-                        "flips_at_lambda": _null_or({"type": "number", "minimum": 0}),
+                        "flips_at_lambda": null_or({"type": "number", "minimum": 0}),
                     },
                     "model",
                 )

@@ -6,14 +6,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Path, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, ConfigDict, WithJsonSchema
+from pydantic import WithJsonSchema
 
 from proxy.errors import ModelNotFound
 from proxy.routing.candidates import ALIASES, ANY, RoutingMode, allowed_models, key_allows_mode
-from proxy.server.admin_bodies import MODEL_NAME_SCHEMA, UNSET
-from proxy.server.admin_responses import Answer, Count, one_of
+from proxy.server.admin_responses import Count, OpenResponseModel, ResponseModel, one_of
 from proxy.server.dependencies import AppState, AppStateDep, CurrentKey
-from proxy.server.openapi import COMMON_ERRORS, client_key, errors
+from proxy.server.openapi import COMMON_ERRORS, MODEL_NAME_SCHEMA, UNSET, client_key, errors
 from proxy.server.startup import Startup
 
 open_router = APIRouter(tags=["server"], default_response_class=JSONResponse)
@@ -26,7 +25,7 @@ keyed_router = APIRouter(
 )
 
 
-class Model(Answer):
+class Model(ResponseModel):
     """A model as OpenAI lists it."""
 
     id: str
@@ -35,15 +34,13 @@ class Model(Answer):
     owned_by: str
 
 
-class ModelList(Answer):
+class ModelList(ResponseModel):
     object: Annotated[str, WithJsonSchema({"const": "list"})]
     data: list[Model]
 
 
-class Status(BaseModel):
+class Status(OpenResponseModel):
     """Whether the server can route; while it starts, the steps that are under way."""
-
-    model_config = ConfigDict(extra="allow")
 
     status: str
     state_version: Count = UNSET
@@ -118,6 +115,7 @@ async def metrics(state: AppStateDep) -> Response:
 
 
 @keyed_router.get("/openapi.json", summary="This document")
-async def openapi(request: Request) -> dict[str, Any]:
+def openapi(request: Request) -> dict[str, Any]:
+    # Not async, so that FastAPI calls it in a thread: generating the document takes tenths of a second, once.
     document: dict[str, Any] = request.app.openapi()
     return document

@@ -187,7 +187,7 @@ class UpstreamClient:
 def is_direct(record: ModelRecord) -> ResolvedProvider | None:
     """Return what the model was resolved to if it is called directly, else None."""
     resolved = record.resolved or resolve_static(record.litellm_params, record.info.forward)
-    return resolved if resolved is not None and resolved.way == "relay" else None
+    return resolved if resolved is not None and resolved.mode == "relay" else None
 
 
 async def _as_blocks(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[list[JSONPayload]]:

@@ -235,7 +235,7 @@ class Endpoints:
             name=record.name,
             head=build_head(url, headers, self._outbound.proxies.for_url(url), trust),
             model=resolved.model,
-            param_aliases=resolved.renames,
+            param_aliases=resolved.param_aliases,
             model_params=params if record.has_body_params else None,
             secrets=secrets_of({**params, "api_key": key, "api_base": base, **own}, key),
         )

@@ -18,7 +18,7 @@ from proxy.settings.litellm_params import PASSTHROUGH, is_openai_url, is_provide
 from proxy.settings.models import Forward, SettingsError
 from proxy.settings.redaction import strip_url
 from proxy.storage.models import ModelRecord, ResolvedProvider
-from proxy.storage.redis import InvalidRecord
+from proxy.storage.values import InvalidRecord
 from proxy.upstream.key_scope import check_environment_key
 from proxy.upstream.litellm_resolver import Answers, LookupFailed, ProviderLookup, params_for_litellm
 

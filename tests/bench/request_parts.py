@@ -199,8 +199,8 @@ class Wire:
 
 def forget(services: AppState) -> None:
     """Every prompt is a new one, as most are: rounds over the same bodies would flatter."""
-    for generation in (services.assigner._recent, services.assigner._previous):
-        generation.clear()
+    for digest in list(services.assigner._known):
+        del services.assigner._known[digest]
 
 
 def _request(raw: bytes) -> bytes:

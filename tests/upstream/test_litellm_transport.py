@@ -1,4 +1,4 @@
-"""What the pool of translated calls keeps open is closed in time, also where no further request comes."""
+"""Connections of the pool for litellm are closed in time, even if no further request comes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def whole(pool: httpx.AsyncClient, url: str) -> None:
         await pool.post(url + "/chat/completions", content=b"{}")
 
 
-async def test_a_connection_that_was_idle_for_too_long_is_closed_though_nobody_asks() -> None:
+async def test_an_idle_connection_is_closed_in_time_without_a_further_request() -> None:
     limits = httpx.Limits(keepalive_expiry=1.0)
     async with RawUpstream(plain()) as server, tidied(client_over(AsyncTransport(Outbound({}), limits), 5)) as pool:
         for _ in range(2):
@@ -58,7 +58,7 @@ async def test_a_connection_that_was_idle_for_too_long_is_closed_though_nobody_a
 
 
 @pytest.mark.parametrize(("call", "said"), [(whole, plain()), (streamed, Reply(chunked(CHUNK, END, DONE), "close"))])
-async def test_a_call_that_is_cancelled_at_any_moment_leaves_no_connection_open(call: Any, said: Reply) -> None:
+async def test_a_call_cancelled_at_any_moment_leaves_no_connection_open(call: Any, said: Reply) -> None:
     async with RawUpstream(said) as server, tidied(open_pool(5, Outbound({}))) as pool:
         for steps in range(MAX_STEPS):
             calling = asyncio.create_task(call(pool, server.url))
@@ -69,7 +69,7 @@ async def test_a_call_that_is_cancelled_at_any_moment_leaves_no_connection_open(
         await until(lambda: in_use(pool) == [])
 
 
-async def test_a_call_that_takes_its_time_keeps_its_connection() -> None:
+async def test_a_slow_call_keeps_its_connection() -> None:
     async with RawUpstream(Reply(chunked(CHUNK)[:-1], "hang")) as server, tidied(open_pool(5, Outbound({}))) as pool:
         calling = asyncio.create_task(streamed(pool, server.url))
         await asyncio.wait({calling}, timeout=0.4)

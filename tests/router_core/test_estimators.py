@@ -1,14 +1,41 @@
-"""What one model's few labels leave open, the other models and the alike clusters answer."""
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from router_core.clustering import ClusterMap, ReferenceModels, reference_models_of
-from router_core.estimators import partially_pooled_rates
+from router_core.estimators import ESTIMATORS, LAPLACE, POOLED, RAW, SHRUNK, partially_pooled_rates
 from router_core.types import Assignment, Doubles
 from tests.router_core.makers import a_map, an_assignment
+
+ERRORS = np.array([[80.0, 220.0, 60.0, 0.0]])
+LABELS = np.array([[400.0, 400.0, 400.0, 0.0]])
+
+
+def test_raw_rates_are_errors_over_labels_and_one_half_where_nothing_was_asked() -> None:
+    assert RAW.rates(ERRORS, LABELS, a_map()).tolist() == [[0.20, 0.55, 0.15, 0.5]]
+
+
+def test_laplace_adds_one_error_and_one_success() -> None:
+    assert LAPLACE.rates(ERRORS, LABELS, a_map()).tolist() == [[81 / 402, 221 / 402, 61 / 402, 0.5]]
+
+
+def test_shrunk_rates_are_shrunk_to_the_models_mean() -> None:
+    mean = 360.5 / 1201
+    expected = [(80 + 0.5 * mean) / 400.5, (220 + 0.5 * mean) / 400.5, (60 + 0.5 * mean) / 400.5, mean]
+    assert SHRUNK.rates(ERRORS, LABELS, a_map())[0] == pytest.approx(expected)
+
+
+def test_without_labels_every_estimator_gives_one_half() -> None:
+    nothing = np.zeros((1, 3))
+    for recipe in ESTIMATORS.values():
+        assert recipe.rates(nothing, nothing, a_map())[0] == pytest.approx([0.5, 0.5, 0.5])
+
+
+def test_a_map_of_very_many_clusters_gets_the_shrunk_estimator() -> None:
+    large = ClusterMap(np.eye(300, dtype=np.float32), embedder_id="e", top=1)
+    sums, labels = np.zeros((2, 300)), np.ones((2, 300))
+    assert np.array_equal(POOLED.rates(sums, labels, large), SHRUNK.rates(sums, labels, large))
 
 
 def many(rates: list[float], labels: float = 400.0) -> tuple[Doubles, Doubles]:
@@ -21,7 +48,7 @@ def test_with_many_labels_a_rate_is_the_models_own_mean() -> None:
     assert partially_pooled_rates(errors, labels, a_map())[0] == pytest.approx([0.1, 0.5, 0.9], abs=0.02)
 
 
-def test_a_model_that_was_asked_little_takes_the_difficulty_from_the_others() -> None:
+def test_a_model_with_few_labels_takes_the_difficulty_from_others() -> None:
     errors, labels = many([0.1, 0.5, 0.9])
     errors = np.vstack([errors, errors, [[0.5, 0.5, 0.5]]])
     labels = np.vstack([labels, labels, np.ones((1, 3))])
@@ -29,7 +56,7 @@ def test_a_model_that_was_asked_little_takes_the_difficulty_from_the_others() ->
     assert easy < 0.25 < middle < 0.75 < hard
 
 
-def test_ability_seen_in_one_cluster_is_expected_in_the_others() -> None:
+def test_ability_in_one_cluster_is_expected_in_others() -> None:
     errors, labels = many([0.5, 0.5, 0.5])
     errors = np.vstack([errors, [[0.0, 0.0, 0.0]], [[12.0, 0.0, 0.0]]])
     labels = np.vstack([labels, [[12.0, 0.0, 0.0]], [[12.0, 0.0, 0.0]]])
@@ -38,7 +65,7 @@ def test_ability_seen_in_one_cluster_is_expected_in_the_others() -> None:
     assert bad[0] > bad[2] > 0.55
 
 
-def test_what_is_seen_in_a_cluster_is_expected_in_an_alike_one_more_than_in_a_distant_one() -> None:
+def test_a_deviation_is_expected_more_in_similar_clusters_than_in_distant_ones() -> None:
     near = np.array([[1, 0, 0], [0.96, 0.28, 0], [-1, 0, 0]], dtype=np.float32)
     errors, labels = many([0.5, 0.5, 0.5])
     rates = partially_pooled_rates(
@@ -49,7 +76,7 @@ def test_what_is_seen_in_a_cluster_is_expected_in_an_alike_one_more_than_in_a_di
     assert rates[0] > rates[1] > rates[2] > 0.5
 
 
-def test_models_that_a_map_was_fitted_with_help_and_are_not_among_the_rates() -> None:
+def test_reference_models_inform_the_rates_and_are_not_among_them() -> None:
     errors, labels = many([0.1, 0.5, 0.9])
     history = ReferenceModels(np.eye(3), ("known", "too"), np.vstack([errors, errors]), np.vstack([labels, labels]))
     asked = np.array([[0.5, 0.5, 0.5]]), np.ones((1, 3))
@@ -62,7 +89,7 @@ def test_models_that_a_map_was_fitted_with_help_and_are_not_among_the_rates() ->
     assert helped[0, 0] < 0.3 < 0.7 < helped[0, 2]
 
 
-def test_clusters_that_share_their_prompts_are_not_told_apart_by_them() -> None:
+def test_clusters_with_the_same_prompts_have_the_same_rates() -> None:
     """Every prompt lies half in the first cluster and half in the second; their sums then differ by accident only."""
     shared = Assignment(np.array([[0, 1]] * 8), np.full((8, 2), 0.5, dtype=np.float32))
     aware = a_map(top=2).with_reference_models(reference_models_of(shared, 3, np.empty((8, 0)), ()))
@@ -94,7 +121,7 @@ def test_rates_lie_in_the_unit_interval_whatever_the_sums(rows: list[list[tuple[
     assert ((pooled >= 0) & (pooled <= 1)).all()
 
 
-def test_a_history_is_of_labelled_answers_and_a_hard_assignment_overlaps_nowhere() -> None:
+def test_reference_models_count_labelled_answers_and_a_hard_assignment_has_no_overlap() -> None:
     scores = np.array([[1.0], [0.0], [np.nan]])
     history = reference_models_of(an_assignment(0, 0, 1), 3, scores, ("known",))
     assert history.overlap.tolist() == np.eye(3).tolist()

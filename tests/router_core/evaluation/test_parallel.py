@@ -1,48 +1,34 @@
-"""Work over several processes: in order, one thread each, and the figures of one process alone."""
-
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from threading import Event
 
-import faiss
 import pytest
-from threadpoolctl import threadpool_info
 
 from router_core.errors import InvalidInput, WorkerLost
 from router_core.evaluation.parallel import parallel_map
 from router_core.evaluation.study import METHODS, run_study
 from tests.router_core.evaluation.toys import a_plan, two_kinds, vectors_of
+from tests.router_core.evaluation.work import heeds_interrupts, leave, refuse_three, stay_stuck, threads
 from tests.support.processes import process_group
 
 
-def threads(_item: int) -> tuple[int, int]:
-    return int(faiss.omp_get_max_threads()), max(library["num_threads"] for library in threadpool_info())
-
-
-def refuse_three(item: int) -> int:
-    if item == 3:
-        raise InvalidInput("3 is not wanted")
-    return item
-
-
-def test_each_piece_of_work_has_one_thread_and_leaves_the_others_as_they_were() -> None:
+def test_each_item_runs_in_one_thread_and_the_limits_are_restored() -> None:
     before = threads(0)
     assert list(parallel_map(threads, [0, 1], 1)) == [(1, 1), (1, 1)]
     assert threads(0) == before
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_a_worker_raises_is_raised_after_what_came_before(workers: int) -> None:
+def test_a_workers_exception_is_raised_after_earlier_results(workers: int) -> None:
     found = parallel_map(refuse_three, range(5), workers)
     assert [next(found) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(InvalidInput, match="3 is not wanted"):
         next(found)
 
 
-def test_figures_do_not_depend_on_how_many_processes_found_them() -> None:
+def test_results_do_not_depend_on_the_number_of_processes() -> None:
     outcomes = two_kinds()
     told: list[tuple[str, int, int]] = []
     one, two = (
@@ -55,30 +41,16 @@ def test_figures_do_not_depend_on_how_many_processes_found_them() -> None:
     assert told[: len(told) // 2] == told[len(told) // 2 :]
 
 
-def stuck(_item: int) -> None:
-    """Says who it is, and never ends by itself."""
-    print(os.getpid(), flush=True)  # noqa: T201
-    Event().wait()
-
-
-def heeds_interrupts(_item: int) -> bool:
-    return signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
-
-
-def leave(_item: int) -> None:
-    os._exit(9)
-
-
-def test_a_worker_that_was_killed_is_told() -> None:
+def test_a_killed_worker_is_reported() -> None:
     with pytest.raises(WorkerLost, match="give fewer workers"):
         list(parallel_map(leave, range(3), 2))
 
 
-STUCK = [sys.executable, "-c", f"from {__name__} import spread, stuck; list(spread(stuck, range(4), 2))"]
+STUCK = [sys.executable, "-c", f"from {stay_stuck.__module__} import stay_stuck; stay_stuck()"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_workers_leave_with_who_started_them_however_that_ends(how: signal.Signals) -> None:
+def test_workers_end_with_their_parent_however_it_ends(how: signal.Signals) -> None:
     with process_group(STUCK) as group:
         assert len({group.stdout.readline() for _ in range(2)}) == 2
         os.kill(group.pid, how)
@@ -86,6 +58,6 @@ def test_workers_leave_with_who_started_them_however_that_ends(how: signal.Signa
     assert (told, status) == ("", -how)
 
 
-def test_no_worker_sees_the_ctrl_c_that_a_terminal_sends_to_all() -> None:
+def test_workers_do_not_receive_the_terminals_ctrl_c() -> None:
     assert list(parallel_map(heeds_interrupts, range(4), 2)) == [False] * 4
     assert heeds_interrupts(0)

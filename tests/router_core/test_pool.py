@@ -1,5 +1,3 @@
-"""Ψ of all models together."""
-
 import numpy as np
 import pytest
 
@@ -16,14 +14,14 @@ def measured(errors: float, labels: float = 4.0) -> Profile:
     return Profile.from_json(document)
 
 
-def test_rates_that_were_stated_are_served_as_they_are() -> None:
+def test_stated_rates_are_served_as_they_are() -> None:
     rates = CachedEstimator(a_map()).rates([a_profile([0.1, 0.9, 0.3], labels=1.0), None, measured(1.0)])
     assert rates[0].tolist() == [0.1, 0.9, 0.3]
     assert np.isnan(rates[1]).all()
     assert rates[2] == pytest.approx([0.26] * 3, abs=0.05)
 
 
-def test_rates_are_computed_again_only_when_sums_have_changed() -> None:
+def test_rates_are_computed_again_only_if_sums_changed() -> None:
     calls = []
 
     def counted(error_sums: Doubles, labels: Doubles, cluster_map: ClusterMap) -> Doubles:

@@ -1,5 +1,3 @@
-"""Which prompts are asked when not all are, and how much label weight each cluster gets."""
-
 from __future__ import annotations
 
 import numpy as np
@@ -22,7 +20,7 @@ def soft(rng: np.random.Generator, prompts: int, clusters: int, top: int = 3) ->
     return Assignment(ids, weights)
 
 
-def test_small_clusters_are_asked_more_than_by_lot_and_large_ones_less() -> None:
+def test_small_clusters_get_more_prompts_than_at_random() -> None:
     clusters = np.repeat([0, 1, 2, 3], [500, 300, 150, 50])
     for seed in range(5):
         asked = np.bincount(clusters[choose_prompts(hard(*clusters), 100, families=["a"] * 1000, seed=seed)])
@@ -30,13 +28,13 @@ def test_small_clusters_are_asked_more_than_by_lot_and_large_ones_less() -> None
         assert asked[0] <= 35
 
 
-def test_a_family_is_asked_by_the_root_of_its_size() -> None:
+def test_a_familys_share_grows_with_the_root_of_its_size() -> None:
     families = np.array(["sums"] * 900 + ["code"] * 100)
     chosen = choose_prompts(hard(*[0] * 1000), 40, families=families.tolist())
     assert (families[chosen] == "code").sum() == pytest.approx(10, abs=2)
 
 
-def test_a_prompt_that_every_cluster_has_a_share_in_is_not_always_the_first() -> None:
+def test_a_prompt_shared_by_all_clusters_is_not_always_first() -> None:
     """As it would be, if the widest of all were asked."""
     ids, weights = np.tile(np.arange(3), (30, 1)), np.full((30, 3), [0.98, 0.01, 0.01], dtype=np.float32)
     weights[0] = 1 / 3
@@ -63,7 +61,7 @@ def test_the_seed_decides_which_prompts_of_a_cluster_are_asked() -> None:
     assert tuple(again) in orders
 
 
-def test_more_than_there_are_gives_all_and_none_gives_none() -> None:
+def test_asking_for_too_many_gives_all_and_for_none_gives_none() -> None:
     assert sorted(choose_prompts(hard(0, 1), 9, families=["a", "b"])) == [0, 1]
     assert len(choose_prompts(hard(0, 1), 0, families=["a", "b"])) == 0
     with pytest.raises(ValueError, match="2 prompts but 1 families"):

@@ -1,4 +1,4 @@
-"""Ways to a Redis of one's own, each for real: TLS, client certificates, ACL users, sentinels; and what is refused."""
+"""Connections to a Redis of one's own: TLS, client certificates, ACL users, sentinels; servers that are refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def why_not(folder: Path, url: str, **more: object) -> str:
     """What the store says that cannot be reached; nothing where it can."""
     store = await Store.open(settings(folder, url, **more))
     try:
-        async with store.asking("look") as client:
+        async with store.operation("look") as client:
             await client.set("uniroute:word", "kept")
     except StoreUnavailable as error:
         return str(error)
@@ -59,7 +59,7 @@ async def why_not(folder: Path, url: str, **more: object) -> str:
     return ""
 
 
-async def test_a_certificate_is_checked_against_the_authority_that_is_stated(
+async def test_a_certificate_is_checked_against_the_configured_authority(
     tmp_path: Path, tls: TlsFront, certificates: tuple[Path, Path]
 ) -> None:
     url, authority = f"rediss://127.0.0.1:{tls.port}", certificates[0] / "cert.pem"
@@ -69,7 +69,7 @@ async def test_a_certificate_is_checked_against_the_authority_that_is_stated(
     assert "certificate verify failed" in await why_not(tmp_path, url, redis_ca_file=certificates[1] / "cert.pem")
 
 
-async def test_a_certificate_is_for_the_name_that_was_asked_for(
+async def test_a_certificate_must_name_the_requested_host(
     tmp_path: Path, tls: TlsFront, certificates: tuple[Path, Path]
 ) -> None:
     url, authority = f"rediss://127.1:{tls.port}", certificates[0] / "cert.pem"
@@ -77,14 +77,14 @@ async def test_a_certificate_is_for_the_name_that_was_asked_for(
     assert await why_not(tmp_path, f"{url}?ssl_check_hostname=false", redis_ca_file=authority) == ""
 
 
-async def test_who_wants_no_checking_says_so_and_is_reminded_of_it(
+async def test_certificate_checks_can_be_turned_off_with_a_warning(
     tmp_path: Path, tls: TlsFront, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert await why_not(tmp_path, f"rediss://127.0.0.1:{tls.port}?ssl_cert_reqs=none") == ""
     assert "ssl_cert_reqs=none" in caplog.text
 
 
-async def test_a_server_that_wants_a_client_certificate_gets_the_stated_one(
+async def test_a_server_that_wants_a_client_certificate_gets_the_configured_one(
     tmp_path: Path, valkey: ValkeyServer, certificates: tuple[Path, Path]
 ) -> None:
     server, client = certificates
@@ -99,14 +99,14 @@ async def test_a_server_that_wants_a_client_certificate_gets_the_stated_one(
         assert await why_not(tmp_path, url, **trusted) != ""
 
 
-async def test_a_file_of_certificates_that_cannot_be_read_is_named_at_the_start(tmp_path: Path) -> None:
+async def test_an_unreadable_certificate_file_is_named_at_startup(tmp_path: Path) -> None:
     (tmp_path / "empty.pem").write_text("")
     for name in ("redis_ca_file", "redis_cert_file"):
         with pytest.raises(SettingsError, match=rf"{name}.*empty\.pem"):
             await Store.open(settings(tmp_path, "rediss://127.0.0.1:1", **{name: tmp_path / "empty.pem"}))
 
 
-async def test_a_user_is_stated_in_the_url_or_apart_from_it(tmp_path: Path, valkey: ValkeyServer) -> None:
+async def test_a_user_can_be_given_in_the_url_or_by_a_setting(tmp_path: Path, valkey: ValkeyServer) -> None:
     with valkey.client() as client:
         client.execute_command("ACL", "SETUSER", "app", "on", ">p/w", "~uniroute:*", "+@all")
     place = f"127.0.0.1:{valkey.port}"
@@ -136,7 +136,7 @@ async def test_a_user_is_stated_in_the_url_or_apart_from_it(tmp_path: Path, valk
         ("redis://host?sentinel_password=canary", r"redis\+sentinel://"),
     ],
 )
-def test_an_address_that_cannot_be_meant_is_refused_without_its_password(url: str, words: str) -> None:
+def test_an_invalid_address_is_refused_without_its_password(url: str, words: str) -> None:
     with pytest.raises(ValueError, match=words) as refused:
         RedisAddress.parse(url)
     assert "canary" not in str(refused.value)
@@ -155,7 +155,7 @@ def test_an_address_is_shown_without_its_password(url: str, name: str) -> None:
     assert "pw" not in repr(RedisAddress.parse(url))
 
 
-async def test_a_cluster_is_refused_at_the_start_and_whenever_it_is_met(tmp_path: Path) -> None:
+async def test_a_cluster_is_refused_at_startup_and_later(tmp_path: Path) -> None:
     with ValkeyServer(tmp_path / "node", cluster_enabled="yes", cluster_port=str(free_port())) as node:
         with pytest.raises(SettingsError, match=r"redis_url: Redis at .* is a node of a Redis Cluster, which is not"):
             await Store.open(settings(tmp_path, node.url))
@@ -165,7 +165,7 @@ async def test_a_cluster_is_refused_at_the_start_and_whenever_it_is_met(tmp_path
         await store.close()
 
 
-async def test_a_replica_may_be_read_and_its_refusal_names_what_to_give_instead(
+async def test_a_replica_can_be_read_and_its_error_names_what_to_configure_instead(
     tmp_path: Path, valkey: ValkeyServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     with ValkeyServer(tmp_path / "replica", replicaof=f"127.0.0.1 {valkey.port}") as replica:
@@ -177,7 +177,7 @@ async def test_a_replica_may_be_read_and_its_refusal_names_what_to_give_instead(
     assert [record.levelno for record in caplog.records if "is a replica" in record.message] == [logging.WARNING]
 
 
-async def test_through_sentinels_the_primary_is_found_over_tls_with_passwords_of_both(
+async def test_sentinels_lead_to_the_primary_over_tls_with_both_passwords(
     tmp_path: Path, certificates: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     context = served_by(certificates[0] / "both.pem")

@@ -22,15 +22,15 @@ from proxy.settings.redis_address import RedisAddress
 
 log = logging.getLogger("uniroute.store")
 
-SENTINEL_S = 0.2
-"""How long one sentinel is waited for; the next is asked then."""
+# How long one sentinel is waited for. The next is asked then.
+SENTINEL_TIMEOUT_S = 0.2
 
+# A subscription is silent for hours: a host that is gone ends it within half a minute.
 KEEP_ALIVE: Final = {
     getattr(socket, name): value
     for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
     if hasattr(socket, name)
 }
-"""A subscription says nothing for hours: a host that is gone ends it within half a minute."""
 
 IS_CLUSTER = (
     "is a node of a Redis Cluster, which is not supported: changes touch keys of many slots at once."
@@ -43,14 +43,17 @@ IS_REPLICA = "is a replica, which takes no writes: give its primary in redis_url
 
 
 class UnsuitableServer(RedisError):
-    """It answers, and is of a kind that cannot be used; the message completes "Redis at …"."""
+    """A server answers and is of a kind that cannot be used; the message completes "Redis at …"."""
 
 
 class RedisServer:
-    """One per store. Pools of it are closed by whoever asked for them, the way to the sentinels by `close`."""
+    """Open pools of connections to the server of an address: TLS, sentinels, a check of what answers.
+
+    One per store. Each pool is closed by its owner, and the connections to the sentinels by `close`.
+    """
 
     def __init__(self, address: RedisAddress) -> None:
-        """Raises SettingsError where a file of certificates cannot be used."""
+        """Raise SettingsError if a file of certificates cannot be used."""
         self.address = address
         self._tls = _tls_context(address) if address.tls else None
         self._sentinels = _Sentinels(self) if address.service is not None else None
@@ -65,7 +68,7 @@ class RedisServer:
         return self._sentinels is not None
 
     def pool(self, **options: Any) -> BlockingConnectionPool:
-        """Connections to the server, or to whichever server is the primary when each of them is opened.
+        """Return a pool of connections to the server, or to the server that is the primary when each is opened.
 
         Args:
             options: redis-py's, of the pool and of its connections.
@@ -91,7 +94,7 @@ class RedisServer:
         return BlockingConnectionPool(connection_class=kind, host=host, port=port, **kwargs)
 
     def sentinel_client(self, host: str, port: int) -> Redis:
-        """A client of one sentinel."""
+        """Return a client of one sentinel."""
         kwargs: dict[str, Any] = {"tls": self._tls} if self._tls else {}
         pool = BlockingConnectionPool(
             connection_class=_TlsConnection if self._tls else Connection,
@@ -99,8 +102,8 @@ class RedisServer:
             port=port,
             username=self.address.sentinel_username,
             password=self.address.sentinel_password,
-            socket_timeout=SENTINEL_S,
-            socket_connect_timeout=SENTINEL_S,
+            socket_timeout=SENTINEL_TIMEOUT_S,
+            socket_connect_timeout=SENTINEL_TIMEOUT_S,
             decode_responses=True,
             encoding_errors="replace",
             retry=Retry(NoBackoff(), 0),
@@ -114,11 +117,11 @@ class RedisServer:
             await self._sentinels.aclose()
 
     async def _greet(self, connection: Any) -> None:
-        """Look at what has answered, once a connection.
+        """Check what answers on a new connection.
 
         Raises:
             UnsuitableServer: it cannot serve us.
-            ConnectionFailed: it was the primary, and sentinels do not know better yet.
+            ConnectionFailed: it is no longer the primary, and the sentinels do not know that yet.
         """
         await connection.on_connect()
         await connection.send_command("HELLO", check_health=False)
@@ -139,13 +142,13 @@ class RedisServer:
 
 
 class _Sentinels:
-    """What SentinelConnectionPool asks for the primary: one sentinel after the other, the last that knew it first."""
+    """Ask for the primary, as SentinelConnectionPool expects it: the sentinel that knew it last comes first."""
 
     def __init__(self, server: RedisServer) -> None:
         self._clients = [(server.sentinel_client(*host), host) for host in server.address.hosts]
 
     async def discover_master(self, service: str) -> tuple[str, int]:
-        """Raises ConnectionFailed, with what each of them says."""
+        """Return the address of the primary. Raise ConnectionFailed, with what each sentinel says."""
         complaints = []
         for place, (client, (host, port)) in enumerate(self._clients):
             try:
@@ -163,7 +166,7 @@ class _Sentinels:
         raise ConnectionFailed(f"no sentinel knows a primary of {service!r}: {'; '.join(complaints)}")
 
     async def dispute(self, service: str, primary: tuple[str, int]) -> bool:
-        """Whether any of them names another primary, or is about to make one."""
+        """Return whether a sentinel names another primary, or is about to make one."""
         asked = [_known(client, service) for client, _ in self._clients]
         states = await asyncio.gather(*asked, return_exceptions=True)
         known = [state for state in states if isinstance(state, dict)]
@@ -176,7 +179,7 @@ class _Sentinels:
 
 
 class _TlsConnection(SSLConnection):
-    """With one context for all: redis-py would read the trusted certificates again for each connection."""
+    """Use one context for all connections: redis-py would read the trusted certificates again for each."""
 
     def __init__(self, *, tls: ssl.SSLContext, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -188,34 +191,34 @@ class _SentinelTlsConnection(SentinelManagedConnection, _TlsConnection):
 
 
 class SentinelPool(SentinelConnectionPool, BlockingConnectionPool):
-    """Connections to the primary. Waits for one where all are in use, as the pool of a single server does."""
+    """Connections to the primary. Wait for one if all are in use, as the pool of a single server does."""
 
     def __init__(self, service: str, sentinels: _Sentinels, **options: Any) -> None:
         super().__init__(service, sentinels, **options)  # type: ignore[no-untyped-call]
 
     async def look(self) -> bool:
-        """Ask the sentinels; whether the primary is another one since last time. Connections to the old one end."""
+        """Ask the sentinels; return whether the primary has changed since last time, which ends old connections."""
         before = self.master_address
         with contextlib.suppress(RedisError, OSError):  # without sentinels we stay where we are
             await self.get_master_address()  # type: ignore[no-untyped-call]
         return before is not None and self.master_address != before
 
     async def is_disputed(self, primary: tuple[str, int] | None) -> bool:
-        """Whether what was just written to this primary may be undone."""
+        """Return whether what was just written to this primary may be undone."""
         if primary is None or self.master_address != primary:
             return True
         disputed: bool = await self.sentinel_manager.dispute(self.service_name, primary)
         return disputed
 
     async def release(self, connection: Any) -> None:
-        """Not to be used again where it leads to a server that was the primary before."""
+        """Take a connection back, and close it if it leads to a server that is no longer the primary."""
         if (connection.host, connection.port) != self.master_address:
             await connection.disconnect(nowait=True)
         await super().release(connection)
 
 
 async def _known(client: Redis, service: str) -> dict[str, Any] | None:
-    """What a sentinel says of the service; None: it watches none of that name."""
+    """Return what a sentinel says of the service; None if it watches none of that name."""
     known: Any = await client.sentinel_masters()
     state: dict[str, Any] | None = known.get(service)
     return state
@@ -226,7 +229,7 @@ def _address(state: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def _facts(reply: Any) -> dict[str, str]:
-    """What HELLO answers: a map in RESP3, a list of names and values in RESP2."""
+    """Read the reply to HELLO: a map in RESP3, a list of names and values in RESP2."""
     pairs = reply.items() if isinstance(reply, dict) else zip(reply[0::2], reply[1::2], strict=False)
     return {_text(name): _text(value) for name, value in pairs}
 
@@ -240,9 +243,9 @@ def _short(error: Exception) -> str:
 
 
 def _tls_context(address: RedisAddress) -> ssl.SSLContext:
-    """Certificates are checked, and names too, unless the URL says otherwise. Raises SettingsError."""
+    """Return a context that checks certificates and names, unless the URL says otherwise. Raise SettingsError."""
     try:
-        # A file in place of the system's certificates: whom else would it be for?
+        # A file takes the place of the system's certificates.
         context = ssl.create_default_context(cafile=address.ca_file)
     except (OSError, ssl.SSLError) as error:
         raise SettingsError(f"redis_ca_file: {address.ca_file} cannot be used: {error}") from None
