@@ -105,9 +105,9 @@ async def create_completion(ctx: RequestContext) -> Response:
     if ctx.ids.hops:
         check_hops(ctx.ids.hops, instance_id(str(ctx.app.settings.data_dir)))
     selection, affinity = await select(ctx)
-    if selection.degraded:
+    if selection.degraded_reason:
         ctx.app.metrics.degraded.inc()
-    if selection.left:
+    if selection.lost_affinity:
         ctx.app.metrics.conversations_moved.inc()
     selection, reservation = await reserve(ctx, selection)
     record = RequestRecord(ctx, selection, affinity, reservation)
@@ -152,7 +152,7 @@ async def reserve(ctx: RequestContext, selection: Selection) -> tuple[Selection,
         return demand.choice, await ctx.app.limiter.reserve(key, estimate_reservation(demand, limits))
     except BudgetExceeded:
         cheaper = replace(demand, choice=drop_pricier_fallbacks(demand))
-        if cheaper.choice.order == demand.choice.order:
+        if cheaper.choice.candidates == demand.choice.candidates:
             raise
         return cheaper.choice, await ctx.app.limiter.reserve(key, estimate_reservation(cheaper, limits))
 
