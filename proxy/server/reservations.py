@@ -29,7 +29,7 @@ from proxy.errors import NoEligibleModelError
 from proxy.routing.requirements import estimate_tokens
 from proxy.routing.selection import Selection
 from proxy.routing.sizes import Sizes, sizes_of
-from proxy.settings.litellm_params import merge_model_params, stated_address
+from proxy.settings.litellm_params import merge_model_params
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import KeyLimits
 from proxy.storage.models import ModelRecord
@@ -194,7 +194,7 @@ def _added(sent: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
 def _reasons_within_limit(record: ModelRecord) -> bool:
     resolved = record.resolved
     known = resolved is not None and resolved.provider in _REASONING_WITHIN_LIMIT
-    return known and not stated_address(record.litellm_params)
+    return known and not record.address
 
 
 def _mean(row: Doubles) -> float:
