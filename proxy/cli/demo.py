@@ -314,8 +314,8 @@ class BackgroundServer:
         self._thread.start()
         with console.progress() as bars:
             while not self._server.is_ready and not self._ended.wait(POLL_INTERVAL_S):
-                if self._server.holder is not None:
-                    show_startup(self._server.holder.startup.to_json(), bars)
+                if self._server.app_startup is not None:
+                    show_startup(self._server.app_startup.to_json(), bars)
         return self._server.is_ready and not self._ended.is_set()
 
     def wait(self) -> None:
