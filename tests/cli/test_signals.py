@@ -16,8 +16,8 @@ import pytest
 
 from proxy.storage.valkey import socket_path
 from tests.support.command import ROOT, ServeCommand, environment
-from tests.support.process_group import children_of
-from tests.support.upstream import wait_until
+from tests.support.processes import children_of
+from tests.support.waiting import wait_until
 
 ON_ITS_TERMINAL = """
 import fcntl, os, sys, termios
