@@ -99,9 +99,9 @@ class Question:
 
 
 QUESTIONS = (
-    Question("What is the capital of Italy?", "quality at any price", 0.0),
     Question("What is the capital of Italy?", "the default"),
-    Question("What is the capital of Italy?", "the price counts a lot", 2.0),
+    Question("What is the capital of Italy?", "the price counts more", 1.0),
+    Question("What is the capital of Italy?", "the price counts most", 5.0),
 )
 
 
