@@ -1,4 +1,4 @@
-"""Routers that do not look at the prompt, K-means and the product itself, on numbers that can be checked by hand."""
+"""Routers that ignore the prompt, k-means and the product, on numbers that can be checked by hand."""
 
 from __future__ import annotations
 

@@ -143,8 +143,13 @@ def test_a_model_without_lengths_is_marked() -> None:
 def test_baselines_are_new_models_and_of_equals_the_cheaper_is_best() -> None:
     scores = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
     test = HeldOut(np.zeros((2, 1), dtype=np.float32), scores, np.array([[9.0, 4.0, 1.0]] * 2), np.zeros(2))
-    anchors = test.baselines()
-    assert (anchors.cheapest, anchors.best, anchors.dearest, anchors.best_quality) == (1.0, 4.0, 9.0, 1.0)
+    baselines = test.baselines()
+    assert (baselines.cheapest, baselines.best, baselines.most_expensive, baselines.best_quality) == (
+        1.0,
+        4.0,
+        9.0,
+        1.0,
+    )
 
 
 @pytest.mark.parametrize("models", [3, 4])
