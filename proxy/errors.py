@@ -1,33 +1,33 @@
-"""What the proxy says no with, and how each is said over HTTP. No request, no response object.
+"""The errors that a client can meet, with their HTTP statuses. `server/responses.py` renders them.
 
 ProxyError
-├── BadRequest               400  the caller's body or headers; `param` names the field
-│   ├── ControlFieldRefused  400  a field that would steer the provider layer
-│   └── LoopDetected         400  it has passed this router before, or too many
-├── Unauthenticated          401  no key, or not one of ours
-├── Forbidden                403  the key, Host or Origin may not do this
-├── UnknownName              404  a model that does not exist
-│   ├── UnknownJob           404
-│   └── UnknownClientKey     404
-├── Conflict                 409  the name is taken, or the configuration file owns it
-├── BodyTooSlow              408  the rest of the body did not come
-├── BodyTooLarge             413
-├── NotJson                  415  content type or encoding
-├── NothingAble              400  no candidate can take this request; says why, per model
-│   └── TooLong              400  for the context window of every candidate
-├── ModelBusy                429  as many requests as it may be asked at once, and its queue is full
-├── RateLimited              429  the key may not send so much so soon
-│   └── BudgetExceeded       429  the key has spent what it may
-├── Unavailable              503  nothing to route to yet, or the store is away
-│   ├── Starting             503  the server is not ready yet
-│   ├── ShuttingDown         503  the server ends, and this answer with it
-│   └── NotMeasured          503  no model that could answer is measured yet
-└── UpstreamFailure               a model did not answer: its own status and body, or 502, 504
-    ├── AnswerTooLarge       502  more bytes, levels or values than are read
-    └── OwnFault             503  this process could not do its part; the model was not to blame
-        ├── NoRoomForAnswer       the answers that are held already take all the memory they may
-        └── CannotTranslate       litellm cannot be imported for now
-ClientGone                        nobody is left to answer
+├── BadRequest                400  the caller's body or headers; `param` names the field
+│   ├── FieldNotAllowed       400  a field that would steer the provider layer
+│   └── LoopDetected          400  the request has passed this router before, or too many routers
+├── Unauthenticated           401  no key, or an unknown one
+├── Forbidden                 403  the key, Host or Origin may not do this
+├── ModelNotFound             404
+│   ├── JobNotFound           404
+│   └── KeyNotFound           404
+├── Conflict                  409  the name is taken, or the configuration file owns it
+├── BodyTimeout               408  the rest of the body did not come
+├── ContentTooLarge           413
+├── UnsupportedMediaType      415  content type or encoding
+├── NoEligibleModelError      400  no candidate can take this request; says why, per model
+│   └── ContextLengthExceeded 400  too long for the context window of every candidate
+├── ModelAtCapacity           429  the model's concurrency limit is reached, and its queue is full
+├── RateLimited               429  the key's rate is used up
+│   └── BudgetExceeded        429  the key's budget is used up
+├── ServiceUnavailable        503  nothing to route to yet, or the store is unavailable
+│   ├── Starting              503  the server is not ready yet
+│   ├── ShuttingDown          503  the server ends, and this response with it
+│   └── NotProfiled           503  no model that could answer has a profile yet
+└── UpstreamError                  a model failed: its own status and body, or 502, 504
+    ├── ResponseTooLarge      502  more bytes, levels or values than are read
+    └── LocalFailure          503  this process could not do its part; the model was not to blame
+        ├── ResponseMemoryFull     the memory for responses is used up
+        └── LiteLLMUnavailable     litellm cannot be imported for now
+ClientDisconnected                 nobody is left to answer
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-RETRYABLE = frozenset({408, 429})
-"""And every 5xx: the next model in rank may still answer."""
+# Statuses after which the next model in rank may still answer, besides every 5xx.
+RETRYABLE_STATUSES = frozenset({408, 429})
 
+# How much of the body of an upstream's error is read and kept.
 MAX_ERROR_BYTES = 16 * 2**10
-"""Of what an upstream says of its failure."""
 
+RETRY_AFTER_HEADERS = ("retry-after", "retry-after-ms")
 
-SHUTTING_DOWN = "this server is shutting down, and the time that open answers had is over; send it again"
+SHUTTING_DOWN_MESSAGE = "this server is shutting down, and the time that open answers had is over; send it again"
 
-LAST_WORDS_S = 1.0
-"""A client that does not read is told so no longer."""
+# How long a client that does not read is waited for at shutdown.
+SHUTDOWN_NOTICE_TIMEOUT_S = 1.0
 
 
 class ClientDisconnected(Exception):
@@ -54,7 +55,7 @@ class ClientDisconnected(Exception):
 
 
 class ProxyError(Exception):
-    """The root. `param` names the offending field in the caller's own words; `headers` go with the response."""
+    """The root. `param` names the offending field as the caller wrote it; `headers` go with the response."""
 
     def __init__(self, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -72,55 +73,55 @@ class FieldNotAllowed(BadRequest):
 
 
 class LoopDetected(BadRequest):
-    """Routers that lead to one another. Not a 5xx, which each of them would try again elsewhere."""
+    """Routers call one another in a circle. Not a 5xx, which each of them would retry elsewhere."""
 
 
 class Unauthenticated(ProxyError):
-    """No key, or a key that is not ours."""
+    """No key, or an unknown one."""
 
 
 class Forbidden(ProxyError):
-    """Known caller, closed door."""
+    """The caller is known and may not do this."""
 
 
 class ModelNotFound(ProxyError):
-    """A model by a name that nobody has."""
+    """No model has this name."""
 
 
 class JobNotFound(ModelNotFound):
-    """A job by an id that none has."""
+    """No job has this id."""
 
 
 class KeyNotFound(ModelNotFound):
-    """A client key by an id that none has."""
+    """No client key has this id."""
 
 
 class Conflict(ProxyError):
-    """The name is taken, or its definition lives elsewhere."""
+    """The name is taken, or the configuration file defines it."""
 
 
 class BodyTimeout(ProxyError):
-    """A body that stopped in its middle."""
+    """The body stopped in the middle."""
 
 
 class ContentTooLarge(ProxyError):
-    """More bytes than `max_body_bytes`."""
+    """The body has more bytes than `max_body_bytes`."""
 
 
 class UnsupportedMediaType(ProxyError):
-    """Another content type, or a compressed body."""
+    """The content type is not JSON, or the body is compressed."""
 
 
 class NoEligibleModelError(ProxyError):
-    """There are models, and none can take this request."""
+    """No model that the caller allows can take this request."""
 
 
 class ContextLengthExceeded(NoEligibleModelError):
-    """More tokens than any candidate's context window."""
+    """The request has more tokens than any candidate's context window."""
 
 
 class ModelAtCapacity(ProxyError):
-    """A model has no place for this request; `retry_after_s` says when it probably has."""
+    """A model has no slot for this request; `retry_after_s` estimates when it has one."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message, param="model", headers={"retry-after": str(math.ceil(retry_after_s))})
@@ -128,27 +129,27 @@ class ModelAtCapacity(ProxyError):
 
 
 class RateLimited(ProxyError):
-    """A limit of the key: more requests or tokens than it may use so soon."""
+    """The key has used up its rate of requests or tokens."""
 
 
 class BudgetExceeded(RateLimited):
-    """A limit of the key: it has spent what it may, or has set it aside."""
+    """The key's budget is spent or reserved."""
 
 
 class ServiceUnavailable(ProxyError):
-    """Not now: no model is routable yet, or the store cannot be written."""
+    """No model can be routed to yet, or the store cannot be written."""
 
 
 class Starting(ServiceUnavailable):
-    """Not yet: what the server needs is still being read or made."""
+    """The server is still starting."""
 
 
 class ShuttingDown(ServiceUnavailable):
-    """Not any more: the time that open answers were given is over."""
+    """The server is shutting down, and its grace period for open responses is over."""
 
 
-class NotMeasured(ServiceUnavailable):
-    """No candidate is measured yet. `why` says of each what it lacks."""
+class NotProfiled(ServiceUnavailable):
+    """No candidate has a profile yet. `why` says what each lacks."""
 
     def __init__(self, message: str, why: Mapping[str, str], headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message, headers=headers)
@@ -156,7 +157,7 @@ class NotMeasured(ServiceUnavailable):
 
 
 class UpstreamError(ProxyError):
-    """A model did not answer. status None: nothing came back at all."""
+    """A model failed to answer. `status` is None if no HTTP response came back."""
 
     def __init__(
         self,
@@ -167,55 +168,52 @@ class UpstreamError(ProxyError):
         headers: Mapping[str, str] | None = None,
         retryable: bool | None = None,
         timed_out: bool = False,
-        lost: bool = False,
-        overflow: bool = False,
+        connection_lost: bool = False,
+        context_exceeded: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.body = body[:MAX_ERROR_BYTES] if isinstance(body, bytes) else body
         stated = {name.lower(): text for name, text in (headers or {}).items()}
-        self.headers = {name: stated[name] for name in NAMES if name in stated}
+        self.headers = {name: stated[name] for name in RETRY_AFTER_HEADERS if name in stated}
         self.timed_out = timed_out
-        self.lost = lost
-        """The connection was there, and died before a byte of an answer: worth asking the same model once more."""
-        self.overflow = overflow
-        """The prompt is longer than this model's context window; another's may be larger."""
+        # An open connection died before the first byte of a response: worth one more attempt on the same model.
+        self.connection_lost = connection_lost
+        # The prompt is longer than this model's context window; another model's may be larger.
+        self.context_exceeded = context_exceeded
         self.retryable = _is_retryable(status) if retryable is None else retryable
 
 
-class AnswerTooLarge(UpstreamError):
-    """More of an answer than is read. Callers can bring that about, so it does not count against the model."""
+class ResponseTooLarge(UpstreamError):
+    """A response is larger than is read. Callers can cause that, so it does not count against the model."""
 
 
-class OwnFault(UpstreamError):
-    """This process could not do its part: that says nothing of the model."""
+class LocalFailure(UpstreamError):
+    """This process could not do its part, which says nothing of the model."""
 
     def __init__(self, message: str, *, retry_after_s: float, retryable: bool) -> None:
-        body = error_object(message, "server_error", "unavailable")
+        body = error_body(message, "server_error", "unavailable")
         headers = {"retry-after": str(math.ceil(retry_after_s))}
         super().__init__(message, status=503, body=body, headers=headers, retryable=retryable)
 
 
-class NoRoomForAnswer(OwnFault):
-    """This process holds as much of answers as it may; no other model would do better."""
+class ResponseMemoryFull(LocalFailure):
+    """The memory for responses is used up; no other model would do better."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, retry_after_s=1, retryable=False)
 
 
-class CannotTranslate(OwnFault):
-    """litellm cannot be imported for now; a model that is relayed may still answer."""
+class LiteLLMUnavailable(LocalFailure):
+    """litellm cannot be imported for now; a model that is called directly may still answer."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message, retry_after_s=retry_after_s, retryable=True)
 
 
 def _is_retryable(status: int | None) -> bool:
-    return status is None or status in RETRYABLE or status >= 500
+    return status is None or status in RETRYABLE_STATUSES or status >= 500
 
 
-def error_object(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:
+def error_body(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-NAMES = ("retry-after", "retry-after-ms")

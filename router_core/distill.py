@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
+from router_core.bert import BertEncoder
 from router_core.errors import InvalidArtifact
-from router_core.types import Floats
+from router_core.types import Floats, Indices
 
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 # Raised whenever the vectors change: it is part of the embedder's id.
 TABLE_VERSION = 1
 TABLE = "table.npy"
 TOKENIZER = "tokenizer.json"
-BATCH_SIZE = 1024
+BATCH_SIZE = 256
 Progress = Callable[[int, int], None]
 
 
@@ -55,22 +60,22 @@ def _check_weights(weights: Path) -> None:
 
 
 def _token_vectors(model: Path, progress: Progress) -> Floats:
-    """Embed every token alone, (V, d).
+    """Return (V, d): the mean of the hidden states of [CLS] token [SEP], for each token of the vocabulary."""
+    vocabulary = json.loads((model / TOKENIZER).read_text("utf-8"))["model"]["vocab"]
+    encoder = BertEncoder(model)
+    sequences = np.empty((len(vocabulary), 3), dtype=np.int64)
+    sequences[:] = vocabulary["[CLS]"], 0, vocabulary["[SEP]"]
+    sequences[:, 1] = np.arange(len(vocabulary))
 
-    sentence-transformers is avoided: its import alone takes as long as a sixth of all tokens.
-    """
-    import torch
-    from tokenizers import Tokenizer
-    from transformers import BertModel
+    def mean_states(batch: Indices) -> Floats:
+        return np.asarray(encoder(batch).mean(axis=1), dtype=np.float32)
 
-    backbone = BertModel.from_pretrained(str(model), local_files_only=True, add_pooling_layer=False)
-    tokenizer = Tokenizer.from_file(str(model / TOKENIZER))
-    first, last = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
-    sequences = torch.tensor([[first, token, last] for token in range(tokenizer.get_vocab_size())])
     vectors = list[Floats]()
-    with torch.inference_mode():
-        for batch in torch.split(sequences, BATCH_SIZE):
-            vectors.append(backbone(batch).last_hidden_state.mean(dim=1).numpy())
+    batches = np.split(sequences, range(BATCH_SIZE, len(sequences), BATCH_SIZE))
+    # A thread for each core, each on a batch of its own: the matrices are too small to be shared out.
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as threads:
+        for done in threads.map(mean_states, batches):
+            vectors.append(done)
             progress(sum(map(len, vectors)), len(sequences))
     return np.concatenate(vectors)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from router_core.errors import InvalidValidationSet
+from router_core.text import closest_name
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_MANIFEST_BYTES = 4_000_000
@@ -84,8 +84,8 @@ JsonObject = dict[str, object]
 
 def nearest_hint(word: str, known: Collection[str]) -> str:
     """Return "; did you mean 'answer'?", or the list of what is known if nothing is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+    closest = closest_name(word, known)
+    return f"; did you mean {closest!r}?" if closest else f"; known: {', '.join(sorted(known))}"
 
 
 def short_repr(value: object) -> str:

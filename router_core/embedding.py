@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import difflib
 import fcntl
 import hashlib
 import os
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from router_core import distill
 from router_core.errors import Interrupted, InvalidArtifact
+from router_core.text import closest_name
 from router_core.types import Embedder, Floats
 
 # Words whose ids a thread caches, about 2 MiB: so few that no choice of words makes a look-up slow.
@@ -234,8 +234,8 @@ def check_embedder(name: str) -> None:
                 return
         except ValueError:  # not a valid name
             continue
-    near = difflib.get_close_matches(name, ("static", "transformer"), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"download it first: `hf download {name}`"
+    closest = closest_name(name, ("static", "transformer"))
+    hint = f"did you mean {closest!r}?" if closest else f"download it first: `hf download {name}`"
     raise InvalidArtifact(
         f"no model {name!r} is on this machine: give static, transformer, a folder, or a model of the hub that was"
         f" downloaded; {hint}"

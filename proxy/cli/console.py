@@ -1,6 +1,6 @@
-"""What a person sees and a script reads: progress, tables, JSON. Progress goes to stderr, results to stdout.
+"""Output of commands: results on stdout, progress and messages on stderr.
 
-Names, reasons and errors come from a store or a server: nothing in them is left for a terminal to obey.
+Names, reasons and errors come from a store or a server, so control characters are removed from all that is written.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from unicodedata import east_asian_width
 
-from proxy.safety.plain_text import plain
+from router_core.text import plain
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -23,42 +23,38 @@ if TYPE_CHECKING:
     from router_core.types import Embedder
 
 
-_LINE_EVERY_S = 5.0
+LINE_INTERVAL_S = 5.0
 
 
 class CommandError(Exception):
-    """The work failed; the message says why in one line."""
+    """The work failed. The message says why, in one line."""
 
     exit_code = 1
 
 
 class BadArgument(CommandError):
-    """What was asked for makes no sense; the message says what would."""
+    """An argument is wrong. The message says what would be right."""
 
     exit_code = 2
 
 
-def say(text: str = "") -> None:
-    write(text + "\n")
-
-
-def write(text: str) -> None:
-    """Without a line end: tokens as they come. Raises CommandError where nobody can take them."""
+def echo(text: str = "", end: str = "\n") -> None:
+    """Write to stdout. Raises CommandError if that is closed."""
     if sys.stdout is None:
         raise CommandError("the output cannot be written: standard output is closed")
-    print(plain(text), end="", flush=True)  # noqa: T201
+    print(plain(text), end=end, flush=True)  # noqa: T201
 
 
-def note(text: str) -> None:
-    """On stderr; where that cannot be written nobody is told, and the work goes on."""
+def echo_err(text: str) -> None:
+    """Write to stderr. If that fails the work goes on."""
     with suppress(OSError):
         print(plain(text), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def emit_json(value: object) -> None:
-    """In JSON nothing is left out: what a terminal would obey is written as \\uXXXX."""
+    """Write JSON in which unprintable characters are \\uXXXX: none is left out, and a terminal obeys none."""
     text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False)
-    say("".join(letter if letter.isprintable() or letter == "\n" else _escaped(letter) for letter in text))
+    echo("".join(letter if letter.isprintable() or letter == "\n" else _escaped(letter) for letter in text))
 
 
 def _escaped(letter: str) -> str:
@@ -67,12 +63,12 @@ def _escaped(letter: str) -> str:
 
 class Progress(Protocol):
     def update(self, label: str, done: int, total: int, remark: str = "") -> None:
-        """`total` is 0 while nobody knows it."""
+        """Show how far `label` is. `total` is 0 while it is unknown."""
 
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """A bar per label on a terminal; elsewhere a line when it starts, every few seconds, and when it is complete."""
+    """Show a bar for each label on a terminal; elsewhere a line at its start, every few seconds, and at its end."""
     if not sys.stderr.isatty():
         yield _Lines()
         return
@@ -110,30 +106,30 @@ class _Lines:
     def update(self, label: str, done: int, total: int, remark: str = "") -> None:
         then, before = self._last.get(label, (0.0, (-1, -1)))
         complete = 0 < total <= done
-        if (done, total) == before or (not complete and time.monotonic() - then < _LINE_EVERY_S):
+        if (done, total) == before or (not complete and time.monotonic() - then < LINE_INTERVAL_S):
             return
         self._last[label] = (time.monotonic(), (done, total))
-        note(plain(f"{label}: {done}{f'/{total}' if total else ''} {remark}".rstrip(), lines=False))
+        echo_err(plain(f"{label}: {done}{f'/{total}' if total else ''} {remark}".rstrip(), lines=False))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "") -> None:
-    """Plain aligned columns, the first to the left, the others to the right; the same on a terminal and in a file."""
+    """Write aligned columns: the first to the left, the others to the right."""
     cells = [[plain(str(cell), lines=False) for cell in row] for row in rows]
     widths = [max(map(_width, column)) for column in zip(columns, *cells, strict=True)]
     if title:
-        say(title)
+        echo(title)
     for first, *rest in [list(columns), *cells]:
         aligned = [" " * (width - _width(cell)) + cell for cell, width in zip(rest, widths[1:], strict=True)]
-        say("  " + "  ".join([first + " " * (widths[0] - _width(first)), *aligned]).rstrip())
+        echo("  " + "  ".join([first + " " * (widths[0] - _width(first)), *aligned]).rstrip())
 
 
 def _width(text: str) -> int:
-    """Columns on a terminal: a Chinese character takes two."""
+    """Return the columns that the text takes on a terminal: two for a Chinese character."""
     return sum(2 if east_asian_width(character) in "WF" else 1 for character in text)
 
 
-def readable(path: Path, where: str) -> Path:
-    """The path, once its file has been opened. Raises BadArgument."""
+def require_readable(path: Path, where: str) -> Path:
+    """Return the path if its file can be read. Raises BadArgument."""
     try:
         with path.open("rb"):
             return path
@@ -141,10 +137,11 @@ def readable(path: Path, where: str) -> Path:
         raise BadArgument(f"{where}: {path} cannot be read ({error.strerror})") from None
 
 
-def writable(path: Path, where: str) -> Path:
-    """The path, once its file has been opened for writing: before the work, not after it. Raises BadArgument.
+def require_writable(path: Path, where: str) -> Path:
+    """Return the path if its file can be written, and change nothing: to be known before the work, not after it.
 
-    Nothing is changed: what is in the file stays, and one that is not there is not there afterwards.
+    Raises:
+        BadArgument: it cannot be written.
     """
     new = not path.exists()
     try:
@@ -157,8 +154,8 @@ def writable(path: Path, where: str) -> Path:
     return path
 
 
-def utf8_name(path: Path, where: str) -> Path:
-    """The path, if what is written may tell the file's name. Raises BadArgument: a name can be any bytes."""
+def require_utf8_name(path: Path, where: str) -> Path:
+    """Return the path if its name is UTF-8, so that it can be printed. Raises BadArgument."""
     try:
         path.name.encode()
     except UnicodeEncodeError:
@@ -166,16 +163,16 @@ def utf8_name(path: Path, where: str) -> Path:
     return path
 
 
-def all_apart(files: Mapping[str, Path | None]) -> None:
-    """By option. Raises BadArgument where two are one file: what is written would replace what was read."""
+def require_distinct(files: Mapping[str, Path | None]) -> None:
+    """Check that no two options name the same file: output would replace input. Raises BadArgument."""
     found: dict[Path, str] = {}
     for where, path in files.items():
         if path and found.setdefault(path.resolve(), where) != where:
             raise BadArgument(f"{where}: {path} is the file of {found[path.resolve()]} too; give another")
 
 
-def empty_folder(path: Path, where: str) -> Path:
-    """The path, made a folder if it is none: before the work, not after it. Raises BadArgument."""
+def require_empty_folder(path: Path, where: str) -> Path:
+    """Return the path, created if need be, if it is an empty folder. Raises BadArgument."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise BadArgument(f"{where}: {path} exists and is not an empty folder; choose another")
     try:
@@ -185,8 +182,8 @@ def empty_folder(path: Path, where: str) -> Path:
     return path
 
 
-def known_embedder(kind: str, where: str) -> str:
-    """The name, if there is such an embedder on this machine: before the work, not after it. Raises BadArgument."""
+def require_embedder(kind: str, where: str) -> str:
+    """Return the name if this machine has that embedder. Raises BadArgument."""
     from router_core.embedding import check_embedder
     from router_core.errors import InvalidArtifact
 
@@ -197,12 +194,12 @@ def known_embedder(kind: str, where: str) -> str:
     return kind
 
 
-def opened_embedder(kind: str, data_dir: Path) -> Embedder:
-    """With its model loaded. Raises CommandError when that cannot be had."""
+def load_embedder(kind: str, data_dir: Path) -> Embedder:
+    """Open the embedder and load its model. Raises CommandError where that fails."""
     from router_core.embedding import open_embedder
 
     try:
-        embedder = open_embedder(kind, data_dir, note)
+        embedder = open_embedder(kind, data_dir, echo_err)
         embedder.embed(["."])
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())

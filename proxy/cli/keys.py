@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import inspect
 import re
 import time
@@ -10,18 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from proxy.cli.console import BadArgument
-from proxy.cli.options import ConfigOption, DataDirOption, JsonOption, open_registry, read_settings, run
+from proxy.cli import console
+from proxy.cli.console import BadArgument, emit_json
+from proxy.cli.options import ConfigOption, DataDirOption, JsonOption, open_registry, read_settings
 
 if TYPE_CHECKING:
     from proxy.storage.client_keys import ClientKey
     from proxy.storage.registry import KeyRegistry
 
 
-NONE = "none"
-"""Given in place of a number, it takes the limit away."""
+# In place of a number it removes a limit.
+NO_LIMIT = "none"
 
-_OPTIONS = {
+_OPTION_OF_FIELD = {
     "name": "NAME",
     "models": "--model",
     "lambda_default": "--lambda",
@@ -35,27 +37,33 @@ _DURATION = re.compile(r"([0-9]{1,9})([smhdw])")
 
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="As `keys list` shows it.")]
 
+# The fields of a key that were given, with the names and types of POST /admin/keys.
 Body = dict[str, Any]
-"""What was stated of a key, under the names and with the types that POST /admin/keys reads."""
 
 
-def _stated(
+def _key_fields(
     models: Annotated[list[str] | None, typer.Option("--model", help="Allow only this model; repeatable.")] = None,
-    role: Annotated[str | None, typer.Option(help="client (asks models), viewer (reads) or admin.")] = None,
+    role: Annotated[str | None, typer.Option(help="client (calls models), viewer (reads) or admin.")] = None,
     expires_in: Annotated[
-        str | None, typer.Option(metavar="TIME", help="As 30d, 12h, 90m; 0s is now, none is never.")
+        str | None, typer.Option(metavar="TIME", help="As 30d, 12h or 90m; 0s is now, none is never.")
     ] = None,
     lambda_default: Annotated[
-        str | None, typer.Option("--lambda", metavar="λ", help="For requests that state none.")
+        str | None, typer.Option("--lambda", metavar="λ", help="The λ of requests that state none.")
     ] = None,
-    lambda_min: Annotated[str | None, typer.Option(metavar="λ", help="The least λ it may ask for.")] = None,
-    lambda_max: Annotated[str | None, typer.Option(metavar="λ", help="The largest.")] = None,
-    requests_per_minute: Annotated[str | None, typer.Option(metavar="N")] = None,
-    tokens_per_minute: Annotated[str | None, typer.Option(metavar="N", help="Of prompt and answer together.")] = None,
-    usd_per_day: Annotated[str | None, typer.Option(metavar="USD", help="From midnight UTC.")] = None,
-    usd_per_month: Annotated[str | None, typer.Option(metavar="USD")] = None,
+    lambda_min: Annotated[str | None, typer.Option(metavar="λ", help="The smallest λ that it may ask for.")] = None,
+    lambda_max: Annotated[str | None, typer.Option(metavar="λ", help="The largest λ that it may ask for.")] = None,
+    requests_per_minute: Annotated[str | None, typer.Option(metavar="N", help="Limit requests.")] = None,
+    tokens_per_minute: Annotated[
+        str | None, typer.Option(metavar="N", help="Limit tokens of prompts and answers together.")
+    ] = None,
+    usd_per_day: Annotated[
+        str | None, typer.Option(metavar="USD", help="Limit the cost of a day, from midnight UTC.")
+    ] = None,
+    usd_per_month: Annotated[
+        str | None, typer.Option(metavar="USD", help="Limit the cost of a calendar month, in UTC.")
+    ] = None,
 ) -> Body:
-    """Every option that says what a key may do; those that were given, as a body."""
+    """Return the given options as a body. The parameters are the options of a key."""
     numbers = {
         "lambda_default": lambda_default,
         "lambda_min": lambda_min,
@@ -71,25 +79,25 @@ def _stated(
     return body | {name: _number(text, option_of(name)) for name, text in numbers.items() if text is not None}
 
 
-def states_a_key(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command every option that says what a key may do, and hand it these as `body`."""
-    stating = inspect.signature(_stated, eval_str=True).parameters
+def with_key_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of a key to a command, which gets those that were given as `body`."""
+    key_options = inspect.signature(_key_fields, eval_str=True).parameters
     own = inspect.signature(command, eval_str=True)
 
     @wraps(command)
-    def stated(**given: Any) -> None:
-        body = _stated(**{name: given.pop(name) for name in stating})
+    def wrapper(**given: Any) -> None:
+        body = _key_fields(**{name: given.pop(name) for name in key_options})
         command(**given, body=body)
 
-    whose, *others = own.parameters.values()
-    shown = [whose, *stating.values(), *(other for other in others if other.name != "body")]
-    taken = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in shown]
-    stated.__dict__["__signature__"] = own.replace(parameters=taken)
-    return stated
+    first, *others = own.parameters.values()
+    parameters = [first, *key_options.values(), *(other for other in others if other.name != "body")]
+    keyword_only = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+    wrapper.__dict__["__signature__"] = own.replace(parameters=keyword_only)
+    return wrapper
 
 
-def checked(read: Callable[[], Any]) -> Any:
-    """What `read` returns; what HTTP would answer 400 to is a bad argument, under the option's name."""
+def with_option_names(read: Callable[[], Any]) -> Any:
+    """Return what `read` returns. What HTTP answers with 400 becomes a BadArgument that names the option."""
     from proxy.errors import BadRequest
     from proxy.storage.client_keys import InvalidKey
 
@@ -100,21 +108,21 @@ def checked(read: Callable[[], Any]) -> Any:
 
 
 def option_of(field: str) -> str:
-    return _OPTIONS.get(field, f"--{field.replace('_', '-')}")
+    return _OPTION_OF_FIELD.get(field, f"--{field.replace('_', '-')}")
 
 
 def seconds_of(text: str, option: str) -> int | None:
-    """`30d` → seconds; None for `none`. Raises BadArgument."""
-    if text == NONE:
+    """Return the seconds of a duration as `30d`; None for `none`. Raises BadArgument."""
+    if text == NO_LIMIT:
         return None
     if found := _DURATION.fullmatch(text):
         return int(found[1]) * _UNITS_S[found[2]]
-    raise BadArgument(f"{option}: must be a number and s, m, h, d or w, as 30d, or {NONE}; got {text!r}")
+    raise BadArgument(f"{option}: must be a number and s, m, h, d or w, as 30d, or {NO_LIMIT}; got {text!r}")
 
 
 def rows_of(keys: tuple[ClientKey, ...], now: float) -> list[tuple[str, ...]]:
-    """One of `keys list`: id, name, role, state, expires, models."""
-    from proxy.server.admin_schemas import key_to_json
+    """Return the rows of `keys list`: id, name, role, state, expires, models."""
+    from proxy.server.admin_responses import key_to_json
 
     return [
         (
@@ -128,21 +136,21 @@ def rows_of(keys: tuple[ClientKey, ...], now: float) -> list[tuple[str, ...]]:
 
 
 def _number(text: str, option: str) -> int | float | None:
-    if text == NONE:
+    if text == NO_LIMIT:
         return None
     try:
         return int(text) if text.isdecimal() else float(text)
     except ValueError:
-        raise BadArgument(f"{option}: must be a number, or {NONE}; got {text!r}") from None
+        raise BadArgument(f"{option}: must be a number, or {NO_LIMIT}; got {text!r}") from None
 
 
 T = TypeVar("T")
 
-keys = typer.Typer(no_args_is_help=True, help="Client keys. The first one closes the door to calls without a key.")
+keys = typer.Typer(no_args_is_help=True, help="Manage client keys. Once there is one, calls without a key are refused.")
 
 
 @keys.command()
-@states_a_key
+@with_key_options
 def create(
     name: Annotated[str, typer.Argument(help="Whose key it is.")],
     config: ConfigOption = None,
@@ -151,19 +159,20 @@ def create(
     as_json: JsonOption = False,
     body: Body,
 ) -> None:
-    """Make a key and show it, once."""
-    from proxy.server.admin_schemas import read_new_key
+    """Create a key and print its secret, once."""
+    from proxy.server.key_bodies import NewKey
+    from proxy.server.strict_body import parse_body
     from proxy.storage.audit_log import CREATE_KEY
 
     body["name"] = name
-    whose, stated = checked(lambda: read_new_key(body, time.time()))
-    made = _with_keys(config, data_dir, lambda registry: registry.create(whose, None, stated))
-    _written(CREATE_KEY, made[0])
+    fields = with_option_names(lambda: parse_body(NewKey, body).to_change(time.time()))
+    made = _with_keys(config, data_dir, lambda registry: registry.create(name, None, fields))
+    _log(CREATE_KEY, made[0])
     _show_secret(*made, as_json=as_json)
 
 
 @keys.command()
-@states_a_key
+@with_key_options
 def update(
     key_id: KeyId,
     name: Annotated[str | None, typer.Option("--name", help="Whose key it is.")] = None,
@@ -173,9 +182,10 @@ def update(
     all_models: Annotated[bool, typer.Option("--all-models", help="Allow every model again.")] = False,
     body: Body,
 ) -> None:
-    """Change what a key may do. What is not stated stays; `none` takes a limit away."""
-    from proxy.cli.console import BadArgument, emit_json
-    from proxy.server.admin_schemas import key_to_json, read_key_change
+    """Change what a key may do. Options that are not given stay; `none` removes a limit."""
+    from proxy.server.admin_responses import key_to_json
+    from proxy.server.key_bodies import KeyPatch
+    from proxy.server.strict_body import parse_body
     from proxy.storage.audit_log import CHANGE_KEY
 
     if name is not None:
@@ -186,36 +196,36 @@ def update(
         body["models"] = None
     if not body:
         raise BadArgument("nothing is stated that should change; see `uniroute keys update --help`")
-    stated = checked(lambda: read_key_change(body, time.time()))
-    key = _with_keys(config, data_dir, lambda registry: registry.change(key_id, stated))
-    _written(CHANGE_KEY, key)
+    fields = with_option_names(lambda: parse_body(KeyPatch, body).to_change(time.time()))
+    key = _with_keys(config, data_dir, lambda registry: registry.change(key_id, fields))
+    _log(CHANGE_KEY, key)
     emit_json(key_to_json(key))
 
 
 @keys.command()
 def rotate(
     key_id: KeyId,
-    grace: Annotated[str, typer.Option("--grace", metavar="TIME", help="How long the old secret still opens.")] = "0s",
+    grace: Annotated[str, typer.Option("--grace", metavar="TIME", help="How long the old secret stays valid.")] = "0s",
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Give a key a new secret and show it, once. The one before opens until the grace ends."""
-    from proxy.server.admin_schemas import parse_grace_period
+    """Give a key a new secret and print it, once. The old secret is valid until the grace period ends."""
+    from proxy.server.key_bodies import Rotation
+    from proxy.server.strict_body import parse_body
     from proxy.storage.audit_log import ROTATE_KEY
 
-    grace_s = checked(lambda: parse_grace_period({"grace_s": seconds_of(grace, "--grace")}))
+    grace_s = with_option_names(lambda: parse_body(Rotation, {"grace_s": seconds_of(grace, "--grace")}).grace_s)
     made = _with_keys(config, data_dir, lambda registry: registry.rotate(key_id, grace_s))
-    _written(ROTATE_KEY, made[0])
+    _log(ROTATE_KEY, made[0])
     _show_secret(*made, as_json=as_json)
 
 
 @keys.command("list")
 def list_keys(config: ConfigOption = None, data_dir: DataDirOption = None, *, as_json: JsonOption = False) -> None:
-    """Show the keys, never their text."""
-    from proxy.cli import console
-    from proxy.server.admin_schemas import key_to_json
+    """List the keys, without their secrets."""
+    from proxy.server.admin_responses import key_to_json
 
     found = _with_keys(config, data_dir, lambda registry: registry.listed())
     if as_json:
@@ -226,21 +236,19 @@ def list_keys(config: ConfigOption = None, data_dir: DataDirOption = None, *, as
 
 @keys.command()
 def show(key_id: KeyId, config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
-    """What one key may do, as JSON; never its text."""
-    from proxy.cli.console import emit_json
-    from proxy.server.admin_schemas import key_to_json
+    """Print what a key may do, as JSON, without its secret."""
+    from proxy.server.admin_responses import key_to_json
 
     emit_json(key_to_json(_with_keys(config, data_dir, lambda registry: registry.find(key_id))))
 
 
 @keys.command()
 def revoke(key_id: KeyId, config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
-    """Refuse this key from now on, for good. Calls without any key stay refused too."""
-    from proxy.cli import console
+    """Revoke a key for good. Calls without a key stay refused too."""
     from proxy.storage.audit_log import REVOKE_KEY
 
-    _written(REVOKE_KEY, _with_keys(config, data_dir, lambda registry: registry.revoke(key_id)))
-    console.note(f"key {key_id} is revoked")
+    _log(REVOKE_KEY, _with_keys(config, data_dir, lambda registry: registry.revoke(key_id)))
+    console.echo_err(f"key {key_id} is revoked")
 
 
 def _with_keys(config: Path | None, data_dir: Path | None, act: Callable[[KeyRegistry], Awaitable[T]]) -> T:
@@ -250,24 +258,25 @@ def _with_keys(config: Path | None, data_dir: Path | None, act: Callable[[KeyReg
         async with open_registry(settings) as registry:
             return await act(registry.keys)
 
-    done: T = checked(lambda: run(work()))
+    done: T = with_option_names(lambda: asyncio.run(work()))
     return done
 
 
-def _written(action: str, key: ClientKey) -> None:
-    """The store has the audit line already; this one is for whoever listens to the log."""
+def _log(action: str, key: ClientKey) -> None:
+    """Log an action that the store's audit log has already."""
     from proxy.storage.audit_log import CLI
 
     CLI.log(action, key.id, "done")
 
 
 def _show_secret(key: ClientKey, secret: str, *, as_json: bool) -> None:
-    from proxy.cli import console
-    from proxy.server.admin_schemas import key_to_json
+    from proxy.server.admin_responses import key_to_json
 
     if as_json:
         shown: dict[str, Any] = {**key_to_json(key), "key": secret}
         console.emit_json(shown)
         return
-    console.say(secret)
-    console.note(f"key {key.id} for {key.name}; it is not shown again. Clients send it as `Authorization: Bearer …`.")
+    console.echo(secret)
+    console.echo_err(
+        f"key {key.id} for {key.name}; it is not shown again. Clients send it as `Authorization: Bearer …`."
+    )

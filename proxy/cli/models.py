@@ -8,199 +8,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxy.cli.console import BadArgument
-from proxy.cli.options import JsonOption, UrlOption, admin_client, finite
-from proxy.settings.schema import load_settings
-from router_core.documents import MAX_PROFILE_BYTES, DocumentTooLarge, parse_json, read_bounded
+from proxy.cli import console
+from proxy.cli.console import BadArgument, CommandError, load_embedder, require_readable
+from proxy.cli.options import JsonOption, UrlOption, finite, read_settings
 
 if TYPE_CHECKING:
-    from proxy.cli.options import ServerClient
-
-
-def litellm_params_from(
-    model: str, api_base: str | None, key_variable: str | None, extra: Sequence[str]
-) -> dict[str, Any]:
-    params: dict[str, Any] = {"model": model}
-    if api_base:
-        params["api_base"] = api_base
-    if key_variable:
-        params["api_key"] = f"os.environ/{key_variable.removeprefix('os.environ/')}"
-    for pair in extra:
-        key, separator, value = pair.partition("=")
-        if not separator or not key:
-            raise BadArgument(f"--param takes KEY=VALUE; got {pair!r}")
-        params[key] = _value(value)
-    return params
-
-
-def model_info_from(input_cost: float | None, output_cost: float | None, *, free: bool) -> dict[str, Any]:
-    """Costs come in USD per million tokens and leave in USD per token."""
-    stated = {"--input-cost": input_cost, "--output-cost": output_cost}
-    if free and any(cost is not None for cost in stated.values()):
-        raise BadArgument("--free and a cost contradict each other; give one of them")
-    if len(missing := [name for name, cost in stated.items() if cost is None]) == 1:
-        raise BadArgument(f"{missing[0]} is missing: a price has both")
-    if free or input_cost is None or output_cost is None:
-        return {"free": True} if free else {}
-    return {"input_cost_per_token": input_cost / 1e6, "output_cost_per_token": output_cost / 1e6}
-
-
-def profile_from(
-    name: str, prompts: int | None, max_usd: float | None, ready: Path | None, outcomes: Path | None
-) -> dict[str, Any]:
-    """How to ask the model, or a profile that is handed over instead."""
-    asking = {key: value for key, value in (("prompts", prompts), ("max_usd", max_usd)) if value is not None}
-    if sum((bool(asking), ready is not None, outcomes is not None)) > 1:
-        raise BadArgument("--profile, --outcomes, and --prompts with --max-usd exclude each other; give one of them")
-    if ready is not None:
-        return _read_profile(ready)
-    return _from_outcomes(outcomes, name) if outcomes is not None else asking
-
-
-def _read_profile(path: Path) -> dict[str, Any]:
-    """A profile's own JSON, or the card that `models show` prints, which has it inside."""
-    try:
-        document = parse_json(read_bounded(path, MAX_PROFILE_BYTES).decode())
-    except OSError as error:
-        raise BadArgument(f"--profile: {path} cannot be read ({error.strerror})") from None
-    except DocumentTooLarge as error:
-        raise BadArgument(f"--profile: {path} {error}") from None
-    except ValueError as error:
-        raise BadArgument(f"--profile: {path} is not JSON ({error})") from None
-    found = document.get("profile", document) if isinstance(document, dict) else None
-    if not isinstance(found, dict) or not {"errors", "error_sums"} & found.keys():
-        raise BadArgument(f'--profile: {path} is not a profile; it needs "map", "errors" and "labels"')
-    return found
-
-
-def _from_outcomes(path: Path, name: str) -> dict[str, Any]:
-    """Measured here, with the map and the embedder of our own settings; the server refuses another map's profile."""
-    from proxy.app import load_cluster_map
-    from proxy.cli.console import opened_embedder, readable
-    from proxy.profiling.prompts import profile_from_outcomes
-
-    readable(path, "--outcomes")
-    config = os.environ.get("UNIROUTE_CONFIG")
-    settings = load_settings(Path(config) if config else None, os.environ)
-    cluster_map = load_cluster_map(settings)
-    embedder = opened_embedder(settings.embedder, settings.data_dir)
-    return profile_from_outcomes(path, name, cluster_map, embedder).to_json()
-
-
-def _value(text: str) -> Any:
-    """0.5 is a number, true a boolean, anything that is not JSON (NaN too) the text itself."""
-    try:
-        return json.loads(text, parse_constant=_no_number)
-    except (ValueError, RecursionError):
-        return text
-
-
-def _no_number(word: str) -> float:
-    raise ValueError(word)
+    from proxy.cli.client import ServerClient
 
 
 Card = Mapping[str, Any]
 
-Line = Mapping[str, Any]
+OutcomeLine = Mapping[str, Any]
 
-NamesArgument = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="All models if left out.")]
-
-
-def outcomes(
-    out: Annotated[Path, typer.Option("--out", help="The outcomes file to write, JSONL.")],
-    names: NamesArgument = None,
-    prices: Annotated[Path | None, typer.Option("--prices", help="Also write their prices of now, as JSON.")] = None,
-    url: UrlOption = None,
-) -> None:
-    """Write what the latest job of each model asked, and how the answers were graded.
-
-    Answers are kept for 30 days after their job has ended. Prompts that are no longer in the validation set are left
-    out, and so are models that were never asked: those with a profile that was handed over.
-    """
-    from proxy.cli import console
-
-    with admin_client(url) as server:
-        cards = _cards(server, names or [])
-        answered = {card["model_name"]: _answers(server, card) for card in cards}
-    missing = [name for name, lines in answered.items() if not lines]
-    if missing and (names or len(missing) == len(answered)):
-        raise console.CommandError(_no_answers(missing))
-    if missing:
-        console.note(f"left out: {_no_answers(missing)}")
-    lines = joined(line for found in answered.values() for line in found)
-    stated = [_price(card) for card in cards if answered[card["model_name"]]] if prices else []
-    _write(out, "--out", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    if prices:
-        _write(prices, "--prices", json.dumps(dict(stated), ensure_ascii=False, indent=2) + "\n")
-    asked = len(answered) - len(missing)
-    console.note(f"{out}: {len(lines)} prompts and the answers of {asked} model{'s' if asked != 1 else ''}")
-
-
-def joined(lines: Iterable[Line]) -> list[dict[str, Any]]:
-    """Lines of the same prompt as one, in order of first appearance."""
-    found: dict[str, dict[str, Any]] = {}
-    for line in lines:
-        first = found.setdefault(line["prompt"], {**line, "scores": {}, "output_tokens": {}})
-        first["scores"] |= line["scores"]
-        first["output_tokens"] |= line.get("output_tokens", {})
-    return list(found.values())
-
-
-def _cards(server: ServerClient, names: Sequence[str]) -> list[Card]:
-    """Of the named models, or of all."""
-    if names:
-        return [server.call("GET", f"/admin/models/{name}") for name in dict.fromkeys(names)]
-    cards: list[Card] = server.call("GET", "/admin/models")["models"]
-    return cards
-
-
-def _answers(server: ServerClient, card: Card) -> list[Line]:
-    from proxy.cli import console
-
-    if card["job"] is None:
-        return []
-    lines: list[Line] = server.call("GET", f"/admin/jobs/{card['job']['id']}/outcomes")["outcomes"]
-    if lines and card["job"]["state"] != "ready":
-        console.note(f"{card['model_name']}: its latest job is {card['job']['state']}; these are its answers so far")
-    return lines
-
-
-def _no_answers(names: Sequence[str]) -> str:
-    verb = "has" if len(names) == 1 else "have"
-    return (
-        f"{', '.join(names) or 'the server'} {verb} no graded answers: not asked here, or more than 30 days ago;"
-        " `uniroute models profile NAME` asks"
-    )
-
-
-def _price(card: Card) -> tuple[str, dict[str, float]]:
-    """Raises CommandError: an unknown price is not zero, and no file could say so."""
-    from proxy.cli.console import CommandError
-    from proxy.cli.evaluate import price_of
-
-    price = price_of(card)
-    if price is None:
-        raise CommandError(f"--prices: no price of {card['model_name']} is known; state one, or leave the model out")
-    return card["model_name"], price.to_fields()
-
-
-def _write(path: Path, where: str, text: str) -> None:
-    from proxy.cli.console import BadArgument
-
-    try:
-        path.write_text(text, "utf-8")
-    except OSError as error:
-        raise BadArgument(f"{where}: {path} cannot be written ({error.strerror})") from None
-
-
-models = typer.Typer(no_args_is_help=True, help="Models of a running server. Needs UNIROUTE_ADMIN_KEY.")
+models = typer.Typer(no_args_is_help=True, help="Manage the models of a running server. Needs UNIROUTE_ADMIN_KEY.")
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The name that clients see.")]
+
+NamesArgument = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="All models if left out.")]
 
 PromptsOption = Annotated[int | None, typer.Option("--prompts", min=1, help="Validation prompts to ask it.")]
 
 MaxUsdOption = Annotated[
-    float | None, typer.Option("--max-usd", min=0.0, callback=finite, help="What the questions may cost.")
+    float | None, typer.Option("--max-usd", min=0.0, callback=finite, help="What measuring it may cost.")
 ]
 
 InputCostOption = Annotated[
@@ -241,10 +70,11 @@ def add(
     no_wait: NoWaitOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Add a model while the server runs, measure it, and let it take traffic.
+    """Add a model while the server runs, measure it, and route to it.
 
     Without a cost and without --free its price comes from LiteLLM's price map.
     """
+    from proxy.cli.client import admin_client
 
     body = {
         "model_name": name,
@@ -258,7 +88,7 @@ def add(
 
 
 @models.command("profile")
-def profile_again(
+def reprofile(
     name: NameArgument,
     prompts: PromptsOption = None,
     max_usd: MaxUsdOption = None,
@@ -270,6 +100,7 @@ def profile_again(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model again. Its old profile serves until the new one is ready."""
+    from proxy.cli.client import admin_client
 
     body = profile_from(name, prompts, max_usd, profile, outcomes)
     with admin_client(url) as server:
@@ -279,8 +110,8 @@ def profile_again(
 
 @models.command("list")
 def list_models(url: UrlOption = None, *, as_json: JsonOption = False) -> None:
-    """Every model with its state, mean error and price."""
-    from proxy.cli import console
+    """List every model with its state, mean error and price."""
+    from proxy.cli.client import admin_client
 
     with admin_client(url) as server:
         answer = server.call("GET", "/admin/models")
@@ -291,15 +122,15 @@ def list_models(url: UrlOption = None, *, as_json: JsonOption = False) -> None:
     console.table(columns, [_row(card) for card in answer["models"]])
     for card in answer["models"]:
         if card["why"]:
-            console.note(f"{card['model_name']}: {card['why']}")
+            console.echo_err(f"{card['model_name']}: {card['why']}")
     for warning in dict.fromkeys(card["warning"] for card in answer["models"] if card.get("warning")):
-        console.note(f"warning: {warning}")
+        console.echo_err(f"warning: {warning}")
 
 
 @models.command()
 def show(name: NameArgument, url: UrlOption = None) -> None:
-    """Everything known of one model, as JSON."""
-    from proxy.cli import console
+    """Print all that is known of one model, as JSON."""
+    from proxy.cli.client import admin_client
 
     with admin_client(url) as server:
         console.emit_json(server.call("GET", f"/admin/models/{name}"))
@@ -308,23 +139,49 @@ def show(name: NameArgument, url: UrlOption = None) -> None:
 @models.command()
 def remove(name: NameArgument, url: UrlOption = None) -> None:
     """Take a model out of traffic and forget its profile."""
-    from proxy.cli import console
+    from proxy.cli.client import admin_client
 
     with admin_client(url) as server:
         server.call("DELETE", f"/admin/models/{name}")
-    console.note(f"{name} is removed")
+    console.echo_err(f"{name} is removed")
 
 
-models.command()(outcomes)
+@models.command()
+def outcomes(
+    out: Annotated[Path, typer.Option("--out", help="The outcomes file to write, JSONL.")],
+    names: NamesArgument = None,
+    prices: Annotated[Path | None, typer.Option("--prices", help="Also write their current prices, as JSON.")] = None,
+    url: UrlOption = None,
+) -> None:
+    """Write the prompts of each model's latest job, with the grades of its answers.
+
+    Answers are kept for 30 days after their job has ended. Prompts that are no longer in the validation set are left
+    out, and so are models that were never asked: those with a profile that was handed over.
+    """
+    from proxy.cli.client import admin_client
+
+    with admin_client(url) as server:
+        cards = _cards(server, names or [])
+        answered = {card["model_name"]: _answers(server, card) for card in cards}
+    missing = [name for name, lines in answered.items() if not lines]
+    if missing and (names or len(missing) == len(answered)):
+        raise console.CommandError(_no_answers(missing))
+    if missing:
+        console.echo_err(f"left out: {_no_answers(missing)}")
+    lines = joined(line for found in answered.values() for line in found)
+    stated = [_price(card) for card in cards if answered[card["model_name"]]] if prices else []
+    _write(out, "--out", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    if prices:
+        _write(prices, "--prices", json.dumps(dict(stated), ensure_ascii=False, indent=2) + "\n")
+    asked = len(answered) - len(missing)
+    console.echo_err(f"{out}: {len(lines)} prompts and the answers of {asked} model{'s' if asked != 1 else ''}")
 
 
 def _finish(server: ServerClient, answer: Mapping[str, Any], *, no_wait: bool, as_json: bool) -> None:
-    """Wait for the job unless told not to; failed work ends the command with status 1."""
-    from proxy.cli import console
-
+    """Wait for the job, unless told not to, and print what it found. Raises CommandError if it failed."""
     job = answer["job"]
     if job is not None and no_wait and not as_json:
-        console.note(f"job {job} measures it; `uniroute models show {answer['model']}` says how far it is")
+        console.echo_err(f"job {job} measures it; `uniroute models show {answer['model']}` says how far it is")
         return
     if job is not None and not no_wait:
         with console.progress() as bars:
@@ -335,13 +192,13 @@ def _finish(server: ServerClient, answer: Mapping[str, Any], *, no_wait: bool, a
     if as_json:
         console.emit_json({"job": job, **card})
     elif card["profile"] is not None:
-        console.say(f"{card['model_name']} is {card['state']}: mean error {card['profile']['mean_error']:.2f}")
+        console.echo(f"{card['model_name']} is {card['state']}: mean error {card['profile']['mean_error']:.2f}")
         if card.get("warning"):
-            console.note(f"warning: {card['warning']}")
+            console.echo_err(f"warning: {card['warning']}")
 
 
 def per_million(price: Mapping[str, Any], rate: str) -> str:
-    """USD per million tokens, and what it becomes for longer prompts: `1.25, 2.5 above 200k`."""
+    """Format a price in USD per million tokens, with the prices of longer prompts: `1.25, 2.5 above 200k`."""
     from router_core.types import price_field
 
     if price.get(rate) is None:
@@ -367,3 +224,139 @@ def _row(card: Mapping[str, Any]) -> tuple[str, ...]:
         *shown,
         price.get("source", ""),
     )
+
+
+def litellm_params_from(
+    model: str, api_base: str | None, key_variable: str | None, extra: Sequence[str]
+) -> dict[str, Any]:
+    params: dict[str, Any] = {"model": model}
+    if api_base:
+        params["api_base"] = api_base
+    if key_variable:
+        params["api_key"] = f"os.environ/{key_variable.removeprefix('os.environ/')}"
+    for pair in extra:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise BadArgument(f"--param takes KEY=VALUE; got {pair!r}")
+        params[key] = _value(value)
+    return params
+
+
+def model_info_from(input_cost: float | None, output_cost: float | None, *, free: bool) -> dict[str, Any]:
+    """Return `model_info`, with costs in USD per token. The options are in USD per million tokens."""
+    stated = {"--input-cost": input_cost, "--output-cost": output_cost}
+    if free and any(cost is not None for cost in stated.values()):
+        raise BadArgument("--free and a cost contradict each other; give one of them")
+    if len(missing := [name for name, cost in stated.items() if cost is None]) == 1:
+        raise BadArgument(f"{missing[0]} is missing: a price has both")
+    if free or input_cost is None or output_cost is None:
+        return {"free": True} if free else {}
+    return {"input_cost_per_token": input_cost / 1e6, "output_cost_per_token": output_cost / 1e6}
+
+
+def profile_from(
+    name: str, prompts: int | None, max_usd: float | None, ready: Path | None, outcomes: Path | None
+) -> dict[str, Any]:
+    """Return how to ask the model, or a profile that is handed over instead."""
+    asking = {key: value for key, value in (("prompts", prompts), ("max_usd", max_usd)) if value is not None}
+    if sum((bool(asking), ready is not None, outcomes is not None)) > 1:
+        raise BadArgument("--profile, --outcomes, and --prompts with --max-usd exclude each other; give one of them")
+    if ready is not None:
+        return _read_profile(ready)
+    return _from_outcomes(outcomes, name) if outcomes is not None else asking
+
+
+def _read_profile(path: Path) -> dict[str, Any]:
+    """Read a profile, or the card that `models show` prints, which has it inside."""
+    from router_core.documents import MAX_PROFILE_BYTES, DocumentTooLarge, parse_json, read_bounded
+
+    try:
+        document = parse_json(read_bounded(path, MAX_PROFILE_BYTES).decode())
+    except OSError as error:
+        raise BadArgument(f"--profile: {path} cannot be read ({error.strerror})") from None
+    except DocumentTooLarge as error:
+        raise BadArgument(f"--profile: {path} {error}") from None
+    except ValueError as error:
+        raise BadArgument(f"--profile: {path} is not JSON ({error})") from None
+    found = document.get("profile", document) if isinstance(document, dict) else None
+    if not isinstance(found, dict) or not {"errors", "error_sums"} & found.keys():
+        raise BadArgument(f'--profile: {path} is not a profile; it needs "map", "errors" and "labels"')
+    return found
+
+
+def _from_outcomes(path: Path, name: str) -> dict[str, Any]:
+    """Build a profile here, with the map and embedder of our own settings; a server with another map refuses it."""
+    from proxy.profiling.prompts import profile_from_outcomes
+    from proxy.server.preflight import load_cluster_map
+
+    require_readable(path, "--outcomes")
+    config = os.environ.get("UNIROUTE_CONFIG")
+    settings = read_settings(Path(config) if config else None)
+    cluster_map = load_cluster_map(settings)
+    embedder = load_embedder(settings.embedder, settings.data_dir)
+    return profile_from_outcomes(path, name, cluster_map, embedder).to_json()
+
+
+def _value(text: str) -> Any:
+    """Read 0.5 as a number, true as a boolean, and whatever is not JSON (NaN too) as text."""
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(word)
+
+
+def joined(lines: Iterable[OutcomeLine]) -> list[dict[str, Any]]:
+    """Merge the lines of each prompt, in order of first appearance."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        first = found.setdefault(line["prompt"], {**line, "scores": {}, "output_tokens": {}})
+        first["scores"] |= line["scores"]
+        first["output_tokens"] |= line.get("output_tokens", {})
+    return list(found.values())
+
+
+def _cards(server: ServerClient, names: Sequence[str]) -> list[Card]:
+    """Return the cards of the named models, or of all."""
+    if names:
+        return [server.call("GET", f"/admin/models/{name}") for name in dict.fromkeys(names)]
+    cards: list[Card] = server.call("GET", "/admin/models")["models"]
+    return cards
+
+
+def _answers(server: ServerClient, card: Card) -> list[OutcomeLine]:
+    if card["job"] is None:
+        return []
+    lines: list[OutcomeLine] = server.call("GET", f"/admin/jobs/{card['job']['id']}/outcomes")["outcomes"]
+    if lines and card["job"]["state"] != "ready":
+        state = card["job"]["state"]
+        console.echo_err(f"{card['model_name']}: its latest job is {state}; these are its answers so far")
+    return lines
+
+
+def _no_answers(names: Sequence[str]) -> str:
+    verb = "has" if len(names) == 1 else "have"
+    return (
+        f"{', '.join(names) or 'the server'} {verb} no graded answers: not asked here, or more than 30 days ago;"
+        " `uniroute models profile NAME` asks"
+    )
+
+
+def _price(card: Card) -> tuple[str, dict[str, float]]:
+    """Return a model's name and price. Raises CommandError: no file could say that a price is unknown."""
+    from proxy.cli.deployed import price_of
+
+    price = price_of(card)
+    if price is None:
+        raise CommandError(f"--prices: no price of {card['model_name']} is known; state one, or leave the model out")
+    return card["model_name"], price.to_fields()
+
+
+def _write(path: Path, where: str, text: str) -> None:
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise BadArgument(f"{where}: {path} cannot be written ({error.strerror})") from None

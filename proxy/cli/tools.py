@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections import Counter
@@ -10,39 +11,41 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxy.cli.options import ConfigOption, DataDirOption, JsonOption, UrlOption, finite, read_settings, run
-from proxy.settings.schema import Settings
-from proxy.storage.audit_log import CLI
-from proxy.storage.client_keys import AuthRequiredLatch
-from proxy.storage.models import CurrentPrice, ModelRecord
-from proxy.storage.price_feed import SyncReport, sync_prices
-from proxy.storage.price_map import bundled_catalog
-from proxy.storage.reader import StateReader, StoredState
-from proxy.storage.redis import Store
-from proxy.storage.registry import Registry
-from proxy.storage.snapshot import prices_of
+from proxy.cli import console
+from proxy.cli.console import BadArgument
+from proxy.cli.options import (
+    ConfigOption,
+    DataDirOption,
+    JsonOption,
+    UrlOption,
+    finite,
+    read_settings,
+    read_validation_set,
+)
 
 if TYPE_CHECKING:
+    from proxy.settings.schema import Settings
+    from proxy.storage.models import CurrentPrice, ModelRecord
+    from proxy.storage.price_feed import SyncReport
+    from proxy.storage.reader import StoredState
     from router_core.types import Price
-    from router_core.validation.validation_set import ValidationSet
 
 
 LambdaOption = Annotated[
-    float | None, typer.Option("--lambda", min=0.0, callback=finite, help="Cost weight for this one.")
+    float | None, typer.Option("--lambda", min=0.0, callback=finite, help="Cost weight of this request.")
 ]
 
 
 def route(
     prompt: Annotated[str, typer.Argument(help="The user's text.")],
     cost_weight: LambdaOption = None,
-    model: Annotated[str, typer.Option("--model", help="auto, uniroute/best, uniroute/cheap.")] = "auto",
+    model: Annotated[str, typer.Option("--model", help="auto, uniroute/best or uniroute/cheap.")] = "auto",
     url: UrlOption = None,
     *,
     as_json: JsonOption = False,
 ) -> None:
     """Ask a running server which model it would choose."""
-    from proxy.cli import console
-    from proxy.cli.options import caller_client
+    from proxy.cli.client import caller_client
 
     body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": prompt}]}
     if cost_weight is not None:
@@ -56,18 +59,16 @@ def route(
 
 
 def show_decision(decision: Mapping[str, Any]) -> None:
-    """The choice, the prompt's clusters, every candidate with its figures, and who was ruled out."""
-    from proxy.cli import console
-
-    console.say(f"{decision['model']}  ({decision['reason']}, λ = {decision['lambda']:g})")
+    """Print the choice, the prompt's clusters, the candidates with their figures, and the ineligible models."""
+    console.echo(f"{decision['model']}  ({decision['reason']}, λ = {decision['lambda']:g})")
     near = [f"{c['name']} {c['weight']:.0%}" for c in decision["clusters"][:3]]
     if near:
-        console.say(f"  prompt is near: {'; '.join(near)}")
+        console.echo(f"  prompt is near: {'; '.join(near)}")
     rows = [candidate_row(candidate) for candidate in decision["candidates"]]
     if rows:
         console.table(("model", "expected error", "expected cost", "score", "chosen at λ"), rows)
     for ruled_out in decision["ineligible"]:
-        console.say(f"  {ruled_out['model']}: not eligible, {ruled_out['why']}")
+        console.echo(f"  {ruled_out['model']}: not eligible, {ruled_out['why']}")
 
 
 def candidate_row(candidate: Mapping[str, Any]) -> tuple[str, ...]:
@@ -79,6 +80,109 @@ def candidate_row(candidate: Mapping[str, Any]) -> tuple[str, ...]:
         f"{candidate['score']:.3f}",
         "never" if flips is None else f"{flips:.3g}",
     )
+
+
+prices = typer.Typer(no_args_is_help=True, help="Fetch live prices into the store that servers read.")
+
+
+@prices.callback()
+def group() -> None:
+    """Fetch live prices into the store that servers read."""
+    # Without a callback typer would merge a lone command into the group.
+
+
+@prices.command()
+def sync(
+    feed: Annotated[str | None, typer.Argument(metavar="[URL]", help="Another map in LiteLLM's format.")] = None,
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch prices now. Without a URL, `price_url` or the map that comes with LiteLLM."""
+    if feed is not None and not feed.startswith(("http://", "https://")):
+        raise BadArgument(f"URL: must start with http:// or https://; got {feed!r}")
+    report = asyncio.run(sync_once(read_settings(config, data_dir=data_dir), feed))
+    if as_json:
+        console.emit_json(report.to_json())
+        return
+    console.echo(f"prices from {report.source}")
+    rows = [(name, *_per_million(price)) for name, price in report.updated.items()]
+    if rows:
+        console.table(("updated", "$/M in", "$/M out"), rows)
+    for kind in ("unchanged", "kept", "unknown"):
+        if names := getattr(report, kind):
+            console.echo(f"  {kind}: {', '.join(names)}")
+    if not (report.updated or report.unchanged or report.kept or report.unknown):
+        console.echo_err("the store has no models; those of a configuration file are priced with --config FILE")
+
+
+def _per_million(price: Price) -> tuple[str, str]:
+    from proxy.cli.models import per_million
+
+    return per_million(price.to_fields(), "input_cost_per_token"), per_million(
+        price.to_fields(), "output_cost_per_token"
+    )
+
+
+validation = typer.Typer(
+    no_args_is_help=True, help="Inspect the validation set: the prompts that models are measured on."
+)
+
+SetArgument = Annotated[str, typer.Argument(metavar="[FILE]", help="A JSONL file; the built-in set if left out.")]
+
+
+@validation.command("list")
+def list_families(source: SetArgument = "builtin", *, as_json: JsonOption = False) -> None:
+    """List the families of the set, with the number of prompts and how they are graded."""
+    chosen = read_validation_set(source)
+    prompts = Counter(prompt.family for prompt in chosen)
+    graders = {family: ", ".join(sorted({p.grader.type for p in chosen if p.family == family})) for family in prompts}
+    if as_json:
+        families = [{"family": family, "prompts": n, "grader": graders[family]} for family, n in prompts.items()]
+        console.emit_json({"id": chosen.id, "prompts": len(chosen), "families": families})
+        return
+    console.echo(f"{len(chosen)} prompts in {len(prompts)} families (set {chosen.id})")
+    console.table(("family", "prompts", "grader"), [(f, n, graders[f]) for f, n in sorted(prompts.items())])
+
+
+@validation.command()
+def export(
+    source: SetArgument = "builtin",
+    out: Annotated[Path | None, typer.Option("--out", help="Write here instead of stdout.")] = None,
+) -> None:
+    """Write the set as JSONL, one prompt a line, as a start for your own."""
+    lines = [json.dumps(prompt.to_json(), ensure_ascii=False) for prompt in read_validation_set(source)]
+    if out is None:
+        console.echo("\n".join(lines))
+        return
+    try:
+        out.write_text("\n".join(lines) + "\n", "utf-8")
+    except OSError as error:
+        raise BadArgument(f"--out: {out} cannot be written ({error.strerror})") from None
+    console.echo_err(f"{out}: {len(lines)} prompts")
+
+
+@validation.command()
+def check(source: SetArgument = "builtin", data_dir: DataDirOption = None, *, as_json: JsonOption = False) -> None:
+    """Check a set: report its first broken line, or the clusters of the map with few labels."""
+    from proxy.server.preflight import load_cluster_map
+    from router_core.validation.validation_set import coverage, thin_clusters
+
+    chosen = read_validation_set(source)
+    settings = read_settings(None, data_dir=data_dir)
+    cluster_map = load_cluster_map(settings)
+    embedder = console.load_embedder(settings.embedder, settings.data_dir)
+    labels = coverage(cluster_map.assign(embedder.embed([prompt.text for prompt in chosen])), cluster_map.size)
+    thin = [(k, cluster_map.names[k], float(labels[k])) for k in thin_clusters(labels)]
+    if as_json:
+        rows = [{"cluster": k, "name": name, "label_weight": round(weight, 3)} for k, name, weight in thin]
+        console.emit_json({"id": chosen.id, "prompts": len(chosen), "clusters": cluster_map.size, "thin": rows})
+        return
+    console.echo(f"{len(chosen)} prompts, every line is good")
+    console.echo(f"{cluster_map.size - len(thin)} of {cluster_map.size} clusters have label weight 2 or more")
+    if thin:
+        console.table(("thin cluster", "name", "label weight"), [(k, n, f"{weight:.2f}") for k, n, weight in thin])
 
 
 @dataclass(frozen=True)
@@ -93,138 +197,32 @@ async def sync_once(settings: Settings, url: str | None = None) -> SyncReport:
     Serving processes use the new prices within a second.
 
     Raises:
-        FeedFailed, StoreUnavailable: nothing was changed, or what was not stored yet is not.
+        PriceFeedError, StoreUnavailable: nothing was changed, or what was not stored yet is not.
     """
+    from proxy.storage.audit_log import CLI
+    from proxy.storage.client_keys import AuthRequiredLatch
+    from proxy.storage.models import ModelRecord
+    from proxy.storage.price_feed import sync_prices
+    from proxy.storage.reader import StateReader
+    from proxy.storage.redis import Store
+    from proxy.storage.registry import Registry
+
     store = await Store.open(settings)
     try:
         configured = {entry.model_name: ModelRecord.of_entry(entry, "config", 0.0) for entry in settings.model_list}
         reader = StateReader(store, time.time)
         await reader.read(configured)
         registry = Registry(store, configured, AuthRequiredLatch(settings.data_dir), CLI)
-        return await sync_prices(registry, _priced(reader.last, configured), url or settings.price_url)
+        return await sync_prices(registry, _priced_models(reader.last, configured), url or settings.price_url)
     finally:
         await store.close()
 
 
-def _priced(stored: StoredState, configured: Mapping[str, ModelRecord]) -> PricedModels:
+def _priced_models(stored: StoredState, configured: Mapping[str, ModelRecord]) -> PricedModels:
+    from proxy.storage.price_map import bundled_catalog
+    from proxy.storage.snapshot import prices_of
+
     models = {**stored.models, **configured}
     catalog = bundled_catalog()
     known = {name: catalog.find(str(record.litellm_params["model"])) for name, record in models.items()}
     return PricedModels(models, prices_of(models, stored, known))
-
-
-prices = typer.Typer(no_args_is_help=True, help="Live prices, in the store that servers read.")
-
-
-@prices.callback()
-def group() -> None:
-    """Live prices, in the store that servers read."""  # without a callback typer would merge a lone command into it
-
-
-@prices.command()
-def sync(
-    feed: Annotated[str | None, typer.Argument(metavar="[URL]", help="Another map in LiteLLM's format.")] = None,
-    config: ConfigOption = None,
-    data_dir: DataDirOption = None,
-    *,
-    as_json: JsonOption = False,
-) -> None:
-    """Fetch prices now. Without a URL, `price_url` or the map that comes with LiteLLM."""
-    from proxy.cli import console
-
-    if feed is not None and not feed.startswith(("http://", "https://")):
-        raise console.BadArgument(f"URL: must start with http:// or https://; got {feed!r}")
-    report = run(sync_once(read_settings(config, data_dir=data_dir), feed))
-    if as_json:
-        console.emit_json(report.to_json())
-        return
-    console.say(f"prices from {report.source}")
-    rows = [(name, *_per_million(price)) for name, price in report.updated.items()]
-    if rows:
-        console.table(("updated", "$/M in", "$/M out"), rows)
-    for kind in ("unchanged", "kept", "unknown"):
-        if names := getattr(report, kind):
-            console.say(f"  {kind}: {', '.join(names)}")
-    if not (report.updated or report.unchanged or report.kept or report.unknown):
-        console.note("the store has no models; those of a configuration file are priced with --config FILE")
-
-
-def _per_million(price: Price) -> tuple[str, str]:
-    from proxy.cli.models import per_million
-
-    return per_million(price.to_fields(), "input_cost_per_token"), per_million(
-        price.to_fields(), "output_cost_per_token"
-    )
-
-
-validation = typer.Typer(no_args_is_help=True, help="The validation set: prompts that models are measured on.")
-
-SetArgument = Annotated[str, typer.Argument(metavar="[FILE]", help="A JSONL file; the built-in set if left out.")]
-
-
-@validation.command("list")
-def list_families(source: SetArgument = "builtin", *, as_json: JsonOption = False) -> None:
-    """Families of the set, with the number of prompts and how they are graded."""
-    from proxy.cli import console
-
-    chosen = open_set(source)
-    prompts = Counter(prompt.family for prompt in chosen)
-    graders = {family: ", ".join(sorted({p.grader.type for p in chosen if p.family == family})) for family in prompts}
-    if as_json:
-        families = [{"family": family, "prompts": n, "grader": graders[family]} for family, n in prompts.items()]
-        console.emit_json({"id": chosen.id, "prompts": len(chosen), "families": families})
-        return
-    console.say(f"{len(chosen)} prompts in {len(prompts)} families (set {chosen.id})")
-    console.table(("family", "prompts", "grader"), [(f, n, graders[f]) for f, n in sorted(prompts.items())])
-
-
-@validation.command()
-def export(
-    source: SetArgument = "builtin",
-    out: Annotated[Path | None, typer.Option("--out", help="Write here instead of stdout.")] = None,
-) -> None:
-    """Write the set as JSONL, one prompt a line: a start for your own."""
-    from proxy.cli import console
-
-    lines = [json.dumps(prompt.to_json(), ensure_ascii=False) for prompt in open_set(source)]
-    if out is None:
-        console.say("\n".join(lines))
-        return
-    try:
-        out.write_text("\n".join(lines) + "\n", "utf-8")
-    except OSError as error:
-        raise console.BadArgument(f"--out: {out} cannot be written ({error.strerror})") from None
-    console.note(f"{out}: {len(lines)} prompts")
-
-
-@validation.command()
-def check(source: SetArgument = "builtin", data_dir: DataDirOption = None, *, as_json: JsonOption = False) -> None:
-    """Read a set, report the first broken line, and say which clusters of the map it leaves thin."""
-    from proxy.app import load_cluster_map
-    from proxy.cli import console
-    from proxy.cli.console import opened_embedder
-    from router_core.validation.validation_set import coverage, thin_clusters
-
-    chosen = open_set(source)
-    settings = read_settings(None, data_dir=data_dir)
-    cluster_map = load_cluster_map(settings)
-    embedder = opened_embedder(settings.embedder, settings.data_dir)
-    labels = coverage(cluster_map.assign(embedder.embed([prompt.text for prompt in chosen])), cluster_map.size)
-    thin = [(k, cluster_map.names[k], float(labels[k])) for k in thin_clusters(labels)]
-    if as_json:
-        rows = [{"cluster": k, "name": name, "label_weight": round(weight, 3)} for k, name, weight in thin]
-        console.emit_json({"id": chosen.id, "prompts": len(chosen), "clusters": cluster_map.size, "thin": rows})
-        return
-    console.say(f"{len(chosen)} prompts, every line is good")
-    console.say(f"{cluster_map.size - len(thin)} of {cluster_map.size} clusters have label weight 2 or more")
-    if thin:
-        console.table(("thin cluster", "name", "label weight"), [(k, n, f"{weight:.2f}") for k, n, weight in thin])
-
-
-def open_set(source: str) -> ValidationSet:
-    """`builtin` or a JSONL path. Raises BadArgument, and InvalidValidationSet naming the line."""
-    from proxy.cli.console import readable
-    from router_core.validation.families.registry import builtin_validation_set
-    from router_core.validation.loading import load_validation_set
-
-    return builtin_validation_set() if source == "builtin" else load_validation_set(readable(Path(source), "FILE"))

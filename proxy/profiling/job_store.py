@@ -25,132 +25,47 @@ from proxy.profiling.job import (
     reserved_key,
 )
 from proxy.storage.audit_log import Step
-from proxy.storage.complaints import Complaints
 from proxy.storage.models import ModelRecord, StoredProfile
-from proxy.storage.redis import CHANGED, MODELS, PREVIOUS_PROFILES, PROFILES, VERSION, InvalidRecord, Store
+from proxy.storage.redis import CHANGED, MODELS, PREVIOUS_PROFILES, PROFILES, VERSION, Store, awaited, load_script
+from proxy.storage.values import InvalidRecord, OddValues
 from router_core.profiles import Profile
 
-# KEYS: jobs, open, latest, profiles, the new job's hash, its answers. ARGV: id, model, fingerprint, time, map, the
-# earlier job, how many words the fields are, the fields, prompt ids and answers. A job for one map alone begins with
-# the earlier job's answers, and only while that job's profile is the stored one. It gives way to one that asks.
-SUBMIT: Final = f"""
-local id, model, fingerprint, now, map, earlier, words = unpack(ARGV, 1, 7)
-if earlier ~= '' then
-  local profile = redis.call('HGET', KEYS[4], model)
-  local readable, current = pcall(function() return cjson.decode(profile).job == earlier end)
-  if not (readable and current) then return '' end
-end
-local latest = redis.call('HGET', KEYS[3], model)
-local known = latest and redis.pcall('HMGET', 'uniroute:job:' .. latest, 'state', 'fingerprint', 'map')
-if known and not known.err then
-  local state, of, only = unpack(known)
-  if state == 'queued' or state == 'running' then
-    if latest == id or (of == fingerprint and (not only or only == map)) then return latest end
-    local why = of == fingerprint and 'a newer job took its place' or 'litellm_params were changed'
-    redis.call('HSET', 'uniroute:job:' .. latest, 'state', 'cancelled', 'error', why)
-    redis.call('EXPIRE', 'uniroute:job:' .. latest, {KEPT_S})
-    redis.call('EXPIRE', 'uniroute:job:' .. latest .. ':answers', {KEPT_S})
-    redis.call('SREM', KEYS[2], latest)
-  end
-end
-redis.call('HSET', KEYS[5], unpack(ARGV, 8, 7 + words))
-for place = 8 + words, #ARGV, 2 do redis.call('HSET', KEYS[6], ARGV[place], ARGV[place + 1]) end
-redis.pcall('ZADD', KEYS[1], now, id)
-redis.pcall('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - {KEPT_S})
-redis.call('SADD', KEYS[2], id)
-redis.call('HSET', KEYS[3], model, id)
-return id
-"""
+SUBMIT: Final = load_script(__package__, "submit_job", KEPT_S=KEPT_S)
+CANCEL: Final = load_script(__package__, "cancel_job", KEPT_S=KEPT_S)
 
-# Fenced scripts. KEYS: lease, job, answers, reserved. ARGV[1]: token. They return -1 where the lease is not ours.
-_FENCE = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] or redis.call('HGET', KEYS[2], 'state') ~= 'running' then return -1 end
-"""
-
-# What a foreign writer has put in the place of a count stays as it is: pcall, since a script that raises is repeated,
-# and each time a prompt would be asked again. The first write is no pcall: where none is taken the script must fail.
-BEGIN: Final = f"""{_FENCE}
-redis.call('HSET', KEYS[2], 'total', ARGV[2])
-if ARGV[3] == '1' then
-  redis.call('HSETNX', KEYS[2], 'spent_usd', '0')
-  for _, usd in ipairs(redis.pcall('HVALS', KEYS[4])) do
-    if (tonumber(usd) or -1) >= 0 then redis.pcall('HINCRBYFLOAT', KEYS[2], 'spent_usd', usd) end
-  end
-end
-redis.call('DEL', KEYS[4])
-return 1
-"""
-
-RESERVE: Final = f"{_FENCE} return redis.call('HSET', KEYS[4], ARGV[2], ARGV[3])"
-
-CHECKPOINT: Final = f"""{_FENCE}
-redis.call('HDEL', KEYS[4], ARGV[2])
-if redis.call('HSETNX', KEYS[3], ARGV[2], ARGV[3]) == 0 then return 0 end
-redis.pcall('HINCRBY', KEYS[2], 'done', 1)
-if ARGV[4] ~= '' then redis.pcall('HINCRBY', KEYS[2], ARGV[4], 1) end
-if ARGV[5] ~= '' then redis.pcall('HINCRBYFLOAT', KEYS[2], 'spent_usd', ARGV[5]) end
-redis.call('HSET', KEYS[2], 'eta_s', ARGV[6])
-return 1
-"""
-
-# KEYS go on: open, version, profiles, models, earlier profiles. ARGV: token, id, state, error, model, profile, "1" if
-# configured. A job for one map alone leaves the profile of the other map to the processes that still use that map.
-FINISH: Final = f"""{_FENCE}
-local state, error = ARGV[3], ARGV[4]
-if state == 'ready' and ARGV[7] ~= '1' and redis.call('HEXISTS', KEYS[8], ARGV[5]) == 0 then
-  state, error = 'failed', 'the model was removed'
-end
-if state == 'ready' then
-  local version = redis.call('INCR', KEYS[6])
-  local before = redis.call('HEXISTS', KEYS[2], 'map') == 1 and redis.call('HGET', KEYS[7], ARGV[5])
-  redis.call('HDEL', KEYS[9], ARGV[5])
-  if before then redis.call('HSET', KEYS[9], ARGV[5], before) end
-  redis.call('HSET', KEYS[7], ARGV[5], ARGV[6])
-  redis.call('PUBLISH', '{CHANGED}', version)
-end
-redis.call('HSET', KEYS[2], 'state', state, 'error', error, 'eta_s', state == 'ready' and '0' or '')
-redis.call('SREM', KEYS[5], ARGV[2])
-redis.call('EXPIRE', KEYS[2], {KEPT_S})
-redis.call('EXPIRE', KEYS[3], {KEPT_S})
-redis.call('DEL', KEYS[1], KEYS[4])
-return 1
-"""
-
-# KEYS: job, open, answers. ARGV: id, why.
-CANCEL: Final = f"""
-local state = redis.call('HGET', KEYS[1], 'state')
-if state ~= 'queued' and state ~= 'running' then return 0 end
-redis.call('HSET', KEYS[1], 'state', 'cancelled', 'error', ARGV[2], 'eta_s', '')
-redis.call('SREM', KEYS[2], ARGV[1])
-redis.call('EXPIRE', KEYS[1], {KEPT_S})
-redis.call('EXPIRE', KEYS[3], {KEPT_S})
-return 1
-"""
+# Only the holder of the lease may run these. They return -1 if the lease is lost.
+BEGIN: Final = load_script(__package__, "fence", "begin_job")
+RESERVE: Final = load_script(__package__, "fence", "reserve_usd")
+CHECKPOINT: Final = load_script(__package__, "fence", "store_answer")
+FINISH: Final = load_script(__package__, "fence", "finish_job", CHANGED=CHANGED, KEPT_S=KEPT_S)
 
 log = logging.getLogger("uniroute.jobs")
 
 
 class JobStore:
-    """All methods raise StoreUnavailable; those that take a lease raise LeaseLost where it is no longer ours."""
+    """Jobs and their answers in Redis.
+
+    All methods raise StoreUnavailable; those that take a lease raise LeaseLost if it is lost.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._complaints = Complaints(log)
+        self._odd_values = OddValues(log)
 
     async def submit(
-        self, record: ModelRecord, prompts: int, max_usd: float | None, carried: ReusedAnswers | None = None
+        self, record: ModelRecord, prompts: int, max_usd: float | None, reused: ReusedAnswers | None = None
     ) -> str:
-        """The id of the new job, or of the unfinished one that measures the same arm.
+        """Return the id of the new job, or of the unfinished one that measures the same model.
 
-        With `carried` it is "" where the profile is no longer that of the earlier job: somebody measured the model.
+        With `reused` it is "" if the profile is no longer that of the earlier job: the model was measured meanwhile.
         """
-        step = self.submission(record, prompts, max_usd, carried)
+        step = self.submission(record, prompts, max_usd, reused)
         return str(await self._store.run_durably("submit a job", step.script, step.keys, step.arguments))
 
     def submission(
-        self, record: ModelRecord, prompts: int, max_usd: float | None, carried: ReusedAnswers | None = None
+        self, record: ModelRecord, prompts: int, max_usd: float | None, reused: ReusedAnswers | None = None
     ) -> Step:
-        """What `submit` does, to be done together with something else."""
+        """Return what `submit` does, to be done together with another write."""
         job_id, now = uuid.uuid4().hex[:16], time.time()
         stored = {
             "model": record.name,
@@ -161,27 +76,27 @@ class JobStore:
             "submitted_at": now,
         }
         recorded = {}
-        if carried is not None:
-            stored |= carried.to_fields()
-            recorded = {prompt_id: answer.to_json() for prompt_id, answer in carried.answers.items()}
-        bound = [carried.map_id, carried.earlier] if carried else ["", ""]
+        if reused is not None:
+            stored |= reused.to_fields()
+            recorded = {prompt_id: answer.to_json() for prompt_id, answer in reused.answers.items()}
+        bound = [reused.map_id, reused.earlier] if reused else ["", ""]
         arguments = [job_id, record.name, record.fingerprint, now, *bound, 2 * len(stored), *_pairs(stored)]
         keys = (JOBS, OPEN, LATEST, PROFILES, job_key(job_id), answers_key(job_id))
         return Step(SUBMIT, keys, (*arguments, *_pairs(recorded)))
 
     async def get(self, job_id: str) -> Job | None:
-        async with self._store.asking("read a job") as client:
+        async with self._store.operation("read a job") as client:
             return Job.from_fields(job_id, await _hash(client, job_key(job_id)))
 
     async def for_model(self, name: str) -> Job | None:
-        """The model's latest job."""
-        async with self._store.asking("read a job") as client:
-            job_id = await _plain(client.hget(LATEST, name))
+        """Return the model's latest job."""
+        async with self._store.operation("read a job") as client:
+            job_id = await awaited(client.hget(LATEST, name))
         return await self.get(job_id) if job_id else None
 
     async def latest(self) -> dict[str, Job]:
-        """Each model's latest job."""
-        async with self._store.asking("read the jobs") as client:
+        """Return each model's latest job."""
+        async with self._store.operation("read the jobs") as client:
             ids = await _hash(client, LATEST)
             async with client.pipeline(transaction=False) as pipe:
                 for job_id in ids.values():
@@ -190,30 +105,30 @@ class JobStore:
         found: dict[str, Job] = {}
         for (name, job_id), fields in zip(ids.items(), stored, strict=True):
             if isinstance(fields, RedisError):
-                self._complaints.make(job_key(job_id), fields)
+                self._odd_values.warn_once(job_key(job_id), fields)
             elif (job := Job.from_fields(job_id, fields)) is not None:
                 found[name] = job
         return found
 
     async def cancel(self, job_id: str, why: str = "") -> bool:
-        """False where there was nothing left to cancel."""
+        """Cancel a job; return False if it was over."""
         keys = [job_key(job_id), OPEN, answers_key(job_id)]
         return bool(await self._run("cancel a job", CANCEL, keys, [job_id, why]))
 
     async def answers(self, job_id: str) -> dict[str, PromptAnswer]:
-        """Prompt id to what became of it. What cannot be read is left out."""
-        async with self._store.asking("read the answers of a job") as client:
+        """Return the answers of a job by prompt id, without those that cannot be read."""
+        async with self._store.operation("read the answers of a job") as client:
             stored = await _hash(client, answers_key(job_id))
         answers = {}
         for prompt_id, text in stored.items():
             try:
                 answers[prompt_id] = PromptAnswer.from_json(text)
             except InvalidRecord as error:
-                self._complaints.make(f"{answers_key(job_id)} {prompt_id}", error)
+                self._odd_values.warn_once(f"{answers_key(job_id)} {prompt_id}", error)
         return answers
 
     async def begin(self, lease: Lease, total: int, *, priced: bool) -> None:
-        """Money that was set aside and never settled, because a worker died, counts as spent."""
+        """Begin or continue a job. Money that a dead worker had reserved and never settled counts as spent."""
         await self._fenced("begin a job", BEGIN, lease, [total, "1" if priced else "0"])
 
     async def reserve(self, lease: Lease, prompt_id: str, usd: float) -> None:
@@ -227,13 +142,13 @@ class JobStore:
         await self._fenced("store an answer", CHECKPOINT, lease, [prompt_id, answer.to_json(), kind, cost, eta])
 
     async def finish(self, lease: Lease, record: ModelRecord, profile: Profile) -> None:
-        """Ready, and the profile in use, in one step. Gives the lease back."""
+        """Mark the job ready and store its profile, in one step. Give the lease back."""
         entry = StoredProfile(record.fingerprint, profile, lease.job_id).to_json()
         configured = "1" if record.source == "config" else "0"
         await self._finish(lease, "ready", "", [record.name, entry, configured])
 
     async def fail(self, lease: Lease, error: str) -> None:
-        """The old profile, if there is one, stays. Gives the lease back."""
+        """Mark the job failed; a profile from before stays. Give the lease back."""
         await self._finish(lease, "failed", error, ["", "", ""])
 
     async def _finish(self, lease: Lease, state: str, error: str, result: list[str]) -> None:
@@ -249,7 +164,7 @@ class JobStore:
             raise LeaseLost("the job was cancelled or taken over")
 
     async def _run(self, what: str, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
-        async with self._store.asking(what) as client:
+        async with self._store.operation(what) as client:
             return await client.register_script(script)(keys=list(keys), args=list(arguments))
 
 
@@ -258,9 +173,5 @@ def _pairs(fields: Mapping[str, Any]) -> list[Any]:
 
 
 async def _hash(client: Redis, key: str) -> Mapping[str, str]:
-    found: Mapping[str, str] = await _plain(client.hgetall(key))
+    found: Mapping[str, str] = await awaited(client.hgetall(key))
     return found
-
-
-async def _plain(reply: Any) -> Any:
-    return await reply

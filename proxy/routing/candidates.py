@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from enum import Enum
 from functools import cached_property
 from types import MappingProxyType
@@ -13,10 +13,10 @@ from proxy.errors import (
     Forbidden,
     ModelNotFound,
     NoEligibleModelError,
-    NotMeasured,
+    NotProfiled,
     ServiceUnavailable,
 )
-from proxy.routing.affinity import Affinity
+from proxy.routing.affinity import NO_AFFINITY, Affinity
 from proxy.routing.chat_request import ChatRequest, RoutingOptions
 from proxy.routing.requirements import requirement_sources, requirements_of
 from proxy.settings.schema import Settings
@@ -44,14 +44,83 @@ ALIASES = {
 
 ANY = "*"
 
+EMPTY: Mapping[str, float] = MappingProxyType({})
 
-def routing_mode(name: str, settings: Settings, state: RoutingSnapshot, key: ClientKey | None) -> RoutingMode:
-    """Raises UnknownName, and Forbidden where the key may not use this model."""
+
+class SelectionContext:
+    """One request against one snapshot: what it asks for, and what it may have.
+
+    Args:
+        affinity: what is remembered of the conversation that the request continues.
+        cooling_down: models whose circuit is open, with the seconds until they may be asked again.
+        not_ready: models that this process cannot call yet.
+
+    Raises:
+        ModelNotFound, Forbidden: of a name in the request.
+        BadRequest: the request states a λ that its key may not use.
+    """
+
+    def __init__(
+        self,
+        decision_id: str,
+        request: ChatRequest,
+        key: ClientKey | None,
+        snapshot: RoutingSnapshot,
+        settings: Settings,
+        *,
+        affinity: Affinity = NO_AFFINITY,
+        cooling_down: Mapping[str, float] = EMPTY,
+        not_ready: Collection[str] = (),
+    ) -> None:
+        self.decision_id = decision_id
+        self.request = request
+        self.key = key
+        self.snapshot = snapshot
+        self.settings = settings
+        self.affinity = affinity
+        self.cooling_down = cooling_down
+        self.not_ready = not_ready
+        self.mode = routing_mode(request.model, settings, snapshot, key)
+        # The names that may be selected; None: all.
+        self.allowed = restrict_candidates(request.options, snapshot, key)
+        self.requirements = self._requirements()
+        self.params = self._scoring_params()
+
+    def _requirements(self) -> Requirements:
+        """Read what the body needs of a model, at prices within the request's caps."""
+        provider, clamped = self.request.options.provider, self.settings.clamp_max_tokens
+        return requirements_of(
+            self.request.body,
+            self.request.contents,
+            (provider.max_input_cost_per_token, provider.max_output_cost_per_token),
+            limit_is_cap=clamped == "on" or (clamped == "auto" and self.mode is not RoutingMode.PINNED),
+        )
+
+    def _scoring_params(self) -> ScoringParams:
+        options, settings = self.request.options, self.settings
+        weight = settings.latency_weight if options.latency_weight is None else options.latency_weight
+        return ScoringParams(
+            lambda_=cost_weight(self.request, self.mode, settings, self.key),
+            latency_weight=weight,
+            max_cost_usd=options.max_cost_usd,
+            cost_unit=settings.cost_unit,
+            reference=settings.reference_price,
+            cached=self.affinity.cached_prompt(settings),
+        )
+
+
+def routing_mode(name: str, settings: Settings, snapshot: RoutingSnapshot, key: ClientKey | None) -> RoutingMode:
+    """Tell from the name of a model how the request is routed.
+
+    Raises:
+        ModelNotFound: no model and no alias has this name.
+        Forbidden: the key may not use this model.
+    """
     if name in ALIASES:
         return ALIASES[name]
     if name in settings.route_names and name != ANY:
         return RoutingMode.SCORED
-    if name in state.models:
+    if name in snapshot.models:
         _check_allowed(name, key)
         return RoutingMode.PINNED
     if ANY in settings.route_names:
@@ -59,33 +128,38 @@ def routing_mode(name: str, settings: Settings, state: RoutingSnapshot, key: Cli
     raise ModelNotFound(f'the model {name[:128]!r} does not exist; use "auto", or one of GET /v1/models', param="model")
 
 
-def allowed_models(state: RoutingSnapshot, key: ClientKey | None) -> tuple[str, ...]:
-    """Every registered name that this key may use, sorted."""
-    return tuple(name for name in sorted(state.models) if key is None or key.models is None or name in key.models)
+def allowed_models(snapshot: RoutingSnapshot, key: ClientKey | None) -> tuple[str, ...]:
+    """Return the registered names that this key may use, sorted."""
+    return tuple(name for name in sorted(snapshot.models) if key is None or key.models is None or name in key.models)
 
 
 def restrict_candidates(
-    options: RoutingOptions, state: RoutingSnapshot, key: ClientKey | None
+    options: RoutingOptions, snapshot: RoutingSnapshot, key: ClientKey | None
 ) -> Collection[str] | None:
-    """Names that a choice is restricted to, by the key and by each list of the request; None: all.
+    """Return the names that the key and each list of the request allow; None: all.
+
+    A name to be ignored need not exist: then it is no candidate anyway.
 
     Raises:
-        UnknownName, Forbidden: of a name asked for. One to be ignored need not exist: then it is no candidate anyway.
+        ModelNotFound, Forbidden: of a name that the request lists.
     """
-    lists = [_asked(options.models, "models", state, key), _asked(options.provider.only, "provider.only", state, key)]
+    lists = [
+        _checked(options.models, "models", snapshot, key),
+        _checked(options.provider.only, "provider.only", snapshot, key),
+    ]
     if key is not None:
         lists.append(key.models)
     restricting = [set(names) for names in lists if names is not None]
     if not options.provider.ignore:
         return set.intersection(*restricting) if restricting else None
-    return set.intersection(set(state.models), *restricting) - set(options.provider.ignore)
+    return set.intersection(set(snapshot.models), *restricting) - set(options.provider.ignore)
 
 
-def _asked(
-    names: tuple[str, ...] | None, param: str, state: RoutingSnapshot, key: ClientKey | None
+def _checked(
+    names: tuple[str, ...] | None, param: str, snapshot: RoutingSnapshot, key: ClientKey | None
 ) -> tuple[str, ...] | None:
     for name in names or ():
-        if name not in state.models:
+        if name not in snapshot.models:
             raise ModelNotFound(f"the model {name[:128]!r} of `{param}` does not exist", param=param)
         _check_allowed(name, key)
     return names
@@ -99,28 +173,28 @@ def _check_allowed(name: str, key: ClientKey | None) -> None:
 LAMBDA_OF_MODE = {RoutingMode.BEST: 0.0, RoutingMode.CHEAP: math.inf}
 
 
-def cost_weight(request: ChatRequest, way: RoutingMode, settings: Settings, key: ClientKey | None) -> float:
-    """What nobody stated is moved within the bounds; what the caller stated is not.
+def cost_weight(request: ChatRequest, mode: RoutingMode, settings: Settings, key: ClientKey | None) -> float:
+    """Return λ: as the caller stated it, or else the default, moved within the key's bounds.
 
     Raises:
         BadRequest: the request states a λ that its key may not use.
-        Forbidden: its name asks for one.
+        Forbidden: the name of the model asks for one.
     """
     stated = request.options.lambda_
     if key is not None:
-        if not key_allows_mode(way, key):
-            asks = "λ = 0" if way is RoutingMode.BEST else "the cheapest model, whatever λ is"
+        if not key_allows_mode(mode, key):
+            asks = "λ = 0" if mode is RoutingMode.BEST else "the cheapest model, whatever λ is"
             raise Forbidden(f"{request.model!r} asks for {asks}; for this key λ is {_bounds(key)}", param="model")
-        if stated is not None and not _allowed(stated, key):
+        if stated is not None and not _is_within(stated, key):
             raise BadRequest(f"`lambda` is {stated:g}; for this key it is {_bounds(key)}", param="lambda")
-    if way is RoutingMode.BEST:
+    if mode is RoutingMode.BEST:
         return 0.0
     return stated if stated is not None else default_for_key(settings.lambda_, key)
 
 
-def key_allows_mode(way: RoutingMode, key: ClientKey | None) -> bool:
+def key_allows_mode(mode: RoutingMode, key: ClientKey | None) -> bool:
     """Whether the key's bounds leave room for a name that stands for a λ."""
-    return key is None or way not in LAMBDA_OF_MODE or _allowed(LAMBDA_OF_MODE[way], key)
+    return key is None or mode not in LAMBDA_OF_MODE or _is_within(LAMBDA_OF_MODE[mode], key)
 
 
 def default_for_key(default: float, key: ClientKey | None) -> float:
@@ -129,7 +203,7 @@ def default_for_key(default: float, key: ClientKey | None) -> float:
     return clamp(default, key.lambda_min, key.lambda_max) if key.lambda_default is None else key.lambda_default
 
 
-def _allowed(value: float, key: ClientKey) -> bool:
+def _is_within(value: float, key: ClientKey) -> bool:
     return value == clamp(value, key.lambda_min, key.lambda_max)
 
 
@@ -138,23 +212,21 @@ def _bounds(key: ClientKey) -> str:
     return f"{low:g} or more" if high is None else f"from {low:g} to {high:g}"
 
 
-_SHOWN = 10
-
-_SHOWN_CHARACTERS = 2_000
-
-
 class IneligibleReasons(Mapping[str, str]):
-    """Ruled-out model → why, of those that the caller may use. Worked out when somebody looks: few requests are."""
+    """Say why models were ruled out, of those that the caller may use.
 
-    def __init__(self, asked: SelectionContext, eligibility: Eligibility | None, *, but: str | None = None) -> None:
-        self._asked = asked
+    Few requests ask for it, so it is worked out when one does. `but`: a model that is left out.
+    """
+
+    def __init__(self, ctx: SelectionContext, eligibility: Eligibility | None, *, but: str | None = None) -> None:
+        self._ctx = ctx
         self._eligibility = eligibility
         self._but = but
 
     @cached_property
     def _reasons(self) -> dict[str, str]:
         why = self._eligibility.reasons if self._eligibility else {}
-        usable = set(allowed_models(self._asked.state, self._asked.key)) - {self._but}
+        usable = set(allowed_models(self._ctx.snapshot, self._ctx.key)) - {self._but}
         return {name: reason for name, reason in why.items() if name in usable}
 
     def __getitem__(self, name: str) -> str:
@@ -167,117 +239,67 @@ class IneligibleReasons(Mapping[str, str]):
         return len(self._reasons)
 
 
-def no_candidate_error(asked: SelectionContext, eligibility: Eligibility) -> NoEligibleModelError | ServiceUnavailable:
-    pool, needs, allowed = asked.state.pool, asked.needs, asked.allowed
-    if not allowed_models(asked.state, asked.key):
+def no_candidate_error(ctx: SelectionContext, eligibility: Eligibility) -> NoEligibleModelError | ServiceUnavailable:
+    """Say why no model is left, and what would help."""
+    pool, requirements, allowed = ctx.snapshot.pool, ctx.requirements, ctx.allowed
+    if not allowed_models(ctx.snapshot, ctx.key):
         return ServiceUnavailable("no model is registered that this request may use")
-    if not _candidates(asked):
+    if not _candidates(ctx):
         return NoEligibleModelError(
             "`models`, `provider.only` and `provider.ignore` together leave no model", param="provider"
         )
-    reasons = _because(asked, eligibility.reasons)
+    reasons = listed(_of_candidates(ctx, eligibility.reasons))
     if not eligible(pool, Requirements(), allowed).rows.size:
-        return NotMeasured(f"no model can be chosen yet{reasons}", _of_candidates(asked, eligibility.reasons))
-    if eligible(pool, needs, allowed).rows.size:
+        return NotProfiled(f"no model can be chosen yet{reasons}", _of_candidates(ctx, eligibility.reasons))
+    if eligible(pool, requirements, allowed).rows.size:
         return ServiceUnavailable(f"every model that can take this request rests after failures{reasons}")
-    if eligible(pool, replace(needs, prompt_tokens=0), allowed).rows.size:
+    if eligible(pool, replace(requirements, prompt_tokens=0), allowed).rows.size:
+        limit = requirements.max_output_tokens
+        and_answer = "" if limit is None else f", and {limit} of an answer,"
         return ContextLengthExceeded(
-            f"the request of about {needs.prompt_tokens} tokens{_and_answer(needs)} fits no model's context window"
+            f"the request of about {requirements.prompt_tokens} tokens{and_answer} fits no model's context window"
             f"{reasons}",
             param="messages",
         )
-    return NoEligibleModelError(f"no model can take this request{_which_needs(asked)}{reasons}")
+    return NoEligibleModelError(f"no model can take this request{_which_needs(ctx)}{reasons}")
 
 
-def over_cost_error(asked: SelectionContext, error: NoEligibleModel) -> NoEligibleModelError:
-    """Models are able, and none of them within max_cost_usd."""
-    return NoEligibleModelError(f"{error}{_because(asked, error.reasons)}", param="uniroute.max_cost_usd")
+def over_cost_error(ctx: SelectionContext, error: NoEligibleModel) -> NoEligibleModelError:
+    """Say that models could answer, but none of them within max_cost_usd."""
+    return NoEligibleModelError(f"{error}{listed(_of_candidates(ctx, error.reasons))}", param="uniroute.max_cost_usd")
 
 
-def _candidates(asked: SelectionContext) -> Collection[str]:
-    """Names that this caller and this request allow: no others are spoken of."""
-    usable = set(allowed_models(asked.state, asked.key))
-    return usable if asked.allowed is None else usable & set(asked.allowed)
+def _candidates(ctx: SelectionContext) -> Collection[str]:
+    """Return the names that this caller and this request allow. No error names others."""
+    usable = set(allowed_models(ctx.snapshot, ctx.key))
+    return usable if ctx.allowed is None else usable & set(ctx.allowed)
 
 
-def _because(asked: SelectionContext, why: Mapping[str, str]) -> str:
-    return listed(_of_candidates(asked, why))
+def _of_candidates(ctx: SelectionContext, why: Mapping[str, str]) -> dict[str, str]:
+    candidates = _candidates(ctx)
+    return {name: reason for name, reason in why.items() if name in candidates}
 
 
-def _of_candidates(asked: SelectionContext, why: Mapping[str, str]) -> dict[str, str]:
-    restrict_candidates = _candidates(asked)
-    return {name: reason for name, reason in why.items() if name in restrict_candidates}
+MAX_LISTED = 10
+
+MAX_LISTED_CHARS = 2_000
 
 
 def listed(reasons: Mapping[str, str]) -> str:
-    """(name: reasons; name: reasons; and 90 more), of bounded length."""
+    """Return " (name: reasons; name: reasons; and 90 more)", of bounded length."""
     shown: list[str] = []
     length = 0
     for name, reason in reasons.items():
         length += len(name) + len(reason)
-        if len(shown) == _SHOWN or length > _SHOWN_CHARACTERS:
+        if len(shown) == MAX_LISTED or length > MAX_LISTED_CHARS:
             break
         shown.append(f"{name}: {reason}")
     more = f"; and {len(reasons) - len(shown)} more" if len(reasons) > len(shown) else ""
     return f" ({'; '.join(shown)}{more})" if reasons else ""
 
 
-def _and_answer(needs: Requirements) -> str:
-    return "" if needs.max_output_tokens is None else f", and {needs.max_output_tokens} of an answer,"
-
-
-def _which_needs(asked: SelectionContext) -> str:
-    """, which needs to read images (messages[3] has image_url)…"""
-    asks = requirement_sources(asked.request.body)
-    told = [f"to {words} ({asks[ability]})" for ability, words in CAPABILITY_NAMES.items() if ability in asks]
-    return f", which needs a model {', '.join(told)}" if told else ""
-
-
-EMPTY: Mapping[str, float] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class SelectionContext:
-    """One request against one snapshot: what it asks for, and what it may have."""
-
-    request: ChatRequest
-    key: ClientKey | None
-    state: RoutingSnapshot
-    settings: Settings
-    way: RoutingMode
-    allowed: Collection[str] | None
-    needs: Requirements
-    terms: ScoringParams
-    thread: Affinity
-    resting: Mapping[str, float] = field(default_factory=lambda: EMPTY)
-    """Models that failed too often lately → seconds until they may be asked again."""
-    loading: Collection[str] = ()
-    """Models that this process cannot call yet."""
-
-
-def requirements_for(request: ChatRequest, *, limit_is_cap: bool = False) -> Requirements:
-    """What the body needs, at prices within the request's caps."""
-    provider = request.options.provider
-    caps = (provider.max_input_cost_per_token, provider.max_output_cost_per_token)
-    return requirements_of(request.body, request.contents, caps, limit_is_cap=limit_is_cap)
-
-
-def is_clamped(way: RoutingMode, settings: Settings) -> bool:
-    """Whether a limit of an answer above a model's own is lowered to that."""
-    return settings.clamp_max_tokens == "on" or (settings.clamp_max_tokens == "auto" and way is not RoutingMode.PINNED)
-
-
-def scoring_params(
-    request: ChatRequest, way: RoutingMode, settings: Settings, key: ClientKey | None, thread: Affinity
-) -> ScoringParams:
-    """Raises BadRequest or Forbidden where the key's bounds of λ are left."""
-    options = request.options
-    weight = settings.latency_weight if options.latency_weight is None else options.latency_weight
-    return ScoringParams(
-        lambda_=cost_weight(request, way, settings, key),
-        latency_weight=weight,
-        max_cost_usd=options.max_cost_usd,
-        cost_unit=settings.cost_unit,
-        reference=settings.reference_price,
-        cached=thread.cached(settings),
-    )
+def _which_needs(ctx: SelectionContext) -> str:
+    """Return ", which needs a model to read images (messages[3] has image_url)…"."""
+    sources = requirement_sources(ctx.request.body)
+    needs = [f"to {words} ({sources[name]})" for name, words in CAPABILITY_NAMES.items() if name in sources]
+    return f", which needs a model {', '.join(needs)}" if needs else ""

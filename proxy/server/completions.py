@@ -1,36 +1,38 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from proxy.errors import BudgetExceeded, ModelAtCapacity, NotMeasured, UpstreamError
+from proxy.errors import BudgetExceeded, ModelAtCapacity, NotProfiled, UpstreamError
 from proxy.profiling.jobs import with_progress
-from proxy.routing.affinity import Affinity, AffinityRecorder, load_affinity
-from proxy.routing.chat_request import READ_HEADERS, ChatRequest, parse_chat
+from proxy.routing.affinity import Affinity, load_affinity
+from proxy.routing.candidates import SelectionContext
+from proxy.routing.chat_request import READ_HEADERS, parse_chat
 from proxy.routing.selection import Selection, select_model, selection_to_json
-from proxy.server.attempts import Attempts, Outlets
+from proxy.server.attempts import Attempts
 from proxy.server.auth import KEY_IN_SCOPE, path_of
-from proxy.server.dependencies import AppState, AppStateDep, CurrentKey, ServicesHolder, received_at, trace_of
+from proxy.server.dependencies import AppState, AppStateDep, RequestContext, ServicesHolder
 from proxy.server.ratelimit import Reservation
-from proxy.server.request_log import Books, RequestRecord
+from proxy.server.request_log import RequestRecord
 from proxy.server.requests import (
-    RequestIds,
+    RECEIVED_AT,
+    REQUEST_IDS,
     cancel_on_disconnect,
+    cancelled_ending,
     check_hops,
-    cut_ending,
     headers_of,
     instance_id,
+    random_ids,
     read_body,
 )
 from proxy.server.reservations import Demand, drop_pricier_fallbacks, estimate_reservation, limit_to_reserved
 from proxy.server.responses import HANDLED_EXCEPTIONS, error_response
 from proxy.server.streaming import CompletionStream, cancel_or_close
-from proxy.server.whole_answer import WholeAnswer
-from proxy.storage.client_keys import ClientKey
-from proxy.storage.snapshot import RoutingSnapshot
+from proxy.upstream.response_memory import HeldMemory
 from proxy.upstream.sse import encode_json
 
 PATH = "/v1/chat/completions"
@@ -39,7 +41,7 @@ router = APIRouter()
 
 
 class ChatCompletionsEndpoint:
-    """Pure ASGI, innermost before the framework: what it does of routes and dependencies takes longer than routing."""
+    """Answer chat completions before the framework, whose routing and dependencies cost more than model selection."""
 
     def __init__(self, app: ASGIApp, holder: ServicesHolder) -> None:
         self.app = app
@@ -57,20 +59,36 @@ class ChatCompletionsEndpoint:
 
 
 @router.post(PATH, response_model=None)
-async def chat(request: Request) -> Response:
-    """What stands in the table of routes, for who looks there which methods the path has."""
-    return await chat_completions(request, request.app.state.holder.services)
+async def chat(request: Request, app: AppStateDep) -> Response:
+    """Stand in the table of routes, where the methods of a path are looked up. The endpoint above answers."""
+    return await chat_completions(request, app)
 
 
-async def chat_completions(request: Request, services: AppState) -> Response:
-    raw = await read_body(request, services.settings.max_body_bytes)
-    parsed = parse_chat(raw, headers_of(request.scope).pairs(READ_HEADERS))
-    work = create_completion(services, parsed, request.scope[KEY_IN_SCOPE], trace_of(request), received_at(request))
-    services.metrics.in_flight += 1
+@router.post("/v1/route", response_model=None)
+async def route(request: Request, app: AppStateDep) -> Response:
+    selection, _ = await select(await _context(request, app), explain=True)
+    return Response(encode_json(selection_to_json(selection)), media_type="application/json")
+
+
+async def chat_completions(request: Request, app: AppState) -> Response:
+    ctx = await _context(request, app)
+    app.metrics.in_flight += 1
     try:
-        return await cancel_on_disconnect(request.scope, request.receive, work, _dispose)
+        return await cancel_on_disconnect(request.scope, request.receive, create_completion(ctx), _dispose)
     finally:
-        services.metrics.in_flight -= 1
+        app.metrics.in_flight -= 1
+
+
+async def _context(request: Request, app: AppState) -> RequestContext:
+    """Read and parse a request.
+
+    Raises:
+        ProxyError: the body could not be read, or is not what an upstream may be sent.
+    """
+    scope = request.scope
+    raw = await read_body(request, app.settings.max_body_bytes)
+    parsed = parse_chat(raw, headers_of(scope).items_for(READ_HEADERS))
+    return RequestContext(app, app.state.current, parsed, scope[KEY_IN_SCOPE], scope[REQUEST_IDS], scope[RECEIVED_AT])
 
 
 async def _dispose(response: Response) -> None:
@@ -78,119 +96,136 @@ async def _dispose(response: Response) -> None:
         await response.close()
 
 
-@router.post("/v1/route", response_model=None)
-async def route(request: Request, services: AppStateDep, key: CurrentKey) -> Response:
-    raw = await read_body(request, services.settings.max_body_bytes)
-    parsed = parse_chat(raw, headers_of(request.scope).pairs(READ_HEADERS))
-    choice, _ = await select(services, services.state.current, parsed, key, explain=True)
-    return Response(encode_json(selection_to_json(choice)), media_type="application/json")
+async def create_completion(ctx: RequestContext) -> Response:
+    """Select a model, reserve the key's budget, and relay the first answer.
+
+    Raises:
+        ProxyError: before any byte was sent to the client.
+    """
+    if ctx.ids.hops:
+        check_hops(ctx.ids.hops, instance_id(str(ctx.app.settings.data_dir)))
+    selection, affinity = await select(ctx)
+    if selection.degraded:
+        ctx.app.metrics.degraded.inc()
+    if selection.left:
+        ctx.app.metrics.conversations_moved.inc()
+    selection, reservation = await reserve(ctx, selection)
+    record = RequestRecord(ctx, selection, affinity, reservation)
+    attempts = Attempts(ctx, record)
+    if ctx.request.stream:
+        return await _stream(ctx, attempts, record)
+    return await _complete(attempts, record)
 
 
-async def create_completion(
-    services: AppState, request: ChatRequest, key: ClientKey | None, trace: RequestIds, started: float
-) -> Response:
-    """`started`: monotonic seconds at which the request arrived. Raises ProxyError before anything was sent."""
-    if trace.hops:
-        check_hops(trace.hops, instance_id(str(services.settings.data_dir)))
-    state = services.state.current
-    choice, thread = await select(services, state, request, key)
-    if choice.degraded:
-        services.metrics.degraded.inc()
-    if choice.left:
-        services.metrics.conversations_moved.inc()
-    books = Books(services.state, services.usage, services.metrics, services.live)
-    choice, granted = await reserve(services, state, request, choice, key)
-    marks = AffinityRecorder(services.conversations, thread, request.body["messages"])
-    meter = RequestRecord(books, choice, key, trace, started, marks, granted)
-    outlets = Outlets(services.upstream, services.health, services.capacities, services.settings)
-    forwarder = Attempts(outlets, state, request, trace, meter)
-    return await (_stream(forwarder) if request.stream else _complete(forwarder))
-
-
-async def select(
-    services: AppState, state: RoutingSnapshot, request: ChatRequest, key: ClientKey | None, *, explain: bool = False
-) -> tuple[Selection, Affinity]:
-    """As things are now, and the conversation that the request goes on with. Raises as `select_model`."""
-    thread = await load_affinity(services.conversations, request, key, services.settings)
+async def select(ctx: RequestContext, *, explain: bool = False) -> tuple[Selection, Affinity]:
+    """Select a model as things are now. Raises as `select_model` does."""
+    app = ctx.app
+    affinity = await load_affinity(app.conversations, ctx.request, ctx.key, app.settings)
+    selecting = SelectionContext(
+        f"dec-{next(random_ids)}",
+        ctx.request,
+        ctx.key,
+        ctx.snapshot,
+        app.settings,
+        affinity=affinity,
+        cooling_down=app.health.cooling_down(),
+        not_ready=app.upstream.not_ready,
+    )
     try:
-        choice = await select_model(
-            *(request, key, state, services.settings, services.assigner),
-            thread=thread,
-            resting=services.health.resting(),
-            loading=services.upstream.loading,
-            explain=explain,
-        )
-    except NotMeasured as early:
-        raise with_progress(early, await services.jobs.recent(), services.settings) from None
-    return choice, thread
+        return await select_model(selecting, app.assigner, explain=explain), affinity
+    except NotProfiled as error:
+        raise with_progress(error, await app.jobs.recent(), app.settings) from None
 
 
-async def reserve(
-    services: AppState, state: RoutingSnapshot, request: ChatRequest, choice: Selection, key: ClientKey | None
-) -> tuple[Selection, Reservation | None]:
-    """The one round trip to Redis before a request is sent, for keys that have limits. A second one where a budget has
-    room for the chosen model, and not for a dearer one to fall back on: the request then goes without that."""
+async def reserve(ctx: RequestContext, selection: Selection) -> tuple[Selection, Reservation | None]:
+    """Reserve what the request may use of its key's limits, in one round trip to Redis.
+
+    If a budget has room for the selected model, but not for a more expensive fallback, the fallback is dropped and the
+    reservation tried again.
+    """
+    key = ctx.key
     if key is None or not key.limits.any:
-        return choice, None
+        return selection, None
     limits = key.limits
-    demand = Demand(limit_to_reserved(choice, limits), request.body, state, services.settings)
+    demand = Demand(limit_to_reserved(selection, limits), ctx.request.body, ctx.snapshot, ctx.app.settings)
     try:
-        return demand.choice, await services.limiter.reserve(key, estimate_reservation(demand, limits))
+        return demand.choice, await ctx.app.limiter.reserve(key, estimate_reservation(demand, limits))
     except BudgetExceeded:
         cheaper = replace(demand, choice=drop_pricier_fallbacks(demand))
         if cheaper.choice.order == demand.choice.order:
             raise
-        return cheaper.choice, await services.limiter.reserve(key, estimate_reservation(cheaper, limits))
+        return cheaper.choice, await ctx.app.limiter.reserve(key, estimate_reservation(cheaper, limits))
 
 
-async def _complete(forwarder: Attempts) -> Response:
-    meter = forwarder.meter
+async def _complete(attempts: Attempts, record: RequestRecord) -> Response:
     ending = "client_gone"
     try:
-        chat_completions = await forwarder.complete()
-        shown = chat_completions.named(meter.model)
+        answer = await attempts.complete()
+        body = answer.with_model(record.model)
         ending = "complete"
-        if chat_completions.held is not None and chat_completions.held.size:
-            return WholeAnswer(shown, chat_completions.held, meter.headers())
-        return Response(shown, media_type="application/json", headers=meter.headers())
+        return CompletionResponse(body, answer.held, record.headers())
     except (UpstreamError, ModelAtCapacity) as failure:
-        ending = _refused(meter, failure)
+        ending = _failed(record, failure)
         raise
     except asyncio.CancelledError:
-        ending = cut_ending()
+        ending = cancelled_ending()
         raise
     finally:
-        meter.finish(ending)
+        record.finish(ending)
         if ending != "client_gone":
-            await meter.settled()
+            await record.settled()
 
 
-async def _stream(forwarder: Attempts) -> Response:
-    """Status and headers wait for the first content, so that a failure is told as one; but not for ever."""
-    meter, keep_alive_s = forwarder.meter, forwarder.outlets.settings.keep_alive_s
-    opening = asyncio.create_task(forwarder.open_stream())
+async def _stream(ctx: RequestContext, attempts: Attempts, record: RequestRecord) -> Response:
+    """Hold status and headers back until the first content, so that a failure has its own status; but not for ever."""
+    keep_alive_s = ctx.app.settings.keep_alive_s
+    pending = asyncio.create_task(attempts.open_stream())
     ending: str | None = "client_gone"
     try:
-        await asyncio.wait({opening}, timeout=keep_alive_s)
-        if opening.done():
-            opening.result()
+        await asyncio.wait({pending}, timeout=keep_alive_s)
+        if pending.done():
+            pending.result()
         ending = None
     except (UpstreamError, ModelAtCapacity) as failure:
-        ending = _refused(meter, failure)
+        ending = _failed(record, failure)
         raise
     except asyncio.CancelledError:
-        ending = cut_ending()
+        ending = cancelled_ending()
         raise
     finally:
         if ending is not None:
-            meter.finish(ending)
-            await cancel_or_close(opening)
+            record.finish(ending)
+            await cancel_or_close(pending)
             if ending != "client_gone":
-                await meter.settled()
-    return CompletionStream(opening, meter, keep_alive_s=keep_alive_s, include_usage=forwarder.request.include_usage)
+                await record.settled()
+    return CompletionStream(pending, record, keep_alive_s=keep_alive_s, include_usage=ctx.request.include_usage)
 
 
-def _refused(meter: RequestRecord, failure: UpstreamError | ModelAtCapacity) -> str:
-    """The ending. The failure is told with the decision that led there."""
-    failure.headers |= meter.headers()
+def _failed(record: RequestRecord, failure: UpstreamError | ModelAtCapacity) -> str:
+    """Return the ending, and let the response to the failure say which decision led there."""
+    failure.headers |= record.headers()
     return "busy" if isinstance(failure, ModelAtCapacity) else "failed"
+
+
+# Bytes that are written at once. What a client does not read waits here, where it is counted, and not in the transport.
+WRITE_BYTES = 256 * 2**10
+
+
+class CompletionResponse(Response):
+    """A whole completion. What it takes of the room for answers is released once it was sent."""
+
+    media_type = "application/json"
+
+    def __init__(self, content: bytes, held: HeldMemory | None, headers: Mapping[str, str]) -> None:
+        super().__init__(content, headers=headers)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            for start in range(0, len(self.body), WRITE_BYTES):
+                piece, more = self.body[start : start + WRITE_BYTES], start + WRITE_BYTES < len(self.body)
+                await send({"type": "http.response.body", "body": piece, "more_body": more})
+        finally:
+            if self._held is not None:
+                self._held.release()

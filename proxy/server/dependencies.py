@@ -10,28 +10,37 @@ from fastapi import Depends, Request
 
 from proxy.profiling.jobs import Jobs
 from proxy.routing.assigner import ClusterAssigner
-from proxy.routing.chat_request import parse_object
+from proxy.routing.chat_request import ChatRequest, parse_object
 from proxy.server.auth import KEY_IN_SCOPE, PRINCIPAL
 from proxy.server.metrics import Metrics
-from proxy.server.middleware import RECEIVED_AT, REQUEST_IDS
 from proxy.server.ratelimit import RateLimiter
-from proxy.server.requests import RequestIds, read_body
+from proxy.server.requests import REQUEST_IDS, RequestIds, read_body
 from proxy.server.startup import Startup
-from proxy.settings.schema import Settings
+from proxy.settings.schema import Settings, Timeouts, timeouts_for
 from proxy.storage.audit_log import Actor, AuditTrail
 from proxy.storage.client_keys import ClientKey
+from proxy.storage.models import ModelRecord
 from proxy.storage.redis import Store
 from proxy.storage.registry import Registry
 from proxy.storage.sessions import SessionStore
-from proxy.storage.snapshot import SnapshotWatcher
+from proxy.storage.snapshot import RoutingSnapshot, SnapshotWatcher
 from proxy.storage.traffic_stats import TrafficStats
 from proxy.storage.usage_writer import UsageWriter
 from proxy.upstream.client import UpstreamClient
-from proxy.upstream.concurrency_limit import ConcurrencyLimiter
+from proxy.upstream.concurrency_limit import ConcurrencyLimiter, ConcurrencyLimits
 from proxy.upstream.health import HealthRegistry
 from proxy.upstream.provider_resolution import Resolver
 
 log = logging.getLogger("uniroute")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """What an attempt needs to know of a model, worked out once per record."""
+
+    record: ModelRecord
+    timeouts: Timeouts
+    limits: ConcurrencyLimits
 
 
 @dataclass(frozen=True)
@@ -52,29 +61,47 @@ class AppState:
     conversations: SessionStore
     resolver: Resolver
     environ: Mapping[str, str] = field(repr=False)
+    plans: dict[str, ModelPlan] = field(default_factory=dict, repr=False)
+    """By model; one is out of date once the model has another record."""
+
+    def renew_plan(self, record: ModelRecord) -> ModelPlan:
+        """Work out a model's plan once for all attempts of this record."""
+        if len(self.plans) > 2 * len(self.state.current.models):  # most of them are of models that were removed
+            self.plans.clear()
+        plan = ModelPlan(record, timeouts_for(self.settings, record.info), ConcurrencyLimits.of(record.info))
+        self.plans[record.name] = plan
+        return plan
+
+
+@dataclass(frozen=True, slots=True)
+class RequestContext:
+    """One chat request, and what it is served with. The endpoint builds it, once."""
+
+    app: AppState
+    snapshot: RoutingSnapshot
+    request: ChatRequest
+    key: ClientKey | None
+    ids: RequestIds
+    received_at: float
+    """Monotonic seconds."""
 
 
 class ServicesHolder:
-    """Where an app finds its services once they are open."""
+    """Hold an app's state once it is open, and the steps of its start until then."""
+
+    services: AppState
 
     def __init__(self, services: AppState | None = None, counts: Path | None = None) -> None:
         """`counts`: the folder in which several workers count."""
-        self._services = services
         self.counts = counts
         self.startup = Startup()
-
-    @property
-    def is_open(self) -> bool:
-        return self._services is not None
-
-    @property
-    def services(self) -> AppState:
-        if self._services is None:
-            raise RuntimeError("the services are not open yet")
-        return self._services
+        self.is_open = False
+        if services is not None:
+            self.open(services)
 
     def open(self, services: AppState) -> None:
-        self._services = services
+        self.services = services
+        self.is_open = True
 
 
 async def services_of(request: Request) -> AppState:
@@ -93,19 +120,19 @@ CurrentKey = Annotated[ClientKey | None, Depends(key_of)]
 
 
 async def actor_of(request: Request) -> Actor:
-    return Actor(request.scope[PRINCIPAL], trace_of(request).request_id)
+    return Actor(request.scope[PRINCIPAL], request.scope[REQUEST_IDS].request_id)
 
 
 CurrentActor = Annotated[Actor, Depends(actor_of)]
 
 
-async def admin_services_of(services: AppStateDep, author: CurrentActor) -> AppState:
-    """Whatever is written to this registry has an audit line."""
-    return replace(services, registry=services.registry.by(author))
+async def admin_services_of(services: AppStateDep, actor: CurrentActor) -> AppState:
+    """Return the app's state with a registry whose writes are logged as this actor's."""
+    return replace(services, registry=services.registry.as_actor(actor))
 
 
-async def audit_of(services: AppStateDep, author: CurrentActor) -> AuditTrail:
-    return AuditTrail(services.store, author)
+async def audit_of(services: AppStateDep, actor: CurrentActor) -> AuditTrail:
+    return AuditTrail(services.store, actor)
 
 
 AdminState = Annotated[AppState, Depends(admin_services_of)]
@@ -113,21 +140,16 @@ AdminState = Annotated[AppState, Depends(admin_services_of)]
 Audit = Annotated[AuditTrail, Depends(audit_of)]
 
 
-def trace_of(request: Request) -> RequestIds:
-    trace: RequestIds = request.scope[REQUEST_IDS]
-    return trace
-
-
-def received_at(request: Request) -> float:
-    return float(request.scope[RECEIVED_AT])
-
-
 async def json_object(request: Request, services: AppState) -> dict[str, Any]:
-    """Raises BadRequest, NotJson, BodyTooLarge."""
+    """Read a JSON object from the body.
+
+    Raises:
+        BadRequest, UnsupportedMediaType, ContentTooLarge.
+    """
     return parse_object(await read_body(request, services.settings.max_body_bytes))
 
 
 async def json_object_or_nothing(request: Request, services: AppState) -> dict[str, Any]:
-    """No body at all is an empty object."""
+    """Read a JSON object from the body; no body at all is an empty object."""
     raw = await read_body(request, services.settings.max_body_bytes)
     return parse_object(raw) if raw else {}

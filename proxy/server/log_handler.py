@@ -1,7 +1,7 @@
-"""Log lines to standard error: one write each, and no waiting for whoever reads them. What is said is others' business.
+"""Log lines on standard error: one write each, without waiting for the reader.
 
-A line is with the kernel before the call returns, so that a process that is killed loses none that it has said. Where
-the reader is behind, and a write would wait, lines queue up to MOST_WAITING bytes and a thread waits in our place.
+A line is in the kernel before the call returns, so a process that is killed loses none. Where the reader is behind and
+a write would block, lines queue up to MAX_QUEUED_BYTES and a thread writes them.
 """
 
 from __future__ import annotations
@@ -13,147 +13,147 @@ import threading
 import time
 from collections import deque
 
-from proxy.safety.plain_text import plain
+from router_core.text import plain
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
-SECOND = "%Y-%m-%dT%H:%M:%S%z"
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 
-MAX_WAITING = 4 * 2**20
+MAX_QUEUED_BYTES = 4 * 2**20
 
-LAST_S = 1.0
-"""At the end of the process a reader that is behind is waited for so long."""
+# How long the end of the process waits for a reader that is behind.
+FLUSH_TIMEOUT_S = 1.0
 
 
 class LineFormatter(logging.Formatter):
-    """The time of a line is written once a second."""
+    """Format each second's time only once."""
 
     def __init__(self) -> None:
-        super().__init__(FORMAT, SECOND)
+        super().__init__(FORMAT, TIME_FORMAT)
         self._second = (-1, "")
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  its name
-        """What others wrote, a stored name or an upstream's words, ends no line and writes on no terminal."""
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
+        """Format a record. Text of others, as a stored name, can neither end a line nor control a terminal."""
         line = super().formatMessage(record)
         return line if line.isprintable() else plain(line.encode("utf-8", "backslashreplace").decode(), lines=False)
 
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: ARG002, N802  its name
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: ARG002, N802  logging's name
         return self.time(record.created)
 
     def time(self, created: float) -> str:
-        """`created`: Unix seconds."""
+        """Format Unix seconds."""
         second, text = self._second
         if second != int(created):
-            second, text = self._second = int(created), time.strftime(SECOND, self.converter(int(created)))
+            second, text = self._second = int(created), time.strftime(TIME_FORMAT, self.converter(int(created)))
         return text
 
 
 class NonBlockingHandler(logging.Handler):
-    """Of any thread. Its formatter is a LineFormatter, unless another is set."""
+    """Write log lines from any thread, formatted by a LineFormatter unless another formatter is set."""
 
     def __init__(self, fd: int = 2) -> None:
         super().__init__()
         self._lines = LineFormatter()
         self.formatter = self._lines
+        # Lines that found no room in the queue, or no reader at all.
         self.dropped = 0
-        """Lines that found no room, or no reader at all."""
         self._fd = fd
         self._ready = select.poll()
         self._ready.register(fd, select.POLLOUT)
-        self._one_at_a_time = threading.Lock()
-        self._waiting: deque[bytes] = deque()
-        self._waiting_bytes = 0
+        self._write_lock = threading.Lock()
+        self._queue: deque[bytes] = deque()
+        self._queued_bytes = 0
         self._unreported_drops = 0
         self._writer: threading.Thread | None = None
 
     @property
     def is_plain(self) -> bool:
-        """Whether a line from `say` is what a record would become."""
+        """Whether `emit_line` writes what a record would become."""
         return not self.filters and self.level <= logging.INFO and isinstance(self.formatter, LineFormatter)
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             line = self.format(record)
-        except (TypeError, ValueError, LookupError):  # arguments that do not fit their message
+        except (TypeError, ValueError, LookupError):  # the arguments do not fit the message
             self.handleError(record)
             return
-        self._put(line)
+        self._send(line)
 
-    def say(self, level: str, name: str, message: str) -> None:
-        """The line of a record that nobody else is to see: none is made."""
-        self._put(f"{self._lines.time(time.time())} {level} {name} {message}")
+    def emit_line(self, level: str, name: str, message: str) -> None:
+        """Write the line of a record without making the record, which no other handler would get."""
+        self._send(f"{self._lines.time(time.time())} {level} {name} {message}")
 
     def flush(self) -> None:
         writer = self._writer
         if writer is not None:
-            writer.join(LAST_S)
+            writer.join(FLUSH_TIMEOUT_S)
 
-    def _put(self, line: str) -> None:
+    def _send(self, line: str) -> None:
         data = f"{line}\n".encode("utf-8", "backslashreplace")
-        with self._one_at_a_time:
-            left = data if self._waiting else self._write(data)
+        with self._write_lock:
+            left = data if self._queue else self._write(data)
             if left:
-                self._wait_with(left)
+                self._enqueue(left)
 
     def _write(self, data: bytes) -> bytes:
-        """What is left of it where the next write would wait. A pipe that is ready takes PIPE_BUF bytes at once."""
+        """Return the rest of `data` once a write would block. A pipe that is ready takes PIPE_BUF bytes at once."""
         while data and self._ready.poll(0):
             try:
                 data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]
             except BlockingIOError:
                 break
-            except OSError:  # nobody reads any more, or the disk is full
+            except OSError:  # there is no reader any more, or the disk is full
                 self.dropped += 1
                 return b""
         return data
 
-    def _wait_with(self, data: bytes) -> None:
-        if self._waiting_bytes + len(data) > MAX_WAITING:
+    def _enqueue(self, data: bytes) -> None:
+        if self._queued_bytes + len(data) > MAX_QUEUED_BYTES:
             self.dropped += 1
             self._unreported_drops += 1
             return
-        self._waiting.append(data)
-        self._waiting_bytes += len(data)
+        self._queue.append(data)
+        self._queued_bytes += len(data)
         if self._writer is None:
-            self._writer = threading.Thread(target=self._write_waiting, name="uniroute-log", daemon=True)
+            self._writer = threading.Thread(target=self._write_queue, name="uniroute-log", daemon=True)
             self._writer.start()
 
-    def _write_waiting(self) -> None:
-        """Until nothing waits any more. What is being written stays first in line, so that nothing overtakes it."""
-        while (data := self._next_waiting()) is not None:
+    def _write_queue(self) -> None:
+        """Write until the queue is empty. A line leaves it only when written, so that no other overtakes it."""
+        while (data := self._next_line()) is not None:
             self._write_blocking(data)
-            with self._one_at_a_time:
-                self._waiting.popleft()
-                self._waiting_bytes -= len(data)
+            with self._write_lock:
+                self._queue.popleft()
+                self._queued_bytes -= len(data)
 
-    def _next_waiting(self) -> bytes | None:
-        with self._one_at_a_time:
-            if not self._waiting and self._unreported_drops:
-                self._wait_with(self._told())
-            if not self._waiting:
+    def _next_line(self) -> bytes | None:
+        with self._write_lock:
+            if not self._queue and self._unreported_drops:
+                self._enqueue(self._drop_report())
+            if not self._queue:
                 self._writer = None
                 return None
-            return self._waiting[0]
+            return self._queue[0]
 
     def _write_blocking(self, data: bytes) -> None:
         while data := self._write(data):
             self._ready.poll()
 
-    def _told(self) -> bytes:
-        untold, self._unreported_drops = self._unreported_drops, 0
-        what = f"{untold} log lines were dropped: standard error was not read"
+    def _drop_report(self) -> bytes:
+        drops, self._unreported_drops = self._unreported_drops, 0
+        what = f"{drops} log lines were dropped: standard error was not read"
         return f"{self._lines.time(time.time())} WARNING uniroute {what}\n".encode()
 
 
 def info(log: logging.Logger, message: str) -> None:
-    """`log.info(message)`. Where a LineHandler alone would see the record, none is made, which takes 10 us."""
+    """Log at level INFO. Where a NonBlockingHandler alone gets the record, none is made, which saves 10 µs."""
     if not log.isEnabledFor(logging.INFO):
         return
     handler = _only_handler(log)
     if handler is None:
         log.info(message, stacklevel=2)
     else:
-        handler.say("INFO", log.name, message)
+        handler.emit_line("INFO", log.name, message)
 
 
 def _only_handler(log: logging.Logger) -> NonBlockingHandler | None:
@@ -171,6 +171,6 @@ def _only_handler(log: logging.Logger) -> NonBlockingHandler | None:
 
 
 def lines_dropped() -> int:
-    """By the handlers of this process."""
+    """Return how many lines the handlers of this process have dropped."""
     handlers = {*logging.getLogger().handlers, *logging.getLogger("uniroute").handlers}
     return sum(handler.dropped for handler in handlers if isinstance(handler, NonBlockingHandler))

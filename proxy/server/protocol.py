@@ -14,17 +14,16 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from proxy.concurrency import connection_budget
-from proxy.errors import error_object
-from proxy.server.middleware import OVERLOADED
-from proxy.server.requests import BODY_COMPLETE, DISCONNECT, DisconnectEvent
+from proxy.errors import error_body
+from proxy.server.requests import BODY_COMPLETE, DISCONNECT, OVERLOADED, DisconnectEvent
 from proxy.upstream.sse import encode_json
 
-URL_BYTES = 8 * 1024
+MAX_URL_BYTES = 8 * 1024
 
-HEADERS = 128
+MAX_HEADERS = 128
 
-HEAD_BYTES = 64 * 1024
-"""Of all headers together; and of anything that the parser takes in without coming to an end of it."""
+# Of all headers together, and of whatever the parser reads without calling back.
+MAX_HEADER_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,12 @@ HOST_MISMATCH = ProtocolRejection(400, "the address and the Host header name dif
 
 HEADER_TIMEOUT = ProtocolRejection(408, "the headers of the request were not complete in time", "request_timeout")
 
-URI_TOO_LONG = ProtocolRejection(414, f"the address is longer than {URL_BYTES} bytes", "uri_too_long")
+URI_TOO_LONG = ProtocolRejection(414, f"the address is longer than {MAX_URL_BYTES} bytes", "uri_too_long")
 
-TOO_MANY_HEADERS = ProtocolRejection(431, f"there are more than {HEADERS} headers", "request_headers_too_large")
+TOO_MANY_HEADERS = ProtocolRejection(431, f"there are more than {MAX_HEADERS} headers", "request_headers_too_large")
 
 HEADERS_TOO_LARGE = ProtocolRejection(
-    431, f"the headers are larger than {HEAD_BYTES} bytes", "request_headers_too_large"
+    431, f"the headers are larger than {MAX_HEADER_BYTES} bytes", "request_headers_too_large"
 )
 
 UNSUPPORTED_TRANSFER_ENCODING = ProtocolRejection(
@@ -54,8 +53,8 @@ UNSUPPORTED_TRANSFER_ENCODING = ProtocolRejection(
 
 
 def rejection_bytes(why: ProtocolRejection, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """The whole response, the last of its connection. `headers`: those of every response."""
-    body = encode_json(error_object(why.message, "invalid_request_error", why.code))
+    """Return a whole response, the last of its connection, with the `headers` of every response."""
+    body = encode_json(error_body(why.message, "invalid_request_error", why.code))
     own = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     own += [(b"connection", b"close"), (b"x-request-id", b"req-" + uuid.uuid4().hex.encode())]
     lines = [b"%s: %s\r\n" % pair for pair in (*headers, *own)]
@@ -64,106 +63,112 @@ def rejection_bytes(why: ProtocolRejection, headers: Iterable[tuple[bytes, bytes
 
 log = logging.getLogger("uniroute.connection")
 
+# Connections beyond the limit that are answered with an error; those beyond that are dropped.
 MAX_REJECTED = 32
-"""Connections beyond the bound that are told so; those beyond are dropped."""
 
 LINGER_S = 1.0
+
+# Bytes of a body that are written together with the head.
+MAX_JOINED_BYTES = 64 * 1024
 
 _FRAMING = (b"content-length", b"transfer-encoding")
 
 
-class _Stop(Exception):
-    """Raised in the parser's callbacks; it comes out of the parser as its own error."""
+class _Rejected(Exception):
+    """Raised in the parser's callbacks. The parser turns it into an error of its own."""
 
 
 @functools.cache
-def most_connections() -> int:
-    """Of this process."""
+def max_connections() -> int:
+    """Return the limit of this process."""
     return connection_budget().clients
 
 
 def _idle(state: ServerState) -> OrderedDict[LimitedHTTPProtocol, float]:
-    """Connections without a request, and since when; the longest first. Of one server: its state is all they share."""
+    """Return the idle connections of a server, and since when they are idle, the longest first.
+
+    They are kept in the server's state, which is all that its connections share.
+    """
     found: OrderedDict[LimitedHTTPProtocol, float] = vars(state).setdefault("idle_connections", OrderedDict())
     return found
 
 
 class LimitedHTTPProtocol(HttpToolsProtocol):
-    """A class for uvicorn's `http`. Seconds are the event loop's."""
+    """uvicorn's HTTP/1.1 protocol with limits on headers, time and connections. Times are the event loop's seconds."""
 
-    head_s = 20.0
-    """From the opening of a connection, or the first byte of its next request, until the headers are complete."""
-    stall_s = 60.0
-    """How long a client may take nothing of an answer that is there for it."""
-    patience_s = 0.5
-    """Where there are too many, a connection that has asked nothing for so long makes room for another."""
+    # From the opening of a connection, or the first byte of its next request, until the headers are complete.
+    header_timeout_s = 20.0
+    # How long a client may read nothing of a response that is waiting for it.
+    write_timeout_s = 60.0
+    # A connection that has been idle for so long is closed for a new one, where there are too many.
+    min_idle_s = 0.5
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._head_timer: asyncio.TimerHandle | None = None
-        self._stall_timer: asyncio.TimerHandle | None = None
-        self._refusal: ProtocolRejection | None = None
-        self._in_head = True
-        self._head_bytes = 0
-        self._moved = False
-        """The parser called back since data came last."""
-        self._quiet_bytes = 0
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._rejection: ProtocolRejection | None = None
+        self._in_headers = True
+        self._header_bytes = 0
+        # Whether the parser called back for the latest data, and how many bytes it read without doing so.
+        self._parser_progressed = False
+        self._silent_bytes = 0
+        # While it is true the parser reads headers again, and its callbacks do nothing.
         self._replaying_headers = False
-        """What the parser says is known already."""
-        self._overloaded = self._refused = False
-        self._leaving = DisconnectEvent()
+        self._overloaded = self._rejected = False
+        self._disconnect = DisconnectEvent()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        most = most_connections()
+        most = max_connections()
         if len(self.connections) > most and not self._evict_idle():
             self._overloaded = True
             if len(self.connections) > most + MAX_REJECTED:
                 transport.abort()
                 return
-        self._wait_for_head()
+        self._start_header_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timers()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
-        self._leaving.left()
+        self._disconnect.set()
 
     def data_received(self, data: bytes) -> None:
-        if self._refused or self.transport.is_closing():
+        if self._rejected or self.transport.is_closing():
             return
         self._unset_keepalive_if_required()
-        if self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
-            self._wait_for_head()
-        self._moved = False
-        self._quiet_bytes += len(data)
+        if self._header_timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._start_header_timer()
+        self._parser_progressed = False
+        self._silent_bytes += len(data)
         try:
             self._parse(data)
         except httptools.HttpParserError:
-            self._refuse(self._refusal or MALFORMED_REQUEST)
+            self._reject(self._rejection or MALFORMED_REQUEST)
             return
-        if self._moved:
-            self._quiet_bytes = 0
-        elif self._quiet_bytes > HEAD_BYTES:
-            self._refuse(HEADERS_TOO_LARGE)
+        if self._parser_progressed:
+            self._silent_bytes = 0
+        elif self._silent_bytes > MAX_HEADER_BYTES:
+            self._reject(HEADERS_TOO_LARGE)
 
     def _parse(self, data: bytes) -> None:
-        """Offers of another protocol are passed over, as HTTP allows: Java's client makes one with every request."""
+        """Feed the parser, ignoring offers of another protocol, as HTTP allows: Java's client makes one a request."""
         while data:
             try:
                 self.parser.feed_data(data)
-            except httptools.HttpParserUpgrade as offer:
-                data = data[offer.args[0] :]
+            except httptools.HttpParserUpgrade as upgrade:
+                data = data[upgrade.args[0] :]
                 if self._body_expected():
-                    self._read_body_on()
+                    self._resume_body()
             else:
                 return
 
     def _body_expected(self) -> bool:
         return any(name in _FRAMING for name, _ in self.headers)
 
-    def _read_body_on(self) -> None:
-        """The parser takes what follows an offer for the other protocol; a new one is told that it is the body."""
+    def _resume_body(self) -> None:
+        """Replace the parser, which takes what follows an offer for the other protocol, by one that reads a body."""
         framing = [b"%s: %s\r\n" % pair for pair in self.headers if pair[0] in _FRAMING]
         self.parser = httptools.HttpRequestParser(self)
         self._replaying_headers = True
@@ -174,9 +179,9 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
         if self._replaying_headers:
             return
         super().on_message_begin()
-        self.scope[DISCONNECT] = self._leaving  # type: ignore[literal-required]
-        self._in_head = self._moved = True
-        self._head_bytes = 0
+        self.scope[DISCONNECT] = self._disconnect  # type: ignore[literal-required]
+        self._in_headers = self._parser_progressed = True
+        self._header_bytes = 0
         if self._overloaded:
             self.scope[OVERLOADED] = True  # type: ignore[literal-required]
 
@@ -184,43 +189,45 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
         if self._replaying_headers:
             return
         super().on_url(url)
-        self._moved = True
-        if len(self.url) > URL_BYTES:
-            self._stop(URI_TOO_LONG)
+        self._parser_progressed = True
+        if len(self.url) > MAX_URL_BYTES:
+            self._raise_rejection(URI_TOO_LONG)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._replaying_headers:
             return
-        self._moved = True
-        self._head_bytes += len(name) + len(value)
-        if self._head_bytes > HEAD_BYTES:
-            self._stop(HEADERS_TOO_LARGE)
-        if not self._in_head:
-            return  # a trailer: what comes after the body was not there when the request was let in
+        self._parser_progressed = True
+        self._header_bytes += len(name) + len(value)
+        if self._header_bytes > MAX_HEADER_BYTES:
+            self._raise_rejection(HEADERS_TOO_LARGE)
+        if not self._in_headers:
+            return  # a trailer: nobody has checked it when the request was let in
         super().on_header(name, value)
-        if len(self.headers) > HEADERS:
-            self._stop(TOO_MANY_HEADERS)
+        if len(self.headers) > MAX_HEADERS:
+            self._raise_rejection(TOO_MANY_HEADERS)
 
     def on_headers_complete(self) -> None:
         if self._replaying_headers:
             return
-        self._in_head, self._moved = False, True
+        self._in_headers, self._parser_progressed = False, True
         codings = [value.lower() for name, value in self.headers if name == b"transfer-encoding"]
         if codings and (codings != [b"chunked"] or self.parser.get_http_version() != "1.1"):
-            self._stop(UNSUPPORTED_TRANSFER_ENCODING)
+            self._raise_rejection(UNSUPPORTED_TRANSFER_ENCODING)
         if not self.url.startswith((b"/", b"*")) and _authority(self.url) not in _hosts(self.headers):
-            self._stop(HOST_MISMATCH)
-        self._stop_waiting()
+            self._raise_rejection(HOST_MISMATCH)
+        self._stop_header_timer()
         super().on_headers_complete()
-        if self.cycle is not None and self.parser.get_http_version() == "1.0":
-            _end_by_closing(self.cycle)
+        if self.cycle is not None:
+            _JoiningTransport.install(self.cycle, self.loop)
+            if self.parser.get_http_version() == "1.0":
+                _end_by_closing(self.cycle)
 
     def on_body(self, body: bytes) -> None:
-        self._moved = True
+        self._parser_progressed = True
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._moved = True
+        self._parser_progressed = True
         if not (self.parser.should_upgrade() and self._body_expected()):
             super().on_message_complete()
             self.scope[BODY_COMPLETE] = True  # type: ignore[literal-required]
@@ -230,50 +237,50 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
         if self.timeout_keep_alive_task is not None:
             self._mark_idle()
         elif self.transport.is_closing() and self.transport.get_write_buffer_size():
-            self._watch_for_stall()
+            self._start_write_timer()
 
     def timeout_keep_alive_handler(self) -> None:
         if self.transport.get_write_buffer_size():
-            self.transport.abort()  # close() would wait for a client that has not read its last answer yet
+            self.transport.abort()  # close() would wait for a client that has not read its last response
         else:
             self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch_for_stall()
+        self._start_write_timer()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._stall_timer is not None:
-            self._stall_timer.cancel()
-            self._stall_timer = None
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
-    def _refuse(self, why: ProtocolRejection) -> None:
-        """Say so and close, unless another answer is on its way, which this one must not be mistaken for."""
-        if self._refused or self.transport.is_closing():
+    def _reject(self, why: ProtocolRejection) -> None:
+        """Answer with an error and close. Only close where another request could take the error for its response."""
+        if self._rejected or self.transport.is_closing():
             return
         self._stop_timers()
         if self.cycle is not None and not self.cycle.response_complete:
             if self.pipeline or self.cycle.response_started:
                 self.transport.abort()
                 return
-            self.cycle.disconnected = True  # whoever waits for the rest of this body
+            self.cycle.disconnected = True  # ends the wait for the rest of this body
             self.cycle.message_event.set()
-            self._leaving.left()
+            self._disconnect.set()
         self.transport.write(rejection_bytes(why, self.server_state.default_headers))
-        self._refused = True
+        self._rejected = True
         self.flow.resume_reading()
         if self.transport.can_write_eof():
-            self.transport.write_eof()  # closed at once, what it still sends would make the answer be lost on the way
+            self.transport.write_eof()  # after a close at once, data that still arrives would discard the response
         self.loop.call_later(LINGER_S, self.transport.abort)
 
-    def _stop(self, why: ProtocolRejection) -> NoReturn:
-        self._refusal = why
-        raise _Stop
+    def _raise_rejection(self, why: ProtocolRejection) -> NoReturn:
+        self._rejection = why
+        raise _Rejected
 
-    def _wait_for_head(self) -> None:
-        self._stop_waiting()
-        self._head_timer = self.loop.call_later(self.head_s, self._head_is_late)
+    def _start_header_timer(self) -> None:
+        self._stop_header_timer()
+        self._header_timer = self.loop.call_later(self.header_timeout_s, self._header_timed_out)
         self._mark_idle()
 
     def _mark_idle(self) -> None:
@@ -281,56 +288,108 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
         idle[self] = self.loop.time()
         idle.move_to_end(self)
 
-    def _head_is_late(self) -> None:
-        self._head_timer = None
-        if self._in_head and self.scope is not None:
-            self._refuse(HEADER_TIMEOUT)
+    def _header_timed_out(self) -> None:
+        self._header_timer = None
+        if self._in_headers and self.scope is not None:
+            self._reject(HEADER_TIMEOUT)
         else:
-            self.transport.close()  # it asked nothing, so it is told nothing
+            self.transport.close()  # it sent no request, so there is nothing to answer
 
-    def _watch_for_stall(self) -> None:
-        if self._stall_timer is None:
-            self._stall_timer = self.loop.call_later(self.stall_s, self._stalled)
+    def _start_write_timer(self) -> None:
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(self.write_timeout_s, self._write_timed_out)
 
-    def _stalled(self) -> None:
-        log.info("a client took nothing of its answer for %g s and was cut off", self.stall_s)
+    def _write_timed_out(self) -> None:
+        log.info("a client took nothing of its answer for %g s and was cut off", self.write_timeout_s)
         self.transport.abort()
 
     def _evict_idle(self) -> bool:
-        """Whether the connection that has said nothing for longest could be closed for a new one."""
+        """Close the connection that has been idle for longest, and return whether there was one."""
         idle = _idle(self.server_state)
         oldest, since = next(iter(idle.items()), (None, 0.0))
-        if oldest is None or self.loop.time() - since < self.patience_s:
+        if oldest is None or self.loop.time() - since < self.min_idle_s:
             return False
         del idle[oldest]
         self.connections.discard(oldest)
         oldest.transport.close()
         return True
 
-    def _stop_waiting(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+    def _stop_header_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
         _idle(self.server_state).pop(self, None)
 
     def _stop_timers(self) -> None:
-        self._stop_waiting()
-        if self._stall_timer is not None:
-            self._stall_timer.cancel()
-            self._stall_timer = None
+        self._stop_header_timer()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+
+class _JoiningTransport:
+    """Write the head of a response together with the first of its body: one system call in place of two.
+
+    It stands in for a response's transport until then. A head without a body is written at the end of this turn of the
+    event loop, so that a slow body does not hold it up.
+    """
+
+    __slots__ = ("_cycle", "_flushing", "_head", "_loop", "_transport")
+
+    def __init__(self, cycle: RequestResponseCycle, loop: asyncio.AbstractEventLoop) -> None:
+        self._cycle = cycle
+        self._transport = cycle.transport
+        self._loop = loop
+        self._head: bytes | None = None
+        self._flushing: asyncio.Handle | None = None
+
+    @classmethod
+    def install(cls, cycle: RequestResponseCycle, loop: asyncio.AbstractEventLoop) -> None:
+        cycle.transport = cls(cycle, loop)  # type: ignore[assignment]
+
+    def write(self, data: bytes) -> None:
+        if self._head is None:
+            self._head = data
+            self._flushing = self._loop.call_soon(self._flush)
+        elif len(data) > MAX_JOINED_BYTES:  # to copy it would cost more than a system call
+            self._flush()
+            self._transport.write(data)
+        else:
+            head, self._head = self._head, b""
+            self._end()
+            self._transport.write(head + data)
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        head, self._head = self._head, b""
+        self._end()
+        if head and not self._transport.is_closing():
+            self._transport.write(head)
+
+    def _end(self) -> None:
+        """Give the response its own transport back."""
+        self._cycle.transport = self._transport
+        if self._flushing is not None:
+            self._flushing.cancel()
 
 
 def _end_by_closing(cycle: RequestResponseCycle) -> None:
-    """HTTP/1.0 knows no chunks: an answer whose length is not stated goes on until the connection is closed."""
-    send, stated = cycle.send, True
+    """End a response of unknown length by closing the connection: HTTP/1.0 knows no chunks."""
+    send, has_length = cycle.send, True
 
     async def send_without_chunks(message: Any) -> None:
-        nonlocal stated
+        nonlocal has_length
         if message["type"] == "http.response.start":
-            stated = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
-            if not stated:
+            has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            if not has_length:
                 cycle.keep_alive = cycle.chunked_encoding = False
-        elif not stated:
+        elif not has_length:
             cycle.expected_content_length = len(message.get("body", b""))
         await send(message)
 

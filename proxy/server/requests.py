@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,12 +31,12 @@ MAX_HOPS = 3
 
 @lru_cache(maxsize=8)
 def instance_id(data_dir: str) -> str:
-    """The same for all processes of one server."""
+    """Return an id that all processes of one server share."""
     return hashlib.sha256(f"{socket.gethostname()}\n{data_dir}".encode()).hexdigest()[:12]
 
 
 def check_hops(hops: tuple[str, ...], own: str) -> None:
-    """Raises LoopDetected where this server is among them, or they are too many."""
+    """Raise LoopDetected if a request has passed this server before, or too many routers."""
     if own in hops:
         raise LoopDetected(
             "loop detected: this request has been here before; one of this server's models leads back to it",
@@ -50,18 +50,27 @@ def check_hops(hops: tuple[str, ...], own: str) -> None:
         )
 
 
-HEAD = "uniroute.head"
+# Keys of the ASGI scope.
+HEADERS_IN_SCOPE = "uniroute.head"
+REQUEST_IDS = "uniroute.trace"
+# When the request arrived, in monotonic seconds.
+RECEIVED_AT = "uniroute.arrived"
+# The body has arrived whole: nothing has to be waited for.
+BODY_COMPLETE = "uniroute.whole"
+# The DisconnectEvent of a connection that says by itself that it was lost.
+DISCONNECT = "uniroute.leaving"
+# The connection is one more than this process has room for.
+OVERLOADED = "uniroute.crowded"
 
 
 class Headers(Protocol):
-    """Starlette's, or ours, which costs less."""
+    """Starlette's headers, or ours."""
 
-    def getlist(self, key: str, /) -> list[str]:
-        """Every value, in order."""
+    def getlist(self, key: str, /) -> list[str]: ...
 
 
 class RequestHeaders:
-    """Names are in lower case, as ASGI has them."""
+    """Look up headers faster than Starlette's, which walk through all of them. Names are in lower case."""
 
     __slots__ = ("_by_name", "_raw", "_repeats")
 
@@ -77,90 +86,122 @@ class RequestHeaders:
         value = self._by_name.get(name)
         return [] if value is None else [value.decode("latin-1")]
 
-    def pairs(self, names: Sequence[str]) -> list[tuple[str, str]]:
-        """Those of `names` that were sent, repeated ones repeated."""
+    def items_for(self, names: Sequence[str]) -> list[tuple[str, str]]:
+        """Return the headers of these names that were sent; a repeated one is repeated."""
         return [(name, value) for name in names if name.encode() in self._by_name for value in self.getlist(name)]
 
 
 def headers_of(scope: Scope) -> RequestHeaders:
-    """Put together once per request."""
-    head: RequestHeaders | None = scope.get(HEAD)
-    if head is None:
-        head = scope[HEAD] = RequestHeaders(scope["headers"])
-    return head
+    """Return the headers of a request, put together once."""
+    headers: RequestHeaders | None = scope.get(HEADERS_IN_SCOPE)
+    if headers is None:
+        headers = scope[HEADERS_IN_SCOPE] = RequestHeaders(scope["headers"])
+    return headers
 
+
+def _random_ids() -> Iterator[str]:
+    """Yield 128 random bits in hex, again and again. One system call serves 128 ids."""
+    pool, place, owner = "", 0, 0
+    while True:
+        if place == len(pool) or owner != os.getpid():  # a forked process must not repeat the ids of its parent
+            pool, place, owner = os.urandom(2048).hex(), 0, os.getpid()
+        yield pool[place : place + 32]
+        place += 32
+
+
+random_ids = _random_ids()
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RequestIds:
     request_id: str
     traceparent: str | None = None
     hops: tuple[str, ...] = ()
-    """Ids of the routers that it has passed."""
+    """Ids of the routers that the request has passed."""
 
     def upstream_headers(self, own_id: str) -> dict[str, str]:
         return {**self.headers(), HOPS: ", ".join((*self.hops, own_id))}
 
     def headers(self) -> dict[str, str]:
-        """What goes back to the caller, and upstream."""
+        """Return what goes back to the client, and upstream."""
         parent = {} if self.traceparent is None else {"traceparent": self.traceparent}
         return {"x-request-id": self.request_id, **parent}
 
-    @property
     def raw_headers(self) -> list[tuple[bytes, bytes]]:
-        """The same as ASGI has them."""
-        return [(name.encode(), value.encode()) for name, value in self.headers().items()]
+        """Return the same headers as ASGI has them."""
+        raw = [(b"x-request-id", self.request_id.encode())]
+        if self.traceparent is not None:
+            raw.append((b"traceparent", self.traceparent.encode()))
+        return raw
 
 
 def request_ids_from(headers: Headers) -> RequestIds:
-    """The caller's own ids where they are well formed, else a new one."""
+    """Take the client's own ids if they are well formed, else a new request id."""
     stated, parents = headers.getlist("x-request-id"), headers.getlist("traceparent")
-    good = len(stated) == 1 and _REQUEST_ID.fullmatch(stated[0])
-    traced = len(parents) == 1 and _TRACEPARENT.fullmatch(parents[0])
+    request_id = stated[0] if len(stated) == 1 and _REQUEST_ID.fullmatch(stated[0]) else f"req-{next(random_ids)}"
+    parent = parents[0] if len(parents) == 1 and _TRACEPARENT.fullmatch(parents[0]) else None
     passed = headers.getlist(HOPS)
     hops = tuple(hop.strip(" \t") for hop in ",".join(passed).split(",")) if passed else ()
-    return RequestIds(stated[0] if good else f"req-{os.urandom(16).hex()}", parents[0] if traced else None, hops)
+    return RequestIds(request_id, parent, hops)
 
 
-BODY_COMPLETE = "uniroute.whole"
-"""In the scope of a request whose body has come: nothing has to be waited for."""
+# How long a client may send nothing in the middle of its body.
+BODY_READ_TIMEOUT_S = 30.0
 
-IDLE_S = 30.0
-"""How long a client may send nothing in the middle of its body."""
-
-WHOLE_S = 300.0
-"""How long it may take over all of it: a byte now and then is not enough."""
+# How long it may take over all of it: a byte now and then is not enough.
+BODY_TOTAL_TIMEOUT_S = 300.0
 
 
-async def read_body(request: Request, limit: int, *, idle_s: float = IDLE_S, whole_s: float = WHOLE_S) -> bytes:
-    """Raises NotJson, BodyTooLarge, BodyTooSlow, ClientGone."""
+async def read_body(
+    request: Request,
+    limit: int,
+    *,
+    read_timeout_s: float = BODY_READ_TIMEOUT_S,
+    total_timeout_s: float = BODY_TOTAL_TIMEOUT_S,
+) -> bytes:
+    """Read a request's body of at most `limit` bytes, which must be JSON by its content type.
+
+    Raises:
+        UnsupportedMediaType, ContentTooLarge, BodyTimeout, ClientDisconnected.
+    """
     _check_headers(headers_of(request.scope), limit)
     pieces: list[bytes] = []
     size = 0
+    if request.scope.get(BODY_COMPLETE):
+        piece, more = await _body_message(request)
+        if not more:
+            if len(piece) > limit:
+                raise _too_large(limit)
+            return piece
+        pieces, size = [piece], len(piece)
     now = asyncio.get_running_loop().time
-    end = now() + whole_s
+    deadline = now() + total_timeout_s
     try:
-        async with asyncio.timeout(None if request.scope.get(BODY_COMPLETE) else min(idle_s, whole_s)) as patience:
-            while True:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnected("the client left before its body was complete")
-                piece = message.get("body", b"")
+        async with asyncio.timeout(min(read_timeout_s, total_timeout_s)) as timeout:
+            more = True
+            while more:
+                piece, more = await _body_message(request)
                 size += len(piece)
                 if size > limit:
                     raise _too_large(limit)
                 pieces.append(piece)
-                if not message.get("more_body", False):
-                    break
                 if piece:
-                    patience.reschedule(min(now() + idle_s, end))
+                    timeout.reschedule(min(now() + read_timeout_s, deadline))
     except TimeoutError:
         raise BodyTimeout(f"the body came too slowly: {size} bytes, and then nothing in time") from None
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+async def _body_message(request: Request) -> tuple[bytes, bool]:
+    """Return the next piece of the body, and whether more follow."""
+    message = await request.receive()
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnected("the client left before its body was complete")
+    return message.get("body", b""), message.get("more_body", False)
 
 
 def _check_headers(headers: Headers, limit: int) -> None:
@@ -189,104 +230,110 @@ T = TypeVar("T")
 
 Dispose = Callable[[T], Awaitable[None]]
 
-DISCONNECT = "uniroute.leaving"
-"""In the scope of a request whose connection says by itself that it was lost."""
-
-
 _client: ContextVar[DisconnectEvent | None] = ContextVar("uniroute_client", default=None)
 
 
-def cut_ending() -> str:
-    """The ending of a request whose task was cancelled: `client_gone`, or `shutdown`: nobody else does that."""
-    leaving = _client.get()
-    return "client_gone" if leaving is None or leaving.gone else "shutdown"
+def cancelled_ending() -> str:
+    """Return the ending of a request whose task was cancelled: by its client's leaving, or else by the shutdown."""
+    disconnect = _client.get()
+    return "client_gone" if disconnect is None or disconnect.is_set else "shutdown"
 
 
 class DisconnectEvent:
-    """One connection, and whoever wants to know that it is no more."""
+    """Tell that a client's connection was lost."""
 
     def __init__(self) -> None:
-        self.gone = False
-        self.told: set[Callable[[], None]] = set()
+        self.is_set = False
+        self.callbacks: set[Callable[[], None]] = set()
 
-    def left(self) -> None:
-        self.gone = True
-        for tell in tuple(self.told):
-            tell()
+    def set(self) -> None:
+        self.is_set = True
+        for callback in tuple(self.callbacks):
+            callback()
 
 
 async def cancel_on_disconnect(
-    scope: Scope, receive: Receive, work: Coroutine[Any, Any, T], let_go: Dispose[T] | None = None
+    scope: Scope, receive: Receive, work: Coroutine[Any, Any, T], dispose: Dispose[T] | None = None
 ) -> T:
-    """The result of `work`. Raises ClientGone, after `work` was cancelled and has ended, when the client leaves first.
+    """Return the result of `work`, which is cancelled when the client leaves.
 
-    The request's body must have been read: what else arrives can then only be the disconnect. `work` runs in the task
-    of whoever calls; only under another server than ours a second one watches. `let_go` is given a result that is there
-    in spite of its cancellation, and that nobody will see.
+    The request's body must have been read: what else arrives can then only be the disconnect. `work` runs in the
+    caller's own task. On another server than ours, a second task watches the connection.
+
+    Args:
+        dispose: is given a result that exists in spite of the cancellation, and that nobody will see.
+
+    Raises:
+        ClientDisconnected: after `work` was cancelled and has ended.
     """
-    leaving: DisconnectEvent | None = scope.get(DISCONNECT)
-    if leaving is not None:
-        return await _during(leaving, work, let_go)
-    leaving = DisconnectEvent()
-    watching = asyncio.create_task(_watch(receive, leaving))
+    disconnect: DisconnectEvent | None = scope.get(DISCONNECT)
+    if disconnect is not None:
+        return await _run(disconnect, work, dispose)
+    disconnect = DisconnectEvent()
+    watching = asyncio.create_task(_watch(receive, disconnect))
     try:
-        return await _during(leaving, work, let_go)
+        return await _run(disconnect, work, dispose)
     finally:
         watching.cancel()
 
 
-async def _during(leaving: DisconnectEvent, work: Coroutine[Any, Any, T], let_go: Dispose[T] | None) -> T:
-    working = asyncio.current_task()
-    if working is None or leaving.gone:
+async def _run(disconnect: DisconnectEvent, work: Coroutine[Any, Any, T], dispose: Dispose[T] | None) -> T:
+    task = asyncio.current_task()
+    if task is None or disconnect.is_set:
         work.close()
         raise ClientDisconnected("the client closed its connection")
-    _client.set(leaving)
-    ending = _Canceller(working)
-    leaving.told.add(ending.begin)
+    _client.set(disconnect)
+    canceller = _Canceller(task)
+    disconnect.callbacks.add(canceller.cancel)
     try:
         result = await work
     except BaseException:
-        if ending.over():
+        if canceller.stop():
             raise ClientDisconnected("the client closed its connection") from None
         raise
     finally:
-        leaving.told.discard(ending.begin)
-    if ending.over():  # `work` made nothing of being cancelled
-        if let_go is not None:
-            await let_go(result)
+        disconnect.callbacks.discard(canceller.cancel)
+    if canceller.stop():  # `work` has ended well in spite of it
+        if dispose is not None:
+            await dispose(result)
         raise ClientDisconnected("the client closed its connection")
     return result
 
 
 class _Canceller:
-    """Cancels once the client has left, and again until that is noticed: under Python 3.11 `asyncio.wait_for`, through
-    which redis-py sends, swallows a cancellation that arrives together with its result."""
+    """Cancel a task once its client has left, and again until the task notices.
 
-    def __init__(self, working: asyncio.Task[Any]) -> None:
-        self._working = working
-        self._before = working.cancelling()
+    Under Python 3.11 `asyncio.wait_for`, through which redis-py sends, swallows a cancellation that arrives together
+    with its result.
+    """
+
+    __slots__ = ("_before", "_cancelled", "_stopped", "_task", "_timer")
+
+    def __init__(self, task: asyncio.Task[Any]) -> None:
+        self._task = task
+        self._before = task.cancelling()
         self._cancelled = 0
-        self._again: asyncio.TimerHandle | None = None
-        self._over = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._stopped = False
 
-    def begin(self) -> None:
-        if self._over:  # it was told of after the work had ended
+    def cancel(self) -> None:
+        if self._stopped:  # the client left after the work had ended
             return
         self._cancelled += 1
-        self._working.cancel()
-        self._again = asyncio.get_running_loop().call_later(CANCEL_INTERVAL_S, self.begin)
+        self._task.cancel()
+        self._timer = asyncio.get_running_loop().call_later(CANCEL_INTERVAL_S, self.cancel)
 
-    def over(self) -> bool:
-        """Whether the client had left, and nobody else wants this task to end. What was asked here is taken back."""
-        self._over = True
-        if self._again is not None:
-            self._again.cancel()
+    def stop(self) -> bool:
+        """Take back the cancellations. Return whether the client had left, and nobody else cancels this task."""
+        self._stopped = True
+        if self._timer is not None:
+            self._timer.cancel()
         for _ in range(self._cancelled):
-            self._working.uncancel()
-        return self._cancelled > 0 and self._working.cancelling() <= self._before
+            self._task.uncancel()
+        return self._cancelled > 0 and self._task.cancelling() <= self._before
 
 
-async def _watch(receive: Receive, leaving: DisconnectEvent) -> None:
+async def _watch(receive: Receive, disconnect: DisconnectEvent) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    leaving.left()
+    disconnect.set()

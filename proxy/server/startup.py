@@ -11,10 +11,13 @@ from proxy.errors import Starting
 
 MAX_RETRY_AFTER_S = 60
 
+# The exit status of a process that could not start, as uvicorn has it.
+START_FAILED = 3
+
 
 @dataclass
 class Step:
-    """One of several that may be under way at once. `total` is 0 while nobody knows it."""
+    """A step of the start; several may be under way at once. `total` is 0 while it is unknown."""
 
     what: str
     unit: str
@@ -33,13 +36,13 @@ class Step:
 
 
 class Startup:
-    """The steps of one start. Written by the task that opens the services, and by its threads."""
+    """The progress of one start, written by the task that opens the services and by its threads."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._steps: list[Step] = []
         self.failure: Exception | None = None
-        """What it ended with."""
+        """The exception that ended the start."""
 
     @contextmanager
     def step(self, what: str, unit: str = "", total: int = 0) -> Iterator[Step]:
@@ -51,11 +54,11 @@ class Startup:
             self._steps.remove(step)
 
     def to_json(self) -> dict[str, Any]:
-        """The body of /readyz meanwhile."""
+        """Return the body of /readyz during the start."""
         return {"status": "starting", "under_way": [step.to_json() for step in tuple(self._steps)]}
 
     def refusal(self) -> Starting:
-        """What every call that needs the services is answered."""
+        """Return the error that answers every call which needs the services."""
         steps = tuple(self._steps)
         doing = ": " + ", ".join(map(str, steps)) if steps else ""
         retry_after_s = max((self._left_s(step) for step in steps), default=1)
@@ -63,7 +66,7 @@ class Startup:
         return Starting(message, headers={"retry-after": str(retry_after_s)})
 
     def _left_s(self, step: Step) -> int:
-        """As long as its rest takes at the rate so far."""
+        """Estimate how long the rest of a step takes, at its rate so far."""
         if not 0 < step.done < step.total:
             return 1
         left_s = (self._clock() - step.began) / step.done * (step.total - step.done)

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -11,8 +10,8 @@ from starlette.types import Receive, Scope, Send
 
 from proxy.concurrency import cancel_until_done
 from proxy.errors import (
-    LAST_WORDS_S,
-    SHUTTING_DOWN,
+    SHUTDOWN_NOTICE_TIMEOUT_S,
+    SHUTTING_DOWN_MESSAGE,
     ClientDisconnected,
     ModelAtCapacity,
     ProxyError,
@@ -21,94 +20,96 @@ from proxy.errors import (
 )
 from proxy.server.attempts import UpstreamStream
 from proxy.server.request_log import RequestRecord
-from proxy.server.requests import cancel_on_disconnect, cut_ending
+from proxy.server.requests import cancel_on_disconnect, cancelled_ending
 from proxy.server.responses import render_error
 from proxy.storage.usage import usage_of
-from proxy.upstream.payload import JSONPayload, content_bytes, is_usage_chunk, says_no_usage, usage_chunk
+from proxy.upstream.payload import JSONPayload, content_bytes, is_null_usage_chunk, is_usage_chunk, usage_chunk
 from proxy.upstream.sse import DONE, KEEP_ALIVE, format_event
 
 
 class SSEKeepAlive:
-    """Runs from now on. One timer, and a task only where there is something to say."""
+    """Send a comment whenever nothing was sent for a while. It runs from now on, until `stop`.
 
-    def __init__(self, send: Callable[[bytes], Awaitable[None]], every_s: float, *, sent: bool) -> None:
-        """`sent`: whether anything was sent just now; else the first comment goes out at once."""
+    One timer, and a task only to send a comment.
+
+    Args:
+        sent: whether anything was sent just now; otherwise the first comment is sent at once.
+    """
+
+    def __init__(self, send: Send, interval_s: float, *, sent: bool) -> None:
         self._send = send
-        self._every_s = every_s
+        self._interval_s = interval_s
         self._loop = asyncio.get_running_loop()
         self._sent_at = self._loop.time() if sent else float("-inf")
-        self._saying: asyncio.Task[None] | None = None
-        self._timer = self._loop.call_later(every_s if sent else 0.0, self._tick)
+        self._sending: asyncio.Task[None] | None = None
+        self._timer = self._loop.call_later(interval_s if sent else 0.0, self._tick)
 
-    def sending(self) -> None:
-        """Something goes out now."""
+    def reset(self) -> None:
+        """Wait for a whole interval again: something else is sent now."""
         self._sent_at = self._loop.time()
 
     def stop(self) -> None:
         self._timer.cancel()
-        if self._saying is not None:
-            self._saying.cancel()
+        if self._sending is not None:
+            self._sending.cancel()
 
     def _tick(self) -> None:
         waited = self._loop.time() - self._sent_at
-        if waited >= self._every_s:
+        if waited >= self._interval_s:
             waited = 0.0
-            self.sending()
-            if self._saying is None or self._saying.done():  # else the client reads nothing
-                self._saying = asyncio.create_task(self._say(), name="uniroute-keep-alive")
-        self._timer = self._loop.call_later(self._every_s - waited, self._tick)
-
-    async def _say(self) -> None:
-        await self._send(KEEP_ALIVE)
+            self.reset()
+            if self._sending is None or self._sending.done():  # else the client reads nothing
+                self._sending = asyncio.create_task(_send(self._send, KEEP_ALIVE), name="uniroute-keep-alive")
+        self._timer = self._loop.call_later(self._interval_s - waited, self._tick)
 
 
 class StreamRewriter:
-    """One stream. What passes is counted by the meter."""
+    """Turn an upstream's chunks into events for the client, and count what passes in the request's record."""
 
-    def __init__(self, meter: RequestRecord, *, include_usage: bool) -> None:
-        self._meter = meter
+    def __init__(self, record: RequestRecord, *, include_usage: bool) -> None:
+        self._record = record
         self._include_usage = include_usage
         self._usage: object = None
-        self._shown = False
+        self._usage_sent = False
         self._last: dict[str, Any] = {}
 
-    def block(self, chunks: list[JSONPayload]) -> bytes:
-        """Events, none of them cut; empty where nothing of this block is for the client."""
-        meter, model = self._meter, self._meter.model
+    def rewrite(self, chunks: list[JSONPayload]) -> bytes:
+        """Return whole events; nothing if none of these chunks are for the client."""
+        record, model = self._record, self._record.model
         pieces: list[bytes] = []
         size = 0
         for chunk in chunks:
             body = chunk.body
-            meter.marks.see(body, model)
+            record.affinity.observe(body, model)
             size += content_bytes(body)
-            shown: JSONPayload | None = chunk
+            sent: JSONPayload | None = chunk
             if usage := usage_of(body):
-                meter.received(size)  # the report is of all that came before, and with it
+                record.add_output(size)  # the report is of all that came before, and with it
                 size = 0
-                shown = self._with_usage(chunk, usage)
-            elif "usage" in body and not self._include_usage and says_no_usage(body):
-                shown = None
-            if shown is not None:
-                pieces += (b"data: ", shown.named(model), b"\n\n")
+                sent = self._with_usage(chunk, usage)
+            elif "usage" in body and not self._include_usage and is_null_usage_chunk(body):
+                sent = None
+            if sent is not None:
+                pieces += (b"data: ", sent.with_model(model), b"\n\n")
         if chunks:
             self._last = chunks[-1].body
-        meter.received(size)
+        record.add_output(size)
         return b"".join(pieces)
 
-    def end(self) -> bytes:
-        """The usage chunk that was asked for, where the upstream put its usage elsewhere."""
-        if not self._include_usage or self._usage is None or self._shown:
+    def final_usage(self) -> bytes:
+        """Return the usage chunk that the caller asked for, if the upstream put its usage elsewhere."""
+        if not self._include_usage or self._usage is None or self._usage_sent:
             return b""
-        return format_event(usage_chunk({**self._last, "model": self._meter.model}, self._usage))
+        return format_event(usage_chunk({**self._last, "model": self._record.model}, self._usage))
 
     def _with_usage(self, chunk: JSONPayload, usage: object) -> JSONPayload | None:
         self._usage = usage
-        self._meter.used(usage)
+        self._record.set_usage(usage)
         if not chunk.body.get("usage"):
             return chunk
         only_usage = is_usage_chunk(chunk.body)
         if self._include_usage:
-            self._shown = self._shown or only_usage
+            self._usage_sent = self._usage_sent or only_usage
             return chunk
         if only_usage:
             return None
@@ -125,18 +126,22 @@ PendingStream = asyncio.Task[UpstreamStream]
 
 
 class CompletionStream(Response):
-    """Relays until the upstream ends or breaks, the client leaves, or the server ends. Closes the upstream's connection
-    in every case."""
+    """Relay a stream until the upstream ends or breaks it, the client leaves, or the server ends.
+
+    The upstream's connection is closed in every case.
+
+    Args:
+        pending: need not be done: until a model begins to answer, the client reads comments.
+    """
 
     def __init__(
-        self, opening: PendingStream, meter: RequestRecord, *, keep_alive_s: float, include_usage: bool
+        self, pending: PendingStream, record: RequestRecord, *, keep_alive_s: float, include_usage: bool
     ) -> None:
-        """`opening` need not be done: the client then reads comments until some model begins to answer."""
         self.status_code = 200
         self.background = None
-        self.init_headers({**HEADERS, **meter.headers()})
-        self._opening = opening
-        self._meter = meter
+        self.init_headers({**HEADERS, **record.headers()})
+        self._pending = pending
+        self._record = record
         self._keep_alive_s = keep_alive_s
         self._include_usage = include_usage
 
@@ -149,43 +154,43 @@ class CompletionStream(Response):
             await self.close()
 
     async def close(self) -> None:
-        """Where it was never begun the client had left before. Harmless when repeated."""
-        self._meter.finish("client_gone")  # only if the relay never ran
-        await cancel_or_close(self._opening)
+        """End the request if the relay never ran: the client had left before. Harmless when repeated."""
+        self._record.finish("client_gone")
+        await cancel_or_close(self._pending)
 
     async def _relay(self, send: Send) -> None:
         ending = "client_gone"
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            keeping = SSEKeepAlive(partial(_send, send), self._keep_alive_s, sent=self._opening.done())
+            keep_alive = SSEKeepAlive(send, self._keep_alive_s, sent=self._pending.done())
             try:
-                await self._events(send, keeping)
+                await self._send_events(send, keep_alive)
                 ending = "complete"
             except (UpstreamError, ModelAtCapacity) as failure:
-                ending = "broken" if self._meter.has_content else "failed"
+                ending = "broken" if self._record.has_content else "failed"
                 await _send(send, format_event(_error_event(failure)))
             except asyncio.CancelledError:
-                ending = cut_ending()
-                self._meter.finish(ending)
+                ending = cancelled_ending()
+                self._record.finish(ending)
                 if ending == "shutdown":
-                    await _last_words(send)
+                    await _send_shutting_down(send)
                 raise
             finally:
-                keeping.stop()
+                keep_alive.stop()
         finally:
-            self._meter.finish(ending)  # before the client reads the end: what was answered is on record
-            await cancel_or_close(self._opening)
-        await self._meter.settled()  # a client that asks again at once is judged by what this answer cost
+            self._record.finish(ending)  # before the client reads the end: what was answered is on record
+            await cancel_or_close(self._pending)
+        await self._record.settled()  # the client's next request is judged by what this one cost
         await send({"type": "http.response.body", "body": DONE if ending == "complete" else b"", "more_body": False})
 
-    async def _events(self, send: Send, keeping: SSEKeepAlive) -> None:
-        stream = await self._opening
-        shown = StreamRewriter(self._meter, include_usage=self._include_usage)
+    async def _send_events(self, send: Send, keep_alive: SSEKeepAlive) -> None:
+        stream = await self._pending
+        rewriter = StreamRewriter(self._record, include_usage=self._include_usage)
         async for block in stream:
-            if data := shown.block(block):
-                keeping.sending()
+            if data := rewriter.rewrite(block):
+                keep_alive.reset()
                 await _send(send, data)
-        if data := shown.end():
+        if data := rewriter.final_usage():
             await _send(send, data)
 
 
@@ -193,21 +198,25 @@ async def _send(send: Send, data: bytes) -> None:
     await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
-async def _last_words(send: Send) -> None:
-    """Tell that the server ends; not for long, for the client may not be reading."""
+async def _send_shutting_down(send: Send) -> None:
+    """Tell the client that the server ends; not for long, for it may not be reading."""
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(LAST_WORDS_S):
-            await _send(send, format_event(_error_event(ShuttingDown(SHUTTING_DOWN))))
+        async with asyncio.timeout(SHUTDOWN_NOTICE_TIMEOUT_S):
+            await _send(send, format_event(_error_event(ShuttingDown(SHUTTING_DOWN_MESSAGE))))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def cancel_or_close(opening: PendingStream) -> None:
-    """Ends the asking, or closes what was opened, even if we are cancelled meanwhile. Harmless when repeated."""
+async def cancel_or_close(pending: PendingStream) -> None:
+    """Cancel the attempts, or close the stream that they opened, even if the caller is cancelled meanwhile.
+
+    Harmless when repeated.
+    """
     try:
-        await cancel_until_done((opening,))
+        if not pending.done():
+            await cancel_until_done((pending,))
     finally:
-        if not opening.cancelled() and opening.exception() is None:
-            await opening.result().aclose()
+        if not pending.cancelled() and pending.exception() is None:
+            await pending.result().aclose()
 
 
 def _error_event(failure: ProxyError) -> Mapping[str, Any]:

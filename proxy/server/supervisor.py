@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
@@ -19,11 +20,12 @@ from types import FrameType
 import uvicorn
 from uvicorn.lifespan.off import LifespanOff
 
-from proxy.app import START_FAILED
-from proxy.cli.serve import kept_store
+from proxy.concurrency import raise_open_files_limit
 from proxy.server.metrics import SharedValues, Values, shared_folder, worker_deaths
-from proxy.server.run import Server, run_to_the_end
+from proxy.server.run import AppFactory, Server, ending_signals, run_until_exit, server_config
+from proxy.server.startup import START_FAILED
 from proxy.settings.schema import Settings
+from proxy.storage.valkey import EmbeddedStoreFailed, EmbeddedValkey
 
 log = logging.getLogger("uniroute.workers")
 
@@ -31,44 +33,61 @@ TICK_S = 0.25
 
 POLL_INTERVAL_S = 0.05
 
-QUICK_S = 10.0
-"""A worker that dies younger than this is started again after a pause, which doubles each time."""
+# A worker that dies younger than this is started again after a pause, which doubles each time.
+EARLY_DEATH_S = 10.0
 
 MAX_PAUSE_S = 30.0
 
-FIRST_SIGN_S = 120.0
-"""For a worker that is still importing what it needs."""
+# A worker's first sign of life comes after its imports.
+MIN_FIRST_REPLY_TIMEOUT_S = 120.0
 
-KILL_AFTER_S = 10.0
-"""Beyond the time that open answers have."""
+# Beyond the time that open answers have.
+KILL_GRACE_PERIOD_S = 10.0
 
 _spawn = multiprocessing.get_context("spawn")
 multiprocessing.allow_connection_pickling()
 
 
+def run_server(settings: Settings, bound: socket.socket, create_app: AppFactory) -> None:
+    """Serve until a signal ends it, then let requests finish.
+
+    Raises:
+        SystemExit: the server did not start; the log says why.
+    """
+    raise_open_files_limit()
+    if settings.workers > 1:
+        Supervisor(settings, partial(server_config, settings, create_app), bound).run()
+        return
+    try:
+        run_until_exit(Server(server_config(settings, create_app)), bound)
+    except SystemExit:
+        raise SystemExit(1) from None
+
+
 class WorkerServer(Server):
-    """Ends when its supervisor says so. Ctrl-C, which a terminal sends to all, only makes it hurry with that."""
+    """End when the supervisor says so. Ctrl-C, which a terminal sends to every process, then makes it hurry."""
 
     def __init__(self, config: uvicorn.Config, *, listens_at_once: bool) -> None:
         super().__init__(config)
         self.signals[signal.SIGINT] = self._hurry
+        self.signals[signal.SIGHUP] = signal.SIG_IGN  # the supervisor decides what it means
         self.may_listen = self._listens_at_once = listens_at_once
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen at once, or only when ready: a connection that comes while others serve is better taken by them."""
+        """Listen at once, or only when ready: while other workers serve, they had better take new connections."""
         if self._listens_at_once:
             await super().startup(sockets)
             return
         lifespan = self.lifespan
         await lifespan.startup()
-        # the supervisor's word comes by a thread
+        # A thread sets `may_listen` when the supervisor says so.
         while not (lifespan.should_exit or self.should_exit or (self.is_ready and self.may_listen)):  # noqa: ASYNC110
             await asyncio.sleep(POLL_INTERVAL_S)
         if lifespan.should_exit or self.should_exit:
             self.should_exit = True
             await lifespan.shutdown()
             return
-        self.lifespan = LifespanOff(self.config)  # it has started
+        self.lifespan = LifespanOff(self.config)  # uvicorn would start it again
         try:
             await super().startup(sockets)
         finally:
@@ -80,12 +99,12 @@ class WorkerServer(Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         with super().capture_signals():
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as it was started by Worker
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which Worker blocked when it started us
             yield
 
 
 class Worker:
-    """A process, and the pipe over which it is asked for a sign of life."""
+    """A process, and the pipe over which the supervisor asks it for signs of life."""
 
     def __init__(self, config: uvicorn.Config, bound: socket.socket, *, listens_at_once: bool = False) -> None:
         self._pipe, theirs = _spawn.Pipe()
@@ -94,7 +113,7 @@ class Worker:
         self.began = time.monotonic()
         self.is_ready = self.was_heard = False
         self.unanswered_s = 0.0
-        """Of the time in which the supervisor itself ran: a machine that slept counts against nobody."""
+        """Counted in the supervisor's own ticks: a machine that slept counts against no worker."""
         self._asked = False
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -104,8 +123,8 @@ class Worker:
         theirs.close()
 
     def ask(self, *, may_listen: bool) -> None:
-        """Ask for a sign of life, if the last one was given; called once a tick."""
-        with contextlib.suppress(OSError, EOFError):  # it has just ended
+        """Ask for a sign of life, unless one is still awaited. To be called once a tick."""
+        with contextlib.suppress(OSError, EOFError):  # the process has just ended
             if self._asked and self._pipe.poll():
                 self.is_ready, self.was_heard = self._pipe.recv(), True
                 self._asked, self.unanswered_s = False, 0.0
@@ -129,40 +148,42 @@ class Worker:
 
 
 @dataclass
-class Place:
-    """Of one worker: who has it, who is to have it next, and when it is filled again."""
+class Slot:
+    """The place of one worker: who has it, who takes it over, and when it is filled again."""
 
     worker: Worker | None = None
     successor: Worker | None = None
     is_stale: bool = False
     """Its worker is to be replaced by a new one."""
-    quick_deaths: int = 0
+    early_deaths: int = 0
     due: float = 0.0
+    """Monotonic seconds."""
 
 
 class Supervisor:
-    """`run` serves until SIGTERM or Ctrl-C. SIGHUP replaces the workers one after the other."""
+    """Keep worker processes running until a signal ends them. SIGHUP replaces them one after the other."""
 
     def __init__(self, settings: Settings, make_config: Callable[[Path | None], uvicorn.Config], bound: socket.socket):
         self._settings = settings
         self._make_config = make_config
         self._bound = bound
-        self._places = [Place() for _ in range(settings.workers)]
+        self._slots = [Slot() for _ in range(settings.workers)]
         self._ending = threading.Event()
         self._hurried = self._failed = self._ever_ready = False
+        self._has_terminal = signal.SIGHUP in ending_signals() and os.isatty(0)
         self._memory_kills = memory_kills()
 
     def run(self) -> None:
-        """Raises SystemExit where no worker could start; the log says why."""
+        """Serve until the end. Raises SystemExit where no worker could start; the log says why."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._end)
-        signal.signal(signal.SIGHUP, self._replace_all)
-        with kept_store(self._settings), shared_folder() as folder:
+        signal.signal(signal.SIGHUP, self._hang_up)
+        with embedded_store(self._settings), shared_folder() as folder:
             self._deaths = worker_deaths(SharedValues(folder) if folder else Values())
             self._config = self._make_config(folder)
             while not self._ending.is_set():
-                for place in self._places:
-                    self._look_after(place)
+                for slot in self._slots:
+                    self._look_after(slot)
                 self._ending.wait(TICK_S)
             self._end_all()
         if self._failed:
@@ -172,56 +193,60 @@ class Supervisor:
         self._hurried = self._ending.is_set()
         self._ending.set()
 
-    def _replace_all(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        for place in self._places:
-            place.is_stale = True
-
-    def _look_after(self, place: Place) -> None:
-        if place.worker is None:
-            if time.monotonic() >= place.due:
-                first = place is self._places[0] and not self._ever_ready
-                place.worker = Worker(self._config, self._bound, listens_at_once=first)
-                place.is_stale = False
+    def _hang_up(self, sig: int, frame: FrameType | None) -> None:
+        """Replace all workers, or end if the signal says that our terminal was closed."""
+        if self._has_terminal and not os.isatty(0):
+            self._end(sig, frame)
             return
-        if (cause := self._cause_of_death(place.worker)) is not None:
-            self._died(place, *cause)
-            return
-        self._ever_ready |= place.worker.is_ready
-        self._replace(place, place.worker)
+        for slot in self._slots:
+            slot.is_stale = True
 
-    def _replace(self, place: Place, worker: Worker) -> None:
-        """One place at a time, and only once the new worker is ready."""
-        if place.successor is None:
-            if place.is_stale and not any(other.successor for other in self._places):
-                place.is_stale = False
-                place.successor = Worker(self._config, self._bound)
-        elif (cause := self._cause_of_death(place.successor)) is not None:
+    def _look_after(self, slot: Slot) -> None:
+        if slot.worker is None:
+            if time.monotonic() >= slot.due:
+                first = slot is self._slots[0] and not self._ever_ready
+                slot.worker = Worker(self._config, self._bound, listens_at_once=first)
+                slot.is_stale = False
+            return
+        if (cause := self._cause_of_death(slot.worker)) is not None:
+            self._died(slot, *cause)
+            return
+        self._ever_ready |= slot.worker.is_ready
+        self._replace(slot, slot.worker)
+
+    def _replace(self, slot: Slot, worker: Worker) -> None:
+        """Replace the worker of one slot at a time, and only once the new one is ready."""
+        if slot.successor is None:
+            if slot.is_stale and not any(other.successor for other in self._slots):
+                slot.is_stale = False
+                slot.successor = Worker(self._config, self._bound)
+        elif (cause := self._cause_of_death(slot.successor)) is not None:
             log.warning("worker %s keeps its place: its successor died, %s", worker.process.pid, cause[1])
-            place.successor = None
-        elif place.successor.is_ready:
+            slot.successor = None
+        elif slot.successor.is_ready:
             worker.send_signal(signal.SIGTERM)
-            worker.process.join(self._settings.drain_s + KILL_AFTER_S)
+            worker.process.join(self._settings.drain_s + KILL_GRACE_PERIOD_S)
             worker.kill()
-            place.worker, place.successor = place.successor, None
+            slot.worker, slot.successor = slot.successor, None
 
     @property
     def _may_listen(self) -> bool:
-        """Whether workers that are ready may take connections: until the first one is, it alone says how far it is."""
-        first = self._places[0].worker
+        """Whether ready workers may take connections. Until the first one is ready, it alone answers /readyz."""
+        first = self._slots[0].worker
         return first is None or first.is_ready or not first.listens_at_once
 
     def _cause_of_death(self, worker: Worker) -> tuple[str, str] | None:
-        """For the counter and in words; None while it lives. One that gives no sign of life is killed."""
+        """Return the cause for the counter and for the log, None while it lives. Kill a worker that does not answer."""
         code = worker.process.exitcode
         if code is None:
             worker.ask(may_listen=self._may_listen)
-            patience_s = self._settings.worker_health_timeout_s
+            timeout_s = self._settings.worker_health_timeout_s
             if not worker.was_heard:
-                patience_s = max(patience_s, FIRST_SIGN_S)
-            if worker.unanswered_s < patience_s:
+                timeout_s = max(timeout_s, MIN_FIRST_REPLY_TIMEOUT_S)
+            if worker.unanswered_s < timeout_s:
                 return None
             worker.kill()
-            return "unresponsive", f"killed, for it gave no sign of life for {patience_s:g} s"
+            return "unresponsive", f"killed, for it gave no sign of life for {timeout_s:g} s"
         if code >= 0:
             return f"status {code}", f"ended with status {code}"
         name = signal.Signals(-code).name
@@ -233,17 +258,17 @@ class Supervisor:
             return ": memory ran out, says the kernel"
         return ", by hand or for want of memory"
 
-    def _died(self, place: Place, cause: str, words: str) -> None:
-        worker, place.worker = place.worker, None
+    def _died(self, slot: Slot, cause: str, words: str) -> None:
+        worker, slot.worker = slot.worker, None
         assert worker is not None
         self._deaths.add((cause,))
         if worker.process.exitcode == START_FAILED and not self._ever_ready:
             self._failed = True  # it would fail the same way again
             self._ending.set()
             return
-        place.quick_deaths = place.quick_deaths + 1 if worker.lived_s < QUICK_S else 0
-        pause_s = min(MAX_PAUSE_S, 2.0 ** (place.quick_deaths - 1)) if place.quick_deaths else 0.0
-        place.due = time.monotonic() + pause_s
+        slot.early_deaths = slot.early_deaths + 1 if worker.lived_s < EARLY_DEATH_S else 0
+        pause_s = min(MAX_PAUSE_S, 2.0 ** (slot.early_deaths - 1)) if slot.early_deaths else 0.0
+        slot.due = time.monotonic() + pause_s
         log.warning(
             "worker %s died after %.0f s: %s; another is started %s",
             worker.process.pid,
@@ -253,10 +278,10 @@ class Supervisor:
         )
 
     def _end_all(self) -> None:
-        workers = [worker for place in self._places for worker in (place.worker, place.successor) if worker]
+        workers = [worker for slot in self._slots for worker in (slot.worker, slot.successor) if worker]
         for worker in workers:
             worker.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + self._settings.drain_s + KILL_AFTER_S
+        deadline = time.monotonic() + self._settings.drain_s + KILL_GRACE_PERIOD_S
         while any(worker.process.exitcode is None for worker in workers) and time.monotonic() < deadline:
             if self._hurried:
                 self._hurried = False
@@ -267,19 +292,41 @@ class Supervisor:
             worker.kill()
 
 
+@contextlib.contextmanager
+def embedded_store(settings: Settings) -> Iterator[None]:
+    """Hold the embedded store open, if it is used, so that it outlives workers that die. They start it themselves."""
+    if settings.redis_url:
+        yield
+        return
+    valkey = EmbeddedValkey(settings.data_dir)
+    joining = threading.Thread(target=_join, args=(valkey,), name="uniroute-store")
+    joining.start()
+    try:
+        yield
+    finally:
+        valkey.closing = True
+        joining.join()
+        valkey.stop()
+
+
+def _join(valkey: EmbeddedValkey) -> None:
+    with contextlib.suppress(EmbeddedStoreFailed):  # the workers meet the same failure, and log it
+        valkey.ensure()
+
+
 def _work(config: uvicorn.Config, bound: socket.socket, pipe: Connection, listens_at_once: bool) -> None:  # noqa: FBT001
-    """What a worker process runs."""
+    """Serve, in a worker process."""
     config.configure_logging()
     server = WorkerServer(config, listens_at_once=listens_at_once)
     threading.Thread(target=_answer, args=(pipe, server), name="uniroute-supervised", daemon=True).start()
     try:
-        run_to_the_end(server, bound)
+        run_until_exit(server, bound)
     except SystemExit:
         sys.exit(START_FAILED)
 
 
 def _answer(pipe: Connection, server: WorkerServer) -> None:
-    """Give signs of life. Without a supervisor, whose end of the pipe is then closed, a worker ends."""
+    """Answer the supervisor. End the worker when the supervisor is gone, which closes its end of the pipe."""
     with contextlib.suppress(OSError, EOFError):
         while True:
             server.may_listen = pipe.recv()
@@ -288,7 +335,7 @@ def _answer(pipe: Connection, server: WorkerServer) -> None:
 
 
 def memory_kills() -> int | None:
-    """How many processes of this machine the kernel has killed for want of memory; None where it does not say."""
+    """Return how many processes the kernel has killed because memory ran out; None where it does not say."""
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
     except OSError:

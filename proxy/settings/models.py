@@ -1,35 +1,29 @@
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
-from proxy.routing.control_fields import is_control_field
-from proxy.safety.redaction import is_reference, is_secret_name, shown
-from proxy.settings.litellm_names import PARAMS
-from proxy.upstream.litellm.params import (
-    CHAT_FIELDS,
-    OPENAI_ONLY,
-    PROVIDER_FAMILIES,
-    PROVIDER_PARAMS,
-    is_provider_param,
+from proxy.settings.litellm_params import (
+    ParamError,
+    check_effects,
+    validate_litellm_params,
 )
-from proxy.words import words
+from proxy.settings.redaction import redact_value
 from router_core.types import MAX_PRICE, PRICE_FIELDS, Price, flat_price_field, price_field
 
 
 class SettingsError(Exception):
-    """A setting that cannot be used. One line: the file, the key, the value and what would fix it."""
+    """A setting cannot be used. The message is one line: the file, the key, the value and the fix."""
 
 
 def split_list(value: object) -> object:
-    """A list written in one variable: JSON, or names with commas between them."""
+    """Split a list that is written in one variable: JSON, or names with commas between them."""
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("["):
@@ -46,8 +40,8 @@ RESERVED_NAMES = frozenset({"auto", "uniroute/auto", "uniroute/best", "uniroute/
 
 _REFERENCE = "os.environ/"
 
+# How requests reach a model: as they are, or in its provider's own format, or as is right for the provider.
 Forward = Literal["relay", "translate", "auto"]
-"""How requests reach a model: as they are, or in its provider's own format, or as is right for the provider."""
 
 
 def check_model_name(name: str) -> str:
@@ -63,7 +57,11 @@ def check_model_name(name: str) -> str:
 
 
 def referred_variable(value: object, allowed_env: Collection[str] = ()) -> str | None:
-    """NAME of `os.environ/NAME`, None for any other value. SettingsError if that variable may not be used."""
+    """Return NAME of `os.environ/NAME`, or None for any other value.
+
+    Raises:
+        SettingsError: this variable may not be used.
+    """
     if not isinstance(value, str) or not value.startswith(_REFERENCE):
         return None
     name = value.removeprefix(_REFERENCE)
@@ -75,7 +73,11 @@ def referred_variable(value: object, allowed_env: Collection[str] = ()) -> str |
 
 
 def resolve_secret(value: str, environ: Mapping[str, str], allowed_env: Collection[str] = ()) -> str:
-    """`os.environ/NAME` → the variable's value; other text is itself. SettingsError if NAME is unset or not allowed."""
+    """Return the variable's value for `os.environ/NAME`, and any other text as it is.
+
+    Raises:
+        SettingsError: NAME is unset or not allowed.
+    """
     name = referred_variable(value, allowed_env)
     if name is None:
         return value
@@ -91,20 +93,20 @@ def _finite_at_least_zero(value: float) -> float:
 
 
 def _not_boolean(value: object) -> object:
-    """YAML's `yes` and `on` are booleans, which would pass for the number 1."""
+    """Refuse booleans, which YAML makes of `yes` and `on`, and which would pass for the number 1."""
     if isinstance(value, bool):
         raise ValueError(f"must be a number; got {str(value).lower()}")
     return value
 
 
-def _as_written(value: object) -> object:
-    """YAML's `on` and `off` are booleans, and a variable of the environment may say so in other words."""
+def _on_or_off(value: object) -> object:
+    """Accept the booleans that YAML makes of `on` and `off`, and other words for them."""
     if isinstance(value, bool):
         return "on" if value else "off"
-    return _SWITCHED.get(value.lower(), value) if isinstance(value, str) else value
+    return _ON_OR_OFF.get(value.lower(), value) if isinstance(value, str) else value
 
 
-_SWITCHED = {**dict.fromkeys(("true", "yes", "1"), "on"), **dict.fromkeys(("false", "no", "0"), "off")}
+_ON_OR_OFF = {**dict.fromkeys(("true", "yes", "1"), "on"), **dict.fromkeys(("false", "no", "0"), "off")}
 
 
 NonNegativeFloat = Annotated[float, BeforeValidator(_not_boolean), AfterValidator(_finite_at_least_zero)]
@@ -117,7 +119,7 @@ Seconds = Annotated[NonNegativeFloat, Field(gt=0)]
 
 TokenCost = Annotated[NonNegativeFloat, Field(le=MAX_PRICE)]
 
-OffAutoOn = Annotated[Literal["off", "auto", "on"], BeforeValidator(_as_written)]
+OffAutoOn = Annotated[Literal["off", "auto", "on"], BeforeValidator(_on_or_off)]
 
 NameList = Annotated[tuple[str, ...], BeforeValidator(split_list)]
 
@@ -132,9 +134,10 @@ TIERED = "tiered_pricing"
 
 
 def with_flat_tiers(stated: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Replace `tiered_pricing`, a list of prices each with the `range` of prompt tokens that it is for.
+    """Replace `tiered_pricing`, a list of prices by `range` of prompt tokens, by LiteLLM's flat names of prices.
 
-    The first range's price is the model's; a range begins above its lower bound. What is no such list is left alone.
+    The first range's price is the model's own; a range begins above its lower bound. Anything else under that name is
+    left alone.
     """
     tiers = _tiers(stated.get(TIERED))
     if not tiers:
@@ -143,7 +146,7 @@ def with_flat_tiers(stated: Mapping[str, Any]) -> Mapping[str, Any]:
     flat = {name: value for name, value in stated.items() if name != TIERED}
     for place, (tokens, tier) in enumerate(tiers):
         for rate in rates:
-            # no tier is mixed with another: what it leaves out is an ordinary token of its own
+            # tiers are not mixed: a rate that a tier leaves out is that of an ordinary token of the same tier
             usual = PRICE_FIELDS[1] if rate.startswith("output_") else PRICE_FIELDS[0]
             if (value := tier.get(rate, tier.get(usual))) is not None:
                 flat[flat_price_field(rate, tokens if place else None)] = value
@@ -151,7 +154,7 @@ def with_flat_tiers(stated: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _tiers(listed: Any) -> list[tuple[int, dict[str, Any]]]:
-    """Lower bound and rates, ascending; none unless every one has a range and an input price."""
+    """Return lower bounds and rates, ascending; an empty list unless each has a range and an input price."""
     if not isinstance(listed, list):
         return []
     tiers = []
@@ -167,142 +170,11 @@ def _is_bound(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 10**12
 
 
-_TEXTS = ("api_base", "base_url", "api_key", "api_version", "organization", "custom_llm_provider", "system")
-
-_OBJECTS = ("extra_body", "extra_headers", "headers")
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-
-_LIKENESS = 0.8
-"""Of a name to one that is known, from which on it is taken for a slip: one letter in five."""
-
-_OURS = frozenset({"model", "system", "extra_body"})
-
-_FAMILY_PARAMS = words("""
-    aws_access_key_id aws_secret_access_key aws_session_token aws_region_name aws_profile_name aws_role_name
-    aws_session_name aws_web_identity_token aws_sts_endpoint aws_external_id aws_bedrock_runtime_endpoint
-    vertex_project vertex_location vertex_credentials vertex_ai_project vertex_ai_location vertex_ai_credentials
-    azure_ad_token azure_username azure_password azure_scope watsonx_region_name gigachat_auth_url
-""")
-
-_SERVER_FIELDS = words("""
-    top_k min_p top_a typical_p tfs_z mirostat mirostat_tau mirostat_eta repetition_penalty repeat_penalty
-    repeat_last_n length_penalty early_stopping best_of use_beam_search num_beams do_sample ignore_eos min_tokens
-    stop_token_ids bad_words allowed_token_ids include_stop_str_in_output skip_special_tokens
-    spaces_between_special_tokens truncate_prompt_tokens prompt_logprobs echo add_generation_prompt
-    continue_final_message add_special_tokens documents chat_template chat_template_kwargs guided_json guided_regex
-    guided_choice guided_grammar guided_decoding_backend guided_whitespace_pattern structured_outputs priority
-    logits_processors cache_salt num_ctx num_predict num_keep num_gpu num_thread num_batch keep_alive options format
-    think raw grammar json_schema cache_prompt id_slot n_predict n_probs n_keep samplers dynatemp_range
-    dynatemp_exponent xtc_probability xtc_threshold dry_multiplier dry_base dry_allowed_length dry_penalty_last_n
-    safe_prompt random_seed prompt_mode reasoning reasoning_format reasoning_split include_reasoning thinking_budget
-    enable_thinking enable_search transforms plugins search_parameters safety_settings generation_config
-    system_instruction cached_content mcp_servers container context_management output_config speed inference_geo
-    top_n_tokens details watermark max_new_tokens return_full_text metadata messages presence_penalty usage
-    include_usage data_sources deferred include stop_sequences thinking_config google_maps_options user_id
-""")
-"""Fields that well-known servers and providers read in a body, beside OpenAI's own."""
-
-_BODY_FIELDS = CHAT_FIELDS | OPENAI_ONLY | _SERVER_FIELDS
-
-_KNOWN = _OURS | PROVIDER_PARAMS | _FAMILY_PARAMS | _BODY_FIELDS
-
-_SQUEEZED = {name.replace("_", ""): name for name in sorted(_KNOWN, reverse=True)}
-
-
-class ParamError(ValueError):
-    """A parameter of a model that cannot be taken. `param`: its path."""
-
-    def __init__(self, param: str, why: str) -> None:
-        super().__init__(f"{param}{why}")
-        self.param = param
-
-
-def validate_litellm_params(params: Mapping[str, Any]) -> None:
-    """Check what every call of the model would stumble over. Raises ValueError naming the field."""
-    for name in _TEXTS:
-        if not isinstance(params.get(name), str | None):
-            raise ValueError(f"litellm_params.{name} must be a text")
-        if name != "system" and _CONTROL.search(params.get(name) or ""):
-            raise ValueError(f"litellm_params.{name} holds a line break or another control character")
-    for name in _OBJECTS:
-        if not isinstance(params.get(name), dict | None):
-            raise ValueError(f"litellm_params.{name} must be an object")
-        for field, value in (params.get(name) or {}).items():
-            if name != "extra_body" and not (isinstance(value, str) and not _CONTROL.search(field + value)):
-                raise ValueError(f"litellm_params.{name}.{field} must be a text without line breaks")
-    if not isinstance(params.get("ssl_verify"), bool | str | None):
-        raise ValueError("litellm_params.ssl_verify must be true, false or the path of a file of certificates")
-
-
-def check_effects(params: Mapping[str, Any], elsewhere: frozenset[str] = frozenset()) -> None:
-    """Refuse names and references that would have no effect, or another one than was meant.
-
-    A name that nobody knows and that is like no known one is a field for the model's server, sent in every body.
-
-    Args:
-        elsewhere: names that belong into model_info.
-
-    Raises:
-        ParamError: names the field and the fix.
-    """
-    for name in params:
-        if name in PARAMS or (is_control_field(name) and not is_provider_param(name)):
-            hint = "; state it in `model_info`" if name in elsewhere else ""
-            raise ParamError(f"litellm_params.{name}", f" has no meaning here{hint}")
-        if (meant := _meant(name)) is not None:
-            raise ParamError(
-                f"litellm_params.{name}",
-                f": unknown key; did you mean {meant!r}? A field that only the model's server has goes into extra_body",
-            )
-    bases = {params[name] for name in ("api_base", "base_url") if params.get(name)}
-    if len(bases) > 1:
-        raise ParamError("litellm_params.base_url", " and api_base are two names of one thing, and differ; state one")
-    for path in _unread_references(params):
-        why = ": a variable of the environment is not looked up in a field of the body; state secrets in extra_headers"
-        raise ParamError(f"litellm_params.{path}", why)
-
-
-def unknown_fields(params: Mapping[str, Any]) -> list[str]:
-    """Names that are sent in every body though nobody is known to read them."""
-    return sorted(name for name in params if name not in _KNOWN and not is_provider_param(name))
-
-
-def _meant(name: str) -> str | None:
-    """The known name that this one is a slip of."""
-    if name in _KNOWN:
-        return None
-    squeezed = re.sub(r"[^a-z0-9]", "", name.lower())
-    if squeezed in _SQUEEZED:
-        return _SQUEEZED[squeezed]
-    near = difflib.get_close_matches(name.lower(), _KNOWN, n=1, cutoff=_LIKENESS)
-    if near or name.startswith(PROVIDER_FAMILIES):
-        return near[0] if near else None
-    return "api_key" if is_secret_name(name) else None
-
-
-def _unread_references(params: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in params.items():
-        if not is_provider_param(name):
-            yield from _references(name, value)
-
-
-def _references(path: str, value: Any) -> Iterator[str]:
-    if is_reference(value):
-        yield path
-    elif isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _references(f"{path}.{name}", inner)
-    elif isinstance(value, list | tuple):
-        for place, inner in enumerate(value):
-            yield from _references(f"{path}[{place}]", inner)
-
-
 class ModelInfo(FrozenModel):
     """What is known of a model, under LiteLLM's names. None: unknown. Prices are USD per token.
 
-    The prices of tiers, `input_cost_per_token_above_200k_tokens` and its like, have names without number: they are kept
-    as extra fields, and nothing else is.
+    Prices of tiers, such as `input_cost_per_token_above_200k_tokens`, have endlessly many names. They are kept as extra
+    fields, and nothing else is.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -332,20 +204,20 @@ class ModelInfo(FrozenModel):
     supports_response_schema: bool | None = None
     supports_reasoning: bool | None = None
     supports_stream_options: bool | None = None
-    """Whether it may be sent `stream_options`, by which streams are asked for usage. None: that is found out."""
+    """Whether it accepts `stream_options`, which asks a stream for its usage. None: the first stream tells."""
     connect_timeout_s: Seconds | None = None
     first_token_timeout_s: Seconds | None = None
     idle_timeout_s: Seconds | None = None
     forward: Forward = "auto"
-    """relay: OpenAI's format goes through as it is. translate: litellm writes the provider's. auto: as the provider."""
+    """relay: OpenAI's format is passed through. translate: through litellm. auto: by the provider."""
     max_parallel_requests: PositiveInt | None = None
-    """Of one process. None: no cap."""
+    """Per process. None: no cap."""
     max_queued_requests: Annotated[StrictInt, Field(ge=0, le=10_000)] | None = None
-    """Beyond these. None: as many as `max_parallel_requests`."""
+    """How many wait beyond these. None: as many as `max_parallel_requests`."""
 
     @property
     def prices(self) -> dict[str, float]:
-        """What is stated of a price, each under one name."""
+        """Return the stated prices, each under one name."""
         every = {**{name: getattr(self, name) for name in PRICE_FIELDS}, **self.__pydantic_extra__}
         return {
             flat_price_field(*field): value
@@ -381,7 +253,7 @@ class ModelInfo(FrozenModel):
 
 
 class ModelConfig(FrozenModel):
-    """One model of `model_list`. `litellm_params` reach the provider layer whole; keys in them are never shown."""
+    """One model of `model_list`. `litellm_params` reach the provider layer whole; repr hides the keys in them."""
 
     model_name: ModelName
     litellm_params: dict[str, Any]
@@ -396,14 +268,16 @@ class ModelConfig(FrozenModel):
         return self
 
     def check_effects(self) -> None:
-        """Refuse what would be accepted and have no effect. Raises ParamError.
+        """Refuse parameters that would be accepted and have no effect. Raises ParamError.
 
-        A record that is stored already is not held to it: what is known may have grown since.
+        Records that are stored already are not checked: fewer names may have been known when they were stored.
         """
         check_effects(self.litellm_params, frozenset(ModelInfo.model_fields))
         if self.model_info.max_queued_requests is not None and self.model_info.max_parallel_requests is None:
             raise ParamError("model_info.max_queued_requests", " counts only with max_parallel_requests; state both")
 
     def __repr_args__(self) -> list[tuple[str | None, Any]]:
-        told = {key: shown(key, value) for key, value in self.litellm_params.items() if key in ("model", "api_base")}
-        return [("model_name", self.model_name), ("litellm_params", told), ("model_info", self.model_info)]
+        params = {
+            key: redact_value(key, value) for key, value in self.litellm_params.items() if key in ("model", "api_base")
+        }
+        return [("model_name", self.model_name), ("litellm_params", params), ("model_info", self.model_info)]

@@ -1,4 +1,4 @@
-"""The forms of `redis_url`, parsed once.
+"""Parse `redis_url` in all its forms.
 
 redis://[user:password@]host[:port][/db]              rediss://… with TLS
 unix:///path/of.sock[?db=0&password=…]
@@ -7,12 +7,13 @@ redis+sentinel://[user:password@]host[:port],host[:port]…/service[/db]      re
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 from urllib.parse import parse_qsl, unquote, urlsplit
+
+from router_core.text import closest_name
 
 SCHEMES: Final = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")
 
@@ -28,6 +29,7 @@ _VERIFY = {"required": True, "cert_required": True, "none": False, "cert_none": 
 
 _SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
+# Options behind the `?`, by redis-py's names, and the fields of RedisAddress that they set.
 _QUERY: Final = {
     "db": "db",
     "username": "username",
@@ -40,7 +42,6 @@ _QUERY: Final = {
     "ssl_cert_reqs": "verify",
     "ssl_check_hostname": "check_hostname",
 }
-"""What may stand behind the `?`, by redis-py's names, and what it is here."""
 
 _TLS = ("ca_file", "cert_file", "key_file")
 
@@ -49,14 +50,14 @@ _SENTINEL = ("sentinel_username", "sentinel_password")
 
 @dataclass(frozen=True)
 class RedisAddress:
-    """Where Redis is, who we are there, and whom we trust to be it."""
+    """Where Redis is, the credentials for it, and the certificates that identify it."""
 
     hosts: tuple[tuple[str, int], ...] = ()
-    """Of the server, or of the sentinels."""
+    """Host and port of the server, or of the sentinels."""
     path: str | None = None
-    """Of a unix socket, in place of hosts."""
+    """Path of a unix socket, in place of hosts."""
     service: str | None = None
-    """What the sentinels call the server. None: there are none."""
+    """What the sentinels call the server; None without sentinels."""
     db: int = 0
     username: str | None = None
     password: str | None = field(default=None, repr=False)
@@ -64,7 +65,7 @@ class RedisAddress:
     sentinel_password: str | None = field(default=None, repr=False)
     tls: bool = False
     ca_file: str | None = None
-    """Whose certificates are trusted; None: the system's."""
+    """File of trusted certificates; None: the system's."""
     cert_file: str | None = None
     key_file: str | None = None
     verify: bool = True
@@ -86,7 +87,7 @@ class RedisAddress:
 
     @property
     def name(self) -> str:
-        """The address without user names, passwords and files, for log lines and errors."""
+        """Return the address without user names, passwords and files, for log lines and errors."""
         if self.path is not None:
             return f"unix://{self.path}"
         scheme = ("rediss" if self.tls else "redis") + ("" if self.service is None else "+sentinel")
@@ -95,13 +96,13 @@ class RedisAddress:
 
     @classmethod
     def parse(cls, url: str, stated: Mapping[str, str | None] | None = None) -> RedisAddress:
-        """Read a URL.
+        """Parse a URL.
 
         Args:
             stated: fields of this class that settings state apart from the URL.
 
         Raises:
-            ValueError: what is wrong with it, without any part that may be a secret.
+            ValueError: says what is wrong, without any part that may be a secret.
         """
         scheme, separator, _ = url.partition("://")
         if not separator or scheme not in SCHEMES:
@@ -133,16 +134,16 @@ def _query(query: str) -> dict[str, str | None]:
     values: dict[str, str | None] = {}
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name not in _QUERY:
-            near = difflib.get_close_matches(name, _QUERY, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(_QUERY)}"
-            # Not repeated: it is the rest of a password where that holds a ?.
+            closest = closest_name(name, _QUERY)
+            hint = f"did you mean {closest!r}?" if closest else f"known are {', '.join(_QUERY)}"
+            # The name is not repeated: it is the rest of a password that holds a ?.
             raise ValueError(f"has an unknown option after its ?; {hint}")
         values[_QUERY[name]] = value
     return values
 
 
 def _checked(values: Mapping[str, str | None]) -> dict[str, Any]:
-    """Without what is not stated, and of the types that the fields have."""
+    """Drop what is not stated, and convert the rest to the types of the fields."""
     known = {column.name for column in fields(RedisAddress)}
     checked: dict[str, Any] = {name: value for name, value in values.items() if value and name in known}
     if "db" in checked:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 
+from proxy.settings.litellm_params import ParamError
 from proxy.settings.models import (
     RESERVED_NAMES,
     FrozenModel,
@@ -20,7 +21,6 @@ from proxy.settings.models import (
     NameList,
     NonNegativeFloat,
     OffAutoOn,
-    ParamError,
     PositiveInt,
     Seconds,
     SettingsError,
@@ -31,30 +31,34 @@ from proxy.settings.redis_address import RedisAddress
 from proxy.settings.sources import environment_values, file_values, format_validation_error, unknown_key_error
 from router_core.types import PRICE_FIELDS, Price
 
+log = logging.getLogger("uniroute.settings")
+
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds."""
+    """Timeouts of one request, in seconds."""
 
     connect_s: float
     first_token_s: float
-    """From asking one model to its first content; of an answer that is no stream, to all of it."""
+    """From calling a model to its first content; without a stream, to the whole response."""
     idle_s: float
-    """Between two events of a stream, once content has come."""
+    """Between two events of a stream, after the first content."""
     total_s: float
     """From the request's arrival to the first content of whichever model answers."""
 
-    def stricter_than(self, usual: Timeouts) -> bool:
-        """Missing one of these may be no fault of the model."""
-        return self is not usual and any(getattr(self, name) < getattr(usual, name) for name in _NAMES)
+    def stricter_than(self, configured: Timeouts) -> bool:
+        """Return whether a model may miss one of these and still be well."""
+        return self is not configured and any(
+            getattr(self, name) < getattr(configured, name) for name in _TIMEOUT_NAMES
+        )
 
 
-_NAMES = tuple(column.name for column in fields(Timeouts))
+_TIMEOUT_NAMES = tuple(column.name for column in fields(Timeouts))
 
 
 @dataclass(frozen=True, slots=True)
 class TimeoutOverrides:
-    """What one request states. None: not stated."""
+    """The timeouts that one request states, in seconds. None: not stated."""
 
     connect_s: float | None = None
     first_token_s: float | None = None
@@ -65,8 +69,8 @@ class TimeoutOverrides:
 NO_OVERRIDES = TimeoutOverrides()
 
 
-def total_s(settings: Settings, stated: TimeoutOverrides) -> float:
-    """No request waits longer in all than `request_timeout_s`, whatever it states."""
+def total_timeout_s(settings: Settings, stated: TimeoutOverrides) -> float:
+    """Return how long a request may wait in all: what it states, at most `request_timeout_s`."""
     return min(stated.total_s or settings.request_timeout_s, settings.request_timeout_s)
 
 
@@ -75,23 +79,39 @@ def timeouts_for(settings: Settings, info: ModelInfo, stated: TimeoutOverrides =
         connect_s=stated.connect_s or info.connect_timeout_s or settings.connect_timeout_s,
         first_token_s=stated.first_token_s or info.first_token_timeout_s or settings.first_token_timeout_s,
         idle_s=stated.idle_s or info.idle_timeout_s or settings.idle_timeout_s,
-        total_s=total_s(settings, stated),
+        total_s=total_timeout_s(settings, stated),
     )
 
 
+# Seconds of at most a day.
 Span = Annotated[NonNegativeFloat, Field(gt=0, le=86_400)]
 
 
 class CircuitBreakerSettings(FrozenModel):
-    """The setting `breaker`. A model rests once `failures` attempts within `window_s` seconds have failed, if they are
-    at least `share` of the attempts that ended in that time. It rests for `cooldown_s`, doubled for each probe that
-    fails, and never longer than `longest_cooldown_s`."""
+    """The setting `breaker`: when a model's circuit opens, and for how long.
 
-    window_s: Span = 30
-    failures: Annotated[StrictInt, Field(ge=1, le=10_000)] = 5
-    share: Annotated[NonNegativeFloat, Field(gt=0, le=1)] = 0.5
-    cooldown_s: Span = 10
-    longest_cooldown_s: Span = 300
+    It opens once `failures` attempts within `window_s` seconds have failed, if these are at least `share` of the
+    attempts that ended in that time. The cooldown is `cooldown_s`, doubled for each probe that fails, and never longer
+    than `longest_cooldown_s`.
+    """
+
+    window_s: Span = Field(default=30, description="Seconds that the sliding window looks back.")
+    failures: Annotated[StrictInt, Field(ge=1, le=10_000)] = Field(
+        default=5,
+        description=(
+            "A model's circuit opens, and the model goes into cooldown, once this many attempts within the window "
+            "have failed …"
+        ),
+    )
+    share: Annotated[NonNegativeFloat, Field(gt=0, le=1)] = Field(
+        default=0.5, description="… provided that they are at least this share of the attempts in the window."
+    )
+    cooldown_s: Span = Field(
+        default=10, description="Seconds of the first cooldown. It doubles after each probe that fails."
+    )
+    longest_cooldown_s: Span = Field(
+        default=300, description="Seconds that a cooldown lasts at most, whatever `retry-after` says."
+    )
 
     @model_validator(mode="after")
     def _longest_is_longest(self) -> CircuitBreakerSettings:
@@ -102,40 +122,38 @@ class CircuitBreakerSettings(FrozenModel):
         return self
 
 
-def _redis_url(value: str | None) -> str | None:
+def _check_redis_url(value: str | None) -> str | None:
     if value is not None:
         RedisAddress.parse(value)
     return value
 
 
-log = logging.getLogger("uniroute.settings")
-
-_REDIS = ("username", "password", "sentinel_username", "sentinel_password", "ca_file", "cert_file", "key_file")
-"""What may be stated of Redis apart from its URL: redis_username and so on."""
+# Fields of RedisAddress that have a setting of their own: redis_username and so on.
+_REDIS_FIELDS = ("username", "password", "sentinel_username", "sentinel_password", "ca_file", "cert_file", "key_file")
 
 
-def _web_address(value: str | None) -> str | None:
+def _check_web_address(value: str | None) -> str | None:
     parts = urlsplit(value) if value is not None else None
     if parts is not None and not (parts.scheme in ("http", "https") and parts.hostname):
         raise ValueError("must start with http:// or https:// and name a host")
     return value
 
 
-def _host_names(values: tuple[str, ...]) -> tuple[str, ...]:
+def _check_host_names(values: tuple[str, ...]) -> tuple[str, ...]:
     for value in values:
         if not re.fullmatch(r"[A-Za-z0-9._-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?", value):
             raise ValueError(f"must be names of hosts, as proxy.example.com; got {value!r}")
     return values
 
 
-def _pages(values: tuple[str, ...]) -> tuple[str, ...]:
+def _check_origins(values: tuple[str, ...]) -> tuple[str, ...]:
     for value in values:
         if value != "null" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#*@A-Z]+", value):
             raise ValueError(f"must be origins as browsers write them, https://app.example.com; got {value!r}")
     return values
 
 
-def _variables_of_others(values: tuple[str, ...]) -> tuple[str, ...]:
+def _check_variables(values: tuple[str, ...]) -> tuple[str, ...]:
     for value in values:
         if value.startswith("UNIROUTE_") or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
             raise ValueError(f"must be names of variables, none of them UNIROUTE_…; got {value!r}")
@@ -148,76 +166,229 @@ AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().abs
 class ProfileSettings(FrozenModel):
     """How a model is measured: how many validation prompts, for how much money, how many at once."""
 
-    prompts: Annotated[StrictInt, Field(ge=1, le=1000)] = 60
-    max_usd: NonNegativeFloat = 1.0
-    concurrency: Annotated[StrictInt, Field(ge=1, le=64)] = 4
-    on_start: bool = True
-    timeout_s: Seconds = 120
+    prompts: Annotated[StrictInt, Field(ge=1, le=1000)] = Field(
+        default=60, description="Validation prompts that a new model is asked."
+    )
+    max_usd: NonNegativeFloat = Field(default=1.0, description="USD that measuring one model may cost.")
+    concurrency: Annotated[StrictInt, Field(ge=1, le=64)] = Field(
+        default=4, description="Validation prompts that are asked at the same time."
+    )
+    on_start: bool = Field(
+        default=True, description="Measure the configured models that have no profile when the server starts."
+    )
+    timeout_s: Seconds = Field(default=120, description="Seconds that one validation answer may take.")
 
 
 class Settings(FrozenModel):
-    model_list: tuple[ModelConfig, ...] = ()
-    lambda_: NonNegativeFloat = Field(default=0.1, alias="lambda")
-    route_names: NameList = ("auto",)
-    latency_weight: NonNegativeFloat = 0.0
-    cost_unit: Literal["reference", "cents"] = "reference"
-    reference_price: Price = Price(2.5e-6, 1e-5)
-    default_model: str | None = None
-    validation_set: str = "builtin"
-    map: str = "builtin"
-    embedder: str = "static"
-    recipe: Literal["pooled", "shrunk", "raw", "laplace"] = "pooled"
-    profile: ProfileSettings = ProfileSettings()
-    judge_model: str | None = None
-    allowed_env: Annotated[NameList, AfterValidator(_variables_of_others)] = ()
-    allowed_hosts: Annotated[NameList, AfterValidator(_host_names)] = ()
-    allowed_origins: Annotated[NameList, AfterValidator(_pages)] = ()
-    price_refresh_minutes: NonNegativeFloat = 0
-    price_url: Annotated[str | None, AfterValidator(_web_address)] = Field(default=None, repr=False)
-    max_body_bytes: PositiveInt = 20_000_000
-    max_answer_bytes: PositiveInt = 20_000_000
-    max_answers_in_flight_bytes: PositiveInt = 256_000_000
-    sticky_sessions: OffAutoOn = "auto"
-    session_ttl_s: PositiveInt = 3600
-    prompt_cache_s: NonNegativeFloat = 300
-    fallback_attempts: Annotated[StrictInt, Field(ge=1, le=20)] = 3
-    request_timeout_s: Seconds = 600
-    connect_timeout_s: Seconds = 5
-    first_token_timeout_s: Seconds = 300
-    idle_timeout_s: Seconds = 120
-    stream_timeout_s: Seconds = 3600
-    keep_alive_s: Seconds = 15
-    breaker: CircuitBreakerSettings = CircuitBreakerSettings()
-    queue_wait_s: Annotated[NonNegativeFloat, Field(le=3600)] = 5
-    reserve_output_tokens: PositiveInt = 4096
-    clamp_max_tokens: OffAutoOn = "auto"
-    """Whether a limit of an answer above a model's own is lowered to that. auto: where the model is routed."""
-    limits_timeout_s: Annotated[NonNegativeFloat, Field(gt=0, le=1)] = 0.05
-    limits_without_store: Literal["refuse", "allow"] = "refuse"
-    drain_s: Annotated[StrictInt, Field(ge=1, le=3600)] = 30
-    usage_journal_max_bytes: PositiveInt = 256_000_000
-    redis_url: Annotated[str | None, AfterValidator(_redis_url)] = Field(default=None, repr=False)
-    redis_username: str | None = None
-    redis_password: SecretStr | None = None
-    redis_sentinel_username: str | None = None
-    redis_sentinel_password: SecretStr | None = None
-    redis_ca_file: AbsolutePath | None = None
-    redis_cert_file: AbsolutePath | None = None
-    redis_key_file: AbsolutePath | None = None
-    admin_key: SecretStr | None = None
-    data_dir: Annotated[AbsolutePath, Field(validate_default=True)] = Path("~/.local/share/uniroute")
-    host: str = "127.0.0.1"
-    port: Annotated[StrictInt, Field(ge=0, le=65535)] = 8000
-    workers: Annotated[StrictInt, Field(ge=1, le=256)] = 1
-    worker_health_timeout_s: Seconds = 30
+    model_list: tuple[ModelConfig, ...] = Field(
+        default=(), description="The models, in LiteLLM's form. Only in the file."
+    )
+    lambda_: NonNegativeFloat = Field(
+        default=0.1,
+        alias="lambda",
+        description="λ: the error that the reference price may buy. 0 asks for the best answer at any price.",
+    )
+    route_names: NameList = Field(
+        default=("auto",),
+        description="Model names that ask for routing. `*` stands for every name that is not registered.",
+    )
+    latency_weight: NonNegativeFloat = Field(default=0.0, description="USD that one second of waiting is worth.")
+    cost_unit: Literal["reference", "cents"] = Field(
+        default="reference",
+        description="What a cost of 1 is: the `reference` price of the request, or one US cent (`cents`).",
+    )
+    reference_price: Price = Field(
+        default=Price(2.5e-6, 1e-5),
+        description="`input_cost_per_token` and `output_cost_per_token`, in USD, that make a cost of 1.",
+    )
+    default_model: str | None = Field(
+        default=None,
+        description=(
+            "The registered model that answers, with reason `degraded`, when a prompt cannot be assessed or no model "
+            "is measured yet. Without one the model that is best on average answers; while none is measured the "
+            "response is 503 with the progress and `retry-after`."
+        ),
+    )
+    validation_set: str = Field(
+        default="builtin", description="`builtin`, or the path of a JSONL file of your own validation prompts."
+    )
+    map: str = Field(
+        default="builtin", description="The cluster map: `builtin`, or a folder that `uniroute fit` wrote."
+    )
+    embedder: str = Field(
+        default="static",
+        description=(
+            "`static`, `transformer`, the folder of a sentence-transformers model, or the name of one in the Hugging "
+            "Face cache (`hf download NAME`; the server downloads nothing). It must be the embedder that the map was "
+            "fitted with."
+        ),
+    )
+    recipe: Literal["pooled", "shrunk", "raw", "laplace"] = Field(
+        default="pooled",
+        description=(
+            "How labels become error rates: `pooled` (all models together), `shrunk` (towards the model's mean), "
+            "`raw` (the paper's), or `laplace`."
+        ),
+    )
+    profile: ProfileSettings = Field(default=ProfileSettings(), description="How new models are measured.")
+    judge_model: str | None = Field(
+        default=None,
+        description=(
+            "The model that grades validation prompts of the type `judge`: a registered name, or LiteLLM's name."
+        ),
+    )
+    allowed_env: Annotated[NameList, AfterValidator(_check_variables)] = Field(
+        default=(),
+        description=(
+            "More variables that `os.environ/NAME` may refer to. Names that end in `_API_KEY` are always allowed."
+        ),
+    )
+    allowed_hosts: Annotated[NameList, AfterValidator(_check_host_names)] = Field(
+        default=(), description="More `Host` names that requests may use."
+    )
+    allowed_origins: Annotated[NameList, AfterValidator(_check_origins)] = Field(
+        default=(), description="Origins of web pages that may call the server from a browser."
+    )
+    price_refresh_minutes: NonNegativeFloat = Field(
+        default=0, description="Minutes between two fetches of the price feed. 0 turns it off."
+    )
+    price_url: Annotated[str | None, AfterValidator(_check_web_address)] = Field(
+        default=None, repr=False, description="Address of the price feed. Without one, LiteLLM's price map."
+    )
+    max_body_bytes: PositiveInt = Field(default=20_000_000, description="Bytes of the largest request body.")
+    max_answer_bytes: PositiveInt = Field(
+        default=20_000_000,
+        description="Bytes of the largest response, or event of a stream, that is read from a model.",
+    )
+    max_answers_in_flight_bytes: PositiveInt = Field(
+        default=256_000_000,
+        description=(
+            "Bytes of responses larger than 64 KiB that one process holds at the same time, as received; parsed they "
+            "take up to three times as much. Beyond it a large response becomes a 503 with `retry-after`."
+        ),
+    )
+    sticky_sessions: OffAutoOn = Field(
+        default="auto",
+        description="Whether a session stays with its model; see [Conversations](routing.md#conversations).",
+    )
+    session_ttl_s: PositiveInt = Field(default=3600, description="Seconds that a session's model is remembered.")
+    prompt_cache_s: NonNegativeFloat = Field(
+        default=300, description="Seconds that a provider is assumed to keep a prompt in its cache."
+    )
+    fallback_attempts: Annotated[StrictInt, Field(ge=1, le=20)] = Field(
+        default=3, description="Models that are asked, at most, until one begins to answer."
+    )
+    request_timeout_s: Seconds = Field(
+        default=600,
+        description=(
+            "Seconds for all attempts of a request together: until the first content of a stream, or the whole of "
+            "another response."
+        ),
+    )
+    connect_timeout_s: Seconds = Field(default=5, description="Seconds to connect to a model.")
+    first_token_timeout_s: Seconds = Field(
+        default=300,
+        description=(
+            "Seconds from sending a request to a model until its first content; without streaming, until the whole "
+            "response."
+        ),
+    )
+    idle_timeout_s: Seconds = Field(
+        default=120, description="Seconds between two events of a stream, once content has come."
+    )
+    stream_timeout_s: Seconds = Field(default=3600, description="Seconds that a stream may take in all.")
+    keep_alive_s: Seconds = Field(
+        default=15,
+        description=(
+            "Seconds after which a stream without content gets its headers and a comment, and a silent stream another "
+            "comment."
+        ),
+    )
+    breaker: CircuitBreakerSettings = Field(
+        default=CircuitBreakerSettings(), description="When a failing model goes into cooldown."
+    )
+    queue_wait_s: Annotated[NonNegativeFloat, Field(le=3600)] = Field(
+        default=5, description="Seconds that a request waits in the queue of a model with `max_parallel_requests`."
+    )
+    reserve_output_tokens: PositiveInt = Field(
+        default=4096, description="Tokens of a response that a budget reserves if the request sets no `max_tokens`."
+    )
+    clamp_max_tokens: OffAutoOn = Field(
+        default="auto",
+        description=(
+            "Whether a `max_tokens` above a model's own limit is lowered to that limit: `auto` for routed names, `on` "
+            "also for a model that is asked for by name, `off` never."
+        ),
+    )
+    limits_timeout_s: Annotated[NonNegativeFloat, Field(gt=0, le=1)] = Field(
+        default=0.05,
+        description=(
+            "Seconds that a request of a limited key waits for Redis, both before a model is asked and before its "
+            "response ends."
+        ),
+    )
+    limits_without_store: Literal["refuse", "allow"] = Field(
+        default="refuse",
+        description=(
+            "Keys with a spend limit while Redis does not answer: `refuse` them with a 503, or `allow` them unchecked."
+        ),
+    )
+    drain_s: Annotated[StrictInt, Field(ge=1, le=3600)] = Field(
+        default=30,
+        description="Seconds that open responses may go on after SIGTERM. Then they are cut off, and counted.",
+    )
+    usage_journal_max_bytes: PositiveInt = Field(
+        default=256_000_000,
+        description="Bytes of usage that a process keeps on disk while Redis is away. More is dropped, and counted.",
+    )
+    redis_url: Annotated[str | None, AfterValidator(_check_redis_url)] = Field(
+        default=None,
+        repr=False,
+        description=(
+            "Address of a Redis or Valkey; see [A Redis of your own](reliability.md#a-redis-of-your-own). Without one "
+            "an embedded Valkey runs in `data_dir`."
+        ),
+    )
+    redis_username: str | None = Field(
+        default=None, description="User name for Redis, stated apart from the URL, where nothing needs to be escaped."
+    )
+    redis_password: SecretStr | None = Field(default=None, description="Password for Redis.")
+    redis_sentinel_username: str | None = Field(default=None, description="User name for the sentinels themselves.")
+    redis_sentinel_password: SecretStr | None = Field(
+        default=None, description="Password for the sentinels themselves."
+    )
+    redis_ca_file: AbsolutePath | None = Field(
+        default=None,
+        description="File of the certificates that are trusted with `rediss://`. Without one, the system's.",
+    )
+    redis_cert_file: AbsolutePath | None = Field(
+        default=None, description="File of our own certificate, for a Redis that asks for one."
+    )
+    redis_key_file: AbsolutePath | None = Field(default=None, description="File of its key, if that is another file.")
+    admin_key: SecretStr | None = Field(
+        default=None, description="Key of the admin API, at least 8 characters. Without one there is no admin API."
+    )
+    data_dir: Annotated[AbsolutePath, Field(validate_default=True)] = Field(
+        default=Path("~/.local/share/uniroute"),
+        description=(
+            "Folder of the embedded store, the embedding table and the usage journals; closed to other users (mode "
+            "0700)."
+        ),
+    )
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: Annotated[StrictInt, Field(ge=0, le=65535)] = Field(default=8000, description="Port to listen on.")
+    workers: Annotated[StrictInt, Field(ge=1, le=256)] = Field(default=1, description="Processes that share the port.")
+    worker_health_timeout_s: Seconds = Field(
+        default=30, description="Seconds without a sign of life after which a worker is killed and another started."
+    )
 
     @property
     def redis_address(self) -> RedisAddress | None:
-        """The URL with what is stated apart from it. None: the embedded store."""
+        """Return the URL merged with the other settings of Redis. None: the embedded store."""
         return None if self.redis_url is None else RedisAddress.parse(self.redis_url, self._stated_of_redis())
 
     def _stated_of_redis(self) -> dict[str, str]:
-        stated = ((name, getattr(self, f"redis_{name}")) for name in _REDIS)
+        stated = ((name, getattr(self, f"redis_{name}")) for name in _REDIS_FIELDS)
         return {
             name: value.get_secret_value() if isinstance(value, SecretStr) else str(value)
             for name, value in stated
@@ -275,8 +446,8 @@ def _items(value: object) -> list[tuple[str, object]]:
     return [(str(name), inner) for name, inner in value.items()] if isinstance(value, Mapping) else []
 
 
-def _nested() -> dict[str, Collection[str]]:
-    """The settings that are mappings, with their keys."""
+def _nested_settings() -> dict[str, Collection[str]]:
+    """Return the settings that are mappings, with their keys."""
     return {
         "profile": ProfileSettings.model_fields,
         "reference_price": PRICE_FIELDS,
@@ -284,9 +455,9 @@ def _nested() -> dict[str, Collection[str]]:
     }
 
 
-def _variables() -> dict[str, tuple[str, ...]]:
-    """PROFILE_PROMPTS → ("profile", "prompts"): each setting's variable, without the prefix."""
-    nested = _nested()
+def _variable_paths() -> dict[str, tuple[str, ...]]:
+    """Return the variable of each setting, without the prefix: PROFILE_PROMPTS → ("profile", "prompts")."""
+    nested = _nested_settings()
     paths: dict[str, tuple[str, ...]] = {}
     for name in setting_names():
         if name in nested:
@@ -297,19 +468,19 @@ def _variables() -> dict[str, tuple[str, ...]]:
 
 
 def setting_names() -> tuple[str, ...]:
-    """As they are written in YAML: `lambda`, not `lambda_`."""
+    """Return the settings as they are written in YAML: `lambda`, not `lambda_`."""
     return tuple(field.alias or name for name, field in Settings.model_fields.items())
 
 
 def load_settings(
     config: Path | None, environ: Mapping[str, str], overrides: Mapping[str, object] | None = None
 ) -> Settings:
-    """File, then environment, then overrides (the command line); the later wins. Raises SettingsError."""
+    """Read the file, the environment and `overrides` (the command line); the later wins. Raises SettingsError."""
     names = setting_names()
     values: dict[str, Any] = file_values(config, names, ModelInfo.model_fields) if config else {}
     if environ.get("XDG_DATA_HOME"):
         values.setdefault("data_dir", Path(environ["XDG_DATA_HOME"]) / "uniroute")
-    _merge(values, environment_values(environ, _variables()))
+    _merge(values, environment_values(environ, _variable_paths()))
     for key, value in (overrides or {}).items():
         if key not in names:
             raise unknown_key_error("command line", key, names)
@@ -318,7 +489,7 @@ def load_settings(
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        raise SettingsError(format_validation_error(error, config, _nested())) from None
+        raise SettingsError(format_validation_error(error, config, _nested_settings())) from None
 
 
 def _merge(values: dict[str, Any], more: Mapping[str, Any]) -> None:
@@ -330,7 +501,14 @@ def _merge(values: dict[str, Any], more: Mapping[str, Any]) -> None:
 
 
 def check_exposure(settings: Settings, *, keys_required: bool) -> None:
-    """Refuse to listen beyond this machine while anyone may call. `keys_required`: a client key was made once."""
+    """Refuse to listen beyond this machine while anyone may call.
+
+    Args:
+        keys_required: whether a client key was ever made, without which everybody is let in.
+
+    Raises:
+        SettingsError: the host is not the loopback, and no key is required.
+    """
     if not (keys_required or is_loopback(settings.host)):
         raise SettingsError(
             f"host: listening on {settings.host!r} is open to others, and no client key exists; make one with"

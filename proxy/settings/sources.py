@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 from collections.abc import Collection, Mapping
@@ -10,31 +9,32 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from proxy.settings.litellm_names import PARAMS, SECTIONS, is_model_info_of_litellm
-from proxy.settings.models import TIERED, SettingsError, unknown_fields
+from proxy.settings.litellm_params import IGNORED_PARAMS, IGNORED_SECTIONS, is_model_info_of_litellm, unknown_fields
+from proxy.settings.models import TIERED, SettingsError
 from router_core.documents import MAX_CONFIG_BYTES, MAX_DEPTH, MAX_NODES, DocumentTooLarge, read_bounded
+from router_core.text import closest_name
 from router_core.types import price_field
 
 log = logging.getLogger("uniroute.settings")
 
 PREFIX = "UNIROUTE_"
 
+# Variables that are not settings: where the configuration is, and what the command line talks to and with.
 OTHER_VARIABLES = frozenset({"CONFIG", "URL", "API_KEY"})
-"""Variables that are not settings: where the configuration is, and what the command line talks to and with."""
 
 _SET_BY_KUBERNETES = re.compile(r"SERVICE_\w+|PORT_\d+_\w+")
 
 
 def unknown_key_error(where: str, key: object, known: Collection[str]) -> SettingsError:
-    near = difflib.get_close_matches(str(key), sorted(known), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+    closest = closest_name(str(key), known, min_similarity=0.5)
+    hint = f"did you mean {closest!r}?" if closest else f"known keys: {', '.join(sorted(known))}"
     return SettingsError(f"{where}: unknown key {str(key)!r}; {hint}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The whole file as one mapping; an empty file is an empty one."""
+    """Read a YAML file as one mapping; an empty file is an empty mapping. Raises SettingsError."""
     try:
-        loaded = _loaded(read_bounded(path, MAX_CONFIG_BYTES).decode("utf-8-sig"))
+        loaded = _parse_yaml(read_bounded(path, MAX_CONFIG_BYTES).decode("utf-8-sig"))
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read ({error.strerror}); give a file with --config") from None
     except UnicodeDecodeError:
@@ -43,27 +43,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path}: is not valid YAML: {_yaml_problem(error)}") from None
     except DocumentTooLarge as error:
         raise SettingsError(f"{path}: {error}") from None
-    except _ODD_VALUES as error:
+    except _YAML_VALUE_ERRORS as error:
         raise SettingsError(f"{path}: is not valid YAML: a value cannot be read ({error})"[:400]) from None
     return _mapping(loaded, str(path))
 
 
-def _loaded(text: str) -> object:
-    """Raises yaml.YAMLError, DocumentTooLarge, and what YAML's own types stumble over."""
+def _parse_yaml(text: str) -> object:
+    """Raises yaml.YAMLError, DocumentTooLarge, and any of _YAML_VALUE_ERRORS."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
-        _measured(node, {})
+        _measure(node, {})
         return loader.construct_document(node)
     finally:
         loader.dispose()
 
 
-def _measured(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
-    """How many nodes and levels it has with each alias written out. An alias is of something above it, so that is
-    known already; or it is around the alias. Raises DocumentTooLarge."""
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """Count the nodes and levels of a document with each alias written out.
+
+    An alias refers to something above it, which is measured already, or to something around it, which has no end.
+
+    Raises:
+        DocumentTooLarge: it has too many, or an anchor holds an alias of itself.
+    """
     if id(node) in known:
         measured = known[id(node)]
         if measured is None:
@@ -77,7 +82,7 @@ def _measured(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tupl
         parts = node.value
     size, depth = 1, 1
     for part in parts:
-        inner, levels = _measured(part, known)
+        inner, levels = _measure(part, known)
         size, depth = size + inner, max(depth, 1 + levels)
     if size > MAX_NODES:
         raise DocumentTooLarge(f"holds more than {MAX_NODES:,} values, each alias counted as what it stands for")
@@ -88,19 +93,19 @@ def _measured(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tupl
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
-    """What is wrong and the line of the file, without the parser's picture of it."""
+    """Return what is wrong and where, without the parser's excerpt of the file."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if mark is None or problem is None:
         return " ".join(str(error).split())
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
 
 
-_ODD_VALUES = (ValueError, TypeError, LookupError, AttributeError, OverflowError)
-"""What YAML's types raise over dates that are none, numbers of 5,000 digits and the like."""
+# What YAML's types raise over impossible dates, numbers of 5,000 digits and the like.
+_YAML_VALUE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, OverflowError)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, refusing a key that is written twice (the plain one silently keeps the last)."""
+    """YAML's safe loader that refuses a key written twice, of which the plain one silently keeps the last."""
 
     depth = 0
 
@@ -124,10 +129,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def file_values(path: Path, fields: Collection[str], info_fields: Collection[str]) -> dict[str, Any]:
-    """The settings that a configuration file states: its `uniroute` section, flat, and `model_list`."""
+    """Read a configuration file: the settings of its `uniroute` section, and `model_list`. Raises SettingsError."""
     document = read_yaml(path)
     for section in document:
-        if section in SECTIONS:
+        if section in IGNORED_SECTIONS:
             log.warning("%s: section %r is LiteLLM's and has no meaning here; it is ignored", path, section)
         elif section not in ("model_list", "uniroute"):
             raise unknown_key_error(str(path), section, {"model_list", "uniroute"})
@@ -138,12 +143,14 @@ def file_values(path: Path, fields: Collection[str], info_fields: Collection[str
     entries = document.get("model_list") or []
     if not isinstance(entries, list):
         raise SettingsError(f"{path}: model_list must be a list of models; got {_kind(entries)}")
-    values["model_list"] = [_entry(entry, f"{path}: model_list[{i}]", info_fields) for i, entry in enumerate(entries)]
+    values["model_list"] = [
+        _model_config(entry, f"{path}: model_list[{i}]", info_fields) for i, entry in enumerate(entries)
+    ]
     return values
 
 
-def _entry(raw: object, where: str, info_fields: Collection[str]) -> dict[str, Any]:
-    """One model, without LiteLLM's own keys; prices and `max_parallel_requests` are moved to `model_info`."""
+def _model_config(raw: object, where: str, info_fields: Collection[str]) -> dict[str, Any]:
+    """Drop LiteLLM's own keys from a model, and move prices and `max_parallel_requests` to `model_info`."""
     entry = dict(_mapping(raw, where))
     for key in entry:
         if key not in ("model_name", "litellm_params", "model_info"):
@@ -152,7 +159,7 @@ def _entry(raw: object, where: str, info_fields: Collection[str]) -> dict[str, A
     info = dict(_mapping(entry.get("model_info"), f"{where}.model_info"))
     for key in [key for key in params if _is_price(key) or key == "max_parallel_requests"]:
         info.setdefault(key, params.pop(key))
-    for key in sorted(name for name in params if name in PARAMS or is_model_info_of_litellm(str(name))):
+    for key in sorted(name for name in params if name in IGNORED_PARAMS or is_model_info_of_litellm(str(name))):
         log.warning("%s.litellm_params: %r is LiteLLM's and has no meaning here; it is ignored", where, key)
         del params[key]
     for key in unknown_fields(params):
@@ -166,19 +173,26 @@ def _entry(raw: object, where: str, info_fields: Collection[str]) -> dict[str, A
 
 
 def _is_price(key: object) -> bool:
-    """What LiteLLM reads in `litellm_params` as well, and is said in `model_info` here."""
+    """Return whether this is a price, which LiteLLM reads in `litellm_params` as well as in `model_info`."""
     return isinstance(key, str) and (key == TIERED or price_field(key) is not None)
 
 
 def environment_values(environ: Mapping[str, str], paths: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    """Settings stated as UNIROUTE_<NAME>. `paths`: PROFILE_PROMPTS → where its value goes, ("profile", "prompts")."""
+    """Read the settings that are stated as UNIROUTE_<NAME>.
+
+    Args:
+        paths: where the value of a variable goes: PROFILE_PROMPTS to ("profile", "prompts").
+
+    Raises:
+        SettingsError: a variable is a slip of a known one.
+    """
     values: dict[str, Any] = {}
     for variable in sorted(environ):
         name = variable.removeprefix(PREFIX)
         if name == variable or name in OTHER_VARIABLES or _set_by_kubernetes(name, environ[variable]):
             continue
         if name not in paths:
-            _report_variable(variable, name, paths)
+            _report_unknown_variable(variable, name, paths)
             continue
         *parents, last = paths[name]
         target = values
@@ -189,14 +203,14 @@ def environment_values(environ: Mapping[str, str], paths: Mapping[str, tuple[str
 
 
 def _set_by_kubernetes(name: str, value: str) -> bool:
-    """A Kubernetes service called `uniroute` puts UNIROUTE_PORT=tcp://10.0.0.7:8000 and more into every pod."""
+    # A Kubernetes service called `uniroute` puts UNIROUTE_PORT=tcp://10.0.0.7:8000 and more into every pod.
     return _SET_BY_KUBERNETES.fullmatch(name) is not None or (name == "PORT" and value.startswith("tcp://"))
 
 
-def _report_variable(variable: str, name: str, known: Collection[str]) -> None:
-    near = difflib.get_close_matches(name, sorted([*known, *OTHER_VARIABLES]), n=1, cutoff=0.8)
-    if near:
-        raise SettingsError(f"environment: unknown variable {variable}; did you mean {PREFIX}{near[0]}?")
+def _report_unknown_variable(variable: str, name: str, known: Collection[str]) -> None:
+    closest = closest_name(name, [*known, *OTHER_VARIABLES], min_similarity=0.8)
+    if closest:
+        raise SettingsError(f"environment: unknown variable {variable}; did you mean {PREFIX}{closest}?")
     log.warning("environment: %s is not a setting; it is ignored", variable)
 
 
@@ -209,14 +223,15 @@ def _mapping(value: object, where: str) -> dict[str, Any]:
 
 
 def _kind(value: object) -> str:
-    """What stands in the wrong place may hold a key: it is not repeated."""
-    words = {"list": "a list", "dict": "a mapping", "str": "a text"}
-    return words.get(type(value).__name__, f"a {type(value).__name__}")
+    """Name the type of a misplaced value. The value itself is not repeated: it may hold a key."""
+    names = {"list": "a list", "dict": "a mapping", "str": "a text"}
+    return names.get(type(value).__name__, f"a {type(value).__name__}")
 
 
-_SECRET = frozenset({"admin_key", "redis_url", "redis_password", "redis_sentinel_password", "price_url"})
+_SECRET_SETTINGS = frozenset({"admin_key", "redis_url", "redis_password", "redis_sentinel_password", "price_url"})
 
-_WORDS = {
+# Our messages for pydantic's types of errors, where its own are hard to read.
+_MESSAGES = {
     "model_type": "must be a mapping of keys to values",
     "dataclass_type": "must be a mapping of keys to values",
     "dict_type": "must be a mapping of keys to values",
@@ -227,28 +242,28 @@ _WORDS = {
 
 
 def format_validation_error(error: ValidationError, config: Path | None, nested: Mapping[str, Collection[str]]) -> str:
-    """One line: where, which key, what was wrong, with the value unless it may be a secret.
+    """Say in one line where, which key and what was wrong, with the value unless it may be a secret.
 
     Args:
         nested: the keys of the settings that are mappings themselves.
     """
-    problem = min(error.errors(include_url=False), key=lambda found: found["type"] not in _MISWRITTEN)
+    problem = min(error.errors(include_url=False), key=lambda found: found["type"] not in _UNKNOWN_KEY_ERRORS)
     source = f"{config}: " if config else ""
-    if problem["type"] in _MISWRITTEN:
+    if problem["type"] in _UNKNOWN_KEY_ERRORS:
         where = ".".join(map(str, problem["loc"][:-1]))
         return str(unknown_key_error(f"{source}{where}", problem["loc"][-1], nested[str(problem["loc"][0])]))
     keys = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]]
     path = "".join(keys).removeprefix(".")
     stated = problem["msg"].removeprefix("Value error, ")
-    message = _WORDS.get(problem["type"], stated[:1].lower() + stated[1:])
+    message = _MESSAGES.get(problem["type"], stated[:1].lower() + stated[1:])
     return f"{source}{path}{': ' if path else ''}{message}{_got(problem['input'], message, problem['loc'])}"
 
 
-_MISWRITTEN = ("extra_forbidden", "unexpected_keyword_argument")
-"""A key that is not known; told first, for it is often the reason why another one is missing."""
+# Reported first: an unknown key is often the reason why another one is missing.
+_UNKNOWN_KEY_ERRORS = ("extra_forbidden", "unexpected_keyword_argument")
 
 
 def _got(value: object, message: str, where: Collection[int | str]) -> str:
-    if not isinstance(value, (str, int, float, bool)) or _SECRET.intersection(map(str, where)):
+    if not isinstance(value, (str, int, float, bool)) or _SECRET_SETTINGS.intersection(map(str, where)):
         return ""
     return "" if "got " in message or repr(value) in message else f"; got {value!r}"

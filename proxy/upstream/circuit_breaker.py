@@ -1,8 +1,8 @@
-"""One model's circuit breaker. No clock, no Redis, no HTTP: `now` is an argument, in seconds that only grow.
+"""The circuit breaker of one model. `now` is always an argument, in monotonic seconds: no clock, no Redis, no HTTP.
 
-closed ──(failures, or one that rests it at once)──▶ open ──(time)──▶ half-open ──(a probe)──▶ closed, or open again
+closed ──(failures, or one that opens it at once)──▶ open ──(time)──▶ half-open ──(a probe)──▶ closed, or open again
 
-Half-open is no state of its own: it is "open" whose time is over. The next attempt is then the probe.
+Half-open is no state of its own: it is "open" whose cooldown is over. The next attempt is then the probe.
 """
 
 from __future__ import annotations
@@ -14,50 +14,56 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from enum import Enum
 
-from proxy.errors import NAMES, AnswerTooLarge, OwnFault, UpstreamError
+from proxy.errors import RETRY_AFTER_HEADERS, LocalFailure, ResponseTooLarge, UpstreamError
 from proxy.settings.schema import CircuitBreakerSettings
 
 _NUMBER = re.compile(r"\s*\d+(?:\.\d+)?\s*", re.ASCII)
 
-MAX_WAIT_S = 3600.0
-"""What is asked for beyond it is taken for an hour, in whatever form: nobody plans further by a header."""
+# Longer waits are taken for this one, in whatever form they are stated: nobody plans further by a header.
+MAX_RETRY_AFTER_S = 3600.0
 
-_MAX_VALUE = 100
-"""Characters. A number or a date is shorter; what is longer is not read."""
+# A number or a date is shorter; longer values are not read.
+_MAX_VALUE_CHARS = 100
 
 
 def parse_retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds, above 0 and no more than LONGEST_WAIT_S; None where nothing usable is stated.
+    """Read how long an upstream wants to be left alone.
 
     Args:
-        now: Unix seconds; a date is that far away from it.
+        now: Unix seconds, to which a date is compared.
+
+    Returns:
+        Seconds above 0, at most MAX_RETRY_AFTER_S; None if nothing usable is stated.
     """
-    stated = {name.lower(): value for name, value in headers.items() if len(value) <= _MAX_VALUE}
-    for wait in (_number(stated.get("retry-after-ms"), 1e-3), _number(stated.get("retry-after"), 1.0)):
+    stated = {name.lower(): value for name, value in headers.items() if len(value) <= _MAX_VALUE_CHARS}
+    for wait in (_scaled(stated.get("retry-after-ms"), 1e-3), _scaled(stated.get("retry-after"), 1.0)):
         if wait is not None:
-            return min(wait, MAX_WAIT_S) if wait > 0 else None
-    until = _until_date(stated.get("retry-after"), now)
-    return None if until is None else min(until, MAX_WAIT_S)
+            return min(wait, MAX_RETRY_AFTER_S) if wait > 0 else None
+    until = _seconds_until(stated.get("retry-after"), now)
+    return None if until is None else min(until, MAX_RETRY_AFTER_S)
 
 
-def told_wait(headers: Mapping[str, str], now: float) -> dict[str, str]:
-    """Put into the headers for a client, in lower case, the wait that counts here too, in place of the upstream's: in
-    whole seconds, and in milliseconds where those were stated; none where nothing usable was."""
-    told = {name.lower(): text for name, text in headers.items()}
-    stated = {name for name in NAMES if told.pop(name, None) is not None}
+def retry_after_headers(headers: Mapping[str, str], now: float) -> dict[str, str]:
+    """Replace the wait in an upstream's headers by the one that the circuit breaker uses.
+
+    Names come back in lower case. The wait is in whole seconds, and in milliseconds too if those were stated; an
+    unusable one is left out.
+    """
+    shown = {name.lower(): text for name, text in headers.items()}
+    stated = {name for name in RETRY_AFTER_HEADERS if shown.pop(name, None) is not None}
     wait = parse_retry_after(headers, now) if stated else None
     if wait is not None:
-        told["retry-after"] = str(math.ceil(wait))
+        shown["retry-after"] = str(math.ceil(wait))
         if "retry-after-ms" in stated:
-            told["retry-after-ms"] = str(math.ceil(wait * 1000))
-    return told
+            shown["retry-after-ms"] = str(math.ceil(wait * 1000))
+    return shown
 
 
-def _number(text: str | None, unit: float) -> float | None:
-    return float(text) * unit if text is not None and _NUMBER.fullmatch(text) else None
+def _scaled(text: str | None, unit_s: float) -> float | None:
+    return float(text) * unit_s if text is not None and _NUMBER.fullmatch(text) else None
 
 
-def _until_date(text: str | None, now: float) -> float | None:
+def _seconds_until(text: str | None, now: float) -> float | None:
     if text is None:
         return None
     try:
@@ -67,12 +73,15 @@ def _until_date(text: str | None, now: float) -> float | None:
     return wait if wait > 0 else None
 
 
+# The window moves by whole buckets, so that between 14 and 15 fifteenths of it are counted.
 BUCKETS = 15
-"""What is older than the window is forgotten a bucket at a time: between 14 and 15 fifteenths of it are looked at."""
 
 
 class SlidingWindow:
-    """Sixty numbers at most, however much traffic there is. `now`: seconds that do not run backwards."""
+    """Count the attempts and failures of the last seconds, in a fixed amount of memory.
+
+    `now` must not run backwards.
+    """
 
     __slots__ = ("_attempts", "_bucket_s", "_failures", "_newest")
 
@@ -91,7 +100,7 @@ class SlidingWindow:
         self._failures[place] += failed
 
     def counts(self, now: float) -> tuple[int, int]:
-        """Attempts that ended, and those of them that failed."""
+        """Return how many attempts ended, and how many of these failed."""
         self._advance(now)
         return sum(self._attempts), sum(self._failures)
 
@@ -105,217 +114,230 @@ class SlidingWindow:
         return current % BUCKETS
 
 
-class Weight(Enum):
-    COUNTED = "counted"
-    """Timeouts, no connection, 5xx, 408, no completion, a stream that broke, 429 without a time."""
-    AT_ONCE = "at once"
-    """Our key or our account is refused (401, 402), or the upstream stated how long it wants to be left alone."""
-    AT_ONCE_UNLESS_SERVING = "at once, unless it serves others"
-    """403, 404, 405, 410: as a rule our address or our key, which no caller can mend. But providers also answer so to
-    one prompt that they moderate or to one parameter that they have no server for; a model that has just answered
-    others well is not taken from them all by one caller."""
-    ANSWERED = "answered"
-    """400, 413, 422, a context overflow and the rest: the caller's matter, and a proof that the upstream is there."""
-    UNSENT = "unsent"
-    """It was refused here, before anything was sent: that says nothing of the upstream."""
+class FailureKind(Enum):
+    # Timeouts, no connection, 5xx, 408, no completion, a broken stream, 429 without a time.
+    TRANSIENT = "transient"
+    # Our key or our account is refused (401, 402), or the upstream stated how long it wants to be left alone.
+    PERMANENT = "permanent"
+    # 403, 404, 405, 410: as a rule our address or our key, which no caller can mend. But providers also answer so to
+    # one prompt that they moderate, or to one parameter that no server of theirs supports. A model that has just
+    # answered other callers well must not be lost to all of them because of one.
+    PERMANENT_UNLESS_HEALTHY = "permanent unless healthy"
+    # 400, 413, 422, a context overflow and the rest: the caller's matter, and a proof that the upstream is there.
+    CALLER_ERROR = "caller error"
+    # Refused here, before anything was sent: that says nothing of the upstream.
+    NOT_SENT = "not sent"
 
 
 @dataclass(frozen=True, slots=True)
 class FailureClass:
-    weight: Weight
+    kind: FailureKind
     why: str
     """In our words: it is logged, shown to administrators and stored."""
     wait_s: float | None = None
-    """What the upstream asked for."""
+    """How long the upstream wants to be left alone."""
 
 
-_OUR_ACCOUNT = frozenset({401, 402})
+_ACCOUNT_STATUSES = frozenset({401, 402})
 
-_OUR_ADDRESS = frozenset({403, 404, 405, 410})
+_ADDRESS_STATUSES = frozenset({403, 404, 405, 410})
 
-_STATES_ITS_WAIT = frozenset({429, 503, 529})
+_RETRY_AFTER_STATUSES = frozenset({429, 503, 529})
 
 
 def classify_failure(failure: UpstreamError, now: float) -> FailureClass:
-    """`now`: Unix seconds."""
+    """Decide what a failure says of the model. `now`: Unix seconds."""
     status = failure.status
-    if isinstance(failure, OwnFault):
-        return FailureClass(Weight.UNSENT, "this process could not do its part")
-    if isinstance(failure, AnswerTooLarge):
-        return FailureClass(Weight.ANSWERED, "its answer was too large")
+    if isinstance(failure, LocalFailure):
+        return FailureClass(FailureKind.NOT_SENT, "this process could not do its part")
+    if isinstance(failure, ResponseTooLarge):
+        return FailureClass(FailureKind.CALLER_ERROR, "its answer was too large")
     if status is None:
-        return FailureClass(Weight.COUNTED, "it did not answer in time" if failure.timed_out else "it gave no answer")
+        why = "it did not answer in time" if failure.timed_out else "it gave no answer"
+        return FailureClass(FailureKind.TRANSIENT, why)
     why = f"status {status}"
-    wait_s = parse_retry_after(failure.headers, now) if status in _STATES_ITS_WAIT else None
+    wait_s = parse_retry_after(failure.headers, now) if status in _RETRY_AFTER_STATUSES else None
     if wait_s is not None:
-        return FailureClass(Weight.AT_ONCE, f"{why}, to be asked again after {wait_s:.3g} s", wait_s)
-    return FailureClass(_weight_of(status, sent=failure.body is not None), why)
+        return FailureClass(FailureKind.PERMANENT, f"{why}, to be asked again after {wait_s:.3g} s", wait_s)
+    return FailureClass(_kind_of(status, sent=failure.body is not None), why)
 
 
-def _weight_of(status: int, *, sent: bool) -> Weight:
+def _kind_of(status: int, *, sent: bool) -> FailureKind:
     if status >= 500 or status in (408, 429):
-        return Weight.COUNTED
-    if status in _OUR_ACCOUNT:
-        return Weight.AT_ONCE
-    if status in _OUR_ADDRESS:
-        return Weight.AT_ONCE_UNLESS_SERVING
-    return Weight.ANSWERED if sent else Weight.UNSENT
+        return FailureKind.TRANSIENT
+    if status in _ACCOUNT_STATUSES:
+        return FailureKind.PERMANENT
+    if status in _ADDRESS_STATUSES:
+        return FailureKind.PERMANENT_UNLESS_HEALTHY
+    return FailureKind.CALLER_ERROR if sent else FailureKind.NOT_SENT
 
 
-PROBE_S = 60.0
-"""A probe that has neither answered nor ended by then holds up nobody any longer."""
+# A probe that has neither answered nor ended by then holds up nobody any longer.
+PROBE_TIMEOUT_S = 60.0
 
-LONGER_BY_S = 1.0
-"""A model at rest that asks for less than this much more gets no other rest: many attempts may say so at once."""
+# A wait that is longer than the running cooldown by less than this changes nothing: many attempts may state it at once.
+MIN_EXTENSION_S = 1.0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Permit:
-    """One attempt, as the breaker knows it again. Compared by identity."""
+    """One attempt, as its circuit breaker recognises it: by identity."""
 
-    epoch: int
-    probe: bool
+    __slots__ = ("epoch", "is_probe")
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.is_probe = False
 
 
 class CircuitBreaker:
-    """Rests that were found here and rests that were adopted are kept apart: taking back the latter leaves the former.
+    """Decide from the ends of attempts whether a model may be asked.
 
-    `epoch` grows with every change that others may want to hear of; reports of attempts from another epoch are stale.
+    A cooldown that was found here and one that a peer (another process) found are kept apart: when the peer takes its
+    own back, ours stays. `epoch` grows with every change that peers may want to hear of. The ends of attempts that
+    began in another epoch are stale.
     """
 
-    def __init__(self, policy: CircuitBreakerSettings) -> None:
-        self._policy = policy
-        self._window = SlidingWindow(policy.window_s)
-        self._found_until: float | None = None
-        self._adopted_until: float | None = None
-        self._last_rest_s = 0.0
+    def __init__(self, settings: CircuitBreakerSettings) -> None:
+        self._settings = settings
+        self._window = SlidingWindow(settings.window_s)
+        self._local_until: float | None = None
+        self._peer_until: float | None = None
+        self._last_cooldown_s = 0.0
         self._probe: Permit | None = None
         self._probe_until = 0.0
         self._confirming: Permit | None = None
         self.epoch = 0
-        self.opened = 0
-        """How often it was opened by what was found here."""
+        # How often it was opened by what was found here.
+        self.open_count = 0
         self.why: str | None = None
 
     @property
     def closed(self) -> bool:
-        return self._found_until is None and self._adopted_until is None
+        return self._local_until is None and self._peer_until is None
 
-    def found_s(self, now: float) -> float | None:
-        """Seconds left of the rest that was found here, 0 when they are over; None if there is none."""
-        return None if self._found_until is None else max(0.0, self._found_until - now)
+    def local_cooldown_s(self, now: float) -> float | None:
+        """Return the seconds left of the cooldown that was found here, 0 when it is over; None if there is none."""
+        return None if self._local_until is None else max(0.0, self._local_until - now)
 
-    def cooling_s(self, now: float) -> float:
-        """Seconds until it is half-open; 0 when it is, or closed."""
+    def cooldown_s(self, now: float) -> float:
+        """Return the seconds until it is half-open; 0 when it is, or is closed."""
         if self.closed:
             return 0.0
-        return max(now, *(until for until in (self._found_until, self._adopted_until) if until is not None), now) - now
+        return max(now, *(until for until in (self._local_until, self._peer_until) if until is not None), now) - now
 
-    def resting_s(self, now: float) -> float | None:
-        """Seconds until it may be asked, at the latest; None: now."""
-        cooling = self.cooling_s(now)
-        if cooling > 0:
-            return cooling
-        return self._probe_until - now if self._probing(now) else None
+    def unavailable_s(self, now: float) -> float | None:
+        """Return the seconds until the model may be asked, at the latest; None: it may be asked now."""
+        cooldown_s = self.cooldown_s(now)
+        if cooldown_s > 0:
+            return cooldown_s
+        return self._probe_until - now if self._is_probing(now) else None
 
-    def begin(self, now: float) -> Permit:
-        if self.closed or self.cooling_s(now) > 0 or self._probing(now):
-            return Permit(self.epoch, probe=False)
-        self._probe = Permit(self.epoch, probe=True)
-        self._probe_until = now + PROBE_S
-        return self._probe
+    def start(self, permit: Permit, now: float) -> None:
+        """Let an attempt begin; the first one after a cooldown is the probe."""
+        permit.epoch = self.epoch
+        if self.closed or self.cooldown_s(now) > 0 or self._is_probing(now):
+            return
+        permit.is_probe = True
+        self._probe, self._probe_until = permit, now + PROBE_TIMEOUT_S
 
-    def answering(self, permit: Permit, now: float) -> None:
-        """Content has come. A probe need not keep others waiting for its last token; it still has to end well."""
-        if permit is self._probe and self.cooling_s(now) == 0:
+    def first_content(self, permit: Permit, now: float) -> None:
+        """Close after a probe's first content, so that nobody waits for its last token. It still has to end well."""
+        if permit is self._probe and self.cooldown_s(now) == 0:
             self._close()
             self._confirming = permit
 
     def succeeded(self, permit: Permit, now: float) -> None:
-        """Closes it once its time is over. A success before then, of one that was asked all the same, changes nothing:
-        an upstream that is overloaded or asked for a pause gets it whole."""
+        """Close once the cooldown is over.
+
+        An earlier success, of a model that was asked all the same, changes nothing: an upstream that is overloaded or
+        asked for a pause gets all of it.
+        """
         if permit is not self._confirming and permit.epoch != self.epoch:
             return
         self.abandoned(permit)
-        if self.cooling_s(now) > 0:
+        if self.cooldown_s(now) > 0:
             return
         if not self.closed:
             self._close()
-        self._confirming = None  # whoever else succeeded has confirmed it too
-        self._last_rest_s = 0.0
+        self._confirming = None  # another success has confirmed it too
+        self._last_cooldown_s = 0.0
         self._window.add(now, failed=False)
 
     def abandoned(self, permit: Permit) -> None:
+        """Forget an attempt whose end says nothing of the model."""
         if permit is self._probe:
             self._probe = None
         if permit is self._confirming:
             self._confirming = None
 
-    def failed(self, permit: Permit, verdict: FailureClass, now: float) -> None:
-        if verdict.weight is Weight.UNSENT:
+    def failed(self, permit: Permit, failure: FailureClass, now: float) -> None:
+        if failure.kind is FailureKind.NOT_SENT:
             self.abandoned(permit)
-        elif verdict.weight is Weight.ANSWERED:
+        elif failure.kind is FailureKind.CALLER_ERROR:
             self.succeeded(permit, now)
         elif permit is self._probe or permit is self._confirming:
-            self._open(self._next_rest_s if verdict.wait_s is None else verdict.wait_s, f"a probe: {verdict.why}", now)
-        elif verdict.wait_s is not None:  # news, however long ago the attempt began
-            self.rest(verdict.wait_s, verdict.why, now)
+            wait_s = self._next_cooldown_s if failure.wait_s is None else failure.wait_s
+            self._open_for(wait_s, f"a probe: {failure.why}", now)
+        elif failure.wait_s is not None:  # news, however long ago the attempt began
+            self.open(failure.wait_s, failure.why, now)
         elif self.closed and permit.epoch == self.epoch:
-            self._count(verdict, now)
+            self._count(failure, now)
 
-    def rest(self, seconds: float, why: str, now: float) -> None:
-        """Found here. A rest that lasts longer already stays."""
-        seconds = min(seconds, self._policy.longest_cooldown_s)
-        if self.closed or seconds > self.cooling_s(now) + LONGER_BY_S:
-            self._open(seconds, why, now)
+    def open(self, seconds: float, why: str, now: float) -> None:
+        """Open for a reason found here. A cooldown that lasts longer already stays."""
+        seconds = min(seconds, self._settings.longest_cooldown_s)
+        if self.closed or seconds > self.cooldown_s(now) + MIN_EXTENSION_S:
+            self._open_for(seconds, why, now)
 
-    def adopt(self, seconds: float, why: str, now: float) -> None:
-        """Found elsewhere, and over in so many seconds."""
-        seconds = min(seconds, self._policy.longest_cooldown_s)
-        self._last_rest_s = max(self._last_rest_s, seconds)
+    def open_from_peer(self, seconds: float, why: str, now: float) -> None:
+        """Open for as long as another process says that its circuit is open."""
+        seconds = min(seconds, self._settings.longest_cooldown_s)
+        self._last_cooldown_s = max(self._last_cooldown_s, seconds)
         if self.closed:
-            self._begin_rest(why)
-        self._adopted_until = now + seconds
+            self._start_cooldown(why)
+        self._peer_until = now + seconds
 
-    def lift(self) -> None:
-        """Whoever found it failing says that it is well."""
-        adopted, self._adopted_until = self._adopted_until, None
-        if adopted is not None and self.closed:
+    def close_from_peer(self) -> None:
+        """Close a circuit that another process opened and has now closed."""
+        opened, self._peer_until = self._peer_until, None
+        if opened is not None and self.closed:
             self._close()
-            self._last_rest_s = 0.0
+            self._last_cooldown_s = 0.0
 
-    def _count(self, verdict: FailureClass, now: float) -> None:
+    def _count(self, failure: FailureClass, now: float) -> None:
         attempts, failures = self._window.counts(now)
-        serving = attempts > failures
-        if verdict.weight is Weight.AT_ONCE or (verdict.weight is Weight.AT_ONCE_UNLESS_SERVING and not serving):
-            return self._open(self._next_rest_s, verdict.why, now)
+        healthy = attempts > failures
+        if failure.kind is FailureKind.PERMANENT or (
+            failure.kind is FailureKind.PERMANENT_UNLESS_HEALTHY and not healthy
+        ):
+            self._open_for(self._next_cooldown_s, failure.why, now)
+            return
         self._window.add(now, failed=True)
         attempts, failures = attempts + 1, failures + 1
-        if failures >= self._policy.failures and failures / attempts >= self._policy.share:
-            within = f"{failures} of {attempts} attempts failed within {self._policy.window_s:g} s"
-            self._open(self._next_rest_s, f"{within}, the last: {verdict.why}", now)
-        return None
+        if failures >= self._settings.failures and failures / attempts >= self._settings.share:
+            within = f"{failures} of {attempts} attempts failed within {self._settings.window_s:g} s"
+            self._open_for(self._next_cooldown_s, f"{within}, the last: {failure.why}", now)
 
     @property
-    def _next_rest_s(self) -> float:
-        return max(self._policy.cooldown_s, 2 * self._last_rest_s)
+    def _next_cooldown_s(self) -> float:
+        return max(self._settings.cooldown_s, 2 * self._last_cooldown_s)
 
-    def _open(self, seconds: float, why: str, now: float) -> None:
-        self.opened += self.cooling_s(now) == 0
-        self._last_rest_s = min(seconds, self._policy.longest_cooldown_s)
-        self._found_until = now + self._last_rest_s
-        self._begin_rest(why)
+    def _open_for(self, seconds: float, why: str, now: float) -> None:
+        self.open_count += self.cooldown_s(now) == 0
+        self._last_cooldown_s = min(seconds, self._settings.longest_cooldown_s)
+        self._local_until = now + self._last_cooldown_s
+        self._start_cooldown(why)
 
-    def _begin_rest(self, why: str) -> None:
+    def _start_cooldown(self, why: str) -> None:
         self.why = why
         self.epoch += 1
         self._probe = self._confirming = None
 
     def _close(self) -> None:
-        self._found_until = self._adopted_until = self.why = None
+        self._local_until = self._peer_until = self.why = None
         self.epoch += 1
         self._probe = self._confirming = None
         self._window.clear()
 
-    def _probing(self, now: float) -> bool:
+    def _is_probing(self, now: float) -> bool:
         return self._probe is not None and now < self._probe_until

@@ -8,46 +8,53 @@ from time import monotonic
 from typing import Any
 
 from proxy.concurrency import cancel_and_wait
-from proxy.errors import CannotTranslate, UpstreamError
-from proxy.outbound import Outbound
+from proxy.errors import LiteLLMUnavailable, UpstreamError
+from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, ResolvedProvider
-from proxy.upstream.answer_room import AnswerRoom
-from proxy.upstream.litellm.client import LiteLLMClient
+from proxy.upstream.litellm_client import LiteLLMClient
 from proxy.upstream.openai_client import OpenAIClient, UpstreamRequest
 from proxy.upstream.payload import JSONPayload
 from proxy.upstream.provider_resolution import resolve_static
-from proxy.upstream.stream_options import StreamOptions
+from proxy.upstream.response_memory import ResponseMemory
+from proxy.upstream.sse import encode_json
 
 log = logging.getLogger("uniroute.upstream")
 
-FIRST_PAUSE_S = 10.0
+# Between two attempts to import litellm; doubled after each failure.
+MIN_RETRY_INTERVAL_S = 10.0
 
-MAX_PAUSE_S = 300.0
-"""Between two attempts to import litellm."""
+MAX_RETRY_INTERVAL_S = 300.0
 
+# Statuses with which servers refuse `stream_options`.
+_REFUSING_STATUSES = frozenset({400, 422, 500, 501})
+
+# Chunks of a stream. Those that arrived together are in one list.
 Blocks = AsyncIterator[list[JSONPayload]]
-"""Chunks of a stream, those together that came together."""
 
 
 class UpstreamClient:
-    """One per process, on one event loop. litellm is imported when a model first needs it, in a thread."""
+    """Call any model, directly or through litellm. One per process, on one event loop.
+
+    litellm is imported in a thread, when a model first needs it.
+    """
 
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
         outbound = Outbound(environ)
         for problem in outbound.problems():
             log.warning("environment: %s", problem)
-        self.room = AnswerRoom(settings.max_answer_bytes, settings.max_answers_in_flight_bytes)
-        self._relay = OpenAIClient(settings, environ, outbound, self.room)
-        self._translate = LiteLLMClient(settings, environ, self.room, outbound)
+        self.memory = ResponseMemory(settings.max_answer_bytes, settings.max_answers_in_flight_bytes)
+        self._openai = OpenAIClient(settings, environ, outbound, self.memory)
+        self._litellm = LiteLLMClient(settings, environ, self.memory, outbound)
         self._stream_options = StreamOptions()
-        self._loading: asyncio.Task[None] | None = None
-        self._tried = asyncio.Event()
-        """litellm was imported, or could not be."""
-        self._failed: str | None = None
-        """Why it could not, the last time."""
-        self._next_try = 0.0
-        self._translated: frozenset[str] = frozenset()
+        self._import: asyncio.Task[None] | None = None
+        # Set once an attempt to import litellm has ended, either way.
+        self._import_tried = asyncio.Event()
+        # Why the last attempt failed.
+        self._import_error: str | None = None
+        self._next_import = 0.0
+        # Models that cannot be called until litellm is imported.
+        self.not_ready: frozenset[str] = frozenset()
 
     async def complete(
         self,
@@ -56,21 +63,23 @@ class UpstreamClient:
         headers: Mapping[str, str] | None = None,
         *,
         raw: bytes | None = None,
-        connect_s: float | None = None,
+        connect_timeout_s: float | None = None,
     ) -> JSONPayload:
-        """The whole answer in OpenAI's format.
+        """Return a whole completion in OpenAI's format.
 
         Args:
-            raw: what `body` was parsed from, if all of it is for the upstream: then it goes there as it is.
+            raw: the bytes that `body` was parsed from, if all of it is for the upstream: they are sent as they are.
 
         Raises:
-            UpstreamFailure: there is none.
+            UpstreamError: there is none.
         """
         resolved = is_direct(record)
         if resolved is not None:
-            return await self._relay.complete(UpstreamRequest(record, resolved, body, headers or {}, raw, connect_s))
-        await self.loaded()
-        return JSONPayload(await self._translate.complete(record, body, headers, connect_s=connect_s))
+            return await self._openai.complete(
+                UpstreamRequest(record, resolved, body, headers or {}, raw, connect_timeout_s)
+            )
+        await self.ensure_litellm()
+        return JSONPayload(await self._litellm.complete(record, body, headers, connect_timeout_s=connect_timeout_s))
 
     async def stream(
         self,
@@ -79,20 +88,22 @@ class UpstreamClient:
         headers: Mapping[str, str] | None = None,
         *,
         raw: bytes | None = None,
-        connect_s: float | None = None,
+        connect_timeout_s: float | None = None,
     ) -> Blocks:
-        """Chunks in OpenAI's format, the last with usage and no choices. Close it to close the upstream's connection.
+        """Open a stream of chunks in OpenAI's format, the last with usage and no choices.
+
+        Close it to close the upstream's connection.
 
         Raises:
-            UpstreamFailure: here if the upstream refused, later where the stream breaks or ends without its end.
+            UpstreamError: here if the upstream refused, later if the stream breaks or ends without its end.
         """
         try:
-            return await self._stream(record, body, headers or {}, raw, connect_s)
-        except UpstreamError as failure:
-            if not self._stream_options.are_in_doubt(record, failure):
+            return await self._stream(record, body, headers or {}, raw, connect_timeout_s)
+        except UpstreamError as error:
+            if not self._stream_options.may_be_refused(record, error):
                 raise
-        stream = await self._stream(record, body, headers or {}, raw, connect_s, without_options=True)
-        self._stream_options.were_refused(record)
+        stream = await self._stream(record, body, headers or {}, raw, connect_timeout_s, without_options=True)
+        self._stream_options.mark_refused(record)
         return stream
 
     async def _stream(
@@ -101,84 +112,118 @@ class UpstreamClient:
         body: Mapping[str, Any],
         headers: Mapping[str, str],
         raw: bytes | None,
-        connect_s: float | None,
+        connect_timeout_s: float | None,
         *,
         without_options: bool = False,
     ) -> Blocks:
-        asks_usage = not without_options and self._stream_options.are_sent_to(record)
+        include_usage = not without_options and self._stream_options.are_accepted_by(record)
         resolved = is_direct(record)
         if resolved is not None:
-            call = UpstreamRequest(record, resolved, body, headers, raw, connect_s, asks_usage)
-            return await self._relay.stream(call)
-        await self.loaded()
+            request = UpstreamRequest(record, resolved, body, headers, raw, connect_timeout_s, include_usage)
+            return await self._openai.stream(request)
+        await self.ensure_litellm()
         return _as_blocks(
-            await self._translate.stream(record, body, headers, connect_s=connect_s, asks_usage=asks_usage)
+            await self._litellm.stream(
+                record, body, headers, connect_timeout_s=connect_timeout_s, include_usage=include_usage
+            )
         )
 
-    async def open(self) -> None:
-        """Whatever the first request would wait for otherwise. litellm only where a model needs it."""
-        if self._loading is not None:
-            await self._tried.wait()
+    async def warm_up(self) -> None:
+        """Do what the first request would wait for otherwise: import litellm if a model needs it."""
+        if self._import is not None:
+            await self._import_tried.wait()
 
-    def serve(self, models: Mapping[str, ModelRecord]) -> None:
-        """These are the models from now on."""
-        self._relay.targets.retain(models)
+    def set_models(self, models: Mapping[str, ModelRecord]) -> None:
+        """Replace the models. Forget what is known of those that are gone or changed."""
+        self._openai.endpoints.retain(models)
         self._stream_options.retain(models)
-        self._translated = frozenset(name for name, record in models.items() if is_direct(record) is None)
-        if self._loading is None and self._translated:
+        through_litellm = frozenset(name for name, record in models.items() if is_direct(record) is None)
+        self.not_ready = frozenset() if self._litellm.ready else through_litellm
+        if self._import is None and through_litellm:
             log.info("loading litellm, for models of other formats than OpenAI's")
-            self._load()
+            self._start_import()
 
-    async def loaded(self) -> None:
-        """Return once translation is there. Raises CannotTranslate while litellm cannot be imported."""
-        if self._translate.ready:
+    async def ensure_litellm(self) -> None:
+        """Wait until litellm is imported. Raises LiteLLMUnavailable while it cannot be."""
+        if self._litellm.ready:
             return
-        if self._loading is None:
-            self._load()
-        await self._tried.wait()
-        if self._failed is not None:
-            raise CannotTranslate(f"{self._failed}; it is tried again", max(1.0, self._next_try - monotonic()))
+        if self._import is None:
+            self._start_import()
+        await self._import_tried.wait()
+        if self._import_error is not None:
+            raise LiteLLMUnavailable(
+                f"{self._import_error}; it is tried again", max(1.0, self._next_import - monotonic())
+            )
 
-    def _load(self) -> None:
-        self._loading = asyncio.create_task(self._try_until_loaded(), name="uniroute-litellm")
+    def _start_import(self) -> None:
+        self._import = asyncio.create_task(self._import_litellm(), name="uniroute-litellm")
 
-    async def _try_until_loaded(self) -> None:
-        pause_s = FIRST_PAUSE_S
-        while not self._translate.ready:
+    async def _import_litellm(self) -> None:
+        interval_s = MIN_RETRY_INTERVAL_S
+        while not self._litellm.ready:
             try:
-                await self._translate.prepare()
-                self._failed = None
+                await self._litellm.prepare()
+                self._import_error, self.not_ready = None, frozenset()
             except Exception as error:
-                # of half a million lines that are not ours: for want of memory, files or descriptors, all of which end
-                self._failed = f"litellm cannot be imported ({type(error).__name__}: {error})"[:300]
+                # The import may fail for want of memory, files or descriptors, all of which is temporary.
+                self._import_error = f"litellm cannot be imported ({type(error).__name__}: {error})"[:300]
                 log.exception(
                     "%s: models of other formats than OpenAI's cannot be called; it is tried again in %g s",
-                    *(self._failed, pause_s),
+                    self._import_error,
+                    interval_s,
                 )
-                self._next_try = monotonic() + pause_s
-            self._tried.set()
-            if self._failed is not None:
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, MAX_PAUSE_S)
-
-    @property
-    def loading(self) -> frozenset[str]:
-        """Models that could not be called now: they are called once litellm is there."""
-        return frozenset() if self._translate.ready else self._translated
+                self._next_import = monotonic() + interval_s
+            self._import_tried.set()
+            if self._import_error is not None:
+                await asyncio.sleep(interval_s)
+                interval_s = min(2 * interval_s, MAX_RETRY_INTERVAL_S)
 
     async def aclose(self) -> None:
-        await cancel_and_wait(self._loading)
-        await self._relay.aclose()
-        await self._translate.aclose()
+        await cancel_and_wait(self._import)
+        await self._openai.aclose()
+        await self._litellm.aclose()
 
 
 def is_direct(record: ModelRecord) -> ResolvedProvider | None:
-    """What it was resolved to, if it is relayed."""
+    """Return what the model was resolved to if it is called directly, else None."""
     resolved = record.resolved or resolve_static(record.litellm_params, record.info.forward)
-    return resolved if resolved is not None and resolved.way == "relay" else None
+    return resolved if resolved is not None and resolved.mode == "relay" else None
 
 
 async def _as_blocks(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[list[JSONPayload]]:
     async with aclosing(chunks):
         async for chunk in chunks:
             yield [JSONPayload(chunk)]
+
+
+class StreamOptions:
+    """Know which models accept `stream_options`: those that state it, and those that have not refused it yet."""
+
+    def __init__(self) -> None:
+        self._refused: dict[str, ModelRecord] = {}
+
+    def are_accepted_by(self, record: ModelRecord) -> bool:
+        stated = record.info.supports_stream_options
+        return self._refused.get(record.name) is not record if stated is None else stated
+
+    def may_be_refused(self, record: ModelRecord, error: UpstreamError) -> bool:
+        """Return whether the model seems to refuse them, and is worth one more attempt without."""
+        unknown = record.info.supports_stream_options is None and self.are_accepted_by(record)
+        return unknown and error.status in _REFUSING_STATUSES and _mentions_options(error)
+
+    def mark_refused(self, record: ModelRecord) -> None:
+        """Remember that the model answered without them. A changed record is asked anew."""
+        log.warning(
+            "model %s refuses stream_options: it is asked without, and its usage is estimated where it reports none"
+            " (model_info: supports_stream_options: false)",
+            record.name,
+        )
+        self._refused[record.name] = record
+
+    def retain(self, models: Mapping[str, ModelRecord]) -> None:
+        self._refused = {name: record for name, record in self._refused.items() if models.get(name) is record}
+
+
+def _mentions_options(error: UpstreamError) -> bool:
+    body = error.body if isinstance(error.body, bytes) else encode_json({"": error.body})
+    return b"stream_options" in body or b"include_usage" in body

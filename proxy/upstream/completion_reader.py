@@ -2,125 +2,232 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
-from proxy.errors import AnswerTooLarge
-from proxy.safety.json_shape import MAX_VALUES
+from proxy.errors import ResponseTooLarge
+from proxy.json_limits import MAX_VALUES, MAX_VALUES_AT_ONCE, SMALL_BYTES, JSONTooLarge
 from proxy.storage.usage import usage_of
+from proxy.upstream.chunk_reader import (
+    MAX_OTHER_BYTES,
+    ChunkReader,
+    JSONObject,
+    Parse,
+    body_format,
+    choice_index,
+    is_completion,
+)
+from proxy.upstream.errors import find_error, not_a_completion
+from proxy.upstream.payload import JSONPayload, parse, parse_exact, parse_in_thread, reparse
+from proxy.upstream.response_memory import ResponseBounds, ResponseMemory
 
-Json = dict[str, Any]
+# Counts so many more values. Raises ResponseTooLarge.
+_CountValues = Callable[[int], None]
 
-_Hold = Callable[[int], None]
-"""Is told of so many values more. Raises AnswerTooLarge."""
-
+# Strings that are stated at once, not written bit by bit. A name that comes in pieces is put together all the same.
 _IDENTIFIERS = frozenset({"id", "type", "role", "index", "format", "expires_at", "name"})
-"""Texts that are stated, not written bit by bit. A name that comes in pieces is put together all the same."""
 
-_OF_THE_STREAM = frozenset({"choices", "usage", "object", "model", "error"})
+# Members of a chunk that are not copied from it as they are.
+_CHUNK_MEMBERS = frozenset({"choices", "usage", "object", "model", "error"})
 
-_BLANK = b" \t\r\n"
+# Members of a choice that are not copied from it as they are.
+_CHOICE_MEMBERS = frozenset({"index", "delta", "message", "logprobs", "usage"})
 
-
-def form_of(beginning: bytes) -> Literal["json", "events", "other"] | None:
-    """What a body is, by how it begins: one JSON value, an event stream, or neither. None: too little came yet."""
-    rest = beginning.removeprefix(codecs.BOM_UTF8).lstrip(_BLANK)
-    if rest[:1] in (b"{", b"["):
-        return "json"
-    if rest.startswith(_FIELDS):
-        return "events"
-    begun = not rest or any(field.startswith(rest) for field in (*_FIELDS, codecs.BOM_UTF8))
-    return None if begun else "other"
+# Levels of objects that are put together. Of what is deeper the last value stays.
+_MAX_NESTING = 6
 
 
-_FIELDS = (b"data:", b"event:", b"id:", b"retry:", b"error:", b":")
-"""Of an event stream; `error` is llama.cpp's."""
+class CompletionReader:
+    """Turn the bytes of a response into one completion. A stream of events is put together all the same."""
+
+    def __init__(
+        self,
+        model: str,
+        bounds: ResponseBounds,
+        parse: Parse | None = None,
+        *,
+        choices: int = 1,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """
+        Args:
+            bounds: of the body; the completion then holds its memory.
+            parse: None for `parse`.
+            choices: how many the caller asked for (`n`).
+            headers: of the response.
+        """
+        self._model = model
+        self._bounds = bounds
+        self._parse = parse
+        self._choices = choices
+        self._headers = headers
+        self._pieces: list[bytes] = []
+        # Whether it is decided that the body is JSON or events.
+        self._decided = False
+        self._events: ChunkReader | None = None
+        self._builder = CompletionBuilder()
+
+    @property
+    def is_events(self) -> bool:
+        """Return whether the body is known to be a stream of events."""
+        return self._events is not None
+
+    @property
+    def finished(self) -> bool:
+        """Return whether the answer is complete, as far as that shows before the end of the body."""
+        return self._events is not None and self._events.finished
+
+    @property
+    def done(self) -> bool:
+        """Return whether nothing more is to be read."""
+        return self._events is not None and self._events.done
+
+    def feed(self, piece: bytes) -> None:
+        """Raises ResponseTooLarge, ResponseMemoryFull."""
+        self._bounds.add_bytes(len(piece))
+        if self._events is not None:
+            self._add_chunks(self._events.feed(piece))
+            return
+        self._pieces.append(piece)
+        if self._decided:
+            self._bounds.count_values(piece)
+            return
+        start = b"".join(self._pieces)
+        form = body_format(start)
+        if form is None:
+            self._pieces = [start[-MAX_OTHER_BYTES:]]
+            return
+        self._decided = True
+        if form == "events":
+            self._pieces = []
+            self._events = self._event_reader()
+            self._add_chunks(self._events.feed(start))
+        else:
+            self._bounds.count_values(start)
+
+    def _event_reader(self) -> ChunkReader:
+        """Make a reader without a share in the memory: all of the body is counted here."""
+        memory = ResponseMemory(self._bounds.memory.max_response_bytes)
+        return ChunkReader(parse_exact, memory=memory, choices=self._choices, headers=self._headers)
+
+    def break_off(self) -> bool:
+        """Note that the connection broke, and return whether the answer was complete."""
+        return self._events is not None and self._events.break_off()
+
+    def completion(self) -> JSONPayload:
+        """Return the completion, once all of the body has come. Raises UpstreamError."""
+        if self._events is not None:
+            return self._build(self._events)
+        data = self._take_data()
+        try:
+            value, raw = parse(data, checked=len(data) > SMALL_BYTES) if self._parse is None else self._parse(data)
+        except ValueError as error:
+            return self._read_as_events(data, error)
+        return self._from_json(value, raw)
+
+    async def completion_in_thread(self) -> JSONPayload:
+        """Return the completion as `completion` does. Parse a large one in a thread, so that others get a turn."""
+        if self._events is not None or self._bounds.values <= MAX_VALUES_AT_ONCE:
+            return self.completion()
+        data = self._take_data()
+        try:
+            value, raw = await parse_in_thread(data)
+        except ValueError as error:
+            return self._read_as_events(data, error)
+        return self._from_json(value, raw)
+
+    def _take_data(self) -> bytes:
+        pieces, self._pieces = self._pieces, []
+        return (pieces[0] if len(pieces) == 1 else b"".join(pieces)).removeprefix(codecs.BOM_UTF8)
+
+    def _from_json(self, value: Any, raw: bytes | None) -> JSONPayload:
+        completion = check_completion(self._model, value, raw, self._headers)
+        completion.held = self._bounds.held
+        return completion
+
+    def _read_as_events(self, data: bytes, error: ValueError) -> JSONPayload:
+        """Read as events what may only have started like JSON."""
+        if isinstance(error, JSONTooLarge):
+            raise ResponseTooLarge(f"the model's answer {error}") from error
+        events = self._event_reader()
+        self._add_chunks(events.feed(data))
+        self._add_chunks(events.close())
+        if events.error is None and not events.started:
+            raise not_a_completion(self._model, data, self._headers) from None
+        return self._build(events)
+
+    def _build(self, events: ChunkReader) -> JSONPayload:
+        if not events.done:
+            self._add_chunks(events.close())
+        if (error := events.final_error) is not None:
+            raise error
+        return JSONPayload(self._builder.completion(), held=self._bounds.held)
+
+    def _add_chunks(self, block: list[JSONPayload]) -> None:
+        for chunk in block:
+            self._builder.add(chunk.body)
 
 
-def has_choices(body: Mapping[str, Any]) -> bool:
-    choices = body.get("choices")
-    if not isinstance(choices, list) or not choices:
-        return False
-    return all(isinstance(choice, dict) and isinstance(choice.get("message"), dict) for choice in choices)
+def check_completion(
+    model: str, value: Any, raw: bytes | None, headers: Mapping[str, str] | None = None
+) -> JSONPayload:
+    """Return a parsed body as a completion. Raises UpstreamError if it is none, or an error."""
+    if not isinstance(value, dict) or find_error(value) is not None or not is_completion(value):
+        raise not_a_completion(model, value, headers)
+    if not value.get("usage"):
+        for choice in value["choices"]:
+            if isinstance(choice.get("usage"), dict):
+                whole = value if raw is None else reparse(raw, value)
+                return JSONPayload({**whole, "usage": choice["usage"]})
+    return JSONPayload(value, raw)
 
 
-def chunks_of_completion(completion: Json) -> list[Json]:
-    """What a stream of this completion would have been: what each choice says, how it ended, and what it used."""
-    base = {name: value for name, value in completion.items() if name not in ("choices", "usage")}
-    base["object"] = "chat.completion.chunk"
-    said: list[Json] = []
-    ends: list[Json] = []
-    for place, choice in enumerate(completion["choices"]):
-        index = place_of(choice, place)
-        message = choice["message"]
-        beside = {name: value for name, value in choice.items() if name not in _OF_A_CHOICE}
-        delta = {"role": "assistant", **{name: value for name, value in message.items() if value is not None}}
-        if isinstance(calls := message.get("tool_calls"), list):
-            delta["tool_calls"] = [
-                {"index": number, **call} for number, call in enumerate(calls) if isinstance(call, dict)
-            ]
-        reason = choice.get("finish_reason") or ("tool_calls" if delta.get("tool_calls") else "stop")
-        said.append({**base, "choices": [{"index": index, "delta": delta, **beside, "finish_reason": None}]})
-        ends.append({**base, "choices": [{"index": index, "delta": {}, "finish_reason": reason}]})
-    usage = completion.get("usage")
-    return [*said, *ends, *([{**base, "choices": [], "usage": usage}] if usage else [])]
+class CompletionBuilder:
+    """Build a completion from the chunks of a stream.
 
-
-_OF_A_CHOICE = frozenset({"index", "message", "delta", "finish_reason", "usage"})
-
-
-def place_of(choice: Mapping[str, Any], place: int) -> int:
-    """The choice's number; its place in the list where it states none."""
-    index = choice.get("index")
-    return index if type(index) is int else place
-
-
-class Joined:
-    """Give it the chunks of a stream; it makes the completion of them. Holds what was written, not the chunks, and no
-    more values of it than a whole answer may have."""
+    It holds what was written, not the chunks, and no more values than a whole completion may have.
+    """
 
     def __init__(self) -> None:
-        self._left = MAX_VALUES
-        self._beside: Json = {}
+        self._values_left = MAX_VALUES
+        self._members: JSONObject = {}
         self._usage: Any = None
-        self._choices: dict[int, _Choice] = {}
+        self._choices: dict[int, _ChoiceBuilder] = {}
 
     def add(self, chunk: Mapping[str, Any]) -> None:
-        """`chunk`: its choices are objects with a `delta`. Raises AnswerTooLarge."""
+        """Add a chunk whose choices are objects with a `delta`. Raises ResponseTooLarge."""
         for name, value in chunk.items():
-            if name not in _OF_THE_STREAM and value not in (None, "", [], {}):
-                if name in ("id", "created"):  # one answer has one of each, whatever its chunks say
-                    self._beside.setdefault(name, value)
+            if name not in _CHUNK_MEMBERS and value not in (None, "", [], {}):
+                if name in ("id", "created"):  # a completion has one of each, whatever its chunks say
+                    self._members.setdefault(name, value)
                 else:
-                    _put(self._beside, name, value, self._hold)
+                    _set(self._members, name, value, self._count_values)
             elif name == "model" and value:
-                self._beside["model"] = value
+                self._members["model"] = value
         self._usage = usage_of(chunk) or self._usage
-        for place, choice in enumerate(chunk["choices"]):
-            number = place_of(choice, place)
-            if number not in self._choices:
-                self._choices[number] = _Choice(self._hold)
-            self._choices[number].add(choice)
+        for position, choice in enumerate(chunk["choices"]):
+            index = choice_index(choice, position)
+            if index not in self._choices:
+                self._choices[index] = _ChoiceBuilder(self._count_values)
+            self._choices[index].add(choice)
 
-    def _hold(self, values: int) -> None:
-        self._left -= values
-        if self._left < 0:
-            raise AnswerTooLarge(f"the model's answer holds more than {MAX_VALUES} values")
+    def _count_values(self, count: int) -> None:
+        self._values_left -= count
+        if self._values_left < 0:
+            raise ResponseTooLarge(f"the model's answer holds more than {MAX_VALUES} values")
 
-    def completion(self) -> Json:
-        choices = [self._choices[number].whole(number) for number in sorted(self._choices)]
-        completion = {"id": "", "object": "chat.completion", "created": 0, **self._beside, "choices": choices}
+    def completion(self) -> JSONObject:
+        choices = [self._choices[index].choice(index) for index in sorted(self._choices)]
+        completion = {"id": "", "object": "chat.completion", "created": 0, **self._members, "choices": choices}
         return completion if self._usage is None else {**completion, "usage": self._usage}
 
 
-class _Choice:
-    """One choice of the answer, as it grows."""
-
-    def __init__(self, hold: _Hold) -> None:
-        self._hold = hold
-        self._delta = _Parts(hold)
-        self._message: Json | None = None
-        self._logprobs = _Parts(hold)
-        self._beside: Json = {}
+class _ChoiceBuilder:
+    def __init__(self, count_values: _CountValues) -> None:
+        self._count_values = count_values
+        self._delta = _ObjectBuilder(count_values)
+        self._message: JSONObject | None = None
+        self._logprobs = _ObjectBuilder(count_values)
+        self._members: JSONObject = {}
 
     def add(self, choice: Mapping[str, Any]) -> None:
         for name, value in choice.items():
@@ -130,63 +237,54 @@ class _Choice:
                 self._message = value  # some servers repeat all of it beside each delta
             elif name == "logprobs" and isinstance(value, dict):
                 self._logprobs.add(value)
-            elif name not in _GROWING and value not in (None, ""):
-                _put(self._beside, name, value, self._hold)
+            elif name not in _CHOICE_MEMBERS and value not in (None, ""):
+                _set(self._members, name, value, self._count_values)
 
-    def whole(self, number: int) -> Json:
-        message = {"role": "assistant", "content": None, **(self._delta.whole() or self._message or {})}
+    def choice(self, index: int) -> JSONObject:
+        message = {"role": "assistant", "content": None, **(self._delta.build() or self._message or {})}
         if isinstance(calls := message.get("tool_calls"), list):
-            message["tool_calls"] = [_less_index(call) for call in calls]
-        ended = {"finish_reason": "tool_calls" if message.get("tool_calls") else "stop"}
-        logprobs = self._logprobs.whole()
-        return {"index": number, "message": message, "logprobs": logprobs or None, **ended, **self._beside}
+            message["tool_calls"] = [_without_index(call) for call in calls]
+        default = {"finish_reason": "tool_calls" if message.get("tool_calls") else "stop"}
+        logprobs = self._logprobs.build()
+        return {"index": index, "message": message, "logprobs": logprobs or None, **default, **self._members}
 
 
-_GROWING = frozenset({"index", "delta", "message", "logprobs", "usage"})
-
-
-def _less_index(call: Any) -> Any:
+def _without_index(call: Any) -> Any:
     return {name: value for name, value in call.items() if name != "index"} if isinstance(call, dict) else call
 
 
-class _Parts:
-    """An object that is written bit by bit: texts grow, objects and numbered lists within grow as this does."""
+class _ObjectBuilder:
+    """An object that is written bit by bit: strings are appended, objects and lists within grow in the same way."""
 
-    def __init__(self, hold: _Hold) -> None:
-        hold(1)
-        self._hold = hold
-        self._texts: dict[str, list[str]] = {}
-        self._objects: dict[str, _Parts] = {}
-        self._lists: dict[str, _Items] = {}
-        self._others: Json = {}
+    def __init__(self, count_values: _CountValues) -> None:
+        count_values(1)
+        self._count_values = count_values
+        self._strings: dict[str, list[str]] = {}
+        self._objects: dict[str, _ObjectBuilder] = {}
+        self._lists: dict[str, _ListBuilder] = {}
+        self._others: JSONObject = {}
         self._order: dict[str, None] = {}
 
     def add(self, part: Mapping[str, Any], depth: int = 0) -> None:
         for name, value in part.items():
             if value is None:
                 continue
-            _put(self._order, name, None, self._hold)
+            _set(self._order, name, None, self._count_values)
             if isinstance(value, str):
-                self._write(name, value)
-            elif isinstance(value, dict) and depth < _DEEPEST:
-                self._object(name).add(value, depth + 1)
-            elif isinstance(value, list) and depth < _DEEPEST:
-                self._list(name).add(value, depth + 1)
+                self._add_string(name, value)
+            elif isinstance(value, dict) and depth < _MAX_NESTING:
+                if name not in self._objects:
+                    self._objects[name] = _ObjectBuilder(self._count_values)
+                self._objects[name].add(value, depth + 1)
+            elif isinstance(value, list) and depth < _MAX_NESTING:
+                if name not in self._lists:
+                    self._lists[name] = _ListBuilder(self._count_values)
+                self._lists[name].add(value, depth + 1)
             else:
                 self._others[name] = value
 
-    def _object(self, name: str) -> _Parts:
-        if name not in self._objects:
-            self._objects[name] = _Parts(self._hold)
-        return self._objects[name]
-
-    def _list(self, name: str) -> _Items:
-        if name not in self._lists:
-            self._lists[name] = _Items(self._hold)
-        return self._lists[name]
-
-    def _write(self, name: str, text: str) -> None:
-        pieces = self._texts.setdefault(name, [])
+    def _add_string(self, name: str, text: str) -> None:
+        pieces = self._strings.setdefault(name, [])
         if name not in _IDENTIFIERS:
             pieces.append(text)
         elif name == "name":
@@ -197,68 +295,68 @@ class _Parts:
 
     @property
     def id(self) -> str | None:
-        return "".join(self._texts.get("id", ())) or None
+        return "".join(self._strings.get("id", ())) or None
 
-    def whole(self) -> Json:
+    def build(self) -> JSONObject:
         return dict(self._items())
 
     def _items(self) -> Iterator[tuple[str, Any]]:
         for name in self._order:
-            text = "".join(self._texts.get(name, ()))
-            if name in self._lists:  # Mistral thinks in parts, and answers in a text
-                yield name, self._lists[name].whole() + ([{"type": "text", "text": text}] if text else [])
+            text = "".join(self._strings.get(name, ()))
+            if name in self._lists:  # Mistral's thoughts are parts of a list, and its answer is a string
+                yield name, self._lists[name].build() + ([{"type": "text", "text": text}] if text else [])
             elif name in self._objects:
-                yield name, self._objects[name].whole()
-            elif name not in self._texts:
+                yield name, self._objects[name].build()
+            elif name not in self._strings:
                 yield name, self._others[name]
             elif text or name not in _IDENTIFIERS:
                 yield name, text
 
 
-_DEEPEST = 6
-"""Levels of objects that are put together; what is deeper is taken as it came last."""
+class _ListBuilder:
+    """A list that is written bit by bit. Objects with an `index` grow; all other items are appended."""
 
-
-class _Items:
-    """A list that is written bit by bit. Objects with an `index` grow; all others are one behind the other."""
-
-    def __init__(self, hold: _Hold) -> None:
-        self._hold = hold
+    def __init__(self, count_values: _CountValues) -> None:
+        self._count_values = count_values
         self._items: list[Any] = []
-        self._numbered: dict[int, _Parts] = {}
+        self._by_index: dict[int, _ObjectBuilder] = {}
 
     def add(self, items: list[Any], depth: int) -> None:
         for item in items:
-            if not isinstance(item, dict) or not _goes_on(item):
-                self._hold(_values_in(item))
+            if isinstance(item, dict) and _may_be_part(item):
+                self._builder_of(item).add(item, depth)
+            else:
+                self._count_values(_count(item))
                 self._items.append(item)
-                continue
-            self._parts_of(item).add(item, depth)
 
-    def _parts_of(self, item: Json) -> _Parts:
-        """Those that it goes on with. Another id under a known number is another call, and so is one with no number."""
-        number, id_ = item.get("index"), item.get("id")
-        known = self._numbered.get(number) if type(number) is int else next(reversed(self._numbered.values()), None)
-        if known is not None and (not id_ or known.id in (None, id_)) and (type(number) is int or not id_):
+    def _builder_of(self, item: JSONObject) -> _ObjectBuilder:
+        """Find the object that an item continues, or begin another.
+
+        Another id under a known index is another call, and so is an id without an index.
+        """
+        index, id_ = item.get("index"), item.get("id")
+        known = self._by_index.get(index) if type(index) is int else next(reversed(self._by_index.values()), None)
+        if known is not None and (not id_ or known.id in (None, id_)) and (type(index) is int or not id_):
             return known
-        parts = _Parts(self._hold)
-        self._items.append(parts)
-        key = number if type(number) is int else -1 - len(self._items)
-        self._numbered.pop(key, None)
-        self._numbered[key] = parts
-        return parts
+        builder = _ObjectBuilder(self._count_values)
+        self._items.append(builder)
+        key = index if type(index) is int else -1 - len(self._items)
+        self._by_index.pop(key, None)
+        self._by_index[key] = builder
+        return builder
 
-    def whole(self) -> list[Any]:
-        return [item.whole() if isinstance(item, _Parts) else item for item in self._items]
+    def build(self) -> list[Any]:
+        return [item.build() if isinstance(item, _ObjectBuilder) else item for item in self._items]
 
 
-def _put(into: dict[str, Any], name: str, value: Any, hold: _Hold) -> None:
+def _set(into: dict[str, Any], name: str, value: Any, count_values: _CountValues) -> None:
     if name not in into:
-        hold(1)
+        count_values(1)
     into[name] = value
 
 
-def _values_in(value: Any) -> int:
+def _count(value: Any) -> int:
+    """Count the values in a JSON value."""
     found, left = 1, [value]
     while left:
         inner = left.pop()
@@ -270,6 +368,6 @@ def _values_in(value: Any) -> int:
     return found
 
 
-def _goes_on(item: Json) -> bool:
-    """Whether it may be a piece of something: a numbered part, or a call."""
+def _may_be_part(item: JSONObject) -> bool:
+    """Return whether an item may be a piece of something: it has an index, or is a tool call."""
     return type(item.get("index")) is int or "function" in item or "custom" in item

@@ -2,159 +2,127 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from proxy.concurrency import LRU, FairQueue
 from proxy.errors import ModelAtCapacity
 from proxy.settings.models import ModelInfo
 
-FIRST_GUESS_S = 1.0
-"""How long a place is held, while none of this model was ever given back."""
+# How long a slot is taken to be held, while none of this model was ever released.
+DEFAULT_HELD_S = 1.0
 
-SHORTEST_S, LONGEST_S = 1.0, 60.0
-"""Within these bounds a caller is asked to come back."""
+# Within these bounds a caller is asked to come back.
+MIN_RETRY_AFTER_S, MAX_RETRY_AFTER_S = 1.0, 60.0
 
-NEWEST_WEIGHS = 0.2
+# Weight of the newest holding time in the moving average.
+NEWEST_WEIGHT = 0.2
 
 MAX_REMEMBERED = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class ConcurrencyLimits:
-    """`max_parallel` None: no cap. Beyond it `max_queued` wait, first come first served, each for `longest_wait_s`."""
-
     max_parallel: int | None = None
+    """None: no cap."""
     max_queued: int = 0
-    longest_wait_s: float = 5.0
+    """Requests beyond the cap that wait, first come first served."""
 
     @classmethod
-    def of(cls, info: ModelInfo, longest_wait_s: float) -> ConcurrencyLimits:
-        """Unless stated otherwise as many may wait as may be asked: a burst is evened out and nobody waits for longer
-        than about one answer. LiteLLM's own queue has no end, and so neither has its wait; no queue at all would send
-        the second of two simultaneous requests to a model that is worse or dearer, or back with 429."""
+    def of(cls, info: ModelInfo) -> ConcurrencyLimits:
+        """Read a model's limits. Unless stated otherwise, as many requests may wait as may run.
+
+        That evens out a burst, and no request waits for longer than about one answer. LiteLLM's own queue has no end,
+        and so neither has its wait. With no queue at all, the second of two simultaneous requests would go to a worse
+        or more expensive model, or back with 429.
+        """
         queued = info.max_queued_requests
         if queued is None:
             queued = info.max_parallel_requests or 0
-        return cls(info.max_parallel_requests, queued, longest_wait_s)
-
-
-class Slot:
-    """The right to ask. To be released once the answer has ended, however it did; again is harmless."""
-
-    __slots__ = ("_on_release",)
-
-    def __init__(self, on_release: Callable[[], None]) -> None:
-        self._on_release: Callable[[], None] | None = on_release
-
-    def release(self) -> None:
-        on_release, self._on_release = self._on_release, None
-        if on_release is not None:
-            on_release()
+        return cls(info.max_parallel_requests, queued)
 
 
 @dataclass(slots=True)
 class _Queue:
     limits: ConcurrencyLimits
-    running: int = 0
-    waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
+    slots: FairQueue
 
     @property
-    def has_place(self) -> bool:
-        return self.limits.max_parallel is None or self.running < self.limits.max_parallel
+    def is_full(self) -> bool:
+        """Whether there is neither a slot nor room to wait for one."""
+        return not self.slots.has_free_slot and self.slots.waiting >= self.limits.max_queued
 
-    @property
-    def full(self) -> bool:
-        """Neither a place nor a place in the queue."""
-        return not self.has_place and len(self.waiting) >= self.limits.max_queued
-
-    def under(self, limits: ConcurrencyLimits) -> _Queue:
-        """The newest limits are everybody's: whoever may come in under them does."""
-        self.limits = limits
-        self.admit()
-        return self
-
-    def admit(self) -> None:
-        """A place belongs to the waiter from the moment it is given, whether or not that one has noticed."""
-        while self.waiting and self.has_place:
-            waiter = self.waiting.popleft()
-            if not waiter.done():
-                self.running += 1
-                waiter.set_result(None)
+    def change_limits(self, limits: ConcurrencyLimits) -> None:
+        """Apply the newest limits to all requests: those that fit now are admitted."""
+        if limits is not self.limits:
+            self.limits = limits
+            self.slots.limit = limits.max_parallel
+            self.slots.admit()
 
 
 class ConcurrencyLimiter:
-    """One per process, used on one event loop. Models at which nobody is asked or waits take no memory."""
+    """Cap concurrent requests per model, with a bounded FIFO queue.
+
+    One per process, used on one event loop. A model with no request takes no memory.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._rooms: dict[str, _Queue] = {}
-        self._held_s: dict[str, float] = {}
+        self._queues: dict[str, _Queue] = {}
+        self._held_s: LRU[str, float] = LRU(MAX_REMEMBERED)
 
-    def busy(self, model: str, limits: ConcurrencyLimits) -> bool:
-        """Whether `slot` would refuse at once."""
-        room = self._rooms.get(model)
-        return room is not None and room.under(limits).full
+    async def acquire(self, model: str, limits: ConcurrencyLimits, max_wait_s: float = 5.0) -> float:
+        """Take a slot, at once or after waiting for one.
 
-    async def slot(self, model: str, limits: ConcurrencyLimits) -> Slot:
-        """A place, at once or after waiting for one. `limits` may be others than last time: they apply to all.
+        Limits that differ from the last ones apply to all requests.
+
+        Returns:
+            When it was taken, by this limiter's clock, for `release`.
 
         Raises:
-            ModelBusy: the queue is full, or the wait was too long.
+            ModelAtCapacity: the queue is full, or the wait was too long.
         """
-        room = self._rooms.get(model)
-        room = self._rooms.setdefault(model, _Queue(limits)) if room is None else room.under(limits)
-        if room.has_place:  # and so nobody waits for one
-            room.running += 1
-        elif room.full:
-            raise self._busy(model, room)
+        queue = self._queues.get(model)
+        if queue is None:
+            queue = self._queues[model] = _Queue(limits, FairQueue(limits.max_parallel))
         else:
-            await self._wait(model, room)
-        taken_at = self._clock()
-        return Slot(lambda: self._release(model, room, self._clock() - taken_at))
+            queue.change_limits(limits)
+        if not queue.slots.acquire_nowait():
+            if queue.is_full:
+                raise self._at_capacity(model, queue, queue.slots.waiting)
+            await self._wait(model, queue, max_wait_s)
+        return self._clock()
 
-    async def _wait(self, model: str, room: _Queue) -> None:
-        waiter = asyncio.get_running_loop().create_future()
-        room.waiting.append(waiter)
-        admitted = False
+    def release(self, model: str, acquired_at: float) -> None:
+        """Give back a slot, once, when the response has ended in whatever way."""
+        queue = self._queues[model]
+        self._remember(model, self._clock() - acquired_at)
+        queue.slots.release()
+        self._forget_unused(model, queue)
+
+    async def _wait(self, model: str, queue: _Queue, max_wait_s: float) -> None:
         try:
-            async with asyncio.timeout(room.limits.longest_wait_s):
-                await waiter
-            admitted = True
+            async with asyncio.timeout(max_wait_s):
+                await queue.slots.acquire()
         except TimeoutError:
-            raise self._busy(model, room) from None
+            raise self._at_capacity(model, queue, queue.slots.waiting + 1) from None
         finally:
-            if not admitted:
-                self._leave(model, room, waiter)
+            self._forget_unused(model, queue)
 
-    def _leave(self, model: str, room: _Queue, waiter: asyncio.Future[None]) -> None:
-        """A place that was given to somebody who has gone at that moment is the next one's."""
-        if waiter.done() and not waiter.cancelled():
-            room.running -= 1
-        elif waiter in room.waiting:
-            room.waiting.remove(waiter)
-        self._admit(model, room)
-
-    def _release(self, model: str, room: _Queue, held_s: float) -> None:
-        room.running -= 1
-        self._remember(model, held_s)
-        self._admit(model, room)
-
-    def _admit(self, model: str, room: _Queue) -> None:
-        room.admit()
-        if not room.running and not room.waiting:
-            self._rooms.pop(model, None)
+    def _forget_unused(self, model: str, queue: _Queue) -> None:
+        if not queue.slots.taken and not queue.slots.waiting:
+            self._queues.pop(model, None)
 
     def _remember(self, model: str, held_s: float) -> None:
-        before = self._held_s.pop(model, held_s)
-        self._held_s[model] = before + NEWEST_WEIGHS * (held_s - before)
-        if len(self._held_s) > MAX_REMEMBERED:
-            self._held_s.pop(next(iter(self._held_s)))
+        before = self._held_s.get(model)
+        self._held_s[model] = held_s if before is None else before + NEWEST_WEIGHT * (held_s - before)
 
-    def _busy(self, model: str, room: _Queue) -> ModelAtCapacity:
-        """All who wait, and then the caller, take the places as they are given back."""
-        places = room.limits.max_parallel or 1
-        wait_s = self._held_s.get(model, FIRST_GUESS_S) * (len(room.waiting) + 1) / places
+    def _at_capacity(self, model: str, queue: _Queue, waiting: int) -> ModelAtCapacity:
+        """Say when a slot is free: all who wait, and then the caller, take them as they are released."""
+        slots = queue.limits.max_parallel or 1
+        held_s = self._held_s.get(model)
+        wait_s = (DEFAULT_HELD_S if held_s is None else held_s) * (waiting + 1) / slots
         return ModelAtCapacity(
-            f"{model} answers {places} requests at once, and is busy with them", min(max(wait_s, SHORTEST_S), LONGEST_S)
+            f"{model} answers {slots} requests at once, and is busy with them",
+            min(max(wait_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S),
         )

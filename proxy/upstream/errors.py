@@ -10,13 +10,14 @@ from typing import Any
 
 import httpx
 
-from proxy.errors import MAX_ERROR_BYTES, NAMES, UpstreamError
-from proxy.outbound import OutboundError
-from proxy.safety.json_shape import check_shape
+from proxy.errors import MAX_ERROR_BYTES, RETRY_AFTER_HEADERS, UpstreamError
+from proxy.json_limits import check_limits
+from proxy.settings.outbound import OutboundError
 from proxy.storage.usage import usage_of
 from proxy.upstream.sse import decode_json, encode_json
-from proxy.words import words
 
+# How OpenAI, vLLM, llama.cpp, Ollama, LM Studio, Anthropic, Gemini, Bedrock, Mistral, xAI, Moonshot, Z.ai, MiniMax,
+# Cohere, Alibaba and TGI say that a prompt exceeds the context window, in words or as a code.
 _OVERFLOW = re.compile(
     r"context[_ ]?(length|window|size|limit).{0,40}exceed|exceed.{0,40}(context|token limit|maximum .{0,20}tokens)"
     r"|max(imum)? (context|model|prompt|input) (length|size|window)|(greater|longer|larger) than the .{0,20}context"
@@ -26,52 +27,64 @@ _OVERFLOW = re.compile(
     r"|prompt exceeds (the )?max|range of input length|`inputs` (tokens|must have less)|prompt_tokens_exceeded",
     re.IGNORECASE,
 )
-"""What OpenAI, vLLM, llama.cpp, Ollama, LM Studio, Anthropic, Gemini, Bedrock, Mistral, xAI, Moonshot, Z.ai, MiniMax,
-Cohere, Alibaba and TGI say of a prompt that does not fit, in words or as a code."""
 
+# Enough if the status says that the request is at fault.
 _CONTEXT = re.compile(r"context (window|size|length)", re.IGNORECASE)
-"""Enough where the status says that the caller's request is at fault."""
 
-_SURELY = re.compile(r"context_length_exceeded|maximum context length", re.IGNORECASE)
+_CERTAIN_OVERFLOW = re.compile(r"context_length_exceeded|maximum context length", re.IGNORECASE)
 
-_RATE = re.compile(r"rate.?limit|too many requests|per (minute|hour|day|second)\b|\bquota\b|\b[rt]pm\b", re.IGNORECASE)
+_RATE_LIMIT = re.compile(
+    r"rate.?limit|too many requests|per (minute|hour|day|second)\b|\bquota\b|\b[rt]pm\b", re.IGNORECASE
+)
 
-_CALLERS = frozenset({400, 413, 422})
-"""Statuses that may mean a prompt that is too long, with those of 500 and above, which some servers give it."""
+# Statuses that may mean a prompt that is too long. Some servers use those of 500 and above for it, too.
+_CALLER_STATUSES = frozenset({400, 413, 422})
 
 _STATUS_NAMES = ("code", "status", "status_code", "statusCode", "http_status", "error_code")
 
-_NAMED = {
-    400: words("""invalid_request_error invalid_request badrequesterror bad_request invalid_argument
-        failed_precondition validation_error exceed_context_size_error context_length_exceeded"""),
-    401: words("authentication_error invalid_api_key unauthenticated unauthorized"),
-    402: words("billing_error insufficient_balance payment_required"),
-    403: words("permission_error permission_denied forbidden"),
-    404: words("not_found_error not_found model_not_found"),
-    413: words("request_too_large"),
-    429: words("""rate_limit_error rate_limit_exceeded rate_limit rate_limited ratelimiterror resource_exhausted
-        too_many_requests insufficient_quota"""),
-    503: words("overloaded_error overloaded unavailable service_unavailable"),
-    504: words("timeout_error timeout deadline_exceeded"),
+_NAMES_OF_STATUS = {
+    400: frozenset(
+        """
+        invalid_request_error invalid_request badrequesterror bad_request invalid_argument failed_precondition
+        validation_error exceed_context_size_error context_length_exceeded
+        """.split()
+    ),
+    401: frozenset({"authentication_error", "invalid_api_key", "unauthenticated", "unauthorized"}),
+    402: frozenset({"billing_error", "insufficient_balance", "payment_required"}),
+    403: frozenset({"permission_error", "permission_denied", "forbidden"}),
+    404: frozenset({"not_found_error", "not_found", "model_not_found"}),
+    413: frozenset({"request_too_large"}),
+    429: frozenset(
+        """
+        rate_limit_error rate_limit_exceeded rate_limit rate_limited ratelimiterror resource_exhausted
+        too_many_requests insufficient_quota
+        """.split()
+    ),
+    503: frozenset({"overloaded_error", "overloaded", "unavailable", "service_unavailable"}),
+    504: frozenset({"timeout_error", "timeout", "deadline_exceeded"}),
 }
 
-_STATUS_OF_NAME = {name: status for status, names in _NAMED.items() for name in names}
-"""Of an error that is told without a number, and within a success."""
+# For an error without a number, within a response of status 200.
+_STATUS_OF_NAME = {name: status for status, names in _NAMES_OF_STATUS.items() for name in names}
 
-_BROKEN_ENDS = ("error", "abort", "network_error", "insufficient_system_resource")
-"""Values of `finish_reason` of servers that gave up in the middle of an answer."""
+# Values of `finish_reason` of servers that gave up in the middle of an answer.
+_BROKEN_FINISH_REASONS = ("error", "abort", "network_error", "insufficient_system_resource")
 
-_OF_A_COMPLETION = frozenset({"id", "object", "created", "model", "choices", "usage", "system_fingerprint"})
+_COMPLETION_MEMBERS = frozenset({"id", "object", "created", "model", "choices", "usage", "system_fingerprint"})
 
-_UNDELAYED = re.compile(r"(\d{1,9}(?:\.\d+)?)s?", re.ASCII)
+_SECONDS = re.compile(r"(\d{1,9}(?:\.\d+)?)s?", re.ASCII)
 
-_LOOKED_AT = 4096
+_SEARCHED_BYTES = 4096
 
-_CLASS_NAMES = re.compile(r"^(litellm\.\w+: )*")
+_LITELLM_CLASS_NAMES = re.compile(r"^(litellm\.\w+: )*")
 
 
 def error_from_exception(error: Exception, response: httpx.Response | None, model: str) -> UpstreamError:
-    """`response`: the last one that the pool saw for this call."""
+    """Turn an exception of litellm or httpx into an UpstreamError.
+
+    Args:
+        response: the last one that the connection pool saw for this call.
+    """
     if response is not None and response.is_error:
         return error_from_response(response.status_code, _content(response), response.headers, model)
     if response is not None and response.is_redirect:
@@ -80,133 +93,139 @@ def error_from_exception(error: Exception, response: httpx.Response | None, mode
         return not_a_completion(model, _content(response), response.headers)
     if _is_timeout(error):
         return UpstreamError(f"{model} did not answer in time", timed_out=True)
-    if response is None and _is_lost(error):
+    if response is None and _is_connection_lost(error):
         return connection_lost(model)
     if response is not None and _is_connection(error):
-        return UpstreamError(f"{model} broke off its answer: {_broken(error)}")
+        return UpstreamError(f"{model} broke off its answer: {_transport_error_name(error)}")
     if _is_connection(error) or isinstance(error, httpx.HTTPError):
         return unreachable(error, model)
     if response is not None:
-        return _within_stream(error, model)
-    return _of_litellm(error, model)
+        return _error_in_stream(error, model)
+    return _error_of_litellm(error, model)
 
 
-def _within_stream(error: Exception, model: str) -> UpstreamError:
-    """What litellm raised in the middle of a stream: an error that was told there, or an answer that broke off."""
-    said = _first_line(error)
-    told = reported(
-        f"{model} reported an error", {"error": {"message": said, "code": getattr(error, "status_code", None)}}
+def _error_in_stream(error: Exception, model: str) -> UpstreamError:
+    """Turn an exception in the middle of a stream into an error that was sent there, or a response that broke off."""
+    message = _first_line(error)
+    reported = error_from_body(
+        f"{model} reported an error", {"error": {"message": message, "code": getattr(error, "status_code", None)}}
     )
-    if told.status is not None and told.status < 500:
-        return told
-    return UpstreamError(f"{model} broke off its answer: {said}")
+    if reported.status is not None and reported.status < 500:
+        return reported
+    return UpstreamError(f"{model} broke off its answer: {message}")
 
 
 def not_a_completion(model: str, body: Any = None, headers: Mapping[str, str] | None = None) -> UpstreamError:
-    """It said that all was well, and sent something else than a completion: an error, or none that is told."""
+    """Make an error of a response with a success status and no completion in it."""
     message = f"{model} answered with success and no completion"
     if body is None:
         return UpstreamError(message, headers=headers)
-    said = _read(body)
-    error = error_in(said)
-    if error is None and _own_status(said) is not None:
-        error = said
+    parsed = _parse(body)
+    error = find_error(parsed)
+    if error is None and _stated_status(parsed) is not None:
+        error = parsed
     if error is not None:
-        return reported(message, error, headers)
-    return UpstreamError(message, status=502, body=_cut(body), headers=headers)
+        return error_from_body(message, error, headers)
+    return UpstreamError(message, status=502, body=_truncated(body), headers=headers)
 
 
 def error_from_response(status: int, body: bytes, headers: Mapping[str, str], model: str) -> UpstreamError:
-    """An HTTP error."""
-    said = _read(body)
-    text = body[:_LOOKED_AT].decode("utf-8", "replace")
-    return _failure(f"{model} answered with status {status}", _own_status(said) or status, text, said, body, headers)
+    """Make an error of a response with an error status."""
+    parsed = _parse(body)
+    text = body[:_SEARCHED_BYTES].decode("utf-8", "replace")
+    return _make_error(
+        f"{model} answered with status {status}", _stated_status(parsed) or status, text, parsed, body, headers
+    )
 
 
-def reported(message: str, error: Any, headers: Mapping[str, str] | None = None) -> UpstreamError:
-    """An error told within a success: in a body, in an event of a stream. `error`: as `error_in` gives it."""
-    text = _dumped(error)[:_LOOKED_AT].decode("utf-8", "replace")
-    status = _own_status(error) or _named_status(error) or (429 if _RATE.search(text) else 502)
-    return _failure(message, status, text, error, _cut(error), headers or {})
+def error_from_body(message: str, error: Any, headers: Mapping[str, str] | None = None) -> UpstreamError:
+    """Make an error of a body or event within a success. `error`: as `find_error` returns it."""
+    text = _encoded(error)[:_SEARCHED_BYTES].decode("utf-8", "replace")
+    status = _stated_status(error) or _named_status(error) or (429 if _RATE_LIMIT.search(text) else 502)
+    return _make_error(message, status, text, error, _truncated(error), headers or {})
 
 
-def _failure(message: str, status: int, text: str, said: Any, body: Any, headers: Mapping[str, str]) -> UpstreamError:
+def _make_error(
+    message: str, status: int, text: str, parsed: Any, body: Any, headers: Mapping[str, str]
+) -> UpstreamError:
     overflow = _is_overflow(status, text)
-    if overflow and status not in _CALLERS:
+    if overflow and status not in _CALLER_STATUSES:
         status = 400
-    states_wait = any(name.lower() in NAMES for name in headers)
-    if status in (429, 503, 529) and not states_wait and (wait := _wait_in(said)):
+    states_wait = any(name.lower() in RETRY_AFTER_HEADERS for name in headers)
+    if status in (429, 503, 529) and not states_wait and (wait := _retry_after_in(parsed)):
         headers = {**headers, "retry-after": wait}
     return UpstreamError(
-        message, status=status, body=body, headers=headers, overflow=overflow, retryable=overflow or None
+        message, status=status, body=body, headers=headers, context_exceeded=overflow, retryable=overflow or None
     )
 
 
 def _is_overflow(status: int, text: str) -> bool:
-    if status < 500 and status not in _CALLERS:
+    if status < 500 and status not in _CALLER_STATUSES:
         return False
-    if _RATE.search(text):  # tokens per minute are no context window
-        return _SURELY.search(text) is not None
-    return _OVERFLOW.search(text) is not None or (status in _CALLERS and _CONTEXT.search(text) is not None)
+    if _RATE_LIMIT.search(text):  # tokens per minute are no context window
+        return _CERTAIN_OVERFLOW.search(text) is not None
+    return _OVERFLOW.search(text) is not None or (status in _CALLER_STATUSES and _CONTEXT.search(text) is not None)
 
 
-def error_in(said: Any) -> Any:
-    """The part of a body or a chunk that tells of an error, however it does; None where it tells of none."""
-    if isinstance(said, list):
-        return next((error for each in said[:8] if (error := error_in(each)) is not None), None)
-    if not isinstance(said, dict):
+def find_error(parsed: Any) -> Any:
+    """Return the part of a body or chunk that reports an error, in any server's way. None: there is no error."""
+    if isinstance(parsed, list):
+        return next((error for each in parsed[:8] if (error := find_error(each)) is not None), None)
+    if not isinstance(parsed, dict):
         return None
-    if said.get("object") == "error" or (not MAY_TELL.isdisjoint(said) and _tells_error(said)):
-        told = {name: value for name, value in said.items() if name not in _OF_A_COMPLETION or value == "error"}
-        return {**told, **_usage_in(said)}
-    choices = said.get("choices")
+    if parsed.get("object") == "error" or (not ERROR_MEMBERS.isdisjoint(parsed) and _is_error(parsed)):
+        reported = {
+            name: value for name, value in parsed.items() if name not in _COMPLETION_MEMBERS or value == "error"
+        }
+        return {**reported, **_usage_in(parsed)}
+    choices = parsed.get("choices")
     for choice in choices if isinstance(choices, list) else ():
-        if isinstance(choice, dict) and ("error" in choice or choice.get("finish_reason") in _BROKEN_ENDS):
+        if isinstance(choice, dict) and ("error" in choice or choice.get("finish_reason") in _BROKEN_FINISH_REASONS):
             error = _error_of_choice(choice)
             if error is not None:
-                return {**error, **_usage_in(said)}
+                return {**error, **_usage_in(parsed)}
     return None
 
 
-def _usage_in(said: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What failed in the middle is paid for all the same."""
-    usage = usage_of(said)
+def _usage_in(parsed: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Keep the usage: an answer that failed in the middle is billed all the same."""
+    usage = usage_of(parsed)
     return {"usage": usage} if usage else {}
 
 
-MAY_TELL = frozenset({"error", "errors", "base_resp", "type", "success", "status", "detail"})
-"""Members of a body beside its choices that may tell of an error; `object` may too."""
+# Members of a body beside its choices that may report an error; `object` may too.
+ERROR_MEMBERS = frozenset({"error", "errors", "base_resp", "type", "success", "status", "detail"})
 
-_FAILED = ("error", "failed", "failure")
+_FAILED_STATUSES = ("error", "failed", "failure")
 
 
-def _tells_error(said: Mapping[str, Any]) -> bool:
-    if is_told(said.get("error")) or said.get("errors") or said.get("type") == "error":
+def _is_error(parsed: Mapping[str, Any]) -> bool:
+    if is_error_value(parsed.get("error")) or parsed.get("errors") or parsed.get("type") == "error":
         return True
-    result = said.get("base_resp")  # minimax
+    result = parsed.get("base_resp")  # minimax
     if isinstance(result, Mapping) and result.get("status_code") not in (None, 0, "0"):
         return True
-    failed = said.get("success") is False or said.get("status") in _FAILED or "detail" in said
-    return failed and not said.get("choices")
+    failed = parsed.get("success") is False or parsed.get("status") in _FAILED_STATUSES or "detail" in parsed
+    return failed and not parsed.get("choices")
 
 
-def is_told(error: object) -> bool:
-    """Of the value of `error`: whatever is not null, {} too. False is no error, by its own words."""
+def is_error_value(error: object) -> bool:
+    """Return whether the value of a member `error` means an error: anything but null and false, {} included."""
     return error is not None and error is not False
 
 
 def _error_of_choice(choice: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    if is_told(error := choice.get("error")):
+    if is_error_value(error := choice.get("error")):
         return {"error": error}
     reason = choice.get("finish_reason")
-    if reason in _BROKEN_ENDS:
+    if reason in _BROKEN_FINISH_REASONS:
         return {"error": {"message": f"the model's answer ended with finish_reason {reason!r}"}}
     return None
 
 
-def _own_status(said: Any) -> int | None:
-    """What the error itself says it is, as a number or a text of one."""
-    for stated in _stated(said):
+def _stated_status(parsed: Any) -> int | None:
+    """Return the HTTP status that the error itself states, as a number or a string."""
+    for stated in _error_objects(parsed):
         for name in _STATUS_NAMES:
             value = stated.get(name)
             if isinstance(value, str) and len(value) == 3 and value.isascii() and value.isdigit():
@@ -216,8 +235,8 @@ def _own_status(said: Any) -> int | None:
     return None
 
 
-def _named_status(said: Any) -> int | None:
-    for stated in _stated(said):
+def _named_status(parsed: Any) -> int | None:
+    for stated in _error_objects(parsed):
         for name in ("code", "status", "type"):
             value = stated.get(name)
             if isinstance(value, str) and value.lower() in _STATUS_OF_NAME:
@@ -225,24 +244,24 @@ def _named_status(said: Any) -> int | None:
     return None
 
 
-def _stated(said: Any) -> Iterator[Mapping[str, Any]]:
-    """The objects that may have an error's fields, the innermost first."""
-    if isinstance(said, list):
-        said = next((each for each in said if isinstance(each, Mapping)), None)
-    if not isinstance(said, Mapping):
+def _error_objects(parsed: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the objects that may hold an error's members, the innermost first."""
+    if isinstance(parsed, list):
+        parsed = next((each for each in parsed if isinstance(each, Mapping)), None)
+    if not isinstance(parsed, Mapping):
         return
     for name in ("error", "errors", "base_resp"):
-        inner = said.get(name)
+        inner = parsed.get(name)
         if isinstance(inner, list):
             inner = inner[0] if inner else None
         if isinstance(inner, Mapping):
             yield inner
-    yield said
+    yield parsed
 
 
-def _wait_in(said: Any) -> str | None:
-    """How long to wait, where the body says it and no header: whole seconds, rounded up."""
-    for stated in _stated(said):
+def _retry_after_in(parsed: Any) -> str | None:
+    """Return how long the body says to wait, as a value of `retry-after`: whole seconds, rounded up."""
+    for stated in _error_objects(parsed):
         found = [stated.get(name) for name in ("retry_after", "retry_after_seconds", "retryDelay")]
         details = stated.get("details")
         if isinstance(details, list):
@@ -252,38 +271,40 @@ def _wait_in(said: Any) -> str | None:
         if isinstance(sent, Mapping):
             found += [value for name, value in sent.items() if str(name).lower() == "retry-after"]
         for value in found:
-            if (wait := _UNDELAYED.fullmatch(str(value))) is not None:
+            if (wait := _SECONDS.fullmatch(str(value))) is not None:
                 return str(math.ceil(float(wait.group(1))))
     return None
 
 
-def _read(body: Any) -> Any:
+def _parse(body: Any) -> Any:
     if not isinstance(body, bytes):
         return body
     try:
-        check_shape(body)
+        check_limits(body)
         return decode_json(body)
     except ValueError:
         return None
 
 
-def _cut(said: Any) -> Any:
-    """As much of it as is kept of a failure: of a long error its words and names alone."""
-    if isinstance(said, bytes) or len(dumped := _dumped(said)) <= MAX_ERROR_BYTES:
-        return said
-    stated = next(_stated(said), {})
+def _truncated(parsed: Any) -> Any:
+    """Shorten a long error to its message and its type."""
+    if isinstance(parsed, bytes) or len(dumped := _encoded(parsed)) <= MAX_ERROR_BYTES:
+        return parsed
+    stated = next(_error_objects(parsed), {})
     names = {
-        name: stated[name] for name in _SHORT if len(_dumped(stated.get(name))) <= MAX_REST_CHARS and name in stated
+        name: stated[name]
+        for name in _KEPT_MEMBERS
+        if len(_encoded(stated.get(name))) <= MAX_UNKNOWN_CHARS and name in stated
     }
-    words = words_in(said)
-    return dumped if words is None else {"error": {**names, "message": words}}
+    message = message_in(parsed)
+    return dumped if message is None else {"error": {**names, "message": message}}
 
 
-_SHORT = ("type", "param", *_STATUS_NAMES)
+_KEPT_MEMBERS = ("type", "param", *_STATUS_NAMES)
 
 
-def _dumped(said: Any) -> bytes:
-    return encode_json({"": said})[4:-1]
+def _encoded(parsed: Any) -> bytes:
+    return encode_json({"": parsed})[4:-1]
 
 
 def redirect_refused(model: str) -> UpstreamError:
@@ -291,11 +312,11 @@ def redirect_refused(model: str) -> UpstreamError:
 
 
 def connection_lost(model: str) -> UpstreamError:
-    return UpstreamError(f"{model} closed the connection without an answer", lost=True)
+    return UpstreamError(f"{model} closed the connection without an answer", connection_lost=True)
 
 
 def unreachable(error: BaseException, model: str, address: str = "") -> UpstreamError:
-    """`address`: host and port, where the error itself may not know them."""
+    """Make an error of a failed connection. `address`: host and port, if the exception may not know them."""
     where = address or _address_of(error)
     return UpstreamError(f"{model} cannot be reached{f' at {where}' if where else ''}: {_why_unreachable(error)}")
 
@@ -323,7 +344,7 @@ def _address_of(error: BaseException) -> str:
 
 
 def redact(secrets: Collection[str], failure: UpstreamError) -> UpstreamError:
-    """The same, less the provider's keys, which some servers repeat in their words."""
+    """Cut the provider's keys, which some servers repeat, out of an error, and return it."""
     failure.message = _without(secrets, failure.message)
     failure.args = (failure.message,)
     failure.body = _without(secrets, failure.body)
@@ -346,7 +367,7 @@ def _without(secrets: Collection[str], value: Any) -> Any:
 
 
 def _content(response: httpx.Response) -> bytes:
-    """Nothing where it was streamed, or not read at all."""
+    """Return the body, or nothing if it was streamed or never read."""
     try:
         return response.content
     except httpx.StreamError:
@@ -357,13 +378,13 @@ def _is_timeout(error: BaseException) -> bool:
     return any("Timeout" in type(cause).__name__ for cause in _causes(error))
 
 
-def _is_lost(error: BaseException) -> bool:
+def _is_connection_lost(error: BaseException) -> bool:
     connection_lost = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
     return any(isinstance(cause, connection_lost) for cause in _causes(error))
 
 
-def _broken(error: BaseException) -> str:
-    """The name of the exception that the connection ended with."""
+def _transport_error_name(error: BaseException) -> str:
+    """Return the name of the exception that ended the connection."""
     found = (type(cause).__name__ for cause in _causes(error) if isinstance(cause, httpx.TransportError))
     return next(found, type(error).__name__)
 
@@ -385,57 +406,60 @@ def _causes(error: BaseException) -> list[BaseException]:
     return found
 
 
-def _of_litellm(error: Exception, model: str) -> UpstreamError:
-    """Refused before anything was sent: a parameter or message that this provider has no form for, a missing key.
+def _error_of_litellm(error: Exception, model: str) -> UpstreamError:
+    """Make an error of what litellm refused to send: a field that the provider has no form for, a missing key.
 
     Another model may still take the request. A key that is missing here is no fault of the caller's key.
     """
     ours = type(error).__name__ in ("AuthenticationError", "PermissionDeniedError", "NotFoundError")
-    said = _first_line(error)
+    message = _first_line(error)
     if ours:
-        return UpstreamError(f"{model}: {said}", retryable=True)
+        return UpstreamError(f"{model}: {message}", retryable=True)
     return UpstreamError(
-        f"{model} cannot be sent this request in its provider's format: {said}", status=400, retryable=True
+        f"{model} cannot be sent this request in its provider's format: {message}", status=400, retryable=True
     )
 
 
 def _first_line(error: Exception) -> str:
-    """litellm's message without its own class names and hints."""
+    """Return litellm's message without its class names and hints."""
     text = str(getattr(error, "message", "") or error) or type(error).__name__
     first = text.splitlines()[0].partition(" To drop these, ")[0]
-    return _CLASS_NAMES.sub("", first)[:500]
+    return _LITELLM_CLASS_NAMES.sub("", first)[:500]
 
 
+# Of an upstream's message that is passed on.
 MAX_MESSAGE_CHARS = 2000
-"""Characters of an upstream's text that are passed on."""
 
-MAX_REST_CHARS = 500
-"""Characters of a body that has no text in it."""
+# Of an upstream's body without a message.
+MAX_UNKNOWN_CHARS = 500
 
-_WORDS = (
+# Members in which servers put the message of an error, the likeliest first.
+_MESSAGE_MEMBERS = (
     *("error", "errors", "message", "msg", "detail", "details", "description", "error_description", "error_message"),
     *("errorMessage", "error_msg", "Message", "base_resp", "status_msg", "reason", "title", "cause"),
 )
-"""Names under which servers put the words of an error, the likeliest first."""
 
-_DEEPEST_WORDS = 6
+_MAX_NESTING = 6
 
 _MAX_MESSAGES = 8
 
 
-def words_in(said: Any, depth: int = 0) -> str | None:
-    """The first text that tells what went wrong, wherever a server puts it: {"error": …}, {"errors": […]}, {"detail":
-    …}, a `message` that is an object, minimax's `base_resp`, plain text. None: there is none."""
-    if isinstance(said, str):
-        return said.strip()[:MAX_MESSAGE_CHARS] or None
-    if depth == _DEEPEST_WORDS:
+def message_in(parsed: Any, depth: int = 0) -> str | None:
+    """Return the first text that says what went wrong, wherever a server puts it.
+
+    That may be {"error": …}, {"errors": […]}, {"detail": …}, a `message` that is an object, minimax's `base_resp`, or
+    plain text. None: there is no text.
+    """
+    if isinstance(parsed, str):
+        return parsed.strip()[:MAX_MESSAGE_CHARS] or None
+    if depth == _MAX_NESTING:
         return None
-    if isinstance(said, list):
-        found = (words_in(each, depth + 1) for each in said[:_MAX_MESSAGES])
-    elif isinstance(said, Mapping):
-        if isinstance(said.get("loc"), list) and isinstance(said.get("msg"), str):  # pydantic's: which field it was
-            return f"{'.'.join(map(str, said['loc']))}: {said['msg']}"[:MAX_MESSAGE_CHARS]
-        found = (words_in(said[name], depth + 1) for name in _WORDS if name in said)
+    if isinstance(parsed, list):
+        found = (message_in(each, depth + 1) for each in parsed[:_MAX_MESSAGES])
+    elif isinstance(parsed, Mapping):
+        if isinstance(parsed.get("loc"), list) and isinstance(parsed.get("msg"), str):  # pydantic's: which field it was
+            return f"{'.'.join(map(str, parsed['loc']))}: {parsed['msg']}"[:MAX_MESSAGE_CHARS]
+        found = (message_in(parsed[name], depth + 1) for name in _MESSAGE_MEMBERS if name in parsed)
     else:
         return None
-    return next((words for words in found if words), None)
+    return next((message for message in found if message), None)

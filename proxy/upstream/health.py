@@ -1,8 +1,8 @@
-"""What one process finds of a model's health, told to the others through Redis. Never on the path of a request.
+"""The health of all models in this process, and its replication to other processes through Redis.
 
-`uniroute:health:<model>` holds why it rests, and expires when the rest is over, so that no two clocks are compared; the
-channel `uniroute:health` carries the names of models whose key was written or deleted. Without Redis each process goes
-by what it finds itself.
+`uniroute:health:<model>` holds why the circuit is open, and expires with the cooldown, so that no two clocks are
+compared. The channel `uniroute:health` carries the names of models whose key was written or deleted. Without Redis each
+process goes by what it finds itself. No request ever waits for any of this.
 """
 
 from __future__ import annotations
@@ -17,160 +17,186 @@ from typing import Any, Final
 
 from redis.exceptions import RedisError
 
-from proxy.concurrency import cancel_and_wait
+from proxy.concurrency import BackgroundTasks
 from proxy.errors import UpstreamError
 from proxy.settings.schema import CircuitBreakerSettings
 from proxy.storage.models import ModelRecord
 from proxy.storage.redis import Store, StoreUnavailable, retry_until_available
 from proxy.upstream.circuit_breaker import CircuitBreaker, Permit, classify_failure
+from proxy.upstream.concurrency_limit import ConcurrencyLimiter
 
 log = logging.getLogger("uniroute.health")
 
+# More than are ever registered: a bound for the memory, not a limit that anybody meets.
 MAX_MODELS = 10_000
-"""More than are ever registered: a bound for the memory, not a limit that anybody meets."""
 
-_NOBODY: Final[Mapping[str, float]] = MappingProxyType({})
+_NONE: Final[Mapping[str, float]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
 class HealthEvent:
-    """A model went to rest, or is well again."""
+    """The circuit of a model was opened, or closed."""
 
     model: str
-    resting: bool
-    from_elsewhere: bool
-    """Another process found it, or forgets it."""
+    is_open: bool
+    from_peer: bool
+    """Another process says so."""
 
 
-class Attempt:
-    """One request to one model. Exactly one of `succeeded`, `failed`, `abandoned` ends it; later calls are ignored."""
+class Attempt(Permit):
+    """One request to one model. It holds one of the model's slots, and the circuit breaker hears how it ended.
 
-    __slots__ = ("_breaker", "_health", "_model", "_over", "_permit")
+    Exactly one of `succeeded`, `failed` and `abandoned` ends it; later calls are ignored.
+    """
 
-    def __init__(self, health: HealthRegistry, model: str, breaker: CircuitBreaker, permit: Permit) -> None:
-        self._health, self._model, self._breaker, self._permit = health, model, breaker, permit
-        self._over = False
+    __slots__ = ("_breaker", "_health", "_is_over", "_slots", "acquired_at", "deadline_is_callers", "model")
 
-    @property
-    def is_probe(self) -> bool:
-        return self._permit.probe
+    def __init__(self, health: HealthRegistry, model: str, breaker: CircuitBreaker) -> None:
+        super().__init__()
+        self.model = model
+        # The caller's own time limit is shorter than the model's: to miss it is no fault of the model.
+        self.deadline_is_callers = False
+        self._health = health
+        self._breaker = breaker
+        self._slots: ConcurrencyLimiter | None = None
+        self.acquired_at = 0.0
+        self._is_over = False
 
-    def answering(self) -> None:
-        """Its first content has come: others need not wait for the end of a probe. It may be left out."""
-        if not self._over:
-            self._health._change(self._model, self._breaker, self._breaker.answering, self._permit)
+    def holds(self, slots: ConcurrencyLimiter, acquired_at: float) -> None:
+        """Release a slot that was acquired of `slots`, when this attempt ends."""
+        self._slots, self.acquired_at = slots, acquired_at
+
+    def first_content(self) -> None:
+        """Let others in before a probe has ended. Calling it is optional."""
+        if not self._is_over:
+            self._health._apply(self.model, self._breaker, self._breaker.first_content, self)
 
     def succeeded(self) -> None:
-        if self._ends():
-            self._health._change(self._model, self._breaker, self._breaker.succeeded, self._permit)
+        if self._end():
+            self._health._apply(self.model, self._breaker, self._breaker.succeeded, self)
 
     def failed(self, failure: UpstreamError) -> None:
-        """What it says of the model is decided in `verdicts`: many failures are the caller's own."""
-        if self._ends():
-            verdict = classify_failure(failure, self._health.unix_time())
-            self._health._change(self._model, self._breaker, self._breaker.failed, self._permit, verdict)
+        if failure.timed_out and self.deadline_is_callers:
+            self.abandoned()
+        elif self._end():
+            failure_class = classify_failure(failure, self._health.unix_time())
+            self._health._apply(self.model, self._breaker, self._breaker.failed, self, failure_class)
 
     def abandoned(self) -> None:
-        """The client left, or its own time limit, shorter than ours, was over: that says nothing of the model."""
-        if self._ends():
-            self._breaker.abandoned(self._permit)
+        """End without an outcome: the client left, or its own time limit was over."""
+        if self._end():
+            self._breaker.abandoned(self)
 
-    def _ends(self) -> bool:
-        over, self._over = self._over, True
-        return not over
+    def _end(self) -> bool:
+        """Whether this is the end, and not a later call."""
+        if self._is_over:
+            return False
+        self._is_over = True
+        if self._slots is not None:
+            self._slots.release(self.model, self.acquired_at)
+        return True
 
 
 class HealthRegistry:
-    """One per process, used on one event loop. `clock`: seconds that only grow. `unix_time`: for dates in headers."""
+    """The circuit breakers of all models. One per process, used on one event loop.
+
+    Args:
+        clock: monotonic seconds.
+        unix_time: the clock to which dates in headers are compared.
+    """
 
     def __init__(
         self,
-        policy: CircuitBreakerSettings,
+        settings: CircuitBreakerSettings,
         clock: Callable[[], float] = time.monotonic,
         on_change: Callable[[HealthEvent], None] = lambda _: None,
         *,
         unix_time: Callable[[], float] = time.time,
     ) -> None:
-        self.policy = policy
+        self.settings = settings
         self.unix_time = unix_time
         self._clock = clock
         self._listeners = [on_change]
         self._breakers: dict[str, CircuitBreaker] = {}
         self._open: dict[str, CircuitBreaker] = {}
 
-    def watch(self, on_change: Callable[[HealthEvent], None]) -> None:
+    def add_listener(self, on_change: Callable[[HealthEvent], None]) -> None:
         self._listeners.append(on_change)
 
-    def resting(self) -> Mapping[str, float]:
-        """Model → seconds until it may be asked, of those that may not be asked now. One that is being probed is among
-        them, with the time after which its probe counts as lost."""
+    def cooling_down(self) -> Mapping[str, float]:
+        """Return the models that may not be asked now, with the seconds until they may.
+
+        A model that is being probed is among them, with the time after which its probe counts as lost.
+        """
         if not self._open:
-            return _NOBODY
+            return _NONE
         now = self._clock()
-        waits = ((model, breaker.resting_s(now)) for model, breaker in self._open.items())
+        waits = ((model, breaker.unavailable_s(now)) for model, breaker in self._open.items())
         return {model: wait for model, wait in waits if wait is not None}
 
-    def begin(self, model: str) -> Attempt:
-        """Always allowed, so that a model can be asked because all rest or because it was named. The first one after a
-        cooldown is the probe; whoever is to ask nobody who is being probed looks at `resting` right before, with no
-        await between. Begin after waiting for a slot, so that no probe stands in a queue."""
-        breaker = self._of(model)
-        return Attempt(self, model, breaker, breaker.begin(self._clock()))
+    def start_attempt(self, model: str) -> Attempt:
+        """Let a request to a model begin, whatever its health is: all may be in cooldown, or this one was named.
 
-    def rest(self, model: str, seconds: float, why: str, *, from_elsewhere: bool = False) -> None:
-        """Let it rest for so long, no longer than the longest cooldown. `from_elsewhere`: another process found it.
-
-        Seconds that are no number above 0 are ignored.
+        The first attempt after a cooldown is the probe. To leave a model alone that is being probed, look at
+        `cooling_down` right before this, with no await between; and wait for a slot before, so that no probe stands in
+        a queue.
         """
+        breaker = self._breaker(model)
+        attempt = Attempt(self, model, breaker)
+        breaker.start(attempt, self._clock())
+        return attempt
+
+    def open(self, model: str, seconds: float, why: str, *, from_peer: bool = False) -> None:
+        """Open a model's circuit, for no longer than the longest cooldown. A length that is not above 0 is ignored."""
         if not seconds > 0:
             return
-        breaker = self._of(model)
-        act = breaker.adopt if from_elsewhere else breaker.rest
-        self._change(model, breaker, act, seconds, why, from_elsewhere=from_elsewhere)
+        breaker = self._breaker(model)
+        act = breaker.open_from_peer if from_peer else breaker.open
+        self._apply(model, breaker, act, seconds, why, from_peer=from_peer)
 
-    def lift(self, model: str) -> None:
-        """Another process says that it is well: what was adopted is over, what was found here stays."""
+    def close_from_peer(self, model: str) -> None:
+        """End what a peer found, and leave what was found here."""
         if (breaker := self._open.get(model)) is not None:
-            self._change(model, breaker, lambda _: breaker.lift(), from_elsewhere=True)
+            self._apply(model, breaker, lambda _: breaker.close_from_peer(), from_peer=True)
 
-    def forget(self, model: str, *, from_elsewhere: bool = False) -> None:
-        """An administrator removed or changed it. Attempts on what it was before say nothing of it any more."""
+    def reset(self, model: str, *, from_peer: bool = False) -> None:
+        """Forget a model that was removed or changed; attempts on what it was before no longer count."""
         self._breakers.pop(model, None)
         if self._open.pop(model, None) is not None:
-            self._tell(HealthEvent(model, resting=False, from_elsewhere=from_elsewhere))
+            self._notify(HealthEvent(model, is_open=False, from_peer=from_peer))
 
-    def found(self, model: str) -> tuple[float, str] | None:
-        """Seconds left, 0 when they are over, and why, of a rest that was found here; None if there is none."""
+    def local_cooldown(self, model: str) -> tuple[float, str] | None:
+        """Return the seconds left of a cooldown that was found here, 0 when over, and why; None if there is none."""
         breaker = self._open.get(model)
-        seconds = breaker.found_s(self._clock()) if breaker else None
+        seconds = breaker.local_cooldown_s(self._clock()) if breaker else None
         return None if breaker is None or seconds is None else (seconds, breaker.why or "")
 
-    def standing(self, model: str) -> dict[str, Any]:
-        """`state`: well, resting, or probing (its time is over and the next answer decides)."""
+    def status(self, model: str) -> dict[str, Any]:
+        """Describe a model's health. Its state is well, resting, or probing: then the next answer decides."""
         breaker = self._open.get(model)
         if breaker is None:
             return {"state": "well", "recovers_in_s": None, "why": None}
-        cooling = breaker.cooling_s(self._clock())
-        if cooling > 0:
-            return {"state": "resting", "recovers_in_s": round(cooling, 3), "why": breaker.why}
+        cooldown_s = breaker.cooldown_s(self._clock())
+        if cooldown_s > 0:
+            return {"state": "resting", "recovers_in_s": round(cooldown_s, 3), "why": breaker.why}
         return {"state": "probing", "recovers_in_s": None, "why": breaker.why}
 
-    def opened(self) -> dict[str, int]:
-        """How often each model that was ever asked went to rest by what was found here."""
-        return {model: breaker.opened for model, breaker in self._breakers.items()}
+    def open_counts(self) -> dict[str, int]:
+        """Return how often the circuit of each model that was ever asked was opened by what was found here."""
+        return {model: breaker.open_count for model, breaker in self._breakers.items()}
 
-    def _of(self, model: str) -> CircuitBreaker:
+    def _breaker(self, model: str) -> CircuitBreaker:
         breaker = self._breakers.get(model)
         if breaker is None:
             if len(self._breakers) >= MAX_MODELS:
-                self.forget(next((name for name in self._breakers if name not in self._open), next(iter(self._open))))
-            breaker = self._breakers[model] = CircuitBreaker(self.policy)
+                self.reset(next((name for name in self._breakers if name not in self._open), next(iter(self._open))))
+            breaker = self._breakers[model] = CircuitBreaker(self.settings)
         return breaker
 
-    def _change(
-        self, model: str, breaker: CircuitBreaker, act: Callable[..., None], *given: Any, from_elsewhere: bool = False
+    def _apply(
+        self, model: str, breaker: CircuitBreaker, act: Callable[..., None], *given: Any, from_peer: bool = False
     ) -> None:
-        """`act` with what is given and the time. What others may want to hear of is told to them after it."""
+        """Call `act` with what is given and the time, and tell the listeners if that opened or closed the circuit."""
         epoch, now = breaker.epoch, self._clock()
         act(*given, now)
         if breaker.epoch == epoch or self._breakers.get(model) is not breaker:
@@ -180,31 +206,31 @@ class HealthRegistry:
             log.info("model %s is well again", model)
         else:
             self._open[model] = breaker
-            log.warning("model %s rests for %.3g s: %s", model, breaker.cooling_s(now), breaker.why)
-        self._tell(HealthEvent(model, resting=not breaker.closed, from_elsewhere=from_elsewhere))
+            log.warning("model %s rests for %.3g s: %s", model, breaker.cooldown_s(now), breaker.why)
+        self._notify(HealthEvent(model, is_open=not breaker.closed, from_peer=from_peer))
 
-    def _tell(self, change: HealthEvent) -> None:
+    def _notify(self, event: HealthEvent) -> None:
         for listener in self._listeners:
-            listener(change)
+            listener(event)
 
 
 CHANNEL: Final = "uniroute:health"
 
-LISTEN_S = 0.5
+LISTEN_TIMEOUT_S = 0.5
 
-REREAD_S = 5.0
-"""All keys are read this often too: a message may be lost, and a connection may be dead without a word."""
+# All keys are read this often too: a message may be lost, and a connection may be dead without a word.
+REREAD_INTERVAL_S = 5.0
 
 RETRY_INTERVAL_S = 0.5
 
-VANISHED_S = 1.0
-"""A key that is gone while its rest had longer than this to go was deleted; otherwise its time was over."""
+# A key that is gone while its cooldown had longer than this to go was deleted; otherwise it has expired.
+MIN_REVOKED_S = 1.0
 
 MAX_MESSAGES = 1000
 
 MAX_QUEUED = 1000
 
-MAX_WHY = 200
+MAX_WHY_CHARS = 200
 
 UNKNOWN_REASON = "another process found it failing"
 
@@ -214,45 +240,52 @@ def health_key(model: str) -> str:
 
 
 class CooldownReplicator:
-    """`known`: the models that are registered now. Others are neither read nor adopted, whatever the channel says."""
+    """Share open circuits with the other processes over Redis, and adopt theirs.
 
-    def __init__(self, store: Store, health: HealthRegistry, known: Callable[[], Collection[str]]) -> None:
+    Only the models that are `registered` now are read, whatever the channel says.
+    """
+
+    def __init__(self, store: Store, health: HealthRegistry, registered: Callable[[], Collection[str]]) -> None:
         self._store = store
         self._health = health
-        self._known = known
+        self._registered = registered
+        # Models to be published, in order. What is published is read when it is written: only the newest counts.
         self._pending: dict[str, None] = {}
-        """In order. What is told of them is read when it is written: only the newest counts."""
-        self._something_untold = asyncio.Event()
-        self._one_at_a_time = asyncio.Lock()
-        """A reading that overtook a writing would bring back what was just ended."""
-        self._complaints: set[str] = set()
-        self._running: list[asyncio.Task[None]] = []
-        health.watch(self._note)
+        self._has_pending = asyncio.Event()
+        # A reading that overtook a writing would bring back what was just ended.
+        self._lock = asyncio.Lock()
+        self._warned: set[str] = set()
+        self._tasks = BackgroundTasks()
+        health.add_listener(self._queue)
 
     def start(self) -> None:
-        loops = {"uniroute-health-told": self._publish_loop(), "uniroute-health-heard": self._listen_on()}
-        self._running = [asyncio.create_task(loop, name=name) for name, loop in loops.items()]
+        self._tasks.start("uniroute-health-told", self._publish_loop)
+        self._tasks.start("uniroute-health-heard", self._listen_loop)
 
     async def stop(self) -> None:
-        await cancel_and_wait(*self._running)
+        await self._tasks.close()
 
-    def _note(self, change: HealthEvent) -> None:
-        if change.from_elsewhere:
+    def _queue(self, event: HealthEvent) -> None:
+        if event.from_peer:
             return
         if len(self._pending) >= MAX_QUEUED:
             self._pending.pop(next(iter(self._pending)))
-        self._pending[change.model] = None
-        self._something_untold.set()
+        self._pending[event.model] = None
+        self._has_pending.set()
 
     async def _publish_loop(self) -> None:
         while True:
-            await self._something_untold.wait()
-            self._something_untold.clear()
-            await retry_until_available(self._tell)
+            await self._has_pending.wait()
+            self._has_pending.clear()
+            await retry_until_available(self._publish)
 
-    async def _tell(self) -> None:
-        """Raises StoreUnavailable; nothing is forgotten then."""
-        async with self._one_at_a_time:
+    async def _publish(self) -> None:
+        """Write what is pending.
+
+        Raises:
+            StoreUnavailable: all of it is still pending.
+        """
+        async with self._lock:
             models, self._pending = self._pending, {}
             try:
                 await self._write(models)
@@ -262,21 +295,21 @@ class CooldownReplicator:
 
     async def _write(self, models: Collection[str]) -> None:
         async with (
-            self._store.asking("share the health of models") as client,
+            self._store.operation("share the health of models") as client,
             client.pipeline(transaction=False) as pipe,
         ):
             for model in models:
-                found = self._health.found(model)
-                if found is None:
+                cooldown = self._health.local_cooldown(model)
+                if cooldown is None:
                     pipe.delete(health_key(model))
-                elif (left_ms := int(found[0] * 1000)) > 0:
-                    pipe.set(health_key(model), found[1][:MAX_WHY], px=left_ms)
+                elif (left_ms := int(cooldown[0] * 1000)) > 0:
+                    pipe.set(health_key(model), cooldown[1][:MAX_WHY_CHARS], px=left_ms)
                 pipe.publish(CHANNEL, model)
             replies = await pipe.execute(raise_on_error=False)
         if refused := next((reply for reply in replies if isinstance(reply, RedisError)), None):
             log.warning("the health of models is not shared: %s", refused)
 
-    async def _listen_on(self) -> None:
+    async def _listen_loop(self) -> None:
         while True:
             try:
                 await self._listen()
@@ -289,24 +322,24 @@ class CooldownReplicator:
             await pubsub.subscribe(CHANNEL)
             read_at = None
             while True:
-                if read_at is None or time.monotonic() - read_at >= REREAD_S:
-                    await self._read(self._known(), told=False)
+                if read_at is None or time.monotonic() - read_at >= REREAD_INTERVAL_S:
+                    await self._read(self._registered(), announced=False)
                     read_at = time.monotonic()
-                await self._read(await _named(pubsub), told=True)
+                await self._read(await _announced_models(pubsub), announced=True)
 
-    async def _read(self, named: Collection[str], *, told: bool) -> None:
-        """Adopt what Redis holds of these models. `told`: somebody says that it has changed just now.
+    async def _read(self, named: Collection[str], *, announced: bool) -> None:
+        """Adopt what Redis holds of these models. `announced`: a message says that it has just changed.
 
         Raises:
-            StoreUnavailable: nothing is adopted then.
+            StoreUnavailable: nothing was adopted.
         """
-        known = self._known()
-        models = [model for model in named if model in known]
+        registered = self._registered()
+        models = [model for model in named if model in registered]
         if not models:
             return
-        async with self._one_at_a_time:
+        async with self._lock:
             async with (
-                self._store.asking("read the health of models") as client,
+                self._store.operation("read the health of models") as client,
                 client.pipeline(transaction=False) as pipe,
             ):
                 for model in models:
@@ -314,37 +347,37 @@ class CooldownReplicator:
                     pipe.get(health_key(model))
                 replies = await pipe.execute(raise_on_error=False)
             for model, left_ms, why in zip(models, replies[::2], replies[1::2], strict=True):
-                if model not in self._pending:  # what this process knows of it is newer
-                    self._adopt(model, left_ms, why, told=told)
+                if model not in self._pending:  # what this process knows is newer
+                    self._apply(model, left_ms, why, announced=announced)
 
-    def _adopt(self, model: str, left_ms: object, why: object, *, told: bool) -> None:
+    def _apply(self, model: str, left_ms: object, why: object, *, announced: bool) -> None:
         seconds = left_ms / 1000 if isinstance(left_ms, int) else 0.0
-        if 0 < seconds <= self._health.policy.longest_cooldown_s:
-            self._health.rest(model, seconds, _words(why), from_elsewhere=True)
+        if 0 < seconds <= self._health.settings.longest_cooldown_s:
+            self._health.open(model, seconds, _printable(why), from_peer=True)
             return
         if left_ms != -2:
             self._warn_once(model)
-        standing = self._health.standing(model)
-        if told or (standing["recovers_in_s"] or 0.0) > VANISHED_S:
-            self._health.lift(model)
+        status = self._health.status(model)
+        if announced or (status["recovers_in_s"] or 0.0) > MIN_REVOKED_S:
+            self._health.close_from_peer(model)
 
     def _warn_once(self, model: str) -> None:
-        """Of a key that never expires, or too late: whoever wrote it, it is not one of us."""
-        if model not in self._complaints and len(self._complaints) < MAX_MESSAGES:
-            self._complaints.add(model)
+        """Warn of a key that never expires, or expires too late: no UniRoute process has written it."""
+        if model not in self._warned and len(self._warned) < MAX_MESSAGES:
+            self._warned.add(model)
             log.warning("%s is ignored: it does not expire within the longest cooldown", health_key(model))
 
 
-def _words(why: object) -> str:
-    """One printable line: it is shown to administrators, whoever wrote it."""
-    said = "".join(letter for letter in why[:MAX_WHY] if letter.isprintable()) if isinstance(why, str) else ""
+def _printable(why: object) -> str:
+    """Return one printable line of what any writer may have stored: administrators see it."""
+    said = "".join(letter for letter in why[:MAX_WHY_CHARS] if letter.isprintable()) if isinstance(why, str) else ""
     return said or UNKNOWN_REASON
 
 
-async def _named(pubsub: Any) -> set[str]:
-    """The models of the messages that have come, or that come within LISTEN_S."""
+async def _announced_models(pubsub: Any) -> set[str]:
+    """Return the models named by the messages that have come, or that come within LISTEN_TIMEOUT_S."""
     names: set[str] = set()
-    message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=LISTEN_S)
+    message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=LISTEN_TIMEOUT_S)
     for _ in range(MAX_MESSAGES):
         if message is None:
             break
@@ -354,28 +387,23 @@ async def _named(pubsub: Any) -> set[str]:
     return names
 
 
-LOOK_S = 0.5
+PRUNE_INTERVAL_S = 0.5
 
 
-class Roster:
-    """`known`: the registered models, another mapping whenever one of them is another."""
+async def prune_removed_models(health: HealthRegistry, registered: Callable[[], Mapping[str, ModelRecord]]) -> None:
+    """Forget the health of models that were removed or changed, until this is cancelled.
 
-    def __init__(self, health: HealthRegistry, known: Callable[[], Mapping[str, ModelRecord]]) -> None:
-        self._health = health
-        self._known = known
-        self._seen = known()
-
-    async def run(self) -> None:
-        """Until it is cancelled."""
-        while True:
-            self.look()
-            await asyncio.sleep(LOOK_S)
-
-    def look(self) -> None:
-        seen, self._seen = self._seen, self._known()
-        if seen is self._seen:
-            return
-        for name, record in seen.items():
-            now = self._seen.get(name)
-            if now is None or now.litellm_params != record.litellm_params:
-                self._health.forget(name, from_elsewhere=True)
+    Args:
+        registered: the models of the current snapshot: another mapping whenever one of them is another.
+    """
+    before = registered()
+    while True:
+        await asyncio.sleep(PRUNE_INTERVAL_S)
+        now = registered()
+        if now is before:
+            continue
+        for name, record in before.items():
+            changed = now.get(name)
+            if changed is None or changed.litellm_params != record.litellm_params:
+                health.reset(name, from_peer=True)
+        before = now

@@ -9,23 +9,25 @@ from typing import Any
 
 from proxy.concurrency import cancel_and_wait, connection_budget
 from proxy.errors import MAX_ERROR_BYTES, UpstreamError
-from proxy.outbound import Outbound, OutboundError
+from proxy.settings.outbound import Outbound, OutboundError
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, ResolvedProvider
-from proxy.upstream.answer_room import AnswerBounds, AnswerRoom
+from proxy.upstream.chunk_reader import MAX_TAIL_S, ChunkReader, requested_choices
+from proxy.upstream.completion_reader import CompletionReader
 from proxy.upstream.connection import ConnectionClosed, HTTP11Connection, IncompleteResponse, RemoteProtocolError
 from proxy.upstream.endpoint import Endpoint, Endpoints
 from proxy.upstream.errors import connection_lost, error_from_response, redact, redirect_refused, unreachable
-from proxy.upstream.payload import LAST_WORDS_S, ChunkReader, CompletionReader, JSONPayload, answers_of
+from proxy.upstream.payload import JSONPayload
 from proxy.upstream.pool import ConnectionPool, Origin, ProxyError
+from proxy.upstream.response_memory import ResponseBounds, ResponseMemory
 
 log = logging.getLogger("uniroute.upstream")
 
-DRAIN_S = 1.0
-"""How long the end of a stream is waited for after its last word, to use the connection again."""
+# How long the end of a stream is waited for after its last event, to use the connection again.
+DRAIN_TIMEOUT_S = 1.0
 
-_ENDS = (ConnectionClosed, IncompleteResponse, RemoteProtocolError, OSError)
-"""Of a connection in the middle of an answer."""
+# How a connection may fail in the middle of a response.
+_READ_ERRORS = (ConnectionClosed, IncompleteResponse, RemoteProtocolError, OSError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,22 +39,22 @@ class UpstreamRequest:
     body: Mapping[str, Any]
     headers: Mapping[str, str]
     raw: bytes | None
-    """What `body` was parsed from, if all of it is for the upstream."""
-    connect_s: float | None
+    """The bytes that `body` was parsed from, if all of it is for the upstream."""
+    connect_timeout_s: float | None
     """None: as in the settings."""
-    asks_usage: bool = True
-    """Of a stream, by `stream_options`."""
+    include_usage: bool = True
+    """Whether a stream is asked for its usage, by `stream_options`."""
 
     @property
-    def answers(self) -> int:
-        return answers_of(self.body)
+    def choices(self) -> int:
+        return requested_choices(self.body)
 
 
 class UpstreamResponse:
-    """What an upstream says on one connection, until it is given back or dropped."""
+    """A response on a connection, until the connection is given back."""
 
-    def __init__(self, connections: ConnectionPool, origin: Origin, connection: HTTP11Connection) -> None:
-        self._connections = connections
+    def __init__(self, pool: ConnectionPool, origin: Origin, connection: HTTP11Connection) -> None:
+        self._pool = pool
         self._origin = origin
         self._connection: HTTP11Connection | None = connection
         self.read = connection.read
@@ -63,99 +65,104 @@ class UpstreamResponse:
     def ended(self) -> bool:
         return self._connection is None or self._connection.ended
 
-    def done(self) -> None:
-        """The connection is kept where the answer has ended, and closed where it has not. Again is harmless."""
+    def close(self) -> None:
+        """Keep the connection if the response has ended, else close it. May be called again."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            self._connections.release(self._origin, connection)
+            self._pool.release(self._origin, connection)
 
 
 class OpenAIClient:
-    """One per process, on one event loop."""
+    """Call servers of OpenAI's format directly. One per process, on one event loop."""
 
     def __init__(
-        self, settings: Settings, environ: Mapping[str, str], outbound: Outbound, room: AnswerRoom | None = None
+        self, settings: Settings, environ: Mapping[str, str], outbound: Outbound, memory: ResponseMemory | None = None
     ) -> None:
-        self.room = room or AnswerRoom()
-        self.targets = Endpoints(settings, environ, outbound)
-        self._connect_s = settings.connect_timeout_s
-        self._connections = ConnectionPool(connection_budget().upstreams, outbound.context)
+        self.memory = memory or ResponseMemory()
+        self.endpoints = Endpoints(settings, environ, outbound)
+        self._connect_timeout_s = settings.connect_timeout_s
+        self._pool = ConnectionPool(connection_budget().upstreams, outbound.context)
         self._draining: set[asyncio.Task[None]] = set()
 
-    async def complete(self, call: UpstreamRequest) -> JSONPayload:
-        """The whole answer. Raises UpstreamFailure."""
-        target = self.targets.of(call.record, call.resolved)
-        answer = await self._post(target, call, stream=False)
-        with AnswerBounds(self.room) as bounds:
-            reader = CompletionReader(target.name, bounds, answers=call.answers, headers=answer.headers)
+    async def complete(self, request: UpstreamRequest) -> JSONPayload:
+        """Return the whole completion. Raises UpstreamError."""
+        endpoint = self.endpoints.get(request.record, request.resolved)
+        response = await self._post(endpoint, request, stream=False)
+        with ResponseBounds(self.memory) as bounds:
+            reader = CompletionReader(endpoint.name, bounds, choices=request.choices, headers=response.headers)
             try:
-                await _read(answer, target, reader)
-                return await reader.completion_in_turns()
-            except UpstreamError as failure:
-                raise redact(target.secrets, failure) from failure.__cause__
+                await _read_body(response, endpoint, reader)
+                return await reader.completion_in_thread()
+            except UpstreamError as error:
+                raise redact(endpoint.secrets, error) from error.__cause__
 
-    async def stream(self, call: UpstreamRequest) -> UpstreamChunks:
-        """Raises UpstreamFailure: here if the upstream refused, later where the stream breaks or ends too early."""
-        target = self.targets.of(call.record, call.resolved)
-        answer = await self._post(target, call, stream=True)
-        reader = ChunkReader(room=self.room, answers=call.answers, headers=answer.headers)
-        return UpstreamChunks(self, answer, reader, target.secrets)
+    async def stream(self, request: UpstreamRequest) -> UpstreamChunks:
+        """Open a stream of chunks.
+
+        Raises:
+            UpstreamError: here if the upstream refused, later if the stream breaks or ends too early.
+        """
+        endpoint = self.endpoints.get(request.record, request.resolved)
+        response = await self._post(endpoint, request, stream=True)
+        reader = ChunkReader(memory=self.memory, choices=request.choices, headers=response.headers)
+        return UpstreamChunks(self, response, reader, endpoint.secrets)
 
     async def aclose(self) -> None:
         await cancel_and_wait(*self._draining)
-        await self._connections.aclose()
+        await self._pool.aclose()
 
-    async def _post(self, target: Endpoint, call: UpstreamRequest, *, stream: bool) -> UpstreamResponse:
-        """One that may hold a completion. Raises UpstreamFailure."""
-        body = target.body(call.body, call.raw, stream=stream, asks_usage=call.asks_usage)
+    async def _post(self, endpoint: Endpoint, request: UpstreamRequest, *, stream: bool) -> UpstreamResponse:
+        """Send the request and return a successful response. Raises UpstreamError."""
+        body = endpoint.build_body(request.body, request.raw, stream=stream, include_usage=request.include_usage)
         try:
-            answer = await self._asked(target, call, body)
-        except (ProxyError, OutboundError, *_ENDS) as error:
-            raise redact(target.secrets, _failure_of(error, target)) from error
-        if answer.status != 200:
-            await self._refuse(answer, target)
-        return answer
+            response = await self._send(endpoint, request, body)
+        except (ProxyError, OutboundError, *_READ_ERRORS) as error:
+            raise redact(endpoint.secrets, _error_from_exception(error, endpoint)) from error
+        if response.status != 200:
+            await self._raise_for_status(response, endpoint)
+        return response
 
-    async def _asked(self, target: Endpoint, call: UpstreamRequest, body: bytes) -> UpstreamResponse:
-        connection = await self._connections.take(target.heads.origin, call.connect_s or self._connect_s)
+    async def _send(self, endpoint: Endpoint, request: UpstreamRequest, body: bytes) -> UpstreamResponse:
+        origin = endpoint.head.origin
+        connection = await self._pool.acquire(origin, request.connect_timeout_s or self._connect_timeout_s)
         try:
-            await connection.send(target.heads.head(call.headers), body)
-            await connection.answered()
+            await connection.send(endpoint.head.render(request.headers), body)
+            await connection.wait_for_head()
         except BaseException:
-            self._connections.drop(connection)
+            self._pool.discard(connection)
             raise
-        return UpstreamResponse(self._connections, target.heads.origin, connection)
+        return UpstreamResponse(self._pool, origin, connection)
 
-    async def _refuse(self, answer: UpstreamResponse, target: Endpoint) -> None:
-        """Raises for whatever status is no success."""
-        if 200 <= answer.status < 300:
+    async def _raise_for_status(self, response: UpstreamResponse, endpoint: Endpoint) -> None:
+        """Raise UpstreamError for a status that is no success."""
+        if 200 <= response.status < 300:
             return
         try:
-            if answer.status < 400:
-                raise redirect_refused(target.name)
-            said = await _read_prefix(answer, target)
-            raise redact(target.secrets, error_from_response(answer.status, said, answer.headers, target.name))
+            if response.status < 400:
+                raise redirect_refused(endpoint.name)
+            body = await _read_prefix(response, endpoint)
+            raise redact(endpoint.secrets, error_from_response(response.status, body, response.headers, endpoint.name))
         finally:
-            answer.done()
+            response.close()
 
-    def release(self, answer: UpstreamResponse) -> None:
-        """The connection of a stream that said its last word, as soon as nothing more is on the way."""
-        if answer.ended:
-            answer.done()
+    def release(self, response: UpstreamResponse) -> None:
+        """Give back the connection of a stream that has sent its last event, once its end has come too."""
+        if response.ended:
+            response.close()
             return
-        task = asyncio.create_task(_drain(answer), name="uniroute-drain")
+        task = asyncio.create_task(_drain(response), name="uniroute-drain")
         self._draining.add(task)
         task.add_done_callback(self._draining.discard)
 
 
 class UpstreamChunks:
-    """Blocks of chunks, each what one reading held. To be closed, however it ended."""
+    """An iterator over blocks of chunks, each what one read returned. Close it, however it ended."""
 
     def __init__(
-        self, upstream: OpenAIClient, answer: UpstreamResponse, reader: ChunkReader, secrets: Collection[str]
+        self, client: OpenAIClient, response: UpstreamResponse, reader: ChunkReader, secrets: Collection[str]
     ) -> None:
-        self._upstream = upstream
-        self._answer = answer
+        self._client = client
+        self._response = response
         self._secrets = secrets
         self._reader = reader
         self._closed = False
@@ -164,93 +171,96 @@ class UpstreamChunks:
         return self
 
     async def __anext__(self) -> list[JSONPayload]:
-        """Raises UpstreamFailure where the stream breaks, or ends before its answer does."""
+        """Raises UpstreamError if the stream breaks, or ends before its answer does."""
         reader = self._reader
-        while not reader.over:
+        while not reader.done:
             piece = await self._read()
-            if not reader.over and (block := reader.feed(piece) if piece else reader.close()):
+            if not reader.done and (block := reader.feed(piece) if piece else reader.close()):
                 return block
         await self.aclose()
-        if (fault := reader.fault) is not None:
-            raise redact(self._secrets, fault)
+        if (error := reader.final_error) is not None:
+            raise redact(self._secrets, error)
         raise StopAsyncIteration
 
     async def _read(self) -> bytes:
-        """Nothing at the end of the stream, and where it broke off after the end of its answer."""
+        """Return nothing at the end of the stream, and where it broke after the end of its answer."""
         try:
-            return await _next(self._answer, self._reader)
-        except _ENDS as error:
-            self._answer.done()
+            return await _read_next(self._response, self._reader)
+        except _READ_ERRORS as error:
+            self._response.close()
             if self._reader.break_off():
                 return b""
             raise UpstreamError(
                 f"the model's stream broke: {type(error).__name__}",
-                lost=not self._reader.begun and not isinstance(error, RemoteProtocolError),
+                connection_lost=not self._reader.started and not isinstance(error, RemoteProtocolError),
             ) from error
 
     async def aclose(self) -> None:
         if self._closed:
             return
         self._closed = True
-        self._reader.drop()
-        if self._reader.over and self._reader.failure is None:
-            self._upstream.release(self._answer)
+        self._reader.release()
+        if self._reader.done and self._reader.error is None:
+            self._client.release(self._response)
         else:
-            self._answer.done()
+            self._response.close()
 
 
-async def _drain(answer: UpstreamResponse) -> None:
+async def _drain(response: UpstreamResponse) -> None:
     try:
-        async with asyncio.timeout(DRAIN_S):
-            while await answer.read():
+        async with asyncio.timeout(DRAIN_TIMEOUT_S):
+            while await response.read():
                 pass
-    except (TimeoutError, *_ENDS):
+    except (TimeoutError, *_READ_ERRORS):
         pass
     finally:
-        answer.done()
+        response.close()
 
 
-async def _next(answer: UpstreamResponse, reader: ChunkReader | CompletionReader) -> bytes:
-    """What comes next. TimeoutError where the answer has ended and nothing more comes soon."""
+async def _read_next(response: UpstreamResponse, reader: ChunkReader | CompletionReader) -> bytes:
+    """Read the next piece. TimeoutError if the answer has finished and nothing more comes soon."""
     if not reader.finished:
-        return await answer.read()
-    async with asyncio.timeout(LAST_WORDS_S):
-        return await answer.read()
+        return await response.read()
+    async with asyncio.timeout(MAX_TAIL_S):
+        return await response.read()
 
 
-async def _read(answer: UpstreamResponse, target: Endpoint, reader: CompletionReader) -> None:
-    """All of a body, and the connection is done with. Raises UpstreamFailure where it breaks off or is larger than can
-    be held."""
+async def _read_body(response: UpstreamResponse, endpoint: Endpoint, reader: CompletionReader) -> None:
+    """Read all of a body and close the response.
+
+    Raises:
+        UpstreamError: the body breaks off, or is larger than can be held.
+    """
     try:
-        while not reader.over and (piece := await _next(answer, reader)):
+        while not reader.done and (piece := await _read_next(response, reader)):
             reader.feed(piece)
-    except _ENDS as error:
+    except _READ_ERRORS as error:
         if not reader.break_off():
-            raise UpstreamError(f"{target.name} broke off its answer: {type(error).__name__}") from error
+            raise UpstreamError(f"{endpoint.name} broke off its answer: {type(error).__name__}") from error
     finally:
-        answer.done()
+        response.close()
 
 
-async def _read_prefix(answer: UpstreamResponse, target: Endpoint) -> bytes:
-    """Of an error's body; what broke off says as much as it said."""
-    said = b""
+async def _read_prefix(response: UpstreamResponse, endpoint: Endpoint) -> bytes:
+    """Read the body of an error, as much as is kept, or what came before it broke off."""
+    body = b""
     try:
-        while len(said) < MAX_ERROR_BYTES and (piece := await answer.read()):
-            said += piece
-    except _ENDS:
-        log.info("%s broke off the words of its error", target.name)
-    return said[:MAX_ERROR_BYTES]
+        while len(body) < MAX_ERROR_BYTES and (piece := await response.read()):
+            body += piece
+    except _READ_ERRORS:
+        log.info("%s broke off the words of its error", endpoint.name)
+    return body[:MAX_ERROR_BYTES]
 
 
-def _failure_of(error: Exception, target: Endpoint) -> UpstreamError:
-    model, origin = target.name, target.heads.origin
+def _error_from_exception(error: Exception, endpoint: Endpoint) -> UpstreamError:
+    model, origin = endpoint.name, endpoint.head.origin
     if isinstance(error, TimeoutError):
         return UpstreamError(f"{model} did not answer in time", timed_out=True)
     if isinstance(error, ssl.SSLCertVerificationError):
         return UpstreamError(f"{model} cannot be reached: its certificate is not trusted (ssl_verify, SSL_CERT_FILE)")
     if isinstance(error, ProxyError):
         return UpstreamError(f"{model} cannot be reached: {error}")
-    if isinstance(error, RemoteProtocolError):  # it may have worked for this, so it is not asked again
+    if isinstance(error, RemoteProtocolError):  # it may have done the work already, so it is not asked again
         return UpstreamError(f"{model} answered with something that is not HTTP")
     if isinstance(error, ConnectionClosed):
         return connection_lost(model)

@@ -3,116 +3,113 @@ from __future__ import annotations
 import asyncio
 import base64
 import ssl
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import aiohappyeyeballs
 
-from proxy.outbound import USUAL, Trust
+from proxy.concurrency import FairQueue
+from proxy.settings.outbound import DEFAULT_TRUST, Trust
 from proxy.upstream.connection import HTTP11Connection, RemoteProtocolError
 
-KEPT_ALIVE_S = 30.0
-"""A connection, after its last answer."""
+# How long a connection is kept after its last response.
+KEEP_ALIVE_S = 30.0
 
-SWEEP_S = 1.0
+SWEEP_INTERVAL_S = 1.0
 
-PORTS = {"http": 80, "https": 443}
+DEFAULT_PORTS = {"http": 80, "https": 443}
 
-_EYEBALLS_S = 0.25
-"""Until the next address of a name is tried beside the first (RFC 8305)."""
+# How long before the next address of a host is tried beside the first (RFC 8305).
+HAPPY_EYEBALLS_DELAY_S = 0.25
 
 
 class ProxyError(Exception):
-    """The HTTP proxy on the way gave no way."""
+    """The HTTP proxy did not open a tunnel."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Who is at the other end, and by which proxy. Connections of one origin serve one another's requests."""
+    """Where a connection leads, and through which proxy. Connections of one origin are interchangeable."""
 
     host: str
     port: int
     tls: bool
     proxy: str | None = None
-    trust: Trust = USUAL
-    """Whose certificates count."""
+    trust: Trust = DEFAULT_TRUST
+    """Which certificates are trusted."""
 
 
 class ConnectionPool:
-    """One per process, on one event loop. To be closed."""
+    """Keep-alive connections of one process, on one event loop, with a bound on how many are open."""
 
-    def __init__(self, most: int, context: Callable[[Trust], ssl.SSLContext]) -> None:
+    def __init__(self, max_open: int, context: Callable[[Trust], ssl.SSLContext]) -> None:
         """
         Args:
-            most: open at once; who comes then waits for a place.
-            context: for TLS with such certificates; asked when one is needed.
+            max_open: further callers wait for a slot.
+            context: returns the TLS context for a trust; called when one is needed.
         """
-        self._most = most
+        self._max_open = max_open
         self._context = context
-        self._busy = 0
+        self._slots = FairQueue(max_open)
+        # By origin, the newest last, each with the time at which it is closed.
         self._idle: dict[Origin, dict[HTTP11Connection, float]] = {}
-        """The newest last, each with the time at which it is given up."""
         self._idle_count = 0
-        self._places: deque[asyncio.Future[None]] = deque()
-        self._sweeping: asyncio.TimerHandle | None = None
+        self._sweep_timer: asyncio.TimerHandle | None = None
         self._closed = False
 
-    async def take(self, origin: Origin, within_s: float) -> HTTP11Connection:
-        """A kept one, else a new one: for `give_back` or `drop`.
+    async def acquire(self, origin: Origin, timeout_s: float) -> HTTP11Connection:
+        """Return an idle connection, or open one. `release` or `discard` it.
 
         Raises:
-            TimeoutError: it was not there in time.
-            OSError, ProxyRefused: it cannot be opened.
+            TimeoutError: it was not open in time.
+            OSError, ProxyError: it cannot be opened.
         """
-        if self._busy >= self._most or self._places:
-            await self._acquire_slot()
-        else:
-            self._busy += 1
-        if (kept := self._kept(origin)) is not None:
-            return kept
+        if not self._slots.acquire_nowait():
+            await self._slots.acquire()
+        if (idle := self._pop_idle(origin)) is not None:
+            return idle
         try:
-            while self._busy + self._idle_count > self._most and self._idle_count:
-                self._drop_oldest()
-            async with asyncio.timeout(within_s):
-                return await self._opened(origin)
+            while self._slots.taken + self._idle_count > self._max_open and self._idle_count:
+                self._close_oldest()
+            async with asyncio.timeout(timeout_s):
+                return await self._open(origin)
         except BaseException:
-            self._release_slot()
+            self._slots.release()
             raise
 
-    def _kept(self, origin: Origin) -> HTTP11Connection | None:
-        """The one that was used last, if another request can still go over it."""
+    def _pop_idle(self, origin: Origin) -> HTTP11Connection | None:
+        """Return the connection that was used last and still takes a request."""
         idle = self._idle.get(origin)
         while idle:
             connection, _ = idle.popitem()
             self._idle_count -= 1
-            if connection.reusable and connection.silent:
+            if connection.reusable and connection.is_quiet:
                 return connection
             connection.close()
         return None
 
     def release(self, origin: Origin, connection: HTTP11Connection) -> None:
-        """Kept, where another request can go over it."""
+        """Keep the connection if it takes another request, else close it."""
         if self._closed or not connection.reusable:
-            self.drop(connection)
+            self.discard(connection)
             return
-        connection.rest()
-        self._idle.setdefault(origin, {})[connection] = asyncio.get_running_loop().time() + KEPT_ALIVE_S
+        connection.mark_idle()
+        self._idle.setdefault(origin, {})[connection] = asyncio.get_running_loop().time() + KEEP_ALIVE_S
         self._idle_count += 1
-        self._release_slot()
-        if self._sweeping is None:
+        self._slots.release()
+        if self._sweep_timer is None:
             self._sweep()
 
-    def drop(self, connection: HTTP11Connection) -> None:
+    def discard(self, connection: HTTP11Connection) -> None:
         connection.close()
-        self._release_slot()
+        self._slots.release()
 
     async def aclose(self) -> None:
-        """Those that are idle. The others are closed by whoever uses them."""
+        """Close the idle connections. The others are closed by those who use them."""
         self._closed = True
-        if self._sweeping is not None:
-            self._sweeping.cancel()
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
         for idle in self._idle.values():
             for connection in idle:
                 connection.close()
@@ -120,75 +117,54 @@ class ConnectionPool:
         self._idle_count = 0
         await asyncio.sleep(0)
 
-    async def _acquire_slot(self) -> None:
-        """Returns with a place that is ours already."""
-        place = asyncio.get_running_loop().create_future()
-        self._places.append(place)
-        try:
-            await place
-        except asyncio.CancelledError:
-            if place.done() and not place.cancelled():
-                self._release_slot()  # it was given to us in this moment
-            elif place in self._places:
-                self._places.remove(place)
-            raise
-
-    def _release_slot(self) -> None:
-        """A place is free: it is that of the next who waits for one."""
-        while self._places:
-            place = self._places.popleft()
-            if not place.done():  # else whoever waited was cancelled in this moment
-                place.set_result(None)
-                return
-        self._busy -= 1
-
-    async def _opened(self, origin: Origin) -> HTTP11Connection:
+    async def _open(self, origin: Origin) -> HTTP11Connection:
         if origin.proxy is None:
             tls = self._context(origin.trust) if origin.tls else None
-            return await self._connected(origin.host, origin.port, tls)
+            return await self._connect(origin.host, origin.port, tls)
         proxy = urlsplit(origin.proxy)
-        tls = self._context(USUAL) if proxy.scheme == "https" else None
-        connection = await self._connected(proxy.hostname or "", port_of(proxy), tls)
+        tls = self._context(DEFAULT_TRUST) if proxy.scheme == "https" else None
+        connection = await self._connect(proxy.hostname or "", port_of(proxy), tls)
         if origin.tls:
             try:
-                await self._tunnel(connection, origin)
+                await self._open_tunnel(connection, origin)
             except BaseException:
                 connection.close()
                 raise
         return connection
 
-    async def _connected(self, host: str, port: int, tls: ssl.SSLContext | None) -> HTTP11Connection:
+    async def _connect(self, host: str, port: int, tls: ssl.SSLContext | None) -> HTTP11Connection:
         loop = asyncio.get_running_loop()
         addresses = await loop.getaddrinfo(host, port, type=1)
         _, connection = await loop.create_connection(
-            lambda: HTTP11Connection(self._lost),
-            sock=await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=_EYEBALLS_S),
+            lambda: HTTP11Connection(self._on_lost),
+            sock=await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY_S),
             ssl=tls,
             server_hostname=host if tls else None,
         )
         return connection
 
-    async def _tunnel(self, connection: HTTP11Connection, origin: Origin) -> None:
+    async def _open_tunnel(self, connection: HTTP11Connection, origin: Origin) -> None:
+        """Ask the HTTP proxy for a tunnel to the origin, and start TLS in it. Raises ProxyError."""
         authority = authority_of(origin.host, origin.port)
         lines = [f"CONNECT {authority} HTTP/1.1", f"host: {authority}"]
-        if credentials := credentials_of(origin.proxy or ""):
-            lines.append(f"proxy-authorization: {credentials}")
+        if authorization := basic_auth_of(origin.proxy or ""):
+            lines.append(f"proxy-authorization: {authorization}")
         await connection.send(("\r\n".join(lines) + "\r\n").encode(), None)
         try:
-            await connection.answered()
+            await connection.wait_for_head()
             if connection.status != 200:
                 raise ProxyError(f"the HTTP proxy answered with status {connection.status}")
             await connection.secure(self._context(origin.trust), origin.host)
         except RemoteProtocolError as error:  # nothing has gone to the model yet
             raise ProxyError(f"the HTTP proxy answered otherwise than in HTTP: {error}") from error
 
-    def _lost(self, connection: HTTP11Connection) -> None:
+    def _on_lost(self, connection: HTTP11Connection) -> None:
         for idle in self._idle.values():
             if idle.pop(connection, None) is not None:
                 self._idle_count -= 1
                 return
 
-    def _drop_oldest(self) -> None:
+    def _close_oldest(self) -> None:
         idle = min((idle for idle in self._idle.values() if idle), key=lambda each: next(iter(each.values())))
         connection = next(iter(idle))
         del idle[connection]
@@ -196,7 +172,7 @@ class ConnectionPool:
         connection.close()
 
     def _sweep(self) -> None:
-        """Closes what was idle for too long, as long as anything is."""
+        """Close what has been idle for too long, and come back while anything is idle."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         for origin, idle in list(self._idle.items()):
@@ -208,19 +184,19 @@ class ConnectionPool:
                 connection.close()
             if not idle:
                 del self._idle[origin]
-        self._sweeping = loop.call_later(SWEEP_S, self._sweep) if self._idle else None
+        self._sweep_timer = loop.call_later(SWEEP_INTERVAL_S, self._sweep) if self._idle else None
 
 
 def port_of(parts: SplitResult) -> int:
-    return parts.port or PORTS[parts.scheme]
+    return parts.port or DEFAULT_PORTS[parts.scheme]
 
 
 def authority_of(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def credentials_of(url: str) -> str | None:
-    """Those that an address holds, as a header has them."""
+def basic_auth_of(url: str) -> str | None:
+    """Return the user and password of an address as a header has them."""
     parts = urlsplit(url)
     if parts.username is None:
         return None

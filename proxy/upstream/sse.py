@@ -14,115 +14,114 @@ MAX_EVENT_BYTES = 20_000_000
 
 
 class EventTooLong(ValueError):
-    """One event grew past what it may."""
+    """One event is larger than allowed."""
 
 
 class ErrorData(bytes):
-    """Data of an event that is called an error."""
+    """The data of an event of a type that ends in "error"."""
 
 
 class RawLine(bytes):
-    """A line of JSON that no field name stands before, as some servers write an error into a stream."""
+    """A line of JSON without a field name, which some servers write into a stream for an error."""
 
 
 class SSEDecoder:
-    """Feed it bytes, however they are split; it gives the data of each whole event.
+    """Turn the bytes of an event stream, however they are split, into the data of each whole event.
 
-    U+2028, U+0085 and form feeds inside JSON are not line ends, which str.splitlines would make of them. Data that is
-    called an error comes as ErrorData, and JSON in a line of its own as RawLine. Pings and comments are left out.
+    U+2028, U+0085 and form feeds inside JSON are no line ends, which str.splitlines would make of them. The data of an
+    error comes as ErrorData, and JSON on a line of its own as RawLine. Pings and comments are left out.
     """
 
-    def __init__(self, most: int = MAX_EVENT_BYTES) -> None:
-        self._most = most
+    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+        self._max_event_bytes = max_event_bytes
         self._rest: list[bytes] = []
         self._data: list[bytes] = []
         self._raw: list[bytes] = []
-        self._name = b""
+        self._event_type = b""
+        # Bytes of the event that is not complete yet.
         self.size = 0
-        """Bytes of the event that is not over."""
-        self._begun = False
-        self._returned = False
-        """The last byte was a carriage return."""
+        self._started = False
+        self._ended_with_return = False
 
     def feed(self, piece: bytes) -> list[bytes]:
-        """Raises EventTooLong."""
-        if self._is_between and b"\r" not in piece:
-            whole, gap, rest = piece.rpartition(b"\n\n")
-            if gap:
-                return self._usual(whole) + (self._lines(rest) if rest else [])
-        return self._lines(piece)
+        """Return the data of the events that this piece completes. Raises EventTooLong."""
+        if self._is_between_events and b"\r" not in piece:
+            whole, blank, rest = piece.rpartition(b"\n\n")
+            if blank:
+                return self._decode_whole(whole) + (self._decode_lines(rest) if rest else [])
+        return self._decode_lines(piece)
 
     @property
-    def _is_between(self) -> bool:
-        """Nothing of an event is held."""
-        held = self._data or self._raw or self._name or self._returned
-        return self._begun and not held and not any(self._rest)
+    def _is_between_events(self) -> bool:
+        held = self._data or self._raw or self._event_type or self._ended_with_return
+        return self._started and not held and not any(self._rest)
 
-    def _usual(self, whole: bytes) -> list[bytes]:
-        """Of events that are over: most are one line of data, and need no look at their lines."""
+    def _decode_whole(self, whole: bytes) -> list[bytes]:
+        """Decode complete events. Most are one line of data, and are not split into lines."""
         found = []
-        for format_event in whole.split(b"\n\n"):
-            if format_event.startswith(b"data: ") and b"\n" not in format_event and format_event[6:7] != b":":
-                found.append(format_event[6:])
+        for event in whole.split(b"\n\n"):
+            if event.startswith(b"data: ") and b"\n" not in event and event[6:7] != b":":
+                found.append(event[6:])
             else:
-                found += [data for line in (*format_event.split(b"\n"), b"") for data in self._line(line)]
+                found += [data for line in (*event.split(b"\n"), b"") for data in self._decode_line(line)]
         return found
 
-    def _lines(self, piece: bytes) -> list[bytes]:
-        if b"\r" in piece or self._returned:
-            piece = self._with_line_feeds(piece)
+    def _decode_lines(self, piece: bytes) -> list[bytes]:
+        if b"\r" in piece or self._ended_with_return:
+            piece = self._normalize_line_ends(piece)
         first, *lines = piece.split(b"\n")
         self._rest.append(first)
         self.size += len(piece)
-        if self.size > self._most:
-            raise EventTooLong(f"one event of the stream is larger than {self._most} bytes")
+        if self.size > self._max_event_bytes:
+            raise EventTooLong(f"one event of the stream is larger than {self._max_event_bytes} bytes")
         if not lines:
             return []
         whole = [b"".join(self._rest), *lines[:-1]]
         self._rest = [lines[-1]]
-        return [data for line in whole for data in self._line(line)]
+        return [data for line in whole for data in self._decode_line(line)]
 
-    def _with_line_feeds(self, piece: bytes) -> bytes:
-        """A carriage return ends a line too, and with the line feed behind it one line."""
-        if self._returned and piece.startswith(b"\n"):
+    def _normalize_line_ends(self, piece: bytes) -> bytes:
+        """Make line feeds of CR and CRLF, also where a CRLF is split between two pieces."""
+        if self._ended_with_return and piece.startswith(b"\n"):
             piece = piece[1:]
-            self._returned = False
+            self._ended_with_return = False
         if piece:
-            self._returned = piece.endswith(b"\r")
+            self._ended_with_return = piece.endswith(b"\r")
         return piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
     def close(self) -> list[bytes]:
-        """What a stream that ends without its last blank line still holds."""
-        return [data for line in (b"".join(self._rest), b"") for data in self._line(line)]
+        """Return the data that is left of a stream without its last blank line."""
+        return [data for line in (b"".join(self._rest), b"") for data in self._decode_line(line)]
 
-    def _line(self, line: bytes) -> tuple[bytes, ...]:
-        if not self._begun:
-            self._begun, line = True, line.removeprefix(codecs.BOM_UTF8)
+    def _decode_line(self, line: bytes) -> tuple[bytes, ...]:
+        if not self._started:
+            self._started, line = True, line.removeprefix(codecs.BOM_UTF8)
         if line.startswith(b"data:"):
             self._data.append(line[5:].removeprefix(b" "))
             return ()
         if line:
-            return self._other_line(line)
+            return self._decode_other_line(line)
         self.size = 0
-        if not (self._data or self._raw or self._name):
+        if not (self._data or self._raw or self._event_type):
             return ()
-        return self._event()
+        return self._finish_event()
 
-    def _event(self) -> tuple[bytes, ...]:
-        """What a blank line ends."""
-        data, raw, name = b"\n".join(self._data), b"\n".join(self._raw), self._name.strip().lower()
+    def _finish_event(self) -> tuple[bytes, ...]:
+        """Return what a blank line ends."""
+        data, raw = b"\n".join(self._data), b"\n".join(self._raw)
+        event_type = self._event_type.strip().lower()
         has_data = bool(self._data)
-        self._data, self._raw, self._name = [], [], b""
+        self._data, self._raw, self._event_type = [], [], b""
         found: tuple[bytes, ...] = (RawLine(raw),) if raw else ()
-        if name.endswith(b"error"):
+        if event_type.endswith(b"error"):
             return (*found, ErrorData(data))
-        if not has_data or name in _PINGS or data.startswith(b":"):
+        if not has_data or event_type in _PINGS or data.startswith(b":"):
             return found
         return (*found, data)
 
-    def _other_line(self, line: bytes) -> tuple[bytes, ...]:
+    def _decode_other_line(self, line: bytes) -> tuple[bytes, ...]:
         if line.startswith(b"event:"):
-            self._name = line[6:]
+            self._event_type = line[6:]
         elif line.startswith(b"error:"):  # llama.cpp's
             return (ErrorData(line[6:].strip()),)
         elif self._raw or line.lstrip()[:1] == b"{":
@@ -140,7 +139,7 @@ def format_event(payload: Mapping[str, Any]) -> bytes:
 
 
 def encode_json(payload: Mapping[str, Any]) -> bytes:
-    """Compact JSON. Half characters, which models do send when they cut an emoji in two, stay escaped; NaN is null."""
+    """Encode compact JSON. NaN becomes null, and half characters, to which models do cut emoji, stay escaped."""
     try:
         return json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:
@@ -150,7 +149,7 @@ def encode_json(payload: Mapping[str, Any]) -> bytes:
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinities, which JSON has no words for and upstreams send all the same, as null."""
+    """Replace NaN and infinities, which upstreams send although JSON has none, by null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -159,7 +158,7 @@ def _finite(value: Any) -> Any:
 
 
 def decode_json(data: bytes) -> Any:
-    """JSON from an upstream. ValueError, also where it is nested beyond the stack."""
+    """Decode JSON from an upstream. Raises ValueError, also if it is nested beyond the stack."""
     try:
         return json.loads(data)
     except RecursionError:

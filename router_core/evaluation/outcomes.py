@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import codecs
-import difflib
 import gzip
 import json
 import zlib
@@ -26,7 +25,7 @@ from router_core.documents import (
 )
 from router_core.errors import InvalidOutcomes, InvalidPrice
 from router_core.pricing import PriceColumns
-from router_core.text import estimate_tokens
+from router_core.text import closest_name, estimate_tokens
 from router_core.types import Doubles, Price, price_field
 
 # Tokens or seconds of one answer. More is a mistake.
@@ -359,8 +358,8 @@ class _Table:
 
 
 def _nearest(word: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(word[:200], list(known), n=1) if len(known) <= MAX_COMPARED else []
-    return f" (did you mean {short_repr(near[0])}?)" if near else ""
+    closest = closest_name(word, known) if len(known) <= MAX_COMPARED else None
+    return f" (did you mean {short_repr(closest)}?)" if closest else ""
 
 
 def _join_names(models: Sequence[str]) -> str:

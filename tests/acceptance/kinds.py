@@ -1,4 +1,4 @@
-"""Kinds of prompts, and scripted models that are good at some: they know the answers of those families."""
+"""Kinds of prompts, and scripted models that answer some kinds right."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ KINDS = {
     "chinese": {"chinese", "chinese_facts"},
     "spanish": {"spanish", "spanish_facts"},
 }
+# Seeds: the set that every model is profiled on, and one that no profile ever saw.
 MEASURED, HELD_BACK = 0, 7
-"""Seeds: the set that every model is profiled on, and one that no profile ever saw."""
 IGNORANCE = "I am not able to help with that."
 
 

@@ -1,4 +1,4 @@
-"""`uniroute serve` with several worker processes, and what a test asks of it."""
+"""`uniroute serve` with two worker processes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, Self
 import openai
 
 from router_core.validation.validation_set import ValidationPrompt
-from tests.support.server import ROOT, ProxyProcess
+from tests.support.proxy_process import ROOT, ProxyProcess
 
+# USD per input token of a cheap model; the expensive one costs a hundred times as much.
 PRICE = 1e-7
-"""USD per input token of a cheap arm; the dear one costs a hundred times as much."""
-READY_S = 90.0
+READY_S = 180.0
 
 
 class ServedProxy(ProxyProcess):
@@ -36,7 +36,7 @@ class ServedProxy(ProxyProcess):
         """Hot-add and return the job's id."""
         body = {
             "model_name": name,
-            "litellm_params": {"model": f"openai/{name}", "api_base": api_base, "api_key": "os.environ/ARM_API_KEY"},
+            "litellm_params": {"model": f"openai/{name}", "api_base": api_base, "api_key": "os.environ/MODEL_API_KEY"},
             "model_info": {"input_cost_per_token": price, "output_cost_per_token": 4 * price},
             "profile": {"prompts": prompts, "max_usd": 10.0},
         }
@@ -59,6 +59,6 @@ class ServedProxy(ProxyProcess):
 
 def ask(base_url: str, prompt: ValidationPrompt, **extra: Any) -> tuple[str, str]:
     """One routed request over a connection of its own: (model, answer)."""
-    with openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=20) as client:
+    with openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=60) as client:
         answer = client.chat.completions.create(model="auto", messages=[dict(m) for m in prompt.messages], **extra)  # type: ignore[misc]
     return answer.model, answer.choices[0].message.content or ""

@@ -1,6 +1,6 @@
-"""Fifty requests at once at a limit, over two servers with one Redis, for each way to state a size.
+"""Fifty concurrent requests at a limit, over two servers with one Redis, for each way to request a size.
 
-The model takes whatever a request lets it take. `pytest -s` shows what was spent of each limit.
+The model uses all that a request allows. `pytest -s` prints what was spent of each limit.
 """
 
 from __future__ import annotations
@@ -19,31 +19,32 @@ import pytest
 import redis
 
 from proxy.storage.valkey import EmbeddedValkey
-from tests.support.answers import Step
 from tests.support.limited_keys import LimitedKey
-from tests.support.server import ProxyProcess, arm
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.proxy_process import ProxyProcess, model_entry
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 CONCURRENCY = 50
 PROMPT_TOKENS = 7
+# What the model takes of each request, answers and reasoning together.
 OUTPUT_TOKENS = 100
-"""What the model takes of each request, answers and reasoning together."""
+# USD per prompt token; four times that per token of an answer.
 PRICE = 1e-5
-"""USD per prompt token; four times that per token of an answer."""
 COST = (PROMPT_TOKENS + 4 * OUTPUT_TOKENS) * PRICE
 BUDGET = 0.05
 TOKENS_PER_MINUTE = 1000
+# What is set aside for an answer of no stated length.
 UNSTATED_TOKENS = 60
-"""What is set aside for an answer of no stated length."""
+# On a machine that is too busy for Redis to answer in time.
 BUSY = "unavailable"
-"""On a machine that is too busy for Redis to answer in time."""
 BEYOND_USD = 4 * PRICE * (OUTPUT_TOKENS - UNSTATED_TOKENS)
 pytestmark = pytest.mark.timeout(300)
 
 
 @dataclass(frozen=True)
-class Way:
+class RequestedSize:
     """A way to state a size, for which the model takes all of OUTPUT_TOKENS."""
 
     body: dict[str, Any]
@@ -56,33 +57,35 @@ def _thinking(**more: Any) -> dict[str, Any]:
     return {"max_tokens": 20, **more}
 
 
-WAYS = {
-    "max_tokens": Way({"max_tokens": 100}),
-    "max_completion_tokens": Way({"max_completion_tokens": 100}),
-    "both names": Way({"max_completion_tokens": 100, "max_tokens": 100}),
-    "max_output_tokens": Way({"max_tokens": 1, "max_output_tokens": 100}),
-    "max_new_tokens": Way({"max_tokens": 1, "max_new_tokens": "100"}),
-    "num_predict": Way({"max_tokens": 1, "options": {"num_predict": 100}}),
-    "maxOutputTokens": Way({"max_tokens": 1, "generationConfig": {"maxOutputTokens": 100}}),
-    "extra_body": Way({"max_tokens": 1, "extra_body": {"max_tokens": 100}}),
-    "n": Way({"max_tokens": 25, "n": 4}),
-    "best_of": Way({"max_tokens": 25, "best_of": 4}),
-    "candidateCount": Way({"max_tokens": 25, "generation_config": {"candidateCount": 4}}),
-    "reasoning_effort": Way({"max_tokens": 100, "reasoning_effort": "high"}),
-    "thinking.budget_tokens": Way(_thinking(thinking={"type": "enabled", "budget_tokens": 80})),
-    "reasoning.max_tokens": Way(_thinking(reasoning={"max_tokens": 80})),
-    "thinking_budget": Way(_thinking(thinking_budget=80)),
-    "prediction": Way(_thinking(prediction={"type": "content", "content": "x" * 320})),
-    "audio": Way({"max_tokens": 100, "modalities": ["text", "audio"], "audio": {"voice": "a", "format": "wav"}}),
-    "an arm's own limit": Way({}, model="fixed"),
-    "a cap that is lowered": Way({"max_tokens": 64_000, "models": ["bounded"]}, model="auto"),
-    "no statement": Way({}, beyond_usd=BEYOND_USD),
-    "a name that is not heeded": Way({"max_new_tokens": 1}, beyond_usd=BEYOND_USD),
+SIZES = {
+    "max_tokens": RequestedSize({"max_tokens": 100}),
+    "max_completion_tokens": RequestedSize({"max_completion_tokens": 100}),
+    "both names": RequestedSize({"max_completion_tokens": 100, "max_tokens": 100}),
+    "max_output_tokens": RequestedSize({"max_tokens": 1, "max_output_tokens": 100}),
+    "max_new_tokens": RequestedSize({"max_tokens": 1, "max_new_tokens": "100"}),
+    "num_predict": RequestedSize({"max_tokens": 1, "options": {"num_predict": 100}}),
+    "maxOutputTokens": RequestedSize({"max_tokens": 1, "generationConfig": {"maxOutputTokens": 100}}),
+    "extra_body": RequestedSize({"max_tokens": 1, "extra_body": {"max_tokens": 100}}),
+    "n": RequestedSize({"max_tokens": 25, "n": 4}),
+    "best_of": RequestedSize({"max_tokens": 25, "best_of": 4}),
+    "candidateCount": RequestedSize({"max_tokens": 25, "generation_config": {"candidateCount": 4}}),
+    "reasoning_effort": RequestedSize({"max_tokens": 100, "reasoning_effort": "high"}),
+    "thinking.budget_tokens": RequestedSize(_thinking(thinking={"type": "enabled", "budget_tokens": 80})),
+    "reasoning.max_tokens": RequestedSize(_thinking(reasoning={"max_tokens": 80})),
+    "thinking_budget": RequestedSize(_thinking(thinking_budget=80)),
+    "prediction": RequestedSize(_thinking(prediction={"type": "content", "content": "x" * 320})),
+    "audio": RequestedSize(
+        {"max_tokens": 100, "modalities": ["text", "audio"], "audio": {"voice": "a", "format": "wav"}}
+    ),
+    "an arm's own limit": RequestedSize({}, model="fixed"),
+    "a cap that is lowered": RequestedSize({"max_tokens": 64_000, "models": ["bounded"]}, model="auto"),
+    "no statement": RequestedSize({}, beyond_usd=BEYOND_USD),
+    "a name that is not heeded": RequestedSize({"max_new_tokens": 1}, beyond_usd=BEYOND_USD),
 }
 QUICK = ("max_completion_tokens", "num_predict", "no statement")
-EACH_WAY = [
+EACH_SIZE = [
     pytest.param(name, stream, marks=() if name in QUICK and stream == (name == QUICK[0]) else pytest.mark.slow)
-    for name in WAYS
+    for name in SIZES
     for stream in (False, True)
 ]
 
@@ -105,9 +108,9 @@ class Servers:
             assert wait_until(lambda asked=asked, headers=headers: asked(headers=headers).status_code == 200)
         return key
 
-    def race(self, key: LimitedKey, way: Way, *, stream: bool) -> list[tuple[int, str]]:
+    def race(self, key: LimitedKey, size: RequestedSize, *, stream: bool) -> list[tuple[int, str]]:
         """Status and code of each reply, once all that they took is settled."""
-        body = {"model": way.model, "messages": ASK, "stream": stream, **way.body}
+        body = {"model": size.model, "messages": ASK, "stream": stream, **size.body}
         headers = {"authorization": f"Bearer {key.secret}"}
 
         def ask(number: int) -> tuple[int, str]:
@@ -117,7 +120,7 @@ class Servers:
 
         with ThreadPoolExecutor(CONCURRENCY) as clients:
             replies = list(clients.map(ask, range(CONCURRENCY)))
-        assert wait_until(lambda: key.open == 0, 10)
+        assert wait_until(lambda: key.open == 0)
         return replies
 
 
@@ -126,16 +129,16 @@ def servers(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> I
     folder = tmp_path_factory.mktemp("sizes")
     server = EmbeddedValkey(folder / "redis")
     server.ensure()
-    environ = {"ARM_API_KEY": "sk-x", "UNIROUTE_REDIS_URL": f"unix://{server.socket_path}"}
+    environ = {"MODEL_API_KEY": "sk-x", "UNIROUTE_REDIS_URL": f"unix://{server.socket_path}"}
     with ScriptedUpstream() as upstream, redis.Redis(unix_socket_path=str(server.socket_path)) as store:
         usage = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": OUTPUT_TOKENS}
         upstream.always = Step(usage={**usage, "total_tokens": PROMPT_TOKENS + OUTPUT_TOKENS}, delay_s=0.05)
         able = {f"supports_{ability}": True for ability in ("reasoning", "audio_output")}
-        fixed = arm("fixed", upstream.url, price=PRICE)
+        fixed = model_entry("fixed", upstream.url, price=PRICE)
         fixed["litellm_params"] |= {"extra_body": {"max_completion_tokens": OUTPUT_TOKENS}}
-        bounded = arm("bounded", upstream.url, price=PRICE, max_output_tokens=OUTPUT_TOKENS)
+        bounded = model_entry("bounded", upstream.url, price=PRICE, max_output_tokens=OUTPUT_TOKENS)
         config = {
-            "model_list": [arm("arm", upstream.url, price=PRICE, **able), fixed, bounded],
+            "model_list": [model_entry("arm", upstream.url, price=PRICE, **able), fixed, bounded],
             "uniroute": {
                 "profile": {"on_start": False},
                 "limits_timeout_s": 1.0,
@@ -156,12 +159,12 @@ def servers(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> I
     server.stop()
 
 
-@pytest.mark.parametrize(("name", "stream"), EACH_WAY)
-def test_a_budget_is_passed_by_no_more_than_is_promised(servers: Servers, name: str, *, stream: bool) -> None:
-    way, key = WAYS[name], servers.key(usd_per_day=BUDGET)
-    replies = servers.race(key, way, stream=stream)
+@pytest.mark.parametrize(("name", "stream"), EACH_SIZE)
+def test_a_budget_is_exceeded_by_no_more_than_documented(servers: Servers, name: str, *, stream: bool) -> None:
+    size, key = SIZES[name], servers.key(usd_per_day=BUDGET)
+    replies = servers.race(key, size, stream=stream)
     answered = replies.count((200, ""))
-    promised = BUDGET + answered * way.beyond_usd
+    promised = BUDGET + answered * size.beyond_usd
     servers.table.append(
         f"| {name} | {'stream' if stream else 'whole'} | {answered} of {CONCURRENCY} | ${BUDGET} | ${key.spent_usd:.5f}"
         f" | ${max(0.0, key.spent_usd - BUDGET):.5f} | ${promised - BUDGET:.5f} |"
@@ -172,16 +175,16 @@ def test_a_budget_is_passed_by_no_more_than_is_promised(servers: Servers, name: 
     assert key.spent_usd <= promised + 1e-9
 
 
-@pytest.mark.parametrize(("name", "stream"), EACH_WAY)
-def test_a_limit_of_tokens_is_passed_by_no_more_than_is_promised(servers: Servers, name: str, *, stream: bool) -> None:
+@pytest.mark.parametrize(("name", "stream"), EACH_SIZE)
+def test_a_limit_of_tokens_is_exceeded_by_no_more_than_documented(servers: Servers, name: str, *, stream: bool) -> None:
     """An answer of no stated length is taken to be as long as usual, so that it may leave a debt."""
-    way, key = WAYS[name], servers.key(tokens_per_minute=TOKENS_PER_MINUTE)
+    size, key = SIZES[name], servers.key(tokens_per_minute=TOKENS_PER_MINUTE)
     started = time.monotonic()
-    replies = servers.race(key, way, stream=stream)
+    replies = servers.race(key, size, stream=stream)
     refilled = TOKENS_PER_MINUTE * (time.monotonic() - started) / 60
     answered = replies.count((200, ""))
     took = answered * (PROMPT_TOKENS + OUTPUT_TOKENS)
-    beyond = answered * OUTPUT_TOKENS if way.beyond_usd else 0
+    beyond = answered * OUTPUT_TOKENS if size.beyond_usd else 0
 
     assert {code for status, code in replies if status != 200} <= {"rate_limit_exceeded"}
     assert answered
@@ -190,14 +193,14 @@ def test_a_limit_of_tokens_is_passed_by_no_more_than_is_promised(servers: Server
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_names_of_one_limit_that_contradict_each_other_spend_nothing(servers: Servers, *, stream: bool) -> None:
-    key, way = servers.key(usd_per_day=BUDGET), Way({"max_completion_tokens": 1, "max_tokens": 5000})
+    key, size = servers.key(usd_per_day=BUDGET), RequestedSize({"max_completion_tokens": 1, "max_tokens": 5000})
 
-    assert {status for status, _ in servers.race(key, way, stream=stream)} == {400}
+    assert {status for status, _ in servers.race(key, size, stream=stream)} == {400}
     assert key.spent_usd == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_one_after_the_other_they_pass_a_budget_by_less_than_one_answer(servers: Servers, *, stream: bool) -> None:
+def test_sequential_requests_exceed_a_budget_by_less_than_one_response(servers: Servers, *, stream: bool) -> None:
     key = servers.key(usd_per_day=BUDGET)
     body = {"model": "arm", "messages": ASK, "stream": stream, "max_tokens": 10}
     headers = {"authorization": f"Bearer {key.secret}"}

@@ -1,13 +1,11 @@
-"""Two workers over the embedded store: what one acknowledged the other knows; a killed or frozen store is no end."""
+"""Faults of the embedded store under a server with two workers."""
 
 from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,10 @@ import redis
 
 from proxy.storage.valkey import EmbeddedValkey
 from tests.acceptance.serving import ServedProxy
-from tests.support.server import arm, uniform_profile
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.proxy_process import model_entry, uniform_profile
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.valkey import frozen
+from tests.support.waiting import wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 PRICE = {"input_cost_per_token": 2e-6, "output_cost_per_token": 2e-6}
@@ -32,12 +32,12 @@ class Served:
     store: redis.Redis
 
     def add(self, name: str) -> int:
-        body = {**arm(name, self.upstream.url), "profile": uniform_profile(0.1)}
+        body = {**model_entry(name, self.upstream.url), "profile": uniform_profile(0.1)}
         return self.proxy.admin("POST", "/admin/models", body).status_code
 
     def ask(self) -> int:
         body = {"model": "auto", "messages": ASK}
-        return httpx.post(f"{self.proxy.url}/v1/chat/completions", json=body, timeout=10).status_code
+        return httpx.post(f"{self.proxy.url}/v1/chat/completions", json=body, timeout=60).status_code
 
     def put_price(self, name: str = "kept") -> int:
         return self.proxy.admin("PUT", f"/admin/models/{name}/pricing", PRICE).status_code
@@ -52,22 +52,13 @@ def served(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> It
     folder = tmp_path_factory.mktemp("served")
     with (
         ScriptedUpstream() as upstream,
-        ServedProxy(folder, embedder_cache, {"model_list": []}, {"ARM_API_KEY": "sk-arm"}) as proxy,
+        ServedProxy(folder, embedder_cache, {"model_list": []}, {"MODEL_API_KEY": "sk-arm"}) as proxy,
     ):
         sockets = [*folder.rglob("valkey.sock"), EmbeddedValkey(folder).socket_path]
         with redis.Redis(unix_socket_path=str(sockets[0])) as store:
             served = Served(proxy, upstream, store)
             assert served.add("kept") == 201
             yield served
-
-
-@contextmanager
-def frozen(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 def test_a_model_added_through_one_process_is_known_to_the_next_call_on_any(served: Served) -> None:
@@ -82,7 +73,7 @@ def test_a_model_added_through_one_process_is_known_to_the_next_call_on_any(serv
         assert served.proxy.admin("DELETE", path).status_code == 204
 
 
-def test_of_changes_at_the_same_time_none_is_lost_and_of_additions_one_wins(served: Served) -> None:
+def test_of_concurrent_changes_none_is_lost_and_of_concurrent_additions_one_wins(served: Served) -> None:
     with ThreadPoolExecutor(4) as clients:
         assert sorted(clients.map(served.add, ["twin"] * 4)) == [201, 409, 409, 409]
         stated = [{"max_input_tokens": 5000}, {"max_output_tokens": 1000}, {"supports_vision": True}]
@@ -94,35 +85,31 @@ def test_of_changes_at_the_same_time_none_is_lost_and_of_additions_one_wins(serv
     assert served.proxy.admin("DELETE", "/admin/models/twin").status_code == 204
 
 
-def test_a_killed_embedded_store_is_started_again_while_requests_go_on(served: Served) -> None:
+def test_a_killed_embedded_store_is_restarted_while_requests_are_served(served: Served) -> None:
     os.kill(served.store_pid(), signal.SIGKILL)
 
     assert served.ask() == 200
-    assert wait_until(lambda: served.put_price() == 200, 5)
+    assert wait_until(lambda: served.put_price() == 200)
     assert served.proxy.admin("GET", "/admin/models/kept").json()["state"] == "ready"
 
 
-def test_a_frozen_store_costs_no_request_and_every_admin_call_about_a_second(served: Served) -> None:
+def test_a_frozen_store_fails_no_request_and_refuses_changes(served: Served) -> None:
     for number in range(4):
         served.add(f"one-of-{number}")
     with frozen(served.store_pid()):
-        started = time.monotonic()
         assert served.ask() == 200
-        assert time.monotonic() - started < 0.5
         for method, path, status in (
             ("PUT", "/admin/models/kept/pricing", 503),
             ("DELETE", "/admin/models/kept", 503),
             ("GET", "/admin/models", 200),
         ):
-            started = time.monotonic()
             assert served.proxy.admin(method, path, PRICE if method == "PUT" else None).status_code == status
-            assert time.monotonic() - started < 1.5
 
-    assert wait_until(lambda: served.put_price() == 200, 5)
+    assert wait_until(lambda: served.put_price() == 200)
 
 
 @pytest.mark.parametrize("stated", [{"max_input_tokens": 10**400}, {"input_cost_per_token": 1e300}])
-def test_a_figure_beyond_all_measure_is_refused_before_it_is_stored(served: Served, stated: dict[str, Any]) -> None:
+def test_a_number_out_of_range_is_refused_before_it_is_stored(served: Served, stated: dict[str, Any]) -> None:
     whole = {"output_cost_per_token": 1e-6, **stated} if "input_cost_per_token" in stated else stated
 
     assert served.proxy.admin("PATCH", "/admin/models/kept", {"model_info": whole}).status_code == 400

@@ -1,4 +1,4 @@
-"""Secrets that tests can recognise anywhere, and a server that is given all of them. No tests."""
+"""Secrets that tests recognise anywhere, and a server that is given all of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 from redis import Redis
 
 from tests.support.command import ServeCommand, environment, run_command
-from tests.support.upstream import ScriptedUpstream
+from tests.support.scripted_upstream import ScriptedUpstream
 
 ADMIN_KEY = "canary-admin-71c0de5f"
 PROVIDER_KEY = "sk-canary-provider-82d1ef60"
@@ -37,7 +37,7 @@ class Canaries:
 
     def call(self, method: str, path: str, key: str | None = None, **more: Any) -> httpx.Response:
         headers = {"authorization": f"Bearer {key or self.client_key}", **more.pop("headers", {})}
-        reply = httpx.request(method, self.server.url + path, headers=headers, timeout=20, **more)
+        reply = httpx.request(method, self.server.url + path, headers=headers, timeout=60, **more)
         self.seen.append(f"{method} {path}\n{reply.status_code} {reply.headers.raw!r}\n{reply.text}")
         return reply
 
@@ -66,13 +66,13 @@ def served_with_canaries(folder: Path, embedder_cache: Path) -> Iterator[Canarie
             client.config_set("requirepass", REDIS_PASSWORD)
         url = f"redis://:{REDIS_PASSWORD}@127.0.0.1:{redis.port}/0"
         models = [
-            model("named", upstream.url, api_key="os.environ/ARM_API_KEY"),
+            model("named", upstream.url, api_key="os.environ/MODEL_API_KEY"),
             model("literal", upstream.url, api_key=LITERAL_KEY, extra_headers={"x-tenant-secret": HEADER}),
         ]
-        models.append(model("translated", upstream.url, api_key="os.environ/ARM_API_KEY"))
+        models.append(model("translated", upstream.url, api_key="os.environ/MODEL_API_KEY"))
         models[-1]["model_info"]["forward"] = "translate"
         models.append({**model("other", upstream.url), "model_info": {"free": True}})
-        models[-1]["litellm_params"] |= {"model": "anthropic/claude-x", "api_key": "os.environ/ARM_API_KEY"}
+        models[-1]["litellm_params"] |= {"model": "anthropic/claude-x", "api_key": "os.environ/MODEL_API_KEY"}
         config = {"model_list": models, "uniroute": {"profile": {"on_start": False}}}
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         environ = environment(
@@ -81,7 +81,7 @@ def served_with_canaries(folder: Path, embedder_cache: Path) -> Iterator[Canarie
             UNIROUTE_ADMIN_KEY=ADMIN_KEY,
             UNIROUTE_REDIS_URL=url,
             UNIROUTE_CONFIG=str(folder / "config.yaml"),
-            ARM_API_KEY=PROVIDER_KEY,
+            MODEL_API_KEY=PROVIDER_KEY,
         )
         made = run_command("keys", "create", "team", environ=environ)
         assert made.returncode == 0, made.stderr

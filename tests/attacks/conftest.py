@@ -1,9 +1,11 @@
-"""One `uniroute serve` for the session, to be attacked: two arms, an admin key, the limits of a small machine."""
+"""One `uniroute serve` for the session, to be attacked: two models, an admin key, the limits of a small machine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ import pytest
 import yaml
 
 from tests.support.command import ADMIN_KEY, ServeCommand, environment
-from tests.support.server import arm, uniform_profile
-from tests.support.upstream import ScriptedUpstream
+from tests.support.proxy_process import model_entry, uniform_profile
+from tests.support.scripted_upstream import ScriptedUpstream
 
 PROVIDER_KEY = "sk-canary-of-the-provider"
 MAX_BODY_BYTES = 1_000_000
@@ -35,21 +37,33 @@ class Attacked:
         return url.host, url.port or 80
 
 
-BOTH_WAYS = pytest.mark.parametrize("serving", ["auto", "translate"], indirect=True, scope="session")
-"""For tests of what an upstream does: by itself it is relayed to."""
+# For tests of what an upstream does: by itself it is called directly.
+BOTH_MODES = pytest.mark.parametrize("attacked", ["auto", "translate"], indirect=True)
 
 
 @pytest.fixture(scope="session")
-def serving(
-    tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path, request: pytest.FixtureRequest
-) -> Iterator[Attacked]:
-    folder = tmp_path_factory.mktemp("attacked")
-    environ = environment(folder / "data", embedder_cache, UNIROUTE_ADMIN_KEY=ADMIN_KEY, ARM_API_KEY=PROVIDER_KEY)
+def servings(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Callable[[str], Attacked]]:
+    """By the mode in which the models are called; each is started once, if a test wants it."""
+    with ExitStack() as closing:
+
+        @cache
+        def opened(mode: str) -> Attacked:
+            return closing.enter_context(open_attacked(tmp_path_factory.mktemp("attacked"), embedder_cache, mode))
+
+        yield opened
+
+
+@contextmanager
+def open_attacked(folder: Path, embedder_cache: Path, mode: str) -> Iterator[Attacked]:
+    environ = environment(folder / "data", embedder_cache, UNIROUTE_ADMIN_KEY=ADMIN_KEY, MODEL_API_KEY=PROVIDER_KEY)
     with ScriptedUpstream(lambda _: "The fair answer.") as fair, ScriptedUpstream(lambda _: "The good answer.") as good:
         able: dict[str, Any] = {"supports_function_calling": True, "supports_vision": True}
-        able["forward"] = getattr(request, "param", "auto")
+        able["forward"] = mode
         config = {
-            "model_list": [arm("fair", fair.url, price=1e-7, **able), arm("good", good.url, price=1e-5, **able)],
+            "model_list": [
+                model_entry("fair", fair.url, price=1e-7, **able),
+                model_entry("good", good.url, price=1e-5, **able),
+            ],
             "uniroute": {"max_body_bytes": MAX_BODY_BYTES, "profile": {"on_start": False}},
         }
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -63,20 +77,14 @@ def serving(
 
 
 @pytest.fixture
-def attacked(serving: Attacked) -> Attacked:
-    for upstream in (serving.fair, serving.good):
-        upstream.script.clear()
-        upstream.history.clear()
-        upstream.always = None
-    return serving
-
-
-@pytest.fixture(scope="session")
-def session_http(serving: Attacked) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=serving.server.url, timeout=20) as opened:
-        yield opened
+def attacked(servings: Callable[[str], Attacked], request: pytest.FixtureRequest) -> Attacked:
+    opened = servings(getattr(request, "param", "auto"))
+    for upstream in (opened.fair, opened.good):
+        upstream.reset()
+    return opened
 
 
 @pytest.fixture
-def http(attacked: Attacked, session_http: httpx.Client) -> httpx.Client:
-    return session_http
+def http(attacked: Attacked) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=attacked.server.url, timeout=60) as opened:
+        yield opened

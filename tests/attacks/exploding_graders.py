@@ -1,4 +1,4 @@
-"""Every grader, and the judge's parser, with every shape: run by test_exploding_texts in a child process."""
+"""Run every grader, and the judge's parser, over every shape. `test_linear_time` runs this in a child process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from router_core.validation.graders import (
     Terms,
     WritingGrader,
 )
-from tests.support.exploding import read_all
+from tests.support.linear_time import read_all
 
 TREE = {"properties": {"a": {"allOf": [{"$ref": "#"}, {"$ref": "#"}]}}, "items": {"$ref": "#"}, "uniqueItems": True}
 ROWS = "CREATE TABLE t(a INT, b TEXT); INSERT INTO t VALUES (1, 'x'), (2, 'y');"

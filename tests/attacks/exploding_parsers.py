@@ -1,4 +1,4 @@
-"""What reads the words of callers, upstreams and administrators, with every shape: run in a child process."""
+"""Run every parser of what callers, upstreams and administrators write over every shape, in a child process."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 
 from proxy.errors import ProxyError, UpstreamError
 from proxy.routing.chat_request import parse_chat
-from proxy.routing.control_fields import reject_control_fields
 from proxy.routing.fingerprints import looks_random
 from proxy.routing.requirements import requirements_of, routing_text
-from proxy.server.admin_schemas import redact_params
+from proxy.server.admin_responses import redact_params
 from proxy.server.auth import check_host, credentials_from
 from proxy.server.requests import request_ids_from
 from proxy.server.responses import render_error
-from proxy.settings.litellm_names import is_model_info_of_litellm
+from proxy.settings.control_fields import reject_control_fields
+from proxy.settings.litellm_params import is_model_info_of_litellm
 from proxy.settings.schema import Settings
 from proxy.storage.audit_log import action_of
 from proxy.upstream.circuit_breaker import parse_retry_after
@@ -28,7 +28,7 @@ from proxy.upstream.sse import encode_json
 from router_core.documents import nearest_hint
 from router_core.fitting import cluster_names
 from router_core.text import truncate_middle
-from tests.support.exploding import read_all
+from tests.support.linear_time import read_all
 
 
 class _Headers:

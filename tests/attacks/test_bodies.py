@@ -1,5 +1,3 @@
-"""Bodies too large, too deep, ambiguous, or of the wrong kind: 400, 413 or 415, and no memory for them."""
-
 from __future__ import annotations
 
 import gzip
@@ -64,7 +62,7 @@ def test_what_is_not_one_json_object_is_refused_everywhere(
         b'"uniroute": {"lambda": 0, "lambda": 9}}',
     ],
 )  # fmt: skip
-def test_a_key_given_twice_reaches_nobody(http: httpx.Client, attacked: Attacked, more: bytes) -> None:
+def test_a_json_key_given_twice_reaches_no_model(http: httpx.Client, attacked: Attacked, more: bytes) -> None:
     reply = post(http, "/v1/chat/completions", START + more)
 
     assert (reply.status_code, "twice" in reply.json()["error"]["message"]) == (400, True)
@@ -83,12 +81,12 @@ def test_a_key_given_twice_reaches_nobody(http: httpx.Client, attacked: Attacked
         {"content-encoding": "identity, gzip"}, {"content-encoding": "x"},
     ],
 )  # fmt: skip
-def test_other_content_is_not_read(http: httpx.Client, path: str, headers: dict[str, str]) -> None:
+def test_other_content_types_are_not_read(http: httpx.Client, path: str, headers: dict[str, str]) -> None:
     assert post(http, path, BOMB, headers).status_code == 415
 
 
 @pytest.mark.parametrize("path", DOORS)
-def test_more_than_may_be_is_refused_by_its_length_alone(http: httpx.Client, path: str) -> None:
+def test_a_body_that_is_too_large_is_refused_by_its_content_length_only(http: httpx.Client, path: str) -> None:
     assert post(http, path, b" " * (MAX_BODY_BYTES + 1)).status_code == 413
 
 
@@ -100,11 +98,11 @@ def memory(pid: int) -> int:
 
 @pytest.mark.parametrize("framing", ["content-length: 209715200", "transfer-encoding: chunked"])
 @pytest.mark.parametrize("path", DOORS)
-def test_two_hundred_megabytes_are_not_kept(attacked: Attacked, path: str, framing: str) -> None:
+def test_two_hundred_megabytes_are_not_buffered(attacked: Attacked, path: str, framing: str) -> None:
     before = memory(attacked.server.pid)
     head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: {ADMIN['authorization']}\r\n{framing}\r\n\r\n"
     piece = b" " * MIB if "length" in framing else b"100000\r\n" + b" " * MIB + b"\r\n"
-    with socket.create_connection(attacked.address, timeout=10) as connection:
+    with socket.create_connection(attacked.address, timeout=60) as connection:
         with suppress(ConnectionError):
             connection.sendall(head.encode())
             for _ in range(200):
@@ -137,7 +135,7 @@ def test_a_field_of_any_type_is_routed_or_refused(http: httpx.Client, attacked: 
 @pytest.mark.parametrize(
     "field", ["lambda", "models", "max_cost_usd", "latency_weight", "session", "fallbacks", "none"]
 )
-def test_an_option_of_any_type_is_taken_or_named(http: httpx.Client, field: str) -> None:
+def test_an_option_of_any_type_is_accepted_or_named(http: httpx.Client, field: str) -> None:
     for value in WRONG:
         body = {"model": "auto", "messages": ASK, "uniroute": {field: value}}
         reply = post(http, "/v1/route", json.dumps(body).encode())

@@ -1,5 +1,3 @@
-"""Secrets are seen where they are due (a provider's key at the provider) and nowhere else, whatever goes wrong."""
-
 from __future__ import annotations
 
 import asyncio
@@ -28,17 +26,17 @@ from tests.attacks.canaries import (
     model,
     served_with_canaries,
 )
-from tests.support.answers import Step
 from tests.support.command import environment, run_command
-from tests.support.upstream import wait_until
+from tests.support.scripted_answers import Step
+from tests.support.waiting import wait_until
 
+# The secrets that each model's upstream gets, and may repeat.
 KNOWN = {
     "named": f"no: Bearer {PROVIDER_KEY}",
     "translated": f"no: Bearer {PROVIDER_KEY}",
     "other": f"no: x-api-key {PROVIDER_KEY}",
     "literal": f"no: Bearer {LITERAL_KEY} with {HEADER}",
 }
-"""What each model's upstream was told, and may repeat."""
 SAID: Any = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": None}]}
 pytestmark = pytest.mark.filterwarnings("ignore:Item .* on TypedDict:UserWarning")
 
@@ -67,7 +65,7 @@ def found(*texts: str, secrets: tuple[str, ...] = SECRETS) -> list[str]:
     ]
 
 
-def test_the_keys_are_where_they_are_due(canaries: Canaries) -> None:
+def test_secrets_are_only_where_they_belong(canaries: Canaries) -> None:
     for name, key in (("translated", PROVIDER_KEY), ("named", PROVIDER_KEY), ("literal", LITERAL_KEY)):
         assert canaries.ask(name).status_code == 200
         assert canaries.upstream.last.headers["authorization"] == f"Bearer {key}"
@@ -99,7 +97,7 @@ def test_an_upstream_that_repeats_the_keys_is_not_quoted(canaries: Canaries, nam
     assert found(*canaries.seen, canaries.server.log) == []
 
 
-def test_what_a_caller_gets_wrong_shows_nobodys_secrets(canaries: Canaries) -> None:
+def test_error_responses_to_callers_contain_no_secret(canaries: Canaries) -> None:
     for body in (b"{", b'"' + ADMIN_KEY.encode(), b'{"model": "' + PROMPT.encode() + b'"}', b"\xff" + PROMPT.encode()):
         canaries.call("POST", "/v1/chat/completions", content=body)
     canaries.ask(PROMPT)
@@ -116,7 +114,7 @@ def test_what_a_caller_gets_wrong_shows_nobodys_secrets(canaries: Canaries) -> N
     assert found(*(text for text in canaries.seen), secrets=(*SECRETS, canaries.client_key)) == []
 
 
-def test_what_an_administrator_gets_wrong_is_not_repeated(canaries: Canaries) -> None:
+def test_error_responses_to_administrators_repeat_no_secret(canaries: Canaries) -> None:
     address = canaries.upstream.url
     for params in (
         {"api_key": LITERAL_KEY}, {"api_key": [LITERAL_KEY]}, {"extra_headers": {"authorization": HEADER}},
@@ -137,7 +135,7 @@ def test_what_an_administrator_gets_wrong_is_not_repeated(canaries: Canaries) ->
     assert found(*canaries.seen, canaries.server.log) == []
 
 
-def test_jobs_that_fail_tell_no_key(canaries: Canaries) -> None:
+def test_failed_jobs_contain_no_key(canaries: Canaries) -> None:
     for name, said in KNOWN.items():
         canaries.upstream.always = Step(status=401, body={"error": {"message": said}})
         job = canaries.admin("POST", f"/admin/models/{name}/profile", {"prompts": 20, "max_usd": 1}).json()["job"]
@@ -147,7 +145,7 @@ def test_jobs_that_fail_tell_no_key(canaries: Canaries) -> None:
         canaries.admin("GET", f"/admin/jobs/{job}/outcomes")
     canaries.upstream.always = None
     job = canaries.admin("POST", "/admin/models/named/profile", {"prompts": 20, "max_usd": 1}).json()["job"]
-    assert wait_until(lambda: canaries.admin("GET", f"/admin/jobs/{job}").json()["state"] != "running", 60)
+    assert wait_until(lambda: canaries.admin("GET", f"/admin/jobs/{job}").json()["state"] != "running")
     assert found(*canaries.seen, canaries.server.log) == []
 
 
@@ -167,11 +165,11 @@ async def stored(url: str) -> list[str]:
     return texts
 
 
-def test_nothing_of_it_is_stored(canaries: Canaries) -> None:
+def test_no_secret_is_stored(canaries: Canaries) -> None:
     canaries.ask("named")
     canaries.ask("auto", stream=True)
     canaries.call("POST", "/v1/route", json={"model": "auto", "messages": [{"role": "user", "content": PROMPT}]})
-    entry = model("added", canaries.upstream.url, api_key="os.environ/ARM_API_KEY")
+    entry = model("added", canaries.upstream.url, api_key="os.environ/MODEL_API_KEY")
     canaries.admin("POST", "/admin/models", {**entry, "profile": {"prompts": 20}})
     assert wait_until(lambda: any("usage" in text for text in asyncio.run(stored(canaries.redis_url))))
     texts = asyncio.run(stored(canaries.redis_url))
@@ -223,7 +221,7 @@ def test_commands_and_refused_starts_show_no_secret(canaries: Canaries) -> None:
     assert found(*canaries.seen, secrets=(*SECRETS, canaries.client_key)) == []
 
 
-async def test_nothing_shows_a_secret_of_itself_and_a_crash_shows_none(
+async def test_no_repr_and_no_crash_shows_a_secret(
     canaries: Canaries, tmp_path: Path, embedder_cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     environ = {**environment(tmp_path / "data", embedder_cache), **canaries.environ}

@@ -1,4 +1,4 @@
-"""Every name that litellm acts on: a field of OpenAI's, or refused, or shown to change nothing but the body."""
+"""Every name that litellm acts on is a field of OpenAI's, or refused, or shown to change only the body."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ import pytest
 
 from proxy.errors import BadRequest, FieldNotAllowed, UpstreamError
 from proxy.routing.chat_request import parse_chat
-from proxy.routing.control_fields import is_control_field
+from proxy.settings.control_fields import is_control_field
+from proxy.settings.litellm_params import CHAT_FIELDS
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream.litellm.client import LiteLLMClient
-from proxy.upstream.litellm.params import CHAT_FIELDS
-from proxy.upstream.litellm.setup import import_litellm
+from proxy.upstream.litellm_client import LiteLLMClient
+from proxy.upstream.litellm_setup import import_litellm
 from tests.attacks.conftest import ASK
-from tests.support.answers import Step, error_body
-from tests.support.upstream import ScriptedUpstream
+from tests.support.scripted_answers import Step, error_body
+from tests.support.scripted_upstream import ScriptedUpstream
 
 KEY = "sk-of-the-provider"
+# Read, set or passed on by ourselves.
 OPENAIS_OTHER = {"model", "messages", "stream", "stream_options", "metadata", "prompt_cache_retention"}
-"""Read, set or passed on by ourselves."""
+# Plain words that servers of OpenAI's format may have a field by: passed on, where litellm would act on its own.
 HARMLESS = (
     *("context_management", "id", "include_server_side_tool_invocations", "itpm", "order", "otpm", "rpm", "tags"),
     *("tpm", "ttl", "verbose", "weight"),
 )
-"""Plain words that servers of OpenAI's format may have a field by: passed on, where litellm would act on its own."""
 ARMS = ("openai/x", "mistral/x", "deepseek/x", "groq/x", "anthropic/claude-x", "cohere_chat/x")
 pytestmark = pytest.mark.filterwarnings("ignore")
 EVIL: Any = {
@@ -64,7 +64,7 @@ def test_every_name_of_the_installed_litellm_is_accounted_for() -> None:
     assert left == set(HARMLESS)
 
 
-def test_names_are_refused_wherever_they_would_be_unpacked() -> None:
+def test_control_fields_are_refused_wherever_they_would_be_unpacked() -> None:
     for name in names_of_litellm():
         if is_control_field(name):
             for body in ({name: 1}, {name.upper(): 1}, {"extra_body": {name: 1}}, {"extra_body": {"a": [{name: 1}]}}):
@@ -72,7 +72,7 @@ def test_names_are_refused_wherever_they_would_be_unpacked() -> None:
                     parse_chat(json.dumps({"model": "auto", "messages": ASK, **body}).encode(), [])
 
 
-def test_names_within_content_are_the_callers_own() -> None:
+def test_names_within_content_are_left_to_the_caller() -> None:
     """A tool may have an argument called api_base, a schema a property called timeout."""
     every = {name: {"type": "string"} for name in names_of_litellm()}
     schema = {"type": "object", "properties": every, "required": sorted(every)}
@@ -103,7 +103,7 @@ def upstream() -> Iterator[ScriptedUpstream]:
 
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[LiteLLMClient]:
-    opened = LiteLLMClient(Settings(data_dir=tmp_path), {"ARM_API_KEY": KEY})
+    opened = LiteLLMClient(Settings(data_dir=tmp_path), {"MODEL_API_KEY": KEY})
     await opened.prepare()
     yield opened
     await opened.aclose()
@@ -112,7 +112,7 @@ async def client(tmp_path: Path) -> AsyncIterator[LiteLLMClient]:
 async def seen(client: LiteLLMClient, upstream: ScriptedUpstream, arm: str, **body: Any) -> list[tuple[Any, ...]]:
     """Path, key, header names and body of everything that reaches the upstream."""
     upstream.history.clear()
-    params = {"model": arm, "api_base": upstream.url, "api_key": "os.environ/ARM_API_KEY"}
+    params = {"model": arm, "api_base": upstream.url, "api_key": "os.environ/MODEL_API_KEY"}
     record = ModelRecord("m", params, ModelInfo(), "config", 0.0)
     with contextlib.suppress(UpstreamError):  # it refuses all, for its answers are in OpenAI's format alone
         await client.complete(record, {"model": "m", "messages": ASK, **body})
@@ -120,7 +120,7 @@ async def seen(client: LiteLLMClient, upstream: ScriptedUpstream, arm: str, **bo
 
 
 @pytest.mark.parametrize("arm", ARMS)
-async def test_the_harmless_change_nothing_but_the_body(
+async def test_harmless_fields_change_only_the_body(
     client: LiteLLMClient, upstream: ScriptedUpstream, arm: str
 ) -> None:
     ((path, headers, body),) = await seen(client, upstream, arm)
@@ -133,7 +133,7 @@ async def test_the_harmless_change_nothing_but_the_body(
 
 
 @pytest.mark.parametrize("arm", ARMS)
-async def test_what_is_within_a_field_of_openais_steers_nothing(
+async def test_what_is_nested_in_a_field_of_openai_steers_nothing(
     client: LiteLLMClient, upstream: ScriptedUpstream, arm: str
 ) -> None:
     ((path, headers, body),) = await seen(client, upstream, arm)

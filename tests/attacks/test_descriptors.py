@@ -1,5 +1,3 @@
-"""File descriptors run out: who is too many is told so, the rest are served, and it ends when they leave."""
-
 from __future__ import annotations
 
 import os
@@ -15,10 +13,11 @@ import pytest
 import yaml
 
 from tests.attacks.conftest import ASK
-from tests.support.answers import Step
 from tests.support.command import ServeCommand, environment
-from tests.support.server import arm
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.proxy_process import model_entry
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 DESCRIPTORS = 260
 BODY = b'{"model":"fair","messages":[{"role":"user","content":"hi"}]}'
@@ -36,9 +35,9 @@ def server(
     tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path, upstream: ScriptedUpstream
 ) -> Iterator[ServeCommand]:
     folder = tmp_path_factory.mktemp("few")
-    config = {"model_list": [arm("fair", upstream.url)], "uniroute": {"profile": {"on_start": False}}}
+    config = {"model_list": [model_entry("fair", upstream.url)], "uniroute": {"profile": {"on_start": False}}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    environ = environment(folder / "data", embedder_cache, ARM_API_KEY="sk-x")
+    environ = environment(folder / "data", embedder_cache, MODEL_API_KEY="sk-x")
     arguments = ("--config", folder / "config.yaml")
     with (
         ServeCommand(*arguments, environ=environ, log=folder / "log.txt", descriptors=DESCRIPTORS) as started,
@@ -49,7 +48,7 @@ def server(
 
 
 def ask(client: httpx.Client) -> httpx.Response:
-    return client.post("/v1/chat/completions", json={"model": "fair", "messages": ASK}, timeout=20)
+    return client.post("/v1/chat/completions", json={"model": "fair", "messages": ASK}, timeout=60)
 
 
 def open_files(server: ServeCommand) -> int:
@@ -65,7 +64,7 @@ def answer(connection: socket.socket) -> bytes:
         return b"closed"
 
 
-def test_more_clients_than_descriptors_are_told_so_and_the_rest_are_served(
+def test_more_clients_than_descriptors_get_an_error_and_the_rest_are_served(
     server: ServeCommand, upstream: ScriptedUpstream
 ) -> None:
     before = open_files(server)
@@ -81,8 +80,8 @@ def test_more_clients_than_descriptors_are_told_so_and_the_rest_are_served(
         for connection in beyond:
             with suppress(ConnectionError):
                 connection.sendall(POST)
-        told = {answer(connection).partition(b"\r\n")[0] for connection in beyond}
-        assert told == {b"HTTP/1.1 503 Service Unavailable", b"closed"}
+        status_lines = {answer(connection).partition(b"\r\n")[0] for connection in beyond}
+        assert status_lines == {b"HTTP/1.1 503 Service Unavailable", b"closed"}
         assert httpx.get(f"{server.url}/healthz").status_code == 200
         refused = httpx.post(f"{server.url}/v1/chat/completions", json={"model": "fair", "messages": ASK})
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
@@ -104,7 +103,7 @@ def first_free_descriptor(server: ServeCommand) -> int:
 def test_a_model_that_cannot_be_reached_for_want_of_descriptors_is_a_clear_502(
     server: ServeCommand, upstream: ScriptedUpstream
 ) -> None:
-    with httpx.Client(base_url=server.url, timeout=20) as client:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
         assert ask(client).status_code == 200
         limit = (first_free_descriptor(server), DESCRIPTORS)
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, limit)

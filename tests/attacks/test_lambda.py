@@ -1,11 +1,9 @@
-"""λ as a header, on the wire: one finite number of ASCII digits, or 400 naming it."""
-
 from __future__ import annotations
 
 import pytest
 
 from tests.attacks.conftest import Attacked
-from tests.support.wire import Answer, send
+from tests.support.raw_http import Answer, send
 
 BODY = b'{"model":"auto","messages":[{"role":"user","content":"hi"}]}'
 
@@ -27,7 +25,7 @@ def ask(attacked: Attacked, *lines: bytes) -> Answer:
         b"1e99999999999", b"1e13", b"1e308", b"9" * 400, b"0.1\x0b", b"{{1}}", b"__import__('os')", b"1/2",
     ],
 )  # fmt: skip
-def test_what_is_no_amount_is_refused_and_named(attacked: Attacked, name: bytes, value: bytes) -> None:
+def test_an_invalid_lambda_is_refused_and_named(attacked: Attacked, name: bytes, value: bytes) -> None:
     answer = ask(attacked, name + b": " + value)
 
     assert answer.status == 400
@@ -35,7 +33,7 @@ def test_what_is_no_amount_is_refused_and_named(attacked: Attacked, name: bytes,
 
 
 @pytest.mark.parametrize("value", [b"0.4\rlambda: 9", b"0.4\nlambda: 9", b"0.4\x00", b"0\r\n .4"])
-def test_no_second_line_hides_in_it(attacked: Attacked, value: bytes) -> None:
+def test_a_lambda_cannot_hide_a_second_header(attacked: Attacked, value: bytes) -> None:
     answer = ask(attacked, b"lambda: " + value)
 
     assert (answer.status, answer.code) == (400, "invalid_http_request")
@@ -51,7 +49,7 @@ def test_no_second_line_hides_in_it(attacked: Attacked, value: bytes) -> None:
         (b"lambda:", b"lambda: 0.1"),
     ],
 )
-def test_given_twice_it_is_refused(attacked: Attacked, lines: tuple[bytes, ...]) -> None:
+def test_a_lambda_given_twice_is_refused(attacked: Attacked, lines: tuple[bytes, ...]) -> None:
     answer = ask(attacked, *lines)
 
     assert (answer.status, "more than once" in answer.json()["error"]["message"]) == (400, True)
@@ -62,7 +60,7 @@ def test_given_twice_it_is_refused(attacked: Attacked, lines: tuple[bytes, ...])
     [(b"0", 0.0), (b"-0", 0.0), (b"-0.0", 0.0), (b"+1", 1.0), (b"1e-3", 0.001), (b"1e-999", 0.0), (b"\t0.5 \t", 0.5),
      (b"1e12", 1e12), (b"00.5", 0.5), (b"1.", 1.0)],
 )  # fmt: skip
-def test_an_amount_is_taken(attacked: Attacked, value: bytes, meant: float) -> None:
+def test_a_valid_lambda_is_accepted(attacked: Attacked, value: bytes, meant: float) -> None:
     answer = ask(attacked, b"lambda: " + value)
 
     assert answer.status == 200

@@ -1,5 +1,3 @@
-"""Conversations of any shape: routed and forwarded as they are, within the time that routing has, never a 500."""
-
 from __future__ import annotations
 
 import base64
@@ -74,7 +72,9 @@ def test_messages_of_any_shape_are_routed_and_reach_the_model_as_they_are(
 @pytest.mark.parametrize(
     "messages", [None, [], {}, "hi", 7, [None], ["hi"], [["role", "user"]], [[]], [1], {"0": ASK[0]}]
 )
-def test_what_is_no_list_of_objects_is_refused(http: httpx.Client, attacked: Attacked, messages: Any) -> None:
+def test_messages_that_are_no_list_of_objects_are_refused(
+    http: httpx.Client, attacked: Attacked, messages: Any
+) -> None:
     reply = http.post("/v1/chat/completions", json={"model": "auto", "messages": messages})
 
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "messages")

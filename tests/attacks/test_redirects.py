@@ -1,4 +1,4 @@
-"""A redirect would take the prompt, and in some formats the key, to wherever an upstream points: none is followed."""
+"""A redirect would send the prompt, and in some formats the key, to wherever an upstream points."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from proxy.errors import UpstreamError
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream.litellm.client import LiteLLMClient
-from proxy.upstream.litellm.setup import import_litellm
+from proxy.upstream.litellm_client import LiteLLMClient
+from proxy.upstream.litellm_setup import import_litellm
 from tests.attacks.conftest import ASK
-from tests.support.answers import Step
-from tests.support.upstream import ScriptedUpstream
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
 
+# One or more of each way in which litellm comes by its client.
 SOME = (
     *(
         "aiohttp_openai",
@@ -34,7 +35,6 @@ SOME = (
     ),
     *("maritalk", "mistral", "ollama", "openai", "openai_like", "oobabooga", "text-completion-codestral"),
 )
-"""One or more of each way in which litellm comes by its client."""
 MORE: dict[str, dict[str, Any]] = {
     "azure": {"api_version": "2024-10-21"},
     "bedrock": {"aws_access_key_id": "a", "aws_secret_access_key": "b", "aws_region_name": "us-east-1"},
@@ -57,19 +57,19 @@ def pointing(elsewhere: ScriptedUpstream) -> Iterator[ScriptedUpstream]:
 
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[LiteLLMClient]:
-    opened = LiteLLMClient(Settings(data_dir=tmp_path, request_timeout_s=3), {"ARM_API_KEY": "sk-of-the-provider"})
+    opened = LiteLLMClient(Settings(data_dir=tmp_path, request_timeout_s=3), {"MODEL_API_KEY": "sk-of-the-provider"})
     await opened.prepare()
     yield opened
     await opened.aclose()
 
 
 async def ask(client: LiteLLMClient, provider: str, api_base: str) -> None:
-    params = {"model": f"{provider}/x", "api_base": api_base, "api_key": "os.environ/ARM_API_KEY"}
+    params = {"model": f"{provider}/x", "api_base": api_base, "api_key": "os.environ/MODEL_API_KEY"}
     record = ModelRecord("m", params | MORE.get(provider, {}), ModelInfo(), "config", 0.0)
     body = {"model": "m", "messages": ASK}
     for stream in (False, True):
         with contextlib.suppress(UpstreamError):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 if stream:
                     async for _ in await client.stream(record, body):
                         pass

@@ -1,5 +1,3 @@
-"""Upstreams that point elsewhere or lie: no redirect is followed, no address but the administrator's is called."""
-
 from __future__ import annotations
 
 import json
@@ -11,14 +9,14 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tests.attacks.conftest import ADMIN, ASK, BOTH_WAYS, PROVIDER_KEY, Attacked
-from tests.support.answers import Step, sse
-from tests.support.server import arm, uniform_profile
-from tests.support.upstream import ScriptedUpstream
+from tests.attacks.conftest import ADMIN, ASK, BOTH_MODES, PROVIDER_KEY, Attacked
+from tests.support.proxy_process import model_entry, uniform_profile
+from tests.support.scripted_answers import Step, sse
+from tests.support.scripted_upstream import ScriptedUpstream
 
-pytestmark = BOTH_WAYS
+pytestmark = BOTH_MODES
 
-SAID: Any = {"choices": [{"index": 0, "delta": {"content": "hé字"}, "finish_reason": None}]}
+CONTENT: Any = {"choices": [{"index": 0, "delta": {"content": "hé字"}, "finish_reason": None}]}
 END: Any = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
 
 
@@ -45,7 +43,7 @@ def test_no_redirect_is_followed(http: httpx.Client, attacked: Attacked, status:
         assert elsewhere.history == attacked.good.history == []
 
 
-def test_what_an_upstream_asks_to_be_kept_or_sent_on_is_not(http: httpx.Client, attacked: Attacked) -> None:
+def test_headers_of_an_upstream_are_neither_kept_nor_passed_on(http: httpx.Client, attacked: Attacked) -> None:
     """Cookies, alternative services, refreshes: none of an upstream's headers steers the client or the next call."""
     headers = {"set-cookie": "a=b; path=/", "alt-svc": 'h2="evil:443"', "refresh": "0;url=http://evil", "x-evil": "1"}
     attacked.fair.then(Step(headers=headers), Step())
@@ -67,26 +65,28 @@ def test_headers_of_a_caller_do_not_reach_the_upstream(http: httpx.Client, attac
 
 
 @pytest.mark.parametrize(
-    ("events", "said"),
+    ("events", "content"),
     [
-        ([SAID, END, b"data: [DONE]\n\ndata: [DONE]\n\n"], "hé字"),
-        ([b": ping\n\n", SAID, b"event: x\nid: 7\nretry: 1\n\n", END], "hé字"),
-        ([b"data:" + json.dumps(SAID, ensure_ascii=False).encode() + b"\r\n\r\n", END], "hé字"),
-        ([b"\xef\xbb\xbfdata: " + json.dumps(SAID).encode() + b"\n\n", END], "hé字"),
-        ([*[SAID] * 500, END], "hé字" * 500),
+        ([CONTENT, END, b"data: [DONE]\n\ndata: [DONE]\n\n"], "hé字"),
+        ([b": ping\n\n", CONTENT, b"event: x\nid: 7\nretry: 1\n\n", END], "hé字"),
+        ([b"data:" + json.dumps(CONTENT, ensure_ascii=False).encode() + b"\r\n\r\n", END], "hé字"),
+        ([b"\xef\xbb\xbfdata: " + json.dumps(CONTENT).encode() + b"\n\n", END], "hé字"),
+        ([*[CONTENT] * 500, END], "hé字" * 500),
         ([{"choices": [{"index": 0, "delta": {"content": "x" * 3_000_000}}]}, END], "x" * 3_000_000),
     ],
 )
-def test_odd_but_whole_streams_arrive(http: httpx.Client, attacked: Attacked, events: list[Any], said: str) -> None:
+def test_odd_but_complete_streams_arrive(
+    http: httpx.Client, attacked: Attacked, events: list[Any], content: str
+) -> None:
     attacked.fair.then(Step(events=events))
     reply = ask(http, stream=True)
 
-    assert contents(reply) == said
+    assert contents(reply) == content
     assert reply.text.count("[DONE]") == 1
 
 
 def test_characters_cut_in_two_by_the_network_arrive_whole(http: httpx.Client, attacked: Attacked) -> None:
-    raw = b"data: " + json.dumps(SAID, ensure_ascii=False).encode() + b"\n\n"
+    raw = b"data: " + json.dumps(CONTENT, ensure_ascii=False).encode() + b"\n\n"
     attacked.fair.then(Step(events=[*(bytes((byte,)) for byte in raw), END], drip_s=0.001))
 
     assert contents(ask(http, stream=True)) == "hé字"
@@ -94,22 +94,22 @@ def test_characters_cut_in_two_by_the_network_arrive_whole(http: httpx.Client, a
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("retry_after", ["7", "Wed, 21 Oct 2065 07:28:00 GMT", None, "", "-1", "nan", "x" * 300])
-def test_too_many_requests_are_told_with_or_without_a_time(
+def test_status_429_is_passed_on_with_or_without_retry_after(
     http: httpx.Client, attacked: Attacked, retry_after: str | None, stream: bool
 ) -> None:
     headers = {} if retry_after is None else {"retry-after": retry_after}
     attacked.fair.always = Step(status=429, headers=headers, body={"error": {"message": "slow down"}})
     reply = ask(http, stream=stream)
 
-    told = {"7": "7", "Wed, 21 Oct 2065 07:28:00 GMT": "3600"}.get(retry_after or "")
+    passed_on = {"7": "7", "Wed, 21 Oct 2065 07:28:00 GMT": "3600"}.get(retry_after or "")
     assert (reply.status_code, reply.json()["error"]["message"]) == (429, "slow down")
-    assert reply.headers.get("retry-after") == told
+    assert reply.headers.get("retry-after") == passed_on
 
 
 def test_a_model_that_is_removed_while_it_answers_finishes(http: httpx.Client, attacked: Attacked) -> None:
-    entry = arm("leaving", attacked.good.url)
+    entry = model_entry("leaving", attacked.good.url)
     assert http.post("/admin/models", json={**entry, "profile": uniform_profile(0.9)}, headers=ADMIN).status_code == 201
-    attacked.good.then(Step(events=[SAID, *[b": wait\n\n"] * 10, SAID, END], drip_s=0.02))
+    attacked.good.then(Step(events=[CONTENT, *[b": wait\n\n"] * 10, CONTENT, END], drip_s=0.02))
     question = {"model": "leaving", "messages": ASK, "stream": True}
     with http.stream("POST", "/v1/chat/completions", json=question) as reply:
         lines = reply.iter_lines()
@@ -127,7 +127,7 @@ def test_a_model_that_is_removed_while_it_answers_finishes(http: httpx.Client, a
      "", "http://[::1", "javascript:alert(1)", "http://\x00", 7, ["http://x"], {"url": "http://x"}],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["api_base", "base_url"])
-def test_an_address_that_is_none_cannot_be_added(http: httpx.Client, name: str, address: Any) -> None:
+def test_an_invalid_address_cannot_be_added(http: httpx.Client, name: str, address: Any) -> None:
     params = {"model": "openai/x", name: address}
     body = {"model_name": "odd", "litellm_params": params, "model_info": {"free": True}, "profile": {"prompts": 20}}
     reply = http.post("/admin/models", json=body, headers=ADMIN)
@@ -137,7 +137,7 @@ def test_an_address_that_is_none_cannot_be_added(http: httpx.Client, name: str, 
 
 
 EVENTS = st.lists(
-    st.sampled_from([SAID, END, b": ping\n\n", b"data: [DONE]\n\n", {"choices": []}, {"error": {"message": "no"}}]),
+    st.sampled_from([CONTENT, END, b": ping\n\n", b"data: [DONE]\n\n", {"choices": []}, {"error": {"message": "no"}}]),
     max_size=5,
 )
 
@@ -145,15 +145,15 @@ EVENTS = st.lists(
 @given(EVENTS, st.data())
 @hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_client_reads_the_same_for_every_split(
-    session_http: httpx.Client, serving: Attacked, events: list[Any], data: st.DataObject
+    http: httpx.Client, attacked: Attacked, events: list[Any], data: st.DataObject
 ) -> None:
     """The whole way: one upstream that writes the events as they are, one that cuts their bytes anywhere."""
     raw = b"".join(sse(event) for event in events)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=6)))
     pieces = [raw[start:end] for start, end in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
-    serving.fair.script.clear()
-    serving.fair.then(Step(events=[raw], done=False), Step(events=pieces, done=False))
-    whole, split = ask(session_http, stream=True), ask(session_http, stream=True)
+    attacked.fair.script.clear()
+    attacked.fair.then(Step(events=[raw], done=False), Step(events=pieces, done=False))
+    whole, split = ask(http, stream=True), ask(http, stream=True)
 
     assert (split.status_code, split.text) == (whole.status_code, whole.text)
     if whole.status_code == 200:

@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from proxy.routing.affinity import NO_AFFINITY, AffinityRecorder
+from proxy.routing.affinity import NO_AFFINITY
+from proxy.routing.chat_request import ChatRequest, RoutingOptions
 from proxy.routing.selection import Selection
-from proxy.server.attempts import Turn
+from proxy.server.dependencies import AppState, RequestContext
 from proxy.server.metrics import Metrics
 from proxy.server.ratelimit import RateLimiter
-from proxy.server.request_log import Books, RequestRecord
+from proxy.server.request_log import RequestRecord
 from proxy.server.requests import RequestIds
 from proxy.server.reservations import SETTLE_FUNCTION
 from proxy.settings.schema import CircuitBreakerSettings, Settings
+from proxy.storage.client_keys import ClientKey
 from proxy.storage.redis import Store
 from proxy.storage.sessions import SessionStore
 from proxy.storage.snapshot import RoutingSnapshot
@@ -30,12 +32,14 @@ from proxy.storage.usage_journal import JournalDirectory
 from proxy.storage.usage_writer import UsageWriter
 from proxy.storage.valkey import EmbeddedValkey
 from proxy.upstream.concurrency_limit import ConcurrencyLimiter, ConcurrencyLimits
-from proxy.upstream.health import HealthRegistry
-from tests.support.choices import a_state, chosen
-from tests.support.makers import a_record, following
+from proxy.upstream.health import Attempt, HealthRegistry
+from tests.support.makers import a_record, started_watcher
+from tests.support.selections import a_state, chosen
 
 USAGE = {"prompt_tokens": 412, "completion_tokens": 96, "prompt_tokens_details": {"cached_tokens": 256}}
 SHORT = [{"role": "user", "content": "What is the capital of the country that I was born in?"}]
+REQUEST = ChatRequest({"messages": SHORT}, "auto", True, False, RoutingOptions())
+LIMITS = ConcurrencyLimits(64, 64)
 
 
 @dataclass(frozen=True)
@@ -43,25 +47,25 @@ class Room:
     """What a process keeps its books with."""
 
     store: Store
-    books: Books
-    health: HealthRegistry
-    capacities: ConcurrencyLimiter
-    limiter: RateLimiter
-    memory: SessionStore
-    settings: Settings
+    app: AppState
     routing: RoutingSnapshot
-    choice: Selection
+    selection: Selection
 
-    def meter(self) -> RequestRecord:
-        marks = AffinityRecorder(self.memory, NO_AFFINITY, SHORT)
-        return RequestRecord(self.books, self.choice, None, RequestIds("req-1"), time.monotonic(), marks)
+    def context(self, key: ClientKey | None = None) -> RequestContext:
+        return RequestContext(self.app, self.routing, REQUEST, key, RequestIds("req-1"), time.monotonic())
 
-    async def turn(self, meter: RequestRecord) -> Turn:
-        """As forwarding takes it."""
-        self.health.resting()
-        slot = await self.capacities.slot(self.choice.model, ConcurrencyLimits(64, 64, 5.0))
-        self.health.resting()
-        return Turn(meter, self.health.begin(self.choice.model), slot, hurried=False)
+    def record(self) -> RequestRecord:
+        return RequestRecord(self.context(), self.selection, NO_AFFINITY)
+
+    async def attempt(self) -> Attempt:
+        """Begin one as Attempts does."""
+        model, slots = self.selection.model, self.app.capacities
+        self.app.health.cooling_down()
+        acquired_at = await slots.acquire(model, LIMITS, 5.0)
+        self.app.health.cooling_down()
+        attempt = self.app.health.start_attempt(model)
+        attempt.holds(slots, acquired_at)
+        return attempt
 
     async def valkey_s(self) -> float:
         """CPU seconds that the store has taken."""
@@ -69,11 +73,11 @@ class Room:
         return float(taken["used_cpu_user"]) + float(taken["used_cpu_sys"])
 
 
-def begun(meter: RequestRecord) -> RequestRecord:
-    meter.asking(meter.choice.model)
-    meter.first_content()
-    meter.used(USAGE)
-    return meter
+def started(record: RequestRecord) -> RequestRecord:
+    record.start_attempt(record.selection.model)
+    record.first_content()
+    record.set_usage(USAGE)
+    return record
 
 
 def emptied_pipe() -> Any:
@@ -92,20 +96,29 @@ async def open_room(folder: Path) -> AsyncIterator[Room]:
     store = Store(f"unix://{server.socket_path}")
     try:
         metrics, live = Metrics(), TrafficStats(4)
-        async with following(store, folder, a_record("cheap"), a_record("dear"), live=live) as state:
+        async with started_watcher(store, folder, a_record("cheap"), a_record("dear"), live=live) as state:
             usage = UsageWriter(store, JournalDirectory(folder / "usage", 10**9), settle_function=SETTLE_FUNCTION)
             routing, limiter = a_state(), RateLimiter(store, metrics, timeout_s=5.0)
-            yield Room(
+            absent: Any = None
+            app = AppState(
+                settings=Settings(data_dir=folder),
                 store=store,
-                books=Books(state, usage, metrics, live),
+                state=state,
+                registry=absent,
+                jobs=absent,
+                assigner=absent,
+                upstream=absent,
+                usage=usage,
+                limiter=limiter,
+                metrics=metrics,
+                live=live,
                 health=HealthRegistry(CircuitBreakerSettings()),
                 capacities=ConcurrencyLimiter(),
-                limiter=limiter,
-                memory=SessionStore(store, 3600),
-                settings=Settings(data_dir=folder),
-                routing=routing,
-                choice=await chosen(state=routing),
+                conversations=SessionStore(store, 3600),
+                resolver=absent,
+                environ={},
             )
+            yield Room(store, app, routing, await chosen(state=routing))
             await limiter.close()
             await usage.stop()
     finally:

@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from proxy.cli import console
-from proxy.routing.affinity import NO_AFFINITY, AffinityRecorder, load_affinity
+from proxy.routing.affinity import NO_AFFINITY, load_affinity
 from proxy.routing.chat_request import ChatRequest, RoutingOptions
+from proxy.server.completions import reserve
 from proxy.server.request_log import RequestRecord
-from proxy.server.requests import RequestIds
 from proxy.server.reservations import Demand, estimate_reservation, limit_to_reserved
 from proxy.server.run import LOGGING
 from proxy.storage.client_keys import ClientKey
 from proxy.upstream.payload import content_bytes, has_content
-from tests.bench.books_room import SHORT, USAGE, Room, begun, emptied_pipe, open_room
+from tests.bench.books_room import REQUEST, SHORT, USAGE, Room, emptied_pipe, open_room, started
 from tests.support.limited_keys import a_key
 
 LIMITS: dict[str, Any] = {"requests_per_minute": 10**9, "tokens_per_minute": 10**12, "usd_per_day": 10**6}
@@ -72,10 +72,10 @@ def _stages(room: Room) -> list[tuple[str, Work]]:
     chunk = _chunk({"content": " word"})
     call = _chunk({"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]})
     return [
-        ("thread of one turn", _threads(room, SHORT)),
-        ("thread of 60 turns", _threads(room, LONG)),
-        ("meter and marks", _meters(room)),
-        ("turn: rests, place, breaker", _turns(room)),
+        ("affinity of one turn", _affinities(room, SHORT)),
+        ("affinity of 60 turns", _affinities(room, LONG)),
+        ("record", _new_records(room)),
+        ("attempt: health, slot, breaker", _attempts(room)),
         ("headers", _headers(room)),
         ("finish", _finishes(room)),
         ("of it: the record and its journal", _records(room)),
@@ -93,63 +93,61 @@ def _stages(room: Room) -> list[tuple[str, Work]]:
     ]
 
 
-def _threads(room: Room, messages: list[Any]) -> Work:
+def _affinities(room: Room, messages: list[Any]) -> Work:
     request = ChatRequest({"messages": messages}, "auto", False, False, RoutingOptions())
 
     async def work(times: int) -> None:
         for _ in range(times):
-            await load_affinity(room.memory, request, None, room.settings)
+            await load_affinity(room.app.conversations, request, None, room.app.settings)
 
     return work
 
 
-def _meters(room: Room) -> Work:
-    choice, trace = room.choice, RequestIds("req-1")
+def _new_records(room: Room) -> Work:
+    ctx = room.context()
 
     async def work(times: int) -> None:
         for _ in range(times):
-            RequestRecord(room.books, choice, None, trace, 0.0, AffinityRecorder(room.memory, NO_AFFINITY, SHORT))
+            RequestRecord(ctx, room.selection, NO_AFFINITY)
 
     return work
 
 
-def _turns(room: Room) -> Work:
-    meter = room.meter()
-
+def _attempts(room: Room) -> Work:
     async def work(times: int) -> None:
         for _ in range(times):
-            turn = await room.turn(meter)
-            turn.begun()
-            turn.answered()
-            turn.close()
+            attempt = await room.attempt()
+            attempt.first_content()
+            attempt.succeeded()
+            attempt.abandoned()
 
     return work
 
 
 def _headers(room: Room) -> Work:
-    meter = room.meter()
-    meter.asking(meter.choice.model)
+    record = room.record()
+    record.start_attempt(record.selection.model)
 
     async def work(times: int) -> None:
         for _ in range(times):
-            meter.headers()
+            record.headers()
 
     return work
 
 
 def _finishes(room: Room) -> Work:
     async def work(times: int) -> None:
-        meters = [begun(room.meter()) for _ in range(times)]
+        records = [started(room.record()) for _ in range(times)]
         before = time.process_time()
-        for meter in meters:
-            meter.finish("complete")
+        for record in records:
+            record.finish("complete")
         work.own = time.process_time() - before  # type: ignore[attr-defined]
 
     return work
 
 
 def _records(room: Room) -> Work:
-    usage, entry = room.books.usage, begun(room.meter())._record("complete")
+    usage, entry = room.app.usage, started(room.record())._record("complete")
 
     async def work(times: int) -> None:
         for _ in range(times):
@@ -159,7 +157,7 @@ def _records(room: Room) -> Work:
 
 
 def _flushes(room: Room) -> Work:
-    usage, record = room.books.usage, _records(room)
+    usage, record = room.app.usage, _records(room)
 
     async def work(times: int) -> None:
         await record(times)
@@ -179,47 +177,43 @@ def _chunks(room: Room, chunk: dict[str, Any]) -> Work:
     """What streaming asks of the books, chunk by chunk."""
 
     async def work(times: int) -> None:
-        meter = room.meter()
+        record = room.record()
         for _ in range(times):
             has_content(chunk)
-            meter.marks.see(chunk, meter.model)
-            meter.received(content_bytes(chunk))
+            record.affinity.observe(chunk, record.model)
+            record.add_output(content_bytes(chunk))
             if chunk.get("usage"):
-                meter.used(chunk["usage"])
+                record.set_usage(chunk["usage"])
 
     return work
 
 
 def _reserves(room: Room, key: ClientKey, *, at_once: int) -> Work:
     async def one() -> None:
-        choice = limit_to_reserved(replace(room.choice, id=uuid.uuid4().hex), key.limits)
-        claim = estimate_reservation(Demand(choice, {"messages": SHORT}, room.routing, room.settings), key.limits)
-        await room.limiter.reserve(key, replace(claim, lives_s=0.001))
+        selection = limit_to_reserved(replace(room.selection, id=uuid.uuid4().hex), key.limits)
+        demand = Demand(selection, REQUEST.body, room.routing, room.app.settings)
+        await room.app.limiter.reserve(key, replace(estimate_reservation(demand, key.limits), ttl_s=0.001))
 
     return _together(one, at_once)
 
 
 def _requests(room: Room, key: ClientKey | None, *, at_once: int = 1) -> Work:
-    """As pipeline and streaming go about it."""
-    request = ChatRequest({"messages": SHORT}, "auto", True, False, RoutingOptions())
+    """As completions, attempts and streaming go about it."""
 
     async def one() -> None:
-        thread = await load_affinity(room.memory, request, key, room.settings)
-        choice, granted = room.choice, None
-        if key is not None and key.limits.any:
-            choice = limit_to_reserved(replace(choice, id=uuid.uuid4().hex), key.limits)
-            demand = Demand(choice, request.body, room.routing, room.settings)
-            granted = await room.limiter.reserve(key, estimate_reservation(demand, key.limits))
-        marks = AffinityRecorder(room.memory, thread, SHORT)
-        meter = RequestRecord(room.books, choice, key, RequestIds("req-1"), time.monotonic(), marks, granted)
-        turn = await room.turn(meter)
-        meter.asking(choice.model)
-        turn.begun()
-        meter.headers()
-        meter.used(USAGE)
-        turn.answered()
-        meter.finish("complete")
-        turn.close()
+        ctx = room.context(key)
+        affinity = await load_affinity(ctx.app.conversations, ctx.request, key, ctx.app.settings)
+        selection, reservation = await reserve(ctx, replace(room.selection, id=uuid.uuid4().hex))
+        record = RequestRecord(ctx, selection, affinity, reservation)
+        attempt = await room.attempt()
+        record.start_attempt(selection.model)
+        record.first_content()
+        attempt.first_content()
+        record.headers()
+        record.set_usage(USAGE)
+        attempt.succeeded()
+        record.finish("complete")
+        attempt.abandoned()
 
     return _together(one, at_once)
 
@@ -247,7 +241,7 @@ async def _least_us(room: Room, arguments: argparse.Namespace, work: Work) -> tu
         spent = time.process_time() - before
         taken.append(getattr(work, "own", spent))
         store_taken.append(await room.valkey_s() - store_before)
-        await room.books.usage.flush()
+        await room.app.usage.flush()
         await asyncio.sleep(0.05)  # so that the connections to the store are read, and none is taken for silent
     return f"{min(taken) / arguments.times * 1e6:.2f}", f"{min(store_taken) / arguments.times * 1e6:.0f}"
 

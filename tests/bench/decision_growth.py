@@ -38,7 +38,7 @@ def main() -> None:
     texts = list(generated_prompts(arguments.prompts))
     rows = []
     with tempfile.TemporaryDirectory(prefix="uniroute-bench-") as folder:
-        embedder = static_embedder(arguments.data_dir or Path(folder), console.note)
+        embedder = static_embedder(arguments.data_dir or Path(folder), console.echo_err)
         for clusters in CLUSTERS:
             for models in MODELS:
                 decided, embedded = measure(texts, embedder, a_pool(models, a_map(clusters, embedder)))

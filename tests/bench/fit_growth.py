@@ -33,11 +33,11 @@ def main() -> None:
     arguments = _arguments()
     rows = []
     with tempfile.TemporaryDirectory(prefix="uniroute-bench-") as folder:
-        static_embedder(arguments.data_dir or Path(folder), console.note)
+        static_embedder(arguments.data_dir or Path(folder), console.echo_err)
         for size in arguments.prompts:
             prompts = Path(folder) / "prompts.jsonl"
             write_prompts(prompts, size)
-            console.note(f"{size:,} prompts, {prompts.stat().st_size / 1e6:,.0f} MB")
+            console.echo_err(f"{size:,} prompts, {prompts.stat().st_size / 1e6:,.0f} MB")
             cost = _cost_of(_command(arguments, prompts, Path(folder) / f"map-{size}"))
             rows.append((f"{size:,}", f"{cost.seconds:.1f}", f"{size / cost.seconds:,.0f}", f"{cost.peak_mib:,.0f}"))
     console.table(("prompts", "seconds", "prompts/s", "peak MiB"), rows, title=f"uniroute fit, K={arguments.clusters}")

@@ -18,9 +18,9 @@ import httpx
 from proxy.cli import console
 from tests.conftest import CACHE
 from tests.faults.gateway import CONFIGURED, PRICE, QUESTION, Gateway, a_gateway, embedded_pid
-from tests.support.server import arm, uniform_profile
-from tests.support.upstream import ScriptedUpstream
-from tests.support.valkey import OwnValkey, frozen
+from tests.support.proxy_process import model_entry, uniform_profile
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.valkey import ValkeyServer, frozen
 
 ROUNDS = 3
 
@@ -33,7 +33,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         upstream = stack.enter_context(ScriptedUpstream())
-        valkey = stack.enter_context(OwnValkey(folder / "valkey")) if options.external else None
+        valkey = stack.enter_context(ValkeyServer(folder / "valkey")) if options.external else None
         environ = {"UNIROUTE_REDIS_URL": valkey.url} if valkey else {}
         gateway = stack.enter_context(a_gateway(folder, CACHE, upstream, environ=environ))
         assert gateway.add("kept").status_code == 201
@@ -55,7 +55,7 @@ def measure(gateway: Gateway, pid: int, requests: int) -> None:
             started = time.perf_counter()
             call()
             second = time.perf_counter() - started
-        console.say(f"{name:<40} {status}  {first * 1000:7.0f} ms, again {second * 1000:5.0f} ms")
+        console.echo(f"{name:<40} {status}  {first * 1000:7.0f} ms, again {second * 1000:5.0f} ms")
         wait_until_it_answers(gateway)
 
 
@@ -74,15 +74,15 @@ def latencies(gateway: Gateway, requests: int) -> list[float]:
 def print_row(name: str, taken: list[float]) -> None:
     ordered = sorted(taken)
     p99 = ordered[int(0.99 * len(ordered))]
-    console.say(
+    console.echo(
         f"{name:<40} {len(taken)} requests: median {statistics.median(taken) * 1000:.1f} ms,"
         f" 99th percentile {p99 * 1000:.1f} ms, slowest {ordered[-1] * 1000:.1f} ms"
     )
 
 
 def admin_calls(gateway: Gateway) -> dict[str, Callable[[], httpx.Response]]:
-    asked = {**arm("late", gateway.upstream.url), "profile": {"prompts": 20, "max_usd": 1.0}}
-    handed = {**arm("later", gateway.upstream.url), "profile": uniform_profile(0.1)}
+    asked = {**model_entry("late", gateway.upstream.url), "profile": {"prompts": 20, "max_usd": 1.0}}
+    handed = {**model_entry("later", gateway.upstream.url), "profile": uniform_profile(0.1)}
     calls = [
         ("POST", "/models", asked),
         ("POST", "/models", handed),

@@ -84,7 +84,7 @@ class Growing:
 
     @contextmanager
     def served(self, name: str, **config: Any) -> Iterator[Row]:
-        console.note(f"starting {name}")
+        console.echo_err(f"starting {name}")
         folder, url = self.bench.folder / name.replace(" ", "-"), self.bench.upstream.url
         server = ours(folder, url, {ROUTED: "auto"}, embedder_cache=self.table, **config)
         with profiled(server, self.bench.cores.gateway) as started:
@@ -208,7 +208,7 @@ def _cell(before: Point | None, point: Point, figure: Figure) -> str:
 def main() -> None:
     arguments = _arguments()
     raise_open_files_limit()
-    static_embedder(arguments.table, console.note)
+    static_embedder(arguments.table, console.echo_err)
     found: list[str] = []
     with tempfile.TemporaryDirectory(prefix="uniroute-growth-") as name:
         cores = two_cores()
@@ -218,9 +218,9 @@ def main() -> None:
                 work, figures = WORK[part]
                 found += print_part(part, list(work(growing)), figures)
     for line in found:
-        console.say(f"GROWS: {line}")
+        console.echo(f"GROWS: {line}")
     if growing.failed:
-        console.say(f"FAILED: {growing.failed:,} requests")
+        console.echo(f"FAILED: {growing.failed:,} requests")
     sys.exit(1 if growing.failed else 0)
 
 

@@ -22,7 +22,7 @@ import httpx
 
 from proxy.cli import console
 from tests.support.command import ServeCommand, environment, run_command
-from tests.support.upstream import ScriptedUpstream
+from tests.support.scripted_upstream import ScriptedUpstream
 
 CONNECTIONS = 16
 ALONE = 200
@@ -78,7 +78,7 @@ async def compare(url: str, key: str, count: int) -> None:
     ]
     console.table(("a valid client", "requests", "median ms", "longest ms"), rows)
     ratio = statistics.median(during) / statistics.median(alone)
-    console.say(f"{told.result().decode().strip()}; the valid client's median: x{ratio:.2f}")
+    console.echo(f"{told.result().decode().strip()}; the valid client's median: x{ratio:.2f}")
 
 
 async def timed(client: httpx.AsyncClient, key: str, count: int) -> list[float]:
@@ -116,7 +116,7 @@ async def flood(url: str, count: int) -> None:
     print("begins", flush=True)  # noqa: T201
     await asyncio.gather(*(send() for _ in range(CONNECTIONS)))
     seconds = time.perf_counter() - started
-    console.say(f"{count:,} invalid keys over {CONNECTIONS} connections in {seconds:.1f} s: {dict(statuses)}")
+    console.echo(f"{count:,} invalid keys over {CONNECTIONS} connections in {seconds:.1f} s: {dict(statuses)}")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,9 @@ import numpy as np
 import uvicorn
 from uvicorn.server import ServerState
 
-from proxy.app import create_app
-from proxy.routing.affinity import NO_AFFINITY
+from proxy.app import create_app, from_settings
 from proxy.routing.assigner import ClusterAssigner
-from proxy.routing.candidates import RoutingMode, SelectionContext, requirements_for, scoring_params
+from proxy.routing.candidates import SelectionContext
 from proxy.routing.chat_request import ChatRequest
 from proxy.routing.fingerprints import inspect_history
 from proxy.routing.requirements import routing_text
@@ -45,7 +44,7 @@ from router_core.eligibility import Eligibility, eligible
 from router_core.embedding import StaticEmbedder
 from router_core.scoring import rank
 from router_core.types import Assignment
-from tests.support.makers import a_record, surroundings
+from tests.support.makers import a_record, snapshot_inputs
 
 HEADERS = [("host", "127.0.0.1:8000"), ("content-type", "application/json"), ("user-agent", "bench")]
 ANSWER: Mapping[str, Any] = {
@@ -69,7 +68,7 @@ class Noting:
     """An upstream that answers at once, and says when it was asked."""
 
     asked_ns = 0
-    loading: frozenset[str] = frozenset()
+    not_ready: frozenset[str] = frozenset()
 
     async def complete(self, *_: object, **__: object) -> JSONPayload:
         self.asked_ns = time.process_time_ns()
@@ -92,7 +91,7 @@ def a_routing_state(models: int) -> RoutingSnapshot:
         measured = {"map": cluster_map.id, **rates, "mean_output_tokens": rng.uniform(50, 500), "mean_seconds": 1.0}
         profiles[name] = StoredProfile(records[name].fingerprint, Profile.from_json(measured))
     stored = StoredState(version=1, models=records, profiles=profiles, keys_exist=False)
-    return build_state(stored, surroundings(cluster_map=cluster_map), keys_latched=False)
+    return build_state(stored, snapshot_inputs(cluster_map=cluster_map), keys_latched=False)
 
 
 def open_parts(folder: Path, embedder: StaticEmbedder, state: RoutingSnapshot, closing: AsyncExitStack) -> AppState:
@@ -155,7 +154,7 @@ class Wire:
 
     def __init__(self, services: AppState) -> None:
         self._services = services
-        config: uvicorn.Config = server_config(services.settings, logging=None)
+        config: uvicorn.Config = server_config(services.settings, from_settings, logging=None)
         config.load()
         app = create_app(services)
         config.loaded_app = app
@@ -200,8 +199,8 @@ class Wire:
 
 def forget(services: AppState) -> None:
     """Every prompt is a new one, as most are: rounds over the same bodies would flatter."""
-    for generation in (services.assigner._recent, services.assigner._previous):
-        generation.clear()
+    for digest in list(services.assigner._known):
+        del services.assigner._known[digest]
 
 
 def _request(raw: bytes) -> bytes:
@@ -214,24 +213,21 @@ def stage_functions(services: AppState) -> dict[str, tuple[Prepare, Callable[[An
     state, settings = services.state.current, services.settings
     embedder, cluster_map = services.assigner.embedder, state.cluster_map
 
-    def asked(request: ChatRequest) -> SelectionContext:
-        terms = scoring_params(request, RoutingMode.SCORED, settings, None, NO_AFFINITY)
-        return SelectionContext(
-            request, None, state, settings, RoutingMode.SCORED, None, requirements_for(request), terms, NO_AFFINITY
-        )
+    def context(request: ChatRequest) -> SelectionContext:
+        return SelectionContext("dec-1", request, None, state, settings)
 
     def left(request: ChatRequest) -> tuple[SelectionContext, Eligibility, Assignment]:
-        one = asked(request)
+        one = context(request)
         placed = cluster_map.assign(embedder.embed([routing_text(request.body["messages"])]))
-        return one, eligible(state.pool, one.needs), placed
+        return one, eligible(state.pool, one.requirements), placed
 
     return {
         "past of the conversation": (lambda request: request.body["messages"], inspect_history),
-        "needs": (lambda request: request, requirements_for),
+        "context, requirements too": (lambda request: request, context),
         "routing text": (lambda request: request.body["messages"], routing_text),
         "tokens of the text": (lambda request: routing_text(request.body["messages"]), embedder.tokens),  # type: ignore[attr-defined]
         "embedding, tokens too": (lambda request: [routing_text(request.body["messages"])], embedder.embed),
         "clusters": (lambda request: embedder.embed([routing_text(request.body["messages"])]), cluster_map.assign),
-        "eligibility": (asked, lambda one: eligible(state.pool, one.needs)),
-        "scores": (left, lambda given: rank(given[1], given[2], given[0].needs, given[0].terms).chosen),
+        "eligibility": (context, lambda one: eligible(state.pool, one.requirements)),
+        "scores": (left, lambda given: rank(given[1], given[2], given[0].requirements, given[0].params).chosen),
     }

@@ -21,6 +21,7 @@ from typing import Any
 import uvloop
 
 from proxy.cli import console
+from proxy.routing.candidates import SelectionContext
 from proxy.routing.chat_request import parse_chat
 from proxy.routing.selection import select_model
 from proxy.server.dependencies import AppState
@@ -62,7 +63,7 @@ def _arguments() -> argparse.Namespace:
 
 
 async def measured(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    embedder = static_embedder(arguments.embedder or folder, console.note)
+    embedder = static_embedder(arguments.embedder or folder, console.echo_err)
     found: dict[str, Any] = {}
     for size in arguments.sizes:
         bodies = bodies_of(size, arguments.bodies)
@@ -106,7 +107,8 @@ def stages(services: AppState) -> dict[str, Stage]:
         request = parse_chat(raw, HEADERS)
         forget(services)
         started = time.process_time_ns()
-        await select_model(request, None, services.state.current, services.settings, services.assigner)
+        ctx = SelectionContext("dec-1", request, None, services.state.current, services.settings)
+        await select_model(ctx, services.assigner)
         return time.process_time_ns() - started
 
     alone = {name: _repeated(prepare, work) for name, (prepare, work) in stage_functions(services).items()}

@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 
 from proxy.cli import console
-from proxy.storage.redis import CONNECTIONS
+from proxy.storage.redis import MAX_CONNECTIONS
 from router_core.embedding import static_embedder
 from tests.bench.lean_client import LeanClient
 from tests.bench.process_facts import Facts, facts_of
 from tests.chaos.processes import tcp_connections
-from tests.chaos.questions import ARMS, Json, a_question
+from tests.chaos.questions import MODELS, Json, a_question
 from tests.chaos.world import World, a_world, serving_port
 from tests.support.command import ADMIN_KEY
 
@@ -101,7 +101,7 @@ class Load:
     def _request(self, kind: str, rng: Random) -> tuple[Json, Mapping[str, str]]:
         question = a_question(self.asked, rng, words=400 if kind == "leaves midway" else rng.choice((8, 30)))
         messages: list[Json] = [{"role": "user", "content": question.prompt}]
-        body: Json = {"model": rng.choice(("auto", "auto", "auto", *ARMS)), "messages": messages}
+        body: Json = {"model": rng.choice(("auto", "auto", "auto", *MODELS)), "messages": messages}
         headers = {"authorization": f"Bearer {'sk-wrong' if kind == 'bad key' else rng.choice(self.keys)}"}
         if kind in ("streamed", "leaves midway") or (kind == "leaves early" and rng.random() < 0.5):
             body |= {"stream": True}
@@ -158,7 +158,7 @@ async def fill_pool(world: World) -> None:
         await client.post(PATH, body, {"authorization": f"Bearer {world.keys[0]}", "x-session-id": f"first-{number}"})
         client.close()
 
-    await asyncio.gather(*map(one, range(4 * CONNECTIONS)))
+    await asyncio.gather(*map(one, range(4 * MAX_CONNECTIONS)))
 
 
 async def _at_rest(world: World, load: Load) -> Facts:
@@ -203,29 +203,29 @@ def _connections(world: World) -> None:
         "clients" if local == ours else names.get(remote, "others")
         for local, remote in tcp_connections(world.server.pid)
     )
-    console.say("           " + ", ".join(f"{count} to {whom}" for whom, count in sorted(found.items())))
+    console.echo("           " + ", ".join(f"{count} to {whom}" for whom, count in sorted(found.items())))
 
 
 def _row(facts: Facts, rate: float) -> None:
     mib = [f"{amount / 2**20:8.1f}" for amount in (facts.resident, facts.proportional, facts.anonymous)]
     counts = f"{facts.descriptors:5} {facts.sockets:5} {facts.tasks:5}"
-    console.say(f"{facts.requests:>9,} {' '.join(mib)} {counts} {f'{rate:7.1f}' if rate else '   rest'}")
+    console.echo(f"{facts.requests:>9,} {' '.join(mib)} {counts} {f'{rate:7.1f}' if rate else '   rest'}")
 
 
 def main() -> None:
     arguments = _arguments()
     with tempfile.TemporaryDirectory(prefix="uniroute-soak-") as temporary:
         cache = arguments.data_dir or Path(temporary)
-        static_embedder(cache, console.note)
+        static_embedder(cache, console.echo_err)
         with a_world(Path(temporary), cache, 7, mix="quick", workers=1) as world:
-            console.say(" requests  RSS MiB  PSS MiB anon MiB   fds socks tasks  req/s")
+            console.echo(" requests  RSS MiB  PSS MiB anon MiB   fds socks tasks  req/s")
             facts, seen = asyncio.run(soak(world, arguments.requests, arguments.connections, arguments.every))
     for what, count in sorted(seen.items()):
-        console.say(f"  {what}: {count:,}")
-    console.say(f"growth of resident memory over the last half: {growth(facts):+.2f} % per 100,000 requests")
+        console.echo(f"  {what}: {count:,}")
+    console.echo(f"growth of resident memory over the last half: {growth(facts):+.2f} % per 100,000 requests")
     wrong = verdicts(facts)
     for problem in wrong:
-        console.say(f"WRONG: {problem}")
+        console.echo(f"WRONG: {problem}")
     sys.exit(1 if wrong else 0)
 
 

@@ -1,1 +1,1 @@
-"""Two workers under load while everything around them breaks, and the books afterwards: who got what, what it cost."""
+"""Two workers under load while faults are injected everywhere, and an account of every request afterwards."""

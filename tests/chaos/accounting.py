@@ -1,9 +1,9 @@
-"""The books of a run: what clients saw, what upstreams gave, what is on record. Pure; every discrepancy is a sentence.
+"""Account for a run: what clients saw, what upstreams gave, what is on record. Every discrepancy is a sentence.
 
-Bounds. A record that says `complete` costs exactly what the upstream's ledger says of that answer, in picodollars.
+A record that says `complete` costs exactly what the upstream's ledger says of that answer, in picodollars.
 Where the upstream reported nothing, and of an attempt that was broken off, the cost is an estimate and marked so:
 between nothing and the whole prompt and answer of that attempt, four bytes to a token. Of a request that a client left
-before it reached its upstream it is the prompt at most: nobody can tell that it did not arrive.
+before it reached its upstream it is the prompt at most: it may have arrived.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from router_core.text import BYTES_PER_TOKEN
 from tests.chaos.behaviours import SILENT
 from tests.chaos.ledger import Attempt
 from tests.chaos.outcomes import ACCOUNTED, COMPLETE, DROPPED, EMPTY, Outcome, Span
-from tests.chaos.questions import ARMS, Arm, Question
+from tests.chaos.questions import MODELS, ChaosModel, Question
 from tests.chaos.world import Logged
 
 Record = Mapping[str, Any]
+# A connection of a killed worker may be found dead that much later, and its answer be unrecorded.
 AROUND_A_KILL_S = 2.0
-"""A connection of a killed worker may be found dead that much later, and its answer be unrecorded."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,15 @@ class Account:
 
 
 def account(evidence: Evidence) -> Account:
-    books = _Books(evidence)
+    index = _Index(evidence)
     found = Account(endings=Counter(record["ending"] for record in evidence.records))
     for problems in (
         _unaccounted(evidence),
-        _unrecorded(evidence, books),
-        _miscounted(evidence, books, found),
-        _undone(evidence, books),
+        _unrecorded(evidence, index),
+        _miscounted(evidence, index, found),
+        _undone(evidence, index),
         _repeated(evidence),
-        _unlogged(evidence, books),
+        _unlogged(evidence, index),
         _wrong_totals(evidence),
         _silent_answers(evidence),
     ):
@@ -72,7 +72,7 @@ def account(evidence: Evidence) -> Account:
     return found
 
 
-class _Books:
+class _Index:
     """The evidence by its keys."""
 
     def __init__(self, evidence: Evidence) -> None:
@@ -80,7 +80,7 @@ class _Books:
         self.question = {**seen, **{line.decision: line.question for line in evidence.logged}}
         self.attempts: dict[tuple[str, str], list[Attempt]] = defaultdict(list)
         for attempt in evidence.attempts:
-            self.attempts[attempt.question, attempt.arm].append(attempt)
+            self.attempts[attempt.question, attempt.model].append(attempt)
         self._questions = {outcome.question.id: outcome.question for outcome in evidence.outcomes}
         self.records: dict[str, list[Record]] = defaultdict(list)
         for record in evidence.records:
@@ -92,7 +92,7 @@ class _Books:
     def bound(self, record: Record, attempts: Sequence[Attempt]) -> int:
         """The most that a record of one of these attempts may cost."""
         question = self._questions.get(self.question.get(record["decision"], ""))
-        prompt = _prompt_cost(ARMS[record["model"]], question) if question else 0
+        prompt = _prompt_cost(MODELS[record["model"]], question) if question else 0
         return max((_cost(attempt, question) for attempt in attempts), default=prompt)
 
 
@@ -121,12 +121,12 @@ def near_a_kill(span: Span, kills: Iterable[float]) -> bool:
     return any(began <= kill <= ended for kill in kills)
 
 
-def _unrecorded(evidence: Evidence, books: _Books) -> Iterator[str]:
+def _unrecorded(evidence: Evidence, index: _Index) -> Iterator[str]:
     """What a client saw complete is on record as that, once, under the model that it saw."""
     for outcome in evidence.outcomes:
         if outcome.ending not in (COMPLETE, EMPTY):
             continue
-        records = books.records[outcome.decision or ""]
+        records = index.records[outcome.decision or ""]
         complete = [record["model"] for record in records if record["ending"] == COMPLETE]
         if complete != [outcome.verdict.model]:
             yield (
@@ -135,19 +135,19 @@ def _unrecorded(evidence: Evidence, books: _Books) -> Iterator[str]:
             )
 
 
-def _miscounted(evidence: Evidence, books: _Books, found: Account) -> Iterator[str]:
+def _miscounted(evidence: Evidence, index: _Index, found: Account) -> Iterator[str]:
     """What is on record as complete was given whole, and costs what the upstream says; the rest is within its bound."""
     for record in evidence.records:
-        if record["decision"] not in books.question:
+        if record["decision"] not in index.question:
             continue  # told of by _unlogged
-        attempts = books.attempts_of(record)
-        name = f"{record['decision']} ({books.question.get(record['decision'])}, {record['model']}, {record['ending']})"
+        attempts = index.attempts_of(record)
+        name = f"{record['decision']} ({index.question.get(record['decision'])}, {record['model']}, {record['ending']})"
         spent = spent_pico(record)
         if record["ending"] == COMPLETE:
             given = [attempt for attempt in attempts if attempt.whole]
-            yield from _complete_problem(name, spent, record, given, books.bound(record, given), found)
+            yield from _complete_problem(name, spent, record, given, index.bound(record, given), found)
             continue
-        bound = books.bound(record, attempts)
+        bound = index.bound(record, attempts)
         found.aborted_pico += spent or 0
         found.aborted_bound_pico += bound
         if not 0 <= (spent or 0) <= bound:
@@ -169,7 +169,7 @@ def _complete_problem(
         if not 0 < (spent or 0) <= bound:
             yield f"{name} is estimated at {spent}, which is not between 0 and {bound}"
         return
-    owed = {ARMS[attempt.arm].spend_pico(attempt.usage) for attempt in given}
+    owed = {MODELS[attempt.model].spend_pico(attempt.usage) for attempt in given}
     if spent not in owed:
         yield f"{name} costs {spent} picodollars on record and {owed} in the upstream's ledger"
     found.complete_pico += spent or 0
@@ -178,31 +178,31 @@ def _complete_problem(
 
 def _cost(attempt: Attempt, question: Question | None) -> int:
     """What was reported, or what it may be estimated at, whichever is more."""
-    arm = ARMS[attempt.arm]
-    reported = arm.spend_pico(attempt.usage) or 0
+    model = MODELS[attempt.model]
+    reported = model.spend_pico(attempt.usage) or 0
     if question is None:
         return reported
-    answer = -(-len(question.answer(arm.name)) // BYTES_PER_TOKEN)
-    return max(reported, _prompt_cost(arm, question) + answer * arm.output_pico)
+    answer = -(-len(question.answer(model.name)) // BYTES_PER_TOKEN)
+    return max(reported, _prompt_cost(model, question) + answer * model.output_pico)
 
 
-def _prompt_cost(arm: Arm, question: Question) -> int:
-    return estimate_tokens({"messages": [{"role": "user", "content": question.prompt}]}) * arm.input_pico
+def _prompt_cost(model: ChaosModel, question: Question) -> int:
+    return estimate_tokens({"messages": [{"role": "user", "content": question.prompt}]}) * model.input_pico
 
 
-def _undone(evidence: Evidence, books: _Books) -> Iterator[str]:
+def _undone(evidence: Evidence, index: _Index) -> Iterator[str]:
     """Whatever an upstream gave whole is on record in some way, unless its worker was killed."""
     by_question = {outcome.question.id: outcome for outcome in evidence.outcomes}
     decisions: dict[str, set[str]] = defaultdict(set)
-    for decision, question in books.question.items():
+    for decision, question in index.question.items():
         decisions[question].add(decision)
     for attempt in evidence.attempts:
         outcome = by_question.get(attempt.question)
         if not attempt.whole or outcome is None or near_a_kill(outcome.span, evidence.kills):
             continue
-        recorded = [record for decision in decisions[attempt.question] for record in books.records[decision]]
-        if not any(record["model"] == attempt.arm for record in recorded):
-            yield f"{attempt.arm} answered {attempt.question} ({attempt.behaviour}), and nothing is on record of it"
+        recorded = [record for decision in decisions[attempt.question] for record in index.records[decision]]
+        if not any(record["model"] == attempt.model for record in recorded):
+            yield f"{attempt.model} answered {attempt.question} ({attempt.behaviour}), and nothing is on record of it"
 
 
 def _repeated(evidence: Evidence) -> Iterator[str]:
@@ -211,31 +211,31 @@ def _repeated(evidence: Evidence) -> Iterator[str]:
     yield from (f"{decision} ({model}) is on record {n} times" for (decision, model, _), n in seen.items() if n > 1)
 
 
-def _unlogged(evidence: Evidence, books: _Books) -> Iterator[str]:
+def _unlogged(evidence: Evidence, index: _Index) -> Iterator[str]:
     """The log and the records tell the same: each line has its record, each record its line. A worker that is killed
     may be so between the two, for one request at a time: the record is written first."""
     lines = Counter((line.decision, line.model, line.ending) for line in evidence.logged if line.ending)
     final = Counter((record["decision"], record["model"], record["ending"]) for record in evidence.records)
-    yield from (f"{_named(books, *line)} is logged and not on record" for line in lines if line not in final)
+    yield from (f"{_named(index, *line)} is logged and not on record" for line in lines if line not in final)
     logged = {line.decision for line in evidence.logged}
-    missing = sorted(decision for decision in books.records if decision not in logged)
+    missing = sorted(decision for decision in index.records if decision not in logged)
     yield from (f"{decision} is on record and not in the log" for decision in missing[len(evidence.kills) :])
 
 
-def _named(books: _Books, decision: str, model: str, ending: str | None) -> str:
-    return f"{decision} ({books.question[decision]}, {model}, {ending})"
+def _named(index: _Index, decision: str, model: str, ending: str | None) -> str:
+    return f"{decision} ({index.question[decision]}, {model}, {ending})"
 
 
 def _wrong_totals(evidence: Evidence) -> Iterator[str]:
     """The sums per model are those of the records, to the picodollar."""
-    for arm in ARMS:
-        records = [record for record in evidence.records if record["model"] == arm]
-        stored = evidence.totals.get(arm, {})
+    for model in MODELS:
+        records = [record for record in evidence.records if record["model"] == model]
+        stored = evidence.totals.get(model, {})
         if int(stored.get("requests", 0)) != len(records):
-            yield f"{arm}: {stored.get('requests')} requests in the totals, {len(records)} on record"
+            yield f"{model}: {stored.get('requests')} requests in the totals, {len(records)} on record"
         spent = sum(spent_pico(record) or 0 for record in records)
         if _total_pico(stored) != spent:
-            yield f"{arm}: {_total_pico(stored)} picodollars in the totals, {spent} on record"
+            yield f"{model}: {_total_pico(stored)} picodollars in the totals, {spent} on record"
 
 
 def _total_pico(stored: Mapping[str, str]) -> int:

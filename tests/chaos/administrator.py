@@ -1,4 +1,4 @@
-"""An administrator at work meanwhile, on a model that takes no part: what is acknowledged must be there at the end."""
+"""An administrator who changes a model without traffic: what is acknowledged must be there at the end."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import httpx
 
 from tests.chaos.outcomes import Span, error_problem
 from tests.chaos.world import World, unused_address
-from tests.support.server import arm as entry_of
-from tests.support.server import uniform_profile
+from tests.support.proxy_process import model_entry as entry_of
+from tests.support.proxy_process import uniform_profile
 
 NAME = "bystander"
 PAUSE_S = 0.5

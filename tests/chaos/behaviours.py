@@ -1,4 +1,4 @@
-"""How an upstream of the chaos run answers: rightly, or in one of the ways in which servers go wrong. No sockets."""
+"""How an upstream of the chaos run responds: correctly, or with one of the usual faults."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from random import Random
 
-from tests.chaos.wording import (
+from tests.chaos.openai_format import (
     DONE,
     EVENT_STREAM,
     HTML,
@@ -191,11 +191,11 @@ BEHAVIOURS = (
 )
 
 
+# Weights by name. The faults of `quick` cost no waiting.
 MIXES: Mapping[str, Mapping[str, float]] = {
     "chaos": {behaviour.name: behaviour.weight for behaviour in BEHAVIOURS},
     "quick": {"answers": 94.0, "dies midway": 2.0, "ends midway": 2.0, "500": 2.0},
 }
-"""Weights by name. The faults of `quick` cost no waiting."""
 
 
 def drawn(rng: Random, mix: Mapping[str, float]) -> Behaviour:

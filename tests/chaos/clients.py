@@ -1,4 +1,4 @@
-"""How clients ask: the official one and plain HTTP, some of which leave early or stop reading. Judged in outcomes."""
+"""Clients of the run: the official one and plain HTTP, some of which disconnect early or stop reading."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from tests.chaos.outcomes import (
 )
 from tests.chaos.questions import Json, Question
 
+# Longer than any request may take by the run's settings: who waits longer hangs.
 TIMEOUT_S = 60.0
-"""Longer than any request may take by the run's settings: who waits longer hangs."""
 STALL_S = (1.0, 3.0)
+# Of an answer that does not fit into the buffers between a model and a client that does not read.
 LONG_WORDS = 60_000
-"""Of an answer that does not fit into the buffers between a model and a client that does not read."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,7 @@ async def stalling(doors: Doors, ask: Ask) -> Got:
         return _got(reply, judge_events(ask.question, events))
 
 
+# With their weights.
 CLIENTS: Mapping[str, tuple[float, Client]] = {
     "plain": (24, plain),
     "streamed": (24, streamed),
@@ -182,7 +183,6 @@ CLIENTS: Mapping[str, tuple[float, Client]] = {
     "leaves midway": (8, leaving_midway),
     "stalls": (1, stalling),
 }
-"""With their weights."""
 
 
 async def asked(client: Client, doors: Doors, ask: Ask) -> Got:

@@ -1,4 +1,4 @@
-"""What is done to the processes of a run while it is asked: a deck of faults, shuffled by the seed, one at a time."""
+"""Faults of processes during a run: a deck that the seed shuffles, one fault at a time."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.chaos.processes import workers_of
 from tests.chaos.world import WORKERS, World
 
 BETWEEN_S = (1.0, 4.0)
+# A worker is killed only once all have lived that long: with none there is nothing to learn.
 SETTLED_S = 12.0
-"""A worker is killed only once all have lived that long: with none there is nothing to learn."""
 
 
 @dataclass(frozen=True)

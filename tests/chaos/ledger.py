@@ -1,4 +1,4 @@
-"""An upstream's own books: a file that gets a line before an answer begins and one before its last bytes. No HTTP."""
+"""The ledger of an upstream: a file that gets a line before a response begins and one before its last bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Attempt:
 
     id: str
     question: str
-    arm: str
+    model: str
     behaviour: str
     usage: Mapping[str, Any] | None
     """What it reports where it gets that far; None: it reports nothing."""
@@ -31,11 +31,11 @@ class Ledger:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         self._received = 0
 
-    def began(self, question: str, arm: str, behaviour: str, usage: Mapping[str, Any] | None) -> str:
+    def began(self, question: str, model: str, behaviour: str, usage: Mapping[str, Any] | None) -> str:
         self._received += 1
         attempt = f"{os.getpid()}-{self._received}"
         self._write(
-            {"attempt": attempt, "question": question, "arm": arm, "behaviour": behaviour, "usage": usage},
+            {"attempt": attempt, "question": question, "model": model, "behaviour": behaviour, "usage": usage},
         )
         return attempt
 
@@ -56,6 +56,6 @@ def read_ledger(*paths: Path) -> list[Attempt]:
                 attempts[line["whole"]] = replace(attempts[line["whole"]], whole=True)
                 continue
             attempts[line["attempt"]] = Attempt(
-                line["attempt"], line["question"], line["arm"], line["behaviour"], line["usage"]
+                line["attempt"], line["question"], line["model"], line["behaviour"], line["usage"]
             )
     return list(attempts.values())

@@ -1,7 +1,7 @@
-"""A model server that keeps its own books: `python -m tests.chaos.ledger_upstream --port 9001 --ledger FILE --seed 7`.
+"""A model server that keeps a ledger: `python -m tests.chaos.ledger_upstream --port 9001 --ledger FILE --seed 7`.
 
 OpenAI's chat completions over HTTP/1.1 with kept connections. How each request is answered is drawn from the seed, the
-question, the arm and how often this process was asked the same; `--mix` names the table that it is drawn from.
+question, the model and how often this process was asked the same; `--mix` names the table that it is drawn from.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from types import MappingProxyType
 
 from tests.chaos.behaviours import MIXES, Behaviour, Gone, drawn
 from tests.chaos.ledger import Ledger
+from tests.chaos.openai_format import Exchange
 from tests.chaos.questions import Json, Question, question_in
-from tests.chaos.wording import Exchange
-from tests.support.answers import newest_user_text
+from tests.support.scripted_answers import newest_user_text
 
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 MAX_HEAD = 2**16
@@ -97,19 +97,19 @@ class LedgerUpstream:
         question = question_in(newest_user_text(body))
         if question is None:
             raise Gone
-        model = str(body["model"])
-        arm = model.removesuffix("-upstream")
-        behaviour, rng = self._behaviour(question, arm)
-        usage = question.usage(arm) if behaviour.reports else None
-        attempt = self._ledger.began(question.id, arm, behaviour.name, usage)
+        upstream_name = str(body["model"])
+        model = upstream_name.removesuffix("-upstream")
+        behaviour, rng = self._behaviour(question, model)
+        usage = question.usage(model) if behaviour.reports else None
+        attempt = self._ledger.began(question.id, model, behaviour.name, usage)
         exchange = Exchange(
-            question, arm, model, bool(body.get("stream")), reply, lambda: self._ledger.whole(attempt), rng
+            question, model, upstream_name, bool(body.get("stream")), reply, lambda: self._ledger.whole(attempt), rng
         )
         await behaviour.behave(exchange)
 
-    def _behaviour(self, question: Question, arm: str) -> tuple[Behaviour, Random]:
-        self._asked[question.id, arm] += 1
-        rng = Random(f"{self._seed}/{question.id}/{arm}/{self._asked[question.id, arm]}")
+    def _behaviour(self, question: Question, model: str) -> tuple[Behaviour, Random]:
+        self._asked[question.id, model] += 1
+        rng = Random(f"{self._seed}/{question.id}/{model}/{self._asked[question.id, model]}")
         return drawn(rng, self._mix), rng
 
 

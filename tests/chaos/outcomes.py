@@ -1,4 +1,4 @@
-"""What a client got, judged against the question it asked: whole and right, a clear failure, or something wrong."""
+"""What a client got, judged against its question: complete and right, a clear failure, or something wrong."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tests.chaos.questions import Question, answering_arm
+from tests.chaos.questions import Question, answering_model
 
 COMPLETE = "complete"
+# A proper answer without a word, which some upstream gave.
 EMPTY = "empty"
-"""A proper answer without a word, which some upstream gave."""
 REFUSED = "refused"
 ERROR_EVENT = "error event"
+# The client went away by itself.
 LEFT = "left"
-"""The client went away by itself."""
 DROPPED = "dropped"
 ACCOUNTED = (COMPLETE, EMPTY, REFUSED, ERROR_EVENT, LEFT, DROPPED)
 
+# It looks complete and is not.
 CUT = "cut"
-"""It looks complete and is not."""
+# The answer to another question, or of another model than it says.
 FOREIGN = "foreign"
-"""The answer to another question, or of another model than it says."""
 MALFORMED = "malformed"
 HUNG = "hung"
+# What a good request may be refused with; 500 is an upstream's own.
 OTHERS_FAULT = frozenset({429, 500, 502, 503, 504})
-"""What a good request may be refused with; 500 is an upstream's own."""
+# Monotonic seconds, from and to.
 Span = tuple[float, float]
-"""Monotonic seconds, from and to."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Outcome:
 
 
 def judge_refusal(status: int, headers: Mapping[str, str], body: object) -> Verdict:
-    """Whether a failure is told in OpenAI's shape."""
+    """Whether a failure has OpenAI's shape."""
     problem = error_problem(body)
     if problem is not None:
         return Verdict(MALFORMED, f"status {status}: {problem}")
@@ -76,10 +76,10 @@ def judge_text(question: Question, text: str, model: str | None, *, ended: bool)
     """`ended`: the server said that this is all."""
     if not text:
         return Verdict(EMPTY if ended else CUT, "nothing was said", model)
-    arm = answering_arm(text)
-    if not _fits(question, text) or model != (arm or model):
+    named = answering_model(text)
+    if not _fits(question, text) or model != (named or model):
         return Verdict(FOREIGN, f"asked {question.id}, model {model}, got {text[:80]!r}", model)
-    if arm is None or text != question.answer(arm):
+    if named is None or text != question.answer(named):
         return Verdict(CUT, f"it ends with {text[-40:]!r}", model)
     return Verdict(COMPLETE if ended else CUT, "" if ended else "no [DONE]", model)
 
@@ -127,9 +127,9 @@ def judge_part(question: Question, text: str) -> Verdict:
 
 def _fits(question: Question, text: str) -> bool:
     """Whether it is the beginning of an answer to this question."""
-    arm = answering_arm(text)
-    if arm is not None:
-        return question.answer(arm).startswith(text)
+    named = answering_model(text)
+    if named is not None:
+        return question.answer(named).startswith(text)
     marker = f"[{question.id} by "
     return text.startswith(marker) or marker.startswith(text)
 

@@ -17,10 +17,10 @@ from tests.support.command import ROOT
 
 STARTED_S = 15.0
 POLL_S = 0.02
+# The second was closed by the other side, and not yet by ours.
 ESTABLISHED = ("01", "08")
-"""The second was closed by the other side, and not yet by ours."""
+# Below those that Linux, macOS and the BSDs take for outgoing connections.
 PORTS = (20_000, 32_000)
-"""Below those that Linux, macOS and the BSDs take for outgoing connections."""
 
 
 def free_port() -> int:

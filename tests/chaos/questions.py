@@ -1,4 +1,4 @@
-"""What is asked in a chaos run, the one right answer of each arm, and what that answer costs. No I/O."""
+"""The questions of a chaos run, the one right answer of each model, and what that answer costs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 Json = dict[str, Any]
 
 _ASKED = re.compile(r"\[(?P<id>[a-z0-9-]+): (?P<words>[0-9]+) words\]")
-_ANSWERED = re.compile(r"\[(?P<id>[a-z0-9-]+) by (?P<arm>[a-z]+)\]")
+_ANSWERED = re.compile(r"\[(?P<id>[a-z0-9-]+) by (?P<model>[a-z]+)\]")
 TOPICS = (
     "Write a Python function that merges two sorted lists.",
     "What is the capital of Burkina Faso, and since when?",
@@ -26,7 +26,7 @@ TOPICS = (
 
 
 @dataclass(frozen=True)
-class Arm:
+class ChaosModel:
     """One model of the run. Prices in whole picodollars per token, so that every sum is exact."""
 
     name: str
@@ -56,16 +56,16 @@ class Arm:
         return fresh * self.input_pico + cached * self.cached_pico + int(usage["completion_tokens"]) * self.output_pico
 
 
-ARMS: Mapping[str, Arm] = {
-    arm.name: arm
-    for arm in (
-        Arm("alder", 101_000, 10_100, 403_000),
-        Arm("birch", 307_000, 153_500, 1_201_000),
-        Arm("cedar", 1_009_000, 100_900, 4_013_000),
-        Arm("larch", 2_503_000, 1_251_500, 10_007_000),
+# From cheap and poor to expensive and good.
+MODELS: Mapping[str, ChaosModel] = {
+    model.name: model
+    for model in (
+        ChaosModel("alder", 101_000, 10_100, 403_000),
+        ChaosModel("birch", 307_000, 153_500, 1_201_000),
+        ChaosModel("cedar", 1_009_000, 100_900, 4_013_000),
+        ChaosModel("larch", 2_503_000, 1_251_500, 10_007_000),
     )
 }
-"""Cheap and poor to dear and good."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,16 @@ class Question:
         topic = TOPICS[_number(self.id, "topic") % len(TOPICS)]
         return f"{topic} [{self.id}: {self.words} words]"
 
-    def answer(self, arm: str) -> str:
-        """Names the question and the arm, and ends with an end: cut or mixed up, it shows."""
-        start = _number(self.id, arm) % 1000
+    def answer(self, model: str) -> str:
+        """Names the question and the model, and ends with an end: cut or mixed up, it shows."""
+        start = _number(self.id, model) % 1000
         words = " ".join(f"w{start + place}" for place in range(self.words))
-        return f"[{self.id} by {arm}] {words} [end of {self.id}]"
+        return f"[{self.id} by {model}] {words} [end of {self.id}]"
 
-    def usage(self, arm: str) -> Json:
-        """What the arm reports; some of the prompt was cached."""
-        prompt = 20 + _number(self.id, arm, "prompt") % 400
-        cached = _number(self.id, arm, "cached") % prompt
+    def usage(self, model: str) -> Json:
+        """What the model reports; some of the prompt was cached."""
+        prompt = 20 + _number(self.id, model, "prompt") % 400
+        cached = _number(self.id, model, "cached") % prompt
         return {
             "prompt_tokens": prompt,
             "completion_tokens": self.words + 6,
@@ -106,10 +106,10 @@ def question_in(text: str) -> Question | None:
     return Question(found["id"], int(found["words"])) if found else None
 
 
-def answering_arm(text: str) -> str | None:
+def answering_model(text: str) -> str | None:
     """Who says that it answers; None before the text has said so."""
     found = _ANSWERED.match(text)
-    return found["arm"] if found else None
+    return found["model"] if found else None
 
 
 def _number(*words: str) -> int:

@@ -1,4 +1,4 @@
-"""The tables of a finished run, and all that was wrong in it. Judges nothing itself."""
+"""The tables of a finished run, and all that was wrong in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.chaos.behaviours import BEHAVIOURS
 from tests.chaos.clients import CLIENTS
 from tests.chaos.faults import KINDS, Fault
 from tests.chaos.outcomes import ACCOUNTED
-from tests.chaos.watching import Watch
+from tests.chaos.watch import Watch
 
 Row = tuple[str, ...]
 MAX_SHOWN = 40
@@ -41,12 +41,12 @@ def print_report(run: Run) -> None:
     console.table(*_of_faults(run), title="what was done to processes")
     console.table(("", "picodollars"), list(_spend(run)), title="spend")
     for name, fact in _facts(run):
-        console.say(f"{name}: {fact}")
+        console.echo(f"{name}: {fact}")
     for problem in run.problems[:MAX_SHOWN]:
-        console.say(f"WRONG: {problem}")
+        console.echo(f"WRONG: {problem}")
     if len(run.problems) > MAX_SHOWN:
-        console.say(f"… and {len(run.problems) - MAX_SHOWN} more")
-    console.say(f"{len(run.problems)} discrepancies")
+        console.echo(f"… and {len(run.problems) - MAX_SHOWN} more")
+    console.echo(f"{len(run.problems)} discrepancies")
 
 
 def _of_clients(run: Run) -> tuple[Row, list[Row]]:

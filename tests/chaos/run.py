@@ -1,7 +1,7 @@
 """One chaos run: `python -m tests.chaos.run --seed 7 --seconds 300`. Exits 1 where anything is not accounted for.
 
-Two workers of `uniroute serve` over a real Valkey and two upstreams that keep their own books; clients of all kinds;
-and faults, drawn from the seed, in upstreams, processes and the store. Afterwards the books are compared. The timing of
+Two workers of `uniroute serve` over a real Valkey and two upstreams that keep their own ledgers; clients of all kinds;
+and faults, drawn from the seed, in upstreams, processes and the store. Afterwards all are compared. The timing of
 the machine is not in the seed: the same seed gives the same questions and faults, not the same interleaving.
 """
 
@@ -26,12 +26,13 @@ from tests.chaos.faults import Faults
 from tests.chaos.outcomes import COMPLETE, EMPTY
 from tests.chaos.report import Run, print_report
 from tests.chaos.traffic import Traffic
-from tests.chaos.watching import Watch, serving_workers
+from tests.chaos.watch import Watch, serving_workers
 from tests.chaos.world import WORKERS, World, a_world
+from tests.support.reaper import Reaper
 
 RECORDED_S = 20.0
+# Of all requests: with less, the run would say nothing.
 MIN_COMPLETE = 1 / 3
-"""Of all requests: with less, the run would say nothing."""
 
 
 async def chaos(folder: Path, embedder_cache: Path, seed: int, seconds: float, per_second: float) -> Run:
@@ -57,9 +58,9 @@ async def chaos(folder: Path, embedder_cache: Path, seed: int, seconds: float, p
         problems += [f"the server ended with status {status}"] if status != 0 else []
         found = _evidence(world, traffic, faults)
         problems += [*_of_the_log(world), *administrator.problems, *_of_health(watch, administrator, faults)]
-        books = account(found)
-        problems += [*books.problems, *_of_use(found)]
-        return Run(seed, lasted, found, books, faults.happened, watch, administrator, problems)
+        account_of_run = account(found)
+        problems += [*account_of_run.problems, *_of_use(found)]
+        return Run(seed, lasted, found, account_of_run, faults.happened, watch, administrator, problems)
 
 
 async def _recorded(world: World, traffic: Traffic) -> None:
@@ -126,11 +127,13 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="where an embedding table is already")
     parser.add_argument("--keep", type=Path, help="a new folder for logs and ledgers, kept afterwards")
     arguments = parser.parse_args()
+    if sys.platform == "linux":
+        Reaper()
     with tempfile.TemporaryDirectory(prefix="uniroute-chaos-") as temporary:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         cache = arguments.data_dir or Path(temporary)
-        static_embedder(cache, console.note)
+        static_embedder(cache, console.echo_err)
         run = asyncio.run(chaos(folder, cache, arguments.seed, arguments.seconds, arguments.per_second))
     print_report(run)
     sys.exit(1 if run.problems else 0)

@@ -1,5 +1,3 @@
-"""Mixed traffic over two workers while everything around them breaks: every request is accounted for exactly once."""
-
 from __future__ import annotations
 
 import asyncio
@@ -12,8 +10,8 @@ from tests.chaos.report import print_report
 from tests.chaos.run import chaos
 
 SECONDS = 300.0
+# For everything to start, to settle and to end on a machine that has much else to do.
 STARTING_S = 240.0
-"""For everything to start, to settle and to end on a machine that has much else to do."""
 PER_SECOND = 25.0
 SEED = 7
 

@@ -1,4 +1,4 @@
-"""Mixed requests from many clients at once, drawn from a seed, at a bounded rate. What each got is kept."""
+"""Mixed requests of many clients, drawn from a seed, at a bounded rate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from random import Random
 
 from tests.chaos.clients import CLIENTS, LONG_WORDS, Ask, Doors, asked
 from tests.chaos.outcomes import Outcome
-from tests.chaos.questions import ARMS, Json, Question, a_question
+from tests.chaos.questions import MODELS, Json, Question, a_question
 
 ROUTED = ("auto", "auto", "auto", "auto", "uniroute/best", "uniroute/cheap")
 PINNED_SHARE = 0.3
@@ -49,7 +49,7 @@ class Traffic:
         return Outcome(question, name, got.verdict, started, time.monotonic(), got.status, got.decision)
 
     def _ask(self, question: Question, rng: Random) -> Ask:
-        model = rng.choice(list(ARMS)) if rng.random() < PINNED_SHARE else rng.choice(ROUTED)
+        model = rng.choice(list(MODELS)) if rng.random() < PINNED_SHARE else rng.choice(ROUTED)
         headers = {"x-request-id": question.id}
         extra: Json = {}
         match rng.randrange(4):

@@ -1,4 +1,4 @@
-"""All processes of one run: a store, two upstreams, and `uniroute serve` with two workers over them. Breaks nothing."""
+"""The processes of one run: a store, two upstreams, and `uniroute serve` with two workers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import yaml
 from router_core.artifact import builtin_map
 from tests.chaos.ledger import Attempt, read_ledger
 from tests.chaos.processes import Restartable, a_store, an_upstream, free_port
-from tests.chaos.questions import ARMS
+from tests.chaos.questions import MODELS
 from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
-from tests.support.server import arm as entry_of
+from tests.support.proxy_process import model_entry as entry_of
 
 WORKERS = 2
+# Mean error rates; those of the clusters lie around them, so that different prompts go to different models.
 ERRORS = {"alder": 0.45, "birch": 0.35, "cedar": 0.25, "larch": 0.2}
-"""Mean error rates; those of the clusters lie around them, so that different prompts go to different arms."""
 SETTINGS: Mapping[str, Any] = {
     "connect_timeout_s": 1,
     "first_token_timeout_s": 3,
@@ -33,8 +33,8 @@ SETTINGS: Mapping[str, Any] = {
     "keep_alive_s": 1,
     "profile": {"on_start": False},
 }
+# How the models are called, by their place: each upstream in both modes.
 FORWARD = ("translate", "relay", "relay", "translate")
-"""How the arms are reached, by their place: each upstream in both ways."""
 USAGE_STREAM, USAGE_TOTALS = "uniroute:usage", "uniroute:usage:totals"
 _LOGGED = re.compile(r"request=(?P<request>\S+) decision=(?P<decision>\S+) model=(?P<model>\S+)(?P<rest>[^\n]*)")
 _ENDING = re.compile(r" ending=(\S+)")
@@ -75,7 +75,7 @@ class World:
     def totals(self) -> dict[str, dict[str, str]]:
         """The sums per model, as they are stored."""
         with self._redis() as client:
-            found: Any = {arm: client.hgetall(f"{USAGE_TOTALS}:{arm}") for arm in ARMS}
+            found: Any = {model: client.hgetall(f"{USAGE_TOTALS}:{model}") for model in MODELS}
         return dict(found)
 
     def logged(self) -> list[Logged]:
@@ -95,7 +95,7 @@ class World:
 def a_world(
     folder: Path, embedder_cache: Path, seed: int, *, mix: str = "chaos", workers: int = WORKERS
 ) -> Iterator[World]:
-    """Started, the arms measured, three keys made."""
+    """Started, the models profiled, three keys made."""
     with ExitStack() as closing:
         store = a_store(folder / "store")
         ledgers = tuple(folder / f"ledger-{number}.jsonl" for number in range(2))
@@ -108,15 +108,15 @@ def a_world(
             embedder_cache,
             UNIROUTE_REDIS_URL=f"redis://127.0.0.1:{store.port}",
             UNIROUTE_ADMIN_KEY=ADMIN_KEY,
-            ARM_API_KEY="sk-arm",
+            MODEL_API_KEY="sk-x",
         )
         config = _config(folder, upstreams)
         keys = tuple(_key(config, environ, f"client-{number}") for number in range(3))
         command = ServeCommand("--config", config, "--workers", str(workers), environ=environ, log=folder / "serve.log")
         server = closing.enter_context(command)
         world = World(folder, store, upstreams, ledgers, server, keys)
-        for arm, error in ERRORS.items():
-            _measured(world, arm, error)
+        for model, error in ERRORS.items():
+            _measured(world, model, error)
         yield world
 
 
@@ -130,9 +130,9 @@ def unused_address() -> str:
 
 def _config(folder: Path, upstreams: tuple[Restartable, ...]) -> Path:
     entries = []
-    for place, arm in enumerate(ARMS.values()):
+    for place, model in enumerate(MODELS.values()):
         base = f"http://127.0.0.1:{upstreams[place % len(upstreams)].port}/v1"
-        entries.append(entry_of(arm.name, base, forward=FORWARD[place], **arm.model_info))
+        entries.append(entry_of(model.name, base, forward=FORWARD[place], **model.model_info))
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump({"model_list": entries, "uniroute": dict(SETTINGS)}))
     return path
@@ -144,13 +144,13 @@ def _key(config: Path, environ: Mapping[str, str], name: str) -> str:
     return str(json.loads(made.stdout)["key"])
 
 
-def _measured(world: World, arm: str, error: float) -> None:
+def _measured(world: World, model: str, error: float) -> None:
     """A ready profile."""
     cluster_map = builtin_map()
-    place = list(ARMS).index(arm)
+    place = list(MODELS).index(model)
     rates = [error + (0.1 if (cluster + place) % 3 else -0.15) for cluster in range(cluster_map.size)]
     profile = {"map": cluster_map.id, "errors": rates, "labels": [50.0] * cluster_map.size}
     reply = world.admin(
-        "POST", f"/admin/models/{arm}/profile", {**profile, "mean_output_tokens": 40.0, "mean_seconds": 0.1}
+        "POST", f"/admin/models/{model}/profile", {**profile, "mean_output_tokens": 40.0, "mean_seconds": 0.1}
     )
     assert reply.status_code == 200, reply.text

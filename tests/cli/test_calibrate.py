@@ -17,7 +17,7 @@ from router_core.artifact import save_map
 from router_core.clustering import ClusterMap
 from router_core.validation.families.registry import builtin_validation_set
 from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
-from tests.support.server import uniform_profile
+from tests.support.proxy_process import uniform_profile
 
 Environ = dict[str, str]
 

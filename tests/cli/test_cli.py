@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,11 @@ def test_help_lists_the_commands_and_loads_nothing_heavy(tmp_path: Path) -> None
     listed = run_command("--help", environ=environment(tmp_path)).stdout
     commands = ("serve", "demo", "worker", "models", "route", "validation", "fit", "prices", "keys")
     assert [name for name in commands if not re.search(rf"^ +{name} ", listed, re.MULTILINE)] == []
+
+
+def test_the_version_is_that_of_the_installed_package(tmp_path: Path) -> None:
+    ended = run_command("--version", environ=environment(tmp_path))
+    assert (ended.returncode, ended.stdout) == (0, f"uniroute {version('uniroute')}\n")
 
 
 @pytest.mark.parametrize(

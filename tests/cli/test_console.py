@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.cli import console
-from proxy.safety.plain_text import plain
+from router_core.text import plain
 from tests.support.command import ADMIN_KEY, environment, run_command
 
 HOSTILE = "\x1b]0;owned\x07re\x1b[31md\x1b[2J\x9b5mb\u202elue\u2066\x7f\x00\r\x08 \u2028\x1b]8;;http://x\x1b\\link"
@@ -55,9 +55,9 @@ def test_no_text_whatever_leaves_a_control_character(text: str) -> None:
 
 
 def test_all_ways_to_print_go_through_it(capsys: pytest.CaptureFixture[str]) -> None:
-    console.say(HOSTILE)
-    console.note(HOSTILE)
-    console.write(HOSTILE)
+    console.echo(HOSTILE)
+    console.echo_err(HOSTILE)
+    console.echo(HOSTILE, end="")
     console.table(["name", HOSTILE], [[HOSTILE, "a\nb"]], title=HOSTILE)
     with console.progress() as bars:
         bars.update(HOSTILE, 1, 1, HOSTILE)

@@ -17,8 +17,8 @@ from router_core.evaluation.study import METHODS
 from router_core.evaluation.trials import DEFAULT_TRIALS
 from tests.support.command import environment
 from tests.support.outcome_files import PRICES, SMALL, found, refusal, rows, run, write_files
-from tests.support.process_group import ProcessGroup, process_group
-from tests.support.upstream import wait_until
+from tests.support.processes import ProcessGroup, process_group
+from tests.support.waiting import wait_until
 
 Environ = dict[str, str]
 

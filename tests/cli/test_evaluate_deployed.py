@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.command import ADMIN_KEY, ServeCommand, environment
 from tests.support.outcome_files import PRICES, refusal, rows, run, write_files
-from tests.support.server import uniform_profile
+from tests.support.proxy_process import uniform_profile
 
 Environ = dict[str, str]
 

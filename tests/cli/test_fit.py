@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from proxy.cli.console import BadArgument
-from proxy.cli.fit import check_prompt_files, known_models, read_prompts, told
+from proxy.cli.fit_backend import outcome_models, with_progress
+from proxy.cli.prompt_files import check_prompt_files, read_prompts
 from proxy.routing.requirements import routing_text
 from router_core.text import MAX_END_CHARS, truncate_middle
 from tests.bench.prompts import generated_prompts
@@ -57,10 +58,10 @@ def test_scores_are_found_by_prompt_and_repeats_count_as_their_mean(tmp_path: Pa
     ]
     path = tmp_path / "outcomes.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    known = known_models(path, ["two", truncate_middle("l" * 9_000), "one"])
+    known = outcome_models(path, ["two", truncate_middle("l" * 9_000), "one"])
     assert known.models == ("x", "y")
     assert np.array_equal(known.scores, [[np.nan, np.nan], [np.nan, 0.25], [0.5, 1.0]], equal_nan=True)
-    assert known_models(None, ["two"]).scores.shape == (1, 0)
+    assert outcome_models(None, ["two"]).scores.shape == (1, 0)
 
 
 def test_a_map_fitted_with_outcomes_remembers_the_models(tmp_path: Path, embedder_cache: Path) -> None:
@@ -120,7 +121,7 @@ def test_without_pyarrow_the_extra_is_named_before_anything_is_read(tmp_path: Pa
         import sys
         sys.modules["pyarrow"] = None
         from pathlib import Path
-        from proxy.cli.fit import check_prompt_files
+        from proxy.cli.prompt_files import check_prompt_files
         check_prompt_files([Path({str(path)!r})])"""
     ended = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True)
     assert "pip install 'uniroute[parquet]'" in ended.stderr.splitlines()[-1]
@@ -156,7 +157,7 @@ class Remembering:
 
 def test_reading_tells_how_many_and_how_fast_and_in_the_end_that_it_is_complete() -> None:
     bars = Remembering()
-    assert sum(1 for _ in told(("x" for _ in range(25_000)), "reading", bars)) == 25_000
+    assert sum(1 for _ in with_progress(("x" for _ in range(25_000)), "reading", bars)) == 25_000
     assert [update[:3] for update in bars.updates] == [
         ("reading", 10_000, 0),
         ("reading", 20_000, 0),

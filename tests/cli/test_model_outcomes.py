@@ -10,14 +10,15 @@ from typing import Any
 import httpx
 import pytest
 
-from proxy.cli.evaluate import deployed_results
+from proxy.cli.deployed import evaluate_deployment
 from proxy.cli.models import joined
 from proxy.settings.schema import load_settings
 from router_core.evaluation.outcomes import read_outcomes
 from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
-from tests.support.measured import knows, write_validation_set
-from tests.support.server import uniform_profile
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.profiling import knows, write_validation_set
+from tests.support.proxy_process import uniform_profile
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 Environ = dict[str, str]
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
@@ -112,7 +113,7 @@ def test_deployed_profiles_are_judged_on_an_outcomes_file(
     exported(environ, tmp_path)
     monkeypatch.setenv("UNIROUTE_ADMIN_KEY", ADMIN_KEY)
     settings = load_settings(None, environ)
-    results, common = deployed_results(tmp_path / "outcomes.jsonl", settings, server.url)
+    results, common = evaluate_deployment(tmp_path / "outcomes.jsonl", settings, server.url)
     assert (common.models, common.only_deployed) == (("all", "team/half"), ("handed",))
     assert (results.protocol.test_prompts, results.protocol.labels) == (24, (28,))
     (ours,), (cheapest,) = results.methods["ours"].values(), results.methods["cheapest"].values()

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import NotMeasured
+from proxy.errors import NotProfiled
 from proxy.profiling.job import Job
 from proxy.profiling.jobs import with_progress
 from proxy.settings.schema import Settings
 
-EARLY = NotMeasured(
+EARLY = NotProfiled(
     "no model can be chosen yet", {"a": "not profiled", "b": "not profiled", "c": "costs nothing known"}
 )
 
@@ -21,7 +21,7 @@ def a_job(model: str, state: str, **more: Any) -> Job:
     return Job(id="j", model=model, state=state, **{**fields, "error": None, **more})
 
 
-def told(*jobs: Job, **settings: Any) -> NotMeasured:
+def told(*jobs: Job, **settings: Any) -> NotProfiled:
     return with_progress(EARLY, {job.model: job for job in jobs}, Settings.model_validate(settings))
 
 

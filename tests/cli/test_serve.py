@@ -17,8 +17,9 @@ import yaml
 
 from proxy.storage.valkey import socket_path
 from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
-from tests.support.server import uniform_profile
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.proxy_process import uniform_profile
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture(scope="module")

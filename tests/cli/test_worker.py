@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 import yaml
 
-from proxy.cli.serve import tell_models
+from proxy.cli.serve import print_models
 from proxy.settings.schema import Settings
 from tests.support.command import ADMIN_KEY, ROOT, ServeCommand, environment, run_command
-from tests.support.server import uniform_profile
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.proxy_process import uniform_profile
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_a_server_that_cannot_start_says_why_without_a_traceback(tmp_path: Path,
 def test_what_the_configuration_counts_on_is_named_at_the_start(capsys: pytest.CaptureFixture[str]) -> None:
     params = {"model": "openai/small", "api_key": "os.environ/ABSENT_API_KEY"}
     model = {"model_name": "small", "litellm_params": params}
-    tell_models(Settings.model_validate({"model_list": [model], "default_model": "later"}), environ={})
+    print_models(Settings.model_validate({"model_list": [model], "default_model": "later"}), environ={})
     told = capsys.readouterr().err
     assert "ABSENT_API_KEY is not set" in told
     assert "'later' is not configured" in told

@@ -1,1 +1,0 @@
-"""Faults of the store and of processes, with real ones."""

@@ -1,10 +1,6 @@
-"""The wall clock of every process jumps by a day, either way, while it runs: measured time is what is relied on."""
-
 from __future__ import annotations
 
-import asyncio
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,9 +8,9 @@ from typing import Any
 import pytest
 
 from tests.faults.gateway import CONFIGURED, Gateway, a_gateway, counted
-from tests.faults.test_embedded_store import a_client_key
-from tests.support.server import arm
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.proxy_process import model_entry
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,19 +28,12 @@ def the_library() -> Path:
     return library
 
 
-@pytest.fixture
-def upstream() -> Iterator[ScriptedUpstream]:
-    with ScriptedUpstream(lambda _: "42", slow_s=0.3) as started:
-        yield started
-
-
 def wall_clock(gateway: Gateway) -> str:
     return str(gateway.admin("GET", f"/models/{CONFIGURED}").headers["date"])
 
 
-def test_a_day_forward_and_two_back_break_nothing(
-    tmp_path: Path, embedder_cache: Path, upstream: ScriptedUpstream
-) -> None:
+def test_clock_jumps_of_a_day_break_nothing(tmp_path: Path, embedder_cache: Path, upstream: ScriptedUpstream) -> None:
+    upstream.slow_s = 0.3
     clock = tmp_path / "clock"
     clock.write_text("+0")
     environ = {
@@ -55,28 +44,28 @@ def test_a_day_forward_and_two_back_break_nothing(
         "FAKETIME_FORCE_MONOTONIC_FIX": "0",  # else every wait of a thread is wrong, and a start takes minutes
     }
     with a_gateway(tmp_path, embedder_cache, upstream, environ=environ) as gateway:
-        gateway.client_key = asyncio.run(a_client_key(gateway))
+        gateway.client_key = gateway.create_client_key(gateway.embedded_url)
         asked = 0
         for step in ("+1d", "-1d"):
             before = wall_clock(gateway)
             job = measuring(gateway, "forward" if step == "+1d" else "back")
-            assert wait_until(lambda job=job: 0 < done(gateway, job) < 20, 20)
+            assert wait_until(lambda job=job: 0 < done(gateway, job) < 20)
             clock.write_text(step)
-            assert wait_until(lambda before=before: wall_clock(gateway)[:10] != before[:10], 5)
+            assert wait_until(lambda before=before: wall_clock(gateway)[:10] != before[:10])
 
             assert [gateway.ask(CONFIGURED).status_code for _ in range(3)] == [200] * 3
             asked += 3
             shown: Any = gateway.admin("GET", f"/models/{CONFIGURED}").json()["price"]
             assert shown["updated_at"] is None or shown["age_s"] >= 0
             assert 0 <= gateway.put_price().json()["price"]["age_s"] < 60
-            assert wait_until(lambda job=job: gateway.admin("GET", f"/jobs/{job}").json()["state"] == "ready", 60)
+            assert wait_until(lambda job=job: gateway.admin("GET", f"/jobs/{job}").json()["state"] == "ready")
             with gateway.embedded_store() as client:
-                assert wait_until(lambda client=client, asked=asked: counted(client) == asked, 10)
+                assert wait_until(lambda client=client, asked=asked: counted(client) == asked)
 
 
 def measuring(gateway: Gateway, name: str) -> str:
     """A job that asks a new model."""
-    body = {**arm(name, gateway.upstream.url), "profile": {"prompts": 20, "max_usd": 1.0}}
+    body = {**model_entry(name, gateway.upstream.url), "profile": {"prompts": 20, "max_usd": 1.0}}
     reply = gateway.admin("POST", "/models", body)
     assert reply.status_code == 202, reply.text
     return str(reply.json()["job"])

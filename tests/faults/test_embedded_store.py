@@ -1,8 +1,5 @@
-"""The embedded store, killed with all the others or out of disk: what was acknowledged stays, and it comes back."""
-
 from __future__ import annotations
 
-import asyncio
 import os
 import shlex
 import signal
@@ -16,30 +13,14 @@ from typing import Any
 import pytest
 import redis
 
-from proxy.storage.client_keys import AuthRequiredLatch
-from proxy.storage.redis import Store
-from proxy.storage.registry import Registry
-from proxy.storage.valkey import socket_path
-from tests.faults.gateway import CONFIGURED, Gateway, a_gateway, counted, embedded_pid
+from tests.faults.gateway import CONFIGURED, a_gateway, counted, embedded_pid
 from tests.support.command import ServeCommand
-from tests.support.process_group import children_of
-from tests.support.server import uniform_profile
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.processes import children_of
+from tests.support.proxy_process import uniform_profile
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 ROOM = "16m"
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[ScriptedUpstream]:
-    with ScriptedUpstream(lambda _: "42") as started:
-        yield started
-
-
-async def a_client_key(gateway: Gateway) -> str:
-    store = Store(f"unix://{socket_path(gateway.data_dir / 'valkey')}")
-    _, secret = await Registry(store, (), AuthRequiredLatch(gateway.data_dir)).keys.create("a client")
-    await store.close()
-    return secret
 
 
 def test_nothing_acknowledged_is_lost_when_every_process_is_killed(
@@ -48,7 +29,7 @@ def test_nothing_acknowledged_is_lost_when_every_process_is_killed(
     with a_gateway(tmp_path, embedder_cache, upstream, "--workers", "2") as gateway:
         everyone = [embedded_pid(gateway), *children_of(gateway.server.pid), gateway.server.pid]
         assert gateway.add("added").status_code == 201
-        key = asyncio.run(a_client_key(gateway))
+        key = gateway.create_client_key(gateway.embedded_url)
         assert gateway.put_price("added", 7e-6).status_code == 200
         gateway = replace(gateway, client_key=key)
         assert wait_until(lambda: gateway.ask().status_code == 200)
@@ -70,7 +51,7 @@ def test_nothing_acknowledged_is_lost_when_every_process_is_killed(
         assert gateway.ask().status_code == 200
         assert replace(gateway, client_key=None).ask().status_code == 401
         with gateway.embedded_store() as client:
-            assert wait_until(lambda: counted(client) == answered + 1, 15), (counted(client), answered)
+            assert wait_until(lambda: counted(client) == answered + 1), (counted(client), answered)
 
 
 class OnSmallDisk(ServeCommand):
@@ -111,7 +92,7 @@ def may_mount() -> bool:
 
 
 @pytest.mark.skipif(not may_mount(), reason="this kernel or container lets nobody mount a small file system")
-def test_a_full_disk_refuses_changes_loses_none_and_heals(
+def test_a_full_disk_refuses_changes_loses_none_and_recovers(
     short_path: Path, embedder_cache: Path, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tests.faults.gateway.ServeCommand", OnSmallDisk)
@@ -130,9 +111,9 @@ def test_a_full_disk_refuses_changes_loses_none_and_heals(
             assert gateway.ready()["status"] == "ready"
 
             (server.disk / "fill").unlink()
-            assert wait_until(lambda: gateway.ready()["store"] == "up", 15)
+            assert wait_until(lambda: gateway.ready()["store"] == "up")
             shown: Any = gateway.admin("GET", f"/models/{CONFIGURED}").json()["price"]
             assert shown["input_cost_per_token"] == pytest.approx(price)
-            assert wait_until(lambda: gateway.put_price().status_code == 200, 15)
+            assert wait_until(lambda: gateway.put_price().status_code == 200)
             assert gateway.add("after").status_code == 201
-            assert wait_until(lambda: counted(client) == 6, 15), counted(client)
+            assert wait_until(lambda: counted(client) == 6), counted(client)

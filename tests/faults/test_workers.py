@@ -1,5 +1,3 @@
-"""Several workers: what they count is one sum, and one that dies is told of and replaced."""
-
 from __future__ import annotations
 
 import os
@@ -17,14 +15,16 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.app import START_FAILED
+from proxy.app import from_settings
 from proxy.server.metrics import Values, worker_deaths
 from proxy.server.run import server_config
-from proxy.server.supervisor import MAX_PAUSE_S, Place, Supervisor
+from proxy.server.startup import START_FAILED
+from proxy.server.supervisor import MAX_PAUSE_S, Slot, Supervisor
 from proxy.settings.schema import Settings
 from tests.faults.gateway import CONFIGURED, Gateway, a_gateway
-from tests.support.process_group import children_of
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.processes import children_of, owners_of
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 TIMEOUT_S = 5
 
@@ -42,29 +42,12 @@ def scraped_by(gateway: Gateway, pid: int) -> dict[str, float]:
     """Every sample, asked of one worker: of new connections until one is its own."""
     headers = {"authorization": f"Bearer {gateway.client_key}"} if gateway.client_key else {}
     while True:
-        with httpx.stream("GET", f"{gateway.url}/metrics", headers=headers, timeout=20) as answer:
-            port = answer.extensions["network_stream"].get_extra_info("client_addr")[1]
-            found = served_by(port, [pid])
+        with httpx.stream("GET", f"{gateway.url}/metrics", headers=headers, timeout=60) as answer:
+            found = owners_of(answer, [pid])
             answer.read()
         if found:
             families = text_string_to_metric_families(answer.text)
             return {f"{s.name}{sorted(s.labels.items())}": s.value for family in families for s in family.samples}
-
-
-def served_by(client_port: int, pids: list[int]) -> list[int]:
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    sockets = {f"socket:[{row[9]}]" for row in rows if int(row[2].split(":")[1], 16) == client_port}
-    return [pid for pid in pids if sockets & open_files(pid)]
-
-
-def open_files(pid: int) -> set[str]:
-    found = set()
-    for file in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            found.add(str(file.readlink()))
-        except OSError:
-            continue
-    return found
 
 
 def ask(gateway: Gateway, times: int) -> None:
@@ -92,9 +75,8 @@ def both_ready(gateway: Gateway, gone: set[int]) -> Callable[[], bool]:
 
 
 def served_by_any(gateway: Gateway, pid: int) -> bool:
-    with httpx.stream("GET", f"{gateway.url}/readyz", timeout=20) as answer:
-        port = answer.extensions["network_stream"].get_extra_info("client_addr")[1]
-        return answer.status_code == 200 and bool(served_by(port, [pid]))
+    with httpx.stream("GET", f"{gateway.url}/readyz", timeout=60) as answer:
+        return answer.status_code == 200 and bool(owners_of(answer, [pid]))
 
 
 def test_every_metric_is_the_sum_over_workers_also_after_one_was_killed(gateway: Gateway) -> None:
@@ -109,12 +91,12 @@ def test_every_metric_is_the_sum_over_workers_also_after_one_was_killed(gateway:
     )
 
     os.kill(one, signal.SIGKILL)
-    assert wait_until(lambda: "killed by SIGKILL" in gateway.server.log, 20)
+    assert wait_until(lambda: "killed by SIGKILL" in gateway.server.log)
     after = counted(scraped_by(gateway, other))
     assert all(after[name] >= value for name, value in counted(seen[0]).items())
     assert after["uniroute_worker_deaths_total[('cause', 'SIGKILL')]"] == 1
 
-    assert wait_until(both_ready(gateway, {one}), 60), gateway.server.log
+    assert wait_until(both_ready(gateway, {one})), gateway.server.log
     ask(gateway, 20)
     (new,) = set(children_of(gateway.server.pid)) - {one, other}
     again = [scraped_by(gateway, pid) for pid in (new, other)]
@@ -122,20 +104,20 @@ def test_every_metric_is_the_sum_over_workers_also_after_one_was_killed(gateway:
     assert requests(again[0]) == 60
 
 
-def test_a_worker_that_starts_again_takes_no_request_before_it_is_ready(gateway: Gateway) -> None:
+def test_a_restarted_worker_gets_no_request_before_it_is_ready(gateway: Gateway) -> None:
     (killed, _) = children_of(gateway.server.pid)
     os.kill(killed, signal.SIGKILL)
-    assert wait_until(lambda: killed not in children_of(gateway.server.pid), 20)
+    assert wait_until(lambda: killed not in children_of(gateway.server.pid))
     both, statuses = both_ready(gateway, {killed}), []
     while not both():
         statuses.append(gateway.ask(CONFIGURED).status_code)
     assert set(statuses) == {200}
 
 
-def test_a_worker_that_gives_no_sign_of_life_is_killed_said_and_replaced(gateway: Gateway) -> None:
+def test_an_unresponsive_worker_is_killed_logged_and_replaced(gateway: Gateway) -> None:
     stopped, other = children_of(gateway.server.pid)
     os.kill(stopped, signal.SIGSTOP)
-    assert wait_until(lambda: f"worker {stopped} died" in gateway.server.log, 30)
+    assert wait_until(lambda: f"worker {stopped} died" in gateway.server.log)
     (line,) = [line for line in gateway.server.log.splitlines() if f"worker {stopped} died" in line]
     assert "WARNING" in line
     assert f"gave no sign of life for {TIMEOUT_S} s" in line
@@ -150,15 +132,15 @@ def dying(exitcode: int, lived_s: float) -> Any:
 def supervisor() -> Iterator[Supervisor]:
     settings = Settings(workers=2)
     with socket.socket() as bound:
-        made = Supervisor(settings, lambda counts: server_config(settings, counts), bound)
+        made = Supervisor(settings, lambda counts: server_config(settings, from_settings, counts), bound)
         made._deaths = worker_deaths(Values())
         yield made
 
 
-def test_a_worker_that_dies_at_once_again_and_again_is_started_ever_later(
+def test_a_worker_that_keeps_dying_is_restarted_after_growing_pauses(
     supervisor: Supervisor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    place, pauses = Place(), []
+    place, pauses = Slot(), []
     for _ in range(8):
         place.worker = dying(-signal.SIGSEGV, lived_s=0.5)
         before = time.monotonic()
@@ -175,9 +157,9 @@ def test_a_worker_that_dies_at_once_again_and_again_is_started_ever_later(
 
 
 @pytest.mark.parametrize(("ever_ready", "ends"), [(False, True), (True, False)])
-def test_a_start_that_fails_ends_all_only_while_nobody_was_ready(
+def test_a_failed_start_ends_the_server_only_while_no_worker_was_ever_ready(
     supervisor: Supervisor, ever_ready: bool, ends: bool
 ) -> None:
     supervisor._ever_ready = ever_ready
-    supervisor._look_after(Place(dying(START_FAILED, lived_s=3)))
+    supervisor._look_after(Slot(dying(START_FAILED, lived_s=3)))
     assert supervisor._ending.is_set() == ends

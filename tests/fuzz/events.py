@@ -11,14 +11,8 @@ import atheris
 
 with atheris.instrument_imports(include=["proxy.upstream.sse", "proxy.upstream.payload", "json"]):
     from proxy.errors import UpstreamError
-    from proxy.upstream.payload import (
-        chunk_of,
-        finish_reasons,
-        has_content,
-        is_empty_completion,
-        is_usage_chunk,
-        parse_exact,
-    )
+    from proxy.upstream.chunk_reader import parse_chunk
+    from proxy.upstream.payload import finish_reasons, has_content, is_empty_completion, is_usage_chunk, parse_exact
     from proxy.upstream.sse import SSEDecoder, format_event
 
 
@@ -31,7 +25,7 @@ def one_input(data: bytes) -> None:
             raise AssertionError("another split, other events")
     for found in whole:
         try:
-            chunk, shown = chunk_of(found, parse_exact).body, chunk_of(found).named("m")
+            chunk, shown = parse_chunk(found, parse_exact).body, parse_chunk(found).with_model("m")
         except UpstreamError:
             continue
         has_content(chunk), is_empty_completion(chunk), is_usage_chunk(chunk), finish_reasons(chunk)

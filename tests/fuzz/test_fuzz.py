@@ -1,5 +1,3 @@
-"""The fuzzers, each for a minute from a few good inputs: they find no fault, and they do get somewhere."""
-
 from __future__ import annotations
 
 import re
@@ -33,7 +31,7 @@ def test_a_minute_of_fuzzing_finds_nothing(tmp_path: Path, target: str) -> None:
     for number, seed in enumerate(SEEDS[target]):
         (tmp_path / "corpus" / str(number)).write_bytes(seed)
     command = [sys.executable, "-m", f"tests.fuzz.{target}", str(tmp_path / "corpus"), f"-max_total_time={SECONDS}"]
-    command += [f"-artifact_prefix={tmp_path}/", "-max_len=512", "-seed=1", "-timeout=20", "-print_final_stats=1"]
+    command += [f"-artifact_prefix={tmp_path}/", "-max_len=512", "-seed=1", "-timeout=60", "-print_final_stats=1"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS + 110, check=False)
 
     assert ended.returncode == 0, ended.stderr[-4000:]

@@ -31,7 +31,7 @@ def memory(store: Store) -> SessionStore:
     return SessionStore(store, 60)
 
 
-async def thread(
+async def affinity_of(
     memory: SessionStore, *messages: Any, key: ClientKey | None = None, session: str | None = None, mode: str = "auto"
 ) -> Affinity:
     request = ChatRequest({"messages": list(messages)}, "auto", False, False, RoutingOptions(session=session))
@@ -41,18 +41,18 @@ async def thread(
 async def answered(
     memory: SessionStore, *messages: Any, answer: Any = CALL, model: str = "small", **options: Any
 ) -> AffinityRecorder:
-    marks = AffinityRecorder(memory, await thread(memory, *messages, **options), list(messages))
-    marks.answer({"choices": [{"index": 0, "message": answer, "finish_reason": "tool_calls"}]}, model)
-    marks.finish(model, 70)
-    return marks
+    recorder = AffinityRecorder(memory, await affinity_of(memory, *messages, **options), list(messages))
+    recorder.observe_completion({"choices": [{"index": 0, "message": answer, "finish_reason": "tool_calls"}]}, model)
+    recorder.commit(model, 70)
+    return recorder
 
 
 async def test_the_next_turn_of_a_loop_knows_who_called(memory: SessionStore) -> None:
     await answered(memory, ASK)
-    assert await thread(memory, ASK, CALL, RESULT) == Affinity(has_reasoning=True, producer="small")
+    assert await affinity_of(memory, ASK, CALL, RESULT) == Affinity(has_reasoning=True, producer="small")
     bare = {name: value for name, value in CALL.items() if name != "reasoning_content"}
-    assert await thread(memory, ASK, bare, RESULT) == Affinity(producer="small")
-    assert (await thread(memory, {**ASK, "content": "Another question?"}, bare, RESULT)).producer is None
+    assert await affinity_of(memory, ASK, bare, RESULT) == Affinity(producer="small")
+    assert (await affinity_of(memory, {**ASK, "content": "Another question?"}, bare, RESULT)).producer is None
 
 
 async def test_two_conversations_with_the_same_counted_ids_are_not_mixed(memory: SessionStore) -> None:
@@ -60,19 +60,19 @@ async def test_two_conversations_with_the_same_counted_ids_are_not_mixed(memory:
     other = {**ASK, "content": "And is it cold?"}
     await answered(memory, ASK, answer=bare, model="small")
     await answered(memory, other, answer=bare, model="large")
-    assert (await thread(memory, ASK, bare, RESULT)).producer == "small"
-    assert (await thread(memory, other, bare, RESULT)).producer == "large"
+    assert (await affinity_of(memory, ASK, bare, RESULT)).producer == "small"
+    assert (await affinity_of(memory, other, bare, RESULT)).producer == "large"
 
 
 async def test_another_key_recalls_nothing_of_ours(memory: SessionStore) -> None:
     await answered(memory, ASK, key=FIRST, session="mine")
-    ours = await thread(memory, ASK, key=FIRST, session="mine")
-    assert ours.last is not None
-    assert (ours.last.model, ours.last.tokens) == ("small", 70)
+    ours = await affinity_of(memory, ASK, key=FIRST, session="mine")
+    assert ours.last_turn is not None
+    assert (ours.last_turn.model, ours.last_turn.tokens) == ("small", 70)
     for stranger in (SECOND, None):
-        assert (await thread(memory, ASK, key=stranger, session="mine")).last is None
-        assert (await thread(memory, ASK, CALL, RESULT, key=stranger)).producer is None
-    assert (await thread(memory, ASK, CALL, RESULT, key=FIRST)).producer == "small"
+        assert (await affinity_of(memory, ASK, key=stranger, session="mine")).last_turn is None
+        assert (await affinity_of(memory, ASK, CALL, RESULT, key=stranger)).producer is None
+    assert (await affinity_of(memory, ASK, CALL, RESULT, key=FIRST)).producer == "small"
 
 
 async def test_with_sessions_off_nothing_of_them_is_read_or_written(memory: SessionStore, store: Store) -> None:
@@ -80,12 +80,12 @@ async def test_with_sessions_off_nothing_of_them_is_read_or_written(memory: Sess
     await memory.flush()
     assert await store.client.keys("uniroute:conversation:*") == []
     await answered(memory, ASK, session="mine")
-    assert (await thread(memory, ASK, session="mine", mode="off")).last is None
-    assert (await thread(memory, ASK, CALL, RESULT, mode="off")).producer == "small"
+    assert (await affinity_of(memory, ASK, session="mine", mode="off")).last_turn is None
+    assert (await affinity_of(memory, ASK, CALL, RESULT, mode="off")).producer == "small"
 
 
 async def test_a_stream_is_remembered_with_its_last_piece_before_its_usage(memory: SessionStore) -> None:
-    marks = AffinityRecorder(memory, NO_AFFINITY, [ASK])
+    recorder = AffinityRecorder(memory, NO_AFFINITY, [ASK])
     pieces: list[Any] = [
         {"delta": {"role": "assistant", "reasoning_content": CALL["reasoning_content"][:50]}},
         {"delta": {"reasoning_content": CALL["reasoning_content"][50:]}},
@@ -93,34 +93,36 @@ async def test_a_stream_is_remembered_with_its_last_piece_before_its_usage(memor
         {"delta": {}, "finish_reason": "tool_calls"},
     ]
     for piece in pieces[:3]:
-        marks.see({"choices": [{"index": 0, **piece}]}, "small")
-    assert (await thread(memory, ASK, CALL, RESULT)).producer is None
-    marks.see({"choices": [{"index": 0, **pieces[3]}]}, "small")
-    assert (await thread(memory, ASK, CALL, RESULT)).producer == "small"
+        recorder.observe({"choices": [{"index": 0, **piece}]}, "small")
+    assert (await affinity_of(memory, ASK, CALL, RESULT)).producer is None
+    recorder.observe({"choices": [{"index": 0, **pieces[3]}]}, "small")
+    assert (await affinity_of(memory, ASK, CALL, RESULT)).producer == "small"
 
 
 async def test_every_answer_of_several_is_remembered(memory: SessionStore) -> None:
-    marks = AffinityRecorder(memory, NO_AFFINITY, [ASK])
+    recorder = AffinityRecorder(memory, NO_AFFINITY, [ASK])
     texts = ["One way to think about it. " * 10, "Another way to think about it. " * 10]
     messages = [{"role": "assistant", "content": "Yes.", "reasoning_content": text} for text in texts]
-    marks.answer({"choices": [{"index": place, "message": one} for place, one in enumerate(messages)]}, "small")
-    assert [(await thread(memory, ASK, one, ASK)).producer for one in messages] == ["small", "small"]
+    recorder.observe_completion(
+        {"choices": [{"index": place, "message": one} for place, one in enumerate(messages)]}, "small"
+    )
+    assert [(await affinity_of(memory, ASK, one, ASK)).producer for one in messages] == ["small", "small"]
 
 
 async def test_a_session_id_is_stored_nowhere_in_clear(memory: SessionStore, store: Store) -> None:
-    marks = await answered(memory, ASK, session="canary-session")
+    recorder = await answered(memory, ASK, session="canary-session")
     await memory.flush()
     keys = await store.client.keys("*")
     assert keys
-    held = [*keys, *[await store.client.get(key) for key in keys], repr(marks._thread), *memory._local]
+    held = [*keys, *[await store.client.get(key) for key in keys], repr(recorder._affinity), *memory._local]
     assert not [text for text in held if "canary" in str(text) or "call_0" in str(text)]
 
 
 @pytest.mark.parametrize("index", [None, "0", [], {}])
 async def test_an_odd_index_of_an_answer_is_its_place(memory: SessionStore, index: Any) -> None:
-    marks = AffinityRecorder(memory, NO_AFFINITY, [ASK])
-    marks.answer({"choices": [{"index": index, "message": CALL}]}, "small")
-    assert (await thread(memory, ASK, CALL, RESULT)).producer == "small"
+    recorder = AffinityRecorder(memory, NO_AFFINITY, [ASK])
+    recorder.observe_completion({"choices": [{"index": index, "message": CALL}]}, "small")
+    assert (await affinity_of(memory, ASK, CALL, RESULT)).producer == "small"
 
 
 JSON = st.recursive(
@@ -136,7 +138,7 @@ JSON = st.recursive(
 @given(st.dictionaries(st.sampled_from(["choices", "usage"]), JSON), JSON)
 def test_no_chunk_makes_it_fail(chunk: dict[str, Any], message: Any) -> None:
     memory = SessionStore(Store("unix:///nowhere"), 60)
-    marks = AffinityRecorder(memory, NO_AFFINITY, [message])
-    marks.see(chunk, "small")
-    marks.answer(chunk, "small")
-    marks.finish("small", None)
+    recorder = AffinityRecorder(memory, NO_AFFINITY, [message])
+    recorder.observe(chunk, "small")
+    recorder.observe_completion(chunk, "small")
+    recorder.commit("small", None)

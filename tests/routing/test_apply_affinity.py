@@ -17,7 +17,7 @@ import pytest
 from proxy.errors import NoEligibleModelError
 from proxy.routing.affinity import NO_AFFINITY, Affinity
 from proxy.routing.assigner import ClusterAssigner
-from proxy.routing.candidates import RoutingMode, SelectionContext
+from proxy.routing.candidates import SelectionContext
 from proxy.routing.chat_request import ChatRequest, RoutingOptions
 from proxy.routing.selection import Selection, apply_affinity, select_model, selection_to_json
 from proxy.settings.schema import Settings
@@ -26,9 +26,8 @@ from proxy.storage.models import StoredProfile
 from proxy.storage.reader import StoredState
 from proxy.storage.sessions import LastTurn
 from proxy.storage.snapshot import RoutingSnapshot, build_state
-from router_core.scoring import ScoringParams
-from router_core.types import Floats, Requirements
-from tests.support.makers import a_profile, a_record, surroundings
+from router_core.types import Floats
+from tests.support.makers import a_profile, a_record, snapshot_inputs
 
 THOUSAND_TOKENS = "word " * 797
 """With the names of its fields 4,000 bytes."""
@@ -60,11 +59,11 @@ def a_state(**info: dict[str, Any]) -> RoutingSnapshot:
         if name != "unmeasured"
     }
     stored = StoredState(version=1, models=records, profiles=profiles, keys_exist=False)
-    return build_state(stored, surroundings(), keys_latched=False)
+    return build_state(stored, snapshot_inputs(), keys_latched=False)
 
 
 async def chosen(
-    thread: Affinity,
+    affinity: Affinity,
     model: str = "auto",
     *,
     text: str = THOUSAND_TOKENS,
@@ -78,8 +77,8 @@ async def chosen(
     content = {"messages": [{"role": "user", "content": text}], **(body or {})}
     request = ChatRequest(content, model, stream=False, include_usage=False, options=RoutingOptions(**options))
     found = Settings.model_validate({"data_dir": Path("/nowhere"), **(settings or {})})
-    assigner = ClusterAssigner(Corner(), 1.0)
-    return await select_model(request, key, state or a_state(), found, assigner, thread=thread, explain=explain)
+    ctx = SelectionContext("dec-1", request, key, state or a_state(), found, affinity=affinity)
+    return await select_model(ctx, ClusterAssigner(Corner(), 1.0), explain=explain)
 
 
 LOOP = Affinity(producer="plain")
@@ -103,7 +102,7 @@ async def test_it_stays_whichever_way_was_asked_for(name: str) -> None:
     assert (await chosen(LOOP, name)).model == "plain"
 
 
-async def test_a_named_model_is_the_callers_word() -> None:
+async def test_a_named_model_wins_over_affinity() -> None:
     choice = await chosen(LOOP, "cold")
     assert (choice.model, choice.reason) == ("cold", "pinned")
 
@@ -113,7 +112,7 @@ async def test_it_stays_even_where_the_prompt_cannot_be_looked_at() -> None:
     assert (choice.model, choice.reason, choice.degraded is not None) == ("plain", "sticky", True)
 
 
-async def test_a_producer_that_is_not_profiled_can_still_go_on() -> None:
+async def test_a_producer_that_is_not_profiled_may_continue() -> None:
     loop = Affinity(producer="unmeasured")
     assert (await chosen(loop)).model == "unmeasured"
     assert (await chosen(loop, max_cost_usd=1.0)).model == "cold"
@@ -130,7 +129,7 @@ async def test_a_producer_that_is_not_profiled_can_still_go_on() -> None:
     ],
     ids=["request", "key", "window", "tools", "price"],
 )
-async def test_a_producer_that_may_not_answer_is_left_and_said_to_be(options: dict[str, Any], why: str) -> None:
+async def test_a_producer_that_may_not_answer_is_left_with_a_reason(options: dict[str, Any], why: str) -> None:
     choice = await chosen(LOOP, **options)
     assert (choice.model, choice.reason, choice.left) == ("cold", "scored", "plain")
     assert why in choice.ineligible["plain"]
@@ -139,11 +138,9 @@ async def test_a_producer_that_may_not_answer_is_left_and_said_to_be(options: di
 async def test_a_producer_that_could_be_scored_and_was_not_is_left_whatever_the_reason() -> None:
     request = ChatRequest({"messages": []}, "auto", stream=False, include_usage=False, options=RoutingOptions())
     settings = Settings.model_validate({"data_dir": Path("/nowhere")})
-    asked = SelectionContext(
-        request, None, a_state(), settings, RoutingMode.SCORED, None, Requirements(), ScoringParams(), LOOP
-    )
+    ctx = SelectionContext("dec-1", request, None, a_state(), settings, affinity=LOOP)
     routed = await chosen(NO_AFFINITY, models=("warm", "cold"))
-    assert apply_affinity(asked, routed).left == "plain"
+    assert apply_affinity(ctx, routed).left == "plain"
 
 
 async def test_a_producer_that_is_gone_is_left() -> None:
@@ -158,7 +155,7 @@ async def test_an_unknown_producer_changes_nothing() -> None:
 
 
 def session(tokens: int | None, *, model: str = "warm", age_s: float = 10.0) -> Affinity:
-    return Affinity(session="digest", last=LastTurn(model, tokens, age_s))
+    return Affinity(session="digest", last_turn=LastTurn(model, tokens, age_s))
 
 
 @pytest.mark.parametrize(("tokens", "model", "reason"), [(660, "cold", "scored"), (670, "warm", "sticky")])
@@ -185,12 +182,12 @@ async def test_no_more_can_be_cached_than_there_is() -> None:
 
 
 @pytest.mark.parametrize(
-    "thread",
+    "affinity",
     [session(None), session(900, age_s=301.0), session(900, model="plain"), session(900, model="removed")],
     ids=["tokens unknown", "cache gone cold", "no cached price", "removed"],
 )
-async def test_without_a_warm_cache_a_session_is_routed_like_any_other(thread: Affinity) -> None:
-    choice = await chosen(thread)
+async def test_without_a_warm_cache_a_session_is_routed_like_any_other(affinity: Affinity) -> None:
+    choice = await chosen(affinity)
     assert (choice.model, choice.reason) == ("cold", "scored")
 
 
@@ -212,7 +209,7 @@ async def test_off_and_on_are_what_they_say() -> None:
     stuck = await chosen(session(None, model="plain", age_s=3000.0), settings=on)
     assert (stuck.model, stuck.reason, stuck.order) == ("plain", "sticky", ("plain", "cold", "warm"))
     assert (await chosen(session(1, model="plain"), settings=on, models=("cold", "warm"))).model == "cold"
-    assert (await chosen(replace(LOOP, last=LastTurn("warm", 1, 0.0)), settings=on)).model == "plain"
+    assert (await chosen(replace(LOOP, last_turn=LastTurn("warm", 1, 0.0)), settings=on)).model == "plain"
 
 
 @pytest.mark.parametrize(("written", "read"), [(True, "on"), (False, "off"), ("auto", "auto")])

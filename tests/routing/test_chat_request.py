@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from proxy.errors import BadRequest, FieldNotAllowed
+from proxy.json_limits import MAX_DEPTH
 from proxy.routing.chat_request import ChatRequest, ProviderPreferences, parse_chat, parse_object
-from proxy.routing.control_fields import COMMON_FIELDS, is_control_field
-from proxy.safety.json_shape import MAX_DEPTH
+from proxy.settings.control_fields import COMMON_FIELDS, is_control_field
 
 ASK: Any = [{"role": "user", "content": "hi"}]
 
@@ -20,7 +20,7 @@ def parsed(headers: list[tuple[str, str]] | None = None, /, **body: Any) -> Chat
     return parse_chat(json.dumps({"model": "auto", "messages": ASK, **body}).encode(), headers or [])
 
 
-def test_the_body_is_kept_whole_less_our_own_fields() -> None:
+def test_the_body_is_kept_without_our_own_fields() -> None:
     request = parsed(top_k=1, metadata={"a": "b"}, uniroute={"session": "s"}, models=["a"], route="x", provider={})
 
     assert request.body == {"model": "auto", "messages": ASK, "top_k": 1, "metadata": {"a": "b"}}

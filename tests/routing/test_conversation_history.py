@@ -1,4 +1,4 @@
-"""What a body says of its past, whatever shape its messages have."""
+"""What a body says of its history, whatever shape its messages have."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ JSON = st.recursive(
     ],
 )
 def test_a_body_whose_newest_turns_answer_tool_calls_is_in_a_tool_loop(tail: list[Any]) -> None:
-    past = inspect_history([ASK, *tail])
-    assert (past.in_tool_loop, past.has_reasoning, len(past.marks)) == (True, False, 1)
+    history = inspect_history([ASK, *tail])
+    assert (history.in_tool_loop, history.has_reasoning, len(history.fingerprints)) == (True, False, 1)
 
 
 @pytest.mark.parametrize("messages", [[ASK], [ASK, ANSWER, ASK], [ASK, CALL], [ASK, CALL, RESULT, ANSWER, ASK], []])
@@ -62,7 +62,7 @@ def test_other_bodies_are_not(messages: list[Any]) -> None:
 
 
 def test_results_without_the_turn_that_they_answer_are_a_loop_of_unknown_origin() -> None:
-    assert (inspect_history([ASK, RESULT]).in_tool_loop, inspect_history([ASK, RESULT]).marks) == (True, ())
+    assert (inspect_history([ASK, RESULT]).in_tool_loop, inspect_history([ASK, RESULT]).fingerprints) == (True, ())
 
 
 @pytest.mark.parametrize(
@@ -79,31 +79,32 @@ def test_results_without_the_turn_that_they_answer_are_a_loop_of_unknown_origin(
     ids=lambda carried: next(iter(carried)),
 )
 def test_a_body_whose_assistant_turns_carry_reasoning_says_so(carried: dict[str, Any]) -> None:
-    past = inspect_history([ASK, {**ANSWER, **carried}, ASK, ANSWER, ASK])
-    assert past.has_reasoning
-    assert past.marks
+    history = inspect_history([ASK, {**ANSWER, **carried}, ASK, ANSWER, ASK])
+    assert history.has_reasoning
+    assert history.fingerprints
 
 
 def test_only_the_newest_reasoning_counts_and_a_newer_tool_call_before_it() -> None:
     older = {**THINKING, "reasoning_content": "Something else. " * 20}
     alone, both = inspect_history([ASK, THINKING, ASK]), inspect_history([ASK, older, ASK, THINKING, ASK])
-    assert both.marks == alone.marks
+    assert both.fingerprints == alone.fingerprints
     looping = inspect_history([ASK, THINKING, ASK, CALL, RESULT])
-    assert looping.marks == (*inspect_history([ASK, CALL, RESULT]).marks, *alone.marks)
+    assert looping.fingerprints == (*inspect_history([ASK, CALL, RESULT]).fingerprints, *alone.fingerprints)
 
 
 def test_reasoning_of_the_turn_that_called_is_surer_than_its_calls() -> None:
     thinking_call = {**CALL, "reasoning_content": THINKING["reasoning_content"]}
-    assert inspect_history([ASK, thinking_call, RESULT]).marks == (
-        *inspect_history([ASK, THINKING, ASK]).marks,
-        *inspect_history([ASK, CALL, RESULT]).marks,
+    assert inspect_history([ASK, thinking_call, RESULT]).fingerprints == (
+        *inspect_history([ASK, THINKING, ASK]).fingerprints,
+        *inspect_history([ASK, CALL, RESULT]).fingerprints,
     )
 
 
 def test_calls_of_a_loop_that_is_over_are_not_looked_for() -> None:
     thinking_call = {**CALL, "reasoning_content": THINKING["reasoning_content"]}
     assert (
-        inspect_history([ASK, thinking_call, RESULT, ANSWER, ASK]).marks == inspect_history([ASK, THINKING, ASK]).marks
+        inspect_history([ASK, thinking_call, RESULT, ANSWER, ASK]).fingerprints
+        == inspect_history([ASK, THINKING, ASK]).fingerprints
     )
 
 
@@ -114,12 +115,12 @@ def test_no_body_makes_it_fail(messages: Any) -> None:
 
 @given(st.lists(st.dictionaries(FIELDS, JSON, max_size=6), max_size=4))
 def test_no_answer_makes_it_fail(deltas: list[dict[str, Any]]) -> None:
-    trail = TurnFingerprints()
+    turn = TurnFingerprints()
     for delta in deltas:
-        trail.add(delta)
-    marks = [*trail.reasoning_marks(TextSample("Why?")), *trail.call_marks(TextSample("Why?"))]
-    assert {len(mark) for mark in marks} <= {64}
-    assert not (marks and trail.is_empty)
+        turn.add(delta)
+    found = [*turn.of_reasoning(TextSample("Why?")), *turn.of_calls(TextSample("Why?"))]
+    assert {len(each) for each in found} <= {64}
+    assert not (found and turn.is_empty)
 
 
 def test_a_very_long_conversation_is_known_by_its_newest_turns() -> None:

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import ContextLengthExceeded, Forbidden, ModelNotFound, NoEligibleModelError, ServiceUnavailable
-from proxy.routing.affinity import NO_AFFINITY
-from proxy.routing.candidates import RoutingMode, SelectionContext, no_candidate_error, requirements_for, scoring_params
+from proxy.routing.candidates import SelectionContext, no_candidate_error
 from proxy.routing.chat_request import ChatRequest, ProviderPreferences, RoutingOptions
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
@@ -17,8 +16,8 @@ from proxy.storage.models import StoredProfile
 from proxy.storage.reader import StoredState
 from proxy.storage.snapshot import RoutingSnapshot, build_state
 from router_core.eligibility import eligible
-from tests.support.choices import LIMITED, LONG, a_state, chosen
-from tests.support.makers import a_profile, a_record, surroundings
+from tests.support.makers import a_profile, a_record, snapshot_inputs
+from tests.support.selections import LIMITED_KEY, LONG, a_state, chosen
 
 UNCLAMPED = {"clamp_max_tokens": "off"}
 
@@ -33,7 +32,7 @@ async def refusal(**asked: Any) -> str:
     return refused.value.message
 
 
-async def test_what_cannot_be_served_says_why() -> None:
+async def test_a_request_that_cannot_be_served_says_why() -> None:
     with pytest.raises(ContextLengthExceeded, match="cheap: context window below about 1253 prompt tokens"):
         await chosen(text="word " * 1000, state=lacking(max_input_tokens=100))
     with pytest.raises(ContextLengthExceeded, match="and 900 of an answer"):
@@ -79,28 +78,24 @@ async def test_a_refusal_over_many_models_stays_short() -> None:
     records = {name: a_record(name, info=priced) for name in (f"{place:03}" + "m" * 125 for place in range(500))}
     profiles = {name: StoredProfile(record.fingerprint, a_profile()) for name, record in records.items()}
     stored = StoredState(version=1, models=records, profiles=profiles, keys_exist=False)
-    state = build_state(stored, surroundings(), keys_latched=False)
+    state = build_state(stored, snapshot_inputs(), keys_latched=False)
     said = await refusal(state=state, body={"tools": [{}]})
 
     assert len(said) < 3000
     assert said.endswith("; and 490 more)")
 
 
-async def test_a_refusal_while_the_able_rest_says_so() -> None:
-    asked = an_asked(a_state())
-    error = no_candidate_error(asked, eligible(asked.state.pool, asked.needs, cooling_down={"cheap", "dear"}))
+async def test_a_refusal_says_that_the_able_models_cool_down() -> None:
+    ctx = a_context(a_state())
+    error = no_candidate_error(ctx, eligible(ctx.snapshot.pool, ctx.requirements, cooling_down={"cheap", "dear"}))
 
     assert isinstance(error, ServiceUnavailable)
     assert "rests after failures (cheap: resting after failures; dear: resting" in error.message
 
 
-def an_asked(state: RoutingSnapshot) -> SelectionContext:
+def a_context(snapshot: RoutingSnapshot) -> SelectionContext:
     request = ChatRequest({"messages": [{"role": "user", "content": LONG}]}, "auto", False, False, RoutingOptions())
-    settings = Settings.model_validate({"data_dir": Path("/nowhere")})
-    terms = scoring_params(request, RoutingMode.SCORED, settings, None, NO_AFFINITY)
-    return SelectionContext(
-        request, None, state, settings, RoutingMode.SCORED, None, requirements_for(request), terms, NO_AFFINITY
-    )
+    return SelectionContext("dec-1", request, None, snapshot, Settings.model_validate({"data_dir": Path("/nowhere")}))
 
 
 async def test_openrouters_lists_name_models_here() -> None:
@@ -112,23 +107,23 @@ async def test_openrouters_lists_name_models_here() -> None:
     with pytest.raises(ModelNotFound, match=r"provider\.only"):
         await chosen(provider=ProviderPreferences(only=("nobody",)))
     with pytest.raises(Forbidden):
-        await chosen(key=LIMITED, provider=ProviderPreferences(only=("cheap",)))
+        await chosen(key=LIMITED_KEY, provider=ProviderPreferences(only=("cheap",)))
     for provider in (ProviderPreferences(only=()), ProviderPreferences(only=("dear",), ignore=("dear",))):
         assert "leave no model" in await refusal(provider=provider)
 
 
 async def test_ignoring_a_model_opens_none_that_the_key_may_not_use() -> None:
-    assert (await chosen(key=LIMITED, provider=ProviderPreferences(ignore=("unmeasured",)))).order == ("dear",)
-    assert "leave no model" in await refusal(key=LIMITED, provider=ProviderPreferences(ignore=("dear",)))
+    assert (await chosen(key=LIMITED_KEY, provider=ProviderPreferences(ignore=("unmeasured",)))).order == ("dear",)
+    assert "leave no model" in await refusal(key=LIMITED_KEY, provider=ProviderPreferences(ignore=("dear",)))
 
 
-async def test_a_price_cap_rules_out_what_is_dearer() -> None:
+async def test_a_price_cap_rules_out_more_expensive_models() -> None:
     assert (await chosen(lambda_=0.0, provider=ProviderPreferences(max_output_cost_per_token=1e-6))).order == ("cheap",)
     said = await refusal(provider=ProviderPreferences(max_input_cost_per_token=1e-8))
     assert "cheap: input price above 0.01 USD per million tokens" in said
 
 
-async def test_who_is_ruled_out_is_worked_out_only_for_whoever_asks() -> None:
+async def test_reasons_for_ineligibility_are_worked_out_when_asked_for() -> None:
     choice = await chosen()
     assert choice.decision is not None
     kept = vars(choice.decision.eligibility)
@@ -137,10 +132,10 @@ async def test_who_is_ruled_out_is_worked_out_only_for_whoever_asks() -> None:
     assert dict(choice.ineligible) == {"unmeasured": "not profiled on this cluster map"} == kept["reasons"]
 
 
-async def test_a_stand_in_shows_no_model_that_the_key_may_not_use() -> None:
+async def test_a_default_model_shows_no_model_that_the_key_may_not_use() -> None:
     priced = {"input_cost_per_token": 1e-7, "output_cost_per_token": 1e-7}
     records = {name: a_record(name, info=priced) for name in ("new", "old", "secret")}
-    state = build_state(StoredState(version=1, models=records, keys_exist=False), surroundings(), keys_latched=False)
+    state = build_state(StoredState(version=1, models=records, keys_exist=False), snapshot_inputs(), keys_latched=False)
     key = ClientKey("k", "n", "d", 0.0, ("new", "old"))
     choice = await chosen(state=state, settings={"default_model": "new"}, key=key)
 

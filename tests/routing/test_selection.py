@@ -10,8 +10,8 @@ from proxy.routing.selection import selection_to_json
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.reader import StoredState
 from proxy.storage.snapshot import RoutingSnapshot, build_state
-from tests.support.choices import LIMITED, Corners, a_state, chosen
-from tests.support.makers import a_record, surroundings
+from tests.support.makers import a_record, snapshot_inputs
+from tests.support.selections import LIMITED_KEY, Corners, a_state, chosen
 
 
 async def test_lambda_decides_between_errors_and_price() -> None:
@@ -63,12 +63,12 @@ async def test_attempts_are_bounded_and_can_be_one() -> None:
 
 
 async def test_a_key_reaches_only_its_models() -> None:
-    choice = await chosen(key=LIMITED)
+    choice = await chosen(key=LIMITED_KEY)
 
     assert (choice.model, choice.reason, dict(choice.ineligible)) == ("dear", "only_candidate", {})
     for options in ({"model": "cheap"}, {"models": ("cheap",)}):
         with pytest.raises(Forbidden):
-            await chosen(key=LIMITED, **options)
+            await chosen(key=LIMITED_KEY, **options)
 
 
 async def test_candidates_of_a_request_must_exist() -> None:
@@ -81,7 +81,7 @@ async def test_without_text_the_best_mean_error_answers() -> None:
     assert (await chosen(text="")).model == "dear"
 
 
-async def test_late_or_failing_embedding_degrades_to_the_default_model() -> None:
+async def test_a_late_or_failing_embedding_degrades_to_the_default_model() -> None:
     slow = Corners()
     slow.free.clear()
     late = await chosen(assigner=ClusterAssigner(slow, 0.01), settings={"default_model": "cheap"})
@@ -94,7 +94,7 @@ async def test_late_or_failing_embedding_degrades_to_the_default_model() -> None
 
 async def test_too_many_waiting_prompts_are_not_queued() -> None:
     assigner = ClusterAssigner(Corners(), 1.0)
-    assigner._waiting = 10**6
+    assigner._queued = 10**6
     with pytest.raises(AssignmentTimeout):
         await assigner.assign("x", a_state().cluster_map)
 
@@ -118,7 +118,7 @@ async def test_the_dry_run_of_a_pinned_name_shows_what_routing_would_say() -> No
 def only_unmeasured() -> RoutingSnapshot:
     record = a_record("new", info={"input_cost_per_token": 1e-7, "output_cost_per_token": 1e-7})
     return build_state(
-        StoredState(version=1, models={"new": record}, keys_exist=False), surroundings(), keys_latched=False
+        StoredState(version=1, models={"new": record}, keys_exist=False), snapshot_inputs(), keys_latched=False
     )
 
 
@@ -134,13 +134,13 @@ async def test_without_a_default_model_a_deployment_with_nothing_measured_says_s
 
 async def test_the_default_model_stands_in_only_where_it_could_answer() -> None:
     with pytest.raises(ServiceUnavailable):
-        await chosen(state=only_unmeasured(), settings={"default_model": "new"}, key=LIMITED)
+        await chosen(state=only_unmeasured(), settings={"default_model": "new"}, key=LIMITED_KEY)
 
 
 async def test_the_stand_in_tells_a_limited_key_of_its_own_models_alone() -> None:
     names = ("new", "other", "secret")
     records = {name: a_record(name) for name in names}
-    state = build_state(StoredState(version=1, models=records, keys_exist=False), surroundings(), keys_latched=False)
+    state = build_state(StoredState(version=1, models=records, keys_exist=False), snapshot_inputs(), keys_latched=False)
     key = ClientKey("k", "team", "0a", 0.0, ("new", "other"))
     assert (await chosen(state=state, settings={"default_model": "new"}, key=key)).ineligible.keys() == {"other"}
 

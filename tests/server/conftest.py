@@ -1,4 +1,4 @@
-"""What the HTTP tests share: one proxy with a good dear arm and a fair cheap one, and one whose door needs keys."""
+"""What tests through sockets share: a proxy with a good expensive model and a fair cheap one, and one with keys."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import httpx
 import openai
 import pytest
 
-from tests.server.ranked import asking, ranked, started_ranked
-from tests.support.keyed import KeyedProxy
-from tests.support.server import TIRELESS, ProxyProcess, arm
-from tests.support.upstream import ScriptedUpstream
+from tests.server.ranked import asking, ranked, rankings
+from tests.support.keyed_proxy import KeyedProxy
+from tests.support.proxy_process import NO_COOLDOWN, ProxyProcess, model_entry
+from tests.support.scripted_upstream import ScriptedUpstream
 
-__all__ = ["asking", "ranked", "started_ranked"]
+__all__ = ["asking", "ranked", "rankings"]
 
+# The provider key of the models: only the upstreams may see it.
 CANARY = "sk-canary-3f9a7c"
-"""The arms' provider key: it may be seen by the upstreams alone."""
 HEADERS = {"authorization": "Bearer whatever"}
 
 
@@ -44,13 +44,13 @@ class Fleet:
 
 @contextmanager
 def open_fleet(folder: Path, embedder_cache: Path, **more: Any) -> Iterator[Fleet]:
-    """`more`: settings of its own, and `model_info` of both arms as `info`."""
+    """`more`: settings of its own, and `model_info` of both models as `info`."""
     info = more.pop("info", {})
     with ScriptedUpstream(lambda _: "The fair answer.") as fair, ScriptedUpstream(lambda _: "The good answer.") as good:
         config = {
             "model_list": [
-                arm("fair", fair.url, price=1e-7, supports_function_calling=True, **info),
-                arm("good", good.url, price=1e-5, supports_function_calling=True, supports_vision=True, **info),
+                model_entry("fair", fair.url, price=1e-7, supports_function_calling=True, **info),
+                model_entry("good", good.url, price=1e-5, supports_function_calling=True, supports_vision=True, **info),
             ],
             "uniroute": {
                 "route_names": ["*"],
@@ -59,25 +59,25 @@ def open_fleet(folder: Path, embedder_cache: Path, **more: Any) -> Iterator[Flee
                 **more,
             },
         }
-        with ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": CANARY}) as proxy:
+        with ProxyProcess(folder, embedder_cache, config, {"MODEL_API_KEY": CANARY}) as proxy:
             proxy.put_profile("fair", 0.3)
             proxy.put_profile("good", 0.1)
             yield Fleet(proxy, fair, good)
 
 
-BOTH_WAYS = pytest.mark.parametrize("fleet", ["auto", "translate"], indirect=True)
-"""For tests of what must be the same whichever way a model is reached. By itself it is relayed to."""
+# For tests of what must be the same in both modes. By itself a model is called directly.
+BOTH_MODES = pytest.mark.parametrize("fleet", ["auto", "translate"], indirect=True)
 
 
 @pytest.fixture(scope="session")
 def fleets(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Callable[[str], Fleet]]:
-    """By the way in which their models are reached; each is opened once, if a test wants it."""
+    """By the mode in which their models are called; each is opened once, if a test wants it."""
     with ExitStack() as closing:
 
         @cache
         def opened(way: str) -> Fleet:
             folder = tmp_path_factory.mktemp("proxy")
-            return closing.enter_context(open_fleet(folder, embedder_cache, breaker=TIRELESS, info={"forward": way}))
+            return closing.enter_context(open_fleet(folder, embedder_cache, breaker=NO_COOLDOWN, info={"forward": way}))
 
         yield opened
 
@@ -86,27 +86,25 @@ def fleets(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> It
 def fleet(fleets: Callable[[str], Fleet], request: pytest.FixtureRequest) -> Fleet:
     fleet = fleets(getattr(request, "param", "auto"))
     for upstream in (fleet.fair, fleet.good):
-        upstream.script.clear()
-        upstream.history.clear()
-        upstream.always = None
+        upstream.reset()
     return fleet
 
 
 @pytest.fixture
 def client(fleet: Fleet) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=fleet.base_url, api_key="none", max_retries=0, timeout=20) as opened:
+    with openai.OpenAI(base_url=fleet.base_url, api_key="none", max_retries=0, timeout=60) as opened:
         yield opened
 
 
 @pytest.fixture
 async def async_client(fleet: Fleet) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=fleet.base_url, api_key="none", max_retries=0, timeout=20) as opened:
+    async with openai.AsyncOpenAI(base_url=fleet.base_url, api_key="none", max_retries=0, timeout=60) as opened:
         yield opened
 
 
 @pytest.fixture
 def http(fleet: Fleet) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=fleet.url, timeout=20) as opened:
+    with httpx.Client(base_url=fleet.url, timeout=60) as opened:
         yield opened
 
 
@@ -115,11 +113,14 @@ def keyed_proxy(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) 
     """At λ=0.1 "fair" is chosen, at λ=0 "good"."""
     with ScriptedUpstream() as upstream:
         config = {
-            "model_list": [arm("fair", upstream.url, price=1e-7), arm("good", upstream.url, price=1e-5)],
+            "model_list": [
+                model_entry("fair", upstream.url, price=1e-7),
+                model_entry("good", upstream.url, price=1e-5),
+            ],
             "uniroute": {"profile": {"on_start": False}},
         }
         folder = tmp_path_factory.mktemp("admin-keys")
-        environ = {"ARM_API_KEY": "sk-x"}
+        environ = {"MODEL_API_KEY": "sk-x"}
         with ProxyProcess(folder, embedder_cache, config, environ) as proxy, KeyedProxy(proxy) as opened:
             proxy.put_profile("fair", 0.3)
             proxy.put_profile("good", 0.1)

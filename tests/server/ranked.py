@@ -1,21 +1,25 @@
-"""A proxy with four models in a known order, and time limits short enough to wait for."""
+"""Proxies with four models in a known order, and timeouts short enough to wait for.
+
+A test module may set its own by the name LIMITS.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.support.server import TIRELESS, ProxyProcess, arm
-from tests.support.upstream import ScriptedUpstream
+from tests.support.proxy_process import NO_COOLDOWN, ProxyProcess, model_entry
+from tests.support.scripted_upstream import ScriptedUpstream
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
-LIMITS = {"request_timeout_s": 5, "idle_timeout_s": 0.4, "stream_timeout_s": 2, "keep_alive_s": 0.2}
+LIMITS = {"request_timeout_s": 10, "idle_timeout_s": 1, "stream_timeout_s": 4, "keep_alive_s": 60}
 
 
 def says(words: str) -> Callable[[str], str]:
@@ -34,39 +38,46 @@ class Ranked:
         return [len(model.history) for model in self.models]
 
 
-@pytest.fixture(scope="module", params=["relay", "translate"])
-def started_ranked(
-    tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path, request: pytest.FixtureRequest
-) -> Iterator[Ranked]:
+@pytest.fixture(scope="session")
+def rankings(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Callable[..., Ranked]]:
+    """By the mode in which the models are called, and the limits; each is started once, if a test wants it."""
+    with contextlib.ExitStack() as closing:
+
+        @cache
+        def opened(mode: str, **limits: float) -> Ranked:
+            folder = tmp_path_factory.mktemp("ranked")
+            return closing.enter_context(open_ranked(folder, embedder_cache, mode, limits))
+
+        yield opened
+
+
+@contextlib.contextmanager
+def open_ranked(folder: Path, embedder_cache: Path, mode: str, limits: Mapping[str, float]) -> Iterator[Ranked]:
     names = ("first", "second", "third", "fourth")
     with contextlib.ExitStack() as closing:
         models = [closing.enter_context(ScriptedUpstream(says(f"The {name} answer."))) for name in names]
+        entries = [model_entry(name, models[place].url, price=1e-7, forward=mode) for place, name in enumerate(names)]
         config = {
-            "model_list": [
-                arm(name, model.url, price=1e-7, forward=request.param)
-                for name, model in zip(names, models, strict=True)
-            ],
-            "uniroute": {**LIMITS, "profile": {"on_start": False}, "breaker": TIRELESS},
+            "model_list": entries,
+            "uniroute": {**limits, "profile": {"on_start": False}, "breaker": NO_COOLDOWN},
         }
-        folder = tmp_path_factory.mktemp("attempts")
-        proxy = closing.enter_context(ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "sk-ranked"}))
+        proxy = closing.enter_context(ProxyProcess(folder, embedder_cache, config, {"MODEL_API_KEY": "sk-ranked"}))
         for place, name in enumerate(names):
             proxy.put_profile(name, 0.1 + 0.1 * place)
         yield Ranked(proxy, tuple(models))
 
 
-@pytest.fixture
-def ranked(started_ranked: Ranked) -> Ranked:
-    for model in started_ranked.models:
-        model.script.clear()
-        model.history.clear()
-        model.always = None
-    return started_ranked
+@pytest.fixture(params=["relay", "translate"])
+def ranked(rankings: Callable[..., Ranked], request: pytest.FixtureRequest) -> Ranked:
+    opened = rankings(request.param, **getattr(request.module, "LIMITS", LIMITS))
+    for model in opened.models:
+        model.reset()
+    return opened
 
 
 @pytest.fixture
 def asking(ranked: Ranked) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=ranked.proxy.url, timeout=20) as opened:
+    with httpx.Client(base_url=ranked.proxy.url, timeout=60) as opened:
         yield opened
 
 

@@ -1,5 +1,3 @@
-"""The admin side over HTTP: adding with a ready profile, prices, changing, removing, refusing."""
-
 from __future__ import annotations
 
 import uuid
@@ -10,17 +8,17 @@ import httpx
 import pytest
 
 from tests.server.conftest import Fleet
-from tests.support.server import arm, uniform_profile
+from tests.support.proxy_process import model_entry, uniform_profile
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 
 
 def addition(fleet: Fleet, name: str, **more: Any) -> dict[str, Any]:
-    return {**arm(name, fleet.good.url, price=1e-8), "profile": uniform_profile(0.0), **more}
+    return {**model_entry(name, fleet.good.url, price=1e-8), "profile": uniform_profile(0.0), **more}
 
 
 def ask(fleet: Fleet, **body: Any) -> httpx.Response:
-    return httpx.post(f"{fleet.base_url}/chat/completions", json={"model": "auto", "messages": ASK, **body}, timeout=10)
+    return httpx.post(f"{fleet.base_url}/chat/completions", json={"model": "auto", "messages": ASK, **body}, timeout=60)
 
 
 @pytest.fixture
@@ -44,7 +42,7 @@ def test_its_card_shows_price_state_and_profile_but_no_key(fleet: Fleet, added: 
     assert (card["model_name"], card["state"], card["source"]) == (added, "ready", "admin")
     assert (card["price"]["input_cost_per_token"], card["price"]["source"]) == (1e-8, "model_info")
     assert set(uniform_profile(0.0)) <= set(card["profile"])
-    assert card["litellm_params"]["api_key"] == "os.environ/ARM_API_KEY"
+    assert card["litellm_params"]["api_key"] == "os.environ/MODEL_API_KEY"
     assert added in {listed["model_name"] for listed in fleet.proxy.admin("GET", "/admin/models").json()["models"]}
 
 
@@ -89,7 +87,7 @@ def test_prices_of_tiers_are_part_of_model_info(fleet: Fleet, added: str) -> Non
     assert (unknown.status_code, unknown.json()["error"]["param"]) == (400, "model_info.input_cost_above_200k_tokens")
 
 
-def test_a_changed_arm_is_no_longer_what_was_measured(fleet: Fleet, added: str) -> None:
+def test_a_changed_model_loses_its_profile(fleet: Fleet, added: str) -> None:
     patch = {"litellm_params": {"temperature": 0.5}}
     card = fleet.proxy.admin("PATCH", f"/admin/models/{added}", patch).json()
 
@@ -106,14 +104,14 @@ def test_a_removed_model_is_gone_at_once(fleet: Fleet, added: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["PATCH", "DELETE"])
-def test_a_configured_model_is_the_files_to_change(fleet: Fleet, method: str) -> None:
+def test_a_model_of_the_configuration_file_cannot_be_changed_over_http(fleet: Fleet, method: str) -> None:
     reply = fleet.proxy.admin(method, "/admin/models/fair", {})
 
     assert reply.status_code == 409
     assert "configuration file" in reply.json()["error"]["message"]
 
 
-def test_nothing_is_half_done_by_a_refused_addition(fleet: Fleet) -> None:
+def test_a_refused_addition_stores_nothing(fleet: Fleet) -> None:
     wrong = addition(fleet, "half", profile={"map": "other", "errors": [0.0], "labels": [1.0]})
 
     assert fleet.proxy.admin("POST", "/admin/models", wrong).status_code == 400
@@ -143,7 +141,7 @@ def test_the_admin_side_needs_its_key(fleet: Fleet) -> None:
 @pytest.mark.parametrize(
     "path", ["//admin/models", "/admin%2Fmodels", "/v1/../admin/models", "/./admin/models", "/admin"]
 )
-def test_no_spelling_of_the_path_opens_it(fleet: Fleet, path: str) -> None:
+def test_no_spelling_of_the_path_gets_past_the_admin_key(fleet: Fleet, path: str) -> None:
     reply = httpx.get(fleet.url + path)
 
     assert reply.status_code in (401, 404)

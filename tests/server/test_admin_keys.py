@@ -1,5 +1,3 @@
-"""/admin/keys on a real server, and what its keys may do there: terms, roles, rotation, bounds of λ."""
-
 from __future__ import annotations
 
 import socket
@@ -11,10 +9,12 @@ import httpx
 import openai
 import pytest
 
-from tests.support.keyed import ASK, KeyedProxy, MadeKey
+from tests.support.keyed_proxy import ASK, KeyedProxy, MadeKey
 
 
-def test_a_key_is_made_shown_changed_and_revoked_and_its_text_is_in_one_answer_alone(keyed_proxy: KeyedProxy) -> None:
+def test_a_key_is_created_listed_changed_and_revoked_and_its_secret_is_in_one_response_only(
+    keyed_proxy: KeyedProxy,
+) -> None:
     terms = {"models": ["fair"], "role": "client", "expires_in_s": 3600, "lambda_min": 0.05, "usd_per_day": 2.5}
     made = keyed_proxy.proxy.admin("POST", "/admin/keys", {"name": "team", **terms, "requests_per_minute": 1000})
     card = made.json()
@@ -36,7 +36,7 @@ def test_a_key_is_made_shown_changed_and_revoked_and_its_text_is_in_one_answer_a
     assert key.secret not in changed.text
 
 
-def test_expiry_is_stated_as_a_time_or_a_while_and_can_be_moved(keyed_proxy: KeyedProxy) -> None:
+def test_expiry_is_given_as_a_time_or_a_duration_and_can_be_changed(keyed_proxy: KeyedProxy) -> None:
     at = datetime.now(UTC).replace(microsecond=0) + timedelta(days=2)
     key = keyed_proxy.make(expires_at=at.isoformat())
     path = f"/admin/keys/{key.id}"
@@ -51,7 +51,9 @@ def test_expiry_is_stated_as_a_time_or_a_while_and_can_be_moved(keyed_proxy: Key
     assert keyed_proxy.opens(key)
 
 
-def test_a_rotation_shows_a_new_secret_and_the_old_one_opens_for_its_grace_alone(keyed_proxy: KeyedProxy) -> None:
+def test_a_rotation_returns_a_new_secret_and_the_old_one_works_in_its_grace_period_only(
+    keyed_proxy: KeyedProxy,
+) -> None:
     first = keyed_proxy.make()
     reply = keyed_proxy.proxy.admin("POST", f"/admin/keys/{first.id}/rotate", {"grace_s": 600})
     second = MadeKey(first.id, reply.json()["key"])
@@ -97,7 +99,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("body", "field"), BAD)
-def test_a_body_that_makes_no_key_is_refused_by_field_and_makes_none(
+def test_an_invalid_key_body_is_refused_by_field_and_creates_nothing(
     keyed_proxy: KeyedProxy, body: dict[str, Any], field: str
 ) -> None:
     before = keyed_proxy.proxy.admin("GET", "/admin/keys").json()["keys"]
@@ -107,7 +109,7 @@ def test_a_body_that_makes_no_key_is_refused_by_field_and_makes_none(
     assert keyed_proxy.proxy.admin("GET", "/admin/keys").json()["keys"] == before
 
 
-def test_a_change_that_leaves_no_key_is_refused_whole(keyed_proxy: KeyedProxy) -> None:
+def test_an_invalid_change_of_a_key_changes_nothing(keyed_proxy: KeyedProxy) -> None:
     key = keyed_proxy.make(lambda_max=1.0)
     path = f"/admin/keys/{key.id}"
     before = keyed_proxy.proxy.admin("GET", path).json()
@@ -180,7 +182,7 @@ def test_a_client_key_makes_no_keys_and_reads_no_metrics(keyed_proxy: KeyedProxy
     assert [reply.status_code for reply in calls] == [403] * 4
 
 
-def test_a_key_states_lambda_and_holds_requests_within_its_bounds(keyed_proxy: KeyedProxy) -> None:
+def test_a_key_sets_lambda_and_bounds_that_of_requests(keyed_proxy: KeyedProxy) -> None:
     best, cheap = keyed_proxy.make(lambda_default=0.0, lambda_max=0.2), keyed_proxy.make(lambda_min=0.05)
 
     def ask(key: MadeKey, model: str = "auto", **more: Any) -> str:
@@ -203,7 +205,7 @@ def test_a_key_states_lambda_and_holds_requests_within_its_bounds(keyed_proxy: K
         assert {"auto", "uniroute/auto", "fair", "good"} < listed
 
 
-def test_a_key_in_an_address_or_twice_is_no_key(keyed_proxy: KeyedProxy) -> None:
+def test_a_key_in_the_url_or_given_twice_is_not_accepted(keyed_proxy: KeyedProxy) -> None:
     key = keyed_proxy.make()
     raw = [("authorization", f"Bearer {key.secret}"), ("authorization", f"Bearer {key.secret}")]
     url = f"{keyed_proxy.proxy.url}/v1/models"
@@ -220,7 +222,7 @@ def test_a_key_in_an_address_or_twice_is_no_key(keyed_proxy: KeyedProxy) -> None
 
 
 @pytest.mark.parametrize("sent", [b"\0", b"KEY\0", b"\0KEY", b"KEY\r\n\tKEY", b"\x7fKEY"])
-def test_a_key_with_bytes_that_no_header_holds_is_refused_and_the_server_goes_on(
+def test_a_key_with_bytes_that_no_header_holds_is_refused_and_the_server_keeps_serving(
     keyed_proxy: KeyedProxy, sent: bytes
 ) -> None:
     key = keyed_proxy.make()

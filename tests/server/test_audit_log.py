@@ -1,14 +1,12 @@
-"""The audit line of every write on the admin side: in the log whatever came of it, in the store where it changed."""
-
 from __future__ import annotations
 
 from typing import Any
 
-from tests.support.keyed import KeyedProxy, MadeKey
-from tests.support.server import arm, uniform_profile
+from tests.support.keyed_proxy import KeyedProxy, MadeKey
+from tests.support.proxy_process import model_entry, uniform_profile
 
 
-def test_every_write_is_a_line_in_the_log_and_in_the_store_with_who_did_it(keyed_proxy: KeyedProxy) -> None:
+def test_every_write_is_logged_and_stored_with_its_actor(keyed_proxy: KeyedProxy) -> None:
     admin = keyed_proxy.make(role="admin")
     made = keyed_proxy.call(admin, "POST", "/admin/keys", {"name": "x"}, **{"x-request-id": "req-audit-1"})
     price = {"input_cost_per_token": 1e-5, "output_cost_per_token": 4e-5}
@@ -27,7 +25,7 @@ def test_every_write_is_a_line_in_the_log_and_in_the_store_with_who_did_it(keyed
     assert keyed_proxy.trail(3)[2]["who"] == "root"
 
 
-def test_a_refused_write_is_a_line_in_the_log_and_changes_no_trail(keyed_proxy: KeyedProxy) -> None:
+def test_a_refused_write_is_logged_and_not_stored(keyed_proxy: KeyedProxy) -> None:
     client = keyed_proxy.make()
     before = keyed_proxy.trail()
     bad_key, bad_body = MadeKey("-", "ur-nonsense"), {"name": "x", "role": "root"}
@@ -49,7 +47,7 @@ def test_a_refused_write_is_a_line_in_the_log_and_changes_no_trail(keyed_proxy: 
     assert keyed_proxy.trail() == before
 
 
-def test_nothing_that_a_caller_writes_breaks_the_audit_line_or_puts_a_secret_in_it(keyed_proxy: KeyedProxy) -> None:
+def test_no_input_of_a_caller_breaks_the_audit_line_or_puts_a_secret_into_it(keyed_proxy: KeyedProxy) -> None:
     key = keyed_proxy.make()
     path = f"/admin/models/x%0Awho=root%20action=keys.create%00%F0%9F%94%91{key.secret}/" + "y" * 500
     keyed_proxy.proxy.admin("DELETE", f"/admin/keys/{key.secret}")
@@ -64,7 +62,7 @@ def test_nothing_that_a_caller_writes_breaks_the_audit_line_or_puts_a_secret_in_
     assert key.secret[:20] not in keyed_proxy.proxy.log
 
 
-def test_the_trail_is_read_by_page_size(keyed_proxy: KeyedProxy) -> None:
+def test_the_audit_log_is_read_in_pages(keyed_proxy: KeyedProxy) -> None:
     keyed_proxy.make()
     assert len(keyed_proxy.trail(1)) == 1
     for wrong in ("0", "1001", "-1", "x", "1e2", "", "٣", "1&limit=2"):
@@ -73,8 +71,8 @@ def test_the_trail_is_read_by_page_size(keyed_proxy: KeyedProxy) -> None:
     assert len(keyed_proxy.proxy.admin("GET", "/admin/audit").json()["entries"]) <= 100
 
 
-def test_measuring_and_cancelling_leave_their_lines_too(keyed_proxy: KeyedProxy) -> None:
-    body = {**arm("measured", "http://127.0.0.1:9/v1"), "profile": uniform_profile(0.5)}
+def test_starting_and_cancelling_a_job_are_logged_too(keyed_proxy: KeyedProxy) -> None:
+    body = {**model_entry("measured", "http://127.0.0.1:9/v1"), "profile": uniform_profile(0.5)}
     assert keyed_proxy.proxy.admin("POST", "/admin/models", body).status_code == 201
     job = keyed_proxy.proxy.admin("POST", "/admin/models/measured/profile", {"prompts": 1000}).json()["job"]
     keyed_proxy.proxy.admin("DELETE", f"/admin/jobs/{job}")

@@ -1,5 +1,3 @@
-"""A stream whose first content is slow: headers and comments first, and still no way back closed."""
-
 from __future__ import annotations
 
 from typing import Any
@@ -9,21 +7,23 @@ import openai
 
 from tests.server.ranked import ASK, Ranked, error_of
 from tests.server.test_streaming import read_stream, text_of
-from tests.support.answers import Step, error_body
+from tests.support.scripted_answers import Step, error_body
+
+LIMITS = {"keep_alive_s": 0.2}
 
 
-def test_a_slow_beginning_gets_headers_and_comments(asking: httpx.Client, ranked: Ranked) -> None:
-    ranked.models[0].then(Step(delay_s=0.7))
+def test_a_slow_first_chunk_gets_headers_and_comments_meanwhile(asking: httpx.Client, ranked: Ranked) -> None:
+    ranked.models[0].then(Step(delay_s=2.0))
     with asking.stream("POST", "/v1/chat/completions", json=_streamed()) as reply:
         raw = reply.read().decode()
 
     assert (reply.status_code, reply.headers["x-uniroute-model"]) == (200, "first")
     assert raw.startswith(": keep-alive\n\n")
-    assert 2 <= comments_of(raw) <= 4
+    assert raw.count(": keep-alive\n\n") >= 2
     assert raw.endswith("data: [DONE]\n\n")
 
 
-def test_falling_over_after_the_headers_shows_in_the_body(asking: httpx.Client, ranked: Ranked) -> None:
+def test_a_fallback_after_the_headers_shows_in_the_body(asking: httpx.Client, ranked: Ranked) -> None:
     ranked.models[0].then(Step(delay_s=0.5, status=500, body=error_body("down", "server_error", None)))
     reply, events = read_stream(asking, model="auto")
 
@@ -40,15 +40,15 @@ def test_a_failure_after_the_headers_is_one_error_event(asking: httpx.Client, ra
     assert error_of(events) == "down"
 
 
-def test_leaving_after_the_headers_stops_the_asking(asking: httpx.Client, ranked: Ranked) -> None:
+def test_a_disconnect_after_the_headers_stops_the_attempts(asking: httpx.Client, ranked: Ranked) -> None:
     ranked.models[0].then(Step(hang=True))
     with asking.stream("POST", "/v1/chat/completions", json=_streamed()) as reply:
         assert next(reply.iter_lines()) == ": keep-alive"
-    assert ranked.models[0].last.client_left.wait(2)
+    assert ranked.models[0].last.client_left.wait(60)
     assert ranked.asked == [1, 0, 0, 0]
 
 
-def test_the_official_client_reads_over_the_comments(ranked: Ranked) -> None:
+def test_the_official_client_ignores_the_comments(ranked: Ranked) -> None:
     ranked.models[0].then(Step(delay_s=0.7))
     with openai.OpenAI(base_url=f"{ranked.proxy.url}/v1", api_key="-", max_retries=0) as client:
         stream = client.chat.completions.create(model="auto", messages=ASK, stream=True)
@@ -58,7 +58,3 @@ def test_the_official_client_reads_over_the_comments(ranked: Ranked) -> None:
 
 def _streamed(**body: Any) -> dict[str, Any]:
     return {"model": "auto", "messages": ASK, "stream": True, **body}
-
-
-def comments_of(raw: str) -> int:
-    return raw.count(": keep-alive\n\n")

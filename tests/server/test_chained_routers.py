@@ -1,5 +1,3 @@
-"""Routers that ask one another: each says that it was passed, and a ring of them ends with a clear refusal."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -8,19 +6,19 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.conftest import BOTH_WAYS, Fleet
-from tests.support.server import ProxyProcess, arm
+from tests.server.conftest import BOTH_MODES, Fleet
+from tests.support.proxy_process import ProxyProcess, model_entry
 
 BODY: Any = {"model": "fair", "messages": [{"role": "user", "content": "What is 2 + 2?"}]}
 
 
 def ask(url: str, hops: str | None = None, **body: Any) -> httpx.Response:
     headers = {} if hops is None else {"x-uniroute-hops": hops}
-    return httpx.post(f"{url}/v1/chat/completions", json={**BODY, **body}, headers=headers, timeout=20)
+    return httpx.post(f"{url}/v1/chat/completions", json={**BODY, **body}, headers=headers, timeout=60)
 
 
-@BOTH_WAYS
-def test_a_request_says_upstream_which_routers_it_has_passed(fleet: Fleet) -> None:
+@BOTH_MODES
+def test_a_request_to_an_upstream_names_the_routers_it_has_passed(fleet: Fleet) -> None:
     assert [ask(fleet.url, hops).status_code for hops in (None, "one", "one, two,three")] == [200] * 3
     sent = [received.headers["x-uniroute-hops"].split(", ") for received in fleet.fair.history]
 
@@ -39,13 +37,13 @@ def test_more_than_three_routers_are_refused(fleet: Fleet, hops: str) -> None:
 
 def test_a_router_that_is_its_own_upstream_says_so(tmp_path: Path, embedder_cache: Path) -> None:
     config = {"model_list": [], "uniroute": {"profile": {"on_start": False}}}
-    with ProxyProcess(tmp_path, embedder_cache, config, {"ARM_API_KEY": "sk-x"}) as proxy:
+    with ProxyProcess(tmp_path, embedder_cache, config, {"MODEL_API_KEY": "sk-x"}) as proxy:
         me = {
-            **arm("fair", f"{proxy.url}/v1"),
+            **model_entry("fair", f"{proxy.url}/v1"),
             "litellm_params": {
                 "model": "openai/fair",
                 "api_base": f"{proxy.url}/v1",
-                "api_key": "os.environ/ARM_API_KEY",
+                "api_key": "os.environ/MODEL_API_KEY",
             },
         }
         assert proxy.admin("POST", "/admin/models", {**me, "profile": {"prompts": 1}}).status_code == 202

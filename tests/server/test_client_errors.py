@@ -1,5 +1,3 @@
-"""Every refusal reaches OpenAI's client as the class that it has for it."""
-
 from __future__ import annotations
 
 from typing import Any
@@ -9,7 +7,7 @@ import openai
 import pytest
 
 from tests.server.conftest import CANARY, Fleet
-from tests.support.answers import Step, error_body
+from tests.support.scripted_answers import Step, error_body
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 
@@ -29,7 +27,7 @@ ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_upstreams_own_status_and_words_pass_through(
+def test_an_upstreams_status_and_message_are_passed_on(
     client: openai.OpenAI, fleet: Fleet, status: int, kind: type[openai.APIStatusError], stream: bool
 ) -> None:
     fleet.fair.then(Step(status=status, body=error_body("their words", "their_type", "their_code")))
@@ -84,7 +82,7 @@ def test_a_redirect_is_not_followed(client: openai.OpenAI, fleet: Fleet) -> None
     assert fleet.good.history == []
 
 
-def test_an_unknown_field_of_ours_is_refused_with_the_nearest(client: openai.OpenAI) -> None:
+def test_an_unknown_routing_option_is_refused_with_the_nearest_name(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="did you mean `max_cost_usd`"):
         client.chat.completions.create(model="auto", messages=ASK, extra_body={"uniroute": {"max_cost": 1}})
 
@@ -106,7 +104,7 @@ def test_a_control_field_is_refused_and_named(client: openai.OpenAI, fleet: Flee
     assert fleet.fair.history == []
 
 
-def test_a_request_that_no_model_can_take_says_why(client: openai.OpenAI) -> None:
+def test_a_request_without_an_eligible_model_says_why(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="auto", messages=ASK, extra_body={"uniroute": {"max_cost_usd": 1e-12}})
 
@@ -114,7 +112,7 @@ def test_a_request_that_no_model_can_take_says_why(client: openai.OpenAI) -> Non
     assert "fair" in caught.value.message
 
 
-def test_a_candidate_that_nobody_registered_is_not_found(client: openai.OpenAI) -> None:
+def test_an_unknown_model_among_the_candidates_is_not_found(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(model="auto", messages=ASK, extra_body={"uniroute": {"models": ["nobody"]}})
 
@@ -162,7 +160,7 @@ def test_bad_bodies_are_refused_before_anything_else(
     assert reply.json()["error"]["message"]
 
 
-def test_a_byte_order_mark_is_taken(http: httpx.Client) -> None:
+def test_a_byte_order_mark_is_accepted(http: httpx.Client) -> None:
     body = b'\xef\xbb\xbf{"model": "fair", "messages": [{"role": "user", "content": "hi"}]}'
     reply = http.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
 
@@ -188,7 +186,7 @@ def test_odd_messages_are_routed_not_refused(http: httpx.Client, messages: Any) 
     assert reply.status_code == 200
 
 
-def test_the_providers_key_is_nowhere_but_upstream(http: httpx.Client, fleet: Fleet) -> None:
+def test_the_provider_key_is_sent_to_the_upstream_only(http: httpx.Client, fleet: Fleet) -> None:
     fleet.fair.then(Step(status=500, body=b"boom"))
     failed = http.post("/v1/chat/completions", json={"model": "fair", "messages": ASK})
     seen = [failed.text, str(failed.headers), fleet.proxy.log, fleet.proxy.admin("GET", "/admin/models/fair").text]

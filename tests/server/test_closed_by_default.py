@@ -1,7 +1,6 @@
-"""Closed by default, sentence by sentence of the contract, on real servers."""
-
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,18 +8,19 @@ import httpx
 import pytest
 from redis import Redis
 
+from proxy.storage.client_keys import KeyChange
 from tests.server.conftest import Fleet
 from tests.support.command import environment, run_command
-from tests.support.keyed import KeyedProxy
-from tests.support.server import ADMIN_KEY, ProxyProcess, arm, uniform_profile
-from tests.support.upstream import wait_until
+from tests.support.keyed_proxy import KeyedProxy, with_registry
+from tests.support.proxy_process import ADMIN_KEY, ProxyProcess, model_entry, uniform_profile
+from tests.support.waiting import wait_until
 
 QUIET: dict[str, Any] = {"profile": {"on_start": False}}
-ARM = {"ARM_API_KEY": "sk-x", "OTHER_SECRET": "canary-other"}
+ARM = {"MODEL_API_KEY": "sk-x", "OTHER_SECRET": "canary-other"}
 ADMIN_CALLS = [("GET", "/admin/models"), ("POST", "/admin/models"), ("DELETE", "/admin/models/a"), ("GET", "/admin")]
 
 
-class Rootless(ProxyProcess):
+class WithoutAdminKey(ProxyProcess):
     """Started with no UNIROUTE_ADMIN_KEY."""
 
     def start(self) -> Self:
@@ -29,17 +29,25 @@ class Rootless(ProxyProcess):
 
 
 def config(**ours: Any) -> dict[str, Any]:
-    return {"model_list": [arm("kept", "http://127.0.0.1:9/v1")], "uniroute": {**QUIET, **ours}}
+    return {"model_list": [model_entry("kept", "http://127.0.0.1:9/v1")], "uniroute": {**QUIET, **ours}}
 
 
 def statuses(url: str, **headers: str) -> list[int]:
-    return [httpx.request(method, url + path, headers=headers, timeout=10).status_code for method, path in ADMIN_CALLS]
+    return [httpx.request(method, url + path, headers=headers, timeout=60).status_code for method, path in ADMIN_CALLS]
 
 
-def make_key(folder: Path, *options: str) -> str:
-    made = run_command("keys", "create", "team", *options, environ=environment(folder))
-    assert made.returncode == 0, made.stderr
-    return made.stdout.strip()
+def create_key(folder: Path, role: str = "client") -> str:
+    return with_registry(folder, lambda registry: registry.keys.create("team", None, KeyChange({"role": role})))[1]
+
+
+@pytest.fixture(scope="module")
+def exposed(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[tuple[ProxyProcess, str]]:
+    """A server that is configured to listen everywhere, for which a key was created before, and that key."""
+    folder = tmp_path_factory.mktemp("exposed")
+    key = create_key(folder)
+    settings = config(host="0.0.0.0", allowed_env=["OTHER_SECRET"])
+    with ProxyProcess(folder, embedder_cache, settings, ARM) as proxy:  # its socket is on loopback all the same
+        yield proxy, key
 
 
 def test_admin_calls_need_the_admin_key(fleet: Fleet) -> None:
@@ -48,9 +56,9 @@ def test_admin_calls_need_the_admin_key(fleet: Fleet) -> None:
     assert statuses(fleet.url, authorization=f"Bearer {ADMIN_KEY}")[0] == 200
 
 
-def test_with_no_admin_key_set_there_is_no_admin_side(tmp_path: Path, embedder_cache: Path) -> None:
-    admin = make_key(tmp_path, "--role", "admin")
-    with Rootless(tmp_path, embedder_cache, config(), ARM) as proxy:
+def test_with_no_admin_key_set_there_is_no_admin_api(tmp_path: Path, embedder_cache: Path) -> None:
+    admin = create_key(tmp_path, "admin")
+    with WithoutAdminKey(tmp_path, embedder_cache, config(), ARM) as proxy:
         key = {"authorization": f"Bearer {admin}"}
         for headers in ({}, {"authorization": f"Bearer {ADMIN_KEY}"}, key):
             assert statuses(proxy.url, **headers) == [403] * 4
@@ -58,19 +66,16 @@ def test_with_no_admin_key_set_there_is_no_admin_side(tmp_path: Path, embedder_c
 
 
 def test_listening_beyond_this_machine_without_a_client_key_is_refused_at_start(
-    tmp_path: Path, embedder_cache: Path
+    tmp_path: Path, embedder_cache: Path, exposed: tuple[ProxyProcess, str]
 ) -> None:
+    proxy, key = exposed
     refused = run_command("serve", "--host", "0.0.0.0", "--port", "0", environ=environment(tmp_path, embedder_cache))
     assert (refused.returncode, "no client key exists" in refused.stderr) == (2, True)
-    key = make_key(tmp_path)
-    with ProxyProcess(
-        tmp_path, embedder_cache, config(host="0.0.0.0"), ARM
-    ) as proxy:  # its socket is a loopback one all the same
-        assert httpx.get(f"{proxy.url}/v1/models").status_code == 401
-        assert httpx.get(f"{proxy.url}/v1/models", headers={"x-api-key": key}).status_code == 200
+    assert httpx.get(f"{proxy.url}/v1/models").status_code == 401
+    assert httpx.get(f"{proxy.url}/v1/models", headers={"x-api-key": key}).status_code == 200
 
 
-def test_neither_revoking_the_last_key_nor_an_emptied_store_nor_a_restart_opens_the_door(
+def test_neither_revoking_the_last_key_nor_an_emptied_store_nor_a_restart_turns_authentication_off(
     tmp_path: Path, embedder_cache: Path
 ) -> None:
     with ProxyProcess(tmp_path, embedder_cache, config(), ARM) as proxy:
@@ -104,32 +109,31 @@ def test_host_and_origin_are_checked_on_loopback_too(fleet: Fleet, path: str) ->
 def test_a_model_may_name_only_provider_keys_of_the_environment(fleet: Fleet, name: str) -> None:
     before = fleet.proxy.admin("GET", "/admin/models").json()["models"]
     for param in ("api_key", "api_base"):
-        body = {**arm("leak", "http://127.0.0.1:9/v1"), "profile": uniform_profile(0.1)}
+        body = {**model_entry("leak", "http://127.0.0.1:9/v1"), "profile": uniform_profile(0.1)}
         body["litellm_params"][param] = f"os.environ/{name}"
         reply = fleet.proxy.admin("POST", "/admin/models", body)
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, f"litellm_params.{param}")
     assert fleet.proxy.admin("GET", "/admin/models").json()["models"] == before
 
 
-def test_allowed_env_lets_a_model_name_another_variable_but_never_ours(tmp_path: Path, embedder_cache: Path) -> None:
-    allowed = config(allowed_env=["OTHER_SECRET"])
-    with ProxyProcess(tmp_path, embedder_cache, allowed, ARM) as proxy:
-        answers = []
-        for name in ("OTHER_SECRET", "UNIROUTE_ADMIN_KEY"):
-            body = {**arm(f"by-{name}", "http://127.0.0.1:9/v1"), "profile": uniform_profile(0.1)}
-            body["litellm_params"]["api_key"] = f"os.environ/{name}"
-            answers.append(proxy.admin("POST", "/admin/models", body).status_code)
-        assert answers == [201, 400]
-        assert "canary-other" not in proxy.admin("GET", "/admin/models").text
+def test_allowed_env_lets_a_model_name_another_variable_but_never_ours(exposed: tuple[ProxyProcess, str]) -> None:
+    proxy, _ = exposed
+    answers = []
+    for name in ("OTHER_SECRET", "UNIROUTE_ADMIN_KEY"):
+        body = {**model_entry(f"by-{name}", "http://127.0.0.1:9/v1"), "profile": uniform_profile(0.1)}
+        body["litellm_params"]["api_key"] = f"os.environ/{name}"
+        answers.append(proxy.admin("POST", "/admin/models", body).status_code)
+    assert answers == [201, 400]
+    assert "canary-other" not in proxy.admin("GET", "/admin/models").text
 
 
-def test_an_address_is_changed_only_with_the_key_stated_again(fleet: Fleet) -> None:
-    body = {**arm("moving", "http://127.0.0.1:9/v1"), "profile": uniform_profile(0.9)}
+def test_an_address_is_changed_only_with_the_key_given_again(fleet: Fleet) -> None:
+    body = {**model_entry("moving", "http://127.0.0.1:9/v1"), "profile": uniform_profile(0.9)}
     assert fleet.proxy.admin("POST", "/admin/models", body).status_code == 201
     elsewhere = {"api_base": "http://127.0.0.1:10/v1"}
     alone = fleet.proxy.admin("PATCH", "/admin/models/moving", {"litellm_params": elsewhere})
     kept = fleet.proxy.admin("GET", "/admin/models/moving").json()["litellm_params"]["api_base"]
-    stated = {"litellm_params": {**elsewhere, "api_key": "os.environ/ARM_API_KEY"}}
+    stated = {"litellm_params": {**elsewhere, "api_key": "os.environ/MODEL_API_KEY"}}
     together = fleet.proxy.admin("PATCH", "/admin/models/moving", stated)
     assert fleet.proxy.admin("DELETE", "/admin/models/moving").status_code == 204
     assert (alone.status_code, alone.json()["error"]["param"]) == (400, "litellm_params.api_key")
@@ -139,10 +143,10 @@ def test_an_address_is_changed_only_with_the_key_stated_again(fleet: Fleet) -> N
 
 @pytest.mark.parametrize("params", [{"api_key": "sk-canary"}, {"extra_headers": {"Authorization": "Bearer sk-canary"}}])
 def test_a_literal_key_is_refused_where_it_would_be_stored(fleet: Fleet, params: dict[str, Any]) -> None:
-    body = {**arm("literal", "http://127.0.0.1:9/v1"), "profile": uniform_profile(0.1)}
+    body = {**model_entry("literal", "http://127.0.0.1:9/v1"), "profile": uniform_profile(0.1)}
     body["litellm_params"] |= params
     added = fleet.proxy.admin("POST", "/admin/models", body)
-    body["litellm_params"] |= {"api_key": "os.environ/ARM_API_KEY", "extra_headers": {}}
+    body["litellm_params"] |= {"api_key": "os.environ/MODEL_API_KEY", "extra_headers": {}}
     assert fleet.proxy.admin("POST", "/admin/models", body).status_code == 201
     changed = fleet.proxy.admin("PATCH", "/admin/models/literal", {"litellm_params": params})
     fleet.proxy.admin("DELETE", "/admin/models/literal")

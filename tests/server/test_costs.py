@@ -1,4 +1,4 @@
-"""The money matrix through a real proxy: reports, prices, ways, streams and endings, to the picodollar."""
+"""Costs through a real proxy, to the picodollar: usage reports, prices, modes, streams and endings."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ import redis
 
 from proxy.storage.usage_writer import STREAM
 from proxy.storage.valkey import EmbeddedValkey
-from tests.support.answers import Step
-from tests.support.money import CASES, COSTS, ON_THE_WAY, PRICES, REPORTS, picodollars
-from tests.support.server import TIRELESS, ProxyProcess, arm
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.proxy_process import NO_COOLDOWN, ProxyProcess, model_entry
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.usage_reports import CASES, COSTS, ON_THE_WAY, PRICES, REPORTS, picodollars
+from tests.support.waiting import wait_until
 
-WAYS = ("relay", "translate")
+MODES = ("relay", "translate")
 SHAPES = ("whole", "at the end", "in the choice", "in x_groq")
 PIECE = "x" * 40
+# What an upstream says until the client leaves.
 WAITING = [b": more is coming\n\n"] * 1000
-"""What an upstream says until the client leaves."""
 
 
 @dataclass(frozen=True)
-class Till:
-    """A proxy with a model for each price and way, and what was written down of each request."""
+class PricedProxy:
+    """A proxy with a model for each price and mode, and the usage record of each request."""
 
     proxy: ProxyProcess
     upstream: ScriptedUpstream
@@ -46,7 +47,7 @@ class Till:
         seen = 0
         with (
             suppress(httpx.RemoteProtocolError),
-            httpx.stream("POST", f"{self.proxy.url}/v1/chat/completions", json=body, timeout=20) as response,
+            httpx.stream("POST", f"{self.proxy.url}/v1/chat/completions", json=body, timeout=60) as response,
         ):
             decision = response.headers["x-uniroute-decision"]
             for line in response.iter_lines():
@@ -56,7 +57,7 @@ class Till:
         return decision
 
     def record(self, decision: str) -> dict[str, Any]:
-        """What was written down of it, which takes half a second."""
+        """Its usage record, which is written within half a second."""
         assert wait_until(lambda: decision in self.records or decision in self._read())
         return self.records[decision]
 
@@ -68,20 +69,20 @@ class Till:
 
 
 @pytest.fixture(scope="module")
-def till(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Till]:
-    folder = tmp_path_factory.mktemp("till")
+def priced(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[PricedProxy]:
+    folder = tmp_path_factory.mktemp("priced")
     with ScriptedUpstream() as upstream:
         models = [
-            {**arm(f"{price}-{way}", upstream.url), "model_info": {**stated, "forward": way}}
+            {**model_entry(f"{price}-{mode}", upstream.url), "model_info": {**stated, "forward": mode}}
             for price, stated in PRICES.items()
-            for way in WAYS
+            for mode in MODES
         ]
-        config = {"model_list": models, "uniroute": {"profile": {"on_start": False}, "breaker": TIRELESS}}
+        config = {"model_list": models, "uniroute": {"profile": {"on_start": False}, "breaker": NO_COOLDOWN}}
         with (
-            ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "sk-x"}) as proxy,
+            ProxyProcess(folder, embedder_cache, config, {"MODEL_API_KEY": "sk-x"}) as proxy,
             redis.Redis(unix_socket_path=str(EmbeddedValkey(folder).socket_path)) as store,
         ):
-            yield Till(proxy, upstream, store, {})
+            yield PricedProxy(proxy, upstream, store, {})
 
 
 def chunk(delta: dict[str, Any], finish: str | None = None, usage: Any = None, **choice: Any) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def chunk(delta: dict[str, Any], finish: str | None = None, usage: Any = None, *
 
 
 def answered(shape: str, usage: dict[str, Any]) -> Step:
-    """A complete answer that reports its usage in this place."""
+    """A complete response that reports its usage in this place."""
     if shape == "whole":
         message = {"role": "assistant", "content": PIECE}
         return Step(body={"choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": usage})
@@ -105,82 +106,82 @@ def answered(shape: str, usage: dict[str, Any]) -> Step:
     return Step(events=[start, *last[shape]])
 
 
+# Each report at the prices that have something to say of it.
 PAID = [(use, vendor, price) for use, vendor in CASES for price in COSTS[use]]
-"""Each report at the prices that have something to say of it."""
 
 
-def _broken(till: Till, model: str, events: list[Any]) -> str:
-    return till.ask(model, Step(events=[*events, WAITING[0]], cut_after=len(events)), stream=True)
+def _broken(priced: PricedProxy, model: str, events: list[Any]) -> str:
+    return priced.ask(model, Step(events=[*events, WAITING[0]], cut_after=len(events)), stream=True)
 
 
-def _left(till: Till, model: str, events: list[Any]) -> str:
-    return till.ask(model, Step(events=[*events, *WAITING], drip_s=0.01), stream=True, leave_after=len(events))
+def _left(priced: PricedProxy, model: str, events: list[Any]) -> str:
+    return priced.ask(model, Step(events=[*events, *WAITING], drip_s=0.01), stream=True, leave_after=len(events))
 
 
 UNENDED = {"broken": _broken, "client_gone": _left}
 
 
 @pytest.fixture(scope="module")
-def asked(till: Till) -> dict[tuple[str, ...], str]:
+def asked(priced: PricedProxy) -> dict[tuple[str, ...], str]:
     """The decision of every request of the matrix. They are made together: each record takes half a second."""
     decisions: dict[tuple[str, ...], str] = {}
-    for (use, vendor, price), way, shape in product(PAID, WAYS, SHAPES[:2]):
+    for (use, vendor, price), mode, shape in product(PAID, MODES, SHAPES[:2]):
         step = answered(shape, REPORTS[use][vendor])
-        decisions[use, vendor, price, way, shape] = till.ask(f"{price}-{way}", step, stream=shape != "whole")
-    for told, way, (ending, ask) in product(ON_THE_WAY, WAYS, UNENDED.items()):
-        events = [chunk({"content": PIECE}, usage=usage) for usage in ON_THE_WAY[told][0]]
-        decisions[told, way, ending] = ask(till, f"flat-{way}", events)
+        decisions[use, vendor, price, mode, shape] = priced.ask(f"{price}-{mode}", step, stream=shape != "whole")
+    for usage_so_far, mode, (ending, ask) in product(ON_THE_WAY, MODES, UNENDED.items()):
+        events = [chunk({"content": PIECE}, usage=usage) for usage in ON_THE_WAY[usage_so_far][0]]
+        decisions[usage_so_far, mode, ending] = ask(priced, f"flat-{mode}", events)
     return decisions
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("use", "vendor", "price"), PAID)
-def test_a_complete_answer_is_paid_as_it_was_reported(
-    till: Till, asked: dict[tuple[str, ...], str], use: str, vendor: str, price: str, way: str
+def test_a_complete_response_costs_what_its_reported_usage_says(
+    priced: PricedProxy, asked: dict[tuple[str, ...], str], use: str, vendor: str, price: str, mode: str
 ) -> None:
-    records = [till.record(asked[use, vendor, price, way, shape]) for shape in SHAPES[:2]]
+    records = [priced.record(asked[use, vendor, price, mode, shape]) for shape in SHAPES[:2]]
     assert [record["cost_picousd"] for record in records] == [picodollars(use, price)] * 2
     assert [record["ending"] for record in records] == ["complete"] * 2
 
 
 @pytest.mark.parametrize("shape", SHAPES[2:])
-@pytest.mark.parametrize("way", WAYS)
-def test_usage_is_found_in_other_places_of_a_stream(till: Till, shape: str, way: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_usage_is_found_in_other_places_of_a_stream(priced: PricedProxy, shape: str, mode: str) -> None:
     step = answered(shape, REPORTS["800 cached"]["moonshot"])
-    record = till.record(till.ask(f"cached-{way}", step, stream=True))
+    record = priced.record(priced.ask(f"cached-{mode}", step, stream=True))
     assert (record["cost_picousd"], record["cached_tokens"]) == (picodollars("800 cached", "cached"), 800)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ending", UNENDED)
-@pytest.mark.parametrize("told", ON_THE_WAY)
-def test_an_answer_that_does_not_end_is_paid_as_far_as_it_came(
-    till: Till, asked: dict[tuple[str, ...], str], told: str, ending: str, way: str
+@pytest.mark.parametrize("usage_so_far", ON_THE_WAY)
+def test_an_unfinished_response_costs_what_was_received(
+    priced: PricedProxy, asked: dict[tuple[str, ...], str], usage_so_far: str, ending: str, mode: str
 ) -> None:
-    record = till.record(asked[told, way, ending])
-    assert (record["ending"], record["cost_picousd"]) == (ending, ON_THE_WAY[told][1])
+    record = priced.record(asked[usage_so_far, mode, ending])
+    assert (record["ending"], record["cost_picousd"]) == (ending, ON_THE_WAY[usage_so_far][1])
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_reasoning_of_an_answer_that_breaks_off_is_paid_as_well(till: Till, way: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_reasoning_of_an_unfinished_response_is_charged_too(priced: PricedProxy, mode: str) -> None:
     events = [chunk({"reasoning_content": PIECE}), chunk({"reasoning_content": PIECE}), chunk({"content": PIECE})]
-    assert till.record(_broken(till, f"flat-{way}", events))["cost_picousd"] == 304_000_000
+    assert priced.record(_broken(priced, f"flat-{mode}", events))["cost_picousd"] == 304_000_000
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_an_answer_that_is_thrown_away_is_paid(till: Till, way: str) -> None:
-    """It has no choices, so that nobody can be shown it, and says what it cost."""
+@pytest.mark.parametrize("mode", MODES)
+def test_a_discarded_response_is_charged(priced: PricedProxy, mode: str) -> None:
+    """It has no choices to pass on, and reports its usage."""
     thrown_away = Step(body={"id": "x", "usage": REPORTS["900 written"]["anthropic"]})
-    record = till.record(till.ask(f"written-{way}", thrown_away, stream=False))
+    record = priced.record(priced.ask(f"written-{mode}", thrown_away, stream=False))
     assert (record["ending"], record["cost_picousd"]) == ("failed", picodollars("900 written", "written"))
 
 
-def test_what_was_used_is_in_the_record_and_the_metrics(till: Till) -> None:
-    till.ask("written-relay", answered("whole", REPORTS["900 written"]["litellm"]), stream=False)
-    sound = till.ask("audio-relay", answered("whole", REPORTS["900 and 90 audio"]["openai"]), stream=False)
-    record = till.record(sound)
+def test_usage_of_every_kind_is_in_the_record_and_the_metrics(priced: PricedProxy) -> None:
+    priced.ask("written-relay", answered("whole", REPORTS["900 written"]["litellm"]), stream=False)
+    sound = priced.ask("audio-relay", answered("whole", REPORTS["900 and 90 audio"]["openai"]), stream=False)
+    record = priced.record(sound)
     assert [record[f"{kind}_tokens"] for kind in ("audio_input", "audio_output", "cache_write")] == [900, 90, None]
-    metrics = till.proxy.admin("GET", "/metrics").text
+    metrics = priced.proxy.admin("GET", "/metrics").text
     assert 'uniroute_tokens_total{kind="cache_write",model="written-relay"}' in metrics
-    totals: Any = till.store.hgetall("uniroute:usage:totals:written-relay")
+    totals: Any = priced.store.hgetall("uniroute:usage:totals:written-relay")
     assert int(totals[b"cache_write_tokens"]) >= 900

@@ -1,5 +1,3 @@
-"""Requests that not every model can take, through a real server: who is asked, and what a caller is told."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -9,8 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.server import ProxyProcess, arm
-from tests.support.upstream import ScriptedUpstream
+from tests.support.proxy_process import ProxyProcess, model_entry
+from tests.support.scripted_upstream import ScriptedUpstream
 
 IMAGE: Any = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 400_000}}
 CALL: Any = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -36,13 +34,13 @@ def proxy(
     folder = tmp_path_factory.mktemp("eligibility")
     config = {
         "model_list": [
-            arm("plain", server.url, price=1e-7, max_input_tokens=1000, **supporting()),
-            arm("agent", server.url, price=1e-6, **supporting("function_calling", "response_schema")),
-            arm("seer", server.url, price=1e-5, max_output_tokens=500, **supporting("vision", "pdf_input")),
+            model_entry("plain", server.url, price=1e-7, max_input_tokens=1000, **supporting()),
+            model_entry("agent", server.url, price=1e-6, **supporting("function_calling", "response_schema")),
+            model_entry("seer", server.url, price=1e-5, max_output_tokens=500, **supporting("vision", "pdf_input")),
         ],
         "uniroute": {"profile": {"on_start": False}},
     }
-    with ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "k"}) as started:
+    with ProxyProcess(folder, embedder_cache, config, {"MODEL_API_KEY": "k"}) as started:
         for name in ("plain", "agent", "seer"):
             started.put_profile(name, 0.2)
         yield started
@@ -50,7 +48,7 @@ def proxy(
 
 def ask(proxy: ProxyProcess, content: Any = "Who was the first person on the moon?", **body: Any) -> httpx.Response:
     whole = {"model": "auto", "messages": [{"role": "user", "content": content}], **body}
-    return httpx.post(f"{proxy.url}/v1/chat/completions", json=whole, timeout=20)
+    return httpx.post(f"{proxy.url}/v1/chat/completions", json=whole, timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +115,7 @@ def test_the_cheapest_model_that_can_take_a_request_answers_it(
         ),
     ],
 )
-def test_a_request_that_nobody_can_take_says_which_need_rules_out_whom(
+def test_a_request_without_an_eligible_model_says_which_requirement_excludes_which_model(
     proxy: ProxyProcess, body: dict[str, Any], code: str, said: str
 ) -> None:
     refused = ask(proxy, **body)
@@ -127,11 +125,11 @@ def test_a_request_that_nobody_can_take_says_which_need_rules_out_whom(
     assert said in error["message"]
 
 
-def test_the_dry_run_tells_every_need_that_a_model_fails(proxy: ProxyProcess) -> None:
+def test_the_dry_run_lists_every_requirement_that_a_model_fails(proxy: ProxyProcess) -> None:
     body = {"model": "auto", "messages": [{"role": "user", "content": [IMAGE]}], "reasoning_effort": "high"}
     pinned = {**body, "model": "plain"}
-    shown = httpx.post(f"{proxy.url}/v1/route", json={**body, "reasoning_effort": None}, timeout=20).json()
-    served = httpx.post(f"{proxy.url}/v1/chat/completions", json=pinned, timeout=20)
+    shown = httpx.post(f"{proxy.url}/v1/route", json={**body, "reasoning_effort": None}, timeout=60).json()
+    served = httpx.post(f"{proxy.url}/v1/chat/completions", json=pinned, timeout=60)
 
     assert shown["ineligible"] == [
         {"model": "agent", "why": "cannot read images"},
@@ -144,27 +142,25 @@ CAP: Any = {"model": "auto", "models": ["seer"], "messages": [{"role": "user", "
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_cap_above_a_models_own_is_lowered_and_the_answer_says_so(
+def test_a_token_limit_above_the_models_own_is_lowered_and_the_response_says_so(
     proxy: ProxyProcess, server: ScriptedUpstream, *, stream: bool
 ) -> None:
-    answer = httpx.post(f"{proxy.url}/v1/chat/completions", json={**CAP, "stream": stream}, timeout=20)
+    answer = httpx.post(f"{proxy.url}/v1/chat/completions", json={**CAP, "stream": stream}, timeout=60)
 
     assert (answer.status_code, answer.headers["x-uniroute-max-tokens"]) == (200, "500")
     assert (server.last.body["max_tokens"], server.last.body.get("models")) == (500, None)
     assert " max_tokens=64000>500\n" in proxy.log
 
 
-def test_the_dry_run_says_what_a_model_would_be_told(proxy: ProxyProcess) -> None:
-    shown = httpx.post(f"{proxy.url}/v1/route", json=CAP, timeout=20).json()
-    unstated = httpx.post(f"{proxy.url}/v1/route", json={**CAP, "max_tokens": None}, timeout=20).json()
+def test_the_dry_run_shows_what_a_model_would_be_sent(proxy: ProxyProcess) -> None:
+    shown = httpx.post(f"{proxy.url}/v1/route", json=CAP, timeout=60).json()
+    unstated = httpx.post(f"{proxy.url}/v1/route", json={**CAP, "max_tokens": None}, timeout=60).json()
 
     assert (shown["max_tokens"], unstated["max_tokens"]) == ({"stated": 64_000, "sent": 500}, None)
 
 
-def test_a_model_asked_for_by_name_is_told_what_the_caller_stated(
-    proxy: ProxyProcess, server: ScriptedUpstream
-) -> None:
-    answer = httpx.post(f"{proxy.url}/v1/chat/completions", json={**CAP, "model": "seer", "models": None}, timeout=20)
+def test_a_pinned_model_is_sent_what_the_caller_requested(proxy: ProxyProcess, server: ScriptedUpstream) -> None:
+    answer = httpx.post(f"{proxy.url}/v1/chat/completions", json={**CAP, "model": "seer", "models": None}, timeout=60)
 
     assert "x-uniroute-max-tokens" not in answer.headers
     assert server.last.body["max_tokens"] == 64_000

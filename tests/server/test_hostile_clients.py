@@ -1,5 +1,3 @@
-"""Clients that send nonsense: refused with a reason, and nobody else waits for it."""
-
 from __future__ import annotations
 
 from typing import Any
@@ -8,13 +6,13 @@ import httpx
 import pytest
 
 from tests.server.conftest import Fleet
-from tests.support.server import uniform_profile
+from tests.support.proxy_process import uniform_profile
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 
 
 @pytest.mark.parametrize("origin", ["http://[", "null", "javascript:alert(1)", "//127.0.0.1"])
-def test_a_malformed_origin_is_a_refusal(http: httpx.Client, origin: str) -> None:
+def test_a_malformed_origin_is_refused(http: httpx.Client, origin: str) -> None:
     reply = http.get("/v1/models", headers={"origin": origin})
 
     assert reply.status_code == 403

@@ -1,5 +1,3 @@
-"""Upstreams that answer nonsense: the client gets an error in OpenAI's shape, never a 500 of ours or a wrong 200."""
-
 from __future__ import annotations
 
 import json
@@ -8,10 +6,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.conftest import BOTH_WAYS, CANARY, Fleet
-from tests.support.answers import Step
+from tests.server.conftest import BOTH_MODES, CANARY, Fleet
+from tests.support.scripted_answers import Step
 
-pytestmark = BOTH_WAYS
+pytestmark = BOTH_MODES
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 SAID: Any = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": None}]}
@@ -39,7 +37,7 @@ def events(reply: httpx.Response) -> list[Any]:
         b'{"detail": [{"loc": ["body"], "msg": "bad"}]}',
     ],
 )
-def test_any_error_body_keeps_its_status_and_gets_a_text(
+def test_any_error_body_keeps_its_status_and_gets_a_message(
     http: httpx.Client, fleet: Fleet, body: bytes, stream: bool
 ) -> None:
     reply = ask(http, fleet, Step(status=422, body=body), stream=stream)
@@ -79,7 +77,7 @@ def test_numbers_that_json_does_not_have_become_null(http: httpx.Client, fleet: 
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_key_that_the_upstream_repeats_is_hidden(http: httpx.Client, fleet: Fleet, stream: bool) -> None:
+def test_a_key_that_the_upstream_repeats_is_redacted(http: httpx.Client, fleet: Fleet, stream: bool) -> None:
     words = f"Incorrect API key provided: {CANARY}"
     reply = ask(http, fleet, Step(status=401, body={"error": {"message": words}}), stream=stream)
 
@@ -90,7 +88,7 @@ def test_a_key_that_the_upstream_repeats_is_hidden(http: httpx.Client, fleet: Fl
 @pytest.mark.parametrize("status", [401, 403])
 @pytest.mark.parametrize("body", [b"", b"Forbidden", {"error": {"message": "No such key"}}, {"detail": "No"}])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_key_that_the_provider_refuses_is_told_apart_from_the_callers(
+def test_a_refused_provider_key_is_distinguished_from_the_callers_key(
     http: httpx.Client, fleet: Fleet, status: int, body: Any, stream: bool
 ) -> None:
     reply = ask(http, fleet, Step(status=status, body=body), stream=stream)
@@ -105,7 +103,7 @@ def test_a_stream_of_nothing_is_an_error(http: httpx.Client, fleet: Fleet, said:
     assert ask(http, fleet, Step(events=said), stream=True).status_code == 502
 
 
-def test_null_choices_null_deltas_and_blank_events_do_no_harm(http: httpx.Client, fleet: Fleet) -> None:
+def test_null_choices_null_deltas_and_blank_events_are_harmless(http: httpx.Client, fleet: Fleet) -> None:
     odd: list[Any] = [{"choices": None}, {"choices": [{"index": 0, "delta": None}]}, b"data:\n\n", SAID, END]
     shown = events(ask(http, fleet, Step(events=odd), stream=True))
 
@@ -118,7 +116,7 @@ def said(delta: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["reasoning_text", "thoughts", "content_parts"])
-def test_content_is_whatever_is_not_empty_by_any_name(http: httpx.Client, fleet: Fleet, name: str) -> None:
+def test_any_field_of_a_delta_that_is_not_empty_is_content(http: httpx.Client, fleet: Fleet, name: str) -> None:
     many = [said({"role": "assistant", "content": ""}), *[said({name: "hm "})] * 1200, END]
     shown = events(ask(http, fleet, Step(events=many), stream=True))
 
@@ -136,10 +134,10 @@ def test_chunks_without_content_are_dropped_however_many_they_are(http: httpx.Cl
     assert 1 < len(shown) <= 1100
 
 
-def test_a_null_usage_is_shown_to_those_who_asked_for_usage(http: httpx.Client, fleet: Fleet) -> None:
+def test_a_null_usage_is_sent_to_clients_that_asked_for_usage(http: httpx.Client, fleet: Fleet) -> None:
     null: dict[str, Any] = {"id": "x", "object": "chat.completion.chunk", "choices": [], "usage": None}
-    told = {**null, "prompt_filter_results": [1]}
-    fleet.fair.then(Step(events=[null, told, SAID, END]), Step(events=[null, told, SAID, END]))
+    failure = {**null, "prompt_filter_results": [1]}
+    fleet.fair.then(Step(events=[null, failure, SAID, END]), Step(events=[null, failure, SAID, END]))
     body: Any = {"model": "fair", "messages": ASK, "stream": True}
     unasked = events(http.post("/v1/chat/completions", json=body))
     asked = events(http.post("/v1/chat/completions", json={**body, "stream_options": {"include_usage": True}}))
@@ -148,11 +146,11 @@ def test_a_null_usage_is_shown_to_those_who_asked_for_usage(http: httpx.Client, 
     assert len(asked) == 4
 
 
-@pytest.mark.parametrize("told", [{"object": "error", "message": "boom"}, {"error": {}}, {"error": "boom"}])
-def test_an_answer_cut_by_an_error_never_ends_as_if_it_were_whole(
-    http: httpx.Client, fleet: Fleet, told: dict[str, Any]
+@pytest.mark.parametrize("failure", [{"object": "error", "message": "boom"}, {"error": {}}, {"error": "boom"}])
+def test_a_response_cut_by_an_error_never_ends_as_if_it_were_complete(
+    http: httpx.Client, fleet: Fleet, failure: dict[str, Any]
 ) -> None:
-    reply = ask(http, fleet, Step(events=[SAID, told, END]), stream=True)
+    reply = ask(http, fleet, Step(events=[SAID, failure, END]), stream=True)
 
     assert "[DONE]" not in reply.text
     assert events(reply)[-1]["error"]["message"]

@@ -1,5 +1,3 @@
-"""Adding a model by asking it its validation prompts, over HTTP: from 202 to the first routed request."""
-
 from __future__ import annotations
 
 from typing import Any
@@ -7,9 +5,10 @@ from typing import Any
 import httpx
 
 from tests.server.conftest import Fleet
-from tests.support.answers import Step
-from tests.support.server import arm
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.proxy_process import model_entry
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 JOB_KEYS = {"id", "model", "state", "done", "total", "failed", "unlabelled", "spent_usd", "eta_s", "error"}
@@ -23,13 +22,13 @@ def job_of(fleet: Fleet, job: str) -> dict[str, Any]:
 
 
 def ended(fleet: Fleet, job: str) -> dict[str, Any]:
-    assert wait_until(lambda: job_of(fleet, job)["state"] in ("ready", "failed", "cancelled"), 30)
+    assert wait_until(lambda: job_of(fleet, job)["state"] in ("ready", "failed", "cancelled"))
     return job_of(fleet, job)
 
 
-def test_a_model_is_asked_measured_and_listed(fleet: Fleet) -> None:
+def test_an_added_model_is_profiled_and_listed(fleet: Fleet) -> None:
     with ScriptedUpstream(lambda _: "I do not know.") as upstream:
-        body = {**arm("ignorant", upstream.url, price=1e-9), "profile": {"prompts": 24, "max_usd": 1}}
+        body = {**model_entry("ignorant", upstream.url, price=1e-9), "profile": {"prompts": 24, "max_usd": 1}}
         reply = fleet.proxy.admin("POST", "/admin/models", body)
         assert (reply.status_code, reply.json()["model"]) == (202, "ignorant")
         try:
@@ -48,7 +47,7 @@ def test_a_model_is_asked_measured_and_listed(fleet: Fleet) -> None:
 def test_a_job_can_be_cancelled_and_an_unknown_one_is_not_found(fleet: Fleet) -> None:
     with ScriptedUpstream() as upstream:
         upstream.always = Step(hang=True)
-        added = fleet.proxy.admin("POST", "/admin/models", arm("silent", upstream.url))
+        added = fleet.proxy.admin("POST", "/admin/models", model_entry("silent", upstream.url))
         job = added.json()["job"]
         assert wait_until(lambda: bool(upstream.history))
         cancelled = fleet.proxy.admin("DELETE", f"/admin/jobs/{job}").json()
@@ -62,13 +61,13 @@ def test_a_job_can_be_cancelled_and_an_unknown_one_is_not_found(fleet: Fleet) ->
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "job_not_found")
 
 
-def test_an_old_profile_serves_while_the_model_is_asked_again(fleet: Fleet) -> None:
+def test_the_old_profile_serves_while_the_model_is_profiled_again(fleet: Fleet) -> None:
     fleet.fair.always = Step(hang=True)
     before = fleet.proxy.admin("GET", "/admin/models/fair").json()["profile"]["mean_error"]
     job = fleet.proxy.admin("POST", "/admin/models/fair/profile", {"prompts": 5}).json()["job"]
     assert wait_until(lambda: len(fleet.fair.history) > 0)
     fleet.fair.always = None
-    reply = httpx.post(f"{fleet.base_url}/chat/completions", json={"model": "auto", "messages": ASK}, timeout=10)
+    reply = httpx.post(f"{fleet.base_url}/chat/completions", json={"model": "auto", "messages": ASK}, timeout=60)
     state = fleet.proxy.admin("GET", "/admin/models/fair").json()["state"]
     fleet.proxy.admin("DELETE", f"/admin/jobs/{job}")
 

@@ -11,13 +11,13 @@ import pytest
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream.litellm.client import LiteLLMClient
+from proxy.upstream.litellm_client import LiteLLMClient
 from tests.server.test_other_formats import BEGIN
-from tests.support.makers import until
-from tests.support.raw_upstream import SAID, RawUpstream, Said, chunked
+from tests.support.raw_upstream import CHUNK, RawUpstream, Reply, chunked
+from tests.support.waiting import until
 
 ASK: Any = {"messages": [{"role": "user", "content": "hi"}]}
-MODELS = {"openai/gpt-5": chunked(SAID), "anthropic/claude-sonnet-4-5": chunked(*BEGIN)}
+MODELS = {"openai/gpt-5": chunked(CHUNK), "anthropic/claude-sonnet-4-5": chunked(*BEGIN)}
 TURNS = 12
 """Of the event loop: cancelled once more in each."""
 
@@ -44,7 +44,7 @@ async def insist(task: asyncio.Task[None]) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 async def test_a_stream_is_closed_however_often_its_reader_is_cancelled(translate: LiteLLMClient, model: str) -> None:
-    async with RawUpstream(Said(MODELS[model][:-1], "hang")) as server:
+    async with RawUpstream(Reply(MODELS[model][:-1], "hang")) as server:
         began = asyncio.Event()
 
         async def read() -> None:
@@ -63,7 +63,7 @@ async def test_a_stream_is_closed_however_often_its_reader_is_cancelled(translat
 async def test_a_call_is_given_up_however_often_its_caller_is_cancelled(
     translate: LiteLLMClient, model: str, *, stream: bool
 ) -> None:
-    async with RawUpstream(Said((), "hang")) as server:
+    async with RawUpstream(Reply((), "hang")) as server:
         call = translate.stream if stream else translate.complete
 
         async def ask() -> None:

@@ -1,5 +1,3 @@
-"""A proxy with limited keys, as OpenAI's client meets it: headers, refusals, and what each ending costs."""
-
 from __future__ import annotations
 
 import contextlib
@@ -22,14 +20,15 @@ import redis
 from proxy.server.reservations import state_key
 from proxy.storage.usage_writer import STREAM
 from proxy.storage.valkey import EmbeddedValkey
-from tests.support.answers import Step
 from tests.support.limited_keys import LimitedKey
-from tests.support.server import ADMIN_KEY, ProxyProcess, arm
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.proxy_process import ADMIN_KEY, ProxyProcess, model_entry
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
+# USD per prompt token; four times that per token of an answer.
 PRICE = 1e-4
-"""USD per prompt token; four times that per token of an answer."""
 USAGE = {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150}
 COST = 0.03
 
@@ -49,7 +48,7 @@ class Limited:
 
     def client(self, key: LimitedKey, *, max_retries: int = 0) -> openai.OpenAI:
         base_url = f"{self.proxy.url}/v1"
-        return openai.OpenAI(base_url=base_url, api_key=key.secret, max_retries=max_retries, timeout=20)
+        return openai.OpenAI(base_url=base_url, api_key=key.secret, max_retries=max_retries, timeout=60)
 
     def records(self, key: LimitedKey) -> list[dict[str, Any]]:
         stored: Any = self.store.xrange(STREAM, "-", "+")
@@ -69,14 +68,14 @@ def session_limited(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Pa
     with ScriptedUpstream() as upstream:
         config = {
             "model_list": [
-                arm("priced", upstream.url, price=PRICE, max_output_tokens=1000),
-                arm("other", upstream.url, price=PRICE),
-                {**arm("unpriced", upstream.url), "model_info": {}},
+                model_entry("priced", upstream.url, price=PRICE, max_output_tokens=1000),
+                model_entry("other", upstream.url, price=PRICE),
+                {**model_entry("unpriced", upstream.url), "model_info": {}},
             ],
             "uniroute": {"profile": {"on_start": False}, "limits_timeout_s": 1.0, "request_timeout_s": 2.0},
         }
         with (
-            ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "sk-x"}) as proxy,
+            ProxyProcess(folder, embedder_cache, config, {"MODEL_API_KEY": "sk-x"}) as proxy,
             redis.Redis(unix_socket_path=str(EmbeddedValkey(folder).socket_path)) as store,
         ):
             proxy.put_profile("priced", 0.1)
@@ -102,7 +101,7 @@ def ask(client: openai.OpenAI, **more: Any) -> Any:
     return client.chat.completions.with_raw_response.create(**{"model": "priced", "messages": ASK, **more})
 
 
-def test_every_answer_says_what_is_left_of_the_minute(limited: Limited) -> None:
+def test_every_response_has_the_remaining_limits_in_its_headers(limited: Limited) -> None:
     client = limited.client(limited.key(requests_per_minute=10, tokens_per_minute=6000))
     plain = ask(client, max_tokens=90)
     stream = ask(client, max_tokens=90, stream=True)
@@ -117,13 +116,13 @@ def test_every_answer_says_what_is_left_of_the_minute(limited: Limited) -> None:
     assert re.fullmatch(r"[\d.]+m?s", stream.headers["x-ratelimit-reset-tokens"])
 
 
-def test_a_key_without_limits_is_told_of_none(limited: Limited) -> None:
+def test_a_key_without_limits_gets_no_limit_headers(limited: Limited) -> None:
     headers = ask(limited.client(limited.key())).headers
 
     assert [name for name in headers if name.startswith("x-ratelimit")] == []
 
 
-def test_the_request_too_many_is_a_rate_limit_error_that_says_when(limited: Limited) -> None:
+def test_a_request_over_the_limit_is_a_rate_limit_error_with_retry_after(limited: Limited) -> None:
     client = limited.client(limited.key(requests_per_minute=2))
     ask(client)
     ask(client)
@@ -136,7 +135,7 @@ def test_the_request_too_many_is_a_rate_limit_error_that_says_when(limited: Limi
     assert len(limited.upstream.history) == 2
 
 
-def test_the_client_waits_as_told_and_then_gets_its_answer(limited: Limited) -> None:
+def test_the_official_client_waits_for_retry_after_and_gets_its_answer(limited: Limited) -> None:
     client = limited.client(limited.key(requests_per_minute=60), max_retries=2)
     for _ in range(61):
         ask(client)
@@ -144,7 +143,7 @@ def test_the_client_waits_as_told_and_then_gets_its_answer(limited: Limited) -> 
     assert len(limited.upstream.history) == 61
 
 
-def test_a_spent_budget_is_said_once_and_not_asked_again(limited: Limited) -> None:
+def test_a_spent_budget_is_not_retried_by_the_official_client(limited: Limited) -> None:
     key = limited.key(usd_per_day=0.05)
     client = limited.client(key, max_retries=3)
     ask(client, max_tokens=10)
@@ -161,7 +160,7 @@ def test_a_spent_budget_is_said_once_and_not_asked_again(limited: Limited) -> No
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_key_that_asks_again_at_once_is_judged_by_what_its_last_answer_cost(
+def test_an_immediate_next_request_counts_the_actual_cost_of_the_last_response(
     limited: Limited, *, stream: bool
 ) -> None:
     """Each answer costs $0.03, six times what was set aside for it."""
@@ -175,7 +174,7 @@ def test_a_key_that_asks_again_at_once_is_judged_by_what_its_last_answer_cost(
         ask(client, max_tokens=10, stream=stream)
 
 
-def test_a_key_that_is_refused_by_the_model_may_use_what_was_set_aside_at_once(limited: Limited) -> None:
+def test_the_reservation_of_a_request_refused_by_the_model_is_released_at_once(limited: Limited) -> None:
     client = limited.client(limited.key(usd_per_day=0.05, tokens_per_minute=120))
     for _ in range(5):
         limited.upstream.then(Step(status=400, body={"error": {"message": "no", "type": "invalid_request_error"}}))
@@ -185,7 +184,7 @@ def test_a_key_that_is_refused_by_the_model_may_use_what_was_set_aside_at_once(l
     assert len(limited.upstream.history) == 5
 
 
-def test_what_a_request_cost_takes_the_place_of_what_was_set_aside(limited: Limited) -> None:
+def test_the_cost_of_a_request_replaces_its_reservation(limited: Limited) -> None:
     key = limited.key(usd_per_month=1.0)
     limited.upstream.then(Step(usage=USAGE, delay_s=0.3))
     asking = threading.Thread(target=ask, args=(limited.client(key),), kwargs={"max_tokens": 1000})
@@ -200,14 +199,16 @@ def test_what_a_request_cost_takes_the_place_of_what_was_set_aside(limited: Limi
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_ends_while_redis_is_frozen_and_is_paid_for_once_it_wakes(limited: Limited, *, stream: bool) -> None:
+def test_a_response_ends_while_redis_is_frozen_and_is_charged_once_it_answers_again(
+    limited: Limited, *, stream: bool
+) -> None:
     key = limited.key(usd_per_day=1.0)
     limited.upstream.then(Step(usage=USAGE, delay_s=0.3))
     with ThreadPoolExecutor(1) as asking:
         answer = asking.submit(_read, limited.client(key), stream=stream)
         assert wait_until(lambda: key.open == 1)
         with frozen(limited.store):
-            assert answer.result(timeout=15)
+            assert answer.result(timeout=60)
 
     assert wait_until(lambda: key.open == 0)
     assert (key.spent_usd, key.reserved_usd) == (COST, 0.0)
@@ -231,7 +232,7 @@ def frozen(store: redis.Redis) -> Iterator[None]:
         os.kill(info["process_id"], signal.SIGCONT)
 
 
-def test_a_model_that_is_passed_over_leaves_what_was_set_aside_to_the_next(limited: Limited) -> None:
+def test_a_fallback_uses_the_reservation_of_the_failed_attempt(limited: Limited) -> None:
     key = limited.key(usd_per_month=1.0)
     limited.upstream.then(Step(status=500, body={"error": {"message": "no"}}), Step(hang=True))
     more = {"max_tokens": 1000, "extra_body": {"uniroute": {"fallbacks": True}}}
@@ -249,7 +250,7 @@ def test_a_model_that_is_passed_over_leaves_what_was_set_aside_to_the_next(limit
     assert key.spent_usd == pytest.approx(7 * PRICE)
 
 
-def test_a_key_without_limits_is_counted_too_and_makes_no_round_trip_before(limited: Limited) -> None:
+def test_usage_of_a_key_without_limits_is_counted_without_a_round_trip_before(limited: Limited) -> None:
     key = limited.key()
     ask(limited.client(key))
 
@@ -257,7 +258,7 @@ def test_a_key_without_limits_is_counted_too_and_makes_no_round_trip_before(limi
     assert not limited.store.exists(state_key(key.id))
 
 
-def test_a_refusal_of_the_model_costs_nothing_and_still_says_what_is_left(limited: Limited) -> None:
+def test_a_request_refused_by_the_model_costs_nothing_and_has_the_limit_headers(limited: Limited) -> None:
     key = limited.key(usd_per_day=1.0, requests_per_minute=10)
     limited.upstream.then(Step(status=400, body={"error": {"message": "no", "type": "invalid_request_error"}}))
     with pytest.raises(openai.BadRequestError) as refused:
@@ -272,7 +273,7 @@ EIGHT_BYTES = b'data: {"choices": [{"delta": {"content": "12345678"}}]}\n\n'
 
 
 @pytest.mark.parametrize("broken", [Step(cut_after=6), Step(events=[EIGHT_BYTES], done=False)])
-def test_an_answer_that_breaks_off_is_estimated_by_what_came(limited: Limited, broken: Step) -> None:
+def test_the_cost_of_an_unfinished_response_is_estimated_from_what_was_received(limited: Limited, broken: Step) -> None:
     key = limited.key(usd_per_day=1.0)
     limited.upstream.then(broken)
     with pytest.raises((openai.APIError, httpx.HTTPError)):
@@ -284,7 +285,7 @@ def test_an_answer_that_breaks_off_is_estimated_by_what_came(limited: Limited, b
     assert prompt < key.spent_usd <= prompt + 20 * 4 * PRICE
 
 
-def test_a_client_that_leaves_pays_for_the_prompt_and_what_it_was_sent(limited: Limited) -> None:
+def test_a_client_that_disconnects_is_charged_for_the_prompt_and_what_it_was_sent(limited: Limited) -> None:
     key = limited.key(usd_per_day=1.0)
     limited.upstream.then(Step(message={"content": "word " * 50}, drip_s=0.1, usage=USAGE))
     stream = limited.client(key).chat.completions.create(model="priced", messages=ASK, stream=True)
@@ -297,7 +298,7 @@ def test_a_client_that_leaves_pays_for_the_prompt_and_what_it_was_sent(limited: 
     assert [entry["ending"] for entry in limited.records(key)] == ["client_gone"]
 
 
-def test_a_model_that_never_reports_usage_is_estimated(limited: Limited) -> None:
+def test_the_usage_of_a_model_that_never_reports_it_is_estimated(limited: Limited) -> None:
     key = limited.key(usd_per_day=1.0)
     answer = {"choices": [{"index": 0, "message": {"content": "x" * 400}, "finish_reason": "stop"}]}
     limited.upstream.then(Step(body=answer))
@@ -307,7 +308,7 @@ def test_a_model_that_never_reports_usage_is_estimated(limited: Limited) -> None
     assert 100 * 4 * PRICE < key.spent_usd < 110 * 4 * PRICE
 
 
-def test_a_model_of_unknown_price_is_no_way_around_a_budget(limited: Limited) -> None:
+def test_a_model_of_unknown_price_cannot_bypass_a_budget(limited: Limited) -> None:
     with pytest.raises(openai.BadRequestError, match="no price"):
         ask(limited.client(limited.key(usd_per_day=1.0)), model="unpriced")
 

@@ -1,8 +1,5 @@
-"""A proxy for which a client key was made: nobody comes in without one, ever again."""
-
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +9,12 @@ import httpx
 import openai
 import pytest
 
-from proxy.settings.schema import Settings
-from proxy.storage.client_keys import AuthRequiredLatch, ClientKey
-from proxy.storage.redis import Store
+from proxy.storage.client_keys import ClientKey
 from proxy.storage.registry import Registry
-from tests.support.server import ADMIN_KEY, ProxyProcess, arm
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.keyed_proxy import with_registry
+from tests.support.proxy_process import ADMIN_KEY, ProxyProcess, model_entry
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 
@@ -31,21 +28,10 @@ class Keyed:
     """May use "first" alone."""
 
     def client(self, key: str) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.proxy.url}/v1", api_key=key, max_retries=0, timeout=10)
+        return openai.OpenAI(base_url=f"{self.proxy.url}/v1", api_key=key, max_retries=0, timeout=60)
 
     def status(self, **headers: str) -> int:
-        return httpx.get(f"{self.proxy.url}/v1/models", headers=headers, timeout=10).status_code
-
-
-def with_registry(folder: Path, work: Any) -> Any:
-    async def run() -> Any:
-        store = await Store.open(Settings(data_dir=folder))
-        try:
-            return await work(Registry(store, (), AuthRequiredLatch(folder)))
-        finally:
-            await store.close()
-
-    return asyncio.run(run())
+        return httpx.get(f"{self.proxy.url}/v1/models", headers=headers, timeout=60).status_code
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +39,10 @@ def keyed(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Ite
     folder = tmp_path_factory.mktemp("keyed")
     with ScriptedUpstream() as upstream:
         config = {
-            "model_list": [arm("first", upstream.url), arm("second", upstream.url)],
+            "model_list": [model_entry("first", upstream.url), model_entry("second", upstream.url)],
             "uniroute": {"profile": {"on_start": False}},
         }
-        with ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "sk-x"}) as proxy:
+        with ProxyProcess(folder, embedder_cache, config, {"MODEL_API_KEY": "sk-x"}) as proxy:
             _, whole = with_registry(folder, lambda registry: registry.keys.create("whole"))
             _, limited = with_registry(folder, lambda registry: registry.keys.create("limited", ("first",)))
             opened = Keyed(proxy, whole, limited)
@@ -64,7 +50,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Ite
             yield opened
 
 
-def test_a_call_without_a_good_key_is_an_authentication_error(keyed: Keyed) -> None:
+def test_a_request_without_a_valid_key_is_an_authentication_error(keyed: Keyed) -> None:
     for key in ("garbage", "x" * 10_000, keyed.whole[:-1], keyed.whole.upper()):
         with pytest.raises(openai.AuthenticationError) as caught:
             keyed.client(key).chat.completions.create(model="first", messages=ASK)
@@ -72,13 +58,13 @@ def test_a_call_without_a_good_key_is_an_authentication_error(keyed: Keyed) -> N
     assert keyed.status() == 401
 
 
-def test_a_good_key_comes_in_under_either_header(keyed: Keyed) -> None:
+def test_a_valid_key_is_accepted_in_either_header(keyed: Keyed) -> None:
     assert keyed.client(keyed.whole).chat.completions.create(model="second", messages=ASK).model == "second"
     assert keyed.status(**{"x-api-key": keyed.whole}) == 200
     assert keyed.status(authorization=f"Bearer {ADMIN_KEY}") == 200
 
 
-def test_a_limited_key_sees_and_uses_its_models_alone(keyed: Keyed) -> None:
+def test_a_limited_key_sees_and_uses_its_models_only(keyed: Keyed) -> None:
     client = keyed.client(keyed.limited)
 
     assert [model.id for model in client.models.list()][-1] == "first"
@@ -92,7 +78,7 @@ def test_a_limited_key_sees_and_uses_its_models_alone(keyed: Keyed) -> None:
     assert caught.value.code == "model_not_found"
 
 
-def test_a_decision_shows_a_limited_key_its_models_alone(keyed: Keyed) -> None:
+def test_a_decision_shows_a_limited_key_its_models_only(keyed: Keyed) -> None:
     headers = {"authorization": f"Bearer {keyed.limited}"}
     body = {"model": "auto", "messages": ASK}
     before = httpx.post(f"{keyed.proxy.url}/v1/route", json=body, headers=headers)
@@ -105,19 +91,19 @@ def test_a_decision_shows_a_limited_key_its_models_alone(keyed: Keyed) -> None:
     assert after.json()["model"] == "first"
 
 
-def test_client_keys_do_not_open_the_admin_side(keyed: Keyed) -> None:
+def test_client_keys_are_refused_on_the_admin_api(keyed: Keyed) -> None:
     headers = {"authorization": f"Bearer {keyed.whole}"}
 
     assert httpx.get(f"{keyed.proxy.url}/admin/models", headers=headers).status_code == 403
 
 
-def test_health_is_open_and_metrics_are_not(keyed: Keyed) -> None:
+def test_health_needs_no_key_and_metrics_do(keyed: Keyed) -> None:
     statuses = [httpx.get(f"{keyed.proxy.url}{path}").status_code for path in ("/healthz", "/readyz", "/metrics")]
 
     assert statuses == [200, 200, 401]
 
 
-def test_web_pages_and_foreign_hosts_are_refused(keyed: Keyed) -> None:
+def test_other_origins_and_hosts_are_refused(keyed: Keyed) -> None:
     key = {"authorization": f"Bearer {keyed.whole}"}
 
     assert keyed.status(**key, origin="http://evil.example") == 403
@@ -125,7 +111,7 @@ def test_web_pages_and_foreign_hosts_are_refused(keyed: Keyed) -> None:
     assert keyed.status(**key, origin=keyed.proxy.url) == 200
 
 
-def test_revoking_the_last_key_closes_the_door_for_good(keyed: Keyed) -> None:
+def test_after_the_last_key_is_revoked_authentication_stays_on(keyed: Keyed) -> None:
     async def revoke_all(registry: Registry) -> tuple[ClientKey, ...]:
         keys = await registry.keys.listed()
         for key in keys:

@@ -1,5 +1,3 @@
-"""Large answers through a server: whole, bounded one by one and together, and their room is there for the next."""
-
 from __future__ import annotations
 
 import json
@@ -12,8 +10,8 @@ import httpx
 import pytest
 
 from tests.server.conftest import Fleet, open_fleet
-from tests.support.answers import Step
-from tests.support.upstream import wait_until
+from tests.support.scripted_answers import Step
+from tests.support.waiting import wait_until
 
 LARGE = "word [],{}:" * 300_000
 ASK: dict[str, Any] = {"model": "fair", "messages": [{"role": "user", "content": "hi"}]}
@@ -30,7 +28,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Ite
 @pytest.fixture
 def http(fleet: Fleet) -> Iterator[httpx.Client]:
     fleet.fair.script.clear()
-    with httpx.Client(base_url=fleet.url, timeout=20) as opened:
+    with httpx.Client(base_url=fleet.url, timeout=60) as opened:
         yield opened
 
 
@@ -50,13 +48,13 @@ def unread(fleet: Fleet) -> socket.socket:
     return client
 
 
-def test_a_large_answer_reaches_the_client_whole(http: httpx.Client, fleet: Fleet) -> None:
+def test_a_large_response_reaches_the_client_whole(http: httpx.Client, fleet: Fleet) -> None:
     fleet.fair.then(large())
 
     assert http.post("/v1/chat/completions", json=ASK).json()["choices"][0]["message"]["content"] == LARGE
 
 
-def test_an_answer_that_nobody_reads_takes_room_until_its_client_leaves(http: httpx.Client, fleet: Fleet) -> None:
+def test_an_unread_response_takes_memory_until_its_client_disconnects(http: httpx.Client, fleet: Fleet) -> None:
     fleet.fair.then(large(), *[large()] * 100)
     with unread(fleet) as client:
         assert wait_until(lambda: fleet.fair.history and fleet.fair.last.answered)
@@ -71,7 +69,7 @@ def test_an_answer_that_nobody_reads_takes_room_until_its_client_leaves(http: ht
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_that_is_too_large_is_a_502_that_names_the_setting(
+def test_a_response_that_is_too_large_is_a_502_that_names_the_setting(
     http: httpx.Client, fleet: Fleet, stream: bool
 ) -> None:
     fleet.fair.then(Step(message={"role": "assistant", "content": "x" * 4_100_000}, events=None))

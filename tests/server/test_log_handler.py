@@ -1,4 +1,4 @@
-"""Log lines: one each, whole and in order, said before the process can be killed, and never waited for."""
+"""Log lines: whole, in order, and written before the process can be killed, without waiting for a reader."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from proxy.server import log_handler as log_lines
+from proxy.server import log_handler
 from proxy.server.log_handler import LineFormatter, NonBlockingHandler, info
 from proxy.server.metrics import Metrics
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} (.*)")
 KILLED = """
 import logging, os, signal
-from proxy.server.log_handler import LineHandler, info
+from proxy.server.log_handler import NonBlockingHandler, info
 log = logging.getLogger("uniroute.request")
-logging.getLogger().addHandler(LineHandler())
+logging.getLogger().addHandler(NonBlockingHandler())
 log.setLevel("INFO")
 for number in range(1000):
     info(log, f"number={number}")
@@ -79,14 +79,14 @@ def a_handler(log: logging.Logger) -> NonBlockingHandler:
 
 
 @pytest.mark.parametrize("message", ["model=small seconds=0.1", "100 % größer", "half \ud800", ""])
-def test_the_line_is_what_a_record_would_have_become(log: logging.Logger, pipe: Pipe, message: str) -> None:
+def test_a_line_is_written_as_its_record_would_be(log: logging.Logger, pipe: Pipe, message: str) -> None:
     info(log, message)
     log.info(message)
     quick, recorded = pipe.lines()
     assert quick == recorded == f"INFO uniroute.piped {message}".encode("utf-8", "backslashreplace").decode()
 
 
-def test_no_record_is_made_where_the_line_is_all(
+def test_no_record_is_made_for_a_single_handler(
     log: logging.Logger, pipe: Pipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[object] = []
@@ -95,7 +95,7 @@ def test_no_record_is_made_where_the_line_is_all(
     assert (made, pipe.lines()) == ([], ["INFO uniroute.piped quick"])
 
 
-def test_whoever_else_listens_gets_a_record(caplog: pytest.LogCaptureFixture) -> None:
+def test_another_handler_gets_a_record(caplog: pytest.LogCaptureFixture) -> None:
     log = logging.getLogger("uniroute.request.heard")
     log.addHandler(NonBlockingHandler())
     with caplog.at_level(logging.INFO, log.name):
@@ -103,16 +103,16 @@ def test_whoever_else_listens_gets_a_record(caplog: pytest.LogCaptureFixture) ->
     log.handlers.clear()
     (record,) = caplog.records
     assert (record.name, record.levelname, record.getMessage()) == ("uniroute.request.heard", "INFO", "heard")
-    assert record.filename == "test_log_lines.py"
+    assert record.filename == "test_log_handler.py"
 
 
-def test_each_of_two_handlers_has_its_line(log: logging.Logger, pipe: Pipe) -> None:
+def test_each_of_two_handlers_writes_the_line(log: logging.Logger, pipe: Pipe) -> None:
     log.addHandler(NonBlockingHandler(pipe.writer))
     info(log, "twice")
     assert pipe.lines() == ["INFO uniroute.piped twice"] * 2
 
 
-def test_a_filter_and_another_format_are_heeded(log: logging.Logger, pipe: Pipe) -> None:
+def test_filters_and_another_formatter_are_applied(log: logging.Logger, pipe: Pipe) -> None:
     a_handler(log).setFormatter(logging.Formatter("2026-01-31T00:00:00+0000 %(message)s!"))
     info(log, "other format")
     a_handler(log).setFormatter(LineFormatter())
@@ -125,7 +125,7 @@ def test_a_filter_and_another_format_are_heeded(log: logging.Logger, pipe: Pipe)
     assert pipe.lines() == ["other format!", "INFO uniroute.piped shown"]
 
 
-def test_what_is_below_the_level_is_not_said(log: logging.Logger, pipe: Pipe) -> None:
+def test_lines_below_the_level_are_not_written(log: logging.Logger, pipe: Pipe) -> None:
     a_handler(log).setLevel(logging.WARNING)
     info(log, "handler")
     a_handler(log).setLevel(logging.NOTSET)
@@ -135,7 +135,7 @@ def test_what_is_below_the_level_is_not_said(log: logging.Logger, pipe: Pipe) ->
     assert pipe.lines() == ["WARNING uniroute.piped at last"]
 
 
-def test_arguments_that_do_not_fit_break_nothing(
+def test_arguments_that_do_not_fit_their_message_break_nothing(
     log: logging.Logger, pipe: Pipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log.info("%d", "no number")
@@ -144,29 +144,29 @@ def test_arguments_that_do_not_fit_break_nothing(
     assert "Logging error" in capsys.readouterr().err
 
 
-def test_a_process_that_is_killed_has_said_all_its_lines() -> None:
+def test_a_killed_process_has_written_all_its_lines() -> None:
     killed = subprocess.run([sys.executable, "-c", KILLED], check=False, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL
     said = [_untimed(line) for line in killed.stderr.splitlines()]
     assert said == [f"INFO uniroute.request number={number}" for number in range(1000)]
 
 
-def test_a_reader_that_is_behind_is_not_waited_for_and_gets_every_line(log: logging.Logger, pipe: Pipe) -> None:
+def test_a_slow_reader_gets_every_line_without_blocking_the_writer(log: logging.Logger, pipe: Pipe) -> None:
     for number in range(1000):  # far more than the pipe holds, and nobody reads
         info(log, f"number={number} {'x' * (9000 if number == 500 else 60)}")
-    assert a_handler(log)._waiting
+    assert a_handler(log)._queue
     writer = a_handler(log)._writer
     said: list[str] = []
     while len(said) < 1000:
         said += _whole_lines(pipe)
     assert [line.split()[2] for line in said] == [f"number={number}" for number in range(1000)]
     assert writer is not None
-    writer.join(10)
+    writer.join(60)
     info(log, "after")
     assert (pipe.lines(), a_handler(log).dropped) == (["INFO uniroute.piped after"], 0)
 
 
-def test_no_line_overtakes_those_that_wait(log: logging.Logger, pipe: Pipe) -> None:
+def test_no_line_overtakes_the_queue(log: logging.Logger, pipe: Pipe) -> None:
     said: list[str] = []
     for number in range(3000):  # the reader is slower than we are, but it reads
         info(log, f"number={number}")
@@ -177,10 +177,10 @@ def test_no_line_overtakes_those_that_wait(log: logging.Logger, pipe: Pipe) -> N
     assert [line.split()[2] for line in said] == [f"number={number}" for number in range(3000)]
 
 
-def test_lines_without_room_are_dropped_counted_and_told_of(
+def test_lines_without_room_are_dropped_counted_and_reported(
     log: logging.Logger, pipe: Pipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log_lines, "MOST_WAITING", 2000)
+    monkeypatch.setattr(log_handler, "MAX_QUEUED_BYTES", 2000)
     for number in range(300):
         info(log, f"number={number}")
     dropped, writer = a_handler(log).dropped, a_handler(log)._writer
@@ -188,13 +188,13 @@ def test_lines_without_room_are_dropped_counted_and_told_of(
     while not said[-1].startswith("WARNING"):
         said += _whole_lines(pipe)
     assert writer is not None
-    writer.join(10)
+    writer.join(60)
     assert said[-1] == f"WARNING uniroute {dropped} log lines were dropped: standard error was not read"
     assert [line.split()[2] for line in said[:-1]] == [f"number={number}" for number in range(300 - dropped)]
     assert dropped > 0
 
 
-def test_a_reader_that_is_gone_breaks_nothing_and_is_counted(
+def test_lines_without_a_reader_are_counted_as_dropped(
     log: logging.Logger, pipe: Pipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.close(pipe.reader)

@@ -1,5 +1,3 @@
-"""What a running proxy shows of a model's health, told to it as another process would: through its own Valkey."""
-
 from __future__ import annotations
 
 import json
@@ -14,7 +12,7 @@ from redis import Redis
 from proxy.storage.valkey import socket_path
 from proxy.upstream.health import CHANNEL, health_key
 from tests.server.conftest import Fleet, open_fleet
-from tests.support.upstream import wait_until
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +37,7 @@ def health_of(fleet: Fleet, name: str = "fair") -> Any:
     return fleet.proxy.admin("GET", f"/admin/models/{name}").json()["health"]
 
 
-def test_cards_and_metrics_say_who_rests_and_why(fleet: Fleet, other_process: Redis) -> None:
+def test_model_cards_and_metrics_show_cooldowns_and_their_reasons(fleet: Fleet, other_process: Redis) -> None:
     assert (health_of(fleet), health_of(fleet, "good")) == (WELL, WELL)
     other_process.set(health_key("fair"), "status 503", px=60_000)
     other_process.publish(CHANNEL, "fair")
@@ -54,7 +52,7 @@ def test_cards_and_metrics_say_who_rests_and_why(fleet: Fleet, other_process: Re
     assert 'uniroute_breaker_opened_total{model="fair"} 0.0' in metrics
 
 
-def test_a_changed_model_is_well_again_and_a_removed_one_has_no_series(fleet: Fleet, other_process: Redis) -> None:
+def test_changing_a_model_ends_its_cooldown_and_removing_it_ends_its_series(fleet: Fleet, other_process: Redis) -> None:
     name, good = "resting-arm", fleet.proxy.admin("GET", "/admin/models/good").json()
     body = {"model_name": name, "litellm_params": good["litellm_params"], "model_info": {"free": True}}
     profile = {key: good["profile"][key] for key in ("map", "errors", "labels", "mean_output_tokens", "mean_seconds")}

@@ -1,4 +1,4 @@
-"""Values in Redis that none of us wrote, in every key and field that is read: nothing raises, and all goes on."""
+"""Odd values in every Redis key and field that is read: nothing raises, and the server keeps serving."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from proxy.storage.models import ModelRecord, StoredProfile
 from proxy.storage.redis import CHANGED, KEYS, MODELS, PREVIOUS_PROFILES, PRICING, PROFILES, VERSION, price_key
 from proxy.upstream.health import CHANNEL, health_key
 from router_core.errors import InvalidInput
-from tests.support.server import ProxyProcess, arm, uniform_profile
-from tests.support.upstream import ScriptedUpstream, wait_until
-from tests.support.valkey import OwnValkey
+from tests.support.proxy_process import ProxyProcess, model_entry, uniform_profile
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.valkey import ValkeyServer
+from tests.support.waiting import wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 NUMBERS = ("9" * 400, "-1", "-" + "9" * 30, "nan", "inf", "-inf", "1e999", "0x1f", "1_0", "²", "", " ")
@@ -126,7 +127,7 @@ class Served:
     def ask(self, **headers: str) -> int:
         body = {"model": "kept", "messages": ASK}
         url = f"{self.proxy.url}/v1/chat/completions"
-        return httpx.post(url, json=body, headers={**self.headers, **headers}, timeout=20).status_code
+        return httpx.post(url, json=body, headers={**self.headers, **headers}, timeout=60).status_code
 
     def ask_as_admin(self) -> int:
         return self.ask(authorization="Bearer admin-key-of-the-tests")
@@ -140,7 +141,7 @@ class Served:
     def changes(self) -> dict[str, int]:
         """A change of each kind. They follow each other, so that none is left behind."""
         call, made = self.proxy.admin, {}
-        body = {**arm("new", self.upstream.url), "profile": uniform_profile(0.1)}
+        body = {**model_entry("new", self.upstream.url), "profile": uniform_profile(0.1)}
         made["add"] = call("POST", "/admin/models", body).status_code
         made["change"] = call("PATCH", "/admin/models/new", {"model_info": {"max_input_tokens": 9000}}).status_code
         prices = {"input_cost_per_token": 1e-6, "output_cost_per_token": 1e-6}
@@ -160,11 +161,11 @@ DONE = {"add": 201, "change": 200, "price": 200, "profile": 200, "remove": 204, 
 def served(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Served]:
     """Started over a store that is full of odd entries already."""
     folder = tmp_path_factory.mktemp("odd")
-    environ = {"ARM_API_KEY": "sk-x"}
-    with OwnValkey(folder / "valkey") as valkey, valkey.client() as client, ScriptedUpstream() as upstream:
+    environ = {"MODEL_API_KEY": "sk-x"}
+    with ValkeyServer(folder / "valkey") as valkey, valkey.client() as client, ScriptedUpstream() as upstream:
         fill(client)
         environ["UNIROUTE_REDIS_URL"] = valkey.url
-        config = {"model_list": [arm("kept", upstream.url)], "uniroute": {"profile": {"on_start": False}}}
+        config = {"model_list": [model_entry("kept", upstream.url)], "uniroute": {"profile": {"on_start": False}}}
         with ProxyProcess(folder / "proxy", embedder_cache, config, environ) as proxy:
             proxy.put_profile("kept", 0.1)
             terms = {"usd_per_day": 9, "usd_per_month": 9, "requests_per_minute": 10_000, "tokens_per_minute": 10**6}
@@ -225,7 +226,7 @@ def test_an_odd_entry_is_refused_or_can_be_sent_on(name: str) -> None:
             json.dumps(read(text if isinstance(text, str) else text.decode("utf-8", "replace")), allow_nan=False)
 
 
-def test_a_store_full_of_odd_entries_is_served_from_and_changed(served: Served) -> None:
+def test_a_server_over_a_store_full_of_odd_entries_serves_and_accepts_changes(served: Served) -> None:
     assert served.ask() == 200
     assert {path: status for path, status in served.reads().items() if status != 200} == {}
     assert served.changes() == DONE
@@ -242,7 +243,7 @@ def emptied(served: Served) -> Served:
     return served
 
 
-def test_each_odd_entry_is_told_of_once_in_a_line_that_ends_where_it_seems_to(served: Served) -> None:
+def test_each_odd_entry_is_logged_once_on_one_line(served: Served) -> None:
     assert served.proxy.log.count("uniroute:models odd-0:") == 1
     assert "\x1b" not in served.proxy.log
     assert "uniroute:models red" in served.proxy.log
@@ -277,7 +278,7 @@ def test_an_odd_value_in_any_single_place_stops_nothing(emptied: Served, odd: st
 
 # Not -1: the cost of a request that has just ended may be added to it, and then it is a count.
 @pytest.mark.parametrize("odd", ["9" * 400, "-" + "9" * 15, "-" + "9" * 30, "nan", "inf", "1e999"])
-def test_a_budget_whose_sum_is_no_count_stays_shut_until_it_is_mended(emptied: Served, odd: str) -> None:
+def test_a_budget_with_an_unreadable_sum_refuses_until_it_is_repaired(emptied: Served, odd: str) -> None:
     today = datetime.now(UTC).strftime("%Y-%m-%d")
     for period in (f"day:{today}", f"month:{today[:7]}"):
         key = f"{PREFIX}{{{emptied.key_id}}}:{period}"
@@ -295,7 +296,7 @@ WRONG_KINDS = {
 
 
 @pytest.mark.parametrize("kind", WRONG_KINDS)
-def test_a_key_of_another_kind_stops_no_request_and_no_reading(emptied: Served, kind: str) -> None:
+def test_a_redis_key_of_another_type_fails_no_request_and_no_read(emptied: Served, kind: str) -> None:
     keys = (VERSION, MODELS, PROFILES, PREVIOUS_PROFILES, price_key("kept"), health_key("kept"), LATEST, job_key("odd"))
     emptied.client.delete(*keys)
     for key in keys:
@@ -309,5 +310,5 @@ def test_a_key_of_another_kind_stops_no_request_and_no_reading(emptied: Served, 
     emptied.proxy.put_profile("kept", 0.1)
 
 
-def test_nothing_was_a_fault_of_ours(emptied: Served) -> None:
+def test_no_error_of_ours_was_logged(emptied: Served) -> None:
     assert "Traceback" not in emptied.proxy.log

@@ -1,4 +1,4 @@
-"""OpenAI's official client with nothing changed but the base URL; it still says gpt-4o."""
+"""OpenAI's official client with only its base URL changed; it still asks for gpt-4o."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import openai
 import pytest
 
-from tests.server.conftest import BOTH_WAYS, CANARY, Fleet
-from tests.support.answers import Step
+from tests.server.conftest import BOTH_MODES, CANARY, Fleet
+from tests.support.scripted_answers import Step
 
-pytestmark = BOTH_WAYS
+pytestmark = BOTH_MODES
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 TOOL: Any = {
@@ -42,7 +42,7 @@ def test_an_unknown_model_name_is_routed_and_answered(client: openai.OpenAI, fle
     assert fleet.fair.last.headers["authorization"] == f"Bearer {CANARY}"
 
 
-def test_a_header_moves_one_request_to_the_dear_model(client: openai.OpenAI) -> None:
+def test_a_header_moves_one_request_to_the_expensive_model(client: openai.OpenAI) -> None:
     best = client.chat.completions.create(model="gpt-4o", messages=ASK, extra_headers={"lambda": "0"})
     usual = client.chat.completions.create(model="gpt-4o", messages=ASK)
 

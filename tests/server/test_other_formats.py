@@ -1,4 +1,4 @@
-"""An upstream of another format, Anthropic's: litellm translates, and the outside stays OpenAI's."""
+"""An upstream of another format, Anthropic's, that litellm translates to OpenAI's."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from proxy.routing.fingerprints import TurnFingerprints, inspect_history, latest
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream.litellm.client import LiteLLMClient
-from tests.support.answers import Step
-from tests.support.upstream import ScriptedUpstream
+from proxy.upstream.litellm_client import LiteLLMClient
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
 
 ASK: Any = [{"role": "user", "content": "hi"}]
 MESSAGE: dict[str, Any] = {
@@ -29,8 +29,8 @@ MESSAGE: dict[str, Any] = {
 }
 
 
+# Of litellm's own models, when pydantic first sees them.
 pytestmark = pytest.mark.filterwarnings("ignore:Item .* on TypedDict:UserWarning")
-"""Of litellm's own models, when pydantic first sees them."""
 
 
 def event(kind: str, **data: Any) -> bytes:
@@ -126,7 +126,7 @@ THINKING = [
 ]
 
 
-async def test_thinking_and_calls_leave_the_marks_of_what_a_client_sends_back(
+async def test_thinking_and_tool_calls_get_the_fingerprints_of_what_a_client_sends_back(
     upstream: LiteLLMClient, server: ScriptedUpstream
 ) -> None:
     thinking = {"type": "thinking", "thinking": THOUGHT, "signature": SIGNATURE}
@@ -144,12 +144,12 @@ async def test_thinking_and_calls_leave_the_marks_of_what_a_client_sends_back(
     returned = {"role": "assistant", "tool_calls": [{"id": CALL_ID, "type": "function", "function": function}]}
     blocks = inspect_history(
         [*ASK, {**returned, "thinking_blocks": [thinking]}, {"role": "tool", "content": "Hello"}]
-    ).marks
-    for trail in (streamed, whole):
-        assert {*trail.reasoning_marks(question), *trail.call_marks(question)} == set(blocks)
+    ).fingerprints
+    for turn in (streamed, whole):
+        assert {*turn.of_reasoning(question), *turn.of_calls(question)} == set(blocks)
 
 
-async def test_statuses_pass_through(upstream: LiteLLMClient, server: ScriptedUpstream) -> None:
+async def test_upstream_statuses_are_passed_on(upstream: LiteLLMClient, server: ScriptedUpstream) -> None:
     overloaded = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
     server.then(Step(status=529, body=overloaded, headers={"retry-after": "3"}))
     with pytest.raises(UpstreamError) as caught:
@@ -158,7 +158,7 @@ async def test_statuses_pass_through(upstream: LiteLLMClient, server: ScriptedUp
     assert (caught.value.status, caught.value.retryable, caught.value.headers["retry-after"]) == (529, True, "3")
 
 
-async def test_a_parameter_without_a_counterpart_is_said_and_another_model_may_try(
+async def test_a_parameter_without_a_counterpart_is_named_and_the_next_model_is_tried(
     upstream: LiteLLMClient, server: ScriptedUpstream
 ) -> None:
     with pytest.raises(UpstreamError, match="does not support parameters") as caught:
@@ -183,7 +183,7 @@ async def test_redirects_are_not_followed(upstream: LiteLLMClient, server: Scrip
     assert len(server.history) == 1
 
 
-async def test_an_upstream_that_is_not_there_is_told_so(upstream: LiteLLMClient) -> None:
+async def test_an_unreachable_upstream_is_a_clear_error(upstream: LiteLLMClient) -> None:
     gone = ModelRecord("m", {"model": "openai/m", "api_base": "http://127.0.0.1:1/v1"}, ModelInfo(), "admin", 0.0)
     with pytest.raises(UpstreamError, match="cannot be reached") as caught:
         await upstream.complete(gone, {"messages": ASK})

@@ -23,7 +23,7 @@ async def test_a_body_that_stops_in_its_middle_is_given_up() -> None:
 
     request = Request({"type": "http", "method": "POST", "headers": []}, receive)
     with pytest.raises(BodyTimeout, match="8 bytes, and then nothing"):
-        await read_body(request, 1000, idle_s=0.05)
+        await read_body(request, 1000, read_timeout_s=0.05)
 
 
 async def test_a_body_that_drips_is_given_up_all_the_same() -> None:
@@ -33,4 +33,4 @@ async def test_a_body_that_drips_is_given_up_all_the_same() -> None:
 
     request = Request({"type": "http", "method": "POST", "headers": []}, receive)
     with pytest.raises(BodyTimeout):
-        await read_body(request, 10**9, idle_s=5, whole_s=0.05)
+        await read_body(request, 10**9, read_timeout_s=5, total_timeout_s=0.05)

@@ -17,7 +17,7 @@ def test_every_value_of_a_name_is_found_in_order(raw: list[tuple[bytes, bytes]])
     head, theirs = RequestHeaders(raw), Headers(raw=raw)
 
     assert {name: head.getlist(name) for name in NAMES} == {name: theirs.getlist(name) for name in NAMES}
-    assert sorted(head.pairs(NAMES)) == sorted(theirs.items())
+    assert sorted(head.items_for(NAMES)) == sorted(theirs.items())
 
 
 def test_it_is_put_together_once_a_request() -> None:

@@ -1,5 +1,3 @@
-"""What callers and administrators are told while models are measured, and where measuring went wrong."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -9,10 +7,11 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.answers import Step
 from tests.support.command import run_command
-from tests.support.server import ADMIN_KEY, ProxyProcess, arm
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.proxy_process import ADMIN_KEY, ProxyProcess, model_entry
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 BODY: Any = {"model": "auto", "messages": [{"role": "user", "content": "What is 2 + 2?"}]}
 REASON = "bad answered with status 401; the provider refuses the key: check litellm_params.api_key and its variable"
@@ -23,14 +22,14 @@ def proxy(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Ite
     """Measures three models: one never answers, one has a wrong key, one is not there."""
     with ScriptedUpstream() as silent, ScriptedUpstream() as strict:
         silent.always, strict.always = Step(hang=True), Step(status=401, body={"error": {"message": "Bad key sk-x"}})
-        gone = arm("gone", "http://127.0.0.1:1/v1")
+        gone = model_entry("gone", "http://127.0.0.1:1/v1")
         config = {
-            "model_list": [arm("slow", silent.url), arm("bad", strict.url)],
+            "model_list": [model_entry("slow", silent.url), model_entry("bad", strict.url)],
             "uniroute": {"profile": {"prompts": 12}},
         }
         folder = tmp_path_factory.mktemp("measured")
-        with ProxyProcess(folder, embedder_cache, config, {"ARM_API_KEY": "sk-x"}) as opened:
-            assert wait_until(lambda: bool(silent.history) and card(opened, "bad")["state"] == "failed", 30)
+        with ProxyProcess(folder, embedder_cache, config, {"MODEL_API_KEY": "sk-x"}) as opened:
+            assert wait_until(lambda: bool(silent.history) and card(opened, "bad")["state"] == "failed")
             opened.admin("POST", "/admin/models", {**gone, "profile": {"prompts": 1}})
             yield opened
 
@@ -41,10 +40,10 @@ def card(proxy: ProxyProcess, name: str) -> dict[str, Any]:
 
 
 def ask(proxy: ProxyProcess, **body: Any) -> httpx.Response:
-    return httpx.post(f"{proxy.url}/v1/chat/completions", json={**BODY, **body}, timeout=20)
+    return httpx.post(f"{proxy.url}/v1/chat/completions", json={**BODY, **body}, timeout=60)
 
 
-def test_a_routed_request_is_told_how_far_measuring_is_and_what_failed(proxy: ProxyProcess) -> None:
+def test_a_routed_request_is_refused_with_the_progress_of_profiling_and_what_failed(proxy: ProxyProcess) -> None:
     reply = ask(proxy)
     message = reply.json()["error"]["message"]
 
@@ -62,7 +61,7 @@ def test_a_model_whose_key_is_refused_is_listed_as_failed_with_the_reason(proxy:
     assert "sk-x" not in proxy.log + shown["why"]
 
 
-def test_the_list_says_what_went_wrong(proxy: ProxyProcess) -> None:
+def test_the_list_of_models_says_what_went_wrong(proxy: ProxyProcess) -> None:
     environ = {"UNIROUTE_ADMIN_KEY": ADMIN_KEY, "UNIROUTE_URL": proxy.url}
     listed = run_command("models", "list", environ=environ)
 
@@ -70,7 +69,7 @@ def test_the_list_says_what_went_wrong(proxy: ProxyProcess) -> None:
     assert f"bad: 5 prompts in a row failed: {REASON}" in listed.stderr
 
 
-def test_a_pinned_request_is_told_whose_key_was_refused(proxy: ProxyProcess) -> None:
+def test_the_error_of_a_pinned_request_names_the_provider_key_that_was_refused(proxy: ProxyProcess) -> None:
     reply = ask(proxy, model="bad")
 
     assert reply.status_code == 401

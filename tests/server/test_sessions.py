@@ -1,4 +1,4 @@
-"""Tool loops, thinking and sessions through two server processes that share one Valkey, with the official client."""
+"""Tool loops, thinking and sessions over two server processes that share one Valkey, with the official client."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import pytest
 import redis
 
 from proxy.storage.valkey import EmbeddedValkey
-from tests.support.answers import Step
-from tests.support.server import ProxyProcess, arm
-from tests.support.upstream import ScriptedUpstream, wait_until
+from tests.support.proxy_process import ProxyProcess, model_entry
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 ASK: Any = [{"role": "user", "content": "What is the weather in Paris, and what should I wear there today?"}]
 TOOLS: Any = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+# Chooses "good"; without it "fair" is.
 BEST = {"lambda": "0"}
-"""Chooses "good"; without it "fair" is."""
 SIGNATURE = "EqQBCgIYAhIM1gbcDa9GJwZA2b3hGgxBdjrkzLoky3dl1pkiMOYds"
 
 
@@ -35,7 +36,7 @@ class Pair:
 
     def client(self, number: int) -> openai.OpenAI:
         base_url = f"{self.proxies[number].url}/v1"
-        return openai.OpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=20)
+        return openai.OpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=60)
 
     def ask(
         self, number: int, messages: Any, headers: dict[str, str] | None = None, **body: Any
@@ -60,19 +61,19 @@ class Pair:
 def both(
     tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path, request: pytest.FixtureRequest
 ) -> Iterator[Pair]:
-    way = {"forward": request.param}
+    mode = {"forward": request.param}
     folder = tmp_path_factory.mktemp("pair")
     server = EmbeddedValkey(folder / "valkey")
     server.ensure()
-    environ = {"ARM_API_KEY": "sk-x", "UNIROUTE_REDIS_URL": f"unix://{server.socket_path}"}
+    environ = {"MODEL_API_KEY": "sk-x", "UNIROUTE_REDIS_URL": f"unix://{server.socket_path}"}
     with ScriptedUpstream() as fair, ScriptedUpstream() as good:
-        dear, cached = {"price": 1e-5, "output_cost_per_token": 0.0}, {"cache_read_input_token_cost": 1e-6}
+        expensive, cached = {"price": 1e-5, "output_cost_per_token": 0.0}, {"cache_read_input_token_cost": 1e-6}
         config = {
             "model_list": [
-                arm("fair", fair.url, price=1e-7, supports_function_calling=True, **way),
-                arm("good", good.url, price=1e-5, supports_function_calling=True, **way),
-                arm("warm", good.url, **dear, **cached, **way),
-                arm("cold", fair.url, price=4e-6, output_cost_per_token=0.0, **way),
+                model_entry("fair", fair.url, price=1e-7, supports_function_calling=True, **mode),
+                model_entry("good", good.url, price=1e-5, supports_function_calling=True, **mode),
+                model_entry("warm", good.url, **expensive, **cached, **mode),
+                model_entry("cold", fair.url, price=4e-6, output_cost_per_token=0.0, **mode),
             ],
             "uniroute": {"profile": {"on_start": False}},
         }
@@ -106,28 +107,28 @@ def result(message: Any) -> Any:
 
 
 @pytest.mark.parametrize("ids", [("call_9pw1qnYScqvGrC", "call_H58HWCvFH6aa01"), ("call_0", "call_0")])
-def test_a_tool_loop_stays_with_its_model_from_process_to_process(pair: Pair, ids: tuple[str, str]) -> None:
+def test_a_tool_loop_stays_with_its_model_across_processes(pair: Pair, ids: tuple[str, str]) -> None:
     question = [{**ASK[0], "content": f"{ASK[0]['content']} {ids[0]}"}]
     pair.good.then(calling(ids[0]), calling(ids[1], "Rome"), Step(message={"role": "assistant", "content": "A coat."}))
     before = pair.remembered()
-    first, who = pair.ask(0, question, BEST, tools=TOOLS)
-    assert who == ("good", "scored")
+    first, model_and_reason = pair.ask(0, question, BEST, tools=TOOLS)
+    assert model_and_reason == ("good", "scored")
     assert wait_until(lambda: pair.remembered() == before + 1)
 
     loop = [*question, first, result(first)]
-    second, who = pair.ask(1, loop, tools=TOOLS)
-    assert who == ("good", "sticky")
+    second, model_and_reason = pair.ask(1, loop, tools=TOOLS)
+    assert model_and_reason == ("good", "sticky")
     assert wait_until(lambda: pair.remembered() == before + 2)
 
-    last, who = pair.ask(0, [*loop, second, result(second)], tools=TOOLS)
-    assert (last["content"], who) == ("A coat.", ("good", "sticky"))
+    last, model_and_reason = pair.ask(0, [*loop, second, result(second)], tools=TOOLS)
+    assert (last["content"], model_and_reason) == ("A coat.", ("good", "sticky"))
     assert pair.fair.history == []
 
-    _, who = pair.ask(1, [*loop, second, result(second), last, *ASK], tools=TOOLS)
-    assert who == ("fair", "scored")  # the loop is over
+    _, model_and_reason = pair.ask(1, [*loop, second, result(second), last, *ASK], tools=TOOLS)
+    assert model_and_reason == ("fair", "scored")  # the loop is over
 
 
-def test_a_streamed_tool_call_is_remembered_too(pair: Pair) -> None:
+def test_a_streamed_tool_call_keeps_its_model_too(pair: Pair) -> None:
     before = pair.remembered()
     pair.good.then(calling("call_9pw1qnYScqvStr"))
     with pair.client(0) as client:
@@ -139,8 +140,8 @@ def test_a_streamed_tool_call_is_remembered_too(pair: Pair) -> None:
     message = calling(calls[0].id or "").message
     assert arguments == '{"city":"Paris"}'
     assert wait_until(lambda: pair.remembered() == before + 1)
-    _, who = pair.ask(1, [*ASK, message, result(message)], tools=TOOLS)
-    assert who == ("good", "sticky")
+    _, model_and_reason = pair.ask(1, [*ASK, message, result(message)], tools=TOOLS)
+    assert model_and_reason == ("good", "sticky")
 
 
 def test_thinking_blocks_stay_with_the_model_that_signed_them_and_go_to_no_other(pair: Pair) -> None:
@@ -161,27 +162,27 @@ def test_thinking_blocks_stay_with_the_model_that_signed_them_and_go_to_no_other
     assert wait_until(lambda: pair.remembered() == before + 2)  # the signature and the text
 
     blocks = [{"type": "thinking", "thinking": thought, "signature": SIGNATURE}]
-    told = [*ASK, {"role": "assistant", "content": "A coat.", "thinking_blocks": blocks}, *ASK]
-    _, who = pair.ask(1, told)
-    assert who == ("good", "sticky")
+    messages = [*ASK, {"role": "assistant", "content": "A coat.", "thinking_blocks": blocks}, *ASK]
+    _, model_and_reason = pair.ask(1, messages)
+    assert model_and_reason == ("good", "sticky")
     assert pair.good.last.body["messages"][1]["thinking_blocks"] == blocks
 
     pair.good.then(Step(status=500, body={"error": {"message": "down"}}))
     with pytest.raises(openai.InternalServerError):
-        pair.ask(1, told)
+        pair.ask(1, messages)
     assert pair.fair.history == []
 
 
-def test_a_loop_whose_model_fails_may_go_on_elsewhere(pair: Pair) -> None:
+def test_a_tool_loop_whose_model_fails_may_continue_elsewhere(pair: Pair) -> None:
     pair.good.then(calling("call_9pw1qnYScqvFal"), Step(status=500, body={"error": {"message": "down"}}))
     first, _ = pair.ask(0, ASK, BEST, tools=TOOLS)
-    _, who = pair.ask(0, [*ASK, first, result(first)], tools=TOOLS)
-    assert who == ("fair", "fallback")
+    _, model_and_reason = pair.ask(0, [*ASK, first, result(first)], tools=TOOLS)
+    assert model_and_reason == ("fair", "fallback")
 
 
-def test_a_loop_that_must_leave_its_model_is_counted_and_says_why(pair: Pair) -> None:
+def test_a_tool_loop_that_must_leave_its_model_is_counted_and_says_why(pair: Pair) -> None:
     def moved() -> float:
-        metrics = httpx.get(f"{pair.proxies[0].url}/metrics", timeout=10).text
+        metrics = httpx.get(f"{pair.proxies[0].url}/metrics", timeout=60).text
         (line,) = [line for line in metrics.splitlines() if line.startswith("uniroute_conversations_moved_total ")]
         return float(line.split()[1])
 
@@ -189,9 +190,9 @@ def test_a_loop_that_must_leave_its_model_is_counted_and_says_why(pair: Pair) ->
     first, _ = pair.ask(0, ASK, BEST, tools=TOOLS)
     body = {"model": "auto", "messages": [*ASK, first, result(first)], "uniroute": {"models": ["fair"]}}
     before = moved()
-    reply = httpx.post(f"{pair.proxies[0].url}/v1/chat/completions", json=body, timeout=20)
+    reply = httpx.post(f"{pair.proxies[0].url}/v1/chat/completions", json=body, timeout=60)
     assert (reply.headers["x-uniroute-model"], moved()) == ("fair", before + 1)
-    shown = httpx.post(f"{pair.proxies[0].url}/v1/route", json=body, timeout=20).json()
+    shown = httpx.post(f"{pair.proxies[0].url}/v1/route", json=body, timeout=60).json()
     assert "not among the models" in {row["model"]: row["why"] for row in shown["ineligible"]}["good"]
     assert "cannot stay with model=good" in pair.proxies[0].log
 
@@ -212,18 +213,18 @@ def session_turn(pair: Pair, session: str, tokens: int) -> tuple[str, str]:
             options={"headers": headers},
             cast_to=httpx.Response,
         ).json()
-    _, who = pair.ask(1, question, headers, extra_body=body)
-    assert (dry["model"], dry["reason"]) == who
-    return who
+    _, model_and_reason = pair.ask(1, question, headers, extra_body=body)
+    assert (dry["model"], dry["reason"]) == model_and_reason
+    return model_and_reason
 
 
-def test_a_session_stays_while_its_cache_pays_and_moves_where_it_does_not(pair: Pair) -> None:
+def test_a_session_stays_with_its_model_while_the_prompt_cache_saves_money(pair: Pair) -> None:
     """Afresh "warm" costs $0.01 and "cold" $0.004; a cached token saves $9e-6, so that 667 of them make it cheaper."""
     assert session_turn(pair, "short", 660) == ("cold", "scored")
     assert session_turn(pair, "long", 670) == ("warm", "sticky")
 
 
-def test_only_a_session_or_an_unknown_past_costs_a_round_trip(pair: Pair) -> None:
+def test_only_a_session_or_an_unknown_history_costs_a_round_trip(pair: Pair) -> None:
     pair.good.then(calling("call_9pw1qnYScqvTrp"))
     before = pair.looked_up()
     first, _ = pair.ask(0, ASK, BEST, tools=TOOLS)
@@ -244,6 +245,6 @@ def test_session_ids_are_in_no_log_and_no_reply(pair: Pair) -> None:
         raw = client.chat.completions.with_raw_response.create(
             model="auto", messages=ASK, extra_body={"uniroute": {"session": "canary-of-a-session"}}
         )
-    metrics = httpx.get(f"{pair.proxies[0].url}/metrics", timeout=10).text
+    metrics = httpx.get(f"{pair.proxies[0].url}/metrics", timeout=60).text
     for text in (pair.proxies[0].log, raw.text, str(raw.headers), metrics, str(pair.fair.history)):
         assert "canary-of-a-session" not in text

@@ -1,5 +1,3 @@
-"""A server that is still starting: it listens, says how far it is, serves nothing, and ends when it is told to."""
-
 from __future__ import annotations
 
 import fcntl
@@ -20,15 +18,15 @@ import yaml
 
 from proxy.storage.valkey import socket_path
 from tests.support.command import ADMIN_KEY, ROOT, environment
-from tests.support.upstream import wait_until
-from tests.support.valkey import OwnValkey, free_port
+from tests.support.valkey import ValkeyServer, free_port
+from tests.support.waiting import wait_until
 
 CHAT = {"model": "auto", "messages": [{"role": "user", "content": "hi"}]}
 ROOT_KEY = {"authorization": f"Bearer {ADMIN_KEY}"}
 
 
 class Starting:
-    """A server as a process, which nobody waits for to be ready."""
+    """A server in a process of its own, which may not be ready yet."""
 
     def __init__(self, folder: Path, *command: str | Path, **environ: str) -> None:
         self._log = folder / "log.txt"
@@ -57,18 +55,18 @@ class Starting:
             found = re.search(r"UniRoute at (http://\S+)/v1", self.log)
             url = found[1] if found else url
             try:
-                return bool(url) and httpx.get(f"{url}/healthz", timeout=20).status_code == 200
+                return bool(url) and httpx.get(f"{url}/healthz", timeout=60).status_code == 200
             except httpx.TransportError:
                 return False
 
         assert wait_until(answers, 90), self.log
-        return httpx.Client(base_url=url, timeout=30)
+        return httpx.Client(base_url=url, timeout=60)
 
     def end(self, *signals: signal.Signals) -> int:
         """The exit status, after the signals that a terminal sends to every process of it."""
         for number in signals or (signal.SIGTERM,):
             os.killpg(self.process.pid, number)
-        return self.process.wait(40)
+        return self.process.wait(60)
 
 
 @contextmanager
@@ -79,16 +77,16 @@ def starting(folder: Path, *command: str | Path, **environ: str) -> Iterator[Sta
     finally:
         if server.process.poll() is None:
             os.killpg(server.process.pid, signal.SIGKILL)
-            server.process.wait(20)
+            server.process.wait(60)
 
 
 @contextmanager
-def held_up(data_dir: Path, told: str = "4096 30522") -> Iterator[None]:
-    """Somebody else makes the embedding table, and has come so far."""
+def distilling_elsewhere(data_dir: Path, progress: str = "4096 30522") -> Iterator[None]:
+    """Hold the lock of another process that distils the embedding table and has come so far."""
     data_dir.mkdir(parents=True, exist_ok=True)
     with (data_dir / ".static-1.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write(told)
+        lock.write(progress)
         lock.flush()
         yield
 
@@ -118,11 +116,11 @@ ONCE, TWICE = (signal.SIGINT,), (signal.SIGINT, signal.SIGINT)
         pytest.param(TWO, (signal.SIGTERM,), id="two workers, SIGTERM to all", marks=pytest.mark.slow),
     ],
 )
-def test_a_start_is_told_serves_nothing_and_ends_when_asked(
+def test_a_starting_server_reports_progress_refuses_requests_and_stops_when_asked(
     tmp_path: Path, command: tuple[str, ...], signals: tuple[signal.Signals, ...]
 ) -> None:
-    with held_up(tmp_path / "data"), starting(tmp_path, *command) as server, server.listening() as client:
-        assert wait_until(lambda: "30522" in client.get("/readyz").text, 60)
+    with distilling_elsewhere(tmp_path / "data"), starting(tmp_path, *command) as server, server.listening() as client:
+        assert wait_until(lambda: "30522" in client.get("/readyz").text)
         unready = client.get("/readyz")
         step = {"what": "distilling the embedding table", "done": 4096, "total": 30522}
         assert (unready.status_code, step in unready.json()["under_way"]) == (503, True)
@@ -136,15 +134,15 @@ def test_a_start_is_told_serves_nothing_and_ends_when_asked(
 
         assert server.end(*signals) == 0
         assert quiet(server.log), server.log
-        assert wait_until(lambda: not members(server.process.pid), 5), members(server.process.pid)
+        assert wait_until(lambda: not members(server.process.pid)), members(server.process.pid)
     with socket.socket(socket.AF_UNIX) as connection:
         assert connection.connect_ex(str(socket_path(tmp_path / "data" / "valkey"))) != 0
 
 
-def test_a_worker_that_only_measures_ends_while_it_starts(tmp_path: Path) -> None:
-    with held_up(tmp_path / "data"), starting(tmp_path, "proxy.cli", "worker") as worker:
+def test_a_profiling_worker_stops_when_asked_while_it_starts(tmp_path: Path) -> None:
+    with distilling_elsewhere(tmp_path / "data"), starting(tmp_path, "proxy.cli", "worker") as worker:
         lock = tmp_path / "data" / ".static-1.lock"
-        assert wait_until(lambda: opened_by(worker.process.pid, lock), 60), worker.log
+        assert wait_until(lambda: opened_by(worker.process.pid, lock)), worker.log
         assert worker.end(signal.SIGINT) == 0
         assert quiet(worker.log), worker.log
 
@@ -153,12 +151,12 @@ def opened_by(pid: int, path: Path) -> bool:
     return str(path) in {os.path.realpath(file) for file in Path(f"/proc/{pid}/fd").iterdir()}
 
 
-def test_another_server_of_the_app_listens_at_once_too(tmp_path: Path) -> None:
+def test_uvicorn_with_the_app_factory_listens_at_once_too(tmp_path: Path) -> None:
     port = free_port()
     command = ("uvicorn", "proxy.app:from_environment", "--factory", "--port", str(port))
-    with held_up(tmp_path / "data"), starting(tmp_path, *command) as server:
+    with distilling_elsewhere(tmp_path / "data"), starting(tmp_path, *command) as server:
         with server.listening(f"http://127.0.0.1:{port}") as client:
-            assert wait_until(lambda: "30522" in client.get("/readyz").text, 60)
+            assert wait_until(lambda: "30522" in client.get("/readyz").text)
         server.end(signal.SIGINT, signal.SIGINT)
         assert "Traceback" not in server.log
 
@@ -179,20 +177,20 @@ def test_a_start_that_fails_ends_the_process_and_says_why(
         assert "Traceback" not in server.log
 
 
-def test_without_redis_a_start_waits_says_so_once_and_goes_on(tmp_path: Path, embedder_cache: Path) -> None:
+def test_without_redis_a_starting_server_waits_logs_it_once_and_continues(tmp_path: Path, embedder_cache: Path) -> None:
     environ = environment(tmp_path / "data", embedder_cache)
     away = free_port()
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"uniroute": {"profile": {"on_start": False}}}))
     command = (*SERVE, "--config", tmp_path / "config.yaml")
     url = f"redis://127.0.0.1:{away}/0"
     with starting(tmp_path, *command, **environ, UNIROUTE_REDIS_URL=url) as server, server.listening() as client:
-        assert wait_until(lambda: "waiting for Redis" in client.get("/readyz").text, 60)
+        assert wait_until(lambda: "waiting for Redis" in client.get("/readyz").text)
         refusals: list[Any] = [client.post("/v1/chat/completions", json=CHAT) for _ in range(3)]
         assert {reply.status_code for reply in refusals} == {503}
         assert "Redis, does not answer" in refusals[0].json()["error"]["message"]
         assert refusals[0].headers["retry-after"]
 
-        with OwnValkey(tmp_path / "valkey", away):
-            assert wait_until(lambda: client.get("/readyz").status_code == 200, 20)
+        with ValkeyServer(tmp_path / "valkey", away):
+            assert wait_until(lambda: client.get("/readyz").status_code == 200)
             assert server.log.count("WARNING uniroute.state") == 1, server.log
             assert server.end(signal.SIGINT) == 0

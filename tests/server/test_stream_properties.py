@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import UpstreamError
-from proxy.upstream.litellm.transport import chunks_of
+from proxy.upstream.litellm_transport import read_chunks
 from proxy.upstream.sse import SSEDecoder, encode_json, format_event
 
 LINE_ENDS = st.sampled_from(["\n", "\r\n"])
@@ -98,7 +98,7 @@ def told(parts: Sequence[bytes]) -> tuple[list[Any], str | None]:
         response = httpx.Response(200, stream=Pieces(parts), request=httpx.Request("POST", "http://x"))
         chunks: list[Any] = []
         try:
-            async for chunk in chunks_of(response):
+            async for chunk in read_chunks(response):
                 chunks.append(chunk)
         except UpstreamError as failure:
             return chunks, failure.message

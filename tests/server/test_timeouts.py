@@ -1,5 +1,3 @@
-"""How long a model is waited for: per settings, per model, per request; and what is said when the time is up."""
-
 from __future__ import annotations
 
 import contextlib
@@ -12,47 +10,49 @@ import pytest
 
 from tests.server.ranked import Ranked, ask, error_of
 from tests.server.test_streaming import read_stream, text_of
-from tests.support.answers import Step
+from tests.support.scripted_answers import Step
 
-SOON = {"timeouts": {"first_token_s": 0.15}}
+SOON = {"timeouts": {"first_token_s": 1.0}}
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_model_that_says_nothing_is_passed_over(asking: httpx.Client, ranked: Ranked, stream: bool) -> None:
+def test_a_model_that_sends_nothing_is_abandoned_for_the_next(
+    asking: httpx.Client, ranked: Ranked, stream: bool
+) -> None:
     ranked.models[0].then(Step(hang=True))
     reply = ask(asking, stream=stream, uniroute=SOON)
 
     assert reply.status_code == 200
     assert (reply.headers["x-uniroute-model"], reply.headers["x-uniroute-reason"]) == ("second", "fallback")
-    assert ranked.models[0].last.client_left.wait(2)
+    assert ranked.models[0].last.client_left.wait(60)
 
 
-def test_a_stream_that_begins_without_content_is_passed_over(asking: httpx.Client, ranked: Ranked) -> None:
-    ranked.models[0].then(Step(message={"content": "late"}, drip_s=1))
+def test_a_stream_that_begins_without_content_is_abandoned_for_the_next(asking: httpx.Client, ranked: Ranked) -> None:
+    ranked.models[0].then(Step(message={"content": "late"}, drip_s=600))
     _, events = read_stream(asking, model="auto", uniroute=SOON)
 
     assert text_of(events) == "The second answer."
 
 
-def test_the_limit_that_was_reached_is_named(asking: httpx.Client, ranked: Ranked) -> None:
+def test_the_error_names_the_timeout_that_expired(asking: httpx.Client, ranked: Ranked) -> None:
     ranked.models[0].then(Step(hang=True))
     reply = ask(asking, model="first", uniroute=SOON)
 
     assert (reply.status_code, reply.json()["error"]["code"]) == (504, "upstream_timeout")
-    assert "first gave no answer within 0.15 s (first_token_timeout_s)" in reply.json()["error"]["message"]
+    assert "first gave no answer within 1 s (first_token_timeout_s)" in reply.json()["error"]["message"]
 
 
-def test_all_attempts_share_one_limit(asking: httpx.Client, ranked: Ranked) -> None:
+def test_all_attempts_share_one_deadline(asking: httpx.Client, ranked: Ranked) -> None:
     for model in ranked.models:
         model.always = Step(hang=True)
-    reply = ask(asking, uniroute={"timeouts": {"first_token_s": 0.4, "total_s": 0.6}})
+    reply = ask(asking, uniroute={"timeouts": {"first_token_s": 1.0, "total_s": 1.9}})
 
     assert reply.status_code == 504
     assert "request_timeout_s" in reply.json()["error"]["message"]
     assert ranked.asked == [1, 1, 0, 0]
 
 
-def test_nobody_can_ask_for_more_than_the_settings_allow(asking: httpx.Client, ranked: Ranked) -> None:
+def test_a_request_cannot_raise_a_timeout_above_the_settings(asking: httpx.Client, ranked: Ranked) -> None:
     ranked.models[0].then(Step(hang=True))
     reply = ask(asking, model="first", uniroute={"timeouts": {"total_s": 500, "first_token_s": 500}})
 
@@ -60,11 +60,11 @@ def test_nobody_can_ask_for_more_than_the_settings_allow(asking: httpx.Client, r
 
 
 def test_a_stream_that_falls_silent_ends_with_an_error(asking: httpx.Client, ranked: Ranked) -> None:
-    ranked.models[0].then(Step(events=[_said("So")], drip_s=30))
+    ranked.models[0].then(Step(events=[_said("So")], drip_s=600))
     _, events = read_stream(asking, model="auto")
 
     assert (text_of(events), "[DONE]" in events) == ("So", False)
-    assert "silent for 0.4 s (idle_timeout_s)" in error_of(events)
+    assert "silent for 1 s (idle_timeout_s)" in error_of(events)
 
 
 def test_a_stream_that_never_ends_is_ended(asking: httpx.Client, ranked: Ranked) -> None:
@@ -74,7 +74,7 @@ def test_a_stream_that_never_ends_is_ended(asking: httpx.Client, ranked: Ranked)
     assert "stream_timeout_s" in error_of(events)
 
 
-def test_a_model_may_have_limits_of_its_own(asking: httpx.Client, ranked: Ranked) -> None:
+def test_a_model_may_have_timeouts_of_its_own(asking: httpx.Client, ranked: Ranked) -> None:
     body = {
         "model_name": "hasty",
         "litellm_params": {"model": "openai/hasty", "api_base": ranked.models[0].url},
@@ -89,7 +89,7 @@ def test_a_model_may_have_limits_of_its_own(asking: httpx.Client, ranked: Ranked
     assert "within 0.25 s" in reply.json()["error"]["message"]
 
 
-def test_a_connection_that_is_not_taken_up_is_given_up(asking: httpx.Client, ranked: Ranked) -> None:
+def test_a_connection_that_is_not_accepted_times_out(asking: httpx.Client, ranked: Ranked) -> None:
     with full_backlog() as port:
         body = {
             "model_name": "deaf",
@@ -114,7 +114,7 @@ def test_a_connection_that_is_not_taken_up_is_given_up(asking: httpx.Client, ran
         ({"total_s": "5"}, "uniroute.timeouts.total_s"),
     ],
 )
-def test_limits_that_make_no_sense_are_refused(asking: httpx.Client, stated: Any, param: str) -> None:
+def test_invalid_timeouts_are_refused(asking: httpx.Client, stated: Any, param: str) -> None:
     reply = ask(asking, uniroute={"timeouts": stated})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
 

@@ -1,5 +1,3 @@
-"""A change whose answer was lost: the caller is told that it may be done and what to do, and repeating does no harm."""
-
 from __future__ import annotations
 
 import asyncio
@@ -14,9 +12,10 @@ import httpx
 import pytest
 
 from proxy.storage.redis import KEYS, MODELS, PROFILES
-from tests.support.server import ProxyProcess, arm, uniform_profile
-from tests.support.upstream import ScriptedUpstream, wait_until
-from tests.support.valkey import OwnValkey
+from tests.support.proxy_process import ProxyProcess, model_entry, uniform_profile
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.valkey import ValkeyServer
+from tests.support.waiting import wait_until
 
 
 class DeafFront:
@@ -31,14 +30,14 @@ class DeafFront:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        self._server = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(5)
+        self._server = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(60)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
     def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(5)
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(60)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(5)
+        self._thread.join(60)
         self._loop.close()
 
     async def _listen(self) -> asyncio.Server:
@@ -78,23 +77,23 @@ class DeafFront:
 class Doubtful:
     proxy: ProxyProcess
     front: DeafFront
-    valkey: OwnValkey
+    valkey: ValkeyServer
     upstream: ScriptedUpstream
 
     def lost(self, method: str, path: str, body: Any = None) -> str:
         """What a change is answered whose own answer from Redis is lost."""
-        assert wait_until(lambda: self.store() == "up", 10)
+        assert wait_until(lambda: self.store() == "up")
         self.front.lossy = True
         try:
             reply = self.proxy.admin(method, path, body)
         finally:
             self.front.lossy = False
-        assert wait_until(lambda: self.store() == "up", 10)
+        assert wait_until(lambda: self.store() == "up")
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "unavailable")
         return str(reply.json()["error"]["message"])
 
     def store(self) -> str:
-        return str(httpx.get(f"{self.proxy.url}/readyz", timeout=10).json()["store"])
+        return str(httpx.get(f"{self.proxy.url}/readyz", timeout=60).json()["store"])
 
     def repeated(self, method: str, path: str, body: Any = None) -> httpx.Response:
         replies: list[httpx.Response] = []
@@ -103,7 +102,7 @@ class Doubtful:
             replies.append(self.proxy.admin(method, path, body))
             return replies[-1].status_code != 503
 
-        assert wait_until(ask, 10)
+        assert wait_until(ask)
         return replies[-1]
 
     def stored(self, key: str) -> set[str]:
@@ -114,15 +113,15 @@ class Doubtful:
 @pytest.fixture(scope="module")
 def doubtful(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Doubtful]:
     folder = tmp_path_factory.mktemp("doubt")
-    with OwnValkey(folder / "valkey") as valkey, DeafFront(valkey.port) as front, ScriptedUpstream() as upstream:
-        environ = {"ARM_API_KEY": "sk-x", "UNIROUTE_REDIS_URL": f"redis://127.0.0.1:{front.port}"}
-        config = {"model_list": [arm("kept", upstream.url)], "uniroute": {"profile": {"on_start": False}}}
+    with ValkeyServer(folder / "valkey") as valkey, DeafFront(valkey.port) as front, ScriptedUpstream() as upstream:
+        environ = {"MODEL_API_KEY": "sk-x", "UNIROUTE_REDIS_URL": f"redis://127.0.0.1:{front.port}"}
+        config = {"model_list": [model_entry("kept", upstream.url)], "uniroute": {"profile": {"on_start": False}}}
         with ProxyProcess(folder / "proxy", embedder_cache, config, environ) as proxy:
             yield Doubtful(proxy, front, valkey, upstream)
 
 
 def test_a_model_is_stored_with_its_profile_or_not_at_all(doubtful: Doubtful) -> None:
-    body = {**arm("profiled", doubtful.upstream.url), "profile": uniform_profile(0.1)}
+    body = {**model_entry("profiled", doubtful.upstream.url), "profile": uniform_profile(0.1)}
     assert "may have been done all the same: GET /admin/models/profiled" in doubtful.lost("POST", "/admin/models", body)
     assert "profiled" in doubtful.stored(MODELS) & doubtful.stored(PROFILES)
     assert doubtful.repeated("POST", "/admin/models", body).status_code == 409
@@ -130,13 +129,13 @@ def test_a_model_is_stored_with_its_profile_or_not_at_all(doubtful: Doubtful) ->
 
 
 def test_a_model_is_stored_with_the_job_that_measures_it_or_not_at_all(doubtful: Doubtful) -> None:
-    body = {**arm("asked", doubtful.upstream.url), "profile": {"prompts": 24, "max_usd": 1.0}}
+    body = {**model_entry("asked", doubtful.upstream.url), "profile": {"prompts": 24, "max_usd": 1.0}}
     assert "may have been done all the same" in doubtful.lost("POST", "/admin/models", body)
-    assert wait_until(lambda: doubtful.proxy.admin("GET", "/admin/models/asked").json()["job"] is not None, 10)
-    assert wait_until(lambda: doubtful.proxy.admin("GET", "/admin/models/asked").json()["job"]["state"] != "queued", 20)
+    assert wait_until(lambda: doubtful.proxy.admin("GET", "/admin/models/asked").json()["job"] is not None)
+    assert wait_until(lambda: doubtful.proxy.admin("GET", "/admin/models/asked").json()["job"]["state"] != "queued")
 
 
-def test_a_key_whose_secret_nobody_saw_is_named(doubtful: Doubtful) -> None:
+def test_an_unconfirmed_new_key_is_named_in_the_error(doubtful: Doubtful) -> None:
     message = doubtful.lost("POST", "/admin/keys", {"name": "k"})
     found = re.search(r"lists the id (\w+), revoke it", message)
     assert found
@@ -144,16 +143,17 @@ def test_a_key_whose_secret_nobody_saw_is_named(doubtful: Doubtful) -> None:
     assert doubtful.repeated("DELETE", f"/admin/keys/{found[1]}").status_code == 204
 
 
-def test_a_rotation_that_nobody_saw_is_rotated_again(doubtful: Doubtful) -> None:
+def test_an_unconfirmed_rotation_can_be_repeated(doubtful: Doubtful) -> None:
     key = doubtful.repeated("POST", "/admin/keys", {"name": "k"}).json()
     assert "rotate it again" in doubtful.lost("POST", f"/admin/keys/{key['id']}/rotate")
     assert doubtful.repeated("POST", f"/admin/keys/{key['id']}/rotate").status_code == 200
 
 
-def test_other_changes_are_repeated_without_harm(doubtful: Doubtful) -> None:
+def test_other_unconfirmed_changes_can_be_repeated(doubtful: Doubtful) -> None:
     price = {"input_cost_per_token": 2e-6, "output_cost_per_token": 2e-6}
     assert "repeat the request" in doubtful.lost("PUT", "/admin/models/kept/pricing", price)
     assert doubtful.repeated("PUT", "/admin/models/kept/pricing", price).status_code == 200
-    doubtful.repeated("POST", "/admin/models", {**arm("gone", doubtful.upstream.url), "profile": uniform_profile(0.1)})
+    gone = {**model_entry("gone", doubtful.upstream.url), "profile": uniform_profile(0.1)}
+    doubtful.repeated("POST", "/admin/models", gone)
     assert "a 404 says that it was" in doubtful.lost("DELETE", "/admin/models/gone")
     assert doubtful.repeated("DELETE", "/admin/models/gone").status_code == 404

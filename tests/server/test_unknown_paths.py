@@ -1,5 +1,3 @@
-"""Paths as clients get them wrong: served where it is plain what was meant, else told what is."""
-
 from __future__ import annotations
 
 from typing import Any
@@ -8,9 +6,9 @@ import httpx
 import pytest
 
 from tests.server.conftest import Fleet
-from tests.support.keyed import KeyedProxy
-from tests.support.server import ADMIN_KEY
-from tests.support.wire import Answer, send
+from tests.support.keyed_proxy import KeyedProxy
+from tests.support.proxy_process import ADMIN_KEY
+from tests.support.raw_http import Answer, send
 
 BODY: Any = {"model": "fair", "messages": [{"role": "user", "content": "What is 2 + 2?"}]}
 
@@ -55,7 +53,7 @@ def test_a_plain_path_is_served_to_get_and_head(http: httpx.Client, fleet: Fleet
         ("HEAD", "/nothing", ""),
     ],
 )
-def test_another_path_is_told_what_is_served_and_the_likely_mistake(
+def test_an_unknown_path_gets_an_error_with_what_is_served_and_the_likely_mistake(
     http: httpx.Client, fleet: Fleet, method: str, path: str, hint: str
 ) -> None:
     reply = http.request(method, path, headers={"x-request-id": f"lost-{len(path)}-{method}"})
@@ -78,12 +76,12 @@ def test_head_is_served_where_get_is_with_its_length_and_no_body(fleet: Fleet) -
         assert int(answer.headers["content-length"]) > 0
 
 
-def test_another_method_is_told_which_are_served(http: httpx.Client) -> None:
+def test_an_unsupported_method_gets_an_error_with_those_that_are_served(http: httpx.Client) -> None:
     reply = http.head("/v1/chat/completions")
-    told = http.get("/v1/chat/completions").json()["error"]["message"]
+    message = http.get("/v1/chat/completions").json()["error"]["message"]
 
     assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
-    assert told == "GET is not served at /v1/chat/completions; POST is"
+    assert message == "GET is not served at /v1/chat/completions; POST is"
 
 
 def test_a_name_that_is_routed_is_a_model_that_can_be_looked_up(http: httpx.Client) -> None:
@@ -92,7 +90,7 @@ def test_a_name_that_is_routed_is_a_model_that_can_be_looked_up(http: httpx.Clie
     assert http.get("/v1/models/fair").json()["owned_by"] == "config"
 
 
-def test_azures_header_holds_a_key_for_models_and_none_for_administrators(keyed_proxy: KeyedProxy) -> None:
+def test_azures_header_is_accepted_for_client_keys_and_not_for_administrators(keyed_proxy: KeyedProxy) -> None:
     made = keyed_proxy.make(name="azure").secret
     url = keyed_proxy.proxy.url
     statuses = [httpx.get(f"{url}/v1/models", headers={"api-key": key}).status_code for key in (made, "wrong", "")]
@@ -106,7 +104,7 @@ def test_azures_header_holds_a_key_for_models_and_none_for_administrators(keyed_
 @pytest.mark.parametrize(
     "path", ["//admin/models", "/admin/models/", "/v1/admin/models", "/admin//models", "/models/../admin/models"]
 )
-def test_the_admin_side_has_one_spelling_and_its_door_is_decided_on_what_is_served(fleet: Fleet, path: str) -> None:
+def test_admin_paths_have_one_spelling_and_are_authorized_by_what_is_served(fleet: Fleet, path: str) -> None:
     (answer,) = raw(fleet, b"GET %s HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n" % path.encode())
 
     assert b"litellm_params" not in answer.body

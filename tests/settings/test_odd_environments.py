@@ -1,4 +1,4 @@
-"""The server and the commands where the environment names proxies and certificates that libraries stumble over."""
+"""The server and the commands in an environment whose proxies and certificates cannot be used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
-from tests.support.upstream import ScriptedUpstream
+from tests.support.scripted_upstream import ScriptedUpstream
 
 ODD = {
     "NO_PROXY": "[::1",
@@ -28,14 +28,14 @@ def served(
 ) -> Iterator[tuple[ServeCommand, dict[str, str]]]:
     """One model is near, one is far."""
     folder = tmp_path_factory.mktemp("odd")
-    kept = {"UNIROUTE_ADMIN_KEY": ADMIN_KEY, "ARM_API_KEY": "sk-of-the-arm"}
+    kept = {"UNIROUTE_ADMIN_KEY": ADMIN_KEY, "MODEL_API_KEY": "sk-of-the-arm"}
     environ = environment(folder / "data", embedder_cache, **kept, **ODD)
     with ScriptedUpstream(lambda _: "42") as near:
         bases = {"near": near.url, "far": "http://far.invalid/v1"}
         models = [
             {
                 "model_name": name,
-                "litellm_params": {"model": f"openai/{name}", "api_base": base, "api_key": "os.environ/ARM_API_KEY"},
+                "litellm_params": {"model": f"openai/{name}", "api_base": base, "api_key": "os.environ/MODEL_API_KEY"},
                 "model_info": {"free": True},
             }
             for name, base in bases.items()
@@ -58,7 +58,7 @@ def test_the_server_starts_and_only_the_models_that_need_the_proxy_fail(
     assert "Traceback" not in server.log
 
 
-def test_each_thing_that_cannot_be_used_is_one_line_of_the_log(served: tuple[ServeCommand, dict[str, str]]) -> None:
+def test_each_unusable_variable_is_one_line_of_the_log(served: tuple[ServeCommand, dict[str, str]]) -> None:
     server, _ = served
     lines = [line for line in server.log.splitlines() if "environment: " in line]
     wanted = ("HTTP_PROXY", "ALL_PROXY", "SSL_CERT_FILE", "'10.0.0.0/99'")
@@ -74,7 +74,9 @@ def test_each_thing_that_cannot_be_used_is_one_line_of_the_log(served: tuple[Ser
         ["prices", "sync", "--json"],
     ],
 )
-def test_commands_do_their_work_there(served: tuple[ServeCommand, dict[str, str]], arguments: list[str]) -> None:
+def test_commands_work_in_such_an_environment(
+    served: tuple[ServeCommand, dict[str, str]], arguments: list[str]
+) -> None:
     _, environ = served
     ended = run_command(*arguments, environ=environ)
     assert "Traceback" not in ended.stderr

@@ -30,7 +30,7 @@ def refusal(folder: Path, text: str, **environ: str) -> str:
     return str(refused.value)
 
 
-def test_nothing_stated_gives_the_documented_defaults() -> None:
+def test_the_defaults_are_the_documented_ones() -> None:
     settings = load_settings(None, {})
     assert (settings.lambda_, settings.route_names, settings.host, settings.port) == (0.1, ("auto",), "127.0.0.1", 8000)
     assert settings.profile.prompts == 60
@@ -156,7 +156,7 @@ def test_a_parameter_that_would_have_no_effect_is_refused(tmp_path: Path, params
     assert [word for word in ["model_list[0]", *words] if word not in message] == []
 
 
-def test_fields_of_a_models_own_server_pass_and_one_that_nobody_knows_is_named(
+def test_fields_of_a_models_own_server_pass_and_an_unknown_one_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     known = "top_k: 3, min_p: 0.1, repetition_penalty: 1.1, reasoning_format: none, num_ctx: 1, aws_new_thing: 1"
@@ -257,12 +257,12 @@ def test_only_provider_keys_may_be_referred_to() -> None:
 
 
 @pytest.mark.parametrize("name", ["a", "openai/gpt-4.1@eu:1", "9" * 128])
-def test_names_with_the_documented_characters_are_accepted(name: str) -> None:
+def test_model_names_with_the_documented_characters_are_accepted(name: str) -> None:
     assert check_model_name(name) == name
 
 
 @pytest.mark.parametrize("name", ["", "a/../b", "a/.", "-a", "a b", "a\n", "é", "a" * 129, "uniroute/best"])
-def test_other_names_are_refused(name: str) -> None:
+def test_model_names_with_other_characters_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"model name|routing"):
         check_model_name(name)
 
@@ -285,16 +285,14 @@ def test_a_variable_that_allowed_env_lists_may_be_named_before_it_is_set(tmp_pat
     assert load_settings(a_file(tmp_path, text), {}).allowed_env == ("TOKEN",)
 
 
-def test_retries_of_litellm_are_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_retry_settings_of_litellm_are_dropped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = "model_list: [{model_name: a, litellm_params: {model: x, num_retries: 3, temperature: 0}}]"
     (model,) = load_settings(a_file(tmp_path, text), {}).model_list
     assert model.litellm_params == {"model": "x", "temperature": 0}
     assert "'num_retries'" in caplog.text
 
 
-def test_every_price_may_be_stated_of_a_model_and_none_is_ignored(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_every_price_of_a_model_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = """
     model_list:
       - model_name: a

@@ -1,1 +1,1 @@
-"""Real servers for tests: a scripted model server, and the proxy as its own process. No mocks."""
+"""Real servers for tests: a scripted model server, and the proxy as a process of its own. No mocks."""

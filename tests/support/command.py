@@ -1,4 +1,4 @@
-"""`uniroute` as users run it: a process of its own, with a data directory and nothing of our environment's keys."""
+"""`uniroute` as users run it: a process with a data directory of its own and none of this environment's keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 ADMIN_KEY = "admin-key-of-the-tests"
-START_S = 60.0
+START_S = 180.0
 _ADDRESS = re.compile(r"UniRoute at (http://\S+)/v1")
 
 
@@ -39,7 +39,7 @@ def run_command(
 
 
 class ServeCommand:
-    """`uniroute serve` on a free port, until the block ends. `worker_log` is what it wrote."""
+    """`uniroute serve` on a free port, until the block ends. `log` is what it wrote."""
 
     def __init__(
         self, *arguments: str | Path, environ: Mapping[str, str], log: Path, descriptors: int | None = None
@@ -79,7 +79,7 @@ class ServeCommand:
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(how)
-        return self.process.wait(30)
+        return self.process.wait(60)
 
     def _wait_until_ready(self) -> None:
         assert self.process is not None

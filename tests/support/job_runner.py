@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from proxy.storage.redis import Store
-from tests.support.measured import a_bench, model_at, settings_for
+from tests.support.profiling import a_bench, model_at, settings_for
 
 
 async def main(folder: Path, url: str) -> None:

@@ -1,4 +1,4 @@
-"""Client keys with limits put straight into a store, and what the store says of their use."""
+"""Client keys with limits, put straight into a store, and their use as the store has it."""
 
 from __future__ import annotations
 

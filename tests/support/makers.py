@@ -1,10 +1,8 @@
-"""Small parts for tests of the state: a cluster map of four corners, records, profiles, a live state holder."""
+"""Small parts for tests: a cluster map of four corners, records, profiles, a started snapshot watcher."""
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -39,7 +37,7 @@ def a_profile(errors: Sequence[float] = (0.1, 0.2, 0.3, 0.4), map_id: str = CORN
     return Profile.from_json({**document, "mean_output_tokens": 50.0, "mean_seconds": 1.0})
 
 
-def surroundings(
+def snapshot_inputs(
     *configured: ModelRecord, live: TrafficStats | None = None, cluster_map: ClusterMap = CORNERS
 ) -> SnapshotInputs:
     return SnapshotInputs(cluster_map, {record.name: record for record in configured}, bundled_catalog(), live=live)
@@ -50,7 +48,7 @@ def a_registry(store: Store, folder: Path, *configured: str) -> Registry:
 
 
 @asynccontextmanager
-async def following(
+async def started_watcher(
     store: Store,
     folder: Path,
     *configured: ModelRecord,
@@ -58,19 +56,10 @@ async def following(
     cluster_map: ClusterMap = CORNERS,
 ) -> AsyncIterator[SnapshotWatcher]:
     """A started StateHolder: what one more process would see."""
-    around = surroundings(*configured, live=live, cluster_map=cluster_map)
+    around = snapshot_inputs(*configured, live=live, cluster_map=cluster_map)
     holder = SnapshotWatcher(store, around, AuthRequiredLatch(folder))
     await holder.start()
     try:
         yield holder
     finally:
         await holder.stop()
-
-
-async def until(happened: Callable[[], Any], timeout_s: float = 5.0) -> float:
-    """Seconds until `happened()` was true; fails the test when it never is."""
-    started = time.monotonic()
-    while not happened():
-        assert time.monotonic() - started < timeout_s, "did not happen in time"
-        await asyncio.sleep(0.01)
-    return time.monotonic() - started

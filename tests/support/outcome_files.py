@@ -1,4 +1,4 @@
-"""Small outcomes files, and `uniroute evaluate` on them: what it prints, and the one line that it refuses with."""
+"""Small outcomes files, and `uniroute evaluate` on them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.support.command import run_command
 
 Row = dict[str, Any]
 PRICES = {"tiny": 1e-7, "small": 5e-7, "middle": 1e-6, "large": 5e-6}
+# A model is right where the first word has one of its letters.
 LETTERS = {"tiny": "xz", "small": "vw", "middle": "kq", "large": "aeiou"}
-"""A model is right where the first word has one of its letters."""
 SMALL = ("--labels", "10,20", "--trials", "3", "--unseen", "0", "--workers", "1")
 
 

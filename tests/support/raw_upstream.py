@@ -1,4 +1,4 @@
-"""A model server that says exactly the bytes it is told, on connections that stay open. On the test's own loop."""
+"""A model server on the test's own event loop that sends exactly the given bytes, on connections that stay open."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 JSON = b'{"id":"x","model":"theirs","choices":[{"index":0,"message":{"role":"assistant","content":"hi"}}]}'
-SAID = b'data: {"model":"theirs","choices":[{"index":0,"delta":{"content":"hi"},"finish_reason":null}]}\n\n'
+CHUNK = b'data: {"model":"theirs","choices":[{"index":0,"delta":{"content":"hi"},"finish_reason":null}]}\n\n'
 END = b'data: {"model":"theirs","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
 DONE = b"data: [DONE]\n\n"
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
 
 
 @dataclass(frozen=True)
-class Said:
+class Reply:
     """One answer, piece by piece, and what becomes of the connection."""
 
     pieces: tuple[bytes, ...]
@@ -27,8 +27,8 @@ class Said:
     """hang: it waits for the client to leave."""
 
 
-def plain(body: bytes = JSON, head: bytes = b"content-type: application/json\r\n", status: bytes = b"200 OK") -> Said:
-    return Said((b"HTTP/1.1 %s\r\n%scontent-length: %d\r\n\r\n%s" % (status, head, len(body), body),))
+def plain(body: bytes = JSON, head: bytes = b"content-type: application/json\r\n", status: bytes = b"200 OK") -> Reply:
+    return Reply((b"HTTP/1.1 %s\r\n%scontent-length: %d\r\n\r\n%s" % (status, head, len(body), body),))
 
 
 def chunked(*pieces: bytes, end: bytes = b"0\r\n\r\n") -> tuple[bytes, ...]:
@@ -40,7 +40,7 @@ def chunked(*pieces: bytes, end: bytes = b"0\r\n\r\n") -> tuple[bytes, ...]:
 class RawUpstream:
     """`script` holds the next answers; the last is repeated."""
 
-    def __init__(self, *script: Said, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, *script: Reply, tls: ssl.SSLContext | None = None) -> None:
         self.script = deque(script)
         self.heads: list[bytes] = []
         self.bodies: list[bytes] = []

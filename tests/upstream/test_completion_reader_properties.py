@@ -1,4 +1,4 @@
-"""What the quick ways of reading a stream make of it: the same as the slow ones, for every split of its bytes."""
+"""The fast ways to read a stream give the same as a slow reference, for every split of its bytes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import UpstreamError
-from proxy.upstream.litellm.transport import chunks_of
-from proxy.upstream.payload import ChunkReader
+from proxy.upstream.chunk_reader import ChunkReader
+from proxy.upstream.litellm_transport import read_chunks
 from proxy.upstream.sse import ErrorData, RawLine, SSEDecoder
 
 SAID: Any = {"model": "m", "choices": [{"index": 0, "delta": {"content": "é\u2028字"}, "finish_reason": None}]}
@@ -70,7 +70,7 @@ class Slow(SSEDecoder):
     """By lines alone."""
 
     def feed(self, piece: bytes) -> list[bytes]:
-        return self._lines(piece)
+        return self._decode_lines(piece)
 
 
 def cut(cutter: SSEDecoder, parts: Sequence[bytes]) -> list[bytes]:
@@ -85,7 +85,7 @@ def typed(found: list[bytes]) -> list[tuple[type, bytes]]:
 @settings(max_examples=500, deadline=None)
 @example(b"data: a\n\ndata: b\r\n\ndata: c\n\n", None)
 @example(b"data: a\n\ndata: b\n\n: c\n\n\ndata: d\ndata: e\n\ndata: f", None)
-def test_the_quick_way_cuts_as_lines_do(raw: bytes, data: st.DataObject | None) -> None:
+def test_the_fast_decoder_gives_the_same_events_as_decoding_by_lines(raw: bytes, data: st.DataObject | None) -> None:
     expected = typed(cut(Slow(), [raw]))
     splits = [[raw], [bytes((byte,)) for byte in raw], *([raw[:at], raw[at:]] for at in range(min(len(raw), 60)))]
     if data is not None:
@@ -189,7 +189,7 @@ def translated(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | Non
     async def read() -> tuple[list[Any], tuple[Any, ...] | None]:
         found: list[Any] = []
         try:
-            async for chunk in chunks_of(httpx.Response(200, content=body())):
+            async for chunk in read_chunks(httpx.Response(200, content=body())):
                 found.append(chunk)
         except UpstreamError as failure:
             return found, told(failure)
@@ -199,18 +199,18 @@ def translated(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | Non
 
 
 def told(failure: UpstreamError) -> tuple[Any, ...]:
-    return failure.message, failure.status, failure.body, failure.lost, failure.retryable
+    return failure.message, failure.status, failure.body, failure.connection_lost, failure.retryable
 
 
 def relayed(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | None]:
     reader, left = ChunkReader(), [part for part in parts if part]
     found: list[Any] = []
-    while not reader.over:
+    while not reader.done:
         block = reader.feed(left.pop(0)) if left else reader.close()
-        events = [chunk.named("m") for chunk in block]
+        events = [chunk.with_model("m") for chunk in block]
         assert not any(b"\n" in event or b"\r" in event for event in events), "a client would read on at another line"
         found += map(json.loads, events)
-    return found, None if reader.fault is None else told(reader.fault)
+    return found, None if reader.final_error is None else told(reader.final_error)
 
 
 def as_shown(chunks: list[Any]) -> list[Any]:
@@ -222,7 +222,7 @@ def as_shown(chunks: list[Any]) -> list[Any]:
 @settings(max_examples=300, deadline=None)
 @example(b'data: {"model":"m","choices":\ndata: []}\n\ndata: {"model":"m","choices":\rdata:[]}\n\n', None)
 @example(b'data: {"choices":[{"index":0}]}\ndata: {"choices":[{"finish_reason":"stop"}]}\ndata: [DONE]\n', None)
-def test_a_stream_is_read_as_it_is_spelled_out(raw: bytes, data: st.DataObject | None) -> None:
+def test_a_stream_is_read_as_the_reference_reads_it(raw: bytes, data: st.DataObject | None) -> None:
     parts = [raw] if data is None else data.draw(pieces(raw))
     chunks, failure = spelled_out(raw)
 

@@ -1,4 +1,4 @@
-"""What an upstream says went wrong: its own status, the first words that can be found, and what it means."""
+"""Status, message and meaning of an upstream's error, however the server reports it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 
 from proxy.errors import UpstreamError
 from proxy.server.responses import render_error
-from proxy.upstream.circuit_breaker import Weight, classify_failure
-from proxy.upstream.errors import error_from_response, error_in, not_a_completion, reported
+from proxy.upstream.circuit_breaker import FailureKind, classify_failure
+from proxy.upstream.errors import error_from_body, error_from_response, find_error, not_a_completion
 
 
 def http_error(status: int, said: Any, **headers: str) -> UpstreamError:
@@ -40,32 +40,37 @@ def shown(failure: UpstreamError) -> tuple[int, dict[str, Any]]:
         ("only a text", "only a text"),
     ],
 )
-def test_the_first_text_that_can_be_found_is_the_message(said: Any, words: str) -> None:
+def test_the_first_text_in_an_error_is_its_message(said: Any, words: str) -> None:
     assert shown(http_error(400, said))[1]["message"] == words
 
 
-def test_a_body_without_words_is_shown_itself_and_cut() -> None:
+def test_an_error_without_a_message_is_passed_on_shortened() -> None:
     assert shown(http_error(400, {"fault": 7}))[1]["message"] == 'small answered with status 400: {"fault": 7}'
     assert len(shown(http_error(400, {"fault": list(range(999))}))[1]["message"]) < 600
     assert shown(error_from_response(500, b"", {}, "small"))[1]["message"] == "small answered with status 500"
 
 
-def test_fields_beside_a_flat_message_are_the_errors() -> None:
+def test_members_beside_a_flat_message_belong_to_the_error() -> None:
     said = {"object": "error", "message": "too warm", "type": "BadRequestError", "param": "temperature", "code": 400}
     _, error = shown(http_error(400, said))
     assert (error["type"], error["param"], error["code"]) == ("BadRequestError", "temperature", "400")
 
 
 @pytest.mark.parametrize("stated", [{"code": 429}, {"code": "429"}, {"status": 429}, {"status_code": 429}])
-def test_an_error_has_the_status_that_it_names(stated: dict[str, Any]) -> None:
+def test_an_error_has_the_status_that_it_states(stated: dict[str, Any]) -> None:
     said = {"error": {"message": "slow down", **stated}}
-    assert http_error(500, said).status == reported("x", said).status == not_a_completion("small", said).status == 429
+    assert (
+        http_error(500, said).status
+        == error_from_body("x", said).status
+        == not_a_completion("small", said).status
+        == 429
+    )
 
 
 @pytest.mark.parametrize("stated", [{"code": 200}, {"code": 5006}, {"code": True}, {"code": "4290"}, {"status": "x"}])
-def test_what_is_no_status_of_an_error_names_none(stated: dict[str, Any]) -> None:
+def test_other_numbers_are_no_status_of_an_error(stated: dict[str, Any]) -> None:
     said = {"error": {"message": "no", **stated}}
-    assert (http_error(418, said).status, reported("x", said).status) == (418, 502)
+    assert (http_error(418, said).status, error_from_body("x", said).status) == (418, 502)
 
 
 @pytest.mark.parametrize(
@@ -79,8 +84,8 @@ def test_what_is_no_status_of_an_error_names_none(stated: dict[str, Any]) -> Non
         ({"error": {}}, 502),
     ],
 )
-def test_an_error_without_a_number_is_known_by_its_name_or_words(said: dict[str, Any], status: int) -> None:
-    assert reported("x", error_in(said)).status == status
+def test_an_error_without_a_number_gets_its_status_by_its_name_or_message(said: dict[str, Any], status: int) -> None:
+    assert error_from_body("x", find_error(said)).status == status
 
 
 OVERFLOWS = [
@@ -106,12 +111,17 @@ OVERFLOWS = [
 
 
 @pytest.mark.parametrize("words", OVERFLOWS)
-def test_a_prompt_that_does_not_fit_is_the_callers_matter_wherever_it_is_told(words: str) -> None:
+def test_a_prompt_beyond_the_context_window_is_status_400_wherever_the_server_says_so(words: str) -> None:
     said = {"error": {"code": 500, "message": words, "type": "server_error"}}
-    for failure in (http_error(500, said), http_error(400, said["error"]), reported("x", said), reported("x", words)):
+    for failure in (
+        http_error(500, said),
+        http_error(400, said["error"]),
+        error_from_body("x", said),
+        error_from_body("x", words),
+    ):
         status, error = shown(failure)
         assert (status, error["code"], failure.retryable) == (400, "context_length_exceeded", True)
-        assert classify_failure(failure, 0.0).weight is Weight.ANSWERED
+        assert classify_failure(failure, 0.0).kind is FailureKind.CALLER_ERROR
 
 
 @pytest.mark.parametrize(
@@ -125,14 +135,14 @@ def test_a_prompt_that_does_not_fit_is_the_callers_matter_wherever_it_is_told(wo
         (500, "CUDA out of memory"),
     ],
 )
-def test_limits_of_other_kinds_are_no_overflow(status: int, words: str) -> None:
+def test_other_limits_do_not_count_as_the_context_window(status: int, words: str) -> None:
     failure = http_error(status, {"error": {"message": words}})
-    assert (failure.overflow, failure.status) == (False, status)
+    assert (failure.context_exceeded, failure.status) == (False, status)
 
 
-def test_the_code_of_a_prompt_that_does_not_fit_is_enough() -> None:
-    assert http_error(400, {"error": {"code": "context_length_exceeded", "message": "no"}}).overflow
-    assert reported("x", {"error": {"type": "exceed_context_size_error", "message": "no"}}).overflow
+def test_the_code_for_a_prompt_beyond_the_context_window_is_enough() -> None:
+    assert http_error(400, {"error": {"code": "context_length_exceeded", "message": "no"}}).context_exceeded
+    assert error_from_body("x", {"error": {"type": "exceed_context_size_error", "message": "no"}}).context_exceeded
 
 
 @pytest.mark.parametrize(
@@ -144,11 +154,11 @@ def test_the_code_of_a_prompt_that_does_not_fit_is_enough() -> None:
         {"metadata": {"headers": {"Retry-After": "7"}}},
     ],
 )
-def test_a_wait_that_the_body_asks_for_is_kept_where_no_header_does(told: dict[str, Any]) -> None:
+def test_a_wait_stated_in_the_body_counts_if_no_header_states_one(told: dict[str, Any]) -> None:
     said = {"error": {"code": 429, "message": "slow", **told}}
-    assert reported("x", said).headers == {"retry-after": "7"}
+    assert error_from_body("x", said).headers == {"retry-after": "7"}
     assert http_error(429, said, **{"Retry-After": "3"}).headers == {"retry-after": "3"}
-    assert classify_failure(reported("x", said), 0.0).wait_s == 7.0
+    assert classify_failure(error_from_body("x", said), 0.0).wait_s == 7.0
 
 
 @pytest.mark.parametrize(
@@ -160,8 +170,8 @@ def test_a_wait_that_the_body_asks_for_is_kept_where_no_header_does(told: dict[s
         *({"base_resp": {"status_code": 1000}}, {"success": False}, {"status": "error"}, {"detail": "boom"}),
     ],
 )
-def test_whatever_says_error_is_one(said: Any) -> None:
-    assert error_in(said) is not None
+def test_every_way_to_report_an_error_is_recognised(said: Any) -> None:
+    assert find_error(said) is not None
 
 
 @pytest.mark.parametrize(
@@ -172,11 +182,11 @@ def test_whatever_says_error_is_one(said: Any) -> None:
         *({"choices": [{"delta": {"content": "error"}}], "detail": "x", "status": "failed"}, {"type": "ping"}),
     ],
 )
-def test_what_does_not_is_none(said: Any) -> None:
-    assert error_in(said) is None
+def test_a_body_that_reports_no_error_is_none(said: Any) -> None:
+    assert find_error(said) is None
 
 
-def test_what_a_completion_says_is_not_shown_beside_its_error() -> None:
+def test_members_of_a_completion_are_left_out_of_its_error() -> None:
     said = {"choices": [{"message": {"content": "half"}}], "usage": {}, "error": {"message": "gone"}, "request_id": "r"}
     _, body, _ = render_error(not_a_completion("small", said))
     assert set(body) == {"error", "request_id"}
@@ -189,11 +199,11 @@ def test_what_a_completion_says_is_not_shown_beside_its_error() -> None:
         {"choices": [{"delta": {}, "finish_reason": "error"}], "usage": {"prompt_tokens": 3}},
     ],
 )
-def test_what_a_failed_answer_used_is_kept_of_it(said: dict[str, Any]) -> None:
+def test_the_usage_of_a_failed_answer_is_kept(said: dict[str, Any]) -> None:
     body: Any = not_a_completion("small", said).body
     assert body["usage"] == {"prompt_tokens": 3}
 
 
-def test_of_a_long_error_within_a_success_its_words_are_kept() -> None:
+def test_the_message_of_a_long_error_within_a_success_is_kept() -> None:
     said = {"error": {"message": "gone", "code": 503}, "more": ["x"] * 9999}
     assert not_a_completion("small", said).body == {"error": {"message": "gone", "code": 503}}

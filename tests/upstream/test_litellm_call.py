@@ -1,4 +1,4 @@
-"""From a record and a body to a provider call: the arm's parameters, the caller's, and who wins."""
+"""From a record and a body to a litellm call: the model's parameters, the caller's, and which wins."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from proxy.upstream.litellm.params import LiteLLMTarget, call_arguments, merge_model_params
+from proxy.settings.litellm_params import merge_model_params
+from proxy.upstream.litellm_client import LiteLLMTarget, call_arguments
 
 ASK: Any = [{"role": "user", "content": "hi"}]
 LOCAL = LiteLLMTarget("openai", "small", "http://127.0.0.1:9001/v1")
@@ -14,7 +15,7 @@ OPENAI = LiteLLMTarget("openai", "gpt-4o", None)
 ANTHROPIC = LiteLLMTarget("anthropic", "claude", None)
 
 
-def test_the_callers_value_wins_over_the_arms() -> None:
+def test_the_callers_value_wins_over_the_models() -> None:
     params = {"model": "openai/m", "api_key": "k", "temperature": 0.2, "top_k": 4, "extra_body": {"min_p": 0.1}}
     body = merge_model_params(params, {"messages": ASK, "temperature": 0.9})
 
@@ -37,7 +38,7 @@ THINKING: dict[str, Any] = {
 
 @pytest.mark.parametrize("stated", THINKING)
 @pytest.mark.parametrize("fixed", THINKING)
-def test_how_much_to_think_is_one_thing_under_all_its_names(fixed: str, stated: str) -> None:
+def test_all_names_of_the_reasoning_effort_are_synonyms(fixed: str, stated: str) -> None:
     params = {"model": "m", "extra_body": {fixed: "the arm's", "thinking_budget": 1}}
 
     assert merge_model_params(params, {"messages": ASK, stated: THINKING[stated]}) == {
@@ -47,14 +48,14 @@ def test_how_much_to_think_is_one_thing_under_all_its_names(fixed: str, stated: 
 
 
 @pytest.mark.parametrize(("fixed", "stated"), [("tools", "functions"), ("tool_choice", "function_call")])
-def test_the_callers_tools_take_the_place_of_the_arms_under_the_older_name_too(fixed: str, stated: str) -> None:
+def test_the_callers_tools_replace_the_models_under_the_older_name_too(fixed: str, stated: str) -> None:
     assert merge_model_params({"model": "m", fixed: ["arm"]}, {"messages": ASK, stated: []}) == {
         "messages": ASK,
         stated: [],
     }
 
 
-def test_an_object_of_the_caller_is_not_mixed_with_the_arms() -> None:
+def test_an_object_of_the_caller_is_not_merged_with_the_models() -> None:
     params = {"model": "m", "extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
     stated = {"messages": ASK, "chat_template_kwargs": {"other": 1}}
 
@@ -62,11 +63,11 @@ def test_an_object_of_the_caller_is_not_mixed_with_the_arms() -> None:
 
 
 @pytest.mark.parametrize("name", ["temperature", "stop", "seed"])
-def test_a_null_of_the_caller_does_not_undo_the_arm(name: str) -> None:
+def test_a_null_of_the_caller_does_not_remove_the_models_value(name: str) -> None:
     assert merge_model_params({"model": "m", name: 2}, {"messages": ASK, name: None}) == {"messages": ASK, name: 2}
 
 
-def test_a_null_under_another_name_does_not_stand_beside_the_arms_value() -> None:
+def test_a_null_under_a_synonym_is_not_sent_beside_the_models_value() -> None:
     body = {"messages": ASK, "max_tokens": None, "thinking": None, "user": None}
     merged = merge_model_params({"model": "m", "max_completion_tokens": 10, "reasoning_effort": "low"}, body)
 
@@ -74,11 +75,11 @@ def test_a_null_under_another_name_does_not_stand_beside_the_arms_value() -> Non
 
 
 @pytest.mark.parametrize("value", [[], "", 0, False])
-def test_an_empty_value_is_stated(value: object) -> None:
+def test_an_empty_value_counts_as_stated(value: object) -> None:
     assert merge_model_params({"model": "m", "stop": ["x"]}, {"messages": ASK, "stop": value})["stop"] == value
 
 
-def test_an_arm_cannot_take_the_callers_messages_or_model() -> None:
+def test_a_models_parameters_cannot_replace_the_callers_messages_or_model() -> None:
     fixed = {"messages": [], "model": "other", "stream": True}
     asked = {"model": "auto", "messages": ASK}
     arguments = call_arguments(LOCAL, merge_model_params({"model": "m", "extra_body": fixed}, asked), stream=False)
@@ -88,14 +89,14 @@ def test_an_arm_cannot_take_the_callers_messages_or_model() -> None:
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])
-def test_the_arms_system_prompt_yields_to_the_callers(role: str) -> None:
+def test_the_callers_system_prompt_replaces_the_models(role: str) -> None:
     own = [{"role": role, "content": "mine"}, *ASK]
 
     assert merge_model_params({"model": "m", "system": "arm"}, {"messages": ASK})["messages"][0]["content"] == "arm"
     assert merge_model_params({"model": "m", "system": "arm"}, {"messages": own})["messages"] == own
 
 
-def test_an_own_address_gets_the_callers_body_verbatim() -> None:
+def test_a_server_with_its_own_address_gets_the_callers_body_unchanged() -> None:
     body = {"model": "auto", "messages": ASK, "temperature": 1, "top_k": 4, "metadata": {"a": "b"}, "stop": None}
     arguments = call_arguments(LOCAL, body, stream=False)
 
@@ -120,7 +121,7 @@ def test_openai_itself_goes_through_litellms_translation() -> None:
     assert arguments["extra_body"] == {"metadata": {"a": "b"}, "new_field": 1}
 
 
-def test_openais_book_keeping_stays_here_for_other_formats() -> None:
+def test_fields_for_openais_records_are_not_sent_in_other_formats() -> None:
     arguments = call_arguments(ANTHROPIC, {"messages": ASK, "metadata": {"a": "b"}, "store": True}, stream=False)
 
     assert "extra_body" not in arguments

@@ -1,4 +1,4 @@
-"""An import of litellm that fails is told, and tried again: what it failed for may be over."""
+"""A failed import of litellm is logged and tried again: the reason may be temporary."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import CannotTranslate
+from proxy.errors import LiteLLMUnavailable
 from proxy.server.responses import render_error
 from proxy.settings.schema import CircuitBreakerSettings, Settings
 from proxy.storage.models import ModelRecord
 from proxy.upstream import client as upstreams
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.health import HealthRegistry
-from tests.support.makers import a_record, until
+from tests.support.direct_calls import BODY, a_model
+from tests.support.makers import a_record
 from tests.support.raw_upstream import RawUpstream, plain
-from tests.support.relaying import BODY, a_model
+from tests.support.waiting import until
 
 
 class Broken:
@@ -53,26 +54,26 @@ def translated() -> ModelRecord:
     return a_record("foreign", model="anthropic/x", api_key="sk-arm-key")
 
 
-async def test_an_import_that_failed_is_told_and_tried_again(
+async def test_a_failed_import_of_litellm_is_logged_and_tried_again(
     upstream: UpstreamClient, broken: Broken, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(upstreams, "FIRST_PAUSE_S", 0.01)
-    upstream.serve({"foreign": translated()})
-    await upstream.open()
-    with pytest.raises(CannotTranslate, match=r"OSError.*Too many open files"):
+    monkeypatch.setattr(upstreams, "MIN_RETRY_INTERVAL_S", 0.01)
+    upstream.set_models({"foreign": translated()})
+    await upstream.warm_up()
+    with pytest.raises(LiteLLMUnavailable, match=r"OSError.*Too many open files"):
         await upstream.complete(translated(), BODY)
-    assert upstream.loading == {"foreign"}
+    assert upstream.not_ready == {"foreign"}
     assert "litellm cannot be imported" in caplog.text
 
     await until(lambda: broken.tries > 2)
     monkeypatch.undo()
-    await until(lambda: not upstream.loading, timeout_s=60)
-    await upstream.loaded()
+    await until(lambda: not upstream.not_ready, timeout_s=60)
+    await upstream.ensure_litellm()
 
 
 @pytest.mark.usefixtures("broken")
-async def test_models_that_are_relayed_are_called_all_the_same(upstream: UpstreamClient) -> None:
-    upstream.serve({"foreign": translated()})
+async def test_models_that_are_called_directly_need_no_litellm(upstream: UpstreamClient) -> None:
+    upstream.set_models({"foreign": translated()})
     async with RawUpstream(plain()) as server:
         answer = await upstream.complete(a_model(server, api_key="sk-arm-key"), BODY)
 
@@ -80,23 +81,23 @@ async def test_models_that_are_relayed_are_called_all_the_same(upstream: Upstrea
 
 
 @pytest.mark.usefixtures("broken")
-async def test_who_asks_meanwhile_is_told_when_to_come_again_and_the_model_is_not_blamed(
+async def test_without_litellm_the_caller_gets_a_retry_after_and_the_circuit_stays_closed(
     upstream: UpstreamClient,
 ) -> None:
-    with pytest.raises(CannotTranslate) as caught:
+    with pytest.raises(LiteLLMUnavailable) as caught:
         await upstream.complete(translated(), BODY)
     status, body, headers = render_error(caught.value)
     health = HealthRegistry(CircuitBreakerSettings())
     for _ in range(10):
-        health.begin("foreign").failed(caught.value)
+        health.start_attempt("foreign").failed(caught.value)
 
     assert (status, body["error"]["code"], int(headers["retry-after"]) <= 10) == (503, "unavailable", True)
-    assert not health.resting()
+    assert not health.cooling_down()
 
 
 @pytest.mark.usefixtures("broken")
-async def test_nothing_is_left_of_an_import_that_failed(upstream: UpstreamClient) -> None:
-    with pytest.raises(CannotTranslate):
-        await upstream.loaded()
+async def test_no_module_is_left_of_a_failed_import(upstream: UpstreamClient) -> None:
+    with pytest.raises(LiteLLMUnavailable):
+        await upstream.ensure_litellm()
 
     assert not [name for name in sys.modules if name.partition(".")[0] == "litellm"]

@@ -1,4 +1,4 @@
-"""What arrives at a model when its own parameters and the caller's meet: real calls to a scripted server."""
+"""What a model is sent when its own parameters and the caller's meet: real calls to a scripted server."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from proxy.settings.schema import Settings
-from proxy.upstream.litellm.client import LiteLLMClient
-from tests.support.answers import Step
+from proxy.upstream.litellm_client import LiteLLMClient
 from tests.support.makers import a_record
-from tests.support.upstream import ScriptedUpstream
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
 
 ASK: Any = {"role": "user", "content": "hi"}
 ARM: dict[str, Any] = {
@@ -53,7 +53,7 @@ async def arriving(upstream: LiteLLMClient, body: dict[str, Any], *, stream: boo
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_where_the_caller_states_nothing_the_arms_parameters_arrive(
+async def test_the_models_parameters_are_sent_if_the_caller_states_none(
     upstream: LiteLLMClient, *, stream: bool
 ) -> None:
     sent = await arriving(upstream, {"messages": [ASK]}, stream=stream)
@@ -70,9 +70,7 @@ async def test_where_the_caller_states_nothing_the_arms_parameters_arrive(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_the_caller_states_arrives_and_nothing_of_the_arm_beside_it(
-    upstream: LiteLLMClient, *, stream: bool
-) -> None:
+async def test_the_callers_parameters_replace_the_models(upstream: LiteLLMClient, *, stream: bool) -> None:
     stated: dict[str, Any] = {
         "messages": [{"role": "developer", "content": "Mine."}, ASK],
         "temperature": 0,
@@ -87,14 +85,14 @@ async def test_what_the_caller_states_arrives_and_nothing_of_the_arm_beside_it(
     assert {name: value for name, value in sent.items() if not name.startswith("stream")} == {**stated, "model": "m"}
 
 
-async def test_nulls_of_the_caller_leave_the_arms_values(upstream: LiteLLMClient) -> None:
+async def test_nulls_of_the_caller_leave_the_models_values(upstream: LiteLLMClient) -> None:
     sent = await arriving(upstream, {"messages": [ASK], "temperature": None, "max_completion_tokens": None})
 
     assert (sent["temperature"], sent["max_tokens"]) == (0.1, 50)
     assert "max_completion_tokens" not in sent
 
 
-async def test_of_another_format_too_the_callers_limit_system_and_thinking_arrive(upstream: LiteLLMClient) -> None:
+async def test_the_callers_limit_system_and_reasoning_are_sent_in_another_format_too(upstream: LiteLLMClient) -> None:
     with ScriptedUpstream() as server:
         server.then(Step(body=CLAUDE))
         fixed: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The relay's connections: used again, given up, closed when a client leaves; certificates and proxies on the way."""
+"""Connections of the direct client: reuse, closing, cancelled callers, certificates and proxies."""
 
 from __future__ import annotations
 
@@ -11,24 +11,22 @@ import pytest
 
 from proxy.settings.schema import Settings
 from proxy.upstream.client import UpstreamClient
-from tests.support.makers import until
-from tests.support.raw_upstream import DONE, END, JSON, SAID, STREAM_HEAD, RawUpstream, Said, chunked, plain
-from tests.support.relaying import BODY, KEY, SHORT, WHOLE, a_model, failing, streamed, whole
+from tests.support.direct_calls import BODY, KEY, SHORT, WHOLE, a_model, failing, streamed, whole
+from tests.support.raw_upstream import CHUNK, DONE, END, JSON, STREAM_HEAD, RawUpstream, Reply, chunked, plain
 from tests.support.tls import served_by
+from tests.support.waiting import until
 
 SOON_S = 1.0
 
 
 @pytest.mark.parametrize(
     "after",
-    [(), (SAID * 3,), (b"data: {broken\n\n",), (b"x" * 2**21,)],
+    [(), (CHUNK * 3,), (b"data: {broken\n\n",), (b"x" * 2**21,)],
     ids=["silence", "events", "nonsense", "flood"],
 )
-async def test_what_comes_after_done_is_waited_for_by_nobody(
-    upstream: UpstreamClient, after: tuple[bytes, ...]
-) -> None:
+async def test_nothing_is_waited_for_after_done(upstream: UpstreamClient, after: tuple[bytes, ...]) -> None:
     """The coding of the body never ends: its connection is given up, and not used again."""
-    async with RawUpstream(Said(chunked(SAID, END, DONE, *after, end=b""), "hang"), WHOLE) as server:
+    async with RawUpstream(Reply(chunked(CHUNK, END, DONE, *after, end=b""), "hang"), WHOLE) as server:
         async with asyncio.timeout(SOON_S / 2):
             assert len(await streamed(upstream, a_model(server))) == 2
         await until(lambda: server.open == 0, 3)
@@ -36,7 +34,7 @@ async def test_what_comes_after_done_is_waited_for_by_nobody(
         assert server.connections == 2
 
 
-async def test_connections_are_used_again(upstream: UpstreamClient) -> None:
+async def test_connections_are_reused(upstream: UpstreamClient) -> None:
     async with RawUpstream(WHOLE) as server:
         for _ in range(5):
             assert len(await streamed(upstream, a_model(server))) == 2
@@ -48,8 +46,8 @@ async def test_connections_are_used_again(upstream: UpstreamClient) -> None:
         assert server.connections == 1
 
 
-async def test_a_kept_connection_that_the_server_closed_costs_no_request(upstream: UpstreamClient) -> None:
-    async with RawUpstream(Said(plain().pieces, "close")) as server:
+async def test_an_idle_connection_that_the_server_closed_is_not_used(upstream: UpstreamClient) -> None:
+    async with RawUpstream(Reply(plain().pieces, "close")) as server:
         for _ in range(5):
             await whole(upstream, a_model(server))
             await until(lambda: server.open == 0)
@@ -57,30 +55,30 @@ async def test_a_kept_connection_that_the_server_closed_costs_no_request(upstrea
         assert (len(server.bodies), server.connections) == (5, 5)
 
 
-async def test_a_kept_connection_that_dies_under_a_request_is_told_as_lost_and_not_repeated_here(
+async def test_an_idle_connection_that_dies_under_a_request_is_reported_as_lost_and_not_retried_here(
     upstream: UpstreamClient,
 ) -> None:
-    async with RawUpstream(plain(), Said((), "reset"), plain()) as server:
+    async with RawUpstream(plain(), Reply((), "reset"), plain()) as server:
         await whole(upstream, a_model(server))
         failure = await failing(upstream, a_model(server), whole)
-        assert (failure.lost, len(server.bodies), server.connections) == (True, 2, 1)
+        assert (failure.connection_lost, len(server.bodies), server.connections) == (True, 2, 1)
         await whole(upstream, a_model(server))
 
 
 @pytest.mark.parametrize(
     "said",
     [
-        Said((), "hang"),
-        Said((SHORT,), "hang"),
-        Said((STREAM_HEAD + b"\r\n",), "hang"),
-        Said(chunked(SAID, end=b""), "hang"),
-        Said(chunked(SAID, END, end=b""), "hang"),
+        Reply((), "hang"),
+        Reply((SHORT,), "hang"),
+        Reply((STREAM_HEAD + b"\r\n",), "hang"),
+        Reply(chunked(CHUNK, end=b""), "hang"),
+        Reply(chunked(CHUNK, END, end=b""), "hang"),
     ],
     ids=["before the headers", "in a body", "after the headers", "after a chunk", "after the last word"],
 )
 @pytest.mark.parametrize("ask", [whole, streamed])
-async def test_leaving_at_any_stage_closes_the_connection(
-    upstream: UpstreamClient, said: Said, ask: Callable[..., Any]
+async def test_cancelling_at_any_stage_closes_the_connection(
+    upstream: UpstreamClient, said: Reply, ask: Callable[..., Any]
 ) -> None:
     async with RawUpstream(said) as server:
         asking = asyncio.create_task(ask(upstream, a_model(server)))
@@ -112,26 +110,26 @@ async def test_many_streams_at_once_leave_no_connection_behind(upstream: Upstrea
         await until(lambda: server.open == 0)
 
 
-async def test_an_unknown_certificate_is_said_to_be_the_reason(upstream: UpstreamClient, certificate: Path) -> None:
+async def test_an_untrusted_certificate_is_named_as_the_reason(upstream: UpstreamClient, certificate: Path) -> None:
     async with RawUpstream(plain(), tls=served_by(certificate)) as server:
         for ask in (whole, streamed):
             failure = await failing(upstream, a_model(server), ask)
-            assert ("certificate" in failure.message, failure.lost) == (True, False)
+            assert ("certificate" in failure.message, failure.connection_lost) == (True, False)
         assert server.bodies == []
 
 
-async def test_a_certificate_of_the_systems_is_taken_where_it_is_asked_for(
+async def test_ssl_cert_file_replaces_the_default_certificates(
     certificate: Path,
 ) -> None:
-    upstream = UpstreamClient(Settings(), {"ARM_API_KEY": KEY, "SSL_CERT_FILE": str(certificate)})
+    upstream = UpstreamClient(Settings(), {"MODEL_API_KEY": KEY, "SSL_CERT_FILE": str(certificate)})
     async with RawUpstream(plain(), tls=served_by(certificate)) as server:
         assert await whole(upstream, a_model(server)) == JSON.replace(b"theirs", b"ours")
     await upstream.aclose()
 
 
-async def test_a_proxy_of_the_environment_is_used_but_for_this_machine() -> None:
+async def test_the_proxy_of_the_environment_is_used_except_for_this_machine() -> None:
     async with RawUpstream(plain()) as proxy, RawUpstream(plain()) as near:
-        upstream = UpstreamClient(Settings(), {"ARM_API_KEY": KEY, "http_proxy": f"127.0.0.1:{proxy.port}"})
+        upstream = UpstreamClient(Settings(), {"MODEL_API_KEY": KEY, "http_proxy": f"127.0.0.1:{proxy.port}"})
         far = a_model(near, api_base="http://far.invalid/v1")
         await whole(upstream, far)
         await whole(upstream, a_model(near))
@@ -140,10 +138,10 @@ async def test_a_proxy_of_the_environment_is_used_but_for_this_machine() -> None
         assert proxy.heads[0].startswith(b"POST http://far.invalid/v1/chat/completions HTTP/1.1\r\n")
 
 
-async def test_a_proxy_that_refuses_is_said_to() -> None:
+async def test_the_status_of_a_proxy_that_refuses_is_reported() -> None:
     async with RawUpstream(plain(b"", status=b"407 Who are you")) as proxy:
-        upstream = UpstreamClient(Settings(), {"ARM_API_KEY": KEY, "https_proxy": f"http://127.0.0.1:{proxy.port}"})
+        upstream = UpstreamClient(Settings(), {"MODEL_API_KEY": KEY, "https_proxy": f"http://127.0.0.1:{proxy.port}"})
         failure = await failing(upstream, a_model(proxy, api_base="https://far.invalid/v1"), whole)
         await upstream.aclose()
-        assert ("407" in failure.message, failure.lost, len(proxy.heads)) == (True, False, 1)
+        assert ("407" in failure.message, failure.connection_lost, len(proxy.heads)) == (True, False, 1)
         assert KEY.encode() not in proxy.heads[0]

@@ -1,4 +1,4 @@
-"""The relay over upstreams that break, lie and answer oddly: real sockets, and what the caller would be told."""
+"""The direct client over upstreams that break, lie and answer oddly: real sockets, and the errors they become."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import pytest
 
 from proxy.storage.models import ModelRecord
 from proxy.upstream.client import UpstreamClient
-from proxy.upstream.connection import MAX_HEADER
-from tests.support.makers import until
-from tests.support.raw_upstream import DONE, END, JSON, SAID, STREAM_HEAD, RawUpstream, Said, chunked, plain
-from tests.support.relaying import BODY, SHORT, WHOLE, a_model, failing, streamed, whole
+from proxy.upstream.connection import MAX_HEADER_VALUE_BYTES
+from tests.support.direct_calls import BODY, SHORT, WHOLE, a_model, failing, streamed, whole
+from tests.support.raw_upstream import CHUNK, DONE, END, JSON, STREAM_HEAD, RawUpstream, Reply, chunked, plain
+from tests.support.waiting import until
 
 
 @pytest.mark.parametrize(
     ("said", "lost"),
     [
-        (Said((), "reset"), True),
-        (Said((), "close"), True),
-        (Said((b"HTTP/1.1 200 O",), "close"), True),
-        (Said((SHORT[:60],), "close"), True),
-        (Said((SHORT[:-20],), "reset"), False),
-        (Said((SHORT,), "close"), False),
-        (Said((b"HTTP/1.1 200 OK\r\ncontent-length: 20\r\n\r\n" + JSON,), "close"), False),
-        (Said((b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n50\r\n" + JSON[:20],), "close"), False),
-        (Said((b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n" + JSON,), "close"), False),
-        (Said((b"SMTP ready\r\n\r\n",), "close"), False),
-        (Said((b"HTTP/1.1 200 OK\r\nx: " + b"y" * (MAX_HEADER + 1) + b"\r\n\r\n",), "close"), False),
+        (Reply((), "reset"), True),
+        (Reply((), "close"), True),
+        (Reply((b"HTTP/1.1 200 O",), "close"), True),
+        (Reply((SHORT[:60],), "close"), True),
+        (Reply((SHORT[:-20],), "reset"), False),
+        (Reply((SHORT,), "close"), False),
+        (Reply((b"HTTP/1.1 200 OK\r\ncontent-length: 20\r\n\r\n" + JSON,), "close"), False),
+        (Reply((b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n50\r\n" + JSON[:20],), "close"), False),
+        (Reply((b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n" + JSON,), "close"), False),
+        (Reply((b"SMTP ready\r\n\r\n",), "close"), False),
+        (Reply((b"HTTP/1.1 200 OK\r\nx: " + b"y" * (MAX_HEADER_VALUE_BYTES + 1) + b"\r\n\r\n",), "close"), False),
         (plain(b"", status=b"204 No Content"), False),
         (plain(b""), False),
         (plain(b"\xff\xfe{}"), False),
@@ -35,35 +35,35 @@ from tests.support.relaying import BODY, SHORT, WHOLE, a_model, failing, streame
         (plain(b"[" * 100_000), False),
     ],
 )
-async def test_an_answer_that_is_none_is_one_request_and_a_failure(
-    upstream: UpstreamClient, said: Said, lost: bool
+async def test_a_response_without_a_completion_is_one_request_and_an_error(
+    upstream: UpstreamClient, said: Reply, lost: bool
 ) -> None:
     """`lost`: nothing was answered, so that the model may be asked once more; else it has done its work."""
     async with RawUpstream(said) as server:
         failure = await failing(upstream, a_model(server), whole)
-        assert (failure.lost, len(server.bodies)) == (lost, 1)
+        assert (failure.connection_lost, len(server.bodies)) == (lost, 1)
 
 
 @pytest.mark.parametrize(
     ("said", "lost", "chunks"),
     [
-        (Said((STREAM_HEAD + b"\r\n",), "reset"), True, 0),
-        (Said((STREAM_HEAD + b"\r\n",), "close"), False, 0),
-        (Said(chunked(end=b""), "close"), True, 0),
-        (Said(chunked(end=b""), "reset"), True, 0),
-        (Said(chunked(SAID, end=b""), "reset"), False, 1),
-        (Said((*chunked(SAID, end=b""), b"50\r\nda"), "close"), False, 1),
-        (Said(chunked(SAID)), False, 1),
-        (Said(chunked(SAID, b"data: {nonsense\n\n")), False, 1),
-        (Said(chunked(b"data: 7\n\n")), False, 0),
-        (Said(chunked(SAID, b'data: {"error": {"message": "boom"}}\n\n', END, DONE)), False, 1),
-        (Said(chunked(DONE)), False, 0),
-        (Said(chunked()), False, 0),
+        (Reply((STREAM_HEAD + b"\r\n",), "reset"), True, 0),
+        (Reply((STREAM_HEAD + b"\r\n",), "close"), False, 0),
+        (Reply(chunked(end=b""), "close"), True, 0),
+        (Reply(chunked(end=b""), "reset"), True, 0),
+        (Reply(chunked(CHUNK, end=b""), "reset"), False, 1),
+        (Reply((*chunked(CHUNK, end=b""), b"50\r\nda"), "close"), False, 1),
+        (Reply(chunked(CHUNK)), False, 1),
+        (Reply(chunked(CHUNK, b"data: {nonsense\n\n")), False, 1),
+        (Reply(chunked(b"data: 7\n\n")), False, 0),
+        (Reply(chunked(CHUNK, b'data: {"error": {"message": "boom"}}\n\n', END, DONE)), False, 1),
+        (Reply(chunked(DONE)), False, 0),
+        (Reply(chunked()), False, 0),
         (plain(b"", status=b"204 No Content", head=b""), False, 0),
     ],
 )
-async def test_a_stream_that_ends_before_its_answer_is_a_failure(
-    upstream: UpstreamClient, said: Said, lost: bool, chunks: int
+async def test_a_stream_that_ends_before_its_answer_is_an_error(
+    upstream: UpstreamClient, said: Reply, lost: bool, chunks: int
 ) -> None:
     seen = []
 
@@ -73,7 +73,7 @@ async def test_a_stream_that_ends_before_its_answer_is_a_failure(
 
     async with RawUpstream(said) as server:
         failure = await failing(upstream, a_model(server), ask)
-        assert (failure.lost, len(seen), len(server.bodies)) == (lost, chunks, 1)
+        assert (failure.connection_lost, len(seen), len(server.bodies)) == (lost, chunks, 1)
 
 
 @pytest.mark.parametrize("status", [b"300 Many", b"302 Found", b"304 Same", b"307 Elsewhere"])
@@ -86,7 +86,7 @@ async def test_no_redirect_is_followed(upstream: UpstreamClient, status: bytes) 
         assert elsewhere.connections == 0
 
 
-async def test_an_error_of_a_megabyte_is_cut_and_its_connection_closed(upstream: UpstreamClient) -> None:
+async def test_a_huge_error_is_shortened_and_its_connection_closed(upstream: UpstreamClient) -> None:
     async with RawUpstream(plain(b'{"error": "' + b"x" * 2**20, status=b"400 Bad")) as server:
         for ask in (whole, streamed):
             failure = await failing(upstream, a_model(server), ask)
@@ -94,7 +94,7 @@ async def test_an_error_of_a_megabyte_is_cut_and_its_connection_closed(upstream:
         await until(lambda: server.open == 0)
 
 
-async def test_the_wait_that_an_upstream_asks_for_is_kept_however_it_is_spelt(upstream: UpstreamClient) -> None:
+async def test_retry_after_is_kept_however_it_is_spelt(upstream: UpstreamClient) -> None:
     async with RawUpstream(
         plain(b"{}", head=b"Retry-After: 7\r\nRETRY-AFTER-MS: 7000\r\n", status=b"429 No")
     ) as server:
@@ -106,15 +106,15 @@ async def test_the_wait_that_an_upstream_asks_for_is_kept_however_it_is_spelt(up
 @pytest.mark.parametrize(
     "said",
     [
-        Said((b"HTTP/1.0 200 OK\r\ncontent-type: application/json\r\n\r\n" + JSON,), "close"),
+        Reply((b"HTTP/1.0 200 OK\r\ncontent-type: application/json\r\n\r\n" + JSON,), "close"),
         plain(gzip.compress(JSON), head=b"content-encoding: gzip\r\n"),
         plain(head=b"x-long: " + b"y" * 30_000 + b"\r\n"),
         plain(head=b"content-type: application/json\r\n" + b"".join(b"x-%d: y\r\n" % each for each in range(100))),
-        Said((b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n", *plain().pieces)),
-        Said(tuple(bytes((byte,)) for byte in plain().pieces[0])),
+        Reply((b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n", *plain().pieces)),
+        Reply(tuple(bytes((byte,)) for byte in plain().pieces[0])),
     ],
 )
-async def test_odd_but_whole_answers_arrive_as_they_are(upstream: UpstreamClient, said: Said) -> None:
+async def test_unusual_but_complete_responses_arrive_unchanged(upstream: UpstreamClient, said: Reply) -> None:
     async with RawUpstream(said) as server:
         assert await whole(upstream, a_model(server)) == JSON.replace(b"theirs", b"ours")
 
@@ -122,25 +122,25 @@ async def test_odd_but_whole_answers_arrive_as_they_are(upstream: UpstreamClient
 @pytest.mark.parametrize(
     "said",
     [
-        Said((b"HTTP/1.0 200 OK\r\ncontent-type: text/event-stream\r\n\r\n", SAID, END), "close"),
-        Said((STREAM_HEAD + b"content-encoding: gzip\r\n\r\n", gzip.compress(SAID + END)), "close"),
-        Said(chunked(b"\xef\xbb\xbf", SAID.replace(b"\n", b"\r\n"), END)),
-        Said(chunked(*(bytes((byte,)) for byte in SAID + END))),
-        Said(chunked(SAID, DONE)),
-        Said(chunked(b": ping\n\nevent: x\nid: 3\n\n", SAID, b"retry: 1\n\n", END[:-2])),
+        Reply((b"HTTP/1.0 200 OK\r\ncontent-type: text/event-stream\r\n\r\n", CHUNK, END), "close"),
+        Reply((STREAM_HEAD + b"content-encoding: gzip\r\n\r\n", gzip.compress(CHUNK + END)), "close"),
+        Reply(chunked(b"\xef\xbb\xbf", CHUNK.replace(b"\n", b"\r\n"), END)),
+        Reply(chunked(*(bytes((byte,)) for byte in CHUNK + END))),
+        Reply(chunked(CHUNK, DONE)),
+        Reply(chunked(b": ping\n\nevent: x\nid: 3\n\n", CHUNK, b"retry: 1\n\n", END[:-2])),
     ],
 )
-async def test_odd_but_whole_streams_arrive_as_they_are(upstream: UpstreamClient, said: Said) -> None:
+async def test_unusual_but_complete_streams_arrive_unchanged(upstream: UpstreamClient, said: Reply) -> None:
     async with RawUpstream(said) as server:
         found = await streamed(upstream, a_model(server))
 
-    whole_events = [each[6:].strip().replace(b"theirs", b"ours") for each in (SAID, END)]
+    whole_events = [each[6:].strip().replace(b"theirs", b"ours") for each in (CHUNK, END)]
     assert found == whole_events[: len(found)]
     assert found
 
 
-async def test_thousands_of_events_in_one_reading_are_blocks_of_many(upstream: UpstreamClient) -> None:
-    async with RawUpstream(Said(chunked(SAID * 2000 + END))) as server:
+async def test_events_that_are_read_together_come_in_one_block(upstream: UpstreamClient) -> None:
+    async with RawUpstream(Reply(chunked(CHUNK * 2000 + END))) as server:
         sizes = [len(block) async for block in await upstream.stream(a_model(server), {**BODY, "stream": True})]
 
     assert sum(sizes) == 2001

@@ -1,4 +1,4 @@
-"""Connections to upstreams on uvloop: how many, how long, and what nobody may make of them. Models are left out."""
+"""The connection pool on uvloop: how many connections, for how long, and which responses are rejected."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import uvloop
 from proxy.upstream import pool as pool
 from proxy.upstream.connection import ConnectionClosed, IncompleteResponse, RemoteProtocolError
 from proxy.upstream.pool import ConnectionPool, Origin, ProxyError
-from tests.support.connecting import HEAD, all_places_are_free, asked, at, served, tunnelling
-from tests.support.makers import until
-from tests.support.raw_upstream import JSON, RawUpstream, Said, plain
+from tests.support.connection_pool import HEAD, all_places_are_free, asked, at, served, tunnelling
+from tests.support.raw_upstream import JSON, RawUpstream, Reply, plain
 from tests.support.tls import a_certificate, served_by
+from tests.support.waiting import until
 
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n"
 PACKED = b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\n"
@@ -43,7 +43,7 @@ async def connections(certificate: Path) -> AsyncIterator[ConnectionPool]:
     await opened.aclose()
 
 
-async def test_ten_requests_share_two_connections_whoever_gives_up(connections: ConnectionPool) -> None:
+async def test_ten_requests_share_two_connections_though_some_are_cancelled(connections: ConnectionPool) -> None:
     async with RawUpstream(plain()) as server:
         asking = [asyncio.create_task(asked(connections, at(server))) for _ in range(10)]
         await asyncio.sleep(0)
@@ -56,7 +56,7 @@ async def test_ten_requests_share_two_connections_whoever_gives_up(connections: 
 
 
 @pytest.mark.parametrize("tls", [False, True])
-async def test_whoever_leaves_at_any_moment_takes_no_place_along(
+async def test_a_cancelled_request_releases_its_slot_at_any_moment(
     connections: ConnectionPool, certificate: Path, tls: bool
 ) -> None:
     async with RawUpstream(plain(), tls=served_by(certificate) if tls else None) as server:
@@ -73,32 +73,32 @@ async def test_whoever_leaves_at_any_moment_takes_no_place_along(
         await until(lambda: server.open == 0)
 
 
-async def test_nobody_overtakes_who_waits_for_a_place(certificate: Path) -> None:
+async def test_requests_get_slots_in_order_of_arrival(certificate: Path) -> None:
     connections = ConnectionPool(1, lambda _: ssl.create_default_context())
     async with RawUpstream(plain()) as server:
-        first = await connections.take(at(server), 1)
+        first = await connections.acquire(at(server), 1)
         await first.send(HEAD, b"{}")
-        await first.answered()
+        await first.wait_for_head()
         await until(lambda: first.ended)
         waiting = asyncio.create_task(asked(connections, at(server)))
         await asyncio.sleep(0)
         connections.release(at(server), first)
-        connections.drop(await connections.take(at(server), 1))
+        connections.discard(await connections.acquire(at(server), 1))
         assert (waiting.done(), server.connections) == (True, 1)
 
 
-async def test_what_is_idle_for_another_model_makes_room(connections: ConnectionPool) -> None:
+async def test_an_idle_connection_of_another_origin_is_closed_to_free_a_slot(connections: ConnectionPool) -> None:
     async with RawUpstream(plain()) as one, RawUpstream(plain()) as two, RawUpstream(plain()) as three:
         for server in (one, two, three):
             await asked(connections, at(server))
         await until(lambda: (one.open, two.open, three.open) == (0, 1, 1))
 
 
-async def test_an_idle_connection_is_given_up_in_time(
+async def test_an_idle_connection_is_closed_in_time(
     connections: ConnectionPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "KEPT_ALIVE_S", 0.05)
-    monkeypatch.setattr(pool, "SWEEP_S", 0.02)
+    monkeypatch.setattr(pool, "KEEP_ALIVE_S", 0.05)
+    monkeypatch.setattr(pool, "SWEEP_INTERVAL_S", 0.02)
     async with RawUpstream(plain()) as server:
         for _ in range(2):
             await asked(connections, at(server))
@@ -106,9 +106,9 @@ async def test_an_idle_connection_is_given_up_in_time(
         assert server.connections == 2
 
 
-async def test_what_is_given_back_after_the_end_is_closed(connections: ConnectionPool) -> None:
+async def test_a_connection_released_after_the_pool_closed_is_closed(connections: ConnectionPool) -> None:
     async with RawUpstream(plain()) as server:
-        connection = await connections.take(at(server), 1)
+        connection = await connections.acquire(at(server), 1)
         await connection.send(HEAD, b"{}")
         await until(lambda: connection.reusable)
         await connections.aclose()
@@ -118,7 +118,7 @@ async def test_what_is_given_back_after_the_end_is_closed(connections: Connectio
 
 @pytest.mark.parametrize("seen", [True, False])
 @pytest.mark.parametrize("said", [OTHER, b"H", b"\r\n"])
-async def test_what_comes_unasked_is_nobodys_answer(connections: ConnectionPool, said: bytes, seen: bool) -> None:
+async def test_bytes_on_an_idle_connection_close_it(connections: ConnectionPool, said: bytes, seen: bool) -> None:
     writers = []
 
     async def handle(_: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -136,8 +136,8 @@ async def test_what_comes_unasked_is_nobodys_answer(connections: ConnectionPool,
 
 
 @pytest.mark.parametrize("more", [OTHER, OTHER[:20], b"H", b'{"more": 1}'])
-async def test_what_comes_behind_an_answer_is_not_the_next(connections: ConnectionPool, more: bytes) -> None:
-    async with RawUpstream(Said((plain().pieces[0] + more,)), plain()) as server:
+async def test_bytes_after_a_response_are_not_the_next_response(connections: ConnectionPool, more: bytes) -> None:
+    async with RawUpstream(Reply((plain().pieces[0] + more,)), plain()) as server:
         for _ in range(2):
             assert await asked(connections, at(server)) == (200, JSON)
         assert server.connections == 2
@@ -156,15 +156,15 @@ async def test_what_comes_behind_an_answer_is_not_the_next(connections: Connecti
         PACKED + b"\r\n" + gzip.compress(b"hi", mtime=0) + b"more",
     ],
 )
-async def test_an_answer_of_doubtful_length_is_none(connections: ConnectionPool, said: bytes) -> None:
-    async with RawUpstream(Said((said,), "hang")) as server:
+async def test_a_response_of_ambiguous_length_is_rejected(connections: ConnectionPool, said: bytes) -> None:
+    async with RawUpstream(Reply((said,), "hang")) as server:
         with pytest.raises(RemoteProtocolError):
             await asked(connections, at(server))
         await until(lambda: server.open == 0)
 
 
-async def test_a_body_without_length_that_is_reset_is_broken_off(connections: ConnectionPool) -> None:
-    async with RawUpstream(Said((b"HTTP/1.1 200 OK\r\n\r\nhalf",), "reset")) as server:
+async def test_a_body_without_length_that_is_reset_is_incomplete(connections: ConnectionPool) -> None:
+    async with RawUpstream(Reply((b"HTTP/1.1 200 OK\r\n\r\nhalf",), "reset")) as server:
         with pytest.raises(IncompleteResponse):
             await asked(connections, at(server))
 
@@ -182,7 +182,7 @@ async def test_a_body_without_length_that_is_reset_is_broken_off(connections: Co
     ],
     ids=["header", "headers", "hints", "trailer", "trailers", "extension", "empty blocks"],
 )
-async def test_what_never_ends_and_says_nothing_is_refused(
+async def test_an_endless_response_without_a_body_is_rejected(
     connections: ConnectionPool, first: bytes, again: bytes
 ) -> None:
     async def handle(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -197,16 +197,18 @@ async def test_what_never_ends_and_says_nothing_is_refused(
 
 
 @pytest.mark.parametrize("chunk", [2000, MIB])
-async def test_a_small_answer_that_unpacks_to_a_huge_one_is_refused(connections: ConnectionPool, chunk: int) -> None:
+async def test_a_small_response_that_decompresses_to_a_huge_one_is_rejected(
+    connections: ConnectionPool, chunk: int
+) -> None:
     packed = gzip.compress(bytes(30 * MIB))
     parts = [packed[start : start + chunk] for start in range(0, len(packed), chunk)]
     body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
-    async with RawUpstream(Said((CHUNKED + b"content-encoding: gzip\r\n\r\n" + body,), "hang")) as server:
+    async with RawUpstream(Reply((CHUNKED + b"content-encoding: gzip\r\n\r\n" + body,), "hang")) as server:
         with pytest.raises(RemoteProtocolError):
             await asked(connections, at(server))
 
 
-async def test_a_flood_that_nobody_reads_waits_and_arrives_whole(connections: ConnectionPool) -> None:
+async def test_a_large_body_is_read_only_as_fast_as_its_reader(connections: ConnectionPool) -> None:
     sent = asyncio.Event()
 
     async def handle(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -217,20 +219,20 @@ async def test_a_flood_that_nobody_reads_waits_and_arrives_whole(connections: Co
         sent.set()
 
     async with served(handle) as origin:
-        connection = await connections.take(origin, 1)
+        connection = await connections.acquire(origin, 1)
         await connection.send(HEAD, b"{}")
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(sent.wait(), 0.5)
         size = 0
         while piece := await connection.read():
             size += len(piece)
-        connections.drop(connection)
+        connections.discard(connection)
         assert (size, sent.is_set()) == (32 * MIB, True)
 
 
 @pytest.mark.parametrize("head", [b"content-length: 5\r\n", b""], ids=["stays", "ends"])
 @pytest.mark.parametrize("status", [413, 200])
-async def test_an_answer_before_the_body_was_sent_is_told(
+async def test_a_response_before_the_request_was_sent_is_read(
     connections: ConnectionPool, head: bytes, status: int
 ) -> None:
     """The upstream reads nothing of the body; and its connection, with half a request on it, is not used again."""
@@ -252,7 +254,7 @@ async def test_an_answer_before_the_body_was_sent_is_told(
         assert len(heads) == 2
 
 
-async def test_a_tunnel_through_a_proxy_is_used_again(connections: ConnectionPool, certificate: Path) -> None:
+async def test_a_tunnel_through_a_proxy_is_reused(connections: ConnectionPool, certificate: Path) -> None:
     heads = []
 
     async def handle(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -270,7 +272,9 @@ async def test_a_tunnel_through_a_proxy_is_used_again(connections: ConnectionPoo
         assert not any(b"authorization" in head for head in server.heads)
 
 
-async def test_a_tunnel_to_somebody_else_is_none(connections: ConnectionPool, tmp_path: Path) -> None:
+async def test_a_tunnel_to_another_server_is_rejected_by_its_certificate(
+    connections: ConnectionPool, tmp_path: Path
+) -> None:
     other = served_by(a_certificate(tmp_path))
     async with RawUpstream(plain(), tls=other) as server, served(tunnelling) as proxy:
         with pytest.raises(ssl.SSLCertVerificationError):
@@ -281,22 +285,22 @@ async def test_a_tunnel_to_somebody_else_is_none(connections: ConnectionPool, tm
 @pytest.mark.parametrize(
     ("said", "fault"),
     [
-        (Said((b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n",), "hang"), ProxyError),
-        (Said((b"220 mail ready\r\n",), "hang"), ProxyError),
-        (Said((WAY + b"and more",), "hang"), ProxyError),
-        (Said((), "close"), ConnectionClosed),
-        (Said((), "hang"), TimeoutError),
-        (Said((WAY,), "hang"), TimeoutError),
-        (Said((WAY,), "close"), OSError),
+        (Reply((b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n",), "hang"), ProxyError),
+        (Reply((b"220 mail ready\r\n",), "hang"), ProxyError),
+        (Reply((WAY + b"and more",), "hang"), ProxyError),
+        (Reply((), "close"), ConnectionClosed),
+        (Reply((), "hang"), TimeoutError),
+        (Reply((WAY,), "hang"), TimeoutError),
+        (Reply((WAY,), "close"), OSError),
     ],
     ids=["refusal", "nonsense", "more than the way", "end", "silence", "silence on the way", "end on the way"],
 )
-async def test_a_way_that_is_none_is_told_and_closed(
-    connections: ConnectionPool, said: Said, fault: type[Exception]
+async def test_a_proxy_that_opens_no_tunnel_is_an_error(
+    connections: ConnectionPool, said: Reply, fault: type[Exception]
 ) -> None:
     async with RawUpstream(said) as proxy, RawUpstream(plain()) as server:
         for _ in range(3):
             with pytest.raises(fault):
-                await connections.take(Origin("far.invalid", 443, True, f"http://127.0.0.1:{proxy.port}"), 0.1)
+                await connections.acquire(Origin("far.invalid", 443, True, f"http://127.0.0.1:{proxy.port}"), 0.1)
         await until(lambda: proxy.open == 0)
         await all_places_are_free(connections, at(server))

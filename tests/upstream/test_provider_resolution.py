@@ -1,4 +1,4 @@
-"""Which way each provider is reached, as litellm itself says, and which key goes there."""
+"""How each provider is called, as litellm itself says, and which key goes there."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 from proxy.errors import BadRequest, UpstreamError
-from proxy.outbound import Outbound
+from proxy.settings.litellm_params import is_openai_url
 from proxy.settings.models import ModelInfo
+from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, ResolvedProvider
 from proxy.upstream.client import UpstreamClient, is_direct
 from proxy.upstream.endpoint import Endpoints, url_of
-from proxy.upstream.litellm.params import is_openai_url
-from proxy.upstream.provider_resolution import FILE, Resolver, resolve_static
+from proxy.upstream.provider_resolution import CACHE_FILE, Resolver, resolve_static
 from tests.support.makers import a_record
-from tests.support.upstream import ScriptedUpstream
+from tests.support.scripted_upstream import ScriptedUpstream
 
 NEAR = "http://127.0.0.1:9/v1"
 AZURE = "https://r.openai.azure.com"
@@ -124,7 +124,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[ModelRecord | str]:
 
 
 @pytest.mark.parametrize("place", range(len(FOUND)), ids=[f"{r.info.forward}-{r.litellm_params}" for r, _ in FOUND])
-def test_a_provider_is_reached_in_the_way_that_it_speaks(found: list[ModelRecord | str], place: int) -> None:
+def test_each_provider_is_called_directly_or_through_litellm(found: list[ModelRecord | str], place: int) -> None:
     told, expected = found[place], FOUND[place][1]
     if isinstance(expected, str):
         assert isinstance(told, str)
@@ -133,7 +133,7 @@ def test_a_provider_is_reached_in_the_way_that_it_speaks(found: list[ModelRecord
     else:
         assert isinstance(told, ModelRecord)
         assert told.resolved == expected
-        assert (is_direct(told) is not None) == (expected.way == "relay")
+        assert (is_direct(told) is not None) == (expected.mode == "relay")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,9 @@ def test_a_provider_is_reached_in_the_way_that_it_speaks(found: list[ModelRecord
         (stated(model="openai", api_base=NEAR), None),
     ],
 )
-def test_what_is_plain_needs_no_litellm(record: ModelRecord, expected: ResolvedProvider | None) -> None:
+def test_servers_of_openais_format_are_resolved_without_litellm(
+    record: ModelRecord, expected: ResolvedProvider | None
+) -> None:
     assert resolve_static(record.litellm_params, record.info.forward) == expected
 
 
@@ -173,7 +175,7 @@ def test_what_is_plain_needs_no_litellm(record: ModelRecord, expected: ResolvedP
         ("https://notapi.openai.com/v1", False),
     ],
 )
-def test_openais_key_is_for_openais_hosts(address: str, openais: bool) -> None:
+def test_only_openais_hosts_are_openais_addresses(address: str, openais: bool) -> None:
     """The name of the host within another address is no such host."""
     assert is_openai_url(address) == openais
 
@@ -187,11 +189,11 @@ def test_openais_key_is_for_openais_hosts(address: str, openais: bool) -> None:
         (f"{NEAR}?api-version=preview", f"{NEAR}/chat/completions?api-version=preview"),
     ],
 )
-def test_chat_completions_are_below_the_address(base: str, url: str) -> None:
+def test_the_path_of_chat_completions_is_appended_to_the_address(base: str, url: str) -> None:
     assert url_of(base) == url
 
 
-async def test_a_key_of_the_environment_is_sent_and_kept_nowhere(tmp_path: Path) -> None:
+async def test_a_key_of_the_environment_is_sent_and_not_stored(tmp_path: Path) -> None:
     environ = {"MISTRAL_API_KEY": CANARY}
     with ScriptedUpstream() as server:
         environ["MISTRAL_API_BASE"] = server.url
@@ -204,18 +206,18 @@ async def test_a_key_of_the_environment_is_sent_and_kept_nowhere(tmp_path: Path)
         assert server.last.headers["authorization"] == f"Bearer {CANARY}"
         assert (server.last.body["max_tokens"], "max_completion_tokens" in server.last.body) == (7, False)
     assert record.resolved is not None
-    target = Endpoints(Settings(), environ, Outbound({})).of(record, record.resolved)
-    kept = (tmp_path / FILE).read_text() + record.to_json() + repr(record) + repr(target) + repr(record.resolved)
+    target = Endpoints(Settings(), environ, Outbound({})).get(record, record.resolved)
+    kept = (tmp_path / CACHE_FILE).read_text() + record.to_json() + repr(record) + repr(target) + repr(record.resolved)
     assert "MISTRAL_API_KEY" in kept
     assert CANARY not in kept
 
 
 @pytest.mark.parametrize("variable", ["UNIROUTE_ADMIN_KEY", "AWS_SECRET_ACCESS_KEY", "HOME", "UNIROUTE_X_API_KEY"])
-def test_a_record_that_names_another_secret_gets_none(variable: str) -> None:
+def test_a_record_that_names_another_variable_gets_no_key(variable: str) -> None:
     """Whoever can write to the store may not read the environment."""
     record, resolved = a_record(), ResolvedProvider("relay", "m", "x", NEAR, variable, own_address=True)
     with pytest.raises(UpstreamError, match="no key"):
-        Endpoints(Settings(), {variable: CANARY}, Outbound({})).of(record, resolved)
+        Endpoints(Settings(), {variable: CANARY}, Outbound({})).get(record, resolved)
 
 
 @pytest.mark.parametrize("forward", ["auto", "relay", "translate"])
@@ -232,7 +234,7 @@ async def test_a_model_that_an_older_version_stored_still_answers(forward: str) 
 
 
 @pytest.mark.parametrize("resolved", [relay("groq", "x", NEAR, "GROQ_API_KEY", RENAMED), translate("anthropic")])
-def test_what_was_resolved_is_stored_with_the_model(resolved: ResolvedProvider) -> None:
+def test_the_resolved_provider_is_stored_with_the_model(resolved: ResolvedProvider) -> None:
     record = stated(model="groq/x", api_base=NEAR)
     kept = replace(record, resolved=resolved)
 

@@ -1,4 +1,4 @@
-"""Bodies and answers given another `model` in their bytes: however they are written, nothing else changes."""
+"""Replacing `model` in the bytes of bodies and responses changes nothing else, however they are written."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
-from proxy.outbound import Outbound
 from proxy.routing.chat_request import parse_chat
+from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
 from proxy.storage.models import ResolvedProvider
+from proxy.upstream.chunk_reader import parse_chunk
 from proxy.upstream.endpoint import Endpoints, build_body
-from proxy.upstream.payload import JSONPayload, chunk_of, parse, replace_model
+from proxy.upstream.payload import JSONPayload, parse, replace_model
 from tests.support.makers import a_record
 
 ASK: Any = [{"role": "user", "content": "hi"}]
@@ -102,9 +103,7 @@ def exact(raw: bytes) -> str:
 @settings(max_examples=400, deadline=None)
 @example({"messages": ASK, 'x"model': "auto", "model": "auto"}, "theirs", None)
 @example({"model": "auto", "tools": TOOLS * 9, "messages": ASK}, "theirs", None)
-def test_a_body_goes_upstream_with_another_model_and_nothing_else(
-    body: dict[str, Any], model: str, data: st.DataObject | None
-) -> None:
+def test_only_the_model_of_a_request_is_replaced(body: dict[str, Any], model: str, data: st.DataObject | None) -> None:
     raw = json.dumps(body).encode() if data is None else data.draw(written(body)).encode()
     try:
         request = parse_chat(raw, [])
@@ -123,7 +122,7 @@ def test_a_body_goes_upstream_with_another_model_and_nothing_else(
 
 @given(MODELS, st.sampled_from(["", " ", "\n  "]), st.booleans(), st.booleans())
 @settings(deadline=None)
-def test_all_bytes_but_those_of_the_model_are_the_callers(model: str, space: str, front: bool, stream: bool) -> None:
+def test_all_bytes_but_the_model_are_the_callers(model: str, space: str, front: bool, stream: bool) -> None:
     """As the usual clients write it: the model first or last."""
     named = f'"model"{space}:{space}"auto"'
     numbers = f'"x":[1.0,1e2,{10**30}],"stream":{json.dumps(stream)}'
@@ -141,31 +140,31 @@ def test_all_bytes_but_those_of_the_model_are_the_callers(model: str, space: str
 @example({'x"model': "theirs"}, "theirs", "ours", None)
 @example({"choices": [{"model": "theirs"}], "big": 10**40}, "theirs", "ours", None)
 @example({"big": 10**40}, None, "ours", None)
-def test_an_answer_is_shown_with_another_model_and_nothing_else(
+def test_only_the_model_of_a_response_is_replaced(
     body: dict[str, Any], stated: str | None, model: str, data: st.DataObject | None
 ) -> None:
     body = {name: value for name, value in body.items() if name != "model"} | ({"model": stated} if stated else {})
     raw = (json.dumps(body) if data is None else data.draw(written(data.draw(shuffled(body)))).strip()).encode()
     read, kept = parse(raw)
 
-    assert exact(JSONPayload(read, kept).named(model)) == exact(json.dumps({**body, "model": model}).encode())
+    assert exact(JSONPayload(read, kept).with_model(model)) == exact(json.dumps({**body, "model": model}).encode())
     renamed = replace_model(raw, read, model)
     if renamed is not None:
         assert exact(renamed) == exact(json.dumps({**body, "model": model}).encode())
 
 
 @pytest.mark.parametrize("name", ["choices", "delta"])
-def test_what_is_put_into_shape_keeps_its_numbers(name: str) -> None:
+def test_a_completed_chunk_keeps_its_numbers(name: str) -> None:
     odd = {"choices": None} if name == "choices" else {"choices": [{"index": 0, "delta": None}]}
-    chunk = chunk_of(json.dumps({**odd, "big": 10**40}).encode())
+    chunk = parse_chunk(json.dumps({**odd, "big": 10**40}).encode())
 
-    assert json.loads(chunk.named("ours"))["big"] == 10**40
+    assert json.loads(chunk.with_model("ours"))["big"] == 10**40
 
 
-def test_usage_that_nobody_asked_for_takes_no_number_along() -> None:
+def test_dropping_usage_keeps_all_other_numbers() -> None:
     raw = json.dumps({"usage": {"total_tokens": 1}, "big": 10**40, "model": "theirs"}).encode()
 
-    assert json.loads(JSONPayload(*parse(raw)).without("usage").named("ours")) == {"big": 10**40, "model": "ours"}
+    assert json.loads(JSONPayload(*parse(raw)).without("usage").with_model("ours")) == {"big": 10**40, "model": "ours"}
 
 
 @pytest.mark.parametrize(
@@ -179,12 +178,14 @@ def test_usage_that_nobody_asked_for_takes_no_number_along() -> None:
         ({}, {}),
     ],
 )
-def test_of_two_names_for_one_limit_the_one_that_says_something_counts(body: Any, sent: Any) -> None:
-    resolved = ResolvedProvider("relay", "m", "mistral", "http://x/v1", renames={"max_completion_tokens": "max_tokens"})
-    target = Endpoints(Settings(), {}, Outbound({})).of(a_record(model="mistral/m"), resolved)
+def test_of_two_names_for_one_limit_the_one_with_a_value_counts(body: Any, sent: Any) -> None:
+    resolved = ResolvedProvider(
+        "relay", "m", "mistral", "http://x/v1", param_aliases={"max_completion_tokens": "max_tokens"}
+    )
+    target = Endpoints(Settings(), {}, Outbound({})).get(a_record(model="mistral/m"), resolved)
     whole = {"model": "auto", "messages": ASK, **body}
 
-    assert json.loads(target.body(whole, json.dumps(whole).encode(), stream=False)) == {
+    assert json.loads(target.build_body(whole, json.dumps(whole).encode(), stream=False)) == {
         "model": "m",
         "messages": ASK,
         **sent,
@@ -192,10 +193,12 @@ def test_of_two_names_for_one_limit_the_one_that_says_something_counts(body: Any
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_models_own_parameters_do_not_say_whether_it_streams(stream: bool) -> None:
+def test_a_models_parameters_do_not_decide_whether_it_streams(stream: bool) -> None:
     record = a_record(stream=not stream, temperature=0.5)
-    target = Endpoints(Settings(), {}, Outbound({})).of(record, ResolvedProvider("relay", "m", "openai", "http://x/v1"))
+    target = Endpoints(Settings(), {}, Outbound({})).get(
+        record, ResolvedProvider("relay", "m", "openai", "http://x/v1")
+    )
     body = {"model": "auto", "messages": ASK, **({"stream": True} if stream else {})}
-    sent = json.loads(target.body(body, json.dumps(body).encode(), stream=stream))
+    sent = json.loads(target.build_body(body, json.dumps(body).encode(), stream=stream))
 
     assert (bool(sent.get("stream")), sent["temperature"]) == (stream, 0.5)

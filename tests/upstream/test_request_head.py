@@ -1,4 +1,4 @@
-"""Heads of requests: what an address and its headers may hold, and what would become a second request."""
+"""Request heads: what an address and its headers may hold, and what would become a second request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from proxy.upstream.endpoint import build_head
         {"x": "\ud800"},
     ],
 )
-def test_a_header_that_would_be_more_than_one_is_refused(headers: dict[str, str]) -> None:
+def test_a_header_with_a_line_break_is_refused(headers: dict[str, str]) -> None:
     with pytest.raises(ValueError):
         build_head("http://h/v1", headers, None)
 
@@ -42,13 +42,13 @@ def test_a_header_that_would_be_more_than_one_is_refused(headers: dict[str, str]
     ],
 )
 @pytest.mark.parametrize("as_proxy", [False, True])
-def test_an_address_at_which_nobody_can_be_is_refused(url: str, as_proxy: bool) -> None:
+def test_an_impossible_address_is_refused(url: str, as_proxy: bool) -> None:
     """When the model is first asked, and not as a fault of this server when it connects."""
     with pytest.raises(ValueError):
         build_head("http://h/v1" if as_proxy else url, {}, url if as_proxy else None)
 
 
-def test_other_proxies_than_those_of_http_are_refused() -> None:
+def test_proxies_other_than_http_are_refused() -> None:
     with pytest.raises(ValueError, match="HTTP proxy"):
         build_head("https://h/v1", {}, "socks5://127.0.0.1:1080")
 
@@ -67,8 +67,8 @@ def test_other_proxies_than_those_of_http_are_refused() -> None:
         ("http://h/v1\r\nx: y", "/v1x:%20y", "h"),
     ],
 )
-def test_an_address_becomes_one_line_and_one_host(url: str, line: str, host: str) -> None:
-    assert build_head(url, {}, None).usual.decode() == f"POST {line} HTTP/1.1\r\nhost: {host}\r\n"
+def test_an_address_becomes_a_request_line_and_a_host(url: str, line: str, host: str) -> None:
+    assert build_head(url, {}, None).prebuilt.decode() == f"POST {line} HTTP/1.1\r\nhost: {host}\r\n"
 
 
 def test_a_user_in_the_address_is_authorized_unless_there_is_a_key() -> None:
@@ -76,25 +76,25 @@ def test_a_user_in_the_address_is_authorized_unless_there_is_a_key() -> None:
     assert build_head("http://u:p@h", {"authorization": "Bearer k"}, None).headers["authorization"] == "Bearer k"
 
 
-def test_nobody_but_the_connection_states_the_length() -> None:
+def test_a_stated_content_length_is_dropped() -> None:
     heads = build_head("http://h", {"content-length": "1", "transfer-encoding": "chunked"}, None)
-    assert heads.usual == b"POST / HTTP/1.1\r\nhost: h\r\n"
+    assert heads.prebuilt == b"POST / HTTP/1.1\r\nhost: h\r\n"
 
 
-def test_a_proxy_is_told_the_whole_address_whatever_host_is_named() -> None:
+def test_a_proxy_gets_the_whole_address_whatever_the_host_header_says() -> None:
     heads = build_head("http://h:81/v1?a", {"host": "b c"}, "http://me:p%40ss@p:3128")
-    assert heads.usual.decode().split("\r\n")[:-1] == [
+    assert heads.prebuilt.decode().split("\r\n")[:-1] == [
         "POST http://h:81/v1?a HTTP/1.1",
         "host: b c",
         "proxy-authorization: Basic bWU6cEBzcw==",
     ]
 
 
-def test_what_a_proxy_wants_to_know_is_not_told_through_its_tunnel() -> None:
+def test_proxy_credentials_are_not_sent_through_the_tunnel() -> None:
     heads = build_head("https://h/v1", {}, "http://me:secret@p:3128")
-    assert heads.usual == b"POST /v1 HTTP/1.1\r\nhost: h\r\n"
+    assert heads.prebuilt == b"POST /v1 HTTP/1.1\r\nhost: h\r\n"
 
 
 def test_headers_of_a_request_win_over_those_of_the_address() -> None:
     heads = build_head("http://h", {"x": "a", "y": "b"}, None)
-    assert heads.head({"x": "c"}) == b"POST / HTTP/1.1\r\nx: c\r\ny: b\r\nhost: h\r\n"
+    assert heads.render({"x": "c"}) == b"POST / HTTP/1.1\r\nx: c\r\ny: b\r\nhost: h\r\n"

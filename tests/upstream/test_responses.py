@@ -1,4 +1,4 @@
-"""What comes of an upstream's answer, whatever its headers called it and however its connection went, either way."""
+"""What becomes of a response, whatever its headers say and however its connection ends, in both modes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from proxy.errors import UpstreamError
 from proxy.settings.models import ModelInfo
 from proxy.storage.models import ModelRecord
 from proxy.upstream.client import UpstreamClient
-from tests.support.raw_upstream import DONE, END, JSON, SAID, RawUpstream, Said, chunked, plain
-from tests.support.relaying import BODY, KEY, a_model, failing, streamed, whole
+from tests.support.direct_calls import BODY, KEY, a_model, failing, streamed, whole
+from tests.support.raw_upstream import CHUNK, DONE, END, JSON, RawUpstream, Reply, chunked, plain
 
 pytestmark = pytest.mark.parametrize("way", ["relay", "translate"])
 
-EVENTS = SAID + END + DONE
+EVENTS = CHUNK + END + DONE
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 ERROR = b'{"object": "error", "message": "boom", "code": 503}'
 
@@ -44,7 +44,7 @@ def text_of(found: list[bytes], index: int = 0) -> str:
     return "".join(each["delta"].get("content") or "" for each in choices)
 
 
-def bare(body: bytes, *lines: bytes) -> Said:
+def bare(body: bytes, *lines: bytes) -> Reply:
     return plain(body, head=b"".join(line + b"\r\n" for line in lines))
 
 
@@ -60,7 +60,7 @@ AS_CALLED = [
 
 
 @pytest.mark.parametrize("lines", AS_CALLED)
-async def test_events_are_a_stream_and_json_an_answer_whatever_they_are_called(
+async def test_events_and_json_are_told_apart_whatever_the_content_type(
     upstream: UpstreamClient, way: str, lines: tuple[bytes, ...]
 ) -> None:
     async with RawUpstream(
@@ -73,7 +73,9 @@ async def test_events_are_a_stream_and_json_an_answer_whatever_they_are_called(
 
 
 @pytest.mark.parametrize("lines", [(), (b"content-encoding: GZIP",), (b"content-encoding: none",)])
-async def test_what_begins_as_packed_is_unpacked(upstream: UpstreamClient, way: str, lines: tuple[bytes, ...]) -> None:
+async def test_a_body_that_starts_compressed_is_decompressed(
+    upstream: UpstreamClient, way: str, lines: tuple[bytes, ...]
+) -> None:
     async with RawUpstream(bare(gzip.compress(EVENTS), *lines), bare(gzip.compress(JSON), *lines)) as server:
         record = model(server, way)
         assert text_of(await streamed(upstream, record)) == "hi"
@@ -86,11 +88,11 @@ ENDED = chunk(choice(0, {"content": "hi"}), choice(1, {"content": "ho"})) + chun
 
 
 @pytest.mark.parametrize("then", ["close", "reset"])
-@pytest.mark.parametrize("ends", [SAID + END, SAID + END + b"data: {half", SAID + DONE, ENDED])
-async def test_an_answer_that_has_ended_is_whole_however_its_connection_ends(
+@pytest.mark.parametrize("ends", [CHUNK + END, CHUNK + END + b"data: {half", CHUNK + DONE, ENDED])
+async def test_a_finished_answer_is_complete_however_its_connection_ends(
     upstream: UpstreamClient, way: str, ends: bytes, then: Any
 ) -> None:
-    async with RawUpstream(Said(chunked(ends, end=b""), then)) as server:
+    async with RawUpstream(Reply(chunked(ends, end=b""), then)) as server:
         record = model(server, way)
         assert text_of(await streamed(upstream, record)) == "hi"
         assert b'"hi"' in await whole(upstream, record)
@@ -100,24 +102,24 @@ async def test_an_answer_that_has_ended_is_whole_however_its_connection_ends(
     "said",
     [
         chunk(choice(0, {"content": "a"}), choice(1, {"content": "b"})) + chunk(choice(0, {}, "stop")),
-        SAID,
+        CHUNK,
         chunk(choice(0, {"content": "a"}, "")),
     ],
 )
-async def test_a_choice_without_its_end_is_a_broken_answer(upstream: UpstreamClient, way: str, said: bytes) -> None:
-    async with RawUpstream(Said(chunked(said)), Said(chunked(said, end=b""), "close")) as server:
+async def test_a_choice_that_never_finishes_is_an_error(upstream: UpstreamClient, way: str, said: bytes) -> None:
+    async with RawUpstream(Reply(chunked(said)), Reply(chunked(said, end=b""), "close")) as server:
         record = model(server, way)
         for _ in range(2):
             await failing(upstream, record, streamed)
         await failing(upstream, record, whole)
 
 
-async def test_two_answers_were_asked_for_and_the_second_never_began(upstream: UpstreamClient, way: str) -> None:
+async def test_a_requested_choice_that_never_started_is_an_error(upstream: UpstreamClient, way: str) -> None:
     async def two(upstream: UpstreamClient, record: ModelRecord) -> None:
         async for _ in await upstream.stream(record, {**BODY, "n": 2, "stream": True}):
             pass
 
-    async with RawUpstream(Said(chunked(SAID, END, end=b""), "close"), Said(chunked(SAID, END))) as server:
+    async with RawUpstream(Reply(chunked(CHUNK, END, end=b""), "close"), Reply(chunked(CHUNK, END))) as server:
         await failing(upstream, model(server, way), two)
         await two(upstream, model(server, way))  # a server that knows no `n`
 
@@ -136,17 +138,17 @@ async def test_two_answers_were_asked_for_and_the_second_never_began(upstream: U
         chunk(choice(0, {"content": ""}, "error"), error={"message": "boom", "code": 503}),
     ],
 )
-@pytest.mark.parametrize("before", [b"", SAID, SAID + END])
+@pytest.mark.parametrize("before", [b"", CHUNK, CHUNK + END])
 async def test_an_error_within_a_stream_ends_it_whatever_follows(
     upstream: UpstreamClient, way: str, before: bytes, told: bytes
 ) -> None:
-    async with RawUpstream(Said(chunked(before + told, END, DONE))) as server:
+    async with RawUpstream(Reply(chunked(before + told, END, DONE))) as server:
         for ask in (streamed, whole):
             failure = await failing(upstream, model(server, way), ask)
             assert (failure.status, "boom" in json.dumps(failure.body)) == (503, True)
 
 
-async def test_the_wait_of_a_success_that_tells_of_a_limit_is_kept(upstream: UpstreamClient, way: str) -> None:
+async def test_retry_after_of_an_error_within_a_success_is_kept(upstream: UpstreamClient, way: str) -> None:
     body = b'{"error": {"message": "slow down", "code": 429}}'
     async with RawUpstream(
         bare(body, b"retry-after: 7"), bare(b"data: " + body + b"\n\n", b"retry-after: 7")
@@ -185,22 +187,20 @@ WHOLE: dict[str, Any] = {
 }
 
 
-async def test_a_whole_answer_in_place_of_a_stream_becomes_one_that_says_the_same(
-    upstream: UpstreamClient, way: str
-) -> None:
+async def test_a_completion_in_place_of_a_stream_becomes_equal_chunks(upstream: UpstreamClient, way: str) -> None:
     async with RawUpstream(plain(json.dumps({**WHOLE, "model": "theirs"}, indent=1).encode())) as server:
         found = await streamed(upstream, model(server, way))
     events = [json.loads(event) for event in found]
     assert {event["object"] for event in events} == {"chat.completion.chunk"}
     assert (events[-1]["choices"], events[-1]["usage"]) == ([], USAGE)
 
-    async with RawUpstream(Said(chunked(*map(data, events), DONE))) as server:
+    async with RawUpstream(Reply(chunked(*map(data, events), DONE))) as server:
         again = json.loads(await whole(upstream, model(server, way)))
     again["choices"][0]["logprobs"]["refusal"] = None  # null says nothing
     assert again == WHOLE
 
 
-async def test_a_stream_in_place_of_a_whole_answer_is_put_together(upstream: UpstreamClient, way: str) -> None:
+async def test_a_stream_in_place_of_a_completion_becomes_one(upstream: UpstreamClient, way: str) -> None:
     pieces = [
         chunk(choice(0, {"role": "assistant", "content": ""}), id="c1"),
         chunk(choice(0, {"tool_calls": [call(0, id="call_1", name="find")]})),
@@ -212,7 +212,7 @@ async def test_a_stream_in_place_of_a_whole_answer_is_put_together(upstream: Ups
         chunk(choice(1, {"reasoning": "m", "content": "k"}, "stop")),
         chunk(choice(0, {}, "tool_calls", usage=USAGE)),
     ]
-    async with RawUpstream(Said(chunked(*pieces))) as server:
+    async with RawUpstream(Reply(chunked(*pieces))) as server:
         answer = json.loads(await whole(upstream, model(server, way)))
 
     first, second = answer["choices"]
@@ -229,19 +229,19 @@ def call(index: int, **said: str) -> dict[str, Any]:
     return {"index": index, **({"id": said["id"], "type": "function"} if "id" in said else {}), "function": function}
 
 
-async def test_calls_without_a_number_are_told_apart_by_their_ids(upstream: UpstreamClient, way: str) -> None:
+async def test_tool_calls_without_an_index_are_told_apart_by_their_ids(upstream: UpstreamClient, way: str) -> None:
     calls = [{**call(0, id=f"call_{name}", name=name, arguments="{"), "index": None} for name in "ab"]
     more = {"function": {"arguments": "}"}}
     pieces = [chunk(choice(0, {"tool_calls": [each]})) + chunk(choice(0, {"tool_calls": [more]})) for each in calls]
-    async with RawUpstream(Said(chunked(*pieces, END))) as server:
+    async with RawUpstream(Reply(chunked(*pieces, END))) as server:
         message = json.loads(await whole(upstream, model(server, way)))["choices"][0]["message"]
     assert [each["function"] for each in message["tool_calls"]] == [{"name": each, "arguments": "{}"} for each in "ab"]
 
 
-async def test_usage_that_stands_in_a_choice_is_the_answers(upstream: UpstreamClient, way: str) -> None:
+async def test_usage_inside_a_choice_becomes_the_completions(upstream: UpstreamClient, way: str) -> None:
     last = chunk(choice(0, {}, "stop", usage=USAGE))
     body = {"choices": [{"index": 0, "message": {"content": "hi"}, "finish_reason": "stop", "usage": USAGE}]}
-    async with RawUpstream(Said(chunked(SAID, last)), plain(json.dumps(body).encode())) as server:
+    async with RawUpstream(Reply(chunked(CHUNK, last)), plain(json.dumps(body).encode())) as server:
         found = await streamed(upstream, model(server, way))
         answer = json.loads(await whole(upstream, model(server, way)))
     assert json.loads(found[-1])["usage"] == answer["usage"] == USAGE
@@ -250,7 +250,7 @@ async def test_usage_that_stands_in_a_choice_is_the_answers(upstream: UpstreamCl
 @pytest.mark.parametrize(
     "said", [b"<html>no</html>", b"nonsense", b'{"id": null, "choices": null}', b"[]", b'{"choices"']
 )
-async def test_what_is_neither_events_nor_an_answer_is_a_failure_that_shows_it(
+async def test_a_body_that_is_neither_events_nor_a_completion_is_an_error(
     upstream: UpstreamClient, way: str, said: bytes
 ) -> None:
     async with RawUpstream(plain(said)) as server:
@@ -258,25 +258,25 @@ async def test_what_is_neither_events_nor_an_answer_is_a_failure_that_shows_it(
             assert (await failing(upstream, model(server, way), ask)).status in (502, None)
 
 
-async def test_events_of_servers_that_know_the_format_by_hearsay_are_read(upstream: UpstreamClient, way: str) -> None:
+async def test_events_of_careless_servers_are_read(upstream: UpstreamClient, way: str) -> None:
     odd = [
-        b"event: ping\ndata: ping\n\n: comment\n\ndata: : PROCESSING\n\n" + SAID + END,
-        (SAID + END + DONE).replace(b"\n\n", b"\n"),
-        (SAID + END + DONE).replace(b"\n", b"\r"),
-        SAID[6:] + END[6:],
+        b"event: ping\ndata: ping\n\n: comment\n\ndata: : PROCESSING\n\n" + CHUNK + END,
+        (CHUNK + END + DONE).replace(b"\n\n", b"\n"),
+        (CHUNK + END + DONE).replace(b"\n", b"\r"),
+        CHUNK[6:] + END[6:],
     ]
     for said in odd:
-        async with RawUpstream(Said(chunked(said))) as server:
+        async with RawUpstream(Reply(chunked(said))) as server:
             assert text_of(await streamed(upstream, model(server, way))) == "hi"
 
 
-async def test_an_answer_of_more_choices_than_anybody_asks_for_is_refused(upstream: UpstreamClient, way: str) -> None:
+async def test_a_response_with_too_many_choices_is_rejected(upstream: UpstreamClient, way: str) -> None:
     many = b"".join(chunk(choice(index, {"content": "x"})) for index in range(1100))
-    async with RawUpstream(Said(chunked(many))) as server:
+    async with RawUpstream(Reply(chunked(many))) as server:
         assert "choices" in (await failing(upstream, model(server, way), streamed)).message
 
 
-async def test_a_key_that_an_error_in_a_stream_repeats_is_hidden(upstream: UpstreamClient, way: str) -> None:
-    async with RawUpstream(Said(chunked(SAID, b'data: {"error": "key ' + KEY.encode() + b'"}\n\n'))) as server:
+async def test_a_key_in_an_error_within_a_stream_is_redacted(upstream: UpstreamClient, way: str) -> None:
+    async with RawUpstream(Reply(chunked(CHUNK, b'data: {"error": "key ' + KEY.encode() + b'"}\n\n'))) as server:
         failure: UpstreamError = await failing(upstream, model(server, way), streamed)
     assert "***" in json.dumps(failure.body)

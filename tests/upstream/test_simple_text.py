@@ -1,4 +1,4 @@
-"""The quick way of the commonest chunk comes to what the general way does, and is taken where it should be."""
+"""The fast path for chunks of text alone gives the same as the general one, and is taken where it should be."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def in_general(chunk: dict[str, Any]) -> dict[str, Any]:
 
 def remembered(chunks: Sequence[dict[str, Any]]) -> list[str]:
     memory = SessionStore(Store("unix:///nowhere"), 60)
-    marks = AffinityRecorder(memory, NO_AFFINITY, QUESTION)
+    recorder = AffinityRecorder(memory, NO_AFFINITY, QUESTION)
     for chunk in chunks:
-        marks.see(chunk, "small")
+        recorder.observe(chunk, "small")
     return list(memory._local)
 
 
 @given(CHUNKS)
 @settings(max_examples=400, deadline=None)
-def test_content_and_its_bytes_are_those_of_the_general_way(chunk: dict[str, Any]) -> None:
+def test_the_fast_path_finds_the_same_content_and_bytes(chunk: dict[str, Any]) -> None:
     general = in_general(chunk)
     assert simple_text(general) is None
     assert (has_content(chunk), content_bytes(chunk)) == (has_content(general), content_bytes(general))
@@ -68,21 +68,21 @@ def test_content_and_its_bytes_are_those_of_the_general_way(chunk: dict[str, Any
 @given(st.lists(CHUNKS, max_size=5))
 @example([{"choices": [REASONING]}, {"choices": [{"delta": {"content": "."}, "finish_reason": "stop"}]}])
 @settings(max_examples=300, deadline=None)
-def test_a_stream_leaves_the_marks_of_the_general_way(chunks: list[dict[str, Any]]) -> None:
+def test_the_fast_path_leaves_the_same_fingerprints(chunks: list[dict[str, Any]]) -> None:
     assert remembered(chunks) == remembered([in_general(chunk) for chunk in chunks])
 
 
 @given(DELTAS, st.text(max_size=3))
 @settings(max_examples=300, deadline=None)
-def test_a_part_that_leaves_no_marks_changes_no_trail(part: dict[str, Any], name: str) -> None:
-    trail = TurnFingerprints()
-    trail.add({"role": "assistant", name: "x", **part})
+def test_a_chunk_without_fingerprints_changes_nothing(part: dict[str, Any], name: str) -> None:
+    turn = TurnFingerprints()
+    turn.add({"role": "assistant", name: "x", **part})
     if not has_fingerprints(part):
-        assert trail.is_empty
-        assert not [*trail.reasoning_marks(TextSample()), *trail.call_marks(TextSample())]
+        assert turn.is_empty
+        assert not [*turn.of_reasoning(TextSample()), *turn.of_calls(TextSample())]
 
 
-def test_marks_are_there_when_the_last_text_is_what_ends_the_answer() -> None:
+def test_fingerprints_are_complete_when_the_last_text_comes_with_the_finish_reason() -> None:
     ended: list[dict[str, Any]] = [
         {"choices": [REASONING]},
         {"choices": [{"delta": {"content": "."}, "finish_reason": "stop"}]},
@@ -104,7 +104,7 @@ def test_marks_are_there_when_the_last_text_is_what_ends_the_answer() -> None:
         ({}, None),
     ],
 )
-def test_what_is_plain(delta: dict[str, Any], text: str | None) -> None:
+def test_which_chunks_are_simple_text(delta: dict[str, Any], text: str | None) -> None:
     choice = {"index": 0, "delta": delta, "finish_reason": None}
     assert simple_text({"choices": [choice]}) == text
     assert simple_text({"choices": [{"index": 0, "message": delta}]}) == text

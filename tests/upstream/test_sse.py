@@ -23,21 +23,21 @@ def test_every_split_gives_the_same_events(size: int) -> None:
     assert cutter.close() == []
 
 
-def test_an_event_without_its_blank_line_is_there_at_the_end() -> None:
+def test_an_event_without_its_blank_line_comes_at_the_end() -> None:
     cutter = SSEDecoder()
 
     assert cutter.feed(b'data: {"a": 1}\ndata: ') == []
     assert cutter.close() == [b'{"a": 1}\n']
 
 
-def test_an_event_without_an_end_is_bounded() -> None:
+def test_an_endless_event_is_rejected() -> None:
     cutter = SSEDecoder()
     cutter.feed(b"x" * MAX_EVENT_BYTES)
     with pytest.raises(EventTooLong):
         cutter.feed(b"x")
 
 
-def test_half_characters_are_written_as_they_came() -> None:
+def test_half_characters_are_encoded_as_they_came() -> None:
     half = decode_json(b'{"a": "\\ud83d"}')
 
     assert encode_json(half) == b'{"a":"\\ud83d"}'

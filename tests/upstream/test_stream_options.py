@@ -1,4 +1,4 @@
-"""Streams are asked for usage by a field that the caller need not have sent, and that not every server knows."""
+"""Streams are asked for usage by a field that the caller need not send, and that not every server accepts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from proxy.settings.models import ModelInfo
 from proxy.storage.models import ModelRecord
 from proxy.upstream.client import UpstreamClient
-from tests.support.raw_upstream import END, SAID, RawUpstream, Said, chunked, plain
-from tests.support.relaying import BODY, a_model, failing, streamed
+from tests.support.direct_calls import BODY, a_model, failing, streamed
+from tests.support.raw_upstream import CHUNK, END, RawUpstream, Reply, chunked, plain
 
 pytestmark = pytest.mark.parametrize("way", ["relay", "translate"])
 
@@ -32,7 +32,7 @@ REFUSAL = b'{"detail": [{"type": "extra_forbidden", "loc": ["body", "stream_opti
 async def test_a_model_that_refuses_stream_options_is_asked_without_them_from_then_on(
     upstream: UpstreamClient, way: str, status: bytes
 ) -> None:
-    async with RawUpstream(plain(REFUSAL, status=status), Said(chunked(SAID, END))) as server:
+    async with RawUpstream(plain(REFUSAL, status=status), Reply(chunked(CHUNK, END))) as server:
         record = model(server, way)
         for _ in range(2):
             assert text_of(await streamed(upstream, record)) == "hi"
@@ -41,14 +41,14 @@ async def test_a_model_that_refuses_stream_options_is_asked_without_them_from_th
     assert {name: value for name, value in sent[0].items() if name != "stream_options"} == sent[1] == sent[2]
 
 
-async def test_a_changed_model_is_asked_anew(upstream: UpstreamClient, way: str) -> None:
-    async with RawUpstream(plain(REFUSAL, status=b"422 No"), Said(chunked(SAID, END))) as server:
+async def test_a_changed_model_is_sent_stream_options_again(upstream: UpstreamClient, way: str) -> None:
+    async with RawUpstream(plain(REFUSAL, status=b"422 No"), Reply(chunked(CHUNK, END))) as server:
         await streamed(upstream, model(server, way))
         await streamed(upstream, model(server, way))
         assert ["stream_options" in json.loads(body) for body in server.bodies] == [True, False, True]
 
 
-async def test_another_fault_and_a_second_refusal_are_told(upstream: UpstreamClient, way: str) -> None:
+async def test_other_errors_and_a_second_refusal_are_reported(upstream: UpstreamClient, way: str) -> None:
     other = plain(b'{"error": {"message": "no such field: stream_option"}}', status=b"400 Bad")
     async with RawUpstream(other) as server:
         await failing(upstream, model(server, way), streamed)
@@ -62,7 +62,7 @@ async def test_another_fault_and_a_second_refusal_are_told(upstream: UpstreamCli
 
 
 @pytest.mark.parametrize(("stated", "sent"), [(True, [True]), (False, [False])])
-async def test_what_is_stated_of_stream_options_is_kept_to(
+async def test_supports_stream_options_is_obeyed(
     upstream: UpstreamClient, way: str, stated: bool, sent: list[bool]
 ) -> None:
     async with RawUpstream(plain(REFUSAL, status=b"422 No")) as server:
@@ -72,7 +72,7 @@ async def test_what_is_stated_of_stream_options_is_kept_to(
 
 async def test_a_caller_who_asked_for_usage_is_served_without_it(upstream: UpstreamClient, way: str) -> None:
     asked = {**BODY, "stream": True, "stream_options": {"include_usage": True}}
-    async with RawUpstream(plain(REFUSAL, status=b"422 No"), Said(chunked(SAID, END))) as server:
+    async with RawUpstream(plain(REFUSAL, status=b"422 No"), Reply(chunked(CHUNK, END))) as server:
         blocks = [
             block async for block in await upstream.stream(model(server, way), asked, raw=json.dumps(asked).encode())
         ]

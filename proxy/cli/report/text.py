@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from math import isnan
 from typing import Any, TypeVar
 
-from proxy.cli import console
 from proxy.cli.report.format import (
     LOOKS,
     OURS,
@@ -39,37 +38,50 @@ MEANINGS = (
 )
 
 
-def tell(results: Results, labels: int | None = None) -> None:
-    """`labels`: the N of the table that has room for one; the middle one unless said."""
-    for sentence in protocol_sentences(results):
-        console.say(sentence)
-    console.say()
-    _tell_areas(results)
-    console.say()
-    _tell_differences(results)
-    console.say()
-    _tell_figures(results, labels or median_labels(results))
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of cells below the names of their columns."""
+
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    title: str
+
+
+def summary(results: Results, labels: int | None = None) -> Iterator[str | Table]:
+    """Yield the lines and tables that a terminal shows.
+
+    Args:
+        labels: the N of the table that has room for one; the middle one by default.
+    """
+    yield from protocol_sentences(results)
+    yield ""
+    yield _areas(results)
+    if undefined := undefined_sentence(results):
+        yield undefined
+    yield ""
+    yield _differences(results)
+    yield ""
+    yield _other_figures(results, labels or median_labels(results))
+    yield from MEANINGS
     if results.chosen:
-        console.say()
-        _tell_chosen(results)
+        yield ""
+        yield _chosen_prompts(results)
 
 
-def _tell_areas(results: Results) -> None:
-    title = "Area ×100: mean quality over all budgets between the cheapest and the best single model"
+def _areas(results: Results) -> Table:
     rows = [
         (LOOKS[method].label, *(points(figures.area) for figures in by_labels.values()))
         for method, by_labels in results.methods.items()
     ]
-    console.table(("method", *columns(results)), rows, title=title)
-    if undefined := undefined_sentence(results):
-        console.say(undefined)
+    title = "Area ×100: mean quality over all budgets between the cheapest and the best single model"
+    return Table(("method", *columns(results)), rows, title)
 
 
-def _tell_differences(results: Results) -> None:
-    """The mark of the best rival is as wide as no mark, so that figures stay below each other."""
+def _differences(results: Results) -> Table:
     best = best_rival_of_each_size(results)
 
     def cell(method: str, labels: int, found: Difference) -> str:
+        # The mark of the best rival is as wide as no mark, so that figures stay below each other.
         return points_apart(found) + (" *" if best.get(labels) == method else "  ")
 
     rows = [
@@ -79,11 +91,11 @@ def _tell_differences(results: Results) -> None:
     if best:
         rows += _best_rows(results, best)
     wide = [f"{column}  " for column in columns(results)]
-    console.table(("ours", *wide), rows, title="Area ×100 of ours, less that of each other, on the same test prompts")
+    return Table(("ours", *wide), rows, "Area ×100 of ours, less that of each other, on the same test prompts")
 
 
 def _best_rows(results: Results, best: Mapping[int, str]) -> list[tuple[str, ...]]:
-    """Once more, for who reads the last lines only."""
+    """Repeat the best rivals' rows at the end, for readers of the last lines only."""
     found = {labels: results.differences[method][labels] for labels, method in best.items()}
     every = results.protocol.labels
     return [
@@ -92,24 +104,22 @@ def _best_rows(results: Results, best: Mapping[int, str]) -> list[tuple[str, ...
     ]
 
 
-def _tell_figures(results: Results, labels: int) -> None:
+def _other_figures(results: Results, labels: int) -> Table:
     rows = [
         (LOOKS[method].label, *(cell(by_labels[labels]) for cell in FIGURES.values()))
         for method, by_labels in results.methods.items()
     ]
-    console.table((f"N = {labels}", *FIGURES), rows, title="The other figures; their intervals are in --json")
-    for line in MEANINGS:
-        console.say(line)
+    return Table((f"N = {labels}", *FIGURES), rows, "The other figures; their intervals are in --json")
 
 
-def _tell_chosen(results: Results) -> None:
+def _chosen_prompts(results: Results) -> Table:
     random = results.methods[OURS]
     rows = [
         (f"{labels}", points(found), points(random[labels].area), points_apart(results.chosen_differences[labels]))
         for labels, found in results.chosen.items()
     ]
     title = "Area ×100 of ours on N prompts chosen as `uniroute models add` does, and on random ones"
-    console.table(("N", "chosen", "random", "chosen less random"), rows, title=title)
+    return Table(("N", "chosen", "random", "chosen less random"), rows, title)
 
 
 _Fields = dict[str, float | None]
@@ -120,6 +130,7 @@ _Shown = TypeVar("_Shown")
 
 
 def document(results: Results) -> dict[str, Any]:
+    """Return everything that `--json` prints."""
     return {
         "protocol": _protocol(results),
         "methods": _by_labels(results.methods, _figures),
@@ -179,7 +190,7 @@ def _curve(figures: MethodMetrics) -> dict[str, list[float | None]]:
 
 
 def known(value: float) -> float | None:
-    """JSON has no NaN."""
+    """Return None for NaN, which JSON does not have."""
     return None if isnan(value) else float(value)
 
 

@@ -45,7 +45,7 @@ PEERS = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "uniro
 def main() -> None:
     arguments = _arguments()
     plan, began = _plan(arguments), time.monotonic()
-    static_embedder(arguments.table, console.note)
+    static_embedder(arguments.table, console.echo_err)
     with tempfile.TemporaryDirectory(prefix="uniroute-bench-") as name:
         folder, cores = Path(name), two_cores()
         with Upstream(folder, cores.load) as upstream:

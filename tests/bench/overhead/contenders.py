@@ -19,7 +19,7 @@ from proxy.settings.models import ModelInfo
 from router_core.artifact import load_map
 from tests.bench.overhead.processes import free_port, started, until_it_answers
 from tests.support.command import ADMIN_KEY, ROOT, environment
-from tests.support.server import arm, uniform_profile
+from tests.support.proxy_process import model_entry, uniform_profile
 
 ROUTED, PINNED, TRANSLATED = "ours, routed", "ours, pinned", "ours, routed, translated"
 FLOOR, LITELLM, PORTKEY = "FastAPI + litellm SDK", "LiteLLM proxy", "Portkey"
@@ -92,11 +92,11 @@ def ours(
     """`cluster_map`: a folder, else the built-in one; `info`: more of each model; `settings`: of our own section."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"model-{n}" for n in range(models)]
-    arms = [arm(name, upstream_url, price=1e-7 * (n + 1), **(info or {})) for n, name in enumerate(names)]
+    arms = [model_entry(name, upstream_url, price=1e-7 * (n + 1), **(info or {})) for n, name in enumerate(names)]
     mapped = {"map": str(cluster_map)} if cluster_map else {}
     config = {"model_list": arms, "uniroute": {"profile": {"on_start": False}, **mapped, **settings}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    environ = environment(folder / "data", embedder_cache, ARM_API_KEY="sk-bench", UNIROUTE_ADMIN_KEY=ADMIN_KEY)
+    environ = environment(folder / "data", embedder_cache, MODEL_API_KEY="sk-bench", UNIROUTE_ADMIN_KEY=ADMIN_KEY)
     port = free_port()
     command = [sys.executable, "-m", "proxy.cli", "serve", "--port", str(port), "--config", folder / "config.yaml"]
     profiles = {name: a_profile(0.2 + 0.5 * n / models, cluster_map) for n, name in enumerate(names)}

@@ -130,19 +130,19 @@ def _times(value: float) -> str:
 
 def _print_ceiling(results: Results) -> None:
     requests, chunks = (median(column.of(results, DIRECT)) for column in (PER_S, CHUNKS_PER_S))
-    console.say(f"\nCeiling: without a gateway {requests:,.0f} requests/s and {chunks:,.0f} chunks/s")
+    console.echo(f"\nCeiling: without a gateway {requests:,.0f} requests/s and {chunks:,.0f} chunks/s")
     plain, streamed = results.upstream_alone(at_once(16), "per_s"), results.upstream_alone(STREAM, "chunks_per_s")
-    console.say("  (load and upstream on one core, every event a write of its own; the upstream alone, by its CPU,")
-    console.say(f"  {plain:,.0f} requests/s and {streamed:,.0f} chunks/s)")
+    console.echo("  (load and upstream on one core, every event a write of its own; the upstream alone, by its CPU,")
+    console.echo(f"  {plain:,.0f} requests/s and {streamed:,.0f} chunks/s)")
 
 
 def _print_trust(results: Results) -> None:
     usual, most = results.disturbance()
-    console.say(f"Others took {usual:.0%} of the gateway's core while it was measured, {most:.0%} in the worst round")
+    console.echo(f"Others took {usual:.0%} of the gateway's core while it was measured, {most:.0%} in the worst round")
     for doubt in results.doubts():
-        console.say(f"DOUBT: {doubt}")
+        console.echo(f"DOUBT: {doubt}")
     for failure in results.failures():
-        console.say(f"FAILED: {failure}")
+        console.echo(f"FAILED: {failure}")
 
 
 def markdown(results: Results) -> str:

@@ -63,7 +63,7 @@ def measured(plan: Plan, bench: Bench, servers: Sequence[Server]) -> Results:
     )
     for server in servers:
         if server.profiles:
-            console.note(f"preparing {name_of(server)}")
+            console.echo_err(f"preparing {name_of(server)}")
             with profiled(server, bench.cores.gateway):
                 pass
     _time_starts(plan, bench, servers, results)
@@ -83,7 +83,7 @@ def name_of(server: Server) -> str:
 def _time_starts(plan: Plan, bench: Bench, servers: Sequence[Server], results: Results) -> None:
     """Alone, so that nothing that a process shares with others makes its memory look less."""
     for number, server in product(range(plan.rounds), servers):
-        console.note(f"start {number + 1} of {plan.rounds}: {name_of(server)}")
+        console.echo_err(f"start {number + 1} of {plan.rounds}: {name_of(server)}")
         with running(server, bench.cores.gateway) as started:
             results.starts[name_of(server)].append(Start(started.ready_s, _settled_memory(started)))
 
@@ -113,7 +113,7 @@ def _find_rates(bench: Bench, rows: Sequence[Row], results: Results) -> None:
     for case, saturating in RATES.items():
         most: dict[str, float] = {}
         for row in rows[1:]:
-            console.note(f"warming up, and how much it can: {row.name}, {saturating}")
+            console.echo_err(f"warming up, and how much it can: {row.name}, {saturating}")
             load = Case(saturating, stream=case == HALF_STREAM)
             bench.measure(load, row)
             most[row.name] = bench.measure(load, row).figures["per_s"]
@@ -123,7 +123,7 @@ def _find_rates(bench: Bench, rows: Sequence[Row], results: Results) -> None:
 
 def _one_round(plan: Plan, bench: Bench, rows: Sequence[Row], results: Results, number: int) -> None:
     for case in plan.cases:
-        console.note(f"round {number + 1} of {plan.rounds}: {case.name}")
+        console.echo_err(f"round {number + 1} of {plan.rounds}: {case.name}")
         for row in rows:
             if case.kind != MIXED and row.name in ONLY_MIXED:
                 continue
@@ -138,7 +138,7 @@ def _one_round(plan: Plan, bench: Bench, rows: Sequence[Row], results: Results, 
 
 def _work(plan: Plan, bench: Bench, server: Server, results: Results) -> None:
     name, case = name_of(server), Case("for memory")
-    console.note(f"{plan.worked_requests:,} requests to {name}")
+    console.echo_err(f"{plan.worked_requests:,} requests to {name}")
     with running(server, bench.cores.gateway) as started:
         row = rows_of(server, started)[0]
         outcome = bench.measure(case, row, seconds=plan.worked_s, most=plan.worked_requests)

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from proxy.cli.evaluate import print_summary
 from proxy.cli.report.format import LOOKS, best_rival_of_each_size, headline
-from proxy.cli.report.text import tell
 from router_core.evaluation.curves import Difference
 from router_core.evaluation.study import ESTIMATED, METHODS, Estimate, Results
 
@@ -15,7 +15,7 @@ from router_core.evaluation.study import ESTIMATED, METHODS, Estimate, Results
 @pytest.fixture
 def told(capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> list[str]:
     """The lines that are said of the results which the test names."""
-    tell(request.getfixturevalue(request.param))
+    print_summary(request.getfixturevalue(request.param))
     return capsys.readouterr().out.splitlines()
 
 
@@ -51,7 +51,7 @@ def test_a_figure_is_shown_a_hundredfold_with_its_interval(
     studied: Results, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures = replace(studied.methods["knn"][10], area=Estimate(0.5, 0.25, 0.625, 3))
-    tell(replace(studied, methods={**studied.methods, "knn": {**studied.methods["knn"], 10: figures}}))
+    print_summary(replace(studied, methods={**studied.methods, "knn": {**studied.methods["knn"], 10: figures}}))
     assert "50.0 [25.0, 62.5]" in row(capsys.readouterr().out.splitlines(), "k nearest neighbours")
 
 
@@ -64,7 +64,7 @@ def where_ridge_is_close(studied: Results, *, by: float = -0.002) -> Results:
 def test_the_best_rival_is_the_one_that_ours_is_least_ahead_of(
     studied: Results, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tell(where_ridge_is_close(studied))
+    print_summary(where_ridge_is_close(studied))
     said = capsys.readouterr().out.splitlines()
     assert row(said, "* the best rival").split()[4:] == ["ridge"] * 3
     assert row(said, "less the best rival").count("-0.20 [-1.00, +1.00]") == 3
@@ -112,5 +112,5 @@ def test_of_deployed_profiles_no_trial_is_told_and_no_choice(told: list[str]) ->
 def test_the_table_for_one_n_is_of_the_n_that_is_asked_for(
     studied: Results, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tell(studied, 40)
+    print_summary(studied, 40)
     assert row(capsys.readouterr().out.splitlines(), "N = 40 ").split()[3:5] == ["QNC", "reached"]

@@ -11,7 +11,7 @@ from router_core.evaluation.parallel import parallel_map
 from router_core.evaluation.study import METHODS, run_study
 from tests.router_core.evaluation.toys import a_plan, two_kinds, vectors_of
 from tests.router_core.evaluation.work import heeds_interrupts, leave, refuse_three, stay_stuck, threads
-from tests.support.process_group import process_group
+from tests.support.processes import process_group
 
 
 def test_each_item_runs_in_one_thread_and_the_limits_are_restored() -> None:

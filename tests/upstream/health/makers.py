@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
+from proxy.concurrency import log as background_log
 from proxy.errors import UpstreamError
 from proxy.settings.schema import CircuitBreakerSettings
 from proxy.storage.redis import Store
+from proxy.upstream.circuit_breaker import CircuitBreaker, Permit
 from proxy.upstream.health import CooldownReplicator, HealthRegistry
 
 
@@ -26,7 +29,14 @@ def a_failure(status: int | None = 500, body: bytes | None = b"", **more: Any) -
 
 def fail(health: HealthRegistry, model: str = "small", times: int = 5, status: int | None = 500, **more: Any) -> None:
     for _ in range(times):
-        health.begin(model).failed(a_failure(status, **more))
+        health.start_attempt(model).failed(a_failure(status, **more))
+
+
+def started(breaker: CircuitBreaker, now: float) -> Permit:
+    """An attempt that begins now."""
+    permit = Permit()
+    breaker.start(permit, now)
+    return permit
 
 
 @asynccontextmanager
@@ -36,9 +46,14 @@ async def a_sharing(
     """What one more process knows, while its sharing runs."""
     health = health or HealthRegistry(CircuitBreakerSettings())
     sharing = CooldownReplicator(store, health, lambda: known)
+    failures: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = failures.append  # type: ignore[method-assign, assignment]
+    background_log.addHandler(handler)
     sharing.start()
     try:
         yield health
-        assert [task for task in sharing._running if task.done()] == []
     finally:
         await sharing.stop()
+        background_log.removeHandler(handler)
+    assert failures == []  # of its loops, which are restarted after one

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 from proxy.settings.schema import CircuitBreakerSettings
-from proxy.upstream.circuit_breaker import PROBE_S, CircuitBreaker, FailureClass, Weight
+from proxy.upstream.circuit_breaker import PROBE_TIMEOUT_S, CircuitBreaker, FailureClass, FailureKind
+from tests.upstream.health.makers import started
 
-FAILED = FailureClass(Weight.COUNTED, "status 500")
-CALLERS = FailureClass(Weight.ANSWERED, "status 400")
-UNSENT = FailureClass(Weight.UNSENT, "status 400")
-OUR_KEY = FailureClass(Weight.AT_ONCE, "status 401")
-OUR_ADDRESS = FailureClass(Weight.AT_ONCE_UNLESS_SERVING, "status 404")
+FAILED = FailureClass(FailureKind.TRANSIENT, "status 500")
+CALLERS = FailureClass(FailureKind.CALLER_ERROR, "status 400")
+UNSENT = FailureClass(FailureKind.NOT_SENT, "status 400")
+OUR_KEY = FailureClass(FailureKind.PERMANENT, "status 401")
+OUR_ADDRESS = FailureClass(FailureKind.PERMANENT_UNLESS_HEALTHY, "status 404")
 
 
 def asked_for(seconds: float) -> FailureClass:
-    return FailureClass(Weight.AT_ONCE, "status 429", seconds)
+    return FailureClass(FailureKind.PERMANENT, "status 429", seconds)
 
 
 def a_breaker(**policy: float) -> CircuitBreaker:
     return CircuitBreaker(CircuitBreakerSettings.model_validate(policy))
 
 
-def fail(breaker: CircuitBreaker, times: int, now: float = 0.0, verdict: FailureClass = FAILED) -> None:
+def fail(breaker: CircuitBreaker, times: int, now: float = 0.0, failure: FailureClass = FAILED) -> None:
     for _ in range(times):
-        breaker.failed(breaker.begin(now), verdict, now)
+        breaker.failed(started(breaker, now), failure, now)
 
 
 def succeed(breaker: CircuitBreaker, times: int, now: float = 0.0) -> None:
     for _ in range(times):
-        breaker.succeeded(breaker.begin(now), now)
+        breaker.succeeded(started(breaker, now), now)
 
 
 def an_open_one() -> CircuitBreaker:
@@ -42,7 +43,7 @@ def test_the_fifth_failure_opens_it_for_the_cooldown_and_says_why() -> None:
     fail(breaker, 4)
     assert breaker.closed
     fail(breaker, 1)
-    assert breaker.resting_s(0.0) == 10.0
+    assert breaker.unavailable_s(0.0) == 10.0
     assert breaker.why == "5 of 5 attempts failed within 30 s, the last: status 500"
 
 
@@ -72,22 +73,22 @@ def test_failures_before_the_window_are_forgotten() -> None:
 def test_abandoned_attempts_weigh_nothing() -> None:
     breaker = a_breaker()
     for _ in range(20):
-        breaker.abandoned(breaker.begin(0.0))
+        breaker.abandoned(started(breaker, 0.0))
     fail(breaker, 5)
     assert not breaker.closed
 
 
-def test_after_the_cooldown_one_is_the_probe_and_others_see_it_at_rest() -> None:
+def test_after_the_cooldown_one_attempt_is_the_probe_and_others_must_wait() -> None:
     breaker = an_open_one()
-    assert not breaker.begin(9.9).probe
-    assert breaker.resting_s(10.0) is None
-    probe = breaker.begin(10.0)
-    assert probe.probe
-    assert breaker.resting_s(11.0) == PROBE_S - 1
-    assert not breaker.begin(11.0).probe
+    assert not started(breaker, 9.9).is_probe
+    assert breaker.unavailable_s(10.0) is None
+    probe = started(breaker, 10.0)
+    assert probe.is_probe
+    assert breaker.unavailable_s(11.0) == PROBE_TIMEOUT_S - 1
+    assert not started(breaker, 11.0).is_probe
     breaker.succeeded(probe, 12.0)
     assert breaker.closed
-    assert breaker.resting_s(12.0) is None
+    assert breaker.unavailable_s(12.0) is None
 
 
 def test_after_it_closed_counting_starts_afresh() -> None:
@@ -97,46 +98,46 @@ def test_after_it_closed_counting_starts_afresh() -> None:
     assert breaker.closed
 
 
-def test_each_failing_probe_doubles_the_rest_up_to_the_longest() -> None:
-    breaker, now, rests = an_open_one(), 0.0, []
+def test_each_failing_probe_doubles_the_cooldown_up_to_the_longest() -> None:
+    breaker, now, cooldowns = an_open_one(), 0.0, []
     for _ in range(7):
-        rests.append(breaker.cooling_s(now))
-        now += rests[-1]
+        cooldowns.append(breaker.cooldown_s(now))
+        now += cooldowns[-1]
         fail(breaker, 1, now)
-    assert rests == [10, 20, 40, 80, 160, 300, 300]
+    assert cooldowns == [10, 20, 40, 80, 160, 300, 300]
     assert breaker.why == "a probe: status 500"
 
 
-def test_after_a_recovery_the_rest_is_the_shortest_again() -> None:
+def test_after_a_recovery_the_cooldown_is_the_shortest_again() -> None:
     breaker = an_open_one()
     fail(breaker, 1, now=10.0)
     succeed(breaker, 1, now=30.0)
     fail(breaker, 5, now=31.0)
-    assert breaker.cooling_s(31.0) == 10.0
+    assert breaker.cooldown_s(31.0) == 10.0
 
 
-def test_an_abandoned_probe_makes_way_at_once() -> None:
+def test_after_an_abandoned_probe_the_next_attempt_is_one() -> None:
     breaker = an_open_one()
-    breaker.abandoned(breaker.begin(10.0))
-    assert breaker.resting_s(10.0) is None
-    assert breaker.begin(10.0).probe
+    breaker.abandoned(started(breaker, 10.0))
+    assert breaker.unavailable_s(10.0) is None
+    assert started(breaker, 10.0).is_probe
 
 
-def test_a_probe_that_never_reports_makes_way_and_may_still_succeed_but_not_fail() -> None:
+def test_a_probe_that_never_ends_is_replaced_and_may_still_succeed_but_not_fail() -> None:
     breaker = an_open_one()
-    lost = breaker.begin(10.0)
-    assert not breaker.begin(10.0 + PROBE_S - 1).probe
-    second = breaker.begin(10.0 + PROBE_S)
-    assert second.probe
-    breaker.failed(lost, FAILED, 11.0 + PROBE_S)
-    assert breaker.cooling_s(11.0 + PROBE_S) == 0
-    breaker.succeeded(lost, 12.0 + PROBE_S)
+    lost = started(breaker, 10.0)
+    assert not started(breaker, 10.0 + PROBE_TIMEOUT_S - 1).is_probe
+    second = started(breaker, 10.0 + PROBE_TIMEOUT_S)
+    assert second.is_probe
+    breaker.failed(lost, FAILED, 11.0 + PROBE_TIMEOUT_S)
+    assert breaker.cooldown_s(11.0 + PROBE_TIMEOUT_S) == 0
+    breaker.succeeded(lost, 12.0 + PROBE_TIMEOUT_S)
     assert breaker.closed
 
 
-def test_what_began_before_it_opened_says_nothing_after_it_closed() -> None:
+def test_attempts_from_before_it_opened_do_not_count_after_it_closed() -> None:
     breaker = a_breaker()
-    old = [breaker.begin(0.0) for _ in range(10)]
+    old = [started(breaker, 0.0) for _ in range(10)]
     fail(breaker, 5)
     succeed(breaker, 1, now=10.0)
     for permit in old:
@@ -144,110 +145,110 @@ def test_what_began_before_it_opened_says_nothing_after_it_closed() -> None:
     assert breaker.closed
 
 
-def test_neither_a_straggler_nor_one_that_was_asked_all_the_same_ends_a_rest() -> None:
+def test_no_success_during_the_cooldown_ends_it() -> None:
     breaker = a_breaker()
-    straggler = breaker.begin(0.0)
+    straggler = started(breaker, 0.0)
     fail(breaker, 5)
     breaker.succeeded(straggler, 1.0)
     succeed(breaker, 3, now=2.0)
     fail(breaker, 3, now=3.0)
-    assert breaker.cooling_s(3.0) == 7.0
+    assert breaker.cooldown_s(3.0) == 7.0
 
 
-def test_what_began_before_it_opened_decides_no_probe_however_well_it_ends() -> None:
+def test_a_success_from_before_it_opened_is_no_probe() -> None:
     breaker = a_breaker()
-    straggler = breaker.begin(0.0)
+    straggler = started(breaker, 0.0)
     fail(breaker, 5)
     breaker.succeeded(straggler, 11.0)
-    assert breaker.begin(11.0).probe
+    assert started(breaker, 11.0).is_probe
 
 
 def test_a_success_beside_a_slow_probe_closes_it() -> None:
     breaker = an_open_one()
-    breaker.begin(10.0)
+    started(breaker, 10.0)
     succeed(breaker, 1, now=11.0)
     assert breaker.closed
 
 
-def test_a_stated_wait_rests_it_at_once_for_as_long_and_no_longer_than_the_longest() -> None:
+def test_a_stated_wait_opens_it_at_once_for_no_longer_than_the_longest_cooldown() -> None:
     for stated, rest in ((7.0, 7.0), (0.25, 0.25), (86_400.0, 300.0)):
         breaker = a_breaker()
-        fail(breaker, 1, verdict=asked_for(stated))
-        assert breaker.cooling_s(0.0) == rest
+        fail(breaker, 1, failure=asked_for(stated))
+        assert breaker.cooldown_s(0.0) == rest
 
 
 def test_a_later_and_longer_wait_counts_also_of_attempts_that_began_before() -> None:
     breaker = a_breaker()
-    old = breaker.begin(0.0)
-    fail(breaker, 1, verdict=asked_for(10.0))
+    old = started(breaker, 0.0)
+    fail(breaker, 1, failure=asked_for(10.0))
     breaker.failed(old, asked_for(60.0), 1.0)
-    assert breaker.cooling_s(1.0) == 60.0
-    fail(breaker, 1, now=2.0, verdict=asked_for(5.0))
-    assert breaker.cooling_s(2.0) == 59.0
+    assert breaker.cooldown_s(1.0) == 60.0
+    fail(breaker, 1, now=2.0, failure=asked_for(5.0))
+    assert breaker.cooldown_s(2.0) == 59.0
 
 
 def test_a_storm_of_the_same_wait_is_one_change() -> None:
     breaker = a_breaker()
-    permits = [breaker.begin(0.0) for _ in range(100)]
+    permits = [started(breaker, 0.0) for _ in range(100)]
     for place, permit in enumerate(permits):
         breaker.failed(permit, asked_for(300.0), place / 200)
-    assert (breaker.epoch, breaker.opened) == (1, 1)
+    assert (breaker.epoch, breaker.open_count) == (1, 1)
 
 
-def test_a_probe_that_is_told_to_wait_rests_for_that_and_not_for_the_double() -> None:
+def test_a_probe_that_is_told_to_wait_opens_it_for_that_wait() -> None:
     breaker = an_open_one()
-    fail(breaker, 1, now=10.0, verdict=asked_for(3.0))
-    assert breaker.cooling_s(10.0) == 3.0
+    fail(breaker, 1, now=10.0, failure=asked_for(3.0))
+    assert breaker.cooldown_s(10.0) == 3.0
 
 
-def test_our_own_key_refused_rests_it_at_once_even_between_successes() -> None:
+def test_a_refusal_of_our_own_key_opens_it_at_once_even_between_successes() -> None:
     breaker = a_breaker()
     succeed(breaker, 50)
-    fail(breaker, 1, verdict=OUR_KEY)
-    assert breaker.cooling_s(0.0) == 10.0
+    fail(breaker, 1, failure=OUR_KEY)
+    assert breaker.cooldown_s(0.0) == 10.0
 
 
-def test_one_callers_404_does_not_take_a_model_from_others_that_it_serves() -> None:
+def test_one_callers_404_does_not_open_the_circuit_of_a_model_that_serves_others() -> None:
     unused, serving = a_breaker(), a_breaker()
-    fail(unused, 1, verdict=OUR_ADDRESS)
+    fail(unused, 1, failure=OUR_ADDRESS)
     succeed(serving, 4)
-    fail(serving, 4, verdict=OUR_ADDRESS)
-    assert unused.cooling_s(0.0) == 10.0
+    fail(serving, 4, failure=OUR_ADDRESS)
+    assert unused.cooldown_s(0.0) == 10.0
     assert serving.closed
-    fail(serving, 1, verdict=OUR_ADDRESS)
-    assert serving.cooling_s(0.0) == 10.0
+    fail(serving, 1, failure=OUR_ADDRESS)
+    assert serving.cooldown_s(0.0) == 10.0
 
 
 def test_a_callers_mistake_proves_that_the_upstream_is_there() -> None:
     breaker = a_breaker()
-    fail(breaker, 6, verdict=CALLERS)
+    fail(breaker, 6, failure=CALLERS)
     fail(breaker, 5)
     assert breaker.closed
     probed = an_open_one()
-    fail(probed, 1, now=10.0, verdict=CALLERS)
+    fail(probed, 1, now=10.0, failure=CALLERS)
     assert probed.closed
 
 
-def test_what_was_never_sent_decides_no_probe() -> None:
+def test_a_request_that_was_never_sent_is_no_probe() -> None:
     breaker = an_open_one()
-    fail(breaker, 1, now=10.0, verdict=UNSENT)
+    fail(breaker, 1, now=10.0, failure=UNSENT)
     assert not breaker.closed
-    assert breaker.begin(10.0).probe
+    assert started(breaker, 10.0).is_probe
 
 
-def test_a_probe_that_is_answering_lets_others_in_and_one_that_then_breaks_reopens_for_the_double() -> None:
+def test_a_probe_with_content_closes_it_and_one_that_then_breaks_opens_it_for_twice_as_long() -> None:
     breaker = an_open_one()
-    probe = breaker.begin(10.0)
-    breaker.answering(probe, 11.0)
+    probe = started(breaker, 10.0)
+    breaker.first_content(probe, 11.0)
     assert breaker.closed
     breaker.failed(probe, FAILED, 12.0)
-    assert breaker.cooling_s(12.0) == 20.0
+    assert breaker.cooldown_s(12.0) == 20.0
 
 
-def test_a_long_probe_that_breaks_after_others_were_served_takes_it_from_nobody() -> None:
+def test_a_probe_that_breaks_after_others_succeeded_leaves_it_closed() -> None:
     breaker = an_open_one()
-    probe = breaker.begin(10.0)
-    breaker.answering(probe, 11.0)
+    probe = started(breaker, 10.0)
+    breaker.first_content(probe, 11.0)
     succeed(breaker, 1, now=12.0)
     breaker.failed(probe, FAILED, 500.0)
     assert breaker.closed
@@ -255,8 +256,8 @@ def test_a_long_probe_that_breaks_after_others_were_served_takes_it_from_nobody(
 
 def test_a_probe_that_answered_to_its_end_is_one_success() -> None:
     breaker = an_open_one()
-    probe = breaker.begin(10.0)
-    breaker.answering(probe, 11.0)
+    probe = started(breaker, 10.0)
+    breaker.first_content(probe, 11.0)
     breaker.succeeded(probe, 12.0)
     fail(breaker, 5, now=12.0)
-    assert breaker.cooling_s(12.0) == 10.0
+    assert breaker.cooldown_s(12.0) == 10.0

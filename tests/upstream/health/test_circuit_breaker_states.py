@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from proxy.settings.schema import CircuitBreakerSettings
-from proxy.upstream.circuit_breaker import PROBE_S, CircuitBreaker, FailureClass, Permit, Weight
+from proxy.upstream.circuit_breaker import PROBE_TIMEOUT_S, CircuitBreaker, FailureClass, FailureKind, Permit
+from tests.upstream.health.makers import started
 
 POLICY = CircuitBreakerSettings(failures=3, cooldown_s=5, longest_cooldown_s=45)
-VERDICTS = st.builds(
-    FailureClass, st.sampled_from(Weight), st.just("status 500"), st.one_of(st.none(), st.floats(0.01, 1e6))
+FAILURES = st.builds(
+    FailureClass, st.sampled_from(FailureKind), st.just("status 500"), st.one_of(st.none(), st.floats(0.01, 1e6))
 )
 SECONDS = st.floats(0.01, 1e6)
 ROUNDING_S = 1e-6
@@ -28,11 +29,11 @@ class BreakerMachine(RuleBasedStateMachine):
 
     @rule(target=begun)
     def begin(self) -> Permit:
-        askable = self.breaker.resting_s(self.now) is None
-        permit = self.breaker.begin(self.now)
-        assert permit.probe == (askable and not self.breaker.closed)
-        if permit.probe:
-            live = [p for p, at in self.probes.items() if p.epoch == permit.epoch and self.now < at + PROBE_S]
+        askable = self.breaker.unavailable_s(self.now) is None
+        permit = started(self.breaker, self.now)
+        assert permit.is_probe == (askable and not self.breaker.closed)
+        if permit.is_probe:
+            live = [p for p, at in self.probes.items() if p.epoch == permit.epoch and self.now < at + PROBE_TIMEOUT_S]
             assert live == []
             self.probes[permit] = self.now
         return permit
@@ -42,55 +43,57 @@ class BreakerMachine(RuleBasedStateMachine):
         self.now += seconds
 
     @rule(permit=begun)
-    def answering(self, permit: Permit) -> None:
-        self.breaker.answering(permit, self.now)
+    def first_content(self, permit: Permit) -> None:
+        self.breaker.first_content(permit, self.now)
 
     @rule(permit=consumes(begun))
     def succeed(self, permit: Permit) -> None:
-        cooling = self.breaker.cooling_s(self.now)
+        cooling = self.breaker.cooldown_s(self.now)
         self.probes.pop(permit, None)
         self.breaker.succeeded(permit, self.now)
-        assert self.breaker.cooling_s(self.now) == cooling
+        assert self.breaker.cooldown_s(self.now) == cooling
 
     @rule(permit=consumes(begun))
     def abandon(self, permit: Permit) -> None:
-        before = (self.breaker.epoch, self.breaker.cooling_s(self.now))
+        before = (self.breaker.epoch, self.breaker.cooldown_s(self.now))
         self.probes.pop(permit, None)
         self.breaker.abandoned(permit)
-        assert (self.breaker.epoch, self.breaker.cooling_s(self.now)) == before
+        assert (self.breaker.epoch, self.breaker.cooldown_s(self.now)) == before
 
-    @rule(permit=consumes(begun), verdict=VERDICTS)
-    def fail(self, permit: Permit, verdict: FailureClass) -> None:
-        cooling = self.breaker.cooling_s(self.now)
+    @rule(permit=consumes(begun), failure=FAILURES)
+    def fail(self, permit: Permit, failure: FailureClass) -> None:
+        cooling = self.breaker.cooldown_s(self.now)
         self.probes.pop(permit, None)
-        self.breaker.failed(permit, verdict, self.now)
-        assert self.breaker.cooling_s(self.now) >= cooling
+        self.breaker.failed(permit, failure, self.now)
+        assert self.breaker.cooldown_s(self.now) >= cooling
 
     @rule(seconds=SECONDS)
     def rest(self, seconds: float) -> None:
-        self.breaker.rest(seconds, "said so", self.now)
+        self.breaker.open(seconds, "said so", self.now)
         assert not self.breaker.closed
 
     @rule(seconds=SECONDS)
     def adopt(self, seconds: float) -> None:
-        self.breaker.adopt(seconds, "said elsewhere", self.now)
+        self.breaker.open_from_peer(seconds, "said elsewhere", self.now)
         assert not self.breaker.closed
 
     @rule()
     def lift(self) -> None:
-        found = self.breaker.found_s(self.now)
-        self.breaker.lift()
-        assert self.breaker.found_s(self.now) == found
+        found = self.breaker.local_cooldown_s(self.now)
+        self.breaker.close_from_peer()
+        assert self.breaker.local_cooldown_s(self.now) == found
 
     @invariant()
-    def it_never_rests_for_longer_than_the_longest(self) -> None:
-        assert self.breaker.cooling_s(self.now) <= POLICY.longest_cooldown_s + ROUNDING_S
-        assert (self.breaker.resting_s(self.now) or 0.0) <= max(POLICY.longest_cooldown_s, PROBE_S) + ROUNDING_S
+    def no_cooldown_is_longer_than_the_longest(self) -> None:
+        assert self.breaker.cooldown_s(self.now) <= POLICY.longest_cooldown_s + ROUNDING_S
+        assert (self.breaker.unavailable_s(self.now) or 0.0) <= max(
+            POLICY.longest_cooldown_s, PROBE_TIMEOUT_S
+        ) + ROUNDING_S
 
     @invariant()
-    def a_closed_one_is_well_and_a_resting_one_says_why(self) -> None:
+    def a_closed_circuit_is_available_and_an_open_one_says_why(self) -> None:
         if self.breaker.closed:
-            assert (self.breaker.resting_s(self.now), self.breaker.why) == (None, None)
+            assert (self.breaker.unavailable_s(self.now), self.breaker.why) == (None, None)
         else:
             assert self.breaker.why
 
@@ -100,13 +103,13 @@ TestBreakerMachine.settings = settings(max_examples=150, stateful_step_count=60,
 
 
 @given(st.lists(st.floats(0, 20), max_size=200))
-def test_a_model_of_which_two_thirds_of_the_attempts_succeed_never_rests(gaps: list[float]) -> None:
+def test_a_model_of_which_two_thirds_of_the_attempts_succeed_stays_closed(gaps: list[float]) -> None:
     breaker, now = CircuitBreaker(CircuitBreakerSettings()), 0.0
     for place, gap in enumerate(gaps):
         now += gap
-        permit = breaker.begin(now)
+        permit = started(breaker, now)
         if place % 3 == 2:
-            breaker.failed(permit, FailureClass(Weight.COUNTED, "status 500"), now)
+            breaker.failed(permit, FailureClass(FailureKind.TRANSIENT, "status 500"), now)
         else:
             breaker.succeeded(permit, now)
         assert breaker.closed
@@ -117,12 +120,12 @@ def test_a_model_that_answers_again_is_served_again(past: list[tuple[float, bool
     breaker, now = CircuitBreaker(CircuitBreakerSettings()), 0.0
     for gap, failed in past:
         now += gap
-        permit = breaker.begin(now)
+        permit = started(breaker, now)
         if failed:
-            breaker.failed(permit, FailureClass(Weight.COUNTED, "status 500"), now)
+            breaker.failed(permit, FailureClass(FailureKind.TRANSIENT, "status 500"), now)
         else:
             breaker.succeeded(permit, now)
     now += CircuitBreakerSettings().longest_cooldown_s
-    assert breaker.resting_s(now) is None
-    breaker.succeeded(breaker.begin(now), now)
+    assert breaker.unavailable_s(now) is None
+    breaker.succeeded(started(breaker, now), now)
     assert breaker.closed

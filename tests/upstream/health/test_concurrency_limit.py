@@ -1,9 +1,10 @@
-"""Places at a model: never more than the cap, first come first served, and none is ever lost."""
+"""Slots of a model: never more than the cap, first come first served, and none is ever lost."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
@@ -12,15 +13,33 @@ from hypothesis import strategies as st
 from proxy.errors import ModelAtCapacity
 from proxy.server.responses import render_error
 from proxy.settings.models import ModelInfo
-from proxy.upstream.concurrency_limit import ConcurrencyLimiter, ConcurrencyLimits, Slot
+from proxy.upstream.concurrency_limit import ConcurrencyLimiter, ConcurrencyLimits
 from tests.upstream.health.makers import Clock
 
-ONE = ConcurrencyLimits(max_parallel=1, max_queued=2, longest_wait_s=5)
+ONE = ConcurrencyLimits(max_parallel=1, max_queued=2)
 NO_CAP = ConcurrencyLimits()
 
 
-def queued(capacities: ConcurrencyLimiter, limits: ConcurrencyLimits = ONE) -> asyncio.Task[Slot]:
-    return asyncio.create_task(capacities.slot("small", limits))
+@dataclass(frozen=True)
+class Slot:
+    """One that was acquired."""
+
+    limiter: ConcurrencyLimiter
+    model: str
+    acquired_at: float
+
+    def release(self) -> None:
+        self.limiter.release(self.model, self.acquired_at)
+
+
+async def acquired(
+    limiter: ConcurrencyLimiter, limits: ConcurrencyLimits, model: str = "small", max_wait_s: float = 5.0
+) -> Slot:
+    return Slot(limiter, model, await limiter.acquire(model, limits, max_wait_s))
+
+
+def queued(limiter: ConcurrencyLimiter, limits: ConcurrencyLimits = ONE, max_wait_s: float = 5.0) -> asyncio.Task[Slot]:
+    return asyncio.create_task(acquired(limiter, limits, max_wait_s=max_wait_s))
 
 
 async def settle() -> None:
@@ -29,23 +48,22 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def nobody_left(capacities: ConcurrencyLimiter) -> bool:
-    return capacities._rooms == {}
+def nobody_left(limiter: ConcurrencyLimiter) -> bool:
+    return limiter._queues == {}
 
 
 async def test_without_a_cap_nobody_waits() -> None:
-    capacities = ConcurrencyLimiter()
-    slots = [await capacities.slot("small", NO_CAP) for _ in range(100)]
-    assert not capacities.busy("small", NO_CAP)
+    limiter = ConcurrencyLimiter()
+    slots = [await acquired(limiter, NO_CAP) for _ in range(100)]
     for slot in slots:
         slot.release()
-    assert nobody_left(capacities)
+    assert nobody_left(limiter)
 
 
-async def test_a_place_given_back_is_the_first_waiters() -> None:
-    capacities = ConcurrencyLimiter()
-    held = await capacities.slot("small", ONE)
-    first, second = queued(capacities), queued(capacities)
+async def test_a_released_slot_is_the_first_waiters() -> None:
+    limiter = ConcurrencyLimiter()
+    held = await acquired(limiter, ONE)
+    first, second = queued(limiter), queued(limiter)
     await settle()
     assert not first.done()
     held.release()
@@ -53,154 +71,135 @@ async def test_a_place_given_back_is_the_first_waiters() -> None:
     assert (first.done(), second.done()) == (True, False)
     (await first).release()
     (await second).release()
-    assert nobody_left(capacities)
+    assert nobody_left(limiter)
 
 
-async def test_whoever_comes_later_does_not_overtake_those_who_wait() -> None:
-    capacities = ConcurrencyLimiter()
-    held = await capacities.slot("small", ONE)
-    waiting = queued(capacities)
+async def test_a_later_request_does_not_overtake_those_that_wait() -> None:
+    limiter = ConcurrencyLimiter()
+    held = await acquired(limiter, ONE)
+    waiting = queued(limiter)
     await settle()
     held.release()
-    late = queued(capacities)
+    late = queued(limiter)
     await settle()
     assert (waiting.done(), late.done()) == (True, False)
     (await waiting).release()
     (await late).release()
 
 
-async def test_when_the_queue_is_full_the_next_is_told_at_once_when_to_come_back() -> None:
+async def test_a_full_queue_refuses_at_once_and_says_when_to_retry() -> None:
     clock = Clock()
-    capacities = ConcurrencyLimiter(clock)
+    limiter = ConcurrencyLimiter(clock)
     for _ in range(20):
-        slot = await capacities.slot("small", ONE)
+        slot = await acquired(limiter, ONE)
         clock.now += 8
         slot.release()
-    held = await capacities.slot("small", ONE)
-    assert not capacities.busy("small", ONE)
-    waiting = [queued(capacities) for _ in range(2)]
+    held = await acquired(limiter, ONE)
+    waiting = [queued(limiter) for _ in range(2)]
     await settle()
-    assert capacities.busy("small", ONE)
     with pytest.raises(ModelAtCapacity) as caught:
-        await capacities.slot("small", ONE)
+        await acquired(limiter, ONE)
     assert caught.value.retry_after_s == pytest.approx(24.0)
     status, body, headers = render_error(caught.value)
     assert (status, body["error"]["code"], headers) == (429, "model_busy", {"retry-after": "24"})
     held.release()
     for task in waiting:
         (await task).release()
-    assert nobody_left(capacities)
+    assert nobody_left(limiter)
 
 
 async def test_without_a_queue_the_second_goes_elsewhere() -> None:
-    capacities, limits = ConcurrencyLimiter(), ConcurrencyLimits(max_parallel=1, max_queued=0)
-    held = await capacities.slot("small", limits)
-    assert capacities.busy("small", limits)
+    limiter, limits = ConcurrencyLimiter(), ConcurrencyLimits(max_parallel=1, max_queued=0)
+    held = await acquired(limiter, limits)
     with pytest.raises(ModelAtCapacity) as caught:
-        await capacities.slot("small", limits)
+        await acquired(limiter, limits)
     assert 1.0 <= caught.value.retry_after_s <= 60.0
     held.release()
-    assert not capacities.busy("small", limits)
 
 
 async def test_the_wait_in_the_queue_ends() -> None:
-    capacities, limits = ConcurrencyLimiter(), ConcurrencyLimits(max_parallel=1, max_queued=2, longest_wait_s=0.05)
-    held = await capacities.slot("small", limits)
+    limiter, limits = ConcurrencyLimiter(), ONE
+    held = await acquired(limiter, limits, max_wait_s=0.05)
     with pytest.raises(ModelAtCapacity):
-        await capacities.slot("small", limits)
-    assert not capacities.busy("small", limits)
+        await acquired(limiter, limits, max_wait_s=0.05)
     held.release()
-    assert nobody_left(capacities)
+    assert nobody_left(limiter)
 
 
-async def test_a_place_is_given_back_once() -> None:
-    capacities = ConcurrencyLimiter()
-    held = await capacities.slot("small", ONE)
-    waiting = [queued(capacities), queued(capacities)]
-    await settle()
-    held.release()
-    held.release()
-    await settle()
-    assert [task.done() for task in waiting] == [True, False]
-    (await waiting[0]).release()
-    (await waiting[1]).release()
-
-
-async def test_whoever_leaves_the_queue_leaves_nothing_in_it() -> None:
-    capacities = ConcurrencyLimiter()
-    held = await capacities.slot("small", ONE)
-    leaving, staying = queued(capacities), queued(capacities)
+async def test_a_request_that_leaves_the_queue_leaves_nothing_in_it() -> None:
+    limiter = ConcurrencyLimiter()
+    held = await acquired(limiter, ONE)
+    leaving, staying = queued(limiter), queued(limiter)
     await settle()
     leaving.cancel()
     await settle()
     assert leaving.cancelled()
-    third = queued(capacities)
+    third = queued(limiter)
     await settle()
     held.release()
     (await staying).release()
     (await third).release()
-    assert nobody_left(capacities)
+    assert nobody_left(limiter)
 
 
-async def test_a_place_given_to_one_that_is_cancelled_at_that_moment_is_the_next_ones() -> None:
-    capacities = ConcurrencyLimiter()
-    held = await capacities.slot("small", ONE)
-    leaving, staying = queued(capacities), queued(capacities)
+async def test_a_slot_given_to_a_request_that_is_cancelled_at_that_moment_goes_to_the_next() -> None:
+    limiter = ConcurrencyLimiter()
+    held = await acquired(limiter, ONE)
+    leaving, staying = queued(limiter), queued(limiter)
     await settle()
-    held.release()  # the place is the leaving one's now, though it has not run yet
+    held.release()  # the slot is the leaving one's now, though it has not run yet
     leaving.cancel()
     (await asyncio.wait_for(staying, 5)).release()
     assert leaving.cancelled()
-    assert nobody_left(capacities)
+    assert nobody_left(limiter)
 
 
-async def test_a_place_given_back_while_the_first_is_leaving_goes_past_it() -> None:
-    capacities = ConcurrencyLimiter()
-    held = await capacities.slot("small", ONE)
-    leaving, staying = queued(capacities), queued(capacities)
+async def test_a_slot_released_while_the_first_waiter_leaves_goes_to_the_next() -> None:
+    limiter = ConcurrencyLimiter()
+    held = await acquired(limiter, ONE)
+    leaving, staying = queued(limiter), queued(limiter)
     await settle()
     leaving.cancel()
     held.release()
     (await asyncio.wait_for(staying, 5)).release()
-    assert nobody_left(capacities)
+    assert nobody_left(limiter)
 
 
 async def test_a_raised_cap_lets_in_those_who_wait_and_a_lowered_one_holds_for_the_next() -> None:
-    capacities, two = ConcurrencyLimiter(), ConcurrencyLimits(max_parallel=2, max_queued=2, longest_wait_s=5)
-    held = await capacities.slot("small", ONE)
-    waiting = queued(capacities)
+    limiter, two = ConcurrencyLimiter(), ConcurrencyLimits(max_parallel=2, max_queued=2)
+    held = await acquired(limiter, ONE)
+    waiting = queued(limiter)
     await settle()
-    assert not capacities.busy("small", two)
+    third = queued(limiter, two)
     second = await asyncio.wait_for(waiting, 5)
-    third = queued(capacities, ONE)
+    fourth = queued(limiter, ONE)
     await settle()
     held.release()
     await settle()
     assert not third.done()
     second.release()
     (await third).release()
-    assert nobody_left(capacities)
+    (await fourth).release()
+    assert nobody_left(limiter)
 
 
 async def test_models_do_not_wait_for_each_other() -> None:
-    capacities = ConcurrencyLimiter()
-    slots = [await capacities.slot(name, ONE) for name in ("small", "large")]
+    limiter = ConcurrencyLimiter()
+    slots = [await acquired(limiter, ONE, name) for name in ("small", "large")]
     assert len(slots) == 2
 
 
 def test_unless_stated_as_many_may_wait_as_may_be_asked() -> None:
-    assert ConcurrencyLimits.of(ModelInfo(max_parallel_requests=4), 7) == ConcurrencyLimits(4, 4, 7)
-    assert ConcurrencyLimits.of(ModelInfo(max_parallel_requests=4, max_queued_requests=0), 7) == ConcurrencyLimits(
-        4, 0, 7
-    )
-    assert ConcurrencyLimits.of(ModelInfo(), 7).max_parallel is None
+    assert ConcurrencyLimits.of(ModelInfo(max_parallel_requests=4)) == ConcurrencyLimits(4, 4)
+    assert ConcurrencyLimits.of(ModelInfo(max_parallel_requests=4, max_queued_requests=0)) == ConcurrencyLimits(4, 0)
+    assert ConcurrencyLimits.of(ModelInfo()).max_parallel is None
 
 
 class Crowd:
     """Requests that come, wait, leave and end in any order; checks the cap after every step."""
 
     def __init__(self, limits: ConcurrencyLimits) -> None:
-        self.capacities, self.limits = ConcurrencyLimiter(), limits
+        self.limiter, self.limits = ConcurrencyLimiter(), limits
         self.running = 0
         self.most = 0
         self.tasks: list[asyncio.Task[None]] = []
@@ -208,7 +207,7 @@ class Crowd:
 
     async def request(self, end: asyncio.Event) -> None:
         try:
-            slot = await self.capacities.slot("small", self.limits)
+            slot = await acquired(self.limiter, self.limits, max_wait_s=30)
         except ModelAtCapacity:
             return
         self.running += 1
@@ -240,14 +239,14 @@ STEPS = st.lists(st.tuples(st.sampled_from(["come", "come", "run", "run", "leave
 
 @settings(deadline=None, max_examples=200)
 @given(STEPS, st.integers(1, 3), st.integers(0, 4))
-def test_in_any_order_the_cap_holds_and_every_place_comes_back(
+def test_in_any_order_the_cap_holds_and_every_slot_comes_back(
     steps: list[tuple[str, int]], cap: int, waiting: int
 ) -> None:
     async def play() -> Crowd:
-        crowd = Crowd(ConcurrencyLimits(max_parallel=cap, max_queued=waiting, longest_wait_s=30))
+        crowd = Crowd(ConcurrencyLimits(max_parallel=cap, max_queued=waiting))
         await crowd.play(steps)
         return crowd
 
     crowd = asyncio.run(play())
     assert crowd.most <= cap
-    assert nobody_left(crowd.capacities)
+    assert nobody_left(crowd.limiter)

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import httpx
+
+from proxy.cli.console import BadArgument, CommandError, Progress
+from proxy.settings.outbound import OutboundConnectError, http_client
+
+POLL_INTERVAL_S = 0.3
+
+FINISHED = frozenset({"ready", "failed", "cancelled"})
+
+# How long an unavailable server is asked again how far a job is: the job itself goes on.
+UNAVAILABLE_TIMEOUT_S = 60.0
+
+Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
+
+
+class ServerUnavailable(CommandError):
+    """The server cannot answer now (503), for instance while its store is busy."""
+
+
+class ServerClient:
+    """Call one server. Every failure becomes a CommandError with the server's own message."""
+
+    def __init__(self, url: str, key: str | None) -> None:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self.url = url.rstrip("/")
+        try:
+            self._http = http_client(base_url=self.url, headers=headers, timeout=60)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise BadArgument(f"--url: {url!r} is not an address, as http://127.0.0.1:8000 ({error})") from None
+
+    def call(self, method: Method, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        try:
+            reply = self._http.request(method, path, json=body)
+        except OutboundConnectError as error:
+            raise CommandError(f"the server at {self.url} cannot be reached: {error}") from None
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            raise CommandError(
+                f"no UniRoute server answers at {self.url} ({error}); start one with `uniroute serve`, or give --url"
+            ) from None
+        if reply.is_success:
+            return reply.json() if reply.content else None
+        kind = ServerUnavailable if reply.status_code == 503 else CommandError
+        raise kind(f"{method} {path}: {reply.status_code} {_message(reply)}")
+
+    def follow(self, job: str, progress: Progress) -> dict[str, Any]:
+        """Show a job's progress until it has ended, and return its last state."""
+        while (state := self.show_job(job, progress))["state"] not in FINISHED:
+            time.sleep(POLL_INTERVAL_S)
+        return state
+
+    def show_job(self, job: str, progress: Progress) -> dict[str, Any]:
+        """Show a job's progress and return its state. A server that is unavailable for a while is asked again."""
+        deadline = time.monotonic() + UNAVAILABLE_TIMEOUT_S
+        while True:
+            try:
+                state: dict[str, Any] = self.call("GET", f"/admin/jobs/{job}")
+                break
+            except ServerUnavailable:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(POLL_INTERVAL_S)
+        progress.update(state["model"], state["done"], state["total"], _remark(state))
+        return state
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> ServerClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def admin_client(url: str | None) -> ServerClient:
+    """Return a client for admin calls. Raises BadArgument without UNIROUTE_ADMIN_KEY."""
+    key = os.environ.get("UNIROUTE_ADMIN_KEY")
+    if not key:
+        raise BadArgument("UNIROUTE_ADMIN_KEY is not set; give the key that the server was started with")
+    return ServerClient(server_url(url), key)
+
+
+def caller_client(url: str | None) -> ServerClient:
+    """Return a client for calls that need no admin key; it sends UNIROUTE_API_KEY if that is set."""
+    return ServerClient(server_url(url), os.environ.get("UNIROUTE_API_KEY"))
+
+
+def server_url(url: str | None) -> str:
+    port = os.environ.get("UNIROUTE_PORT", "8000")
+    return url or f"http://127.0.0.1:{port if port.isdigit() else '8000'}"
+
+
+def _remark(state: Mapping[str, Any]) -> str:
+    parts = [f"${state['spent_usd']:.4f}"] if state["spent_usd"] else []
+    parts += [f"{state[key]} {key}" for key in ("failed", "unlabelled") if state[key]]
+    if state["eta_s"] is not None and state["state"] == "running":
+        parts.append(f"{state['eta_s']:.0f} s left")
+    return ", ".join(parts)
+
+
+def _message(reply: httpx.Response) -> str:
+    try:
+        return str(reply.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return reply.text[:200]

@@ -1,0 +1,11 @@
+-- KEYS: version, models, profiles, previous profiles, audit log. ARGV: name, record, profile or '', audit line.
+-- Returns -1 if another model has the name.
+local stored = redis.call('HGET', KEYS[2], ARGV[1])
+if stored and stored ~= ARGV[2] then return -1 end
+local version = changed()
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
+if ARGV[3] ~= '' then
+  redis.pcall('HDEL', KEYS[4], ARGV[1])
+  redis.call('HSET', KEYS[3], ARGV[1], ARGV[3])
+end
+return version

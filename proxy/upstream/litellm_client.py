@@ -1,0 +1,401 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from proxy.concurrency import GRACE_PERIOD_S, cancel_and_wait, in_own_thread, iterate_uncancelled, run_uncancelled
+from proxy.errors import UpstreamError
+from proxy.settings.litellm_params import (
+    CHAT_FIELDS,
+    FOLLOWS_REDIRECTS,
+    OPENAI_ONLY,
+    PASSTHROUGH,
+    is_openai_url,
+    is_provider_param,
+    merge_model_params,
+    secrets_of,
+)
+from proxy.settings.models import SettingsError, resolve_secret
+from proxy.settings.outbound import Outbound, OutboundError, Trust
+from proxy.settings.schema import Settings
+from proxy.storage.models import ModelRecord
+from proxy.upstream.chunk_reader import FinishTracker, is_finished, requested_choices
+from proxy.upstream.errors import redact, unreachable
+from proxy.upstream.key_scope import PLACEHOLDER_KEY, key_for_litellm
+from proxy.upstream.litellm_setup import disable_request_logging, http_handler, import_litellm, warm_up
+from proxy.upstream.litellm_transport import CapturedResponse, capture, open_pool, read_chunks, reap_connections
+from proxy.upstream.response_memory import ResponseMemory
+
+log = logging.getLogger("uniroute.upstream")
+
+MAX_CLIENTS = 256
+
+# What litellm raises over JSON of another shape than it expects, a caller's or a model's.
+LITELLM_PARSE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+Chunks = AsyncGenerator[dict[str, Any]]
+
+
+class LiteLLMClient:
+    """Call models of any format through litellm. One per process, on one event loop.
+
+    `prepare` before the first call.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        environ: Mapping[str, str],
+        memory: ResponseMemory | None = None,
+        outbound: Outbound | None = None,
+    ) -> None:
+        self._settings = settings
+        self._memory = memory or ResponseMemory()
+        self._outbound = outbound or Outbound(environ)
+        self._environ = environ
+        self._litellm: Any = None
+        # Shorter timeouts are those of the attempts, in server/attempts.py.
+        self._max_timeout_s = max(settings.request_timeout_s, settings.stream_timeout_s)
+        self._pool = open_pool(self._max_timeout_s, self._outbound)
+        self._handler: Any = None
+        self._reaper: asyncio.Task[None] | None = None
+        self._openai_clients: OrderedDict[tuple[str, ...], Any] = OrderedDict()
+
+    @property
+    def ready(self) -> bool:
+        return self._litellm is not None
+
+    async def prepare(self) -> None:
+        """Import litellm, which takes seconds, in a thread."""
+        if self._litellm is None:
+            litellm = await in_own_thread(import_litellm)
+            await warm_up(litellm)
+            litellm.aclient_session = self._pool  # for azure, which otherwise gets a client without our limits
+            self._handler = http_handler(self._pool)
+            self._reaper = asyncio.create_task(reap_connections(self._pool), name="uniroute-tidying")
+            self._litellm = litellm
+
+    async def complete(
+        self,
+        record: ModelRecord,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str] | None = None,
+        *,
+        connect_timeout_s: float | None = None,
+    ) -> dict[str, Any]:
+        """Return a whole completion in OpenAI's format, unchanged if that is the upstream's own.
+
+        Raises:
+            UpstreamError: there is none.
+        """
+        await self.prepare()
+        with self._capture(record, body, connect_timeout_s) as captured:
+            target, arguments = self._prepare_call(record, body, headers, captured)
+            disable_request_logging()
+            try:
+                response = await self._call(arguments)
+            except self._call_errors as error:
+                if not target.openai_format or captured.completion is None:
+                    raise redact(target.secrets, captured.error_from(error)) from error
+                return captured.completion
+            if not (target.openai_format and captured.is_chat_format):
+                return _to_json(response)
+            if captured.completion is None:
+                raise redact(target.secrets, captured.error_from(None))
+            return captured.completion
+
+    async def stream(
+        self,
+        record: ModelRecord,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str] | None = None,
+        *,
+        connect_timeout_s: float | None = None,
+        include_usage: bool = True,
+    ) -> Chunks:
+        """Open a stream of chunks in OpenAI's format, the last with usage and no choices.
+
+        Close it to close the upstream's connection.
+
+        Raises:
+            UpstreamError: here if the upstream refused, later if the stream breaks or ends without its end.
+        """
+        await self.prepare()
+        with self._capture(record, body, connect_timeout_s, stream=True) as captured:
+            target, arguments = self._prepare_call(record, body, headers, captured, include_usage=include_usage)
+            captured.openai_format = target.openai_format
+            disable_request_logging()
+            try:
+                response = await self._call(arguments)
+            except self._call_errors as error:
+                raise redact(target.secrets, captured.error_from(error)) from error
+            except BaseException:
+                await captured.aclose()
+                raise
+            if captured.response is not None and captured.is_read_here:
+                chunks = read_chunks(captured.response, self._memory, captured.choices)
+            else:
+                chunks = self._convert(response, captured)
+            return _finish_stream(chunks, captured, target.secrets)
+
+    def _capture(
+        self, record: ModelRecord, body: Mapping[str, Any], connect_timeout_s: float | None, *, stream: bool = False
+    ) -> contextlib.AbstractContextManager[CapturedResponse]:
+        return capture(
+            connect_timeout_s or self._settings.connect_timeout_s,
+            stream=stream,
+            choices=requested_choices(body),
+            memory=self._memory,
+            model=record.name,
+        )
+
+    async def _call(self, arguments: Mapping[str, Any]) -> Any:
+        return await run_uncancelled(self._litellm.acompletion(**arguments), cancelled_again_s=GRACE_PERIOD_S)
+
+    async def _convert(self, response: Any, captured: CapturedResponse) -> AsyncGenerator[dict[str, Any]]:
+        """Yield the chunks that litellm made of another format. Its usage chunk has a choice; ours has none."""
+        tracker, first_id = FinishTracker(), None
+        try:
+            async for converted in iterate_uncancelled(response):
+                chunk = _to_json(converted)
+                first_id = chunk["id"] = first_id or chunk.get("id")  # litellm gives some formats an id per chunk
+                if chunk.get("usage") and tracker.all_finished():
+                    chunk["choices"] = []
+                if is_finished(chunk) and _has_fabricated_end(response):
+                    break
+                tracker.observe(chunk["choices"])
+                yield chunk
+        except self._call_errors as error:
+            if not tracker.all_finished(captured.choices):
+                raise captured.error_from(error) from error
+        if not tracker.all_finished():
+            raise UpstreamError("the model's stream ended before its answer did")
+
+    async def aclose(self) -> None:
+        await cancel_and_wait(self._reaper)
+        if self._litellm is not None and self._litellm.aclient_session is self._pool:
+            self._litellm.aclient_session = None
+            self._litellm.in_memory_llm_clients_cache.flush_cache()  # its clients use the pool
+        await self._pool.aclose()
+
+    @property
+    def _call_errors(self) -> tuple[type[Exception], ...]:
+        import openai
+
+        return (openai.OpenAIError, httpx.HTTPError, httpx.StreamError, OSError, *LITELLM_PARSE_ERRORS)
+
+    def _prepare_call(
+        self,
+        record: ModelRecord,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str] | None,
+        captured: CapturedResponse,
+        *,
+        include_usage: bool = True,
+    ) -> tuple[LiteLLMTarget, dict[str, Any]]:
+        """Return who serves the model, and the arguments of `litellm.acompletion`."""
+        params = self._provider_params(record)
+        captured.transport, captured.trust = self._pool._transport, self._trust(record, params.pop("ssl_verify", None))
+        target = self._target(record, params)
+        if target.api_key == PLACEHOLDER_KEY:
+            params["api_key"] = PLACEHOLDER_KEY
+        merged = merge_model_params(record.litellm_params, body)
+        own_headers = {**(params.pop("extra_headers", None) or {}), **(headers or {})}
+        return target, {
+            **params,
+            **call_arguments(target, merged, stream=captured.stream, include_usage=include_usage),
+            "model": record.litellm_params["model"],
+            "client": self._client(target, params),
+            "extra_headers": own_headers or None,
+            "timeout": self._max_timeout_s,
+            "max_retries": 0,
+            "_skip_mcp_handler": True,
+            "no-log": True,
+        }
+
+    def _provider_params(self, record: ModelRecord) -> dict[str, Any]:
+        """Return addresses, keys and the like, with os.environ/NAME resolved now, so that nothing else holds a key."""
+        params = {name: value for name, value in record.litellm_params.items() if is_provider_param(name)}
+        if "base_url" in params:
+            params["api_base"] = params.pop("base_url")
+        try:
+            return {name: self._resolve(value) for name, value in params.items()}
+        except SettingsError as error:
+            log.error("model %s: %s", record.name, error)
+            raise UpstreamError(f"{record.name}: this server has no key for it", retryable=True) from None
+
+    def _trust(self, record: ModelRecord, stated: Any) -> Trust | None:
+        try:
+            return None if stated is None else self._outbound.trust_of(stated)
+        except OutboundError as error:
+            raise unreachable(error, record.name) from error
+
+    def _resolve(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return resolve_secret(value, self._environ, self._settings.allowed_env)
+        if isinstance(value, dict):
+            return {name: self._resolve(inner) for name, inner in value.items()}
+        return value
+
+    def _target(self, record: ModelRecord, params: Mapping[str, Any]) -> LiteLLMTarget:
+        try:
+            model, name, key, api_base = self._litellm.get_llm_provider(
+                record.litellm_params["model"],
+                custom_llm_provider=params.get("custom_llm_provider"),
+                api_base=params.get("api_base"),
+                api_key=params.get("api_key"),
+            )
+        except self._call_errors as error:
+            log.error("model %s: %s", record.name, error)
+            message = f"{record.name}: no provider is known by its name {record.litellm_params['model'][:128]!r}"
+            raise UpstreamError(message, retryable=True) from error
+        if name in FOLLOWS_REDIRECTS:
+            raise UpstreamError(f"{record.name}: {name} is not served, for it follows redirects", retryable=True)
+        try:
+            given = key_for_litellm(params, name, self._default_base(record, params), self._environ)
+        except OutboundError as error:
+            raise unreachable(error, record.name) from error
+        key = given or key
+        return LiteLLMTarget(name, model, api_base or params.get("api_base"), key, secrets_of(params, key))
+
+    def _default_base(self, record: ModelRecord, params: Mapping[str, Any]) -> str | None:
+        """Return where litellm would go if no address were stated."""
+        if params.get("api_key") or not params.get("api_base"):
+            return None
+        model, provider = record.litellm_params["model"], params.get("custom_llm_provider")
+        base: str | None = self._litellm.get_llm_provider(model, custom_llm_provider=provider)[3]
+        return base
+
+    def _client(self, target: LiteLLMTarget, params: Mapping[str, Any]) -> Any:
+        """Return a client of the class that this provider needs, over our pool.
+
+        For azure, litellm makes one over the pool itself.
+        """
+        if target.name == "azure":
+            return None
+        if self._needs_openai_sdk(target):
+            return self._openai_client(target, params)
+        return self._handler
+
+    def _needs_openai_sdk(self, target: LiteLLMTarget) -> bool:
+        compatible = target.name in self._litellm.openai_compatible_providers and target.name not in _OWN_HANDLER
+        return compatible or target.name in _OPENAI_SDK
+
+    def _openai_client(self, target: LiteLLMTarget, params: Mapping[str, Any]) -> Any:
+        import openai
+
+        at_openai = target.name == "openai" and not target.api_base
+        key = target.api_key or (self._environ.get("OPENAI_API_KEY") if at_openai else None) or "-"
+        base, organization = target.api_base or "https://api.openai.com/v1", params.get("organization")
+        cache_key = (base, key, str(organization))
+        if cache_key not in self._openai_clients:
+            client = openai.AsyncOpenAI(api_key=key, base_url=base, http_client=self._pool, max_retries=0)
+            if organization or not at_openai:
+                # it reads OPENAI_ORG_ID and OPENAI_PROJECT_ID by itself, and would send them to any address
+                client.organization, client.project = organization, None
+            self._openai_clients[cache_key] = client
+            if len(self._openai_clients) > MAX_CLIENTS:
+                self._openai_clients.popitem(last=False)
+        return self._openai_clients[cache_key]
+
+
+# Providers for which litellm needs an AsyncOpenAI, besides most of its `openai_compatible_providers`.
+_OPENAI_SDK = frozenset({"openai", "custom_openai", "lm_studio", "llamafile", "litellm_proxy", "docker_model_runner"})
+
+# Exceptions to these: they need litellm's own handler, as all other providers do.
+_OWN_HANDLER = frozenset(
+    """
+    deepseek azure_ai fireworks_ai together_ai ragflow xai groq cometapi hosted_vllm edenai github_copilot chatgpt
+    """.split()
+)
+
+
+async def _finish_stream(chunks: Chunks, captured: CapturedResponse, secrets: Collection[str]) -> Chunks:
+    """Yield the chunks, then close the upstream's connection. Redact the provider's keys in an error."""
+    try:
+        async with contextlib.aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
+        if captured.error is not None:  # in some formats litellm takes a body that breaks off for its end
+            raise captured.error
+    except UpstreamError as error:
+        raise redact(secrets, captured.error or error) from error.__cause__
+    finally:
+        await captured.aclose()
+
+
+def _has_fabricated_end(response: Any) -> bool:
+    # If the upstream broke off, litellm ends the stream with "stop". These are the reasons that it really received.
+    received = ("received_finish_reason", "intermittent_finish_reason")
+    return all(hasattr(response, name) for name in received) and not any(getattr(response, name) for name in received)
+
+
+def _to_json(response: Any) -> dict[str, Any]:
+    """Return litellm's object as JSON, without the fields that it adds to every message."""
+    plain: dict[str, Any] = response.model_dump(mode="json", exclude_none=True, exclude={"provider_specific_fields"})
+    for choice in plain.get("choices", ()):
+        for part in ("message", "delta"):
+            if isinstance(choice.get(part), dict):
+                choice[part].pop("provider_specific_fields", None)
+                if part == "message":
+                    choice[part].setdefault("content", None)
+    return plain
+
+
+@dataclass(frozen=True)
+class LiteLLMTarget:
+    """Which provider litellm calls for a model, and where."""
+
+    name: str
+    model: str
+    api_base: str | None
+    api_key: str | None = field(default=None, repr=False)
+    secrets: frozenset[str] = field(default=frozenset(), repr=False)
+    """Text to cut out of this provider's errors."""
+
+    @property
+    def passthrough(self) -> bool:
+        """Return whether the provider reads OpenAI's own body, at an address that the administrator configured."""
+        return self.name in PASSTHROUGH and bool(self.api_base) and not is_openai_url(self.api_base or "")
+
+    @property
+    def openai_format(self) -> bool:
+        return self.name in PASSTHROUGH or self.name == "azure"
+
+
+def call_arguments(
+    target: LiteLLMTarget, body: Mapping[str, Any], *, stream: bool, include_usage: bool = True
+) -> dict[str, Any]:
+    """Return the arguments of a litellm call that come from the body, after merge_model_params."""
+    sent = {name: value for name, value in body.items() if name not in ("model", "stream", "stream_options")}
+    if stream and include_usage:
+        options = body.get("stream_options")
+        sent["stream_options"] = {**(options if isinstance(options, Mapping) else {}), "include_usage": True}
+    if target.passthrough:
+        # litellm checks, rewrites and logs its arguments. It gets a blank turn, which the real body overrides.
+        return {
+            "messages": [{"role": "user", "content": "-"}],
+            "extra_body": sent,
+            "stream": stream,
+            "_skip_responses_api_bridge": True,
+        }
+    fields = {name: value for name, value in sent.items() if name in CHAT_FIELDS and value is not None}
+    rest = {name: value for name, value in sent.items() if name not in CHAT_FIELDS}
+    arguments = {"messages": rest.pop("messages"), "stream": stream}
+    if "stream_options" in rest:
+        arguments["stream_options"] = rest.pop("stream_options")
+    if not target.openai_format:
+        fields, rest = _without(fields, OPENAI_ONLY), _without(rest, OPENAI_ONLY)
+    return copy.deepcopy({**arguments, **fields, **({"extra_body": rest} if rest else {})})  # litellm rewrites in place
+
+
+def _without(fields: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in names}

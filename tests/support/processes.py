@@ -1,0 +1,83 @@
+"""A command in a process group of its own, of which nothing is left; children and connections of processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+import httpx
+
+from tests.support.command import ROOT
+
+
+class ProcessGroup:
+    """Whatever it started holds its stdout and stderr open as long as it lives."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout
+        assert process.stderr
+        self.stdout: IO[str] = process.stdout
+        self.stderr: IO[str] = process.stderr
+        self.pid = process.pid
+        self._process = process
+
+    def interrupt(self) -> None:
+        """Ctrl-C: all of the group get it."""
+        os.killpg(self.pid, signal.SIGINT)
+
+    def end(self) -> tuple[str, str, int]:
+        """Its output and errors, once all of the group have ended, and the exit status."""
+        output, errors = self._process.communicate(timeout=60)
+        return output, errors, self._process.returncode
+
+    def workers(self) -> list[int]:
+        """The ids of the processes that multiprocessing started for it."""
+        return children_of(self.pid)
+
+
+def children_of(pid: int) -> list[int]:
+    """The ids of the processes that multiprocessing started for it."""
+    found = subprocess.run(["pgrep", "-P", str(pid), "-f", "spawn_main"], capture_output=True, text=True)
+    return [int(found_pid) for found_pid in found.stdout.split()]
+
+
+def owners_of(response: httpx.Response, pids: Sequence[int]) -> list[int]:
+    """Return those of the processes that serve the connection of an open response."""
+    client_port = response.extensions["network_stream"].get_extra_info("client_addr")[1]
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    sockets = {f"socket:[{row[9]}]" for row in rows if int(row[2].split(":")[1], 16) == client_port}
+    return [pid for pid in pids if sockets & _open_files(pid)]
+
+
+def _open_files(pid: int) -> set[str]:
+    found = set()
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            found.add(str(file.readlink()))
+    return found
+
+
+@contextmanager
+def process_group(command: Sequence[str], environ: Mapping[str, str] | None = None) -> Iterator[ProcessGroup]:
+    heeded = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored: inherited
+    process = subprocess.Popen(
+        command,
+        env=environ,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    signal.signal(signal.SIGINT, heeded)
+    with process:
+        try:
+            yield ProcessGroup(process)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
