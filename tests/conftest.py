@@ -42,6 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(Reaper().close)
     share_tls_contexts()
     config.option.loadscopereorder = False  # xdist would begin with the files of most tests
+    assert all((TESTS / name).exists() for name in LONGEST)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

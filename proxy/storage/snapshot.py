@@ -237,8 +237,8 @@ class SnapshotWatcher:
         self._inputs = inputs
         self._latch = latch
         self._reader = StateReader(store, time.time)
-        self._current = self._build()
-        on_change(self._current)
+        self.current = self._build()
+        on_change(self.current)
         self._tasks = BackgroundTasks()
         self._refreshing = asyncio.Lock()
         self._live_seen = (0, 0.0)
@@ -252,7 +252,7 @@ class SnapshotWatcher:
     @property
     def loaded(self) -> bool:
         """Return whether Redis was ever read. It stays true when Redis goes away, and makes the process ready."""
-        return self._current.is_loaded
+        return self.current.is_loaded
 
     async def start(self) -> None:
         """Read once, and watch from then on. If Redis is away, the first reading comes when it is back."""
@@ -279,7 +279,7 @@ class SnapshotWatcher:
 
     async def wait_for_version(self, version: int) -> None:
         """Return once the current snapshot has the change of this version. Raise StoreUnavailable as `refresh` does."""
-        if self._current.version < version:
+        if self.current.version < version:
             await self.refresh()
 
     async def _swap(self) -> None:

@@ -26,7 +26,7 @@ from tests.support.processes import children_of, owners_of
 from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.waiting import wait_until
 
-TIMEOUT_S = 5
+TIMEOUT_S = 10
 
 
 @pytest.fixture(scope="module")

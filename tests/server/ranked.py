@@ -64,6 +64,9 @@ def open_ranked(folder: Path, embedder_cache: Path, mode: str, limits: Mapping[s
         proxy = closing.enter_context(ProxyProcess(folder, embedder_cache, config, {"MODEL_API_KEY": "sk-ranked"}))
         for place, name in enumerate(names):
             proxy.put_profile(name, 0.1 + 0.1 * place)
+        with httpx.Client(base_url=proxy.url, timeout=120) as http:
+            for stream in (False, True):  # the first calls through litellm import more of it, which takes its time
+                ask(http, model="first", stream=stream)
         yield Ranked(proxy, tuple(models))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 ADMIN_KEY = "admin-key-of-the-tests"
-START_S = 180.0
+START_S = 300.0
 _ADDRESS = re.compile(r"UniRoute at (http://\S+)/v1")
 
 

@@ -19,7 +19,7 @@ from router_core.artifact import builtin_map
 
 ROOT = Path(__file__).parent.parent.parent
 ADMIN_KEY = "admin-key-of-the-tests"
-START_S = 180.0
+START_S = 300.0
 # Circuit-breaker settings for tests of other things: a cooldown is over before the next request.
 NO_COOLDOWN = {"cooldown_s": 0.001, "longest_cooldown_s": 0.001}
 POLL_S = 0.05
