@@ -53,22 +53,26 @@ class Slot:
             on_release()
 
 
-@dataclass(slots=True)
-class _Queue:
+class _Queue(FairQueue):
+    __slots__ = ("limits",)
+
     limits: ConcurrencyLimits
-    slots: FairQueue
 
     @property
     def full(self) -> bool:
         """Neither a place nor a place in the queue."""
-        return not self.slots.has_free_slot and self.slots.waiting >= self.limits.max_queued
+        return not self.has_free_slot and self.waiting >= self.limits.max_queued
 
     def under(self, limits: ConcurrencyLimits) -> _Queue:
         """The newest limits are everybody's: whoever may come in under them does."""
-        self.limits = limits
-        self.slots.limit = limits.max_parallel
-        self.slots.admit()
+        self.limits, self.limit = limits, limits.max_parallel
+        self.admit()
         return self
+
+
+@dataclass(slots=True)
+class _HeldTime:
+    mean_s: float
 
 
 class ConcurrencyLimiter:
@@ -77,7 +81,7 @@ class ConcurrencyLimiter:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._rooms: dict[str, _Queue] = {}
-        self._held_s: LRU[str, float] = LRU(MAX_REMEMBERED)
+        self._held: LRU[str, _HeldTime] = LRU(MAX_REMEMBERED)
 
     def busy(self, model: str, limits: ConcurrencyLimits) -> bool:
         """Whether `slot` would refuse at once."""
@@ -92,12 +96,13 @@ class ConcurrencyLimiter:
         """
         room = self._rooms.get(model)
         if room is None:
-            room = self._rooms[model] = _Queue(limits, FairQueue(limits.max_parallel))
+            room = self._rooms[model] = _Queue(limits.max_parallel)
+            room.limits = limits
         else:
             room.under(limits)
-        if not room.slots.acquire_nowait():
+        if not room.acquire_nowait():
             if room.full:
-                raise self._busy(model, room, room.slots.waiting)
+                raise self._busy(model, room, room.waiting)
             await self._wait(model, room)
         taken_at = self._clock()
         return Slot(lambda: self._release(model, room, self._clock() - taken_at))
@@ -105,30 +110,33 @@ class ConcurrencyLimiter:
     async def _wait(self, model: str, room: _Queue) -> None:
         try:
             async with asyncio.timeout(room.limits.longest_wait_s):
-                await room.slots.acquire()
+                await room.acquire()
         except TimeoutError:
-            raise self._busy(model, room, room.slots.waiting + 1) from None
+            raise self._busy(model, room, room.waiting + 1) from None
         finally:
             self._forget_unused(model, room)
 
     def _release(self, model: str, room: _Queue, held_s: float) -> None:
         self._remember(model, held_s)
-        room.slots.release()
+        room.release()
         self._forget_unused(model, room)
 
     def _forget_unused(self, model: str, room: _Queue) -> None:
-        if not room.slots.taken and not room.slots.waiting:
+        if not room.taken and not room.waiting:
             self._rooms.pop(model, None)
 
     def _remember(self, model: str, held_s: float) -> None:
-        before = self._held_s.get(model)
-        self._held_s[model] = held_s if before is None else before + NEWEST_WEIGHS * (held_s - before)
+        held = self._held.get(model)
+        if held is None:
+            self._held[model] = _HeldTime(held_s)
+        else:
+            held.mean_s += NEWEST_WEIGHS * (held_s - held.mean_s)
 
     def _busy(self, model: str, room: _Queue, waiting: int) -> ModelAtCapacity:
         """All who wait, and then the caller, take the places as they are given back."""
         places = room.limits.max_parallel or 1
-        held_s = self._held_s.get(model)
-        wait_s = (FIRST_GUESS_S if held_s is None else held_s) * (waiting + 1) / places
+        held = self._held.get(model)
+        wait_s = (held.mean_s if held else FIRST_GUESS_S) * (waiting + 1) / places
         return ModelAtCapacity(
             f"{model} answers {places} requests at once, and is busy with them", min(max(wait_s, SHORTEST_S), LONGEST_S)
         )
