@@ -25,18 +25,22 @@ CUDA    := import importlib.metadata as m, sys; \
 SPREAD  := --numprocesses auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-all lint audit sbom locks clean
+.PHONY: help install demo serve test test-all lint docs audit sbom locks clean
 
 help:
+	@echo 'make install    .venv with what serving needs; then `source .venv/bin/activate` gives the command uniroute'
 	@echo 'make demo       a real language model on this machine, profiled, routed and served; no key needed'
 	@echo 'make serve      the proxy; make serve ARGS="--config my.yaml --port 9000"'
 	@echo 'make test       lint, types and every test but the slow ones'
 	@echo 'make test-all   lint, types and every test'
 	@echo 'make lint       ruff and mypy'
+	@echo 'make docs       docs/settings.md and docs/cli.md anew, from the code'
 	@echo 'make audit      known vulnerabilities of the pinned packages; needs the network'
 	@echo 'make sbom       dist/sbom.json, a CycloneDX list of everything installed'
 	@echo 'make locks      deploy/locks anew, from pyproject.toml and constraints.txt; needs the network'
 	@echo 'make clean      removes .venv and the tools'"'"' caches; data directories stay'
+
+install: $(VENV)/installed
 
 demo: $(VENV)/installed-demo
 	$(BIN)/uniroute demo $(ARGS)
@@ -54,6 +58,9 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/installed-dev
+	$(BIN)/python -m docs.generate
 
 audit: $(VENV)/installed-audit
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip

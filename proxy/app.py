@@ -9,19 +9,21 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 from threadpoolctl import threadpool_limits
 
-from proxy.concurrency import GRACE_PERIOD_S, cancel_and_wait, in_stoppable_thread, run_uncancelled
-from proxy.profiling.grading import UpstreamAnswerer
+from proxy.concurrency import GRACE_PERIOD_S, background, cancel_and_wait, in_stoppable_thread, run_uncancelled
 from proxy.profiling.jobs import Jobs
+from proxy.profiling.model_client import UpstreamModelClient
 from proxy.profiling.startup import profile_new_models
 from proxy.routing.assigner import ClusterAssigner, deadline_of
 from proxy.server.admin import audit_router, jobs_router, keys_router, models_router
@@ -32,18 +34,15 @@ from proxy.server.dependencies import AppState, ServicesHolder
 from proxy.server.log_handler import NonBlockingHandler
 from proxy.server.metrics import HealthCollector, Metrics, open_values
 from proxy.server.middleware import AuditLogMiddleware, RequestContextMiddleware
-from proxy.server.paths import (
-    FIXED_PATHS,
-    HeadMiddleware,
-    ServedPaths,
-    corrected_path,
-)
+from proxy.server.openapi import complete, operation_id
+from proxy.server.paths import FIXED_PATHS, HeadMiddleware, ServedPaths, corrected_path
 from proxy.server.preflight import check_data_dir, check_named_models, load_cluster_map
-from proxy.server.public import router as public_router
+from proxy.server.public import keyed_router, open_router
 from proxy.server.ratelimit import RateLimiter
 from proxy.server.reservations import SETTLE_FUNCTION
-from proxy.server.responses import HANDLED_EXCEPTIONS, error_response
+from proxy.server.responses import HANDLED_EXCEPTIONS, handle_error
 from proxy.server.startup import START_FAILED, Startup, Step
+from proxy.server.strict_body import handle_validation_error
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings, check_exposure, load_settings
 from proxy.storage.client_keys import AuthRequiredLatch
@@ -68,7 +67,7 @@ from router_core.estimators import ESTIMATORS
 
 log = logging.getLogger("uniroute")
 
-ROUTERS = (public_router, completions_router, models_router, jobs_router, keys_router, audit_router)
+ROUTERS = (open_router, keyed_router, completions_router, models_router, jobs_router, keys_router, audit_router)
 
 # Headers that scripts of allowed web pages may read.
 EXPOSED_HEADERS = (
@@ -129,11 +128,14 @@ class Application(FastAPI):
         paths = ServedPaths(ROUTERS)
         super().__init__(
             title="UniRoute",
+            version=version("uniroute"),
             lifespan=lifespan,
             openapi_url=None,
+            generate_unique_id_function=operation_id,
             redirect_slashes=False,
             exception_handlers={
                 **dict.fromkeys(HANDLED_EXCEPTIONS, handle_error),
+                RequestValidationError: handle_validation_error,
                 HTTPException: paths.handle_http_exception,
             },
         )
@@ -153,6 +155,12 @@ class Application(FastAPI):
         for cls, args, kwargs in reversed(middleware):
             self.outermost = cls(self.outermost, *args, **kwargs)
 
+    def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document; the first call generates it."""
+        if self.openapi_schema is None:
+            self.openapi_schema = complete(super().openapi())
+        return self.openapi_schema
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await super().__call__(scope, receive, send)
@@ -170,10 +178,6 @@ def _cors(settings: Settings) -> Middleware:
         allow_headers=["*"],
         expose_headers=list(EXPOSED_HEADERS),
     )
-
-
-async def handle_error(_: Request, error: Exception) -> Response:
-    return error_response(error)
 
 
 def configure_logs() -> None:
@@ -309,15 +313,14 @@ async def app_state(
             await assigner.warm(cluster_map)
         with startup.step("importing litellm"):
             await upstream.warm_up()
-        price_feed = asyncio.create_task(PriceFeed(settings, store, registry, state).run(), name="uniroute-prices")
-        closing.push_async_callback(cancel_and_wait, price_feed)
-        jobs = Jobs(store, state, UpstreamAnswerer(upstream), assigner.embedder, settings)
+        feed = PriceFeed(settings, store, registry, state)
+        await closing.enter_async_context(background("uniroute-prices", feed.run))
+        jobs = Jobs(store, state, UpstreamModelClient(upstream), assigner.embedder, settings)
         closing.push_async_callback(jobs.close)
         await jobs.start_worker()
         metrics.look_at(lambda: _update_gauges(metrics, state, usage))
         if counts is not None:
-            updating = asyncio.create_task(_update_metrics(metrics), name="uniroute-metrics")
-            closing.push_async_callback(cancel_and_wait, updating)
+            await closing.enter_async_context(background("uniroute-metrics", partial(_update_metrics, metrics)))
         yield AppState(
             settings=settings,
             store=store,
@@ -399,12 +402,11 @@ async def _health_registry(
     collector = HealthCollector(health, lambda: state.current.models, metrics.values)
     metrics.look_at(collector.look)
     metrics.registry.register(collector)
-    pruning = asyncio.create_task(prune_removed_models(health, lambda: state.current.models), name="uniroute-roster")
-    try:
-        async with _running(CooldownReplicator(store, health, lambda: state.current.models)):
-            yield health
-    finally:
-        await cancel_and_wait(pruning)
+    models = lambda: state.current.models  # noqa: E731
+    replicator = CooldownReplicator(store, health, models)
+    pruning = partial(prune_removed_models, health, models)
+    async with background("uniroute-pruning", pruning), _running(replicator):
+        yield health
 
 
 METRICS_INTERVAL_S = 1.0

@@ -87,7 +87,8 @@ class StaticEmbedder:
         """
         Args:
             table: (V, d) float32, one row per vocabulary token.
-            token_weights: (V,) float32; frequent tokens weigh little (smooth inverse frequency, Arora et al. 2017).
+            token_weights: (V,) float32, 1e-3/(1e-3 + p(token)): frequent tokens weigh little (smooth inverse frequency,
+                Arora et al. 2017).
             tokenizer: of that vocabulary.
         """
         if len(table) != len(token_weights):
@@ -111,11 +112,6 @@ class StaticEmbedder:
     @property
     def dimension(self) -> int:
         return int(self._table.shape[1])
-
-    def tokens(self, text: str) -> list[int]:
-        """Return the vocabulary ids of `text`, without special tokens."""
-        ids: list[int] = self._tokenizer.ids(_utf8(text)).tolist()
-        return ids
 
     def embed(self, texts: Sequence[str]) -> Floats:
         """Return (n, d) float32, rows of unit length; a text without any token gives a zero row."""

@@ -149,9 +149,6 @@ def _name(words: Counter[str], size: int, everywhere: Counter[str], total: int) 
 # Texts that are embedded at once.
 BATCH_SIZE = 512
 
-# Weight of a token in smooth inverse frequency: a/(a + p(token)) with this a (Arora et al. 2017).
-SMOOTHING = 1e-3
-
 # Called with the step, how much of it is done, and how much there is (0: not known).
 Progress = Callable[[str, int, int], None]
 
@@ -293,9 +290,3 @@ def count_nearest(texts: Sequence[str], embedder: Embedder, hard: ClusterMap) ->
     """Count, (K,), how many of the texts are nearest to each cluster of a map with hard assignment."""
     nearest = hard.assign(embedder.embed(texts)).ids[:, 0]
     return np.bincount(nearest, minlength=hard.size)
-
-
-def token_weights(token_counts: Sequence[int] | Indices) -> Floats:
-    """Return the (V,) factors 1e-3/(1e-3 + p(token)) of the static embedder's tokens (Arora et al. 2017)."""
-    counts = np.asarray(token_counts, dtype=np.float64)
-    return np.asarray(SMOOTHING / (SMOOTHING + counts / counts.sum()), dtype=np.float32)

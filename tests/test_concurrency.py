@@ -1,4 +1,4 @@
-"""A task that swallows its cancellation ends all the same."""
+"""Cancellation, work in threads, background loops, the fair queue, the bounded dictionary."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ import threading
 
 import pytest
 
-from proxy.concurrency import cancel_and_wait, in_own_thread, in_stoppable_thread, run_uncancelled
+from proxy.concurrency import (
+    LRU,
+    BackgroundTasks,
+    FairQueue,
+    background,
+    cancel_and_wait,
+    in_own_thread,
+    in_stoppable_thread,
+    run_uncancelled,
+)
 
 
 async def test_a_task_that_swallows_one_cancellation_ends_at_the_next() -> None:
@@ -23,7 +32,7 @@ async def test_a_task_that_swallows_one_cancellation_ends_at_the_next() -> None:
     assert task.cancelled()
 
 
-async def test_what_is_begun_comes_to_its_end_whoever_is_cancelled() -> None:
+async def test_uncancelled_work_is_completed_when_its_caller_is_cancelled() -> None:
     begun, closing, closed = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def close() -> None:
@@ -48,7 +57,7 @@ async def test_work_in_a_thread_gives_its_result_or_raises() -> None:
         await in_own_thread(lambda: 1 // 0)
 
 
-async def test_work_in_a_thread_that_nobody_waits_for_ends_at_its_next_step() -> None:
+async def test_abandoned_work_in_a_thread_ends_at_its_next_step() -> None:
     began, swallowed = threading.Event(), 0
 
     def work() -> None:
@@ -71,7 +80,7 @@ async def test_work_in_a_thread_that_nobody_waits_for_ends_at_its_next_step() ->
     assert [each for each in set(threading.enumerate()) - before if each.name == "uniroute-loading"] == []
 
 
-async def test_work_that_looks_whether_it_is_wanted_has_ended_when_its_cancellation_returns() -> None:
+async def test_stoppable_work_has_ended_when_its_cancellation_returns() -> None:
     began, ended = threading.Event(), threading.Event()
 
     def work(stop: threading.Event) -> None:
@@ -83,3 +92,125 @@ async def test_work_that_looks_whether_it_is_wanted_has_ended_when_its_cancellat
     await asyncio.to_thread(began.wait)
     await cancel_and_wait(task)
     assert (task.cancelled(), ended.is_set()) == (True, True)
+
+
+async def test_a_loop_that_fails_is_logged_by_its_name_and_started_again(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxy.concurrency.RESTART_INTERVAL_S", 0.0)
+    runs, third = 0, asyncio.Event()
+
+    async def loop() -> None:
+        nonlocal runs
+        runs += 1
+        if runs < 3:
+            raise ValueError(f"run {runs}")
+        third.set()
+        await asyncio.Event().wait()
+
+    async with background("uniroute-test", loop):
+        await third.wait()
+    assert [record.message for record in caplog.records] == ["background task uniroute-test failed"] * 2
+    assert "run 1" in caplog.text
+    assert [task for task in asyncio.all_tasks() if task.get_name() == "uniroute-test"] == []
+
+
+async def test_a_loop_that_returns_is_over_and_one_without_restart_fails_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    runs: list[str] = []
+
+    async def once() -> None:
+        runs.append("once")
+
+    async def failing() -> None:
+        runs.append("failing")
+        raise ValueError
+
+    tasks = BackgroundTasks()
+    tasks.start("uniroute-once", once)
+    tasks.start("uniroute-failing", failing, restart=False)
+    await asyncio.wait(list(tasks._tasks))
+    assert sorted(runs) == ["failing", "once"]
+    assert len(caplog.records) == 1
+
+
+async def test_background_tasks_are_over_when_their_owner_is_closed_and_can_be_started_again() -> None:
+    ended = 0
+
+    async def loop() -> None:
+        nonlocal ended
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended += 1
+
+    tasks = BackgroundTasks()
+    for _ in range(2):
+        tasks.start("uniroute-one", loop)
+        tasks.start("uniroute-two", loop)
+        await asyncio.sleep(0)
+        await tasks.close()
+    assert ended == 4
+
+
+async def test_slots_are_given_in_the_order_in_which_callers_came() -> None:
+    queue, admitted = FairQueue(1), []
+
+    async def caller(name: str) -> None:
+        await queue.acquire()
+        admitted.append(name)
+
+    assert queue.acquire_nowait()
+    waiting = [asyncio.create_task(caller(name)) for name in "abc"]
+    await asyncio.sleep(0)
+    assert (queue.waiting, queue.acquire_nowait()) == (3, False)
+    for _ in range(3):
+        queue.release()
+        assert not queue.acquire_nowait()  # the slot is the next caller's, though that one has not run yet
+        await asyncio.sleep(0)
+    assert admitted == ["a", "b", "c"]
+    queue.release()
+    assert (queue.taken, queue.waiting) == (0, 0)
+    await asyncio.gather(*waiting)
+
+
+async def test_a_cancelled_caller_takes_no_slot_and_passes_on_one_that_it_was_just_given() -> None:
+    queue = FairQueue(1)
+    await queue.acquire()
+    leaving, given, last = (asyncio.create_task(queue.acquire()) for _ in range(3))
+    await asyncio.sleep(0)
+    await cancel_and_wait(leaving)
+    assert queue.waiting == 2
+    queue.release()
+    given.cancel()  # before it could run with its slot
+    await asyncio.wait({given, last})
+    assert (given.cancelled(), last.cancelled(), queue.taken, queue.waiting) == (True, False, 1, 0)
+
+
+async def test_a_raised_limit_admits_as_many_as_fit_and_no_limit_admits_all() -> None:
+    queue = FairQueue(1)
+    await queue.acquire()
+    waiting = [asyncio.create_task(queue.acquire()) for _ in range(4)]
+    await asyncio.sleep(0)
+    queue.limit = 3
+    queue.admit()
+    assert (queue.taken, queue.waiting) == (3, 2)
+    queue.limit = None
+    queue.admit()
+    assert (queue.taken, queue.waiting) == (5, 0)
+    await asyncio.gather(*waiting)
+
+
+def test_the_least_recently_used_entry_is_dropped() -> None:
+    cache: LRU[str, int] = LRU(2)
+    cache["a"] = 1
+    cache["b"] = 2
+    assert cache.get("a") == 1  # a use
+    cache["c"] = 3
+    assert (list(cache), cache.get("b"), len(cache)) == (["a", "c"], None, 2)
+    cache["a"] = 4  # so is a write
+    cache["d"] = 5
+    assert (list(cache), cache.get("a")) == (["a", "d"], 4)
+    del cache["a"]
+    assert list(cache) == ["d"]

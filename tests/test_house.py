@@ -25,6 +25,19 @@ OUTSIDE_WORLD = frozenset(
 )
 # The decision must run inside other hosts than this server.
 INBOUND_HTTP = frozenset({"fastapi", "starlette", "uvicorn"})
+# A folder imports only those of the rows above its own. Within a row nothing imports its neighbours.
+FOLDER_ORDER = (
+    ("errors", "concurrency", "json_limits"),
+    ("settings",),
+    ("storage",),
+    ("upstream",),
+    ("routing",),
+    ("profiling",),
+    ("server",),
+    ("app",),
+    ("cli",),
+)
+MIN_LINES_OF_ONE_FUNCTION = 40
 
 Graph = Mapping[str, frozenset[str]]
 
@@ -85,6 +98,13 @@ def folder_of(module: str) -> str:
     return ".".join(module.split(".")[:2])
 
 
+def folder_graph() -> Graph:
+    edges: dict[str, set[str]] = {}
+    for module, targets in module_graph().items():
+        edges.setdefault(folder_of(module), set()).update(map(folder_of, targets))
+    return {folder: frozenset(targets - {folder}) for folder, targets in edges.items()}
+
+
 def cycles(graph: Graph) -> list[list[str]]:
     """Return the groups of nodes that reach each other."""
 
@@ -107,9 +127,60 @@ def test_a_cycle_is_found_and_named() -> None:
     assert cycles(graph) == [["b", "c"]]
 
 
+def test_no_files_import_each_other() -> None:
+    assert cycles(module_graph()) == []
+
+
+def test_no_folders_import_each_other() -> None:
+    assert cycles(folder_graph()) == []
+
+
+def test_folders_import_only_those_below_them() -> None:
+    rows = {f"proxy.{name}": row for row, names in enumerate(FOLDER_ORDER) for name in names}
+    upwards = {
+        f"{module} imports {target}"
+        for module, targets in module_graph().items()
+        for target in targets
+        if folder_of(module) in rows
+        and folder_of(target) != folder_of(module)
+        and folder_of(target) != "proxy"
+        and target.startswith("proxy.")
+        and rows.get(folder_of(target), len(rows)) >= rows[folder_of(module)]
+    }
+    assert upwards == set()
+
+
+def test_every_folder_has_its_place_in_the_order() -> None:
+    placed = {f"proxy.{name}" for names in FOLDER_ORDER for name in names}
+    assert {folder for folder in folder_graph() if folder.startswith("proxy.")} - placed == set()
+
+
 @pytest.mark.parametrize("path", sources("proxy/routing"), ids=lambda path: path.name)
 def test_routing_knows_no_web_framework(path: Path) -> None:
     assert imported(path) & INBOUND_HTTP == set()
+
+
+def is_one_function_alone(path: Path) -> bool:
+    """Whether a short module, which is no program, defines one public function and nothing else."""
+    if path.name in ("__main__.py", "__init__.py"):
+        return False
+    defined = [node for node in tree(path).body if not isinstance(node, ast.Import | ast.ImportFrom | ast.Expr)]
+    alone = len(defined) == 1 and isinstance(defined[0], ast.FunctionDef | ast.AsyncFunctionDef)
+    return alone and path.read_text("utf-8").count("\n") < MIN_LINES_OF_ONE_FUNCTION
+
+
+def test_no_module_is_one_trivial_function() -> None:
+    assert [module_name(path) for path in sources(*PACKAGES) if is_one_function_alone(path)] == []
+
+
+def test_lua_lies_in_files_of_its_own() -> None:
+    with_lua = {
+        module_name(path)
+        for path in sources(*PACKAGES)
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "redis.call" in node.value
+    }
+    assert sorted(with_lua) == []
 
 
 @pytest.mark.parametrize("path", sources("router_core"), ids=lambda path: str(path.relative_to(ROOT)))

@@ -56,9 +56,9 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "core": (),
     "demo": ("demo",),
     "serve": (),
-    "dev": ("demo", "dev", "evaluate"),
+    "dev": ("demo", "dev", "evaluate", "docs"),
     "audit": ("audit",),
-    "all": ("demo", "dev", "evaluate", "audit", "ray", "fuzz", "clock"),
+    "all": ("demo", "dev", "evaluate", "docs", "audit", "ray", "fuzz", "clock"),
 }
 # What environments without torch leave out.
 TRANSFORMER = "sentence-transformers"
@@ -207,7 +207,7 @@ def third_party(*folders: str) -> dict[str, set[str]]:
     """{distribution: files that import it}; a module that no installed package owns goes by its own name."""
     found: dict[str, set[str]] = {}
     for path in sources(*folders):
-        for module in imported(path) - sys.stdlib_module_names - {*PACKAGES, "tests"}:
+        for module in imported(path) - sys.stdlib_module_names - {*PACKAGES, "tests", "docs"}:
             name = canonicalize_name(owners().get(module, module))
             found.setdefault(name, set()).add(str(path.relative_to(ROOT)))
     return found

@@ -14,7 +14,14 @@ POLL_INTERVAL_S = 0.3
 
 FINISHED = frozenset({"ready", "failed", "cancelled"})
 
+# How long an unavailable server is asked again how far a job is: the job itself goes on.
+UNAVAILABLE_TIMEOUT_S = 60.0
+
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
+
+
+class ServerUnavailable(CommandError):
+    """The server cannot answer now (503), for instance while its store is busy."""
 
 
 class ServerClient:
@@ -39,7 +46,8 @@ class ServerClient:
             ) from None
         if reply.is_success:
             return reply.json() if reply.content else None
-        raise CommandError(f"{method} {path}: {reply.status_code} {_message(reply)}")
+        kind = ServerUnavailable if reply.status_code == 503 else CommandError
+        raise kind(f"{method} {path}: {reply.status_code} {_message(reply)}")
 
     def follow(self, job: str, progress: Progress) -> dict[str, Any]:
         """Show a job's progress until it has ended, and return its last state."""
@@ -48,7 +56,16 @@ class ServerClient:
         return state
 
     def show_job(self, job: str, progress: Progress) -> dict[str, Any]:
-        state: dict[str, Any] = self.call("GET", f"/admin/jobs/{job}")
+        """Show a job's progress and return its state. A server that is unavailable for a while is asked again."""
+        deadline = time.monotonic() + UNAVAILABLE_TIMEOUT_S
+        while True:
+            try:
+                state: dict[str, Any] = self.call("GET", f"/admin/jobs/{job}")
+                break
+            except ServerUnavailable:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(POLL_INTERVAL_S)
         progress.update(state["model"], state["done"], state["total"], _remark(state))
         return state
 

@@ -1,36 +1,30 @@
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import secrets
 import socket
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from pydantic import SecretStr
 
 from proxy.app import from_settings
 from proxy.cli import console
 from proxy.cli.client import FINISHED, ServerClient
 from proxy.cli.console import CommandError, echo, table
-from proxy.cli.local_models import LlamaServer, gemma_base, smollm2, start_llama
+from proxy.cli.local_models import LlamaServer, smollm2, start_llama
 from proxy.cli.startup_progress import show_startup
-from proxy.cli.tools import show_decision
-from proxy.profiling.job import PromptAnswer, answers_key
 from proxy.server.preflight import check_data_dir
 from proxy.server.run import LOGGING, Server, address, listen, server_config
 from proxy.settings.models import SettingsError
 from proxy.settings.outbound import http_client
 from proxy.settings.schema import Settings
-from router_core.artifact import builtin_map
 from router_core.validation.families.registry import builtin_validation_set
 
 if TYPE_CHECKING:
@@ -39,7 +33,19 @@ if TYPE_CHECKING:
 
 CONTEXT_TOKENS = 2048
 
-_SLOTS = 4
+# Requests that each llama.cpp process answers at once.
+SLOTS = 4
+
+# Longer questions, and answers of other kinds, take most of the time and tell these small models apart by luck only.
+MAX_QUESTION_CHARS = 200
+MAX_QUESTION_TOKENS = 256
+
+MAX_ANSWER_TOKENS = 40
+
+# Columns of a terminal that the three answers are shown in.
+WIDTH = 100
+
+POLL_INTERVAL_S = 0.3
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class DemoModel:
     parameters: dict[str, Any] = field(default_factory=dict)
 
     def registration(self, api_base: str, prompts: int) -> dict[str, Any]:
-        """The body of POST /admin/models."""
+        """Return the body of POST /admin/models."""
         return {
             "model_name": self.name,
             "litellm_params": {"model": f"openai/{self.name}", "api_base": api_base, **self.parameters},
@@ -66,211 +72,70 @@ class DemoModel:
         }
 
 
-_BRIEFLY = {"system": "You are a helpful assistant. Answer briefly with the answer only."}
+_BRIEF = {"system": "You are a helpful assistant. Answer briefly with the answer only.", "stop": ["\n"]}
 
-SMOLLM2 = DemoModel("smollm2", "SmolLM2-135M-Instruct at temperature 0", 2.50, 10.0, {**_BRIEFLY, "temperature": 0})
-
-HOT = DemoModel("smollm2-hot", "the same weights at temperature 2.5", 0.50, 2.0, {**_BRIEFLY, "temperature": 2.5})
-
-ECHO = DemoModel(
-    "gemma3-base",
-    "Gemma 3 270M before instruction tuning, which repeats the question",
-    0.10,
-    0.4,
-    {"temperature": 0, "stop": ["<|im_end|>", "<|im_start|>"]},  # its template is not its own: it never ends a turn
+# Three settings of one model, so that the demonstration downloads one file of weights.
+MODELS = (
+    DemoModel("smollm2", "SmolLM2-135M-Instruct, temperature 0", 2.50, 10.0, {**_BRIEF, "temperature": 0}),
+    DemoModel("smollm2-hot", "the same weights, temperature 1.8", 0.50, 2.0, {**_BRIEF, "temperature": 1.8}),
+    DemoModel(
+        "smollm2-word",
+        "the same weights, one word and no more",
+        0.10,
+        0.4,
+        {"system": "Answer with one word.", "stop": [" ", "\n"], "temperature": 0},
+    ),
 )
-
-
-def start_arms(stack: ExitStack, folder: Path, announce: Callable[[str], None]) -> list[tuple[DemoModel, str]]:
-    """Each arm and the address it answers at. Two processes: the first two arms share their weights."""
-    announce("starting SmolLM2-135M-Instruct and Gemma 3 270M under llama.cpp")
-    smol = stack.enter_context(_start(smollm2(), folder / "smollm2.log"))
-    gemma = stack.enter_context(_start(gemma_base(folder / "models"), folder / "gemma3.log"))
-    return [(SMOLLM2, smol.api_base), (HOT, smol.api_base), (ECHO, gemma.api_base)]
-
-
-def _start(model: Path, log: Path) -> LlamaServer:
-    threads = max(1, (os.cpu_count() or 2) // 2)  # there are two servers
-    return start_llama(model, log, threads=threads, slots=_SLOTS, context=CONTEXT_TOKENS * _SLOTS)
-
-
-_MAX_TOKENS = 120
 
 
 @dataclass(frozen=True)
 class Question:
     text: str
-    remark: str
-    headers: Mapping[str, str] = field(default_factory=dict)
+    cost_weight: float | None = None
+    """λ; None: the server's default."""
 
 
-THREE = (
-    Question("What is the capital of France?", "the default λ: the price counts a little"),
-    Question("What is the capital of France?", "λ = 0: the best answer at any price", {"lambda": "0"}),
-    Question("Write one sentence about the sea.", "λ = 2: the price counts a lot", {"lambda": "2"}),
+QUESTIONS = (
+    Question("What is the capital of France?"),
+    Question("Write one sentence about the sea.", 0.0),
+    Question("Write one sentence about the sea.", 2.0),
 )
 
 
-def ask_three(url: str) -> None:
-    from openai import OpenAI
-
-    key = os.environ.get("UNIROUTE_API_KEY") or "not-needed-on-this-machine"
-    http = http_client(timeout=600)
-    with OpenAI(base_url=f"{url}/v1", api_key=key, http_client=http) as client, ServerClient(url, key) as dry:
-        for number, question in enumerate(THREE, 1):
-            echo(f"\n── {number}. {question.text}   ({question.remark})")
-            ask(client, question)
-            show_decision(dry.call("POST", "/v1/route", _body(question)))
-
-
-def ask(client: OpenAI, question: Question) -> None:
-    """Tokens appear as they come; then the headers that say who was chosen."""
-    create = client.chat.completions.with_raw_response.create
-    reply = create(
-        model="auto",
-        messages=[{"role": "user", "content": question.text}],
-        max_tokens=_MAX_TOKENS,
-        stream=True,
-        extra_headers=dict(question.headers),
-    )
-    echo("   ", end="")
-    for chunk in reply.parse():
-        if chunk.choices and (text := chunk.choices[0].delta.content):
-            echo(text.replace("\n", "\n   "), end="")
-    echo()
-    shown = ("x-uniroute-model", "x-uniroute-reason", "x-uniroute-overhead-ms")
-    echo("   " + "  ".join(f"{name}: {reply.headers.get(name)}" for name in shown))
-
-
-def _body(question: Question) -> dict[str, Any]:
-    """The same request for the dry run, which tells why."""
-    body: dict[str, Any] = {"model": "auto", "messages": [{"role": "user", "content": question.text}]}
-    body["max_tokens"] = _MAX_TOKENS
-    if "lambda" in question.headers:
-        body["uniroute"] = {"lambda": float(question.headers["lambda"])}
-    return body
-
-
-_MAX_CLUSTERS = 8
-
-Scores = Mapping[str, float]
-
-
-def show_profiles(client: ServerClient, settings: Settings, arms: Sequence[DemoModel]) -> None:
-    cards = [client.call("GET", f"/admin/models/{arm.name}") for arm in arms]
-    names = [card["model_name"] for card in cards]
-    answers = asyncio.run(read_scores(settings, [card["job"]["id"] for card in cards]))
-    echo()
-    by_family(names, answers)
-    echo()
-    by_cluster(cards)
-    echo()
-    over_all(cards)
-
-
-async def read_scores(settings: Settings, jobs: Sequence[str]) -> list[Scores]:
-    """Per job: prompt id → score. Unlabelled answers are left out."""
-    from proxy.storage.redis import Store
-
-    store = await Store.open(settings)
-    try:
-        async with store.asking("read the answers") as client:
-            stored = [cast(dict[str, str], await client.hgetall(answers_key(job))) for job in jobs]
-    finally:
-        await store.close()
-    return [_labelled(answers) for answers in stored]
-
-
-def _labelled(answers: Mapping[str, str]) -> Scores:
-    read = {prompt: PromptAnswer.from_json(text) for prompt, text in answers.items()}
-    return {prompt: answer.score for prompt, answer in read.items() if answer.score is not None}
-
-
-def by_family(names: Sequence[str], scores: Sequence[Scores]) -> None:
-    """Points of prompts asked; families that nobody got a point in share the last line."""
-    families = {prompt.id: prompt.family for prompt in builtin_validation_set()}
-    grouped: dict[str, list[list[float]]] = defaultdict(lambda: [[] for _ in names])
-    for column, of_model in enumerate(scores):
-        for prompt, score in of_model.items():
-            grouped[families[prompt]][column].append(score)
-    rows = [(family, *map(_points, cells)) for family, cells in sorted(grouped.items()) if any(map(sum, cells))]
-    table(("family", *names), rows, title="By family: points of labelled prompts")
-    nobody = sorted(family for family, cells in grouped.items() if not any(map(sum, cells)))
-    if nobody:
-        echo(f"  nobody has a point in: {', '.join(nobody)}")
-
-
-def _points(scores: Sequence[float]) -> str:
-    return f"{sum(scores):.3g} of {len(scores)}" if scores else "-"
-
-
-def by_cluster(cards: Sequence[Mapping[str, Any]]) -> None:
-    """Expected error where the label weight is highest."""
-    cluster_map = builtin_map()
-    weight = np.mean([card["profile"]["labels"] for card in cards], axis=0)
-    best = np.argsort(-weight, kind="stable")[:_MAX_CLUSTERS]
-    rows = [
-        (cluster_map.names[k], f"{weight[k]:.1f}", *(f"{card['profile']['errors'][k]:.2f}" for card in cards))
-        for k in best
-    ]
-    title = f"By cluster: expected error in the {len(rows)} of {cluster_map.size} clusters with the most labels"
-    table(("cluster", "labels", *(card["model_name"] for card in cards)), rows, title=title)
-
-
-def over_all(cards: Sequence[Mapping[str, Any]]) -> None:
-    rows = [
-        ("mean error", *(f"{card['profile']['mean_error']:.2f}" for card in cards)),
-        ("labels", *(f"{sum(card['profile']['labels']):.0f}" for card in cards)),
-        ("mean output tokens", *(f"{card['profile']['mean_output_tokens']:.0f}" for card in cards)),
-        ("mean seconds", *(f"{card['profile']['mean_seconds']:.1f}" for card in cards)),
-    ]
-    table(("over all", *(card["model_name"] for card in cards)), rows)
-
-
-POLL_INTERVAL_S = 0.3
-
-_SHORT_ANSWER_TOKENS = 256
-
-
 def run_demo(settings: Settings, *, prompts: int, once: bool) -> None:
-    """Ends after the three prompts if `once`, else on Ctrl-C."""
+    """Measure three models, route three questions, and serve until Ctrl-C, or not at all if `once`."""
     check_data_dir(settings)
     settings = demo_settings(settings)
     check_data_dir(settings)
     started = time.monotonic()
     with ExitStack() as stack:
-        write_easy_prompts(Path(settings.validation_set))
-        arms = start_arms(stack, settings.data_dir, echo)
+        write_questions(Path(settings.validation_set))
+        echo("UniRoute demo: three settings of a real language model, on this machine alone")
+        models = stack.enter_context(start_models(settings.data_dir))
         bound = listen_somewhere(settings)
         server = BackgroundServer(settings, bound, file_logging(settings.data_dir / "server.log"))
         stack.callback(server.stop)
         if not server.start():
             raise CommandError(f"the server did not start; see {settings.data_dir / 'server.log'}")
         url = address(bound)
-        echo(f"UniRoute serves at {url}/v1, {time.monotonic() - started:.1f} s after the start")
         client = stack.enter_context(ServerClient(url, admin_key(settings)))
-        measure_arms(client, arms, prompts)
-        show_profiles(client, settings, [arm for arm, _ in arms])
-        ask_three(url)
-        echo(f"\n{time.monotonic() - started:.0f} s in all.")
-        if not once:
-            tell_next_steps(url, settings)
+        measure(client, models, prompts)
+        show_profiles(client, prompts)
+        ask_questions(url)
+        echo(f"\n{time.monotonic() - started:.0f} s in all, of which the next start needs a part only.")
+        if once:
+            echo('Next: `make demo` serves these models; `make serve ARGS="--config config.yaml"` serves yours.')
+        else:
+            show_next_steps(url, settings)
             wait_for_ctrl_c(server)
 
 
 def demo_settings(settings: Settings) -> Settings:
-    """A data folder of its own, so that a demo leaves nothing among real models; an admin key, made if none is set."""
+    """Return settings with a data folder of the demo's own, and with an admin key if none is set."""
     key = settings.admin_key or SecretStr(secrets.token_urlsafe(24))
     folder = settings.data_dir / "demo"
     changed = {"data_dir": folder, "admin_key": key, "redis_url": None, "workers": 1}
     return settings.model_copy(update={**changed, "validation_set": str(folder / "validation.jsonl")})
-
-
-def write_easy_prompts(path: Path) -> None:
-    """The easiest built-in prompts that ask for a short answer: on the others models this small differ by luck only."""
-    easy = [p for p in builtin_validation_set() if p.level == 1 and p.max_tokens <= _SHORT_ANSWER_TOKENS]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{json.dumps(prompt.to_json())}\n" for prompt in easy), "utf-8")
 
 
 def admin_key(settings: Settings) -> str:
@@ -278,8 +143,37 @@ def admin_key(settings: Settings) -> str:
     return settings.admin_key.get_secret_value()
 
 
-def listen_somewhere(settings: Settings) -> Any:
-    """The usual port, or a free one where that is taken."""
+def write_questions(path: Path) -> None:
+    """Write the easiest and shortest built-in prompts as the validation set of the demo."""
+    easy = [
+        prompt
+        for prompt in builtin_validation_set()
+        if prompt.level == 1 and prompt.max_tokens <= MAX_QUESTION_TOKENS and len(prompt.text) <= MAX_QUESTION_CHARS
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{json.dumps(prompt.to_json())}\n" for prompt in easy), "utf-8")
+
+
+@contextmanager
+def start_models(folder: Path) -> Iterator[list[tuple[DemoModel, str]]]:
+    """Start llama.cpp and yield each model with its address: two processes, which share the memory of the weights."""
+    # One thread each: llama.cpp's threads wait for each other in busy loops, and slow down what else runs.
+    threads = max(1, (os.cpu_count() or 2) // 2)
+    with ExitStack() as stack:
+        servers: list[LlamaServer] = [
+            stack.enter_context(
+                start_llama(
+                    smollm2(), folder / f"llama-{n}.log", threads=threads, slots=SLOTS, context=CONTEXT_TOKENS * SLOTS
+                )
+            )
+            for n in range(2)
+        ]
+        # The one that answers with a word takes little time of the server that it shares.
+        yield [(model, servers[n % 2].api_base) for n, model in enumerate(MODELS)]
+
+
+def listen_somewhere(settings: Settings) -> socket.socket:
+    """Listen on the configured port, or on a free one where that is taken."""
     try:
         return listen(settings.host, settings.port)
     except SettingsError:
@@ -288,57 +182,113 @@ def listen_somewhere(settings: Settings) -> Any:
 
 
 def file_logging(path: Path) -> dict[str, Any]:
-    """The server's log lines would run through the bars and tables."""
+    """Return a logging configuration that writes to a file, away from the bars and tables."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = {"class": "logging.FileHandler", "formatter": "line", "filename": str(path), "mode": "w"}
     return {**LOGGING, "handlers": {"stderr": handler}}
 
 
-def measure_arms(client: ServerClient, arms: Sequence[tuple[DemoModel, str]], prompts: int) -> None:
-    """Add each arm with the call that adds any model, and wait until all are measured."""
-    echo(f"\nPOST /admin/models for each of {len(arms)} models, asking {prompts} of the easiest validation prompts:")
-    for arm, _ in arms:
-        echo(
-            f"  {arm.name:<12} {arm.about}; notional price ${arm.input_cost:g} in, ${arm.output_cost:g} out per million"
-        )
+def measure(client: ServerClient, models: Sequence[tuple[DemoModel, str]], prompts: int) -> None:
+    """Add each model with the call that adds any model, and wait until all are measured."""
     known = {card["model_name"] for card in client.call("GET", "/admin/models")["models"]}
     jobs = {}
-    for arm, api_base in arms:
-        if arm.name in known:  # from an earlier demo, at an address that is gone
-            client.call("DELETE", f"/admin/models/{arm.name}")
-        jobs[arm.name] = client.call("POST", "/admin/models", arm.registration(api_base, prompts))["job"]
-    follow_all(client, jobs)
-
-
-def follow_all(client: ServerClient, jobs: Mapping[str, str]) -> None:
-    """Bars for all jobs until each has ended. CommandError if one failed."""
+    for model, api_base in models:
+        if model.name in known:  # from an earlier demo, at an address that is gone
+            client.call("DELETE", f"/admin/models/{model.name}")
+        jobs[model.name] = client.call("POST", "/admin/models", model.registration(api_base, prompts))["job"]
     with console.progress() as bars:
-        waiting = dict(jobs)
-        while waiting:
-            for name, job in list(waiting.items()):
+        while jobs:
+            for name, job in list(jobs.items()):
                 state = client.show_job(job, bars)
                 if state["state"] in FINISHED:
-                    del waiting[name]
+                    del jobs[name]
                     if state["state"] != "ready":
                         raise CommandError(f"measuring {name} {state['state']}: {state['error']}")
             time.sleep(POLL_INTERVAL_S)
 
 
-def tell_next_steps(url: str, settings: Settings) -> None:
-    params = '{"model": "openai/gpt-6-luna", "api_key": "os.environ/OPENAI_API_KEY"}'
-    body = f'{{"model_name": "gpt-6-luna", "litellm_params": {params}, "profile": {{"max_usd": 0.5}}}}'
-    echo(f"""
-It serves until Ctrl-C. Point any OpenAI client at {url}/v1 with model "auto".
+def show_profiles(client: ServerClient, prompts: int) -> None:
+    echo(f"\nMeasured, by POST /admin/models: {prompts} short questions to each, at notional prices")
+    rows = []
+    for model in MODELS:
+        profile = client.call("GET", f"/admin/models/{model.name}")["profile"]
+        rows.append(
+            (
+                f"{model.name}: {model.about}",
+                f"{model.input_cost:.2f} / {model.output_cost:.2f}",
+                f"{profile['mean_error']:.2f}",
+                f"{profile['mean_output_tokens']:.0f}",
+                f"{profile['mean_seconds']:.1f}",
+            )
+        )
+    table(("model", "$/M in / out", "mean error", "tokens", "seconds"), rows)
 
-To add a model with an API key, have the key in the environment of the demo (OPENAI_API_KEY=… make demo), then:
+
+def ask_questions(url: str) -> None:
+    """Ask the three questions as any client would, and show for each who was chosen and why."""
+    from openai import OpenAI
+
+    echo('\nRouted, by POST /v1/chat/completions with model "auto"')
+    key = os.environ.get("UNIROUTE_API_KEY") or "not-needed-on-this-machine"
+    http = http_client(timeout=600)
+    with OpenAI(base_url=f"{url}/v1", api_key=key, http_client=http) as client, ServerClient(url, key) as server:
+        for question in QUESTIONS:
+            decision = server.call("POST", "/v1/route", _body(question))
+            echo(f"  {question.text}  (λ = {decision['lambda']:g})")
+            ask(client, question)
+            echo(f"    {reason(decision)}")
+
+
+def ask(client: OpenAI, question: Question) -> None:
+    """Show the tokens as they come, after the name of the model that was chosen."""
+    create = client.chat.completions.with_raw_response.create
+    reply = create(
+        model="auto",
+        messages=[{"role": "user", "content": question.text}],
+        max_tokens=MAX_ANSWER_TOKENS,
+        stream=True,
+        extra_headers={} if question.cost_weight is None else {"lambda": f"{question.cost_weight:g}"},
+    )
+    lead = f"    {reply.headers.get('x-uniroute-model')}: "
+    echo(lead, end="")
+    room = WIDTH - len(lead)
+    for chunk in reply.parse():
+        if room > 0 and chunk.choices and (text := chunk.choices[0].delta.content):
+            shown = text.replace("\n", " ")[:room]
+            room -= len(shown)
+            echo(shown, end="")
+    echo("" if room > 0 else "…")
+
+
+def reason(decision: Mapping[str, Any]) -> str:
+    """Say what every candidate was expected to do, the chosen one first."""
+    told = [
+        f"{each['model']} {each['expected_error']:.2f}, ${1e3 * each['expected_cost_usd']:.3f}"
+        for each in decision["candidates"]
+    ]
+    return f"expected error, and cost of 1,000 requests: {'; '.join(told)}"
+
+
+def _body(question: Question) -> dict[str, Any]:
+    """Return the request for `/v1/route`, which explains the decision."""
+    body: dict[str, Any] = {"model": "auto", "messages": [{"role": "user", "content": question.text}]}
+    body["max_tokens"] = MAX_ANSWER_TOKENS
+    if question.cost_weight is not None:
+        body["uniroute"] = {"lambda": question.cost_weight}
+    return body
+
+
+def show_next_steps(url: str, settings: Settings) -> None:
+    echo(f"""
+It serves at {url}/v1 until Ctrl-C: point any OpenAI client there, with model "auto". In another terminal:
+
+  curl {url}/v1/chat/completions -H 'content-type: application/json' -i \\
+    -d '{{"model": "auto", "messages": [{{"role": "user", "content": "What is the capital of Italy?"}}]}}'
+
+To add a model of your own, start the demo with its key (OPENAI_API_KEY=… make demo), then:
 
   export UNIROUTE_ADMIN_KEY={admin_key(settings)} UNIROUTE_URL={url}
   uniroute models add gpt-6-luna --model openai/gpt-6-luna --api-key-env OPENAI_API_KEY --max-usd 0.5
-
-or, without the progress bar,
-
-  curl $UNIROUTE_URL/admin/models -H "authorization: Bearer $UNIROUTE_ADMIN_KEY" -H "content-type: application/json" \\
-    -d '{body}'
 """)
 
 

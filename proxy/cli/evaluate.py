@@ -157,13 +157,13 @@ def _run_study(study: StudyOptions, embedder_name: str, data_dir: Path, workers:
 
 
 def _plan(study: StudyOptions, outcomes: Outcomes, embedder_id: str) -> Plan:
-    from router_core.evaluation.trials import TRIALS, Plan, default_labels, default_unseen
+    from router_core.evaluation.trials import DEFAULT_TRIALS, Plan, default_labels, default_unseen
 
     return Plan(
         outcomes_name=study.outcomes.name,
         embedder_id=embedder_id,
         labels=default_labels(len(outcomes.prompts)) if study.labels is None else study.labels,
-        trials=study.trials or TRIALS,
+        trials=study.trials or DEFAULT_TRIALS,
         seed=study.seed,
         unseen=default_unseen(len(outcomes.models)) if study.unseen is None else study.unseen,
     )

@@ -122,7 +122,7 @@ def seconds_of(text: str, option: str) -> int | None:
 
 def rows_of(keys: tuple[ClientKey, ...], now: float) -> list[tuple[str, ...]]:
     """Return the rows of `keys list`: id, name, role, state, expires, models."""
-    from proxy.server.admin_schemas import key_to_json
+    from proxy.server.admin_responses import key_to_json
 
     return [
         (
@@ -160,11 +160,12 @@ def create(
     body: Body,
 ) -> None:
     """Create a key and print its secret, once."""
-    from proxy.server.admin_schemas import read_new_key
+    from proxy.server.key_bodies import NewKey
+    from proxy.server.strict_body import parse_body
     from proxy.storage.audit_log import CREATE_KEY
 
     body["name"] = name
-    name, fields = with_option_names(lambda: read_new_key(body, time.time()))
+    fields = with_option_names(lambda: parse_body(NewKey, body).to_change(time.time()))
     made = _with_keys(config, data_dir, lambda registry: registry.create(name, None, fields))
     _log(CREATE_KEY, made[0])
     _show_secret(*made, as_json=as_json)
@@ -182,7 +183,9 @@ def update(
     body: Body,
 ) -> None:
     """Change what a key may do. Options that are not given stay; `none` removes a limit."""
-    from proxy.server.admin_schemas import key_to_json, read_key_change
+    from proxy.server.admin_responses import key_to_json
+    from proxy.server.key_bodies import KeyPatch
+    from proxy.server.strict_body import parse_body
     from proxy.storage.audit_log import CHANGE_KEY
 
     if name is not None:
@@ -192,8 +195,8 @@ def update(
             raise BadArgument("--all-models: does not go with --model; give one of them")
         body["models"] = None
     if not body:
-        raise BadArgument("nothing is given that should change; see `uniroute keys update --help`")
-    fields = with_option_names(lambda: read_key_change(body, time.time()))
+        raise BadArgument("nothing is stated that should change; see `uniroute keys update --help`")
+    fields = with_option_names(lambda: parse_body(KeyPatch, body).to_change(time.time()))
     key = _with_keys(config, data_dir, lambda registry: registry.change(key_id, fields))
     _log(CHANGE_KEY, key)
     emit_json(key_to_json(key))
@@ -209,10 +212,11 @@ def rotate(
     as_json: JsonOption = False,
 ) -> None:
     """Give a key a new secret and print it, once. The old secret is valid until the grace period ends."""
-    from proxy.server.admin_schemas import parse_grace_period
+    from proxy.server.key_bodies import Rotation
+    from proxy.server.strict_body import parse_body
     from proxy.storage.audit_log import ROTATE_KEY
 
-    grace_s = with_option_names(lambda: parse_grace_period({"grace_s": seconds_of(grace, "--grace")}))
+    grace_s = with_option_names(lambda: parse_body(Rotation, {"grace_s": seconds_of(grace, "--grace")}).grace_s)
     made = _with_keys(config, data_dir, lambda registry: registry.rotate(key_id, grace_s))
     _log(ROTATE_KEY, made[0])
     _show_secret(*made, as_json=as_json)
@@ -221,7 +225,7 @@ def rotate(
 @keys.command("list")
 def list_keys(config: ConfigOption = None, data_dir: DataDirOption = None, *, as_json: JsonOption = False) -> None:
     """List the keys, without their secrets."""
-    from proxy.server.admin_schemas import key_to_json
+    from proxy.server.admin_responses import key_to_json
 
     found = _with_keys(config, data_dir, lambda registry: registry.listed())
     if as_json:
@@ -233,7 +237,7 @@ def list_keys(config: ConfigOption = None, data_dir: DataDirOption = None, *, as
 @keys.command()
 def show(key_id: KeyId, config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
     """Print what a key may do, as JSON, without its secret."""
-    from proxy.server.admin_schemas import key_to_json
+    from proxy.server.admin_responses import key_to_json
 
     emit_json(key_to_json(_with_keys(config, data_dir, lambda registry: registry.find(key_id))))
 
@@ -266,7 +270,7 @@ def _log(action: str, key: ClientKey) -> None:
 
 
 def _show_secret(key: ClientKey, secret: str, *, as_json: bool) -> None:
-    from proxy.server.admin_schemas import key_to_json
+    from proxy.server.admin_responses import key_to_json
 
     if as_json:
         shown: dict[str, Any] = {**key_to_json(key), "key": secret}

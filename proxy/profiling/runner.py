@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from time import monotonic, time
 
 from proxy.concurrency import cancel_until_done
-from proxy.profiling.grading import (
-    CUT_OFF,
-    THINKING_TOKENS,
+from proxy.profiling.grading import GraderRunner, GradingProcess, JudgeNotConfigured
+from proxy.profiling.job import Job, Lease, LeaseLost, PromptAnswer
+from proxy.profiling.job_store import JobStore
+from proxy.profiling.model_client import (
+    REASONING_TOKENS,
+    TRUNCATED,
     Budget,
-    GraderRunner,
-    GradingProcess,
-    JudgeNotConfigured,
     ModelAnswer,
     ModelCallError,
     ModelClient,
@@ -24,8 +24,6 @@ from proxy.profiling.grading import (
     cost_of,
     max_cost_usd,
 )
-from proxy.profiling.job import Job, Lease, LeaseLost, PromptAnswer
-from proxy.profiling.job_store import JobStore
 from proxy.profiling.prompts import AssignedPrompts, ValidationPrompts, column
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
@@ -39,192 +37,192 @@ from router_core.text import rfc3339
 from router_core.types import Price
 from router_core.validation.validation_set import ValidationPrompt
 
-THINKING_MARKS = ("<think>", "<thinking>", "<reasoning>")
+REASONING_TAGS = ("<think>", "<thinking>", "<reasoning>")
 
+# Stores that so many USD may be spent on a prompt, before they are.
 Reserve = Callable[[str, float], Awaitable[None]]
-"""Writes down that so many USD may be spent on this prompt, before they are."""
 
 
 @dataclass(frozen=True)
 class ProfiledModel:
-    """A model as a job asks it."""
+    """The model of a job, as the job calls it."""
 
-    asker: RetryingClient
+    client: RetryingClient
     price: Price | None
     """None: unknown, and so is what is spent."""
-    thinks: bool
-    """Known to think before it answers."""
+    reasons: bool
+    """It is known to reason before it answers."""
     max_output_tokens: int | None
 
     def limit(self, tokens: int) -> int:
-        """The limit to send: the arm's own one, if it is lower, is part of what users get."""
-        bounds = (tokens, configured_token_limit(self.asker.record), self.max_output_tokens)
+        """Return the token limit to send. The model's own limit, if it is lower, is part of what users get."""
+        bounds = (tokens, configured_token_limit(self.client.record), self.max_output_tokens)
         return min(bound for bound in bounds if bound is not None)
 
 
 @dataclass(slots=True)
 class PromptCost:
-    """What was set aside for one prompt and what it has cost so far, in USD."""
+    """What is reserved for one prompt and what it has cost so far, in USD."""
 
-    set_aside: float = 0.0
+    reserved: float = 0.0
     spent: float = 0.0
 
 
 class PromptRunner:
-    """Puts prompts to one arm. Knows how many failed in a row."""
+    """Put validation prompts to one model and grade the answers; count how many fail in a row."""
 
-    def __init__(self, arm: ProfiledModel, judge: GraderRunner, budget: Budget, reserve: Reserve) -> None:
-        self._arm = arm
+    def __init__(self, model: ProfiledModel, judge: GraderRunner, budget: Budget, reserve: Reserve) -> None:
+        self._model = model
         self._judge = judge
         self._budget = budget
         self._reserve = reserve
-        self.failures_in_a_row = 0
+        self.consecutive_failures = 0
         self.last_failure = ""
 
-    async def examine(self, prompt: ValidationPrompt) -> PromptAnswer | None:
-        """What became of the prompt; None where the budget does not allow to ask it."""
-        limit = self._arm.limit(prompt.max_tokens + (THINKING_TOKENS if self._arm.thinks else 0))
-        bill = PromptCost(self._most(prompt, limit))
-        if not await self._budget.set_aside(bill.set_aside):
+    async def run(self, prompt: ValidationPrompt) -> PromptAnswer | None:
+        """Return the outcome of a prompt; None if the budget does not allow it."""
+        limit = self._model.limit(prompt.max_tokens + (REASONING_TOKENS if self._model.reasons else 0))
+        cost = PromptCost(self._max_cost_usd(prompt, limit))
+        if not await self._budget.reserve(cost.reserved):
             return None
         try:
-            await self._reserve(prompt.id, bill.set_aside)
-            ended = await self._ended(prompt, limit, bill)
+            await self._reserve(prompt.id, cost.reserved)
+            ended = await self._outcome(prompt, limit, cost)
         finally:
-            await self._budget.settle(bill.set_aside, bill.spent)
-        return replace(ended, cost_usd=None if self._arm.price is None else bill.spent)
+            await self._budget.settle(cost.reserved, cost.spent)
+        return replace(ended, cost_usd=None if self._model.price is None else cost.spent)
 
-    async def _ended(self, prompt: ValidationPrompt, limit: int, bill: PromptCost) -> PromptAnswer:
+    async def _outcome(self, prompt: ValidationPrompt, limit: int, cost: PromptCost) -> PromptAnswer:
         try:
-            answer, limit = await self._answer(prompt, limit, bill)
+            answer, limit = await self._answer(prompt, limit, cost)
         except ModelCallError as failure:
             self._failed(failure)
             return PromptAnswer(failed=True)
         return PromptAnswer(
-            score=await self._score(prompt, answer, limit, bill),
+            score=await self._score(prompt, answer, limit, cost),
             output_tokens=answer.output_tokens,
             seconds=answer.seconds,
             finish_reason=answer.finish_reason,
         )
 
-    async def _answer(self, prompt: ValidationPrompt, limit: int, bill: PromptCost) -> tuple[ModelAnswer, int]:
-        """The answer and the limit it was given; asked again with room to think if thinking used all of the first."""
-        answer = await self._ask(prompt, limit, bill)
-        roomy = self._arm.limit(prompt.max_tokens + THINKING_TOKENS)
+    async def _answer(self, prompt: ValidationPrompt, limit: int, cost: PromptCost) -> tuple[ModelAnswer, int]:
+        """Return the answer and its token limit. If reasoning used up the limit, ask again with a larger one."""
+        answer = await self._ask(prompt, limit, cost)
+        roomy = self._model.limit(prompt.max_tokens + REASONING_TOKENS)
         if not _truncated_reasoning(answer) or roomy <= limit:
             return answer, limit
-        more = self._most(prompt, roomy)
+        more = self._max_cost_usd(prompt, roomy)
         if not await self._budget.add(more):
             return answer, limit
-        bill.set_aside += more
-        await self._reserve(prompt.id, bill.set_aside)
-        return await self._ask(prompt, roomy, bill), roomy
+        cost.reserved += more
+        await self._reserve(prompt.id, cost.reserved)
+        return await self._ask(prompt, roomy, cost), roomy
 
-    async def _ask(self, prompt: ValidationPrompt, limit: int, bill: PromptCost) -> ModelAnswer:
-        answer = await self._arm.asker.ask(prompt.messages, limit)
-        if self._arm.price is not None:
-            bill.spent += cost_of(answer, self._arm.price, self._most(prompt, limit))
+    async def _ask(self, prompt: ValidationPrompt, limit: int, cost: PromptCost) -> ModelAnswer:
+        answer = await self._model.client.complete(prompt.messages, limit)
+        if self._model.price is not None:
+            cost.spent += cost_of(answer, self._model.price, self._max_cost_usd(prompt, limit))
         return answer
 
-    async def _score(self, prompt: ValidationPrompt, answer: ModelAnswer, limit: int, bill: PromptCost) -> float | None:
-        """None, unlabelled: our own limit cut the answer off, or thinking left nothing of it."""
-        cut_off = answer.finish_reason == CUT_OFF
-        by_the_arm = cut_off and limit == configured_token_limit(self._arm.asker.record)
-        if (cut_off or _truncated_reasoning(answer)) and not by_the_arm:
-            self.failures_in_a_row = 0
+    async def _score(self, prompt: ValidationPrompt, answer: ModelAnswer, limit: int, cost: PromptCost) -> float | None:
+        """Return the score; None, unlabelled, if our own limit cut the answer off or reasoning left nothing of it."""
+        truncated = answer.finish_reason == TRUNCATED
+        by_configuration = truncated and limit == configured_token_limit(self._model.client.record)
+        if (truncated or _truncated_reasoning(answer)) and not by_configuration:
+            self.consecutive_failures = 0
             return None
         try:
-            score, cost = await self._judge.score(prompt, answer)
+            score, grading_usd = await self._judge.score(prompt, answer)
         except ModelCallError as failure:
             self._failed(failure)
             return None
-        self.failures_in_a_row = 0
-        bill.spent += cost
+        self.consecutive_failures = 0
+        cost.spent += grading_usd
         return score
 
     def _failed(self, failure: ModelCallError) -> None:
-        self.failures_in_a_row += 1
+        self.consecutive_failures += 1
         self.last_failure = str(failure)
 
-    def _most(self, prompt: ValidationPrompt, limit: int) -> float:
-        if self._arm.price is None:
+    def _max_cost_usd(self, prompt: ValidationPrompt, limit: int) -> float:
+        if self._model.price is None:
             return 0.0
-        asking = max_cost_usd(prompt.messages, self._arm.asker.record, self._arm.price, limit)
-        return asking + self._judge.max_cost_usd(prompt, limit)
+        answering = max_cost_usd(prompt.messages, self._model.client.record, self._model.price, limit)
+        return answering + self._judge.max_cost_usd(prompt, limit)
 
 
 def _truncated_reasoning(answer: ModelAnswer) -> bool:
-    """It thought, and either was cut off or had nothing left to say."""
-    thought = answer.reasoned or any(mark in answer.text for mark in THINKING_MARKS)
-    return thought and (answer.finish_reason == CUT_OFF or not answer.text.strip())
+    """Return whether the model reasoned, and then was cut off or gave no answer."""
+    reasoned = answer.reasoned or any(tag in answer.text for tag in REASONING_TAGS)
+    return reasoned and (answer.finish_reason == TRUNCATED or not answer.text.strip())
 
 
 ENOUGH_LABELS = 20
 
-FAILURES_IN_A_ROW = 5
-"""So many prompts that fail one after the other, their retries included, end the asking."""
+# So many prompts that fail one after the other, their retries included, end the job.
+MAX_CONSECUTIVE_FAILURES = 5
 
 
 @dataclass(frozen=True)
 class ProfilingResult:
-    """What a job ends with: a profile, or the reason why there is none."""
+    """The end of a job: a profile, or the reason why there is none."""
 
     profile: Profile | None = None
     error: str | None = None
 
 
 class ProfilingRun:
-    """One run of one job. The next run goes on where this one stopped: nothing that was answered is asked again."""
+    """One run of one job. The next run continues it: a prompt that has an answer is not put again."""
 
-    def __init__(self, job: Job, lease: Lease, ledger: JobStore, placed: AssignedPrompts) -> None:
+    def __init__(self, job: Job, lease: Lease, job_store: JobStore, assigned: AssignedPrompts) -> None:
         self._job = job
         self._lease = lease
-        self._ledger = ledger
-        self._placed = placed
+        self._job_store = job_store
+        self._assigned = assigned
         self._budget = Budget(job.max_usd, job.spent_usd or 0.0)
         self._stopped: str | None = None
-        self._left = 0
+        self._total_waiting = 0
         self._ended = 0
         self._started = monotonic()
 
-    async def run(self, arm: ProfiledModel, judge: GraderRunner, *, concurrency: int, map_id: str) -> ProfilingResult:
-        """Raises LeaseLost; then nothing was decided."""
-        finished = await self._ledger.answers(self._job.id)
-        waiting = [prompt for prompt in self._placed.prompts if prompt.id not in finished]
-        self._left = len(waiting)
-        examiner = PromptRunner(arm, judge, self._budget, self._reserve)
-        await _run_concurrently(self._examine_from, examiner, iter(waiting), min(concurrency, len(waiting)))
-        return self._verdict(await self._ledger.answers(self._job.id), map_id)
+    async def run(self, model: ProfiledModel, judge: GraderRunner, *, concurrency: int, map_id: str) -> ProfilingResult:
+        """Put the open prompts to the model; return the profile. Raise LeaseLost, with nothing decided."""
+        finished = await self._job_store.answers(self._job.id)
+        waiting = [prompt for prompt in self._assigned.prompts if prompt.id not in finished]
+        self._total_waiting = len(waiting)
+        runner = PromptRunner(model, judge, self._budget, self._reserve)
+        await _run_concurrently(self._run_prompts, runner, iter(waiting), min(concurrency, len(waiting)))
+        return self._result(await self._job_store.answers(self._job.id), map_id)
 
-    async def _examine_from(self, examiner: PromptRunner, queue: Iterator[ValidationPrompt]) -> None:
+    async def _run_prompts(self, runner: PromptRunner, queue: Iterator[ValidationPrompt]) -> None:
         for prompt in queue:
             if self._stopped is not None:
                 return
-            ended = await examiner.examine(prompt)
+            ended = await runner.run(prompt)
             if ended is None:
                 self._stopped = f"max_usd={self._job.max_usd:g} does not allow another prompt"
                 return
             self._ended += 1
             await retry_until_available(lambda prompt=prompt, ended=ended: self._checkpoint(prompt.id, ended))  # type: ignore[misc]
-            if examiner.failures_in_a_row >= FAILURES_IN_A_ROW:
-                self._stopped = f"{FAILURES_IN_A_ROW} prompts in a row failed: {examiner.last_failure}"
+            if runner.consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
+                self._stopped = f"{MAX_CONSECUTIVE_FAILURES} prompts in a row failed: {runner.last_failure}"
 
     async def _reserve(self, prompt_id: str, usd: float) -> None:
-        await retry_until_available(lambda: self._ledger.reserve(self._lease, prompt_id, usd))
+        await retry_until_available(lambda: self._job_store.reserve(self._lease, prompt_id, usd))
 
     async def _checkpoint(self, prompt_id: str, ended: PromptAnswer) -> None:
         pace = (monotonic() - self._started) / self._ended
-        await self._ledger.checkpoint(self._lease, prompt_id, ended, pace * (self._left - self._ended))
+        await self._job_store.checkpoint(self._lease, prompt_id, ended, pace * (self._total_waiting - self._ended))
 
-    def _verdict(self, stored: Mapping[str, PromptAnswer], map_id: str) -> ProfilingResult:
-        """Enough labels make a profile even where the money or the model gave out before the end."""
-        answers = {prompt.id: stored[prompt.id] for prompt in self._placed.prompts if prompt.id in stored}
-        asked, total = len(answers), len(self._placed.prompts)
+    def _result(self, stored: Mapping[str, PromptAnswer], map_id: str) -> ProfilingResult:
+        """Make a profile if there are enough labels, even if the budget or the model failed before the end."""
+        answers = {prompt.id: stored[prompt.id] for prompt in self._assigned.prompts if prompt.id in stored}
+        asked, total = len(answers), len(self._assigned.prompts)
         labelled = sum(answer.score is not None for answer in answers.values())
         needed = min(ENOUGH_LABELS, total)
         if labelled >= needed:
             measured_at = self._job.measured_at or rfc3339(time())
-            return ProfilingResult(profile_of(self._placed, answers, map_id, measured_at))
+            return ProfilingResult(profile_of(self._assigned, answers, map_id, measured_at))
         failed = sum(answer.failed for answer in answers.values())
         reason = f"{self._stopped}; " if self._stopped else ""
         return ProfilingResult(
@@ -233,13 +231,15 @@ class ProfilingRun:
         )
 
 
-def profile_of(placed: AssignedPrompts, answers: Mapping[str, PromptAnswer], map_id: str, measured_at: str) -> Profile:
-    """The sums run over the prompts in their own order, so that the order of the answers leaves no trace."""
-    ended = [answers.get(prompt.id, PromptAnswer()) for prompt in placed.prompts]
+def profile_of(
+    assigned: AssignedPrompts, answers: Mapping[str, PromptAnswer], map_id: str, measured_at: str
+) -> Profile:
+    """Return the profile. It sums over the prompts in their own order, so the order of the answers does not matter."""
+    ended = [answers.get(prompt.id, PromptAnswer()) for prompt in assigned.prompts]
     return measure(
         map_id,
-        placed.clusters,
-        placed.assignment,
+        assigned.clusters,
+        assigned.assignment,
         column([answer.score for answer in ended]),
         output_tokens=column([answer.output_tokens for answer in ended]),
         seconds=column([answer.seconds for answer in ended]),
@@ -248,19 +248,19 @@ def profile_of(placed: AssignedPrompts, answers: Mapping[str, PromptAnswer], map
 
 
 async def _run_concurrently(
-    examine: Callable[[PromptRunner, Iterator[ValidationPrompt]], Awaitable[None]],
-    examiner: PromptRunner,
+    run_prompts: Callable[[PromptRunner, Iterator[ValidationPrompt]], Awaitable[None]],
+    runner: PromptRunner,
     queue: Iterator[ValidationPrompt],
     count: int,
 ) -> None:
-    tasks = [asyncio.ensure_future(examine(examiner, queue)) for _ in range(count)]
+    tasks = [asyncio.ensure_future(run_prompts(runner, queue)) for _ in range(count)]
     try:
         if tasks:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     finally:
         await cancel_until_done(tasks)
         failures = [error for task in tasks if not task.cancelled() and (error := task.exception())]
-    if failures:  # what one of them loses, a lease say, the others lose too
+    if failures:  # what one task loses, such as the lease, the others lose too
         raise failures[0]
 
 
@@ -270,85 +270,85 @@ MODEL_CHANGED = "litellm_params were changed while the model was being measured;
 
 
 class JobRejected(Exception):
-    """The job fails before a prompt is asked; the message says what to change."""
+    """The job fails before a prompt is put; the message says what to change."""
 
 
 class JobRunner:
-    """Carries out jobs for this process."""
+    """Run the jobs that this process takes."""
 
     def __init__(
         self,
         settings: Settings,
         state: SnapshotWatcher,
-        answerer: ModelClient,
-        ledger: JobStore,
+        model_client: ModelClient,
+        job_store: JobStore,
         prompts: ValidationPrompts,
-        patience: RetryPolicy,
+        retry_policy: RetryPolicy,
         grading: GradingProcess,
     ) -> None:
         self._settings = settings
         self._state = state
-        self._answerer = answerer
-        self._ledger = ledger
+        self._model_client = model_client
+        self._job_store = job_store
         self._prompts = prompts
-        self._patience = patience
+        self._retry_policy = retry_policy
         self._grading = grading
 
     async def measure(self, lease: Lease) -> None:
-        """Carry out the job of this lease to its end.
+        """Run the job of this lease to its end.
 
         Raises:
             LeaseLost, StoreUnavailable: the job is as it was and can be taken up again.
         """
-        job = await self._ledger.get(lease.job_id)
+        job = await self._job_store.get(lease.job_id)
         if job is None:
             raise LeaseLost("the job is gone from the store")
         await self._state.refresh()
         record = self._state.current.models.get(job.model)
         if record is None:
             error = "no such model here: it was removed, or this worker was started with another configuration"
-            await self._ledger.fail(lease, error)
+            await self._job_store.fail(lease, error)
             return
-        verdict = await self._carry_out(job, lease, record)
-        if verdict.profile is not None and not await self._is_still(record):
-            verdict = ProfilingResult(error=MODEL_CHANGED)
-        if verdict.profile is None:
-            await self._ledger.fail(lease, verdict.error or "")
+        result = await self._run_job(job, lease, record)
+        if result.profile is not None and not await self._is_unchanged(record):
+            result = ProfilingResult(error=MODEL_CHANGED)
+        if result.profile is None:
+            await self._job_store.fail(lease, result.error or "")
         else:
-            await self._ledger.finish(lease, record, verdict.profile)
-        if verdict.error:
-            log.warning("job %s: measuring model %s failed: %s", job.id, job.model, verdict.error)
+            await self._job_store.finish(lease, record, result.profile)
+        if result.error:
+            log.warning("job %s: measuring model %s failed: %s", job.id, job.model, result.error)
             return
         log.info("job %s for model %s: ready", job.id, job.model)
-        with contextlib.suppress(StoreUnavailable):  # the job is done, whatever can be said of it
+        with contextlib.suppress(StoreUnavailable):  # the job is done all the same
             await self._state.refresh()
             if doubt := self._state.current.measuring_doubt:
                 log.warning("%s", doubt)
 
-    async def _is_still(self, record: ModelRecord) -> bool:
-        """Whether what was measured is what is served: only then is its profile of any use."""
+    async def _is_unchanged(self, record: ModelRecord) -> bool:
+        """Return whether the model that was measured is still the one that is served."""
         await self._state.refresh()
         now = self._state.current.models.get(record.name)
-        return now is None or now.fingerprint == record.fingerprint  # None: removed, as `finish` finds and says
+        return now is None or now.fingerprint == record.fingerprint  # None: it was removed, which `finish` reports
 
-    async def _carry_out(self, job: Job, lease: Lease, record: ModelRecord) -> ProfilingResult:
+    async def _run_job(self, job: Job, lease: Lease, record: ModelRecord) -> ProfilingResult:
         cluster_map = self._state.current.cluster_map
-        answered = await self._ledger.answers(job.id)
+        answered = await self._job_store.answers(job.id)
         try:
-            placed = (await self._prompts.placed(cluster_map)).chosen(job.total, answered)
-            waiting = tuple(prompt for prompt in placed.prompts if prompt.id not in answered)
-            arm = self._arm(job, record, asked=bool(waiting))
-            judge = GraderRunner(self._judge_named, self._settings.judge_model, self._grading)
+            assigned = (await self._prompts.load(cluster_map)).select(job.total, answered)
+            waiting = tuple(prompt for prompt in assigned.prompts if prompt.id not in answered)
+            model = self._profiled_model(job, record, asked=bool(waiting))
+            judge = GraderRunner(self._grader_client, self._settings.judge_model, self._grading)
             judge.check(waiting, capped=job.max_usd is not None)
         except (JobRejected, JudgeNotConfigured, InvalidInput) as reason:
             return ProfilingResult(error=str(reason))
-        await self._ledger.begin(lease, len(placed.prompts), priced=arm.price is not None)
-        begun = await self._ledger.get(job.id) or job
-        profiling = ProfilingRun(begun, lease, self._ledger, placed)
-        return await profiling.run(arm, judge, concurrency=self._settings.profile.concurrency, map_id=cluster_map.id)
+        await self._job_store.begin(lease, len(assigned.prompts), priced=model.price is not None)
+        begun = await self._job_store.get(job.id) or job
+        profiling = ProfilingRun(begun, lease, self._job_store, assigned)
+        return await profiling.run(model, judge, concurrency=self._settings.profile.concurrency, map_id=cluster_map.id)
 
-    def _arm(self, job: Job, record: ModelRecord, *, asked: bool) -> ProfiledModel:
-        """Money that cannot be counted cannot be capped, so a model without a price is asked only without a cap."""
+    def _profiled_model(self, job: Job, record: ModelRecord, *, asked: bool) -> ProfiledModel:
+        """Return the model of a job, or raise JobRejected. Without a price there is no way to keep a budget."""
         if job.fingerprint and job.fingerprint != record.fingerprint:
             raise JobRejected(MODEL_CHANGED)
         price = self._state.current.prices.get(record.name)
@@ -360,16 +360,16 @@ class JobRunner:
         known = bundled_catalog().find(str(record.litellm_params["model"]))
         capabilities = capabilities_of(record.info, known)
         return ProfiledModel(
-            asker=RetryingClient(self._answerer, record, self._patience),
+            client=RetryingClient(self._model_client, record, self._retry_policy),
             price=None if price is None else price.price,
-            thinks=capabilities.reasoning is True,
+            reasons=capabilities.reasoning is True,
             max_output_tokens=capabilities.max_output_tokens,
         )
 
-    def _judge_named(self, name: str) -> tuple[RetryingClient, Price | None]:
-        """A registered model, or a name of litellm's with its usual key in the environment."""
+    def _grader_client(self, name: str) -> tuple[RetryingClient, Price | None]:
+        """Return the client of a judge: a registered model, or a name of litellm's with its key in the environment."""
         state = self._state.current
         record = state.models.get(name) or ModelRecord(name, {"model": name}, ModelInfo(), "config", 0.0)
         known = bundled_catalog().find(str(record.litellm_params["model"]))
         price = state.prices.get(name) or price_of(record.info, None, known)
-        return RetryingClient(self._answerer, record, self._patience), price.price if price else None
+        return RetryingClient(self._model_client, record, self._retry_policy), price.price if price else None

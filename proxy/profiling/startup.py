@@ -28,7 +28,7 @@ async def profile_new_models(settings: Settings, state: SnapshotWatcher, jobs: J
 async def _submit(name: str, settings: Settings, state: SnapshotWatcher, jobs: Jobs) -> None:
     await state.refresh()
     snapshot = state.current
-    if name in snapshot.profiles or await jobs.carry_over(name):
+    if name in snapshot.profiles or await jobs.migrate_profile(name):
         return
     if name not in snapshot.prices:
         log.warning("model %s has no price, so it is not measured: state one in model_info, or free: true", name)

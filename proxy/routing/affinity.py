@@ -52,7 +52,7 @@ async def load_affinity(
         if not scope and not history.has_reasoning:
             return NO_AFFINITY
         return Affinity(scope, None, history.has_reasoning)
-    found = await sessions.recall([scoped_key(scope, each) for each in history.fingerprints], session)
+    found = await sessions.lookup([scoped_key(scope, each) for each in history.fingerprints], session)
     return Affinity(scope, session, history.has_reasoning, found.producer, found.last)
 
 
@@ -94,7 +94,7 @@ class AffinityRecorder:
     def commit(self, model: str, tokens: int | None) -> None:
         """Record the session's newest answer. `tokens`: prompt and answer together; None: not reported."""
         if self._affinity.session is not None:
-            self._sessions.remember([self._affinity.session], model, tokens)
+            self._sessions.record([self._affinity.session], model, tokens)
 
     def _add(self, index: int, part: Mapping[str, Any]) -> None:
         """Keep the fingerprints of the first choices that have any."""
@@ -110,4 +110,4 @@ class AffinityRecorder:
             return
         question = latest_user_text(self._messages)
         found = [each for turn in turns for each in (*turn.of_reasoning(question), *turn.of_calls(question))]
-        self._sessions.remember([scoped_key(self._affinity.scope, each) for each in dict.fromkeys(found)], model)
+        self._sessions.record([scoped_key(self._affinity.scope, each) for each in dict.fromkeys(found)], model)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import blake2b
 
-from proxy.concurrency import in_own_thread
+from proxy.concurrency import LRU, in_own_thread
 from router_core.clustering import ClusterMap
 from router_core.embedding import StaticEmbedder
 from router_core.types import Assignment, Embedder
@@ -16,81 +16,78 @@ STATIC_DEADLINE_S = 0.05
 
 TRANSFORMER_DEADLINE_S = 0.5
 
-STARVED = 20
-"""Waits of a deadline each, at most: a second for the static embedder. A process that was stopped spends one on it."""
+# Each wait is as long as the deadline: a second in all for the static embedder. A process that was stopped spends one.
+MAX_WAITS = 20
 
 WORKERS = 2
 
-MAX_WAITING = 64
+MAX_QUEUED = 64
 
-MAX_REMEMBERED = 2_048
-"""Prompts of one generation; two are kept."""
+MAX_REMEMBERED = 4_096
 
 
 class AssignmentTimeout(Exception):
-    """The clusters were not known in time, or too many prompts wait already."""
+    """The clusters were not known in time, or too many prompts are waiting."""
 
 
 class ClusterAssigner:
-    """Φ(x) for one prompt at a time. Of prompts that come again it keeps a digest and their clusters."""
+    """Find the clusters Φ(x) of one prompt at a time, within a deadline.
+
+    Of prompts that come again, a digest and their clusters are kept.
+
+    Args:
+        cpu_s: seconds that this process has computed.
+    """
 
     def __init__(self, embedder: Embedder, deadline_s: float, cpu_s: Callable[[], float] = time.process_time) -> None:
-        """`cpu_s`: seconds that this process has computed."""
         self.embedder = embedder
         self.deadline_s = deadline_s
         self._cpu_s = cpu_s
         self._executor = ThreadPoolExecutor(WORKERS, thread_name_prefix="embedding")
-        self._waiting = 0
-        self._recent: dict[tuple[str, bytes], Assignment] = {}
-        self._previous: dict[tuple[str, bytes], Assignment] = {}
+        self._queued = 0
+        self._known: LRU[tuple[str, bytes], Assignment] = LRU(MAX_REMEMBERED)
 
     async def warm(self, cluster_map: ClusterMap) -> None:
-        """The first prompt pays for nothing that could be loaded before."""
+        """Load whatever the first prompt would have to wait for."""
         await in_own_thread(partial(self._assign, "warm up", cluster_map))
 
     async def assign(self, text: str, cluster_map: ClusterMap) -> Assignment:
-        """One row, read-only. Raises RoutingLate."""
+        """Return one row, read-only. Raises AssignmentTimeout."""
         key = cluster_map.id, blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        found = self._recent.get(key)
+        found = self._known.get(key)
         if found is None:
-            found = (
-                self._previous.get(key)
-                or self._assign_inline(text, cluster_map)
-                or await self._in_time(text, cluster_map)
-            )
-            self._remember(key, found)
+            found = self._assign_inline(text, cluster_map) or await self._assign_in_thread(text, cluster_map)
+            self._known[key] = found
         return found
 
     def _assign_inline(self, text: str, cluster_map: ClusterMap) -> Assignment | None:
-        """On the event loop, where that takes about a millisecond at most."""
+        """Embed a short prompt on the event loop, in a millisecond at most; return None for a longer one."""
         vector = self.embedder.embed_if_short(text) if isinstance(self.embedder, StaticEmbedder) else None
         return None if vector is None else _read_only(cluster_map.assign(vector))
 
-    def _remember(self, key: tuple[str, bytes], assignment: Assignment) -> None:
-        self._recent[key] = assignment
-        if len(self._recent) > MAX_REMEMBERED:
-            self._previous, self._recent = self._recent, {}
-
-    async def _in_time(self, text: str, cluster_map: ClusterMap) -> Assignment:
-        if self._waiting >= MAX_WAITING:
+    async def _assign_in_thread(self, text: str, cluster_map: ClusterMap) -> Assignment:
+        if self._queued >= MAX_QUEUED:
             raise AssignmentTimeout("too many prompts wait to be embedded")
-        self._waiting += 1
+        self._queued += 1
         embedding = asyncio.wrap_future(self._executor.submit(self._assign, text, cluster_map))
         try:
             return await self._before_deadline(embedding)
         finally:
             embedding.cancel()
-            self._waiting -= 1
+            self._queued -= 1
 
     async def _before_deadline(self, embedding: asyncio.Future[Assignment]) -> Assignment:
-        """The deadline counts what this process has computed: on a machine that others keep busy it gets little done,
-        and would be as late with any other answer. One that hangs computes nothing, and has STARVED waits."""
+        """Wait until the deadline, which counts what this process has computed.
+
+        On a machine that others keep busy it gets little done, and would be as late with any other answer. An embedder
+        that hangs computes nothing: MAX_WAITS end that.
+        """
         began, waits = self._cpu_s(), 0
         while not embedding.done():
             left_s = self.deadline_s - (self._cpu_s() - began)
-            if left_s <= 0 or waits == STARVED:
+            if left_s <= 0 or waits == MAX_WAITS:
                 raise AssignmentTimeout(f"the prompt was not embedded within {self.deadline_s * 1000:g} ms")
-            await asyncio.wait({embedding}, timeout=max(left_s, self.deadline_s / STARVED))
+            await asyncio.wait({embedding}, timeout=max(left_s, self.deadline_s / MAX_WAITS))
             waits += 1
         return embedding.result()
 
@@ -102,7 +99,7 @@ class ClusterAssigner:
 
 
 def _read_only(assignment: Assignment) -> Assignment:
-    """Many requests may share it."""
+    """Protect the arrays, which many requests may share."""
     for array in (assignment.ids, assignment.weights):
         array.setflags(write=False)
     return assignment

@@ -21,15 +21,18 @@ SESSION_HEADERS = ("x-session-id", "x-litellm-session-id", "x-claude-code-sessio
 
 
 def session_id_from_client(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) -> str | None:
-    """The first that is a text of 1 to 255 characters; one that is not was not meant for us, and is passed over."""
-    return next((found for found in _stated(body, headers) if is_session_id(found)), None)
+    """Return the session id that a client sends for another gateway, if it is one here too.
+
+    That is the first text of 1 to MAX_ID characters. Other values were not meant for this server, and are ignored.
+    """
+    return next((found for found in _session_ids(body, headers) if is_session_id(found)), None)
 
 
 def is_session_id(value: object) -> bool:
     return isinstance(value, str) and 0 < len(value) <= MAX_ID
 
 
-def _stated(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) -> Iterator[Any]:
+def _session_ids(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) -> Iterator[Any]:
     for known in SESSION_HEADERS:
         values = [value.strip(" \t") for name, value in headers if name == known]
         if len(values) == 1:
@@ -44,8 +47,8 @@ PER_MILLION = 1e6
 
 _CAPS = ("prompt", "completion")
 
-_FREE_HERE = ("request", "image", "audio")
-"""OpenRouter's other caps: nothing is billed by them here, so none can be exceeded."""
+# OpenRouter's other caps: nothing is billed by them here, so none can be exceeded.
+_IGNORED_CAPS = ("request", "image", "audio")
 
 _PRICE = re.compile(r"([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
 
@@ -54,14 +57,14 @@ MAX_ECHO = 60
 
 @dataclass(frozen=True)
 class ProviderPreferences:
-    """None: not stated."""
+    """What a request states in OpenRouter's `provider`. None: not stated."""
 
     only: tuple[str, ...] | None = None
-    """Names of models: the only candidates."""
+    """Names of models that are the only candidates."""
     ignore: tuple[str, ...] = ()
-    """Names of models that are none."""
+    """Names of models that are no candidates."""
     max_input_cost_per_token: float | None = None
-    """USD. Models whose price is above it are ruled out."""
+    """In USD. Models whose price is above it are ruled out."""
     max_output_cost_per_token: float | None = None
     allow_fallbacks: bool | None = None
 
@@ -70,7 +73,7 @@ NO_PREFERENCES = ProviderPreferences()
 
 
 def read_provider(body: Mapping[str, Any]) -> ProviderPreferences:
-    """Raises BadRequest naming the field."""
+    """Read `provider`. Raises BadRequest naming the field."""
     stated = body.get("provider")
     if stated is None:
         return NO_PREFERENCES
@@ -111,7 +114,7 @@ def _max_price(stated: Any) -> tuple[float | None, float | None]:
             param="provider.max_price",
         )
     for name in stated:
-        if name not in _CAPS + _FREE_HERE:  # a cap that is misspelt would be a cap that is not kept
+        if name not in _CAPS + _IGNORED_CAPS:  # a cap that is misspelt would be a cap that is not kept
             raise BadRequest(
                 f"`provider.max_price.{name[:MAX_ECHO]}` is not a price; known are {', '.join(_CAPS)}",
                 param="provider.max_price",
@@ -121,7 +124,7 @@ def _max_price(stated: Any) -> tuple[float | None, float | None]:
 
 
 def _per_token(value: Any, param: str) -> float | None:
-    """USD per million tokens, a number or its text, to USD per token."""
+    """Convert USD per million tokens, a number or its text, to USD per token."""
     if value is None:
         return None
     number = _number(value)
@@ -134,7 +137,7 @@ def _per_token(value: Any, param: str) -> float | None:
 
 
 def _number(value: Any) -> float:
-    """NaN where it is none."""
+    """Return a number or its text as a float; NaN if it is neither."""
     if isinstance(value, str):
         return float(value) if len(value) <= MAX_ECHO and _PRICE.fullmatch(value) else math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -153,13 +156,13 @@ TIMEOUTS = tuple(column.name for column in fields(TimeoutOverrides))
 
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
+# Of λ, dollars and dollars per second. Larger values are mistakes, and costs computed with them would be infinite.
 MAX_VALUE = 1e12
-"""Of λ, dollars and dollars per second: what is beyond is a mistake, and costs reckoned with it would be infinite."""
 
 
 @dataclass(frozen=True)
 class RoutingOptions:
-    """None: not stated, the settings decide."""
+    """What a request states of its routing. None: not stated, the settings decide."""
 
     lambda_: float | None = None
     models: tuple[str, ...] | None = None
@@ -167,7 +170,7 @@ class RoutingOptions:
     max_cost_usd: float | None = None
     latency_weight: float | None = None
     session: str | None = field(default=None, repr=False)
-    """Ours, or the first that the client's own headers and fields name."""
+    """Of `uniroute.session`, or else of the client's own headers and fields."""
     fallbacks: bool | None = None
     timeouts: TimeoutOverrides = NO_OVERRIDES
     provider: ProviderPreferences = NO_PREFERENCES
@@ -175,14 +178,14 @@ class RoutingOptions:
 
 NO_OPTIONS = RoutingOptions()
 
+# The headers that are read here.
 READ_HEADERS = (*LAMBDA_HEADERS, *SESSION_HEADERS)
-"""The names of the headers that are read here."""
 
 _READ_FIELDS = frozenset({"uniroute", "models", "provider", "prompt_cache_key", "metadata"})
 
 
 def read_options(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) -> RoutingOptions:
-    """The body wins over the header. Raises BadRequest naming the field."""
+    """Read the routing options of a body and its headers; the body wins. Raises BadRequest naming the field."""
     if _READ_FIELDS.isdisjoint(body) and not any(name in READ_HEADERS for name, _ in headers):
         return NO_OPTIONS
     stated = body.get("uniroute", {})
@@ -288,29 +291,39 @@ def _timeouts(stated: Mapping[str, Any]) -> TimeoutOverrides:
     return TimeoutOverrides(**seconds)
 
 
-_OURS = frozenset({"uniroute", "models", "route", "provider"})
-"""Ours, and OpenRouter's: they mean something here and nothing to an upstream."""
+# Fields of UniRoute and of OpenRouter: they mean something here and nothing to an upstream.
+_OWN_FIELDS = frozenset({"uniroute", "models", "route", "provider"})
 
 
 @dataclass(frozen=True)
 class ChatRequest:
+    """A chat request that was parsed and checked."""
+
     body: Mapping[str, Any]
-    """What goes upstream: the caller's JSON object less our own fields. `model` is replaced on the way."""
+    """What goes upstream: the caller's JSON object without UniRoute's own fields. `model` is replaced on the way."""
     model: str
     stream: bool
     include_usage: bool
     """The caller asked for the usage chunk of a stream."""
     options: RoutingOptions
     raw: bytes | None = field(default=None, repr=False)
-    """What `body` was parsed from, byte for byte; None where that held more than goes upstream."""
+    """What `body` was parsed from, byte for byte; None if that held more than goes upstream."""
     contents: ContentSummary | None = field(default=None, repr=False)
-    """What the parser counted of `body` on its way. None: it did not."""
+    """What the parser has counted of `body`. None: it has not."""
 
 
 def parse_chat(raw: bytes, headers: list[tuple[str, str]]) -> ChatRequest:
-    """Raises BadRequest. `headers`: lower-case names, repeated ones repeated; those that `options` reads will do."""
-    read = parse_fast(raw)
-    body = parse_strict(raw) if read is None else read.document
+    """Parse and check the body of a chat request.
+
+    Args:
+        headers: those of READ_HEADERS that were sent, names in lower case, repeated ones repeated.
+
+    Raises:
+        BadRequest: naming the field.
+        FieldNotAllowed: the body tries to steer the provider layer.
+    """
+    fast = parse_fast(raw)
+    body = parse_strict(raw) if fast is None else fast.document
     reject_control_fields(body)
     model = body.get("model")
     if not isinstance(model, str) or not model:
@@ -320,26 +333,22 @@ def parse_chat(raw: bytes, headers: list[tuple[str, str]]) -> ChatRequest:
         raise BadRequest("`messages` must be a list with at least one message", param="messages")
     if set(map(type, body["messages"])) != {dict}:
         raise BadRequest("every item of `messages` must be an object with `role` and `content`", param="messages")
-    ours = not _OURS.isdisjoint(body)
+    has_own_fields = not _OWN_FIELDS.isdisjoint(body)
     return ChatRequest(
-        body={name: value for name, value in body.items() if name not in _OURS} if ours else body,
+        body={name: value for name, value in body.items() if name not in _OWN_FIELDS} if has_own_fields else body,
         model=model,
         stream=_flag(body, "stream"),
         include_usage=_asks_for_usage(body),
         options=read_options(body, headers),
-        raw=None if ours else raw.removeprefix(codecs.BOM_UTF8),
-        contents=None if read is None else read.contents,
+        raw=None if has_own_fields else raw.removeprefix(codecs.BOM_UTF8),
+        contents=None if fast is None else fast.contents,
     )
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
-    """A JSON object: UTF-8, finite numbers, whole characters, no key twice, MAX_DEPTH levels and MAX_VALUES values.
-
-    Raises:
-        BadRequest: saying what is wrong, and where.
-    """
-    read = parse_fast(raw)
-    return parse_strict(raw) if read is None else read.document
+    """Parse a JSON object as strictly as `parse_strict`, and faster if nothing is wrong with it."""
+    fast = parse_fast(raw)
+    return parse_strict(raw) if fast is None else fast.document
 
 
 def _flag(body: Mapping[str, Any], name: str) -> bool:

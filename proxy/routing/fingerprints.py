@@ -1,3 +1,9 @@
+"""How a later request is recognised as the continuation of an answer: by digests of its tool calls and reasoning.
+
+A session id is not always sent, and models may not read the reasoning or the call ids of another. A fingerprint is the
+same whether the turn was sent whole or streamed, and whether the client has written its JSON with other spaces.
+"""
+
 from __future__ import annotations
 
 import hashlib
@@ -7,19 +13,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+# Characters of each end that are hashed, with the length: enough to tell two texts apart, however long they are.
 SAMPLE_CHARS = 4096
-"""Characters of each end that are hashed, with the length: enough to tell two texts apart, however long they are."""
 
+# Of one turn: one that is recognised is enough.
 MAX_CALLS = 32
-"""Of one turn: one that is recognised is enough."""
 
+# Of one list: the newest tell which turn it is.
 MAX_PARTS = 2048
-"""Of one list: the newest tell whose it is."""
 
 MIN_RANDOM_CHARS = 8
 
+# A shorter name of a function may stand in a random id by chance, and makes none look random.
 MIN_NAME_CHARS = 4
-"""A shorter name of a function may stand in a random id by chance, and makes none look random."""
 
 MIN_SIGNATURE_CHARS = 32
 
@@ -29,8 +35,8 @@ _TEXTS = ("reasoning_content", "reasoning")
 
 _BLOCKS = ("thinking_blocks", "reasoning_details", "content")
 
+# Parts of `content` that are reasoning; in the other fields every block is.
 _BLOCK_TYPES = ("thinking", "redacted_thinking", "reasoning")
-"""Parts of `content` that are reasoning; in the other fields every block is."""
 
 _BLOCK_TEXTS = ("thinking", "text", "summary")
 
@@ -38,12 +44,12 @@ _BLOCK_SIGNATURES = ("signature", "data")
 
 _FINGERPRINTED_FIELDS = frozenset({"tool_calls", "function_call", "signature", *_TEXTS, *_BLOCKS}) - {"content"}
 
+# The index of the one `function_call` of a turn among its calls.
 _FUNCTION_CALL = -1
-"""Where the one `function_call` of a turn stands among its calls."""
 
 
 class TextSample:
-    """Both ends and the length of a text, however it comes in pieces."""
+    """Keep both ends and the length of a text, in whatever pieces it comes."""
 
     __slots__ = ("_head", "_tail", "length")
 
@@ -60,7 +66,7 @@ class TextSample:
 
     @property
     def whole(self) -> str | None:
-        """The text, where it is short enough to have been kept."""
+        """The text, if it is short enough to have been kept."""
         return self._head if self.length <= SAMPLE_CHARS else None
 
     @property
@@ -69,7 +75,7 @@ class TextSample:
 
 
 class TurnFingerprints:
-    """One assistant turn, whole or in deltas: both leave the same fingerprints. Feed it with `add`."""
+    """Take the fingerprints of one assistant turn, whole or in deltas."""
 
     def __init__(self) -> None:
         self._calls: list[_Call] = []
@@ -78,7 +84,7 @@ class TurnFingerprints:
         self._blocks: dict[str, _Block] = {}
 
     def add(self, part: Mapping[str, Any]) -> None:
-        """A message, or one delta of a stream. One of which `has_fingerprints` is not true changes nothing."""
+        """Add a message, or one delta of a stream. One without `has_fingerprints` changes nothing."""
         for place, call in enumerate(_mappings(part.get("tool_calls"))):
             index = call.get("index")
             self._add_call(index if isinstance(index, int) else place, call.get("id"), call.get("function"))
@@ -102,7 +108,11 @@ class TurnFingerprints:
         return not (self._calls or self.has_reasoning)
 
     def of_reasoning(self, question: TextSample) -> Iterator[str]:
-        """The surest first. `question`: the newest user turn before this one, which tells short texts apart."""
+        """Yield the fingerprints of reasoning, the surest first.
+
+        Args:
+            question: the newest user turn before this one, which tells short texts apart.
+        """
         blocks = self._blocks.values()
         for signature in (block.signature for block in blocks if block.signature.length):
             yield _fingerprint("signature", signature, question, short=MIN_SIGNATURE_CHARS)
@@ -138,7 +148,7 @@ class TurnFingerprints:
 
 
 class _Call:
-    """A tool call that was made."""
+    """A tool call of an assistant."""
 
     __slots__ = ("_arguments", "_is_text", "_name", "id")
 
@@ -158,7 +168,7 @@ class _Call:
             self._is_text = False
 
     def fingerprint(self, question: TextSample) -> str | None:
-        """By its id alone where that is unique; else with what was called, how, and for which question.
+        """Take it of the id alone if that is unique; otherwise of the function, its arguments and the question too.
 
         Servers that count (call_0, functions.x:0) give every conversation the same ids. None: it cannot be told apart.
         """
@@ -171,7 +181,7 @@ class _Call:
 
 
 class _Block:
-    """The last block of reasoning of one field."""
+    """The last block of reasoning in one field."""
 
     __slots__ = ("_index", "signature", "text")
 
@@ -179,7 +189,7 @@ class _Block:
         self._begin(None)
 
     def add(self, block: Mapping[str, Any]) -> None:
-        """A block, or a piece of one: text after a signature, or another index, begins the next."""
+        """Add a block, or a piece of one: text after a signature, or another index, begins the next."""
         index = block.get("index")
         text = "".join(_text(block.get(name)) for name in _BLOCK_TEXTS)
         if (text and self.signature.length) or (index is not None and index != self._index):
@@ -194,12 +204,12 @@ class _Block:
 
 
 def has_fingerprints(part: Mapping[str, Any]) -> bool:
-    """Whether a message or a delta has a field that a Trail looks into; a text alone as `content` is none."""
+    """Whether a message or a delta may leave a fingerprint. Plain text as `content` leaves none."""
     return isinstance(part.get("content"), list) or not _FINGERPRINTED_FIELDS.isdisjoint(part)
 
 
 def latest_user_text(messages: Sequence[Any], before: int | None = None) -> TextSample:
-    """The text of the newest user turn among `messages[:before]`."""
+    """Return the text of the newest user turn among `messages[:before]`."""
     for place in range(len(messages) if before is None else before, 0, -1):
         message = messages[place - 1]
         if isinstance(message, Mapping) and message.get("role") == "user":
@@ -208,8 +218,11 @@ def latest_user_text(messages: Sequence[Any], before: int | None = None) -> Text
 
 
 def looks_random(call_id: str, name: str = "") -> bool:
-    """Whether no other call will have this id: in some word of it that is not the function's name, letters and digits
-    change over as they do in at least MIN_RANDOM_CHARS random ones."""
+    """Whether no other call will have this id.
+
+    That is so if some word of it, other than the function's name, has MIN_RANDOM_CHARS or more characters, of which
+    letters and digits alternate as in random ones.
+    """
     rest = call_id[:SAMPLE_CHARS].replace(name, " ") if len(name) >= MIN_NAME_CHARS else call_id[:SAMPLE_CHARS]
     long_words = re.findall(rf"[A-Za-z0-9]{{{MIN_RANDOM_CHARS},}}", rest)
     return any(len(re.findall(r"[0-9]+|[A-Za-z]+", word)) > 2 for word in long_words)
@@ -225,7 +238,7 @@ def _question(content: Any) -> TextSample:
 
 
 def _canonical(arguments: TextSample) -> tuple[str, ...]:
-    """Clients parse arguments and write them again, with other spaces."""
+    """Return arguments in one form: clients parse them and write them again, with other spaces."""
     text = arguments.whole
     if text is None:
         return arguments.sample
@@ -236,7 +249,7 @@ def _canonical(arguments: TextSample) -> tuple[str, ...]:
 
 
 def _text(value: Any) -> str:
-    """Of a field that holds a text, or a list of parts with texts."""
+    """Return the text of a field that holds a text, or a list of parts with texts."""
     if isinstance(value, str):
         return value
     return "".join(part["text"] for part in _mappings(value) if isinstance(part.get("text"), str))
@@ -251,7 +264,7 @@ def _fingerprint(kind: str, text: TextSample, question: TextSample, *, short: in
 
 
 def _digest(*texts: str) -> str:
-    """SHA-256. As JSON, so that no two lists of texts are written alike, and half characters are written at all."""
+    """Hash texts with SHA-256, as JSON: no two lists are written alike, and half characters can be written."""
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
@@ -260,20 +273,21 @@ _RESULT_ROLES = ("tool", "function")
 
 @dataclass(frozen=True, slots=True)
 class ConversationHistory:
-    """`fingerprints` are digests by which the model that produced it may be known, the surest first."""
+    """What earlier turns say of the model that produced them."""
 
     in_tool_loop: bool = False
-    """The newest turns that are not the user's answer tool calls."""
+    """The newest turns answer tool calls."""
     has_reasoning: bool = False
     """Some assistant turn carries reasoning, thinking or a signature of them."""
     fingerprints: tuple[str, ...] = ()
+    """By which the model that produced them may be known, the surest first."""
 
 
 NO_HISTORY = ConversationHistory()
 
 
 def inspect_history(messages: Any) -> ConversationHistory:
-    """`messages` as the caller sent them; only the newest turn of the loop and of reasoning are hashed."""
+    """Look through the messages of a request. Only the newest turns with calls and with reasoning are hashed."""
     if not isinstance(messages, list):
         return NO_HISTORY
     in_tool_loop = False
@@ -281,7 +295,7 @@ def inspect_history(messages: Any) -> ConversationHistory:
     fingerprints: list[str] = []
     for place in range(len(messages) - 1, -1, -1):
         message = messages[place]
-        if not isinstance(message, (dict, Mapping)):  # most are a dict, which is told faster
+        if not isinstance(message, (dict, Mapping)):  # most are a dict, which is faster to tell
             continue
         if message.get("role") != "assistant":
             in_tool_loop = in_tool_loop or (newest and _is_result(message))
@@ -300,7 +314,7 @@ def inspect_history(messages: Any) -> ConversationHistory:
 
 
 def _is_result(message: Mapping[str, Any]) -> bool:
-    """Of a tool call: a turn of its own, or a part of the user's."""
+    """Whether a message holds a tool's result, as a turn of its own or as a part of the user's."""
     if message.get("role") in _RESULT_ROLES:
         return True
     content = message.get("content")
@@ -310,7 +324,7 @@ def _is_result(message: Mapping[str, Any]) -> bool:
 
 
 def _turn(message: Mapping[str, Any], *, calls: bool) -> TurnFingerprints | None:
-    """None where there is nothing to see, which is quick to tell of most turns of a long conversation."""
+    """Take the fingerprints of an earlier turn; None if it has none, which is quick to tell of most turns."""
     content = message.get("content")
     if not (calls or isinstance(content, list) or _has_reasoning(message)):
         return None

@@ -17,7 +17,9 @@ from router_core.text import text_bytes
 
 
 def parse_strict(raw: bytes) -> dict[str, Any]:
-    """A JSON object: UTF-8, finite numbers, whole characters, no key twice, MAX_DEPTH levels and MAX_VALUES values.
+    """Parse a JSON object of UTF-8, finite numbers, whole characters and no key twice.
+
+    It may have MAX_DEPTH levels and MAX_VALUES values.
 
     Raises:
         BadRequest: saying what is wrong, and where.
@@ -40,7 +42,7 @@ def parse_strict(raw: bytes) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of a key given twice some parsers take the first, others the last: what is checked might not be what is used."""
+    """Refuse a key given twice: some parsers take the first, others the last, and others would be checked than used."""
     made = dict(pairs)
     if len(made) != len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
@@ -53,7 +55,7 @@ def _refuse_constant(name: str) -> Never:
 
 
 def _check_values(document: dict[str, Any]) -> None:
-    """What parses but cannot be written again: infinite numbers, half characters, nests that exhaust the stack."""
+    """Refuse what parses but cannot be written again: infinite numbers, half characters, too deep nesting."""
     level: list[Any] = [document]
     seen = 0
     for _ in range(MAX_DEPTH):
@@ -85,33 +87,33 @@ def _check_scalar(value: Any) -> None:
         raise BadRequest("the body holds a number too large to be represented")
 
 
+# How a model reads a value: not at all, as it is, as a message or within one, as a part of a message.
 _UNREAD, _SCHEMA, _CHAT, _PART = range(4)
-"""How a model reads a value: not at all, as it is, as a message or within one, as a part of a message."""
 
 _MODES = {"messages": _CHAT, "tools": _SCHEMA, "functions": _SCHEMA, "response_format": _SCHEMA}
 
+# A float beyond it may have been a whole number, for which orjson has no more than 64 bits.
 _MAX_FLOAT_INTEGER = 2.0**63
-"""A float beyond it may have been a whole number, for which orjson has no more than 64 bits."""
 
 _ESCAPED_COLON = re.compile(rb"\\u003[aA]")
 
-_INLINE_BYTES = 2**20
-"""Bytes of a body whose texts are put together to be counted."""
+# Bytes of a body whose texts are joined to be counted.
+_MAX_JOINED_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedBody:
     document: dict[str, Any]
     contents: ContentSummary
-    """Of its messages and schemas together."""
+    """Of messages and schemas together."""
 
 
 def parse_fast(raw: bytes) -> ParsedBody | None:
-    """None: something may be wrong with it, and exact_json has to say what, if anything is.
+    """Parse a JSON object with orjson; None if something may be wrong with it, which `parse_strict` has to decide.
 
-    Of a key given twice orjson keeps the last. Colons tell: each belongs to a key or stands in a text. Where none of a
-    text is written as an escape, `raw` has at least as many as what was read has keys and colons in texts, and more
-    wherever something was dropped.
+    Of a key given twice orjson keeps the last. Colons show that: each belongs to a key or stands in a text. If no text
+    has one that is written as an escape, `raw` has as many colons as the result has keys and colons in texts, and more
+    if something was dropped.
     """
     try:
         reject_large(raw)
@@ -120,40 +122,41 @@ def parse_fast(raw: bytes) -> ParsedBody | None:
         return None
     if type(document) is not dict:
         return None
-    walk = _BodyScanner()
-    if not walk.over(document) or (b"\\" in raw and _ESCAPED_COLON.search(raw)):
+    scan = _BodyScanner()
+    if not scan.scan(document) or (b"\\" in raw and _ESCAPED_COLON.search(raw)):
         return None
-    read, colons = _weighed(walk.read, len(raw))
-    colons += _weighed(walk.unread, len(raw))[1]
-    if len(raw) - len(raw.replace(b":", b"")) != walk.keys + colons:  # count() looks at each byte by itself
+    size, colons = _size_and_colons(scan.read, len(raw))
+    colons += _size_and_colons(scan.unread, len(raw))[1]
+    if len(raw) - len(raw.replace(b":", b"")) != scan.keys + colons:  # faster than count(), which takes byte by byte
         return None
-    return ParsedBody(document, ContentSummary(read + SCALAR_BYTES * walk.scalars, walk.attachments, walk.needs))
+    return ParsedBody(document, ContentSummary(size + SCALAR_BYTES * scan.scalars, scan.attachments, scan.needs))
 
 
-def _weighed(texts: Sequence[str], size: int) -> tuple[int, int]:
-    """Bytes of UTF-8, and colons."""
-    if size > _INLINE_BYTES:
+def _size_and_colons(texts: Sequence[str], size: int) -> tuple[int, int]:
+    """Return how many bytes of UTF-8 and how many colons there are."""
+    if size > _MAX_JOINED_BYTES:
         return sum(map(text_bytes, texts)), sum(text.count(":") for text in texts)
     together = "".join(texts)
     return text_bytes(together), together.count(":")
 
 
 class _BodyScanner:
-    """What a document of orjson's making holds, level by level; of each level by how it is read."""
+    """Count what a parsed document holds, level by level, and by how a model reads it."""
 
-    __slots__ = ("_inner", "_items", "attachments", "keys", "needs", "read", "scalars", "sound", "unread")
+    __slots__ = ("_inner", "_items", "attachments", "exact", "keys", "needs", "read", "scalars", "unread")
 
     def __init__(self) -> None:
         self.keys = self.scalars = self.attachments = self._items = 0
         self.needs: dict[str, str] = {}
+        # Texts that a model reads, names of fields among them.
         self.read: list[str] = []
-        """Texts that a model reads, names of fields among them."""
         self.unread: list[str] = []
-        self.sound = True
+        # Every number is what it was written as.
+        self.exact = True
         self._inner: tuple[list[Any], ...] = ([], [], [], [])
 
-    def over(self, document: dict[str, Any]) -> bool:
-        """Whether it has few enough levels and values, and its numbers are what they were written as."""
+    def scan(self, document: dict[str, Any]) -> bool:
+        """Return whether it has few enough levels and values, and its numbers are what they were written as."""
         self.keys = len(document)
         self.unread.extend(document)
         for name, value in document.items():
@@ -166,11 +169,11 @@ class _BodyScanner:
             for mode, values in enumerate(level):
                 if values:
                     self._messages(values, mode) if mode >= _CHAT else self._plain(values, mode)
-        return self.sound and self._values <= MAX_VALUES and not any(self._inner)
+        return self.exact and self._values <= MAX_VALUES and not any(self._inner)
 
     @property
     def _values(self) -> int:
-        """As exact_json counts them: a key is one too."""
+        """As `parse_strict` counts them: a key is one too."""
         return 1 + 2 * self.keys + self._items
 
     def _plain(self, values: Iterable[Any], mode: int) -> None:
@@ -200,9 +203,9 @@ class _BodyScanner:
             if type(value) is list:
                 self._items += len(value)
                 self._held(value, self.read, mode)
-            elif mode == _PART and (ability := attachment_capability(value)) is not None:
+            elif mode == _PART and (capability := attachment_capability(value)) is not None:
                 self.attachments += 1
-                self.needs.setdefault(ability, value["type"])
+                self.needs.setdefault(capability, value["type"])
                 self._plain((value,), _UNREAD)
             else:
                 self.keys += len(value)
@@ -230,4 +233,4 @@ class _BodyScanner:
         if mode:
             self.scalars += 1
         if type(value) is float and not -_MAX_FLOAT_INTEGER < value < _MAX_FLOAT_INTEGER:
-            self.sound = False
+            self.exact = False

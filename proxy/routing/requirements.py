@@ -4,21 +4,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from proxy.routing.sizes import MAX_TOKENS, output_limit, stated_answers
+from proxy.routing.sizes import MAX_TOKENS, output_limit, requested_answers
 from router_core.text import BYTES_PER_TOKEN, text_bytes, truncate_middle
 from router_core.types import Requirements
 
+# A number, true or false: about one token.
 SCALAR_BYTES = 4
-"""A number, true or false: about one token."""
 
+# Lists under these names hold parts, in a message as in a tool's result; anywhere else `type` may mean anything.
 PARTS = ("content", "images")
-"""Lists under these names hold parts, in a message as in a tool's result; anywhere else `type` is somebody's word."""
 
 TEXTS = ("content", "text")
 
 _BINARY = frozenset({"data", "file_data", "b64_json"})
 
-_ATTACHED = {
+# Type of a part → the capability that it needs.
+_CAPABILITY_OF_PART = {
     "image_url": "vision",
     "input_image": "vision",
     "image": "vision",
@@ -33,21 +34,20 @@ _ATTACHED = {
     "input_file": "files",
     "document": "files",
 }
-"""type of a part → the ability that it needs."""
 
 
 @dataclass
 class ContentSummary:
-    """What was found so far."""
+    """What a model has to read, counted."""
 
     text_bytes: int = 0
     attachments: int = 0
     needs: dict[str, str] = field(default_factory=dict)
-    """Ability → the type of the first part that needs it."""
+    """Capability → the type of the first part that needs it."""
 
 
 def summarize(values: Iterable[Any], *, parts: bool) -> ContentSummary:
-    """Of JSON values. `parts`: whether attachments are looked for, as in messages; a schema has none."""
+    """Count what JSON values hold. `parts`: whether attachments are looked for, as in messages; a schema has none."""
     found = ContentSummary()
     waiting = [(value, False) for value in values]
     while waiting:
@@ -57,9 +57,9 @@ def summarize(values: Iterable[Any], *, parts: bool) -> ContentSummary:
         elif isinstance(value, list):
             waiting.extend((item, is_part) for item in value)
         elif isinstance(value, Mapping):
-            if is_part and (ability := attachment_capability(value)) is not None:
+            if is_part and (capability := attachment_capability(value)) is not None:
                 found.attachments += 1
-                found.needs.setdefault(ability, value["type"])
+                found.needs.setdefault(capability, value["type"])
             else:
                 _open(value, found, waiting, parts=parts)
         elif value is not None:
@@ -78,45 +78,45 @@ def _open(value: Mapping[str, Any], found: ContentSummary, waiting: list[tuple[A
 
 def attachment_capability(part: Mapping[str, Any]) -> str | None:
     kind = part.get("type")
-    return _ATTACHED.get(kind) if isinstance(kind, str) else None
+    return _CAPABILITY_OF_PART.get(kind) if isinstance(kind, str) else None
 
 
 def is_binary(name: str, text: str) -> bool:
-    """Bytes written as text: an answer's audio sent back, an attachment of a type that nobody has told us of."""
+    """Whether a text holds binary data: an answer's audio sent back, or an attachment of an unknown type."""
     return name in _BINARY or (name not in TEXTS and text.startswith("data:"))
 
 
-SHORT = 60
-"""A newest turn of fewer characters is read together with the turns before it ("yes", "continue")."""
+# A newest turn of fewer characters ("yes", "continue") is read together with the turns before it.
+MIN_TURN_CHARS = 60
 
-EARLIER_TURNS = 2
+MAX_EARLIER_TURNS = 2
 
+# One image, audio clip or file, whatever its size: attachments are never scanned.
 MEDIA_TOKENS = 800
-"""One image, audio clip or file, whatever its size: attachments are never scanned."""
 
+# USD per token, in and out. None: no cap.
 PriceCaps = tuple[float | None, float | None]
-"""USD per token, in and out. None: no cap."""
 
 NO_CAPS: PriceCaps = (None, None)
 
 _TEXT_PARTS = ("text", "input_text")
 
+# Efforts that ask a model to think hardly or not at all: one that cannot think does as well.
 _NO_THINKING = ("", "none", "minimal", "disable")
-"""Efforts that ask a model not to think, or hardly: one that cannot does as well."""
 
 
 def routing_text(messages: Sequence[Any]) -> str:
-    """The newest user turn, with up to two earlier ones when it is short. Empty when no user said anything."""
+    """Return the newest user turn, with up to two earlier ones if it is short; empty if there is no user text."""
     turns = _user_turns(messages)
     newest = next(turns, "")
     kept = [newest]
-    if len(newest) < SHORT:
-        kept += [text for text, _ in zip(turns, range(EARLIER_TURNS), strict=False)]
+    if len(newest) < MIN_TURN_CHARS:
+        kept += [text for text, _ in zip(turns, range(MAX_EARLIER_TURNS), strict=False)]
     return "\n".join(truncate_middle(text) for text in reversed(kept))
 
 
 def _user_turns(messages: Sequence[Any]) -> Iterator[str]:
-    """Newest first; turns without text are passed over."""
+    """Yield the texts of user turns, newest first."""
     for message in reversed(messages):
         if isinstance(message, Mapping) and message.get("role") == "user":
             text = _text_of(message.get("content")).strip()
@@ -135,59 +135,64 @@ def _text_of(content: Any) -> str:
 
 def requirements_of(
     body: Mapping[str, Any],
-    read: ContentSummary | None = None,
+    contents: ContentSummary | None = None,
     caps: PriceCaps = NO_CAPS,
     *,
     limit_is_cap: bool = False,
 ) -> Requirements:
-    """`read`: what the body holds, where somebody has counted it already."""
-    read = _read(body) if read is None else read
+    """Read from a body what its model must be able to do.
+
+    Args:
+        contents: what the body holds, if it was counted already.
+        limit_is_cap: a limit of the answer above a model's own rules out no model.
+    """
+    contents = _summarize_body(body) if contents is None else contents
     return Requirements(
-        prompt_tokens=_tokens(read),
+        prompt_tokens=_tokens(contents),
         max_output_tokens=output_limit(body),
         limit_is_cap=limit_is_cap,
-        answers=stated_answers(body),
+        answers=requested_answers(body),
         max_input_cost_per_token=caps[0],
         max_output_cost_per_token=caps[1],
-        **dict.fromkeys(_detect(body, read), True),
+        **dict.fromkeys(_detect(body, contents), True),
     )
 
 
 def requirement_sources(body: Mapping[str, Any]) -> dict[str, str]:
-    """Ability that the body needs → what in it asks for that, in the caller's own words."""
-    return _detect(body, _read(body))
+    """Return which capabilities a body needs, and what in it asks for each, in the caller's own words."""
+    return _detect(body, _summarize_body(body))
 
 
 def estimate_tokens(body: Mapping[str, Any]) -> int:
-    """Bytes of UTF-8 text in everything the model reads, by four. Attachments count flat, and are not looked into."""
-    return _tokens(_read(body))
+    """Estimate the tokens of a prompt: a quarter of its bytes of text, and MEDIA_TOKENS for each attachment."""
+    return _tokens(_summarize_body(body))
 
 
-def _tokens(read: ContentSummary) -> int:
-    return min(read.text_bytes // BYTES_PER_TOKEN + read.attachments * MEDIA_TOKENS, MAX_TOKENS)
+def _tokens(contents: ContentSummary) -> int:
+    return min(contents.text_bytes // BYTES_PER_TOKEN + contents.attachments * MEDIA_TOKENS, MAX_TOKENS)
 
 
-def _read(body: Mapping[str, Any]) -> ContentSummary:
-    """`needs` of what it returns: ability → as in "messages[3] has image_url"."""
+def _summarize_body(body: Mapping[str, Any]) -> ContentSummary:
+    """Count what a body holds. Its `needs` are worded as in "messages[3] has image_url"."""
     schemas = summarize((body.get(name) for name in ("tools", "functions", "response_format")), parts=False)
     found = ContentSummary(text_bytes=schemas.text_bytes)
     for place, message in enumerate(_items(body.get("messages"))):
         here = summarize((message,), parts=True)
         found.text_bytes += here.text_bytes
         found.attachments += here.attachments
-        for ability, kind in here.needs.items():
-            found.needs.setdefault(ability, f"messages[{place}] has {kind}")
+        for capability, kind in here.needs.items():
+            found.needs.setdefault(capability, f"messages[{place}] has {kind}")
     return found
 
 
-def _detect(body: Mapping[str, Any], read: ContentSummary) -> dict[str, str]:
-    asked = _tools(body) | read.needs
+def _detect(body: Mapping[str, Any], contents: ContentSummary) -> dict[str, str]:
+    asked = _tools(body) | contents.needs
     if isinstance(body.get("audio"), Mapping):
         asked["audio_output"] = "`audio`"
     elif "audio" in _items(body.get("modalities")):
         asked["audio_output"] = "`modalities`"
     response_format = body.get("response_format")
-    # of a mere JSON object ({"type": "json_object"}) the price map knows nothing for any model: no need is made of it
+    # The price map does not say which models can write a mere JSON object ({"type": "json_object"}).
     if isinstance(response_format, Mapping) and response_format.get("type") == "json_schema":
         asked["json_schema"] = "`response_format`"
     for name, asks in _REASONING:
@@ -197,7 +202,7 @@ def _detect(body: Mapping[str, Any], read: ContentSummary) -> dict[str, str]:
 
 
 def _tools(body: Mapping[str, Any]) -> dict[str, str]:
-    """A conversation that carries calls needs a model that reads calls, even where it offers no tool any more."""
+    """Detect tools. A conversation that carries calls needs a model that reads them, even if it offers no tool now."""
     called = [
         (place, len(message["tool_calls"]))
         for place, message in enumerate(_items(body.get("messages")))
@@ -224,19 +229,19 @@ def _is_effort(value: Any) -> bool:
 
 
 def _is_reasoning(value: Any) -> bool:
-    """OpenRouter's object: an effort, a budget of tokens, or plainly enabled."""
+    """Whether OpenRouter's object asks for reasoning: by an effort, a budget of tokens, or plainly."""
     if not isinstance(value, Mapping) or value.get("enabled") is False:
         return False
     return value.get("enabled") is True or _is_effort(value.get("effort")) or bool(_count(value.get("max_tokens")))
 
 
 def _is_thinking(value: Any) -> bool:
-    """Anthropic's object; "adaptive" leaves it to the model, which must know how."""
+    """Whether Anthropic's object asks for it; "adaptive" leaves it to the model, which must be able to."""
     return isinstance(value, Mapping) and value.get("type") in ("enabled", "adaptive")
 
 
+# Without either of these, and without calls, a request has nothing to do with tools.
 _TOOLS = frozenset({"tools", "functions"})
-"""Without either, and without calls, no tool has to do with a request."""
 
 _REASONING = (("reasoning_effort", _is_effort), ("reasoning", _is_reasoning), ("thinking", _is_thinking))
 

@@ -1,6 +1,6 @@
 """How much a body asks a model to write, under every name by which some upstream would read it.
 
-OpenAI's own names state the limit of an answer. All others can only raise what is set aside for it: whether an upstream
+OpenAI's own names state the limit of an answer. All others can only raise what is reserved for it: whether an upstream
 heeds them is not known.
 """
 
@@ -15,14 +15,14 @@ from proxy.errors import BadRequest
 from proxy.settings.control_fields import plain_name
 from router_core.text import BYTES_PER_TOKEN, text_bytes
 
+# Of one answer, its reasoning included.
 LIMITS = ("max_completion_tokens", "max_tokens")
-"""Of one answer, its reasoning included."""
 MAX_TOKENS = 10**9
+# OpenAI's bound of `n`. Without one, a request could cost any multiple of what is reserved for it.
 MAX_ANSWERS = 128
-"""OpenAI's bound of `n`. Without one, a request could cost any multiple of what is set aside for it."""
 COUNTS = ("n", "best_of")
 
-# Without case, underscores and hyphens.
+# Compared without case, underscores and hyphens.
 _OTHER_LIMITS = frozenset(
     """
     maxtokens maxcompletiontokens maxoutputtokens maxnewtokens maxtokenstosample maxgenlen maxgentoks maxlength
@@ -36,13 +36,14 @@ _OTHER_COUNTS = frozenset(
 """.split()
 )
 _THINKING = frozenset("thinking thinkingconfig thinkingoptions reasoning reasoningconfig reasoningoptions".split())
+# Of reasoning; so is every limit within one of the objects above.
 _BUDGETS = frozenset(
     """
     budgettokens tokenbudget thinkingbudget thinkingbudgettokens thinkingtokenbudget maxthinkingtokens thinkingtokens
     reasoningbudget reasoningbudgettokens reasoningtokenbudget maxreasoningtokens reasoningtokens
 """.split()
 )
-"""Also every limit within one of these objects."""
+# Top-level fields that hold no size: content, schemas, and what OpenAI defines.
 _CONTENT = frozenset(
     """
     model messages stream stream_options tools tool_choice functions function_call response_format metadata prediction
@@ -52,33 +53,32 @@ _CONTENT = frozenset(
     json_schema response_schema grammar
 """.split()
 )
-"""Top-level fields that hold no size: content, schemas, and what OpenAI defines."""
 _READ = _CONTENT.union(LIMITS)
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What one body says of the size of its answers."""
+    """What a body states of the size of its answers."""
 
     limit: int | None = None
-    """Tokens of one answer. None: nothing is stated under OpenAI's names."""
+    """Tokens of one answer, under OpenAI's names. None: not stated."""
     other_limit: int = 0
     """The largest limit under another name."""
     unlimited: bool = False
-    """One of the other names says that there is no limit, of the answer or of its reasoning."""
+    """One of the other names states that the answer or its reasoning has no limit."""
     answers: int = 1
     thinking: int = 0
-    """Tokens that are stated for reasoning by themselves."""
+    """Tokens stated for reasoning alone."""
     predicted: int = 0
-    """Tokens of `prediction`: those that the model does not take over are paid as output."""
+    """Tokens of `prediction`: those that the model does not use are paid as output."""
 
     @property
     def stated(self) -> bool:
-        """Whether anything is said of how long an answer may be."""
+        """Whether anything limits how long an answer may be."""
         return self.limit is not None or self.other_limit > 0 or self.thinking > 0
 
     def output_tokens(self, usual: int, *, thinking_within: bool = False) -> int:
-        """What all answers together may have.
+        """Return how many tokens all answers together may have.
 
         Args:
             usual: tokens to expect of an answer whose length is not limited.
@@ -94,23 +94,22 @@ class Sizes:
 
 
 def output_limit(body: Mapping[str, Any]) -> int | None:
-    """Tokens of one answer, as stated under OpenAI's names; None: not stated. The larger where they differ."""
+    """Return the tokens of one answer, as stated under OpenAI's names, the larger if they differ; None: not stated."""
     limits = [_positive(body[name]) or 0 for name in LIMITS if name in body]
     return (max(limits) or None) if limits else None
 
 
-def stated_answers(body: Mapping[str, Any]) -> int:
-    """How many answers OpenAI's fields ask for."""
+def requested_answers(body: Mapping[str, Any]) -> int:
+    """Return how many answers OpenAI's fields ask for."""
     counts = [_positive(body[name]) or 1 for name in COUNTS if name in body]
     return min(max(counts), MAX_ANSWERS) if counts else 1
 
 
 def check_sizes(body: Mapping[str, Any]) -> None:
-    """Refuse sizes that two upstreams could read as two.
+    """Refuse sizes that two upstreams could read differently.
 
     Raises:
-        BadRequest: a limit is no whole number, the two names of it contradict each other, or too many answers are
-            asked for.
+        BadRequest: a limit is no whole number, its two names contradict each other, or too many answers are requested.
     """
     stated = [(name, body[name]) for name in LIMITS if body.get(name) is not None]
     for name, value in stated:
@@ -131,15 +130,15 @@ def _is_whole(value: Any) -> bool:
     return type(value) is int or (isinstance(value, float) and value.is_integer())
 
 
-def limited(body: Mapping[str, Any], limit: int) -> dict[str, Any]:
-    """The same body with another limit of an answer, under the names by which it states one."""
+def with_limit(body: Mapping[str, Any], limit: int) -> dict[str, Any]:
+    """Return the same body with another limit of an answer, under the names by which it states one."""
     return {name: limit if name in LIMITS and value is not None else value for name, value in body.items()}
 
 
 def sizes_of(body: Mapping[str, Any]) -> Sizes:
-    """Everything that some upstream could read of a body. Never fails."""
+    """Read everything that some upstream could read of a body. Never fails."""
     others: list[float] = [0]
-    counts: list[float] = [stated_answers(body)]
+    counts: list[float] = [requested_answers(body)]
     budgets: list[float] = [0]
     for name, amount, thinking in _amounts(body):
         if name in _BUDGETS or (thinking and name in _OTHER_LIMITS):
@@ -159,7 +158,7 @@ def sizes_of(body: Mapping[str, Any]) -> Sizes:
 
 
 def _amounts(body: Mapping[str, Any]) -> Iterator[tuple[str, float, bool]]:
-    """Each number under a plain name, and whether it is within an object about reasoning."""
+    """Yield each number with its plain name, and whether it is within an object about reasoning."""
     waiting = [(plain_size(name), value, False) for name, value in body.items() if name not in _READ]
     while waiting:
         name, value, thinking = waiting.pop()
@@ -173,12 +172,12 @@ def _amounts(body: Mapping[str, Any]) -> Iterator[tuple[str, float, bool]]:
 
 
 def plain_size(name: str) -> str:
-    """As a lenient reader compares names: maxOutputTokens and max-output-tokens are max_output_tokens."""
+    """Return a name as a lenient reader compares it: maxOutputTokens and max-output-tokens are max_output_tokens."""
     return plain_name(name).replace("_", "").replace("-", "")
 
 
 def _amount(value: Any) -> float | None:
-    """A number, also one that is written as a text."""
+    """Read a number, also one that is written as a text."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     if isinstance(value, str) and len(value) > 40:
@@ -197,7 +196,7 @@ def _whole(amount: float) -> int:
 
 
 def _positive(value: Any) -> int | None:
-    """A whole number of tokens. None: not stated; zero and less say so too, to the servers that take them."""
+    """Read a number of tokens. None: not stated; servers that take zero or less understand them so too."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         return None
     return math.ceil(min(value, MAX_TOKENS))

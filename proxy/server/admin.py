@@ -1,30 +1,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
-from starlette.responses import JSONResponse
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BeforeValidator, WithJsonSchema
 
 from proxy.errors import BadRequest, JobNotFound, ModelNotFound
 from proxy.profiling.job import Job
-from proxy.server.admin_schemas import (
-    ProfileRequest,
+from proxy.server.admin_responses import (
+    Accepted,
+    AuditEntries,
+    JobOutcomes,
+    JobStatus,
+    KeyCard,
+    KeyCards,
+    KeyWithSecret,
+    ModelCard,
+    ModelCards,
+    PricedModel,
     key_to_json,
     model_to_json,
     models_to_json,
-    parse_grace_period,
-    read_addition,
-    read_key_change,
-    read_new_key,
-    read_patch,
-    read_price,
-    read_profile,
 )
-from proxy.server.dependencies import AdminState, AppState, AppStateDep, Audit, json_object, json_object_or_nothing
+from proxy.server.dependencies import AdminState, AppState, AppStateDep, Audit
+from proxy.server.key_bodies import KeyPatch, NewKey, Rotation
 from proxy.server.middleware import TARGET_IN_SCOPE
+from proxy.server.model_bodies import ModelPatch, NewModel, PriceBody, ProfileRequest, Reprofile
+from proxy.server.openapi import BODY_ERRORS, COMMON_ERRORS, MODEL_NAME_SCHEMA, admin_key, errors
+from proxy.server.strict_body import StrictJSONRoute
 from proxy.storage.audit_log import CANCEL_JOB, PROFILE_MODEL
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.models import ModelRecord
@@ -32,242 +38,339 @@ from proxy.storage.redis import StoreUnavailable
 from proxy.storage.registry import ConfiguredModel, ConflictingWrite
 from proxy.upstream.key_scope import check_secrets_stay
 
-models_router = APIRouter(prefix="/admin/models")
 
-ATTEMPTS = 5
-
-
-@models_router.post("", response_model=None)
-async def add_model(request: Request, services: AdminState) -> Response:
-    """202 with the job that measures it, or 201 where its profile came along. Stored with either, or not at all."""
-    body = await json_object(request, services)
-    cluster_map = services.state.current.cluster_map
-    addition = read_addition(body, services.settings, services.environ, cluster_map, time.time())
-    record = await services.resolver.resolve(addition.record)
-    profile = addition.profile
-    if isinstance(profile, ProfileRequest):
-        job, version = await services.jobs.submitted_with(record, profile.prompts, profile.max_usd, services.registry)
-        await _take_effect(services, version)
-        return JSONResponse({"model": record.name, "job": job}, 202)
-    await _take_effect(services, await services.registry.add_model(record, profile))
-    return JSONResponse({"model": record.name, "job": None}, 201)
+def admin_router(what: str) -> APIRouter:
+    return APIRouter(
+        prefix=f"/admin/{what}",
+        tags=[what],
+        route_class=StrictJSONRoute,
+        default_response_class=JSONResponse,
+        dependencies=[Depends(admin_key)],
+        responses=COMMON_ERRORS,
+    )
 
 
-@models_router.get("", response_model=None)
-async def list_models(services: AdminState) -> dict[str, Any]:
-    version = services.state.current.version
-    return {"models": await models_to_json(services), "state_version": version}
+models_router = admin_router("models")
+
+# How often a change of a model is made again from what is stored by then.
+MAX_ATTEMPTS = 5
+
+ModelNamePath = Annotated[str, Path(), WithJsonSchema(MODEL_NAME_SCHEMA)]
 
 
-@models_router.post("/{name:path}/profile", response_model=None)
-async def reprofile_model(name: str, request: Request, services: AdminState, audit: Audit) -> Response:
-    """Ask the model again, or put a ready profile in place of its own. The old one serves until then."""
-    record = await _record(services, name)
-    body = await json_object(request, services)
-    stated = body.get("profile", body)
-    profile = read_profile(stated, services.settings, services.state.current.cluster_map)
-    reply = await _profile(services, record, profile)
-    if isinstance(profile, ProfileRequest):
-        await audit.note(PROFILE_MODEL, name)
-    return reply
-
-
-@models_router.put("/{name:path}/pricing", response_model=None)
-async def put_price(name: str, request: Request, services: AdminState) -> dict[str, Any]:
-    await _record(services, name)
-    price = read_price(await json_object(request, services))
-    version = await services.registry.put_price(name, price, "admin")
-    await _take_effect(services, version or 0)
-    card = await model_to_json(services, name, with_profile=False)
-    return {"model": name, "price": card["price"]}
-
-
-@models_router.get("/{name:path}", response_model=None)
-async def get_model(name: str, services: AdminState) -> dict[str, Any]:
-    """As it is now: whoever saw its job end finds its profile in use."""
-    if services.state.available:
-        with suppress(StoreUnavailable):
-            await services.state.refresh()
-    await _record(services, name)
-    return await model_to_json(services, name, with_profile=True)
-
-
-@models_router.patch("/{name:path}", response_model=None)
-async def change_model(name: str, request: Request, services: AdminState) -> dict[str, Any]:
-    """A change of litellm_params sets the profile aside, and ends the job that measures it: it is another arm now."""
-    stated = await json_object(request, services)
-    before, changed, version = await _changed(services, name, stated)
-    if changed.litellm_params != before.litellm_params:  # also another key: it may be what was wrong
-        services.health.reset(name)
-    if changed.fingerprint != before.fingerprint:
-        services.live.forget(name)
-        await services.jobs.cancel_for(name, "litellm_params were changed; profile the model again")
-    await _take_effect(services, version)
-    return await model_to_json(services, name, with_profile=False)
-
-
-@models_router.delete("/{name:path}", response_model=None)
-async def remove_model(name: str, services: AdminState) -> Response:
-    """Requests that the model serves already are finished; a job that measures it is cancelled."""
-    _not_configured(await _record(services, name))
-    await services.jobs.cancel_for(name, "the model was removed")
-    version = await services.registry.remove_model(name)
-    services.live.forget(name)
-    services.health.reset(name)
-    await _take_effect(services, version)
-    return Response(status_code=204)
-
-
-async def _take_effect(services: AppState, version: int) -> None:
-    """In this process at once. It is stored and thus said, even if the store goes away now."""
-    with suppress(StoreUnavailable):
-        await services.state.wait_for_version(version)
-
-
-async def _profile(services: AppState, record: ModelRecord, profile: ProfileRequest | Any) -> Response:
-    if isinstance(profile, ProfileRequest):
-        job = await services.jobs.submit(record.name, profile.prompts, profile.max_usd)
-        return JSONResponse({"model": record.name, "job": job.id}, 202)
-    await _take_effect(services, await services.registry.put_profile(record, profile))
-    return JSONResponse({"model": record.name, "job": None})
-
-
-async def _changed(services: AppState, name: str, stated: Mapping[str, Any]) -> tuple[ModelRecord, ModelRecord, int]:
-    """The record before and after, and the version that made it so. Made from what is stored now, not from what this
-    process saw last: a change that another process has just acknowledged stays."""
-    for _ in range(ATTEMPTS):
-        await services.state.refresh()
-        as_of = services.state.current.version
-        record = await _record(services, name)
-        _not_configured(record)
-        changed = await services.resolver.resolve(read_patch(stated, record, services.settings, services.environ))
-        check_secrets_stay(record, changed, stated.get("litellm_params") or {})
-        with suppress(ConflictingWrite):
-            return record, changed, await services.registry.update_model(changed, as_of=as_of)
-    raise ConflictingWrite(f"{name!r} is being changed by others all the time; repeat the request")
-
-
-async def _record(services: AppState, name: str) -> ModelRecord:
-    """Also of a model that another process added a moment ago."""
-    if name not in services.state.current.models:
-        with suppress(StoreUnavailable):
-            await services.state.refresh()
-    record = services.state.current.models.get(name)
+async def registered_model(name: ModelNamePath, state: AppStateDep) -> ModelRecord:
+    """Find a model, also one that another process added a moment ago. Raises ModelNotFound."""
+    if name not in state.state.current.models:
+        await _refresh(state)
+    record = state.state.current.models.get(name)
     if record is None:
         raise ModelNotFound(f"no model named {name[:128]!r} is registered", param="model")
     return record
 
 
-def _not_configured(record: ModelRecord) -> None:
+RegisteredModel = Annotated[ModelRecord, Depends(registered_model)]
+
+
+async def changeable_model(record: RegisteredModel) -> ModelRecord:
+    """Raises ConfiguredModel if only the configuration file can change it."""
     if record.source == "config":
         raise ConfiguredModel(f"the model {record.name!r} is defined in the configuration file; change it there")
+    return record
 
 
-keys_router = APIRouter(prefix="/admin/keys")
+ChangeableModel = Annotated[ModelRecord, Depends(changeable_model)]
 
 
-@keys_router.post("", response_model=None)
-async def create_key(request: Request, services: AdminState) -> Response:
-    name, stated = read_new_key(await json_object(request, services), time.time())
-    key, secret = await services.registry.keys.create(name, None, stated)
+@models_router.get("", summary="Every registered model", response_model=ModelCards, response_model_exclude_unset=True)
+async def list_models(state: AdminState) -> dict[str, Any]:
+    version = state.state.current.version
+    return {"models": await models_to_json(state), "state_version": version}
+
+
+@models_router.post(
+    "",
+    summary="Add a model while the server runs",
+    description="202 with the job that measures the model, or 201 if its profile came with it.",
+    status_code=201,
+    responses={202: {"model": Accepted}, **BODY_ERRORS, **errors(409)},
+)
+async def add_model(body: NewModel, response: Response, state: AdminState) -> Accepted:
+    # stored with its profile or its job, or not at all
+    record = body.to_record(state.settings, state.environ, time.time())
+    if isinstance(body.profile, ProfileRequest):
+        asked = body.profile.with_defaults(state.settings)
+        record = await state.resolver.resolve(record)
+        job, version = await state.jobs.submit_with_model(record, asked.prompts, asked.max_usd, state.registry)
+        response.status_code = 202
+    else:
+        profile = body.profile.to_profile(state.state.current.cluster_map)
+        record = await state.resolver.resolve(record)
+        job, version = None, await state.registry.add_model(record, profile)
+    await _wait_for_version(state, version)
+    return Accepted(model=record.name, job=job)
+
+
+@models_router.post(
+    "/{name:path}/profile",
+    summary="Measure it again, or hand over a profile",
+    description="The profile before serves until the new one is there.",
+    responses={202: {"model": Accepted}, **BODY_ERRORS, **errors(404, 409)},
+)
+async def reprofile_model(
+    record: RegisteredModel, body: Reprofile, response: Response, state: AdminState, audit: Audit
+) -> Accepted:
+    if isinstance(body.profile, ProfileRequest):
+        asked = body.profile.with_defaults(state.settings)
+        job = await state.jobs.submit(record.name, asked.prompts, asked.max_usd)
+        await audit.record(PROFILE_MODEL, record.name)
+        response.status_code = 202
+        return Accepted(model=record.name, job=job.id)
+    profile = body.profile.to_profile(state.state.current.cluster_map)
+    await _wait_for_version(state, await state.registry.put_profile(record, profile))
+    return Accepted(model=record.name, job=None)
+
+
+@models_router.put(
+    "/{name:path}/pricing",
+    summary="Replace its price",
+    response_model=PricedModel,
+    response_model_exclude_unset=True,
+    responses={**BODY_ERRORS, **errors(404)},
+)
+async def put_price(record: RegisteredModel, body: PriceBody, state: AdminState) -> dict[str, Any]:
+    version = await state.registry.put_price(record.name, body.to_price(), "admin")
+    await _wait_for_version(state, version or 0)
+    card = await model_to_json(state, record.name, with_profile=False)
+    return {"model": record.name, "price": card["price"]}
+
+
+@models_router.get(
+    "/{name:path}",
+    summary="A model with its price and profile",
+    response_model=ModelCard,
+    response_model_exclude_unset=True,
+    responses=errors(404),
+)
+async def get_model(name: ModelNamePath, state: AdminState) -> dict[str, Any]:
+    if state.state.available:
+        await _refresh(state)  # a client that saw its job end finds the profile in use
+    await registered_model(name, state)
+    return await model_to_json(state, name, with_profile=True)
+
+
+@models_router.patch(
+    "/{name:path}",
+    summary="Change what is stated of it",
+    description="After a change of litellm_params the model has to be measured again: its profile is no longer used,"
+    " and the job that measures it is cancelled.",
+    response_model=ModelCard,
+    response_model_exclude_unset=True,
+    responses={**BODY_ERRORS, **errors(404, 409)},
+)
+async def change_model(record: ChangeableModel, body: ModelPatch, state: AdminState) -> dict[str, Any]:
+    name = record.name
+    before, changed, version = await _update(state, name, body)
+    if changed.litellm_params != before.litellm_params:  # also another key: the old one may have been what was wrong
+        state.health.reset(name)
+    if changed.fingerprint != before.fingerprint:
+        state.live.forget(name)
+        await state.jobs.cancel_for(name, "litellm_params were changed; profile the model again")
+    await _wait_for_version(state, version)
+    return await model_to_json(state, name, with_profile=False)
+
+
+@models_router.delete(
+    "/{name:path}", summary="Remove it", status_code=204, response_class=Response, responses=errors(404, 409)
+)
+async def remove_model(record: ChangeableModel, state: AdminState) -> None:
+    await state.jobs.cancel_for(record.name, "the model was removed")
+    version = await state.registry.remove_model(record.name)
+    state.live.forget(record.name)
+    state.health.reset(record.name)
+    await _wait_for_version(state, version)
+
+
+async def _update(state: AppState, name: str, patch: ModelPatch) -> tuple[ModelRecord, ModelRecord, int]:
+    """Change a model, and return its record before and after, and the version that made it so.
+
+    It is changed from what is stored now, not from what this process saw last: a change that another process has just
+    acknowledged stays.
+    """
+    for _ in range(MAX_ATTEMPTS):
+        await state.state.refresh()
+        as_of = state.state.current.version
+        record = await changeable_model(await registered_model(name, state))
+        changed = await state.resolver.resolve(patch.apply_to(record, state.settings, state.environ))
+        check_secrets_stay(record, changed, patch.litellm_params or {})
+        with suppress(ConflictingWrite):
+            return record, changed, await state.registry.update_model(changed, as_of=as_of)
+    raise ConflictingWrite(f"{name!r} is being changed by others all the time; repeat the request")
+
+
+async def _wait_for_version(state: AppState, version: int) -> None:
+    """Let this process serve what was written. It is stored, whether or not the store goes away now."""
+    with suppress(StoreUnavailable):
+        await state.state.wait_for_version(version)
+
+
+async def _refresh(state: AppState) -> None:
+    with suppress(StoreUnavailable):
+        await state.state.refresh()
+
+
+keys_router = admin_router("keys")
+
+_ID_SCHEMA = {"type": "string", "minLength": 1, "maxLength": 128, "pattern": "^[A-Za-z0-9_-]+$"}
+
+KeyIdPath = Annotated[str, Path(), WithJsonSchema(_ID_SCHEMA)]
+
+NO_GRACE = Rotation()
+
+
+@keys_router.get("", summary="Every client key", response_model=KeyCards)
+async def list_keys(state: AdminState) -> dict[str, Any]:
+    # from the store, with those that are revoked, oldest first
+    return {"keys": [key_to_json(key) for key in await state.registry.keys.listed()]}
+
+
+@keys_router.post(
+    "",
+    summary="Make a client key; its secret is shown once",
+    status_code=201,
+    response_model=KeyWithSecret,
+    responses=BODY_ERRORS,
+)
+async def create_key(body: NewKey, request: Request, response: Response, state: AdminState) -> dict[str, Any]:
+    key, secret = await state.registry.keys.create(body.name, None, body.to_change(time.time()))
     request.scope[TARGET_IN_SCOPE] = key.id
-    return await _with_secret(services, key, secret, 201)
+    return await _with_secret(state, response, key, secret)
 
 
-@keys_router.get("", response_model=None)
-async def list_keys(services: AdminState) -> dict[str, Any]:
-    """As the store has them, the revoked among them, oldest first."""
-    return {"keys": [key_to_json(key) for key in await services.registry.keys.listed()]}
+@keys_router.post(
+    "/{key_id}/rotate",
+    summary="Give it a new secret, shown once",
+    response_model=KeyWithSecret,
+    responses={**BODY_ERRORS, **errors(404, 409)},
+)
+async def rotate_key(
+    key_id: KeyIdPath, response: Response, state: AdminState, body: Rotation = NO_GRACE
+) -> dict[str, Any]:
+    key, secret = await state.registry.keys.rotate(key_id, body.grace_s)
+    return await _with_secret(state, response, key, secret)
 
 
-@keys_router.post("/{key_id}/rotate", response_model=None)
-async def rotate_key(key_id: str, request: Request, services: AdminState) -> Response:
-    grace_s = parse_grace_period(await json_object_or_nothing(request, services))
-    key, secret = await services.registry.keys.rotate(key_id, grace_s)
-    return await _with_secret(services, key, secret, 200)
+@keys_router.get("/{key_id}", summary="A client key", response_model=KeyCard, responses=errors(404))
+async def get_key(key_id: KeyIdPath, state: AdminState) -> dict[str, Any]:
+    return key_to_json(await state.registry.keys.find(key_id))
 
 
-@keys_router.get("/{key_id}", response_model=None)
-async def get_key(key_id: str, services: AdminState) -> dict[str, Any]:
-    return key_to_json(await services.registry.keys.find(key_id))
-
-
-@keys_router.patch("/{key_id}", response_model=None)
-async def change_key(key_id: str, request: Request, services: AdminState) -> dict[str, Any]:
-    stated = read_key_change(await json_object(request, services), time.time())
-    key = await services.registry.keys.change(key_id, stated)
-    await _refresh_keys(services)
+@keys_router.patch(
+    "/{key_id}", summary="Change it", response_model=KeyCard, responses={**BODY_ERRORS, **errors(404, 409)}
+)
+async def change_key(key_id: KeyIdPath, body: KeyPatch, state: AdminState) -> dict[str, Any]:
+    key = await state.registry.keys.change(key_id, body.to_change(time.time()))
+    await _refresh(state)
     return key_to_json(key)
 
 
-@keys_router.delete("/{key_id}", response_model=None)
-async def revoke_key(key_id: str, services: AdminState) -> Response:
-    """For good: the key stays in the list, so that what it did can be told."""
-    await services.registry.keys.revoke(key_id)
-    await _refresh_keys(services)
-    return Response(status_code=204)
+@keys_router.delete(
+    "/{key_id}",
+    summary="Revoke it, for good",
+    description="The key stays in the list, so that what it did can be told.",
+    status_code=204,
+    response_class=Response,
+    responses=errors(404, 409),
+)
+async def revoke_key(key_id: KeyIdPath, state: AdminState) -> None:
+    await state.registry.keys.revoke(key_id)
+    await _refresh(state)
 
 
-async def _with_secret(services: AppState, key: ClientKey, secret: str, status: int) -> Response:
-    await _refresh_keys(services)
-    return JSONResponse({**key_to_json(key), "key": secret}, status, {"cache-control": "no-store"})
+async def _with_secret(state: AppState, response: Response, key: ClientKey, secret: str) -> dict[str, Any]:
+    await _refresh(state)
+    response.headers["cache-control"] = "no-store"
+    return {**key_to_json(key), "key": secret}
 
 
-async def _refresh_keys(services: AppState) -> None:
-    """In this process at once. It is stored and thus said, even if the store goes away now."""
-    with suppress(StoreUnavailable):
-        await services.state.refresh()
+jobs_router = admin_router("jobs")
+
+JobIdPath = Annotated[str, Path(), WithJsonSchema(_ID_SCHEMA)]
 
 
-jobs_router = APIRouter(prefix="/admin/jobs")
-
-
-@jobs_router.get("/{job_id}", response_model=None)
-async def get_job(job_id: str, services: AppStateDep) -> dict[str, Any]:
-    """With a `warning` where it is ready and no model gets anything right."""
-    job = await _job(job_id, services)
-    shown: dict[str, Any] = job.to_json()
-    doubt = services.state.current.measuring_doubt
-    return {**shown, "warning": doubt} if job.state == "ready" and doubt else shown
-
-
-@jobs_router.get("/{job_id}/outcomes", response_model=None)
-async def get_outcomes(job_id: str, services: AppStateDep) -> dict[str, Any]:
-    """The graded answers so far, as lines of an outcomes file, for as long as the job itself can be read."""
-    await _job(job_id, services)
-    return {"outcomes": await services.jobs.outcomes(job_id)}
-
-
-@jobs_router.delete("/{job_id}", response_model=None)
-async def cancel_job(job_id: str, services: AppStateDep, audit: Audit) -> dict[str, Any]:
-    """The job as it is after that; a finished one stays as it was."""
-    await _job(job_id, services)
-    if await services.jobs.cancel(job_id):
-        await audit.note(CANCEL_JOB, job_id)
-    return await get_job(job_id, services)
-
-
-async def _job(job_id: str, services: AppStateDep) -> Job:
-    job = await services.jobs.get(job_id)
+async def known_job(job_id: JobIdPath, state: AppStateDep) -> Job:
+    """Raises JobNotFound."""
+    job = await state.jobs.get(job_id)
     if job is None:
         raise JobNotFound(f"no job has the id {job_id[:100]!r}", param="job")
     return job
 
 
-audit_router = APIRouter(prefix="/admin/audit")
-
-_SHOWN = 100
-
-_MAX_SHOWN = 1000
+KnownJob = Annotated[Job, Depends(known_job)]
 
 
-@audit_router.get("", response_model=None)
-async def get_audit(request: Request, audit: Audit) -> dict[str, Any]:
-    return {"entries": await audit.latest(_limit(request.query_params.getlist("limit")))}
+@jobs_router.get(
+    "/{job_id}",
+    summary="How far measuring is",
+    description="With a `warning` if it is ready and no model gets anything right.",
+    response_model=JobStatus,
+    response_model_exclude_unset=True,
+    responses=errors(404),
+)
+async def get_job(job: KnownJob, state: AppStateDep) -> dict[str, Any]:
+    return _job_to_json(job, state)
 
 
-def _limit(stated: list[str]) -> int:
-    text = stated[0] if len(stated) == 1 else "" if stated else str(_SHOWN)
-    if text.isascii() and text.isdigit() and len(text) < 6 and 1 <= int(text) <= _MAX_SHOWN:
+@jobs_router.get(
+    "/{job_id}/outcomes",
+    summary="Its graded answers",
+    description="Those so far, as lines of an outcomes file, for as long as the job itself can be read.",
+    response_model=JobOutcomes,
+    responses=errors(404),
+)
+async def get_outcomes(job: KnownJob, state: AppStateDep) -> dict[str, Any]:
+    return {"outcomes": await state.jobs.outcomes(job.id)}
+
+
+@jobs_router.delete(
+    "/{job_id}",
+    summary="Stop it",
+    description="Answers with the job as it is after that; a finished one stays as it was.",
+    response_model=JobStatus,
+    response_model_exclude_unset=True,
+    responses=errors(404),
+)
+async def cancel_job(job: KnownJob, state: AppStateDep, audit: Audit) -> dict[str, Any]:
+    if await state.jobs.cancel(job.id):
+        await audit.record(CANCEL_JOB, job.id)
+    return _job_to_json(await known_job(job.id, state), state)
+
+
+def _job_to_json(job: Job, state: AppState) -> dict[str, Any]:
+    doubt = state.state.current.measuring_doubt
+    return {**job.to_json(), **({"warning": doubt} if job.state == "ready" and doubt else {})}
+
+
+audit_router = admin_router("audit")
+
+MAX_AUDIT_ENTRIES = 1000
+
+
+def _entry_count(text: str) -> int:
+    if text.isascii() and text.isdigit() and len(text) < 6 and 1 <= int(text) <= MAX_AUDIT_ENTRIES:
         return int(text)
-    raise BadRequest(f"`limit` must be a whole number from 1 to {_MAX_SHOWN}, stated once", param="limit")
+    raise BadRequest(f"`limit` must be a whole number from 1 to {MAX_AUDIT_ENTRIES}, stated once", param="limit")
+
+
+EntryCount = Annotated[
+    int,
+    Query(),
+    BeforeValidator(_entry_count),
+    WithJsonSchema({"type": "integer", "minimum": 1, "maximum": MAX_AUDIT_ENTRIES}),
+]
+
+
+@audit_router.get("", summary="Who changed what, newest first", response_model=AuditEntries)
+async def get_audit(request: Request, audit: Audit, limit: EntryCount = 100) -> dict[str, Any]:
+    if len(request.query_params.getlist("limit")) > 1:
+        _entry_count("")
+    return {"entries": await audit.latest(limit)}

@@ -6,7 +6,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from proxy.errors import ModelAtCapacity, UpstreamError
-from proxy.routing.sizes import limited
+from proxy.routing.sizes import with_limit
 from proxy.server.dependencies import ModelPlan, RequestContext
 from proxy.server.request_log import RequestRecord
 from proxy.server.requests import instance_id
@@ -358,7 +358,7 @@ class Attempts:
         if sent is None or sent == requested:
             return request.body, request.raw
         self._record.clamped = sent
-        return limited(request.body, sent), None
+        return with_limit(request.body, sent), None
 
     def _first_to_recover(self, names: list[str]) -> str:
         cooling_down = self._ctx.app.health.cooling_down()

@@ -128,7 +128,7 @@ CurrentActor = Annotated[Actor, Depends(actor_of)]
 
 async def admin_services_of(services: AppStateDep, actor: CurrentActor) -> AppState:
     """Return the app's state with a registry whose writes are logged as this actor's."""
-    return replace(services, registry=services.registry.by(actor))
+    return replace(services, registry=services.registry.as_actor(actor))
 
 
 async def audit_of(services: AppStateDep, actor: CurrentActor) -> AuditTrail:

@@ -1,7 +1,7 @@
-"""Where counters and gauges keep their numbers: in this process, or in memory that its workers share.
+"""Prometheus metrics whose numbers are kept in this process, or in memory that workers share.
 
-Workers write 64-bit floats to files in shared memory, one file each, and whoever is scraped adds them up: what a worker
-has counted outlives it. A worker that is started takes over the files of one that has died, and counts on.
+Workers write 64-bit floats to files in shared memory, one file each, and the worker that is scraped adds them up: what
+a worker has counted outlives it. A worker that is started takes over the files of one that has died, and counts on.
 
     FOLDER/0.index   a line of JSON for each series: [kind, metric, labels, first cell, cells, began at]
     FOLDER/0.values  the cells, in segments of SEGMENT_BYTES
@@ -44,7 +44,7 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  a folder of our own is made in i
 
 PREFIX = "uniroute-metrics-"
 
-YOUNG_S = 60.0
+MIN_ABANDONED_S = 60.0
 
 Labels = tuple[str, ...]
 
@@ -52,8 +52,8 @@ Kind = Literal["counter", "gauge"]
 
 Segment = Union["memoryview[float]", list[float]]
 
+# Where the first of a series' cells is.
 Cells = tuple[Segment, int]
-"""Where the first of a series' cells is."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Series:
 
 
 class Values:
-    """Of this process alone."""
+    """Keep the numbers of this process alone."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
@@ -85,24 +85,24 @@ class Values:
         self._series: dict[str, dict[Labels, Series]] = {}
 
     def series(self, kind: Kind, metric: str, labels: Labels, count: int = 1) -> Cells:
-        """The cells of a series, made where it is new: zeros."""
+        """Return the cells of a series. Those of a new one are zeros."""
         found = self._series.setdefault(metric, {}).get(labels)
         if found is None:
-            first = self._reserved(count)
+            first = self._reserve(count)
             found = Series(kind, self._clock(), self._cells(first), count)
-            self._keep(metric, labels, first, found)
+            self._publish(metric, labels, first, found)
             self._series[metric][labels] = found
         return found.cells
 
     def read(self, metric: str) -> Iterator[Mapping[Labels, Series]]:
-        """Of each process that counts: a gauge of those alone that live, a counter of all."""
+        """Yield a metric's series of each process: counters of all, gauges of those that are alive."""
         yield self._series.get(metric, {})
 
     def refresh(self) -> None:
-        """Find out what others have: once, before several metrics are read."""
+        """Read what other processes have written: once, before several metrics are read."""
 
-    def _reserved(self, count: int) -> int:
-        """The first of so many cells, which no segment's end parts."""
+    def _reserve(self, count: int) -> int:
+        """Return the first of so many cells, all in one segment."""
         if self._free % SEGMENT_CELLS + count > SEGMENT_CELLS:
             self._free += SEGMENT_CELLS - self._free % SEGMENT_CELLS
         first, self._free = self._free, self._free + count
@@ -116,38 +116,37 @@ class Values:
     def _new_segment(self) -> Segment:
         return [0.0] * SEGMENT_CELLS  # which is written faster than bytes are
 
-    def _keep(self, metric: str, labels: Labels, first: int, series: Series) -> None:
-        """Where others find it."""
+    def _publish(self, metric: str, labels: Labels, first: int, series: Series) -> None:
+        """Let other processes find it."""
 
 
 class SharedValues(Values):
-    """Of a worker, in a folder where others read them."""
+    """Keep the numbers of a worker in a folder where other workers read them. Raises OSError."""
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
-        """Raises OSError."""
         super().__init__(clock)
         self._folder = folder
-        self._others: dict[Path, _Others] = {}
-        self._require_active: set[Path] = set()
-        self._path, self._index = _taken(folder)
+        self._peers: dict[Path, _PeerValues] = {}
+        self._alive: set[Path] = set()
+        self._path, self._index = _claim_index(folder)
         self._values = os.open(self._path.with_suffix(".values"), os.O_RDWR | os.O_CREAT, 0o600)
         self._take_over()
 
     def read(self, metric: str) -> Iterator[Mapping[Labels, Series]]:
         yield from super().read(metric)
-        for path, others in self._others.items():
-            found = others.series.get(metric, {})
-            alive = path in self._require_active
+        for path, peer in self._peers.items():
+            found = peer.series.get(metric, {})
+            alive = path in self._alive
             yield {labels: series for labels, series in found.items() if alive or series.kind == "counter"}
 
     def refresh(self) -> None:
         for path in self._folder.glob("*.index"):
             if path != self._path:
-                self._others.setdefault(path, _Others(path)).refresh()
-        self._require_active = {path for path in self._others if _is_held(path)}
+                self._peers.setdefault(path, _PeerValues(path)).refresh()
+        self._alive = {path for path in self._peers if _is_held(path)}
 
     def _take_over(self) -> None:
-        left = _Others(self._path)
+        left = _PeerValues(self._path)
         left.refresh()
         os.ftruncate(self._index, left.read_bytes)  # a line that was not written whole
         for _ in range(os.fstat(self._values).st_size // SEGMENT_BYTES):
@@ -162,7 +161,7 @@ class SharedValues(Values):
                     ours.set(math.nan)
 
     def _new_segment(self) -> Segment:
-        """Of this process alone where there is no more room: the file is full, or its folder gone."""
+        """Add a segment to the file; if it cannot grow, or its folder is gone, one that this process alone sees."""
         number = len(self._segments)
         try:
             # zeros, not a hole: a page for which there is no room would end the process when it is written to
@@ -175,7 +174,7 @@ class SharedValues(Values):
     def _mapped(self, number: int) -> Segment:
         return memoryview(mmap.mmap(self._values, SEGMENT_BYTES, offset=number * SEGMENT_BYTES)).cast("d")
 
-    def _keep(self, metric: str, labels: Labels, first: int, series: Series) -> None:
+    def _publish(self, metric: str, labels: Labels, first: int, series: Series) -> None:
         line = json.dumps([series.kind, metric, labels, first, series.count, series.began])
         try:
             os.write(self._index, f"{line}\n".encode())
@@ -183,8 +182,8 @@ class SharedValues(Values):
             log.warning("a series of %s is seen by this worker alone: %s", metric, error)
 
 
-class _Others:
-    """What another process writes, or has left: read on from where it was read to last."""
+class _PeerValues:
+    """Read what another process writes, or has left, on from where it was read to last."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -218,7 +217,7 @@ class _Others:
 
 @contextmanager
 def shared_folder() -> Iterator[Path | None]:
-    """A folder for the numbers of several workers. None where there cannot be one: each then counts for itself."""
+    """Make a folder for the numbers of several workers. None: it cannot be made, and each counts for itself."""
     base = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
     for left in base.glob(f"{PREFIX}*"):
         if _is_abandoned(left):
@@ -236,17 +235,17 @@ def shared_folder() -> Iterator[Path | None]:
 
 
 def _is_abandoned(folder: Path) -> bool:
-    """Left by a supervisor that was killed, and none that is about to take its first file."""
+    """Whether a folder was left by a supervisor that was killed, and is not about to be used for the first time."""
     try:
         found = folder.stat()
     except OSError:
         return False
-    ours, old = found.st_uid == os.getuid(), time.time() - found.st_mtime > YOUNG_S
+    ours, old = found.st_uid == os.getuid(), time.time() - found.st_mtime > MIN_ABANDONED_S
     return ours and old and not any(_is_held(path) for path in folder.glob("*.index"))
 
 
 def open_values(folder: Path | None) -> Values:
-    """Those of a worker whose supervisor has made `folder`, else of a process that is alone."""
+    """Open the shared values of a worker, if its supervisor has made `folder`; else those of this process alone."""
     if folder is not None:
         try:
             return SharedValues(folder)
@@ -255,8 +254,8 @@ def open_values(folder: Path | None) -> Values:
     return Values()
 
 
-def _taken(folder: Path) -> tuple[Path, int]:
-    """The first index that no living process holds, held from now on."""
+def _claim_index(folder: Path) -> tuple[Path, int]:
+    """Lock the first index that no living process holds, and return its path and descriptor."""
     number = 0
     while True:
         path = folder / f"{number}.index"
@@ -281,25 +280,24 @@ def _is_held(path: Path) -> bool:
     return False
 
 
-# Counters, histograms and gauges that one event loop writes, and any thread reads. No lock, and no check of labels.
-#
-# They are exposed just as those of prometheus_client, which take three to ten times as long to be written: a lookup of
-# the child under a lock, a lock for each value, and a walk over the buckets. What is exposed is the sum over all
-# processes that share their Values.
+# The metrics below are written by one event loop and read by any thread, without locks and checks of labels. They are
+# exposed just as those of prometheus_client, which take three to ten times as long to write: a lookup of the child
+# under a lock, a lock for each value, and a walk over the buckets. What is exposed is the sum over all processes that
+# share values.
 
-_written: Callable[[float], str] = floatToGoString
+_format_float: Callable[[float], str] = floatToGoString
 
 
 @dataclass
 class Total:
-    """Of one series, over all processes."""
+    """The sum of one series over all processes."""
 
     numbers: list[float]
     began: float
 
 
 class FastCounter(Collector):
-    """A counter: `add` what is not negative. Without labels it is there at once."""
+    """Count what is added, which is never negative. Without labels, the series is there at once."""
 
     def __init__(
         self,
@@ -321,18 +319,18 @@ class FastCounter(Collector):
         cells[at] += amount
 
     def inc(self, amount: float = 1) -> None:
-        """As prometheus_client's, where there are no labels."""
+        """Increment a counter without labels, as prometheus_client's."""
         self.add((), amount)
 
     def labels(self, *labels: str) -> Child:
-        """As prometheus_client's: to be incremented."""
+        """Return the counter with these labels, as prometheus_client's."""
         return Child(self, labels)
 
     def collect(self) -> Iterator[Metric]:
         yield self.family()
 
     def family(self, known: Collection[str] | None = None) -> CounterMetricFamily:
-        """`known`: of the first label, the values to show, also those that were never counted."""
+        """Return the metric. `known`: values of the first label to show alone, even if they were never counted."""
         name, text, labels = self._family
         family = CounterMetricFamily(name, text, labels=labels)
         for value in known or ():
@@ -349,7 +347,7 @@ class FastCounter(Collector):
 
 @dataclass(frozen=True)
 class Child:
-    """A counter with its labels."""
+    """A counter with its labels, to be incremented."""
 
     counter: FastCounter
     values: Labels
@@ -359,7 +357,10 @@ class Child:
 
 
 class FastHistogram(Collector):
-    """A histogram. `bounds` ascend; the last bucket, without a bound, is added. Without labels it is there at once."""
+    """Count amounts in buckets with ascending bounds; the last bucket has none.
+
+    Without labels, the series is there at once.
+    """
 
     def __init__(
         self,
@@ -375,8 +376,8 @@ class FastHistogram(Collector):
         self._bounds = tuple(map(float, bounds))
         self._buckets = len(self._bounds) + 1
         self._values = values or Values(clock)
+        # The buckets, each without those below it, and then the sum.
         self._cells: dict[Labels, Cells] = {}
-        """The buckets, each without those below it, and then the sum."""
         if not labels:
             self._cell(())
 
@@ -388,7 +389,7 @@ class FastHistogram(Collector):
     def collect(self) -> Iterator[Metric]:
         name, text, labels = self._family
         family = HistogramMetricFamily(name, text, labels=labels)
-        bounds = [_written(bound) for bound in (*self._bounds, float("inf"))]
+        bounds = [_format_float(bound) for bound in (*self._bounds, float("inf"))]
         for values, total in _totals(self._values.read(name)).items():
             *counts, amount = total.numbers
             family.add_metric(values, list(zip(bounds, accumulate(counts), strict=True)), sum_value=amount)
@@ -400,8 +401,8 @@ class FastHistogram(Collector):
         return cells
 
 
-class Level(Collector):
-    """A gauge. `combine` makes one number of those of all living processes."""
+class FastGauge(Collector):
+    """Hold a number. `combine` makes one of those of all living processes."""
 
     def __init__(
         self,
@@ -426,7 +427,7 @@ class Level(Collector):
         yield self.family()
 
     def family(self, known: Collection[str] | None = None) -> GaugeMetricFamily:
-        """`known`: of the first label, the values to show."""
+        """Return the metric. `known`: values of the first label to show alone."""
         name, text, labels = self._family
         found: dict[Labels, list[float]] = {}
         for process in self._values.read(name):
@@ -454,11 +455,11 @@ def _totals(processes: Iterable[Mapping[Labels, Series]]) -> dict[Labels, Total]
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
-_OVERHEAD = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
+_OVERHEAD_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
 
 
 class Metrics:
-    """One registry per app, so that two apps in a process do not share counts. Workers share `values`."""
+    """The metrics of one app, in a registry of its own. Workers share `values`."""
 
     def __init__(self, values: Values | None = None) -> None:
         self.registry = CollectorRegistry()
@@ -493,17 +494,17 @@ class Metrics:
             "store_available", "1 while the store answers; of several workers, each of them", combine=min
         )
         self.overhead = self._histogram(
-            "overhead_seconds", "From the request's arrival to the upstream call", _OVERHEAD
+            "overhead_seconds", "From the request's arrival to the upstream call", _OVERHEAD_BOUNDS
         )
         self.first_token = self._histogram("time_to_first_chunk_seconds", "Until the first content", _SECONDS, "model")
         self.seconds = self._histogram("request_seconds", "Until the end", _SECONDS, "model")
         self._lines_dropped = self._total("log_lines_dropped", "Log lines dropped: nobody read standard error")
-        self._lines_told = 0
+        self._lines_reported = 0
         self.registry.register(worker_deaths(self.values))
         self.look_at(self._look)
 
     def look_at(self, look: Callable[[], None]) -> None:
-        """Have `look` write down what is only known by looking: before each scrape, and now and then for others'."""
+        """Call `look` to set gauges, before each scrape and now and then for the scrapes of other workers."""
         self._looking.append(look)
 
     def look(self) -> None:
@@ -518,8 +519,8 @@ class Metrics:
     def _look(self) -> None:
         self._in_flight.set(self.in_flight)
         dropped = lines_dropped()
-        self._lines_dropped.inc(max(0, dropped - self._lines_told))
-        self._lines_told = dropped
+        self._lines_dropped.inc(max(0, dropped - self._lines_reported))
+        self._lines_reported = dropped
 
     def _total(self, name: str, text: str, *labels: str) -> FastCounter:
         counter = FastCounter(f"uniroute_{name}", text, labels, values=self.values)
@@ -527,11 +528,11 @@ class Metrics:
         return counter
 
     def _counter(self, name: str, text: str, *labels: str) -> FastCounter:
-        """Of a model, first of all; written with every request."""
+        """Make a counter whose first label is the model."""
         return self._total(name, text, "model", *labels)
 
-    def _gauge(self, name: str, text: str, combine: Callable[[Iterable[float]], float] = sum) -> Level:
-        gauge = Level(f"uniroute_{name}", text, combine=combine, values=self.values)
+    def _gauge(self, name: str, text: str, combine: Callable[[Iterable[float]], float] = sum) -> FastGauge:
+        gauge = FastGauge(f"uniroute_{name}", text, combine=combine, values=self.values)
         self.registry.register(gauge)
         return gauge
 
@@ -542,13 +543,13 @@ class Metrics:
 
 
 def worker_deaths(values: Values) -> FastCounter:
-    """Counted by the supervisor, shown by the workers."""
+    """Make the counter that the supervisor writes and the workers show."""
     text = "Worker processes that died and were started again, by signal, status, or that they gave no sign of life"
     return FastCounter("uniroute_worker_deaths", text, ["cause"], values=values)
 
 
 class HealthCollector(Collector):
-    """Labels are registered models alone, so that the series of a removed one are gone."""
+    """Show the health of registered models. The series of a removed one are gone."""
 
     def __init__(
         self, health: HealthRegistry, known: Callable[[], Collection[str]], values: Values | None = None
@@ -557,7 +558,7 @@ class HealthCollector(Collector):
         values = values or Values()
         self._health = health
         self._known = known
-        self._resting = Level(
+        self._unavailable = FastGauge(
             "uniroute_model_resting",
             "1 while the model is not asked; of several workers, by any of them",
             ["model"],
@@ -570,9 +571,9 @@ class HealthCollector(Collector):
         self._counted: dict[str, int] = {}
 
     def look(self) -> None:
-        resting, opened = self._health.cooling_down(), self._health.open_counts()
+        unavailable, opened = self._health.cooling_down(), self._health.open_counts()
         for model in self._known():
-            self._resting.set(float(model in resting), (model,))
+            self._unavailable.set(float(model in unavailable), (model,))
             more = opened.get(model, 0) - self._counted.get(model, 0)
             if more > 0:
                 self._opened.add((model,), more)
@@ -581,5 +582,5 @@ class HealthCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         self.look()
         known = sorted(self._known())
-        yield self._resting.family(known)
+        yield self._unavailable.family(known)
         yield self._opened.family(known)

@@ -68,6 +68,9 @@ MAX_REJECTED = 32
 
 LINGER_S = 1.0
 
+# Bytes of a body that are written together with the head.
+MAX_JOINED_BYTES = 64 * 1024
+
 _FRAMING = (b"content-length", b"transfer-encoding")
 
 
@@ -214,8 +217,10 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
             self._raise_rejection(HOST_MISMATCH)
         self._stop_header_timer()
         super().on_headers_complete()
-        if self.cycle is not None and self.parser.get_http_version() == "1.0":
-            _end_by_closing(self.cycle)
+        if self.cycle is not None:
+            _JoiningTransport.install(self.cycle, self.loop)
+            if self.parser.get_http_version() == "1.0":
+                _end_by_closing(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         self._parser_progressed = True
@@ -320,6 +325,58 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
+
+
+class _JoiningTransport:
+    """Write the head of a response together with the first of its body: one system call in place of two.
+
+    It stands in for a response's transport until then. A head without a body is written at the end of this turn of the
+    event loop, so that a slow body does not hold it up.
+    """
+
+    __slots__ = ("_cycle", "_flushing", "_head", "_loop", "_transport")
+
+    def __init__(self, cycle: RequestResponseCycle, loop: asyncio.AbstractEventLoop) -> None:
+        self._cycle = cycle
+        self._transport = cycle.transport
+        self._loop = loop
+        self._head: bytes | None = None
+        self._flushing: asyncio.Handle | None = None
+
+    @classmethod
+    def install(cls, cycle: RequestResponseCycle, loop: asyncio.AbstractEventLoop) -> None:
+        cycle.transport = cls(cycle, loop)  # type: ignore[assignment]
+
+    def write(self, data: bytes) -> None:
+        if self._head is None:
+            self._head = data
+            self._flushing = self._loop.call_soon(self._flush)
+        elif len(data) > MAX_JOINED_BYTES:  # to copy it would cost more than a system call
+            self._flush()
+            self._transport.write(data)
+        else:
+            head, self._head = self._head, b""
+            self._end()
+            self._transport.write(head + data)
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        head, self._head = self._head, b""
+        self._end()
+        if head and not self._transport.is_closing():
+            self._transport.write(head)
+
+    def _end(self) -> None:
+        """Give the response its own transport back."""
+        self._cycle.transport = self._transport
+        if self._flushing is not None:
+            self._flushing.cancel()
 
 
 def _end_by_closing(cycle: RequestResponseCycle) -> None:

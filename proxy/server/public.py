@@ -1,81 +1,120 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Path, Request, Response
+from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import JSONResponse
+from pydantic import WithJsonSchema
 
 from proxy.errors import ModelNotFound
 from proxy.routing.candidates import ALIASES, ANY, RoutingMode, allowed_models, key_allows_mode
+from proxy.server.admin_responses import Count, OpenResponseModel, ResponseModel, one_of
 from proxy.server.dependencies import AppState, AppStateDep, CurrentKey
-from proxy.server.openapi import document
-from proxy.upstream.sse import encode_json
+from proxy.server.openapi import COMMON_ERRORS, MODEL_NAME_SCHEMA, UNSET, client_key, errors
 
-router = APIRouter()
+open_router = APIRouter(tags=["server"], default_response_class=JSONResponse)
+
+keyed_router = APIRouter(
+    tags=["server"],
+    default_response_class=JSONResponse,
+    dependencies=[Depends(client_key)],
+    responses=COMMON_ERRORS,
+)
 
 
-@router.get("/v1/models")
-async def list_models(services: AppStateDep, key: CurrentKey) -> dict[str, Any]:
-    return {"object": "list", "data": list(_listed(services, key))}
+class Model(ResponseModel):
+    """A model as OpenAI lists it."""
+
+    id: str
+    object: Annotated[str, WithJsonSchema({"const": "model"})]
+    created: Count
+    owned_by: str
 
 
-@router.get("/v1/models/{name:path}")
-async def get_model(name: str, services: AppStateDep, key: CurrentKey) -> dict[str, Any]:
-    for model in _listed(services, key):
+class ModelList(ResponseModel):
+    object: Annotated[str, WithJsonSchema({"const": "list"})]
+    data: list[Model]
+
+
+class Status(OpenResponseModel):
+    """Whether the server can route; while it starts, the steps that are under way."""
+
+    status: str
+    state_version: Count = UNSET
+    store: Annotated[str, one_of("up", "away")] = UNSET
+    provider_lookups: Count = UNSET
+
+
+@keyed_router.get("/v1/models", summary="The models that this key may use", response_model=ModelList)
+async def list_models(state: AppStateDep, key: CurrentKey) -> dict[str, Any]:
+    return {"object": "list", "data": list(_models_for(state, key))}
+
+
+@keyed_router.get("/v1/models/{name:path}", summary="One of them", response_model=Model, responses=errors(404))
+async def get_model(
+    name: Annotated[str, Path(), WithJsonSchema(MODEL_NAME_SCHEMA)], state: AppStateDep, key: CurrentKey
+) -> dict[str, Any]:
+    for model in _models_for(state, key):
         if model["id"] == name:
             return model
     if (
-        ANY in services.settings.route_names
-        and name not in services.state.current.models
+        ANY in state.settings.route_names
+        and name not in state.state.current.models
         and key_allows_mode(RoutingMode.SCORED, key)
     ):
         return _model(name, 0, "uniroute")
     raise ModelNotFound(f"the model {name[:128]!r} does not exist, or this key may not use it", param="model")
 
 
-def _listed(services: AppState, key: CurrentKey) -> Iterator[dict[str, Any]]:
-    state = services.state.current
-    usable = allowed_models(state, key)
-    routed = dict.fromkeys((*ALIASES, *(name for name in services.settings.route_names if name != ANY)))
-    for name in routed:
-        if not key_allows_mode(ALIASES.get(name, RoutingMode.SCORED), key):
-            continue
-        yield _model(name, 0, "uniroute")
-    for name in usable:
-        yield _model(name, int(state.models[name].created_at), state.models[name].source)
+def _models_for(state: AppState, key: CurrentKey) -> Iterator[dict[str, Any]]:
+    snapshot = state.state.current
+    route_names = (name for name in state.settings.route_names if name != ANY)
+    for name in dict.fromkeys((*ALIASES, *route_names)):
+        if key_allows_mode(ALIASES.get(name, RoutingMode.SCORED), key):
+            yield _model(name, 0, "uniroute")
+    for name in allowed_models(snapshot, key):
+        yield _model(name, int(snapshot.models[name].created_at), snapshot.models[name].source)
 
 
 def _model(name: str, created: int, owner: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": owner}
 
 
-@router.get("/healthz", response_model=None)
+@open_router.get("/healthz", summary="The process is up", response_model=Status)
 async def healthz() -> Response:
     return JSONResponse({"status": "ok"})
 
 
-@router.get("/readyz", response_model=None)
+@open_router.get("/readyz", summary="It can route", response_model=Status, responses={503: {"model": Status}})
 async def readyz(request: Request) -> Response:
-    """Ready once a state was read, whatever Redis does later."""
+    """Answer 200 once models and keys were read, whatever Redis does later."""
     holder = request.app.state.holder
     if not holder.is_open:
         return JSONResponse(holder.startup.to_json(), 503)
-    state = holder.services.state
-    if not state.loaded:
+    snapshots = holder.services.state
+    if not snapshots.loaded:
         return JSONResponse({"status": "starting", "under_way": [{"what": "waiting for Redis"}]}, 503)
-    shown = {"status": "ready", "state_version": state.current.version, "store": "up" if state.available else "away"}
+    store = "up" if snapshots.available else "away"
+    status = {"status": "ready", "state_version": snapshots.current.version, "store": store}
     if waiting := holder.services.resolver.waiting:
-        shown["provider_lookups"] = waiting
-    return JSONResponse(shown)
+        status["provider_lookups"] = waiting
+    return JSONResponse(status)
 
 
-@router.get("/metrics", response_model=None)
-async def metrics(services: AppStateDep) -> Response:
-    return Response(services.metrics.expose(), headers={"content-type": CONTENT_TYPE_LATEST})
+@keyed_router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+async def metrics(state: AppStateDep) -> Response:
+    return Response(state.metrics.expose(), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
-@router.get("/openapi.json", response_model=None)
-async def openapi() -> Response:
-    return Response(encode_json(document()), media_type="application/json")
+@keyed_router.get("/openapi.json", summary="This document")
+def openapi(request: Request) -> dict[str, Any]:
+    # Not async, so that FastAPI calls it in a thread: generating the document takes tenths of a second, once.
+    document: dict[str, Any] = request.app.openapi()
+    return document

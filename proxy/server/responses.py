@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, cast
 
+from starlette.requests import Request
 from starlette.responses import Response
 
 from proxy.errors import (
@@ -23,7 +24,6 @@ from proxy.errors import (
     ModelAtCapacity,
     ModelNotFound,
     NoEligibleModelError,
-    ProxyError,
     RateLimited,
     ServiceUnavailable,
     ShuttingDown,
@@ -41,30 +41,65 @@ from proxy.upstream.errors import MAX_MESSAGE_CHARS, MAX_UNKNOWN_CHARS, message_
 from proxy.upstream.sse import encode_json
 from router_core.errors import InvalidInput, MapMismatch
 
-_TABLE: Mapping[type[ProxyError], tuple[int, str, str | None]] = {
+# What an exception is answered with: status, and `type` and `code` of OpenAI's error object. A class stands for those
+# below it that are not listed. An UpstreamError has its own status and body, if the upstream answered.
+RESPONSES: Mapping[type[Exception], tuple[int, str, str | None]] = {
     BadRequest: (400, "invalid_request_error", None),
+    InvalidInput: (400, "invalid_request_error", None),
+    MapMismatch: (400, "invalid_request_error", None),
     FieldNotAllowed: (400, "invalid_request_error", "field_not_allowed"),
     LoopDetected: (400, "invalid_request_error", "loop_detected"),
+    NoEligibleModelError: (400, "invalid_request_error", "no_eligible_model"),
+    ContextLengthExceeded: (400, "invalid_request_error", "context_length_exceeded"),
     Unauthenticated: (401, "invalid_request_error", "invalid_api_key"),
     Forbidden: (403, "permission_error", "permission_denied"),
     ModelNotFound: (404, "invalid_request_error", "model_not_found"),
+    UnknownModel: (404, "invalid_request_error", "model_not_found"),
     JobNotFound: (404, "invalid_request_error", "job_not_found"),
     KeyNotFound: (404, "invalid_request_error", "key_not_found"),
-    Conflict: (409, "invalid_request_error", "conflict"),
+    UnknownKey: (404, "invalid_request_error", "key_not_found"),
     BodyTimeout: (408, "invalid_request_error", "request_timeout"),
+    Conflict: (409, "invalid_request_error", "conflict"),
+    ModelExists: (409, "invalid_request_error", "conflict"),
+    ConfiguredModel: (409, "invalid_request_error", "conflict"),
+    ConflictingWrite: (409, "invalid_request_error", "conflict"),
+    KeyInactive: (409, "invalid_request_error", "conflict"),
     ContentTooLarge: (413, "invalid_request_error", "request_too_large"),
     UnsupportedMediaType: (415, "invalid_request_error", "unsupported_media_type"),
-    NoEligibleModelError: (400, "invalid_request_error", "no_eligible_model"),
-    ContextLengthExceeded: (400, "invalid_request_error", "context_length_exceeded"),
     ModelAtCapacity: (429, "rate_limit_error", "model_busy"),
     RateLimited: (429, "rate_limit_error", "rate_limit_exceeded"),
     BudgetExceeded: (429, "insufficient_quota", "insufficient_quota"),
+    UpstreamError: (502, "upstream_error", "upstream_failed"),
     ServiceUnavailable: (503, "server_error", "unavailable"),
+    StoreUnavailable: (503, "server_error", "unavailable"),
     Starting: (503, "server_error", "starting"),
     ShuttingDown: (503, "server_error", "shutting_down"),
-    UpstreamError: (502, "upstream_error", "upstream_failed"),
 }
 
+HANDLED_EXCEPTIONS: tuple[type[Exception], ...] = (ClientDisconnected, *RESPONSES)
+
+
+def error_response(error: Exception) -> Response:
+    """Answer an exception of HANDLED_EXCEPTIONS."""
+    if isinstance(error, ClientDisconnected):
+        return Response(status_code=499)
+    status, body, headers = render_error(error)
+    return Response(encode_json(body), status, headers, "application/json")
+
+
+async def handle_error(_: Request, error: Exception) -> Response:
+    return error_response(error)
+
+
+def render_error(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Return the status, body and headers of the answer to a class of RESPONSES."""
+    if isinstance(error, UpstreamError):
+        return _render_upstream_error(error)
+    status, kind, code = next(RESPONSES[kind] for kind in type(error).__mro__ if kind in RESPONSES)
+    return status, error_body(str(error), kind, code, getattr(error, "param", None)), getattr(error, "headers", {})
+
+
+# `type` and `code` for a status without an error of its own.
 _OF_STATUS = {
     400: ("invalid_request_error", None),
     401: ("invalid_request_error", "invalid_api_key"),
@@ -76,20 +111,12 @@ _OF_STATUS = {
 
 
 def http_error_body(status: int, message: str) -> dict[str, Any]:
-    """OpenAI's shape for a bare HTTP status."""
+    """Put a bare HTTP status into OpenAI's shape."""
     kind, code = _OF_STATUS.get(status, ("server_error" if status >= 500 else "invalid_request_error", None))
     return error_body(message, kind, code)
 
 
-def render_error(error: ProxyError) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Status, body and headers that tell `error` to an OpenAI client."""
-    if isinstance(error, UpstreamError):
-        return _describe_upstream(error)
-    status, kind, code = next(_TABLE[kind] for kind in type(error).__mro__ if kind in _TABLE)
-    return status, error_body(error.message, kind, code, error.param), error.headers
-
-
-def _describe_upstream(error: UpstreamError) -> tuple[int, dict[str, Any], dict[str, str]]:
+def _render_upstream_error(error: UpstreamError) -> tuple[int, dict[str, Any], dict[str, str]]:
     headers = retry_after_headers(error.headers, time.time())
     if error.status is None or error.status < 400:
         status, code = (504, "upstream_timeout") if error.timed_out else (502, "upstream_failed")
@@ -98,54 +125,50 @@ def _describe_upstream(error: UpstreamError) -> tuple[int, dict[str, Any], dict[
 
 
 def _upstream_error_body(error: UpstreamError) -> dict[str, Any]:
-    """The upstream's error object in OpenAI's shape, with `code` as text; other texts put into that shape."""
+    """Return the upstream's error object in OpenAI's shape, or its text put into that shape."""
     body = _parsed(error.body)
-    said = _first_of(body)
-    stated = _error_object_in(said)
-    shaped = _openais_shape(stated, said, error)
+    if isinstance(body, list):  # Gemini sends a list with one error in it
+        body = next((each for each in body if isinstance(each, Mapping)), body)
+    original = _error_object_in(body)
+    shaped = _in_openais_shape(original, body, error)
     if error.status in (401, 403):
         shaped["message"] = _not_the_callers_key(error, shaped["message"])
-    beside = said if isinstance(said, Mapping) and said.get("error") is stated else {}
+    beside = body if isinstance(body, Mapping) and body.get("error") is original else {}
     return {**{name: value for name, value in beside.items() if name != "usage"}, "error": shaped}
 
 
-def _first_of(body: Any) -> Any:
-    """Gemini sends a list with one error in it."""
-    return next((each for each in body if isinstance(each, Mapping)), body) if isinstance(body, list) else body
-
-
-def _error_object_in(said: Any) -> Mapping[str, Any]:
-    """The object that has the error's fields: `error`, or all of it, as vLLM and Mistral write it; else none."""
-    if not isinstance(said, Mapping):
+def _error_object_in(body: Any) -> Mapping[str, Any]:
+    """Return the object that has the error's fields: `error`, or all of it, as vLLM and Mistral write it; else none."""
+    if not isinstance(body, Mapping):
         return {}
-    if isinstance(said.get("error"), Mapping):
-        return cast(Mapping[str, Any], said["error"])
-    return said if said.get("object") == "error" else {}
+    if isinstance(body.get("error"), Mapping):
+        return cast(Mapping[str, Any], body["error"])
+    return body if body.get("object") == "error" else {}
 
 
-def _not_the_callers_key(error: UpstreamError, words: str) -> str:
-    """The provider's words alone read as if the caller's own key were wrong."""
+def _not_the_callers_key(error: UpstreamError, message: str) -> str:
+    """Say whose key it was: the provider's words alone read as if the caller's own were wrong."""
     what = "" if error.status == 401 else " for this model or request"
-    said = f"; it said: {words.removeprefix(error.message).lstrip(': ')}" if words != error.message else ""
+    said = f"; it said: {message.removeprefix(error.message).lstrip(': ')}" if message != error.message else ""
     return f"{error.message}: the provider refused its key{what}, which is this server's and not yours{said}"
 
 
-def _openais_shape(stated: Mapping[str, Any], said: Any, error: UpstreamError) -> dict[str, Any]:
-    """Its own fields kept; those that clients read as text are text, and the message is never missing."""
+def _in_openais_shape(original: Mapping[str, Any], body: Any, error: UpstreamError) -> dict[str, Any]:
+    """Keep the error's own fields; make text of those that clients read as text, and never leave out the message."""
     kind, code = _OF_STATUS.get(error.status or 502, ("upstream_error", None))
-    if stated:
-        code = _text(stated.get("code"))
+    if original:
+        code = _text(original.get("code"))
     if error.context_exceeded:
         code = "context_length_exceeded"
-    message = message_in(stated) or message_in(said) or _with_rest(error.message, said)
-    shaped = error_body(message, _text(stated.get("type")) or kind, code, stated.get("param"))["error"]
-    kept = {name: value for name, value in stated.items() if name != "object"}
+    message = message_in(original) or message_in(body) or _with_body(error.message, body)
+    shaped = error_body(message, _text(original.get("type")) or kind, code, original.get("param"))["error"]
+    kept = {name: value for name, value in original.items() if name != "object"}
     return {**kept, **shaped}
 
 
-def _with_rest(message: str, said: Any) -> str:
-    """What was said has no words in it: it is shown as it is, cut."""
-    return f"{message}: {(_text(said) or '')[:MAX_UNKNOWN_CHARS]}" if said not in (None, "", {}, []) else message
+def _with_body(message: str, body: Any) -> str:
+    """Add the start of a body in which no message was found."""
+    return f"{message}: {(_text(body) or '')[:MAX_UNKNOWN_CHARS]}" if body not in (None, "", {}, []) else message
 
 
 def _text(value: Any) -> str | None:
@@ -160,33 +183,3 @@ def _parsed(body: Any) -> Any:
         return json.loads(body)
     except (ValueError, RecursionError):
         return body.decode("utf-8", "replace")[:MAX_MESSAGE_CHARS]
-
-
-EXCEPTION_MAP: Mapping[type[Exception], type[ProxyError]] = {
-    StoreUnavailable: ServiceUnavailable,
-    ModelExists: Conflict,
-    ConfiguredModel: Conflict,
-    ConflictingWrite: Conflict,
-    KeyInactive: Conflict,
-    UnknownKey: KeyNotFound,
-    UnknownModel: ModelNotFound,
-    InvalidInput: BadRequest,
-    MapMismatch: BadRequest,
-}
-
-
-def to_proxy_error(error: Exception) -> ProxyError:
-    kind = next(EXCEPTION_MAP[kind] for kind in type(error).__mro__ if kind in EXCEPTION_MAP)
-    return kind(str(error), param=getattr(error, "param", None))
-
-
-HANDLED_EXCEPTIONS: tuple[type[Exception], ...] = (ProxyError, ClientDisconnected, *EXCEPTION_MAP)
-"""What `error_response` knows."""
-
-
-def error_response(error: Exception) -> Response:
-    """To an exception of TOLD."""
-    if isinstance(error, ClientDisconnected):
-        return Response(status_code=499)
-    status, body, headers = render_error(error if isinstance(error, ProxyError) else to_proxy_error(error))
-    return Response(encode_json(body), status, headers, "application/json")

@@ -195,6 +195,12 @@ def unknown_fields(params: Mapping[str, Any]) -> list[str]:
     return sorted(name for name in params if name not in _KNOWN and not is_provider_param(name))
 
 
+def stated_address(params: Mapping[str, Any]) -> str | None:
+    """Return the address that a model's parameters state."""
+    address: str | None = params.get("base_url") or params.get("api_base")
+    return address
+
+
 def _intended_name(name: str) -> str | None:
     """Return the known name that this one is a slip of, if it is one."""
     if name in _KNOWN:

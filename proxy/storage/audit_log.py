@@ -9,16 +9,8 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from proxy.storage.client_keys import SECRET
-from proxy.storage.redis import (
-    CHANGED,
-    MAX_WHOLE,
-    VERSION,
-    InvalidRecord,
-    Store,
-    StoreUnavailable,
-    json_object,
-    load_script,
-)
+from proxy.storage.redis import CHANGED, VERSION, Store, StoreUnavailable, load_script
+from proxy.storage.values import MAX_INTEGER, InvalidRecord, json_object
 from router_core.text import rfc3339
 
 log = logging.getLogger("uniroute.audit")
@@ -27,8 +19,8 @@ AUDIT: Final = "uniroute:audit"
 
 MAX_LINES: Final = 10_000
 
+# A request without a key of ours.
 ANONYMOUS = "-"
-"""Whoever it was, no key of ours was shown."""
 
 ROOT = "root"
 
@@ -54,30 +46,33 @@ _ACTIONS = tuple(
     )
 )
 
-_SHOWN = 200
+MAX_TARGET_CHARS = 200
 
-LAST_MS: Final = 253_402_300_799_000
-"""The end of the year 9999. An entry may be given any number as its time."""
+# The end of the year 9999. An entry may have any number as its time.
+MAX_UNIX_MS: Final = 253_402_300_799_000
 
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Who writes: `root` (the environment's admin key), the id of a key, or `cli`; and in which request."""
+    """Who changes something, and in which request.
 
-    who: str
+    The id is `root` for the environment's admin key, the id of a client key, or `cli`.
+    """
+
+    id: str
     request_id: str | None = None
 
     def line(self, action: str, target: str) -> str:
-        """What the store keeps of a change that took place."""
+        """Return the audit line of a change that took place."""
         return json.dumps(
-            {"who": self.who, "action": action, "target": target, "outcome": "done", "request": self.request_id}
+            {"who": self.id, "action": action, "target": target, "outcome": "done", "request": self.request_id}
         )
 
     def log(self, action: str, target: str, outcome: object) -> None:
-        """One line whatever a caller wrote: nothing of it can end the line, and a key put in a URL is masked."""
-        shown = SECRET.sub("***", quote(target, safe="/:@", errors="replace"))[:_SHOWN] or "-"
+        """Log one line. Nothing that a caller wrote can end the line, and a key in a URL is masked."""
+        shown = SECRET.sub("***", quote(target, safe="/:@", errors="replace"))[:MAX_TARGET_CHARS] or "-"
         log.info(
-            "who=%s action=%s target=%s outcome=%s request=%s", self.who, action, shown, outcome, self.request_id or "-"
+            "who=%s action=%s target=%s outcome=%s request=%s", self.id, action, shown, outcome, self.request_id or "-"
         )
 
 
@@ -85,7 +80,7 @@ CLI = Actor("cli")
 
 
 def action_of(method: str, path: str) -> tuple[str, str]:
-    """The action that a call on the admin side asks for, and its target; of a call that we do not have, its words."""
+    """Return the action and the target of a call to the admin API; of an unknown call, its method and path."""
     for known, pattern, action in _ACTIONS:
         if method == known and (found := pattern.fullmatch(path)):
             return action, found[1]
@@ -93,30 +88,30 @@ def action_of(method: str, path: str) -> tuple[str, str]:
 
 
 class AuditTrail:
-    """The lines in the store, the last 10,000. Those of the registry are written by the scripts that change it."""
+    """The last MAX_LINES audit lines in the store. The scripts that change the registry write theirs themselves."""
 
-    def __init__(self, store: Store, author: Actor) -> None:
+    def __init__(self, store: Store, actor: Actor) -> None:
         self._store = store
-        self._author = author
+        self._actor = actor
 
-    async def note(self, action: str, target: str) -> None:
-        """Of a change that is not the registry's and that took place, so the store's silence cannot undo it."""
-        stored = {"line": self._author.line(action, target)}
+    async def record(self, action: str, target: str) -> None:
+        """Write the line of a change that is not the registry's. It took place, so a failure is only logged."""
+        stored = {"line": self._actor.line(action, target)}
         try:
-            async with self._store.asking("write the audit line") as client:
+            async with self._store.operation("write the audit line") as client:
                 await client.xadd(AUDIT, stored, maxlen=MAX_LINES, approximate=False)  # type: ignore[arg-type]
         except StoreUnavailable as error:
             log.warning("the line of %s is in this log alone: %s", action, error)
 
     async def latest(self, count: int) -> list[dict[str, Any]]:
-        """Newest first. Raises StoreUnavailable."""
-        async with self._store.asking("read the audit lines") as client:
+        """Return the newest lines, the newest first. Raise StoreUnavailable."""
+        async with self._store.operation("read the audit lines") as client:
             found: Any = await client.xrevrange(AUDIT, count=count)
         return [_shown(place, kept) for place, kept in found]
 
 
 def _shown(place: str, kept: Mapping[str, str]) -> dict[str, Any]:
-    at = rfc3339(min(int(place.partition("-")[0]), LAST_MS) / 1000, "milliseconds")
+    at = rfc3339(min(int(place.partition("-")[0]), MAX_UNIX_MS) / 1000, "milliseconds")
     try:
         line = json_object(kept.get("line", ""))
     except InvalidRecord:
@@ -124,15 +119,15 @@ def _shown(place: str, kept: Mapping[str, str]) -> dict[str, Any]:
     return {**line, "at": at}
 
 
-MAX_DIGITS: Final = len(str(MAX_WHOLE)) - 1
+MAX_DIGITS: Final = len(str(MAX_INTEGER)) - 1
 
 # Comes before every script that changes what is registered.
 ANNOUNCED: Final = load_script(
-    __package__, "audit", CHANGED=CHANGED, MAX_DIGITS=MAX_DIGITS, MAX_LINES=MAX_LINES, MAX_WHOLE=MAX_WHOLE
+    __package__, "audit", CHANGED=CHANGED, MAX_DIGITS=MAX_DIGITS, MAX_LINES=MAX_LINES, MAX_INTEGER=MAX_INTEGER
 )
 
 
-# Of a write that may have been done although nobody was told: what is to be done about it.
+# What to do about a write that may have been done although no answer came.
 _IN_DOUBT: Final = {
     CREATE_KEY: "nobody was shown its secret: where GET /admin/keys lists the id {target}, revoke it",
     ROTATE_KEY: "nobody was shown the new secret, and the old one may open no more: rotate it again",
@@ -153,14 +148,17 @@ class Step:
 
 
 class AuditedScript:
-    """Writes for an author; without one, for the service itself, which leaves no audit line."""
+    """Run scripts that change what is registered, with an audit line for their actor.
 
-    def __init__(self, store: Store, author: Actor | None = None) -> None:
+    Without an actor, the service itself writes, which leaves no line.
+    """
+
+    def __init__(self, store: Store, actor: Actor | None = None) -> None:
         self.store = store
-        self._author = author
+        self._actor = actor
 
     async def run(self, what: str, script: str, keys: list[str], arguments: list[str], act: tuple[str, str]) -> int:
-        """The script's answer: the new version, or a negative number that says why nothing was changed.
+        """Run a script; return the new version, or the negative number that says why nothing was changed.
 
         Args:
             what: completes "could not …".
@@ -169,15 +167,15 @@ class AuditedScript:
         Raises:
             StoreUnavailable: it may have been run or not; all our scripts may be run again.
         """
-        line = self._author.line(*act) if self._author else ""
+        line = self._actor.line(*act) if self._actor else ""
         keys = [VERSION, *keys, AUDIT]
         return int(await self._run(what, ANNOUNCED + script, keys, [*arguments, line], act))
 
     async def run_with(
         self, step: Step, what: str, script: str, keys: list[str], arguments: list[str], act: tuple[str, str]
     ) -> tuple[int, str]:
-        """As `run`, with a step that is done where the script changes something; and what the step answers."""
-        line = self._author.line(*act) if self._author else ""
+        """Do what `run` does and, if the script changes something, a step; return also what the step answers."""
+        line = self._actor.line(*act) if self._actor else ""
         own_keys, own_arguments = [VERSION, *keys, AUDIT], [*arguments, line]
         counts = {"WRITE_KEYS": len(own_keys), "WRITE_ARGUMENTS": len(own_arguments)}
         write = f"local function write(KEYS, ARGV)\n{ANNOUNCED}{script}end\n"

@@ -12,26 +12,29 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from proxy.storage.private_files import private_opener
-from proxy.storage.redis import InvalidRecord, is_unix_time, json_object
+from proxy.storage.values import InvalidRecord, is_unix_time, json_object
 
 PREFIX = "ur-"
 
+# Finds a secret wherever it was put by mistake.
 SECRET = re.compile(rf"{PREFIX}[A-Za-z0-9_-]{{43}}")
-"""What a secret looks like, wherever one was put by mistake."""
 
 
 def new_secret() -> str:
-    """Shown once, never stored."""
+    """Return a new secret, which is shown once and never stored."""
     return PREFIX + secrets.token_urlsafe(32)
 
 
 def digest_of(secret: str) -> str:
-    """What is stored and compared. A lone surrogate is hashed like any other garbage."""
+    """Return the digest that is stored and compared. A lone surrogate is hashed like any other garbage."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class AuthRequiredLatch:
-    """Set by the first client key, never cleared: neither revoking the last key nor an empty store opens the door."""
+    """Remember that a client key was made once: from then on every call needs one.
+
+    It is never cleared: neither revoking the last key nor emptying the store lets calls without a key in again.
+    """
 
     def __init__(self, data_dir: Path) -> None:
         self._path = data_dir / "keys-required"
@@ -51,7 +54,7 @@ class AuthRequiredLatch:
 
 @dataclass(frozen=True, slots=True)
 class KeyLimits:
-    """None: no limit."""
+    """The limits of a client key. None: no limit."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
@@ -77,17 +80,17 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 LIMITS = tuple(column.name for column in fields(KeyLimits))
 
+# The largest limit. Sums of whole picodollars stay exact far beyond it.
 MAX_USD = 1e6
-"""The largest limit: sums of whole picodollars stay exact far beyond it."""
 
 MAX_PER_MINUTE = 10**12
 
+# As of a request: times a cost it stays finite.
 MAX_LAMBDA = 1e12
-"""As of a request: times a cost it stays finite."""
 
 
 class InvalidKey(InvalidRecord):
-    """What a key cannot be; `param` is the field."""
+    """A field of a key has a value that it cannot have; `param` is the field."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -96,7 +99,7 @@ class InvalidKey(InvalidRecord):
 
 @dataclass(frozen=True, slots=True)
 class ClientKey:
-    """Checked whole when it is made: raises InvalidKey. Times are Unix seconds; None is no bound."""
+    """A client key, checked when it is made: raises InvalidKey. Times are Unix seconds; None is no bound."""
 
     id: str
     name: str
@@ -110,11 +113,11 @@ class ClientKey:
     role: Role = "client"
     expires_at: float | None = None
     lambda_default: float | None = None
-    """The λ of a request that states none; None: the settings', moved within the bounds."""
+    """The λ of a request that has none; None: that of the settings, moved within the bounds."""
     lambda_min: float | None = None
     lambda_max: float | None = None
     previous_digest: str | None = field(default=None, repr=False)
-    """Of the secret before the last rotation, which opens until `previous_until`."""
+    """Of the secret before the last rotation, which is valid until `previous_until`."""
     previous_until: float | None = None
 
     def __post_init__(self) -> None:
@@ -127,7 +130,7 @@ class ClientKey:
             raise InvalidKey("`previous_digest` and `previous_until` belong together")
 
     def matches(self, digest: str, now: float) -> bool:
-        """Whether this is the digest of its secret or, within the grace of a rotation, of the one before."""
+        """Return whether this is the digest of its secret or, in the grace period of a rotation, of the one before."""
         if hmac.compare_digest(digest, self.digest):
             return True
         if self.previous_digest is None or self.previous_until is None:
@@ -142,7 +145,7 @@ class ClientKey:
 
     @classmethod
     def from_json(cls, key_id: str, text: str) -> ClientKey:
-        """A field that is not known here may be a restriction that is not kept here: such a record is refused too."""
+        """Parse a record, or raise InvalidRecord: an unknown field may be a restriction that is not kept here."""
         stored = json_object(text)
         limits, models = stored.get("limits"), stored.get("models")
         if not isinstance(limits, dict | None):
@@ -162,13 +165,13 @@ class ClientKey:
 
 @dataclass(frozen=True, slots=True)
 class KeyChange:
-    """Fields of a key and of its limits, by name, and what they become. The others stay."""
+    """New values of some fields of a key and of its limits, by name."""
 
     fields: Mapping[str, Any] = field(default_factory=dict)
     limits: Mapping[str, Any] = field(default_factory=dict)
 
-    def of(self, key: ClientKey) -> ClientKey:
-        """Raises InvalidKey."""
+    def apply_to(self, key: ClientKey) -> ClientKey:
+        """Return the changed key, or raise InvalidKey."""
         return replace(key, **self.fields, limits=replace(key.limits, **self.limits))
 
 
@@ -188,7 +191,7 @@ def _check_lambdas(key: ClientKey) -> None:
 
 
 def clamp(value: float, low: float | None, high: float | None) -> float:
-    """The nearest to `value` between two bounds, None being no bound."""
+    """Return the value nearest to `value` between two bounds. None: no bound."""
     raised = value if low is None else max(value, low)
     return raised if high is None else min(raised, high)
 
@@ -205,8 +208,8 @@ def _is_list(value: object) -> bool:
     return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
 
 
-def _amount_up_to(most: float) -> Callable[[object], bool]:
-    return lambda value: not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value <= most
+def _amount_up_to(max_value: float) -> Callable[[object], bool]:
+    return lambda value: not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value <= max_value
 
 
 def _is_count(value: object) -> bool:

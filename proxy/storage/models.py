@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from proxy.settings.litellm_params import is_provider_param, stated_address
 from proxy.settings.models import ModelConfig, ModelInfo
-from proxy.storage.redis import LAST_TIME, InvalidRecord, json_object, number, unix_time
+from proxy.storage.values import MAX_UNIX_TIME, InvalidRecord, json_object, number, unix_time
 from router_core.errors import InvalidPrice
 from router_core.profiles import Profile
 from router_core.types import Price, price_field
@@ -20,45 +21,45 @@ ForwardMode = Literal["relay", "translate"]
 
 @dataclass(frozen=True)
 class ResolvedProvider:
-    """What litellm makes of a model's name and address."""
+    """How a model is reached, as litellm resolves its name and address."""
 
-    way: ForwardMode
-    """relay: it reads OpenAI's own format at `api_base`. translate: through litellm, in its provider's format."""
+    mode: ForwardMode
+    """relay: it reads OpenAI's own format at `api_base`. translate: litellm writes its provider's format."""
     model: str
-    """The provider's own name for it."""
+    """The provider's own name of it."""
     provider: str
     api_base: str | None = None
-    """Without a path to chat completions. None where litellm alone knows."""
+    """Without the path of chat completions. None: only litellm knows it."""
     key_variable: str | None = None
-    """Where a key is looked up that the model's parameters do not state."""
-    renames: Mapping[str, str] = field(default_factory=dict)
-    """Fields of OpenAI's that this provider knows under another name."""
+    """The environment variable of the key, if the model's parameters state none."""
+    param_aliases: Mapping[str, str] = field(default_factory=dict)
+    """OpenAI's name of a field → the provider's name of it."""
     own_address: bool = False
-    """Whether it is reached at its provider's own address: a key of the environment may go there alone."""
+    """It is the provider's own address: a key of the environment is sent to no other."""
 
     def to_json(self) -> dict[str, Any]:
-        stated = {"way": self.way, "model": self.model, "provider": self.provider, "api_base": self.api_base}
-        more = {"renames": dict(self.renames), "own_address": self.own_address}
+        stated = {"way": self.mode, "model": self.model, "provider": self.provider, "api_base": self.api_base}
+        more = {"renames": dict(self.param_aliases), "own_address": self.own_address}
         return {**stated, "key_variable": self.key_variable, **more}
 
     @classmethod
     def from_json(cls, stored: Any) -> ResolvedProvider:
-        """Raises InvalidRecord."""
+        """Parse what is stored, or raise InvalidRecord."""
         if not isinstance(stored, dict) or stored.get("way") not in ("relay", "translate"):
             raise InvalidRecord("not what a provider was resolved to")
         texts = {name: stored.get(name) for name in ("model", "provider", "api_base", "key_variable")}
-        renames = stored.get("renames") or {}
-        if not all(isinstance(value, str | None) for value in texts.values()) or not isinstance(renames, dict):
+        aliases = stored.get("renames") or {}
+        if not all(isinstance(value, str | None) for value in texts.values()) or not isinstance(aliases, dict):
             raise InvalidRecord("not what a provider was resolved to")
         if stored["way"] == "relay" and not texts["api_base"]:
             raise InvalidRecord("a model that is relayed needs an address")
         return cls(
-            way=stored["way"],
+            mode=stored["way"],
             model=texts["model"] or "",
             provider=texts["provider"] or "",
             api_base=texts["api_base"],
             key_variable=texts["key_variable"],
-            renames={str(old): str(new) for old, new in renames.items()},
+            param_aliases={str(openai): str(theirs) for openai, theirs in aliases.items()},
             own_address=stored.get("own_address") is True,
         )
 
@@ -68,7 +69,7 @@ MAX_SOURCE_CHARS = 60
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """A registered model: how the provider layer reaches it and what was stated of it."""
+    """A registered model: how it is called, and what is configured of it."""
 
     name: str
     litellm_params: Mapping[str, Any] = field(repr=False)
@@ -77,14 +78,24 @@ class ModelRecord:
     created_at: float
     """Unix seconds."""
     resolved: ResolvedProvider | None = None
-    """Who serves it, once that was looked up."""
+    """Its provider, once that was looked up."""
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of what decides the answers, so not of the key. A profile measured under another one is not used."""
+        """Return the digest of what decides the answers. A profile with another fingerprint is not used."""
         deciding = {key: value for key, value in self.litellm_params.items() if key != "api_key"}
         text = json.dumps(deciding, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @cached_property
+    def address(self) -> str | None:
+        """The address that was stated for it."""
+        return stated_address(self.litellm_params)
+
+    @cached_property
+    def has_body_params(self) -> bool:
+        """Whether it has parameters of its own that go into the body."""
+        return any(name != "model" and not is_provider_param(name) for name in self.litellm_params)
 
     @classmethod
     def of_entry(cls, entry: ModelConfig, source: Literal["config", "admin"], created_at: float) -> ModelRecord:
@@ -118,7 +129,7 @@ class ModelRecord:
 
 @dataclass(frozen=True, slots=True)
 class CurrentPrice:
-    """A price, who stated it, and since when (Unix seconds; None where it came with the configuration or litellm)."""
+    """A price, its source, and since when: Unix seconds; None: it is of the configuration or of litellm."""
 
     price: Price
     source: str
@@ -131,22 +142,22 @@ class CurrentPrice:
 
     @classmethod
     def from_fields(cls, stored: Mapping[str, str], seen_at: float) -> CurrentPrice:
-        """Read the hash, or raise InvalidPrice. `seen_at` stands in for the time that a foreign writer leaves out."""
+        """Parse the hash, or raise InvalidPrice. `seen_at` replaces a time that another writer has left out."""
         price = Price.from_fields(
             {name: _amount(name, text) for name, text in stored.items() if text and price_field(name)}
         )
-        updated_at = number(stored.get("updated_at"), LAST_TIME) or seen_at
+        updated_at = number(stored.get("updated_at"), MAX_UNIX_TIME) or seen_at
         return cls(price, (stored.get("source") or "external")[:MAX_SOURCE_CHARS], updated_at)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredProfile:
-    """A profile and the fingerprint of the model that it was measured on."""
+    """A profile, and the fingerprint of the model on which it was measured."""
 
     fingerprint: str
     profile: Profile
     job: str | None = None
-    """The job that measured it. None: it was handed over."""
+    """The job that measured it. None: it was uploaded."""
 
     def to_json(self) -> str:
         stored = {"fingerprint": self.fingerprint, "profile": self.profile.to_json(), "job": self.job}

@@ -23,14 +23,14 @@ log = logging.getLogger("uniroute.prices")
 
 FEED_TIMEOUT_S = 15.0
 
+# Held by the process that reads the feed this time.
 LEADER_LOCK = "uniroute:pricing-feed"
-"""Held by the process whose turn it is to read the feed."""
 
-FIRST_LOOK_S = 1.0
+MIN_INTERVAL_S = 1.0
 
 
 class PricedState(Protocol):
-    """A RoutingState, or as much of one as the feed needs."""
+    """What the feed needs of a RoutingSnapshot."""
 
     @property
     def models(self) -> Mapping[str, ModelRecord]: ...
@@ -45,13 +45,13 @@ class PriceFeedError(Exception):
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What a reading of the feed did, by model name."""
+    """What a reading of the feed has changed, by model name."""
 
     source: str
     updated: Mapping[str, Price] = field(default_factory=dict)
     unchanged: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
-    """Priced by an administrator, a foreign writer, or for the bundled map by model_info: not the feed's to change."""
+    """Priced by an administrator or another writer; for the bundled map, also by model_info."""
     unknown: tuple[str, ...] = ()
     """Not in the feed, or there without a price."""
 
@@ -65,8 +65,8 @@ async def sync_prices(registry: Registry, state: PricedState, url: str | None = 
     """Store the feed's prices of the registered models. `url` None: the map that the installed litellm carries.
 
     Raises:
-        FeedFailed: nothing was changed.
-        StoreUnavailable: what was not stored yet is not; repeat it.
+        PriceFeedError: nothing was changed.
+        StoreUnavailable: a part may have been stored; repeat it.
     """
     catalog = bundled_catalog() if url is None else await fetch_catalog(url)
     outcomes: dict[str, list[str]] = {"updated": [], "unchanged": [], "kept": [], "unknown": []}
@@ -78,7 +78,7 @@ async def sync_prices(registry: Registry, state: PricedState, url: str | None = 
 
 
 async def _synced(registry: Registry, state: PricedState, name: str, price: Price | None, *, bundled: bool) -> str:
-    """Which list of the report the model belongs to."""
+    """Store a price if it may be; return the list of the report to which the model belongs."""
     now = state.prices.get(name)
     if price is None:
         return "unknown"
@@ -88,7 +88,7 @@ async def _synced(registry: Registry, state: PricedState, name: str, price: Pric
 
 
 async def fetch_catalog(url: str) -> PriceMap:
-    """Raises FeedFailed: not reached, a redirect, an error status, too large, not JSON, or not a whole price map."""
+    """Read a price map. Raise PriceFeedError: not reached, a redirect, an error status, too large, or no price map."""
     try:
         return parse_price_map(parse_json(await _fetch(url)))
     except OutboundConnectError as error:
@@ -118,7 +118,7 @@ async def _fetch(url: str) -> bytes:
 
 
 class PriceFeed:
-    """Reads the feed every `price_refresh_minutes`, in one process at a time."""
+    """Read the feed every `price_refresh_minutes`, in one process at a time."""
 
     def __init__(self, settings: Settings, store: Store, registry: Registry, state: SnapshotWatcher) -> None:
         self._period_s = settings.price_refresh_minutes * 60
@@ -128,7 +128,7 @@ class PriceFeed:
         self._state = state
 
     async def run(self) -> None:
-        """For ever; returns at once where no feed is wanted. A failure is logged and the next reading tries again."""
+        """Read until cancelled; return at once if no feed is wanted. Log a failure and try again next time."""
         if self._period_s <= 0:
             return
         while True:
@@ -138,29 +138,33 @@ class PriceFeed:
                     log.info("price feed %s: %d prices changed", report.source, len(report.updated))
             except (PriceFeedError, StoreUnavailable) as error:
                 log.warning("%s", error)
-            await asyncio.sleep(min(self._period_s, max(FIRST_LOOK_S, self._period_s / 4)))
+            await asyncio.sleep(min(self._period_s, max(MIN_INTERVAL_S, self._period_s / 4)))
 
     async def _acquire_lock(self) -> bool:
-        async with self._store.asking("read the price feed") as client:
+        async with self._store.operation("read the price feed") as client:
             return bool(await client.set(LEADER_LOCK, "1", nx=True, px=max(1, int(self._period_s * 1000))))
 
 
 def _listed(catalog: PriceMap, record: ModelRecord, *, by_name: bool) -> Price | None:
-    """By litellm's name; a feed of one's own may also list the registered name."""
+    """Find the price by litellm's name or, in a feed of one's own, by the registered name."""
     names = [str(record.litellm_params["model"]), *([record.name] if by_name else [])]
     found = (catalog.find(name) for name in names)
     return next((entry.price for entry in found if entry and entry.price), None)
 
 
 def _may_change(price: CurrentPrice | None, record: ModelRecord, *, bundled: bool) -> bool:
-    """`free: true` is a statement about the machine. A price in model_info yields to a feed, not to the bundled map."""
+    """Return whether the feed may set this price.
+
+    `free: true` says something of the machine, and stays. A price in model_info gives way to a feed, and not to the
+    bundled map.
+    """
     if record.info.free:
         return False
     return price is None or price.source in ("sync", "litellm") or (price.source == "model_info" and not bundled)
 
 
 async def _stored(registry: Registry, name: str, price: Price) -> bool:
-    """False: somebody stated a price meanwhile, or the model is gone."""
+    """Store a price; return False if it was set elsewhere meanwhile, or if the model is gone."""
     try:
         return await registry.put_price(name, price, "sync") is not None
     except UnknownModel:
@@ -168,7 +172,7 @@ async def _stored(registry: Registry, name: str, price: Price) -> bool:
 
 
 def _shown(url: str | None) -> str:
-    """Where the prices came from, without what may be a secret."""
+    """Return the source of the prices, without what may be a secret."""
     if url is None:
         return "litellm"
     parts = urlsplit(url)

@@ -20,12 +20,12 @@ TEXT_MODES = frozenset({None, "chat", "completion", "responses"})
 
 MAX_WINDOW = 10**12
 
+# Providers whose zero price is a price. Elsewhere it stands for a trial, a subscription or "not known".
 RUNS_LOCALLY = frozenset({"ollama", "ollama_chat", "lemonade", "lm_studio"})
-"""Providers whose zero price is a price. Elsewhere it stands for a trial, a subscription or "not known"."""
 
 
 class InvalidPriceMap(InvalidInput):
-    """A document that is not a price map; the message names the entry."""
+    """A document is not a price map; the message names the entry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class PriceMap:
         return iter(self._entries.values())
 
     def find(self, model: str) -> CatalogEntry | None:
-        """The entry of `provider/model`, or of its bare name if that is listed under the same provider."""
+        """Return the entry of `provider/model`, or of its bare name if that is listed under the same provider."""
         if entry := self._entries.get(model):
             return entry
         provider, _, bare = model.partition("/")
@@ -79,7 +79,7 @@ def parse_price_map(document: object) -> PriceMap:
 
 @lru_cache(maxsize=1)
 def bundled_catalog() -> PriceMap:
-    """The map that the installed litellm carries."""
+    """Return the price map of the installed litellm."""
     spec = find_spec("litellm")
     if spec is None or not spec.submodule_search_locations:
         raise InvalidPriceMap("litellm is not installed, so its price map cannot be read")
@@ -88,14 +88,14 @@ def bundled_catalog() -> PriceMap:
 
 
 def _shorter(bare: str) -> Iterator[str]:
-    """gemini-2.5-pro; for bedrock/converse/us.anthropic.claude-…: that, then without each leading part."""
+    """Yield the name, then the name without its first part, and so on, as of converse/us.anthropic.claude-…"""
     while bare:
         yield bare
         _, _, bare = bare.partition("/")
 
 
 def _same_provider(asked: str, listed: str) -> bool:
-    """vertex_ai lists vertex_ai-language-models, bedrock lists bedrock_converse."""
+    """Compare providers: vertex_ai also lists vertex_ai-language-models, and bedrock bedrock_converse."""
     return listed == asked or listed.startswith((f"{asked}-", f"{asked}_"))
 
 
@@ -121,7 +121,7 @@ def _entry(name: str, listed: dict[str, Any]) -> CatalogEntry:
 def _capabilities(listed: dict[str, Any]) -> Capabilities:
     reads, answers = _modalities(listed, "supported_modalities"), _modalities(listed, "supported_output_modalities")
     largest_output = _limit(listed, "max_output_tokens")
-    # max_tokens is the older name of either limit: of the output where that is known, else of the window
+    # max_tokens is the older name of either limit: of the output if that is known, else of the window.
     window = _limit(listed, "max_input_tokens") or (None if largest_output else _limit(listed, "max_tokens"))
     return Capabilities(
         max_input_tokens=window,
@@ -168,7 +168,7 @@ def _amount(name: str, listed: Mapping[str, Any], field: str) -> float | None:
 
 
 def _limit(listed: dict[str, Any], field: str) -> int | None:
-    """A context window; some entries of the real map carry text here, which is as good as unknown."""
+    """Return a context window; None if it is unknown. Some entries of the real map have a text here."""
     value = listed.get(field)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= MAX_WINDOW:
         return None
@@ -176,13 +176,13 @@ def _limit(listed: dict[str, Any], field: str) -> int | None:
 
 
 def _ability(listed: dict[str, Any], field: str) -> bool | None:
-    """Stated, or unknown: the map lists what a model can do and seldom what it cannot."""
+    """Return whether a model can do something; None if it is unknown. The map seldom lists what a model cannot do."""
     value = listed.get(field)
     return value if isinstance(value, bool) else None
 
 
 def _modalities(listed: dict[str, Any], field: str) -> Callable[[str], bool | None]:
-    """Whether a list of modalities names one; where there is a list, what it does not name is not there."""
+    """Return a function that says whether a list of modalities names one; None if there is no list."""
     value = listed.get(field)
     return lambda modality: modality in value if isinstance(value, list) and value else None
 

@@ -8,61 +8,62 @@ from typing import Any, TypeVar
 from redis.exceptions import RedisError
 
 from proxy.storage.client_keys import ClientKey
-from proxy.storage.complaints import Complaints
 from proxy.storage.models import CurrentPrice, ModelRecord, StoredProfile
-from proxy.storage.redis import KEYS, MODELS, PREVIOUS_PROFILES, PROFILES, VERSION, Store, price_key, whole_number
+from proxy.storage.redis import KEYS, MODELS, PREVIOUS_PROFILES, PROFILES, VERSION, Store, price_key
+from proxy.storage.values import OddValues, whole_number
 from router_core.errors import InvalidInput
 
 log = logging.getLogger("uniroute.state")
 
 _Entry = TypeVar("_Entry")
 
-_Raw = Mapping[str, str]
-
 
 @dataclass(frozen=True)
 class StoredState:
-    """One consistent reading, parsed. An entry that cannot be read is its last good value; a key is absent."""
+    """One consistent reading, parsed.
+
+    An entry that cannot be read has its last good value; a key that cannot be read is absent.
+    """
 
     version: int = -1
     """-1: nothing was read yet."""
     models: Mapping[str, ModelRecord] = field(default_factory=dict)
     profiles: Mapping[str, StoredProfile] = field(default_factory=dict)
-    earlier: Mapping[str, StoredProfile] = field(default_factory=dict)
-    """The same answers on the map before."""
+    previous_profiles: Mapping[str, StoredProfile] = field(default_factory=dict)
+    """Of the same models on the map before."""
     keys: Mapping[str, ClientKey] = field(default_factory=dict)
     """By id."""
     keys_exist: bool = True
-    """Also when they cannot be read: the door is open only where it is known that no key was made."""
+    """Also true if they cannot be read: no key is needed only where it is known that none was made."""
     prices: Mapping[str, CurrentPrice] = field(default_factory=dict)
 
 
 class StateReader:
-    """Reads again what changed. Keeps the last good reading; complains about each broken entry once."""
+    """Read what changed. Keep the last good reading, and warn of each broken entry once."""
 
     def __init__(self, store: Store, clock: Callable[[], float]) -> None:
         self._store = store
         self._clock = clock
         self._raw_prices: dict[str, object] = {}
-        self._warn_once = Complaints(log).make
+        self._warn_once = OddValues(log).warn_once
         self.last = StoredState()
 
     async def read(self, configured: Collection[str], *, whole: bool = False) -> bool:
-        """Bring `last` up to date; whether it changed.
+        """Bring `last` up to date; return whether it changed.
 
         Args:
-            configured: models of the configuration, which are priced here too.
-            whole: read all even if the version is the same: after an emptied store it may count as before.
+            configured: models of the configuration, whose prices are read too.
+            whole: read all even if the version is the same. An emptied store may count up to the same version.
 
         Raises:
-            StoreUnavailable: `last` is then as it was.
+            StoreUnavailable: `last` stays as it was.
         """
         names = sorted({*configured, *self.last.models})
         version, *raw_prices = await self._pipeline([("GET", VERSION), *(("HGETALL", price_key(n)) for n in names)])
         before = self.last
         if whole or self._version(version) != self.last.version:
             self.last = await self._read_all()
-            # and the prices again: those that were read before may be older than this version
+            # Read the prices again: those that were read before may be older than this version.
             names = sorted({*configured, *self.last.models})
             raw_prices = await self._pipeline([("HGETALL", price_key(name)) for name in names])
         prices = self._prices(dict(zip(names, raw_prices, strict=True)))
@@ -71,26 +72,26 @@ class StateReader:
         return self.last is not before
 
     async def _pipeline(self, commands: list[tuple[str, str]], *, transaction: bool = False) -> list[Any]:
-        async with self._store.asking("read the state") as client, client.pipeline(transaction=transaction) as pipe:
+        async with self._store.operation("read the state") as client, client.pipeline(transaction=transaction) as pipe:
             for command in commands:
                 pipe.execute_command(*command)
             return await pipe.execute(raise_on_error=False)
 
     async def _read_all(self) -> StoredState:
         commands = [("GET", VERSION), *(("HGETALL", key) for key in (MODELS, PROFILES, PREVIOUS_PROFILES, KEYS))]
-        version, models, profiles, earlier, keys = await self._pipeline(commands, transaction=True)
+        version, models, profiles, previous, keys = await self._pipeline(commands, transaction=True)
         return StoredState(
             version=self._version(version),
             models=self._entries(MODELS, models, self.last.models, ModelRecord.from_json),
             profiles=self._entries(PROFILES, profiles, self.last.profiles, _stored_profile),
-            earlier=self._entries(PREVIOUS_PROFILES, earlier, self.last.earlier, _stored_profile),
-            keys=self._entries(KEYS, keys, self.last.keys, ClientKey.from_json, else_last=False),
+            previous_profiles=self._entries(PREVIOUS_PROFILES, previous, self.last.previous_profiles, _stored_profile),
+            keys=self._entries(KEYS, keys, self.last.keys, ClientKey.from_json, keep_last=False),
             keys_exist=not isinstance(keys, dict) or bool(keys),
             prices=self.last.prices,
         )
 
     def _version(self, raw: object) -> int:
-        """0 where it is none of ours: the next change makes it a number again, see writer."""
+        """Return the version; 0 if it is none of ours. The next change makes it a number again (audit.lua)."""
         version = whole_number(raw or 0)
         if version is None:
             self._warn_once(VERSION, "holds no number; changes that others make without telling are not seen")
@@ -103,9 +104,13 @@ class StateReader:
         last: Mapping[str, _Entry],
         parse: Callable[[str, str], _Entry],
         *,
-        else_last: bool = True,
+        keep_last: bool = True,
     ) -> Mapping[str, _Entry]:
-        """`else_last`: an entry that cannot be read is what it was; not so a key, which may have been taken away."""
+        """Parse a hash.
+
+        Args:
+            keep_last: keep the last good value of an entry that cannot be read. Not of a key, which may be revoked.
+        """
         if not isinstance(raw, dict):
             self._warn_once(key, f"cannot be read, the last reading stays: {raw}")
             return last
@@ -115,7 +120,7 @@ class StateReader:
                 entries[name] = parse(name, text)
             except InvalidInput as error:
                 self._warn_once(f"{key} {name}", str(error))
-                if else_last and name in last:
+                if keep_last and name in last:
                     entries[name] = last[name]
         return entries
 

@@ -1,6 +1,7 @@
-"""Commands in the bytes of Redis' protocol, and a round trip for many of them: a pipeline of redis-py at half the cost.
+"""The store: one Redis, or the embedded Valkey. Names of keys, Lua scripts, round trips, and whether it answers.
 
-What makes a pipeline dear is done for every command: its options, its observation and a time limit of its own.
+Commands are packed here, and a round trip for many of them costs half of what a pipeline of redis-py costs: that does
+for every command what is needed once, its options, its observation and a time limit of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import contextlib
 import json
 import logging
 import math
-import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -18,7 +18,6 @@ from importlib.resources import files
 from typing import Any, Final
 from urllib.parse import quote
 
-import orjson
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -26,13 +25,12 @@ from redis.exceptions import ConnectionError as ConnectionFailed
 from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as NoAnswer
 
-from proxy.concurrency import cancel_and_wait, run_uncancelled
+from proxy.concurrency import BackgroundTasks, run_uncancelled
 from proxy.settings.models import SettingsError
 from proxy.settings.redis_address import RedisAddress
 from proxy.settings.schema import Settings
-from proxy.storage.redis_server import IS_REPLICA, RedisServer, SentinelPool, UnsuitableServer
+from proxy.storage.redis_connections import IS_REPLICA, RedisServer, SentinelPool, UnsuitableServer
 from proxy.storage.valkey import EmbeddedStoreFailed, EmbeddedValkey
-from router_core.errors import InvalidInput
 
 VERSION: Final = "uniroute:version"
 
@@ -40,134 +38,43 @@ MODELS: Final = "uniroute:models"
 
 PROFILES: Final = "uniroute:profiles"
 
+# The profile of a model on the map before, for processes that still use that map, or will again.
 PREVIOUS_PROFILES: Final = f"{PROFILES}:earlier"
-"""The profile of a model on the map before, for processes that still use that map, or will again."""
 
 KEYS: Final = "uniroute:keys"
 
+# The channel on which the writer of a price publishes the model's name; with `:<model>` the hash itself.
 PRICING: Final = "uniroute:pricing"
-"""The channel on which whoever writes a price publishes the model's name; with `:<model>` the hash itself."""
 
+# The channel on which every other change publishes the new version.
 CHANGED: Final = "uniroute:changed"
-"""The channel on which every other change publishes the new version."""
 
 
 def price_key(model: str) -> str:
     return f"{PRICING}:{model}"
 
 
-MAX_CHARS: Final = 4_000_000
-"""A profile of a map of a thousand clusters has some 200,000."""
-
-MAX_DEPTH: Final = 100
-
-MAX_WHOLE: Final = 2**53 - 1
-"""Beyond, the numbers of Lua and of JSON's readers are no longer exact."""
-
-LAST_TIME: Final = math.nextafter(1e11, 0)
-"""Unix seconds: what is later is a mistake."""
-
-_RARE = re.compile(r"\\u|\d{19}|[eE]\+?\d{3}", re.ASCII)
-"""What half characters, infinite numbers and those of more than 64 bits are written with."""
-
-_NUMERAL = re.compile(r"[+-]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][+-]?\d{1,4})?", re.ASCII)
-
-
-class InvalidRecord(InvalidInput):
-    """A stored entry that is not what we write; the message says what is wrong with it."""
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """Raises InvalidRecord."""
-    if len(text) > MAX_CHARS:
-        raise InvalidRecord(f"has {len(text)} characters; {MAX_CHARS} are read at most")
-    try:
-        stored = json.loads(text, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRecord(f"not JSON: {error}") from error
-    if not isinstance(stored, dict):
-        raise InvalidRecord(f"must be a JSON object; got {type(stored).__name__}")
-    if text.count("[") + text.count("{") > MAX_DEPTH and _is_deeper(stored, MAX_DEPTH):
-        raise InvalidRecord(f"is nested deeper than {MAX_DEPTH} levels")
-    if _RARE.search(text):
-        _check_can_be_sent(stored)
-    return stored
-
-
-def number(value: object, most: float = 1e15) -> float | None:
-    """A number from 0 to `most`, stated as such or as text. None: it is nothing of the kind."""
-    if isinstance(value, str) and len(value) < 100 and _NUMERAL.fullmatch(value.strip()):
-        value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
-        return None
-    return float(value)
-
-
-def whole_number(value: object, most: int = MAX_WHOLE) -> int | None:
-    """A whole number from 0 to `most`, stated as such or as text. None: it is nothing of the kind."""
-    found = number(value, most)
-    return int(found) if found is not None and found.is_integer() else None
-
-
-def is_unix_time(value: object) -> bool:
-    return not isinstance(value, str) and number(value, LAST_TIME) is not None
-
-
-def unix_time(value: Any) -> float:
-    """Raises InvalidRecord."""
-    if not is_unix_time(value):
-        raise InvalidRecord(f"a time must be Unix seconds; got {value!r}"[:200])
-    return float(value)
-
-
-def _is_deeper(value: object, levels: int) -> bool:
-    """Level by level, for recursion is what deep values are feared for."""
-    level = [value]
-    for _ in range(levels):
-        level = [inner for each in level if isinstance(each, dict | list) for inner in _inner(each)]
-        if not level:
-            return False
-    return any(isinstance(each, dict | list) for each in level)
-
-
-def _inner(value: dict[str, Any] | list[Any]) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else value
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number")
-
-
-def _check_can_be_sent(stored: object) -> None:
-    """Raises InvalidRecord: no upstream and no administrator could be sent it."""
-    try:
-        json.dumps(stored, allow_nan=False)
-        orjson.dumps(stored)
-    except (ValueError, TypeError) as error:
-        raise InvalidRecord(f"holds what no JSON can be sent with: {error}") from error
-
-
-def encode_command(words: Iterable[str]) -> bytes:
-    """One command of these words: an array of bulk strings."""
-    bulk = [b"$%d\r\n%b\r\n" % (len(data), data) for data in (word.encode("utf-8", "replace") for word in words)]
-    return b"*%d\r\n" % len(bulk) + b"".join(bulk)
-
-
 def load_script(package: str | None, *names: str, **constants: str | int) -> str:
     """Return one Lua script: `constants` as its locals, then the files `names` of `package`, without their `.lua`.
 
-    Files that hold functions for others come first. Texts of `constants` are plain ASCII.
+    Files whose functions the others use come first. Texts of `constants` are plain ASCII.
     """
     locals_ = [f"local {name} = {json.dumps(value)}\n" for name, value in constants.items()]
     folder = files(package or "")
     return "".join([*locals_, *(folder.joinpath(f"{name}.lua").read_text("utf-8") for name in names)])
 
 
-async def pipeline(client: Redis, commands: Sequence[bytes]) -> list[Any]:
-    """A reply to each, or the ResponseError in its place, as a pipeline gives them that is no transaction; and where a
-    pooled connection went stale it tries again, as that does.
+def encode_command(words: Iterable[str]) -> bytes:
+    """Return a command in Redis' protocol: an array of bulk strings."""
+    bulk = [b"$%d\r\n%b\r\n" % (len(data), data) for data in (word.encode("utf-8", "replace") for word in words)]
+    return b"*%d\r\n" % len(bulk) + b"".join(bulk)
 
-    Without a time limit: whoever asks has one for the whole. Where that cuts it off, the connection is closed.
+
+async def pipeline(client: Redis, commands: Sequence[bytes]) -> list[Any]:
+    """Send encoded commands in one round trip; return the replies, with a ResponseError in the place of a failed one.
+
+    As in a pipeline of redis-py that is no transaction, a pooled connection that went stale is tried again. There is
+    no time limit: the caller has one for the whole. If that cuts it off, the connection is closed.
 
     Raises:
         RedisError, OSError: of the connection.
@@ -195,107 +102,132 @@ async def _reply(connection: Any) -> Any:
         return error
 
 
-PING_S = 2.0
-"""One ping waits this long: it is answered as soon as the server is, and few connections pile up in front of it."""
-
-PROBE_INTERVAL_S = 0.25
-
-
-class AvailabilityProbe:
-    """Ends by itself. While it lasts nobody needs to wait for the server."""
-
-    def __init__(self, server: RedisServer, before_its_end: Callable[[], Awaitable[None]]) -> None:
-        self._server = server
-        self._before_its_end = before_its_end
-        self._since: float | None = None
-        self._pinging: asyncio.Task[None] | None = None
-
-    @property
-    def seconds(self) -> float | None:
-        """How long it has lasted; None: the server answers for all we know."""
-        return None if self._since is None else time.monotonic() - self._since
-
-    def begin(self) -> None:
-        if self._since is None:
-            self._since = time.monotonic()
-            self._pinging = asyncio.create_task(self._until_it_answers(), name="uniroute-ping")
-
-    async def close(self) -> None:
-        await cancel_and_wait(self._pinging)
-
-    async def _until_it_answers(self) -> None:
-        pool = self._server.pool(
-            socket_timeout=PING_S, socket_connect_timeout=PING_S, retry=Retry(NoBackoff(), 0), timeout=None
-        )
-        client = Redis.from_pool(pool)
-        try:
-            while True:
-                if await _answers(client):
-                    await self._before_its_end()
-                    return
-                await asyncio.sleep(PROBE_INTERVAL_S)
-        finally:
-            self._since = None
-            await client.aclose()
-
-
-async def _answers(client: Redis) -> bool:
-    """Also with an error, or by refusing the connection: whoever asks then need not wait to be told."""
-    try:
-        async with asyncio.timeout(PING_S):
-            reply: Any = client.ping()  # typed for the blocking client too: "Awaitable[bool] | bool"
-            await reply
-    except (NoAnswer, TimeoutError):
-        return False
-    except (RedisError, OSError):
-        return True
-    return True
-
-
-OPERATION_S = 0.75
-"""All of an operation, whatever redis-py retries: an admin call that meets a silent server answers within a second."""
-
-READING_S = 0.05
-
-CONNECTIONS = 16
-"""At most: a server of one thread answers no faster over more. Further operations wait for one, within OPERATION_S."""
-
+# Between two attempts of what waits for the store.
 RETRY_INTERVAL_S = 0.5
 
-CONFIRMED_MS = 200
-"""How long a replica is waited for, that has an administrator's change too."""
+
+class Availability:
+    """Keep whether the store answers within the time that one user of it has; log each change once.
+
+    Users differ in what they can wait for: a store that takes 100 ms is available to the usage writer, and not to the
+    limits of a request. So each user has its own, and all keep it in the same way.
+    """
+
+    def __init__(
+        self,
+        log: logging.Logger | None = None,
+        *,
+        back: str = "",
+        known: bool = True,
+        retry_interval_s: float = RETRY_INTERVAL_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            log: gets a warning, the reason, when the store is lost, and `back` when it is there again.
+            known: whether the store is taken to be available before it was asked.
+            retry_interval_s: between two questions whether it answers again.
+        """
+        self.reason = ""  # why it is, or was last, unavailable
+        self._log = log
+        self._back = back
+        self._retry_interval_s = retry_interval_s
+        self._clock = clock
+        self._lost_at = None if known else clock()
+        self._logged_at: float | None = None
+        self._retry_at = 0.0
+
+    @property
+    def available(self) -> bool:
+        return self._lost_at is None
+
+    @property
+    def unavailable_s(self) -> float | None:
+        """Return for how long the store has been unavailable; None: it is available for all that is known."""
+        return None if self._lost_at is None else self._clock() - self._lost_at
+
+    def mark_unavailable(self, reason: str, *, log_interval_s: float = math.inf) -> None:
+        """Note a failure. Log its reason if it is the first one, and again every `log_interval_s` while it lasts."""
+        now = self._clock()
+        if self._log and (self.available or self._logged_at is None or now - self._logged_at >= log_interval_s):
+            self._log.warning("%s", reason)
+            self._logged_at = now
+        self.reason = reason
+        self._lost_at = now if self._lost_at is None else self._lost_at
+        self._retry_at = now + self._retry_interval_s
+
+    def mark_available(self) -> None:
+        if self._lost_at is not None and self._log and self._back:
+            self._log.info("%s", self._back)
+        self._lost_at = None
+
+    def may_ask(self) -> bool:
+        """Return True while the store is available, and to one caller in each interval while it is not."""
+        if self._lost_at is None:
+            return True
+        now = self._clock()
+        if now < self._retry_at:
+            return False
+        self._retry_at = now + self._retry_interval_s
+        return True
+
+    async def poll(self, answers: Callable[[], Awaitable[bool]]) -> None:
+        """Ask until the store answers, and mark it available."""
+        while True:
+            if await answers():
+                return self.mark_available()
+            await asyncio.sleep(self._retry_interval_s)
+
+
+# A ping is answered as soon as the server is back, and few connections pile up in front of it.
+PING_TIMEOUT_S = 2.0
+
+PING_INTERVAL_S = 0.25
+
+# All of an operation, with whatever redis-py retries: an admin call that meets a silent server answers within a second.
+OPERATION_TIMEOUT_S = 0.75
+
+# Where this process was kept busy, time to read what has arrived meanwhile.
+READ_GRACE_S = 0.05
+
+# A server of one thread answers no faster over more. Further operations wait for one, within OPERATION_TIMEOUT_S.
+MAX_CONNECTIONS = 16
+
+# How long a replica may take to confirm an administrator's change.
+REPLICA_TIMEOUT_MS = 200
 
 log = logging.getLogger("uniroute.store")
 
 
 class StoreUnavailable(Exception):
-    """Redis did not take a write or give a reading. What was asked may be asked again."""
+    """Redis did not take a write or give a reading. The operation may be repeated."""
 
+    # Whether a write may have been done although no answer came.
     in_doubt = False
-    """Whether a write may have been done although nobody said so."""
 
 
 class StoreUnreadable(StoreUnavailable):
-    """Redis answers, and holds something else than we would have written. Asking again changes nothing."""
+    """Redis answers, and holds something else than we would have written. Repeating changes nothing."""
 
 
 class Store:
-    """Redis, or the embedded Valkey where no URL was given."""
+    """Run operations on Redis, or on the embedded Valkey where no URL is given."""
 
     def __init__(self, address: RedisAddress | str, embedded: EmbeddedValkey | None = None) -> None:
-        """Raises SettingsError where a file of certificates cannot be used."""
+        """Raise SettingsError where a file of certificates cannot be used."""
         self.url = address
         self.server = RedisServer(RedisAddress.parse(address) if isinstance(address, str) else address)
         self.embedded = embedded
-        self._silence = AvailabilityProbe(self.server, self._forget_idle_connections)
+        self._availability = Availability(retry_interval_s=PING_INTERVAL_S)
+        self._tasks = BackgroundTasks()
         self._starting: asyncio.Task[None] | None = None
         pool = self.server.pool(
             timeout=None,
             decode_responses=True,
             encoding_errors="replace",  # a foreign writer's broken bytes must not break the connection
-            socket_timeout=OPERATION_S,
-            socket_connect_timeout=OPERATION_S,
-            max_connections=CONNECTIONS,
+            socket_timeout=OPERATION_TIMEOUT_S,
+            socket_connect_timeout=OPERATION_TIMEOUT_S,
+            max_connections=MAX_CONNECTIONS,
             # For a pooled connection that went stale; our writes may be repeated.
             retry=Retry(NoBackoff(), 1, supported_errors=(ConnectionFailed,)),
         )
@@ -303,7 +235,7 @@ class Store:
 
     @classmethod
     async def open(cls, settings: Settings) -> Store:
-        """Connect, starting the embedded server if it is needed.
+        """Connect, and start the embedded server if it is needed.
 
         Raises:
             SettingsError: what answers at the given URL cannot be used. Where nothing answers, it may come up later.
@@ -324,42 +256,43 @@ class Store:
         except EmbeddedStoreFailed as error:
             raise StoreUnavailable(str(error)) from error
         except asyncio.CancelledError:
-            embedded.closing = True  # its thread goes on without us, and would start a server for nobody
+            embedded.closing = True  # its thread goes on without us, and would start a server that nothing uses
             await run_uncancelled(_stopped(embedded, starting))
             raise
         return cls(f"unix://{quote(str(embedded.socket_path))}", embedded)
 
     @property
     def name(self) -> str:
-        """Where it is, without any password."""
+        """Return where it is, without a password."""
         return self.server.name
 
     async def check_kind(self) -> None:
-        """Raises SettingsError: it answers, and is a Cluster, or a Sentinel that was given as the server."""
+        """Raise SettingsError if a Cluster answers, or a Sentinel that was given as the server."""
         try:
-            async with self.asking("reach the store") as client:
-                await _awaited(client.ping())
+            async with self.operation("reach the store") as client:
+                await awaited(client.ping())
         except StoreUnavailable as error:
             if isinstance(error.__cause__, UnsuitableServer):
                 raise SettingsError(f"redis_url: Redis at {self.name} {error.__cause__}") from None
 
     @asynccontextmanager
-    async def asking(self, what: str) -> AsyncIterator[Redis]:
-        """The client, for one operation. `what` completes "could not …".
+    async def operation(self, what: str) -> AsyncIterator[Redis]:
+        """Give the client for one operation, with a time limit. `what` completes "could not …".
 
-        A server that was silent is not waited for a second time: until it answers a ping, all are refused at once.
+        After a timeout all operations fail at once until the server answers a ping.
 
         Raises:
             StoreUnavailable: in place of every failure of Redis.
         """
-        if (silent_s := self._silence.seconds) is not None:
+        if (silent_s := self._availability.unavailable_s) is not None:
             raise StoreUnavailable(f"could not {what}: Redis at {self.name} has not answered for {silent_s:.1f} s")
         try:
-            async with _timeout(OPERATION_S):
+            async with _timeout(OPERATION_TIMEOUT_S):
                 yield self.client
         except (RedisError, OSError, TimeoutError) as error:
-            if isinstance(error, NoAnswer | TimeoutError):
-                self._silence.begin()
+            if isinstance(error, NoAnswer | TimeoutError) and self._availability.available:
+                self._availability.mark_unavailable(str(error))
+                self._tasks.start("uniroute-ping", self._ping_until_available, restart=False)
             raise self._failure(what, error) from error
 
     def _failure(self, what: str, error: Exception) -> StoreUnavailable:
@@ -370,23 +303,23 @@ class Store:
         return failure
 
     async def run_durably(self, what: str, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
-        """What a script answers that changes what must outlive a failover. Which script does not matter: it is sent.
+        """Run a script whose change must outlive a failover, and return its answer. The script itself is sent.
 
-        Where sentinels may make a replica the primary, a replica is waited for; if none confirms, the log says so.
+        Where sentinels may make a replica the primary, wait for a replica; if none confirms, the log says so.
 
         Raises:
             StoreUnavailable: the script may have been run all the same.
         """
         pool = self.client.connection_pool
-        async with self.asking(what) as client:
+        async with self.operation(what) as client:
             if not isinstance(pool, SentinelPool):
-                return await _awaited(client.eval(script, len(keys), *keys, *arguments))
+                return await awaited(client.eval(script, len(keys), *keys, *arguments))
             await pool.look()
             primary = pool.master_address
             command = ["EVAL", script, str(len(keys)), *map(str, (*keys, *arguments))]
             # One connection for both: WAIT is for what its own connection wrote.
             answer, copies = await pipeline(
-                client, [encode_command(command), encode_command(["WAIT", "1", str(CONFIRMED_MS)])]
+                client, [encode_command(command), encode_command(["WAIT", "1", str(REPLICA_TIMEOUT_MS)])]
             )
         if isinstance(answer, RedisError):
             raise self._failure(what, answer) from answer
@@ -396,23 +329,26 @@ class Store:
             doubt = StoreUnavailable(f"could not {what}: the sentinels of {self.name} make another server the primary")
             doubt.in_doubt = True
             raise doubt
-        log.warning("no replica has what was done to %s within %d ms: a failover would undo it", what, CONFIRMED_MS)
+        log.warning(
+            "no replica has what was done to %s within %d ms: a failover would undo it", what, REPLICA_TIMEOUT_MS
+        )
         return answer
 
     async def available(self) -> bool:
+        """Ask the server."""
         try:
-            async with self.asking("reach the store") as client:
-                return bool(await _awaited(client.ping()))
+            async with self.operation("reach the store") as client:
+                return bool(await awaited(client.ping()))
         except StoreUnavailable:
             return False
 
     async def primary_moved(self) -> bool:
-        """Whether the sentinels name another primary than before; to be asked again and again."""
+        """Return whether the sentinels name another primary than before; to be asked repeatedly."""
         pool = self.client.connection_pool
         return isinstance(pool, SentinelPool) and await pool.look()
 
     async def ensure_running(self) -> None:
-        """Start an embedded server again that does not answer.
+        """Restart an embedded server that does not answer.
 
         Raises:
             StoreUnavailable: it cannot be started.
@@ -426,24 +362,54 @@ class Store:
             raise StoreUnavailable(str(error)) from error
 
     async def close(self) -> None:
-        await self._silence.close()
+        await self._tasks.close()
         await self.client.aclose()
         await self.server.close()
         if self.embedded is not None:
             self.embedded.closing = True
-            if self._starting is not None:  # a thread ends when it likes; after us it would start a server for nobody
+            if self._starting is not None:  # its thread cannot be ended, and would start a server after us
                 await asyncio.wait({self._starting})
-                _ = self._starting.exception()  # looked at, so that asyncio does not log it as forgotten
+                _ = self._starting.exception()  # mark as retrieved
             await asyncio.to_thread(self.embedded.stop)
 
-    async def _forget_idle_connections(self) -> None:
-        """After a silence they may lead to a server that is the primary no longer."""
-        with contextlib.suppress(RedisError, OSError):
-            await self.client.connection_pool.disconnect(inuse_connections=False)
+    async def _ping_until_available(self) -> None:
+        pool = self.server.pool(
+            socket_timeout=PING_TIMEOUT_S,
+            socket_connect_timeout=PING_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+            timeout=None,
+        )
+        client = Redis.from_pool(pool)
+
+        async def answers() -> bool:
+            if not await _answers(client):
+                return False
+            # Idle connections may lead to a server that is no longer the primary.
+            with contextlib.suppress(RedisError, OSError):
+                await self.client.connection_pool.disconnect(inuse_connections=False)
+            return True
+
+        try:
+            await self._availability.poll(answers)
+        finally:
+            self._availability.mark_available()
+            await client.aclose()
+
+
+async def _answers(client: Redis) -> bool:
+    """Return whether the server says anything: an error, or a refused connection, needs no waiting either."""
+    try:
+        async with asyncio.timeout(PING_TIMEOUT_S):
+            await awaited(client.ping())
+    except (NoAnswer, TimeoutError):
+        return False
+    except (RedisError, OSError):
+        return True
+    return True
 
 
 def _reason(error: Exception) -> str:
-    """What completes "Redis at …"."""
+    """Complete "Redis at …"."""
     if isinstance(error, UnsuitableServer):
         return str(error)
     said = f"says {str(error) or type(error).__name__}"
@@ -452,10 +418,10 @@ def _reason(error: Exception) -> str:
 
 @asynccontextmanager
 async def _timeout(seconds: float) -> AsyncIterator[None]:
-    """As asyncio.timeout; but where this process itself was kept busy, what has arrived meanwhile is read first."""
+    """Limit the time as asyncio.timeout does; but if this process was kept busy, first read what has arrived."""
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(None) as limit:
-        ending = loop.call_later(seconds, lambda: limit.reschedule(loop.time() + READING_S))
+        ending = loop.call_later(seconds, lambda: limit.reschedule(loop.time() + READ_GRACE_S))
         try:
             yield
         finally:
@@ -464,19 +430,19 @@ async def _timeout(seconds: float) -> AsyncIterator[None]:
 
 async def _stopped(embedded: EmbeddedValkey, starting: asyncio.Task[None]) -> None:
     await asyncio.wait({starting})
-    _ = starting.exception()  # looked at, so that asyncio does not log it as forgotten
+    _ = starting.exception()  # mark as retrieved
     await asyncio.to_thread(embedded.stop)
 
 
 def _is_of_the_data(error: Exception) -> bool:
-    """Whether it is what is stored that a command or a script cannot work with. Redis has one code for it and words."""
+    """Return whether a command or a script cannot work with what is stored. Redis has one code for that and words."""
     words = str(error)
     odd = ("WRONGTYPE", "user_script:"), ("is not an integer", "is not a float", "is not a valid float")
     return type(error) is ResponseError and (words.startswith(odd[0]) or any(word in words for word in odd[1]))
 
 
 async def retry_until_available(operation: Callable[[], Awaitable[None]]) -> None:
-    """Again and again while the store is away. Whoever cannot wait for ever ends us. Raises StoreUnreadable."""
+    """Repeat an operation until the store takes it; the caller may cancel this. Raise StoreUnreadable."""
     while True:
         try:
             return await operation()
@@ -486,6 +452,6 @@ async def retry_until_available(operation: Callable[[], Awaitable[None]]) -> Non
             await asyncio.sleep(RETRY_INTERVAL_S)
 
 
-async def _awaited(reply: Any) -> Any:
-    # redis-py types one method for its blocking and its asyncio client: "Awaitable[T] | T".
+async def awaited(reply: Any) -> Any:
+    """Await a reply that redis-py types for its blocking client too, as "Awaitable[T] | T"."""
     return await reply

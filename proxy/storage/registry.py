@@ -22,23 +22,14 @@ from proxy.storage.audit_log import (
 )
 from proxy.storage.client_keys import AuthRequiredLatch, ClientKey, KeyChange, digest_of, new_secret
 from proxy.storage.models import CurrentPrice, ModelRecord, StoredProfile
-from proxy.storage.redis import (
-    KEYS,
-    MODELS,
-    PREVIOUS_PROFILES,
-    PRICING,
-    PROFILES,
-    InvalidRecord,
-    Store,
-    load_script,
-    price_key,
-)
+from proxy.storage.redis import KEYS, MODELS, PREVIOUS_PROFILES, PRICING, PROFILES, Store, load_script, price_key
+from proxy.storage.values import InvalidRecord
 from router_core.profiles import Profile
 from router_core.types import Price
 
 
 class RegistryError(Exception):
-    """A write that the registry refuses; nothing was changed."""
+    """The registry refuses a write; nothing was changed."""
 
 
 class ModelExists(RegistryError):
@@ -50,11 +41,11 @@ class UnknownModel(RegistryError):
 
 
 class ConflictingWrite(RegistryError):
-    """What is stored is no longer what the change was made from."""
+    """The stored record is no longer the one that the change was made from."""
 
 
 class ConfiguredModel(RegistryError):
-    """The model is the configuration file's to change."""
+    """The model is defined in the configuration file, and is changed there."""
 
 
 class UnknownKey(RegistryError):
@@ -67,13 +58,13 @@ class KeyInactive(RegistryError):
 
 _PUT_KEY = load_script(__package__, "put_key")
 
-_ATTEMPTS = 20
+MAX_ATTEMPTS = 20
 
 _UNCHANGED = KeyChange()
 
 
 class KeyRegistry:
-    """Acknowledged is stored. Every method raises StoreUnavailable when it is not."""
+    """Create, change, rotate and revoke client keys. Every method raises StoreUnavailable if nothing was stored."""
 
     def __init__(self, writer: AuditedScript, latch: AuthRequiredLatch, clock: Callable[[], float] = time.time) -> None:
         self._writer = writer
@@ -81,24 +72,24 @@ class KeyRegistry:
         self._clock = clock
 
     async def create(
-        self, name: str, models: tuple[str, ...] | None = None, stated: KeyChange = _UNCHANGED
+        self, name: str, models: tuple[str, ...] | None = None, change: KeyChange = _UNCHANGED
     ) -> tuple[ClientKey, str]:
-        """A new client key and its secret, which is shown once. From now on every call needs one. Raises InvalidKey."""
+        """Return a new key and its secret, shown once. Every call needs a key from now on. Raise InvalidKey."""
         secret = new_secret()
-        key = stated.of(ClientKey(uuid.uuid4().hex[:12], name, digest_of(secret), self._clock(), models))
+        key = change.apply_to(ClientKey(uuid.uuid4().hex[:12], name, digest_of(secret), self._clock(), models))
         await self._put("store a key", "", key, CREATE_KEY)
         self._latch.close()
         return key, secret
 
-    async def change(self, key_id: str, stated: KeyChange) -> ClientKey:
-        """Raises UnknownKey, KeyIsOver, ChangedMeanwhile, InvalidKey."""
-        return await self._replace(key_id, lambda key: stated.of(_require_active(key)), CHANGE_KEY)
+    async def change(self, key_id: str, change: KeyChange) -> ClientKey:
+        """Change a key. Raise UnknownKey, KeyInactive, ConflictingWrite or InvalidKey."""
+        return await self._replace(key_id, lambda key: change.apply_to(_require_active(key)), CHANGE_KEY)
 
     async def rotate(self, key_id: str, grace_s: float = 0.0) -> tuple[ClientKey, str]:
-        """A new secret, shown once. The one before opens for `grace_s` seconds more, any earlier one no longer.
+        """Return a new secret, which is shown once. The one before is valid for `grace_s` seconds more.
 
         Raises:
-            UnknownKey, KeyIsOver, ChangedMeanwhile.
+            UnknownKey, KeyInactive, ConflictingWrite.
         """
         secret = new_secret()
 
@@ -112,22 +103,22 @@ class KeyRegistry:
         return await self._replace(key_id, rotated, ROTATE_KEY), secret
 
     async def revoke(self, key_id: str) -> ClientKey:
-        """For good. Raises UnknownKey, ChangedMeanwhile. Revoking twice is once."""
-        over = {"revoked": True, "previous_digest": None, "previous_until": None}
-        return await self._replace(key_id, lambda key: replace(key, **cast(Any, over)), REVOKE_KEY)
+        """Revoke a key for good; again is harmless. Raise UnknownKey or ConflictingWrite."""
+        revoked = {"revoked": True, "previous_digest": None, "previous_until": None}
+        return await self._replace(key_id, lambda key: replace(key, **cast(Any, revoked)), REVOKE_KEY)
 
     async def find(self, key_id: str) -> ClientKey:
-        """Raises UnknownKey."""
+        """Return a key, or raise UnknownKey."""
         return (await self._stored(key_id))[1]
 
     async def listed(self) -> tuple[ClientKey, ...]:
-        """Oldest first, the revoked among them. An entry that cannot be read is left out: it opens nothing either."""
-        async with self._writer.store.asking("list the keys") as client:
+        """Return the keys, also revoked ones, the oldest first, without those that cannot be read or used."""
+        async with self._writer.store.operation("list the keys") as client:
             stored = cast(dict[str, str], await client.hgetall(KEYS))
         return tuple(sorted(_readable_keys(stored), key=lambda key: key.created_at))
 
     async def _replace(self, key_id: str, change: Callable[[ClientKey], ClientKey], action: str) -> ClientKey:
-        for _ in range(_ATTEMPTS):
+        for _ in range(MAX_ATTEMPTS):
             before, key = await self._stored(key_id)
             changed = change(key)
             if await self._put("change a key", before, changed, action) >= 0:
@@ -138,8 +129,8 @@ class KeyRegistry:
         return await self._writer.run(what, _PUT_KEY, [KEYS], [key.id, before, key.to_json()], (action, key.id))
 
     async def _stored(self, key_id: str) -> tuple[str, ClientKey]:
-        """As text, which is what is compared, and read."""
-        async with self._writer.store.asking("read a key") as client:
+        """Return the record as text, which is compared when it is replaced, and parsed."""
+        async with self._writer.store.operation("read a key") as client:
             text = cast(str | None, await client.hget(KEYS, key_id))
         if text is None:
             raise UnknownKey(f"no client key has the id {key_id[:60]!r}")
@@ -175,29 +166,32 @@ _PUT_PROFILE = load_script(__package__, "put_profile")
 
 
 class Registry:
-    """Acknowledged is stored. Every method raises StoreUnavailable when it is not; most return the new version."""
+    """Write models, prices and profiles. Most methods return the new version.
+
+    Every method raises StoreUnavailable if nothing was stored.
+    """
 
     def __init__(
-        self, store: Store, configured: Collection[str], latch: AuthRequiredLatch, author: Actor | None = None
+        self, store: Store, configured: Collection[str], latch: AuthRequiredLatch, actor: Actor | None = None
     ) -> None:
         self._store = store
         self._configured = frozenset(configured)
         self._latch = latch
-        self._writer = AuditedScript(store, author)
+        self._writer = AuditedScript(store, actor)
         self.keys = KeyRegistry(self._writer, latch)
 
-    def by(self, author: Actor) -> Registry:
-        """The same, with an audit line in the author's name for each write."""
-        return Registry(self._store, self._configured, self._latch, author)
+    def as_actor(self, actor: Actor) -> Registry:
+        """Return a registry that writes an audit line of `actor` for each change."""
+        return Registry(self._store, self._configured, self._latch, actor)
 
     async def add_model(self, record: ModelRecord, profile: Profile | None = None) -> int:
-        """With its profile, or neither. Raises NameTaken. Adding the very same record twice is once."""
+        """Add a model, with its profile or neither; the same record again is harmless. Raise ModelExists."""
         entry = "" if profile is None else StoredProfile(record.fingerprint, profile).to_json()
         version = await self._writer.run("add a model", *self._addition(record, entry))
         return self._added(record, version)
 
     async def add_model_with(self, record: ModelRecord, step: Step) -> tuple[int, str]:
-        """With what else is written for it, or neither; and what that answers. Raises NameTaken."""
+        """Add a model and run a step, both or neither; return also what the step answers. Raise ModelExists."""
         version, answer = await self._writer.run_with(step, "add a model", *self._addition(record, ""))
         return self._added(record, version), answer
 
@@ -221,7 +215,7 @@ class Registry:
             as_of: refuse if anything was written since this version.
 
         Raises:
-            UnknownModel, DefinedInConfig, ChangedMeanwhile.
+            UnknownModel, ConfiguredModel, ConflictingWrite.
         """
         self._not_configured(record.name)
         arguments = [record.name, _readable(record), "" if as_of is None else str(as_of)]
@@ -232,14 +226,14 @@ class Registry:
         return self._known(record.name, version)
 
     async def remove_model(self, name: str) -> int:
-        """Its profile and price go with it. Raises UnknownModel or DefinedInConfig."""
+        """Remove a model, its profile and its price. Raise UnknownModel or ConfiguredModel."""
         self._not_configured(name)
         keys = [MODELS, PROFILES, PREVIOUS_PROFILES, price_key(name)]
         version = await self._writer.run("remove a model", _REMOVE_MODEL, keys, [name], (REMOVE_MODEL, name))
         return self._known(name, version)
 
     async def put_price(self, name: str, price: Price, source: str = "admin") -> int | None:
-        """Replace the whole price. None: `source` is sync and somebody else's price stays. Raises UnknownModel."""
+        """Replace the price; return None if `source` is sync and another one's price stays. Raise UnknownModel."""
         stated = CurrentPrice(price, source, time.time()).to_fields()
         pairs = [word for pair in stated.items() for word in pair]
         arguments = [name, self._flag(name), "1" if source == "sync" else "0", *pairs]
@@ -248,7 +242,7 @@ class Registry:
         return None if version == -2 else self._known(name, version)
 
     async def put_profile(self, record: ModelRecord, profile: Profile) -> int:
-        """Store a profile of this model as it is now. Raises UnknownModel."""
+        """Store a profile of this model as it is now. Raise UnknownModel."""
         entry = StoredProfile(record.fingerprint, profile).to_json()
         arguments = [record.name, self._flag(record.name), entry]
         keys, act = [MODELS, PROFILES, PREVIOUS_PROFILES], (PROFILE_MODEL, record.name)
@@ -269,7 +263,7 @@ class Registry:
 
 
 def _readable(record: ModelRecord) -> str:
-    """As it is stored. Raises InvalidRecord for what could be stored and then not be read: half a character, say."""
+    """Return the record as text. Raise InvalidRecord if it could not be read again: with half a character, say."""
     text = record.to_json()
     ModelRecord.from_json(record.name, text)
     return text

@@ -1,6 +1,6 @@
-"""Which model gave which answers: bounded in the process, shared and expiring in Redis. Who stays is routing's.
+"""Which model gave which answers: bounded in the process, shared and expiring in Redis.
 
-What it holds are digests, scoped to a client key, never an id or a text that a caller sent.
+It holds digests, scoped to a client key, and never an id or a text that a caller sent.
 """
 
 from __future__ import annotations
@@ -10,41 +10,39 @@ import hashlib
 import json
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from redis.exceptions import RedisError
 
-from proxy.concurrency import cancel_and_wait
+from proxy.concurrency import LRU, BackgroundTasks
 from proxy.settings.models import check_model_name
-from proxy.storage.complaints import Complaints
-from proxy.storage.redis import Store, StoreUnavailable, json_object, unix_time, whole_number
+from proxy.storage.redis import Availability, Store, StoreUnavailable
+from proxy.storage.values import OddValues, json_object, unix_time, whole_number
 
 log = logging.getLogger("uniroute.conversations")
 
 PREFIX: Final = "uniroute:conversation"
 
-ASK_S = 0.04
-"""How long a request waits for Redis, once."""
+# How long a request waits for Redis, once.
+LOOKUP_TIMEOUT_S = 0.04
 
+# While Redis does not answer, one request in each interval asks it again.
 RETRY_INTERVAL_S = 1.0
-"""After Redis did not answer, one request in so many seconds asks it again."""
 
 MAX_LOCAL = 4_096
 
 MAX_QUEUED = 20_000
 
-BATCH = 500
+BATCH_SIZE = 500
 
-SETTLE_S = 0.01
-"""Between two writes: what comes meanwhile is written together."""
+# Between two writes. What comes meanwhile is written together.
+WRITE_INTERVAL_S = 0.01
 
-RETRY_S = 1.0
-
-_FUTURE_S = 60.0
-"""How far the clocks of two machines may lie apart."""
+# How far the clocks of two machines may lie apart.
+MAX_CLOCK_SKEW_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +58,7 @@ class LastTurn:
 @dataclass(frozen=True, slots=True)
 class Lookup:
     producer: str | None = None
-    """Who gave the tool calls or the reasoning that were asked about."""
+    """The model that gave the tool calls or the reasoning."""
     last: LastTurn | None = None
 
 
@@ -72,13 +70,16 @@ class _Answer:
     """Unix seconds."""
 
 
-def scoped_key(key_id: str, mark: str) -> str:
-    """What a mark or a session id is remembered under: of another client key, it is another one."""
-    return hashlib.sha256(f"{key_id}\0{mark}".encode("utf-8", "surrogatepass")).hexdigest()
+def scoped_key(key_id: str, fingerprint: str) -> str:
+    """Return the digest under which a fingerprint or a session id of a client key is stored."""
+    return hashlib.sha256(f"{key_id}\0{fingerprint}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class SessionStore:
-    """`remember` never waits; `recall` asks Redis only for what this process cannot know. Neither fails."""
+    """Remember who answered. `record` never waits, and `lookup` asks Redis only for what this process cannot know.
+
+    Neither fails: without Redis, what this process knows is all there is.
+    """
 
     def __init__(
         self,
@@ -94,18 +95,18 @@ class SessionStore:
         self._clock = clock
         self._on_missed = on_missed
         self._on_dropped = on_dropped
-        self._complaints = Complaints(log, "a remembered answer is ignored")
-        self._local: OrderedDict[str, _Answer] = OrderedDict()
+        self._odd_values = OddValues(log, "a remembered answer is ignored")
+        self._local: LRU[str, _Answer] = LRU(MAX_LOCAL)
         self._queue: deque[tuple[str, _Answer]] = deque()
         self._queued = asyncio.Event()
-        self._writing: asyncio.Task[None] | None = None
-        self._answers = True
-        self._ask_after = 0.0
+        self._availability = Availability(log, retry_interval_s=RETRY_INTERVAL_S)
+        self._tasks = BackgroundTasks()
 
-    def remember(self, digests: Sequence[str], model: str, tokens: int | None = None) -> None:
+    def record(self, digests: Sequence[str], model: str, tokens: int | None = None) -> None:
+        """Note that `model` gave the answer with these fingerprints, or the last answer of this session."""
         answer = _Answer(model, tokens, self._clock())
         for digest in digests:
-            self._keep(digest, answer)
+            self._local[digest] = answer
             if len(self._queue) >= MAX_QUEUED:
                 self._queue.popleft()
                 self._on_dropped()
@@ -113,30 +114,31 @@ class SessionStore:
         if digests:
             self._queued.set()
 
-    async def recall(self, facts: Sequence[str], session: str | None) -> Lookup:
-        """The producer of the first of `facts` that is known, else the last turn of `session`; one round trip at most.
+    async def lookup(self, fingerprints: Sequence[str], session: str | None) -> Lookup:
+        """Return the producer of the first known fingerprint, else the last turn of `session`; in one round trip.
 
-        Who produced something does not change, so this process's own memory will do. A session moves on elsewhere.
+        The producer of an answer does not change, so this process's own memory will do. A session may have continued
+        in another process.
         """
-        for digest in facts:
+        for digest in fingerprints:
             if (known := self._known(digest)) is not None:
                 return Lookup(known.model)
-        wanted = [*facts, *([] if session is None else [session])]
+        wanted = [*fingerprints, *([] if session is None else [session])]
         if not wanted:
             return Lookup()
-        found = await self._ask(wanted)
-        for digest in facts:
+        found = await self._fetch(wanted)
+        for digest in fingerprints:
             if digest in found:
-                self._keep(digest, found[digest])
+                self._local[digest] = found[digest]
                 return Lookup(found[digest].model)
         return Lookup(last=self._last_turn(session, found))
 
     def start(self) -> None:
-        self._writing = asyncio.create_task(self._write_on(), name="uniroute-conversations")
+        self._tasks.start("uniroute-conversations", self._write_loop)
 
     async def stop(self) -> None:
-        """Writes what is queued, if Redis takes it."""
-        await cancel_and_wait(self._writing)
+        """Write what is queued, if Redis takes it."""
+        await self._tasks.close()
         try:
             while self._queue:
                 await self.flush()
@@ -144,13 +146,16 @@ class SessionStore:
             log.warning("%d conversations are not remembered: %s", len(self._queue), error)
 
     async def flush(self) -> None:
-        """One batch. Raises StoreUnavailable; the batch then stays queued."""
-        batch = [self._queue[place] for place in range(min(BATCH, len(self._queue)))]
+        """Write one batch. Raise StoreUnavailable; the batch then stays queued."""
+        batch = [self._queue[place] for place in range(min(BATCH_SIZE, len(self._queue)))]
         if not batch:
             return
-        async with self._store.asking("remember conversations") as client, client.pipeline(transaction=False) as pipe:
+        async with (
+            self._store.operation("remember conversations") as client,
+            client.pipeline(transaction=False) as pipe,
+        ):
             for digest, answer in batch:
-                pipe.set(_key(digest), _stored(answer), ex=self._ttl_s)
+                pipe.set(_key(digest), _to_json(answer), ex=self._ttl_s)
             replies = await pipe.execute(raise_on_error=False)
         if broken := [reply for reply in replies if isinstance(reply, RedisError)]:
             log.warning("%d of %d conversations are not remembered: %s", len(broken), len(replies), broken[0])
@@ -158,24 +163,18 @@ class SessionStore:
             if self._queue and self._queue[0] is entry:
                 self._queue.popleft()
 
-    async def _write_on(self) -> None:
+    async def _write_loop(self) -> None:
         while True:
             await self._queued.wait()
             self._queued.clear()
             try:
                 while self._queue:
                     await self.flush()
-                    await asyncio.sleep(SETTLE_S)
+                    await asyncio.sleep(WRITE_INTERVAL_S)
             except StoreUnavailable as error:
                 log.debug("conversations wait: %s", error)
                 self._queued.set()
-                await asyncio.sleep(RETRY_S)
-
-    def _keep(self, digest: str, answer: _Answer) -> None:
-        self._local[digest] = answer
-        self._local.move_to_end(digest)
-        if len(self._local) > MAX_LOCAL:
-            self._local.popitem(last=False)
+                await asyncio.sleep(RETRY_INTERVAL_S)
 
     def _known(self, digest: str) -> _Answer | None:
         answer = self._local.get(digest)
@@ -185,10 +184,10 @@ class SessionStore:
         return None
 
     def _is_current(self, answer: _Answer) -> bool:
-        return -_FUTURE_S <= self._clock() - answer.at <= self._ttl_s
+        return -MAX_CLOCK_SKEW_S <= self._clock() - answer.at <= self._ttl_s
 
     def _last_turn(self, session: str | None, found: dict[str, _Answer]) -> LastTurn | None:
-        """What is newer: Redis may have heard of later turns, or not yet of our own."""
+        """Return the newer of two: Redis may have heard of later turns, or not yet of our own."""
         if session is None:
             return None
         answers = [answer for answer in (self._known(session), found.get(session)) if answer is not None]
@@ -197,35 +196,28 @@ class SessionStore:
         newest = max(answers, key=lambda answer: answer.at)
         return LastTurn(newest.model, newest.tokens, max(self._clock() - newest.at, 0.0))
 
-    async def _ask(self, digests: Sequence[str]) -> dict[str, _Answer]:
-        """What Redis knows of them, within ASK_S; nothing while it does not answer."""
-        now = time.monotonic()
-        if now < self._ask_after:
+    async def _fetch(self, digests: Sequence[str]) -> dict[str, _Answer]:
+        """Return what Redis knows of them; nothing if it does not answer within LOOKUP_TIMEOUT_S."""
+        if not self._availability.may_ask():
             return {}
-        if not self._answers:
-            self._ask_after = now + RETRY_INTERVAL_S
         try:
-            async with asyncio.timeout(ASK_S), self._store.asking("recall a conversation") as client:
+            async with asyncio.timeout(LOOKUP_TIMEOUT_S), self._store.operation("recall a conversation") as client:
                 texts: Any = await client.mget([_key(digest) for digest in digests])
         except (StoreUnavailable, TimeoutError) as error:
-            self._missed(f"Redis did not answer within {ASK_S * 1000:g} ms {error}".strip())
+            why = f"Redis did not answer within {LOOKUP_TIMEOUT_S * 1000:g} ms {error}".strip()
+            self._availability.mark_unavailable(f"conversations are not recalled until it does: {why}")
+            self._on_missed()
             return {}
-        self._answers, self._ask_after = True, 0.0
+        self._availability.mark_available()
         read = {digest: self._read(text) for digest, text in zip(digests, texts, strict=True)}
         return {digest: answer for digest, answer in read.items() if answer is not None}
-
-    def _missed(self, why: str) -> None:
-        if self._answers:
-            log.warning("conversations are not recalled until it does: %s", why)
-        self._answers, self._ask_after = False, time.monotonic() + RETRY_INTERVAL_S
-        self._on_missed()
 
     def _read(self, text: str | None) -> _Answer | None:
         if text is None:
             return None
-        answer = _parsed(text)
+        answer = _from_json(text)
         if answer is None:
-            self._complaints.make(PREFIX, "is not what we write")
+            self._odd_values.warn_once(PREFIX, "is not what we write")
             self._on_missed()
             return None
         return answer if self._is_current(answer) else None
@@ -235,12 +227,12 @@ def _key(digest: str) -> str:
     return f"{PREFIX}:{digest}"
 
 
-def _stored(answer: _Answer) -> str:
+def _to_json(answer: _Answer) -> str:
     return json.dumps({"model": answer.model, "tokens": answer.tokens, "at": answer.at})
 
 
-def _parsed(text: str) -> _Answer | None:
-    """None where it is not what we write."""
+def _from_json(text: str) -> _Answer | None:
+    """Parse a stored answer; return None if we would not have written it."""
     try:
         stored = json_object(text)
         model = check_model_name(stored.get("model", ""))

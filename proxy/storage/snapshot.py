@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
@@ -12,13 +13,13 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from proxy.concurrency import cancel_and_wait
+from proxy.concurrency import BackgroundTasks
 from proxy.settings.models import ModelInfo
 from proxy.storage.client_keys import AuthRequiredLatch, ClientKey
 from proxy.storage.models import CurrentPrice, ModelRecord, StoredProfile
 from proxy.storage.price_map import CatalogEntry, PriceMap
 from proxy.storage.reader import StateReader, StoredState
-from proxy.storage.redis import CHANGED, PRICING, Store, StoreUnavailable
+from proxy.storage.redis import CHANGED, PRICING, Availability, Store, StoreUnavailable
 from proxy.storage.traffic_stats import TrafficStats
 from router_core.clustering import ClusterMap
 from router_core.estimators import POOLED, Estimator
@@ -26,7 +27,8 @@ from router_core.pool import CachedEstimator, Candidate, Pool
 from router_core.profiles import Profile
 from router_core.types import FREE, PRICE_FIELDS, Capabilities, Price
 
-_STATED_ABILITIES = {
+# Field of Capabilities → the field of model_info that states it.
+_STATED_CAPABILITIES = {
     "max_input_tokens": "max_input_tokens",
     "max_output_tokens": "max_output_tokens",
     "tools": "supports_function_calling",
@@ -39,15 +41,14 @@ _STATED_ABILITIES = {
     "json_schema": "supports_response_schema",
     "reasoning": "supports_reasoning",
 }
-"""Field of Capabilities → the field of model_info that states it."""
 
+# A mean error that hardly any model has on prompts and graders that are right.
 MOSTLY_WRONG = 0.9
-"""A mean error that hardly any model has on prompts and graders that are right."""
 
 
 @dataclass(frozen=True)
 class RoutingSnapshot:
-    """Read once per request, replaced whole."""
+    """What requests are routed by. Each request reads it once; a change replaces it whole."""
 
     version: int
     cluster_map: ClusterMap
@@ -56,22 +57,22 @@ class RoutingSnapshot:
     prices: Mapping[str, CurrentPrice]
     profiles: Mapping[str, Profile]
     """Those in use: of this map and of the model as it is now. As measured, without live traffic."""
-    set_aside: Mapping[str, str]
-    """Models whose stored profile is not used, and why."""
-    elsewhere: Mapping[str, StoredProfile]
-    """Those of them that were measured as they are now, but on another map."""
+    unused_profiles: Mapping[str, str]
+    """Model → why its stored profile is not used."""
+    profiles_of_other_maps: Mapping[str, StoredProfile]
+    """Those of them that were measured on the model as it is now, but on another map."""
     keys: Mapping[str, ClientKey]
-    """By the digest of each secret, also of one before the last rotation; revoked ones are not here."""
+    """By the digest of each secret, also of a secret before the last rotation; without revoked keys."""
     keys_required: bool
 
     @property
-    def known(self) -> bool:
-        """Whether anything was read from the store yet, and so whose keys there are."""
+    def is_loaded(self) -> bool:
+        """Return whether anything was read from the store yet, so that it is known which keys there are."""
         return self.version >= 0
 
     @cached_property
     def measuring_doubt(self) -> str | None:
-        """What may be wrong with the measuring itself, where no model gets anything right."""
+        """Say what may be wrong with profiling itself, if no model gets anything right."""
         errors = [profile.mean_error for profile in self.profiles.values()]
         if not errors or min(errors) < MOSTLY_WRONG:
             return None
@@ -81,77 +82,79 @@ class RoutingSnapshot:
             " `uniroute models outcomes`"
         )
 
-    def standing(self, name: str) -> str:
-        """ready, foreign_profile, unprofiled or unpriced. Whether it is being profiled is the jobs' to say."""
+    def model_state(self, name: str) -> str:
+        """Return ready, foreign_profile, unprofiled or unpriced. The jobs say whether it is being profiled."""
         if name not in self.profiles:
-            return "foreign_profile" if name in self.set_aside else "unprofiled"
+            return "foreign_profile" if name in self.unused_profiles else "unprofiled"
         return "ready" if name in self.prices else "unpriced"
 
 
 @dataclass(frozen=True)
 class SnapshotInputs:
-    """What a process brings to every state that it builds."""
+    """What a process brings to every snapshot that it builds."""
 
     cluster_map: ClusterMap
     configured: Mapping[str, ModelRecord]
-    catalog: PriceMap
+    price_map: PriceMap
     recipe: Estimator = POOLED
     live: TrafficStats | None = None
 
     @cached_property
     def error_rates(self) -> CachedEstimator:
-        """Of one state after the other: most of them come of a price or a key, and need no new rates."""
+        """Cache the rates from one snapshot to the next: most change a price or a key, and need no new rates."""
         return CachedEstimator(self.cluster_map, self.recipe)
 
 
-def build_state(stored: StoredState, around: SnapshotInputs, *, keys_latched: bool) -> RoutingSnapshot:
-    """Configured models win over stored ones of the same name. Profiles of another map or model are set aside."""
-    models = {**stored.models, **around.configured}
-    known = {name: around.catalog.find(str(record.litellm_params["model"])) for name, record in models.items()}
-    prices = prices_of(models, stored, known)
-    profiles = _in_use(models, stored, around.cluster_map)
+def build_state(stored: StoredState, inputs: SnapshotInputs, *, keys_latched: bool) -> RoutingSnapshot:
+    """Build a snapshot. Configured models win over stored ones of the same name."""
+    models = {**stored.models, **inputs.configured}
+    listed = {name: inputs.price_map.find(str(record.litellm_params["model"])) for name, record in models.items()}
+    prices = prices_of(models, stored, listed)
+    profiles = _in_use(models, stored, inputs.cluster_map)
     unused = {name: stored.profiles[name] for name in models if name in stored.profiles and name not in profiles}
-    set_aside = {name: _why_unused(entry, around.cluster_map) for name, entry in unused.items()}
-    elsewhere = {name: entry for name, entry in unused.items() if entry.fingerprint == models[name].fingerprint}
-    expected = _with_live_traffic(profiles, around.live)
+    expected = profiles
+    if (live := inputs.live) is not None:
+        expected = {name: live.blend_into(name, profile) for name, profile in profiles.items()}
     candidates = [
         Candidate(
             name=name,
             profile=expected.get(name),
             price=prices[name].price if name in prices else None,
-            capabilities=capabilities_of(record.info, known[name]),
+            capabilities=capabilities_of(record.info, listed[name]),
         )
         for name, record in sorted(models.items())
     ]
     return RoutingSnapshot(
         version=stored.version,
-        cluster_map=around.cluster_map,
-        pool=Pool.build(candidates, around.cluster_map, around.error_rates),
+        cluster_map=inputs.cluster_map,
+        pool=Pool.build(candidates, inputs.cluster_map, inputs.error_rates),
         models=models,
         prices=prices,
         profiles=profiles,
-        set_aside=set_aside,
-        elsewhere=elsewhere,
+        unused_profiles={name: _why_unused(entry, inputs.cluster_map) for name, entry in unused.items()},
+        profiles_of_other_maps={
+            name: entry for name, entry in unused.items() if entry.fingerprint == models[name].fingerprint
+        },
         keys=_by_digest([key for key in stored.keys.values() if not key.revoked]),
         keys_required=keys_latched or stored.keys_exist,
     )
 
 
 def _by_digest(keys: Collection[ClientKey]) -> dict[str, ClientKey]:
-    earlier = {key.previous_digest: key for key in keys if key.previous_digest is not None}
-    return earlier | {key.digest: key for key in keys}
+    rotated = {key.previous_digest: key for key in keys if key.previous_digest is not None}
+    return rotated | {key.digest: key for key in keys}
 
 
 def prices_of(
-    models: Mapping[str, ModelRecord], stored: StoredState, known: Mapping[str, CatalogEntry | None]
+    models: Mapping[str, ModelRecord], stored: StoredState, listed: Mapping[str, CatalogEntry | None]
 ) -> dict[str, CurrentPrice]:
-    """The price in force of each model that has one."""
-    found = {name: price_of(record.info, stored.prices.get(name), known[name]) for name, record in models.items()}
+    """Return the current price of each model that has one."""
+    found = {name: price_of(record.info, stored.prices.get(name), listed[name]) for name, record in models.items()}
     return {name: price for name, price in found.items() if price is not None}
 
 
-def price_of(info: ModelInfo, stored: CurrentPrice | None, known: CatalogEntry | None) -> CurrentPrice | None:
-    """The stored price, else the stated one, else litellm's, else None: unknown is never zero."""
+def price_of(info: ModelInfo, stored: CurrentPrice | None, listed: CatalogEntry | None) -> CurrentPrice | None:
+    """Return the stored price, else the configured one, else litellm's, else None: unknown is never zero."""
     if stored is not None:
         return stored
     if info.free:
@@ -159,31 +162,31 @@ def price_of(info: ModelInfo, stored: CurrentPrice | None, known: CatalogEntry |
     stated = info.prices
     if info.input_cost_per_token is not None:
         return CurrentPrice(Price.from_fields(stated), "model_info")
-    if known is None or known.price is None:
+    if listed is None or listed.price is None:
         return None
     if not stated:
-        return CurrentPrice(known.price, "litellm")
-    # a statement of tiers is one of all tiers
-    listed = known.price.at(0) if any(name not in PRICE_FIELDS for name in stated) else known.price
-    return CurrentPrice(Price.from_fields({**replace(listed, tiers=()).to_fields(), **stated}), "model_info")
+        return CurrentPrice(listed.price, "litellm")
+    # Who states tiers states all of them.
+    base = listed.price.at(0) if any(name not in PRICE_FIELDS for name in stated) else listed.price
+    return CurrentPrice(Price.from_fields({**replace(base, tiers=()).to_fields(), **stated}), "model_info")
 
 
-def capabilities_of(info: ModelInfo, known: CatalogEntry | None) -> Capabilities:
-    """What was stated, then what litellm's map knows."""
-    stated = {ability: getattr(info, source) for ability, source in _STATED_ABILITIES.items()}
-    listed = known.capabilities if known else Capabilities()
+def capabilities_of(info: ModelInfo, listed: CatalogEntry | None) -> Capabilities:
+    """Return what the configuration states, and else what litellm's map knows."""
+    stated = {name: getattr(info, source) for name, source in _STATED_CAPABILITIES.items()}
+    known = listed.capabilities if listed else Capabilities()
     merged = {
-        column.name: getattr(listed, column.name) if stated[column.name] is None else stated[column.name]
+        column.name: getattr(known, column.name) if stated[column.name] is None else stated[column.name]
         for column in fields(Capabilities)
     }
     return Capabilities(**merged)
 
 
 def _in_use(models: Mapping[str, ModelRecord], stored: StoredState, cluster_map: ClusterMap) -> dict[str, Profile]:
-    """Of each model what was measured of it, as it is now, on this map: last, or before the map was changed."""
+    """Return the profiles of models as they are now, on this map: the last, or that from before the map changed."""
     found = {}
     for name, record in models.items():
-        for entry in (stored.profiles.get(name), stored.earlier.get(name)):
+        for entry in (stored.profiles.get(name), stored.previous_profiles.get(name)):
             if entry and entry.fingerprint == record.fingerprint and _is_of(entry.profile, cluster_map):
                 found[name] = entry.profile
                 break
@@ -200,141 +203,134 @@ def _why_unused(entry: StoredProfile, cluster_map: ClusterMap) -> str:
     return f"measured on cluster map {entry.profile.map_id}, this one is {cluster_map.id}; profile the model again"
 
 
-def _with_live_traffic(profiles: Mapping[str, Profile], live: TrafficStats | None) -> Mapping[str, Profile]:
-    if live is None:
-        return profiles
-    return {name: live.blended(name, profile) for name, profile in profiles.items()}
-
-
 log = logging.getLogger("uniroute.state")
 
-POLL_S = 0.5
+POLL_INTERVAL_S = 0.5
 
-SETTLE_S = 0.02
-"""Messages that come this close together are one change."""
+# Messages that come this close together are one change.
+MESSAGE_INTERVAL_S = 0.02
 
 LIVE_REFRESH_S = 5.0
 
-UNUSABLE_S = 5.0
+# After a state that cannot be built into a snapshot.
+UNUSABLE_INTERVAL_S = 5.0
 
 LOG_INTERVAL_S = 60.0
 
 
 class SnapshotWatcher:
-    """One per process. Without Redis the last state stays; before the first reading the door is closed to all."""
+    """Keep the current snapshot up to date with Redis.
+
+    Without Redis the last snapshot stays; before the first reading the keys are unknown and nothing is served.
+    """
 
     def __init__(
         self,
         store: Store,
-        around: SnapshotInputs,
+        inputs: SnapshotInputs,
         latch: AuthRequiredLatch,
         on_change: Callable[[RoutingSnapshot], None] = lambda _: None,
     ) -> None:
-        """`on_change`: is told of the first state, and of every other as it comes into use."""
+        """`on_change`: is called with the first snapshot, and with every other as it comes into use."""
         self._store = store
         self._on_change = on_change
-        self._around = around
+        self._inputs = inputs
         self._latch = latch
         self._reader = StateReader(store, time.time)
         self._current = self._build()
         on_change(self._current)
-        self._following: asyncio.Task[None] | None = None
+        self._tasks = BackgroundTasks()
         self._refreshing = asyncio.Lock()
         self._live_seen = (0, 0.0)
-        self._said_away: float | None = None
-        self.available = False
-        """Whether Redis answered when last asked."""
+        self._availability = Availability(log, back=f"the store at {store.name} answers", known=False)
 
     @property
-    def current(self) -> RoutingSnapshot:
-        return self._current
+    def available(self) -> bool:
+        """Return whether Redis answered when last asked."""
+        return self._availability.available
 
     @property
     def loaded(self) -> bool:
-        """Whether Redis was ever read: what readiness means, whatever Redis does later."""
-        return self._current.known
+        """Return whether Redis was ever read. It stays true when Redis goes away, and makes the process ready."""
+        return self._current.is_loaded
 
     async def start(self) -> None:
-        """Read once and follow from then on. Redis may be away; then the first reading comes when it is back."""
+        """Read once, and watch from then on. If Redis is away, the first reading comes when it is back."""
         try:
             await self.refresh()
         except StoreUnavailable as error:
-            self._away(error)
-        self._following = asyncio.create_task(self._follow(), name="uniroute-state")
+            self._mark_unavailable(error)
+        self._tasks.start("uniroute-state", self._watch)
 
     async def stop(self) -> None:
-        await cancel_and_wait(self._following)
-        self._following = None
+        await self._tasks.close()
 
     async def refresh(self, *, whole: bool = False) -> None:
-        """Swap in what Redis holds now. `whole`: read again even what seems to have this version already.
+        """Swap in what Redis holds now. `whole`: read even what seems to have the same version.
 
         Raises:
-            StoreUnavailable: the current state stays.
+            StoreUnavailable: the current snapshot stays.
         """
         async with self._refreshing:
-            changed = await self._reader.read(self._around.configured, whole=whole or not self.available)
-            if not self.available:
-                self.available = True
-                log.info("the store at %s answers", self._store.name)
-            if changed or self._live_moved():
+            changed = await self._reader.read(self._inputs.configured, whole=whole or not self.available)
+            self._availability.mark_available()
+            if changed or self._traffic_has_moved():
                 await self._swap()
 
     async def wait_for_version(self, version: int) -> None:
-        """Return once the current state has what was written as `version`. StoreUnavailable as `refresh`."""
+        """Return once the current snapshot has the change of this version. Raise StoreUnavailable as `refresh` does."""
         if self._current.version < version:
             await self.refresh()
 
     async def _swap(self) -> None:
-        """Laid out in a thread: the rates of many models take longer than a request may wait."""
+        """Build in a thread: the rates of many models take longer than a request may wait."""
         if self._reader.last.keys and not self._latch.closed:
             self._latch.close()
-        live = self._around.live
+        live = self._inputs.live
         self._live_seen = (live.observed if live else 0, time.monotonic())
-        self._current = await asyncio.to_thread(self._build)
-        self._on_change(self._current)
+        self.current = await asyncio.to_thread(self._build)
+        self._on_change(self.current)
 
     def _build(self) -> RoutingSnapshot:
-        return build_state(self._reader.last, self._around, keys_latched=self._latch.closed)
+        return build_state(self._reader.last, self._inputs, keys_latched=self._latch.closed)
 
-    def _live_moved(self) -> bool:
+    def _traffic_has_moved(self) -> bool:
         observed, at = self._live_seen
-        live = self._around.live
+        live = self._inputs.live
         return live is not None and live.observed != observed and time.monotonic() - at >= LIVE_REFRESH_S
 
-    async def _follow(self) -> None:
+    async def _watch(self) -> None:
         while True:
             try:
                 await self._listen(self._store.client)
             except (StoreUnavailable, RedisError, OSError) as error:
-                self._away(error)
-                with contextlib.suppress(StoreUnavailable):  # said by _away already
+                self._mark_unavailable(error)
+                with contextlib.suppress(StoreUnavailable):  # it is logged already
                     await self._store.ensure_running()
-                await asyncio.sleep(POLL_S)
-            except (ValueError, ArithmeticError) as error:  # it reads well and cannot be laid out
+                await asyncio.sleep(POLL_INTERVAL_S)
+            except (ValueError, ArithmeticError) as error:  # it can be read, and not be built into a snapshot
                 log.error("what is stored makes no state, the last one stays in use", exc_info=error)
-                await asyncio.sleep(UNUSABLE_S)
+                await asyncio.sleep(UNUSABLE_INTERVAL_S)
 
     async def _listen(self, client: Redis) -> None:
-        """Until the messages come from elsewhere."""
+        """Refresh at every message, until the messages come from another server."""
         async with client.pubsub() as pubsub:
             await pubsub.subscribe(CHANGED, PRICING)
-            told = True
+            received = True
             while not await self._store.primary_moved():
-                await self.refresh(whole=told)
-                if told := await _message(pubsub, POLL_S):
-                    await asyncio.sleep(SETTLE_S)
+                await self.refresh(whole=received)
+                if received := await _message(pubsub, POLL_INTERVAL_S):
+                    await asyncio.sleep(MESSAGE_INTERVAL_S)
                     while await _message(pubsub, 0.0):
                         pass
 
-    def _away(self, error: Exception) -> None:
-        """Say so once, and as long as nothing was ever read once a minute."""
-        waiting = not self.available and self._said_away is not None
-        if not waiting or (not self.loaded and time.monotonic() - (self._said_away or 0) >= LOG_INTERVAL_S):
-            kept = "the last state stays in use" if self.loaded else "nothing is served until it does"
-            log.warning("the store does not answer, %s: %s", kept, error)
-            self._said_away = time.monotonic()
-        self.available = False
+    def _mark_unavailable(self, error: Exception) -> None:
+        """Log it once, and once a minute while nothing was ever read."""
+        kept = "the last state stays in use" if self.loaded else "nothing is served until it does"
+        self._availability.mark_unavailable(
+            f"the store does not answer, {kept}: {error}",
+            log_interval_s=math.inf if self.loaded else LOG_INTERVAL_S,
+        )
 
 
 async def _message(pubsub: Any, timeout_s: float) -> bool:

@@ -10,33 +10,36 @@ import numpy as np
 from router_core.profiles import Profile
 from router_core.types import Doubles, Floats, Indices
 
+# Answers of one model after which an answer counts half.
 HALF_LIFE = 200.0
-"""Answers of one model after which an answer counts half."""
 
+# The weight of all validation answers of a profile together, in live answers: they are shorter than real ones.
 PRIOR_ANSWERS = 20.0
-"""How many live answers the validation answers of a profile weigh, all together: they are shorter than real ones."""
 
+# Answers of one model that are added up together, unless the sums are read before.
 BATCH_SIZE = 128
-"""Answers of one model that are added up together, unless somebody asks before."""
 
 _TOKENS, _SECONDS, _WEIGHT = range(3)
 
+# Cluster ids, their weights, tokens, seconds.
 _Answer = tuple[Any, Any, float, float]
-"""Cluster ids, their weights, tokens, seconds."""
 
 
 class TrafficStats:
-    """`observe` after each answer, on the event loop; `blended` when a state is built, in a thread."""
+    """Lengths and durations of live answers, by model and cluster, as sums that decay with each answer.
+
+    `observe` is called on the event loop, `blend_into` in the thread that builds a snapshot.
+    """
 
     def __init__(self, clusters: int, half_life: float = HALF_LIFE) -> None:
         self._clusters = clusters
         self._keep = 0.5 ** (1.0 / half_life)
         self._lock = Lock()
         self._sums: dict[str, Doubles] = {}
+        # Not in the sums yet: adding many at once takes a tenth of the time.
         self._new: dict[str, list[_Answer]] = {}
-        """Not in the sums yet: many at once take a tenth of the time."""
+        # Answers ever observed, by which the snapshot watcher sees whether there are new ones.
         self.observed = 0
-        """Answers ever observed: who builds states compares it with what it last saw."""
 
     def observe(
         self,
@@ -46,7 +49,7 @@ class TrafficStats:
         tokens: float | None,
         seconds: float,
     ) -> None:
-        """Count one answer of `model` to a prompt with these cluster weights. Without a token count it is left out.
+        """Count one answer of `model` to a prompt with these cluster weights; nothing if its tokens are unknown.
 
         Arrays are kept for a while, and must not be written to.
         """
@@ -59,8 +62,8 @@ class TrafficStats:
             if len(answers) >= BATCH_SIZE:
                 self._count(model)
 
-    def blended(self, model: str, profile: Profile) -> Profile:
-        """The profile with live answers added to its tokens and seconds; errors and labels are as measured."""
+    def blend_into(self, model: str, profile: Profile) -> Profile:
+        """Return the profile with live answers added to its tokens and seconds; errors and labels stay as measured."""
         with self._lock:
             self._count(model)
             sums = self._sums.get(model)
@@ -78,13 +81,13 @@ class TrafficStats:
         )
 
     def forget(self, model: str) -> None:
-        """After a model was removed or changed."""
+        """Forget the answers of a model that was removed or changed."""
         with self._lock:
             self._sums.pop(model, None)
             self._new.pop(model, None)
 
     def _count(self, model: str) -> None:
-        """What is new of it: each answer takes a little from all before it."""
+        """Add the new answers to the sums: each takes a little from all before it."""
         answers = self._new.pop(model, None)
         if not answers:
             return
@@ -99,5 +102,5 @@ class TrafficStats:
 
 
 def _prior(answers: Doubles) -> float:
-    """What one validation answer counts: all together no more than PRIOR_ANSWERS."""
+    """Return the weight of one validation answer: all together weigh no more than PRIOR_ANSWERS."""
     return min(1.0, PRIOR_ANSWERS / max(float(answers.sum()), 1e-9))

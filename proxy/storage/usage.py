@@ -16,16 +16,16 @@ from router_core.types import Price
 
 @dataclass(frozen=True, slots=True)
 class TokenCounts:
-    """What an upstream reported, in OpenAI's convention whatever the upstream's was. None: it did not say."""
+    """The usage that an upstream reported, in OpenAI's convention. None: it did not say."""
 
     prompt_tokens: int | None = None
-    """All that was read: cached, written, sounds and images are part of it."""
+    """All of the prompt, with cached tokens, tokens written to a cache, sounds and images."""
     cached_tokens: int | None = None
     output_tokens: int | None = None
-    """All that was written: reasoning, sounds and images are part of it."""
+    """All of the answer, with reasoning, sounds and images."""
     reasoning_tokens: int | None = None
     written_tokens: int | None = None
-    """To the provider's cache, for however long."""
+    """Written to the provider's cache, for however long."""
     written_1h_tokens: int | None = None
     """Of these, those that are kept for an hour."""
     audio_input_tokens: int | None = None
@@ -37,16 +37,16 @@ class TokenCounts:
 
     @property
     def whole(self) -> int | None:
-        """Prompt and answer together."""
+        """Return the tokens of prompt and answer together."""
         if self.prompt_tokens is None or self.output_tokens is None:
             return None
         return self.prompt_tokens + self.output_tokens
 
     def after(self, earlier: TokenCounts) -> TokenCounts:
-        """A later report of the same answer: the half that it leaves out is as it was told before."""
+        """Complete a later report of the same answer with the half, prompt or answer, that only `earlier` has."""
         if self.prompt_tokens and self.output_tokens:
             return self
-        kept = (*(() if self.prompt_tokens else _OF_PROMPT), *(() if self.output_tokens else _OF_ANSWER))
+        kept = [*([] if self.prompt_tokens else _OF_PROMPT), *([] if self.output_tokens else _OF_ANSWER)]
         return replace(self, **{name: getattr(earlier, name) for name in kept})
 
 
@@ -69,7 +69,7 @@ class UsageRecord:
     key_id: str | None
     reason: str
     ending: str
-    """complete, empty, failed, busy (nobody had a place), broken (after content), client_gone,
+    """complete, empty, failed, busy (every model at capacity), broken (after content), client_gone,
     shutdown (cut by the end of the server)."""
     prompt_tokens: int | None
     cached_tokens: int | None
@@ -80,16 +80,16 @@ class UsageRecord:
     seconds: float
     first_token_s: float | None
     reservation: str | None = None
-    """What was set aside of the key's limits before the request, and is settled with this."""
+    """The reservation of the key's limits that this record settles."""
     estimated: bool = False
-    """The cost is an estimate: the model reported no usage, or not of all that came."""
+    """The cost is an estimate: the model reported no usage, or not for the whole answer."""
     cache_write_tokens: int | None = None
     audio_input_tokens: int | None = None
     audio_output_tokens: int | None = None
 
     @property
     def cost_picousd(self) -> int | None:
-        """The cost as sums of it are kept."""
+        """Return the cost in the unit in which sums are kept."""
         return None if self.cost_usd is None else picousd(self.cost_usd)
 
     def to_json(self) -> str:
@@ -107,13 +107,13 @@ _STORED = (*_NAMES, "cost_picousd")
 _values = attrgetter(*_NAMES)
 
 
+# Of one request. A report of more is ignored.
 MAX_TOKENS = 10**12
-"""Of one request; a report of more is none."""
 
-_APART = frozenset(
+# Anthropic's and Bedrock's names: they count beside `input_tokens`, not within it.
+_BESIDE_PROMPT = frozenset(
     {"cache_read_input_tokens", "cache_creation_input_tokens", "cacheReadInputTokens", "cacheWriteInputTokens"}
 )
-"""Anthropic's and Bedrock's names: beside `input_tokens` they count what that does not."""
 
 
 def _meanings(**names: str) -> Mapping[str, str]:
@@ -128,6 +128,7 @@ _WRITTEN_5M = "ephemeral_5m_input_tokens claude_cache_creation_5_m_tokens"
 
 _WRITTEN_1H = "ephemeral_1h_input_tokens claude_cache_creation_1_h_tokens"
 
+# What a count in `usage` itself means.
 _MEANINGS = _meanings(
     prompt="prompt_tokens input_tokens promptTokenCount inputTokens prompt_eval_count",
     output="completion_tokens output_tokens candidatesTokenCount outputTokens eval_count",
@@ -139,7 +140,6 @@ _MEANINGS = _meanings(
     written_1h=_WRITTEN_1H,
     reasoning="reasoning_tokens thoughtsTokenCount",
 )
-"""What a count in `usage` itself means."""
 
 _OF_PROMPT_NAMES = _meanings(cached=_READ, written=_WRITTEN, audio_in="audio_tokens", image_in="image_tokens")
 
@@ -151,6 +151,7 @@ _OF_CACHED_NAMES = _meanings(audio_cached="audio_tokens")
 
 _OF_WRITTEN_NAMES = _meanings(written_5m=_WRITTEN_5M, written_1h=_WRITTEN_1H)
 
+# Members that are objects, in `usage` or in one another → what a count in them means. Gemini's are lists.
 _DETAILS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         **dict.fromkeys(("prompt_tokens_details", "input_tokens_details", "input_token_details"), _OF_PROMPT_NAMES),
@@ -161,22 +162,24 @@ _DETAILS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "promptTokensDetails": _OF_PROMPT_NAMES,
     }
 )
-"""Members that are objects, in `usage` or in one another → what a count in them means. Gemini's are lists."""
+
+# Details of details, as the kinds of cached tokens are.
+_MAX_DETAIL_DEPTH = 2
 
 _ELSEWHERE = ("usageMetadata", "usage_metadata")
 
+# Members of a chunk with a `usage` of their own: Groq's, Anthropic's message_start, events of the Responses API.
 _WITHIN = ("x_groq", "message", "response")
-"""Members of a chunk with a `usage` of their own: Groq's, Anthropic's message_start, events of the Responses API."""
 
 
 def usage_of(body: Mapping[str, Any]) -> Any:
-    """The usage that a completion or a chunk reports, wherever its vendor puts it; None: it reports none."""
+    """Return the usage that a completion or a chunk reports, wherever its vendor puts it; None if there is none."""
     if usage := body.get("usage"):
         return usage
     choices = body.get("choices")
     if type(choices) is list and choices:
         choice = choices[0]
-        # the middle of a stream, which is most of it, is told at once
+        # Most chunks are of the middle of a stream, and are recognised at once.
         if type(choice) is dict and not choice.get("finish_reason") and "usage" not in choice and len(choices) == 1:
             return _usage_beside(body) if "x_groq" in body else None
         for choice in reversed(choices):
@@ -196,7 +199,7 @@ def _usage_beside(body: Mapping[str, Any]) -> Any:
 
 
 def parse_usage(usage: object) -> TokenCounts:
-    """Read a report of usage. What is missing or broken in it is None; it never fails.
+    """Read a report of usage. What is missing or broken in it is None.
 
     Vendors disagree on two things. Is what a cache read and wrote part of the prompt's count (OpenAI, DeepSeek, Gemini)
     or beside it (Anthropic, Bedrock)? Is reasoning part of the answer's (OpenAI, DeepSeek) or beside it (xAI, Gemini,
@@ -204,19 +207,19 @@ def parse_usage(usage: object) -> TokenCounts:
     """
     if not isinstance(usage, Mapping):
         return TokenCounts()
-    told: dict[str, int] = {}
-    _read(usage, _MEANINGS, told, depth=0)
-    get = told.get
-    if "written_1h" in told:
-        told["written"] = max(get("written", 0), get("written_5m", 0) + told["written_1h"])
+    found: dict[str, int] = {}
+    _read(usage, _MEANINGS, found, depth=0)
+    get = found.get
+    if "written_1h" in found:
+        found["written"] = max(get("written", 0), get("written_5m", 0) + found["written_1h"])
     if by_tools := get("by_tools"):
-        told["prompt"] = get("prompt", 0) + by_tools
+        found["prompt"] = get("prompt", 0) + by_tools
     prompt, output = get("prompt"), get("output")
-    if not (prompt and output and get("total", prompt + output) == prompt + output and _is_plain(told)):
-        prompt, output = _whole(usage, told)
-        if not get("reasoning") and "output" in told and prompt and output and output > told["output"]:
-            # more in the total than was told: thoughts that nobody counts apart
-            told["reasoning"] = output - told["output"]
+    if not (prompt and output and get("total", prompt + output) == prompt + output and _has_no_parts(found)):
+        prompt, output = _whole(usage, found)
+        if not get("reasoning") and "output" in found and prompt and output and output > found["output"]:
+            # The total has more than the counts: reasoning that is not counted by itself.
+            found["reasoning"] = output - found["output"]
     return TokenCounts(
         prompt_tokens=prompt,
         cached_tokens=get("cached"),
@@ -232,30 +235,26 @@ def parse_usage(usage: object) -> TokenCounts:
     )
 
 
-def _is_plain(told: Mapping[str, int]) -> bool:
-    return not (told.get("cached") or told.get("written") or told.get("reasoning"))
+def _has_no_parts(found: Mapping[str, int]) -> bool:
+    return not (found.get("cached") or found.get("written") or found.get("reasoning"))
 
 
-def _read(usage: Mapping[str, Any], names: Mapping[str, str], told: dict[str, int], depth: int) -> None:
-    """Add each count under its meaning, the largest: a figure may stand in several places, in some of them as zero."""
+def _read(usage: Mapping[str, Any], names: Mapping[str, str], found: dict[str, int], depth: int) -> None:
+    """Add each count under its meaning: the largest, since it may stand in several places, in some of them as zero."""
     for name, value in usage.items():
         if type(value) is int or type(value) is float:
             meaning = names.get(name)
-            if meaning is not None and (count := _count(value)) is not None and count >= told.get(meaning, 0):
-                told[meaning] = count
-        elif value and (inner := _DETAILS.get(name)) is not None and depth < _DEPTH:
+            if meaning is not None and (count := _count(value)) is not None and count >= found.get(meaning, 0):
+                found[meaning] = count
+        elif value and (inner := _DETAILS.get(name)) is not None and depth < _MAX_DETAIL_DEPTH:
             if isinstance(value, list):
                 value = _modes(value)
             if isinstance(value, Mapping):
-                _read(value, inner, told, depth + 1)
-
-
-_DEPTH = 2
-"""Of details within details, as the kinds of cached tokens are."""
+                _read(value, inner, found, depth + 1)
 
 
 def _modes(listed: list[Any]) -> Mapping[str, Any]:
-    """Gemini's list of modalities, as OpenAI's details."""
+    """Turn Gemini's list of modalities into OpenAI's details."""
     return {
         f"{part['modality'].lower()}_tokens": part.get("tokenCount")
         for part in listed
@@ -263,22 +262,22 @@ def _modes(listed: list[Any]) -> Mapping[str, Any]:
     }
 
 
-def _whole(usage: Mapping[str, Any], told: Mapping[str, int]) -> tuple[int | None, int | None]:
-    """All tokens of the prompt and all of the answer."""
-    prompt, output, total = told.get("prompt"), told.get("output"), told.get("total", 0)
-    cache, reasoning = told.get("cached", 0) + told.get("written", 0), told.get("reasoning", 0)
+def _whole(usage: Mapping[str, Any], found: Mapping[str, int]) -> tuple[int | None, int | None]:
+    """Return all tokens of the prompt and all of the answer."""
+    prompt, output, total = found.get("prompt"), found.get("output"), found.get("total", 0)
+    cache, reasoning = found.get("cached", 0) + found.get("written", 0), found.get("reasoning", 0)
     if not prompt:
-        # all of it came from a cache, or only the total tells
+        # All of it came from a cache, or only the total is known.
         return max(total - output if output else 0, cache) or prompt, _answer(output, reasoning)
-    # an impossible part, or Anthropic's names: it is not in the prompt's count
-    beside = cache > prompt or (not _count(usage.get("prompt_tokens")) and not _APART.isdisjoint(usage))
+    # More cached than the prompt has, or Anthropic's names: the cache is not in the prompt's count.
+    beside = cache > prompt or (not _count(usage.get("prompt_tokens")) and not _BESIDE_PROMPT.isdisjoint(usage))
     if output is None and total <= prompt:
         return prompt + (cache if beside else 0), _answer(output, reasoning)
     return _agreeing(prompt, output or 0, total, cache, reasoning, beside=beside)
 
 
 def _agreeing(prompt: int, output: int, total: int, cache: int, reasoning: int, *, beside: bool) -> tuple[int, int]:
-    """The two wholes by the convention whose sum is the total, else by what the names say (`beside`)."""
+    """Return prompt and answer by the convention whose sum is the total, else by what the names say (`beside`)."""
     wholes = [
         (prompt + (cache if cache_beside else 0), output + (reasoning if thoughts_beside else 0))
         for cache_beside in (beside, not beside)
@@ -292,7 +291,7 @@ def _agreeing(prompt: int, output: int, total: int, cache: int, reasoning: int, 
 
 
 def _answer(output: int | None, reasoning: int) -> int | None:
-    """With the reasoning where that is more than a part of it can be."""
+    """Return the answer's tokens, with the reasoning if that is too large to be a part of them."""
     return (output or 0) + reasoning if reasoning > (output or 0) else output
 
 
@@ -309,7 +308,7 @@ _parts_of = attrgetter(
 
 
 def buckets_of(counts: TokenCounts) -> TokenUsage:
-    """Make the counts disjoint; none is larger than what is left of its whole. An unknown whole is empty."""
+    """Make the counts disjoint. None is larger than what is left of its whole; an unknown whole is empty."""
     prompt, output = counts.prompt_tokens or 0, counts.output_tokens or 0
     if not any(_parts_of(counts)):
         return TokenUsage(prompt, 0, output)
@@ -339,7 +338,7 @@ def buckets_of(counts: TokenCounts) -> TokenUsage:
 
 
 def cost_usd(counts: TokenCounts, price: Price | None) -> float | None:
-    """What was reported, each token paid once. None: the price, or one half of the report, is not known."""
+    """Return the cost of what was reported, each token paid once; None if the price, prompt or answer is unknown."""
     if price is None or counts.prompt_tokens is None or counts.output_tokens is None:
         return None
     return bill_usd(price, buckets_of(counts))
@@ -347,16 +346,16 @@ def cost_usd(counts: TokenCounts, price: Price | None) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class ObservedTraffic:
-    """What is known of a request beside what its model reported."""
+    """What this process saw of a request, whatever its model reported."""
 
     prompt_tokens: int
-    """As estimated from the request."""
+    """Estimated from the request."""
     output_bytes: int
-    """UTF-8, of the answer as far as it came."""
+    """UTF-8, of the answer as far as it arrived."""
     unreported_bytes: int | None = None
-    """Of these, those that came after the last report of usage. None: all."""
+    """Of these, what came after the last report of usage. None: all."""
     has_content: bool = False
-    """Something came, if not in bytes of text."""
+    """Content arrived, even if it has no bytes of text."""
 
     @property
     def output_tokens(self) -> int:
@@ -371,11 +370,11 @@ class Cost:
 
 
 def believed(counts: TokenCounts, received: ObservedTraffic) -> TokenCounts:
-    """The report as far as it can be true. The rest of it is None.
+    """Return the report as far as it is plausible, with None for the rest.
 
-    Nobody answers a prompt without tokens, and no text has none: such zeros are what some servers send while they have
-    not counted yet. A report in the middle of a stream says nothing of what came after it: where the bytes of the whole
-    answer make more tokens than it counts, it is no longer what was used. The last report, at the end, always is.
+    A prompt has tokens, and so has a text: some servers send zeros while they have not counted yet. A report in the
+    middle of a stream does not cover what came after it: if the bytes of the whole answer make more tokens than it
+    counts, it no longer holds. The last report, at the end, always holds.
     """
     prompt, output = counts.prompt_tokens or None, counts.output_tokens
     rest = received.output_bytes if received.unreported_bytes is None else received.unreported_bytes
@@ -388,7 +387,11 @@ def believed(counts: TokenCounts, received: ObservedTraffic) -> TokenCounts:
 
 
 def cost_of(counts: TokenCounts, price: Price | None, received: ObservedTraffic, *, billed: bool) -> Cost:
-    """`billed`: the model began, as far as is known. One that refused, or could not be reached, costs nothing."""
+    """Return the cost, estimated if usage is missing.
+
+    Args:
+        billed: the model began to answer, as far as is known. One that refused or was not reached costs nothing.
+    """
     reported = cost_usd(counts, price)
     if reported is not None:
         return Cost(reported)

@@ -1,4 +1,4 @@
-"""A usage journal: a file of numbered lines that one process writes and then reads as a queue. Knows no Redis.
+"""A write-ahead journal of usage records: files of numbered lines that one process writes and then reads as a queue.
 
 A record is one `write` and no fsync: in the file it survives the death of every process, not that of the machine.
 """
@@ -12,61 +12,60 @@ import os
 import re
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-CHUNK = 256 * 1024
-"""Bytes that are read at once. A line is a few hundred."""
+# Read at once. A line has a few hundred.
+CHUNK_BYTES = 256 * 1024
 
-_NUMBER = re.compile(rb'\{"seq": (\d{1,15}), ')
+_SEQUENCE = re.compile(rb'\{"seq": (\d{1,15}), ')
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One record as it was written down."""
+    """One record as it was written."""
 
-    number: int
+    sequence: int
     """From 1, ascending within a journal."""
     text: str
-    """A JSON object, the number in it as `seq`."""
+    """A JSON object, with the sequence number as its `seq`."""
     fields: Mapping[str, Any]
 
 
 @dataclass(slots=True)
 class Batch:
-    """What comes next in a journal."""
+    """The records that come next in a journal."""
 
     entries: list[Entry] = field(default_factory=list)
     broken: int = 0
-    """Lines on the way that cannot be read."""
+    """Lines among them that cannot be read."""
     end: int = 0
-    """Offset in the file up to which everything is in this batch or was before it."""
+    """Offset in the file of what comes after this batch."""
 
 
 class Journal:
-    """One file. It is locked for as long as its process lives; a lock that is free says that the process is gone."""
+    """One file. It is locked while its process lives; if the lock is free, the process is gone."""
 
     def __init__(self, folder: Path, journal_id: str | None = None) -> None:
         self.id = journal_id or uuid.uuid4().hex
         self.path = folder / f"{self.id}.jsonl"
         self.size = 0
-        self.applied = 0
-        """Number of the last record that is known to have reached Redis."""
-        self.waiting: deque[tuple[int, bytes]] = deque()
-        """Lines that the disk did not take, with their numbers: later than any in the file."""
-        self.failure: OSError | None = None
-        """Why the last write failed."""
-        self._number = 0
+        self.applied = 0  # sequence number of the last record that is known to have reached Redis
+        # Lines that the disk did not take, with their sequence numbers: later than any in the file.
+        self.unwritten: deque[tuple[int, bytes]] = deque()
+        self.failure: OSError | None = None  # of the last write
+        self._sequence = 0
         self._position = 0
         self._file: int | None = None
 
     @classmethod
     def claim_orphan(cls, path: Path) -> Journal | None:
-        """The journal of a process that is gone, now ours to read; None if somebody has it."""
+        """Take over the journal of a process that is gone; return None if another process has it."""
         journal = cls(path.parent, path.stem)
         try:
             journal._file = os.open(path, os.O_RDONLY)
@@ -84,58 +83,58 @@ class Journal:
         return journal
 
     @property
-    def through(self) -> bool:
-        """Whether all that this process wrote to it is applied."""
-        return self.applied >= self._number and not self.waiting
+    def fully_applied(self) -> bool:
+        """True once Redis has every record that this process has written to it."""
+        return self.applied >= self._sequence and not self.unwritten
 
     def append(self, text: str) -> None:
-        """Write down one JSON object with fields. Never fails: what the disk does not take waits in memory."""
-        self._number += 1
-        line = f'{{"seq": {self._number}, {text[1:]}\n'.encode()
-        if self.waiting or not self._write(line):
-            self.waiting.append((self._number, line))
+        """Write one JSON object that has fields. It never fails: what the disk does not take waits in memory."""
+        self._sequence += 1
+        line = f'{{"seq": {self._sequence}, {text[1:]}\n'.encode()
+        if self.unwritten or not self._write(line):
+            self.unwritten.append((self._sequence, line))
 
-    def write_waiting(self) -> None:
-        """Try again what the disk did not take."""
-        while self.waiting and self._write(self.waiting[0][1]):
-            self.waiting.popleft()
+    def write_unwritten(self) -> None:
+        """Write what the disk did not take before."""
+        while self.unwritten and self._write(self.unwritten[0][1]):
+            self.unwritten.popleft()
 
-    def read(self, most: int) -> Batch:
-        """The next records that were not applied, at most so many. Reading again gives them again. Raises OSError."""
+    def read(self, max_records: int) -> Batch:
+        """Return the next records that are not acknowledged; again, if it is called again. Raise OSError."""
         batch = Batch(end=self._position)
-        while len(batch.entries) < most:
+        while len(batch.entries) < max_records:
             lines = self._lines(batch.end)
             if not lines:
                 break
             for line in lines:
-                if len(batch.entries) == most:
+                if len(batch.entries) == max_records:
                     return batch
                 batch.end += len(line)
                 self._take(line, batch)
-        for _, line in self._first_waiting(most - len(batch.entries)):
+        for _, line in islice(self.unwritten, max_records - len(batch.entries)):
             self._take(line, batch)
         return batch
 
-    def mark(self, batch: Batch) -> None:
-        """All of the batch is applied."""
+    def acknowledge(self, batch: Batch) -> None:
+        """Note that all of the batch is applied."""
         self._position = batch.end
         if batch.entries:
-            self.applied = max(self.applied, batch.entries[-1].number)
-        while self.waiting and self.waiting[0][0] <= self.applied:
-            self.waiting.popleft()
+            self.applied = max(self.applied, batch.entries[-1].sequence)
+        while self.unwritten and self.unwritten[0][0] <= self.applied:
+            self.unwritten.popleft()
 
     def rewind(self, applied: int) -> None:
-        """Redis went back to an older state of itself, which has the records up to this one."""
+        """Read again from the record after `applied`: Redis went back to an older state, which ends there."""
         self.applied = applied
         self._position = 0
 
     def remove(self) -> None:
-        """Raises OSError."""
+        """Remove the file. Raise OSError."""
         self.path.unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:
-        """The file stays, for whoever comes next."""
+        """Close the file, which stays for the next process."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -156,7 +155,7 @@ class Journal:
         return True
 
     def _opened(self) -> int:
-        """Locked before it gets the name by which others look for it."""
+        """Open the file, locked before it gets the name by which others look for it."""
         if self._file is None:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             unnamed = self.path.with_suffix(".new")
@@ -171,33 +170,29 @@ class Journal:
         return self._file
 
     def _lines(self, start: int) -> list[bytes]:
-        """Whole lines from there; a last one that was cut off by a kill is none."""
+        """Return whole lines from `start`; a last line that a kill has cut off is none."""
         if self._file is None:
             return []
-        chunk = os.pread(self._file, CHUNK, start)
+        chunk = os.pread(self._file, CHUNK_BYTES, start)
         whole = chunk.rfind(b"\n") + 1
-        if not whole and len(chunk) == CHUNK:  # nothing of ours is that long
+        if not whole and len(chunk) == CHUNK_BYTES:  # nothing of ours is that long
             return [chunk]
         return chunk[:whole].splitlines(keepends=True)
 
-    def _first_waiting(self, most: int) -> Iterator[tuple[int, bytes]]:
-        for place in range(min(most, len(self.waiting))):
-            yield self.waiting[place]
-
     def _take(self, line: bytes, batch: Batch) -> None:
-        found = _NUMBER.match(line)
-        number = int(found[1]) if found else None
-        if number is not None and number <= self.applied:
+        found = _SEQUENCE.match(line)
+        sequence = int(found[1]) if found else None
+        if sequence is not None and sequence <= self.applied:
             return
         fields = _parsed(line)
-        if number is None or not isinstance(fields, dict):
+        if sequence is None or not isinstance(fields, dict):
             batch.broken += 1
             return
-        batch.entries.append(Entry(number, line.decode().rstrip("\n"), fields))
+        batch.entries.append(Entry(sequence, line.decode().rstrip("\n"), fields))
 
 
 def _parsed(line: bytes) -> Any:
-    """None where it is no JSON. NaN and half characters, which are none to orjson, are read as they always were."""
+    """Parse a line; return None if it is no JSON. NaN and half characters, which orjson rejects, are read too."""
     try:
         return orjson.loads(line)
     except ValueError:
@@ -210,18 +205,18 @@ def _parsed(line: bytes) -> Any:
 
 log = logging.getLogger("uniroute.usage")
 
+# A journal of this length is followed by another one, so that it can be removed when it is applied.
 SEGMENT_BYTES = 8 * 2**20
-"""A journal that is this long is followed by another, so that it can be removed when it is through."""
 
-NUMBERED = 26
-"""Bytes, at most, that the number and the end of the line add to a record."""
+# What the sequence number and the end of the line add to a record, at most.
+MAX_FRAMING_BYTES = 26
 
-MAX_WAITING = 50_000
-"""Records held in memory while the disk takes none."""
+# Records held in memory while the disk takes none.
+MAX_UNWRITTEN = 50_000
 
 
 class JournalDirectory:
-    """Used on one event loop. Processes that share the folder keep out of each other's files by locks."""
+    """The journals of one folder. Processes that share the folder keep out of each other's files by locks."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder = folder
@@ -229,13 +224,12 @@ class JournalDirectory:
         self._segment_bytes = min(SEGMENT_BYTES, max(1, max_bytes // 4))
         self._current = Journal(folder)
         self._others: list[Journal] = []
-        self._others_bytes = 0
-        """They do not grow any more, and are added up once."""
+        self._others_bytes = 0  # they no longer grow
         self._troubles: set[str] = set()
 
     @property
     def all(self) -> list[Journal]:
-        """The oldest first, as far as that is known."""
+        """Return the journals, the oldest first as far as that is known."""
         return [*self._others, self._current]
 
     @property
@@ -243,27 +237,27 @@ class JournalDirectory:
         return self._others_bytes + self._current.size
 
     def append(self, text: str) -> bool:
-        """Whether the record is kept. It is not where `max_bytes` are full of what Redis did not take yet."""
+        """Write a record; return False if `max_bytes` are full of records that Redis has not taken."""
         current = self._writable()
-        if self._others_bytes + current.size + len(text) + NUMBERED > self._max_bytes:
+        if self._others_bytes + current.size + len(text) + MAX_FRAMING_BYTES > self._max_bytes:
             return self._dropped(f"the usage journals in {self._folder} have {self._max_bytes} bytes, their limit")
-        if len(current.waiting) >= MAX_WAITING:
-            return self._dropped(f"{MAX_WAITING} usage records wait for room in {self._folder}")
+        if len(current.unwritten) >= MAX_UNWRITTEN:
+            return self._dropped(f"{MAX_UNWRITTEN} usage records wait for room in {self._folder}")
         current.append(text)
-        if current.waiting:
+        if current.unwritten:
             self._warn_once("disk", f"usage is kept in memory: {current.path} cannot be written ({current.failure})")
         return True
 
-    def write_waiting(self) -> None:
-        """Try again what the disk did not take."""
-        if self._current.waiting:
-            self._current.write_waiting()
-        if not self._current.waiting and "disk" in self._troubles:
+    def write_unwritten(self) -> None:
+        """Write what the disk did not take before."""
+        if self._current.unwritten:
+            self._current.write_unwritten()
+        if not self._current.unwritten and "disk" in self._troubles:
             self._troubles.discard("disk")
             log.info("the usage journal %s is written again", self._current.path)
 
-    def adopt(self) -> None:
-        """Take over what processes that are gone have left, here or in a start before."""
+    def claim_orphans(self) -> None:
+        """Take over the journals that processes which are gone have left, before this start or since."""
         ours = {journal.path for journal in self.all}
         for path in sorted(self._folder.glob("*.jsonl")):
             journal = None if path in ours else Journal.claim_orphan(path)
@@ -273,11 +267,11 @@ class JournalDirectory:
                 self._others_bytes += journal.size
 
     def is_open(self, journal: Journal) -> bool:
-        """Whether more may be written to it."""
+        """Return whether more may be written to it."""
         return journal is self._current
 
     def remove(self, journal: Journal) -> None:
-        """It is through. Raises OSError."""
+        """Remove a journal that is applied. Raise OSError."""
         journal.remove()
         if journal is self._current:
             self._current = Journal(self._folder)
@@ -287,16 +281,16 @@ class JournalDirectory:
         self._troubles.discard("full")
 
     def close(self) -> int:
-        """Leave the files to whoever comes next. How many records were in memory alone, and are lost."""
-        self.write_waiting()
-        lost = len(self._current.waiting)
+        """Leave the files to the next process; return how many records were in memory alone, and are lost."""
+        self.write_unwritten()
+        lost = len(self._current.unwritten)
         for journal in self.all:
             journal.close()
         self._current, self._others, self._others_bytes = Journal(self._folder), [], 0
         return lost
 
     def _writable(self) -> Journal:
-        if self._current.size >= self._segment_bytes and not self._current.waiting:
+        if self._current.size >= self._segment_bytes and not self._current.unwritten:
             self._others.append(self._current)
             self._others_bytes += self._current.size
             self._current = Journal(self._folder)

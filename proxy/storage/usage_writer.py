@@ -9,26 +9,23 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final
 
-from proxy.concurrency import cancel_and_wait
-from proxy.storage.redis import Store, StoreUnavailable, load_script
+from proxy.concurrency import BackgroundTasks
+from proxy.storage.redis import Availability, Store, StoreUnavailable, load_script
 from proxy.storage.usage import UsageRecord
 from proxy.storage.usage_journal import Batch, Journal, JournalDirectory
 
 STREAM: Final = "uniroute:usage"
 
+# Hash: journal id → number of the last record applied, or `done:` and when it was.
 JOURNALS: Final = "uniroute:usage:journals"
-"""Hash: journal id → number of the last record applied, or `done:` and when it was."""
 
 MAX_ENTRIES = 100_000
 
 REFUSED = -1
 
-NO_SETTLING = """
-local function settle(key_id, reservation_id, tokens, picousd, day, month)
-end
-"""
-"""What a client key's record does to its limits. All arguments are texts: amounts can be larger than what a Lua number
-holds exactly, and where one is unknown it is ''. Whatever it raises is counted, and holds nothing up."""
+# What the usage record of a client key does to its limits. All parameters are texts: amounts can be larger than what a
+# Lua number holds exactly, and an unknown one is ''. An error is counted, and holds nothing up.
+NO_SETTLING = "local function settle(key_id, reservation_id, tokens, picousd, day, month)\nend\n"
 
 _APPLY = load_script(__package__, "apply_usage", REFUSED=REFUSED)
 
@@ -36,43 +33,37 @@ FINISH = load_script(__package__, "finish_journal")
 
 FINISHED_KEPT_S = 3600
 
-
-def apply_script(settle_function: str = NO_SETTLING) -> str:
-    """`settle_function`: Lua text of a local function `settle` with the parameters of NO_SETTLING's."""
-    return settle_function + _APPLY
-
-
+# With `:<model>`, the hash of what a model used.
 TOTALS: Final = "uniroute:usage:totals"
-"""With `:<model>`, the hash of what a model used."""
 
+# With `:<id>`, the hash of what a client key used.
 KEY_TOTALS: Final = "uniroute:usage:key"
-"""With `:<id>`, the hash of what a client key used."""
 
 COUNTED = ("prompt_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")
 
+# Not in records that an earlier version wrote.
 COUNTED_SINCE = ("cache_write_tokens", "audio_input_tokens", "audio_output_tokens")
-"""Not in records that an earlier version wrote."""
 
 DAY_S = 86_400
 
+# A sum in Redis has 63 bits. What a single request cannot have used counts as unknown, not as the end of the sum.
 MAX_COUNT = 10**18
-"""A sum in Redis has 63 bits. What a single request cannot have used is taken as unknown, not as the end of the sum."""
 
-Word = str | int | float
+ScriptArgument = str | int | float
 
 
 @dataclass
 class BatchTotals:
-    """Of one batch."""
+    """Add up the records of one batch, as the script counts them."""
 
     texts: list[str] = field(default_factory=list)
     sums: defaultdict[tuple[str, str], int | float] = field(default_factory=lambda: defaultdict(int))
-    """Hash and field → how much more."""
+    """(hash, field) → how much more."""
     settlements: list[list[str]] = field(default_factory=list)
-    """Key, reservation, tokens, picodollars, day and month (UTC) of each record of a client key, as texts."""
+    """Of each record of a client key, as texts: key, reservation, tokens, picodollars, day and month (UTC)."""
 
     def add(self, text: str, record: Mapping[str, Any]) -> None:
-        """Raises ValueError: it is not a record that we wrote, and nothing was added."""
+        """Add one record. Raise ValueError, with nothing added, if it is not one that we wrote."""
         try:
             amounts = _amounts(record)
             model, key_id, reservation = record["model"], record["key_id"], record["reservation"] or ""
@@ -86,12 +77,12 @@ class BatchTotals:
             cost = str(amounts.get("cost_picousd", ""))
             self.settlements.append([str(key_id), str(reservation), _tokens(record), cost, day, day[:7]])
 
-    def words(self) -> list[Word]:
-        """As the script reads it."""
-        words: list[Word] = [len(self.texts), *self.texts, len(self.sums)]
+    def script_args(self) -> list[ScriptArgument]:
+        """Return the totals as apply_usage.lua reads them."""
+        arguments: list[ScriptArgument] = [len(self.texts), *self.texts, len(self.sums)]
         for (key, name), amount in self.sums.items():
-            words += [key, name, repr(amount)]
-        return [*words, *(word for settlement in self.settlements for word in settlement)]
+            arguments += [key, name, repr(amount)]
+        return [*arguments, *(text for settlement in self.settlements for text in settlement)]
 
     def _count(self, key: str, amounts: Mapping[str, int | float]) -> None:
         for name, amount in amounts.items():
@@ -99,9 +90,9 @@ class BatchTotals:
 
 
 @lru_cache(maxsize=8)
-def _day(number: int) -> str:
-    """UTC, of the day that is so many after the first of Unix time."""
-    return datetime.fromtimestamp(number * DAY_S, UTC).strftime("%Y-%m-%d")
+def _day(days: int) -> str:
+    """Return the date, in UTC, so many days after the first of Unix time."""
+    return datetime.fromtimestamp(days * DAY_S, UTC).strftime("%Y-%m-%d")
 
 
 def _amounts(record: Mapping[str, Any]) -> dict[str, int | float]:
@@ -121,20 +112,21 @@ def _tokens(record: Mapping[str, Any]) -> str:
 
 log = logging.getLogger("uniroute.usage")
 
-BATCH = 200
+# Records that are sent to the store in one script.
+BATCH_SIZE = 200
 
-BATCH_SIZE = 40
-"""Records that are added up before requests get a turn."""
+# Records that are added up before requests get a turn.
+RECORDS_PER_TURN = 40
 
-FLUSH_S = 0.5
+FLUSH_INTERVAL_S = 0.5
 
-RETRY_S = 1.0
+RETRY_INTERVAL_S = 1.0
 
-ADOPT_S = 5.0
+CLAIM_INTERVAL_S = 5.0
 
 
 class UsageWriter:
-    """What is recorded is in a file at once, and in Redis soon: once, also when it was sent twice."""
+    """Write usage records to a journal at once, and to Redis soon: counted once, also when they are sent twice."""
 
     def __init__(
         self,
@@ -144,18 +136,19 @@ class UsageWriter:
         *,
         settle_function: str = NO_SETTLING,
     ) -> None:
+        """`settle_function`: Lua text of a local function `settle` with the parameters of NO_SETTLING's."""
         self._store = store
         self._journals = journals
         self._on_dropped = on_dropped
-        self._apply = store.client.register_script(apply_script(settle_function))
+        self._apply = store.client.register_script(settle_function + _APPLY)
         self._finish = store.client.register_script(FINISH)
         self._finished: list[str] = []
-        self._away = False
-        self._writing: asyncio.Task[None] | None = None
+        self._availability = Availability(log, back="usage reaches the store again")
+        self._tasks = BackgroundTasks()
 
     @property
     def journal_bytes(self) -> int:
-        """Of the files; what has reached Redis may be among it."""
+        """Return the size of the journals, of which a part may have reached Redis."""
         return self._journals.bytes
 
     def record(self, entry: UsageRecord) -> None:
@@ -163,15 +156,15 @@ class UsageWriter:
             self._drop(1)
 
     def start(self) -> None:
-        self._writing = asyncio.create_task(self._write_on(), name="uniroute-usage")
+        self._tasks.start("uniroute-usage", self._write_loop)
 
     async def stop(self) -> None:
-        """Brings to Redis what it takes; the rest stays in the journals for the next start."""
-        await cancel_and_wait(self._writing)
+        """Bring to Redis what it takes; the rest stays in the journals for the next start."""
+        await self._tasks.close()
         try:
             await self.flush()
             for journal in self._journals.all:
-                if journal.size and journal.through:
+                if journal.size and journal.fully_applied:
                     self._remove(journal)
             await self._finish_removed()
         except StoreUnavailable as error:
@@ -181,40 +174,40 @@ class UsageWriter:
             self._drop(lost)
 
     async def flush(self) -> None:
-        """All that is there. Raises StoreUnavailable; nothing of it is lost then, and nothing counted twice."""
+        """Apply all journals. Raise StoreUnavailable; then nothing is lost and nothing is counted twice."""
         for journal in self._journals.all:
-            while await self._applied(journal):
+            while await self._apply_batch(journal):
                 pass
             if not self._journals.is_open(journal):
                 self._remove(journal)
         await self._finish_removed()
 
-    async def _applied(self, journal: Journal) -> bool:
-        """One batch. False: there was none."""
-        batch = _next_of(journal)
-        tally, broken = await _totals_of(batch)
+    async def _apply_batch(self, journal: Journal) -> bool:
+        """Apply the next batch; return False if there was none."""
+        batch = _next_batch(journal)
+        totals, broken = await _totals_of(batch)
         if batch.entries:
-            applied, uncounted = await self._send(journal, batch, tally)
+            applied, uncounted = await self._send(journal, batch, totals)
             if uncounted == REFUSED:
                 self._resync(journal, applied)
                 return True
             if uncounted:
                 log.warning("%d usage figures of %d records were not counted", uncounted, len(batch.entries))
-        journal.mark(batch)
+        journal.acknowledge(batch)
         if broken:
             log.error("%d lines of the usage journal %s cannot be read and are left out", broken, journal.path)
             self._drop(broken)
         return bool(batch.entries)
 
-    async def _send(self, journal: Journal, batch: Batch, tally: BatchTotals) -> tuple[int, int]:
-        first, last = batch.entries[0].number, batch.entries[-1].number
-        arguments = [journal.id, journal.applied, first, last, MAX_ENTRIES, *tally.words()]
-        async with self._store.asking("record usage"):
+    async def _send(self, journal: Journal, batch: Batch, totals: BatchTotals) -> tuple[int, int]:
+        first, last = batch.entries[0].sequence, batch.entries[-1].sequence
+        arguments = [journal.id, journal.applied, first, last, MAX_ENTRIES, *totals.script_args()]
+        async with self._store.operation("record usage"):
             applied, uncounted = await self._apply(keys=[JOURNALS, STREAM], args=arguments)
         return int(applied), int(uncounted)
 
     def _resync(self, journal: Journal, applied: int) -> None:
-        """The store says what it has: more than we heard of, since a reply was lost, or less, since it went back."""
+        """Continue after the record that the store has: a reply of it was lost, or it went back to an older state."""
         if applied < journal.applied:
             log.warning("the store went back: usage after record %d of %s is sent again", applied, journal.path)
             journal.rewind(applied)
@@ -222,7 +215,7 @@ class UsageWriter:
             journal.applied = applied
 
     def _remove(self, journal: Journal) -> None:
-        """First the file, then its number in Redis: without the number it would be applied again."""
+        """Remove the file, and its number in Redis later: without that number it would be applied again."""
         try:
             self._journals.remove(journal)
         except OSError as error:
@@ -231,7 +224,7 @@ class UsageWriter:
 
     async def _finish_removed(self) -> None:
         while self._finished:
-            async with self._store.asking("record usage"):
+            async with self._store.operation("record usage"):
                 await self._finish(keys=[JOURNALS], args=[self._finished[-1], FINISHED_KEPT_S])
             self._finished.pop()
 
@@ -239,48 +232,38 @@ class UsageWriter:
         for _ in range(records):
             self._on_dropped()
 
-    async def _write_on(self) -> None:
+    async def _write_loop(self) -> None:
         loop = asyncio.get_running_loop()
-        adopted = -ADOPT_S
+        claimed_at = -CLAIM_INTERVAL_S
         while True:
-            if loop.time() - adopted >= ADOPT_S:
-                adopted = loop.time()
-                self._journals.adopt()
-            self._journals.write_waiting()
+            if loop.time() - claimed_at >= CLAIM_INTERVAL_S:
+                claimed_at = loop.time()
+                self._journals.claim_orphans()
+            self._journals.write_unwritten()
             try:
                 await self.flush()
-                self._back()
-                await asyncio.sleep(FLUSH_S)
+                self._availability.mark_available()
+                await asyncio.sleep(FLUSH_INTERVAL_S)
             except StoreUnavailable as error:
-                self._wait(error)
-                await asyncio.sleep(RETRY_S)
-
-    def _wait(self, error: StoreUnavailable) -> None:
-        if not self._away:
-            log.warning("usage waits in its journals: %s", error)
-        self._away = True
-
-    def _back(self) -> None:
-        if self._away:
-            log.info("usage reaches the store again")
-        self._away = False
+                self._availability.mark_unavailable(f"usage waits in its journals: {error}")
+                await asyncio.sleep(RETRY_INTERVAL_S)
 
 
-def _next_of(journal: Journal) -> Batch:
+def _next_batch(journal: Journal) -> Batch:
     try:
-        return journal.read(BATCH)
+        return journal.read(BATCH_SIZE)
     except OSError as error:
         raise StoreUnavailable(f"could not record usage: {journal.path} cannot be read: {error}") from error
 
 
 async def _totals_of(batch: Batch) -> tuple[BatchTotals, int]:
-    """And how many lines are no records of ours. Requests get a turn meanwhile."""
-    tally, broken = BatchTotals(), batch.broken
+    """Return the totals, and how many lines are no records of ours. Requests get turns meanwhile."""
+    totals, broken = BatchTotals(), batch.broken
     for place, entry in enumerate(batch.entries):
-        if place % BATCH_SIZE == 0:
+        if place % RECORDS_PER_TURN == 0:
             await asyncio.sleep(0)
         try:
-            tally.add(entry.text, entry.fields)
+            totals.add(entry.text, entry.fields)
         except ValueError:
             broken += 1
-    return tally, broken
+    return totals, broken

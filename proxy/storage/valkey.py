@@ -20,9 +20,9 @@ log = logging.getLogger("uniroute.store")
 
 MAX_SOCKET_PATH = 100  # bytes: macOS allows 104 and Linux 108, their ending NUL included
 
-STARTING_S = 15.0
+START_TIMEOUT_S = 15.0
 
-STOPPING_S = 5.0
+STOP_TIMEOUT_S = 5.0
 
 PERSISTENCE = {
     # Every reply waits for its fsync. `everysec` postpones the write itself while an earlier fsync runs, so that
@@ -39,9 +39,9 @@ class EmbeddedStoreFailed(Exception):
 
 
 class EmbeddedValkey:
-    """The server of one data directory. All who use it start it; the last to leave stops it.
+    """The server of one data directory. Any process that uses it starts it; the last one to leave stops it.
 
-    Who uses it shares a file lock, which a process that is killed gives up at once. No one process is the owner: of two
+    The users share a file lock, which a killed process gives up at once. No process owns the server: otherwise, of two
     that leave at the same time, the second would start again what the first has just stopped.
     """
 
@@ -51,11 +51,11 @@ class EmbeddedValkey:
         self._use: IO[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._watcher: subprocess.Popen[bytes] | None = None
+        # Set before the process stops for good: an `ensure` that still runs in a thread then gives up.
         self.closing = False
-        """Set by who is about to stop for good: an `ensure` that is still at it in a thread then gives up."""
 
     def ensure(self) -> None:
-        """Return once the server answers, having started it if it is not alive. Blocks for up to 15 s.
+        """Start the server if it is not alive, and return once it answers. Block for up to START_TIMEOUT_S.
 
         Raises:
             EmbeddedStoreFailed: it did not start, or is alive and does not answer.
@@ -65,9 +65,9 @@ class EmbeddedValkey:
         except private.NotPrivate as error:
             raise EmbeddedStoreFailed(str(error)) from error
         private_folder(self._folder)
-        deadline = time.monotonic() + STARTING_S
+        deadline = time.monotonic() + START_TIMEOUT_S
         if self._process is not None and self._process.poll() is not None:
-            self._process = None  # it has served and died since, which is no reason not to try again
+            self._process = None  # it has died after it served, so another start may succeed
         while not (self._joined() and self._answers()):
             if self.closing:
                 raise EmbeddedStoreFailed("the embedded store is not started any more: this process is closing")
@@ -75,17 +75,17 @@ class EmbeddedValkey:
                 self._start()
             if time.monotonic() > deadline:
                 raise EmbeddedStoreFailed(
-                    f"the embedded store at {self.socket_path} does not answer after {STARTING_S:g} s;"
+                    f"the embedded store at {self.socket_path} does not answer after {START_TIMEOUT_S:g} s;"
                     f" see {self._folder / 'valkey.log'}"
                 )
             time.sleep(0.02)
 
     def stop(self) -> None:
-        """Stop using the server, and stop it if nobody else uses it. Harmless when repeated."""
+        """Stop using the server, and stop it if no other process uses it. Again is harmless."""
         if self._use is None:
             return
         try:
-            # Not atomic: the shared lock is gone where this fails. So of several the last one always succeeds.
+            # Not atomic: if this fails, the shared lock is gone. So of several processes the last one always succeeds.
             fcntl.flock(self._use, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._shut_down()
             self._end_watcher()
@@ -95,14 +95,14 @@ class EmbeddedValkey:
         self._use = None
 
     def _leave_running(self) -> None:
-        """To its other users. A child that nobody waits for would stay behind, dead, when they stop it."""
+        """Leave the server to its other users, and wait for the children in threads: else they would become zombies."""
         for process in (self._process, self._watcher):
             if process is not None:
                 threading.Thread(target=process.wait, name="uniroute-store-reaper", daemon=True).start()
         self._process = self._watcher = None
 
     def _joined(self) -> bool:
-        """False while another process is stopping the server."""
+        """Take the shared lock; return False while another process is stopping the server."""
         if self._use is None:
             self._use = _locked(self._folder / "users.lock", fcntl.LOCK_SH)
         return self._use is not None
@@ -119,8 +119,8 @@ class EmbeddedValkey:
             return
         self._end_watcher()
         self.socket_path.unlink(missing_ok=True)
-        for left in self._folder.rglob("*"):  # made by a version that left it to the umask
-            private.close_to_others(left)
+        for path in self._folder.rglob("*"):  # files of a version that left their modes to the umask
+            private.close_to_others(path)
         options = {"port": "0", "unixsocket": str(self.socket_path), "unixsocketperm": "700", **PERSISTENCE}
         arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
         with alive, open(self._folder / "valkey.log", "ab", opener=private.private_opener) as output:
@@ -178,16 +178,16 @@ class EmbeddedValkey:
         refused = self._ask(b"SHUTDOWN")
         process, self._process = self._process, None
         if process is not None and process.poll() is None:
-            if refused:  # it still reads its files, and heeds a signal alone
+            if refused:  # it still reads its files, and obeys only a signal
                 process.terminate()
             try:
-                process.wait(STOPPING_S)
+                process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
-                log.warning("the embedded store did not stop within %g s and is killed", STOPPING_S)
+                log.warning("the embedded store did not stop within %g s and is killed", STOP_TIMEOUT_S)
                 process.kill()
                 process.wait()
             return
-        deadline = time.monotonic() + STOPPING_S  # it is the child of another process
+        deadline = time.monotonic() + STOP_TIMEOUT_S  # it is the child of another process
         while self._is_alive() and time.monotonic() < deadline:
             time.sleep(0.02)
 
@@ -200,7 +200,7 @@ class EmbeddedValkey:
 
 
 def _locked(path: Path, kind: int) -> IO[bytes] | None:
-    """The file, locked; None if another process has it locked otherwise."""
+    """Open and lock the file; return None if another process has locked it otherwise."""
     file = open(path, "ab", opener=private.private_opener)  # noqa: SIM115  Path.open takes no opener
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
@@ -211,7 +211,7 @@ def _locked(path: Path, kind: int) -> IO[bytes] | None:
 
 
 def socket_path(folder: Path) -> Path:
-    """Beside the data, or where that path is too long for a socket, in a private folder named by its digest."""
+    """Return a path beside the data or, if that is too long for a socket, in a private folder named by its digest."""
     path = folder / "valkey.sock"
     if len(os.fsencode(path)) <= MAX_SOCKET_PATH:
         return path
@@ -220,7 +220,7 @@ def socket_path(folder: Path) -> Path:
 
 
 def private_folder(folder: Path) -> None:
-    """Make it for us alone. EmbeddedStoreFailed when it is someone else's: the temp directory is shared."""
+    """Make a folder for this user alone. Raise EmbeddedStoreFailed if another user made it in the temp folder."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()

@@ -53,7 +53,8 @@ class UpstreamClient:
         # Why the last attempt failed.
         self._import_error: str | None = None
         self._next_import = 0.0
-        self._through_litellm: frozenset[str] = frozenset()
+        # Models that cannot be called until litellm is imported.
+        self.not_ready: frozenset[str] = frozenset()
 
     async def complete(
         self,
@@ -136,8 +137,9 @@ class UpstreamClient:
         """Replace the models. Forget what is known of those that are gone or changed."""
         self._openai.endpoints.retain(models)
         self._stream_options.retain(models)
-        self._through_litellm = frozenset(name for name, record in models.items() if is_direct(record) is None)
-        if self._import is None and self._through_litellm:
+        through_litellm = frozenset(name for name, record in models.items() if is_direct(record) is None)
+        self.not_ready = frozenset() if self._litellm.ready else through_litellm
+        if self._import is None and through_litellm:
             log.info("loading litellm, for models of other formats than OpenAI's")
             self._start_import()
 
@@ -161,7 +163,7 @@ class UpstreamClient:
         while not self._litellm.ready:
             try:
                 await self._litellm.prepare()
-                self._import_error = None
+                self._import_error, self.not_ready = None, frozenset()
             except Exception as error:
                 # The import may fail for want of memory, files or descriptors, all of which is temporary.
                 self._import_error = f"litellm cannot be imported ({type(error).__name__}: {error})"[:300]
@@ -176,11 +178,6 @@ class UpstreamClient:
                 await asyncio.sleep(interval_s)
                 interval_s = min(2 * interval_s, MAX_RETRY_INTERVAL_S)
 
-    @property
-    def not_ready(self) -> frozenset[str]:
-        """Return the models that cannot be called until litellm is imported."""
-        return frozenset() if self._litellm.ready else self._through_litellm
-
     async def aclose(self) -> None:
         await cancel_and_wait(self._import)
         await self._openai.aclose()
@@ -190,7 +187,7 @@ class UpstreamClient:
 def is_direct(record: ModelRecord) -> ResolvedProvider | None:
     """Return what the model was resolved to if it is called directly, else None."""
     resolved = record.resolved or resolve_static(record.litellm_params, record.info.forward)
-    return resolved if resolved is not None and resolved.way == "relay" else None
+    return resolved if resolved is not None and resolved.mode == "relay" else None
 
 
 async def _as_blocks(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[list[JSONPayload]]:

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from proxy.concurrency import LRU, FairQueue
 from proxy.errors import ModelAtCapacity
 from proxy.settings.models import ModelInfo
 
@@ -45,31 +45,19 @@ class ConcurrencyLimits:
 @dataclass(slots=True)
 class _Queue:
     limits: ConcurrencyLimits
-    running: int = 0
-    waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
-
-    @property
-    def has_slot(self) -> bool:
-        return self.limits.max_parallel is None or self.running < self.limits.max_parallel
+    slots: FairQueue
 
     @property
     def is_full(self) -> bool:
         """Whether there is neither a slot nor room to wait for one."""
-        return not self.has_slot and len(self.waiting) >= self.limits.max_queued
+        return not self.slots.has_free_slot and self.slots.waiting >= self.limits.max_queued
 
     def change_limits(self, limits: ConcurrencyLimits) -> None:
         """Apply the newest limits to all requests: those that fit now are admitted."""
         if limits is not self.limits:
             self.limits = limits
-            self.admit()
-
-    def admit(self) -> None:
-        """Give free slots to those who wait. A slot is a waiter's as soon as it is given, noticed or not."""
-        while self.waiting and self.has_slot:
-            waiter = self.waiting.popleft()
-            if not waiter.done():
-                self.running += 1
-                waiter.set_result(None)
+            self.slots.limit = limits.max_parallel
+            self.slots.admit()
 
 
 class ConcurrencyLimiter:
@@ -81,7 +69,7 @@ class ConcurrencyLimiter:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._queues: dict[str, _Queue] = {}
-        self._held_s: dict[str, float] = {}
+        self._held_s: LRU[str, float] = LRU(MAX_REMEMBERED)
 
     async def acquire(self, model: str, limits: ConcurrencyLimits, max_wait_s: float = 5.0) -> float:
         """Take a slot, at once or after waiting for one.
@@ -96,62 +84,44 @@ class ConcurrencyLimiter:
         """
         queue = self._queues.get(model)
         if queue is None:
-            queue = self._queues[model] = _Queue(limits)
+            queue = self._queues[model] = _Queue(limits, FairQueue(limits.max_parallel))
         else:
             queue.change_limits(limits)
-        if queue.has_slot:  # and so nobody waits for one
-            queue.running += 1
-        elif queue.is_full:
-            raise self._at_capacity(model, queue)
-        else:
+        if not queue.slots.acquire_nowait():
+            if queue.is_full:
+                raise self._at_capacity(model, queue, queue.slots.waiting)
             await self._wait(model, queue, max_wait_s)
         return self._clock()
 
     def release(self, model: str, acquired_at: float) -> None:
         """Give back a slot, once, when the response has ended in whatever way."""
         queue = self._queues[model]
-        queue.running -= 1
         self._remember(model, self._clock() - acquired_at)
-        self._admit(model, queue)
+        queue.slots.release()
+        self._forget_unused(model, queue)
 
     async def _wait(self, model: str, queue: _Queue, max_wait_s: float) -> None:
-        waiter = asyncio.get_running_loop().create_future()
-        queue.waiting.append(waiter)
-        admitted = False
         try:
             async with asyncio.timeout(max_wait_s):
-                await waiter
-            admitted = True
+                await queue.slots.acquire()
         except TimeoutError:
-            raise self._at_capacity(model, queue) from None
+            raise self._at_capacity(model, queue, queue.slots.waiting + 1) from None
         finally:
-            if not admitted:
-                self._leave(model, queue, waiter)
+            self._forget_unused(model, queue)
 
-    def _leave(self, model: str, queue: _Queue, waiter: asyncio.Future[None]) -> None:
-        """Leave the queue. A slot that was given at this very moment goes to the next."""
-        if waiter.done() and not waiter.cancelled():
-            queue.running -= 1
-        elif waiter in queue.waiting:
-            queue.waiting.remove(waiter)
-        self._admit(model, queue)
-
-    def _admit(self, model: str, queue: _Queue) -> None:
-        if queue.waiting:
-            queue.admit()
-        if not queue.running and not queue.waiting:
+    def _forget_unused(self, model: str, queue: _Queue) -> None:
+        if not queue.slots.taken and not queue.slots.waiting:
             self._queues.pop(model, None)
 
     def _remember(self, model: str, held_s: float) -> None:
-        before = self._held_s.pop(model, held_s)
-        self._held_s[model] = before + NEWEST_WEIGHT * (held_s - before)
-        if len(self._held_s) > MAX_REMEMBERED:
-            self._held_s.pop(next(iter(self._held_s)))
+        before = self._held_s.get(model)
+        self._held_s[model] = held_s if before is None else before + NEWEST_WEIGHT * (held_s - before)
 
-    def _at_capacity(self, model: str, queue: _Queue) -> ModelAtCapacity:
+    def _at_capacity(self, model: str, queue: _Queue, waiting: int) -> ModelAtCapacity:
         """Say when a slot is free: all who wait, and then the caller, take them as they are released."""
         slots = queue.limits.max_parallel or 1
-        wait_s = self._held_s.get(model, DEFAULT_HELD_S) * (len(queue.waiting) + 1) / slots
+        held_s = self._held_s.get(model)
+        wait_s = (DEFAULT_HELD_S if held_s is None else held_s) * (waiting + 1) / slots
         return ModelAtCapacity(
             f"{model} answers {slots} requests at once, and is busy with them",
             min(max(wait_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S),

@@ -10,13 +10,12 @@ from urllib.parse import SplitResult, quote, urlsplit
 import orjson
 
 from proxy.errors import UpstreamError
-from proxy.settings.litellm_params import has_body_params, is_openai_url, merge_model_params, secrets_of
+from proxy.settings.litellm_params import is_openai_url, merge_model_params, secrets_of, stated_address
 from proxy.settings.models import SettingsError, referred_variable, resolve_secret
 from proxy.settings.outbound import DEFAULT_TRUST, Outbound, OutboundError, Trust
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, ResolvedProvider
 from proxy.upstream.errors import unreachable
-from proxy.upstream.key_scope import address_of
 from proxy.upstream.payload import replace_model
 from proxy.upstream.pool import DEFAULT_PORTS, Origin, authority_of, basic_auth_of, port_of
 from proxy.upstream.sse import encode_json
@@ -217,7 +216,7 @@ class Endpoints:
 
     def _make_endpoint(self, record: ModelRecord, resolved: ResolvedProvider) -> Endpoint:
         params = record.litellm_params
-        base = self._value(address_of(params) or resolved.api_base or "")
+        base = self._value(stated_address(params) or resolved.api_base or "")
         key = self._key(params, resolved)
         own = {
             name: {field: self._value(text) for field, text in (params.get(name) or {}).items()}
@@ -236,8 +235,8 @@ class Endpoints:
             name=record.name,
             head=build_head(url, headers, self._outbound.proxies.for_url(url), trust),
             model=resolved.model,
-            param_aliases=resolved.renames,
-            model_params=params if has_body_params(params) else None,
+            param_aliases=resolved.param_aliases,
+            model_params=params if record.has_body_params else None,
             secrets=secrets_of({**params, "api_key": key, "api_base": base, **own}, key),
         )
 
@@ -249,7 +248,7 @@ class Endpoints:
     def _key(self, params: Mapping[str, Any], resolved: ResolvedProvider) -> str | None:
         if params.get("api_key"):
             return self._value(params["api_key"])
-        address = address_of(params)
+        address = stated_address(params)
         if address and not (resolved.own_address or is_openai_url(address)):
             return None  # an older version may have stored a variable anyway
         name = referred_variable(f"os.environ/{resolved.key_variable}") if resolved.key_variable else None

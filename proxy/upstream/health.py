@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from redis.exceptions import RedisError
 
-from proxy.concurrency import cancel_and_wait
+from proxy.concurrency import BackgroundTasks
 from proxy.errors import UpstreamError
 from proxy.settings.schema import CircuitBreakerSettings
 from proxy.storage.models import ModelRecord
@@ -255,15 +255,15 @@ class CooldownReplicator:
         # A reading that overtook a writing would bring back what was just ended.
         self._lock = asyncio.Lock()
         self._warned: set[str] = set()
-        self._running: list[asyncio.Task[None]] = []
+        self._tasks = BackgroundTasks()
         health.add_listener(self._queue)
 
     def start(self) -> None:
-        loops = {"uniroute-health-told": self._publish_loop(), "uniroute-health-heard": self._listen_loop()}
-        self._running = [asyncio.create_task(loop, name=name) for name, loop in loops.items()]
+        self._tasks.start("uniroute-health-told", self._publish_loop)
+        self._tasks.start("uniroute-health-heard", self._listen_loop)
 
     async def stop(self) -> None:
-        await cancel_and_wait(*self._running)
+        await self._tasks.close()
 
     def _queue(self, event: HealthEvent) -> None:
         if event.from_peer:
@@ -295,7 +295,7 @@ class CooldownReplicator:
 
     async def _write(self, models: Collection[str]) -> None:
         async with (
-            self._store.asking("share the health of models") as client,
+            self._store.operation("share the health of models") as client,
             client.pipeline(transaction=False) as pipe,
         ):
             for model in models:
@@ -339,7 +339,7 @@ class CooldownReplicator:
             return
         async with self._lock:
             async with (
-                self._store.asking("read the health of models") as client,
+                self._store.operation("read the health of models") as client,
                 client.pipeline(transaction=False) as pipe,
             ):
                 for model in models:

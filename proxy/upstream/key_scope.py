@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from proxy.errors import BadRequest
-from proxy.settings.litellm_params import PASSTHROUGH, is_openai_url, is_provider_param
+from proxy.settings.litellm_params import PASSTHROUGH, is_openai_url, is_provider_param, stated_address
 from proxy.settings.outbound import OutboundError
 from proxy.settings.redaction import holds_secret, is_reference
 from proxy.storage.models import ModelRecord
@@ -59,11 +59,6 @@ def origin_of(address: str) -> Origin:
     return (parts.scheme, host.rstrip(".") if host else address, port)
 
 
-def address_of(params: Mapping[str, Any]) -> str | None:
-    stated: str | None = params.get("base_url") or params.get("api_base")
-    return stated
-
-
 def is_own_address(address: str, provider: str, default: str | None, environ: Mapping[str, str]) -> bool:
     """Return whether the environment's key of this provider may be sent to an address.
 
@@ -103,7 +98,7 @@ def key_for_litellm(
     Raises:
         OutboundError: litellm would look up the provider's credentials whatever key it is given.
     """
-    stated, address = params.get("api_key"), address_of(params)
+    stated, address = params.get("api_key"), stated_address(params)
     if stated or not address or is_own_address(address, provider, default, environ):
         return stated or None
     if _AMBIENT_CREDENTIALS.fullmatch(provider) and not stated_secrets(params):
@@ -119,7 +114,7 @@ def key_for_litellm(
 def check_environment_key(record: ModelRecord, environ: Mapping[str, str]) -> None:
     """Refuse a model for which litellm would send the environment's key to another address. Raises BadRequest."""
     params, resolved = record.litellm_params, record.resolved
-    if resolved is None or resolved.own_address or not address_of(params):
+    if resolved is None or resolved.own_address or not stated_address(params):
         return
     if params.get("api_key") or stated_secrets(params):
         return

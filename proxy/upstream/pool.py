@@ -3,13 +3,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import ssl
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import aiohappyeyeballs
 
+from proxy.concurrency import FairQueue
 from proxy.settings.outbound import DEFAULT_TRUST, Trust
 from proxy.upstream.connection import HTTP11Connection, RemoteProtocolError
 
@@ -51,11 +51,10 @@ class ConnectionPool:
         """
         self._max_open = max_open
         self._context = context
-        self._in_use = 0
+        self._slots = FairQueue(max_open)
         # By origin, the newest last, each with the time at which it is closed.
         self._idle: dict[Origin, dict[HTTP11Connection, float]] = {}
         self._idle_count = 0
-        self._waiters: deque[asyncio.Future[None]] = deque()
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._closed = False
 
@@ -66,19 +65,17 @@ class ConnectionPool:
             TimeoutError: it was not open in time.
             OSError, ProxyError: it cannot be opened.
         """
-        if self._in_use >= self._max_open or self._waiters:
-            await self._acquire_slot()
-        else:
-            self._in_use += 1
+        if not self._slots.acquire_nowait():
+            await self._slots.acquire()
         if (idle := self._pop_idle(origin)) is not None:
             return idle
         try:
-            while self._in_use + self._idle_count > self._max_open and self._idle_count:
+            while self._slots.taken + self._idle_count > self._max_open and self._idle_count:
                 self._close_oldest()
             async with asyncio.timeout(timeout_s):
                 return await self._open(origin)
         except BaseException:
-            self._release_slot()
+            self._slots.release()
             raise
 
     def _pop_idle(self, origin: Origin) -> HTTP11Connection | None:
@@ -100,13 +97,13 @@ class ConnectionPool:
         connection.mark_idle()
         self._idle.setdefault(origin, {})[connection] = asyncio.get_running_loop().time() + KEEP_ALIVE_S
         self._idle_count += 1
-        self._release_slot()
+        self._slots.release()
         if self._sweep_timer is None:
             self._sweep()
 
     def discard(self, connection: HTTP11Connection) -> None:
         connection.close()
-        self._release_slot()
+        self._slots.release()
 
     async def aclose(self) -> None:
         """Close the idle connections. The others are closed by those who use them."""
@@ -119,27 +116,6 @@ class ConnectionPool:
         self._idle.clear()
         self._idle_count = 0
         await asyncio.sleep(0)
-
-    async def _acquire_slot(self) -> None:
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        try:
-            await waiter
-        except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled():
-                self._release_slot()  # it was handed to us at this very moment
-            elif waiter in self._waiters:
-                self._waiters.remove(waiter)
-            raise
-
-    def _release_slot(self) -> None:
-        """Hand the slot to the next waiter, or free it."""
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():  # else it was cancelled at this very moment
-                waiter.set_result(None)
-                return
-        self._in_use -= 1
 
     async def _open(self, origin: Origin) -> HTTP11Connection:
         if origin.proxy is None:

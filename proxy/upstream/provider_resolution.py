@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from proxy.errors import BadRequest, ServiceUnavailable
-from proxy.settings.litellm_params import PASSTHROUGH, is_openai_url, is_provider_param
+from proxy.settings.litellm_params import PASSTHROUGH, is_openai_url, is_provider_param, stated_address
 from proxy.settings.models import Forward, SettingsError
 from proxy.settings.redaction import strip_url
 from proxy.storage.models import ModelRecord, ResolvedProvider
-from proxy.storage.redis import InvalidRecord
-from proxy.upstream.key_scope import address_of, check_environment_key
+from proxy.storage.values import InvalidRecord
+from proxy.upstream.key_scope import check_environment_key
 from proxy.upstream.litellm_resolver import Answers, LookupFailed, ProviderLookup, params_for_litellm
 
 log = logging.getLogger("uniroute.upstream")
@@ -38,7 +38,7 @@ def resolve_static(params: Mapping[str, Any], forward: Forward) -> ResolvedProvi
     Returns:
         None: litellm has to be asked.
     """
-    address, (prefix, _, bare) = address_of(params), str(params["model"]).partition("/")
+    address, (prefix, _, bare) = stated_address(params), str(params["model"]).partition("/")
     provider = params.get("custom_llm_provider") or prefix
     if provider not in PASSTHROUGH or not address or is_openai_url(address) or not bare:
         return None
@@ -53,7 +53,7 @@ def resolve_static(params: Mapping[str, Any], forward: Forward) -> ResolvedProvi
 
 def cache_query(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return all that litellm's answer depends on, and no secret: names of parameters, and values of three."""
-    address = address_of(params)
+    address = stated_address(params)
     return {
         "model": params["model"],
         "api_base": strip_url(address) if address else address,

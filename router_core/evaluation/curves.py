@@ -8,24 +8,26 @@ from router_core.types import Doubles
 
 NAN = float("nan")
 
-LEVEL = 0.95
+DEFAULT_LEVEL = 0.95
 
-DRAWS = 2000
+BOOTSTRAP_DRAWS = 2000
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Ours minus theirs, the mean over trials. NaN where no trial has both."""
+    """The mean difference over trials, ours minus theirs, with its interval. NaN if no trial has both."""
 
     mean: float
     low: float
     high: float
 
 
-def bootstrap_interval(values: Doubles, *, seed: int, level: float = LEVEL, draws: int = DRAWS) -> tuple[float, float]:
-    """The percentile interval of the mean of (T,) `values`; NaN trials are left out, and with none left it is NaN.
+def bootstrap_interval(
+    values: Doubles, *, seed: int, level: float = DEFAULT_LEVEL, draws: int = BOOTSTRAP_DRAWS
+) -> tuple[float, float]:
+    """Return the bootstrap percentile interval (Efron 1979) of the mean of (T,) values, NaN ones left out.
 
-    One trial alone has an interval of no width: it says nothing of the next.
+    It is NaN if no value is left. A single trial has an interval of no width, which says nothing about the next trial.
     """
     known = values[~np.isnan(values)]
     if not known.size:
@@ -34,8 +36,8 @@ def bootstrap_interval(values: Doubles, *, seed: int, level: float = LEVEL, draw
     return percentile_interval(known[drawn].mean(axis=1), level=level)
 
 
-def percentile_interval(drawn: Doubles, *, level: float = LEVEL) -> tuple[float, float]:
-    """Of what (D,) bootstrap draws gave; NaN ones are left out, and with none left it is NaN."""
+def percentile_interval(drawn: Doubles, *, level: float = DEFAULT_LEVEL) -> tuple[float, float]:
+    """Return the percentile interval of (D,) bootstrap draws, NaN ones left out; NaN if none is left."""
     known = drawn[~np.isnan(drawn)]
     if not known.size:
         return NAN, NAN
@@ -44,7 +46,10 @@ def percentile_interval(drawn: Doubles, *, level: float = LEVEL) -> tuple[float,
 
 
 def paired_difference(ours: Doubles, theirs: Doubles, *, seed: int) -> Difference:
-    """Both (T,), of the same trials in the same order: what a trial makes harder for both cancels out."""
+    """Return the mean of `ours` − `theirs`, both (T,) of the same trials in the same order.
+
+    What makes a trial harder for both cancels out.
+    """
     if ours.shape != theirs.shape:
         raise ValueError(f"a paired difference needs the same trials of both; got {ours.shape} and {theirs.shape}")
     differences = ours - theirs
@@ -53,21 +58,23 @@ def paired_difference(ours: Doubles, theirs: Doubles, *, seed: int) -> Differenc
     return Difference(float(known.mean()) if known.size else NAN, low, high)
 
 
+# Budgets that an area is averaged over.
 BUDGETS = 200
 
-# Relative: sums of the same numbers in another order are the same cost, or quality.
+# Relative tolerance: sums of the same numbers in another order are the same cost, or quality.
 SLACK = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """What a router costs and achieves at L cost weights λ, ascending from 0 to infinity. Never sorted, never cleaned.
+    """A deferral curve: what a router costs and achieves at L cost weights λ, ascending from 0 to infinity.
 
-    Between two consecutive points lie their mixtures: each prompt goes by the one or the other λ, by lot.
+    Points stay in the order of λ, dominated ones included. Between two consecutive points lie their mixtures, where
+    each prompt is routed by the one or the other λ at random.
     """
 
     costs: Doubles
-    """(L,) mean over the test prompts. NOT monotone when it is noisy."""
+    """(L,) mean over the test prompts. Not monotone if the curve is noisy."""
     qualities: Doubles
     """(L,) mean score."""
 
@@ -90,14 +97,14 @@ class Baselines:
 
     @classmethod
     def from_models(cls, costs: Doubles, qualities: Doubles) -> Baselines:
-        """Of (M,) single models; the cheapest of equals is the best."""
+        """Compare (M,) single models; of equally good ones, the cheapest is the best."""
         best = int(np.lexsort((costs, -qualities))[0])
         return cls(float(costs.min()), float(costs[best]), float(costs.max()), float(qualities[best]))
 
 
 @dataclass(frozen=True, slots=True)
 class CurveMetrics:
-    """NaN where undefined."""
+    """What is read off a deferral curve. NaN where undefined."""
 
     area: float
     paper_area: float
@@ -113,10 +120,10 @@ class CurveMetrics:
 
 
 def quality_within(curve: Curve, budgets: Doubles) -> Doubles:
-    """The quality that each budget buys: at the first point, in order of λ, that costs no more.
+    """Return the quality that each budget buys: that of the first point, in order of λ, that costs no more.
 
-    Unless that is the very first point, the budget is spent to the end: the point is mixed with the one before it,
-    which is above the budget. A budget below the whole curve gets the last point.
+    Unless that is the first of all, the rest of the budget is spent by mixing it with the point before, which is above
+    the budget. A budget below the whole curve gets the last point.
     """
     costs, qualities = curve.costs, curve.qualities
     limits = budgets + SLACK * np.abs(budgets)
@@ -130,16 +137,16 @@ def quality_within(curve: Curve, budgets: Doubles) -> Doubles:
 
 
 def area(curve: Curve, cheapest: float, best: float) -> float:
-    """Mean quality over BUDGETS equally spaced budgets, ends included; NaN where the best model is the cheapest."""
+    """Return the mean quality over BUDGETS equally spaced budgets, ends included; NaN if the best is the cheapest."""
     if not best > cheapest:
         return NAN
     return float(quality_within(curve, np.linspace(cheapest, best, BUDGETS)).mean())
 
 
 def paper_area(curve: Curve, cheapest: float, dearest: float, share: float = 1.0) -> float:
-    """UniRoute's own (arXiv 2502.08773): ∫ quality over cost ÷ dearest, from the cheapest up to `share`.
+    """Return UniRoute's area (arXiv 2502.08773): ∫ quality over cost ÷ dearest, from the cheapest up to `share`.
 
-    Exact: between two costs of the curve the quality is linear in the budget. NaN where there is no budget between.
+    The integral is exact, as quality is linear in the budget between two costs of the curve. NaN if it is empty.
     """
     low, high = cheapest, share * dearest
     if not high > low:
@@ -150,7 +157,7 @@ def paper_area(curve: Curve, cheapest: float, dearest: float, share: float = 1.0
 
 
 def least_cost(curve: Curve, quality: float) -> float:
-    """The least cost at which `quality` is reached, on a point or between two consecutive ones; NaN if nowhere."""
+    """Return the least cost at which `quality` is reached, on or between two consecutive points; NaN if nowhere."""
     costs, qualities = curve.costs, curve.qualities
     reached = qualities >= quality - SLACK * abs(quality)
     crossing = np.flatnonzero(reached[1:] != reached[:-1])
@@ -160,16 +167,16 @@ def least_cost(curve: Curve, quality: float) -> float:
     return float(np.concatenate((costs[reached], between)).min(initial=np.inf)) if reached.any() else NAN
 
 
-def figures(curve: Curve, anchors: Baselines) -> CurveMetrics:
-    qnc = _ratio(least_cost(curve, anchors.best_quality), anchors.best)
+def curve_metrics(curve: Curve, baselines: Baselines) -> CurveMetrics:
+    qnc = _ratio(least_cost(curve, baselines.best_quality), baselines.best)
     peak = float(curve.qualities.max())
     return CurveMetrics(
-        area=area(curve, anchors.cheapest, anchors.best),
-        paper_area=paper_area(curve, anchors.cheapest, anchors.dearest),
-        paper_area_half=paper_area(curve, anchors.cheapest, anchors.dearest, 0.5),
+        area=area(curve, baselines.cheapest, baselines.best),
+        paper_area=paper_area(curve, baselines.cheapest, baselines.dearest),
+        paper_area_half=paper_area(curve, baselines.cheapest, baselines.dearest, 0.5),
         qnc=qnc,
         peak=peak,
-        perf_gain=_ratio(peak, anchors.best_quality) - 1.0,
+        perf_gain=_ratio(peak, baselines.best_quality) - 1.0,
         cost_save=1.0 - qnc,
     )
 

@@ -1,8 +1,8 @@
-"""How good a deployed map and its profiles are on outcomes of the same models. Fits nothing, measures no profile.
+"""Evaluate a deployed map and its profiles on recorded outcomes of the same models.
 
-There are no trials: every prompt is a test prompt, and what is uncertain is which prompts those were. So intervals are
-those of a bootstrap over prompts. They say nothing of how lucky the labels were that the profiles were made of; and on
-the very prompts that the profiles were measured on, these look better than they are.
+There are no trials: every prompt is a test prompt, and intervals are those of a bootstrap over prompts. They do not
+include the luck of the labels that the profiles were made of. On the prompts that profiles were measured on, profiles
+look better than they are.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import numpy as np
 
 from router_core.decision import argmin_rows_with_ties
 from router_core.errors import InvalidInput
-from router_core.evaluation import baselines as single
+from router_core.evaluation.baselines import best_single, cheapest, random_mix
 from router_core.evaluation.curves import Baselines, Curve, Difference, percentile_interval
 from router_core.evaluation.outcomes import OutcomeRow, Outcomes, outcomes_from_rows, parse_row, read_rows
 from router_core.evaluation.study import (
     Estimate,
     HeatMap,
-    Measured,
     MethodMetrics,
     Protocol,
     Results,
-    measured,
-    method_figures,
+    TrialMetrics,
+    method_metrics,
+    trial_metrics,
 )
 from router_core.evaluation.trials import cost_weights
 from router_core.pool import Pool
@@ -38,7 +38,7 @@ from router_core.types import Assignment, Doubles, Indices
 
 @dataclass(frozen=True, slots=True)
 class CommonModels:
-    """Which models a file and a deployment both have, and which only one of them. All sorted."""
+    """The models that an outcomes file and a deployment both have, and those of only one. All sorted."""
 
     models: tuple[str, ...]
     only_scored: tuple[str, ...]
@@ -46,9 +46,12 @@ class CommonModels:
 
 
 def common_models(scored: Collection[str], pool: Pool) -> CommonModels:
-    """Deployed is what has a profile and a price. Raises InvalidInput, naming the others, where two are not common."""
-    routable = ~np.isnan(pool.mean_errors) & ~np.isnan(pool.prices.input)
-    deployed = {name for name, able in zip(pool.names, routable, strict=True) if able}
+    """Compare the scored models with the deployed ones, which have a profile and a price.
+
+    Raises:
+        InvalidInput: fewer than two are common; the message names the others.
+    """
+    deployed = {pool.names[row] for row in pool.routable_rows}
     common = tuple(sorted(deployed & set(scored)))
     found = CommonModels(common, tuple(sorted(set(scored) - deployed)), tuple(sorted(deployed - set(scored))))
     if len(common) < 2:
@@ -60,11 +63,11 @@ def common_models(scored: Collection[str], pool: Pool) -> CommonModels:
 
 
 def read_deployed(path: Path, pool: Pool) -> tuple[Outcomes, CommonModels]:
-    """The outcomes file's models that are deployed too, billed at the deployed prices.
+    """Read the outcomes of the models that are deployed too, billed at the deployed prices.
 
     Raises:
         InvalidOutcomes: as `read_outcomes`.
-        InvalidInput: fewer than two such models.
+        InvalidInput: there are fewer than two such models.
     """
     rows = [(where, parse_row(where, row)) for where, row in read_rows(path)]
     common = common_models({model for _, row in rows for model in row.scores}, pool)
@@ -75,7 +78,7 @@ def read_deployed(path: Path, pool: Pool) -> tuple[Outcomes, CommonModels]:
 
 
 def _line(row: OutcomeRow, models: Collection[str]) -> dict[str, Any]:
-    """The row with the figures of these models alone."""
+    """Return the row with the figures of these models alone."""
     figures = {"scores": row.scores, "output_tokens": row.output_tokens}
     kept = {name: {m: value for m, value in values.items() if m in models} for name, values in figures.items()}
     return {"prompt": row.prompt, "source": row.source, **kept}
@@ -87,16 +90,15 @@ def _named(models: Collection[str]) -> str:
 
 OURS = "ours"
 
-# Of the bootstrap.
-DRAWS = 500
+BOOTSTRAP_DRAWS = 500
 
-# (n,) weights of the test prompts, which sum to one, to the curve on prompts so weighted.
+# (n,) weights of the test prompts, which sum to one → the deferral curve on prompts so weighted.
 Method = Callable[[Doubles], Curve]
 
 
 @dataclass(frozen=True, eq=False)
 class _Test:
-    """n prompts that every one of the M models has a score on; all are (n, M)."""
+    """The n prompts that every one of the M models has a score on; all arrays are (n, M)."""
 
     scores: Doubles
     cents: Doubles
@@ -114,18 +116,18 @@ def evaluate_deployed(
     outcomes_name: str,
     embedder_id: str,
     seed: int = 0,
-    draws: int = DRAWS,
+    draws: int = BOOTSTRAP_DRAWS,
 ) -> Results:
     """Route the file's prompts by the deployed profiles, among the models that both have.
 
-    `trials` of what is returned counts draws of the bootstrap; N is the mean label weight of the profiles; nothing is
-    `chosen`. A prompt that not all of the models have a score on is left out.
+    In the results, `trials` counts bootstrap draws, N is the mean label weight of the profiles, and `chosen` is empty.
+    A prompt that one of the models has no score on is left out.
 
     Args:
         assignment: Φ of the file's prompts, on the map of the pool.
 
     Raises:
-        InvalidInput: fewer than two common models, or no prompt that all of them have a score on.
+        InvalidInput: there are fewer than two common models, or no prompt that all of them have a score on.
     """
     common = common_models(outcomes.models, pool)
     test = _test(outcomes, pool, assignment, common.models)
@@ -150,7 +152,7 @@ def evaluate_deployed(
             test_prompts=len(test.scores),
             measured_lengths=test.measured_lengths,
         ),
-        methods={name: {labels: _figures(seen[name], [draw[name] for draw in drawn])} for name in methods},
+        methods={name: {labels: _metrics(seen[name], [draw[name] for draw in drawn])} for name in methods},
         differences={name: {labels: _difference(seen, drawn, name)} for name in methods if name != OURS},
         chosen={},
         chosen_differences={},
@@ -159,7 +161,11 @@ def evaluate_deployed(
 
 
 def _test(outcomes: Outcomes, pool: Pool, assignment: Assignment, models: Sequence[str]) -> _Test:
-    """Billed as a whole file, then rows: and expected as it is billed, by the prompt alone without known lengths."""
+    """Select the prompts that all models have a score on.
+
+    The whole file is billed before rows are selected. Where a model's lengths are not known, only the prompt is billed,
+    and only the prompt is expected.
+    """
     columns = np.array([outcomes.models.index(name) for name in models])
     rows = np.array([pool.index[name] for name in models])
     scored = np.flatnonzero(~np.isnan(outcomes.scores[:, columns]).any(axis=1))
@@ -186,16 +192,16 @@ def _methods(test: _Test, mean_errors: Doubles) -> dict[str, Method]:
         return weights @ test.cents, weights @ test.scores
 
     return {
-        "cheapest": lambda weights: single.cheapest(mean_cents, *truth(weights)),
-        "best_single": lambda weights: single.best_single(mean_errors, mean_cents, *truth(weights)),
-        "random_mix": lambda weights: single.random_mix(mean_errors, mean_cents, *truth(weights)),
+        "cheapest": lambda weights: cheapest(mean_cents, *truth(weights)),
+        "best_single": lambda weights: best_single(mean_errors, mean_cents, *truth(weights)),
+        "random_mix": lambda weights: random_mix(mean_errors, mean_cents, *truth(weights)),
         OURS: _routed(test, test.expected_errors, test.expected_cents),
         "oracle": _routed(test, 1.0 - test.scores, test.cents),
     }
 
 
 def _routed(test: _Test, errors: Doubles, cents: Doubles) -> Method:
-    """By the served rule at many λ, which are those of all prompts, however these are weighted."""
+    """Route by the served rule at many λ, which are the same however the prompts are weighted."""
     choices = [
         argmin_rows_with_ties(errors + weight * cents, cents, TIE_TOLERANCE) for weight in cost_weights(errors, cents)
     ]
@@ -205,28 +211,30 @@ def _routed(test: _Test, errors: Doubles, cents: Doubles) -> Method:
     return lambda weights: Curve(costs @ weights, qualities @ weights)
 
 
-def _measured(methods: Mapping[str, Method], test: _Test, weights: Doubles) -> dict[str, Measured]:
-    anchors = Baselines.from_models(weights @ test.cents, weights @ test.scores)
-    return {name: measured(method(weights), anchors) for name, method in methods.items()}
+def _measured(methods: Mapping[str, Method], test: _Test, weights: Doubles) -> dict[str, TrialMetrics]:
+    baselines = Baselines.from_models(weights @ test.cents, weights @ test.scores)
+    return {name: trial_metrics(method(weights), baselines) for name, method in methods.items()}
 
 
 def _bootstrap(prompts: int, draws: int, seed: int) -> Iterator[Doubles]:
-    """(n,) weights of the prompts, drawn with replacement."""
+    """Yield (n,) weights of prompts drawn with replacement."""
     rng, even = np.random.default_rng(seed), np.full(prompts, 1.0 / prompts)
     return (rng.multinomial(prompts, even) / prompts for _ in range(draws))
 
 
-def _figures(seen: Measured, draws: Sequence[Measured]) -> MethodMetrics:
+def _metrics(seen: TrialMetrics, draws: Sequence[TrialMetrics]) -> MethodMetrics:
     def estimate(name: str) -> Estimate:
-        values = np.array([getattr(draw.figures, name) for draw in draws])
-        return Estimate(getattr(seen.figures, name), *percentile_interval(values), int((~np.isnan(values)).sum()))
+        values = np.array([getattr(draw.metrics, name) for draw in draws])
+        return Estimate(getattr(seen.metrics, name), *percentile_interval(values), int((~np.isnan(values)).sum()))
 
-    return method_figures(estimate, draws, Curve(seen.budgets, seen.qualities))
+    return method_metrics(estimate, draws, Curve(seen.budgets, seen.qualities))
 
 
-def _difference(seen: Mapping[str, Measured], draws: Sequence[Mapping[str, Measured]], other: str) -> Difference:
-    def gap(drawn: Mapping[str, Measured]) -> float:
-        return drawn[OURS].figures.area - drawn[other].figures.area
+def _difference(
+    seen: Mapping[str, TrialMetrics], draws: Sequence[Mapping[str, TrialMetrics]], other: str
+) -> Difference:
+    def gap(drawn: Mapping[str, TrialMetrics]) -> float:
+        return drawn[OURS].metrics.area - drawn[other].metrics.area
 
     return Difference(gap(seen), *percentile_interval(np.array([gap(draw) for draw in draws])))
 

@@ -28,7 +28,7 @@ from router_core.pricing import PriceColumns
 from router_core.text import closest_name, estimate_tokens
 from router_core.types import Doubles, Price, price_field
 
-# Tokens or seconds of one answer: what is beyond is a mistake.
+# Tokens or seconds of one answer. More is a mistake.
 MAX_VALUE = 1e9
 
 _GZIP = b"\x1f\x8b"
@@ -36,22 +36,24 @@ _GZIP = b"\x1f\x8b"
 
 @dataclass(frozen=True, slots=True)
 class OutcomeRow:
-    """What the models made of one prompt. A model that is absent was not asked, or that figure was not measured."""
+    """What the models made of one prompt. A model that is absent was not asked, or this figure was not measured."""
 
     prompt: str
     source: str
-    """"" where it is not stated."""
+    """"" if not stated."""
     scores: Mapping[str, float]
-    """In [0, 1]; one model or more."""
+    """In [0, 1]; at least one model."""
     output_tokens: Mapping[str, float]
     seconds: Mapping[str, float]
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """("FILE, line N", JSON object) pairs, one line in memory at a time; gzip is known by its first bytes.
+    """Yield pairs of "FILE, line N" and the line's JSON object, holding one line in memory at a time.
+
+    A gzip file is recognised by its first bytes.
 
     Raises:
-        InvalidOutcomes: at the first line that is no JSON object, or where the file cannot be read further.
+        InvalidOutcomes: a line is no JSON object, or the file cannot be read further.
     """
     try:
         with path.open("rb") as raw, _unzipped(raw) as lines:
@@ -80,7 +82,7 @@ def _text(line: bytes, where: str) -> str:
 
 
 def json_object(text: str, where: str) -> dict[str, Any]:
-    """Raises InvalidOutcomes where `text` is anything else, or states a name twice."""
+    """Parse a JSON object, or raise InvalidOutcomes if `text` is anything else or states a name twice."""
     try:
         value = parse_json(text, _without_repeats)
     except json.JSONDecodeError as error:
@@ -102,7 +104,11 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_row(where: str, row: Mapping[str, Any]) -> OutcomeRow:
-    """Raises InvalidOutcomes that begins with `where` and says the value and the fix. Other fields are passed over."""
+    """Check one row. Unknown fields are ignored.
+
+    Raises:
+        InvalidOutcomes: the message begins with `where`, and says the value and the fix.
+    """
     prompt, source = row.get("prompt"), row.get("source")
     if not isinstance(prompt, str) or not prompt.strip():
         raise InvalidOutcomes(f'{where}: needs "prompt", a text that is not empty; got {_got(row, "prompt")}')
@@ -120,7 +126,7 @@ def parse_row(where: str, row: Mapping[str, Any]) -> OutcomeRow:
 
 
 def _is_text(name: str) -> bool:
-    """JSON can state a lone surrogate, and no file can take one."""
+    """Return whether `name` can be encoded: JSON can state a lone surrogate, which cannot."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -157,10 +163,10 @@ _NEEDED = ("input_cost_per_token", "output_cost_per_token")
 
 
 def read_prices(path: Path) -> dict[str, Price]:
-    """`{"model-a": {"input_cost_per_token": 1e-6, "output_cost_per_token": 3e-6}}`; other fields are passed over.
+    """Read `{"model-a": {"input_cost_per_token": 1e-6, "output_cost_per_token": 3e-6}}`; other fields are ignored.
 
     Raises:
-        InvalidOutcomes: naming the file, and the model whose price cannot be used.
+        InvalidOutcomes: the message names the file, and the model whose price cannot be used.
     """
     try:
         content = read_bounded(path, MAX_PRICES_BYTES)
@@ -192,35 +198,35 @@ def _price(stated: Any, where: str) -> Price:
 
 Selection = NDArray[np.int64] | NDArray[np.bool_] | slice
 
-# Names, at most, that one is compared with to find the nearest: it takes a tenth of a millisecond each.
-COMPARED = 1000
+# No nearest name is suggested out of more names: comparing takes a tenth of a millisecond each.
+MAX_COMPARED = 1000
 
 # Models that one message names; the others are counted.
-NAMED = 5
+MAX_NAMED = 5
 
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """n prompts, all different, and M models. Every prompt has one label or more, and in a whole file every model."""
+    """n distinct prompts and M models. Every prompt has at least one score, and in a whole file so has every model."""
 
     prompts: tuple[str, ...]
     models: tuple[str, ...]
     """Sorted."""
     scores: Doubles
-    """(n, M) in [0, 1]; NaN where the model was not asked: unlabelled, not wrong."""
+    """(n, M) in [0, 1]; NaN if the model was not asked, which is not an error."""
     prompt_tokens: Doubles
     """(n,) estimated from the text."""
     output_tokens: Doubles
     """(n, M); NaN where not measured."""
     prices: tuple[Price, ...]
     sources: tuple[str, ...]
-    """"" where not stated."""
+    """"" if not stated."""
 
     def usd(self) -> Doubles:
-        """(n, M) what each answer cost, never NaN.
+        """Return the (n, M) USD that each answer cost, never NaN.
 
-        A length that was not measured is the model's mean among these prompts; where none of them was measured, the
-        prompt alone is billed. So bill first and select rows after, lest the mean move with the selection.
+        A length that was not measured is taken to be the model's mean among these prompts; if none was measured, only
+        the prompt is billed. Bill before selecting rows, or the mean changes with the selection.
         """
         return PriceColumns.from_prices(self.prices).expected_usd(self.prompt_tokens[:, None], self._billed_tokens())
 
@@ -231,7 +237,7 @@ class Outcomes:
         return np.where(measured, self.output_tokens, means)
 
     def select(self, rows: Selection, columns: Selection | None = None) -> Outcomes:
-        """These prompts and models alone, in the order of the indices (a mask or a slice: in the order they are in)."""
+        """Return these prompts and models alone, in the order of the indices, or of the file for a mask or slice."""
         kept = np.arange(len(self.prompts))[rows]
         among = np.arange(len(self.models))[slice(None) if columns is None else columns]
         return Outcomes(
@@ -246,29 +252,28 @@ class Outcomes:
 
 
 def read_outcomes(outcomes: Path, prices: Path) -> Outcomes:
-    """An outcomes file (JSONL, gzipped or not) and its prices file (JSON).
+    """Read an outcomes file (JSONL, gzipped or not) and its prices file (JSON).
 
-    Lines with the same prompt, to the letter, become one prompt, each model with the mean of its scores and lengths
-    there. So files of one model each may simply be joined, and no prompt can be on both sides of a split, seen before
-    it is tested. Ids are not looked at.
+    Lines with exactly the same prompt become one prompt, with the mean of each model's scores and lengths. So files of
+    one model each may simply be joined, and no prompt can be on both sides of a train and test split. Ids are ignored.
 
     Raises:
-        InvalidOutcomes: naming the file and the line, or the model, and what would fix it.
+        InvalidOutcomes: the message names the file and the line, or the model, and what would fix it.
     """
     table = _Table(str(outcomes), str(prices))
     return table.collect(read_rows(outcomes), read_prices(prices))
 
 
 def outcomes_from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], prices: Mapping[str, Price]) -> Outcomes:
-    """The same from (where, row) pairs: `where` begins the message of an error in that row, as in "FILE, line 3"."""
+    """Build the same from (where, row) pairs; `where`, as "FILE, line 3", begins the message of an error in the row."""
     return _Table("the outcomes", "the prices").collect(rows, prices)
 
 
 class _Column:
-    """One model's scores, or lengths, as they are met: several on one prompt if it happens."""
+    """One model's scores, or lengths, in the order of reading. A prompt may have several."""
 
     def __init__(self, where: str) -> None:
-        # Where the first was met.
+        # Where the first one stands, for messages.
         self.where = where
         self._prompts, self._values = array("q"), array("d")
 
@@ -277,7 +282,7 @@ class _Column:
         self._values.append(value)
 
     def means(self, prompts: int) -> Doubles:
-        """(prompts,); NaN where there is none."""
+        """Return the (prompts,) means; NaN for a prompt without a value."""
         counts = np.bincount(self._prompts, minlength=prompts)
         sums = np.bincount(self._prompts, weights=self._values, minlength=prompts)
         return np.asarray(np.divide(sums, counts, out=np.full(prompts, np.nan), where=counts > 0))
@@ -285,7 +290,7 @@ class _Column:
 
 @dataclass
 class _Table:
-    """Outcomes in the making. The two names begin the messages that are about no line."""
+    """Collects outcomes. `name` and `prices_name` begin the messages that are about no single line."""
 
     name: str
     prices_name: str
@@ -348,15 +353,15 @@ class _Table:
             vain = (
                 f"{short_repr(unscored[0])} is priced but no line of {self.name} scores it; take it out of the prices"
             )
-            others = f", and so with {_listed(unscored[1:])}" if len(unscored) > 1 else ""
+            others = f", and so with {_join_names(unscored[1:])}" if len(unscored) > 1 else ""
             raise InvalidOutcomes(f"{self.prices_name}: {vain}{others}")
 
 
 def _nearest(word: str, known: Collection[str]) -> str:
-    closest = closest_name(word, known) if len(known) <= COMPARED else None
+    closest = closest_name(word, known) if len(known) <= MAX_COMPARED else None
     return f" (did you mean {short_repr(closest)}?)" if closest else ""
 
 
-def _listed(models: Sequence[str]) -> str:
-    more = f" and {len(models) - NAMED} more" if len(models) > NAMED else ""
-    return ", ".join(map(short_repr, models[:NAMED])) + more
+def _join_names(models: Sequence[str]) -> str:
+    more = f" and {len(models) - MAX_NAMED} more" if len(models) > MAX_NAMED else ""
+    return ", ".join(map(short_repr, models[:MAX_NAMED])) + more

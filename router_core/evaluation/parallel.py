@@ -1,7 +1,7 @@
-"""Independent pieces of work over the cores of this machine, one thread each. Knows nothing of the work.
+"""Map a function over items in worker processes, one thread each.
 
-Not by concurrent.futures: its pool waits for ever when a process is killed while it starts or hands over what it found,
-and cannot be left in the middle. Here each process has a pipe of its own, and its end is the end of the pipe.
+Why not concurrent.futures: its pool waits for ever if a process is killed while it starts or returns a result, and it
+cannot be abandoned halfway. Here each process has a pipe of its own, and the process is gone when its pipe ends.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ Item = TypeVar("Item")
 
 Found = TypeVar("Found")
 
-# What was found, or what was raised.
-Tried = tuple[Any, Exception | None]
+# A result, or the exception that was raised.
+Outcome = tuple[Any, Exception | None]
 
 
 def parallel_map(work: Callable[[Item], Found], items: Iterable[Item], workers: int) -> Iterator[Found]:
-    """`work` of each item, in their order. With several workers `work` and what it returns are pickled.
+    """Yield `work(item)` for each item, in order. With several workers, `work` and its results are pickled.
 
-    Each process does its sums in one thread: small matrices gain nothing by more, figures do not depend on how many
-    there are, and two processes of two threads on two cores wait for each other. None outlives this one, or an iterator
-    that is closed.
+    Each process computes in one thread: small matrices gain nothing from more, results do not depend on their number,
+    and two processes of two threads on two cores wait for each other. Workers end with this process, and when the
+    iterator is closed.
 
     Raises:
         WorkerLost: one of several workers was killed.
@@ -51,7 +51,7 @@ def parallel_map(work: Callable[[Item], Found], items: Iterable[Item], workers: 
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """Of NumPy's and FAISS's libraries, for as long as it lasts."""
+    """Limit NumPy's and FAISS's libraries to one thread while the context lasts."""
     import faiss
     from threadpoolctl import threadpool_limits
 
@@ -66,12 +66,12 @@ def single_threaded() -> Iterator[None]:
 
 @contextmanager
 def _team(work: Callable[[Any], Any], workers: int) -> Iterator[list[Connection]]:
-    """A connection to each process. Whatever they are at, they are dropped in the end."""
+    """Start the worker processes and yield a connection to each. They are killed in the end, busy or not."""
     team: list[tuple[SpawnProcess, Connection]] = []
     try:
-        with _interrupts_wait():
+        with _interrupts_blocked():
             for _ in range(workers):
-                team.append(_started())
+                team.append(_start_worker())
         packed = pickle.dumps(work)
         for _, connection in team:
             connection.send_bytes(packed)
@@ -84,9 +84,10 @@ def _team(work: Callable[[Any], Any], workers: int) -> Iterator[list[Connection]
 
 
 @contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Processes started meanwhile never see Ctrl-C, which a terminal sends to all: whoever started them ends them."""
-    resource_tracker.ensure_running()  # which unblocks it, where it is not running yet
+def _interrupts_blocked() -> Iterator[None]:
+    """Keep SIGINT from processes started in the context: a terminal sends it to all, but their parent ends them."""
+    # Starting the tracker unblocks SIGINT, so it is started first.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -94,65 +95,66 @@ def _interrupts_wait() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _started() -> tuple[SpawnProcess, Connection]:
+def _start_worker() -> tuple[SpawnProcess, Connection]:
     context = get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
     process.start()
-    theirs.close()  # so that it is theirs alone, and closed when they are gone
+    # The worker alone holds its end now, so that it is closed when the worker ends.
+    theirs.close()
     return process, ours
 
 
 def _in_order(connections: Sequence[Connection], items: Iterable[Any]) -> Iterator[Any]:
-    waiting, found, told = enumerate(items), dict[int, Tried](), 0
-    asked: dict[Connection, int] = {}
+    waiting, results, next_result = enumerate(items), dict[int, Outcome](), 0
+    running: dict[Connection, int] = {}
 
-    def ask(connection: Connection) -> None:
+    def submit(connection: Connection) -> None:
         if following := next(waiting, None):
-            asked[connection] = following[0]
+            running[connection] = following[0]
             connection.send(following[1])
 
     for connection in connections:
-        ask(connection)
-    while asked:
-        ready = set(wait(list(asked)))
-        for connection in [connection for connection in asked if connection in ready]:
-            found[asked.pop(connection)] = connection.recv()
-            ask(connection)
-        while told in found:
-            yield _value(found.pop(told))
-            told += 1
+        submit(connection)
+    while running:
+        ready = set(wait(list(running)))
+        for connection in [connection for connection in running if connection in ready]:
+            results[running.pop(connection)] = connection.recv()
+            submit(connection)
+        while next_result in results:
+            yield _value(results.pop(next_result))
+            next_result += 1
 
 
-def _value(tried: Tried) -> Any:
-    value, error = tried
+def _value(outcome: Outcome) -> Any:
+    value, error = outcome
     if error:
         raise error
     return value
 
 
 def _serve(connection: Connection) -> None:
-    """In a worker process: first the work comes, then its items."""
-    Thread(target=_leave_with_who_started, daemon=True).start()
+    """Run in a worker process: receive the work, then its items."""
+    Thread(target=_exit_with_parent, daemon=True).start()
     try:
         work = connection.recv()
         with single_threaded():
             while True:
-                connection.send(_tried(work, connection.recv()))
+                connection.send(_outcome(work, connection.recv()))
     except (EOFError, ConnectionError):
-        return  # nobody is there any more
+        return  # the parent is gone
 
 
-def _leave_with_who_started() -> None:
-    """In the middle of the work, however that one ended."""
+def _exit_with_parent() -> None:
+    """End this process, in the middle of its work, when the parent has ended, however it did."""
     if parent := parent_process():
         parent.join()
     os._exit(1)
 
 
-def _tried(work: Callable[[Any], Any], item: Any) -> Tried:
+def _outcome(work: Callable[[Any], Any], item: Any) -> Outcome:
     try:
         return work(item), None
-    except Exception as error:  # noqa: BLE001  # whatever it is, it is raised where the work was asked for
+    except Exception as error:  # noqa: BLE001 - it is raised again in the parent
         error.add_note(f"In a worker process:\n{traceback.format_exc()}")
         return None, error

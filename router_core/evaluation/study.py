@@ -9,8 +9,7 @@ import numpy as np
 
 from router_core.documents import short_repr
 from router_core.errors import InvalidInput
-from router_core.evaluation import baselines as single
-from router_core.evaluation.baselines import knn, means, ridge
+from router_core.evaluation.baselines import best_single, cheapest, knn, means, random_mix, ridge
 from router_core.evaluation.cluster_methods import Deployment, hiershrink, kmeans_laplace, kmeans_raw, learned_map
 from router_core.evaluation.curves import (
     BUDGETS,
@@ -20,7 +19,7 @@ from router_core.evaluation.curves import (
     CurveMetrics,
     Difference,
     bootstrap_interval,
-    figures,
+    curve_metrics,
     paired_difference,
     quality_within,
 )
@@ -48,38 +47,49 @@ NAN = float("nan")
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
-    """One method in one trial."""
+class TrialMetrics:
+    """What one method made of one trial."""
 
-    figures: CurveMetrics
+    metrics: CurveMetrics
     budgets: Doubles
-    """(BUDGETS,) from the best single model's cost down to the cheapest's, relative to the former."""
+    """(BUDGETS,) from the best single model's cost down to the cheapest's, as shares of the former."""
     qualities: Doubles
     """(BUDGETS,)"""
 
     @property
     def reached(self) -> bool:
-        """Whether it has the best single model's quality, whatever that costs: where it is free, QNC is undefined."""
-        return not self.figures.perf_gain < -SLACK  # NaN where that model is always wrong, and anything is as good
+        """Whether it reaches the best single model's quality, at any cost: QNC is undefined if that model is free."""
+        # NaN if that model is always wrong, and then any other is as good.
+        return not self.metrics.perf_gain < -SLACK
 
 
-def measured(curve: Curve, anchors: Baselines) -> Measured:
-    defined = anchors.best > anchors.cheapest
-    budgets = np.linspace(anchors.best, anchors.cheapest, BUDGETS) if defined else np.full(BUDGETS, NAN)
+def trial_metrics(curve: Curve, baselines: Baselines) -> TrialMetrics:
+    """Read a trial's figures off a method's deferral curve."""
+    defined = baselines.best > baselines.cheapest
+    budgets = np.linspace(baselines.best, baselines.cheapest, BUDGETS) if defined else np.full(BUDGETS, NAN)
     qualities = quality_within(curve, budgets) if defined else budgets
-    return Measured(figures(curve, anchors), budgets / anchors.best if defined else budgets, qualities)
+    return TrialMetrics(curve_metrics(curve, baselines), budgets / baselines.best if defined else budgets, qualities)
 
 
-def summed_up(trials: Sequence[Measured], *, seed: int) -> MethodMetrics:
+def summarize(trials: Sequence[TrialMetrics], *, seed: int) -> MethodMetrics:
+    """Average one method's trials, with bootstrap intervals."""
+
     def estimate_of(name: str) -> Estimate:
-        return estimate(np.array([getattr(trial.figures, name) for trial in trials]), seed=seed)
+        return estimate(np.array([getattr(trial.metrics, name) for trial in trials]), seed=seed)
 
     curve = Curve(_mean([trial.budgets for trial in trials]), _mean([trial.qualities for trial in trials]))
-    return method_figures(estimate_of, trials, curve)
+    return method_metrics(estimate_of, trials, curve)
 
 
-def method_figures(estimate_of: Callable[[str], Estimate], drawn: Sequence[Measured], curve: Curve) -> MethodMetrics:
-    """`estimate_of` each of the fields of Figures; `drawn`: the trials, or draws, that reach the best model or not."""
+def method_metrics(
+    estimate_of: Callable[[str], Estimate], drawn: Sequence[TrialMetrics], curve: Curve
+) -> MethodMetrics:
+    """Put together one method's figures.
+
+    Args:
+        estimate_of: field of CurveMetrics → its estimate.
+        drawn: the trials, or bootstrap draws, that reach the best single model's quality or do not.
+    """
     return MethodMetrics(
         **{field.name: estimate_of(field.name) for field in fields(CurveMetrics)},
         reached=float(np.mean([each.reached for each in drawn])),
@@ -88,7 +98,7 @@ def method_figures(estimate_of: Callable[[str], Estimate], drawn: Sequence[Measu
 
 
 def estimate(values: Doubles, *, seed: int) -> Estimate:
-    """Of (T,) trials; NaN ones are left out."""
+    """Estimate the mean of (T,) trials, NaN ones left out."""
     known = values[~np.isnan(values)]
     low, high = bootstrap_interval(known, seed=seed)
     return Estimate(float(known.mean()) if known.size else NAN, low, high, known.size)
@@ -101,41 +111,41 @@ def _mean(rows: Sequence[Doubles]) -> Doubles:
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """What was run, so that it can be run again."""
+    """What was evaluated and how, so that it can be repeated."""
 
     outcomes: str
     """The file's name."""
     embedder: str
-    """The id of what embedded the prompts."""
+    """The id of the embedder of the prompts."""
     prompts: int
     models: tuple[str, ...]
     labels: tuple[int, ...]
-    """N, the prompts that each new model was seen through: one column of the table each."""
+    """The numbers N of labels that each new model gets; one column of the table each."""
     trials: int
     seed: int
     unseen: float
-    """Share of the models that is new in a trial; 0: all are, and none is known."""
+    """The share of the models that is new in a trial; 0 if all are, and none is known."""
     known_models: int
     new_models: int
     test_prompts: int
     measured_lengths: bool
-    """Whether the file has the lengths of answers; else the prompt alone is billed."""
+    """Whether the file has lengths of answers; if not, only the prompts are billed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over trials and its 95 % bootstrap interval; NaN where no trial defines it."""
+    """A mean over trials and its 95 % bootstrap interval; NaN if no trial defines it."""
 
     mean: float
     low: float
     high: float
     trials: int
-    """How many of the trials define it."""
+    """How many trials define it."""
 
 
 @dataclass(frozen=True, eq=False)
 class MethodMetrics:
-    """One method with N labels. Areas and peak are mean scores in [0, 1]; whoever shows them multiplies by 100."""
+    """One method with N labels. Areas and peak are mean scores in [0, 1]; reports multiply them by 100."""
 
     area: Estimate
     paper_area: Estimate
@@ -143,18 +153,18 @@ class MethodMetrics:
     qnc: Estimate
     """Over the trials that reach the best single model's quality."""
     reached: float
-    """The share of trials that do."""
+    """The share of trials that reach the best single model's quality."""
     peak: Estimate
     perf_gain: Estimate
     cost_save: Estimate
     curve: Curve
-    """The mean over trials at BUDGETS budgets from the cheapest to the best single model; costs are relative to the
-    best single model's, dear to cheap. Of the trials in which Area is defined; all NaN where there is none."""
+    """The mean over the trials that define Area, at BUDGETS budgets from the best single model's cost down to the
+    cheapest's; costs are shares of the best single model's. All NaN if there is no such trial."""
 
 
 @dataclass(frozen=True, eq=False)
 class HeatMap:
-    """Ψ of all models with all labels of the file."""
+    """Ψ of all models, measured with all labels of the file."""
 
     models: tuple[str, ...]
     clusters: tuple[str, ...]
@@ -167,19 +177,20 @@ class HeatMap:
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """Methods by id, and within each by N."""
+    """What an evaluation found. Keys are methods' ids, and then N."""
 
     protocol: Protocol
     methods: Mapping[str, Mapping[int, MethodMetrics]]
     differences: Mapping[str, Mapping[int, Difference]]
-    """Area of `ours` less that of each other method, trial by trial."""
+    """Area of `ours` minus that of each other method, trial by trial."""
     chosen: Mapping[int, Estimate]
-    """Area of `ours` where the N prompts are chosen as `uniroute models add` chooses them."""
+    """Area of `ours` if the N prompts are chosen as `uniroute models add` does."""
     chosen_differences: Mapping[int, Difference]
-    """The same less `ours` on random prompts."""
+    """The same minus `ours` on random prompts."""
     heat_map: HeatMap
 
 
+# The product's ids: on random prompts, and on prompts chosen as `uniroute models add` does.
 OURS, CHOSEN = "ours", "chosen"
 
 ESTIMATED: Mapping[str, Method] = {
@@ -194,19 +205,19 @@ ESTIMATED: Mapping[str, Method] = {
 # In the order in which they are shown.
 METHODS = ("cheapest", "best_single", "random_mix", *ESTIMATED, OURS, "oracle")
 
-_Found = dict[str, dict[int, list[Measured]]]
+_Found = dict[str, dict[int, list[TrialMetrics]]]
 
 
 def run_study(
     outcomes: Outcomes, vectors: Floats, plan: Plan, progress: Progress = no_progress, *, workers: int = 1
 ) -> Results:
-    """The plan's trials, spread over so many processes; the figures are the same for any number of them.
+    """Run the plan's trials over `workers` processes. Their number does not change the figures.
 
     Args:
         vectors: (n, d) of the prompts, as the product embeds them.
 
     Raises:
-        InvalidInput: too few models, prompts or scores for the plan; before anything is run.
+        InvalidInput: there are too few models, prompts or scores for the plan; raised before any trial is run.
     """
     plan.check(outcomes)
     for number in range(plan.trials):
@@ -225,18 +236,18 @@ def run_study(
         return _results(outcomes, vectors, plan, found)
 
 
-def _measured_trial(outcomes: Outcomes, vectors: Floats, plan: Plan, number: int) -> dict[int, dict[str, Measured]]:
-    """N → method → what it makes of the trial of this number."""
+def _measured_trial(outcomes: Outcomes, vectors: Floats, plan: Plan, number: int) -> dict[int, dict[str, TrialMetrics]]:
+    """Run the trial of this number; returns N → method → its figures."""
     trial = draw_trial(outcomes, vectors, plan, number)
-    anchors = trial.test.anchors()
+    baselines = trial.test.baselines()
     return {
-        labels: {method: measured(curve, anchors) for method, curve in curves.items()}
+        labels: {method: trial_metrics(curve, baselines) for method, curve in curves.items()}
         for labels, curves in _curves(trial, plan).items()
     }
 
 
 def _check_split(outcomes: Outcomes, split: Split) -> None:
-    """Raises InvalidInput where new models have no test prompt in common."""
+    """Raise InvalidInput if the new models have no test prompt in common."""
     if split.test.size:
         return
     scored = {outcomes.models[column]: int((~np.isnan(outcomes.scores[:, column])).sum()) for column in split.new}
@@ -248,51 +259,53 @@ def _check_split(outcomes: Outcomes, split: Split) -> None:
 
 
 def _curves(trial: Trial, plan: Plan) -> dict[int, dict[str, Curve]]:
-    """N → method → what it makes of this trial."""
-    served = Served(trial)
-    estimators = {name: method(trial.known) for name, method in ESTIMATED.items()}
+    """Return N → method → its deferral curve in this trial."""
+    served = ServedTrial(trial)
+    estimators = {name: method(trial.history) for name, method in ESTIMATED.items()}
     oracle = deferral_curve(1.0 - trial.test.scores, trial.test.cents, trial.test)
     chosen = served.deployment.choose(plan.labels[-1])
     found = {}
     for labels in plan.labels:
-        curves = _side_by_side(trial, served, estimators, trial.asked(trial.order[:labels]))
-        curves |= {"oracle": oracle, CHOSEN: served.curve(served.pool(trial.asked(chosen[:labels])))}
+        curves = _curves_with(trial, served, estimators, trial.sample(trial.order[:labels]))
+        curves |= {"oracle": oracle, CHOSEN: served.curve(served.pool(trial.sample(chosen[:labels])))}
         found[labels] = curves
     return found
 
 
-class Served:
+class ServedTrial:
     """The product in one trial."""
 
     def __init__(self, trial: Trial) -> None:
-        self.deployment = Deployment(trial.known)
+        self.deployment = Deployment(trial.history)
         self._trial = trial
-        self._placed = self.deployment.cluster_map.assign(trial.test.vectors)
+        self._assignment = self.deployment.cluster_map.assign(trial.test.vectors)
 
-    def pool(self, asked: LabelledSample) -> Pool:
-        return self.deployment.pool(asked, self._trial.prices)
+    def pool(self, sample: LabelledSample) -> Pool:
+        return self.deployment.pool(sample, self._trial.prices)
 
     def curve(self, pool: Pool) -> Curve:
-        return deferral_curve(self._placed.expected(pool.errors), self.expected_cents(pool), self._trial.test)
+        return deferral_curve(self._assignment.expected(pool.errors), self.expected_cents(pool), self._trial.test)
 
     def expected_cents(self, pool: Pool) -> Doubles:
-        """(t, M) by the lengths that were seen; what routing goes by, whatever the method."""
-        tokens = self._placed.expected(pool.output_tokens) * self._trial.lengths_known
+        """Return the (t, M) costs expected from the lengths seen. Every method routes by these."""
+        tokens = self._assignment.expected(pool.output_tokens) * self._trial.lengths_known
         return pool.prices.expected_usd(self._trial.test.prompt_tokens[:, None], tokens) / CENT_USD
 
 
-def _side_by_side(
-    trial: Trial, served: Served, estimators: Mapping[str, PromptEstimator], asked: LabelledSample
+def _curves_with(
+    trial: Trial, served: ServedTrial, estimators: Mapping[str, PromptEstimator], sample: LabelledSample
 ) -> dict[str, Curve]:
-    pool = served.pool(asked)
+    pool = served.pool(sample)
     cents, test = served.expected_cents(pool), trial.test
-    errors, mean_cents = means(asked), cents.mean(axis=0)
+    errors, mean_cents = means(sample), cents.mean(axis=0)
     truth = test.cents.mean(axis=0), test.scores.mean(axis=0)
     return {
-        "cheapest": single.cheapest(mean_cents, *truth),
-        "best_single": single.best_single(errors, mean_cents, *truth),
-        "random_mix": single.random_mix(errors, mean_cents, *truth),
-        **{name: deferral_curve(estimator(asked, test.vectors), cents, test) for name, estimator in estimators.items()},
+        "cheapest": cheapest(mean_cents, *truth),
+        "best_single": best_single(errors, mean_cents, *truth),
+        "random_mix": random_mix(errors, mean_cents, *truth),
+        **{
+            name: deferral_curve(estimator(sample, test.vectors), cents, test) for name, estimator in estimators.items()
+        },
         OURS: served.curve(pool),
     }
 
@@ -304,7 +317,7 @@ def _results(outcomes: Outcomes, vectors: Floats, plan: Plan, found: _Found) -> 
     return Results(
         protocol=_protocol(outcomes, plan),
         methods={
-            method: {labels: summed_up(trials, seed=plan.seed) for labels, trials in found[method].items()}
+            method: {labels: summarize(trials, seed=plan.seed) for labels, trials in found[method].items()}
             for method in METHODS
         },
         differences={method: _differences(areas[OURS], areas[method], plan) for method in METHODS if method != OURS},
@@ -314,8 +327,8 @@ def _results(outcomes: Outcomes, vectors: Floats, plan: Plan, found: _Found) -> 
     )
 
 
-def _areas(measured_trials: Sequence[Measured]) -> Doubles:
-    return np.array([trial.figures.area for trial in measured_trials])
+def _areas(measured_trials: Sequence[TrialMetrics]) -> Doubles:
+    return np.array([trial.metrics.area for trial in measured_trials])
 
 
 def _differences(ours: Mapping[int, Doubles], theirs: Mapping[int, Doubles], plan: Plan) -> dict[int, Difference]:
@@ -341,10 +354,10 @@ def _protocol(outcomes: Outcomes, plan: Plan) -> Protocol:
 
 
 def _heat_map(outcomes: Outcomes, vectors: Floats, plan: Plan) -> HeatMap:
-    """On a map of all prompts and no history, so that its clusters have names of their own."""
-    nobody = np.empty((len(vectors), 0))
-    everything = Deployment(History(outcomes.prompts, vectors, nobody, (), plan.embedder_id, plan.seed))
-    asked = LabelledSample(np.arange(len(vectors)), outcomes.scores, outcomes.output_tokens)
-    pool = everything.pool(asked, outcomes.prices)
+    """Profile all models on a map of all prompts, fitted without known models so that every cluster has a name."""
+    no_scores = np.empty((len(vectors), 0))
+    everything = Deployment(History(outcomes.prompts, vectors, no_scores, (), plan.embedder_id, plan.seed))
+    sample = LabelledSample(np.arange(len(vectors)), outcomes.scores, outcomes.output_tokens)
+    pool = everything.pool(sample, outcomes.prices)
     labels = np.array([candidate.profile.labels for candidate in pool.candidates.values() if candidate.profile])
     return HeatMap(outcomes.models, everything.cluster_map.names, pool.errors, labels)

@@ -18,7 +18,7 @@ from router_core.types import Doubles, Floats, Indices, Price
 
 @dataclass(frozen=True, eq=False)
 class History:
-    """The train prompts of one trial and what the known models scored on them."""
+    """The train prompts of one trial, and what the known models scored on them."""
 
     texts: Sequence[str]
     """n prompts."""
@@ -34,42 +34,42 @@ class History:
 
 @dataclass(frozen=True, eq=False)
 class LabelledSample:
-    """The N train prompts that every new model was asked."""
+    """The N train prompts that every new model was asked, and their scores."""
 
     rows: Indices
-    """(N,) of the known prompts."""
+    """(N,) rows of the train prompts."""
     scores: Doubles
     """(N, M) in [0, 1], NaN where unlabelled."""
     output_tokens: Doubles
     """(N, M) NaN where not measured."""
 
 
-# The answers of M new models, and (t, d) vectors of other prompts, to (t, M) expected errors.
+# M new models' labelled sample and (t, d) vectors of other prompts → (t, M) expected errors.
 PromptEstimator = Callable[[LabelledSample, Floats], Doubles]
 
-# Learns from the known models once a trial; its estimator is then used for each number of labels.
+# Learns from the known models once per trial; its estimator is then used for each number of labels.
 Method = Callable[[History], PromptEstimator]
 
 TEST_SHARE = 0.3
 
-LABELS = (25, 50, 100, 200, 400)
+DEFAULT_LABELS = (25, 50, 100, 200, 400)
 
-TRIALS = 200
+DEFAULT_TRIALS = 200
 
-UNSEEN = 1 / 3
+DEFAULT_UNSEEN = 1 / 3
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """UniRoute's protocol (arXiv 2502.08773, section 6): some models are new, and seen through a few answers only."""
+    """UniRoute's protocol (arXiv 2502.08773, section 6): some models are new, and known by a few answers only."""
 
     outcomes_name: str
     embedder_id: str
-    labels: tuple[int, ...] = LABELS
+    labels: tuple[int, ...] = DEFAULT_LABELS
     """N, ascending: how many of the train prompts the new models are asked."""
-    trials: int = TRIALS
+    trials: int = DEFAULT_TRIALS
     seed: int = 0
-    unseen: float = UNSEEN
+    unseen: float = DEFAULT_UNSEEN
     """The share of the models that is new; 0: all are, and none is known."""
 
     def __post_init__(self) -> None:
@@ -81,11 +81,11 @@ class Plan:
             raise InvalidInput(f"unseen must be from 0 to 1; got {self.unseen}")
 
     def new_models(self, models: int) -> int:
-        """How many of so many models are new in a trial."""
-        return new_models(self.unseen, models)
+        """Return how many of so many models are new in a trial."""
+        return count_new_models(self.unseen, models)
 
     def check(self, outcomes: Outcomes) -> None:
-        """Raises InvalidInput where there is too little to follow the plan."""
+        """Raise InvalidInput if there are too few models or prompts for the plan."""
         models, new = len(outcomes.models), self.new_models(len(outcomes.models))
         if new < 2:
             raise InvalidInput(
@@ -101,23 +101,23 @@ class Plan:
             )
 
 
-def new_models(unseen: float, models: int) -> int:
+def count_new_models(unseen: float, models: int) -> int:
     return models if unseen == 0 else max(1, round(unseen * models))
 
 
 def default_unseen(models: int) -> float:
-    """A third; 0 where that leaves nothing to choose from."""
-    return UNSEEN if new_models(UNSEEN, models) >= 2 else 0.0
+    """Return a third; 0 if that leaves nothing to choose from."""
+    return DEFAULT_UNSEEN if count_new_models(DEFAULT_UNSEEN, models) >= 2 else 0.0
 
 
 def default_labels(prompts: int) -> tuple[int, ...]:
-    """Those of LABELS that the train prompts suffice for, of so many in all; at least the first."""
+    """Those of DEFAULT_LABELS that the train prompts suffice for, of so many in all; at least the first."""
     train = prompts - tested_prompts(prompts)
-    return tuple(labels for labels in LABELS if labels <= train) or LABELS[:1]
+    return tuple(labels for labels in DEFAULT_LABELS if labels <= train) or DEFAULT_LABELS[:1]
 
 
 def tested_prompts(prompts: int) -> int:
-    """How many of so many prompts are test prompts."""
+    """Return how many of so many prompts are test prompts."""
     return max(1, round(TEST_SHARE * prompts))
 
 
@@ -134,29 +134,31 @@ class HeldOut:
     prompt_tokens: Doubles
     """(t,)"""
 
-    def anchors(self) -> Baselines:
-        """The new models one by one."""
+    def baselines(self) -> Baselines:
+        """Return the new models' means, which curves are compared with."""
         return Baselines.from_models(self.cents.mean(axis=0), self.scores.mean(axis=0))
 
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    known: History
+    """One draw of test prompts and new models."""
+
+    history: History
     new_models: tuple[str, ...]
     prices: tuple[Price, ...]
     """(M,) of the new models."""
     lengths_known: NDArray[np.bool_]
-    """(M,) whether the file measures how long a new model's answers are; if not, the prompt alone is billed."""
+    """(M,) whether the file has lengths of a new model's answers; if not, only the prompt is billed."""
     test: HeldOut
     order: Indices
-    """(n,) the known prompts by chance, as they are asked: with more labels, the same ones first."""
+    """(n,) the train prompts in the random order in which they are asked: more labels add to the same first ones."""
     scores: Doubles
-    """(n, M) of the new models on the known prompts."""
+    """(n, M) of the new models on the train prompts."""
     output_tokens: Doubles
     """(n, M)"""
 
-    def asked(self, rows: Indices) -> LabelledSample:
-        """What the new models answered to these of the known prompts."""
+    def sample(self, rows: Indices) -> LabelledSample:
+        """Return what the new models answered to these of the train prompts."""
         return LabelledSample(rows, self.scores[rows], self.output_tokens[rows])
 
 
@@ -165,18 +167,18 @@ class Split:
     """Rows and columns of the outcomes, ascending."""
 
     test: Indices
-    """Only the prompts that every new model has a score on."""
+    """The test prompts that every new model has a score on."""
     train: Indices
     new: Indices
     known: Indices
     seed: int
-    """Of whatever else is drawn by chance in the trial."""
+    """Seed of all else that is random in the trial."""
     order: Indices
-    """Places in `train`, as they are asked."""
+    """Places in `train`, in the order in which they are asked."""
 
 
 def draw_split(outcomes: Outcomes, plan: Plan, number: int) -> Split:
-    """Of the plan's trial of this number, from 0."""
+    """Draw the split of the plan's trial of this number, from 0."""
     rng = np.random.default_rng((plan.seed, number))
     prompts, models = rng.permutation(len(outcomes.prompts)), rng.permutation(len(outcomes.models))
     tested, count = tested_prompts(prompts.size), plan.new_models(models.size)
@@ -192,11 +194,11 @@ def draw_split(outcomes: Outcomes, plan: Plan, number: int) -> Split:
 
 
 def draw_trial(outcomes: Outcomes, vectors: Floats, plan: Plan, number: int) -> Trial:
-    """The plan's trial of this number, from 0. `vectors` are of the prompts, (n, d)."""
+    """Draw the plan's trial of this number, from 0. `vectors`: (n, d) of all prompts."""
     cents, split = outcomes.usd() / CENT_USD, draw_split(outcomes, plan, number)
     test, train, new, known = split.test, split.train, split.new, split.known
     return Trial(
-        known=History(
+        history=History(
             texts=[outcomes.prompts[row] for row in train],
             vectors=vectors[train],
             scores=outcomes.scores[np.ix_(train, known)],
@@ -219,13 +221,14 @@ def draw_trial(outcomes: Outcomes, vectors: Floats, plan: Plan, number: int) -> 
     )
 
 
-# Cost weights λ between 0 and infinity.
+# Cost weights λ of a deferral curve, between 0 and infinity.
 POINTS = 256
 
 
 def deferral_curve(errors: Doubles, cents: Doubles, test: HeldOut) -> Curve:
-    """Route the t test prompts at many λ by (t, M) expected errors and (t, M) expected costs; bill what is true."""
-    errors, cents = np.asfortranarray(errors), np.asfortranarray(cents)  # few columns: reduced faster so
+    """Route the t test prompts at many λ by (t, M) expected errors and costs, and bill the true costs."""
+    # Columns are few: reducing over them is faster in this order.
+    errors, cents = np.asfortranarray(errors), np.asfortranarray(cents)
     choices = [
         argmin_rows_with_ties(errors + weight * cents, cents, TIE_TOLERANCE) for weight in cost_weights(errors, cents)
     ]
@@ -233,7 +236,7 @@ def deferral_curve(errors: Doubles, cents: Doubles, test: HeldOut) -> Curve:
 
 
 def curve_of(choices: list[Indices], test: HeldOut) -> Curve:
-    """One point for each (t,) choice of models."""
+    """Return a curve with one point for each (t,) choice of models."""
     rows = np.arange(len(test.scores))
     return Curve(
         costs=np.array([test.cents[rows, choice].mean() for choice in choices]),
@@ -242,16 +245,20 @@ def curve_of(choices: list[Indices], test: HeldOut) -> Curve:
 
 
 def cost_weights(errors: Doubles, cents: Doubles) -> Doubles:
-    """Zero, and quantiles of the λ at which one model overtakes another on some prompt: there the choices change."""
+    """Return 0 and quantiles of the λ at which one model overtakes another on some prompt, where choices change.
+
+    Args:
+        errors, cents: (t, M) expected of the models on t prompts.
+    """
     crossings = []
-    for cheap, dear in permutations(range(errors.shape[1]), 2):
-        dearer_by = cents[:, dear] - cents[:, cheap]
-        worth = errors[:, cheap] - errors[:, dear]
-        overtaken = (dearer_by > 0) & (worth > 0)
-        with np.errstate(over="ignore"):  # prices next to nothing are overtaken at no λ that can be written down
-            crossings.append(worth[overtaken] / dearer_by[overtaken])
-    found = np.concatenate(crossings)
-    found = found[np.isfinite(found)]
-    if not found.size:
+    for cheap, expensive in permutations(range(errors.shape[1]), 2):
+        extra_cost = cents[:, expensive] - cents[:, cheap]
+        fewer_errors = errors[:, cheap] - errors[:, expensive]
+        overtakes = (extra_cost > 0) & (fewer_errors > 0)
+        with np.errstate(over="ignore"):  # differences next to nothing give an infinite λ, which is dropped
+            crossings.append(fewer_errors[overtakes] / extra_cost[overtakes])
+    lambdas = np.concatenate(crossings)
+    lambdas = lambdas[np.isfinite(lambdas)]
+    if not lambdas.size:
         return np.zeros(1)
-    return np.concatenate(([0.0], np.quantile(found, np.linspace(0.0, 1.0, POINTS))))
+    return np.concatenate(([0.0], np.quantile(lambdas, np.linspace(0.0, 1.0, POINTS))))

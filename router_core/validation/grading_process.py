@@ -1,8 +1,8 @@
-"""Grades answers in a process of its own: `python -m router_core.validation.grading_process`.
+"""Grade answers in a process of its own: `python -m router_core.validation.grading_process`.
 
-Reads lines `{"grader": {…}, "answer": "…"}` from its starter, and writes `{"score": 0.5, "error": null}` for each, the
-score null where there is none. It writes the line READY first. An answer that takes more than CPU_S seconds ends the
-process; one that takes more than MEMORY_BYTES is an error.
+Reads lines `{"grader": {…}, "answer": "…"}` from stdin and writes a line `{"score": 0.5, "error": null}` for each, with
+a null score if there is none. Before the first it writes the line READY. An answer that takes more than CPU_S seconds
+ends the process; one that takes more than MEMORY_BYTES is an error.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ from router_core.validation.graders import Grader, parse_grader
 READY = b"ready\n"
 CPU_S = 2
 MEMORY_BYTES = 2**30
-_NICE = 5
+_NICENESS = 5
 
 
 def main() -> None:
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # a stray print must not become a score
-    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type] # jsonschema's, unused: spare a second
-    _limit()
+    # jsonschema imports it if it can, which takes a second, and it is not used here.
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+    _limit_resources()
     _write(replies, READY)
     for line in requests:
-        _write(replies, json.dumps(_graded(line)).encode() + b"\n")
+        _write(replies, json.dumps(_grade(line)).encode() + b"\n")
 
 
-def _graded(line: bytes) -> dict[str, object]:
+def _grade(line: bytes) -> dict[str, object]:
     used = sum(os.times()[:2])
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used) + CPU_S, resource.RLIM_INFINITY))
     request = json.loads(line)
     try:
         score = float(_grader(json.dumps(request["grader"])).grade(request["answer"]))
-    except Exception as error:  # noqa: BLE001 - whatever it is, this answer has no score and the next one may have
+    except Exception as error:  # noqa: BLE001 - this answer has no score, and the next one may have
         return {"score": None, "error": type(error).__name__}
     return {"score": None if math.isnan(score) else score, "error": None}
 
@@ -49,10 +50,10 @@ def _grader(spec: str) -> Grader:
     return parse_grader(json.loads(spec))
 
 
-def _limit() -> None:
-    os.nice(_NICE)
+def _limit_resources() -> None:
+    os.nice(_NICENESS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":  # elsewhere it is not kept, or counts what was only reserved
+    if sys.platform == "linux":  # elsewhere the limit is ignored, or counts memory that was only reserved
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
 
 

@@ -1,5 +1,3 @@
-"""A user's validation set from JSONL. Every error names the file, the line, the field and the fix."""
-
 from __future__ import annotations
 
 import codecs
@@ -30,11 +28,15 @@ _ROLES = ("system", "developer", "user", "assistant")
 
 
 def load_validation_set(path: Path) -> ValidationSet:
-    """Read and check the whole file. Raises InvalidValidationSet at the first line that cannot be used."""
+    """Read a user's validation set from JSONL.
+
+    Raises:
+        InvalidValidationSet: at the first line that cannot be used; it names the file, the line, the field and the fix.
+    """
     prompts: dict[str, tuple[int, ValidationPrompt]] = {}
     for number, line in _lines(path):
         try:
-            prompt = parse_prompt(_object(line), default_id=f"line-{number}")
+            prompt = parse_prompt(_parse_object(line), default_id=f"line-{number}")
             if prompt.id in prompts:
                 earlier = prompts[prompt.id][0]
                 raise InvalidValidationSet(f"field 'id' repeats {prompt.id!r} of line {earlier}: give it another id")
@@ -47,7 +49,7 @@ def load_validation_set(path: Path) -> ValidationSet:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Line numbers from 1, blank lines left out, a byte order mark at the start dropped."""
+    """Yield line numbers, from 1, and lines; blank lines and a leading byte order mark are dropped."""
     try:
         content = read_bounded(path, MAX_SET_BYTES)
     except OSError as error:
@@ -61,10 +63,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         found += 1
         if found > MAX_PROMPTS:
             raise InvalidValidationSet(f"{path}, line {number}: more than {MAX_PROMPTS} prompts; keep the best of them")
-        yield number, _decoded(path, number, raw)
+        yield number, _decode(path, number, raw)
 
 
-def _decoded(path: Path, number: int, raw: bytes) -> str:
+def _decode(path: Path, number: int, raw: bytes) -> str:
     if len(raw) > MAX_LINE_BYTES:
         raise InvalidValidationSet(f"{path}, line {number}: longer than {MAX_LINE_BYTES} bytes; shorten the prompt")
     try:
@@ -75,7 +77,7 @@ def _decoded(path: Path, number: int, raw: bytes) -> str:
         ) from None
 
 
-def _object(line: str) -> JsonObject:
+def _parse_object(line: str) -> JsonObject:
     try:
         value = parse_json(line, _without_repeats)
     except json.JSONDecodeError as error:
@@ -103,7 +105,7 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> JsonObject:
 
 
 def parse_prompt(record: Mapping[str, object], *, default_id: str) -> ValidationPrompt:
-    """One prompt from its JSON object. Raises InvalidValidationSet naming the field."""
+    """Read one prompt from its JSON object. Raises InvalidValidationSet that names the field."""
     fields = Fields(record, _FIELDS)
     return ValidationPrompt(
         id=fields.text("id", default_id),

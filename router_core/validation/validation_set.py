@@ -15,7 +15,7 @@ from router_core.validation.graders import Grader
 
 @dataclass(frozen=True)
 class ValidationPrompt:
-    """What is sent to a model, and how its answer is judged."""
+    """What is sent to a model, and how its answer is graded."""
 
     id: str
     family: str
@@ -23,21 +23,21 @@ class ValidationPrompt:
     grader: Grader
     max_tokens: int
     level: int | None = None
-    """1 easy, 2 middling, 3 hard; None where the author does not say."""
+    """1 easy, 2 medium, 3 hard; None if not stated."""
     language: str = "en"
     reference: str | None = field(default=None, repr=False)
-    """An answer that the grader accepts in full. Never sent to a model."""
+    """An answer with full marks. Never sent to a model."""
 
     @property
     def text(self) -> str:
-        """What the user says: the text that is embedded."""
+        """What the user says, which is the text that is embedded."""
         return "\n".join(message["content"] for message in self.messages if message["role"] == "user")
 
     def to_json(self) -> dict[str, object]:
-        """One line of the JSONL file; a single user message is written as `prompt`."""
-        lone = len(self.messages) == 1 and self.messages[0]["role"] == "user"
-        said: dict[str, object] = {"prompt": self.text} if lone else {"messages": [dict(m) for m in self.messages]}
-        record = {"id": self.id, "family": self.family, **said, "grader": self.grader.to_json()}
+        """Write one line of the JSONL file; a single user message is written as `prompt`."""
+        single = len(self.messages) == 1 and self.messages[0]["role"] == "user"
+        content: dict[str, object] = {"prompt": self.text} if single else {"messages": [dict(m) for m in self.messages]}
+        record = {"id": self.id, "family": self.family, **content, "grader": self.grader.to_json()}
         record |= {"max_tokens": self.max_tokens, "level": self.level, "language": self.language}
         record |= {"reference": self.reference}
         return {key: value for key, value in record.items() if value is not None}
@@ -45,7 +45,7 @@ class ValidationPrompt:
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """The prompts in order. Two sets with the same `id` ask and grade the same."""
+    """Prompts in order. Two sets with the same `id` ask and grade the same."""
 
     prompts: tuple[ValidationPrompt, ...]
 
@@ -76,42 +76,44 @@ class ValidationSet:
 
     @property
     def families(self) -> tuple[str, ...]:
-        """The family of each prompt, in order: what `choose_prompts` asks for."""
+        """The family of each prompt, in order, as `choose_prompts` takes them."""
         return tuple(prompt.family for prompt in self.prompts)
 
 
-# Below this weight the prior of the shrunk recipe (weight ½) still makes up more than a fifth of the estimate.
+# Below this weight the prior of the shrunk estimator (weight ½) makes up more than a fifth of the estimate.
 THIN_LABELS = 2.0
 
 
 def coverage(assignment: Assignment, clusters: int) -> Doubles:
-    """(K,) label weight per cluster, Σ_j w_jk; the total is the number of prompts."""
+    """Return the (K,) label weight per cluster, Σ_j w_jk, which sums to the number of prompts."""
     labels: Doubles = assignment.dense(clusters).sum(axis=0)
     return labels
 
 
 def thin_clusters(labels: Doubles, *, below: float = THIN_LABELS) -> tuple[int, ...]:
-    """The clusters with less label weight than `below`, thinnest first."""
+    """Return the clusters with less label weight than `below`, thinnest first."""
     order = np.argsort(labels, kind="stable")
     return tuple(int(cluster) for cluster in order if labels[cluster] < below)
 
 
-# Prompts that a question is picked from. A whole family would leave no cluster thin, and give its oddest prompts.
-DRAWN = 3
+# Random prompts of a family that the next is chosen from. To choose from the whole family would cover clusters best,
+# and pick its oddest prompts.
+CANDIDATES = 3
 
-# Label weight that a cluster counts as having beforehand.
-FIRST = 0.5
+# Label weight that each cluster counts as having at first.
+PRIOR_WEIGHT = 0.5
 
 
 def choose_prompts(assignment: Assignment, count: int, *, families: Sequence[str], seed: int = 0) -> Indices:
-    """(min(count, n),) row numbers, in the order to ask them. The first n of a bigger choice are the smaller one.
+    """Choose prompts to ask a new model: (min(count, n),) rows, in the order to ask them.
 
-    Each question goes to the family that is furthest behind its share, and is, of a few of its prompts drawn by lot,
-    the one that adds most to Σ_k log(½ + W_k), W_k being the label weight of cluster k so far. By lot, because prompts
-    at the centre of a cluster are not like the others.
+    A smaller choice is the beginning of a larger one. Each place goes to the family that is furthest behind its share.
+    Of a few of its prompts, drawn at random, that one is chosen which adds most to Σ_k log(½ + W_k), where W_k is the
+    label weight of cluster k so far. They are drawn at random because prompts at the centre of a cluster are not
+    typical.
 
-    A family's share goes with the root of its size: how many prompts of a kind a set has says little of how many there
-    will be in traffic, and the small kinds are to be measured too.
+    A family's share is proportional to the square root of its size: how many prompts of a kind a set has says little
+    about traffic, and small families must be measured too.
     """
     if len(families) != len(assignment):
         raise ValueError(f"{len(assignment)} prompts but {len(families)} families")
@@ -119,13 +121,13 @@ def choose_prompts(assignment: Assignment, count: int, *, families: Sequence[str
     weights = assignment.dense(int(assignment.ids.max(initial=-1)) + 1)
     left = _rows_by_family(families)
     shares = np.sqrt([len(rows) for rows in left])
-    asked = rng.random(len(left))  # who begins is drawn, too
-    covered = np.full(weights.shape[1], FIRST)
+    asked = rng.random(len(left))  # which family begins is random too
+    covered = np.full(weights.shape[1], PRIOR_WEIGHT)
     chosen = np.empty(min(count, len(families)), dtype=np.int64)
     for place in range(chosen.size):
         family = int(np.argmin(np.where([bool(rows) for rows in left], asked / shares, np.inf)))
-        drawn = rng.permutation(left[family])[:DRAWN]
-        row = int(drawn[_widest(weights[drawn], covered)])
+        drawn = rng.permutation(left[family])[:CANDIDATES]
+        row = int(drawn[_most_covering(weights[drawn], covered)])
         left[family].remove(row)
         chosen[place] = row
         asked[family] += 1
@@ -138,6 +140,6 @@ def _rows_by_family(families: Sequence[str]) -> list[list[int]]:
     return [np.flatnonzero(family_of == family).tolist() for family in np.unique(family_of)]
 
 
-def _widest(weights: Doubles, covered: Doubles) -> int:
-    """Which of the (d, K) rows adds most to the (K,) label weights so far."""
+def _most_covering(weights: Doubles, covered: Doubles) -> int:
+    """Return which of the (d, K) rows adds most to the (K,) label weights so far."""
     return int(np.argmax(np.log1p(weights / covered).sum(axis=1)))

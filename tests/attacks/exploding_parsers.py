@@ -13,7 +13,7 @@ from proxy.errors import ProxyError, UpstreamError
 from proxy.routing.chat_request import parse_chat
 from proxy.routing.fingerprints import looks_random
 from proxy.routing.requirements import requirements_of, routing_text
-from proxy.server.admin_schemas import redact_params
+from proxy.server.admin_responses import redact_params
 from proxy.server.auth import check_host, credentials_from
 from proxy.server.requests import request_ids_from
 from proxy.server.responses import render_error

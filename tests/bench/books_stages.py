@@ -192,7 +192,7 @@ def _reserves(room: Room, key: ClientKey, *, at_once: int) -> Work:
     async def one() -> None:
         selection = limit_to_reserved(replace(room.selection, id=uuid.uuid4().hex), key.limits)
         demand = Demand(selection, REQUEST.body, room.routing, room.app.settings)
-        await room.app.limiter.reserve(key, replace(estimate_reservation(demand, key.limits), lives_s=0.001))
+        await room.app.limiter.reserve(key, replace(estimate_reservation(demand, key.limits), ttl_s=0.001))
 
     return _together(one, at_once)
 

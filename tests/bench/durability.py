@@ -20,7 +20,7 @@ from proxy.storage.redis import Store
 from proxy.storage.registry import Registry
 from proxy.storage.usage import UsageRecord
 from proxy.storage.usage_journal import JournalDirectory
-from proxy.storage.usage_writer import BATCH, UsageWriter
+from proxy.storage.usage_writer import BATCH_SIZE, UsageWriter
 from router_core.types import Price
 
 RECORD = UsageRecord("dec-0", 1.8e9, "small", "key-1", "scored", "complete", 1000, 400, 300, None, 0.0123, 1.5, 0.5)
@@ -45,13 +45,13 @@ async def measure(folder: Path, writes: int) -> None:
         return await registry.put_price("small", Price(1e-6, 4e-6))
 
     async def flush() -> None:
-        for _ in range(BATCH):
+        for _ in range(BATCH_SIZE):
             recorder.record(RECORD)
         await recorder.flush()
 
     for policy in ("always", "everysec", "always", "everysec"):
         await store.client.config_set("appendfsync", policy)
-        for name, operation in (("an admin's write", put_price), (f"a batch of {BATCH} usage records", flush)):
+        for name, operation in (("an admin's write", put_price), (f"a batch of {BATCH_SIZE} usage records", flush)):
             taken = await timed(operation, writes)
             median = statistics.median(taken)
             rows.append((policy, name, f"{median * 1000:.2f} ms", f"{len(taken) / sum(taken):.0f}"))

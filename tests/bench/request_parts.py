@@ -68,7 +68,7 @@ class Noting:
     """An upstream that answers at once, and says when it was asked."""
 
     asked_ns = 0
-    loading: frozenset[str] = frozenset()
+    not_ready: frozenset[str] = frozenset()
 
     async def complete(self, *_: object, **__: object) -> JSONPayload:
         self.asked_ns = time.process_time_ns()
@@ -199,8 +199,8 @@ class Wire:
 
 def forget(services: AppState) -> None:
     """Every prompt is a new one, as most are: rounds over the same bodies would flatter."""
-    for generation in (services.assigner._recent, services.assigner._previous):
-        generation.clear()
+    for digest in list(services.assigner._known):
+        del services.assigner._known[digest]
 
 
 def _request(raw: bytes) -> bytes:

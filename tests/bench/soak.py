@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from proxy.cli import console
-from proxy.storage.redis import CONNECTIONS
+from proxy.storage.redis import MAX_CONNECTIONS
 from router_core.embedding import static_embedder
 from tests.bench.lean_client import LeanClient
 from tests.bench.process_facts import Facts, facts_of
@@ -158,7 +158,7 @@ async def fill_pool(world: World) -> None:
         await client.post(PATH, body, {"authorization": f"Bearer {world.keys[0]}", "x-session-id": f"first-{number}"})
         client.close()
 
-    await asyncio.gather(*map(one, range(4 * CONNECTIONS)))
+    await asyncio.gather(*map(one, range(4 * MAX_CONNECTIONS)))
 
 
 async def _at_rest(world: World, load: Load) -> Facts:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from router_core.evaluation.study import METHODS
-from router_core.evaluation.trials import TRIALS
+from router_core.evaluation.trials import DEFAULT_TRIALS
 from tests.support.command import environment
 from tests.support.outcome_files import PRICES, SMALL, found, refusal, rows, run, write_files
 from tests.support.processes import ProcessGroup, process_group
@@ -77,7 +77,7 @@ def test_what_is_not_said_is_as_usual_for_the_file(environ: Environ, tmp_path: P
     assert (protocol["unseen"], protocol["new_models"], protocol["labels"]) == (0.0, 2, [25, 50])
     six = found(environ, *write_files(tmp_path, rows()), "--trials", "1", "--unseen", "0.5")["protocol"]
     assert (six["known_models"], six["new_models"], six["labels"]) == (2, 2, [25, 50])
-    assert f"by default {TRIALS}." in run(environ, "--help").stdout
+    assert f"by default {DEFAULT_TRIALS}." in run(environ, "--help").stdout
 
 
 def test_the_configured_embedder_is_taken_unless_another_is_named(

@@ -12,11 +12,11 @@ from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.valkey import ValkeyServer
 from tests.support.waiting import wait_until
 
-README = Path(__file__).parent.parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "reliability.md"
 
 
 def documented_rule() -> list[str]:
-    line = next(line for line in README.read_text("utf-8").splitlines() if line.startswith("ACL SETUSER uniroute on"))
+    line = next(line for line in PAGE.read_text("utf-8").splitlines() if line.startswith("ACL SETUSER uniroute on"))
     return line.replace(">PASSWORD", ">pw").split()
 
 

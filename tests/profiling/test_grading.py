@@ -1,4 +1,4 @@
-"""Answers are graded in a child process: what holds it up or breaks it costs one label and nothing else."""
+"""Answers are graded in a child process: one that hangs or breaks it costs one label."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def test_an_answer_is_graded_by_the_grader_of_its_prompt(grading: GradingP
     assert await grading.grade(a_prompt(JudgeGrader("x")), "42") is None
 
 
-async def test_what_takes_minutes_is_unlabelled_and_the_next_answer_graded(
+async def test_an_answer_that_takes_minutes_is_unlabelled_and_the_next_one_is_graded(
     grading: GradingProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
     scores = [await grading.grade(a_prompt(SLOW), answer) for answer in (FOR_MINUTES, '["xx11"]')]
@@ -55,7 +55,7 @@ async def test_a_grader_that_fails_leaves_its_answer_unlabelled(
     assert "by choice: InvalidValidationSet; it counts as unlabelled" in caplog.text
 
 
-async def test_a_child_that_was_killed_is_started_again(grading: GradingProcess) -> None:
+async def test_a_killed_grading_process_is_restarted(grading: GradingProcess) -> None:
     await grading.grade(a_prompt(NumericGrader(42)), "1")
     (child,) = children()
     os.kill(int(child), signal.SIGKILL)
@@ -64,11 +64,11 @@ async def test_a_child_that_was_killed_is_started_again(grading: GradingProcess)
     assert await grading.grade(a_prompt(NumericGrader(42)), "42") == 1.0
 
 
-async def test_the_child_is_told_no_keys_and_ends_when_nothing_is_left_to_grade(
+async def test_the_grading_process_gets_no_keys_and_ends_when_idle(
     grading: GradingProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
-    monkeypatch.setattr(module, "IDLE_S", 0.0)
+    monkeypatch.setattr(module, "IDLE_TIMEOUT_S", 0.0)
     await grading.grade(a_prompt(NumericGrader(42)), "42")
     (child,) = children()
 
@@ -77,7 +77,7 @@ async def test_the_child_is_told_no_keys_and_ends_when_nothing_is_left_to_grade(
     assert await grading.grade(a_prompt(NumericGrader(42)), "42") == 1.0
 
 
-async def test_a_cancelled_answer_leaves_nothing_to_be_taken_for_the_next_ones_score(grading: GradingProcess) -> None:
+async def test_the_score_of_a_cancelled_answer_is_not_given_to_the_next(grading: GradingProcess) -> None:
     await grading.grade(a_prompt(NumericGrader(42)), "1")
     cancelled = asyncio.create_task(grading.grade(a_prompt(SLOW), FOR_MINUTES))
     await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""Workers die, stop, lose Redis or meet: a job goes on, once, and loses nothing that was answered."""
+"""Workers die, stop, lose Redis or meet: a job continues, once, and loses no answer."""
 
 from __future__ import annotations
 
@@ -65,9 +65,7 @@ async def _server_pid(folder: Path) -> int:
     return int(info["process_id"])
 
 
-async def test_after_kill_9_of_all_processes_the_job_resumes_and_the_profile_is_that_of_an_uninterrupted_one(
-    store: Store, tmp_path: Path
-) -> None:
+async def test_after_kill_9_of_all_processes_the_job_resumes_to_the_same_profile(store: Store, tmp_path: Path) -> None:
     with ScriptedUpstream(knows("north", "west"), slow_s=0.05) as upstream:
         async with a_killed_worker(tmp_path, upstream, after=12):
             restarted = await Store.open(settings_for(tmp_path))
@@ -90,9 +88,7 @@ async def test_after_kill_9_of_all_processes_the_job_resumes_and_the_profile_is_
         assert figures(resumed) == figures(await an_uninterrupted_profile(store, tmp_path, upstream))
 
 
-async def test_a_worker_that_stops_hands_its_job_over_at_once(
-    store: Store, second_store: Store, tmp_path: Path
-) -> None:
+async def test_a_stopping_worker_gives_its_job_back_at_once(store: Store, second_store: Store, tmp_path: Path) -> None:
     with ScriptedUpstream(knows("north"), slow_s=0.05) as upstream:
         record = model_at(upstream.url)
         async with (
@@ -101,7 +97,7 @@ async def test_a_worker_that_stops_hands_its_job_over_at_once(
         ):
             job = await one.jobs.submit("small", 40, 1.0)
             await until(lambda: len(upstream.history) >= 4)
-            await one.jobs.stop_worker()
+            await one.jobs.worker.stop()
             seen = len(upstream.history)
             await two.jobs.start_worker()
             await until(lambda: len(upstream.history) > seen)
@@ -114,12 +110,12 @@ async def test_two_workers_never_ask_the_same_prompt(store: Store, second_store:
         async with a_bench(store, tmp_path, record) as one, a_bench(second_store, tmp_path, record) as two:
             job = await one.jobs.submit("small", 40, 1.0)
             for _ in range(5):
-                await two.jobs.worker.kick(job.id)
+                await two.jobs.worker.enqueue(job.id)
             assert (await finished(two.jobs, job)).done == 40
     assert set(asked(upstream).values()) == {1}
 
 
-async def test_a_job_survives_a_redis_that_stops_and_comes_back(tmp_path: Path) -> None:
+async def test_a_job_survives_a_restart_of_redis(tmp_path: Path) -> None:
     server = EmbeddedValkey(tmp_path / "elsewhere")
     await asyncio.to_thread(server.ensure)
     store = Store(f"unix://{server.socket_path}")
@@ -143,12 +139,12 @@ async def test_an_emptied_store_ends_its_jobs_and_takes_new_ones(store: Store, t
             await bench.jobs.submit("small", 40, 1.0)
             await until(lambda: len(upstream.history) >= 4)
             await store.client.flushall()
-            await until(lambda: not bench.jobs.worker.working_on)
+            await until(lambda: not bench.jobs.worker._working)
             await bench.registry.add_model(bench.record)
             assert (await finished(bench.jobs, await bench.jobs.submit("small", 20, 1.0))).state == "ready"
 
 
-async def test_who_lost_the_lease_can_write_nothing_more(store: Store, tmp_path: Path) -> None:
+async def test_a_worker_without_the_lease_can_write_nothing(store: Store, tmp_path: Path) -> None:
     ledger, leases = JobStore(store), Leases(store)
     job_id = await ledger.submit(a_record(), 20, 1.0)
     old = await leases.take(job_id)
@@ -170,7 +166,7 @@ async def test_who_lost_the_lease_can_write_nothing_more(store: Store, tmp_path:
     assert await store.client.hlen(PROFILES) == 0
 
 
-async def test_money_that_a_dead_worker_had_set_aside_counts_as_spent(store: Store, tmp_path: Path) -> None:
+async def test_money_that_a_dead_worker_reserved_counts_as_spent(store: Store, tmp_path: Path) -> None:
     ledger, leases = JobStore(store), Leases(store)
     job_id = await ledger.submit(a_record(), 20, 1.0)
     dead = await leases.take(job_id)
@@ -227,7 +223,7 @@ async def test_a_job_whose_workers_die_is_given_up_and_says_so(store: Store, cap
     assert await ledger.submit(a_record(), 20, 1.0) != job_id
 
 
-async def test_a_job_that_is_given_back_was_not_tried_in_vain(store: Store) -> None:
+async def test_giving_a_job_back_does_not_count_as_a_try(store: Store) -> None:
     ledger, leases = JobStore(store), Leases(store)
     job_id = await ledger.submit(a_record(), 20, 1.0)
     for _ in range(2 * MAX_TRIES):
@@ -237,7 +233,7 @@ async def test_a_job_that_is_given_back_was_not_tried_in_vain(store: Store) -> N
 
 
 @pytest.mark.parametrize("stored", ["", "nan", "-5", "1e99", "many", "-inf"])
-async def test_a_count_of_tries_that_is_none_begins_anew(store: Store, stored: str) -> None:
+async def test_an_invalid_count_of_tries_starts_again(store: Store, stored: str) -> None:
     ledger, leases = JobStore(store), Leases(store)
     job_id = await ledger.submit(a_record(), 20, 1.0)
     await store.client.hset(job_key(job_id), "tries", stored)

@@ -35,7 +35,7 @@ async def test_a_model_is_measured_on_prompts_of_every_cluster_and_is_routable_w
         async with a_bench(store, tmp_path, model_at(upstream.url)) as bench:
             job = await ended(bench.jobs, await bench.jobs.submit("small", prompts=24, max_usd=1.0))
             assert (job.state, job.done, job.total, job.failed, job.unlabelled) == ("ready", 24, 24, 0, 0)
-            await until(lambda: bench.state.current.standing("small") == "ready")
+            await until(lambda: bench.state.current.model_state("small") == "ready")
             errors = bench.state.current.profiles["small"].errors()
             assert errors[:2].max() < 0.25
             assert errors[2:].min() > 0.75
@@ -43,7 +43,7 @@ async def test_a_model_is_measured_on_prompts_of_every_cluster_and_is_routable_w
     assert {word: asked.count(word) for word in set(asked)} == dict.fromkeys(("north", "east", "south", "west"), 6)
 
 
-async def test_what_an_administrator_is_shown_has_the_fields_of_the_contract(store: Store, tmp_path: Path) -> None:
+async def test_the_json_of_a_job_has_the_fields_of_the_contract(store: Store, tmp_path: Path) -> None:
     with ScriptedUpstream(knows("north")) as upstream:
         async with a_bench(store, tmp_path, model_at(upstream.url)) as bench:
             job = await ended(bench.jobs, await bench.jobs.submit("small", 20, 1.0))
@@ -65,7 +65,7 @@ async def test_what_an_administrator_is_shown_has_the_fields_of_the_contract(sto
     assert (shown["error"], shown["eta_s"]) == (None, 0.0)
 
 
-async def test_one_unfinished_job_per_arm_and_a_changed_arm_gets_its_own(store: Store, tmp_path: Path) -> None:
+async def test_a_model_has_one_unfinished_job_and_a_changed_model_gets_a_new_one(store: Store, tmp_path: Path) -> None:
     async with a_bench(store, tmp_path, a_record(), worker=False) as bench:
         first = await bench.jobs.submit("small", 20, 1.0)
         assert (await bench.jobs.submit("small", 30, 2.0)).id == first.id
@@ -91,7 +91,7 @@ async def test_an_unknown_model_or_no_prompts_are_refused(store: Store, tmp_path
     ("step", "status"),
     [(Step(status=429), 429), (Step(status=401), 401), (Step(status=404), 404), (Step(status=500), 500)],
 )
-async def test_a_model_that_refuses_everything_fails_early_with_the_reason_and_its_old_profile_serves_on(
+async def test_a_model_that_refuses_everything_fails_early_and_keeps_its_old_profile(
     store: Store, tmp_path: Path, step: Step, status: int
 ) -> None:
     with ScriptedUpstream() as upstream:
@@ -109,7 +109,7 @@ async def test_a_model_that_refuses_everything_fails_early_with_the_reason_and_i
     assert len(upstream.history) <= attempts * 9
 
 
-async def test_a_busy_provider_is_asked_again_and_loses_nothing(store: Store, tmp_path: Path) -> None:
+async def test_a_busy_provider_is_retried_and_loses_no_prompt(store: Store, tmp_path: Path) -> None:
     with ScriptedUpstream(knows("north")) as upstream:
         upstream.then(*[Step(status=429, headers={"retry-after": "0.02"}), Step(status=503)] * 3)
         async with a_bench(store, tmp_path, model_at(upstream.url)) as bench:
@@ -136,7 +136,7 @@ async def test_max_usd_reached_after_twenty_labels_is_ready(store: Store, tmp_pa
     assert (job.spent_usd or 0) <= 0.00105
 
 
-async def test_a_model_without_a_price_is_measured_only_without_a_cap(store: Store, tmp_path: Path) -> None:
+async def test_a_model_without_a_price_is_profiled_only_without_max_usd(store: Store, tmp_path: Path) -> None:
     with ScriptedUpstream(knows("north")) as upstream:
         record = a_record(info={}, api_base=upstream.url)
         async with a_bench(store, tmp_path, record) as bench:
@@ -147,7 +147,7 @@ async def test_a_model_without_a_price_is_measured_only_without_a_cap(store: Sto
             free = await ended(bench.jobs, await bench.jobs.submit("small", 20, None))
             assert (free.state, free.spent_usd) == ("ready", None)
             await bench.state.refresh()
-            assert bench.state.current.standing("small") == "unpriced"
+            assert bench.state.current.model_state("small") == "unpriced"
 
 
 async def test_fewer_prompts_than_a_profile_usually_needs_must_all_be_labelled(store: Store, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ async def test_fewer_prompts_than_a_profile_usually_needs_must_all_be_labelled(s
             assert "7 of 8 labels" in (short.error or "")
 
 
-async def test_answers_cut_off_by_our_limit_are_unlabelled_and_by_the_arms_own_limit_are_graded(
+async def test_answers_truncated_by_our_limit_are_unlabelled_and_by_the_models_own_limit_are_graded(
     store: Store, tmp_path: Path
 ) -> None:
     with ScriptedUpstream(knows("north")) as upstream:
@@ -174,7 +174,7 @@ async def test_answers_cut_off_by_our_limit_are_unlabelled_and_by_the_arms_own_l
     assert upstream.last.body["max_tokens"] == 10
 
 
-async def test_a_model_that_thinks_past_its_limit_is_asked_again_with_room_to_think(
+async def test_a_model_that_reasons_past_its_limit_is_asked_again_with_a_larger_one(
     store: Store, tmp_path: Path
 ) -> None:
     thought = {"message": {"role": "assistant", "content": "", "reasoning_content": "hm"}, "finish_reason": "length"}
@@ -192,7 +192,7 @@ async def test_a_cancelled_job_stops_asking_and_stores_no_profile(store: Store, 
             job = await bench.jobs.submit("small", 40, 1.0)
             await until(lambda: len(upstream.history) >= 2)
             assert await bench.jobs.cancel(job.id)
-            await until(lambda: not bench.jobs.worker.working_on)
+            await until(lambda: not bench.jobs.worker._working)
             seen = len(upstream.history)
             cancelled = await bench.jobs.get(job.id)
             assert cancelled is not None
@@ -202,7 +202,7 @@ async def test_a_cancelled_job_stops_asking_and_stores_no_profile(store: Store, 
             assert not await bench.jobs.cancel(job.id)
 
 
-async def test_a_model_removed_while_it_is_measured_leaves_nothing_behind(store: Store, tmp_path: Path) -> None:
+async def test_a_model_removed_while_it_is_profiled_leaves_nothing_behind(store: Store, tmp_path: Path) -> None:
     with ScriptedUpstream(knows("north"), slow_s=0.05) as upstream:
         async with a_bench(store, tmp_path, model_at(upstream.url)) as bench:
             job = await bench.jobs.submit("small", 20, 1.0)
@@ -213,7 +213,7 @@ async def test_a_model_removed_while_it_is_measured_leaves_nothing_behind(store:
     assert await store.client.hlen(PROFILES) == 0
 
 
-async def test_an_arm_that_changed_while_it_was_measured_is_not_ready(store: Store, tmp_path: Path) -> None:
+async def test_a_model_changed_while_it_is_profiled_is_not_ready(store: Store, tmp_path: Path) -> None:
     with ScriptedUpstream(knows("north"), slow_s=0.02) as upstream:
         async with a_bench(store, tmp_path, model_at(upstream.url)) as bench:
             job = await bench.jobs.submit("small", 20, 1.0)
@@ -225,7 +225,7 @@ async def test_an_arm_that_changed_while_it_was_measured_is_not_ready(store: Sto
     assert await store.client.hlen(PROFILES) == 0
 
 
-async def test_measuring_is_stopped_for_a_reason_and_leaves_no_task_behind(
+async def test_a_cancelled_job_has_a_reason_and_leaves_no_task_behind(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with ScriptedUpstream(knows("north"), slow_s=0.05) as upstream:
@@ -233,14 +233,14 @@ async def test_measuring_is_stopped_for_a_reason_and_leaves_no_task_behind(
             job = await bench.jobs.submit("small", 40, 1.0)
             await until(lambda: len(upstream.history) >= 8)
             await bench.jobs.cancel_for("small", "the model was removed")
-            await until(lambda: not bench.jobs.worker.working_on)
+            await until(lambda: not bench.jobs.worker._working)
             cancelled = (await bench.jobs.latest())["small"]
             gc.collect()
     assert (cancelled.id, cancelled.state, cancelled.error) == (job.id, "cancelled", "the model was removed")
     assert "never retrieved" not in caplog.text
 
 
-async def test_what_others_write_to_the_stream_stops_no_worker(store: Store, tmp_path: Path) -> None:
+async def test_foreign_entries_in_the_stream_stop_no_worker(store: Store, tmp_path: Path) -> None:
     with ScriptedUpstream(knows("north")) as upstream:
         async with a_bench(store, tmp_path, model_at(upstream.url)) as bench:
             for entry in ({"word": "foreign"}, {"data": "garbage"}, {"data": "[]"}):
@@ -249,9 +249,7 @@ async def test_what_others_write_to_the_stream_stops_no_worker(store: Store, tmp
             assert job.state == "ready"
 
 
-async def test_a_judge_is_asked_for_what_no_rule_can_grade_and_paid_from_the_same_budget(
-    store: Store, tmp_path: Path
-) -> None:
+async def test_a_judge_grades_what_no_rule_can_and_is_paid_from_the_same_budget(store: Store, tmp_path: Path) -> None:
     write_validation_set(tmp_path / "prompts.jsonl", 20, grader={"type": "judge", "rubric": "Is it a number?"})
     with ScriptedUpstream(lambda text: '{"score": 0.5}' if "rubric" in text.lower() else "42") as upstream:
         record = model_at(upstream.url)
@@ -281,7 +279,7 @@ async def test_the_answers_of_a_job_are_an_outcomes_file(store: Store, tmp_path:
     assert (north["scores"], north["output_tokens"]) == ({"small": 1.0}, {"small": 4})
 
 
-async def test_models_that_are_all_wrong_on_nearly_everything_are_doubted_aloud(
+async def test_a_warning_says_when_all_models_are_wrong_on_nearly_everything(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with ScriptedUpstream(knows()) as upstream:

@@ -1,4 +1,4 @@
-"""One answer as profiling reads it, whatever a model's server made of it."""
+"""How profiling reads one answer of a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import ResponseMemoryFull, ResponseTooLarge, UpstreamError
-from proxy.profiling.grading import MAX_ANSWER, ModelCallError, UpstreamAnswerer, read_answer
+from proxy.profiling.model_client import MAX_GRADED_CHARS, ModelCallError, UpstreamModelClient, read_answer
 from proxy.storage.models import ModelRecord
 from tests.support.makers import a_record
 
@@ -32,15 +32,15 @@ def said(content: Any, **more: Any) -> Any:
     ["x" * 3_000_000, [{"type": "text", "text": "x" * 3_000_000}], [{"type": "text", "text": "x" * 400}] * 10_000],
 )
 def test_an_answer_is_cut_before_it_is_graded(content: Any) -> None:
-    assert read_answer(said(content), 0.1, "small").text == "x" * MAX_ANSWER
+    assert read_answer(said(content), 0.1, "small").text == "x" * MAX_GRADED_CHARS
 
 
 @pytest.mark.parametrize("content", [None, 7, {}, [7, {"text": 7}, {"text": None}, {"text": ["x"]}]])
-def test_what_is_no_text_is_an_empty_answer(content: Any) -> None:
+def test_content_that_is_no_text_is_an_empty_answer(content: Any) -> None:
     assert read_answer(said(content), 0.1, "small").text == ""
 
 
-def test_what_is_recorded_of_an_answer_is_small_however_odd_it_was() -> None:
+def test_the_record_of_an_odd_answer_is_small() -> None:
     odd = said("hi", finish_reason={"a": "x" * 1000})
     odd["usage"] = {"prompt_tokens": 10**400, "completion_tokens": 10**20}
     answer = read_answer(odd, 0.1, "small")
@@ -52,17 +52,17 @@ def test_what_is_recorded_of_an_answer_is_small_however_odd_it_was() -> None:
 
 async def failed(failure: UpstreamError, record: ModelRecord) -> ModelCallError:
     with pytest.raises(ModelCallError) as caught:
-        await UpstreamAnswerer(Failing(failure)).answer(record, ASK, max_tokens=5, timeout_s=5)
+        await UpstreamModelClient(Failing(failure)).complete(record, ASK, max_tokens=5, timeout_s=5)
     return caught.value
 
 
-async def test_an_answer_that_is_too_large_is_not_asked_for_again() -> None:
+async def test_an_answer_that_is_too_large_is_not_retried() -> None:
     assert not (await failed(ResponseTooLarge("too large"), a_record())).retryable
     assert (await failed(ResponseMemoryFull("no room"), a_record())).retryable
 
 
 @pytest.mark.parametrize("headers", [{"retry-after": "9" * 90}, {"Retry-After-Ms": "9" * 30}])
-async def test_no_wait_is_beyond_measure(headers: dict[str, str]) -> None:
+async def test_every_retry_wait_is_bounded(headers: dict[str, str]) -> None:
     failure = await failed(UpstreamError("slow", status=429, headers=headers), a_record())
 
     assert failure.retry_after_s == 3600

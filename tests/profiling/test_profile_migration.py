@@ -1,4 +1,4 @@
-"""A new cluster map: what a model answered on the old one makes its profile, and only what is missing is asked."""
+"""A new cluster map: recorded answers make the profile, and only missing ones are asked for."""
 
 from __future__ import annotations
 
@@ -28,13 +28,11 @@ async def is_left_alone(store: Store, folder: Path, record: ModelRecord, caplog:
     jobs_before = await store.client.zcard(JOBS)
     async with a_bench(store, folder, record, cluster_map=HALVES) as bench:
         await until(lambda: "`uniroute models profile small` measures it" in caplog.text)
-        foreign = bench.state.current.standing("small") == "foreign_profile"
+        foreign = bench.state.current.model_state("small") == "foreign_profile"
     return foreign and await store.client.zcard(JOBS) == jobs_before
 
 
-async def test_a_model_is_measured_on_a_new_map_from_what_it_answered_on_the_old_one(
-    store: Store, tmp_path: Path
-) -> None:
+async def test_answers_on_the_old_map_make_a_profile_on_the_new_one(store: Store, tmp_path: Path) -> None:
     with half_right() as upstream:
         before = await measured_on_corners(store, tmp_path, model_at(upstream.url))
         async with a_bench(store, tmp_path, model_at(upstream.url), cluster_map=HALVES) as bench:
@@ -47,7 +45,7 @@ async def test_a_model_is_measured_on_a_new_map_from_what_it_answered_on_the_old
     assert (profile.error_sums[0], profile.error_sums[1]) == (0, profile.labels[1])
 
 
-async def test_a_configured_model_is_asked_only_what_it_did_not_answer(store: Store, tmp_path: Path) -> None:
+async def test_a_configured_model_is_asked_only_unanswered_prompts(store: Store, tmp_path: Path) -> None:
     with half_right() as upstream:
         upstream.then(Step(status=404), Step(finish_reason="length"))
         record = model_at(upstream.url)
@@ -62,7 +60,7 @@ async def test_a_configured_model_is_asked_only_what_it_did_not_answer(store: St
 
 
 @pytest.mark.parametrize("source", ["config", "admin"])
-async def test_without_leave_to_ask_enough_recorded_answers_are_a_profile(
+async def test_enough_recorded_answers_make_a_profile_without_new_prompts(
     store: Store, tmp_path: Path, source: str
 ) -> None:
     with half_right() as upstream:
@@ -77,7 +75,7 @@ async def test_without_leave_to_ask_enough_recorded_answers_are_a_profile(
     assert len(upstream.history) == 24
 
 
-async def test_a_model_without_a_price_is_carried_over_as_nothing_is_asked(store: Store, tmp_path: Path) -> None:
+async def test_a_model_without_a_price_is_migrated_because_nothing_is_asked(store: Store, tmp_path: Path) -> None:
     with half_right() as upstream:
         record = a_record(info={}, api_base=upstream.url)
         async with a_bench(store, tmp_path, record) as bench:
@@ -100,7 +98,7 @@ async def test_answers_to_prompts_that_left_the_validation_set_are_dropped(store
     assert len(upstream.history) == 40
 
 
-async def test_too_few_answers_are_left_alone_with_a_word_on_what_to_do(
+async def test_too_few_answers_are_not_migrated_and_the_log_says_what_to_do(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "smaller").mkdir()
@@ -112,7 +110,7 @@ async def test_too_few_answers_are_left_alone_with_a_word_on_what_to_do(
     assert len(upstream.history) == 40
 
 
-async def test_a_profile_that_was_handed_over_is_left_alone(
+async def test_an_uploaded_profile_is_not_migrated(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with half_right() as upstream:
@@ -123,9 +121,7 @@ async def test_a_profile_that_was_handed_over_is_left_alone(
         assert await is_left_alone(store, tmp_path, record, caplog)
 
 
-async def test_answers_that_are_no_longer_kept_are_not_missed_in_silence(
-    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_expired_answers_are_logged(store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with half_right() as upstream:
         record = model_at(upstream.url)
         await measured_on_corners(store, tmp_path, record)
@@ -135,24 +131,24 @@ async def test_answers_that_are_no_longer_kept_are_not_missed_in_silence(
         assert await is_left_alone(store, tmp_path, record, caplog)
 
 
-async def test_a_changed_arm_takes_nothing_over(store: Store, tmp_path: Path) -> None:
+async def test_a_changed_model_reuses_no_answers(store: Store, tmp_path: Path) -> None:
     with half_right() as upstream:
         await measured_on_corners(store, tmp_path, model_at(upstream.url))
         changed = model_at(upstream.url, temperature=1)
         async with a_bench(store, tmp_path, model_at(upstream.url), cluster_map=HALVES, worker=False) as bench:
             await bench.registry.update_model(changed)
             await bench.state.refresh()
-            assert not await bench.jobs.carry_over("small")
-            assert bench.state.current.standing("small") == "foreign_profile"
+            assert not await bench.jobs.migrate_profile("small")
+            assert bench.state.current.model_state("small") == "foreign_profile"
 
 
-async def test_prompts_that_were_answered_are_chosen_first_and_the_usual_ones_fill_up(tmp_path: Path) -> None:
+async def test_answered_prompts_are_selected_first_and_the_usual_ones_fill_up(tmp_path: Path) -> None:
     path = write_validation_set(tmp_path / "prompts.jsonl")
-    placed = await ValidationPrompts(str(path), CornersEmbedder()).placed(CORNERS)
-    usual = [prompt.id for prompt in placed.chosen(24).prompts]
+    placed = await ValidationPrompts(str(path), CornersEmbedder()).load(CORNERS)
+    usual = [prompt.id for prompt in placed.select(24).prompts]
     answered = {"p1", "p2", "p3", "gone"}
-    mixed = [prompt.id for prompt in placed.chosen(10, answered).prompts]
-    assert [prompt.id for prompt in placed.chosen(24, usual[5:9]).prompts] == usual
+    mixed = [prompt.id for prompt in placed.select(10, answered).prompts]
+    assert [prompt.id for prompt in placed.select(24, usual[5:9]).prompts] == usual
     assert len(mixed) == 10
     assert {"p1", "p2", "p3"} < set(mixed)
-    assert {prompt.id for prompt in placed.chosen(2, answered).prompts} == {"p1", "p2", "p3"}
+    assert {prompt.id for prompt in placed.select(2, answered).prompts} == {"p1", "p2", "p3"}

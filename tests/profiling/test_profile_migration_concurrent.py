@@ -1,4 +1,4 @@
-"""Carrying answers over to a new map among several processes, some of them on the old map, some of them dying."""
+"""Migration of profiles by several processes, some on the old map, some of them dying."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ async def test_however_many_processes_start_at_once_there_is_one_job(store: Stor
             started = [a_bench(each, tmp_path, record, cluster_map=HALVES) for each in stores]
             benches = await asyncio.gather(*(closing.enter_async_context(bench) for bench in started))
             await asyncio.gather(*(profile_in_use(bench) for bench in benches))
-            assert [await bench.jobs.carry_over("small") for bench in benches] == [False] * 4
+            assert [await bench.jobs.migrate_profile("small") for bench in benches] == [False] * 4
     assert await store.client.zcard(JOBS) == 2
     assert len(upstream.history) == 25
 
 
-async def test_who_looked_before_another_had_finished_submits_nothing(store: Store, tmp_path: Path) -> None:
+async def test_a_process_that_read_before_another_submitted_submits_nothing(store: Store, tmp_path: Path) -> None:
     with half_right() as upstream:
         record = model_at(upstream.url)
         await measured_on_corners(store, tmp_path, record)
@@ -60,15 +60,15 @@ async def test_a_process_on_the_old_map_keeps_its_profile_and_leaves_the_job_to_
             a_bench(store, tmp_path, record) as before,
             a_bench(second_store, tmp_path, record, cluster_map=HALVES, worker=False) as after,
         ):
-            assert await after.jobs.carry_over("small")
+            assert await after.jobs.migrate_profile("small")
             job = await latest_job(after)
-            await before.jobs.worker.kick(job.id)
+            await before.jobs.worker.enqueue(job.id)
             assert await Leases(store, CORNERS.id).take(job.id) is None
             await after.jobs.start_worker()
             assert (await profile_in_use(after)).map_id == HALVES.id
             await before.state.refresh()
             assert before.state.current.profiles["small"].to_json() == old.to_json()
-            assert before.state.current.standing("small") == "ready"
+            assert before.state.current.model_state("small") == "ready"
     assert len(upstream.history) == 24
 
 
@@ -83,7 +83,7 @@ async def test_going_back_to_the_old_map_needs_no_job(store: Store, tmp_path: Pa
     assert await store.client.zcard(JOBS) == 2
 
 
-async def test_what_is_asked_anew_on_the_new_map_outdates_the_old_maps_profile(store: Store, tmp_path: Path) -> None:
+async def test_profiling_again_on_the_new_map_outdates_the_old_maps_profile(store: Store, tmp_path: Path) -> None:
     with half_right() as upstream:
         record = model_at(upstream.url)
         await measured_on_corners(store, tmp_path, record)
@@ -97,15 +97,15 @@ async def test_what_is_asked_anew_on_the_new_map_outdates_the_old_maps_profile(s
     assert len(upstream.history) == 48
 
 
-async def test_asking_anew_takes_the_place_of_a_job_that_only_carries_over(store: Store, tmp_path: Path) -> None:
+async def test_profiling_again_replaces_a_migration_job(store: Store, tmp_path: Path) -> None:
     with half_right() as upstream:
         record = model_at(upstream.url)
         await measured_on_corners(store, tmp_path, record)
         async with a_bench(store, tmp_path, record, cluster_map=HALVES, worker=False) as bench:
-            assert await bench.jobs.carry_over("small")
+            assert await bench.jobs.migrate_profile("small")
             carrying = await latest_job(bench)
             anew = await bench.jobs.submit("small", 24, 1.0)
-            assert await bench.jobs.carry_over("small")
+            assert await bench.jobs.migrate_profile("small")
             assert (await latest_job(bench)).id == anew.id
             replaced = await bench.jobs.get(carrying.id)
             await bench.jobs.start_worker()
@@ -115,7 +115,7 @@ async def test_asking_anew_takes_the_place_of_a_job_that_only_carries_over(store
     assert len(upstream.history) == 48
 
 
-async def test_a_process_that_ends_while_it_asks_the_rest_is_followed_by_another_that_asks_nothing_twice(
+async def test_another_process_finishes_a_migration_and_asks_no_prompt_twice(
     store: Store, second_store: Store, tmp_path: Path
 ) -> None:
     with half_right(slow_s=0.1) as upstream:
@@ -133,7 +133,7 @@ async def test_a_process_that_ends_while_it_asks_the_rest_is_followed_by_another
     assert 28 <= len(upstream.history) <= 29
 
 
-async def test_a_job_that_the_change_of_map_interrupted_asks_only_the_rest(
+async def test_a_job_that_a_change_of_map_interrupted_asks_only_the_rest(
     store: Store, second_store: Store, tmp_path: Path
 ) -> None:
     with half_right(slow_s=0.05) as upstream:
@@ -165,7 +165,7 @@ async def test_a_store_that_is_away_at_the_start_is_waited_for(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("handed_over", [True, False])
-async def test_a_model_removed_or_profiled_otherwise_leaves_nothing_of_the_old_map(
+async def test_a_removed_or_reprofiled_model_leaves_nothing_of_the_old_map(
     store: Store, tmp_path: Path, handed_over: bool
 ) -> None:
     with half_right() as upstream:

@@ -1,4 +1,4 @@
-"""`uniroute serve` on one map, then on another: measured models are ready again, and nobody is asked anything."""
+"""`uniroute serve` on one map, then on another: profiled models are ready again without a prompt."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write_config(path: Path, upstream: ScriptedUpstream) -> Path:
     return path
 
 
-def test_after_a_restart_on_another_map_models_are_ready_and_were_asked_nothing(
+def test_after_a_restart_on_another_map_models_are_ready_without_new_prompts(
     tmp_path: Path, embedder_cache: Path, embedder: StaticEmbedder
 ) -> None:
     maps = {name: tmp_path / name for name in ("one", "other")}

@@ -1,4 +1,4 @@
-"""An outcomes file to one model's profile."""
+"""An outcomes file becomes the profile of one model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_models_own_scores_lengths_and_times_become_its_profile(tmp_path: Path
     assert [profile.mean_output_tokens, profile.mean_seconds] == pytest.approx([6.0, 2.0])
 
 
-def test_a_model_that_no_line_scores_is_told_who_is_there(tmp_path: Path) -> None:
+def test_the_error_for_a_model_without_scores_names_the_models_that_have_some(tmp_path: Path) -> None:
     with pytest.raises(InvalidOutcomes, match="no line scores 'nobody'; it has large, small"):
         profile_of(tmp_path, "nobody", {"prompt": "a", "scores": {"small": 1, "large": 0}})
     with pytest.raises(InvalidOutcomes, match="no line scores 'nobody'; it has no lines"):

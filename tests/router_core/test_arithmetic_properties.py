@@ -64,7 +64,7 @@ def test_a_bill_is_never_negative_and_more_tokens_never_cost_less(
 
 @given(PRICES, USAGES)
 @settings(max_examples=300, deadline=None)
-def test_whatever_usage_says_tokens_are_paid_once(price: Price, usage: dict[str, object]) -> None:
+def test_each_token_of_any_usage_is_paid_once(price: Price, usage: dict[str, object]) -> None:
     counts = parse_usage(usage)
     cost = cost_usd(counts, price)
     if counts.prompt_tokens is None or counts.output_tokens is None:
@@ -76,12 +76,12 @@ def test_whatever_usage_says_tokens_are_paid_once(price: Price, usage: dict[str,
 
 
 @given(PRICES)
-def test_a_price_comes_back_from_json(price: Price) -> None:
+def test_a_price_survives_json(price: Price) -> None:
     assert Price.from_fields(json.loads(json.dumps(price.to_fields()))) == price
 
 
 @given(st.sampled_from(PRICE_FIELDS), st.floats(MAX_PRICE * 1.01) | st.floats(max_value=-1e-300))
-def test_a_price_beyond_all_measure_is_refused(name: str, value: float) -> None:
+def test_an_absurd_price_is_refused(name: str, value: float) -> None:
     with pytest.raises(InvalidInput):
         Price.from_fields({"input_cost_per_token": 0.0, "output_cost_per_token": 0.0, name: value})
 
@@ -133,7 +133,7 @@ DOCUMENTS = st.fixed_dictionaries(
 
 @given(DOCUMENTS)
 @settings(max_examples=400, deadline=None)
-def test_a_profile_of_any_shape_is_refused_or_within_bounds(document: dict[str, object]) -> None:
+def test_any_profile_document_is_refused_or_gives_rates_within_bounds(document: dict[str, object]) -> None:
     try:
         read = Profile.from_json(document)
     except InvalidInput:

@@ -23,7 +23,7 @@ def test_a_saved_map_assigns_as_before(tmp_path: Path) -> None:
     assert np.array_equal(loaded.assign(vectors).weights, saved.assign(vectors).weights)
 
 
-def test_a_map_with_a_history_comes_back_with_it(tmp_path: Path) -> None:
+def test_a_map_with_reference_models_is_saved_with_them(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(600, 3)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -64,12 +64,12 @@ def test_a_folder_that_is_no_map_is_refused(tmp_path: Path, manifest: str) -> No
         load_map(tmp_path)
 
 
-def test_a_missing_folder_is_refused_with_what_would_help(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused_with_the_command_that_makes_one(tmp_path: Path) -> None:
     with pytest.raises(InvalidArtifact, match="uniroute fit"):
         load_map(tmp_path / "nowhere")
 
 
-def test_the_builtin_map_belongs_to_the_builtin_embedder(embedder: StaticEmbedder) -> None:
+def test_the_builtin_map_fits_the_static_embedder(embedder: StaticEmbedder) -> None:
     cluster_map = builtin_map()
     assert cluster_map.embedder_id == embedder.id
     assert cluster_map.dimension == embedder.dimension

@@ -1,5 +1,3 @@
-"""What each λ is expected to cost and achieve, and which λ to set for it."""
-
 from __future__ import annotations
 
 from collections import Counter
@@ -12,10 +10,12 @@ from router_core.calibration import (
     best_within_budget,
     candidate_lambdas,
     cheapest_for_quality,
+    quality_interval,
     sweep_lambdas,
 )
 from router_core.eligibility import eligible
 from router_core.errors import InvalidInput, NoEligibleModel
+from router_core.pool import Pool
 from router_core.scoring import ScoringParams, rank
 from router_core.types import Assignment, Capabilities, Price, Requirements
 from tests.router_core.makers import a_candidate, a_pool, an_assignment
@@ -46,7 +46,7 @@ def by_chance(seed: int, models: int = 4, prompts: int = 300) -> LambdaSweep:
     ("lambda_", "quality", "usd_per_1k", "cheap"),
     [(0.9, 0.9, 1.15, 0.0), (0.91, 0.85, 0.625, 0.5), (4.72, 0.6, 0.1, 1.0)],
 )
-def test_what_a_lambda_costs_and_achieves_can_be_worked_out_by_hand(
+def test_cost_and_quality_of_a_lambda_match_those_computed_by_hand(
     lambda_: float, quality: float, usd_per_1k: float, cheap: float
 ) -> None:
     point = half_and_half().at(lambda_)
@@ -54,21 +54,21 @@ def test_what_a_lambda_costs_and_achieves_can_be_worked_out_by_hand(
     assert point.shares == {"cheap": cheap, "dear": 1.0 - cheap}
 
 
-def test_the_cheapest_way_to_a_quality_is_the_largest_lambda_that_reaches_it() -> None:
+def test_the_cheapest_for_a_quality_has_the_largest_lambda_that_reaches_it() -> None:
     found = cheapest_for_quality(half_and_half(), 0.94)
     assert (found.lambda_, found.quality) == pytest.approx((4.71, 0.85))
     assert cheapest_for_quality(half_and_half(), 0.96).lambda_ == 0.904
     assert cheapest_for_quality(half_and_half(), 0.0).shares == {"cheap": 1.0, "dear": 0.0}
 
 
-def test_the_best_within_a_budget_is_the_smallest_lambda_that_keeps_it() -> None:
+def test_the_best_within_a_budget_has_the_smallest_lambda_that_keeps_it() -> None:
     found = best_within_budget(half_and_half(), 0.7e-3)
     assert (found.lambda_, 1e3 * found.usd) == pytest.approx((0.905, 0.625))
     assert best_within_budget(half_and_half(), 0.6e-3).lambda_ == 4.72
     assert best_within_budget(half_and_half(), 1.0).lambda_ == 0.0
 
 
-def test_what_cannot_be_had_is_refused_with_what_can() -> None:
+def test_an_impossible_goal_is_refused_with_what_is_possible() -> None:
     with pytest.raises(
         InvalidInput, match=r"reach 1\.2 of the best single model's quality; the most within reach is 1$"
     ):
@@ -78,7 +78,7 @@ def test_what_cannot_be_had_is_refused_with_what_can() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_lambda_as_it_is_written_keeps_its_promise(seed: int) -> None:
+def test_a_lambda_keeps_its_promise_as_it_is_written(seed: int) -> None:
     expected = by_chance(seed)
     reaching, within = cheapest_for_quality(expected, 1.2), best_within_budget(expected, 0.05)
     assert [expected.at(float(f"{found.lambda_:.3g}")) for found in (reaching, within)] == [reaching, within]
@@ -87,7 +87,7 @@ def test_a_lambda_as_it_is_written_keeps_its_promise(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_no_lambda_a_little_further_would_do(seed: int) -> None:
+def test_no_lambda_a_little_further_meets_the_goal(seed: int) -> None:
     expected = by_chance(seed)
     further = expected.at(1.05 * cheapest_for_quality(expected, 1.2).lambda_)
     assert further.quality < 1.2 * expected.best_single().quality
@@ -101,7 +101,7 @@ def test_the_last_lambda_sends_every_prompt_to_its_cheapest_model() -> None:
     assert (weights[0], weights == sorted(set(weights))) == (0.0, True)
 
 
-def test_the_highest_quality_that_a_refusal_names_is_reached() -> None:
+def test_the_highest_quality_that_a_refusal_names_can_be_reached() -> None:
     expected = by_chance(1)
     with pytest.raises(InvalidInput) as refused:
         cheapest_for_quality(expected, 9.0)
@@ -110,12 +110,12 @@ def test_the_highest_quality_that_a_refusal_names_is_reached() -> None:
     )
 
 
-def test_of_models_that_are_equally_good_the_cheaper_is_the_best_single_one() -> None:
+def test_of_equally_good_models_the_cheaper_is_the_best_single_one() -> None:
     pool = a_pool(a_candidate("a", (0.5,) * 3, Price(0.0, 2e-6)), a_candidate("b", (0.5,) * 3, Price(0.0, 1e-6)))
     assert sweep_lambdas(pool, an_assignment(0, 1), np.zeros(2)).best_single().model == "b"
 
 
-def test_models_of_one_price_leave_nothing_to_choose() -> None:
+def test_models_of_one_price_have_only_one_lambda() -> None:
     pool = a_pool(a_candidate("a", (0.5,) * 3), a_candidate("b", (0.1,) * 3))
     expected = sweep_lambdas(pool, an_assignment(0, 1), np.zeros(2))
     assert candidate_lambdas(expected) == [0.0]
@@ -132,7 +132,7 @@ def test_models_of_one_price_leave_nothing_to_choose() -> None:
         ScoringParams(CENTS.lambda_, 1e-4, None, "cents"),
     ],
 )
-def test_all_prompts_at_once_are_routed_as_one_by_one(terms: ScoringParams) -> None:
+def test_prompts_are_routed_at_once_as_one_by_one(terms: ScoringParams) -> None:
     pool = a_pool(
         a_candidate("cheap", (0.2, 0.6, 0.5), Price(1e-7, 1e-6), tokens=300.0),
         a_candidate("dear", (0.1, 0.1, 0.3), Price(1e-5, 3e-5), seconds=4.0),
@@ -162,8 +162,52 @@ def test_all_prompts_at_once_are_routed_as_one_by_one(terms: ScoringParams) -> N
         assert point.usd == pytest.approx(np.mean(usd))
 
 
-def test_without_a_prompt_or_a_routable_model_there_is_nothing_to_expect() -> None:
+def test_a_sweep_needs_a_prompt_and_a_routable_model() -> None:
     with pytest.raises(InvalidInput, match="no prompt"):
         sweep_lambdas(a_pool(a_candidate()), an_assignment(), np.zeros(0))
     with pytest.raises(NoEligibleModel, match="both a profile and a price"):
         sweep_lambdas(a_pool(a_candidate(price=None)), an_assignment(0), np.zeros(1))
+
+
+PROMPTS = an_assignment(0, 0)
+
+
+def two_models(cheap: float, dear: float) -> Pool:
+    """A label weight of 100.5 behind each rate, the shrinkage included."""
+    return a_pool(
+        a_candidate("cheap", (cheap,) * 3, Price(0.0, 1e-6)), a_candidate("dear", (dear,) * 3, Price(0.0, 1e-5))
+    )
+
+
+def interval(pool: Pool, lambda_: float) -> tuple[float, float] | None:
+    expected = sweep_lambdas(pool, PROMPTS, np.zeros(2))
+    return quality_interval(expected, expected.at(lambda_), pool, PROMPTS)
+
+
+def test_the_best_single_model_has_a_certain_relative_quality() -> None:
+    assert interval(two_models(0.5, 0.2), 0.0) == pytest.approx((1.0, 1.0))
+
+
+def test_the_quality_interval_includes_the_doubt_of_both_models() -> None:
+    """0.5 ÷ 0.8 of the best; variances 0.25 ÷ 101.5 of the one rate and 0.16 ÷ 101.5 of the other."""
+    deviation = np.sqrt(0.25 / 101.5 + 0.625**2 * 0.16 / 101.5) / 0.8
+    expected = (0.625 - 1.645 * deviation, 0.625 + 1.645 * deviation)
+    assert interval(two_models(0.5, 0.2), 1e3) == pytest.approx(expected)
+
+
+def test_there_is_no_quality_interval_if_every_model_is_always_wrong() -> None:
+    assert interval(two_models(1.0, 1.0), 0.0) is None
+
+
+def test_more_labels_narrow_the_quality_interval() -> None:
+    few, many = (
+        a_pool(
+            a_candidate("cheap", (0.5,) * 3, Price(0.0, 1e-6)),
+            a_candidate("dear", (0.2,) * 3, Price(0.0, 1e-5)),
+        )
+        for _ in range(2)
+    )
+    many.label_weights[:] = 1e4
+    low, high = interval(few, 1e3) or (0.0, 0.0)
+    assert (interval(many, 1e3) or (0.0,))[0] > low
+    assert (interval(many, 1e3) or (0.0, 9.0))[1] < high

@@ -40,7 +40,7 @@ def test_one_by_one_equals_all_at_once() -> None:
     assert at_once.sum(axis=1) == pytest.approx(np.ones(40))
 
 
-def test_the_prompts_that_were_fitted_are_served_in_the_cluster_they_were_fitted_to() -> None:
+def test_fitted_prompts_are_served_in_the_cluster_they_were_fitted_to() -> None:
     centres = np.eye(6, dtype=np.float32)
     noisy = np.repeat(centres, 30, axis=0) + np.random.default_rng(2).normal(0, 0.02, (180, 6))
     vectors = np.asarray(noisy / np.linalg.norm(noisy, axis=1, keepdims=True), dtype=np.float32)
@@ -59,7 +59,7 @@ def test_the_same_seed_fits_the_same_map() -> None:
     assert np.array_equal(kmeans(vectors, 8, seed=3), kmeans(vectors, 8, seed=3))
 
 
-def test_the_id_follows_everything_that_decides_an_assignment_and_nothing_else() -> None:
+def test_the_id_depends_on_all_that_decides_an_assignment_and_nothing_else() -> None:
     centroids = unit_rows(4)
     base = ClusterMap(centroids, embedder_id="e")
     assert ClusterMap(centroids, embedder_id="e", names=list("abcd")).id == base.id

@@ -13,14 +13,14 @@ from router_core.distill import TABLE, TOKENIZER, distill, model_folder
 from router_core.errors import Interrupted, InvalidArtifact
 
 
-def test_other_weights_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+def test_unknown_weights_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"something else")
     with pytest.raises(InvalidArtifact, match="sha256"):
         distill(tmp_path / "made", tmp_path)
     assert not (tmp_path / "made").exists()
 
 
-def test_how_far_it_is_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_of_distilling_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = "import pathlib, sys; print(1, 4); print('a hint'); print(4, 4); pathlib.Path(sys.argv[1]).mkdir()"
     monkeypatch.setattr(embedding, "DISTILL_COMMAND", made)
     told: list[tuple[int, int]] = []
@@ -30,7 +30,7 @@ def test_how_far_it_is_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (tmp_path / "static").is_dir()
 
 
-def test_one_that_is_not_wanted_any_more_ends_with_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopping_ends_the_distilling_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     endless = "import os, time; print(os.getpid(), 10**9, flush=True); time.sleep(60)"
     monkeypatch.setattr(embedding, "DISTILL_COMMAND", endless)
     stop, pids = threading.Event(), list[int]()
@@ -46,7 +46,7 @@ def test_one_that_is_not_wanted_any_more_ends_with_its_process(tmp_path: Path, m
     assert list(tmp_path.glob(f"{embedding.SCRATCH_PREFIX}*")) == []
 
 
-def test_who_comes_second_is_told_how_far_the_first_is(tmp_path: Path) -> None:
+def test_a_second_process_reports_the_progress_of_the_first(tmp_path: Path) -> None:
     stop, told = threading.Event(), list[tuple[int, int]]()
 
     def follow(done: int, total: int) -> None:

@@ -124,7 +124,7 @@ def test_a_profile_that_explodes_is_refused(tmp_path: Path) -> None:
             profile_from("m", None, None, tmp_path / "p.json", None)
 
 
-def test_lines_that_explode_are_refused_by_their_number(tmp_path: Path) -> None:
+def test_exploding_lines_are_refused_with_their_number(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     for text in (f'{{"a": {DEEP}', f'{{"a": {"[" * 70}{"]" * 70}}}'):
         path.write_text(text)
@@ -141,7 +141,7 @@ def test_lines_that_explode_are_refused_by_their_number(tmp_path: Path) -> None:
         list(read_prompts([path]))
 
 
-def test_a_name_stated_twice_among_many_is_found_at_once(tmp_path: Path) -> None:
+def test_a_repeated_name_among_many_is_found_quickly(tmp_path: Path) -> None:
     names = ",".join(f'"m{n}":1' for n in range(200_000))
     (tmp_path / "a.jsonl").write_text(f'{{"prompt": "p", "scores": {{{names},"m199999":1}}}}')
     with pytest.raises(InvalidOutcomes, match="'m199999' is stated twice"):

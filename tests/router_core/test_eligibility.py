@@ -25,14 +25,14 @@ def test_a_model_without_a_price_is_not_free() -> None:
     assert "price" in left.reasons["unpriced"]
 
 
-def test_unprofiled_and_resting_models_are_left_out_with_their_own_reason() -> None:
+def test_unprofiled_and_cooling_models_are_left_out_with_their_own_reason() -> None:
     pool = a_pool(a_candidate("new", errors=None), a_candidate("down"), a_candidate("up"))
     left = eligible(pool, Requirements(), cooling_down={"down", "stranger"})
     assert left.names == ("up",)
     assert left.reasons == {"new": "not profiled on this cluster map", "down": "resting after failures"}
 
 
-def test_an_allow_list_leaves_only_its_own_and_ignores_strangers() -> None:
+def test_an_allow_list_leaves_only_its_models_and_ignores_unknown_names() -> None:
     left = eligible(a_pool(a_candidate("a"), a_candidate("b")), Requirements(), allowed=["b", "stranger"])
     assert left.names == ("b",)
 
@@ -45,13 +45,13 @@ def test_a_prompt_longer_than_the_window_rules_the_model_out() -> None:
     assert "1001" in left.reasons["small"]
 
 
-def test_an_answer_longer_than_the_model_can_write_rules_it_out() -> None:
+def test_a_limit_above_the_models_output_limit_rules_it_out() -> None:
     short = capable("short", max_output_tokens=100)
     assert eligible(a_pool(short), Requirements(max_output_tokens=101)).names == ()
     assert eligible(a_pool(short), Requirements(max_output_tokens=100)).names == ("short",)
 
 
-def test_a_limit_that_is_a_cap_rules_no_model_out_and_is_lowered_to_what_each_can_write() -> None:
+def test_a_cap_rules_no_model_out_and_is_lowered_to_each_models_limit() -> None:
     pool = a_pool(
         capable("short", max_output_tokens=100), capable("long", max_output_tokens=9000), a_candidate("unknown")
     )
@@ -61,7 +61,7 @@ def test_a_limit_that_is_a_cap_rules_no_model_out_and_is_lowered_to_what_each_ca
     assert [output_limit(pool, pool.index[name], needs) for name in ("short", "long", "unknown")] == [100, 8000, 8000]
 
 
-def test_a_limit_is_told_as_it_is_stated_where_it_is_no_cap() -> None:
+def test_a_limit_that_is_no_cap_is_sent_as_stated() -> None:
     pool = a_pool(capable("short", max_output_tokens=100))
 
     assert output_limit(pool, 0, Requirements(max_output_tokens=8000)) == 8000
@@ -76,7 +76,7 @@ def test_a_limit_is_told_as_it_is_stated_where_it_is_no_cap() -> None:
         (31_900, None),  # less than answers usually are
     ],
 )
-def test_a_cap_leaves_room_in_a_window_for_a_prompt_that_is_longer_than_estimated(prompt: int, told: int) -> None:
+def test_a_cap_leaves_room_for_a_prompt_longer_than_estimated(prompt: int, told: int) -> None:
     pool = a_pool(capable("model", max_input_tokens=32_000))
     needs = Requirements(prompt_tokens=prompt, max_output_tokens=64_000, limit_is_cap=True)
     left = eligible(pool, needs)
@@ -101,7 +101,7 @@ def test_a_model_of_unknown_window_takes_any_prompt_and_answer() -> None:
     assert eligible(a_pool(a_candidate("model")), Requirements(prompt_tokens=10**9, max_output_tokens=10**9)).names
 
 
-def test_a_price_above_the_callers_cap_rules_a_model_out() -> None:
+def test_a_price_above_the_requests_limit_rules_a_model_out() -> None:
     pool = a_pool(a_candidate("cheap", price=Price(1e-6, 2e-6)), a_candidate("dear", price=Price(1e-5, 2e-6)))
     assert eligible(pool, Requirements(max_output_cost_per_token=2e-6)).names == ("cheap", "dear")
     left = eligible(pool, Requirements(max_input_cost_per_token=2e-6))
@@ -109,21 +109,21 @@ def test_a_price_above_the_callers_cap_rules_a_model_out() -> None:
     assert left.reasons == {"dear": "input price above 2 USD per million tokens"}
 
 
-def test_a_price_at_the_cap_is_within_it_however_each_was_written() -> None:
+def test_a_price_equal_to_the_limit_is_within_it_up_to_rounding() -> None:
     assert 0.019 / 1e6 < 1.9e-8
     pool = a_pool(a_candidate("model", price=Price(1.9e-8, 0.0)))
     assert eligible(pool, Requirements(max_input_cost_per_token=0.019 / 1e6)).names == ("model",)
 
 
 @pytest.mark.parametrize("ability", CAPABILITY_NAMES)
-def test_a_model_known_to_lack_an_ability_never_gets_the_request(ability: str) -> None:
+def test_a_model_known_to_lack_a_capability_is_not_eligible(ability: str) -> None:
     pool = a_pool(capable("unable", **{ability: False}))
     assert eligible(pool, Requirements(**{ability: True})).names == ()
     assert eligible(pool, Requirements()).names == ("unable",)
 
 
 @pytest.mark.parametrize("ability", CAPABILITY_NAMES)
-def test_an_unknown_ability_is_trusted_only_while_nobody_is_known_to_have_it(ability: str) -> None:
+def test_an_unknown_capability_is_trusted_only_if_no_model_is_known_to_have_it(ability: str) -> None:
     unknown, known = a_candidate("unknown"), capable("able", **{ability: True})
     assert eligible(a_pool(unknown), Requirements(**{ability: True})).names == ("unknown",)
     left = eligible(a_pool(unknown, known), Requirements(**{ability: True}))
@@ -131,17 +131,17 @@ def test_an_unknown_ability_is_trusted_only_while_nobody_is_known_to_have_it(abi
     assert left.reasons == {"unknown": f"not known to {CAPABILITY_NAMES[ability]}"}
 
 
-def test_an_able_model_that_is_already_ruled_out_does_not_count_against_the_unknown() -> None:
+def test_a_capable_model_that_is_ruled_out_does_not_rule_out_unknown_ones() -> None:
     able = a_candidate("able", price=None, capabilities=Capabilities(vision=True))
     assert eligible(a_pool(a_candidate("unknown"), able), Requirements(vision=True)).names == ("unknown",)
 
 
-def test_a_model_that_fails_a_later_need_does_not_count_against_the_unknown_of_an_earlier() -> None:
+def test_an_ineligible_model_does_not_rule_out_models_of_unknown_capability() -> None:
     pool = a_pool(capable("blind", tools=True, vision=False), capable("sees", vision=True))
     assert eligible(pool, Requirements(tools=True, vision=True)).names == ("sees",)
 
 
-def test_every_need_that_a_model_fails_is_told_and_nothing_that_is_moot() -> None:
+def test_all_reasons_of_the_first_failed_stage_are_reported() -> None:
     blind = capable("blind", tools=False, vision=False, max_input_tokens=10)
     unpriced = a_candidate("unpriced", price=None, capabilities=Capabilities(tools=False))
     why = eligible(a_pool(blind, unpriced), Requirements(tools=True, vision=True, prompt_tokens=11)).reasons
@@ -170,7 +170,7 @@ ONE_MORE = st.sampled_from(
 
 @settings(deadline=None)
 @given(st.lists(CAPABILITIES, max_size=6), NEEDS, ONE_MORE)
-def test_one_more_need_only_narrows_the_choice_or_leaves_it_to_models_of_unknown_ability(
+def test_one_more_requirement_adds_only_models_of_unknown_capability(
     capabilities: list[Capabilities], needs: Requirements, more: dict[str, Any]
 ) -> None:
     pool = a_pool(*(a_candidate(f"m{place}", capabilities=each) for place, each in enumerate(capabilities)))
@@ -183,9 +183,7 @@ def test_one_more_need_only_narrows_the_choice_or_leaves_it_to_models_of_unknown
 
 @settings(deadline=None)
 @given(st.lists(CAPABILITIES, max_size=6), NEEDS)
-def test_every_model_is_left_or_has_a_reason_and_nobody_is_left_only_for_what_is_known(
-    capabilities: list[Capabilities], needs: Requirements
-) -> None:
+def test_every_model_is_eligible_or_has_a_reason(capabilities: list[Capabilities], needs: Requirements) -> None:
     pool = a_pool(*(a_candidate(f"m{place}", capabilities=each) for place, each in enumerate(capabilities)))
     left = eligible(pool, needs)
 

@@ -1,5 +1,6 @@
-"""Fitting a map from prompts."""
+from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -10,11 +11,15 @@ from router_core.errors import InvalidInput
 from router_core.fitting import (
     BATCH_SIZE,
     MIN_SAMPLE_SIZE,
+    PROMPTS_PER_CLUSTER,
+    PromptSample,
     batches,
+    cluster_names,
     count_nearest,
     embed_prompts,
+    empty_sample,
     fit_map,
-    token_weights,
+    sample_prompts,
 )
 from router_core.types import Floats
 from tests.router_core.makers import FirstLetterEmbedder
@@ -28,23 +33,16 @@ def test_each_kind_of_prompt_gets_a_cluster_named_after_its_words() -> None:
     assert cluster_map.embedder_id == "first-letter"
 
 
-def test_progress_is_told_until_all_is_done() -> None:
+def test_progress_is_reported_to_the_end() -> None:
     told: list[tuple[str, int, int]] = []
     fit_map(PROMPTS, FirstLetterEmbedder(), 3, progress=lambda *step: told.append(step))
     assert told[0][0] == "embedding"
     assert told[-1] == ("clustering", 1, 1)
 
 
-def test_duplicates_and_blank_prompts_do_not_count() -> None:
+def test_repeated_and_blank_prompts_do_not_count() -> None:
     with pytest.raises(InvalidInput, match="there are 2"):
         fit_map(["a", "a", " ", "b"], FirstLetterEmbedder(), 3)
-
-
-def test_frequent_tokens_weigh_little() -> None:
-    weights = token_weights([0, 1, 999])
-    assert weights[0] == 1.0
-    assert weights[1] == pytest.approx(0.5)
-    assert weights[2] == pytest.approx(0.001, rel=0.01)
 
 
 class NumberEmbedder:
@@ -67,22 +65,22 @@ def numbers(count: int) -> Iterator[str]:
     return (str(n % 90 + n / count) for n in range(count))
 
 
-def test_of_few_prompts_all_are_clustered_in_the_order_they_came_in() -> None:
+def test_few_prompts_are_all_clustered_in_their_order() -> None:
     embedder = NumberEmbedder()
     prompts = [*numbers(3_000)]
     cluster_map = fit_map(numbers(3_000), embedder, 5, seed=3)
     assert np.array_equal(cluster_map.centroids, kmeans(embedder.embed(prompts), 5, seed=3))
 
 
-def test_of_many_prompts_only_a_sample_is_embedded_batch_by_batch() -> None:
+def test_only_a_sample_of_many_prompts_is_embedded_in_batches() -> None:
     embedder = NumberEmbedder()
-    fit_map(numbers(3 * MIN_SAMPLE_SIZE), embedder, 5)
+    fit_map(numbers(MIN_SAMPLE_SIZE + 500), embedder, 5)
     assert sum(embedder.asked) == MIN_SAMPLE_SIZE
     assert max(embedder.asked) == BATCH_SIZE
 
 
 def test_the_same_seed_draws_and_fits_the_same() -> None:
-    one, two, other = (fit_map(numbers(2 * MIN_SAMPLE_SIZE), NumberEmbedder(), 5, seed=seed) for seed in (1, 1, 2))
+    one, two, other = (fit_map(numbers(MIN_SAMPLE_SIZE + 500), NumberEmbedder(), 5, seed=seed) for seed in (1, 1, 2))
     assert one.id == two.id != other.id
 
 
@@ -96,3 +94,72 @@ def test_every_prompt_is_counted_in_its_nearest_cluster() -> None:
     counts = sum(count_nearest(batch, FirstLetterEmbedder(), hard) for batch in batches(["apple", " ", *PROMPTS]))
     named = {name.split(",")[0]: count for name, count in zip(hard.names, np.asarray(counts).tolist(), strict=True)}
     assert named == {"apple": 3, "banana": 2, "cherry": 2}
+
+
+# 400 distinct ones.
+MANY = [f"prompt {n % 400}" for n in range(1_000)]
+
+
+def a_sample(texts: list[str], size: int = 50, *, seed: int = 0, part: int = 0) -> PromptSample:
+    sample = PromptSample(size, seed=seed, part=part)
+    for text in texts:
+        sample.add(text)
+    return sample
+
+
+def test_a_small_set_is_kept_whole_in_order_of_first_appearance() -> None:
+    sample = a_sample(["b", "a", "b", " ", "c", "a", ""])
+    assert sample.texts() == ["b", "a", "c"]
+    assert (len(sample), sample.read) == (3, 5)
+
+
+def test_a_sample_of_many_prompts_is_bounded_and_distinct() -> None:
+    sample = a_sample(MANY)
+    texts = sample.texts()
+    assert (len(texts), len(set(texts)), sample.read) == (50, 50, 1_000)
+    assert [MANY.index(text) for text in texts] == sorted(MANY.index(text) for text in texts)
+
+
+def test_the_order_of_the_prompts_does_not_change_the_sample() -> None:
+    shuffled = random.Random(1).sample(MANY, len(MANY))
+    assert set(a_sample(shuffled).texts()) == set(a_sample(MANY).texts())
+
+
+def test_another_seed_draws_another_sample() -> None:
+    assert set(a_sample(MANY, seed=1).texts()) != set(a_sample(MANY).texts())
+
+
+@pytest.mark.parametrize("size", [50, 1_000])
+def test_samples_of_parts_merge_into_the_sample_of_the_whole_in_any_order(size: int) -> None:
+    parts = [a_sample(MANY[start : start + 100], size, part=start) for start in range(0, 1_000, 100)]
+    merged = PromptSample(size)
+    for part in random.Random(2).sample(parts, len(parts)):
+        merged.merge(part)
+    assert merged.texts() == a_sample(MANY, size).texts()
+    assert merged.read == 1_000
+
+
+def test_a_prompt_is_as_likely_to_be_drawn_however_often_it_is_repeated() -> None:
+    often = ["often"] * 1_000 + [f"once {n}" for n in range(99)]
+    drawn = sum("often" in a_sample(often, 10, seed=seed).texts() for seed in range(300))
+    assert 10 <= drawn <= 55  # 30 expected of 10 in 100; five standard deviations to either side
+
+
+def test_lone_surrogates_are_prompts_like_others() -> None:
+    assert a_sample(["\ud800", "\ud801", "\ud800"]).texts() == ["\ud800", "\ud801"]
+
+
+@pytest.mark.parametrize(
+    ("clusters", "room"), [(2, MIN_SAMPLE_SIZE), (64, MIN_SAMPLE_SIZE), (100, 100 * PROMPTS_PER_CLUSTER)]
+)
+def test_the_sample_is_as_large_as_k_means_needs(clusters: int, room: int) -> None:
+    texts = [str(n) for n in range(room)]
+    assert len(sample_prompts([*texts, "one more"], clusters, seed=0)) == room
+    assert sample_prompts(texts, clusters, seed=0).texts() == texts
+    assert len(empty_sample(clusters, seed=0)) == 0
+
+
+def test_a_word_of_every_cluster_names_none() -> None:
+    prompts = ["answer the sum", "answer the sum", "answer the poem", "answer the poem"]
+    names = cluster_names(prompts, np.array([0, 0, 1, 1]), 2)
+    assert [name.split(",")[0] for name in names] == ["sum", "poem"]

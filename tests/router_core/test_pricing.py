@@ -36,7 +36,7 @@ def test_cached_tokens_without_a_price_cost_the_input_price() -> None:
     assert bill_usd(Price(1e-6, 0.0), TokenUsage(10, 90, 5)) == pytest.approx(1e-4)
 
 
-def test_bills_in_picodollars_add_up_exactly() -> None:
+def test_costs_in_picodollars_add_up_exactly() -> None:
     one = bill_usd(Price(1e-7, 4e-7), TokenUsage(fresh_tokens=3, cached_tokens=0, output_tokens=7))
     assert sum(picousd(one) for _ in range(10_000)) == 10_000 * (3 * 100_000 + 7 * 400_000)
 
@@ -52,7 +52,7 @@ def test_cached_tokens_are_expected_at_the_cached_price_of_each_model() -> None:
 
 
 @given(AMOUNTS, AMOUNTS, st.none() | AMOUNTS, st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 10**5))
-def test_what_is_expected_is_what_the_same_tokens_are_billed(
+def test_the_expected_cost_equals_the_bill_of_the_same_tokens(
     input_cost: float, output_cost: float, cached_cost: float | None, fresh: int, cached: int, output: int
 ) -> None:
     price = Price(input_cost, output_cost, cached_cost)
@@ -73,7 +73,7 @@ def test_the_reference_is_two_dollars_fifty_in_and_ten_out_per_million() -> None
     assert reference_usd(1_000_000, 1_000_000) == pytest.approx(12.5)
 
 
-def test_the_reference_of_an_empty_request_can_still_be_divided_by() -> None:
+def test_the_reference_cost_of_an_empty_request_is_not_zero() -> None:
     assert reference_usd(0, 0.0) > 0
 
 
@@ -145,7 +145,7 @@ def test_a_price_is_written_as_it_was_read() -> None:
         },
     ],
 )
-def test_half_a_price_and_a_contradictory_one_are_refused(stated: dict[str, float]) -> None:
+def test_incomplete_and_contradictory_prices_are_refused(stated: dict[str, float]) -> None:
     with pytest.raises(InvalidPrice, match=r"price|output_cost_per_token|stated twice"):
         Price.from_fields(stated)
 
@@ -165,7 +165,7 @@ def test_expected_costs_follow_the_tier_of_the_prompt() -> None:
     assert columns.select(np.array([1, 0])).expected_usd(200_001, output[:2])[1] == pytest.approx(0.410002)
 
 
-def test_the_most_that_a_request_can_cost_is_at_its_dearest_buckets_and_tier() -> None:
+def test_the_maximum_cost_is_that_of_the_most_expensive_buckets_and_tier() -> None:
     assert max_price_usd(100, 10, EVERY_RATE) == pytest.approx(100 * 8e-6 + 10 * 11e-6)
     text_alone = max_price_usd(100, 10, EVERY_RATE, audio_input=False, audio_output=False, images=False)
     assert text_alone == pytest.approx(100 * 5e-6 + 10 * 9e-6)
@@ -174,7 +174,7 @@ def test_the_most_that_a_request_can_cost_is_at_its_dearest_buckets_and_tier() -
 
 
 @given(st.lists(AMOUNTS, min_size=11, max_size=11), st.lists(st.integers(0, 10**6), min_size=11, max_size=11))
-def test_no_bill_is_above_the_most_that_it_can_be(rates: list[float], counts: list[int]) -> None:
+def test_no_cost_is_above_the_maximum(rates: list[float], counts: list[int]) -> None:
     stated = dict(zip(PRICE_FIELDS, rates, strict=True))
     price = Price.from_fields(stated | {f"{name}_above_1000k_tokens": 2 * rate for name, rate in stated.items()})
     usage = TokenUsage(*counts)

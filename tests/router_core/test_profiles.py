@@ -27,7 +27,7 @@ def measured(clusters: tuple[int, ...], scores: list[float], tokens: list[float]
     )
 
 
-def test_unlabelled_prompts_are_left_out_not_counted_wrong() -> None:
+def test_unlabelled_prompts_are_left_out_and_not_counted_as_wrong() -> None:
     profile = measured((0, 0, 0), [1.0, NAN, NAN])
     assert profile.error_sums.tolist() == [0.0, 0.0, 0.0]
     assert profile.labels.tolist() == [1.0, 0.0, 0.0]
@@ -40,13 +40,13 @@ def test_a_prompt_counts_in_every_cluster_by_its_weight() -> None:
     assert profile.token_sums.tolist() == [6.0, 0.0, 2.0]
 
 
-def test_unlabelled_answers_still_tell_how_long_answers_are() -> None:
+def test_unlabelled_answers_count_for_lengths() -> None:
     profile = measured((0, 1), [1.0, NAN], [10.0, 500.0])
     assert profile.mean_output_tokens == 255.0
     assert profile.output_tokens()[1] > profile.output_tokens()[0]
 
 
-def test_tokens_and_seconds_count_each_without_the_other() -> None:
+def test_tokens_and_seconds_count_independently() -> None:
     three = an_assignment(0, 0, 1)
     tokens, seconds = np.array([10.0, 30.0, NAN]), np.array([NAN, 2.0, 4.0])
     profile = measure("m", 3, three, np.ones(3), output_tokens=tokens, seconds=seconds)
@@ -70,7 +70,7 @@ def test_a_model_that_never_answered_has_no_mean_length() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.floats(0, 1)), min_size=2, max_size=30), st.data())
-def test_measuring_in_two_parts_and_merging_equals_measuring_at_once(
+def test_merging_two_measurements_equals_measuring_at_once(
     graded: list[tuple[int, float]], data: st.DataObject
 ) -> None:
     cut = data.draw(st.integers(1, len(graded) - 1))
@@ -123,7 +123,7 @@ def test_rates_written_by_hand_come_back_as_written(rows: list[tuple[float, floa
         ({"error_sums": [-0.2, 0.0, 0.0]}, "profile.error_sums"),
     ],
 )
-def test_a_broken_profile_is_refused_by_field(change: dict[str, object], field: str) -> None:
+def test_a_broken_profile_is_refused_with_its_field(change: dict[str, object], field: str) -> None:
     document: dict[str, object] = {"map": "m", "errors": [0.1, 0.1, 0.1], "labels": [1.0, 1.0, 1.0]}
     with pytest.raises(InvalidProfile, match=field):
         Profile.from_json(document | change)

@@ -17,14 +17,14 @@ def a_router(**mappings: dict[str, object]) -> Router:
     return router
 
 
-def test_it_chooses_as_the_formula_says() -> None:
+def test_the_router_chooses_by_the_formula() -> None:
     chosen, score, scores = a_router().route("a prompt", lambda_=0.4)
     assert chosen == "m1"
     assert score == pytest.approx(0.3)
     assert scores == pytest.approx({"m1": 0.1 + 0.4 * 0.5, "m2": 0.4 + 0.4 * 0.1})
 
 
-def test_a_decision_has_what_it_unpacks_to_as_attributes() -> None:
+def test_a_decision_unpacks_to_its_attributes() -> None:
     decision = a_router().route("b prompt")
     assert (decision.chosen, decision.score, decision.scores) == tuple(decision)
 
@@ -47,7 +47,7 @@ def test_measured_profiles_and_plain_rates_may_be_mixed() -> None:
     assert router.route("a prompt", lambda_=0.0).scores == pytest.approx({"m1": 0.0, "m2": 0.5}, abs=1e-9)
 
 
-def test_bad_input_is_refused_by_name() -> None:
+def test_bad_input_is_refused_with_its_name() -> None:
     with pytest.raises(NoEligibleModel, match="model_profile"):
         Router(cluster_map=a_map(), embedder=FirstLetterEmbedder()).route("a")
     with pytest.raises(InvalidInput, match="stranger"):

@@ -26,7 +26,7 @@ def test_the_choice_is_the_smallest_error_plus_lambda_times_cost() -> None:
     assert rank(left, an_assignment(0), NO_NEEDS, ScoringParams(lambda_=0.21)).chosen == "cheap"
 
 
-def test_each_prompt_is_judged_by_the_clusters_it_is_in() -> None:
+def test_each_prompt_is_scored_by_its_own_clusters() -> None:
     left = eligible(a_pool(a_candidate("maths", (0.0, 1.0, 1.0)), a_candidate("code", (1.0, 0.0, 1.0))), NO_NEEDS)
     assert rank(left, an_assignment(0), NO_NEEDS, ScoringParams()).chosen == "maths"
     assert rank(left, an_assignment(1), NO_NEEDS, ScoringParams()).chosen == "code"
@@ -40,7 +40,7 @@ def test_among_near_equals_the_cheapest_is_chosen_then_the_first_by_name() -> No
     assert decision.chosen == "alike"
 
 
-def test_one_lambda_serves_short_and_long_prompts() -> None:
+def test_one_lambda_means_the_same_for_short_and_long_prompts() -> None:
     """Costs are relative to the reference price of the same tokens."""
     pool = a_pool(a_candidate("half", price=Price(1.25e-6, 5e-6)))
     costs = []
@@ -50,7 +50,7 @@ def test_one_lambda_serves_short_and_long_prompts() -> None:
     assert costs == pytest.approx([0.5, 0.5])
 
 
-def test_in_cents_the_cost_is_the_bill() -> None:
+def test_in_cents_the_cost_is_the_price() -> None:
     needs = Requirements(prompt_tokens=10_000)
     left = eligible(a_pool(a_candidate("model", price=Price(2e-6, 0.0))), needs)
     candidate = rank(left, an_assignment(0), needs, ScoringParams(cost_unit="cents")).candidates[0]
@@ -69,14 +69,14 @@ def test_the_requests_own_limit_caps_what_an_answer_can_cost_and_n_multiplies_it
     assert usd(Requirements(max_output_tokens=10, answers=3)) == pytest.approx(3e-5)
 
 
-def test_a_second_of_waiting_is_worth_its_latency_weight() -> None:
+def test_latency_weight_prices_a_second_of_waiting() -> None:
     pool = a_pool(a_candidate("slow", (0.1,) * 3, seconds=9.0), a_candidate("fast", (0.2,) * 3, seconds=1.0))
     left = eligible(pool, NO_NEEDS)
     assert rank(left, an_assignment(0), NO_NEEDS, ScoringParams()).chosen == "slow"
     assert rank(left, an_assignment(0), NO_NEEDS, ScoringParams(latency_weight=1e-3)).chosen == "fast"
 
 
-def test_a_model_of_unmeasured_length_is_expected_to_answer_like_the_others() -> None:
+def test_a_model_of_unmeasured_length_takes_the_mean_of_the_others() -> None:
     price = Price(0.0, 1e-6)
     pool = a_pool(a_candidate("known", price=price, tokens=40), a_candidate("unknown", price=price, tokens=None))
     usd = {
@@ -86,7 +86,7 @@ def test_a_model_of_unmeasured_length_is_expected_to_answer_like_the_others() ->
     assert usd["unknown"] == pytest.approx(usd["known"])
 
 
-def test_a_price_cap_rules_out_by_expected_cost_and_says_so() -> None:
+def test_max_cost_usd_rules_out_by_expected_cost_with_a_reason() -> None:
     left = eligible(priced_pool({"dear": (0.1, 1000.0), "cheap": (0.9, 1.0)}), NO_NEEDS)
     decision = rank(left, an_assignment(0), NO_NEEDS, ScoringParams(lambda_=0.0, max_cost_usd=0.001))
     assert decision.chosen == "cheap"
@@ -98,7 +98,7 @@ def test_a_price_cap_rules_out_by_expected_cost_and_says_so() -> None:
 CACHING = Price(1e-5, 0.0, cache_read_input_token_cost=1e-6)
 
 
-def test_tokens_in_a_models_cache_are_expected_at_its_cached_price_and_all_others_read_afresh() -> None:
+def test_cached_tokens_have_the_cached_price_for_their_model_only() -> None:
     needs = Requirements(prompt_tokens=1000)
     left = eligible(a_pool(a_candidate("warm", price=CACHING), a_candidate("cold", price=CACHING)), needs)
 
@@ -119,7 +119,7 @@ def test_tokens_in_a_models_cache_are_expected_at_its_cached_price_and_all_other
     st.integers(0, 20_000),
     st.floats(0, 5),
 )
-def test_every_lambda_that_is_told_of_a_half_cached_prompt_makes_the_model_the_choice(
+def test_thresholds_of_a_half_cached_prompt_make_the_model_the_choice(
     models: list[tuple[float, float, float]], cached: int, lambda_: float
 ) -> None:
     """A model's prices: input, and the share of it that a cached token costs."""
@@ -136,26 +136,26 @@ def test_every_lambda_that_is_told_of_a_half_cached_prompt_makes_the_model_the_c
             assert rank(left, an_assignment(0), needs, flipped).chosen == row.model
 
 
-def test_nobody_eligible_is_an_error_that_carries_every_reason() -> None:
+def test_no_eligible_model_is_an_error_with_every_reason() -> None:
     left = eligible(a_pool(a_candidate("a", price=None), a_candidate("b", errors=None)), NO_NEEDS)
     with pytest.raises(NoEligibleModel) as caught:
         rank(left, an_assignment(0), NO_NEEDS, ScoringParams())
     assert set(caught.value.reasons) == {"a", "b"}
 
 
-def test_without_text_the_best_mean_wins_whatever_it_costs() -> None:
+def test_ranking_by_mean_ignores_cost() -> None:
     left = eligible(priced_pool({"dear": (0.1, 100.0), "cheap": (0.3, 0.0)}), NO_NEEDS)
     decision = rank_by_mean(left, NO_NEEDS, ScoringParams(lambda_=10.0))
     assert (decision.chosen, decision.clusters) == ("dear", ())
 
 
-def test_the_cheapest_wins_by_cost_alone() -> None:
+def test_ranking_by_cost_ignores_errors() -> None:
     left = eligible(priced_pool({"dear": (0.0, 100.0), "cheap": (1.0, 1.0)}), NO_NEEDS)
     decision = rank_by_cost(left, an_assignment(0), NO_NEEDS, ScoringParams())
     assert decision.ranking == ("cheap", "dear")
 
 
-def test_free_models_cost_nothing_and_are_still_told_apart_by_errors() -> None:
+def test_free_models_are_compared_by_errors() -> None:
     left = eligible(a_pool(a_candidate("good", (0.1,) * 3, FREE), a_candidate("bad", (0.4,) * 3, FREE)), NO_NEEDS)
     assert rank(left, an_assignment(0), NO_NEEDS, ScoringParams(lambda_=100.0)).ranking == ("good", "bad")
 
@@ -173,7 +173,7 @@ def test_a_long_prompt_is_expected_at_the_price_of_its_tier() -> None:
         assert decision.candidates[0].expected_cost_usd == pytest.approx(usd)
 
 
-def test_a_cap_of_the_price_is_held_against_the_tier_of_the_prompt() -> None:
+def test_a_price_limit_is_compared_with_the_tier_of_the_prompt() -> None:
     tiered = Price.from_fields(
         {"input_cost_per_token": 2e-6, "output_cost_per_token": 0.0, "input_cost_per_token_above_200k_tokens": 4e-6}
     )

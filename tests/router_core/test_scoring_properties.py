@@ -111,7 +111,7 @@ def test_every_score_is_the_formula(
 
 @given(candidates(), st.integers(2, 40), NEEDS, PLACED, TERMS)
 @settings(max_examples=100, deadline=None)
-def test_twins_have_the_same_score_wherever_they_stand(
+def test_equal_models_have_equal_scores_in_any_place(
     model: Candidate, count: int, needs: Requirements, placed: Assignment, terms: ScoringParams
 ) -> None:
     pool = Pool.build([Candidate(f"m{at:02}", model.profile, model.price) for at in range(count)], MAP)
@@ -126,7 +126,7 @@ def test_twins_have_the_same_score_wherever_they_stand(
 
 @given(POOLS, NEEDS, st.booleans(), st.sets(st.sampled_from(["m0", "m1", "m2"])) | st.none())
 @settings(max_examples=300, deadline=None)
-def test_who_is_left_passed_every_check(
+def test_eligible_models_passed_every_filter(
     models: list[Candidate], needs: Requirements, rests: bool, allowed: set[str] | None
 ) -> None:
     pool = Pool.build(models, MAP)

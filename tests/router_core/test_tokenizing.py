@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from random import Random
+from unicodedata import category
 
 import pytest
 import tokenizers
@@ -107,7 +108,11 @@ def test_any_text_has_the_same_ids(reference: tokenizers.Tokenizer, tokenizer: T
 
 
 def test_every_character_has_the_same_ids(reference: tokenizers.Tokenizer, tokenizer: Tokenizer) -> None:
-    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    """Of characters that Unicode has not assigned, or left to private use, one in forty stands for all."""
+    characters = [
+        chr(code) for code in range(0x110000) if category(chr(code)) not in {"Cs", "Cn", "Co"} or not code % 40
+    ]
+    characters = [character for character in characters if category(character) != "Cs"]
     Random(1).shuffle(characters)
     for start in range(0, len(characters), 5_000):
         few = characters[start : start + 5_000]
@@ -115,7 +120,7 @@ def test_every_character_has_the_same_ids(reference: tokenizers.Tokenizer, token
         assert ids(tokenizer, text) == expected(reference, text)
 
 
-def test_prompts_have_the_same_ids_however_little_is_remembered(
+def test_ids_do_not_depend_on_the_size_of_the_cache(
     reference: tokenizers.Tokenizer, description: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizing, "TEXTS_PER_CACHE", 7)
@@ -124,7 +129,7 @@ def test_prompts_have_the_same_ids_however_little_is_remembered(
         assert ids(forgetful, text) == expected(reference, text)
 
 
-def test_it_forgets_after_so_many_texts(description: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_emptied_after_so_many_texts(description: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizing, "TEXTS_PER_CACHE", 7)
     forgetful, asked, forgotten = Tokenizer(description), list[bytes](), list[int]()
 
@@ -141,7 +146,7 @@ def test_it_forgets_after_so_many_texts(description: Path, monkeypatch: pytest.M
     assert forgotten == [6, 13, 20]
 
 
-def test_words_that_come_once_take_no_memory(description: Path) -> None:
+def test_words_that_occur_once_take_no_memory(description: Path) -> None:
     code = (
         "import sys, pathlib, resource\n"
         "from router_core.embedding import Tokenizer\n"
@@ -157,12 +162,12 @@ def test_words_that_come_once_take_no_memory(description: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["", "{}", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'])
-def test_a_damaged_description_is_named(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_tokenizer_file_is_named(tmp_path: Path, damage: str) -> None:
     (tmp_path / "tokenizer.json").write_text(damage)
     with pytest.raises(InvalidArtifact, match=rf"tokenizer\.json cannot be read: .*; delete {tmp_path}"):
         Tokenizer(tmp_path / "tokenizer.json")
 
 
-def test_a_description_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_tokenizer_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidArtifact, match=r"tokenizer\.json cannot be read: .*No such file"):
         Tokenizer(tmp_path / "tokenizer.json")

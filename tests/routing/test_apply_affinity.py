@@ -102,7 +102,7 @@ async def test_it_stays_whichever_way_was_asked_for(name: str) -> None:
     assert (await chosen(LOOP, name)).model == "plain"
 
 
-async def test_a_named_model_is_the_callers_word() -> None:
+async def test_a_named_model_wins_over_affinity() -> None:
     choice = await chosen(LOOP, "cold")
     assert (choice.model, choice.reason) == ("cold", "pinned")
 
@@ -112,7 +112,7 @@ async def test_it_stays_even_where_the_prompt_cannot_be_looked_at() -> None:
     assert (choice.model, choice.reason, choice.degraded is not None) == ("plain", "sticky", True)
 
 
-async def test_a_producer_that_is_not_profiled_can_still_go_on() -> None:
+async def test_a_producer_that_is_not_profiled_may_continue() -> None:
     loop = Affinity(producer="unmeasured")
     assert (await chosen(loop)).model == "unmeasured"
     assert (await chosen(loop, max_cost_usd=1.0)).model == "cold"
@@ -129,7 +129,7 @@ async def test_a_producer_that_is_not_profiled_can_still_go_on() -> None:
     ],
     ids=["request", "key", "window", "tools", "price"],
 )
-async def test_a_producer_that_may_not_answer_is_left_and_said_to_be(options: dict[str, Any], why: str) -> None:
+async def test_a_producer_that_may_not_answer_is_left_with_a_reason(options: dict[str, Any], why: str) -> None:
     choice = await chosen(LOOP, **options)
     assert (choice.model, choice.reason, choice.left) == ("cold", "scored", "plain")
     assert why in choice.ineligible["plain"]

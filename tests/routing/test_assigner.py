@@ -70,7 +70,7 @@ async def test_only_what_takes_long_changes_threads(embedder: StaticEmbedder) ->
     assigner.close()
 
 
-async def test_what_comes_again_is_not_embedded_again() -> None:
+async def test_a_prompt_that_comes_again_is_not_embedded_again() -> None:
     texts: list[str] = []
 
     class Seen(Corners):
@@ -96,9 +96,9 @@ async def test_it_remembers_a_bounded_number_and_no_prompt(monkeypatch: pytest.M
     for number in range(50):
         await assigner.assign(f"prompt {number}", CORNERS)
         await assigner.assign("always", CORNERS)
-    kept = (*assigner._recent, *assigner._previous)
+    kept = list(assigner._known)
 
-    assert len(kept) <= 2 * 9
+    assert len(kept) == 8
     assert all(len(digest) == 16 and b"prompt" not in digest for _, digest in kept)
     assigner.close()
 
@@ -130,11 +130,11 @@ async def test_a_busy_machine_is_not_taken_for_a_slow_embedder() -> None:
     process = Process(*[0.0] * 8, then=embedder.free.set)  # several deadlines pass, in which it computes nothing
     assigner = ClusterAssigner(embedder, 0.005, process)
     assert same(await assigner.assign("one", CORNERS), CORNERS.assign(Corners().embed(["one"])))
-    assert 8 <= process.looks < assigning.STARVED
+    assert 8 <= process.looks < assigning.MAX_WAITS
     assigner.close()
 
 
-async def test_what_computes_longer_than_the_deadline_is_late() -> None:
+async def test_an_embedder_that_computes_longer_than_the_deadline_is_late() -> None:
     embedder = held()
     assigner = ClusterAssigner(embedder, 0.005, Process(0.0, 0.0, 0.006))
     with pytest.raises(AssignmentTimeout, match="within 5 ms"):
@@ -143,12 +143,12 @@ async def test_what_computes_longer_than_the_deadline_is_late() -> None:
     assigner.close()
 
 
-async def test_what_hangs_is_late_however_little_it_computes() -> None:
+async def test_an_embedder_that_hangs_is_late_however_little_it_computes() -> None:
     embedder = held()
     process = Process(0.0)
     assigner = ClusterAssigner(embedder, 0.002, process)
     with pytest.raises(AssignmentTimeout):
         await assigner.assign("one", CORNERS)
-    assert process.looks == assigning.STARVED + 2  # at the start, before each wait, and at the end
+    assert process.looks == assigning.MAX_WAITS + 2  # at the start, before each wait, and at the end
     embedder.free.set()
     assigner.close()

@@ -20,7 +20,7 @@ def parsed(headers: list[tuple[str, str]] | None = None, /, **body: Any) -> Chat
     return parse_chat(json.dumps({"model": "auto", "messages": ASK, **body}).encode(), headers or [])
 
 
-def test_the_body_is_kept_whole_less_our_own_fields() -> None:
+def test_the_body_is_kept_without_our_own_fields() -> None:
     request = parsed(top_k=1, metadata={"a": "b"}, uniroute={"session": "s"}, models=["a"], route="x", provider={})
 
     assert request.body == {"model": "auto", "messages": ASK, "top_k": 1, "metadata": {"a": "b"}}

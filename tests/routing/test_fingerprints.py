@@ -67,7 +67,7 @@ def test_an_id_that_counts_is_told_apart_by_what_was_called_and_for_which_questi
     assert one not in others
 
 
-def test_counting_ids_whose_arguments_cannot_be_compared_leave_no_mark() -> None:
+def test_counting_ids_whose_arguments_cannot_be_compared_leave_no_fingerprint() -> None:
     part = {"content": [{"type": "tool_use", "id": "call_0", "name": "weather", "input": {"city": "Paris"}}]}
     assert fingerprints(part) == []
     assert fingerprints({"content": [{**part["content"][0], "id": "toolu_01A09q90qw90"}]}) == fingerprints(
@@ -101,7 +101,7 @@ def test_arguments_too_long_to_keep_are_compared_by_both_ends_and_their_length()
 
 
 @given(st.integers(0, 3 * SAMPLE_CHARS), st.lists(st.integers(1, SAMPLE_CHARS), max_size=8))
-def test_an_excerpt_does_not_depend_on_how_the_text_was_cut(length: int, cuts: list[int]) -> None:
+def test_a_sample_does_not_depend_on_how_the_text_was_cut(length: int, cuts: list[int]) -> None:
     text = "".join(chr(97 + place % 23) for place in range(length))
     pieces = TextSample()
     start = 0
@@ -114,7 +114,7 @@ def test_an_excerpt_does_not_depend_on_how_the_text_was_cut(length: int, cuts: l
 
 
 @given(TEXTS, TEXTS, st.integers(0, 40), st.sampled_from(["call_0", "call_a1b2c3d4"]))
-def test_a_stream_leaves_the_marks_of_its_whole_answer(thought: str, city: str, cut: int, call_id: str) -> None:
+def test_a_stream_leaves_the_fingerprints_of_its_whole_answer(thought: str, city: str, cut: int, call_id: str) -> None:
     arguments = json.dumps({"city": city})
     whole = {"reasoning_content": thought, **a_call(call_id, "weather", arguments)}
     deltas: list[dict[str, Any]] = [

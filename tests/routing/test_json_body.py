@@ -87,7 +87,7 @@ def agent_body() -> bytes:
 @example('\ufeff{"a": 1}')
 @example('{"a": 12345678901234567890123}')
 @settings(max_examples=500, deadline=None)
-def test_what_is_taken_quickly_is_what_the_exact_parser_reads(text: str) -> None:
+def test_the_fast_parser_reads_what_the_strict_one_reads(text: str) -> None:
     assert_alike(text.encode("utf-8", "surrogatepass"))
 
 
@@ -112,7 +112,7 @@ def test_a_body_with_bytes_put_in_or_out_is_read_alike(data: st.DataObject) -> N
 
 @given(st.dictionaries(KEYS, VALUES, min_size=1, max_size=3), st.data())
 @settings(max_examples=300, deadline=None)
-def test_no_key_given_twice_is_taken_quickly(value: dict[str, Any], data: st.DataObject) -> None:
+def test_the_fast_parser_takes_no_key_given_twice(value: dict[str, Any], data: st.DataObject) -> None:
     key = data.draw(st.sampled_from(sorted(value)))
     pairs = [*value.items(), (key, data.draw(VALUES))]
     space = data.draw(st.sampled_from(["", " ", "\n"]))
@@ -121,14 +121,14 @@ def test_no_key_given_twice_is_taken_quickly(value: dict[str, Any], data: st.Dat
     assert parse_fast(f'{{"outer": [{{{text}}}]}}'.encode()) is None
 
 
-def test_usual_bodies_are_taken_quickly() -> None:
+def test_the_fast_parser_takes_usual_bodies() -> None:
     assert parse_fast(agent_body()) is not None
     assert parse_fast(b'{"model": "auto", "messages": [{"role": "user", "content": "what: is \\" this \\\\"}]}')
 
 
 @pytest.mark.parametrize("inner", [b"%s", b"[%s]", b'{"a": %s}', b'[{"a": [%s]}]'])
 @pytest.mark.parametrize("name", [b"messages", b"tools", b"x"])
-def test_as_many_levels_and_values_are_taken_as_by_the_exact_parser(name: bytes, inner: bytes) -> None:
+def test_the_fast_parser_takes_as_many_levels_and_values_as_the_strict_one(name: bytes, inner: bytes) -> None:
     for levels in range(MAX_DEPTH - 6, MAX_DEPTH + 3):
         for leaf in (b"1", b"[]", b"{}", b'{"a": 1}'):
             nested = b'{"%s": %s}' % (name, b"[" * levels + inner % leaf + b"]" * levels)

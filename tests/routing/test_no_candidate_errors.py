@@ -32,7 +32,7 @@ async def refusal(**asked: Any) -> str:
     return refused.value.message
 
 
-async def test_what_cannot_be_served_says_why() -> None:
+async def test_a_request_that_cannot_be_served_says_why() -> None:
     with pytest.raises(ContextLengthExceeded, match="cheap: context window below about 1253 prompt tokens"):
         await chosen(text="word " * 1000, state=lacking(max_input_tokens=100))
     with pytest.raises(ContextLengthExceeded, match="and 900 of an answer"):
@@ -85,7 +85,7 @@ async def test_a_refusal_over_many_models_stays_short() -> None:
     assert said.endswith("; and 490 more)")
 
 
-async def test_a_refusal_while_the_able_rest_says_so() -> None:
+async def test_a_refusal_says_that_the_able_models_cool_down() -> None:
     ctx = a_context(a_state())
     error = no_candidate_error(ctx, eligible(ctx.snapshot.pool, ctx.requirements, cooling_down={"cheap", "dear"}))
 
@@ -117,13 +117,13 @@ async def test_ignoring_a_model_opens_none_that_the_key_may_not_use() -> None:
     assert "leave no model" in await refusal(key=LIMITED_KEY, provider=ProviderPreferences(ignore=("dear",)))
 
 
-async def test_a_price_cap_rules_out_what_is_dearer() -> None:
+async def test_a_price_cap_rules_out_more_expensive_models() -> None:
     assert (await chosen(lambda_=0.0, provider=ProviderPreferences(max_output_cost_per_token=1e-6))).order == ("cheap",)
     said = await refusal(provider=ProviderPreferences(max_input_cost_per_token=1e-8))
     assert "cheap: input price above 0.01 USD per million tokens" in said
 
 
-async def test_who_is_ruled_out_is_worked_out_only_for_whoever_asks() -> None:
+async def test_reasons_for_ineligibility_are_worked_out_when_asked_for() -> None:
     choice = await chosen()
     assert choice.decision is not None
     kept = vars(choice.decision.eligibility)
@@ -132,7 +132,7 @@ async def test_who_is_ruled_out_is_worked_out_only_for_whoever_asks() -> None:
     assert dict(choice.ineligible) == {"unmeasured": "not profiled on this cluster map"} == kept["reasons"]
 
 
-async def test_a_stand_in_shows_no_model_that_the_key_may_not_use() -> None:
+async def test_a_default_model_shows_no_model_that_the_key_may_not_use() -> None:
     priced = {"input_cost_per_token": 1e-7, "output_cost_per_token": 1e-7}
     records = {name: a_record(name, info=priced) for name in ("new", "old", "secret")}
     state = build_state(StoredState(version=1, models=records, keys_exist=False), snapshot_inputs(), keys_latched=False)

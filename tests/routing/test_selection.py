@@ -81,7 +81,7 @@ async def test_without_text_the_best_mean_error_answers() -> None:
     assert (await chosen(text="")).model == "dear"
 
 
-async def test_late_or_failing_embedding_degrades_to_the_default_model() -> None:
+async def test_a_late_or_failing_embedding_degrades_to_the_default_model() -> None:
     slow = Corners()
     slow.free.clear()
     late = await chosen(assigner=ClusterAssigner(slow, 0.01), settings={"default_model": "cheap"})
@@ -94,7 +94,7 @@ async def test_late_or_failing_embedding_degrades_to_the_default_model() -> None
 
 async def test_too_many_waiting_prompts_are_not_queued() -> None:
     assigner = ClusterAssigner(Corners(), 1.0)
-    assigner._waiting = 10**6
+    assigner._queued = 10**6
     with pytest.raises(AssignmentTimeout):
         await assigner.assign("x", a_state().cluster_map)
 

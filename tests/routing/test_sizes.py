@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
 from proxy.routing.chat_request import ChatRequest, parse_chat
-from proxy.routing.sizes import limited, sizes_of
+from proxy.routing.sizes import sizes_of, with_limit
 
 
 def parsed(**more: Any) -> ChatRequest:
@@ -116,7 +116,7 @@ def test_content_and_schemas_state_no_size(body: dict[str, Any]) -> None:
 def test_a_smaller_limit_takes_the_place_of_the_stated_one_under_each_name_that_states_it() -> None:
     body = {"max_tokens": 64000, "max_completion_tokens": None, "n": 2}
 
-    assert limited(body, 8000) == {"max_tokens": 8000, "max_completion_tokens": None, "n": 2}
+    assert with_limit(body, 8000) == {"max_tokens": 8000, "max_completion_tokens": None, "n": 2}
 
 
 NAMES = st.sampled_from(["max_tokens", "num_predict", "thinking", "reasoning", "n", "best_of", "options", "prediction"])

@@ -1,4 +1,4 @@
-"""The app over services that somebody else opened, and web pages that were allowed."""
+"""The app over a state that the test opens, without a socket."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def settings(folder: Path, embedder_cache: Path, **more: object) -> Settings:
     return Settings.model_validate({"data_dir": folder, **more})
 
 
-async def test_an_allowed_page_may_call_and_no_other(tmp_path: Path, embedder_cache: Path) -> None:
+async def test_pages_of_allowed_origins_may_call_and_no_others(tmp_path: Path, embedder_cache: Path) -> None:
     asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,lambda"}
-    async with app_state(settings(tmp_path, embedder_cache, allowed_origins=[PAGE]), {}) as services:
-        transport = httpx.ASGITransport(app=create_app(services))
+    async with app_state(settings(tmp_path, embedder_cache, allowed_origins=[PAGE]), {}) as state:
+        transport = httpx.ASGITransport(app=create_app(state))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
             preflight = await client.options("/v1/chat/completions", headers={"origin": PAGE, **asked})
             allowed = await client.get("/v1/models", headers={"origin": PAGE})
@@ -37,11 +37,11 @@ async def test_an_allowed_page_may_call_and_no_other(tmp_path: Path, embedder_ca
     assert "access-control-allow-origin" not in foreign.headers
 
 
-async def test_a_change_of_a_key_is_in_force_here_when_it_is_answered(tmp_path: Path, embedder_cache: Path) -> None:
+async def test_a_change_of_a_key_is_in_force_once_it_is_answered(tmp_path: Path, embedder_cache: Path) -> None:
     root = {"authorization": "Bearer root-key-of-the-test"}
-    async with app_state(settings(tmp_path, embedder_cache, admin_key="root-key-of-the-test"), {}) as services:
-        await services.state.stop()  # nothing but the call itself brings the news
-        transport = httpx.ASGITransport(app=create_app(services))
+    async with app_state(settings(tmp_path, embedder_cache, admin_key="root-key-of-the-test"), {}) as state:
+        await state.state.stop()  # nothing but the call itself brings the news
+        transport = httpx.ASGITransport(app=create_app(state))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
 
             async def opens(key: str | None) -> bool:
@@ -62,9 +62,7 @@ async def test_a_change_of_a_key_is_in_force_here_when_it_is_answered(tmp_path: 
             assert not await opens(rotated["key"])
 
 
-async def test_a_prompt_is_not_shared_out_among_the_cores_that_other_workers_have(
-    tmp_path: Path, embedder_cache: Path
-) -> None:
+async def test_blas_uses_one_thread_while_the_app_serves(tmp_path: Path, embedder_cache: Path) -> None:
     def threads() -> set[int]:
         return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
 
@@ -81,7 +79,7 @@ async def test_a_prompt_is_not_shared_out_among_the_cores_that_other_workers_hav
         ({"map": "/nowhere"}, "map"),
     ],
 )
-async def test_what_cannot_work_is_refused_at_start(
+async def test_settings_that_cannot_work_are_refused_at_start(
     tmp_path: Path, embedder_cache: Path, more: dict[str, object], words: str
 ) -> None:
     with pytest.raises(SettingsError, match=words):

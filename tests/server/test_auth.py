@@ -1,4 +1,4 @@
-"""The guard's decisions: keys, Host, Origin."""
+"""Credentials, Host and Origin, as functions of the headers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def settings(**values: Any) -> Settings:
         ([], None),
     ],
 )
-def test_a_key_is_found(sent: list[tuple[str, str]], key: bytes | None) -> None:
+def test_the_key_is_read_from_the_headers(sent: list[tuple[str, str]], key: bytes | None) -> None:
     assert credentials_from(headers(*sent)) == key
 
 
@@ -50,38 +50,38 @@ def test_a_key_is_found(sent: list[tuple[str, str]], key: bytes | None) -> None:
         [("authorization", "Bearer abc"), ("x-api-key", "other")],
     ],
 )
-def test_what_cannot_be_one_key_is_refused(sent: list[tuple[str, str]]) -> None:
+def test_headers_that_hold_no_key_or_several_are_refused(sent: list[tuple[str, str]]) -> None:
     with pytest.raises(Unauthenticated):
         credentials_from(headers(*sent))
 
 
 @pytest.mark.parametrize("host", ["localhost:8000", "127.0.0.1", "[::1]:8000", "LOCALHOST", "llm.example:80"])
-def test_hosts_that_are_served(host: str) -> None:
+def test_the_names_of_this_server_are_allowed_hosts(host: str) -> None:
     check_host(headers(("host", host)), settings(allowed_hosts=["llm.example"]))
 
 
 @pytest.mark.parametrize(
     "sent", [["evil.example"], ["127.0.0.1.evil.example"], [""], [], ["localhost", "evil.example"], ["[::1"]]
 )
-def test_hosts_that_are_not_served_on_loopback(sent: list[str]) -> None:
+def test_other_hosts_are_forbidden_on_loopback(sent: list[str]) -> None:
     with pytest.raises(Forbidden):
         check_host(headers(*(("host", host) for host in sent)), settings())
 
 
-def test_beyond_loopback_every_host_is_served_until_some_are_named() -> None:
+def test_beyond_loopback_any_host_is_allowed_unless_allowed_hosts_is_set() -> None:
     check_host(headers(("host", "proxy:8000")), settings(host="0.0.0.0"))
     with pytest.raises(Forbidden):
         check_host(headers(("host", "proxy:8000")), settings(host="0.0.0.0", allowed_hosts=["llm.example"]))
 
 
 @pytest.mark.parametrize("origin", ["http://localhost:8000", "https://page.example"])
-def test_pages_that_may_call(origin: str) -> None:
+def test_this_servers_pages_and_allowed_origins_may_call(origin: str) -> None:
     check_origin(headers(("host", "localhost:8000"), ("origin", origin)), ("https://page.example",))
 
 
 @pytest.mark.parametrize(
     "origin", ["http://evil.example", "null", "http://localhost:3000", "https://page.example.evil.example"]
 )
-def test_pages_that_may_not(origin: str) -> None:
+def test_other_origins_are_forbidden(origin: str) -> None:
     with pytest.raises(Forbidden):
         check_origin(headers(("host", "localhost:8000"), ("origin", origin)), ("https://page.example",))

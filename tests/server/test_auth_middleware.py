@@ -1,4 +1,4 @@
-"""The guard as the server calls it: who comes in with which key, when, and to what. Real guard and state, no socket."""
+"""AuthMiddleware over a real snapshot, without a socket: which key is let in, when, and to which paths."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ REFUSED = "ur-" + "x" * 43
 BEARER = {"authorization": f"Bearer {SECRET}"}
 
 
-class Door:
-    """A guard before an app that answers 200 with who came in."""
+class Server:
+    """AuthMiddleware before an app that answers 200 with the caller."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Door:
         )
         state = build_state(stored, snapshot_inputs(), keys_latched=latched)
         self.now = now
-        self._guard = AuthMiddleware(self._app, settings, lambda: state, lambda: self.now)
+        self._auth = AuthMiddleware(self._app, settings, lambda: state, lambda: self.now)
 
     def __call__(
         self, path: str = "/v1/models", method: str = "GET", *headers: tuple[bytes, bytes], **more: Any
@@ -65,7 +65,7 @@ class Door:
         async def receive() -> Message:
             return {"type": "http.disconnect"}
 
-        await self._guard(scope, receive, send)
+        await self._auth(scope, receive, send)
         return sent[0]["status"], b"".join(message.get("body", b"") for message in sent).decode()
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
@@ -81,21 +81,21 @@ def plain(secret: str) -> tuple[bytes, bytes]:
     return b"x-api-key", secret.encode()
 
 
-def test_before_any_key_could_be_read_none_is_called_wrong() -> None:
-    door = Door(KEY, read=False)
+def test_before_keys_were_read_no_key_is_called_wrong() -> None:
+    server = Server(KEY, read=False)
 
-    assert door("/v1/models", "GET", bearer(SECRET))[0] == 503
-    assert door("/v1/models")[0] == 503
-    assert door("/v1/models", "GET", bearer(ROOT_KEY)) == (200, "root None")
+    assert server("/v1/models", "GET", bearer(SECRET))[0] == 503
+    assert server("/v1/models")[0] == 503
+    assert server("/v1/models", "GET", bearer(ROOT_KEY)) == (200, "root None")
 
 
-def test_a_key_the_root_key_and_no_key_are_told_apart() -> None:
-    door = Door(KEY)
-    assert door("/v1/models", "GET", bearer(SECRET)) == (200, "k1 k1")
-    assert door("/v1/models", "GET", plain(SECRET)) == (200, "k1 k1")
-    assert door("/admin/keys", "POST", bearer(ROOT_KEY)) == (200, "root None")
-    assert door("/healthz") == (200, "- None")
-    assert Door(latched=False)("/v1/models") == (200, "- None")
+def test_client_key_root_key_and_no_key_make_different_principals() -> None:
+    server = Server(KEY)
+    assert server("/v1/models", "GET", bearer(SECRET)) == (200, "k1 k1")
+    assert server("/v1/models", "GET", plain(SECRET)) == (200, "k1 k1")
+    assert server("/admin/keys", "POST", bearer(ROOT_KEY)) == (200, "root None")
+    assert server("/healthz") == (200, "- None")
+    assert Server(latched=False)("/v1/models") == (200, "- None")
 
 
 @pytest.mark.parametrize(
@@ -128,41 +128,41 @@ def test_a_key_the_root_key_and_no_key_are_told_apart() -> None:
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/admin/models"])
-def test_what_is_not_one_good_key_opens_nothing(headers: list[tuple[bytes, bytes]], path: str) -> None:
-    assert Door(replace(KEY, role="admin"))(path, "GET", *headers)[0] == 401
+def test_anything_but_one_valid_key_is_refused(headers: list[tuple[bytes, bytes]], path: str) -> None:
+    assert Server(replace(KEY, role="admin"))(path, "GET", *headers)[0] == 401
 
 
-def test_a_key_in_the_query_is_no_key() -> None:
+def test_a_key_in_the_query_is_not_read() -> None:
     for name in ("api_key", "key", "access_token", "x-api-key", "authorization"):
         query = f"{name}={SECRET}".encode()
-        assert Door(KEY)("/v1/models", "GET", query_string=query)[0] == 401
+        assert Server(KEY)("/v1/models", "GET", query_string=query)[0] == 401
 
 
 def test_both_headers_may_hold_the_same_key() -> None:
-    assert Door(KEY)("/v1/models", "GET", bearer(SECRET), plain(SECRET)) == (200, "k1 k1")
+    assert Server(KEY)("/v1/models", "GET", bearer(SECRET), plain(SECRET)) == (200, "k1 k1")
 
 
-def test_a_revoked_key_opens_nothing_nor_does_its_earlier_secret() -> None:
-    door = Door(replace(GRACED, revoked=True))
-    assert [door("/v1/models", "GET", bearer(secret))[0] for secret in (SECRET, EARLIER)] == [401, 401]
+def test_a_revoked_key_and_its_previous_secret_are_refused() -> None:
+    server = Server(replace(GRACED, revoked=True))
+    assert [server("/v1/models", "GET", bearer(secret))[0] for secret in (SECRET, EARLIER)] == [401, 401]
 
 
-def test_an_expired_key_opens_nothing_by_this_machines_clock_and_again_when_that_is_set_back() -> None:
-    door = Door(replace(GRACED, expires_at=NOON + 10))
-    assert door("/v1/models", "GET", bearer(SECRET))[0] == 200
-    door.now = NOON + 10
-    status, body = door("/v1/models", "GET", bearer(SECRET))
+def test_a_key_expires_by_this_machines_clock_even_if_that_is_set_back() -> None:
+    server = Server(replace(GRACED, expires_at=NOON + 10))
+    assert server("/v1/models", "GET", bearer(SECRET))[0] == 200
+    server.now = NOON + 10
+    status, body = server("/v1/models", "GET", bearer(SECRET))
     assert (status, "has expired" in body) == (401, True)
-    assert door("/v1/models", "GET", bearer(EARLIER))[0] == 401
-    door.now = NOON + 9
-    assert door("/v1/models", "GET", bearer(SECRET))[0] == 200
+    assert server("/v1/models", "GET", bearer(EARLIER))[0] == 401
+    server.now = NOON + 9
+    assert server("/v1/models", "GET", bearer(SECRET))[0] == 200
 
 
-def test_the_secret_before_a_rotation_opens_within_its_grace() -> None:
-    door = Door(GRACED)
-    assert door("/v1/models", "GET", bearer(EARLIER)) == (200, "k1 k1")
-    door.now = NOON + 60
-    assert [door("/v1/models", "GET", bearer(secret))[0] for secret in (EARLIER, SECRET)] == [401, 200]
+def test_the_secret_before_a_rotation_is_valid_within_its_grace_period() -> None:
+    server = Server(GRACED)
+    assert server("/v1/models", "GET", bearer(EARLIER)) == (200, "k1 k1")
+    server.now = NOON + 60
+    assert [server("/v1/models", "GET", bearer(secret))[0] for secret in (EARLIER, SECRET)] == [401, 200]
 
 
 ALLOWED = {
@@ -177,44 +177,44 @@ CALLS = [
 
 
 @pytest.mark.parametrize("role", ALLOWED)
-def test_a_role_opens_its_own_doors_alone(role: Any) -> None:
-    door = Door(replace(KEY, role=role))
-    assert [door(path, method, bearer(SECRET))[0] for method, path in CALLS] == ALLOWED[role]
+def test_a_role_allows_its_own_calls_alone(role: Any) -> None:
+    server = Server(replace(KEY, role=role))
+    assert [server(path, method, bearer(SECRET))[0] for method, path in CALLS] == ALLOWED[role]
 
 
 @pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE", "POST", "get", "PROPFIND"])
-def test_a_viewer_reads_and_nothing_else_whatever_the_method_is_called(method: str) -> None:
+def test_a_viewer_may_use_safe_methods_alone(method: str) -> None:
     for path in ("/admin/models/a", "/v1/chat/completions", "/somewhere"):
-        assert Door(replace(KEY, role="viewer"))(path, method, bearer(SECRET))[0] == 403
+        assert Server(replace(KEY, role="viewer"))(path, method, bearer(SECRET))[0] == 403
 
 
 @pytest.mark.parametrize("role", ["client", "viewer", "admin"])
-def test_without_a_root_key_there_is_no_admin_side_for_any_key(role: Any) -> None:
-    door = Door(replace(KEY, role=role), root=None)
+def test_without_a_root_key_admin_paths_are_forbidden_to_every_key(role: Any) -> None:
+    server = Server(replace(KEY, role=role), root=None)
     for path in ("/admin", "/admin/keys", "/admin/nothing"):
-        status, body = door(path, "GET", bearer(SECRET))
+        status, body = server(path, "GET", bearer(SECRET))
         assert (status, "UNIROUTE_ADMIN_KEY" in body) == (403, True)
-    assert door("/v1/models", "GET", bearer(SECRET))[0] == 200
+    assert server("/v1/models", "GET", bearer(SECRET))[0] == 200
 
 
-def test_no_key_in_the_store_can_stand_in_the_way_of_the_root_key() -> None:
+def test_a_stored_key_with_the_root_keys_digest_does_not_shadow_it() -> None:
     imposter = ClientKey("k2", "imposter", digest_of(ROOT_KEY), NOON, expires_at=NOON - 1)
-    assert Door(imposter)("/admin/keys", "DELETE", bearer(ROOT_KEY)) == (200, "root None")
+    assert Server(imposter)("/admin/keys", "DELETE", bearer(ROOT_KEY)) == (200, "root None")
 
 
-def test_an_empty_root_digest_is_not_the_digest_of_no_key() -> None:
+def test_no_key_does_not_match_the_digest_of_an_empty_one() -> None:
     nothing = ClientKey("k0", "nothing", digest_of(""), NOON, role="admin")
     for path in ("/admin/keys", "/v1/models"):
-        assert Door(nothing)(path)[0] == 401
-        assert Door(nothing)(path, "GET", bearer(""))[0] == 401
+        assert Server(nothing)(path)[0] == 401
+        assert Server(nothing)(path, "GET", bearer(""))[0] == 401
 
 
 @pytest.mark.parametrize("path", ["/gateway/admin/keys", "/gateway/admin", "/gateway/metrics"])
-def test_a_prefix_that_the_server_is_mounted_under_hides_no_door(path: str) -> None:
-    door = Door(KEY)
-    assert door(path, "GET", bearer(SECRET), root_path="/gateway")[0] == 403
-    assert door(path, "GET", root_path="/gateway")[0] == 401
-    assert door("/gateway/healthz", "GET", root_path="/gateway")[0] == 200
+def test_roles_are_checked_on_the_path_below_the_mount_prefix(path: str) -> None:
+    server = Server(KEY)
+    assert server(path, "GET", bearer(SECRET), root_path="/gateway")[0] == 403
+    assert server(path, "GET", root_path="/gateway")[0] == 401
+    assert server("/gateway/healthz", "GET", root_path="/gateway")[0] == 200
 
 
 def test_a_web_socket_is_closed() -> None:
@@ -224,18 +224,18 @@ def test_a_web_socket_is_closed() -> None:
         async def send(message: Message) -> None:
             sent.append(message)
 
-        guard = Door(KEY)._guard
-        await guard({"type": "websocket", "path": "/v1/models", "headers": []}, None, send)  # type: ignore[arg-type]
+        auth = Server(KEY)._auth
+        await auth({"type": "websocket", "path": "/v1/models", "headers": []}, None, send)  # type: ignore[arg-type]
         return sent
 
     assert asyncio.run(exchange()) == [{"type": "websocket.close", "code": 1008}]
 
 
-def test_a_host_that_was_served_opens_the_door_to_no_other_and_not_to_two() -> None:
-    door = Door(latched=False)
-    assert door()[0] == 200
+def test_an_allowed_host_allows_neither_another_nor_two_of_them() -> None:
+    server = Server(latched=False)
+    assert server()[0] == 200
     for hosts in ([b"evil.example"], [b"localhost", b"localhost"], [b"localhost", b"evil.example"], []):
         scope = {"type": "http", "method": "GET", "path": "/v1/models", "query_string": b""}
         headers = [(b"host", host) for host in hosts]
-        assert asyncio.run(door._exchange({**scope, "headers": headers}))[0] == 403
-        assert asyncio.run(door._exchange({**scope, "headers": headers}))[0] == 403
+        assert asyncio.run(server._exchange({**scope, "headers": headers}))[0] == 403
+        assert asyncio.run(server._exchange({**scope, "headers": headers}))[0] == 403

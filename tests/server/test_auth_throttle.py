@@ -1,4 +1,4 @@
-"""A flood of refusals is slowed down, and a few are not. With a clock that is looked at, not waited for."""
+"""A flood of wrong keys is slowed down, a few are not. The clock is given, so nothing waits."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import asyncio
 
 import pytest
 
-from proxy.server import auth as brake
-from proxy.server.auth import FREE_PER_S, MAX_WAITING, AuthFailureThrottle
+from proxy.server import auth
+from proxy.server.auth import MAX_DELAYED, MAX_UNDELAYED_PER_S, AuthFailureThrottle
 
 
-async def held(braking: AuthFailureThrottle, count: int) -> int:
-    """How many of so many refusals at once are not answered at once."""
-    tasks = [asyncio.create_task(braking.hold()) for _ in range(count)]
+async def delayed(throttle: AuthFailureThrottle, count: int) -> int:
+    """Return how many of `count` failures at once have to wait."""
+    tasks = [asyncio.create_task(throttle.delay()) for _ in range(count)]
     for _ in range(3):
         await asyncio.sleep(0)
     waiting = sum(not task.done() for task in tasks)
@@ -22,21 +22,21 @@ async def held(braking: AuthFailureThrottle, count: int) -> int:
     return waiting
 
 
-async def test_a_few_refusals_are_told_at_once() -> None:
-    assert await held(AuthFailureThrottle(lambda: 7.0), FREE_PER_S) == 0
+async def test_a_few_failures_are_answered_at_once() -> None:
+    assert await delayed(AuthFailureThrottle(lambda: 7.0), MAX_UNDELAYED_PER_S) == 0
 
 
-async def test_a_flood_waits_and_no_more_wait_than_connections_can_be_spared() -> None:
-    braking = AuthFailureThrottle(lambda: 7.0)
-    assert await held(braking, FREE_PER_S + 5) == 5
-    assert await held(braking, MAX_WAITING + 100) == MAX_WAITING
-    assert await held(braking, 3) == 3  # whoever left waits no longer
+async def test_a_flood_is_delayed_up_to_as_many_as_connections_can_be_spared() -> None:
+    throttle = AuthFailureThrottle(lambda: 7.0)
+    assert await delayed(throttle, MAX_UNDELAYED_PER_S + 5) == 5
+    assert await delayed(throttle, MAX_DELAYED + 100) == MAX_DELAYED
+    assert await delayed(throttle, 3) == 3  # those before have left and no longer count
 
 
-async def test_the_next_second_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(brake, "FREE_PER_S", 1)
+async def test_the_next_second_counts_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth, "MAX_UNDELAYED_PER_S", 1)
     now = 7.0
-    braking = AuthFailureThrottle(lambda: now)
-    assert await held(braking, 2) == 1
+    throttle = AuthFailureThrottle(lambda: now)
+    assert await delayed(throttle, 2) == 1
     now = 8.0
-    assert await held(braking, 1) == 0
+    assert await delayed(throttle, 1) == 0

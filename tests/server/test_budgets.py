@@ -1,4 +1,4 @@
-"""Money in every order of reserving, settling, giving back and ending: the store agrees with a ledger kept by hand."""
+"""Money in every order of reserving, settling, releasing and ending: the store agrees with a model of it."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class Ledger(RuleBasedStateMachine):
         self.clients[at].eval(SETTLE, 1, state_key(self.key), self.key, reservation, "", cost, day, day[:7])
 
 
-def test_the_store_agrees_with_the_ledger_and_overruns_by_the_stated_bound_at_most(valkey: EmbeddedValkey) -> None:
+def test_the_store_agrees_with_a_model_of_it_and_overspends_within_its_bound(valkey: EmbeddedValkey) -> None:
     Ledger.socket = str(valkey.socket_path)
     run_state_machine_as_test(Ledger, settings=settings(max_examples=50, stateful_step_count=40, deadline=None))
 
@@ -150,7 +150,7 @@ def test_small_amounts_add_up_exactly_on_top_of_a_large_one(client: Any) -> None
     assert client.get(f"{PREFIX}{{k}}:day:2026-01-01") == str(9 * 10**17 + 100)
 
 
-def test_a_record_without_a_reservation_counts_for_a_limit_that_is_set_later(client: Any) -> None:
+def test_a_record_without_a_reservation_counts_for_a_later_limit(client: Any) -> None:
     day = today(client)
     client.eval(SETTLE, 1, state_key("k"), "k", "", "", str(2 * PICO), day, day[:7])
     arguments = ["k", "r", 600, 0, 10**9, "", "", PICO, ""]
@@ -158,7 +158,7 @@ def test_a_record_without_a_reservation_counts_for_a_limit_that_is_set_later(cli
     assert client.eval(RESERVE, 1, state_key("k"), *map(str, arguments)).split()[0] == "day"
 
 
-def test_a_cost_belongs_to_the_day_of_its_reservation_whatever_the_recorders_clock_says(client: Any) -> None:
+def test_a_cost_belongs_to_the_day_of_its_reservation_whatever_the_writers_clock_says(client: Any) -> None:
     client.eval(RESERVE, 1, state_key("k"), "k", "r", "600", "0", str(PICO), "", "", "", "")
     client.eval(SETTLE, 1, state_key("k"), "k", "r", "", str(PICO), "1999-01-01", "1999-01")
 
@@ -166,7 +166,7 @@ def test_a_cost_belongs_to_the_day_of_its_reservation_whatever_the_recorders_clo
     assert client.get(f"{PREFIX}{{k}}:month:{today(client)[:7]}") == str(PICO)
 
 
-def test_counters_of_a_period_go_a_while_after_it(client: Any) -> None:
+def test_counters_of_a_period_expire_after_it(client: Any) -> None:
     client.eval(SETTLE, 1, state_key("k"), "k", "", "", str(PICO), "2026-01-31", "2026-01")
     kept = {key.rpartition("}:")[2].partition(":")[0]: client.ttl(key) for key in client.keys(f"{PREFIX}*")}
 

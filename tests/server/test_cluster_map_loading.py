@@ -1,4 +1,4 @@
-"""The recipe decides how prompts are put in clusters, the same way for measuring and for serving."""
+"""The recipe decides how prompts are assigned to clusters, for profiling and serving alike."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from router_core.clustering import ClusterMap
 
 
 @pytest.mark.parametrize("recipe", ["raw", "laplace"])
-async def test_the_papers_recipes_put_a_prompt_wholly_in_its_nearest_cluster(
+async def test_a_hard_recipe_assigns_a_prompt_to_its_nearest_cluster_alone(
     recipe: Literal["raw", "laplace"], cluster_map: ClusterMap, embedder_cache: Path
 ) -> None:
     served, assigner = _open_routing(Settings(recipe=recipe, data_dir=embedder_cache))
@@ -27,5 +27,5 @@ async def test_the_papers_recipes_put_a_prompt_wholly_in_its_nearest_cluster(
     assert served.id == cluster_map.with_hard_assignment().id != cluster_map.id
 
 
-def test_the_default_recipe_shares_a_prompt_among_clusters(cluster_map: ClusterMap) -> None:
+def test_the_default_recipe_assigns_a_prompt_to_several_clusters(cluster_map: ClusterMap) -> None:
     assert load_cluster_map(Settings()).id == cluster_map.id

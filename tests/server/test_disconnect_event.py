@@ -43,11 +43,11 @@ async def value(held: Any) -> Any:
     return held
 
 
-async def test_what_the_work_gives_is_given(client: Client) -> None:
+async def test_the_result_of_the_work_is_returned(client: Client) -> None:
     assert await client.during(value(3)) == 3
 
 
-async def test_what_the_work_raises_is_raised(client: Client) -> None:
+async def test_an_exception_of_the_work_is_raised(client: Client) -> None:
     async def failing() -> None:
         raise ValueError("of its own")
 
@@ -55,7 +55,7 @@ async def test_what_the_work_raises_is_raised(client: Client) -> None:
         await client.during(failing())
 
 
-async def test_the_work_has_ended_when_the_client_is_said_to_be_gone(client: Client) -> None:
+async def test_the_work_has_ended_when_the_disconnect_is_raised(client: Client) -> None:
     ended = asyncio.Event()
 
     async def work() -> None:
@@ -93,7 +93,7 @@ async def test_work_that_makes_nothing_of_its_cancellation_is_cancelled_again(cl
     assert tries == 2
 
 
-async def test_a_result_that_nobody_will_see_is_dispose(client: Client) -> None:
+async def test_a_result_that_nobody_will_see_is_disposed_of(client: Client) -> None:
     dropped = []
 
     async def work() -> str:

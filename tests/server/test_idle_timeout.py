@@ -76,7 +76,7 @@ async def until_hit_twice() -> None:
 
 
 @pytest.mark.parametrize("too", [False, True], ids=["alone", "as it strikes"])
-async def test_whoever_else_cancels_is_heard(*, too: bool) -> None:
+async def test_a_cancellation_by_others_is_raised(*, too: bool) -> None:
     async def wait() -> None:
         with silence(idle_s=SHORT_S if too else LONG_S) as limit:
             await limit.wait_for(until_hit_twice())

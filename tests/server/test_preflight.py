@@ -1,4 +1,4 @@
-"""What `uniroute serve` refuses before it listens: one line, exit 2, nothing begun."""
+"""What `uniroute serve` refuses before it listens: one line, exit status 2, nothing started."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ def settings_of(**stated: object) -> Settings:
     return Settings.model_validate({"data_dir": Path(os.environ["UNIROUTE_DATA_DIR"]), **stated})
 
 
-def test_the_builtin_map_and_set_are_always_there() -> None:
+def test_the_builtin_map_and_validation_set_are_valid() -> None:
     validate_files(settings_of())
 
 
-def test_a_map_that_is_no_map_is_named() -> None:
+def test_a_missing_map_is_refused_by_the_name_of_its_setting() -> None:
     with pytest.raises(SettingsError, match=r"^map: .*uniroute fit"):
         validate_files(settings_of(map="/nowhere/map"))
 
 
-def test_a_broken_validation_line_is_named_by_its_number(tmp_path: Path) -> None:
+def test_a_broken_line_of_a_validation_set_is_refused_by_its_number(tmp_path: Path) -> None:
     (tmp_path / "set.jsonl").write_text(BROKEN_SET)
     with pytest.raises(SettingsError, match=r"^validation_set: .*line 2.*'numeric'"):
         validate_files(settings_of(validation_set=str(tmp_path / "set.jsonl")))
 
 
-def test_a_missing_validation_set_is_named(tmp_path: Path) -> None:
+def test_a_missing_validation_set_is_refused_by_the_name_of_its_setting(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"^validation_set: .*none\.jsonl"):
         validate_files(settings_of(validation_set=str(tmp_path / "none.jsonl")))
 
 
-def test_a_ca_file_that_is_none_is_named(tmp_path: Path) -> None:
+def test_a_broken_or_missing_ca_file_is_refused_by_the_name_of_its_setting(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_text("nothing")
     for path in (tmp_path / "ca.pem", tmp_path / "none.pem"):
         model = {"model_name": "a", "litellm_params": {"model": "openai/x", "ssl_verify": str(path)}}
@@ -70,12 +70,12 @@ def named(*served: str, complete: bool = True, **stated: object) -> None:
         ({"judge_model": "smal"}, "judge_model: 'smal' is no registered model"),
     ],
 )
-def test_a_model_that_a_setting_names_and_that_cannot_come_is_refused(stated: dict[str, Any], words: str) -> None:
+def test_an_unknown_model_that_can_never_be_added_is_refused(stated: dict[str, Any], words: str) -> None:
     with pytest.raises(SettingsError, match=words):
         named("small", **stated)
 
 
-def test_a_model_that_may_still_come_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_model_that_can_still_be_added_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     named("small", default_model="small", judge_model="gpt-4o")
     named("small", judge_model="openai/new")
     assert caplog.text == ""
@@ -90,7 +90,7 @@ def test_every_recipe_can_be_set_and_no_other() -> None:
         load_settings(None, {"UNIROUTE_RECIPE": "foo"})
 
 
-def test_serve_says_it_in_one_line_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_serve_refuses_in_one_line_and_leaves_no_process_behind(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("uniroute:\n  map: nowhere\n")
     ended = run_command("serve", "--config", config, "--port", "0", environ=environment(tmp_path / "data"))

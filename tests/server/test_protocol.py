@@ -8,7 +8,7 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import uvicorn
@@ -35,6 +35,28 @@ class Hasty(LimitedHTTPProtocol):
     min_idle_s = 0.1
 
 
+class Counting(LimitedHTTPProtocol):
+    """Keeps what is written at once."""
+
+    written: ClassVar[list[bytes]] = []
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.transport = CountingTransport(transport, self.written)  # type: ignore[assignment]
+
+
+class CountingTransport:
+    def __init__(self, transport: asyncio.Transport, written: list[bytes]) -> None:
+        self._transport, self._written = transport, written
+
+    def write(self, data: bytes) -> None:
+        self._written.append(data)
+        self._transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 async def tell(scope: Any, receive: Any, send: Any) -> None:
     """What was asked, as JSON; 32 MiB more of it where the path is /large."""
     if scope["type"] != "http":
@@ -48,6 +70,8 @@ async def tell(scope: Any, receive: Any, send: Any) -> None:
     names = [name.decode() for name, _ in scope["headers"]]
     said = json.dumps({"path": scope["path"], "body": body.decode(), "names": names, "crowded": scope.get(OVERLOADED)})
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+    if scope["path"] == "/late":
+        await asyncio.sleep(0.01)
     for _ in range(512 if scope["path"] == "/large" else 0):
         await send({"type": "http.response.body", "body": b" " * 65536, "more_body": True})
     await send({"type": "http.response.body", "body": said.encode(), "more_body": False})
@@ -101,6 +125,24 @@ async def test_single_bytes_do_not_extend_the_time_for_headers() -> None:
 async def test_a_connection_without_a_request_is_closed(said: bytes) -> None:
     async with served(Hasty) as (_, address):
         assert await sent(address, said, wait_s=5) == []
+
+
+async def test_the_head_of_a_response_is_written_with_the_first_of_its_body() -> None:
+    Counting.written.clear()
+    async with served(Counting) as (_, address):
+        reader, writer = await asyncio.open_connection(*address)
+        for path in (b"/", b"/late", b"/"):
+            writer.write(GET.replace(b"/", path, 1) + b"\r\n")
+            await reader.readuntil(b"0\r\n\r\n")
+        writer.write(GET.replace(b"GET", b"HEAD", 1) + b"connection: close\r\n\r\n")
+        head = await reader.read()
+        writer.close()
+
+    starts = [data.partition(b"\r\n")[0] for data in Counting.written]
+    assert [b"path" in data for data in Counting.written] == [True, False, True, True, False]
+    assert [start.startswith(b"HTTP/1.1 200") for start in starts] == [True, True, False, True, True]
+    assert head.startswith(b"HTTP/1.1 200")
+    assert head.endswith(b"\r\n\r\n")
 
 
 async def test_the_next_request_of_a_connection_has_its_own_timeout() -> None:

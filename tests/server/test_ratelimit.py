@@ -1,4 +1,4 @@
-"""Limits as requests meet them, over two processes' connections to one real store."""
+"""Limits over two processes' connections to one real store."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ PATIENT_S = 1.0
 """This machine may be busy."""
 
 
-def claim(name: str = "r", *, tokens: int = 0, picousd: int = 0) -> ReservationRequest:
+def a_request(name: str = "r", *, tokens: int = 0, picousd: int = 0) -> ReservationRequest:
     return ReservationRequest(name, tokens, picousd, 600)
 
 
-async def settle(store: Store, granted: Reservation, *, tokens: int | str = "", picousd: int | str = "") -> None:
+async def settle(store: Store, reservation: Reservation, *, tokens: int | str = "", picousd: int | str = "") -> None:
     """As the usage record does."""
-    arguments = [granted.key_id, granted.reservation or "", str(tokens), str(picousd), "2026-01-01", "2026-01"]
-    await store.client.register_script(SETTLE)(keys=[state_key(granted.key_id)], args=arguments)
+    arguments = [reservation.key_id, reservation.reservation or "", str(tokens), str(picousd), "2026-01-01", "2026-01"]
+    await store.client.register_script(SETTLE)(keys=[state_key(reservation.key_id)], args=arguments)
 
 
 async def reserved(store: Store, key: ClientKey) -> int:
@@ -57,10 +57,10 @@ async def second(second_store: Store) -> AsyncIterator[RateLimiter]:
 
 async def test_requests_of_all_processes_are_counted_together(limiter: RateLimiter, second: RateLimiter) -> None:
     key = a_key(requests_per_minute=2)
-    first = await limiter.reserve(key, claim("1"))
-    await second.reserve(key, claim("2"))
+    first = await limiter.reserve(key, a_request("1"))
+    await second.reserve(key, a_request("2"))
     with pytest.raises(RateLimited) as refused:
-        await limiter.reserve(key, claim("3"))
+        await limiter.reserve(key, a_request("3"))
 
     status, body, headers = render_error(refused.value)
     assert first.headers["x-ratelimit-limit-requests"] == "2"
@@ -72,62 +72,60 @@ async def test_requests_of_all_processes_are_counted_together(limiter: RateLimit
     assert headers["x-ratelimit-remaining-requests"] == "0"
 
 
-async def test_tokens_are_set_aside_and_corrected_by_what_was_used(store: Store, limiter: RateLimiter) -> None:
+async def test_tokens_are_reserved_and_corrected_by_what_was_used(store: Store, limiter: RateLimiter) -> None:
     key = a_key(tokens_per_minute=1000)
-    first = await limiter.reserve(key, claim("1", tokens=900))
+    first = await limiter.reserve(key, a_request("1", tokens=900))
     with pytest.raises(RateLimited, match="needs 200"):
-        await limiter.reserve(key, claim("2", tokens=200))
+        await limiter.reserve(key, a_request("2", tokens=200))
     await settle(store, first, tokens=100)
-    second = await limiter.reserve(key, claim("3", tokens=200))
+    second = await limiter.reserve(key, a_request("3", tokens=200))
 
     assert 700 <= int(second.headers["x-ratelimit-remaining-tokens"]) <= 720
     assert re.fullmatch(r"1[78](\.\d+)?s", second.headers["x-ratelimit-reset-tokens"])
 
 
-async def test_tokens_beyond_what_was_set_aside_are_a_debt(store: Store, limiter: RateLimiter) -> None:
+async def test_tokens_beyond_the_reservation_are_a_debt(store: Store, limiter: RateLimiter) -> None:
     key = a_key(tokens_per_minute=1000)
-    await settle(store, await limiter.reserve(key, claim("1", tokens=10)), tokens=3000)
+    await settle(store, await limiter.reserve(key, a_request("1", tokens=10)), tokens=3000)
     with pytest.raises(RateLimited) as refused:
-        await limiter.reserve(key, claim("2", tokens=1))
+        await limiter.reserve(key, a_request("2", tokens=1))
 
     assert 115 <= int(refused.value.headers["retry-after"]) <= 121
 
 
-async def test_tokens_that_were_not_reported_stay_as_they_were_set_aside(store: Store, limiter: RateLimiter) -> None:
+async def test_unreported_tokens_count_as_reserved(store: Store, limiter: RateLimiter) -> None:
     key = a_key(tokens_per_minute=1000)
-    await settle(store, await limiter.reserve(key, claim("1", tokens=900)))
+    await settle(store, await limiter.reserve(key, a_request("1", tokens=900)))
 
     with pytest.raises(RateLimited):
-        await limiter.reserve(key, claim("2", tokens=200))
+        await limiter.reserve(key, a_request("2", tokens=200))
 
 
-async def test_tokens_without_a_reservation_are_no_debt_of_a_minute_that_is_long_over(
-    store: Store, limiter: RateLimiter
-) -> None:
+async def test_tokens_without_a_reservation_are_no_debt(store: Store, limiter: RateLimiter) -> None:
     """Records that waited while Redis was away, and whose requests this process' own bucket has let through."""
     key = a_key(tokens_per_minute=1000)
-    await limiter.reserve(key, claim("1", tokens=10))
+    await limiter.reserve(key, a_request("1", tokens=10))
     await settle(store, Reservation(key.id, None, {}), tokens=30_000)
 
-    assert (await limiter.reserve(key, claim("2", tokens=900))).reservation == "2"
+    assert (await limiter.reserve(key, a_request("2", tokens=900))).reservation == "2"
 
 
-async def test_what_can_never_fit_is_not_to_be_asked_again(limiter: RateLimiter) -> None:
+async def test_a_request_that_can_never_fit_must_not_be_retried(limiter: RateLimiter) -> None:
     with pytest.raises(RateLimited, match="smaller max_tokens") as refused:
-        await limiter.reserve(a_key(tokens_per_minute=100), claim(tokens=101))
+        await limiter.reserve(a_key(tokens_per_minute=100), a_request(tokens=101))
 
     assert refused.value.headers == {"x-should-retry": "false"}
 
 
 @pytest.mark.parametrize("period", ["day", "month"])
-async def test_money_is_set_aside_settled_and_refused_beyond_the_limit(
+async def test_money_is_reserved_settled_and_refused_beyond_the_limit(
     store: Store, limiter: RateLimiter, second: RateLimiter, period: str
 ) -> None:
     key = a_key(**{f"usd_per_{period}": 0.05})
-    await settle(store, await limiter.reserve(key, claim("1", picousd=4 * CENT)), picousd=3 * CENT)
-    await second.reserve(key, claim("2", picousd=2 * CENT))
+    await settle(store, await limiter.reserve(key, a_request("1", picousd=4 * CENT)), picousd=3 * CENT)
+    await second.reserve(key, a_request("2", picousd=2 * CENT))
     with pytest.raises(BudgetExceeded) as refused:
-        await limiter.reserve(key, claim("3", picousd=3 * CENT))
+        await limiter.reserve(key, a_request("3", picousd=3 * CENT))
 
     status, body, headers = render_error(refused.value)
     message = body["error"]["message"]
@@ -137,140 +135,142 @@ async def test_money_is_set_aside_settled_and_refused_beyond_the_limit(
         assert told in message
 
 
-async def test_what_an_answer_took_counts_before_its_usage_record_comes_and_once_after_it(
+async def test_what_an_answer_used_counts_before_its_usage_record_and_once_after_it(
     store: Store, limiter: RateLimiter, second: RateLimiter
 ) -> None:
     key = a_key(usd_per_day=0.05, tokens_per_minute=1000)
-    granted = await limiter.reserve(key, claim("1", tokens=900, picousd=4 * CENT))
-    settling = granted.used(100, 3 * CENT)
+    reservation = await limiter.reserve(key, a_request("1", tokens=900, picousd=4 * CENT))
+    settling = reservation.used(100, 3 * CENT)
     assert settling is not None
     await settling
-    again = await second.reserve(key, claim("2", tokens=800, picousd=CENT))
+    again = await second.reserve(key, a_request("2", tokens=800, picousd=CENT))
     with pytest.raises(BudgetExceeded, match=r"\$0.03 are spent, \$0.01 are set aside"):
-        await limiter.reserve(key, claim("3", picousd=2 * CENT))
-    await settle(store, granted, tokens=100, picousd=3 * CENT)
+        await limiter.reserve(key, a_request("3", picousd=2 * CENT))
+    await settle(store, reservation, tokens=100, picousd=3 * CENT)
     with pytest.raises(BudgetExceeded, match=r"\$0.03 are spent, \$0.01 are set aside"):
-        await limiter.reserve(key, claim("3", picousd=2 * CENT))
+        await limiter.reserve(key, a_request("3", picousd=2 * CENT))
 
     assert 100 <= int(again.headers["x-ratelimit-remaining-tokens"]) <= 120
 
 
-async def test_an_answer_that_cost_more_than_was_set_aside_is_spent_at_once(limiter: RateLimiter) -> None:
+async def test_a_cost_beyond_the_reservation_is_spent_at_once(limiter: RateLimiter) -> None:
     key = a_key(usd_per_day=0.05)
-    settling = (await limiter.reserve(key, claim("1", picousd=CENT))).used(None, 6 * CENT)
+    settling = (await limiter.reserve(key, a_request("1", picousd=CENT))).used(None, 6 * CENT)
     assert settling is not None
     await settling
 
     with pytest.raises(BudgetExceeded, match="begins again"):
-        await limiter.reserve(key, claim("2", picousd=1))
+        await limiter.reserve(key, a_request("2", picousd=1))
 
 
-async def test_a_cost_that_nobody_knows_is_what_was_set_aside(store: Store, limiter: RateLimiter) -> None:
+async def test_an_unknown_cost_counts_as_reserved(store: Store, limiter: RateLimiter) -> None:
     key = a_key(usd_per_day=0.05)
-    granted = await limiter.reserve(key, claim("1", picousd=4 * CENT))
-    settling = granted.used(None, None)
+    reservation = await limiter.reserve(key, a_request("1", picousd=4 * CENT))
+    settling = reservation.used(None, None)
     assert settling is not None
     await settling
     with pytest.raises(BudgetExceeded, match=r"\$0.04 are spent"):
-        await limiter.reserve(key, claim("2", picousd=2 * CENT))
-    await settle(store, granted)
+        await limiter.reserve(key, a_request("2", picousd=2 * CENT))
+    await settle(store, reservation)
 
     with pytest.raises(BudgetExceeded, match=r"\$0.04 are spent"):
-        await limiter.reserve(key, claim("2", picousd=2 * CENT))
+        await limiter.reserve(key, a_request("2", picousd=2 * CENT))
 
 
-async def test_a_key_whose_requests_alone_are_counted_makes_no_round_trip_at_the_end(limiter: RateLimiter) -> None:
-    assert (await limiter.reserve(a_key(requests_per_minute=5), claim("1"))).used(100, CENT) is None
+async def test_a_key_with_only_a_request_limit_costs_no_round_trip_at_the_end(limiter: RateLimiter) -> None:
+    assert (await limiter.reserve(a_key(requests_per_minute=5), a_request("1"))).used(100, CENT) is None
 
 
-async def test_what_only_requests_under_way_stand_against_may_be_asked_again_soon(limiter: RateLimiter) -> None:
+async def test_a_request_refused_for_pending_reservations_may_be_retried_soon(limiter: RateLimiter) -> None:
     key = a_key(usd_per_day=0.05)
-    await limiter.reserve(key, claim("1", picousd=4 * CENT))
+    await limiter.reserve(key, a_request("1", picousd=4 * CENT))
     with pytest.raises(BudgetExceeded, match="when they have ended") as refused:
-        await limiter.reserve(key, claim("2", picousd=2 * CENT))
+        await limiter.reserve(key, a_request("2", picousd=2 * CENT))
 
     assert refused.value.headers == {"retry-after": "1"}
 
 
 async def test_a_request_that_costs_nothing_is_within_any_budget(store: Store, limiter: RateLimiter) -> None:
     key = a_key(usd_per_day=0.01)
-    await settle(store, await limiter.reserve(key, claim("1", picousd=CENT)), picousd=2 * CENT)
+    await settle(store, await limiter.reserve(key, a_request("1", picousd=CENT)), picousd=2 * CENT)
 
-    assert (await limiter.reserve(key, claim("2"))).reservation == "2"
+    assert (await limiter.reserve(key, a_request("2"))).reservation == "2"
 
 
-async def test_what_is_given_back_may_be_used_at_once_and_is_given_back_once(
+async def test_a_released_reservation_can_be_used_at_once_and_is_released_once(
     store: Store, limiter: RateLimiter
 ) -> None:
     key = a_key(usd_per_day=0.05, tokens_per_minute=1000)
-    granted = await limiter.reserve(key, claim("1", tokens=900, picousd=4 * CENT))
-    kept = await limiter.reserve(key, claim("2", tokens=50, picousd=CENT))
+    reservation = await limiter.reserve(key, a_request("1", tokens=900, picousd=4 * CENT))
+    kept = await limiter.reserve(key, a_request("2", tokens=50, picousd=CENT))
     for _ in range(2):
-        limiter.release(granted)
-        await until(lambda: not limiter.strays)
+        limiter.release(reservation)
+        await until(lambda: not limiter._orphans)
 
     assert await reserved(store, key) == CENT
-    again = await limiter.reserve(key, claim("3", tokens=900, picousd=4 * CENT))
+    again = await limiter.reserve(key, a_request("3", tokens=900, picousd=4 * CENT))
     assert int(again.headers["x-ratelimit-remaining-tokens"]) <= 60
     assert kept.reservation == "2"
 
 
-async def test_a_reservation_of_somebody_who_died_ends_by_itself(store: Store, limiter: RateLimiter) -> None:
+async def test_the_reservation_of_a_dead_process_expires(store: Store, limiter: RateLimiter) -> None:
     key = a_key(usd_per_day=0.05)
-    await limiter.reserve(key, claim("1", picousd=5 * CENT))
+    await limiter.reserve(key, a_request("1", picousd=5 * CENT))
     await store.client.zadd(f"{PREFIX}{{{key.id}}}:open", {"1": 0})
 
-    assert (await limiter.reserve(key, claim("2", picousd=5 * CENT))).reservation == "2"
+    assert (await limiter.reserve(key, a_request("2", picousd=5 * CENT))).reservation == "2"
     assert await reserved(store, key) == 5 * CENT
 
 
-async def test_what_was_lost_of_a_key_is_no_credit(store: Store, limiter: RateLimiter) -> None:
+async def test_lost_state_of_a_key_is_no_credit(store: Store, limiter: RateLimiter) -> None:
     key = a_key(usd_per_day=0.05)
-    granted = await limiter.reserve(key, claim("1", picousd=5 * CENT))
+    reservation = await limiter.reserve(key, a_request("1", picousd=5 * CENT))
     await store.client.hdel(state_key(key.id), "reserved")
-    await settle(store, granted, picousd=0)
+    await settle(store, reservation, picousd=0)
 
     assert await reserved(store, key) == 0
 
 
-async def test_all_that_is_kept_of_a_key_goes_by_itself_but_not_before_its_reservations_and_debts(
+async def test_the_state_of_a_key_expires_but_not_before_its_reservations_and_debts(
     store: Store, limiter: RateLimiter
 ) -> None:
     key = a_key(usd_per_day=0.05, tokens_per_minute=10)
-    granted = await limiter.reserve(key, claim("1", tokens=9, picousd=CENT))
-    await limiter.reserve(key, ReservationRequest("short", tokens=1, picousd=CENT, lives_s=1))
+    reservation = await limiter.reserve(key, a_request("1", tokens=9, picousd=CENT))
+    await limiter.reserve(key, ReservationRequest("short", tokens=1, picousd=CENT, ttl_s=1))
     names = [f"{PREFIX}{{{key.id}}}:{name}" for name in ("state", "held", "open")]
     kept = [await store.client.ttl(name) for name in names]
-    await settle(store, granted, tokens=1000, picousd=CENT)
+    await settle(store, reservation, tokens=1000, picousd=CENT)
 
     assert all(600 < seconds <= 660 for seconds in kept)
     assert await store.client.ttl(state_key(key.id)) > 99 * 60
 
 
-async def test_asked_again_after_a_broken_connection_it_is_set_aside_once(store: Store, limiter: RateLimiter) -> None:
+async def test_a_call_repeated_after_a_broken_connection_reserves_once(store: Store, limiter: RateLimiter) -> None:
     key = a_key(usd_per_day=0.05, requests_per_minute=1)
-    await limiter.reserve(key, claim("1", picousd=5 * CENT))
-    await limiter.reserve(key, claim("1", picousd=5 * CENT))
+    await limiter.reserve(key, a_request("1", picousd=5 * CENT))
+    await limiter.reserve(key, a_request("1", picousd=5 * CENT))
 
     assert await reserved(store, key) == 5 * CENT
 
 
-async def test_a_client_that_leaves_while_it_is_asked_leaves_nothing_behind(store: Store, limiter: RateLimiter) -> None:
+async def test_a_client_that_disconnects_during_reserve_leaves_no_reservation(
+    store: Store, limiter: RateLimiter
+) -> None:
     key = a_key(usd_per_day=1.0)
     for number in range(20):
-        asking = asyncio.create_task(limiter.reserve(key, claim(f"{number}", picousd=CENT)))
+        asking = asyncio.create_task(limiter.reserve(key, a_request(f"{number}", picousd=CENT)))
         for _ in range(number):
             await asyncio.sleep(0)
         asking.cancel()
         if not isinstance((await asyncio.gather(asking, return_exceptions=True))[0], asyncio.CancelledError):
             limiter.release(asking.result())
-    await limiter.reserve(a_key(requests_per_minute=1), claim("asked after all of them"))
-    await until(lambda: not limiter.strays)
+    await limiter.reserve(a_key(requests_per_minute=1), a_request("asked after all of them"))
+    await until(lambda: not limiter._orphans)
 
     assert await reserved(store, key) == 0
 
 
-async def test_together_they_never_spend_more_than_the_limit_and_what_answers_cost_beyond_their_reservation(
+async def test_all_processes_together_overspend_only_by_what_answers_cost_beyond_their_reservation(
     store: Store, limiter: RateLimiter, second: RateLimiter
 ) -> None:
     """400 requests at once over two connections: each sets 1 cent aside, and costs up to 1.2."""
@@ -280,11 +280,11 @@ async def test_together_they_never_spend_more_than_the_limit_and_what_answers_co
 
     async def one(number: int) -> int:
         try:
-            granted = await (limiter, second)[number % 2].reserve(key, claim(str(number), picousd=CENT))
+            reservation = await (limiter, second)[number % 2].reserve(key, a_request(str(number), picousd=CENT))
         except BudgetExceeded:
             return 0
         async with connections:
-            await settle(store, granted, picousd=costs[number])
+            await settle(store, reservation, picousd=costs[number])
         return costs[number]
 
     paid = await asyncio.gather(*map(one, range(400)))
@@ -297,7 +297,7 @@ async def test_together_they_never_spend_more_than_the_limit_and_what_answers_co
     assert await reserved(store, key) == 0
 
 
-async def test_as_fast_as_can_be_asked_no_more_is_granted_than_a_full_bucket_and_its_refill(
+async def test_at_full_speed_no_more_is_granted_than_a_full_bucket_and_its_refill(
     store: Store, limiter: RateLimiter, second: RateLimiter
 ) -> None:
     key = a_key(requests_per_minute=300)
@@ -305,26 +305,26 @@ async def test_as_fast_as_can_be_asked_no_more_is_granted_than_a_full_bucket_and
 
     async def one(number: int) -> bool:
         try:
-            return bool(await (limiter, second)[number % 2].reserve(key, claim(str(number))))
+            return bool(await (limiter, second)[number % 2].reserve(key, a_request(str(number))))
         except RateLimited:
             return False
 
-    granted = sum(await asyncio.gather(*map(one, range(1000))))
+    count = sum(await asyncio.gather(*map(one, range(1000))))
     ended: Any = await store.client.time()
     seconds = ended[0] - began[0] + (ended[1] - began[1]) / 1e6
 
-    assert 300 <= granted <= 300 + 5 * seconds + 1e-6
+    assert 300 <= count <= 300 + 5 * seconds + 1e-6
 
 
 @pytest.mark.parametrize(
     ("seconds", "told"),
     [(0, "0s"), (0.012, "12ms"), (1, "1s"), (8.64, "8.64s"), (60, "1m0s"), (360, "6m0s"), (3723.5, "1h2m3.5s")],
 )
-def test_times_are_told_as_openai_tells_them(seconds: float, told: str) -> None:
+def test_durations_are_formatted_as_openai_does(seconds: float, told: str) -> None:
     assert duration(seconds) == told
 
 
-def test_dollars_and_days_are_told_in_full() -> None:
+def test_dollars_and_days_are_written_in_full() -> None:
     assert [format_usd(n) for n in (0, 5 * PICO, PICO * 5 // 4, 250, 1_500_000)] == ["$0", "$5", "$1.25", *DUST]
     assert next_start("day", 1_798_761_599) == "2027-01-01T00:00:00Z"
     assert next_start("month", 1_798_761_599) == "2027-01-01T00:00:00Z"

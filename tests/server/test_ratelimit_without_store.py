@@ -1,4 +1,4 @@
-"""Redis away, frozen, emptied or spoilt: money is refused, rates hold in this process, and nobody waits for long."""
+"""Redis away, frozen, emptied or broken: money is refused, rates are kept by the process, and waits are short."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.waiting import until
 CENT = PICO // 100
 
 
-def claim(name: str = "r", *, tokens: int = 0, picousd: int = 0) -> ReservationRequest:
+def a_request(name: str = "r", *, tokens: int = 0, picousd: int = 0) -> ReservationRequest:
     return ReservationRequest(name, tokens, picousd, 600)
 
 
@@ -43,7 +43,9 @@ async def test_without_redis_keys_with_a_spend_limit_are_refused(away: Store) ->
     limiter = RateLimiter(away, metrics)
     for number in range(3):
         with pytest.raises(ServiceUnavailable) as refused:
-            await limiter.reserve(a_key(usd_per_month=5.0, requests_per_minute=10), claim(str(number), picousd=CENT))
+            await limiter.reserve(
+                a_key(usd_per_month=5.0, requests_per_minute=10), a_request(str(number), picousd=CENT)
+            )
         status, body, headers = render_error(refused.value)
         assert (status, body["error"]["code"], headers["retry-after"]) == (503, "unavailable", "1")
         assert "budget of this key cannot be checked" in body["error"]["message"]
@@ -56,14 +58,14 @@ async def test_without_redis_rates_hold_in_this_process(away: Store) -> None:
     metrics = Metrics()
     limiter = RateLimiter(away, metrics, clock=lambda: 1000.0)
     key = a_key(requests_per_minute=3, tokens_per_minute=1000)
-    first = await limiter.reserve(key, claim("1", tokens=900))
+    first = await limiter.reserve(key, a_request("1", tokens=900))
     with pytest.raises(RateLimited, match="tokens per minute"):
-        await limiter.reserve(key, claim("2", tokens=200))
+        await limiter.reserve(key, a_request("2", tokens=200))
     first.used(100, None)
-    second = await limiter.reserve(key, claim("3", tokens=200))
-    await limiter.reserve(key, claim("4", tokens=200))
+    second = await limiter.reserve(key, a_request("3", tokens=200))
+    await limiter.reserve(key, a_request("4", tokens=200))
     with pytest.raises(RateLimited, match="requests per minute"):
-        await limiter.reserve(key, claim("5", tokens=1))
+        await limiter.reserve(key, a_request("5", tokens=1))
 
     assert second.headers["x-ratelimit-remaining-tokens"] == "700"
     assert second.headers["x-ratelimit-remaining-requests"] == "1"
@@ -71,16 +73,16 @@ async def test_without_redis_rates_hold_in_this_process(away: Store) -> None:
     await limiter.close()
 
 
-async def test_a_setting_opens_keys_with_a_spend_limit_and_their_rates_still_hold(
+async def test_a_setting_serves_keys_with_a_spend_limit_and_their_rates_still_hold(
     away: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     metrics = Metrics()
     limiter = RateLimiter(away, metrics, open_without_store=True)
     key = a_key(usd_per_day=0.01, requests_per_minute=2)
     for number in range(2):
-        assert (await limiter.reserve(key, claim(str(number), picousd=5 * CENT))).key_id == key.id
+        assert (await limiter.reserve(key, a_request(str(number), picousd=5 * CENT))).key_id == key.id
     with pytest.raises(RateLimited):
-        await limiter.reserve(key, claim("3", picousd=5 * CENT))
+        await limiter.reserve(key, a_request("3", picousd=5 * CENT))
 
     assert unchecked(metrics, "open") == 3
     assert [record.message.count("served unchecked") for record in caplog.records] == [1]
@@ -93,46 +95,46 @@ def without_waiting(work: Coroutine[Any, Any, Any]) -> None:
         work.send(None)
 
 
-async def test_a_frozen_redis_is_waited_for_by_the_first_and_limits_go_on_when_it_wakes(tmp_path: Path) -> None:
+async def test_only_the_first_request_waits_for_a_frozen_redis_and_limits_resume_when_it_wakes(tmp_path: Path) -> None:
     server = EmbeddedValkey(tmp_path)
     server.ensure()
     store = Store(f"unix://{server.socket_path}")
     limiter = RateLimiter(store, Metrics())
     key, rated = a_key(usd_per_day=0.05), a_key(requests_per_minute=1000)
     info: Any = await store.client.info("server")
-    before = await limiter.reserve(key, claim("before", picousd=CENT))
+    before = await limiter.reserve(key, a_request("before", picousd=CENT))
     with frozen(int(info["process_id"])):
         with pytest.raises(ServiceUnavailable):
-            await limiter.reserve(key, claim("first", picousd=CENT))
+            await limiter.reserve(key, a_request("first", picousd=CENT))
         assert before.used(None, CENT) is None  # an answer ends without waiting, and its record settles it
         for number in range(200):
-            without_waiting(limiter.reserve(rated, claim(str(number))))
+            without_waiting(limiter.reserve(rated, a_request(str(number))))
             with pytest.raises(ServiceUnavailable):
-                without_waiting(limiter.reserve(key, claim(f"later-{number}", picousd=CENT)))
-    await until(lambda: not limiter.silent and not limiter.strays)
+                await limiter.reserve(key, a_request(f"later-{number}", picousd=CENT))
+    await until(lambda: not limiter.silent and not limiter._orphans)
 
-    assert (await limiter.reserve(key, claim("after", picousd=CENT))).reservation == "after"
+    assert (await limiter.reserve(key, a_request("after", picousd=CENT))).reservation == "after"
     assert await store.client.hget(state_key(key.id), "reserved") == str(2 * CENT)
     await limiter.close()
     await store.close()
     server.stop()
 
 
-async def test_an_emptied_redis_begins_again_and_owes_nothing(store: Store) -> None:
+async def test_an_emptied_redis_starts_again_without_debts(store: Store) -> None:
     limiter = RateLimiter(store, Metrics(), timeout_s=1.0)
     key = a_key(usd_per_day=0.05, tokens_per_minute=100)
-    granted = await limiter.reserve(key, claim("1", tokens=100, picousd=5 * CENT))
+    reservation = await limiter.reserve(key, a_request("1", tokens=100, picousd=5 * CENT))
     await store.client.flushall()
     await store.client.script_flush()
-    await limiter.reserve(key, claim("2", tokens=50, picousd=5 * CENT))
-    limiter.release(granted)
-    await until(lambda: not limiter.strays)
+    await limiter.reserve(key, a_request("2", tokens=50, picousd=5 * CENT))
+    limiter.release(reservation)
+    await until(lambda: not limiter._orphans)
 
     assert await store.client.hget(state_key(key.id), "reserved") == str(5 * CENT)
     await limiter.close()
 
 
-async def test_a_key_whose_entry_is_spoilt_is_alone_in_its_trouble(
+async def test_an_unreadable_entry_of_one_key_affects_no_other_key(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     limiter = RateLimiter(store, Metrics(), timeout_s=1.0)
@@ -140,8 +142,8 @@ async def test_a_key_whose_entry_is_spoilt_is_alone_in_its_trouble(
     await store.client.set(state_key(spoilt.id), "not a hash")
     for number in range(3):
         with pytest.raises(ServiceUnavailable):
-            await limiter.reserve(spoilt, claim(f"s{number}", picousd=CENT))
-        assert (await limiter.reserve(good, claim(f"g{number}", picousd=CENT))).reservation == f"g{number}"
+            await limiter.reserve(spoilt, a_request(f"s{number}", picousd=CENT))
+        assert (await limiter.reserve(good, a_request(f"g{number}", picousd=CENT))).reservation == f"g{number}"
 
     assert [spoilt.id in record.message for record in caplog.records if record.levelname == "WARNING"] == [True]
     await limiter.close()

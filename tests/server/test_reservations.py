@@ -1,4 +1,4 @@
-"""What is set aside for a request: the most that it may cost, and the tokens that it may take."""
+"""What is reserved for a request: the most that it may cost, and the tokens that it may take."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def a_choice(*order: str, prompt: int = 1000, needs: Requirements | None = None)
     return Selection("dec-1", order[0], "scored", 0.1, order, None, {}, attempts=len(order), needs=needs)
 
 
-def claimed(choice: Selection, state: RoutingSnapshot, limits: KeyLimits, **body: Any) -> ReservationRequest:
+def reserved(choice: Selection, state: RoutingSnapshot, limits: KeyLimits, **body: Any) -> ReservationRequest:
     return estimate_reservation(Demand(choice, body, state, SETTINGS), limits)
 
 
@@ -74,32 +74,32 @@ def state() -> RoutingSnapshot:
     return build_state(StoredState(1, records, profiles, keys_exist=False), snapshot_inputs(), keys_latched=False)
 
 
-def test_the_stated_length_at_the_price_is_set_aside_for_every_answer(state: RoutingSnapshot) -> None:
-    claim = claimed(a_choice("cheap"), state, MONEY, max_tokens=100, n=3)
+def test_the_requested_length_at_the_price_is_reserved_for_every_answer(state: RoutingSnapshot) -> None:
+    request = reserved(a_choice("cheap"), state, MONEY, max_tokens=100, n=3)
 
-    assert (claim.id, claim.picousd, claim.tokens) == ("dec-1", (1000 + 3 * 400) * MICRO, 0)
-    assert claim.lives_s == 100 + MARGIN_S
-
-
-def test_it_is_the_dearest_of_those_that_may_be_asked(state: RoutingSnapshot) -> None:
-    claim = claimed(a_choice("cheap", "dear"), state, MONEY, max_tokens=100)
-
-    assert claim.picousd == (10_000 + 4000) * MICRO
+    assert (request.id, request.picousd, request.tokens) == ("dec-1", (1000 + 3 * 400) * MICRO, 0)
+    assert request.ttl_s == 100 + MARGIN_S
 
 
-def test_an_answer_of_no_stated_length_is_set_aside_up_to_the_setting_or_the_models_own_bound(
+def test_the_most_expensive_of_the_models_that_may_answer_is_reserved(state: RoutingSnapshot) -> None:
+    request = reserved(a_choice("cheap", "dear"), state, MONEY, max_tokens=100)
+
+    assert request.picousd == (10_000 + 4000) * MICRO
+
+
+def test_an_answer_without_a_requested_length_is_reserved_up_to_the_setting_or_the_models_limit(
     state: RoutingSnapshot,
 ) -> None:
-    assert claimed(a_choice("cheap"), state, MONEY).picousd == (1000 + 4 * 4096) * MICRO
-    assert claimed(a_choice("short"), state, MONEY).picousd == (1000 + 4 * 500) * MICRO
+    assert reserved(a_choice("cheap"), state, MONEY).picousd == (1000 + 4 * 4096) * MICRO
+    assert reserved(a_choice("short"), state, MONEY).picousd == (1000 + 4 * 500) * MICRO
 
 
-def test_a_limit_is_set_aside_as_the_model_is_told_it(state: RoutingSnapshot) -> None:
+def test_a_limit_is_reserved_as_it_is_sent_to_the_model(state: RoutingSnapshot) -> None:
     """Not as its bound is known, where it is told more than that."""
     capped = a_choice("short", needs=Requirements(prompt_tokens=1000, max_output_tokens=9000, limit_is_cap=True))
 
-    assert claimed(a_choice("short"), state, MONEY, max_tokens=9000).picousd == (1000 + 4 * 9000) * MICRO
-    assert claimed(capped, state, MONEY, max_tokens=9000).picousd == (1000 + 4 * 500) * MICRO
+    assert reserved(a_choice("short"), state, MONEY, max_tokens=9000).picousd == (1000 + 4 * 9000) * MICRO
+    assert reserved(capped, state, MONEY, max_tokens=9000).picousd == (1000 + 4 * 500) * MICRO
 
 
 @pytest.mark.parametrize(
@@ -117,84 +117,84 @@ def test_a_limit_is_set_aside_as_the_model_is_told_it(state: RoutingSnapshot) ->
         ({"max_tokens": 100, "prediction": {"type": "content", "content": "x" * 400}}, 200),
     ],
 )
-def test_whatever_name_an_upstream_could_read_is_set_aside(
+def test_every_name_of_a_limit_that_an_upstream_could_read_is_reserved(
     state: RoutingSnapshot, body: dict[str, Any], output: int
 ) -> None:
-    assert claimed(a_choice("cheap"), state, MONEY, **body).picousd == (1000 + 4 * output) * MICRO
+    assert reserved(a_choice("cheap"), state, MONEY, **body).picousd == (1000 + 4 * output) * MICRO
 
 
-def test_reasoning_is_not_set_aside_twice_where_the_provider_counts_it_in_the_limit(state: RoutingSnapshot) -> None:
+def test_reasoning_within_the_limit_is_not_reserved_twice(state: RoutingSnapshot) -> None:
     thinking = {"type": "enabled", "budget_tokens": 2000}
 
-    assert claimed(a_choice("claude"), state, MONEY, max_tokens=3000, thinking=thinking).picousd == 4 * 4000 * MICRO
-    assert claimed(a_choice("claude"), state, MONEY, max_tokens=100, thinking=thinking).picousd == 4 * 3100 * MICRO
+    assert reserved(a_choice("claude"), state, MONEY, max_tokens=3000, thinking=thinking).picousd == 4 * 4000 * MICRO
+    assert reserved(a_choice("claude"), state, MONEY, max_tokens=100, thinking=thinking).picousd == 4 * 3100 * MICRO
 
 
-def test_reasoning_that_a_provider_does_not_limit_is_set_aside_as_an_answer_of_no_stated_length(
+def test_reasoning_beyond_the_limit_is_reserved_as_an_answer_without_a_requested_length(
     state: RoutingSnapshot,
 ) -> None:
-    assert claimed(a_choice("qwen"), state, MONEY, max_tokens=100).picousd == (1000 + 4 * 4196) * MICRO
+    assert reserved(a_choice("qwen"), state, MONEY, max_tokens=100).picousd == (1000 + 4 * 4196) * MICRO
 
 
-def test_a_models_own_parameters_are_set_aside_as_they_are_sent(state: RoutingSnapshot) -> None:
-    assert claimed(a_choice("arm"), state, MONEY, messages=[]).picousd == (1000 + 100 + 4 * 2 * 7000) * MICRO
-    assert claimed(a_choice("arm"), state, MONEY, messages=[], max_tokens=10, n=1).picousd == (1100 + 40) * MICRO
+def test_a_models_own_parameters_are_reserved_as_they_are_sent(state: RoutingSnapshot) -> None:
+    assert reserved(a_choice("arm"), state, MONEY, messages=[]).picousd == (1000 + 100 + 4 * 2 * 7000) * MICRO
+    assert reserved(a_choice("arm"), state, MONEY, messages=[], max_tokens=10, n=1).picousd == (1100 + 40) * MICRO
 
 
-def test_a_prompt_is_set_aside_at_the_price_of_writing_it_to_a_cache(state: RoutingSnapshot) -> None:
-    assert claimed(a_choice("claude"), state, MONEY, max_tokens=1).picousd == (4 * 1000 + 4) * MICRO
+def test_a_prompt_is_reserved_at_the_price_of_writing_it_to_a_cache(state: RoutingSnapshot) -> None:
+    assert reserved(a_choice("claude"), state, MONEY, max_tokens=1).picousd == (4 * 1000 + 4) * MICRO
 
 
-def test_sound_is_set_aside_at_its_own_price_where_it_is_asked_for(state: RoutingSnapshot) -> None:
+def test_requested_audio_is_reserved_at_its_own_price(state: RoutingSnapshot) -> None:
     spoken = Requirements(prompt_tokens=1000, audio_input=True, audio_output=True)
 
-    assert claimed(a_choice("voice", needs=spoken), state, MONEY, max_tokens=100).picousd == (3000 + 2000) * MICRO
-    assert claimed(a_choice("voice"), state, MONEY, max_tokens=100).picousd == (1000 + 400) * MICRO
+    assert reserved(a_choice("voice", needs=spoken), state, MONEY, max_tokens=100).picousd == (3000 + 2000) * MICRO
+    assert reserved(a_choice("voice"), state, MONEY, max_tokens=100).picousd == (1000 + 400) * MICRO
 
 
-def test_a_long_prompt_is_set_aside_at_the_price_of_its_tier(state: RoutingSnapshot) -> None:
-    claim = claimed(a_choice("long", prompt=300_000), state, MONEY, max_tokens=100)
+def test_a_long_prompt_is_reserved_at_the_price_of_its_tier(state: RoutingSnapshot) -> None:
+    request = reserved(a_choice("long", prompt=300_000), state, MONEY, max_tokens=100)
 
-    assert claim.picousd == (600_000 + 600) * MICRO
+    assert request.picousd == (600_000 + 600) * MICRO
 
 
-def test_a_model_of_unknown_price_is_not_asked_for_a_key_with_a_spend_limit(state: RoutingSnapshot) -> None:
+def test_a_key_with_a_spend_limit_gets_no_model_of_unknown_price(state: RoutingSnapshot) -> None:
     with pytest.raises(NoEligibleModelError, match="no price of the model 'unpriced'"):
-        claimed(a_choice("unpriced"), state, MONEY)
+        reserved(a_choice("unpriced"), state, MONEY)
 
-    assert claimed(a_choice("unpriced"), state, KeyLimits(requests_per_minute=1)).picousd == 0
+    assert reserved(a_choice("unpriced"), state, KeyLimits(requests_per_minute=1)).picousd == 0
 
 
-def test_tokens_are_prompt_and_answers_as_stated_or_as_long_as_usual(state: RoutingSnapshot) -> None:
+def test_tokens_are_prompt_and_answers_of_the_requested_or_usual_length(state: RoutingSnapshot) -> None:
     limits = KeyLimits(tokens_per_minute=100_000)
 
-    assert claimed(a_choice("cheap"), state, limits, max_tokens=100, n=2).tokens == 1200
-    assert claimed(a_choice("cheap"), state, limits, n=2).tokens == 1000 + 2 * 50
-    assert claimed(a_choice("cheap"), state, limits, max_tokens=1, num_predict=5000).tokens == 6000
-    assert claimed(a_choice("cheap"), state, limits, max_tokens=1, thinking={"budget_tokens": 5000}).tokens == 6001
+    assert reserved(a_choice("cheap"), state, limits, max_tokens=100, n=2).tokens == 1200
+    assert reserved(a_choice("cheap"), state, limits, n=2).tokens == 1000 + 2 * 50
+    assert reserved(a_choice("cheap"), state, limits, max_tokens=1, num_predict=5000).tokens == 6000
+    assert reserved(a_choice("cheap"), state, limits, max_tokens=1, thinking={"budget_tokens": 5000}).tokens == 6001
 
 
-def test_only_what_was_stated_can_be_too_large_for_a_limit_of_tokens(state: RoutingSnapshot) -> None:
+def test_only_a_requested_length_can_be_too_large_for_a_token_limit(state: RoutingSnapshot) -> None:
     limits = KeyLimits(tokens_per_minute=1020)
 
-    assert claimed(a_choice("cheap"), state, limits).tokens == 1020
-    assert claimed(a_choice("cheap"), state, limits, max_tokens=100).tokens == 1100
-    assert claimed(a_choice("cheap", prompt=2000), state, limits).tokens == 2000
+    assert reserved(a_choice("cheap"), state, limits).tokens == 1020
+    assert reserved(a_choice("cheap"), state, limits, max_tokens=100).tokens == 1100
+    assert reserved(a_choice("cheap", prompt=2000), state, limits).tokens == 2000
 
 
-def test_a_claim_beyond_all_measure_fits_a_counter(state: RoutingSnapshot) -> None:
-    claim = claimed(a_choice("dear"), state, MONEY, max_tokens=10**400, n=128)
+def test_an_impossible_reservation_fits_a_counter(state: RoutingSnapshot) -> None:
+    request = reserved(a_choice("dear"), state, MONEY, max_tokens=10**400, n=128)
 
-    assert claim.picousd == MAX_PICOUSD or claim.picousd == 128 * 4 * 10 * 10**9 * MICRO + 10_000 * MICRO
+    assert request.picousd == MAX_PICOUSD or request.picousd == 128 * 4 * 10 * 10**9 * MICRO + 10_000 * MICRO
 
 
-def test_where_money_is_limited_nobody_is_asked_for_whom_none_is_set_aside() -> None:
+def test_if_money_is_limited_no_model_is_tried_without_a_reservation() -> None:
     choice = replace(a_choice("cheap", "short", "dear"), attempts=2)
     assert limit_to_reserved(choice, MONEY).order == ("cheap", "short")
     assert limit_to_reserved(choice, KeyLimits(requests_per_minute=5)).order == ("cheap", "short", "dear")
 
 
-def test_dearer_models_can_be_left_out_of_those_to_fall_back_on(state: RoutingSnapshot) -> None:
+def test_pricier_fallbacks_can_be_dropped(state: RoutingSnapshot) -> None:
     body = {"max_tokens": 100}
 
     assert drop_pricier_fallbacks(Demand(a_choice("cheap", "dear", "short"), body, state, SETTINGS)).order == (

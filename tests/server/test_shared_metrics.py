@@ -17,8 +17,8 @@ from proxy.server import metrics as values
 from proxy.server.metrics import (
     SEGMENT_CELLS,
     FastCounter,
+    FastGauge,
     FastHistogram,
-    Level,
     Metrics,
     SharedValues,
     Values,
@@ -29,12 +29,12 @@ from proxy.server.metrics import (
 COUNT = """
 import sys
 from pathlib import Path
-from proxy.server.metrics import Counted, Distribution, Level
+from proxy.server.metrics import FastCounter, FastHistogram, FastGauge
 from proxy.server.metrics import SharedValues
 shared = SharedValues(Path(sys.argv[1]))
-asked = Counted("asked", "", ["model"], values=shared)
-took = Distribution("took", "", [], [1, 10], values=shared)
-busy = Level("busy", "", values=shared)
+asked = FastCounter("asked", "", ["model"], values=shared)
+took = FastHistogram("took", "", [], [1, 10], values=shared)
+busy = FastGauge("busy", "", values=shared)
 for _ in range(int(sys.argv[2])):
     asked.add(("small",))
     took.observe(5)
@@ -64,7 +64,7 @@ class Scraped:
         self.values = SharedValues(folder)
         self.asked = FastCounter("asked", "", ["model"], values=self.values)
         self.took = FastHistogram("took", "", [], [1, 10], values=self.values)
-        self.busy = Level("busy", "", values=self.values)
+        self.busy = FastGauge("busy", "", values=self.values)
         self._registry = CollectorRegistry()
         for each in (self.asked, self.took, self.busy):
             self._registry.register(each)
@@ -159,7 +159,7 @@ def test_every_metric_of_the_registry_is_of_the_shared_kind(tmp_path: Path) -> N
     """One that is not would show the worker that happens to be asked."""
     one, other = Metrics(SharedValues(tmp_path)), Metrics(SharedValues(tmp_path))
     kinds = {type(collector) for collector in one.registry._collector_to_names}
-    assert kinds == {FastCounter, FastHistogram, Level}
+    assert kinds == {FastCounter, FastHistogram, FastGauge}
     other.errors.labels("500").inc()
     other.in_flight = 3
     other.look()

@@ -1,4 +1,4 @@
-"""One table for both buckets, the Lua one and this process' own; and that neither gives more than it may."""
+"""One table for both buckets, in Lua and in Python; neither grants more than it may."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.server.ratelimit import BucketCache, BucketState, adjust, refill, take, time_to_full, wait_s
+from proxy.server.ratelimit import BucketState, adjust, refill, take, time_to_full, wait_s
 from proxy.storage.redis import load_script
 from proxy.storage.valkey import EmbeddedValkey
 
@@ -75,12 +75,12 @@ def run(take: Take, case: Case) -> list[bool]:
 
 
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.says)
-def test_the_bucket_of_this_process(case: Case) -> None:
+def test_a_bucket_in_the_process_grants_what_fits(case: Case) -> None:
     assert run(take, case) == [granted for _, _, granted in case.steps]
 
 
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.says)
-def test_the_bucket_in_the_store(case: Case, lua: Take) -> None:
+def test_a_bucket_in_the_store_grants_what_fits(case: Case, lua: Take) -> None:
     assert run(lua, case) == [granted for _, _, granted in case.steps]
 
 
@@ -89,7 +89,7 @@ TIMES = st.floats(0, 4e9, allow_nan=False)
 
 
 @given(used=AMOUNTS, at=TIMES, per_minute=AMOUNTS, amount=AMOUNTS, now=TIMES)
-def test_both_buckets_are_the_same_to_the_last_bit(
+def test_buckets_in_the_process_and_in_the_store_agree_to_the_last_bit(
     lua: Take, used: float, at: float, per_minute: float, amount: float, now: float
 ) -> None:
     assert lua(BucketState(used, at), per_minute, amount, now) == take(BucketState(used, at), per_minute, amount, now)
@@ -115,32 +115,21 @@ def test_in_no_window_more_is_taken_than_a_full_bucket_and_its_refill(
 
 
 @given(per_minute=st.integers(1, 1000), taken_=st.integers(0, 1000), real=st.integers(0, 5000))
-def test_a_correction_makes_it_what_it_would_be_had_the_real_amount_been_taken(
-    per_minute: int, taken_: int, real: int
-) -> None:
+def test_an_adjusted_bucket_is_as_if_the_real_amount_had_been_taken(per_minute: int, taken_: int, real: int) -> None:
     level = adjust(BucketState(taken_, 5.0), per_minute, real - taken_, 5.0)
 
     assert level == BucketState(real, 5.0)
     assert adjust(level, per_minute, -2 * real, 6.0).used == 0
 
 
-def test_waiting_so_long_is_enough_and_no_less() -> None:
+def test_the_stated_wait_is_enough_and_not_too_long() -> None:
     assert (wait_s(60, 1, 60), wait_s(59.5, 1, 60), wait_s(10, 1, 60)) == (1.0, 0.5, 0.0)
     assert time_to_full(30, 60) == 30.0
     assert wait_s(0, 1, 0) == time_to_full(0, 0) == 60.0
 
 
-def test_the_names_used_last_are_kept() -> None:
-    buckets = BucketCache(most=2)
-    for name in ("a", "b", "a", "c"):
-        buckets[name] = BucketState(1.0, 1.0)
-
-    assert len(buckets) == 2
-    assert (buckets["a"], buckets["b"], buckets["c"]) == (BucketState(1.0, 1.0), BucketState(), BucketState(1.0, 1.0))
-
-
 @given(seconds=st.integers(0, 4_102_444_800))
-def test_the_store_reckons_dates_as_the_calendar_does(valkey: EmbeddedValkey, seconds: int) -> None:
+def test_the_dates_of_the_store_are_those_of_the_calendar(valkey: EmbeddedValkey, seconds: int) -> None:
     with redis.Redis(unix_socket_path=str(valkey.socket_path), decode_responses=True) as client:
         date = client.eval(f"{DATE} return limits_date(tonumber(ARGV[1]))", 0, str(seconds))
 

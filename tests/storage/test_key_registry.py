@@ -1,4 +1,4 @@
-"""Keys in the store: nothing acknowledged is lost to another's change, and no change lacks its audit line."""
+"""Keys in the store: concurrent changes are all kept, and every change has an audit line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def some_keys(store: Store, folder: Path, clock: Clock) -> KeyRegistry:
 
 
 def audited(store: Store, folder: Path, *configured: str) -> Registry:
-    return a_registry(store, folder, *configured).by(ANN)
+    return a_registry(store, folder, *configured).as_actor(ANN)
 
 
 async def lines(store: Store) -> list[dict[str, Any]]:
@@ -63,16 +63,14 @@ async def test_a_key_is_stored_with_all_its_terms_and_never_with_its_secret(stor
     assert SECRET.search(kept) is None
 
 
-async def test_terms_that_make_no_key_store_nothing_and_close_nothing(store: Store, tmp_path: Path) -> None:
+async def test_an_invalid_key_stores_nothing_and_requires_no_key(store: Store, tmp_path: Path) -> None:
     with pytest.raises(InvalidKey):
         await audited(store, tmp_path).keys.create("team", None, KeyChange({"lambda_min": 2.0, "lambda_max": 1.0}))
     assert await store.client.keys() == []
     assert not AuthRequiredLatch(tmp_path).closed
 
 
-async def test_a_rotation_gives_a_new_secret_and_ends_the_old_one_at_once_or_after_its_grace(
-    store: Store, tmp_path: Path
-) -> None:
+async def test_a_rotation_ends_the_old_secret_at_once_or_after_its_grace_period(store: Store, tmp_path: Path) -> None:
     clock = Clock()
     keys = some_keys(store, tmp_path, clock)
     made, first = await keys.create("team")
@@ -87,7 +85,7 @@ async def test_a_rotation_gives_a_new_secret_and_ends_the_old_one_at_once_or_aft
     assert (abrupt.id, abrupt.name, abrupt.created_at) == (made.id, "team", made.created_at)
 
 
-async def test_a_second_rotation_ends_the_grace_of_the_first(store: Store, tmp_path: Path) -> None:
+async def test_a_second_rotation_ends_the_grace_period_of_the_first(store: Store, tmp_path: Path) -> None:
     clock = Clock()
     keys = some_keys(store, tmp_path, clock)
     made, first = await keys.create("team")
@@ -96,7 +94,7 @@ async def test_a_second_rotation_ends_the_grace_of_the_first(store: Store, tmp_p
     assert [twice.matches(digest_of(secret), clock.now) for secret in (first, second)] == [False, True]
 
 
-async def test_changes_from_many_sides_at_once_are_all_kept(store: Store, second_store: Store, tmp_path: Path) -> None:
+async def test_concurrent_changes_are_all_kept(store: Store, second_store: Store, tmp_path: Path) -> None:
     here, there = a_registry(store, tmp_path).keys, a_registry(second_store, tmp_path).keys
     key, secret = await here.create("team")
     await asyncio.gather(
@@ -114,7 +112,7 @@ async def test_changes_from_many_sides_at_once_are_all_kept(store: Store, second
     assert kept.previous_digest == digest_of(secret)
 
 
-async def test_a_revocation_is_not_undone_by_a_change_made_at_the_same_time(store: Store, tmp_path: Path) -> None:
+async def test_a_concurrent_change_does_not_undo_a_revocation(store: Store, tmp_path: Path) -> None:
     keys = a_registry(store, tmp_path).keys
     for _ in range(10):
         key, _ = await keys.create("team")
@@ -123,7 +121,7 @@ async def test_a_revocation_is_not_undone_by_a_change_made_at_the_same_time(stor
         assert (await keys.find(key.id)).revoked
 
 
-async def test_what_is_over_stays_over(store: Store, tmp_path: Path) -> None:
+async def test_a_revoked_key_stays_revoked(store: Store, tmp_path: Path) -> None:
     clock = Clock()
     keys = some_keys(store, tmp_path, clock)
     expired, _ = await keys.create("short", None, KeyChange({"expires_at": clock.now + 10}))
@@ -149,7 +147,7 @@ async def test_an_unknown_key_is_refused_and_nothing_changes(store: Store, tmp_p
     assert await store.client.keys() == []
 
 
-async def test_a_record_that_cannot_be_read_opens_nothing_even_if_it_once_did(store: Store, tmp_path: Path) -> None:
+async def test_an_unreadable_key_record_is_not_valid_even_if_it_once_was(store: Store, tmp_path: Path) -> None:
     keys = a_registry(store, tmp_path).keys
     key, _ = await keys.create("team")
     other, _ = await keys.create("other")
@@ -176,7 +174,7 @@ async def test_both_secrets_of_a_rotated_key_are_found_by_every_process(store: S
         await until(lambda: not holder.current.keys)
 
 
-async def test_a_write_whose_answer_was_lost_may_be_run_again(store: Store, tmp_path: Path) -> None:
+async def test_a_write_whose_reply_was_lost_can_be_repeated(store: Store, tmp_path: Path) -> None:
     keys = audited(store, tmp_path).keys
     key = ClientKey("k", "team", "0a", 1.0)
     changed = ClientKey("k", "team", "0a", 1.0, ("small",))
@@ -186,7 +184,7 @@ async def test_a_write_whose_answer_was_lost_may_be_run_again(store: Store, tmp_
     assert len(await lines(store)) == 2
 
 
-async def test_every_write_of_an_author_has_its_line_and_the_service_itself_leaves_none(
+async def test_every_write_of_an_actor_has_an_audit_line_and_the_service_leaves_none(
     store: Store, tmp_path: Path
 ) -> None:
     registry = audited(store, tmp_path)
@@ -210,7 +208,7 @@ async def test_every_write_of_an_author_has_its_line_and_the_service_itself_leav
     assert len(await lines(store)) == len(seen)
 
 
-async def test_a_change_whose_line_cannot_be_written_is_not_made(store: Store, tmp_path: Path) -> None:
+async def test_a_change_whose_audit_line_cannot_be_written_is_not_made(store: Store, tmp_path: Path) -> None:
     registry = audited(store, tmp_path)
     key, _ = await registry.keys.create("team")
     await registry.add_model(a_record())
@@ -233,7 +231,7 @@ async def test_a_change_whose_line_cannot_be_written_is_not_made(store: Store, t
         assert holder.current.profiles == {}
 
 
-async def test_the_trail_keeps_its_last_lines_and_shows_a_foreign_one_as_such(store: Store, tmp_path: Path) -> None:
+async def test_the_audit_log_keeps_the_last_lines_and_marks_foreign_ones(store: Store, tmp_path: Path) -> None:
     registry = audited(store, tmp_path, "small")
     async with store.client.pipeline(transaction=False) as pipe:
         for _ in range(10_000):
@@ -241,15 +239,15 @@ async def test_the_trail_keeps_its_last_lines_and_shows_a_foreign_one_as_such(st
         await pipe.execute()
     await registry.put_price("small", Price(1e-6, 1e-6))
     assert await store.client.xlen(AUDIT) == 10_000
-    await AuditTrail(store, ANN).note("jobs.cancel", "j1")
+    await AuditTrail(store, ANN).record("jobs.cancel", "j1")
     assert await store.client.xlen(AUDIT) == 10_000
     newest, second, third = await AuditTrail(store, ANN).latest(3)
     assert (newest["action"], second["action"], third["who"]) == ("jobs.cancel", "models.price", "?")
     assert newest["at"].endswith("Z")
 
 
-async def test_a_line_that_the_store_does_not_take_is_said_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_audit_line_that_cannot_be_stored_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     nowhere = Store("redis://127.0.0.1:1")
-    await AuditTrail(nowhere, ANN).note("jobs.cancel", "j1")
+    await AuditTrail(nowhere, ANN).record("jobs.cancel", "j1")
     await nowhere.close()
     assert "jobs.cancel is in this log alone" in caplog.text

@@ -6,7 +6,7 @@ import pytest
 
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.models import CurrentPrice, ModelRecord, StoredProfile
-from proxy.storage.redis import InvalidRecord
+from proxy.storage.values import InvalidRecord
 from router_core.errors import InvalidPrice
 from router_core.types import PRICE_FIELDS, Price
 from tests.support.makers import a_profile, a_record
@@ -51,7 +51,7 @@ def test_a_price_with_tiers_comes_back_as_it_was_stored_and_keeps_its_names() ->
     assert CurrentPrice.from_fields(fields, seen_at=0).price == Price.from_fields(stated)
 
 
-def test_a_foreign_price_without_source_or_time_is_external_and_dated_when_seen() -> None:
+def test_a_foreign_price_without_source_or_time_is_external_and_dated_when_read() -> None:
     live = CurrentPrice.from_fields({"input_cost_per_token": "1e-7", "output_cost_per_token": "3e-7"}, seen_at=42.0)
     assert (live.source, live.updated_at) == ("external", 42.0)
 

@@ -1,4 +1,4 @@
-"""The money matrix, whole: every report at every price, to the picodollar."""
+"""Every report of usage at every price, to the picodollar."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ANSWERED = ObservedTraffic(prompt_tokens=4, output_bytes=400, unreported_bytes=0
 
 
 @pytest.mark.parametrize(("case", "price"), list(product(CASES, PRICES)), ids=str)
-def test_what_was_reported_is_paid_to_the_picodollar(case: tuple[str, str], price: str) -> None:
+def test_reported_usage_is_billed_to_the_picodollar(case: tuple[str, str], price: str) -> None:
     use, vendor = case
     cost = cost_of(parse_usage(REPORTS[use][vendor]), Price.from_fields(PRICES[price]), ANSWERED, billed=True)
     assert cost.usd is not None
@@ -23,7 +23,7 @@ def test_what_was_reported_is_paid_to_the_picodollar(case: tuple[str, str], pric
 
 
 @pytest.mark.parametrize("told", ON_THE_WAY)
-def test_what_came_is_paid_however_it_ended(told: str) -> None:
+def test_received_content_is_billed_however_the_answer_ended(told: str) -> None:
     reports, expected = ON_THE_WAY[told]
     counts, reported_bytes = TokenCounts(), 0
     for place, usage in enumerate(reports):
@@ -36,7 +36,7 @@ def test_what_came_is_paid_however_it_ended(told: str) -> None:
     assert picousd(cost.usd) == expected
 
 
-def test_zeros_beside_something_that_is_no_text_are_no_report() -> None:
+def test_zeros_beside_content_without_text_are_no_report() -> None:
     sound = ObservedTraffic(prompt_tokens=4, output_bytes=0, unreported_bytes=0, has_content=True)
     assert believed(TokenCounts(0, 0, 0, 0), sound) == TokenCounts(None, 0, None, 0)
 
@@ -46,5 +46,5 @@ def test_an_empty_answer_has_no_tokens() -> None:
     assert believed(TokenCounts(1000, 0, 0, 0), nothing) == TokenCounts(1000, 0, 0, 0)
 
 
-def test_an_unknown_price_is_never_nothing() -> None:
+def test_an_unknown_price_is_never_zero() -> None:
     assert cost_of(parse_usage(REPORTS["plain"]["openai"]), None, ANSWERED, billed=True).usd is None

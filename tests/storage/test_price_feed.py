@@ -75,7 +75,7 @@ async def test_a_feed_of_ones_own_may_list_registered_names(store: Store, tmp_pa
     assert set(report.updated) == {"mine"}
 
 
-async def test_what_others_stated_stays(store: Store, tmp_path: Path) -> None:
+async def test_prices_of_other_sources_stay(store: Store, tmp_path: Path) -> None:
     free = a_record("free", source="config", info={"free": True}, model="openai/small")
     small = a_record(source="config")
     registry = a_registry(store, tmp_path, "small", "free")
@@ -89,7 +89,7 @@ async def test_what_others_stated_stays(store: Store, tmp_path: Path) -> None:
         assert holder.current.prices["small"].price == Price(1e-6, 1e-6)
 
 
-async def test_a_price_stated_between_reading_and_writing_the_feed_stays(store: Store, tmp_path: Path) -> None:
+async def test_a_price_set_while_the_feed_is_read_stays(store: Store, tmp_path: Path) -> None:
     registry = a_registry(store, tmp_path, "small")
     async with started_watcher(store, tmp_path, a_record(source="config")) as holder:
         before = holder.current
@@ -122,13 +122,13 @@ async def test_model_info_yields_to_a_feed_but_not_to_the_bundled_map(store: Sto
         (b" " * (MAX_PRICES_BYTES + 1), 200, "larger than"),
     ],
 )
-async def test_a_broken_feed_is_refused_whole(body: object, status: int, what: str) -> None:
+async def test_a_broken_feed_changes_no_price(body: object, status: int, what: str) -> None:
     with a_feed(body, status, location="http://127.0.0.1:9/") as url, pytest.raises(PriceFeedError, match=what):
         await fetch_catalog(url)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/none", "file:///etc/passwd", "http://[", ""])
-async def test_an_address_that_leads_nowhere_is_a_clear_error(url: str) -> None:
+async def test_an_unreachable_feed_is_a_clear_error(url: str) -> None:
     with pytest.raises(PriceFeedError, match="price feed"):
         await fetch_catalog(url)
 

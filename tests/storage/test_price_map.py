@@ -1,4 +1,4 @@
-"""What the bundled price map knows, under which names; and broken maps."""
+"""Entries of the bundled price map and their names; broken maps."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def test_the_bundled_map_knows_the_usual_spellings(model: str) -> None:
     assert (entry.capabilities.max_input_tokens or 0) >= 100_000
 
 
-def test_bedrock_and_vertex_are_found_below_their_routes() -> None:
+def test_names_of_bedrock_and_vertex_are_found_below_their_routes() -> None:
     catalog = bundled_catalog()
     assert catalog.find("bedrock/converse/anthropic.claude-sonnet-4-6") is not None
     assert catalog.find("vertex_ai/gemini-2.5-pro") is not None
 
 
-def test_a_name_of_another_provider_is_not_taken() -> None:
+def test_the_entry_of_another_provider_is_not_used() -> None:
     assert parse_price_map(ONE).find("openai/gpt-x") is not None
     assert parse_price_map(ONE).find("groq/gpt-x") is None
     assert parse_price_map(ONE).find("openai/unheard-of") is None
@@ -60,7 +60,7 @@ def test_a_zero_in_the_map_is_a_price_only_where_models_run_locally() -> None:
         ONE | {"y": {"input_cost_per_token": float("nan"), "output_cost_per_token": 1}},
     ],
 )
-def test_one_broken_entry_refuses_the_whole_map(broken: object) -> None:
+def test_one_broken_entry_makes_the_whole_map_invalid(broken: object) -> None:
     with pytest.raises(InvalidPriceMap):
         parse_price_map(broken)
 
@@ -72,7 +72,7 @@ def test_reading_the_map_imports_no_litellm() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-def test_figures_and_modes_that_make_no_sense_are_unknown_and_break_nothing() -> None:
+def test_odd_numbers_and_modes_are_unknown() -> None:
     listed = {"input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6, "max_input_tokens": 10**400}
     catalog = parse_price_map({"m": listed, "odd": {"mode": ["chat"]}})
     entry = catalog.find("m")
@@ -102,15 +102,13 @@ def known_of(**listed: Any) -> Capabilities:
     ],
 )
 @pytest.mark.parametrize("value", [True, False, None, "yes"])
-def test_each_ability_is_read_as_stated_and_anything_but_a_flag_is_unknown(
-    field: str, ability: str, value: object
-) -> None:
+def test_each_capability_is_a_flag_or_unknown(field: str, ability: str, value: object) -> None:
     expected = value if isinstance(value, bool) else None
 
     assert known_of(**{field: value}) == Capabilities(**{ability: expected})
 
 
-def test_a_list_of_modalities_tells_what_the_flags_leave_open() -> None:
+def test_a_list_of_modalities_fills_in_missing_flags() -> None:
     listed = known_of(supported_modalities=["text", "image"], supported_output_modalities=["text"])
 
     assert (listed.vision, listed.video, listed.audio_input, listed.audio_output) == (True, False, False, False)
@@ -118,7 +116,7 @@ def test_a_list_of_modalities_tells_what_the_flags_leave_open() -> None:
     assert known_of(supported_modalities="image").vision is None
 
 
-def test_a_model_whose_parallel_calls_can_be_switched_off_makes_them() -> None:
+def test_a_model_whose_parallel_calls_can_be_turned_off_supports_them() -> None:
     assert known_of(supports_parallel_tool_use_config=True).parallel_tools is True
     denied = known_of(supports_parallel_tool_use_config=True, supports_parallel_function_calling=False)
     assert denied.parallel_tools is False
@@ -130,13 +128,13 @@ def test_the_old_name_of_a_limit_is_the_window_only_where_it_is_not_the_output()
     assert known_of(max_tokens=100, max_input_tokens=50).max_input_tokens == 50
 
 
-def test_the_bundled_map_knows_of_every_ability_who_has_it() -> None:
+def test_the_bundled_map_has_models_with_every_capability() -> None:
     known = [entry.capabilities for entry in bundled_catalog()]
 
     assert all(any(getattr(each, ability) is True for each in known) for ability in CAPABILITY_NAMES)
 
 
-def test_what_model_info_states_wins_over_the_map_for_every_ability() -> None:
+def test_model_info_wins_over_the_map_for_every_capability() -> None:
     known = CatalogEntry("openai", None, Capabilities(**dict.fromkeys(CAPABILITY_NAMES, False)))
     stated: Any = {name: True for name in ModelInfo.model_fields if name.startswith("supports_")}
 
@@ -157,7 +155,7 @@ def test_the_bundled_map_knows_the_prices_of_long_prompts() -> None:
     assert sum(bool(entry.price and entry.price.tiers) for entry in bundled_catalog()) > 200
 
 
-def test_what_a_tier_of_a_list_leaves_out_costs_its_own_input_price() -> None:
+def test_a_missing_price_of_a_listed_tier_is_its_input_price() -> None:
     tiers = [
         {
             "range": [0, 10],
@@ -174,13 +172,13 @@ def test_what_a_tier_of_a_list_leaves_out_costs_its_own_input_price() -> None:
 
 
 @pytest.mark.parametrize("tiers", ["odd", [3], [{"range": [0, 1]}], [{"range": "x", "input_cost_per_token": 1.0}], []])
-def test_a_list_of_tiers_that_cannot_be_read_is_no_price(tiers: Any) -> None:
+def test_an_unreadable_list_of_tiers_is_no_price(tiers: Any) -> None:
     entry = parse_price_map(ONE | {"x": {"tiered_pricing": tiers}}).find("x")
     assert entry is not None
     assert entry.price is None
 
 
-def test_a_part_of_a_price_is_laid_over_the_maps() -> None:
+def test_a_partial_price_is_completed_from_the_map() -> None:
     known = parse_price_map(ONE).find("gpt-x")
     price = price_of(ModelInfo(cache_read_input_token_cost=1e-7), None, known)
     assert price is not None

@@ -1,8 +1,9 @@
-"""The embedded server: one owner, adoption after a kill, nothing acknowledged lost; and what an absent Redis says."""
+"""The embedded server and its users; operations on a Redis that is away or silent; the state of availability."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import subprocess
@@ -15,7 +16,14 @@ from typing import Any
 import pytest
 
 from proxy.settings.schema import Settings
-from proxy.storage.redis import CONNECTIONS, OPERATION_S, Store, StoreUnavailable
+from proxy.storage.redis import (
+    MAX_CONNECTIONS,
+    OPERATION_TIMEOUT_S,
+    Availability,
+    Store,
+    StoreUnavailable,
+    load_script,
+)
 from proxy.storage.valkey import MAX_SOCKET_PATH, EmbeddedStoreFailed, EmbeddedValkey, private_folder, socket_path
 
 USER = """
@@ -55,16 +63,16 @@ async def test_more_operations_than_connections_wait_for_one(tmp_path: Path) -> 
     store = await Store.open(settings(tmp_path))
 
     async def count() -> int:
-        async with store.asking("count") as client:
+        async with store.operation("count") as client:
             return int(await client.incr("count"))
 
-    counts = await asyncio.gather(*(count() for _ in range(10 * CONNECTIONS)))
-    assert sorted(counts) == list(range(1, 10 * CONNECTIONS + 1))
-    assert (await store.client.info("clients"))["connected_clients"] <= CONNECTIONS
+    counts = await asyncio.gather(*(count() for _ in range(10 * MAX_CONNECTIONS)))
+    assert sorted(counts) == list(range(1, 10 * MAX_CONNECTIONS + 1))
+    assert (await store.client.info("clients"))["connected_clients"] <= MAX_CONNECTIONS
     await store.close()
 
 
-async def test_the_last_to_leave_stops_the_server_whoever_started_it(tmp_path: Path) -> None:
+async def test_the_last_user_stops_the_server_whichever_process_started_it(tmp_path: Path) -> None:
     first, second = await Store.open(settings(tmp_path)), await Store.open(settings(tmp_path))
     await first.client.set("word", "kept")
     await first.close()
@@ -73,21 +81,21 @@ async def test_the_last_to_leave_stops_the_server_whoever_started_it(tmp_path: P
     assert not EmbeddedValkey(tmp_path)._answers()
 
 
-async def test_of_two_that_leave_at_once_neither_starts_it_again_or_leaves_it_running(tmp_path: Path) -> None:
+async def test_two_users_that_leave_at_once_neither_restart_the_server_nor_leave_it_running(tmp_path: Path) -> None:
     for _ in range(5):
         stores = [await Store.open(settings(tmp_path)) for _ in range(3)]
         await asyncio.gather(*(store.close() for store in stores))
         assert not server_of(stores[0])._is_alive()
 
 
-async def test_who_comes_while_the_last_one_leaves_gets_a_server_of_its_own(tmp_path: Path) -> None:
+async def test_a_user_that_comes_while_the_last_one_leaves_gets_a_new_server(tmp_path: Path) -> None:
     leaving = await Store.open(settings(tmp_path))
     _, coming = await asyncio.gather(leaving.close(), Store.open(settings(tmp_path)))
     assert await coming.available()
     await coming.close()
 
 
-async def test_a_restart_that_is_under_way_when_a_process_closes_leaves_nothing_running(tmp_path: Path) -> None:
+async def test_a_restart_during_close_leaves_nothing_running(tmp_path: Path) -> None:
     store = await Store.open(settings(tmp_path))
     process = server_of(store)._process
     assert process is not None
@@ -100,7 +108,7 @@ async def test_a_restart_that_is_under_way_when_a_process_closes_leaves_nothing_
     assert not server_of(store)._is_alive()
 
 
-async def test_what_was_written_is_there_after_the_server_stopped(tmp_path: Path) -> None:
+async def test_written_data_is_there_after_the_server_stopped(tmp_path: Path) -> None:
     store = await Store.open(settings(tmp_path))
     await store.client.set("word", "kept")
     await store.close()
@@ -109,7 +117,7 @@ async def test_what_was_written_is_there_after_the_server_stopped(tmp_path: Path
     await store.close()
 
 
-async def test_nothing_acknowledged_is_lost_when_every_process_is_killed(tmp_path: Path) -> None:
+async def test_no_acknowledged_write_is_lost_when_every_process_is_killed(tmp_path: Path) -> None:
     store = await Store.open(settings(tmp_path))
     for number in range(50):
         await store.client.rpush("list", number)
@@ -133,10 +141,8 @@ async def test_a_server_whose_users_were_all_killed_is_joined_with_its_data(tmp_
     assert not server_of(store)._is_alive()
 
 
-async def test_a_server_that_is_alive_but_silent_is_never_joined_by_a_second_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("proxy.storage.valkey.STARTING_S", 0.5)
+async def test_no_second_server_is_started_beside_a_silent_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.storage.valkey.START_TIMEOUT_S", 0.5)
     user = await another_user(tmp_path)
     store = await Store.open(settings(tmp_path))
     pid = await pid_of(store)
@@ -151,7 +157,7 @@ async def test_a_server_that_is_alive_but_silent_is_never_joined_by_a_second_one
     await store.close()
 
 
-async def test_a_killed_server_is_started_by_whoever_needs_it_even_if_its_parent_only_waits(tmp_path: Path) -> None:
+async def test_any_user_restarts_a_killed_server_even_if_its_parent_only_waits(tmp_path: Path) -> None:
     user = await another_user(tmp_path)
     store = await Store.open(settings(tmp_path))
     await store.client.set("word", "kept")
@@ -164,7 +170,7 @@ async def test_a_killed_server_is_started_by_whoever_needs_it_even_if_its_parent
     assert not server_of(store)._is_alive()
 
 
-async def test_a_server_that_died_of_an_error_is_started_again(tmp_path: Path) -> None:
+async def test_a_server_that_ended_with_an_error_is_restarted(tmp_path: Path) -> None:
     store = await Store.open(settings(tmp_path))
     process = server_of(store)._process
     assert process is not None
@@ -205,23 +211,23 @@ def test_a_folder_that_others_can_write_to_is_refused(tmp_path: Path) -> None:
         private_folder(open_to_all)
 
 
-async def test_an_absent_redis_is_a_clear_error_without_its_password() -> None:
+async def test_an_unreachable_redis_is_a_clear_error_without_its_password() -> None:
     store = Store("redis://:canary-password@127.0.0.1:1/0")
     with pytest.raises(StoreUnavailable, match=r"could not store a word: Redis at redis://127\.0\.0\.1:1/0") as caught:
-        async with store.asking("store a word") as client:
+        async with store.operation("store a word") as client:
             await client.set("word", "lost")
     assert "canary" not in str(caught.value)
     await store.close()
 
 
-async def test_a_silent_redis_is_waited_for_once_and_asked_again_when_it_answers(tmp_path: Path) -> None:
+async def test_a_silent_redis_costs_one_timeout_until_it_answers_again(tmp_path: Path) -> None:
     opened = await Store.open(settings(tmp_path))
     pid = await pid_of(opened)
     os.kill(pid, signal.SIGSTOP)
     assert not await opened.available()
     for _ in range(20):
         with pytest.raises(StoreUnavailable, match=r"could not store a word: Redis at .* has not answered for"):
-            async with opened.asking("store a word"):
+            async with opened.operation("store a word"):
                 pytest.fail("it was asked")
     os.kill(pid, signal.SIGCONT)
     await until_async(opened.available)
@@ -236,16 +242,16 @@ async def until_async(happened: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_an_answer_that_came_while_this_process_was_busy_is_no_silence(store: Store) -> None:
-    async with store.asking("keep busy") as client:
+async def test_a_reply_that_arrives_while_the_process_is_busy_is_no_timeout(store: Store) -> None:
+    async with store.operation("keep busy") as client:
         reply: Any = asyncio.ensure_future(client.ping())
         await asyncio.sleep(0.05)  # it is sent
-        time.sleep(OPERATION_S)  # noqa: ASYNC251  what a process does that imports or computes
+        time.sleep(OPERATION_TIMEOUT_S)  # noqa: ASYNC251  what a process does that imports or computes
         assert await reply
     assert await store.available()
 
 
-async def test_a_redis_that_never_answers_is_given_up_within_its_time_limit() -> None:
+async def test_an_operation_on_a_silent_redis_ends_within_its_timeout() -> None:
     async def silent(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await hung_up.wait()
         writer.close()
@@ -258,3 +264,62 @@ async def test_a_redis_that_never_answers_is_given_up_within_its_time_limit() ->
     hung_up.set()
     server.close()
     await asyncio.sleep(0)  # lets the handler close its end
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_each_change_of_availability_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    availability = Availability(logging.getLogger("uniroute.test"), back="it is back")
+    availability.mark_available()
+    for _ in range(3):
+        availability.mark_unavailable("it is away")
+    availability.mark_available()
+    availability.mark_unavailable("it is away again")
+    assert [record.message for record in caplog.records] == ["it is away", "it is back", "it is away again"]
+
+
+def test_an_outage_from_the_start_is_logged_again_after_the_interval(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    availability = Availability(logging.getLogger("uniroute.test"), known=False, clock=clock)
+    for seconds in (0.0, 59.0, 2.0):
+        clock.now += seconds
+        availability.mark_unavailable(f"away at {clock.now:g}", log_interval_s=60.0)
+    assert [record.message for record in caplog.records] == ["away at 100", "away at 161"]
+
+
+def test_an_unavailable_store_is_asked_by_one_caller_in_each_interval() -> None:
+    clock = Clock()
+    availability = Availability(retry_interval_s=1.0, clock=clock)
+    assert [availability.may_ask() for _ in range(2)] == [True, True]
+    availability.mark_unavailable("away")
+    assert not availability.may_ask()
+    clock.now += 1.0
+    assert [availability.may_ask() for _ in range(3)] == [True, False, False]
+    assert (availability.available, availability.unavailable_s) == (False, 1.0)
+    availability.mark_available()
+    assert availability.may_ask()
+
+
+async def test_polling_ends_with_the_first_answer() -> None:
+    answers = iter([False, False, True])
+    availability = Availability(retry_interval_s=0.0)
+    availability.mark_unavailable("away")
+
+    async def ask() -> bool:
+        return next(answers)
+
+    await availability.poll(ask)
+    assert availability.available
+    assert list(answers) == []
+
+
+def test_a_script_is_its_constants_and_then_its_files() -> None:
+    script = load_script("proxy.server", "bucket", "date", PREFIX="uniroute:", KEPT_S=60)
+    assert script.startswith('local PREFIX = "uniroute:"\nlocal KEPT_S = 60\n-- Token bucket')
+    assert script.index("limits_leaked") < script.index("limits_date")

@@ -1,4 +1,4 @@
-"""Writes are whole or refused, raise the version, and never half done."""
+"""Writes to the registry are done whole or refused, and raise the version."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def test_each_write_raises_the_version_and_publishes_it(store: Store, tmp_
     assert heard == ["1", "2", "3", "small", "4", "5"]
 
 
-async def test_a_taken_name_is_refused_and_the_same_record_twice_is_once(store: Store, tmp_path: Path) -> None:
+async def test_a_taken_name_is_refused_and_the_same_record_again_changes_nothing(store: Store, tmp_path: Path) -> None:
     registry = a_registry(store, tmp_path, "configured")
     await registry.add_model(a_record())
     await registry.add_model(a_record())
@@ -36,9 +36,7 @@ async def test_a_taken_name_is_refused_and_the_same_record_twice_is_once(store: 
     assert await store.client.hlen(MODELS) == 1
 
 
-async def test_a_configured_model_is_the_files_to_change_but_can_be_priced_and_profiled(
-    store: Store, tmp_path: Path
-) -> None:
+async def test_a_configured_model_can_be_priced_and_profiled_but_not_changed(store: Store, tmp_path: Path) -> None:
     registry, record = a_registry(store, tmp_path, "configured"), a_record("configured", source="config")
     for refused in (registry.update_model(record), registry.remove_model("configured")):
         with pytest.raises(ConfiguredModel):
@@ -60,7 +58,7 @@ async def test_an_unknown_model_is_refused_and_nothing_changes(store: Store, tmp
     assert await store.client.keys() == []
 
 
-async def test_removing_a_model_takes_its_profile_and_price_along(store: Store, tmp_path: Path) -> None:
+async def test_removing_a_model_removes_its_profile_and_price(store: Store, tmp_path: Path) -> None:
     registry = a_registry(store, tmp_path)
     await registry.add_model(a_record())
     await registry.put_price("small", Price(1e-6, 1e-6))
@@ -69,7 +67,7 @@ async def test_removing_a_model_takes_its_profile_and_price_along(store: Store, 
     assert await store.client.keys() == [VERSION]
 
 
-async def test_a_price_is_replaced_whole(store: Store, tmp_path: Path) -> None:
+async def test_a_new_price_replaces_the_whole_price(store: Store, tmp_path: Path) -> None:
     registry = a_registry(store, tmp_path, "small")
     await registry.put_price("small", Price(1e-6, 1e-6, cache_read_input_token_cost=1e-7))
     await registry.put_price("small", Price(2e-6, 2e-6))
@@ -77,7 +75,7 @@ async def test_a_price_is_replaced_whole(store: Store, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("source", "replaced"), [("admin", False), (None, False), ("sync", True)])
-async def test_a_feed_replaces_only_what_a_feed_wrote(
+async def test_a_feed_replaces_only_prices_of_a_feed(
     store: Store, tmp_path: Path, source: str | None, replaced: bool
 ) -> None:
     registry = a_registry(store, tmp_path, "small")
@@ -87,7 +85,7 @@ async def test_a_feed_replaces_only_what_a_feed_wrote(
     assert (version is not None) is replaced
 
 
-async def test_a_write_over_a_key_of_the_wrong_type_is_refused_whole(store: Store, tmp_path: Path) -> None:
+async def test_a_write_to_a_redis_key_of_the_wrong_type_changes_nothing(store: Store, tmp_path: Path) -> None:
     registry = a_registry(store, tmp_path, "small")
     await store.client.set(PROFILES, "not a hash")
     with pytest.raises(StoreUnavailable, match="WRONGTYPE"):
@@ -108,7 +106,7 @@ async def test_a_key_is_shown_once_and_stored_as_a_digest(store: Store, tmp_path
         await registry.keys.revoke("nobody")
 
 
-async def test_without_redis_a_write_says_so_and_no_key_is_demanded(tmp_path: Path) -> None:
+async def test_without_redis_a_write_fails_and_no_client_key_is_required(tmp_path: Path) -> None:
     store = Store("redis://127.0.0.1:1")
     registry = a_registry(store, tmp_path)
     with pytest.raises(StoreUnavailable, match="could not add a model"):
@@ -127,7 +125,7 @@ async def _messages(pubsub: object, count: int):  # type: ignore[no-untyped-def]
             yield message
 
 
-async def test_a_change_made_from_what_is_no_longer_stored_is_refused(store: Store, tmp_path: Path) -> None:
+async def test_a_change_of_an_outdated_record_is_refused(store: Store, tmp_path: Path) -> None:
     registry = a_registry(store, tmp_path)
     seen = await registry.add_model(a_record())
     now = await registry.put_price("small", Price(1e-6, 1e-6))

@@ -1,4 +1,4 @@
-"""Commands that are packed here are redis-py's own bytes, and a round trip of them ends as a pipeline's does."""
+"""Encoded commands are redis-py's bytes, and a pipeline of them behaves as redis-py's."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from redis.asyncio import Connection
 from redis.exceptions import ResponseError
 
-from proxy.storage.redis import CONNECTIONS, Store, encode_command, pipeline
+from proxy.storage.redis import MAX_CONNECTIONS, Store, encode_command, pipeline
 
 
 @given(st.lists(st.text(max_size=20) | st.just("größe\r\n$3\r\n"), max_size=9))
-def test_a_command_is_the_bytes_of_redis_py(words: list[str]) -> None:
+def test_a_command_is_encoded_as_redis_py_encodes_it(words: list[str]) -> None:
     theirs = Connection(encoding_errors="replace").pack_command("EVALSHA", *words)
     assert encode_command(["EVALSHA", *words]) == b"".join(theirs)
 
@@ -36,7 +36,7 @@ async def test_a_connection_that_went_stale_is_opened_again(store: Store, second
     assert await pipeline(store.client, [encode_command(("GET", "a"))]) == ["1"]
 
 
-async def test_a_connection_that_is_lost_on_the_way_is_tried_again(store: Store, second_store: Store) -> None:
+async def test_a_lost_connection_is_retried(store: Store, second_store: Store) -> None:
     asked = asyncio.create_task(pipeline(store.client, [encode_command(["BLPOP", "queue", "9"])]))
     await _blocked(second_store)
     await pipeline(second_store.client, [encode_command(["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"])])
@@ -45,13 +45,13 @@ async def test_a_connection_that_is_lost_on_the_way_is_tried_again(store: Store,
     assert await asked == [["queue", "found"]]
 
 
-async def test_connections_go_back_to_the_pool(store: Store) -> None:
+async def test_connections_are_released_to_the_pool(store: Store) -> None:
     async with asyncio.timeout(10):
-        for _ in range(CONNECTIONS + 1):
+        for _ in range(MAX_CONNECTIONS + 1):
             await pipeline(store.client, [encode_command(("ECHO", "x"))])
 
 
-async def test_what_is_cut_off_leaves_its_reply_to_nobody(store: Store) -> None:
+async def test_the_reply_of_a_cancelled_call_reaches_no_other_call(store: Store) -> None:
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
             await pipeline(store.client, [encode_command(("BLPOP", "nothing", "1"))])

@@ -1,4 +1,4 @@
-"""The memory of conversations, over a real Valkey: shared, expiring, and never in the way."""
+"""The memory of sessions over a real Valkey: shared, expiring, bounded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from proxy.storage.redis import Store
+from proxy.storage.redis import OPERATION_TIMEOUT_S, Store
 from proxy.storage.sessions import (
     MAX_LOCAL,
     MAX_QUEUED,
@@ -64,64 +64,66 @@ async def put(store: Store, digest: str, value: Any) -> None:
     await store.client.set(f"{PREFIX}:{digest}", value if isinstance(value, str) else json.dumps(value))
 
 
-async def test_what_one_process_remembers_another_recalls(ours: SessionStore, theirs: SessionStore) -> None:
-    ours.remember(["call-1", "call-2"], "small")
+async def test_one_process_looks_up_what_another_recorded(ours: SessionStore, theirs: SessionStore) -> None:
+    ours.record(["call-1", "call-2"], "small")
     await ours.flush()
-    assert await theirs.recall(["unknown", "call-2"], None) == Lookup("small")
+    assert await theirs.lookup(["unknown", "call-2"], None) == Lookup("small")
 
 
-async def test_a_producer_that_is_known_here_costs_no_round_trip(ours: SessionStore, store: Store) -> None:
-    ours.remember(["call-1"], "small")
+async def test_a_producer_known_to_this_process_costs_no_round_trip(ours: SessionStore, store: Store) -> None:
+    ours.record(["call-1"], "small")
     before = await asked(store)
-    assert await ours.recall(["call-1"], "session") == Lookup("small")
+    assert await ours.lookup(["call-1"], "session") == Lookup("small")
     assert await asked(store) == before
 
 
-async def test_a_request_without_past_and_session_costs_no_round_trip(ours: SessionStore, store: Store) -> None:
+async def test_a_request_without_history_and_session_costs_no_round_trip(ours: SessionStore, store: Store) -> None:
     before = await asked(store)
-    assert await ours.recall([], None) == Lookup()
+    assert await ours.lookup([], None) == Lookup()
     assert await asked(store) == before
 
 
-async def test_what_redis_told_once_is_not_asked_again(ours: SessionStore, theirs: SessionStore, store: Store) -> None:
-    ours.remember(["call-1"], "small")
+async def test_a_producer_found_in_redis_is_not_looked_up_again(
+    ours: SessionStore, theirs: SessionStore, store: Store
+) -> None:
+    ours.record(["call-1"], "small")
     await ours.flush()
     before = await asked(store)
-    assert [await theirs.recall(["call-1"], None) for _ in range(3)] == [Lookup("small")] * 3
+    assert [await theirs.lookup(["call-1"], None) for _ in range(3)] == [Lookup("small")] * 3
     assert await asked(store) == before + 1
 
 
-async def test_all_marks_and_the_session_are_asked_in_one_round_trip(ours: SessionStore, store: Store) -> None:
+async def test_all_fingerprints_and_the_session_cost_one_round_trip(ours: SessionStore, store: Store) -> None:
     before = await asked(store)
-    assert await ours.recall(["a", "b", "c"], "session") == Lookup()
+    assert await ours.lookup(["a", "b", "c"], "session") == Lookup()
     assert await asked(store) == before + 1
 
 
-async def test_the_last_turn_of_a_session_is_the_newest_wherever_it_was(
+async def test_the_last_turn_of_a_session_is_the_newest_of_any_process(
     ours: SessionStore, theirs: SessionStore, clock: Clock
 ) -> None:
-    ours.remember(["session"], "small", 100)
+    ours.record(["session"], "small", 100)
     clock.now += 1
-    assert await ours.recall([], "session") == Lookup(last=LastTurn("small", 100, 1.0))
+    assert await ours.lookup([], "session") == Lookup(last=LastTurn("small", 100, 1.0))
     await ours.flush()
-    theirs.remember(["session"], "large", 200)
+    theirs.record(["session"], "large", 200)
     await theirs.flush()
     clock.now += 2
-    assert await ours.recall([], "session") == Lookup(last=LastTurn("large", 200, 2.0))
+    assert await ours.lookup([], "session") == Lookup(last=LastTurn("large", 200, 2.0))
 
-    ours.remember(["session"], "small", None)  # not written yet
-    assert await ours.recall([], "session") == Lookup(last=LastTurn("small", None, 0.0))
+    ours.record(["session"], "small", None)  # not written yet
+    assert await ours.lookup([], "session") == Lookup(last=LastTurn("small", None, 0.0))
 
 
-async def test_it_expires_here_and_in_redis(
+async def test_records_expire_in_the_process_and_in_redis(
     ours: SessionStore, theirs: SessionStore, store: Store, clock: Clock
 ) -> None:
-    ours.remember(["call-1", "session"], "small", 5)
+    ours.record(["call-1", "session"], "small", 5)
     await ours.flush()
     assert 0 < await store.client.ttl(f"{PREFIX}:call-1") <= 60
     clock.now += 61
-    assert await ours.recall(["call-1"], "session") == Lookup()
-    assert await theirs.recall(["call-1"], "session") == Lookup()
+    assert await ours.lookup(["call-1"], "session") == Lookup()
+    assert await theirs.lookup(["call-1"], "session") == Lookup()
 
 
 @pytest.mark.parametrize(
@@ -143,46 +145,44 @@ async def test_it_expires_here_and_in_redis(
     ],
     ids=lambda text: text[:50],
 )
-async def test_garbage_in_redis_is_no_memory(ours: SessionStore, store: Store, garbage: str) -> None:
+async def test_garbage_in_redis_is_ignored(ours: SessionStore, store: Store, garbage: str) -> None:
     await put(store, "session", garbage)
-    assert await ours.recall([], "session") == Lookup()
+    assert await ours.lookup([], "session") == Lookup()
 
 
 @pytest.mark.parametrize("tokens", [None, -1, "many", True])
 async def test_a_broken_count_of_tokens_is_unknown(ours: SessionStore, store: Store, tokens: Any) -> None:
     await put(store, "session", {"model": "small", "tokens": tokens, "at": NOW})
-    assert await ours.recall([], "session") == Lookup(last=LastTurn("small", None, 0.0))
+    assert await ours.lookup([], "session") == Lookup(last=LastTurn("small", None, 0.0))
 
 
-async def test_another_type_under_its_key_is_no_memory_and_is_written_over(
+async def test_a_redis_key_of_another_type_is_ignored_and_overwritten(
     ours: SessionStore, theirs: SessionStore, store: Store
 ) -> None:
     await store.client.rpush(f"{PREFIX}:session", "x")
     await put(store, "call-1", {"model": "small", "tokens": None, "at": NOW})
-    assert await ours.recall(["call-1"], "session") == Lookup("small")
-    assert await ours.recall([], "session") == Lookup()
-    ours.remember(["session"], "small")
+    assert await ours.lookup(["call-1"], "session") == Lookup("small")
+    assert await ours.lookup([], "session") == Lookup()
+    ours.record(["session"], "small")
     await ours.flush()
-    assert (await theirs.recall([], "session")).last == LastTurn("small", None, 0.0)
+    assert (await theirs.lookup([], "session")).last == LastTurn("small", None, 0.0)
 
 
-async def test_an_emptied_redis_leaves_what_this_process_knows(
+async def test_an_emptied_redis_leaves_the_memory_of_this_process(
     ours: SessionStore, theirs: SessionStore, store: Store
 ) -> None:
-    ours.remember(["call-1", "session"], "small", 5)
+    ours.record(["call-1", "session"], "small", 5)
     await ours.flush()
     await store.client.flushall()
-    assert await theirs.recall(["call-1"], "session") == Lookup()
-    assert (await ours.recall([], "session")).last == LastTurn("small", 5, 0.0)
+    assert await theirs.lookup(["call-1"], "session") == Lookup()
+    assert (await ours.lookup([], "session")).last == LastTurn("small", 5, 0.0)
 
 
-async def test_an_older_copy_of_redis_does_not_turn_a_session_back(
-    ours: SessionStore, store: Store, clock: Clock
-) -> None:
+async def test_an_older_copy_of_redis_does_not_reset_a_session(ours: SessionStore, store: Store, clock: Clock) -> None:
     await put(store, "session", {"model": "old", "tokens": 1, "at": NOW})
     clock.now += 10
-    ours.remember(["session"], "new", 2)
-    assert (await ours.recall([], "session")).last == LastTurn("new", 2, 0.0)
+    ours.record(["session"], "new", 2)
+    assert (await ours.lookup([], "session")).last == LastTurn("new", 2, 0.0)
 
 
 @contextmanager
@@ -195,55 +195,56 @@ def frozen(server: EmbeddedValkey) -> Iterator[None]:
         os.kill(server._process.pid, signal.SIGCONT)
 
 
-async def test_a_frozen_redis_is_waited_for_once_a_second_by_one_request(valkey: EmbeddedValkey, store: Store) -> None:
+async def test_one_request_a_second_waits_for_a_frozen_redis(valkey: EmbeddedValkey, store: Store) -> None:
     missed: list[None] = []
     memory = SessionStore(store, 60, on_missed=lambda: missed.append(None))
-    memory.remember(["session"], "small", 5)
-    assert (await memory.recall([], "session")).last is not None
+    memory.record(["session"], "small", 5)
+    assert (await memory.lookup([], "session")).last is not None
     with frozen(valkey):
         started = time.monotonic()
-        recalled = [await memory.recall(["call"], "session") for _ in range(50)]
+        found = [await memory.lookup(["call"], "session") for _ in range(50)]
         within = time.monotonic() - started
+        assert within < OPERATION_TIMEOUT_S  # not once the time that other operations give Redis
         # from this process's own memory, without asking again
-        assert [turn.last.model for turn in recalled if turn.last] == ["small"] * 50
+        assert [turn.last.model for turn in found if turn.last] == ["small"] * 50
         assert len(missed) <= 1 + within / RETRY_INTERVAL_S
 
-        memory._ask_after = 0.0  # the second has passed
-        many = await asyncio.gather(*(memory.recall([], f"other-{number}") for number in range(50)))
+        memory._availability._retry_at = 0.0  # the second has passed
+        many = await asyncio.gather(*(memory.lookup([], f"other-{number}") for number in range(50)))
         assert many == [Lookup()] * 50
         assert len(missed) <= 2 + (time.monotonic() - started) / RETRY_INTERVAL_S
-    memory._ask_after = 0.0
+    memory._availability._retry_at = 0.0
     for call in ("call-1", "call-2"):  # it answers again, and is asked as before
         await put(store, call, {"model": "large", "tokens": None, "at": time.time()})
-        assert await memory.recall([call], None) == Lookup("large")
+        assert await memory.lookup([call], None) == Lookup("large")
 
 
-async def test_while_redis_is_away_what_is_to_be_written_waits_within_bounds() -> None:
+async def test_while_redis_is_away_the_write_queue_is_bounded() -> None:
     dropped: list[None] = []
     away = Store("unix:///nowhere/valkey.sock")
     memory = SessionStore(away, 60, on_dropped=lambda: dropped.append(None))
     memory.start()
-    memory.remember([f"call-{number}" for number in range(MAX_QUEUED + 3)], "small")
+    memory.record([f"call-{number}" for number in range(MAX_QUEUED + 3)], "small")
     assert len(dropped) == 3
     assert (len(memory._queue), len(memory._local)) == (MAX_QUEUED, MAX_LOCAL)
-    assert await memory.recall([f"call-{MAX_QUEUED}"], None) == Lookup("small")
-    assert await memory.recall(["call-1"], None) == Lookup()
+    assert await memory.lookup([f"call-{MAX_QUEUED}"], None) == Lookup("small")
+    assert await memory.lookup(["call-1"], None) == Lookup()
     await memory.stop()
     await away.close()
 
 
-async def test_answers_are_written_in_the_background_as_they_come(ours: SessionStore, theirs: SessionStore) -> None:
+async def test_records_are_written_in_the_background(ours: SessionStore, theirs: SessionStore) -> None:
     ours.start()
     for number in range(3):
-        ours.remember([f"call-{number}"], "small")
+        ours.record([f"call-{number}"], "small")
         await until(lambda: not ours._queue)
-        assert await theirs.recall([f"call-{number}"], None) == Lookup("small")
-    ours.remember(["last"], "small")
+        assert await theirs.lookup([f"call-{number}"], None) == Lookup("small")
+    ours.record(["last"], "small")
     await ours.stop()
-    assert await theirs.recall(["last"], None) == Lookup("small")
+    assert await theirs.lookup(["last"], None) == Lookup("small")
 
 
-def test_what_is_remembered_is_a_digest_of_its_own_for_every_key() -> None:
+def test_each_client_key_has_digests_of_its_own() -> None:
     digests = {scoped_key(key, mark) for key in ("", "k1", "k2") for mark in ("session:a", "call:a")}
     assert len(digests) == 6
     assert {len(digest) for digest in digests} == {64}

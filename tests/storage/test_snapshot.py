@@ -1,4 +1,4 @@
-"""States follow what is stored within a second, on every process, and outlive Redis and its broken entries."""
+"""Snapshots follow the store within a second in every process, and survive Redis and its broken entries."""
 
 from __future__ import annotations
 
@@ -31,72 +31,72 @@ async def test_every_process_sees_a_model_its_profile_and_its_price_within_a_sec
         await registry.put_profile(a_record(), a_profile())
         version = await registry.put_price("small", Price(1e-7, 2e-7))
         await until(lambda: one.current.version == two.current.version == version)
-        for holder in (one, two):
-            assert holder.current.standing("small") == "ready"
-            assert holder.current.prices["small"].price == Price(1e-7, 2e-7)
-            assert holder.current.pool.names == ("small",)
+        for watcher in (one, two):
+            assert watcher.current.model_state("small") == "ready"
+            assert watcher.current.prices["small"].price == Price(1e-7, 2e-7)
+            assert watcher.current.pool.names == ("small",)
 
 
 @pytest.mark.parametrize("published", [True, False])
 async def test_a_foreign_price_counts_within_a_second_published_or_not(
     store: Store, tmp_path: Path, published: bool
 ) -> None:
-    async with started_watcher(store, tmp_path, a_record(source="config")) as holder:
-        assert holder.current.prices["small"].source == "model_info"
+    async with started_watcher(store, tmp_path, a_record(source="config")) as watcher:
+        assert watcher.current.prices["small"].source == "model_info"
         await price(store, "small", "7e-6")
         if published:
             await store.client.publish(PRICING, "small")
-        await until(lambda: holder.current.prices["small"].source == "external")
-        assert holder.current.prices["small"].price.input_cost_per_token == 7e-6
+        await until(lambda: watcher.current.prices["small"].source == "external")
+        assert watcher.current.prices["small"].price.input_cost_per_token == 7e-6
 
 
 @pytest.mark.parametrize("broken", ["nan", "-1", "free", ""])
 async def test_a_broken_price_leaves_the_last_good_one(store: Store, tmp_path: Path, broken: str) -> None:
-    async with started_watcher(store, tmp_path, a_record(source="config")) as holder:
+    async with started_watcher(store, tmp_path, a_record(source="config")) as watcher:
         await price(store, "small", "7e-6")
-        await holder.refresh()
+        await watcher.refresh()
         await price(store, "small", broken)
-        await holder.refresh()
-        assert holder.current.prices["small"].price.input_cost_per_token == 7e-6
+        await watcher.refresh()
+        assert watcher.current.prices["small"].price.input_cost_per_token == 7e-6
         await store.client.delete(price_key("small"))
-        await holder.refresh()
-        assert holder.current.prices["small"].source == "model_info"
+        await watcher.refresh()
+        assert watcher.current.prices["small"].source == "model_info"
 
 
-async def test_a_broken_price_with_no_good_one_before_falls_to_the_next_source_and_never_to_zero(
+async def test_a_broken_price_without_a_good_one_before_falls_back_to_the_next_source_and_never_to_zero(
     store: Store, tmp_path: Path
 ) -> None:
     known = a_record("known", source="config", info={}, model="openai/gpt-4o")
     unknown = a_record("unknown", source="config", info={})
     await price(store, "known", "nan")
     await price(store, "unknown", "-3")
-    async with started_watcher(store, tmp_path, known, unknown) as holder:
-        assert holder.current.prices["known"].source == "litellm"
-        assert "unknown" not in holder.current.prices
+    async with started_watcher(store, tmp_path, known, unknown) as watcher:
+        assert watcher.current.prices["known"].source == "litellm"
+        assert "unknown" not in watcher.current.prices
 
 
-async def test_free_is_stated_and_unknown_is_not_free(store: Store, tmp_path: Path) -> None:
+async def test_an_unknown_price_is_not_free(store: Store, tmp_path: Path) -> None:
     free, unknown = (a_record(n, source="config", info=i) for n, i in (("free", {"free": True}), ("unknown", {})))
-    async with started_watcher(store, tmp_path, free, unknown) as holder:
-        assert holder.current.prices["free"].price == Price(0, 0)
-        assert holder.current.pool.candidates["unknown"].price is None
+    async with started_watcher(store, tmp_path, free, unknown) as watcher:
+        assert watcher.current.prices["free"].price == Price(0, 0)
+        assert watcher.current.pool.candidates["unknown"].price is None
 
 
-async def test_a_profile_of_another_map_or_of_the_model_as_it_was_is_set_aside(store: Store, tmp_path: Path) -> None:
+async def test_a_profile_of_another_map_or_of_a_changed_model_is_not_used(store: Store, tmp_path: Path) -> None:
     registry = a_registry(store, tmp_path)
     for name in ("foreign", "changed"):
         await registry.add_model(a_record(name))
     await registry.put_profile(a_record("foreign"), a_profile(map_id="another"))
     await registry.put_profile(a_record("changed", temperature=2), a_profile())
-    async with started_watcher(store, tmp_path) as holder:
-        assert holder.current.standing("foreign") == "foreign_profile"
-        assert "another" in holder.current.set_aside["foreign"]
-        assert "litellm_params" in holder.current.set_aside["changed"]
-        assert holder.current.profiles == {}
+    async with started_watcher(store, tmp_path) as watcher:
+        assert watcher.current.model_state("foreign") == "foreign_profile"
+        assert "another" in watcher.current.unused_profiles["foreign"]
+        assert "litellm_params" in watcher.current.unused_profiles["changed"]
+        assert watcher.current.profiles == {}
 
 
 @pytest.mark.parametrize("key", [VERSION, MODELS, PROFILES, KEYS, price_key("small")])
-async def test_a_key_of_the_wrong_type_leaves_the_last_state_and_is_said_once(
+async def test_a_redis_key_of_the_wrong_type_keeps_the_last_reading_and_is_logged_once(
     store: Store, tmp_path: Path, key: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry = a_registry(store, tmp_path)
@@ -104,41 +104,39 @@ async def test_a_key_of_the_wrong_type_leaves_the_last_state_and_is_said_once(
     await registry.put_profile(a_record(), a_profile())
     await registry.keys.create("team")
     await registry.put_price("small", Price(1e-6, 2e-6))
-    async with started_watcher(store, tmp_path) as holder:
-        before = holder.current
+    async with started_watcher(store, tmp_path) as watcher:
+        before = watcher.current
         await store.client.delete(key)
         await store.client.rpush(key, "not what you expect")
         with caplog.at_level(logging.WARNING, "uniroute.state"):
-            await holder.refresh(whole=True)
-            await holder.refresh(whole=True)
-        assert holder.current.models == before.models
-        assert holder.current.standing("small") == "ready"
-        assert holder.current.keys == before.keys
-        assert holder.current.prices == before.prices
+            await watcher.refresh(whole=True)
+            await watcher.refresh(whole=True)
+        assert watcher.current.models == before.models
+        assert watcher.current.model_state("small") == "ready"
+        assert watcher.current.keys == before.keys
+        assert watcher.current.prices == before.prices
         assert len([r for r in caplog.records if r.getMessage().startswith(f"stored entry skipped: {key}")]) == 1
 
 
-async def test_a_broken_entry_is_skipped_and_its_neighbours_work(store: Store, tmp_path: Path) -> None:
+async def test_a_broken_entry_is_skipped_and_the_others_are_read(store: Store, tmp_path: Path) -> None:
     await a_registry(store, tmp_path).add_model(a_record())
     await store.client.hset(MODELS, mapping={"broken": "{", "nameless": "{}"})
     await store.client.hset(PROFILES, "small", '{"fingerprint": "x", "profile": {"map": "m", "labels": "?"}}')
     await store.client.hset(KEYS, "k", "[]")
-    async with started_watcher(store, tmp_path) as holder:
-        assert set(holder.current.models) == {"small"}
-        assert holder.current.keys_required
-        assert not holder.current.keys
+    async with started_watcher(store, tmp_path) as watcher:
+        assert set(watcher.current.models) == {"small"}
+        assert watcher.current.keys_required
+        assert not watcher.current.keys
 
 
 async def test_a_configured_model_wins_over_a_stored_one_of_its_name(store: Store, tmp_path: Path) -> None:
     await a_registry(store, tmp_path).add_model(a_record(temperature=1))
     configured = a_record(source="config")
-    async with started_watcher(store, tmp_path, configured) as holder:
-        assert holder.current.models["small"] == configured
+    async with started_watcher(store, tmp_path, configured) as watcher:
+        assert watcher.current.models["small"] == configured
 
 
-async def test_keys_once_made_stay_required_after_revoking_all_and_after_an_emptied_store(
-    store: Store, tmp_path: Path
-) -> None:
+async def test_keys_stay_required_after_all_are_revoked_or_the_store_is_emptied(store: Store, tmp_path: Path) -> None:
     registry = a_registry(store, tmp_path)
     async with started_watcher(store, tmp_path / "other-machine") as elsewhere:
         assert not elsewhere.current.keys_required
@@ -154,54 +152,54 @@ async def test_keys_once_made_stay_required_after_revoking_all_and_after_an_empt
         assert restarted.current.keys_required
 
 
-async def test_an_emptied_store_that_counts_up_to_the_same_version_is_still_seen(store: Store, tmp_path: Path) -> None:
+async def test_an_emptied_store_with_the_same_version_is_noticed(store: Store, tmp_path: Path) -> None:
     registry = a_registry(store, tmp_path)
     await registry.add_model(a_record("first"))
-    async with started_watcher(store, tmp_path) as holder:
+    async with started_watcher(store, tmp_path) as watcher:
         await store.client.flushall()
         await registry.add_model(a_record("second"))
-        await until(lambda: set(holder.current.models) == {"second"})
+        await until(lambda: set(watcher.current.models) == {"second"})
 
 
-async def test_without_redis_the_last_state_serves_and_a_return_is_noticed_with_no_restart(tmp_path: Path) -> None:
+async def test_without_redis_the_last_snapshot_stays_until_redis_is_back(tmp_path: Path) -> None:
     server = EmbeddedValkey(tmp_path)
     await asyncio.to_thread(server.ensure)
     store = Store(f"unix://{server.socket_path}")
     registry = a_registry(store, tmp_path)
     await registry.add_model(a_record())
-    async with started_watcher(store, tmp_path) as holder:
+    async with started_watcher(store, tmp_path) as watcher:
         await asyncio.to_thread(server.stop)
-        await until(lambda: not holder.available)
-        assert set(holder.current.models) == {"small"}
+        await until(lambda: not watcher.available)
+        assert set(watcher.current.models) == {"small"}
         await asyncio.to_thread(server.ensure)
-        await until(lambda: holder.available)
+        await until(lambda: watcher.available)
         version = await registry.add_model(a_record("second"))
-        await until(lambda: holder.current.version == version)
+        await until(lambda: watcher.current.version == version)
     await store.close()
     await asyncio.to_thread(server.stop)
 
 
-async def test_before_the_first_reading_the_door_is_closed_and_configured_models_are_known(tmp_path: Path) -> None:
+async def test_before_the_first_reading_a_key_is_required_and_configured_models_are_known(tmp_path: Path) -> None:
     nowhere = Store("redis://127.0.0.1:1")
-    async with started_watcher(nowhere, tmp_path, a_record(source="config")) as holder:
-        assert not holder.loaded
-        assert holder.current.keys_required
-        assert set(holder.current.models) == {"small"}
+    async with started_watcher(nowhere, tmp_path, a_record(source="config")) as watcher:
+        assert not watcher.loaded
+        assert watcher.current.keys_required
+        assert set(watcher.current.models) == {"small"}
     await nowhere.close()
 
 
-async def test_live_traffic_reaches_the_pool_but_not_the_profile(store: Store, tmp_path: Path) -> None:
+async def test_live_traffic_changes_the_pool_but_not_the_profile(store: Store, tmp_path: Path) -> None:
     live = TrafficStats(CORNERS.size)
     registry = a_registry(store, tmp_path)
     await registry.add_model(a_record())
     await registry.put_profile(a_record(), a_profile())
-    async with started_watcher(store, tmp_path, live=live) as holder:
+    async with started_watcher(store, tmp_path, live=live) as watcher:
         for _ in range(300):
             live.observe("small", [0, 1], [0.5, 0.5], tokens=900, seconds=9.0)
         await registry.put_price("small", Price(1e-6, 1e-6))
-        await holder.refresh()
-        assert holder.current.pool.output_tokens[0, 0] > 700
-        assert holder.current.profiles["small"].output_tokens()[0] == 50
+        await watcher.refresh()
+        assert watcher.current.pool.output_tokens[0, 0] > 700
+        assert watcher.current.profiles["small"].output_tokens()[0] == 50
 
 
 class BrokenOnce(TrafficStats):
@@ -209,20 +207,20 @@ class BrokenOnce(TrafficStats):
 
     asked = 0
 
-    def blended(self, model: str, profile: Profile) -> Profile:
+    def blend_into(self, model: str, profile: Profile) -> Profile:
         self.asked += 1
         if self.asked == 1:
             raise OverflowError("int too large to convert")
         return profile
 
 
-async def test_figures_that_cannot_be_laid_out_do_not_end_the_following(
+async def test_a_state_that_makes_no_snapshot_does_not_stop_the_watcher(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("proxy.storage.snapshot.UNUSABLE_S", 0.05)
+    monkeypatch.setattr("proxy.storage.snapshot.UNUSABLE_INTERVAL_S", 0.05)
     registry, live = a_registry(store, tmp_path, "small"), BrokenOnce(4)
-    async with started_watcher(store, tmp_path, a_record(source="config"), live=live) as holder:
+    async with started_watcher(store, tmp_path, a_record(source="config"), live=live) as watcher:
         await registry.put_profile(a_record(), a_profile())
-        await until(lambda: holder.current.standing("small") == "ready")
+        await until(lambda: watcher.current.model_state("small") == "ready")
     assert live.asked > 1
     assert "the last one stays in use" in caplog.text

@@ -1,4 +1,4 @@
-"""Tokens and money: every vendor's report is read alike, buckets are disjoint, and unknown is unknown."""
+"""Tokens and costs: reports of all vendors are read alike, parts are disjoint, and unknown is unknown."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from proxy.cli.models import per_million
-from proxy.profiling.grading import cost_of as cost_of_answer
-from proxy.profiling.grading import read_answer
+from proxy.profiling.model_client import cost_of as cost_of_answer
+from proxy.profiling.model_client import read_answer
 from proxy.storage.usage import TokenCounts, UsageRecord, buckets_of, cost_usd, parse_usage, usage_of
 from router_core.types import Price
 
@@ -23,7 +23,7 @@ def openai(prompt: int, completion: int, total: int | None = None, **more: Any) 
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": whole, **more}
 
 
-def test_cached_tokens_are_paid_once() -> None:
+def test_cached_tokens_are_billed_once() -> None:
     counts = parse_usage(
         {
             "prompt_tokens": 1000,
@@ -40,7 +40,7 @@ def test_cached_tokens_are_paid_once() -> None:
 @pytest.mark.parametrize(
     "usage", [None, "x", {}, {"prompt_tokens": -1}, {"prompt_tokens": "3", "completion_tokens": 2}]
 )
-def test_what_was_not_reported_costs_unknown_not_nothing(usage: Any) -> None:
+def test_the_cost_of_unreported_usage_is_unknown_not_zero(usage: Any) -> None:
     assert parse_usage(usage).prompt_tokens is None
     assert cost_usd(parse_usage(usage), PRICE) is None
     assert cost_usd(TokenCounts(1, 0, 1, 0), None) is None
@@ -62,7 +62,7 @@ def test_what_was_not_reported_costs_unknown_not_nothing(usage: Any) -> None:
     ],
     ids=["xai", "openai", "gemini", "perplexity", "thoughts alone", "no output", "no prompt", "zero", "small", "total"],
 )
-def test_the_total_says_whether_reasoning_is_part_of_the_answer(
+def test_the_total_decides_whether_reasoning_is_part_of_the_answer(
     usage: dict[str, Any], prompt: int, output: int
 ) -> None:
     counts = parse_usage(usage)
@@ -83,7 +83,7 @@ def test_the_total_says_whether_reasoning_is_part_of_the_answer(
         ({"prompt_tokens": 1000, "completion_tokens": 10, "input_tokens": 0, "output_tokens": 0}, 1000),
     ],
 )
-def test_what_a_cache_read_and_wrote_is_counted_in_the_prompt_once(usage: dict[str, Any], prompt: int) -> None:
+def test_cache_reads_and_writes_count_in_the_prompt_once(usage: dict[str, Any], prompt: int) -> None:
     assert parse_usage(usage).prompt_tokens == prompt
 
 
@@ -179,7 +179,7 @@ def test_parts_are_never_more_than_their_whole() -> None:
     assert (buckets.audio_output_tokens, buckets.output_tokens) == (100, 0)
 
 
-def test_a_report_of_one_half_keeps_the_other_as_it_was_told() -> None:
+def test_a_report_of_the_answer_alone_keeps_the_earlier_prompt() -> None:
     start = parse_usage({"input_tokens": 100, "cache_read_input_tokens": 900, "output_tokens": 1})
     both = parse_usage({"output_tokens": 50}).after(start)
     assert (both.prompt_tokens, both.cached_tokens, both.output_tokens) == (1000, 900, 50)
@@ -192,7 +192,7 @@ def test_a_record_is_plain_json_of_all_its_fields(cost: float | None) -> None:
     assert json.loads(record.to_json()) == {**asdict(record), "cost_picousd": record.cost_picousd}
 
 
-def test_an_answer_of_a_measuring_job_is_paid_like_any_other() -> None:
+def test_an_answer_of_a_profiling_job_is_billed_like_any_other() -> None:
     usage = openai(1000, 100, 1600, completion_tokens_details={"reasoning_tokens": 500}, cached_tokens=800)
     completion = {"choices": [{"message": {"content": "hi"}}], "usage": usage}
     answer = read_answer(completion, 1.0, "m")
@@ -200,12 +200,12 @@ def test_an_answer_of_a_measuring_job_is_paid_like_any_other() -> None:
     assert cost_of_answer(answer, PRICE, 9.0) == pytest.approx(200e-6 + 80e-6 + 2400e-6)
 
 
-def test_zeros_beside_an_answer_of_a_measuring_job_are_no_report() -> None:
+def test_zeros_beside_an_answer_of_a_profiling_job_are_no_report() -> None:
     answer = read_answer({"choices": [{"message": {"content": "hi"}}], "usage": openai(0, 0)}, 1.0, "m")
     assert cost_of_answer(answer, PRICE, 9.0) == 9.0
 
 
-def test_a_listing_shows_what_a_price_becomes_for_long_prompts() -> None:
+def test_a_price_is_listed_with_its_tiers_for_long_prompts() -> None:
     price = {"input_cost_per_token": 1.25e-6, "input_cost_per_token_above_200k_tokens": 2.5e-6}
     assert per_million(price, "input_cost_per_token") == "1.25, 2.5 above 200k"
     assert per_million(price, "output_cost_per_token") == "unknown"

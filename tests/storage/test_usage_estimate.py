@@ -1,4 +1,4 @@
-"""What a request cost: as it was reported, else as estimated, and nothing where nobody began."""
+"""The cost of a request: reported, else estimated, else zero if no answer began."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ PRICE = Price(1e-6, 4e-6)
 BROKEN_OFF = ObservedTraffic(prompt_tokens=1000, output_bytes=401)
 
 
-def test_what_was_reported_is_the_cost() -> None:
+def test_reported_usage_makes_the_cost() -> None:
     for billed in (True, False):
         cost = cost_of(TokenCounts(10, 0, 5), PRICE, BROKEN_OFF, billed=billed)
         assert cost.usd == pytest.approx(30e-6)
         assert not cost.estimated
 
 
-def test_an_answer_that_broke_off_cost_its_prompt_and_what_came_of_it() -> None:
+def test_a_broken_answer_costs_its_prompt_and_what_was_received() -> None:
     cost = cost_of(TokenCounts(), PRICE, BROKEN_OFF, billed=True)
 
     assert cost.estimated
@@ -33,7 +33,7 @@ def test_the_part_that_was_reported_is_not_estimated() -> None:
     assert cost_of(TokenCounts(output_tokens=5), PRICE, BROKEN_OFF, billed=True).usd == pytest.approx(1020e-6)
 
 
-def test_a_refusal_costs_nothing_and_an_unknown_price_stays_unknown() -> None:
+def test_a_refused_request_costs_nothing_and_an_unknown_price_stays_unknown() -> None:
     assert cost_of(TokenCounts(), PRICE, BROKEN_OFF, billed=False) == Cost(0.0)
     assert cost_of(TokenCounts(), None, BROKEN_OFF, billed=False) == Cost(0.0)
     assert cost_of(TokenCounts(), None, BROKEN_OFF, billed=True) == Cost(None)
@@ -54,5 +54,5 @@ def test_a_refusal_costs_nothing_and_an_unknown_price_stays_unknown() -> None:
         ({}, 0),
     ],
 )
-def test_content_is_counted_in_bytes_of_what_the_model_wrote(body: Any, size: int) -> None:
+def test_content_is_counted_in_bytes_of_its_text(body: Any, size: int) -> None:
     assert content_bytes(body) == size

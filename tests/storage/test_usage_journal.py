@@ -1,4 +1,4 @@
-"""The journal of usage: what was written is read in order, by whoever comes next, whatever the disk did."""
+"""The journal of usage: records are read in order and once, by the next process too, whatever the disk does."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def read_all(journal: Journal, most: int = 10) -> list[int]:
     found: list[int] = []
     while entries := (batch := journal.read(most)).entries:
         found += [entry.fields["n"] for entry in entries]
-        journal.mark(batch)
+        journal.acknowledge(batch)
     return found
 
 
-def test_what_is_written_is_read_in_order_and_once(tmp_path: Path) -> None:
+def test_records_are_read_in_order_and_once(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     for number in range(25):
         journal.append(a_text(number))
-    assert [entry.number for entry in journal.read(3).entries] == [1, 2, 3]
-    assert [entry.number for entry in journal.read(3).entries] == [1, 2, 3]  # until it is marked
+    assert [entry.sequence for entry in journal.read(3).entries] == [1, 2, 3]
+    assert [entry.sequence for entry in journal.read(3).entries] == [1, 2, 3]  # until it is marked
     assert read_all(journal) == list(range(25))
     assert read_all(journal) == []
-    assert journal.through
+    assert journal.fully_applied
     journal.append(a_text(25))
-    assert (journal.through, read_all(journal)) == (False, [25])
+    assert (journal.fully_applied, read_all(journal)) == (False, [25])
 
 
 def test_a_killed_process_leaves_every_record_to_the_next(tmp_path: Path) -> None:
@@ -58,27 +58,27 @@ def test_a_killed_process_leaves_every_record_to_the_next(tmp_path: Path) -> Non
     assert killed.returncode == -signal.SIGKILL
 
     journals = JournalDirectory(tmp_path, LARGE)
-    journals.adopt()
+    journals.claim_orphans()
     (left, _) = journals.all
     assert read_all(left, 200) == list(range(500))
 
 
-def test_a_journal_in_use_is_nobody_elses(tmp_path: Path) -> None:
+def test_a_journal_in_use_is_not_claimed(tmp_path: Path) -> None:
     ours, theirs = JournalDirectory(tmp_path, LARGE), JournalDirectory(tmp_path, LARGE)
     ours.append(a_text(0))
-    theirs.adopt()
+    theirs.claim_orphans()
     assert len(theirs.all) == 1
     ours.close()
-    theirs.adopt()
+    theirs.claim_orphans()
     assert read_all(theirs.all[0]) == [0]
 
 
-def test_a_journal_is_taken_over_by_one_process_only(tmp_path: Path) -> None:
+def test_only_one_process_claims_a_journal(tmp_path: Path) -> None:
     first, second, third = (JournalDirectory(tmp_path, LARGE) for _ in range(3))
     first.append(a_text(0))
     first.close()
-    second.adopt()
-    third.adopt()
+    second.claim_orphans()
+    third.claim_orphans()
     assert (len(second.all), len(third.all)) == (2, 1)
 
 
@@ -94,18 +94,18 @@ def test_a_journal_that_was_finished_while_it_was_being_opened_is_not_read_again
     assert Journal.claim_orphan(tmp_path / "dead.jsonl") is None
 
 
-def test_a_line_cut_off_by_a_kill_and_a_line_of_garbage_cost_nothing_else(tmp_path: Path) -> None:
+def test_a_truncated_line_and_a_line_of_garbage_lose_no_other_record(tmp_path: Path) -> None:
     whole = b'{"seq": 1, "n": 1}\n\x00\xff garbage\n{"seq": 2, "n": 2}\n{"seq": 3, "n"'
     (tmp_path / "dead.jsonl").write_bytes(whole)
     journal = Journal.claim_orphan(tmp_path / "dead.jsonl")
     assert journal is not None
     batch = journal.read(10)
     assert ([entry.fields["n"] for entry in batch.entries], batch.broken) == ([1, 2], 1)
-    journal.mark(batch)
+    journal.acknowledge(batch)
     assert (journal.read(10).entries, journal.read(10).broken) == ([], 0)
 
 
-def test_lines_of_the_json_module_are_read_whatever_it_wrote(tmp_path: Path) -> None:
+def test_lines_that_the_json_module_wrote_are_read(tmp_path: Path) -> None:
     odd: list[dict[str, Any]] = [{"n": float("inf")}, {"n": "\ud800"}, {"n": None, "more": [1.5, "é"]}]
     lines = [json.dumps({"seq": place, **fields}) for place, fields in enumerate(odd, 1)]
     (tmp_path / "dead.jsonl").write_text("\n".join(lines) + "\n")
@@ -114,14 +114,14 @@ def test_lines_of_the_json_module_are_read_whatever_it_wrote(tmp_path: Path) -> 
     assert [entry.fields["n"] for entry in journal.read(10).entries] == [float("inf"), "\ud800", None]
 
 
-def test_a_line_longer_than_anything_of_ours_is_passed_over(tmp_path: Path) -> None:
+def test_a_line_that_is_too_long_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "dead.jsonl").write_bytes(b"x" * 600_000 + b'\n{"seq": 2, "n": 2}\n')
     journal = Journal.claim_orphan(tmp_path / "dead.jsonl")
     assert journal is not None
     assert [entry.fields["n"] for entry in journal.read(10).entries] == [2]
 
 
-def test_after_a_rewind_the_records_past_that_point_come_again(tmp_path: Path) -> None:
+def test_after_a_rewind_the_later_records_are_read_again(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     for number in range(5):
         journal.append(a_text(number))
@@ -153,7 +153,7 @@ def test_a_disk_that_takes_half_a_line_or_nothing_loses_no_record(
     assert [record.levelname for record in caplog.records] == ["ERROR"]  # one line, however many records
 
     room[0] = 10**6
-    journals.write_waiting()
+    journals.write_unwritten()
     assert (journals.append(a_text(4)), read_all(journal)) == (True, [0, 1, 2, 3, 4])
     assert journal.path.read_bytes().count(b"\n") == 5
 
@@ -164,19 +164,19 @@ def test_records_wait_in_memory_where_the_folder_cannot_be_made(tmp_path: Path) 
     assert journals.append(a_text(0))
     assert [entry.fields["n"] for entry in journals.all[0].read(10).entries] == [0]
     (tmp_path / "usage").unlink()
-    journals.write_waiting()
+    journals.write_unwritten()
     assert journals.bytes > 0
 
 
-def test_memory_is_bounded_and_says_what_it_drops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journals_module, "MOST_WAITING", 3)
+def test_memory_is_bounded_and_dropped_records_are_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journals_module, "MAX_UNWRITTEN", 3)
     (tmp_path / "usage").write_text("a file is in the way")
     journals = JournalDirectory(tmp_path / "usage", LARGE)
     assert [journals.append(a_text(number)) for number in range(5)] == [True] * 3 + [False] * 2
     assert journals.close() == 3
 
 
-def test_the_newest_are_dropped_where_the_journals_are_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_new_records_are_dropped_when_the_journals_are_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     journals = JournalDirectory(tmp_path, 2000)
     kept = [journals.append(a_text(number)) for number in range(200)]
     assert kept == sorted(kept, reverse=True)
@@ -190,7 +190,7 @@ def test_the_newest_are_dropped_where_the_journals_are_full(tmp_path: Path, capl
     assert journals.append(a_text(0))
 
 
-def test_the_bytes_of_the_journals_are_those_of_their_files(tmp_path: Path) -> None:
+def test_the_size_of_the_journals_is_that_of_their_files(tmp_path: Path) -> None:
     left = JournalDirectory(tmp_path, LARGE)
     left.append(a_text(0))
     left.close()
@@ -198,7 +198,7 @@ def test_the_bytes_of_the_journals_are_those_of_their_files(tmp_path: Path) -> N
     for number in range(100):
         journals.append(a_text(number))
         assert journals.bytes == sum(journal.size for journal in journals.all)
-    journals.adopt()
+    journals.claim_orphans()
     assert len(journals.all) > 2
     assert journals.bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
     for journal in journals.all:

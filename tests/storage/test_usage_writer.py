@@ -1,4 +1,4 @@
-"""Usage in Redis: every record once, however often it was sent; exact sums; nothing lost while Redis is away."""
+"""Usage in Redis: every record counts once, sums are exact, and nothing is lost while Redis is away."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def a_record(decision: str = "dec-1", cost: float | None = 0.25, ending: str = "
     return UsageRecord(decision, 1.7e9, "small", None, "scored", ending, 10, 4, 5, None, cost, 1.5, 0.5)
 
 
-def a_recorder(store: Store, folder: Path, **more: Any) -> UsageWriter:
+def a_writer(store: Store, folder: Path, **more: Any) -> UsageWriter:
     return UsageWriter(store, JournalDirectory(folder, 10**9), **more)
 
 
@@ -39,10 +39,10 @@ async def totals(store: Store, key: str = f"{TOTALS}:small") -> dict[str, str]:
 
 
 async def test_records_and_totals_reach_redis(store: Store, tmp_path: Path) -> None:
-    recorder = a_recorder(store, tmp_path)
-    recorder.record(a_record("dec-1"))
-    recorder.record(a_record("dec-2", cost=None, ending="broken"))
-    await recorder.flush()
+    writer = a_writer(store, tmp_path)
+    writer.record(a_record("dec-1"))
+    writer.record(a_record("dec-2", cost=None, ending="broken"))
+    await writer.flush()
     entries: Any = await store.client.xrange(STREAM)
     counted = await totals(store)
 
@@ -52,148 +52,144 @@ async def test_records_and_totals_reach_redis(store: Store, tmp_path: Path) -> N
 
 
 async def test_spend_is_summed_exactly_in_picodollars(store: Store, tmp_path: Path) -> None:
-    recorder = a_recorder(store, tmp_path)
+    writer = a_writer(store, tmp_path)
     costs = [1e-7 * number + 3e-12 for number in range(1, 2001)] + [9_000.000_000_000_001]
     for cost in costs:
-        recorder.record(replace(a_record(), cost_usd=cost, key_id="key-1"))
-    await recorder.flush()
+        writer.record(replace(a_record(), cost_usd=cost, key_id="key-1"))
+    await writer.flush()
     exact = str(sum(round(cost * 10**12) for cost in costs))
     assert (await totals(store))["cost_picousd"] == exact
     assert (await totals(store, f"{KEY_TOTALS}:key-1"))["cost_picousd"] == exact
 
 
-async def test_the_limits_of_a_key_are_told_what_each_of_its_requests_took(store: Store, tmp_path: Path) -> None:
-    recorder = a_recorder(store, tmp_path, settle_function=SETTLE)
-    recorder.record(a_record())  # nobody's
-    recorder.record(replace(a_record(), key_id="k", reservation="r-1"))
-    recorder.record(replace(a_record(cost=None), key_id="k", output_tokens=None))
-    await recorder.flush()
+async def test_each_usage_record_of_a_key_settles_its_limits(store: Store, tmp_path: Path) -> None:
+    writer = a_writer(store, tmp_path, settle_function=SETTLE)
+    writer.record(a_record())  # nobody's
+    writer.record(replace(a_record(), key_id="k", reservation="r-1"))
+    writer.record(replace(a_record(cost=None), key_id="k", output_tokens=None))
+    await writer.flush()
     settled: Any = await store.client.lrange("settled", 0, -1)
     assert settled == ["k r-1 15 250000000000 2023-11-14 2023-11", "k    2023-11-14 2023-11"]
 
 
-async def test_a_settling_that_fails_is_counted_and_holds_nothing_up(
+async def test_a_failed_settlement_is_counted_and_blocks_nothing(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     await store.client.set("settled", "wrong type")
-    recorder = a_recorder(store, tmp_path, settle_function=SETTLE)
-    recorder.record(replace(a_record(), key_id="k"))
-    await recorder.flush()
+    writer = a_writer(store, tmp_path, settle_function=SETTLE)
+    writer.record(replace(a_record(), key_id="k"))
+    await writer.flush()
     assert (await totals(store))["requests"] == "1"
     assert "1 usage figures" in caplog.text
 
 
 async def test_a_batch_whose_reply_was_lost_is_counted_once(store: Store, tmp_path: Path) -> None:
-    recorder = a_recorder(store, tmp_path)
+    writer = a_writer(store, tmp_path)
     for _ in range(5):
-        recorder.record(a_record())
-    (journal,) = recorder._journals.all
+        writer.record(a_record())
+    (journal,) = writer._journals.all
     position, applied = journal._position, journal.applied
-    await recorder.flush()
+    await writer.flush()
     journal._position, journal.applied = position, applied  # as if nothing had been heard
-    recorder.record(a_record())
-    await recorder.flush()
+    writer.record(a_record())
+    await writer.flush()
     assert (await totals(store))["requests"] == "6"
     assert await store.client.xlen(STREAM) == 6
 
 
-async def test_a_journal_half_applied_by_a_process_that_died_is_finished_by_the_next(
-    store: Store, tmp_path: Path
-) -> None:
-    dead = a_recorder(store, tmp_path)
+async def test_a_half_applied_journal_of_a_dead_process_is_finished_by_the_next(store: Store, tmp_path: Path) -> None:
+    dead = a_writer(store, tmp_path)
     for _ in range(300):
         dead.record(a_record())
-    assert await dead._applied(dead._journals.all[0])  # one batch
+    assert await dead._apply_batch(dead._journals.all[0])  # one batch
     dead._journals.close()
 
-    heir = a_recorder(store, tmp_path)
-    heir._journals.adopt()
+    heir = a_writer(store, tmp_path)
+    heir._journals.claim_orphans()
     await heir.flush()
     assert (await totals(store))["requests"] == "300"
     assert left_in(tmp_path) == []
 
 
-async def test_records_wait_while_redis_is_away_and_are_there_for_the_next_start(store: Store, tmp_path: Path) -> None:
+async def test_records_wait_for_the_next_start_while_redis_is_away(store: Store, tmp_path: Path) -> None:
     away = Store("redis://127.0.0.1:1/0")
-    recorder = a_recorder(away, tmp_path)
-    recorder.record(a_record())
+    writer = a_writer(away, tmp_path)
+    writer.record(a_record())
     with pytest.raises(StoreUnavailable):
-        await recorder.flush()
-    await recorder.stop()
-    recorder.record(a_record())  # a request that was cut off while the process was closing
-    recorder._journals.close()
+        await writer.flush()
+    await writer.stop()
+    writer.record(a_record())  # a request that was cut off while the process was closing
+    writer._journals.close()
     await away.close()
 
-    recorder = a_recorder(store, tmp_path)
-    recorder._journals.adopt()
-    await recorder.flush()
+    writer = a_writer(store, tmp_path)
+    writer._journals.claim_orphans()
+    await writer.flush()
     assert (await totals(store))["requests"] == "2"
 
 
-async def test_an_orderly_end_leaves_no_file_and_no_number_that_could_be_applied_again(
-    store: Store, tmp_path: Path
-) -> None:
-    recorder = a_recorder(store, tmp_path)
-    recorder.record(a_record())
-    (journal,) = recorder._journals.all
+async def test_an_orderly_stop_leaves_no_journal_and_no_sequence_number(store: Store, tmp_path: Path) -> None:
+    writer = a_writer(store, tmp_path)
+    writer.record(a_record())
+    (journal,) = writer._journals.all
     lines = journal.read(10)
-    await recorder.stop()
+    await writer.stop()
     assert left_in(tmp_path) == []
     assert (await totals(store, JOURNALS))[journal.id].startswith("done:")
 
-    late = a_recorder(store, tmp_path)  # a copy of the journal's last batch, on its way all the while
+    late = a_writer(store, tmp_path)  # a copy of the journal's last batch, on its way all the while
     (tmp_path / f"{journal.id}.jsonl").write_text(lines.entries[0].text + "\n")
-    late._journals.adopt()
+    late._journals.claim_orphans()
     await late.flush()
     assert (await totals(store))["requests"] == "1"
 
 
-async def test_numbers_of_journals_long_done_are_forgotten(store: Store, tmp_path: Path) -> None:
+async def test_sequence_numbers_of_old_journals_are_forgotten(store: Store, tmp_path: Path) -> None:
     await store.client.hset(JOURNALS, mapping={"old": "done:1700000000", "in-use": "17"})
-    recorder = a_recorder(store, tmp_path)
-    recorder.record(a_record())
-    await recorder.stop()
+    writer = a_writer(store, tmp_path)
+    writer.record(a_record())
+    await writer.stop()
     assert set(await totals(store, JOURNALS)) - {"in-use"} != set()
     assert "old" not in await totals(store, JOURNALS)
     assert (await totals(store, JOURNALS))["in-use"] == "17"
 
 
-async def test_a_store_that_went_back_gets_again_what_it_lost(store: Store, tmp_path: Path) -> None:
-    recorder = a_recorder(store, tmp_path)
+async def test_a_store_that_lost_records_gets_them_again(store: Store, tmp_path: Path) -> None:
+    writer = a_writer(store, tmp_path)
     for _ in range(3):
-        recorder.record(a_record())
-    await recorder.flush()
+        writer.record(a_record())
+    await writer.flush()
     older: Any = await totals(store), await totals(store, JOURNALS)
     for _ in range(4):
-        recorder.record(a_record())
-    await recorder.flush()
+        writer.record(a_record())
+    await writer.flush()
     await store.client.delete(f"{TOTALS}:small", JOURNALS)
     await store.client.hset(f"{TOTALS}:small", mapping=older[0])
     await store.client.hset(JOURNALS, mapping=older[1])
 
-    recorder.record(a_record())
-    await recorder.flush()
+    writer.record(a_record())
+    await writer.flush()
     assert (await totals(store))["requests"] == "8"
 
 
-async def test_a_cost_beyond_all_measure_is_unknown_and_spoils_no_sum(store: Store, tmp_path: Path) -> None:
-    recorder = a_recorder(store, tmp_path)
-    recorder.record(a_record(cost=1e13))
-    recorder.record(a_record(cost=0.25))
-    await recorder.flush()
+async def test_an_impossible_cost_is_unknown_and_spoils_no_sum(store: Store, tmp_path: Path) -> None:
+    writer = a_writer(store, tmp_path)
+    writer.record(a_record(cost=1e13))
+    writer.record(a_record(cost=0.25))
+    await writer.flush()
     counted = await totals(store)
     assert (counted["cost_picousd"], counted["cost_unknown"]) == (str(25 * 10**10), "1")
 
 
-async def test_figures_that_cannot_be_counted_are_left_out_and_hold_nothing_up(store: Store, tmp_path: Path) -> None:
+async def test_figures_that_cannot_be_counted_are_left_out_and_block_nothing(store: Store, tmp_path: Path) -> None:
     await store.client.lpush(f"{TOTALS}:small", "wrong type")
-    recorder = a_recorder(store, tmp_path)
-    recorder.record(a_record())
-    recorder.record(replace(a_record(), model="other"))
-    await recorder.flush()
+    writer = a_writer(store, tmp_path)
+    writer.record(a_record())
+    writer.record(replace(a_record(), model="other"))
+    await writer.flush()
     assert await store.client.xlen(STREAM) == 2
     assert (await totals(store, f"{TOTALS}:other"))["requests"] == "1"
-    assert recorder._journals.all[0].through
+    assert writer._journals.all[0].fully_applied
 
 
 async def test_lines_that_are_no_records_are_left_out_and_counted(store: Store, tmp_path: Path) -> None:
@@ -201,23 +197,23 @@ async def test_lines_that_are_no_records_are_left_out_and_counted(store: Store, 
     (tmp_path / "dead.jsonl").write_text(
         'garbage\n{"seq": 1, "at": "then"}\n' + '{"seq": 2, ' + a_record().to_json()[1:] + "\n"
     )
-    recorder = a_recorder(store, tmp_path, on_dropped=lambda: dropped.append(None))
-    recorder._journals.adopt()
-    await recorder.flush()
+    writer = a_writer(store, tmp_path, on_dropped=lambda: dropped.append(None))
+    writer._journals.claim_orphans()
+    await writer.flush()
     assert ((await totals(store))["requests"], len(dropped)) == ("1", 2)
 
 
 async def test_a_full_store_refuses_the_whole_batch_and_takes_it_once_there_is_room(
     store: Store, tmp_path: Path
 ) -> None:
-    recorder = a_recorder(store, tmp_path)
-    recorder.record(a_record())
+    writer = a_writer(store, tmp_path)
+    writer.record(a_record())
     await store.client.config_set("maxmemory", "1")
     try:
         with pytest.raises(StoreUnavailable, match="maxmemory"):
-            await recorder.flush()
+            await writer.flush()
     finally:
         await store.client.config_set("maxmemory", "0")
     assert await totals(store) == {}
-    await recorder.flush()
+    await writer.flush()
     assert (await totals(store))["requests"] == "1"

@@ -15,9 +15,9 @@ import httpx
 import numpy as np
 
 from proxy.errors import UpstreamError
-from proxy.profiling.grading import RetryPolicy, UpstreamAnswerer
 from proxy.profiling.job import Job
 from proxy.profiling.jobs import Jobs
+from proxy.profiling.model_client import RetryPolicy, UpstreamModelClient
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
 from proxy.storage.redis import Store
@@ -29,7 +29,7 @@ from router_core.types import Floats
 from tests.support.makers import CORNERS, a_record, a_registry, started_watcher
 
 FAMILIES = ("north", "east", "south", "west")
-FAST_RETRIES = RetryPolicy(attempts=3, first_wait_s=0.01, longest_wait_s=0.05, timeout_s=2.0)
+FAST_RETRIES = RetryPolicy(attempts=3, first_wait_s=0.01, max_wait_s=0.05, timeout_s=2.0)
 
 
 class CornersEmbedder:
@@ -126,7 +126,7 @@ async def a_bench(
     configured = (record,) if record.source == "config" else ()
     async with AsyncExitStack() as closing:
         state = await closing.enter_async_context(started_watcher(store, folder, *configured, cluster_map=cluster_map))
-        answerer = UpstreamAnswerer(HttpUpstream())
+        answerer = UpstreamModelClient(HttpUpstream())
         jobs = Jobs(store, state, answerer, CornersEmbedder(), settings_for(folder, **more), patience)
         closing.push_async_callback(jobs.close)
         registry = a_registry(store, folder, *(r.name for r in configured))

@@ -133,7 +133,7 @@ def test_each_provider_is_called_directly_or_through_litellm(found: list[ModelRe
     else:
         assert isinstance(told, ModelRecord)
         assert told.resolved == expected
-        assert (is_direct(told) is not None) == (expected.way == "relay")
+        assert (is_direct(told) is not None) == (expected.mode == "relay")
 
 
 @pytest.mark.parametrize(

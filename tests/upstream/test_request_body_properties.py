@@ -179,7 +179,9 @@ def test_dropping_usage_keeps_all_other_numbers() -> None:
     ],
 )
 def test_of_two_names_for_one_limit_the_one_with_a_value_counts(body: Any, sent: Any) -> None:
-    resolved = ResolvedProvider("relay", "m", "mistral", "http://x/v1", renames={"max_completion_tokens": "max_tokens"})
+    resolved = ResolvedProvider(
+        "relay", "m", "mistral", "http://x/v1", param_aliases={"max_completion_tokens": "max_tokens"}
+    )
     target = Endpoints(Settings(), {}, Outbound({})).get(a_record(model="mistral/m"), resolved)
     whole = {"model": "auto", "messages": ASK, **body}
 

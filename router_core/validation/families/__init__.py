@@ -1,1 +1,1 @@
-"""The built-in families, one noun a file. Each makes prompts whose right answers our own code knows."""
+"""The built-in families of validation prompts, one subject a file. Their code computes the right answers."""

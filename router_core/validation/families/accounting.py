@@ -1,4 +1,4 @@
-"""Accounting: profit, equity, depreciation, stock, break-even, present value. Computed; theory stands in the tables."""
+"""Accounting: profit, equity, depreciation, stock, break-even, present value. Answers are computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small talk, advice and harmless make-believe, with an outcome that can be checked. Taste is not judged."""
+"""Small talk, advice and harmless make-believe, with an outcome that can be checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several families in Chinese: sums, stories, dates, facts, reading, labels, notes. Graded like their English kin."""
+"""Several families in Chinese: sums, stories, dates, facts, reading, labels and notes, graded like the English ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Label a short text: its feeling, its topic, what its writer wants, whether it is spam."""
+"""Label a short text: its sentiment, its topic, what its writer wants, whether it is spam."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _draw(rng: Random, level: int) -> Draft:
 
 
 def _grader(labels: Sequence[str], label: str) -> ChoiceGrader:
-    """Labels are options that go by their words."""
+    """Grade a label as an option that is named by its words."""
     return ChoiceGrader("ABCD"[labels.index(label)], tuple(labels))
 
 

@@ -1,4 +1,4 @@
-"""Write a function to …: a line of aim, a name, its arguments. Parsed, never run. Longer jobs: code_writing."""
+"""Write a function from one line of purpose, a name and arguments. Answers are parsed, never run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does this program print? The programs are ours; their output is computed beside them, never by running text."""
+"""Say what a program prints. The output is computed beside the program's text, which is never run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write a small Python function, graded by parsing it. Nothing is run."""
+"""Write a small Python function. Answers are parsed, never run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs with a fault: which line, which exception, which repair. The faults are planted by us; nothing is run."""
+"""Find a program's fault: which line, which exception, which repair. Nothing is run."""
 
 from __future__ import annotations
 

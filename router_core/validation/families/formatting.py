@@ -1,4 +1,4 @@
-"""Say it in exactly this form: the whole reply is checked to the letter. What it says is easy."""
+"""Reply in exactly the given form: the whole reply is compared letter by letter. The content is easy."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ from typing import TypeVar
 from router_core.validation.families.tables import Question, read_questions
 from router_core.validation.graders import ChoiceGrader, Grader
 
-# Tokens for answers of a word or a line; room for a model that explains itself first.
+# Token limit for answers of a word or a line, with room for an explanation first.
 SHORT = 256
 
-# Tokens for answers that take working out, and for texts and code.
+# Token limit for answers that need working, and for texts and code.
 LONG = 512
 
 LEVELS = (1, 2, 3)
@@ -20,7 +20,7 @@ LEVELS = (1, 2, 3)
 
 @dataclass(frozen=True)
 class Draft:
-    """A prompt that has no id yet. `reference` is an answer that the grader accepts."""
+    """A prompt without an id. `reference` is an answer that gets full marks."""
 
     text: str
     grader: Grader
@@ -38,9 +38,9 @@ Drafts = Callable[[Random], Iterator[Draft]]
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a family: `count` prompts are taken from what `drafts` yields, None: all of a table.
+    """A part of a family: the first `count` distinct prompts that `drafts` yields, or all if it is None.
 
-    The section's own name is the family's unless another is stated.
+    The section's name is that of the family unless another is given.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Section:
 
 
 def by_levels(draw: Callable[[Random, int], Draft]) -> Drafts:
-    """Endless drafts, levels 1, 2, 3 in turn."""
+    """Draft prompts without end, of levels 1, 2 and 3 in turn."""
 
     def drafts(rng: Random) -> Iterator[Draft]:
         for level in cycle(LEVELS):
@@ -60,7 +60,7 @@ def by_levels(draw: Callable[[Random, int], Draft]) -> Drafts:
 
 
 def of_rows(rows: Sequence[Row], draw: Callable[[Random, Row], Draft]) -> Drafts:
-    """One draft for each row of a table, in random order."""
+    """Draft one prompt for each row of a table, in random order."""
 
     def drafts(rng: Random) -> Iterator[Draft]:
         for row in rng.sample(rows, len(rows)):
@@ -82,7 +82,7 @@ CHOICE_FRAMES = (
 
 
 def choice(rng: Random, question: Question, frames: Sequence[str] = CHOICE_FRAMES, *, language: str = "en") -> Draft:
-    """The question in one of the frames, its options in random order."""
+    """Write the question in a random frame, with its options in random order."""
     options = [question.right, *question.wrong]
     rng.shuffle(options)
     letters = "ABCDEFGHIJ"[: len(options)]
@@ -98,7 +98,7 @@ def choice(rng: Random, question: Question, frames: Sequence[str] = CHOICE_FRAME
 
 
 def choices(name: str) -> Drafts:
-    """Multiple choice over a table of questions."""
+    """Draft multiple-choice prompts from a table of questions."""
 
     def drafts(rng: Random) -> Iterator[Draft]:
         yield from of_rows(read_questions(name), choice)(rng)
@@ -107,5 +107,5 @@ def choices(name: str) -> Drafts:
 
 
 def joined(items: Sequence[str], last: str = "and") -> str:
-    """ "a, b and c"."""
+    """Join items as "a, b and c"."""
     return f"{', '.join(items[:-1])} {last} {items[-1]}" if len(items) > 1 else items[0]

@@ -1,4 +1,4 @@
-"""Read a sentence or a message, write its facts as JSON. The grader's schema fixes the values."""
+"""Write the facts of a sentence or a message as JSON. The grader's schema fixes the values."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _draw(rng: Random, level: int) -> Draft:
 
 
 def exactly(facts: Facts) -> dict[str, object]:
-    """The schema that accepts these values alone."""
+    """Return the schema that accepts exactly these values."""
     properties: dict[str, object] = {key: {"const": value} for key, value in facts.items()}
     return {"type": "object", "properties": properties, "required": list(facts), "additionalProperties": False}
 

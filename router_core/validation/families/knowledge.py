@@ -1,4 +1,4 @@
-"""Which tables of questions make which families. The questions stand in ../tables."""
+"""Families of questions that stand in ../tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Short tasks in French, German, Portuguese, Italian, Japanese, Russian and Korean. Chinese, Spanish: own files."""
+"""Short tasks in French, German, Portuguese, Italian, Japanese, Russian and Korean."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from router_core.validation.graders import NumericGrader
 
 @dataclass(frozen=True)
 class Tongue:
-    """Sums at three levels, with {a}, {b}, {c}, and a table of facts."""
+    """One language: templates of sums at three levels, with {a}, {b} and {c}, and a table of facts."""
 
     sums: tuple[str, str, str]
     facts: tuple[Fact, ...]
@@ -138,7 +138,7 @@ def _sum(rng: Random, tongue: Tongue, language: str, level: int) -> Draft:
 
 
 def _drafts(rng: Random) -> Iterator[Draft]:
-    """The languages in turn; within each, a sum and a fact by turns, as long as there are facts."""
+    """Draft the languages in turn; within each, alternate sums and facts, as long as there are facts."""
     left = {language: rng.sample(tongue.facts, len(tongue.facts)) for language, tongue in _TONGUES.items()}
     levels = cycle(LEVELS)
     while True:

@@ -1,4 +1,4 @@
-"""Orderings, house puzzles, truth and lie, and what follows from what. Solved by trying every possibility."""
+"""Orderings, house puzzles, liars and inference. Answers are found by trying every possibility."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _ordering(rng: Random, level: int) -> Draft:
 
 
 def _houses(rng: Random, level: int) -> Draft:
-    """As many houses as level + 1 … clues are added until one arrangement is left."""
+    """Draw a house puzzle, and add clues until only one arrangement is left."""
     size = min(level + 1, 4)
     people, pets, drinks = rng.sample(PEOPLE, size), rng.sample(_PETS, size), rng.sample(_DRINKS, size)
     worlds = [(p, q) for p in permutations(range(size)) for q in permutations(range(size))]
@@ -66,7 +66,7 @@ World = tuple[tuple[int, ...], tuple[int, ...]]
 def _clue(
     rng: Random, truth: World, people: Sequence[str], pets: Sequence[str], drinks: Sequence[str]
 ) -> tuple[str, Callable[[World], bool]]:
-    """Something true, and the test that a world must pass to agree with it."""
+    """A true statement, and the test that an arrangement must pass to agree with it."""
     house, other = rng.randrange(len(people)), rng.randrange(len(people))
     pet, drink = truth[0][house], truth[1][house]
     if rng.random() < 0.4:

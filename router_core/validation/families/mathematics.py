@@ -1,4 +1,4 @@
-"""School and first-year mathematics, from percentages to calculus and probability. Computed."""
+"""School and first-year mathematics, from percentages to calculus and probability. Answers are computed."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def _draw(rng: Random, level: int) -> Draft:
 
 
 def _as_choice(rng: Random, text: str, value: float, level: int) -> Draft:
-    """Near misses as the wrong options."""
+    """Offer near misses as the wrong options."""
     step = max(1, round(abs(value) / 7))
     wrong = rng.sample([value + step, value - step, value + 2 * step, value + 3 * step, value - 2 * step], 3)
     question = Question(level, text, f"{value:g}", tuple(f"{other:g}" for other in wrong))

@@ -1,10 +1,8 @@
-"""Names of people and places that the generated texts share. No facts."""
-
 from __future__ import annotations
 
 
 def words(text: str) -> tuple[str, ...]:
-    """A word list written as one line."""
+    """Split a list of words that is written as one line."""
     return tuple(text.split())
 
 

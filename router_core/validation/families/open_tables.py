@@ -1,4 +1,4 @@
-"""Questions of fact with an answer of a word or two: how a row becomes a prompt. The rows stand in ../tables."""
+"""Prompts from tables of questions of fact, with an answer of a word or two."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from router_core.validation.graders import ContainsGrader, Grader, NumericGrader
 
 
 def fact_grader(answers: Sequence[str]) -> Grader:
-    """Numbers by value, words by occurrence."""
+    """Grade a number by its value, and words by their occurrence."""
     if len(answers) == 1 and answers[0].replace(".", "").isdigit():
         return NumericGrader(float(answers[0]))
     return ContainsGrader(Terms(any=tuple(answers)))
@@ -23,7 +23,7 @@ def fact_draft(fact: Fact, frame: str = "{q}", language: str = "en") -> Draft:
 
 
 def facts(name: str, frames: Sequence[str], *, language: str = "en") -> Drafts:
-    """Each row of the table in a frame of its own, `{q}` standing for the question."""
+    """Draft each row of the table in a random frame, in which `{q}` stands for the question."""
 
     def drafts(rng: Random) -> Iterator[Draft]:
         rows = read_facts(name)

@@ -1,4 +1,4 @@
-"""A short generated passage and a question that only the passage answers. No outside knowledge is asked for."""
+"""A short generated passage, and a question that the passage alone answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Asked:
 
 
 def _words(question: str, answer: str, others: tuple[str, ...]) -> Asked:
-    """The answer's word must be there, the passage's other candidates must not, nor may the passage be repeated."""
+    """Require the answer's word; refuse the passage's other candidates, and a repetition of the passage."""
     return Asked(question, WritingGrader(Terms(all=(answer,), none=others), words=(1, 45)), answer)
 
 

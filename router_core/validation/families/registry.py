@@ -70,7 +70,7 @@ EMPTY_REPLIES = ("", "I don't know.", "...")
 
 @lru_cache(maxsize=4)
 def builtin_validation_set(seed: int = 0) -> ValidationSet:
-    """The same seed gives the same ids and texts on every machine; another seed gives other prompts."""
+    """Generate all sections. The same seed gives the same ids and texts on every machine."""
     return ValidationSet.from_prompts(prompt for section in SECTIONS for prompt in _prompts(section, seed))
 
 
@@ -88,7 +88,7 @@ def _prompts(section: Section, seed: int) -> Iterator[ValidationPrompt]:
 
 
 def is_fair(draft: Draft) -> bool:
-    """The reference is right, and neither repeating the prompt nor saying nothing is."""
+    """Return whether the reference gets full marks, and neither an echo of the prompt nor an empty reply gets any."""
     graded = draft.grader.grade
     echoes = (draft.text, f"{draft.text}\n{draft.text}")
     return graded(draft.reference) == 1.0 and not any(graded(reply) for reply in (*echoes, *EMPTY_REPLIES))

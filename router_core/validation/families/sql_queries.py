@@ -1,4 +1,4 @@
-"""Write a query, graded by its rows. The tables, their rows and the right queries are ours."""
+"""Write an SQL query, graded by the rows that it returns."""
 
 # ruff: noqa: S608 - queries of our own, kept as text to be shown or compared; none takes input from outside
 

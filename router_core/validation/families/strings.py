@@ -1,4 +1,4 @@
-"""Letters and words pushed about: reversing, counting, ciphers. Plain text puzzles with one right result."""
+"""Puzzles with letters and words, such as reversing, counting and ciphers, that have one right result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Summarise a generated text in one sentence that must name what matters. Whether it reads well is not judged."""
+"""Summarise a generated text in one sentence that must name what matters. Style is not graded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads the tables of questions that ship with the package: one question a line, cells between bars."""
+"""Read the tables of questions that ship with the package: one question a line, cells between bars."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _FOLDER = Path(__file__).parent.parent / "tables"
 
 @dataclass(frozen=True)
 class Question:
-    """The right answer and the wrong ones; level 1 to 3."""
+    """A multiple-choice question of level 1 to 3."""
 
     level: int
     text: str
@@ -20,7 +20,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Fact:
-    """Any of `answers` is right; the first is the usual one."""
+    """A question of fact. Any of `answers` is right; the first is the usual one."""
 
     level: int
     text: str
@@ -28,12 +28,12 @@ class Fact:
 
 
 def read_questions(name: str) -> tuple[Question, ...]:
-    """`level | question | right | wrong | wrong | wrong`"""
+    """Read lines of `level | question | right | wrong | wrong | wrong`."""
     return tuple(Question(int(level), text, right, tuple(wrong)) for level, text, right, *wrong in read_rows(name))
 
 
 def read_facts(name: str) -> tuple[Fact, ...]:
-    """`level | question | answer / another spelling`"""
+    """Read lines of `level | question | answer / another spelling`."""
     return parse_facts(_lines(name))
 
 

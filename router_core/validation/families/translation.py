@@ -1,4 +1,4 @@
-"""Single words and short phrases from one language to another. Longer texts stand with the languages themselves."""
+"""Translate single words and short phrases."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _FRAMES = (
 
 
 def _translations(rng: Random) -> Iterator[Draft]:
-    """Level 1 and 2 from English or into it; level 3 between two other languages as well."""
+    """Translate from or into English at levels 1 and 2, and also between two other languages at level 3."""
     rows = [line.split() for line in _WORDS.strip().splitlines()]
     while True:
         for level_text, *cells in rng.sample(rows, len(rows)):

@@ -1,4 +1,4 @@
-"""Conversions of units, and reckoning with clocks and calendars. Dates come from the standard library's calendar."""
+"""Convert units, and calculate with clocks and calendars. Dates come from the standard library's calendar."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _spoken(day: date) -> str:
 
 
 def _date_answer(day: date) -> Grader:
-    """However people write a day: ISO, English order, British order."""
+    """Accept a day in ISO, American or British order."""
     month, ordinal = MONTHS[day.month - 1], f"{day.day}{_suffix(day.day)}"
     named = [
         f"{_spoken(day)}",

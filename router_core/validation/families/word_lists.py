@@ -1,4 +1,4 @@
-"""Lists of everyday words: which of them belong together, and sentences that use a few. Drawn at random."""
+"""Lists of everyday words: which of them belong together, and sentences that use a few of them."""
 
 from __future__ import annotations
 

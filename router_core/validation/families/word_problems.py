@@ -1,4 +1,4 @@
-"""Short stories with numbers in them, one to five steps. Pure arithmetic and algebra stand elsewhere."""
+"""Short stories with numbers, solved in one to five steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Short texts to order: notes, mails, verses, rewritings. Only what can be counted or looked up is graded."""
+"""Write notes, mails, verses and rewritings. Only what can be counted or looked up is graded."""
 
 from __future__ import annotations
 

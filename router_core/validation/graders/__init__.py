@@ -1,4 +1,4 @@
-"""The graders, and the one table from a `type` to its class. Each judges text; none calls a model."""
+"""Graders, which score the text of an answer, and the table from a `type` to its class. None calls a model."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ GRADER_TYPES: Mapping[str, Callable[[JsonObject], Grader]] = {
 
 
 def parse_grader(spec: Mapping[str, object]) -> Grader:
-    """The grader that the object describes. Raises InvalidValidationSet naming the field and the fix."""
+    """Read the grader that the object describes. Raises InvalidValidationSet that names the field and the fix."""
     kind = spec.get("type")
     if not isinstance(kind, str):
         raise InvalidValidationSet(

@@ -10,14 +10,14 @@ MAX_ANSWER_CHARS = 20_000
 
 
 class Grader(Protocol):
-    """Turns the text of one answer into a score in [0, 1]; NaN where only a model could tell (JudgeGrader)."""
+    """Turns the text of an answer into a score in [0, 1]; NaN if only a model could tell (JudgeGrader)."""
 
     type: ClassVar[str]
 
     def grade(self, answer: str) -> float: ...
 
     def to_json(self) -> dict[str, object]:
-        """The object that `parse_grader` reads back."""
+        """Write the object that `parse_grader` reads."""
 
 
 _THINK_ENDS = ("</think>", "</thinking>", "</reasoning>")
@@ -47,7 +47,7 @@ _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
 
 
 def strip_thinking(answer: str) -> str:
-    """The reply without its thinking; a thought that never ended leaves only what came before it."""
+    """Return the reply without its thinking. If a thought never ends, only what comes before it is left."""
     text = answer[:MAX_ANSWER_CHARS].replace("\r\n", "\n")
     for mark in _THINK_ENDS:
         text = text.rpartition(mark)[2]
@@ -57,7 +57,7 @@ def strip_thinking(answer: str) -> str:
 
 
 def strip_markdown(text: str) -> str:
-    """Full-width forms made ordinary, emphasis marks and LaTeX delimiters removed."""
+    """Turn full-width forms into ordinary ones, and remove emphasis marks and LaTeX delimiters."""
     text = _compatible(text).replace("−", "-").replace("’", "'")
     text = re.sub(r"\*\*|__|\\[(\[\])]|\\[,;!]", "", text)
     text = re.sub(r"\\[dt]?frac\{([^{}]{1,40})\}\{([^{}]{1,40})\}", r"\1/\2", text)
@@ -65,13 +65,13 @@ def strip_markdown(text: str) -> str:
 
 
 def boxed_answers(text: str) -> str | None:
-    """The content of the last \\boxed{…}."""
+    """Return the content of the last \\boxed{…}."""
     found = _BOXED.findall(text)
     return found[-1] if found else None
 
 
-def fenced(text: str) -> list[str]:
-    """The contents of the ``` blocks, first to last."""
+def fenced_blocks(text: str) -> list[str]:
+    """Return the contents of the ``` blocks, first to last."""
     return _FENCE.findall(text)
 
 
@@ -80,23 +80,29 @@ def bold_spans(text: str) -> list[str]:
 
 
 def text_after_lead_in(text: str) -> str | None:
-    """What follows the last "the answer is", "Answer:", "答案是", "la respuesta es", to the end of its line.
+    """Return what follows the last "the answer is", "Answer:", "答案是", "la respuesta es", to the end of its line.
 
-    When that line is empty ("Answer:" alone), the next line that is not.
+    If nothing follows ("Answer:" alone), the next line that is not blank is returned.
     """
     text = text.rstrip()
     ends = [end for match in _LEAD_IN.finditer(text) if (end := match.end()) < len(text)]
     return text[ends[-1] :].lstrip().partition("\n")[0].rstrip() if ends else None
 
 
-def lines_of(text: str) -> list[str]:
+def nonblank_lines(text: str) -> list[str]:
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
-def candidates(answer: str) -> list[str]:
-    """Every part of the reply that could be meant as the answer, as written; the whole reply comes first."""
+def answer_candidates(answer: str) -> list[str]:
+    """List the parts of the reply that could be the answer, as written; the whole reply comes first."""
     text = strip_thinking(answer)
-    found = [text, *fenced(text)[-1:], *bold_spans(text)[-1:], *lines_of(text)[:1], *lines_of(text)[-1:]]
+    found = [
+        text,
+        *fenced_blocks(text)[-1:],
+        *bold_spans(text)[-1:],
+        *nonblank_lines(text)[:1],
+        *nonblank_lines(text)[-1:],
+    ]
     for part in (boxed_answers(text), text_after_lead_in(text), text_after_lead_in(strip_markdown(text))):
         if part is not None:
             found.append(part)
@@ -104,23 +110,23 @@ def candidates(answer: str) -> list[str]:
 
 
 def _few_quoted(text: str) -> list[str]:
-    """ "The reverse of 'abc' is 'cba'": the first and the last quotation of a reply that has few."""
+    """Return the first and the last quotation of a reply that has few, as "The reverse of 'abc' is 'cba'"."""
     quoted = _QUOTED.findall(text)
     return [quoted[0], quoted[-1]] if 0 < len(set(quoted)) <= 3 else []
 
 
 def casefold(text: str) -> str:
-    """For comparison: width, case, accents of Latin letters and runs of white space made equal."""
+    """Fold width, case, accents of Latin letters and runs of white space, for comparison."""
     text = _compatible(text).casefold().replace("’", "'")
     kept = "".join(letter for letter in normalize("NFKD", text) if not "\u0300" <= letter <= "\u036f")
     return " ".join(normalize("NFC", kept).split())
 
 
 def _compatible(text: str) -> str:
-    """Normalize to NFKC. A character can become eighteen, so the length is bounded again."""
+    """Normalize to NFKC. One character can become eighteen, so the length is bounded again."""
     return normalize("NFKC", text)[:MAX_ANSWER_CHARS]
 
 
-def trimmed(text: str) -> str:
-    """Without the quotes, emphasis and closing punctuation that people put around an answer."""
+def trim(text: str) -> str:
+    """Remove the quotes, emphasis and closing punctuation that people put around an answer."""
     return text.strip().strip("*`_\"'“”‘’«»「」『』【】 \t").rstrip(".。!！,;").strip("*`_\"'“”‘’«»「」『』 \t")

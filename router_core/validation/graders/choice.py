@@ -12,11 +12,11 @@ from router_core.validation.graders.answers import (
     bold_spans,
     boxed_answers,
     casefold,
-    lines_of,
+    nonblank_lines,
     strip_markdown,
     strip_thinking,
     text_after_lead_in,
-    trimmed,
+    trim,
 )
 from router_core.validation.graders.text import whole_word_pattern
 
@@ -40,7 +40,7 @@ _WORD_VALUES = {word: value for words in _WORDS.values() for value, word in enum
 
 @dataclass(frozen=True)
 class NumericGrader:
-    """Full marks when the number that the reply ends up with is `answer`, within `tolerance` (absolute)."""
+    """Gives full marks if the number that the reply ends up with is `answer`, within `tolerance` (absolute)."""
 
     answer: float
     tolerance: float = 0.0
@@ -68,7 +68,7 @@ class NumericGrader:
 
 
 def stated_number(text: str) -> tuple[float, ...]:
-    """The readings of the number that the reply states ("1,234" may be 1234 or 1.234); empty when there is none."""
+    """Return the readings of the number that the reply states ("1,234" may be 1234 or 1.234); empty without one."""
     for part in _most_decided_first(text):
         if token := _conclusion(part):
             return parse_numbers(token)
@@ -77,14 +77,14 @@ def stated_number(text: str) -> tuple[float, ...]:
 
 def _most_decided_first(text: str) -> list[str]:
     flat = strip_markdown(text)
-    lines = lines_of(flat)
+    lines = nonblank_lines(flat)
     first_alone = lines[:1] if lines and _is_number_alone(lines[0]) else []
     parts = [boxed_answers(text), text_after_lead_in(flat), *first_alone, *reversed(bold_spans(text)), *reversed(lines)]
     return [strip_markdown(part) for part in parts if part is not None]
 
 
 def _conclusion(part: str) -> str | None:
-    """Within one line: what follows the last equals sign, else the number; a lead-in states its number first."""
+    """Find a line's number: after the last equals sign, else the first if the line opens with it, else the last."""
     tail = re.split(r"=|≈|\\approx", part)[-1]
     if found := _NUMBER.findall(tail):
         return str(found[0] if tail != part or _is_lead(part) else found[-1])
@@ -93,7 +93,7 @@ def _conclusion(part: str) -> str | None:
 
 
 def _is_lead(part: str) -> bool:
-    """Does the line open with its number ("12 apples, since 3 × 4")?"""
+    """Return whether the line opens with its number, as "12 apples, since 3 × 4"."""
     return _NUMBER.match(part.lstrip(" $€£¥:")) is not None
 
 
@@ -104,7 +104,7 @@ def _is_number_alone(line: str) -> bool:
 
 
 def parse_numbers(token: str) -> tuple[float, ...]:
-    """Every value that the written number can mean."""
+    """Return every value that the written number can mean."""
     bare = token.replace(" ", "").replace("\u00a0", "").replace("\u202f", "").replace("'", "")
     percent = bare.endswith("%")
     values = _quotient(bare.rstrip("%"))
@@ -120,7 +120,7 @@ def _quotient(bare: str) -> tuple[float, ...]:
 
 
 def _decimals(bare: str) -> tuple[float, ...]:
-    """1,234.5 and 1.234,5 are one thing each; 1,234 alone may be a thousand or a decimal comma."""
+    """Read 1,234.5 and 1.234,5, which have one meaning each, and 1,234, which has two."""
     bare = re.sub(r"(?:x|×|\\times|\*)10\^\{?(-?\d+)\}?$", r"e\1", bare)
     last = max(bare.rfind(","), bare.rfind("."))
     if last < 0:
@@ -134,7 +134,7 @@ def _decimals(bare: str) -> tuple[float, ...]:
 
 
 def _word_value(text: str) -> tuple[float, ...]:
-    """ "Three." or "三": only when the reply is little more than that word."""
+    """Read "Three." or "三" in a reply that is little more than that word."""
     words = re.findall(r"[^\W\d_]+", strip_markdown(text).casefold())
     values = {_WORD_VALUES[word] for word in words if word in _WORD_VALUES}
     return (float(values.pop()),) if len(values) == 1 and len(words) <= 8 else ()
@@ -142,7 +142,7 @@ def _word_value(text: str) -> tuple[float, ...]:
 
 LETTERS = "ABCDEFGHIJ"
 
-# A letter with the words of another option.
+# A letter followed by the words of another option.
 UNDECIDED = "?"
 
 _CHOSEN = re.compile(
@@ -154,18 +154,18 @@ _CHOSEN = re.compile(
 
 @dataclass(frozen=True)
 class ChoiceGrader:
-    """Full marks when the reply settles on `answer`, a letter; on two letters it settles on none."""
+    """Gives full marks if the reply settles on `answer`, a letter. A reply with two letters settles on none."""
 
     answer: str
     options: tuple[str, ...]
-    """The texts, in the order of their letters A, B, C…"""
+    """The options' texts, in the order of their letters A, B, C…"""
     type: ClassVar[str] = "choice"
 
     def grade(self, answer: str) -> float:
         return float(self.chosen(answer) == self.answer)
 
     def chosen(self, reply: str) -> str | None:
-        """The letter that the reply settles on."""
+        """Return the letter that the reply settles on."""
         text = strip_thinking(reply)
         for stated in self._statements(text):
             if letter := self._letter(stated) or (self._by_words(stated) if self._is_brief(stated) else None):
@@ -176,15 +176,15 @@ class ChoiceGrader:
 
     @cached_property
     def _words(self) -> tuple[re.Pattern[str], ...]:
-        """Each option's words as a pattern over folded text."""
-        return tuple(re.compile(whole_word_pattern(casefold(trimmed(option)))) for option in self.options)
+        """Each option's words as a pattern over case-folded text."""
+        return tuple(re.compile(whole_word_pattern(casefold(trim(option)))) for option in self.options)
 
     def _is_brief(self, stated: str) -> bool:
-        """Little more than an option: a question repeated after "Answer:" is not."""
+        """Return whether it is little more than an option, unlike a question repeated after "Answer:"."""
         return len(stated) <= 40 + max(len(option) for option in self.options)
 
     def _statements(self, text: str) -> Iterator[str]:
-        """Where a reply says its choice, most decided first."""
+        """Yield the parts of a reply that state its choice, the most decided first."""
         if (content := boxed_answers(text)) is not None:
             yield strip_markdown(content)
         flat = strip_markdown(text)
@@ -199,8 +199,8 @@ class ChoiceGrader:
             yield str(marked.pop())
 
     def _letter(self, stated: str) -> str | None:
-        """ "B", "(b)", "B) Paris", "option B." at the start of a statement."""
-        bare = re.sub(r"^(?:option|choice|letter|opción|选项)\s+", "", trimmed(stated), flags=re.IGNORECASE)
+        """Read "B", "(b)", "B) Paris" or "option B." at the start of a statement."""
+        bare = re.sub(r"^(?:option|choice|letter|opción|选项)\s+", "", trim(stated), flags=re.IGNORECASE)
         match = re.match(r"\(?([A-Ja-j])(?:\)|[.:、,](?=\s|$)|(?=\s*[-–—])|$|(?=\s+(?:because|since|as|is)\b))", bare)
         letter = self._known(match.group(1)) if match else None
         if letter is None or match is None:
@@ -208,22 +208,22 @@ class ChoiceGrader:
         return letter if self._follows(bare[match.end() :]) in (None, letter) else UNDECIDED
 
     def _follows(self, rest: str) -> str | None:
-        """The option whose words come right after a letter: "A) pear" names two options when pear is B."""
-        said = casefold(trimmed(rest))
-        starts = [index for index, words in enumerate(self._words) if words.match(said)]
+        """Return the option whose words follow a letter: "A) pear" names two options if pear is B."""
+        words_after = casefold(trim(rest))
+        starts = [index for index, words in enumerate(self._words) if words.match(words_after)]
         return LETTERS[max(starts, key=lambda index: len(self.options[index]))] if starts else None
 
     def _opening_letter(self, text: str) -> str | None:
-        """The first line opens with a letter."""
-        lines = lines_of(strip_markdown(text))
+        """Return the letter that the first line opens with."""
+        lines = nonblank_lines(strip_markdown(text))
         return self._letter(lines[0]) if lines else None
 
     def _opening_letters(self, text: str) -> set[str]:
-        """The letters that lines open with: more than one is a list of options, not a choice."""
-        return {letter for line in lines_of(strip_markdown(text)) if (letter := self._letter(line))}
+        """Return the letters that lines open with: more than one is a list of options, not a choice."""
+        return {letter for line in nonblank_lines(strip_markdown(text)) if (letter := self._letter(line))}
 
     def _only_letter(self, text: str) -> str | None:
-        """One option letter in brackets or alone, anywhere; "A" as an English word does not count."""
+        """Return the one option letter in brackets or alone, anywhere; "A" as an English word does not count."""
         named = {
             letter
             for letter in re.findall(r"\(([A-J])\)|\b([B-HJ])\b(?!')", strip_markdown(text))
@@ -234,12 +234,12 @@ class ChoiceGrader:
         return known.pop() if len(known) == 1 and len(named) == 1 else None
 
     def _by_words_somewhere(self, text: str) -> str | None:
-        lines = lines_of(text)
+        lines = nonblank_lines(text)
         parts = (lines[0], text, lines[-1]) if lines else ()
         return next((letter for part in parts if (letter := self._by_words(part))), None)
 
     def _by_words(self, text: str) -> str | None:
-        """The one option whose words occur; an option that is part of another counts only on its own."""
+        """Return the one option whose words occur; an option within another counts only where it stands alone."""
         rest = casefold(text)
         found = []
         for index in sorted(range(len(self.options)), key=lambda i: -len(self.options[i])):

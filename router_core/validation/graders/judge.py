@@ -1,5 +1,3 @@
-"""An answer that only another model can judge: the messages to send it and how its verdict is read. No I/O."""
-
 from __future__ import annotations
 
 import json
@@ -27,19 +25,24 @@ MAX_VERDICT_CHARS = 20_000
 
 @dataclass(frozen=True)
 class JudgeGrader:
-    """Carries the rubric; whoever holds it asks the judge. `model`: None means the configured judge."""
+    """Describes how another model judges an answer: what to send it, and how to read its verdict.
+
+    `model` is None for the configured judge. The caller sends the messages: this class does no I/O.
+    """
 
     rubric: str
     model: str | None = None
     type: ClassVar[str] = "judge"
 
     def grade(self, answer: str) -> float:  # noqa: ARG002 - the protocol's argument
-        """NaN, unlabelled: without its model a judge cannot tell."""
+        """Return NaN: without its model a judge cannot tell."""
         return math.nan
 
     def messages(self, prompt_text: str, answer: str) -> list[dict[str, str]]:
-        """What to send the judge. The answer is quoted as JSON, so that it cannot close its own quotation; the marks of
-        thinking and of chat templates (`<|…`) are written as escapes, so that no reader takes them for its own.
+        """Build the messages for the judge.
+
+        The answer is quoted as JSON, so that it cannot end its own quotation. The marks of thinking and of chat
+        templates (`<|…`) are written as escapes, so that the judge's template does not take them for its own.
         """
         case = {"question": prompt_text, "answer": strip_thinking(answer)}
         quoted = _MARKS.sub(r"\\u003c", json.dumps(case, ensure_ascii=False, indent=1))
@@ -47,10 +50,10 @@ class JudgeGrader:
         return [{"role": "system", "content": _INSTRUCTIONS}, {"role": "user", "content": content}]
 
     def parse(self, reply: str) -> float | None:
-        """The score in [0, 1] of a reply that is a verdict and nothing else; None of any other reply (unlabelled).
+        """Return the score in [0, 1] of a reply that is a verdict and nothing else; None of any other reply.
 
-        A verdict is one JSON object, fenced or not, or one line as "Score: 7/10". A score that stands beside other
-        words may be one that the graded answer stated and the judge repeats.
+        A verdict is one JSON object, fenced or not, or one line such as "Score: 7/10". A score beside other words may
+        be one that the graded answer stated and the judge repeats.
         """
         text = _without_thought(reply[:MAX_VERDICT_CHARS]).strip()
         if fence := _FENCED.fullmatch(text):
@@ -69,7 +72,7 @@ class JudgeGrader:
 
 
 def _without_thought(reply: str) -> str:
-    """What follows the thinking that a reply begins with; nothing where that does not end."""
+    """Return what follows the thinking that a reply begins with; nothing if that does not end."""
     begun = _THOUGHT.match(reply)
     return reply.rpartition(f"</{begun.group(1)}>")[2] if begun else reply
 

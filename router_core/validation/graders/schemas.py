@@ -26,17 +26,17 @@ _MAX_DEPTH = 64
 
 _MAX_PATTERNS = 50
 
+# Parts of a schema with every `$ref` unfolded. Thirty levels that each refer twice to the next are 2^30.
 MAX_PARTS = 10_000
-"""Of a schema with every `$ref` unfolded: thirty levels that each refer twice to the next are 2^30."""
 
+# References followed for one value. A schema that refers twice to itself doubles them with each level of the value.
 MAX_REFERENCES = 5_000
-"""Followed for one value: a schema that refers twice to itself doubles with each level of the value."""
 
 _PROBES: tuple[object, ...] = (None, 0, "", {}, [])
 
 
 class _TooManyReferences(Exception):
-    """More than MAX_REFERENCES."""
+    """More than MAX_REFERENCES were followed, or there are more than MAX_PARTS."""
 
 
 def _pattern_in_time(_: object, pattern: str, value: object, __: object) -> Iterator[ValidationError]:
@@ -45,14 +45,14 @@ def _pattern_in_time(_: object, pattern: str, value: object, __: object) -> Iter
 
 
 def _unique_items(_: object, wanted: object, value: object, __: object) -> Iterator[ValidationError]:
-    """Do as the library does, which compares every two items where they cannot be sorted."""
+    """Check `uniqueItems` in linear time: the library compares every two items if they cannot be sorted."""
     items = value if wanted is True and isinstance(value, list) else []
     if len({json.dumps(_canonical(item), sort_keys=True) for item in items}) < len(items):
         yield ValidationError("an item is there twice")
 
 
 def _canonical(value: object) -> object:
-    """1.0 as 1: in JSON they are one number."""
+    """Write 1.0 as 1: in JSON they are the same number."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, list):
@@ -66,7 +66,7 @@ _Validator: Any = _extend(Draft202012Validator, {"pattern": _pattern_in_time, "u
 
 
 def accepts(schema: Mapping[str, object], value: object) -> bool:
-    """Tell whether `value` is valid. What takes too many steps is not."""
+    """Return whether `value` is valid. A value that takes too many steps is not."""
     try:
         return _is_valid(schema, value)
     except (RecursionError, ArithmeticError, Unresolvable, _TooManyReferences):  # 1e999 is no multiple of anything
@@ -87,7 +87,7 @@ def _is_valid(schema: Mapping[str, object], value: object) -> bool:
 
 
 def check_schema(schema: JsonObject) -> None:
-    """Raises InvalidValidationSet."""
+    """Raise InvalidValidationSet if the schema is not one, or could run without bound or read the network."""
     _check_part(schema, 0)
     try:
         Draft202012Validator.check_schema(schema)
@@ -96,7 +96,7 @@ def check_schema(schema: JsonObject) -> None:
         raise InvalidValidationSet(f"field 'grader.schema' is not a JSON schema, at {where}: {error.message}") from None
     try:
         parts = _Parts(schema)
-        if parts.of(schema) > MAX_PARTS:
+        if parts.count(schema) > MAX_PARTS:
             raise _TooManyReferences
         for value in _PROBES:
             _is_valid(schema, value)
@@ -110,24 +110,24 @@ def check_schema(schema: JsonObject) -> None:
 
 
 class _Parts:
-    """Counts the parts of a schema, those included that it refers to. What refers back to itself counts once."""
+    """Counts the parts of a schema, including those that it refers to. What refers back to itself counts once."""
 
     def __init__(self, schema: JsonObject) -> None:
         self._resolver = Registry().with_resource("", DRAFT202012.create_resource(schema)).resolver()
         self._known: dict[int, int] = {}
         self.patterns = 0
 
-    def of(self, part: object) -> int:
+    def count(self, part: object) -> int:
         if not isinstance(part, dict | list):
             return 1
         if id(part) in self._known:
             return self._known[id(part)]
         self._known[id(part)] = 1
-        count = 1 + sum(self.of(inner) for inner in (part.values() if isinstance(part, dict) else part))
+        count = 1 + sum(self.count(inner) for inner in (part.values() if isinstance(part, dict) else part))
         if isinstance(part, dict):
             self.patterns += isinstance(part.get("pattern"), str)
             if isinstance(ref := part.get("$ref"), str):
-                count += self.of(self._target(ref))
+                count += self.count(self._target(ref))
         self._known[id(part)] = count
         return count
 
@@ -139,7 +139,7 @@ class _Parts:
 
 
 def _check_part(part: object, depth: int) -> None:
-    """Refuse what would read the network or run without a bound."""
+    """Raise InvalidValidationSet for what would read the network or run without bound."""
     if depth > _MAX_DEPTH:
         raise InvalidValidationSet(f"field 'grader.schema' is nested deeper than {_MAX_DEPTH}: flatten it")
     if isinstance(part, list):

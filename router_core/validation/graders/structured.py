@@ -12,14 +12,14 @@ from typing import ClassVar
 
 from router_core.documents import Fields, JsonObject
 from router_core.errors import InvalidValidationSet
-from router_core.validation.graders.answers import fenced, strip_thinking
+from router_core.validation.graders.answers import fenced_blocks, strip_thinking
 
 _MAX_STARTS = 50
 
 
 @dataclass(frozen=True)
 class JsonSchemaGrader:
-    """Full marks when a JSON value in the reply is accepted. `whole`: the reply is that value and nothing else."""
+    """Gives full marks if a JSON value in the reply is valid. `whole`: the reply is that value and nothing else."""
 
     schema: Mapping[str, object]
     whole: bool = False
@@ -56,8 +56,8 @@ def _whole(text: str) -> list[object]:
 
 
 def _json_values(text: str) -> Iterator[object]:
-    """The JSON values of a reply: in its fenced blocks, else wherever a bracket opens one."""
-    for block in (*reversed(fenced(text)), text):
+    """Yield the JSON values of a reply: its fenced blocks, and wherever a bracket opens one."""
+    for block in (*reversed(fenced_blocks(text)), text):
         yield from _whole(block)
     decoder = json.JSONDecoder()
     position = 0
@@ -82,7 +82,7 @@ MAX_VALUE_BYTES = 2_000
 
 MAX_QUERY_BYTES = 4_000
 
-_STEPS_BETWEEN_LOOKS = 1_000
+_STEPS_PER_CHECK = 1_000
 
 _FUNCTION_NAMES = """
     abs avg coalesce count date datetime ifnull iif instr julianday length like lower ltrim max min nullif round
@@ -99,7 +99,7 @@ _QUERY = re.compile(r"\b(?:SELECT|WITH)\b.*", re.IGNORECASE | re.DOTALL)
 
 @dataclass(frozen=True)
 class SqlGrader:
-    """Full marks when the reply's query returns the rows that `query` returns. `ordered`: in that order, too."""
+    """Gives full marks if the reply's query returns the same rows as `query`; with `ordered`, in the same order."""
 
     setup: str
     query: str
@@ -107,13 +107,13 @@ class SqlGrader:
     type: ClassVar[str] = "sql"
 
     def grade(self, answer: str) -> float:
-        written = _written_query(strip_thinking(answer))
-        if written is None:
+        answer_query = _query_in(strip_thinking(answer))
+        if answer_query is None:
             return 0.0
         try:
             with closing(_database(self.setup)) as database:
                 return float(
-                    _same_rows(rows_of(database, self.query), rows_of(database, written), ordered=self.ordered)
+                    _same_rows(rows_of(database, self.query), rows_of(database, answer_query), ordered=self.ordered)
                 )
         except (sqlite3.Error, sqlite3.Warning, ValueError):
             return 0.0
@@ -137,7 +137,7 @@ class SqlGrader:
 
 
 def _database(setup: str) -> sqlite3.Connection:
-    """Filled, and from then on read-only: the authorizer comes last."""
+    """Open a database, fill it, and make it read-only: the authorizer is set last."""
     database = sqlite3.connect(":memory:")
     try:
         database.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
@@ -154,34 +154,34 @@ def _database(setup: str) -> sqlite3.Connection:
 
 
 def _authorize(action: int, _: str | None, function: str | None, *__: str | None) -> int:
-    """Selecting and reading, and functions that neither load, allocate nor change anything."""
+    """Allow selecting and reading, and functions that neither load, allocate nor change anything."""
     allowed = action in _READS or (action == sqlite3.SQLITE_FUNCTION and str(function).lower() in _FUNCTIONS)
     return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
 
 
 def _limit_steps(database: sqlite3.Connection) -> None:
-    looks_left = MAX_STEPS // _STEPS_BETWEEN_LOOKS
+    checks_left = MAX_STEPS // _STEPS_PER_CHECK
 
     def out_of_steps() -> bool:
-        nonlocal looks_left
-        looks_left -= 1
-        return looks_left < 0
+        nonlocal checks_left
+        checks_left -= 1
+        return checks_left < 0
 
-    database.set_progress_handler(out_of_steps, _STEPS_BETWEEN_LOOKS)
+    database.set_progress_handler(out_of_steps, _STEPS_PER_CHECK)
 
 
 def rows_of(database: sqlite3.Connection, query: str) -> list[Row]:
-    """At most MAX_ROWS rows, each query with a step limit of its own."""
+    """Run a query within its own step limit; ValueError if it returns more than MAX_ROWS rows."""
     _limit_steps(database)
     with closing(database.execute(query)) as cursor:
         rows = cursor.fetchmany(MAX_ROWS + 1)
     if len(rows) > MAX_ROWS:
         raise ValueError(f"more than {MAX_ROWS} rows")
-    return [tuple(_rounded(value) for value in row) for row in rows]
+    return [tuple(_round(value) for value in row) for row in rows]
 
 
-def _rounded(value: object) -> object:
-    """Numbers to six decimals, so that 2 and 2.0000000001 are one."""
+def _round(value: object) -> object:
+    """Round numbers to six decimals, so that 2 and 2.0000000001 are equal."""
     return round(float(value), 6) if isinstance(value, int | float) else value
 
 
@@ -189,9 +189,9 @@ def _same_rows(expected: list[Row], got: list[Row], *, ordered: bool) -> bool:
     return expected == got if ordered else sorted(expected, key=repr) == sorted(got, key=repr)
 
 
-def _written_query(text: str) -> str | None:
-    """The first statement of the last fenced block that has one, else from the first SELECT or WITH on."""
-    for block in (*reversed(fenced(text)), text):
+def _query_in(text: str) -> str | None:
+    """Return the first statement of the last fenced block with one, else what begins at the first SELECT or WITH."""
+    for block in (*reversed(fenced_blocks(text)), text):
         if match := _QUERY.search(block):
             return match.group(0).split(";")[0].split("```")[0].strip()
     return None
@@ -217,8 +217,10 @@ FEATURES = (*_FEATURES, "recursion", "docstring", "annotations", "default")
 
 @dataclass(frozen=True)
 class PythonGrader:
-    """Full marks when a function of this name and these arguments is defined, with the features in `uses`, none of
-    those in `avoids`, and every name in `mentions` (a function, method or variable).
+    """Gives full marks if a function of this name and these arguments is defined. The code is parsed, and never run.
+
+    It must have the features in `uses`, none of those in `avoids`, and every name in `mentions` (a function, method or
+    variable).
     """
 
     function: str
@@ -230,7 +232,7 @@ class PythonGrader:
 
     def grade(self, answer: str) -> float:
         text = strip_thinking(answer)
-        return float(any(self._fits(node) for code in (*fenced(text), text) for node in _functions(code)))
+        return float(any(self._fits(node) for code in (*fenced_blocks(text), text) for node in _functions(code)))
 
     def _fits(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
         if node.name != self.function or tuple(arg.arg for arg in node.args.args) != self.arguments:
@@ -257,7 +259,7 @@ class PythonGrader:
 def _functions(code: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd escapes in somebody's string literals
+            warnings.simplefilter("ignore")  # odd escapes in string literals
             tree = ast.parse(code[:MAX_CODE_CHARS])
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return
@@ -279,7 +281,7 @@ def _has(node: ast.FunctionDef | ast.AsyncFunctionDef, feature: str) -> bool:
 
 
 def _is_empty(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Only `pass`, `...` or a docstring."""
+    """Return whether the body is only `pass`, `...` or a docstring."""
     constant = [isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) for part in node.body]
     return all(is_constant or isinstance(part, ast.Pass) for is_constant, part in zip(constant, node.body, strict=True))
 

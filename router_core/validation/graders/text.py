@@ -10,21 +10,21 @@ import regex
 from router_core.documents import Fields, JsonObject, short_repr
 from router_core.errors import InvalidValidationSet
 from router_core.validation.graders.answers import (
-    candidates,
+    answer_candidates,
     casefold,
-    lines_of,
+    nonblank_lines,
     strip_markdown,
     strip_thinking,
     text_after_lead_in,
-    trimmed,
+    trim,
 )
 
 
 @dataclass(frozen=True)
 class ExactGrader:
-    """Full marks when the reply, or the part of it that states the answer, is one of `answers`.
+    """Gives full marks if the reply, or the part of it that states the answer, is one of `answers`.
 
-    `whole`: the reply must be that text and nothing else, to the letter (format following).
+    With `whole`, the reply must be exactly that text and nothing else.
     """
 
     answers: tuple[str, ...]
@@ -34,12 +34,12 @@ class ExactGrader:
 
     def grade(self, answer: str) -> float:
         if self.whole:
-            return float(_unwrapped(strip_thinking(answer)) in {text.strip() for text in self.answers})
+            return float(_unwrap(strip_thinking(answer)) in {text.strip() for text in self.answers})
         wanted = {self._key(text) for text in self.answers}
-        return float(any(self._key(part) in wanted for part in candidates(answer)))
+        return float(any(self._key(part) in wanted for part in answer_candidates(answer)))
 
     def _key(self, text: str) -> str:
-        bare = trimmed(text)
+        bare = trim(text)
         return "\n".join(line.rstrip() for line in bare.split("\n")) if self.case_sensitive else casefold(bare)
 
     def to_json(self) -> dict[str, object]:
@@ -53,15 +53,15 @@ class ExactGrader:
         return cls(answers, fields.flag("whole"), fields.flag("case_sensitive"))
 
 
-def _unwrapped(text: str) -> str:
-    """A reply that is one fenced block stands for the block's content."""
+def _unwrap(text: str) -> str:
+    """Return the block's content of a reply that is one fenced block."""
     match = re.fullmatch(r"```[^\n`]*\n([^`]*?)\n?```", text)
     return (match.group(1) if match else text).strip()
 
 
 @dataclass(frozen=True)
 class SequenceGrader:
-    """Full marks when the reply names the items in this order: on one line, or as the last thing it says."""
+    """Gives full marks if the reply names the items in this order, on one line or as the last thing it says."""
 
     items: tuple[str, ...]
     type: ClassVar[str] = "sequence"
@@ -72,7 +72,7 @@ class SequenceGrader:
         if (after := text_after_lead_in(text)) and self._mentions(after) == wanted:
             return 1.0
         mentions = self._mentions(text)
-        on_one_line = any(self._mentions(line) == wanted for line in lines_of(text)[-3:])
+        on_one_line = any(self._mentions(line) == wanted for line in nonblank_lines(text)[-3:])
         return float(mentions == wanted or mentions[-len(wanted) :] == wanted or on_one_line)
 
     def _mentions(self, text: str) -> list[str]:
@@ -93,7 +93,7 @@ class SequenceGrader:
 
 
 def whole_word_pattern(term: str) -> str:
-    """A pattern for the term as a whole word; scripts without spaces match anywhere."""
+    """Return a pattern for the term as a whole word; in scripts without spaces it matches anywhere."""
     left = r"(?<!\w)" if _spaced(term[:1]) else ""
     right = r"(?!\w)" if _spaced(term[-1:]) else ""
     return left + re.escape(term) + right
@@ -105,13 +105,13 @@ def _spaced(letter: str) -> bool:
 
 _ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|No|vs|etc|e\.g|i\.e|a\.m|p\.m|U\.S|[A-Z])\.", re.IGNORECASE)
 
-# A run of marks is looked at from its beginning alone: from each of them, a long run takes quadratic time.
+# A run of marks is matched from its beginning only: matching from each mark takes quadratic time.
 _SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)*]*+(?=\s|$)|[。！？]++[”’」）]*+")
 
 
 @dataclass(frozen=True)
 class Terms:
-    """`all` of these, at least one of `any`, `none` of those; as whole words, case and accents ignored."""
+    """Requires `all` of these, at least one of `any`, `none` of those, as whole words; case and accents are ignored."""
 
     all: tuple[str, ...] = ()
     any: tuple[str, ...] = ()
@@ -145,7 +145,7 @@ def read_terms(fields: Fields) -> Terms:
 
 @dataclass(frozen=True)
 class ContainsGrader:
-    """Full marks when the terms are met; an empty reply never meets them."""
+    """Gives full marks if the terms are met; an empty reply never meets them."""
 
     terms: Terms
     type: ClassVar[str] = "contains"
@@ -167,7 +167,7 @@ class ContainsGrader:
 
 @dataclass(frozen=True)
 class WritingGrader:
-    """Full marks when a written text keeps every constraint: terms, and how many sentences, words and lines it has."""
+    """Gives full marks if a text keeps every constraint: terms, its ends, and its number of sentences, words, lines."""
 
     terms: Terms = Terms()
     sentences: tuple[int, int] | None = None
@@ -185,7 +185,7 @@ class WritingGrader:
         counts = (
             (self.sentences, count_sentences(text)),
             (self.words, count_words(text)),
-            (self.lines, len(lines_of(text))),
+            (self.lines, len(nonblank_lines(text))),
         )
         return all(span is None or span[0] <= count <= span[1] for span, count in counts)
 
@@ -210,19 +210,19 @@ class WritingGrader:
 
 
 def count_sentences(text: str) -> int:
-    """Closing marks, with a last sentence that has none counted too."""
+    """Count sentences by their closing marks; a last one without a mark counts too."""
     flat = _ABBREVIATION.sub("x", " ".join(strip_markdown(text).split()))
     pieces = [piece for piece in _SENTENCE_END.split(flat) if re.search(r"\w", piece)]
     return len(pieces)
 
 
 def count_words(text: str) -> int:
-    """Words by white space; in scripts without spaces every character is one."""
+    """Count words by white space; in scripts without spaces every character is one."""
     rest, unspaced = re.subn(r"[\u3040-\u30ff\u3400-\u9fff]", " ", text)
     return unspaced + sum(1 for word in rest.split() if re.search(r"\w", word))
 
 
-# CPU time that one search may take; the `regex` package stops itself, so a catastrophic pattern hangs nobody.
+# CPU seconds that one search may take. The `regex` package stops itself, so that a catastrophic pattern cannot hang.
 TIME_LIMIT_S = 0.1
 
 MAX_PATTERN_CHARS = 2_000
@@ -232,7 +232,7 @@ _PROBES = ("a" * 3_000 + "!", "0" * 3_000 + "!", " " * 3_000 + "!", "a b " * 800
 
 @dataclass(frozen=True)
 class RegexGrader:
-    """Full marks when the pattern is found (`full`: matches the whole reply) within the time limit."""
+    """Gives full marks if the pattern is found (`full`: matches the whole reply) within the time limit."""
 
     pattern: str
     full: bool = False
@@ -258,7 +258,7 @@ class RegexGrader:
 
 
 def search_with_timeout(pattern: str, text: str, *, full: bool = False, ignore_case: bool = False) -> bool:
-    """Does it match? A search that runs out of time has found nothing."""
+    """Return whether the pattern matches. A search that runs out of time has found nothing."""
     compiled = _compiled(pattern, ignore_case=ignore_case)
     search = compiled.fullmatch if full else compiled.search
     try:
@@ -268,7 +268,7 @@ def search_with_timeout(pattern: str, text: str, *, full: bool = False, ignore_c
 
 
 def check_pattern(pattern: str, field: str) -> None:
-    """Refuse a pattern that does not compile, or that already runs out of time on a few plain texts."""
+    """Raise InvalidValidationSet if the pattern does not compile, or runs out of time on a few plain texts."""
     if len(pattern) > MAX_PATTERN_CHARS:
         raise InvalidValidationSet(f"field {field!r} is longer than {MAX_PATTERN_CHARS} characters: shorten it")
     try:

@@ -1,5 +1,3 @@
-"""Curves of a few points, every figure by hand; and what no curve may gain."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -15,8 +13,10 @@ from router_core.evaluation.curves import (
     Baselines,
     Curve,
     area,
-    figures,
+    bootstrap_interval,
+    curve_metrics,
     least_cost,
+    paired_difference,
     paper_area,
     quality_within,
 )
@@ -29,8 +29,8 @@ def a_curve(*points: tuple[float, float]) -> Curve:
 
 
 CURVE = a_curve((3.0, 0.9), (2.0, 0.8), (1.0, 0.4))
+# The third point costs more than the second: at a higher λ.
 NOISY = a_curve((3.0, 0.9), (2.0, 0.6), (2.5, 0.8), (1.0, 0.4))
-"""The third point costs more than the second: at a higher λ."""
 
 
 def within(curve: Curve, *budgets: float) -> list[float]:
@@ -109,23 +109,23 @@ def test_the_least_cost_is_the_cheapest_of_several_crossings() -> None:
     assert least_cost(curve, 0.7) == pytest.approx(1.0 + 1.5 * 0.6)
 
 
-def test_all_figures_of_a_curve_by_hand() -> None:
-    found = figures(CURVE, Baselines(cheapest=1.0, best=2.5, dearest=4.0, best_quality=0.8))
+def test_the_metrics_of_a_curve_match_those_computed_by_hand() -> None:
+    found = curve_metrics(CURVE, Baselines(cheapest=1.0, best=2.5, dearest=4.0, best_quality=0.8))
     assert [found.qnc, found.cost_save, found.peak, found.perf_gain] == pytest.approx([0.8, 0.2, 0.9, 0.125])
     assert found.area == pytest.approx((2 * 0.6 + 0.825) / 3, abs=1e-3)
     assert [found.paper_area, found.paper_area_half] == pytest.approx([2.35 / 4, 0.15])
 
 
-def test_what_is_undefined_is_nan_without_a_warning() -> None:
-    never = figures(CURVE, Baselines(cheapest=1.0, best=1.0, dearest=1.0, best_quality=0.95))
+def test_undefined_metrics_are_nan_without_a_warning() -> None:
+    never = curve_metrics(CURVE, Baselines(cheapest=1.0, best=1.0, dearest=1.0, best_quality=0.95))
     undefined = (never.area, never.paper_area, never.paper_area_half, never.qnc, never.cost_save)
     assert np.isnan(undefined).all()
     assert never.perf_gain == pytest.approx(0.9 / 0.95 - 1)
-    free = figures(CURVE, Baselines(cheapest=0.0, best=0.0, dearest=0.0, best_quality=0.0))
+    free = curve_metrics(CURVE, Baselines(cheapest=0.0, best=0.0, dearest=0.0, best_quality=0.0))
     assert np.isnan([value for value in astuple(free) if value != free.peak]).all()
 
 
-def test_a_curve_has_a_quality_for_every_cost_and_a_point_at_least() -> None:
+def test_a_curve_needs_a_quality_for_every_cost_and_at_least_one_point() -> None:
     with pytest.raises(ValueError, match="as many costs as qualities"):
         Curve(np.ones(2), np.ones(3))
     with pytest.raises(ValueError, match="as many costs as qualities"):
@@ -138,7 +138,7 @@ POINTS = st.lists(st.tuples(COSTS, QUALITIES), min_size=1, max_size=12)
 
 
 @given(POINTS, st.lists(st.floats(0, 6), min_size=1, max_size=8))
-def test_all_budgets_at_once_are_each_by_its_definition(
+def test_many_budgets_at_once_give_what_each_gives_alone(
     points: Sequence[tuple[float, float]], budgets: list[float]
 ) -> None:
     curve = a_curve(*points)
@@ -185,3 +185,55 @@ def test_area_lies_between_the_worst_and_the_best_quality(points: Sequence[tuple
     curve = a_curve(*points)
     assert curve.qualities.min() - 1e-9 <= area(curve, 0.5, 4.0) <= curve.qualities.max() + 1e-9
     assert BUDGETS == 200
+
+
+NOISE = np.random.default_rng(7).normal(size=400)
+
+
+def test_the_interval_is_about_two_standard_errors_to_each_side() -> None:
+    low, high = bootstrap_interval(NOISE, seed=0, draws=20_000)
+    error = NOISE.std() / np.sqrt(NOISE.size)
+    assert (low, high) == pytest.approx((NOISE.mean() - 1.96 * error, NOISE.mean() + 1.96 * error), abs=0.005)
+
+
+def test_a_higher_level_is_wider() -> None:
+    low, high = bootstrap_interval(NOISE, seed=0, level=0.99)
+    inner_low, inner_high = bootstrap_interval(NOISE, seed=0, level=0.5)
+    assert low < inner_low < inner_high < high
+
+
+def test_the_same_seed_gives_the_same_interval() -> None:
+    assert bootstrap_interval(NOISE[:20], seed=3) == bootstrap_interval(NOISE[:20], seed=3)
+    assert bootstrap_interval(NOISE[:20], seed=3) != bootstrap_interval(NOISE[:20], seed=4)
+
+
+def test_undefined_trials_are_left_out_and_with_none_left_the_interval_is_undefined() -> None:
+    holes = np.array([1.0, np.nan, 3.0, np.nan])
+    assert bootstrap_interval(holes, seed=0) == bootstrap_interval(np.array([1.0, 3.0]), seed=0) == (1.0, 3.0)
+    assert np.isnan(bootstrap_interval(np.full(3, np.nan), seed=0)).all()
+    assert np.isnan(bootstrap_interval(np.empty(0), seed=0)).all()
+
+
+def test_a_paired_difference_cancels_what_is_common_to_both() -> None:
+    """Trials differ by 100, methods by 1 in every one of them."""
+    trials = np.arange(0.0, 1000.0, 100.0)
+    difference = paired_difference(trials + 1.0, trials, seed=0)
+    assert (difference.mean, difference.low, difference.high) == (1.0, 1.0, 1.0)
+
+
+def test_a_trial_without_both_values_is_left_out() -> None:
+    difference = paired_difference(np.array([2.0, np.nan, 9.0]), np.array([1.0, 1.0, np.nan]), seed=0)
+    assert (difference.mean, difference.low, difference.high) == (1.0, 1.0, 1.0)
+    nothing = paired_difference(np.array([np.nan]), np.array([1.0]), seed=0)
+    assert np.isnan([nothing.mean, nothing.low, nothing.high]).all()
+
+
+def test_pairing_needs_the_same_trials() -> None:
+    with pytest.raises(ValueError, match="the same trials"):
+        paired_difference(np.ones(3), np.ones(1), seed=0)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=30), st.integers(0, 5))
+def test_the_interval_lies_within_the_values(values: list[float], seed: int) -> None:
+    low, high = bootstrap_interval(np.array(values), seed=seed, draws=50)
+    assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9

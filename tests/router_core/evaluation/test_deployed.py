@@ -47,14 +47,14 @@ def the_results(outcomes: Outcomes | None = None, **more: Any) -> Results:
     )
 
 
-def test_profiles_that_know_who_can_do_what_cost_half_and_miss_nothing() -> None:
+def test_good_profiles_halve_the_cost_at_full_quality() -> None:
     """Two prompts at 1, two at 11: a mean of 6, where the dear model alone costs 11."""
     ours = the_results().methods["ours"][300]
     assert (ours.peak.mean, ours.qnc.mean, ours.cost_save.mean) == pytest.approx((1.0, 6 / 11, 5 / 11))
     assert ours.area.mean == pytest.approx(the_results().methods["oracle"][300].area.mean)
 
 
-def test_others_are_shown_beside_ours_with_the_difference() -> None:
+def test_other_methods_are_reported_with_their_difference_from_ours() -> None:
     results = the_results()
     assert list(results.methods) == ["cheapest", "best_single", "random_mix", "ours", "oracle"]
     assert results.methods["cheapest"][300].peak.mean == 0.5
@@ -64,7 +64,7 @@ def test_others_are_shown_beside_ours_with_the_difference() -> None:
     assert gap.low <= gap.mean <= gap.high
 
 
-def test_all_prompts_are_test_prompts_and_the_labels_are_those_of_the_profiles() -> None:
+def test_all_prompts_are_tested_and_labels_are_those_of_the_profiles() -> None:
     protocol = the_results().protocol
     assert (protocol.prompts, protocol.test_prompts, protocol.labels) == (4, 4, (300,))
     assert (protocol.models, protocol.outcomes, protocol.measured_lengths) == (("cheap", "dear"), "file", True)
@@ -75,20 +75,20 @@ def test_the_same_seed_draws_the_same_prompts() -> None:
     assert (one, one.trials) == (again, 50)
 
 
-def test_a_prompt_that_one_of_them_was_not_asked_is_left_out() -> None:
+def test_a_prompt_that_one_model_has_no_score_on_is_left_out() -> None:
     results = the_results(the_outcomes(RIGHT, HARD, {"dear": 0.0}, {"cheap": 1.0}))
     assert (results.protocol.prompts, results.protocol.test_prompts) == (4, 2)
     with pytest.raises(InvalidInput, match="no prompt of the outcomes is scored for all of cheap, dear"):
         the_results(the_outcomes({"dear": 0.0}, {"cheap": 1.0}))
 
 
-def test_answers_of_unknown_length_are_neither_billed_nor_expected_to_be() -> None:
+def test_answers_of_unknown_length_are_neither_billed_nor_expected() -> None:
     results = the_results(the_outcomes(RIGHT, RIGHT, HARD, HARD, lengths=False))
     assert not results.protocol.measured_lengths
     assert np.isnan(results.methods["ours"][300].area.mean)
 
 
-def test_models_that_only_one_side_has_are_passed_over_or_named(tmp_path: Path) -> None:
+def test_models_that_only_one_side_has_are_ignored_or_reported(tmp_path: Path) -> None:
     path = tmp_path / "outcomes.jsonl"
     lines = [{"prompt": "p", "scores": {**HARD, "gone": 1.0}}, {"prompt": "q", "scores": {"gone": 0.5}}]
     path.write_text("\n".join(map(json.dumps, lines)))
@@ -99,14 +99,14 @@ def test_models_that_only_one_side_has_are_passed_over_or_named(tmp_path: Path) 
         read_deployed(path, a_pool(a_candidate("dear"), a_candidate("new")))
 
 
-def test_a_broken_line_is_named_before_anything_is_made_of_it(tmp_path: Path) -> None:
+def test_a_broken_line_is_reported_before_anything_is_computed(tmp_path: Path) -> None:
     path = tmp_path / "outcomes.jsonl"
     path.write_text('{"prompt": "p", "scores": {"gone": 7}}')
     with pytest.raises(InvalidOutcomes, match=r"line 1: scores\['gone'\] must be"):
         read_deployed(path, the_pool())
 
 
-def test_a_file_with_more_models_is_judged_on_the_deployed_ones() -> None:
+def test_only_deployed_models_of_a_file_are_evaluated() -> None:
     more = the_outcomes(*({**scores, "other": 1.0} for scores in (RIGHT, RIGHT, HARD, HARD)))
     assert the_results(more).methods["ours"][300].qnc == the_results().methods["ours"][300].qnc
 

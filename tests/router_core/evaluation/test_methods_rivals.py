@@ -46,26 +46,26 @@ def circle(count: int) -> Floats:
     return np.stack((np.cos(angles), np.sin(angles)), axis=1).astype(np.float32)
 
 
-def test_five_neighbours_and_the_mean_at_the_weight_of_five_labels() -> None:
+def test_knn_averages_five_neighbours_and_the_mean_with_the_weight_of_five_labels() -> None:
     vectors = clumps(10)
     answers = asked(range(20), right_on_the_first(10).tolist())
     expected = neighbour_means(vectors[[0, 19]] @ vectors.T, answers, 5)
     assert expected[:, 0].tolist() == pytest.approx([(0 + 5 * 0.5) / 10, (5 + 5 * 0.5) / 10])
 
 
-def test_a_neighbour_without_a_label_makes_room_for_the_next() -> None:
+def test_neighbours_without_a_label_are_replaced_by_the_next() -> None:
     cosines = np.array([[0.9, 0.8, 0.1]], dtype=np.float32)
     expected = neighbour_means(cosines, asked(range(3), [[NAN], [1.0], [0.0]]), 1)
     assert expected.item() == pytest.approx((0 + 5 * 0.5) / 6)
 
 
-def test_a_prompt_left_out_is_neither_its_neighbour_nor_in_its_mean() -> None:
+def test_a_left_out_prompt_is_neither_its_own_neighbour_nor_in_the_mean() -> None:
     cosines = np.array([[-np.inf, 0.9], [0.9, -np.inf]], dtype=np.float32)
     expected = neighbour_means(cosines, asked(range(2), [[1.0], [0.0]]), 5)
     assert expected[:, 0].tolist() == pytest.approx([(1 + 5 * 0.75) / 6, (0 + 5 * 0.25) / 6])
 
 
-def test_known_models_say_how_many_neighbours_to_ask() -> None:
+def test_known_models_decide_the_number_of_neighbours() -> None:
     vectors, scores = clumps(100), right_on_the_first(100)
     lots = np.random.default_rng(0).permuted(np.tile(scores, 9), axis=0)
     few, many = (
@@ -77,13 +77,13 @@ def test_known_models_say_how_many_neighbours_to_ask() -> None:
     assert many == pytest.approx(0.5)
 
 
-def test_ridge_is_the_mean_and_a_shrunk_slope() -> None:
+def test_ridge_adds_a_shrunk_slope_to_the_mean() -> None:
     seen = np.array([[1.0], [-1.0]])
     expected = linear_errors(seen, asked(range(2), [[0.0], [1.0]]), np.array([[1.0]], dtype=np.float32), 1.0)
     assert expected.item() == pytest.approx(0.5 + 1 / (2 + 1))
 
 
-def test_ridge_is_the_same_among_prompts_and_among_dimensions() -> None:
+def test_ridge_is_the_same_solved_over_prompts_or_dimensions() -> None:
     seen, labels = np.array([[1.0], [-1.0], [0.6]]), asked(range(3), [[0.0], [1.0], [0.0]])
     padded = np.pad(seen, ((0, 0), (0, 4)))
     narrow = linear_errors(seen, labels, seen.astype(np.float32), 3.0)
@@ -91,7 +91,7 @@ def test_ridge_is_the_same_among_prompts_and_among_dimensions() -> None:
 
 
 @pytest.mark.parametrize("history", [False, True])
-def test_ridge_finds_a_line(history: bool) -> None:
+def test_ridge_finds_a_linear_relation(history: bool) -> None:
     vectors = circle(500)
     scores = 1.0 - (0.5 + 0.3 * vectors[:, [0]].astype(np.float64))
     known = a_known(vectors, scores) if history else a_known(vectors)
@@ -99,7 +99,7 @@ def test_ridge_finds_a_line(history: bool) -> None:
     assert expected == pytest.approx(1.0 - scores, abs=0.02)
 
 
-def test_left_out_losses_are_those_of_fitting_without_each_prompt() -> None:
+def test_left_out_losses_equal_those_of_refitting_without_each_prompt() -> None:
     rng = np.random.default_rng(0)
     seen, errors = rng.normal(size=(6, 3)), rng.random((6, 2))
     by_hand = np.zeros(len(STRENGTHS))
@@ -113,14 +113,14 @@ def test_left_out_losses_are_those_of_fitting_without_each_prompt() -> None:
     assert left_out_losses(seen, errors) == pytest.approx(by_hand)
 
 
-def test_without_known_models_ridge_trusts_a_line_and_not_a_lot() -> None:
+def test_without_known_models_ridge_fits_a_relation_and_not_noise() -> None:
     vectors = circle(40).astype(np.float64)
     line, lot = 0.5 + 0.4 * vectors[:, [0]], np.random.default_rng(3).random((40, 1)).round()
     assert best_strength(vectors, asked(range(40), line.tolist())) == min(STRENGTHS)
     assert best_strength(vectors, asked(range(40), lot.tolist())) == max(STRENGTHS)
 
 
-def test_fine_rates_lean_on_the_coarse_one_and_that_on_the_mean() -> None:
+def test_fine_rates_are_shrunk_to_the_coarse_rate_and_that_to_the_mean() -> None:
     errors, labels = np.array([[24.0, 0.0, 0.0]]), np.array([[24.0, 0.0, 0.0]])
     rates = nested_rates(errors, labels, np.array([0, 0, 1]), np.array([0.5]))
     coarse = (24 + 24 * 0.5) / 48
@@ -129,7 +129,7 @@ def test_fine_rates_lean_on_the_coarse_one_and_that_on_the_mean() -> None:
 
 @pytest.mark.parametrize("method", RIVALS)
 @pytest.mark.parametrize("history", [False, True])
-def test_a_model_without_a_label_is_expected_to_fail_half_the_time(method: Method, history: bool) -> None:
+def test_a_model_without_labels_has_an_expected_error_of_one_half(method: Method, history: bool) -> None:
     vectors, scores = clumps(60), right_on_the_first(60)
     known = a_known(vectors, scores) if history else a_known(vectors)
     both = np.hstack((scores, np.full_like(scores, np.nan)))
@@ -140,14 +140,14 @@ def test_a_model_without_a_label_is_expected_to_fail_half_the_time(method: Metho
 
 @pytest.mark.parametrize("method", RIVALS)
 @pytest.mark.parametrize("history", [False, True])
-def test_asking_without_any_answer_is_not_an_error(method: Method, history: bool) -> None:
+def test_a_sample_without_scores_is_not_an_error(method: Method, history: bool) -> None:
     vectors = clumps(60)
     known = a_known(vectors, right_on_the_first(60)) if history else a_known(vectors)
     assert method(known)(every_tenth(vectors, np.full((120, 2), np.nan)), vectors) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("method", RIVALS)
-def test_unlabelled_prompts_are_left_out_not_counted_wrong(method: Method) -> None:
+def test_unlabelled_prompts_are_left_out_and_not_counted_as_wrong(method: Method) -> None:
     vectors, scores = clumps(60), right_on_the_first(60)
     estimator = method(a_known(vectors))
     some = every_tenth(vectors, scores)
@@ -162,7 +162,7 @@ def test_unlabelled_prompts_are_left_out_not_counted_wrong(method: Method) -> No
 
 @pytest.mark.parametrize("method", RIVALS)
 @pytest.mark.parametrize("known_models", [0, 2])
-def test_six_prompts_are_enough(method: Method, known_models: int) -> None:
+def test_six_prompts_are_enough_for_every_method(method: Method, known_models: int) -> None:
     vectors = clumps(3)
     known = a_known(vectors, np.tile(right_on_the_first(3), known_models))
     expected = method(known)(asked([0, 5], [[1.0], [0.0]]), vectors)

@@ -13,7 +13,7 @@ from router_core.eligibility import eligible
 from router_core.evaluation import baselines as single
 from router_core.evaluation.cluster_methods import Deployment, clusters_within, hard_map, kmeans_laplace, kmeans_raw
 from router_core.evaluation.curves import area
-from router_core.evaluation.study import Served
+from router_core.evaluation.study import ServedTrial
 from router_core.evaluation.trials import Method, cost_weights, draw_trial
 from router_core.pool import Pool
 from router_core.scoring import ScoringParams, rank
@@ -21,8 +21,8 @@ from router_core.types import Assignment, Floats, Price, Requirements
 from tests.router_core.evaluation.toys import SIX, a_known, a_plan, asked, two_kinds, vectors_of
 
 EXPECTED_ERRORS, EXPECTED_CENTS = np.array([0.6, 0.1, 0.3]), np.array([1.0, 9.0, 3.0])
+# The truth: the third model is the best, though the second was expected to be.
 COSTS, QUALITIES = np.array([2.0, 8.0, 4.0]), np.array([0.5, 0.7, 0.8])
-"""The truth: the third model is the best, though the second was expected to be."""
 A, B = np.eye(2, dtype=np.float32)
 
 
@@ -42,7 +42,7 @@ def test_best_single_is_the_model_expected_to_be_best_and_below_its_cost_the_che
     assert area(curve, 2.0, 7.9) == pytest.approx(0.5)
 
 
-def test_a_mix_by_lot_runs_straight_between_the_models_expected_to_be_on_the_hull() -> None:
+def test_a_random_mix_is_linear_between_models_expected_on_the_hull() -> None:
     curve = single.random_mix(EXPECTED_ERRORS[:2], EXPECTED_CENTS[:2], COSTS[:2], QUALITIES[:2])
     assert (curve.costs.tolist(), curve.qualities.tolist()) == ([8.0, 2.0], [0.7, 0.5])
     assert area(curve, 2.0, 8.0) == pytest.approx(0.6)
@@ -74,7 +74,7 @@ def test_kmeans_rates_are_those_of_the_prompts_in_the_cluster(method: Method, ra
     assert expected.T.ravel() == pytest.approx(rates)
 
 
-def test_kmeans_takes_the_number_of_clusters_that_serves_the_known_models_best() -> None:
+def test_kmeans_uses_the_number_of_clusters_that_is_best_for_known_models() -> None:
     """Eight kinds; the known models tell four of them from the others, which four clusters cannot."""
     vectors = np.tile(np.eye(8, dtype=np.float32), (12, 1))
     right = np.tile([1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0], 12)
@@ -88,7 +88,7 @@ def test_there_are_no_more_clusters_than_distinct_vectors() -> None:
     assert (clusters_within(known, 64), hard_map(known, 64).size, Deployment(known).cluster_map.size) == (2, 2, 2)
 
 
-def test_the_product_learns_who_is_right_about_what_and_how_long_it_talks() -> None:
+def test_the_product_learns_errors_and_answer_lengths_per_cluster() -> None:
     deployment = Deployment(a_known(kinds("ab" * 20)))
     seen = replace(asked(range(40), [[1.0, 0.0], [0.0, 1.0]] * 20), output_tokens=np.array([[10.0, 30.0]] * 40))
     pool = deployment.pool(seen, (Price(1e-6, 2e-6), Price(3e-6, 4e-6)))
@@ -98,7 +98,7 @@ def test_the_product_learns_who_is_right_about_what_and_how_long_it_talks() -> N
     assert pool.prices.input.tolist() == [1e-6, 3e-6]
 
 
-def test_models_keep_their_order_however_many_they_are() -> None:
+def test_many_models_keep_their_order() -> None:
     deployment = Deployment(a_known(kinds("ab" * 6)))
     scores = np.tile(np.arange(12.0) / 11, (12, 1))
     pool = deployment.pool(asked(range(12), scores.tolist()), [Price(number * 1e-6, 0.0) for number in range(12)])
@@ -106,22 +106,22 @@ def test_models_keep_their_order_however_many_they_are() -> None:
     assert (np.diff(pool.mean_errors) < 0).all()
 
 
-def test_prompts_are_chosen_once_each_and_more_of_them_are_the_same_and_others() -> None:
+def test_a_larger_choice_extends_a_smaller_one_without_repeats() -> None:
     deployment = Deployment(a_known(kinds("ab" * 20)))
     few, many = deployment.choose(5).tolist(), deployment.choose(40).tolist()
     assert many[:5] == few
     assert sorted(many) == list(range(40))
 
 
-def test_what_is_studied_is_what_would_be_served() -> None:
+def test_the_evaluated_profiles_are_those_that_would_be_served() -> None:
     outcomes = replace(
         two_kinds(90, SIX),
         output_tokens=np.random.default_rng(0).uniform(5.0, 50.0, (90, 6)),
         prices=tuple(Price(1e-6 * number, 2e-6 * number) for number in range(1, 7)),
     )
     trial = draw_trial(outcomes, vectors_of(outcomes, noise=0.3), a_plan(unseen=0.5), 0)
-    served = Served(trial)
-    pool = served.pool(trial.asked(trial.order[:20]))
+    served = ServedTrial(trial)
+    pool = served.pool(trial.sample(trial.order[:20]))
     placed = served.deployment.cluster_map.assign(trial.test.vectors)
     curve = served.curve(pool)
     weights = cost_weights(placed.expected(pool.errors), served.expected_cents(pool))

@@ -11,8 +11,8 @@ from router_core.evaluation.trials import History, LabelledSample, Plan, Trial, 
 from router_core.types import Doubles, Floats, Price
 
 CHEAP, DEAR = Price(1e-6, 0.0), Price(4e-6, 0.0)
+# Model → the kind that it is right about, and its price.
 TWO: Mapping[str, tuple[str, Price]] = {"left": ("a", CHEAP), "right": ("b", DEAR)}
-"""Model → the kind that it is right about, and its price."""
 SIX: Mapping[str, tuple[str, Price]] = {f"{kind}{number}": TWO[kind] for number in range(3) for kind in TWO}
 
 

@@ -152,7 +152,7 @@ def test_a_choice_is_its_letter_or_its_words(reply: str) -> None:
         "The answer is D, not B.",
     ],
 )
-def test_no_choice_or_another_scores_zero(reply: str) -> None:
+def test_another_choice_or_none_scores_zero(reply: str) -> None:
     assert ChoiceGrader("B", FRUITS).grade(reply) == 0
 
 

@@ -128,7 +128,7 @@ def test_the_text_that_is_embedded_leaves_the_system_prompt_out() -> None:
     assert "messages" in prompt.to_json()
 
 
-def test_two_prompts_with_one_id_are_no_set() -> None:
+def test_a_set_with_a_repeated_id_is_refused() -> None:
     first: ValidationPrompt = EVERY.prompts[0]
     with pytest.raises(ValueError, match="occurs twice"):
         ValidationSet((first, first))

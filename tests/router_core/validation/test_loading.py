@@ -124,12 +124,12 @@ def test_a_repeated_id_names_both_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])
-def test_an_empty_file_is_told_so(tmp_path: Path, content: bytes) -> None:
+def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(InvalidValidationSet, match="there is no prompt in it"):
         load_validation_set(a_file(tmp_path, content))
 
 
-def test_a_missing_file_and_a_folder_are_told_so(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.jsonl", tmp_path):
         with pytest.raises(InvalidValidationSet, match="cannot be read"):
             load_validation_set(path)
@@ -141,7 +141,7 @@ def test_too_many_lines_are_refused_at_the_first_too_many(tmp_path: Path, monkey
         load_validation_set(a_file(tmp_path, *[a_line(id=str(number)) for number in range(5)]))
 
 
-def test_the_digest_follows_the_content(tmp_path: Path) -> None:
+def test_the_id_depends_on_the_content(tmp_path: Path) -> None:
     one = load_validation_set(a_file(tmp_path, a_line(id="a")))
     same = load_validation_set(a_file(tmp_path, "", a_line(id="a", family="custom")))
     other = load_validation_set(a_file(tmp_path, a_line(id="a", max_tokens=9)))

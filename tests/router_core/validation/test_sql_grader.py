@@ -27,7 +27,7 @@ def a_grader(query: str = "SELECT name FROM t WHERE n > 1", *, ordered: bool = F
         "select name from t where name <> 'a' -- all but a",
     ],
 )
-def test_a_query_is_judged_by_its_rows(reply: str) -> None:
+def test_a_query_is_graded_by_its_rows(reply: str) -> None:
     assert a_grader().grade(reply) == 1
 
 
@@ -39,7 +39,7 @@ def test_other_rows_or_no_query_score_zero(reply: str) -> None:
     assert a_grader().grade(reply) == 0
 
 
-def test_order_counts_only_where_it_was_asked_for() -> None:
+def test_row_order_counts_only_if_ordered() -> None:
     backwards = "SELECT name FROM t ORDER BY n DESC"
     assert a_grader("SELECT name FROM t ORDER BY n", ordered=True).grade(backwards) == 0
     assert a_grader("SELECT name FROM t").grade(backwards) == 1

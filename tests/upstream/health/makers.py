@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
+from proxy.concurrency import log as background_log
 from proxy.errors import UpstreamError
 from proxy.settings.schema import CircuitBreakerSettings
 from proxy.storage.redis import Store
@@ -44,9 +46,14 @@ async def a_sharing(
     """What one more process knows, while its sharing runs."""
     health = health or HealthRegistry(CircuitBreakerSettings())
     sharing = CooldownReplicator(store, health, lambda: known)
+    failures: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = failures.append  # type: ignore[method-assign, assignment]
+    background_log.addHandler(handler)
     sharing.start()
     try:
         yield health
-        assert [task for task in sharing._running if task.done()] == []
     finally:
         await sharing.stop()
+        background_log.removeHandler(handler)
+    assert failures == []  # of its loops, which are restarted after one

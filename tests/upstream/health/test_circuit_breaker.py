@@ -78,7 +78,7 @@ def test_abandoned_attempts_weigh_nothing() -> None:
     assert not breaker.closed
 
 
-def test_after_the_cooldown_one_is_the_probe_and_others_see_it_at_rest() -> None:
+def test_after_the_cooldown_one_attempt_is_the_probe_and_others_must_wait() -> None:
     breaker = an_open_one()
     assert not started(breaker, 9.9).is_probe
     assert breaker.unavailable_s(10.0) is None
@@ -98,17 +98,17 @@ def test_after_it_closed_counting_starts_afresh() -> None:
     assert breaker.closed
 
 
-def test_each_failing_probe_doubles_the_rest_up_to_the_longest() -> None:
-    breaker, now, rests = an_open_one(), 0.0, []
+def test_each_failing_probe_doubles_the_cooldown_up_to_the_longest() -> None:
+    breaker, now, cooldowns = an_open_one(), 0.0, []
     for _ in range(7):
-        rests.append(breaker.cooldown_s(now))
-        now += rests[-1]
+        cooldowns.append(breaker.cooldown_s(now))
+        now += cooldowns[-1]
         fail(breaker, 1, now)
-    assert rests == [10, 20, 40, 80, 160, 300, 300]
+    assert cooldowns == [10, 20, 40, 80, 160, 300, 300]
     assert breaker.why == "a probe: status 500"
 
 
-def test_after_a_recovery_the_rest_is_the_shortest_again() -> None:
+def test_after_a_recovery_the_cooldown_is_the_shortest_again() -> None:
     breaker = an_open_one()
     fail(breaker, 1, now=10.0)
     succeed(breaker, 1, now=30.0)
@@ -116,14 +116,14 @@ def test_after_a_recovery_the_rest_is_the_shortest_again() -> None:
     assert breaker.cooldown_s(31.0) == 10.0
 
 
-def test_an_abandoned_probe_makes_way_at_once() -> None:
+def test_after_an_abandoned_probe_the_next_attempt_is_one() -> None:
     breaker = an_open_one()
     breaker.abandoned(started(breaker, 10.0))
     assert breaker.unavailable_s(10.0) is None
     assert started(breaker, 10.0).is_probe
 
 
-def test_a_probe_that_never_reports_makes_way_and_may_still_succeed_but_not_fail() -> None:
+def test_a_probe_that_never_ends_is_replaced_and_may_still_succeed_but_not_fail() -> None:
     breaker = an_open_one()
     lost = started(breaker, 10.0)
     assert not started(breaker, 10.0 + PROBE_TIMEOUT_S - 1).is_probe
@@ -135,7 +135,7 @@ def test_a_probe_that_never_reports_makes_way_and_may_still_succeed_but_not_fail
     assert breaker.closed
 
 
-def test_what_began_before_it_opened_says_nothing_after_it_closed() -> None:
+def test_attempts_from_before_it_opened_do_not_count_after_it_closed() -> None:
     breaker = a_breaker()
     old = [started(breaker, 0.0) for _ in range(10)]
     fail(breaker, 5)
@@ -145,7 +145,7 @@ def test_what_began_before_it_opened_says_nothing_after_it_closed() -> None:
     assert breaker.closed
 
 
-def test_neither_a_straggler_nor_one_that_was_asked_all_the_same_ends_a_rest() -> None:
+def test_no_success_during_the_cooldown_ends_it() -> None:
     breaker = a_breaker()
     straggler = started(breaker, 0.0)
     fail(breaker, 5)
@@ -155,7 +155,7 @@ def test_neither_a_straggler_nor_one_that_was_asked_all_the_same_ends_a_rest() -
     assert breaker.cooldown_s(3.0) == 7.0
 
 
-def test_what_began_before_it_opened_decides_no_probe_however_well_it_ends() -> None:
+def test_a_success_from_before_it_opened_is_no_probe() -> None:
     breaker = a_breaker()
     straggler = started(breaker, 0.0)
     fail(breaker, 5)
@@ -170,7 +170,7 @@ def test_a_success_beside_a_slow_probe_closes_it() -> None:
     assert breaker.closed
 
 
-def test_a_stated_wait_rests_it_at_once_for_as_long_and_no_longer_than_the_longest() -> None:
+def test_a_stated_wait_opens_it_at_once_for_no_longer_than_the_longest_cooldown() -> None:
     for stated, rest in ((7.0, 7.0), (0.25, 0.25), (86_400.0, 300.0)):
         breaker = a_breaker()
         fail(breaker, 1, failure=asked_for(stated))
@@ -195,20 +195,20 @@ def test_a_storm_of_the_same_wait_is_one_change() -> None:
     assert (breaker.epoch, breaker.open_count) == (1, 1)
 
 
-def test_a_probe_that_is_told_to_wait_rests_for_that_and_not_for_the_double() -> None:
+def test_a_probe_that_is_told_to_wait_opens_it_for_that_wait() -> None:
     breaker = an_open_one()
     fail(breaker, 1, now=10.0, failure=asked_for(3.0))
     assert breaker.cooldown_s(10.0) == 3.0
 
 
-def test_our_own_key_refused_rests_it_at_once_even_between_successes() -> None:
+def test_a_refusal_of_our_own_key_opens_it_at_once_even_between_successes() -> None:
     breaker = a_breaker()
     succeed(breaker, 50)
     fail(breaker, 1, failure=OUR_KEY)
     assert breaker.cooldown_s(0.0) == 10.0
 
 
-def test_one_callers_404_does_not_take_a_model_from_others_that_it_serves() -> None:
+def test_one_callers_404_does_not_open_the_circuit_of_a_model_that_serves_others() -> None:
     unused, serving = a_breaker(), a_breaker()
     fail(unused, 1, failure=OUR_ADDRESS)
     succeed(serving, 4)
@@ -229,14 +229,14 @@ def test_a_callers_mistake_proves_that_the_upstream_is_there() -> None:
     assert probed.closed
 
 
-def test_what_was_never_sent_decides_no_probe() -> None:
+def test_a_request_that_was_never_sent_is_no_probe() -> None:
     breaker = an_open_one()
     fail(breaker, 1, now=10.0, failure=UNSENT)
     assert not breaker.closed
     assert started(breaker, 10.0).is_probe
 
 
-def test_a_probe_that_is_answering_lets_others_in_and_one_that_then_breaks_reopens_for_the_double() -> None:
+def test_a_probe_with_content_closes_it_and_one_that_then_breaks_opens_it_for_twice_as_long() -> None:
     breaker = an_open_one()
     probe = started(breaker, 10.0)
     breaker.first_content(probe, 11.0)
@@ -245,7 +245,7 @@ def test_a_probe_that_is_answering_lets_others_in_and_one_that_then_breaks_reope
     assert breaker.cooldown_s(12.0) == 20.0
 
 
-def test_a_long_probe_that_breaks_after_others_were_served_takes_it_from_nobody() -> None:
+def test_a_probe_that_breaks_after_others_succeeded_leaves_it_closed() -> None:
     breaker = an_open_one()
     probe = started(breaker, 10.0)
     breaker.first_content(probe, 11.0)

@@ -8,7 +8,7 @@ from tests.upstream.health.makers import started
 from tests.upstream.health.test_circuit_breaker import FAILED, a_breaker, an_open_one, fail
 
 
-def test_what_was_adopted_gets_a_probe_when_its_time_is_over_and_doubles_when_that_fails() -> None:
+def test_a_peers_cooldown_ends_with_a_probe_and_doubles_when_that_fails() -> None:
     breaker = a_breaker()
     breaker.open_from_peer(40.0, "said elsewhere", 0.0)
     assert breaker.unavailable_s(0.0) == 40.0
@@ -19,7 +19,7 @@ def test_what_was_adopted_gets_a_probe_when_its_time_is_over_and_doubles_when_th
     assert breaker.cooldown_s(41.0) == 80.0
 
 
-def test_a_probe_that_succeeds_while_others_say_to_wait_makes_way_for_another_after_that() -> None:
+def test_a_probe_that_succeeds_during_a_peers_cooldown_is_followed_by_another() -> None:
     breaker = an_open_one()
     probe = started(breaker, 10.0)
     breaker.open_from_peer(5.0, "said elsewhere", 11.0)
@@ -29,7 +29,7 @@ def test_a_probe_that_succeeds_while_others_say_to_wait_makes_way_for_another_af
 
 
 @pytest.mark.parametrize("found_first", [True, False])
-def test_lifting_takes_back_what_was_adopted_and_leaves_what_was_found(found_first: bool) -> None:
+def test_closing_for_a_peer_leaves_open_what_was_found_here(found_first: bool) -> None:
     breaker = a_breaker()
     if found_first:
         fail(breaker, 5)
@@ -39,7 +39,7 @@ def test_lifting_takes_back_what_was_adopted_and_leaves_what_was_found(found_fir
     assert breaker.cooldown_s(0.0) == (10.0 if found_first else 0.0)
 
 
-def test_adopting_is_never_for_longer_than_the_longest() -> None:
+def test_a_peers_cooldown_is_no_longer_than_the_longest() -> None:
     breaker = a_breaker()
     breaker.open_from_peer(1e9, "said elsewhere", 0.0)
     assert breaker.cooldown_s(0.0) == 300.0

@@ -84,14 +84,14 @@ class BreakerMachine(RuleBasedStateMachine):
         assert self.breaker.local_cooldown_s(self.now) == found
 
     @invariant()
-    def it_never_rests_for_longer_than_the_longest(self) -> None:
+    def no_cooldown_is_longer_than_the_longest(self) -> None:
         assert self.breaker.cooldown_s(self.now) <= POLICY.longest_cooldown_s + ROUNDING_S
         assert (self.breaker.unavailable_s(self.now) or 0.0) <= max(
             POLICY.longest_cooldown_s, PROBE_TIMEOUT_S
         ) + ROUNDING_S
 
     @invariant()
-    def a_closed_one_is_well_and_a_resting_one_says_why(self) -> None:
+    def a_closed_circuit_is_available_and_an_open_one_says_why(self) -> None:
         if self.breaker.closed:
             assert (self.breaker.unavailable_s(self.now), self.breaker.why) == (None, None)
         else:
@@ -103,7 +103,7 @@ TestBreakerMachine.settings = settings(max_examples=150, stateful_step_count=60,
 
 
 @given(st.lists(st.floats(0, 20), max_size=200))
-def test_a_model_of_which_two_thirds_of_the_attempts_succeed_never_rests(gaps: list[float]) -> None:
+def test_a_model_of_which_two_thirds_of_the_attempts_succeed_stays_closed(gaps: list[float]) -> None:
     breaker, now = CircuitBreaker(CircuitBreakerSettings()), 0.0
     for place, gap in enumerate(gaps):
         now += gap

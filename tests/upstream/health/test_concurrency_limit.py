@@ -1,4 +1,4 @@
-"""Places at a model: never more than the cap, first come first served, and none is ever lost."""
+"""Slots of a model: never more than the cap, first come first served, and none is ever lost."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ async def test_without_a_cap_nobody_waits() -> None:
     assert nobody_left(limiter)
 
 
-async def test_a_place_given_back_is_the_first_waiters() -> None:
+async def test_a_released_slot_is_the_first_waiters() -> None:
     limiter = ConcurrencyLimiter()
     held = await acquired(limiter, ONE)
     first, second = queued(limiter), queued(limiter)
@@ -74,7 +74,7 @@ async def test_a_place_given_back_is_the_first_waiters() -> None:
     assert nobody_left(limiter)
 
 
-async def test_whoever_comes_later_does_not_overtake_those_who_wait() -> None:
+async def test_a_later_request_does_not_overtake_those_that_wait() -> None:
     limiter = ConcurrencyLimiter()
     held = await acquired(limiter, ONE)
     waiting = queued(limiter)
@@ -87,7 +87,7 @@ async def test_whoever_comes_later_does_not_overtake_those_who_wait() -> None:
     (await late).release()
 
 
-async def test_when_the_queue_is_full_the_next_is_told_at_once_when_to_come_back() -> None:
+async def test_a_full_queue_refuses_at_once_and_says_when_to_retry() -> None:
     clock = Clock()
     limiter = ConcurrencyLimiter(clock)
     for _ in range(20):
@@ -126,7 +126,7 @@ async def test_the_wait_in_the_queue_ends() -> None:
     assert nobody_left(limiter)
 
 
-async def test_whoever_leaves_the_queue_leaves_nothing_in_it() -> None:
+async def test_a_request_that_leaves_the_queue_leaves_nothing_in_it() -> None:
     limiter = ConcurrencyLimiter()
     held = await acquired(limiter, ONE)
     leaving, staying = queued(limiter), queued(limiter)
@@ -142,19 +142,19 @@ async def test_whoever_leaves_the_queue_leaves_nothing_in_it() -> None:
     assert nobody_left(limiter)
 
 
-async def test_a_place_given_to_one_that_is_cancelled_at_that_moment_is_the_next_ones() -> None:
+async def test_a_slot_given_to_a_request_that_is_cancelled_at_that_moment_goes_to_the_next() -> None:
     limiter = ConcurrencyLimiter()
     held = await acquired(limiter, ONE)
     leaving, staying = queued(limiter), queued(limiter)
     await settle()
-    held.release()  # the place is the leaving one's now, though it has not run yet
+    held.release()  # the slot is the leaving one's now, though it has not run yet
     leaving.cancel()
     (await asyncio.wait_for(staying, 5)).release()
     assert leaving.cancelled()
     assert nobody_left(limiter)
 
 
-async def test_a_place_given_back_while_the_first_is_leaving_goes_past_it() -> None:
+async def test_a_slot_released_while_the_first_waiter_leaves_goes_to_the_next() -> None:
     limiter = ConcurrencyLimiter()
     held = await acquired(limiter, ONE)
     leaving, staying = queued(limiter), queued(limiter)
@@ -239,7 +239,7 @@ STEPS = st.lists(st.tuples(st.sampled_from(["come", "come", "run", "run", "leave
 
 @settings(deadline=None, max_examples=200)
 @given(STEPS, st.integers(1, 3), st.integers(0, 4))
-def test_in_any_order_the_cap_holds_and_every_place_comes_back(
+def test_in_any_order_the_cap_holds_and_every_slot_comes_back(
     steps: list[tuple[str, int]], cap: int, waiting: int
 ) -> None:
     async def play() -> Crowd:

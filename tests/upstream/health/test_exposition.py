@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from proxy.errors import BadRequest
-from proxy.server.admin_schemas import read_addition
+from proxy.server.model_bodies import NewModel
+from proxy.server.strict_body import parse_body
 from proxy.settings.models import ModelInfo, SettingsError
 from proxy.settings.schema import CircuitBreakerSettings, Settings, load_settings
-from tests.support.makers import CORNERS
 
 
 def a_file(folder: Path, text: str) -> Path:
@@ -71,4 +71,4 @@ def test_a_cap_that_lets_nobody_in_is_refused(tmp_path: Path, cap: str) -> None:
 def test_an_administrator_is_told_where_a_cap_belongs() -> None:
     body = {"model_name": "a", "litellm_params": {"model": "x", "max_parallel_requests": 4}}
     with pytest.raises(BadRequest, match="state it in `model_info`"):
-        read_addition(body, Settings(), {}, CORNERS, 0.0)
+        parse_body(NewModel, body).to_record(Settings(), {}, 0.0)

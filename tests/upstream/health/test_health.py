@@ -1,4 +1,4 @@
-"""The health of all models: who rests, who hears of it, and what is forgotten."""
+"""The health of all models: whose circuit is open, who hears of it, and what is forgotten."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def a_health(clock: Clock | None = None) -> tuple[HealthRegistry, list[HealthEve
     return HealthRegistry(CircuitBreakerSettings(), clock or Clock(), changes.append, unix_time=lambda: 0.0), changes
 
 
-def test_while_all_are_well_asking_who_rests_makes_nothing() -> None:
+def test_without_an_open_circuit_no_mapping_is_made() -> None:
     health, _ = a_health()
     health.start_attempt("small").succeeded()
     assert health.cooling_down() == {}
     assert health.cooling_down() is health.cooling_down()
 
 
-def test_only_the_failing_model_rests_and_for_how_long_is_known() -> None:
+def test_only_the_failing_model_cools_down_and_for_how_long_is_known() -> None:
     clock = Clock()
     health, changes = a_health(clock)
     fail(health)
@@ -97,7 +97,7 @@ def test_a_date_in_retry_after_is_read_by_the_wall_clock() -> None:
     assert health.cooling_down() == {"small": 60.0}
 
 
-def test_neither_log_nor_standing_repeats_the_upstreams_words(caplog: pytest.LogCaptureFixture) -> None:
+def test_neither_log_nor_status_repeats_the_upstreams_words(caplog: pytest.LogCaptureFixture) -> None:
     health, _ = a_health()
     with caplog.at_level(logging.DEBUG):
         fail(health, body=b"sk-canary")
@@ -106,20 +106,20 @@ def test_neither_log_nor_standing_repeats_the_upstreams_words(caplog: pytest.Log
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("-inf")])
-def test_a_rest_of_no_length_is_none(seconds: float) -> None:
+def test_a_cooldown_without_length_is_ignored(seconds: float) -> None:
     health, changes = a_health()
     health.open("small", seconds, "garbage", from_peer=True)
     health.open("small", seconds, "garbage")
     assert (health.cooling_down(), changes) == ({}, [])
 
 
-def test_an_endless_rest_is_the_longest() -> None:
+def test_an_endless_cooldown_is_the_longest() -> None:
     health, _ = a_health()
     health.open("small", float("inf"), "far away", from_peer=True)
     assert health.cooling_down() == {"small": 300.0}
 
 
-def test_what_was_adopted_and_lifted_is_said_as_from_peer() -> None:
+def test_what_a_peer_opened_and_closed_is_an_event_from_a_peer() -> None:
     health, changes = a_health()
     health.open("small", 20, "said elsewhere", from_peer=True)
     health.open("small", 19, "said elsewhere", from_peer=True)
@@ -129,7 +129,7 @@ def test_what_was_adopted_and_lifted_is_said_as_from_peer() -> None:
     assert changes == [HealthEvent("small", is_open=is_open, from_peer=True) for is_open in (True, False)]
 
 
-def test_a_forgotten_model_is_well_and_attempts_on_what_it_was_say_nothing_of_it() -> None:
+def test_a_reset_model_is_well_and_its_earlier_attempts_do_not_count() -> None:
     health, changes = a_health()
     old = [health.start_attempt("small") for _ in range(10)]
     fail(health)
@@ -141,7 +141,7 @@ def test_a_forgotten_model_is_well_and_attempts_on_what_it_was_say_nothing_of_it
     assert health.open_counts() == {}
 
 
-def test_what_still_runs_on_a_model_as_it_was_cannot_rest_what_it_is_now() -> None:
+def test_earlier_attempts_cannot_open_the_circuit_of_a_model_that_was_reset() -> None:
     health, changes = a_health()
     old = [health.start_attempt("small") for _ in range(10)]
     health.reset("small")
@@ -150,7 +150,7 @@ def test_what_still_runs_on_a_model_as_it_was_cannot_rest_what_it_is_now() -> No
     assert (health.cooling_down(), changes) == ({}, [])
 
 
-def test_forgetting_one_that_was_well_is_no_change() -> None:
+def test_resetting_a_healthy_model_is_no_event() -> None:
     health, changes = a_health()
     health.start_attempt("small").succeeded()
     health.reset("small")
@@ -158,7 +158,7 @@ def test_forgetting_one_that_was_well_is_no_change() -> None:
     assert changes == []
 
 
-def test_the_memory_for_models_is_bounded_and_the_resting_are_the_last_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_for_models_is_bounded_and_open_circuits_are_the_last_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.upstream.health.MAX_MODELS", 3)
     health, _ = a_health()
     fail(health)
@@ -185,7 +185,7 @@ def test_metrics_have_a_series_for_each_registered_model_and_for_no_other() -> N
     ]
 
 
-def test_adopted_rests_are_not_counted_again_by_every_process() -> None:
+def test_what_a_peer_opened_is_not_counted_again_by_every_process() -> None:
     health, _ = a_health()
     health.open("small", 20, "said elsewhere", from_peer=True)
     assert health.open_counts() == {"small": 0}

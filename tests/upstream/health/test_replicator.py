@@ -36,7 +36,9 @@ async def listening(store: Store, processes: int) -> None:
         assert len(seen) < 10_000
 
 
-async def test_what_is_found_here_rests_there_for_the_same_time_and_reason(store: Store, second_store: Store) -> None:
+async def test_a_circuit_opened_here_is_open_in_other_processes_for_the_same_time_and_reason(
+    store: Store, second_store: Store
+) -> None:
     async with two_processes(store, second_store) as (here, there):
         await listening(store, 2)
         fail(here, times=1, status=429, headers={"retry-after": "60"})
@@ -62,7 +64,7 @@ async def until_stored(store: Store, model: str = "small") -> None:
     raise AssertionError("it was never told")
 
 
-async def test_a_recovery_is_told_and_its_key_is_gone(store: Store, second_store: Store) -> None:
+async def test_a_recovery_is_published_and_its_key_is_deleted(store: Store, second_store: Store) -> None:
     async with two_processes(store, second_store) as (here, there):
         await listening(store, 2)
         here.open("small", 30, "found")
@@ -72,9 +74,7 @@ async def test_a_recovery_is_told_and_its_key_is_gone(store: Store, second_store
         assert await store.client.exists(health_key("small")) == 0
 
 
-async def test_what_only_another_found_gets_a_probe_here_when_its_time_is_over(
-    store: Store, second_store: Store
-) -> None:
+async def test_a_peers_cooldown_ends_with_a_probe_here(store: Store, second_store: Store) -> None:
     async with two_processes(store, second_store) as (here, there):
         await listening(store, 2)
         here.open("small", 0.4, "found")
@@ -83,7 +83,7 @@ async def test_what_only_another_found_gets_a_probe_here_when_its_time_is_over(
         assert there.start_attempt("small").is_probe
 
 
-async def test_a_probe_that_succeeds_there_makes_it_well_where_it_was_adopted_not_where_it_was_found(
+async def test_a_probe_in_one_process_closes_the_circuits_that_were_adopted_and_not_the_one_that_was_found(
     store: Store, second_store: Store
 ) -> None:
     async with two_processes(store, second_store) as (here, there), a_sharing(store) as third:
@@ -120,7 +120,7 @@ async def test_a_quick_end_is_not_undone_by_what_was_told_before(store: Store, s
         assert state(here) == "well"
 
 
-async def test_a_key_that_is_yet_to_be_deleted_is_not_adopted_again(store: Store) -> None:
+async def test_a_key_that_waits_to_be_deleted_is_not_adopted_again(store: Store) -> None:
     health = HealthRegistry(CircuitBreakerSettings())
     sharing = CooldownReplicator(store, health, lambda: ("small",))
     await store.client.set(health_key("small"), "told before it ended", px=9000)
@@ -135,11 +135,11 @@ async def test_a_key_that_is_yet_to_be_deleted_is_not_adopted_again(store: Store
     assert state(health) == "well"
 
 
-async def test_reading_again_after_the_time_is_over_does_not_spare_it_the_probe(
+async def test_reading_again_after_the_cooldown_does_not_replace_the_probe(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxy.upstream.health.REREAD_S", 0.0)
-    monkeypatch.setattr("proxy.upstream.health.LISTEN_S", 0.01)
+    monkeypatch.setattr("proxy.upstream.health.REREAD_INTERVAL_S", 0.0)
+    monkeypatch.setattr("proxy.upstream.health.LISTEN_TIMEOUT_S", 0.01)
     async with a_sharing(store) as health:
         await store.client.set(health_key("small"), "over soon", px=300)
         await until(lambda: state(health) == "resting")
@@ -159,7 +159,7 @@ async def test_reading_again_after_the_time_is_over_does_not_spare_it_the_probe(
         (b"\xff\xfe", "\ufffd\ufffd"),
     ],
 )
-async def test_garbage_in_a_key_is_at_worst_a_rest_with_a_clean_reason(
+async def test_garbage_in_a_key_is_at_worst_a_cooldown_with_a_printable_reason(
     store: Store, written: str | bytes | list[str], why: str
 ) -> None:
     if isinstance(written, list):
@@ -173,11 +173,11 @@ async def test_garbage_in_a_key_is_at_worst_a_rest_with_a_clean_reason(
 
 
 @pytest.mark.parametrize("left_ms", [None, 10**12, 301_000])
-async def test_a_key_that_does_not_expire_in_time_is_nobodys_and_is_said_once(
+async def test_a_key_that_does_not_expire_in_time_is_ignored_with_one_warning(
     store: Store, left_ms: int | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxy.upstream.health.REREAD_S", 0.0)
-    monkeypatch.setattr("proxy.upstream.health.LISTEN_S", 0.01)
+    monkeypatch.setattr("proxy.upstream.health.REREAD_INTERVAL_S", 0.0)
+    monkeypatch.setattr("proxy.upstream.health.LISTEN_TIMEOUT_S", 0.01)
     await store.client.set(health_key("small"), "for ever", px=left_ms)
     with caplog.at_level(logging.WARNING):
         async with a_sharing(store) as health:
@@ -205,8 +205,8 @@ async def test_names_of_no_model_on_the_channel_take_no_memory(store: Store) -> 
 async def test_an_emptied_store_ends_what_was_adopted_and_not_what_was_found(
     store: Store, second_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxy.upstream.health.REREAD_S", 0.0)
-    monkeypatch.setattr("proxy.upstream.health.LISTEN_S", 0.01)
+    monkeypatch.setattr("proxy.upstream.health.REREAD_INTERVAL_S", 0.0)
+    monkeypatch.setattr("proxy.upstream.health.LISTEN_TIMEOUT_S", 0.01)
     async with two_processes(store, second_store) as (here, there):
         here.open("small", 30, "found")
         await until(lambda: state(there) == "resting")
@@ -218,15 +218,15 @@ async def test_an_emptied_store_ends_what_was_adopted_and_not_what_was_found(
 
 
 async def test_a_lost_message_is_made_up_for_by_reading_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.upstream.health.REREAD_S", 0.0)
-    monkeypatch.setattr("proxy.upstream.health.LISTEN_S", 0.01)
+    monkeypatch.setattr("proxy.upstream.health.REREAD_INTERVAL_S", 0.0)
+    monkeypatch.setattr("proxy.upstream.health.LISTEN_TIMEOUT_S", 0.01)
     async with a_sharing(store) as health:
         await listening(store, 1)
         await store.client.set(health_key("small"), "nobody published it", px=9000)
         await until(lambda: state(health) == "resting")
 
 
-async def test_what_waits_to_be_told_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_waits_to_be_published_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.upstream.health.MAX_QUEUED", 10)
     nowhere = Store("redis://127.0.0.1:1")
     names = [f"model-{number}" for number in range(100)]

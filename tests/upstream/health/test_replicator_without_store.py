@@ -34,7 +34,7 @@ async def stores(server: EmbeddedValkey) -> AsyncIterator[tuple[Store, Store]]:
         await store.close()
 
 
-async def test_without_redis_each_goes_by_itself_and_tells_when_it_is_back(
+async def test_without_redis_each_process_goes_by_itself_and_publishes_when_it_is_back(
     server: EmbeddedValkey, stores: tuple[Store, Store]
 ) -> None:
     async with a_sharing(stores[0]) as here, a_sharing(stores[1]) as there:
@@ -81,7 +81,7 @@ async def test_a_process_ends_while_redis_is_frozen(server: EmbeddedValkey, stor
         os.kill(pid, signal.SIGCONT)
 
 
-async def test_a_rest_that_is_over_when_redis_is_back_is_not_told_any_more(
+async def test_a_cooldown_that_is_over_when_redis_is_back_is_not_published(
     server: EmbeddedValkey, stores: tuple[Store, Store]
 ) -> None:
     await asyncio.to_thread(server.stop)

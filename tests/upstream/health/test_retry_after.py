@@ -55,5 +55,5 @@ def test_nothing_negative_past_or_garbled_is(text: str) -> None:
         ({"x-request-id": "1"}, {"x-request-id": "1"}),
     ],
 )
-def test_a_client_is_told_the_wait_that_counts_here_too(stated: dict[str, str], told: dict[str, str]) -> None:
+def test_a_client_gets_the_wait_that_the_circuit_breaker_uses(stated: dict[str, str], told: dict[str, str]) -> None:
     assert retry_after_headers(stated, NOW) == told

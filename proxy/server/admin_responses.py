@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, WithJsonSchema
+
+from proxy.errors import ModelNotFound
+from proxy.profiling.job import Job
+from proxy.server.dependencies import AppState
+from proxy.server.model_bodies import ProfileDocument
+from proxy.server.openapi import UNSET
+from proxy.settings.redaction import redact_value
+from proxy.storage.client_keys import LIMITS, ROLES, ClientKey
+from proxy.storage.models import CurrentPrice, ModelRecord
+from proxy.storage.redis import StoreUnavailable
+from proxy.storage.snapshot import RoutingSnapshot
+from router_core.text import rfc3339
+
+# Whole numbers stay whole: 5 is not shown as 5.0.
+Number = Annotated[int | float, WithJsonSchema({"type": "number"})]
+
+Amount = Annotated[int | float, WithJsonSchema({"type": "number", "minimum": 0})]
+
+Count = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})]
+
+
+def one_of(*values: str) -> WithJsonSchema:
+    """Name the values of a text in the document; a response is not held to them."""
+    return WithJsonSchema({"enum": list(values)})
+
+
+class ResponseModel(BaseModel):
+    """The JSON of a response."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class OpenResponseModel(ResponseModel):
+    """The JSON of a response that may have more fields than are listed."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class ModelPrice(OpenResponseModel):
+    """The price that is in force, in USD per token, with the prices of tiers under LiteLLM's names."""
+
+    input_cost_per_token: Amount
+    output_cost_per_token: Amount
+    cache_read_input_token_cost: Amount = UNSET
+    cache_creation_input_token_cost: Amount = UNSET
+    cache_creation_input_token_cost_above_1hr: Amount = UNSET
+    input_cost_per_audio_token: Amount = UNSET
+    cache_read_input_audio_token_cost: Amount = UNSET
+    input_cost_per_image_token: Amount = UNSET
+    output_cost_per_reasoning_token: Amount = UNSET
+    output_cost_per_audio_token: Amount = UNSET
+    output_cost_per_image_token: Amount = UNSET
+    source: str
+    updated_at: str | None
+    age_s: Amount | None
+
+
+class JobStatus(OpenResponseModel):
+    id: str
+    model: str
+    state: Annotated[str, one_of("queued", "running", "ready", "failed", "cancelled")]
+    done: Count
+    total: Count
+    failed: Count
+    unlabelled: Count
+    spent_usd: Number | None
+    eta_s: Number | None
+    error: str | None
+    warning: str = UNSET
+
+
+class ModelCard(OpenResponseModel):
+    model_name: str
+    litellm_params: dict[str, Any]
+    model_info: dict[str, Any]
+    source: Annotated[str, one_of("config", "admin")]
+    created_at: str
+    state: str
+    why: str | None
+    warning: str | None
+    price: ModelPrice | None
+    job: JobStatus | None
+    profile: ProfileDocument | None = None
+    mean_error: Number = UNSET
+    measured_at: str | None = None
+    health: dict[str, Any]
+
+
+class ModelCards(ResponseModel):
+    models: list[ModelCard]
+    state_version: Count
+
+
+class Accepted(ResponseModel):
+    """`job`: the id of the job that measures the model, if one was needed."""
+
+    model: str
+    job: str | None
+
+
+class PricedModel(ResponseModel):
+    model: str
+    price: ModelPrice | None
+
+
+class JobOutcomes(ResponseModel):
+    outcomes: list[dict[str, Any]]
+
+
+class KeyCard(ResponseModel):
+    id: str
+    name: str
+    role: Annotated[str, one_of(*ROLES)]
+    models: list[str] | None
+    created_at: str | None
+    expires_at: str | None
+    revoked: bool
+    lambda_default: Amount | None
+    lambda_min: Amount | None
+    lambda_max: Amount | None
+    requests_per_minute: Count | None
+    tokens_per_minute: Count | None
+    usd_per_day: Amount | None
+    usd_per_month: Amount | None
+    previous_secret_until: str | None
+
+
+class KeyWithSecret(KeyCard):
+    key: str
+
+
+class KeyCards(ResponseModel):
+    keys: list[KeyCard]
+
+
+class AuditEntry(OpenResponseModel):
+    at: str
+    who: str
+    action: str
+    target: str = UNSET
+
+
+class AuditEntries(ResponseModel):
+    entries: list[AuditEntry]
+
+
+def key_to_json(key: ClientKey) -> dict[str, Any]:
+    """All but the digests, under the names of a body."""
+    return {
+        "id": key.id,
+        "name": key.name,
+        "role": key.role,
+        "models": None if key.models is None else list(key.models),
+        "created_at": _rfc3339_or_none(key.created_at),
+        "expires_at": _rfc3339_or_none(key.expires_at),
+        "revoked": key.revoked,
+        "lambda_default": key.lambda_default,
+        "lambda_min": key.lambda_min,
+        "lambda_max": key.lambda_max,
+        **{name: getattr(key.limits, name) for name in LIMITS},
+        "previous_secret_until": _rfc3339_or_none(key.previous_until),
+    }
+
+
+async def models_to_json(state: AppState) -> list[dict[str, Any]]:
+    """Show every model, by name, without the numbers of its profile."""
+    snapshot = state.state.current
+    jobs = await _if_available(state, state.jobs.latest) or {}
+    cards = [_card(snapshot, name, jobs.get(name), with_profile=False) for name in sorted(snapshot.models)]
+    return [{**card, "health": state.health.status(card["model_name"])} for card in cards]
+
+
+async def model_to_json(state: AppState, name: str, *, with_profile: bool) -> dict[str, Any]:
+    """Raises ModelNotFound."""
+    job = await _if_available(state, lambda: state.jobs.for_model(name))
+    snapshot = state.state.current
+    if name not in snapshot.models:
+        raise ModelNotFound(f"the model {name!r} was removed just now", param="model")
+    return {**_card(snapshot, name, job, with_profile=with_profile), "health": state.health.status(name)}
+
+
+def redact_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Show litellm_params without secrets: references to the environment, but no literal keys and headers."""
+    return {name: redact_value(name, value) for name, value in params.items()}
+
+
+T = TypeVar("T")
+
+
+async def _if_available(state: AppState, ask: Callable[[], Awaitable[T]]) -> T | None:
+    """Return None while Redis is away: models can be shown without their jobs, and do not wait for them."""
+    if not state.state.available:
+        return None
+    try:
+        return await ask()
+    except StoreUnavailable:
+        return None
+
+
+def _card(snapshot: RoutingSnapshot, name: str, job: Job | None, *, with_profile: bool) -> dict[str, Any]:
+    record = snapshot.models[name]
+    model_state, why = _model_state(snapshot, record, job)
+    profile = snapshot.profiles.get(name)
+    card: dict[str, Any] = {
+        "model_name": name,
+        "litellm_params": redact_params(record.litellm_params),
+        "model_info": record.info.model_dump(exclude_defaults=True),
+        "source": record.source,
+        "created_at": rfc3339(record.created_at),
+        "state": model_state,
+        "why": why,
+        "warning": None if profile is None else snapshot.measuring_doubt,
+        "price": _price(snapshot.prices.get(name)),
+        "job": None if job is None else job.to_json(),
+    }
+    if with_profile:
+        card["profile"] = None if profile is None else profile.to_json(snapshot.pool.errors[snapshot.pool.index[name]])
+    elif profile is not None:
+        card["mean_error"], card["measured_at"] = profile.mean_error, profile.measured_at
+    return card
+
+
+def _model_state(snapshot: RoutingSnapshot, record: ModelRecord, job: Job | None) -> tuple[str, str | None]:
+    """Return the state, and why the model is not measured as it is now."""
+    model_state, why = snapshot.model_state(record.name), snapshot.unused_profiles.get(record.name)
+    if model_state not in ("unprofiled", "foreign_profile") or job is None:
+        return model_state, why
+    if job.unfinished:
+        return "profiling", why
+    failed = job.state == "failed" and job.fingerprint in ("", record.fingerprint)
+    return ("failed", job.error) if failed else (model_state, why)
+
+
+def _price(current: CurrentPrice | None) -> dict[str, Any] | None:
+    if current is None:
+        return None
+    since = current.updated_at
+    return {
+        **current.price.to_fields(),
+        "source": current.source,
+        "updated_at": None if since is None else rfc3339(since),
+        "age_s": None if since is None else round(max(0.0, time.time() - since), 3),
+    }
+
+
+def _rfc3339_or_none(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    try:
+        return rfc3339(seconds)
+    except (OverflowError, ValueError):  # beyond the year 9999: stored by another program
+        return "9999-12-31T23:59:59Z"

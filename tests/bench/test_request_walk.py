@@ -1,0 +1,16 @@
+"""How many files one chat request enters: whoever follows it should not have to open more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.bench.code_figures import requests_walked
+
+MAX_FILES = {"named model": 48, "routed": 48, "routed stream": 53, "routed stream, limited key": 53}
+
+
+def test_a_chat_request_enters_few_files(embedder_cache: Path) -> None:
+    found = {kind: walk.files for kind, walk in requests_walked(embedder_cache).items()}
+
+    assert set(found) == set(MAX_FILES)
+    assert {kind: files for kind, files in found.items() if len(files) > MAX_FILES[kind]} == {}

@@ -1,0 +1,122 @@
+"""What ends a server, and that nothing of it is left: signals, a closed terminal, a killed process."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from proxy.storage.valkey import socket_path
+from tests.support.command import ROOT, ServeCommand, environment
+from tests.support.processes import children_of
+from tests.support.waiting import wait_until
+
+ON_ITS_TERMINAL = """
+import fcntl, os, sys, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, sys.argv[1:])
+"""
+
+
+def store_answers(data_dir: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as connection:
+        return connection.connect_ex(str(socket_path(data_dir / "valkey"))) == 0
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+def test_a_server_whose_terminal_is_closed_ends_in_order(tmp_path: Path, embedder_cache: Path) -> None:
+    environ = environment(tmp_path / "data", embedder_cache)
+    with ServeCommand(environ=environ, log=tmp_path / "log.txt") as server:
+        assert server.stop(signal.SIGHUP) == 0
+    assert not store_answers(tmp_path / "data")
+
+
+def test_a_killed_server_leaves_no_process_behind(tmp_path: Path, embedder_cache: Path) -> None:
+    environ = environment(tmp_path / "data", embedder_cache)
+    with ServeCommand(environ=environ, log=tmp_path / "log.txt") as server:
+        found = subprocess.run(["pgrep", "-P", str(server.pid)], capture_output=True, text=True, check=True).stdout
+        children = [int(pid) for pid in found.split()]
+        server.stop(signal.SIGKILL)
+    assert wait_until(lambda: not any(map(is_running, children)), 60), children
+    assert not store_answers(tmp_path / "data")
+
+
+@contextmanager
+def workers_on_a_terminal(data_dir: Path, embedder_cache: Path) -> Iterator[tuple[subprocess.Popen[bytes], int, Path]]:
+    """Two workers on a terminal of their own, ready: the process, the other end of the terminal, and the log."""
+    controller, terminal = pty.openpty()
+    log = data_dir.parent / "log.txt"
+    command = [
+        sys.executable,
+        "-c",
+        ON_ITS_TERMINAL,
+        sys.executable,
+        "-m",
+        "proxy.cli",
+        "serve",
+        "--port",
+        "0",
+        "--workers",
+        "2",
+    ]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env=environment(data_dir, embedder_cache),
+            cwd=ROOT,
+            stdin=terminal,
+            stdout=output,
+            stderr=output,
+        )
+    os.close(terminal)
+    try:
+        assert wait_until(lambda: "ready after" in log.read_text(), 180), log.read_text()
+        yield process, controller, log
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def test_workers_are_replaced_by_sighup_and_end_when_their_terminal_is_closed(
+    tmp_path: Path, embedder_cache: Path
+) -> None:
+    with workers_on_a_terminal(tmp_path / "data", embedder_cache) as (process, controller, log):
+        before = set(children_of(process.pid))
+        process.send_signal(signal.SIGHUP)
+        assert wait_until(lambda: len(set(children_of(process.pid)) - before) >= 2, 180), log.read_text()
+        os.close(controller)  # the kernel sends SIGHUP
+        assert process.wait(120) == 0, log.read_text()
+    assert not store_answers(tmp_path / "data")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_worker_ends_in_order(tmp_path: Path, embedder_cache: Path, number: signal.Signals) -> None:
+    log = tmp_path / "log.txt"
+    with log.open("wb") as output:
+        command = [sys.executable, "-m", "proxy.cli", "worker"]
+        environ = environment(tmp_path / "data", embedder_cache)
+        process = subprocess.Popen(command, env=environ, cwd=ROOT, stdout=output, stderr=output)
+    try:
+        assert wait_until(lambda: "measuring models for the store" in log.read_text(), 180), log.read_text()
+        process.send_signal(number)
+        assert process.wait(120) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+    assert not store_answers(tmp_path / "data")

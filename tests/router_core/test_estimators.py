@@ -1,0 +1,129 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router_core.clustering import ClusterMap, ReferenceModels, reference_models_of
+from router_core.estimators import ESTIMATORS, LAPLACE, POOLED, RAW, SHRUNK, partially_pooled_rates
+from router_core.types import Assignment, Doubles
+from tests.router_core.makers import a_map, an_assignment
+
+ERRORS = np.array([[80.0, 220.0, 60.0, 0.0]])
+LABELS = np.array([[400.0, 400.0, 400.0, 0.0]])
+
+
+def test_raw_rates_are_errors_over_labels_and_one_half_where_nothing_was_asked() -> None:
+    assert RAW.rates(ERRORS, LABELS, a_map()).tolist() == [[0.20, 0.55, 0.15, 0.5]]
+
+
+def test_laplace_adds_one_error_and_one_success() -> None:
+    assert LAPLACE.rates(ERRORS, LABELS, a_map()).tolist() == [[81 / 402, 221 / 402, 61 / 402, 0.5]]
+
+
+def test_shrunk_rates_are_shrunk_to_the_models_mean() -> None:
+    mean = 360.5 / 1201
+    expected = [(80 + 0.5 * mean) / 400.5, (220 + 0.5 * mean) / 400.5, (60 + 0.5 * mean) / 400.5, mean]
+    assert SHRUNK.rates(ERRORS, LABELS, a_map())[0] == pytest.approx(expected)
+
+
+def test_without_labels_every_estimator_gives_one_half() -> None:
+    nothing = np.zeros((1, 3))
+    for recipe in ESTIMATORS.values():
+        assert recipe.rates(nothing, nothing, a_map())[0] == pytest.approx([0.5, 0.5, 0.5])
+
+
+def test_a_map_of_very_many_clusters_gets_the_shrunk_estimator() -> None:
+    large = ClusterMap(np.eye(300, dtype=np.float32), embedder_id="e", top=1)
+    sums, labels = np.zeros((2, 300)), np.ones((2, 300))
+    assert np.array_equal(POOLED.rates(sums, labels, large), SHRUNK.rates(sums, labels, large))
+
+
+def many(rates: list[float], labels: float = 400.0) -> tuple[Doubles, Doubles]:
+    """One model's sums when each cluster of `a_map` has so many labels."""
+    return np.array([rates]) * labels, np.full((1, 3), labels)
+
+
+def test_with_many_labels_a_rate_is_the_models_own_mean() -> None:
+    errors, labels = many([0.1, 0.5, 0.9])
+    assert partially_pooled_rates(errors, labels, a_map())[0] == pytest.approx([0.1, 0.5, 0.9], abs=0.02)
+
+
+def test_a_model_with_few_labels_takes_the_difficulty_from_others() -> None:
+    errors, labels = many([0.1, 0.5, 0.9])
+    errors = np.vstack([errors, errors, [[0.5, 0.5, 0.5]]])
+    labels = np.vstack([labels, labels, np.ones((1, 3))])
+    easy, middle, hard = partially_pooled_rates(errors, labels, a_map())[2]
+    assert easy < 0.25 < middle < 0.75 < hard
+
+
+def test_ability_in_one_cluster_is_expected_in_others() -> None:
+    errors, labels = many([0.5, 0.5, 0.5])
+    errors = np.vstack([errors, [[0.0, 0.0, 0.0]], [[12.0, 0.0, 0.0]]])
+    labels = np.vstack([labels, [[12.0, 0.0, 0.0]], [[12.0, 0.0, 0.0]]])
+    _, good, bad = partially_pooled_rates(errors, labels, a_map())
+    assert good[0] < good[2] < 0.45
+    assert bad[0] > bad[2] > 0.55
+
+
+def test_a_deviation_is_expected_more_in_similar_clusters_than_in_distant_ones() -> None:
+    near = np.array([[1, 0, 0], [0.96, 0.28, 0], [-1, 0, 0]], dtype=np.float32)
+    errors, labels = many([0.5, 0.5, 0.5])
+    rates = partially_pooled_rates(
+        np.vstack([errors, [[10.0, 0.0, 0.0]]]),
+        np.vstack([labels, [[10.0, 0.0, 0.0]]]),
+        ClusterMap(near, embedder_id="e", top=1),
+    )[1]
+    assert rates[0] > rates[1] > rates[2] > 0.5
+
+
+def test_reference_models_inform_the_rates_and_are_not_among_them() -> None:
+    errors, labels = many([0.1, 0.5, 0.9])
+    history = ReferenceModels(np.eye(3), ("known", "too"), np.vstack([errors, errors]), np.vstack([labels, labels]))
+    asked = np.array([[0.5, 0.5, 0.5]]), np.ones((1, 3))
+    alone, helped = (
+        partially_pooled_rates(*asked, a_map()),
+        partially_pooled_rates(*asked, a_map().with_reference_models(history)),
+    )
+    assert alone.shape == helped.shape == (1, 3)
+    assert np.ptp(alone) == pytest.approx(0.0)
+    assert helped[0, 0] < 0.3 < 0.7 < helped[0, 2]
+
+
+def test_clusters_with_the_same_prompts_have_the_same_rates() -> None:
+    """Every prompt lies half in the first cluster and half in the second; their sums then differ by accident only."""
+    shared = Assignment(np.array([[0, 1]] * 8), np.full((8, 2), 0.5, dtype=np.float32))
+    aware = a_map(top=2).with_reference_models(reference_models_of(shared, 3, np.empty((8, 0)), ()))
+    errors, labels = np.array([[6.0, 2.0, 0.0], [2.0, 6.0, 0.0]]), np.array([[8.0, 8.0, 0.0]] * 2)
+    unaware_gap, aware_gap = (
+        np.ptp(partially_pooled_rates(errors, labels, known)[0, :2]) for known in (a_map(top=2), aware)
+    )
+    assert unaware_gap > 0.2
+    assert aware_gap == pytest.approx(0.0)
+
+
+def test_the_order_of_the_models_does_not_matter() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.uniform(0, 30, (70, 3))
+    errors = labels * rng.uniform(0, 1, (70, 3))
+    order = rng.permutation(70)
+    assert partially_pooled_rates(errors[order], labels[order], a_map()) == pytest.approx(
+        partially_pooled_rates(errors, labels, a_map())[order], abs=1e-9
+    )
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1e6)), min_size=3, max_size=3), min_size=1, max_size=5)
+)
+def test_rates_lie_in_the_unit_interval_whatever_the_sums(rows: list[list[tuple[float, float]]]) -> None:
+    rates = np.array([[rate for rate, _ in row] for row in rows])
+    labels = np.array([[weight for _, weight in row] for row in rows])
+    pooled = partially_pooled_rates(rates * labels, labels, a_map())
+    assert ((pooled >= 0) & (pooled <= 1)).all()
+
+
+def test_reference_models_count_labelled_answers_and_a_hard_assignment_has_no_overlap() -> None:
+    scores = np.array([[1.0], [0.0], [np.nan]])
+    history = reference_models_of(an_assignment(0, 0, 1), 3, scores, ("known",))
+    assert history.overlap.tolist() == np.eye(3).tolist()
+    assert history.error_sums.tolist() == [[1.0, 0.0, 0.0]]
+    assert history.labels.tolist() == [[2.0, 0.0, 0.0]]
