@@ -68,7 +68,8 @@ def locked(layer: Layer) -> dict[str, str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     groups = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in layer.extras)]
     needed = [] if layer.alone else [each for group in groups for each in group if each != layer.without]
-    command = [str(Path(sys.executable).parent / "uv"), "pip", "compile", "-", *OPTIONS]
+    own = Path(sys.executable).parent / "uv"
+    command = [str(own) if own.exists() else "uv", "pip", "compile", "-", *OPTIONS]
     wanted = "\n".join([*needed, *layer.packages])
     done = subprocess.run(command, cwd=ROOT, input=wanted, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603
     # The list ends with comments that name what was left out.

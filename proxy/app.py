@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,7 @@ from proxy.server.admin import audit_router, jobs_router, keys_router, models_ro
 from proxy.server.auth import AuthMiddleware, path_of
 from proxy.server.completions import ChatCompletionsEndpoint
 from proxy.server.completions import router as completions_router
-from proxy.server.dependencies import AppState, ServicesHolder
+from proxy.server.dependencies import AppState
 from proxy.server.log_handler import NonBlockingHandler
 from proxy.server.metrics import HealthCollector, Metrics, open_values
 from proxy.server.middleware import AuditLogMiddleware, RequestContextMiddleware
@@ -52,7 +52,7 @@ from proxy.storage.price_map import bundled_catalog
 from proxy.storage.redis import Store, StoreUnavailable
 from proxy.storage.registry import Registry
 from proxy.storage.sessions import SessionStore
-from proxy.storage.snapshot import SnapshotInputs, SnapshotWatcher
+from proxy.storage.snapshot import RoutingSnapshot, SnapshotInputs, SnapshotWatcher
 from proxy.storage.traffic_stats import TrafficStats
 from proxy.storage.usage_journal import JournalDirectory
 from proxy.storage.usage_writer import UsageWriter
@@ -66,6 +66,9 @@ from router_core.errors import RouterCoreError
 from router_core.estimators import ESTIMATORS
 
 log = logging.getLogger("uniroute")
+
+# Opens the state of an app, and closes it.
+Opening = AbstractAsyncContextManager[AppState]
 
 ROUTERS = (open_router, keyed_router, completions_router, models_router, jobs_router, keys_router, audit_router)
 
@@ -89,7 +92,7 @@ EXPOSED_HEADERS = (
 
 def create_app(state: AppState) -> FastAPI:
     """Make the app over a state that the caller has opened and will close."""
-    return Application(state.settings, ServicesHolder(state))
+    return Application(state.settings, Startup(state))
 
 
 def from_environment(environ: Mapping[str, str] | None = None) -> FastAPI:
@@ -107,23 +110,32 @@ def from_settings(settings: Settings, environ: Mapping[str, str] | None = None, 
         environ: where os.environ/NAME is looked up.
         counts: the folder in which several workers count.
     """
-    return Application(settings, ServicesHolder(counts=counts), os.environ if environ is None else environ)
+    startup = Startup()
+    opening = app_state(settings, os.environ if environ is None else environ, startup, counts)
+    return Application(settings, startup, opening)
 
 
 class Application(FastAPI):
     """A FastAPI app inside the middleware of this server and behind the chat endpoint.
 
     FastAPI's own middleware and routing cost a chat request, and each event of a stream, more than model selection.
+
+    Args:
+        opening: opens the state in the lifespan, unless `startup` has one already.
     """
 
-    def __init__(self, settings: Settings, holder: ServicesHolder, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(self, settings: Settings, startup: Startup, opening: Opening | None = None) -> None:
         @asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-            if holder.is_open:
+            if opening is None:
                 yield
                 return
-            async with opened_beside(holder, settings, environ or {}):
+            async with opened_beside(startup, settings, opening):
                 yield
+
+        def current_snapshot() -> RoutingSnapshot:
+            assert startup.app_state is not None  # RequestContextMiddleware lets no request in before
+            return startup.app_state.state.current
 
         paths = ServedPaths(ROUTERS)
         super().__init__(
@@ -139,16 +151,16 @@ class Application(FastAPI):
                 HTTPException: paths.handle_http_exception,
             },
         )
-        self.state.holder = holder
+        self.state.startup = startup
         for router in ROUTERS:
             self.include_router(router)
 
         middleware = [
-            Middleware(RequestContextMiddleware, holder=holder),
+            Middleware(RequestContextMiddleware, startup=startup),
             *([_cors(settings)] if settings.allowed_origins else []),
             Middleware(AuditLogMiddleware),
-            Middleware(AuthMiddleware, settings=settings, state=lambda: holder.services.state.current),
-            Middleware(ChatCompletionsEndpoint, holder=holder),
+            Middleware(AuthMiddleware, settings=settings, state=current_snapshot),
+            Middleware(ChatCompletionsEndpoint),
             Middleware(HeadMiddleware, paths=paths),
         ]
         self.outermost: ASGIApp = super().__call__
@@ -192,52 +204,50 @@ EXPECTED_FAILURES = (SettingsError, StoreUnavailable, RouterCoreError)
 
 
 @asynccontextmanager
-async def opened_beside(holder: ServicesHolder, settings: Settings, environ: Mapping[str, str]) -> AsyncIterator[None]:
+async def opened_beside(startup: Startup, settings: Settings, opening: Opening) -> AsyncIterator[None]:
     """Open the state in a task of its own, so that the server listens at once; close it at the end.
 
     If it cannot be opened, log why in one line and end the process with START_FAILED.
     """
     ending = asyncio.Event()
-    task = asyncio.create_task(_hold_open(holder, settings, environ, ending), name="uniroute-services")
+    task = asyncio.create_task(_hold_open(startup, settings, opening, ending), name="uniroute-services")
     try:
         yield
     except asyncio.CancelledError:
         pass  # a server that ends without asking: the same has to be closed
     finally:
         ending.set()
-        await run_uncancelled(_end(task, holder))
+        await run_uncancelled(_end(task, startup))
 
 
-async def _hold_open(
-    holder: ServicesHolder, settings: Settings, environ: Mapping[str, str], ending: asyncio.Event
-) -> None:
+async def _hold_open(startup: Startup, settings: Settings, opening: Opening, ending: asyncio.Event) -> None:
     try:
-        async with app_state(settings, environ, holder.startup, holder.counts) as state, AsyncExitStack() as closing:
+        async with opening as state, AsyncExitStack() as closing:
             onboarding = asyncio.create_task(
                 profile_new_models(settings, state.state, state.jobs), name="uniroute-onboarding"
             )
             closing.push_async_callback(cancel_and_wait, onboarding)
             gc.collect()
             gc.freeze()  # what exists now stays: full collections that walked through it took tenths of a second
-            holder.open(state)
+            startup.app_state = state
             try:
                 await ending.wait()
             finally:
                 gc.unfreeze()
     except EXPECTED_FAILURES as failure:
-        holder.startup.failure = failure
+        startup.failure = failure
         log.error("%s", " ".join(str(failure).split()))
     except Exception as error:  # only an unexpected failure keeps its traceback
-        holder.startup.failure = error
-        log.exception("the server cannot start" if not holder.is_open else "the server could not be closed")
-    if holder.startup.failure is not None and not ending.is_set():
+        startup.failure = error
+        log.exception("the server cannot start" if startup.app_state is None else "the server could not be closed")
+    if startup.failure is not None and not ending.is_set():
         raise SystemExit(START_FAILED)
 
 
-async def _end(task: asyncio.Task[None], holder: ServicesHolder) -> None:
+async def _end(task: asyncio.Task[None], startup: Startup) -> None:
     """Wait for `task`. A start that is under way is cancelled, and seldom: each time interrupts its closing."""
     while not task.done():
-        if not holder.is_open:
+        if startup.app_state is None:
             task.cancel()
         await asyncio.wait({task}, timeout=GRACE_PERIOD_S)
     if not task.cancelled():

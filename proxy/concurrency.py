@@ -174,7 +174,7 @@ class FairQueue:
 
     def acquire_nowait(self) -> bool:
         """Take a free slot; return False where the caller would have to wait."""
-        if self._waiters or not self.has_free_slot:
+        if self._waiters or (self.limit is not None and self.taken >= self.limit):
             return False
         self.taken += 1
         return True
@@ -197,7 +197,8 @@ class FairQueue:
     def release(self) -> None:
         """Give a slot back."""
         self.taken -= 1
-        self.admit()
+        if self._waiters:
+            self.admit()
 
     def admit(self) -> None:
         """Let in as many as now fit: after `release`, or after `limit` was raised."""

@@ -286,7 +286,7 @@ class ClusterMap:
             raise InvalidInput(f"{len(self.names)} names for {self.size} clusters")
         for clusters in self.learned_clusters:
             if clusters.dimension != self.dimension:
-                raise InvalidInput(f"taught clusters of {clusters.dimension} dimensions, not {self.dimension}")
+                raise InvalidInput(f"learned clusters of {clusters.dimension} dimensions, not {self.dimension}")
         if self.reference_models and len(self.reference_models.overlap) != self.size:
             raise InvalidInput(f"a history of {len(self.reference_models.overlap)} clusters for {self.size}")
 

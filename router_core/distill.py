@@ -1,4 +1,8 @@
-"""The static embedder's table: every vocabulary token passed alone through all-MiniLM-L6-v2."""
+"""The static embedder's table: every vocabulary token passed alone through all-MiniLM-L6-v2.
+
+The model is run by BERT's encoder (Devlin et al. 2019) in NumPy, for short sequences of one length. This is quicker
+than torch, whose import alone takes seconds, and machines that never load the transformer need no torch.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,14 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from router_core.bert import BertEncoder
 from router_core.errors import InvalidArtifact
 from router_core.types import Floats, Indices
 
@@ -25,6 +30,24 @@ TABLE = "table.npy"
 TOKENIZER = "tokenizer.json"
 BATCH_SIZE = 256
 Progress = Callable[[int, int], None]
+
+# Rows of the feed-forward layer whose intermediate arrays fit into a core's own cache.
+GELU_ROWS = 32
+
+# erf(x) ≈ x P(x²) / Q(x²) up to |x| = 3.83, beyond which it rounds to ±1: the coefficients of Eigen and XLA, whose
+# error is below 1e-6. Highest power first.
+ERF_LIMIT = 3.832506856900711
+ERF_NUMERATOR = (
+    0.00022905065861350646,
+    0.0034082910107109506,
+    0.050955695062380861,
+    0.18520832239976145,
+    1.128379143519084,
+)
+ERF_DENOMINATOR = (
+    *(-1.1791602954361697e-7, 0.000023547966471313185, 0.0010179625278914885, 0.014070470171167667),
+    *(0.11098505178285362, 0.49746925110067538, 1.0),
+)
 
 
 def model_folder() -> Path:
@@ -83,3 +106,143 @@ def _token_vectors(model: Path, progress: Progress) -> Floats:
 def _centred(vectors: Floats) -> Floats:
     vectors = vectors - vectors.mean(axis=0)
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    weight: Floats
+    """(inputs, outputs) float32, contiguous."""
+    bias: Floats
+
+    def __call__(self, inputs: Floats) -> Floats:
+        outputs: Floats = inputs @ self.weight
+        outputs += self.bias
+        return outputs
+
+
+@dataclass(frozen=True, eq=False)
+class LayerNorm:
+    weight: Floats
+    bias: Floats
+    epsilon: float
+
+    def __call__(self, inputs: Floats) -> Floats:
+        centred: Floats = inputs - inputs.mean(axis=1, keepdims=True)
+        variance = np.einsum("ij,ij->i", centred, centred) / np.float32(centred.shape[1])
+        centred /= np.sqrt(variance + np.float32(self.epsilon))[:, None]
+        centred *= self.weight
+        centred += self.bias
+        return centred
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    attention: Linear
+    """Of queries, keys and values, side by side."""
+    attention_output: Linear
+    attention_norm: LayerNorm
+    intermediate: Linear
+    output: Linear
+    output_norm: LayerNorm
+
+
+class BertEncoder:
+    """The encoder of one folder with a config.json and a model.safetensors. Threads may share it."""
+
+    def __init__(self, folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        self._heads = int(config["num_attention_heads"])
+        self._epsilon = float(config["layer_norm_eps"])
+        self._tensors = read_safetensors(folder / "model.safetensors")
+        self._layers = [self._layer(f"encoder.layer.{n}") for n in range(int(config["num_hidden_layers"]))]
+        self._embedding_norm = self._norm("embeddings.LayerNorm")
+
+    def __call__(self, sequences: Indices) -> Floats:
+        """Return (n, length, d) hidden states of (n, length) token ids without padding."""
+        count, length = sequences.shape
+        positions = self._tensors["embeddings.position_embeddings.weight"][:length]
+        segment = self._tensors["embeddings.token_type_embeddings.weight"][0]
+        embedded = self._tensors["embeddings.word_embeddings.weight"][sequences] + (positions + segment)
+        states = self._embedding_norm(embedded.reshape(count * length, -1))
+        for layer in self._layers:
+            mixed = layer.attention_output(self._attend(layer.attention(states), count, length))
+            mixed += states
+            states = layer.attention_norm(mixed)
+            hidden = layer.intermediate(states)
+            for start in range(0, len(hidden), GELU_ROWS):
+                hidden[start : start + GELU_ROWS] = gelu(hidden[start : start + GELU_ROWS])
+            changed = layer.output(hidden)
+            changed += states
+            states = layer.output_norm(changed)
+        return states.reshape(count, length, -1)
+
+    def _attend(self, projected: Floats, count: int, length: int) -> Floats:
+        """Return (count × length, d) of the (count × length, 3 d) queries, keys and values."""
+        split = projected.reshape(count, length, 3, self._heads, -1)
+        queries, keys, values = split[:, :, 0], split[:, :, 1], split[:, :, 2]
+        weights = np.einsum("nqhd,nkhd->nqhk", queries, keys)
+        weights *= np.float32(queries.shape[-1] ** -0.5)
+        weights -= weights.max(axis=-1, keepdims=True)
+        np.exp(weights, out=weights)
+        weights /= weights.sum(axis=-1, keepdims=True)
+        return np.asarray(np.einsum("nqhk,nkhd->nqhd", weights, values).reshape(count * length, -1), dtype=np.float32)
+
+    def _layer(self, name: str) -> Layer:
+        queries, keys, values = (self._linear(f"{name}.attention.self.{part}") for part in ("query", "key", "value"))
+        return Layer(
+            Linear(
+                np.concatenate([queries.weight, keys.weight, values.weight], axis=1),
+                np.concatenate([queries.bias, keys.bias, values.bias]),
+            ),
+            self._linear(f"{name}.attention.output.dense"),
+            self._norm(f"{name}.attention.output.LayerNorm"),
+            self._linear(f"{name}.intermediate.dense"),
+            self._linear(f"{name}.output.dense"),
+            self._norm(f"{name}.output.LayerNorm"),
+        )
+
+    def _linear(self, name: str) -> Linear:
+        weight, bias = self._tensors[f"{name}.weight"], self._tensors[f"{name}.bias"]
+        return Linear(np.ascontiguousarray(weight.T), np.array(bias))
+
+    def _norm(self, name: str) -> LayerNorm:
+        weight, bias = self._tensors[f"{name}.weight"], self._tensors[f"{name}.bias"]
+        return LayerNorm(np.array(weight), np.array(bias), self._epsilon)
+
+
+def gelu(inputs: Floats) -> Floats:
+    """Return x Φ(x), with the exact normal distribution and not its tanh approximation."""
+    bounded = np.clip(inputs * np.float32(2**-0.5), np.float32(-ERF_LIMIT), np.float32(ERF_LIMIT))
+    squares = bounded * bounded
+    result = _polynomial(ERF_NUMERATOR, squares)
+    result *= bounded
+    result /= _polynomial(ERF_DENOMINATOR, squares)
+    result += np.float32(1)
+    result *= inputs
+    result *= np.float32(0.5)
+    return result
+
+
+def _polynomial(coefficients: tuple[float, ...], values: Floats) -> Floats:
+    """Evaluate by Horner's scheme."""
+    highest, following, *others = map(np.float32, coefficients)
+    result: Floats = values * highest
+    result += following
+    for coefficient in others:
+        result *= values
+        result += coefficient
+    return result
+
+
+def read_safetensors(path: Path) -> dict[str, Floats]:
+    """Return the float32 tensors of a file by name, mapped into memory."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(size))
+    data = np.memmap(path, dtype=np.uint8, mode="r", offset=8 + size)
+    tensors = {}
+    for name, tensor in header.items():
+        if tensor.get("dtype") == "F32":
+            start, end = tensor["data_offsets"]
+            tensors[name] = np.asarray(data[start:end].view("<f4").reshape(tensor["shape"]))
+    return tensors

@@ -288,7 +288,7 @@ def _distill_in_process(folder: Path, progress: distill.Progress, stop: threadin
         shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=SCRATCH_PREFIX) as scratch:
         distilled = Path(scratch) / folder.name
-        error_log = Path(scratch) / "said"
+        error_log = Path(scratch) / "errors"
         with error_log.open("w") as errors:
             command = [sys.executable, "-c", DISTILL_COMMAND, str(distilled)]
             with subprocess.Popen(  # noqa: S603

@@ -165,7 +165,7 @@ class EmbeddedPrompts:
 
 
 def no_progress(_step: str, _done: int, _total: int) -> None:
-    """For callers that tell nobody."""
+    """Report nothing."""
 
 
 def fit_map(

@@ -36,9 +36,8 @@ CONTEXT_TOKENS = 2048
 # Requests that each llama.cpp process answers at once.
 SLOTS = 4
 
-# Longer questions, and answers of other kinds, take most of the time and tell these small models apart by luck only.
-MAX_QUESTION_CHARS = 200
-MAX_QUESTION_TOKENS = 256
+# Of the built-in prompts the easiest to answer in a few words: at others models this small differ by luck only.
+FAMILY = "general_facts"
 
 MAX_ANSWER_TOKENS = 40
 
@@ -72,18 +71,21 @@ class DemoModel:
         }
 
 
-_BRIEF = {"system": "You are a helpful assistant. Answer briefly with the answer only.", "stop": ["\n"]}
+_SYSTEM = "You are a helpful assistant. Answer briefly with the answer only."
 
 # Three settings of one model, so that the demonstration downloads one file of weights.
 MODELS = (
-    DemoModel("smollm2", "SmolLM2-135M-Instruct, temperature 0", 2.50, 10.0, {**_BRIEF, "temperature": 0}),
-    DemoModel("smollm2-hot", "the same weights, temperature 1.8", 0.50, 2.0, {**_BRIEF, "temperature": 1.8}),
     DemoModel(
-        "smollm2-word",
-        "the same weights, one word and no more",
-        0.10,
-        0.4,
-        {"system": "Answer with one word.", "stop": [" ", "\n"], "temperature": 0},
+        *("smollm2", "SmolLM2-135M-Instruct, temperature 0", 2.50, 10.0),
+        {"system": _SYSTEM, "stop": [".", "\n"], "temperature": 0},
+    ),
+    DemoModel(
+        *("smollm2-hot", "the same weights, temperature 1.8", 0.50, 2.0),
+        {"system": _SYSTEM, "stop": [".", "\n"], "temperature": 1.8},
+    ),
+    DemoModel(
+        *("smollm2-word", "the same weights, stopped after a word", 0.10, 0.4),
+        {"system": _SYSTEM, "stop": [" ", "\n"], "temperature": 0},
     ),
 )
 
@@ -91,14 +93,15 @@ MODELS = (
 @dataclass(frozen=True)
 class Question:
     text: str
+    meaning: str
     cost_weight: float | None = None
     """λ; None: the server's default."""
 
 
 QUESTIONS = (
-    Question("What is the capital of France?"),
-    Question("Write one sentence about the sea.", 0.0),
-    Question("Write one sentence about the sea.", 2.0),
+    Question("What is the capital of Italy?", "the default"),
+    Question("What is the capital of Italy?", "the price counts more", 1.0),
+    Question("What is the capital of Italy?", "the price counts most", 5.0),
 )
 
 
@@ -109,7 +112,7 @@ def run_demo(settings: Settings, *, prompts: int, once: bool) -> None:
     check_data_dir(settings)
     started = time.monotonic()
     with ExitStack() as stack:
-        write_questions(Path(settings.validation_set))
+        write_questions(Path(settings.validation_set), prompts)
         echo("UniRoute demo: three settings of a real language model, on this machine alone")
         models = stack.enter_context(start_models(settings.data_dir))
         bound = listen_somewhere(settings)
@@ -122,7 +125,7 @@ def run_demo(settings: Settings, *, prompts: int, once: bool) -> None:
         measure(client, models, prompts)
         show_profiles(client, prompts)
         ask_questions(url)
-        echo(f"\n{time.monotonic() - started:.0f} s in all, of which the next start needs a part only.")
+        echo(f"\n{time.monotonic() - started:.0f} s in all.")
         if once:
             echo('Next: `make demo` serves these models; `make serve ARGS="--config config.yaml"` serves yours.')
         else:
@@ -143,13 +146,10 @@ def admin_key(settings: Settings) -> str:
     return settings.admin_key.get_secret_value()
 
 
-def write_questions(path: Path) -> None:
-    """Write the easiest and shortest built-in prompts as the validation set of the demo."""
-    easy = [
-        prompt
-        for prompt in builtin_validation_set()
-        if prompt.level == 1 and prompt.max_tokens <= MAX_QUESTION_TOKENS and len(prompt.text) <= MAX_QUESTION_CHARS
-    ]
+def write_questions(path: Path, count: int) -> None:
+    """Write the validation set of the demo: the easiest questions of general knowledge."""
+    questions = [prompt for prompt in builtin_validation_set() if prompt.family == FAMILY]
+    easy = sorted(questions, key=lambda prompt: prompt.level or 0)[:count]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{json.dumps(prompt.to_json())}\n" for prompt in easy), "utf-8")
 
@@ -168,7 +168,7 @@ def start_models(folder: Path) -> Iterator[list[tuple[DemoModel, str]]]:
             )
             for n in range(2)
         ]
-        # The one that answers with a word takes little time of the server that it shares.
+        # The first and the last share a server: the last writes little, and reads what the first has read.
         yield [(model, servers[n % 2].api_base) for n, model in enumerate(MODELS)]
 
 
@@ -208,7 +208,7 @@ def measure(client: ServerClient, models: Sequence[tuple[DemoModel, str]], promp
 
 
 def show_profiles(client: ServerClient, prompts: int) -> None:
-    echo(f"\nMeasured, by POST /admin/models: {prompts} short questions to each, at notional prices")
+    echo(f"\nMeasured, by POST /admin/models: {prompts} questions of general knowledge to each, at notional prices")
     rows = []
     for model in MODELS:
         profile = client.call("GET", f"/admin/models/{model.name}")["profile"]
@@ -228,15 +228,16 @@ def ask_questions(url: str) -> None:
     """Ask the three questions as any client would, and show for each who was chosen and why."""
     from openai import OpenAI
 
-    echo('\nRouted, by POST /v1/chat/completions with model "auto"')
+    echo('\nRouted, by POST /v1/chat/completions with model "auto": expected errors, and USD per 1,000 requests')
     key = os.environ.get("UNIROUTE_API_KEY") or "not-needed-on-this-machine"
     http = http_client(timeout=600)
     with OpenAI(base_url=f"{url}/v1", api_key=key, http_client=http) as client, ServerClient(url, key) as server:
         for question in QUESTIONS:
             decision = server.call("POST", "/v1/route", _body(question))
-            echo(f"  {question.text}  (λ = {decision['lambda']:g})")
+            weight = f"λ = {decision['lambda']:g}, {question.meaning}"
+            echo(f"  {question.text}  ({weight})")
             ask(client, question)
-            echo(f"    {reason(decision)}")
+            echo(f"    {candidates_sentence(decision)}")
 
 
 def ask(client: OpenAI, question: Question) -> None:
@@ -260,13 +261,13 @@ def ask(client: OpenAI, question: Question) -> None:
     echo("" if room > 0 else "…")
 
 
-def reason(decision: Mapping[str, Any]) -> str:
-    """Say what every candidate was expected to do, the chosen one first."""
-    told = [
-        f"{each['model']} {each['expected_error']:.2f}, ${1e3 * each['expected_cost_usd']:.3f}"
+def candidates_sentence(decision: Mapping[str, Any]) -> str:
+    """Say what to expect of each candidate, the best one first."""
+    expected = [
+        (each["model"].removeprefix("smollm2-"), each["expected_error"], 1e3 * each["expected_cost_usd"])
         for each in decision["candidates"]
     ]
-    return f"expected error, and cost of 1,000 requests: {'; '.join(told)}"
+    return "; ".join(f"{name} {error:.2f} at ${usd:.3f}" for name, error, usd in expected)
 
 
 def _body(question: Question) -> dict[str, Any]:
@@ -314,8 +315,8 @@ class BackgroundServer:
         self._thread.start()
         with console.progress() as bars:
             while not self._server.is_ready and not self._ended.wait(POLL_INTERVAL_S):
-                if self._server.holder is not None:
-                    show_startup(self._server.holder.startup.to_json(), bars)
+                if self._server.app_startup is not None:
+                    show_startup(self._server.app_startup.to_json(), bars)
         return self._server.is_ready and not self._ended.is_set()
 
     def wait(self) -> None:

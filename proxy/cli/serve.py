@@ -59,9 +59,7 @@ def serve(
 
 
 def demo(
-    prompts: Annotated[
-        int, typer.Option("--prompts", min=24, max=150, help="Questions that each model is asked.")
-    ] = 24,
+    prompts: Annotated[int, typer.Option("--prompts", min=24, max=90, help="Questions that each model is asked.")] = 24,
     port: PortOption = None,
     data_dir: DataDirOption = None,
     *,

@@ -46,26 +46,26 @@ class Selection:
     model: str
     reason: str
     lambda_: float
-    order: Sequence[str]
+    candidates: Sequence[str]
     """Models that may be asked, first to last; more than one only if falling back is allowed."""
     decision: RoutingDecision | None
     """None: no model was scored."""
     ineligible: Mapping[str, str]
     """Why models were ruled out, of those that the caller may use."""
-    degraded: str | None = None
+    degraded_reason: str | None = None
     """Why the prompt was not looked at."""
-    attempts: int = 1
-    """How many models of `order` may be asked."""
-    left: str | None = None
+    max_attempts: int = 1
+    """How many models of `candidates` may be asked."""
+    lost_affinity: str | None = None
     """The model that should have continued this conversation, and cannot."""
     max_tokens: int | None = None
     """The limit of an answer that `model` is sent, in place of a larger one that the request states."""
-    needs: Requirements = field(default_factory=Requirements)
+    requirements: Requirements = field(default_factory=Requirements)
     """What the request asks for, whichever model answers."""
 
-    def told_limit(self, pool: Pool, name: str) -> int | None:
+    def output_limit_for(self, pool: Pool, name: str) -> int | None:
         """Return the limit of an answer, in tokens, that this model is sent; None: the request states none."""
-        return output_limit(pool, pool.index[name], self.needs)
+        return output_limit(pool, pool.index[name], self.requirements)
 
 
 async def select_model(ctx: SelectionContext, assigner: ClusterAssigner, *, explain: bool = False) -> Selection:
@@ -83,7 +83,7 @@ async def select_model(ctx: SelectionContext, assigner: ClusterAssigner, *, expl
         selection = apply_affinity(ctx, await select_scored(ctx, assigner))
     if ctx.requirements.max_output_tokens is None:
         return selection
-    sent = selection.told_limit(ctx.snapshot.pool, selection.model)
+    sent = selection.output_limit_for(ctx.snapshot.pool, selection.model)
     return selection if sent == ctx.requirements.max_output_tokens else replace(selection, max_tokens=sent)
 
 
@@ -91,7 +91,7 @@ async def select_pinned(ctx: SelectionContext, assigner: ClusterAssigner, *, exp
     """Select the named model. Others are scored only as fallbacks, or to explain."""
     name, may_fall_back = ctx.request.model, ctx.request.options.fallbacks is True
     selection = Selection(
-        ctx.decision_id, name, "pinned", ctx.params.lambda_, (name,), None, {}, needs=ctx.requirements
+        ctx.decision_id, name, "pinned", ctx.params.lambda_, (name,), None, {}, requirements=ctx.requirements
     )
     if not (may_fall_back or explain):
         return selection
@@ -101,7 +101,7 @@ async def select_pinned(ctx: SelectionContext, assigner: ClusterAssigner, *, exp
         return selection
     if may_fall_back:
         others = (other for other in _ranking(scored) if other != name)
-        selection = replace(selection, order=(name, *others), attempts=ctx.settings.fallback_attempts)
+        selection = replace(selection, candidates=(name, *others), max_attempts=ctx.settings.fallback_attempts)
     return replace(selection, decision=scored.decision, ineligible=scored.ineligible)
 
 
@@ -141,12 +141,12 @@ async def select_scored(ctx: SelectionContext, assigner: ClusterAssigner) -> Sel
         model=order[0],
         reason=reason,
         lambda_=ctx.params.lambda_,
-        order=(order[0],) if alone else order,
-        attempts=1 if alone else settings.fallback_attempts,
+        candidates=(order[0],) if alone else order,
+        max_attempts=1 if alone else settings.fallback_attempts,
         decision=decision,
         ineligible=IneligibleReasons(ctx, decision.eligibility),
-        degraded=degraded,
-        needs=ctx.requirements,
+        degraded_reason=degraded,
+        requirements=ctx.requirements,
     )
 
 
@@ -161,11 +161,11 @@ def select_default(ctx: SelectionContext, eligibility: Eligibility) -> Selection
         model=name,
         reason="degraded",
         lambda_=ctx.params.lambda_,
-        order=(name,),
+        candidates=(name,),
         decision=None,
         ineligible=IneligibleReasons(ctx, eligibility, but=name),
-        degraded="no model that could answer is profiled yet",
-        needs=ctx.requirements,
+        degraded_reason="no model that could answer is profiled yet",
+        requirements=ctx.requirements,
     )
 
 
@@ -238,7 +238,7 @@ def apply_affinity(ctx: SelectionContext, selection: Selection) -> Selection:
 def _prefer(ctx: SelectionContext, selection: Selection, name: str, *, may_fall_back: bool) -> Selection:
     others = [other for other in _ranking(selection) if other != name] if may_fall_back else []
     attempts = ctx.settings.fallback_attempts if may_fall_back else 1
-    return replace(selection, model=name, reason="sticky", order=(name, *others), attempts=attempts)
+    return replace(selection, model=name, reason="sticky", candidates=(name, *others), max_attempts=attempts)
 
 
 def _is_eligible(ctx: SelectionContext, selection: Selection, name: str) -> bool:
@@ -259,16 +259,16 @@ def _without_affinity(ctx: SelectionContext, selection: Selection, name: str) ->
     """Let the best-scored model answer, and say why the one that the conversation belongs to cannot."""
     why = selection.ineligible.get(name) or ("ruled out" if name in ctx.snapshot.models else _GONE)
     log.warning("decision=%s cannot stay with model=%s: %s", selection.id, name, why)
-    return replace(selection, left=name, ineligible={**selection.ineligible, name: why})
+    return replace(selection, lost_affinity=name, ineligible={**selection.ineligible, name: why})
 
 
 def _ranking(selection: Selection) -> Sequence[str]:
-    return selection.decision.ranking if selection.decision else selection.order
+    return selection.decision.ranking if selection.decision else selection.candidates
 
 
 def selection_to_json(selection: Selection) -> dict[str, Any]:
     """Return the decision as POST /v1/route shows it."""
-    decision, requested = selection.decision, selection.needs.max_output_tokens
+    decision, requested = selection.decision, selection.requirements.max_output_tokens
     clusters = decision.clusters if decision and decision.assignment is not None else ()
     return {
         "decision": selection.id,

@@ -246,7 +246,7 @@ class Attempts:
                 if not is_empty(outcome):
                     return outcome
                 self._record.mark_empty()
-            if attempts == self._record.selection.attempts or self._remaining_s() <= 0:
+            if attempts == self._record.selection.max_attempts or self._remaining_s() <= 0:
                 break
         if outcome is None and cooling_down and not at_capacity:
             return await self._with_reconnect(self._first_to_recover(cooling_down), call, even_if_open=True)
@@ -254,7 +254,7 @@ class Attempts:
 
     def _candidates(self) -> Iterator[str]:
         """Skip smaller models once the prompt was found too long for a model whose context window is known."""
-        for name in self._record.selection.order:
+        for name in self._record.selection.candidates:
             if name in self._ctx.snapshot.models and not (self._overflowed and self._is_too_small(name)):
                 yield name
 
@@ -353,8 +353,8 @@ class Attempts:
     def _body_for(self, name: str) -> tuple[Mapping[str, Any], bytes | None]:
         """Return the caller's body and its bytes; another body and no bytes if the model is sent a smaller limit."""
         request, selection = self._ctx.request, self._record.selection
-        requested = selection.needs.max_output_tokens
-        sent = None if requested is None else selection.told_limit(self._ctx.snapshot.pool, name)
+        requested = selection.requirements.max_output_tokens
+        sent = None if requested is None else selection.output_limit_for(self._ctx.snapshot.pool, name)
         if sent is None or sent == requested:
             return request.body, request.raw
         self._record.clamped = sent

@@ -15,10 +15,11 @@ from proxy.routing.chat_request import READ_HEADERS, parse_chat
 from proxy.routing.selection import Selection, select_model, selection_to_json
 from proxy.server.attempts import Attempts
 from proxy.server.auth import KEY_IN_SCOPE, path_of
-from proxy.server.dependencies import AppState, AppStateDep, RequestContext, ServicesHolder
+from proxy.server.dependencies import AppState, AppStateDep, RequestContext
 from proxy.server.ratelimit import Reservation
 from proxy.server.request_log import RequestRecord
 from proxy.server.requests import (
+    APP_STATE,
     RECEIVED_AT,
     REQUEST_IDS,
     cancel_on_disconnect,
@@ -43,16 +44,15 @@ router = APIRouter()
 class ChatCompletionsEndpoint:
     """Answer chat completions before the framework, whose routing and dependencies cost more than model selection."""
 
-    def __init__(self, app: ASGIApp, holder: ServicesHolder) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self._holder = holder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST" or path_of(scope) != PATH:
             await self.app(scope, receive, send)
             return
         try:
-            response = await chat_completions(Request(scope, receive), self._holder.services)
+            response = await chat_completions(Request(scope, receive), scope[APP_STATE])
         except HANDLED_EXCEPTIONS as error:
             response = error_response(error)
         await response(scope, receive, send)
@@ -105,9 +105,9 @@ async def create_completion(ctx: RequestContext) -> Response:
     if ctx.ids.hops:
         check_hops(ctx.ids.hops, instance_id(str(ctx.app.settings.data_dir)))
     selection, affinity = await select(ctx)
-    if selection.degraded:
+    if selection.degraded_reason:
         ctx.app.metrics.degraded.inc()
-    if selection.left:
+    if selection.lost_affinity:
         ctx.app.metrics.conversations_moved.inc()
     selection, reservation = await reserve(ctx, selection)
     record = RequestRecord(ctx, selection, affinity, reservation)
@@ -152,7 +152,7 @@ async def reserve(ctx: RequestContext, selection: Selection) -> tuple[Selection,
         return demand.choice, await ctx.app.limiter.reserve(key, estimate_reservation(demand, limits))
     except BudgetExceeded:
         cheaper = replace(demand, choice=drop_pricier_fallbacks(demand))
-        if cheaper.choice.order == demand.choice.order:
+        if cheaper.choice.candidates == demand.choice.candidates:
             raise
         return cheaper.choice, await ctx.app.limiter.reserve(key, estimate_reservation(cheaper, limits))
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -14,8 +13,7 @@ from proxy.routing.chat_request import ChatRequest, parse_object
 from proxy.server.auth import KEY_IN_SCOPE, PRINCIPAL
 from proxy.server.metrics import Metrics
 from proxy.server.ratelimit import RateLimiter
-from proxy.server.requests import REQUEST_IDS, RequestIds, read_body
-from proxy.server.startup import Startup
+from proxy.server.requests import APP_STATE, REQUEST_IDS, RequestIds, read_body
 from proxy.settings.schema import Settings, Timeouts, timeouts_for
 from proxy.storage.audit_log import Actor, AuditTrail
 from proxy.storage.client_keys import ClientKey
@@ -86,27 +84,9 @@ class RequestContext:
     """Monotonic seconds."""
 
 
-class ServicesHolder:
-    """Hold an app's state once it is open, and the steps of its start until then."""
-
-    services: AppState
-
-    def __init__(self, services: AppState | None = None, counts: Path | None = None) -> None:
-        """`counts`: the folder in which several workers count."""
-        self.counts = counts
-        self.startup = Startup()
-        self.is_open = False
-        if services is not None:
-            self.open(services)
-
-    def open(self, services: AppState) -> None:
-        self.services = services
-        self.is_open = True
-
-
-async def services_of(request: Request) -> AppState:
-    services: AppState = request.app.state.holder.services
-    return services
+async def app_state_of(request: Request) -> AppState:
+    app_state: AppState = request.scope[APP_STATE]
+    return app_state
 
 
 async def key_of(request: Request) -> ClientKey | None:
@@ -114,7 +94,7 @@ async def key_of(request: Request) -> ClientKey | None:
     return key
 
 
-AppStateDep = Annotated[AppState, Depends(services_of)]
+AppStateDep = Annotated[AppState, Depends(app_state_of)]
 
 CurrentKey = Annotated[ClientKey | None, Depends(key_of)]
 
@@ -126,30 +106,30 @@ async def actor_of(request: Request) -> Actor:
 CurrentActor = Annotated[Actor, Depends(actor_of)]
 
 
-async def admin_services_of(services: AppStateDep, actor: CurrentActor) -> AppState:
+async def admin_state_of(app: AppStateDep, actor: CurrentActor) -> AppState:
     """Return the app's state with a registry whose writes are logged as this actor's."""
-    return replace(services, registry=services.registry.as_actor(actor))
+    return replace(app, registry=app.registry.as_actor(actor))
 
 
-async def audit_of(services: AppStateDep, actor: CurrentActor) -> AuditTrail:
-    return AuditTrail(services.store, actor)
+async def audit_of(app: AppStateDep, actor: CurrentActor) -> AuditTrail:
+    return AuditTrail(app.store, actor)
 
 
-AdminState = Annotated[AppState, Depends(admin_services_of)]
+AdminState = Annotated[AppState, Depends(admin_state_of)]
 
 Audit = Annotated[AuditTrail, Depends(audit_of)]
 
 
-async def json_object(request: Request, services: AppState) -> dict[str, Any]:
+async def json_object(request: Request, app: AppState) -> dict[str, Any]:
     """Read a JSON object from the body.
 
     Raises:
         BadRequest, UnsupportedMediaType, ContentTooLarge.
     """
-    return parse_object(await read_body(request, services.settings.max_body_bytes))
+    return parse_object(await read_body(request, app.settings.max_body_bytes))
 
 
-async def json_object_or_nothing(request: Request, services: AppState) -> dict[str, Any]:
+async def json_object_or_nothing(request: Request, app: AppState) -> dict[str, Any]:
     """Read a JSON object from the body; no body at all is an empty object."""
-    raw = await read_body(request, services.settings.max_body_bytes)
+    raw = await read_body(request, app.settings.max_body_bytes)
     return parse_object(raw) if raw else {}

@@ -11,8 +11,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy.errors import SHUTDOWN_NOTICE_TIMEOUT_S, SHUTTING_DOWN_MESSAGE, ShuttingDown, error_body
 from proxy.server.auth import PRINCIPAL, SAFE_METHODS, UNAUTHENTICATED_PATHS, is_admin_side, path_of
-from proxy.server.dependencies import ServicesHolder
 from proxy.server.requests import (
+    APP_STATE,
     DISCONNECT,
     OVERLOADED,
     RECEIVED_AT,
@@ -22,6 +22,7 @@ from proxy.server.requests import (
     request_ids_from,
 )
 from proxy.server.responses import error_response
+from proxy.server.startup import Startup
 from proxy.storage.audit_log import ANONYMOUS, Actor, action_of
 
 log = logging.getLogger("uniroute.edge")
@@ -32,14 +33,14 @@ _RETRY_AFTER_S = "1"
 
 
 class RequestContextMiddleware:
-    """Give each request its ids and its arrival time, and turn what escapes from the app into a response.
+    """Give each request its ids, its arrival time and the app's state, and answer for an app that fails.
 
     It is the outermost layer, in pure ASGI.
     """
 
-    def __init__(self, app: ASGIApp, holder: ServicesHolder) -> None:
+    def __init__(self, app: ASGIApp, startup: Startup) -> None:
         self.app = app
-        self._holder = holder
+        self._startup = startup
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,9 +58,10 @@ class RequestContextMiddleware:
                 self._start_response(message, ids)
             await send(message)
 
-        if OVERLOADED in scope or not self._holder.is_open:
+        if OVERLOADED in scope or self._startup.app_state is None:
             await self._turn_away(scope, receive, send_with_ids)
             return
+        scope[APP_STATE] = self._startup.app_state
         try:
             await self.app(scope, receive, send_with_ids)
         except asyncio.CancelledError:
@@ -87,7 +89,7 @@ class RequestContextMiddleware:
         answer: ASGIApp = self.app
         if path_of(scope) not in UNAUTHENTICATED_PATHS:
             # Before any key is checked: while the server starts, no keys are known.
-            answer = _too_many_connections() if overloaded else error_response(self._holder.startup.refusal())
+            answer = _too_many_connections() if overloaded else error_response(self._startup.refusal())
         await answer(scope, receive, send_and_close if overloaded else send)
 
     def _start_response(self, message: Message, ids: RequestIds) -> None:
@@ -97,8 +99,8 @@ class RequestContextMiddleware:
             headers += ids.raw_headers()
         else:
             MutableHeaders(scope=message).update(ids.headers())
-        if message["status"] >= 400 and self._holder.is_open:
-            self._holder.services.metrics.errors.labels(str(message["status"])).inc()
+        if message["status"] >= 400 and self._startup.app_state is not None:
+            self._startup.app_state.metrics.errors.labels(str(message["status"])).inc()
 
 
 async def _say_shutting_down(scope: Scope, receive: Receive, send: Send) -> None:

@@ -13,6 +13,7 @@ from proxy.routing.candidates import ALIASES, ANY, RoutingMode, allowed_models, 
 from proxy.server.admin_responses import Count, OpenResponseModel, ResponseModel, one_of
 from proxy.server.dependencies import AppState, AppStateDep, CurrentKey
 from proxy.server.openapi import COMMON_ERRORS, MODEL_NAME_SCHEMA, UNSET, client_key, errors
+from proxy.server.startup import Startup
 
 open_router = APIRouter(tags=["server"], default_response_class=JSONResponse)
 
@@ -90,15 +91,15 @@ async def healthz() -> Response:
 @open_router.get("/readyz", summary="It can route", response_model=Status, responses={503: {"model": Status}})
 async def readyz(request: Request) -> Response:
     """Answer 200 once models and keys were read, whatever Redis does later."""
-    holder = request.app.state.holder
-    if not holder.is_open:
-        return JSONResponse(holder.startup.to_json(), 503)
-    snapshots = holder.services.state
+    startup: Startup = request.app.state.startup
+    if startup.app_state is None:
+        return JSONResponse(startup.to_json(), 503)
+    snapshots = startup.app_state.state
     if not snapshots.loaded:
         return JSONResponse({"status": "starting", "under_way": [{"what": "waiting for Redis"}]}, 503)
     store = "up" if snapshots.available else "away"
     status = {"status": "ready", "state_version": snapshots.current.version, "store": store}
-    if waiting := holder.services.resolver.waiting:
+    if waiting := startup.app_state.resolver.waiting:
         status["provider_lookups"] = waiting
     return JSONResponse(status)
 

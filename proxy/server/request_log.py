@@ -193,7 +193,9 @@ class RequestRecord:
 
     def _observed(self) -> ObservedTraffic:
         size = self._output_bytes
-        return ObservedTraffic(self.selection.needs.prompt_tokens, size, size - self._reported_bytes, self.has_content)
+        return ObservedTraffic(
+            self.selection.requirements.prompt_tokens, size, size - self._reported_bytes, self.has_content
+        )
 
     def _believed(self) -> TokenCounts:
         return believed(self._counts, self._observed())
@@ -233,7 +235,11 @@ class RequestRecord:
     def _log(self, entry: UsageRecord) -> None:
         cost = "?" if entry.cost_usd is None else f"{entry.cost_usd:.8f}"
         first = "-" if entry.first_token_s is None else f"{entry.first_token_s:.3f}"
-        clamped = "" if self.clamped is None else f" max_tokens={self.selection.needs.max_output_tokens}>{self.clamped}"
+        clamped = (
+            ""
+            if self.clamped is None
+            else f" max_tokens={self.selection.requirements.max_output_tokens}>{self.clamped}"
+        )
         info(
             log,
             f"request={self._ctx.ids.request_id} decision={entry.decision} model={entry.model} reason={entry.reason}"

@@ -51,6 +51,7 @@ def check_hops(hops: tuple[str, ...], own: str) -> None:
 
 
 # Keys of the ASGI scope.
+APP_STATE = "uniroute.app"
 HEADERS_IN_SCOPE = "uniroute.head"
 REQUEST_IDS = "uniroute.trace"
 # When the request arrived, in monotonic seconds.

@@ -29,7 +29,7 @@ from proxy.errors import NoEligibleModelError
 from proxy.routing.requirements import estimate_tokens
 from proxy.routing.selection import Selection
 from proxy.routing.sizes import Sizes, sizes_of
-from proxy.settings.litellm_params import merge_model_params, stated_address
+from proxy.settings.litellm_params import merge_model_params
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import KeyLimits
 from proxy.storage.models import ModelRecord
@@ -105,7 +105,7 @@ class Demand:
 
         If money is limited, no other is. Otherwise others take the place of one that is at capacity or in cooldown.
         """
-        return self.choice.order[: self.choice.attempts]
+        return self.choice.candidates[: self.choice.max_attempts]
 
     def tokens(self, per_minute: int) -> int:
         """Return the tokens of prompt and answers. An unlimited answer counts with the usual length, if that fits."""
@@ -119,7 +119,7 @@ class Demand:
         output = sizes.output_tokens(usual, thinking_within=_reasons_within_limit(self.state.models[name]))
         if not sizes.thinking and self._reasons_beyond_limit(name):
             output += sizes.answers * usual
-        needs = self.choice.needs
+        needs = self.choice.requirements
         largest_usd = max_price_usd(
             prompt,
             output,
@@ -142,12 +142,12 @@ class Demand:
 
     def _as_sent_to(self, name: str) -> tuple[int, Sizes]:
         """Return the tokens of the prompt, and the sizes, as they are sent to this model."""
-        record, needs = self.state.models[name], self.choice.needs
+        record, needs = self.state.models[name], self.choice.requirements
         prompt, sizes = needs.prompt_tokens, self._sizes
         if record.has_body_params:
             sent = merge_model_params(record.litellm_params, self.body)
             prompt, sizes = prompt + estimate_tokens(_added(sent, self.body)), sizes_of(sent)
-        sent_limit = self.choice.told_limit(self.state.pool, name)
+        sent_limit = self.choice.output_limit_for(self.state.pool, name)
         if sent_limit != needs.max_output_tokens:
             sizes = replace(sizes, limit=sent_limit)
         return prompt, sizes
@@ -156,19 +156,19 @@ class Demand:
         resolved, pool = self.state.models[name].resolved, self.state.pool
         if resolved is None or resolved.provider not in _REASONING_BEYOND_LIMIT:
             return False
-        return self.choice.needs.reasoning or bool(pool.capabilities["reasoning"][pool.index[name]] == 1)
+        return self.choice.requirements.reasoning or bool(pool.capabilities["reasoning"][pool.index[name]] == 1)
 
 
 def limit_to_reserved(choice: Selection, limits: KeyLimits) -> Selection:
     """Drop the models that nothing is reserved for, if the key has a budget, however many others are at capacity."""
-    return replace(choice, order=choice.order[: choice.attempts]) if limits.money else choice
+    return replace(choice, candidates=choice.candidates[: choice.max_attempts]) if limits.money else choice
 
 
 def drop_pricier_fallbacks(demand: Demand) -> Selection:
     """Drop the fallback models that may cost more than the chosen one."""
     choice = demand.choice
-    max_picousd = demand.picousd(choice.order[0])
-    return replace(choice, order=tuple(name for name in choice.order if demand.picousd(name) <= max_picousd))
+    max_picousd = demand.picousd(choice.candidates[0])
+    return replace(choice, candidates=tuple(name for name in choice.candidates if demand.picousd(name) <= max_picousd))
 
 
 def estimate_reservation(demand: Demand, limits: KeyLimits) -> ReservationRequest:
@@ -194,7 +194,7 @@ def _added(sent: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
 def _reasons_within_limit(record: ModelRecord) -> bool:
     resolved = record.resolved
     known = resolved is not None and resolved.provider in _REASONING_WITHIN_LIMIT
-    return known and not stated_address(record.litellm_params)
+    return known and not record.address
 
 
 def _mean(row: Doubles) -> float:

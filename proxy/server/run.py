@@ -21,7 +21,7 @@ from proxy.settings.schema import Settings
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from proxy.server.dependencies import ServicesHolder
+    from proxy.server.startup import Startup
 
 
 _BACKLOG = 2048
@@ -106,14 +106,14 @@ class Server(uvicorn.Server):
         self.signals: dict[int, Any] = dict.fromkeys(ending_signals(), self.handle_exit)
 
     @property
-    def holder(self) -> ServicesHolder | None:
-        """The app's services, once the app was made."""
-        found: ServicesHolder | None = self.config.loaded_app.state.holder if self.config.loaded else None
+    def app_startup(self) -> Startup | None:
+        """The app's start, once the app was made."""
+        found: Startup | None = self.config.loaded_app.state.startup if self.config.loaded else None
         return found
 
     @property
     def is_ready(self) -> bool:
-        return self.holder is not None and self.holder.is_open
+        return self.app_startup is not None and self.app_startup.app_state is not None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -5,9 +5,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from proxy.errors import Starting
+
+if TYPE_CHECKING:
+    from proxy.server.dependencies import AppState
 
 MAX_RETRY_AFTER_S = 60
 
@@ -36,9 +39,14 @@ class Step:
 
 
 class Startup:
-    """The progress of one start, written by the task that opens the services and by its threads."""
+    """The progress of one start, written by the task that opens the app's state and by its threads.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    Args:
+        app_state: the state, if it is open already.
+    """
+
+    def __init__(self, app_state: AppState | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.app_state = app_state
         self._clock = clock
         self._steps: list[Step] = []
         self.failure: Exception | None = None

@@ -92,7 +92,7 @@ class Baselines:
     cheapest: float
     best: float
     """Cost of the model with the best mean score."""
-    dearest: float
+    most_expensive: float
     best_quality: float
 
     @classmethod
@@ -143,17 +143,18 @@ def area(curve: Curve, cheapest: float, best: float) -> float:
     return float(quality_within(curve, np.linspace(cheapest, best, BUDGETS)).mean())
 
 
-def paper_area(curve: Curve, cheapest: float, dearest: float, share: float = 1.0) -> float:
-    """Return UniRoute's area (arXiv 2502.08773): ∫ quality over cost ÷ dearest, from the cheapest up to `share`.
+def paper_area(curve: Curve, cheapest: float, most_expensive: float, share: float = 1.0) -> float:
+    """Return UniRoute's area (arXiv 2502.08773): ∫ quality over the relative cost, from the cheapest up to `share`.
 
-    The integral is exact, as quality is linear in the budget between two costs of the curve. NaN if it is empty.
+    Costs are relative to the most expensive model's. The integral is exact, as quality is linear in the budget between
+    two costs of the curve. NaN if it is empty.
     """
-    low, high = cheapest, share * dearest
+    low, high = cheapest, share * most_expensive
     if not high > low:
         return NAN
     edges = np.unique(np.concatenate(([low, high], np.clip(curve.costs, low, high))))
     middles = (edges[1:] + edges[:-1]) / 2
-    return float(np.diff(edges) @ quality_within(curve, middles)) / dearest
+    return float(np.diff(edges) @ quality_within(curve, middles)) / most_expensive
 
 
 def least_cost(curve: Curve, quality: float) -> float:
@@ -172,8 +173,8 @@ def curve_metrics(curve: Curve, baselines: Baselines) -> CurveMetrics:
     peak = float(curve.qualities.max())
     return CurveMetrics(
         area=area(curve, baselines.cheapest, baselines.best),
-        paper_area=paper_area(curve, baselines.cheapest, baselines.dearest),
-        paper_area_half=paper_area(curve, baselines.cheapest, baselines.dearest, 0.5),
+        paper_area=paper_area(curve, baselines.cheapest, baselines.most_expensive),
+        paper_area_half=paper_area(curve, baselines.cheapest, baselines.most_expensive, 0.5),
         qnc=qnc,
         peak=peak,
         perf_gain=_ratio(peak, baselines.best_quality) - 1.0,

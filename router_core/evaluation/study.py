@@ -33,10 +33,10 @@ from router_core.evaluation.trials import (
     PromptEstimator,
     Split,
     Trial,
+    count_test_prompts,
     deferral_curve,
     draw_split,
     draw_trial,
-    tested_prompts,
 )
 from router_core.fitting import Progress, no_progress
 from router_core.pool import Pool
@@ -348,7 +348,7 @@ def _protocol(outcomes: Outcomes, plan: Plan) -> Protocol:
         unseen=plan.unseen,
         known_models=len(outcomes.models) - new,
         new_models=new,
-        test_prompts=tested_prompts(len(outcomes.prompts)),
+        test_prompts=count_test_prompts(len(outcomes.prompts)),
         measured_lengths=not np.isnan(outcomes.output_tokens).all(),
     )
 

@@ -93,7 +93,7 @@ class Plan:
                 " give --unseen 0, where all are new, or a larger share"
             )
         prompts = len(outcomes.prompts)
-        train = prompts - tested_prompts(prompts)
+        train = prompts - count_test_prompts(prompts)
         if self.labels[-1] > train:
             raise InvalidInput(
                 f"{self.labels[-1]} labels are more than the {train} prompts that are left to train on, of {prompts}"
@@ -112,11 +112,11 @@ def default_unseen(models: int) -> float:
 
 def default_labels(prompts: int) -> tuple[int, ...]:
     """Those of DEFAULT_LABELS that the train prompts suffice for, of so many in all; at least the first."""
-    train = prompts - tested_prompts(prompts)
+    train = prompts - count_test_prompts(prompts)
     return tuple(labels for labels in DEFAULT_LABELS if labels <= train) or DEFAULT_LABELS[:1]
 
 
-def tested_prompts(prompts: int) -> int:
+def count_test_prompts(prompts: int) -> int:
     """Return how many of so many prompts are test prompts."""
     return max(1, round(TEST_SHARE * prompts))
 
@@ -181,7 +181,7 @@ def draw_split(outcomes: Outcomes, plan: Plan, number: int) -> Split:
     """Draw the split of the plan's trial of this number, from 0."""
     rng = np.random.default_rng((plan.seed, number))
     prompts, models = rng.permutation(len(outcomes.prompts)), rng.permutation(len(outcomes.models))
-    tested, count = tested_prompts(prompts.size), plan.new_models(models.size)
+    tested, count = count_test_prompts(prompts.size), plan.new_models(models.size)
     test, new = np.sort(prompts[:tested]), np.sort(models[:count])
     return Split(
         test=test[~np.isnan(outcomes.scores[np.ix_(test, new)]).any(axis=1)],

@@ -37,8 +37,6 @@ BUDGET = 0.05
 TOKENS_PER_MINUTE = 1000
 # What is set aside for an answer of no stated length.
 UNSTATED_TOKENS = 60
-# On a machine that is too busy for Redis to answer in time.
-BUSY = "unavailable"
 BEYOND_USD = 4 * PRICE * (OUTPUT_TOKENS - UNSTATED_TOKENS)
 pytestmark = pytest.mark.timeout(300)
 
@@ -91,6 +89,13 @@ EACH_SIZE = [
 
 
 @dataclass(frozen=True)
+class Race:
+    key: LimitedKey
+    replies: list[tuple[int, str]]
+    lasted_s: float
+
+
+@dataclass(frozen=True)
 class Servers:
     proxies: tuple[ProxyProcess, ProxyProcess]
     upstream: ScriptedUpstream
@@ -108,7 +113,24 @@ class Servers:
             assert wait_until(lambda asked=asked, headers=headers: asked(headers=headers).status_code == 200)
         return key
 
-    def race(self, key: LimitedKey, size: RequestedSize, *, stream: bool) -> list[tuple[int, str]]:
+    def race(self, size: RequestedSize, *, stream: bool, **limits: Any) -> Race:
+        """Race with a new key until Redis answered in time for each request, which on a busy machine it may not."""
+        for _ in range(20):
+            before = self.unchecked()
+            key, started = self.key(**limits), time.monotonic()
+            replies = self._race(key, size, stream=stream)
+            race = Race(key, replies, time.monotonic() - started)
+            if self.unchecked() == before:
+                break
+        return race
+
+    def unchecked(self) -> float:
+        """Requests that were judged without Redis."""
+        text = "".join(proxy.admin("GET", "/metrics").text for proxy in self.proxies)
+        lines = [line for line in text.splitlines() if line.startswith("uniroute_limits_unchecked_total{")]
+        return sum(float(line.split()[-1]) for line in lines)
+
+    def _race(self, key: LimitedKey, size: RequestedSize, *, stream: bool) -> list[tuple[int, str]]:
         """Status and code of each reply, once all that they took is settled."""
         body = {"model": size.model, "messages": ASK, "stream": stream, **size.body}
         headers = {"authorization": f"Bearer {key.secret}"}
@@ -161,8 +183,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> I
 
 @pytest.mark.parametrize(("name", "stream"), EACH_SIZE)
 def test_a_budget_is_exceeded_by_no_more_than_documented(servers: Servers, name: str, *, stream: bool) -> None:
-    size, key = SIZES[name], servers.key(usd_per_day=BUDGET)
-    replies = servers.race(key, size, stream=stream)
+    size = SIZES[name]
+    race = servers.race(size, stream=stream, usd_per_day=BUDGET)
+    key, replies = race.key, race.replies
     answered = replies.count((200, ""))
     promised = BUDGET + answered * size.beyond_usd
     servers.table.append(
@@ -170,7 +193,7 @@ def test_a_budget_is_exceeded_by_no_more_than_documented(servers: Servers, name:
         f" | ${max(0.0, key.spent_usd - BUDGET):.5f} | ${promised - BUDGET:.5f} |"
     )
 
-    assert {code for status, code in replies if status != 200} <= {"insufficient_quota", BUSY}
+    assert {code for status, code in replies if status != 200} <= {"insufficient_quota"}
     assert 0 < answered == round(key.spent_usd / COST)
     assert key.spent_usd <= promised + 1e-9
 
@@ -178,10 +201,9 @@ def test_a_budget_is_exceeded_by_no_more_than_documented(servers: Servers, name:
 @pytest.mark.parametrize(("name", "stream"), EACH_SIZE)
 def test_a_limit_of_tokens_is_exceeded_by_no_more_than_documented(servers: Servers, name: str, *, stream: bool) -> None:
     """An answer of no stated length is taken to be as long as usual, so that it may leave a debt."""
-    size, key = SIZES[name], servers.key(tokens_per_minute=TOKENS_PER_MINUTE)
-    started = time.monotonic()
-    replies = servers.race(key, size, stream=stream)
-    refilled = TOKENS_PER_MINUTE * (time.monotonic() - started) / 60
+    size = SIZES[name]
+    race = servers.race(size, stream=stream, tokens_per_minute=TOKENS_PER_MINUTE)
+    replies, refilled = race.replies, TOKENS_PER_MINUTE * race.lasted_s / 60
     answered = replies.count((200, ""))
     took = answered * (PROMPT_TOKENS + OUTPUT_TOKENS)
     beyond = answered * OUTPUT_TOKENS if size.beyond_usd else 0
@@ -193,10 +215,11 @@ def test_a_limit_of_tokens_is_exceeded_by_no_more_than_documented(servers: Serve
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_names_of_one_limit_that_contradict_each_other_spend_nothing(servers: Servers, *, stream: bool) -> None:
-    key, size = servers.key(usd_per_day=BUDGET), RequestedSize({"max_completion_tokens": 1, "max_tokens": 5000})
+    size = RequestedSize({"max_completion_tokens": 1, "max_tokens": 5000})
+    race = servers.race(size, stream=stream, usd_per_day=BUDGET)
 
-    assert {status for status, _ in servers.race(key, size, stream=stream)} == {400}
-    assert key.spent_usd == 0
+    assert {status for status, _ in race.replies} == {400}
+    assert race.key.spent_usd == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -14,7 +14,7 @@ import yaml
 from fastapi.routing import APIRoute
 
 from proxy.app import ROUTERS, Application
-from proxy.server.dependencies import ServicesHolder
+from proxy.server.startup import Startup
 from proxy.settings.schema import Settings
 from tests.attacks.conftest import ADMIN
 from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
@@ -44,7 +44,7 @@ def described(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) ->
 
 
 def document() -> dict[str, Any]:
-    return Application(Settings(), ServicesHolder()).openapi()
+    return Application(Settings(), Startup()).openapi()
 
 
 def routes() -> set[tuple[str, str]]:

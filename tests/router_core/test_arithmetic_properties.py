@@ -1,4 +1,4 @@
-"""Prices and profiles for any figures: bills never negative, rates within [0, 1], sums that do not mind their order."""
+"""Properties of prices and profiles for any figures: costs are not negative, rates lie within [0, 1], order is free."""
 
 from __future__ import annotations
 

@@ -1,5 +1,3 @@
-"""Maps on disk."""
-
 import json
 from pathlib import Path
 

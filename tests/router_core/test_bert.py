@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from router_core.bert import BertEncoder, gelu, read_safetensors
+from router_core.distill import BertEncoder, gelu, read_safetensors
 
 WIDTH, HEADS, HIDDEN, VOCABULARY, LENGTH = 4, 2, 8, 6, 3
 

@@ -1,5 +1,3 @@
-"""Making the static table: once, whole, and only from the weights that it is named after."""
-
 import fcntl
 import os
 import threading

@@ -1,4 +1,4 @@
-"""Documents that are small on disk and large in memory, or endless: refused in one line, at once."""
+"""Documents that are small on disk and large in memory, or endless, are refused at once."""
 
 from __future__ import annotations
 

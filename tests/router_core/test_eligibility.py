@@ -1,5 +1,3 @@
-"""Who may answer, and what the others are told."""
-
 from dataclasses import replace
 from typing import Any
 

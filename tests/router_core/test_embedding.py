@@ -1,5 +1,3 @@
-"""The static embedder, and the transformer behind the same protocol."""
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,5 +1,3 @@
-"""Bills and expectations, checked by hand."""
-
 import math
 
 import numpy as np

@@ -1,5 +1,3 @@
-"""Measuring, merging and exchanging profiles."""
-
 import json
 
 import numpy as np

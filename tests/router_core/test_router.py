@@ -1,5 +1,3 @@
-"""The library door."""
-
 import numpy as np
 import pytest
 

@@ -1,5 +1,3 @@
-"""The rule, on numbers that can be checked by hand."""
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,5 +1,3 @@
-"""The rule as it is laid out for many models at once gives what the formula gives for each."""
-
 from __future__ import annotations
 
 from typing import Any

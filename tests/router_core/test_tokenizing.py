@@ -13,8 +13,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_core import distill
-from router_core import embedding as tokenizing
+from router_core import distill, embedding
 from router_core.embedding import Tokenizer
 from router_core.errors import InvalidArtifact
 from tests.bench.prompts import generated_prompts
@@ -123,14 +122,14 @@ def test_every_character_has_the_same_ids(reference: tokenizers.Tokenizer, token
 def test_ids_do_not_depend_on_the_size_of_the_cache(
     reference: tokenizers.Tokenizer, description: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizing, "TEXTS_PER_CACHE", 7)
+    monkeypatch.setattr(embedding, "TEXTS_PER_CACHE", 7)
     forgetful = Tokenizer(description)
     for text in generated_prompts(200):
         assert ids(forgetful, text) == expected(reference, text)
 
 
 def test_the_cache_is_emptied_after_so_many_texts(description: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizing, "TEXTS_PER_CACHE", 7)
+    monkeypatch.setattr(embedding, "TEXTS_PER_CACHE", 7)
     forgetful, asked, forgotten = Tokenizer(description), list[bytes](), list[int]()
 
     class Told:

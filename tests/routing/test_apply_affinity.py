@@ -87,14 +87,14 @@ REASONING = Affinity(producer="plain", has_reasoning=True)
 
 async def test_a_tool_loop_stays_with_its_producer_and_may_fall_back() -> None:
     choice = await chosen(LOOP)
-    assert (choice.model, choice.reason, choice.order) == ("plain", "sticky", ("plain", "cold", "warm"))
-    assert (await chosen(LOOP, fallbacks=False)).order == ("plain",)
-    assert (await chosen(LOOP, settings={"fallback_attempts": 2})).attempts == 2
+    assert (choice.model, choice.reason, choice.candidates) == ("plain", "sticky", ("plain", "cold", "warm"))
+    assert (await chosen(LOOP, fallbacks=False)).candidates == ("plain",)
+    assert (await chosen(LOOP, settings={"fallback_attempts": 2})).max_attempts == 2
 
 
 async def test_reasoning_that_others_did_not_sign_goes_to_nobody_else_unless_asked() -> None:
-    assert (await chosen(REASONING)).order == ("plain",)
-    assert (await chosen(REASONING, fallbacks=True)).order == ("plain", "cold", "warm")
+    assert (await chosen(REASONING)).candidates == ("plain",)
+    assert (await chosen(REASONING, fallbacks=True)).candidates == ("plain", "cold", "warm")
 
 
 @pytest.mark.parametrize("name", ["auto", "uniroute/best", "uniroute/cheap"])
@@ -109,7 +109,7 @@ async def test_a_named_model_wins_over_affinity() -> None:
 
 async def test_it_stays_even_where_the_prompt_cannot_be_looked_at() -> None:
     choice = await chosen(LOOP, text="broken")
-    assert (choice.model, choice.reason, choice.degraded is not None) == ("plain", "sticky", True)
+    assert (choice.model, choice.reason, choice.degraded_reason is not None) == ("plain", "sticky", True)
 
 
 async def test_a_producer_that_is_not_profiled_may_continue() -> None:
@@ -131,7 +131,7 @@ async def test_a_producer_that_is_not_profiled_may_continue() -> None:
 )
 async def test_a_producer_that_may_not_answer_is_left_with_a_reason(options: dict[str, Any], why: str) -> None:
     choice = await chosen(LOOP, **options)
-    assert (choice.model, choice.reason, choice.left) == ("cold", "scored", "plain")
+    assert (choice.model, choice.reason, choice.lost_affinity) == ("cold", "scored", "plain")
     assert why in choice.ineligible["plain"]
 
 
@@ -140,18 +140,18 @@ async def test_a_producer_that_could_be_scored_and_was_not_is_left_whatever_the_
     settings = Settings.model_validate({"data_dir": Path("/nowhere")})
     ctx = SelectionContext("dec-1", request, None, a_state(), settings, affinity=LOOP)
     routed = await chosen(NO_AFFINITY, models=("warm", "cold"))
-    assert apply_affinity(ctx, routed).left == "plain"
+    assert apply_affinity(ctx, routed).lost_affinity == "plain"
 
 
 async def test_a_producer_that_is_gone_is_left() -> None:
     choice = await chosen(Affinity(producer="removed"), explain=True)
-    assert (choice.model, choice.left) == ("cold", "removed")
+    assert (choice.model, choice.lost_affinity) == ("cold", "removed")
     assert {"model": "removed", "why": "not registered any more"} in selection_to_json(choice)["ineligible"]
 
 
 async def test_an_unknown_producer_changes_nothing() -> None:
     choice = await chosen(Affinity(has_reasoning=True))
-    assert (choice.model, choice.reason, choice.left) == ("cold", "scored", None)
+    assert (choice.model, choice.reason, choice.lost_affinity) == ("cold", "scored", None)
 
 
 def session(tokens: int | None, *, model: str = "warm", age_s: float = 10.0) -> Affinity:
@@ -207,7 +207,7 @@ async def test_off_and_on_are_what_they_say() -> None:
     off, on = {"sticky_sessions": "off"}, {"sticky_sessions": "on"}
     assert (await chosen(session(900), settings=off)).model == "cold"
     stuck = await chosen(session(None, model="plain", age_s=3000.0), settings=on)
-    assert (stuck.model, stuck.reason, stuck.order) == ("plain", "sticky", ("plain", "cold", "warm"))
+    assert (stuck.model, stuck.reason, stuck.candidates) == ("plain", "sticky", ("plain", "cold", "warm"))
     assert (await chosen(session(1, model="plain"), settings=on, models=("cold", "warm"))).model == "cold"
     assert (await chosen(replace(LOOP, last_turn=LastTurn("warm", 1, 0.0)), settings=on)).model == "plain"
 

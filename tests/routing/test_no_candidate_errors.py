@@ -99,11 +99,11 @@ def a_context(snapshot: RoutingSnapshot) -> SelectionContext:
 
 
 async def test_openrouters_lists_name_models_here() -> None:
-    assert (await chosen(provider=ProviderPreferences(only=("dear",)))).order == ("dear",)
-    assert (await chosen(provider=ProviderPreferences(ignore=("cheap", "openai")))).order == ("dear",)
+    assert (await chosen(provider=ProviderPreferences(only=("dear",)))).candidates == ("dear",)
+    assert (await chosen(provider=ProviderPreferences(ignore=("cheap", "openai")))).candidates == ("dear",)
     assert (
         await chosen(models=("cheap", "dear"), provider=ProviderPreferences(only=("dear", "unmeasured")))
-    ).order == ("dear",)
+    ).candidates == ("dear",)
     with pytest.raises(ModelNotFound, match=r"provider\.only"):
         await chosen(provider=ProviderPreferences(only=("nobody",)))
     with pytest.raises(Forbidden):
@@ -113,12 +113,14 @@ async def test_openrouters_lists_name_models_here() -> None:
 
 
 async def test_ignoring_a_model_opens_none_that_the_key_may_not_use() -> None:
-    assert (await chosen(key=LIMITED_KEY, provider=ProviderPreferences(ignore=("unmeasured",)))).order == ("dear",)
+    assert (await chosen(key=LIMITED_KEY, provider=ProviderPreferences(ignore=("unmeasured",)))).candidates == ("dear",)
     assert "leave no model" in await refusal(key=LIMITED_KEY, provider=ProviderPreferences(ignore=("dear",)))
 
 
 async def test_a_price_cap_rules_out_more_expensive_models() -> None:
-    assert (await chosen(lambda_=0.0, provider=ProviderPreferences(max_output_cost_per_token=1e-6))).order == ("cheap",)
+    assert (await chosen(lambda_=0.0, provider=ProviderPreferences(max_output_cost_per_token=1e-6))).candidates == (
+        "cheap",
+    )
     said = await refusal(provider=ProviderPreferences(max_input_cost_per_token=1e-8))
     assert "cheap: input price above 0.01 USD per million tokens" in said
 

@@ -17,8 +17,8 @@ from tests.support.selections import LIMITED_KEY, Corners, a_state, chosen
 async def test_lambda_decides_between_errors_and_price() -> None:
     usual, best = await chosen(), await chosen(lambda_=0.0)
 
-    assert (usual.model, usual.order, usual.reason) == ("cheap", ("cheap", "dear"), "scored")
-    assert (best.model, best.order) == ("dear", ("dear", "cheap"))
+    assert (usual.model, usual.candidates, usual.reason) == ("cheap", ("cheap", "dear"), "scored")
+    assert (best.model, best.candidates) == ("dear", ("dear", "cheap"))
 
 
 @pytest.mark.parametrize(
@@ -38,8 +38,8 @@ async def test_a_route_name_is_routed_and_an_unknown_name_is_not_found() -> None
 async def test_a_registered_name_is_served_as_named_even_unmeasured() -> None:
     choice = await chosen("unmeasured", settings={"route_names": ["*"]})
 
-    assert (choice.model, choice.reason, choice.order) == ("unmeasured", "pinned", ("unmeasured",))
-    assert (await chosen("unmeasured", fallbacks=True)).order == ("unmeasured", "cheap", "dear")
+    assert (choice.model, choice.reason, choice.candidates) == ("unmeasured", "pinned", ("unmeasured",))
+    assert (await chosen("unmeasured", fallbacks=True)).candidates == ("unmeasured", "cheap", "dear")
 
 
 @pytest.mark.parametrize(
@@ -57,9 +57,9 @@ async def test_a_cap_is_lowered_for_routed_names_or_as_the_setting_says(
 
 
 async def test_attempts_are_bounded_and_can_be_one() -> None:
-    assert (await chosen()).attempts == 3
-    assert (await chosen(settings={"fallback_attempts": 1})).attempts == 1
-    assert (await chosen(fallbacks=False)).order == ("cheap",)
+    assert (await chosen()).max_attempts == 3
+    assert (await chosen(settings={"fallback_attempts": 1})).max_attempts == 1
+    assert (await chosen(fallbacks=False)).candidates == ("cheap",)
 
 
 async def test_a_key_reaches_only_its_models() -> None:
@@ -88,7 +88,7 @@ async def test_a_late_or_failing_embedding_degrades_to_the_default_model() -> No
     slow.free.set()
     broken = await chosen(text="broken")
 
-    assert (late.model, late.reason, late.order) == ("cheap", "degraded", ("cheap", "dear"))
+    assert (late.model, late.reason, late.candidates) == ("cheap", "degraded", ("cheap", "dear"))
     assert (broken.model, broken.reason) == ("dear", "degraded")
 
 
@@ -124,7 +124,7 @@ def only_unmeasured() -> RoutingSnapshot:
 
 async def test_the_default_model_answers_while_nothing_is_measured_yet() -> None:
     choice = await chosen(state=only_unmeasured(), settings={"default_model": "new"})
-    assert (choice.model, choice.reason, choice.order) == ("new", "degraded", ("new",))
+    assert (choice.model, choice.reason, choice.candidates) == ("new", "degraded", ("new",))
 
 
 async def test_without_a_default_model_a_deployment_with_nothing_measured_says_so() -> None:

@@ -8,6 +8,7 @@ import openai
 from tests.server.ranked import ASK, Ranked, error_of
 from tests.server.test_streaming import read_stream, text_of
 from tests.support.scripted_answers import Step, error_body
+from tests.support.waiting import wait_until
 
 LIMITS = {"keep_alive_s": 0.2}
 
@@ -44,6 +45,7 @@ def test_a_disconnect_after_the_headers_stops_the_attempts(asking: httpx.Client,
     ranked.models[0].then(Step(hang=True))
     with asking.stream("POST", "/v1/chat/completions", json=_streamed()) as reply:
         assert next(reply.iter_lines()) == ": keep-alive"
+        assert wait_until(lambda: bool(ranked.models[0].history))
     assert ranked.models[0].last.client_left.wait(60)
     assert ranked.asked == [1, 0, 0, 0]
 

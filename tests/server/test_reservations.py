@@ -34,7 +34,7 @@ MICRO = 10**6
 
 def a_choice(*order: str, prompt: int = 1000, needs: Requirements | None = None) -> Selection:
     needs = needs or Requirements(prompt_tokens=prompt)
-    return Selection("dec-1", order[0], "scored", 0.1, order, None, {}, attempts=len(order), needs=needs)
+    return Selection("dec-1", order[0], "scored", 0.1, order, None, {}, max_attempts=len(order), requirements=needs)
 
 
 def reserved(choice: Selection, state: RoutingSnapshot, limits: KeyLimits, **body: Any) -> ReservationRequest:
@@ -189,16 +189,19 @@ def test_an_impossible_reservation_fits_a_counter(state: RoutingSnapshot) -> Non
 
 
 def test_if_money_is_limited_no_model_is_tried_without_a_reservation() -> None:
-    choice = replace(a_choice("cheap", "short", "dear"), attempts=2)
-    assert limit_to_reserved(choice, MONEY).order == ("cheap", "short")
-    assert limit_to_reserved(choice, KeyLimits(requests_per_minute=5)).order == ("cheap", "short", "dear")
+    choice = replace(a_choice("cheap", "short", "dear"), max_attempts=2)
+    assert limit_to_reserved(choice, MONEY).candidates == ("cheap", "short")
+    assert limit_to_reserved(choice, KeyLimits(requests_per_minute=5)).candidates == ("cheap", "short", "dear")
 
 
 def test_pricier_fallbacks_can_be_dropped(state: RoutingSnapshot) -> None:
     body = {"max_tokens": 100}
 
-    assert drop_pricier_fallbacks(Demand(a_choice("cheap", "dear", "short"), body, state, SETTINGS)).order == (
+    assert drop_pricier_fallbacks(Demand(a_choice("cheap", "dear", "short"), body, state, SETTINGS)).candidates == (
         "cheap",
         "short",
     )
-    assert drop_pricier_fallbacks(Demand(a_choice("dear", "cheap"), body, state, SETTINGS)).order == ("dear", "cheap")
+    assert drop_pricier_fallbacks(Demand(a_choice("dear", "cheap"), body, state, SETTINGS)).candidates == (
+        "dear",
+        "cheap",
+    )

@@ -30,7 +30,7 @@ def environment(data_dir: Path, embedder_cache: Path | None = None, **more: str)
 
 
 def run_command(
-    *arguments: str | Path, environ: Mapping[str, str], timeout_s: float = 60
+    *arguments: str | Path, environ: Mapping[str, str], timeout_s: float = 300
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "proxy.cli", *map(str, arguments)]
     return subprocess.run(

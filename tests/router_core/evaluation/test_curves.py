@@ -110,18 +110,18 @@ def test_the_least_cost_is_the_cheapest_of_several_crossings() -> None:
 
 
 def test_the_metrics_of_a_curve_match_those_computed_by_hand() -> None:
-    found = curve_metrics(CURVE, Baselines(cheapest=1.0, best=2.5, dearest=4.0, best_quality=0.8))
+    found = curve_metrics(CURVE, Baselines(cheapest=1.0, best=2.5, most_expensive=4.0, best_quality=0.8))
     assert [found.qnc, found.cost_save, found.peak, found.perf_gain] == pytest.approx([0.8, 0.2, 0.9, 0.125])
     assert found.area == pytest.approx((2 * 0.6 + 0.825) / 3, abs=1e-3)
     assert [found.paper_area, found.paper_area_half] == pytest.approx([2.35 / 4, 0.15])
 
 
 def test_undefined_metrics_are_nan_without_a_warning() -> None:
-    never = curve_metrics(CURVE, Baselines(cheapest=1.0, best=1.0, dearest=1.0, best_quality=0.95))
+    never = curve_metrics(CURVE, Baselines(cheapest=1.0, best=1.0, most_expensive=1.0, best_quality=0.95))
     undefined = (never.area, never.paper_area, never.paper_area_half, never.qnc, never.cost_save)
     assert np.isnan(undefined).all()
     assert never.perf_gain == pytest.approx(0.9 / 0.95 - 1)
-    free = curve_metrics(CURVE, Baselines(cheapest=0.0, best=0.0, dearest=0.0, best_quality=0.0))
+    free = curve_metrics(CURVE, Baselines(cheapest=0.0, best=0.0, most_expensive=0.0, best_quality=0.0))
     assert np.isnan([value for value in astuple(free) if value != free.peak]).all()
 
 

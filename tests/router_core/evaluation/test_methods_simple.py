@@ -1,4 +1,4 @@
-"""Routers that do not look at the prompt, K-means and the product itself, on numbers that can be checked by hand."""
+"""Routers that ignore the prompt, k-means and the product, on numbers that can be checked by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router_core.eligibility import eligible
-from router_core.evaluation import baselines as single
+from router_core.evaluation import baselines
 from router_core.evaluation.cluster_methods import Deployment, clusters_within, hard_map, kmeans_laplace, kmeans_raw
 from router_core.evaluation.curves import area
 from router_core.evaluation.study import ServedTrial
@@ -32,26 +32,26 @@ def kinds(said: str) -> Floats:
 
 
 def test_cheapest_is_one_point_the_model_expected_to_be_cheapest() -> None:
-    curve = single.cheapest(EXPECTED_CENTS, COSTS, QUALITIES)
+    curve = baselines.cheapest(EXPECTED_CENTS, COSTS, QUALITIES)
     assert (curve.costs.tolist(), curve.qualities.tolist()) == ([2.0], [0.5])
 
 
 def test_best_single_is_the_model_expected_to_be_best_and_below_its_cost_the_cheapest() -> None:
-    curve = single.best_single(EXPECTED_ERRORS, EXPECTED_CENTS, COSTS, QUALITIES)
+    curve = baselines.best_single(EXPECTED_ERRORS, EXPECTED_CENTS, COSTS, QUALITIES)
     assert (curve.costs[0], curve.qualities[0]) == (8.0, 0.7)
     assert area(curve, 2.0, 7.9) == pytest.approx(0.5)
 
 
 def test_a_random_mix_is_linear_between_models_expected_on_the_hull() -> None:
-    curve = single.random_mix(EXPECTED_ERRORS[:2], EXPECTED_CENTS[:2], COSTS[:2], QUALITIES[:2])
+    curve = baselines.random_mix(EXPECTED_ERRORS[:2], EXPECTED_CENTS[:2], COSTS[:2], QUALITIES[:2])
     assert (curve.costs.tolist(), curve.qualities.tolist()) == ([8.0, 2.0], [0.7, 0.5])
     assert area(curve, 2.0, 8.0) == pytest.approx(0.6)
 
 
 def test_a_model_below_the_line_between_two_others_is_not_mixed_in() -> None:
-    assert single.hull(np.array([1.0, 2.0, 3.0]), np.array([0.2, 0.3, 0.8])).tolist() == [2, 0]
-    assert single.hull(np.array([1.0, 2.0, 3.0]), np.array([0.2, 0.6, 0.8])).tolist() == [2, 1, 0]
-    assert single.hull(np.array([1.0, 2.0]), np.array([0.8, 0.3])).tolist() == [0]
+    assert baselines.hull(np.array([1.0, 2.0, 3.0]), np.array([0.2, 0.3, 0.8])).tolist() == [2, 0]
+    assert baselines.hull(np.array([1.0, 2.0, 3.0]), np.array([0.2, 0.6, 0.8])).tolist() == [2, 1, 0]
+    assert baselines.hull(np.array([1.0, 2.0]), np.array([0.8, 0.3])).tolist() == [0]
 
 
 @given(
@@ -59,7 +59,7 @@ def test_a_model_below_the_line_between_two_others_is_not_mixed_in() -> None:
 )
 def test_no_model_lies_above_the_hull(points: list[tuple[float, float]]) -> None:
     costs, qualities = np.array(points).T
-    kept = single.hull(costs, qualities)[::-1]
+    kept = baselines.hull(costs, qualities)[::-1]
     bound = np.interp(costs, costs[kept], qualities[kept])
     assert (qualities <= bound + 1e-9).all()
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router_core.errors import InvalidOutcomes
-from router_core.evaluation import outcomes as outcome_rows
+from router_core.evaluation import outcomes as outcomes_module
 from router_core.evaluation.outcomes import (
     Outcomes,
     outcomes_from_rows,
@@ -227,7 +227,7 @@ def test_a_line_that_is_no_json_object_is_named(tmp_path: Path, second: bytes, t
 
 
 def test_an_endless_line_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outcome_rows, "MAX_LINE_BYTES", len(LINE))
+    monkeypatch.setattr(outcomes_module, "MAX_LINE_BYTES", len(LINE))
     assert len(list(read_rows(written(tmp_path, LINE)))) == 1
     with pytest.raises(InvalidOutcomes, match="line 1: is longer than"):
         list(read_rows(written(tmp_path, LINE + b" ")))

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from router_core.decision import argmin_with_ties
 from router_core.errors import InvalidInput
-from router_core.evaluation import trials as plan
 from router_core.evaluation.outcomes import Outcomes
 from router_core.evaluation.trials import (
     DEFAULT_LABELS,
@@ -23,6 +22,7 @@ from router_core.evaluation.trials import (
     Trial,
     cost_weights,
     count_new_models,
+    count_test_prompts,
     default_labels,
     default_unseen,
     deferral_curve,
@@ -143,8 +143,13 @@ def test_a_model_without_lengths_is_marked() -> None:
 def test_baselines_are_new_models_and_of_equals_the_cheaper_is_best() -> None:
     scores = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
     test = HeldOut(np.zeros((2, 1), dtype=np.float32), scores, np.array([[9.0, 4.0, 1.0]] * 2), np.zeros(2))
-    anchors = test.baselines()
-    assert (anchors.cheapest, anchors.best, anchors.dearest, anchors.best_quality) == (1.0, 4.0, 9.0, 1.0)
+    baselines = test.baselines()
+    assert (baselines.cheapest, baselines.best, baselines.most_expensive, baselines.best_quality) == (
+        1.0,
+        4.0,
+        9.0,
+        1.0,
+    )
 
 
 @pytest.mark.parametrize("models", [3, 4])
@@ -216,7 +221,7 @@ def test_the_smallest_default_stays_if_there_are_too_few_prompts() -> None:
 
 @pytest.mark.parametrize(("prompts", "tested"), [(1, 1), (4, 1), (5, 2), (90, 27)])
 def test_three_of_ten_prompts_are_test_prompts_and_one_always_is(prompts: int, tested: int) -> None:
-    assert plan.tested_prompts(prompts) == tested
+    assert count_test_prompts(prompts) == tested
 
 
 def test_one_new_model_leaves_nothing_to_choose_from() -> None:

@@ -1,4 +1,4 @@
-"""A user's validation set: what is read, and what each broken line is told."""
+"""A user's validation set: what is read, and the error of each broken line."""
 
 from __future__ import annotations
 

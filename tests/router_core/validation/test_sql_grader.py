@@ -1,4 +1,4 @@
-"""A model's SQL is the one thing that runs: it reads a database in memory, within limits, and nothing else."""
+"""A model's SQL is the only answer that is run: it reads a database in memory, within limits."""
 
 from __future__ import annotations
 
