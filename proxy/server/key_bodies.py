@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, SkipValidation, WithJsonSchema
 
 from proxy.errors import BadRequest
 from proxy.server.openapi import MODEL_NAME_SCHEMA, UNSET, null_or
-from proxy.server.strict_body import StrictBody
+from proxy.server.strict_body import StrictBody, stated_fields
 from proxy.settings.models import check_model_name
 from proxy.storage.client_keys import LIMITS, MAX_LAMBDA, MAX_PER_MINUTE, MAX_USD, KeyChange, Role
 from proxy.storage.values import is_unix_time
@@ -109,7 +109,7 @@ class KeyPatch(StrictBody):
 
     def to_change(self, now: float) -> KeyChange:
         """`now`: Unix seconds. Raises BadRequest. What a ClientKey refuses is left to it."""
-        stated = self.stated()
+        stated = stated_fields(self)
         limits = {name: stated.pop(name) for name in LIMITS if name in stated}
         if stated.get("role", "") is None:
             stated["role"] = "client"

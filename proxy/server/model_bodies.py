@@ -21,7 +21,7 @@ from pydantic_core import CoreSchema
 
 from proxy.errors import BadRequest
 from proxy.server.openapi import MODEL_NAME_SCHEMA, UNSET, null_or
-from proxy.server.strict_body import StrictBody, bad_request, reject_unknown_keys
+from proxy.server.strict_body import StrictBody, bad_request, reject_unknown_keys, stated_fields
 from proxy.settings.litellm_params import ParamError, is_model_info_of_litellm, is_provider_param
 from proxy.settings.models import (
     ModelConfig,
@@ -86,7 +86,7 @@ class ProfileRequest(StrictBody):
     max_usd: Annotated[NonNegativeFloat, _JSONSchemaBounds()] = UNSET
 
     def with_defaults(self, settings: Settings) -> ProfileSettings:
-        return settings.profile.model_copy(update=self.stated())
+        return settings.profile.model_copy(update=stated_fields(self))
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -108,7 +108,7 @@ class ProfileDocument(BaseModel):
 
     def to_profile(self, cluster_map: ClusterMap) -> Profile:
         """Raises InvalidProfile, or BadRequest if it was measured on another map."""
-        profile = Profile.from_json({name: getattr(self, name) for name in self.model_fields_set})
+        profile = Profile.from_json(stated_fields(self))
         if profile.map_id != cluster_map.id:
             raise BadRequest(
                 f"the profile was measured on map {profile.map_id}, this server uses {cluster_map.id}", param="profile"
@@ -330,7 +330,7 @@ class PriceBody(StrictBody):
 
     def to_price(self) -> Price:
         """Raises InvalidPrice naming the field, or BadRequest."""
-        stated = {name: value for name, value in self.stated().items() if value is not None}
+        stated = {name: value for name, value in stated_fields(self).items() if value is not None}
         try:
             return Price.from_fields({name: float(value) for name, value in stated.items()})
         except OverflowError:

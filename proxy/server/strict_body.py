@@ -78,9 +78,11 @@ class StrictBody(BaseModel):
         required = [name for name, field in cls.model_fields.items() if field.is_required()]
         return {**dict.fromkeys(required), **document}
 
-    def stated(self) -> dict[str, Any]:
-        """Return the fields that the caller stated, null or not."""
-        return {name: getattr(self, name) for name in self.model_fields_set}
+
+def stated_fields(model: BaseModel) -> dict[str, Any]:
+    """Return what `model` was made from, unchanged: those of its fields that were stated, then the others as sent."""
+    known = {name: getattr(model, name) for name in type(model).model_fields if name in model.model_fields_set}
+    return {**known, **(model.model_extra or {})}
 
 
 B = TypeVar("B", bound=StrictBody)
