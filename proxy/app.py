@@ -22,27 +22,31 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from threadpoolctl import threadpool_limits
 
 from proxy.concurrency import GRACE_PERIOD_S, background, cancel_and_wait, in_stoppable_thread, run_uncancelled
-from proxy.profiling.jobs import Jobs
+from proxy.profiling.jobs import Jobs, profile_new_models
 from proxy.profiling.model_client import UpstreamModelClient
-from proxy.profiling.startup import profile_new_models
 from proxy.routing.assigner import ClusterAssigner, deadline_of
 from proxy.server.admin import audit_router, jobs_router, keys_router, models_router
 from proxy.server.auth import AuthMiddleware, path_of
 from proxy.server.completions import ChatCompletionsEndpoint
 from proxy.server.completions import router as completions_router
 from proxy.server.dependencies import AppState
+from proxy.server.key_bodies import handle_validation_error
 from proxy.server.log_handler import NonBlockingHandler
 from proxy.server.metrics import HealthCollector, Metrics, open_values
-from proxy.server.middleware import AuditLogMiddleware, RequestContextMiddleware
+from proxy.server.middleware import (
+    FIXED_PATHS,
+    AuditLogMiddleware,
+    HeadMiddleware,
+    RequestContextMiddleware,
+    ServedPaths,
+    corrected_path,
+)
 from proxy.server.openapi import complete, operation_id
-from proxy.server.paths import FIXED_PATHS, HeadMiddleware, ServedPaths, corrected_path
-from proxy.server.preflight import check_data_dir, check_named_models, load_cluster_map
 from proxy.server.public import keyed_router, open_router
 from proxy.server.ratelimit import RateLimiter
 from proxy.server.reservations import SETTLE_FUNCTION
 from proxy.server.responses import HANDLED_EXCEPTIONS, handle_error
-from proxy.server.startup import START_FAILED, Startup, Step
-from proxy.server.strict_body import handle_validation_error
+from proxy.server.startup import START_FAILED, Startup, Step, check_data_dir, check_named_models, load_cluster_map
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings, check_exposure, load_settings
 from proxy.storage.client_keys import AuthRequiredLatch
@@ -52,8 +56,7 @@ from proxy.storage.price_map import bundled_catalog
 from proxy.storage.redis import Store, StoreUnavailable
 from proxy.storage.registry import Registry
 from proxy.storage.sessions import SessionStore
-from proxy.storage.snapshot import RoutingSnapshot, SnapshotInputs, SnapshotWatcher
-from proxy.storage.traffic_stats import TrafficStats
+from proxy.storage.snapshot import RoutingSnapshot, SnapshotInputs, SnapshotWatcher, TrafficStats
 from proxy.storage.usage_journal import JournalDirectory
 from proxy.storage.usage_writer import UsageWriter
 from proxy.upstream.client import UpstreamClient

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proxy.cli import console
-from proxy.cli.console import BadArgument
-from proxy.cli.options import ConfigOption, DataDirOption, JsonOption, UrlOption, finite
+from proxy.cli.console import BadArgument, ConfigOption, DataDirOption, JsonOption, UrlOption, finite
 
 if TYPE_CHECKING:
     from proxy.cli.deployed import Messages
@@ -47,7 +46,7 @@ def calibrate(
     Give the configuration of that server: map, embedder, cost unit and validation set are read from it. Costs are those
     of the prompts' text, without system prompts, tools, earlier turns, or the middle of very long ones.
     """
-    from proxy.cli.options import read_settings
+    from proxy.cli.console import read_settings
 
     if (quality is None) == (budget_usd_per_1k is None):
         raise console.BadArgument("give --quality or --budget-usd-per-1k, and not both")
@@ -70,9 +69,9 @@ class Traffic:
 
 def read_traffic(settings: Settings, paths: Sequence[Path]) -> Traffic:
     """Read the validation set of the settings, or a sample of files. Raises BadArgument, InvalidValidationSet."""
+    from proxy.cli.console import read_validation_set
     from proxy.cli.deployed import user_turn
-    from proxy.cli.options import read_validation_set
-    from proxy.cli.prompt_files import check_prompt_files, read_prompts
+    from proxy.cli.fit_backend import check_prompt_files, read_prompts
 
     if not paths:
         return Traffic("the validation set", [p.messages for p in read_validation_set(settings.validation_set)])

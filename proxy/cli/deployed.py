@@ -12,7 +12,7 @@ import numpy as np
 from proxy.cli.client import ServerClient, admin_client
 from proxy.cli.console import CommandError, Progress, load_embedder, progress
 from proxy.routing.requirements import routing_text
-from proxy.server.preflight import load_cluster_map
+from proxy.server.startup import load_cluster_map
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.price_map import PriceMap, bundled_catalog

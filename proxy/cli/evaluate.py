@@ -13,6 +13,10 @@ from proxy.cli import console
 from proxy.cli.console import (
     BadArgument,
     CommandError,
+    ConfigOption,
+    DataDirOption,
+    JsonOption,
+    UrlOption,
     echo_err,
     load_embedder,
     progress,
@@ -22,7 +26,6 @@ from proxy.cli.console import (
     require_utf8_name,
     require_writable,
 )
-from proxy.cli.options import ConfigOption, DataDirOption, JsonOption, UrlOption
 
 if TYPE_CHECKING:
     from proxy.settings.schema import Settings
@@ -77,7 +80,7 @@ def evaluate(
     After the protocol of UniRoute's paper: in each trial 30 % of the prompts are test prompts, and the new models are
     seen through N answers to the others.
     """
-    from proxy.cli.options import read_settings
+    from proxy.cli.console import read_settings
 
     require_utf8_name(require_readable(outcomes, "--outcomes"), "--outcomes")
     require_distinct({"--outcomes": outcomes, "--prices": prices, "--config": config, "--html": html, "--svg": svg})

@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from proxy.cli import console
-from proxy.cli.console import BadArgument, emit_json
-from proxy.cli.options import ConfigOption, DataDirOption, JsonOption, open_registry, read_settings
+from proxy.cli.console import (
+    BadArgument,
+    ConfigOption,
+    DataDirOption,
+    JsonOption,
+    emit_json,
+    open_registry,
+    read_settings,
+)
 
 if TYPE_CHECKING:
     from proxy.storage.client_keys import ClientKey
@@ -160,8 +167,7 @@ def create(
     body: Body,
 ) -> None:
     """Create a key and print its secret, once."""
-    from proxy.server.key_bodies import NewKey
-    from proxy.server.strict_body import parse_body
+    from proxy.server.key_bodies import NewKey, parse_body
     from proxy.storage.audit_log import CREATE_KEY
 
     body["name"] = name
@@ -184,8 +190,7 @@ def update(
 ) -> None:
     """Change what a key may do. Options that are not given stay; `none` removes a limit."""
     from proxy.server.admin_responses import key_to_json
-    from proxy.server.key_bodies import KeyPatch
-    from proxy.server.strict_body import parse_body
+    from proxy.server.key_bodies import KeyPatch, parse_body
     from proxy.storage.audit_log import CHANGE_KEY
 
     if name is not None:
@@ -212,8 +217,7 @@ def rotate(
     as_json: JsonOption = False,
 ) -> None:
     """Give a key a new secret and print it, once. The old secret is valid until the grace period ends."""
-    from proxy.server.key_bodies import Rotation
-    from proxy.server.strict_body import parse_body
+    from proxy.server.key_bodies import Rotation, parse_body
     from proxy.storage.audit_log import ROTATE_KEY
 
     grace_s = with_option_names(lambda: parse_body(Rotation, {"grace_s": seconds_of(grace, "--grace")}).grace_s)

@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proxy.cli import console
-from proxy.cli.console import BadArgument, CommandError, load_embedder, require_readable
-from proxy.cli.options import JsonOption, UrlOption, finite, read_settings
+from proxy.cli.console import (
+    BadArgument,
+    CommandError,
+    JsonOption,
+    UrlOption,
+    finite,
+    load_embedder,
+    read_settings,
+    require_readable,
+)
 
 if TYPE_CHECKING:
     from proxy.cli.client import ServerClient
@@ -286,8 +294,8 @@ def _read_profile(path: Path) -> dict[str, Any]:
 
 def _from_outcomes(path: Path, name: str) -> dict[str, Any]:
     """Build a profile here, with the map and embedder of our own settings; a server with another map refuses it."""
-    from proxy.profiling.prompts import profile_from_outcomes
-    from proxy.server.preflight import load_cluster_map
+    from proxy.profiling.grading import profile_from_outcomes
+    from proxy.server.startup import load_cluster_map
 
     require_readable(path, "--outcomes")
     config = os.environ.get("UNIROUTE_CONFIG")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proxy.cli import console
-from proxy.cli.console import BadArgument
-from proxy.cli.options import (
+from proxy.cli.console import (
+    BadArgument,
     ConfigOption,
     DataDirOption,
     JsonOption,
@@ -166,7 +166,7 @@ def export(
 @validation.command()
 def check(source: SetArgument = "builtin", data_dir: DataDirOption = None, *, as_json: JsonOption = False) -> None:
     """Check a set: report its first broken line, or the clusters of the map with few labels."""
-    from proxy.server.preflight import load_cluster_map
+    from proxy.server.startup import load_cluster_map
     from router_core.validation.validation_set import coverage, thin_clusters
 
     chosen = read_validation_set(source)

@@ -11,11 +11,9 @@ from typing import Any
 
 from proxy.concurrency import BackgroundTasks
 from proxy.errors import NotProfiled
-from proxy.profiling.grading import GradingProcess
-from proxy.profiling.job import Job, PromptAnswer, ReusedAnswers
-from proxy.profiling.job_store import JobStore
+from proxy.profiling.grading import AssignedPrompts, GradingProcess, ValidationPrompts
+from proxy.profiling.job import Job, JobStore, PromptAnswer, ReusedAnswers
 from proxy.profiling.model_client import ModelClient, RetryPolicy
-from proxy.profiling.prompts import AssignedPrompts, ValidationPrompts
 from proxy.profiling.runner import ENOUGH_LABELS, JobRunner
 from proxy.profiling.worker import JobWorker
 from proxy.routing.candidates import listed
@@ -316,3 +314,38 @@ def outcome_lines(assigned: AssignedPrompts, model: str, answers: Mapping[str, P
         tokens = {} if answer.output_tokens is None else {"output_tokens": {model: answer.output_tokens}}
         lines.append({**line, **tokens})
     return lines
+
+
+onboarding_log = logging.getLogger("uniroute.onboarding")
+
+
+async def profile_new_models(settings: Settings, state: SnapshotWatcher, jobs: Jobs) -> None:
+    """Submit a profiling job for each configured model that has no profile, and wait for a store that is away.
+
+    One job a model, however many processes ask for it.
+    """
+    if not settings.profile.on_start:
+        return
+    for model in settings.model_list:
+        try:
+            await retry_until_available(partial(_submit, model.model_name, settings, state, jobs))
+        except StoreUnreadable as error:
+            onboarding_log.error("model %s is not measured: %s", model.model_name, error)
+
+
+async def _submit(name: str, settings: Settings, state: SnapshotWatcher, jobs: Jobs) -> None:
+    await state.refresh()
+    snapshot = state.current
+    if name in snapshot.profiles or await jobs.migrate_profile(name):
+        return
+    if name not in snapshot.prices:
+        onboarding_log.warning(
+            "model %s has no price, so it is not measured: state one in model_info, or free: true", name
+        )
+        return
+    prompts, max_usd = settings.profile.prompts, settings.profile.max_usd
+    job = await jobs.submit(name, prompts, max_usd)
+    onboarding_log.info(
+        "model %s has no profile: asking it %d prompts for at most $%g (job %s)",
+        *(name, prompts, max_usd, job.id),
+    )

@@ -8,9 +8,15 @@ from dataclasses import dataclass, replace
 from time import monotonic, time
 
 from proxy.concurrency import cancel_until_done
-from proxy.profiling.grading import GraderRunner, GradingProcess, JudgeNotConfigured
-from proxy.profiling.job import Job, Lease, LeaseLost, PromptAnswer
-from proxy.profiling.job_store import JobStore
+from proxy.profiling.grading import (
+    AssignedPrompts,
+    GraderRunner,
+    GradingProcess,
+    JudgeNotConfigured,
+    ValidationPrompts,
+    column,
+)
+from proxy.profiling.job import Job, JobStore, Lease, LeaseLost, PromptAnswer
 from proxy.profiling.model_client import (
     REASONING_TOKENS,
     TRUNCATED,
@@ -24,7 +30,6 @@ from proxy.profiling.model_client import (
     cost_of,
     max_cost_usd,
 )
-from proxy.profiling.prompts import AssignedPrompts, ValidationPrompts, column
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord

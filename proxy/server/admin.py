@@ -26,17 +26,16 @@ from proxy.server.admin_responses import (
     models_to_json,
 )
 from proxy.server.dependencies import AdminState, AppState, AppStateDep, Audit
-from proxy.server.key_bodies import KeyPatch, NewKey, Rotation
+from proxy.server.key_bodies import KeyPatch, NewKey, Rotation, StrictJSONRoute
 from proxy.server.middleware import TARGET_IN_SCOPE
 from proxy.server.model_bodies import ModelPatch, NewModel, PriceBody, ProfileRequest, Reprofile
 from proxy.server.openapi import BODY_ERRORS, COMMON_ERRORS, MODEL_NAME_SCHEMA, admin_key, errors
-from proxy.server.strict_body import StrictJSONRoute
 from proxy.storage.audit_log import CANCEL_JOB, PROFILE_MODEL
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.models import ModelRecord
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.registry import ConfiguredModel, ConflictingWrite
-from proxy.upstream.key_scope import check_secrets_stay
+from proxy.upstream.endpoint import check_secrets_stay
 
 
 def admin_router(what: str) -> APIRouter:

@@ -21,8 +21,7 @@ from proxy.storage.models import ModelRecord
 from proxy.storage.redis import Store
 from proxy.storage.registry import Registry
 from proxy.storage.sessions import SessionStore
-from proxy.storage.snapshot import RoutingSnapshot, SnapshotWatcher
-from proxy.storage.traffic_stats import TrafficStats
+from proxy.storage.snapshot import RoutingSnapshot, SnapshotWatcher, TrafficStats
 from proxy.storage.usage_writer import UsageWriter
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.concurrency_limit import ConcurrencyLimiter, ConcurrencyLimits

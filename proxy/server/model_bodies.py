@@ -20,8 +20,8 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from proxy.errors import BadRequest
+from proxy.server.key_bodies import StrictBody, bad_request, reject_unknown_keys, stated_fields
 from proxy.server.openapi import MODEL_NAME_SCHEMA, UNSET, null_or
-from proxy.server.strict_body import StrictBody, bad_request, reject_unknown_keys, stated_fields
 from proxy.settings.litellm_params import ParamError, is_model_info_of_litellm, is_provider_param
 from proxy.settings.models import (
     ModelConfig,
@@ -36,7 +36,7 @@ from proxy.settings.outbound import OutboundError, ssl_context, trust_of
 from proxy.settings.redaction import FoundSecret, find_secrets, is_reference
 from proxy.settings.schema import ProfileSettings, Settings
 from proxy.storage.models import ModelRecord
-from proxy.upstream.key_scope import ADDRESSES, check_secrets_stay
+from proxy.upstream.endpoint import ADDRESSES, check_secrets_stay
 from router_core.clustering import ClusterMap
 from router_core.profiles import Profile
 from router_core.types import MAX_PRICE, PRICE_FIELDS, Price, price_field

@@ -12,7 +12,7 @@ from fastapi.utils import deep_dict_update
 from pydantic import BaseModel, ConfigDict
 
 from proxy.routing.chat_request import MAX_VALUE, TIMEOUTS
-from proxy.server.paths import CHAT, ROUTE
+from proxy.server.middleware import CHAT, ROUTE
 
 Schema = dict[str, Any]
 

@@ -9,8 +9,8 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from proxy.storage.client_keys import SECRET
+from proxy.storage.models import MAX_INTEGER, InvalidRecord, json_object
 from proxy.storage.redis import CHANGED, VERSION, Store, StoreUnavailable, load_script
-from proxy.storage.values import MAX_INTEGER, InvalidRecord, json_object
 from router_core.text import rfc3339
 
 log = logging.getLogger("uniroute.audit")

@@ -8,9 +8,8 @@ from typing import Any, TypeVar
 from redis.exceptions import RedisError
 
 from proxy.storage.client_keys import ClientKey
-from proxy.storage.models import CurrentPrice, ModelRecord, StoredProfile
+from proxy.storage.models import CurrentPrice, ModelRecord, OddValues, StoredProfile, whole_number
 from proxy.storage.redis import KEYS, MODELS, PREVIOUS_PROFILES, PROFILES, VERSION, Store, price_key
-from proxy.storage.values import OddValues, whole_number
 from router_core.errors import InvalidInput
 
 log = logging.getLogger("uniroute.state")

@@ -19,8 +19,8 @@ from redis.exceptions import RedisError
 
 from proxy.concurrency import LRU, BackgroundTasks
 from proxy.settings.models import check_model_name
+from proxy.storage.models import OddValues, json_object, unix_time, whole_number
 from proxy.storage.redis import Availability, Store, StoreUnavailable
-from proxy.storage.values import OddValues, json_object, unix_time, whole_number
 
 log = logging.getLogger("uniroute.conversations")
 

@@ -28,10 +28,19 @@ from proxy.settings.outbound import Outbound, OutboundError, Trust
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
 from proxy.upstream.chunk_reader import FinishTracker, is_finished, requested_choices
+from proxy.upstream.endpoint import PLACEHOLDER_KEY, key_for_litellm
 from proxy.upstream.errors import redact, unreachable
-from proxy.upstream.key_scope import PLACEHOLDER_KEY, key_for_litellm
-from proxy.upstream.litellm_setup import disable_request_logging, http_handler, import_litellm, warm_up
-from proxy.upstream.litellm_transport import CapturedResponse, capture, open_pool, read_chunks, reap_connections
+from proxy.upstream.litellm_transport import (
+    CapturedResponse,
+    capture,
+    disable_request_logging,
+    http_handler,
+    import_litellm,
+    open_pool,
+    read_chunks,
+    reap_connections,
+    warm_up,
+)
 from proxy.upstream.response_memory import ResponseMemory
 
 log = logging.getLogger("uniroute.upstream")

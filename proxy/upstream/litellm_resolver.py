@@ -28,8 +28,8 @@ from proxy.concurrency import cancel_and_wait
 from proxy.settings.litellm_params import FOLLOWS_REDIRECTS, PASSTHROUGH
 from proxy.settings.models import Forward
 from proxy.storage.models import ResolvedProvider
-from proxy.upstream.key_scope import DEFAULT_BASES, is_own_address
-from proxy.upstream.litellm_setup import import_litellm
+from proxy.upstream.endpoint import DEFAULT_BASES, is_own_address
+from proxy.upstream.litellm_transport import import_litellm
 
 log = logging.getLogger("uniroute.upstream")
 

@@ -14,11 +14,18 @@ from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, ResolvedProvider
 from proxy.upstream.chunk_reader import MAX_TAIL_S, ChunkReader, requested_choices
 from proxy.upstream.completion_reader import CompletionReader
-from proxy.upstream.connection import ConnectionClosed, HTTP11Connection, IncompleteResponse, RemoteProtocolError
 from proxy.upstream.endpoint import Endpoint, Endpoints
 from proxy.upstream.errors import connection_lost, error_from_response, redact, redirect_refused, unreachable
 from proxy.upstream.payload import JSONPayload
-from proxy.upstream.pool import ConnectionPool, Origin, ProxyError
+from proxy.upstream.pool import (
+    ConnectionClosed,
+    ConnectionPool,
+    HTTP11Connection,
+    IncompleteResponse,
+    Origin,
+    ProxyError,
+    RemoteProtocolError,
+)
 from proxy.upstream.response_memory import ResponseBounds, ResponseMemory
 
 log = logging.getLogger("uniroute.upstream")

@@ -2,16 +2,315 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import select
 import ssl
+import zlib
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import aiohappyeyeballs
+import httptools
 
 from proxy.concurrency import FairQueue
 from proxy.settings.outbound import DEFAULT_TRUST, Trust
-from proxy.upstream.connection import HTTP11Connection, RemoteProtocolError
+
+# Of a response. Some servers behind others send a policy or cookies of many kilobytes.
+MAX_HEADER_VALUE_BYTES = 64 * 2**10
+
+# Of everything but the body that comes in one go: a head, the hints before it, sizes of chunks, trailers.
+MAX_HEAD_BYTES = 256 * 2**10
+
+# How much of a body waits for its reader before reading from the upstream is paused.
+MAX_UNREAD_BYTES = 256 * 2**10
+
+# The same for an upstream that compresses its response, though it was asked not to.
+MAX_DECOMPRESSED_BYTES = 16 * 2**20
+
+# A larger request body is written in pieces of this size, so that other tasks get a turn.
+WRITE_BYTES = 256 * 2**10
+
+_GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
+
+_GZIP_START = b"\x1f"
+
+_ZLIB_START = b"\x78"
+
+# What servers call zlib's formats.
+_ZLIB_CODINGS = frozenset({"gzip", "x-gzip", "deflate"})
+
+
+class ConnectionClosed(ConnectionError):
+    """The connection was closed before the head of a response."""
+
+
+class IncompleteResponse(ConnectionError):
+    """The connection was closed in the middle of a response."""
+
+
+class RemoteProtocolError(Exception):
+    """The upstream sent something other than a response in HTTP/1.x, or one that exceeds the limits."""
+
+
+class Decompressor(Protocol):
+    """What `zlib.decompressobj` returns."""
+
+    @property
+    def unused_data(self) -> bytes: ...
+
+    @property
+    def unconsumed_tail(self) -> bytes: ...
+
+    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
+
+
+def decompressor_for(coding: str | None, start: bytes) -> Decompressor | None:
+    """Choose a decompressor by how a body starts; neither JSON nor events start as compressed bytes do.
+
+    Args:
+        coding: the header content-encoding.
+        start: at least one byte of the body.
+
+    Returns:
+        None: the body is plain, or compressed in a way that was not asked for, which its reader will find.
+    """
+    first = start[:1]
+    if first == _GZIP_START or (first == _ZLIB_START and (coding or "").lower() in _ZLIB_CODINGS):
+        return zlib.decompressobj(_GZIP_OR_ZLIB)
+    return None
+
+
+class HTTP11Connection(asyncio.Protocol):
+    """One connection to an upstream, used by one request at a time.
+
+    For each request `send`, `wait_for_head`, then `read` until it returns nothing. Then the next request, or `close`.
+    """
+
+    def __init__(self, on_lost: Callable[[HTTP11Connection], None] = lambda _: None) -> None:
+        self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
+        self._transport: Any = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._incoming = select.poll()
+        self._waiter: asyncio.Future[None] | None = None
+        self._lost = self._writing_paused = self._reading_paused = self._request_incomplete = False
+        self._start_request()
+        self._in_use = False
+
+    def _start_request(self) -> None:
+        self._in_use = True
+        # None until the head of the response has come.
+        self.status: int | None = None
+        # Names in lower case; the last value of a repeated one.
+        self.headers: dict[str, str] = {}
+        # All of the response has come. Some of it may still be unread.
+        self.ended = False
+        self._keep_alive = False
+        self._bytes_since_body = 0
+        self._pieces: deque[bytes] = deque()
+        self._unread = 0
+        self._error: Exception | None = None
+        self._decompressor: Decompressor | None = None
+        self._body_started = False
+
+    async def send(self, head: bytes, body: bytes | None) -> None:
+        """Send a request; the length of the body is added to `head`. Errors are raised by `wait_for_head`."""
+        self._start_request()
+        if body is None:
+            self._transport.write(head + b"\r\n")
+            return
+        head = b"%bcontent-length: %d\r\n\r\n" % (head, len(body))
+        if len(body) <= WRITE_BYTES:
+            self._transport.write(head + body)
+            return
+        self._transport.write(head)
+        for start in range(0, len(body), WRITE_BYTES):
+            while self._writing_paused and not self._responded:
+                await self._wait()
+            if self._responded:  # the upstream does not want the rest
+                self._request_incomplete = True
+                return
+            self._transport.write(body[start : start + WRITE_BYTES])
+            await asyncio.sleep(0)
+
+    async def wait_for_head(self) -> None:
+        """Wait for `status` and `headers`. Raises ConnectionClosed or RemoteProtocolError."""
+        while self.status is None:
+            if self._error is not None:
+                raise self._error
+            await self._wait()
+
+    async def read(self) -> bytes:
+        """Return what has come of the body, at least one byte, or nothing at its end.
+
+        Raises:
+            IncompleteResponse, RemoteProtocolError: the rest cannot be read.
+        """
+        while not self._pieces:
+            if self.ended:
+                return b""
+            if self._error is not None:
+                raise self._error
+            await self._wait()
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        self._unread = 0
+        if self._reading_paused:
+            self._reading_paused = False
+            self._transport.resume_reading()
+        return data
+
+    @property
+    def reusable(self) -> bool:
+        """Return whether the response has ended and the upstream expects another request."""
+        unusable = self._lost or self._request_incomplete or self._reading_paused
+        return self._keep_alive and not unusable and not self._transport.is_closing()
+
+    @property
+    def is_quiet(self) -> bool:
+        """Return whether the socket of an idle connection has nothing to read, not even the end of the connection."""
+        return not self._incoming.poll(0)
+
+    def mark_idle(self) -> None:
+        """Treat whatever comes before the next `send` as an error: it is no response."""
+        self._in_use = False
+
+    def close(self) -> None:
+        self._transport.abort()
+
+    async def secure(self, context: Any, host: str) -> None:
+        """Start TLS in a tunnel through a proxy. Raises RemoteProtocolError: the proxy sent more than its response."""
+        if self._pieces:
+            raise RemoteProtocolError("something came before the way was free")
+        self.mark_idle()
+        self._parser = httptools.HttpResponseParser(self)
+        self._transport = await self._loop.start_tls(self._transport, self, context, server_hostname=host)
+
+    @property
+    def _responded(self) -> bool:
+        return self._error is not None or self.status is not None
+
+    async def _wait(self) -> None:
+        """Wait until something changes."""
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _fail(self, error: Exception) -> None:
+        if self._error is None and not self.ended:
+            self._error = error
+        self._wake()
+
+    # What the transport calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        self._incoming.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._in_use or self._error is not None:
+            self.close()
+            return
+        self._bytes_since_body += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            cause = error.__context__
+            self._fail(cause if isinstance(cause, RemoteProtocolError) else RemoteProtocolError(str(error)))
+            self._keep_alive = False
+            self.close()
+            return
+        if self._bytes_since_body > MAX_HEAD_BYTES:
+            self._fail(RemoteProtocolError("the answer goes on without saying anything"))
+            self.close()
+        self._wake()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._lost = True
+        if self.status is None:
+            self._fail(ConnectionClosed("the connection was closed"))
+        elif not self.ended:
+            self._end_of_data(error)
+        self._on_lost(self)
+
+    def _end_of_data(self, error: Exception | None) -> None:
+        """End a response without a stated length, and fail any other."""
+        if error is not None or "content-length" in self.headers or "transfer-encoding" in self.headers:
+            self._fail(IncompleteResponse(str(error or "the connection was closed")))
+        self.ended = self._error is None
+        self._wake()
+
+    def eof_received(self) -> None:
+        self.close()  # otherwise it stays open until all of the request is sent, which the upstream may never read
+
+    def pause_writing(self) -> None:
+        self._writing_paused = True
+
+    def resume_writing(self) -> None:
+        self._writing_paused = False
+        self._wake()
+
+    # What the parser calls.
+
+    def on_message_begin(self) -> None:
+        if self.ended:  # a request must never get this one in place of its own
+            raise RemoteProtocolError("a second answer came to one request")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.status is not None:
+            return  # a trailer
+        if len(value) > MAX_HEADER_VALUE_BYTES:
+            raise RemoteProtocolError("a header of the answer is too long")
+        self.headers[name.decode("latin-1").lower()] = value.decode("latin-1").strip()
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status == 101:
+            raise RemoteProtocolError("the upstream wants to speak another protocol")
+        if status < 200:
+            self.headers = {}  # an informational response, before the real one
+            return
+        self.status = status
+
+    def on_body(self, body: bytes) -> None:
+        if not self._body_started:
+            self._body_started = True
+            self._decompressor = decompressor_for(self.headers.get("content-encoding"), body)
+        if self._decompressor is not None:
+            body = self._decompress(self._decompressor, body)
+        if not body:
+            return
+        self._pieces.append(body)
+        self._bytes_since_body = 0
+        self._unread += len(body)
+        if self._unread > MAX_UNREAD_BYTES and not self._reading_paused:
+            self._reading_paused = True
+            self._transport.pause_reading()
+
+    def on_message_complete(self) -> None:
+        if self.status is not None:
+            self.ended, self._keep_alive = True, self._parser.should_keep_alive()
+
+    def _decompress(self, decompressor: Decompressor, body: bytes) -> bytes:
+        max_bytes = MAX_DECOMPRESSED_BYTES - self._unread
+        try:
+            plain = decompressor.decompress(body, max_bytes + 1)
+        except zlib.error as error:
+            raise RemoteProtocolError(f"the answer cannot be unpacked: {error}") from None
+        if len(plain) > max_bytes:
+            raise RemoteProtocolError("the answer unpacks to more than can be held")
+        if decompressor.unused_data:
+            raise RemoteProtocolError("the answer goes on behind the end of what was packed")
+        return plain
+
 
 # How long a connection is kept after its last response.
 KEEP_ALIVE_S = 30.0

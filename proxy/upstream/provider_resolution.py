@@ -17,9 +17,8 @@ from proxy.errors import BadRequest, ServiceUnavailable
 from proxy.settings.litellm_params import PASSTHROUGH, is_openai_url, is_provider_param, stated_address
 from proxy.settings.models import Forward, SettingsError
 from proxy.settings.redaction import strip_url
-from proxy.storage.models import ModelRecord, ResolvedProvider
-from proxy.storage.values import InvalidRecord
-from proxy.upstream.key_scope import check_environment_key
+from proxy.storage.models import InvalidRecord, ModelRecord, ResolvedProvider
+from proxy.upstream.endpoint import check_environment_key
 from proxy.upstream.litellm_resolver import Answers, LookupFailed, ProviderLookup, params_for_litellm
 
 log = logging.getLogger("uniroute.upstream")

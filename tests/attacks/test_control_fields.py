@@ -20,7 +20,7 @@ from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
 from proxy.upstream.litellm_client import LiteLLMClient
-from proxy.upstream.litellm_setup import import_litellm
+from proxy.upstream.litellm_transport import import_litellm
 from tests.attacks.conftest import ASK
 from tests.support.scripted_answers import Step, error_body
 from tests.support.scripted_upstream import ScriptedUpstream

@@ -26,8 +26,7 @@ from proxy.settings.schema import CircuitBreakerSettings, Settings
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.redis import Store
 from proxy.storage.sessions import SessionStore
-from proxy.storage.snapshot import RoutingSnapshot
-from proxy.storage.traffic_stats import TrafficStats
+from proxy.storage.snapshot import RoutingSnapshot, TrafficStats
 from proxy.storage.usage_journal import JournalDirectory
 from proxy.storage.usage_writer import UsageWriter
 from proxy.storage.valkey import EmbeddedValkey

@@ -32,8 +32,7 @@ from proxy.storage.models import ModelRecord, StoredProfile
 from proxy.storage.reader import StoredState
 from proxy.storage.redis import Store
 from proxy.storage.sessions import SessionStore
-from proxy.storage.snapshot import RoutingSnapshot, build_state
-from proxy.storage.traffic_stats import TrafficStats
+from proxy.storage.snapshot import RoutingSnapshot, TrafficStats, build_state
 from proxy.storage.usage_journal import JournalDirectory
 from proxy.storage.usage_writer import UsageWriter
 from proxy.upstream.concurrency_limit import ConcurrencyLimiter

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from proxy.cli.console import BadArgument
-from proxy.cli.fit_backend import outcome_models, with_progress
-from proxy.cli.prompt_files import check_prompt_files, read_prompts
+from proxy.cli.fit_backend import check_prompt_files, outcome_models, read_prompts, with_progress
 from proxy.routing.requirements import routing_text
 from router_core.text import MAX_END_CHARS, truncate_middle
 from tests.bench.prompts import generated_prompts

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy.profiling.job import JOBS, answers_key, job_key
-from proxy.profiling.job_store import JobStore
-from proxy.profiling.prompts import ValidationPrompts
+from proxy.profiling.grading import ValidationPrompts
+from proxy.profiling.job import JOBS, JobStore, answers_key, job_key
 from proxy.storage.models import ModelRecord
 from proxy.storage.redis import Store
 from tests.support.makers import CORNERS, a_profile, a_record

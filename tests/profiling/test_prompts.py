@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from proxy.profiling.prompts import profile_from_outcomes
+from proxy.profiling.grading import profile_from_outcomes
 from router_core.errors import InvalidOutcomes
 from router_core.profiles import Profile
 from tests.router_core.makers import FirstLetterEmbedder, a_map

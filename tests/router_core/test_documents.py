@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from proxy.cli.console import BadArgument
+from proxy.cli.fit_backend import read_prompts
 from proxy.cli.models import litellm_params_from, profile_from
-from proxy.cli.prompt_files import read_prompts
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import load_settings
 from router_core.artifact import ARRAYS, BUILTIN_MAP, MANIFEST, load_map

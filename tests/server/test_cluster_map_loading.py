@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from proxy.app import _open_routing
-from proxy.server.preflight import load_cluster_map
+from proxy.server.startup import load_cluster_map
 from proxy.settings.schema import Settings
 from router_core.clustering import ClusterMap
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from proxy.app import ROUTERS
-from proxy.server.paths import ServedPaths, corrected_path, unknown_path_message
+from proxy.server.middleware import ServedPaths, corrected_path, unknown_path_message
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 
-from proxy.server.preflight import check_named_models, validate_files
+from proxy.server.startup import check_named_models, validate_files
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import Settings, load_settings
 from router_core.estimators import ESTIMATORS

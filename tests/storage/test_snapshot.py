@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from proxy.storage.redis import KEYS, MODELS, PRICING, PROFILES, VERSION, Store, price_key
-from proxy.storage.traffic_stats import TrafficStats
+from proxy.storage.snapshot import TrafficStats
 from proxy.storage.valkey import EmbeddedValkey
 from router_core.profiles import Profile
 from router_core.types import Price

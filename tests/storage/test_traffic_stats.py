@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.storage.traffic_stats import BATCH_SIZE, TrafficStats
+from proxy.storage.snapshot import BATCH_SIZE, TrafficStats
 from tests.support.makers import a_profile
 
 

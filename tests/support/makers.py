@@ -15,8 +15,7 @@ from proxy.storage.models import ModelRecord
 from proxy.storage.price_map import bundled_catalog
 from proxy.storage.redis import Store
 from proxy.storage.registry import Registry
-from proxy.storage.snapshot import SnapshotInputs, SnapshotWatcher
-from proxy.storage.traffic_stats import TrafficStats
+from proxy.storage.snapshot import SnapshotInputs, SnapshotWatcher, TrafficStats
 from router_core.clustering import ClusterMap
 from router_core.profiles import Profile
 

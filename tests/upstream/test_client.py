@@ -14,7 +14,7 @@ from proxy.storage.models import ModelRecord
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.litellm_client import LiteLLMClient, LiteLLMTarget
 from proxy.upstream.litellm_resolver import resolve_with_litellm
-from proxy.upstream.litellm_setup import import_litellm
+from proxy.upstream.litellm_transport import import_litellm
 from proxy.upstream.provider_resolution import cache_query, resolve_static
 from tests.support.makers import a_record
 from tests.support.scripted_answers import Step

@@ -8,7 +8,7 @@ import pytest
 
 from proxy.storage.models import ModelRecord
 from proxy.upstream.client import UpstreamClient
-from proxy.upstream.connection import MAX_HEADER_VALUE_BYTES
+from proxy.upstream.pool import MAX_HEADER_VALUE_BYTES
 from tests.support.direct_calls import BODY, SHORT, WHOLE, a_model, failing, streamed, whole
 from tests.support.raw_upstream import CHUNK, DONE, END, JSON, STREAM_HEAD, RawUpstream, Reply, chunked, plain
 from tests.support.waiting import until

@@ -14,8 +14,14 @@ import pytest
 import uvloop
 
 from proxy.upstream import pool as pool
-from proxy.upstream.connection import ConnectionClosed, IncompleteResponse, RemoteProtocolError
-from proxy.upstream.pool import ConnectionPool, Origin, ProxyError
+from proxy.upstream.pool import (
+    ConnectionClosed,
+    ConnectionPool,
+    IncompleteResponse,
+    Origin,
+    ProxyError,
+    RemoteProtocolError,
+)
 from tests.support.connection_pool import HEAD, all_places_are_free, asked, at, served, tunnelling
 from tests.support.raw_upstream import JSON, RawUpstream, Reply, plain
 from tests.support.tls import a_certificate, served_by

@@ -11,15 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from proxy.cli.report.format import (
+from proxy.cli.report.text import (
     LOOKS,
     OURS,
     MethodStyle,
+    all_known,
     area_is_known,
     best_rivals,
     columns,
     headline,
     is_study,
+    known,
     median_labels,
     number,
     percent,
@@ -29,7 +31,6 @@ from proxy.cli.report.format import (
     ratio,
     undefined_sentence,
 )
-from proxy.cli.report.text import all_known, known
 from router_core.evaluation.curves import Difference
 from router_core.evaluation.study import Estimate, HeatMap, MethodMetrics, Results
 from router_core.types import Indices

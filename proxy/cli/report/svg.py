@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from proxy.cli.report.format import ESTIMATING, LOOKS, OURS, area_is_known, best_rivals, median_labels
+from proxy.cli.report.text import ESTIMATING, LOOKS, OURS, area_is_known, best_rivals, median_labels
 from router_core.evaluation.study import Results
 from router_core.types import Doubles
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from proxy.cli.evaluate import print_summary
-from proxy.cli.report.format import LOOKS, best_rival_of_each_size, headline
+from proxy.cli.report.text import LOOKS, best_rival_of_each_size, headline
 from router_core.evaluation.curves import Difference
 from router_core.evaluation.study import ESTIMATED, METHODS, Estimate, Results
 
