@@ -37,6 +37,9 @@ FOLDER_ORDER = (
     ("app",),
     ("cli",),
 )
+MAX_TOP_ENTRIES = 13
+MAX_PROXY_FILES = 110
+MAX_CORE_FILES = 40
 MIN_LINES_OF_ONE_FUNCTION = 40
 
 Graph = Mapping[str, frozenset[str]]
@@ -171,6 +174,14 @@ def is_one_function_alone(path: Path) -> bool:
 
 def test_no_module_is_one_trivial_function() -> None:
     assert [module_name(path) for path in sources(*PACKAGES) if is_one_function_alone(path)] == []
+
+
+def test_the_packages_stay_of_a_size_that_can_be_searched() -> None:
+    top = {path.name for path in (ROOT / "proxy").iterdir()} - {"__pycache__"}
+    core = [path for path in sources("router_core") if "families" not in path.parts]
+    assert len(top) <= MAX_TOP_ENTRIES, sorted(top)
+    assert len(sources("proxy")) <= MAX_PROXY_FILES
+    assert len(core) <= MAX_CORE_FILES
 
 
 def test_lua_lies_in_files_of_its_own() -> None:
