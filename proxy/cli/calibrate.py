@@ -69,9 +69,8 @@ class Traffic:
 
 def read_traffic(settings: Settings, paths: Sequence[Path]) -> Traffic:
     """Read the validation set of the settings, or a sample of files. Raises BadArgument, InvalidValidationSet."""
-    from proxy.cli.console import read_validation_set
+    from proxy.cli.console import check_prompt_files, read_prompts, read_validation_set
     from proxy.cli.deployed import user_turn
-    from proxy.cli.fit_backend import check_prompt_files, read_prompts
 
     if not paths:
         return Traffic("the validation set", [p.messages for p in read_validation_set(settings.validation_set)])

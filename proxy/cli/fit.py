@@ -9,9 +9,6 @@ import typer
 
 from proxy.cli import console
 from proxy.cli.console import BadArgument, DataDirOption, JsonOption, progress, require_embedder, require_empty_folder
-from router_core.clustering import ClusterMap
-from router_core.fitting import PromptSample
-from router_core.types import Indices
 
 if TYPE_CHECKING:
     from proxy.cli.console import Progress
@@ -56,8 +53,8 @@ def fit(
     Any number of prompts: they are streamed, and K-means sees a sample of the distinct ones, drawn by --seed: 256 for
     each cluster, and at least 16,384.
     """
-    from proxy.cli.console import read_settings
-    from proxy.cli.fit_backend import FitPlan, check_prompt_files, outcome_models
+    from proxy.cli.console import check_prompt_files, read_settings
+    from proxy.cli.fit_backend import FitPlan, outcome_models
     from router_core.artifact import save_map
     from router_core.fitting import distinct_prompts, fit_with_outcomes
 

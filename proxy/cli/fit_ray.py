@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from proxy.cli.console import BadArgument, CommandError, Progress, load_embedder
-from proxy.cli.fit_backend import FitPlan, ProgressRate, read_prompts
+from proxy.cli.console import BadArgument, CommandError, Progress, load_embedder, read_prompts
+from proxy.cli.fit_backend import FitPlan, ProgressRate
 from router_core.clustering import ClusterMap
 from router_core.embedding import open_embedder
 from router_core.fitting import (

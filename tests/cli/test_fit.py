@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from proxy.cli.console import BadArgument
-from proxy.cli.fit_backend import check_prompt_files, outcome_models, read_prompts, with_progress
+from proxy.cli.console import BadArgument, check_prompt_files, read_prompts
+from proxy.cli.fit_backend import outcome_models, with_progress
 from proxy.routing.requirements import routing_text
 from router_core.text import MAX_END_CHARS, truncate_middle
 from tests.bench.prompts import generated_prompts
@@ -120,7 +120,7 @@ def test_without_pyarrow_the_extra_is_named_before_anything_is_read(tmp_path: Pa
         import sys
         sys.modules["pyarrow"] = None
         from pathlib import Path
-        from proxy.cli.prompt_files import check_prompt_files
+        from proxy.cli.console import check_prompt_files
         check_prompt_files([Path({str(path)!r})])"""
     ended = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True)
     assert "pip install 'uniroute[parquet]'" in ended.stderr.splitlines()[-1]

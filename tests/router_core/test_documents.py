@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from proxy.cli.console import BadArgument
-from proxy.cli.fit_backend import read_prompts
+from proxy.cli.console import BadArgument, read_prompts
 from proxy.cli.models import litellm_params_from, profile_from
 from proxy.settings.models import SettingsError
 from proxy.settings.schema import load_settings
