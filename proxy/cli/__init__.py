@@ -80,7 +80,7 @@ def _argument_errors() -> tuple[type[Exception], ...]:
 
 
 def _work_errors() -> tuple[type[Exception], ...]:
-    from proxy.cli.demo import LocalModelError
+    from proxy.cli.local_models import LocalModelError
     from proxy.storage.price_feed import PriceFeedError
     from proxy.storage.redis import StoreUnavailable
     from proxy.storage.registry import RegistryError

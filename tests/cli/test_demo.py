@@ -15,7 +15,7 @@ import openai
 import pytest
 import yaml
 
-from proxy.cli.demo import LocalModelError, smollm2, start_llama
+from proxy.cli.local_models import LocalModelError, smollm2, start_llama
 from proxy.storage.valkey import socket_path
 from tests.support.command import ServeCommand, environment, run_command
 from tests.support.proxy_process import uniform_profile
