@@ -70,7 +70,7 @@ from router_core.estimators import ESTIMATORS
 
 log = logging.getLogger("uniroute")
 
-# Opens the state of an app, and closes it.
+# Opens the state of an app on entry, and closes it on exit.
 Opening = AbstractAsyncContextManager[AppState]
 
 ROUTERS = (open_router, keyed_router, completions_router, models_router, jobs_router, keys_router, audit_router)
@@ -94,12 +94,12 @@ EXPOSED_HEADERS = (
 
 
 def create_app(state: AppState) -> FastAPI:
-    """Make the app over a state that the caller has opened and will close."""
+    """Return the app for a state that the caller has opened and will close."""
     return Application(state.settings, Startup(state))
 
 
 def from_environment(environ: Mapping[str, str] | None = None) -> FastAPI:
-    """Make the app for `uvicorn proxy.app:from_environment --factory`, with the settings of the environment."""
+    """Return the app with the settings of the environment, for `uvicorn proxy.app:from_environment --factory`."""
     environ = os.environ if environ is None else environ
     configure_logs()
     config = environ.get("UNIROUTE_CONFIG")
@@ -107,11 +107,11 @@ def from_environment(environ: Mapping[str, str] | None = None) -> FastAPI:
 
 
 def from_settings(settings: Settings, environ: Mapping[str, str] | None = None, counts: Path | None = None) -> FastAPI:
-    """Make the app; its lifespan opens the state, beside the serving, and closes it.
+    """Return an app whose lifespan opens the state, in the background, and closes it.
 
     Args:
         environ: where os.environ/NAME is looked up.
-        counts: the folder in which several workers count.
+        counts: the folder in which several workers share their metrics; None: there is one worker.
     """
     startup = Startup()
     opening = app_state(settings, os.environ if environ is None else environ, startup, counts)
@@ -121,10 +121,11 @@ def from_settings(settings: Settings, environ: Mapping[str, str] | None = None, 
 class Application(FastAPI):
     """A FastAPI app inside the middleware of this server and behind the chat endpoint.
 
-    FastAPI's own middleware and routing cost a chat request, and each event of a stream, more than model selection.
+    FastAPI's own middleware and routing would cost a chat request, and each event of a stream, more than selecting a
+    model does.
 
     Args:
-        opening: opens the state in the lifespan, unless `startup` has one already.
+        opening: opens the state in the lifespan; None if `startup` has one already.
     """
 
     def __init__(self, settings: Settings, startup: Startup, opening: Opening | None = None) -> None:
@@ -133,11 +134,11 @@ class Application(FastAPI):
             if opening is None:
                 yield
                 return
-            async with opened_beside(startup, settings, opening):
+            async with open_in_background(startup, settings, opening):
                 yield
 
         def current_snapshot() -> RoutingSnapshot:
-            assert startup.app_state is not None  # RequestContextMiddleware lets no request in before
+            assert startup.app_state is not None  # until then RequestContextMiddleware rejects all requests
             return startup.app_state.state.current
 
         paths = ServedPaths(ROUTERS)
@@ -197,33 +198,34 @@ def _cors(settings: Settings) -> Middleware:
 
 def configure_logs() -> None:
     """Write the server's log lines to stderr, unless logging is configured already."""
-    ours = logging.getLogger("uniroute")
-    if not ours.handlers and not logging.getLogger().handlers:
-        ours.addHandler(NonBlockingHandler())
-        ours.setLevel(logging.INFO)
-
-
-EXPECTED_FAILURES = (SettingsError, StoreUnavailable, RouterCoreError)
+    if not log.handlers and not logging.getLogger().handlers:
+        log.addHandler(NonBlockingHandler())
+        log.setLevel(logging.INFO)
 
 
 @asynccontextmanager
-async def opened_beside(startup: Startup, settings: Settings, opening: Opening) -> AsyncIterator[None]:
+async def open_in_background(startup: Startup, settings: Settings, opening: Opening) -> AsyncIterator[None]:
     """Open the state in a task of its own, so that the server listens at once; close it at the end.
 
     If it cannot be opened, log why in one line and end the process with START_FAILED.
     """
-    ending = asyncio.Event()
-    task = asyncio.create_task(_hold_open(startup, settings, opening, ending), name="uniroute-services")
+    shutdown = asyncio.Event()
+    task = asyncio.create_task(_open_until(shutdown, startup, settings, opening), name="uniroute-services")
     try:
         yield
     except asyncio.CancelledError:
-        pass  # a server that ends without asking: the same has to be closed
+        pass  # the server was stopped without the shutdown of its lifespan; the state has to be closed all the same
     finally:
-        ending.set()
-        await run_uncancelled(_end(task, startup))
+        shutdown.set()
+        await run_uncancelled(_wait_until_closed(task, startup))
 
 
-async def _hold_open(startup: Startup, settings: Settings, opening: Opening, ending: asyncio.Event) -> None:
+# Logged in one line. Any other failure keeps its traceback.
+EXPECTED_FAILURES = (SettingsError, StoreUnavailable, RouterCoreError)
+
+
+async def _open_until(shutdown: asyncio.Event, startup: Startup, settings: Settings, opening: Opening) -> None:
+    """Open the state, hand it to `startup`, and close it when `shutdown` is set."""
     try:
         async with opening as state, AsyncExitStack() as closing:
             onboarding = asyncio.create_task(
@@ -231,30 +233,34 @@ async def _hold_open(startup: Startup, settings: Settings, opening: Opening, end
             )
             closing.push_async_callback(cancel_and_wait, onboarding)
             gc.collect()
-            gc.freeze()  # what exists now stays: full collections that walked through it took tenths of a second
+            # The objects that exist now stay: a full collection that visited them all took tenths of a second.
+            gc.freeze()
             startup.app_state = state
             try:
-                await ending.wait()
+                await shutdown.wait()
             finally:
                 gc.unfreeze()
     except EXPECTED_FAILURES as failure:
         startup.failure = failure
         log.error("%s", " ".join(str(failure).split()))
-    except Exception as error:  # only an unexpected failure keeps its traceback
+    except Exception as error:
         startup.failure = error
         log.exception("the server cannot start" if startup.app_state is None else "the server could not be closed")
-    if startup.failure is not None and not ending.is_set():
+    if startup.failure is not None and not shutdown.is_set():
         raise SystemExit(START_FAILED)
 
 
-async def _end(task: asyncio.Task[None], startup: Startup) -> None:
-    """Wait for `task`. A start that is under way is cancelled, and seldom: each time interrupts its closing."""
+async def _wait_until_closed(task: asyncio.Task[None], startup: Startup) -> None:
+    """Wait for `task`, and cancel it if it is still opening the state.
+
+    One cancellation may be lost, so it is repeated, but only after a grace period: it also interrupts the closing.
+    """
     while not task.done():
         if startup.app_state is None:
             task.cancel()
         await asyncio.wait({task}, timeout=GRACE_PERIOD_S)
     if not task.cancelled():
-        task.exception()  # it has been logged
+        task.exception()  # mark it as retrieved: it has been logged
 
 
 @asynccontextmanager
@@ -266,11 +272,11 @@ async def app_state(
 ) -> AsyncIterator[AppState]:
     """Open everything that requests need, in order, and close it in reverse order.
 
-    Slow imports and loads run in threads, beside each other.
+    Slow imports and loads run in threads, at the same time.
 
     Args:
-        startup: is told of the steps that may take seconds.
-        counts: the folder in which several workers count.
+        startup: shows which of the steps that may take seconds is running.
+        counts: the folder in which several workers share their metrics; None: there is one worker.
 
     Raises:
         SettingsError: a setting cannot work here: an unreadable map, a server open to others without keys.
@@ -287,7 +293,7 @@ async def app_state(
         closing.push_async_callback(cancel_and_wait, resolving)
         cluster_map, assigner = await in_stoppable_thread(partial(_open_routing, settings, startup))
         closing.callback(assigner.close)
-        # One prompt is too little to divide: BLAS threads would wait for one another on cores that others use.
+        # One prompt is too little to divide: BLAS threads would wait for each other on cores that requests use.
         closing.enter_context(threadpool_limits(1, user_api="blas"))
         with startup.step("starting the store"):
             store = await Store.open(settings)
@@ -355,6 +361,7 @@ async def app_state(
 
 
 async def _configured_models(settings: Settings, resolver: Resolver, startup: Startup) -> dict[str, ModelRecord]:
+    """Return the models of the configuration by name, with their providers resolved."""
     now = time.time()
     records = [ModelRecord.of_entry(entry, "config", now) for entry in settings.model_list]
     with startup.step("resolving providers", "models", len(records)):
@@ -364,10 +371,17 @@ async def _configured_models(settings: Settings, resolver: Resolver, startup: St
 def _open_routing(
     settings: Settings, startup: Startup | None = None, stop: threading.Event | None = None
 ) -> tuple[ClusterMap, ClusterAssigner]:
+    """Load the cluster map and the embedder that it was fitted with.
+
+    Raises:
+        SettingsError: one of them cannot be loaded, or they do not belong together.
+    """
     try:
         cluster_map = load_cluster_map(settings)
         with (startup or Startup()).step("opening the embedding table", "tokens") as step:
-            embedder = open_embedder(settings.embedder, settings.data_dir, log.info, partial(_distilled, step), stop)
+            embedder = open_embedder(
+                settings.embedder, settings.data_dir, log.info, partial(_show_distilling, step), stop
+            )
     except (RouterCoreError, OSError) as error:
         raise SettingsError(f"map, embedder: {error}") from error
     if embedder.id != cluster_map.embedder_id:
@@ -378,8 +392,8 @@ def _open_routing(
     return cluster_map, ClusterAssigner(embedder, deadline_of(settings.embedder))
 
 
-def _distilled(step: Step, done: int, total: int) -> None:
-    """Report the progress of distilling, by this process or by another that this one waits for."""
+def _show_distilling(step: Step, done: int, total: int) -> None:
+    """Show the progress of distilling, be it in this process or in another that this one waits for."""
     step.what = "distilling the embedding table"
     step.update(done, total)
 
@@ -388,29 +402,29 @@ def _is_priced(name: str) -> bool:
     return bundled_catalog().find(name) is not None
 
 
-class _Background(Protocol):
+class _Service(Protocol):
     def start(self) -> None: ...
 
     async def stop(self) -> None: ...
 
 
-Running = TypeVar("Running", bound=_Background)
+Service = TypeVar("Service", bound=_Service)
 
 
 @asynccontextmanager
-async def _running(task: Running) -> AsyncIterator[Running]:
-    task.start()
+async def _running(service: Service) -> AsyncIterator[Service]:
+    service.start()
     try:
-        yield task
+        yield service
     finally:
-        await task.stop()
+        await service.stop()
 
 
 @asynccontextmanager
 async def _health_registry(
     settings: Settings, store: Store, state: SnapshotWatcher, metrics: Metrics
 ) -> AsyncIterator[HealthRegistry]:
-    """Keep the health of the models: exported as metrics, shared with other processes, pruned with the models."""
+    """Open the health of all models: show it in the metrics, share it with other processes, and prune it."""
     health = HealthRegistry(settings.breaker)
     collector = HealthCollector(health, lambda: state.current.models, metrics.values)
     metrics.look_at(collector.look)
@@ -426,7 +440,7 @@ METRICS_INTERVAL_S = 1.0
 
 
 async def _update_metrics(metrics: Metrics) -> None:
-    """Keep this worker's gauges fresh for a scrape that another worker answers."""
+    """Update this worker's gauges now and then, for scrapes that another worker answers."""
     while True:
         metrics.look()
         await asyncio.sleep(METRICS_INTERVAL_S)

@@ -29,18 +29,16 @@ from proxy.storage.redis import (
 )
 from router_core.profiles import MAX_VALUE, Profile
 
-# Every job's id by the time of its submission; `:open` is the set of unfinished jobs, `:models` each model's latest.
+log = logging.getLogger("uniroute.jobs")
+
+# Every job's id, by the time of its submission.
 JOBS: Final = "uniroute:jobs"
 
+# The set of unfinished jobs.
 OPEN: Final = f"{JOBS}:open"
 
+# Hash: model → id of its latest job.
 LATEST: Final = f"{JOBS}:models"
-
-MAX_PROMPTS: Final = 1_000_000
-
-_MAX_VALUES: Final = {"score": 1.0, "output_tokens": MAX_VALUE, "seconds": MAX_VALUE, "cost_usd": MAX_VALUE}
-
-UNFINISHED = frozenset({"queued", "running"})
 
 # How long a finished job can still be read.
 KEPT_S = 30 * 86_400
@@ -66,9 +64,14 @@ def enqueued_key(job_id: str) -> str:
     return f"{job_key(job_id)}:kicked"
 
 
+MAX_PROMPTS: Final = 1_000_000
+
+UNFINISHED = frozenset({"queued", "running"})
+
+
 @dataclass(frozen=True)
 class Job:
-    """The profiling of one model. `done` counts prompts that ended; done - failed - unlabelled have a label."""
+    """The profiling of one model. Of `done` prompts, all that are neither `failed` nor `unlabelled` have a label."""
 
     id: str
     model: str
@@ -79,7 +82,7 @@ class Job:
     failed: int
     """Prompts that the model did not answer, after all retries."""
     unlabelled: int
-    """Answers that are neither right nor wrong: cut off by our limit, empty after reasoning, not judged."""
+    """Answers that could not be graded: cut off by our limit, empty after reasoning, or the judge failed."""
     spent_usd: float | None
     """None: the model has no known price."""
     eta_s: float | None
@@ -87,7 +90,7 @@ class Job:
     fingerprint: str = ""
     max_usd: float | None = None
     measured_at: str | None = None
-    """RFC 3339, UTC: when the answers that it reuses from an earlier job were given. None: it reuses none."""
+    """RFC 3339, UTC: when the answers were given that this job reuses from an earlier one. None: it reuses none."""
 
     @property
     def unfinished(self) -> bool:
@@ -100,7 +103,7 @@ class Job:
 
     @classmethod
     def from_fields(cls, job_id: str, stored: Mapping[str, str]) -> Job | None:
-        """Parse the hash; return None if it is missing, or none of ours."""
+        """Parse the stored hash; return None if it is missing, or is no job."""
         if not {"model", "state"} <= stored.keys():
             return None
         # A limit that cannot be read allows nothing.
@@ -120,6 +123,14 @@ class Job:
             max_usd=max_usd,
             measured_at=stored.get("measured_at") or None,
         )
+
+
+def _spent(stored: str | None, max_usd: float | None) -> float | None:
+    """Return what was spent; if that cannot be read, all that may be spent."""
+    return None if not stored else max_usd if (spent := number(stored)) is None else spent
+
+
+_MAX_VALUES: Final = {"score": 1.0, "output_tokens": MAX_VALUE, "seconds": MAX_VALUE, "cost_usd": MAX_VALUE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +164,12 @@ class PromptAnswer:
 
 @dataclass(frozen=True)
 class ReusedAnswers:
-    """Answers of an earlier job with which a new one begins: they are paid for already."""
+    """Answers of an earlier job, paid for already, with which a new job begins."""
 
     earlier: str
     """The id of the earlier job."""
     map_id: str
-    """The cluster map to measure on: no worker of another map takes the job."""
+    """The cluster map to measure on. Workers of other maps do not take the job."""
     answers: Mapping[str, PromptAnswer]
     """By prompt id."""
     measured_at: str | None
@@ -168,28 +179,21 @@ class ReusedAnswers:
         return sum(answer.score is not None for answer in self.answers.values())
 
     def to_fields(self) -> dict[str, Any]:
-        """Return the fields of the new job's hash that depend on them."""
+        """Return the fields of the new job's hash that depend on these answers."""
         done = len(self.answers)
         counted = {"done": done, "unlabelled": done - self.labels}
         return {**counted, "map": self.map_id, "measured_at": self.measured_at or ""}
 
 
-def _spent(stored: str | None, max_usd: float | None) -> float | None:
-    """Return what was spent; if it cannot be read, all that may be spent."""
-    return None if not stored else max_usd if (spent := number(stored)) is None else spent
-
-
-log = logging.getLogger("uniroute.jobs")
-
 LEASE_S = 8.0
 
 HEARTBEAT_S = 2.0
 
-# After so long without a renewal work stops: the next failed attempt might end after the lease does.
+# Work stops after so long without a renewal: one more failed attempt to renew might take until the lease has expired.
 RENEWAL_GRACE_S = 4.0
 
-# Workers that may take a job and neither finish it nor give it back: what kills one of them, or freezes it for longer
-# than a lease, would do so each time.
+# How often a job may be taken and neither finished nor given back. What kills a worker, or freezes it for longer than a
+# lease, would do so each time.
 MAX_TRIES = 5
 
 GIVEN_UP = (
@@ -205,27 +209,29 @@ _RELEASE = load_script(__package__, "release_lease")
 
 
 class LeaseLost(Exception):
-    """The job belongs to another worker now, or was cancelled. Nothing more may be written for it."""
+    """The job belongs to another worker now, or was cancelled. This worker may write nothing more for it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
+    """The right of one worker to run a job, until it expires."""
+
     job_id: str
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 class Leases:
-    """Take, renew and release the leases of jobs, for a worker that measures on one cluster map."""
+    """Take, renew and release leases, for a worker that measures on one cluster map."""
 
     def __init__(self, store: Store, map_id: str = "") -> None:
         self._store = store
         self._map_id = map_id
 
     async def take(self, job_id: str) -> Lease | None:
-        """Take a job. Return None if it is over, held by a worker, for another map, or tried too often, which ends it.
+        """Take a job; None: it has ended, has a worker, or is for another map. One that was tried too often fails.
 
         Raises:
-            StoreUnavailable.
+            StoreUnavailable: the job may be taken all the same, until the lease expires.
         """
         lease = Lease(job_id)
         taken = await self._run("take a job", _TAKE, lease)
@@ -242,17 +248,21 @@ class Leases:
         await self._run("release a lease", _RELEASE, lease)
 
     async def hold(self, lease: Lease, work: asyncio.Task[Any]) -> None:
-        """Renew until `work` is done. End `work` and raise LeaseLost before another worker can have the job."""
-        renewed = monotonic()
+        """Renew the lease until `work` is done. If that fails, cancel `work` before another worker can take the job.
+
+        Raises:
+            LeaseLost: `work` was cancelled.
+        """
+        renewed_at = monotonic()
         try:
             while not (await asyncio.wait({work}, timeout=HEARTBEAT_S))[0]:
-                asked = monotonic()
+                asked_at = monotonic()
                 try:
                     if not await self.renew(lease):
                         raise LeaseLost("the job was cancelled or taken over")
-                    renewed = asked
+                    renewed_at = asked_at
                 except StoreUnavailable as error:
-                    if monotonic() - renewed >= RENEWAL_GRACE_S:
+                    if monotonic() - renewed_at >= RENEWAL_GRACE_S:
                         raise LeaseLost(str(error)) from error
         finally:
             if not work.done():
@@ -278,7 +288,7 @@ SUBMIT: Final = load_script(__package__, "submit_job", KEPT_S=KEPT_S)
 
 CANCEL: Final = load_script(__package__, "cancel_job", KEPT_S=KEPT_S)
 
-# Only the holder of the lease may run these. They return -1 if the lease is lost.
+# These begin with fence.lua, which returns -1 unless the worker has the lease.
 BEGIN: Final = load_script(__package__, "fence", "begin_job")
 
 RESERVE: Final = load_script(__package__, "fence", "reserve_usd")
@@ -301,9 +311,9 @@ class JobStore:
     async def submit(
         self, record: ModelRecord, prompts: int, max_usd: float | None, reused: ReusedAnswers | None = None
     ) -> str:
-        """Return the id of the new job, or of the unfinished one that measures the same model.
+        """Submit a job. Return its id, or that of the unfinished job that measures the same model.
 
-        With `reused` it is "" if the profile is no longer that of the earlier job: the model was measured meanwhile.
+        With `reused`, return "" if the model's profile is no longer that of the earlier job: it was measured meanwhile.
         """
         step = self.submission(record, prompts, max_usd, reused)
         return str(await self._store.run_durably("submit a job", step.script, step.keys, step.arguments))
@@ -311,7 +321,7 @@ class JobStore:
     def submission(
         self, record: ModelRecord, prompts: int, max_usd: float | None, reused: ReusedAnswers | None = None
     ) -> Step:
-        """Return what `submit` does, to be done together with another write."""
+        """Return the step that `submit` runs, to be run together with another write."""
         job_id, now = uuid.uuid4().hex[:16], time.time()
         stored = {
             "model": record.name,
@@ -321,14 +331,14 @@ class JobStore:
             "max_usd": "" if max_usd is None else max_usd,
             "submitted_at": now,
         }
-        recorded = {}
+        answers = {}
         if reused is not None:
             stored |= reused.to_fields()
-            recorded = {prompt_id: answer.to_json() for prompt_id, answer in reused.answers.items()}
-        bound = [reused.map_id, reused.earlier] if reused else ["", ""]
-        arguments = [job_id, record.name, record.fingerprint, now, *bound, 2 * len(stored), *_pairs(stored)]
+            answers = {prompt_id: answer.to_json() for prompt_id, answer in reused.answers.items()}
+        source = [reused.map_id, reused.earlier] if reused else ["", ""]
+        arguments = [job_id, record.name, record.fingerprint, now, *source, 2 * len(stored), *_pairs(stored)]
         keys = (JOBS, OPEN, LATEST, PROFILES, job_key(job_id), answers_key(job_id))
-        return Step(SUBMIT, keys, (*arguments, *_pairs(recorded)))
+        return Step(SUBMIT, keys, (*arguments, *_pairs(answers)))
 
     async def get(self, job_id: str) -> Job | None:
         async with self._store.operation("read a job") as client:
@@ -347,17 +357,17 @@ class JobStore:
             async with client.pipeline(transaction=False) as pipe:
                 for job_id in ids.values():
                     pipe.hgetall(job_key(job_id))
-                stored = await pipe.execute(raise_on_error=False)
+                replies = await pipe.execute(raise_on_error=False)
         found: dict[str, Job] = {}
-        for (name, job_id), kept in zip(ids.items(), stored, strict=True):
-            if isinstance(kept, RedisError):
-                self._odd_values.warn_once(job_key(job_id), kept)
-            elif (job := Job.from_fields(job_id, kept)) is not None:
+        for (name, job_id), reply in zip(ids.items(), replies, strict=True):
+            if isinstance(reply, RedisError):
+                self._odd_values.warn_once(job_key(job_id), reply)
+            elif (job := Job.from_fields(job_id, reply)) is not None:
                 found[name] = job
         return found
 
     async def cancel(self, job_id: str, why: str = "") -> bool:
-        """Cancel a job; return False if it was over."""
+        """Cancel a job; return False if it had ended."""
         keys = [job_key(job_id), OPEN, answers_key(job_id)]
         return bool(await self._run("cancel a job", CANCEL, keys, [job_id, why]))
 
@@ -374,27 +384,28 @@ class JobStore:
         return answers
 
     async def begin(self, lease: Lease, total: int, *, priced: bool) -> None:
-        """Begin or continue a job. Money that a dead worker had reserved and never settled counts as spent."""
+        """Begin or continue a job. What an earlier worker reserved for a prompt and did not settle counts as spent."""
         await self._fenced("begin a job", BEGIN, lease, [total, "1" if priced else "0"])
 
     async def reserve(self, lease: Lease, prompt_id: str, usd: float) -> None:
+        """Store that a prompt may cost so many USD, until `checkpoint` stores its answer."""
         await self._fenced("reserve money", RESERVE, lease, [prompt_id, repr(usd)])
 
     async def checkpoint(self, lease: Lease, prompt_id: str, answer: PromptAnswer, eta_s: float | None) -> None:
-        """Store one answer, once."""
+        """Store the outcome of one prompt, if it has none yet."""
         kind = "failed" if answer.failed else "unlabelled" if answer.score is None else ""
         cost = "" if answer.cost_usd is None else repr(answer.cost_usd)
         eta = "" if eta_s is None else f"{eta_s:.1f}"
         await self._fenced("store an answer", CHECKPOINT, lease, [prompt_id, answer.to_json(), kind, cost, eta])
 
     async def finish(self, lease: Lease, record: ModelRecord, profile: Profile) -> None:
-        """Mark the job ready and store its profile, in one step. Give the lease back."""
+        """Mark the job ready, store its profile, and release the lease, in one step."""
         entry = StoredProfile(record.fingerprint, profile, lease.job_id).to_json()
         configured = "1" if record.source == "config" else "0"
         await self._finish(lease, "ready", "", [record.name, entry, configured])
 
     async def fail(self, lease: Lease, error: str) -> None:
-        """Mark the job failed; a profile from before stays. Give the lease back."""
+        """Mark the job failed, and release the lease. The model keeps an earlier profile."""
         await self._finish(lease, "failed", error, ["", "", ""])
 
     async def _finish(self, lease: Lease, state: str, error: str, result: list[str]) -> None:
@@ -404,6 +415,7 @@ class JobStore:
     async def _fenced(
         self, what: str, script: str, lease: Lease, arguments: Sequence[Any], more_keys: Sequence[str] = ()
     ) -> None:
+        """Run a script that only the worker with the lease may run. Raise LeaseLost for any other."""
         job_id = lease.job_id
         keys = [lease_key(job_id), job_key(job_id), answers_key(job_id), reserved_key(job_id), *more_keys]
         if await self._run(what, script, keys, [lease.token, *arguments]) == -1:
@@ -415,6 +427,7 @@ class JobStore:
 
 
 def _pairs(fields: Mapping[str, Any]) -> list[Any]:
+    """Return names and values one after the other, as HSET takes them."""
     return [word for pair in fields.items() for word in pair]
 
 

@@ -25,54 +25,14 @@ from proxy.storage.snapshot import SnapshotWatcher
 from router_core.errors import InvalidInput
 from router_core.types import Embedder
 
-QUEUED_RETRY_S = 5
-
-MAX_RETRY_S = 60
-
-
-def with_progress(error: NotProfiled, jobs: Mapping[str, Job], settings: Settings) -> NotProfiled:
-    """Add how far each model's latest job is, or why it failed, and a `retry-after` if waiting helps."""
-    latest = {name: jobs[name] for name in error.why if name in jobs}
-    reasons = {name: _progress(latest[name], why) if name in latest else why for name, why in error.why.items()}
-    under_way = [job for job in latest.values() if job.unfinished]
-    message = "no model can be chosen yet"
-    if under_way:
-        done, total = sum(job.done for job in under_way), sum(job.total for job in under_way)
-        message += f": models are being measured, {done} of {total} prompts are done"
-    headers = {"retry-after": str(_retry_after_s(under_way))} if under_way else {}
-    return NotProfiled(f"{message}{listed(reasons)}; {_meanwhile(settings)}", error.why, headers)
-
-
-def _progress(job: Job, why: str) -> str:
-    match job.state:
-        case "queued":
-            return "waits to be measured"
-        case "running":
-            left = "" if job.eta_s is None else f", about {math.ceil(job.eta_s)} s left"
-            return f"{job.done} of {job.total} prompts are done{left}"
-        case "failed":
-            return f"measuring it failed: {job.error}"
-    return why
-
-
-def _retry_after_s(under_way: Iterable[Job]) -> int:
-    """Return the seconds until the first one is measured, as far as known."""
-    left = [job.eta_s for job in under_way if job.eta_s is not None]
-    return min(MAX_RETRY_S, max(1, math.ceil(min(left, default=QUEUED_RETRY_S))))
-
-
-def _meanwhile(settings: Settings) -> str:
-    if settings.default_model is None:
-        return "set default_model, and that model answers meanwhile"
-    return f"default_model {settings.default_model!r} cannot take this request, or is not there"
-
-
 log = logging.getLogger("uniroute.jobs")
+
+onboarding_log = logging.getLogger("uniroute.onboarding")
 
 
 @dataclass(frozen=True)
 class RecordedAnswers:
-    """What is left of the job behind a profile."""
+    """The answers that are still stored of the job that measured a profile."""
 
     prompts: int
     """How many prompts that job was for."""
@@ -80,12 +40,15 @@ class RecordedAnswers:
 
     @property
     def enough(self) -> bool:
-        """Return whether a profile can be made of them alone."""
+        """Return whether these answers are enough for a profile without asking the model again."""
         return 0 < min(ENOUGH_LABELS, self.prompts) <= self.reused.labels
 
 
 class ProfileMigration:
-    """Make profiles for this process's map from the recorded answers of profiles for other maps, by ordinary jobs."""
+    """Submit jobs that turn profiles for other cluster maps into profiles for this process's map.
+
+    They reuse the answers that the earlier jobs recorded.
+    """
 
     def __init__(
         self,
@@ -102,7 +65,7 @@ class ProfileMigration:
         self._enqueue = enqueue
 
     async def run(self) -> None:
-        """Migrate every model's profile once. Wait for a store that is away."""
+        """Migrate every model's profile once, waiting for Redis as long as it is not available."""
         await retry_until_available(self._state.refresh)
         for model in sorted(self._state.current.profiles_of_other_maps):
             try:
@@ -111,12 +74,12 @@ class ProfileMigration:
                 log.error("the answers of model %s are not carried over: %s", model, error)
 
     async def run_for(self, model: str) -> bool:
-        """Submit a job that reuses the model's answers: one job, however many processes ask for it.
+        """Submit a job that reuses the model's answers; only one, however many processes call this.
 
         Prompts without a recorded answer are put only to configured models, and only if those are profiled on start.
 
         Returns:
-            Whether there is such a job.
+            False: the profile cannot be migrated.
 
         Raises:
             StoreUnavailable: try again.
@@ -126,11 +89,11 @@ class ProfileMigration:
         recorded = await self._recorded(entry) if entry else None
         if entry is None or record is None or recorded is None:
             return False
-        asks = self._may_ask(record) and model in state.prices
-        if not (recorded.enough or asks):
+        can_ask = self._may_ask(record) and model in state.prices
+        if not (recorded.enough or can_ask):
             return False
-        prompts = recorded.prompts if asks else len(recorded.reused.answers)
-        max_usd = self._settings.profile.max_usd if asks else 0.0
+        prompts = recorded.prompts if can_ask else len(recorded.reused.answers)
+        max_usd = self._settings.profile.max_usd if can_ask else 0.0
         job_id = await self._job_store.submit(record, prompts, max_usd, recorded.reused)
         if job_id:
             log.info(
@@ -144,7 +107,7 @@ class ProfileMigration:
         return True
 
     def _may_ask(self, record: ModelRecord) -> bool:
-        """Return whether the model may be sent prompts because this process starts."""
+        """Return whether the start of this process may send prompts to the model."""
         return record.source == "config" and self._settings.profile.on_start
 
     async def _migrate_or_warn(self, model: str) -> None:
@@ -162,9 +125,10 @@ class ProfileMigration:
         )
 
     async def _recorded(self, entry: StoredProfile) -> RecordedAnswers | None:
-        """Return the answers behind a profile.
+        """Return the recorded answers that a profile was made of.
 
-        None: there are none. The profile was handed over, its job ended too long ago, or its prompts are gone.
+        Returns:
+            None: there are none: the profile was uploaded, its job ended too long ago, or its prompts have changed.
         """
         job = await self._job_store.get(entry.job) if entry.job else None
         if job is None:
@@ -173,22 +137,22 @@ class ProfileMigration:
         cluster_map = self._state.current.cluster_map
         try:
             assigned = await self._prompts.load(cluster_map)
-        except InvalidInput as error:  # a job that is submitted instead fails with it, and shows it
+        except InvalidInput as error:  # an ordinary job, which is submitted instead, will fail and show this error
             log.error("no answers can be carried over: %s", error)
             return None
         answered = (prompt.id for prompt in assigned.prompts if prompt.id in stored and not stored[prompt.id].failed)
         answers = {prompt_id: stored[prompt_id] for prompt_id in answered}
-        measured_at = entry.profile.measured_at
-        return (
-            RecordedAnswers(job.total, ReusedAnswers(job.id, cluster_map.id, answers, measured_at)) if answers else None
-        )
+        if not answers:
+            return None
+        return RecordedAnswers(job.total, ReusedAnswers(job.id, cluster_map.id, answers, entry.profile.measured_at))
 
 
+# How old the jobs in an error message may be.
 RECENT_S = 1.0
 
 
 class Jobs:
-    """Submit, read and cancel profiling jobs. One per process; a worker may be in this process or in any other."""
+    """Submit, read and cancel profiling jobs. Any process's worker may run them."""
 
     def __init__(
         self,
@@ -216,8 +180,9 @@ class Jobs:
         """Submit a job for a registered model, or return the unfinished job that measures the same.
 
         Raises:
-            UnknownModel, ValueError: no such model; less than one prompt.
-            StoreUnavailable: nothing was submitted.
+            UnknownModel: no such model is registered.
+            ValueError: `prompts` is less than one.
+            StoreUnavailable: try again.
         """
         if prompts < 1:
             raise ValueError(f"prompts must be 1 or more; got {prompts}")
@@ -238,10 +203,10 @@ class Jobs:
         """Add a model and submit its job, both or neither.
 
         Returns:
-            The job's id, and the version since which the model is there.
+            The job's id, and the version of the models from which on this one is there.
 
         Raises:
-            StoreUnavailable, ModelExists.
+            StoreUnavailable, ModelExists: see `Registry.add_model_with`.
         """
         step = self._job_store.submission(record, prompts, max_usd)
         version, job_id = await registry.add_model_with(record, step)
@@ -249,7 +214,11 @@ class Jobs:
         return job_id, version
 
     async def migrate_profile(self, model: str) -> bool:
-        """Submit a job that reuses the model's answers on another map, if that can be. Raise StoreUnavailable."""
+        """Submit a job that makes the model's profile for another map into one for this map; return False if it cannot.
+
+        Raises:
+            StoreUnavailable: try again.
+        """
         return await self._migration.run_for(model)
 
     async def get(self, job_id: str) -> Job | None:
@@ -264,7 +233,7 @@ class Jobs:
         return await self._job_store.latest()
 
     async def recent(self) -> Mapping[str, Job]:
-        """Return what `latest` does, up to RECENT_S old, for error messages; nothing while Redis is away."""
+        """Return what `latest` does, up to RECENT_S old, for error messages; no jobs while Redis is not available."""
         async with self._reading:
             if time.monotonic() >= self._read_at + RECENT_S:
                 try:
@@ -275,7 +244,7 @@ class Jobs:
             return self._recent
 
     async def cancel(self, job_id: str) -> bool:
-        """Cancel a job; its worker stops at the next answer, or within two seconds. Return False if it was over."""
+        """Cancel a job; its worker stops at the next answer, or within two seconds. Return False if it had ended."""
         return await self._job_store.cancel(job_id)
 
     async def cancel_for(self, model: str, why: str) -> None:
@@ -285,7 +254,7 @@ class Jobs:
             await self._job_store.cancel(job.id, why)
 
     async def outcomes(self, job_id: str) -> list[dict[str, Any]]:
-        """Return the graded answers of a job as lines of an outcomes file, without prompts that have no label."""
+        """Return the graded answers of a job as the lines of an outcomes file."""
         job = await self._job_store.get(job_id)
         if job is None:
             return []
@@ -293,7 +262,7 @@ class Jobs:
         return outcome_lines(assigned, job.model, await self._job_store.answers(job_id))
 
     async def start_worker(self) -> None:
-        """Work on jobs in this process's event loop, and migrate profiles of other maps. Redis may be away."""
+        """Run jobs on this process's event loop, and migrate profiles for other maps, once Redis is available."""
         await self.worker.start()
         self._tasks.start("uniroute-carrying-over", self._migration.run, restart=False)
 
@@ -304,7 +273,7 @@ class Jobs:
 
 
 def outcome_lines(assigned: AssignedPrompts, model: str, answers: Mapping[str, PromptAnswer]) -> list[dict[str, Any]]:
-    """Return `{"id", "source", "prompt", "scores": {model: score}, "output_tokens": {model: n}}`, if labelled."""
+    """Return `{"id", "source", "prompt", "scores": {model: score}, "output_tokens": {model: n}}` for each label."""
     lines = []
     for prompt in assigned.prompts:
         answer = answers.get(prompt.id)
@@ -316,24 +285,66 @@ def outcome_lines(assigned: AssignedPrompts, model: str, answers: Mapping[str, P
     return lines
 
 
-onboarding_log = logging.getLogger("uniroute.onboarding")
+# `retry-after` while no job has begun, and at most.
+QUEUED_RETRY_S = 5
+
+MAX_RETRY_S = 60
+
+
+def with_progress(error: NotProfiled, jobs: Mapping[str, Job], settings: Settings) -> NotProfiled:
+    """Return the error with each model's progress, or why profiling it failed, and a `retry-after` if waiting helps."""
+    latest = {name: jobs[name] for name in error.why if name in jobs}
+    reasons = {name: _progress(latest[name], why) if name in latest else why for name, why in error.why.items()}
+    unfinished = [job for job in latest.values() if job.unfinished]
+    message = "no model can be chosen yet"
+    if unfinished:
+        done, total = sum(job.done for job in unfinished), sum(job.total for job in unfinished)
+        message += f": models are being measured, {done} of {total} prompts are done"
+    headers = {"retry-after": str(_retry_after_s(unfinished))} if unfinished else {}
+    return NotProfiled(f"{message}{listed(reasons)}; {_default_model_hint(settings)}", error.why, headers)
+
+
+def _progress(job: Job, why: str) -> str:
+    """Describe a job that was not successful; return `why` if there is nothing to add."""
+    match job.state:
+        case "queued":
+            return "waits to be measured"
+        case "running":
+            left = "" if job.eta_s is None else f", about {math.ceil(job.eta_s)} s left"
+            return f"{job.done} of {job.total} prompts are done{left}"
+        case "failed":
+            return f"measuring it failed: {job.error}"
+    return why
+
+
+def _retry_after_s(unfinished: Iterable[Job]) -> int:
+    """Return the seconds until the first of these jobs ends, as far as known."""
+    left = [job.eta_s for job in unfinished if job.eta_s is not None]
+    return min(MAX_RETRY_S, max(1, math.ceil(min(left, default=QUEUED_RETRY_S))))
+
+
+def _default_model_hint(settings: Settings) -> str:
+    """Say how the default model could answer while no model is profiled, or why it did not."""
+    if settings.default_model is None:
+        return "set default_model, and that model answers meanwhile"
+    return f"default_model {settings.default_model!r} cannot take this request, or is not there"
 
 
 async def profile_new_models(settings: Settings, state: SnapshotWatcher, jobs: Jobs) -> None:
-    """Submit a profiling job for each configured model that has no profile, and wait for a store that is away.
+    """Submit a profiling job for each configured model that has no profile, waiting for Redis if necessary.
 
-    One job a model, however many processes ask for it.
+    Each model gets only one job, however many processes call this.
     """
     if not settings.profile.on_start:
         return
     for model in settings.model_list:
         try:
-            await retry_until_available(partial(_submit, model.model_name, settings, state, jobs))
+            await retry_until_available(partial(_profile_if_new, model.model_name, settings, state, jobs))
         except StoreUnreadable as error:
             onboarding_log.error("model %s is not measured: %s", model.model_name, error)
 
 
-async def _submit(name: str, settings: Settings, state: SnapshotWatcher, jobs: Jobs) -> None:
+async def _profile_if_new(name: str, settings: Settings, state: SnapshotWatcher, jobs: Jobs) -> None:
     await state.refresh()
     snapshot = state.current
     if name in snapshot.profiles or await jobs.migrate_profile(name):
@@ -346,6 +357,5 @@ async def _submit(name: str, settings: Settings, state: SnapshotWatcher, jobs: J
     prompts, max_usd = settings.profile.prompts, settings.profile.max_usd
     job = await jobs.submit(name, prompts, max_usd)
     onboarding_log.info(
-        "model %s has no profile: asking it %d prompts for at most $%g (job %s)",
-        *(name, prompts, max_usd, job.id),
+        "model %s has no profile: asking it %d prompts for at most $%g (job %s)", name, prompts, max_usd, job.id
     )

@@ -5,6 +5,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from time import monotonic, time
 
 from proxy.concurrency import cancel_until_done
@@ -42,25 +43,25 @@ from router_core.text import rfc3339
 from router_core.types import Price
 from router_core.validation.validation_set import ValidationPrompt
 
-REASONING_TAGS = ("<think>", "<thinking>", "<reasoning>")
+log = logging.getLogger("uniroute.jobs")
 
-# Stores that so many USD may be spent on a prompt, before they are.
+# Stores how many USD a prompt may cost, before it is put to the model.
 Reserve = Callable[[str, float], Awaitable[None]]
 
 
 @dataclass(frozen=True)
 class ProfiledModel:
-    """The model of a job, as the job calls it."""
+    """The model that a job measures, and what is known of it."""
 
     client: RetryingClient
     price: Price | None
-    """None: unknown, and so is what is spent."""
+    """None: not known, and so neither is what the job spends."""
     reasons: bool
-    """It is known to reason before it answers."""
+    """Whether it is known to reason before it answers."""
     max_output_tokens: int | None
 
     def limit(self, tokens: int) -> int:
-        """Return the token limit to send. The model's own limit, if it is lower, is part of what users get."""
+        """Return the token limit to send. A lower limit that is configured applies to users too, and so is measured."""
         bounds = (tokens, configured_token_limit(self.client.record), self.max_output_tokens)
         return min(bound for bound in bounds if bound is not None)
 
@@ -92,16 +93,16 @@ class PromptRunner:
             return None
         try:
             await self._reserve(prompt.id, cost.reserved)
-            ended = await self._outcome(prompt, limit, cost)
+            outcome = await self._outcome(prompt, limit, cost)
         finally:
             await self._budget.settle(cost.reserved, cost.spent)
-        return replace(ended, cost_usd=None if self._model.price is None else cost.spent)
+        return replace(outcome, cost_usd=None if self._model.price is None else cost.spent)
 
     async def _outcome(self, prompt: ValidationPrompt, limit: int, cost: PromptCost) -> PromptAnswer:
         try:
             answer, limit = await self._answer(prompt, limit, cost)
         except ModelCallError as failure:
-            self._failed(failure)
+            self._count_failure(failure)
             return PromptAnswer(failed=True)
         return PromptAnswer(
             score=await self._score(prompt, answer, limit, cost),
@@ -113,15 +114,15 @@ class PromptRunner:
     async def _answer(self, prompt: ValidationPrompt, limit: int, cost: PromptCost) -> tuple[ModelAnswer, int]:
         """Return the answer and its token limit. If reasoning used up the limit, ask again with a larger one."""
         answer = await self._ask(prompt, limit, cost)
-        roomy = self._model.limit(prompt.max_tokens + REASONING_TOKENS)
-        if not _truncated_reasoning(answer) or roomy <= limit:
+        larger_limit = self._model.limit(prompt.max_tokens + REASONING_TOKENS)
+        if not _truncated_reasoning(answer) or larger_limit <= limit:
             return answer, limit
-        more = self._max_cost_usd(prompt, roomy)
-        if not await self._budget.add(more):
+        extra_usd = self._max_cost_usd(prompt, larger_limit)
+        if not await self._budget.add(extra_usd):
             return answer, limit
-        cost.reserved += more
+        cost.reserved += extra_usd
         await self._reserve(prompt.id, cost.reserved)
-        return await self._ask(prompt, roomy, cost), roomy
+        return await self._ask(prompt, larger_limit, cost), larger_limit
 
     async def _ask(self, prompt: ValidationPrompt, limit: int, cost: PromptCost) -> ModelAnswer:
         answer = await self._model.client.complete(prompt.messages, limit)
@@ -130,8 +131,9 @@ class PromptRunner:
         return answer
 
     async def _score(self, prompt: ValidationPrompt, answer: ModelAnswer, limit: int, cost: PromptCost) -> float | None:
-        """Return the score; None, unlabelled, if our own limit cut the answer off or reasoning left nothing of it."""
+        """Return the score; None (unlabelled) if our limit cut off the answer or its reasoning, or grading failed."""
         truncated = answer.finish_reason == TRUNCATED
+        # Users would get the same truncated answer, so it is graded.
         by_configuration = truncated and limit == configured_token_limit(self._model.client.record)
         if (truncated or _truncated_reasoning(answer)) and not by_configuration:
             self.consecutive_failures = 0
@@ -139,13 +141,13 @@ class PromptRunner:
         try:
             score, grading_usd = await self._judge.score(prompt, answer)
         except ModelCallError as failure:
-            self._failed(failure)
+            self._count_failure(failure)
             return None
         self.consecutive_failures = 0
         cost.spent += grading_usd
         return score
 
-    def _failed(self, failure: ModelCallError) -> None:
+    def _count_failure(self, failure: ModelCallError) -> None:
         self.consecutive_failures += 1
         self.last_failure = str(failure)
 
@@ -156,15 +158,19 @@ class PromptRunner:
         return answering + self._judge.max_cost_usd(prompt, limit)
 
 
+REASONING_TAGS = ("<think>", "<thinking>", "<reasoning>")
+
+
 def _truncated_reasoning(answer: ModelAnswer) -> bool:
     """Return whether the model reasoned, and then was cut off or gave no answer."""
     reasoned = answer.reasoned or any(tag in answer.text for tag in REASONING_TAGS)
     return reasoned and (answer.finish_reason == TRUNCATED or not answer.text.strip())
 
 
+# Labels that a profile needs, unless the job has fewer prompts.
 ENOUGH_LABELS = 20
 
-# So many prompts that fail one after the other, their retries included, end the job.
+# A job stops after so many prompts in a row have failed, each with all its retries.
 MAX_CONSECUTIVE_FAILURES = 5
 
 
@@ -177,7 +183,7 @@ class ProfilingResult:
 
 
 class ProfilingRun:
-    """One run of one job. The next run continues it: a prompt that has an answer is not put again."""
+    """Run one job once. A later run of the same job continues: it leaves out prompts that have an answer."""
 
     def __init__(self, job: Job, lease: Lease, job_store: JobStore, assigned: AssignedPrompts) -> None:
         self._job = job
@@ -185,39 +191,47 @@ class ProfilingRun:
         self._job_store = job_store
         self._assigned = assigned
         self._budget = Budget(job.max_usd, job.spent_usd or 0.0)
+        # Why no further prompt is put to the model.
         self._stopped: str | None = None
-        self._total_waiting = 0
-        self._ended = 0
+        self._open_prompts = 0
+        self._ended_prompts = 0
         self._started = monotonic()
 
     async def run(self, model: ProfiledModel, judge: GraderRunner, *, concurrency: int, map_id: str) -> ProfilingResult:
-        """Put the open prompts to the model; return the profile. Raise LeaseLost, with nothing decided."""
-        finished = await self._job_store.answers(self._job.id)
-        waiting = [prompt for prompt in self._assigned.prompts if prompt.id not in finished]
-        self._total_waiting = len(waiting)
+        """Put the prompts without an answer to the model, and make a profile of all answers.
+
+        Raises:
+            LeaseLost: the job neither succeeded nor failed.
+        """
+        answered = await self._job_store.answers(self._job.id)
+        prompts = [prompt for prompt in self._assigned.prompts if prompt.id not in answered]
+        self._open_prompts = len(prompts)
         runner = PromptRunner(model, judge, self._budget, self._reserve)
-        await _run_concurrently(self._run_prompts, runner, iter(waiting), min(concurrency, len(waiting)))
+        await _run_concurrently(self._run_prompts, runner, iter(prompts), min(concurrency, len(prompts)))
         return self._result(await self._job_store.answers(self._job.id), map_id)
 
     async def _run_prompts(self, runner: PromptRunner, queue: Iterator[ValidationPrompt]) -> None:
+        """Take prompts from the shared queue until it is empty, the budget is used up, or too many in a row fail."""
         for prompt in queue:
             if self._stopped is not None:
                 return
-            ended = await runner.run(prompt)
-            if ended is None:
+            outcome = await runner.run(prompt)
+            if outcome is None:
                 self._stopped = f"max_usd={self._job.max_usd:g} does not allow another prompt"
                 return
-            self._ended += 1
-            await retry_until_available(lambda prompt=prompt, ended=ended: self._checkpoint(prompt.id, ended))  # type: ignore[misc]
+            self._ended_prompts += 1
+            await retry_until_available(partial(self._checkpoint, prompt.id, outcome))
             if runner.consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
                 self._stopped = f"{MAX_CONSECUTIVE_FAILURES} prompts in a row failed: {runner.last_failure}"
 
     async def _reserve(self, prompt_id: str, usd: float) -> None:
         await retry_until_available(lambda: self._job_store.reserve(self._lease, prompt_id, usd))
 
-    async def _checkpoint(self, prompt_id: str, ended: PromptAnswer) -> None:
-        pace = (monotonic() - self._started) / self._ended
-        await self._job_store.checkpoint(self._lease, prompt_id, ended, pace * (self._total_waiting - self._ended))
+    async def _checkpoint(self, prompt_id: str, outcome: PromptAnswer) -> None:
+        """Store the outcome of a prompt, and the time that the other prompts will take at the pace so far."""
+        seconds_per_prompt = (monotonic() - self._started) / self._ended_prompts
+        eta_s = seconds_per_prompt * (self._open_prompts - self._ended_prompts)
+        await self._job_store.checkpoint(self._lease, prompt_id, outcome, eta_s)
 
     def _result(self, stored: Mapping[str, PromptAnswer], map_id: str) -> ProfilingResult:
         """Make a profile if there are enough labels, even if the budget or the model failed before the end."""
@@ -240,14 +254,14 @@ def profile_of(
     assigned: AssignedPrompts, answers: Mapping[str, PromptAnswer], map_id: str, measured_at: str
 ) -> Profile:
     """Return the profile. It sums over the prompts in their own order, so the order of the answers does not matter."""
-    ended = [answers.get(prompt.id, PromptAnswer()) for prompt in assigned.prompts]
+    outcomes = [answers.get(prompt.id, PromptAnswer()) for prompt in assigned.prompts]
     return measure(
         map_id,
         assigned.clusters,
         assigned.assignment,
-        column([answer.score for answer in ended]),
-        output_tokens=column([answer.output_tokens for answer in ended]),
-        seconds=column([answer.seconds for answer in ended]),
+        column([answer.score for answer in outcomes]),
+        output_tokens=column([answer.output_tokens for answer in outcomes]),
+        seconds=column([answer.seconds for answer in outcomes]),
         measured_at=measured_at,
     )
 
@@ -258,6 +272,7 @@ async def _run_concurrently(
     queue: Iterator[ValidationPrompt],
     count: int,
 ) -> None:
+    """Run `count` tasks that share one queue of prompts. If one fails, cancel the others and raise its error."""
     tasks = [asyncio.ensure_future(run_prompts(runner, queue)) for _ in range(count)]
     try:
         if tasks:
@@ -265,17 +280,15 @@ async def _run_concurrently(
     finally:
         await cancel_until_done(tasks)
         failures = [error for task in tasks if not task.cancelled() and (error := task.exception())]
-    if failures:  # what one task loses, such as the lease, the others lose too
+    if failures:  # one is enough: what one task loses, such as the lease, the others lose too
         raise failures[0]
 
-
-log = logging.getLogger("uniroute.jobs")
 
 MODEL_CHANGED = "litellm_params were changed while the model was being measured; profile it again"
 
 
 class JobRejected(Exception):
-    """The job fails before a prompt is put; the message says what to change."""
+    """The job cannot begin; the message says what to change."""
 
 
 class JobRunner:
@@ -300,10 +313,10 @@ class JobRunner:
         self._grading = grading
 
     async def measure(self, lease: Lease) -> None:
-        """Run the job of this lease to its end.
+        """Run the job of this lease, and store its profile or why it failed.
 
         Raises:
-            LeaseLost, StoreUnavailable: the job is as it was and can be taken up again.
+            LeaseLost, StoreUnavailable: the job is unfinished, and can be continued.
         """
         job = await self._job_store.get(lease.job_id)
         if job is None:
@@ -334,17 +347,18 @@ class JobRunner:
         """Return whether the model that was measured is still the one that is served."""
         await self._state.refresh()
         now = self._state.current.models.get(record.name)
-        return now is None or now.fingerprint == record.fingerprint  # None: it was removed, which `finish` reports
+        # A model that was removed meanwhile is reported by `JobStore.finish`.
+        return now is None or now.fingerprint == record.fingerprint
 
     async def _run_job(self, job: Job, lease: Lease, record: ModelRecord) -> ProfilingResult:
         cluster_map = self._state.current.cluster_map
         answered = await self._job_store.answers(job.id)
         try:
             assigned = (await self._prompts.load(cluster_map)).select(job.total, answered)
-            waiting = tuple(prompt for prompt in assigned.prompts if prompt.id not in answered)
-            model = self._profiled_model(job, record, asked=bool(waiting))
+            open_prompts = tuple(prompt for prompt in assigned.prompts if prompt.id not in answered)
+            model = self._profiled_model(job, record, will_ask=bool(open_prompts))
             judge = GraderRunner(self._grader_client, self._settings.judge_model, self._grading)
-            judge.check(waiting, capped=job.max_usd is not None)
+            judge.check(open_prompts, capped=job.max_usd is not None)
         except (JobRejected, JudgeNotConfigured, InvalidInput) as reason:
             return ProfilingResult(error=str(reason))
         await self._job_store.begin(lease, len(assigned.prompts), priced=model.price is not None)
@@ -352,18 +366,25 @@ class JobRunner:
         profiling = ProfilingRun(begun, lease, self._job_store, assigned)
         return await profiling.run(model, judge, concurrency=self._settings.profile.concurrency, map_id=cluster_map.id)
 
-    def _profiled_model(self, job: Job, record: ModelRecord, *, asked: bool) -> ProfiledModel:
-        """Return the model of a job, or raise JobRejected. Without a price there is no way to keep a budget."""
+    def _profiled_model(self, job: Job, record: ModelRecord, *, will_ask: bool) -> ProfiledModel:
+        """Return the model of a job.
+
+        Args:
+            will_ask: whether any prompt is to be put to it. Then a budget needs a price.
+
+        Raises:
+            JobRejected: the model has changed since the job was submitted, or its price is not known.
+        """
         if job.fingerprint and job.fingerprint != record.fingerprint:
             raise JobRejected(MODEL_CHANGED)
         price = self._state.current.prices.get(record.name)
-        if asked and price is None and job.max_usd is not None:
+        if will_ask and price is None and job.max_usd is not None:
             raise JobRejected(
                 f"no price is known for {record.name!r}, so max_usd cannot be kept: put a price, or state it or"
                 " free: true in model_info, and profile the model again"
             )
-        known = bundled_catalog().find(str(record.litellm_params["model"]))
-        capabilities = capabilities_of(record.info, known)
+        listed = bundled_catalog().find(str(record.litellm_params["model"]))
+        capabilities = capabilities_of(record.info, listed)
         return ProfiledModel(
             client=RetryingClient(self._model_client, record, self._retry_policy),
             price=None if price is None else price.price,
@@ -372,9 +393,12 @@ class JobRunner:
         )
 
     def _grader_client(self, name: str) -> tuple[RetryingClient, Price | None]:
-        """Return the client of a judge: a registered model, or a name of litellm's with its key in the environment."""
+        """Return client and price of a judge: a registered model, or one that litellm knows by name.
+
+        The key of the latter is in the environment.
+        """
         state = self._state.current
         record = state.models.get(name) or ModelRecord(name, {"model": name}, ModelInfo(), "config", 0.0)
-        known = bundled_catalog().find(str(record.litellm_params["model"]))
-        price = state.prices.get(name) or price_of(record.info, None, known)
+        listed = bundled_catalog().find(str(record.litellm_params["model"]))
+        price = state.prices.get(name) or price_of(record.info, None, listed)
         return RetryingClient(self._model_client, record, self._retry_policy), price.price if price else None

@@ -24,7 +24,7 @@ from router_core.types import Assignment, Requirements
 
 log = logging.getLogger("uniroute.routing")
 
-# Failures of routing that must never cost the caller an answer.
+# Failures of scoring after which models are ranked by their mean error, so that the caller still gets an answer.
 ROUTING_FAILURES = (
     RouterCoreError,
     AssignmentTimeout,
@@ -35,7 +35,7 @@ ROUTING_FAILURES = (
     ValueError,
 )
 
-_GONE = "not registered any more"
+_UNREGISTERED = "not registered any more"
 
 
 @dataclass(frozen=True)
@@ -51,20 +51,20 @@ class Selection:
     decision: RoutingDecision | None
     """None: no model was scored."""
     ineligible: Mapping[str, str]
-    """Why models were ruled out, of those that the caller may use."""
+    """Models that the caller may use and that were ruled out, each with the reason."""
     degraded_reason: str | None = None
-    """Why the prompt was not looked at."""
+    """Why the models were not ranked by their scores for this prompt; None: they were."""
     max_attempts: int = 1
-    """How many models of `candidates` may be asked."""
+    """How many models of `candidates` may be asked, until one answers."""
     lost_affinity: str | None = None
     """The model that should have continued this conversation, and cannot."""
     max_tokens: int | None = None
-    """The limit of an answer that `model` is sent, in place of a larger one that the request states."""
+    """The output token limit that `model` is sent in place of a larger one in the request; None: it is unchanged."""
     requirements: Requirements = field(default_factory=Requirements)
     """What the request asks for, whichever model answers."""
 
     def output_limit_for(self, pool: Pool, name: str) -> int | None:
-        """Return the limit of an answer, in tokens, that this model is sent; None: the request states none."""
+        """Return the output token limit that this model is sent; None: the request states none."""
         return output_limit(pool, pool.index[name], self.requirements)
 
 
@@ -115,7 +115,7 @@ async def select_scored(ctx: SelectionContext, assigner: ClusterAssigner) -> Sel
             raise no_candidate_error(ctx, eligibility)
         return selection
     text = routing_text(ctx.request.body["messages"])
-    degraded, won_by_cache = None, False
+    degraded_reason, won_by_cache = None, False
     try:
         assignment = await assigner.assign(text, snapshot.cluster_map) if text else None
         decision = _rank(ctx, eligibility, assignment, ctx.params)
@@ -123,38 +123,42 @@ async def select_scored(ctx: SelectionContext, assigner: ClusterAssigner) -> Sel
         won_by_cache = ctx.params.cached is not None and chosen_for_cached_prompt(
             ctx, eligibility, assignment, decision
         )
-    except NoEligibleModel as error:  # within max_cost_usd
+    except NoEligibleModel as error:  # none is within max_cost_usd
         raise over_cost_error(ctx, error) from None
     except ROUTING_FAILURES as error:
-        degraded = f"{type(error).__name__}: {error}"
-        log.warning("routing degraded: %s", degraded)
+        degraded_reason = f"{type(error).__name__}: {error}"
+        log.warning("routing degraded: %s", degraded_reason)
         decision, order = rank_by_mean_error(ctx, eligibility)
     if all_open:
-        degraded = "every model that could answer rests"
-        order = tuple(sorted(order, key=ctx.cooling_down.__getitem__))  # the one that recovers first
-    reason = "degraded" if degraded is not None else "sticky" if won_by_cache else "scored"
+        degraded_reason = "every model that could answer rests"
+        order = tuple(sorted(order, key=ctx.cooling_down.__getitem__))  # the model that recovers first comes first
+    reason = "degraded" if degraded_reason is not None else "sticky" if won_by_cache else "scored"
     if len(order) == 1:
         reason = "only_candidate"
-    alone = ctx.request.options.fallbacks is False
+    no_fallbacks = ctx.request.options.fallbacks is False
     return Selection(
         id=ctx.decision_id,
         model=order[0],
         reason=reason,
         lambda_=ctx.params.lambda_,
-        candidates=(order[0],) if alone else order,
-        max_attempts=1 if alone else settings.fallback_attempts,
+        candidates=(order[0],) if no_fallbacks else order,
+        max_attempts=1 if no_fallbacks else settings.fallback_attempts,
         decision=decision,
         ineligible=IneligibleReasons(ctx, decision.eligibility),
-        degraded_reason=degraded,
+        degraded_reason=degraded_reason,
         requirements=ctx.requirements,
     )
 
 
 def select_default(ctx: SelectionContext, eligibility: Eligibility) -> Selection | None:
-    """Select the default model while none is profiled, if it could answer: a new deployment serves from the start."""
+    """Select the default model while no model is profiled, so that a new deployment answers from the start.
+
+    Returns:
+        None: there is no default model, or it may not answer.
+    """
     name = ctx.settings.default_model
-    able = eligible(ctx.snapshot.pool, ctx.requirements, ctx.allowed, require_profile=False).names
-    if name is None or name not in able or ctx.params.max_cost_usd is not None:
+    usable = eligible(ctx.snapshot.pool, ctx.requirements, ctx.allowed, require_profile=False).names
+    if name is None or name not in usable or ctx.params.max_cost_usd is not None:
         return None
     return Selection(
         id=ctx.decision_id,
@@ -170,7 +174,7 @@ def select_default(ctx: SelectionContext, eligibility: Eligibility) -> Selection
 
 
 def _eligible(ctx: SelectionContext) -> tuple[Eligibility, bool]:
-    """Return which models may be scored, and whether all their circuits are open: then one must be tried anyway."""
+    """Return which models may be scored, and whether these are only models with an open circuit, for lack of others."""
     pool, requirements, allowed = ctx.snapshot.pool, ctx.requirements, ctx.allowed
     eligibility = eligible(pool, requirements, allowed, cooling_down=ctx.cooling_down, not_ready=ctx.not_ready)
     if eligibility.rows.size or not ctx.cooling_down:
@@ -182,6 +186,7 @@ def _eligible(ctx: SelectionContext) -> tuple[Eligibility, bool]:
 def _rank(
     ctx: SelectionContext, eligibility: Eligibility, assignment: Assignment | None, params: ScoringParams
 ) -> RoutingDecision:
+    """Rank by cost if the mode asks for it, else by the score for this prompt, or by mean error without clusters."""
     if ctx.mode is RoutingMode.CHEAP:
         return rank_by_cost(eligibility, assignment, ctx.requirements, params)
     if assignment is None:
@@ -197,7 +202,7 @@ def chosen_for_cached_prompt(
         return False
     try:
         return _rank(ctx, eligibility, assignment, replace(ctx.params, cached=None)).chosen != decision.chosen
-    except NoEligibleModel:  # it would exceed max_cost_usd
+    except NoEligibleModel:  # at the full price of the prompt, no model is within max_cost_usd
         return True
 
 
@@ -236,28 +241,29 @@ def apply_affinity(ctx: SelectionContext, selection: Selection) -> Selection:
 
 
 def _prefer(ctx: SelectionContext, selection: Selection, name: str, *, may_fall_back: bool) -> Selection:
+    """Put a model first; the others stay behind it only if the request may fall back."""
     others = [other for other in _ranking(selection) if other != name] if may_fall_back else []
     attempts = ctx.settings.fallback_attempts if may_fall_back else 1
     return replace(selection, model=name, reason="sticky", candidates=(name, *others), max_attempts=attempts)
 
 
 def _is_eligible(ctx: SelectionContext, selection: Selection, name: str) -> bool:
-    """Whether a model may answer. One that is not profiled may, but its cost is unknown to `max_cost_usd`."""
+    """Whether a model may answer. One without a profile may, except under `max_cost_usd`: its cost is not known."""
     if selection.decision is not None and name in selection.decision.table.names:
         return True
     if name in ctx.snapshot.profiles:  # it could have been scored, and was ruled out
         return False
     if ctx.params.max_cost_usd is not None:
         return False
-    able = eligible(
+    usable = eligible(
         ctx.snapshot.pool, ctx.requirements, ctx.allowed, require_profile=False, cooling_down=ctx.cooling_down
     )
-    return name in able.names
+    return name in usable.names
 
 
 def _without_affinity(ctx: SelectionContext, selection: Selection, name: str) -> Selection:
-    """Let the best-scored model answer, and say why the one that the conversation belongs to cannot."""
-    why = selection.ineligible.get(name) or ("ruled out" if name in ctx.snapshot.models else _GONE)
+    """Keep the best-scored model, and note why the model that the conversation belongs to cannot answer."""
+    why = selection.ineligible.get(name) or ("ruled out" if name in ctx.snapshot.models else _UNREGISTERED)
     log.warning("decision=%s cannot stay with model=%s: %s", selection.id, name, why)
     return replace(selection, lost_affinity=name, ineligible={**selection.ineligible, name: why})
 

@@ -15,14 +15,16 @@ from proxy.errors import BadRequest
 from proxy.settings.control_fields import plain_name
 from router_core.text import BYTES_PER_TOKEN, text_bytes
 
-# Of one answer, its reasoning included.
+# OpenAI's names for the token limit of one answer, its reasoning included.
 LIMITS = ("max_completion_tokens", "max_tokens")
+# Larger numbers are read as this one.
 MAX_TOKENS = 10**9
+# Names for how many answers are asked for.
+COUNTS = ("n", "best_of")
 # OpenAI's bound of `n`. Without one, a request could cost any multiple of what is reserved for it.
 MAX_ANSWERS = 128
-COUNTS = ("n", "best_of")
 
-# Compared without case, underscores and hyphens.
+# Names by which other upstreams read the same. They are compared without case, underscores and hyphens.
 _OTHER_LIMITS = frozenset(
     """
     maxtokens maxcompletiontokens maxoutputtokens maxnewtokens maxtokenstosample maxgenlen maxgentoks maxlength
@@ -36,7 +38,7 @@ _OTHER_COUNTS = frozenset(
 """.split()
 )
 _THINKING = frozenset("thinking thinkingconfig thinkingoptions reasoning reasoningconfig reasoningoptions".split())
-# Of reasoning; so is every limit within one of the objects above.
+# Token limits of reasoning alone. Every limit within one of the objects above is one too.
 _BUDGETS = frozenset(
     """
     budgettokens tokenbudget thinkingbudget thinkingbudgettokens thinkingtokenbudget maxthinkingtokens thinkingtokens
@@ -53,12 +55,12 @@ _CONTENT = frozenset(
     json_schema response_schema grammar
 """.split()
 )
-_READ = _CONTENT.union(LIMITS)
+_NOT_SEARCHED = _CONTENT.union(LIMITS)
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What a body states of the size of its answers."""
+    """What a body states about the size of its answers."""
 
     limit: int | None = None
     """Tokens of one answer, under OpenAI's names. None: not stated."""
@@ -70,7 +72,7 @@ class Sizes:
     thinking: int = 0
     """Tokens stated for reasoning alone."""
     predicted: int = 0
-    """Tokens of `prediction`: those that the model does not use are paid as output."""
+    """Tokens of `prediction`. Those that the model does not use are billed as output."""
 
     @property
     def stated(self) -> bool:
@@ -94,7 +96,7 @@ class Sizes:
 
 
 def output_limit(body: Mapping[str, Any]) -> int | None:
-    """Return the tokens of one answer, as stated under OpenAI's names, the larger if they differ; None: not stated."""
+    """Return the token limit of one answer under OpenAI's names, the larger if they differ; None: not stated."""
     limits = [_positive(body[name]) or 0 for name in LIMITS if name in body]
     return (max(limits) or None) if limits else None
 
@@ -131,12 +133,12 @@ def _is_whole(value: Any) -> bool:
 
 
 def with_limit(body: Mapping[str, Any], limit: int) -> dict[str, Any]:
-    """Return the same body with another limit of an answer, under the names by which it states one."""
+    """Return the same body with another token limit of one answer, under those names by which it states one."""
     return {name: limit if name in LIMITS and value is not None else value for name, value in body.items()}
 
 
 def sizes_of(body: Mapping[str, Any]) -> Sizes:
-    """Read everything that some upstream could read of a body. Never fails."""
+    """Read every size that some upstream could read in a body. Never fails."""
     others: list[float] = [0]
     counts: list[float] = [requested_answers(body)]
     budgets: list[float] = [0]
@@ -158,15 +160,15 @@ def sizes_of(body: Mapping[str, Any]) -> Sizes:
 
 
 def _amounts(body: Mapping[str, Any]) -> Iterator[tuple[str, float, bool]]:
-    """Yield each number with its plain name, and whether it is within an object about reasoning."""
-    waiting = [(plain_size(name), value, False) for name, value in body.items() if name not in _READ]
-    while waiting:
-        name, value, thinking = waiting.pop()
+    """Yield the plain name of each number, the number, and whether it is within an object about reasoning."""
+    pending = [(plain_size(name), value, False) for name, value in body.items() if name not in _NOT_SEARCHED]
+    while pending:
+        name, value, thinking = pending.pop()
         if isinstance(value, Mapping):
             within = thinking or name in _THINKING
-            waiting += [(plain_size(inner), held, within) for inner, held in value.items()]
+            pending += [(plain_size(inner_name), inner, within) for inner_name, inner in value.items()]
         elif isinstance(value, list):
-            waiting += [(name, held, thinking) for held in value if isinstance(held, Mapping | list)]
+            pending += [(name, inner, thinking) for inner in value if isinstance(inner, Mapping | list)]
         elif (amount := _amount(value)) is not None:
             yield name, amount, thinking
 
@@ -177,7 +179,7 @@ def plain_size(name: str) -> str:
 
 
 def _amount(value: Any) -> float | None:
-    """Read a number, also one that is written as a text."""
+    """Read a number, even if it is written as a string; None if it is something else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     if isinstance(value, str) and len(value) > 40:
@@ -192,17 +194,19 @@ def _amount(value: Any) -> float | None:
 
 
 def _whole(amount: float) -> int:
+    """Round up to a whole number from 0 to MAX_TOKENS."""
     return math.ceil(min(max(amount, 0), MAX_TOKENS))
 
 
 def _positive(value: Any) -> int | None:
-    """Read a number of tokens. None: not stated; servers that take zero or less understand them so too."""
+    """Read a number above 0; None if it is something else. Servers that accept 0 or less read it as not stated."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         return None
     return math.ceil(min(value, MAX_TOKENS))
 
 
 def _predicted(prediction: Any) -> int:
+    """Estimate the tokens of a body's `prediction`."""
     content = prediction.get("content") if isinstance(prediction, Mapping) else None
     parts = content if isinstance(content, list) else [{"text": content}]
     texts = [part.get("text") for part in parts if isinstance(part, Mapping)]

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class IdleTimeout:
-    """Limit each wait for a stream's next chunk, and the stream as a whole. To be closed.
+    """Limit each wait for a stream's next chunk, and the stream as a whole. Call `close` at the end.
 
     `asyncio.timeout` would start and cancel a timer per chunk. This keeps one timer, and looks at the clock when it
     fires.
@@ -42,15 +42,16 @@ class IdleTimeout:
     async def wait_for(self, awaitable: Awaitable[T]) -> T:
         """Return the result of `awaitable`, or raise TimeoutError."""
         task = asyncio.current_task()
-        assert task is not None  # a coroutine runs in one
-        before = task.cancelling()
+        assert task is not None  # a coroutine always runs in a task
+        cancels_before = task.cancelling()
         self._waiter, self._wait_started = task, monotonic()
         if self._timer is None:
             self._check()
         try:
             return await awaitable
         except asyncio.CancelledError:
-            if self._expired and task.cancelling() - 1 <= before:
+            # One cancellation is the timer's. If there is another, the caller was cancelled too, and that counts.
+            if self._expired and task.cancelling() - 1 <= cancels_before:
                 raise TimeoutError from None
             raise
         finally:
@@ -77,8 +78,8 @@ class IdleTimeout:
         self._waiter.cancel()
 
 
-# Chunks without content that are kept until the first with some, and sent before it. Further ones are dropped, and time
-# alone is the limit. As many again are kept that end a choice or report usage.
+# How many chunks are buffered before the first one with content, to be sent before it. Further ones are dropped: only
+# time limits how long a model may send them. Chunks that end a choice or report usage are buffered up to twice as many.
 MAX_BUFFERED_CHUNKS = 1000
 
 # Bytes of all buffered chunks.
@@ -86,7 +87,7 @@ MAX_BUFFERED_BYTES = 2**20
 
 
 class UpstreamStream:
-    """A model's stream: first read up to its content, then iterated over. To be closed."""
+    """Read one model's stream: first `read_until_content`, then iterate over it, and `aclose` it at the end."""
 
     def __init__(
         self, source: Blocks, attempt: Attempt, record: RequestRecord, *, idle_s: float, deadline: float
@@ -103,12 +104,12 @@ class UpstreamStream:
     async def read_until_content(self) -> None:
         """Read up to the first content, or to the end if there is none.
 
-        If that fails, close the connection and leave the attempt open: a time limit that cuts this off is known to the
-        caller, as a failure of the model.
+        If that fails, the connection is closed, but the attempt is not ended: only the caller knows whether a time
+        limit was the cause, which is a failure of the model.
         """
         try:
             async for block in self._source:
-                start = self._first_content(block)
+                start = self._index_of_content(block)
                 self._buffer(block[:start])
                 if start < len(block):
                     self._buffered += block[start:]
@@ -123,7 +124,7 @@ class UpstreamStream:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it ended without content, and nothing kept the model from answering."""
+        """Whether the stream ended without content, and without a reason that explains it."""
         return self._ended and is_empty_completion(
             {"choices": [choice for chunk in self._buffered for choice in chunk.body.get("choices") or ()]}
         )
@@ -144,7 +145,7 @@ class UpstreamStream:
         except StopAsyncIteration:
             self._attempt.succeeded()
         except TimeoutError:
-            self._fail(failure := self._too_slow())
+            self._fail(failure := self._timeout_error())
             raise failure from None
         except UpstreamError as failure:
             self._fail(failure)
@@ -156,17 +157,18 @@ class UpstreamStream:
         self._attempt.abandoned()
         await self._close_source()
 
-    def _first_content(self, block: list[JSONPayload]) -> int:
-        """Return the place of the first chunk with content; the length of the block if there is none."""
+    def _index_of_content(self, block: list[JSONPayload]) -> int:
+        """Record the usage in a block, and return the index of its first chunk with content; its length if none has."""
         for chunk in block:
             if usage := usage_of(chunk.body):
                 self._record.set_usage(usage)
-        return next((place for place, chunk in enumerate(block) if has_content(chunk.body)), len(block))
+        return next((index for index, chunk in enumerate(block) if has_content(chunk.body)), len(block))
 
     def _buffer(self, block: list[JSONPayload]) -> None:
+        """Keep chunks that came before the first content, within the limits."""
         for chunk in block:
-            must_stay = usage_of(chunk.body) or is_finished(chunk.body)
-            limit = 2 * MAX_BUFFERED_CHUNKS if must_stay else MAX_BUFFERED_CHUNKS
+            is_essential = usage_of(chunk.body) or is_finished(chunk.body)
+            limit = 2 * MAX_BUFFERED_CHUNKS if is_essential else MAX_BUFFERED_CHUNKS
             if len(self._buffered) >= limit or self._buffered_bytes >= MAX_BUFFERED_BYTES:
                 continue
             self._buffered_bytes += len(chunk.raw if chunk.raw is not None else encode_json(chunk.body))
@@ -177,7 +179,7 @@ class UpstreamStream:
         self._record.attempt_failed(failure)
         self._attempt.failed(failure)
 
-    def _too_slow(self) -> UpstreamError:
+    def _timeout_error(self) -> UpstreamError:
         reason = f"was silent for {self._idle_s:g} s (idle_timeout_s)"
         if monotonic() >= self._deadline:
             reason = "took longer than stream_timeout_s"
@@ -195,7 +197,7 @@ Call = Callable[[ModelRecord, Timeouts, Attempt], Awaitable[Answer]]
 
 
 class CircuitOpen(Exception):
-    """The model may not be asked now: another is asked, or this one after all."""
+    """The circuit of the model is open: other models are asked first."""
 
 
 class Attempts:
@@ -208,7 +210,7 @@ class Attempts:
         self._record = record
         self._deadline = ctx.received_at + timeout_s
         self._headers = ctx.ids.upstream_headers(instance_id(str(settings.data_dir)))
-        # Models that the prompt was found too long for.
+        # Models that rejected the prompt as too long.
         self._overflowed: list[str] = []
 
     async def complete(self) -> JSONPayload:
@@ -225,7 +227,7 @@ class Attempts:
         return await self._run(self._stream, lambda stream: stream.is_empty)
 
     async def _run(self, call: Call[Answer], is_empty: Callable[[Answer], bool]) -> Answer:
-        """Ask in rank. If every circuit is open, ask the model that recovers first."""
+        """Ask the candidates in their order. If every circuit is open, ask the model that recovers first."""
         outcome: Answer | UpstreamError | None = None
         at_capacity: list[ModelAtCapacity] = []
         cooling_down: list[str] = []
@@ -253,20 +255,21 @@ class Attempts:
         return _result(outcome, at_capacity)
 
     def _candidates(self) -> Iterator[str]:
-        """Skip smaller models once the prompt was found too long for a model whose context window is known."""
+        """Yield the candidates that are still registered, and whose context window may be large enough."""
         for name in self._record.selection.candidates:
             if name in self._ctx.snapshot.models and not (self._overflowed and self._is_too_small(name)):
                 yield name
 
     def _is_too_small(self, name: str) -> bool:
-        window = self._window(name)
-        return any(window <= self._window(other) < NO_LIMIT for other in self._overflowed)
+        """Whether a model with a context window at least as large has rejected the prompt as too long."""
+        window = self._context_window(name)
+        return any(window <= self._context_window(other) < NO_LIMIT for other in self._overflowed)
 
-    def _window(self, name: str) -> int:
-        """Return how many tokens of a prompt the model takes; NO_LIMIT if that is not known."""
+    def _context_window(self, name: str) -> int:
+        """Return how many tokens of a prompt the model accepts; NO_LIMIT if that is not known."""
         pool = self._ctx.snapshot.pool
-        place = pool.index.get(name)
-        return NO_LIMIT if place is None else int(pool.max_input_tokens[place])
+        row = pool.index.get(name)
+        return NO_LIMIT if row is None else int(pool.max_input_tokens[row])
 
     async def _with_reconnect(self, name: str, call: Call[Answer], *, even_if_open: bool = False) -> Answer:
         """Ask a model, and once more if its connection was lost before any response."""
@@ -278,6 +281,7 @@ class Attempts:
         return await self._attempt(name, call, even_if_open=True)
 
     async def _attempt(self, name: str, call: Call[Answer], *, even_if_open: bool) -> Answer:
+        """Ask a model once, within its time limits, and record a failure."""
         app, model = self._ctx.app, self._ctx.snapshot.models[name]
         plan = app.plans.get(name)
         if plan is None or plan.record is not model:
@@ -288,13 +292,13 @@ class Attempts:
             timeouts = timeouts_for(app.settings, model.info, overrides)
             attempt.deadline_is_callers = timeouts.stricter_than(plan.timeouts)
         self._record.start_attempt(name)
-        left_s = self._remaining_s()
-        timeout_s = min(timeouts.first_token_s, left_s)
+        remaining_s = self._remaining_s()
+        timeout_s = min(timeouts.first_token_s, remaining_s)
         try:
             async with asyncio.timeout(timeout_s):
                 return await call(model, timeouts, attempt)
         except TimeoutError:
-            setting = "first_token_timeout_s" if timeouts.first_token_s < left_s else "request_timeout_s"
+            setting = "first_token_timeout_s" if timeouts.first_token_s < remaining_s else "request_timeout_s"
             message = f"{name} gave no answer within {timeout_s:.3g} s ({setting})"
             failure = UpstreamError(message, timed_out=True)
             self._fail(attempt, failure)
@@ -307,16 +311,23 @@ class Attempts:
             raise
 
     async def _start(self, plan: ModelPlan, *, even_if_open: bool) -> Attempt:
-        """Wait for one of the model's slots, and begin."""
+        """Wait for one of the model's slots, and start an attempt that will release it.
+
+        Raises:
+            CircuitOpen, ModelAtCapacity: the model is not asked.
+            UpstreamError: the time for all attempts together was over.
+        """
         app, name = self._ctx.app, plan.record.name
         if not even_if_open and name in app.health.cooling_down():
             raise CircuitOpen(name)
         max_wait_s = max(0.0, min(app.settings.queue_wait_s, self._remaining_s()))
         acquired_at = await app.capacities.acquire(name, plan.limits, max_wait_s)
-        if not even_if_open and name in app.health.cooling_down():  # since then, or another request is the probe
+        # The circuit may have opened during the wait, or another request may have become its probe.
+        if not even_if_open and name in app.health.cooling_down():
             app.capacities.release(name, acquired_at)
             raise CircuitOpen(name)
-        if self._remaining_s() <= 0:  # the wait for a slot took it: no fault of this model
+        # The wait for a slot took all the time that remained, which is no fault of this model.
+        if self._remaining_s() <= 0:
             app.capacities.release(name, acquired_at)
             raise UpstreamError("no model was asked in time (request_timeout_s)", timed_out=True, retryable=False)
         attempt = app.health.start_attempt(name)
@@ -351,7 +362,7 @@ class Attempts:
         return stream
 
     def _body_for(self, name: str) -> tuple[Mapping[str, Any], bytes | None]:
-        """Return the caller's body and its bytes; another body and no bytes if the model is sent a smaller limit."""
+        """Return the caller's body and its bytes; a changed body and no bytes if the model needs a smaller limit."""
         request, selection = self._ctx.request, self._record.selection
         requested = selection.requirements.max_output_tokens
         sent = None if requested is None else selection.output_limit_for(self._ctx.snapshot.pool, name)
@@ -365,12 +376,15 @@ class Attempts:
         return min(names, key=lambda name: cooling_down.get(name, 0.0))
 
     def _remaining_s(self) -> float:
-        """Return what is left of the time for all attempts together."""
+        """Return how much time remains for all attempts together."""
         return self._deadline - monotonic()
 
 
 def _result(outcome: Answer | UpstreamError | None, at_capacity: list[ModelAtCapacity]) -> Answer:
-    """Return what the last attempt came to; if there was none, say when the first model has a free slot."""
+    """Return the answer of the last attempt, or raise its failure.
+
+    If no model was asked, raise the ModelAtCapacity with the shortest wait.
+    """
     if isinstance(outcome, UpstreamError):
         raise outcome
     if outcome is not None:

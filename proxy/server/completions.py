@@ -60,7 +60,8 @@ class ChatCompletionsEndpoint:
 
 @router.post(PATH, response_model=None)
 async def chat(request: Request, app: AppStateDep) -> Response:
-    """Stand in the table of routes, where the methods of a path are looked up. The endpoint above answers."""
+    # Registered for the route table, in which the allowed methods of a path are looked up. ChatCompletionsEndpoint
+    # answers before a request comes here.
     return await chat_completions(request, app)
 
 
@@ -74,7 +75,7 @@ async def chat_completions(request: Request, app: AppState) -> Response:
     ctx = await _context(request, app)
     app.metrics.in_flight += 1
     try:
-        return await cancel_on_disconnect(request.scope, request.receive, create_completion(ctx), _dispose)
+        return await cancel_on_disconnect(request.scope, request.receive, create_completion(ctx), _close_if_stream)
     finally:
         app.metrics.in_flight -= 1
 
@@ -91,7 +92,8 @@ async def _context(request: Request, app: AppState) -> RequestContext:
     return RequestContext(app, app.state.current, parsed, scope[KEY_IN_SCOPE], scope[REQUEST_IDS], scope[RECEIVED_AT])
 
 
-async def _dispose(response: Response) -> None:
+async def _close_if_stream(response: Response) -> None:
+    """Close the upstream's stream, for a client that left before it was relayed."""
     if isinstance(response, CompletionStream):
         await response.close()
 
@@ -118,7 +120,11 @@ async def create_completion(ctx: RequestContext) -> Response:
 
 
 async def select(ctx: RequestContext, *, explain: bool = False) -> tuple[Selection, Affinity]:
-    """Select a model as things are now. Raises as `select_model` does."""
+    """Look up whose conversation this is, and select a model by the current snapshot and health.
+
+    Raises:
+        NoEligibleModelError, ServiceUnavailable: as `select_model`; NotProfiled says how far profiling is.
+    """
     app = ctx.app
     affinity = await load_affinity(app.conversations, ctx.request, ctx.key, app.settings)
     selecting = SelectionContext(
@@ -158,6 +164,7 @@ async def reserve(ctx: RequestContext, selection: Selection) -> tuple[Selection,
 
 
 async def _complete(attempts: Attempts, record: RequestRecord) -> Response:
+    """Wait for the first whole answer, and finish the record before it is sent."""
     ending = "client_gone"
     try:
         answer = await attempts.complete()
@@ -165,7 +172,7 @@ async def _complete(attempts: Attempts, record: RequestRecord) -> Response:
         ending = "complete"
         return CompletionResponse(body, answer.held, record.headers())
     except (UpstreamError, ModelAtCapacity) as failure:
-        ending = _failed(record, failure)
+        ending = _failure_ending(record, failure)
         raise
     except asyncio.CancelledError:
         ending = cancelled_ending()
@@ -177,7 +184,10 @@ async def _complete(attempts: Attempts, record: RequestRecord) -> Response:
 
 
 async def _stream(ctx: RequestContext, attempts: Attempts, record: RequestRecord) -> Response:
-    """Hold status and headers back until the first content, so that a failure has its own status; but not for ever."""
+    """Wait for the first content before the status is sent, so that a failure can have its own status.
+
+    After `keep_alive_s` the stream begins all the same, with comments until the content comes.
+    """
     keep_alive_s = ctx.app.settings.keep_alive_s
     pending = asyncio.create_task(attempts.open_stream())
     ending: str | None = "client_gone"
@@ -187,7 +197,7 @@ async def _stream(ctx: RequestContext, attempts: Attempts, record: RequestRecord
             pending.result()
         ending = None
     except (UpstreamError, ModelAtCapacity) as failure:
-        ending = _failed(record, failure)
+        ending = _failure_ending(record, failure)
         raise
     except asyncio.CancelledError:
         ending = cancelled_ending()
@@ -201,24 +211,25 @@ async def _stream(ctx: RequestContext, attempts: Attempts, record: RequestRecord
     return CompletionStream(pending, record, keep_alive_s=keep_alive_s, include_usage=ctx.request.include_usage)
 
 
-def _failed(record: RequestRecord, failure: UpstreamError | ModelAtCapacity) -> str:
-    """Return the ending, and let the response to the failure say which decision led there."""
+def _failure_ending(record: RequestRecord, failure: UpstreamError | ModelAtCapacity) -> str:
+    """Return the ending to record, and add the headers that name the decision to the failure's response."""
     failure.headers |= record.headers()
     return "busy" if isinstance(failure, ModelAtCapacity) else "failed"
 
 
-# Bytes that are written at once. What a client does not read waits here, where it is counted, and not in the transport.
+# A response is written in pieces of this size. What the client has not read yet then stays in this process's counted
+# memory for responses, and not in the buffer of the transport, which is not counted.
 WRITE_BYTES = 256 * 2**10
 
 
 class CompletionResponse(Response):
-    """A whole completion. What it takes of the room for answers is released once it was sent."""
+    """Send a whole completion, then release the memory that is counted for it."""
 
     media_type = "application/json"
 
-    def __init__(self, content: bytes, held: HeldMemory | None, headers: Mapping[str, str]) -> None:
+    def __init__(self, content: bytes, memory: HeldMemory | None, headers: Mapping[str, str]) -> None:
         super().__init__(content, headers=headers)
-        self._held = held
+        self._memory = memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         try:
@@ -227,5 +238,5 @@ class CompletionResponse(Response):
                 piece, more = self.body[start : start + WRITE_BYTES], start + WRITE_BYTES < len(self.body)
                 await send({"type": "http.response.body", "body": piece, "more_body": more})
         finally:
-            if self._held is not None:
-                self._held.release()
+            if self._memory is not None:
+                self._memory.release()

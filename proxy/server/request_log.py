@@ -18,16 +18,17 @@ from proxy.storage.usage import ObservedTraffic, TokenCounts, UsageRecord, belie
 
 log = logging.getLogger("uniroute.request")
 
+# Why an attempt is passed over whose answer has no content.
 _EMPTY = "it gave an empty answer"
 
-# Bytes of a discarded answer that are still searched for its usage.
+# A discarded answer with more bytes is not searched for its usage.
 _MAX_DISCARDED_BYTES = 256 * 1024
 
 
 class RequestRecord:
     """Collect what one request used, and write it down: usage record, metrics, traffic statistics, one log line.
 
-    `finish` is synchronous, and only its first call counts.
+    All but `settled` is synchronous, so that it can run while a request is being cancelled.
 
     Args:
         reservation: what was reserved of the key's limits.
@@ -40,9 +41,9 @@ class RequestRecord:
         self.affinity = AffinityRecorder(ctx.app.conversations, affinity, ctx.request.body["messages"])
         self.model = selection.model
         self.reason = selection.reason
-        # From the request's arrival to the first upstream call; None: there was none yet.
+        # From the request's arrival to the first call to an upstream; None before that call.
         self.overhead_s: float | None = None
-        # The limit of an answer that the model of the last attempt was sent in place of the caller's.
+        # The output token limit that the last attempt sent in place of a larger one of the caller's.
         self.clamped: int | None = None
         self._ctx = ctx
         self._reservation = reservation
@@ -57,6 +58,7 @@ class RequestRecord:
         self._settling: Settling | None = None
 
     def start_attempt(self, model: str) -> None:
+        """Count for another attempt from now on. The one before, if it failed, gets a usage record of its own."""
         self._record_failed_attempt()
         self._attempted_at = time.monotonic()
         if self.overhead_s is None:
@@ -81,7 +83,7 @@ class RequestRecord:
     def set_usage(self, reported: object) -> None:
         """Read the usage that a completion or a chunk reports (or `usage` itself); the last report counts.
 
-        It covers the output that was added before. Zeros alone are no report.
+        A report covers the output that was added before it. A report of zeros is ignored.
         """
         if not isinstance(reported, Mapping):
             return
@@ -97,7 +99,8 @@ class RequestRecord:
     def attempt_failed(self, failure: UpstreamError) -> None:
         """Note that the last attempt gave no answer, or broke it off."""
         self._timed_out = failure.timed_out
-        self.set_usage(_json_with_usage(failure.body))  # a discarded answer is paid for all the same
+        # The provider bills an answer that is discarded here, too.
+        self.set_usage(_json_with_usage(failure.body))
         self._ctx.app.metrics.attempts_failed.add((self.model, _status(failure)))
         self._fault = str(failure)
 
@@ -107,10 +110,11 @@ class RequestRecord:
         self._fault = _EMPTY
 
     def finish(self, ending: str) -> None:
+        """Write everything down, at the first call; later calls are ignored."""
         if self._finished:
             return
         self._finished = True
-        entry = self._record(ending, self._reservation)
+        entry = self._write_usage(ending, self._reservation)
         metrics = self._ctx.app.metrics
         model = (self.model,)
         metrics.requests.add((self.model, self.reason, ending))
@@ -118,17 +122,18 @@ class RequestRecord:
         if entry.first_token_s is not None:
             metrics.first_token.observe(entry.first_token_s, model)
         if ending == "complete":
-            counts = self._believed()
+            counts = self._plausible_counts()
             self._observe_traffic(counts.output_tokens)
             self.affinity.commit(self.model, counts.whole)
         self._log(entry)
 
     async def settled(self) -> None:
-        """Wait until the key's next request is judged by what this one used, or until that takes too long."""
+        """Wait until the key's limits include what this request used, or until that takes too long."""
         if self._settling is not None and self._reservation is not None:
             await asyncio.wait({self._settling}, timeout=self._reservation.wait_s)
 
     def headers(self) -> dict[str, str]:
+        """Return the response headers about the decision and about the key's limits."""
         headers = {
             "x-uniroute-model": self.model,
             "x-uniroute-decision": self.selection.id,
@@ -145,23 +150,24 @@ class RequestRecord:
         return f"{(self.overhead_s or 0.0) * 1000:.2f}"
 
     def _record_failed_attempt(self) -> None:
-        """Record the last attempt by itself if it failed: nothing of it will reach the client."""
+        """Write a usage record for the last attempt alone if it failed: the client gets nothing of it."""
         fault, self._fault = self._fault, None
         if fault is None:
             return
-        self._record("empty" if fault is _EMPTY else "failed")
+        self._write_usage("empty" if fault is _EMPTY else "failed")
         request, decision = self._ctx.ids.request_id, self.selection.id
         log.warning("request=%s decision=%s model=%s passed over: %s", request, decision, self.model, fault)
 
-    def _record(self, ending: str, reservation: Reservation | None = None) -> UsageRecord:
-        """Write a usage record.
+    def _write_usage(self, ending: str, reservation: Reservation | None = None) -> UsageRecord:
+        """Write the usage record of the last attempt.
 
         Args:
-            reservation: settled with this record. Failed attempts leave it to the one that answers.
+            reservation: settled with this record; None for an attempt that is followed by another, whose record
+                settles it.
         """
         app = self._ctx.app
         price = app.state.current.prices.get(self.model)
-        counts, observed = self._believed(), self._observed()
+        counts, observed = self._plausible_counts(), self._observed()
         billed = self._may_be_billed(ending)
         cost = cost_of(counts, price.price if price else None, observed, billed=billed)
         first_content_at, received_at = self._first_content_at, self._ctx.received_at
@@ -197,15 +203,17 @@ class RequestRecord:
             self.selection.requirements.prompt_tokens, size, size - self._reported_bytes, self.has_content
         )
 
-    def _believed(self) -> TokenCounts:
+    def _plausible_counts(self) -> TokenCounts:
+        """Return the reported usage as far as it agrees with what this process saw."""
         return believed(self._counts, self._observed())
 
     def _may_be_billed(self, ending: str) -> bool:
-        """Whether the model of the last attempt has begun, as far as is known. One that was never asked has not."""
+        """Whether the model of the last attempt may have begun to answer, and so may bill for it."""
         if self.overhead_s is None or ending == "busy":
             return False
         if ending in ("client_gone", "shutdown") and self._fault is not None and not self.has_content:
-            return self._timed_out  # it had failed already, and the request was cut before the next attempt
+            # The last attempt had failed already, and the request ended before the next attempt began.
+            return self._timed_out
         return ending != "failed" or self._timed_out
 
     def _count_tokens(self, entry: UsageRecord) -> None:
@@ -225,7 +233,7 @@ class RequestRecord:
             metrics.cost.add((self.model,), entry.cost_usd)
 
     def _observe_traffic(self, output_tokens: int | None) -> None:
-        """Let later decisions expect what real answers of this model are like in these clusters."""
+        """Add this answer to the length and latency that later decisions expect of the model in these clusters."""
         decision = self.selection.decision
         if decision is None or decision.assignment is None:
             return
@@ -250,7 +258,7 @@ class RequestRecord:
 
 
 def _json_with_usage(body: Mapping[str, Any] | list[Any] | bytes | None) -> object:
-    """Return what a failing model said, if it is JSON and may report usage."""
+    """Return the body of a failed attempt, parsed if it is bytes; None if it cannot report usage."""
     if not isinstance(body, bytes):
         return body
     if len(body) > _MAX_DISCARDED_BYTES or b'"usage' not in body:
@@ -262,4 +270,5 @@ def _json_with_usage(body: Mapping[str, Any] | list[Any] | bytes | None) -> obje
 
 
 def _status(failure: UpstreamError) -> str:
+    """Return the value of the label `status` in the metrics."""
     return "timeout" if failure.timed_out else str(failure.status or "unreachable")

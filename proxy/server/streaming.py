@@ -28,12 +28,12 @@ from proxy.upstream.sse import DONE, KEEP_ALIVE, format_event
 
 
 class SSEKeepAlive:
-    """Send a comment whenever nothing was sent for a while. It runs from now on, until `stop`.
+    """Send an SSE comment whenever nothing was sent for `interval_s`, from now on until `stop`.
 
-    One timer, and a task only to send a comment.
+    It keeps one timer, and starts a task only to send a comment.
 
     Args:
-        sent: whether anything was sent just now; otherwise the first comment is sent at once.
+        sent: whether something is sent just now; otherwise the first comment is sent at once.
     """
 
     def __init__(self, send: Send, interval_s: float, *, sent: bool) -> None:
@@ -45,7 +45,7 @@ class SSEKeepAlive:
         self._timer = self._loop.call_later(interval_s if sent else 0.0, self._tick)
 
     def reset(self) -> None:
-        """Wait for a whole interval again: something else is sent now."""
+        """Start the interval again, because something else is sent now."""
         self._sent_at = self._loop.time()
 
     def stop(self) -> None:
@@ -58,13 +58,14 @@ class SSEKeepAlive:
         if waited >= self._interval_s:
             waited = 0.0
             self.reset()
-            if self._sending is None or self._sending.done():  # else the client reads nothing
+            # If the last comment is still being sent, the client reads nothing: do not send another.
+            if self._sending is None or self._sending.done():
                 self._sending = asyncio.create_task(_send(self._send, KEEP_ALIVE), name="uniroute-keep-alive")
         self._timer = self._loop.call_later(self._interval_s - waited, self._tick)
 
 
 class StreamRewriter:
-    """Turn an upstream's chunks into events for the client, and count what passes in the request's record."""
+    """Turn an upstream's chunks into events for the client, and add their usage and size to the request's record."""
 
     def __init__(self, record: RequestRecord, *, include_usage: bool) -> None:
         self._record = record
@@ -74,7 +75,7 @@ class StreamRewriter:
         self._last: dict[str, Any] = {}
 
     def rewrite(self, chunks: list[JSONPayload]) -> bytes:
-        """Return whole events; nothing if none of these chunks are for the client."""
+        """Return the chunks as SSE events; no bytes if none of them is for the client."""
         record, model = self._record, self._record.model
         pieces: list[bytes] = []
         size = 0
@@ -84,7 +85,8 @@ class StreamRewriter:
             size += content_bytes(body)
             sent: JSONPayload | None = chunk
             if usage := usage_of(body):
-                record.add_output(size)  # the report is of all that came before, and with it
+                # A usage report covers all output up to and with this chunk, which is therefore counted first.
+                record.add_output(size)
                 size = 0
                 sent = self._with_usage(chunk, usage)
             elif "usage" in body and not self._include_usage and is_null_usage_chunk(body):
@@ -97,12 +99,13 @@ class StreamRewriter:
         return b"".join(pieces)
 
     def final_usage(self) -> bytes:
-        """Return the usage chunk that the caller asked for, if the upstream put its usage elsewhere."""
+        """Return the usage chunk that the caller asked for, if the upstream reported usage only in other chunks."""
         if not self._include_usage or self._usage is None or self._usage_sent:
             return b""
         return format_event(usage_chunk({**self._last, "model": self._record.model}, self._usage))
 
     def _with_usage(self, chunk: JSONPayload, usage: object) -> JSONPayload | None:
+        """Record a chunk's usage. Return the chunk as the client receives it; None: the client receives none."""
         self._usage = usage
         self._record.set_usage(usage)
         if not chunk.body.get("usage"):
@@ -126,12 +129,12 @@ PendingStream = asyncio.Task[UpstreamStream]
 
 
 class CompletionStream(Response):
-    """Relay a stream until the upstream ends or breaks it, the client leaves, or the server ends.
+    """Relay a stream until the upstream ends or breaks it, the client leaves, or the server shuts down.
 
     The upstream's connection is closed in every case.
 
     Args:
-        pending: need not be done: until a model begins to answer, the client reads comments.
+        pending: the attempts to open the stream. The client is sent comments until they are done.
     """
 
     def __init__(
@@ -154,7 +157,10 @@ class CompletionStream(Response):
             await self.close()
 
     async def close(self) -> None:
-        """End the request if the relay never ran: the client had left before. Harmless when repeated."""
+        """Close the upstream's stream. May be called again.
+
+        If `_relay` has not finished the record, the client left before it could run.
+        """
         self._record.finish("client_gone")
         await cancel_or_close(self._pending)
 
@@ -178,9 +184,11 @@ class CompletionStream(Response):
             finally:
                 keep_alive.stop()
         finally:
-            self._record.finish(ending)  # before the client reads the end: what was answered is on record
+            # Before the client can read the end of the stream: an answer that it has read is on record.
+            self._record.finish(ending)
             await cancel_or_close(self._pending)
-        await self._record.settled()  # the client's next request is judged by what this one cost
+        # The client's next request comes after this end, and must be checked against limits that include this one.
+        await self._record.settled()
         await send({"type": "http.response.body", "body": DONE if ending == "complete" else b"", "more_body": False})
 
     async def _send_events(self, send: Send, keep_alive: SSEKeepAlive) -> None:
@@ -199,7 +207,7 @@ async def _send(send: Send, data: bytes) -> None:
 
 
 async def _send_shutting_down(send: Send) -> None:
-    """Tell the client that the server ends; not for long, for it may not be reading."""
+    """Send the error event that says that the server shuts down. Give up soon: the client may not be reading."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(SHUTDOWN_NOTICE_TIMEOUT_S):
             await _send(send, format_event(_error_event(ShuttingDown(SHUTTING_DOWN_MESSAGE))))
@@ -209,7 +217,7 @@ async def _send_shutting_down(send: Send) -> None:
 async def cancel_or_close(pending: PendingStream) -> None:
     """Cancel the attempts, or close the stream that they opened, even if the caller is cancelled meanwhile.
 
-    Harmless when repeated.
+    May be called again.
     """
     try:
         if not pending.done():

@@ -25,27 +25,19 @@ MAX_CHARS: Final = 4_000_000
 
 MAX_DEPTH: Final = 100
 
-# Beyond it the numbers of Lua and of JSON's readers are no longer exact.
-MAX_INTEGER: Final = 2**53 - 1
-
-# Unix seconds. A later time is a mistake.
-MAX_UNIX_TIME: Final = math.nextafter(1e11, 0)
-
-# What half characters, infinite numbers and numbers of more than 64 bits are written with.
-_RARE = re.compile(r"\\u|\d{19}|[eE]\+?\d{3}", re.ASCII)
-
-_NUMERAL = re.compile(r"[+-]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][+-]?\d{1,4})?", re.ASCII)
+# Found wherever JSON text has half a surrogate pair, a number that becomes infinite, or one of more than 64 bits.
+_MAY_BE_UNSENDABLE = re.compile(r"\\u|\d{19}|[eE]\+?\d{3}", re.ASCII)
 
 
 class InvalidRecord(InvalidInput):
-    """A stored entry is not one that we would write; the message says what is wrong with it."""
+    """A stored entry is not one that UniRoute writes; the message says what is wrong with it."""
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """Parse a JSON object that can be sent on.
+    """Parse a JSON object, all of which can be encoded as JSON again.
 
     Raises:
-        InvalidRecord: it is none, is too long or too deep, or holds what no JSON can be sent with.
+        InvalidRecord: it is no JSON object, is too long or too deep, or has a value that cannot be encoded.
     """
     if len(text) > MAX_CHARS:
         raise InvalidRecord(f"has {len(text)} characters; {MAX_CHARS} are read at most")
@@ -57,9 +49,45 @@ def json_object(text: str) -> dict[str, Any]:
         raise InvalidRecord(f"must be a JSON object; got {type(stored).__name__}")
     if text.count("[") + text.count("{") > MAX_DEPTH and _is_deeper(stored, MAX_DEPTH):
         raise InvalidRecord(f"is nested deeper than {MAX_DEPTH} levels")
-    if _RARE.search(text):
+    if _MAY_BE_UNSENDABLE.search(text):
         _check_can_be_sent(stored)
     return stored
+
+
+def _reject_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    """Look level by level: recursion would fail on the very values that this is to find."""
+    level = [value]
+    for _ in range(levels):
+        level = [inner for each in level if isinstance(each, dict | list) for inner in _inner(each)]
+        if not level:
+            return False
+    return any(isinstance(each, dict | list) for each in level)
+
+
+def _inner(value: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else value
+
+
+def _check_can_be_sent(stored: object) -> None:
+    """Raise InvalidRecord for a value that can be sent neither to an upstream nor to an administrator."""
+    try:
+        json.dumps(stored, allow_nan=False)
+        orjson.dumps(stored)
+    except (ValueError, TypeError) as error:
+        raise InvalidRecord(f"holds what no JSON can be sent with: {error}") from error
+
+
+# Lua and JSON's readers have no larger numbers that are exact.
+MAX_INTEGER: Final = 2**53 - 1
+
+# Unix seconds. A later time is a mistake.
+MAX_UNIX_TIME: Final = math.nextafter(1e11, 0)
+
+_NUMERAL = re.compile(r"[+-]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][+-]?\d{1,4})?", re.ASCII)
 
 
 def number(value: object, max_value: float = 1e15) -> float | None:
@@ -88,33 +116,6 @@ def unix_time(value: Any) -> float:
     return float(value)
 
 
-def _is_deeper(value: object, levels: int) -> bool:
-    """Look level by level: a recursive look would fail on the very values that this finds."""
-    level = [value]
-    for _ in range(levels):
-        level = [inner for each in level if isinstance(each, dict | list) for inner in _inner(each)]
-        if not level:
-            return False
-    return any(isinstance(each, dict | list) for each in level)
-
-
-def _inner(value: dict[str, Any] | list[Any]) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else value
-
-
-def _reject_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
-
-
-def _check_can_be_sent(stored: object) -> None:
-    """Raise InvalidRecord for what neither an upstream nor an administrator could be sent."""
-    try:
-        json.dumps(stored, allow_nan=False)
-        orjson.dumps(stored)
-    except (ValueError, TypeError) as error:
-        raise InvalidRecord(f"holds what no JSON can be sent with: {error}") from error
-
-
 MAX_WARNINGS: Final = 1000
 
 MAX_WARNING_CHARS: Final = 300
@@ -140,12 +141,12 @@ ForwardMode = Literal["relay", "translate"]
 
 @dataclass(frozen=True)
 class ResolvedProvider:
-    """How a model is reached, as litellm resolves its name and address."""
+    """Which provider serves a model and how it is called, as litellm resolves its name and address."""
 
     mode: ForwardMode
-    """relay: it reads OpenAI's own format at `api_base`. translate: litellm writes its provider's format."""
+    """relay: the provider reads OpenAI's format at `api_base`. translate: litellm writes the provider's format."""
     model: str
-    """The provider's own name of it."""
+    """The provider's own name for the model."""
     provider: str
     api_base: str | None = None
     """Without the path of chat completions. None: only litellm knows it."""
@@ -154,7 +155,7 @@ class ResolvedProvider:
     param_aliases: Mapping[str, str] = field(default_factory=dict)
     """OpenAI's name of a field → the provider's name of it."""
     own_address: bool = False
-    """It is the provider's own address: a key of the environment is sent to no other."""
+    """Whether requests go to the provider's own address. The environment's key is sent to no other."""
 
     def to_json(self) -> dict[str, Any]:
         stated = {"way": self.mode, "model": self.model, "provider": self.provider, "api_base": self.api_base}
@@ -183,12 +184,9 @@ class ResolvedProvider:
         )
 
 
-MAX_SOURCE_CHARS = 60
-
-
 @dataclass(frozen=True)
 class ModelRecord:
-    """A registered model: how it is called, and what is configured of it."""
+    """A registered model: the parameters of its calls, and what is configured about it."""
 
     name: str
     litellm_params: Mapping[str, Any] = field(repr=False)
@@ -197,23 +195,23 @@ class ModelRecord:
     created_at: float
     """Unix seconds."""
     resolved: ResolvedProvider | None = None
-    """Its provider, once that was looked up."""
+    """Its provider; None: not resolved yet."""
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return the digest of what decides the answers. A profile with another fingerprint is not used."""
+        """Return a digest of the parameters that decide the answers. A profile with another fingerprint is not used."""
         deciding = {key: value for key, value in self.litellm_params.items() if key != "api_key"}
         text = json.dumps(deciding, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @cached_property
     def address(self) -> str | None:
-        """The address that was stated for it."""
+        """Return the address that its parameters state."""
         return stated_address(self.litellm_params)
 
     @cached_property
     def has_body_params(self) -> bool:
-        """Whether it has parameters of its own that go into the body."""
+        """Whether any of its parameters go into the body of each request."""
         return any(name != "model" and not is_provider_param(name) for name in self.litellm_params)
 
     @classmethod
@@ -246,14 +244,18 @@ class ModelRecord:
         return replace(cls.of_entry(entry, "admin", unix_time(stored.get("created_at"))), resolved=resolved)
 
 
+MAX_SOURCE_CHARS = 60
+
+
 @dataclass(frozen=True, slots=True)
 class CurrentPrice:
-    """A price, its source, and since when: Unix seconds; None: it is of the configuration or of litellm."""
+    """The price of a model now, and where it comes from."""
 
     price: Price
     source: str
     """admin, external, sync, model_info or litellm."""
     updated_at: float | None = None
+    """Unix seconds; None: it comes from the configuration or from litellm."""
 
     def to_fields(self) -> dict[str, str]:
         stated = {key: repr(float(value)) for key, value in self.price.to_fields().items()}
@@ -261,12 +263,19 @@ class CurrentPrice:
 
     @classmethod
     def from_fields(cls, stored: Mapping[str, str], seen_at: float) -> CurrentPrice:
-        """Parse the hash, or raise InvalidPrice. `seen_at` replaces a time that another writer has left out."""
+        """Parse the stored hash, or raise InvalidPrice. `seen_at` is used if its writer left out the time."""
         price = Price.from_fields(
             {name: _amount(name, text) for name, text in stored.items() if text and price_field(name)}
         )
         updated_at = number(stored.get("updated_at"), MAX_UNIX_TIME) or seen_at
         return cls(price, (stored.get("source") or "external")[:MAX_SOURCE_CHARS], updated_at)
+
+
+def _amount(name: str, text: str) -> float:
+    amount = number(text)
+    if amount is None:
+        raise InvalidPrice(f"{name} must be a number of USD per token, 0 or more; got {text[:60]!r}")
+    return amount
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,10 +298,3 @@ class StoredProfile:
         if not isinstance(fingerprint, str) or not isinstance(profile, dict) or not isinstance(job, str | None):
             raise InvalidRecord("a stored profile needs `fingerprint` and `profile`, and `job` as an id or null")
         return cls(fingerprint, Profile.from_json(profile), job)
-
-
-def _amount(name: str, text: str) -> float:
-    amount = number(text)
-    if amount is None:
-        raise InvalidPrice(f"{name} must be a number of USD per token, 0 or more; got {text[:60]!r}")
-    return amount

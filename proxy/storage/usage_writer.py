@@ -14,24 +14,7 @@ from proxy.storage.redis import Availability, Store, StoreUnavailable, load_scri
 from proxy.storage.usage import UsageRecord
 from proxy.storage.usage_journal import Batch, Journal, JournalDirectory
 
-STREAM: Final = "uniroute:usage"
-
-# Hash: journal id → number of the last record applied, or `done:` and when it was.
-JOURNALS: Final = "uniroute:usage:journals"
-
-MAX_ENTRIES = 100_000
-
-REFUSED = -1
-
-# What the usage record of a client key does to its limits. All parameters are texts: amounts can be larger than what a
-# Lua number holds exactly, and an unknown one is ''. An error is counted, and holds nothing up.
-NO_SETTLING = "local function settle(key_id, reservation_id, tokens, picousd, day, month)\nend\n"
-
-_APPLY = load_script(__package__, "apply_usage", REFUSED=REFUSED)
-
-FINISH = load_script(__package__, "finish_journal")
-
-FINISHED_KEPT_S = 3600
+log = logging.getLogger("uniroute.usage")
 
 # With `:<model>`, the hash of what a model used.
 TOTALS: Final = "uniroute:usage:totals"
@@ -39,14 +22,15 @@ TOTALS: Final = "uniroute:usage:totals"
 # With `:<id>`, the hash of what a client key used.
 KEY_TOTALS: Final = "uniroute:usage:key"
 
+# Fields of a record that are summed up.
 COUNTED = ("prompt_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")
 
-# Not in records that an earlier version wrote.
+# Records that an earlier version wrote do not have these.
 COUNTED_SINCE = ("cache_write_tokens", "audio_input_tokens", "audio_output_tokens")
 
 DAY_S = 86_400
 
-# A sum in Redis has 63 bits. What a single request cannot have used counts as unknown, not as the end of the sum.
+# A sum in Redis has 63 bits. A cost above this, which no request can have had, counts as unknown.
 MAX_COUNT = 10**18
 
 ScriptArgument = str | int | float
@@ -54,16 +38,16 @@ ScriptArgument = str | int | float
 
 @dataclass
 class BatchTotals:
-    """Add up the records of one batch, as the script counts them."""
+    """Add up the records of one batch, for apply_usage.lua."""
 
     texts: list[str] = field(default_factory=list)
     sums: defaultdict[tuple[str, str], int | float] = field(default_factory=lambda: defaultdict(int))
-    """(hash, field) → how much more."""
+    """(hash, field) → the amount to add."""
     settlements: list[list[str]] = field(default_factory=list)
-    """Of each record of a client key, as texts: key, reservation, tokens, picodollars, day and month (UTC)."""
+    """For each record of a client key, as strings: key, reservation, tokens, picodollars, day and month (UTC)."""
 
     def add(self, text: str, record: Mapping[str, Any]) -> None:
-        """Add one record. Raise ValueError, with nothing added, if it is not one that we wrote."""
+        """Add one record. Raise ValueError, with nothing added, if it is not one that UniRoute writes."""
         try:
             amounts = _amounts(record)
             model, key_id, reservation = record["model"], record["key_id"], record["reservation"] or ""
@@ -91,11 +75,12 @@ class BatchTotals:
 
 @lru_cache(maxsize=8)
 def _day(days: int) -> str:
-    """Return the date, in UTC, so many days after the first of Unix time."""
+    """Return the date (UTC) that is so many days after 1970-01-01."""
     return datetime.fromtimestamp(days * DAY_S, UTC).strftime("%Y-%m-%d")
 
 
 def _amounts(record: Mapping[str, Any]) -> dict[str, int | float]:
+    """Return what a record adds to the fields of a hash of totals."""
     amounts: dict[str, int | float] = {"requests": 1, str(record["ending"]): 1}
     amounts |= {name: int(record[name]) for name in COUNTED if record[name]}
     amounts |= {name: int(record[name]) for name in COUNTED_SINCE if record.get(name)}
@@ -106,16 +91,38 @@ def _amounts(record: Mapping[str, Any]) -> dict[str, int | float]:
 
 
 def _tokens(record: Mapping[str, Any]) -> str:
+    """Return all tokens of a record; "" if they are not known."""
     prompt, output = record["prompt_tokens"], record["output_tokens"]
     return "" if prompt is None or output is None else str(prompt + output)
 
 
-log = logging.getLogger("uniroute.usage")
+STREAM: Final = "uniroute:usage"
+
+# Entries of the stream, about.
+MAX_ENTRIES = 100_000
+
+# Hash: journal id → number of the last record applied, or `done:` and the time at which its file was removed.
+JOURNALS: Final = "uniroute:usage:journals"
+
+# Returned for a batch that does not follow the last record applied.
+REFUSED = -1
+
+_APPLY = load_script(__package__, "apply_usage", REFUSED=REFUSED)
+
+# The function that apply_usage.lua calls for each record of a client key, to settle it against the key's limits; this
+# one does nothing. All parameters are strings: amounts can be larger than a Lua number holds exactly, and an unknown
+# amount is ''. If it fails, the script counts that and goes on.
+NO_SETTLING = "local function settle(key_id, reservation_id, tokens, picousd, day, month)\nend\n"
+
+FINISH = load_script(__package__, "finish_journal")
+
+# How long a journal stays marked `done:`, so that a late attempt to apply its last records finds that they are applied.
+FINISHED_KEPT_S = 3600
 
 # Records that are sent to the store in one script.
 BATCH_SIZE = 200
 
-# Records that are added up before requests get a turn.
+# Records that are added up before other tasks get a turn.
 RECORDS_PER_TURN = 40
 
 FLUSH_INTERVAL_S = 0.5
@@ -126,7 +133,7 @@ CLAIM_INTERVAL_S = 5.0
 
 
 class UsageWriter:
-    """Write usage records to a journal at once, and to Redis soon: counted once, also when they are sent twice."""
+    """Write usage records to a journal at once and to Redis soon. Redis counts each once, even if it is sent twice."""
 
     def __init__(
         self,
@@ -142,13 +149,14 @@ class UsageWriter:
         self._on_dropped = on_dropped
         self._apply = store.client.register_script(settle_function + _APPLY)
         self._finish = store.client.register_script(FINISH)
+        # Journals whose file is removed, but not their number in Redis.
         self._finished: list[str] = []
         self._availability = Availability(log, back="usage reaches the store again")
         self._tasks = BackgroundTasks()
 
     @property
     def journal_bytes(self) -> int:
-        """Return the size of the journals, of which a part may have reached Redis."""
+        """Return the size of the journals, of which a part may be in Redis already."""
         return self._journals.bytes
 
     def record(self, entry: UsageRecord) -> None:
@@ -159,7 +167,7 @@ class UsageWriter:
         self._tasks.start("uniroute-usage", self._write_loop)
 
     async def stop(self) -> None:
-        """Bring to Redis what it takes; the rest stays in the journals for the next start."""
+        """Write to Redis what it accepts; the rest stays in the journals for the next start."""
         await self._tasks.close()
         try:
             await self.flush()
@@ -174,7 +182,11 @@ class UsageWriter:
             self._drop(lost)
 
     async def flush(self) -> None:
-        """Apply all journals. Raise StoreUnavailable; then nothing is lost and nothing is counted twice."""
+        """Write all journals to Redis.
+
+        Raises:
+            StoreUnavailable: try again; nothing is lost, and nothing will be counted twice.
+        """
         for journal in self._journals.all:
             while await self._apply_batch(journal):
                 pass
@@ -183,7 +195,7 @@ class UsageWriter:
         await self._finish_removed()
 
     async def _apply_batch(self, journal: Journal) -> bool:
-        """Apply the next batch; return False if there was none."""
+        """Write a journal's next batch to Redis; return False if there was none."""
         batch = _next_batch(journal)
         totals, broken = await _totals_of(batch)
         if batch.entries:
@@ -200,6 +212,7 @@ class UsageWriter:
         return bool(batch.entries)
 
     async def _send(self, journal: Journal, batch: Batch, totals: BatchTotals) -> tuple[int, int]:
+        """Return the number of the last record applied, and how many figures were not counted, or REFUSED."""
         first, last = batch.entries[0].sequence, batch.entries[-1].sequence
         arguments = [journal.id, journal.applied, first, last, MAX_ENTRIES, *totals.script_args()]
         async with self._store.operation("record usage"):
@@ -207,7 +220,7 @@ class UsageWriter:
         return int(applied), int(uncounted)
 
     def _resync(self, journal: Journal, applied: int) -> None:
-        """Continue after the record that the store has: a reply of it was lost, or it went back to an older state."""
+        """Continue after the last record that Redis applied: its reply was lost, or it went back to an older state."""
         if applied < journal.applied:
             log.warning("the store went back: usage after record %d of %s is sent again", applied, journal.path)
             journal.rewind(applied)
@@ -215,7 +228,7 @@ class UsageWriter:
             journal.applied = applied
 
     def _remove(self, journal: Journal) -> None:
-        """Remove the file, and its number in Redis later: without that number it would be applied again."""
+        """Remove the file now, and its number in Redis later: a file without its number would be applied again."""
         try:
             self._journals.remove(journal)
         except OSError as error:
@@ -257,10 +270,10 @@ def _next_batch(journal: Journal) -> Batch:
 
 
 async def _totals_of(batch: Batch) -> tuple[BatchTotals, int]:
-    """Return the totals, and how many lines are no records of ours. Requests get turns meanwhile."""
+    """Return the totals, and how many lines cannot be read. Other tasks get turns meanwhile."""
     totals, broken = BatchTotals(), batch.broken
-    for place, entry in enumerate(batch.entries):
-        if place % RECORDS_PER_TURN == 0:
+    for index, entry in enumerate(batch.entries):
+        if index % RECORDS_PER_TURN == 0:
             await asyncio.sleep(0)
         try:
             totals.add(entry.text, entry.fields)

@@ -1,7 +1,7 @@
-"""Keep each key to the provider and the address that it was stated for.
+"""The address, head and body of requests to one model, and which key may be sent where.
 
-A key that a model states is for that model's provider, scheme, host and port. A change of any of them needs it stated
-again. A key that the environment holds for a provider is for the provider's own address alone.
+A key that a model states is for that model's provider, scheme, host and port. A change of any of them needs the key
+stated again. A key that the environment holds for a provider is sent to the provider's own address alone.
 """
 
 from __future__ import annotations
@@ -34,9 +34,27 @@ from proxy.upstream.payload import replace_model
 from proxy.upstream.pool import DEFAULT_PORTS, Origin, authority_of, basic_auth_of, port_of
 from proxy.upstream.sse import encode_json
 
-# Where litellm goes by default, for providers of OpenAI's format.
+log = logging.getLogger("uniroute.upstream")
+
+# Scheme, host and port.
+KeyOrigin = tuple[str, str, int | None]
+
+
+def origin_of(address: str) -> KeyOrigin:
+    """Return the origin of an address. Text that is no address is an origin of its own."""
+    try:
+        parts = urlsplit(address)
+        port = parts.port or DEFAULT_PORTS.get(parts.scheme)
+    except ValueError:
+        return ("", address, None)
+    host = parts.hostname or ""
+    return (parts.scheme, host.rstrip(".") if host else address, port)
+
+
+# Where litellm sends requests by default, for providers of OpenAI's format.
 DEFAULT_BASES = {"openai": "https://api.openai.com/v1", "openrouter": "https://openrouter.ai/api/v1"}
 
+# The same for providers of other formats.
 _OTHER_BASES = {
     "anthropic": "https://api.anthropic.com",
     "cohere": "https://api.cohere.com",
@@ -46,57 +64,34 @@ _OTHER_BASES = {
     "ollama_chat": "http://localhost:11434",
 }
 
-_OWN_HOSTS = {"vertex_ai": ".googleapis.com", "bedrock": ".amazonaws.com", "sagemaker": ".amazonaws.com"}
-
-# Providers for which litellm finds credentials in more places than variables: files, metadata services, logins.
-_AMBIENT_CREDENTIALS = re.compile(
-    r"(azure|bedrock|databricks|gigachat|github|oci|sagemaker|sap|snowflake|vertex|watsonx).*"
-)
-
-# Given as a key so that litellm looks up none.
-PLACEHOLDER_KEY = "-"
-
-_ADDRESS = re.compile(r"(.*_)?(api_base|base_url|endpoint|auth_url|url|host)")
-
-_PORTS = {"http": 80, "https": 443}
-
-ADDRESSES = ("api_base", "base_url")
-
-KeyOrigin = tuple[str, str, int | None]
-
-
-def origin_of(address: str) -> KeyOrigin:
-    """Return scheme, host and port. Text that is no address is an origin of its own."""
-    try:
-        parts = urlsplit(address)
-        port = parts.port or _PORTS.get(parts.scheme)
-    except ValueError:
-        return ("", address, None)
-    host = parts.hostname or ""
-    return (parts.scheme, host.rstrip(".") if host else address, port)
+# Providers whose own addresses are all below one domain.
+_OWN_DOMAINS = {"vertex_ai": ".googleapis.com", "bedrock": ".amazonaws.com", "sagemaker": ".amazonaws.com"}
 
 
 def is_own_address(address: str, provider: str, default: str | None, environ: Mapping[str, str]) -> bool:
     """Return whether the environment's key of this provider may be sent to an address.
 
     Args:
-        default: where litellm goes for this provider if no address is stated; None if that is not known.
+        default: where litellm sends requests for this provider if no address is stated; None: not known.
         environ: an address that it states for the provider counts as the provider's own.
     """
     if provider == "openai" and is_openai_url(address):
         return True
     prefix = provider.upper()
-    named = [environ.get(f"{prefix}_{suffix}") for suffix in ("API_BASE", "BASE_URL")]
-    known = [default, DEFAULT_BASES.get(provider), _OTHER_BASES.get(provider), *named]
+    in_environment = [environ.get(f"{prefix}_{suffix}") for suffix in ("API_BASE", "BASE_URL")]
+    own_addresses = [default, DEFAULT_BASES.get(provider), _OTHER_BASES.get(provider), *in_environment]
     scheme, host, _ = origin = origin_of(address)
-    below = _OWN_HOSTS.get(provider.partition("_")[0]) or _OWN_HOSTS.get(provider)
-    return origin in [origin_of(each) for each in known if each] or (
-        below is not None and scheme == "https" and host.endswith(below)
+    domain = _OWN_DOMAINS.get(provider.partition("_")[0]) or _OWN_DOMAINS.get(provider)
+    return origin in [origin_of(each) for each in own_addresses if each] or (
+        domain is not None and scheme == "https" and host.endswith(domain)
     )
 
 
+ADDRESSES = ("api_base", "base_url")
+
+
 def stated_secrets(params: Mapping[str, Any]) -> list[str]:
-    """Return the parameters for the provider that are or hold secrets: a key, a header with a key, a reference."""
+    """Return the names of provider parameters that are or contain secrets: a key, a header with a key, a reference."""
     return [
         name
         for name, value in params.items()
@@ -104,13 +99,22 @@ def stated_secrets(params: Mapping[str, Any]) -> list[str]:
     ]
 
 
+# Providers for which litellm finds credentials in more places than variables: files, metadata services, logins.
+_AMBIENT_CREDENTIALS = re.compile(
+    r"(azure|bedrock|databricks|gigachat|github|oci|sagemaker|sap|snowflake|vertex|watsonx).*"
+)
+
+# Given to litellm as a key, so that it looks up none.
+PLACEHOLDER_KEY = "-"
+
+
 def key_for_litellm(
     params: Mapping[str, Any], provider: str, default: str | None, environ: Mapping[str, str]
 ) -> str | None:
-    """Choose the key to give litellm, so that it looks up none for an address that is not the provider's own.
+    """Return the key to give litellm, so that it looks up none for an address that is not the provider's own.
 
     Returns:
-        None: litellm may look one up, or needs none.
+        None: litellm may look up a key, or needs none.
 
     Raises:
         OutboundError: litellm would look up the provider's credentials whatever key it is given.
@@ -135,16 +139,17 @@ def check_environment_key(record: ModelRecord, environ: Mapping[str, str]) -> No
         return
     if params.get("api_key") or stated_secrets(params):
         return
-    if resolved.provider in PASSTHROUGH or not (found := _variable_of(resolved.provider, environ)):
+    if resolved.provider in PASSTHROUGH or not (variable := _key_variable_of(resolved.provider, environ)):
         return
     raise BadRequest(
-        f"{record.name}: {found} is for {resolved.provider}'s own address, and is not sent to another: state `api_key:"
-        f" os.environ/{found}` to send it to api_base, or `api_key: none` if no key is needed there",
+        f"{record.name}: {variable} is for {resolved.provider}'s own address, and is not sent to another: state"
+        f" `api_key: os.environ/{variable}` to send it to api_base, or `api_key: none` if no key is needed there",
         param="litellm_params.api_key",
     )
 
 
-def _variable_of(provider: str, environ: Mapping[str, str]) -> str | None:
+def _key_variable_of(provider: str, environ: Mapping[str, str]) -> str | None:
+    """Return the variable that is set and in which litellm may find the provider's key."""
     plain = provider.replace("_", "").upper()
     for name in sorted(environ):
         stem = name.removesuffix("_API_KEY").replace("_", "")
@@ -174,11 +179,14 @@ def check_secrets_stay(before: ModelRecord, after: ModelRecord, stated: Mapping[
             )
 
 
+_ADDRESS_PARAM = re.compile(r"(.*_)?(api_base|base_url|endpoint|auth_url|url|host)")
+
+
 def _moved(before: ModelRecord, after: ModelRecord) -> str | None:
-    """Return the parameter whose change leads to another origin or provider."""
+    """Return the parameter whose change leads to another origin or provider; None: there is none."""
     old, new = before.litellm_params, after.litellm_params
     for name in sorted({*old, *new}):
-        address = is_provider_param(name) and _ADDRESS.fullmatch(name)
+        address = is_provider_param(name) and _ADDRESS_PARAM.fullmatch(name)
         if address and _stated_origin(old.get(name)) != _stated_origin(new.get(name)):
             return name
     if old.get("custom_llm_provider") != new.get("custom_llm_provider"):
@@ -193,29 +201,31 @@ def _stated_origin(address: Any) -> Any:
 def _changes_provider(before: ModelRecord, after: ModelRecord) -> bool:
     if before.litellm_params["model"] == after.litellm_params["model"]:
         return False
-    if after.resolved is None:  # it is compared again once that is known
-        old, new = _prefix(before), _prefix(after)
+    if after.resolved is None:  # the prefixes have to do; the records are compared again once it is resolved
+        old, new = _provider_prefix(before), _provider_prefix(after)
         return old is not None and new is not None and old != new
-    known = before.resolved.provider if before.resolved is not None else _prefix(before)
-    return known != after.resolved.provider
+    provider_before = before.resolved.provider if before.resolved is not None else _provider_prefix(before)
+    return provider_before != after.resolved.provider
 
 
-def _prefix(record: ModelRecord) -> str | None:
+def _provider_prefix(record: ModelRecord) -> str | None:
+    """Return the provider that the name of litellm's begins with; None: it begins with none."""
     prefix, slash, _ = str(record.litellm_params["model"]).partition("/")
     return prefix if slash else None
 
 
-_USAGE = b'"stream_options":{"include_usage":true},'
+# Inserted at the start of a body.
+_USAGE_OPTION = b'"stream_options":{"include_usage":true},'
 
 
 def build_body(
     raw: bytes | None, body: Mapping[str, Any], model: str, *, stream: bool, include_usage: bool = True
 ) -> bytes:
-    """Encode the caller's body for the upstream, with its name of the model, and ask a stream for its usage.
+    """Encode the caller's body with the upstream's name of the model, and ask for the usage of a stream.
 
     Args:
         raw: the bytes that `body` was parsed from; None if it differs, or was made here.
-        body: its `model` is a string, if it comes with `raw`.
+        body: if it comes with `raw`, its `model` must be a string.
         model: the upstream's own name for the model.
         include_usage: whether a stream is asked for its usage. False also drops the caller's `stream_options`.
     """
@@ -223,23 +233,23 @@ def build_body(
     if raw is not None and (unchanged or "stream_options" not in body):
         replaced = replace_model(raw, body, model)
         if replaced is not None:
-            return replaced if unchanged else _insert_usage(replaced)
+            return replaced if unchanged else _insert_usage_option(replaced)
     sent = {**body, "model": model}
     if stream and include_usage:
         options = body.get("stream_options")
         sent["stream_options"] = {**(options if isinstance(options, Mapping) else {}), "include_usage": True}
     else:
         sent.pop("stream_options", None)
-        if not stream and sent.get("stream"):  # fixed by the model's parameters; this caller did not ask for it
+        if not stream and sent.get("stream"):  # the model's parameters fix it, but this caller asked for no stream
             del sent["stream"]
     return encode(sent)
 
 
 def encode(body: Mapping[str, Any]) -> bytes:
-    """Encode compact JSON."""
+    """Encode as compact JSON."""
     try:
         return orjson.dumps(body)
-    except TypeError:  # an integer beyond 64 bits, half a character
+    except TypeError:  # an integer of more than 64 bits, or half a surrogate pair
         return encode_json(body)
 
 
@@ -248,21 +258,22 @@ def _asks_for_usage(body: Mapping[str, Any]) -> bool:
     return bool(body.get("stream")) and isinstance(options, Mapping) and options.get("include_usage") is True
 
 
-def _insert_usage(raw: bytes) -> bytes:
+def _insert_usage_option(raw: bytes) -> bytes:
     start = raw.index(b"{") + 1
-    return raw[:start] + _USAGE + raw[start:]
+    return raw[:start] + _USAGE_OPTION + raw[start:]
 
 
-_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
-_VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")
+_HEADER_VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")
 
-_HOST = re.compile(r"[!-~]+")
+_HOST_NAME = re.compile(r"[!-~]+")
 
 # Headers that no model may fix: the connection writes them.
 _RESERVED_HEADERS = frozenset({"content-length", "transfer-encoding"})
 
-_PATH = "/%:@!$&'()*+,;=~-._?[]"
+# Characters of a path or query that need no escape.
+_SAFE_IN_TARGET = "/%:@!$&'()*+,;=~-._?[]"
 
 
 @dataclass(frozen=True)
@@ -275,10 +286,10 @@ class RequestHead:
     prebuilt: bytes = field(repr=False)
 
     def render(self, more: Mapping[str, str]) -> bytes:
-        """Encode the head with these well-formed headers too, which win over those of the address."""
+        """Encode the head with more headers, which must be well-formed and replace those of the same name."""
         if self.headers.keys().isdisjoint(more):
-            return self.prebuilt + _lines(more)
-        return self.line + _lines({**self.headers, **more})
+            return self.prebuilt + _header_lines(more)
+        return self.line + _header_lines({**self.headers, **more})
 
 
 def build_head(url: str, headers: Mapping[str, str], proxy: str | None, trust: Trust = DEFAULT_TRUST) -> RequestHead:
@@ -296,47 +307,41 @@ def build_head(url: str, headers: Mapping[str, str], proxy: str | None, trust: T
     origin = Origin(host, port, parts.scheme == "https", proxy, trust)
     sent = {name: value for name, value in headers.items() if name not in _RESERVED_HEADERS}
     for name, value in sent.items():
-        if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
+        if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
             raise ValueError(f"the header {name[:64]!r} cannot be sent")
-    sent.setdefault("host", _host(parts, origin))
+    sent.setdefault("host", _host_header(parts, origin))
     if credentials := basic_auth_of(url):
         sent.setdefault("authorization", credentials)
     if proxy is not None and not origin.tls and (credentials := basic_auth_of(proxy)):
         sent["proxy-authorization"] = credentials
-    line = f"POST {_target(parts, origin)} HTTP/1.1\r\n".encode()
-    return RequestHead(origin, line, sent, line + _lines(sent))
+    line = f"POST {_request_target(parts, origin)} HTTP/1.1\r\n".encode()
+    return RequestHead(origin, line, sent, line + _header_lines(sent))
 
 
 def _parse_url(what: str, url: str) -> tuple[SplitResult, str, int]:
-    """Return parts, host and port of an HTTP address. Raises ValueError."""
+    """Return the parts, host and port of an HTTP address. `what` begins the message of a ValueError."""
     parts = urlsplit(url)
     host = (parts.hostname or "").encode("idna").decode()
-    if parts.scheme not in DEFAULT_PORTS or not _HOST.fullmatch(host):
+    if parts.scheme not in DEFAULT_PORTS or not _HOST_NAME.fullmatch(host):
         raise ValueError(f"{what} is http:// or https://, and names a host")
     return parts, host, port_of(parts)
 
 
-def _target(parts: SplitResult, origin: Origin) -> str:
+def _request_target(parts: SplitResult, origin: Origin) -> str:
     """Return the target of the request line. An HTTP proxy needs the whole address."""
-    path = quote(parts.path, safe=_PATH) or "/"
-    target = f"{path}?{quote(parts.query, safe=_PATH)}" if parts.query else path
-    return target if origin.proxy is None or origin.tls else f"http://{_host(parts, origin)}{target}"
+    path = quote(parts.path, safe=_SAFE_IN_TARGET) or "/"
+    target = f"{path}?{quote(parts.query, safe=_SAFE_IN_TARGET)}" if parts.query else path
+    return target if origin.proxy is None or origin.tls else f"http://{_host_header(parts, origin)}{target}"
 
 
-def _host(parts: SplitResult, origin: Origin) -> str:
+def _host_header(parts: SplitResult, origin: Origin) -> str:
+    """Return the host, with its port unless that is the scheme's own."""
     authority = authority_of(origin.host, origin.port)
     return authority.rpartition(":")[0] if origin.port == DEFAULT_PORTS[parts.scheme] else authority
 
 
-def _lines(headers: Mapping[str, str]) -> bytes:
+def _header_lines(headers: Mapping[str, str]) -> bytes:
     return "".join([f"{name}: {value}\r\n" for name, value in headers.items()]).encode()
-
-
-log = logging.getLogger("uniroute.upstream")
-
-PATH = "/chat/completions"
-
-_OWN_HEADERS = ("extra_headers", "headers")
 
 
 @dataclass(frozen=True)
@@ -354,7 +359,11 @@ class Endpoint:
     def build_body(
         self, body: Mapping[str, Any], raw: bytes | None, *, stream: bool, include_usage: bool = True
     ) -> bytes:
-        """Encode a request. `raw`: the bytes that `body` was parsed from, if all of it is for the upstream."""
+        """Encode the body of a request.
+
+        Args:
+            raw: the bytes that `body` was parsed from; None if it differs, or was made here.
+        """
         sent = body if self.model_params is None else merge_model_params(self.model_params, body)
         if not self.param_aliases.keys().isdisjoint(sent):
             sent = self._with_aliases(sent)
@@ -362,7 +371,7 @@ class Endpoint:
         return build_body(raw, sent, self.model, stream=stream, include_usage=include_usage)
 
     def _with_aliases(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Use the provider's names. If two names of one field both have a value, the provider's own counts."""
+        """Rename fields to the provider's names. If a field has a value under both names, the provider's counts."""
         sent = {name: value for name, value in body.items() if name not in self.param_aliases}
         for name, other in self.param_aliases.items():
             if body.get(name) is not None and sent.get(other) is None:
@@ -370,8 +379,12 @@ class Endpoint:
         return sent
 
 
+# Parameters of a model with headers for its requests. Of a header that both have, the latter counts.
+_HEADER_PARAMS = ("extra_headers", "headers")
+
+
 class Endpoints:
-    """The endpoints of all models, each made at the first call and again when its record has changed."""
+    """Make the endpoint of each model at its first call, and again when its record has changed."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str], outbound: Outbound) -> None:
         self._settings = settings
@@ -380,10 +393,14 @@ class Endpoints:
         self._endpoints: dict[str, tuple[ModelRecord, Endpoint]] = {}
 
     def get(self, record: ModelRecord, resolved: ResolvedProvider) -> Endpoint:
-        """Raises UpstreamError if a key is missing or the address cannot be used."""
-        known = self._endpoints.get(record.name)
-        if known is not None and known[0] is record:
-            return known[1]
+        """Return the endpoint of a model.
+
+        Raises:
+            UpstreamError: a key is missing, or the address cannot be used.
+        """
+        cached = self._endpoints.get(record.name)
+        if cached is not None and cached[0] is record:
+            return cached[1]
         try:
             endpoint = self._make_endpoint(record, resolved)
         except SettingsError as error:
@@ -396,25 +413,25 @@ class Endpoints:
         return endpoint
 
     def retain(self, models: Mapping[str, ModelRecord]) -> None:
-        """Forget the models that are gone or changed."""
-        self._endpoints = {name: known for name, known in self._endpoints.items() if models.get(name) is known[0]}
+        """Keep only the endpoints of models that are registered and unchanged."""
+        self._endpoints = {name: cached for name, cached in self._endpoints.items() if models.get(name) is cached[0]}
 
     def _make_endpoint(self, record: ModelRecord, resolved: ResolvedProvider) -> Endpoint:
         params = record.litellm_params
-        base = self._value(stated_address(params) or resolved.api_base or "")
+        base = self._resolve(stated_address(params) or resolved.api_base or "")
         key = self._key(params, resolved)
-        own = {
-            name: {field: self._value(text) for field, text in (params.get(name) or {}).items()}
-            for name in _OWN_HEADERS
+        own_headers = {
+            param: {name: self._resolve(text) for name, text in (params.get(param) or {}).items()}
+            for param in _HEADER_PARAMS
         }
         headers = {"content-type": "application/json", "accept-encoding": "identity", "user-agent": "uniroute"}
         if key:
             headers["authorization"] = f"Bearer {key}"
         if params.get("organization"):
-            headers["openai-organization"] = self._value(params["organization"])
+            headers["openai-organization"] = self._resolve(params["organization"])
         url = url_of(base)
         trust = self._trust(params) if url.startswith("https:") else DEFAULT_TRUST
-        for each in own.values():
+        for each in own_headers.values():
             headers |= {name.lower(): text for name, text in each.items()}
         return Endpoint(
             name=record.name,
@@ -422,29 +439,34 @@ class Endpoints:
             model=resolved.model,
             param_aliases=resolved.param_aliases,
             model_params=params if record.has_body_params else None,
-            secrets=secrets_of({**params, "api_key": key, "api_base": base, **own}, key),
+            secrets=secrets_of({**params, "api_key": key, "api_base": base, **own_headers}, key),
         )
 
     def _trust(self, params: Mapping[str, Any]) -> Trust:
-        """Raises OutboundError."""
+        """Return which certificates are trusted. Raises OutboundError."""
         stated = params.get("ssl_verify")
-        return self._outbound.trust_of(self._value(stated) if isinstance(stated, str) else stated)
+        return self._outbound.trust_of(self._resolve(stated) if isinstance(stated, str) else stated)
 
     def _key(self, params: Mapping[str, Any], resolved: ResolvedProvider) -> str | None:
+        """Return the model's own key, or else the environment's if requests go to the provider's own address."""
         if params.get("api_key"):
-            return self._value(params["api_key"])
+            return self._resolve(params["api_key"])
         address = stated_address(params)
         if address and not (resolved.own_address or is_openai_url(address)):
-            return None  # an older version may have stored a variable anyway
+            return None  # even if there is a `key_variable`: an older version may have stored one
         name = referred_variable(f"os.environ/{resolved.key_variable}") if resolved.key_variable else None
         return self._environ.get(name) if name else None
 
-    def _value(self, stated: str) -> str:
+    def _resolve(self, stated: str) -> str:
+        """Return a parameter's value, with a reference to the environment replaced by what it refers to."""
         return resolve_secret(stated, self._environ, self._settings.allowed_env)
 
 
+PATH = "/chat/completions"
+
+
 def url_of(base: str) -> str:
-    """Return the address of chat completions below `base`. A query stays."""
+    """Return the address of chat completions below `base`. Its query stays."""
     address, mark, query = base.partition("?")
     path = address.rstrip("/")
     return (path if path.endswith(PATH) else path + PATH) + mark + query

@@ -2,7 +2,7 @@
 
 `uniroute:health:<model>` holds why the circuit is open, and expires with the cooldown, so that no two clocks are
 compared. The channel `uniroute:health` carries the names of models whose key was written or deleted. Without Redis each
-process goes by what it finds itself. No request ever waits for any of this.
+process knows only what it finds itself. No request ever waits for the replication.
 """
 
 from __future__ import annotations
@@ -27,11 +27,6 @@ from proxy.upstream.concurrency_limit import ConcurrencyLimiter
 
 log = logging.getLogger("uniroute.health")
 
-# More than are ever registered: a bound for the memory, not a limit that anybody meets.
-MAX_MODELS = 10_000
-
-_NONE: Final[Mapping[str, float]] = MappingProxyType({})
-
 
 @dataclass(frozen=True, slots=True)
 class HealthEvent:
@@ -40,35 +35,35 @@ class HealthEvent:
     model: str
     is_open: bool
     from_peer: bool
-    """Another process says so."""
+    """Another process opened or closed it, and this one follows."""
 
 
 class Attempt(Permit):
-    """One request to one model. It holds one of the model's slots, and the circuit breaker hears how it ended.
+    """One request to one model, which reports its outcome to the circuit breaker and then releases its slot.
 
     Exactly one of `succeeded`, `failed` and `abandoned` ends it; later calls are ignored.
     """
 
-    __slots__ = ("_breaker", "_health", "_is_over", "_slots", "acquired_at", "deadline_is_callers", "model")
+    __slots__ = ("_breaker", "_ended", "_health", "_slots", "acquired_at", "deadline_is_callers", "model")
 
     def __init__(self, health: HealthRegistry, model: str, breaker: CircuitBreaker) -> None:
         super().__init__()
         self.model = model
-        # The caller's own time limit is shorter than the model's: to miss it is no fault of the model.
+        # Whether the caller's time limit is shorter than the model's: then a timeout is no fault of the model.
         self.deadline_is_callers = False
         self._health = health
         self._breaker = breaker
         self._slots: ConcurrencyLimiter | None = None
         self.acquired_at = 0.0
-        self._is_over = False
+        self._ended = False
 
     def holds(self, slots: ConcurrencyLimiter, acquired_at: float) -> None:
-        """Release a slot that was acquired of `slots`, when this attempt ends."""
+        """Take over a slot that was acquired of `slots`, to release it when this attempt ends."""
         self._slots, self.acquired_at = slots, acquired_at
 
     def first_content(self) -> None:
-        """Let others in before a probe has ended. Calling it is optional."""
-        if not self._is_over:
+        """Report the first content: if this is a probe, its circuit is closed before it has ended."""
+        if not self._ended:
             self._health._apply(self.model, self._breaker, self._breaker.first_content, self)
 
     def succeeded(self) -> None:
@@ -83,18 +78,24 @@ class Attempt(Permit):
             self._health._apply(self.model, self._breaker, self._breaker.failed, self, failure_class)
 
     def abandoned(self) -> None:
-        """End without an outcome: the client left, or its own time limit was over."""
+        """End without an outcome: the client left, or its own time limit has passed."""
         if self._end():
             self._breaker.abandoned(self)
 
     def _end(self) -> bool:
-        """Whether this is the end, and not a later call."""
-        if self._is_over:
+        """End this attempt and release its slot; return False if it had ended before."""
+        if self._ended:
             return False
-        self._is_over = True
+        self._ended = True
         if self._slots is not None:
             self._slots.release(self.model, self.acquired_at)
         return True
+
+
+# Bounds the memory, far above the number of models that are ever registered.
+MAX_MODELS = 10_000
+
+_NONE: Final[Mapping[str, float]] = MappingProxyType({})
 
 
 class HealthRegistry:
@@ -126,7 +127,7 @@ class HealthRegistry:
     def cooling_down(self) -> Mapping[str, float]:
         """Return the models that may not be asked now, with the seconds until they may.
 
-        A model that is being probed is among them, with the time after which its probe counts as lost.
+        They include models that are being probed, with the seconds after which the probe counts as lost.
         """
         if not self._open:
             return _NONE
@@ -135,11 +136,10 @@ class HealthRegistry:
         return {model: wait for model, wait in waits if wait is not None}
 
     def start_attempt(self, model: str) -> Attempt:
-        """Let a request to a model begin, whatever its health is: all may be in cooldown, or this one was named.
+        """Start an attempt at a model, even if its circuit is open. The first attempt after a cooldown is the probe.
 
-        The first attempt after a cooldown is the probe. To leave a model alone that is being probed, look at
-        `cooling_down` right before this, with no await between; and wait for a slot before, so that no probe stands in
-        a queue.
+        To respect an open circuit, check `cooling_down` right before this call, with no await in between. Acquire a
+        slot before that check, so that no probe waits in a queue.
         """
         breaker = self._breaker(model)
         attempt = Attempt(self, model, breaker)
@@ -147,32 +147,32 @@ class HealthRegistry:
         return attempt
 
     def open(self, model: str, seconds: float, why: str, *, from_peer: bool = False) -> None:
-        """Open a model's circuit, for no longer than the longest cooldown. A length that is not above 0 is ignored."""
+        """Open a model's circuit, for no longer than the longest cooldown. Does nothing if `seconds` is not above 0."""
         if not seconds > 0:
             return
         breaker = self._breaker(model)
-        act = breaker.open_from_peer if from_peer else breaker.open
-        self._apply(model, breaker, act, seconds, why, from_peer=from_peer)
+        change = breaker.open_from_peer if from_peer else breaker.open
+        self._apply(model, breaker, change, seconds, why, from_peer=from_peer)
 
     def close_from_peer(self, model: str) -> None:
-        """End what a peer found, and leave what was found here."""
+        """Close a circuit that another process opened and has now closed. A cooldown that was found here stays."""
         if (breaker := self._open.get(model)) is not None:
             self._apply(model, breaker, lambda _: breaker.close_from_peer(), from_peer=True)
 
     def reset(self, model: str, *, from_peer: bool = False) -> None:
-        """Forget a model that was removed or changed; attempts on what it was before no longer count."""
+        """Forget a model that was removed or changed. Attempts that were started before no longer count."""
         self._breakers.pop(model, None)
         if self._open.pop(model, None) is not None:
             self._notify(HealthEvent(model, is_open=False, from_peer=from_peer))
 
     def local_cooldown(self, model: str) -> tuple[float, str] | None:
-        """Return the seconds left of a cooldown that was found here, 0 when over, and why; None if there is none."""
+        """Return the remaining seconds, 0 when over, and the reason of a cooldown found here; None: there is none."""
         breaker = self._open.get(model)
         seconds = breaker.local_cooldown_s(self._clock()) if breaker else None
         return None if breaker is None or seconds is None else (seconds, breaker.why or "")
 
     def status(self, model: str) -> dict[str, Any]:
-        """Describe a model's health. Its state is well, resting, or probing: then the next answer decides."""
+        """Return a model's health as JSON. The state is well, resting, or probing: the next answer decides."""
         breaker = self._open.get(model)
         if breaker is None:
             return {"state": "well", "recovers_in_s": None, "why": None}
@@ -182,7 +182,7 @@ class HealthRegistry:
         return {"state": "probing", "recovers_in_s": None, "why": breaker.why}
 
     def open_counts(self) -> dict[str, int]:
-        """Return how often the circuit of each model that was ever asked was opened by what was found here."""
+        """Return how often this process opened the circuit of each model that it has asked."""
         return {model: breaker.open_count for model, breaker in self._breakers.items()}
 
     def _breaker(self, model: str) -> CircuitBreaker:
@@ -194,11 +194,12 @@ class HealthRegistry:
         return breaker
 
     def _apply(
-        self, model: str, breaker: CircuitBreaker, act: Callable[..., None], *given: Any, from_peer: bool = False
+        self, model: str, breaker: CircuitBreaker, change: Callable[..., None], *args: Any, from_peer: bool = False
     ) -> None:
-        """Call `act` with what is given and the time, and tell the listeners if that opened or closed the circuit."""
+        """Call `change` with `args` and the time, and notify the listeners if that opened or closed the circuit."""
         epoch, now = breaker.epoch, self._clock()
-        act(*given, now)
+        change(*args, now)
+        # An unchanged epoch: no change of state. Another breaker: the model was reset since this one was handed out.
         if breaker.epoch == epoch or self._breakers.get(model) is not breaker:
             return
         if breaker.closed:
@@ -218,12 +219,12 @@ CHANNEL: Final = "uniroute:health"
 
 LISTEN_TIMEOUT_S = 0.5
 
-# All keys are read this often too: a message may be lost, and a connection may be dead without a word.
+# All keys are also read this often: a message may be lost, and a dead connection may go unnoticed.
 REREAD_INTERVAL_S = 5.0
 
 RETRY_INTERVAL_S = 0.5
 
-# A key that is gone while its cooldown had longer than this to go was deleted; otherwise it has expired.
+# A missing key was deleted if its cooldown should have lasted longer than this; otherwise it has expired.
 MIN_REVOKED_S = 1.0
 
 MAX_MESSAGES = 1000
@@ -249,10 +250,10 @@ class CooldownReplicator:
         self._store = store
         self._health = health
         self._registered = registered
-        # Models to be published, in order. What is published is read when it is written: only the newest counts.
+        # Models to publish, in order. Their state is looked up only when it is written, and is then the newest.
         self._pending: dict[str, None] = {}
         self._has_pending = asyncio.Event()
-        # A reading that overtook a writing would bring back what was just ended.
+        # Held while Redis is read or written: a read that overtook a write would bring back an ended cooldown.
         self._lock = asyncio.Lock()
         self._warned: set[str] = set()
         self._tasks = BackgroundTasks()
@@ -266,6 +267,7 @@ class CooldownReplicator:
         await self._tasks.close()
 
     def _queue(self, event: HealthEvent) -> None:
+        """Note a model whose state is to be published, unless it came from another process."""
         if event.from_peer:
             return
         if len(self._pending) >= MAX_QUEUED:
@@ -280,10 +282,10 @@ class CooldownReplicator:
             await retry_until_available(self._publish)
 
     async def _publish(self) -> None:
-        """Write what is pending.
+        """Write the state of all pending models.
 
         Raises:
-            StoreUnavailable: all of it is still pending.
+            StoreUnavailable: all of them are still pending.
         """
         async with self._lock:
             models, self._pending = self._pending, {}
@@ -302,8 +304,10 @@ class CooldownReplicator:
                 cooldown = self._health.local_cooldown(model)
                 if cooldown is None:
                     pipe.delete(health_key(model))
-                elif (left_ms := int(cooldown[0] * 1000)) > 0:
-                    pipe.set(health_key(model), cooldown[1][:MAX_WHY_CHARS], px=left_ms)
+                else:
+                    seconds, why = cooldown
+                    if (left_ms := int(seconds * 1000)) > 0:
+                        pipe.set(health_key(model), why[:MAX_WHY_CHARS], px=left_ms)
                 pipe.publish(CHANNEL, model)
             replies = await pipe.execute(raise_on_error=False)
         if refused := next((reply for reply in replies if isinstance(reply, RedisError)), None):
@@ -318,6 +322,7 @@ class CooldownReplicator:
                 await asyncio.sleep(RETRY_INTERVAL_S)
 
     async def _listen(self) -> None:
+        """Adopt what other processes announce, and read all keys now and then."""
         async with self._store.client.pubsub() as pubsub:
             await pubsub.subscribe(CHANNEL)
             read_at = None
@@ -328,7 +333,7 @@ class CooldownReplicator:
                 await self._read(await _announced_models(pubsub), announced=True)
 
     async def _read(self, named: Collection[str], *, announced: bool) -> None:
-        """Adopt what Redis holds of these models. `announced`: a message says that it has just changed.
+        """Adopt what Redis has about these models. `announced`: a message said that it has just changed.
 
         Raises:
             StoreUnavailable: nothing was adopted.
@@ -347,7 +352,7 @@ class CooldownReplicator:
                     pipe.get(health_key(model))
                 replies = await pipe.execute(raise_on_error=False)
             for model, left_ms, why in zip(models, replies[::2], replies[1::2], strict=True):
-                if model not in self._pending:  # what this process knows is newer
+                if model not in self._pending:  # else what this process is about to publish is newer
                     self._apply(model, left_ms, why, announced=announced)
 
     def _apply(self, model: str, left_ms: object, why: object, *, announced: bool) -> None:
@@ -355,27 +360,27 @@ class CooldownReplicator:
         if 0 < seconds <= self._health.settings.longest_cooldown_s:
             self._health.open(model, seconds, _printable(why), from_peer=True)
             return
-        if left_ms != -2:
+        if left_ms != -2:  # the key exists, since only a missing one has this time to live
             self._warn_once(model)
         status = self._health.status(model)
         if announced or (status["recovers_in_s"] or 0.0) > MIN_REVOKED_S:
             self._health.close_from_peer(model)
 
     def _warn_once(self, model: str) -> None:
-        """Warn of a key that never expires, or expires too late: no UniRoute process has written it."""
+        """Warn of a key that never expires, or expires too late: no UniRoute process wrote it."""
         if model not in self._warned and len(self._warned) < MAX_MESSAGES:
             self._warned.add(model)
             log.warning("%s is ignored: it does not expire within the longest cooldown", health_key(model))
 
 
 def _printable(why: object) -> str:
-    """Return one printable line of what any writer may have stored: administrators see it."""
-    said = "".join(letter for letter in why[:MAX_WHY_CHARS] if letter.isprintable()) if isinstance(why, str) else ""
-    return said or UNKNOWN_REASON
+    """Return a stored reason as one printable line: administrators see it, and anything may have written it."""
+    line = "".join(char for char in why[:MAX_WHY_CHARS] if char.isprintable()) if isinstance(why, str) else ""
+    return line or UNKNOWN_REASON
 
 
 async def _announced_models(pubsub: Any) -> set[str]:
-    """Return the models named by the messages that have come, or that come within LISTEN_TIMEOUT_S."""
+    """Return the models that messages have named, waiting up to LISTEN_TIMEOUT_S for the first message."""
     names: set[str] = set()
     message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=LISTEN_TIMEOUT_S)
     for _ in range(MAX_MESSAGES):
@@ -394,7 +399,7 @@ async def prune_removed_models(health: HealthRegistry, registered: Callable[[], 
     """Forget the health of models that were removed or changed, until this is cancelled.
 
     Args:
-        registered: the models of the current snapshot: another mapping whenever one of them is another.
+        registered: returns the models of the current snapshot, in a new mapping whenever one of them has changed.
     """
     before = registered()
     while True:
@@ -402,8 +407,8 @@ async def prune_removed_models(health: HealthRegistry, registered: Callable[[], 
         now = registered()
         if now is before:
             continue
-        for name, record in before.items():
-            changed = now.get(name)
-            if changed is None or changed.litellm_params != record.litellm_params:
+        for name, old in before.items():
+            new = now.get(name)
+            if new is None or new.litellm_params != old.litellm_params:
                 health.reset(name, from_peer=True)
         before = now

@@ -17,13 +17,13 @@ import httptools
 from proxy.concurrency import FairQueue
 from proxy.settings.outbound import DEFAULT_TRUST, Trust
 
-# Of a response. Some servers behind others send a policy or cookies of many kilobytes.
+# Of one response header. Servers behind gateways send policies or cookies of many kilobytes.
 MAX_HEADER_VALUE_BYTES = 64 * 2**10
 
-# Of everything but the body that comes in one go: a head, the hints before it, sizes of chunks, trailers.
+# Bytes that may come before, between or after pieces of the body: a head, early hints, sizes of chunks, trailers.
 MAX_HEAD_BYTES = 256 * 2**10
 
-# How much of a body waits for its reader before reading from the upstream is paused.
+# How much of a body may wait for its reader, before reading from the upstream is paused.
 MAX_UNREAD_BYTES = 256 * 2**10
 
 # The same for an upstream that compresses its response, though it was asked not to.
@@ -31,15 +31,6 @@ MAX_DECOMPRESSED_BYTES = 16 * 2**20
 
 # A larger request body is written in pieces of this size, so that other tasks get a turn.
 WRITE_BYTES = 256 * 2**10
-
-_GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
-
-_GZIP_START = b"\x1f"
-
-_ZLIB_START = b"\x78"
-
-# What servers call zlib's formats.
-_ZLIB_CODINGS = frozenset({"gzip", "x-gzip", "deflate"})
 
 
 class ConnectionClosed(ConnectionError):
@@ -66,15 +57,26 @@ class Decompressor(Protocol):
     def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
 
 
+# Tells zlib to find out by itself which of the two formats it reads.
+_GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
+
+_GZIP_START = b"\x1f"
+
+_ZLIB_START = b"\x78"
+
+# Names of zlib's formats in content-encoding.
+_ZLIB_CODINGS = frozenset({"gzip", "x-gzip", "deflate"})
+
+
 def decompressor_for(coding: str | None, start: bytes) -> Decompressor | None:
-    """Choose a decompressor by how a body starts; neither JSON nor events start as compressed bytes do.
+    """Choose a decompressor by the first byte of a body, which is neither that of JSON nor that of events.
 
     Args:
         coding: the header content-encoding.
         start: at least one byte of the body.
 
     Returns:
-        None: the body is plain, or compressed in a way that was not asked for, which its reader will find.
+        None: the body is plain, or compressed in another way, which its parser will reject.
     """
     first = start[:1]
     if first == _GZIP_START or (first == _ZLIB_START and (coding or "").lower() in _ZLIB_CODINGS):
@@ -85,7 +87,8 @@ def decompressor_for(coding: str | None, start: bytes) -> Decompressor | None:
 class HTTP11Connection(asyncio.Protocol):
     """One connection to an upstream, used by one request at a time.
 
-    For each request `send`, `wait_for_head`, then `read` until it returns nothing. Then the next request, or `close`.
+    For each request call `send`, `wait_for_head`, then `read` until it returns no bytes. Then send the next request, or
+    call `close`.
     """
 
     def __init__(self, on_lost: Callable[[HTTP11Connection], None] = lambda _: None) -> None:
@@ -101,11 +104,11 @@ class HTTP11Connection(asyncio.Protocol):
 
     def _start_request(self) -> None:
         self._in_use = True
-        # None until the head of the response has come.
+        # None until the head of the response has arrived.
         self.status: int | None = None
         # Names in lower case; the last value of a repeated one.
         self.headers: dict[str, str] = {}
-        # All of the response has come. Some of it may still be unread.
+        # Whether all of the response has arrived. Some of it may still be unread.
         self.ended = False
         self._keep_alive = False
         self._bytes_since_body = 0
@@ -129,21 +132,21 @@ class HTTP11Connection(asyncio.Protocol):
         for start in range(0, len(body), WRITE_BYTES):
             while self._writing_paused and not self._responded:
                 await self._wait()
-            if self._responded:  # the upstream does not want the rest
+            if self._responded:  # the upstream has answered early, and will not read the rest
                 self._request_incomplete = True
                 return
             self._transport.write(body[start : start + WRITE_BYTES])
             await asyncio.sleep(0)
 
     async def wait_for_head(self) -> None:
-        """Wait for `status` and `headers`. Raises ConnectionClosed or RemoteProtocolError."""
+        """Wait until `status` and `headers` are set. Raises ConnectionClosed or RemoteProtocolError."""
         while self.status is None:
             if self._error is not None:
                 raise self._error
             await self._wait()
 
     async def read(self) -> bytes:
-        """Return what has come of the body, at least one byte, or nothing at its end.
+        """Return what has arrived of the body, at least one byte; no bytes at its end.
 
         Raises:
             IncompleteResponse, RemoteProtocolError: the rest cannot be read.
@@ -164,7 +167,7 @@ class HTTP11Connection(asyncio.Protocol):
 
     @property
     def reusable(self) -> bool:
-        """Return whether the response has ended and the upstream expects another request."""
+        """Return whether the response has ended and another request can be sent."""
         unusable = self._lost or self._request_incomplete or self._reading_paused
         return self._keep_alive and not unusable and not self._transport.is_closing()
 
@@ -181,7 +184,11 @@ class HTTP11Connection(asyncio.Protocol):
         self._transport.abort()
 
     async def secure(self, context: Any, host: str) -> None:
-        """Start TLS in a tunnel through a proxy. Raises RemoteProtocolError: the proxy sent more than its response."""
+        """Start TLS in a tunnel through a proxy.
+
+        Raises:
+            RemoteProtocolError: the proxy sent more than the head of its response.
+        """
         if self._pieces:
             raise RemoteProtocolError("something came before the way was free")
         self.mark_idle()
@@ -193,7 +200,7 @@ class HTTP11Connection(asyncio.Protocol):
         return self._error is not None or self.status is not None
 
     async def _wait(self) -> None:
-        """Wait until something changes."""
+        """Wait until the transport or the parser has reported something."""
         self._waiter = self._loop.create_future()
         try:
             await self._waiter
@@ -209,7 +216,7 @@ class HTTP11Connection(asyncio.Protocol):
             self._error = error
         self._wake()
 
-    # What the transport calls.
+    # Called by the transport, as asyncio.Protocol.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -242,14 +249,15 @@ class HTTP11Connection(asyncio.Protocol):
         self._on_lost(self)
 
     def _end_of_data(self, error: Exception | None) -> None:
-        """End a response without a stated length, and fail any other."""
+        """End a response that has no stated length, since the closed connection ends it; fail any other."""
         if error is not None or "content-length" in self.headers or "transfer-encoding" in self.headers:
             self._fail(IncompleteResponse(str(error or "the connection was closed")))
         self.ended = self._error is None
         self._wake()
 
     def eof_received(self) -> None:
-        self.close()  # otherwise it stays open until all of the request is sent, which the upstream may never read
+        # Otherwise the transport stays open until all of the request is sent, which the upstream may never read.
+        self.close()
 
     def pause_writing(self) -> None:
         self._writing_paused = True
@@ -258,10 +266,10 @@ class HTTP11Connection(asyncio.Protocol):
         self._writing_paused = False
         self._wake()
 
-    # What the parser calls.
+    # Called by the parser of httptools.
 
     def on_message_begin(self) -> None:
-        if self.ended:  # a request must never get this one in place of its own
+        if self.ended:  # the next request must not get this response in place of its own
             raise RemoteProtocolError("a second answer came to one request")
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -300,6 +308,7 @@ class HTTP11Connection(asyncio.Protocol):
             self.ended, self._keep_alive = True, self._parser.should_keep_alive()
 
     def _decompress(self, decompressor: Decompressor, body: bytes) -> bytes:
+        """Decompress a piece of the body. Raise RemoteProtocolError if that is too large or not compressed data."""
         max_bytes = MAX_DECOMPRESSED_BYTES - self._unread
         try:
             plain = decompressor.decompress(body, max_bytes + 1)
@@ -319,7 +328,7 @@ SWEEP_INTERVAL_S = 1.0
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
-# How long before the next address of a host is tried beside the first (RFC 8305).
+# How long to wait for one address of a host before the next is tried at the same time (RFC 8305).
 HAPPY_EYEBALLS_DELAY_S = 0.25
 
 
@@ -329,7 +338,7 @@ class ProxyError(Exception):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a connection leads, and through which proxy. Connections of one origin are interchangeable."""
+    """What a connection connects to, and through which proxy. Connections of one origin are interchangeable."""
 
     host: str
     port: int
@@ -346,22 +355,22 @@ class ConnectionPool:
         """
         Args:
             max_open: further callers wait for a slot.
-            context: returns the TLS context for a trust; called when one is needed.
+            context: returns the TLS context for a `Trust`.
         """
         self._max_open = max_open
         self._context = context
         self._slots = FairQueue(max_open)
-        # By origin, the newest last, each with the time at which it is closed.
+        # By origin, the last used at the end, each with the time (of the event loop) at which it is closed.
         self._idle: dict[Origin, dict[HTTP11Connection, float]] = {}
         self._idle_count = 0
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._closed = False
 
     async def acquire(self, origin: Origin, timeout_s: float) -> HTTP11Connection:
-        """Return an idle connection, or open one. `release` or `discard` it.
+        """Return an idle connection, or open one. Give it back by `release` or `discard`.
 
         Raises:
-            TimeoutError: it was not open in time.
+            TimeoutError: it could not be opened in time.
             OSError, ProxyError: it cannot be opened.
         """
         if not self._slots.acquire_nowait():
@@ -378,7 +387,7 @@ class ConnectionPool:
             raise
 
     def _pop_idle(self, origin: Origin) -> HTTP11Connection | None:
-        """Return the connection that was used last and still takes a request."""
+        """Return the idle connection that was used last and can still be used; None: there is none."""
         idle = self._idle.get(origin)
         while idle:
             connection, _ = idle.popitem()
@@ -389,7 +398,7 @@ class ConnectionPool:
         return None
 
     def release(self, origin: Origin, connection: HTTP11Connection) -> None:
-        """Keep the connection if it takes another request, else close it."""
+        """Keep the connection if another request can use it, else close it."""
         if self._closed or not connection.reusable:
             self.discard(connection)
             return
@@ -405,7 +414,7 @@ class ConnectionPool:
         self._slots.release()
 
     async def aclose(self) -> None:
-        """Close the idle connections. The others are closed by those who use them."""
+        """Close the idle connections. Those in use are closed when they are released."""
         self._closed = True
         if self._sweep_timer is not None:
             self._sweep_timer.cancel()
@@ -454,7 +463,7 @@ class ConnectionPool:
             if connection.status != 200:
                 raise ProxyError(f"the HTTP proxy answered with status {connection.status}")
             await connection.secure(self._context(origin.trust), origin.host)
-        except RemoteProtocolError as error:  # nothing has gone to the model yet
+        except RemoteProtocolError as error:  # a failure of the proxy: nothing was sent to the model yet
             raise ProxyError(f"the HTTP proxy answered otherwise than in HTTP: {error}") from error
 
     def _on_lost(self, connection: HTTP11Connection) -> None:
@@ -471,12 +480,12 @@ class ConnectionPool:
         connection.close()
 
     def _sweep(self) -> None:
-        """Close what has been idle for too long, and come back while anything is idle."""
+        """Close connections that have been idle for too long, and sweep again while any are idle."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         for origin, idle in list(self._idle.items()):
-            for connection, until in list(idle.items()):
-                if until > now:
+            for connection, closes_at in list(idle.items()):
+                if closes_at > now:
                     break
                 del idle[connection]
                 self._idle_count -= 1
@@ -495,7 +504,7 @@ def authority_of(host: str, port: int) -> str:
 
 
 def basic_auth_of(url: str) -> str | None:
-    """Return the user and password of an address as a header has them."""
+    """Return the user and password of an address as the value of an authorization header; None: it has none."""
     parts = urlsplit(url)
     if parts.username is None:
         return None

@@ -147,7 +147,7 @@ def _finishes(room: Room) -> Work:
 
 
 def _records(room: Room) -> Work:
-    usage, entry = room.app.usage, started(room.record())._record("complete")
+    usage, entry = room.app.usage, started(room.record())._write_usage("complete")
 
     async def work(times: int) -> None:
         for _ in range(times):
