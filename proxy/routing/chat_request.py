@@ -11,7 +11,7 @@ from proxy.errors import BadRequest
 from proxy.routing.json_body import parse_fast, parse_strict
 from proxy.routing.requirements import ContentSummary
 from proxy.routing.sizes import check_sizes
-from proxy.settings.control_fields import reject_control_fields
+from proxy.settings.litellm_params import reject_control_fields
 from proxy.settings.schema import NO_OVERRIDES, TimeoutOverrides
 from router_core.text import closest_name
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from proxy.errors import BadRequest
-from proxy.settings.control_fields import plain_name
+from proxy.settings.litellm_params import plain_name
 from router_core.text import BYTES_PER_TOKEN, text_bytes
 
 # OpenAI's names for the token limit of one answer, its reasoning included.

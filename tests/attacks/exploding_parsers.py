@@ -17,8 +17,7 @@ from proxy.server.admin_responses import redact_params
 from proxy.server.auth import check_host, credentials_from
 from proxy.server.requests import request_ids_from
 from proxy.server.responses import render_error
-from proxy.settings.control_fields import reject_control_fields
-from proxy.settings.litellm_params import is_model_info_of_litellm
+from proxy.settings.litellm_params import is_model_info_of_litellm, reject_control_fields
 from proxy.settings.schema import Settings
 from proxy.storage.audit_log import action_of
 from proxy.upstream.circuit_breaker import parse_retry_after

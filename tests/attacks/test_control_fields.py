@@ -14,8 +14,7 @@ import pytest
 
 from proxy.errors import BadRequest, FieldNotAllowed, UpstreamError
 from proxy.routing.chat_request import parse_chat
-from proxy.settings.control_fields import is_control_field
-from proxy.settings.litellm_params import CHAT_FIELDS
+from proxy.settings.litellm_params import CHAT_FIELDS, is_control_field
 from proxy.settings.models import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord

@@ -11,7 +11,7 @@ import pytest
 from proxy.errors import BadRequest, FieldNotAllowed
 from proxy.json_limits import MAX_DEPTH
 from proxy.routing.chat_request import ChatRequest, ProviderPreferences, parse_chat, parse_object
-from proxy.settings.control_fields import COMMON_FIELDS, is_control_field
+from proxy.settings.litellm_params import COMMON_FIELDS, is_control_field
 
 ASK: Any = [{"role": "user", "content": "hi"}]
 
