@@ -27,7 +27,7 @@ from proxy.storage.valkey import EmbeddedValkey
 from tests.support.reaper import own_mark
 
 STARTER = "import sys; from pathlib import Path; from proxy.storage.valkey import EmbeddedValkey as V;"
-STARTER += "V(Path(sys.argv[1])).ensure(); print(flush=True); sys.stdin.read()"
+STARTER += "store = V(Path(sys.argv[1])); store.ensure(); print(flush=True); sys.stdin.read()"
 
 def test_without_end(tmp_path, valkey):
     command = [sys.executable, "-c", STARTER, str(tmp_path)]
