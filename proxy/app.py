@@ -354,7 +354,7 @@ async def app_state(
             live=live,
             health=health,
             capacities=ConcurrencyLimiter(),
-            conversations=sessions,
+            sessions=sessions,
             resolver=resolver,
             environ=environ,
         )

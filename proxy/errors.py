@@ -54,7 +54,7 @@ class ClientDisconnected(Exception):
     """The client closed its connection."""
 
 
-class ProxyError(Exception):
+class APIError(Exception):
     """The root. `param` names the offending field as the caller wrote it; `headers` go with the response."""
 
     def __init__(self, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None) -> None:
@@ -64,7 +64,7 @@ class ProxyError(Exception):
         self.headers = dict(headers or {})
 
 
-class BadRequest(ProxyError):
+class BadRequest(APIError):
     """A body or header that the caller can correct."""
 
 
@@ -76,15 +76,15 @@ class LoopDetected(BadRequest):
     """Routers call one another in a circle. Not a 5xx, which each of them would retry elsewhere."""
 
 
-class Unauthenticated(ProxyError):
+class Unauthenticated(APIError):
     """No key, or an unknown one."""
 
 
-class Forbidden(ProxyError):
+class Forbidden(APIError):
     """The caller is known and may not do this."""
 
 
-class ModelNotFound(ProxyError):
+class ModelNotFound(APIError):
     """No model has this name."""
 
 
@@ -96,23 +96,23 @@ class KeyNotFound(ModelNotFound):
     """No client key has this id."""
 
 
-class Conflict(ProxyError):
+class Conflict(APIError):
     """The name is taken, or the configuration file defines it."""
 
 
-class BodyTimeout(ProxyError):
+class BodyTimeout(APIError):
     """The body stopped in the middle."""
 
 
-class ContentTooLarge(ProxyError):
+class ContentTooLarge(APIError):
     """The body has more bytes than `max_body_bytes`."""
 
 
-class UnsupportedMediaType(ProxyError):
+class UnsupportedMediaType(APIError):
     """The content type is not JSON, or the body is compressed."""
 
 
-class NoEligibleModelError(ProxyError):
+class NoEligibleModelError(APIError):
     """No model that the caller allows can take this request."""
 
 
@@ -120,7 +120,7 @@ class ContextLengthExceeded(NoEligibleModelError):
     """The request has more tokens than any candidate's context window."""
 
 
-class ModelAtCapacity(ProxyError):
+class ModelAtCapacity(APIError):
     """A model has no slot for this request; `retry_after_s` estimates when it has one."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
@@ -128,7 +128,7 @@ class ModelAtCapacity(ProxyError):
         self.retry_after_s = retry_after_s
 
 
-class RateLimited(ProxyError):
+class RateLimited(APIError):
     """The key has used up its rate of requests or tokens."""
 
 
@@ -136,7 +136,7 @@ class BudgetExceeded(RateLimited):
     """The key's budget is spent or reserved."""
 
 
-class ServiceUnavailable(ProxyError):
+class ServiceUnavailable(APIError):
     """No model can be routed to yet, or the store cannot be written."""
 
 
@@ -156,7 +156,7 @@ class NotProfiled(ServiceUnavailable):
         self.why = why
 
 
-class UpstreamError(ProxyError):
+class UpstreamError(APIError):
     """A model failed to answer. `status` is None if no HTTP response came back."""
 
     def __init__(

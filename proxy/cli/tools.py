@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from proxy.settings.schema import Settings
     from proxy.storage.models import CurrentPrice, ModelRecord
     from proxy.storage.price_feed import SyncReport
-    from proxy.storage.reader import StoredState
+    from proxy.storage.state_reader import StoredState
     from router_core.types import Price
 
 
@@ -203,9 +203,9 @@ async def sync_once(settings: Settings, url: str | None = None) -> SyncReport:
     from proxy.storage.client_keys import AuthRequiredLatch
     from proxy.storage.models import ModelRecord
     from proxy.storage.price_feed import sync_prices
-    from proxy.storage.reader import StateReader
     from proxy.storage.redis import Store
     from proxy.storage.registry import Registry
+    from proxy.storage.state_reader import StateReader
 
     store = await Store.open(settings)
     try:

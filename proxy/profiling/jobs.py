@@ -12,11 +12,11 @@ from typing import Any
 from proxy.concurrency import BackgroundTasks
 from proxy.errors import NotProfiled
 from proxy.profiling.grading import AssignedPrompts, GradingProcess, ValidationPrompts
-from proxy.profiling.job import Job, JobStore, PromptAnswer, ReusedAnswers
+from proxy.profiling.job_store import Job, JobStore, PromptAnswer, ReusedAnswers
 from proxy.profiling.model_client import ModelClient, RetryPolicy
 from proxy.profiling.runner import ENOUGH_LABELS, JobRunner
 from proxy.profiling.worker import JobWorker
-from proxy.routing.candidates import listed
+from proxy.routing.selection_context import listed
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, StoredProfile
 from proxy.storage.redis import Store, StoreUnavailable, StoreUnreadable, retry_until_available

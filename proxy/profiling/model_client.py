@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from proxy.errors import ResponseTooLarge, UpstreamError
 from proxy.storage.models import ModelRecord
-from proxy.storage.usage import ObservedTraffic, TokenCounts, believed, cost_usd, parse_usage, usage_of
+from proxy.storage.usage import ObservedTraffic, TokenCounts, cost_usd, parse_usage, plausible_usage, usage_of
 from proxy.upstream.circuit_breaker import parse_retry_after
 from proxy.upstream.payload import JSONPayload
 from router_core.pricing import max_price_usd
@@ -125,7 +125,7 @@ def read_answer(completion: Mapping[str, Any], seconds: float, model: str) -> Mo
         raise ModelCallError(f"{model} answered without any choice", status=502)
     counts = parse_usage(usage_of(completion))
     text = _text(message.get("content"))
-    counts = believed(counts, ObservedTraffic(0, len(text.encode("utf-8", "replace")), unreported_bytes=0))
+    counts = plausible_usage(counts, ObservedTraffic(0, len(text.encode("utf-8", "replace")), unreported_bytes=0))
     return ModelAnswer(
         text=text,
         finish_reason=_word(choice.get("finish_reason")),

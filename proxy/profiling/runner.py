@@ -17,7 +17,7 @@ from proxy.profiling.grading import (
     ValidationPrompts,
     column,
 )
-from proxy.profiling.job import Job, JobStore, Lease, LeaseLost, PromptAnswer
+from proxy.profiling.job_store import Job, JobStore, Lease, LeaseLost, PromptAnswer
 from proxy.profiling.model_client import (
     REASONING_TOKENS,
     TRUNCATED,

@@ -19,7 +19,7 @@ from taskiq.serializers import JSONSerializer
 from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
 
 from proxy.concurrency import BackgroundTasks, cancel_and_wait
-from proxy.profiling.job import OPEN, JobStore, Lease, LeaseLost, Leases, enqueued_key, job_key, lease_key
+from proxy.profiling.job_store import OPEN, JobStore, Lease, LeaseLost, Leases, enqueued_key, job_key, lease_key
 from proxy.storage.models import OddValues, json_object
 from proxy.storage.redis import Store, StoreUnavailable, StoreUnreadable, awaited
 from proxy.storage.redis_connections import RedisServer

@@ -7,14 +7,14 @@ from typing import Any
 
 from proxy.errors import NoEligibleModelError, ServiceUnavailable
 from proxy.routing.assigner import AssignmentTimeout, ClusterAssigner
-from proxy.routing.candidates import (
+from proxy.routing.requirements import routing_text
+from proxy.routing.selection_context import (
     IneligibleReasons,
     RoutingMode,
     SelectionContext,
     no_candidate_error,
     over_cost_error,
 )
-from proxy.routing.requirements import routing_text
 from router_core.decision import RoutingDecision
 from router_core.eligibility import Eligibility, eligible, output_limit
 from router_core.errors import NoEligibleModel, RouterCoreError

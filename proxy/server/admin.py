@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BeforeValidator, WithJsonSchema
 
 from proxy.errors import BadRequest, JobNotFound, ModelNotFound
-from proxy.profiling.job import Job
+from proxy.profiling.job_store import Job
 from proxy.server.admin_responses import (
     Accepted,
     AuditEntries,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, WithJsonSchema
 
 from proxy.errors import ModelNotFound
-from proxy.profiling.job import Job
+from proxy.profiling.job_store import Job
 from proxy.server.dependencies import AppState
 from proxy.server.model_bodies import ProfileDocument
 from proxy.server.openapi import UNSET

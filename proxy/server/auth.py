@@ -13,7 +13,7 @@ from starlette._utils import get_route_path
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from proxy.errors import BadRequest, Forbidden, ProxyError, ServiceUnavailable, Unauthenticated
+from proxy.errors import APIError, BadRequest, Forbidden, ServiceUnavailable, Unauthenticated
 from proxy.server.requests import Headers, headers_of
 from proxy.server.responses import render_error
 from proxy.settings.schema import Settings, is_loopback
@@ -88,7 +88,7 @@ class AuthMiddleware:
             scope[KEY_IN_SCOPE], scope[PRINCIPAL] = caller.key, caller.id
             if caller.key is not None:
                 check_role(caller.key.role, scope["method"], path)
-        except ProxyError as error:
+        except APIError as error:
             status, body, headers = render_error(error)
             if status == 401:
                 headers = {**headers, "www-authenticate": "Bearer"}

@@ -10,9 +10,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from proxy.errors import BudgetExceeded, ModelAtCapacity, NotProfiled, UpstreamError
 from proxy.profiling.jobs import with_progress
 from proxy.routing.affinity import Affinity, load_affinity
-from proxy.routing.candidates import SelectionContext
 from proxy.routing.chat_request import READ_HEADERS, parse_chat
 from proxy.routing.selection import Selection, select_model, selection_to_json
+from proxy.routing.selection_context import SelectionContext
 from proxy.server.attempts import Attempts
 from proxy.server.auth import KEY_IN_SCOPE, path_of
 from proxy.server.dependencies import AppState, AppStateDep, RequestContext
@@ -126,7 +126,7 @@ async def select(ctx: RequestContext, *, explain: bool = False) -> tuple[Selecti
         NoEligibleModelError, ServiceUnavailable: as `select_model`; NotProfiled says how far profiling is.
     """
     app = ctx.app
-    affinity = await load_affinity(app.conversations, ctx.request, ctx.key, app.settings)
+    affinity = await load_affinity(app.sessions, ctx.request, ctx.key, app.settings)
     selecting = SelectionContext(
         f"dec-{next(random_ids)}",
         ctx.request,

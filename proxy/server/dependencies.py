@@ -55,7 +55,7 @@ class AppState:
     live: TrafficStats
     health: HealthRegistry
     capacities: ConcurrencyLimiter
-    conversations: SessionStore
+    sessions: SessionStore
     resolver: Resolver
     environ: Mapping[str, str] = field(repr=False)
     plans: dict[str, ModelPlan] = field(default_factory=dict, repr=False)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from redis.exceptions import ResponseError
 
 from proxy.concurrency import LRU, cancel_and_wait
-from proxy.errors import BudgetExceeded, ProxyError, RateLimited, ServiceUnavailable
+from proxy.errors import APIError, BudgetExceeded, RateLimited, ServiceUnavailable
 from proxy.server.metrics import Metrics
 from proxy.server.reservations import (
     END,
@@ -337,7 +337,7 @@ class RateLimiter:
             if refusal is not None:
                 self._metrics.limited.labels(refusal).inc()
                 raise rate_limit_error(refusal, limits, status, request)
-        except ProxyError:
+        except APIError:
             if reservation is not None:
                 self._release_soon(key.id, reservation)
             raise

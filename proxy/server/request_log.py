@@ -14,7 +14,15 @@ from proxy.routing.selection import Selection
 from proxy.server.dependencies import RequestContext
 from proxy.server.log_handler import info
 from proxy.server.ratelimit import Reservation, Settling
-from proxy.storage.usage import ObservedTraffic, TokenCounts, UsageRecord, believed, cost_of, parse_usage, usage_of
+from proxy.storage.usage import (
+    ObservedTraffic,
+    TokenCounts,
+    UsageRecord,
+    cost_of,
+    parse_usage,
+    plausible_usage,
+    usage_of,
+)
 
 log = logging.getLogger("uniroute.request")
 
@@ -38,7 +46,7 @@ class RequestRecord:
         self, ctx: RequestContext, selection: Selection, affinity: Affinity, reservation: Reservation | None = None
     ) -> None:
         self.selection = selection
-        self.affinity = AffinityRecorder(ctx.app.conversations, affinity, ctx.request.body["messages"])
+        self.affinity = AffinityRecorder(ctx.app.sessions, affinity, ctx.request.body["messages"])
         self.model = selection.model
         self.reason = selection.reason
         # From the request's arrival to the first call to an upstream; None before that call.
@@ -205,7 +213,7 @@ class RequestRecord:
 
     def _plausible_counts(self) -> TokenCounts:
         """Return the reported usage as far as it agrees with what this process saw."""
-        return believed(self._counts, self._observed())
+        return plausible_usage(self._counts, self._observed())
 
     def _may_be_billed(self, ending: str) -> bool:
         """Whether the model of the last attempt may have begun to answer, and so may bill for it."""

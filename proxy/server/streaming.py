@@ -12,9 +12,9 @@ from proxy.concurrency import cancel_until_done
 from proxy.errors import (
     SHUTDOWN_NOTICE_TIMEOUT_S,
     SHUTTING_DOWN_MESSAGE,
+    APIError,
     ClientDisconnected,
     ModelAtCapacity,
-    ProxyError,
     ShuttingDown,
     UpstreamError,
 )
@@ -227,6 +227,6 @@ async def cancel_or_close(pending: PendingStream) -> None:
             await pending.result().aclose()
 
 
-def _error_event(failure: ProxyError) -> Mapping[str, Any]:
+def _error_event(failure: APIError) -> Mapping[str, Any]:
     _, body, _ = render_error(failure)
     return {"error": body["error"]}

@@ -20,8 +20,8 @@ from proxy.settings.models import ModelInfo
 from proxy.storage.client_keys import AuthRequiredLatch, ClientKey
 from proxy.storage.models import CurrentPrice, ModelRecord, StoredProfile
 from proxy.storage.price_map import CatalogEntry, PriceMap
-from proxy.storage.reader import StateReader, StoredState
 from proxy.storage.redis import CHANGED, PRICING, Availability, Store, StoreUnavailable
+from proxy.storage.state_reader import StateReader, StoredState
 from router_core.clustering import ClusterMap
 from router_core.estimators import POOLED, Estimator
 from router_core.pool import CachedEstimator, Candidate, Pool

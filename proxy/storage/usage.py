@@ -369,7 +369,7 @@ class Cost:
     estimated: bool = False
 
 
-def believed(counts: TokenCounts, received: ObservedTraffic) -> TokenCounts:
+def plausible_usage(counts: TokenCounts, received: ObservedTraffic) -> TokenCounts:
     """Return the report as far as it is plausible, with None for the rest.
 
     A prompt has tokens, and so has a text: some servers send zeros while they have not counted yet. A report in the

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from proxy.errors import ProxyError, UpstreamError
+from proxy.errors import APIError, UpstreamError
 from proxy.routing.chat_request import parse_chat
 from proxy.routing.fingerprints import looks_random
 from proxy.routing.requirements import requirements_of, routing_text
@@ -46,7 +46,7 @@ def _told(read: Callable[[str], object]) -> Callable[[str], object]:
     def reading(text: str) -> object:
         try:
             return read(text)
-        except (ProxyError, UnicodeError) as refusal:
+        except (APIError, UnicodeError) as refusal:
             return str(refusal)
 
     return reading

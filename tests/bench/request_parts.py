@@ -18,10 +18,10 @@ from uvicorn.server import ServerState
 
 from proxy.app import create_app, from_settings
 from proxy.routing.assigner import ClusterAssigner
-from proxy.routing.candidates import SelectionContext
 from proxy.routing.chat_request import ChatRequest
 from proxy.routing.fingerprints import inspect_history
 from proxy.routing.requirements import routing_text
+from proxy.routing.selection_context import SelectionContext
 from proxy.server.dependencies import AppState
 from proxy.server.metrics import Metrics
 from proxy.server.protocol import LimitedHTTPProtocol
@@ -29,10 +29,10 @@ from proxy.server.ratelimit import RateLimiter
 from proxy.server.run import server_config
 from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord, StoredProfile
-from proxy.storage.reader import StoredState
 from proxy.storage.redis import Store
 from proxy.storage.sessions import SessionStore
 from proxy.storage.snapshot import RoutingSnapshot, TrafficStats, build_state
+from proxy.storage.state_reader import StoredState
 from proxy.storage.usage_journal import JournalDirectory
 from proxy.storage.usage_writer import UsageWriter
 from proxy.upstream.concurrency_limit import ConcurrencyLimiter
@@ -117,7 +117,7 @@ def open_parts(folder: Path, embedder: StaticEmbedder, state: RoutingSnapshot, c
         live=TrafficStats(state.cluster_map.size),
         health=HealthRegistry(settings.breaker),
         capacities=ConcurrencyLimiter(),
-        conversations=SessionStore(store, 3600),
+        sessions=SessionStore(store, 3600),
         environ={},
     )
 

@@ -21,9 +21,9 @@ from typing import Any
 import uvloop
 
 from proxy.cli import console
-from proxy.routing.candidates import SelectionContext
 from proxy.routing.chat_request import parse_chat
 from proxy.routing.selection import select_model
+from proxy.routing.selection_context import SelectionContext
 from proxy.server.dependencies import AppState
 from router_core.embedding import static_embedder
 from tests.bench.overhead.bodies import KINDS

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import NotProfiled
-from proxy.profiling.job import Job
+from proxy.profiling.job_store import Job
 from proxy.profiling.jobs import with_progress
 from proxy.settings.schema import Settings
 

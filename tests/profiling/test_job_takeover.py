@@ -15,7 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from proxy.profiling.job import GIVEN_UP, MAX_TRIES, OPEN, JobStore, LeaseLost, Leases, PromptAnswer, job_key, lease_key
+from proxy.profiling.job_store import (
+    GIVEN_UP,
+    MAX_TRIES,
+    OPEN,
+    JobStore,
+    LeaseLost,
+    Leases,
+    PromptAnswer,
+    job_key,
+    lease_key,
+)
 from proxy.storage.redis import PROFILES, Store
 from proxy.storage.valkey import EmbeddedValkey
 from router_core.profiles import Profile

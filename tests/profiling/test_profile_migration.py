@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from proxy.profiling.grading import ValidationPrompts
-from proxy.profiling.job import JOBS, JobStore, answers_key, job_key
+from proxy.profiling.job_store import JOBS, JobStore, answers_key, job_key
 from proxy.storage.models import ModelRecord
 from proxy.storage.redis import Store
 from tests.support.makers import CORNERS, a_profile, a_record

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.profiling.job import JOBS, JobStore, Leases, PromptAnswer, ReusedAnswers
+from proxy.profiling.job_store import JOBS, JobStore, Leases, PromptAnswer, ReusedAnswers
 from proxy.storage.redis import PREVIOUS_PROFILES, Store
 from proxy.storage.valkey import EmbeddedValkey
 from tests.support.makers import CORNERS, a_profile, a_record

@@ -17,15 +17,15 @@ import pytest
 from proxy.errors import NoEligibleModelError
 from proxy.routing.affinity import NO_AFFINITY, Affinity
 from proxy.routing.assigner import ClusterAssigner
-from proxy.routing.candidates import SelectionContext
 from proxy.routing.chat_request import ChatRequest, RoutingOptions
 from proxy.routing.selection import Selection, apply_affinity, select_model, selection_to_json
+from proxy.routing.selection_context import SelectionContext
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.models import StoredProfile
-from proxy.storage.reader import StoredState
 from proxy.storage.sessions import LastTurn
 from proxy.storage.snapshot import RoutingSnapshot, build_state
+from proxy.storage.state_reader import StoredState
 from router_core.types import Floats
 from tests.support.makers import a_profile, a_record, snapshot_inputs
 

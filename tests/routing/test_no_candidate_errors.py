@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from proxy.errors import ContextLengthExceeded, Forbidden, ModelNotFound, NoEligibleModelError, ServiceUnavailable
-from proxy.routing.candidates import SelectionContext, no_candidate_error
 from proxy.routing.chat_request import ChatRequest, ProviderPreferences, RoutingOptions
+from proxy.routing.selection_context import SelectionContext, no_candidate_error
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.models import StoredProfile
-from proxy.storage.reader import StoredState
 from proxy.storage.snapshot import RoutingSnapshot, build_state
+from proxy.storage.state_reader import StoredState
 from router_core.eligibility import eligible
 from tests.support.makers import a_profile, a_record, snapshot_inputs
 from tests.support.selections import LIMITED_KEY, LONG, a_state, chosen

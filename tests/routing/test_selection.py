@@ -8,8 +8,8 @@ from proxy.errors import Forbidden, ModelNotFound, ServiceUnavailable
 from proxy.routing.assigner import AssignmentTimeout, ClusterAssigner
 from proxy.routing.selection import selection_to_json
 from proxy.storage.client_keys import ClientKey
-from proxy.storage.reader import StoredState
 from proxy.storage.snapshot import RoutingSnapshot, build_state
+from proxy.storage.state_reader import StoredState
 from tests.support.makers import a_record, snapshot_inputs
 from tests.support.selections import LIMITED_KEY, Corners, a_state, chosen
 

@@ -14,8 +14,8 @@ from starlette.types import Message
 from proxy.server.auth import KEY_IN_SCOPE, PRINCIPAL, AuthMiddleware
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey, digest_of
-from proxy.storage.reader import StoredState
 from proxy.storage.snapshot import build_state
+from proxy.storage.state_reader import StoredState
 from tests.support.makers import snapshot_inputs
 
 ROOT_KEY = "root-key-of-the-tests"

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import redis
 
-from proxy.profiling.job import LATEST, OPEN, PromptAnswer, answers_key, job_key
+from proxy.profiling.job_store import LATEST, OPEN, PromptAnswer, answers_key, job_key
 from proxy.profiling.worker import STREAM
 from proxy.server.reservations import PREFIX
 from proxy.storage.audit_log import AUDIT

@@ -21,8 +21,8 @@ from proxy.server.reservations import (
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import KeyLimits
 from proxy.storage.models import ResolvedProvider, StoredProfile
-from proxy.storage.reader import StoredState
 from proxy.storage.snapshot import RoutingSnapshot, build_state
+from proxy.storage.state_reader import StoredState
 from router_core.types import Requirements
 from tests.support.makers import a_profile, a_record, snapshot_inputs
 

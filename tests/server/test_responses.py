@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from proxy.errors import ClientDisconnected, ProxyError, RateLimited, UpstreamError
+from proxy.errors import APIError, ClientDisconnected, RateLimited, UpstreamError
 from proxy.server.responses import HANDLED_EXCEPTIONS, RESPONSES, error_response, render_error
 from proxy.storage.client_keys import InvalidKey
 from proxy.storage.redis import StoreUnavailable
@@ -21,7 +21,7 @@ def below(kind: type[Exception]) -> Iterator[type[Exception]]:
         yield from below(each)
 
 
-@pytest.mark.parametrize("root", [ProxyError, RegistryError])
+@pytest.mark.parametrize("root", [APIError, RegistryError])
 def test_every_exception_that_a_request_can_end_with_has_a_response(root: type[Exception]) -> None:
     kinds = [kind for kind in below(root) if kind.__module__.startswith("proxy.")]
 

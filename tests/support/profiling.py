@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 
 from proxy.errors import UpstreamError
-from proxy.profiling.job import Job
+from proxy.profiling.job_store import Job
 from proxy.profiling.jobs import Jobs
 from proxy.profiling.model_client import RetryPolicy, UpstreamModelClient
 from proxy.settings.schema import Settings

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from proxy.routing.assigner import ClusterAssigner
-from proxy.routing.candidates import SelectionContext
 from proxy.routing.chat_request import ChatRequest, RoutingOptions
 from proxy.routing.selection import Selection, select_model
+from proxy.routing.selection_context import SelectionContext
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.models import StoredProfile
-from proxy.storage.reader import StoredState
 from proxy.storage.snapshot import RoutingSnapshot, build_state
+from proxy.storage.state_reader import StoredState
 from router_core.types import Floats
 from tests.support.makers import a_profile, a_record, snapshot_inputs
 

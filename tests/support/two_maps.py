@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from proxy.profiling.job import Job
+from proxy.profiling.job_store import Job
 from proxy.storage.models import ModelRecord
 from proxy.storage.redis import Store
 from router_core.clustering import ClusterMap

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from proxy.storage.usage import ObservedTraffic, TokenCounts, believed, cost_of, parse_usage
+from proxy.storage.usage import ObservedTraffic, TokenCounts, cost_of, parse_usage, plausible_usage
 from router_core.pricing import picousd
 from router_core.types import Price
 from tests.support.usage_reports import CASES, ON_THE_WAY, PRICES, REPORTS, picodollars
@@ -31,19 +31,19 @@ def test_received_content_is_billed_however_the_answer_ended(told: str) -> None:
         if read.prompt_tokens or read.output_tokens:
             counts, reported_bytes = read.after(counts), 40 * (place + 1)
     received = ObservedTraffic(prompt_tokens=4, output_bytes=120, unreported_bytes=120 - reported_bytes)
-    cost = cost_of(believed(counts, received), Price.from_fields(PRICES["flat"]), received, billed=True)
+    cost = cost_of(plausible_usage(counts, received), Price.from_fields(PRICES["flat"]), received, billed=True)
     assert cost.usd is not None
     assert picousd(cost.usd) == expected
 
 
 def test_zeros_beside_content_without_text_are_no_report() -> None:
     sound = ObservedTraffic(prompt_tokens=4, output_bytes=0, unreported_bytes=0, has_content=True)
-    assert believed(TokenCounts(0, 0, 0, 0), sound) == TokenCounts(None, 0, None, 0)
+    assert plausible_usage(TokenCounts(0, 0, 0, 0), sound) == TokenCounts(None, 0, None, 0)
 
 
 def test_an_empty_answer_has_no_tokens() -> None:
     nothing = ObservedTraffic(prompt_tokens=4, output_bytes=0, unreported_bytes=0)
-    assert believed(TokenCounts(1000, 0, 0, 0), nothing) == TokenCounts(1000, 0, 0, 0)
+    assert plausible_usage(TokenCounts(1000, 0, 0, 0), nothing) == TokenCounts(1000, 0, 0, 0)
 
 
 def test_an_unknown_price_is_never_zero() -> None:

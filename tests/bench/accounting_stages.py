@@ -1,4 +1,4 @@
-"""CPU time of everything that is written down about a request, by stage: `python -m tests.bench.books_stages`.
+"""CPU time of everything that is written down about a request, by stage: `python -m tests.bench.accounting_stages`.
 
 The real parts: a journal on disk, an embedded Valkey, the metrics of a process, and log lines to a pipe that another
 process empties. Microseconds of CPU of this process, user and system, for one request and for one streamed chunk; each
@@ -29,7 +29,7 @@ from proxy.server.reservations import Demand, estimate_reservation, limit_to_res
 from proxy.server.run import LOGGING
 from proxy.storage.client_keys import ClientKey
 from proxy.upstream.payload import content_bytes, has_content
-from tests.bench.books_room import REQUEST, SHORT, USAGE, Room, emptied_pipe, open_room, started
+from tests.bench.accounting_fixtures import REQUEST, SHORT, USAGE, Room, emptied_pipe, open_room, started
 from tests.support.limited_keys import a_key
 
 LIMITS: dict[str, Any] = {"requests_per_minute": 10**9, "tokens_per_minute": 10**12, "usd_per_day": 10**6}
@@ -98,7 +98,7 @@ def _affinities(room: Room, messages: list[Any]) -> Work:
 
     async def work(times: int) -> None:
         for _ in range(times):
-            await load_affinity(room.app.conversations, request, None, room.app.settings)
+            await load_affinity(room.app.sessions, request, None, room.app.settings)
 
     return work
 
@@ -202,7 +202,7 @@ def _requests(room: Room, key: ClientKey | None, *, at_once: int = 1) -> Work:
 
     async def one() -> None:
         ctx = room.context(key)
-        affinity = await load_affinity(ctx.app.conversations, ctx.request, key, ctx.app.settings)
+        affinity = await load_affinity(ctx.app.sessions, ctx.request, key, ctx.app.settings)
         selection, reservation = await reserve(ctx, replace(room.selection, id=uuid.uuid4().hex))
         record = RequestRecord(ctx, selection, affinity, reservation)
         attempt = await room.attempt()

@@ -113,7 +113,7 @@ async def open_room(folder: Path) -> AsyncIterator[Room]:
                 live=live,
                 health=HealthRegistry(CircuitBreakerSettings()),
                 capacities=ConcurrencyLimiter(),
-                conversations=SessionStore(store, 3600),
+                sessions=SessionStore(store, 3600),
                 resolver=absent,
                 environ={},
             )
