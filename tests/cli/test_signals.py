@@ -39,6 +39,14 @@ def is_running(pid: int) -> bool:
         return False
 
 
+@pytest.fixture(autouse=True)
+def sighup_is_not_ignored() -> Iterator[None]:
+    """A run under nohup ignores SIGHUP, and so would all that it starts."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def test_a_server_whose_terminal_is_closed_ends_in_order(tmp_path: Path, embedder_cache: Path) -> None:
     environ = environment(tmp_path / "data", embedder_cache)
     with ServeCommand(environ=environ, log=tmp_path / "log.txt") as server:
