@@ -40,8 +40,9 @@ class Limited:
     store: redis.Redis
 
     def key(self, **limits: Any) -> LimitedKey:
-        """Known to the proxy."""
+        """Make a key, and wait until the proxy knows it: before the first one every caller is served."""
         key = LimitedKey.put(self.store, **limits)
+        assert wait_until(lambda: httpx.get(f"{self.proxy.url}/v1/models").status_code == 401)
         headers = {"authorization": f"Bearer {key.secret}"}
         assert wait_until(lambda: httpx.get(f"{self.proxy.url}/v1/models", headers=headers).status_code == 200)
         return key
