@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from proxy.settings.schema import Settings
 from proxy.storage.redis import Store
@@ -19,6 +20,10 @@ from router_core.embedding import StaticEmbedder, static_embedder
 from tests.support.direct_calls import KEY
 from tests.support.reaper import Reaper
 from tests.support.tls import a_certificate, share_tls_contexts
+
+# A deadline for each example, and for making it, would be a bound on time.
+settings.register_profile("uniroute", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("uniroute")
 
 TESTS = Path(__file__).parent
 CACHE = TESTS.parent / ".cache" / "embedder"
