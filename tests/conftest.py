@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -43,6 +44,10 @@ LONGEST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # a shell's background job, and so would be all that it starts
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.platform == "linux":
         config.add_cleanup(Reaper().close)
     share_tls_contexts()
