@@ -3,7 +3,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import httpx
@@ -117,18 +118,29 @@ def _message(reply: httpx.Response) -> str:
 STARTUP_POLL_INTERVAL_S = 0.1
 
 
-def announce_ready(url: str) -> None:
-    """Show the progress of a server's start, and say when it is ready, from a thread that ends then."""
-    started = time.monotonic()
+@contextmanager
+def announce_ready(url: str) -> Iterator[None]:
+    """Show the progress of a server's start, and say when it is ready, from a thread that ends with this context.
+
+    A thread that still runs when the interpreter is finalized can crash the process.
+    """
+    started, ended = time.monotonic(), threading.Event()
 
     def wait() -> None:
-        with httpx.Client(trust_env=False, timeout=5) as client, console.progress() as bars:
+        with httpx.Client(trust_env=False, timeout=1) as client, console.progress() as bars:
             while (document := _readiness(client, url)) is not None:
                 show_startup(document, bars)
-                time.sleep(STARTUP_POLL_INTERVAL_S)
+                if ended.wait(STARTUP_POLL_INTERVAL_S):
+                    return
         console.echo_err(f"ready after {time.monotonic() - started:.1f} s; Ctrl-C ends it")
 
-    threading.Thread(target=wait, name="uniroute-announce", daemon=True).start()
+    thread = threading.Thread(target=wait, name="uniroute-announce", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(5)
 
 
 def show_startup(document: Mapping[str, Any], bars: console.Progress) -> None:

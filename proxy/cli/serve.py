@@ -54,8 +54,8 @@ def serve(
     bound = listen(settings.host, settings.port)
     console.echo_err(f"UniRoute at {address(bound)}/v1, data in {settings.data_dir}")
     print_models(settings, os.environ)
-    announce_ready(address(bound))
-    run_server(settings, bound, from_settings)
+    with announce_ready(address(bound)):
+        run_server(settings, bound, from_settings)
 
 
 def demo(
