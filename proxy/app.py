@@ -227,11 +227,12 @@ EXPECTED_FAILURES = (SettingsError, StoreUnavailable, RouterCoreError)
 async def _open_until(shutdown: asyncio.Event, startup: Startup, settings: Settings, opening: Opening) -> None:
     """Open the state, hand it to `startup`, and close it when `shutdown` is set."""
     try:
-        async with opening as state, AsyncExitStack() as closing:
-            onboarding = asyncio.create_task(
-                profile_new_models(settings, state.state, state.jobs), name="uniroute-onboarding"
-            )
-            closing.push_async_callback(cancel_and_wait, onboarding)
+        async with (
+            opening as state,
+            background(
+                "uniroute-onboarding", partial(profile_new_models, settings, state.state, state.jobs), restart=False
+            ),
+        ):
             gc.collect()
             # The objects that exist now stay: a full collection that visited them all took tenths of a second.
             gc.freeze()
@@ -429,9 +430,8 @@ async def _health_registry(
     collector = HealthCollector(health, lambda: state.current.models, metrics.values)
     metrics.look_at(collector.look)
     metrics.registry.register(collector)
-    models = lambda: state.current.models  # noqa: E731
-    replicator = CooldownReplicator(store, health, models)
-    pruning = partial(prune_removed_models, health, models)
+    replicator = CooldownReplicator(store, health, lambda: state.current.models)
+    pruning = partial(prune_removed_models, health, lambda: state.current.models)
     async with background("uniroute-pruning", pruning), _running(replicator):
         yield health
 

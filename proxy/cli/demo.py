@@ -75,15 +75,24 @@ _SYSTEM = "You are a helpful assistant. Answer briefly with the answer only."
 # Three settings of one model, so that the demonstration downloads one file of weights.
 MODELS = (
     DemoModel(
-        *("smollm2", "SmolLM2-135M-Instruct, temperature 0", 2.50, 10.0),
+        "smollm2",
+        "SmolLM2-135M-Instruct, temperature 0",
+        2.50,
+        10.0,
         {"system": _SYSTEM, "stop": [".", "\n"], "temperature": 0},
     ),
     DemoModel(
-        *("smollm2-hot", "the same weights, temperature 1.8", 0.50, 2.0),
+        "smollm2-hot",
+        "the same weights, temperature 1.8",
+        0.50,
+        2.0,
         {"system": _SYSTEM, "stop": [".", "\n"], "temperature": 1.8},
     ),
     DemoModel(
-        *("smollm2-word", "the same weights, stopped after a word", 0.10, 0.4),
+        "smollm2-word",
+        "the same weights, stopped after a word",
+        0.10,
+        0.4,
         {"system": _SYSTEM, "stop": [" ", "\n"], "temperature": 0},
     ),
 )

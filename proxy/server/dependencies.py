@@ -3,17 +3,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends, Request
 
 from proxy.profiling.jobs import Jobs
 from proxy.routing.assigner import ClusterAssigner
-from proxy.routing.chat_request import ChatRequest, parse_object
+from proxy.routing.chat_request import ChatRequest
 from proxy.server.auth import KEY_IN_SCOPE, PRINCIPAL
 from proxy.server.metrics import Metrics
 from proxy.server.ratelimit import RateLimiter
-from proxy.server.requests import APP_STATE, REQUEST_IDS, RequestIds, read_body
+from proxy.server.requests import APP_STATE, REQUEST_IDS, RequestIds
 from proxy.settings.schema import Settings, Timeouts, timeouts_for
 from proxy.storage.audit_log import Actor, AuditTrail
 from proxy.storage.client_keys import ClientKey
@@ -117,18 +117,3 @@ async def audit_of(app: AppStateDep, actor: CurrentActor) -> AuditTrail:
 AdminState = Annotated[AppState, Depends(admin_state_of)]
 
 Audit = Annotated[AuditTrail, Depends(audit_of)]
-
-
-async def json_object(request: Request, app: AppState) -> dict[str, Any]:
-    """Read a JSON object from the body.
-
-    Raises:
-        BadRequest, UnsupportedMediaType, ContentTooLarge.
-    """
-    return parse_object(await read_body(request, app.settings.max_body_bytes))
-
-
-async def json_object_or_nothing(request: Request, app: AppState) -> dict[str, Any]:
-    """Read a JSON object from the body; no body at all is an empty object."""
-    raw = await read_body(request, app.settings.max_body_bytes)
-    return parse_object(raw) if raw else {}

@@ -302,8 +302,13 @@ def _count(value: object) -> int | None:
 
 
 _parts_of = attrgetter(
-    *("cached_tokens", "reasoning_tokens", "written_tokens", "audio_input_tokens", "image_input_tokens"),
-    *("audio_output_tokens", "image_output_tokens"),
+    "cached_tokens",
+    "reasoning_tokens",
+    "written_tokens",
+    "audio_input_tokens",
+    "image_input_tokens",
+    "audio_output_tokens",
+    "image_output_tokens",
 )
 
 

@@ -19,8 +19,8 @@ from router_core.embedding import static_embedder
 from tests.bench.prompts import write_prompts
 
 SIZES = (10_000, 100_000, 1_000_000)
+# Of `ru_maxrss`, which is in KiB on Linux and in bytes on macOS.
 KIB_PER_MIB = 1024 if sys.platform != "darwin" else 1024 * 1024
-"""Of `ru_maxrss`, which is in KiB on Linux and in bytes on macOS."""
 
 
 @dataclass(frozen=True, slots=True)

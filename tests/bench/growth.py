@@ -41,13 +41,13 @@ CLUSTERS = (16, 64, 256, 1_024)
 BODIES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
 STREAMS = (1, 10, 100, 1_000, 2_000)
 PARTS = ("models", "clusters", "bodies", "redis", "streams")
+# That maps are fitted on, generated.
 PROMPTS = 20_000
-"""That maps are fitted on, generated."""
 ROUNDS = 3
+# Answers on each of sixteen connections that a round lasts for at least.
 TURNS = 2
-"""Answers on each of sixteen connections that a round lasts for at least."""
+# Times its cause that a figure may grow before it is said to grow faster.
 NOISE = 1.25
-"""Times its cause that a figure may grow before it is said to grow faster."""
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from tests.bench.overhead.processes import cpu_s, memory
 from tests.bench.overhead.rounds import Bench, Case, Row
 from tests.chaos.processes import tcp_connections
 
+# Between two events of a stream, which would last for almost two minutes.
 PACE_MS = 2_000
-"""Between two events of a stream, which would last for almost two minutes."""
 FORMS = {"PSS MiB": ",.0f", "KiB a stream": ",.0f", "p50 ms beside": ".2f", "p99 ms beside": ".2f", "CPU %": ".1f"}
 OPEN_S, POLL_S, SETTLED_S = 40.0, 0.1, 1.0
+# Streams below which other things weigh more than they.
 FEW = 100
-"""Streams below which other things weigh more than they."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from random import Random
 
 from router_core.validation.families.registry import builtin_validation_set
 
+# Words of a prompt.
 SHORTEST, LONGEST = 8, 60
-"""Words of a prompt."""
 
 
 def generated_prompts(count: int, seed: int = 0) -> Iterator[str]:

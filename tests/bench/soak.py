@@ -35,16 +35,16 @@ from tests.chaos.world import World, a_world, serving_port
 from tests.support.command import ADMIN_KEY
 
 PATH = "/v1/chat/completions"
+# Requests before the start is measured: what is loaded and filled once is no growth.
 WARM_UP = 2_000
-"""Requests before the start is measured: what is loaded and filled once is no growth."""
+# Longer than a kept upstream connection may be idle: it is looked for every 30 s, and closed after as many.
 IDLE_S = 62.0
-"""Longer than a kept upstream connection may be idle: it is looked for every 30 s, and closed after as many."""
+# Connections that the request of a rest may have opened itself: as many as it may ask models.
 OF_ONE_REQUEST = 3
-"""Connections that the request of a rest may have opened itself: as many as it may ask models."""
+# Every fifth word touches every page of the table; so many of them are short enough for routing to read them all.
 SOME, WORDS_ROUTED = 5, 400
-"""Every fifth word touches every page of the table; so many of them are short enough for routing to read them all."""
+# Percent of the resident size per 100,000 requests.
 MAX_GROWTH = 1.0
-"""Percent of the resident size per 100,000 requests."""
 KINDS: Mapping[str, float] = {
     "plain": 42, "streamed": 42, "leaves early": 4, "leaves midway": 6, "bad body": 2, "bad key": 1, "tool loop": 3,
 }  # fmt: skip

@@ -29,8 +29,8 @@ from proxy.storage.state_reader import StoredState
 from router_core.types import Floats
 from tests.support.makers import a_profile, a_record, snapshot_inputs
 
+# With the names of its fields 4,000 bytes.
 THOUSAND_TOKENS = "word " * 797
-"""With the names of its fields 4,000 bytes."""
 PRICES: dict[str, dict[str, Any]] = {
     "cold": {"input_cost_per_token": 4e-6, "output_cost_per_token": 0.0},
     "warm": {"input_cost_per_token": 1e-5, "output_cost_per_token": 0.0, "cache_read_input_token_cost": 1e-6},

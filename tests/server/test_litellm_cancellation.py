@@ -18,8 +18,8 @@ from tests.support.waiting import until
 
 ASK: Any = {"messages": [{"role": "user", "content": "hi"}]}
 MODELS = {"openai/gpt-5": chunked(CHUNK), "anthropic/claude-sonnet-4-5": chunked(*BEGIN)}
+# Of the event loop: cancelled once more in each.
 TURNS = 12
-"""Of the event loop: cancelled once more in each."""
 
 
 @pytest.fixture

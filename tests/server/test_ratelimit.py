@@ -22,8 +22,8 @@ from tests.support.limited_keys import a_key
 from tests.support.waiting import until
 
 CENT = PICO // 100
+# This machine may be busy.
 PATIENT_S = 1.0
-"""This machine may be busy."""
 
 
 def a_request(name: str = "r", *, tokens: int = 0, picousd: int = 0) -> ReservationRequest:

@@ -28,8 +28,8 @@ from tests.support.makers import a_profile, a_record, snapshot_inputs
 
 MONEY = KeyLimits(usd_per_day=5.0)
 SETTINGS = Settings(request_timeout_s=100)
+# Picodollars in a millionth of a dollar.
 MICRO = 10**6
-"""Picodollars in a millionth of a dollar."""
 
 
 def a_choice(*order: str, prompt: int = 1000, needs: Requirements | None = None) -> Selection:

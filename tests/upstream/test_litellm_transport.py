@@ -16,8 +16,8 @@ from proxy.upstream.litellm_transport import capture, client_over, open_pool, re
 from tests.support.raw_upstream import CHUNK, DONE, END, RawUpstream, Reply, chunked, plain
 from tests.support.waiting import until
 
+# Of the event loop, in which a call is surely through.
 MAX_STEPS = 200
-"""Of the event loop, in which a call is surely through."""
 
 
 @asynccontextmanager

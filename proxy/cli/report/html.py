@@ -35,8 +35,8 @@ from router_core.evaluation.curves import Difference
 from router_core.evaluation.study import Estimate, HeatMap, MethodMetrics, Results
 from router_core.types import Indices
 
+# From never wrong to always wrong, evenly spaced.
 SCALE = ("#fdf4e3", "#f7c793", "#e98a5b", "#b8443a", "#5d1226")
-"""From never wrong to always wrong, evenly spaced."""
 
 ROW_PIXELS, AROUND_PIXELS = 18, 240
 
@@ -88,8 +88,8 @@ def _told(heat_map: HeatMap, model: int, cluster: int) -> str:
 
 PlotJson = dict[str, Any]
 
+# One model for all prompts: a point of the plane.
 SINGLE = ("cheapest", "best_single")
-"""One model for all prompts: a point of the plane."""
 
 RANDOM, CHOSEN = MethodStyle("random prompts", "random", "#e4572e"), MethodStyle("chosen prompts", "chosen", "#0e9f8e")
 

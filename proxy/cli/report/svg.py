@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+# From back to front.
 CURVES = ("random_mix", "learned_map", "knn", "kmeans_raw", OURS)
-"""From back to front."""
 
 INK, FAINT, GRID = "#1f2328", "#59636e", "#d9dee3"
 
+# Text stays text, which is small. It is laid out for DejaVu Sans: Verdana is as wide, all other fonts narrower.
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "uniroute",
     "svg.fonttype": "none",
@@ -41,10 +42,9 @@ STYLE: dict[Any, Any] = {
     "xtick.color": FAINT,
     "ytick.color": FAINT,
 }
-"""Text stays text, which is small. It is laid out for DejaVu Sans: Verdana is as wide, all other fonts narrower."""
 
+# One in so many points of a curve is drawn: an eye sees no more, and the file stays small.
 EVERY = 4
-"""One in so many points of a curve is drawn: an eye sees no more, and the file stays small."""
 
 
 def write_svg(results: Results, path: Path, labels: int | None = None) -> None:

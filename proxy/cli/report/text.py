@@ -133,6 +133,7 @@ class MethodStyle:
 
 OURS = "ours"
 
+# By the ids of router_core.evaluation.study.METHODS, in the same order.
 LOOKS: Mapping[str, MethodStyle] = {
     "cheapest": MethodStyle("cheapest model", "cheapest", "#8a8f98", (1.0, 1.5)),
     "best_single": MethodStyle("best single model", "best single", "#6b7280", (6.0, 1.5, 1.0, 1.5)),
@@ -146,10 +147,9 @@ LOOKS: Mapping[str, MethodStyle] = {
     OURS: MethodStyle("ours", "ours", "#e4572e"),
     "oracle": MethodStyle("oracle", "oracle", "#8a8f98", (1.5, 2.5)),
 }
-"""By the ids of router_core.evaluation.study.METHODS, in the same order."""
 
+# The rivals: like ours they estimate errors prompt by prompt, from the same answers.
 ESTIMATING = ("knn", "kmeans_raw", "kmeans_laplace", "learned_map", "hiershrink", "ridge")
-"""The rivals: like ours they estimate errors prompt by prompt, from the same answers."""
 
 
 def best_rivals(results: Results) -> list[str]:

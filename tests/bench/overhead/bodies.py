@@ -18,8 +18,8 @@ from tests.bench.prompts import generated_prompts
 Body = dict[str, Any]
 MARK = "@" * 8
 MARKED = 20
+# Tokens that each request asks for.
 LIMIT = 64
-"""Tokens that each request asks for."""
 
 
 def short(words: Iterator[str], _: Random) -> Body:
@@ -65,6 +65,7 @@ def sized(characters: int) -> Callable[[Iterator[str], Random], Body]:
 
 
 Make = Callable[[Iterator[str], Random], Body]
+# Kind → how one is made, and how many there are before marks alone tell them apart.
 KINDS: Mapping[str, tuple[Make, int]] = {
     "short": (short, 1_000),
     "2 KB": (medium, 1_000),
@@ -72,7 +73,6 @@ KINDS: Mapping[str, tuple[Make, int]] = {
     "100 KB": (large, 60),
     "agent": (agent, 60),
 }
-"""Kind → how one is made, and how many there are before marks alone tell them apart."""
 FEWEST, LARGEST_FILE = 2, 20_000_000
 
 

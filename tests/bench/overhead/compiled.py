@@ -22,8 +22,8 @@ from tests.support.command import ROOT
 
 HERE = Path(__file__).parent
 LOAD, UPSTREAM = "load", "upstream"
+# Longer than a job by so much, and the generator hangs.
 LOST_S = 120.0
-"""Longer than a job by so much, and the generator hangs."""
 
 
 @cache

@@ -25,8 +25,8 @@ ROUTED, PINNED, TRANSLATED = "ours, routed", "ours, pinned", "ours, routed, tran
 FLOOR, LITELLM, PORTKEY = "FastAPI + litellm SDK", "LiteLLM proxy", "Portkey"
 MODELS = 2
 BATCH_SIZE = 8
+# Whether a model says if it is relayed or translated. Else there is one way, and one row for it.
 CHOOSES_ITS_WAY = "forward" in ModelInfo.model_fields
-"""Whether a model says if it is relayed or translated. Else there is one way, and one row for it."""
 PERMIT_NO_KEY = "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY"
 
 

@@ -21,8 +21,8 @@ from tests.bench.overhead.bodies import MARK, read_records
 
 GRACE_S = 20.0
 CHUNKED, UNTIL_CLOSED = -1.0, math.inf
+# Pieces that surely hold the last seven bytes: each has one or more.
 _TAIL = 8
-"""Pieces that surely hold the last seven bytes: each has one or more."""
 _LETTERS = b"abcdefghijklmnopqrstuvwxyz"
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 LITELLM = "litellm[proxy]==1.106.2"
 PORTKEY, PORTKEY_VERSION = "@portkey-ai/gateway", "1.15.2"
+# What Portkey answers with. It asks for ^1.3.3, but from 1.14 on a fetched answer's headers cannot be changed, which
+# Portkey does with those of streams: all of them fail with 500.
 HONO, HONO_VERSION = "@hono/node-server", "1.13.8"
-"""What Portkey answers with. It asks for ^1.3.3, but from 1.14 on a fetched answer's headers cannot be changed, which
-Portkey does with those of streams: all of them fail with 500."""
 
 
 def litellm_program(folder: Path) -> Path:

@@ -69,8 +69,8 @@ PROCESS = (
     Column("then RSS MiB", worked(lambda found: found.memory.rss), ".0f"),
     WORKED_PSS,
 )
+# What the README shows, and what is compared.
 SHORT = (PER_S, ADDED_P50, ADDED_P99, CPU, CHUNKS_PER_S, PACED_US, READY, IDLE_PSS, WORKED_PSS)
-"""What the README shows, and what is compared."""
 
 
 def print_report(results: Results, kinds: Sequence[str]) -> None:

@@ -15,10 +15,10 @@ from tests.bench.overhead.rounds import Outcome
 DIRECT = "direct"
 HALF, HALF_STREAM = "half the saturating rate", "half the saturating rate, streamed"
 STREAM, PACED = "streamed, 16 at once", "streamed, 64 at once, an event per 5 ms"
+# Times as fast as a gateway must the upstream be, by the CPU that it takes, or it is a part of what is measured.
 ENOUGH = 5.0
-"""Times as fast as a gateway must the upstream be, by the CPU that it takes, or it is a part of what is measured."""
+# Of the load's core: from here on the generator may be the limit.
 BUSY = 0.9
-"""Of the load's core: from here on the generator may be the limit."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from tests.bench.overhead.load import Job, Measured
 from tests.bench.overhead.processes import core_busy_s, cpu_s
 from tests.bench.overhead.upstream import CHUNKS
 
+# By name: per_s, chunks_per_s, cpu_ms, chunk_us, p50_ms, first_p50_ms…; NaN where nothing was measured.
 Figures = Mapping[str, float]
-"""By name: per_s, chunks_per_s, cpu_ms, chunk_us, p50_ms, first_p50_ms…; NaN where nothing was measured."""
 PERCENTILES = (50, 95, 99)
 
 

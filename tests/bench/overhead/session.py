@@ -26,12 +26,12 @@ from tests.bench.overhead.results import (
 from tests.bench.overhead.rounds import Bench, Case, Row
 
 CONNECTIONS = (1, 16, 64)
+# After the first answer, until memory is looked at.
 SETTLED_S = 1.0
-"""After the first answer, until memory is looked at."""
+# Open-loop case → the case that saturates.
 RATES = {HALF: at_once(16), HALF_STREAM: STREAM}
-"""Open-loop case → the case that saturates."""
+# Bodies of other kinds have so much of the seconds, and are sent to one row of each way there is.
 MIXED, OF_A_KIND = "mixed", 0.6
-"""Bodies of other kinds have so much of the seconds, and are sent to one row of each way there is."""
 ONLY_MIXED = frozenset({PINNED, TRANSLATED})
 
 
