@@ -15,22 +15,11 @@ import pytest
 
 from router_core.evaluation.study import METHODS
 from router_core.evaluation.trials import DEFAULT_TRIALS
-from tests.support.command import environment
 from tests.support.outcome_files import PRICES, SMALL, found, refusal, rows, run, write_files
 from tests.support.processes import ProcessGroup, process_group
 from tests.support.waiting import wait_until
 
 Environ = dict[str, str]
-
-
-@pytest.fixture
-def environ(tmp_path: Path, embedder_cache: Path) -> Environ:
-    return environment(tmp_path / "data", embedder_cache)
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> tuple[str, ...]:
-    return write_files(tmp_path, rows())
 
 
 def test_json_has_each_methods_figures_by_labels(environ: Environ, files: tuple[str, ...]) -> None:

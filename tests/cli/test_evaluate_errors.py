@@ -12,21 +12,10 @@ from pathlib import Path
 import pytest
 
 from router_core.evaluation.study import METHODS
-from tests.support.command import environment
 from tests.support.outcome_files import SMALL, refusal, rows, run, write_files
 
 Environ = dict[str, str]
 Spoil = Callable[[Path], object]
-
-
-@pytest.fixture
-def environ(tmp_path: Path, embedder_cache: Path) -> Environ:
-    return environment(tmp_path / "data", embedder_cache)
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> tuple[str, ...]:
-    return write_files(tmp_path, rows())
 
 
 def spoilt(field: str, value: object) -> Spoil:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,8 +14,8 @@ import httpx
 import pytest
 import yaml
 
-from proxy.storage.valkey import socket_path
 from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
+from tests.support.processes import is_running, store_answers
 from tests.support.proxy_process import uniform_profile
 from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.waiting import wait_until
@@ -174,7 +173,7 @@ def test_workers_share_the_port_and_end_with_a_killed_parent(
         workers = [int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
         assert len([pid for pid in workers if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()]) == 2
         server.stop(signal.SIGKILL)
-        assert wait_until(lambda: not any(_alive(pid) for pid in workers), 20)
+        assert wait_until(lambda: not any(is_running(pid) for pid in workers), 20)
     assert not store_answers(tmp_path / "data")
 
 
@@ -200,15 +199,3 @@ def test_detected_models_are_offered_by_reference_to_their_key(tmp_path: Path, e
         listed = httpx.get(f"{server.url}/v1/models").json()["data"]
     assert {"deepseek/deepseek-v4-flash", "deepseek/deepseek-v4-pro"} <= {model["id"] for model in listed}
     assert "canary" not in server.log
-
-
-def store_answers(data_dir: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as connection:
-        return connection.connect_ex(str(socket_path(data_dir / "valkey"))) == 0
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0]
-    except OSError:
-        return False

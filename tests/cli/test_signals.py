@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pty
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy.storage.valkey import socket_path
 from tests.support.command import ROOT, ServeCommand, environment
-from tests.support.processes import children_of
+from tests.support.processes import children_of, is_running, store_answers
 from tests.support.waiting import wait_until
 
 ON_ITS_TERMINAL = """
@@ -25,18 +23,6 @@ os.setsid()
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.executable, sys.argv[1:])
 """
-
-
-def store_answers(data_dir: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as connection:
-        return connection.connect_ex(str(socket_path(data_dir / "valkey"))) == 0
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -12,6 +13,7 @@ from typing import IO
 
 import httpx
 
+from proxy.storage.valkey import socket_path
 from tests.support.command import ROOT
 
 
@@ -81,3 +83,16 @@ def process_group(command: Sequence[str], environ: Mapping[str, str] | None = No
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+def store_answers(data_dir: Path) -> bool:
+    """Tell whether the embedded store of this data folder takes connections."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        return connection.connect_ex(str(socket_path(data_dir / "valkey"))) == 0

@@ -9,6 +9,17 @@ from typing import Any
 
 Json = dict[str, Any]
 # The newest user text → the answer.
+# A message of Anthropic's API.
+CLAUDE: Json = {
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "model": "claude",
+    "content": [{"type": "text", "text": "hi"}],
+    "stop_reason": "end_turn",
+    "usage": {"input_tokens": 1, "output_tokens": 1},
+}
+
 Skill = Callable[[str], str]
 
 

@@ -17,22 +17,13 @@ from proxy.upstream.litellm_resolver import resolve_with_litellm
 from proxy.upstream.litellm_transport import import_litellm
 from proxy.upstream.provider_resolution import cache_query, resolve_static
 from tests.support.makers import a_record
-from tests.support.scripted_answers import Step
+from tests.support.scripted_answers import CLAUDE, Step
 from tests.support.scripted_upstream import ScriptedUpstream
 
 OPENAI_KEY = "sk-of-openai-alone"
 OPENAIS = ["openai/x", "custom_openai/x", "lm_studio/x", "llamafile/x", "gpt-4o-mini"]
 COMPATIBLE = ["nvidia_nim", "perplexity", "cerebras", "moonshot", "github", "xinference", "groq"]
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
-CLAUDE: Any = {
-    "id": "msg_1",
-    "type": "message",
-    "role": "assistant",
-    "model": "claude",
-    "content": [{"type": "text", "text": "hi"}],
-    "stop_reason": "end_turn",
-    "usage": {"input_tokens": 1, "output_tokens": 1},
-}
 
 
 @pytest.fixture

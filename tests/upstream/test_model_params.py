@@ -10,7 +10,7 @@ import pytest
 from proxy.settings.schema import Settings
 from proxy.upstream.litellm_client import LiteLLMClient
 from tests.support.makers import a_record
-from tests.support.scripted_answers import Step
+from tests.support.scripted_answers import CLAUDE, Step
 from tests.support.scripted_upstream import ScriptedUpstream
 
 ASK: Any = {"role": "user", "content": "hi"}
@@ -21,15 +21,6 @@ ARM: dict[str, Any] = {
     "reasoning_effort": "low",
     "system": "You are the arm.",
     "extra_body": {"min_p": 0.05, "chat_template_kwargs": {"enable_thinking": False}},
-}
-CLAUDE: Any = {
-    "id": "msg_1",
-    "type": "message",
-    "role": "assistant",
-    "model": "claude",
-    "content": [{"type": "text", "text": "hi"}],
-    "stop_reason": "end_turn",
-    "usage": {"input_tokens": 1, "output_tokens": 1},
 }
 
 
