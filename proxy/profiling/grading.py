@@ -6,9 +6,11 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
+from typing import Any
 
 import numpy as np
 
@@ -64,20 +66,14 @@ class GradingProcess:
             await self._end()
 
     async def _grade(self, prompt: ValidationPrompt, answer: str) -> float | None:
-        child = self._child
-        if child is None or child.returncode is not None:
-            child = await self._start()
         request = {"grader": prompt.grader.to_json(), "answer": answer[:MAX_ANSWER_CHARS]}
-        answered = False
-        try:
-            async with asyncio.timeout(GRADE_TIMEOUT_S):
-                reply = json.loads(await _exchange(child, json.dumps(request).encode() + b"\n"))
-            answered = True
-        except (TimeoutError, ValueError, OSError):
+        line = json.dumps(request).encode() + b"\n"
+        used = self._child is not None
+        reply = await self._ask(line)
+        if reply is None and used:  # it may have been killed before it got this answer
+            reply = await self._ask(line)
+        if reply is None:
             reply = {"score": None, "error": f"it took more than {CPU_S} s of CPU time, or ended its process"}
-        finally:
-            if not answered:  # also when this task is cancelled: the next answer must not be given this one's score
-                await self._end()
         if reply["error"]:
             log.warning(
                 "an answer of %d characters to the validation prompt %r could not be graded by %s: %s;"
@@ -89,6 +85,21 @@ class GradingProcess:
             )
         score: float | None = reply["score"]
         return score
+
+    async def _ask(self, request: bytes) -> dict[str, Any] | None:
+        """Return the child's reply; None, and no child is left, if there is none in time."""
+        child = self._child
+        if child is None or child.returncode is not None:
+            child = await self._start()
+        reply: dict[str, Any] | None = None
+        with suppress(TimeoutError, ValueError, OSError):
+            try:
+                async with asyncio.timeout(GRADE_TIMEOUT_S):
+                    reply = json.loads(await _exchange(child, request))
+            finally:
+                if reply is None:  # cancelled, too: the next answer must not be given the score of this one
+                    await self._end()
+        return reply
 
     async def _start(self) -> asyncio.subprocess.Process:
         ready = b""

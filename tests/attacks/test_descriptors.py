@@ -57,7 +57,7 @@ def open_files(server: ServeCommand) -> int:
 
 def answer(connection: socket.socket) -> bytes:
     """What has been said so far; b"closed" where nothing was and the connection is gone."""
-    connection.settimeout(2)
+    connection.settimeout(20)
     try:
         return connection.recv(65536) or b"closed"
     except ConnectionError:
@@ -100,13 +100,24 @@ def first_free_descriptor(server: ServeCommand) -> int:
     return min(set(range(len(used) + 1)) - used)
 
 
+def forbid_more_descriptors(server: ServeCommand) -> None:
+    """Set the limit to the first free number, once no connection of an earlier request is about to be closed."""
+    seen: list[int] = []
+
+    def unchanged() -> bool:
+        seen.append(first_free_descriptor(server))
+        return len(seen) > 10 and len(set(seen[-10:])) == 1
+
+    assert wait_until(unchanged)
+    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (seen[-1], DESCRIPTORS))
+
+
 def test_a_model_that_cannot_be_reached_for_want_of_descriptors_is_a_clear_502(
     server: ServeCommand, upstream: ScriptedUpstream
 ) -> None:
     with httpx.Client(base_url=server.url, timeout=60) as client:
         assert ask(client).status_code == 200
-        limit = (first_free_descriptor(server), DESCRIPTORS)
-        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, limit)
+        forbid_more_descriptors(server)
         try:
             reply = ask(client)
             used = cpu_s(server.pid)

@@ -80,10 +80,9 @@ class KeyedProxy:
 
     def audit_lines(self, request_id: str) -> list[dict[str, str]]:
         """Those of the log, once they are there: the line follows the response."""
-        wanted = f" request={request_id}"
-        assert wait_until(lambda: wanted in self.proxy.log)
-        lines = [line for line in self.proxy.log.splitlines() if line.endswith(wanted) and "uniroute.audit" in line]
-        return [dict(re.findall(r"(\w+)=(\S+)", line)) for line in lines]
+        whole_line = re.compile(rf"^.*uniroute\.audit.* request={re.escape(request_id)}\n", re.MULTILINE)
+        assert wait_until(lambda: whole_line.search(self.proxy.log))
+        return [dict(re.findall(r"(\w+)=(\S+)", line)) for line in whole_line.findall(self.proxy.log)]
 
     def trail(self, limit: int = 50) -> list[dict[str, Any]]:
         """Newest first."""
