@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import logging
 import resource
+import sys
 import threading
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Iterator
@@ -301,11 +302,28 @@ async def _abandon(thread: threading.Thread) -> None:
     C code may run for long between two steps of Python; after GRACE_PERIOD_S the thread is left to itself.
     """
     ident = ctypes.c_ulong(thread.ident or 0)
-    for _ in range(round(GRACE_PERIOD_S / CANCEL_INTERVAL_S)):
-        if not thread.is_alive():
-            return
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(_Abandoned))
-        await asyncio.sleep(CANCEL_INTERVAL_S)
+    with _unreported(_Abandoned):
+        for _ in range(round(GRACE_PERIOD_S / CANCEL_INTERVAL_S)):
+            if not thread.is_alive():
+                return
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(_Abandoned))
+            await asyncio.sleep(CANCEL_INTERVAL_S)
+
+
+@contextlib.contextmanager
+def _unreported(kind: type[BaseException]) -> Iterator[None]:
+    """Report no exception of this kind that is raised where none can be, as in the callback of a weak reference."""
+    report = sys.unraisablehook
+
+    def report_others(found: sys.UnraisableHookArgs) -> None:
+        if not issubclass(found.exc_type, kind):
+            report(found)
+
+    sys.unraisablehook = report_others
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
 
 
 async def _settled(working: asyncio.Task[Any]) -> None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from typing import Any, TypeVar
 
 from router_core.errors import WorkerLost
@@ -69,7 +69,7 @@ def _team(work: Callable[[Any], Any], workers: int) -> Iterator[list[Connection]
     """Start the worker processes and yield a connection to each. They are killed in the end, busy or not."""
     team: list[tuple[SpawnProcess, Connection]] = []
     try:
-        with _interrupts_blocked():
+        with _interrupts_deferred():
             for _ in range(workers):
                 team.append(_start_worker())
         packed = pickle.dumps(work)
@@ -84,15 +84,26 @@ def _team(work: Callable[[Any], Any], workers: int) -> Iterator[list[Connection]
 
 
 @contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Keep SIGINT from processes started in the context: a terminal sends it to all, but their parent ends them."""
+def _interrupts_deferred() -> Iterator[None]:
+    """Keep SIGINT from processes started in the context, and from this one until its end.
+
+    A terminal sends it to all. A process that loses its parent while it starts would print a traceback.
+    """
     # Starting the tracker unblocks SIGINT, so it is started first.
     resource_tracker.ensure_running()
+    arrived: list[int] = []
+    # Another thread may take the signal that this one blocks, and Python would raise KeyboardInterrupt here.
+    is_main = current_thread() is main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, _: arrived.append(number)) if is_main else None
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if is_main:
+            signal.signal(signal.SIGINT, handler)
+            if arrived:
+                signal.raise_signal(signal.SIGINT)
 
 
 def _start_worker() -> tuple[SpawnProcess, Connection]:

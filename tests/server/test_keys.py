@@ -46,6 +46,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Ite
             _, whole = with_registry(folder, lambda registry: registry.keys.create("whole"))
             _, limited = with_registry(folder, lambda registry: registry.keys.create("limited", ("first",)))
             opened = Keyed(proxy, whole, limited)
+            assert wait_until(lambda: opened.status() == 401)  # while no key is known, none is needed
             assert wait_until(lambda: opened.status(authorization=f"Bearer {limited}") == 200)
             yield opened
 
