@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def _argument_errors() -> tuple[type[Exception], ...]:
-    from proxy.settings.models import SettingsError
+    from proxy.settings.model_config import SettingsError
 
     return (BadArgument, SettingsError)
 

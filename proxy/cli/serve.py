@@ -88,9 +88,9 @@ def worker(config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
 
 def _detect(settings: Settings) -> Settings:
     from proxy.server.startup import PROVIDERS, detect_models, with_detected
-    from proxy.storage.price_map import bundled_catalog
+    from proxy.storage.price_map import bundled_price_map
 
-    found = detect_models(os.environ, bundled_catalog())
+    found = detect_models(os.environ, bundled_price_map())
     if not found:
         keys = ", ".join(provider.key for provider in PROVIDERS)
         console.echo_err(f"--detect found no model: none of {keys} is set, and no Ollama answers on port 11434")
@@ -99,7 +99,7 @@ def _detect(settings: Settings) -> Settings:
 
 def print_models(settings: Settings, environ: Mapping[str, str]) -> None:
     """Print the configured models, and what the configuration refers to that is missing."""
-    from proxy.settings.models import referred_variable
+    from proxy.settings.model_config import referred_variable
 
     for model in settings.model_list:
         console.echo_err(f"  {model.model_name}  ({model.litellm_params['model']})")

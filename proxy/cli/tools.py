@@ -25,8 +25,8 @@ from proxy.cli.console import (
 
 if TYPE_CHECKING:
     from proxy.settings.schema import Settings
-    from proxy.storage.models import CurrentPrice, ModelRecord
     from proxy.storage.price_feed import SyncReport
+    from proxy.storage.records import CurrentPrice, ModelRecord
     from proxy.storage.state_reader import StoredState
     from router_core.types import Price
 
@@ -201,8 +201,8 @@ async def sync_once(settings: Settings, url: str | None = None) -> SyncReport:
     """
     from proxy.storage.audit_log import CLI
     from proxy.storage.client_keys import AuthRequiredLatch
-    from proxy.storage.models import ModelRecord
     from proxy.storage.price_feed import sync_prices
+    from proxy.storage.records import ModelRecord
     from proxy.storage.redis import Store
     from proxy.storage.registry import Registry
     from proxy.storage.state_reader import StateReader
@@ -219,10 +219,10 @@ async def sync_once(settings: Settings, url: str | None = None) -> SyncReport:
 
 
 def _priced_models(stored: StoredState, configured: Mapping[str, ModelRecord]) -> PricedModels:
-    from proxy.storage.price_map import bundled_catalog
+    from proxy.storage.price_map import bundled_price_map
     from proxy.storage.snapshot import prices_of
 
     models = {**stored.models, **configured}
-    catalog = bundled_catalog()
-    known = {name: catalog.find(str(record.litellm_params["model"])) for name, record in models.items()}
+    price_map = bundled_price_map()
+    known = {name: price_map.find(str(record.litellm_params["model"])) for name, record in models.items()}
     return PricedModels(models, prices_of(models, stored, known))

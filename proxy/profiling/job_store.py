@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 
 from proxy.concurrency import cancel_and_wait
 from proxy.storage.audit_log import Step
-from proxy.storage.models import InvalidRecord, ModelRecord, OddValues, StoredProfile, json_object, number, whole_number
+from proxy.storage.records import InvalidRecord, ModelRecord, StoredProfile, WarnOnce, json_object, number, whole_number
 from proxy.storage.redis import (
     CHANGED,
     MODELS,
@@ -306,7 +306,7 @@ class JobStore:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._odd_values = OddValues(log)
+        self._warn_once = WarnOnce(log)
 
     async def submit(
         self, record: ModelRecord, prompts: int, max_usd: float | None, reused: ReusedAnswers | None = None
@@ -361,7 +361,7 @@ class JobStore:
         found: dict[str, Job] = {}
         for (name, job_id), reply in zip(ids.items(), replies, strict=True):
             if isinstance(reply, RedisError):
-                self._odd_values.warn_once(job_key(job_id), reply)
+                self._warn_once(job_key(job_id), reply)
             elif (job := Job.from_fields(job_id, reply)) is not None:
                 found[name] = job
         return found
@@ -380,7 +380,7 @@ class JobStore:
             try:
                 answers[prompt_id] = PromptAnswer.from_json(text)
             except InvalidRecord as error:
-                self._odd_values.warn_once(f"{answers_key(job_id)} {prompt_id}", error)
+                self._warn_once(f"{answers_key(job_id)} {prompt_id}", error)
         return answers
 
     async def begin(self, lease: Lease, total: int, *, priced: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from proxy.errors import BadRequest
 from proxy.routing.json_body import parse_fast, parse_strict
 from proxy.routing.requirements import ContentSummary
-from proxy.routing.sizes import check_sizes
+from proxy.routing.token_limits import check_token_limits
 from proxy.settings.litellm_params import reject_control_fields
 from proxy.settings.schema import NO_OVERRIDES, TimeoutOverrides
 from router_core.text import closest_name
@@ -328,7 +328,7 @@ def parse_chat(raw: bytes, headers: list[tuple[str, str]]) -> ChatRequest:
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise BadRequest('`model` must be the name of a model, or "auto" to have one chosen', param="model")
-    check_sizes(body)
+    check_token_limits(body)
     if not isinstance(body.get("messages"), list) or not body["messages"]:
         raise BadRequest("`messages` must be a list with at least one message", param="messages")
     if set(map(type, body["messages"])) != {dict}:

@@ -6,12 +6,12 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from proxy.errors import ModelAtCapacity, UpstreamError
-from proxy.routing.sizes import with_limit
+from proxy.routing.token_limits import with_limit
 from proxy.server.dependencies import ModelPlan, RequestContext
 from proxy.server.request_log import RequestRecord
 from proxy.server.requests import instance_id
 from proxy.settings.schema import NO_OVERRIDES, Timeouts, timeouts_for, total_timeout_s
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from proxy.storage.usage import usage_of
 from proxy.upstream.chunk_reader import is_finished
 from proxy.upstream.client import Blocks
@@ -200,7 +200,7 @@ class CircuitOpen(Exception):
     """The circuit of the model is open: other models are asked first."""
 
 
-class Attempts:
+class AttemptRunner:
     """Ask the models of one selection, one after the other, until one answers."""
 
     def __init__(self, ctx: RequestContext, record: RequestRecord) -> None:
@@ -321,17 +321,17 @@ class Attempts:
         if not even_if_open and name in app.health.cooling_down():
             raise CircuitOpen(name)
         max_wait_s = max(0.0, min(app.settings.queue_wait_s, self._remaining_s()))
-        acquired_at = await app.capacities.acquire(name, plan.limits, max_wait_s)
+        acquired_at = await app.concurrency_limiter.acquire(name, plan.limits, max_wait_s)
         # The circuit may have opened during the wait, or another request may have become its probe.
         if not even_if_open and name in app.health.cooling_down():
-            app.capacities.release(name, acquired_at)
+            app.concurrency_limiter.release(name, acquired_at)
             raise CircuitOpen(name)
         # The wait for a slot took all the time that remained, which is no fault of this model.
         if self._remaining_s() <= 0:
-            app.capacities.release(name, acquired_at)
+            app.concurrency_limiter.release(name, acquired_at)
             raise UpstreamError("no model was asked in time (request_timeout_s)", timed_out=True, retryable=False)
         attempt = app.health.start_attempt(name)
-        attempt.holds(app.capacities, acquired_at)
+        attempt.holds(app.concurrency_limiter, acquired_at)
         return attempt
 
     def _fail(self, attempt: Attempt, failure: UpstreamError) -> None:

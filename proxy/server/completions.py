@@ -13,10 +13,9 @@ from proxy.routing.affinity import Affinity, load_affinity
 from proxy.routing.chat_request import READ_HEADERS, parse_chat
 from proxy.routing.selection import Selection, select_model, selection_to_json
 from proxy.routing.selection_context import SelectionContext
-from proxy.server.attempts import Attempts
+from proxy.server.attempts import AttemptRunner
 from proxy.server.auth import KEY_IN_SCOPE, path_of
 from proxy.server.dependencies import AppState, AppStateDep, RequestContext
-from proxy.server.ratelimit import Reservation
 from proxy.server.request_log import RequestRecord
 from proxy.server.requests import (
     APP_STATE,
@@ -30,7 +29,13 @@ from proxy.server.requests import (
     random_ids,
     read_body,
 )
-from proxy.server.reservations import Demand, drop_pricier_fallbacks, estimate_reservation, limit_to_reserved
+from proxy.server.reservations import (
+    Reservation,
+    UsageEstimate,
+    drop_pricier_fallbacks,
+    limit_to_reserved,
+    reservation_request,
+)
 from proxy.server.responses import HANDLED_EXCEPTIONS, error_response
 from proxy.server.streaming import CompletionStream, cancel_or_close
 from proxy.upstream.response_memory import HeldMemory
@@ -89,7 +94,9 @@ async def _context(request: Request, app: AppState) -> RequestContext:
     scope = request.scope
     raw = await read_body(request, app.settings.max_body_bytes)
     parsed = parse_chat(raw, headers_of(scope).items_for(READ_HEADERS))
-    return RequestContext(app, app.state.current, parsed, scope[KEY_IN_SCOPE], scope[REQUEST_IDS], scope[RECEIVED_AT])
+    return RequestContext(
+        app, app.snapshots.current, parsed, scope[KEY_IN_SCOPE], scope[REQUEST_IDS], scope[RECEIVED_AT]
+    )
 
 
 async def _close_if_stream(response: Response) -> None:
@@ -113,7 +120,7 @@ async def create_completion(ctx: RequestContext) -> Response:
         ctx.app.metrics.conversations_moved.inc()
     selection, reservation = await reserve(ctx, selection)
     record = RequestRecord(ctx, selection, affinity, reservation)
-    attempts = Attempts(ctx, record)
+    attempts = AttemptRunner(ctx, record)
     if ctx.request.stream:
         return await _stream(ctx, attempts, record)
     return await _complete(attempts, record)
@@ -153,17 +160,17 @@ async def reserve(ctx: RequestContext, selection: Selection) -> tuple[Selection,
     if key is None or not key.limits.any:
         return selection, None
     limits = key.limits
-    demand = Demand(limit_to_reserved(selection, limits), ctx.request.body, ctx.snapshot, ctx.app.settings)
+    estimate = UsageEstimate(limit_to_reserved(selection, limits), ctx.request.body, ctx.snapshot, ctx.app.settings)
     try:
-        return demand.choice, await ctx.app.limiter.reserve(key, estimate_reservation(demand, limits))
+        return estimate.selection, await ctx.app.rate_limiter.reserve(key, reservation_request(estimate, limits))
     except BudgetExceeded:
-        cheaper = replace(demand, choice=drop_pricier_fallbacks(demand))
-        if cheaper.choice.candidates == demand.choice.candidates:
+        cheaper = replace(estimate, selection=drop_pricier_fallbacks(estimate))
+        if cheaper.selection.candidates == estimate.selection.candidates:
             raise
-        return cheaper.choice, await ctx.app.limiter.reserve(key, estimate_reservation(cheaper, limits))
+        return cheaper.selection, await ctx.app.rate_limiter.reserve(key, reservation_request(cheaper, limits))
 
 
-async def _complete(attempts: Attempts, record: RequestRecord) -> Response:
+async def _complete(attempts: AttemptRunner, record: RequestRecord) -> Response:
     """Wait for the first whole answer, and finish the record before it is sent."""
     ending = "client_gone"
     try:
@@ -180,10 +187,10 @@ async def _complete(attempts: Attempts, record: RequestRecord) -> Response:
     finally:
         record.finish(ending)
         if ending != "client_gone":
-            await record.settled()
+            await record.wait_until_settled()
 
 
-async def _stream(ctx: RequestContext, attempts: Attempts, record: RequestRecord) -> Response:
+async def _stream(ctx: RequestContext, attempts: AttemptRunner, record: RequestRecord) -> Response:
     """Wait for the first content before the status is sent, so that a failure can have its own status.
 
     After `keep_alive_s` the stream begins all the same, with comments until the content comes.
@@ -207,7 +214,7 @@ async def _stream(ctx: RequestContext, attempts: Attempts, record: RequestRecord
             record.finish(ending)
             await cancel_or_close(pending)
             if ending != "client_gone":
-                await record.settled()
+                await record.wait_until_settled()
     return CompletionStream(pending, record, keep_alive_s=keep_alive_s, include_usage=ctx.request.include_usage)
 
 

@@ -17,7 +17,7 @@ from proxy.server.requests import APP_STATE, REQUEST_IDS, RequestIds
 from proxy.settings.schema import Settings, Timeouts, timeouts_for
 from proxy.storage.audit_log import Actor, AuditTrail
 from proxy.storage.client_keys import ClientKey
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from proxy.storage.redis import Store
 from proxy.storage.registry import Registry
 from proxy.storage.sessions import SessionStore
@@ -44,17 +44,17 @@ class ModelPlan:
 class AppState:
     settings: Settings
     store: Store
-    state: SnapshotWatcher
+    snapshots: SnapshotWatcher
     registry: Registry
     jobs: Jobs
     assigner: ClusterAssigner
     upstream: UpstreamClient
     usage: UsageWriter
-    limiter: RateLimiter
+    rate_limiter: RateLimiter
     metrics: Metrics
-    live: TrafficStats
+    traffic_stats: TrafficStats
     health: HealthRegistry
-    capacities: ConcurrencyLimiter
+    concurrency_limiter: ConcurrencyLimiter
     sessions: SessionStore
     resolver: Resolver
     environ: Mapping[str, str] = field(repr=False)
@@ -63,7 +63,7 @@ class AppState:
 
     def renew_plan(self, record: ModelRecord) -> ModelPlan:
         """Work out a model's plan once for all attempts of this record."""
-        if len(self.plans) > 2 * len(self.state.current.models):  # most of them are of models that were removed
+        if len(self.plans) > 2 * len(self.snapshots.current.models):  # most of them are of models that were removed
             self.plans.clear()
         plan = ModelPlan(record, timeouts_for(self.settings, record.info), ConcurrencyLimits.of(record.info))
         self.plans[record.name] = plan

@@ -25,9 +25,9 @@ from proxy.server.dependencies import app_state_of
 from proxy.server.openapi import MODEL_NAME_SCHEMA, UNSET, null_or
 from proxy.server.requests import read_body
 from proxy.server.responses import error_response
-from proxy.settings.models import check_model_name
+from proxy.settings.model_config import check_model_name
 from proxy.storage.client_keys import LIMITS, MAX_LAMBDA, MAX_PER_MINUTE, MAX_USD, KeyChange, Role
-from proxy.storage.models import is_unix_time
+from proxy.storage.records import is_unix_time
 from router_core.text import closest_name
 
 

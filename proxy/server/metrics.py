@@ -464,7 +464,7 @@ class Metrics:
     def __init__(self, values: Values | None = None) -> None:
         self.registry = CollectorRegistry()
         self.values = values or Values()
-        self._looking: list[Callable[[], None]] = []
+        self._refresh_callbacks: list[Callable[[], None]] = []
         self.requests = self._counter("requests", "Requests by who answered, why and how it ended", "reason", "ending")
         self.attempts_failed = self._counter("upstream_failures", "Upstream attempts that failed", "status")
         self.tokens = self._counter("tokens", "Tokens that upstreams reported", "kind")
@@ -501,22 +501,23 @@ class Metrics:
         self._lines_dropped = self._total("log_lines_dropped", "Log lines dropped: nobody read standard error")
         self._lines_reported = 0
         self.registry.register(worker_deaths(self.values))
-        self.look_at(self._look)
+        self.on_refresh(self._refresh_own)
 
-    def look_at(self, look: Callable[[], None]) -> None:
-        """Call `look` to set gauges, before each scrape and now and then for the scrapes of other workers."""
-        self._looking.append(look)
+    def on_refresh(self, callback: Callable[[], None]) -> None:
+        """Add a callback that sets gauges. It runs at each `refresh`."""
+        self._refresh_callbacks.append(callback)
 
-    def look(self) -> None:
-        for look in self._looking:
-            look()
+    def refresh(self) -> None:
+        """Set the gauges: before each scrape, and now and then for the scrapes of other workers."""
+        for callback in self._refresh_callbacks:
+            callback()
 
     def expose(self) -> bytes:
-        self.look()
+        self.refresh()
         self.values.refresh()
         return generate_latest(self.registry)
 
-    def _look(self) -> None:
+    def _refresh_own(self) -> None:
         self._in_flight.set(self.in_flight)
         dropped = lines_dropped()
         self._lines_dropped.inc(max(0, dropped - self._lines_reported))
@@ -570,7 +571,7 @@ class HealthCollector(Collector):
         )
         self._counted: dict[str, int] = {}
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         unavailable, opened = self._health.cooling_down(), self._health.open_counts()
         for model in self._known():
             self._unavailable.set(float(model in unavailable), (model,))
@@ -580,7 +581,7 @@ class HealthCollector(Collector):
         self._counted = opened
 
     def collect(self) -> Iterator[Metric]:
-        self.look()
+        self.refresh()
         known = sorted(self._known())
         yield self._unavailable.family(known)
         yield self._opened.family(known)

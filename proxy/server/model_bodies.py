@@ -23,7 +23,7 @@ from proxy.errors import BadRequest
 from proxy.server.key_bodies import StrictBody, bad_request, reject_unknown_keys, stated_fields
 from proxy.server.openapi import MODEL_NAME_SCHEMA, UNSET, null_or
 from proxy.settings.litellm_params import ParamError, is_model_info_of_litellm, is_provider_param
-from proxy.settings.models import (
+from proxy.settings.model_config import (
     ModelConfig,
     ModelInfo,
     ModelName,
@@ -35,7 +35,7 @@ from proxy.settings.models import (
 from proxy.settings.outbound import OutboundError, ssl_context, trust_of
 from proxy.settings.redaction import FoundSecret, find_secrets, is_reference
 from proxy.settings.schema import ProfileSettings, Settings
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from proxy.upstream.endpoint import ADDRESSES, check_secrets_stay
 from router_core.clustering import ClusterMap
 from router_core.profiles import Profile

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from redis.exceptions import ResponseError
 
@@ -26,8 +26,10 @@ from proxy.server.reservations import (
     RESERVE,
     SETTLE,
     TIMEOUT_S,
+    Reservation,
     ReservationRequest,
     ScriptBatcher,
+    Settlement,
     StoreUnavailableNow,
     state_key,
 )
@@ -95,28 +97,6 @@ class LimitStatus:
         requests, tokens, day, month, reserved, ended, now = reply
         spent = {"day": int(day) + int(ended), "month": int(month) + int(ended)}
         return cls(float(requests), float(tokens), spent, int(reserved), float(now))
-
-
-Settling = asyncio.Future[Any]
-
-
-def _no_op(_tokens: int | None, _picousd: int | None) -> None:
-    """Report the use of a request that has reserved nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """The permission to send one request, and what is reserved for it."""
-
-    key_id: str
-    reservation: str | None
-    """The id, to be settled by the usage record. None: Redis has none."""
-    headers: dict[str, str]
-    used: Callable[[int | None, int | None], Settling | None] = _no_op
-    """Report the tokens and picodollars that the request took, None where unknown. The future that it returns is done,
-    or has failed, when the next request is judged by them."""
-    wait_s: float = 0.0
-    """How long to wait for that future, at most."""
 
 
 def rate_headers(limits: KeyLimits, status: LimitStatus) -> dict[str, str]:
@@ -246,7 +226,7 @@ class RateLimiter:
         self._clock = clock
         self._timeout_s = timeout_s
         self._scripts = ScriptBatcher(store, (RESERVE, END), timeout_s)
-        self._settle = store.client.register_script(SETTLE)
+        self._settle_script = store.client.register_script(SETTLE)
         self._buckets: LRU[str, BucketState] = LRU(MAX_KEYS)
         self._availability = Availability(log, back="limits are checked in the store again")
         self._unreadable: set[str] = set()
@@ -276,8 +256,8 @@ class RateLimiter:
             headers = rate_headers(limits, status)
             if not (request.tokens or request.picousd):
                 return Reservation(key.id, request.id, headers)
-            used = partial(self._end, key.id, request.id)
-            return Reservation(key.id, request.id, headers, used, self._timeout_s)
+            settle = partial(self._settle, key.id, request.id)
+            return Reservation(key.id, request.id, headers, settle, self._timeout_s)
         self._metrics.limited.labels(verdict).inc()
         if verdict in ("day", "month"):
             raise budget_error(verdict, limits, status, request)
@@ -290,9 +270,9 @@ class RateLimiter:
 
     def release(self, reservation: Reservation) -> None:
         """Release the reservation of a request that was never sent, and so has no usage record."""
-        reservation.used(0, 0)
-        if reservation.reservation is not None:
-            self._release_soon(reservation.key_id, reservation.reservation)
+        reservation.settle(0, 0)
+        if reservation.id is not None:
+            self._release_soon(reservation.key_id, reservation.id)
 
     async def close(self) -> None:
         """Stop. Reservations that could not be released expire."""
@@ -307,16 +287,16 @@ class RateLimiter:
             answer.add_done_callback(lambda _: self._release_soon(key.id, request.id))
             raise
 
-    def _end(self, key_id: str, reservation: str, tokens: int | None, picousd: int | None) -> Settling | None:
+    def _settle(self, key_id: str, reservation: str, tokens: int | None, picousd: int | None) -> Settlement | None:
         """Replace what is reserved by what was used. If Redis does not hear of it, the usage record settles it."""
         known = picousd is not None and picousd <= MAX_COUNT
         took = ("" if tokens is None else tokens, picousd if picousd is not None and known else "")
         try:
-            settling = self._scripts.call(END, state_key(key_id), (key_id, reservation, *took))
+            settlement = self._scripts.call(END, state_key(key_id), (key_id, reservation, *took))
         except StoreUnavailableNow:
             return None
-        settling.add_done_callback(_log_failure)
-        return settling
+        settlement.add_done_callback(_log_failure)
+        return settlement
 
     def _reserve_locally(
         self, key: ClientKey, request: ReservationRequest, error: StoreUnavailable, reservation: str | None
@@ -341,8 +321,8 @@ class RateLimiter:
             if reservation is not None:
                 self._release_soon(key.id, reservation)
             raise
-        used = partial(self._adjust, key.id, limits, request.tokens)
-        return Reservation(key.id, reservation, rate_headers(limits, status), used)
+        settle = partial(self._adjust, key.id, limits, request.tokens)
+        return Reservation(key.id, reservation, rate_headers(limits, status), settle)
 
     def _take(self, key_id: str, limits: KeyLimits, tokens: int) -> tuple[Refusal | None, LimitStatus]:
         """Take from both buckets or from none. Return the first bucket that has not enough, or None."""
@@ -385,7 +365,7 @@ class RateLimiter:
             reservation, key_id = next(iter(self._orphans.items()))
             try:
                 async with self._store.operation("give back a reservation"):
-                    await self._settle(keys=[state_key(key_id)], args=[key_id, reservation, "0", "0", "", ""])
+                    await self._settle_script(keys=[state_key(key_id)], args=[key_id, reservation, "0", "0", "", ""])
             except StoreUnreadable as error:
                 log.warning("a reservation of the key %s is not given back, and ends by itself: %s", key_id, error)
             except StoreUnavailable as error:
@@ -406,8 +386,8 @@ class RateLimiter:
         )
 
 
-def _log_failure(settling: Settling) -> None:
-    if not settling.cancelled() and (error := settling.exception()) is not None:
+def _log_failure(settlement: Settlement) -> None:
+    if not settlement.cancelled() and (error := settlement.exception()) is not None:
         log.debug("what a request took waits for its usage record: %s", error)
 
 

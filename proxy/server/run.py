@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import uvicorn
 
 from proxy.server.protocol import LimitedHTTPProtocol
-from proxy.settings.models import SettingsError
+from proxy.settings.model_config import SettingsError
 from proxy.settings.schema import Settings
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from proxy.errors import Starting
-from proxy.settings.models import ModelConfig, ModelInfo, SettingsError, check_model_name
+from proxy.settings.model_config import ModelConfig, ModelInfo, SettingsError, check_model_name
 from proxy.settings.outbound import OutboundError, ssl_context, trust_of
 from proxy.settings.redaction import is_reference
 from proxy.settings.schema import Settings
@@ -218,10 +218,10 @@ PROVIDERS = (
 
 
 def detect_models(
-    environ: Mapping[str, str], catalog: PriceMap, *, ollama_url: str = OLLAMA_URL
+    environ: Mapping[str, str], price_map: PriceMap, *, ollama_url: str = OLLAMA_URL
 ) -> tuple[ModelConfig, ...]:
     """Find hosted models whose key is set and whose price is known, and every chat model of a running Ollama."""
-    return (*_hosted(environ, catalog), *_ollama(ollama_url))
+    return (*_hosted(environ, price_map), *_ollama(ollama_url))
 
 
 def with_detected(settings: Settings, found: Sequence[ModelConfig]) -> Settings:
@@ -232,7 +232,7 @@ def with_detected(settings: Settings, found: Sequence[ModelConfig]) -> Settings:
     return settings.model_copy(update={"model_list": (*settings.model_list, *new)})
 
 
-def _hosted(environ: Mapping[str, str], catalog: PriceMap) -> list[ModelConfig]:
+def _hosted(environ: Mapping[str, str], price_map: PriceMap) -> list[ModelConfig]:
     return [
         ModelConfig(
             model_name=provider.prefix + model,
@@ -241,7 +241,7 @@ def _hosted(environ: Mapping[str, str], catalog: PriceMap) -> list[ModelConfig]:
         for provider in PROVIDERS
         if environ.get(provider.key)
         for model in provider.models
-        if (known := catalog.find(provider.prefix + model)) and known.price
+        if (known := price_map.find(provider.prefix + model)) and known.price
     ]
 
 

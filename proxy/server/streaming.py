@@ -188,7 +188,7 @@ class CompletionStream(Response):
             self._record.finish(ending)
             await cancel_or_close(self._pending)
         # The client's next request comes after this end, and must be checked against limits that include this one.
-        await self._record.settled()
+        await self._record.wait_until_settled()
         await send({"type": "http.response.body", "body": DONE if ending == "complete" else b"", "more_body": False})
 
     async def _send_events(self, send: Send, keep_alive: SSEKeepAlive) -> None:

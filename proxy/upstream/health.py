@@ -20,7 +20,7 @@ from redis.exceptions import RedisError
 from proxy.concurrency import BackgroundTasks
 from proxy.errors import UpstreamError
 from proxy.settings.schema import CircuitBreakerSettings
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from proxy.storage.redis import Store, StoreUnavailable, retry_until_available
 from proxy.upstream.circuit_breaker import CircuitBreaker, Permit, classify_failure
 from proxy.upstream.concurrency_limit import ConcurrencyLimiter

@@ -12,7 +12,7 @@ from proxy.server.admin_responses import redact_params
 from proxy.server.key_bodies import NewKey, parse_body
 from proxy.server.model_bodies import ModelPatch, NewModel, PriceBody, ProfileDocument, ProfileRequest, Reprofile
 from proxy.settings.schema import ProfileSettings, Settings
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from router_core.errors import InvalidInput
 from router_core.profiles import Profile
 from router_core.types import Price

@@ -13,7 +13,7 @@ from proxy.errors import BadRequest
 from proxy.routing.chat_request import parse_chat
 from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
-from proxy.storage.models import ResolvedProvider
+from proxy.storage.records import ResolvedProvider
 from proxy.upstream.chunk_reader import parse_chunk
 from proxy.upstream.endpoint import Endpoints, build_body
 from proxy.upstream.payload import JSONPayload, parse, replace_model

@@ -59,7 +59,7 @@ _NOT_SEARCHED = _CONTENT.union(LIMITS)
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class TokenLimits:
     """What a body states about the size of its answers."""
 
     limit: int | None = None
@@ -107,7 +107,7 @@ def requested_answers(body: Mapping[str, Any]) -> int:
     return min(max(counts), MAX_ANSWERS) if counts else 1
 
 
-def check_sizes(body: Mapping[str, Any]) -> None:
+def check_token_limits(body: Mapping[str, Any]) -> None:
     """Refuse sizes that two upstreams could read differently.
 
     Raises:
@@ -137,7 +137,7 @@ def with_limit(body: Mapping[str, Any], limit: int) -> dict[str, Any]:
     return {name: limit if name in LIMITS and value is not None else value for name, value in body.items()}
 
 
-def sizes_of(body: Mapping[str, Any]) -> Sizes:
+def token_limits_of(body: Mapping[str, Any]) -> TokenLimits:
     """Read every size that some upstream could read in a body. Never fails."""
     others: list[float] = [0]
     counts: list[float] = [requested_answers(body)]
@@ -149,7 +149,7 @@ def sizes_of(body: Mapping[str, Any]) -> Sizes:
             others.append(amount)
         elif name in _OTHER_COUNTS:
             counts.append(amount)
-    return Sizes(
+    return TokenLimits(
         limit=output_limit(body),
         other_limit=_whole(max(others)),
         unlimited=min(*others, *budgets) < 0,
@@ -161,19 +161,19 @@ def sizes_of(body: Mapping[str, Any]) -> Sizes:
 
 def _amounts(body: Mapping[str, Any]) -> Iterator[tuple[str, float, bool]]:
     """Yield the plain name of each number, the number, and whether it is within an object about reasoning."""
-    pending = [(plain_size(name), value, False) for name, value in body.items() if name not in _NOT_SEARCHED]
+    pending = [(plain_limit_name(name), value, False) for name, value in body.items() if name not in _NOT_SEARCHED]
     while pending:
         name, value, thinking = pending.pop()
         if isinstance(value, Mapping):
             within = thinking or name in _THINKING
-            pending += [(plain_size(inner_name), inner, within) for inner_name, inner in value.items()]
+            pending += [(plain_limit_name(inner_name), inner, within) for inner_name, inner in value.items()]
         elif isinstance(value, list):
             pending += [(name, inner, thinking) for inner in value if isinstance(inner, Mapping | list)]
         elif (amount := _amount(value)) is not None:
             yield name, amount, thinking
 
 
-def plain_size(name: str) -> str:
+def plain_limit_name(name: str) -> str:
     """Return a name as a lenient reader compares it: maxOutputTokens and max-output-tokens are max_output_tokens."""
     return plain_name(name).replace("_", "").replace("-", "")
 
