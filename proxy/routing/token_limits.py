@@ -1,4 +1,4 @@
-"""How much a body asks a model to write, under every name by which some upstream would read it.
+"""The token limits of a chat body, under every name by which some upstream would read them.
 
 OpenAI's own names state the limit of an answer. All others can only raise what is reserved for it: whether an upstream
 heeds them is not known.
@@ -45,7 +45,7 @@ _BUDGETS = frozenset(
     reasoningbudget reasoningbudgettokens reasoningtokenbudget maxreasoningtokens reasoningtokens
 """.split()
 )
-# Top-level fields that hold no size: content, schemas, and what OpenAI defines.
+# Top-level fields that hold no limit: content, schemas, and what OpenAI defines.
 _CONTENT = frozenset(
     """
     model messages stream stream_options tools tool_choice functions function_call response_format metadata prediction
@@ -60,7 +60,7 @@ _NOT_SEARCHED = _CONTENT.union(LIMITS)
 
 @dataclass(frozen=True, slots=True)
 class TokenLimits:
-    """What a body states about the size of its answers."""
+    """What a body states about the length and the number of its answers."""
 
     limit: int | None = None
     """Tokens of one answer, under OpenAI's names. None: not stated."""
@@ -108,7 +108,7 @@ def requested_answers(body: Mapping[str, Any]) -> int:
 
 
 def check_token_limits(body: Mapping[str, Any]) -> None:
-    """Refuse sizes that two upstreams could read differently.
+    """Refuse limits that two upstreams could read differently.
 
     Raises:
         BadRequest: a limit is no whole number, its two names contradict each other, or too many answers are requested.
@@ -138,7 +138,7 @@ def with_limit(body: Mapping[str, Any], limit: int) -> dict[str, Any]:
 
 
 def token_limits_of(body: Mapping[str, Any]) -> TokenLimits:
-    """Read every size that some upstream could read in a body. Never fails."""
+    """Read every limit that some upstream could read in a body. Never fails."""
     others: list[float] = [0]
     counts: list[float] = [requested_answers(body)]
     budgets: list[float] = [0]

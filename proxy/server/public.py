@@ -9,7 +9,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import WithJsonSchema
 
 from proxy.errors import ModelNotFound
-from proxy.routing.selection_context import ALIASES, ANY, RoutingMode, allowed_models, key_allows_mode
+from proxy.routing.cost_weight import ALIASES, RoutingMode, key_allows_mode
+from proxy.routing.selection_context import ANY, allowed_models
 from proxy.server.admin_responses import Count, OpenResponseModel, ResponseModel, one_of
 from proxy.server.dependencies import AppState, AppStateDep, CurrentKey
 from proxy.server.openapi import COMMON_ERRORS, MODEL_NAME_SCHEMA, UNSET, client_key, errors
