@@ -16,13 +16,12 @@ from proxy.routing.selection_context import SelectionContext
 from proxy.server.attempts import AttemptRunner
 from proxy.server.auth import KEY_IN_SCOPE, path_of
 from proxy.server.dependencies import AppState, AppStateDep, RequestContext
+from proxy.server.disconnects import cancel_on_disconnect, cancelled_ending
 from proxy.server.request_log import RequestRecord
 from proxy.server.requests import (
     APP_STATE,
     RECEIVED_AT,
     REQUEST_IDS,
-    cancel_on_disconnect,
-    cancelled_ending,
     check_hops,
     headers_of,
     instance_id,
@@ -37,7 +36,7 @@ from proxy.server.reservations import (
     reservation_request,
 )
 from proxy.server.responses import HANDLED_EXCEPTIONS, error_response
-from proxy.server.streaming import CompletionStream, cancel_or_close
+from proxy.server.streaming import CompletionStream, PendingStream, cancel_or_close
 from proxy.upstream.response_memory import HeldMemory
 from proxy.upstream.sse import encode_json
 
@@ -120,10 +119,10 @@ async def create_completion(ctx: RequestContext) -> Response:
         ctx.app.metrics.conversations_moved.inc()
     selection, reservation = await reserve(ctx, selection)
     record = RequestRecord(ctx, selection, affinity, reservation)
-    attempts = AttemptRunner(ctx, record)
+    runner = AttemptRunner(ctx, record)
     if ctx.request.stream:
-        return await _stream(ctx, attempts, record)
-    return await _complete(attempts, record)
+        return await _stream(ctx, runner, record)
+    return await _complete(runner, record)
 
 
 async def select(ctx: RequestContext, *, explain: bool = False) -> tuple[Selection, Affinity]:
@@ -170,58 +169,52 @@ async def reserve(ctx: RequestContext, selection: Selection) -> tuple[Selection,
         return cheaper.selection, await ctx.app.rate_limiter.reserve(key, reservation_request(cheaper, limits))
 
 
-async def _complete(attempts: AttemptRunner, record: RequestRecord) -> Response:
+async def _complete(runner: AttemptRunner, record: RequestRecord) -> Response:
     """Wait for the first whole answer, and finish the record before it is sent."""
-    ending = "client_gone"
     try:
-        answer = await attempts.complete()
-        body = answer.with_model(record.model)
-        ending = "complete"
-        return CompletionResponse(body, answer.held, record.headers())
-    except (UpstreamError, ModelAtCapacity) as failure:
-        ending = _failure_ending(record, failure)
+        answer = await runner.complete()
+        response = CompletionResponse(answer.with_model(record.model), answer.held, record.headers())
+    except BaseException as failure:
+        await _finish_failed(record, failure)
         raise
-    except asyncio.CancelledError:
-        ending = cancelled_ending()
-        raise
-    finally:
-        record.finish(ending)
-        if ending != "client_gone":
-            await record.wait_until_settled()
+    record.finish("complete")
+    await record.wait_until_settled()
+    return response
 
 
-async def _stream(ctx: RequestContext, attempts: AttemptRunner, record: RequestRecord) -> Response:
+async def _stream(ctx: RequestContext, runner: AttemptRunner, record: RequestRecord) -> Response:
     """Wait for the first content before the status is sent, so that a failure can have its own status.
 
     After `keep_alive_s` the stream begins all the same, with comments until the content comes.
     """
     keep_alive_s = ctx.app.settings.keep_alive_s
-    pending = asyncio.create_task(attempts.open_stream())
-    ending: str | None = "client_gone"
+    pending = asyncio.create_task(runner.open_stream())
     try:
         await asyncio.wait({pending}, timeout=keep_alive_s)
         if pending.done():
             pending.result()
-        ending = None
-    except (UpstreamError, ModelAtCapacity) as failure:
-        ending = _failure_ending(record, failure)
+    except BaseException as failure:
+        await _finish_failed(record, failure, pending)
         raise
-    except asyncio.CancelledError:
-        ending = cancelled_ending()
-        raise
-    finally:
-        if ending is not None:
-            record.finish(ending)
-            await cancel_or_close(pending)
-            if ending != "client_gone":
-                await record.wait_until_settled()
     return CompletionStream(pending, record, keep_alive_s=keep_alive_s, include_usage=ctx.request.include_usage)
 
 
-def _failure_ending(record: RequestRecord, failure: UpstreamError | ModelAtCapacity) -> str:
-    """Return the ending to record, and add the headers that name the decision to the failure's response."""
-    failure.headers |= record.headers()
-    return "busy" if isinstance(failure, ModelAtCapacity) else "failed"
+async def _finish_failed(record: RequestRecord, failure: BaseException, pending: PendingStream | None = None) -> None:
+    """Finish the record of a request that ends before its response begins, and close the stream that was to come.
+
+    The response to a failure of the models gets the headers that name the decision.
+    """
+    ending = "client_gone"
+    if isinstance(failure, UpstreamError | ModelAtCapacity):
+        failure.headers |= record.headers()
+        ending = "busy" if isinstance(failure, ModelAtCapacity) else "failed"
+    elif isinstance(failure, asyncio.CancelledError):
+        ending = cancelled_ending()
+    record.finish(ending)
+    if pending is not None:
+        await cancel_or_close(pending)
+    if ending != "client_gone":
+        await record.wait_until_settled()
 
 
 # A response is written in pieces of this size. What the client has not read yet then stays in this process's counted

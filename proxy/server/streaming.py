@@ -19,8 +19,8 @@ from proxy.errors import (
     UpstreamError,
 )
 from proxy.server.attempts import UpstreamStream
+from proxy.server.disconnects import cancel_on_disconnect, cancelled_ending
 from proxy.server.request_log import RequestRecord
-from proxy.server.requests import cancel_on_disconnect, cancelled_ending
 from proxy.server.responses import render_error
 from proxy.storage.usage import usage_of
 from proxy.upstream.payload import JSONPayload, content_bytes, is_null_usage_chunk, is_usage_chunk, usage_chunk
