@@ -40,9 +40,8 @@ def serve(
 
     from proxy.app import from_settings
     from proxy.cli.client import announce_ready
-    from proxy.server.run import LOGGING, address, exit_on_signals, listen
+    from proxy.server.run import LOGGING, address, exit_on_signals, listen, run_server
     from proxy.server.startup import validate_files
-    from proxy.server.supervisor import run_server
 
     exit_on_signals()
     dictConfig(LOGGING)

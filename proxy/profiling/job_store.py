@@ -1,3 +1,5 @@
+"""Jobs in Redis: their records, the store that reads and writes them, and the leases of the workers that run them."""
+
 from __future__ import annotations
 
 import asyncio
@@ -185,29 +187,6 @@ class ReusedAnswers:
         return {**counted, "map": self.map_id, "measured_at": self.measured_at or ""}
 
 
-LEASE_S = 8.0
-
-HEARTBEAT_S = 2.0
-
-# Work stops after so long without a renewal: one more failed attempt to renew might take until the lease has expired.
-RENEWAL_GRACE_S = 4.0
-
-# How often a job may be taken and neither finished nor given back. What kills a worker, or freezes it for longer than a
-# lease, would do so each time.
-MAX_TRIES = 5
-
-GIVEN_UP = (
-    f"given up after {MAX_TRIES} tries: each time the worker that measured the model died or lost its lease, and its"
-    " log says more; profile the model again"
-)
-
-_TAKE = load_script(__package__, "take_job", GIVEN_UP=GIVEN_UP, KEPT_S=KEPT_S, MAX_TRIES=MAX_TRIES)
-
-_RENEW = load_script(__package__, "renew_lease")
-
-_RELEASE = load_script(__package__, "release_lease")
-
-
 class LeaseLost(Exception):
     """The job belongs to another worker now, or was cancelled. This worker may write nothing more for it."""
 
@@ -218,70 +197,6 @@ class Lease:
 
     job_id: str
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-
-class Leases:
-    """Take, renew and release leases, for a worker that measures on one cluster map."""
-
-    def __init__(self, store: Store, map_id: str = "") -> None:
-        self._store = store
-        self._map_id = map_id
-
-    async def take(self, job_id: str) -> Lease | None:
-        """Take a job; None: it has ended, has a worker, or is for another map. One that was tried too often fails.
-
-        Raises:
-            StoreUnavailable: the job may be taken all the same, until the lease expires.
-        """
-        lease = Lease(job_id)
-        taken = await self._run("take a job", _TAKE, lease)
-        if taken == 2:
-            log.error("job %s: %s", job_id, GIVEN_UP)
-        return lease if taken == 1 else None
-
-    async def renew(self, lease: Lease) -> bool:
-        """Renew a lease; return False if it is lost or the job was cancelled. Raise StoreUnavailable."""
-        return bool(await self._run("renew a lease", _RENEW, lease))
-
-    async def release(self, lease: Lease) -> None:
-        """Let another worker take the job at once. Raise StoreUnavailable; then the lease expires."""
-        await self._run("release a lease", _RELEASE, lease)
-
-    async def hold(self, lease: Lease, work: asyncio.Task[Any]) -> None:
-        """Renew the lease until `work` is done. If that fails, cancel `work` before another worker can take the job.
-
-        Raises:
-            LeaseLost: `work` was cancelled.
-        """
-        renewed_at = monotonic()
-        try:
-            while not (await asyncio.wait({work}, timeout=HEARTBEAT_S))[0]:
-                asked_at = monotonic()
-                try:
-                    if not await self.renew(lease):
-                        raise LeaseLost("the job was cancelled or taken over")
-                    renewed_at = asked_at
-                except StoreUnavailable as error:
-                    if monotonic() - renewed_at >= RENEWAL_GRACE_S:
-                        raise LeaseLost(str(error)) from error
-        finally:
-            if not work.done():
-                await cancel_and_wait(work)
-
-    async def _run(self, what: str, script: str, lease: Lease) -> Any:
-        job_id = lease.job_id
-        keys = [
-            job_key(job_id),
-            lease_key(job_id),
-            enqueued_key(job_id),
-            answers_key(job_id),
-            reserved_key(job_id),
-            OPEN,
-        ]
-        async with self._store.operation(what) as client:
-            return await client.register_script(script)(
-                keys=keys, args=[lease.token, int(LEASE_S * 1000), self._map_id, job_id]
-            )
 
 
 SUBMIT: Final = load_script(__package__, "submit_job", KEPT_S=KEPT_S)
@@ -434,3 +349,90 @@ def _pairs(fields: Mapping[str, Any]) -> list[Any]:
 async def _hash(client: Redis, key: str) -> Mapping[str, str]:
     found: Mapping[str, str] = await awaited(client.hgetall(key))
     return found
+
+
+LEASE_S = 8.0
+
+HEARTBEAT_S = 2.0
+
+# Work stops after so long without a renewal: one more failed attempt to renew might take until the lease has expired.
+RENEWAL_GRACE_S = 4.0
+
+# How often a job may be taken and neither finished nor given back. What kills a worker, or freezes it for longer than a
+# lease, would do so each time.
+MAX_TRIES = 5
+
+GIVEN_UP = (
+    f"given up after {MAX_TRIES} tries: each time the worker that measured the model died or lost its lease, and its"
+    " log says more; profile the model again"
+)
+
+_TAKE = load_script(__package__, "take_job", GIVEN_UP=GIVEN_UP, KEPT_S=KEPT_S, MAX_TRIES=MAX_TRIES)
+
+_RENEW = load_script(__package__, "renew_lease")
+
+_RELEASE = load_script(__package__, "release_lease")
+
+
+class Leases:
+    """Take, renew and release leases, for a worker that measures on one cluster map."""
+
+    def __init__(self, store: Store, map_id: str = "") -> None:
+        self._store = store
+        self._map_id = map_id
+
+    async def take(self, job_id: str) -> Lease | None:
+        """Take a job; None: it has ended, has a worker, or is for another map. One that was tried too often fails.
+
+        Raises:
+            StoreUnavailable: the job may be taken all the same, until the lease expires.
+        """
+        lease = Lease(job_id)
+        taken = await self._run("take a job", _TAKE, lease)
+        if taken == 2:
+            log.error("job %s: %s", job_id, GIVEN_UP)
+        return lease if taken == 1 else None
+
+    async def renew(self, lease: Lease) -> bool:
+        """Renew a lease; return False if it is lost or the job was cancelled. Raise StoreUnavailable."""
+        return bool(await self._run("renew a lease", _RENEW, lease))
+
+    async def release(self, lease: Lease) -> None:
+        """Let another worker take the job at once. Raise StoreUnavailable; then the lease expires."""
+        await self._run("release a lease", _RELEASE, lease)
+
+    async def hold(self, lease: Lease, work: asyncio.Task[Any]) -> None:
+        """Renew the lease until `work` is done. If that fails, cancel `work` before another worker can take the job.
+
+        Raises:
+            LeaseLost: `work` was cancelled.
+        """
+        renewed_at = monotonic()
+        try:
+            while not (await asyncio.wait({work}, timeout=HEARTBEAT_S))[0]:
+                asked_at = monotonic()
+                try:
+                    if not await self.renew(lease):
+                        raise LeaseLost("the job was cancelled or taken over")
+                    renewed_at = asked_at
+                except StoreUnavailable as error:
+                    if monotonic() - renewed_at >= RENEWAL_GRACE_S:
+                        raise LeaseLost(str(error)) from error
+        finally:
+            if not work.done():
+                await cancel_and_wait(work)
+
+    async def _run(self, what: str, script: str, lease: Lease) -> Any:
+        job_id = lease.job_id
+        keys = [
+            job_key(job_id),
+            lease_key(job_id),
+            enqueued_key(job_id),
+            answers_key(job_id),
+            reserved_key(job_id),
+            OPEN,
+        ]
+        async with self._store.operation(what) as client:
+            return await client.register_script(script)(
+                keys=keys, args=[lease.token, int(LEASE_S * 1000), self._map_id, job_id]
+            )

@@ -57,7 +57,7 @@ class Room:
         return RequestRecord(self.context(), self.selection, NO_AFFINITY)
 
     async def attempt(self) -> Attempt:
-        """Begin one as Attempts does."""
+        """Begin one as AttemptRunner does."""
         model, slots = self.selection.model, self.app.concurrency_limiter
         self.app.health.cooling_down()
         acquired_at = await slots.acquire(model, LIMITS, 5.0)

@@ -12,7 +12,7 @@ from threading import Thread
 
 import pytest
 
-from proxy.cli.tools import sync_once
+from proxy.cli.models import sync_once
 from proxy.concurrency import cancel_and_wait
 from proxy.settings.schema import Settings
 from proxy.storage.price_feed import PriceFeed, PriceFeedError, fetch_price_map, sync_prices
