@@ -30,7 +30,6 @@ from proxy.server.auth import AuthMiddleware, path_of
 from proxy.server.completions import ChatCompletionsEndpoint
 from proxy.server.completions import router as completions_router
 from proxy.server.dependencies import AppState
-from proxy.server.key_bodies import handle_validation_error
 from proxy.server.log_handler import NonBlockingHandler
 from proxy.server.metrics import HealthCollector, Metrics, open_values
 from proxy.server.middleware import (
@@ -47,6 +46,7 @@ from proxy.server.ratelimit import RateLimiter
 from proxy.server.reservations import SETTLE_FUNCTION
 from proxy.server.responses import HANDLED_EXCEPTIONS, handle_error
 from proxy.server.startup import START_FAILED, Startup, Step, check_data_dir, check_named_models, load_cluster_map
+from proxy.server.strict_bodies import handle_validation_error
 from proxy.settings.model_config import SettingsError
 from proxy.settings.schema import Settings, check_exposure, load_settings
 from proxy.storage.client_keys import AuthRequiredLatch
@@ -163,7 +163,7 @@ class Application(FastAPI):
             Middleware(RequestContextMiddleware, startup=startup),
             *([_cors(settings)] if settings.allowed_origins else []),
             Middleware(AuditLogMiddleware),
-            Middleware(AuthMiddleware, settings=settings, state=current_snapshot),
+            Middleware(AuthMiddleware, settings=settings, current_snapshot=current_snapshot),
             Middleware(ChatCompletionsEndpoint),
             Middleware(HeadMiddleware, paths=paths),
         ]

@@ -66,7 +66,7 @@ class TextSample:
 
     @property
     def whole(self) -> str | None:
-        """The text, if it is short enough to have been kept."""
+        """Return the text if it is short enough to have been kept, else None."""
         return self._head if self.length <= SAMPLE_CHARS else None
 
     @property

@@ -10,6 +10,16 @@ from pydantic import BeforeValidator, WithJsonSchema
 
 from proxy.errors import BadRequest, JobNotFound, ModelNotFound
 from proxy.profiling.job_store import Job
+from proxy.server.admin_bodies import (
+    KeyPatch,
+    ModelPatch,
+    NewKey,
+    NewModel,
+    PriceBody,
+    ProfileRequest,
+    Reprofile,
+    Rotation,
+)
 from proxy.server.admin_responses import (
     Accepted,
     AuditEntries,
@@ -26,10 +36,9 @@ from proxy.server.admin_responses import (
     models_to_json,
 )
 from proxy.server.dependencies import AdminState, AppState, AppStateDep, Audit
-from proxy.server.key_bodies import KeyPatch, NewKey, Rotation, StrictJSONRoute
 from proxy.server.middleware import TARGET_IN_SCOPE
-from proxy.server.model_bodies import ModelPatch, NewModel, PriceBody, ProfileRequest, Reprofile
 from proxy.server.openapi import BODY_ERRORS, COMMON_ERRORS, MODEL_NAME_SCHEMA, admin_key, errors
+from proxy.server.strict_bodies import StrictJSONRoute
 from proxy.storage.audit_log import CANCEL_JOB, PROFILE_MODEL
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.records import ModelRecord
@@ -71,7 +80,7 @@ RegisteredModel = Annotated[ModelRecord, Depends(registered_model)]
 
 
 async def changeable_model(record: RegisteredModel) -> ModelRecord:
-    """Raises ConfiguredModel if only the configuration file can change it."""
+    """Refuse a model that only the configuration file can change. Raises ConfiguredModel."""
     if record.source == "config":
         raise ConfiguredModel(f"the model {record.name!r} is defined in the configuration file; change it there")
     return record
@@ -297,7 +306,7 @@ JobIdPath = Annotated[str, Path(), WithJsonSchema(_ID_SCHEMA)]
 
 
 async def known_job(job_id: JobIdPath, state: AppStateDep) -> Job:
-    """Raises JobNotFound."""
+    """Find a job. Raises JobNotFound."""
     job = await state.jobs.get(job_id)
     if job is None:
         raise JobNotFound(f"no job has the id {job_id[:100]!r}", param="job")

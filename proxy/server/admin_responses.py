@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, WithJsonSchema
 
 from proxy.errors import ModelNotFound
 from proxy.profiling.job_store import Job
+from proxy.server.admin_bodies import ProfileDocument
 from proxy.server.dependencies import AppState
-from proxy.server.model_bodies import ProfileDocument
 from proxy.server.openapi import UNSET
 from proxy.settings.redaction import redact_value
 from proxy.storage.client_keys import LIMITS, ROLES, ClientKey
@@ -152,7 +152,7 @@ class AuditEntries(ResponseModel):
 
 
 def key_to_json(key: ClientKey) -> dict[str, Any]:
-    """All but the digests, under the names of a body."""
+    """Show a key without its digests, under the names of a body."""
     return {
         "id": key.id,
         "name": key.name,
@@ -178,7 +178,7 @@ async def models_to_json(state: AppState) -> list[dict[str, Any]]:
 
 
 async def model_to_json(state: AppState, name: str, *, with_profile: bool) -> dict[str, Any]:
-    """Raises ModelNotFound."""
+    """Show one model. Raises ModelNotFound."""
     job = await _if_available(state, lambda: state.jobs.for_model(name))
     snapshot = state.snapshots.current
     if name not in snapshot.models:

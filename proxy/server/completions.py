@@ -76,6 +76,7 @@ async def route(request: Request, app: AppStateDep) -> Response:
 
 
 async def chat_completions(request: Request, app: AppState) -> Response:
+    """Serve one chat request, which is cancelled when its client leaves."""
     ctx = await _context(request, app)
     app.metrics.in_flight += 1
     try:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated
@@ -27,8 +26,6 @@ from proxy.upstream.client import UpstreamClient
 from proxy.upstream.concurrency_limit import ConcurrencyLimiter, ConcurrencyLimits
 from proxy.upstream.health import HealthRegistry
 from proxy.upstream.provider_resolution import Resolver
-
-log = logging.getLogger("uniroute")
 
 
 @dataclass(frozen=True, slots=True)

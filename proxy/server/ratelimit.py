@@ -39,161 +39,10 @@ from proxy.storage.usage_writer import MAX_COUNT
 from router_core.pricing import PICO, picousd
 from router_core.text import rfc3339
 
-MAX_KEYS = 10_000
-
-# Of a bucket that is never refilled.
-UNKNOWN_WAIT_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class BucketState:
-    """The amount used at some time, in seconds of the caller's clock."""
-
-    used: float = 0.0
-    at: float = 0.0
-
-
-def refill(state: BucketState, per_minute: float, now: float) -> BucketState:
-    """Return the state now. A clock that went back refills nothing."""
-    return BucketState(max(0.0, state.used - max(0.0, now - state.at) * per_minute / 60), now)
-
-
-def take(state: BucketState, per_minute: float, amount: float, now: float) -> BucketState | None:
-    """Return the state after taking `amount`; None if there is not so much."""
-    current = refill(state, per_minute, now)
-    return None if current.used + amount > per_minute else BucketState(current.used + amount, now)
-
-
-def adjust(state: BucketState, per_minute: float, more: float, now: float) -> BucketState:
-    """Return the state after `more` was used than had been taken, or less if it is negative. It may be a debt."""
-    return BucketState(max(0.0, refill(state, per_minute, now).used + more), now)
-
-
-def wait_s(used: float, amount: float, per_minute: float) -> float:
-    """Return the seconds until `amount` can be taken."""
-    return max(0.0, used + amount - per_minute) * 60 / per_minute if per_minute else UNKNOWN_WAIT_S
-
-
-def time_to_full(used: float, per_minute: float) -> float:
-    """Return the seconds until the bucket is full."""
-    return used * 60 / per_minute if per_minute else UNKNOWN_WAIT_S
-
-
-@dataclass(frozen=True, slots=True)
-class LimitStatus:
-    """What a key has used, this request included if it was granted."""
-
-    requests: float
-    tokens: float
-    spent_picousd: dict[str, int] = field(default_factory=dict)
-    """Of the day and of the month. Empty: not known here."""
-    reserved_picousd: int = 0
-    now: float = 0.0
-    """Unix seconds by Redis' clock."""
-
-    @classmethod
-    def of_reply(cls, reply: Sequence[str]) -> LimitStatus:
-        """Parse what reserve.lua returns after its verdict."""
-        requests, tokens, day, month, reserved, ended, now = reply
-        spent = {"day": int(day) + int(ended), "month": int(month) + int(ended)}
-        return cls(float(requests), float(tokens), spent, int(reserved), float(now))
-
-
-def rate_headers(limits: KeyLimits, status: LimitStatus) -> dict[str, str]:
-    """Return `x-ratelimit-limit-requests`, `-remaining-requests`, `-reset-requests`, and the same of tokens.
-
-    Only what is limited has headers.
-    """
-    kinds = (
-        ("requests", limits.requests_per_minute, status.requests),
-        ("tokens", limits.tokens_per_minute, status.tokens),
-    )
-    headers: dict[str, str] = {}
-    for kind, per_minute, used in kinds:
-        if per_minute is not None:
-            headers[f"x-ratelimit-limit-{kind}"] = str(per_minute)
-            headers[f"x-ratelimit-remaining-{kind}"] = str(max(0, math.floor(per_minute - used)))
-            headers[f"x-ratelimit-reset-{kind}"] = duration(time_to_full(used, per_minute))
-    return headers
-
-
-def duration(seconds: float) -> str:
-    """Format seconds as OpenAI does: `12ms`, `1s`, `8.64s`, `6m0s`, `1h0m0s`."""
-    milliseconds = math.ceil(seconds * 1000 - 1e-6)
-    if milliseconds < 1000:
-        return f"{milliseconds}ms" if milliseconds else "0s"
-    minutes, rest = divmod(milliseconds, 60_000)
-    hours, minutes = divmod(minutes, 60)
-    text = f"{rest / 1000:.3f}".rstrip("0").rstrip(".") + "s"
-    if hours or minutes:
-        text = f"{minutes}m{text}"
-    return f"{hours}h{text}" if hours else text
-
-
-MAX_WAIT_S = 3600
-
-# OpenAI's clients repeat a 429 otherwise.
-DO_NOT_RETRY = {"x-should-retry": "false"}
-
-
-def rate_limit_error(kind: str, limits: KeyLimits, status: LimitStatus, request: ReservationRequest) -> RateLimited:
-    """Say when to try again. `kind`: requests or tokens."""
-    if kind == "requests":
-        per_minute, used, amount = limits.requests_per_minute or 0, status.requests, 1
-    else:
-        per_minute, used, amount = limits.tokens_per_minute or 0, status.tokens, request.tokens
-    wait = max(1, math.ceil(min(wait_s(used, amount, per_minute), MAX_WAIT_S)))
-    left = max(0, math.floor(per_minute - used))
-    return RateLimited(
-        f"this key may use {per_minute:,} {kind} per minute; {left:,} are left, and this request needs {amount:,}:"
-        f" try again in {wait} s",
-        headers={"retry-after": str(wait), **rate_headers(limits, status)},
-    )
-
-
-def request_too_large_error(limits: KeyLimits, request: ReservationRequest) -> RateLimited:
-    return RateLimited(
-        f"this key may use {limits.tokens_per_minute or 0:,} tokens per minute, and this request alone may take"
-        f" {request.tokens:,}; shorten the prompt, or state a smaller max_tokens",
-        headers=DO_NOT_RETRY,
-    )
-
-
-def budget_error(period: str, limits: KeyLimits, status: LimitStatus, request: ReservationRequest) -> BudgetExceeded:
-    """Say what is spent and when the period begins again. `period`: day or month."""
-    limit_usd = (limits.usd_per_day if period == "day" else limits.usd_per_month) or 0.0
-    spent = status.spent_picousd[period]
-    message = (
-        f"this key may spend {format_usd(picousd(limit_usd))} a {period}: {format_usd(spent)} are spent,"
-        f" {format_usd(status.reserved_picousd)} are set aside for requests under way, and this one may cost"
-        f" {format_usd(request.picousd)}; "
-    )
-    if spent + request.picousd <= picousd(limit_usd):
-        return BudgetExceeded(message + "try again when they have ended", headers={"retry-after": "1"})
-    return BudgetExceeded(f"{message}it begins again at {next_start(period, status.now)}", headers=DO_NOT_RETRY)
-
-
-def budget_unavailable_error(why: str) -> ServiceUnavailable:
-    message = f"the budget of this key cannot be checked now, and it has a spend limit: {why}"
-    return ServiceUnavailable(message, headers={"retry-after": "1"})
-
-
-def next_start(period: str, now: float) -> str:
-    """Return the beginning of the day or month after `now`, in Unix seconds."""
-    today = datetime.fromtimestamp(now, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-    after = today + timedelta(days=1) if period == "day" else (today.replace(day=1) + timedelta(days=32)).replace(day=1)
-    return rfc3339(after.timestamp())
-
-
-def format_usd(picodollars: int) -> str:
-    """Format an amount to a millionth of a dollar, or exactly if it is less than that."""
-    whole, rest = divmod(picodollars, PICO)
-    digits = f"{rest:012d}"
-    shown = digits[:6] if whole or rest >= 10**6 else digits
-    return f"${whole}.{shown}".rstrip("0").rstrip(".")
-
-
 log = logging.getLogger("uniroute.limits")
+
+# Keys whose buckets a process keeps by itself.
+MAX_KEYS = 10_000
 
 RETRY_INTERVAL_S = 1.0
 
@@ -397,3 +246,155 @@ def _arguments(key: ClientKey, request: ReservationRequest) -> list[str | int | 
     configured = [limits.requests_per_minute, limits.tokens_per_minute, *budgets]
     amounts = [request.ttl_s, request.tokens, request.picousd]
     return [key.id, request.id, *amounts, *("" if limit is None else limit for limit in configured)]
+
+
+@dataclass(frozen=True, slots=True)
+class LimitStatus:
+    """What a key has used, this request included if it was granted."""
+
+    requests: float
+    tokens: float
+    spent_picousd: dict[str, int] = field(default_factory=dict)
+    """Of the day and of the month. Empty: not known here."""
+    reserved_picousd: int = 0
+    now: float = 0.0
+    """Unix seconds by Redis' clock."""
+
+    @classmethod
+    def of_reply(cls, reply: Sequence[str]) -> LimitStatus:
+        """Parse what reserve.lua returns after its verdict."""
+        requests, tokens, day, month, reserved, ended, now = reply
+        spent = {"day": int(day) + int(ended), "month": int(month) + int(ended)}
+        return cls(float(requests), float(tokens), spent, int(reserved), float(now))
+
+
+# Of a bucket that is never refilled.
+UNKNOWN_WAIT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class BucketState:
+    """The amount used at some time, in seconds of the caller's clock."""
+
+    used: float = 0.0
+    at: float = 0.0
+
+
+def refill(state: BucketState, per_minute: float, now: float) -> BucketState:
+    """Return the state now. A clock that went back refills nothing."""
+    return BucketState(max(0.0, state.used - max(0.0, now - state.at) * per_minute / 60), now)
+
+
+def take(state: BucketState, per_minute: float, amount: float, now: float) -> BucketState | None:
+    """Return the state after taking `amount`; None if there is not so much."""
+    current = refill(state, per_minute, now)
+    return None if current.used + amount > per_minute else BucketState(current.used + amount, now)
+
+
+def adjust(state: BucketState, per_minute: float, more: float, now: float) -> BucketState:
+    """Return the state after `more` was used than had been taken, or less if it is negative. It may be a debt."""
+    return BucketState(max(0.0, refill(state, per_minute, now).used + more), now)
+
+
+def wait_s(used: float, amount: float, per_minute: float) -> float:
+    """Return the seconds until `amount` can be taken."""
+    return max(0.0, used + amount - per_minute) * 60 / per_minute if per_minute else UNKNOWN_WAIT_S
+
+
+def time_to_full(used: float, per_minute: float) -> float:
+    """Return the seconds until the bucket is full."""
+    return used * 60 / per_minute if per_minute else UNKNOWN_WAIT_S
+
+
+def rate_headers(limits: KeyLimits, status: LimitStatus) -> dict[str, str]:
+    """Return `x-ratelimit-limit-requests`, `-remaining-requests`, `-reset-requests`, and the same of tokens.
+
+    Only what is limited has headers.
+    """
+    kinds = (
+        ("requests", limits.requests_per_minute, status.requests),
+        ("tokens", limits.tokens_per_minute, status.tokens),
+    )
+    headers: dict[str, str] = {}
+    for kind, per_minute, used in kinds:
+        if per_minute is not None:
+            headers[f"x-ratelimit-limit-{kind}"] = str(per_minute)
+            headers[f"x-ratelimit-remaining-{kind}"] = str(max(0, math.floor(per_minute - used)))
+            headers[f"x-ratelimit-reset-{kind}"] = duration(time_to_full(used, per_minute))
+    return headers
+
+
+def duration(seconds: float) -> str:
+    """Format seconds as OpenAI does: `12ms`, `1s`, `8.64s`, `6m0s`, `1h0m0s`."""
+    milliseconds = math.ceil(seconds * 1000 - 1e-6)
+    if milliseconds < 1000:
+        return f"{milliseconds}ms" if milliseconds else "0s"
+    minutes, rest = divmod(milliseconds, 60_000)
+    hours, minutes = divmod(minutes, 60)
+    text = f"{rest / 1000:.3f}".rstrip("0").rstrip(".") + "s"
+    if hours or minutes:
+        text = f"{minutes}m{text}"
+    return f"{hours}h{text}" if hours else text
+
+
+MAX_WAIT_S = 3600
+
+# OpenAI's clients repeat a 429 otherwise.
+DO_NOT_RETRY = {"x-should-retry": "false"}
+
+
+def rate_limit_error(kind: str, limits: KeyLimits, status: LimitStatus, request: ReservationRequest) -> RateLimited:
+    """Say when to try again. `kind`: requests or tokens."""
+    if kind == "requests":
+        per_minute, used, amount = limits.requests_per_minute or 0, status.requests, 1
+    else:
+        per_minute, used, amount = limits.tokens_per_minute or 0, status.tokens, request.tokens
+    wait = max(1, math.ceil(min(wait_s(used, amount, per_minute), MAX_WAIT_S)))
+    left = max(0, math.floor(per_minute - used))
+    return RateLimited(
+        f"this key may use {per_minute:,} {kind} per minute; {left:,} are left, and this request needs {amount:,}:"
+        f" try again in {wait} s",
+        headers={"retry-after": str(wait), **rate_headers(limits, status)},
+    )
+
+
+def request_too_large_error(limits: KeyLimits, request: ReservationRequest) -> RateLimited:
+    return RateLimited(
+        f"this key may use {limits.tokens_per_minute or 0:,} tokens per minute, and this request alone may take"
+        f" {request.tokens:,}; shorten the prompt, or state a smaller max_tokens",
+        headers=DO_NOT_RETRY,
+    )
+
+
+def budget_error(period: str, limits: KeyLimits, status: LimitStatus, request: ReservationRequest) -> BudgetExceeded:
+    """Say what is spent and when the period begins again. `period`: day or month."""
+    limit_usd = (limits.usd_per_day if period == "day" else limits.usd_per_month) or 0.0
+    spent = status.spent_picousd[period]
+    message = (
+        f"this key may spend {format_usd(picousd(limit_usd))} a {period}: {format_usd(spent)} are spent,"
+        f" {format_usd(status.reserved_picousd)} are set aside for requests under way, and this one may cost"
+        f" {format_usd(request.picousd)}; "
+    )
+    if spent + request.picousd <= picousd(limit_usd):
+        return BudgetExceeded(message + "try again when they have ended", headers={"retry-after": "1"})
+    return BudgetExceeded(f"{message}it begins again at {next_start(period, status.now)}", headers=DO_NOT_RETRY)
+
+
+def budget_unavailable_error(why: str) -> ServiceUnavailable:
+    message = f"the budget of this key cannot be checked now, and it has a spend limit: {why}"
+    return ServiceUnavailable(message, headers={"retry-after": "1"})
+
+
+def next_start(period: str, now: float) -> str:
+    """Return the beginning of the day or month after `now`, in Unix seconds."""
+    today = datetime.fromtimestamp(now, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    after = today + timedelta(days=1) if period == "day" else (today.replace(day=1) + timedelta(days=32)).replace(day=1)
+    return rfc3339(after.timestamp())
+
+
+def format_usd(picodollars: int) -> str:
+    """Format an amount to a millionth of a dollar, or exactly if it is less than that."""
+    whole, rest = divmod(picodollars, PICO)
+    digits = f"{rest:012d}"
+    shown = digits[:6] if whole or rest >= 10**6 else digits
+    return f"${whole}.{shown}".rstrip("0").rstrip(".")

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from proxy.server.startup import PROVIDERS, detect_models, with_detected
+from proxy.cli.serve import PROVIDERS, detect_models, with_detected
 from proxy.settings.model_config import ModelConfig
 from proxy.settings.schema import Settings
 from proxy.storage.price_map import bundled_price_map, parse_price_map
