@@ -162,7 +162,7 @@ class AttemptRunner:
             app.concurrency_limiter.release(name, acquired_at)
             raise UpstreamError("no model was asked in time (request_timeout_s)", timed_out=True, retryable=False)
         attempt = app.health.start_attempt(name)
-        attempt.holds(app.concurrency_limiter, acquired_at)
+        attempt.take_slot(app.concurrency_limiter, acquired_at)
         return attempt
 
     def _fail(self, attempt: Attempt, failure: UpstreamError) -> None:

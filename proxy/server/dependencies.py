@@ -39,6 +39,8 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class AppState:
+    """Everything that endpoints need, opened at the start of the process and closed at its end."""
+
     settings: Settings
     store: Store
     snapshots: SnapshotWatcher

@@ -135,7 +135,7 @@ class Server(uvicorn.Server):
 
     @property
     def app_startup(self) -> Startup | None:
-        """The app's start, once the app was made."""
+        """Return the progress of the app's start; None before the app is made."""
         found: Startup | None = self.config.loaded_app.state.startup if self.config.loaded else None
         return found
 

@@ -57,7 +57,7 @@ class Attempt(Permit):
         self.acquired_at = 0.0
         self._ended = False
 
-    def holds(self, slots: ConcurrencyLimiter, acquired_at: float) -> None:
+    def take_slot(self, slots: ConcurrencyLimiter, acquired_at: float) -> None:
         """Take over a slot that was acquired of `slots`, to release it when this attempt ends."""
         self._slots, self.acquired_at = slots, acquired_at
 

@@ -63,7 +63,7 @@ class Room:
         acquired_at = await slots.acquire(model, LIMITS, 5.0)
         self.app.health.cooling_down()
         attempt = self.app.health.start_attempt(model)
-        attempt.holds(slots, acquired_at)
+        attempt.take_slot(slots, acquired_at)
         return attempt
 
     async def valkey_s(self) -> float:
