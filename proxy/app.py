@@ -30,7 +30,6 @@ from proxy.server.auth import AuthMiddleware, path_of
 from proxy.server.completions import ChatCompletionsEndpoint
 from proxy.server.completions import router as completions_router
 from proxy.server.dependencies import AppState
-from proxy.server.key_bodies import handle_validation_error
 from proxy.server.log_handler import NonBlockingHandler
 from proxy.server.metrics import HealthCollector, Metrics, open_values
 from proxy.server.middleware import (
@@ -47,12 +46,13 @@ from proxy.server.ratelimit import RateLimiter
 from proxy.server.reservations import SETTLE_FUNCTION
 from proxy.server.responses import HANDLED_EXCEPTIONS, handle_error
 from proxy.server.startup import START_FAILED, Startup, Step, check_data_dir, check_named_models, load_cluster_map
-from proxy.settings.models import SettingsError
+from proxy.server.strict_bodies import handle_validation_error
+from proxy.settings.model_config import SettingsError
 from proxy.settings.schema import Settings, check_exposure, load_settings
 from proxy.storage.client_keys import AuthRequiredLatch
-from proxy.storage.models import ModelRecord
 from proxy.storage.price_feed import PriceFeed
-from proxy.storage.price_map import bundled_catalog
+from proxy.storage.price_map import bundled_price_map
+from proxy.storage.records import ModelRecord
 from proxy.storage.redis import Store, StoreUnavailable
 from proxy.storage.registry import Registry
 from proxy.storage.sessions import SessionStore
@@ -139,7 +139,7 @@ class Application(FastAPI):
 
         def current_snapshot() -> RoutingSnapshot:
             assert startup.app_state is not None  # until then RequestContextMiddleware rejects all requests
-            return startup.app_state.state.current
+            return startup.app_state.snapshots.current
 
         paths = ServedPaths(ROUTERS)
         super().__init__(
@@ -163,7 +163,7 @@ class Application(FastAPI):
             Middleware(RequestContextMiddleware, startup=startup),
             *([_cors(settings)] if settings.allowed_origins else []),
             Middleware(AuditLogMiddleware),
-            Middleware(AuthMiddleware, settings=settings, state=current_snapshot),
+            Middleware(AuthMiddleware, settings=settings, current_snapshot=current_snapshot),
             Middleware(ChatCompletionsEndpoint),
             Middleware(HeadMiddleware, paths=paths),
         ]
@@ -230,7 +230,7 @@ async def _open_until(shutdown: asyncio.Event, startup: Startup, settings: Setti
         async with (
             opening as state,
             background(
-                "uniroute-onboarding", partial(profile_new_models, settings, state.state, state.jobs), restart=False
+                "uniroute-onboarding", partial(profile_new_models, settings, state.snapshots, state.jobs), restart=False
             ),
         ):
             gc.collect()
@@ -299,10 +299,10 @@ async def app_state(
         with startup.step("starting the store"):
             store = await Store.open(settings)
         closing.push_async_callback(store.close)
-        live, latch = TrafficStats(cluster_map.size), AuthRequiredLatch(settings.data_dir)
+        traffic_stats, latch = TrafficStats(cluster_map.size), AuthRequiredLatch(settings.data_dir)
         configured = await resolving
-        catalog = await asyncio.to_thread(bundled_catalog)
-        inputs = SnapshotInputs(cluster_map, configured, catalog, ESTIMATORS[settings.recipe], live)
+        price_map = await asyncio.to_thread(bundled_price_map)
+        inputs = SnapshotInputs(cluster_map, configured, price_map, ESTIMATORS[settings.recipe], traffic_stats)
         state = SnapshotWatcher(store, inputs, latch, lambda now: upstream.set_models(now.models))
         with startup.step("reading models"):
             await state.start()
@@ -338,23 +338,23 @@ async def app_state(
         jobs = Jobs(store, state, UpstreamModelClient(upstream), assigner.embedder, settings)
         closing.push_async_callback(jobs.close)
         await jobs.start_worker()
-        metrics.look_at(lambda: _update_gauges(metrics, state, usage))
+        metrics.on_refresh(lambda: _update_gauges(metrics, state, usage))
         if counts is not None:
             await closing.enter_async_context(background("uniroute-metrics", partial(_update_metrics, metrics)))
         yield AppState(
             settings=settings,
             store=store,
-            state=state,
+            snapshots=state,
             registry=registry,
             jobs=jobs,
             assigner=assigner,
             upstream=upstream,
             usage=usage,
-            limiter=limiter,
+            rate_limiter=limiter,
             metrics=metrics,
-            live=live,
+            traffic_stats=traffic_stats,
             health=health,
-            capacities=ConcurrencyLimiter(),
+            concurrency_limiter=ConcurrencyLimiter(),
             sessions=sessions,
             resolver=resolver,
             environ=environ,
@@ -400,7 +400,7 @@ def _show_distilling(step: Step, done: int, total: int) -> None:
 
 
 def _is_priced(name: str) -> bool:
-    return bundled_catalog().find(name) is not None
+    return bundled_price_map().find(name) is not None
 
 
 class _Service(Protocol):
@@ -428,7 +428,7 @@ async def _health_registry(
     """Open the health of all models: show it in the metrics, share it with other processes, and prune it."""
     health = HealthRegistry(settings.breaker)
     collector = HealthCollector(health, lambda: state.current.models, metrics.values)
-    metrics.look_at(collector.look)
+    metrics.on_refresh(collector.refresh)
     metrics.registry.register(collector)
     replicator = CooldownReplicator(store, health, lambda: state.current.models)
     pruning = partial(prune_removed_models, health, lambda: state.current.models)
@@ -442,7 +442,7 @@ METRICS_INTERVAL_S = 1.0
 async def _update_metrics(metrics: Metrics) -> None:
     """Update this worker's gauges now and then, for scrapes that another worker answers."""
     while True:
-        metrics.look()
+        metrics.refresh()
         await asyncio.sleep(METRICS_INTERVAL_S)
 
 

@@ -13,10 +13,10 @@ from proxy.cli.calibrate import calibrate
 from proxy.cli.console import BadArgument, CommandError, echo
 from proxy.cli.evaluate import evaluate
 from proxy.cli.fit import fit
+from proxy.cli.inspection import route, validation
 from proxy.cli.keys import keys
-from proxy.cli.models import models
+from proxy.cli.models import models, prices
 from proxy.cli.serve import demo, serve, worker
-from proxy.cli.tools import prices, route, validation
 
 app = typer.Typer(
     name="uniroute",
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def _argument_errors() -> tuple[type[Exception], ...]:
-    from proxy.settings.models import SettingsError
+    from proxy.settings.model_config import SettingsError
 
     return (BadArgument, SettingsError)
 

@@ -21,7 +21,7 @@ from proxy.cli.console import CommandError, echo, table
 from proxy.cli.local_models import LlamaServer, smollm2, start_llama
 from proxy.server.run import LOGGING, Server, address, listen, server_config
 from proxy.server.startup import check_data_dir
-from proxy.settings.models import SettingsError
+from proxy.settings.model_config import SettingsError
 from proxy.settings.outbound import http_client
 from proxy.settings.schema import Settings
 from router_core.validation.families.registry import builtin_validation_set

@@ -13,9 +13,9 @@ from proxy.cli.client import ServerClient, admin_client
 from proxy.cli.console import CommandError, Progress, load_embedder, progress
 from proxy.routing.requirements import routing_text
 from proxy.server.startup import load_cluster_map
-from proxy.settings.models import ModelInfo
+from proxy.settings.model_config import ModelInfo
 from proxy.settings.schema import Settings
-from proxy.storage.price_map import PriceMap, bundled_catalog
+from proxy.storage.price_map import PriceMap, bundled_price_map
 from proxy.storage.snapshot import capabilities_of
 from router_core.clustering import ClusterMap
 from router_core.evaluation.deployed import CommonModels, evaluate_deployed, read_deployed
@@ -60,8 +60,8 @@ def deployed_pool(server: ServerClient, cluster_map: ClusterMap) -> Pool:
         raise CommandError(f"the server at {server.url} has no models; add some with `uniroute models add`")
     served = {card["model_name"]: card["profile"]["errors"] for card in cards if card["profile"]}
     _check_map(cards, cluster_map)
-    catalog = bundled_catalog()
-    pool = Pool.build([_candidate(card, catalog) for card in cards], cluster_map)
+    price_map = bundled_price_map()
+    pool = Pool.build([_candidate(card, price_map) for card in cards], cluster_map)
     unmeasured = np.full(cluster_map.size, np.nan)
     return replace(pool, errors=np.array([served.get(name, unmeasured) for name in pool.names], dtype=np.float64))
 
@@ -75,13 +75,13 @@ def _check_map(cards: list[Mapping[str, Any]], cluster_map: ClusterMap) -> None:
             )
 
 
-def _candidate(card: Mapping[str, Any], catalog: PriceMap) -> Candidate:
+def _candidate(card: Mapping[str, Any], price_map: PriceMap) -> Candidate:
     return Candidate(
         name=card["model_name"],
         profile=Profile.from_json(card["profile"]) if card["profile"] else None,
         price=price_of(card),
         capabilities=capabilities_of(
-            ModelInfo.model_validate(card["model_info"]), catalog.find(str(card["litellm_params"]["model"]))
+            ModelInfo.model_validate(card["model_info"]), price_map.find(str(card["litellm_params"]["model"]))
         ),
     )
 

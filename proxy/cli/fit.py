@@ -84,13 +84,11 @@ def fit(
 
 @contextmanager
 def _backend(plan: FitPlan, bars: Progress, ray: str | None, workers: int | None) -> Iterator[FitBackend]:
-    if ray is None:
-        from proxy.cli.fit_backend import LocalBackend
+    from proxy.cli.fit_backend import LocalBackend, ray_backend
 
+    if ray is None:
         yield LocalBackend(plan, bars)
         return
-    from proxy.cli.fit_ray import ray_backend
-
     with ray_backend(plan, bars, ray, workers) as backend:
         yield backend
 

@@ -167,7 +167,8 @@ def create(
     body: Body,
 ) -> None:
     """Create a key and print its secret, once."""
-    from proxy.server.key_bodies import NewKey, parse_body
+    from proxy.server.admin_bodies import NewKey
+    from proxy.server.strict_bodies import parse_body
     from proxy.storage.audit_log import CREATE_KEY
 
     body["name"] = name
@@ -189,8 +190,9 @@ def update(
     body: Body,
 ) -> None:
     """Change what a key may do. Options that are not given stay; `none` removes a limit."""
+    from proxy.server.admin_bodies import KeyPatch
     from proxy.server.admin_responses import key_to_json
-    from proxy.server.key_bodies import KeyPatch, parse_body
+    from proxy.server.strict_bodies import parse_body
     from proxy.storage.audit_log import CHANGE_KEY
 
     if name is not None:
@@ -217,7 +219,8 @@ def rotate(
     as_json: JsonOption = False,
 ) -> None:
     """Give a key a new secret and print it, once. The old secret is valid until the grace period ends."""
-    from proxy.server.key_bodies import Rotation, parse_body
+    from proxy.server.admin_bodies import Rotation
+    from proxy.server.strict_bodies import parse_body
     from proxy.storage.audit_log import ROTATE_KEY
 
     grace_s = with_option_names(lambda: parse_body(Rotation, {"grace_s": seconds_of(grace, "--grace")}).grace_s)

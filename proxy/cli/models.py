@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +15,8 @@ from proxy.cli import console
 from proxy.cli.console import (
     BadArgument,
     CommandError,
+    ConfigOption,
+    DataDirOption,
     JsonOption,
     UrlOption,
     finite,
@@ -22,6 +27,10 @@ from proxy.cli.console import (
 
 if TYPE_CHECKING:
     from proxy.cli.client import ServerClient
+    from proxy.settings.schema import Settings
+    from proxy.storage.price_feed import SyncReport
+    from proxy.storage.records import CurrentPrice, ModelRecord
+    from proxy.storage.state_reader import StoredState
 
 
 Card = Mapping[str, Any]
@@ -368,3 +377,84 @@ def _write(path: Path, where: str, text: str) -> None:
         path.write_text(text, "utf-8")
     except OSError as error:
         raise BadArgument(f"{where}: {path} cannot be written ({error.strerror})") from None
+
+
+prices = typer.Typer(no_args_is_help=True, help="Fetch live prices into the store that servers read.")
+
+
+@prices.callback()
+def price_commands() -> None:
+    """Fetch live prices into the store that servers read."""
+    # Without a callback typer would merge a lone command into the group.
+
+
+@prices.command()
+def sync(
+    feed: Annotated[str | None, typer.Argument(metavar="[URL]", help="Another map in LiteLLM's format.")] = None,
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch prices now. Without a URL, `price_url` or the map that comes with LiteLLM."""
+    if feed is not None and not feed.startswith(("http://", "https://")):
+        raise BadArgument(f"URL: must start with http:// or https://; got {feed!r}")
+    report = asyncio.run(sync_once(read_settings(config, data_dir=data_dir), feed))
+    if as_json:
+        console.emit_json(report.to_json())
+        return
+    console.echo(f"prices from {report.source}")
+    rows = [
+        (name, *(per_million(price.to_fields(), f"{side}_cost_per_token") for side in ("input", "output")))
+        for name, price in report.updated.items()
+    ]
+    if rows:
+        console.table(("updated", "$/M in", "$/M out"), rows)
+    for kind in ("unchanged", "kept", "unknown"):
+        if names := getattr(report, kind):
+            console.echo(f"  {kind}: {', '.join(names)}")
+    if not (report.updated or report.unchanged or report.kept or report.unknown):
+        console.echo_err("the store has no models; those of a configuration file are priced with --config FILE")
+
+
+@dataclass(frozen=True)
+class PricedModels:
+    models: Mapping[str, ModelRecord]
+    prices: Mapping[str, CurrentPrice]
+
+
+async def sync_once(settings: Settings, url: str | None = None) -> SyncReport:
+    """Price the configured and the stored models from `url`, else `price_url`, else the map that litellm carries.
+
+    Serving processes use the new prices within a second.
+
+    Raises:
+        PriceFeedError, StoreUnavailable: nothing was changed, or what was not stored yet is not.
+    """
+    from proxy.storage.audit_log import CLI
+    from proxy.storage.client_keys import AuthRequiredLatch
+    from proxy.storage.price_feed import sync_prices
+    from proxy.storage.records import ModelRecord
+    from proxy.storage.redis import Store
+    from proxy.storage.registry import Registry
+    from proxy.storage.state_reader import StateReader
+
+    store = await Store.open(settings)
+    try:
+        configured = {entry.model_name: ModelRecord.of_entry(entry, "config", 0.0) for entry in settings.model_list}
+        reader = StateReader(store, time.time)
+        await reader.read(configured)
+        registry = Registry(store, configured, AuthRequiredLatch(settings.data_dir), CLI)
+        return await sync_prices(registry, _priced_models(reader.last, configured), url or settings.price_url)
+    finally:
+        await store.close()
+
+
+def _priced_models(stored: StoredState, configured: Mapping[str, ModelRecord]) -> PricedModels:
+    from proxy.storage.price_map import bundled_price_map
+    from proxy.storage.snapshot import prices_of
+
+    records = {**stored.models, **configured}
+    price_map = bundled_price_map()
+    known = {name: price_map.find(str(record.litellm_params["model"])) for name, record in records.items()}
+    return PricedModels(records, prices_of(records, stored, known))

@@ -3,8 +3,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,8 +14,10 @@ from proxy.cli import console
 from proxy.cli.console import ConfigOption, DataDirOption, read_settings
 
 if TYPE_CHECKING:
+    from proxy.settings.model_config import ModelConfig
     from proxy.settings.schema import Settings
     from proxy.storage.client_keys import AuthRequiredLatch
+    from proxy.storage.price_map import PriceMap
 
 
 worker_log = logging.getLogger("uniroute.worker")
@@ -40,9 +43,8 @@ def serve(
 
     from proxy.app import from_settings
     from proxy.cli.client import announce_ready
-    from proxy.server.run import LOGGING, address, exit_on_signals, listen
+    from proxy.server.run import LOGGING, address, exit_on_signals, listen, run_server
     from proxy.server.startup import validate_files
-    from proxy.server.supervisor import run_server
 
     exit_on_signals()
     dictConfig(LOGGING)
@@ -87,10 +89,9 @@ def worker(config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
 
 
 def _detect(settings: Settings) -> Settings:
-    from proxy.server.startup import PROVIDERS, detect_models, with_detected
-    from proxy.storage.price_map import bundled_catalog
+    from proxy.storage.price_map import bundled_price_map
 
-    found = detect_models(os.environ, bundled_catalog())
+    found = detect_models(os.environ, bundled_price_map())
     if not found:
         keys = ", ".join(provider.key for provider in PROVIDERS)
         console.echo_err(f"--detect found no model: none of {keys} is set, and no Ollama answers on port 11434")
@@ -99,7 +100,7 @@ def _detect(settings: Settings) -> Settings:
 
 def print_models(settings: Settings, environ: Mapping[str, str]) -> None:
     """Print the configured models, and what the configuration refers to that is missing."""
-    from proxy.settings.models import referred_variable
+    from proxy.settings.model_config import referred_variable
 
     for model in settings.model_list:
         console.echo_err(f"  {model.model_name}  ({model.litellm_params['model']})")
@@ -168,3 +169,101 @@ async def _measure_models(settings: Settings, opened: asyncio.Event, ending: asy
         opened.set()
         worker_log.info("measuring models for the store at %s", services.store.name)
         await ending.wait()
+
+
+detection_log = logging.getLogger("uniroute.detect")
+
+OLLAMA_URL = "http://127.0.0.1:11434"
+
+_OLLAMA_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A provider of hosted models: the variable of its key, its prefix in LiteLLM, and the models to offer."""
+
+    key: str
+    prefix: str
+    models: tuple[str, ...]
+
+
+PROVIDERS = (
+    Provider("OPENAI_API_KEY", "openai/", ("gpt-6-luna", "gpt-6.1-sol")),
+    Provider("ANTHROPIC_API_KEY", "anthropic/", ("claude-haiku-5-5", "claude-sonnet-5-5", "claude-opus-5-5")),
+    Provider("GEMINI_API_KEY", "gemini/", ("gemini-3.5-flash-lite", "gemini-3.8-flash", "gemini-4-argon")),
+    Provider("MISTRAL_API_KEY", "mistral/", ("mistral-small-2603", "mistral-large-4")),
+    Provider("GROQ_API_KEY", "groq/", ("openai/gpt-oss-20b", "openai/gpt-oss-120b")),
+    Provider("DEEPSEEK_API_KEY", "deepseek/", ("deepseek-v4-flash", "deepseek-v4-pro")),
+    Provider("XAI_API_KEY", "xai/", ("grok-4.3", "grok-4.7")),
+    Provider("CEREBRAS_API_KEY", "cerebras/", ("gpt-oss-120b", "qwen-3.8-27b")),
+    Provider("TOGETHERAI_API_KEY", "together_ai/", ("zai-org/GLM-5.3-Flash", "moonshotai/Kimi-K3")),
+)
+
+
+def detect_models(
+    environ: Mapping[str, str], price_map: PriceMap, *, ollama_url: str = OLLAMA_URL
+) -> tuple[ModelConfig, ...]:
+    """Find hosted models whose key is set and whose price is known, and every chat model of a running Ollama."""
+    return (*_hosted(environ, price_map), *_ollama(ollama_url))
+
+
+def with_detected(settings: Settings, found: Sequence[ModelConfig]) -> Settings:
+    """Add the found models to the settings; a configured name, or the same LiteLLM model, stays as configured."""
+    names = {entry.model_name for entry in settings.model_list}
+    models = {entry.litellm_params["model"] for entry in settings.model_list}
+    new = [e for e in found if e.model_name not in names and e.litellm_params["model"] not in models]
+    return settings.model_copy(update={"model_list": (*settings.model_list, *new)})
+
+
+def _hosted(environ: Mapping[str, str], price_map: PriceMap) -> list[ModelConfig]:
+    from proxy.settings.model_config import ModelConfig
+
+    return [
+        ModelConfig(
+            model_name=provider.prefix + model,
+            litellm_params={"model": provider.prefix + model, "api_key": f"os.environ/{provider.key}"},
+        )
+        for provider in PROVIDERS
+        if environ.get(provider.key)
+        for model in provider.models
+        if (known := price_map.find(provider.prefix + model)) and known.price
+    ]
+
+
+def _ollama(url: str) -> list[ModelConfig]:
+    from proxy.settings.model_config import ModelConfig, ModelInfo
+
+    return [
+        ModelConfig(
+            model_name=f"ollama/{name}",
+            litellm_params={"model": f"ollama_chat/{name}", "api_base": url},
+            model_info=ModelInfo(free=True),
+        )
+        for name in _ollama_names(url)
+    ]
+
+
+def _ollama_names(url: str) -> list[str]:
+    """Ask an Ollama for its models without those that embed; return nothing where nothing answers."""
+    import httpx
+
+    try:
+        reply = httpx.get(f"{url}/api/tags", timeout=_OLLAMA_TIMEOUT_S, trust_env=False)
+        names = [str(model["name"]) for model in reply.raise_for_status().json()["models"]]
+    except httpx.ConnectError:
+        return []
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        detection_log.warning("something answers at %s, but not as Ollama does: %r", url, error)
+        return []
+    return [name for name in names if "embed" not in name and _is_usable(name)]
+
+
+def _is_usable(name: str) -> bool:
+    from proxy.settings.model_config import check_model_name
+
+    try:
+        check_model_name(f"ollama/{name}")
+    except ValueError as error:
+        detection_log.warning("Ollama's model %r is left out: %s", name, error)
+        return False
+    return True

@@ -1,3 +1,5 @@
+"""Jobs in Redis: their records, the store that reads and writes them, and the leases of the workers that run them."""
+
 from __future__ import annotations
 
 import asyncio
@@ -15,7 +17,7 @@ from redis.exceptions import RedisError
 
 from proxy.concurrency import cancel_and_wait
 from proxy.storage.audit_log import Step
-from proxy.storage.models import InvalidRecord, ModelRecord, OddValues, StoredProfile, json_object, number, whole_number
+from proxy.storage.records import InvalidRecord, ModelRecord, StoredProfile, WarnOnce, json_object, number, whole_number
 from proxy.storage.redis import (
     CHANGED,
     MODELS,
@@ -185,6 +187,170 @@ class ReusedAnswers:
         return {**counted, "map": self.map_id, "measured_at": self.measured_at or ""}
 
 
+class LeaseLost(Exception):
+    """The job belongs to another worker now, or was cancelled. This worker may write nothing more for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right of one worker to run a job, until it expires."""
+
+    job_id: str
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+SUBMIT: Final = load_script(__package__, "submit_job", KEPT_S=KEPT_S)
+
+CANCEL: Final = load_script(__package__, "cancel_job", KEPT_S=KEPT_S)
+
+# These begin with fence.lua, which returns -1 unless the worker has the lease.
+BEGIN: Final = load_script(__package__, "fence", "begin_job")
+
+RESERVE: Final = load_script(__package__, "fence", "reserve_usd")
+
+CHECKPOINT: Final = load_script(__package__, "fence", "store_answer")
+
+FINISH: Final = load_script(__package__, "fence", "finish_job", CHANGED=CHANGED, KEPT_S=KEPT_S)
+
+
+class JobStore:
+    """Jobs and their answers in Redis.
+
+    All methods raise StoreUnavailable; those that take a lease raise LeaseLost if it is lost.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._warn_once = WarnOnce(log)
+
+    async def submit(
+        self, record: ModelRecord, prompts: int, max_usd: float | None, reused: ReusedAnswers | None = None
+    ) -> str:
+        """Submit a job. Return its id, or that of the unfinished job that measures the same model.
+
+        With `reused`, return "" if the model's profile is no longer that of the earlier job: it was measured meanwhile.
+        """
+        step = self.submission(record, prompts, max_usd, reused)
+        return str(await self._store.run_durably("submit a job", step.script, step.keys, step.arguments))
+
+    def submission(
+        self, record: ModelRecord, prompts: int, max_usd: float | None, reused: ReusedAnswers | None = None
+    ) -> Step:
+        """Return the step that `submit` runs, to be run together with another write."""
+        job_id, now = uuid.uuid4().hex[:16], time.time()
+        stored = {
+            "model": record.name,
+            "fingerprint": record.fingerprint,
+            "state": "queued",
+            "total": prompts,
+            "max_usd": "" if max_usd is None else max_usd,
+            "submitted_at": now,
+        }
+        answers = {}
+        if reused is not None:
+            stored |= reused.to_fields()
+            answers = {prompt_id: answer.to_json() for prompt_id, answer in reused.answers.items()}
+        source = [reused.map_id, reused.earlier] if reused else ["", ""]
+        arguments = [job_id, record.name, record.fingerprint, now, *source, 2 * len(stored), *_pairs(stored)]
+        keys = (JOBS, OPEN, LATEST, PROFILES, job_key(job_id), answers_key(job_id))
+        return Step(SUBMIT, keys, (*arguments, *_pairs(answers)))
+
+    async def get(self, job_id: str) -> Job | None:
+        async with self._store.operation("read a job") as client:
+            return Job.from_fields(job_id, await _hash(client, job_key(job_id)))
+
+    async def for_model(self, name: str) -> Job | None:
+        """Return the model's latest job."""
+        async with self._store.operation("read a job") as client:
+            job_id = await awaited(client.hget(LATEST, name))
+        return await self.get(job_id) if job_id else None
+
+    async def latest(self) -> dict[str, Job]:
+        """Return each model's latest job."""
+        async with self._store.operation("read the jobs") as client:
+            ids = await _hash(client, LATEST)
+            async with client.pipeline(transaction=False) as pipe:
+                for job_id in ids.values():
+                    pipe.hgetall(job_key(job_id))
+                replies = await pipe.execute(raise_on_error=False)
+        found: dict[str, Job] = {}
+        for (name, job_id), reply in zip(ids.items(), replies, strict=True):
+            if isinstance(reply, RedisError):
+                self._warn_once(job_key(job_id), reply)
+            elif (job := Job.from_fields(job_id, reply)) is not None:
+                found[name] = job
+        return found
+
+    async def cancel(self, job_id: str, why: str = "") -> bool:
+        """Cancel a job; return False if it had ended."""
+        keys = [job_key(job_id), OPEN, answers_key(job_id)]
+        return bool(await self._run("cancel a job", CANCEL, keys, [job_id, why]))
+
+    async def answers(self, job_id: str) -> dict[str, PromptAnswer]:
+        """Return the answers of a job by prompt id, without those that cannot be read."""
+        async with self._store.operation("read the answers of a job") as client:
+            stored = await _hash(client, answers_key(job_id))
+        answers = {}
+        for prompt_id, text in stored.items():
+            try:
+                answers[prompt_id] = PromptAnswer.from_json(text)
+            except InvalidRecord as error:
+                self._warn_once(f"{answers_key(job_id)} {prompt_id}", error)
+        return answers
+
+    async def begin(self, lease: Lease, total: int, *, priced: bool) -> None:
+        """Begin or continue a job. What an earlier worker reserved for a prompt and did not settle counts as spent."""
+        await self._fenced("begin a job", BEGIN, lease, [total, "1" if priced else "0"])
+
+    async def reserve(self, lease: Lease, prompt_id: str, usd: float) -> None:
+        """Store that a prompt may cost so many USD, until `checkpoint` stores its answer."""
+        await self._fenced("reserve money", RESERVE, lease, [prompt_id, repr(usd)])
+
+    async def checkpoint(self, lease: Lease, prompt_id: str, answer: PromptAnswer, eta_s: float | None) -> None:
+        """Store the outcome of one prompt, if it has none yet."""
+        kind = "failed" if answer.failed else "unlabelled" if answer.score is None else ""
+        cost = "" if answer.cost_usd is None else repr(answer.cost_usd)
+        eta = "" if eta_s is None else f"{eta_s:.1f}"
+        await self._fenced("store an answer", CHECKPOINT, lease, [prompt_id, answer.to_json(), kind, cost, eta])
+
+    async def finish(self, lease: Lease, record: ModelRecord, profile: Profile) -> None:
+        """Mark the job ready, store its profile, and release the lease, in one step."""
+        entry = StoredProfile(record.fingerprint, profile, lease.job_id).to_json()
+        configured = "1" if record.source == "config" else "0"
+        await self._finish(lease, "ready", "", [record.name, entry, configured])
+
+    async def fail(self, lease: Lease, error: str) -> None:
+        """Mark the job failed, and release the lease. The model keeps an earlier profile."""
+        await self._finish(lease, "failed", error, ["", "", ""])
+
+    async def _finish(self, lease: Lease, state: str, error: str, result: list[str]) -> None:
+        more_keys = [OPEN, VERSION, PROFILES, MODELS, PREVIOUS_PROFILES]
+        await self._fenced("finish a job", FINISH, lease, [lease.job_id, state, error, *result], more_keys)
+
+    async def _fenced(
+        self, what: str, script: str, lease: Lease, arguments: Sequence[Any], more_keys: Sequence[str] = ()
+    ) -> None:
+        """Run a script that only the worker with the lease may run. Raise LeaseLost for any other."""
+        job_id = lease.job_id
+        keys = [lease_key(job_id), job_key(job_id), answers_key(job_id), reserved_key(job_id), *more_keys]
+        if await self._run(what, script, keys, [lease.token, *arguments]) == -1:
+            raise LeaseLost("the job was cancelled or taken over")
+
+    async def _run(self, what: str, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+        async with self._store.operation(what) as client:
+            return await client.register_script(script)(keys=list(keys), args=list(arguments))
+
+
+def _pairs(fields: Mapping[str, Any]) -> list[Any]:
+    """Return names and values one after the other, as HSET takes them."""
+    return [word for pair in fields.items() for word in pair]
+
+
+async def _hash(client: Redis, key: str) -> Mapping[str, str]:
+    found: Mapping[str, str] = await awaited(client.hgetall(key))
+    return found
+
+
 LEASE_S = 8.0
 
 HEARTBEAT_S = 2.0
@@ -206,18 +372,6 @@ _TAKE = load_script(__package__, "take_job", GIVEN_UP=GIVEN_UP, KEPT_S=KEPT_S, M
 _RENEW = load_script(__package__, "renew_lease")
 
 _RELEASE = load_script(__package__, "release_lease")
-
-
-class LeaseLost(Exception):
-    """The job belongs to another worker now, or was cancelled. This worker may write nothing more for it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """The right of one worker to run a job, until it expires."""
-
-    job_id: str
-    token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 class Leases:
@@ -282,155 +436,3 @@ class Leases:
             return await client.register_script(script)(
                 keys=keys, args=[lease.token, int(LEASE_S * 1000), self._map_id, job_id]
             )
-
-
-SUBMIT: Final = load_script(__package__, "submit_job", KEPT_S=KEPT_S)
-
-CANCEL: Final = load_script(__package__, "cancel_job", KEPT_S=KEPT_S)
-
-# These begin with fence.lua, which returns -1 unless the worker has the lease.
-BEGIN: Final = load_script(__package__, "fence", "begin_job")
-
-RESERVE: Final = load_script(__package__, "fence", "reserve_usd")
-
-CHECKPOINT: Final = load_script(__package__, "fence", "store_answer")
-
-FINISH: Final = load_script(__package__, "fence", "finish_job", CHANGED=CHANGED, KEPT_S=KEPT_S)
-
-
-class JobStore:
-    """Jobs and their answers in Redis.
-
-    All methods raise StoreUnavailable; those that take a lease raise LeaseLost if it is lost.
-    """
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._odd_values = OddValues(log)
-
-    async def submit(
-        self, record: ModelRecord, prompts: int, max_usd: float | None, reused: ReusedAnswers | None = None
-    ) -> str:
-        """Submit a job. Return its id, or that of the unfinished job that measures the same model.
-
-        With `reused`, return "" if the model's profile is no longer that of the earlier job: it was measured meanwhile.
-        """
-        step = self.submission(record, prompts, max_usd, reused)
-        return str(await self._store.run_durably("submit a job", step.script, step.keys, step.arguments))
-
-    def submission(
-        self, record: ModelRecord, prompts: int, max_usd: float | None, reused: ReusedAnswers | None = None
-    ) -> Step:
-        """Return the step that `submit` runs, to be run together with another write."""
-        job_id, now = uuid.uuid4().hex[:16], time.time()
-        stored = {
-            "model": record.name,
-            "fingerprint": record.fingerprint,
-            "state": "queued",
-            "total": prompts,
-            "max_usd": "" if max_usd is None else max_usd,
-            "submitted_at": now,
-        }
-        answers = {}
-        if reused is not None:
-            stored |= reused.to_fields()
-            answers = {prompt_id: answer.to_json() for prompt_id, answer in reused.answers.items()}
-        source = [reused.map_id, reused.earlier] if reused else ["", ""]
-        arguments = [job_id, record.name, record.fingerprint, now, *source, 2 * len(stored), *_pairs(stored)]
-        keys = (JOBS, OPEN, LATEST, PROFILES, job_key(job_id), answers_key(job_id))
-        return Step(SUBMIT, keys, (*arguments, *_pairs(answers)))
-
-    async def get(self, job_id: str) -> Job | None:
-        async with self._store.operation("read a job") as client:
-            return Job.from_fields(job_id, await _hash(client, job_key(job_id)))
-
-    async def for_model(self, name: str) -> Job | None:
-        """Return the model's latest job."""
-        async with self._store.operation("read a job") as client:
-            job_id = await awaited(client.hget(LATEST, name))
-        return await self.get(job_id) if job_id else None
-
-    async def latest(self) -> dict[str, Job]:
-        """Return each model's latest job."""
-        async with self._store.operation("read the jobs") as client:
-            ids = await _hash(client, LATEST)
-            async with client.pipeline(transaction=False) as pipe:
-                for job_id in ids.values():
-                    pipe.hgetall(job_key(job_id))
-                replies = await pipe.execute(raise_on_error=False)
-        found: dict[str, Job] = {}
-        for (name, job_id), reply in zip(ids.items(), replies, strict=True):
-            if isinstance(reply, RedisError):
-                self._odd_values.warn_once(job_key(job_id), reply)
-            elif (job := Job.from_fields(job_id, reply)) is not None:
-                found[name] = job
-        return found
-
-    async def cancel(self, job_id: str, why: str = "") -> bool:
-        """Cancel a job; return False if it had ended."""
-        keys = [job_key(job_id), OPEN, answers_key(job_id)]
-        return bool(await self._run("cancel a job", CANCEL, keys, [job_id, why]))
-
-    async def answers(self, job_id: str) -> dict[str, PromptAnswer]:
-        """Return the answers of a job by prompt id, without those that cannot be read."""
-        async with self._store.operation("read the answers of a job") as client:
-            stored = await _hash(client, answers_key(job_id))
-        answers = {}
-        for prompt_id, text in stored.items():
-            try:
-                answers[prompt_id] = PromptAnswer.from_json(text)
-            except InvalidRecord as error:
-                self._odd_values.warn_once(f"{answers_key(job_id)} {prompt_id}", error)
-        return answers
-
-    async def begin(self, lease: Lease, total: int, *, priced: bool) -> None:
-        """Begin or continue a job. What an earlier worker reserved for a prompt and did not settle counts as spent."""
-        await self._fenced("begin a job", BEGIN, lease, [total, "1" if priced else "0"])
-
-    async def reserve(self, lease: Lease, prompt_id: str, usd: float) -> None:
-        """Store that a prompt may cost so many USD, until `checkpoint` stores its answer."""
-        await self._fenced("reserve money", RESERVE, lease, [prompt_id, repr(usd)])
-
-    async def checkpoint(self, lease: Lease, prompt_id: str, answer: PromptAnswer, eta_s: float | None) -> None:
-        """Store the outcome of one prompt, if it has none yet."""
-        kind = "failed" if answer.failed else "unlabelled" if answer.score is None else ""
-        cost = "" if answer.cost_usd is None else repr(answer.cost_usd)
-        eta = "" if eta_s is None else f"{eta_s:.1f}"
-        await self._fenced("store an answer", CHECKPOINT, lease, [prompt_id, answer.to_json(), kind, cost, eta])
-
-    async def finish(self, lease: Lease, record: ModelRecord, profile: Profile) -> None:
-        """Mark the job ready, store its profile, and release the lease, in one step."""
-        entry = StoredProfile(record.fingerprint, profile, lease.job_id).to_json()
-        configured = "1" if record.source == "config" else "0"
-        await self._finish(lease, "ready", "", [record.name, entry, configured])
-
-    async def fail(self, lease: Lease, error: str) -> None:
-        """Mark the job failed, and release the lease. The model keeps an earlier profile."""
-        await self._finish(lease, "failed", error, ["", "", ""])
-
-    async def _finish(self, lease: Lease, state: str, error: str, result: list[str]) -> None:
-        more_keys = [OPEN, VERSION, PROFILES, MODELS, PREVIOUS_PROFILES]
-        await self._fenced("finish a job", FINISH, lease, [lease.job_id, state, error, *result], more_keys)
-
-    async def _fenced(
-        self, what: str, script: str, lease: Lease, arguments: Sequence[Any], more_keys: Sequence[str] = ()
-    ) -> None:
-        """Run a script that only the worker with the lease may run. Raise LeaseLost for any other."""
-        job_id = lease.job_id
-        keys = [lease_key(job_id), job_key(job_id), answers_key(job_id), reserved_key(job_id), *more_keys]
-        if await self._run(what, script, keys, [lease.token, *arguments]) == -1:
-            raise LeaseLost("the job was cancelled or taken over")
-
-    async def _run(self, what: str, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
-        async with self._store.operation(what) as client:
-            return await client.register_script(script)(keys=list(keys), args=list(arguments))
-
-
-def _pairs(fields: Mapping[str, Any]) -> list[Any]:
-    """Return names and values one after the other, as HSET takes them."""
-    return [word for pair in fields.items() for word in pair]
-
-
-async def _hash(client: Redis, key: str) -> Mapping[str, str]:
-    found: Mapping[str, str] = await awaited(client.hgetall(key))
-    return found

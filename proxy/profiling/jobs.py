@@ -18,7 +18,7 @@ from proxy.profiling.runner import ENOUGH_LABELS, JobRunner
 from proxy.profiling.worker import JobWorker
 from proxy.routing.selection_context import listed
 from proxy.settings.schema import Settings
-from proxy.storage.models import ModelRecord, StoredProfile
+from proxy.storage.records import ModelRecord, StoredProfile
 from proxy.storage.redis import Store, StoreUnavailable, StoreUnreadable, retry_until_available
 from proxy.storage.registry import Registry, UnknownModel
 from proxy.storage.snapshot import SnapshotWatcher

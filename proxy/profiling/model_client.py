@@ -10,7 +10,7 @@ from time import monotonic
 from typing import Any, Protocol
 
 from proxy.errors import ResponseTooLarge, UpstreamError
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from proxy.storage.usage import ObservedTraffic, TokenCounts, cost_usd, parse_usage, plausible_usage, usage_of
 from proxy.upstream.circuit_breaker import parse_retry_after
 from proxy.upstream.payload import JSONPayload

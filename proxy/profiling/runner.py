@@ -31,10 +31,10 @@ from proxy.profiling.model_client import (
     cost_of,
     max_cost_usd,
 )
-from proxy.settings.models import ModelInfo
+from proxy.settings.model_config import ModelInfo
 from proxy.settings.schema import Settings
-from proxy.storage.models import ModelRecord
-from proxy.storage.price_map import bundled_catalog
+from proxy.storage.price_map import bundled_price_map
+from proxy.storage.records import ModelRecord
 from proxy.storage.redis import StoreUnavailable, retry_until_available
 from proxy.storage.snapshot import SnapshotWatcher, capabilities_of, price_of
 from router_core.errors import InvalidInput
@@ -383,7 +383,7 @@ class JobRunner:
                 f"no price is known for {record.name!r}, so max_usd cannot be kept: put a price, or state it or"
                 " free: true in model_info, and profile the model again"
             )
-        listed = bundled_catalog().find(str(record.litellm_params["model"]))
+        listed = bundled_price_map().find(str(record.litellm_params["model"]))
         capabilities = capabilities_of(record.info, listed)
         return ProfiledModel(
             client=RetryingClient(self._model_client, record, self._retry_policy),
@@ -399,6 +399,6 @@ class JobRunner:
         """
         state = self._state.current
         record = state.models.get(name) or ModelRecord(name, {"model": name}, ModelInfo(), "config", 0.0)
-        listed = bundled_catalog().find(str(record.litellm_params["model"]))
+        listed = bundled_price_map().find(str(record.litellm_params["model"]))
         price = state.prices.get(name) or price_of(record.info, None, listed)
         return RetryingClient(self._model_client, record, self._retry_policy), price.price if price else None

@@ -20,7 +20,7 @@ from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
 
 from proxy.concurrency import BackgroundTasks, cancel_and_wait
 from proxy.profiling.job_store import OPEN, JobStore, Lease, LeaseLost, Leases, enqueued_key, job_key, lease_key
-from proxy.storage.models import OddValues, json_object
+from proxy.storage.records import WarnOnce, json_object
 from proxy.storage.redis import Store, StoreUnavailable, StoreUnreadable, awaited
 from proxy.storage.redis_connections import RedisServer
 
@@ -73,7 +73,7 @@ class JobBroker(RedisStreamBroker):  # type: ignore[misc]  # taskiq_redis is not
         results.redis_pool = server.pool(**limits)
         self.with_result_backend(results).with_serializer(JSONSerializer())
         self.closing = False
-        self._odd_values = OddValues(log, "the job stream holds what is not ours")
+        self._warn_once = WarnOnce(log, "the job stream holds what is not ours")
 
     async def listen(self) -> AsyncGenerator[bytes, None]:
         """Yield job messages, until `closing`."""
@@ -85,7 +85,7 @@ class JobBroker(RedisStreamBroker):  # type: ignore[misc]  # taskiq_redis is not
                     )
                 except (RedisError, OSError) as error:
                     if "WRONGTYPE" in str(error):
-                        self._odd_values.warn_once(STREAM, error)
+                        self._warn_once(STREAM, error)
                     log.debug("the job stream cannot be read: %s", error)
                     await asyncio.sleep(RETRY_INTERVAL_S)
                     await self.declare_group()
@@ -96,7 +96,7 @@ class JobBroker(RedisStreamBroker):  # type: ignore[misc]  # taskiq_redis is not
                         if _is_ours(data):
                             yield data
                         else:
-                            self._odd_values.warn_once(STREAM, f"an entry that is no job of ours: {data[:60]!r}")
+                            self._warn_once(STREAM, f"an entry that is no job of ours: {data[:60]!r}")
 
     async def declare_group(self) -> None:
         """Declare the consumer group, also of an emptied store. If Redis is away, the next round tries again."""
@@ -154,7 +154,7 @@ class JobWorker:
         self._stopping = asyncio.Event()
         self._tasks = BackgroundTasks()
         self._working: dict[str, asyncio.Task[None]] = {}
-        self._odd_values = OddValues(log, "unfinished jobs are not looked after")
+        self._warn_once = WarnOnce(log, "unfinished jobs are not looked after")
 
     async def enqueue(self, job_id: str) -> None:
         """Put a job on the stream. If that fails, the requeue loop does it later: the job itself is stored."""
@@ -239,7 +239,7 @@ class JobWorker:
                 for job_id in await self._orphaned():
                     await self.enqueue(job_id)
             except StoreUnreadable as error:
-                self._odd_values.warn_once(OPEN, error)
+                self._warn_once(OPEN, error)
             except StoreUnavailable as error:
                 log.debug("jobs are not looked after for now: %s", error)
             with contextlib.suppress(TimeoutError):

@@ -10,10 +10,89 @@ from typing import Any
 from proxy.errors import BadRequest
 from proxy.routing.json_body import parse_fast, parse_strict
 from proxy.routing.requirements import ContentSummary
-from proxy.routing.sizes import check_sizes
+from proxy.routing.token_limits import check_token_limits
 from proxy.settings.litellm_params import reject_control_fields
 from proxy.settings.schema import NO_OVERRIDES, TimeoutOverrides
 from router_core.text import closest_name
+
+# Fields of UniRoute and of OpenRouter: they mean something here and nothing to an upstream.
+_OWN_FIELDS = frozenset({"uniroute", "models", "route", "provider"})
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A chat request that was parsed and checked."""
+
+    body: Mapping[str, Any]
+    """What goes upstream: the caller's JSON object without UniRoute's own fields. `model` is replaced on the way."""
+    model: str
+    stream: bool
+    include_usage: bool
+    """The caller asked for the usage chunk of a stream."""
+    options: RoutingOptions
+    raw: bytes | None = field(default=None, repr=False)
+    """What `body` was parsed from, byte for byte; None if that held more than goes upstream."""
+    contents: ContentSummary | None = field(default=None, repr=False)
+    """What the parser has counted of `body`. None: it has not."""
+
+
+def parse_chat(raw: bytes, headers: list[tuple[str, str]]) -> ChatRequest:
+    """Parse and check the body of a chat request.
+
+    Args:
+        headers: those of READ_HEADERS that were sent, names in lower case, repeated ones repeated.
+
+    Raises:
+        BadRequest: naming the field.
+        FieldNotAllowed: the body tries to steer the provider layer.
+    """
+    fast = parse_fast(raw)
+    body = parse_strict(raw) if fast is None else fast.document
+    reject_control_fields(body)
+    model = body.get("model")
+    if not isinstance(model, str) or not model:
+        raise BadRequest('`model` must be the name of a model, or "auto" to have one chosen', param="model")
+    check_token_limits(body)
+    if not isinstance(body.get("messages"), list) or not body["messages"]:
+        raise BadRequest("`messages` must be a list with at least one message", param="messages")
+    if set(map(type, body["messages"])) != {dict}:
+        raise BadRequest("every item of `messages` must be an object with `role` and `content`", param="messages")
+    has_own_fields = not _OWN_FIELDS.isdisjoint(body)
+    return ChatRequest(
+        body={name: value for name, value in body.items() if name not in _OWN_FIELDS} if has_own_fields else body,
+        model=model,
+        stream=_flag(body, "stream"),
+        include_usage=_asks_for_usage(body),
+        options=read_options(body, headers),
+        raw=None if has_own_fields else raw.removeprefix(codecs.BOM_UTF8),
+        contents=None if fast is None else fast.contents,
+    )
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """Parse a JSON object as strictly as `parse_strict`, and faster if nothing is wrong with it."""
+    fast = parse_fast(raw)
+    return parse_strict(raw) if fast is None else fast.document
+
+
+def _flag(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise BadRequest(f"`{name}` must be true or false; got {value!r}"[:200], param=name)
+    return bool(value)
+
+
+def _asks_for_usage(body: Mapping[str, Any]) -> bool:
+    options = body.get("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        raise BadRequest("`stream_options` must be an object", param="stream_options")
+    if not isinstance(options.get("include_usage"), bool | None):
+        name = "stream_options.include_usage"
+        raise BadRequest(f"`{name}` must be true or false", param=name)
+    return options.get("include_usage") is True
+
 
 MAX_ID = 255
 
@@ -289,82 +368,3 @@ def _timeouts(stated: Mapping[str, Any]) -> TimeoutOverrides:
         if amount == 0:
             raise BadRequest(f"`{path}.{name}` must be more than 0 seconds", param=f"{path}.{name}")
     return TimeoutOverrides(**seconds)
-
-
-# Fields of UniRoute and of OpenRouter: they mean something here and nothing to an upstream.
-_OWN_FIELDS = frozenset({"uniroute", "models", "route", "provider"})
-
-
-@dataclass(frozen=True)
-class ChatRequest:
-    """A chat request that was parsed and checked."""
-
-    body: Mapping[str, Any]
-    """What goes upstream: the caller's JSON object without UniRoute's own fields. `model` is replaced on the way."""
-    model: str
-    stream: bool
-    include_usage: bool
-    """The caller asked for the usage chunk of a stream."""
-    options: RoutingOptions
-    raw: bytes | None = field(default=None, repr=False)
-    """What `body` was parsed from, byte for byte; None if that held more than goes upstream."""
-    contents: ContentSummary | None = field(default=None, repr=False)
-    """What the parser has counted of `body`. None: it has not."""
-
-
-def parse_chat(raw: bytes, headers: list[tuple[str, str]]) -> ChatRequest:
-    """Parse and check the body of a chat request.
-
-    Args:
-        headers: those of READ_HEADERS that were sent, names in lower case, repeated ones repeated.
-
-    Raises:
-        BadRequest: naming the field.
-        FieldNotAllowed: the body tries to steer the provider layer.
-    """
-    fast = parse_fast(raw)
-    body = parse_strict(raw) if fast is None else fast.document
-    reject_control_fields(body)
-    model = body.get("model")
-    if not isinstance(model, str) or not model:
-        raise BadRequest('`model` must be the name of a model, or "auto" to have one chosen', param="model")
-    check_sizes(body)
-    if not isinstance(body.get("messages"), list) or not body["messages"]:
-        raise BadRequest("`messages` must be a list with at least one message", param="messages")
-    if set(map(type, body["messages"])) != {dict}:
-        raise BadRequest("every item of `messages` must be an object with `role` and `content`", param="messages")
-    has_own_fields = not _OWN_FIELDS.isdisjoint(body)
-    return ChatRequest(
-        body={name: value for name, value in body.items() if name not in _OWN_FIELDS} if has_own_fields else body,
-        model=model,
-        stream=_flag(body, "stream"),
-        include_usage=_asks_for_usage(body),
-        options=read_options(body, headers),
-        raw=None if has_own_fields else raw.removeprefix(codecs.BOM_UTF8),
-        contents=None if fast is None else fast.contents,
-    )
-
-
-def parse_object(raw: bytes) -> dict[str, Any]:
-    """Parse a JSON object as strictly as `parse_strict`, and faster if nothing is wrong with it."""
-    fast = parse_fast(raw)
-    return parse_strict(raw) if fast is None else fast.document
-
-
-def _flag(body: Mapping[str, Any], name: str) -> bool:
-    value = body.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise BadRequest(f"`{name}` must be true or false; got {value!r}"[:200], param=name)
-    return bool(value)
-
-
-def _asks_for_usage(body: Mapping[str, Any]) -> bool:
-    options = body.get("stream_options")
-    if options is None:
-        return False
-    if not isinstance(options, dict):
-        raise BadRequest("`stream_options` must be an object", param="stream_options")
-    if not isinstance(options.get("include_usage"), bool | None):
-        name = "stream_options.include_usage"
-        raise BadRequest(f"`{name}` must be true or false", param=name)
-    return options.get("include_usage") is True

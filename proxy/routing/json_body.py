@@ -173,7 +173,7 @@ class _BodyScanner:
 
     @property
     def _values(self) -> int:
-        """As `parse_strict` counts them: a key is one too."""
+        """Return how many there are so far, as `parse_strict` counts them: a key is one too."""
         return 1 + 2 * self.keys + self._items
 
     def _plain(self, values: Iterable[Any], mode: int) -> None:

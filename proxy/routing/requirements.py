@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from proxy.routing.sizes import MAX_TOKENS, output_limit, requested_answers
+from proxy.routing.token_limits import MAX_TOKENS, output_limit, requested_answers
 from router_core.text import BYTES_PER_TOKEN, text_bytes, truncate_middle
 from router_core.types import Requirements
 

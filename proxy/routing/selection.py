@@ -7,10 +7,10 @@ from typing import Any
 
 from proxy.errors import NoEligibleModelError, ServiceUnavailable
 from proxy.routing.assigner import AssignmentTimeout, ClusterAssigner
+from proxy.routing.cost_weight import RoutingMode
 from proxy.routing.requirements import routing_text
 from proxy.routing.selection_context import (
     IneligibleReasons,
-    RoutingMode,
     SelectionContext,
     no_candidate_error,
     over_cost_error,

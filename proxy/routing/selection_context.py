@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from enum import Enum
 from functools import cached_property
 from types import MappingProxyType
 
 from proxy.errors import (
-    BadRequest,
     ContextLengthExceeded,
     Forbidden,
     ModelNotFound,
@@ -18,30 +15,17 @@ from proxy.errors import (
 )
 from proxy.routing.affinity import NO_AFFINITY, Affinity
 from proxy.routing.chat_request import ChatRequest, RoutingOptions
+from proxy.routing.cost_weight import ALIASES, RoutingMode, cost_weight
 from proxy.routing.requirements import requirement_sources, requirements_of
 from proxy.settings.schema import Settings
-from proxy.storage.client_keys import ClientKey, clamp
+from proxy.storage.client_keys import ClientKey
 from proxy.storage.snapshot import RoutingSnapshot
 from router_core.eligibility import Eligibility, eligible
 from router_core.errors import NoEligibleModel
 from router_core.scoring import ScoringParams
 from router_core.types import CAPABILITY_NAMES, Requirements
 
-
-class RoutingMode(Enum):
-    SCORED = "auto"
-    BEST = "uniroute/best"
-    CHEAP = "uniroute/cheap"
-    PINNED = ""
-
-
-ALIASES = {
-    "auto": RoutingMode.SCORED,
-    "uniroute/auto": RoutingMode.SCORED,
-    "uniroute/best": RoutingMode.BEST,
-    "uniroute/cheap": RoutingMode.CHEAP,
-}
-
+# In `route_names`: every name that is not registered is routed.
 ANY = "*"
 
 EMPTY: Mapping[str, float] = MappingProxyType({})
@@ -168,48 +152,6 @@ def _checked(
 def _check_allowed(name: str, key: ClientKey | None) -> None:
     if key is not None and key.models is not None and name not in key.models:
         raise Forbidden(f"this key may not use the model {name!r}", param="model")
-
-
-LAMBDA_OF_MODE = {RoutingMode.BEST: 0.0, RoutingMode.CHEAP: math.inf}
-
-
-def cost_weight(request: ChatRequest, mode: RoutingMode, settings: Settings, key: ClientKey | None) -> float:
-    """Return λ: as the caller stated it, or else the default, moved within the key's bounds.
-
-    Raises:
-        BadRequest: the request states a λ that its key may not use.
-        Forbidden: the name of the model asks for one.
-    """
-    stated = request.options.lambda_
-    if key is not None:
-        if not key_allows_mode(mode, key):
-            asks = "λ = 0" if mode is RoutingMode.BEST else "the cheapest model, whatever λ is"
-            raise Forbidden(f"{request.model!r} asks for {asks}; for this key λ is {_bounds(key)}", param="model")
-        if stated is not None and not _is_within(stated, key):
-            raise BadRequest(f"`lambda` is {stated:g}; for this key it is {_bounds(key)}", param="lambda")
-    if mode is RoutingMode.BEST:
-        return 0.0
-    return stated if stated is not None else default_for_key(settings.lambda_, key)
-
-
-def key_allows_mode(mode: RoutingMode, key: ClientKey | None) -> bool:
-    """Whether the key's bounds leave room for a name that stands for a λ."""
-    return key is None or mode not in LAMBDA_OF_MODE or _is_within(LAMBDA_OF_MODE[mode], key)
-
-
-def default_for_key(default: float, key: ClientKey | None) -> float:
-    if key is None:
-        return default
-    return clamp(default, key.lambda_min, key.lambda_max) if key.lambda_default is None else key.lambda_default
-
-
-def _is_within(value: float, key: ClientKey) -> bool:
-    return value == clamp(value, key.lambda_min, key.lambda_max)
-
-
-def _bounds(key: ClientKey) -> str:
-    low, high = key.lambda_min or 0.0, key.lambda_max
-    return f"{low:g} or more" if high is None else f"from {low:g} to {high:g}"
 
 
 class IneligibleReasons(Mapping[str, str]):

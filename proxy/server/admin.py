@@ -10,6 +10,16 @@ from pydantic import BeforeValidator, WithJsonSchema
 
 from proxy.errors import BadRequest, JobNotFound, ModelNotFound
 from proxy.profiling.job_store import Job
+from proxy.server.admin_bodies import (
+    KeyPatch,
+    ModelPatch,
+    NewKey,
+    NewModel,
+    PriceBody,
+    ProfileRequest,
+    Reprofile,
+    Rotation,
+)
 from proxy.server.admin_responses import (
     Accepted,
     AuditEntries,
@@ -26,13 +36,12 @@ from proxy.server.admin_responses import (
     models_to_json,
 )
 from proxy.server.dependencies import AdminState, AppState, AppStateDep, Audit
-from proxy.server.key_bodies import KeyPatch, NewKey, Rotation, StrictJSONRoute
 from proxy.server.middleware import TARGET_IN_SCOPE
-from proxy.server.model_bodies import ModelPatch, NewModel, PriceBody, ProfileRequest, Reprofile
 from proxy.server.openapi import BODY_ERRORS, COMMON_ERRORS, MODEL_NAME_SCHEMA, admin_key, errors
+from proxy.server.strict_bodies import StrictJSONRoute
 from proxy.storage.audit_log import CANCEL_JOB, PROFILE_MODEL
 from proxy.storage.client_keys import ClientKey
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.registry import ConfiguredModel, ConflictingWrite
 from proxy.upstream.endpoint import check_secrets_stay
@@ -59,9 +68,9 @@ ModelNamePath = Annotated[str, Path(), WithJsonSchema(MODEL_NAME_SCHEMA)]
 
 async def registered_model(name: ModelNamePath, state: AppStateDep) -> ModelRecord:
     """Find a model, also one that another process added a moment ago. Raises ModelNotFound."""
-    if name not in state.state.current.models:
+    if name not in state.snapshots.current.models:
         await _refresh(state)
-    record = state.state.current.models.get(name)
+    record = state.snapshots.current.models.get(name)
     if record is None:
         raise ModelNotFound(f"no model named {name[:128]!r} is registered", param="model")
     return record
@@ -71,7 +80,7 @@ RegisteredModel = Annotated[ModelRecord, Depends(registered_model)]
 
 
 async def changeable_model(record: RegisteredModel) -> ModelRecord:
-    """Raises ConfiguredModel if only the configuration file can change it."""
+    """Refuse a model that only the configuration file can change. Raises ConfiguredModel."""
     if record.source == "config":
         raise ConfiguredModel(f"the model {record.name!r} is defined in the configuration file; change it there")
     return record
@@ -82,7 +91,7 @@ ChangeableModel = Annotated[ModelRecord, Depends(changeable_model)]
 
 @models_router.get("", summary="Every registered model", response_model=ModelCards, response_model_exclude_unset=True)
 async def list_models(state: AdminState) -> dict[str, Any]:
-    version = state.state.current.version
+    version = state.snapshots.current.version
     return {"models": await models_to_json(state), "state_version": version}
 
 
@@ -102,7 +111,7 @@ async def add_model(body: NewModel, response: Response, state: AdminState) -> Ac
         job, version = await state.jobs.submit_with_model(record, asked.prompts, asked.max_usd, state.registry)
         response.status_code = 202
     else:
-        profile = body.profile.to_profile(state.state.current.cluster_map)
+        profile = body.profile.to_profile(state.snapshots.current.cluster_map)
         record = await state.resolver.resolve(record)
         job, version = None, await state.registry.add_model(record, profile)
     await _wait_for_version(state, version)
@@ -124,7 +133,7 @@ async def reprofile_model(
         await audit.record(PROFILE_MODEL, record.name)
         response.status_code = 202
         return Accepted(model=record.name, job=job.id)
-    profile = body.profile.to_profile(state.state.current.cluster_map)
+    profile = body.profile.to_profile(state.snapshots.current.cluster_map)
     await _wait_for_version(state, await state.registry.put_profile(record, profile))
     return Accepted(model=record.name, job=None)
 
@@ -151,7 +160,7 @@ async def put_price(record: RegisteredModel, body: PriceBody, state: AdminState)
     responses=errors(404),
 )
 async def get_model(name: ModelNamePath, state: AdminState) -> dict[str, Any]:
-    if state.state.available:
+    if state.snapshots.available:
         await _refresh(state)  # a client that saw its job end finds the profile in use
     await registered_model(name, state)
     return await model_to_json(state, name, with_profile=True)
@@ -172,7 +181,7 @@ async def change_model(record: ChangeableModel, body: ModelPatch, state: AdminSt
     if changed.litellm_params != before.litellm_params:  # also another key: the old one may have been what was wrong
         state.health.reset(name)
     if changed.fingerprint != before.fingerprint:
-        state.live.forget(name)
+        state.traffic_stats.forget(name)
         await state.jobs.cancel_for(name, "litellm_params were changed; profile the model again")
     await _wait_for_version(state, version)
     return await model_to_json(state, name, with_profile=False)
@@ -184,7 +193,7 @@ async def change_model(record: ChangeableModel, body: ModelPatch, state: AdminSt
 async def remove_model(record: ChangeableModel, state: AdminState) -> None:
     await state.jobs.cancel_for(record.name, "the model was removed")
     version = await state.registry.remove_model(record.name)
-    state.live.forget(record.name)
+    state.traffic_stats.forget(record.name)
     state.health.reset(record.name)
     await _wait_for_version(state, version)
 
@@ -196,8 +205,8 @@ async def _update(state: AppState, name: str, patch: ModelPatch) -> tuple[ModelR
     acknowledged stays.
     """
     for _ in range(MAX_ATTEMPTS):
-        await state.state.refresh()
-        as_of = state.state.current.version
+        await state.snapshots.refresh()
+        as_of = state.snapshots.current.version
         record = await changeable_model(await registered_model(name, state))
         changed = await state.resolver.resolve(patch.apply_to(record, state.settings, state.environ))
         check_secrets_stay(record, changed, patch.litellm_params or {})
@@ -209,12 +218,12 @@ async def _update(state: AppState, name: str, patch: ModelPatch) -> tuple[ModelR
 async def _wait_for_version(state: AppState, version: int) -> None:
     """Let this process serve what was written. It is stored, whether or not the store goes away now."""
     with suppress(StoreUnavailable):
-        await state.state.wait_for_version(version)
+        await state.snapshots.wait_for_version(version)
 
 
 async def _refresh(state: AppState) -> None:
     with suppress(StoreUnavailable):
-        await state.state.refresh()
+        await state.snapshots.refresh()
 
 
 keys_router = admin_router("keys")
@@ -297,7 +306,7 @@ JobIdPath = Annotated[str, Path(), WithJsonSchema(_ID_SCHEMA)]
 
 
 async def known_job(job_id: JobIdPath, state: AppStateDep) -> Job:
-    """Raises JobNotFound."""
+    """Find a job. Raises JobNotFound."""
     job = await state.jobs.get(job_id)
     if job is None:
         raise JobNotFound(f"no job has the id {job_id[:100]!r}", param="job")
@@ -345,7 +354,7 @@ async def cancel_job(job: KnownJob, state: AppStateDep, audit: Audit) -> dict[st
 
 
 def _job_to_json(job: Job, state: AppState) -> dict[str, Any]:
-    doubt = state.state.current.measuring_doubt
+    doubt = state.snapshots.current.measuring_doubt
     return {**job.to_json(), **({"warning": doubt} if job.state == "ready" and doubt else {})}
 
 

@@ -8,12 +8,12 @@ from pydantic import BaseModel, ConfigDict, WithJsonSchema
 
 from proxy.errors import ModelNotFound
 from proxy.profiling.job_store import Job
+from proxy.server.admin_bodies import ProfileDocument
 from proxy.server.dependencies import AppState
-from proxy.server.model_bodies import ProfileDocument
 from proxy.server.openapi import UNSET
 from proxy.settings.redaction import redact_value
 from proxy.storage.client_keys import LIMITS, ROLES, ClientKey
-from proxy.storage.models import CurrentPrice, ModelRecord
+from proxy.storage.records import CurrentPrice, ModelRecord
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.snapshot import RoutingSnapshot
 from router_core.text import rfc3339
@@ -152,7 +152,7 @@ class AuditEntries(ResponseModel):
 
 
 def key_to_json(key: ClientKey) -> dict[str, Any]:
-    """All but the digests, under the names of a body."""
+    """Show a key without its digests, under the names of a body."""
     return {
         "id": key.id,
         "name": key.name,
@@ -171,16 +171,16 @@ def key_to_json(key: ClientKey) -> dict[str, Any]:
 
 async def models_to_json(state: AppState) -> list[dict[str, Any]]:
     """Show every model, by name, without the numbers of its profile."""
-    snapshot = state.state.current
+    snapshot = state.snapshots.current
     jobs = await _if_available(state, state.jobs.latest) or {}
     cards = [_card(snapshot, name, jobs.get(name), with_profile=False) for name in sorted(snapshot.models)]
     return [{**card, "health": state.health.status(card["model_name"])} for card in cards]
 
 
 async def model_to_json(state: AppState, name: str, *, with_profile: bool) -> dict[str, Any]:
-    """Raises ModelNotFound."""
+    """Show one model. Raises ModelNotFound."""
     job = await _if_available(state, lambda: state.jobs.for_model(name))
-    snapshot = state.state.current
+    snapshot = state.snapshots.current
     if name not in snapshot.models:
         raise ModelNotFound(f"the model {name!r} was removed just now", param="model")
     return {**_card(snapshot, name, job, with_profile=with_profile), "health": state.health.status(name)}
@@ -196,7 +196,7 @@ T = TypeVar("T")
 
 async def _if_available(state: AppState, ask: Callable[[], Awaitable[T]]) -> T | None:
     """Return None while Redis is away: models can be shown without their jobs, and do not wait for them."""
-    if not state.state.available:
+    if not state.snapshots.available:
         return None
     try:
         return await ask()

@@ -6,12 +6,12 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from proxy.errors import ModelAtCapacity, UpstreamError
-from proxy.routing.sizes import with_limit
+from proxy.routing.token_limits import with_limit
 from proxy.server.dependencies import ModelPlan, RequestContext
 from proxy.server.request_log import RequestRecord
 from proxy.server.requests import instance_id
 from proxy.settings.schema import NO_OVERRIDES, Timeouts, timeouts_for, total_timeout_s
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from proxy.storage.usage import usage_of
 from proxy.upstream.chunk_reader import is_finished
 from proxy.upstream.client import Blocks
@@ -22,175 +22,6 @@ from router_core.pool import NO_LIMIT
 
 T = TypeVar("T")
 
-
-class IdleTimeout:
-    """Limit each wait for a stream's next chunk, and the stream as a whole. Call `close` at the end.
-
-    `asyncio.timeout` would start and cancel a timer per chunk. This keeps one timer, and looks at the clock when it
-    fires.
-    """
-
-    def __init__(self, idle_s: float, deadline: float) -> None:
-        self._idle_s = idle_s
-        self._deadline = deadline  # monotonic seconds
-        self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
-        self._waiter: asyncio.Task[object] | None = None
-        self._wait_started = 0.0
-        self._expired = False
-
-    async def wait_for(self, awaitable: Awaitable[T]) -> T:
-        """Return the result of `awaitable`, or raise TimeoutError."""
-        task = asyncio.current_task()
-        assert task is not None  # a coroutine always runs in a task
-        cancels_before = task.cancelling()
-        self._waiter, self._wait_started = task, monotonic()
-        if self._timer is None:
-            self._check()
-        try:
-            return await awaitable
-        except asyncio.CancelledError:
-            # One cancellation is the timer's. If there is another, the caller was cancelled too, and that counts.
-            if self._expired and task.cancelling() - 1 <= cancels_before:
-                raise TimeoutError from None
-            raise
-        finally:
-            self._waiter = None
-            if self._expired:
-                task.uncancel()
-                self._expired = False
-
-    def close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _check(self) -> None:
-        """Cancel a wait that has taken too long, or look again when it will have."""
-        self._timer = None
-        if self._waiter is None or self._expired:
-            return  # the next wait starts the timer again
-        left_s = min(self._wait_started + self._idle_s, self._deadline) - monotonic()
-        if left_s > 0:
-            self._timer = self._loop.call_later(left_s, self._check)
-            return
-        self._expired = True
-        self._waiter.cancel()
-
-
-# How many chunks are buffered before the first one with content, to be sent before it. Further ones are dropped: only
-# time limits how long a model may send them. Chunks that end a choice or report usage are buffered up to twice as many.
-MAX_BUFFERED_CHUNKS = 1000
-
-# Bytes of all buffered chunks.
-MAX_BUFFERED_BYTES = 2**20
-
-
-class UpstreamStream:
-    """Read one model's stream: first `read_until_content`, then iterate over it, and `aclose` it at the end."""
-
-    def __init__(
-        self, source: Blocks, attempt: Attempt, record: RequestRecord, *, idle_s: float, deadline: float
-    ) -> None:
-        self._source = source
-        self._attempt = attempt
-        self._record = record
-        self._idle_s = idle_s
-        self._deadline = deadline  # monotonic seconds
-        self._buffered: list[JSONPayload] = []
-        self._buffered_bytes = 0
-        self._ended = False
-
-    async def read_until_content(self) -> None:
-        """Read up to the first content, or to the end if there is none.
-
-        If that fails, the connection is closed, but the attempt is not ended: only the caller knows whether a time
-        limit was the cause, which is a failure of the model.
-        """
-        try:
-            async for block in self._source:
-                start = self._index_of_content(block)
-                self._buffer(block[:start])
-                if start < len(block):
-                    self._buffered += block[start:]
-                    self._record.first_content()
-                    self._attempt.first_content()
-                    return
-        except BaseException:
-            await self._close_source()
-            raise
-        self._ended = True
-        self._attempt.succeeded()
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the stream ended without content, and without a reason that explains it."""
-        return self._ended and is_empty_completion(
-            {"choices": [choice for chunk in self._buffered for choice in chunk.body.get("choices") or ()]}
-        )
-
-    async def __aiter__(self) -> AsyncIterator[list[JSONPayload]]:
-        """Iterate over blocks of chunks.
-
-        Raises:
-            UpstreamError: the stream broke, was silent for too long, or went on for too long.
-        """
-        buffered, self._buffered = self._buffered, []
-        if buffered:
-            yield buffered
-        idle = IdleTimeout(self._idle_s, self._deadline)
-        try:
-            while not self._ended:
-                yield await idle.wait_for(anext(self._source))
-        except StopAsyncIteration:
-            self._attempt.succeeded()
-        except TimeoutError:
-            self._fail(failure := self._timeout_error())
-            raise failure from None
-        except UpstreamError as failure:
-            self._fail(failure)
-            raise
-        finally:
-            idle.close()
-
-    async def aclose(self) -> None:
-        self._attempt.abandoned()
-        await self._close_source()
-
-    def _index_of_content(self, block: list[JSONPayload]) -> int:
-        """Record the usage in a block, and return the index of its first chunk with content; its length if none has."""
-        for chunk in block:
-            if usage := usage_of(chunk.body):
-                self._record.set_usage(usage)
-        return next((index for index, chunk in enumerate(block) if has_content(chunk.body)), len(block))
-
-    def _buffer(self, block: list[JSONPayload]) -> None:
-        """Keep chunks that came before the first content, within the limits."""
-        for chunk in block:
-            is_essential = usage_of(chunk.body) or is_finished(chunk.body)
-            limit = 2 * MAX_BUFFERED_CHUNKS if is_essential else MAX_BUFFERED_CHUNKS
-            if len(self._buffered) >= limit or self._buffered_bytes >= MAX_BUFFERED_BYTES:
-                continue
-            self._buffered_bytes += len(chunk.raw if chunk.raw is not None else encode_json(chunk.body))
-            if self._buffered_bytes < MAX_BUFFERED_BYTES:
-                self._buffered.append(chunk)
-
-    def _fail(self, failure: UpstreamError) -> None:
-        self._record.attempt_failed(failure)
-        self._attempt.failed(failure)
-
-    def _timeout_error(self) -> UpstreamError:
-        reason = f"was silent for {self._idle_s:g} s (idle_timeout_s)"
-        if monotonic() >= self._deadline:
-            reason = "took longer than stream_timeout_s"
-        return UpstreamError(f"the model's stream {reason}", timed_out=True)
-
-    async def _close_source(self) -> None:
-        close = getattr(self._source, "aclose", None)
-        if close is not None:
-            await close()
-
-
 Answer = TypeVar("Answer")
 
 Call = Callable[[ModelRecord, Timeouts, Attempt], Awaitable[Answer]]
@@ -200,7 +31,7 @@ class CircuitOpen(Exception):
     """The circuit of the model is open: other models are asked first."""
 
 
-class Attempts:
+class AttemptRunner:
     """Ask the models of one selection, one after the other, until one answers."""
 
     def __init__(self, ctx: RequestContext, record: RequestRecord) -> None:
@@ -321,17 +152,17 @@ class Attempts:
         if not even_if_open and name in app.health.cooling_down():
             raise CircuitOpen(name)
         max_wait_s = max(0.0, min(app.settings.queue_wait_s, self._remaining_s()))
-        acquired_at = await app.capacities.acquire(name, plan.limits, max_wait_s)
+        acquired_at = await app.concurrency_limiter.acquire(name, plan.limits, max_wait_s)
         # The circuit may have opened during the wait, or another request may have become its probe.
         if not even_if_open and name in app.health.cooling_down():
-            app.capacities.release(name, acquired_at)
+            app.concurrency_limiter.release(name, acquired_at)
             raise CircuitOpen(name)
         # The wait for a slot took all the time that remained, which is no fault of this model.
         if self._remaining_s() <= 0:
-            app.capacities.release(name, acquired_at)
+            app.concurrency_limiter.release(name, acquired_at)
             raise UpstreamError("no model was asked in time (request_timeout_s)", timed_out=True, retryable=False)
         attempt = app.health.start_attempt(name)
-        attempt.holds(app.capacities, acquired_at)
+        attempt.take_slot(app.concurrency_limiter, acquired_at)
         return attempt
 
     def _fail(self, attempt: Attempt, failure: UpstreamError) -> None:
@@ -392,3 +223,171 @@ def _result(outcome: Answer | UpstreamError | None, at_capacity: list[ModelAtCap
     if at_capacity:
         raise min(at_capacity, key=lambda full: full.retry_after_s)
     raise UpstreamError("no model was asked")
+
+
+# How many chunks are buffered before the first one with content, to be sent before it. Further ones are dropped: only
+# time limits how long a model may send them. Chunks that end a choice or report usage are buffered up to twice as many.
+MAX_BUFFERED_CHUNKS = 1000
+
+# Bytes of all buffered chunks.
+MAX_BUFFERED_BYTES = 2**20
+
+
+class UpstreamStream:
+    """Read one model's stream: first `read_until_content`, then iterate over it, and `aclose` it at the end."""
+
+    def __init__(
+        self, source: Blocks, attempt: Attempt, record: RequestRecord, *, idle_s: float, deadline: float
+    ) -> None:
+        self._source = source
+        self._attempt = attempt
+        self._record = record
+        self._idle_s = idle_s
+        self._deadline = deadline  # monotonic seconds
+        self._buffered: list[JSONPayload] = []
+        self._buffered_bytes = 0
+        self._ended = False
+
+    async def read_until_content(self) -> None:
+        """Read up to the first content, or to the end if there is none.
+
+        If that fails, the connection is closed, but the attempt is not ended: only the caller knows whether a time
+        limit was the cause, which is a failure of the model.
+        """
+        try:
+            async for block in self._source:
+                start = self._index_of_content(block)
+                self._buffer(block[:start])
+                if start < len(block):
+                    self._buffered += block[start:]
+                    self._record.first_content()
+                    self._attempt.first_content()
+                    return
+        except BaseException:
+            await self._close_source()
+            raise
+        self._ended = True
+        self._attempt.succeeded()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the stream ended without content, and without a reason that explains it."""
+        return self._ended and is_empty_completion(
+            {"choices": [choice for chunk in self._buffered for choice in chunk.body.get("choices") or ()]}
+        )
+
+    async def __aiter__(self) -> AsyncIterator[list[JSONPayload]]:
+        """Iterate over blocks of chunks.
+
+        Raises:
+            UpstreamError: the stream broke, was silent for too long, or went on for too long.
+        """
+        buffered, self._buffered = self._buffered, []
+        if buffered:
+            yield buffered
+        idle = IdleTimeout(self._idle_s, self._deadline)
+        try:
+            while not self._ended:
+                yield await idle.wait_for(anext(self._source))
+        except StopAsyncIteration:
+            self._attempt.succeeded()
+        except TimeoutError:
+            self._fail(failure := self._timeout_error())
+            raise failure from None
+        except UpstreamError as failure:
+            self._fail(failure)
+            raise
+        finally:
+            idle.close()
+
+    async def aclose(self) -> None:
+        self._attempt.abandoned()
+        await self._close_source()
+
+    def _index_of_content(self, block: list[JSONPayload]) -> int:
+        """Record the usage in a block, and return the index of its first chunk with content; its length if none has."""
+        for chunk in block:
+            if usage := usage_of(chunk.body):
+                self._record.set_usage(usage)
+        return next((index for index, chunk in enumerate(block) if has_content(chunk.body)), len(block))
+
+    def _buffer(self, block: list[JSONPayload]) -> None:
+        """Keep chunks that came before the first content, within the limits."""
+        for chunk in block:
+            is_essential = usage_of(chunk.body) or is_finished(chunk.body)
+            limit = 2 * MAX_BUFFERED_CHUNKS if is_essential else MAX_BUFFERED_CHUNKS
+            if len(self._buffered) >= limit or self._buffered_bytes >= MAX_BUFFERED_BYTES:
+                continue
+            self._buffered_bytes += len(chunk.raw if chunk.raw is not None else encode_json(chunk.body))
+            if self._buffered_bytes < MAX_BUFFERED_BYTES:
+                self._buffered.append(chunk)
+
+    def _fail(self, failure: UpstreamError) -> None:
+        self._record.attempt_failed(failure)
+        self._attempt.failed(failure)
+
+    def _timeout_error(self) -> UpstreamError:
+        reason = f"was silent for {self._idle_s:g} s (idle_timeout_s)"
+        if monotonic() >= self._deadline:
+            reason = "took longer than stream_timeout_s"
+        return UpstreamError(f"the model's stream {reason}", timed_out=True)
+
+    async def _close_source(self) -> None:
+        close = getattr(self._source, "aclose", None)
+        if close is not None:
+            await close()
+
+
+class IdleTimeout:
+    """Limit each wait for a stream's next chunk, and the stream as a whole. Call `close` at the end.
+
+    `asyncio.timeout` would start and cancel a timer per chunk. This keeps one timer, and looks at the clock when it
+    fires.
+    """
+
+    def __init__(self, idle_s: float, deadline: float) -> None:
+        self._idle_s = idle_s
+        self._deadline = deadline  # monotonic seconds
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._waiter: asyncio.Task[object] | None = None
+        self._wait_started = 0.0
+        self._expired = False
+
+    async def wait_for(self, awaitable: Awaitable[T]) -> T:
+        """Return the result of `awaitable`, or raise TimeoutError."""
+        task = asyncio.current_task()
+        assert task is not None  # a coroutine always runs in a task
+        cancels_before = task.cancelling()
+        self._waiter, self._wait_started = task, monotonic()
+        if self._timer is None:
+            self._check()
+        try:
+            return await awaitable
+        except asyncio.CancelledError:
+            # One cancellation is the timer's. If there is another, the caller was cancelled too, and that counts.
+            if self._expired and task.cancelling() - 1 <= cancels_before:
+                raise TimeoutError from None
+            raise
+        finally:
+            self._waiter = None
+            if self._expired:
+                task.uncancel()
+                self._expired = False
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _check(self) -> None:
+        """Cancel a wait that has taken too long, or look again when it will have."""
+        self._timer = None
+        if self._waiter is None or self._expired:
+            return  # the next wait starts the timer again
+        left_s = min(self._wait_started + self._idle_s, self._deadline) - monotonic()
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._check)
+            return
+        self._expired = True
+        self._waiter.cancel()

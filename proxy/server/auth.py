@@ -62,12 +62,12 @@ class AuthMiddleware:
         self,
         app: ASGIApp,
         settings: Settings,
-        state: Callable[[], RoutingSnapshot],
+        current_snapshot: Callable[[], RoutingSnapshot],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.app = app
         self._settings = settings
-        self._state = state
+        self._current_snapshot = current_snapshot
         self._clock = clock
         self._throttle = AuthFailureThrottle(time.monotonic)
         # most requests bring one of few values of Host
@@ -105,7 +105,7 @@ class AuthMiddleware:
             if self._root_digest is None:
                 raise Forbidden("the admin side is off: set UNIROUTE_ADMIN_KEY and start again")
             return self._authenticate_key(credentials_from(headers))
-        if not self._state().keys_required:
+        if not self._current_snapshot().keys_required:
             return _ANONYMOUS
         return self._authenticate_key(credentials_from(headers, ("x-api-key", _AZURE_KEY_HEADER)))
 
@@ -122,7 +122,7 @@ class AuthMiddleware:
         digest = _digest(secret) if secret else ""
         if self._root_digest is not None and hmac.compare_digest(digest, self._root_digest):
             return Principal(ROOT)
-        snapshot, now = self._state(), self._clock()
+        snapshot, now = self._current_snapshot(), self._clock()
         key = snapshot.keys.get(digest)
         if key is None and not snapshot.is_loaded:
             raise ServiceUnavailable(
@@ -183,7 +183,7 @@ def is_admin_side(path: str) -> bool:
 
 
 def check_role(role: Role, method: str, path: str) -> None:
-    """Raises Forbidden."""
+    """Check that a role allows this call. Raises Forbidden."""
     if role == "admin":
         return
     if role == "viewer":

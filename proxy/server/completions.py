@@ -13,26 +13,30 @@ from proxy.routing.affinity import Affinity, load_affinity
 from proxy.routing.chat_request import READ_HEADERS, parse_chat
 from proxy.routing.selection import Selection, select_model, selection_to_json
 from proxy.routing.selection_context import SelectionContext
-from proxy.server.attempts import Attempts
+from proxy.server.attempts import AttemptRunner
 from proxy.server.auth import KEY_IN_SCOPE, path_of
 from proxy.server.dependencies import AppState, AppStateDep, RequestContext
-from proxy.server.ratelimit import Reservation
+from proxy.server.disconnects import cancel_on_disconnect, cancelled_ending
 from proxy.server.request_log import RequestRecord
 from proxy.server.requests import (
     APP_STATE,
     RECEIVED_AT,
     REQUEST_IDS,
-    cancel_on_disconnect,
-    cancelled_ending,
     check_hops,
     headers_of,
     instance_id,
     random_ids,
     read_body,
 )
-from proxy.server.reservations import Demand, drop_pricier_fallbacks, estimate_reservation, limit_to_reserved
+from proxy.server.reservations import (
+    Reservation,
+    UsageEstimate,
+    drop_pricier_fallbacks,
+    limit_to_reserved,
+    reservation_request,
+)
 from proxy.server.responses import HANDLED_EXCEPTIONS, error_response
-from proxy.server.streaming import CompletionStream, cancel_or_close
+from proxy.server.streaming import CompletionStream, PendingStream, cancel_or_close
 from proxy.upstream.response_memory import HeldMemory
 from proxy.upstream.sse import encode_json
 
@@ -72,6 +76,7 @@ async def route(request: Request, app: AppStateDep) -> Response:
 
 
 async def chat_completions(request: Request, app: AppState) -> Response:
+    """Serve one chat request, which is cancelled when its client leaves."""
     ctx = await _context(request, app)
     app.metrics.in_flight += 1
     try:
@@ -89,7 +94,9 @@ async def _context(request: Request, app: AppState) -> RequestContext:
     scope = request.scope
     raw = await read_body(request, app.settings.max_body_bytes)
     parsed = parse_chat(raw, headers_of(scope).items_for(READ_HEADERS))
-    return RequestContext(app, app.state.current, parsed, scope[KEY_IN_SCOPE], scope[REQUEST_IDS], scope[RECEIVED_AT])
+    return RequestContext(
+        app, app.snapshots.current, parsed, scope[KEY_IN_SCOPE], scope[REQUEST_IDS], scope[RECEIVED_AT]
+    )
 
 
 async def _close_if_stream(response: Response) -> None:
@@ -113,10 +120,10 @@ async def create_completion(ctx: RequestContext) -> Response:
         ctx.app.metrics.conversations_moved.inc()
     selection, reservation = await reserve(ctx, selection)
     record = RequestRecord(ctx, selection, affinity, reservation)
-    attempts = Attempts(ctx, record)
+    runner = AttemptRunner(ctx, record)
     if ctx.request.stream:
-        return await _stream(ctx, attempts, record)
-    return await _complete(attempts, record)
+        return await _stream(ctx, runner, record)
+    return await _complete(runner, record)
 
 
 async def select(ctx: RequestContext, *, explain: bool = False) -> tuple[Selection, Affinity]:
@@ -153,68 +160,62 @@ async def reserve(ctx: RequestContext, selection: Selection) -> tuple[Selection,
     if key is None or not key.limits.any:
         return selection, None
     limits = key.limits
-    demand = Demand(limit_to_reserved(selection, limits), ctx.request.body, ctx.snapshot, ctx.app.settings)
+    estimate = UsageEstimate(limit_to_reserved(selection, limits), ctx.request.body, ctx.snapshot, ctx.app.settings)
     try:
-        return demand.choice, await ctx.app.limiter.reserve(key, estimate_reservation(demand, limits))
+        return estimate.selection, await ctx.app.rate_limiter.reserve(key, reservation_request(estimate, limits))
     except BudgetExceeded:
-        cheaper = replace(demand, choice=drop_pricier_fallbacks(demand))
-        if cheaper.choice.candidates == demand.choice.candidates:
+        cheaper = replace(estimate, selection=drop_pricier_fallbacks(estimate))
+        if cheaper.selection.candidates == estimate.selection.candidates:
             raise
-        return cheaper.choice, await ctx.app.limiter.reserve(key, estimate_reservation(cheaper, limits))
+        return cheaper.selection, await ctx.app.rate_limiter.reserve(key, reservation_request(cheaper, limits))
 
 
-async def _complete(attempts: Attempts, record: RequestRecord) -> Response:
+async def _complete(runner: AttemptRunner, record: RequestRecord) -> Response:
     """Wait for the first whole answer, and finish the record before it is sent."""
-    ending = "client_gone"
     try:
-        answer = await attempts.complete()
-        body = answer.with_model(record.model)
-        ending = "complete"
-        return CompletionResponse(body, answer.held, record.headers())
-    except (UpstreamError, ModelAtCapacity) as failure:
-        ending = _failure_ending(record, failure)
+        answer = await runner.complete()
+        response = CompletionResponse(answer.with_model(record.model), answer.held, record.headers())
+    except BaseException as failure:
+        await _finish_failed(record, failure)
         raise
-    except asyncio.CancelledError:
-        ending = cancelled_ending()
-        raise
-    finally:
-        record.finish(ending)
-        if ending != "client_gone":
-            await record.settled()
+    record.finish("complete")
+    await record.wait_until_settled()
+    return response
 
 
-async def _stream(ctx: RequestContext, attempts: Attempts, record: RequestRecord) -> Response:
+async def _stream(ctx: RequestContext, runner: AttemptRunner, record: RequestRecord) -> Response:
     """Wait for the first content before the status is sent, so that a failure can have its own status.
 
     After `keep_alive_s` the stream begins all the same, with comments until the content comes.
     """
     keep_alive_s = ctx.app.settings.keep_alive_s
-    pending = asyncio.create_task(attempts.open_stream())
-    ending: str | None = "client_gone"
+    pending = asyncio.create_task(runner.open_stream())
     try:
         await asyncio.wait({pending}, timeout=keep_alive_s)
         if pending.done():
             pending.result()
-        ending = None
-    except (UpstreamError, ModelAtCapacity) as failure:
-        ending = _failure_ending(record, failure)
+    except BaseException as failure:
+        await _finish_failed(record, failure, pending)
         raise
-    except asyncio.CancelledError:
-        ending = cancelled_ending()
-        raise
-    finally:
-        if ending is not None:
-            record.finish(ending)
-            await cancel_or_close(pending)
-            if ending != "client_gone":
-                await record.settled()
     return CompletionStream(pending, record, keep_alive_s=keep_alive_s, include_usage=ctx.request.include_usage)
 
 
-def _failure_ending(record: RequestRecord, failure: UpstreamError | ModelAtCapacity) -> str:
-    """Return the ending to record, and add the headers that name the decision to the failure's response."""
-    failure.headers |= record.headers()
-    return "busy" if isinstance(failure, ModelAtCapacity) else "failed"
+async def _finish_failed(record: RequestRecord, failure: BaseException, pending: PendingStream | None = None) -> None:
+    """Finish the record of a request that ends before its response begins, and close the stream that was to come.
+
+    The response to a failure of the models gets the headers that name the decision.
+    """
+    ending = "client_gone"
+    if isinstance(failure, UpstreamError | ModelAtCapacity):
+        failure.headers |= record.headers()
+        ending = "busy" if isinstance(failure, ModelAtCapacity) else "failed"
+    elif isinstance(failure, asyncio.CancelledError):
+        ending = cancelled_ending()
+    record.finish(ending)
+    if pending is not None:
+        await cancel_or_close(pending)
+    if ending != "client_gone":
+        await record.wait_until_settled()
 
 
 # A response is written in pieces of this size. What the client has not read yet then stays in this process's counted

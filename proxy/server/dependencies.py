@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated
@@ -17,7 +16,7 @@ from proxy.server.requests import APP_STATE, REQUEST_IDS, RequestIds
 from proxy.settings.schema import Settings, Timeouts, timeouts_for
 from proxy.storage.audit_log import Actor, AuditTrail
 from proxy.storage.client_keys import ClientKey
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from proxy.storage.redis import Store
 from proxy.storage.registry import Registry
 from proxy.storage.sessions import SessionStore
@@ -27,8 +26,6 @@ from proxy.upstream.client import UpstreamClient
 from proxy.upstream.concurrency_limit import ConcurrencyLimiter, ConcurrencyLimits
 from proxy.upstream.health import HealthRegistry
 from proxy.upstream.provider_resolution import Resolver
-
-log = logging.getLogger("uniroute")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +39,21 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class AppState:
+    """Everything that endpoints need, opened at the start of the process and closed at its end."""
+
     settings: Settings
     store: Store
-    state: SnapshotWatcher
+    snapshots: SnapshotWatcher
     registry: Registry
     jobs: Jobs
     assigner: ClusterAssigner
     upstream: UpstreamClient
     usage: UsageWriter
-    limiter: RateLimiter
+    rate_limiter: RateLimiter
     metrics: Metrics
-    live: TrafficStats
+    traffic_stats: TrafficStats
     health: HealthRegistry
-    capacities: ConcurrencyLimiter
+    concurrency_limiter: ConcurrencyLimiter
     sessions: SessionStore
     resolver: Resolver
     environ: Mapping[str, str] = field(repr=False)
@@ -63,7 +62,7 @@ class AppState:
 
     def renew_plan(self, record: ModelRecord) -> ModelPlan:
         """Work out a model's plan once for all attempts of this record."""
-        if len(self.plans) > 2 * len(self.state.current.models):  # most of them are of models that were removed
+        if len(self.plans) > 2 * len(self.snapshots.current.models):  # most of them are of models that were removed
             self.plans.clear()
         plan = ModelPlan(record, timeouts_for(self.settings, record.info), ConcurrencyLimits.of(record.info))
         self.plans[record.name] = plan

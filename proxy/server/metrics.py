@@ -36,6 +36,313 @@ from proxy.upstream.health import HealthRegistry
 
 log = logging.getLogger("uniroute.metrics")
 
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+_OVERHEAD_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
+
+
+class Metrics:
+    """The metrics of one app, in a registry of its own. Workers share `values`."""
+
+    def __init__(self, values: Values | None = None) -> None:
+        self.registry = CollectorRegistry()
+        self.values = values or Values()
+        self._refresh_callbacks: list[Callable[[], None]] = []
+        self.requests = self._counter("requests", "Requests by who answered, why and how it ended", "reason", "ending")
+        self.attempts_failed = self._counter("upstream_failures", "Upstream attempts that failed", "status")
+        self.tokens = self._counter("tokens", "Tokens that upstreams reported", "kind")
+        self.cost = self._counter("cost_usd", "Cost at the live price")
+        self.degraded = self._total("degraded", "Requests routed without looking at the prompt")
+        self.usage_dropped = self._total("usage_dropped", "Usage records dropped: neither Redis nor the disk took them")
+        self.usage_journal = self._gauge("usage_journal_bytes", "Usage journals on disk")
+        self.conversations_moved = self._total(
+            "conversations_moved", "Tool loops and reasoning that had to leave the model that produced them"
+        )
+        self.conversations_missed = self._total("conversations_missed", "Conversations that Redis could not recall")
+        self.conversations_dropped = self._total(
+            "conversations_dropped", "Conversations forgotten while Redis was away"
+        )
+        self.limited = self._total("limited", "Requests refused by a limit of their key", "limit")
+        self.limits_unchecked = self._total(
+            "limits_unchecked", "Requests of limited keys while Redis did not answer: local, refused or open", "outcome"
+        )
+        self.errors = self._total("errors", "Responses that were errors, by status", "status")
+        self.in_flight = 0
+        self._in_flight = self._gauge("in_flight", "Chat requests being served")
+        self.tasks = self._gauge("tasks", "asyncio tasks")
+        self.state_version = self._gauge(
+            "state_version", "Version of the routing state in use; of several workers the oldest", combine=min
+        )
+        self.store_available = self._gauge(
+            "store_available", "1 while the store answers; of several workers, each of them", combine=min
+        )
+        self.overhead = self._histogram(
+            "overhead_seconds", "From the request's arrival to the upstream call", _OVERHEAD_BOUNDS
+        )
+        self.first_token = self._histogram("time_to_first_chunk_seconds", "Until the first content", _SECONDS, "model")
+        self.seconds = self._histogram("request_seconds", "Until the end", _SECONDS, "model")
+        self._lines_dropped = self._total("log_lines_dropped", "Log lines dropped: nobody read standard error")
+        self._lines_reported = 0
+        self.registry.register(worker_deaths(self.values))
+        self.on_refresh(self._refresh_own)
+
+    def on_refresh(self, callback: Callable[[], None]) -> None:
+        """Add a callback that sets gauges. It runs at each `refresh`."""
+        self._refresh_callbacks.append(callback)
+
+    def refresh(self) -> None:
+        """Set the gauges: before each scrape, and now and then for the scrapes of other workers."""
+        for callback in self._refresh_callbacks:
+            callback()
+
+    def expose(self) -> bytes:
+        self.refresh()
+        self.values.refresh()
+        return generate_latest(self.registry)
+
+    def _refresh_own(self) -> None:
+        self._in_flight.set(self.in_flight)
+        dropped = lines_dropped()
+        self._lines_dropped.inc(max(0, dropped - self._lines_reported))
+        self._lines_reported = dropped
+
+    def _total(self, name: str, text: str, *labels: str) -> FastCounter:
+        counter = FastCounter(f"uniroute_{name}", text, labels, values=self.values)
+        self.registry.register(counter)
+        return counter
+
+    def _counter(self, name: str, text: str, *labels: str) -> FastCounter:
+        """Make a counter whose first label is the model."""
+        return self._total(name, text, "model", *labels)
+
+    def _gauge(self, name: str, text: str, combine: Callable[[Iterable[float]], float] = sum) -> FastGauge:
+        gauge = FastGauge(f"uniroute_{name}", text, combine=combine, values=self.values)
+        self.registry.register(gauge)
+        return gauge
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> FastHistogram:
+        histogram = FastHistogram(f"uniroute_{name}", text, labels, buckets, values=self.values)
+        self.registry.register(histogram)
+        return histogram
+
+
+def worker_deaths(values: Values) -> FastCounter:
+    """Make the counter that the supervisor writes and the workers show."""
+    text = "Worker processes that died and were started again, by signal, status, or that they gave no sign of life"
+    return FastCounter("uniroute_worker_deaths", text, ["cause"], values=values)
+
+
+class HealthCollector(Collector):
+    """Show the health of registered models. The series of a removed one are gone."""
+
+    def __init__(
+        self, health: HealthRegistry, known: Callable[[], Collection[str]], values: Values | None = None
+    ) -> None:
+        """`values`: those that workers share."""
+        values = values or Values()
+        self._health = health
+        self._known = known
+        self._unavailable = FastGauge(
+            "uniroute_model_resting",
+            "1 while the model is not asked; of several workers, by any of them",
+            ["model"],
+            combine=max,
+            values=values,
+        )
+        self._opened = FastCounter(
+            "uniroute_breaker_opened", "Times that a process found a model failing", ["model"], values=values
+        )
+        self._counted: dict[str, int] = {}
+
+    def refresh(self) -> None:
+        unavailable, opened = self._health.cooling_down(), self._health.open_counts()
+        for model in self._known():
+            self._unavailable.set(float(model in unavailable), (model,))
+            more = opened.get(model, 0) - self._counted.get(model, 0)
+            if more > 0:
+                self._opened.add((model,), more)
+        self._counted = opened
+
+    def collect(self) -> Iterator[Metric]:
+        self.refresh()
+        known = sorted(self._known())
+        yield self._unavailable.family(known)
+        yield self._opened.family(known)
+
+
+# The metrics below are written by one event loop and read by any thread, without locks and checks of labels. They are
+# exposed just as those of prometheus_client, which take three to ten times as long to write: a lookup of the child
+# under a lock, a lock for each value, and a walk over the buckets. What is exposed is the sum over all processes that
+# share values.
+
+_format_float: Callable[[float], str] = floatToGoString
+
+
+@dataclass
+class Total:
+    """The sum of one series over all processes."""
+
+    numbers: list[float]
+    began: float
+
+
+class FastCounter(Collector):
+    """Count what is added, which is never negative. Without labels, the series is there at once."""
+
+    def __init__(
+        self,
+        name: str,
+        text: str,
+        labels: Sequence[str] = (),
+        *,
+        values: Values | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._family = (name, text, tuple(labels))
+        self._values = values or Values(clock)
+        self._cells: dict[Labels, Cells] = {}
+        if not labels:
+            self._cell(())
+
+    def add(self, labels: Labels, amount: float = 1) -> None:
+        cells, at = self._cells.get(labels) or self._cell(labels)
+        cells[at] += amount
+
+    def inc(self, amount: float = 1) -> None:
+        """Increment a counter without labels, as prometheus_client's."""
+        self.add((), amount)
+
+    def labels(self, *labels: str) -> Child:
+        """Return the counter with these labels, as prometheus_client's."""
+        return Child(self, labels)
+
+    def collect(self) -> Iterator[Metric]:
+        yield self.family()
+
+    def family(self, known: Collection[str] | None = None) -> CounterMetricFamily:
+        """Return the metric. `known`: values of the first label to show alone, even if they were never counted."""
+        name, text, labels = self._family
+        family = CounterMetricFamily(name, text, labels=labels)
+        for value in known or ():
+            self._cells.get((value,)) or self._cell((value,))
+        for values, total in _totals(self._values.read(name)).items():
+            if known is None or values[0] in known:
+                family.add_metric(values, total.numbers[0], created=None if known else total.began)
+        return family
+
+    def _cell(self, labels: Labels) -> Cells:
+        cells = self._cells[labels] = self._values.series("counter", self._family[0], labels)
+        return cells
+
+
+@dataclass(frozen=True)
+class Child:
+    """A counter with its labels, to be incremented."""
+
+    counter: FastCounter
+    values: Labels
+
+    def inc(self, amount: float = 1) -> None:
+        self.counter.add(self.values, amount)
+
+
+class FastHistogram(Collector):
+    """Count amounts in buckets with ascending bounds; the last bucket has none.
+
+    Without labels, the series is there at once.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        text: str,
+        labels: Sequence[str],
+        bounds: Sequence[float],
+        *,
+        values: Values | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._family = (name, text, tuple(labels))
+        self._bounds = tuple(map(float, bounds))
+        self._buckets = len(self._bounds) + 1
+        self._values = values or Values(clock)
+        # The buckets, each without those below it, and then the sum.
+        self._cells: dict[Labels, Cells] = {}
+        if not labels:
+            self._cell(())
+
+    def observe(self, amount: float, labels: Labels = ()) -> None:
+        cells, at = self._cells.get(labels) or self._cell(labels)
+        cells[at + bisect_left(self._bounds, amount)] += 1
+        cells[at + self._buckets] += amount
+
+    def collect(self) -> Iterator[Metric]:
+        name, text, labels = self._family
+        family = HistogramMetricFamily(name, text, labels=labels)
+        bounds = [_format_float(bound) for bound in (*self._bounds, float("inf"))]
+        for values, total in _totals(self._values.read(name)).items():
+            *counts, amount = total.numbers
+            family.add_metric(values, list(zip(bounds, accumulate(counts), strict=True)), sum_value=amount)
+            family.add_sample(f"{name}_created", dict(zip(labels, values, strict=True)), total.began)
+        yield family
+
+    def _cell(self, labels: Labels) -> Cells:
+        cells = self._cells[labels] = self._values.series("counter", self._family[0], labels, self._buckets + 1)
+        return cells
+
+
+class FastGauge(Collector):
+    """Hold a number. `combine` makes one of those of all living processes."""
+
+    def __init__(
+        self,
+        name: str,
+        text: str,
+        labels: Sequence[str] = (),
+        *,
+        combine: Callable[[Iterable[float]], float] = sum,
+        values: Values | None = None,
+    ) -> None:
+        self._family = (name, text, tuple(labels))
+        self._combine = combine
+        self._values = values or Values()
+        if not labels:
+            self.set(0)
+
+    def set(self, number: float, labels: Labels = ()) -> None:
+        cells, at = self._values.series("gauge", self._family[0], labels)
+        cells[at] = number
+
+    def collect(self) -> Iterator[Metric]:
+        yield self.family()
+
+    def family(self, known: Collection[str] | None = None) -> GaugeMetricFamily:
+        """Return the metric. `known`: values of the first label to show alone."""
+        name, text, labels = self._family
+        found: dict[Labels, list[float]] = {}
+        for process in self._values.read(name):
+            for values, series in process.items():
+                found.setdefault(values, []).extend(n for n in series.numbers if not math.isnan(n))
+        family = GaugeMetricFamily(name, text, labels=labels)
+        for values, numbers in found.items():
+            if numbers and (known is None or values[0] in known):
+                family.add_metric(values, self._combine(numbers))
+        return family
+
+
+def _totals(processes: Iterable[Mapping[Labels, Series]]) -> dict[Labels, Total]:
+    totals: dict[Labels, Total] = {}
+    for process in processes:
+        for labels, series in list(process.items()):
+            total = totals.get(labels)
+            if total is None:
+                totals[labels] = Total(series.numbers, series.began)
+            else:
+                total.numbers = [one + other for one, other in zip(total.numbers, series.numbers, strict=True)]
+                total.began = min(total.began, series.began)
+    return totals
+
+
 SEGMENT_BYTES = 2**16
 
 SEGMENT_CELLS = SEGMENT_BYTES // 8
@@ -278,309 +585,3 @@ def _is_held(path: Path) -> bool:
     except OSError:
         return False
     return False
-
-
-# The metrics below are written by one event loop and read by any thread, without locks and checks of labels. They are
-# exposed just as those of prometheus_client, which take three to ten times as long to write: a lookup of the child
-# under a lock, a lock for each value, and a walk over the buckets. What is exposed is the sum over all processes that
-# share values.
-
-_format_float: Callable[[float], str] = floatToGoString
-
-
-@dataclass
-class Total:
-    """The sum of one series over all processes."""
-
-    numbers: list[float]
-    began: float
-
-
-class FastCounter(Collector):
-    """Count what is added, which is never negative. Without labels, the series is there at once."""
-
-    def __init__(
-        self,
-        name: str,
-        text: str,
-        labels: Sequence[str] = (),
-        *,
-        values: Values | None = None,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._family = (name, text, tuple(labels))
-        self._values = values or Values(clock)
-        self._cells: dict[Labels, Cells] = {}
-        if not labels:
-            self._cell(())
-
-    def add(self, labels: Labels, amount: float = 1) -> None:
-        cells, at = self._cells.get(labels) or self._cell(labels)
-        cells[at] += amount
-
-    def inc(self, amount: float = 1) -> None:
-        """Increment a counter without labels, as prometheus_client's."""
-        self.add((), amount)
-
-    def labels(self, *labels: str) -> Child:
-        """Return the counter with these labels, as prometheus_client's."""
-        return Child(self, labels)
-
-    def collect(self) -> Iterator[Metric]:
-        yield self.family()
-
-    def family(self, known: Collection[str] | None = None) -> CounterMetricFamily:
-        """Return the metric. `known`: values of the first label to show alone, even if they were never counted."""
-        name, text, labels = self._family
-        family = CounterMetricFamily(name, text, labels=labels)
-        for value in known or ():
-            self._cells.get((value,)) or self._cell((value,))
-        for values, total in _totals(self._values.read(name)).items():
-            if known is None or values[0] in known:
-                family.add_metric(values, total.numbers[0], created=None if known else total.began)
-        return family
-
-    def _cell(self, labels: Labels) -> Cells:
-        cells = self._cells[labels] = self._values.series("counter", self._family[0], labels)
-        return cells
-
-
-@dataclass(frozen=True)
-class Child:
-    """A counter with its labels, to be incremented."""
-
-    counter: FastCounter
-    values: Labels
-
-    def inc(self, amount: float = 1) -> None:
-        self.counter.add(self.values, amount)
-
-
-class FastHistogram(Collector):
-    """Count amounts in buckets with ascending bounds; the last bucket has none.
-
-    Without labels, the series is there at once.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        text: str,
-        labels: Sequence[str],
-        bounds: Sequence[float],
-        *,
-        values: Values | None = None,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._family = (name, text, tuple(labels))
-        self._bounds = tuple(map(float, bounds))
-        self._buckets = len(self._bounds) + 1
-        self._values = values or Values(clock)
-        # The buckets, each without those below it, and then the sum.
-        self._cells: dict[Labels, Cells] = {}
-        if not labels:
-            self._cell(())
-
-    def observe(self, amount: float, labels: Labels = ()) -> None:
-        cells, at = self._cells.get(labels) or self._cell(labels)
-        cells[at + bisect_left(self._bounds, amount)] += 1
-        cells[at + self._buckets] += amount
-
-    def collect(self) -> Iterator[Metric]:
-        name, text, labels = self._family
-        family = HistogramMetricFamily(name, text, labels=labels)
-        bounds = [_format_float(bound) for bound in (*self._bounds, float("inf"))]
-        for values, total in _totals(self._values.read(name)).items():
-            *counts, amount = total.numbers
-            family.add_metric(values, list(zip(bounds, accumulate(counts), strict=True)), sum_value=amount)
-            family.add_sample(f"{name}_created", dict(zip(labels, values, strict=True)), total.began)
-        yield family
-
-    def _cell(self, labels: Labels) -> Cells:
-        cells = self._cells[labels] = self._values.series("counter", self._family[0], labels, self._buckets + 1)
-        return cells
-
-
-class FastGauge(Collector):
-    """Hold a number. `combine` makes one of those of all living processes."""
-
-    def __init__(
-        self,
-        name: str,
-        text: str,
-        labels: Sequence[str] = (),
-        *,
-        combine: Callable[[Iterable[float]], float] = sum,
-        values: Values | None = None,
-    ) -> None:
-        self._family = (name, text, tuple(labels))
-        self._combine = combine
-        self._values = values or Values()
-        if not labels:
-            self.set(0)
-
-    def set(self, number: float, labels: Labels = ()) -> None:
-        cells, at = self._values.series("gauge", self._family[0], labels)
-        cells[at] = number
-
-    def collect(self) -> Iterator[Metric]:
-        yield self.family()
-
-    def family(self, known: Collection[str] | None = None) -> GaugeMetricFamily:
-        """Return the metric. `known`: values of the first label to show alone."""
-        name, text, labels = self._family
-        found: dict[Labels, list[float]] = {}
-        for process in self._values.read(name):
-            for values, series in process.items():
-                found.setdefault(values, []).extend(n for n in series.numbers if not math.isnan(n))
-        family = GaugeMetricFamily(name, text, labels=labels)
-        for values, numbers in found.items():
-            if numbers and (known is None or values[0] in known):
-                family.add_metric(values, self._combine(numbers))
-        return family
-
-
-def _totals(processes: Iterable[Mapping[Labels, Series]]) -> dict[Labels, Total]:
-    totals: dict[Labels, Total] = {}
-    for process in processes:
-        for labels, series in list(process.items()):
-            total = totals.get(labels)
-            if total is None:
-                totals[labels] = Total(series.numbers, series.began)
-            else:
-                total.numbers = [one + other for one, other in zip(total.numbers, series.numbers, strict=True)]
-                total.began = min(total.began, series.began)
-    return totals
-
-
-_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-
-_OVERHEAD_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
-
-
-class Metrics:
-    """The metrics of one app, in a registry of its own. Workers share `values`."""
-
-    def __init__(self, values: Values | None = None) -> None:
-        self.registry = CollectorRegistry()
-        self.values = values or Values()
-        self._looking: list[Callable[[], None]] = []
-        self.requests = self._counter("requests", "Requests by who answered, why and how it ended", "reason", "ending")
-        self.attempts_failed = self._counter("upstream_failures", "Upstream attempts that failed", "status")
-        self.tokens = self._counter("tokens", "Tokens that upstreams reported", "kind")
-        self.cost = self._counter("cost_usd", "Cost at the live price")
-        self.degraded = self._total("degraded", "Requests routed without looking at the prompt")
-        self.usage_dropped = self._total("usage_dropped", "Usage records dropped: neither Redis nor the disk took them")
-        self.usage_journal = self._gauge("usage_journal_bytes", "Usage journals on disk")
-        self.conversations_moved = self._total(
-            "conversations_moved", "Tool loops and reasoning that had to leave the model that produced them"
-        )
-        self.conversations_missed = self._total("conversations_missed", "Conversations that Redis could not recall")
-        self.conversations_dropped = self._total(
-            "conversations_dropped", "Conversations forgotten while Redis was away"
-        )
-        self.limited = self._total("limited", "Requests refused by a limit of their key", "limit")
-        self.limits_unchecked = self._total(
-            "limits_unchecked", "Requests of limited keys while Redis did not answer: local, refused or open", "outcome"
-        )
-        self.errors = self._total("errors", "Responses that were errors, by status", "status")
-        self.in_flight = 0
-        self._in_flight = self._gauge("in_flight", "Chat requests being served")
-        self.tasks = self._gauge("tasks", "asyncio tasks")
-        self.state_version = self._gauge(
-            "state_version", "Version of the routing state in use; of several workers the oldest", combine=min
-        )
-        self.store_available = self._gauge(
-            "store_available", "1 while the store answers; of several workers, each of them", combine=min
-        )
-        self.overhead = self._histogram(
-            "overhead_seconds", "From the request's arrival to the upstream call", _OVERHEAD_BOUNDS
-        )
-        self.first_token = self._histogram("time_to_first_chunk_seconds", "Until the first content", _SECONDS, "model")
-        self.seconds = self._histogram("request_seconds", "Until the end", _SECONDS, "model")
-        self._lines_dropped = self._total("log_lines_dropped", "Log lines dropped: nobody read standard error")
-        self._lines_reported = 0
-        self.registry.register(worker_deaths(self.values))
-        self.look_at(self._look)
-
-    def look_at(self, look: Callable[[], None]) -> None:
-        """Call `look` to set gauges, before each scrape and now and then for the scrapes of other workers."""
-        self._looking.append(look)
-
-    def look(self) -> None:
-        for look in self._looking:
-            look()
-
-    def expose(self) -> bytes:
-        self.look()
-        self.values.refresh()
-        return generate_latest(self.registry)
-
-    def _look(self) -> None:
-        self._in_flight.set(self.in_flight)
-        dropped = lines_dropped()
-        self._lines_dropped.inc(max(0, dropped - self._lines_reported))
-        self._lines_reported = dropped
-
-    def _total(self, name: str, text: str, *labels: str) -> FastCounter:
-        counter = FastCounter(f"uniroute_{name}", text, labels, values=self.values)
-        self.registry.register(counter)
-        return counter
-
-    def _counter(self, name: str, text: str, *labels: str) -> FastCounter:
-        """Make a counter whose first label is the model."""
-        return self._total(name, text, "model", *labels)
-
-    def _gauge(self, name: str, text: str, combine: Callable[[Iterable[float]], float] = sum) -> FastGauge:
-        gauge = FastGauge(f"uniroute_{name}", text, combine=combine, values=self.values)
-        self.registry.register(gauge)
-        return gauge
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> FastHistogram:
-        histogram = FastHistogram(f"uniroute_{name}", text, labels, buckets, values=self.values)
-        self.registry.register(histogram)
-        return histogram
-
-
-def worker_deaths(values: Values) -> FastCounter:
-    """Make the counter that the supervisor writes and the workers show."""
-    text = "Worker processes that died and were started again, by signal, status, or that they gave no sign of life"
-    return FastCounter("uniroute_worker_deaths", text, ["cause"], values=values)
-
-
-class HealthCollector(Collector):
-    """Show the health of registered models. The series of a removed one are gone."""
-
-    def __init__(
-        self, health: HealthRegistry, known: Callable[[], Collection[str]], values: Values | None = None
-    ) -> None:
-        """`values`: those that workers share."""
-        values = values or Values()
-        self._health = health
-        self._known = known
-        self._unavailable = FastGauge(
-            "uniroute_model_resting",
-            "1 while the model is not asked; of several workers, by any of them",
-            ["model"],
-            combine=max,
-            values=values,
-        )
-        self._opened = FastCounter(
-            "uniroute_breaker_opened", "Times that a process found a model failing", ["model"], values=values
-        )
-        self._counted: dict[str, int] = {}
-
-    def look(self) -> None:
-        unavailable, opened = self._health.cooling_down(), self._health.open_counts()
-        for model in self._known():
-            self._unavailable.set(float(model in unavailable), (model,))
-            more = opened.get(model, 0) - self._counted.get(model, 0)
-            if more > 0:
-                self._opened.add((model,), more)
-        self._counted = opened
-
-    def collect(self) -> Iterator[Metric]:
-        self.look()
-        known = sorted(self._known())
-        yield self._unavailable.family(known)
-        yield self._opened.family(known)

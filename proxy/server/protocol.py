@@ -15,7 +15,8 @@ from uvicorn.server import ServerState
 
 from proxy.concurrency import connection_budget
 from proxy.errors import error_body
-from proxy.server.requests import BODY_COMPLETE, DISCONNECT, OVERLOADED, DisconnectEvent
+from proxy.server.disconnects import DisconnectEvent
+from proxy.server.requests import BODY_COMPLETE, DISCONNECT, OVERLOADED
 from proxy.upstream.sse import encode_json
 
 MAX_URL_BYTES = 8 * 1024

@@ -9,7 +9,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import WithJsonSchema
 
 from proxy.errors import ModelNotFound
-from proxy.routing.selection_context import ALIASES, ANY, RoutingMode, allowed_models, key_allows_mode
+from proxy.routing.cost_weight import ALIASES, RoutingMode, key_allows_mode
+from proxy.routing.selection_context import ANY, allowed_models
 from proxy.server.admin_responses import Count, OpenResponseModel, ResponseModel, one_of
 from proxy.server.dependencies import AppState, AppStateDep, CurrentKey
 from proxy.server.openapi import COMMON_ERRORS, MODEL_NAME_SCHEMA, UNSET, client_key, errors
@@ -62,7 +63,7 @@ async def get_model(
             return model
     if (
         ANY in state.settings.route_names
-        and name not in state.state.current.models
+        and name not in state.snapshots.current.models
         and key_allows_mode(RoutingMode.SCORED, key)
     ):
         return _model(name, 0, "uniroute")
@@ -70,7 +71,7 @@ async def get_model(
 
 
 def _models_for(state: AppState, key: CurrentKey) -> Iterator[dict[str, Any]]:
-    snapshot = state.state.current
+    snapshot = state.snapshots.current
     route_names = (name for name in state.settings.route_names if name != ANY)
     for name in dict.fromkeys((*ALIASES, *route_names)):
         if key_allows_mode(ALIASES.get(name, RoutingMode.SCORED), key):
@@ -94,7 +95,7 @@ async def readyz(request: Request) -> Response:
     startup: Startup = request.app.state.startup
     if startup.app_state is None:
         return JSONResponse(startup.to_json(), 503)
-    snapshots = startup.app_state.state
+    snapshots = startup.app_state.snapshots
     if not snapshots.loaded:
         return JSONResponse({"status": "starting", "under_way": [{"what": "waiting for Redis"}]}, 503)
     store = "up" if snapshots.available else "away"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from redis.exceptions import ResponseError
 
@@ -26,8 +26,10 @@ from proxy.server.reservations import (
     RESERVE,
     SETTLE,
     TIMEOUT_S,
+    Reservation,
     ReservationRequest,
     ScriptBatcher,
+    Settlement,
     StoreUnavailableNow,
     state_key,
 )
@@ -37,7 +39,234 @@ from proxy.storage.usage_writer import MAX_COUNT
 from router_core.pricing import PICO, picousd
 from router_core.text import rfc3339
 
+log = logging.getLogger("uniroute.limits")
+
+# Keys whose buckets a process keeps by itself.
 MAX_KEYS = 10_000
+
+RETRY_INTERVAL_S = 1.0
+
+MAX_ORPHANS = 10_000
+
+MAX_WARNINGS = 1000
+
+Refusal = Literal["requests", "tokens", "day", "month"]
+
+
+class RateLimiter:
+    """Keep the limits of client keys. All processes over one Redis keep the same limits.
+
+    Without Redis each process keeps the rates by itself, and keys with a spend limit are refused.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        metrics: Metrics,
+        *,
+        open_without_store: bool = False,
+        timeout_s: float = TIMEOUT_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`open_without_store`: serve keys with spend limits while Redis does not answer within `timeout_s`."""
+        self._store = store
+        self._metrics = metrics
+        self._open = open_without_store
+        self._clock = clock
+        self._timeout_s = timeout_s
+        self._scripts = ScriptBatcher(store, (RESERVE, END), timeout_s)
+        self._settle_script = store.client.register_script(SETTLE)
+        self._buckets: LRU[str, BucketState] = LRU(MAX_KEYS)
+        self._availability = Availability(log, back="limits are checked in the store again")
+        self._unreadable: set[str] = set()
+        self._orphans: dict[str, str] = {}  # reservation → key id, of reservations that wait to be released
+        self._releasing: asyncio.Task[None] | None = None
+
+    async def reserve(self, key: ClientKey, request: ReservationRequest) -> Reservation:
+        """Reserve what a request may take, for a key that has limits.
+
+        Raises:
+            RateLimited, BudgetExceeded: nothing is reserved.
+            ServiceUnavailable: Redis does not answer, and the key has a spend limit.
+        """
+        limits = key.limits
+        if limits.tokens_per_minute is not None and request.tokens > limits.tokens_per_minute:
+            self._metrics.limited.labels("tokens").inc()
+            raise request_too_large_error(limits, request)
+        try:
+            verdict, *reply = await self._run_reserve(key, request)
+        except StoreUnavailableNow as error:
+            return self._reserve_locally(key, request, error, reservation=None)
+        except StoreUnavailable as error:
+            return self._reserve_locally(key, request, error, reservation=request.id)
+        self._availability.mark_available()
+        status = LimitStatus.of_reply(reply)
+        if verdict == "granted":
+            headers = rate_headers(limits, status)
+            if not (request.tokens or request.picousd):
+                return Reservation(key.id, request.id, headers)
+            settle = partial(self._settle, key.id, request.id)
+            return Reservation(key.id, request.id, headers, settle, self._timeout_s)
+        self._metrics.limited.labels(verdict).inc()
+        if verdict in ("day", "month"):
+            raise budget_error(verdict, limits, status, request)
+        raise rate_limit_error(verdict, limits, status, request)
+
+    @property
+    def silent(self) -> bool:
+        """Return True while Redis does not answer and is not asked."""
+        return not self._scripts.available
+
+    def release(self, reservation: Reservation) -> None:
+        """Release the reservation of a request that was never sent, and so has no usage record."""
+        reservation.settle(0, 0)
+        if reservation.id is not None:
+            self._release_soon(reservation.key_id, reservation.id)
+
+    async def close(self) -> None:
+        """Stop. Reservations that could not be released expire."""
+        await self._scripts.close()
+        await cancel_and_wait(self._releasing)
+
+    async def _run_reserve(self, key: ClientKey, request: ReservationRequest) -> list[str]:
+        answer = self._scripts.call(RESERVE, state_key(key.id), _arguments(key, request))
+        try:
+            return str(await asyncio.shield(answer)).split()
+        except asyncio.CancelledError:  # the client left; what may still be granted is released
+            answer.add_done_callback(lambda _: self._release_soon(key.id, request.id))
+            raise
+
+    def _settle(self, key_id: str, reservation: str, tokens: int | None, picousd: int | None) -> Settlement | None:
+        """Replace what is reserved by what was used. If Redis does not hear of it, the usage record settles it."""
+        known = picousd is not None and picousd <= MAX_COUNT
+        took = ("" if tokens is None else tokens, picousd if picousd is not None and known else "")
+        try:
+            settlement = self._scripts.call(END, state_key(key_id), (key_id, reservation, *took))
+        except StoreUnavailableNow:
+            return None
+        settlement.add_done_callback(_log_failure)
+        return settlement
+
+    def _reserve_locally(
+        self, key: ClientKey, request: ReservationRequest, error: StoreUnavailable, reservation: str | None
+    ) -> Reservation:
+        """Reserve from this process's own buckets.
+
+        Args:
+            reservation: Redis may have heard of it, and keeps it then until it is settled.
+        """
+        self._log_unavailable(key, error)
+        limits = key.limits
+        outcome = "refused" if limits.money and not self._open else "open" if limits.money else "local"
+        self._metrics.limits_unchecked.labels(outcome).inc()
+        try:
+            if outcome == "refused":
+                raise budget_unavailable_error(str(error))
+            refusal, status = self._take(key.id, limits, request.tokens)
+            if refusal is not None:
+                self._metrics.limited.labels(refusal).inc()
+                raise rate_limit_error(refusal, limits, status, request)
+        except APIError:
+            if reservation is not None:
+                self._release_soon(key.id, reservation)
+            raise
+        settle = partial(self._adjust, key.id, limits, request.tokens)
+        return Reservation(key.id, reservation, rate_headers(limits, status), settle)
+
+    def _take(self, key_id: str, limits: KeyLimits, tokens: int) -> tuple[Refusal | None, LimitStatus]:
+        """Take from both buckets or from none. Return the first bucket that has not enough, or None."""
+        now = self._clock()
+        wanted: tuple[tuple[Refusal, int | None, int], ...] = (
+            ("requests", limits.requests_per_minute, 1),
+            ("tokens", limits.tokens_per_minute, tokens),
+        )
+        states: dict[Refusal, BucketState] = {}
+        refusal: Refusal | None = None
+        for kind, per_minute, amount in wanted:
+            state = refill(self._bucket(kind, key_id), per_minute or 0, now)
+            after = state if per_minute is None else take(state, per_minute, amount, now)
+            refusal = kind if after is None and refusal is None else refusal
+            states[kind] = after or state
+        if refusal is None:
+            for kind, state in states.items():
+                self._buckets[f"{kind}:{key_id}"] = state
+        return refusal, LimitStatus(states["requests"].used, states["tokens"].used)
+
+    def _bucket(self, kind: Refusal, key_id: str) -> BucketState:
+        return self._buckets.get(f"{kind}:{key_id}") or BucketState()
+
+    def _adjust(self, key_id: str, limits: KeyLimits, reserved: int, tokens: int | None, _: int | None) -> None:
+        """Correct this process's own bucket of tokens."""
+        if limits.tokens_per_minute is not None and tokens is not None:
+            state = self._bucket("tokens", key_id)
+            self._buckets[f"tokens:{key_id}"] = adjust(
+                state, limits.tokens_per_minute, tokens - reserved, self._clock()
+            )
+
+    def _release_soon(self, key_id: str, reservation: str) -> None:
+        if len(self._orphans) < MAX_ORPHANS:
+            self._orphans[reservation] = key_id
+        if self._releasing is None or self._releasing.done():
+            self._releasing = asyncio.create_task(self._release_orphans(), name="uniroute-limits")
+
+    async def _release_orphans(self) -> None:
+        while self._orphans:
+            reservation, key_id = next(iter(self._orphans.items()))
+            try:
+                async with self._store.operation("give back a reservation"):
+                    await self._settle_script(keys=[state_key(key_id)], args=[key_id, reservation, "0", "0", "", ""])
+            except StoreUnreadable as error:
+                log.warning("a reservation of the key %s is not given back, and ends by itself: %s", key_id, error)
+            except StoreUnavailable as error:
+                log.debug("a reservation waits to be given back: %s", error)
+                await asyncio.sleep(RETRY_INTERVAL_S)
+                continue
+            self._orphans.pop(reservation, None)
+
+    def _log_unavailable(self, key: ClientKey, error: StoreUnavailable) -> None:
+        if isinstance(error.__cause__, ResponseError):
+            if key.id not in self._unreadable and len(self._unreadable) < MAX_WARNINGS:
+                self._unreadable.add(key.id)
+                log.warning("what the key %s has used cannot be checked: %s", key.id, error)
+            return
+        money = "are served unchecked (limits_without_store: allow)" if self._open else "are refused"
+        self._availability.mark_unavailable(
+            f"rate limits are kept by this process alone, and keys with spend limits {money}: {error}"
+        )
+
+
+def _log_failure(settlement: Settlement) -> None:
+    if not settlement.cancelled() and (error := settlement.exception()) is not None:
+        log.debug("what a request took waits for its usage record: %s", error)
+
+
+def _arguments(key: ClientKey, request: ReservationRequest) -> list[str | int | float]:
+    limits = key.limits
+    budgets = [None if usd is None else picousd(usd) for usd in (limits.usd_per_day, limits.usd_per_month)]
+    configured = [limits.requests_per_minute, limits.tokens_per_minute, *budgets]
+    amounts = [request.ttl_s, request.tokens, request.picousd]
+    return [key.id, request.id, *amounts, *("" if limit is None else limit for limit in configured)]
+
+
+@dataclass(frozen=True, slots=True)
+class LimitStatus:
+    """What a key has used, this request included if it was granted."""
+
+    requests: float
+    tokens: float
+    spent_picousd: dict[str, int] = field(default_factory=dict)
+    """Of the day and of the month. Empty: not known here."""
+    reserved_picousd: int = 0
+    now: float = 0.0
+    """Unix seconds by Redis' clock."""
+
+    @classmethod
+    def of_reply(cls, reply: Sequence[str]) -> LimitStatus:
+        """Parse what reserve.lua returns after its verdict."""
+        requests, tokens, day, month, reserved, ended, now = reply
+        spent = {"day": int(day) + int(ended), "month": int(month) + int(ended)}
+        return cls(float(requests), float(tokens), spent, int(reserved), float(now))
+
 
 # Of a bucket that is never refilled.
 UNKNOWN_WAIT_S = 60.0
@@ -75,48 +304,6 @@ def wait_s(used: float, amount: float, per_minute: float) -> float:
 def time_to_full(used: float, per_minute: float) -> float:
     """Return the seconds until the bucket is full."""
     return used * 60 / per_minute if per_minute else UNKNOWN_WAIT_S
-
-
-@dataclass(frozen=True, slots=True)
-class LimitStatus:
-    """What a key has used, this request included if it was granted."""
-
-    requests: float
-    tokens: float
-    spent_picousd: dict[str, int] = field(default_factory=dict)
-    """Of the day and of the month. Empty: not known here."""
-    reserved_picousd: int = 0
-    now: float = 0.0
-    """Unix seconds by Redis' clock."""
-
-    @classmethod
-    def of_reply(cls, reply: Sequence[str]) -> LimitStatus:
-        """Parse what reserve.lua returns after its verdict."""
-        requests, tokens, day, month, reserved, ended, now = reply
-        spent = {"day": int(day) + int(ended), "month": int(month) + int(ended)}
-        return cls(float(requests), float(tokens), spent, int(reserved), float(now))
-
-
-Settling = asyncio.Future[Any]
-
-
-def _no_op(_tokens: int | None, _picousd: int | None) -> None:
-    """Report the use of a request that has reserved nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """The permission to send one request, and what is reserved for it."""
-
-    key_id: str
-    reservation: str | None
-    """The id, to be settled by the usage record. None: Redis has none."""
-    headers: dict[str, str]
-    used: Callable[[int | None, int | None], Settling | None] = _no_op
-    """Report the tokens and picodollars that the request took, None where unknown. The future that it returns is done,
-    or has failed, when the next request is judged by them."""
-    wait_s: float = 0.0
-    """How long to wait for that future, at most."""
 
 
 def rate_headers(limits: KeyLimits, status: LimitStatus) -> dict[str, str]:
@@ -211,209 +398,3 @@ def format_usd(picodollars: int) -> str:
     digits = f"{rest:012d}"
     shown = digits[:6] if whole or rest >= 10**6 else digits
     return f"${whole}.{shown}".rstrip("0").rstrip(".")
-
-
-log = logging.getLogger("uniroute.limits")
-
-RETRY_INTERVAL_S = 1.0
-
-MAX_ORPHANS = 10_000
-
-MAX_WARNINGS = 1000
-
-Refusal = Literal["requests", "tokens", "day", "month"]
-
-
-class RateLimiter:
-    """Keep the limits of client keys. All processes over one Redis keep the same limits.
-
-    Without Redis each process keeps the rates by itself, and keys with a spend limit are refused.
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        metrics: Metrics,
-        *,
-        open_without_store: bool = False,
-        timeout_s: float = TIMEOUT_S,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """`open_without_store`: serve keys with spend limits while Redis does not answer within `timeout_s`."""
-        self._store = store
-        self._metrics = metrics
-        self._open = open_without_store
-        self._clock = clock
-        self._timeout_s = timeout_s
-        self._scripts = ScriptBatcher(store, (RESERVE, END), timeout_s)
-        self._settle = store.client.register_script(SETTLE)
-        self._buckets: LRU[str, BucketState] = LRU(MAX_KEYS)
-        self._availability = Availability(log, back="limits are checked in the store again")
-        self._unreadable: set[str] = set()
-        self._orphans: dict[str, str] = {}  # reservation → key id, of reservations that wait to be released
-        self._releasing: asyncio.Task[None] | None = None
-
-    async def reserve(self, key: ClientKey, request: ReservationRequest) -> Reservation:
-        """Reserve what a request may take, for a key that has limits.
-
-        Raises:
-            RateLimited, BudgetExceeded: nothing is reserved.
-            ServiceUnavailable: Redis does not answer, and the key has a spend limit.
-        """
-        limits = key.limits
-        if limits.tokens_per_minute is not None and request.tokens > limits.tokens_per_minute:
-            self._metrics.limited.labels("tokens").inc()
-            raise request_too_large_error(limits, request)
-        try:
-            verdict, *reply = await self._run_reserve(key, request)
-        except StoreUnavailableNow as error:
-            return self._reserve_locally(key, request, error, reservation=None)
-        except StoreUnavailable as error:
-            return self._reserve_locally(key, request, error, reservation=request.id)
-        self._availability.mark_available()
-        status = LimitStatus.of_reply(reply)
-        if verdict == "granted":
-            headers = rate_headers(limits, status)
-            if not (request.tokens or request.picousd):
-                return Reservation(key.id, request.id, headers)
-            used = partial(self._end, key.id, request.id)
-            return Reservation(key.id, request.id, headers, used, self._timeout_s)
-        self._metrics.limited.labels(verdict).inc()
-        if verdict in ("day", "month"):
-            raise budget_error(verdict, limits, status, request)
-        raise rate_limit_error(verdict, limits, status, request)
-
-    @property
-    def silent(self) -> bool:
-        """Return True while Redis does not answer and is not asked."""
-        return not self._scripts.available
-
-    def release(self, reservation: Reservation) -> None:
-        """Release the reservation of a request that was never sent, and so has no usage record."""
-        reservation.used(0, 0)
-        if reservation.reservation is not None:
-            self._release_soon(reservation.key_id, reservation.reservation)
-
-    async def close(self) -> None:
-        """Stop. Reservations that could not be released expire."""
-        await self._scripts.close()
-        await cancel_and_wait(self._releasing)
-
-    async def _run_reserve(self, key: ClientKey, request: ReservationRequest) -> list[str]:
-        answer = self._scripts.call(RESERVE, state_key(key.id), _arguments(key, request))
-        try:
-            return str(await asyncio.shield(answer)).split()
-        except asyncio.CancelledError:  # the client left; what may still be granted is released
-            answer.add_done_callback(lambda _: self._release_soon(key.id, request.id))
-            raise
-
-    def _end(self, key_id: str, reservation: str, tokens: int | None, picousd: int | None) -> Settling | None:
-        """Replace what is reserved by what was used. If Redis does not hear of it, the usage record settles it."""
-        known = picousd is not None and picousd <= MAX_COUNT
-        took = ("" if tokens is None else tokens, picousd if picousd is not None and known else "")
-        try:
-            settling = self._scripts.call(END, state_key(key_id), (key_id, reservation, *took))
-        except StoreUnavailableNow:
-            return None
-        settling.add_done_callback(_log_failure)
-        return settling
-
-    def _reserve_locally(
-        self, key: ClientKey, request: ReservationRequest, error: StoreUnavailable, reservation: str | None
-    ) -> Reservation:
-        """Reserve from this process's own buckets.
-
-        Args:
-            reservation: Redis may have heard of it, and keeps it then until it is settled.
-        """
-        self._log_unavailable(key, error)
-        limits = key.limits
-        outcome = "refused" if limits.money and not self._open else "open" if limits.money else "local"
-        self._metrics.limits_unchecked.labels(outcome).inc()
-        try:
-            if outcome == "refused":
-                raise budget_unavailable_error(str(error))
-            refusal, status = self._take(key.id, limits, request.tokens)
-            if refusal is not None:
-                self._metrics.limited.labels(refusal).inc()
-                raise rate_limit_error(refusal, limits, status, request)
-        except APIError:
-            if reservation is not None:
-                self._release_soon(key.id, reservation)
-            raise
-        used = partial(self._adjust, key.id, limits, request.tokens)
-        return Reservation(key.id, reservation, rate_headers(limits, status), used)
-
-    def _take(self, key_id: str, limits: KeyLimits, tokens: int) -> tuple[Refusal | None, LimitStatus]:
-        """Take from both buckets or from none. Return the first bucket that has not enough, or None."""
-        now = self._clock()
-        wanted: tuple[tuple[Refusal, int | None, int], ...] = (
-            ("requests", limits.requests_per_minute, 1),
-            ("tokens", limits.tokens_per_minute, tokens),
-        )
-        states: dict[Refusal, BucketState] = {}
-        refusal: Refusal | None = None
-        for kind, per_minute, amount in wanted:
-            state = refill(self._bucket(kind, key_id), per_minute or 0, now)
-            after = state if per_minute is None else take(state, per_minute, amount, now)
-            refusal = kind if after is None and refusal is None else refusal
-            states[kind] = after or state
-        if refusal is None:
-            for kind, state in states.items():
-                self._buckets[f"{kind}:{key_id}"] = state
-        return refusal, LimitStatus(states["requests"].used, states["tokens"].used)
-
-    def _bucket(self, kind: Refusal, key_id: str) -> BucketState:
-        return self._buckets.get(f"{kind}:{key_id}") or BucketState()
-
-    def _adjust(self, key_id: str, limits: KeyLimits, reserved: int, tokens: int | None, _: int | None) -> None:
-        """Correct this process's own bucket of tokens."""
-        if limits.tokens_per_minute is not None and tokens is not None:
-            state = self._bucket("tokens", key_id)
-            self._buckets[f"tokens:{key_id}"] = adjust(
-                state, limits.tokens_per_minute, tokens - reserved, self._clock()
-            )
-
-    def _release_soon(self, key_id: str, reservation: str) -> None:
-        if len(self._orphans) < MAX_ORPHANS:
-            self._orphans[reservation] = key_id
-        if self._releasing is None or self._releasing.done():
-            self._releasing = asyncio.create_task(self._release_orphans(), name="uniroute-limits")
-
-    async def _release_orphans(self) -> None:
-        while self._orphans:
-            reservation, key_id = next(iter(self._orphans.items()))
-            try:
-                async with self._store.operation("give back a reservation"):
-                    await self._settle(keys=[state_key(key_id)], args=[key_id, reservation, "0", "0", "", ""])
-            except StoreUnreadable as error:
-                log.warning("a reservation of the key %s is not given back, and ends by itself: %s", key_id, error)
-            except StoreUnavailable as error:
-                log.debug("a reservation waits to be given back: %s", error)
-                await asyncio.sleep(RETRY_INTERVAL_S)
-                continue
-            self._orphans.pop(reservation, None)
-
-    def _log_unavailable(self, key: ClientKey, error: StoreUnavailable) -> None:
-        if isinstance(error.__cause__, ResponseError):
-            if key.id not in self._unreadable and len(self._unreadable) < MAX_WARNINGS:
-                self._unreadable.add(key.id)
-                log.warning("what the key %s has used cannot be checked: %s", key.id, error)
-            return
-        money = "are served unchecked (limits_without_store: allow)" if self._open else "are refused"
-        self._availability.mark_unavailable(
-            f"rate limits are kept by this process alone, and keys with spend limits {money}: {error}"
-        )
-
-
-def _log_failure(settling: Settling) -> None:
-    if not settling.cancelled() and (error := settling.exception()) is not None:
-        log.debug("what a request took waits for its usage record: %s", error)
-
-
-def _arguments(key: ClientKey, request: ReservationRequest) -> list[str | int | float]:
-    limits = key.limits
-    budgets = [None if usd is None else picousd(usd) for usd in (limits.usd_per_day, limits.usd_per_month)]
-    configured = [limits.requests_per_minute, limits.tokens_per_minute, *budgets]
-    amounts = [request.ttl_s, request.tokens, request.picousd]
-    return [key.id, request.id, *amounts, *("" if limit is None else limit for limit in configured)]

@@ -13,7 +13,7 @@ from proxy.routing.affinity import Affinity, AffinityRecorder
 from proxy.routing.selection import Selection
 from proxy.server.dependencies import RequestContext
 from proxy.server.log_handler import info
-from proxy.server.ratelimit import Reservation, Settling
+from proxy.server.reservations import Reservation, Settlement
 from proxy.storage.usage import (
     ObservedTraffic,
     TokenCounts,
@@ -36,7 +36,7 @@ _MAX_DISCARDED_BYTES = 256 * 1024
 class RequestRecord:
     """Collect what one request used, and write it down: usage record, metrics, traffic statistics, one log line.
 
-    All but `settled` is synchronous, so that it can run while a request is being cancelled.
+    All but `wait_until_settled` is synchronous, so that it can run while a request is being cancelled.
 
     Args:
         reservation: what was reserved of the key's limits.
@@ -63,7 +63,7 @@ class RequestRecord:
         self._counts = TokenCounts()
         self._fault: str | None = None
         self._finished = False
-        self._settling: Settling | None = None
+        self._settlement: Settlement | None = None
 
     def start_attempt(self, model: str) -> None:
         """Count for another attempt from now on. The one before, if it failed, gets a usage record of its own."""
@@ -132,13 +132,13 @@ class RequestRecord:
         if ending == "complete":
             counts = self._plausible_counts()
             self._observe_traffic(counts.output_tokens)
-            self.affinity.commit(self.model, counts.whole)
+            self.affinity.commit(self.model, counts.total)
         self._log(entry)
 
-    async def settled(self) -> None:
+    async def wait_until_settled(self) -> None:
         """Wait until the key's limits include what this request used, or until that takes too long."""
-        if self._settling is not None and self._reservation is not None:
-            await asyncio.wait({self._settling}, timeout=self._reservation.wait_s)
+        if self._settlement is not None and self._reservation is not None:
+            await asyncio.wait({self._settlement}, timeout=self._reservation.wait_s)
 
     def headers(self) -> dict[str, str]:
         """Return the response headers about the decision and about the key's limits."""
@@ -174,7 +174,7 @@ class RequestRecord:
                 settles it.
         """
         app = self._ctx.app
-        price = app.state.current.prices.get(self.model)
+        price = app.snapshots.current.prices.get(self.model)
         counts, observed = self._plausible_counts(), self._observed()
         billed = self._may_be_billed(ending)
         cost = cost_of(counts, price.price if price else None, observed, billed=billed)
@@ -193,7 +193,7 @@ class RequestRecord:
             cost_usd=cost.usd,
             seconds=time.monotonic() - received_at,
             first_token_s=None if first_content_at is None else first_content_at - received_at,
-            reservation=reservation.reservation if reservation else None,
+            reservation=reservation.id if reservation else None,
             estimated=cost.estimated,
             cache_write_tokens=counts.written_tokens,
             audio_input_tokens=counts.audio_input_tokens,
@@ -201,7 +201,7 @@ class RequestRecord:
         )
         app.usage.record(entry)
         if reservation:
-            self._settling = reservation.used(counts.whole if billed else (counts.whole or 0), entry.cost_picousd)
+            self._settlement = reservation.settle(counts.total if billed else (counts.total or 0), entry.cost_picousd)
         self._count_tokens(entry)
         return entry
 
@@ -246,7 +246,7 @@ class RequestRecord:
         if decision is None or decision.assignment is None:
             return
         clusters, seconds = decision.assignment, time.monotonic() - self._attempted_at
-        self._ctx.app.live.observe(self.model, clusters.ids[0], clusters.weights[0], output_tokens, seconds)
+        self._ctx.app.traffic_stats.observe(self.model, clusters.ids[0], clusters.weights[0], output_tokens, seconds)
 
     def _log(self, entry: UsageRecord) -> None:
         cost = "?" if entry.cost_usd is None else f"{entry.cost_usd:.8f}"

@@ -5,16 +5,14 @@ import hashlib
 import os
 import re
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 from starlette.requests import Request
-from starlette.types import Receive, Scope
+from starlette.types import Scope
 
-from proxy.concurrency import CANCEL_INTERVAL_S
 from proxy.errors import (
     BadRequest,
     BodyTimeout,
@@ -23,32 +21,6 @@ from proxy.errors import (
     LoopDetected,
     UnsupportedMediaType,
 )
-
-HOPS = "x-uniroute-hops"
-
-MAX_HOPS = 3
-
-
-@lru_cache(maxsize=8)
-def instance_id(data_dir: str) -> str:
-    """Return an id that all processes of one server share."""
-    return hashlib.sha256(f"{socket.gethostname()}\n{data_dir}".encode()).hexdigest()[:12]
-
-
-def check_hops(hops: tuple[str, ...], own: str) -> None:
-    """Raise LoopDetected if a request has passed this server before, or too many routers."""
-    if own in hops:
-        raise LoopDetected(
-            "loop detected: this request has been here before; one of this server's models leads back to it",
-            param=HOPS,
-        )
-    if len(hops) > MAX_HOPS:
-        raise LoopDetected(
-            f"loop detected: this request has passed {len(hops)} routers, more than {MAX_HOPS}; let their models lead"
-            " to providers and not to one another",
-            param=HOPS,
-        )
-
 
 # Keys of the ASGI scope.
 APP_STATE = "uniroute.app"
@@ -100,6 +72,15 @@ def headers_of(scope: Scope) -> RequestHeaders:
     return headers
 
 
+HOPS = "x-uniroute-hops"
+
+MAX_HOPS = 3
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+
+
 def _random_ids() -> Iterator[str]:
     """Yield 128 random bits in hex, again and again. One system call serves 128 ids."""
     pool, place, owner = "", 0, 0
@@ -112,13 +93,11 @@ def _random_ids() -> Iterator[str]:
 
 random_ids = _random_ids()
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
-
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
-
 
 @dataclass(frozen=True, slots=True)
 class RequestIds:
+    """What identifies a request: to its client, in traces, and to routers that it passes."""
+
     request_id: str
     traceparent: str | None = None
     hops: tuple[str, ...] = ()
@@ -148,6 +127,27 @@ def request_ids_from(headers: Headers) -> RequestIds:
     passed = headers.getlist(HOPS)
     hops = tuple(hop.strip(" \t") for hop in ",".join(passed).split(",")) if passed else ()
     return RequestIds(request_id, parent, hops)
+
+
+@lru_cache(maxsize=8)
+def instance_id(data_dir: str) -> str:
+    """Return an id that all processes of one server share."""
+    return hashlib.sha256(f"{socket.gethostname()}\n{data_dir}".encode()).hexdigest()[:12]
+
+
+def check_hops(hops: tuple[str, ...], own: str) -> None:
+    """Raise LoopDetected if a request has passed this server before, or too many routers."""
+    if own in hops:
+        raise LoopDetected(
+            "loop detected: this request has been here before; one of this server's models leads back to it",
+            param=HOPS,
+        )
+    if len(hops) > MAX_HOPS:
+        raise LoopDetected(
+            f"loop detected: this request has passed {len(hops)} routers, more than {MAX_HOPS}; let their models lead"
+            " to providers and not to one another",
+            param=HOPS,
+        )
 
 
 # How long a client may send nothing in the middle of its body.
@@ -225,116 +225,3 @@ def _check_headers(headers: Headers, limit: int) -> None:
 
 def _too_large(limit: int) -> ContentTooLarge:
     return ContentTooLarge(f"the body is larger than {limit} bytes (max_body_bytes)")
-
-
-T = TypeVar("T")
-
-Dispose = Callable[[T], Awaitable[None]]
-
-_client: ContextVar[DisconnectEvent | None] = ContextVar("uniroute_client", default=None)
-
-
-def cancelled_ending() -> str:
-    """Return the ending of a request whose task was cancelled: by its client's leaving, or else by the shutdown."""
-    disconnect = _client.get()
-    return "client_gone" if disconnect is None or disconnect.is_set else "shutdown"
-
-
-class DisconnectEvent:
-    """Tell that a client's connection was lost."""
-
-    def __init__(self) -> None:
-        self.is_set = False
-        self.callbacks: set[Callable[[], None]] = set()
-
-    def set(self) -> None:
-        self.is_set = True
-        for callback in tuple(self.callbacks):
-            callback()
-
-
-async def cancel_on_disconnect(
-    scope: Scope, receive: Receive, work: Coroutine[Any, Any, T], dispose: Dispose[T] | None = None
-) -> T:
-    """Return the result of `work`, which is cancelled when the client leaves.
-
-    The request's body must have been read: what else arrives can then only be the disconnect. `work` runs in the
-    caller's own task. On another server than ours, a second task watches the connection.
-
-    Args:
-        dispose: is given a result that exists in spite of the cancellation, and that nobody will see.
-
-    Raises:
-        ClientDisconnected: after `work` was cancelled and has ended.
-    """
-    disconnect: DisconnectEvent | None = scope.get(DISCONNECT)
-    if disconnect is not None:
-        return await _run(disconnect, work, dispose)
-    disconnect = DisconnectEvent()
-    watching = asyncio.create_task(_watch(receive, disconnect))
-    try:
-        return await _run(disconnect, work, dispose)
-    finally:
-        watching.cancel()
-
-
-async def _run(disconnect: DisconnectEvent, work: Coroutine[Any, Any, T], dispose: Dispose[T] | None) -> T:
-    task = asyncio.current_task()
-    if task is None or disconnect.is_set:
-        work.close()
-        raise ClientDisconnected("the client closed its connection")
-    _client.set(disconnect)
-    canceller = _Canceller(task)
-    disconnect.callbacks.add(canceller.cancel)
-    try:
-        result = await work
-    except BaseException:
-        if canceller.stop():
-            raise ClientDisconnected("the client closed its connection") from None
-        raise
-    finally:
-        disconnect.callbacks.discard(canceller.cancel)
-    if canceller.stop():  # `work` has ended well in spite of it
-        if dispose is not None:
-            await dispose(result)
-        raise ClientDisconnected("the client closed its connection")
-    return result
-
-
-class _Canceller:
-    """Cancel a task once its client has left, and again until the task notices.
-
-    Under Python 3.11 `asyncio.wait_for`, through which redis-py sends, swallows a cancellation that arrives together
-    with its result.
-    """
-
-    __slots__ = ("_before", "_cancelled", "_stopped", "_task", "_timer")
-
-    def __init__(self, task: asyncio.Task[Any]) -> None:
-        self._task = task
-        self._before = task.cancelling()
-        self._cancelled = 0
-        self._timer: asyncio.TimerHandle | None = None
-        self._stopped = False
-
-    def cancel(self) -> None:
-        if self._stopped:  # the client left after the work had ended
-            return
-        self._cancelled += 1
-        self._task.cancel()
-        self._timer = asyncio.get_running_loop().call_later(CANCEL_INTERVAL_S, self.cancel)
-
-    def stop(self) -> bool:
-        """Take back the cancellations. Return whether the client had left, and nobody else cancels this task."""
-        self._stopped = True
-        if self._timer is not None:
-            self._timer.cancel()
-        for _ in range(self._cancelled):
-            self._task.uncancel()
-        return self._cancelled > 0 and self._task.cancelling() <= self._before
-
-
-async def _watch(receive: Receive, disconnect: DisconnectEvent) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    disconnect.set()

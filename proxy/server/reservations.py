@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Final
@@ -28,39 +28,15 @@ from proxy.concurrency import BackgroundTasks, cancel_and_wait
 from proxy.errors import NoEligibleModelError
 from proxy.routing.requirements import estimate_tokens
 from proxy.routing.selection import Selection
-from proxy.routing.sizes import Sizes, sizes_of
+from proxy.routing.token_limits import TokenLimits, token_limits_of
 from proxy.settings.litellm_params import merge_model_params
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import KeyLimits
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from proxy.storage.redis import Availability, Store, StoreUnavailable, encode_command, load_script, pipeline
 from proxy.storage.snapshot import RoutingSnapshot
 from router_core.pricing import max_price_usd, picousd
 from router_core.types import Doubles, Price
-
-PREFIX: Final = "uniroute:limits:"
-
-# After the last cost of that day or month.
-DAY_KEPT_S = 8 * 86_400
-
-MONTH_KEPT_S = 62 * 86_400
-
-# A local function `settle` of these parameters: key id, reservation, tokens, picodollars, day, month; all texts.
-SETTLE_FUNCTION: Final = load_script(
-    __package__, "bucket", "limits", "settle", PREFIX=PREFIX, DAY_KEPT_S=DAY_KEPT_S, MONTH_KEPT_S=MONTH_KEPT_S
-)
-
-# KEYS[1]: the key's state, so that a cluster knows where. ARGV: the parameters of `settle`.
-SETTLE: Final = f"{SETTLE_FUNCTION}return settle(unpack(ARGV))\n"
-
-END: Final = load_script(__package__, "bucket", "limits", "end_reservation", PREFIX=PREFIX)
-
-RESERVE: Final = load_script(__package__, "bucket", "limits", "date", "reserve", PREFIX=PREFIX)
-
-
-def state_key(key_id: str) -> str:
-    return f"{PREFIX}{{{key_id}}}:state"
-
 
 # From the last moment of a request until its usage record must have reached Redis.
 MARGIN_S = 30.0
@@ -89,14 +65,63 @@ class ReservationRequest:
     """After so long it is released even if nothing is heard of the request."""
 
 
-@dataclass(frozen=True)
-class Demand:
-    """Estimate what one request may take of each model that may answer it."""
+Settlement = asyncio.Future[Any]
 
-    choice: Selection
+
+def _settle_nothing(_tokens: int | None, _picousd: int | None) -> None:
+    """Settle a reservation of no tokens and no money."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """The permission to send one request, and what is reserved for it."""
+
+    key_id: str
+    id: str | None
+    """To be settled by the usage record. None: Redis has no such reservation."""
+    headers: dict[str, str]
+    settle: Callable[[int | None, int | None], Settlement | None] = _settle_nothing
+    """Replace what is reserved by the tokens and picodollars that the request took, None where unknown. The future that
+    it returns is done, or has failed, when the next request is judged by them."""
+    wait_s: float = 0.0
+    """How long to wait for that future, at most."""
+
+
+def limit_to_reserved(selection: Selection, limits: KeyLimits) -> Selection:
+    """Drop the models that nothing is reserved for, if the key has a budget, however many others are at capacity."""
+    if not limits.money:
+        return selection
+    return replace(selection, candidates=selection.candidates[: selection.max_attempts])
+
+
+def drop_pricier_fallbacks(estimate: UsageEstimate) -> Selection:
+    """Drop the fallback models that may cost more than the chosen one."""
+    selection = estimate.selection
+    max_picousd = estimate.picousd(selection.candidates[0])
+    cheap_enough = tuple(name for name in selection.candidates if estimate.picousd(name) <= max_picousd)
+    return replace(selection, candidates=cheap_enough)
+
+
+def reservation_request(estimate: UsageEstimate, limits: KeyLimits) -> ReservationRequest:
+    """Return what to reserve for a request that any of the models may answer.
+
+    Raises:
+        NoEligibleModelError: money is limited, and a model's price is not known.
+    """
+    tokens = 0 if limits.tokens_per_minute is None else estimate.tokens(limits.tokens_per_minute)
+    picodollars = max(estimate.picousd(name) for name in estimate.models) if limits.money else 0
+    ttl_s = estimate.settings.request_timeout_s + MARGIN_S
+    return ReservationRequest(estimate.selection.id, tokens, min(picodollars, MAX_PICOUSD), ttl_s)
+
+
+@dataclass(frozen=True)
+class UsageEstimate:
+    """Estimate how many tokens, and how much money, one request may take of each model that may answer it."""
+
+    selection: Selection
     body: Mapping[str, Any]
     """The request's, as the caller sent it."""
-    state: RoutingSnapshot
+    snapshot: RoutingSnapshot
     settings: Settings
 
     @property
@@ -105,7 +130,7 @@ class Demand:
 
         If money is limited, no other is. Otherwise others take the place of one that is at capacity or in cooldown.
         """
-        return self.choice.candidates[: self.choice.max_attempts]
+        return self.selection.candidates[: self.selection.max_attempts]
 
     def tokens(self, per_minute: int) -> int:
         """Return the tokens of prompt and answers. An unlimited answer counts with the usual length, if that fits."""
@@ -113,74 +138,50 @@ class Demand:
 
     def picousd(self, name: str) -> int:
         """Return the highest cost. Raise NoEligibleModelError if no price of this model is known."""
-        prompt, sizes = self._as_sent_to(name)
-        pool, row, usual = self.state.pool, self.state.pool.index[name], self.settings.reserve_output_tokens
+        prompt, limits = self._as_sent_to(name)
+        pool, row, usual = self.snapshot.pool, self.snapshot.pool.index[name], self.settings.reserve_output_tokens
         usual = min(usual, int(pool.max_output_tokens[row]))
-        output = sizes.output_tokens(usual, thinking_within=_reasons_within_limit(self.state.models[name]))
-        if not sizes.thinking and self._reasons_beyond_limit(name):
-            output += sizes.answers * usual
-        needs = self.choice.requirements
+        output = limits.output_tokens(usual, thinking_within=_reasons_within_limit(self.snapshot.models[name]))
+        if not limits.thinking and self._reasons_beyond_limit(name):
+            output += limits.answers * usual
+        needs = self.selection.requirements
         largest_usd = max_price_usd(
             prompt,
             output,
-            _price(self.state, name),
+            _price(self.snapshot, name),
             audio_input=needs.audio_input,
             audio_output=needs.audio_output,
         )
         return picousd(largest_usd)
 
     @cached_property
-    def _sizes(self) -> Sizes:
-        return sizes_of(self.body)
+    def _limits(self) -> TokenLimits:
+        return token_limits_of(self.body)
 
     def _tokens(self, name: str, per_minute: int) -> int:
-        prompt, sizes = self._as_sent_to(name)
-        pool = self.state.pool
+        prompt, limits = self._as_sent_to(name)
+        pool = self.snapshot.pool
         usual = round(_mean(pool.output_tokens[pool.index[name]]))
-        whole = prompt + sizes.output_tokens(usual, thinking_within=_reasons_within_limit(self.state.models[name]))
-        return whole if sizes.stated else max(prompt, min(whole, per_minute))
+        total = prompt + limits.output_tokens(usual, thinking_within=_reasons_within_limit(self.snapshot.models[name]))
+        return total if limits.stated else max(prompt, min(total, per_minute))
 
-    def _as_sent_to(self, name: str) -> tuple[int, Sizes]:
-        """Return the tokens of the prompt, and the sizes, as they are sent to this model."""
-        record, needs = self.state.models[name], self.choice.requirements
-        prompt, sizes = needs.prompt_tokens, self._sizes
+    def _as_sent_to(self, name: str) -> tuple[int, TokenLimits]:
+        """Return the tokens of the prompt, and the limits, as they are sent to this model."""
+        record, needs = self.snapshot.models[name], self.selection.requirements
+        prompt, limits = needs.prompt_tokens, self._limits
         if record.has_body_params:
             sent = merge_model_params(record.litellm_params, self.body)
-            prompt, sizes = prompt + estimate_tokens(_added(sent, self.body)), sizes_of(sent)
-        sent_limit = self.choice.output_limit_for(self.state.pool, name)
+            prompt, limits = prompt + estimate_tokens(_added(sent, self.body)), token_limits_of(sent)
+        sent_limit = self.selection.output_limit_for(self.snapshot.pool, name)
         if sent_limit != needs.max_output_tokens:
-            sizes = replace(sizes, limit=sent_limit)
-        return prompt, sizes
+            limits = replace(limits, limit=sent_limit)
+        return prompt, limits
 
     def _reasons_beyond_limit(self, name: str) -> bool:
-        resolved, pool = self.state.models[name].resolved, self.state.pool
+        resolved, pool = self.snapshot.models[name].resolved, self.snapshot.pool
         if resolved is None or resolved.provider not in _REASONING_BEYOND_LIMIT:
             return False
-        return self.choice.requirements.reasoning or bool(pool.capabilities["reasoning"][pool.index[name]] == 1)
-
-
-def limit_to_reserved(choice: Selection, limits: KeyLimits) -> Selection:
-    """Drop the models that nothing is reserved for, if the key has a budget, however many others are at capacity."""
-    return replace(choice, candidates=choice.candidates[: choice.max_attempts]) if limits.money else choice
-
-
-def drop_pricier_fallbacks(demand: Demand) -> Selection:
-    """Drop the fallback models that may cost more than the chosen one."""
-    choice = demand.choice
-    max_picousd = demand.picousd(choice.candidates[0])
-    return replace(choice, candidates=tuple(name for name in choice.candidates if demand.picousd(name) <= max_picousd))
-
-
-def estimate_reservation(demand: Demand, limits: KeyLimits) -> ReservationRequest:
-    """Return what to reserve for a request that any of the models may answer.
-
-    Raises:
-        NoEligibleModelError: money is limited, and a model's price is not known.
-    """
-    tokens = 0 if limits.tokens_per_minute is None else demand.tokens(limits.tokens_per_minute)
-    picodollars = max(demand.picousd(name) for name in demand.models) if limits.money else 0
-    ttl_s = demand.settings.request_timeout_s + MARGIN_S
-    return ReservationRequest(demand.choice.id, tokens, min(picodollars, MAX_PICOUSD), ttl_s)
+        return self.selection.requirements.reasoning or bool(pool.capabilities["reasoning"][pool.index[name]] == 1)
 
 
 def _added(sent: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,12 +203,36 @@ def _mean(row: Doubles) -> float:
     return float(np.add.reduce(row)) / len(row)
 
 
-def _price(state: RoutingSnapshot, name: str) -> Price:
-    live = state.prices.get(name)
-    if live is None:
+def _price(snapshot: RoutingSnapshot, name: str) -> Price:
+    current = snapshot.prices.get(name)
+    if current is None:
         message = f"this key has a spend limit, and no price of the model {name!r} is known; state one, or free: true"
         raise NoEligibleModelError(message, param="model")
-    return live.price
+    return current.price
+
+
+PREFIX: Final = "uniroute:limits:"
+
+# After the last cost of that day or month.
+DAY_KEPT_S = 8 * 86_400
+
+MONTH_KEPT_S = 62 * 86_400
+
+# A local function `settle` of these parameters: key id, reservation, tokens, picodollars, day, month; all texts.
+SETTLE_FUNCTION: Final = load_script(
+    __package__, "bucket", "limits", "settle", PREFIX=PREFIX, DAY_KEPT_S=DAY_KEPT_S, MONTH_KEPT_S=MONTH_KEPT_S
+)
+
+# KEYS[1]: the key's state, so that a cluster knows where. ARGV: the parameters of `settle`.
+SETTLE: Final = f"{SETTLE_FUNCTION}return settle(unpack(ARGV))\n"
+
+END: Final = load_script(__package__, "bucket", "limits", "end_reservation", PREFIX=PREFIX)
+
+RESERVE: Final = load_script(__package__, "bucket", "limits", "date", "reserve", PREFIX=PREFIX)
+
+
+def state_key(key_id: str) -> str:
+    return f"{PREFIX}{{{key_id}}}:state"
 
 
 TIMEOUT_S = 0.05

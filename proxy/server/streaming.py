@@ -19,105 +19,12 @@ from proxy.errors import (
     UpstreamError,
 )
 from proxy.server.attempts import UpstreamStream
+from proxy.server.disconnects import cancel_on_disconnect, cancelled_ending
 from proxy.server.request_log import RequestRecord
-from proxy.server.requests import cancel_on_disconnect, cancelled_ending
 from proxy.server.responses import render_error
 from proxy.storage.usage import usage_of
 from proxy.upstream.payload import JSONPayload, content_bytes, is_null_usage_chunk, is_usage_chunk, usage_chunk
 from proxy.upstream.sse import DONE, KEEP_ALIVE, format_event
-
-
-class SSEKeepAlive:
-    """Send an SSE comment whenever nothing was sent for `interval_s`, from now on until `stop`.
-
-    It keeps one timer, and starts a task only to send a comment.
-
-    Args:
-        sent: whether something is sent just now; otherwise the first comment is sent at once.
-    """
-
-    def __init__(self, send: Send, interval_s: float, *, sent: bool) -> None:
-        self._send = send
-        self._interval_s = interval_s
-        self._loop = asyncio.get_running_loop()
-        self._sent_at = self._loop.time() if sent else float("-inf")
-        self._sending: asyncio.Task[None] | None = None
-        self._timer = self._loop.call_later(interval_s if sent else 0.0, self._tick)
-
-    def reset(self) -> None:
-        """Start the interval again, because something else is sent now."""
-        self._sent_at = self._loop.time()
-
-    def stop(self) -> None:
-        self._timer.cancel()
-        if self._sending is not None:
-            self._sending.cancel()
-
-    def _tick(self) -> None:
-        waited = self._loop.time() - self._sent_at
-        if waited >= self._interval_s:
-            waited = 0.0
-            self.reset()
-            # If the last comment is still being sent, the client reads nothing: do not send another.
-            if self._sending is None or self._sending.done():
-                self._sending = asyncio.create_task(_send(self._send, KEEP_ALIVE), name="uniroute-keep-alive")
-        self._timer = self._loop.call_later(self._interval_s - waited, self._tick)
-
-
-class StreamRewriter:
-    """Turn an upstream's chunks into events for the client, and add their usage and size to the request's record."""
-
-    def __init__(self, record: RequestRecord, *, include_usage: bool) -> None:
-        self._record = record
-        self._include_usage = include_usage
-        self._usage: object = None
-        self._usage_sent = False
-        self._last: dict[str, Any] = {}
-
-    def rewrite(self, chunks: list[JSONPayload]) -> bytes:
-        """Return the chunks as SSE events; no bytes if none of them is for the client."""
-        record, model = self._record, self._record.model
-        pieces: list[bytes] = []
-        size = 0
-        for chunk in chunks:
-            body = chunk.body
-            record.affinity.observe(body, model)
-            size += content_bytes(body)
-            sent: JSONPayload | None = chunk
-            if usage := usage_of(body):
-                # A usage report covers all output up to and with this chunk, which is therefore counted first.
-                record.add_output(size)
-                size = 0
-                sent = self._with_usage(chunk, usage)
-            elif "usage" in body and not self._include_usage and is_null_usage_chunk(body):
-                sent = None
-            if sent is not None:
-                pieces += (b"data: ", sent.with_model(model), b"\n\n")
-        if chunks:
-            self._last = chunks[-1].body
-        record.add_output(size)
-        return b"".join(pieces)
-
-    def final_usage(self) -> bytes:
-        """Return the usage chunk that the caller asked for, if the upstream reported usage only in other chunks."""
-        if not self._include_usage or self._usage is None or self._usage_sent:
-            return b""
-        return format_event(usage_chunk({**self._last, "model": self._record.model}, self._usage))
-
-    def _with_usage(self, chunk: JSONPayload, usage: object) -> JSONPayload | None:
-        """Record a chunk's usage. Return the chunk as the client receives it; None: the client receives none."""
-        self._usage = usage
-        self._record.set_usage(usage)
-        if not chunk.body.get("usage"):
-            return chunk
-        only_usage = is_usage_chunk(chunk.body)
-        if self._include_usage:
-            self._usage_sent = self._usage_sent or only_usage
-            return chunk
-        if only_usage:
-            return None
-        return chunk.without("usage")
-
 
 HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -188,7 +95,7 @@ class CompletionStream(Response):
             self._record.finish(ending)
             await cancel_or_close(self._pending)
         # The client's next request comes after this end, and must be checked against limits that include this one.
-        await self._record.settled()
+        await self._record.wait_until_settled()
         await send({"type": "http.response.body", "body": DONE if ending == "complete" else b"", "more_body": False})
 
     async def _send_events(self, send: Send, keep_alive: SSEKeepAlive) -> None:
@@ -230,3 +137,95 @@ async def cancel_or_close(pending: PendingStream) -> None:
 def _error_event(failure: APIError) -> Mapping[str, Any]:
     _, body, _ = render_error(failure)
     return {"error": body["error"]}
+
+
+class StreamRewriter:
+    """Turn an upstream's chunks into events for the client, and add their usage and size to the request's record."""
+
+    def __init__(self, record: RequestRecord, *, include_usage: bool) -> None:
+        self._record = record
+        self._include_usage = include_usage
+        self._usage: object = None
+        self._usage_sent = False
+        self._last: dict[str, Any] = {}
+
+    def rewrite(self, chunks: list[JSONPayload]) -> bytes:
+        """Return the chunks as SSE events; no bytes if none of them is for the client."""
+        record, model = self._record, self._record.model
+        pieces: list[bytes] = []
+        size = 0
+        for chunk in chunks:
+            body = chunk.body
+            record.affinity.observe(body, model)
+            size += content_bytes(body)
+            sent: JSONPayload | None = chunk
+            if usage := usage_of(body):
+                # A usage report covers all output up to and with this chunk, which is therefore counted first.
+                record.add_output(size)
+                size = 0
+                sent = self._with_usage(chunk, usage)
+            elif "usage" in body and not self._include_usage and is_null_usage_chunk(body):
+                sent = None
+            if sent is not None:
+                pieces += (b"data: ", sent.with_model(model), b"\n\n")
+        if chunks:
+            self._last = chunks[-1].body
+        record.add_output(size)
+        return b"".join(pieces)
+
+    def final_usage(self) -> bytes:
+        """Return the usage chunk that the caller asked for, if the upstream reported usage only in other chunks."""
+        if not self._include_usage or self._usage is None or self._usage_sent:
+            return b""
+        return format_event(usage_chunk({**self._last, "model": self._record.model}, self._usage))
+
+    def _with_usage(self, chunk: JSONPayload, usage: object) -> JSONPayload | None:
+        """Record a chunk's usage. Return the chunk as the client receives it; None: the client receives none."""
+        self._usage = usage
+        self._record.set_usage(usage)
+        if not chunk.body.get("usage"):
+            return chunk
+        only_usage = is_usage_chunk(chunk.body)
+        if self._include_usage:
+            self._usage_sent = self._usage_sent or only_usage
+            return chunk
+        if only_usage:
+            return None
+        return chunk.without("usage")
+
+
+class SSEKeepAlive:
+    """Send an SSE comment whenever nothing was sent for `interval_s`, from now on until `stop`.
+
+    It keeps one timer, and starts a task only to send a comment.
+
+    Args:
+        sent: whether something is sent just now; otherwise the first comment is sent at once.
+    """
+
+    def __init__(self, send: Send, interval_s: float, *, sent: bool) -> None:
+        self._send = send
+        self._interval_s = interval_s
+        self._loop = asyncio.get_running_loop()
+        self._sent_at = self._loop.time() if sent else float("-inf")
+        self._sending: asyncio.Task[None] | None = None
+        self._timer = self._loop.call_later(interval_s if sent else 0.0, self._tick)
+
+    def reset(self) -> None:
+        """Start the interval again, because something else is sent now."""
+        self._sent_at = self._loop.time()
+
+    def stop(self) -> None:
+        self._timer.cancel()
+        if self._sending is not None:
+            self._sending.cancel()
+
+    def _tick(self) -> None:
+        waited = self._loop.time() - self._sent_at
+        if waited >= self._interval_s:
+            waited = 0.0
+            self.reset()
+            # If the last comment is still being sent, the client reads nothing: do not send another.
+            if self._sending is None or self._sending.done():
+                self._sending = asyncio.create_task(_send(self._send, KEEP_ALIVE), name="uniroute-keep-alive")
+        self._timer = self._loop.call_later(self._interval_s - waited, self._tick)

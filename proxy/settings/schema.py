@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 
 from proxy.settings.litellm_params import ParamError
-from proxy.settings.models import (
+from proxy.settings.model_config import (
     RESERVED_NAMES,
     FrozenModel,
     ModelConfig,

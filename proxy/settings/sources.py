@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from proxy.settings.litellm_params import IGNORED_PARAMS, IGNORED_SECTIONS, is_model_info_of_litellm, unknown_fields
-from proxy.settings.models import TIERED, SettingsError
+from proxy.settings.model_config import TIERED, SettingsError
 from router_core.documents import MAX_CONFIG_BYTES, MAX_DEPTH, MAX_NODES, DocumentTooLarge, read_bounded
 from router_core.text import closest_name
 from router_core.types import price_field

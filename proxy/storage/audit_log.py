@@ -9,7 +9,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from proxy.storage.client_keys import SECRET
-from proxy.storage.models import MAX_INTEGER, InvalidRecord, json_object
+from proxy.storage.records import MAX_INTEGER, InvalidRecord, json_object
 from proxy.storage.redis import CHANGED, VERSION, Store, StoreUnavailable, load_script
 from router_core.text import rfc3339
 

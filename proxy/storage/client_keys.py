@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from proxy.storage.models import InvalidRecord, is_unix_time, json_object
 from proxy.storage.private_files import private_opener
+from proxy.storage.records import InvalidRecord, is_unix_time, json_object
 
 PREFIX = "ur-"
 

@@ -11,8 +11,8 @@ import httpx
 
 from proxy.settings.outbound import OutboundConnectError, async_http_client
 from proxy.settings.schema import Settings
-from proxy.storage.models import CurrentPrice, ModelRecord
-from proxy.storage.price_map import InvalidPriceMap, PriceMap, bundled_catalog, parse_price_map
+from proxy.storage.price_map import InvalidPriceMap, PriceMap, bundled_price_map, parse_price_map
+from proxy.storage.records import CurrentPrice, ModelRecord
 from proxy.storage.redis import Store, StoreUnavailable
 from proxy.storage.registry import Registry, UnknownModel
 from proxy.storage.snapshot import SnapshotWatcher
@@ -68,9 +68,9 @@ async def sync_prices(registry: Registry, state: PricedState, url: str | None = 
         PriceFeedError: nothing was changed.
         StoreUnavailable: a part may have been stored; repeat it.
     """
-    catalog = bundled_catalog() if url is None else await fetch_catalog(url)
+    price_map = bundled_price_map() if url is None else await fetch_price_map(url)
     outcomes: dict[str, list[str]] = {"updated": [], "unchanged": [], "kept": [], "unknown": []}
-    listed = {name: _listed(catalog, record, by_name=url is not None) for name, record in state.models.items()}
+    listed = {name: _listed(price_map, record, by_name=url is not None) for name, record in state.models.items()}
     for name, price in sorted(listed.items()):
         outcomes[await _synced(registry, state, name, price, bundled=url is None)].append(name)
     updated = {name: price for name in outcomes.pop("updated") if (price := listed[name])}
@@ -87,7 +87,7 @@ async def _synced(registry: Registry, state: PricedState, name: str, price: Pric
     return "unchanged" if now and now.price == price else "updated"
 
 
-async def fetch_catalog(url: str) -> PriceMap:
+async def fetch_price_map(url: str) -> PriceMap:
     """Read a price map. Raise PriceFeedError: not reached, a redirect, an error status, too large, or no price map."""
     try:
         return parse_price_map(parse_json(await _fetch(url)))
@@ -145,10 +145,10 @@ class PriceFeed:
             return bool(await client.set(LEADER_LOCK, "1", nx=True, px=max(1, int(self._period_s * 1000))))
 
 
-def _listed(catalog: PriceMap, record: ModelRecord, *, by_name: bool) -> Price | None:
+def _listed(price_map: PriceMap, record: ModelRecord, *, by_name: bool) -> Price | None:
     """Find the price by litellm's name or, in a feed of one's own, by the registered name."""
     names = [str(record.litellm_params["model"]), *([record.name] if by_name else [])]
-    found = (catalog.find(name) for name in names)
+    found = (price_map.find(name) for name in names)
     return next((entry.price for entry in found if entry and entry.price), None)
 
 

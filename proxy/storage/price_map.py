@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from proxy.settings.models import with_flat_tiers
+from proxy.settings.model_config import with_flat_tiers
 from router_core.errors import InvalidInput, InvalidPrice
 from router_core.types import PRICE_FIELDS, Capabilities, Price, price_field
 
@@ -29,7 +29,7 @@ class InvalidPriceMap(InvalidInput):
 
 
 @dataclass(frozen=True, slots=True)
-class CatalogEntry:
+class PriceMapEntry:
     provider: str
     price: Price | None
     capabilities: Capabilities
@@ -38,16 +38,16 @@ class CatalogEntry:
 class PriceMap:
     """Entries by LiteLLM's model name."""
 
-    def __init__(self, entries: Mapping[str, CatalogEntry]) -> None:
+    def __init__(self, entries: Mapping[str, PriceMapEntry]) -> None:
         self._entries = entries
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __iter__(self) -> Iterator[CatalogEntry]:
+    def __iter__(self) -> Iterator[PriceMapEntry]:
         return iter(self._entries.values())
 
-    def find(self, model: str) -> CatalogEntry | None:
+    def find(self, model: str) -> PriceMapEntry | None:
         """Return the entry of `provider/model`, or of its bare name if that is listed under the same provider."""
         if entry := self._entries.get(model):
             return entry
@@ -78,7 +78,7 @@ def parse_price_map(document: object) -> PriceMap:
 
 
 @lru_cache(maxsize=1)
-def bundled_catalog() -> PriceMap:
+def bundled_price_map() -> PriceMap:
     """Return the price map of the installed litellm."""
     spec = find_spec("litellm")
     if spec is None or not spec.submodule_search_locations:
@@ -109,9 +109,9 @@ def _checked(name: str, listed: object) -> dict[str, Any]:
     return listed
 
 
-def _entry(name: str, listed: dict[str, Any]) -> CatalogEntry:
+def _entry(name: str, listed: dict[str, Any]) -> PriceMapEntry:
     provider = str(listed.get("litellm_provider") or name.partition("/")[0])
-    return CatalogEntry(
+    return PriceMapEntry(
         provider=provider,
         price=_price(name, listed, provider),
         capabilities=_capabilities(listed),

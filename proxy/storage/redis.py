@@ -26,7 +26,7 @@ from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as NoAnswer
 
 from proxy.concurrency import BackgroundTasks, run_uncancelled
-from proxy.settings.models import SettingsError
+from proxy.settings.model_config import SettingsError
 from proxy.settings.redis_address import RedisAddress
 from proxy.settings.schema import Settings
 from proxy.storage.redis_connections import IS_REPLICA, RedisServer, SentinelPool, UnsuitableServer

@@ -17,7 +17,7 @@ from redis.exceptions import ConnectionError as ConnectionFailed
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as NoAnswer
 
-from proxy.settings.models import SettingsError
+from proxy.settings.model_config import SettingsError
 from proxy.settings.redis_address import RedisAddress
 
 log = logging.getLogger("uniroute.store")

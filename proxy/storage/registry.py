@@ -21,7 +21,7 @@ from proxy.storage.audit_log import (
     Step,
 )
 from proxy.storage.client_keys import AuthRequiredLatch, ClientKey, KeyChange, digest_of, new_secret
-from proxy.storage.models import CurrentPrice, InvalidRecord, ModelRecord, StoredProfile
+from proxy.storage.records import CurrentPrice, InvalidRecord, ModelRecord, StoredProfile
 from proxy.storage.redis import KEYS, MODELS, PREVIOUS_PROFILES, PRICING, PROFILES, Store, load_script, price_key
 from router_core.profiles import Profile
 from router_core.types import Price

@@ -18,8 +18,8 @@ from typing import Any, Final
 from redis.exceptions import RedisError
 
 from proxy.concurrency import LRU, BackgroundTasks
-from proxy.settings.models import check_model_name
-from proxy.storage.models import OddValues, json_object, unix_time, whole_number
+from proxy.settings.model_config import check_model_name
+from proxy.storage.records import WarnOnce, json_object, unix_time, whole_number
 from proxy.storage.redis import Availability, Store, StoreUnavailable
 
 log = logging.getLogger("uniroute.conversations")
@@ -95,7 +95,7 @@ class SessionStore:
         self._clock = clock
         self._on_missed = on_missed
         self._on_dropped = on_dropped
-        self._odd_values = OddValues(log, "a remembered answer is ignored")
+        self._warn_once = WarnOnce(log, "a remembered answer is ignored")
         self._local: LRU[str, _Answer] = LRU(MAX_LOCAL)
         self._queue: deque[tuple[str, _Answer]] = deque()
         self._queued = asyncio.Event()
@@ -217,7 +217,7 @@ class SessionStore:
             return None
         answer = _from_json(text)
         if answer is None:
-            self._odd_values.warn_once(PREFIX, "is not what we write")
+            self._warn_once(PREFIX, "is not what we write")
             self._on_missed()
             return None
         return answer if self._is_current(answer) else None

@@ -16,10 +16,10 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from proxy.concurrency import BackgroundTasks
-from proxy.settings.models import ModelInfo
+from proxy.settings.model_config import ModelInfo
 from proxy.storage.client_keys import AuthRequiredLatch, ClientKey
-from proxy.storage.models import CurrentPrice, ModelRecord, StoredProfile
-from proxy.storage.price_map import CatalogEntry, PriceMap
+from proxy.storage.price_map import PriceMap, PriceMapEntry
+from proxy.storage.records import CurrentPrice, ModelRecord, StoredProfile
 from proxy.storage.redis import CHANGED, PRICING, Availability, Store, StoreUnavailable
 from proxy.storage.state_reader import StateReader, StoredState
 from router_core.clustering import ClusterMap
@@ -194,7 +194,7 @@ class SnapshotInputs:
     configured: Mapping[str, ModelRecord]
     price_map: PriceMap
     recipe: Estimator = POOLED
-    live: TrafficStats | None = None
+    traffic_stats: TrafficStats | None = None
 
     @cached_property
     def error_rates(self) -> CachedEstimator:
@@ -210,8 +210,8 @@ def build_state(stored: StoredState, inputs: SnapshotInputs, *, keys_latched: bo
     profiles = _in_use(models, stored, inputs.cluster_map)
     unused = {name: stored.profiles[name] for name in models if name in stored.profiles and name not in profiles}
     expected = profiles
-    if (live := inputs.live) is not None:
-        expected = {name: live.blend_into(name, profile) for name, profile in profiles.items()}
+    if (traffic_stats := inputs.traffic_stats) is not None:
+        expected = {name: traffic_stats.blend_into(name, profile) for name, profile in profiles.items()}
     candidates = [
         Candidate(
             name=name,
@@ -243,14 +243,14 @@ def _by_digest(keys: Collection[ClientKey]) -> dict[str, ClientKey]:
 
 
 def prices_of(
-    models: Mapping[str, ModelRecord], stored: StoredState, listed: Mapping[str, CatalogEntry | None]
+    models: Mapping[str, ModelRecord], stored: StoredState, listed: Mapping[str, PriceMapEntry | None]
 ) -> dict[str, CurrentPrice]:
     """Return the current price of each model that has one."""
     found = {name: price_of(record.info, stored.prices.get(name), listed[name]) for name, record in models.items()}
     return {name: price for name, price in found.items() if price is not None}
 
 
-def price_of(info: ModelInfo, stored: CurrentPrice | None, listed: CatalogEntry | None) -> CurrentPrice | None:
+def price_of(info: ModelInfo, stored: CurrentPrice | None, listed: PriceMapEntry | None) -> CurrentPrice | None:
     """Return the stored price, else the configured one, else litellm's, else None: unknown is never zero."""
     if stored is not None:
         return stored
@@ -268,7 +268,7 @@ def price_of(info: ModelInfo, stored: CurrentPrice | None, listed: CatalogEntry 
     return CurrentPrice(Price.from_fields({**replace(base, tiers=()).to_fields(), **stated}), "model_info")
 
 
-def capabilities_of(info: ModelInfo, listed: CatalogEntry | None) -> Capabilities:
+def capabilities_of(info: ModelInfo, listed: PriceMapEntry | None) -> Capabilities:
     """Return what the configuration states, and else what litellm's map knows."""
     stated = {name: getattr(info, source) for name, source in _STATED_CAPABILITIES.items()}
     known = listed.capabilities if listed else Capabilities()
@@ -383,8 +383,8 @@ class SnapshotWatcher:
         """Build in a thread: the rates of many models take longer than a request may wait."""
         if self._reader.last.keys and not self._latch.closed:
             self._latch.close()
-        live = self._inputs.live
-        self._live_seen = (live.observed if live else 0, time.monotonic())
+        traffic_stats = self._inputs.traffic_stats
+        self._live_seen = (traffic_stats.observed if traffic_stats else 0, time.monotonic())
         self.current = await asyncio.to_thread(self._build)
         self._on_change(self.current)
 
@@ -393,8 +393,10 @@ class SnapshotWatcher:
 
     def _traffic_has_moved(self) -> bool:
         observed, at = self._live_seen
-        live = self._inputs.live
-        return live is not None and live.observed != observed and time.monotonic() - at >= LIVE_REFRESH_S
+        traffic_stats = self._inputs.traffic_stats
+        return (
+            traffic_stats is not None and traffic_stats.observed != observed and time.monotonic() - at >= LIVE_REFRESH_S
+        )
 
     async def _watch(self) -> None:
         while True:

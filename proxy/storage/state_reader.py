@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from redis.exceptions import RedisError
 
 from proxy.storage.client_keys import ClientKey
-from proxy.storage.models import CurrentPrice, ModelRecord, OddValues, StoredProfile, whole_number
+from proxy.storage.records import CurrentPrice, ModelRecord, StoredProfile, WarnOnce, whole_number
 from proxy.storage.redis import KEYS, MODELS, PREVIOUS_PROFILES, PROFILES, VERSION, Store, price_key
 from router_core.errors import InvalidInput
 
@@ -44,7 +44,7 @@ class StateReader:
         self._store = store
         self._clock = clock
         self._raw_prices: dict[str, object] = {}
-        self._warn_once = OddValues(log).warn_once
+        self._warn_once = WarnOnce(log)
         self.last = StoredState()
 
     async def read(self, configured: Collection[str], *, whole: bool = False) -> bool:

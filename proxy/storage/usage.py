@@ -36,7 +36,7 @@ class TokenCounts:
     image_output_tokens: int | None = None
 
     @property
-    def whole(self) -> int | None:
+    def total(self) -> int | None:
         """Return the tokens of prompt and answer together."""
         if self.prompt_tokens is None or self.output_tokens is None:
             return None

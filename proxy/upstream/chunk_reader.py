@@ -357,26 +357,16 @@ def _parse_error(data: bytes) -> Any:
     return value if find_error(value) is not None else {"error": value}
 
 
-def parse_chunk(data: bytes, parse: Parse = parse) -> JSONPayload:
-    """Parse the data of an event. Missing or null choices and deltas become empty ones, as clients expect.
-
-    Raises:
-        UpstreamError: it is no chunk, or an error.
-    """
-    try:
-        value, raw = parse(data)
-    except JSONTooLarge as error:
-        raise _event_too_large(error) from error
-    except ValueError as error:
-        raise UpstreamError(_NOT_JSON) from error
-    return _make_chunk(value, raw, data)
-
-
 def _event_too_large(error: JSONTooLarge) -> ResponseTooLarge:
     return ResponseTooLarge(f"the model sent an event that {error}")
 
 
-def _make_chunk(value: Any, raw: bytes | None, data: bytes, headers: Mapping[str, str] | None = None) -> JSONPayload:
+def _make_chunk(value: Any, raw: bytes | None, data: bytes, headers: Mapping[str, str] | None) -> JSONPayload:
+    """Make a chunk of a parsed event. Missing or null choices and deltas become empty ones, as clients expect.
+
+    Raises:
+        UpstreamError: it is no chunk, or an error.
+    """
     if not isinstance(value, dict):
         raise UpstreamError("the model sent an event that is not a JSON object")
     choices = value.get("choices")

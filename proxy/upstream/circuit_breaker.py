@@ -118,11 +118,11 @@ class FailureKind(Enum):
     # Timeouts, no connection, 5xx, 408, no completion, a broken stream, 429 without a time.
     TRANSIENT = "transient"
     # Our key or our account is refused (401, 402), or the upstream stated how long it wants to be left alone.
-    PERMANENT = "permanent"
+    OPENS_AT_ONCE = "opens at once"
     # 403, 404, 405, 410: as a rule our address or our key, which no caller can mend. But providers also answer so to
     # one prompt that they moderate, or to one parameter that no server of theirs supports. A model that has just
     # answered other callers well must not be lost to all of them because of one.
-    PERMANENT_UNLESS_HEALTHY = "permanent unless healthy"
+    OPENS_UNLESS_HEALTHY = "opens unless healthy"
     # 400, 413, 422, a context overflow and the rest: the caller's matter, and a proof that the upstream is there.
     CALLER_ERROR = "caller error"
     # Refused here, before anything was sent: that says nothing of the upstream.
@@ -158,7 +158,7 @@ def classify_failure(failure: UpstreamError, now: float) -> FailureClass:
     why = f"status {status}"
     wait_s = parse_retry_after(failure.headers, now) if status in _RETRY_AFTER_STATUSES else None
     if wait_s is not None:
-        return FailureClass(FailureKind.PERMANENT, f"{why}, to be asked again after {wait_s:.3g} s", wait_s)
+        return FailureClass(FailureKind.OPENS_AT_ONCE, f"{why}, to be asked again after {wait_s:.3g} s", wait_s)
     return FailureClass(_kind_of(status, sent=failure.body is not None), why)
 
 
@@ -166,9 +166,9 @@ def _kind_of(status: int, *, sent: bool) -> FailureKind:
     if status >= 500 or status in (408, 429):
         return FailureKind.TRANSIENT
     if status in _ACCOUNT_STATUSES:
-        return FailureKind.PERMANENT
+        return FailureKind.OPENS_AT_ONCE
     if status in _ADDRESS_STATUSES:
-        return FailureKind.PERMANENT_UNLESS_HEALTHY
+        return FailureKind.OPENS_UNLESS_HEALTHY
     return FailureKind.CALLER_ERROR if sent else FailureKind.NOT_SENT
 
 
@@ -307,8 +307,8 @@ class CircuitBreaker:
     def _count(self, failure: FailureClass, now: float) -> None:
         attempts, failures = self._window.counts(now)
         healthy = attempts > failures
-        if failure.kind is FailureKind.PERMANENT or (
-            failure.kind is FailureKind.PERMANENT_UNLESS_HEALTHY and not healthy
+        if failure.kind is FailureKind.OPENS_AT_ONCE or (
+            failure.kind is FailureKind.OPENS_UNLESS_HEALTHY and not healthy
         ):
             self._open_for(self._next_cooldown_s, failure.why, now)
             return

@@ -11,7 +11,7 @@ from proxy.concurrency import cancel_and_wait
 from proxy.errors import LiteLLMUnavailable, UpstreamError
 from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
-from proxy.storage.models import ModelRecord, ResolvedProvider
+from proxy.storage.records import ModelRecord, ResolvedProvider
 from proxy.upstream.litellm_client import LiteLLMClient
 from proxy.upstream.openai_client import OpenAIClient, UpstreamRequest
 from proxy.upstream.payload import JSONPayload

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from proxy.concurrency import LRU, FairQueue
 from proxy.errors import ModelAtCapacity
-from proxy.settings.models import ModelInfo
+from proxy.settings.model_config import ModelInfo
 
 # How long a slot is taken to be held, while none of this model was ever released.
 DEFAULT_HELD_S = 1.0

@@ -24,11 +24,11 @@ from proxy.settings.litellm_params import (
     secrets_of,
     stated_address,
 )
-from proxy.settings.models import SettingsError, referred_variable, resolve_secret
+from proxy.settings.model_config import SettingsError, referred_variable, resolve_secret
 from proxy.settings.outbound import DEFAULT_TRUST, Outbound, OutboundError, Trust
 from proxy.settings.redaction import holds_secret, is_reference
 from proxy.settings.schema import Settings
-from proxy.storage.models import ModelRecord, ResolvedProvider
+from proxy.storage.records import ModelRecord, ResolvedProvider
 from proxy.upstream.errors import unreachable
 from proxy.upstream.payload import replace_model
 from proxy.upstream.pool import DEFAULT_PORTS, Origin, authority_of, basic_auth_of, port_of

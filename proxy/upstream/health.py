@@ -20,7 +20,7 @@ from redis.exceptions import RedisError
 from proxy.concurrency import BackgroundTasks
 from proxy.errors import UpstreamError
 from proxy.settings.schema import CircuitBreakerSettings
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from proxy.storage.redis import Store, StoreUnavailable, retry_until_available
 from proxy.upstream.circuit_breaker import CircuitBreaker, Permit, classify_failure
 from proxy.upstream.concurrency_limit import ConcurrencyLimiter
@@ -57,7 +57,7 @@ class Attempt(Permit):
         self.acquired_at = 0.0
         self._ended = False
 
-    def holds(self, slots: ConcurrencyLimiter, acquired_at: float) -> None:
+    def take_slot(self, slots: ConcurrencyLimiter, acquired_at: float) -> None:
         """Take over a slot that was acquired of `slots`, to release it when this attempt ends."""
         self._slots, self.acquired_at = slots, acquired_at
 

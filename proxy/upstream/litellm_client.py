@@ -23,10 +23,10 @@ from proxy.settings.litellm_params import (
     merge_model_params,
     secrets_of,
 )
-from proxy.settings.models import SettingsError, resolve_secret
+from proxy.settings.model_config import SettingsError, resolve_secret
 from proxy.settings.outbound import Outbound, OutboundError, Trust
 from proxy.settings.schema import Settings
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from proxy.upstream.chunk_reader import FinishTracker, is_finished, requested_choices
 from proxy.upstream.endpoint import PLACEHOLDER_KEY, key_for_litellm
 from proxy.upstream.errors import redact, unreachable

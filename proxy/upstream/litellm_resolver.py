@@ -26,8 +26,8 @@ from typing import Any
 
 from proxy.concurrency import cancel_and_wait
 from proxy.settings.litellm_params import FOLLOWS_REDIRECTS, PASSTHROUGH
-from proxy.settings.models import Forward
-from proxy.storage.models import ResolvedProvider
+from proxy.settings.model_config import Forward
+from proxy.storage.records import ResolvedProvider
 from proxy.upstream.endpoint import DEFAULT_BASES, is_own_address
 from proxy.upstream.litellm_transport import import_litellm
 

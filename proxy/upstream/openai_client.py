@@ -11,7 +11,7 @@ from proxy.concurrency import cancel_and_wait, connection_budget
 from proxy.errors import MAX_ERROR_BYTES, UpstreamError
 from proxy.settings.outbound import Outbound, OutboundError
 from proxy.settings.schema import Settings
-from proxy.storage.models import ModelRecord, ResolvedProvider
+from proxy.storage.records import ModelRecord, ResolvedProvider
 from proxy.upstream.chunk_reader import MAX_TAIL_S, ChunkReader, requested_choices
 from proxy.upstream.completion_reader import CompletionReader
 from proxy.upstream.endpoint import Endpoint, Endpoints

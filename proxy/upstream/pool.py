@@ -1,3 +1,5 @@
+"""Connections to upstreams: the pool that keeps them, and then one HTTP/1.1 connection."""
+
 from __future__ import annotations
 
 import asyncio
@@ -17,20 +19,15 @@ import httptools
 from proxy.concurrency import FairQueue
 from proxy.settings.outbound import DEFAULT_TRUST, Trust
 
-# Of one response header. Servers behind gateways send policies or cookies of many kilobytes.
-MAX_HEADER_VALUE_BYTES = 64 * 2**10
+# How long a connection is kept after its last response.
+KEEP_ALIVE_S = 30.0
 
-# Bytes that may come before, between or after pieces of the body: a head, early hints, sizes of chunks, trailers.
-MAX_HEAD_BYTES = 256 * 2**10
+SWEEP_INTERVAL_S = 1.0
 
-# How much of a body may wait for its reader, before reading from the upstream is paused.
-MAX_UNREAD_BYTES = 256 * 2**10
+DEFAULT_PORTS = {"http": 80, "https": 443}
 
-# The same for an upstream that compresses its response, though it was asked not to.
-MAX_DECOMPRESSED_BYTES = 16 * 2**20
-
-# A larger request body is written in pieces of this size, so that other tasks get a turn.
-WRITE_BYTES = 256 * 2**10
+# How long to wait for one address of a host before the next is tried at the same time (RFC 8305).
+HAPPY_EYEBALLS_DELAY_S = 0.25
 
 
 class ConnectionClosed(ConnectionError):
@@ -45,43 +42,200 @@ class RemoteProtocolError(Exception):
     """The upstream sent something other than a response in HTTP/1.x, or one that exceeds the limits."""
 
 
-class Decompressor(Protocol):
-    """What `zlib.decompressobj` returns."""
-
-    @property
-    def unused_data(self) -> bytes: ...
-
-    @property
-    def unconsumed_tail(self) -> bytes: ...
-
-    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
+class ProxyError(Exception):
+    """The HTTP proxy did not open a tunnel."""
 
 
-# Tells zlib to find out by itself which of the two formats it reads.
-_GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
+@dataclass(frozen=True)
+class Origin:
+    """What a connection connects to, and through which proxy. Connections of one origin are interchangeable."""
 
-_GZIP_START = b"\x1f"
+    host: str
+    port: int
+    tls: bool
+    proxy: str | None = None
+    trust: Trust = DEFAULT_TRUST
+    """Which certificates are trusted."""
 
-_ZLIB_START = b"\x78"
 
-# Names of zlib's formats in content-encoding.
-_ZLIB_CODINGS = frozenset({"gzip", "x-gzip", "deflate"})
+class ConnectionPool:
+    """Keep-alive connections of one process, on one event loop, with a bound on how many are open."""
+
+    def __init__(self, max_open: int, context: Callable[[Trust], ssl.SSLContext]) -> None:
+        """
+        Args:
+            max_open: further callers wait for a slot.
+            context: returns the TLS context for a `Trust`.
+        """
+        self._max_open = max_open
+        self._context = context
+        self._slots = FairQueue(max_open)
+        # By origin, the last used at the end, each with the time (of the event loop) at which it is closed.
+        self._idle: dict[Origin, dict[HTTP11Connection, float]] = {}
+        self._idle_count = 0
+        self._sweep_timer: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    async def acquire(self, origin: Origin, timeout_s: float) -> HTTP11Connection:
+        """Return an idle connection, or open one. Give it back by `release` or `discard`.
+
+        Raises:
+            TimeoutError: it could not be opened in time.
+            OSError, ProxyError: it cannot be opened.
+        """
+        if not self._slots.acquire_nowait():
+            await self._slots.acquire()
+        if (idle := self._pop_idle(origin)) is not None:
+            return idle
+        try:
+            while self._slots.taken + self._idle_count > self._max_open and self._idle_count:
+                self._close_oldest()
+            async with asyncio.timeout(timeout_s):
+                return await self._open(origin)
+        except BaseException:
+            self._slots.release()
+            raise
+
+    def _pop_idle(self, origin: Origin) -> HTTP11Connection | None:
+        """Return the idle connection that was used last and can still be used; None: there is none."""
+        idle = self._idle.get(origin)
+        while idle:
+            connection, _ = idle.popitem()
+            self._idle_count -= 1
+            if connection.reusable and connection.is_quiet:
+                return connection
+            connection.close()
+        return None
+
+    def release(self, origin: Origin, connection: HTTP11Connection) -> None:
+        """Keep the connection if another request can use it, else close it."""
+        if self._closed or not connection.reusable:
+            self.discard(connection)
+            return
+        connection.mark_idle()
+        self._idle.setdefault(origin, {})[connection] = asyncio.get_running_loop().time() + KEEP_ALIVE_S
+        self._idle_count += 1
+        self._slots.release()
+        if self._sweep_timer is None:
+            self._sweep()
+
+    def discard(self, connection: HTTP11Connection) -> None:
+        connection.close()
+        self._slots.release()
+
+    async def aclose(self) -> None:
+        """Close the idle connections. Those in use are closed when they are released."""
+        self._closed = True
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+        for idle in self._idle.values():
+            for connection in idle:
+                connection.close()
+        self._idle.clear()
+        self._idle_count = 0
+        await asyncio.sleep(0)
+
+    async def _open(self, origin: Origin) -> HTTP11Connection:
+        if origin.proxy is None:
+            tls = self._context(origin.trust) if origin.tls else None
+            return await self._connect(origin.host, origin.port, tls)
+        proxy = urlsplit(origin.proxy)
+        tls = self._context(DEFAULT_TRUST) if proxy.scheme == "https" else None
+        connection = await self._connect(proxy.hostname or "", port_of(proxy), tls)
+        if origin.tls:
+            try:
+                await self._open_tunnel(connection, origin)
+            except BaseException:
+                connection.close()
+                raise
+        return connection
+
+    async def _connect(self, host: str, port: int, tls: ssl.SSLContext | None) -> HTTP11Connection:
+        loop = asyncio.get_running_loop()
+        addresses = await loop.getaddrinfo(host, port, type=1)
+        _, connection = await loop.create_connection(
+            lambda: HTTP11Connection(self._on_lost),
+            sock=await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY_S),
+            ssl=tls,
+            server_hostname=host if tls else None,
+        )
+        return connection
+
+    async def _open_tunnel(self, connection: HTTP11Connection, origin: Origin) -> None:
+        """Ask the HTTP proxy for a tunnel to the origin, and start TLS in it. Raises ProxyError."""
+        authority = authority_of(origin.host, origin.port)
+        lines = [f"CONNECT {authority} HTTP/1.1", f"host: {authority}"]
+        if authorization := basic_auth_of(origin.proxy or ""):
+            lines.append(f"proxy-authorization: {authorization}")
+        await connection.send(("\r\n".join(lines) + "\r\n").encode(), None)
+        try:
+            await connection.wait_for_head()
+            if connection.status != 200:
+                raise ProxyError(f"the HTTP proxy answered with status {connection.status}")
+            await connection.secure(self._context(origin.trust), origin.host)
+        except RemoteProtocolError as error:  # a failure of the proxy: nothing was sent to the model yet
+            raise ProxyError(f"the HTTP proxy answered otherwise than in HTTP: {error}") from error
+
+    def _on_lost(self, connection: HTTP11Connection) -> None:
+        for idle in self._idle.values():
+            if idle.pop(connection, None) is not None:
+                self._idle_count -= 1
+                return
+
+    def _close_oldest(self) -> None:
+        idle = min((idle for idle in self._idle.values() if idle), key=lambda each: next(iter(each.values())))
+        connection = next(iter(idle))
+        del idle[connection]
+        self._idle_count -= 1
+        connection.close()
+
+    def _sweep(self) -> None:
+        """Close connections that have been idle for too long, and sweep again while any are idle."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for origin, idle in list(self._idle.items()):
+            for connection, closes_at in list(idle.items()):
+                if closes_at > now:
+                    break
+                del idle[connection]
+                self._idle_count -= 1
+                connection.close()
+            if not idle:
+                del self._idle[origin]
+        self._sweep_timer = loop.call_later(SWEEP_INTERVAL_S, self._sweep) if self._idle else None
 
 
-def decompressor_for(coding: str | None, start: bytes) -> Decompressor | None:
-    """Choose a decompressor by the first byte of a body, which is neither that of JSON nor that of events.
+def port_of(parts: SplitResult) -> int:
+    return parts.port or DEFAULT_PORTS[parts.scheme]
 
-    Args:
-        coding: the header content-encoding.
-        start: at least one byte of the body.
 
-    Returns:
-        None: the body is plain, or compressed in another way, which its parser will reject.
-    """
-    first = start[:1]
-    if first == _GZIP_START or (first == _ZLIB_START and (coding or "").lower() in _ZLIB_CODINGS):
-        return zlib.decompressobj(_GZIP_OR_ZLIB)
-    return None
+def authority_of(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def basic_auth_of(url: str) -> str | None:
+    """Return the user and password of an address as the value of an authorization header; None: it has none."""
+    parts = urlsplit(url)
+    if parts.username is None:
+        return None
+    pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return "Basic " + base64.b64encode(pair.encode()).decode()
+
+
+# Of one response header. Servers behind gateways send policies or cookies of many kilobytes.
+MAX_HEADER_VALUE_BYTES = 64 * 2**10
+
+# Bytes that may come before, between or after pieces of the body: a head, early hints, sizes of chunks, trailers.
+MAX_HEAD_BYTES = 256 * 2**10
+
+# How much of a body may wait for its reader, before reading from the upstream is paused.
+MAX_UNREAD_BYTES = 256 * 2**10
+
+# The same for an upstream that compresses its response, though it was asked not to.
+MAX_DECOMPRESSED_BYTES = 16 * 2**20
+
+# A larger request body is written in pieces of this size, so that other tasks get a turn.
+WRITE_BYTES = 256 * 2**10
 
 
 class HTTP11Connection(asyncio.Protocol):
@@ -321,192 +475,40 @@ class HTTP11Connection(asyncio.Protocol):
         return plain
 
 
-# How long a connection is kept after its last response.
-KEEP_ALIVE_S = 30.0
+class Decompressor(Protocol):
+    """What `zlib.decompressobj` returns."""
 
-SWEEP_INTERVAL_S = 1.0
+    @property
+    def unused_data(self) -> bytes: ...
 
-DEFAULT_PORTS = {"http": 80, "https": 443}
+    @property
+    def unconsumed_tail(self) -> bytes: ...
 
-# How long to wait for one address of a host before the next is tried at the same time (RFC 8305).
-HAPPY_EYEBALLS_DELAY_S = 0.25
-
-
-class ProxyError(Exception):
-    """The HTTP proxy did not open a tunnel."""
+    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What a connection connects to, and through which proxy. Connections of one origin are interchangeable."""
+# Tells zlib to find out by itself which of the two formats it reads.
+_GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 
-    host: str
-    port: int
-    tls: bool
-    proxy: str | None = None
-    trust: Trust = DEFAULT_TRUST
-    """Which certificates are trusted."""
+_GZIP_START = b"\x1f"
 
+_ZLIB_START = b"\x78"
 
-class ConnectionPool:
-    """Keep-alive connections of one process, on one event loop, with a bound on how many are open."""
-
-    def __init__(self, max_open: int, context: Callable[[Trust], ssl.SSLContext]) -> None:
-        """
-        Args:
-            max_open: further callers wait for a slot.
-            context: returns the TLS context for a `Trust`.
-        """
-        self._max_open = max_open
-        self._context = context
-        self._slots = FairQueue(max_open)
-        # By origin, the last used at the end, each with the time (of the event loop) at which it is closed.
-        self._idle: dict[Origin, dict[HTTP11Connection, float]] = {}
-        self._idle_count = 0
-        self._sweep_timer: asyncio.TimerHandle | None = None
-        self._closed = False
-
-    async def acquire(self, origin: Origin, timeout_s: float) -> HTTP11Connection:
-        """Return an idle connection, or open one. Give it back by `release` or `discard`.
-
-        Raises:
-            TimeoutError: it could not be opened in time.
-            OSError, ProxyError: it cannot be opened.
-        """
-        if not self._slots.acquire_nowait():
-            await self._slots.acquire()
-        if (idle := self._pop_idle(origin)) is not None:
-            return idle
-        try:
-            while self._slots.taken + self._idle_count > self._max_open and self._idle_count:
-                self._close_oldest()
-            async with asyncio.timeout(timeout_s):
-                return await self._open(origin)
-        except BaseException:
-            self._slots.release()
-            raise
-
-    def _pop_idle(self, origin: Origin) -> HTTP11Connection | None:
-        """Return the idle connection that was used last and can still be used; None: there is none."""
-        idle = self._idle.get(origin)
-        while idle:
-            connection, _ = idle.popitem()
-            self._idle_count -= 1
-            if connection.reusable and connection.is_quiet:
-                return connection
-            connection.close()
-        return None
-
-    def release(self, origin: Origin, connection: HTTP11Connection) -> None:
-        """Keep the connection if another request can use it, else close it."""
-        if self._closed or not connection.reusable:
-            self.discard(connection)
-            return
-        connection.mark_idle()
-        self._idle.setdefault(origin, {})[connection] = asyncio.get_running_loop().time() + KEEP_ALIVE_S
-        self._idle_count += 1
-        self._slots.release()
-        if self._sweep_timer is None:
-            self._sweep()
-
-    def discard(self, connection: HTTP11Connection) -> None:
-        connection.close()
-        self._slots.release()
-
-    async def aclose(self) -> None:
-        """Close the idle connections. Those in use are closed when they are released."""
-        self._closed = True
-        if self._sweep_timer is not None:
-            self._sweep_timer.cancel()
-        for idle in self._idle.values():
-            for connection in idle:
-                connection.close()
-        self._idle.clear()
-        self._idle_count = 0
-        await asyncio.sleep(0)
-
-    async def _open(self, origin: Origin) -> HTTP11Connection:
-        if origin.proxy is None:
-            tls = self._context(origin.trust) if origin.tls else None
-            return await self._connect(origin.host, origin.port, tls)
-        proxy = urlsplit(origin.proxy)
-        tls = self._context(DEFAULT_TRUST) if proxy.scheme == "https" else None
-        connection = await self._connect(proxy.hostname or "", port_of(proxy), tls)
-        if origin.tls:
-            try:
-                await self._open_tunnel(connection, origin)
-            except BaseException:
-                connection.close()
-                raise
-        return connection
-
-    async def _connect(self, host: str, port: int, tls: ssl.SSLContext | None) -> HTTP11Connection:
-        loop = asyncio.get_running_loop()
-        addresses = await loop.getaddrinfo(host, port, type=1)
-        _, connection = await loop.create_connection(
-            lambda: HTTP11Connection(self._on_lost),
-            sock=await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY_S),
-            ssl=tls,
-            server_hostname=host if tls else None,
-        )
-        return connection
-
-    async def _open_tunnel(self, connection: HTTP11Connection, origin: Origin) -> None:
-        """Ask the HTTP proxy for a tunnel to the origin, and start TLS in it. Raises ProxyError."""
-        authority = authority_of(origin.host, origin.port)
-        lines = [f"CONNECT {authority} HTTP/1.1", f"host: {authority}"]
-        if authorization := basic_auth_of(origin.proxy or ""):
-            lines.append(f"proxy-authorization: {authorization}")
-        await connection.send(("\r\n".join(lines) + "\r\n").encode(), None)
-        try:
-            await connection.wait_for_head()
-            if connection.status != 200:
-                raise ProxyError(f"the HTTP proxy answered with status {connection.status}")
-            await connection.secure(self._context(origin.trust), origin.host)
-        except RemoteProtocolError as error:  # a failure of the proxy: nothing was sent to the model yet
-            raise ProxyError(f"the HTTP proxy answered otherwise than in HTTP: {error}") from error
-
-    def _on_lost(self, connection: HTTP11Connection) -> None:
-        for idle in self._idle.values():
-            if idle.pop(connection, None) is not None:
-                self._idle_count -= 1
-                return
-
-    def _close_oldest(self) -> None:
-        idle = min((idle for idle in self._idle.values() if idle), key=lambda each: next(iter(each.values())))
-        connection = next(iter(idle))
-        del idle[connection]
-        self._idle_count -= 1
-        connection.close()
-
-    def _sweep(self) -> None:
-        """Close connections that have been idle for too long, and sweep again while any are idle."""
-        loop = asyncio.get_running_loop()
-        now = loop.time()
-        for origin, idle in list(self._idle.items()):
-            for connection, closes_at in list(idle.items()):
-                if closes_at > now:
-                    break
-                del idle[connection]
-                self._idle_count -= 1
-                connection.close()
-            if not idle:
-                del self._idle[origin]
-        self._sweep_timer = loop.call_later(SWEEP_INTERVAL_S, self._sweep) if self._idle else None
+# Names of zlib's formats in content-encoding.
+_ZLIB_CODINGS = frozenset({"gzip", "x-gzip", "deflate"})
 
 
-def port_of(parts: SplitResult) -> int:
-    return parts.port or DEFAULT_PORTS[parts.scheme]
+def decompressor_for(coding: str | None, start: bytes) -> Decompressor | None:
+    """Choose a decompressor by the first byte of a body, which is neither that of JSON nor that of events.
 
+    Args:
+        coding: the header content-encoding.
+        start: at least one byte of the body.
 
-def authority_of(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def basic_auth_of(url: str) -> str | None:
-    """Return the user and password of an address as the value of an authorization header; None: it has none."""
-    parts = urlsplit(url)
-    if parts.username is None:
-        return None
-    pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-    return "Basic " + base64.b64encode(pair.encode()).decode()
+    Returns:
+        None: the body is plain, or compressed in another way, which its parser will reject.
+    """
+    first = start[:1]
+    if first == _GZIP_START or (first == _ZLIB_START and (coding or "").lower() in _ZLIB_CODINGS):
+        return zlib.decompressobj(_GZIP_OR_ZLIB)
+    return None

@@ -15,9 +15,9 @@ from typing import Any
 
 from proxy.errors import BadRequest, ServiceUnavailable
 from proxy.settings.litellm_params import PASSTHROUGH, is_openai_url, is_provider_param, stated_address
-from proxy.settings.models import Forward, SettingsError
+from proxy.settings.model_config import Forward, SettingsError
 from proxy.settings.redaction import strip_url
-from proxy.storage.models import InvalidRecord, ModelRecord, ResolvedProvider
+from proxy.storage.records import InvalidRecord, ModelRecord, ResolvedProvider
 from proxy.upstream.endpoint import check_environment_key
 from proxy.upstream.litellm_resolver import Answers, LookupFailed, ProviderLookup, params_for_litellm
 

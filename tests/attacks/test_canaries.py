@@ -12,7 +12,7 @@ import pytest
 from redis.asyncio import Redis
 
 from proxy.app import app_state, create_app
-from proxy.settings.models import SettingsError
+from proxy.settings.model_config import SettingsError
 from proxy.settings.schema import load_settings
 from tests.attacks.canaries import (
     ADMIN_KEY,
@@ -228,7 +228,7 @@ async def test_no_repr_and_no_crash_shows_a_secret(
     environ["UNIROUTE_DATA_DIR"] = str(tmp_path / "data")
     settings = load_settings(canaries.folder / "config.yaml", environ)
     async with app_state(settings, environ) as services:
-        state = services.state.current
+        state = services.snapshots.current
         things = [settings, services, services.store.client, state, *state.models.values(), *state.keys.values()]
         things += [part for part in vars(services).values() if part is not environ]
         shown = [repr(thing) for thing in things] + [str(settings), repr(settings.model_list)]

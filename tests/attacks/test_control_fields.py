@@ -15,9 +15,9 @@ import pytest
 from proxy.errors import BadRequest, FieldNotAllowed, UpstreamError
 from proxy.routing.chat_request import parse_chat
 from proxy.settings.litellm_params import CHAT_FIELDS, is_control_field
-from proxy.settings.models import ModelInfo
+from proxy.settings.model_config import ModelInfo
 from proxy.settings.schema import Settings
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from proxy.upstream.litellm_client import LiteLLMClient
 from proxy.upstream.litellm_transport import import_litellm
 from tests.attacks.conftest import ASK

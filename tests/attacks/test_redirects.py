@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from proxy.errors import UpstreamError
-from proxy.settings.models import ModelInfo
+from proxy.settings.model_config import ModelInfo
 from proxy.settings.schema import Settings
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from proxy.upstream.litellm_client import LiteLLMClient
 from proxy.upstream.litellm_transport import import_litellm
 from tests.attacks.conftest import ASK

@@ -57,13 +57,13 @@ class Room:
         return RequestRecord(self.context(), self.selection, NO_AFFINITY)
 
     async def attempt(self) -> Attempt:
-        """Begin one as Attempts does."""
-        model, slots = self.selection.model, self.app.capacities
+        """Begin one as AttemptRunner does."""
+        model, slots = self.selection.model, self.app.concurrency_limiter
         self.app.health.cooling_down()
         acquired_at = await slots.acquire(model, LIMITS, 5.0)
         self.app.health.cooling_down()
         attempt = self.app.health.start_attempt(model)
-        attempt.holds(slots, acquired_at)
+        attempt.take_slot(slots, acquired_at)
         return attempt
 
     async def valkey_s(self) -> float:
@@ -95,24 +95,24 @@ async def open_room(folder: Path) -> AsyncIterator[Room]:
     store = Store(f"unix://{server.socket_path}")
     try:
         metrics, live = Metrics(), TrafficStats(4)
-        async with started_watcher(store, folder, a_record("cheap"), a_record("dear"), live=live) as state:
+        async with started_watcher(store, folder, a_record("cheap"), a_record("dear"), traffic_stats=live) as state:
             usage = UsageWriter(store, JournalDirectory(folder / "usage", 10**9), settle_function=SETTLE_FUNCTION)
             routing, limiter = a_state(), RateLimiter(store, metrics, timeout_s=5.0)
             absent: Any = None
             app = AppState(
                 settings=Settings(data_dir=folder),
                 store=store,
-                state=state,
+                snapshots=state,
                 registry=absent,
                 jobs=absent,
                 assigner=absent,
                 upstream=absent,
                 usage=usage,
-                limiter=limiter,
+                rate_limiter=limiter,
                 metrics=metrics,
-                live=live,
+                traffic_stats=live,
                 health=HealthRegistry(CircuitBreakerSettings()),
-                capacities=ConcurrencyLimiter(),
+                concurrency_limiter=ConcurrencyLimiter(),
                 sessions=SessionStore(store, 3600),
                 resolver=absent,
                 environ={},

@@ -25,7 +25,7 @@ from proxy.routing.affinity import NO_AFFINITY, load_affinity
 from proxy.routing.chat_request import ChatRequest, RoutingOptions
 from proxy.server.completions import reserve
 from proxy.server.request_log import RequestRecord
-from proxy.server.reservations import Demand, estimate_reservation, limit_to_reserved
+from proxy.server.reservations import UsageEstimate, limit_to_reserved, reservation_request
 from proxy.server.run import LOGGING
 from proxy.storage.client_keys import ClientKey
 from proxy.upstream.payload import content_bytes, has_content
@@ -191,8 +191,8 @@ def _chunks(room: Room, chunk: dict[str, Any]) -> Work:
 def _reserves(room: Room, key: ClientKey, *, at_once: int) -> Work:
     async def one() -> None:
         selection = limit_to_reserved(replace(room.selection, id=uuid.uuid4().hex), key.limits)
-        demand = Demand(selection, REQUEST.body, room.routing, room.app.settings)
-        await room.app.limiter.reserve(key, replace(estimate_reservation(demand, key.limits), ttl_s=0.001))
+        estimate = UsageEstimate(selection, REQUEST.body, room.routing, room.app.settings)
+        await room.app.rate_limiter.reserve(key, replace(reservation_request(estimate, key.limits), ttl_s=0.001))
 
     return _together(one, at_once)
 

@@ -17,9 +17,9 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from proxy.app import create_app, from_settings
+from proxy.routing.affinity import inspect_history
 from proxy.routing.assigner import ClusterAssigner
 from proxy.routing.chat_request import ChatRequest
-from proxy.routing.fingerprints import inspect_history
 from proxy.routing.requirements import routing_text
 from proxy.routing.selection_context import SelectionContext
 from proxy.server.dependencies import AppState
@@ -28,7 +28,7 @@ from proxy.server.protocol import LimitedHTTPProtocol
 from proxy.server.ratelimit import RateLimiter
 from proxy.server.run import server_config
 from proxy.settings.schema import Settings
-from proxy.storage.models import ModelRecord, StoredProfile
+from proxy.storage.records import ModelRecord, StoredProfile
 from proxy.storage.redis import Store
 from proxy.storage.sessions import SessionStore
 from proxy.storage.snapshot import RoutingSnapshot, TrafficStats, build_state
@@ -105,18 +105,18 @@ def open_parts(folder: Path, embedder: StaticEmbedder, state: RoutingSnapshot, c
     return AppState(
         settings=settings,
         store=store,
-        state=still,  # type: ignore[arg-type]
+        snapshots=still,  # type: ignore[arg-type]
         registry=nobody,
         jobs=nobody,
         resolver=nobody,
         assigner=assigner,
         upstream=noting,  # type: ignore[arg-type]
         usage=usage,
-        limiter=RateLimiter(store, metrics),
+        rate_limiter=RateLimiter(store, metrics),
         metrics=metrics,
-        live=TrafficStats(state.cluster_map.size),
+        traffic_stats=TrafficStats(state.cluster_map.size),
         health=HealthRegistry(settings.breaker),
-        capacities=ConcurrencyLimiter(),
+        concurrency_limiter=ConcurrencyLimiter(),
         sessions=SessionStore(store, 3600),
         environ={},
     )
@@ -209,7 +209,7 @@ def _request(raw: bytes) -> bytes:
 
 def stage_functions(services: AppState) -> dict[str, tuple[Prepare, Callable[[Any], object]]]:
     """Stage → what it is given of a request, and what it does. Their sum is less than the whole: glue is not in it."""
-    state, settings = services.state.current, services.settings
+    state, settings = services.snapshots.current, services.settings
     embedder, cluster_map = services.assigner.embedder, state.cluster_map
 
     def context(request: ChatRequest) -> SelectionContext:

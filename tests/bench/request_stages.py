@@ -107,7 +107,7 @@ def stages(services: AppState) -> dict[str, Stage]:
         request = parse_chat(raw, HEADERS)
         forget(services)
         started = time.process_time_ns()
-        ctx = SelectionContext("dec-1", request, None, services.state.current, services.settings)
+        ctx = SelectionContext("dec-1", request, None, services.snapshots.current, services.settings)
         await select_model(ctx, services.assigner)
         return time.process_time_ns() - started
 

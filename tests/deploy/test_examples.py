@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from proxy.settings.models import resolve_secret
+from proxy.settings.model_config import resolve_secret
 from proxy.settings.schema import Settings, load_settings
-from proxy.storage.price_map import bundled_catalog
+from proxy.storage.price_map import bundled_price_map
 from tests.test_house import ROOT
 
 EXAMPLES = sorted((ROOT / "deploy" / "examples").glob("*.yaml"))
@@ -50,8 +50,8 @@ def test_every_key_is_a_reference_that_the_compose_file_hands_on(path: Path) -> 
 
 @every_example
 def test_every_model_has_a_price_or_costs_nothing(path: Path) -> None:
-    catalog = bundled_catalog()
+    price_map = bundled_price_map()
     for entry in load_settings(path, {}).model_list:
-        listed = catalog.find(entry.litellm_params["model"])
+        listed = price_map.find(entry.litellm_params["model"])
         stated = entry.model_info.free or entry.model_info.input_cost_per_token is not None
         assert stated or (listed is not None and listed.price is not None), entry.model_name

@@ -17,9 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.app import from_settings
 from proxy.server.metrics import Values, worker_deaths
-from proxy.server.run import server_config
+from proxy.server.run import MAX_PAUSE_S, Slot, Supervisor, server_config
 from proxy.server.startup import START_FAILED
-from proxy.server.supervisor import MAX_PAUSE_S, Slot, Supervisor
 from proxy.settings.schema import Settings
 from tests.faults.gateway import CONFIGURED, Gateway, a_gateway
 from tests.support.processes import children_of, owners_of

@@ -10,9 +10,16 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["proxy.upstream.sse", "proxy.upstream.payload", "json"]):
-    from proxy.errors import UpstreamError
-    from proxy.upstream.chunk_reader import parse_chunk
-    from proxy.upstream.payload import finish_reasons, has_content, is_empty_completion, is_usage_chunk, parse_exact
+    from proxy.upstream.chunk_reader import ChunkReader, Parse
+    from proxy.upstream.payload import (
+        JSONPayload,
+        finish_reasons,
+        has_content,
+        is_empty_completion,
+        is_usage_chunk,
+        parse,
+        parse_exact,
+    )
     from proxy.upstream.sse import SSEDecoder, format_event
 
 
@@ -24,18 +31,22 @@ def one_input(data: bytes) -> None:
         if _cut([raw[start : start + size] for start in range(0, len(raw), size)]) != whole:
             raise AssertionError("another split, other events")
     for found in whole:
-        try:
-            chunk, shown = parse_chunk(found, parse_exact).body, parse_chunk(found).with_model("m")
-        except UpstreamError:
-            continue
-        has_content(chunk), is_empty_completion(chunk), is_usage_chunk(chunk), finish_reasons(chunk)
-        if len(_cut([format_event(chunk)])) != 1 or _cut([b"data: " + shown + b"\n\n"]) != [shown]:
-            raise AssertionError("one chunk is not one event")
+        for exact, quick in zip(_read(found, parse_exact), _read(found, parse), strict=False):
+            chunk, shown = exact.body, quick.with_model("m")
+            has_content(chunk), is_empty_completion(chunk), is_usage_chunk(chunk), finish_reasons(chunk)
+            if len(_cut([format_event(chunk)])) != 1 or _cut([b"data: " + shown + b"\n\n"]) != [shown]:
+                raise AssertionError("one chunk is not one event")
 
 
 def _cut(pieces: list[bytes]) -> list[bytes]:
     cutter = SSEDecoder()
     return [data for piece in pieces for data in cutter.feed(piece)] + cutter.close()
+
+
+def _read(data: bytes, parser: Parse) -> list[JSONPayload]:
+    """Return the chunks of one event."""
+    lines = b"".join(b"data: " + line + b"\n" for line in data.split(b"\n"))
+    return ChunkReader(parser).feed(lines + b"\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 
 from proxy.errors import ResponseMemoryFull, ResponseTooLarge, UpstreamError
 from proxy.profiling.model_client import MAX_GRADED_CHARS, ModelCallError, UpstreamModelClient, read_answer
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from tests.support.makers import a_record
 
 ASK = [{"role": "user", "content": "hi"}]

@@ -8,7 +8,7 @@ import pytest
 
 from proxy.profiling.grading import ValidationPrompts
 from proxy.profiling.job_store import JOBS, JobStore, answers_key, job_key
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from proxy.storage.redis import Store
 from tests.support.makers import CORNERS, a_profile, a_record
 from tests.support.profiling import CornersEmbedder, a_bench, ended, knows, model_at, write_validation_set

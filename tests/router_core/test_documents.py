@@ -14,7 +14,7 @@ import pytest
 
 from proxy.cli.console import BadArgument, read_prompts
 from proxy.cli.models import litellm_params_from, profile_from
-from proxy.settings.models import SettingsError
+from proxy.settings.model_config import SettingsError
 from proxy.settings.schema import load_settings
 from router_core.artifact import ARRAYS, BUILTIN_MAP, MANIFEST, load_map
 from router_core.documents import MAX_CONFIG_BYTES, MAX_LINE_BYTES, MAX_MANIFEST_BYTES, MAX_PROFILE_BYTES

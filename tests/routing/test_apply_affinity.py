@@ -22,7 +22,7 @@ from proxy.routing.selection import Selection, apply_affinity, select_model, sel
 from proxy.routing.selection_context import SelectionContext
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
-from proxy.storage.models import StoredProfile
+from proxy.storage.records import StoredProfile
 from proxy.storage.sessions import LastTurn
 from proxy.storage.snapshot import RoutingSnapshot, build_state
 from proxy.storage.state_reader import StoredState

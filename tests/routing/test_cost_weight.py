@@ -8,7 +8,7 @@ import pytest
 
 from proxy.errors import BadRequest, Forbidden
 from proxy.routing.chat_request import ChatRequest, RoutingOptions
-from proxy.routing.selection_context import ALIASES, RoutingMode, cost_weight, key_allows_mode
+from proxy.routing.cost_weight import ALIASES, RoutingMode, cost_weight, key_allows_mode
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
 

@@ -12,7 +12,7 @@ from proxy.routing.chat_request import ChatRequest, ProviderPreferences, Routing
 from proxy.routing.selection_context import SelectionContext, no_candidate_error
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
-from proxy.storage.models import StoredProfile
+from proxy.storage.records import StoredProfile
 from proxy.storage.snapshot import RoutingSnapshot, build_state
 from proxy.storage.state_reader import StoredState
 from router_core.eligibility import eligible

@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from tests.server.ranked import asking, ranked, rankings
+from tests.server.ranked_proxy import asking, ranked, rankings
 from tests.support.keyed_proxy import KeyedProxy
 from tests.support.proxy_process import NO_COOLDOWN, ProxyProcess, model_entry
 from tests.support.scripted_upstream import ScriptedUpstream

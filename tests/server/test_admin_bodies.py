@@ -8,11 +8,19 @@ import pytest
 from annotated_types import Ge, Le
 
 from proxy.errors import BadRequest
+from proxy.server.admin_bodies import (
+    ModelPatch,
+    NewKey,
+    NewModel,
+    PriceBody,
+    ProfileDocument,
+    ProfileRequest,
+    Reprofile,
+)
 from proxy.server.admin_responses import redact_params
-from proxy.server.key_bodies import NewKey, parse_body
-from proxy.server.model_bodies import ModelPatch, NewModel, PriceBody, ProfileDocument, ProfileRequest, Reprofile
+from proxy.server.strict_bodies import parse_body
 from proxy.settings.schema import ProfileSettings, Settings
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from router_core.errors import InvalidInput
 from router_core.profiles import Profile
 from router_core.types import Price

@@ -9,7 +9,7 @@ import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from proxy.app import app_state, create_app
-from proxy.settings.models import SettingsError
+from proxy.settings.model_config import SettingsError
 from proxy.settings.schema import Settings
 
 PAGE = "https://page.example"
@@ -40,7 +40,7 @@ async def test_pages_of_allowed_origins_may_call_and_no_others(tmp_path: Path, e
 async def test_a_change_of_a_key_is_in_force_once_it_is_answered(tmp_path: Path, embedder_cache: Path) -> None:
     root = {"authorization": "Bearer root-key-of-the-test"}
     async with app_state(settings(tmp_path, embedder_cache, admin_key="root-key-of-the-test"), {}) as state:
-        await state.state.stop()  # nothing but the call itself brings the news
+        await state.snapshots.stop()  # nothing but the call itself brings the news
         transport = httpx.ASGITransport(app=create_app(state))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
 

@@ -7,7 +7,7 @@ import httpx
 import openai
 import pytest
 
-from tests.server.ranked import ASK, Ranked, ask
+from tests.server.ranked_proxy import ASK, RankedProxy, ask
 from tests.server.test_streaming import read_stream, text_of
 from tests.support.proxy_process import ProxyProcess, model_entry
 from tests.support.scripted_answers import Step, error_body, sse
@@ -15,7 +15,9 @@ from tests.support.scripted_upstream import ScriptedUpstream
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_connection_that_died_without_a_byte_is_retried(asking: httpx.Client, ranked: Ranked, stream: bool) -> None:
+def test_a_connection_that_died_without_a_byte_is_retried(
+    asking: httpx.Client, ranked: RankedProxy, stream: bool
+) -> None:
     ranked.models[0].then(Step(drop=True))
     reply = ask(asking, stream=stream)
 
@@ -24,19 +26,21 @@ def test_a_connection_that_died_without_a_byte_is_retried(asking: httpx.Client, 
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_connection_that_dies_twice_is_retried_once_only(asking: httpx.Client, ranked: Ranked, stream: bool) -> None:
+def test_a_connection_that_dies_twice_is_retried_once_only(
+    asking: httpx.Client, ranked: RankedProxy, stream: bool
+) -> None:
     ranked.models[0].then(Step(drop=True), Step(drop=True))
     assert ask(asking, stream=stream).headers["x-uniroute-model"] == "second"
     assert ranked.asked == [2, 1, 0, 0]
 
 
-def test_a_pinned_model_is_retried_too(asking: httpx.Client, ranked: Ranked) -> None:
+def test_a_pinned_model_is_retried_too(asking: httpx.Client, ranked: RankedProxy) -> None:
     ranked.models[3].then(Step(drop=True))
     assert ask(asking, model="fourth").json()["choices"][0]["message"]["content"] == "The fourth answer."
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_no_more_than_three_models_are_attempted(asking: httpx.Client, ranked: Ranked, stream: bool) -> None:
+def test_no_more_than_three_models_are_attempted(asking: httpx.Client, ranked: RankedProxy, stream: bool) -> None:
     for model in ranked.models:
         model.always = Step(status=503, body=error_body("down", "server_error", None))
     reply = ask(asking, stream=stream)
@@ -54,13 +58,13 @@ def test_no_more_than_three_models_are_attempted(asking: httpx.Client, ranked: R
     ],
 )
 def test_a_prompt_too_long_for_one_model_falls_back_to_the_next(
-    asking: httpx.Client, ranked: Ranked, status: int, words: str
+    asking: httpx.Client, ranked: RankedProxy, status: int, words: str
 ) -> None:
     ranked.models[0].then(Step(status=status, body=error_body(words, "invalid_request_error", None)))
     assert ask(asking).headers["x-uniroute-model"] == "second"
 
 
-def test_a_prompt_too_long_for_the_only_model_has_its_own_error_code(ranked: Ranked) -> None:
+def test_a_prompt_too_long_for_the_only_model_has_its_own_error_code(ranked: RankedProxy) -> None:
     ranked.models[0].then(Step(status=400, body={"error": {"message": "maximum context length is 8 tokens"}}))
     client = openai.OpenAI(base_url=f"{ranked.proxy.url}/v1", api_key="-", max_retries=0)
     with client, pytest.raises(openai.BadRequestError) as caught:
@@ -78,7 +82,7 @@ TOO_LONG = error_body("Context size has been exceeded.", "server_error", None)
     ids=["500", "200", "event"],
 )
 def test_a_prompt_too_long_falls_back_wherever_the_upstream_reports_it(
-    asking: httpx.Client, ranked: Ranked, step: Step, stream: bool
+    asking: httpx.Client, ranked: RankedProxy, step: Step, stream: bool
 ) -> None:
     ranked.models[0].then(step)
     assert ask(asking, stream=stream).headers["x-uniroute-model"] == "second"
@@ -105,19 +109,19 @@ def test_a_prompt_too_long_falls_back_to_a_model_with_a_larger_context(tmp_path:
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
-def test_a_stream_that_never_reaches_content_fails_its_attempt(asking: httpx.Client, ranked: Ranked) -> None:
+def test_a_stream_that_never_reaches_content_fails_its_attempt(asking: httpx.Client, ranked: RankedProxy) -> None:
     nothing = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
     ranked.models[0].then(Step(events=[nothing] * 1500))
     assert text_of(read_stream(asking, model="auto")[1]) == "The second answer."
 
 
-def test_a_response_without_end_is_abandoned(asking: httpx.Client, ranked: Ranked) -> None:
+def test_a_response_without_end_is_abandoned(asking: httpx.Client, ranked: RankedProxy) -> None:
     ranked.models[0].then(Step(flood=True))
     assert ask(asking).headers["x-uniroute-model"] == "second"
     assert ranked.models[0].last.client_left.wait(60)
 
 
-def test_an_html_page_with_status_200_fails_its_attempt(asking: httpx.Client, ranked: Ranked) -> None:
+def test_an_html_page_with_status_200_fails_its_attempt(asking: httpx.Client, ranked: RankedProxy) -> None:
     page = b"<html><body>Please log in to the network</body></html>"
     for stream in (False, True):
         ranked.models[0].then(Step(headers={"content-type": "text/html"}, body=page))

@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 import openai
 
-from tests.server.ranked import ASK, Ranked, error_of
+from tests.server.ranked_proxy import ASK, RankedProxy, error_of
 from tests.server.test_streaming import read_stream, text_of
 from tests.support.scripted_answers import Step, error_body
 from tests.support.waiting import wait_until
@@ -13,7 +13,7 @@ from tests.support.waiting import wait_until
 LIMITS = {"keep_alive_s": 0.2}
 
 
-def test_a_slow_first_chunk_gets_headers_and_comments_meanwhile(asking: httpx.Client, ranked: Ranked) -> None:
+def test_a_slow_first_chunk_gets_headers_and_comments_meanwhile(asking: httpx.Client, ranked: RankedProxy) -> None:
     ranked.models[0].then(Step(delay_s=2.0))
     with asking.stream("POST", "/v1/chat/completions", json=_streamed()) as reply:
         raw = reply.read().decode()
@@ -24,7 +24,7 @@ def test_a_slow_first_chunk_gets_headers_and_comments_meanwhile(asking: httpx.Cl
     assert raw.endswith("data: [DONE]\n\n")
 
 
-def test_a_fallback_after_the_headers_shows_in_the_body(asking: httpx.Client, ranked: Ranked) -> None:
+def test_a_fallback_after_the_headers_shows_in_the_body(asking: httpx.Client, ranked: RankedProxy) -> None:
     ranked.models[0].then(Step(delay_s=0.5, status=500, body=error_body("down", "server_error", None)))
     reply, events = read_stream(asking, model="auto")
 
@@ -33,7 +33,7 @@ def test_a_fallback_after_the_headers_shows_in_the_body(asking: httpx.Client, ra
     assert text_of(events) == "The second answer."
 
 
-def test_a_failure_after_the_headers_is_one_error_event(asking: httpx.Client, ranked: Ranked) -> None:
+def test_a_failure_after_the_headers_is_one_error_event(asking: httpx.Client, ranked: RankedProxy) -> None:
     ranked.models[0].then(Step(delay_s=0.5, status=500, body=error_body("down", "server_error", None)))
     reply, events = read_stream(asking, model="first")
 
@@ -41,7 +41,7 @@ def test_a_failure_after_the_headers_is_one_error_event(asking: httpx.Client, ra
     assert error_of(events) == "down"
 
 
-def test_a_disconnect_after_the_headers_stops_the_attempts(asking: httpx.Client, ranked: Ranked) -> None:
+def test_a_disconnect_after_the_headers_stops_the_attempts(asking: httpx.Client, ranked: RankedProxy) -> None:
     ranked.models[0].then(Step(hang=True))
     with asking.stream("POST", "/v1/chat/completions", json=_streamed()) as reply:
         assert next(reply.iter_lines()) == ": keep-alive"
@@ -50,7 +50,7 @@ def test_a_disconnect_after_the_headers_stops_the_attempts(asking: httpx.Client,
     assert ranked.asked == [1, 0, 0, 0]
 
 
-def test_the_official_client_ignores_the_comments(ranked: Ranked) -> None:
+def test_the_official_client_ignores_the_comments(ranked: RankedProxy) -> None:
     ranked.models[0].then(Step(delay_s=0.7))
     with openai.OpenAI(base_url=f"{ranked.proxy.url}/v1", api_key="-", max_retries=0) as client:
         stream = client.chat.completions.create(model="auto", messages=ASK, stream=True)

@@ -10,7 +10,8 @@ import pytest
 from starlette.types import Message, Scope
 
 from proxy.errors import ClientDisconnected
-from proxy.server.requests import DISCONNECT, DisconnectEvent, cancel_on_disconnect
+from proxy.server.disconnects import DisconnectEvent, cancel_on_disconnect
+from proxy.server.requests import DISCONNECT
 
 
 class Client:

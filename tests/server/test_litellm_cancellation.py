@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from proxy.settings.models import ModelInfo
+from proxy.settings.model_config import ModelInfo
 from proxy.settings.schema import Settings
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from proxy.upstream.litellm_client import LiteLLMClient
 from tests.server.test_other_formats import BEGIN
 from tests.support.raw_upstream import CHUNK, RawUpstream, Reply, chunked

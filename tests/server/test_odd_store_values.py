@@ -20,7 +20,7 @@ from proxy.profiling.worker import STREAM
 from proxy.server.reservations import PREFIX
 from proxy.storage.audit_log import AUDIT
 from proxy.storage.client_keys import ClientKey
-from proxy.storage.models import ModelRecord, StoredProfile
+from proxy.storage.records import ModelRecord, StoredProfile
 from proxy.storage.redis import CHANGED, KEYS, MODELS, PREVIOUS_PROFILES, PRICING, PROFILES, VERSION, price_key
 from proxy.upstream.health import CHANNEL, health_key
 from router_core.errors import InvalidInput

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from proxy.errors import UpstreamError
-from proxy.routing.fingerprints import TurnFingerprints, inspect_history, latest_user_text
-from proxy.settings.models import ModelInfo
+from proxy.routing.affinity import TurnFingerprints, inspect_history, latest_user_text
+from proxy.settings.model_config import ModelInfo
 from proxy.settings.schema import Settings
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from proxy.upstream.litellm_client import LiteLLMClient
 from tests.support.scripted_answers import Step
 from tests.support.scripted_upstream import ScriptedUpstream

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 
 from proxy.server.startup import check_named_models, validate_files
-from proxy.settings.models import SettingsError
+from proxy.settings.model_config import SettingsError
 from proxy.settings.schema import Settings, load_settings
 from router_core.estimators import ESTIMATORS
 from tests.support.command import environment, run_command

@@ -12,8 +12,8 @@ import pytest
 
 from proxy.errors import BudgetExceeded, RateLimited
 from proxy.server.metrics import Metrics
-from proxy.server.ratelimit import RateLimiter, Reservation, duration, format_usd, next_start
-from proxy.server.reservations import PREFIX, SETTLE, ReservationRequest, state_key
+from proxy.server.ratelimit import RateLimiter, duration, format_usd, next_start
+from proxy.server.reservations import PREFIX, SETTLE, Reservation, ReservationRequest, state_key
 from proxy.server.responses import render_error
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.redis import Store
@@ -32,7 +32,7 @@ def a_request(name: str = "r", *, tokens: int = 0, picousd: int = 0) -> Reservat
 
 async def settle(store: Store, reservation: Reservation, *, tokens: int | str = "", picousd: int | str = "") -> None:
     """As the usage record does."""
-    arguments = [reservation.key_id, reservation.reservation or "", str(tokens), str(picousd), "2026-01-01", "2026-01"]
+    arguments = [reservation.key_id, reservation.id or "", str(tokens), str(picousd), "2026-01-01", "2026-01"]
     await store.client.register_script(SETTLE)(keys=[state_key(reservation.key_id)], args=arguments)
 
 
@@ -107,7 +107,7 @@ async def test_tokens_without_a_reservation_are_no_debt(store: Store, limiter: R
     await limiter.reserve(key, a_request("1", tokens=10))
     await settle(store, Reservation(key.id, None, {}), tokens=30_000)
 
-    assert (await limiter.reserve(key, a_request("2", tokens=900))).reservation == "2"
+    assert (await limiter.reserve(key, a_request("2", tokens=900))).id == "2"
 
 
 async def test_a_request_that_can_never_fit_must_not_be_retried(limiter: RateLimiter) -> None:
@@ -140,9 +140,9 @@ async def test_what_an_answer_used_counts_before_its_usage_record_and_once_after
 ) -> None:
     key = a_key(usd_per_day=0.05, tokens_per_minute=1000)
     reservation = await limiter.reserve(key, a_request("1", tokens=900, picousd=4 * CENT))
-    settling = reservation.used(100, 3 * CENT)
-    assert settling is not None
-    await settling
+    settlement = reservation.settle(100, 3 * CENT)
+    assert settlement is not None
+    await settlement
     again = await second.reserve(key, a_request("2", tokens=800, picousd=CENT))
     with pytest.raises(BudgetExceeded, match=r"\$0.03 are spent, \$0.01 are set aside"):
         await limiter.reserve(key, a_request("3", picousd=2 * CENT))
@@ -155,9 +155,9 @@ async def test_what_an_answer_used_counts_before_its_usage_record_and_once_after
 
 async def test_a_cost_beyond_the_reservation_is_spent_at_once(limiter: RateLimiter) -> None:
     key = a_key(usd_per_day=0.05)
-    settling = (await limiter.reserve(key, a_request("1", picousd=CENT))).used(None, 6 * CENT)
-    assert settling is not None
-    await settling
+    settlement = (await limiter.reserve(key, a_request("1", picousd=CENT))).settle(None, 6 * CENT)
+    assert settlement is not None
+    await settlement
 
     with pytest.raises(BudgetExceeded, match="begins again"):
         await limiter.reserve(key, a_request("2", picousd=1))
@@ -166,9 +166,9 @@ async def test_a_cost_beyond_the_reservation_is_spent_at_once(limiter: RateLimit
 async def test_an_unknown_cost_counts_as_reserved(store: Store, limiter: RateLimiter) -> None:
     key = a_key(usd_per_day=0.05)
     reservation = await limiter.reserve(key, a_request("1", picousd=4 * CENT))
-    settling = reservation.used(None, None)
-    assert settling is not None
-    await settling
+    settlement = reservation.settle(None, None)
+    assert settlement is not None
+    await settlement
     with pytest.raises(BudgetExceeded, match=r"\$0.04 are spent"):
         await limiter.reserve(key, a_request("2", picousd=2 * CENT))
     await settle(store, reservation)
@@ -178,7 +178,7 @@ async def test_an_unknown_cost_counts_as_reserved(store: Store, limiter: RateLim
 
 
 async def test_a_key_with_only_a_request_limit_costs_no_round_trip_at_the_end(limiter: RateLimiter) -> None:
-    assert (await limiter.reserve(a_key(requests_per_minute=5), a_request("1"))).used(100, CENT) is None
+    assert (await limiter.reserve(a_key(requests_per_minute=5), a_request("1"))).settle(100, CENT) is None
 
 
 async def test_a_request_refused_for_pending_reservations_may_be_retried_soon(limiter: RateLimiter) -> None:
@@ -194,7 +194,7 @@ async def test_a_request_that_costs_nothing_is_within_any_budget(store: Store, l
     key = a_key(usd_per_day=0.01)
     await settle(store, await limiter.reserve(key, a_request("1", picousd=CENT)), picousd=2 * CENT)
 
-    assert (await limiter.reserve(key, a_request("2"))).reservation == "2"
+    assert (await limiter.reserve(key, a_request("2"))).id == "2"
 
 
 async def test_a_released_reservation_can_be_used_at_once_and_is_released_once(
@@ -210,7 +210,7 @@ async def test_a_released_reservation_can_be_used_at_once_and_is_released_once(
     assert await reserved(store, key) == CENT
     again = await limiter.reserve(key, a_request("3", tokens=900, picousd=4 * CENT))
     assert int(again.headers["x-ratelimit-remaining-tokens"]) <= 60
-    assert kept.reservation == "2"
+    assert kept.id == "2"
 
 
 async def test_the_reservation_of_a_dead_process_expires(store: Store, limiter: RateLimiter) -> None:
@@ -218,7 +218,7 @@ async def test_the_reservation_of_a_dead_process_expires(store: Store, limiter: 
     await limiter.reserve(key, a_request("1", picousd=5 * CENT))
     await store.client.zadd(f"{PREFIX}{{{key.id}}}:open", {"1": 0})
 
-    assert (await limiter.reserve(key, a_request("2", picousd=5 * CENT))).reservation == "2"
+    assert (await limiter.reserve(key, a_request("2", picousd=5 * CENT))).id == "2"
     assert await reserved(store, key) == 5 * CENT
 
 

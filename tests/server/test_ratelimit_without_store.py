@@ -61,7 +61,7 @@ async def test_without_redis_rates_hold_in_this_process(away: Store) -> None:
     first = await limiter.reserve(key, a_request("1", tokens=900))
     with pytest.raises(RateLimited, match="tokens per minute"):
         await limiter.reserve(key, a_request("2", tokens=200))
-    first.used(100, None)
+    first.settle(100, None)
     second = await limiter.reserve(key, a_request("3", tokens=200))
     await limiter.reserve(key, a_request("4", tokens=200))
     with pytest.raises(RateLimited, match="requests per minute"):
@@ -106,14 +106,14 @@ async def test_only_the_first_request_waits_for_a_frozen_redis_and_limits_resume
     with frozen(int(info["process_id"])):
         with pytest.raises(ServiceUnavailable):
             await limiter.reserve(key, a_request("first", picousd=CENT))
-        assert before.used(None, CENT) is None  # an answer ends without waiting, and its record settles it
+        assert before.settle(None, CENT) is None  # an answer ends without waiting, and its record settles it
         for number in range(200):
             without_waiting(limiter.reserve(rated, a_request(str(number))))
             with pytest.raises(ServiceUnavailable):
                 await limiter.reserve(key, a_request(f"later-{number}", picousd=CENT))
     await until(lambda: not limiter.silent and not limiter._orphans)
 
-    assert (await limiter.reserve(key, a_request("after", picousd=CENT))).reservation == "after"
+    assert (await limiter.reserve(key, a_request("after", picousd=CENT))).id == "after"
     assert await store.client.hget(state_key(key.id), "reserved") == str(2 * CENT)
     await limiter.close()
     await store.close()
@@ -143,7 +143,7 @@ async def test_an_unreadable_entry_of_one_key_affects_no_other_key(
     for number in range(3):
         with pytest.raises(ServiceUnavailable):
             await limiter.reserve(spoilt, a_request(f"s{number}", picousd=CENT))
-        assert (await limiter.reserve(good, a_request(f"g{number}", picousd=CENT))).reservation == f"g{number}"
+        assert (await limiter.reserve(good, a_request(f"g{number}", picousd=CENT))).id == f"g{number}"
 
     assert [spoilt.id in record.message for record in caplog.records if record.levelname == "WARNING"] == [True]
     await limiter.close()

@@ -12,15 +12,15 @@ from proxy.routing.selection import Selection
 from proxy.server.reservations import (
     MARGIN_S,
     MAX_PICOUSD,
-    Demand,
     ReservationRequest,
+    UsageEstimate,
     drop_pricier_fallbacks,
-    estimate_reservation,
     limit_to_reserved,
+    reservation_request,
 )
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import KeyLimits
-from proxy.storage.models import ResolvedProvider, StoredProfile
+from proxy.storage.records import ResolvedProvider, StoredProfile
 from proxy.storage.snapshot import RoutingSnapshot, build_state
 from proxy.storage.state_reader import StoredState
 from router_core.types import Requirements
@@ -38,7 +38,7 @@ def a_choice(*order: str, prompt: int = 1000, needs: Requirements | None = None)
 
 
 def reserved(choice: Selection, state: RoutingSnapshot, limits: KeyLimits, **body: Any) -> ReservationRequest:
-    return estimate_reservation(Demand(choice, body, state, SETTINGS), limits)
+    return reservation_request(UsageEstimate(choice, body, state, SETTINGS), limits)
 
 
 @pytest.fixture(scope="module")
@@ -197,11 +197,13 @@ def test_if_money_is_limited_no_model_is_tried_without_a_reservation() -> None:
 def test_pricier_fallbacks_can_be_dropped(state: RoutingSnapshot) -> None:
     body = {"max_tokens": 100}
 
-    assert drop_pricier_fallbacks(Demand(a_choice("cheap", "dear", "short"), body, state, SETTINGS)).candidates == (
+    assert drop_pricier_fallbacks(
+        UsageEstimate(a_choice("cheap", "dear", "short"), body, state, SETTINGS)
+    ).candidates == (
         "cheap",
         "short",
     )
-    assert drop_pricier_fallbacks(Demand(a_choice("dear", "cheap"), body, state, SETTINGS)).candidates == (
+    assert drop_pricier_fallbacks(UsageEstimate(a_choice("dear", "cheap"), body, state, SETTINGS)).candidates == (
         "dear",
         "cheap",
     )

@@ -162,7 +162,7 @@ def test_every_metric_of_the_registry_is_of_the_shared_kind(tmp_path: Path) -> N
     assert kinds == {FastCounter, FastHistogram, FastGauge}
     other.errors.labels("500").inc()
     other.in_flight = 3
-    other.look()
+    other.refresh()
     exposed = one.expose().decode()
     assert 'uniroute_errors_total{status="500"} 1.0' in exposed
     assert "uniroute_in_flight 3.0" in exposed

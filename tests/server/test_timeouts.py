@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.ranked import Ranked, ask, error_of
+from tests.server.ranked_proxy import RankedProxy, ask, error_of
 from tests.server.test_streaming import read_stream, text_of
 from tests.support.scripted_answers import Step
 
@@ -17,7 +17,7 @@ SOON = {"timeouts": {"first_token_s": 1.0}}
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_model_that_sends_nothing_is_abandoned_for_the_next(
-    asking: httpx.Client, ranked: Ranked, stream: bool
+    asking: httpx.Client, ranked: RankedProxy, stream: bool
 ) -> None:
     ranked.models[0].then(Step(hang=True))
     reply = ask(asking, stream=stream, uniroute=SOON)
@@ -27,14 +27,16 @@ def test_a_model_that_sends_nothing_is_abandoned_for_the_next(
     assert ranked.models[0].last.client_left.wait(60)
 
 
-def test_a_stream_that_begins_without_content_is_abandoned_for_the_next(asking: httpx.Client, ranked: Ranked) -> None:
+def test_a_stream_that_begins_without_content_is_abandoned_for_the_next(
+    asking: httpx.Client, ranked: RankedProxy
+) -> None:
     ranked.models[0].then(Step(message={"content": "late"}, drip_s=600))
     _, events = read_stream(asking, model="auto", uniroute=SOON)
 
     assert text_of(events) == "The second answer."
 
 
-def test_the_error_names_the_timeout_that_expired(asking: httpx.Client, ranked: Ranked) -> None:
+def test_the_error_names_the_timeout_that_expired(asking: httpx.Client, ranked: RankedProxy) -> None:
     ranked.models[0].then(Step(hang=True))
     reply = ask(asking, model="first", uniroute=SOON)
 
@@ -42,7 +44,7 @@ def test_the_error_names_the_timeout_that_expired(asking: httpx.Client, ranked: 
     assert "first gave no answer within 1 s (first_token_timeout_s)" in reply.json()["error"]["message"]
 
 
-def test_all_attempts_share_one_deadline(asking: httpx.Client, ranked: Ranked) -> None:
+def test_all_attempts_share_one_deadline(asking: httpx.Client, ranked: RankedProxy) -> None:
     for model in ranked.models:
         model.always = Step(hang=True)
     reply = ask(asking, uniroute={"timeouts": {"first_token_s": 1.0, "total_s": 1.9}})
@@ -52,14 +54,14 @@ def test_all_attempts_share_one_deadline(asking: httpx.Client, ranked: Ranked) -
     assert ranked.asked == [1, 1, 0, 0]
 
 
-def test_a_request_cannot_raise_a_timeout_above_the_settings(asking: httpx.Client, ranked: Ranked) -> None:
+def test_a_request_cannot_raise_a_timeout_above_the_settings(asking: httpx.Client, ranked: RankedProxy) -> None:
     ranked.models[0].then(Step(hang=True))
     reply = ask(asking, model="first", uniroute={"timeouts": {"total_s": 500, "first_token_s": 500}})
 
     assert reply.status_code == 504
 
 
-def test_a_stream_that_falls_silent_ends_with_an_error(asking: httpx.Client, ranked: Ranked) -> None:
+def test_a_stream_that_falls_silent_ends_with_an_error(asking: httpx.Client, ranked: RankedProxy) -> None:
     ranked.models[0].then(Step(events=[_said("So")], drip_s=600))
     _, events = read_stream(asking, model="auto")
 
@@ -67,14 +69,14 @@ def test_a_stream_that_falls_silent_ends_with_an_error(asking: httpx.Client, ran
     assert "silent for 1 s (idle_timeout_s)" in error_of(events)
 
 
-def test_a_stream_that_never_ends_is_ended(asking: httpx.Client, ranked: Ranked) -> None:
+def test_a_stream_that_never_ends_is_ended(asking: httpx.Client, ranked: RankedProxy) -> None:
     ranked.models[0].then(Step(message={"content": "drip " * 1000}, drip_s=0.1))
     _, events = read_stream(asking, model="auto")
 
     assert "stream_timeout_s" in error_of(events)
 
 
-def test_a_model_may_have_timeouts_of_its_own(asking: httpx.Client, ranked: Ranked) -> None:
+def test_a_model_may_have_timeouts_of_its_own(asking: httpx.Client, ranked: RankedProxy) -> None:
     body = {
         "model_name": "hasty",
         "litellm_params": {"model": "openai/hasty", "api_base": ranked.models[0].url},
@@ -89,7 +91,7 @@ def test_a_model_may_have_timeouts_of_its_own(asking: httpx.Client, ranked: Rank
     assert "within 0.25 s" in reply.json()["error"]["message"]
 
 
-def test_a_connection_that_is_not_accepted_times_out(asking: httpx.Client, ranked: Ranked) -> None:
+def test_a_connection_that_is_not_accepted_times_out(asking: httpx.Client, ranked: RankedProxy) -> None:
     with full_backlog() as port:
         body = {
             "model_name": "deaf",

@@ -10,7 +10,7 @@ import pytest
 from proxy.errors import UpstreamError
 from proxy.settings.outbound import Outbound, OutboundError, Proxies, ssl_context, trust_of
 from proxy.settings.schema import Settings
-from proxy.storage.price_feed import PriceFeedError, fetch_catalog
+from proxy.storage.price_feed import PriceFeedError, fetch_price_map
 from proxy.upstream.client import UpstreamClient
 from tests.support.direct_calls import KEY, a_model, failing, streamed, whole
 from tests.support.raw_upstream import RawUpstream, plain
@@ -220,10 +220,10 @@ async def test_the_price_feed_uses_the_same_proxies(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("NO_PROXY", "localhost,[::1]")
     async with RawUpstream(plain(b"{}")) as server:
         with pytest.raises(PriceFeedError, match="prices stay as they are"):
-            await fetch_catalog(server.url)
+            await fetch_price_map(server.url)
         assert len(server.heads) == 1
     with pytest.raises(PriceFeedError, match="HTTP_PROXY names a SOCKS proxy"):
-        await fetch_catalog(FAR)
+        await fetch_price_map(FAR)
 
 
 def way(forward: str) -> dict[str, Any]:

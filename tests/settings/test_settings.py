@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.settings.models import SettingsError, check_model_name, resolve_secret
+from proxy.settings.model_config import SettingsError, check_model_name, resolve_secret
 from proxy.settings.schema import Settings, check_exposure, load_settings, setting_names
 
 ONE_MODEL = """

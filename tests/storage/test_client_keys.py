@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from proxy.storage.client_keys import NO_LIMITS, ClientKey, InvalidKey, KeyChange, KeyLimits
-from proxy.storage.models import InvalidRecord
+from proxy.storage.records import InvalidRecord
 
 OLD = ClientKey("id", "team", "0a", 1.0)
 WHOLE = ClientKey(

@@ -12,10 +12,10 @@ from threading import Thread
 
 import pytest
 
-from proxy.cli.tools import sync_once
+from proxy.cli.models import sync_once
 from proxy.concurrency import cancel_and_wait
 from proxy.settings.schema import Settings
-from proxy.storage.price_feed import PriceFeed, PriceFeedError, fetch_catalog, sync_prices
+from proxy.storage.price_feed import PriceFeed, PriceFeedError, fetch_price_map, sync_prices
 from proxy.storage.redis import Store
 from router_core.documents import MAX_PRICES_BYTES
 from router_core.types import Price
@@ -124,13 +124,13 @@ async def test_model_info_yields_to_a_feed_but_not_to_the_bundled_map(store: Sto
 )
 async def test_a_broken_feed_changes_no_price(body: object, status: int, what: str) -> None:
     with a_feed(body, status, location="http://127.0.0.1:9/") as url, pytest.raises(PriceFeedError, match=what):
-        await fetch_catalog(url)
+        await fetch_price_map(url)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/none", "file:///etc/passwd", "http://[", ""])
 async def test_an_unreachable_feed_is_a_clear_error(url: str) -> None:
     with pytest.raises(PriceFeedError, match="price feed"):
-        await fetch_catalog(url)
+        await fetch_price_map(url)
 
 
 async def test_the_feed_is_read_again_after_it_was_broken(store: Store, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from proxy.settings.models import ModelInfo
-from proxy.storage.price_map import CatalogEntry, InvalidPriceMap, bundled_catalog, parse_price_map
+from proxy.settings.model_config import ModelInfo
+from proxy.storage.price_map import InvalidPriceMap, PriceMapEntry, bundled_price_map, parse_price_map
 from proxy.storage.snapshot import capabilities_of, price_of
 from router_core.types import CAPABILITY_NAMES, Capabilities, Price
 
@@ -20,7 +20,7 @@ ONE = {
 
 @pytest.mark.parametrize("model", ["gpt-4o", "openai/gpt-4o", "azure/gpt-4o", "anthropic/claude-sonnet-4-6"])
 def test_the_bundled_map_knows_the_usual_spellings(model: str) -> None:
-    entry = bundled_catalog().find(model)
+    entry = bundled_price_map().find(model)
     assert entry is not None
     assert entry.price is not None
     assert entry.capabilities.tools is True
@@ -28,9 +28,9 @@ def test_the_bundled_map_knows_the_usual_spellings(model: str) -> None:
 
 
 def test_names_of_bedrock_and_vertex_are_found_below_their_routes() -> None:
-    catalog = bundled_catalog()
-    assert catalog.find("bedrock/converse/anthropic.claude-sonnet-4-6") is not None
-    assert catalog.find("vertex_ai/gemini-2.5-pro") is not None
+    price_map = bundled_price_map()
+    assert price_map.find("bedrock/converse/anthropic.claude-sonnet-4-6") is not None
+    assert price_map.find("vertex_ai/gemini-2.5-pro") is not None
 
 
 def test_the_entry_of_another_provider_is_not_used() -> None:
@@ -40,11 +40,11 @@ def test_the_entry_of_another_provider_is_not_used() -> None:
 
 
 def test_a_zero_in_the_map_is_a_price_only_where_models_run_locally() -> None:
-    ollama = bundled_catalog().find("ollama/llama3")
+    ollama = bundled_price_map().find("ollama/llama3")
     assert ollama is not None
     assert ollama.price is not None
     assert ollama.price.input_cost_per_token == 0
-    trial = bundled_catalog().find("gemini/gemini-exp-1206")
+    trial = bundled_price_map().find("gemini/gemini-exp-1206")
     assert trial is not None
     assert trial.price is None
 
@@ -67,18 +67,18 @@ def test_one_broken_entry_makes_the_whole_map_invalid(broken: object) -> None:
 
 def test_reading_the_map_imports_no_litellm() -> None:
     program = (
-        "import sys; from proxy.storage.price_map import bundled_catalog as b; b(); sys.exit('litellm' in sys.modules)"
+        "import sys; from proxy.storage.price_map import bundled_price_map as b; b();sys.exit('litellm' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_odd_numbers_and_modes_are_unknown() -> None:
     listed = {"input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6, "max_input_tokens": 10**400}
-    catalog = parse_price_map({"m": listed, "odd": {"mode": ["chat"]}})
-    entry = catalog.find("m")
+    price_map = parse_price_map({"m": listed, "odd": {"mode": ["chat"]}})
+    entry = price_map.find("m")
     assert entry is not None
     assert entry.capabilities.max_input_tokens is None
-    assert len(catalog) == 1
+    assert len(price_map) == 1
 
 
 def known_of(**listed: Any) -> Capabilities:
@@ -129,13 +129,13 @@ def test_the_old_name_of_a_limit_is_the_window_only_where_it_is_not_the_output()
 
 
 def test_the_bundled_map_has_models_with_every_capability() -> None:
-    known = [entry.capabilities for entry in bundled_catalog()]
+    known = [entry.capabilities for entry in bundled_price_map()]
 
     assert all(any(getattr(each, ability) is True for each in known) for ability in CAPABILITY_NAMES)
 
 
 def test_model_info_wins_over_the_map_for_every_capability() -> None:
-    known = CatalogEntry("openai", None, Capabilities(**dict.fromkeys(CAPABILITY_NAMES, False)))
+    known = PriceMapEntry("openai", None, Capabilities(**dict.fromkeys(CAPABILITY_NAMES, False)))
     stated: Any = {name: True for name in ModelInfo.model_fields if name.startswith("supports_")}
 
     assert capabilities_of(ModelInfo(), known) == known.capabilities
@@ -144,7 +144,7 @@ def test_model_info_wins_over_the_map_for_every_capability() -> None:
 
 def test_the_bundled_map_knows_the_prices_of_long_prompts() -> None:
     gemini, qwen = (
-        bundled_catalog().find(name) for name in ("gemini/gemini-2.5-pro", "dashscope/qwen-plus-2025-07-28")
+        bundled_price_map().find(name) for name in ("gemini/gemini-2.5-pro", "dashscope/qwen-plus-2025-07-28")
     )
     assert gemini is not None
     assert gemini.price is not None
@@ -152,7 +152,7 @@ def test_the_bundled_map_knows_the_prices_of_long_prompts() -> None:
     assert qwen.price is not None
     assert [gemini.price.at(tokens).input_cost_per_token for tokens in (200_000, 200_001)] == [1.25e-6, 2.5e-6]
     assert [qwen.price.at(tokens).output_cost_per_reasoning_token for tokens in (1, 256_001)] == [4e-6, 1.2e-5]
-    assert sum(bool(entry.price and entry.price.tiers) for entry in bundled_catalog()) > 200
+    assert sum(bool(entry.price and entry.price.tiers) for entry in bundled_price_map()) > 200
 
 
 def test_a_missing_price_of_a_listed_tier_is_its_input_price() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from proxy.profiling.worker import GROUP, STREAM, JobBroker
-from proxy.settings.models import SettingsError
+from proxy.settings.model_config import SettingsError
 from proxy.settings.redis_address import RedisAddress
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import AuthRequiredLatch

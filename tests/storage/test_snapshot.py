@@ -193,7 +193,7 @@ async def test_live_traffic_changes_the_pool_but_not_the_profile(store: Store, t
     registry = a_registry(store, tmp_path)
     await registry.add_model(a_record())
     await registry.put_profile(a_record(), a_profile())
-    async with started_watcher(store, tmp_path, live=live) as watcher:
+    async with started_watcher(store, tmp_path, traffic_stats=live) as watcher:
         for _ in range(300):
             live.observe("small", [0, 1], [0.5, 0.5], tokens=900, seconds=9.0)
         await registry.put_price("small", Price(1e-6, 1e-6))
@@ -219,7 +219,7 @@ async def test_a_state_that_makes_no_snapshot_does_not_stop_the_watcher(
 ) -> None:
     monkeypatch.setattr("proxy.storage.snapshot.UNUSABLE_INTERVAL_S", 0.05)
     registry, live = a_registry(store, tmp_path, "small"), BrokenOnce(4)
-    async with started_watcher(store, tmp_path, a_record(source="config"), live=live) as watcher:
+    async with started_watcher(store, tmp_path, a_record(source="config"), traffic_stats=live) as watcher:
         await registry.put_profile(a_record(), a_profile())
         await until(lambda: watcher.current.model_state("small") == "ready")
     assert live.asked > 1

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import UpstreamError
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from proxy.upstream.client import UpstreamClient
 from tests.support.makers import a_record
 from tests.support.raw_upstream import CHUNK, DONE, END, JSON, RawUpstream, Reply, chunked

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from proxy.settings.models import ModelInfo
+from proxy.settings.model_config import ModelInfo
 from proxy.storage.client_keys import AuthRequiredLatch
-from proxy.storage.models import ModelRecord
-from proxy.storage.price_map import bundled_catalog
+from proxy.storage.price_map import bundled_price_map
+from proxy.storage.records import ModelRecord
 from proxy.storage.redis import Store
 from proxy.storage.registry import Registry
 from proxy.storage.snapshot import SnapshotInputs, SnapshotWatcher, TrafficStats
@@ -37,9 +37,11 @@ def a_profile(errors: Sequence[float] = (0.1, 0.2, 0.3, 0.4), map_id: str = CORN
 
 
 def snapshot_inputs(
-    *configured: ModelRecord, live: TrafficStats | None = None, cluster_map: ClusterMap = CORNERS
+    *configured: ModelRecord, traffic_stats: TrafficStats | None = None, cluster_map: ClusterMap = CORNERS
 ) -> SnapshotInputs:
-    return SnapshotInputs(cluster_map, {record.name: record for record in configured}, bundled_catalog(), live=live)
+    return SnapshotInputs(
+        cluster_map, {record.name: record for record in configured}, bundled_price_map(), traffic_stats=traffic_stats
+    )
 
 
 def a_registry(store: Store, folder: Path, *configured: str) -> Registry:
@@ -51,11 +53,11 @@ async def started_watcher(
     store: Store,
     folder: Path,
     *configured: ModelRecord,
-    live: TrafficStats | None = None,
+    traffic_stats: TrafficStats | None = None,
     cluster_map: ClusterMap = CORNERS,
 ) -> AsyncIterator[SnapshotWatcher]:
     """A started StateHolder: what one more process would see."""
-    around = snapshot_inputs(*configured, live=live, cluster_map=cluster_map)
+    around = snapshot_inputs(*configured, traffic_stats=traffic_stats, cluster_map=cluster_map)
     holder = SnapshotWatcher(store, around, AuthRequiredLatch(folder))
     await holder.start()
     try:

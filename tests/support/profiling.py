@@ -19,7 +19,7 @@ from proxy.profiling.job_store import Job
 from proxy.profiling.jobs import Jobs
 from proxy.profiling.model_client import RetryPolicy, UpstreamModelClient
 from proxy.settings.schema import Settings
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from proxy.storage.redis import Store
 from proxy.storage.registry import Registry
 from proxy.storage.snapshot import SnapshotWatcher

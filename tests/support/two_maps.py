@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from proxy.profiling.job_store import Job
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from proxy.storage.redis import Store
 from router_core.clustering import ClusterMap
 from router_core.profiles import Profile

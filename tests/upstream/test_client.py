@@ -10,7 +10,7 @@ import pytest
 
 from proxy.errors import UpstreamError
 from proxy.settings.schema import Settings
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.litellm_client import LiteLLMClient, LiteLLMTarget
 from proxy.upstream.litellm_resolver import resolve_with_litellm

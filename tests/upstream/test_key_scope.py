@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from proxy.errors import BadRequest, UpstreamError
-from proxy.settings.models import SettingsError
+from proxy.settings.model_config import SettingsError
 from proxy.settings.schema import Settings
-from proxy.storage.models import ModelRecord, ResolvedProvider
+from proxy.storage.records import ModelRecord, ResolvedProvider
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.endpoint import check_secrets_stay, is_own_address
 from proxy.upstream.litellm_client import LiteLLMClient

@@ -11,7 +11,7 @@ import pytest
 from proxy.errors import LiteLLMUnavailable
 from proxy.server.responses import render_error
 from proxy.settings.schema import CircuitBreakerSettings, Settings
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from proxy.upstream import client as upstreams
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.health import HealthRegistry

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from proxy.errors import ServiceUnavailable
-from proxy.settings.models import ModelInfo
-from proxy.storage.models import ModelRecord, ResolvedProvider
+from proxy.settings.model_config import ModelInfo
+from proxy.storage.records import ModelRecord, ResolvedProvider
 from proxy.upstream import litellm_resolver as lookup
 from proxy.upstream.client import is_direct
 from proxy.upstream.provider_resolution import CACHE_FILE, Resolver

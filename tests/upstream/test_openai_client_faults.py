@@ -6,7 +6,7 @@ import gzip
 
 import pytest
 
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.pool import MAX_HEADER_VALUE_BYTES
 from tests.support.direct_calls import BODY, SHORT, WHOLE, a_model, failing, streamed, whole

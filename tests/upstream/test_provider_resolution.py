@@ -12,10 +12,10 @@ import pytest
 
 from proxy.errors import BadRequest, UpstreamError
 from proxy.settings.litellm_params import is_openai_url
-from proxy.settings.models import ModelInfo
+from proxy.settings.model_config import ModelInfo
 from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
-from proxy.storage.models import ModelRecord, ResolvedProvider
+from proxy.storage.records import ModelRecord, ResolvedProvider
 from proxy.upstream.client import UpstreamClient, is_direct
 from proxy.upstream.endpoint import Endpoints, url_of
 from proxy.upstream.provider_resolution import CACHE_FILE, Resolver, resolve_static

@@ -13,10 +13,11 @@ from proxy.errors import BadRequest
 from proxy.routing.chat_request import parse_chat
 from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
-from proxy.storage.models import ResolvedProvider
-from proxy.upstream.chunk_reader import parse_chunk
+from proxy.storage.records import ResolvedProvider
+from proxy.upstream.chunk_reader import ChunkReader
 from proxy.upstream.endpoint import Endpoints, build_body
 from proxy.upstream.payload import JSONPayload, parse, replace_model
+from proxy.upstream.sse import format_event
 from tests.support.makers import a_record
 
 ASK: Any = [{"role": "user", "content": "hi"}]
@@ -156,7 +157,7 @@ def test_only_the_model_of_a_response_is_replaced(
 @pytest.mark.parametrize("name", ["choices", "delta"])
 def test_a_completed_chunk_keeps_its_numbers(name: str) -> None:
     odd = {"choices": None} if name == "choices" else {"choices": [{"index": 0, "delta": None}]}
-    chunk = parse_chunk(json.dumps({**odd, "big": 10**40}).encode())
+    (chunk,) = ChunkReader().feed(format_event({**odd, "big": 10**40}))
 
     assert json.loads(chunk.with_model("ours"))["big"] == 10**40
 

@@ -16,9 +16,9 @@ import pytest
 from proxy.errors import ResponseMemoryFull, ResponseTooLarge, UpstreamError
 from proxy.json_limits import MAX_VALUES, MAX_VALUES_AT_ONCE, SMALL_BYTES
 from proxy.server.responses import render_error
-from proxy.settings.models import ModelInfo
+from proxy.settings.model_config import ModelInfo
 from proxy.settings.schema import CircuitBreakerSettings, Settings
-from proxy.storage.models import ModelRecord
+from proxy.storage.records import ModelRecord
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.health import HealthRegistry
 from proxy.upstream.response_memory import HeldMemory, ResponseBounds, ResponseMemory

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from proxy.errors import UpstreamError
-from proxy.settings.models import ModelInfo
-from proxy.storage.models import ModelRecord
+from proxy.settings.model_config import ModelInfo
+from proxy.storage.records import ModelRecord
 from proxy.upstream.client import UpstreamClient
 from tests.support.direct_calls import BODY, KEY, a_model, failing, streamed, whole
 from tests.support.raw_upstream import CHUNK, DONE, END, JSON, RawUpstream, Reply, chunked, plain

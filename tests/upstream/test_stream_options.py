@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from proxy.settings.models import ModelInfo
-from proxy.storage.models import ModelRecord
+from proxy.settings.model_config import ModelInfo
+from proxy.storage.records import ModelRecord
 from proxy.upstream.client import UpstreamClient
 from tests.support.direct_calls import BODY, a_model, failing, streamed
 from tests.support.raw_upstream import CHUNK, END, RawUpstream, Reply, chunked, plain

@@ -15,7 +15,7 @@ from subprocess import Popen
 
 import yaml
 
-from proxy.settings.models import ModelInfo
+from proxy.settings.model_config import ModelInfo
 from router_core.artifact import load_map
 from tests.bench.overhead.processes import free_port, started, until_it_answers
 from tests.support.command import ADMIN_KEY, ROOT, environment

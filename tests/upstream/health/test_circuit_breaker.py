@@ -9,12 +9,12 @@ from tests.upstream.health.makers import started
 FAILED = FailureClass(FailureKind.TRANSIENT, "status 500")
 CALLERS = FailureClass(FailureKind.CALLER_ERROR, "status 400")
 UNSENT = FailureClass(FailureKind.NOT_SENT, "status 400")
-OUR_KEY = FailureClass(FailureKind.PERMANENT, "status 401")
-OUR_ADDRESS = FailureClass(FailureKind.PERMANENT_UNLESS_HEALTHY, "status 404")
+OUR_KEY = FailureClass(FailureKind.OPENS_AT_ONCE, "status 401")
+OUR_ADDRESS = FailureClass(FailureKind.OPENS_UNLESS_HEALTHY, "status 404")
 
 
 def asked_for(seconds: float) -> FailureClass:
-    return FailureClass(FailureKind.PERMANENT, "status 429", seconds)
+    return FailureClass(FailureKind.OPENS_AT_ONCE, "status 429", seconds)
 
 
 def a_breaker(**policy: float) -> CircuitBreaker:

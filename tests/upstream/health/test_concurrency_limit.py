@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from proxy.errors import ModelAtCapacity
 from proxy.server.responses import render_error
-from proxy.settings.models import ModelInfo
+from proxy.settings.model_config import ModelInfo
 from proxy.upstream.concurrency_limit import ConcurrencyLimiter, ConcurrencyLimits
 from tests.upstream.health.makers import Clock
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from proxy.errors import BadRequest
-from proxy.server.key_bodies import parse_body
-from proxy.server.model_bodies import NewModel
-from proxy.settings.models import ModelInfo, SettingsError
+from proxy.server.admin_bodies import NewModel
+from proxy.server.strict_bodies import parse_body
+from proxy.settings.model_config import ModelInfo, SettingsError
 from proxy.settings.schema import CircuitBreakerSettings, Settings, load_settings
 
 

@@ -10,8 +10,8 @@ from tests.upstream.health.makers import a_failure
 
 WEIGHTS = {
     FailureKind.TRANSIENT: [408, 429, 500, 501, 502, 503, 504, 529, 599],
-    FailureKind.PERMANENT: [401, 402],
-    FailureKind.PERMANENT_UNLESS_HEALTHY: [403, 404, 405, 410],
+    FailureKind.OPENS_AT_ONCE: [401, 402],
+    FailureKind.OPENS_UNLESS_HEALTHY: [403, 404, 405, 410],
     FailureKind.CALLER_ERROR: [400, 409, 413, 415, 422, 425, 451],
 }
 ROWS = [(status, weight) for weight, statuses in WEIGHTS.items() for status in statuses]
@@ -34,7 +34,7 @@ def test_no_response_is_transient(timed_out: bool) -> None:
 def test_a_wait_is_honoured_for_the_statuses_that_may_state_one(status: int, honoured: bool) -> None:
     verdict = classify_failure(a_failure(status, headers={"retry-after": "9"}), 0.0)
     assert verdict.wait_s == (9.0 if honoured else None)
-    assert (verdict.kind is FailureKind.PERMANENT) is honoured
+    assert (verdict.kind is FailureKind.OPENS_AT_ONCE) is honoured
 
 
 def test_a_garbled_wait_leaves_what_the_status_says() -> None:

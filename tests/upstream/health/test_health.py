@@ -70,7 +70,7 @@ async def test_an_attempt_gives_its_slot_back_once() -> None:
     health, _ = a_health()
     limiter, one = ConcurrencyLimiter(), ConcurrencyLimits(max_parallel=1, max_queued=2)
     attempt = health.start_attempt("small")
-    attempt.holds(limiter, await limiter.acquire("small", one))
+    attempt.take_slot(limiter, await limiter.acquire("small", one))
     waiting = [asyncio.create_task(limiter.acquire("small", one)) for _ in range(2)]
     await asyncio.sleep(0)
     attempt.succeeded()

@@ -1,20 +1,18 @@
+"""Commands that show and change nothing: `route`, the choice for one prompt; `validation`, the prompts and graders."""
+
 from __future__ import annotations
 
-import asyncio
 import json
-import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from proxy.cli import console
 from proxy.cli.console import (
     BadArgument,
-    ConfigOption,
     DataDirOption,
     JsonOption,
     UrlOption,
@@ -22,14 +20,6 @@ from proxy.cli.console import (
     read_settings,
     read_validation_set,
 )
-
-if TYPE_CHECKING:
-    from proxy.settings.schema import Settings
-    from proxy.storage.models import CurrentPrice, ModelRecord
-    from proxy.storage.price_feed import SyncReport
-    from proxy.storage.state_reader import StoredState
-    from router_core.types import Price
-
 
 LambdaOption = Annotated[
     float | None, typer.Option("--lambda", min=0.0, callback=finite, help="Cost weight of this request.")
@@ -79,49 +69,6 @@ def candidate_row(candidate: Mapping[str, Any]) -> tuple[str, ...]:
         f"${candidate['expected_cost_usd']:.6f}",
         f"{candidate['score']:.3f}",
         "never" if flips is None else f"{flips:.3g}",
-    )
-
-
-prices = typer.Typer(no_args_is_help=True, help="Fetch live prices into the store that servers read.")
-
-
-@prices.callback()
-def group() -> None:
-    """Fetch live prices into the store that servers read."""
-    # Without a callback typer would merge a lone command into the group.
-
-
-@prices.command()
-def sync(
-    feed: Annotated[str | None, typer.Argument(metavar="[URL]", help="Another map in LiteLLM's format.")] = None,
-    config: ConfigOption = None,
-    data_dir: DataDirOption = None,
-    *,
-    as_json: JsonOption = False,
-) -> None:
-    """Fetch prices now. Without a URL, `price_url` or the map that comes with LiteLLM."""
-    if feed is not None and not feed.startswith(("http://", "https://")):
-        raise BadArgument(f"URL: must start with http:// or https://; got {feed!r}")
-    report = asyncio.run(sync_once(read_settings(config, data_dir=data_dir), feed))
-    if as_json:
-        console.emit_json(report.to_json())
-        return
-    console.echo(f"prices from {report.source}")
-    rows = [(name, *_per_million(price)) for name, price in report.updated.items()]
-    if rows:
-        console.table(("updated", "$/M in", "$/M out"), rows)
-    for kind in ("unchanged", "kept", "unknown"):
-        if names := getattr(report, kind):
-            console.echo(f"  {kind}: {', '.join(names)}")
-    if not (report.updated or report.unchanged or report.kept or report.unknown):
-        console.echo_err("the store has no models; those of a configuration file are priced with --config FILE")
-
-
-def _per_million(price: Price) -> tuple[str, str]:
-    from proxy.cli.models import per_million
-
-    return per_million(price.to_fields(), "input_cost_per_token"), per_million(
-        price.to_fields(), "output_cost_per_token"
     )
 
 
@@ -183,46 +130,3 @@ def check(source: SetArgument = "builtin", data_dir: DataDirOption = None, *, as
     console.echo(f"{cluster_map.size - len(thin)} of {cluster_map.size} clusters have label weight 2 or more")
     if thin:
         console.table(("thin cluster", "name", "label weight"), [(k, n, f"{weight:.2f}") for k, n, weight in thin])
-
-
-@dataclass(frozen=True)
-class PricedModels:
-    models: Mapping[str, ModelRecord]
-    prices: Mapping[str, CurrentPrice]
-
-
-async def sync_once(settings: Settings, url: str | None = None) -> SyncReport:
-    """Price the configured and the stored models from `url`, else `price_url`, else the map that litellm carries.
-
-    Serving processes use the new prices within a second.
-
-    Raises:
-        PriceFeedError, StoreUnavailable: nothing was changed, or what was not stored yet is not.
-    """
-    from proxy.storage.audit_log import CLI
-    from proxy.storage.client_keys import AuthRequiredLatch
-    from proxy.storage.models import ModelRecord
-    from proxy.storage.price_feed import sync_prices
-    from proxy.storage.redis import Store
-    from proxy.storage.registry import Registry
-    from proxy.storage.state_reader import StateReader
-
-    store = await Store.open(settings)
-    try:
-        configured = {entry.model_name: ModelRecord.of_entry(entry, "config", 0.0) for entry in settings.model_list}
-        reader = StateReader(store, time.time)
-        await reader.read(configured)
-        registry = Registry(store, configured, AuthRequiredLatch(settings.data_dir), CLI)
-        return await sync_prices(registry, _priced_models(reader.last, configured), url or settings.price_url)
-    finally:
-        await store.close()
-
-
-def _priced_models(stored: StoredState, configured: Mapping[str, ModelRecord]) -> PricedModels:
-    from proxy.storage.price_map import bundled_catalog
-    from proxy.storage.snapshot import prices_of
-
-    models = {**stored.models, **configured}
-    catalog = bundled_catalog()
-    known = {name: catalog.find(str(record.litellm_params["model"])) for name, record in models.items()}
-    return PricedModels(models, prices_of(models, stored, known))

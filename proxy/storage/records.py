@@ -14,7 +14,7 @@ import orjson
 from pydantic import ValidationError
 
 from proxy.settings.litellm_params import is_provider_param, stated_address
-from proxy.settings.models import ModelConfig, ModelInfo
+from proxy.settings.model_config import ModelConfig, ModelInfo
 from router_core.errors import InvalidInput, InvalidPrice
 from router_core.profiles import Profile
 from router_core.text import plain
@@ -121,15 +121,15 @@ MAX_WARNINGS: Final = 1000
 MAX_WARNING_CHARS: Final = 300
 
 
-class OddValues:
-    """Warn of each odd value once, however often it is read, and of MAX_WARNINGS values at most."""
+class WarnOnce:
+    """Log a warning of each invalid value once, however often it is read, and of MAX_WARNINGS values at most."""
 
     def __init__(self, log: logging.Logger, prefix: str = "stored entry skipped") -> None:
         self._log = log
         self._prefix = prefix
         self._warned: set[str] = set()
 
-    def warn_once(self, where: str, what: object) -> None:
+    def __call__(self, where: str, what: object) -> None:
         warning = plain(f"{where}: {what}", lines=False)[:MAX_WARNING_CHARS]
         if warning not in self._warned and len(self._warned) < MAX_WARNINGS:
             self._warned.add(warning)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Annotated, Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -20,22 +21,24 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from proxy.errors import BadRequest
-from proxy.server.key_bodies import StrictBody, bad_request, reject_unknown_keys, stated_fields
 from proxy.server.openapi import MODEL_NAME_SCHEMA, UNSET, null_or
+from proxy.server.strict_bodies import StrictBody, bad_request, reject_unknown_keys, stated_fields
 from proxy.settings.litellm_params import ParamError, is_model_info_of_litellm, is_provider_param
-from proxy.settings.models import (
+from proxy.settings.model_config import (
     ModelConfig,
     ModelInfo,
     ModelName,
     NonNegativeFloat,
     SettingsError,
     StrictInt,
+    check_model_name,
     resolve_secret,
 )
 from proxy.settings.outbound import OutboundError, ssl_context, trust_of
 from proxy.settings.redaction import FoundSecret, find_secrets, is_reference
 from proxy.settings.schema import ProfileSettings, Settings
-from proxy.storage.models import ModelRecord
+from proxy.storage.client_keys import LIMITS, MAX_LAMBDA, MAX_PER_MINUTE, MAX_USD, KeyChange, Role
+from proxy.storage.records import ModelRecord, is_unix_time
 from proxy.upstream.endpoint import ADDRESSES, check_secrets_stay
 from router_core.clustering import ClusterMap
 from router_core.profiles import Profile
@@ -107,7 +110,7 @@ class ProfileDocument(BaseModel):
     measured_at: Annotated[str | None, SkipValidation] = None
 
     def to_profile(self, cluster_map: ClusterMap) -> Profile:
-        """Raises InvalidProfile, or BadRequest if it was measured on another map."""
+        """Check the profile. Raises InvalidProfile, or BadRequest if it was measured on another map."""
         profile = Profile.from_json(stated_fields(self))
         if profile.map_id != cluster_map.id:
             raise BadRequest(
@@ -192,7 +195,7 @@ class NewModel(StrictBody, ModelConfig):
         return _without_litellms_own(info)
 
     def to_record(self, settings: Settings, environ: Mapping[str, str], now: float) -> ModelRecord:
-        """`now`: Unix seconds. Raises BadRequest."""
+        """Return the record of the new model. `now`: Unix seconds. Raises BadRequest."""
         if self.model_name in settings.route_names:
             raise BadRequest(f"{self.model_name!r} is one of route_names: it asks for routing", param="model_name")
         _check_params(self, settings, environ)
@@ -206,7 +209,7 @@ class ModelPatch(StrictBody):
     model_info: Annotated[dict[str, Any] | None, BeforeValidator(_checked_object)] = None
 
     def apply_to(self, record: ModelRecord, settings: Settings, environ: Mapping[str, str]) -> ModelRecord:
-        """Raises BadRequest."""
+        """Return the record of the changed model. Raises BadRequest."""
         stated = self.litellm_params or {}
         info = _merged(record.info.model_dump(exclude_defaults=True), self.model_info or {})
         document = {
@@ -329,9 +332,140 @@ class PriceBody(StrictBody):
         return document
 
     def to_price(self) -> Price:
-        """Raises InvalidPrice naming the field, or BadRequest."""
+        """Check the price. Raises InvalidPrice naming the field, or BadRequest."""
         stated = {name: value for name, value in stated_fields(self).items() if value is not None}
         try:
             return Price.from_fields({name: float(value) for name, value in stated.items()})
         except OverflowError:
             raise BadRequest("a price must be a finite number of USD per token") from None
+
+
+_EXPIRY = ("expires_at", "expires_in_s")
+
+MAX_EXPIRY_S = 100 * 365 * 86_400
+
+MAX_GRACE_S = 30 * 86_400
+
+_MAX_NAME_CHARS = 200
+
+
+def _key_name(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip() or len(value) > _MAX_NAME_CHARS or not value.isprintable():
+        raise BadRequest(
+            f"`name` must say whose key it is, in 1 to {_MAX_NAME_CHARS} printable characters", param="name"
+        )
+    return value
+
+
+def _key_models(value: Any) -> tuple[str, ...] | None:
+    """Check names of models. One may be added after the key, but a name that no model can have is a mistake."""
+    if value is None:
+        return None
+    if not isinstance(value, list) or not value:
+        raise BadRequest("`models` must be a list of model names with at least one, or null for all", param="models")
+    try:
+        return tuple(dict.fromkeys(map(check_model_name, value)))
+    except ValueError as error:
+        raise BadRequest(f"`models`: {error}"[:300], param="models") from None
+
+
+def _unix_time(value: Any) -> float | None:
+    if value is None:
+        return None
+    try:
+        at = datetime.fromisoformat(value) if isinstance(value, str) else None
+        if at is not None and at.tzinfo is not None and is_unix_time(at.timestamp()):
+            return at.timestamp()
+    except (ValueError, OverflowError):
+        pass
+    example = "2027-01-31T00:00:00Z"
+    raise BadRequest(
+        f"`expires_at` must be an RFC 3339 time with its zone, as {example}; got {value!r}"[:200], param="expires_at"
+    )
+
+
+def _seconds_to_expiry(value: Any) -> float | None:
+    return None if value is None else _seconds(value, "expires_in_s", MAX_EXPIRY_S)
+
+
+def _grace_s(value: Any) -> float:
+    return _seconds(value, "grace_s", MAX_GRACE_S)
+
+
+def _seconds(value: Any, name: str, maximum: int) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= maximum:
+        raise BadRequest(f"`{name}` must be seconds from 0 to {maximum}; got {value!r}"[:200], param=name)
+    return float(value)
+
+
+KeyName = Annotated[str, Field(min_length=1, max_length=_MAX_NAME_CHARS), BeforeValidator(_key_name)]
+
+ModelNames = Annotated[
+    Annotated[tuple[Annotated[str, WithJsonSchema(MODEL_NAME_SCHEMA)], ...], Field(min_length=1)] | None,
+    BeforeValidator(_key_models),
+]
+
+# ClientKey checks these, in words of its own: a key must hold them whoever writes it.
+Lambda = Annotated[Annotated[float, Field(ge=0, le=MAX_LAMBDA)] | None, SkipValidation]
+
+PerMinute = Annotated[Annotated[int, Field(ge=1, le=MAX_PER_MINUTE)] | None, SkipValidation]
+
+Usd = Annotated[Annotated[float, Field(ge=0, le=MAX_USD)] | None, SkipValidation]
+
+
+class KeyPatch(StrictBody):
+    """Fields that are stated replace those of the key, null removes them, and the others stay."""
+
+    name: KeyName = UNSET
+    models: ModelNames = None
+    role: Annotated[Role | None, SkipValidation] = None
+    expires_at: Annotated[
+        float | None,
+        BeforeValidator(_unix_time),
+        WithJsonSchema(null_or({"type": "string", "format": "date-time"})),
+    ] = None
+    expires_in_s: Annotated[
+        Annotated[float, Field(ge=0, le=MAX_EXPIRY_S)] | None, BeforeValidator(_seconds_to_expiry)
+    ] = None
+    lambda_default: Lambda = None
+    lambda_min: Lambda = None
+    lambda_max: Lambda = None
+    requests_per_minute: PerMinute = None
+    tokens_per_minute: PerMinute = None
+    usd_per_day: Usd = None
+    usd_per_month: Usd = None
+
+    def to_change(self, now: float) -> KeyChange:
+        """Return what changes of the key. Raises BadRequest; what a ClientKey refuses is left to it.
+
+        Args:
+            now: Unix seconds.
+        """
+        stated = stated_fields(self)
+        limits = {name: stated.pop(name) for name in LIMITS if name in stated}
+        if stated.get("role", "") is None:
+            stated["role"] = "client"
+        if any(name in stated for name in _EXPIRY):
+            at, in_s = (stated.pop(name, None) for name in _EXPIRY)
+            if at is not None and in_s is not None:
+                raise BadRequest("state `expires_at` or `expires_in_s`, not both", param="expires_at")
+            stated["expires_at"] = at if in_s is None else now + in_s
+        return KeyChange(stated, limits)
+
+
+class NewKey(KeyPatch):
+    name: KeyName
+
+    def to_change(self, now: float) -> KeyChange:
+        change = super().to_change(now)
+        expires_at = change.fields.get("expires_at")
+        if expires_at is not None and expires_at <= now:
+            given = "expires_at" if self.expires_in_s is None else "expires_in_s"
+            raise BadRequest(f"`{given}` is in the past: the key would open nothing", param=given)
+        return change
+
+
+class Rotation(StrictBody):
+    """How long the secret before goes on to open."""
+
+    grace_s: Annotated[float, Field(ge=0, le=MAX_GRACE_S), BeforeValidator(_grace_s)] = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from proxy.storage.client_keys import ClientKey
-from proxy.storage.models import CurrentPrice, InvalidRecord, ModelRecord, StoredProfile
+from proxy.storage.records import CurrentPrice, InvalidRecord, ModelRecord, StoredProfile
 from router_core.errors import InvalidPrice
 from router_core.types import PRICE_FIELDS, Price
 from tests.support.makers import a_profile, a_record

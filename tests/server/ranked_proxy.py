@@ -27,7 +27,7 @@ def says(words: str) -> Callable[[str], str]:
 
 
 @dataclass(frozen=True)
-class Ranked:
+class RankedProxy:
     """At λ=0.1 first is chosen, then second, third, fourth."""
 
     proxy: ProxyProcess
@@ -39,12 +39,12 @@ class Ranked:
 
 
 @pytest.fixture(scope="session")
-def rankings(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Callable[..., Ranked]]:
+def rankings(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Callable[..., RankedProxy]]:
     """By the mode in which the models are called, and the limits; each is started once, if a test wants it."""
     with contextlib.ExitStack() as closing:
 
         @cache
-        def opened(mode: str, **limits: float) -> Ranked:
+        def opened(mode: str, **limits: float) -> RankedProxy:
             folder = tmp_path_factory.mktemp("ranked")
             return closing.enter_context(open_ranked(folder, embedder_cache, mode, limits))
 
@@ -52,7 +52,7 @@ def rankings(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> 
 
 
 @contextlib.contextmanager
-def open_ranked(folder: Path, embedder_cache: Path, mode: str, limits: Mapping[str, float]) -> Iterator[Ranked]:
+def open_ranked(folder: Path, embedder_cache: Path, mode: str, limits: Mapping[str, float]) -> Iterator[RankedProxy]:
     names = ("first", "second", "third", "fourth")
     with contextlib.ExitStack() as closing:
         models = [closing.enter_context(ScriptedUpstream(says(f"The {name} answer."))) for name in names]
@@ -67,11 +67,11 @@ def open_ranked(folder: Path, embedder_cache: Path, mode: str, limits: Mapping[s
         with httpx.Client(base_url=proxy.url, timeout=120) as http:
             for stream in (False, True):  # the first calls through litellm import more of it, which takes its time
                 ask(http, model="first", stream=stream)
-        yield Ranked(proxy, tuple(models))
+        yield RankedProxy(proxy, tuple(models))
 
 
 @pytest.fixture(params=["relay", "translate"])
-def ranked(rankings: Callable[..., Ranked], request: pytest.FixtureRequest) -> Ranked:
+def ranked(rankings: Callable[..., RankedProxy], request: pytest.FixtureRequest) -> RankedProxy:
     opened = rankings(request.param, **getattr(request.module, "LIMITS", LIMITS))
     for model in opened.models:
         model.reset()
@@ -79,7 +79,7 @@ def ranked(rankings: Callable[..., Ranked], request: pytest.FixtureRequest) -> R
 
 
 @pytest.fixture
-def asking(ranked: Ranked) -> Iterator[httpx.Client]:
+def asking(ranked: RankedProxy) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=ranked.proxy.url, timeout=60) as opened:
         yield opened
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
 from proxy.routing.chat_request import ChatRequest, parse_chat
-from proxy.routing.sizes import sizes_of, with_limit
+from proxy.routing.token_limits import token_limits_of, with_limit
 
 
 def parsed(**more: Any) -> ChatRequest:
@@ -65,7 +65,7 @@ def test_best_of_is_bounded_as_n_is(value: Any) -> None:
     ],
 )
 def test_a_limit_under_another_servers_name_is_found_wherever_it_stands(body: dict[str, Any]) -> None:
-    assert sizes_of(body).other_limit == 9
+    assert token_limits_of(body).other_limit == 9
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_limit_under_another_servers_name_is_found_wherever_it_stands(body: di
     ],
 )
 def test_answers_are_counted_under_every_name(body: dict[str, Any]) -> None:
-    assert sizes_of(body).answers == 4
+    assert token_limits_of(body).answers == 4
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_answers_are_counted_under_every_name(body: dict[str, Any]) -> None:
     ],
 )
 def test_a_budget_of_reasoning_is_not_taken_for_the_limit_of_the_answer(body: dict[str, Any]) -> None:
-    sizes = sizes_of(body)
+    sizes = token_limits_of(body)
 
     assert (sizes.thinking, sizes.other_limit, sizes.limit) == (9, 0, None)
 
@@ -108,7 +108,7 @@ def test_a_budget_of_reasoning_is_not_taken_for_the_limit_of_the_answer(body: di
     ],
 )
 def test_content_and_schemas_state_no_size(body: dict[str, Any]) -> None:
-    sizes = sizes_of(body)
+    sizes = token_limits_of(body)
 
     assert (sizes.other_limit, sizes.answers, sizes.stated) == (0, 1, False)
 
@@ -130,7 +130,7 @@ VALUES = st.recursive(
 @settings(deadline=None)
 @given(st.dictionaries(NAMES, VALUES, max_size=8), st.integers(1, 5000))
 def test_no_body_breaks_the_reading_of_its_sizes(body: dict[str, Any], usual: int) -> None:
-    sizes = sizes_of(body)
+    sizes = token_limits_of(body)
 
     assert 1 <= sizes.output_tokens(usual) < 10**19
     assert sizes.output_tokens(usual, thinking_within=True) <= sizes.output_tokens(usual)

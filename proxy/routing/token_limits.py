@@ -1,4 +1,4 @@
-"""How much a body asks a model to write, under every name by which some upstream would read it.
+"""The token limits of a chat body, under every name by which some upstream would read them.
 
 OpenAI's own names state the limit of an answer. All others can only raise what is reserved for it: whether an upstream
 heeds them is not known.
@@ -45,7 +45,7 @@ _BUDGETS = frozenset(
     reasoningbudget reasoningbudgettokens reasoningtokenbudget maxreasoningtokens reasoningtokens
 """.split()
 )
-# Top-level fields that hold no size: content, schemas, and what OpenAI defines.
+# Top-level fields that hold no limit: content, schemas, and what OpenAI defines.
 _CONTENT = frozenset(
     """
     model messages stream stream_options tools tool_choice functions function_call response_format metadata prediction
@@ -59,8 +59,8 @@ _NOT_SEARCHED = _CONTENT.union(LIMITS)
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """What a body states about the size of its answers."""
+class TokenLimits:
+    """What a body states about the length and the number of its answers."""
 
     limit: int | None = None
     """Tokens of one answer, under OpenAI's names. None: not stated."""
@@ -107,8 +107,8 @@ def requested_answers(body: Mapping[str, Any]) -> int:
     return min(max(counts), MAX_ANSWERS) if counts else 1
 
 
-def check_sizes(body: Mapping[str, Any]) -> None:
-    """Refuse sizes that two upstreams could read differently.
+def check_token_limits(body: Mapping[str, Any]) -> None:
+    """Refuse limits that two upstreams could read differently.
 
     Raises:
         BadRequest: a limit is no whole number, its two names contradict each other, or too many answers are requested.
@@ -137,8 +137,8 @@ def with_limit(body: Mapping[str, Any], limit: int) -> dict[str, Any]:
     return {name: limit if name in LIMITS and value is not None else value for name, value in body.items()}
 
 
-def sizes_of(body: Mapping[str, Any]) -> Sizes:
-    """Read every size that some upstream could read in a body. Never fails."""
+def token_limits_of(body: Mapping[str, Any]) -> TokenLimits:
+    """Read every limit that some upstream could read in a body. Never fails."""
     others: list[float] = [0]
     counts: list[float] = [requested_answers(body)]
     budgets: list[float] = [0]
@@ -149,7 +149,7 @@ def sizes_of(body: Mapping[str, Any]) -> Sizes:
             others.append(amount)
         elif name in _OTHER_COUNTS:
             counts.append(amount)
-    return Sizes(
+    return TokenLimits(
         limit=output_limit(body),
         other_limit=_whole(max(others)),
         unlimited=min(*others, *budgets) < 0,
@@ -161,19 +161,19 @@ def sizes_of(body: Mapping[str, Any]) -> Sizes:
 
 def _amounts(body: Mapping[str, Any]) -> Iterator[tuple[str, float, bool]]:
     """Yield the plain name of each number, the number, and whether it is within an object about reasoning."""
-    pending = [(plain_size(name), value, False) for name, value in body.items() if name not in _NOT_SEARCHED]
+    pending = [(plain_limit_name(name), value, False) for name, value in body.items() if name not in _NOT_SEARCHED]
     while pending:
         name, value, thinking = pending.pop()
         if isinstance(value, Mapping):
             within = thinking or name in _THINKING
-            pending += [(plain_size(inner_name), inner, within) for inner_name, inner in value.items()]
+            pending += [(plain_limit_name(inner_name), inner, within) for inner_name, inner in value.items()]
         elif isinstance(value, list):
             pending += [(name, inner, thinking) for inner in value if isinstance(inner, Mapping | list)]
         elif (amount := _amount(value)) is not None:
             yield name, amount, thinking
 
 
-def plain_size(name: str) -> str:
+def plain_limit_name(name: str) -> str:
     """Return a name as a lenient reader compares it: maxOutputTokens and max-output-tokens are max_output_tokens."""
     return plain_name(name).replace("_", "").replace("-", "")
 

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import math
+from enum import Enum
+
+from proxy.errors import BadRequest, Forbidden
+from proxy.routing.chat_request import ChatRequest
+from proxy.settings.schema import Settings
+from proxy.storage.client_keys import ClientKey, clamp
+
+
+class RoutingMode(Enum):
+    """How a request is routed, as the name of its model says."""
+
+    SCORED = "auto"
+    BEST = "uniroute/best"
+    CHEAP = "uniroute/cheap"
+    # The name of a registered model.
+    PINNED = ""
+
+
+# Names that ask for routing, however the server is configured.
+ALIASES = {
+    "auto": RoutingMode.SCORED,
+    "uniroute/auto": RoutingMode.SCORED,
+    "uniroute/best": RoutingMode.BEST,
+    "uniroute/cheap": RoutingMode.CHEAP,
+}
+
+# The λ that a mode stands for, whatever the request states.
+LAMBDA_OF_MODE = {RoutingMode.BEST: 0.0, RoutingMode.CHEAP: math.inf}
+
+
+def cost_weight(request: ChatRequest, mode: RoutingMode, settings: Settings, key: ClientKey | None) -> float:
+    """Return λ: as the caller stated it, or else the default, moved within the key's bounds.
+
+    Raises:
+        BadRequest: the request states a λ that its key may not use.
+        Forbidden: the name of the model asks for one.
+    """
+    stated = request.options.lambda_
+    if key is not None:
+        if not key_allows_mode(mode, key):
+            asks = "λ = 0" if mode is RoutingMode.BEST else "the cheapest model, whatever λ is"
+            raise Forbidden(f"{request.model!r} asks for {asks}; for this key λ is {_bounds(key)}", param="model")
+        if stated is not None and not _is_within(stated, key):
+            raise BadRequest(f"`lambda` is {stated:g}; for this key it is {_bounds(key)}", param="lambda")
+    if mode is RoutingMode.BEST:
+        return 0.0
+    return stated if stated is not None else default_for_key(settings.lambda_, key)
+
+
+def key_allows_mode(mode: RoutingMode, key: ClientKey | None) -> bool:
+    """Whether the key's bounds leave room for a name that stands for a λ."""
+    return key is None or mode not in LAMBDA_OF_MODE or _is_within(LAMBDA_OF_MODE[mode], key)
+
+
+def default_for_key(default: float, key: ClientKey | None) -> float:
+    """Return the λ of requests that state none: the key's own, or else `default` within the key's bounds."""
+    if key is None:
+        return default
+    return clamp(default, key.lambda_min, key.lambda_max) if key.lambda_default is None else key.lambda_default
+
+
+def _is_within(value: float, key: ClientKey) -> bool:
+    return value == clamp(value, key.lambda_min, key.lambda_max)
+
+
+def _bounds(key: ClientKey) -> str:
+    low, high = key.lambda_min or 0.0, key.lambda_max
+    return f"{low:g} or more" if high is None else f"from {low:g} to {high:g}"
