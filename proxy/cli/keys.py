@@ -129,13 +129,11 @@ def seconds_of(text: str, option: str) -> int | None:
 
 def rows_of(keys: tuple[ClientKey, ...], now: float) -> list[tuple[str, ...]]:
     """Return the rows of `keys list`: id, name, role, state, expires, models."""
-    from proxy.server.admin_responses import key_to_json
-
     return [
         (
             *(key.id, key.name, key.role),
             "revoked" if key.revoked else "expired" if key.expired(now) else "active",
-            key_to_json(key)["expires_at"] or "never",
+            key.public_fields()["expires_at"] or "never",
             "all" if key.models is None else ", ".join(key.models),
         )
         for key in keys
@@ -191,7 +189,6 @@ def update(
 ) -> None:
     """Change what a key may do. Options that are not given stay; `none` removes a limit."""
     from proxy.server.admin_bodies import KeyPatch
-    from proxy.server.admin_responses import key_to_json
     from proxy.server.strict_bodies import parse_body
     from proxy.storage.audit_log import CHANGE_KEY
 
@@ -206,7 +203,7 @@ def update(
     fields = with_option_names(lambda: parse_body(KeyPatch, body).to_change(time.time()))
     key = _with_keys(config, data_dir, lambda registry: registry.change(key_id, fields))
     _log(CHANGE_KEY, key)
-    emit_json(key_to_json(key))
+    emit_json(key.public_fields())
 
 
 @keys.command()
@@ -232,11 +229,9 @@ def rotate(
 @keys.command("list")
 def list_keys(config: ConfigOption = None, data_dir: DataDirOption = None, *, as_json: JsonOption = False) -> None:
     """List the keys, without their secrets."""
-    from proxy.server.admin_responses import key_to_json
-
     found = _with_keys(config, data_dir, lambda registry: registry.listed())
     if as_json:
-        console.emit_json([key_to_json(key) for key in found])
+        console.emit_json([key.public_fields() for key in found])
         return
     console.table(("id", "name", "role", "state", "expires", "models"), rows_of(found, time.time()))
 
@@ -244,9 +239,7 @@ def list_keys(config: ConfigOption = None, data_dir: DataDirOption = None, *, as
 @keys.command()
 def show(key_id: KeyId, config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
     """Print what a key may do, as JSON, without its secret."""
-    from proxy.server.admin_responses import key_to_json
-
-    emit_json(key_to_json(_with_keys(config, data_dir, lambda registry: registry.find(key_id))))
+    emit_json(_with_keys(config, data_dir, lambda registry: registry.find(key_id)).public_fields())
 
 
 @keys.command()
@@ -277,10 +270,8 @@ def _log(action: str, key: ClientKey) -> None:
 
 
 def _show_secret(key: ClientKey, secret: str, *, as_json: bool) -> None:
-    from proxy.server.admin_responses import key_to_json
-
     if as_json:
-        shown: dict[str, Any] = {**key_to_json(key), "key": secret}
+        shown: dict[str, Any] = {**key.public_fields(), "key": secret}
         console.emit_json(shown)
         return
     console.echo(secret)

@@ -31,7 +31,6 @@ from proxy.server.admin_responses import (
     ModelCard,
     ModelCards,
     PricedModel,
-    key_to_json,
     model_to_json,
     models_to_json,
 )
@@ -238,7 +237,7 @@ NO_GRACE = Rotation()
 @keys_router.get("", summary="Every client key", response_model=KeyCards)
 async def list_keys(state: AdminState) -> dict[str, Any]:
     # from the store, with those that are revoked, oldest first
-    return {"keys": [key_to_json(key) for key in await state.registry.keys.listed()]}
+    return {"keys": [key.public_fields() for key in await state.registry.keys.listed()]}
 
 
 @keys_router.post(
@@ -269,7 +268,7 @@ async def rotate_key(
 
 @keys_router.get("/{key_id}", summary="A client key", response_model=KeyCard, responses=errors(404))
 async def get_key(key_id: KeyIdPath, state: AdminState) -> dict[str, Any]:
-    return key_to_json(await state.registry.keys.find(key_id))
+    return (await state.registry.keys.find(key_id)).public_fields()
 
 
 @keys_router.patch(
@@ -278,7 +277,7 @@ async def get_key(key_id: KeyIdPath, state: AdminState) -> dict[str, Any]:
 async def change_key(key_id: KeyIdPath, body: KeyPatch, state: AdminState) -> dict[str, Any]:
     key = await state.registry.keys.change(key_id, body.to_change(time.time()))
     await _refresh(state)
-    return key_to_json(key)
+    return key.public_fields()
 
 
 @keys_router.delete(
@@ -297,7 +296,7 @@ async def revoke_key(key_id: KeyIdPath, state: AdminState) -> None:
 async def _with_secret(state: AppState, response: Response, key: ClientKey, secret: str) -> dict[str, Any]:
     await _refresh(state)
     response.headers["cache-control"] = "no-store"
-    return {**key_to_json(key), "key": secret}
+    return {**key.public_fields(), "key": secret}
 
 
 jobs_router = admin_router("jobs")

@@ -12,7 +12,7 @@ from proxy.server.admin_bodies import ProfileDocument
 from proxy.server.dependencies import AppState
 from proxy.server.openapi import UNSET
 from proxy.settings.redaction import redact_value
-from proxy.storage.client_keys import LIMITS, ROLES, ClientKey
+from proxy.storage.client_keys import ROLES
 from proxy.storage.records import CurrentPrice, ModelRecord
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.snapshot import RoutingSnapshot
@@ -151,24 +151,6 @@ class AuditEntries(ResponseModel):
     entries: list[AuditEntry]
 
 
-def key_to_json(key: ClientKey) -> dict[str, Any]:
-    """Show a key without its digests, under the names of a body."""
-    return {
-        "id": key.id,
-        "name": key.name,
-        "role": key.role,
-        "models": None if key.models is None else list(key.models),
-        "created_at": _rfc3339_or_none(key.created_at),
-        "expires_at": _rfc3339_or_none(key.expires_at),
-        "revoked": key.revoked,
-        "lambda_default": key.lambda_default,
-        "lambda_min": key.lambda_min,
-        "lambda_max": key.lambda_max,
-        **{name: getattr(key.limits, name) for name in LIMITS},
-        "previous_secret_until": _rfc3339_or_none(key.previous_until),
-    }
-
-
 async def models_to_json(state: AppState) -> list[dict[str, Any]]:
     """Show every model, by name, without the numbers of its profile."""
     snapshot = state.snapshots.current
@@ -248,12 +230,3 @@ def _price(current: CurrentPrice | None) -> dict[str, Any] | None:
         "updated_at": None if since is None else rfc3339(since),
         "age_s": None if since is None else round(max(0.0, time.time() - since), 3),
     }
-
-
-def _rfc3339_or_none(seconds: float | None) -> str | None:
-    if seconds is None:
-        return None
-    try:
-        return rfc3339(seconds)
-    except (OverflowError, ValueError):  # beyond the year 9999: stored by another program
-        return "9999-12-31T23:59:59Z"

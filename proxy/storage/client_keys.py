@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from proxy.storage.private_files import private_opener
 from proxy.storage.records import InvalidRecord, is_unix_time, json_object
+from router_core.text import rfc3339
 
 PREFIX = "ur-"
 
@@ -143,6 +144,23 @@ class ClientKey:
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
+    def public_fields(self) -> dict[str, Any]:
+        """Return what may be shown, without digests, under the names that the admin side uses. Times are RFC 3339."""
+        return {
+            "id": self.id,
+            "name": self.name,
+            "role": self.role,
+            "models": None if self.models is None else list(self.models),
+            "created_at": _rfc3339_or_none(self.created_at),
+            "expires_at": _rfc3339_or_none(self.expires_at),
+            "revoked": self.revoked,
+            "lambda_default": self.lambda_default,
+            "lambda_min": self.lambda_min,
+            "lambda_max": self.lambda_max,
+            **{name: getattr(self.limits, name) for name in LIMITS},
+            "previous_secret_until": _rfc3339_or_none(self.previous_until),
+        }
+
     @classmethod
     def from_json(cls, key_id: str, text: str) -> ClientKey:
         """Parse a record, or raise InvalidRecord: an unknown field may be a restriction that is not kept here."""
@@ -188,6 +206,15 @@ def _check_lambdas(key: ClientKey) -> None:
     if default is not None and default != clamp(default, low, high):
         bounds = f"{low or 0:g} and {'any' if high is None else format(high, 'g')}"
         raise InvalidKey(f"`lambda_default` is {default:g}, not between {bounds}, the key's bounds", "lambda_default")
+
+
+def _rfc3339_or_none(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    try:
+        return rfc3339(seconds)
+    except (OverflowError, ValueError):  # beyond the year 9999: stored by another program
+        return "9999-12-31T23:59:59Z"
 
 
 def clamp(value: float, low: float | None, high: float | None) -> float:
