@@ -1,5 +1,3 @@
-"""README.md and docs/ say what is there: generated pages are current, examples load, links and names resolve."""
-
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""The rules of the house that no linter holds: which folder imports which, what a file may be, how heavy a start is."""
+"""Rules of the house that no linter checks: imports between folders, the size of files, the weight of a start."""
 
 from __future__ import annotations
 

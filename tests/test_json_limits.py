@@ -1,5 +1,3 @@
-"""Levels and values of a JSON text are counted before parsing, however it is split and whatever its strings hold."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""What is shipped and what it needs: the pins, the declared dependencies, the wheel, the environment of make."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""Kinds of prompts, and scripted models that answer some kinds right."""
-
 from __future__ import annotations
 
 from collections.abc import Callable

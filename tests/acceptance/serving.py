@@ -1,5 +1,3 @@
-"""`uniroute serve` with two worker processes."""
-
 from __future__ import annotations
 
 import socket

@@ -1,4 +1,4 @@
-"""Four profiled models: for maths, for code, for Chinese, and one that knows all at a hundred times the price."""
+"""Route four models: one for maths, one for code, one for Chinese, and one that knows all at 100 times the price."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fifty concurrent requests at a limit, over two servers with one Redis, for each way to request a size.
+"""Send fifty concurrent requests at a limit, over two servers with one Redis, for each way to request a size.
 
 The model uses all that a request allows. `pytest -s` prints what was spent of each limit.
 """

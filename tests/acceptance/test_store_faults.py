@@ -1,5 +1,3 @@
-"""Faults of the embedded store under a server with two workers."""
-
 from __future__ import annotations
 
 import os

@@ -1,4 +1,4 @@
-"""One `uniroute serve` for the session, to be attacked: two models, an admin key, the limits of a small machine."""
+"""Start one `uniroute serve` per session to attack: two models, an admin key, the limits of a small machine."""
 
 from __future__ import annotations
 

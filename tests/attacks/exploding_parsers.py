@@ -1,4 +1,6 @@
-"""Run every parser of what callers, upstreams and administrators write over every shape, in a child process."""
+"""Run every parser of what callers, upstreams and administrators write over every shape.
+`test_linear_time` runs this in a child process.
+"""
 
 from __future__ import annotations
 

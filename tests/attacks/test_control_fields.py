@@ -1,4 +1,4 @@
-"""Every name that litellm acts on is a field of OpenAI's, or refused, or shown to change only the body."""
+"""Check that each name that litellm acts on is one of OpenAI's fields, or is refused, or changes only the body."""
 
 from __future__ import annotations
 

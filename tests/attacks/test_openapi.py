@@ -1,4 +1,4 @@
-"""The OpenAPI document is true: every route is in it, and requests made from it are answered as it says."""
+"""Check the OpenAPI document: it has every route, and requests made from it get the responses that it names."""
 
 from __future__ import annotations
 

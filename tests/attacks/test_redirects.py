@@ -1,4 +1,4 @@
-"""A redirect would send the prompt, and in some formats the key, to wherever an upstream points."""
+"""A followed redirect would send the prompt, and in some formats the key, to wherever an upstream points."""
 
 from __future__ import annotations
 

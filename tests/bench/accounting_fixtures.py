@@ -1,5 +1,3 @@
-"""What a process keeps its books with, for benches: the real parts, opened and closed. Measures nothing."""
-
 from __future__ import annotations
 
 import asyncio

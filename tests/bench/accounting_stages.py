@@ -1,8 +1,8 @@
-"""CPU time of everything that is written down about a request, by stage: `python -m tests.bench.accounting_stages`.
+"""Measure the CPU time of everything that is recorded of a request: `python -m tests.bench.accounting_stages`.
 
 The real parts: a journal on disk, an embedded Valkey, the metrics of a process, and log lines to a pipe that another
 process empties. Microseconds of CPU of this process, user and system, for one request and for one streamed chunk; each
-the least of several rounds. What a request waits for is not counted.
+is the least of several rounds. The time that a request waits is not counted.
 """
 
 from __future__ import annotations

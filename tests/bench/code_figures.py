@@ -1,7 +1,6 @@
-"""Figures of the code and of the way of a request through it: `python -m tests.bench.code_figures`.
+"""Count files, lines, imports and names of the code: `python -m tests.bench.code_figures`.
 
-Counts of files, lines, imports and names are read from the sources. The files that a request enters are counted while
-one is served: see request_walk.
+The figures come from the sources. The files that a request enters are counted while one is served: see request_walk.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Time of one decision against the number of models and of clusters: `python -m tests.bench.decision_growth`.
+"""Measure one decision against the number of models and of clusters: `python -m tests.bench.decision_growth`.
 
-A decision is what a request pays for: assigning its vector to clusters, ruling models out, scoring the others. The last
-column embeds the text as well, with the static embedder. Medians over prompts, one after the other, in one process.
+A decision assigns a vector to clusters, rules models out and scores the others. The last column embeds the text too,
+with the static embedder. Medians over prompts, one after the other, in one process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a frozen store costs: requests before and meanwhile, and every admin call. Prints a table; asserts nothing.
+"""Measure what a frozen store costs: requests before and meanwhile, and every admin call. Prints a table.
 
 python -m tests.bench.frozen_store [--requests 200] [--external]
 """

@@ -1,7 +1,7 @@
-"""How cost grows with models, clusters, bodies, open streams, and without Redis: `python -m tests.bench.growth`.
+"""Measure how cost grows with models, clusters, bodies and streams, and without Redis: `python -m tests.bench.growth`.
 
-Each row has its ratio to the one before in brackets, and says where a figure grew faster than what it grew with. The
-server has one core, load and upstream another; seconds are short, so read trends. Linux, two cores, ten minutes.
+Each row has its ratio to the one before in brackets. A figure that grew faster than its cause is named. The server has
+one core, load and upstream another. Seconds are short, so read trends. Linux, two cores, ten minutes.
 """
 
 from __future__ import annotations

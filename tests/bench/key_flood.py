@@ -1,7 +1,7 @@
-"""What a flood of invalid keys costs a client with a valid one: `python -m tests.bench.key_flood`.
+"""Measure what a flood of invalid keys costs a client with a valid one: `python -m tests.bench.key_flood`.
 
-One server process; the valid client asks one thing after another, first alone, then while others send a bounded number
-of requests with keys that are none. Prints medians; every request of the flood must be refused with 401.
+One server process. The valid client sends one request after another, first alone, then while others send a bounded
+number of requests with invalid keys. Prints medians. Every request of the flood must be refused with 401.
 """
 
 from __future__ import annotations

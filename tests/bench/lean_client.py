@@ -1,4 +1,4 @@
-"""HTTP/1.1 over one kept connection, for load: it costs little beside what it measures. No TLS, no redirects."""
+"""Send HTTP/1.1 over one kept connection, for load: it costs little beside what it measures. No TLS, no redirects."""
 
 from __future__ import annotations
 

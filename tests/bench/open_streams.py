@@ -1,5 +1,3 @@
-"""What streams cost that are merely open: memory of each, and a plain request beside them. Starts no server."""
-
 from __future__ import annotations
 
 import math

@@ -1,5 +1,3 @@
-"""What Linux says of a process: memory, descriptors, sockets; and what the server says of its tasks."""
-
 from __future__ import annotations
 
 import re

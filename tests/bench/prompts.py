@@ -1,5 +1,3 @@
-"""Any number of prompts, generated: words of one family of our own validation set, drawn by a seed."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""What request_stages measures with: a state of many models, services without a store, a connection to nowhere."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,8 +1,8 @@
-"""µs of CPU of each stage from the socket to the chosen model: `python -m tests.bench.request_stages`.
+"""Measure µs of CPU of each stage from the socket to the chosen model: `python -m tests.bench.request_stages`.
 
-Drives the real ASGI app in process, in a connection of ours whose transport writes to nowhere; the upstream answers at
-once and notes when it was asked. The first rows of a table are that path, whole; the others its stages by themselves.
-Each figure is the median over bodies, all of them different, of the fastest of a few rounds. No Redis is asked.
+Drives the real ASGI app in process, over a connection whose transport drops everything. The upstream answers at once
+and notes when it was asked. The first rows of a table are that whole path; the others its stages by themselves. Each
+figure is the median over bodies, all of them different, of the fastest of a few rounds. No Redis is asked.
 """
 
 from __future__ import annotations

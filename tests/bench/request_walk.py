@@ -1,4 +1,4 @@
-"""Which functions of `proxy` and `router_core` one chat request enters.
+"""Record which functions of `proxy` and `router_core` one chat request enters.
 
 The app is served in this process, on uvicorn with its own protocol, in front of a scripted model on loopback and a real
 Valkey. `sys.setprofile` notes each function that is entered between the first byte of the request and the last of the

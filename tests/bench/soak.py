@@ -1,8 +1,8 @@
-"""Does a server grow with the requests that it has served? `python -m tests.bench.soak --requests 100000`.
+"""Check that a server does not grow with the requests it has served: `python -m tests.bench.soak --requests 100000`.
 
 One `uniroute serve` over a real Valkey, two upstream processes on loopback, and clients of every kind: answered whole,
 streamed and not; gone before the first byte and midway; with sessions and tool calls; failing because of an upstream or
-of themselves. Every 5,000 requests a row; at the end how memory grew over the last half, as a share of what is
+of themselves. A row every 5,000 requests. At the end, how memory grew over the last half, as a share of what is
 resident, and whether descriptors, sockets and tasks are back where they were before. Exits 1 where they are not, or
 where memory grew by more than 1 % per 100,000 requests.
 """

@@ -1,5 +1,3 @@
-"""The bench of overhead, seconds long: its programs agree, its table has its rows, a failure is told. No times."""
-
 from __future__ import annotations
 
 import contextlib

@@ -1,4 +1,4 @@
-"""What a soak concludes from its rows. The soak itself is run by hand."""
+"""Check what a soak concludes from its rows. The soak itself is run by hand."""
 
 from __future__ import annotations
 

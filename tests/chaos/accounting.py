@@ -1,9 +1,9 @@
 """Account for a run: what clients saw, what upstreams gave, what is on record. Every discrepancy is a sentence.
 
 A record that says `complete` costs exactly what the upstream's ledger says of that answer, in picodollars.
-Where the upstream reported nothing, and of an attempt that was broken off, the cost is an estimate and marked so:
-between nothing and the whole prompt and answer of that attempt, four bytes to a token. Of a request that a client left
-before it reached its upstream it is the prompt at most: it may have arrived.
+Where the upstream reported nothing, and for an attempt that was broken off, the cost is an estimate and says so:
+between nothing and the whole prompt and answer of that attempt, four bytes to a token. If the client left before the
+request reached its upstream, the cost is the prompt at most: it may have arrived.
 """
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-"""An administrator who changes a model without traffic: what is acknowledged must be there at the end."""
-
 from __future__ import annotations
 
 import asyncio

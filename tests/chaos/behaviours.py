@@ -1,5 +1,3 @@
-"""How an upstream of the chaos run responds: correctly, or with one of the usual faults."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""Clients of the run: the official one and plain HTTP, some of which disconnect early or stop reading."""
-
 from __future__ import annotations
 
 import asyncio

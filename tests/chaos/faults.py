@@ -1,5 +1,3 @@
-"""Faults of processes during a run: a deck that the seed shuffles, one fault at a time."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,4 +1,4 @@
-"""The ledger of an upstream: a file that gets a line before a response begins and one before its last bytes."""
+"""Write the ledger of an upstream: one line before a response begins, and one before its last bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model server that keeps a ledger: `python -m tests.chaos.ledger_upstream --port 9001 --ledger FILE --seed 7`.
+"""Serve a model that keeps a ledger: `python -m tests.chaos.ledger_upstream --port 9001 --ledger FILE --seed 7`.
 
 OpenAI's chat completions over HTTP/1.1 with kept connections. How each request is answered is drawn from the seed, the
 question, the model and how often this process was asked the same; `--mix` names the table that it is drawn from.

@@ -1,5 +1,3 @@
-"""Write a response in OpenAI's format piece by piece: completions, chunks, errors."""
-
 from __future__ import annotations
 
 import json

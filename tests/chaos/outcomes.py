@@ -1,5 +1,3 @@
-"""What a client got, judged against its question: complete and right, a clear failure, or something wrong."""
-
 from __future__ import annotations
 
 import json

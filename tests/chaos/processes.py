@@ -1,5 +1,3 @@
-"""The processes of a run: a Valkey that can be stopped, frozen and killed, upstreams, and the workers of a server."""
-
 from __future__ import annotations
 
 import os

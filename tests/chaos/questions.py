@@ -1,5 +1,3 @@
-"""The questions of a chaos run, the one right answer of each model, and what that answer costs."""
-
 from __future__ import annotations
 
 import hashlib

@@ -1,5 +1,3 @@
-"""The tables of a finished run, and all that was wrong in it."""
-
 from __future__ import annotations
 
 from collections import Counter, defaultdict

@@ -1,4 +1,4 @@
-"""One chaos run: `python -m tests.chaos.run --seed 7 --seconds 300`. Exits 1 where anything is not accounted for.
+"""Do one chaos run: `python -m tests.chaos.run --seed 7 --seconds 300`. Exits 1 where anything is not accounted for.
 
 Two workers of `uniroute serve` over a real Valkey and two upstreams that keep their own ledgers; clients of all kinds;
 and faults, drawn from the seed, in upstreams, processes and the store. Afterwards all are compared. The timing of

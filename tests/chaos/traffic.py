@@ -1,5 +1,3 @@
-"""Mixed requests of many clients, drawn from a seed, at a bounded rate."""
-
 from __future__ import annotations
 
 import asyncio

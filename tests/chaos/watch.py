@@ -1,5 +1,3 @@
-"""Watch during a run whether the server responds and its processes live."""
-
 from __future__ import annotations
 
 import asyncio

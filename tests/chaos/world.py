@@ -1,5 +1,3 @@
-"""The processes of one run: a store, two upstreams, and `uniroute serve` with two workers."""
-
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""`uniroute calibrate` against a running server: a cheap model that knows half of the clusters, and a dear one."""
+"""Run `uniroute calibrate` on a server with a cheap model that knows half of the clusters, and an expensive one."""
 
 from __future__ import annotations
 

@@ -1,5 +1,3 @@
-"""Commands that need no running server."""
-
 from __future__ import annotations
 
 import gzip

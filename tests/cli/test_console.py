@@ -1,5 +1,3 @@
-"""What is printed of names, reasons and errors that others wrote: a terminal finds nothing in it to obey."""
-
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""SmolLM2 under llama.cpp, measured and routed. Needs the packages of the extra `demo`."""
+"""Measure and route SmolLM2 under llama.cpp. Needs the packages of the extra `demo`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,3 @@
-"""`uniroute evaluate` as users run it, on outcomes files plain and odd: figures, page and picture."""
-
 from __future__ import annotations
 
 import gzip

@@ -1,5 +1,3 @@
-"""`uniroute evaluate --deployed` against a running server, whose profiles were handed to it."""
-
 from __future__ import annotations
 
 import json

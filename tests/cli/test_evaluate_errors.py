@@ -1,5 +1,3 @@
-"""`uniroute evaluate` on files and options that it cannot use: one line that says which, and what would help."""
-
 from __future__ import annotations
 
 import gzip

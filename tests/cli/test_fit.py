@@ -1,5 +1,3 @@
-"""`uniroute fit` on files of many prompts: what is read, how it is told, and the same map from several workers."""
-
 from __future__ import annotations
 
 import gzip

@@ -1,5 +1,3 @@
-"""What models answered when they were measured, over HTTP and as the files that `uniroute evaluate` reads."""
-
 from __future__ import annotations
 
 import json

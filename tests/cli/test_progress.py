@@ -1,5 +1,3 @@
-"""The words of a 503 while nothing is measured: progress, when to come back, and what would answer meanwhile."""
-
 from __future__ import annotations
 
 from typing import Any

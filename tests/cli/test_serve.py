@@ -1,5 +1,3 @@
-"""Commands against a running `uniroute serve`, whose models are scripted servers."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""What ends a server, and that nothing of it is left: signals, a closed terminal, a killed process."""
-
 from __future__ import annotations
 
 import os

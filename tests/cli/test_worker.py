@@ -1,5 +1,3 @@
-"""Commands that work beside a server: `worker`, `prices sync`, `fit`; and a server that cannot start."""
-
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""A Dockerfile's own instructions, carried out without a container engine in a scratch folder. No isolation, no user.
+"""Carry out a Dockerfile's instructions without a container engine, in a scratch folder. No isolation, no user.
 
 Every absolute path of the image that we write to lies below the folder; all stages share it, as they share the paths.
 """

@@ -1,5 +1,3 @@
-"""compose.yaml: valid by the Compose Specification, hardened, and true to the Dockerfile and the embedded store."""
-
 from __future__ import annotations
 
 import json

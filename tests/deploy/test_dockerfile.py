@@ -1,5 +1,3 @@
-"""The Dockerfile: linted, safe by its own words, and its commands carried out, for which no engine is needed."""
-
 from __future__ import annotations
 
 import shutil

@@ -1,5 +1,3 @@
-"""The example configurations: they load, their keys come from the environment, and every model in them has a price."""
-
 from __future__ import annotations
 
 import logging

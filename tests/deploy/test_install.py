@@ -1,5 +1,3 @@
-"""deploy/install.sh: uv where it works, else pip; and what an interrupted installation leaves is replaced."""
-
 from __future__ import annotations
 
 import subprocess

@@ -1,5 +1,3 @@
-"""A served proxy with one profiled model in its configuration, and the requests that tests of faults make."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,4 +1,4 @@
-"""A primary that is killed, frozen or replaced by its sentinels under traffic. `pytest -rP` prints the figures."""
+"""Kill, freeze or replace a primary by its sentinels under traffic. `pytest -rP` prints the figures."""
 
 from __future__ import annotations
 

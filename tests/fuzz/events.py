@@ -1,4 +1,4 @@
-"""A coverage-guided fuzzer on the cutter of event streams: `python -m tests.fuzz.events CORPUS`. Ends at a fault.
+"""Fuzz the SSE decoder, guided by coverage: `python -m tests.fuzz.events CORPUS`. Ends at a fault.
 
 However the bytes are split, the events are the same, and each is read or refused.
 """

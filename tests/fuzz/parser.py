@@ -1,6 +1,6 @@
-"""A coverage-guided fuzzer on the parser of bodies: `python -m tests.fuzz.parser CORPUS`. Ends at a fault.
+"""Fuzz the parser of bodies, guided by coverage: `python -m tests.fuzz.parser CORPUS`. Ends at a fault.
 
-Whatever is taken is written and read again, and read by everything that reads a body before it is forwarded.
+What is accepted is written and read again, and read by everything that reads a body before it is forwarded.
 """
 
 from __future__ import annotations

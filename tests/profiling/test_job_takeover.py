@@ -1,5 +1,3 @@
-"""Workers die, stop, lose Redis or meet: a job continues, once, and loses no answer."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""Profiling end to end in one process: from a submitted job to a profile in use, or to a reason why not."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""How profiling reads one answer of a model."""
-
 from __future__ import annotations
 
 from typing import Any

@@ -1,5 +1,3 @@
-"""A new cluster map: recorded answers make the profile, and only missing ones are asked for."""
-
 from __future__ import annotations
 
 from pathlib import Path

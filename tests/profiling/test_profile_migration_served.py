@@ -1,5 +1,3 @@
-"""`uniroute serve` on one map, then on another: profiled models are ready again without a prompt."""
-
 from __future__ import annotations
 
 from pathlib import Path

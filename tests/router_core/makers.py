@@ -1,5 +1,3 @@
-"""Small maps, profiles and pools that can be checked by hand."""
-
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

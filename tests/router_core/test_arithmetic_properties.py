@@ -1,5 +1,3 @@
-"""Properties of prices and profiles for any figures: costs are not negative, rates lie within [0, 1], order is free."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""Documents that are small on disk and large in memory, or endless, are refused at once."""
-
 from __future__ import annotations
 
 import hashlib

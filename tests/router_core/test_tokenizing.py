@@ -1,5 +1,3 @@
-"""Ids are those of the tokenizers library, which the embedding model was trained with, on texts of every kind."""
-
 from __future__ import annotations
 
 import subprocess

@@ -1,5 +1,3 @@
-"""From an answer to the next request: what is remembered, for whom, and what is asked of Redis meanwhile."""
-
 from __future__ import annotations
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which conversations stay with their model, and when a session is worth staying for; the numbers are by hand.
+"""Which conversations stay with their model, and when a session is worth staying for. Figures are by hand.
 
 One question of 1,000 tokens, answers of 50 tokens that cost nothing, λ = 0.1: read afresh, "warm" costs $0.01 and
 "cold" $0.004; each token that "warm" has in its cache costs it $9e-6 less, so 667 of them make it the cheaper one.

@@ -1,5 +1,3 @@
-"""A prompt's clusters: the same at hand, from another thread and remembered."""
-
 from __future__ import annotations
 
 import random

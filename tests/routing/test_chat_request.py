@@ -1,5 +1,3 @@
-"""Bodies and headers of callers, good and bad."""
-
 from __future__ import annotations
 
 import json

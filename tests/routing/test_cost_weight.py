@@ -1,5 +1,3 @@
-"""λ of a request within its key's bounds: what was stated is refused outside of them, what was not is moved inside."""
-
 from __future__ import annotations
 
 from typing import Any

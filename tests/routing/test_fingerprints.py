@@ -1,5 +1,3 @@
-"""What an assistant turn is recognised by: the same fingerprints whole and streamed, others for another turn."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""The quick reading of a body takes nothing that the exact one refuses, and reads what it takes alike."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""What is said when nobody can take a request, and to whom; and what narrows a choice: lists, caps, the key."""
-
 from __future__ import annotations
 
 from pathlib import Path

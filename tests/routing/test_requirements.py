@@ -1,5 +1,3 @@
-"""What routing reads of a conversation, on the shapes that clients really send."""
-
 from __future__ import annotations
 
 import json

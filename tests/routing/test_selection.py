@@ -1,5 +1,3 @@
-"""Who is chosen, why, in which order, and what happens when there is no time to look."""
-
 from __future__ import annotations
 
 import pytest

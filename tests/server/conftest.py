@@ -1,5 +1,3 @@
-"""What tests through sockets share: a proxy with a good expensive model and a fair cheap one, and one with keys."""
-
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator

@@ -1,5 +1,3 @@
-"""Bodies of admin calls: taken whole, or refused whole with the name of the field."""
-
 from __future__ import annotations
 
 from typing import Any

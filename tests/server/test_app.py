@@ -1,5 +1,3 @@
-"""The app over a state that the test opens, without a socket."""
-
 from __future__ import annotations
 
 from pathlib import Path

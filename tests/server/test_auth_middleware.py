@@ -1,5 +1,3 @@
-"""AuthMiddleware over a real snapshot, without a socket: which key is let in, when, and to which paths."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Money in every order of reserving, settling, releasing and ending: the store agrees with a model of it."""
+"""Reserve, settle, release and end in every order: the store agrees with a model of it."""
 
 from __future__ import annotations
 

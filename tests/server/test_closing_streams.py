@@ -1,5 +1,3 @@
-"""What was opened is closed, whoever is cancelled while the opening comes to its end."""
-
 from __future__ import annotations
 
 import asyncio

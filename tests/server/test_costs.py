@@ -1,5 +1,3 @@
-"""Costs through a real proxy, to the picodollar: usage reports, prices, modes, streams and endings."""
-
 from __future__ import annotations
 
 import json

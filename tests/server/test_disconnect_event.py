@@ -1,5 +1,3 @@
-"""Work for a client that may leave: cancelled with it, and with nobody else's cancellation taken for that."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""Counters and histograms of ours are exposed as prometheus_client's own, to the last byte."""
-
 from __future__ import annotations
 
 from collections.abc import Callable

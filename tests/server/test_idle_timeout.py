@@ -1,5 +1,3 @@
-"""A wait that takes too long ends, one that does not goes on, and whoever else cancels is heard."""
-
 from __future__ import annotations
 
 import asyncio

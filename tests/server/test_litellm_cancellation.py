@@ -1,5 +1,3 @@
-"""A translated call that is cancelled, and again and again while it closes, leaves no connection open."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""Log lines: whole, in order, and written before the process can be killed, without waiting for a reader."""
-
 from __future__ import annotations
 
 import fcntl

@@ -1,5 +1,3 @@
-"""Odd values in every Redis key and field that is read: nothing raises, and the server keeps serving."""
-
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""An upstream of another format, Anthropic's, that litellm translates to OpenAI's."""
+"""Use an upstream of another format, Anthropic's, which litellm translates to OpenAI's."""
 
 from __future__ import annotations
 

@@ -1,5 +1,3 @@
-"""A direct call passes the caller's bytes on and the upstream's bytes back: only the value of `model` differs."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""What `uniroute serve` refuses before it listens: one line, exit status 2, nothing started."""
-
 from __future__ import annotations
 
 import os

@@ -1,4 +1,4 @@
-"""A client's connection over real sockets: slow, large, too many. The app behind it says what it was asked."""
+"""A client's connection over real sockets: slow, large, too many. The app behind it echoes the request."""
 
 from __future__ import annotations
 

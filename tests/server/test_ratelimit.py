@@ -1,5 +1,3 @@
-"""Limits over two processes' connections to one real store."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""Redis away, frozen, emptied or broken: money is refused, rates are kept by the process, and waits are short."""
-
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Coroutine

@@ -1,5 +1,3 @@
-"""What is reserved for a request: the most that it may cost, and the tokens that it may take."""
-
 from __future__ import annotations
 
 from dataclasses import replace

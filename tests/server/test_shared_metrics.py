@@ -1,5 +1,3 @@
-"""Numbers that several processes count: the sum over all, those that died too, and gauges of the living."""
-
 from __future__ import annotations
 
 import os

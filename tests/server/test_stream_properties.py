@@ -1,5 +1,3 @@
-"""Event streams for every split of their bytes: what comes out depends on the bytes alone."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""The server and the commands in an environment whose proxies and certificates cannot be used."""
-
 from __future__ import annotations
 
 import json

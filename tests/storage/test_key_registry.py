@@ -1,5 +1,3 @@
-"""Keys in the store: concurrent changes are all kept, and every change has an audit line."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""Stored entries: round trips, fingerprints, and what is refused."""
-
 from __future__ import annotations
 
 import pytest

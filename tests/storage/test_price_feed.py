@@ -1,5 +1,3 @@
-"""The price feed: what it changes, what it leaves alone, and broken feeds."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""Entries of the bundled price map and their names; broken maps."""
-
 from __future__ import annotations
 
 import subprocess

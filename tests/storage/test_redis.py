@@ -1,5 +1,3 @@
-"""The embedded server and its users; operations on a Redis that is away or silent; the state of availability."""
-
 from __future__ import annotations
 
 import asyncio

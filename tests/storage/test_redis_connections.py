@@ -1,5 +1,3 @@
-"""Connections to a Redis of one's own: TLS, client certificates, ACL users, sentinels; servers that are refused."""
-
 from __future__ import annotations
 
 import logging

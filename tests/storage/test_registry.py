@@ -1,5 +1,3 @@
-"""Writes to the registry are done whole or refused, and raise the version."""
-
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,5 +1,3 @@
-"""Encoded commands are redis-py's bytes, and a pipeline of them behaves as redis-py's."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""The memory of sessions over a real Valkey: shared, expiring, bounded."""
-
 from __future__ import annotations
 
 import asyncio

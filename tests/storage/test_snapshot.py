@@ -1,5 +1,3 @@
-"""Snapshots follow the store within a second in every process, and survive Redis and its broken entries."""
-
 from __future__ import annotations
 
 import asyncio

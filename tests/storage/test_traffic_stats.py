@@ -1,5 +1,3 @@
-"""Live traffic changes expected tokens and seconds, and nothing else."""
-
 from __future__ import annotations
 
 import numpy as np

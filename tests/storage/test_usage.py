@@ -1,5 +1,3 @@
-"""Tokens and costs: reports of all vendors are read alike, parts are disjoint, and unknown is unknown."""
-
 from __future__ import annotations
 
 import json

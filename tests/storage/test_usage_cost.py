@@ -1,5 +1,3 @@
-"""Every report of usage at every price, to the picodollar."""
-
 from __future__ import annotations
 
 from itertools import product

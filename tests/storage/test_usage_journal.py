@@ -1,5 +1,3 @@
-"""The journal of usage: records are read in order and once, by the next process too, whatever the disk does."""
-
 from __future__ import annotations
 
 import json

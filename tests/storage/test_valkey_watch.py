@@ -1,5 +1,3 @@
-"""The embedded store ends with the last process that uses it, also where that was killed."""
-
 from __future__ import annotations
 
 import subprocess

@@ -1,5 +1,3 @@
-"""`uniroute` as users run it: a process with a data directory of its own and none of this environment's keys."""
-
 from __future__ import annotations
 
 import os

@@ -1,5 +1,3 @@
-"""Requests over a connection pool, and small TCP servers."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""Direct calls of a model by the client of upstreams."""
-
 from __future__ import annotations
 
 import asyncio

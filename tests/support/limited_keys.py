@@ -1,5 +1,3 @@
-"""Client keys with limits, put straight into a store, and their use as the store has it."""
-
 from __future__ import annotations
 
 import uuid

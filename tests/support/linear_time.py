@@ -1,4 +1,4 @@
-"""Texts on which a careless parser takes quadratic time, and a child process with too little CPU time for that."""
+"""Texts on which a careless parser takes quadratic time, and a child process whose CPU time is too short for that."""
 
 from __future__ import annotations
 

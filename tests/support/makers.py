@@ -1,5 +1,3 @@
-"""Small parts for tests: a cluster map of four corners, records, profiles, a started snapshot watcher."""
-
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence

@@ -1,5 +1,3 @@
-"""Small outcomes files, and `uniroute evaluate` on them."""
-
 from __future__ import annotations
 
 import json

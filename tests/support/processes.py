@@ -1,5 +1,3 @@
-"""A command in a process group of its own, of which nothing is left; children and connections of processes."""
-
 from __future__ import annotations
 
 import os

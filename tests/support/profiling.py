@@ -1,5 +1,3 @@
-"""A small validation set over four clusters, a model server that knows some of it, and all that a job needs."""
-
 from __future__ import annotations
 
 import asyncio

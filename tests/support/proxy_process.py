@@ -1,5 +1,3 @@
-"""The proxy in a process of its own, by uvicorn: a data directory, a YAML file, environment variables."""
-
 from __future__ import annotations
 
 import os

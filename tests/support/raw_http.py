@@ -1,4 +1,4 @@
-"""Bytes over a socket that no HTTP client would send, and the responses."""
+"""Send bytes over a socket that no HTTP client would send, and read the responses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model server on the test's own event loop that sends exactly the given bytes, on connections that stay open."""
+"""Serve exactly the given bytes from the test's own event loop, on connections that stay open."""
 
 from __future__ import annotations
 

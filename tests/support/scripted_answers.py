@@ -1,5 +1,3 @@
-"""What a scripted model server responds: OpenAI completions, stream chunks and errors as JSON."""
-
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""A scripted model server: real HTTP on loopback, OpenAI's chat-completions format, a queue and a history."""
+"""Serve a scripted model: real HTTP on loopback, OpenAI's chat completions, a queue of responses and a history."""
 
 from __future__ import annotations
 

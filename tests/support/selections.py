@@ -1,5 +1,3 @@
-"""A snapshot of three models, the selection among them, and an embedder that can be blocked."""
-
 from __future__ import annotations
 
 import threading

@@ -1,4 +1,4 @@
-"""A primary, a replica and three sentinels on loopback, as a team would run them; and TLS in front of servers."""
+"""Run a primary, a replica and three sentinels on loopback, as a team would, and TLS in front of servers."""
 
 from __future__ import annotations
 

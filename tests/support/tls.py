@@ -1,5 +1,3 @@
-"""A self-signed certificate, a server's side of TLS with it, and one context for all clients."""
-
 from __future__ import annotations
 
 import functools

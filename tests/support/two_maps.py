@@ -1,5 +1,3 @@
-"""A second map over the four corners, and a model that was profiled on the first."""
-
 from __future__ import annotations
 
 from pathlib import Path

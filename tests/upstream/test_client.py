@@ -1,5 +1,3 @@
-"""Which key goes where, and which client each provider gets: real calls to a scripted server."""
-
 from __future__ import annotations
 
 from collections.abc import AsyncIterator

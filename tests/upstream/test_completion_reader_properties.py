@@ -1,5 +1,3 @@
-"""The fast ways to read a stream give the same as a slow reference, for every split of its bytes."""
-
 from __future__ import annotations
 
 import asyncio

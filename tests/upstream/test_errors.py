@@ -1,5 +1,3 @@
-"""Status, message and meaning of an upstream's error, however the server reports it."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""From a record and a body to a litellm call: the model's parameters, the caller's, and which wins."""
-
 from __future__ import annotations
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""litellm in a process of its own: without any key, once per model, and what happens if that fails."""
+"""Run litellm in a process of its own: without any key, once per model."""
 
 from __future__ import annotations
 

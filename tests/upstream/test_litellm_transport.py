@@ -1,5 +1,3 @@
-"""Connections of the pool for litellm are closed in time, even if no further request comes."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""A model that answers with a huge error or a flood of values delays no other request."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""What a model is sent when its own parameters and the caller's meet: real calls to a scripted server."""
-
 from __future__ import annotations
 
 from collections.abc import AsyncIterator

@@ -1,5 +1,3 @@
-"""Connections of the direct client: reuse, closing, cancelled callers, certificates and proxies."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""The direct client over upstreams that break, lie and answer oddly: real sockets, and the errors they become."""
-
 from __future__ import annotations
 
 import gzip

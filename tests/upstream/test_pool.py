@@ -1,5 +1,3 @@
-"""The connection pool on uvloop: how many connections, for how long, and which responses are rejected."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""How each provider is called, as litellm itself says, and which key goes there."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""Replacing `model` in the bytes of bodies and responses changes nothing else, however they are written."""
-
 from __future__ import annotations
 
 import json

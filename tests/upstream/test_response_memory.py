@@ -1,5 +1,3 @@
-"""Responses of upstreams are limited in bytes, values and levels in both modes, and all held memory is released."""
-
 from __future__ import annotations
 
 import asyncio

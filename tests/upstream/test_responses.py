@@ -1,5 +1,3 @@
-"""What becomes of a response, whatever its headers say and however its connection ends, in both modes."""
-
 from __future__ import annotations
 
 import gzip

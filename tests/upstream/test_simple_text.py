@@ -1,5 +1,3 @@
-"""The fast path for chunks of text alone gives the same as the general one, and is taken where it should be."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,9 +1,9 @@
-"""What the proxy costs, on one core, beside others: `python -m tests.bench.overhead [--quick | --peers]`.
+"""Measure what the proxy costs on one core, beside others: `python -m tests.bench.overhead [--quick | --peers]`.
 
-The gateway has one core to itself; the load and a loopback upstream that costs next to nothing have another. Rounds are
-interleaved, so that what the machine does meanwhile hits all alike: medians over rounds, in brackets the least and the
-most. --quick: ours and the direct path, two minutes. Without: also FastAPI over litellm's SDK, what any gateway on it
-pays, ten minutes. --peers: also LiteLLM's proxy and Portkey, installed on first use, twenty-five. Linux, two cores.
+The gateway has one core to itself; the load and a cheap loopback upstream have another. Rounds are interleaved, so that
+what the machine does meanwhile hits all alike: medians over rounds, in brackets the least and the most.
+--quick: ours and the direct path, two minutes. Without: also FastAPI over litellm's SDK, which any gateway on it pays,
+ten minutes. --peers: also LiteLLM's proxy and Portkey, installed on first use, twenty-five. Linux, two cores.
 """
 
 from __future__ import annotations

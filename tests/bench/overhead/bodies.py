@@ -1,7 +1,7 @@
-"""Requests of the kinds that gateways see, no two alike, so that no cache flatters anybody.
+"""Write requests of the kinds that gateways see, no two alike, so that no cache helps anybody.
 
-One word in twenty is a mark (`MARK`), which the load generator replaces by eight letters that it uses once: a text that
-was sent before never comes again, and neither do all its words.
+One word in twenty is a placeholder (`MARK`), which the load generator replaces by eight letters that it uses once: no
+text is sent twice, and neither are all its words.
 """
 
 from __future__ import annotations

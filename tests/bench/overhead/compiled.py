@@ -1,4 +1,4 @@
-"""The load generator and the upstream as programs: C, compiled on the spot, or Python where there is no compiler."""
+"""Run the load generator and the upstream as C programs, or as Python where there is no compiler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands between the load and the upstream: how each server is started and asked. Measures nothing."""
+"""Start and ask each server that stands between the load and the upstream."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A load generator that costs little: prepared requests over kept-alive connections, times of every answer.
+"""Generate load cheaply: prepared requests over kept-alive connections, and the times of every answer.
 
-`run` measures with load.c where there is a compiler, else with the Python one below, which does the same for more CPU.
+`run` measures with load.c where there is a compiler, else with the Python version below, which takes more CPU.
 """
 
 from __future__ import annotations

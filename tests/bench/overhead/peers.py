@@ -1,4 +1,4 @@
-"""Gateways of others, installed into environments of their own: LiteLLM's proxy from PyPI, Portkey from npm."""
+"""Install other gateways into environments of their own: LiteLLM's proxy from PyPI, Portkey from npm."""
 
 from __future__ import annotations
 

@@ -1,5 +1,3 @@
-"""A process and its children as /proc shows them: CPU, memory, descriptors. Starts each on the cores it is given."""
-
 from __future__ import annotations
 
 import os

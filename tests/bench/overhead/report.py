@@ -1,5 +1,3 @@
-"""The tables of a run, on a terminal, as Markdown and as JSON: medians over rounds, with the least and the most."""
-
 from __future__ import annotations
 
 import math

@@ -1,5 +1,3 @@
-"""What a run has found: figures by case, row and round, and the columns that are made of them. Measures nothing."""
-
 from __future__ import annotations
 
 import math

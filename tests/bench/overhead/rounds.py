@@ -1,5 +1,3 @@
-"""One round of one case against one row: load sent, times and CPU taken. Starts no server and prints nothing."""
-
 from __future__ import annotations
 
 import math

@@ -1,4 +1,4 @@
-"""A run: every server started alone and timed, then all at once for interleaved rounds, then each alone again."""
+"""Run the bench: start and time every server alone, then all at once for interleaved rounds, then each alone again."""
 
 from __future__ import annotations
 

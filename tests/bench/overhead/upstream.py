@@ -1,7 +1,7 @@
-"""A model server that costs next to nothing: OpenAI's format from prepared bytes. The Python one of two.
+"""Serve OpenAI's format from prepared bytes, at next to no cost.
 
-`python -m tests.bench.overhead.upstream RECORDS` prints its port and serves until its stdin is closed, as
-upstream.c does, which takes its place where there is a compiler. `write_answers` makes the records for both.
+`python -m tests.bench.overhead.upstream RECORDS` prints its port and serves until its stdin is closed. upstream.c does
+the same and is used where there is a compiler. `write_answers` makes the records for both.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Results to show: of a real study of toys, and by hand what such a study rarely has."""
+"""Results for the report: those of a study of toys, and by hand what such a study rarely has."""
 
 from __future__ import annotations
 

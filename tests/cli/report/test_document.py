@@ -1,5 +1,3 @@
-"""What a script reads of a study."""
-
 from __future__ import annotations
 
 import json

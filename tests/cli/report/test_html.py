@@ -1,5 +1,3 @@
-"""The page of a study."""
-
 from __future__ import annotations
 
 import json

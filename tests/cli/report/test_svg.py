@@ -1,5 +1,3 @@
-"""The picture of a study."""
-
 from __future__ import annotations
 
 from pathlib import Path

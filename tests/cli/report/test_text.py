@@ -1,5 +1,3 @@
-"""What a study says in the terminal."""
-
 from __future__ import annotations
 
 from dataclasses import replace

@@ -1,5 +1,3 @@
-"""Rival methods on prompts whose answers are known by hand."""
-
 from __future__ import annotations
 
 import numpy as np

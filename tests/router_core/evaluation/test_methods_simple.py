@@ -1,5 +1,3 @@
-"""Routers that ignore the prompt, k-means and the product, on numbers that can be checked by hand."""
-
 from __future__ import annotations
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Outcomes whose best routing is plain: each model is right about one kind of prompt and wrong about the other."""
+"""Outcomes whose best routing is plain: each model is right on one kind of prompt and wrong on the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests give to worker processes, in a module that takes no time to import there."""
+"""Functions for worker processes, in a module that is quick to import there."""
 
 from __future__ import annotations
 

@@ -1,5 +1,3 @@
-"""The built-in set as a whole: size, spread, fairness of every grader, and that a seed fixes it."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""Graders of written texts, patterns, JSON, Python and judges' verdicts."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""A user's validation set: what is read, and the error of each broken line."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""The breaker's rules, each on a clock that the test moves."""
-
 from __future__ import annotations
 
 from proxy.settings.schema import CircuitBreakerSettings

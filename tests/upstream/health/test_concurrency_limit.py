@@ -1,5 +1,3 @@
-"""Slots of a model: never more than the cap, first come first served, and none is ever lost."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""Two processes and a real Valkey: what one finds the other adopts, and nothing in Redis can do worse than that."""
-
 from __future__ import annotations
 
 import logging

@@ -1,5 +1,3 @@
-"""Redis stopped, frozen or full while models fail: nothing waits for it, and what was found is told when it is back."""
-
 from __future__ import annotations
 
 import asyncio

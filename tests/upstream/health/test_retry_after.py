@@ -1,5 +1,3 @@
-"""What an upstream may write into `retry-after`, and what is made of it."""
-
 from __future__ import annotations
 
 import pytest
