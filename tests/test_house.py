@@ -232,9 +232,9 @@ def test_nothing_names_the_machine_it_was_written_on() -> None:
     """Home directories in general, and the folder that this copy lies in."""
     private = re.compile(rf"/(?:home|Users)/\w|/root/|{re.escape(str(ROOT))}/")
     folders = (*PACKAGES, "tests", "deploy", "docs", ".ci")
-    shown = [path for folder in folders for path in (ROOT / folder).rglob("*")]
-    shown += [path for path in ROOT.iterdir() if path.suffix in {".md", ".toml", ".txt", ".yml"}]
-    shown.append(ROOT / "Makefile")
-    written = [path for path in shown if path.suffix not in {".pyc", ".npy", ".npz"} and path.is_file()]
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    paths += [path for path in ROOT.iterdir() if path.suffix in {".md", ".toml", ".txt", ".yml"}]
+    paths.append(ROOT / "Makefile")
+    written = [path for path in paths if path.suffix not in {".pyc", ".npy", ".npz"} and path.is_file()]
     naming = [path for path in written if private.search(path.read_text("utf-8", "replace"))]
     assert [str(path.relative_to(ROOT)) for path in naming if path != Path(__file__)] == []

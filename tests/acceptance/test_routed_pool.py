@@ -32,8 +32,8 @@ class Pool:
 
     def answers(self, kind: str, **extra: Any) -> list[tuple[str, bool]]:
         """(model, was it right) for the held-back prompts of one kind."""
-        asked = [(prompt, *ask(self.proxy.url, prompt, **extra)) for prompt in self.library.of_kind(kind)]
-        return [(model, self.library.is_right(prompt, answer)) for prompt, model, answer in asked]
+        replies = [(prompt, *ask(self.proxy.url, prompt, **extra)) for prompt in self.library.of_kind(kind)]
+        return [(model, self.library.is_right(prompt, answer)) for prompt, model, answer in replies]
 
     def decision(
         self, prompt: ValidationPrompt, lambda_: float, connection: httpx.Client | None = None
@@ -60,9 +60,13 @@ class Pool:
         """Whether each candidate is the choice at the λ that the decision gives for it."""
         decision = self.decision(prompt, lambda_, connection)
         flips = {row["model"]: row["flips_at_lambda"] for row in decision["candidates"]}
-        stated = {model: flip for model, flip in flips.items() if flip is not None}
-        chosen = {model: self.decision(prompt, flip, connection)["model"] for model, flip in stated.items()}
-        return flips[decision["model"]] == lambda_ and "dear" in stated and chosen == {model: model for model in stated}
+        thresholds = {model: flip for model, flip in flips.items() if flip is not None}
+        chosen = {model: self.decision(prompt, flip, connection)["model"] for model, flip in thresholds.items()}
+        return (
+            flips[decision["model"]] == lambda_
+            and "dear" in thresholds
+            and chosen == {model: model for model in thresholds}
+        )
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +118,7 @@ def test_the_dry_run_predicts_what_then_happens(pool: Pool, lambda_: float) -> N
             (pool.decision(prompt, lambda_, connection)["model"], pool.routed(prompt, lambda_, connection))
             for prompt in prompts
         ]
-    assert [asked for _, asked in pairs] == [predicted for predicted, _ in pairs]
+    assert [served for _, served in pairs] == [predicted for predicted, _ in pairs]
 
 
 def test_a_decision_says_at_which_lambda_it_would_flip(pool: Pool) -> None:

@@ -107,10 +107,12 @@ class Servers:
         """Known to both servers, which ask for keys since they know of the first."""
         key = LimitedKey.put(self.store, **limits)
         for proxy in self.proxies:
-            asked = partial(self.client.get, f"{proxy.url}/v1/models")
+            list_models = partial(self.client.get, f"{proxy.url}/v1/models")
             headers = {"authorization": f"Bearer {key.secret}"}
-            assert wait_until(lambda asked=asked: asked().status_code == 401)
-            assert wait_until(lambda asked=asked, headers=headers: asked(headers=headers).status_code == 200)
+            assert wait_until(lambda list_models=list_models: list_models().status_code == 401)
+            assert wait_until(
+                lambda list_models=list_models, headers=headers: list_models(headers=headers).status_code == 200
+            )
         return key
 
     def race(self, size: RequestedSize, *, stream: bool, **limits: Any) -> Race:

@@ -91,12 +91,12 @@ async def test_no_provider_that_litellm_knows_follows_a_redirect(
     client: LiteLLMClient, pointing: ScriptedUpstream, elsewhere: ScriptedUpstream
 ) -> None:
     pointing.history.clear()
-    asked = []
+    reached = []
     for provider in sorted({kind.value for kind in import_litellm().LlmProviders}):
         with contextlib.suppress(TimeoutError):
             await ask(client, provider, pointing.url)
-        asked += [provider] if pointing.history else []
+        reached += [provider] if pointing.history else []
         pointing.history.clear()
         assert elsewhere.history == [], provider
 
-    assert len(asked) > 60
+    assert len(reached) > 60

@@ -60,7 +60,7 @@ async def _measure(arguments: argparse.Namespace) -> None:
             if arguments.profile:
                 await _profile(room, arguments.times)
                 return
-            rows = [(what, *await _least_us(room, arguments, work)) for what, work in _stages(room)]
+            rows = [(title, *await _least_us(room, arguments, work)) for title, work in _stages(room)]
             console.table(("stage", "CPU us", "Valkey's"), rows, title="the least of the rounds")
 
 

@@ -110,8 +110,8 @@ def summary(walk: Walk) -> dict[str, Any]:
 def text_of(figures: Mapping[str, Any], *, files: bool) -> str:
     lines = []
     for package in (*PACKAGES, "tests"):
-        shown = {name: len(value) if isinstance(value, list) else value for name, value in figures[package].items()}
-        lines.append(f"{package}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+        sums = {name: len(value) if isinstance(value, list) else value for name, value in figures[package].items()}
+        lines.append(f"{package}: " + ", ".join(f"{name} {value}" for name, value in sums.items()))
         lines += [
             f"  {name}: {', '.join(value)}"
             for name, value in figures[package].items()

@@ -66,9 +66,9 @@ async def compare(url: str, key: str, count: int) -> None:
         )
         assert flooding.stdout
         assert await flooding.stdout.readline() == b"begins\n"
-        told = asyncio.create_task(flooding.stdout.read())
+        output = asyncio.create_task(flooding.stdout.read())
         during: list[float] = []
-        while not told.done():
+        while not output.done():
             during += await timed(client, key, 1)
         await flooding.wait()
         after = await timed(client, key, ALONE)
@@ -78,7 +78,7 @@ async def compare(url: str, key: str, count: int) -> None:
     ]
     console.table(("a valid client", "requests", "median ms", "longest ms"), rows)
     ratio = statistics.median(during) / statistics.median(alone)
-    console.echo(f"{told.result().decode().strip()}; the valid client's median: x{ratio:.2f}")
+    console.echo(f"{output.result().decode().strip()}; the valid client's median: x{ratio:.2f}")
 
 
 async def timed(client: httpx.AsyncClient, key: str, count: int) -> list[float]:

@@ -41,8 +41,13 @@ class LeanClient:
             self._streams = await asyncio.open_connection("127.0.0.1", self._port, limit=2**20)
         reader, writer = self._streams
         raw = json.dumps(body).encode()
-        stated = {"host": "127.0.0.1", "content-type": "application/json", "content-length": str(len(raw)), **headers}
-        lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in stated.items())]
+        all_headers = {
+            "host": "127.0.0.1",
+            "content-type": "application/json",
+            "content-length": str(len(raw)),
+            **headers,
+        }
+        lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in all_headers.items())]
         writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + raw)
         await writer.drain()
         return reader

@@ -28,9 +28,9 @@ class Seen:
 
 def with_open_streams(bench: Bench, row: Row, count: int, alone_mib: float) -> Seen:
     """`alone_mib`: the server's size before any stream."""
-    held = Case("held open", "short", stream=True, connections=count, pace_ms=PACE_MS)
+    case = Case("held open", "short", stream=True, connections=count, pace_ms=PACE_MS)
     idle = _open(row, bench)
-    with begun(bench.job(held, row, seconds=600, most=count), bench.cores.load):
+    with begun(bench.job(case, row, seconds=600, most=count), bench.cores.load):
         _until(lambda: _open(row, bench) >= count)
         time.sleep(SETTLED_S)
         size, spent, began = memory(row.pid).pss, cpu_s(row.pid), time.monotonic()

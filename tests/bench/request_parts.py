@@ -97,16 +97,16 @@ def open_parts(folder: Path, embedder: StaticEmbedder, state: RoutingSnapshot, c
     store, metrics, assigner = Store(f"unix://{folder}/none"), Metrics(), ClusterAssigner(embedder, 5.0)
     closing.callback(assigner.close)
     closing.push_async_callback(store.close)
-    nobody: Any = None
+    absent: Any = None
     still, noting = Still(state), Noting()
     usage = UsageWriter(store, JournalDirectory(folder, 10**9))
     return AppState(
         settings=settings,
         store=store,
         state=still,  # type: ignore[arg-type]
-        registry=nobody,
-        jobs=nobody,
-        resolver=nobody,
+        registry=absent,
+        jobs=absent,
+        resolver=absent,
         assigner=assigner,
         upstream=noting,  # type: ignore[arg-type]
         usage=usage,
@@ -164,12 +164,12 @@ class Wire:
         return {"socket to upstream": self._to_upstream, "socket to answer": self._to_answer}
 
     async def _to_upstream(self, raw: bytes) -> int:
-        return (await self._asked(raw))[0]
+        return (await self._exchange(raw))[0]
 
     async def _to_answer(self, raw: bytes) -> int:
-        return (await self._asked(raw))[1]
+        return (await self._exchange(raw))[1]
 
-    async def _asked(self, raw: bytes) -> tuple[int, int]:
+    async def _exchange(self, raw: bytes) -> tuple[int, int]:
         upstream: Any = self._services.upstream
         sent = _request(raw)
         self._transport.answered.clear()
@@ -184,12 +184,12 @@ class Wire:
     async def profiled(self, bodies: Sequence[bytes], path: str) -> None:
         """Of what runs on the event loop."""
         for raw in bodies:
-            await self._asked(raw)
+            await self._exchange(raw)
         profile = cProfile.Profile()
         profile.enable()
         for _ in range(20):
             for raw in bodies:
-                await self._asked(raw)
+                await self._exchange(raw)
         profile.disable()
         profile.dump_stats(path)
 

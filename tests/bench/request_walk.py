@@ -99,16 +99,16 @@ class Served:
             *([f"authorization: Bearer {key}"] if key else []),
         ]
         writer.write("\r\n".join((*lines, "", "")).encode() + raw)
-        head, _, said = (await reader.read()).partition(b"\r\n\r\n")
+        head, _, content = (await reader.read()).partition(b"\r\n\r\n")
         writer.close()
         await writer.wait_closed()
-        return int(head.split(b" ", 2)[1]), said
+        return int(head.split(b" ", 2)[1]), content
 
     async def admin(self, method: str, path: str, body: Mapping[str, Any]) -> Any:
-        status, said = await self.call(method, path, body, ADMIN_KEY)
+        status, answer = await self.call(method, path, body, ADMIN_KEY)
         if status >= 300:
-            raise RuntimeError(f"{method} {path} answered {status}: {said[:500]!r}")
-        return json.loads(said)
+            raise RuntimeError(f"{method} {path} answered {status}: {answer[:500]!r}")
+        return json.loads(answer)
 
 
 @asynccontextmanager
@@ -160,12 +160,12 @@ async def _walk(proxy: Served, model: str, *, stream: bool, key: str | None) -> 
         messages = [{"role": "user", "content": f"What is {number} + {time.monotonic_ns()}? Answer in one word."}]
         body = {"model": model, "messages": messages, "stream": stream}
         if number < WARM_UP:
-            status, said = await proxy.call("POST", "/v1/chat/completions", body, key)
+            status, answer = await proxy.call("POST", "/v1/chat/completions", body, key)
         else:
             with walk.noted():
-                status, said = await proxy.call("POST", "/v1/chat/completions", body, key)
+                status, answer = await proxy.call("POST", "/v1/chat/completions", body, key)
         if status != 200:
-            raise RuntimeError(f"the request for {model} was answered {status}: {said[:500]!r}")
+            raise RuntimeError(f"the request for {model} was answered {status}: {answer[:500]!r}")
     return walk
 
 

@@ -60,18 +60,18 @@ class Load:
     keys: Sequence[str]
     rng: Random
     connections: int
-    asked: int = 0
+    sent: int = 0
     goal: int = 0
     seen: Counter[str] = field(default_factory=Counter)
     """By kind and status."""
 
     async def run(self, requests: int) -> None:
-        self.goal = self.asked + requests
+        self.goal = self.sent + requests
         await asyncio.gather(*(self._connection(Random(self.rng.random())) for _ in range(self.connections)))
 
     async def _connection(self, rng: Random) -> None:
         client = LeanClient(self.port)
-        while self.asked < self.goal:
+        while self.sent < self.goal:
             await self._counted(client, rng.choices(list(KINDS), list(KINDS.values()))[0], rng)
         client.close()
 
@@ -82,14 +82,14 @@ class Load:
         client.close()
 
     async def _counted(self, client: LeanClient, kind: str, rng: Random) -> None:
-        self.asked += 1
+        self.sent += 1
         try:
-            self.seen[f"{kind} {await self._asked(client, kind, rng)}"] += 1
+            self.seen[f"{kind} {await self._send(client, kind, rng)}"] += 1
         except (OSError, asyncio.IncompleteReadError) as error:
             self.seen[f"{kind} {type(error).__name__}"] += 1
             client.close()
 
-    async def _asked(self, client: LeanClient, kind: str, rng: Random) -> str:
+    async def _send(self, client: LeanClient, kind: str, rng: Random) -> str:
         body, headers = self._request(kind, rng)
         if kind.startswith("leaves"):
             await client.leave(PATH, body, headers, bytes_read=0 if kind == "leaves early" else 600)
@@ -99,7 +99,7 @@ class Load:
         return f"{status} broken off" if broken else str(status)
 
     def _request(self, kind: str, rng: Random) -> tuple[Json, Mapping[str, str]]:
-        question = a_question(self.asked, rng, words=400 if kind == "leaves midway" else rng.choice((8, 30)))
+        question = a_question(self.sent, rng, words=400 if kind == "leaves midway" else rng.choice((8, 30)))
         messages: list[Json] = [{"role": "user", "content": question.prompt}]
         body: Json = {"model": rng.choice(("auto", "auto", "auto", *MODELS)), "messages": messages}
         headers = {"authorization": f"Bearer {'sk-wrong' if kind == 'bad key' else rng.choice(self.keys)}"}
@@ -125,9 +125,9 @@ async def soak(world: World, requests: int, connections: int, every: int) -> tup
     facts = [await _at_rest(world, load)]
     _row(facts[0], 0.0)
     _connections(world)
-    while load.asked < WARM_UP + requests:
+    while load.sent < WARM_UP + requests:
         started = time.monotonic()
-        await load.run(min(every, WARM_UP + requests - load.asked))
+        await load.run(min(every, WARM_UP + requests - load.sent))
         facts.append(await _facts(world, load))
         _row(facts[-1], (facts[-1].requests - facts[-2].requests) / (time.monotonic() - started))
     facts.append(await _at_rest(world, load))
@@ -169,7 +169,7 @@ async def _at_rest(world: World, load: Load) -> Facts:
 
 
 async def _facts(world: World, load: Load) -> Facts:
-    return await asyncio.to_thread(facts_of, world.server.pid, world.server.url, ADMIN_KEY, load.asked)
+    return await asyncio.to_thread(facts_of, world.server.pid, world.server.url, ADMIN_KEY, load.sent)
 
 
 def growth(facts: Sequence[Facts]) -> float:
@@ -220,8 +220,8 @@ def main() -> None:
         with a_world(Path(temporary), cache, 7, mix="quick", workers=1) as world:
             console.echo(" requests  RSS MiB  PSS MiB anon MiB   fds socks tasks  req/s")
             facts, seen = asyncio.run(soak(world, arguments.requests, arguments.connections, arguments.every))
-    for what, count in sorted(seen.items()):
-        console.echo(f"  {what}: {count:,}")
+    for kind_and_status, count in sorted(seen.items()):
+        console.echo(f"  {kind_and_status}: {count:,}")
     console.echo(f"growth of resident memory over the last half: {growth(facts):+.2f} % per 100,000 requests")
     wrong = verdicts(facts)
     for problem in wrong:

@@ -76,9 +76,9 @@ def answering(answer: bytes, received: list[bytes] | None = None) -> Iterator[in
             while True:
                 connection, _ = listening.accept()
                 with connection:
-                    asked = connection.recv(65536)
-                    if received is not None and asked:
-                        received.append(asked)
+                    request = connection.recv(65536)
+                    if received is not None and request:
+                        received.append(request)
                     connection.sendall(answer[:-7])
                     connection.sendall(answer[-7:])
 
@@ -148,8 +148,8 @@ def test_the_command_prints_a_row_for_each_contender_and_nothing_fails(embedder_
     document = json.loads(done.stdout)
     assert document["failures"] == []
     assert document["rows"][:3] == ["direct", ROUTED, PINNED]
-    shown = table.read_text().splitlines()
-    assert [line.split("|")[1].strip() for line in shown[2:]] == document["rows"]
+    lines = table.read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == document["rows"]
     assert all(document["starts"][ROUTED][0]["idle"][size] > 0 for size in ("rss", "pss"))
 
 

@@ -106,14 +106,14 @@ def spent_pico(record: Record) -> int | None:
 
 def _unaccounted(evidence: Evidence) -> Iterator[str]:
     """Every request has one clear end; a connection may drop only where a worker was just killed."""
-    asked = Counter(outcome.question.id for outcome in evidence.outcomes)
-    yield from (f"{question} was asked {count} times" for question, count in asked.items() if count > 1)
+    requests = Counter(outcome.question.id for outcome in evidence.outcomes)
+    yield from (f"{question} was asked {count} times" for question, count in requests.items() if count > 1)
     for outcome in evidence.outcomes:
-        said = f"{outcome.question.id} ({outcome.client}): {outcome.ending}, {outcome.verdict.detail}"
+        description = f"{outcome.question.id} ({outcome.client}): {outcome.ending}, {outcome.verdict.detail}"
         if outcome.ending not in ACCOUNTED:
-            yield said
+            yield description
         if outcome.ending == DROPPED and not near_a_kill(outcome.span, evidence.kills):
-            yield f"{said}, though no worker was killed"
+            yield f"{description}, though no worker was killed"
 
 
 def near_a_kill(span: Span, kills: Iterable[float]) -> bool:

@@ -183,7 +183,7 @@ CLIENTS: Mapping[str, tuple[float, Client]] = {
 }
 
 
-async def asked(client: Client, doors: Doors, ask: Ask) -> Got:
+async def send_request(client: Client, doors: Doors, ask: Ask) -> Got:
     """Whatever comes of it, also where the connection does not hold."""
     try:
         async with asyncio.timeout(TIMEOUT_S):
@@ -198,12 +198,12 @@ async def asked(client: Client, doors: Doors, ask: Ask) -> Got:
 
 def text_of(events: list[bytes]) -> str:
     """Of the chunks among them."""
-    said = ""
+    text = ""
     for event in events:
         payload = _json(event.removeprefix(b"data: "))
         for choice in payload.get("choices") or () if isinstance(payload, dict) else ():
-            said += choice["delta"].get("content") or ""
-    return said
+            text += choice["delta"].get("content") or ""
+    return text
 
 
 def _for_sdk(ask: Ask, *, stream: bool) -> Json:

@@ -74,7 +74,7 @@ class LedgerUpstream:
         self._ledger = ledger
         self._seed = seed
         self._mix = MIXES[mix]
-        self._asked: Counter[tuple[str, str]] = Counter()
+        self._requests: Counter[tuple[str, str]] = Counter()
 
     async def serve(self, port: int) -> None:
         server = await asyncio.start_server(self._connection, "127.0.0.1", port, limit=MAX_HEAD, backlog=512)
@@ -108,8 +108,8 @@ class LedgerUpstream:
         await behaviour.behave(exchange)
 
     def _behaviour(self, question: Question, model: str) -> tuple[Behaviour, Random]:
-        self._asked[question.id, model] += 1
-        rng = Random(f"{self._seed}/{question.id}/{model}/{self._asked[question.id, model]}")
+        self._requests[question.id, model] += 1
+        rng = Random(f"{self._seed}/{question.id}/{model}/{self._requests[question.id, model]}")
         return drawn(rng, self._mix), rng
 
 

@@ -72,8 +72,8 @@ def chunk(exchange: Exchange, delta: Json, finish_reason: str | None = None) -> 
     return {**frame(exchange), "object": "chat.completion.chunk", "choices": [choice("delta", delta, finish_reason)]}
 
 
-def choice(part: str, said: Json, finish_reason: str | None) -> Json:
-    return {"index": 0, part: said, "finish_reason": finish_reason}
+def choice(part: str, content: Json, finish_reason: str | None) -> Json:
+    return {"index": 0, part: content, "finish_reason": finish_reason}
 
 
 def frame(exchange: Exchange) -> Json:

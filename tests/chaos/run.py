@@ -100,10 +100,10 @@ def _of_processes(world: World, watch: Watch, faults: Faults, serving: int) -> I
 
 def _of_health(watch: Watch, administrator: Administrator, faults: Faults) -> Iterator[str]:
     """A call may get no answer only where a worker was just killed."""
-    for what, spans in (("/healthz", watch.failed), ("an admin call", administrator.dropped)):
+    for call, spans in (("/healthz", watch.failed), ("an admin call", administrator.dropped)):
         for span in spans:
             if not near_a_kill(span, faults.kills):
-                yield f"{what} got no answer for {span[1] - span[0]:.1f} s, though no worker was killed"
+                yield f"{call} got no answer for {span[1] - span[0]:.1f} s, though no worker was killed"
 
 
 def _of_the_log(world: World) -> Iterator[str]:

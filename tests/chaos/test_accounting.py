@@ -120,7 +120,7 @@ def test_consistent_ledgers_have_no_discrepancy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (without_the_first_record, "on record as complete: nothing"),
         (with_the_first_record_twice, "on record as complete: ['alder', 'alder']"),
@@ -139,8 +139,8 @@ def test_consistent_ledgers_have_no_discrepancy() -> None:
         (asked_twice, "was asked 2 times"),
     ],
 )
-def test_each_discrepancy_is_found(spoil: Callable[[Evidence], Evidence], said: str) -> None:
-    assert [problem for problem in account(spoil(consistent_evidence())).problems if said in problem]
+def test_each_discrepancy_is_found(spoil: Callable[[Evidence], Evidence], message: str) -> None:
+    assert [problem for problem in account(spoil(consistent_evidence())).problems if message in problem]
 
 
 def test_a_connection_may_drop_where_a_worker_was_killed_and_nowhere_else() -> None:

@@ -22,7 +22,7 @@ class Watch:
     """`/healthz` over a connection of its own each time, and the process ids of the workers."""
 
     world: World
-    asked: int = 0
+    probes: int = 0
     failed: list[Span] = field(default_factory=list)
     """When it was asked and did not answer 200."""
     slow: list[tuple[float, float]] = field(default_factory=list)
@@ -51,15 +51,15 @@ class Watch:
             self.longest_own_s = max(self.longest_own_s, time.monotonic() - started - EVERY_S)
 
     async def _ask(self, client: httpx.AsyncClient) -> None:
-        self.asked += 1
-        asked = time.monotonic()
+        self.probes += 1
+        sent_at = time.monotonic()
         healthy = await self._healthy(client)
-        lasted = time.monotonic() - asked
+        lasted = time.monotonic() - sent_at
         self.longest_s = max(self.longest_s, lasted)
         if not healthy:
-            self.failed.append((asked, asked + lasted))
+            self.failed.append((sent_at, sent_at + lasted))
         elif lasted >= SLOW_S:
-            self.slow.append((asked, lasted))
+            self.slow.append((sent_at, lasted))
 
     async def _healthy(self, client: httpx.AsyncClient) -> bool:
         try:
@@ -81,8 +81,8 @@ async def serving_workers(world: World, within_s: float = 60.0) -> int:
 async def _serving(world: World) -> int:
     limits = httpx.Limits(max_connections=MANY, max_keepalive_connections=MANY)
     async with httpx.AsyncClient(trust_env=False, timeout=ANSWER_S, limits=limits) as client:
-        asked = (client.get(f"{world.server.url}/healthz") for _ in range(MANY))
-        answers = await asyncio.gather(*asked, return_exceptions=True)
+        responses = (client.get(f"{world.server.url}/healthz") for _ in range(MANY))
+        answers = await asyncio.gather(*responses, return_exceptions=True)
         if not all(isinstance(answer, httpx.Response) and answer.is_success for answer in answers):
             return 0
         workers = workers_of(world.server.pid)

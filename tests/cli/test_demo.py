@@ -87,8 +87,8 @@ server.stop()
         assert process.stdout is not None
         assert process.stdout.readline() == "serving\n"
         process.send_signal(signal.SIGINT)
-        told, _ = process.communicate(timeout=30)
-    assert (process.returncode, told) == (0, "stopping\n")
+        output, _ = process.communicate(timeout=30)
+    assert (process.returncode, output) == (0, "stopping\n")
     assert not store_answers(tmp_path / "data")
 
 

@@ -109,8 +109,8 @@ def test_where_no_model_is_better_there_is_no_area_and_that_is_said(
     page = tmp_path / "page.html"
     ended = run(environ, *write_files(tmp_path, lines), *SMALL, "--html", page)
     assert ended.returncode == 0, ended.stderr
-    for told in (ended.stdout, page.read_text()):
-        assert "Area is undefined in 3 of 3 trials: the best new model was the cheapest." in told
+    for output in (ended.stdout, page.read_text()):
+        assert "Area is undefined in 3 of 3 trials: the best new model was the cheapest." in output
 
 
 def test_models_that_are_all_free_reach_the_best_ones_quality(environ: Environ, tmp_path: Path) -> None:

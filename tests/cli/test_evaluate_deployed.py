@@ -60,5 +60,5 @@ def test_deployed_profiles_have_a_page_and_a_picture_too(served: Environ, tmp_pa
 
 def test_two_models_must_be_both_scored_and_deployed(served: Environ, tmp_path: Path) -> None:
     files = write_files(tmp_path, rows(40, "middle", "large"))
-    said = refusal(run(served, *files[:2], "--deployed"), 1)
-    assert said.endswith("Both: large. Only scored: middle. Only deployed: tiny, unheard")
+    message = refusal(run(served, *files[:2], "--deployed"), 1)
+    assert message.endswith("Both: large. Only scored: middle. Only deployed: tiny, unheard")

@@ -36,7 +36,7 @@ def text(content: str) -> Spoil:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (scored("large", 1.5), r"outcomes\.jsonl, line 4: scores\['large'\] must be a number from 0 to 1; got 1\.5"),
         (scored("large", 1e308), r"line 4: scores\['large'\].* got 1e\+308; scale it"),
@@ -51,14 +51,14 @@ def text(content: str) -> Spoil:
     ],
 )
 def test_outcomes_that_cannot_be_used_are_told_by_line(
-    environ: Environ, files: tuple[str, ...], spoil: Spoil, said: str
+    environ: Environ, files: tuple[str, ...], spoil: Spoil, message: str
 ) -> None:
     spoil(Path(files[1]))
-    assert re.search(said, refusal(run(environ, *files, *SMALL), 1))
+    assert re.search(message, refusal(run(environ, *files, *SMALL), 1))
 
 
 @pytest.mark.parametrize(
-    ("prices", "said"),
+    ("prices", "message"),
     [
         ({"tiny": {"input_cost_per_token": 1e-6, "output_cost_per_token": 0}}, r"line 1: 'small' is scored but has no"),
         ({"tiny": {"input_cost_per_token": 1e-6}}, r"price of 'tiny' lacks output_cost_per_token: add it"),
@@ -66,10 +66,10 @@ def test_outcomes_that_cannot_be_used_are_told_by_line(
     ],
 )
 def test_prices_that_cannot_be_used_are_told_by_model(
-    environ: Environ, files: tuple[str, ...], prices: object, said: str
+    environ: Environ, files: tuple[str, ...], prices: object, message: str
 ) -> None:
     Path(files[3]).write_text(json.dumps(prices))
-    assert re.search(said, refusal(run(environ, *files, *SMALL), 1))
+    assert re.search(message, refusal(run(environ, *files, *SMALL), 1))
 
 
 def test_a_model_that_is_priced_and_never_scored_is_named(environ: Environ, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_models_that_share_no_prompt_are_told_before_any_trial(environ: Environ,
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "said"),
+    ("arguments", "status", "message"),
     [
         (("--labels", "a"), 2, r"--labels: 'a' is not whole numbers from 1 with commas, as 25,50,100"),
         (("--labels", "0"), 2, r"--labels: '0' is not whole numbers from 1"),
@@ -105,10 +105,10 @@ def test_models_that_share_no_prompt_are_told_before_any_trial(environ: Environ,
     ],
 )
 def test_an_option_that_cannot_be_followed_is_told_before_the_work(
-    environ: Environ, files: tuple[str, ...], arguments: tuple[str, ...], status: int, said: str
+    environ: Environ, files: tuple[str, ...], arguments: tuple[str, ...], status: int, message: str
 ) -> None:
     ended = run(environ, *files, *arguments)
-    assert re.search(said, refusal(ended, status))
+    assert re.search(message, refusal(ended, status))
     assert "embedding:" not in ended.stderr
 
 

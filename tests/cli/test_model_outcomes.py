@@ -98,9 +98,9 @@ def test_one_model_alone_can_be_named(served: tuple[ServeCommand, Environ], tmp_
 
 
 def test_a_named_model_that_was_never_asked_is_refused(served: tuple[ServeCommand, Environ], tmp_path: Path) -> None:
-    for name, said in (("handed", "handed has no graded answers: not asked here"), ("nobody", "no model named")):
+    for name, message in (("handed", "handed has no graded answers: not asked here"), ("nobody", "no model named")):
         ended = run_command("models", "outcomes", "all", name, "--out", tmp_path / "file", environ=served[1])
-        assert (ended.returncode, said in ended.stderr) == (1, True), ended.stderr
+        assert (ended.returncode, message in ended.stderr) == (1, True), ended.stderr
     assert not (tmp_path / "file").exists()
 
 

@@ -51,5 +51,5 @@ def test_every_model_has_a_price_or_costs_nothing(path: Path) -> None:
     catalog = bundled_catalog()
     for entry in load_settings(path, {}).model_list:
         listed = catalog.find(entry.litellm_params["model"])
-        stated = entry.model_info.free or entry.model_info.input_cost_per_token is not None
-        assert stated or (listed is not None and listed.price is not None), entry.model_name
+        priced = entry.model_info.free or entry.model_info.input_cost_per_token is not None
+        assert priced or (listed is not None and listed.price is not None), entry.model_name

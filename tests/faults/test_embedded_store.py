@@ -112,8 +112,8 @@ def test_a_full_disk_refuses_changes_loses_none_and_recovers(
 
             (server.disk / "fill").unlink()
             assert wait_until(lambda: gateway.ready()["store"] == "up")
-            shown: Any = gateway.admin("GET", f"/models/{CONFIGURED}").json()["price"]
-            assert shown["input_cost_per_token"] == pytest.approx(price)
+            stored_price: Any = gateway.admin("GET", f"/models/{CONFIGURED}").json()["price"]
+            assert stored_price["input_cost_per_token"] == pytest.approx(price)
             assert wait_until(lambda: gateway.put_price().status_code == 200)
             assert gateway.add("after").status_code == 201
             assert wait_until(lambda: counted(client) == 6), counted(client)

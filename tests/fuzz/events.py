@@ -25,11 +25,11 @@ def one_input(data: bytes) -> None:
             raise AssertionError("another split, other events")
     for found in whole:
         try:
-            chunk, shown = parse_chunk(found, parse_exact).body, parse_chunk(found).with_model("m")
+            chunk, renamed = parse_chunk(found, parse_exact).body, parse_chunk(found).with_model("m")
         except UpstreamError:
             continue
         has_content(chunk), is_empty_completion(chunk), is_usage_chunk(chunk), finish_reasons(chunk)
-        if len(_cut([format_event(chunk)])) != 1 or _cut([b"data: " + shown + b"\n\n"]) != [shown]:
+        if len(_cut([format_event(chunk)])) != 1 or _cut([b"data: " + renamed + b"\n\n"]) != [renamed]:
             raise AssertionError("one chunk is not one event")
 
 

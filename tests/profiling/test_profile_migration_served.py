@@ -62,10 +62,10 @@ def test_after_a_restart_on_another_map_models_are_ready_without_new_prompts(
             ended = run_command(*adding, "--prompts", "30", environ={**environ, "UNIROUTE_URL": server.url})
             assert ended.returncode == 0, ended.stderr
             before = ready(server)
-        asked = len(upstream.history)
+        requests = len(upstream.history)
         with ServeCommand("--config", config, environ=on_other, log=tmp_path / "other.txt") as server:
             after = ready(server)
-    assert (asked, len(upstream.history)) == (54, 54)
+    assert (requests, len(upstream.history)) == (54, 54)
     assert [[card["profile"]["map"] for card in found] for found in (before, after)] == [[i] * 2 for i in ids]
     labels = [[sum(card["profile"]["labels"]) for card in found] for found in (before, after)]
     assert labels == [pytest.approx([30, 24], abs=1e-4)] * 2

@@ -172,10 +172,10 @@ def test_a_sweep_needs_a_prompt_and_a_routable_model() -> None:
 PROMPTS = an_assignment(0, 0)
 
 
-def two_models(cheap: float, dear: float) -> Pool:
+def two_models(cheap: float, expensive: float) -> Pool:
     """A label weight of 100.5 behind each rate, the shrinkage included."""
     return a_pool(
-        a_candidate("cheap", (cheap,) * 3, Price(0.0, 1e-6)), a_candidate("dear", (dear,) * 3, Price(0.0, 1e-5))
+        a_candidate("cheap", (cheap,) * 3, Price(0.0, 1e-6)), a_candidate("dear", (expensive,) * 3, Price(0.0, 1e-5))
     )
 
 

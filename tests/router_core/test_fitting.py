@@ -34,10 +34,10 @@ def test_each_kind_of_prompt_gets_a_cluster_named_after_its_words() -> None:
 
 
 def test_progress_is_reported_to_the_end() -> None:
-    told: list[tuple[str, int, int]] = []
-    fit_map(PROMPTS, FirstLetterEmbedder(), 3, progress=lambda *step: told.append(step))
-    assert told[0][0] == "embedding"
-    assert told[-1] == ("clustering", 1, 1)
+    progress: list[tuple[str, int, int]] = []
+    fit_map(PROMPTS, FirstLetterEmbedder(), 3, progress=lambda *step: progress.append(step))
+    assert progress[0][0] == "embedding"
+    assert progress[-1] == ("clustering", 1, 1)
 
 
 def test_repeated_and_blank_prompts_do_not_count() -> None:
@@ -52,10 +52,10 @@ class NumberEmbedder:
     dimension = 2
 
     def __init__(self) -> None:
-        self.asked: list[int] = []
+        self.batch_sizes: list[int] = []
 
     def embed(self, texts: Sequence[str]) -> Floats:
-        self.asked.append(len(texts))
+        self.batch_sizes.append(len(texts))
         angles = np.radians([float(text) for text in texts])
         return np.column_stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
 
@@ -75,8 +75,8 @@ def test_few_prompts_are_all_clustered_in_their_order() -> None:
 def test_only_a_sample_of_many_prompts_is_embedded_in_batches() -> None:
     embedder = NumberEmbedder()
     fit_map(numbers(MIN_SAMPLE_SIZE + 500), embedder, 5)
-    assert sum(embedder.asked) == MIN_SAMPLE_SIZE
-    assert max(embedder.asked) == BATCH_SIZE
+    assert sum(embedder.batch_sizes) == MIN_SAMPLE_SIZE
+    assert max(embedder.batch_sizes) == BATCH_SIZE
 
 
 def test_the_same_seed_draws_and_fits_the_same() -> None:

@@ -125,10 +125,10 @@ def test_equal_models_have_equal_scores_in_any_place(
 @given(POOLS, NEEDS, st.booleans(), st.sets(st.sampled_from(["m0", "m1", "m2"])) | st.none())
 @settings(max_examples=300, deadline=None)
 def test_eligible_models_passed_every_filter(
-    models: list[Candidate], needs: Requirements, rests: bool, allowed: set[str] | None
+    models: list[Candidate], needs: Requirements, in_cooldown: bool, allowed: set[str] | None
 ) -> None:
     pool = Pool.build(models, MAP)
-    left = eligible(pool, needs, allowed, cooling_down=["m1"] if rests else ())
+    left = eligible(pool, needs, allowed, cooling_down=["m1"] if in_cooldown else ())
     passed = np.logical_and.reduce(
         [np.ones(len(pool), dtype=bool), *(check.passed for check in left.compute_filters())]
     )

@@ -128,14 +128,14 @@ def test_ids_do_not_depend_on_the_size_of_the_cache(
 
 def test_the_cache_is_emptied_after_so_many_texts(description: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedding, "TEXTS_PER_CACHE", 7)
-    forgetful, asked, forgotten = Tokenizer(description), list[bytes](), list[int]()
+    forgetful, encoded_texts, forgotten = Tokenizer(description), list[bytes](), list[int]()
 
     class Told:
         def encode(self, text: bytes, **_: object) -> None:
-            asked.append(text)
+            encoded_texts.append(text)
 
         def clear_cache(self) -> None:
-            forgotten.append(len(asked))
+            forgotten.append(len(encoded_texts))
 
     monkeypatch.setattr(forgetful, "_tokenizer", Told())
     for _ in range(21):

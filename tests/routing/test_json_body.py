@@ -38,7 +38,7 @@ def written(draw: st.DrawFn, depth: int = 3) -> str:
     if kind == 3:
         return f"[{spaced}{','.join(draw(st.lists(inner, max_size=3)))}]"
     pairs = draw(st.lists(st.tuples(_quoted(), SPACES, SPACES, inner), max_size=3))
-    return f"{{{spaced}{f',{spaced}'.join(f'{key}{before}:{after}{held}' for key, before, after, held in pairs)}}}"
+    return f"{{{spaced}{f',{spaced}'.join(f'{key}{before}:{after}{value}' for key, before, after, value in pairs)}}}"
 
 
 @st.composite
@@ -114,7 +114,9 @@ def test_the_fast_parser_takes_no_key_given_twice(value: dict[str, Any], data: s
     key = data.draw(st.sampled_from(sorted(value)))
     pairs = [*value.items(), (key, data.draw(VALUES))]
     space = data.draw(st.sampled_from(["", " ", "\n"]))
-    text = ",".join(f"{json.dumps(name)}{space}:{json.dumps(held)}" for name, held in data.draw(st.permutations(pairs)))
+    text = ",".join(
+        f"{json.dumps(name)}{space}:{json.dumps(member)}" for name, member in data.draw(st.permutations(pairs))
+    )
 
     assert parse_fast(f'{{"outer": [{{{text}}}]}}'.encode()) is None
 

@@ -73,9 +73,11 @@ def fleets(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> It
     with ExitStack() as closing:
 
         @cache
-        def opened(way: str) -> Fleet:
+        def opened(mode: str) -> Fleet:
             folder = tmp_path_factory.mktemp("proxy")
-            return closing.enter_context(open_fleet(folder, embedder_cache, breaker=NO_COOLDOWN, info={"forward": way}))
+            return closing.enter_context(
+                open_fleet(folder, embedder_cache, breaker=NO_COOLDOWN, info={"forward": mode})
+            )
 
         yield opened
 

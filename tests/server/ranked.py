@@ -34,7 +34,7 @@ class Ranked:
     models: tuple[ScriptedUpstream, ...]
 
     @property
-    def asked(self) -> list[int]:
+    def request_counts(self) -> list[int]:
         return [len(model.history) for model in self.models]
 
 

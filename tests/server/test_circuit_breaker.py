@@ -69,14 +69,14 @@ def ask_until(fleet: Fleet, wanted: Callable[[httpx.Response], bool], **body: An
     """The first wanted response, with `fair` down before each request: on a busy machine its cooldown may be over."""
     replies: list[httpx.Response] = []
 
-    def asked() -> bool:
+    def is_wanted() -> bool:
         bring_down(fleet, "fair")
         fleet.fair.always = None
         fleet.fair.history.clear()
         replies.append(ask(fleet, **body))
         return wanted(replies[-1])
 
-    assert wait_until(asked), replies[-1].headers
+    assert wait_until(is_wanted), replies[-1].headers
     return replies[-1]
 
 
@@ -99,12 +99,12 @@ def test_a_model_that_keeps_failing_gets_no_more_requests(fleet: Fleet) -> None:
 
 
 def test_a_dry_run_says_which_model_is_in_cooldown(fleet: Fleet) -> None:
-    def shown() -> bool:
+    def says_so() -> bool:
         bring_down(fleet, "fair")
         decision = httpx.post(f"{fleet.base_url}/route", json={"model": "auto", "messages": ASK}).json()
         return bool(decision["ineligible"] == [{"model": "fair", "why": "resting after failures"}])
 
-    assert wait_until(shown)
+    assert wait_until(says_so)
 
 
 def test_after_its_cooldown_a_model_is_probed_with_a_real_request(fleet: Fleet) -> None:
@@ -161,9 +161,9 @@ def test_a_rate_limit_reported_within_a_stream_starts_a_cooldown(fleet: Fleet) -
 
 
 def test_connections_lost_after_a_complete_response_start_no_cooldown(fleet: Fleet) -> None:
-    said = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": "stop"}]}
+    chunk = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": "stop"}]}
     for _ in range(BREAKER["failures"]):
-        fleet.fair.then(Step(events=[said], cut_after=1))
+        fleet.fair.then(Step(events=[chunk], cut_after=1))
         assert ask(fleet, "fair", stream=True).text.endswith("data: [DONE]\n\n")
     assert states(fleet) == ["well", "well"]
 

@@ -133,8 +133,8 @@ def test_an_address_is_changed_only_with_the_key_given_again(fleet: Fleet) -> No
     elsewhere = {"api_base": "http://127.0.0.1:10/v1"}
     alone = fleet.proxy.admin("PATCH", "/admin/models/moving", {"litellm_params": elsewhere})
     kept = fleet.proxy.admin("GET", "/admin/models/moving").json()["litellm_params"]["api_base"]
-    stated = {"litellm_params": {**elsewhere, "api_key": "os.environ/MODEL_API_KEY"}}
-    together = fleet.proxy.admin("PATCH", "/admin/models/moving", stated)
+    with_key = {"litellm_params": {**elsewhere, "api_key": "os.environ/MODEL_API_KEY"}}
+    together = fleet.proxy.admin("PATCH", "/admin/models/moving", with_key)
     assert fleet.proxy.admin("DELETE", "/admin/models/moving").status_code == 204
     assert (alone.status_code, alone.json()["error"]["param"]) == (400, "litellm_params.api_key")
     assert kept == "http://127.0.0.1:9/v1"

@@ -71,8 +71,8 @@ def priced(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> It
     folder = tmp_path_factory.mktemp("priced")
     with ScriptedUpstream() as upstream:
         models = [
-            {**model_entry(f"{price}-{mode}", upstream.url), "model_info": {**stated, "forward": mode}}
-            for price, stated in PRICES.items()
+            {**model_entry(f"{price}-{mode}", upstream.url), "model_info": {**rates, "forward": mode}}
+            for price, rates in PRICES.items()
             for mode in MODES
         ]
         config = {"model_list": models, "uniroute": {"profile": {"on_start": False}, "breaker": NO_COOLDOWN}}
@@ -120,24 +120,24 @@ UNENDED = {"broken": _broken, "client_gone": _left}
 
 
 @pytest.fixture(scope="module")
-def asked(priced: PricedProxy) -> dict[tuple[str, ...], str]:
+def decisions(priced: PricedProxy) -> dict[tuple[str, ...], str]:
     """The decision of every request of the matrix. They are made together: each record takes half a second."""
-    decisions: dict[tuple[str, ...], str] = {}
+    found: dict[tuple[str, ...], str] = {}
     for (use, vendor, price), mode, shape in product(PAID, MODES, SHAPES[:2]):
         step = answered(shape, REPORTS[use][vendor])
-        decisions[use, vendor, price, mode, shape] = priced.ask(f"{price}-{mode}", step, stream=shape != "whole")
+        found[use, vendor, price, mode, shape] = priced.ask(f"{price}-{mode}", step, stream=shape != "whole")
     for usage_so_far, mode, (ending, ask) in product(ON_THE_WAY, MODES, UNENDED.items()):
         events = [chunk({"content": PIECE}, usage=usage) for usage in ON_THE_WAY[usage_so_far][0]]
-        decisions[usage_so_far, mode, ending] = ask(priced, f"flat-{mode}", events)
-    return decisions
+        found[usage_so_far, mode, ending] = ask(priced, f"flat-{mode}", events)
+    return found
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("use", "vendor", "price"), PAID)
 def test_a_complete_response_costs_what_its_reported_usage_says(
-    priced: PricedProxy, asked: dict[tuple[str, ...], str], use: str, vendor: str, price: str, mode: str
+    priced: PricedProxy, decisions: dict[tuple[str, ...], str], use: str, vendor: str, price: str, mode: str
 ) -> None:
-    records = [priced.record(asked[use, vendor, price, mode, shape]) for shape in SHAPES[:2]]
+    records = [priced.record(decisions[use, vendor, price, mode, shape]) for shape in SHAPES[:2]]
     assert [record["cost_picousd"] for record in records] == [picodollars(use, price)] * 2
     assert [record["ending"] for record in records] == ["complete"] * 2
 
@@ -154,9 +154,9 @@ def test_usage_is_found_in_other_places_of_a_stream(priced: PricedProxy, shape: 
 @pytest.mark.parametrize("ending", UNENDED)
 @pytest.mark.parametrize("usage_so_far", ON_THE_WAY)
 def test_an_unfinished_response_costs_what_was_received(
-    priced: PricedProxy, asked: dict[tuple[str, ...], str], usage_so_far: str, ending: str, mode: str
+    priced: PricedProxy, decisions: dict[tuple[str, ...], str], usage_so_far: str, ending: str, mode: str
 ) -> None:
-    record = priced.record(asked[usage_so_far, mode, ending])
+    record = priced.record(decisions[usage_so_far, mode, ending])
     assert (record["ending"], record["cost_picousd"]) == (ending, ON_THE_WAY[usage_so_far][1])
 
 

@@ -64,13 +64,13 @@ async def upstream() -> AsyncIterator[LiteLLMClient]:
 
 
 def claude(server: ScriptedUpstream, **params: Any) -> ModelRecord:
-    stated = {
+    entry = {
         "model": "anthropic/claude-sonnet-4-5",
         "api_base": server.url.removesuffix("/v1"),
         "api_key": "os.environ/CLAUDE_API_KEY",
         **params,
     }
-    return ModelRecord("claude", stated, ModelInfo(), "admin", 0.0)
+    return ModelRecord("claude", entry, ModelInfo(), "admin", 0.0)
 
 
 async def test_an_answer_is_translated(upstream: LiteLLMClient, server: ScriptedUpstream) -> None:

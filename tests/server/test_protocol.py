@@ -57,7 +57,7 @@ class CountingTransport:
         return getattr(self._transport, name)
 
 
-async def tell(scope: Any, receive: Any, send: Any) -> None:
+async def echo_request(scope: Any, receive: Any, send: Any) -> None:
     """What was asked, as JSON; 32 MiB more of it where the path is /large."""
     if scope["type"] != "http":
         return
@@ -68,19 +68,19 @@ async def tell(scope: Any, receive: Any, send: Any) -> None:
             return
         body, more = body + message["body"], message["more_body"]
     names = [name.decode() for name, _ in scope["headers"]]
-    said = json.dumps({"path": scope["path"], "body": body.decode(), "names": names, "crowded": scope.get(OVERLOADED)})
+    text = json.dumps({"path": scope["path"], "body": body.decode(), "names": names, "crowded": scope.get(OVERLOADED)})
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
     if scope["path"] == "/late":
         await asyncio.sleep(0.01)
     for _ in range(512 if scope["path"] == "/large" else 0):
         await send({"type": "http.response.body", "body": b" " * 65536, "more_body": True})
-    await send({"type": "http.response.body", "body": said.encode(), "more_body": False})
+    await send({"type": "http.response.body", "body": text.encode(), "more_body": False})
 
 
 @asynccontextmanager
 async def served(kind: type[LimitedHTTPProtocol] = LimitedHTTPProtocol) -> AsyncIterator[tuple[uvicorn.Server, Any]]:
     bound = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(tell, http=kind, lifespan="off", log_config=None, ws="none")
+    config = uvicorn.Config(echo_request, http=kind, lifespan="off", log_config=None, ws="none")
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve([bound]))
     await until(lambda: server.started)
@@ -96,7 +96,7 @@ async def sent(address: Any, *pieces: bytes, wait_s: float = 0.3) -> list[Answer
     return await asyncio.to_thread(send, address, *pieces, wait_s=wait_s)
 
 
-def told(answer: Answer) -> Any:
+def echoed(answer: Answer) -> Any:
     """The body of a chunked answer of one chunk."""
     return json.loads(answer.body.split(b"\r\n")[1])
 
@@ -121,10 +121,10 @@ async def test_single_bytes_do_not_extend_the_time_for_headers() -> None:
     assert not server.server_state.connections
 
 
-@pytest.mark.parametrize("said", [b"", b"\r\n\r\n"])
-async def test_a_connection_without_a_request_is_closed(said: bytes) -> None:
+@pytest.mark.parametrize("opening", [b"", b"\r\n\r\n"])
+async def test_a_connection_without_a_request_is_closed(opening: bytes) -> None:
     async with served(Hasty) as (_, address):
-        assert await sent(address, said, wait_s=5) == []
+        assert await sent(address, opening, wait_s=5) == []
 
 
 async def test_the_head_of_a_response_is_written_with_the_first_of_its_body() -> None:
@@ -207,7 +207,7 @@ async def test_trailers_are_not_headers() -> None:
         body = b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nauthorization: Bearer x\r\n\r\n"
         (answer,) = await sent(address, POST + body)
 
-    assert told(answer) == {"path": "/", "body": "{}", "names": ["host", "transfer-encoding"], "crowded": None}
+    assert echoed(answer) == {"path": "/", "body": "{}", "names": ["host", "transfer-encoding"], "crowded": None}
 
 
 @pytest.mark.parametrize(
@@ -266,6 +266,6 @@ async def test_too_many_connections_are_answered_and_idle_ones_make_room(monkeyp
         for client in idle:
             client.close()
 
-    assert (told(crowded)["crowded"], dropped) == (True, [])
-    assert told(served_again)["crowded"] is None
+    assert (echoed(crowded)["crowded"], dropped) == (True, [])
+    assert echoed(served_again)["crowded"] is None
     assert first_of_all == b""

@@ -129,8 +129,8 @@ async def test_money_is_reserved_settled_and_refused_beyond_the_limit(
     message = body["error"]["message"]
     assert (status, body["error"]["type"], body["error"]["code"]) == (429, "insufficient_quota", "insufficient_quota")
     assert headers == {"x-should-retry": "false"}
-    for told in (f"$0.05 a {period}", "$0.03 are spent", "$0.02 are set aside", "cost $0.03", "begins again at 2"):
-        assert told in message
+    for words in (f"$0.05 a {period}", "$0.03 are spent", "$0.02 are set aside", "cost $0.03", "begins again at 2"):
+        assert words in message
 
 
 async def test_what_an_answer_used_counts_before_its_usage_record_and_once_after_it(
@@ -315,11 +315,11 @@ async def test_at_full_speed_no_more_is_granted_than_a_full_bucket_and_its_refil
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "text"),
     [(0, "0s"), (0.012, "12ms"), (1, "1s"), (8.64, "8.64s"), (60, "1m0s"), (360, "6m0s"), (3723.5, "1h2m3.5s")],
 )
-def test_durations_are_formatted_as_openai_does(seconds: float, told: str) -> None:
-    assert duration(seconds) == told
+def test_durations_are_formatted_as_openai_does(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 def test_dollars_and_days_are_written_in_full() -> None:

@@ -54,11 +54,11 @@ def test_a_routed_request_is_refused_with_the_progress_of_profiling_and_what_fai
 
 
 def test_a_model_whose_key_is_refused_is_listed_as_failed_with_the_reason(proxy: ProxyProcess) -> None:
-    shown = card(proxy, "bad")
+    listed = card(proxy, "bad")
 
-    assert (shown["state"], REASON in shown["why"]) == ("failed", True)
+    assert (listed["state"], REASON in listed["why"]) == ("failed", True)
     assert f"measuring model bad failed: 5 prompts in a row failed: {REASON}" in proxy.log
-    assert "sk-x" not in proxy.log + shown["why"]
+    assert "sk-x" not in proxy.log + listed["why"]
 
 
 def test_the_list_of_models_says_what_went_wrong(proxy: ProxyProcess) -> None:

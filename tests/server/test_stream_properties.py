@@ -89,7 +89,7 @@ class Pieces(httpx.AsyncByteStream):
             yield part
 
 
-def told(parts: Sequence[bytes]) -> tuple[list[Any], str | None]:
+def relayed(parts: Sequence[bytes]) -> tuple[list[Any], str | None]:
     """The chunks of a response that comes in these parts, and the failure that it ends in."""
 
     async def read() -> tuple[list[Any], str | None]:
@@ -126,9 +126,9 @@ CHUNKS = st.sampled_from(
 @settings(max_examples=150, deadline=None)
 def test_a_response_is_told_the_same_for_every_split(raw: bytes, data: st.DataObject) -> None:
     """And ends well only with a finish reason or [DONE] after a chunk."""
-    chunks, failure = told([raw])
+    chunks, failure = relayed([raw])
 
-    assert told(data.draw(pieces(raw))) == (chunks, failure)
+    assert relayed(data.draw(pieces(raw))) == (chunks, failure)
     if failure is None:
         finished = any(choice.get("finish_reason") for chunk in chunks for choice in chunk["choices"])
         assert chunks

@@ -52,17 +52,17 @@ class DeafFront:
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._backend)
-        asked = [b""]
+        sent = [b""]
 
         async def ask() -> None:
             while data := await reader.read(65536):
-                asked[0] = data
+                sent[0] = data
                 far_writer.write(data)
             far_writer.transport.abort()
 
         async def answer() -> None:
             while data := await far_reader.read(65536):
-                if not (self.lossy and b"EVAL" in asked[0]):
+                if not (self.lossy and b"EVAL" in sent[0]):
                     writer.write(data)
             writer.transport.abort()
 

@@ -123,7 +123,7 @@ def test_an_unusable_entry_of_no_proxy_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stated", "environ", "trust"),
+    ("value", "environ", "trust"),
     [
         (None, {}, True),
         (False, {}, False),
@@ -137,14 +137,14 @@ def test_an_unusable_entry_of_no_proxy_is_named() -> None:
         ("/etc", {}, "/etc"),
     ],
 )
-def test_trust_is_configured_per_model_or_for_all(stated: Any, environ: dict[str, str], trust: Any) -> None:
-    assert trust_of(stated, environ) == trust
+def test_trust_is_configured_per_model_or_for_all(value: Any, environ: dict[str, str], trust: Any) -> None:
+    assert trust_of(value, environ) == trust
 
 
-@pytest.mark.parametrize("stated", ["/nowhere.pem", "maybe", 0, 1, [], {}, ""])
-def test_ssl_verify_that_is_neither_boolean_nor_path_is_refused(stated: Any) -> None:
+@pytest.mark.parametrize("value", ["/nowhere.pem", "maybe", 0, 1, [], {}, ""])
+def test_ssl_verify_that_is_neither_boolean_nor_path_is_refused(value: Any) -> None:
     with pytest.raises(OutboundError, match="ssl_verify must be true, false or the path"):
-        trust_of(stated, {})
+        trust_of(value, {})
 
 
 def test_certificates_that_cannot_be_read_are_named(tmp_path: Path) -> None:
@@ -167,9 +167,9 @@ async def test_ssl_verify_of_a_model_counts_in_both_modes_and_for_it_alone(certi
     upstream = UpstreamClient(Settings(), {"MODEL_API_KEY": KEY})
     async with RawUpstream(plain(), tls=served_by(certificate)) as server:
         for trusted in (False, str(certificate)):
-            assert b'"hi"' in await whole(upstream, a_model(server, ssl_verify=trusted, **way(forward)))
+            assert b'"hi"' in await whole(upstream, a_model(server, ssl_verify=trusted, **params_of(forward)))
         for refused in (None, True):
-            await failing(upstream, a_model(server, ssl_verify=refused, **way(forward)), whole)
+            await failing(upstream, a_model(server, ssl_verify=refused, **params_of(forward)), whole)
         assert len(server.bodies) == 2
     await upstream.aclose()
 
@@ -184,9 +184,9 @@ async def test_an_unusable_proxy_fails_only_the_models_that_need_it(
         "environment: ALL_PROXY names a SOCKS proxy, which cannot be used here; give an HTTP proxy"
     ]
     async with RawUpstream(plain()) as near:
-        assert b'"hi"' in await whole(upstream, a_model(near, **way(forward)))
+        assert b'"hi"' in await whole(upstream, a_model(near, **params_of(forward)))
         for ask in (whole, streamed):
-            failure = await failing(upstream, a_model(near, api_base=FAR, **way(forward)), ask)
+            failure = await failing(upstream, a_model(near, api_base=FAR, **params_of(forward)), ask)
             assert "cannot be reached: ALL_PROXY names a SOCKS proxy" in failure.message
     await upstream.aclose()
 
@@ -198,9 +198,9 @@ async def test_both_modes_use_the_same_proxy_and_no_proxy(forward: str) -> None:
         upstream = UpstreamClient(
             Settings(), {"MODEL_API_KEY": KEY, "HTTP_PROXY": named, "NO_PROXY": "192.0.2.0/24,fd00::/8"}
         )
-        await whole(upstream, a_model(proxy, api_base=FAR, **way(forward)))
+        await whole(upstream, a_model(proxy, api_base=FAR, **params_of(forward)))
         assert proxy.heads[0].startswith(b"POST http://far.invalid/v1/chat/completions HTTP/1.1\r\n")
-        assert await goes_direct(upstream, a_model(proxy, api_base="http://192.0.2.7/v1", **way(forward)))
+        assert await goes_direct(upstream, a_model(proxy, api_base="http://192.0.2.7/v1", **params_of(forward)))
         assert len(proxy.heads) == 1
         await upstream.aclose()
 
@@ -226,6 +226,6 @@ async def test_the_price_feed_uses_the_same_proxies(monkeypatch: pytest.MonkeyPa
         await fetch_catalog(FAR)
 
 
-def way(forward: str) -> dict[str, Any]:
+def params_of(forward: str) -> dict[str, Any]:
     """Parameters by which a model is relayed, or left to litellm."""
     return {} if forward == "relay" else {"drop_params": True}

@@ -197,8 +197,8 @@ async def test_every_write_of_an_actor_has_an_audit_line_and_the_service_leaves_
     await registry.remove_model("small")
     seen = await lines(store)
     assert [(line["action"], line["target"]) for line in seen] == [
-        *((f"keys.{what}", key.id) for what in ("create", "change", "rotate", "revoke")),
-        *((f"models.{what}", "small") for what in ("add", "change", "price", "profile", "remove")),
+        *((f"keys.{action}", key.id) for action in ("create", "change", "rotate", "revoke")),
+        *((f"models.{action}", "small") for action in ("add", "change", "price", "profile", "remove")),
     ]
     assert {(line["who"], line["request"], line["outcome"]) for line in seen} == {("k-ann", "req-1", "done")}
 

@@ -106,7 +106,7 @@ async def test_model_info_yields_to_a_feed_but_not_to_the_bundled_map(store: Sto
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "what"),
+    ("body", "status", "message"),
     [
         (b"{", 200, "refused"),
         (b"[" * 100_000, 200, "refused"),
@@ -120,8 +120,8 @@ async def test_model_info_yields_to_a_feed_but_not_to_the_bundled_map(store: Sto
         (b" " * (MAX_PRICES_BYTES + 1), 200, "larger than"),
     ],
 )
-async def test_a_broken_feed_changes_no_price(body: object, status: int, what: str) -> None:
-    with a_feed(body, status, location="http://127.0.0.1:9/") as url, pytest.raises(PriceFeedError, match=what):
+async def test_a_broken_feed_changes_no_price(body: object, status: int, message: str) -> None:
+    with a_feed(body, status, location="http://127.0.0.1:9/") as url, pytest.raises(PriceFeedError, match=message):
         await fetch_catalog(url)
 
 

@@ -183,8 +183,8 @@ async def test_sentinels_lead_to_the_primary_over_tls_with_both_passwords(
         trusted = {"redis_ca_file": certificates[0] / "cert.pem"}
         assert await why_not(tmp_path, group.url("rediss+sentinel"), **trusted) == ""
         apart = group.url("rediss+sentinel").partition("?")[0].replace(":pw@", "")
-        stated = {"redis_password": "pw", "redis_sentinel_password": "spw"}
-        assert await why_not(tmp_path, apart, **trusted, **stated) == ""
+        passwords = {"redis_password": "pw", "redis_sentinel_password": "spw"}
+        assert await why_not(tmp_path, apart, **trusted, **passwords) == ""
         unknown = await why_not(tmp_path, apart, **trusted, redis_password="pw", redis_sentinel_password="x")
         assert "no sentinel knows a primary of 'uniroute'" in unknown
         await a_change_is_with_the_replica_once_it_is_acknowledged(tmp_path, group, trusted, caplog)

@@ -77,8 +77,8 @@ async def test_a_feed_replaces_only_prices_of_a_feed(
     store: Store, tmp_path: Path, source: str | None, replaced: bool
 ) -> None:
     registry = a_registry(store, tmp_path, "small")
-    stated = {"input_cost_per_token": "1", "output_cost_per_token": "1"} | ({"source": source} if source else {})
-    await store.client.hset(price_key("small"), items=[word for pair in stated.items() for word in pair])
+    price = {"input_cost_per_token": "1", "output_cost_per_token": "1"} | ({"source": source} if source else {})
+    await store.client.hset(price_key("small"), items=[word for pair in price.items() for word in pair])
     version = await registry.put_price("small", Price(2e-6, 2e-6), "sync")
     assert (version is not None) is replaced
 

@@ -35,12 +35,12 @@ async def test_a_connection_that_went_stale_is_opened_again(store: Store, second
 
 
 async def test_a_lost_connection_is_retried(store: Store, second_store: Store) -> None:
-    asked = asyncio.create_task(pipeline(store.client, [encode_command(["BLPOP", "queue", "9"])]))
+    waiting = asyncio.create_task(pipeline(store.client, [encode_command(["BLPOP", "queue", "9"])]))
     await _blocked(second_store)
     await pipeline(second_store.client, [encode_command(["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"])])
     await _blocked(second_store)
     await pipeline(second_store.client, [encode_command(["RPUSH", "queue", "found"])])
-    assert await asked == [["queue", "found"]]
+    assert await waiting == [["queue", "found"]]
 
 
 async def test_connections_are_released_to_the_pool(store: Store) -> None:

@@ -52,7 +52,7 @@ async def theirs(second_store: Store, clock: Clock) -> SessionStore:
     return SessionStore(second_store, 60, clock=clock)
 
 
-async def asked(store: Store) -> int:
+async def lookups(store: Store) -> int:
     """How many look-ups Redis has seen."""
     stats: Any = await store.client.info("commandstats")
     return int(stats.get("cmdstat_mget", {}).get("calls", 0))
@@ -70,15 +70,15 @@ async def test_one_process_looks_up_what_another_recorded(ours: SessionStore, th
 
 async def test_a_producer_known_to_this_process_costs_no_round_trip(ours: SessionStore, store: Store) -> None:
     ours.record(["call-1"], "small")
-    before = await asked(store)
+    before = await lookups(store)
     assert await ours.lookup(["call-1"], "session") == Lookup("small")
-    assert await asked(store) == before
+    assert await lookups(store) == before
 
 
 async def test_a_request_without_history_and_session_costs_no_round_trip(ours: SessionStore, store: Store) -> None:
-    before = await asked(store)
+    before = await lookups(store)
     assert await ours.lookup([], None) == Lookup()
-    assert await asked(store) == before
+    assert await lookups(store) == before
 
 
 async def test_a_producer_found_in_redis_is_not_looked_up_again(
@@ -86,15 +86,15 @@ async def test_a_producer_found_in_redis_is_not_looked_up_again(
 ) -> None:
     ours.record(["call-1"], "small")
     await ours.flush()
-    before = await asked(store)
+    before = await lookups(store)
     assert [await theirs.lookup(["call-1"], None) for _ in range(3)] == [Lookup("small")] * 3
-    assert await asked(store) == before + 1
+    assert await lookups(store) == before + 1
 
 
 async def test_all_fingerprints_and_the_session_cost_one_round_trip(ours: SessionStore, store: Store) -> None:
-    before = await asked(store)
+    before = await lookups(store)
     assert await ours.lookup(["a", "b", "c"], "session") == Lookup()
-    assert await asked(store) == before + 1
+    assert await lookups(store) == before + 1
 
 
 async def test_the_last_turn_of_a_session_is_the_newest_of_any_process(

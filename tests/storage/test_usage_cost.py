@@ -20,9 +20,9 @@ def test_reported_usage_is_billed_to_the_picodollar(case: tuple[str, str], price
     assert (picousd(cost.usd), cost.estimated) == (picodollars(use, price), False)
 
 
-@pytest.mark.parametrize("told", ON_THE_WAY)
-def test_received_content_is_billed_however_the_answer_ended(told: str) -> None:
-    reports, expected = ON_THE_WAY[told]
+@pytest.mark.parametrize("report", ON_THE_WAY)
+def test_received_content_is_billed_however_the_answer_ended(report: str) -> None:
+    reports, expected = ON_THE_WAY[report]
     counts, reported_bytes = TokenCounts(), 0
     for place, usage in enumerate(reports):
         read = parse_usage(usage)

@@ -15,7 +15,7 @@ def at(server: RawUpstream, proxy: str | None = None, *, tls: bool = False) -> O
     return Origin("127.0.0.1", server.port, tls, proxy)
 
 
-async def asked(connections: ConnectionPool, origin: Origin, body: bytes = b"{}") -> tuple[int | None, bytes]:
+async def send_request(connections: ConnectionPool, origin: Origin, body: bytes = b"{}") -> tuple[int | None, bytes]:
     """Status and body."""
     async with asyncio.timeout(60):
         connection = await connections.acquire(origin, 5)

@@ -19,8 +19,8 @@ BODY: dict[str, Any] = {"model": "auto", "messages": [{"role": "user", "content"
 
 
 def a_model(server: RawUpstream, **params: Any) -> ModelRecord:
-    stated = {"model": "openai/theirs", "api_base": server.url, "api_key": "os.environ/MODEL_API_KEY"}
-    return replace(a_record("ours"), litellm_params={**stated, **params})
+    all_params = {"model": "openai/theirs", "api_base": server.url, "api_key": "os.environ/MODEL_API_KEY"}
+    return replace(a_record("ours"), litellm_params={**all_params, **params})
 
 
 async def whole(upstream: UpstreamClient, record: ModelRecord) -> bytes:

@@ -25,8 +25,8 @@ def a_record(
     name: str = "small", *, source: Any = "admin", info: dict[str, Any] | None = None, **params: Any
 ) -> ModelRecord:
     litellm_params = {"model": f"openai/{name}", "api_base": "http://127.0.0.1:9/v1", **params}
-    stated = ModelInfo.model_validate(PRICED if info is None else info)
-    return ModelRecord(name, litellm_params, stated, source, 1_700_000_000.0)
+    model_info = ModelInfo.model_validate(PRICED if info is None else info)
+    return ModelRecord(name, litellm_params, model_info, source, 1_700_000_000.0)
 
 
 def a_profile(errors: Sequence[float] = (0.1, 0.2, 0.3, 0.4), map_id: str = CORNERS.id) -> Profile:

@@ -51,6 +51,6 @@ def found(environ: Mapping[str, str], *arguments: str | Path) -> dict[str, Any]:
 def refusal(ended: subprocess.CompletedProcess[str], status: int) -> str:
     """The one line that is said, beside progress; of bad options the parser's last line."""
     assert (ended.returncode, ended.stdout, "Traceback" in ended.stderr) == (status, "", False), ended.stderr
-    said = [line for line in ended.stderr.splitlines() if not re.match(r"embedding: |trials: ", line)]
-    assert len(said) == 1 or said[0].startswith("Usage: "), ended.stderr
-    return said[-1]
+    lines = [line for line in ended.stderr.splitlines() if not re.match(r"embedding: |trials: ", line)]
+    assert len(lines) == 1 or lines[0].startswith("Usage: "), ended.stderr
+    return lines[-1]

@@ -90,16 +90,16 @@ class RawUpstream:
         )
         self.bodies.append(await reader.readexactly(length))
         self.heads.append(head)
-        said = self.script.popleft() if len(self.script) > 1 else self.script[0]
-        for piece in said.pieces:
+        reply = self.script.popleft() if len(self.script) > 1 else self.script[0]
+        for piece in reply.pieces:
             writer.write(piece)
             await writer.drain()
             await asyncio.sleep(0)
-        if said.then == "hang":
+        if reply.then == "hang":
             await reader.read()
             self.left.set()
-        elif said.then == "reset":
+        elif reply.then == "reset":
             await asyncio.sleep(0.01)  # what was written is read first
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
-        return said.then == "keep"
+        return reply.then == "keep"

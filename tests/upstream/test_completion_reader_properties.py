@@ -107,9 +107,9 @@ def spelled_out(raw: bytes) -> tuple[list[Any], tuple[Any, ...] | None]:
             if not (whole and "not JSON" in failure.message):  # half an event behind the end of the answer
                 raise
     except UpstreamError as failure:
-        return found, told(failure)
+        return found, fields_of(failure)
     whole = bool(begun) and (done or begun == ended)
-    return found, None if whole else told(UpstreamError("the model's stream ended before its answer did"))
+    return found, None if whole else fields_of(UpstreamError("the model's stream ended before its answer did"))
 
 
 def read_all(events: list[bytes], found: list[Any], begun: set[int], ended: set[int]) -> bool:
@@ -144,12 +144,16 @@ def or_text(data: bytes) -> Any:
         return data
 
 
-def an_error(said: Any, *, status: int) -> UpstreamError:
-    if isinstance(said, bytes):
-        said = said.decode("utf-8", "replace")
-    inner = said.get("error", said) if isinstance(said, dict) else said
+def an_error(reported: Any, *, status: int) -> UpstreamError:
+    if isinstance(reported, bytes):
+        reported = reported.decode("utf-8", "replace")
+    inner = reported.get("error", reported) if isinstance(reported, dict) else reported
     status = inner.get("code", status) if isinstance(inner, dict) else status
-    body = said if isinstance(said, dict) and (said.get("error") or said.get("object") == "error") else {"error": said}
+    body = (
+        reported
+        if isinstance(reported, dict) and (reported.get("error") or reported.get("object") == "error")
+        else {"error": reported}
+    )
     return UpstreamError("the model reported an error within its stream", status=status, body=body)
 
 
@@ -190,13 +194,13 @@ def translated(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | Non
             async for chunk in read_chunks(httpx.Response(200, content=body())):
                 found.append(chunk)
         except UpstreamError as failure:
-            return found, told(failure)
+            return found, fields_of(failure)
         return found, None
 
     return asyncio.run(read())
 
 
-def told(failure: UpstreamError) -> tuple[Any, ...]:
+def fields_of(failure: UpstreamError) -> tuple[Any, ...]:
     return failure.message, failure.status, failure.body, failure.connection_lost, failure.retryable
 
 
@@ -208,7 +212,7 @@ def relayed(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | None]:
         events = [chunk.with_model("m") for chunk in block]
         assert not any(b"\n" in event or b"\r" in event for event in events), "a client would read on at another line"
         found += map(json.loads, events)
-    return found, None if reader.final_error is None else told(reader.final_error)
+    return found, None if reader.final_error is None else fields_of(reader.final_error)
 
 
 def as_shown(chunks: list[Any]) -> list[Any]:

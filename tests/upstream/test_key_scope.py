@@ -131,7 +131,7 @@ def resolved(name: str, provider: str, **params: Any) -> ModelRecord:
 
 
 @pytest.mark.parametrize(
-    ("after", "stated", "refused"),
+    ("after", "changes", "refused"),
     [
         (resolved("gpt-5-mini", "openai", api_key="os.environ/A_API_KEY"), {}, False),
         (resolved("claude", "anthropic", api_key="os.environ/A_API_KEY"), {}, True),
@@ -147,11 +147,11 @@ def resolved(name: str, provider: str, **params: Any) -> ModelRecord:
     ],
 )
 def test_a_change_of_provider_or_address_needs_its_secrets_stated_again(
-    after: ModelRecord, stated: Mapping[str, Any], *, refused: bool
+    after: ModelRecord, changes: Mapping[str, Any], *, refused: bool
 ) -> None:
     before = resolved("gpt-5", "openai", api_key="os.environ/A_API_KEY")
     if not refused:
-        check_secrets_stay(before, after, stated)
+        check_secrets_stay(before, after, changes)
         return
     with pytest.raises(BadRequest, match=r"again in the same change, or null to drop it"):
-        check_secrets_stay(before, after, stated)
+        check_secrets_stay(before, after, changes)

@@ -82,12 +82,12 @@ async def test_a_long_response_that_is_no_completion_delays_no_other_request(
 
 
 async def test_the_start_of_a_long_error_is_passed_on(upstream: LiteLLMClient) -> None:
-    said = {"error": {"message": "x" * (MAX_ERROR_BYTES - 100)}}
-    short, _ = await failing(upstream, Step(status=503, body=said), "openai/x")
+    body = {"error": {"message": "x" * (MAX_ERROR_BYTES - 100)}}
+    short, _ = await failing(upstream, Step(status=503, body=body), "openai/x")
     long, _ = await failing(upstream, Step(status=503, body={"error": {"message": WORDS}}), "openai/x")
 
     assert isinstance(short.body, bytes)
-    assert json.loads(short.body) == said
+    assert json.loads(short.body) == body
     assert isinstance(long.body, bytes)
     assert len(long.body) == MAX_ERROR_BYTES
     assert long.status == 503

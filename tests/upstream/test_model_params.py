@@ -60,7 +60,7 @@ async def test_the_models_parameters_are_sent_if_the_caller_states_none(
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_the_callers_parameters_replace_the_models(upstream: LiteLLMClient, *, stream: bool) -> None:
-    stated: dict[str, Any] = {
+    requested: dict[str, Any] = {
         "messages": [{"role": "developer", "content": "Mine."}, ASK],
         "temperature": 0,
         "max_completion_tokens": 900,
@@ -69,9 +69,9 @@ async def test_the_callers_parameters_replace_the_models(upstream: LiteLLMClient
         "min_p": 0.5,
         "chat_template_kwargs": {"custom": True},
     }
-    sent = await arriving(upstream, stated, stream=stream)
+    sent = await arriving(upstream, requested, stream=stream)
 
-    assert {name: value for name, value in sent.items() if not name.startswith("stream")} == {**stated, "model": "m"}
+    assert {name: value for name, value in sent.items() if not name.startswith("stream")} == {**requested, "model": "m"}
 
 
 async def test_nulls_of_the_caller_leave_the_models_values(upstream: LiteLLMClient) -> None:
@@ -90,8 +90,8 @@ async def test_the_callers_limit_system_and_reasoning_are_sent_in_another_format
             "thinking": {"type": "enabled", "budget_tokens": 2000},
         }
         record = a_record(model="anthropic/claude-sonnet-4-5", api_base=server.url, api_key="k", **fixed)
-        stated = {"messages": [{"role": "system", "content": "Mine."}, ASK], "max_completion_tokens": 9000}
-        await upstream.complete(record, {"model": "auto", **stated, "reasoning_effort": "low"})
+        requested = {"messages": [{"role": "system", "content": "Mine."}, ASK], "max_completion_tokens": 9000}
+        await upstream.complete(record, {"model": "auto", **requested, "reasoning_effort": "low"})
         sent = server.last.body
 
     assert sent["max_tokens"] == 9000

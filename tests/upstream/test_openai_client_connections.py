@@ -64,7 +64,7 @@ async def test_an_idle_connection_that_dies_under_a_request_is_reported_as_lost_
 
 
 @pytest.mark.parametrize(
-    "said",
+    "reply",
     [
         Reply((), "hang"),
         Reply((SHORT,), "hang"),
@@ -76,9 +76,9 @@ async def test_an_idle_connection_that_dies_under_a_request_is_reported_as_lost_
 )
 @pytest.mark.parametrize("ask", [whole, streamed])
 async def test_cancelling_at_any_stage_closes_the_connection(
-    upstream: UpstreamClient, said: Reply, ask: Callable[..., Any]
+    upstream: UpstreamClient, reply: Reply, ask: Callable[..., Any]
 ) -> None:
-    async with RawUpstream(said) as server:
+    async with RawUpstream(reply) as server:
         asking = asyncio.create_task(ask(upstream, a_model(server)))
         await until(lambda: bool(server.bodies))
         await asyncio.sleep(0.05)

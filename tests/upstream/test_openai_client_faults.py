@@ -13,7 +13,7 @@ from tests.support.waiting import until
 
 
 @pytest.mark.parametrize(
-    ("said", "lost"),
+    ("reply", "lost"),
     [
         (Reply((), "reset"), True),
         (Reply((), "close"), True),
@@ -34,16 +34,16 @@ from tests.support.waiting import until
     ],
 )
 async def test_a_response_without_a_completion_is_one_request_and_an_error(
-    upstream: UpstreamClient, said: Reply, lost: bool
+    upstream: UpstreamClient, reply: Reply, lost: bool
 ) -> None:
     """`lost`: nothing was answered, so that the model may be asked once more; else it has done its work."""
-    async with RawUpstream(said) as server:
+    async with RawUpstream(reply) as server:
         failure = await failing(upstream, a_model(server), whole)
         assert (failure.connection_lost, len(server.bodies)) == (lost, 1)
 
 
 @pytest.mark.parametrize(
-    ("said", "lost", "chunks"),
+    ("reply", "lost", "chunks"),
     [
         (Reply((STREAM_HEAD + b"\r\n",), "reset"), True, 0),
         (Reply((STREAM_HEAD + b"\r\n",), "close"), False, 0),
@@ -61,7 +61,7 @@ async def test_a_response_without_a_completion_is_one_request_and_an_error(
     ],
 )
 async def test_a_stream_that_ends_before_its_answer_is_an_error(
-    upstream: UpstreamClient, said: Reply, lost: bool, chunks: int
+    upstream: UpstreamClient, reply: Reply, lost: bool, chunks: int
 ) -> None:
     seen = []
 
@@ -69,7 +69,7 @@ async def test_a_stream_that_ends_before_its_answer_is_an_error(
         async for block in await upstream.stream(record, {**BODY, "stream": True}):
             seen.extend(block)
 
-    async with RawUpstream(said) as server:
+    async with RawUpstream(reply) as server:
         failure = await failing(upstream, a_model(server), ask)
         assert (failure.connection_lost, len(seen), len(server.bodies)) == (lost, chunks, 1)
 
@@ -102,7 +102,7 @@ async def test_retry_after_is_kept_however_it_is_spelt(upstream: UpstreamClient)
 
 
 @pytest.mark.parametrize(
-    "said",
+    "reply",
     [
         Reply((b"HTTP/1.0 200 OK\r\ncontent-type: application/json\r\n\r\n" + JSON,), "close"),
         plain(gzip.compress(JSON), head=b"content-encoding: gzip\r\n"),
@@ -112,13 +112,13 @@ async def test_retry_after_is_kept_however_it_is_spelt(upstream: UpstreamClient)
         Reply(tuple(bytes((byte,)) for byte in plain().pieces[0])),
     ],
 )
-async def test_unusual_but_complete_responses_arrive_unchanged(upstream: UpstreamClient, said: Reply) -> None:
-    async with RawUpstream(said) as server:
+async def test_unusual_but_complete_responses_arrive_unchanged(upstream: UpstreamClient, reply: Reply) -> None:
+    async with RawUpstream(reply) as server:
         assert await whole(upstream, a_model(server)) == JSON.replace(b"theirs", b"ours")
 
 
 @pytest.mark.parametrize(
-    "said",
+    "reply",
     [
         Reply((b"HTTP/1.0 200 OK\r\ncontent-type: text/event-stream\r\n\r\n", CHUNK, END), "close"),
         Reply((STREAM_HEAD + b"content-encoding: gzip\r\n\r\n", gzip.compress(CHUNK + END)), "close"),
@@ -128,8 +128,8 @@ async def test_unusual_but_complete_responses_arrive_unchanged(upstream: Upstrea
         Reply(chunked(b": ping\n\nevent: x\nid: 3\n\n", CHUNK, b"retry: 1\n\n", END[:-2])),
     ],
 )
-async def test_unusual_but_complete_streams_arrive_unchanged(upstream: UpstreamClient, said: Reply) -> None:
-    async with RawUpstream(said) as server:
+async def test_unusual_but_complete_streams_arrive_unchanged(upstream: UpstreamClient, reply: Reply) -> None:
+    async with RawUpstream(reply) as server:
         found = await streamed(upstream, a_model(server))
 
     whole_events = [each[6:].strip().replace(b"theirs", b"ours") for each in (CHUNK, END)]

@@ -24,22 +24,22 @@ LIMIT = 64
 
 def short(words: Iterator[str], _: Random) -> Body:
     """200 characters."""
-    return _asked(words, 200)
+    return _user_body(words, 200)
 
 
 def medium(words: Iterator[str], _: Random) -> Body:
     """2 KB of the newest turn."""
-    return _asked(words, 2_000)
+    return _user_body(words, 2_000)
 
 
 def mixed(words: Iterator[str], rng: Random) -> Body:
     """Up to 2 KB, as chats are."""
-    return _asked(words, rng.choice((60, 200, 500, 1_000, 2_000)))
+    return _user_body(words, rng.choice((60, 200, 500, 1_000, 2_000)))
 
 
 def large(words: Iterator[str], _: Random) -> Body:
     """100 KB in one turn."""
-    return _asked(words, 100_000)
+    return _user_body(words, 100_000)
 
 
 def agent(words: Iterator[str], rng: Random) -> Body:
@@ -61,7 +61,7 @@ def agent(words: Iterator[str], rng: Random) -> Body:
 
 
 def sized(characters: int) -> Callable[[Iterator[str], Random], Body]:
-    return lambda words, _: _asked(words, characters)
+    return lambda words, _: _user_body(words, characters)
 
 
 Make = Callable[[Iterator[str], Random], Body]
@@ -97,8 +97,8 @@ def write_requests(
     make, count = kind
     words, rng = _words(count), Random(count)
     more = {"stream": stream, **({"user": f"pace-{pace_ms}"} if pace_ms else {})}
-    stated = {"host": "127.0.0.1", "content-type": "application/json", **(headers or {})}
-    lines = "".join(f"{name}: {value}\r\n" for name, value in stated.items())
+    all_headers = {"host": "127.0.0.1", "content-type": "application/json", **(headers or {})}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in all_headers.items())
     with path.open("wb") as file:
         for _ in range(count):
             content = {"model": model, **make(words, rng), "max_tokens": LIMIT, **more}
@@ -129,7 +129,7 @@ def _words(seed: int) -> Iterator[str]:
             yield MARK if rng.randrange(MARKED) == 0 else word
 
 
-def _asked(words: Iterator[str], characters: int) -> Body:
+def _user_body(words: Iterator[str], characters: int) -> Body:
     return {"messages": [{"role": "user", "content": _text(words, characters)}]}
 
 

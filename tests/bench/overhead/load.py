@@ -78,7 +78,7 @@ class Connection(asyncio.Protocol):
         self._pieces: list[bytes] = []
         self._received = 0
         self._needed: float | None = None
-        self._asked: asyncio.Future[bytes | None] | None = None
+        self._response: asyncio.Future[bytes | None] | None = None
         self._first = b""
         self.first_at = 0.0
 
@@ -89,9 +89,9 @@ class Connection(asyncio.Protocol):
         """The answer as it came, None if it was broken off. `first`: what its first byte or event begins with."""
         self._pieces, self._received, self._needed = [], 0, None
         self.first_at, self._first = 0.0, first
-        self._asked = asyncio.get_running_loop().create_future()
+        self._response = asyncio.get_running_loop().create_future()
         self._transport.write(request)
-        return await self._asked
+        return await self._response
 
     def data_received(self, data: bytes) -> None:
         self._pieces.append(data)
@@ -111,8 +111,8 @@ class Connection(asyncio.Protocol):
         self._end(b"".join(self._pieces) if self._needed == UNTIL_CLOSED and exc is None else None)
 
     def _end(self, received: bytes | None) -> None:
-        if self._asked and not self._asked.done():
-            self._asked.set_result(received)
+        if self._response and not self._response.done():
+            self._response.set_result(received)
 
     @property
     def closed(self) -> bool:

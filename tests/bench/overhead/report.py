@@ -99,9 +99,9 @@ def _of_kind(kind: str) -> Sequence[Column]:
 
 def _table(results: Results, columns: Sequence[Column], title: str) -> None:
     rows = [(row, *(spread(column.of(results, row), column.form) for column in columns)) for row in results.rows]
-    shown = [cells for cells in rows if any(cells[1:])]
-    if shown:
-        console.table(("", *(column.title for column in columns)), shown, title=f"\n{title}")
+    filled = [cells for cells in rows if any(cells[1:])]
+    if filled:
+        console.table(("", *(column.title for column in columns)), filled, title=f"\n{title}")
 
 
 def spread(values: Sequence[float], form: str) -> str:

@@ -59,10 +59,10 @@ class Results:
     def failures(self) -> list[str]:
         found = []
         for (case, row), outcomes in [*self.outcomes.items(), *self.beside.items()]:
-            failed, asked = sum(o.failed for o in outcomes), sum(o.requests for o in outcomes)
+            failed, requests = sum(o.failed for o in outcomes), sum(o.requests for o in outcomes)
             if failed:
                 why = next(outcome.why for outcome in outcomes if outcome.failed)
-                found.append(f"{row}, {case}: {failed:,} of {asked:,} requests failed: {why}")
+                found.append(f"{row}, {case}: {failed:,} of {requests:,} requests failed: {why}")
         return found
 
     def doubts(self) -> list[str]:

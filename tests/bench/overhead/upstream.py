@@ -36,10 +36,10 @@ def events(chunks: int = CHUNKS) -> list[bytes]:
         {"role": "assistant", "content": ""},
         *({"content": "word "} for _ in range(chunks)),
     ]
-    shown = [{**base, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
-    shown.append({**base, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
-    shown.append({**base, "choices": [], "usage": USAGE})
-    return [b"data: %s\n\n" % json.dumps(event).encode() for event in shown] + [b"data: [DONE]\n\n"]
+    parts = [{**base, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+    parts.append({**base, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    parts.append({**base, "choices": [], "usage": USAGE})
+    return [b"data: %s\n\n" % json.dumps(event).encode() for event in parts] + [b"data: [DONE]\n\n"]
 
 
 def write_answers(path: Path) -> Path:
@@ -92,8 +92,8 @@ class Answering(asyncio.Protocol):
 
 
 def _pace_s(body: bytes) -> float:
-    stated = re.search(rb'"pace-(\d+)', body)
-    return int(stated[1]) / 1000 if stated else 0.0
+    pace = re.search(rb'"pace-(\d+)', body)
+    return int(pace[1]) / 1000 if pace else 0.0
 
 
 async def serve(records: list[bytes]) -> None:

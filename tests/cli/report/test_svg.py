@@ -28,8 +28,8 @@ def test_the_same_results_make_the_same_bytes(studied: Results, tmp_path: Path) 
 
 
 def test_it_is_small_and_names_what_it_shows(studied: Results, tmp_path: Path) -> None:
-    said = drawn(studied, tmp_path / "it.svg")
-    assert {"ours", "K-means, raw (UniRoute)", "best single model", "Area ×100"} <= set(said)
+    drawn_texts = drawn(studied, tmp_path / "it.svg")
+    assert {"ours", "K-means, raw (UniRoute)", "best single model", "Area ×100"} <= set(drawn_texts)
     assert (tmp_path / "it.svg").stat().st_size < 100_000
 
 

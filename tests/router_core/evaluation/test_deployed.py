@@ -31,8 +31,8 @@ def the_pool(*more: Any) -> Pool:
 
 def the_outcomes(*scores: Mapping[str, float], lengths: bool = True) -> Outcomes:
     rows = [
-        {"prompt": f"p{number}", "scores": asked, "output_tokens": {name: 100 for name in asked if lengths}}
-        for number, asked in enumerate(scores or (RIGHT, RIGHT, HARD, HARD))
+        {"prompt": f"p{number}", "scores": scored, "output_tokens": {name: 100 for name in scored if lengths}}
+        for number, scored in enumerate(scores or (RIGHT, RIGHT, HARD, HARD))
     ]
     prices = {"cheap": CHEAP, "dear": DEAR, "other": CHEAP}
     names = {name for row in rows for name in row["scores"]}

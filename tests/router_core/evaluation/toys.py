@@ -58,7 +58,7 @@ def a_known(vectors: Floats, scores: Doubles | None = None) -> History:
     return History(texts, vectors, scores, tuple(f"known {number}" for number in range(scores.shape[1])), "toy", 0)
 
 
-def asked(rows: Sequence[int], scores: Sequence[Sequence[float]], tokens: float = np.nan) -> LabelledSample:
+def a_sample(rows: Sequence[int], scores: Sequence[Sequence[float]], tokens: float = np.nan) -> LabelledSample:
     """`scores`: of each row, by each model."""
     table = np.array(scores, dtype=np.float64)
     return LabelledSample(np.array(rows, dtype=np.int64), table, np.full(table.shape, tokens))

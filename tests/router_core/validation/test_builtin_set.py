@@ -64,8 +64,8 @@ def test_the_answer_to_another_prompt_is_hardly_ever_right() -> None:
 
 def test_a_reference_within_a_chatty_reply_is_right_for_open_answers() -> None:
     open_types = {"numeric", "choice", "sql", "json_schema"}
-    asked = [p for p in EVERY if p.grader.type in open_types and not getattr(p.grader, "whole", False)]
-    assert [p.id for p in asked if p.grader.grade(f"Sure!\n\nThe answer is:\n{p.reference}") != 1] == []
+    open_prompts = [p for p in EVERY if p.grader.type in open_types and not getattr(p.grader, "whole", False)]
+    assert [p.id for p in open_prompts if p.grader.grade(f"Sure!\n\nThe answer is:\n{p.reference}") != 1] == []
 
 
 def test_another_seed_gives_other_prompts_of_the_same_families() -> None:

@@ -169,9 +169,9 @@ def test_a_success_beside_a_slow_probe_closes_it() -> None:
 
 
 def test_a_stated_wait_opens_it_at_once_for_no_longer_than_the_longest_cooldown() -> None:
-    for stated, rest in ((7.0, 7.0), (0.25, 0.25), (86_400.0, 300.0)):
+    for retry_after, rest in ((7.0, 7.0), (0.25, 0.25), (86_400.0, 300.0)):
         breaker = a_breaker()
-        fail(breaker, 1, failure=asked_for(stated))
+        fail(breaker, 1, failure=asked_for(retry_after))
         assert breaker.cooldown_s(0.0) == rest
 
 
