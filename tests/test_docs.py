@@ -66,8 +66,8 @@ def test_the_settings_page_shows_the_defaults_that_are_in_force() -> None:
     assert float(documented["lambda"]) == settings.lambda_
     assert int(documented["breaker.failures"]) == settings.breaker.failures
     assert documented["route_names"] == f"`{settings.route_names[0]}`"
-    shown_input, shown_output = map(float, documented["reference_price"].split(", "))
-    assert settings.reference_price == Price(shown_input, shown_output)
+    input_price, output_price = map(float, documented["reference_price"].split(", "))
+    assert settings.reference_price == Price(input_price, output_price)
 
 
 def test_the_readme_is_read_in_one_sitting() -> None:

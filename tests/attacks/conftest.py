@@ -42,7 +42,9 @@ BOTH_MODES = pytest.mark.parametrize("attacked", ["auto", "translate"], indirect
 
 
 @pytest.fixture(scope="session")
-def servings(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Callable[[str], Attacked]]:
+def attacked_by_mode(
+    tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path
+) -> Iterator[Callable[[str], Attacked]]:
     """By the mode in which the models are called; each is started once, if a test wants it."""
     with ExitStack() as closing:
 
@@ -77,8 +79,8 @@ def open_attacked(folder: Path, embedder_cache: Path, mode: str) -> Iterator[Att
 
 
 @pytest.fixture
-def attacked(servings: Callable[[str], Attacked], request: pytest.FixtureRequest) -> Attacked:
-    opened = servings(getattr(request, "param", "auto"))
+def attacked(attacked_by_mode: Callable[[str], Attacked], request: pytest.FixtureRequest) -> Attacked:
+    opened = attacked_by_mode(getattr(request, "param", "auto"))
     for upstream in (opened.fair, opened.good):
         upstream.reset()
     return opened

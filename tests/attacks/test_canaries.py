@@ -37,7 +37,7 @@ KNOWN = {
     "other": f"no: x-api-key {PROVIDER_KEY}",
     "literal": f"no: Bearer {LITERAL_KEY} with {HEADER}",
 }
-SAID: Any = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": None}]}
+CONTENT_CHUNK: Any = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": None}]}
 pytestmark = pytest.mark.filterwarnings("ignore:Item .* on TypedDict:UserWarning")
 
 
@@ -91,9 +91,9 @@ def test_an_upstream_that_repeats_the_keys_is_not_quoted(canaries: Canaries, nam
         Step(status=200, headers=echoing, body=message.encode()),
         Step(status=307, headers={"location": f"http://x/{message}"}, body=b""),
         Step(status=200, headers=echoing, events=[{"error": {"message": message, "code": 401}}]),
-        Step(status=200, headers=echoing, events=[SAID, {"error": {"message": message, "code": message}}]),
-        Step(status=200, headers=echoing, events=[SAID, b"event: error\ndata: " + message.encode() + b"\n\n"]),
-        Step(status=200, headers=echoing, events=[SAID], cut_after=1),
+        Step(status=200, headers=echoing, events=[CONTENT_CHUNK, {"error": {"message": message, "code": message}}]),
+        Step(status=200, headers=echoing, events=[CONTENT_CHUNK, b"event: error\ndata: " + message.encode() + b"\n\n"]),
+        Step(status=200, headers=echoing, events=[CONTENT_CHUNK], cut_after=1),
     ]
     for step in steps:
         canaries.upstream.always = step

@@ -40,7 +40,7 @@ LIMITS = ConcurrencyLimits(64, 64)
 
 
 @dataclass(frozen=True)
-class Room:
+class AccountingParts:
     """What a process keeps its books with."""
 
     store: Store
@@ -87,7 +87,7 @@ def emptied_pipe() -> Any:
 
 
 @asynccontextmanager
-async def open_room(folder: Path) -> AsyncIterator[Room]:
+async def open_parts(folder: Path) -> AsyncIterator[AccountingParts]:
     server = EmbeddedValkey(folder)
     await asyncio.to_thread(server.ensure)
     store = Store(f"unix://{server.socket_path}")
@@ -115,7 +115,7 @@ async def open_room(folder: Path) -> AsyncIterator[Room]:
                 resolver=absent,
                 environ={},
             )
-            yield Room(store, app, routing, await chosen(state=routing))
+            yield AccountingParts(store, app, routing, await chosen(state=routing))
             await limiter.close()
             await usage.stop()
     finally:

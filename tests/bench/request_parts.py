@@ -55,20 +55,20 @@ Prepare = Callable[[ChatRequest], Any]
 
 
 @dataclass(frozen=True)
-class Still:
+class FixedSnapshot:
     """A state that stays."""
 
     current: RoutingSnapshot
 
 
-class Noting:
+class RecordingUpstream:
     """An upstream that answers at once, and says when it was asked."""
 
-    asked_ns = 0
+    received_ns = 0
     not_ready: frozenset[str] = frozenset()
 
     async def complete(self, *_: object, **__: object) -> JSONPayload:
-        self.asked_ns = time.process_time_ns()
+        self.received_ns = time.process_time_ns()
         return JSONPayload(dict(ANSWER), ANSWER_BYTES)
 
 
@@ -98,7 +98,7 @@ def open_parts(folder: Path, embedder: StaticEmbedder, state: RoutingSnapshot, c
     closing.callback(assigner.close)
     closing.push_async_callback(store.close)
     absent: Any = None
-    still, noting = Still(state), Noting()
+    still, noting = FixedSnapshot(state), RecordingUpstream()
     usage = UsageWriter(store, JournalDirectory(folder, 10**9))
     return AppState(
         settings=settings,
@@ -179,7 +179,7 @@ class Wire:
         await self._transport.answered.wait()
         ended = time.process_time_ns()
         await asyncio.sleep(0)
-        return upstream.asked_ns - started, ended - started
+        return upstream.received_ns - started, ended - started
 
     async def profiled(self, bodies: Sequence[bytes], path: str) -> None:
         """Of what runs on the event loop."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.growth import OF_REQUESTS, Point, too_fast
-from tests.bench.overhead.bodies import MARK, kind_of, short, write_requests
+from tests.bench.overhead.bodies import PLACEHOLDER, kind_of, short, write_requests
 from tests.bench.overhead.compiled import LOAD, UPSTREAM, Upstream, program, run
 from tests.bench.overhead.contenders import PINNED, ROUTED
 from tests.bench.overhead.load import Job
@@ -130,7 +130,7 @@ def test_no_two_requests_are_alike_though_one_is_sent_again_and_again(load: tupl
         run(Job(port, str(path), 1, 30.0, warm_s=0.0, most=20, fewest_events=50), CORE, load)
 
     assert len({*received}) == len(received) == 20
-    assert MARK.encode() not in b"".join(received)
+    assert PLACEHOLDER.encode() not in b"".join(received)
 
 
 @pytest.mark.slow

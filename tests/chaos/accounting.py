@@ -16,7 +16,7 @@ from typing import Any
 from proxy.routing.requirements import estimate_tokens
 from router_core.pricing import picousd
 from router_core.text import BYTES_PER_TOKEN
-from tests.chaos.behaviours import SILENT
+from tests.chaos.behaviours import EMPTY_ANSWER
 from tests.chaos.ledger import Attempt
 from tests.chaos.outcomes import ACCOUNTED, COMPLETE, DROPPED, EMPTY, Outcome, Span
 from tests.chaos.questions import MODELS, ChaosModel, Question
@@ -66,7 +66,7 @@ def account(evidence: Evidence) -> Account:
         _repeated(evidence),
         _unlogged(evidence, index),
         _wrong_totals(evidence),
-        _silent_answers(evidence),
+        _empty_answers(evidence),
     ):
         found.problems += problems
     return found
@@ -243,9 +243,9 @@ def _total_pico(stored: Mapping[str, str]) -> int:
     return int(exact) if exact is not None else picousd(float(stored.get("cost_usd", 0)))
 
 
-def _silent_answers(evidence: Evidence) -> Iterator[str]:
+def _empty_answers(evidence: Evidence) -> Iterator[str]:
     """A client that got no word, where no upstream had answered with none."""
-    silent = {attempt.question for attempt in evidence.attempts if attempt.behaviour == SILENT}
+    empty = {attempt.question for attempt in evidence.attempts if attempt.behaviour == EMPTY_ANSWER}
     for outcome in evidence.outcomes:
-        if outcome.ending == EMPTY and outcome.question.id not in silent:
+        if outcome.ending == EMPTY and outcome.question.id not in empty:
             yield f"{outcome.question.id} ({outcome.client}) got no word, and no upstream had said none"

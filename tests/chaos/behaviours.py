@@ -21,7 +21,7 @@ from tests.chaos.openai_format import (
     frame,
 )
 
-SILENT = "no word"
+EMPTY_ANSWER = "no word"
 FLOOD_BYTES = 256 * 2**20
 _PAGE = b"<html><head><title>Bad gateway</title></head><body><h1>Something went wrong</h1></body></html>"
 
@@ -185,7 +185,7 @@ BEHAVIOURS = (
     Behaviour("200 in HTML", 1, _succeeds_in_html),
     Behaviour("error in a 200", 2, _errs_in_a_200),
     Behaviour("no body", 1, _sends_no_body),
-    Behaviour(SILENT, 1, _answers_nothing, reports=False),
+    Behaviour(EMPTY_ANSWER, 1, _answers_nothing, reports=False),
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 Json = dict[str, Any]
 
-_ASKED = re.compile(r"\[(?P<id>[a-z0-9-]+): (?P<words>[0-9]+) words\]")
+_QUESTION_PATTERN = re.compile(r"\[(?P<id>[a-z0-9-]+): (?P<words>[0-9]+) words\]")
 _ANSWERED = re.compile(r"\[(?P<id>[a-z0-9-]+) by (?P<model>[a-z]+)\]")
 TOPICS = (
     "Write a Python function that merges two sorted lists.",
@@ -100,7 +100,7 @@ def a_question(number: int, rng: Random, *, words: int | None = None) -> Questio
 
 def question_in(text: str) -> Question | None:
     """The one that a prompt asks."""
-    found = _ASKED.search(text)
+    found = _QUESTION_PATTERN.search(text)
     return Question(found["id"], int(found["words"])) if found else None
 
 

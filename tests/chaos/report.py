@@ -14,7 +14,7 @@ from tests.chaos.outcomes import ACCOUNTED
 from tests.chaos.watch import Watch
 
 Row = tuple[str, ...]
-MAX_SHOWN = 40
+MAX_PRINTED = 40
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ def print_report(run: Run) -> None:
     console.table(("", "picodollars"), list(_spend(run)), title="spend")
     for name, fact in _facts(run):
         console.echo(f"{name}: {fact}")
-    for problem in run.problems[:MAX_SHOWN]:
+    for problem in run.problems[:MAX_PRINTED]:
         console.echo(f"WRONG: {problem}")
-    if len(run.problems) > MAX_SHOWN:
-        console.echo(f"… and {len(run.problems) - MAX_SHOWN} more")
+    if len(run.problems) > MAX_PRINTED:
+        console.echo(f"… and {len(run.problems) - MAX_PRINTED} more")
     console.echo(f"{len(run.problems)} discrepancies")
 
 

@@ -21,7 +21,7 @@ from proxy.cli import console
 from router_core.embedding import static_embedder
 from tests.chaos.accounting import Evidence, account, near_a_kill
 from tests.chaos.administrator import Administrator
-from tests.chaos.clients import Doors
+from tests.chaos.clients import ClientPool
 from tests.chaos.faults import Faults
 from tests.chaos.outcomes import COMPLETE, EMPTY
 from tests.chaos.report import Run, print_report
@@ -42,8 +42,8 @@ async def chaos(folder: Path, embedder_cache: Path, seed: int, seconds: float, p
         watching = asyncio.gather(watch.run(), watch.watch_ourselves())
         faults, administrator = Faults(world, Random(f"{seed}/faults")), Administrator(world, Random(f"{seed}/admin"))
         started = time.monotonic()
-        async with Doors.open(world.server.url) as doors:
-            traffic = Traffic(doors, world.keys, Random(f"{seed}/traffic"), per_second)
+        async with ClientPool.open(world.server.url) as pool:
+            traffic = Traffic(pool, world.keys, Random(f"{seed}/traffic"), per_second)
             until = started + seconds
             await asyncio.gather(traffic.run(until), faults.run(until), administrator.run(until))
         lasted = time.monotonic() - started

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from tests.chaos.clients import CLIENTS, LONG_WORDS, Ask, Doors, send_request
+from tests.chaos.clients import CLIENTS, LONG_WORDS, Ask, ClientPool, send_request
 from tests.chaos.outcomes import Outcome
 from tests.chaos.questions import MODELS, Json, Question, a_question
 
@@ -16,7 +16,7 @@ PINNED_SHARE = 0.3
 
 @dataclass
 class Traffic:
-    doors: Doors
+    pool: ClientPool
     keys: Sequence[str]
     rng: Random
     per_second: float
@@ -43,7 +43,7 @@ class Traffic:
         name = rng.choices(list(CLIENTS), [weight for weight, _ in CLIENTS.values()])[0]
         question = a_question(self.requests, rng, words=LONG_WORDS if name == "stalls" else None)
         started = time.monotonic()
-        got = await send_request(CLIENTS[name][1], self.doors, self._ask(question, rng))
+        got = await send_request(CLIENTS[name][1], self.pool, self._ask(question, rng))
         return Outcome(question, name, got.verdict, started, time.monotonic(), got.status, got.decision)
 
     def _ask(self, question: Question, rng: Random) -> Ask:

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from tests.support.command import ADMIN_KEY, ServeCommand, environment
-from tests.support.outcome_files import PRICES, refusal, rows, run, write_files
+from tests.support.outcome_files import PRICES, error_line, rows, run, write_files
 from tests.support.proxy_process import uniform_profile
 
 Environ = dict[str, str]
@@ -60,5 +60,5 @@ def test_deployed_profiles_have_a_page_and_a_picture_too(served: Environ, tmp_pa
 
 def test_two_models_must_be_both_scored_and_deployed(served: Environ, tmp_path: Path) -> None:
     files = write_files(tmp_path, rows(40, "middle", "large"))
-    message = refusal(run(served, *files[:2], "--deployed"), 1)
+    message = error_line(run(served, *files[:2], "--deployed"), 1)
     assert message.endswith("Both: large. Only scored: middle. Only deployed: tiny, unheard")

@@ -20,7 +20,7 @@ from tests.support.proxy_process import uniform_profile
 from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.waiting import wait_until
 
-ROOM = "16m"
+DISK_SIZE = "16m"
 
 
 def test_nothing_acknowledged_is_lost_when_every_process_is_killed(
@@ -55,14 +55,16 @@ def test_nothing_acknowledged_is_lost_when_every_process_is_killed(
 
 
 class OnSmallDisk(ServeCommand):
-    """With its data directory on a file system of ROOM bytes, in a mount namespace of its own."""
+    """With its data directory on a file system of DISK_SIZE, in a mount namespace of its own."""
 
     def __init__(self, *arguments: str | Path, environ: dict[str, str], log: Path) -> None:
         super().__init__(*arguments, environ=environ, log=log)
         self.data_dir = Path(environ["UNIROUTE_DATA_DIR"])
         tables = [str(table.resolve()) for table in self.data_dir.glob("static-*")]
         disk = shlex.quote(str(self.data_dir))
-        script = f"mount -t tmpfs -o size={ROOM},mode=700 none {disk} && ln -s {shlex.join(tables)} {disk} && exec "
+        script = (
+            f"mount -t tmpfs -o size={DISK_SIZE},mode=700 none {disk} && ln -s {shlex.join(tables)} {disk} && exec "
+        )
         self._command = ["unshare", "-rm", "sh", "-c", script + shlex.join(self._command)]
 
     @property

@@ -130,14 +130,14 @@ def test_the_cache_is_emptied_after_so_many_texts(description: Path, monkeypatch
     monkeypatch.setattr(embedding, "TEXTS_PER_CACHE", 7)
     forgetful, encoded_texts, forgotten = Tokenizer(description), list[bytes](), list[int]()
 
-    class Told:
+    class RecordingTokenizer:
         def encode(self, text: bytes, **_: object) -> None:
             encoded_texts.append(text)
 
         def clear_cache(self) -> None:
             forgotten.append(len(encoded_texts))
 
-    monkeypatch.setattr(forgetful, "_tokenizer", Told())
+    monkeypatch.setattr(forgetful, "_tokenizer", RecordingTokenizer())
     for _ in range(21):
         forgetful.ids(b"word")
     assert forgotten == [6, 13, 20]

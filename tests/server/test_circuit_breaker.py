@@ -219,8 +219,8 @@ def test_waiting_for_a_slot_counts_towards_the_request_timeout(fleet: Fleet) -> 
 
 def test_each_stream_without_content_counts_as_one_failure(tmp_path: Path, embedder_cache: Path) -> None:
     """Its headers have arrived: the timeout ends the wait for content, not the call."""
-    patient = {**BREAKER, "cooldown_s": 30}
-    with open_fleet(tmp_path, embedder_cache, breaker=patient, info={"first_token_timeout_s": 0.3}) as fleet:
+    breaker = {**BREAKER, "cooldown_s": 30}
+    with open_fleet(tmp_path, embedder_cache, breaker=breaker, info={"first_token_timeout_s": 0.3}) as fleet:
         fleet.fair.always = Step(message={"content": "late"}, drip_s=30)
         for _ in range(BREAKER["failures"]):
             assert state_of(fleet, "fair") == "well"

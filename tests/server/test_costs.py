@@ -17,7 +17,7 @@ from proxy.storage.valkey import EmbeddedValkey
 from tests.support.proxy_process import NO_COOLDOWN, ProxyProcess, model_entry
 from tests.support.scripted_answers import Step
 from tests.support.scripted_upstream import ScriptedUpstream
-from tests.support.usage_reports import CASES, COSTS, ON_THE_WAY, PRICES, REPORTS, picodollars
+from tests.support.usage_reports import CASES, COSTS, PARTIAL_REPORTS, PRICES, REPORTS, picodollars
 from tests.support.waiting import wait_until
 
 MODES = ("relay", "translate")
@@ -126,8 +126,8 @@ def decisions(priced: PricedProxy) -> dict[tuple[str, ...], str]:
     for (use, vendor, price), mode, shape in product(PAID, MODES, SHAPES[:2]):
         step = answered(shape, REPORTS[use][vendor])
         found[use, vendor, price, mode, shape] = priced.ask(f"{price}-{mode}", step, stream=shape != "whole")
-    for usage_so_far, mode, (ending, ask) in product(ON_THE_WAY, MODES, UNENDED.items()):
-        events = [chunk({"content": PIECE}, usage=usage) for usage in ON_THE_WAY[usage_so_far][0]]
+    for usage_so_far, mode, (ending, ask) in product(PARTIAL_REPORTS, MODES, UNENDED.items()):
+        events = [chunk({"content": PIECE}, usage=usage) for usage in PARTIAL_REPORTS[usage_so_far][0]]
         found[usage_so_far, mode, ending] = ask(priced, f"flat-{mode}", events)
     return found
 
@@ -152,12 +152,12 @@ def test_usage_is_found_in_other_places_of_a_stream(priced: PricedProxy, shape: 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ending", UNENDED)
-@pytest.mark.parametrize("usage_so_far", ON_THE_WAY)
+@pytest.mark.parametrize("usage_so_far", PARTIAL_REPORTS)
 def test_an_unfinished_response_costs_what_was_received(
     priced: PricedProxy, decisions: dict[tuple[str, ...], str], usage_so_far: str, ending: str, mode: str
 ) -> None:
     record = priced.record(decisions[usage_so_far, mode, ending])
-    assert (record["ending"], record["cost_picousd"]) == (ending, ON_THE_WAY[usage_so_far][1])
+    assert (record["ending"], record["cost_picousd"]) == (ending, PARTIAL_REPORTS[usage_so_far][1])
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -12,7 +12,7 @@ from tests.support.scripted_answers import Step
 pytestmark = BOTH_MODES
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
-SAID: Any = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": None}]}
+CONTENT_CHUNK: Any = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": None}]}
 END: Any = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
 
 
@@ -104,7 +104,7 @@ def test_a_stream_of_nothing_is_an_error(http: httpx.Client, fleet: Fleet, chunk
 
 
 def test_null_choices_null_deltas_and_blank_events_are_harmless(http: httpx.Client, fleet: Fleet) -> None:
-    odd: list[Any] = [{"choices": None}, {"choices": [{"index": 0, "delta": None}]}, b"data:\n\n", SAID, END]
+    odd: list[Any] = [{"choices": None}, {"choices": [{"index": 0, "delta": None}]}, b"data:\n\n", CONTENT_CHUNK, END]
     received = events(ask(http, fleet, Step(events=odd), stream=True))
 
     assert [chunk["choices"] for chunk in received[:2]] == [[], [{"index": 0, "delta": {}}]]
@@ -126,7 +126,7 @@ def test_any_field_of_a_delta_that_is_not_empty_is_content(http: httpx.Client, f
 
 def test_chunks_without_content_are_dropped_however_many_they_are(http: httpx.Client, fleet: Fleet) -> None:
     empty = [a_chunk({"role": "assistant", "content": "", "tool_calls": [], "function_call": {"name": ""}})] * 5000
-    reply = ask(http, fleet, Step(events=[*empty, SAID, END]), stream=True)
+    reply = ask(http, fleet, Step(events=[*empty, CONTENT_CHUNK, END]), stream=True)
     received = events(reply)
 
     assert reply.status_code == 200
@@ -137,7 +137,7 @@ def test_chunks_without_content_are_dropped_however_many_they_are(http: httpx.Cl
 def test_a_null_usage_is_sent_to_clients_that_asked_for_usage(http: httpx.Client, fleet: Fleet) -> None:
     null: dict[str, Any] = {"id": "x", "object": "chat.completion.chunk", "choices": [], "usage": None}
     failure = {**null, "prompt_filter_results": [1]}
-    fleet.fair.then(Step(events=[null, failure, SAID, END]), Step(events=[null, failure, SAID, END]))
+    fleet.fair.then(Step(events=[null, failure, CONTENT_CHUNK, END]), Step(events=[null, failure, CONTENT_CHUNK, END]))
     body: Any = {"model": "fair", "messages": ASK, "stream": True}
     unasked = events(http.post("/v1/chat/completions", json=body))
     with_usage = events(http.post("/v1/chat/completions", json={**body, "stream_options": {"include_usage": True}}))
@@ -150,7 +150,7 @@ def test_a_null_usage_is_sent_to_clients_that_asked_for_usage(http: httpx.Client
 def test_a_response_cut_by_an_error_never_ends_as_if_it_were_complete(
     http: httpx.Client, fleet: Fleet, failure: dict[str, Any]
 ) -> None:
-    reply = ask(http, fleet, Step(events=[SAID, failure, END]), stream=True)
+    reply = ask(http, fleet, Step(events=[CONTENT_CHUNK, failure, END]), stream=True)
 
     assert "[DONE]" not in reply.text
     assert events(reply)[-1]["error"]["message"]

@@ -29,7 +29,7 @@ POST = b"POST / HTTP/1.1\r\nhost: a\r\n"
 UPGRADE = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAAP__\r\n"
 
 
-class Hasty(LimitedHTTPProtocol):
+class ShortTimeouts(LimitedHTTPProtocol):
     header_timeout_s = 0.3
     write_timeout_s = 0.3
     min_idle_s = 0.1
@@ -102,14 +102,14 @@ def echoed(answer: Answer) -> Any:
 
 
 async def test_headers_that_do_not_end_are_answered_with_408() -> None:
-    async with served(Hasty) as (_, address):
+    async with served(ShortTimeouts) as (_, address):
         (answer,) = await sent(address, GET + b"x-slow: ")
 
     assert (answer.status, answer.code, answer.closed) == (408, "request_timeout", True)
 
 
 async def test_single_bytes_do_not_extend_the_time_for_headers() -> None:
-    async with served(Hasty) as (server, address):
+    async with served(ShortTimeouts) as (server, address):
         reader, writer = await asyncio.open_connection(*address)
         for byte in (GET + b"x: " + b"y" * 1000)[:40]:
             writer.write(bytes((byte,)))
@@ -123,7 +123,7 @@ async def test_single_bytes_do_not_extend_the_time_for_headers() -> None:
 
 @pytest.mark.parametrize("opening", [b"", b"\r\n\r\n"])
 async def test_a_connection_without_a_request_is_closed(opening: bytes) -> None:
-    async with served(Hasty) as (_, address):
+    async with served(ShortTimeouts) as (_, address):
         assert await sent(address, opening, wait_s=5) == []
 
 
@@ -146,7 +146,7 @@ async def test_the_head_of_a_response_is_written_with_the_first_of_its_body() ->
 
 
 async def test_the_next_request_of_a_connection_has_its_own_timeout() -> None:
-    async with served(Hasty) as (_, address):
+    async with served(ShortTimeouts) as (_, address):
         reader, writer = await asyncio.open_connection(*address)
         for _ in range(3):
             writer.write(GET + b"\r\n")
@@ -160,7 +160,7 @@ async def test_the_next_request_of_a_connection_has_its_own_timeout() -> None:
 
 
 async def test_a_client_that_does_not_read_is_cut_off() -> None:
-    async with served(Hasty) as (server, address):
+    async with served(ShortTimeouts) as (server, address):
         with socket.create_connection(address) as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.sendall(GET.replace(b"/", b"/large", 1) + b"\r\n")
@@ -247,7 +247,7 @@ async def test_a_malformed_request_never_writes_into_a_response() -> None:
 async def test_too_many_connections_are_answered_and_idle_ones_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "max_connections", lambda: 4)
     monkeypatch.setattr(protocol, "MAX_REJECTED", 2)
-    async with served(Hasty) as (server, address):
+    async with served(ShortTimeouts) as (server, address):
         busy = [socket.create_connection(address) for _ in range(4)]
         for client in busy:
             client.sendall(POST + b"content-length: 9\r\n\r\n")
@@ -260,7 +260,7 @@ async def test_too_many_connections_are_answered_and_idle_ones_make_room(monkeyp
         await until(lambda: not server.server_state.connections)
         idle = [socket.create_connection(address) for _ in range(4)]
         await until(lambda: len(server.server_state.connections) == 4)
-        await asyncio.sleep(2 * Hasty.min_idle_s)
+        await asyncio.sleep(2 * ShortTimeouts.min_idle_s)
         (served_again,) = await sent(address, GET + b"\r\n")
         first_of_all = await asyncio.to_thread(idle[0].recv, 1)
         for client in idle:

@@ -21,7 +21,7 @@ from tests.support.waiting import until
 
 CENT = PICO // 100
 # This machine may be busy.
-PATIENT_S = 1.0
+TIMEOUT_S = 1.0
 
 
 def a_request(name: str = "r", *, tokens: int = 0, picousd: int = 0) -> ReservationRequest:
@@ -41,14 +41,14 @@ async def reserved(store: Store, key: ClientKey) -> int:
 
 @pytest.fixture
 async def limiter(store: Store) -> AsyncIterator[RateLimiter]:
-    opened = RateLimiter(store, Metrics(), timeout_s=PATIENT_S)
+    opened = RateLimiter(store, Metrics(), timeout_s=TIMEOUT_S)
     yield opened
     await opened.close()
 
 
 @pytest.fixture
 async def second(second_store: Store) -> AsyncIterator[RateLimiter]:
-    opened = RateLimiter(second_store, Metrics(), timeout_s=PATIENT_S)
+    opened = RateLimiter(second_store, Metrics(), timeout_s=TIMEOUT_S)
     yield opened
     await opened.close()
 

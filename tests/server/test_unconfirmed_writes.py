@@ -18,7 +18,7 @@ from tests.support.valkey import ValkeyServer
 from tests.support.waiting import wait_until
 
 
-class DeafFront:
+class LossyProxy:
     """Between the proxy and Redis. While `lossy`, what is asked reaches Redis and no answer to a script comes back."""
 
     def __init__(self, backend: int) -> None:
@@ -76,7 +76,7 @@ class DeafFront:
 @dataclass(frozen=True)
 class Doubtful:
     proxy: ProxyProcess
-    front: DeafFront
+    front: LossyProxy
     valkey: ValkeyServer
     upstream: ScriptedUpstream
 
@@ -113,7 +113,7 @@ class Doubtful:
 @pytest.fixture(scope="module")
 def doubtful(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Doubtful]:
     folder = tmp_path_factory.mktemp("doubt")
-    with ValkeyServer(folder / "valkey") as valkey, DeafFront(valkey.port) as front, ScriptedUpstream() as upstream:
+    with ValkeyServer(folder / "valkey") as valkey, LossyProxy(valkey.port) as front, ScriptedUpstream() as upstream:
         environ = {"MODEL_API_KEY": "sk-x", "UNIROUTE_REDIS_URL": f"redis://127.0.0.1:{front.port}"}
         config = {"model_list": [model_entry("kept", upstream.url)], "uniroute": {"profile": {"on_start": False}}}
         with ProxyProcess(folder / "proxy", embedder_cache, config, environ) as proxy:

@@ -14,7 +14,7 @@ from proxy.settings.schema import Settings
 from proxy.storage.client_keys import AuthRequiredLatch
 from proxy.storage.redis import Store, StoreUnavailable
 from proxy.storage.registry import Registry, RegistryError
-from tests.support.sentinels import Sentinels, TlsFront, sentinels
+from tests.support.sentinels import Sentinels, TlsProxy, sentinels
 from tests.support.tls import a_certificate, served_by
 from tests.support.valkey import ValkeyServer, free_port, frozen
 
@@ -35,8 +35,8 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def tls(valkey: ValkeyServer, certificates: tuple[Path, Path]) -> Iterator[TlsFront]:
-    with TlsFront(valkey.port, served_by(certificates[0] / "both.pem")) as front:
+def tls(valkey: ValkeyServer, certificates: tuple[Path, Path]) -> Iterator[TlsProxy]:
+    with TlsProxy(valkey.port, served_by(certificates[0] / "both.pem")) as front:
         yield front
 
 
@@ -58,7 +58,7 @@ async def why_not(folder: Path, url: str, **more: object) -> str:
 
 
 async def test_a_certificate_is_checked_against_the_configured_authority(
-    tmp_path: Path, tls: TlsFront, certificates: tuple[Path, Path]
+    tmp_path: Path, tls: TlsProxy, certificates: tuple[Path, Path]
 ) -> None:
     url, authority = f"rediss://127.0.0.1:{tls.port}", certificates[0] / "cert.pem"
     assert await why_not(tmp_path, url, redis_ca_file=authority) == ""
@@ -68,7 +68,7 @@ async def test_a_certificate_is_checked_against_the_configured_authority(
 
 
 async def test_a_certificate_must_name_the_requested_host(
-    tmp_path: Path, tls: TlsFront, certificates: tuple[Path, Path]
+    tmp_path: Path, tls: TlsProxy, certificates: tuple[Path, Path]
 ) -> None:
     url, authority = f"rediss://127.1:{tls.port}", certificates[0] / "cert.pem"
     assert "Hostname mismatch" in await why_not(tmp_path, url, redis_ca_file=authority)
@@ -76,7 +76,7 @@ async def test_a_certificate_must_name_the_requested_host(
 
 
 async def test_certificate_checks_can_be_turned_off_with_a_warning(
-    tmp_path: Path, tls: TlsFront, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, tls: TlsProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert await why_not(tmp_path, f"rediss://127.0.0.1:{tls.port}?ssl_cert_reqs=none") == ""
     assert "ssl_cert_reqs=none" in caplog.text
@@ -89,7 +89,7 @@ async def test_a_server_that_wants_a_client_certificate_gets_the_configured_one(
     context = served_by(server / "both.pem")
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_verify_locations(client / "cert.pem")
-    with TlsFront(valkey.port, context) as front:
+    with TlsProxy(valkey.port, context) as front:
         url, trusted = f"rediss://127.0.0.1:{front.port}", {"redis_ca_file": server / "cert.pem"}
         pair = {"redis_cert_file": client / "cert.pem", "redis_key_file": client / "key.pem"}
         assert await why_not(tmp_path, url, **trusted, **pair) == ""

@@ -20,8 +20,8 @@ async def test_each_write_raises_the_version_and_publishes_it(store: Store, tmp_
         assert await registry.put_price("small", Price(1e-6, 1e-6)) == 3
         assert await registry.put_profile(a_record(), a_profile()) == 4
         assert await registry.remove_model("small") == 5
-        heard = [m["data"] async for m in _messages(pubsub, 6)]
-    assert heard == ["1", "2", "3", "small", "4", "5"]
+        published = [m["data"] async for m in _messages(pubsub, 6)]
+    assert published == ["1", "2", "3", "small", "4", "5"]
 
 
 async def test_a_taken_name_is_refused_and_the_same_record_again_changes_nothing(store: Store, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ async def send_request(connections: ConnectionPool, origin: Origin, body: bytes 
             connections.release(origin, connection)
 
 
-async def all_places_are_free(connections: ConnectionPool, origin: Origin) -> None:
+async def all_slots_are_free(connections: ConnectionPool, origin: Origin) -> None:
     """There are two, and no third."""
     both = [await connections.acquire(origin, 1), await connections.acquire(origin, 1)]
     third = asyncio.create_task(connections.acquire(origin, 1))
@@ -64,7 +64,7 @@ async def served(handle: Handler) -> AsyncIterator[Origin]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def tunnelling(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def serve_connect_proxy(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """For `served`: a small HTTP proxy that knows CONNECT alone."""
     method, authority, _ = head.split(b" ", 2)
     assert method == b"CONNECT"

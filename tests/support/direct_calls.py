@@ -23,11 +23,11 @@ def a_model(server: RawUpstream, **params: Any) -> ModelRecord:
     return replace(a_record("ours"), litellm_params={**all_params, **params})
 
 
-async def whole(upstream: UpstreamClient, record: ModelRecord) -> bytes:
+async def completion_of(upstream: UpstreamClient, record: ModelRecord) -> bytes:
     return (await upstream.complete(record, BODY)).with_model("ours")
 
 
-async def streamed(upstream: UpstreamClient, record: ModelRecord) -> list[bytes]:
+async def stream_of(upstream: UpstreamClient, record: ModelRecord) -> list[bytes]:
     found: list[bytes] = []
     stream: Any = await upstream.stream(record, {**BODY, "stream": True})
     try:
@@ -38,7 +38,7 @@ async def streamed(upstream: UpstreamClient, record: ModelRecord) -> list[bytes]
     return found
 
 
-async def failing(upstream: UpstreamClient, record: ModelRecord, ask: Callable[..., Any]) -> UpstreamError:
+async def error_of(upstream: UpstreamClient, record: ModelRecord, ask: Callable[..., Any]) -> UpstreamError:
     with pytest.raises(UpstreamError) as caught:
         async with asyncio.timeout(60):
             await ask(upstream, record)

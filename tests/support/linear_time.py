@@ -53,14 +53,14 @@ def read_all(readers: Mapping[str, Callable[[str], object]], units: str) -> None
     chosen = FEW if units == "few" else MANY
     for name, read in readers.items():
         for place in range(0, len(chosen), 4):
-            _allow(CPU_S)
+            _limit_cpu(CPU_S)
             for shape, text in shapes(chosen[place : place + 4]):
                 sys.stdout.write(f"{name} {shape}\n")
                 sys.stdout.flush()
                 read(text)
 
 
-def _allow(cpu_s: int) -> None:
+def _limit_cpu(cpu_s: int) -> None:
     """From now on so many seconds of CPU time, and what is missing to a whole one."""
     used = math.ceil(sum(os.times()[:2]))
     resource.setrlimit(resource.RLIMIT_CPU, (used + cpu_s, resource.RLIM_INFINITY))

@@ -40,7 +40,7 @@ def run(environ: Mapping[str, str], *arguments: str | Path) -> subprocess.Comple
     return run_command("evaluate", *arguments, environ=environ)
 
 
-def found(environ: Mapping[str, str], *arguments: str | Path) -> dict[str, Any]:
+def json_of(environ: Mapping[str, str], *arguments: str | Path) -> dict[str, Any]:
     """What `--json` prints: all of stdout is parsed."""
     ended = run(environ, *arguments, "--json")
     assert ended.returncode == 0, ended.stderr
@@ -48,7 +48,7 @@ def found(environ: Mapping[str, str], *arguments: str | Path) -> dict[str, Any]:
     return document
 
 
-def refusal(ended: subprocess.CompletedProcess[str], status: int) -> str:
+def error_line(ended: subprocess.CompletedProcess[str], status: int) -> str:
     """The one line that is said, beside progress; of bad options the parser's last line."""
     assert (ended.returncode, ended.stdout, "Traceback" in ended.stderr) == (status, "", False), ended.stderr
     lines = [line for line in ended.stderr.splitlines() if not re.match(r"embedding: |trials: ", line)]

@@ -116,7 +116,7 @@ async def a_bench(
     record: ModelRecord,
     *,
     worker: bool = True,
-    patience: RetryPolicy = FAST_RETRIES,
+    retries: RetryPolicy = FAST_RETRIES,
     cluster_map: ClusterMap = CORNERS,
     **more: Any,
 ) -> AsyncIterator[Bench]:
@@ -125,7 +125,7 @@ async def a_bench(
     async with AsyncExitStack() as closing:
         state = await closing.enter_async_context(started_watcher(store, folder, *configured, cluster_map=cluster_map))
         answerer = UpstreamModelClient(HttpUpstream())
-        jobs = Jobs(store, state, answerer, CornersEmbedder(), settings_for(folder, **more), patience)
+        jobs = Jobs(store, state, answerer, CornersEmbedder(), settings_for(folder, **more), retries)
         closing.push_async_callback(jobs.close)
         registry = a_registry(store, folder, *(r.name for r in configured))
         if not configured:

@@ -26,7 +26,7 @@ FOUND_S = 120.0
 _TLS_HELLO = b"\x16"
 
 
-class TlsFront:
+class TlsProxy:
     """A port that speaks TLS to clients that begin with it, else passes bytes on: Valkey's binary has no TLS."""
 
     def __init__(self, backend: int, context: ssl.SSLContext) -> None:
@@ -162,7 +162,7 @@ def sentinels(
     with contextlib.ExitStack() as stack:
 
         def announce(port: int) -> int:
-            return port if tls is None else stack.enter_context(TlsFront(port, tls)).port
+            return port if tls is None else stack.enter_context(TlsProxy(port, tls)).port
 
         login = {} if password is None else {"requirepass": password, "masterauth": password}
         fast = {"repl-diskless-sync-delay": "0", "repl-ping-replica-period": "1"}

@@ -14,7 +14,7 @@ from proxy.upstream.chunk_reader import ChunkReader
 from proxy.upstream.litellm_transport import read_chunks
 from proxy.upstream.sse import ErrorData, RawLine, SSEDecoder
 
-SAID: Any = {"model": "m", "choices": [{"index": 0, "delta": {"content": "é\u2028字"}, "finish_reason": None}]}
+CONTENT_CHUNK: Any = {"model": "m", "choices": [{"index": 0, "delta": {"content": "é\u2028字"}, "finish_reason": None}]}
 END: Any = {"model": "m", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
 ODD: list[Any] = [
     *({"choices": None}, {"choices": [{"delta": None}]}, {"choices": 5}, {"choices": [None]}, {"choices": []}, {}),
@@ -27,8 +27,18 @@ ODD: list[Any] = [
 ]
 LINES = st.sampled_from(
     [
-        *(b"data: " + json.dumps(each, ensure_ascii=False).encode() for each in [SAID, SAID, SAID, END, *ODD]),
-        *(b"data:" + json.dumps(SAID).encode(), b"data: [DONE]", b"data:[DONE]", b"data:", b"data: ", b"data:  7"),
+        *(
+            b"data: " + json.dumps(each, ensure_ascii=False).encode()
+            for each in [CONTENT_CHUNK, CONTENT_CHUNK, CONTENT_CHUNK, END, *ODD]
+        ),
+        *(
+            b"data:" + json.dumps(CONTENT_CHUNK).encode(),
+            b"data: [DONE]",
+            b"data:[DONE]",
+            b"data:",
+            b"data: ",
+            b"data:  7",
+        ),
         *(b"data: NaN", b'data: {"choices": [], "x": NaN}', b'data: {"choices": [], "x": "\\ud83d"}', b"data: {"),
         *(
             b": ping",
@@ -49,7 +59,7 @@ LINES = st.sampled_from(
             b'{"error": {"code": 429}}',
             b"{",
         ),
-        json.dumps(SAID).encode(),
+        json.dumps(CONTENT_CHUNK).encode(),
     ]
 )
 ENDS = st.sampled_from([b"\n\n", b"\n\n", b"\n\n", b"\n", b"\r\n\r\n", b"\n\n\n", b"\r\n", b"\n\r\n", b""])
@@ -215,7 +225,7 @@ def relayed(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | None]:
     return found, None if reader.final_error is None else fields_of(reader.final_error)
 
 
-def as_shown(chunks: list[Any]) -> list[Any]:
+def nan_as_null(chunks: list[Any]) -> list[Any]:
     """NaN is no JSON: it is shown as null."""
     return [json.loads(json.dumps({**chunk, "model": "m"}).replace("NaN", "null")) for chunk in chunks]
 
@@ -228,6 +238,6 @@ def test_a_stream_is_read_as_the_reference_reads_it(raw: bytes, data: st.DataObj
     parts = [raw] if data is None else data.draw(pieces(raw))
     chunks, failure = spelled_out(raw)
 
-    assert relayed(parts) == (as_shown(chunks), failure)
+    assert relayed(parts) == (nan_as_null(chunks), failure)
     found, fault = translated(parts)
-    assert (as_shown(found), fault) == (as_shown(chunks), failure)
+    assert (nan_as_null(found), fault) == (nan_as_null(chunks), failure)

@@ -12,7 +12,7 @@ from tests.support.scripted_answers import CLAUDE, Step
 from tests.support.scripted_upstream import ScriptedUpstream
 
 ASK: Any = {"role": "user", "content": "hi"}
-ARM: dict[str, Any] = {
+MODEL_PARAMS: dict[str, Any] = {
     "temperature": 0.1,
     "max_tokens": 50,
     "stop": ["###"],
@@ -32,7 +32,7 @@ async def upstream() -> AsyncIterator[LiteLLMClient]:
 
 async def arriving(upstream: LiteLLMClient, body: dict[str, Any], *, stream: bool = False) -> dict[str, Any]:
     with ScriptedUpstream() as server:
-        record = a_record(model="openai/m", api_base=server.url, api_key="k", **ARM)
+        record = a_record(model="openai/m", api_base=server.url, api_key="k", **MODEL_PARAMS)
         if stream:
             async for _ in await upstream.stream(record, {"model": "auto", **body}):
                 pass

@@ -7,7 +7,7 @@ import pytest
 from proxy.storage.models import ModelRecord
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.pool import MAX_HEADER_VALUE_BYTES
-from tests.support.direct_calls import BODY, SHORT, WHOLE, a_model, failing, streamed, whole
+from tests.support.direct_calls import BODY, SHORT, WHOLE, a_model, completion_of, error_of, stream_of
 from tests.support.raw_upstream import CHUNK, DONE, END, JSON, STREAM_HEAD, RawUpstream, Reply, chunked, plain
 from tests.support.waiting import until
 
@@ -38,7 +38,7 @@ async def test_a_response_without_a_completion_is_one_request_and_an_error(
 ) -> None:
     """`lost`: nothing was answered, so that the model may be asked once more; else it has done its work."""
     async with RawUpstream(reply) as server:
-        failure = await failing(upstream, a_model(server), whole)
+        failure = await error_of(upstream, a_model(server), completion_of)
         assert (failure.connection_lost, len(server.bodies)) == (lost, 1)
 
 
@@ -70,7 +70,7 @@ async def test_a_stream_that_ends_before_its_answer_is_an_error(
             seen.extend(block)
 
     async with RawUpstream(reply) as server:
-        failure = await failing(upstream, a_model(server), ask)
+        failure = await error_of(upstream, a_model(server), ask)
         assert (failure.connection_lost, len(seen), len(server.bodies)) == (lost, chunks, 1)
 
 
@@ -79,15 +79,15 @@ async def test_no_redirect_is_followed(upstream: UpstreamClient, status: bytes) 
     async with RawUpstream(WHOLE) as elsewhere, RawUpstream() as server:
         location = f"location: {elsewhere.url}\r\n".encode()
         server.script.append(plain(b"", head=location, status=status))
-        for ask in (whole, streamed):
-            assert "redirect" in (await failing(upstream, a_model(server), ask)).message
+        for ask in (completion_of, stream_of):
+            assert "redirect" in (await error_of(upstream, a_model(server), ask)).message
         assert elsewhere.connections == 0
 
 
 async def test_a_huge_error_is_shortened_and_its_connection_closed(upstream: UpstreamClient) -> None:
     async with RawUpstream(plain(b'{"error": "' + b"x" * 2**20, status=b"400 Bad")) as server:
-        for ask in (whole, streamed):
-            failure = await failing(upstream, a_model(server), ask)
+        for ask in (completion_of, stream_of):
+            failure = await error_of(upstream, a_model(server), ask)
             assert (failure.status, len(failure.body or b"")) == (400, 16 * 2**10)
         await until(lambda: server.open == 0)
 
@@ -96,7 +96,7 @@ async def test_retry_after_is_kept_however_it_is_spelt(upstream: UpstreamClient)
     async with RawUpstream(
         plain(b"{}", head=b"Retry-After: 7\r\nRETRY-AFTER-MS: 7000\r\n", status=b"429 No")
     ) as server:
-        failure = await failing(upstream, a_model(server), whole)
+        failure = await error_of(upstream, a_model(server), completion_of)
 
     assert failure.headers == {"retry-after": "7", "retry-after-ms": "7000"}
 
@@ -114,7 +114,7 @@ async def test_retry_after_is_kept_however_it_is_spelt(upstream: UpstreamClient)
 )
 async def test_unusual_but_complete_responses_arrive_unchanged(upstream: UpstreamClient, reply: Reply) -> None:
     async with RawUpstream(reply) as server:
-        assert await whole(upstream, a_model(server)) == JSON.replace(b"theirs", b"ours")
+        assert await completion_of(upstream, a_model(server)) == JSON.replace(b"theirs", b"ours")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ async def test_unusual_but_complete_responses_arrive_unchanged(upstream: Upstrea
 )
 async def test_unusual_but_complete_streams_arrive_unchanged(upstream: UpstreamClient, reply: Reply) -> None:
     async with RawUpstream(reply) as server:
-        found = await streamed(upstream, a_model(server))
+        found = await stream_of(upstream, a_model(server))
 
     whole_events = [each[6:].strip().replace(b"theirs", b"ours") for each in (CHUNK, END)]
     assert found == whole_events[: len(found)]

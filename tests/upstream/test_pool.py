@@ -20,7 +20,7 @@ from proxy.upstream.pool import (
     ProxyError,
     RemoteProtocolError,
 )
-from tests.support.connection_pool import HEAD, all_places_are_free, at, send_request, served, tunnelling
+from tests.support.connection_pool import HEAD, all_slots_are_free, at, send_request, serve_connect_proxy, served
 from tests.support.raw_upstream import JSON, RawUpstream, Reply, plain
 from tests.support.tls import a_certificate, served_by
 from tests.support.waiting import until
@@ -56,7 +56,7 @@ async def test_ten_requests_share_two_connections_though_some_are_cancelled(conn
         found = await asyncio.gather(*asking, return_exceptions=True)
         assert found.count((200, JSON)) == 7
         assert server.connections == 2
-        await all_places_are_free(connections, at(server))
+        await all_slots_are_free(connections, at(server))
 
 
 @pytest.mark.parametrize("tls", [False, True])
@@ -72,7 +72,7 @@ async def test_a_cancelled_request_releases_its_slot_at_any_moment(
             for one in asking[::-1] if turns % 2 else asking:
                 one.cancel()
             await asyncio.gather(*asking, return_exceptions=True)
-        await all_places_are_free(connections, origin)
+        await all_slots_are_free(connections, origin)
         await connections.aclose()
         await until(lambda: server.open == 0)
 
@@ -263,7 +263,7 @@ async def test_a_tunnel_through_a_proxy_is_reused(connections: ConnectionPool, c
 
     async def handle(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         heads.append(head)
-        await tunnelling(head, reader, writer)
+        await serve_connect_proxy(head, reader, writer)
 
     async with RawUpstream(plain(), tls=served_by(certificate)) as server, served(handle) as proxy:
         origin = at(server, f"http://me:p%40ss@127.0.0.1:{proxy.port}", tls=True)
@@ -280,7 +280,7 @@ async def test_a_tunnel_to_another_server_is_rejected_by_its_certificate(
     connections: ConnectionPool, tmp_path: Path
 ) -> None:
     other = served_by(a_certificate(tmp_path))
-    async with RawUpstream(plain(), tls=other) as server, served(tunnelling) as proxy:
+    async with RawUpstream(plain(), tls=other) as server, served(serve_connect_proxy) as proxy:
         with pytest.raises(ssl.SSLCertVerificationError):
             await send_request(connections, at(server, f"http://127.0.0.1:{proxy.port}", tls=True))
         assert server.heads == []
@@ -307,4 +307,4 @@ async def test_a_proxy_that_opens_no_tunnel_is_an_error(
             with pytest.raises(fault):
                 await connections.acquire(Origin("far.invalid", 443, True, f"http://127.0.0.1:{proxy.port}"), 0.1)
         await until(lambda: proxy.open == 0)
-        await all_places_are_free(connections, at(server))
+        await all_slots_are_free(connections, at(server))

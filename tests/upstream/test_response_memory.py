@@ -20,12 +20,12 @@ from proxy.storage.models import ModelRecord
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.health import HealthRegistry
 from proxy.upstream.response_memory import HeldMemory, ResponseBounds, ResponseMemory
-from tests.support.direct_calls import BODY, a_model, failing, streamed, whole
+from tests.support.direct_calls import BODY, a_model, completion_of, error_of, stream_of
 from tests.support.raw_upstream import CHUNK, DONE, END, JSON, STREAM_HEAD, RawUpstream, Reply, chunked, plain
 from tests.support.waiting import until
 
 MODES = pytest.mark.parametrize("mode", ["relay", "translate", "anthropic"])
-KINDS = pytest.mark.parametrize("ask", [whole, streamed])
+KINDS = pytest.mark.parametrize("ask", [completion_of, stream_of])
 GZIP = b"content-type: application/json\r\ncontent-encoding: gzip\r\n"
 EVENT_STREAM = b"content-type: text/event-stream\r\n"
 
@@ -63,14 +63,14 @@ def event(text: bytes) -> bytes:
 
 def saying(ask: Any, text: bytes) -> Reply:
     """A whole answer or a stream of which one event holds `text`."""
-    return plain(holding(text)) if ask is whole else Reply(chunked(CHUNK, event(text), END, DONE))
+    return plain(holding(text)) if ask is completion_of else Reply(chunked(CHUNK, event(text), END, DONE))
 
 
 @pytest.mark.parametrize("mode", ["relay", "translate", "anthropic", "azure"])
 @KINDS
 async def test_json_with_too_many_values_is_not_parsed(upstream: UpstreamClient, mode: str, ask: Any) -> None:
     async with RawUpstream(saying(ask, b"[" + b"[]," * 800_000 + b"1]")) as server:
-        failure = await failing(upstream, by(mode, server), ask)
+        failure = await error_of(upstream, by(mode, server), ask)
 
         assert isinstance(failure, ResponseTooLarge)
         assert "values" in failure.message
@@ -81,7 +81,7 @@ async def test_json_with_too_many_values_is_not_parsed(upstream: UpstreamClient,
 @KINDS
 async def test_json_that_is_nested_too_deeply_is_rejected(upstream: UpstreamClient, mode: str, ask: Any) -> None:
     async with RawUpstream(saying(ask, b"[" * 600 + b"1" + b"]" * 600)) as server:
-        await failing(upstream, by(mode, server), ask)
+        await error_of(upstream, by(mode, server), ask)
 
 
 @MODES
@@ -92,7 +92,7 @@ async def test_a_response_beyond_the_size_limit_is_rejected(
 ) -> None:
     text = filling * 4_200_000 if filling == b" " else b'"' + filling * 4_200_000 + b'"'
     async with RawUpstream(saying(ask, text)) as server:
-        failure = await failing(upstream, by(mode, server), ask)
+        failure = await error_of(upstream, by(mode, server), ask)
 
         assert isinstance(failure, ResponseTooLarge)
         assert "max_answer_bytes" in failure.message
@@ -107,20 +107,20 @@ async def test_a_response_that_decompresses_beyond_the_limit_is_rejected(
     packed = gzip.compress(event(b'"' + b"x" * 50_000_000 + b'"') if stream else b" " * 50_000_000 + JSON)
     head = GZIP if not stream else EVENT_STREAM + b"content-encoding: gzip\r\n"
     async with RawUpstream(plain(packed, head)) as server:
-        await failing(upstream, by(mode, server), streamed if stream else whole)
+        await error_of(upstream, by(mode, server), stream_of if stream else completion_of)
     assert upstream.memory.used_bytes == 0
 
 
 @pytest.mark.parametrize("mode", ["relay", "translate"])
 async def test_a_compressed_response_is_read(upstream: UpstreamClient, mode: str) -> None:
     async with RawUpstream(plain(gzip.compress(JSON), GZIP)) as server:
-        assert json.loads(await whole(upstream, by(mode, server)))["choices"][0]["message"]["content"] == "hi"
+        assert json.loads(await completion_of(upstream, by(mode, server)))["choices"][0]["message"]["content"] == "hi"
 
 
 @pytest.mark.parametrize("mode", ["relay", "translate"])
 async def test_values_are_counted_per_event_and_not_over_all_events(upstream: UpstreamClient, mode: str) -> None:
     async with RawUpstream(Reply(chunked(CHUNK * (MAX_VALUES_AT_ONCE // 5), END, DONE))) as server:
-        answer = json.loads(await whole(upstream, by(mode, server)))
+        answer = json.loads(await completion_of(upstream, by(mode, server)))
 
     assert answer["choices"][0]["message"]["content"] == "hi" * (MAX_VALUES_AT_ONCE // 5)
     await until(lambda: upstream.memory.used_bytes == 0)
@@ -139,7 +139,7 @@ async def test_a_completion_sent_as_events_is_limited_like_any_other(
 ) -> None:
     piece = b'data: {"choices":[{"index":0,"delta":' + event + b"}]}\n\n"
     async with RawUpstream(Reply(chunked(*[piece] * 20, END, DONE))) as server:
-        failure = await failing(upstream, by(mode, server), whole)
+        failure = await error_of(upstream, by(mode, server), completion_of)
 
         assert isinstance(failure, ResponseTooLarge)
         assert why in failure.message
@@ -151,7 +151,7 @@ async def test_json_in_place_of_a_stream_is_limited_too(upstream: UpstreamClient
     flood, long = holding(b"[" + b"[]," * 200_000 + b"1]"), holding(b'"' + b"x" * 4_200_000 + b'"')
     async with RawUpstream(plain(flood), plain(long)) as server:
         for why in ("values", "max_answer_bytes"):
-            failure = await failing(upstream, by(mode, server), streamed)
+            failure = await error_of(upstream, by(mode, server), stream_of)
             assert isinstance(failure, ResponseTooLarge)
             assert why in failure.message
     assert upstream.memory.used_bytes == 0
@@ -164,7 +164,9 @@ async def test_a_large_response_arrives_whole(upstream: UpstreamClient, mode: st
     async with RawUpstream(saying(ask, json.dumps(text).encode())) as server:
         answer = await ask(upstream, by(mode, server))
 
-    assert [text] == [more for each in ([answer] if ask is whole else answer) if (more := json.loads(each).get("more"))]
+    assert [text] == [
+        more for each in ([answer] if ask is completion_of else answer) if (more := json.loads(each).get("more"))
+    ]
     await until(lambda: upstream.memory.used_bytes == 0)
 
 
@@ -185,14 +187,14 @@ async def test_memory_for_a_response_is_reserved_or_refused_and_released(
     async with RawUpstream(plain(holding(b'"' + b"x" * 3_000_000 + b'"'))) as server:
         record = by("relay", server)
         first = await upstream.complete(record, BODY)
-        failure = await failing(upstream, record, whole)
+        failure = await error_of(upstream, record, completion_of)
         taken = upstream.memory.used_bytes
         del first
 
         assert isinstance(failure, ResponseMemoryFull)
         assert taken > 3_000_000
         assert "max_answers_in_flight_bytes" in caplog.text
-        assert await whole(upstream, record)
+        assert await completion_of(upstream, record)
     assert upstream.memory.used_bytes == 0
 
 
@@ -200,8 +202,8 @@ async def test_memory_for_a_response_is_reserved_or_refused_and_released(
 @KINDS
 async def test_a_cancelled_request_releases_its_memory(upstream: UpstreamClient, mode: str, ask: Any) -> None:
     length = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 9999999\r\n\r\n"
-    head = length if ask is whole else STREAM_HEAD + b"\r\n"
-    beginning = (b'{"a":"' if ask is whole else b'data: {"a":"') + b"x" * 1_000_000
+    head = length if ask is completion_of else STREAM_HEAD + b"\r\n"
+    beginning = (b'{"a":"' if ask is completion_of else b'data: {"a":"') + b"x" * 1_000_000
     async with RawUpstream(Reply((head + beginning,), "hang")) as server:
         asking = asyncio.create_task(ask(upstream, by(mode, server)))
         await until(lambda: upstream.memory.used_bytes > 500_000)
@@ -215,7 +217,7 @@ async def test_a_cancelled_request_releases_its_memory(upstream: UpstreamClient,
 async def test_no_connection_to_a_model_outlives_its_process(upstream: UpstreamClient, mode: str) -> None:
     async with RawUpstream(plain()) as server:
         with suppress(UpstreamError):
-            await whole(upstream, by(mode, server))
+            await completion_of(upstream, by(mode, server))
         kept = server.open
         await upstream.aclose()
         await until(lambda: server.open == 0)
@@ -224,7 +226,7 @@ async def test_no_connection_to_a_model_outlives_its_process(upstream: UpstreamC
 
 
 async def test_memory_of_a_large_event_is_held_until_the_event_is_gone(upstream: UpstreamClient) -> None:
-    async with RawUpstream(saying(streamed, b'"' + b"x" * 1_000_000 + b'"')) as server:
+    async with RawUpstream(saying(stream_of, b'"' + b"x" * 1_000_000 + b'"')) as server:
         stream: Any = await upstream.stream(by("relay", server), {**BODY, "stream": True})
         most = 0
         async for block in stream:
@@ -236,13 +238,13 @@ async def test_memory_of_a_large_event_is_held_until_the_event_is_gone(upstream:
 
 
 @pytest.mark.parametrize("kind", [b"application/json", b"text/event-stream"])
-@pytest.mark.parametrize("ask", [whole, streamed])
+@pytest.mark.parametrize("ask", [completion_of, stream_of])
 async def test_only_the_start_of_an_error_body_is_kept(upstream: UpstreamClient, ask: Any, kind: bytes) -> None:
     """Also of a success that is none: its words are searched, and parsed once more to be told."""
     raw = b'{"error":{"message":"no"},"more":[' + b"1," * 40_000 + b"1]}"
     body = b"data: " + raw + b"\n\n" if kind == b"text/event-stream" else raw
     async with RawUpstream(plain(body, b"content-type: " + kind + b"\r\n")) as server:
-        failure = await failing(upstream, by("relay", server), ask)
+        failure = await error_of(upstream, by("relay", server), ask)
 
     assert failure.status == 502 or isinstance(failure, UpstreamError)
     assert len(json.dumps(render_error(failure)[1])) < 40_000

@@ -11,7 +11,7 @@ from proxy.errors import UpstreamError
 from proxy.settings.models import ModelInfo
 from proxy.storage.models import ModelRecord
 from proxy.upstream.client import UpstreamClient
-from tests.support.direct_calls import BODY, KEY, a_model, failing, streamed, whole
+from tests.support.direct_calls import BODY, KEY, a_model, completion_of, error_of, stream_of
 from tests.support.raw_upstream import CHUNK, DONE, END, JSON, RawUpstream, Reply, chunked, plain
 
 pytestmark = pytest.mark.parametrize("mode", ["relay", "translate"])
@@ -65,8 +65,8 @@ async def test_events_and_json_are_told_apart_whatever_the_content_type(
         bare(EVENTS, *lines), bare(JSON, *lines), bare(EVENTS, *lines), bare(JSON, *lines)
     ) as server:
         record = model(server, mode)
-        assert [text_of(await streamed(upstream, record)) for _ in range(2)] == ["hi", "hi"]
-        answers = [json.loads(await whole(upstream, record)) for _ in range(2)]
+        assert [text_of(await stream_of(upstream, record)) for _ in range(2)] == ["hi", "hi"]
+        answers = [json.loads(await completion_of(upstream, record)) for _ in range(2)]
     assert [answer["choices"][0]["message"]["content"] for answer in answers] == ["hi", "hi"]
 
 
@@ -76,8 +76,8 @@ async def test_a_body_that_starts_compressed_is_decompressed(
 ) -> None:
     async with RawUpstream(bare(gzip.compress(EVENTS), *lines), bare(gzip.compress(JSON), *lines)) as server:
         record = model(server, mode)
-        assert text_of(await streamed(upstream, record)) == "hi"
-        assert b"hi" in await whole(upstream, record)
+        assert text_of(await stream_of(upstream, record)) == "hi"
+        assert b"hi" in await completion_of(upstream, record)
 
 
 ENDED = chunk(choice(0, {"content": "hi"}), choice(1, {"content": "ho"})) + chunk(
@@ -92,8 +92,8 @@ async def test_a_finished_answer_is_complete_however_its_connection_ends(
 ) -> None:
     async with RawUpstream(Reply(chunked(ends, end=b""), then)) as server:
         record = model(server, mode)
-        assert text_of(await streamed(upstream, record)) == "hi"
-        assert b'"hi"' in await whole(upstream, record)
+        assert text_of(await stream_of(upstream, record)) == "hi"
+        assert b'"hi"' in await completion_of(upstream, record)
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,8 @@ async def test_a_choice_that_never_finishes_is_an_error(upstream: UpstreamClient
     async with RawUpstream(Reply(chunked(body)), Reply(chunked(body, end=b""), "close")) as server:
         record = model(server, mode)
         for _ in range(2):
-            await failing(upstream, record, streamed)
-        await failing(upstream, record, whole)
+            await error_of(upstream, record, stream_of)
+        await error_of(upstream, record, completion_of)
 
 
 async def test_a_requested_choice_that_never_started_is_an_error(upstream: UpstreamClient, mode: str) -> None:
@@ -118,7 +118,7 @@ async def test_a_requested_choice_that_never_started_is_an_error(upstream: Upstr
             pass
 
     async with RawUpstream(Reply(chunked(CHUNK, END, end=b""), "close"), Reply(chunked(CHUNK, END))) as server:
-        await failing(upstream, model(server, mode), two)
+        await error_of(upstream, model(server, mode), two)
         await two(upstream, model(server, mode))  # a server that knows no `n`
 
 
@@ -141,8 +141,8 @@ async def test_an_error_within_a_stream_ends_it_whatever_follows(
     upstream: UpstreamClient, mode: str, before: bytes, error: bytes
 ) -> None:
     async with RawUpstream(Reply(chunked(before + error, END, DONE))) as server:
-        for ask in (streamed, whole):
-            failure = await failing(upstream, model(server, mode), ask)
+        for ask in (stream_of, completion_of):
+            failure = await error_of(upstream, model(server, mode), ask)
             assert (failure.status, "boom" in json.dumps(failure.body)) == (503, True)
 
 
@@ -152,7 +152,7 @@ async def test_retry_after_of_an_error_within_a_success_is_kept(upstream: Upstre
         bare(body, b"retry-after: 7"), bare(b"data: " + body + b"\n\n", b"retry-after: 7")
     ) as server:
         for _ in range(2):
-            failure = await failing(upstream, model(server, mode), streamed)
+            failure = await error_of(upstream, model(server, mode), stream_of)
             assert (failure.status, failure.headers["retry-after"]) == (429, "7")
 
 
@@ -187,13 +187,13 @@ WHOLE: dict[str, Any] = {
 
 async def test_a_completion_in_place_of_a_stream_becomes_equal_chunks(upstream: UpstreamClient, mode: str) -> None:
     async with RawUpstream(plain(json.dumps({**WHOLE, "model": "theirs"}, indent=1).encode())) as server:
-        found = await streamed(upstream, model(server, mode))
+        found = await stream_of(upstream, model(server, mode))
     events = [json.loads(event) for event in found]
     assert {event["object"] for event in events} == {"chat.completion.chunk"}
     assert (events[-1]["choices"], events[-1]["usage"]) == ([], USAGE)
 
     async with RawUpstream(Reply(chunked(*map(data, events), DONE))) as server:
-        again = json.loads(await whole(upstream, model(server, mode)))
+        again = json.loads(await completion_of(upstream, model(server, mode)))
     again["choices"][0]["logprobs"]["refusal"] = None  # null says nothing
     assert again == WHOLE
 
@@ -211,7 +211,7 @@ async def test_a_stream_in_place_of_a_completion_becomes_one(upstream: UpstreamC
         chunk(choice(0, {}, "tool_calls", usage=USAGE)),
     ]
     async with RawUpstream(Reply(chunked(*pieces))) as server:
-        answer = json.loads(await whole(upstream, model(server, mode)))
+        answer = json.loads(await completion_of(upstream, model(server, mode)))
 
     first, second = answer["choices"]
     calls = [
@@ -236,7 +236,7 @@ async def test_tool_calls_without_an_index_are_told_apart_by_their_ids(upstream:
     more = {"function": {"arguments": "}"}}
     pieces = [chunk(choice(0, {"tool_calls": [each]})) + chunk(choice(0, {"tool_calls": [more]})) for each in calls]
     async with RawUpstream(Reply(chunked(*pieces, END))) as server:
-        message = json.loads(await whole(upstream, model(server, mode)))["choices"][0]["message"]
+        message = json.loads(await completion_of(upstream, model(server, mode)))["choices"][0]["message"]
     assert [each["function"] for each in message["tool_calls"]] == [{"name": each, "arguments": "{}"} for each in "ab"]
 
 
@@ -244,8 +244,8 @@ async def test_usage_inside_a_choice_becomes_the_completions(upstream: UpstreamC
     last = chunk(choice(0, {}, "stop", usage=USAGE))
     body = {"choices": [{"index": 0, "message": {"content": "hi"}, "finish_reason": "stop", "usage": USAGE}]}
     async with RawUpstream(Reply(chunked(CHUNK, last)), plain(json.dumps(body).encode())) as server:
-        found = await streamed(upstream, model(server, mode))
-        answer = json.loads(await whole(upstream, model(server, mode)))
+        found = await stream_of(upstream, model(server, mode))
+        answer = json.loads(await completion_of(upstream, model(server, mode)))
     assert json.loads(found[-1])["usage"] == answer["usage"] == USAGE
 
 
@@ -256,8 +256,8 @@ async def test_a_body_that_is_neither_events_nor_a_completion_is_an_error(
     upstream: UpstreamClient, mode: str, body: bytes
 ) -> None:
     async with RawUpstream(plain(body)) as server:
-        for ask in (streamed, whole):
-            assert (await failing(upstream, model(server, mode), ask)).status in (502, None)
+        for ask in (stream_of, completion_of):
+            assert (await error_of(upstream, model(server, mode), ask)).status in (502, None)
 
 
 async def test_events_of_careless_servers_are_read(upstream: UpstreamClient, mode: str) -> None:
@@ -269,16 +269,16 @@ async def test_events_of_careless_servers_are_read(upstream: UpstreamClient, mod
     ]
     for body in odd:
         async with RawUpstream(Reply(chunked(body))) as server:
-            assert text_of(await streamed(upstream, model(server, mode))) == "hi"
+            assert text_of(await stream_of(upstream, model(server, mode))) == "hi"
 
 
 async def test_a_response_with_too_many_choices_is_rejected(upstream: UpstreamClient, mode: str) -> None:
     many = b"".join(chunk(choice(index, {"content": "x"})) for index in range(1100))
     async with RawUpstream(Reply(chunked(many))) as server:
-        assert "choices" in (await failing(upstream, model(server, mode), streamed)).message
+        assert "choices" in (await error_of(upstream, model(server, mode), stream_of)).message
 
 
 async def test_a_key_in_an_error_within_a_stream_is_redacted(upstream: UpstreamClient, mode: str) -> None:
     async with RawUpstream(Reply(chunked(CHUNK, b'data: {"error": "key ' + KEY.encode() + b'"}\n\n'))) as server:
-        failure: UpstreamError = await failing(upstream, model(server, mode), streamed)
+        failure: UpstreamError = await error_of(upstream, model(server, mode), stream_of)
     assert "***" in json.dumps(failure.body)

@@ -11,7 +11,7 @@ import pytest
 from proxy.settings.models import ModelInfo
 from proxy.storage.models import ModelRecord
 from proxy.upstream.client import UpstreamClient
-from tests.support.direct_calls import BODY, a_model, failing, streamed
+from tests.support.direct_calls import BODY, a_model, error_of, stream_of
 from tests.support.raw_upstream import CHUNK, END, RawUpstream, Reply, chunked, plain
 
 pytestmark = pytest.mark.parametrize("mode", ["relay", "translate"])
@@ -35,7 +35,7 @@ async def test_a_model_that_refuses_stream_options_is_asked_without_them_from_th
     async with RawUpstream(plain(REFUSAL, status=status), Reply(chunked(CHUNK, END))) as server:
         record = model(server, mode)
         for _ in range(2):
-            assert text_of(await streamed(upstream, record)) == "hi"
+            assert text_of(await stream_of(upstream, record)) == "hi"
         sent = [json.loads(body) for body in server.bodies]
     assert ["stream_options" in body for body in sent] == [True, False, False]
     assert {name: value for name, value in sent[0].items() if name != "stream_options"} == sent[1] == sent[2]
@@ -43,21 +43,21 @@ async def test_a_model_that_refuses_stream_options_is_asked_without_them_from_th
 
 async def test_a_changed_model_is_sent_stream_options_again(upstream: UpstreamClient, mode: str) -> None:
     async with RawUpstream(plain(REFUSAL, status=b"422 No"), Reply(chunked(CHUNK, END))) as server:
-        await streamed(upstream, model(server, mode))
-        await streamed(upstream, model(server, mode))
+        await stream_of(upstream, model(server, mode))
+        await stream_of(upstream, model(server, mode))
         assert ["stream_options" in json.loads(body) for body in server.bodies] == [True, False, True]
 
 
 async def test_other_errors_and_a_second_refusal_are_reported(upstream: UpstreamClient, mode: str) -> None:
     other = plain(b'{"error": {"message": "no such field: stream_option"}}', status=b"400 Bad")
     async with RawUpstream(other) as server:
-        await failing(upstream, model(server, mode), streamed)
+        await error_of(upstream, model(server, mode), stream_of)
         assert len(server.bodies) == 1
     async with RawUpstream(plain(REFUSAL, status=b"422 No")) as server:
         record = model(server, mode)
-        assert (await failing(upstream, record, streamed)).status == 422
+        assert (await error_of(upstream, record, stream_of)).status == 422
         assert len(server.bodies) == 2
-        await failing(upstream, record, streamed)  # nothing was learnt of it
+        await error_of(upstream, record, stream_of)  # nothing was learnt of it
         assert b"stream_options" in server.bodies[2]
 
 
@@ -66,7 +66,7 @@ async def test_supports_stream_options_is_obeyed(
     upstream: UpstreamClient, mode: str, supported: bool, sent: list[bool]
 ) -> None:
     async with RawUpstream(plain(REFUSAL, status=b"422 No")) as server:
-        await failing(upstream, model(server, mode, supports_stream_options=supported), streamed)
+        await error_of(upstream, model(server, mode, supports_stream_options=supported), stream_of)
         assert ["stream_options" in json.loads(body) for body in server.bodies] == sent
 
 

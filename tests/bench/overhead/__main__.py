@@ -23,7 +23,7 @@ from tests.bench.overhead import peers
 from tests.bench.overhead.bodies import KINDS
 from tests.bench.overhead.compiled import LOAD, UPSTREAM, Upstream, program
 from tests.bench.overhead.contenders import (
-    CHOOSES_ITS_WAY,
+    HAS_FORWARD_MODES,
     PINNED,
     ROUTED,
     TRANSLATED,
@@ -106,7 +106,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
 def _servers(arguments: argparse.Namespace, folder: Path, url: str) -> Sequence[Server]:
     table = arguments.table
     servers = [ours(folder / "ours", url, {ROUTED: "auto", PINNED: "model-0"}, embedder_cache=table)]
-    if CHOOSES_ITS_WAY:
+    if HAS_FORWARD_MODES:
         info = {"forward": "translate"}
         servers.append(ours(folder / "translated", url, {TRANSLATED: "auto"}, embedder_cache=table, info=info))
     if not arguments.quick:

@@ -1,6 +1,6 @@
 """Write requests of the kinds that gateways see, no two alike, so that no cache helps anybody.
 
-One word in twenty is a placeholder (`MARK`), which the load generator replaces by eight letters that it uses once: no
+One word in twenty is a placeholder (`PLACEHOLDER`), which the load generator replaces by eight letters that it uses once: no
 text is sent twice, and neither are all its words.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 from tests.bench.prompts import generated_prompts
 
 Body = dict[str, Any]
-MARK = "@" * 8
-MARKED = 20
+PLACEHOLDER = "@" * 8
+WORDS_PER_PLACEHOLDER = 20
 # Tokens that each request asks for.
 LIMIT = 64
 
@@ -126,7 +126,7 @@ def _words(seed: int) -> Iterator[str]:
     rng = Random(seed)
     for prompt in generated_prompts(10**9, seed):
         for word in prompt.split():
-            yield MARK if rng.randrange(MARKED) == 0 else word
+            yield PLACEHOLDER if rng.randrange(WORDS_PER_PLACEHOLDER) == 0 else word
 
 
 def _user_body(words: Iterator[str], characters: int) -> Body:
@@ -135,7 +135,7 @@ def _user_body(words: Iterator[str], characters: int) -> Body:
 
 def _text(words: Iterator[str], characters: int) -> str:
     """Begins with a mark. A mark that is cut off at its end is none."""
-    found, length = [MARK], len(MARK)
+    found, length = [PLACEHOLDER], len(PLACEHOLDER)
     while length < characters:
         found.append(next(words))
         length += 1 + len(found[-1])

@@ -26,7 +26,7 @@ FLOOR, LITELLM, PORTKEY = "FastAPI + litellm SDK", "LiteLLM proxy", "Portkey"
 MODELS = 2
 BATCH_SIZE = 8
 # Whether a model says if it is relayed or translated. Else there is one way, and one row for it.
-CHOOSES_ITS_WAY = "forward" in ModelInfo.model_fields
+HAS_FORWARD_MODES = "forward" in ModelInfo.model_fields
 PERMIT_NO_KEY = "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY"
 
 
@@ -92,9 +92,9 @@ def ours(
     """`cluster_map`: a folder, else the built-in one; `info`: more of each model; `settings`: of our own section."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"model-{n}" for n in range(models)]
-    arms = [model_entry(name, upstream_url, price=1e-7 * (n + 1), **(info or {})) for n, name in enumerate(names)]
+    model_list = [model_entry(name, upstream_url, price=1e-7 * (n + 1), **(info or {})) for n, name in enumerate(names)]
     mapped = {"map": str(cluster_map)} if cluster_map else {}
-    config = {"model_list": arms, "uniroute": {"profile": {"on_start": False}, **mapped, **settings}}
+    config = {"model_list": model_list, "uniroute": {"profile": {"on_start": False}, **mapped, **settings}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     environ = environment(folder / "data", embedder_cache, MODEL_API_KEY="sk-bench", UNIROUTE_ADMIN_KEY=ADMIN_KEY)
     port = free_port()

@@ -17,7 +17,7 @@ from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any
 
-from tests.bench.overhead.bodies import MARK, read_records
+from tests.bench.overhead.bodies import PLACEHOLDER, read_records
 
 GRACE_S = 20.0
 CHUNKED, UNTIL_CLOSED = -1.0, math.inf
@@ -229,7 +229,7 @@ class Load:
 
 
 def _marked(requests: list[bytes], seed: int) -> Iterator[bytes]:
-    parted = [request.split(MARK.encode()) for request in requests]
+    parted = [request.split(PLACEHOLDER.encode()) for request in requests]
     words = map(_letters, count(seed))
     for pieces in islice(cycle(parted), seed % len(parted), None):
         between = [b"", *islice(words, len(pieces) - 1)]
@@ -237,8 +237,8 @@ def _marked(requests: list[bytes], seed: int) -> Iterator[bytes]:
 
 
 def _letters(number: int) -> bytes:
-    scattered, found = number * 92821000003 % 26 ** len(MARK), bytearray()
-    for _ in MARK:
+    scattered, found = number * 92821000003 % 26 ** len(PLACEHOLDER), bytearray()
+    for _ in PLACEHOLDER:
         scattered, digit = divmod(scattered, 26)
         found.append(_LETTERS[digit])
     return bytes(found)

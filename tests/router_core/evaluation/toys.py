@@ -10,9 +10,9 @@ from router_core.evaluation.outcomes import Outcomes
 from router_core.evaluation.trials import History, LabelledSample, Plan, Trial, draw_trial
 from router_core.types import Doubles, Floats, Price
 
-CHEAP, DEAR = Price(1e-6, 0.0), Price(4e-6, 0.0)
+CHEAP, EXPENSIVE = Price(1e-6, 0.0), Price(4e-6, 0.0)
 # Model → the kind that it is right about, and its price.
-TWO: Mapping[str, tuple[str, Price]] = {"left": ("a", CHEAP), "right": ("b", DEAR)}
+TWO: Mapping[str, tuple[str, Price]] = {"left": ("a", CHEAP), "right": ("b", EXPENSIVE)}
 SIX: Mapping[str, tuple[str, Price]] = {f"{kind}{number}": TWO[kind] for number in range(3) for kind in TWO}
 
 

@@ -193,7 +193,7 @@ def test_unless_stated_as_many_may_wait_as_may_be_asked() -> None:
     assert ConcurrencyLimits.of(ModelInfo()).max_parallel is None
 
 
-class Crowd:
+class RandomRequests:
     """Requests that come, wait, leave and end in any order; checks the cap after every step."""
 
     def __init__(self, limits: ConcurrencyLimits) -> None:
@@ -240,11 +240,11 @@ STEPS = st.lists(st.tuples(st.sampled_from(["come", "come", "run", "run", "leave
 def test_in_any_order_the_cap_holds_and_every_slot_comes_back(
     steps: list[tuple[str, int]], cap: int, waiting: int
 ) -> None:
-    async def play() -> Crowd:
-        crowd = Crowd(ConcurrencyLimits(max_parallel=cap, max_queued=waiting))
-        await crowd.play(steps)
-        return crowd
+    async def play() -> RandomRequests:
+        requests = RandomRequests(ConcurrencyLimits(max_parallel=cap, max_queued=waiting))
+        await requests.play(steps)
+        return requests
 
-    crowd = asyncio.run(play())
-    assert crowd.most <= cap
-    assert is_idle(crowd.limiter)
+    requests = asyncio.run(play())
+    assert requests.most <= cap
+    assert is_idle(requests.limiter)
