@@ -39,7 +39,7 @@ def prose(path: Path) -> str:
 
 
 def rows(path: Path, heading: str = "") -> list[str]:
-    """First cells of the tables of a page, or of what follows one of its headings."""
+    """Return the first cells of the tables of a page, or of what follows one of its headings."""
     return re.findall(r"^\| (`.*?) \|", text(path).partition(heading)[2] if heading else text(path), re.MULTILINE)
 
 

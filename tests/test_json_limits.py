@@ -18,7 +18,7 @@ DOCUMENTS = st.recursive(
 
 
 def count(value: Any) -> tuple[int, int]:
-    """Values, and of them lists and objects that are empty."""
+    """Count values, and of them the lists and objects that are empty."""
     if isinstance(value, dict):
         inner = [count(each) for pair in value.items() for each in pair]
     elif isinstance(value, list):

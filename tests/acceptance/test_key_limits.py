@@ -71,7 +71,7 @@ def replicas(folder: Path, embedder_cache: Path, **settings: Any) -> Iterator[Re
 
 @pytest.fixture
 def patient_replicas(tmp_path: Path, embedder_cache: Path) -> Iterator[Replicas]:
-    """This machine may be too busy to answer within 50 ms."""
+    """Give the limiter more time: this machine may be too busy to answer within 50 ms."""
     with replicas(tmp_path, embedder_cache, limits_timeout_s=1.0) as opened:
         yield opened
 

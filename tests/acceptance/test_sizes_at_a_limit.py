@@ -43,7 +43,7 @@ pytestmark = pytest.mark.timeout(300)
 
 @dataclass(frozen=True)
 class RequestedSize:
-    """A way to state a size, for which the model takes all of OUTPUT_TOKENS."""
+    """Request a size in one way, for which the model takes all of OUTPUT_TOKENS."""
 
     body: dict[str, Any]
     model: str = "arm"
@@ -104,7 +104,7 @@ class Servers:
     table: list[str]
 
     def key(self, **limits: Any) -> LimitedKey:
-        """Known to both servers, which ask for keys since they know of the first."""
+        """Make a key that both servers know; they ask for keys once they know of the first."""
         key = LimitedKey.put(self.store, **limits)
         for proxy in self.proxies:
             list_models = partial(self.client.get, f"{proxy.url}/v1/models")
@@ -127,13 +127,13 @@ class Servers:
         return race
 
     def unchecked(self) -> float:
-        """Requests that were judged without Redis."""
+        """Count requests that were judged without Redis."""
         text = "".join(proxy.admin("GET", "/metrics").text for proxy in self.proxies)
         lines = [line for line in text.splitlines() if line.startswith("uniroute_limits_unchecked_total{")]
         return sum(float(line.split()[-1]) for line in lines)
 
     def _race(self, key: LimitedKey, size: RequestedSize, *, stream: bool) -> list[tuple[int, str]]:
-        """Status and code of each reply, once all that they took is settled."""
+        """Return status and code of each reply, once all reservations are settled."""
         body = {"model": size.model, "messages": ASK, "stream": stream, **size.body}
         headers = {"authorization": f"Bearer {key.secret}"}
 

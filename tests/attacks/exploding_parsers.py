@@ -33,7 +33,7 @@ from tests.support.linear_time import read_all
 
 
 class _Headers:
-    """Every header has this value."""
+    """Return the same value for every header."""
 
     def __init__(self, value: str) -> None:
         self._value = value
@@ -43,7 +43,7 @@ class _Headers:
 
 
 def _allowing_refusals(read: Callable[[str], object]) -> Callable[[str], object]:
-    """A refusal in our own words is an answer too."""
+    """Accept a rendered refusal as an answer too."""
 
     def reading(text: str) -> object:
         try:

@@ -91,7 +91,7 @@ def test_a_body_that_is_too_large_is_refused_by_its_content_length_only(http: ht
 
 
 def memory(pid: int) -> int:
-    """The most that was ever resident, in bytes."""
+    """Return the peak resident memory in bytes."""
     (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 

@@ -55,7 +55,7 @@ def nothing_scripted(canaries: Canaries) -> None:
 
 
 def found(*texts: str, secrets: tuple[str, ...] = SECRETS) -> list[str]:
-    """Secrets, whole or all but whole, that are in any of the texts; with what stands around the first."""
+    """Return the secrets that are in any of the texts, whole or nearly so, with what stands around the first."""
     tails = [(secret, secret[-8:]) for secret in secrets]
     return [
         f"{secret} in {text[max(0, text.index(tail) - 200) : text.index(tail) + 60]!r}"
@@ -154,7 +154,7 @@ def test_failed_jobs_contain_no_key(canaries: Canaries) -> None:
 
 
 async def stored(url: str) -> list[str]:
-    """Every key and value of the store."""
+    """Return every key and value of the store."""
     client = Redis.from_url(url, decode_responses=True, encoding_errors="replace")
     texts: list[str] = []
     async for key in client.scan_iter(count=1000):

@@ -109,7 +109,7 @@ async def client(tmp_path: Path) -> AsyncIterator[LiteLLMClient]:
 
 
 async def seen(client: LiteLLMClient, upstream: ScriptedUpstream, model: str, **body: Any) -> list[tuple[Any, ...]]:
-    """Path, key, header names and body of everything that reaches the upstream."""
+    """Return path, key, header names and body of everything that reaches the upstream."""
     upstream.history.clear()
     params = {"model": model, "api_base": upstream.url, "api_key": "os.environ/MODEL_API_KEY"}
     record = ModelRecord("m", params, ModelInfo(), "config", 0.0)

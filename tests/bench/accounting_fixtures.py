@@ -41,7 +41,7 @@ LIMITS = ConcurrencyLimits(64, 64)
 
 @dataclass(frozen=True)
 class AccountingParts:
-    """What a process keeps its books with."""
+    """Hold the parts of a process that record requests."""
 
     store: Store
     app: AppState
@@ -55,7 +55,7 @@ class AccountingParts:
         return RequestRecord(self.context(), self.selection, NO_AFFINITY)
 
     async def attempt(self) -> Attempt:
-        """Begin one as Attempts does."""
+        """Begin an attempt as `Attempts` does."""
         model, slots = self.selection.model, self.app.capacities
         self.app.health.cooling_down()
         acquired_at = await slots.acquire(model, LIMITS, 5.0)
@@ -65,7 +65,7 @@ class AccountingParts:
         return attempt
 
     async def valkey_s(self) -> float:
-        """CPU seconds that the store has taken."""
+        """Return the CPU seconds that the store has taken."""
         taken: Any = await self.store.client.info("cpu")
         return float(taken["used_cpu_user"]) + float(taken["used_cpu_sys"])
 
@@ -78,7 +78,7 @@ def started(record: RequestRecord) -> RequestRecord:
 
 
 def emptied_pipe() -> Any:
-    """Where log lines go: a pipe, as a container's runtime reads it."""
+    """Open a pipe for log lines, as a container's runtime reads it."""
     reader = subprocess.Popen(
         [sys.executable, "-c", "import os\nwhile os.read(0, 1 << 16): pass"], stdin=subprocess.PIPE
     )

@@ -174,7 +174,7 @@ def _chunk(delta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chunks(parts: AccountingParts, chunk: dict[str, Any]) -> Work:
-    """What streaming asks of the books, chunk by chunk."""
+    """Record a stream chunk by chunk."""
 
     async def work(times: int) -> None:
         record = parts.record()
@@ -198,7 +198,7 @@ def _reserves(parts: AccountingParts, key: ClientKey, *, at_once: int) -> Work:
 
 
 def _requests(parts: AccountingParts, key: ClientKey | None, *, at_once: int = 1) -> Work:
-    """As completions, attempts and streaming go about it."""
+    """Record whole requests as completions, attempts and streaming do."""
 
     async def one() -> None:
         ctx = parts.context(key)
@@ -230,7 +230,7 @@ def _together(one: Callable[[], Awaitable[None]], at_once: int) -> Work:
 
 
 async def _least_us(parts: AccountingParts, arguments: argparse.Namespace, work: Work) -> tuple[str, str]:
-    """Of this process, and of the store."""
+    """Return the least microseconds of CPU of this process, and of the store."""
     taken: list[float] = []
     store_taken: list[float] = []
     await work(16)

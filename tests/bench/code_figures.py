@@ -80,7 +80,7 @@ def comparative_constants(tree: ast.Module) -> list[str]:
 
 
 def is_participle(stem: str) -> bool:
-    """Whether the last word of a module's name is one."""
+    """Tell whether the last word of a module's name is a participle."""
     word = stem.removeprefix("test_").rpartition("_")[2]
     return word.endswith(("ing", "ed")) and word not in FIELD_GERUNDS | NOUNS
 

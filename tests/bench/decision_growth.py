@@ -75,7 +75,7 @@ def decide(pool: Pool, cluster_map: ClusterMap, vector: Floats) -> str:
 
 
 def measure(texts: Sequence[str], embedder: StaticEmbedder, over: tuple[Pool, ClusterMap]) -> tuple[float, float]:
-    """Median milliseconds without and with embedding."""
+    """Return median milliseconds without and with embedding."""
     vectors = [embedder.embed([text]) for text in texts]
     decision = partial(decide, *over)
     return _median_ms(decision, vectors), _median_ms(lambda text: decision(embedder.embed([text])), texts)

@@ -60,7 +60,7 @@ def measure(gateway: Gateway, pid: int, requests: int) -> None:
 
 
 def latencies(gateway: Gateway, requests: int) -> list[float]:
-    """Seconds of each, one after the other on one connection, routed."""
+    """Return the seconds of each routed request, one after the other on one connection."""
     taken = []
     body = {"model": "auto", "messages": QUESTION}
     with httpx.Client(base_url=gateway.url, timeout=20) as client:

@@ -82,7 +82,6 @@ async def compare(url: str, key: str, count: int) -> None:
 
 
 async def timed(client: httpx.AsyncClient, key: str, count: int) -> list[float]:
-    """Seconds of each request."""
     times = []
     for _ in range(count):
         started = time.perf_counter()
@@ -93,7 +92,7 @@ async def timed(client: httpx.AsyncClient, key: str, count: int) -> list[float]:
 
 
 async def flood(url: str, count: int) -> None:
-    """Kept-alive connections that send one request after another, as fast as they are answered."""
+    """Send one request after another over kept-alive connections, as fast as they are answered."""
     parts = urlsplit(url)
     content = json.dumps(BODY).encode()
     statuses: Counter[str] = Counter()

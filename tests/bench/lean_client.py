@@ -11,21 +11,21 @@ _LAST_CHUNK = b"0\r\n\r\n"
 
 
 class LeanClient:
-    """One request at a time. A connection that was closed is opened again by the next."""
+    """Send one request at a time. A connection that was closed is opened again by the next."""
 
     def __init__(self, port: int) -> None:
         self._port = port
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def post(self, path: str, body: Mapping[str, Any], headers: Mapping[str, str]) -> tuple[int, bytes]:
-        """Status and body, the framing of a chunked one included. Raises OSError, IncompleteReadError."""
+        """Return status and body, the framing of a chunked one included. Raises OSError, IncompleteReadError."""
         reader = await self._sent(path, body, headers)
         head = await reader.readuntil(b"\r\n\r\n")
         whole = await _body(reader, head.lower())
         return int(head[9:12]), whole
 
     async def leave(self, path: str, body: Mapping[str, Any], headers: Mapping[str, str], *, bytes_read: int) -> None:
-        """Ask, read so much and go away."""
+        """Send a request, read so much and disconnect."""
         reader = await self._sent(path, body, headers)
         if bytes_read:
             await reader.read(bytes_read)

@@ -27,7 +27,7 @@ class Seen:
 
 
 def with_open_streams(bench: Bench, row: Row, count: int, alone_mib: float) -> Seen:
-    """`alone_mib`: the server's size before any stream."""
+    """Measure with open streams. `alone_mib`: the server's size before any stream."""
     case = Case("held open", "short", stream=True, connections=count, pace_ms=PACE_MS)
     idle = _open(row, bench)
     with begun(bench.job(case, row, seconds=600, most=count), bench.cores.load):
@@ -45,12 +45,12 @@ def with_open_streams(bench: Bench, row: Row, count: int, alone_mib: float) -> S
 
 
 def _open(row: Row, bench: Bench) -> int:
-    """Connections to the upstream; up to sixteen may be idle."""
+    """Count connections to the upstream; up to sixteen may be idle."""
     return sum(remote == bench.upstream.port for _, remote in tcp_connections(row.pid))
 
 
 def _until(reached: Callable[[], bool]) -> None:
-    """Or no longer than `OPEN_S`."""
+    """Wait for at most `OPEN_S`."""
     deadline = time.monotonic() + OPEN_S
     while not reached() and time.monotonic() < deadline:
         time.sleep(POLL_S)

@@ -25,7 +25,7 @@ class Facts:
 
 
 def facts_of(pid: int, url: str, key: str, requests: int) -> Facts:
-    """`url` and `key`: where the server tells its metrics."""
+    """Read the facts of a process. `url` and `key`: where the server exposes its metrics."""
     memory = _rollup(pid)
     targets = _descriptors(pid)
     return Facts(

@@ -56,13 +56,13 @@ Prepare = Callable[[ChatRequest], Any]
 
 @dataclass(frozen=True)
 class FixedSnapshot:
-    """A state that stays."""
+    """Return the same snapshot for ever."""
 
     current: RoutingSnapshot
 
 
 class RecordingUpstream:
-    """An upstream that answers at once, and says when it was asked."""
+    """Answer at once, and note when a request came."""
 
     received_ns = 0
     not_ready: frozenset[str] = frozenset()
@@ -73,7 +73,7 @@ class RecordingUpstream:
 
 
 def a_routing_state(models: int) -> RoutingSnapshot:
-    """Measured models at random prices."""
+    """Build a snapshot of measured models at random prices."""
     from router_core.profiles import Profile
 
     rng = np.random.default_rng(models)
@@ -92,7 +92,7 @@ def a_routing_state(models: int) -> RoutingSnapshot:
 
 
 def open_parts(folder: Path, embedder: StaticEmbedder, state: RoutingSnapshot, closing: AsyncExitStack) -> AppState:
-    """Services whose store nobody runs: a request without a session or a limit asks none."""
+    """Open the app's parts over a store that does not run: a request without a session or a limit needs none."""
     settings = Settings.model_validate({"data_dir": folder})
     store, metrics, assigner = Store(f"unix://{folder}/none"), Metrics(), ClusterAssigner(embedder, 5.0)
     closing.callback(assigner.close)
@@ -121,7 +121,7 @@ def open_parts(folder: Path, embedder: StaticEmbedder, state: RoutingSnapshot, c
 
 
 class Transport:
-    """Takes everything and keeps nothing; says when an answer is whole."""
+    """Take everything and keep nothing; signal when an answer is whole."""
 
     def __init__(self) -> None:
         self.answered = asyncio.Event()
@@ -147,7 +147,7 @@ class Transport:
 
 
 class Wire:
-    """One kept-alive connection, and what its requests cost."""
+    """Drive one kept-alive connection, and measure its requests."""
 
     def __init__(self, services: AppState) -> None:
         self._services = services
@@ -182,7 +182,7 @@ class Wire:
         return upstream.received_ns - started, ended - started
 
     async def profiled(self, bodies: Sequence[bytes], path: str) -> None:
-        """Of what runs on the event loop."""
+        """Profile what runs on the event loop."""
         for raw in bodies:
             await self._exchange(raw)
         profile = cProfile.Profile()
@@ -195,7 +195,7 @@ class Wire:
 
 
 def forget(services: AppState) -> None:
-    """Every prompt is a new one, as most are: rounds over the same bodies would flatter."""
+    """Clear the cache: most prompts are new, and rounds over the same bodies would flatter."""
     for digest in list(services.assigner._known):
         del services.assigner._known[digest]
 
@@ -206,7 +206,7 @@ def _request(raw: bytes) -> bytes:
 
 
 def stage_functions(services: AppState) -> dict[str, tuple[Prepare, Callable[[Any], object]]]:
-    """Stage → what it is given of a request, and what it does. Their sum is less than the whole: glue is not in it."""
+    """Map each stage to what it gets of a request, and what it does. Their sum leaves out the glue between them."""
     state, settings = services.state.current, services.settings
     embedder, cluster_map = services.assigner.embedder, state.cluster_map
 

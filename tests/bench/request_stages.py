@@ -91,7 +91,7 @@ async def one_column(services: AppState, bodies: Sequence[bytes], arguments: arg
 
 
 async def cost(stage: Stage, bodies: Sequence[bytes], rounds: int) -> float:
-    """Median over bodies of the least µs. A stage may return its own nanoseconds, or be timed from outside."""
+    """Return the median over bodies of the least µs. A stage may return its own nanoseconds, or be timed outside."""
     best = [float("inf")] * len(bodies)
     for _ in range(rounds):
         for place, raw in enumerate(bodies):

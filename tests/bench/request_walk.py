@@ -45,7 +45,7 @@ class Function:
 
 
 class Walk:
-    """What is entered while it is noted, in order and with returns; used by one thread."""
+    """Record the functions that one thread enters, in order and with returns."""
 
     def __init__(self) -> None:
         self.entered: list[Function] = []
@@ -89,7 +89,6 @@ class Served:
     port: int
 
     async def call(self, method: str, path: str, body: Mapping[str, Any], key: str | None) -> tuple[int, bytes]:
-        """Status and body, as they came."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         raw = json.dumps(body).encode()
         lines = [f"{method} {path} HTTP/1.1", f"host: 127.0.0.1:{self.port}", "content-type: application/json"]
@@ -113,7 +112,7 @@ class Served:
 
 @asynccontextmanager
 async def served(folder: Path, upstream_url: str) -> AsyncIterator[Served]:
-    """An app with two measured models, of which "auto" chooses "fair"."""
+    """Serve an app with two measured models, of which "auto" chooses "fair"."""
     config = {
         "model_list": [model_entry("fair", upstream_url, price=1e-7), model_entry("good", upstream_url, price=1e-5)],
         "uniroute": {"profile": {"on_start": False}},
@@ -141,7 +140,7 @@ async def served(folder: Path, upstream_url: str) -> AsyncIterator[Served]:
 
 
 async def walks(folder: Path) -> dict[str, Walk]:
-    """One of each kind of request."""
+    """Record one request of each kind."""
     found: dict[str, Walk] = {}
     with ScriptedUpstream() as upstream:
         async with served(folder, upstream.url) as proxy:
@@ -170,7 +169,7 @@ async def _walk(proxy: Served, model: str, *, stream: bool, key: str | None) -> 
 
 
 def weightless(functions: list[Function]) -> list[Function]:
-    """Those that only call one other function with what they were given, or only return an attribute."""
+    """Return the functions that only call one other function with their own arguments, or only return an attribute."""
     return [function for function in functions if _is_weightless(function)]
 
 
@@ -187,7 +186,7 @@ def _definitions(file: str) -> dict[int, ast.FunctionDef | ast.AsyncFunctionDef]
 
 
 def only_passes_on(defined: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether the body is one call of a named function, with names and constants as arguments, or one attribute."""
+    """Tell whether the body is one call of a named function on names and constants, or one attribute."""
     body = [each for each in defined.body if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))]
     if defined.name.startswith("__") or len(body) != 1:
         return False

@@ -54,7 +54,7 @@ _TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"typ
 
 @dataclass
 class Load:
-    """Requests over kept connections until so many were asked."""
+    """Send requests over kept connections up to a number."""
 
     port: int
     keys: Sequence[str]
@@ -76,7 +76,7 @@ class Load:
         client.close()
 
     async def one(self, kind: str) -> None:
-        """By itself."""
+        """Send one request by itself."""
         client = LeanClient(self.port)
         await self._counted(client, kind, self.rng)
         client.close()
@@ -117,7 +117,7 @@ class Load:
 
 
 async def soak(world: World, requests: int, connections: int, every: int) -> tuple[list[Facts], Counter[str]]:
-    """Facts at rest before, every so many requests, and at rest afterwards."""
+    """Return the facts at rest before, every so many requests, and at rest afterwards."""
     load = Load(serving_port(world), world.keys, Random(7), connections)
     await touch_table(world)
     await fill_pool(world)
@@ -137,7 +137,7 @@ async def soak(world: World, requests: int, connections: int, every: int) -> tup
 
 
 async def touch_table(world: World) -> None:
-    """Dry runs over all the vocabulary: the embedding table is mapped, and would become resident bit by bit."""
+    """Make dry runs over all the vocabulary: the embedding table is mapped, and would become resident bit by bit."""
     tokenizer = json.loads(next((world.folder / "data").glob("static-*/tokenizer.json")).read_text())
     words = [word for word in tokenizer["model"]["vocab"] if word.isalpha()][::SOME]
     client = LeanClient(serving_port(world))
@@ -150,7 +150,7 @@ async def touch_table(world: World) -> None:
 
 
 async def fill_pool(world: World) -> None:
-    """Sessions all at once: the connections to the store become as many as were ever needed together."""
+    """Send sessions all at once: the pool then has as many connections to the store as it will ever need."""
 
     async def one(number: int) -> None:
         client = LeanClient(serving_port(world))
@@ -162,7 +162,7 @@ async def fill_pool(world: World) -> None:
 
 
 async def _at_rest(world: World, load: Load) -> Facts:
-    """After idle connections to upstreams have expired."""
+    """Wait until idle connections to upstreams have expired, then read the facts."""
     await asyncio.sleep(IDLE_S)
     await load.one("plain")
     return await _facts(world, load)
@@ -173,7 +173,7 @@ async def _facts(world: World, load: Load) -> Facts:
 
 
 def growth(facts: Sequence[Facts]) -> float:
-    """Of the resident memory over the last half of the rows under load: percent of itself per 100,000 requests."""
+    """Return the growth of resident memory over the last half of the rows under load: percent per 100,000 requests."""
     under_load = facts[1:-1]
     last = under_load[len(under_load) // 2 :]
     if len(last) < 2:
@@ -183,7 +183,7 @@ def growth(facts: Sequence[Facts]) -> float:
 
 
 def verdicts(facts: Sequence[Facts]) -> list[str]:
-    """What has not come back, or has grown."""
+    """Return what has not come back, or has grown."""
     before, after = facts[0], facts[-1]
     found = [
         f"{name}: {getattr(before, name)} before and {getattr(after, name)} after"
@@ -196,7 +196,7 @@ def verdicts(facts: Sequence[Facts]) -> list[str]:
 
 
 def _connections(world: World) -> None:
-    """Whose the sockets are, beside those that listen or are no TCP."""
+    """Print whose the sockets are, except those that listen or are no TCP."""
     ours, names = serving_port(world), {world.store.port: "store"}
     names |= {upstream.port: "upstreams" for upstream in world.upstreams}
     found = Counter(

@@ -69,7 +69,7 @@ def test_a_paced_stream_takes_its_time(load: tuple[str, ...], upstream: Upstream
 
 @contextlib.contextmanager
 def answering(answer: bytes, received: list[bytes] | None = None) -> Iterator[int]:
-    """A server that answers whatever comes with the same bytes, in two pieces, and closes."""
+    """Answer whatever comes with the same bytes, in two pieces, and close."""
 
     def serve() -> None:
         with contextlib.suppress(OSError):

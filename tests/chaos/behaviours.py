@@ -27,7 +27,7 @@ _PAGE = b"<html><head><title>Bad gateway</title></head><body><h1>Something went 
 
 
 class Gone(Exception):
-    """The answer was broken off on purpose."""
+    """Break off an answer on purpose."""
 
 
 Behave = Callable[[Exchange], Awaitable[None]]
@@ -51,7 +51,7 @@ async def _drips(exchange: Exchange) -> None:
 
 
 async def _thinks(exchange: Exchange) -> None:
-    """Headers at once, the first content after the proxy has begun to send comments."""
+    """Send headers at once, and the first content after the proxy has begun to send comments."""
     if exchange.stream:
         await exchange.reply.head(EVENT_STREAM)
         await exchange.reply.send(event(chunk(exchange, {"role": "assistant", "content": ""})))
@@ -83,7 +83,7 @@ async def _dies_midway(exchange: Exchange) -> None:
 
 
 async def _ends_midway(exchange: Exchange) -> None:
-    """As if that were all: a cut text with a clean end."""
+    """End a cut text with a clean end."""
     await _part(exchange)
     await exchange.reply.end()
 
@@ -110,7 +110,7 @@ async def _says_nothing(exchange: Exchange) -> None:
 
 
 async def _floods(exchange: Exchange) -> None:
-    """A body without sense and nearly without end."""
+    """Send a nearly endless body without meaning."""
     await exchange.reply.head(JSON)
     for _ in range(FLOOD_BYTES // 2**18):
         await exchange.reply.send(b" " * 2**18)
@@ -118,7 +118,7 @@ async def _floods(exchange: Exchange) -> None:
 
 
 async def _floods_with_chunks(exchange: Exchange) -> None:
-    """Chunk after chunk, none with content."""
+    """Send chunk after chunk, none with content."""
     await exchange.reply.head(EVENT_STREAM)
     for _ in range(20_000):
         await exchange.reply.send(event(chunk(exchange, {})))
@@ -150,7 +150,7 @@ async def _sends_no_body(exchange: Exchange) -> None:
 
 
 async def _answers_nothing(exchange: Exchange) -> None:
-    """A proper answer without a word in it, and without usage."""
+    """Send a proper answer without a word in it, and without usage."""
     if not exchange.stream:
         body = {**completion(exchange), "choices": [choice("message", {"role": "assistant", "content": ""}, "stop")]}
         del body["usage"]
@@ -232,7 +232,7 @@ async def _answer(
 
 
 async def _part(exchange: Exchange) -> None:
-    """Some of the answer. Of a body that is no stream, too little to be JSON."""
+    """Return some of the answer. Of a body that is no stream, too little to be JSON."""
     if not exchange.stream:
         raw = json.dumps(completion(exchange)).encode()
         await exchange.reply.head(JSON)

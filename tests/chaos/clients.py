@@ -34,7 +34,7 @@ LONG_WORDS = 60_000
 
 @dataclass(frozen=True)
 class Ask:
-    """One request, ready to be sent."""
+    """Hold one request, ready to be sent."""
 
     question: Question
     model: str
@@ -65,7 +65,7 @@ class ClientResponse:
 
 @dataclass(frozen=True)
 class ClientPool:
-    """The ways into one server."""
+    """Hold the HTTP clients of one server."""
 
     http: httpx.AsyncClient
     narrow: httpx.AsyncClient
@@ -116,7 +116,7 @@ async def sdk_plain(pool: ClientPool, ask: Ask) -> ClientResponse:
 
 
 async def sdk_streamed(pool: ClientPool, ask: Ask) -> ClientResponse:
-    """It does not show [DONE]: a stream that ends without an error is, to its user, complete."""
+    """Stream with the SDK. It hides [DONE]: a stream that ends without an error is, to its user, complete."""
     raw = await ask.sdk(pool).create(**_for_sdk(ask, stream=True))
     text, model = "", None
     try:
@@ -133,7 +133,7 @@ async def sdk_streamed(pool: ClientPool, ask: Ask) -> ClientResponse:
 
 
 async def leaving_early(pool: ClientPool, ask: Ask) -> ClientResponse:
-    """Before the first byte, as a rule."""
+    """Disconnect, usually before the first byte."""
     work = asyncio.create_task(ask.rng.choice((plain, streamed))(pool, ask))
     done, _ = await asyncio.wait({work}, timeout=ask.rng.uniform(0.0, 0.05))
     if done:
@@ -158,7 +158,7 @@ async def leaving_midway(pool: ClientPool, ask: Ask) -> ClientResponse:
 
 
 async def stalling(pool: ClientPool, ask: Ask) -> ClientResponse:
-    """Reads a little of a long answer, then nothing for a while, then all of it."""
+    """Read a little of a long answer, pause for a while, then read all of it."""
     events = []
     async with _stream(pool.narrow, ask) as reply:
         if reply.is_error:
@@ -184,7 +184,7 @@ CLIENTS: Mapping[str, tuple[float, Client]] = {
 
 
 async def send_request(client: Client, pool: ClientPool, ask: Ask) -> ClientResponse:
-    """Whatever comes of it, also where the connection does not hold."""
+    """Send a request and return its outcome, also where the connection is lost."""
     try:
         async with asyncio.timeout(TIMEOUT_S):
             return await client(pool, ask)
@@ -197,7 +197,7 @@ async def send_request(client: Client, pool: ClientPool, ask: Ask) -> ClientResp
 
 
 def text_of(events: list[bytes]) -> str:
-    """Of the chunks among them."""
+    """Join the content of the chunks among the events."""
     text = ""
     for event in events:
         payload = _json(event.removeprefix(b"data: "))
@@ -217,7 +217,7 @@ def _stream(client: httpx.AsyncClient, ask: Ask) -> Any:
 
 
 async def _events(reply: httpx.Response) -> AsyncIterator[bytes]:
-    """Each without its blank line; what follows the last blank line too, if there is any."""
+    """Yield each event without its blank line, and what follows the last blank line."""
     rest = b""
     async for piece in reply.aiter_bytes():
         *whole, rest = (rest + piece).split(b"\n\n")

@@ -35,7 +35,7 @@ class Faults:
 
     @property
     def kills(self) -> list[float]:
-        """When workers were killed, in monotonic seconds."""
+        """Return when workers were killed, in monotonic seconds."""
         return [fault.began for fault in self.happened if fault.kind == "worker killed"]
 
     async def run(self, until: float) -> None:

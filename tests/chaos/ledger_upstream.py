@@ -27,7 +27,7 @@ MAX_HEAD = 2**16
 
 
 class HttpReply:
-    """Over one connection; chunked where no length is given."""
+    """Write over one connection, chunked if no length is given."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -114,7 +114,7 @@ class LedgerUpstream:
 
 
 async def _read(reader: asyncio.StreamReader) -> Json | None:
-    """The body of the next request; None where no other comes."""
+    """Return the body of the next request; None if no other comes."""
     try:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
     except asyncio.IncompleteReadError:

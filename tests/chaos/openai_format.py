@@ -13,7 +13,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 class Reply(Protocol):
-    """One HTTP answer while it is written."""
+    """Write one HTTP answer."""
 
     async def head(
         self, content_type: str, *, status: int = 200, length: int | None = None, headers: Mapping[str, str] = ...
@@ -22,10 +22,10 @@ class Reply(Protocol):
     async def send(self, data: bytes) -> None: ...
 
     async def end(self) -> None:
-        """The body is over, and the connection may be used again."""
+        """End the body; the connection may be used again."""
 
     async def until_gone(self) -> None:
-        """The client has closed its connection."""
+        """Wait until the client has closed its connection."""
 
     def abort(self) -> None:
         """Drop the connection."""
@@ -33,7 +33,7 @@ class Reply(Protocol):
 
 @dataclass
 class Exchange:
-    """One request and how it is to be answered."""
+    """Hold one request and how it is to be answered."""
 
     question: Question
     model: str
@@ -54,7 +54,7 @@ class Exchange:
 
 
 def content(exchange: Exchange) -> Iterator[bytes]:
-    """The role, and the text in two pieces or more."""
+    """Yield the role, and the text in two pieces or more."""
     yield event(chunk(exchange, {"role": "assistant", "content": ""}))
     text = exchange.text
     size = max(8, min(len(text) // 2, 48 if len(text) < 10_000 else 1000))

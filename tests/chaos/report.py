@@ -19,8 +19,6 @@ MAX_PRINTED = 40
 
 @dataclass(frozen=True)
 class Run:
-    """All that a run has left."""
-
     seed: int
     seconds: float
     evidence: Evidence

@@ -64,7 +64,7 @@ async def chaos(folder: Path, embedder_cache: Path, seed: int, seconds: float, p
 
 
 async def _recorded(world: World, traffic: Traffic) -> None:
-    """Until what clients saw complete has reached the store, or the time is up: accounting says what is missing."""
+    """Wait until what clients saw complete is stored, or the time is up: accounting says what is missing."""
     seen = {outcome.decision for outcome in traffic.outcomes if outcome.ending in (COMPLETE, EMPTY)}
     deadline = time.monotonic() + RECORDED_S
     while time.monotonic() < deadline:
@@ -99,7 +99,7 @@ def _of_processes(world: World, watch: Watch, faults: Faults, serving: int) -> I
 
 
 def _of_health(watch: Watch, administrator: Administrator, faults: Faults) -> Iterator[str]:
-    """A call may get no answer only where a worker was just killed."""
+    """Check that a call got no answer only where a worker was just killed."""
     for call, spans in (("/healthz", watch.failed), ("an admin call", administrator.dropped)):
         for span in spans:
             if not near_a_kill(span, faults.kills):

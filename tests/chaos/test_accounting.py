@@ -44,7 +44,7 @@ def a_record(decision: str, model: str = "alder", ending: str = "complete", cost
 
 
 def consistent_evidence() -> Evidence:
-    """One answered question; one refused, whose model had died midway."""
+    """Build evidence of one answered question, and of one refused, whose model had died midway."""
     return Evidence(
         outcomes=[
             Outcome(QUESTION, "plain", Verdict(COMPLETE, model="alder"), 100.0, 101.0, 200, "dec-1"),

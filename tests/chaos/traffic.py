@@ -25,7 +25,7 @@ class Traffic:
     requests: int = 0
 
     async def run(self, until: float) -> None:
-        """`until`: monotonic seconds after which nothing more is asked; returns once all is answered."""
+        """Send until `until` (monotonic seconds), and return once all is answered."""
         await asyncio.gather(*(self._client(Random(self.rng.random()), until) for _ in range(self.clients)))
 
     async def _client(self, rng: Random, until: float) -> None:

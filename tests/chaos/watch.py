@@ -19,7 +19,7 @@ MANY = 64
 
 @dataclass
 class Watch:
-    """`/healthz` over a connection of its own each time, and the process ids of the workers."""
+    """Poll `/healthz` over a connection of its own each time, and the process ids of the workers."""
 
     world: World
     probes: int = 0
@@ -35,7 +35,6 @@ class Watch:
     """Process ids of workers."""
 
     async def run(self) -> None:
-        """Until it is cancelled."""
         anew = httpx.Limits(max_keepalive_connections=0)
         async with httpx.AsyncClient(trust_env=False, timeout=ANSWER_S, limits=anew) as client:
             while True:
@@ -44,7 +43,6 @@ class Watch:
                 await asyncio.sleep(EVERY_S)
 
     async def watch_ourselves(self) -> None:
-        """Until it is cancelled."""
         while True:
             started = time.monotonic()
             await asyncio.sleep(EVERY_S)
@@ -69,7 +67,7 @@ class Watch:
 
 
 async def serving_workers(world: World, within_s: float = 60.0) -> int:
-    """How many workers answer: each holds some of many connections that got an answer."""
+    """Count the workers that answer: each serves some of many connections."""
     deadline = time.monotonic() + within_s
     serving = 0
     while serving < WORKERS and time.monotonic() < deadline:

@@ -17,7 +17,7 @@ HEAVY = ("torch", "litellm", "faiss", "numpy", "pydantic", "redis", "fastapi", "
 
 
 def one_line(completed: subprocess.CompletedProcess[str]) -> str:
-    """The only line on stderr; a traceback would be many."""
+    """Return the only line on stderr; a traceback would be many."""
     (line,) = completed.stderr.strip().splitlines()
     return line
 

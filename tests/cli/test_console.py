@@ -72,7 +72,7 @@ def test_in_json_everything_is_kept_and_escaped(capsys: pytest.CaptureFixture[st
 
 
 class Hostile(BaseHTTPRequestHandler):
-    """A server whose every word is for the terminal of who asks."""
+    """Answer with control characters in every text."""
 
     def do_GET(self) -> None:
         card = {"model_name": HOSTILE, "state": HOSTILE, "price": {"source": HOSTILE}, "profile": None}

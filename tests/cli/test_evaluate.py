@@ -125,7 +125,7 @@ def test_models_that_are_all_free_reach_the_best_ones_quality(environ: Environ, 
 
 @contextmanager
 def begun(environ: Environ, *arguments: str) -> Iterator[ProcessGroup]:
-    """Of many trials, with two workers that are about to start."""
+    """Start an evaluation of many trials, with two workers."""
     options = ("--labels", "10", "--trials", "400", "--workers", "2")
     with process_group([sys.executable, "-m", "proxy.cli", "evaluate", *arguments, *options], environ) as group:
         while "trials: 0/400" not in (line := group.stderr.readline()):

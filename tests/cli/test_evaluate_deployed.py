@@ -16,7 +16,7 @@ Environ = dict[str, str]
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Environ]:
-    """A cheap model that is said to be bad, a dear one that is said to be good, and one that no file scores."""
+    """Serve a cheap model with a bad profile, an expensive one with a good profile, and one that no file scores."""
     folder = tmp_path_factory.mktemp("served")
     environ = environment(folder / "data", embedder_cache, UNIROUTE_ADMIN_KEY=ADMIN_KEY)
     with ServeCommand(environ=environ, log=folder / "log.txt") as server:

@@ -17,7 +17,7 @@ Spoil = Callable[[Path], object]
 
 
 def spoilt(field: str, value: object) -> Spoil:
-    """A change of the fourth line."""
+    """Change the fourth line."""
 
     def spoil(outcomes: Path) -> None:
         lines = outcomes.read_text().splitlines()

@@ -24,7 +24,7 @@ ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[tuple[ServeCommand, Environ]]:
-    """Two measured models, the one in half of the families right, and one with a profile that was handed over."""
+    """Serve two measured models, one of them right in half of the families, and one with an uploaded profile."""
     folder = tmp_path_factory.mktemp("served")
     prompts = write_validation_set(folder / "prompts.jsonl")
     more = {"UNIROUTE_ADMIN_KEY": ADMIN_KEY, "UNIROUTE_VALIDATION_SET": str(prompts)}

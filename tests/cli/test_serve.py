@@ -43,7 +43,7 @@ def config_file(folder: Path, upstream: ScriptedUpstream, **section: Any) -> Pat
 
 
 def add(name: str, upstream: ScriptedUpstream, environ: Mapping[str, str], *more: str | Path) -> Any:
-    """The parsed stdout of `models add --json`."""
+    """Return the parsed stdout of `models add --json`."""
     arguments = ("models", "add", name, "--model", f"openai/{name}", "--api-base", upstream.url, "--json", *more)
     ended = run_command(*arguments, environ=environ)
     assert ended.returncode == 0, ended.stderr

@@ -11,7 +11,7 @@ LOCK = "deploy/locks/core.txt"
 
 
 class Environment:
-    """A virtual environment whose installers only note what they are asked for."""
+    """Fake a virtual environment whose installers only note their calls."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "venv"

@@ -100,14 +100,14 @@ def embedded_pid(gateway: Gateway) -> int:
 
 
 def counted(client: redis.Redis) -> int:
-    """Requests in the totals of all models."""
+    """Count the requests in the totals of all models."""
     keys: Any = client.keys(f"{TOTALS}:*")
     stored: Any = [client.hget(key, "requests") for key in keys]
     return sum(int(count) for count in stored)
 
 
 def journalled(data_dir: Path) -> list[dict[str, Any]]:
-    """Every record in the journals, whether Redis has it or not."""
+    """Return every record in the journals, whether Redis has it or not."""
     files = sorted((data_dir / "usage").glob("*.jsonl"))
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 

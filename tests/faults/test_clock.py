@@ -20,7 +20,7 @@ pytestmark = [
 
 
 def the_library() -> Path:
-    """Found, not imported: the package wants to start its importer again."""
+    """Find the library without an import: the package wants to start its importer again."""
     spec = find_spec("libfaketime")
     assert spec is not None
     assert spec.submodule_search_locations is not None
@@ -64,7 +64,7 @@ def test_clock_jumps_of_a_day_break_nothing(tmp_path: Path, embedder_cache: Path
 
 
 def measuring(gateway: Gateway, name: str) -> str:
-    """A job that asks a new model."""
+    """Start a job on a new model."""
     body = {**model_entry(name, gateway.upstream.url), "profile": {"prompts": 20, "max_usd": 1.0}}
     reply = gateway.admin("POST", "/models", body)
     assert reply.status_code == 202, reply.text

@@ -69,7 +69,7 @@ class OnSmallDisk(ServeCommand):
 
     @property
     def disk(self) -> Path:
-        """The data directory as the server sees it."""
+        """Return the data directory as the server sees it."""
         return Path(f"/proc/{self.pid}/root{self.data_dir}")
 
     def fill(self) -> None:
@@ -83,7 +83,7 @@ class OnSmallDisk(ServeCommand):
 
 @pytest.fixture
 def short_path() -> Iterator[Path]:
-    """A socket's path has little room, and is seen through /proc here."""
+    """Shorten the path: a socket's path has little room, and is seen through /proc here."""
     with tempfile.TemporaryDirectory(prefix="u-") as folder:
         yield Path(folder)
 

@@ -30,7 +30,7 @@ class Setting:
         return reply.status_code
 
     def ask_in_every_mode(self) -> list[int]:
-        """Routed, pinned, and streamed to the end."""
+        """Send requests routed, pinned, and streamed to the end."""
         statuses = [self.ask("auto"), self.ask()]
         with self.gateway.streaming() as answer:
             whole = "[DONE]" in answer.read().decode()
@@ -58,7 +58,7 @@ def setting(
 
 
 def refused(call: Callable[[], httpx.Response], why: str) -> bool:
-    """As an admin call that the store did not take, with the reason."""
+    """Check that an admin call is refused by the store, with the reason."""
     reply = call()
     error = reply.json()["error"]
     return (reply.status_code, error["code"]) == (503, "unavailable") and why in error["message"]

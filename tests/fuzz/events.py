@@ -17,7 +17,7 @@ with atheris.instrument_imports(include=["proxy.upstream.sse", "proxy.upstream.p
 
 
 def one_input(data: bytes) -> None:
-    """The first two bytes say how large the pieces are."""
+    """Decode one input. Its first two bytes say how large the pieces are."""
     raw = data[2:]
     whole = _cut([raw])
     for size in {1 + byte % 16 for byte in data[:2]}:

@@ -54,7 +54,7 @@ async def an_uninterrupted_profile(store: Store, folder: Path, upstream: Scripte
 
 @asynccontextmanager
 async def a_killed_worker(folder: Path, upstream: ScriptedUpstream, after: int) -> AsyncIterator[None]:
-    """A process that owned store and job, killed with its server after so many prompts."""
+    """Kill a process that owned store and job, with its server, after so many prompts."""
     command = [sys.executable, "-m", "tests.support.job_runner", str(folder), upstream.url]
     runner = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
     await until(lambda: len(upstream.history) >= after)
@@ -204,7 +204,7 @@ async def test_work_ends_before_a_lease_that_cannot_be_renewed_does(store: Store
 
 
 async def taken_and_lost(store: Store, leases: Leases, job_id: str) -> bool:
-    """By a worker that dies; False where there is nothing left to take."""
+    """Take a job as a worker that dies; False if nothing is left to take."""
     taken = await leases.take(job_id) is not None
     await store.client.delete(lease_key(job_id))
     return taken

@@ -20,7 +20,7 @@ NAMES = ("added", "configured")
 
 
 def a_map(folder: Path, embedder: StaticEmbedder, words: tuple[str, ...]) -> str:
-    """The id of a map with one cluster around each word."""
+    """Write a map with one cluster around each word, and return its id."""
     made = ClusterMap(np.asarray(embedder.embed(list(words))), embedder_id=embedder.id, top=2)
     save_map(made, folder)
     return made.id
@@ -32,7 +32,7 @@ def cards(server: ServeCommand) -> list[dict[str, Any]]:
 
 
 def ready(server: ServeCommand) -> list[dict[str, Any]]:
-    """The cards of both models once they are measured."""
+    """Return the cards of both models once they are measured."""
     assert wait_until(lambda: [card.get("state") for card in cards(server)] == ["ready"] * 2, 30), server.log
     return cards(server)
 

@@ -173,7 +173,7 @@ PROMPTS = an_assignment(0, 0)
 
 
 def two_models(cheap: float, expensive: float) -> Pool:
-    """A label weight of 100.5 behind each rate, the shrinkage included."""
+    """Build two models with a label weight of 100.5 behind each rate, the shrinkage included."""
     return a_pool(
         a_candidate("cheap", (cheap,) * 3, Price(0.0, 1e-6)), a_candidate("dear", (expensive,) * 3, Price(0.0, 1e-5))
     )

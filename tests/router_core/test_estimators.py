@@ -39,7 +39,7 @@ def test_a_map_of_very_many_clusters_gets_the_shrunk_estimator() -> None:
 
 
 def many(rates: list[float], labels: float = 400.0) -> tuple[Doubles, Doubles]:
-    """One model's sums when each cluster of `a_map` has so many labels."""
+    """Return one model's sums when each cluster of `a_map` has so many labels."""
     return np.array([rates]) * labels, np.full((1, 3), labels)
 
 

@@ -46,7 +46,7 @@ def test_repeated_and_blank_prompts_do_not_count() -> None:
 
 
 class NumberEmbedder:
-    """A prompt is a number; its vector lies at that many degrees. Remembers how many it was asked for at once."""
+    """Embed a number at that many degrees, and record the batch sizes."""
 
     id = "number"
     dimension = 2
@@ -61,7 +61,7 @@ class NumberEmbedder:
 
 
 def numbers(count: int) -> Iterator[str]:
-    """Read once, and never a list."""
+    """Yield numbers once, never as a list."""
     return (str(n % 90 + n / count) for n in range(count))
 
 

@@ -59,7 +59,7 @@ TERMS = st.builds(
 
 
 def by_hand(pool: Pool, placed: Assignment, needs: Requirements, terms: ScoringParams) -> dict[str, tuple[float, ...]]:
-    """Name → error, cost, score, labels, USD and tokens of every model with a profile and a price."""
+    """Map each model with a profile and a price to error, cost, score, labels, USD and tokens."""
     weights, ids = placed.weights[0].astype(float).tolist(), placed.ids[0].tolist()
     tokens = {}
     for name, candidate in pool.candidates.items():

@@ -40,7 +40,7 @@ PRICES: dict[str, dict[str, Any]] = {
 
 
 class Corner:
-    """Every text lies in the first corner; "broken" cannot be read."""
+    """Embed every text in the first corner; "broken" cannot be read."""
 
     id = "corners"
     dimension = 4

@@ -26,7 +26,7 @@ def unheard_of(characters: int) -> str:
 
 
 class Watched(StaticEmbedder):
-    """Says in which threads it was asked, and for what it was too long at hand."""
+    """Record the threads in which texts are embedded."""
 
     threads: list[str]
 
@@ -102,14 +102,14 @@ async def test_it_remembers_a_bounded_number_and_no_prompt(monkeypatch: pytest.M
 
 
 def blocked_embedder() -> Corners:
-    """An embedder that says nothing until it is let go."""
+    """Block the embedder until it is released."""
     embedder = Corners()
     embedder.free.clear()
     return embedder
 
 
 class Process:
-    """Seconds that a process has computed, as they are looked at; `after` the looks, `then` is done."""
+    """Return the given seconds of CPU, one per look; call `then` at the last of them."""
 
     def __init__(self, *seconds: float, then: Callable[[], None] = lambda: None) -> None:
         self.looks = 0

@@ -28,7 +28,7 @@ SPACES = st.sampled_from(["", "", "", " ", "\n", "\t ", "\r", "\u00a0", "\x0b", 
 
 @st.composite
 def written(draw: st.DrawFn, depth: int = 3) -> str:
-    """JSON, or nearly, as nobody's library writes it."""
+    """Draw JSON, or nearly JSON, as no library writes it."""
     kind = draw(st.integers(0, 4 if depth else 2))
     if kind == 0:
         return draw(NUMBERS | st.sampled_from(["null", "true", "false", "nul"]))
@@ -43,7 +43,7 @@ def written(draw: st.DrawFn, depth: int = 3) -> str:
 
 @st.composite
 def _quoted(draw: st.DrawFn) -> str:
-    """A text in quotation marks, some of its characters written as escapes."""
+    """Quote a text, with some of its characters written as escapes."""
     text = draw(KEYS)
     escaped = draw(st.sets(st.sampled_from(text), max_size=2)) if text else set()
     plain = json.dumps(text, ensure_ascii=draw(st.booleans()))

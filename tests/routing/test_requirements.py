@@ -57,7 +57,7 @@ def test_a_turn_without_text_is_passed_over(content: Any) -> None:
 
 
 class Unread(str):
-    """Text that nobody may go through: an attachment of 15 MB costs what one of a byte does."""
+    """Fail if the text is read through: an attachment of 15 MB costs what one of a byte does."""
 
     __slots__ = ()
 

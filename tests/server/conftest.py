@@ -42,7 +42,7 @@ class Fleet:
 
 @contextmanager
 def open_fleet(folder: Path, embedder_cache: Path, **more: Any) -> Iterator[Fleet]:
-    """`more`: settings of its own, and `model_info` of both models as `info`."""
+    """Open a fleet. `more`: settings of its own, and `model_info` of both models as `info`."""
     info = more.pop("info", {})
     with ScriptedUpstream(lambda _: "The fair answer.") as fair, ScriptedUpstream(lambda _: "The good answer.") as good:
         config = {
@@ -69,7 +69,7 @@ BOTH_MODES = pytest.mark.parametrize("fleet", ["auto", "translate"], indirect=Tr
 
 @pytest.fixture(scope="session")
 def fleets(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Callable[[str], Fleet]]:
-    """By the mode in which their models are called; each is opened once, if a test wants it."""
+    """Open one fleet for each mode in which models are called, if a test wants it."""
     with ExitStack() as closing:
 
         @cache

@@ -40,7 +40,7 @@ class Ranked:
 
 @pytest.fixture(scope="session")
 def rankings(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Callable[..., Ranked]]:
-    """By the mode in which the models are called, and the limits; each is started once, if a test wants it."""
+    """Open one proxy for each mode and limits, if a test wants it."""
     with contextlib.ExitStack() as closing:
 
         @cache

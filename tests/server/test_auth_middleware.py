@@ -27,7 +27,7 @@ BEARER = {"authorization": f"Bearer {SECRET}"}
 
 
 class Server:
-    """AuthMiddleware before an app that answers 200 with the caller."""
+    """Put AuthMiddleware before an app that answers 200 with the caller."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Server:
         latched: bool = True,
         read: bool = True,
     ) -> None:
-        """`read`: whether the store has answered yet, since this process started."""
+        """Set up the server. `read`: whether the store has answered since this process started."""
         settings = Settings(admin_key=SecretStr(root) if root else None)
         stored = (
             StoredState(version=1, keys={key.id: key for key in keys}, keys_exist=bool(keys)) if read else StoredState()
@@ -49,7 +49,6 @@ class Server:
     def __call__(
         self, path: str = "/v1/models", method: str = "GET", *headers: tuple[bytes, bytes], **more: Any
     ) -> tuple[int, str]:
-        """Status and body."""
         scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": [*headers], **more}
         scope["headers"].append((b"host", b"localhost"))
         return asyncio.run(self._exchange(scope))

@@ -32,7 +32,7 @@ def started(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> I
 
 @pytest.fixture
 def fleet(started: Fleet) -> Fleet:
-    """Both circuits are closed, whatever the test before has done."""
+    """Close both circuits, whatever the test before has done."""
     for upstream in (started.fair, started.good):
         upstream.script.clear()
         upstream.always = None
@@ -43,7 +43,7 @@ def fleet(started: Fleet) -> Fleet:
 
 
 def recovered(fleet: Fleet) -> bool:
-    """A success after the cooldown closes a circuit. Healthy models get no request, which would dilute failures."""
+    """Close a circuit by a success after the cooldown. Healthy models get no request, which would dilute failures."""
     for name, state in zip(("fair", "good"), states(fleet), strict=True):
         if state != "well":
             ask(fleet, name)
@@ -66,7 +66,7 @@ def bring_down(fleet: Fleet, *names: str) -> None:
 
 
 def ask_until(fleet: Fleet, wanted: Callable[[httpx.Response], bool], **body: Any) -> httpx.Response:
-    """The first wanted response, with `fair` down before each request: on a busy machine its cooldown may be over."""
+    """Return the first wanted response, with `fair` down before each request: its cooldown may be over."""
     replies: list[httpx.Response] = []
 
     def is_wanted() -> bool:
@@ -81,7 +81,7 @@ def ask_until(fleet: Fleet, wanted: Callable[[httpx.Response], bool], **body: An
 
 
 def limited(name: str, fleet: Fleet) -> bool:
-    """Whether a request by name has just got a rate limit with a Retry-After of four seconds."""
+    """Tell whether a request by name has just got a rate limit with a Retry-After of four seconds."""
     step = Step(status=429, headers={"retry-after": "4"}, body=error_body("slow", "rate_limit", None))
     getattr(fleet, name).then(step)
     reply = ask(fleet, name)
@@ -118,7 +118,7 @@ def test_after_its_cooldown_a_model_is_probed_with_a_real_request(fleet: Fleet) 
 @pytest.mark.parametrize("stream", [False, True])
 def test_when_all_are_in_cooldown_the_first_to_recover_is_tried(fleet: Fleet, stream: bool) -> None:
     def degraded(reply: httpx.Response) -> bool:
-        """If it is not, the longer cooldown of `good` may have ended too, and begins again."""
+        """Tell whether the response is degraded. Otherwise `good` may have recovered, and its cooldown begins again."""
         return reply.headers["x-uniroute-reason"] == "degraded" or not limited("good", fleet)
 
     assert limited("good", fleet)

@@ -21,7 +21,7 @@ ADMIN_CALLS = [("GET", "/admin/models"), ("POST", "/admin/models"), ("DELETE", "
 
 
 class WithoutAdminKey(ProxyProcess):
-    """Started with no UNIROUTE_ADMIN_KEY."""
+    """Start without UNIROUTE_ADMIN_KEY."""
 
     def start(self) -> Self:
         self._environ.pop("UNIROUTE_ADMIN_KEY")
@@ -42,7 +42,7 @@ def create_key(folder: Path, role: str = "client") -> str:
 
 @pytest.fixture(scope="module")
 def exposed(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[tuple[ProxyProcess, str]]:
-    """A server that is configured to listen everywhere, for which a key was created before, and that key."""
+    """Start a server that is configured to listen everywhere, after a key was created, and return that key."""
     folder = tmp_path_factory.mktemp("exposed")
     key = create_key(folder)
     settings = config(host="0.0.0.0", allowed_env=["OTHER_SECRET"])

@@ -29,7 +29,7 @@ WAITING = [b": more is coming\n\n"] * 1000
 
 @dataclass(frozen=True)
 class PricedProxy:
-    """A proxy with a model for each price and mode, and the usage record of each request."""
+    """Serve a model for each price and mode, and read the usage record of each request."""
 
     proxy: ProxyProcess
     upstream: ScriptedUpstream
@@ -39,7 +39,7 @@ class PricedProxy:
     """By decision, as far as they were read."""
 
     def ask(self, model: str, step: Step, *, stream: bool, leave_after: int | None = None) -> str:
-        """The decision of one request; `leave_after` so many pieces the client leaves."""
+        """Send one request and return its decision; disconnect after `leave_after` pieces."""
         self.upstream.then(step)
         body = {"model": model, "stream": stream, "messages": [{"role": "user", "content": "hi"}]}
         seen = 0
@@ -55,7 +55,7 @@ class PricedProxy:
         return decision
 
     def record(self, decision: str) -> dict[str, Any]:
-        """Its usage record, which is written within half a second."""
+        """Return its usage record, which is written within half a second."""
         assert wait_until(lambda: decision in self.records or decision in self._read())
         return self.records[decision]
 
@@ -91,7 +91,7 @@ def chunk(delta: dict[str, Any], finish: str | None = None, usage: Any = None, *
 
 
 def answered(shape: str, usage: dict[str, Any]) -> Step:
-    """A complete response that reports its usage in this place."""
+    """Build a complete response that reports its usage in this place."""
     if shape == "whole":
         message = {"role": "assistant", "content": PIECE}
         return Step(body={"choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": usage})
@@ -121,7 +121,7 @@ UNENDED = {"broken": _broken, "client_gone": _left}
 
 @pytest.fixture(scope="module")
 def decisions(priced: PricedProxy) -> dict[tuple[str, ...], str]:
-    """The decision of every request of the matrix. They are made together: each record takes half a second."""
+    """Return the decision of every request of the matrix. They run together: each record takes half a second."""
     found: dict[tuple[str, ...], str] = {}
     for (use, vendor, price), mode, shape in product(PAID, MODES, SHAPES[:2]):
         step = answered(shape, REPORTS[use][vendor])

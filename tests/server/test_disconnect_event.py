@@ -12,7 +12,7 @@ from proxy.server.requests import DISCONNECT, DisconnectEvent, cancel_on_disconn
 
 
 class Client:
-    """Leaves when it is told to; its server says so by itself, or as every ASGI server does."""
+    """Disconnect on demand; its server announces it, or sends the event of every ASGI server."""
 
     def __init__(self, *, announces: bool) -> None:
         self._leaves = asyncio.Event()

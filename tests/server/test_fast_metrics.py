@@ -17,7 +17,7 @@ SECONDS = st.sampled_from([0.0, *BOUNDS, 600.0]) | st.floats(-1, 1e6)
 
 
 def exposed(collector: Any, write: Callable[[Any], bytes] = generate_latest) -> list[str]:
-    """Without the times at which the series began."""
+    """Return the exposition without the times at which the series began."""
     registry = CollectorRegistry()
     registry.register(collector)
     lines = write(registry).decode().splitlines()

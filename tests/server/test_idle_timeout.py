@@ -63,7 +63,7 @@ async def test_the_wait_after_a_pause_is_limited_again() -> None:
 
 
 async def until_hit_twice() -> None:
-    """Somebody else cancels in the same moment."""
+    """Cancel from elsewhere in the same moment."""
     try:
         await asyncio.Event().wait()
     except asyncio.CancelledError:

@@ -64,7 +64,7 @@ def holds_litellm(pid: int) -> bool:
 
 
 def serving_pids(server: ServeCommand) -> list[int]:
-    """Of all processes of it those that have the event loop's library: a store is none, nor a tracker of resources."""
+    """Return the processes that have loaded the event loop's library: a store has not, nor a tracker of resources."""
     family = [server.pid, *children_of(server.pid)]
     return [pid for pid in family if "/uvloop" in Path(f"/proc/{pid}/maps").read_text()]
 

@@ -35,7 +35,7 @@ class Pipe:
         fcntl.fcntl(self.writer, fcntl.F_SETPIPE_SZ, BUFFER)
 
     def lines(self) -> list[str]:
-        """What has come, without the times."""
+        """Return the lines so far, without the times."""
         return [_untimed(line) for line in os.read(self.reader, 2**20).decode().splitlines()]
 
     def close(self) -> None:
@@ -61,7 +61,7 @@ def pipe() -> Iterator[Pipe]:
 
 @pytest.fixture
 def log(pipe: Pipe) -> logging.Logger:
-    """As a server has it, beneath a root of its own: no one else listens, pytest neither."""
+    """Set up the log as a server does, beneath a root of its own: pytest does not listen."""
     root = logging.RootLogger(logging.WARNING)
     root.addHandler(NonBlockingHandler(pipe.writer))
     logger = logging.Manager(root).getLogger("uniroute.piped")
@@ -204,7 +204,7 @@ def test_lines_without_a_reader_are_counted_as_dropped(
 
 
 def _whole_lines(pipe: Pipe) -> list[str]:
-    """The next of them, at least one."""
+    """Read whole lines, at least one."""
     data = os.read(pipe.reader, 2**16)
     while not data.endswith(b"\n"):
         data += os.read(pipe.reader, 2**16)

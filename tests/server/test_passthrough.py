@@ -39,7 +39,7 @@ def post(http: httpx.Client, raw: bytes) -> httpx.Response:
 
 
 def renamed(raw: bytes) -> bytes:
-    """As it goes upstream: the last of these members is the outermost, where it is not the only one."""
+    """Return the body as it goes upstream: the last of these members is the outermost, if there are several."""
     before, mark, after = raw.rpartition(NAMED)
     return before + UPSTREAMS + after if mark else raw
 
@@ -94,7 +94,7 @@ ANSWERS = [
 
 
 def parsed(raw: bytes) -> bytes:
-    """The outermost member is the first or the last of its kind."""
+    """Return the response as the client gets it. The outermost member is the first or the last of its kind."""
     theirs = b'"th\\u0065irs"' if b"u0065" in raw else b'"theirs"'
     if raw.index(theirs) < raw.index(b'"choices"') and not raw.startswith(b'{"x'):
         return raw.replace(theirs, NAMED, 1)

@@ -19,7 +19,7 @@ BROKEN_SET = (
 
 @pytest.fixture(autouse=True)
 def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a data folder is made that no test states."""
+    """Set where a data folder is made if no test names one."""
     monkeypatch.setenv("UNIROUTE_DATA_DIR", str(tmp_path / "data"))
 
 

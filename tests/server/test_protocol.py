@@ -36,7 +36,7 @@ class ShortTimeouts(LimitedHTTPProtocol):
 
 
 class Counting(LimitedHTTPProtocol):
-    """Keeps what is written at once."""
+    """Record what is written at once."""
 
     written: ClassVar[list[bytes]] = []
 
@@ -58,7 +58,7 @@ class CountingTransport:
 
 
 async def echo_request(scope: Any, receive: Any, send: Any) -> None:
-    """What was asked, as JSON; 32 MiB more of it where the path is /large."""
+    """Return the request as JSON, and 32 MiB more if the path is /large."""
     if scope["type"] != "http":
         return
     body, more = b"", True
@@ -97,7 +97,7 @@ async def sent(address: Any, *pieces: bytes, wait_s: float = 0.3) -> list[Answer
 
 
 def echoed(answer: Answer) -> Any:
-    """The body of a chunked answer of one chunk."""
+    """Return the body of a chunked answer of one chunk."""
     return json.loads(answer.body.split(b"\r\n")[1])
 
 

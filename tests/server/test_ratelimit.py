@@ -29,7 +29,7 @@ def a_request(name: str = "r", *, tokens: int = 0, picousd: int = 0) -> Reservat
 
 
 async def settle(store: Store, reservation: Reservation, *, tokens: int | str = "", picousd: int | str = "") -> None:
-    """As the usage record does."""
+    """Settle as the usage record does."""
     arguments = [reservation.key_id, reservation.reservation or "", str(tokens), str(picousd), "2026-01-01", "2026-01"]
     await store.client.register_script(SETTLE)(keys=[state_key(reservation.key_id)], args=arguments)
 

@@ -19,7 +19,7 @@ REASON = "bad answered with status 401; the provider refuses the key: check lite
 
 @pytest.fixture(scope="module")
 def proxy(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[ProxyProcess]:
-    """Measures three models: one never answers, one has a wrong key, one is not there."""
+    """Serve while three models are measured: one never answers, one has a wrong key, one is not there."""
     with ScriptedUpstream() as silent, ScriptedUpstream() as strict:
         silent.always, strict.always = Step(hang=True), Step(status=401, body={"error": {"message": "Bad key sk-x"}})
         gone = model_entry("gone", "http://127.0.0.1:1/v1")

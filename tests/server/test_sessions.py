@@ -41,7 +41,7 @@ class Pair:
     def ask(
         self, number: int, messages: Any, headers: dict[str, str] | None = None, **body: Any
     ) -> tuple[Any, tuple[str, str]]:
-        """The message, and who gave it why."""
+        """Return the message, its model and the reason."""
         with self.client(number) as client:
             raw = client.chat.completions.with_raw_response.create(
                 model=body.pop("model", "auto"), messages=messages, extra_headers=headers or {}, **body
@@ -198,7 +198,7 @@ def test_a_tool_loop_that_must_leave_its_model_is_counted_and_says_why(pair: Pai
 
 
 def session_turn(pair: Pair, session: str, tokens: int) -> tuple[str, str]:
-    """Who answers 1,000 tokens after "warm" answered this session with so many of them."""
+    """Return the model that answers 1,000 tokens after "warm" answered this session with so many of them."""
     pair.good.then(Step(usage={"prompt_tokens": tokens - 50, "completion_tokens": 50, "total_tokens": tokens}))
     before = pair.remembered()
     headers = {"x-session-id": session}

@@ -44,7 +44,7 @@ sys.stdin.read()
 
 @contextmanager
 def counting(folder: Path, number: int) -> Iterator[subprocess.Popen[str]]:
-    """Another process, which has counted to `number`; it is killed at the end."""
+    """Start another process that has counted to `number`; it is killed at the end."""
     command = [sys.executable, "-c", COUNT, str(folder), str(number)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -56,7 +56,7 @@ def counting(folder: Path, number: int) -> Iterator[subprocess.Popen[str]]:
 
 
 class Scraped:
-    """What one process shows of all."""
+    """Return what one process exposes of all."""
 
     def __init__(self, folder: Path) -> None:
         self.values = SharedValues(folder)

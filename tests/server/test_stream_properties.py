@@ -24,7 +24,7 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
 
 @st.composite
 def streams(draw: st.DrawFn) -> tuple[bytes, list[bytes]]:
-    """A stream as servers write it, and the data of its events."""
+    """Draw a stream as servers write it, and the data of its events."""
     text = draw(st.sampled_from(["", "\ufeff"]))
     events: list[bytes] = []
     for payload in draw(st.lists(VALUES, max_size=5)):
@@ -90,7 +90,7 @@ class Pieces(httpx.AsyncByteStream):
 
 
 def relayed(parts: Sequence[bytes]) -> tuple[list[Any], str | None]:
-    """The chunks of a response that comes in these parts, and the failure that it ends in."""
+    """Return the chunks of a response that comes in these parts, and the failure that it ends in."""
 
     async def read() -> tuple[list[Any], str | None]:
         response = httpx.Response(200, stream=Pieces(parts), request=httpx.Request("POST", "http://x"))

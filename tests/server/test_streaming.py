@@ -16,7 +16,7 @@ ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 
 
 def read_stream(http: httpx.Client, **body: Any) -> tuple[httpx.Response, list[Any]]:
-    """Every event; objects parsed, [DONE] as text."""
+    """Return every event; objects parsed, [DONE] as text."""
     with http.stream("POST", "/v1/chat/completions", json={"messages": ASK, "stream": True, **body}) as reply:
         raw = reply.read().decode()
     events = [event.removeprefix("data: ") for event in raw.split("\n\n") if event.startswith("data: ")]

@@ -127,7 +127,7 @@ def _delta(words: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def full_backlog() -> Iterator[int]:
-    """A port that takes no connection up: what waits there already fills its queue."""
+    """Open a port that accepts no connection: its queue is full."""
     with contextlib.ExitStack() as closing:
         listening = closing.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(4):

@@ -19,7 +19,7 @@ from tests.support.waiting import wait_until
 
 
 class LossyProxy:
-    """Between the proxy and Redis. While `lossy`, what is asked reaches Redis and no answer to a script comes back."""
+    """Stand between the proxy and Redis. While `lossy`, commands reach Redis and no answer to a script comes back."""
 
     def __init__(self, backend: int) -> None:
         self._backend = backend
@@ -81,7 +81,7 @@ class Doubtful:
     upstream: ScriptedUpstream
 
     def lost(self, method: str, path: str, body: Any = None) -> str:
-        """What a change is answered whose own answer from Redis is lost."""
+        """Make a change whose answer from Redis is lost, and return the response."""
         assert wait_until(lambda: self.store() == "up")
         self.front.lossy = True
         try:

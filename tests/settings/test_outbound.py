@@ -206,7 +206,7 @@ async def test_both_modes_use_the_same_proxy_and_no_proxy(forward: str) -> None:
 
 
 async def goes_direct(upstream: UpstreamClient, record: Any) -> bool:
-    """Whether it is not answered: nobody is at that address."""
+    """Tell whether the call fails: nothing answers at that address."""
     try:
         async with asyncio.timeout(0.3):
             await completion_of(upstream, record)
@@ -227,5 +227,5 @@ async def test_the_price_feed_uses_the_same_proxies(monkeypatch: pytest.MonkeyPa
 
 
 def params_of(forward: str) -> dict[str, Any]:
-    """Parameters by which a model is relayed, or left to litellm."""
+    """Return parameters by which a model is called directly or through litellm."""
     return {} if forward == "relay" else {"drop_params": True}

@@ -19,8 +19,6 @@ ANN = Actor("k-ann", "req-1")
 
 
 class Clock:
-    """Unix seconds, moved by hand."""
-
     def __init__(self) -> None:
         self.now = 1_700_000_000.0
 
@@ -37,7 +35,7 @@ def audited(store: Store, folder: Path, *configured: str) -> Registry:
 
 
 async def lines(store: Store) -> list[dict[str, Any]]:
-    """Oldest first."""
+    """Return the audit lines, oldest first."""
     return list(reversed(await AuditTrail(store, ANN).latest(1000)))
 
 

@@ -25,7 +25,7 @@ FEED = {"openai/small": {"litellm_provider": "openai", "input_cost_per_token": 5
 
 @contextmanager
 def a_feed(body: bytes | object, status: int = 200, location: str | None = None) -> Iterator[str]:
-    """A real HTTP server with one answer; its URL."""
+    """Serve one answer over real HTTP, and yield its URL."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
 
     class Handler(BaseHTTPRequestHandler):

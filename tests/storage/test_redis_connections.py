@@ -27,7 +27,7 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Folders of the server's, for 127.0.0.1, and of a client's; each is its own authority."""
+    """Write folders of the server's certificate, for 127.0.0.1, and of a client's; each is its own authority."""
     folders = tmp_path_factory.mktemp("server"), tmp_path_factory.mktemp("client")
     for folder in folders:
         a_certificate(folder)
@@ -45,7 +45,7 @@ def settings(folder: Path, url: str, **more: object) -> Settings:
 
 
 async def why_not(folder: Path, url: str, **more: object) -> str:
-    """What the store says that cannot be reached; nothing where it can."""
+    """Return the store's message if it cannot be reached, else nothing."""
     store = await Store.open(settings(folder, url, **more))
     try:
         async with store.operation("look") as client:

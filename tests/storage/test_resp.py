@@ -61,7 +61,7 @@ async def test_the_reply_of_a_cancelled_call_reaches_no_other_call(store: Store)
 
 
 async def _blocked(store: Store) -> None:
-    """Until somebody waits in Redis."""
+    """Wait until a client blocks in Redis."""
     async with asyncio.timeout(10):
         while not (await pipeline(store.client, [encode_command(("CLIENT", "LIST", "FLAGS", "b"))]))[0]:
             pass

@@ -43,7 +43,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 async def ours(store: Store, clock: Clock) -> SessionStore:
-    """One process's memory, which the test flushes."""
+    """Open one process's memory, which the test flushes."""
     return SessionStore(store, 60, clock=clock)
 
 
@@ -53,7 +53,7 @@ async def theirs(second_store: Store, clock: Clock) -> SessionStore:
 
 
 async def lookups(store: Store) -> int:
-    """How many look-ups Redis has seen."""
+    """Count the look-ups that Redis has seen."""
     stats: Any = await store.client.info("commandstats")
     return int(stats.get("cmdstat_mget", {}).get("calls", 0))
 

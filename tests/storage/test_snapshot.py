@@ -201,7 +201,7 @@ async def test_live_traffic_changes_the_pool_but_not_the_profile(store: Store, t
 
 
 class BrokenOnce(TrafficStats):
-    """Figures that cannot be laid out, the first time."""
+    """Fail to lay out figures the first time."""
 
     calls = 0
 

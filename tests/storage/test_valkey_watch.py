@@ -25,7 +25,7 @@ time.sleep(600)
 
 @contextmanager
 def a_user(data_dir: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that has started the store, or joined it. It is killed in the end."""
+    """Start another process that starts the store, or joins it. It is killed at the end."""
     command = [sys.executable, "-c", USER, str(data_dir)]
     with subprocess.Popen(command, env=environment(data_dir), stdout=subprocess.PIPE, text=True) as process:
         try:

@@ -16,7 +16,7 @@ def at(server: RawUpstream, proxy: str | None = None, *, tls: bool = False) -> O
 
 
 async def send_request(connections: ConnectionPool, origin: Origin, body: bytes = b"{}") -> tuple[int | None, bytes]:
-    """Status and body."""
+    """Send a request and return status and body."""
     async with asyncio.timeout(60):
         connection = await connections.acquire(origin, 5)
         try:
@@ -31,7 +31,7 @@ async def send_request(connections: ConnectionPool, origin: Origin, body: bytes 
 
 
 async def all_slots_are_free(connections: ConnectionPool, origin: Origin) -> None:
-    """There are two, and no third."""
+    """Check that two slots are free, and no third."""
     both = [await connections.acquire(origin, 1), await connections.acquire(origin, 1)]
     third = asyncio.create_task(connections.acquire(origin, 1))
     await asyncio.sleep(0.01)
@@ -65,7 +65,7 @@ async def served(handle: Handler) -> AsyncIterator[Origin]:
 
 
 async def serve_connect_proxy(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """For `served`: a small HTTP proxy that knows CONNECT alone."""
+    """Serve as a small HTTP proxy that knows CONNECT alone. For `served`."""
     method, authority, _ = head.split(b" ", 2)
     assert method == b"CONNECT"
     host, _, port = authority.decode().rpartition(":")

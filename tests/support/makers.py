@@ -52,7 +52,7 @@ async def started_watcher(
     live: TrafficStats | None = None,
     cluster_map: ClusterMap = CORNERS,
 ) -> AsyncIterator[SnapshotWatcher]:
-    """A started StateHolder: what one more process would see."""
+    """Start a snapshot watcher: what one more process would see."""
     around = snapshot_inputs(*configured, live=live, cluster_map=cluster_map)
     holder = SnapshotWatcher(store, around, AuthRequiredLatch(folder))
     await holder.start()

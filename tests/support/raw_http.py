@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answer:
-    """`status` 0: closed without a word."""
+    """Hold one answer. `status` 0: closed without an answer."""
 
     status: int
     headers: dict[str, str]
@@ -49,7 +49,7 @@ def send(
 
 
 def _received(connection: socket.socket, wait_s: float | None) -> tuple[bytes, bool]:
-    """And whether the server closed the connection by itself."""
+    """Return what was received, and whether the server closed the connection by itself."""
     raw = b""
     with suppress(ConnectionError):
         try:

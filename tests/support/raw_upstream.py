@@ -20,7 +20,7 @@ STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer, piece by piece, and what becomes of the connection."""
+    """Describe one answer, piece by piece, and what becomes of the connection."""
 
     pieces: tuple[bytes, ...]
     then: Literal["keep", "close", "reset", "hang"] = "keep"
@@ -32,13 +32,13 @@ def plain(body: bytes = JSON, head: bytes = b"content-type: application/json\r\n
 
 
 def chunked(*pieces: bytes, end: bytes = b"0\r\n\r\n") -> tuple[bytes, ...]:
-    """A stream in chunked coding, each piece a chunk."""
+    """Return a stream in chunked coding, each piece a chunk."""
     parts = [b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces]
     return (STREAM_HEAD + b"transfer-encoding: chunked\r\n\r\n", *parts, end)
 
 
 class RawUpstream:
-    """`script` holds the next answers; the last is repeated."""
+    """Serve the answers of `script`; the last is repeated."""
 
     def __init__(self, *script: Reply, tls: ssl.SSLContext | None = None) -> None:
         self.script = deque(script)
@@ -83,7 +83,7 @@ class RawUpstream:
                 await writer.wait_closed()
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Whether the connection stays."""
+        """Answer one request; tell whether the connection stays."""
         head = await reader.readuntil(b"\r\n\r\n")
         length = next(
             (int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), 0

@@ -21,7 +21,7 @@ _LINE = "Max realtime timeout"
 
 
 class Reaper:
-    """One for each process that runs tests. `close` ends the marked processes before this one has ended."""
+    """Reap for one process that runs tests. `close` ends the marked processes before this one has ended."""
 
     def __init__(self) -> None:
         mark = int.from_bytes(os.urandom(7), "big") + 1

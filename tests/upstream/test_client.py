@@ -33,7 +33,7 @@ async def upstream() -> AsyncIterator[LiteLLMClient]:
 
 
 def resolved(record: ModelRecord, forward: Any) -> ModelRecord:
-    """As it is stored once litellm was asked."""
+    """Return the provider as it is stored once litellm was asked."""
     params = record.litellm_params
     found = resolve_static(params, forward) or resolve_with_litellm(import_litellm(), cache_query(params), forward)
     return replace(record, resolved=found)

@@ -75,7 +75,7 @@ def pieces(draw: st.DrawFn, raw: bytes) -> list[bytes]:
 
 
 class Slow(SSEDecoder):
-    """By lines alone."""
+    """Read a stream by lines alone."""
 
     def feed(self, piece: bytes) -> list[bytes]:
         return self._decode_lines(piece)
@@ -103,7 +103,7 @@ def test_the_fast_decoder_gives_the_same_events_as_decoding_by_lines(raw: bytes,
 
 
 def spelled_out(raw: bytes) -> tuple[list[Any], tuple[Any, ...] | None]:
-    """What a stream says, event by event of its lines: its chunks, and what is wrong with it."""
+    """Return the chunks of a stream and its error, event by event of its lines."""
     found: list[Any] = []
     begun, ended = set[int](), set[int]()
     cutter = Slow()
@@ -123,7 +123,7 @@ def spelled_out(raw: bytes) -> tuple[list[Any], tuple[Any, ...] | None]:
 
 
 def read_all(events: list[bytes], found: list[Any], begun: set[int], ended: set[int]) -> bool:
-    """Whether [DONE] came."""
+    """Read all and tell whether [DONE] came."""
     while events:
         event = events.pop(0)
         data = bytes(event).strip()
@@ -226,7 +226,7 @@ def relayed(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | None]:
 
 
 def nan_as_null(chunks: list[Any]) -> list[Any]:
-    """NaN is no JSON: it is shown as null."""
+    """Replace NaN by null, as the proxy does: NaN is no JSON."""
     return [json.loads(json.dumps({**chunk, "model": "m"}).replace("NaN", "null")) for chunk in chunks]
 
 

@@ -37,7 +37,7 @@ def command_of(pid: int) -> str:
 
 @pytest.fixture
 def scripted_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """In place of Python: it writes its environment to a file and goes on as it is told by another."""
+    """Replace Python by a script that writes its environment to a file and then runs another."""
     script = tmp_path / "python"
     script.write_text(f"#!/bin/sh\nenv > {tmp_path}/environ\necho >> {tmp_path}/asked\n. {tmp_path}/then\n")
     script.chmod(0o755)
@@ -46,7 +46,7 @@ def scripted_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def answering(folder: Path, answer: Any) -> None:
-    """The same to each question."""
+    """Give the same answer to each query."""
     (folder / "answer").write_text(json.dumps(answer) + "\n")
     (folder / "then").write_text(f"while read question; do cat {folder}/answer; done")
 

@@ -31,7 +31,7 @@ async def upstream() -> AsyncIterator[LiteLLMClient]:
 
 
 async def failing(upstream: LiteLLMClient, step: Step, model: str) -> tuple[UpstreamError, float]:
-    """And how much processor time the loop spent at most before another task could run."""
+    """Return the failure, and the most CPU time that the loop spent before another task could run."""
     longest_s = 0.0
 
     async def tick() -> None:

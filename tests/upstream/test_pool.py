@@ -40,7 +40,7 @@ def event_loop_policy() -> Any:
 
 @pytest.fixture
 async def connections(certificate: Path) -> AsyncIterator[ConnectionPool]:
-    """Two at once."""
+    """Allow two connections at once."""
     assert isinstance(asyncio.get_running_loop(), uvloop.Loop)
     opened = ConnectionPool(2, lambda _: ssl.create_default_context(cafile=certificate))
     yield opened

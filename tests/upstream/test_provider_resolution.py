@@ -105,7 +105,7 @@ FOUND: list[tuple[ModelRecord, ResolvedProvider | str]] = [
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[ModelRecord | str]:
-    """One process is asked for all of them."""
+    """Resolve all of them in one process."""
     resolver = Resolver(tmp_path_factory.mktemp("resolving"), {})
 
     async def each() -> list[ModelRecord | str]:

@@ -54,7 +54,7 @@ TOOLS: Any = [{"type": "function", "function": {"name": "f", "parameters": SCHEM
 
 @st.composite
 def written(draw: st.DrawFn, value: Any) -> str:
-    """JSON as somebody might write it: spaces anywhere, characters escaped or not, numbers in odd spellings."""
+    """Draw JSON in any style: spaces anywhere, characters escaped or not, numbers in odd spellings."""
     space = draw(st.sampled_from(["", "", " ", "\n\t", "\r\n "]))
     escaping = draw(st.sampled_from(["none", "ascii", "some"]))
 
@@ -93,7 +93,7 @@ def bodies(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def exact(raw: bytes) -> str:
-    """So that a key given twice shows, and 1 is neither 1.0 nor true."""
+    """Parse so that a key given twice shows, and 1 is neither 1.0 nor true."""
     return repr(json.loads(raw, object_pairs_hook=lambda pairs: sorted(pairs, key=lambda pair: pair[0])))
 
 

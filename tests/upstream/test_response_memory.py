@@ -32,7 +32,7 @@ EVENT_STREAM = b"content-type: text/event-stream\r\n"
 
 @pytest.fixture
 async def upstream(request: pytest.FixtureRequest) -> AsyncIterator[UpstreamClient]:
-    """With little room, so that little is needed to fill it."""
+    """Open a client with little memory, so that little is needed to fill it."""
     opened = UpstreamClient(Settings(max_answer_bytes=4_000_000, max_answers_in_flight_bytes=5_000_000), {})
     if hasattr(request.node, "callspec") and request.node.callspec.params.get("mode", "relay") != "relay":
         await opened.ensure_litellm()
@@ -53,7 +53,7 @@ def by(mode: str, server: RawUpstream) -> ModelRecord:
 
 
 def holding(text: bytes) -> bytes:
-    """A completion with something more."""
+    """Return a completion with one more member."""
     return JSON[:-1] + b',"more":' + text + b"}"
 
 
@@ -62,7 +62,7 @@ def event(text: bytes) -> bytes:
 
 
 def saying(ask: Any, text: bytes) -> Reply:
-    """A whole answer or a stream of which one event holds `text`."""
+    """Return a whole answer, or a stream of which one event holds `text`."""
     return plain(holding(text)) if ask is completion_of else Reply(chunked(CHUNK, event(text), END, DONE))
 
 

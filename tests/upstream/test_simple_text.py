@@ -42,7 +42,7 @@ REASONING = {"delta": {"reasoning_content": "Let me see. " * 30}}
 
 
 def in_general(chunk: dict[str, Any]) -> dict[str, Any]:
-    """The same chunk as mappings that the quick way does not take."""
+    """Return the same chunk as mappings that the fast path does not take."""
     choices = chunk["choices"]
     return chunk if choices is None else {**chunk, "choices": [MappingProxyType(choice) for choice in choices]}
 

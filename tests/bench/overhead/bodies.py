@@ -1,6 +1,6 @@
 """Write requests of the kinds that gateways see, no two alike, so that no cache helps anybody.
 
-One word in twenty is a placeholder (`PLACEHOLDER`), which the load generator replaces by eight letters that it uses once: no
+One word in twenty is `PLACEHOLDER`, which the load generator replaces by eight letters that it uses once: no
 text is sent twice, and neither are all its words.
 """
 
@@ -23,27 +23,27 @@ LIMIT = 64
 
 
 def short(words: Iterator[str], _: Random) -> Body:
-    """200 characters."""
+    """Write 200 characters."""
     return _user_body(words, 200)
 
 
 def medium(words: Iterator[str], _: Random) -> Body:
-    """2 KB of the newest turn."""
+    """Write 2 KB of the newest turn."""
     return _user_body(words, 2_000)
 
 
 def mixed(words: Iterator[str], rng: Random) -> Body:
-    """Up to 2 KB, as chats are."""
+    """Write up to 2 KB, as chats are."""
     return _user_body(words, rng.choice((60, 200, 500, 1_000, 2_000)))
 
 
 def large(words: Iterator[str], _: Random) -> Body:
-    """100 KB in one turn."""
+    """Write 100 KB in one turn."""
     return _user_body(words, 100_000)
 
 
 def agent(words: Iterator[str], rng: Random) -> Body:
-    """60 turns with tool calls and results, and 40 tools."""
+    """Write 60 turns with tool calls and results, and 40 tools."""
     parameters = {"type": "object", "properties": {"path": {"type": "string"}, "limit": {"type": "integer"}}}
     described = [{"name": f"tool_{n}", "description": _text(words, 200), "parameters": parameters} for n in range(40)]
     messages: list[Body] = [{"role": "system", "content": _text(words, 2_000)}]
@@ -77,7 +77,7 @@ FEWEST, LARGEST_FILE = 2, 20_000_000
 
 
 def kind_of(name: str) -> tuple[Make, int]:
-    """Of `KINDS`, or as many characters as the name says."""
+    """Return one of `KINDS`, or one for as many characters as the name says."""
     if not name.isdecimal():
         return KINDS[name]
     size = int(name)
@@ -93,7 +93,7 @@ def write_requests(
     pace_ms: int = 0,
     headers: Mapping[str, str] | None = None,
 ) -> Path:
-    """A file of records: a 32-bit length, then a whole HTTP request. `pace_ms`: between the events of its stream."""
+    """Write a file of records: a 32-bit length, then a whole request. `pace_ms`: between the events of its stream."""
     make, count = kind
     words, rng = _words(count), Random(count)
     more = {"stream": stream, **({"user": f"pace-{pace_ms}"} if pace_ms else {})}
@@ -109,7 +109,7 @@ def write_requests(
 
 
 def write_record(file: Any, record: bytes) -> None:
-    """In this machine's byte order, as the C programs read it."""
+    """Write a record in this machine's byte order, as the C programs read it."""
     file.write(len(record).to_bytes(4, sys.byteorder) + record)
 
 
@@ -134,7 +134,7 @@ def _user_body(words: Iterator[str], characters: int) -> Body:
 
 
 def _text(words: Iterator[str], characters: int) -> str:
-    """Begins with a mark. A mark that is cut off at its end is none."""
+    """Return a text that begins with a placeholder. One that is cut off at the end does not count."""
     found, length = [PLACEHOLDER], len(PLACEHOLDER)
     while length < characters:
         found.append(next(words))

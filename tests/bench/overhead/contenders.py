@@ -32,7 +32,7 @@ PERMIT_NO_KEY = "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY"
 
 @dataclass(frozen=True)
 class Server:
-    """One program; its rows differ in the model that is asked for."""
+    """Describe one program; its rows differ in the model that is requested."""
 
     rows: Mapping[str, str]
     command: Sequence[object]
@@ -89,7 +89,7 @@ def ours(
     info: Mapping[str, object] | None = None,
     **settings: object,
 ) -> Server:
-    """`cluster_map`: a folder, else the built-in one; `info`: more of each model; `settings`: of our own section."""
+    """Describe our server. `cluster_map`: a folder, else the built-in one; `info`: more of each model."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"model-{n}" for n in range(models)]
     model_list = [model_entry(name, upstream_url, price=1e-7 * (n + 1), **(info or {})) for n, name in enumerate(names)]
@@ -104,7 +104,6 @@ def ours(
 
 
 def a_profile(error: float, folder: Path | None) -> Mapping[str, object]:
-    """The same error in every cluster."""
     if folder is None:
         return uniform_profile(error)
     fitted = load_map(folder)
@@ -114,7 +113,7 @@ def a_profile(error: float, folder: Path | None) -> Mapping[str, object]:
 
 @contextmanager
 def profiled(server: Server, core: int) -> Iterator[Running]:
-    """Started, and its models measured. Not timed: this start may also have made the embedding table."""
+    """Start a server and measure its models. Not timed: this start may also have made the embedding table."""
     with started(server.command, core=core, environ=server.environ, log=server.log, cwd=ROOT) as process:
         ready_s = until_it_answers(lambda: _status(server.port, "GET", "/readyz") == 200, process, server.log)
         with ThreadPoolExecutor(BATCH_SIZE) as pool:

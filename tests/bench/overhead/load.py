@@ -45,7 +45,6 @@ class Job:
 
     @property
     def arguments(self) -> list[str]:
-        """As both programs take them."""
         values = (self.port, self.requests, self.connections, self.seconds, self.warm_s, self.rate, self.most)
         return [str(value) for value in (*values, self.fewest_events, self.seed)]
 
@@ -71,7 +70,7 @@ class Measured:
 
 
 class Connection(asyncio.Protocol):
-    """One request at a time. Pieces are kept as they come, and read when the last one seems to be there."""
+    """Send one request at a time. Pieces are kept as they come, and read when the last one seems to be there."""
 
     def __init__(self) -> None:
         self._transport: Any = None
@@ -86,7 +85,7 @@ class Connection(asyncio.Protocol):
         self._transport = transport
 
     async def ask(self, request: bytes, first: bytes) -> bytes | None:
-        """The answer as it came, None if it was broken off. `first`: what its first byte or event begins with."""
+        """Return the raw answer, None if it was broken off. `first`: what its first byte or event begins with."""
         self._pieces, self._received, self._needed = [], 0, None
         self.first_at, self._first = 0.0, first
         self._response = asyncio.get_running_loop().create_future()
@@ -120,7 +119,7 @@ class Connection(asyncio.Protocol):
 
 
 def length_of(received: bytes) -> float | None:
-    """Of the whole answer, head included, or how its end is known. None while its head is not there."""
+    """Return the length of the answer with its head, or how its end is known. None while the head is incomplete."""
     head, parted, _ = received.partition(b"\r\n\r\n")
     if not parted:
         return None
@@ -132,7 +131,7 @@ def length_of(received: bytes) -> float | None:
 
 
 def body_of(received: bytes) -> bytes:
-    """Without framing."""
+    """Return the body without framing."""
     head, _, body = received.partition(b"\r\n\r\n")
     if b"\r\ntransfer-encoding:" not in head.lower():
         return body
@@ -172,7 +171,7 @@ class Load:
             connection = await self._one(connection, self.clock())
 
     async def _open_loop(self, free: list[Connection]) -> None:
-        """Connections are taken from those that are free, so that a slow answer delays no other request."""
+        """Use the connections that are free, so that a slow answer delays no other request."""
         running: set[asyncio.Task[None]] = set()
 
         async def one(due: float) -> None:
@@ -193,7 +192,7 @@ class Load:
         return 0 < self.job.most <= self.measured.requests
 
     async def _one(self, connection: Connection, since: float) -> Connection:
-        """The connection to use next."""
+        """Send one request and return the connection to use next."""
         self.measured.requests += 1
         answer = await connection.ask(next(self._requests), b"\ndata:" if self.job.fewest_events else b"\r\n\r\n")
         self._note(answer, since, connection.first_at, self.clock())
@@ -215,7 +214,7 @@ class Load:
         return None
 
     def _events(self, answer: bytes) -> int:
-        """0 without [DONE]. Chunks seldom cut an event: they are put together only where something is missing."""
+        """Count events, 0 without [DONE]. Chunks seldom cut an event: they are joined only if something is missing."""
         return self._counted(answer) or self._counted(b"\n" + body_of(answer))
 
     def _counted(self, text: bytes) -> int:

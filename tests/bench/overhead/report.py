@@ -105,7 +105,7 @@ def _table(results: Results, columns: Sequence[Column], title: str) -> None:
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """Empty where nothing was measured."""
+    """Format the spread; empty if nothing was measured."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return ""
@@ -114,7 +114,7 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def _print_ratios(results: Results) -> None:
-    """Nothing is better than itself, and the direct path is no gateway."""
+    """Print the ratios. Nothing is compared with itself, and the direct path is no gateway."""
     others = [row for row in results.rows if row not in (DIRECT, ROUTED)]
     rows = [(row, *(_times(ratio(results, column, row)) for column in SHORT)) for row in others]
     if rows and ROUTED in results.rows:
@@ -144,7 +144,7 @@ def _print_trust(results: Results) -> None:
 
 
 def markdown(results: Results) -> str:
-    """The short table: medians alone, and what failed where something did."""
+    """Return the short table: medians alone, and failures if there are any."""
     header = ["", *(column.title for column in SHORT)]
     lines = ["| " + " | ".join(header) + " |", "|---" + "|--:" * len(SHORT) + "|"]
     for row in results.rows:
@@ -155,7 +155,7 @@ def markdown(results: Results) -> str:
 
 
 def as_json(results: Results) -> Mapping[str, Any]:
-    """Every figure of every round."""
+    """Return every figure of every round."""
     return {
         "about": results.about,
         "rows": list(results.rows),

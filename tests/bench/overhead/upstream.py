@@ -22,7 +22,7 @@ _STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-
 
 
 def plain() -> bytes:
-    """Fifty words."""
+    """Return an answer of fifty words."""
     message = {"role": "assistant", "content": "word " * CHUNKS}
     choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
     body = json.dumps({**_BASE, "object": "chat.completion", "choices": [choice], "usage": USAGE}).encode()
@@ -30,7 +30,7 @@ def plain() -> bytes:
 
 
 def events(chunks: int = CHUNKS) -> list[bytes]:
-    """As OpenAI sends them: the role, the words, the end, the usage, [DONE]."""
+    """Return events as OpenAI sends them: the role, the words, the end, the usage, [DONE]."""
     base = {**_BASE, "object": "chat.completion.chunk"}
     deltas: list[dict[str, Any]] = [
         {"role": "assistant", "content": ""},
@@ -43,7 +43,7 @@ def events(chunks: int = CHUNKS) -> list[bytes]:
 
 
 def write_answers(path: Path) -> Path:
-    """The plain answer, then the writes of a stream: the first with its head, the last with its end."""
+    """Write the plain answer, then the writes of a stream: the first with its head, the last with its end."""
     first, *others = [b"%x\r\n%s\r\n" % (len(event), event) for event in events()]
     with path.open("wb") as file:
         for record in (plain(), _STREAM_HEAD + first, *others[:-1], others[-1] + b"0\r\n\r\n"):
@@ -52,7 +52,7 @@ def write_answers(path: Path) -> Path:
 
 
 class Answering(asyncio.Protocol):
-    """Requests one after another on a kept-alive connection; of a body only what decides the answer is looked at."""
+    """Answer requests one after another on a kept-alive connection. Only what decides the answer is read of a body."""
 
     def __init__(self, records: list[bytes]) -> None:
         self._plain, *self._events = records

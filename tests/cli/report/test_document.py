@@ -14,7 +14,7 @@ BOUNDED = ("area", "paper_area", "paper_area_half", "peak", "qnc", "perf_gain", 
 
 
 def read(results: Results, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """As it comes out of the command."""
+    """Return the document as the command prints it."""
     emit_json(document(results))
     return dict(json.loads(capsys.readouterr().out))
 

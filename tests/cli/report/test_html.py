@@ -12,7 +12,7 @@ from router_core.evaluation.study import Results
 
 
 class Page(HTMLParser):
-    """What a browser would make of it."""
+    """Parse the page as a browser would."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ TEXT = "{http://www.w3.org/2000/svg}text"
 
 
 def texts(path: Path) -> list[str]:
-    """Of a file that is an XML document."""
+    """Return the texts of an SVG file."""
     return ["".join(element.itertext()).strip() for element in ElementTree.parse(path).iter(TEXT)]
 
 

@@ -12,7 +12,7 @@ from router_core.evaluation.study import ESTIMATED, METHODS, Estimate, Results
 
 @pytest.fixture
 def printed(capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> list[str]:
-    """The lines that are said of the results which the test names."""
+    """Return the printed lines of the results that the test names."""
     print_summary(request.getfixturevalue(request.param))
     return capsys.readouterr().out.splitlines()
 
@@ -22,7 +22,7 @@ def of(results: str) -> pytest.MarkDecorator:
 
 
 def row(printed: list[str], first: str) -> str:
-    """The first row that begins so."""
+    """Return the first row that begins so."""
     return next(line for line in printed if line.strip().startswith(first))
 
 
@@ -54,7 +54,7 @@ def test_a_figure_is_shown_a_hundredfold_with_its_interval(
 
 
 def where_ridge_is_close(studied: Results, *, by: float = -0.002) -> Results:
-    """Only the estimating rivals are behind by more, and a single model is far behind."""
+    """Return results where only the estimating rivals are behind by more, and a single model is far behind."""
     apart = {method: dict.fromkeys((10, 20, 40), Difference(0.01, 0.0, 0.02)) for method in studied.differences}
     return replace(studied, differences=apart | {"ridge": dict.fromkeys((10, 20, 40), Difference(by, -0.01, 0.01))})
 

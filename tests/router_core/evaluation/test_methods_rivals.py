@@ -22,7 +22,7 @@ NAN = float("nan")
 
 
 def clumps(each: int, noise: float = 0.05) -> Floats:
-    """(2·each, 4) of unit length: the first half about one axis, the second about another."""
+    """Draw (2·each, 4) unit vectors: the first half about one axis, the second about another."""
     vectors = np.random.default_rng(0).normal(0.0, noise, (2 * each, 4))
     vectors[:each, 0] += 1.0
     vectors[each:, 1] += 1.0
@@ -30,7 +30,7 @@ def clumps(each: int, noise: float = 0.05) -> Floats:
 
 
 def right_on_the_first(each: int) -> Doubles:
-    """(2·each, 1) scores."""
+    """Return (2·each, 1) scores."""
     return np.repeat([[1.0], [0.0]], each, axis=0)
 
 

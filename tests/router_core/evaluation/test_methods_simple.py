@@ -25,7 +25,7 @@ A, B = np.eye(2, dtype=np.float32)
 
 
 def kinds(letters: str) -> Floats:
-    """ "ab": a prompt on the first axis, and one on the second."""
+    """Return one vector for each letter: "ab" is a prompt on the first axis, and one on the second."""
     return np.stack([A if kind == "a" else B for kind in letters])
 
 
@@ -130,7 +130,7 @@ def test_the_evaluated_profiles_are_those_that_would_be_served() -> None:
 
 
 def serve(pool: Pool, placed: Assignment, row: int, prompt_tokens: float, cost_weight: float) -> int:
-    """One request, as the proxy decides it."""
+    """Decide one request as the proxy does."""
     alone = Assignment(placed.ids[[row]], placed.weights[[row]])
     needs = Requirements(prompt_tokens=int(prompt_tokens))
     return pool.index[rank(eligible(pool, needs), alone, needs, ScoringParams(cost_weight, cost_unit="cents")).chosen]

@@ -162,7 +162,7 @@ def test_test_answers_do_not_change_expectations() -> None:
 
 
 def expected_by(trial: Trial) -> list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]]:
-    """All errors and costs that any method expects of the test prompts."""
+    """Return all errors and costs that any method expects of the test prompts."""
     sample, served = trial.sample(trial.order[:20]), ServedTrial(trial)
     pool = served.pool(sample)
     errors = [method(trial.history)(sample, trial.test.vectors) for method in ESTIMATED.values()]
@@ -222,7 +222,7 @@ BEST_IS_CHEAPEST = Baselines(cheapest=1.0, best=1.0, most_expensive=9.0, best_qu
 
 
 def a_line(top: float) -> Curve:
-    """Of slope, from the best single model's cost to the cheapest's."""
+    """Return a sloped curve from the best single model's cost to the cheapest's."""
     return Curve(np.array([5.0, 1.0]), np.array([top, 0.4]))
 
 

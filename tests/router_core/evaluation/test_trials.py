@@ -36,7 +36,7 @@ THIRD = a_plan(unseen=1 / 3)
 
 
 def numbered(outcomes: Outcomes) -> Floats:
-    """(n, 1) vectors that are the row numbers, so that it can be seen where a prompt went."""
+    """Return (n, 1) vectors that are the row numbers, so that it can be seen where a prompt went."""
     return np.arange(len(outcomes.prompts), dtype=np.float32)[:, None]
 
 
@@ -250,7 +250,7 @@ def held_out(scores: Doubles, cents: Doubles) -> HeldOut:
 
 
 def of_two(*errors: tuple[float, float]) -> tuple[Doubles, Doubles]:
-    """Of a cheap and a dear model: (t, 2) errors and costs."""
+    """Return (t, 2) errors and costs of a cheap and an expensive model."""
     return np.array(errors), np.full((len(errors), 2), (CHEAP_CENTS, EXPENSIVE_CENTS))
 
 

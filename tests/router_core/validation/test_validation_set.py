@@ -10,7 +10,7 @@ from router_core.validation.validation_set import choose_prompts, coverage, thin
 
 
 def hard(*clusters: int) -> Assignment:
-    """Each prompt wholly in one cluster."""
+    """Put each prompt wholly in one cluster."""
     return Assignment(np.array(clusters, dtype=np.int64)[:, None], np.ones((len(clusters), 1), dtype=np.float32))
 
 

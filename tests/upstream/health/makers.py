@@ -33,7 +33,7 @@ def fail(health: HealthRegistry, model: str = "small", times: int = 5, status: i
 
 
 def started(breaker: CircuitBreaker, now: float) -> Permit:
-    """An attempt that begins now."""
+    """Start an attempt."""
     permit = Permit()
     breaker.start(permit, now)
     return permit
@@ -43,7 +43,7 @@ def started(breaker: CircuitBreaker, now: float) -> Permit:
 async def a_replicator(
     store: Store, health: HealthRegistry | None = None, known: Collection[str] = ("small", "large")
 ) -> AsyncIterator[HealthRegistry]:
-    """What one more process knows, while its sharing runs."""
+    """Run one more process's replicator, and yield what it knows."""
     health = health or HealthRegistry(CircuitBreakerSettings())
     replicator = CooldownReplicator(store, health, lambda: known)
     failures: list[logging.LogRecord] = []

@@ -30,7 +30,7 @@ def succeed(breaker: CircuitBreaker, times: int, now: float = 0.0) -> None:
 
 
 def an_open_one() -> CircuitBreaker:
-    """For ten seconds from 0 on."""
+    """Open a breaker for ten seconds from 0 on."""
     breaker = a_breaker()
     fail(breaker, 5)
     return breaker

@@ -20,7 +20,7 @@ NO_CAP = ConcurrencyLimits()
 
 @dataclass(frozen=True)
 class Slot:
-    """One that was acquired."""
+    """Hold a slot that was acquired."""
 
     limiter: ConcurrencyLimiter
     model: str
@@ -41,7 +41,7 @@ def queued(limiter: ConcurrencyLimiter, limits: ConcurrencyLimits = ONE, max_wai
 
 
 async def settle() -> None:
-    """Everything that can go on has gone on."""
+    """Let everything go on that can."""
     for _ in range(5):
         await asyncio.sleep(0)
 
@@ -194,7 +194,7 @@ def test_unless_stated_as_many_may_wait_as_may_be_asked() -> None:
 
 
 class RandomRequests:
-    """Requests that come, wait, leave and end in any order; checks the cap after every step."""
+    """Let requests come, wait, leave and end in any order, and check the cap after every step."""
 
     def __init__(self, limits: ConcurrencyLimits) -> None:
         self.limiter, self.limits = ConcurrencyLimiter(), limits

@@ -17,7 +17,7 @@ from tests.upstream.health.makers import a_replicator, fail
 
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[EmbeddedValkey]:
-    """One of the test's own, to stop and to freeze."""
+    """Start a server of the test's own, to stop and to freeze."""
     started = EmbeddedValkey(tmp_path)
     await asyncio.to_thread(started.ensure)
     yield started
