@@ -25,7 +25,7 @@ ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 
 @dataclass(frozen=True)
 class Attacked:
-    """At λ=0.1 "fair" is chosen, at λ=0 "good"."""
+    """Hold the proxy and its upstreams. At λ=0.1 "fair" is chosen, at λ=0 "good"."""
 
     server: ServeCommand
     fair: ScriptedUpstream
@@ -45,7 +45,7 @@ BOTH_MODES = pytest.mark.parametrize("attacked", ["auto", "translate"], indirect
 def attacked_by_mode(
     tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path
 ) -> Iterator[Callable[[str], Attacked]]:
-    """By the mode in which the models are called; each is started once, if a test wants it."""
+    """Start one server for each mode in which models are called, if a test wants it."""
     with ExitStack() as closing:
 
         @cache

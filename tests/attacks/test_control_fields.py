@@ -21,6 +21,7 @@ from proxy.storage.models import ModelRecord
 from proxy.upstream.litellm_client import LiteLLMClient
 from proxy.upstream.litellm_transport import import_litellm
 from tests.attacks.conftest import ASK
+from tests.support.litellm_calls import open_litellm_client
 from tests.support.scripted_answers import Step, error_body
 from tests.support.scripted_upstream import ScriptedUpstream
 
@@ -102,10 +103,8 @@ def upstream() -> Iterator[ScriptedUpstream]:
 
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[LiteLLMClient]:
-    opened = LiteLLMClient(Settings(data_dir=tmp_path), {"MODEL_API_KEY": KEY})
-    await opened.prepare()
-    yield opened
-    await opened.aclose()
+    async with open_litellm_client({"MODEL_API_KEY": KEY}, settings=Settings(data_dir=tmp_path)) as opened:
+        yield opened
 
 
 async def seen(client: LiteLLMClient, upstream: ScriptedUpstream, model: str, **body: Any) -> list[tuple[Any, ...]]:

@@ -17,6 +17,7 @@ from proxy.storage.models import ModelRecord
 from proxy.upstream.litellm_client import LiteLLMClient
 from proxy.upstream.litellm_transport import import_litellm
 from tests.attacks.conftest import ASK
+from tests.support.litellm_calls import open_litellm_client
 from tests.support.scripted_answers import Step
 from tests.support.scripted_upstream import ScriptedUpstream
 
@@ -57,10 +58,10 @@ def pointing(elsewhere: ScriptedUpstream) -> Iterator[ScriptedUpstream]:
 
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[LiteLLMClient]:
-    opened = LiteLLMClient(Settings(data_dir=tmp_path, request_timeout_s=3), {"MODEL_API_KEY": "sk-of-the-provider"})
-    await opened.prepare()
-    yield opened
-    await opened.aclose()
+    async with open_litellm_client(
+        {"MODEL_API_KEY": "sk-of-the-provider"}, settings=Settings(data_dir=tmp_path, request_timeout_s=3)
+    ) as opened:
+        yield opened
 
 
 async def ask(client: LiteLLMClient, provider: str, api_base: str) -> None:

@@ -210,8 +210,10 @@ def _repeated(evidence: Evidence) -> Iterator[str]:
 
 
 def _unlogged(evidence: Evidence, index: _Index) -> Iterator[str]:
-    """The log and the records tell the same: each line has its record, each record its line. A worker that is killed
-    may be so between the two, for one request at a time: the record is written first."""
+    """Check that each log line has its record and each record its line.
+
+    A worker may be killed between the two, for one request at a time: the record is written first.
+    """
     lines = Counter((line.decision, line.model, line.ending) for line in evidence.logged if line.ending)
     final = Counter((record["decision"], record["model"], record["ending"]) for record in evidence.records)
     yield from (f"{_named(index, *line)} is logged and not on record" for line in lines if line not in final)

@@ -29,7 +29,7 @@ PRICE = {"input_cost_per_token": 2e-6, "output_cost_per_token": 8e-6}
 
 @dataclass
 class Gateway:
-    """`server` is running while the block lasts; a test may end it before and open another on the same folder."""
+    """Hold a gateway. `server` runs while the block lasts; a test may end it and open another on the same folder."""
 
     folder: Path
     server: ServeCommand
@@ -122,7 +122,7 @@ def a_gateway(
     translated: bool = False,
     **section: Any,
 ) -> Iterator[Gateway]:
-    """`uniroute serve` with its data in `folder`; `section`: settings of the configuration file.
+    """Run `uniroute serve` with its data in `folder`. `section`: settings of the configuration file.
 
     `translated`: with a second model, without a profile, that is called through litellm.
     """

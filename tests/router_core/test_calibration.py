@@ -24,7 +24,7 @@ CENTS = ScoringParams(cost_unit="cents")
 
 
 def half_and_half() -> LambdaSweep:
-    """Two prompts where the cheap model is nearly as good, two where it is not, at $0.10 or $1.15 per 1,000.
+    """Build two prompts where the cheap model is nearly as good, two where it is not, at $0.10 or $1.15 per 1,000.
 
     At a tie of 0.005 the first two go to it from λ = 0.095 ÷ 0.105 = 0.905 on, the others from 0.495 ÷ 0.105 = 4.714.
     """

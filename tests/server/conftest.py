@@ -25,7 +25,7 @@ HEADERS = {"authorization": "Bearer whatever"}
 
 @dataclass(frozen=True)
 class Fleet:
-    """At λ=0.1 "fair" is chosen, at λ=0 "good"."""
+    """Hold the proxy and its upstreams. At λ=0.1 "fair" is chosen, at λ=0 "good"."""
 
     proxy: ProxyProcess
     fair: ScriptedUpstream
@@ -110,7 +110,7 @@ def http(fleet: Fleet) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="session")
 def keyed_proxy(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[KeyedProxy]:
-    """At λ=0.1 "fair" is chosen, at λ=0 "good"."""
+    """Start a proxy with client keys. At λ=0.1 "fair" is chosen, at λ=0 "good"."""
     with ScriptedUpstream() as upstream:
         config = {
             "model_list": [

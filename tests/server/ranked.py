@@ -28,7 +28,7 @@ def says(words: str) -> Callable[[str], str]:
 
 @dataclass(frozen=True)
 class Ranked:
-    """At λ=0.1 first is chosen, then second, third, fourth."""
+    """Hold four models in a known order. At λ=0.1 first is chosen, then second, third, fourth."""
 
     proxy: ProxyProcess
     models: tuple[ScriptedUpstream, ...]

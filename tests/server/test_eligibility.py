@@ -30,7 +30,7 @@ def server() -> Iterator[ScriptedUpstream]:
 def proxy(
     tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path, server: ScriptedUpstream
 ) -> Iterator[ProxyProcess]:
-    """plain is the cheapest and can do nothing but talk in a window of 1,000 tokens; agent calls tools; seer sees."""
+    """Serve three models. plain is the cheapest and has 1,000 tokens and no abilities; agent calls tools; seer sees."""
     folder = tmp_path_factory.mktemp("eligibility")
     config = {
         "model_list": [

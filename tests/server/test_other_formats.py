@@ -11,9 +11,9 @@ import pytest
 from proxy.errors import UpstreamError
 from proxy.routing.fingerprints import TurnFingerprints, inspect_history, latest_user_text
 from proxy.settings.models import ModelInfo
-from proxy.settings.schema import Settings
 from proxy.storage.models import ModelRecord
 from proxy.upstream.litellm_client import LiteLLMClient
+from tests.support.litellm_calls import open_litellm_client
 from tests.support.scripted_answers import Step
 from tests.support.scripted_upstream import ScriptedUpstream
 
@@ -57,10 +57,8 @@ def server() -> Iterator[ScriptedUpstream]:
 
 @pytest.fixture
 async def upstream() -> AsyncIterator[LiteLLMClient]:
-    opened = LiteLLMClient(Settings(), {"CLAUDE_API_KEY": "sk-claude"})
-    await opened.prepare()
-    yield opened
-    await opened.aclose()
+    async with open_litellm_client({"CLAUDE_API_KEY": "sk-claude"}) as opened:
+        yield opened
 
 
 def claude(server: ScriptedUpstream, **params: Any) -> ModelRecord:

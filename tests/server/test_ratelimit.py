@@ -16,16 +16,11 @@ from proxy.server.responses import render_error
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.redis import Store
 from router_core.pricing import PICO
-from tests.support.limited_keys import a_key
+from tests.support.limited_keys import CENT, a_key, a_request
 from tests.support.waiting import until
 
-CENT = PICO // 100
 # This machine may be busy.
 TIMEOUT_S = 1.0
-
-
-def a_request(name: str = "r", *, tokens: int = 0, picousd: int = 0) -> ReservationRequest:
-    return ReservationRequest(name, tokens, picousd, 600)
 
 
 async def settle(store: Store, reservation: Reservation, *, tokens: int | str = "", picousd: int | str = "") -> None:

@@ -27,7 +27,7 @@ SIGNATURE = "EqQBCgIYAhIM1gbcDa9GJwZA2b3hGgxBdjrkzLoky3dl1pkiMOYds"
 
 @dataclass(frozen=True)
 class Pair:
-    """Two processes, one Valkey. "warm" and "cold" differ in price alone, and the cache of "warm" can halve it."""
+    """Hold two processes over one Valkey. "warm" and "cold" differ in price alone; the cache of "warm" can halve it."""
 
     proxies: tuple[ProxyProcess, ProxyProcess]
     fair: ScriptedUpstream

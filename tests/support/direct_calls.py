@@ -23,6 +23,10 @@ def a_model(server: RawUpstream, **params: Any) -> ModelRecord:
     return replace(a_record("ours"), litellm_params={**all_params, **params})
 
 
+def model_in_mode(server: RawUpstream, mode: str, **info: Any) -> ModelRecord:
+    return replace(a_model(server), info=a_record("ours", info={"forward": mode, **info}).info)
+
+
 async def completion_of(upstream: UpstreamClient, record: ModelRecord) -> bytes:
     return (await upstream.complete(record, BODY)).with_model("ours")
 

@@ -6,14 +6,20 @@ from typing import Any
 
 import redis
 
-from proxy.server.reservations import PREFIX, SETTLE, state_key
+from proxy.server.reservations import PREFIX, SETTLE, ReservationRequest, state_key
 from proxy.storage.client_keys import ClientKey, KeyLimits, digest_of, new_secret
 from proxy.storage.redis import CHANGED, KEYS, VERSION
 from router_core.pricing import PICO
 
+CENT = PICO // 100
+
 
 def a_key(**limits: Any) -> ClientKey:
     return ClientKey(uuid.uuid4().hex[:12], "limited", digest_of("x"), 1.0, limits=KeyLimits(**limits))
+
+
+def a_request(name: str = "r", *, tokens: int = 0, picousd: int = 0) -> ReservationRequest:
+    return ReservationRequest(name, tokens, picousd, 600)
 
 
 @dataclass(frozen=True)

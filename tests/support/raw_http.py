@@ -34,10 +34,10 @@ _LAST = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nx-request-id: the-last\r\n
 def send(
     address: tuple[str, int], *pieces: bytes, wait_s: float | None = None, timeout_s: float = 60.0
 ) -> list[Answer]:
-    """Every answer, in order.
+    """Send the pieces and return every answer, in order.
 
-    `wait_s`: until the server closes, or has said nothing more for so long. Without it, a request for /healthz follows
-    once the first answer has begun, and what comes before its answer is all there is.
+    With `wait_s`, read until the server closes, or has sent nothing for so long. Without it, a request for /healthz
+    follows once the first answer has begun; the answers before its own are returned.
     """
     with socket.create_connection(address, timeout=60) as connection:
         with suppress(ConnectionError):

@@ -14,6 +14,7 @@ from proxy.upstream.litellm_client import LiteLLMClient, LiteLLMTarget
 from proxy.upstream.litellm_resolver import resolve_with_litellm
 from proxy.upstream.litellm_transport import import_litellm
 from proxy.upstream.provider_resolution import cache_query, resolve_static
+from tests.support.litellm_calls import open_litellm_client
 from tests.support.makers import a_record
 from tests.support.scripted_answers import CLAUDE, Step
 from tests.support.scripted_upstream import ScriptedUpstream
@@ -26,10 +27,8 @@ BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 
 @pytest.fixture
 async def upstream() -> AsyncIterator[LiteLLMClient]:
-    opened = LiteLLMClient(Settings(), {"OPENAI_API_KEY": OPENAI_KEY})
-    await opened.prepare()
-    yield opened
-    await opened.aclose()
+    async with open_litellm_client({"OPENAI_API_KEY": OPENAI_KEY}) as opened:
+        yield opened
 
 
 def resolved(record: ModelRecord, forward: Any) -> ModelRecord:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from proxy.errors import MAX_ERROR_BYTES, UpstreamError
-from proxy.settings.schema import Settings
 from proxy.upstream.litellm_client import LiteLLMClient
+from tests.support.litellm_calls import open_litellm_client
 from tests.support.makers import a_record
 from tests.support.scripted_answers import Step
 from tests.support.scripted_upstream import ScriptedUpstream
@@ -24,10 +24,8 @@ MAX_BLOCKED_CPU_S = 2.0
 
 @pytest.fixture
 async def upstream() -> AsyncIterator[LiteLLMClient]:
-    opened = LiteLLMClient(Settings(), {})
-    await opened.prepare()
-    yield opened
-    await opened.aclose()
+    async with open_litellm_client() as opened:
+        yield opened
 
 
 async def failing(upstream: LiteLLMClient, step: Step, model: str) -> tuple[UpstreamError, float]:

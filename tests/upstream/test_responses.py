@@ -2,16 +2,14 @@ from __future__ import annotations
 
 import gzip
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from proxy.errors import UpstreamError
-from proxy.settings.models import ModelInfo
 from proxy.storage.models import ModelRecord
 from proxy.upstream.client import UpstreamClient
-from tests.support.direct_calls import BODY, KEY, a_model, completion_of, error_of, stream_of
+from tests.support.direct_calls import BODY, KEY, completion_of, error_of, model_in_mode, stream_of
 from tests.support.raw_upstream import CHUNK, DONE, END, JSON, RawUpstream, Reply, chunked, plain
 
 pytestmark = pytest.mark.parametrize("mode", ["relay", "translate"])
@@ -19,10 +17,6 @@ pytestmark = pytest.mark.parametrize("mode", ["relay", "translate"])
 EVENTS = CHUNK + END + DONE
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 ERROR = b'{"object": "error", "message": "boom", "code": 503}'
-
-
-def model(server: RawUpstream, mode: str, **info: Any) -> ModelRecord:
-    return replace(a_model(server), info=ModelInfo.model_validate({"forward": mode, **info}))
 
 
 def data(chunk: Any) -> bytes:
@@ -64,7 +58,7 @@ async def test_events_and_json_are_told_apart_whatever_the_content_type(
     async with RawUpstream(
         bare(EVENTS, *lines), bare(JSON, *lines), bare(EVENTS, *lines), bare(JSON, *lines)
     ) as server:
-        record = model(server, mode)
+        record = model_in_mode(server, mode)
         assert [text_of(await stream_of(upstream, record)) for _ in range(2)] == ["hi", "hi"]
         answers = [json.loads(await completion_of(upstream, record)) for _ in range(2)]
     assert [answer["choices"][0]["message"]["content"] for answer in answers] == ["hi", "hi"]
@@ -75,7 +69,7 @@ async def test_a_body_that_starts_compressed_is_decompressed(
     upstream: UpstreamClient, mode: str, lines: tuple[bytes, ...]
 ) -> None:
     async with RawUpstream(bare(gzip.compress(EVENTS), *lines), bare(gzip.compress(JSON), *lines)) as server:
-        record = model(server, mode)
+        record = model_in_mode(server, mode)
         assert text_of(await stream_of(upstream, record)) == "hi"
         assert b"hi" in await completion_of(upstream, record)
 
@@ -91,7 +85,7 @@ async def test_a_finished_answer_is_complete_however_its_connection_ends(
     upstream: UpstreamClient, mode: str, ends: bytes, then: Any
 ) -> None:
     async with RawUpstream(Reply(chunked(ends, end=b""), then)) as server:
-        record = model(server, mode)
+        record = model_in_mode(server, mode)
         assert text_of(await stream_of(upstream, record)) == "hi"
         assert b'"hi"' in await completion_of(upstream, record)
 
@@ -106,7 +100,7 @@ async def test_a_finished_answer_is_complete_however_its_connection_ends(
 )
 async def test_a_choice_that_never_finishes_is_an_error(upstream: UpstreamClient, mode: str, body: bytes) -> None:
     async with RawUpstream(Reply(chunked(body)), Reply(chunked(body, end=b""), "close")) as server:
-        record = model(server, mode)
+        record = model_in_mode(server, mode)
         for _ in range(2):
             await error_of(upstream, record, stream_of)
         await error_of(upstream, record, completion_of)
@@ -118,8 +112,8 @@ async def test_a_requested_choice_that_never_started_is_an_error(upstream: Upstr
             pass
 
     async with RawUpstream(Reply(chunked(CHUNK, END, end=b""), "close"), Reply(chunked(CHUNK, END))) as server:
-        await error_of(upstream, model(server, mode), two)
-        await two(upstream, model(server, mode))  # a server that knows no `n`
+        await error_of(upstream, model_in_mode(server, mode), two)
+        await two(upstream, model_in_mode(server, mode))  # a server that knows no `n`
 
 
 @pytest.mark.parametrize(
@@ -142,7 +136,7 @@ async def test_an_error_within_a_stream_ends_it_whatever_follows(
 ) -> None:
     async with RawUpstream(Reply(chunked(before + error, END, DONE))) as server:
         for ask in (stream_of, completion_of):
-            failure = await error_of(upstream, model(server, mode), ask)
+            failure = await error_of(upstream, model_in_mode(server, mode), ask)
             assert (failure.status, "boom" in json.dumps(failure.body)) == (503, True)
 
 
@@ -152,7 +146,7 @@ async def test_retry_after_of_an_error_within_a_success_is_kept(upstream: Upstre
         bare(body, b"retry-after: 7"), bare(b"data: " + body + b"\n\n", b"retry-after: 7")
     ) as server:
         for _ in range(2):
-            failure = await error_of(upstream, model(server, mode), stream_of)
+            failure = await error_of(upstream, model_in_mode(server, mode), stream_of)
             assert (failure.status, failure.headers["retry-after"]) == (429, "7")
 
 
@@ -187,13 +181,13 @@ WHOLE: dict[str, Any] = {
 
 async def test_a_completion_in_place_of_a_stream_becomes_equal_chunks(upstream: UpstreamClient, mode: str) -> None:
     async with RawUpstream(plain(json.dumps({**WHOLE, "model": "theirs"}, indent=1).encode())) as server:
-        found = await stream_of(upstream, model(server, mode))
+        found = await stream_of(upstream, model_in_mode(server, mode))
     events = [json.loads(event) for event in found]
     assert {event["object"] for event in events} == {"chat.completion.chunk"}
     assert (events[-1]["choices"], events[-1]["usage"]) == ([], USAGE)
 
     async with RawUpstream(Reply(chunked(*map(data, events), DONE))) as server:
-        again = json.loads(await completion_of(upstream, model(server, mode)))
+        again = json.loads(await completion_of(upstream, model_in_mode(server, mode)))
     again["choices"][0]["logprobs"]["refusal"] = None  # null says nothing
     assert again == WHOLE
 
@@ -211,7 +205,7 @@ async def test_a_stream_in_place_of_a_completion_becomes_one(upstream: UpstreamC
         chunk(choice(0, {}, "tool_calls", usage=USAGE)),
     ]
     async with RawUpstream(Reply(chunked(*pieces))) as server:
-        answer = json.loads(await completion_of(upstream, model(server, mode)))
+        answer = json.loads(await completion_of(upstream, model_in_mode(server, mode)))
 
     first, second = answer["choices"]
     calls = [
@@ -236,7 +230,7 @@ async def test_tool_calls_without_an_index_are_told_apart_by_their_ids(upstream:
     more = {"function": {"arguments": "}"}}
     pieces = [chunk(choice(0, {"tool_calls": [each]})) + chunk(choice(0, {"tool_calls": [more]})) for each in calls]
     async with RawUpstream(Reply(chunked(*pieces, END))) as server:
-        message = json.loads(await completion_of(upstream, model(server, mode)))["choices"][0]["message"]
+        message = json.loads(await completion_of(upstream, model_in_mode(server, mode)))["choices"][0]["message"]
     assert [each["function"] for each in message["tool_calls"]] == [{"name": each, "arguments": "{}"} for each in "ab"]
 
 
@@ -244,8 +238,8 @@ async def test_usage_inside_a_choice_becomes_the_completions(upstream: UpstreamC
     last = chunk(choice(0, {}, "stop", usage=USAGE))
     body = {"choices": [{"index": 0, "message": {"content": "hi"}, "finish_reason": "stop", "usage": USAGE}]}
     async with RawUpstream(Reply(chunked(CHUNK, last)), plain(json.dumps(body).encode())) as server:
-        found = await stream_of(upstream, model(server, mode))
-        answer = json.loads(await completion_of(upstream, model(server, mode)))
+        found = await stream_of(upstream, model_in_mode(server, mode))
+        answer = json.loads(await completion_of(upstream, model_in_mode(server, mode)))
     assert json.loads(found[-1])["usage"] == answer["usage"] == USAGE
 
 
@@ -257,7 +251,7 @@ async def test_a_body_that_is_neither_events_nor_a_completion_is_an_error(
 ) -> None:
     async with RawUpstream(plain(body)) as server:
         for ask in (stream_of, completion_of):
-            assert (await error_of(upstream, model(server, mode), ask)).status in (502, None)
+            assert (await error_of(upstream, model_in_mode(server, mode), ask)).status in (502, None)
 
 
 async def test_events_of_careless_servers_are_read(upstream: UpstreamClient, mode: str) -> None:
@@ -269,16 +263,16 @@ async def test_events_of_careless_servers_are_read(upstream: UpstreamClient, mod
     ]
     for body in odd:
         async with RawUpstream(Reply(chunked(body))) as server:
-            assert text_of(await stream_of(upstream, model(server, mode))) == "hi"
+            assert text_of(await stream_of(upstream, model_in_mode(server, mode))) == "hi"
 
 
 async def test_a_response_with_too_many_choices_is_rejected(upstream: UpstreamClient, mode: str) -> None:
     many = b"".join(chunk(choice(index, {"content": "x"})) for index in range(1100))
     async with RawUpstream(Reply(chunked(many))) as server:
-        assert "choices" in (await error_of(upstream, model(server, mode), stream_of)).message
+        assert "choices" in (await error_of(upstream, model_in_mode(server, mode), stream_of)).message
 
 
 async def test_a_key_in_an_error_within_a_stream_is_redacted(upstream: UpstreamClient, mode: str) -> None:
     async with RawUpstream(Reply(chunked(CHUNK, b'data: {"error": "key ' + KEY.encode() + b'"}\n\n'))) as server:
-        failure: UpstreamError = await error_of(upstream, model(server, mode), stream_of)
+        failure: UpstreamError = await error_of(upstream, model_in_mode(server, mode), stream_of)
     assert "***" in json.dumps(failure.body)

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from typing import Any
 
 import pytest
 
-from proxy.settings.models import ModelInfo
-from proxy.storage.models import ModelRecord
 from proxy.upstream.client import UpstreamClient
-from tests.support.direct_calls import BODY, a_model, error_of, stream_of
+from tests.support.direct_calls import BODY, error_of, model_in_mode, stream_of
 from tests.support.raw_upstream import CHUNK, END, RawUpstream, Reply, chunked, plain
 
 pytestmark = pytest.mark.parametrize("mode", ["relay", "translate"])
-
-
-def model(server: RawUpstream, mode: str, **info: Any) -> ModelRecord:
-    return replace(a_model(server), info=ModelInfo.model_validate({"forward": mode, **info}))
 
 
 def text_of(found: list[bytes]) -> str:
@@ -33,7 +25,7 @@ async def test_a_model_that_refuses_stream_options_is_asked_without_them_from_th
     upstream: UpstreamClient, mode: str, status: bytes
 ) -> None:
     async with RawUpstream(plain(REFUSAL, status=status), Reply(chunked(CHUNK, END))) as server:
-        record = model(server, mode)
+        record = model_in_mode(server, mode)
         for _ in range(2):
             assert text_of(await stream_of(upstream, record)) == "hi"
         sent = [json.loads(body) for body in server.bodies]
@@ -43,18 +35,18 @@ async def test_a_model_that_refuses_stream_options_is_asked_without_them_from_th
 
 async def test_a_changed_model_is_sent_stream_options_again(upstream: UpstreamClient, mode: str) -> None:
     async with RawUpstream(plain(REFUSAL, status=b"422 No"), Reply(chunked(CHUNK, END))) as server:
-        await stream_of(upstream, model(server, mode))
-        await stream_of(upstream, model(server, mode))
+        await stream_of(upstream, model_in_mode(server, mode))
+        await stream_of(upstream, model_in_mode(server, mode))
         assert ["stream_options" in json.loads(body) for body in server.bodies] == [True, False, True]
 
 
 async def test_other_errors_and_a_second_refusal_are_reported(upstream: UpstreamClient, mode: str) -> None:
     other = plain(b'{"error": {"message": "no such field: stream_option"}}', status=b"400 Bad")
     async with RawUpstream(other) as server:
-        await error_of(upstream, model(server, mode), stream_of)
+        await error_of(upstream, model_in_mode(server, mode), stream_of)
         assert len(server.bodies) == 1
     async with RawUpstream(plain(REFUSAL, status=b"422 No")) as server:
-        record = model(server, mode)
+        record = model_in_mode(server, mode)
         assert (await error_of(upstream, record, stream_of)).status == 422
         assert len(server.bodies) == 2
         await error_of(upstream, record, stream_of)  # nothing was learnt of it
@@ -66,7 +58,7 @@ async def test_supports_stream_options_is_obeyed(
     upstream: UpstreamClient, mode: str, supported: bool, sent: list[bool]
 ) -> None:
     async with RawUpstream(plain(REFUSAL, status=b"422 No")) as server:
-        await error_of(upstream, model(server, mode, supports_stream_options=supported), stream_of)
+        await error_of(upstream, model_in_mode(server, mode, supports_stream_options=supported), stream_of)
         assert ["stream_options" in json.loads(body) for body in server.bodies] == sent
 
 
@@ -74,7 +66,8 @@ async def test_a_caller_who_asked_for_usage_is_served_without_it(upstream: Upstr
     body = {**BODY, "stream": True, "stream_options": {"include_usage": True}}
     async with RawUpstream(plain(REFUSAL, status=b"422 No"), Reply(chunked(CHUNK, END))) as server:
         blocks = [
-            block async for block in await upstream.stream(model(server, mode), body, raw=json.dumps(body).encode())
+            block
+            async for block in await upstream.stream(model_in_mode(server, mode), body, raw=json.dumps(body).encode())
         ]
         assert len(blocks) >= 1
         assert "stream_options" not in json.loads(server.bodies[1])
