@@ -116,7 +116,7 @@ class Servers:
         return key
 
     def race(self, size: RequestedSize, *, stream: bool, **limits: Any) -> Race:
-        """Repeat the race with a new key until Redis answered in time for each request, which may fail on a busy machine."""
+        """Repeat the race until Redis answered in time for each request, which may fail on a busy machine."""
         for _ in range(20):
             before = self.unchecked()
             key, started = self.key(**limits), time.monotonic()

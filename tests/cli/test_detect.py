@@ -14,7 +14,7 @@ from proxy.settings.models import ModelConfig
 from proxy.settings.schema import Settings
 from proxy.storage.price_map import bundled_catalog, parse_price_map
 
-UNREACHABLE_URL = "http://127.0.0.1:9"
+NOBODY = "http://127.0.0.1:9"
 
 
 @contextmanager
@@ -38,13 +38,13 @@ def an_ollama(reply: bytes) -> Iterator[str]:
 
 
 def test_no_key_and_no_ollama_offers_nothing() -> None:
-    assert detect_models({}, bundled_catalog(), ollama_url=UNREACHABLE_URL) == ()
+    assert detect_models({}, bundled_catalog(), ollama_url=NOBODY) == ()
 
 
 @pytest.mark.parametrize("provider", PROVIDERS, ids=lambda provider: provider.key)
 def test_each_provider_offers_two_or_three_models_with_a_known_price(provider: object) -> None:
     key = provider.key  # type: ignore[attr-defined]
-    found = detect_models({key: "secret"}, bundled_catalog(), ollama_url=UNREACHABLE_URL)
+    found = detect_models({key: "secret"}, bundled_catalog(), ollama_url=NOBODY)
     assert len(found) in (2, 3)
     assert {entry.litellm_params["api_key"] for entry in found} == {f"os.environ/{key}"}
     assert "secret" not in repr([entry.model_dump() for entry in found])
@@ -53,7 +53,7 @@ def test_each_provider_offers_two_or_three_models_with_a_known_price(provider: o
 def test_a_model_that_the_price_map_does_not_know_is_not_offered() -> None:
     entry = {"litellm_provider": "openai", "mode": "chat", "input_cost_per_token": 1e-6, "output_cost_per_token": 1e-6}
     catalog = parse_price_map({"gpt-6-luna": entry})
-    found = detect_models({"OPENAI_API_KEY": "secret"}, catalog, ollama_url=UNREACHABLE_URL)
+    found = detect_models({"OPENAI_API_KEY": "secret"}, catalog, ollama_url=NOBODY)
     assert [entry.model_name for entry in found] == ["openai/gpt-6-luna"]
 
 
@@ -74,6 +74,6 @@ def test_another_program_on_the_port_of_ollama_is_reported_not_trusted(caplog: p
 
 def test_a_configured_model_is_kept_as_it_is() -> None:
     configured = ModelConfig(model_name="cheap", litellm_params={"model": "openai/gpt-6-luna", "temperature": 0})
-    found = detect_models({"OPENAI_API_KEY": "secret"}, bundled_catalog(), ollama_url=UNREACHABLE_URL)
+    found = detect_models({"OPENAI_API_KEY": "secret"}, bundled_catalog(), ollama_url=NOBODY)
     settings = with_detected(Settings(model_list=(configured,)), found)
     assert [entry.model_name for entry in settings.model_list] == ["cheap", "openai/gpt-6.1-sol"]

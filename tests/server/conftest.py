@@ -11,12 +11,12 @@ import httpx
 import openai
 import pytest
 
-from tests.server.ranked import ranked, ranked_client, rankings
+from tests.server.ranked import asking, ranked, rankings
 from tests.support.keyed_proxy import KeyedProxy
 from tests.support.proxy_process import NO_COOLDOWN, ProxyProcess, model_entry
 from tests.support.scripted_upstream import ScriptedUpstream
 
-__all__ = ["ranked", "ranked_client", "rankings"]
+__all__ = ["asking", "ranked", "rankings"]
 
 # The provider key of the models: only the upstreams may see it.
 CANARY = "sk-canary-3f9a7c"

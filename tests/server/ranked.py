@@ -79,7 +79,7 @@ def ranked(rankings: Callable[..., Ranked], request: pytest.FixtureRequest) -> R
 
 
 @pytest.fixture
-def ranked_client(ranked: Ranked) -> Iterator[httpx.Client]:
+def asking(ranked: Ranked) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=ranked.proxy.url, timeout=60) as opened:
         yield opened
 

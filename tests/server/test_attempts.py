@@ -15,35 +15,31 @@ from tests.support.scripted_upstream import ScriptedUpstream
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_connection_that_died_without_a_byte_is_retried(
-    ranked_client: httpx.Client, ranked: Ranked, stream: bool
-) -> None:
+def test_a_connection_that_died_without_a_byte_is_retried(asking: httpx.Client, ranked: Ranked, stream: bool) -> None:
     ranked.models[0].then(Step(drop=True))
-    reply = ask(ranked_client, stream=stream)
+    reply = ask(asking, stream=stream)
 
     assert (reply.headers["x-uniroute-model"], reply.headers["x-uniroute-reason"]) == ("first", "scored")
     assert ranked.request_counts == [2, 0, 0, 0]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_connection_that_dies_twice_is_retried_once_only(
-    ranked_client: httpx.Client, ranked: Ranked, stream: bool
-) -> None:
+def test_a_connection_that_dies_twice_is_retried_once_only(asking: httpx.Client, ranked: Ranked, stream: bool) -> None:
     ranked.models[0].then(Step(drop=True), Step(drop=True))
-    assert ask(ranked_client, stream=stream).headers["x-uniroute-model"] == "second"
+    assert ask(asking, stream=stream).headers["x-uniroute-model"] == "second"
     assert ranked.request_counts == [2, 1, 0, 0]
 
 
-def test_a_pinned_model_is_retried_too(ranked_client: httpx.Client, ranked: Ranked) -> None:
+def test_a_pinned_model_is_retried_too(asking: httpx.Client, ranked: Ranked) -> None:
     ranked.models[3].then(Step(drop=True))
-    assert ask(ranked_client, model="fourth").json()["choices"][0]["message"]["content"] == "The fourth answer."
+    assert ask(asking, model="fourth").json()["choices"][0]["message"]["content"] == "The fourth answer."
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_no_more_than_three_models_are_attempted(ranked_client: httpx.Client, ranked: Ranked, stream: bool) -> None:
+def test_no_more_than_three_models_are_attempted(asking: httpx.Client, ranked: Ranked, stream: bool) -> None:
     for model in ranked.models:
         model.always = Step(status=503, body=error_body("down", "server_error", None))
-    reply = ask(ranked_client, stream=stream)
+    reply = ask(asking, stream=stream)
 
     assert (reply.status_code, reply.json()["error"]["message"]) == (503, "down")
     assert ranked.request_counts == [1, 1, 1, 0]
@@ -58,10 +54,10 @@ def test_no_more_than_three_models_are_attempted(ranked_client: httpx.Client, ra
     ],
 )
 def test_a_prompt_too_long_for_one_model_falls_back_to_the_next(
-    ranked_client: httpx.Client, ranked: Ranked, status: int, words: str
+    asking: httpx.Client, ranked: Ranked, status: int, words: str
 ) -> None:
     ranked.models[0].then(Step(status=status, body=error_body(words, "invalid_request_error", None)))
-    assert ask(ranked_client).headers["x-uniroute-model"] == "second"
+    assert ask(asking).headers["x-uniroute-model"] == "second"
 
 
 def test_a_prompt_too_long_for_the_only_model_has_its_own_error_code(ranked: Ranked) -> None:
@@ -82,10 +78,10 @@ TOO_LONG = error_body("Context size has been exceeded.", "server_error", None)
     ids=["500", "200", "event"],
 )
 def test_a_prompt_too_long_falls_back_wherever_the_upstream_reports_it(
-    ranked_client: httpx.Client, ranked: Ranked, step: Step, stream: bool
+    asking: httpx.Client, ranked: Ranked, step: Step, stream: bool
 ) -> None:
     ranked.models[0].then(step)
-    assert ask(ranked_client, stream=stream).headers["x-uniroute-model"] == "second"
+    assert ask(asking, stream=stream).headers["x-uniroute-model"] == "second"
 
 
 def test_a_prompt_too_long_falls_back_to_a_model_with_a_larger_context(tmp_path: Path, embedder_cache: Path) -> None:
@@ -109,20 +105,20 @@ def test_a_prompt_too_long_falls_back_to_a_model_with_a_larger_context(tmp_path:
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
-def test_a_stream_that_never_reaches_content_fails_its_attempt(ranked_client: httpx.Client, ranked: Ranked) -> None:
+def test_a_stream_that_never_reaches_content_fails_its_attempt(asking: httpx.Client, ranked: Ranked) -> None:
     nothing = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
     ranked.models[0].then(Step(events=[nothing] * 1500))
-    assert text_of(read_stream(ranked_client, model="auto")[1]) == "The second answer."
+    assert text_of(read_stream(asking, model="auto")[1]) == "The second answer."
 
 
-def test_a_response_without_end_is_abandoned(ranked_client: httpx.Client, ranked: Ranked) -> None:
+def test_a_response_without_end_is_abandoned(asking: httpx.Client, ranked: Ranked) -> None:
     ranked.models[0].then(Step(flood=True))
-    assert ask(ranked_client).headers["x-uniroute-model"] == "second"
+    assert ask(asking).headers["x-uniroute-model"] == "second"
     assert ranked.models[0].last.client_left.wait(60)
 
 
-def test_an_html_page_with_status_200_fails_its_attempt(ranked_client: httpx.Client, ranked: Ranked) -> None:
+def test_an_html_page_with_status_200_fails_its_attempt(asking: httpx.Client, ranked: Ranked) -> None:
     page = b"<html><body>Please log in to the network</body></html>"
     for stream in (False, True):
         ranked.models[0].then(Step(headers={"content-type": "text/html"}, body=page))
-        assert ask(ranked_client, stream=stream).headers["x-uniroute-model"] == "second"
+        assert ask(asking, stream=stream).headers["x-uniroute-model"] == "second"

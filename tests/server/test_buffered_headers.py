@@ -13,9 +13,9 @@ from tests.support.waiting import wait_until
 LIMITS = {"keep_alive_s": 0.2}
 
 
-def test_a_slow_first_chunk_gets_headers_and_comments_meanwhile(ranked_client: httpx.Client, ranked: Ranked) -> None:
+def test_a_slow_first_chunk_gets_headers_and_comments_meanwhile(asking: httpx.Client, ranked: Ranked) -> None:
     ranked.models[0].then(Step(delay_s=2.0))
-    with ranked_client.stream("POST", "/v1/chat/completions", json=_streamed()) as reply:
+    with asking.stream("POST", "/v1/chat/completions", json=_streamed()) as reply:
         raw = reply.read().decode()
 
     assert (reply.status_code, reply.headers["x-uniroute-model"]) == (200, "first")
@@ -24,26 +24,26 @@ def test_a_slow_first_chunk_gets_headers_and_comments_meanwhile(ranked_client: h
     assert raw.endswith("data: [DONE]\n\n")
 
 
-def test_a_fallback_after_the_headers_shows_in_the_body(ranked_client: httpx.Client, ranked: Ranked) -> None:
+def test_a_fallback_after_the_headers_shows_in_the_body(asking: httpx.Client, ranked: Ranked) -> None:
     ranked.models[0].then(Step(delay_s=0.5, status=500, body=error_body("down", "server_error", None)))
-    reply, events = read_stream(ranked_client, model="auto")
+    reply, events = read_stream(asking, model="auto")
 
     assert reply.headers["x-uniroute-model"] == "first"
     assert {event["model"] for event in events if event != "[DONE]"} == {"second"}
     assert text_of(events) == "The second answer."
 
 
-def test_a_failure_after_the_headers_is_one_error_event(ranked_client: httpx.Client, ranked: Ranked) -> None:
+def test_a_failure_after_the_headers_is_one_error_event(asking: httpx.Client, ranked: Ranked) -> None:
     ranked.models[0].then(Step(delay_s=0.5, status=500, body=error_body("down", "server_error", None)))
-    reply, events = read_stream(ranked_client, model="first")
+    reply, events = read_stream(asking, model="first")
 
     assert (reply.status_code, len(events)) == (200, 1)
     assert error_of(events) == "down"
 
 
-def test_a_disconnect_after_the_headers_stops_the_attempts(ranked_client: httpx.Client, ranked: Ranked) -> None:
+def test_a_disconnect_after_the_headers_stops_the_attempts(asking: httpx.Client, ranked: Ranked) -> None:
     ranked.models[0].then(Step(hang=True))
-    with ranked_client.stream("POST", "/v1/chat/completions", json=_streamed()) as reply:
+    with asking.stream("POST", "/v1/chat/completions", json=_streamed()) as reply:
         assert next(reply.iter_lines()) == ": keep-alive"
         assert wait_until(lambda: bool(ranked.models[0].history))
     assert ranked.models[0].last.client_left.wait(60)

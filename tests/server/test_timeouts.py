@@ -17,66 +17,64 @@ SOON = {"timeouts": {"first_token_s": 1.0}}
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_model_that_sends_nothing_is_abandoned_for_the_next(
-    ranked_client: httpx.Client, ranked: Ranked, stream: bool
+    asking: httpx.Client, ranked: Ranked, stream: bool
 ) -> None:
     ranked.models[0].then(Step(hang=True))
-    reply = ask(ranked_client, stream=stream, uniroute=SOON)
+    reply = ask(asking, stream=stream, uniroute=SOON)
 
     assert reply.status_code == 200
     assert (reply.headers["x-uniroute-model"], reply.headers["x-uniroute-reason"]) == ("second", "fallback")
     assert ranked.models[0].last.client_left.wait(60)
 
 
-def test_a_stream_that_begins_without_content_is_abandoned_for_the_next(
-    ranked_client: httpx.Client, ranked: Ranked
-) -> None:
+def test_a_stream_that_begins_without_content_is_abandoned_for_the_next(asking: httpx.Client, ranked: Ranked) -> None:
     ranked.models[0].then(Step(message={"content": "late"}, drip_s=600))
-    _, events = read_stream(ranked_client, model="auto", uniroute=SOON)
+    _, events = read_stream(asking, model="auto", uniroute=SOON)
 
     assert text_of(events) == "The second answer."
 
 
-def test_the_error_names_the_timeout_that_expired(ranked_client: httpx.Client, ranked: Ranked) -> None:
+def test_the_error_names_the_timeout_that_expired(asking: httpx.Client, ranked: Ranked) -> None:
     ranked.models[0].then(Step(hang=True))
-    reply = ask(ranked_client, model="first", uniroute=SOON)
+    reply = ask(asking, model="first", uniroute=SOON)
 
     assert (reply.status_code, reply.json()["error"]["code"]) == (504, "upstream_timeout")
     assert "first gave no answer within 1 s (first_token_timeout_s)" in reply.json()["error"]["message"]
 
 
-def test_all_attempts_share_one_deadline(ranked_client: httpx.Client, ranked: Ranked) -> None:
+def test_all_attempts_share_one_deadline(asking: httpx.Client, ranked: Ranked) -> None:
     for model in ranked.models:
         model.always = Step(hang=True)
-    reply = ask(ranked_client, uniroute={"timeouts": {"first_token_s": 1.0, "total_s": 1.9}})
+    reply = ask(asking, uniroute={"timeouts": {"first_token_s": 1.0, "total_s": 1.9}})
 
     assert reply.status_code == 504
     assert "request_timeout_s" in reply.json()["error"]["message"]
     assert ranked.request_counts == [1, 1, 0, 0]
 
 
-def test_a_request_cannot_raise_a_timeout_above_the_settings(ranked_client: httpx.Client, ranked: Ranked) -> None:
+def test_a_request_cannot_raise_a_timeout_above_the_settings(asking: httpx.Client, ranked: Ranked) -> None:
     ranked.models[0].then(Step(hang=True))
-    reply = ask(ranked_client, model="first", uniroute={"timeouts": {"total_s": 500, "first_token_s": 500}})
+    reply = ask(asking, model="first", uniroute={"timeouts": {"total_s": 500, "first_token_s": 500}})
 
     assert reply.status_code == 504
 
 
-def test_a_stream_that_falls_silent_ends_with_an_error(ranked_client: httpx.Client, ranked: Ranked) -> None:
+def test_a_stream_that_falls_silent_ends_with_an_error(asking: httpx.Client, ranked: Ranked) -> None:
     ranked.models[0].then(Step(events=[_delta("So")], drip_s=600))
-    _, events = read_stream(ranked_client, model="auto")
+    _, events = read_stream(asking, model="auto")
 
     assert (text_of(events), "[DONE]" in events) == ("So", False)
     assert "silent for 1 s (idle_timeout_s)" in error_of(events)
 
 
-def test_a_stream_that_never_ends_is_ended(ranked_client: httpx.Client, ranked: Ranked) -> None:
+def test_a_stream_that_never_ends_is_ended(asking: httpx.Client, ranked: Ranked) -> None:
     ranked.models[0].then(Step(message={"content": "drip " * 1000}, drip_s=0.1))
-    _, events = read_stream(ranked_client, model="auto")
+    _, events = read_stream(asking, model="auto")
 
     assert "stream_timeout_s" in error_of(events)
 
 
-def test_a_model_may_have_timeouts_of_its_own(ranked_client: httpx.Client, ranked: Ranked) -> None:
+def test_a_model_may_have_timeouts_of_its_own(asking: httpx.Client, ranked: Ranked) -> None:
     body = {
         "model_name": "hasty",
         "litellm_params": {"model": "openai/hasty", "api_base": ranked.models[0].url},
@@ -85,13 +83,13 @@ def test_a_model_may_have_timeouts_of_its_own(ranked_client: httpx.Client, ranke
     }
     assert ranked.proxy.admin("POST", "/admin/models", body).status_code == 202
     ranked.models[0].always = Step(hang=True)
-    reply = ask(ranked_client, model="hasty")
+    reply = ask(asking, model="hasty")
     ranked.proxy.admin("DELETE", "/admin/models/hasty")
 
     assert "within 0.25 s" in reply.json()["error"]["message"]
 
 
-def test_a_connection_that_is_not_accepted_times_out(ranked_client: httpx.Client, ranked: Ranked) -> None:
+def test_a_connection_that_is_not_accepted_times_out(asking: httpx.Client, ranked: Ranked) -> None:
     with full_backlog() as port:
         body = {
             "model_name": "deaf",
@@ -100,7 +98,7 @@ def test_a_connection_that_is_not_accepted_times_out(ranked_client: httpx.Client
             "profile": {"prompts": 1, "max_usd": 0},
         }
         assert ranked.proxy.admin("POST", "/admin/models", body).status_code == 202
-        reply = ask(ranked_client, model="deaf")
+        reply = ask(asking, model="deaf")
         ranked.proxy.admin("DELETE", "/admin/models/deaf")
     assert (reply.status_code, reply.json()["error"]["code"]) == (504, "upstream_timeout")
     assert "gave no answer within" not in reply.json()["error"]["message"]
@@ -116,8 +114,8 @@ def test_a_connection_that_is_not_accepted_times_out(ranked_client: httpx.Client
         ({"total_s": "5"}, "uniroute.timeouts.total_s"),
     ],
 )
-def test_invalid_timeouts_are_refused(ranked_client: httpx.Client, value: Any, param: str) -> None:
-    reply = ask(ranked_client, uniroute={"timeouts": value})
+def test_invalid_timeouts_are_refused(asking: httpx.Client, value: Any, param: str) -> None:
+    reply = ask(asking, uniroute={"timeouts": value})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
 
 
