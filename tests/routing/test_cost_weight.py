@@ -20,7 +20,7 @@ def weight(name: str = "auto", requested: float | None = None, **bounds: Any) ->
 def test_the_request_comes_before_the_key_and_the_key_before_the_settings() -> None:
     assert weight() == 0.1
     assert weight(lambda_default=0.3) == 0.3
-    assert weight(stated=0.7, lambda_default=0.3) == 0.7
+    assert weight(requested=0.7, lambda_default=0.3) == 0.7
     assert weight(lambda_default=0.0) == 0.0
 
 
@@ -32,7 +32,7 @@ def test_what_nobody_stated_is_moved_within_the_bounds() -> None:
 
 @pytest.mark.parametrize("requested", [0.2, 0.35, 0.5])
 def test_the_bounds_are_within_them(requested: float) -> None:
-    assert weight(stated=requested, lambda_min=0.2, lambda_max=0.5) == requested
+    assert weight(requested=requested, lambda_min=0.2, lambda_max=0.5) == requested
 
 
 @pytest.mark.parametrize(
